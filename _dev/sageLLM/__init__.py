@@ -1,0 +1,28 @@
+"""sageLLM: specs in YAML, generated graphs and kernels, and a thin runtime that serves them.
+
+The package is made of the repository's top-level folders (`codegen`, `generated`, `runtime`, `specs`,
+`templates`). The names below are resolved on first use, so `import sageLLM` stays cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sageLLM.runtime.engine.llm import LLM
+    from sageLLM.runtime.engine.sampling_params import SamplingParams
+    from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "PDSchedulerConfig", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "LLM": "sageLLM.runtime.engine.llm",
+    "PDSchedulerConfig": "sageLLM.runtime.scheduler.pd_scheduler",
+    "SamplingParams": "sageLLM.runtime.engine.sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
