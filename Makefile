@@ -1,0 +1,74 @@
+# Set-up happens on demand in .venv: `make run` installs what running needs, the checks add the test extra.
+PYTHON ?= python3
+# An index of CPU builds of torch, for machines whose default index would bring the CUDA build.
+TORCH_INDEX ?=
+# Test processes; one thread each, so that they do not fight for the cores.
+JOBS ?= 2
+STAGE ?= decode
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip
+INSTALL := $(PIP) install --disable-pip-version-check -qq --constraint constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+RUN_READY := .venv/.run-ready
+TEST_READY := .venv/.test-ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test generate accept lint types drift explain graph bench clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+setup: $(TEST_READY) ## Create .venv with everything that running and testing need
+
+run: $(RUN_READY) ## Serve a batch of prompts with the bundled tiny model
+	$(BIN)/python examples/serve_tiny.py
+
+test: lint types drift ## Run the whole suite: lint, types, drift of generated/, tests
+	$(PYTEST) --numprocesses $(JOBS) --dist loadscope
+
+generate: $(RUN_READY) ## Turn specs/ into generated/
+	$(BIN)/sagellm generate
+
+accept: generate $(TEST_READY) ## Regenerate, rewrite the snapshots, show what changed
+	@status=0; $(PYTEST) --snapshot-update || status=$$?; git --no-pager diff --stat; exit $$status
+
+lint: $(TEST_READY) ## Check lint and format with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(TEST_READY) ## Check types with mypy --strict
+	$(BIN)/mypy -p sageLLM
+
+drift: $(RUN_READY) ## Fail if generated/ is not what specs/ and templates/ give
+	$(BIN)/sagellm generate --check
+
+explain: need-NAME $(RUN_READY) ## Tell all that is known of NAME=<op, model, pass, rule, error code>
+	$(BIN)/sagellm explain "$(NAME)"
+
+graph: need-MODEL $(RUN_READY) ## Print the graph of MODEL=<layout> [STAGE=prefill|decode|hybrid]
+	$(BIN)/sagellm graph "$(MODEL)" --stage "$(STAGE)"
+
+need-%:
+	@test -n "$($*)" || { echo "$* is not set: say make $(MAKECMDGOALS) $*=..." >&2; exit 2; }
+
+bench: $(RUN_READY) ## Measure what the README claims
+	$(BIN)/python benchmarks/run_all.py
+
+clean: ## Remove .venv, caches and build outputs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN_READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "sageLLM needs Python 3.11 or newer, and '$(PYTHON)' is not: try make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up .venv (once; torch is about 200 MB as a CPU build)"
+	$(PYTHON) -m venv .venv
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
+	$(INSTALL) hatchling
+	$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(TEST_READY): $(RUN_READY)
+	$(INSTALL) --no-build-isolation --editable '.[test]'
+	@touch $@
