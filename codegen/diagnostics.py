@@ -1,0 +1,110 @@
+"""Diagnostics: what a user reads when a spec is wrong, with the place, the sentence and the remedy."""
+
+import difflib
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """A place in a spec file. Lines and columns are counted from 1, `width` is in characters."""
+
+    file: str
+    line: int
+    column: int
+    width: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One finding: a stable code (see `codegen.codes`), a sentence, a place and, if known, the remedy."""
+
+    code: str
+    message: str
+    span: Span | None = None
+    help: str | None = None
+    related: tuple[tuple[str, Span], ...] = ()
+
+    def __str__(self) -> str:
+        place = f"{self.span}: " if self.span else ""
+        return f"{place}error[{self.code}]: {self.message}"
+
+
+class SpecErrors(Exception):
+    """All findings of one stage; the only exception that bad specs may raise."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+        self.diagnostics = sorted(diagnostics, key=_position)
+        super().__init__("\n".join(map(str, self.diagnostics)))
+
+
+def _position(diagnostic: Diagnostic) -> tuple[str, int, int, str, str]:
+    span = diagnostic.span or Span("", 0, 0)
+    return (span.file, span.line, span.column, diagnostic.code, diagnostic.message)
+
+
+@dataclass(slots=True)
+class Sink:
+    """Collects the findings of a stage, so that a user sees all of them at once."""
+
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+
+    def error(
+        self,
+        code: str,
+        message: str,
+        span: Span | None,
+        help: str | None = None,
+        related: Sequence[tuple[str, Span]] = (),
+    ) -> None:
+        found = Diagnostic(code, message, span, help, tuple(related))
+        if found not in self.diagnostics:
+            self.diagnostics.append(found)
+
+    def raise_if_any(self) -> None:
+        if self.diagnostics:
+            raise SpecErrors(self.diagnostics)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """The help line for a misspelt name: the nearest known one, else the whole (short) list."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    if not names:
+        return None
+    return "known: " + ", ".join(names) if len(names) <= 24 else None
+
+
+def render(diagnostic: Diagnostic, read_line: Callable[[str, int], str | None]) -> str:
+    """The finding as text: `file:line:column: error[CODE]: sentence`, the line, the caret, the help.
+
+    `read_line(file, line)` gives the source line, or None where it is not at hand.
+    """
+    parts = [_visible(str(diagnostic))]
+    if diagnostic.span:
+        parts += _excerpt(diagnostic.span, read_line)
+    for label, span in diagnostic.related:
+        parts.append(f"   note: {_visible(label)}: {span}")
+        parts += _excerpt(span, read_line)
+    if diagnostic.help:
+        parts += [f"   = help: {_visible(line)}" for line in diagnostic.help.splitlines()]
+    return "\n".join(parts)
+
+
+def _excerpt(span: Span, read_line: Callable[[str, int], str | None]) -> list[str]:
+    line = read_line(span.file, span.line)
+    if line is None:
+        return []
+    width = max(1, min(span.width, len(line) - span.column + 1))
+    return [f"{span.line:>5} | {_visible(line)}", f"      | {' ' * (span.column - 1)}{'^' * width}"]
+
+
+def _visible(text: str) -> str:
+    """Text safe to print: control and direction-changing characters are shown as `?`."""
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n" else c for c in text)

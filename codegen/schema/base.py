@@ -1,0 +1,123 @@
+"""The strict base of every spec schema, and the words for what pydantic finds."""
+
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.source import Document, YamlPath
+
+
+S = TypeVar("S", bound="Strict")
+
+
+class Strict(BaseModel):
+    """A mapping with known fields only, whose values are taken as they are, never converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+def validate(schema: type[S], doc: Document, sink: Sink) -> S | None:
+    """The document's data as `schema`, or None after reporting every violation with its place."""
+    try:
+        return schema.model_validate(doc.data)
+    except ValidationError as error:
+        for detail in error.errors():
+            _report(detail, schema, doc, sink)
+        return None
+
+
+def _report(detail: ErrorDetails, schema: type[Strict], doc: Document, sink: Sink) -> None:
+    path = _data_path(detail["loc"], doc)
+    name = str(detail["loc"][-1]) if detail["loc"] else ""
+    match detail["type"]:
+        case "extra_forbidden":
+            known = _fields_at(schema, path[:-1])
+            sink.error("SAGE010", f"unknown field '{name}'", doc.key_span(*path), did_you_mean(name, known))
+        case "missing":
+            parent = path[:-1] if path and path[-1] == name else path
+            sink.error("SAGE011", f"the field '{name}' is missing", doc.key_span(*parent), f"add `{name}: ...`")
+        case "value_error":
+            sink.error("SAGE013", detail["msg"].removeprefix("Value error, "), doc.span(*path))
+        case _:
+            sink.error("SAGE012", _wrong_type(detail, ".".join(map(str, path))), doc.span(*path))
+
+
+_WANTED = {
+    "string_type": "text",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "none_required": "null",
+}
+
+
+def _wrong_type(detail: ErrorDetails, where: str) -> str:
+    place = f"'{where}'" if where else "the file"
+    if detail["type"] == "literal_error":
+        return f"{place} wants {detail['ctx']['expected']}, got {_shown(detail['input'])}"
+    if wanted := _WANTED.get(detail["type"]):
+        return f"{place} wants {wanted}, got {_shown(detail['input'])}"
+    return f"{place}: {detail['msg'][:1].lower()}{detail['msg'][1:]}, got {_shown(detail['input'])}"
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a mapping"
+        case list():
+            return "a list"
+        case str():
+            return f"the text '{value[:40]}'"
+        case _:
+            return f"the number {value}"
+
+
+def _data_path(loc: tuple[int | str, ...], doc: Document) -> YamlPath:
+    """The part of pydantic's location that exists in the data: names of union members are left out."""
+    value: Any = doc.data
+    path: list[str | int] = []
+    for i, step in enumerate(loc):
+        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+            path.append(step)
+            value = value[step]
+        elif i == len(loc) - 1 and isinstance(step, str) and isinstance(value, dict):
+            path.append(step)
+    return tuple(path)
+
+
+def _fields_at(schema: type[Strict], path: YamlPath) -> list[str]:
+    """The fields that `schema` knows at `path`, for the did-you-mean line."""
+    found: list[Any] = [schema]
+    for step in path:
+        found = [inner for kind in found for inner in _step_into(kind, step)]
+    models = [kind for kind in found if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return sorted({field.alias or name for kind in models for name, field in kind.model_fields.items()})
+
+
+def _step_into(kind: Any, step: str | int) -> list[Any]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+        return _members(fields[step].annotation) if step in fields else []
+    return [inner for argument in get_args(kind) for inner in _members(argument)]
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The models and containers inside an annotation such as `dict[str, A | B] | None`."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    origin_args = get_args(annotation)
+    if not origin_args:
+        return []
+    if getattr(annotation, "__origin__", None) in (dict, list, tuple):
+        return [annotation]
+    return [inner for argument in origin_args for inner in _members(argument)]

@@ -1,0 +1,30 @@
+"""What the vocabulary files may say: dims, op types, and the inputs that every step is given."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from sageLLM.codegen.schema.base import Strict
+
+
+class DimsFile(Strict):
+    """`specs/dims.yaml`: the letters that stand for sizes, each with its meaning."""
+
+    schema_: Literal["dims/v1"] = Field(alias="schema")
+    dims: dict[str, str]
+
+
+class OpTypesFile(Strict):
+    """`specs/op_types.yaml`: the members of `OpType`, in order, each with its meaning."""
+
+    schema_: Literal["op_types/v1"] = Field(alias="schema")
+    op_types: dict[str, str]
+
+
+class InputsFile(Strict):
+    """`specs/inputs.yaml`: values that a layout may use without defining them."""
+
+    schema_: Literal["inputs/v1"] = Field(alias="schema")
+    step: dict[str, str] = Field(description="made by the engine for every step")
+    per_layer: dict[str, str] = Field(description="one per layer: the KV cache")
+    tables: dict[str, str] = Field(description="made once, when the model is loaded")

@@ -1,0 +1,208 @@
+"""Reads YAML strictly: a small, safe subset whose every value keeps its file, line and column.
+
+The values are built from the parser's events by our own rules, since the usual loaders turn `off` into False, `010`
+into 8 and `1e-6` into text, keep the last of two equal keys, follow aliases, and raise errors of many kinds.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sageLLM.codegen.diagnostics import Diagnostic, Span, SpecErrors
+
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 64
+MAX_DIGITS = 18
+
+YamlPath = tuple[str | int, ...]
+
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")
+_FLOAT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?\Z")
+_CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One spec file: plain data, and where each value and each key stands."""
+
+    file: str
+    text: str
+    data: Any
+    spans: Mapping[YamlPath, Span] = field(repr=False)
+    key_spans: Mapping[YamlPath, Span] = field(repr=False)
+    text_starts: Mapping[YamlPath, tuple[int, int]] = field(repr=False)
+
+    def span(self, *path: str | int) -> Span:
+        """The value at `path`, or the closest value around it."""
+        return self._closest(self.spans, path)
+
+    def key_span(self, *path: str | int) -> Span:
+        """The key at `path` (for a list item: the item), or the closest one around it."""
+        return self.key_spans[path] if path in self.key_spans else self._closest(self.spans, path)
+
+    def text_span(self, path: YamlPath, offset: int, width: int = 1) -> Span:
+        """A place inside the text value at `path`; `offset` counts characters of the value."""
+        start = self.text_starts.get(path)
+        if start is None:
+            return self.span(*path)
+        value: Any = self.data
+        for step in path:
+            value = value[step]
+        before = str(value)[:offset]
+        line, column = start
+        if "\n" not in before:
+            first = self.spans[path]
+            return Span(self.file, line, column + len(before) if line != first.line else column + offset, width)
+        indent = column
+        return Span(self.file, line + before.count("\n"), indent + len(before) - before.rfind("\n") - 1, width)
+
+    def _closest(self, table: Mapping[YamlPath, Span], path: YamlPath) -> Span:
+        while path and path not in table:
+            path = path[:-1]
+        return table.get(path, Span(self.file, 1, 1))
+
+
+def load_document(path: Path, *, display: str) -> Document:
+    """Reads one spec file. `display` is the name that diagnostics and generated headers use."""
+    return parse_document(_read_text(path, display), display=display)
+
+
+def parse_document(text: str, *, display: str) -> Document:
+    """Reads spec text; raises SpecErrors on anything outside the subset."""
+    builder = _Builder(text, display)
+    try:
+        data = builder.document(yaml.parse(text, Loader=_LOADER))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        span = Span(display, mark.line + 1, mark.column + 1) if mark else Span(display, 1, 1)
+        raise _failure("SAGE001", f"not valid YAML: {error.problem or error.context}", span) from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        reason = getattr(error, "reason", None) or "a character or escape is not allowed"
+        raise _failure("SAGE001", f"not valid YAML: {reason}", Span(display, 1, 1)) from None
+    return Document(display, text, data, builder.spans, builder.key_spans, builder.text_starts)
+
+
+def _read_text(path: Path, display: str) -> str:
+    start = Span(display, 1, 1)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise _failure("SAGE002", f"cannot be read: {error.strerror}", start) from None
+    if len(raw) > MAX_BYTES:
+        raise _failure("SAGE003", f"has {len(raw)} bytes; a spec file may have {MAX_BYTES}", start, "split the file")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise _failure("SAGE001", "not valid UTF-8 text", Span(display, line, 1)) from None
+
+
+def _failure(code: str, message: str, span: Span, help: str | None = None) -> SpecErrors:
+    return SpecErrors([Diagnostic(code, message, span, help)])
+
+
+class _Builder:
+    """Turns parser events into plain data and notes where each value stands."""
+
+    def __init__(self, text: str, file: str) -> None:
+        self.lines = text.split("\n")
+        self.file = file
+        self.spans: dict[YamlPath, Span] = {}
+        self.key_spans: dict[YamlPath, Span] = {}
+        self.text_starts: dict[YamlPath, tuple[int, int]] = {}
+
+    def document(self, events: Iterator[Any]) -> Any:
+        next(events)  # the stream starts
+        if isinstance(next(events), yaml.StreamEndEvent):
+            raise _failure("SAGE004", "the file is empty", Span(self.file, 1, 1), "begin with `schema: ops/v1`")
+        data = self._node(next(events), events, ())
+        next(events)  # the document ends
+        after = next(events)
+        if not isinstance(after, yaml.StreamEndEvent):
+            raise _failure("SAGE004", "a second document begins", self._span(after), "use one file per document")
+        return data
+
+    def _node(self, event: Any, events: Iterator[Any], path: YamlPath) -> Any:
+        span = self._span(event)
+        self.spans[path] = span
+        if len(path) > MAX_DEPTH:
+            raise _failure("SAGE003", f"nested deeper than {MAX_DEPTH} levels", span)
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise _failure("SAGE005", "anchors and aliases are not allowed", span, "write the value out")
+        if event.tag is not None:
+            raise _failure("SAGE005", f"the tag '{event.tag}' is not allowed", span, "write the plain value")
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._mapping(events, path)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return self._sequence(events, path)
+        return self._scalar(event, path)
+
+    def _mapping(self, events: Iterator[Any], path: YamlPath) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        while not isinstance(event := next(events), yaml.MappingEndEvent):
+            key = self._key(event)
+            here = (*path, key)
+            if key in result:
+                first = ("first defined here", self.key_spans[here])
+                found = Diagnostic("SAGE006", f"duplicate key '{key}'", self._span(event), "keep one", (first,))
+                raise SpecErrors([found])
+            self.key_spans[here] = self._span(event)
+            result[key] = self._node(next(events), events, here)
+        return result
+
+    def _sequence(self, events: Iterator[Any], path: YamlPath) -> list[Any]:
+        result: list[Any] = []
+        while not isinstance(event := next(events), yaml.SequenceEndEvent):
+            result.append(self._node(event, events, (*path, len(result))))
+        return result
+
+    def _key(self, event: Any) -> str:
+        if not isinstance(event, yaml.ScalarEvent) or event.anchor is not None or event.tag is not None:
+            raise _failure("SAGE007", "a key must be plain text", self._span(event))
+        if not event.value or "\n" in event.value:
+            raise _failure("SAGE007", "a key must be one line of text", self._span(event))
+        return str(event.value)
+
+    def _scalar(self, event: Any, path: YamlPath) -> Any:
+        if not event.style:  # plain, neither quoted nor a block
+            value = self._plain(event)
+            if isinstance(value, str):
+                self.text_starts[path] = (event.start_mark.line + 1, event.start_mark.column + 1)
+            return value
+        self.text_starts[path] = self._text_start(event)
+        return str(event.value)
+
+    def _plain(self, event: Any) -> Any:
+        text: str = event.value
+        if text in _CONSTANTS:
+            return _CONSTANTS[text]
+        if _INT.match(text):
+            if len(text) > MAX_DIGITS:
+                raise _failure("SAGE008", f"an integer may have {MAX_DIGITS} digits", self._span(event))
+            return int(text)
+        if _FLOAT.match(text):
+            return self._float(text, event)
+        return text
+
+    def _float(self, text: str, event: Any) -> float:
+        value = float(text) if len(text) <= 40 else float("inf")
+        if value in (float("inf"), float("-inf")):
+            raise _failure("SAGE008", "the number does not fit a 64-bit float", self._span(event))
+        return value
+
+    def _text_start(self, event: Any) -> tuple[int, int]:
+        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+        if event.style in ("'", '"'):
+            return line, column + 1
+        first = next((text for text in self.lines[line:] if text.strip()), "")
+        return line + 1, len(first) - len(first.lstrip(" ")) + 1
+
+    def _span(self, event: Any) -> Span:
+        start, end = event.start_mark, event.end_mark
+        width = end.column - start.column if end.line == start.line else 1
+        return Span(self.file, start.line + 1, start.column + 1, max(1, width))
