@@ -63,7 +63,7 @@ class RawSpecs:
         return entry.doc.file in self.base_files
 
 
-_SCHEMAS: dict[str, type[Strict]] = {
+SCHEMAS: dict[str, type[Strict]] = {
     "ops/v1": OpsFile,
     "models/v1": ModelFile,
     "passes/v1": PassesFile,
@@ -111,12 +111,12 @@ def _schema_of(doc: Document, sink: Sink) -> type[Strict] | None:
         return None
     name = doc.data.get("schema")
     if name is None:
-        sink.error("SAGE014", "the line `schema:` is missing", doc.span(), did_you_mean("", _SCHEMAS))
+        sink.error("SAGE014", "the line `schema:` is missing", doc.span(), did_you_mean("", SCHEMAS))
         return None
-    if not isinstance(name, str) or name not in _SCHEMAS:
-        sink.error("SAGE014", f"unknown schema '{name}'", doc.span("schema"), did_you_mean(str(name), _SCHEMAS))
+    if not isinstance(name, str) or name not in SCHEMAS:
+        sink.error("SAGE014", f"unknown schema '{name}'", doc.span("schema"), did_you_mean(str(name), SCHEMAS))
         return None
-    return _SCHEMAS[name]
+    return SCHEMAS[name]
 
 
 def _add_entries(spec: Strict, doc: Document, raw: RawSpecs, sink: Sink) -> None:

@@ -8,7 +8,6 @@ from pydantic_core import ErrorDetails
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.source import Document, YamlPath
 
-
 S = TypeVar("S", bound="Strict")
 
 

@@ -1,0 +1,46 @@
+"""The generator as one pipeline: load, link, emit, format, write."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sageLLM.codegen.diagnostics import Sink
+from sageLLM.codegen.emit import EMITTERS
+from sageLLM.codegen.link.models import link_models
+from sageLLM.codegen.link.ops import link_ops
+from sageLLM.codegen.link.passes import link_passes
+from sageLLM.codegen.load import load_specs
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer
+from sageLLM.codegen.writer import Written, drift, finish, write
+
+PACKAGE = Path(__file__).resolve().parent.parent
+BASE_SPECS = PACKAGE / "specs"
+BASE_OUT = PACKAGE / "generated"
+
+
+def load_and_link(overlays: Sequence[Path] = (), base: Path = BASE_SPECS) -> Specs:
+    """The linked specs; raises SpecErrors with every finding of the first stage that has one."""
+    raw = load_specs([base, *overlays])
+    sink = Sink()
+    ops = link_ops(raw, sink)
+    sink.raise_if_any()
+    models = link_models(raw, ops, sink)
+    passes = link_passes(raw, ops, sink)
+    sink.raise_if_any()
+    return Specs(raw, ops, models, passes, raw.hardware)
+
+
+def emit(specs: Specs) -> list[Output]:
+    """Every generated file, not yet formatted."""
+    renderer = Renderer()
+    return [output for emitter in EMITTERS for output in emitter(specs, renderer)]
+
+
+def generate(overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS) -> Written:
+    """Brings the tree at `out` up to date with the specs."""
+    return write(finish(emit(load_and_link(overlays, base)), out), out)
+
+
+def check(overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS) -> list[str]:
+    """How `out` differs from what the specs generate. Nothing is taken over from `out`."""
+    return drift(finish(emit(load_and_link(overlays, base))), out)
