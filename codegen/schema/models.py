@@ -1,0 +1,210 @@
+"""What a model file may say: the layout of one decoder family, or what it changes in another one."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from sageLLM.codegen.schema.base import Strict
+
+Scalar = int | float | bool | str | None
+DimText = int | str
+PhaseName = Literal["prefill", "decode", "hybrid"]
+
+
+def _shape_of(value: Any) -> str:
+    return "mapping" if isinstance(value, dict) else "list" if isinstance(value, list) else "text"
+
+
+Text = Annotated[str, Tag("text")]
+Keys = Annotated[Text | Annotated[list[str], Tag("list")], Discriminator(_shape_of)]
+OpTypes = Annotated[Text | Annotated[dict[PhaseName, str], Tag("mapping")], Discriminator(_shape_of)]
+
+
+class ArchitecturesSpec(Strict):
+    """The `architectures` names of a checkpoint's config.json that this layout reads."""
+
+    architectures: list[str] = Field(min_length=1)
+
+
+class ConfigField(Strict):
+    """One name of the layout: read from config.json, or fixed by `value`."""
+
+    hf: Annotated[Text | Annotated[list[str], Tag("list")] | None, Discriminator(_shape_of)] = Field(
+        default=None, description="key of config.json, dotted for nested ones; a list gives fallbacks"
+    )
+    default: Scalar = Field(
+        default=None, description="when the key is absent or null; text is an expression of earlier names"
+    )
+    value: Scalar = Field(default=None, description="a constant, for what the family fixes")
+    type: Literal["int", "float", "bool", "str"] | None = Field(
+        default=None, description="inferred from the default; else int"
+    )
+    doc: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if ("value" in self.model_fields_set) == (self.hf is not None):
+            raise ValueError("a config name takes `hf: KEY` or `value: CONSTANT`, one of the two")
+        if self.hf is None and "default" in self.model_fields_set:
+            raise ValueError("`default` goes with `hf: KEY`; a constant needs none")
+        return self
+
+
+class BaseFrequency(Strict):
+    """Where the rotary base frequency stands in config.json."""
+
+    hf: list[str] = Field(min_length=1)
+    default: float
+
+
+class ScalingSpec(Strict):
+    """Where the rotary scaling stands in config.json, and which types the runtime computes."""
+
+    hf: list[str] = Field(min_length=1)
+    allow: list[str] = Field(min_length=1)
+
+
+class RopeSection(Strict):
+    """Rotary position embedding (Su et al. 2021)."""
+
+    base: BaseFrequency
+    dim: DimText = Field(description="how many of a head's components are rotated")
+    layout: Literal["half"] = Field(default="half", description="component j is paired with j + dim/2")
+    scaling: ScalingSpec | None = None
+
+
+class StackSpec(Strict):
+    """Equal tensors stacked along a new first dim: `over: e in X`, `of: experts.{e}.w.weight`."""
+
+    over: str
+    of: str
+
+
+class HfSource(Strict):
+    """How a weight is made of checkpoint tensors, reversibly."""
+
+    concat: dict[str, DimText] | None = Field(default=None, description="tensor name -> its size along `dim`")
+    dim: int = Field(default=0, ge=0)
+    stack: StackSpec | None = None
+    transpose: str | None = Field(default=None, description="the tensor is stored with its two dims swapped")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = [kind for kind in (self.concat, self.stack, self.transpose) if kind is not None]
+        if len(kinds) != 1:
+            raise ValueError("a source is one of `concat`, `stack`, `transpose`, or just a tensor's name")
+        if self.concat is not None and not self.concat:
+            raise ValueError("`concat` names no tensor")
+        if self.concat is None and "dim" in self.model_fields_set:
+            raise ValueError("`dim` goes with `concat`")
+        return self
+
+
+class ShardSpec(Strict):
+    """What tensor parallelism does with a weight."""
+
+    shard: int | None = Field(default=None, ge=0, description="the dim that is divided over the ranks")
+    kind: Literal["rows", "vocab"] = "rows"
+    then: Literal["all_reduce", "all_gather"] | None = Field(default=None, description="what completes the result")
+    keep: Literal["first"] | None = Field(default=None, description="rank 0 alone holds it: a bias of a reduced sum")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.shard is None) == (self.keep is None):
+            raise ValueError("`tp` takes `shard: DIM` or `keep: first`, one of the two")
+        return self
+
+
+class TiedSpec(Strict):
+    """The weight is another one under a condition, and then needs no tensor of its own."""
+
+    to: str
+    when: str | None = None
+
+
+class WeightSpec(Strict):
+    """One weight; a name of the checkpoint that holds `{i}` makes it one per layer."""
+
+    shape: list[DimText] = Field(min_length=1, max_length=4)
+    hf: Annotated[Text | Annotated[HfSource, Tag("mapping")], Discriminator(_shape_of)]
+    tp: ShardSpec | None = None
+    tied: TiedSpec | None = None
+    when: str | None = Field(default=None, description="a boolean config name: without it the weight is absent")
+
+
+class PatchSpec(Strict):
+    """An edit of inherited statements, anchored on a text that must begin exactly one of them."""
+
+    before: str | None = None
+    after: str | None = None
+    replace: str | None = None
+    add: list[str] | None = None
+    with_: list[str] | None = Field(default=None, alias="with")
+
+    @model_validator(mode="after")
+    def _anchored(self) -> Self:
+        anchors = [anchor for anchor in (self.before, self.after, self.replace) if anchor is not None]
+        if len(anchors) != 1 or not anchors[0].strip():
+            raise ValueError("a patch takes one of `before: TEXT`, `after: TEXT`, `replace: TEXT`")
+        if (self.replace is not None, self.replace is None) != (self.with_ is not None, self.add is not None):
+            raise ValueError("`before` and `after` go with `add: [...]`, `replace` goes with `with: [...]`")
+        return self
+
+
+class BlockSpec(Strict):
+    """A piece of a layer that is one node at block level; under `extends`, what is given joins or replaces."""
+
+    summary: str | None = None
+    op_type: OpTypes | None = None
+    hf: str | None = Field(default=None, description="prefix of its checkpoint names")
+    weights: dict[str, WeightSpec] = Field(default={})
+    args: dict[str, str] | None = None
+    body: list[str] | None = Field(default=None, min_length=1)
+    returns: list[str] | None = Field(default=None, min_length=1)
+    patch: list[PatchSpec] = Field(default=[])
+
+
+class RepeatSpec(Strict):
+    """A loop over the layers. The carried names must close: same type after each turn as before it."""
+
+    repeat: str
+    index: str
+    carry: list[str] = Field(min_length=1)
+    do: list[str] = Field(min_length=1)
+
+
+Statement = Annotated[Text | Annotated[RepeatSpec, Tag("mapping")], Discriminator(_shape_of)]
+
+
+class TpSection(Strict):
+    """Config sizes that become local, divided by the degree, under tensor parallelism."""
+
+    divides: list[str] = Field(default=[])
+
+
+class ModelTests(Strict):
+    """`tiny`: an HF config small enough to build, run and snapshot in tests."""
+
+    tiny: dict[str, Scalar | dict[str, Scalar]]
+
+
+class ModelFile(Strict):
+    """`specs/models/NAME.yaml`: one layout."""
+
+    schema_: Literal["models/v1"] = Field(alias="schema")
+    model: str
+    summary: str
+    extends: str | None = Field(default=None, description="a layout without `extends` that this one starts from")
+    hf: ArchitecturesSpec
+    config: dict[str, ConfigField] = Field(default={})
+    checks: list[str] = Field(default=[])
+    rope: RopeSection | None = None
+    tp: TpSection | None = None
+    weights: dict[str, WeightSpec] = Field(default={})
+    blocks: dict[str, BlockSpec] = Field(default={})
+    program: list[Statement] | None = None
+    patch: list[PatchSpec] = Field(default=[], description="edits of the inherited program")
+    returns: list[str] | None = None
+    phases: dict[PhaseName, dict[Literal["attend"], str]] = Field(default={})
+    ignore_hf: list[str] = Field(default=[])
+    tests: ModelTests
