@@ -29,7 +29,7 @@ class ArchitecturesSpec(Strict):
 class ConfigField(Strict):
     """One name of the layout: read from config.json, or fixed by `value`."""
 
-    hf: Annotated[Text | Annotated[list[str], Tag("list")] | None, Discriminator(_shape_of)] = Field(
+    hf: Keys | None = Field(
         default=None, description="key of config.json, dotted for nested ones; a list gives fallbacks"
     )
     default: Scalar = Field(
