@@ -1,0 +1,141 @@
+"""The process that renders a chat template: run as a script by `chat_template.py`, one JSON line in, one out.
+
+A template is a program from a checkpoint. The sandbox keeps it from reaching Python; that it cannot take the memory
+or the time of the engine is seen to here by the limits of the process, and by the parent, which ends it when late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import sys
+from typing import IO, Any
+
+import jinja2
+import jinja2.exceptions
+import jinja2.ext
+import jinja2.utils
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training; here it just shows them."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class SafeNamespace(jinja2.utils.Namespace):
+    """A namespace that takes no underscored name, so that nothing internal to Python can be put in place."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a chat template may not set the attribute {name!r}")
+        super().__setitem__(name, value)
+
+
+class OutputTooLongError(Exception):
+    """The rendered text has passed its limit."""
+
+
+class RefusedError(Exception):
+    """The template called raise_exception."""
+
+
+def raise_exception(message: object) -> None:
+    raise RefusedError(str(message))
+
+
+def strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON; Jinja's own filter escapes HTML characters, which a prompt must not have."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def make_environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["namespace"] = SafeNamespace
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def render(template: jinja2.Template, variables: dict[str, Any], max_chars: int) -> str:
+    pieces, num_chars = [], 0
+    for piece in template.generate(variables):
+        num_chars += len(piece)
+        if num_chars > max_chars:
+            raise OutputTooLongError
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def describe(error: BaseException) -> dict[str, str]:
+    """The error as the reply that the parent turns into its own exception."""
+    if isinstance(error, OutputTooLongError):
+        return {"error": "too long"}
+    if isinstance(error, MemoryError):
+        return {"error": "memory"}
+    if isinstance(error, RefusedError):
+        return {"error": "refused", "message": str(error)}
+    line = getattr(error, "lineno", None)
+    place = f" (line {line})" if line else ""
+    return {"error": "failed", "message": f"{type(error).__name__}: {error}{place}"}
+
+
+def limit_memory(max_bytes: int) -> None:
+    """No more address space than this; systems without `resource` (Windows) have the limits of time and output only."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def serve(requests: IO[str], replies: IO[str]) -> None:
+    """First line: template, max_chars, max_bytes. Each further line: the variables of one rendering."""
+
+    def reply(value: object) -> None:
+        replies.write(json.dumps(value) + "\n")
+        replies.flush()
+
+    reply({"ready": True})
+    settings = json.loads(requests.readline())
+    limit_memory(settings["max_bytes"])
+    try:
+        template = make_environment().from_string(settings["template"])
+    except (Exception, MemoryError) as error:
+        reply(describe(error))
+        return
+    reply({"compiled": True})
+    for line in requests:
+        try:
+            answer: dict[str, str] = {"text": render(template, json.loads(line), settings["max_chars"])}
+        except (Exception, MemoryError) as error:
+            answer = describe(error)
+        reply(answer)
+
+
+if __name__ == "__main__":
+    serve(sys.stdin, sys.stdout)

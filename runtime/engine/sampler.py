@@ -1,0 +1,285 @@
+"""Chooses the next token of every sequence in a batch from its logits.
+
+Letters in names: B sequences, V vocabulary entries, K likeliest tokens reported. The order of the steps is vLLM's:
+banned ids and biases, penalties, then for greedy rows the argmax, for the others temperature, min-p, top-k, top-p and
+a draw. Logprobs are those of the raw logits, before all of that.
+
+The draw inverts the cumulative distribution at one uniform number, which is a hash of (seed, answer index, position).
+So it needs no generator state, is the same on every device, does not see the neighbours in the batch, and a sequence
+that is preempted and replayed draws the same tokens again. (A Gumbel draw would need V random numbers a row.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .outputs import Logprob
+from .sampling_params import SamplingParams
+
+NUM_TOP_P_CANDIDATES = 1024
+"""Top-p looks at this many likeliest tokens first and sorts the whole vocabulary only if they carry less than p."""
+
+DRAW_BLOCK_LEN = 256
+
+
+@dataclass(slots=True)
+class SequenceSampling:
+    """What the sampler knows of one sequence; the engine owns the two lists and appends each new token.
+
+    `stop_ids` are the ids that may not come before `params.min_tokens` tokens are out: stop ids and, unless they are
+    ignored, the end-of-sequence ids. `answer_index` tells the `n` answers of one request apart.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: list[int] = field(default_factory=list)
+    stop_ids: Sequence[int] = ()
+    answer_index: int = 0
+    seed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seed = self.params.seed if self.params.seed is not None else secrets.randbits(63)
+
+    @property
+    def bans_stop_ids(self) -> bool:
+        return bool(self.stop_ids) and len(self.output_token_ids) < self.params.min_tokens
+
+    def uniform(self) -> float:
+        """The number in [0, 1) that decides the next token."""
+        key = struct.pack("<qqq", self.seed, self.answer_index, len(self.output_token_ids))
+        bits = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        return (bits >> 11) * 2.0**-53
+
+
+class SamplingBatch:
+    """The sequences of one sampling step, row by row, with their constant parameters as tensors.
+
+    A batch may be used again while the same sequences stay in it: positions and penalties are read from the
+    sequences at each `sample`.
+    """
+
+    def __init__(self, sequences: Iterable[SequenceSampling], device: torch.device | str = "cpu") -> None:
+        self.sequences = list(sequences)
+        params = [s.params for s in self.sequences]
+        self.random_rows = [i for i, p in enumerate(params) if not p.is_greedy]
+        self.penalty_rows = [i for i, p in enumerate(params) if p.has_penalties]
+        self.logprob_rows = [i for i, p in enumerate(params) if p.logprobs is not None]
+        self.num_logprobs = max((p.logprobs or 0 for p in params), default=0)
+        self.adjusts = bool(self.penalty_rows) or any(p.logit_bias or p.min_tokens for p in params)
+        drawn = [params[i] for i in self.random_rows]
+        self.temperature = torch.tensor([p.temperature for p in drawn], dtype=torch.float32, device=device)
+        self.min_p = torch.tensor([p.min_p for p in drawn], dtype=torch.float32, device=device)
+        self.top_k = torch.tensor([p.top_k for p in drawn], dtype=torch.int64, device=device)
+        self.top_p = torch.tensor([p.top_p for p in drawn], dtype=torch.float64, device=device)
+        self.uses_min_p = any(p.min_p > 0.0 for p in drawn)
+        self.max_top_k = max((p.top_k for p in drawn), default=0)
+        self.all_top_k = all(p.top_k for p in drawn)
+        self.uses_top_p = any(p.top_p < 1.0 for p in drawn)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+class ScoredTokens(NamedTuple):
+    """R tokens with their raw log-probabilities and ranks, and the K likeliest tokens beside each."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+    def row(self, i: int) -> ScoredTokens:
+        """Row i on its own."""
+        s = slice(i, i + 1)
+        return ScoredTokens(self.token_ids[s], self.logprobs[s], self.ranks[s], self.top_ids[s], self.top_logprobs[s])
+
+    def as_dict(self, row: int, num_top: int, decode: Callable[[int], str]) -> dict[int, Logprob]:
+        """The row's own token first, then the `num_top` likeliest, each with `decode(token_id)` as its text."""
+        own = self.token_ids[row]
+        entries = {own: Logprob(self.logprobs[row], self.ranks[row], decode(own))}
+        tops = zip(self.top_ids[row][:num_top], self.top_logprobs[row][:num_top], strict=True)
+        for rank, (token_id, logprob) in enumerate(tops, start=1):
+            entries.setdefault(token_id, Logprob(logprob, rank, decode(token_id)))
+        return entries
+
+
+class SampledTokens(NamedTuple):
+    """The result of one step.
+
+    token_ids i64[B]; logprobs: one `ScoredTokens` of one row for each batch row that asks for it, keyed by batch row;
+    failed: rows whose logits hold NaN or no finite maximum: their token id means nothing and the request must end.
+    """
+
+    token_ids: Tensor
+    logprobs: dict[int, ScoredTokens]
+    failed: tuple[int, ...]
+
+
+def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampledTokens:
+    """One token for every row of logits f32[B, V]; the logits are left as they are."""
+    if logits_BV.shape[0] != len(batch):
+        raise AssertionError(f"sample: {logits_BV.shape[0]} rows of logits for {len(batch)} sequences")
+    raw = logits_BV.float()
+    adjusted = adjust_logits(raw, batch) if batch.adjusts else raw
+    highest, token_ids = adjusted.max(dim=-1)
+    failed = (~highest.isfinite()).nonzero().flatten().tolist()
+    if batch.random_rows:
+        rows = _rows(batch.random_rows, raw)
+        token_ids[rows] = draw_tokens(adjusted if len(rows) == len(batch) else adjusted[rows], batch)
+    return SampledTokens(token_ids, _score_sampled(raw, token_ids, batch), tuple(failed))
+
+
+def adjust_logits(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
+    """A copy of the logits with banned stop ids at -inf, biases added, and penalties applied."""
+    adjusted = logits_BV.clone()
+    for row, sequence in enumerate(batch.sequences):
+        if sequence.bans_stop_ids:
+            adjusted[row, _rows(sequence.stop_ids, adjusted)] = -torch.inf
+        if bias := sequence.params.logit_bias:
+            adjusted[row, _rows(list(bias), adjusted)] += torch.tensor(list(bias.values()), device=adjusted.device)
+    for row in batch.penalty_rows:
+        _apply_penalties(adjusted[row], batch.sequences[row])
+    return adjusted
+
+
+def _apply_penalties(logits_V: Tensor, sequence: SequenceSampling) -> None:
+    """In place. Repetition (CTRL, arXiv 1909.05858) sees prompt and answer; frequency and presence see the answer."""
+    params, vocab_size = sequence.params, logits_V.shape[0]
+    if params.repetition_penalty != 1.0:
+        seen = _rows([*set(sequence.prompt_token_ids), *set(sequence.output_token_ids)], logits_V)
+        values = logits_V[seen]
+        factor = params.repetition_penalty
+        logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
+    if sequence.output_token_ids:
+        counts = torch.bincount(_rows(sequence.output_token_ids, logits_V), minlength=vocab_size)
+        logits_V -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+
+def draw_tokens(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
+    """Tokens i64[R] drawn for the batch's random rows from their adjusted logits f32[R, V]."""
+    kept = filter_logits(scale_by_temperature(logits_RV, batch.temperature), batch)
+    uniforms = [batch.sequences[i].uniform() for i in batch.random_rows]
+    return invert_cdf(kept.exp(), torch.tensor(uniforms, dtype=torch.float64, device=kept.device))
+
+
+def invert_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+    """For each row the first token whose cumulative weight is above uniform * total; sums are float64.
+
+    In two levels, blocks of tokens and tokens of one block, as a cumulative sum over a whole row is slow.
+    """
+    num_rows, vocab_size = weights_RV.shape
+    blocks = pad(weights_RV, (0, -vocab_size % DRAW_BLOCK_LEN)).view(num_rows, -1, DRAW_BLOCK_LEN)
+    cdf_of_blocks = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target = uniforms_R.unsqueeze(1) * cdf_of_blocks[:, -1:]
+    block, before = _first_above(cdf_of_blocks, target)
+    rows = torch.arange(num_rows, device=weights_RV.device)
+    cdf_in_block = blocks[rows, block].double().cumsum(dim=-1)
+    token, _ = _first_above(cdf_in_block, target - before)
+    return (block * DRAW_BLOCK_LEN + token).clamp_(max=vocab_size - 1)
+
+
+def _first_above(cdf_RC: Tensor, target_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index with cdf > target, i64[R], and the sum before it, f64[R, 1]."""
+    # Just below the total at most, or rounding could step past the last entry that has any weight.
+    total = cdf_RC[:, -1:]
+    target = torch.minimum(target_R1, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cdf_RC, target, right=True).clamp_(max=cdf_RC.shape[1] - 1)
+    before = cdf_RC.gather(1, (index - 1).clamp(min=0)).masked_fill(index == 0, 0.0)
+    return index.squeeze(1), before
+
+
+def scale_by_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
+    """(logits - max) / temperature: the maximum comes out as 0, so no temperature, however small, makes a NaN."""
+    return (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R.unsqueeze(1)
+
+
+def filter_logits(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
+    """Puts at -inf what min-p, top-k and top-p exclude, given logits whose maximum in each row is 0.
+
+    Tokens of equal logit are kept or excluded together. The likeliest token is always kept.
+    """
+    kept = logits_RV
+    if batch.uses_min_p:
+        # p < min_p * p_max; both sides over p_max, which is exp(0).
+        kept = kept.masked_fill(kept.exp() < batch.min_p.unsqueeze(1), -torch.inf)
+    if batch.max_top_k:
+        kept = kept.masked_fill(kept < _top_k_threshold(kept, batch), -torch.inf)
+    if batch.uses_top_p:
+        kept = kept.masked_fill(kept < _top_p_threshold(kept, batch), -torch.inf)
+    return kept
+
+
+def _top_k_threshold(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
+    """The k-th highest logit of each row, [R, 1]; -inf where top-k is off."""
+    top_k = batch.top_k.clamp(max=logits_RV.shape[1])
+    highest = torch.topk(logits_RV, min(batch.max_top_k, logits_RV.shape[1]), dim=-1).values
+    threshold = highest.gather(1, (top_k - 1).clamp(min=0).unsqueeze(1))
+    return threshold.masked_fill(top_k.unsqueeze(1) == 0, -torch.inf)
+
+
+def _top_p_threshold(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
+    """The lowest kept logit, [R, 1]: a token stays if the likelier ones carry less than p (arXiv 1904.09751)."""
+    total = logits_RV.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    num_candidates = min(batch.max_top_k if batch.all_top_k else NUM_TOP_P_CANDIDATES, logits_RV.shape[1])
+    highest = torch.topk(logits_RV, num_candidates, dim=-1).values
+    threshold, covered = _nucleus(highest, total, batch.top_p)
+    short = (~covered & (batch.top_p < 1.0)).nonzero().flatten()
+    if len(short) and num_candidates < logits_RV.shape[1]:
+        in_order = torch.sort(logits_RV[short], dim=-1, descending=True).values
+        threshold[short] = _nucleus(in_order, total[short], batch.top_p[short])[0]
+    return threshold.masked_fill(batch.top_p.unsqueeze(1) >= 1.0, -torch.inf)
+
+
+def _nucleus(highest_RC: Tensor, total_R1: Tensor, top_p_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest kept value [R, 1] among descending logits, and whether they reach p, bool[R]."""
+    probs = highest_RC.exp().double() / total_R1
+    carried = probs.cumsum(dim=-1)
+    kept = carried - probs < top_p_R.unsqueeze(1)
+    kept[:, 0] = True
+    threshold = highest_RC.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)
+    return threshold, carried[:, -1] >= top_p_R
+
+
+def score_tokens(logits_RV: Tensor, token_ids: Tensor, num_top: int) -> ScoredTokens:
+    """Raw log-probabilities of token_ids i64[R] and of the `num_top` likeliest tokens under logits [R, V]."""
+    logprobs = torch.log_softmax(logits_RV.float(), dim=-1)
+    own = logprobs.gather(1, token_ids.unsqueeze(1))
+    ranks = (logprobs > own).sum(dim=-1) + 1
+    top = torch.topk(logprobs, min(num_top, logprobs.shape[1]), dim=-1)
+    return ScoredTokens(
+        token_ids.tolist(), own.squeeze(1).tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist()
+    )
+
+
+def prompt_logprobs(
+    logits_RV: Tensor, next_token_ids: Sequence[int], num_top: int, decode: Callable[[int], str]
+) -> list[dict[int, Logprob]]:
+    """One entry for each row: what the model expected there, given `next_token_ids[r]`, the prompt token after row r.
+
+    A whole prompt of P tokens gives P-1 rows; the caller puts None before them for the first token. Chunks of a
+    prompt may be scored one after the other.
+    """
+    scored = score_tokens(logits_RV, _rows(next_token_ids, logits_RV), num_top)
+    return [scored.as_dict(row, num_top, decode) for row in range(len(next_token_ids))]
+
+
+def _score_sampled(raw_BV: Tensor, token_ids_B: Tensor, batch: SamplingBatch) -> dict[int, ScoredTokens]:
+    if not batch.logprob_rows:
+        return {}
+    rows = _rows(batch.logprob_rows, raw_BV)
+    scored = score_tokens(raw_BV[rows], token_ids_B[rows], batch.num_logprobs)
+    return {row: scored.row(i) for i, row in enumerate(batch.logprob_rows)}
+
+
+def _rows(indices: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(indices, dtype=torch.int64, device=like.device)
