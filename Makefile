@@ -8,7 +8,9 @@ STAGE ?= decode
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
-INSTALL := $(PIP) install --disable-pip-version-check -qq --constraint constraints.txt
+# Compiling all of torch's modules takes longer than unpacking them; each is compiled when it is first imported instead.
+INSTALL := $(PIP) install --disable-pip-version-check -qq --no-compile --constraint constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready

@@ -1,0 +1,192 @@
+"""Keeps the direction of imports: specs -> codegen -> generated -> runtime, and a light runtime."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What the modules under a folder may import besides the standard library."""
+
+    ours: tuple[str, ...]
+    others: frozenset[str] = frozenset()
+    lazily: frozenset[str] = frozenset()  # only inside a function
+
+
+# The longest folder that holds a module decides.
+LAYERS = {
+    "codegen": Layer(
+        ours=("sageLLM.codegen", "sageLLM.__version__"),
+        others=frozenset({"jinja2", "networkx", "pydantic", "pydantic_core", "ruamel", "typer", "yaml"}),
+    ),
+    "generated": Layer(ours=("sageLLM.generated", "sageLLM.runtime.core")),
+    "generated/kernels": Layer(
+        ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"torch", "triton"})
+    ),
+    "runtime": Layer(
+        ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.__version__"),
+        others=frozenset({"numpy", "safetensors", "tokenizers", "torch"}),
+        lazily=frozenset({"triton"}),
+    ),
+    "runtime/core": Layer(ours=("sageLLM.runtime.core",)),
+    "runtime/scheduler": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
+    "runtime/kv": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
+    "runtime/sim": Layer(ours=("sageLLM.runtime", "sageLLM.generated"), others=frozenset({"numpy"})),
+    "runtime/engine/chat_template_worker.py": Layer(ours=(), others=frozenset({"jinja2"})),  # a process of its own
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One imported name, made absolute."""
+
+    name: str
+    line: int
+    is_lazy: bool
+    is_relative: bool
+
+
+def imports_of(path: Path, root: Path) -> Iterator[Import]:
+    """Every import in the file, those inside functions and `import_module("...")` included."""
+    package = ["sageLLM", *path.relative_to(root).parent.parts]
+
+    def walk(node: ast.AST, is_lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            for name, is_relative in names_of(child, package):
+                yield Import(name, getattr(child, "lineno", 0), is_lazy, is_relative)
+            yield from walk(child, is_lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), is_lazy=False)
+
+
+def names_of(node: ast.AST, package: list[str]) -> list[tuple[str, bool]]:
+    match node:
+        case ast.Import(names=names):
+            return [(alias.name, False) for alias in names]
+        case ast.ImportFrom(module=module, names=names, level=level):
+            base = package[: len(package) - level + 1] if level else []
+            prefix = ".".join([*base, *([module] if module else [])])
+            return [(f"{prefix}.{alias.name}", level > 0) for alias in names]
+        case ast.Call(func=ast.Name(id="import_module" | "__import__"), args=[ast.Constant(value=str(name)), *_]):
+            return [(name, False)]
+        case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]):
+            return [(name, False)]
+    return []
+
+
+def why_not_allowed(found: Import, module: str, layer: Layer) -> str | None:
+    """The rule that the import breaks, or None."""
+    top = found.name.partition(".")[0]
+    if top == "sageLLM":
+        if not any(f"{found.name}.".startswith(f"{name}.") for name in layer.ours):
+            return f"may import of ours only {', '.join(layer.ours)}"
+        if module.startswith("generated/") and found.name.startswith("sageLLM.generated") and not found.is_relative:
+            return "must import its own package relatively: it also lives outside this package"
+        return None
+    if top in sys.stdlib_module_names or top in layer.others:
+        return None
+    if top in layer.lazily:
+        return None if found.is_lazy else f"may import {top} only inside a function"
+    return f"may not import {top}"
+
+
+def broken_rules(root: Path) -> list[str]:
+    """`file:line: import X: rule` for each import that a layer does not allow."""
+    found = []
+    for path in sorted(p for top in ("codegen", "generated", "runtime") for p in (root / top).rglob("*.py")):
+        module = path.relative_to(root).as_posix()
+        layer = LAYERS[max((p for p in LAYERS if f"{module}/".startswith(f"{p}/")), key=len)]
+        for imported in imports_of(path, root):
+            if why := why_not_allowed(imported, module, layer):
+                found.append(f"{module}:{imported.line}: import {imported.name}: {why}")
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    assert broken_rules(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "rule"),
+    [
+        ("codegen/link.py", "from sageLLM.runtime.core import node", "may import of ours only sageLLM.codegen,"),
+        ("codegen/emit/ops.py", "from ...generated import ops", "may import of ours only sageLLM.codegen,"),
+        ("codegen/link.py", "from sageLLM import LLM", "may import of ours only sageLLM.codegen,"),
+        ("codegen/link.py", "def f():\n    import torch.nn", "may not import torch"),
+        ("generated/ops/norm.py", "from sageLLM.runtime.engine import llm", "may import of ours only sageLLM.gener"),
+        ("generated/ops/norm.py", "from sageLLM.generated.ops import gemm", "must import its own package relatively"),
+        ("generated/ops/norm.py", "import torch", "may not import torch"),
+        ("runtime/engine/llm.py", "from ...codegen import link", "may import of ours only sageLLM.runtime,"),
+        ("runtime/engine/llm.py", "import_module('yaml')", "may not import yaml"),
+        ("runtime/engine/llm.py", "import triton", "may import triton only inside a function"),
+        ("runtime/engine/llm.py", "def f():\n    import jinja2", "may not import jinja2"),
+        ("runtime/core/graph.py", "from .. import kv", "may import of ours only sageLLM.runtime.core"),
+        ("runtime/kv/pool.py", "if True:\n    import torch", "may not import torch"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path: Path, module: str, line: str, rule: str) -> None:
+    path = tmp_path / module
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    [found] = broken_rules(tmp_path)
+    assert found.startswith(f"{module}:") and rule in found
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("codegen/emit/ops.py", "from ..model import op\nimport jinja2"),
+        ("generated/ops/norm.py", "from . import gemm\nfrom sageLLM.runtime.core import node"),
+        ("generated/kernels/reference/norm.py", "import torch"),
+        ("runtime/engine/chat_template_worker.py", "import jinja2.sandbox"),
+        ("runtime/engine/llm.py", "def f():\n    import triton"),
+        ("runtime/scheduler/base.py", "from ..kv import blocks\nimport heapq"),
+    ],
+)
+def test_a_right_import_is_let_through(tmp_path: Path, module: str, line: str) -> None:
+    path = tmp_path / module
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert broken_rules(tmp_path) == []
+
+
+LOADED = """
+import importlib, pathlib, sys
+import sageLLM
+root = pathlib.Path(sageLLM.__file__).parent
+for path in sorted(p for folder in sys.argv[1].split() for p in (root / folder).rglob("*.py")):
+    if path.stem != "__main__":
+        module = ".".join(("sageLLM", *path.relative_to(root).with_suffix("").parts))
+        importlib.import_module(module.removesuffix(".__init__"))
+print(*sorted(set(sys.argv[2].split()) & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("folders", "unwanted"),
+    [
+        ("runtime/core runtime/scheduler runtime/kv runtime/sim", "torch numpy pydantic jinja2 networkx yaml typer"),
+        ("codegen", "torch transformers sageLLM.runtime sageLLM.generated"),
+        ("runtime generated", "sageLLM.codegen pydantic yaml ruamel typer triton"),
+    ],
+)
+def test_what_loads_with_a_layer(folders: str, unwanted: str) -> None:
+    """The rules above see one file at a time; here the whole chain is loaded."""
+    command = [sys.executable, "-c", LOADED, folders, unwanted]
+    environ = os.environ | {"PYTHONPATH": str(ROOT / "_dev")}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_runtime_package_root_stays_empty() -> None:
+    assert (ROOT / "runtime/__init__.py").read_bytes() == b"", "an import here closes the circle generated -> runtime"
