@@ -1,0 +1,67 @@
+"""The settings of the PD scheduler, checked when they are made."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Mode = Literal["strict", "time_share", "hybrid"]
+PreemptionMode = Literal["swap", "recompute"]
+
+_COUNTS = (
+    "max_prefill_batch_size",
+    "max_prefill_tokens",
+    "prefill_chunk_size",
+    "max_decode_batch_size",
+    "max_decode_tokens",
+    "max_consecutive_decodes",
+)
+
+
+@dataclass(slots=True)
+class PDSchedulerConfig:
+    """How prefill and decode share the devices.
+
+    - `strict`: prefill and decode run on workers of their own, both in the same step; KV migrates between two pools.
+    - `time_share`: one worker; a step is either prefill or decode. Decode is preferred, but after
+      `max_consecutive_decodes` decode steps a waiting prefill gets a step.
+    - `hybrid`: one worker; a step holds the decodes and, beside them, chunks of prefill (Sarathi-Serve, arXiv
+      2403.02310).
+
+    Sizes are in tokens per step: a prefill step computes up to `max_prefill_tokens`; a hybrid step up to
+    `max_prefill_tokens` in all, of which at most `prefill_chunk_size` are prefill. Both are shared by the requests of
+    the step, first come first served; a prompt that exceeds what is left continues in the next step. Each decode is
+    one token.
+
+    With `enable_preemption=False` a request is admitted only when its prompt and `max_new_tokens` fit, and all that is
+    reserved. `preemption_mode="swap"` recomputes for now.
+    """
+
+    prefill_device_ids: list[int] = field(default_factory=lambda: [0])
+    decode_device_ids: list[int] = field(default_factory=lambda: [0])
+    mode: Mode = "time_share"
+    max_prefill_batch_size: int = 32
+    max_prefill_tokens: int = 4096
+    prefill_chunk_size: int = 512
+    max_decode_batch_size: int = 256
+    max_decode_tokens: int = 8192
+    enable_preemption: bool = True
+    preemption_mode: PreemptionMode = "recompute"
+    max_consecutive_decodes: int = 4
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, get_args(Mode))
+        _check_choice("preemption_mode", self.preemption_mode, get_args(PreemptionMode))
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mode == "hybrid" and self.max_prefill_tokens < 2:
+            raise ValueError("hybrid mode needs max_prefill_tokens of at least 2: one for a decode, one for a prefill")
+
+    @property
+    def max_decodes(self) -> int:
+        """Decodes that one step can serve; each is one token."""
+        return min(self.max_decode_batch_size, self.max_decode_tokens)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

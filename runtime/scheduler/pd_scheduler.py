@@ -1,0 +1,384 @@
+"""The prefill/decode scheduler: continuous batching with chunked prefill over paged KV, in three modes.
+
+A request goes waiting -> started (prefill) -> [migrating, in strict mode] -> decoding -> finished, and from any running
+state back to waiting when it is preempted. Nothing counts as computed before `update_after_step` commits the step; a
+step that was planned and not committed is rolled back by the next `schedule`, at no cost but the planning.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable
+
+from sageLLM.runtime.scheduler.base import (
+    BaseScheduler,
+    Batch,
+    Chunk,
+    KVBudget,
+    Request,
+    RequestStatus,
+    ScheduleOutput,
+)
+from sageLLM.runtime.scheduler.config import PDSchedulerConfig
+from sageLLM.runtime.scheduler.decode import DecodePhase
+from sageLLM.runtime.scheduler.limits import SequenceLimits
+from sageLLM.runtime.scheduler.migration import MigrationPhase
+from sageLLM.runtime.scheduler.placement import KVPlacement
+from sageLLM.runtime.scheduler.plan import StepPlan
+from sageLLM.runtime.scheduler.prefill import PrefillPhase
+from sageLLM.runtime.scheduler.queues import TurnQueue
+from sageLLM.runtime.scheduler.stats import SchedulerCounters
+
+__all__ = ["PDScheduler", "PDSchedulerConfig"]
+
+
+class PDScheduler(BaseScheduler):
+    """Schedules prefill and decode in the mode that the config names.
+
+    - `kv_budget` sizes the KV pool (in strict mode both pools). Without it blocks are numbered from 0 without limit,
+      reused as they come back: nothing is ever refused or preempted for space, and the engine must grow its cache
+      with the peak.
+    - `max_model_len` bounds prompt + output of a request.
+    - `clock` gives the times stamped on requests, in seconds; no decision depends on it. Whoever passes one stamps
+      `arrival_time` with the same.
+
+    At most `max_batch_size` (the larger of the two batch sizes) requests hold KV at once.
+
+    Preemption recomputes: the victim, always the running request that ranks last, frees its blocks and goes back to the
+    waiting line at its old rank; later its prompt and the outputs so far are prefilled again, and the last chunk yields
+    the next token. The running request that ranks first is never a victim, so there is always progress.
+    """
+
+    def __init__(
+        self,
+        config: PDSchedulerConfig | None = None,
+        *,
+        kv_budget: KVBudget | None = None,
+        max_model_len: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config or PDSchedulerConfig()
+        super().__init__(
+            max_batch_size=max(self.config.max_prefill_batch_size, self.config.max_decode_batch_size),
+            max_tokens=max(self.config.max_prefill_tokens, self.config.max_decode_tokens),
+        )
+        if self.config.preemption_mode == "swap":
+            warnings.warn("preemption_mode='swap' recomputes for now: there is no swap tier yet", stacklevel=2)
+        self.kv = KVPlacement(kv_budget, is_split=self.config.mode == "strict")
+        self.limits = SequenceLimits(max_model_len, self.kv.max_tokens, self.kv.block_size)
+        self._clock = clock
+        self._prefill = PrefillPhase(self.waiting_queue, self._can_admit, self._admit)
+        self._decode = DecodePhase(self.kv.block_size, self._grow)
+        self._migration = MigrationPhase(self.kv)
+        # Ended while the device may still touch their blocks.
+        self._limbo: dict[str, Request] = {}
+        self._in_flight: ScheduleOutput | None = None
+        self._reannounce: dict[str, list[int]] = {}
+        self._num_consecutive_decodes = 0
+        self._num_steps = 0
+        self._counters = SchedulerCounters()
+
+    # --- the lines ---
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest prompt + output that any request can reach, in tokens; None when nothing bounds it."""
+        return self.limits.max_seq_len
+
+    @property
+    def prefill_queue(self) -> list[Request]:
+        """All requests with prompt left to compute, waiting or started, by rank."""
+        return sorted([*self.waiting_queue, *self._prefill.started.values()], key=lambda request: request.rank)
+
+    @property
+    def decode_queue(self) -> TurnQueue[Request]:
+        """The requests that decode, the next one to be served first."""
+        return self._decode.queue
+
+    def why_not_acceptable(self, request: Request) -> str | None:
+        """The reason why `add_request` would refuse, or None."""
+        reason = super().why_not_acceptable(request)
+        if reason is not None:
+            return reason
+        if request.request_id in self._limbo:
+            return f"request {request.request_id!r} was aborted in the step in flight; its id is free after that step"
+        return self.limits.why_too_long(request)
+
+    def abort_request(self, request_id: str) -> bool:
+        """End a request in whatever state it is; False when no live request has this id.
+
+        If a step is in flight, the request's part of it is ignored, outputs included, and its blocks return to the pool
+        when the step ends.
+        """
+        request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
+        if request is None:
+            return False
+        self._retire(request)
+        self._counters.total_aborted += 1
+        return True
+
+    # --- planning ---
+
+    def schedule(self) -> ScheduleOutput:
+        """Plan the next step. A planned step that was not committed is rolled back first."""
+        self.rollback_step()
+        plan = StepPlan(given=self._reannounce)
+        self._reannounce = {}
+        self._plan_batches(plan)
+        self._migration.plan(plan)
+        output = plan.to_output(self._num_steps)
+        output.kv_blocks_to_free, self.kv.freed = self.kv.freed, []
+        output.prefill_blocks_to_free, self.kv.freed_prefill = self.kv.freed_prefill, []
+        self._num_steps += 1
+        self._in_flight = output
+        self._counters.count_plan(output)
+        assert not output.is_empty or self._may_idle(), "nothing planned although requests wait and no copy is pending"
+        return output
+
+    def _plan_batches(self, plan: StepPlan) -> None:
+        match self.config.mode:
+            case "time_share":
+                self._plan_time_share(plan)
+            case "hybrid":
+                self._plan_hybrid(plan)
+            case "strict":
+                self._decode.plan(plan, self.config.max_decodes)
+                self._prefill.plan(plan, self.config.max_prefill_tokens, self.config.max_prefill_batch_size)
+
+    def _plan_time_share(self, plan: StepPlan) -> None:
+        is_prefill_due = self._num_consecutive_decodes >= self.config.max_consecutive_decodes
+        if not self.decode_queue or (is_prefill_due and self._prefill.has_work()):
+            self._prefill.plan(plan, self.config.max_prefill_tokens, self.config.max_prefill_batch_size)
+        else:
+            self._decode.plan(plan, self.config.max_decodes)
+
+    def _plan_hybrid(self, plan: StepPlan) -> None:
+        """One token budget: decodes first, but never so many that a prefill with a place cannot advance."""
+        budget = self.config.max_prefill_tokens
+        kept_for_prefill = min(self.config.prefill_chunk_size, budget // 2) if self._prefill.has_work() else 0
+        self._decode.plan(plan, min(self.config.max_decodes, budget - kept_for_prefill))
+        num_left = min(self.config.prefill_chunk_size, budget - len(plan.decode))
+        self._prefill.plan(plan, num_left, self.config.max_prefill_batch_size)
+
+    def _may_idle(self) -> bool:
+        return bool(self._migration.copying) or not (self.running_requests or self.waiting_queue)
+
+    def _can_admit(self, request: Request) -> bool:
+        """Whether the request may start. A preempted one waits until every decode could grow, lest it fall again."""
+        headroom = len(self.decode_queue) if request.status is RequestStatus.PREEMPTED else 0
+        has_seat = len(self.running_requests) < self.max_batch_size
+        return has_seat and self.kv.can_admit(request, self._num_tokens_reserved(request), headroom)
+
+    def _num_tokens_reserved(self, request: Request) -> int:
+        return self.limits.num_tokens_reserved(request, self.config.enable_preemption)
+
+    def _admit(self, request: Request, plan: StepPlan) -> None:
+        plan.give(request, self.kv.admit(request, self._num_tokens_reserved(request)))
+        request.status = RequestStatus.PREFILLING
+        self.running_requests[request.request_id] = request
+        self.preempted_requests.pop(request.request_id, None)
+
+    # --- preemption ---
+
+    def _grow(self, request: Request, plan: StepPlan) -> bool:
+        """Give a decode the block of its next token, preempting others or itself; False when it sits this step out."""
+        num_tokens = request.num_computed_tokens + 1
+        while not self.kv.can_extend(request, num_tokens):
+            victim = self._victim()
+            assert victim is not None and self.config.enable_preemption, "a lone or reserved request outgrew the pool"
+            if victim is request and self._migration.copying:
+                return False  # a copy will soon be a decode, which can be preempted in its stead
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
+        plan.give(request, self.kv.extend(request, num_tokens))
+        return True
+
+    def _victim(self) -> Request | None:
+        candidates = (r for r in self.running_requests.values() if r.request_id not in self._migration.copying)
+        return max(candidates, key=lambda request: request.rank, default=None)
+
+    def _preempt(self, request: Request, plan: StepPlan) -> None:
+        self._leave_line(request)
+        self.kv.release(request, unannounced=plan.drop(request))
+        self._counters.count_preemption(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.preempted_requests[request.request_id] = request
+        self.waiting_queue.push(request)
+        plan.preempted.append(request)
+
+    # --- committing ---
+
+    def update_after_step(
+        self, finished_request_ids: Iterable[str], pending_migrations: Collection[str] = ()
+    ) -> list[str]:
+        """Commit the step in flight, end the finished requests, and return the ids that the scheduler itself ended.
+
+        The step's migrations count as done, except the ids in `pending_migrations`: those wait for
+        `confirm_migrations`. The scheduler ends a request, as a last resort, whose output has `max_new_tokens` tokens
+        or whose sequence has `max_seq_len`; an engine that stops there itself gets an empty list. Unknown finished
+        ids were aborted and are ignored.
+        """
+        output, self._in_flight = self._in_flight, None
+        ended: list[Request] = []
+        if output is not None:
+            ended = self._commit(output)
+            self.confirm_migrations(
+                m.request_id for m in output.kv_migrations if m.request_id not in pending_migrations
+            )
+        for request_id in finished_request_ids:
+            request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
+            if request is not None:
+                self._finish(request)
+        unexpected = [request for request in ended if request.status is not RequestStatus.FINISHED]
+        for request in unexpected:
+            self._finish(request)
+        self._empty_limbo()
+        return [request.request_id for request in unexpected]
+
+    def rollback_step(self) -> None:
+        """Forget the step in flight, say because the device failed: its tokens and copies are planned again.
+
+        Admissions and preemptions stand; blocks given or freed are announced again by the next output.
+        """
+        output, self._in_flight = self._in_flight, None
+        if output is None:
+            return
+        for migration in output.kv_migrations:
+            request = self._migration.cancel(migration)
+            if request is not None:
+                del output.kv_blocks_to_allocate[migration.request_id]
+                if request.status is not RequestStatus.FINISHED:
+                    self._migration.waiting[migration.request_id] = request
+        self._empty_limbo()
+        live = self.running_requests
+        self._reannounce = {i: blocks for i, blocks in output.kv_blocks_to_allocate.items() if i in live}
+        self.kv.freed = output.kv_blocks_to_free + self.kv.freed
+        self.kv.freed_prefill = output.prefill_blocks_to_free + self.kv.freed_prefill
+
+    def prefill_to_decode(self, request_ids: Iterable[str]) -> None:
+        """Commit the last chunks of these requests' prefills now, before the step ends.
+
+        Optional, as `update_after_step` does the same; it may be called any number of times. Requests whose prefill
+        is not complete with the step in flight, or is done already, stay as they are.
+        """
+        output = self._in_flight
+        chunks = output.prefill_batch.chunks if output and output.prefill_batch else []
+        last = {chunk.request.request_id: chunk for chunk in chunks if chunk.is_last}
+        for request_id in request_ids:
+            if request_id in last:
+                self._commit_prefill(last[request_id], self._clock())
+
+    def confirm_migrations(self, request_ids: Iterable[str]) -> None:
+        """The KV of these requests has arrived on the decode worker (on all of its ranks): they may decode."""
+        for request_id in request_ids:
+            request = self._migration.copying.pop(request_id, None)
+            if request is not None and request.status is not RequestStatus.FINISHED:
+                self.kv.arrive(request)
+                self._start_decoding(request)
+        if self._in_flight is None:
+            self._empty_limbo()
+
+    def _commit(self, output: ScheduleOutput) -> list[Request]:
+        """Count the step's tokens as computed; returns the requests that are as long as they may become."""
+        now = self._clock()
+        for chunk in _chunks(output.prefill_batch):
+            self._commit_prefill(chunk, now)
+        decodes = _chunks(output.decode_batch)
+        for chunk in decodes:
+            if chunk.request.status is RequestStatus.DECODING:
+                chunk.request.num_computed_tokens = chunk.start + 1
+        if output.prefill_batch:
+            self._num_consecutive_decodes = 0
+        elif decodes:
+            self._num_consecutive_decodes += 1
+        self._decode.end_turn(decodes)
+        chunks = [*_chunks(output.prefill_batch), *decodes]
+        return [chunk.request for chunk in chunks if chunk.is_last and self.limits.is_full(chunk.request)]
+
+    def _commit_prefill(self, chunk: Chunk, now: float) -> None:
+        request = chunk.request
+        if self._prefill.started.get(request.request_id) is not request:
+            return  # aborted, or committed by prefill_to_decode
+        request.num_computed_tokens = chunk.start + chunk.num_tokens
+        if not chunk.is_last:
+            return
+        if request.first_token_time is None:
+            request.first_token_time = now
+        del self._prefill.started[request.request_id]
+        if self.kv.is_split:
+            self._migration.waiting[request.request_id] = request
+        else:
+            self._start_decoding(request)
+
+    def _start_decoding(self, request: Request) -> None:
+        request.status = RequestStatus.DECODING
+        self.decode_queue.append(request)
+
+    # --- leaving ---
+
+    def _finish(self, request: Request) -> None:
+        self._retire(request)
+        self._counters.total_finished += 1
+
+    def _retire(self, request: Request) -> None:
+        """End a request. Blocks that a step or a copy in flight may touch go back when that is over."""
+        if request.request_id in self.waiting_queue:
+            self.waiting_queue.remove(request)
+            self.preempted_requests.pop(request.request_id, None)
+        else:
+            self._leave_line(request)
+            self._limbo[request.request_id] = request
+        request.status = RequestStatus.FINISHED
+        request.finish_time = self._clock()
+        if self._in_flight is None:
+            self._empty_limbo()
+
+    def _leave_line(self, request: Request) -> None:
+        del self.running_requests[request.request_id]
+        if request.status is RequestStatus.DECODING:
+            self.decode_queue.remove(request)
+        elif request.request_id in self._prefill.started:
+            del self._prefill.started[request.request_id]
+        else:
+            self._migration.waiting.pop(request.request_id, None)  # stays in `copying` until the copy has ended
+
+    def _empty_limbo(self) -> None:
+        for request_id, request in list(self._limbo.items()):
+            if request_id not in self._migration.copying:
+                self.kv.release(request)
+                del self._limbo[request_id]
+
+    # --- reports ---
+
+    def get_stats(self) -> dict[str, int]:
+        """Counters since the start (`total_*`; batches and tokens as planned) and sizes now, of lines and KV blocks."""
+        stats = self._counters.as_dict()
+        stats["prefill_queue_size"] = len(self._prefill)
+        stats["decode_queue_size"] = len(self.decode_queue)
+        stats["migrating_size"] = len(self._migration)
+        stats["num_waiting"] = self.get_num_waiting()
+        stats["num_running"] = self.get_num_running()
+        stats["num_preempted"] = len(self.preempted_requests)
+        stats["kv_blocks_used"] = self.kv.decode.pool.num_used
+        if self.kv.is_split:
+            stats["prefill_kv_blocks_used"] = self.kv.prefill.pool.num_used
+        return stats
+
+    def check_integrity(self) -> None:
+        """Check that each live request is in exactly one line and that exactly the running ones hold blocks."""
+        lines = [*self._prefill.started, *self._migration.waiting, *self._migration.copying]
+        lines += [request.request_id for request in self.decode_queue]
+        assert len(set(lines)) == len(lines), "a request is in two lines"
+        running = self.running_requests.keys()
+        assert set(lines) - self._limbo.keys() == running, f"running requests in no line: {running ^ set(lines)}"
+        assert not any(request_id in running for request_id in self._limbo), "an ended request still runs"
+        assert not any(request.request_id in running for request in self.waiting_queue), "a request waits and runs"
+        waiting_preempted = {r.request_id for r in self.waiting_queue if r.status is RequestStatus.PREEMPTED}
+        assert self.preempted_requests.keys() == waiting_preempted, "a preempted request does not wait"
+        self.kv.check_integrity([*running, *self._limbo])
+
+
+def _chunks(batch: Batch | None) -> list[Chunk]:
+    return batch.chunks if batch else []

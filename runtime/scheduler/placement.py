@@ -1,0 +1,105 @@
+"""Where the KV of running requests lies: in one pool, or first in the prefill worker's and then in the decode worker's.
+
+With two pools a request gets its blocks in both when it is admitted: those of the decode pool stay reserved until its
+KV is copied there, so prefill never runs ahead of what the decode worker can take, and a copy never waits for room.
+"""
+
+from collections.abc import Collection
+
+from sageLLM.runtime.kv.manager import DEFAULT_BLOCK_SIZE, PagedKVManager
+from sageLLM.runtime.scheduler.base import KVBudget, KVMigration, Request
+
+
+class KVPlacement:
+    """The block tables of all running requests, over one pool or (`is_split`) two.
+
+    `request.kv_block_ids` is always the live table in the pool of the worker that the request now runs on. Returned
+    blocks gather in `freed` and `freed_prefill` until they are announced to the engine.
+    """
+
+    def __init__(self, budget: KVBudget | None, is_split: bool) -> None:
+        num_blocks = budget.num_blocks if budget else None
+        num_prefill_blocks = budget.num_prefill_blocks if budget else None
+        block_size = budget.block_size if budget else DEFAULT_BLOCK_SIZE
+        self.decode = PagedKVManager(num_blocks, block_size)
+        self.prefill = self.decode
+        if is_split:
+            self.prefill = PagedKVManager(num_blocks if num_prefill_blocks is None else num_prefill_blocks, block_size)
+        self.is_split = is_split
+        self.block_size = block_size
+        self.freed: list[int] = []
+        self.freed_prefill: list[int] = []
+        # Reservations in the decode pool of which the engine has not heard yet.
+        self._silent: set[str] = set()
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence that fits in every pool when it is alone there; None when they are unbounded."""
+        limits = [kv.max_tokens for kv in (self.prefill, self.decode) if kv.max_tokens is not None]
+        return min(limits, default=None)
+
+    def holds(self, request_id: str) -> bool:
+        """Whether the request has blocks in any pool."""
+        return self.decode.holds(request_id) or self.prefill.holds(request_id)
+
+    def can_admit(self, request: Request, num_tokens: int, headroom: int) -> bool:
+        """Whether `admit` would succeed and leave `headroom` blocks to the running decodes."""
+        if self.is_split and not self.prefill.can_allocate(request.request_id, request.total_tokens):
+            return False
+        return self.decode.can_allocate(request.request_id, num_tokens, headroom)
+
+    def admit(self, request: Request, num_tokens: int) -> list[int]:
+        """Give a request blocks for its tokens, and for `num_tokens` where it will decode; returns the new ones."""
+        reserved = self.decode.allocate(request.request_id, num_tokens)
+        if not self.is_split:
+            request.kv_block_ids = self.decode.block_table(request.request_id)
+            return reserved
+        self._silent.add(request.request_id)
+        new_blocks = self.prefill.allocate(request.request_id, request.total_tokens)
+        request.kv_block_ids = self.prefill.block_table(request.request_id)
+        return new_blocks
+
+    def can_extend(self, request: Request, num_tokens: int) -> bool:
+        """Whether a decoding request's table can grow to `num_tokens` tokens."""
+        return self.decode.can_allocate(request.request_id, num_tokens)
+
+    def extend(self, request: Request, num_tokens: int) -> list[int]:
+        """Grow a decoding request's table to `num_tokens` tokens; returns the new blocks."""
+        return self.decode.allocate(request.request_id, num_tokens)
+
+    def start_migration(self, request: Request) -> tuple[KVMigration, list[int]]:
+        """The copy to the decode pool, and the request's whole table there. The source is pinned until `arrive`."""
+        self._silent.discard(request.request_id)
+        table = self.decode.block_table(request.request_id)
+        source = self.prefill.block_table(request.request_id)[: self.prefill.blocks_for(request.num_computed_tokens)]
+        copy = KVMigration(request.request_id, source, table[: len(source)], request.num_computed_tokens)
+        return copy, list(table)
+
+    def cancel_migration(self, request_id: str) -> None:
+        """Undo `start_migration`: the engine has not heard of the target after all."""
+        self._silent.add(request_id)
+
+    def arrive(self, request: Request) -> None:
+        """The copy is complete: free the source and run on the decode pool."""
+        self.freed_prefill += self.prefill.free(request.request_id)
+        request.kv_block_ids = self.decode.block_table(request.request_id)
+
+    def release(self, request: Request, unannounced: Collection[int] = ()) -> None:
+        """Return all blocks of a request. `unannounced` ones were given within the step that is being planned."""
+        unannounced = set(unannounced)
+        request_id = request.request_id
+        if self.is_split and self.prefill.holds(request_id):
+            self.freed_prefill += [block for block in self.prefill.free(request_id) if block not in unannounced]
+            unannounced = set()
+        freed = self.decode.free(request_id)
+        if request_id not in self._silent:
+            self.freed += [block for block in freed if block not in unannounced]
+        self._silent.discard(request_id)
+        request.kv_block_ids = []
+
+    def check_integrity(self, live: Collection[str]) -> None:
+        """Check the pools, and that exactly the `live` requests have tables."""
+        self.decode.check_integrity(live)
+        if self.is_split:
+            self.prefill.check_integrity()
+            assert all(self.decode.holds(request_id) for request_id in self._silent), "a reservation without blocks"

@@ -1,0 +1,41 @@
+"""Counts what the scheduler planned and what became of the requests."""
+
+from dataclasses import asdict, dataclass
+
+from sageLLM.runtime.scheduler.base import Request, ScheduleOutput
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Counters that only grow; steps, batches and tokens are counted when they are planned."""
+
+    total_steps: int = 0
+    total_prefill_batches: int = 0
+    total_decode_batches: int = 0
+    total_prefill_tokens: int = 0
+    total_decode_tokens: int = 0
+    total_preemptions: int = 0
+    total_recomputed_tokens: int = 0
+    total_migrations: int = 0
+    total_finished: int = 0
+    total_aborted: int = 0
+
+    def count_plan(self, output: ScheduleOutput) -> None:
+        """Count a step handed out."""
+        self.total_steps += 1
+        self.total_migrations += len(output.kv_migrations)
+        if output.prefill_batch:
+            self.total_prefill_batches += 1
+            self.total_prefill_tokens += output.prefill_batch.total_tokens
+        if output.decode_batch:
+            self.total_decode_batches += 1
+            self.total_decode_tokens += output.decode_batch.batch_size
+
+    def count_preemption(self, victim: Request) -> None:
+        """Count a preemption, and the tokens whose KV it throws away."""
+        self.total_preemptions += 1
+        self.total_recomputed_tokens += victim.num_computed_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        """The counters by name."""
+        return asdict(self)
