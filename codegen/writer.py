@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -149,7 +148,7 @@ def _replace_files(changed: list[Output], out: Path) -> None:
             path.write_bytes(output.text.encode())
         for output in sorted(changed, key=lambda output: output.path == MANIFEST):
             (out / output.path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(stage / output.path, out / output.path)
+            (stage / output.path).replace(out / output.path)
     except OSError as error:
         raise _disk_error(error) from None
     finally:

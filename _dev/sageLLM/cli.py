@@ -1,0 +1,117 @@
+"""The `sagellm` command. Each subcommand is imported when it runs, so that `sagellm --help` stays fast.
+
+stdout is data, stderr is log. Exit codes: 0 fine, 1 failed, 2 wrong usage, 100 findings (lint, generate --check).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Specs = Annotated[
+    list[Path] | None, typer.Option("--specs", help="An overlay spec folder; may be given several times.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command()
+def generate(
+    specs: Specs = None,
+    out: Annotated[Path | None, typer.Option(help="Where the generated tree goes.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; report drift, exit 100 if any.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Write nothing; show what changes per model and stage.")] = False,
+    json: Json = False,
+) -> None:
+    """Generate code from the specs: ops, builders, kernels, passes, docs, tests."""
+    from sageLLM.codegen.commands import Generate
+
+    command = Generate(specs or [], out, as_json=json)
+    if diff:
+        from sageLLM.runtime.execution_graph.commands import show_spec_diff
+
+        raise typer.Exit(command.with_fresh_tree(show_spec_diff))
+    raise typer.Exit(command.check() if check else command.write())
+
+
+@app.command()
+def lint(specs: Specs = None, json: Json = False) -> None:
+    """Check the specs and print diagnostics only."""
+    from sageLLM.codegen.commands import Generate
+
+    raise typer.Exit(Generate(specs or [], None, as_json=json).lint())
+
+
+@app.command()
+def new(
+    kind: Annotated[Literal["op", "model", "pass"], typer.Argument(help="What to add.")],
+    name: Annotated[str, typer.Argument(help="Its name, in snake_case.")],
+    specs: Annotated[Path | None, typer.Option(help="The spec folder to put it in (default: the package's).")] = None,
+) -> None:
+    """Start a new op, model or pass: an entry that already generates and passes its tests."""
+    from sageLLM.codegen.commands import new_entry
+
+    raise typer.Exit(new_entry(kind, name, specs))
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="An op, model, pass, rule, error code, or generated file:line.")],
+    specs: Specs = None,
+    out: Annotated[Path | None, typer.Option(help="The generated tree that file:line refers to.")] = None,
+) -> None:
+    """Tell everything known of an op, model, pass, rule, error code or line of generated code."""
+    from sageLLM.codegen.commands import explain_name
+
+    raise typer.Exit(explain_name(name, specs or [], out))
+
+
+@app.command()
+def graph(
+    model: Annotated[str, typer.Argument(help="A model layout (its tiny config), or a checkpoint folder.")],
+    stage: Annotated[Literal["prefill", "decode", "hybrid"], typer.Option(help="Which graph.")] = "prefill",
+    level: Annotated[Literal["block", "kernel"], typer.Option(help="Before or after expansion.")] = "kernel",
+    passes: Annotated[str | None, typer.Option(help="Only these passes, by commas; '' for none.")] = None,
+    print_ir_after: Annotated[str | None, typer.Option(help="Print the graph after this pass, or after 'all'.")] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Show what the passes changed, line by line.")] = False,
+    format: Annotated[Literal["text", "json", "dot", "mermaid", "html"], typer.Option(help="How to print.")] = "text",
+    plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
+) -> None:
+    """Print a model's execution graph."""
+    from sageLLM.runtime.execution_graph.commands import GraphRequest, show_graph
+
+    request = GraphRequest(model, stage, level, passes, print_ir_after, diff, format, plugins or [])
+    raise typer.Exit(show_graph(request))
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    pd: Annotated[
+        Literal["strict", "time_share", "hybrid"], typer.Option(help="How prefill and decode share.")
+    ] = "hybrid",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
+    plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
+    json: Json = False,
+) -> None:
+    """Complete prompts with a checkpoint."""
+    from sageLLM.runtime.engine.commands import RunRequest, run_prompts
+
+    request = RunRequest(
+        model, prompt, max_tokens, temperature, seed, pd, dtype, max_model_len, plugins or [], as_json=json
+    )
+    raise typer.Exit(run_prompts(request))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

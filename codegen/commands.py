@@ -1,0 +1,156 @@
+"""The generator's subcommands: each prints what it found or did and returns the exit code."""
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sageLLM.codegen import driver
+from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors, render
+from sageLLM.codegen.explain import explain
+from sageLLM.codegen.scaffold import scaffold
+
+FINE, FAILED, USAGE, FINDINGS = 0, 1, 2, 100
+
+
+class Generate:
+    """`sagellm generate` and `lint`, over the package's specs and the overlays given."""
+
+    def __init__(self, overlays: Sequence[Path], out: Path | None, *, as_json: bool = False) -> None:
+        self.overlays = list(overlays)
+        self.out = out
+        self.as_json = as_json
+
+    def write(self) -> int:
+        """Brings the tree up to date and says what changed."""
+        if self._lacks_out():
+            return USAGE
+        return self._guarded(self._write)
+
+    def check(self) -> int:
+        """Reports drift between specs and tree. Whatever goes wrong is a failure, never a pass."""
+        if self._lacks_out():
+            return USAGE
+        return self._guarded(self._check)
+
+    def lint(self) -> int:
+        return self._guarded(self._lint)
+
+    def with_fresh_tree(self, show: Callable[[Path, Path, bool], int]) -> int:
+        """Generates into a temporary folder and calls show(old tree, new tree, as_json)."""
+        if self._lacks_out():
+            return USAGE
+
+        def run() -> int:
+            with tempfile.TemporaryDirectory(prefix="sagellm-") as folder:
+                driver.generate(self.overlays, Path(folder, "generated"))
+                return show(self.out or driver.BASE_OUT, Path(folder, "generated"), self.as_json)
+
+        return self._guarded(run)
+
+    def _write(self) -> int:
+        start = time.perf_counter()
+        written = driver.generate(self.overlays, self.out or driver.BASE_OUT)
+        seconds = time.perf_counter() - start
+        if self.as_json:
+            print(json.dumps(dataclasses.asdict(written) | {"seconds": round(seconds, 3)}))
+            return FINE
+        for path in written.changed:
+            print(f"wrote {path}")
+        for path in written.removed:
+            print(f"removed {path}")
+        _log(f"{len(written.changed)} written, {len(written.removed)} removed, {written.unchanged} unchanged")
+        return FINE
+
+    def _check(self) -> int:
+        lines = driver.check(self.overlays, self.out or driver.BASE_OUT)
+        if self.as_json:
+            print(json.dumps({"drift": lines}))
+        elif lines:
+            print("\n".join(f"error[SAGE506]: {line}" for line in lines))
+            _log("the generated tree does not match the specs: run `make generate` and commit the result")
+        return FINDINGS if lines else FINE
+
+    def _lint(self) -> int:
+        specs = driver.load_and_link(self.overlays)
+        counts = {"ops": len(specs.ops), "models": len(specs.models), "passes": len(specs.passes)}
+        if self.as_json:
+            print(json.dumps({"diagnostics": []} | counts))
+        else:
+            _log("no findings in " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+        return FINE
+
+    def _lacks_out(self) -> bool:
+        if self.overlays and self.out is None:
+            _log("give --out FOLDER with --specs: an overlay's code goes into a folder of its own")
+            return True
+        return False
+
+    def _guarded(self, run: Callable[[], int]) -> int:
+        try:
+            return run()
+        except SpecErrors as errors:
+            self._print(errors.diagnostics)
+            return FAILED if any(d.code.startswith("SAGE5") for d in errors.diagnostics) else FINDINGS
+
+    def _print(self, diagnostics: list[Diagnostic]) -> None:
+        if self.as_json:
+            print(json.dumps({"diagnostics": [dataclasses.asdict(d) for d in diagnostics]}))
+            return
+        read_line = LineReader([driver.BASE_SPECS, *self.overlays])
+        print("\n".join(render(diagnostic, read_line) for diagnostic in diagnostics))
+        _log(f"{len(diagnostics)} error{'s' * (len(diagnostics) != 1)}")
+
+
+class LineReader:
+    """Finds the source line of a diagnostic, whose file name begins with its spec folder's name."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = {folder.resolve().name: folder for folder in folders}
+
+    def __call__(self, file: str, line: int) -> str | None:
+        root, _, rest = file.partition("/")
+        folder = self._folders.get(root)
+        try:
+            return (folder / rest).read_text(encoding="utf-8").split("\n")[line - 1] if folder else None
+        except (OSError, UnicodeDecodeError, IndexError):
+            return None
+
+
+def explain_name(name: str, overlays: Sequence[Path], out: Path | None) -> int:
+    """Prints what is known of a name; an unknown name is an error that suggests near ones."""
+
+    def run() -> int:
+        text = explain(name, driver.load_and_link(overlays), out or driver.BASE_OUT)
+        print(text.rstrip())
+        return FINE
+
+    try:
+        return Generate(overlays, out)._guarded(run)
+    except LookupError as error:
+        _log(str(error.args[0]))
+        return FAILED
+
+
+def new_entry(kind: str, name: str, specs: Path | None) -> int:
+    """Writes the scaffold of an op, model or pass and says how to go on."""
+    folder = specs or driver.BASE_SPECS
+    try:
+        path = scaffold(kind, name, folder)
+    except (ValueError, OSError) as error:
+        _log(str(error))
+        return FAILED
+    print(path)
+    _log(
+        "now edit it and run `make generate`"
+        if specs is None
+        else f"now edit it, then: sagellm generate --specs {specs} --out FOLDER"
+    )
+    return FINE
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,219 @@
+"""The engine: continuous batching as a loop of schedule, run, sample, update.
+
+Under `strict` there are two workers, each with its own KV pool; a prefilled request's blocks are copied between them.
+"""
+
+import itertools
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from sageLLM.runtime.engine.kv_pool import KVPool
+from sageLLM.runtime.engine.model import Model
+from sageLLM.runtime.engine.outputs import RequestMetrics, RequestOutput
+from sageLLM.runtime.engine.requests import resolve_max_tokens, validate_params, validate_prompt
+from sageLLM.runtime.engine.sampler import SamplingBatch, SequenceSampling, sample
+from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
+from sageLLM.runtime.engine.stop import SequenceText, StopRules
+from sageLLM.runtime.engine.tokenizer import Tokenizer
+from sageLLM.runtime.engine.worker import Migrator, StepResult, Worker
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.scheduler.base import Chunk, KVBudget, Request, ScheduleOutput, Stage
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+
+
+class Choice(NamedTuple):
+    """The token chosen for a chunk that is a request's last: its row of logits and its sequence."""
+
+    row: int
+    sequence: Sequence
+
+
+class Engine:
+    """Serves requests on one model. `step()` advances all of them and returns those that changed."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        pipeline: Pipeline,
+        config: PDSchedulerConfig,
+        budget: KVBudget,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.is_strict = config.mode == "strict"
+        self.scheduler = PDScheduler(config, kv_budget=budget, max_model_len=model.max_model_len, clock=time.monotonic)
+        self.decoder = Worker(model, _pool(model, budget.num_blocks, budget), pipeline)
+        self.prefiller = self.decoder
+        if self.is_strict:
+            blocks = budget.num_prefill_blocks or budget.num_blocks
+            self.prefiller = Worker(model, _pool(model, blocks, budget), pipeline)
+            self._migrator = Migrator(self.prefiller.pool, self.decoder.pool, pipeline)
+        self.num_steps = 0
+        self._groups: dict[str, RequestGroup] = {}
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._groups)
+
+    def add(self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams) -> None:
+        """Queues a request. Raises RequestError, and changes nothing, for a prompt or parameter that cannot be served."""
+        group = self._make_group(group_id, prompt, token_ids, params)
+        for sequence in group.sequences:
+            self.scheduler.add_request(sequence.request)
+            self._sequences[sequence.request.request_id] = sequence
+        self._groups[group_id] = group
+
+    def check(self, token_ids: list[int], params: SamplingParams) -> None:
+        """Raises RequestError if the request could not be served."""
+        validate_prompt(token_ids, self.model.config.V, self.model.max_model_len)
+        validate_params(params, self.model.config.V)
+
+    def abort(self, group_id: str) -> RequestOutput | None:
+        """Ends a request in whatever state it is; None if there is no such request."""
+        group = self._groups.pop(group_id, None)
+        if group is None:
+            return None
+        for sequence in group.sequences:
+            self.scheduler.abort_request(sequence.request.request_id)
+            self._sequences.pop(sequence.request.request_id, None)
+            sequence.text.abort()
+        return group.output()
+
+    def step(self) -> list[RequestOutput]:
+        """Plans and runs one step; returns the requests with new tokens or an end, in order of arrival."""
+        plan = self.scheduler.schedule()
+        if plan.kv_migrations:
+            self._migrator.run(plan.kv_migrations)
+        changed: list[Sequence] = []
+        for worker, stage, chunks in self._runs(plan):
+            changed += self._run(worker, stage, chunks)
+        self.num_steps += 1
+        changed += self._update([s.request.request_id for s in changed if s.is_finished])
+        return self._collect(changed)
+
+    def _runs(self, plan: ScheduleOutput) -> Iterable[tuple[Worker, Stage, list[Chunk]]]:
+        """Which worker computes which chunks in this step; in one step of one worker the decodes come first."""
+        prefills = plan.prefill_batch.chunks if plan.prefill_batch else []
+        decodes = plan.decode_batch.chunks if plan.decode_batch else []
+        if prefills and decodes and not self.is_strict:
+            return [(self.decoder, "hybrid", decodes + prefills)]
+        runs: list[tuple[Worker, Stage, list[Chunk]]] = []
+        if decodes:
+            runs.append((self.decoder, "decode", decodes))
+        if prefills:
+            runs.append((self.prefiller, "prefill", prefills))
+        return runs
+
+    def _run(self, worker: Worker, stage: Stage, chunks: list[Chunk]) -> list[Sequence]:
+        """Computes the chunks, chooses a token for each that is a request's last, and returns those sequences."""
+        rows: list[int] = []
+        choices: list[Choice] = []
+        scores: list[tuple[RequestGroup, list[int], slice]] = []
+        ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
+        for chunk, end in zip(chunks, ends, strict=True):
+            if chunk.is_last:
+                choices.append(Choice(len(rows), self._sequences[chunk.request.request_id]))
+                rows.append(end - 1)
+        for chunk, end in zip(chunks, ends, strict=True):
+            group = self._group_of(chunk)
+            if positions := group.rows_to_score(chunk):
+                scores.append((group, positions, slice(len(rows), len(rows) + len(positions))))
+                rows += [end - chunk.num_tokens + position - chunk.start for position in positions]
+        result = worker.run(stage, chunks, rows)
+        for group, positions, span in scores:
+            group.score_prompt(positions, result.logits[span], self._token_text)
+        self._choose(choices, result)
+        return [choice.sequence for choice in choices]
+
+    def _choose(self, choices: list[Choice], result: StepResult) -> None:
+        if not choices:
+            return
+        logits, tokens = result.logits[: len(choices)], result.tokens[: len(choices)]
+        if all(_is_plain_greedy(choice.sequence) for choice in choices):
+            failed = (~logits.gather(1, tokens[:, None]).isfinite()).flatten().nonzero().flatten().tolist()
+            logprobs = {}
+        else:
+            tokens, logprobs, failed = sample(
+                logits, SamplingBatch([c.sequence.sampling for c in choices], logits.device)
+            )
+        for choice, token_id in zip(choices, tokens.tolist(), strict=True):
+            if choice.row in failed:
+                choice.sequence.text.abort()
+                continue
+            scored = logprobs.get(choice.row)
+            num_top = choice.sequence.sampling.params.logprobs
+            entry = scored.as_dict(0, num_top, self._token_text) if scored and num_top is not None else None
+            choice.sequence.append(token_id, entry)
+            self._group_of_sequence(choice.sequence).metrics.record_token(time.monotonic())
+
+    def _update(self, finished_ids: list[str]) -> list[Sequence]:
+        """Commits the step; returns the sequences that the scheduler had to end for want of room."""
+        ended = []
+        for request_id in self.scheduler.update_after_step(finished_ids):
+            sequence = self._sequences[request_id]
+            sequence.text.abort()
+            ended.append(sequence)
+        return ended
+
+    def _collect(self, changed: list[Sequence]) -> list[RequestOutput]:
+        groups = {self._group_of_sequence(sequence).request_id: None for sequence in changed}
+        outputs = []
+        for group_id in groups:
+            group = self._groups[group_id]
+            if group.is_finished:
+                group.metrics.record_finish(time.monotonic())
+                del self._groups[group_id]
+                for sequence in group.sequences:
+                    del self._sequences[sequence.request.request_id]
+            outputs.append(group.output())
+        return outputs
+
+    def _make_group(
+        self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams
+    ) -> RequestGroup:
+        self.check(token_ids, params)
+        metrics = RequestMetrics(arrival_time=time.monotonic())
+        group = RequestGroup(group_id, prompt, tuple(token_ids), params, metrics)
+        eos_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
+        rules = StopRules.of(params, eos_ids, len(token_ids), self.model.max_model_len)
+        for index in range(params.n):
+            request = Request(
+                request_id=f"{group_id}/{index}",
+                prompt_token_ids=token_ids,
+                max_new_tokens=resolve_max_tokens(params, len(token_ids), self.model.max_model_len),
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k or -1,
+                arrival_time=metrics.arrival_time,
+            )
+            sampling = SequenceSampling(
+                params, token_ids, request.output_token_ids, rules.banned_before_min_tokens, index
+            )
+            text = SequenceText(self.tokenizer, rules, params.skip_special_tokens)
+            group.sequences.append(Sequence(index, request, sampling, text))
+        return group
+
+    def _group_of(self, chunk: Chunk) -> RequestGroup:
+        return self._groups[chunk.request.request_id.rpartition("/")[0]]
+
+    def _group_of_sequence(self, sequence: Sequence) -> RequestGroup:
+        return self._groups[sequence.request.request_id.rpartition("/")[0]]
+
+    def _token_text(self, token_id: int) -> str:
+        return self.tokenizer.token_text(token_id) if self.tokenizer else ""
+
+
+def _is_plain_greedy(sequence: Sequence) -> bool:
+    """Whether the graph's own argmax is the answer: nothing adjusts the logits and nobody asks for log-probabilities."""
+    params = sequence.sampling.params
+    adjusts = params.has_penalties or params.logit_bias or sequence.sampling.bans_stop_ids
+    return params.is_greedy and params.logprobs is None and not adjusts
+
+
+def _pool(model: Model, num_blocks: int, budget: KVBudget) -> KVPool:
+    c = model.config
+    return KVPool(c.L, num_blocks, budget.block_size, c.Nkv, c.D, model.dtype, model.device)

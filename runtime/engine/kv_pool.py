@@ -1,0 +1,42 @@
+"""The memory of a paged KV cache: per layer, one key and one value tensor of fixed-size blocks (Kwon et al. 2023)."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+
+class KVPool:
+    """Keys and values [PG, BS, Nkv, D] for each layer: PG blocks of BS tokens."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def layers(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Every layer's number, keys and values."""
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            yield layer, keys, values
+
+
+def slots_of(block_ids: Sequence[int], start: int, num_tokens: int, block_size: int) -> list[int]:
+    """Where tokens start .. start + num_tokens - 1 of a sequence stand in the pool, as block * BS + offset."""
+    return [
+        block_ids[position // block_size] * block_size + position % block_size
+        for position in range(start, start + num_tokens)
+    ]

@@ -1,0 +1,149 @@
+"""`LLM`: the engine behind vLLM's offline interface, for a Hugging Face checkpoint folder."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from sageLLM.runtime.engine.chat_template import ChatTemplate
+from sageLLM.runtime.engine.engine import Engine
+from sageLLM.runtime.engine.errors import PromptError, SamplingParamsError, TokenizerError
+from sageLLM.runtime.engine.model import Model, load_model
+from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.engine.tokenizer import Tokenizer
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+
+Prompt: TypeAlias = str | Sequence[int]
+
+KV_CACHE_BYTES = 2**30
+"""The default size of a KV pool; it is made smaller if the scheduler can never use as much."""
+
+
+class LLM:
+    """A model with its tokenizer, KV cache and scheduler.
+
+        llm = LLM(model="path/to/checkpoint", scheduler=PDSchedulerConfig(mode="hybrid"))
+        outputs = llm.generate(["def add(a, b):"], SamplingParams(max_tokens=32, temperature=0.0))
+
+    `plugins` are folders made by `sagellm generate --specs ... --out FOLDER`. `disable_passes` names passes that are not
+    run over the graphs. Raises CheckpointError or TokenizerError, naming file and remedy, if the folder cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        scheduler: PDSchedulerConfig | None = None,
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        num_kv_blocks: int | None = None,
+        plugins: Sequence[str | Path] = (),
+        disable_passes: Sequence[str] = (),
+        skip_tokenizer: bool = False,
+    ) -> None:
+        folder = Path(model)
+        registry = load_registry(plugins)
+        self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(folder)
+        self.model = load_model(folder, registry, dtype=dtype, device=torch.device(device), max_model_len=max_model_len)
+        self.pipeline = Pipeline(
+            self.model.layout, self.model.config, registry, dtype=self.model.short_dtype, disable=disable_passes
+        )
+        config = scheduler or PDSchedulerConfig()
+        num_blocks = num_kv_blocks or default_num_blocks(self.model, config, block_size)
+        self.engine = Engine(self.model, self.tokenizer, self.pipeline, config, KVBudget(num_blocks, block_size))
+        self._ids = itertools.count()
+        self._chat_template: ChatTemplate | None = None
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Completes all prompts (text, or token ids) and returns their outputs in order.
+
+        Nothing runs if one of them is refused: RequestError says which, and why.
+        """
+        order = self._add_all(prompts, params)
+        done = {output.request_id: output for output in self._run() if output.finished}
+        return [done[request_id] for request_id in order]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like `generate`, but yields a request's state (text so far) whenever it has new tokens."""
+        self._add_all(prompts, params)
+        yield from self._run()
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
+        """Answers a conversation of {"role", "content"} messages, put into text by the checkpoint's chat template."""
+        tokenizer = self._needed_tokenizer("chat")
+        if self._chat_template is None:
+            self._chat_template = ChatTemplate.from_tokenizer(tokenizer)
+        text = self._chat_template.render(messages, add_generation_prompt=True)
+        return self.generate([tokenizer.encode(text, add_special_tokens=False)], params)[0]
+
+    def _run(self) -> Iterator[RequestOutput]:
+        while self.engine.has_work:
+            yield from self.engine.step()
+
+    def _add_all(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[str]:
+        """Checks every request, then queues them all; returns their ids."""
+        asked = _as_list(prompts)
+        each = _params_for(asked, params)
+        token_ids = [self._token_ids(prompt) for prompt in asked]
+        for ids, one in zip(token_ids, each, strict=True):
+            self.engine.check(ids, one)
+        order = []
+        for prompt, ids, one in zip(asked, token_ids, each, strict=True):
+            request_id = str(next(self._ids))
+            self.engine.add(request_id, prompt if isinstance(prompt, str) else None, ids, one)
+            order.append(request_id)
+        return order
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._needed_tokenizer("a text prompt").encode(prompt)
+        return list(prompt)
+
+    def _needed_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                f"{what} needs the tokenizer; load the model without skip_tokenizer, or give token ids"
+            )
+        return self.tokenizer
+
+
+def default_num_blocks(model: Model, config: PDSchedulerConfig, block_size: int) -> int:
+    """Blocks that fit KV_CACHE_BYTES, but no more than all decodes at full length would use."""
+    c = model.config
+    block_bytes = 2 * c.L * block_size * c.Nkv * c.D * model.dtype.itemsize
+    longest = -(-model.max_model_len // block_size)
+    return max(longest, min(KV_CACHE_BYTES // block_bytes, longest * config.max_decode_batch_size))
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not prompts:
+        raise PromptError("no prompt was given; give a text, a list of token ids, or a list of these", "prompt")
+    if all(isinstance(item, int) for item in prompts):
+        return [list[int](prompts)]  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_for(
+    prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise SamplingParamsError(f"{len(params)} sampling parameters were given for {len(prompts)} prompts")
+    return list(params)

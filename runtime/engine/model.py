@@ -1,0 +1,138 @@
+"""A model ready to run: its layout, its configuration, and its weights and tables on one device."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.layout import ModelLayout, check_checkpoint
+from sageLLM.runtime.engine.errors import CheckpointError
+from sageLLM.runtime.engine.plugins import Registry
+from sageLLM.runtime.engine.rope import rope_tables
+from sageLLM.runtime.engine.safetensors_reader import Checkpoint
+from sageLLM.runtime.engine.weights import load_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
+MAX_SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Weights and tables by the names that graphs use; `max_model_len` is the longest sequence, prompt and answer."""
+
+    layout: ModelLayout
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    weights: Mapping[str, Tensor]
+    tables: Mapping[str, Tensor]
+
+    @property
+    def short_dtype(self) -> str:
+        """The element type as graphs write it: f32, bf16, f16."""
+        return SHORT_NAMES[self.dtype]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters held; a tied weight counts once."""
+        return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights.values()}.values())
+
+    def bound_tensors(self) -> dict[str, Tensor]:
+        return {**self.weights, **self.tables}
+
+
+def load_model(
+    folder: Path, registry: Registry, *, dtype: str, device: torch.device, max_model_len: int | None
+) -> Model:
+    """Loads a Hugging Face checkpoint folder.
+
+    Raises CheckpointError for an architecture without a layout, a config that the layout refuses, and tensors that are
+    missing, of another shape, or read by nobody.
+    """
+    data = _read_config(folder / "config.json")
+    layout = _layout_of(data, folder / "config.json", registry)
+    try:
+        config = layout.read_config(HFConfig(data, str(folder / "config.json")))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    length = _model_len(config.max_position, max_model_len)
+    kind = _dtype(dtype, data)
+    tables = _tables(config, length, device)
+    checkpoint = Checkpoint.open(folder)
+    try:
+        _check(layout, config, checkpoint)
+        weights = load_weights(layout.weights(config), checkpoint, kind, device)
+    finally:
+        checkpoint.close()
+    return Model(layout, config, kind, device, length, weights, tables)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no config.json; give the folder of a Hugging Face checkpoint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
+
+
+def _layout_of(data: Mapping[str, Any], path: Path, registry: Registry) -> ModelLayout:
+    named = data.get("architectures")
+    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    for architecture in architectures:
+        if layout := registry.layout_of(architecture):
+            return layout
+    known = sorted(name for layout in registry.models.values() for name in layout.architectures)
+    raise CheckpointError(
+        f"{path}: no layout reads {', '.join(architectures) or 'a checkpoint without `architectures`'}; "
+        f"known are {', '.join(known)}. To add one: `sagellm new model NAME`, then `sagellm generate` "
+        "(docs/add-a-model.md)"
+    )
+
+
+def _model_len(trained: int, asked: int | None) -> int:
+    if asked is None:
+        return trained
+    if not 1 < asked <= trained:
+        raise CheckpointError(f"max_model_len is {asked}; this model takes 2 to {trained} positions")
+    return asked
+
+
+def _dtype(name: str, data: Mapping[str, Any]) -> torch.dtype:
+    if name == "auto":
+        name = str(data.get("dtype") or data.get("torch_dtype") or "float32")
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype '{name}' is not supported; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _tables(config: Any, length: int, device: torch.device) -> dict[str, Tensor]:
+    if config.rope is None:
+        return {}
+    tables = rope_tables(config.rope, length)
+    return {"cos": tables.cos.to(device), "sin": tables.sin.to(device)}
+
+
+def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:
+    shapes = {name: checkpoint.info(name).shape for name in checkpoint}
+    problems = check_checkpoint(layout, config, shapes)
+    if not problems:
+        return
+    shown = "\n".join(f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS])
+    more = f"\n  and {len(problems) - MAX_SHOWN_PROBLEMS} more" if len(problems) > MAX_SHOWN_PROBLEMS else ""
+    raise CheckpointError(
+        f"{checkpoint.folder} does not fit the layout '{layout.name}' ({layout.spec}):\n{shown}{more}"
+    )
