@@ -78,13 +78,22 @@ def parse_document(text: str, *, display: str) -> Document:
     try:
         data = builder.document(yaml.parse(text, Loader=_LOADER))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        span = Span(display, mark.line + 1, mark.column + 1) if mark else Span(display, 1, 1)
+        span = _mark_span(error.problem_mark or error.context_mark, text, display)
         raise _failure("SAGE001", f"not valid YAML: {error.problem or error.context}", span) from None
     except (yaml.YAMLError, UnicodeError) as error:
         reason = getattr(error, "reason", None) or "a character or escape is not allowed"
         raise _failure("SAGE001", f"not valid YAML: {reason}", Span(display, 1, 1)) from None
     return Document(display, text, data, builder.spans, builder.key_spans, builder.text_starts)
+
+
+def _mark_span(mark: Any, text: str, file: str) -> Span:
+    """Where the parser stopped; behind the end of the text it means the end of the last line."""
+    lines = text.split("\n")
+    if mark is None:
+        return Span(file, 1, 1)
+    if mark.line >= len(lines):
+        return Span(file, len(lines), len(lines[-1]) + 1)
+    return Span(file, mark.line + 1, mark.column + 1)
 
 
 def _read_text(path: Path, display: str) -> str:

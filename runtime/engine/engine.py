@@ -60,7 +60,7 @@ class Engine:
         return bool(self._groups)
 
     def add(self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams) -> None:
-        """Queues a request. Raises RequestError, and changes nothing, for a prompt or parameter that cannot be served."""
+        """Queues a request. Raises RequestError, and changes nothing, for one that cannot be served."""
         group = self._make_group(group_id, prompt, token_ids, params)
         for sequence in group.sequences:
             self.scheduler.add_request(sequence.request)
@@ -208,7 +208,7 @@ class Engine:
 
 
 def _is_plain_greedy(sequence: Sequence) -> bool:
-    """Whether the graph's own argmax is the answer: nothing adjusts the logits and nobody asks for log-probabilities."""
+    """Whether the graph's own argmax is the answer: nothing adjusts the logits, no log-probabilities are wanted."""
     params = sequence.sampling.params
     adjusts = params.has_penalties or params.logit_bias or sequence.sampling.bans_stop_ids
     return params.is_greedy and params.logprobs is None and not adjusts

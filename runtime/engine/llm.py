@@ -31,8 +31,9 @@ class LLM:
         llm = LLM(model="path/to/checkpoint", scheduler=PDSchedulerConfig(mode="hybrid"))
         outputs = llm.generate(["def add(a, b):"], SamplingParams(max_tokens=32, temperature=0.0))
 
-    `plugins` are folders made by `sagellm generate --specs ... --out FOLDER`. `disable_passes` names passes that are not
-    run over the graphs. Raises CheckpointError or TokenizerError, naming file and remedy, if the folder cannot be served.
+    `plugins` are folders made by `sagellm generate --specs ... --out FOLDER`. `disable_passes` names passes that are
+    not run over the graphs. Raises CheckpointError or TokenizerError, naming file and remedy, for a folder that cannot
+    be served.
     """
 
     def __init__(

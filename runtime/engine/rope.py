@@ -2,7 +2,7 @@
 
     angle[p, j] = p * frequency[j],   frequency[j] = base ** (-2j / dim),   j < dim / 2
 
-A scaling changes the frequencies and may multiply both tables by one factor. Computed in float32, as checkpoints expect.
+A scaling changes the frequencies and may multiply both tables by one factor. All is float32, as checkpoints expect.
 """
 
 import math
@@ -134,7 +134,7 @@ def _yarn_factor(parameters: _Parameters, factor: float) -> float:
 
 
 def _longrope(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequencies:
-    """LongRoPE (Ding et al. 2024): a factor per dim; the long set is used if the engine serves beyond the trained length.
+    """LongRoPE (Ding et al. 2024): a factor per dim; the long set if the engine serves beyond the trained length.
 
     One set serves all sequences of an engine, since cached keys cannot change their rotation.
     """

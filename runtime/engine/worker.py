@@ -1,6 +1,6 @@
 """A worker: one device with the weights, a KV pool, and a plan for each stage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,8 +62,8 @@ class Migrator:
         """Makes all the copies of a step at once."""
         sources = [block for migration in migrations for block in migration.source_blocks]
         targets = [block for migration in migrations for block in migration.target_blocks]
-        to_tensor: Callable[[list[int]], Tensor] = lambda ids: torch.tensor(ids, dtype=torch.int32, device=self._device)
-        self._plan.run({"source_blocks": to_tensor(sources), "target_blocks": to_tensor(targets)})
+        blocks = torch.tensor([sources, targets], dtype=torch.int32, device=self._device)
+        self._plan.run({"src_blocks": blocks[0], "dst_blocks": blocks[1]})
 
 
 def _cache_tensors(pool: KVPool) -> dict[str, Tensor]:

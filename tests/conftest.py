@@ -1,0 +1,54 @@
+"""Checkpoints for tests, made by transformers with random weights: every parameter is drawn, norms and biases too."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MakeCheckpoint = Callable[..., Path]
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """make_checkpoint("Llama", **config) -> folder. Equal arguments give the same folder."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, *, seed: int = 0, max_shard_size: str = "5GB", **config: Any) -> Path:
+        key = repr((family, seed, max_shard_size, sorted(config.items(), key=repr)))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family.lower())
+            _save_random_model(folder, family, seed, max_shard_size, SMALL | config)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def _save_random_model(folder: Path, family: str, seed: int, max_shard_size: str, config: dict[str, Any]) -> None:
+    import torch
+    import transformers
+
+    settings = getattr(transformers, f"{family}Config")(**config)
+    model = getattr(transformers, f"{family}ForCausalLM")(settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            centre = 1.0 if "norm" in name else 0.0
+            scale = 0.2 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(centre + scale * noise)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)

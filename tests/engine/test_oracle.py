@@ -1,0 +1,169 @@
+"""The engine against transformers: greedy tokens are equal and prompt log-probabilities agree within 1e-4."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+
+MODES = ("time_share", "hybrid", "strict")
+LOGPROB_TOLERANCE = 1e-4
+NUM_NEW = 12
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama without grouping": ("Llama", {"num_key_value_heads": 4}),
+    "llama one kv head, own head_dim": ("Llama", {"num_key_value_heads": 1, "head_dim": 24}),
+    "mistral with a window": ("Mistral", {"sliding_window": 7}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3 tied with bias": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+    "rope linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "rope dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0}}),
+    "rope llama3": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 50000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "rope yarn": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+}
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def random_prompts(vocab_size: int, lengths: tuple[int, ...], seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+PROMPTS = random_prompts(199, (1, 5, 16, 17, 33, 70))
+
+
+@torch.inference_mode()
+def expected(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """For each prompt: transformers' greedy tokens, and the log-probability of each prompt token after the first."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        new = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=None
+        )
+        logprobs = model(ids).logits[0].log_softmax(-1)
+        of_prompt = [logprobs[i, token].item() for i, token in enumerate(prompt[1:])]
+        answers.append((new[0, len(prompt) :].tolist(), of_prompt))
+    return answers
+
+
+def serve(folder: Path, prompts: list[list[int]], mode: str, **settings: Any) -> list[tuple[list[int], list[float]]]:
+    """The engine's answers in the same form as `expected`."""
+    scheduler = settings.pop("scheduler", {})
+    config = PDSchedulerConfig(mode=mode, **{"prefill_chunk_size": 8, "max_prefill_tokens": 24} | scheduler)
+    llm = LLM(folder, dtype="float32", skip_tokenizer=True, scheduler=config, **settings)
+    params = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
+    answers = []
+    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+        scored = output.prompt_logprobs or ()
+        of_prompt = [entry[token].logprob for entry, token in zip(scored[1:], prompt[1:], strict=True) if entry]
+        answers.append((list(output.outputs[0].token_ids), of_prompt))
+    llm.engine.scheduler.check_integrity()
+    return answers
+
+
+def assert_same(found: list[tuple[list[int], list[float]]], wanted: list[tuple[list[int], list[float]]]) -> None:
+    for (tokens, logprobs), (wanted_tokens, wanted_logprobs) in zip(found, wanted, strict=True):
+        assert tokens == wanted_tokens
+        assert logprobs == pytest.approx(wanted_logprobs, abs=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_engine_equals_transformers_in_every_mode(case: str, make_checkpoint: MakeCheckpoint) -> None:
+    family, config = CASES[case]
+    folder = make_checkpoint(family, **config)
+    wanted = expected(folder, PROMPTS)
+    for mode in MODES:
+        assert_same(serve(folder, PROMPTS, mode), wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batched_equals_alone(mode: str, make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint("Llama")
+    together = serve(folder, PROMPTS, mode)
+    alone = [serve(folder, [prompt], mode)[0] for prompt in PROMPTS]
+    assert_same(together, alone)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_chunked_equals_unchunked(mode: str, make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint("Llama")
+    whole = serve(folder, PROMPTS, mode, scheduler={"prefill_chunk_size": 256, "max_prefill_tokens": 512})
+    assert_same(serve(folder, PROMPTS, mode, scheduler={"prefill_chunk_size": 3, "max_prefill_tokens": 9}), whole)
+
+
+@pytest.mark.parametrize("mode", ("time_share", "hybrid"))
+def test_preempted_equals_undisturbed(mode: str, make_checkpoint: MakeCheckpoint) -> None:
+    """A pool that holds about two of the sequences forces preemptions; nothing in the answers tells of them."""
+    folder = make_checkpoint("Llama")
+    config = PDSchedulerConfig(mode=mode)
+    llm = LLM(folder, dtype="float32", skip_tokenizer=True, scheduler=config, block_size=4, num_kv_blocks=22)
+    params = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, params)
+    assert llm.engine.scheduler.get_stats()["total_preemptions"] > 0, "the pool was meant to be too small"
+    wanted = expected(folder, PROMPTS)
+    for output, (tokens, logprobs), prompt in zip(outputs, wanted, PROMPTS, strict=True):
+        scored = output.prompt_logprobs or ()
+        assert list(output.outputs[0].token_ids) == tokens
+        found = [entry[token].logprob for entry, token in zip(scored[1:], prompt[1:], strict=True) if entry]
+        assert found == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
+
+
+def test_a_sharded_checkpoint_is_read_through_its_index(make_checkpoint: MakeCheckpoint) -> None:
+    sharded = make_checkpoint("Llama", max_shard_size="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    assert_same(serve(sharded, PROMPTS[:3], "hybrid"), serve(make_checkpoint("Llama"), PROMPTS[:3], "hybrid"))
+
+
+def test_passes_do_not_change_the_answers(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint("Qwen3", head_dim=32)
+    assert_same(serve(folder, PROMPTS, "hybrid", disable_passes=["all"]), serve(folder, PROMPTS, "hybrid"))
+
+
+def test_strict_migrates_the_kv_cache(make_checkpoint: MakeCheckpoint) -> None:
+    """The decode worker's pool receives what the prefill worker computed, bit for bit: copied, not computed again."""
+    folder = make_checkpoint("Llama")
+    config = PDSchedulerConfig(mode="strict")
+    llm = LLM(folder, dtype="float32", skip_tokenizer=True, scheduler=config, block_size=4)
+    prompt = PROMPTS[4]
+    llm.generate([prompt], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    num_full_blocks = len(prompt) // 4
+    for layer in range(3):
+        sent = _used_blocks(llm.engine.prefiller.pool.keys[layer])[:num_full_blocks]
+        received = _used_blocks(llm.engine.decoder.pool.keys[layer])[:num_full_blocks]
+        assert torch.equal(sent, received)
+
+
+def _used_blocks(keys: torch.Tensor) -> torch.Tensor:
+    return keys[keys.flatten(1).any(dim=1)]
