@@ -50,7 +50,7 @@ REFUSED = {
     "a: 1e999": "s.yaml:1:4: error[SAGE008]: the number does not fit a 64-bit float",
     "[" * 100_000: "s.yaml:1:66: error[SAGE003]: nested deeper than 64 levels",
     'a: "\\uD800"': "s.yaml:1:7: error[SAGE001]: not valid YAML: found invalid Unicode character escape code",
-    "a: [1": "s.yaml:1:7: error[SAGE001]: not valid YAML: did not find expected ',' or ']'",
+    "a: [1": "s.yaml:1:6: error[SAGE001]: not valid YAML: did not find expected ',' or ']'",
 }
 
 
