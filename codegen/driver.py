@@ -8,7 +8,7 @@ from sageLLM.codegen.emit import EMITTERS
 from sageLLM.codegen.link.models import link_models
 from sageLLM.codegen.link.ops import link_ops
 from sageLLM.codegen.link.passes import link_passes
-from sageLLM.codegen.load import load_specs
+from sageLLM.codegen.load import RawSpecs, load_specs
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer
 from sageLLM.codegen.writer import Written, drift, finish, write
@@ -20,7 +20,11 @@ BASE_OUT = PACKAGE / "generated"
 
 def load_and_link(overlays: Sequence[Path] = (), base: Path = BASE_SPECS) -> Specs:
     """The linked specs; raises SpecErrors with every finding of the first stage that has one."""
-    raw = load_specs([base, *overlays])
+    return link(load_specs([base, *overlays]))
+
+
+def link(raw: RawSpecs) -> Specs:
+    """What the entries mean together."""
     sink = Sink()
     ops = link_ops(raw, sink)
     sink.raise_if_any()

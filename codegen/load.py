@@ -74,35 +74,58 @@ SCHEMAS: dict[str, type[Strict]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class SpecFile:
+    """One file that was read and fits its schema."""
+
+    doc: Document
+    spec: Strict
+
+
 def load_specs(folders: Sequence[Path]) -> RawSpecs:
     """Reads the package's spec folder (the first) and overlays; raises SpecErrors with all findings.
 
     With one folder nothing is base: its own code is what gets generated.
     """
-    raw, sink = RawSpecs(), Sink()
-    for index, folder in enumerate(folders):
-        files = sorted(folder.rglob("*.yaml"), key=lambda path: path.relative_to(folder).as_posix())
-        if not files:
-            sink.error("SAGE502", f"the spec folder '{folder.name}' holds no .yaml file", None, "check --specs")
-        for path in files:
-            _load_file(path, f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}", raw, sink)
-        if index == 0 and len(folders) > 1:
-            raw.base_files = frozenset(raw.documents)
+    sink = Sink()
+    files = [_read_folder(folder, sink) for folder in folders]
+    base = frozenset(file.doc.file for file in files[0]) if len(folders) > 1 else frozenset[str]()
+    raw = assemble([file for group in files for file in group], base, sink)
     sink.raise_if_any()
     return raw
 
 
-def _load_file(path: Path, display: str, raw: RawSpecs, sink: Sink) -> None:
-    try:
-        doc = load_document(path, display=display)
-    except SpecErrors as errors:
-        sink.diagnostics += errors.diagnostics
-        return
-    raw.documents[display] = doc
+def _read_folder(folder: Path, sink: Sink) -> list[SpecFile]:
+    paths = sorted(folder.rglob("*.yaml"), key=lambda path: path.relative_to(folder).as_posix())
+    if not paths:
+        sink.error("SAGE502", f"the spec folder '{folder.name}' holds no .yaml file", None, "check --specs")
+    files = []
+    for path in paths:
+        display = f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}"
+        try:
+            doc = load_document(path, display=display)
+        except SpecErrors as errors:
+            sink.diagnostics += errors.diagnostics
+            continue
+        if file := check_file(doc, sink):
+            files.append(file)
+    return files
+
+
+def check_file(doc: Document, sink: Sink) -> SpecFile | None:
+    """The document against the schema that its first line names; None after reporting what does not fit."""
     schema = _schema_of(doc, sink)
     spec = validate(schema, doc, sink) if schema else None
-    if spec is not None:
-        _add_entries(spec, doc, raw, sink)
+    return SpecFile(doc, spec) if spec else None
+
+
+def assemble(files: Sequence[SpecFile], base: frozenset[str], sink: Sink) -> RawSpecs:
+    """The entries of all files, by kind and name; a name that is used twice is reported."""
+    raw = RawSpecs(base_files=base)
+    for file in files:
+        raw.documents[file.doc.file] = file.doc
+        _add_entries(file.spec, file.doc, raw, sink)
+    return raw
 
 
 def _schema_of(doc: Document, sink: Sink) -> type[Strict] | None:
