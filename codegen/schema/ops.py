@@ -64,22 +64,24 @@ class TestsSpec(Strict):
     cases: list[dict[str, int | list[int]]] = Field(min_length=1)
 
 
+InputForm = Annotated[Annotated[str, Tag("text")] | Annotated[InputSpec, Tag("mapping")], Discriminator(_form)]
+
+
 class OpSpec(Strict):
     """One op. Its meaning has exactly one source: `compute`, `fuses` or `reference`."""
 
     summary: str = Field(min_length=1)
     doc: str | None = None
     op_type: str | None = Field(default=None, description="member of OpType; a `fuses` op takes its last op's")
-    tags: list[str] = []
+    tags: list[str] = Field(default=[])
     phases: list[Phase] = Field(default=["prefill", "decode", "hybrid"], min_length=1)
     types: dict[str, list[ElementName]] = Field(
         default={}, description="element-type variables; `E` is f16, bf16, f32 or f64 unless given here"
     )
-    inputs: dict[
-        str, Annotated[Annotated[str, Tag("text")] | Annotated[InputSpec, Tag("mapping")], Discriminator(_form)]
-    ]
+    dims: dict[str, str] = Field(default={}, description="sizes of this op alone, beside those of specs/dims.yaml")
+    inputs: dict[str, InputForm]
     outputs: dict[str, str] = Field(min_length=1)
-    attrs: dict[str, AttrSpec] = {}
+    attrs: dict[str, AttrSpec] = Field(default={})
     where: list[str] = Field(default=[], description="conditions on dims and attrs: `Nq % Nkv == 0`")
     views: dict[str, str] = Field(
         default={}, description='parts of operands by another name: "gu[T, 0:I]", "x[T, N, D] as [T, N*D]"'

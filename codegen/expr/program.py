@@ -1,0 +1,333 @@
+"""Checks a `compute` block: views, assignments, and that every output is written exactly once."""
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from sageLLM.codegen.diagnostics import did_you_mean
+from sageLLM.codegen.expr.check import FUNCTIONS, Checker, Scope
+from sageLLM.codegen.expr.size import LEADING, Size, volume
+from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
+from sageLLM.codegen.expr.tree import Expr, Number, Program, Slice, Statement, View, names_read
+from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_dim, split_dims
+
+
+def parse_view(text: Text, name: str, operands: Mapping[str, ValueType], dims: Mapping[str, object]) -> View:
+    """`gu[T, 0:I]` or `x[T, N, D] as [T, N*D]`; raises Refused otherwise."""
+    base, inside, shape_text = _view_parts(text)
+    if base.value not in operands:
+        raise base.refuse(
+            "SAGE117", f"a view of the unknown operand '{base.value}'", None, did_you_mean(base.value, operands)
+        )
+    base_type = operands[base.value]
+    parts = split_dims(inside)
+    if len(parts) != len(base_type.dims):
+        message = f"'{base.value}' has {len(base_type.dims)} dims, the view names {len(parts)}"
+        raise text.refuse("SAGE117", message, None, f"it is {base_type}")
+    slices = tuple(_slice(part, dim, dims) for part, dim in zip(parts, base_type.dims, strict=True))
+    sliced = tuple(part.length if part else dim for part, dim in zip(slices, base_type.dims, strict=True))
+    shape = tuple(parse_dim(part, dims) for part in split_dims(shape_text)) if shape_text else None
+    if shape is not None and volume(shape) != volume(sliced):
+        raise text.refuse("SAGE117", f"[{', '.join(map(str, sliced))}] cannot become [{', '.join(map(str, shape))}]")
+    return View(name, base.value, base_type, slices, shape, ValueType(base_type.element, shape or sliced))
+
+
+def _view_parts(text: Text) -> tuple[Text, Text, Text | None]:
+    value = text.value
+    opening, closing = value.find("["), value.find("]")
+    rest = value[closing + 1 :].strip()
+    is_reshaped = rest.startswith("as ") and rest.endswith("]") and rest[3:].lstrip().startswith("[")
+    if opening < 1 or closing < opening or (rest and not is_reshaped):
+        raise text.refuse("SAGE117", f"'{value}' is not a view", None, 'write "x[T, 0:I]" or "x[T, N, D] as [T, N*D]"')
+    shape = text.part(value.index("[", closing) + 1, value.rindex("]")) if rest else None
+    return text.part(0, len(value[:opening].rstrip())), text.part(opening + 1, closing), shape
+
+
+def _slice(part: Text, dim: Size, dims: Mapping[str, object]) -> Slice | None:
+    if ":" not in part.value:
+        if parse_dim(part, dims) != dim:
+            raise part.refuse(
+                "SAGE117", f"the operand has the dim {dim} here", None, f"write {dim}, or a part a:b of it"
+            )
+        return None
+    at = part.value.index(":")
+    start, stop = (parse_dim(_trimmed(part, *ends), dims) for ends in ((0, at), (at + 1, len(part.value))))
+    inside = start.is_never_negative and (dim - stop).is_never_negative and (stop - start).is_never_negative
+    if not inside or dim == LEADING:
+        raise part.refuse(
+            "SAGE117", f"the part {part.value} does not lie within {dim}", None, f"0 <= start <= stop <= {dim}"
+        )
+    return Slice(start, stop)
+
+
+def _trimmed(text: Text, start: int, end: int) -> Text:
+    raw = text.value[start:end]
+    return text.part(start + len(raw) - len(raw.lstrip()), end - (len(raw) - len(raw.rstrip())))
+
+
+@dataclass(slots=True)
+class ProgramChecker:
+    """Goes through the statements of one block; a refused statement does not hide findings in the others."""
+
+    text: Text
+    scope: Scope
+    inputs: Mapping[str, ValueType]
+    outputs: Mapping[str, ValueType]
+    views: Sequence[View]
+    statements: list[Statement] = field(default_factory=list)
+    written: dict[str, ast.AST] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)  # targets of refused statements: no findings about them
+    sites: dict[str, ast.AST] = field(default_factory=dict)
+
+    def check(self) -> Program | None:
+        before = len(self.text.sink.diagnostics)
+        try:
+            body = parse_statements(self.text)
+        except Refused:
+            return None
+        for statement in body:
+            self._statement(statement)
+        if not self.unknown:
+            self._check_outputs()
+            self._check_uses()
+        if len(self.text.sink.diagnostics) > before:
+            return None
+        return Program(tuple(self.views), tuple(self.statements))
+
+    def _statement(self, node: ast.stmt) -> None:
+        target = "?"
+        try:
+            check_grammar(self.text, node)
+            name = self._target(node)
+            target = name.id
+            if isinstance(node, ast.Assign):
+                self._assign(name, node.value)
+        except Refused:
+            self.unknown.add(target)
+
+    def _target(self, node: ast.stmt) -> ast.Name:
+        if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
+            raise self.text.refuse("SAGE102", "only `name = expression` may stand here", node)
+        return node.targets[0]
+
+    def _assign(self, name: ast.Name, value: ast.expr) -> None:
+        destination = self._destination(name)
+        if self.unknown & {inner.id for inner in ast.walk(value) if isinstance(inner, ast.Name)}:
+            self.unknown.add(name.id)  # the cause is reported already
+            return
+        result = Checker(self.text, self.scope).expression(value)
+        self._check_value(name, value, result, destination)
+        self.statements.append(Statement(name.id, result))
+        self.scope.values[name.id] = destination or result.type
+        self.sites[name.id] = name
+
+    def _destination(self, name: ast.Name) -> ValueType | None:
+        """The declared type of an output or of a view of one; None for a new name."""
+        target = name.id
+        view = next((view for view in self.views if view.name == target), None)
+        if target in self.inputs or (view and view.base in self.inputs):
+            raise self.text.refuse(
+                "SAGE112", f"'{target}' is an input; it cannot be assigned", name, "choose a new name"
+            )
+        if target in self.written:
+            raise self.text.refuse(
+                "SAGE111", f"'{target}' is written twice", name, "every name is written once; choose a new one"
+            )
+        self.written[target] = name
+        if target in self.outputs:
+            return self.outputs[target]
+        if view:
+            return view.type
+        self._check_new_name(name)
+        return None
+
+    def _check_new_name(self, name: ast.Name) -> None:
+        if why := why_not_a_value_name(name.id, self.scope):
+            raise self.text.refuse("SAGE116", why, name, "choose another name")
+
+    def _check_value(self, name: ast.Name, node: ast.expr, result: Expr, wanted: ValueType | None) -> None:
+        if wanted is None:
+            if result.type.is_literal:
+                message = f"'{name.id}' holds no tensor"
+                raise self.text.refuse("SAGE107", message, node, "write the expression where it is used")
+            return
+        if set(result.type.dims) != set(wanted.dims) and not (isinstance(result, Number)):
+            dims = f"[{', '.join(map(str, result.type.dims))}]"
+            raise self.text.refuse("SAGE109", f"'{name.id}' is declared {wanted}, the value has the dims {dims}", node)
+        if result.type.element != wanted.element:
+            message = f"'{name.id}' is declared {wanted.element}, the value is {result.type.element}"
+            raise self.text.refuse(
+                "SAGE109", message, node, f"round it where it should be rounded: {wanted.element}(...)"
+            )
+
+    def _check_outputs(self) -> None:
+        for name in self.outputs:
+            parts = [view for view in self.views if view.base == name and view.name in self.written]
+            if name in self.written and parts:
+                message = f"'{name}' is written whole and by its view '{parts[0].name}'"
+                self.text.sink.error("SAGE111", message, self.text.span(self.written[parts[0].name]))
+            elif name not in self.written and not parts:
+                message, help = f"the output '{name}' is never written", f"add `{name} = ...`"
+                self.text.sink.error("SAGE110", message, self.text.span(), help)
+            elif parts and not tiles(parts, self.outputs[name]):
+                message = f"the views {', '.join(view.name for view in parts)} do not cover '{name}' exactly once"
+                self.text.sink.error("SAGE110", message, self.text.span(self.written[parts[0].name]))
+
+    def _check_uses(self) -> None:
+        used = {name for statement in self.statements for name in names_read(statement.value)}
+        views = {view.name for view in self.views}
+        for name, site in self.sites.items():
+            if name not in used and name not in self.outputs and name not in views:
+                self.text.sink.error("SAGE127", f"'{name}' is never used", self.text.span(site), "remove the line")
+
+
+def tiles(parts: Sequence[View], whole: ValueType) -> bool:
+    """Whether the views, each a part along one and the same dim (or the whole), cover the tensor once."""
+    cut = tile_axis(parts)
+    if cut is None:
+        return len(parts) == 1 and not any(parts[0].slices)
+    at = Size.of(0)
+    for part in sorted_parts(parts, cut):
+        found = part.slices[cut]
+        if found is None or found.start != at:
+            return False
+        at = found.stop
+    return at == whole.dims[cut]
+
+
+def tile_axis(parts: Sequence[View]) -> int | None:
+    """The one dim along which the views are parts, or None."""
+    cuts = {axis for part in parts for axis, cut in enumerate(part.slices) if cut is not None}
+    return cuts.pop() if len(cuts) == 1 else None
+
+
+def sorted_parts(parts: Sequence[View], axis: int) -> list[View]:
+    """The views from the first to the last: each begins where another one stops."""
+    by_start = {cut.start: part for part in parts if (cut := part.slices[axis]) is not None}
+    ordered, at = [], Size.of(0)
+    while at in by_start:
+        part = by_start.pop(at)
+        cut = part.slices[axis]
+        assert cut is not None, "a part along the axis has a slice there"
+        ordered.append(part)
+        at = cut.stop
+    return ordered if len(ordered) == len(parts) else list(parts)
+
+
+def why_not_a_value_name(name: str, scope: Scope) -> str | None:
+    """Why a value cannot have this name, or None."""
+    if name in FUNCTIONS or name in scope.elements or name in ("true", "false"):
+        return f"'{name}' is a word of the language"
+    if name in scope.dims or DIM_NAME.match(name):
+        return f"'{name}' reads like a dim; values begin with a small letter"
+    if name in scope.values or name in scope.attrs:
+        return f"'{name}' shadows an operand, view or attr"
+    if name.startswith("_") or name in RESERVED:
+        return f"'{name}' is reserved for generated code"
+    return None
+
+
+RESERVED = frozenset(
+    [
+        "torch",
+        "math",
+        "wide",
+        "cls",
+        "self",
+        "g",
+        "name",
+        "names",
+        "op",
+        "spec",
+        "kind",
+        "tags",
+        "input_types",
+        "optional_inputs",
+        "output_types",
+        "attr_types",
+        "where",
+        "inplace",
+        "flop_formula",
+        "byte_formula",
+        "infer",
+        "resolve",
+        "verify",
+        "problems",
+        "inference",
+        "dims",
+        "flops",
+        "bytes_moved",
+        "input",
+        "output",
+        "optional_input",
+        "operands",
+        "node_id",
+        "op_type",
+        "inputs",
+        "outputs",
+        "dependencies",
+        "device_id",
+        "stream_id",
+        "estimated_time_us",
+        "memory_bytes",
+        "layer_id",
+        "metadata",
+        "attrs",
+        "block",
+        "origins",
+        "copy",
+        "None",
+        "True",
+        "False",
+        "and",
+        "as",
+        "assert",
+        "async",
+        "await",
+        "break",
+        "class",
+        "continue",
+        "def",
+        "del",
+        "elif",
+        "else",
+        "except",
+        "finally",
+        "for",
+        "from",
+        "global",
+        "if",
+        "import",
+        "in",
+        "is",
+        "lambda",
+        "nonlocal",
+        "not",
+        "or",
+        "pass",
+        "raise",
+        "return",
+        "try",
+        "while",
+        "with",
+        "yield",
+        "int",
+        "float",
+        "bool",
+        "str",
+        "len",
+        "tuple",
+        "dict",
+        "list",
+        "set",
+        "type",
+        "print",
+        "property",
+    ]
+)
+"""Names that generated code uses for itself: modules, members of nodes, keywords and builtins."""
+
+
+def with_view_types(scope: Scope, inputs: Mapping[str, ValueType], views: Sequence[View]) -> Scope:
+    """The scope extended by the views of inputs; views of outputs cannot be read before they are written."""
+    return replace(scope, values=scope.values | {view.name: view.type for view in views if view.base in inputs})

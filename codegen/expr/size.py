@@ -1,0 +1,159 @@
+"""Sizes: polynomials over named dims in a normal form, so that `2*I - I` and `I` are equal.
+
+Division is exact: `D/2` says that D is even. So sizes form a ring, and comparing two of them is comparing normal forms.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import reduce
+from math import gcd, lcm
+
+Monomial = tuple[str, ...]  # symbols in order, repeated for powers; () is the constant
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A sum of monomials with rational coefficients. `text` is how the spec wrote it, if it did."""
+
+    terms: tuple[tuple[Monomial, Fraction], ...]
+    text: str | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, value: int) -> "Size":
+        return _size({(): Fraction(value)})
+
+    @classmethod
+    def symbol(cls, name: str) -> "Size":
+        return _size({(name,): Fraction(1)})
+
+    def __add__(self, other: "Size") -> "Size":
+        total = dict(self.terms)
+        for monomial, factor in other.terms:
+            total[monomial] = total.get(monomial, Fraction(0)) + factor
+        return _size(total)
+
+    def __neg__(self) -> "Size":
+        return _size({monomial: -factor for monomial, factor in self.terms})
+
+    def __sub__(self, other: "Size") -> "Size":
+        return self + -other
+
+    def __mul__(self, other: "Size") -> "Size":
+        total: dict[Monomial, Fraction] = {}
+        for left, a in self.terms:
+            for right, b in other.terms:
+                monomial = tuple(sorted(left + right))
+                total[monomial] = total.get(monomial, Fraction(0)) + a * b
+        return _size(total)
+
+    def divided_by(self, divisor: int) -> "Size":
+        return _size({monomial: factor / divisor for monomial, factor in self.terms})
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return tuple(sorted({symbol for monomial, _ in self.terms for symbol in monomial}))
+
+    @property
+    def constant(self) -> int | None:
+        """The value of a size without symbols, or None."""
+        if self.symbols:
+            return None
+        value = self.terms[0][1] if self.terms else Fraction(0)
+        return int(value) if value.denominator == 1 else None
+
+    @property
+    def name(self) -> str | None:
+        """The dim that this size is, if it is one dim and nothing else."""
+        return self.terms[0][0][0] if self == Size.symbol(self.symbols[0] if self.symbols else "") else None
+
+    @property
+    def degree(self) -> int:
+        return max((len(monomial) for monomial, _ in self.terms), default=0)
+
+    @property
+    def is_never_negative(self) -> bool:
+        """Whether no term can make it negative, whatever the (positive) dims."""
+        return all(factor > 0 for _, factor in self.terms)
+
+    def substitute(self, env: Mapping[str, "Size"]) -> "Size":
+        total = Size(())
+        for monomial, factor in self.terms:
+            product = _size({(): factor})
+            for symbol in monomial:
+                product = product * env.get(symbol, Size.symbol(symbol))
+            total = total + product
+        return total
+
+    def solve(self, symbol: str, value: "Size") -> "Size | None":
+        """The size of `symbol` for which self == value, where it stands alone in one linear term; else None."""
+        own = [(monomial, factor) for monomial, factor in self.terms if symbol in monomial]
+        if len(own) != 1 or own[0][0] != (symbol,):
+            return None
+        rest = value - (self - _size(dict(own)))
+        return _size({monomial: factor / own[0][1] for monomial, factor in rest.terms})
+
+    def evaluate(self, env: Mapping[str, int]) -> Fraction:
+        total = Fraction(0)
+        for monomial, factor in self.terms:
+            total += factor * reduce(lambda product, symbol: product * env[symbol], monomial, 1)
+        return total
+
+    def __str__(self) -> str:
+        return self.text if self.text is not None else formula(self)
+
+
+def _size(terms: Mapping[Monomial, Fraction]) -> Size:
+    kept = {monomial: factor for monomial, factor in terms.items() if factor}
+    return Size(tuple(sorted(kept.items(), key=lambda item: (-len(item[0]), item[0]))))
+
+
+LEADING = Size(Size.symbol("R").terms, text="...")
+"""The dims that `...` stands for; in formulas R is their product."""
+
+
+def volume(dims: Iterable[Size]) -> Size:
+    """The number of elements."""
+    return reduce(lambda product, dim: product * dim, dims, Size.of(1))
+
+
+def formula(size: Size) -> str:
+    """The size as Python text: what is common to all terms is factored out, a denominator comes last."""
+    if not size.terms:
+        return "0"
+    denominator = lcm(*(factor.denominator for _, factor in size.terms))
+    whole = [(monomial, int(factor * denominator)) for monomial, factor in size.terms]
+    common, inner = _factored(whole)
+    factors = ([str(common[1])] if common[1] != 1 else []) + list(common[0])
+    text = " * ".join([*factors, f"({_sum(inner)})"]) if len(inner) > 1 and factors else _sum(whole)
+    if denominator == 1:
+        return text
+    return f"({text}) // {denominator}" if len(whole) > 1 or " * " in text else f"{text} // {denominator}"
+
+
+Terms = list[tuple[Monomial, int]]
+
+
+def _factored(terms: Terms) -> tuple[tuple[Monomial, int], Terms]:
+    shared = list(terms[0][0])
+    for monomial, _ in terms[1:]:
+        rest = list(monomial)
+        shared = [symbol for symbol in shared if symbol in rest and (rest.remove(symbol) or True)]
+    number = gcd(*(factor for _, factor in terms))
+    return (tuple(shared), number), [(_without(monomial, shared), factor // number) for monomial, factor in terms]
+
+
+def _without(monomial: Monomial, shared: list[str]) -> Monomial:
+    rest = list(monomial)
+    for symbol in shared:
+        rest.remove(symbol)
+    return tuple(rest)
+
+
+def _sum(terms: Terms) -> str:
+    text = ""
+    for monomial, factor in terms:
+        sign = "-" if factor < 0 else "+"
+        product = " * ".join(([str(abs(factor))] if abs(factor) != 1 or not monomial else []) + list(monomial))
+        text += f" {sign} {product}" if text else ("-" if factor < 0 else "") + product
+    return text

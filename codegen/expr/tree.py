@@ -1,0 +1,184 @@
+"""The typed expression tree that every kernel emitter reads. It says what is computed and names no target."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.expr.types import ValueType
+
+UnaryOp = Literal[
+    "neg", "not", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "abs", "relu", "sin", "cos", "floor", "round"
+]
+BinaryOp = Literal[
+    "+", "-", "*", "/", "//", "%", "**", "min", "max", "==", "!=", "<", "<=", ">", ">=", "and", "or"
+]  # fmt: skip
+ReduceOp = Literal["sum", "mean", "amax", "amin"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expr:
+    """A value. Its dims are in the order in which a target may lay it out; broadcast is by dim, never by position."""
+
+    type: ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Ref(Expr):
+    """An input, a view, or the result of an earlier statement."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttrRef(Expr):
+    """An attr of the op: known when the kernel is called."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DimRef(Expr):
+    """A dim as a number."""
+
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Number(Expr):
+    """A literal; it takes the element type of what it meets."""
+
+    value: bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Unary(Expr):
+    op: UnaryOp
+    x: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Binary(Expr):
+    op: BinaryOp
+    a: Expr
+    b: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Select(Expr):
+    """`where(condition, a, b)`, element by element."""
+
+    condition: Expr
+    a: Expr
+    b: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Cast(Expr):
+    """Rounding (to nearest even) or widening to the element type of `type`."""
+
+    x: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce(Expr):
+    op: ReduceOp
+    x: Expr
+    dim: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Dot(Expr):
+    """Sum over `dim` of x * w, accumulated in float32."""
+
+    x: Expr
+    w: Expr
+    dim: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Gather(Expr):
+    """`table` at `index` along `dim`; the dims of `index` take the place of `dim`."""
+
+    table: Expr
+    dim: Size
+    index: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class IfPresent(Expr):
+    """`a` where the optional input or attr `name` is given, else `b`; decided when the kernel is called."""
+
+    name: str
+    a: Expr
+    b: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The part of one dim from `start` to `stop`."""
+
+    start: Size
+    stop: Size
+
+    @property
+    def length(self) -> Size:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Part of an operand, in another shape if `shape` is given. Moves no data."""
+
+    name: str
+    base: str
+    base_type: ValueType
+    slices: tuple[Slice | None, ...]  # one for each dim of the base; None takes all of it
+    shape: tuple[Size, ...] | None
+    type: ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """`target = value`; the target is an output, a view of one, or a new name."""
+
+    target: str
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The body of a `compute`: every output is written exactly once, whole or by views that tile it."""
+
+    views: tuple[View, ...]
+    statements: tuple[Statement, ...]
+
+    def view(self, name: str) -> View | None:
+        return next((view for view in self.views if view.name == name), None)
+
+
+def children(expr: Expr) -> tuple[Expr, ...]:
+    match expr:
+        case Unary(x=x) | Cast(x=x) | Reduce(x=x):
+            return (x,)
+        case Binary(a=a, b=b) | IfPresent(a=a, b=b):
+            return (a, b)
+        case Select(condition=condition, a=a, b=b):
+            return (condition, a, b)
+        case Dot(x=x, w=w):
+            return (x, w)
+        case Gather(table=table, index=index):
+            return (table, index)
+    return ()
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """The expression and everything below it, outermost first."""
+    yield expr
+    for child in children(expr):
+        yield from walk(child)
+
+
+def names_read(expr: Expr) -> set[str]:
+    """Operands, attrs and earlier results that the value depends on."""
+    return {node.name for node in walk(expr) if isinstance(node, Ref | AttrRef | IfPresent)}

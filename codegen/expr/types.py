@@ -1,0 +1,134 @@
+"""Types of values: an element type and named dims, and the text forms `E[T, 2*I]` and `2*I`."""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sageLLM.codegen.diagnostics import did_you_mean
+from sageLLM.codegen.expr.size import LEADING, Size
+from sageLLM.codegen.expr.syntax import Text, parse_expression
+
+FLOATS = ("f16", "bf16", "f32", "f64")
+INTEGERS = ("i8", "i32", "i64")
+DTYPES = ("bool", *INTEGERS, *FLOATS)
+
+MAX_RANK = 6
+MAX_DEGREE = 4
+DIM_NAME = re.compile(r"[A-Z][A-Za-z0-9]{0,15}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class ValueType:
+    """An element type and dims. `bool`, `int` and `float` are the types of literals and attrs, which adapt."""
+
+    element: str
+    dims: tuple[Size, ...] = ()
+
+    @property
+    def is_literal(self) -> bool:
+        return self.element in LITERALS
+
+    def __str__(self) -> str:
+        return self.element if self.is_literal else f"{self.element}[{', '.join(map(str, self.dims))}]"
+
+
+LITERALS = ("truth", "int", "float", "str")
+"""Element types of values that are known when a kernel is called: Python's bool, int and float."""
+
+
+def parse_type(text: Text, elements: Mapping[str, object], dims: Mapping[str, object]) -> ValueType:
+    """`E[..., H]` with known elements and dims; raises Refused otherwise."""
+    found = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]*)\]\s*", text.value)
+    if not found:
+        raise text.refuse("SAGE114", f"'{text.value}' is not a type", None, 'write an element and dims: "E[T, H]"')
+    element = found[1]
+    if element not in DTYPES and element not in elements:
+        at = text.part(found.start(1), found.end(1))
+        raise at.refuse(
+            "SAGE114", f"unknown element type '{element}'", None, did_you_mean(element, [*DTYPES, *elements])
+        )
+    sizes = tuple(parse_dim(part, dims) for part in split_dims(text.part(found.start(2), found.end(2))))
+    return _checked(text, ValueType(element, sizes))
+
+
+def _checked(text: Text, type_: ValueType) -> ValueType:
+    if LEADING in type_.dims[1:]:
+        raise text.refuse("SAGE114", "`...` may only come first")
+    if len(type_.dims) > MAX_RANK:
+        raise text.refuse("SAGE114", f"a tensor may have {MAX_RANK} dims")
+    if len(set(type_.dims)) < len(type_.dims):
+        twice = next(dim for i, dim in enumerate(type_.dims) if dim in type_.dims[:i])
+        raise text.refuse(
+            "SAGE113", f"the dim {twice} stands twice, so it does not name one of them", None, "use two names"
+        )
+    return type_
+
+
+def split_dims(text: Text) -> list[Text]:
+    """The parts between commas that are outside parentheses."""
+    if not text.value.strip():
+        return []
+    cuts, depth = [-1], 0
+    for offset, character in enumerate(text.value):
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            cuts.append(offset)
+    return [_stripped(text, a + 1, b) for a, b in zip(cuts, [*cuts[1:], len(text.value)], strict=True)]
+
+
+def _stripped(text: Text, start: int, end: int) -> Text:
+    raw = text.value[start:end]
+    return (
+        text.part(start + len(raw) - len(raw.lstrip()), start + len(raw.rstrip()))
+        if raw.strip()
+        else text.part(start, end)
+    )
+
+
+def parse_dim(text: Text, dims: Mapping[str, object]) -> Size:
+    """A dim such as `H`, `2*I`, `D/2`, `B + 1` or `...`; raises Refused otherwise."""
+    if text.value == "...":
+        return LEADING
+    node = parse_expression(text)
+    size = size_of(node, text, dims)
+    return Size(size.terms, text=dim_text(node))
+
+
+def dim_text(node: ast.expr) -> str:
+    """The dim as Python text: exact division is written `//`."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Div):
+            inner.op = ast.FloorDiv()
+    return ast.unparse(node)
+
+
+def size_of(node: ast.expr, text: Text, dims: Mapping[str, object]) -> Size:
+    """The size that an expression of dims means; raises Refused for names and operators it does not have."""
+    match node:
+        case ast.Constant(value=int() as value) if not isinstance(value, bool):
+            return Size.of(value)
+        case ast.Name(id=name):
+            return _symbol(name, node, text, dims)
+        case ast.BinOp(left=left, op=ast.Div() | ast.FloorDiv(), right=ast.Constant(value=int() as divisor)) if (
+            divisor > 0
+        ):
+            return size_of(left, text, dims).divided_by(divisor)
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() as operator, right=right):
+            a, b = size_of(left, text, dims), size_of(right, text, dims)
+            if isinstance(operator, ast.Mult) and a.degree + b.degree > MAX_DEGREE:
+                raise text.refuse("SAGE114", f"more than {MAX_DEGREE} dims are multiplied", node)
+            return a + b if isinstance(operator, ast.Add) else a - b if isinstance(operator, ast.Sub) else a * b
+    raise text.refuse(
+        "SAGE114", f"'{ast.unparse(node)}' is not a size", node, "use dims, whole numbers, + - * and / by a number"
+    )
+
+
+def _symbol(name: str, node: ast.AST, text: Text, dims: Mapping[str, object]) -> Size:
+    if name == "R":
+        raise text.refuse("SAGE115", "R is the product of the dims of `...`", node, "write `...` as the first dim")
+    if name not in dims:
+        near = did_you_mean(name, [dim for dim in dims if dim != "R"])
+        help = near if near and near.startswith("did") else "declare it in specs/dims.yaml, or under the op's `dims`"
+        raise text.refuse("SAGE115", f"undefined dim '{name}'", node, help)
+    return Size.symbol(name)

@@ -1,0 +1,372 @@
+"""Links op entries: every text becomes a typed operand, expression or call, and costs are derived."""
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.check import Checker, Scope
+from sageLLM.codegen.expr.cost import element_bytes, program_flops, program_reads, program_writes, total_bytes
+from sageLLM.codegen.expr.program import ProgramChecker, parse_view, why_not_a_value_name, with_view_types
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
+from sageLLM.codegen.expr.tree import Expr, View
+from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_type, size_of
+from sageLLM.codegen.link.calls import fused_cost, link_calls
+from sageLLM.codegen.link.hooks import link_reference
+from sageLLM.codegen.load import Entry, RawSpecs
+from sageLLM.codegen.model.op import Attr, Call, Condition, Cost, OpDef, Operand, Reference, Rule, class_name
+from sageLLM.codegen.schema.ops import AttrSpec, InputSpec, OpSpec
+
+DEFAULT_ELEMENTS = {"E": ("f16", "bf16", "f32", "f64")}
+_LITERALS = {"f32": "float", "i32": "int", "bool": "truth", "str": "str", "dim": "int"}
+_PYTHON: dict[str, tuple[type, ...]] = {"f32": (int, float), "i32": (int,), "bool": (bool,), "str": (str,), "dim": (int,)}
+
+
+def link_ops(raw: RawSpecs, sink: Sink) -> dict[str, OpDef]:
+    """All ops by name, in spec order. Findings go to the sink; an op with findings is left out."""
+    linked: dict[str, OpDef] = {}
+    waiting = dict(raw.ops)
+    while waiting:
+        ready = [name for name, entry in waiting.items() if not _callees(entry) & waiting.keys()]
+        if not ready:
+            _report_circle(waiting, sink)
+            break
+        for name in ready:
+            op = OpLinker(waiting.pop(name), raw, linked, sink).link()
+            if op is not None:
+                linked[name] = op
+    return {name: linked[name] for name in raw.ops if name in linked}
+
+
+def _callees(entry: Entry[OpSpec]) -> set[str]:
+    """Ops named in `fuses`; a line that does not parse names none here, and is refused when it is linked."""
+    names = {line.partition("=")[2].partition("(")[0].strip() for line in entry.spec.fuses or []}
+    return names - {entry.name}
+
+
+def _report_circle(waiting: Mapping[str, Entry[OpSpec]], sink: Sink) -> None:
+    names = " and ".join(waiting)
+    for entry in waiting.values():
+        sink.error("SAGE119", f"the fused ops {names} are made of each other", entry.key_span("fuses"))
+
+
+@dataclass(slots=True)
+class OpLinker:
+    """Links one entry, collecting the findings of all its fields."""
+
+    entry: Entry[OpSpec]
+    raw: RawSpecs
+    linked: Mapping[str, OpDef]
+    sink: Sink
+    dims: dict[str, object] = field(default_factory=dict)
+    elements: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    taken: Scope = field(default_factory=Scope)
+
+    def link(self) -> OpDef | None:
+        before = len(self.sink.diagnostics)
+        self._declare()
+        spec = self.entry.spec
+        inputs = self._operands("inputs", spec.inputs)
+        outputs = self._operands("outputs", {name: InputSpec(type=text) for name, text in spec.outputs.items()})
+        attrs = self._attrs()
+        if len(self.sink.diagnostics) > before:
+            return None
+        op = self._meaning(inputs, outputs, attrs)
+        return op if len(self.sink.diagnostics) == before else None
+
+    def text(self, value: str, *path: str | int) -> Text:
+        return Text.of(value, self.entry, path, self.sink)
+
+    @contextmanager
+    def refusable(self) -> Iterator[None]:
+        """A refused field is reported already; go on with the next one."""
+        try:
+            yield
+        except Refused:
+            return
+
+    # declarations
+
+    def _declare(self) -> None:
+        spec, entry = self.entry.spec, self.entry
+        if not _is_op_name(entry.name):
+            self.sink.error("SAGE116", f"'{entry.name}' is not a name for an op", entry.key_span(), "use small letters, digits and _")
+        self.dims = dict.fromkeys([*self.raw.dims, *spec.dims, *(n for n, a in spec.attrs.items() if a.type == "dim")])
+        self.elements = DEFAULT_ELEMENTS | {name: tuple(types) for name, types in spec.types.items()}
+        for name in (*spec.dims, *spec.types, *(n for n, a in spec.attrs.items() if a.type == "dim")):
+            if not DIM_NAME.match(name):
+                self.sink.error("SAGE116", f"'{name}' must begin with a capital letter and have letters and digits only",
+                                self._declared_at(name))  # fmt: skip
+        for name in self.elements.keys() & self.dims.keys():
+            self.sink.error("SAGE116", f"'{name}' is a dim and an element type", self._declared_at(name))
+        if class_name(entry.name) in self.dims:
+            self.sink.error("SAGE116", f"the class of '{entry.name}' would have the name of a dim", entry.key_span())
+        if spec.op_type is not None and spec.op_type not in self.raw.op_types:
+            help = did_you_mean(spec.op_type, self.raw.op_types)
+            self.sink.error("SAGE121", f"unknown op_type '{spec.op_type}'", entry.span("op_type"), help)
+        self.taken = Scope(dims=self.dims, elements=self.elements)
+
+    def _declared_at(self, name: str):  # type: ignore[no-untyped-def]
+        for key in ("types", "dims", "attrs"):
+            if name in getattr(self.entry.spec, key):
+                return self.entry.key_span(key, name)
+        return self.entry.key_span()
+
+    def _take(self, name: str, type_: ValueType, *path: str) -> None:
+        """Notes an operand's name, or says why it cannot be one."""
+        why = why_not_a_value_name(name, self.taken)
+        if why is None and not _is_value_name(name):
+            why = f"'{name}' is not a name: use small letters, digits and _"
+        if why:
+            self.sink.error("SAGE116", why, self.entry.key_span(*path), "choose another name")
+        self.taken.values[name] = type_
+
+    def _operands(self, key: str, specs: Mapping[str, str | InputSpec]) -> tuple[Operand, ...]:
+        found: list[Operand] = []
+        for name, given in specs.items():
+            spec = given if isinstance(given, InputSpec) else InputSpec(type=given)
+            is_long = isinstance(given, InputSpec) and key == "inputs"
+            path = (key, name, "type") if is_long else (key, name)
+            with self.refusable():
+                type_ = parse_type(self.text(spec.type, *path), self.elements, self.dims)
+                self._take(name, type_, key, name)
+                if found and found[-1].optional and not spec.optional:
+                    self.sink.error("SAGE130", f"'{name}' stands after an optional input", self.entry.key_span(key, name),
+                                    "put optional inputs last")  # fmt: skip
+                found.append(Operand(name, type_, spec.optional, spec.doc))
+        return tuple(found)
+
+    def _attrs(self) -> tuple[Attr, ...]:
+        found: list[Attr] = []
+        for name, spec in self.entry.spec.attrs.items():
+            if spec.type != "dim":
+                self._take(name, ValueType(_LITERALS[spec.type]), "attrs", name)
+            with self.refusable():
+                found.append(self._attr(name, spec))
+        return tuple(found)
+
+    def _attr(self, name: str, spec: AttrSpec) -> Attr:
+        formula = None
+        default = spec.default
+        if isinstance(default, str) and spec.type in ("f32", "i32"):
+            formula, default = self._formula(self.text(default, "attrs", name, "default")), None
+        if default is not None:
+            self._check_default(name, spec, default)
+        if spec.optional and (default is not None or formula is not None):
+            raise self._refuse_attr(name, "an optional attr has no default", "default")
+        choices = tuple(spec.choices) if spec.choices else None
+        value = float(default) if spec.type == "f32" and isinstance(default, int) else default
+        return Attr(name, spec.type, value, formula, spec.optional, spec.min, spec.max, choices, spec.doc)
+
+    def _check_default(self, name: str, spec: AttrSpec, value: object) -> None:
+        wrong_bool = isinstance(value, bool) and spec.type != "bool"
+        if not isinstance(value, _PYTHON[spec.type]) or wrong_bool:
+            raise self._refuse_attr(name, f"the default of '{name}' is not of the type {spec.type}", "default")
+        low, high = spec.min, spec.max
+        if isinstance(value, int | float) and ((low is not None and value < low) or (high is not None and value > high)):
+            raise self._refuse_attr(name, f"the default of '{name}' is outside its own limits", "default")
+        if spec.choices and value not in spec.choices:
+            raise self._refuse_attr(name, f"the default of '{name}' is none of its choices", "default")
+
+    def _refuse_attr(self, name: str, message: str, key: str) -> Refused:
+        self.sink.error("SAGE125", message, self.entry.span("attrs", name, key))
+        return Refused(message)
+
+    def _formula(self, text: Text) -> Expr:
+        value = Checker(text, Scope(dims=self.dims, elements={})).expression(parse_expression(text))
+        if value.type.element not in ("int", "float"):
+            raise text.refuse("SAGE125", "a default is a number or an expression of dims")
+        return value
+
+    # meaning
+
+    def _meaning(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> OpDef | None:
+        spec, entry = self.entry.spec, self.entry
+        sources = [key for key in ("compute", "fuses", "reference") if getattr(spec, key) is not None]
+        if len(sources) != 1:
+            given = " and ".join(sources) or "none"
+            help = "give one of compute, fuses, reference"
+            self.sink.error("SAGE118", f"an op has one source of meaning, '{entry.name}' has {given}", entry.key_span(), help)
+            return None
+        self._check_determined(inputs, outputs, attrs)
+        common = (inputs, outputs, attrs)
+        kinds: dict[str, Callable[..., OpDef | None]] = {
+            "compute": self._computed, "fuses": self._fused, "reference": self._referenced,
+        }  # fmt: skip
+        self._check_inplace(inputs, outputs)
+        self._check_fields(sources[0])
+        return kinds[sources[0]](*common)
+
+    def _check_fields(self, source: str) -> None:
+        spec = self.entry.spec
+        wrong = [
+            (bool(spec.views) and source != "compute", "views", "views belong to a compute"),
+            (spec.kernel is not None and source != "reference", "kernel", "a kernel's hooks belong to a reference"),
+            (spec.rule is not None and source != "fuses", "rule", "a rule belongs to a fuses"),
+            (spec.op_type is None and source != "fuses", "summary", "the op_type is missing"),
+            (spec.cost is not None and source != "reference", "cost", "the cost of this op is derived"),
+            (spec.cost is None and source == "reference", "reference", "the cost of a reference has to be given"),
+        ]
+        for is_wrong, key, message in wrong:
+            if is_wrong:
+                self.sink.error("SAGE128", message, self.entry.key_span(key), "see the spec language, ops")
+        self._check_cases()
+
+    def _check_cases(self) -> None:
+        spec = self.entry.spec
+        for index, case in enumerate(spec.tests.cases if spec.tests else []):
+            for name, value in case.items():
+                if name not in self.dims or (isinstance(value, list) and name != "R"):
+                    message = f"'{name}' is not a dim of the op" if name not in self.dims else f"{name} is one number"
+                    self.sink.error("SAGE126", message, self.entry.key_span("tests", "cases", index, name))
+                elif min(value if isinstance(value, list) else [value], default=1) < 1:
+                    self.sink.error("SAGE126", "a size is at least 1", self.entry.span("tests", "cases", index, name))
+
+    def _check_determined(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> None:
+        """Every dim and element variable of an output follows from inputs and attrs."""
+        known = {symbol for o in inputs if not o.optional for dim in o.type.dims for symbol in dim.symbols}
+        known |= {attr.name for attr in attrs if attr.type == "dim"}
+        elements = {o.type.element for o in inputs}
+        for output in outputs:
+            missing = [symbol for dim in output.type.dims for symbol in dim.symbols if symbol not in known]
+            if output.type.element in self.elements and output.type.element not in elements:
+                missing.append(output.type.element)
+            for name in dict.fromkeys(missing):
+                message = f"{name} of the output '{output.name}' follows from no input"
+                help = f"make it an attr: {name}: {{type: dim}}"
+                self.sink.error("SAGE115", message, self.entry.span("outputs", output.name), help)
+
+    def _check_inplace(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...]) -> None:
+        for name, source in self.entry.spec.inplace.items():
+            output = next((o for o in outputs if o.name == name), None)
+            input_ = next((o for o in inputs if o.name == source), None)
+            if output is None or input_ is None:
+                unknown, known = (name, outputs) if output is None else (source, inputs)
+                what = "output" if output is None else "input"
+                help = did_you_mean(unknown, [o.name for o in known])
+                self.sink.error("SAGE122", f"inplace names the unknown {what} '{unknown}'", self._inplace_span(name, output is None), help)
+            elif output.type != input_.type:
+                message = f"'{name}' is {output.type} and cannot take over the memory of '{source}', {input_.type}"
+                self.sink.error("SAGE122", message, self.entry.span("inplace", name))
+
+    def _inplace_span(self, name: str, is_key: bool):  # type: ignore[no-untyped-def]
+        return self.entry.key_span("inplace", name) if is_key else self.entry.span("inplace", name)
+
+    def _scope(self, inputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> Scope:
+        optional = {o.name for o in inputs if o.optional} | {attr.name for attr in attrs if attr.optional}
+        return Scope(
+            {o.name: o.type for o in inputs},
+            {a.name: ValueType(_LITERALS[a.type]) for a in attrs if a.type != "dim"},
+            dict.fromkeys(s for o in self.taken.values.values() for d in o.dims for s in d.symbols if s != "R")
+            | dict.fromkeys(a.name for a in attrs if a.type == "dim"),
+            self.elements,
+            frozenset(optional),
+        )
+
+    def _computed(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> OpDef | None:
+        spec, scope = self.entry.spec, self._scope(inputs, attrs)
+        operands = {o.name: o.type for o in (*inputs, *outputs)}
+        views: list[View] = []
+        for name, text in spec.views.items():
+            with self.refusable():
+                views.append(parse_view(self.text(text, "views", name), name, operands, scope.dims))
+                self._take(name, views[-1].type, "views", name)
+        if len(views) < len(spec.views) or spec.compute is None:
+            return None
+        in_types, out_types = ({o.name: o.type for o in group} for group in (inputs, outputs))
+        scope = with_view_types(scope, in_types, views)
+        program = ProgramChecker(self.text(spec.compute, "compute"), scope, in_types, out_types, views).check()
+        if program is None:
+            return None
+        reads = _present_only(program_reads(program, in_types), inputs)
+        writes = program_writes(program, in_types, out_types)
+        cost = Cost(program_flops(program), _sum([*reads.values(), *writes.values()]), {}, reads, writes)
+        return self._op(inputs, outputs, attrs, spec.op_type or "", cost, program=program)
+
+    def _fused(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> OpDef | None:
+        calls = link_calls(self.entry, inputs, outputs, attrs, self.linked, self.sink)
+        if calls is None:
+            return None
+        spec = self.entry.spec
+        op_type = spec.op_type or self.linked[calls[-1].op].op_type
+        cost = fused_cost(calls, inputs, outputs, self.linked)
+        rule = Rule(spec.rule.pass_, spec.rule.benefit, self.entry.span("rule", "pass")) if spec.rule else None
+        return self._op(inputs, outputs, attrs, op_type, cost, fuses=calls, rule=rule)
+
+    def _referenced(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> OpDef | None:
+        reference = link_reference(self.entry, self._scope(inputs, attrs), self.sink)
+        cost = self._declared_cost(inputs, outputs)
+        if reference is None or cost is None:
+            return None
+        return self._op(inputs, outputs, attrs, self.entry.spec.op_type or "", cost, reference=reference)
+
+    def _declared_cost(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...]) -> Cost | None:
+        spec = self.entry.spec.cost
+        if spec is None:
+            return None
+        names = self._scope(inputs, ()).dims | dict.fromkeys([*spec.let, *(n for n, a in self.entry.spec.attrs.items() if a.type == "dim")])
+        with self.refusable():
+            flops = self._work(self.text(spec.flops, "cost", "flops"), names)
+            moved = self._work(self.text(spec.bytes, "cost", "bytes"), names)
+            reads = {o.name: total_bytes(o.type) for o in inputs}
+            return Cost(flops, moved, dict(spec.let), reads, {o.name: total_bytes(o.type) for o in outputs})
+        return None
+
+    def _work(self, text: Text, names: Mapping[str, object]) -> Size:
+        node = parse_expression(text)
+        sizes = {f"{element}_size": None for element in self.elements}
+        rewritten = _SizeOf(self.elements).visit(node)
+        return size_of(rewritten, text, {**names, **sizes}, leading=True)
+
+    def _op(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...], op_type: str, cost: Cost, *,
+            program=None, fuses: tuple[Call, ...] = (), reference: Reference | None = None, rule: Rule | None = None) -> OpDef:  # type: ignore[no-untyped-def]  # fmt: skip
+        return OpDef(self.entry.name, self.entry, op_type, self.elements, inputs, outputs, attrs, self._conditions(inputs, attrs),
+                     dict(self.entry.spec.inplace), cost, program, fuses, reference, rule)  # fmt: skip
+
+    def _conditions(self, inputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> tuple[Condition, ...]:
+        scope, found = self._scope(inputs, attrs), []
+        scope.values.clear()
+        for index, line in enumerate(self.entry.spec.where):
+            with self.refusable():
+                text = self.text(line, "where", index)
+                value = Checker(text, scope).expression(parse_expression(text))
+                if value.type.element != "truth":
+                    raise text.refuse("SAGE107", "a condition is wanted", None, "compare it: ... == 0")
+                found.append(Condition(line, value))
+        return tuple(found)
+
+
+class _SizeOf(ast.NodeTransformer):
+    """`sizeof(E)` as the symbol `E_size`, or as the number of bytes of a fixed type."""
+
+    def __init__(self, elements: Mapping[str, object]) -> None:
+        self.elements = elements
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        match node:
+            case ast.Call(func=ast.Name(id="sizeof"), args=[ast.Name(id=element)], keywords=[]):
+                if element in self.elements:
+                    return ast.copy_location(ast.Name(f"{element}_size"), node)
+                if element in ("bool", "i8", "i32", "i64", "f16", "bf16", "f32", "f64"):
+                    return ast.copy_location(ast.Constant(element_bytes(element).constant), node)
+        return node
+
+
+def _present_only(reads: Mapping[str, Size], inputs: tuple[Operand, ...]) -> dict[str, Size]:
+    """Reads of optional operands count only where they are given: `has_NAME` is 1 or 0."""
+    optional = {o.name for o in inputs if o.optional}
+    return {name: size * Size.symbol(f"has_{name}") if name in optional else size for name, size in reads.items()}
+
+
+def _sum(sizes: list[Size]) -> Size:
+    return sum(sizes, Size.of(0))
+
+
+def _is_op_name(name: str) -> bool:
+    return _is_value_name(name) and len(name) > 1 and name not in ("torch", "math", "wide", "dims")
+
+
+def _is_value_name(name: str) -> bool:
+    return name.isascii() and name.isidentifier() and name == name.lower() and not name.startswith("_") and len(name) <= 40

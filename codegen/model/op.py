@@ -1,0 +1,204 @@
+"""What an op means after linking: its typed operands, its meaning, and the cost derived from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from sageLLM.codegen.diagnostics import Span
+from sageLLM.codegen.expr.size import LEADING, Size
+from sageLLM.codegen.expr.tree import Expr, Program
+from sageLLM.codegen.expr.types import DTYPES, ValueType
+from sageLLM.codegen.load import Entry
+from sageLLM.codegen.schema.ops import OpSpec
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An input or output. Optional inputs come last."""
+
+    name: str
+    type: ValueType
+    optional: bool = False
+    doc: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attr:
+    """A value fixed when the graph is built. `formula` is a default that depends on dims."""
+
+    name: str
+    type: str
+    default: Scalar | None = None
+    formula: Expr | None = None
+    optional: bool = False
+    min: float | None = None
+    max: float | None = None
+    choices: tuple[Scalar, ...] | None = None
+    doc: str | None = None
+
+    @property
+    def is_required(self) -> bool:
+        return self.default is None and self.formula is None and not self.optional
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A `where` line: true of the dims and attrs of every use of the op."""
+
+    text: str
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class AttrName:
+    """An attr of the surrounding op, passed on by a call."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A line of `fuses`: `targets = op(args, **kwargs)`. An absent optional argument is None."""
+
+    targets: tuple[str, ...]
+    op: str
+    args: tuple[str | None, ...]
+    kwargs: tuple[tuple[str, AttrName | Scalar | None], ...]
+    text: str
+    span: Span = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """An expression over a tile of scores, filled into a template."""
+
+    name: str
+    text: str
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A hand-written torch function: a template, and what is filled into it."""
+
+    template: str
+    params: tuple[tuple[str, int | float | bool], ...]
+    hooks: tuple[Hook, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The pass that rewrites the calls of `fuses` into the op; the greater benefit is tried first."""
+
+    pass_: str
+    benefit: int
+    span: Span = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Work as formulas of the op's dims, of `E_size` (bytes per element), and of `let`, which the step gives."""
+
+    flops: Size
+    bytes: Size
+    let: Mapping[str, str]
+    read: Mapping[str, Size]  # bytes by operand; what is gathered counts what it touches
+    written: Mapping[str, Size]
+
+
+@dataclass(frozen=True, slots=True)
+class OpDef:
+    """One op, linked. Exactly one of `program`, `fuses` and `reference` holds its meaning."""
+
+    name: str
+    entry: Entry[OpSpec]
+    op_type: str
+    elements: Mapping[str, tuple[str, ...]]  # element variables and the types they stand for
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    attrs: tuple[Attr, ...]
+    where: tuple[Condition, ...]
+    inplace: Mapping[str, str]
+    cost: Cost
+    program: Program | None = None
+    fuses: tuple[Call, ...] = ()
+    reference: Reference | None = None
+    rule: Rule | None = None
+
+    @property
+    def summary(self) -> str:
+        return self.entry.spec.summary
+
+    @property
+    def doc(self) -> str | None:
+        return self.entry.spec.doc
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return tuple(self.entry.spec.tags)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return tuple(self.entry.spec.phases)
+
+    @property
+    def cases(self) -> list[dict[str, int | list[int]]]:
+        """Sizes to test with, by dim; `R` holds the leading dims."""
+        return self.entry.spec.tests.cases if self.entry.spec.tests else []
+
+    @property
+    def ref(self) -> str:
+        return self.entry.ref
+
+    @property
+    def stem(self) -> str:
+        """The spec file's stem, which names the generated files."""
+        return PurePosixPath(self.entry.doc.file).stem
+
+    @property
+    def class_name(self) -> str:
+        return class_name(self.name)
+
+    @property
+    def equation(self) -> str:
+        """The meaning as text: equations, calls of other ops, or the name of the reference."""
+        spec = self.entry.spec
+        if spec.compute is not None:
+            return spec.compute.strip()
+        return "\n".join(spec.fuses) if spec.fuses else f"see kernels/reference: {spec.reference}"
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The dims of operands and dim attrs, in the order of their first use."""
+        sizes = [dim for operand in (*self.inputs, *self.outputs) for dim in operand.type.dims if dim != LEADING]
+        names = [symbol for size in sizes for symbol in (written_order(size) or size.symbols)]
+        return tuple(dict.fromkeys([*names, *(attr.name for attr in self.attrs if attr.type == "dim")]))
+
+    @property
+    def element_inputs(self) -> Mapping[str, str]:
+        """For each element variable an input that has it."""
+        found: dict[str, str] = {}
+        for operand in self.inputs:
+            if operand.type.element not in DTYPES and not operand.optional:
+                found.setdefault(operand.type.element, operand.name)
+        return found
+
+    def operand(self, name: str) -> Operand | None:
+        return next((o for o in (*self.inputs, *self.outputs) if o.name == name), None)
+
+    def attr(self, name: str) -> Attr | None:
+        return next((attr for attr in self.attrs if attr.name == name), None)
+
+
+def written_order(size: Size) -> list[str]:
+    """The symbols of a size in the order in which the spec wrote them."""
+    text = size.text or ""
+    words = "".join(c if c.isalnum() else " " for c in text).split()
+    return [word for word in dict.fromkeys(words) if word in size.symbols]
+
+
+def class_name(op: str) -> str:
+    """`fused_add_rms_norm` -> `FusedAddRmsNorm`."""
+    return "".join(part.capitalize() for part in op.split("_"))
