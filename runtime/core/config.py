@@ -1,0 +1,147 @@
+"""Reads a Hugging Face config.json with types, fallbacks and errors that name the file, the key and the value.
+
+A null value counts as absent, as checkpoints write it for "use the default". Keys may be dotted:
+`rope_parameters.rope_theta` is `rope_theta` inside `rope_parameters`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from sageLLM.runtime.core.errors import ConfigError
+
+MAX_SIZE = 2**31 - 1
+V = TypeVar("V")
+
+
+class _Required:
+    """The default of a key that has none."""
+
+
+REQUIRED: Final = _Required()
+
+
+class HFConfig:
+    """The JSON object of a config file; `path` is how errors name the file."""
+
+    def __init__(self, data: Mapping[builtins.str, Any], path: builtins.str = "config.json") -> None:
+        self.data, self.path = data, path
+
+    def size(
+        self, key: builtins.str, *fallbacks: builtins.str, default: builtins.int | _Required = REQUIRED
+    ) -> builtins.int:
+        """A number of things: an integer of at least 1."""
+        value = self.int(key, *fallbacks, default=default)
+        if not 1 <= value <= MAX_SIZE:
+            raise self._error(self._key_read(key, fallbacks), f"a size of 1 to {MAX_SIZE}", value)
+        return value
+
+    def int(
+        self, key: builtins.str, *fallbacks: builtins.str, default: builtins.int | _Required = REQUIRED
+    ) -> builtins.int:
+        """An integer; true and false are none."""
+        return self._read((key, *fallbacks), default, builtins.int, "an integer")
+
+    def float(
+        self, key: builtins.str, *fallbacks: builtins.str, default: builtins.float | _Required = REQUIRED
+    ) -> builtins.float:
+        """A finite number; integers are taken too."""
+        found = self._find((key, *fallbacks))
+        if found is None:
+            return self._default((key, *fallbacks), default, "a number")
+        name, value = found
+        is_number = isinstance(value, (builtins.int, builtins.float)) and not isinstance(value, builtins.bool)
+        if not is_number or not math.isfinite(value):
+            raise self._error(name, "a finite number", value)
+        return builtins.float(value)
+
+    def bool(
+        self, key: builtins.str, *fallbacks: builtins.str, default: builtins.bool | _Required = REQUIRED
+    ) -> builtins.bool:
+        """true or false."""
+        return self._read((key, *fallbacks), default, builtins.bool, "true or false")
+
+    def str(
+        self, key: builtins.str, *fallbacks: builtins.str, default: builtins.str | _Required = REQUIRED
+    ) -> builtins.str:
+        """Text."""
+        return self._read((key, *fallbacks), default, builtins.str, "text")
+
+    def opt_int(self, key: builtins.str, *fallbacks: builtins.str) -> builtins.int | None:
+        """An integer, or None if the key is absent or null."""
+        return None if self._find((key, *fallbacks)) is None else self.int(key, *fallbacks)
+
+    def opt_float(self, key: builtins.str, *fallbacks: builtins.str) -> builtins.float | None:
+        """A finite number, or None if the key is absent or null."""
+        return None if self._find((key, *fallbacks)) is None else self.float(key, *fallbacks)
+
+    def mapping(self, key: builtins.str, *fallbacks: builtins.str) -> Mapping[builtins.str, Any] | None:
+        """A JSON object, or None if the key is absent or null."""
+        found = self._find((key, *fallbacks))
+        if found is not None and not isinstance(found[1], Mapping):
+            raise self._error(found[0], "an object", found[1])
+        return None if found is None else found[1]
+
+    def list(self, key: builtins.str, *fallbacks: builtins.str) -> builtins.list[Any] | None:
+        """A JSON array, or None if the key is absent or null."""
+        found = self._find((key, *fallbacks))
+        if found is not None and not isinstance(found[1], builtins.list):
+            raise self._error(found[0], "a list", found[1])
+        return None if found is None else found[1]
+
+    def require(self, holds: builtins.bool, rule: builtins.str, **values: object) -> None:
+        """Raise ConfigError unless `holds`; `rule` and the names of `values` are in words of the config file."""
+        if not holds:
+            got = ", ".join(f"{name} is {_shown(value)}" for name, value in values.items())
+            raise ConfigError(f"{self.path}: needs {rule}, but {got}")
+
+    def _find(self, keys: Sequence[builtins.str]) -> tuple[builtins.str, Any] | None:
+        """The first of the keys that is there and not null, with its value."""
+        for key in keys:
+            value: Any = self.data
+            for step in key.split("."):
+                value = value.get(step) if isinstance(value, Mapping) else None
+            if value is not None:
+                return key, value
+        return None
+
+    def _read(self, keys: Sequence[builtins.str], default: V | _Required, kind: type[V], wanted: builtins.str) -> V:
+        found = self._find(keys)
+        if found is None:
+            return self._default(keys, default, wanted)
+        name, value = found
+        if not isinstance(value, kind) or (isinstance(value, builtins.bool) and kind is not builtins.bool):
+            raise self._error(name, wanted, value)
+        return value
+
+    def _default(self, keys: Sequence[builtins.str], default: V | _Required, wanted: builtins.str) -> V:
+        if isinstance(default, _Required):
+            also = f" (also looked for {', '.join(keys[1:])})" if len(keys) > 1 else ""
+            raise ConfigError(f"{self.path}: the key '{keys[0]}' is missing, want {wanted}{also}")
+        return default
+
+    def _key_read(self, key: builtins.str, fallbacks: Sequence[builtins.str]) -> builtins.str:
+        found = self._find((key, *fallbacks))
+        return found[0] if found else key
+
+    def _error(self, key: builtins.str, wanted: builtins.str, got: object) -> ConfigError:
+        return ConfigError(f"{self.path}: '{key}' wants {wanted}, got {_shown(got)}")
+
+
+def _shown(value: object) -> str:
+    """A value as JSON would write it, cut to a line."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f"'{value[:40]}'"
+        case Mapping():
+            return "an object"
+        case list():
+            return "a list"
+    return str(value)[:40]

@@ -1,0 +1,280 @@
+"""What a generated model file declares: its sizes, its weights, its blocks and the program that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, Protocol
+
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.dims import Dim, dims
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.graph import ExecutionGraph as ExecutionGraph
+from sageLLM.runtime.core.graph import Stage as Stage
+from sageLLM.runtime.core.ir import OpNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.types import TensorType
+from sageLLM.runtime.core.writer import GraphWriter
+
+T, B, Td, Tp, PG, BS, KV, KVd = dims("T B Td Tp PG BS KV KVd")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A checkpoint tensor, and its size along the dim that the parts are put together on."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What tensor parallelism does with a weight.
+
+    "rows" and "vocab" divide `dim` over the ranks (part by part); "first" keeps the weight on rank 0 and leaves zeros
+    on the others, for a bias that joins a sum over ranks. `then` is the collective that completes the result.
+    """
+
+    dim: int = 0
+    kind: Literal["rows", "vocab", "first"] = "rows"
+    then: Literal["all_reduce", "all_gather"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """A weight as graphs use it, and the checkpoint tensors that fill it.
+
+    The parts lie one after another along `dim`; with `transpose` the one part is stored with its dims swapped; with
+    `stack` each part lacks `dim`, where it fills one place. A weight with `tied_to` shares that weight's memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    dim: int = 0
+    transpose: bool = False
+    stack: bool = False
+    shard: Shard | None = None
+    tied_to: str | None = None
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    def part_shape(self, part: Part) -> tuple[int, ...]:
+        """The shape that the part has in the checkpoint."""
+        if self.transpose:
+            return self.shape[::-1]
+        middle = () if self.stack else (part.size,)
+        return (*self.shape[: self.dim], *middle, *self.shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary positions (Su et al. 2021): `dim` components are rotated, component j together with j + dim/2.
+
+    `scaling` is the checkpoint's own description with its type under `rope_type`, or None.
+    """
+
+    base: float
+    dim: int
+    max_position: int
+    scaling: Mapping[str, Any] | None = None
+    layout: Literal["half"] = "half"
+
+
+class ModelSizes(Protocol):
+    """What every generated config has; the other names are the layout's own."""
+
+    @property
+    def H(self) -> int: ...
+    @property
+    def L(self) -> int: ...
+    @property
+    def Nq(self) -> int: ...
+    @property
+    def Nkv(self) -> int: ...
+    @property
+    def D(self) -> int: ...
+    @property
+    def V(self) -> int: ...
+    @property
+    def max_position(self) -> int: ...
+    @property
+    def rope(self) -> RopeSpec | None: ...
+    @property
+    def tp(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KvNodes:
+    """What stands around a block that uses the KV cache, and joins its two halves in a hybrid step."""
+
+    load: OpTypeBase
+    store: OpTypeBase
+    join: type[OpNode]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a layer that is one node at block level.
+
+    `body(g, config, stage, layer, *args)` emits its ops and returns its results. A block with `kv` has no op type for
+    the hybrid stage: there it is a pair of its prefill and its decode node.
+    """
+
+    name: str
+    op_type: Mapping[Stage, OpTypeBase]
+    body: Callable[..., tuple[TensorRef, ...]]
+    kv: KvNodes | None = None
+
+    @property
+    def uses_kv(self) -> bool:
+        return self.kv is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """One decoder family. `spec` names the entry it was generated from, `tiny` is an HF config for tests."""
+
+    name: str
+    spec: str
+    architectures: tuple[str, ...]
+    read_config: Callable[[HFConfig], Any]
+    shard_config: Callable[[Any, int], Any]
+    weights: Callable[[Any], Iterator[WeightSpec]]
+    program: Callable[[GraphWriter, Any, Stage], list[TensorRef]]
+    blocks: Mapping[str, Block]
+    ignore: tuple[str, ...]
+    tiny: Mapping[str, Any]
+
+
+def num_rows(stage: Stage) -> Dim:
+    """The token rows of a step: T in prefill, B (one per sequence) in decode, Td + Tp in hybrid, decodes first."""
+    return {"prefill": T, "decode": B, "hybrid": Td + Tp}[stage]
+
+
+def call_block(
+    g: GraphWriter, c: ModelSizes, block: Block, stage: Stage, layer: int, *args: TensorRef, **results: int
+) -> tuple[TensorRef, ...]:
+    """Write the block-level nodes of one call. `results` gives the name and the row width of each result."""
+    call = {"call": f"L{layer}.{block.name}"}
+    if block.kv is None:
+        types = [TensorType(g.dtype, (num_rows(stage), width)) for width in results.values()]
+        return g.call_block(block.name, block.op_type[stage], args, tuple(results), types, metadata=call)
+    caches = [g.input(f"layers.{layer}.{name}", g.dtype, PG, BS, c.Nkv, c.D) for name in ("k_cache", "v_cache")]
+    calls = _KvCall(g, c, block, block.kv, args, caches, call)
+    if stage == "prefill":
+        return calls.prefill(results, T)
+    if stage == "decode":
+        return calls.decode(results, B, KV)
+    return calls.hybrid(results)
+
+
+@dataclass(frozen=True, slots=True)
+class _KvCall:
+    """One call of a block that reads and writes the KV cache."""
+
+    g: GraphWriter
+    c: ModelSizes
+    block: Block
+    kv: KvNodes
+    args: tuple[TensorRef, ...]
+    caches: list[TensorRef]
+    call: dict[str, str]
+
+    def prefill(self, results: Mapping[str, int], rows: Dim) -> tuple[TensorRef, ...]:
+        """The attention node, which makes keys and values kv_new [rows, 2, Nkv, D], and the node that stores them."""
+        types = [TensorType(self.g.dtype, (rows, width)) for width in results.values()]
+        types.append(TensorType(self.g.dtype, (rows, 2, self.c.Nkv, self.c.D)))
+        kind = self.block.op_type["prefill"]
+        *outputs, kv_new = self.g.call_block(
+            self.block.name, kind, self.args, (*results, "kv_new"), types, metadata=self.call
+        )
+        about = {"op": "kv_store", "tier": "device", **self.call}
+        sources = [kv_new, *self.caches]
+        self.g.call_block(self.block.name, self.kv.store, sources, (), (), node_id="kv_store", metadata=about)
+        return tuple(outputs)
+
+    def decode(self, results: Mapping[str, int], rows: Dim, keys: Dim) -> tuple[TensorRef, ...]:
+        """The node that loads keys and values kv [keys, 2, Nkv, D], and the attention node that reads them."""
+        about = {"op": "kv_load", "tier": "device", **self.call}
+        kv_type = TensorType(self.g.dtype, (keys, 2, self.c.Nkv, self.c.D))
+        loaded = self.g.call_block(
+            self.block.name, self.kv.load, self.caches, ("kv",), (kv_type,), node_id="kv_load", metadata=about
+        )
+        types = [TensorType(self.g.dtype, (rows, width)) for width in results.values()]
+        kind = self.block.op_type["decode"]
+        return self.g.call_block(
+            self.block.name, kind, (*self.args, *loaded), tuple(results), types, metadata=self.call
+        )
+
+    def hybrid(self, results: Mapping[str, int]) -> tuple[TensorRef, ...]:
+        """Both nodes on the same rows, of which the decode node takes the first Td, and their results joined."""
+        decoded = self.decode({f"{name}_decode": width for name, width in results.items()}, Td, KVd)
+        prefilled = self.prefill({f"{name}_prefill": width for name, width in results.items()}, Tp)
+        return tuple(self._join(name, a, b) for name, a, b in zip(results, decoded, prefilled, strict=True))
+
+    def _join(self, name: str, decoded: TensorRef, prefilled: TensorRef) -> TensorRef:
+        first, second = self.kv.join.input_types
+        (joined,) = self.g.emit(self.kv.join, {first: decoded, second: prefilled}, {}, (name,))
+        node = self.g.graph.producer(joined)
+        assert node is not None, "an emitted value has a producer"
+        node.metadata.update(self.call)
+        node.block = self.block.name
+        return joined
+
+
+def read_rope(
+    hf: HFConfig, *, base: float, dim: int, max_position: int, keys: tuple[str, ...], allow: tuple[str, ...]
+) -> RopeSpec:
+    """The rotary section of a config; ConfigError for a scaling type that is not in `allow`."""
+    found = hf.mapping(*keys) if keys else None
+    if found is None:
+        return RopeSpec(base, dim, max_position)
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in allow:
+        raise ConfigError(f"{hf.path}: rope scaling '{kind}' is not supported; known are {', '.join(allow)}")
+    return RopeSpec(base, dim, max_position, None if kind == "default" else {**found, "rope_type": kind})
+
+
+def divided(name: str, size: int, tp: int) -> int:
+    """A rank's share of a size; ConfigError if it does not come out even."""
+    if size % tp:
+        raise ConfigError(f"tensor_parallel_size={tp} does not divide {name}={size}; use a divisor of {size}")
+    return size // tp
+
+
+def check_checkpoint(layout: ModelLayout, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every way in which a checkpoint's tensors (name -> shape) are not exactly what the layout reads.
+
+    A tensor may be absent if its weight is tied; it may be there unread if the layout ignores its name.
+    """
+    problems: list[str] = []
+    read: set[str] = set()
+    for weight in layout.weights(config):
+        for part in weight.parts:
+            read.add(part.name)
+            wanted, got = weight.part_shape(part), shapes.get(part.name)
+            if got is None and weight.tied_to is None:
+                problems.append(f"missing tensor '{part.name}' {_dims(wanted)}, which fills {weight.name}")
+            elif got is not None and tuple(got) != wanted:
+                problems.append(f"tensor '{part.name}' is {_dims(tuple(got))}, want {_dims(wanted)} for {weight.name}")
+    for name in shapes:
+        if name not in read and not any(_matches(name, pattern) for pattern in layout.ignore):
+            problems.append(f"tensor '{name}' {_dims(tuple(shapes[name]))} is read by nothing in the layout")
+    return problems
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name is the pattern, where a leading or trailing `*` stands for anything."""
+    core = pattern.strip("*")
+    if pattern.startswith("*") and pattern.endswith("*"):
+        return core in name
+    if pattern.startswith("*"):
+        return name.endswith(core)
+    return name.startswith(core) if pattern.endswith("*") else name == pattern
