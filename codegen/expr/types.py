@@ -14,7 +14,7 @@ INTEGERS = ("i8", "i32", "i64")
 DTYPES = ("bool", *INTEGERS, *FLOATS)
 
 MAX_RANK = 6
-MAX_DEGREE = 4
+MAX_DEGREE = 6
 DIM_NAME = re.compile(r"[A-Z][A-Za-z0-9]{0,15}\Z")
 
 
@@ -103,19 +103,22 @@ def dim_text(node: ast.expr) -> str:
     return ast.unparse(node)
 
 
-def size_of(node: ast.expr, text: Text, dims: Mapping[str, object]) -> Size:
-    """The size that an expression of dims means; raises Refused for names and operators it does not have."""
+def size_of(node: ast.expr, text: Text, dims: Mapping[str, object], *, leading: bool = False) -> Size:
+    """The size that an expression of dims means; raises Refused for names and operators it does not have.
+
+    `leading` allows R, the product of the dims of `...`.
+    """
     match node:
         case ast.Constant(value=int() as value) if not isinstance(value, bool):
             return Size.of(value)
         case ast.Name(id=name):
-            return _symbol(name, node, text, dims)
+            return Size.symbol(name) if leading and name == "R" else _symbol(name, node, text, dims)
         case ast.BinOp(left=left, op=ast.Div() | ast.FloorDiv(), right=ast.Constant(value=int() as divisor)) if (
             divisor > 0
         ):
-            return size_of(left, text, dims).divided_by(divisor)
+            return size_of(left, text, dims, leading=leading).divided_by(divisor)
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() as operator, right=right):
-            a, b = size_of(left, text, dims), size_of(right, text, dims)
+            a, b = size_of(left, text, dims, leading=leading), size_of(right, text, dims, leading=leading)
             if isinstance(operator, ast.Mult) and a.degree + b.degree > MAX_DEGREE:
                 raise text.refuse("SAGE114", f"more than {MAX_DEGREE} dims are multiplied", node)
             return a + b if isinstance(operator, ast.Add) else a - b if isinstance(operator, ast.Sub) else a * b

@@ -1,0 +1,239 @@
+"""Checks calls of ops with typed arguments: the lines of `fuses`, and the cost that follows from them."""
+
+import ast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.cost import total_bytes
+from sageLLM.codegen.expr.size import LEADING, Size, volume
+from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
+from sageLLM.codegen.expr.types import DTYPES, ValueType
+from sageLLM.codegen.load import Entry
+from sageLLM.codegen.model.op import Attr, AttrName, Call, Cost, OpDef, Operand, Scalar
+from sageLLM.codegen.schema.ops import OpSpec
+
+
+class Misfit(Exception):
+    """An argument's type does not fit; the message says what is wanted."""
+
+
+@dataclass(slots=True)
+class Binding:
+    """What a called op's element variables and dims stand for, in terms of the caller's."""
+
+    elements: dict[str, str] = field(default_factory=dict)
+    dims: dict[str, Size] = field(default_factory=dict)
+    leading: tuple[Size, ...] | None = None
+
+    def match(self, wanted: ValueType, given: ValueType) -> None:
+        """Binds what is new and compares the rest; raises Misfit."""
+        self._match_element(wanted.element, given.element)
+        dims, sizes = list(wanted.dims), list(given.dims)
+        if dims and dims[0] == LEADING:
+            count = len(sizes) - len(dims) + 1
+            if count < 0:
+                raise Misfit
+            self._match_leading(tuple(sizes[:count]))
+            dims, sizes = dims[1:], sizes[count:]
+        if len(dims) != len(sizes):
+            raise Misfit
+        for dim, size in zip(dims, sizes, strict=True):
+            self._match_dim(dim, size)
+
+    def _match_element(self, wanted: str, given: str) -> None:
+        known = wanted if wanted in DTYPES else self.elements.setdefault(wanted, given)
+        if known != given:
+            raise Misfit
+
+    def _match_leading(self, dims: tuple[Size, ...]) -> None:
+        if self.leading is not None and self.leading != dims:
+            raise Misfit
+        self.leading = dims
+
+    def _match_dim(self, dim: Size, size: Size) -> None:
+        known = dim.substitute(self.dims)
+        unknown = [symbol for symbol in dim.symbols if symbol not in self.dims]
+        if len(unknown) == 1:
+            solved = known.solve(unknown[0], size)
+            if solved is None:
+                raise Misfit
+            self.dims[unknown[0]] = solved
+        elif unknown or known != size:
+            raise Misfit
+
+    def apply(self, type_: ValueType) -> ValueType:
+        """The called op's type in the caller's terms."""
+        dims: list[Size] = []
+        for dim in type_.dims:
+            dims += (self.leading or ()) if dim == LEADING else (dim.substitute(self.dims),)
+        return ValueType(self.elements.get(type_.element, type_.element), tuple(dims))
+
+    def formula(self, size: Size) -> Size:
+        """A cost formula of the called op in the caller's terms."""
+        env = dict(self.dims)
+        if self.leading is not None:
+            env["R"] = volume(self.leading)
+        for name, element in self.elements.items():
+            fixed = ValueType(element)
+            env[f"{name}_size"] = total_bytes(fixed)
+        return size.substitute(env)
+
+
+def link_calls(
+    entry: Entry[OpSpec],
+    inputs: Sequence[Operand],
+    outputs: Sequence[Operand],
+    attrs: Sequence[Attr],
+    ops: Mapping[str, OpDef],
+    sink: Sink,
+) -> tuple[Call, ...] | None:
+    """The typed lines of `fuses`, or None after reporting what is wrong with them."""
+    before = len(sink.diagnostics)
+    linker = CallLinker(entry, {o.name: o.type for o in inputs}, {o.name for o in inputs if o.optional},
+                        {a.name: a for a in attrs}, ops, sink)  # fmt: skip
+    calls = [call for index, line in enumerate(entry.spec.fuses or []) if (call := linker.line(index, line))]
+    if len(sink.diagnostics) == before:
+        linker.check_outputs(outputs, calls)
+    return tuple(calls) if len(sink.diagnostics) == before else None
+
+
+@dataclass(slots=True)
+class CallLinker:
+    """Goes through the lines of one `fuses`."""
+
+    entry: Entry[OpSpec]
+    values: dict[str, ValueType]
+    optional: set[str]
+    attrs: Mapping[str, Attr]
+    ops: Mapping[str, OpDef]
+    sink: Sink
+
+    def line(self, index: int, line: str) -> Call | None:
+        text = Text.of(line, self.entry, ("fuses", index), self.sink)
+        try:
+            body = parse_statements(text)
+            for statement in body:
+                check_grammar(text, statement)
+            match body:
+                case [ast.Assign(targets=[target], value=ast.Call(func=ast.Name()) as call)]:
+                    return self._call(text, target, call)
+            raise text.refuse("SAGE102", "a line of fuses is `results = op(arguments)`")
+        except Refused:
+            return None
+
+    def _call(self, text: Text, target: ast.expr, node: ast.Call) -> Call:
+        name = cast(ast.Name, node.func).id
+        op = self.ops.get(name)
+        if op is None:
+            raise text.refuse("SAGE119", f"unknown op '{name}'", node.func, did_you_mean(name, self.ops))
+        binding = Binding()
+        kwargs = tuple((keyword.arg or "", self._kwarg(text, op, keyword)) for keyword in node.keywords)
+        missing = [a.name for a in op.attrs if a.is_required and a.name not in dict(kwargs)]
+        if missing:
+            raise text.refuse("SAGE106", f"{name} needs the attr '{missing[0]}'", node, f"write {missing[0]}=...")
+        args = self._arguments(text, op, node, binding)
+        targets = self._targets(text, op, target, binding)
+        return Call(targets, name, args, kwargs, text.value, text.span())
+
+    def _arguments(self, text: Text, op: OpDef, node: ast.Call, binding: Binding) -> tuple[str | None, ...]:
+        least = sum(not o.optional for o in op.inputs)
+        if not least <= len(node.args) <= len(op.inputs):
+            wanted = str(least) if least == len(op.inputs) else f"{least} to {len(op.inputs)}"
+            raise text.refuse("SAGE106", f"{op.name} takes {wanted} inputs, got {len(node.args)}", node)
+        return tuple(self._argument(text, op, o, arg, binding) for o, arg in zip(op.inputs, node.args, strict=False))
+
+    def _argument(self, text: Text, op: OpDef, operand: Operand, node: ast.expr, binding: Binding) -> str:
+        if not isinstance(node, ast.Name):
+            raise text.refuse("SAGE102", "an argument is the name of a value", node, "give the value its own line")
+        if node.id not in self.values:
+            raise text.refuse("SAGE104", f"unknown name '{node.id}'", node, did_you_mean(node.id, self.values))
+        if node.id in self.optional and not operand.optional:
+            raise text.refuse("SAGE131", f"'{node.id}' may be absent, {op.name} needs its {operand.name}", node)
+        try:
+            binding.match(operand.type, self.values[node.id])
+        except Misfit:
+            bound = ", ".join(f"{dim} = {size}" for dim, size in binding.dims.items() if Size.symbol(dim) != size)
+            message = f"'{node.id}' is {self.values[node.id]}, but {op.name} takes {operand.name}: {operand.type}"
+            raise text.refuse("SAGE120", message + (f" with {bound}" if bound else ""), node) from None
+        return node.id
+
+    def _kwarg(self, text: Text, op: OpDef, node: ast.keyword) -> AttrName | Scalar | None:
+        wanted = op.attr(node.arg or "")
+        if wanted is None:
+            help = did_you_mean(node.arg or "", [a.name for a in op.attrs])
+            raise text.refuse("SAGE106", f"{op.name} has no attr '{node.arg}'", node, help)
+        match node.value:
+            case ast.Constant(value=bool() | int() | float() | str() as value):
+                return value
+            case ast.Name(id="true" | "false" as word):
+                return word == "true"
+            case ast.Name(id=name) if name in self.attrs:
+                if self.attrs[name].type != wanted.type:
+                    message = f"'{name}' is {self.attrs[name].type}, but {op.name} takes {wanted.name}: {wanted.type}"
+                    raise text.refuse("SAGE120", message, node.value)
+                return AttrName(name)
+            case ast.Name(id=name):
+                raise text.refuse("SAGE104", f"unknown attr '{name}'", node.value, did_you_mean(name, self.attrs))
+        raise text.refuse("SAGE102", "an attr is a literal or an attr of the op", node.value)
+
+    def _targets(self, text: Text, op: OpDef, target: ast.expr, binding: Binding) -> tuple[str, ...]:
+        nodes = target.elts if isinstance(target, ast.Tuple) else [target]
+        if len(nodes) != len(op.outputs):
+            raise text.refuse("SAGE106", f"{op.name} gives {len(op.outputs)} results, {len(nodes)} are named", target)
+        for node, output in zip(nodes, op.outputs, strict=True):
+            if not isinstance(node, ast.Name):
+                raise text.refuse("SAGE102", "a result is a name", node)
+            if node.id in self.values or node.id in self.attrs:
+                raise text.refuse("SAGE111", f"'{node.id}' is written twice", node, "every name is written once; choose a new one")
+            self.values[node.id] = binding.apply(output.type)
+        return tuple(cast(ast.Name, node).id for node in nodes)
+
+    def check_outputs(self, outputs: Sequence[Operand], calls: Sequence[Call]) -> None:
+        written = {target for call in calls for target in call.targets}
+        for output in outputs:
+            if output.name not in written:
+                message = f"the output '{output.name}' is never written"
+                self.sink.error("SAGE110", message, self.entry.key_span("fuses"), f"add `{output.name} = ...`")
+            elif self.values[output.name] != output.type:
+                message = f"'{output.name}' is declared {output.type}, the value is {self.values[output.name]}"
+                self.sink.error("SAGE109", message, self.entry.span("outputs", output.name))
+        used = {arg for call in calls for arg in call.args} | {o.name for o in outputs}
+        for index, call in enumerate(calls):
+            if not used & set(call.targets):
+                self.sink.error("SAGE127", f"'{call.targets[0]}' is never used", self.entry.span("fuses", index))
+
+
+def fused_cost(calls: Iterable[Call], inputs: Sequence[Operand], outputs: Sequence[Operand], ops: Mapping[str, OpDef]) -> Cost:
+    """The calls' operations; of their bytes only what is read from outside, once, and what is an output."""
+    types = {o.name: o.type for o in inputs}
+    flops = Size.of(0)
+    reads: dict[str, Size] = {o.name: Size.of(0) for o in inputs}
+    written: dict[str, Size] = {}
+    hidden, let = Size.of(0), {}
+    for call in calls:
+        op, binding = ops[call.op], Binding()
+        pairs = [(o, arg) for o, arg in zip(op.inputs, call.args, strict=False) if arg is not None]
+        for operand, arg in pairs:
+            binding.match(operand.type, types[arg])
+        flops += binding.formula(op.cost.flops)
+        let |= op.cost.let
+        for operand, arg in pairs:
+            if arg in reads:
+                reads[arg] = _merged(reads[arg], binding.formula(op.cost.read[operand.name]), total_bytes(types[arg]))
+        for output, target in zip(op.outputs, call.targets, strict=True):
+            types[target] = binding.apply(output.type)
+            written[target] = binding.formula(op.cost.written[output.name])
+        hidden += binding.formula(op.cost.bytes - _sum(op.cost.read.values()) - _sum(op.cost.written.values()))
+    kept = {o.name: written[o.name] for o in outputs if o.name in written}
+    return Cost(flops, hidden + _sum([*reads.values(), *kept.values()]), let, reads, kept)
+
+
+def _merged(known: Size, more: Size, whole: Size) -> Size:
+    """Reading all of an operand once covers every other use of it."""
+    return whole if whole in (known, more) else known + more
+
+
+def _sum(sizes: Iterable[Size]) -> Size:
+    return sum(sizes, Size.of(0))

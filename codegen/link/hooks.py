@@ -1,0 +1,85 @@
+"""Links `reference:` ops: the template by name, its parameters, and hook expressions with the names they may use."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jinja2 import Environment, TemplateError, meta
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.check import Checker, Scope
+from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
+from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.load import Entry
+from sageLLM.codegen.model.op import Hook, Reference
+from sageLLM.codegen.render import TEMPLATES
+from sageLLM.codegen.schema.ops import KernelSpec, OpSpec
+
+FOLDER = "reference"
+STANDARD = frozenset({"op"})  # holes that every reference template has: the name of its function
+
+
+@dataclass(frozen=True, slots=True)
+class HookType:
+    """The names that a hook may use beside the op's attrs, and the element type of its result."""
+
+    names: Mapping[str, str]
+    result: str
+
+
+HOOKS: Mapping[str, HookType] = {
+    "score_mod": HookType({"score": "f32", "m": "i64", "n": "i64", "h": "i64"}, "f32"),
+    "mask_mod": HookType({"m": "i64", "n": "i64", "h": "i64"}, "bool"),
+}
+"""score: scaled product of query and key; m, n: positions of the query and the key; h: query head."""
+
+
+def link_reference(entry: Entry[OpSpec], scope: Scope, sink: Sink) -> Reference | None:
+    """The reference with its hooks, or None after reporting what is wrong."""
+    before = len(sink.diagnostics)
+    kernel = entry.spec.kernel or KernelSpec()
+    hooks = tuple(hook for name, text in kernel.hooks.items() if (hook := _hook(name, text, entry, scope, sink)))
+    name = entry.spec.reference or ""
+    _check_template(name, {*kernel.params, *kernel.hooks}, entry, sink)
+    reference = Reference(f"{FOLDER}/{name}.py.jinja", tuple(kernel.params.items()), hooks)
+    return reference if len(sink.diagnostics) == before else None
+
+
+def _hook(name: str, value: str, entry: Entry[OpSpec], scope: Scope, sink: Sink) -> Hook | None:
+    path = ("kernel", "hooks", name)
+    if name not in HOOKS:
+        sink.error("SAGE124", f"unknown hook '{name}'", entry.key_span(*path), did_you_mean(name, HOOKS))
+        return None
+    hook, text = HOOKS[name], Text.of(value, entry, path, sink)
+    values = {known: ValueType(element) for known, element in hook.names.items()}
+    optional = frozenset(name for name in scope.optional if name in scope.attrs)
+    try:
+        checked = Checker(text, Scope(values, scope.attrs, {}, {}, optional)).expression(parse_expression(text))
+        if checked.type.element not in (hook.result, "truth" if hook.result == "bool" else "float"):
+            message = f"{name} gives {hook.result}, this is {checked.type.element}"
+            raise text.refuse("SAGE109", message)
+    except Refused:
+        return None
+    return Hook(name, value, checked)
+
+
+def _check_template(name: str, filled: set[str], entry: Entry[OpSpec], sink: Sink) -> None:
+    """The template exists, and its holes are exactly what the op fills."""
+    path = TEMPLATES / FOLDER / f"{name}.py.jinja"
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not path.is_file():
+        known = [found.name.removesuffix(".py.jinja") for found in (TEMPLATES / FOLDER).glob("*.py.jinja")]
+        help = did_you_mean(name, known)
+        sink.error("SAGE123", f"no template '{name}' in templates/{FOLDER}", entry.span("reference"), help)
+        return
+    try:
+        holes = meta.find_undeclared_variables(Environment(autoescape=False).parse(path.read_text("utf-8"))) - STANDARD
+    except TemplateError as error:
+        sink.error("SAGE123", f"the template '{name}' does not parse: {error.message}", entry.span("reference"))
+        return
+    for hole in sorted(holes - filled):
+        message = f"the template '{name}' has the hole '{hole}', which the op does not fill"
+        sink.error("SAGE124", message, entry.span("reference"), f"add {hole} to kernel.params or kernel.hooks")
+    for extra in sorted(filled - holes):
+        kind = "hooks" if entry.spec.kernel and extra in entry.spec.kernel.hooks else "params"
+        message = f"the template '{name}' has no hole '{extra}'"
+        sink.error("SAGE124", message, entry.key_span("kernel", kind, extra), did_you_mean(extra, holes))
