@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.graph import ExecutionGraph as ExecutionGraph
 from sageLLM.runtime.core.graph import Stage as Stage
 from sageLLM.runtime.core.ir import OpNode, OpTypeBase, TensorRef
 from sageLLM.runtime.core.types import TensorType
@@ -83,27 +82,23 @@ class RopeSpec:
     layout: Literal["half"] = "half"
 
 
-class ModelSizes(Protocol):
-    """What every generated config has; the other names are the layout's own."""
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """What every generated config has; the other names are the layout's own.
 
-    @property
-    def H(self) -> int: ...
-    @property
-    def L(self) -> int: ...
-    @property
-    def Nq(self) -> int: ...
-    @property
-    def Nkv(self) -> int: ...
-    @property
-    def D(self) -> int: ...
-    @property
-    def V(self) -> int: ...
-    @property
-    def max_position(self) -> int: ...
-    @property
-    def rope(self) -> RopeSpec | None: ...
-    @property
-    def tp(self) -> int: ...
+    Under tensor parallelism `tp` is the degree, `rank` this rank, and the sizes that are divided are a rank's share.
+    """
+
+    H: int
+    L: int
+    Nq: int
+    Nkv: int
+    D: int
+    V: int
+    max_position: int
+    rope: RopeSpec | None = None
+    tp: int = 1
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

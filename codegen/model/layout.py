@@ -1,0 +1,207 @@
+"""What a model means after linking: names with types, weights with their sources, statements bound to ops."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.load import Entry
+from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.schema.models import ModelFile, Scalar
+
+Phase = Literal["prefill", "decode", "hybrid"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode", "hybrid")
+ConfigType = Literal["size", "int", "float", "bool", "str"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigName:
+    """A name of the config. `default` is Python text over earlier names, or None if the key must be there."""
+
+    name: str
+    keys: tuple[str, ...]
+    type: ConfigType
+    is_optional: bool
+    default: str | None
+    value: Scalar
+    doc: str
+
+    @property
+    def python_type(self) -> str:
+        base = "int" if self.type == "size" else self.type
+        return f"{base} | None" if self.is_optional else base
+
+    @property
+    def words(self) -> str:
+        """How a user of config.json knows it: by its key, else by the layout's name."""
+        return self.keys[0] if self.keys else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A condition on the config: Python text over names, the same in words of config.json, and the names in it."""
+
+    text: str
+    words: str
+    names: tuple[ConfigName, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeDef:
+    """The rotary section; `keys` and `allow` are those of its scaling."""
+
+    base_keys: tuple[str, ...]
+    base_default: float
+    dim: Size
+    keys: tuple[str, ...]
+    allow: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartDef:
+    """A checkpoint tensor (its name may hold `{i}`) and its size along the dim that parts are put together on."""
+
+    hf: str
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDef:
+    """What tensor parallelism does with a weight; see `sageLLM.runtime.core.layout.Shard`."""
+
+    dim: int
+    kind: Literal["rows", "vocab", "first"]
+    then: Literal["all_reduce", "all_gather"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDef:
+    """A weight of the model or of a block. `over` is the (variable, count) of a stack."""
+
+    name: str
+    block: str | None
+    is_per_layer: bool
+    dims: tuple[Size, ...]
+    parts: tuple[PartDef, ...]
+    dim: int = 0
+    is_transposed: bool = False
+    over: tuple[str, str] | None = None
+    shard: ShardDef | None = None
+    tied_to: str | None = None
+    tied_when: str | None = None
+    when: str | None = None
+
+    @property
+    def type(self) -> ValueType:
+        return ValueType("E", self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class InputDef:
+    """A value that the engine gives: for every step, for every layer, or once (a table)."""
+
+    name: str
+    type: ValueType
+    is_per_layer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OpCall:
+    """`targets = op(args, attrs)`: args by operand position (None where absent), attrs as Python text over the config.
+
+    `reduce` is the collective that completes the result when the weights are divided over ranks; `shard_op` is the op
+    that takes the place of `op` there, for a table of which each rank has some rows.
+    """
+
+    targets: tuple[str, ...]
+    op: OpDef
+    args: tuple[str | None, ...]
+    attrs: tuple[tuple[str, str], ...]
+    types: tuple[ValueType, ...]
+    reduce: Literal["all_reduce", "all_gather"] | None = None
+    shard_op: OpDef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """Attention over the cache: the store of the new keys and values, then the phase's op."""
+
+    target: str
+    store: OpCall
+    by_phase: Mapping[Phase, OpCall]
+
+    @property
+    def types(self) -> tuple[ValueType, ...]:
+        return self.by_phase["prefill"].types
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """`targets = block(args)` in the program. `reduced` are the targets that are partial sums over the ranks."""
+
+    targets: tuple[str, ...]
+    block: str
+    args: tuple[str, ...]
+    types: tuple[ValueType, ...]
+    reduced: tuple[str, ...]
+
+
+Statement = OpCall | Attend | BlockCall
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDef:
+    """A block: its arguments, statements and results, and what they read from outside."""
+
+    name: str
+    summary: str
+    op_types: Mapping[Phase, str]
+    args: Mapping[str, ValueType]
+    body: tuple[OpCall | Attend, ...]
+    returns: tuple[str, ...]
+    result_types: tuple[ValueType, ...]
+    partial: tuple[bool, ...]
+    weights: tuple[WeightDef, ...]
+    lines: tuple[str, ...]
+
+    @property
+    def uses_kv(self) -> bool:
+        return any(isinstance(statement, Attend) for statement in self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """The loop over the layers."""
+
+    count: str
+    index: str
+    carry: tuple[str, ...]
+    body: tuple[OpCall | BlockCall, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDef:
+    """One layout, linked; a layout that extends another is complete here."""
+
+    name: str
+    entry: Entry[ModelFile]
+    base: Entry[ModelFile] | None
+    summary: str
+    architectures: tuple[str, ...]
+    config: Mapping[str, ConfigName]
+    checks: tuple[Check, ...]
+    rope: RopeDef | None
+    divides: tuple[str, ...]
+    weights: tuple[WeightDef, ...]
+    blocks: Mapping[str, BlockDef]
+    program: tuple[OpCall | BlockCall | Repeat, ...]
+    returns: tuple[str, ...]
+    inputs: Mapping[str, InputDef]
+    ignore: tuple[str, ...]
+    tiny: Mapping[str, object]
+    join: OpDef | None
+
+    @property
+    def ref(self) -> str:
+        return self.entry.ref
