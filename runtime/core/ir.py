@@ -311,18 +311,18 @@ class OpNode(ExecutionNode):
         """What the dims and element variables of the declaration stand for in this node; `R` is the leading size."""
         return {name: value for name, value in self.inference().env.items() if not isinstance(value, tuple)}
 
-    def flops(self, env: Mapping[str, Dim] = {}) -> Dim:
+    def flops(self, env: Mapping[str, Dim] = {}, memo: MutableMapping[InferKey, Inference] | None = None) -> Dim:
         """Floating-point operations, a formula while sizes are symbolic; env gives symbols of the step (KV, T, ...)."""
-        return self._cost(self.flop_formula, env)
+        return self._cost(self.flop_formula, env, memo)
 
-    def bytes_moved(self, env: Mapping[str, Dim] = {}) -> Dim:
+    def bytes_moved(self, env: Mapping[str, Dim] = {}, memo: MutableMapping[InferKey, Inference] | None = None) -> Dim:
         """Bytes read from and written to memory; env as in `flops`."""
-        return self._cost(self.byte_formula, env)
+        return self._cost(self.byte_formula, env, memo)
 
-    def _cost(self, formula: Dim, env: Mapping[str, Dim]) -> Dim:
+    def _cost(self, formula: Dim, env: Mapping[str, Dim], memo: MutableMapping[InferKey, Inference] | None) -> Dim:
         if isinstance(formula, int):
             return formula
-        return cost_of(type(self), formula, self.inference(), self.operands, env)
+        return cost_of(type(self), formula, self.inference(memo), self.operands, env)
 
 
 def cost_of(

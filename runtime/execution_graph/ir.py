@@ -1,0 +1,19 @@
+"""The execution graph's types under their public names: what backends, schedulers and benchmarks import."""
+
+from __future__ import annotations
+
+from sageLLM.generated.ops.op_types import OpType
+from sageLLM.runtime.core.errors import CycleError, IRError, VerifyError
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+
+__all__ = [
+    "CycleError",
+    "ExecutionGraph",
+    "ExecutionNode",
+    "IRError",
+    "OpNode",
+    "OpType",
+    "TensorRef",
+    "VerifyError",
+]
