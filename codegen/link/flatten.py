@@ -118,7 +118,7 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     flat.ignore += _placed_list(spec.ignore_hf, entry, ("ignore_hf",))
     flat.tiny |= spec.tests.tiny
     for phase, ops in spec.phases.items():
-        flat.phases |= {phase: Placed(op, entry, ("phases", phase, form)) for form, op in ops.items()}
+        flat.phases.update((phase, Placed(op, entry, ("phases", phase, form))) for form, op in ops.items())
     if spec.rope is not None:
         flat.rope = Placed(spec.rope, entry, ("rope",))
     if spec.tp is not None:
