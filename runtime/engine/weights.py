@@ -29,8 +29,9 @@ def load_weights(
 def _load(spec: WeightSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Tensor:
     weight = torch.empty(spec.shape, dtype=dtype, device=device)
     start = 0
-    for part in spec.parts:
+    for place, part in enumerate(spec.parts):
         source = checkpoint.read(part.name)
-        weight.narrow(spec.dim, start, part.size).copy_(source.t() if spec.transpose else source)
+        target = weight.select(spec.dim, place) if spec.stack else weight.narrow(spec.dim, start, part.size)
+        target.copy_(source.t() if spec.transpose else source)
         start += part.size
     return weight
