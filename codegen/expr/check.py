@@ -28,7 +28,7 @@ from sageLLM.codegen.expr.tree import (
 )
 from sageLLM.codegen.expr.types import DTYPES, FLOATS, INTEGERS, ValueType, size_of
 
-UNARY = ("exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "abs", "relu", "sin", "cos", "floor", "round")
+UNARY = ("exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "abs", "relu", "floor", "round")
 REDUCTIONS = ("sum", "mean", "amax", "amin")
 FORMS = ("dot", "gather", "where", "min", "max", "optional", "present")
 FUNCTIONS = (*UNARY, *REDUCTIONS, *FORMS, *DTYPES)
@@ -318,7 +318,9 @@ class Checker:
             raise self.text.refuse(
                 "SAGE107", f"element types differ: {x.type.element} and {w.type.element}", node, self._cast_help(x, w)
             )
-        dims = self._joined_dims(x.type.dims, w.type.dims, node)
+        if LEADING in w.type.dims and LEADING not in x.type.dims:
+            raise self.text.refuse("SAGE113", "only the first operand of dot may have `...`", right, "swap them")
+        dims = (*x.type.dims, *(other for other in w.type.dims if other not in x.type.dims))
         element = "f64" if x.type.element == "f64" else "f32"
         return Dot(ValueType(element, _without(dims, dim)), x, w, dim)
 

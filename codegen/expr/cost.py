@@ -63,25 +63,36 @@ def program_bytes(
     program: Program, inputs: Mapping[str, ValueType], outputs: Mapping[str, ValueType], optional: frozenset[str]
 ) -> Size:
     """What is read and written once: a gathered table counts what is taken of it, an output that is a view nothing."""
-    views = {view.name: view for view in program.views}
-    aliases = {
-        statement.target
-        for statement in program.statements
-        if isinstance(statement.value, Ref) and statement.value.name in views
-    }
-    computing = [statement.value for statement in program.statements if statement.target not in aliases]
-    nodes = [node for value in computing for node in walk(value)]
-    gathered = {
-        node.table.name: tensor_bytes(node.type)
-        for node in nodes
-        if isinstance(node, Gather) and isinstance(node.table, Ref)
-    }
-    read = {views[node.name].base if node.name in views else node.name for node in nodes if isinstance(node, Ref)}
-    total = ZERO
-    for name in (name for name in inputs if name in read):
-        size = gathered.get(name, tensor_bytes(inputs[name]))
-        total += size * Size.symbol(f"has_{name}") if name in optional else size
-    return total + _sum(tensor_bytes(type_) for name, type_ in outputs.items() if name not in aliases)
+    reads, writes = program_reads(program, inputs, optional), program_writes(program, outputs)
+    return _sum([*reads.values(), *writes.values()])
+
+
+def program_reads(program: Program, inputs: Mapping[str, ValueType], optional: frozenset[str]) -> dict[str, Size]:
+    """Bytes read of each input; one that no arithmetic reads has 0."""
+    views = {view.name: view.base for view in program.views}
+    aliases = _aliases(program)
+    nodes = [node for s in program.statements if s.target not in aliases for node in walk(s.value)]
+    tables = [node for node in nodes if isinstance(node, Gather) and isinstance(node.table, Ref)]
+    gathered = {node.table.name: tensor_bytes(node.type) for node in tables if isinstance(node.table, Ref)}
+    read = {views.get(node.name, node.name) for node in nodes if isinstance(node, Ref)}
+    found: dict[str, Size] = {}
+    for name, type_ in inputs.items():
+        size = gathered.get(name, tensor_bytes(type_)) if name in read else ZERO
+        found[name] = size * Size.symbol(f"has_{name}") if name in optional else size
+    return found
+
+
+def program_writes(program: Program, outputs: Mapping[str, ValueType]) -> dict[str, Size]:
+    """Bytes written of each output; one that is a view of an input has 0."""
+    aliases = _aliases(program)
+    return {name: ZERO if name in aliases else tensor_bytes(type_) for name, type_ in outputs.items()}
+
+
+def _aliases(program: Program) -> set[str]:
+    """Outputs that are a view of an input and so the same memory. A part of an output is a copy."""
+    views = {view.name for view in program.views}
+    return {s.target for s in program.statements
+            if isinstance(s.value, Ref) and s.value.name in views and s.target not in views}  # fmt: skip
 
 
 def _sum(sizes: Iterable[Size]) -> Size:

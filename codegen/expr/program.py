@@ -1,6 +1,8 @@
 """Checks a `compute` block: views, assignments, and that every output is written exactly once."""
 
 import ast
+import builtins
+import keyword
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +12,20 @@ from sageLLM.codegen.expr.size import LEADING, Size, volume
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.expr.tree import Expr, Number, Program, Slice, Statement, View, names_read
 from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_dim, split_dims
+
+
+_PYTHON = frozenset([*keyword.kwlist, *dir(builtins)]) - {"input", "sum", "min", "max", "abs", "pow", "round"}
+_KERNEL = frozenset({"torch", "math", "wide"})
+_NODE = frozenset(
+    {"attr_types", "attrs", "block", "byte_formula", "bytes_moved", "copy", "dependencies", "device_id", "dims"}
+    | {"estimated_time_us", "flop_formula", "flops", "infer", "inference", "inplace", "input", "input_types", "inputs"}
+    | {"kind", "layer_id", "memory_bytes", "metadata", "node_id", "op", "op_type", "operands", "optional_input"}
+    | {"optional_inputs", "origins", "output", "output_types", "outputs", "problems", "resolve", "self", "spec"}
+    | {"stream_id", "tags", "verify", "where"} | {"cls", "g", "name", "names"}
+)  # fmt: skip
+RESERVED = _PYTHON | _KERNEL
+RESERVED_FOR_OPERANDS = RESERVED | _NODE
+"""Names that generated code has for itself: keywords, builtins, modules; for operands also members of nodes."""
 
 
 def parse_view(text: Text, name: str, operands: Mapping[str, ValueType], dims: Mapping[str, object]) -> View:
@@ -214,7 +230,7 @@ def sorted_parts(parts: Sequence[View], axis: int) -> list[View]:
     return ordered if len(ordered) == len(parts) else list(parts)
 
 
-def why_not_a_value_name(name: str, scope: Scope) -> str | None:
+def why_not_a_value_name(name: str, scope: Scope, reserved: frozenset[str] = RESERVED) -> str | None:
     """Why a value cannot have this name, or None."""
     if name in FUNCTIONS or name in scope.elements or name in ("true", "false"):
         return f"'{name}' is a word of the language"
@@ -222,110 +238,9 @@ def why_not_a_value_name(name: str, scope: Scope) -> str | None:
         return f"'{name}' reads like a dim; values begin with a small letter"
     if name in scope.values or name in scope.attrs:
         return f"'{name}' shadows an operand, view or attr"
-    if name.startswith("_") or name in RESERVED:
+    if name.startswith("_") or name in reserved:
         return f"'{name}' is reserved for generated code"
     return None
-
-
-RESERVED = frozenset(
-    [
-        "torch",
-        "math",
-        "wide",
-        "cls",
-        "self",
-        "g",
-        "name",
-        "names",
-        "op",
-        "spec",
-        "kind",
-        "tags",
-        "input_types",
-        "optional_inputs",
-        "output_types",
-        "attr_types",
-        "where",
-        "inplace",
-        "flop_formula",
-        "byte_formula",
-        "infer",
-        "resolve",
-        "verify",
-        "problems",
-        "inference",
-        "dims",
-        "flops",
-        "bytes_moved",
-        "input",
-        "output",
-        "optional_input",
-        "operands",
-        "node_id",
-        "op_type",
-        "inputs",
-        "outputs",
-        "dependencies",
-        "device_id",
-        "stream_id",
-        "estimated_time_us",
-        "memory_bytes",
-        "layer_id",
-        "metadata",
-        "attrs",
-        "block",
-        "origins",
-        "copy",
-        "None",
-        "True",
-        "False",
-        "and",
-        "as",
-        "assert",
-        "async",
-        "await",
-        "break",
-        "class",
-        "continue",
-        "def",
-        "del",
-        "elif",
-        "else",
-        "except",
-        "finally",
-        "for",
-        "from",
-        "global",
-        "if",
-        "import",
-        "in",
-        "is",
-        "lambda",
-        "nonlocal",
-        "not",
-        "or",
-        "pass",
-        "raise",
-        "return",
-        "try",
-        "while",
-        "with",
-        "yield",
-        "int",
-        "float",
-        "bool",
-        "str",
-        "len",
-        "tuple",
-        "dict",
-        "list",
-        "set",
-        "type",
-        "print",
-        "property",
-    ]
-)
-"""Names that generated code uses for itself: modules, members of nodes, keywords and builtins."""
 
 
 def with_view_types(scope: Scope, inputs: Mapping[str, ValueType], views: Sequence[View]) -> Scope:

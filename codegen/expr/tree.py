@@ -8,7 +8,7 @@ from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.types import ValueType
 
 UnaryOp = Literal[
-    "neg", "not", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "abs", "relu", "sin", "cos", "floor", "round"
+    "neg", "not", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "abs", "relu", "floor", "round"
 ]
 BinaryOp = Literal[
     "+", "-", "*", "/", "//", "%", "**", "min", "max", "==", "!=", "<", "<=", ">", ">=", "and", "or"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
-from sageLLM.codegen.expr.cost import total_bytes
+from sageLLM.codegen.expr.cost import element_bytes, tensor_bytes
 from sageLLM.codegen.expr.size import LEADING, Size, volume
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.expr.types import DTYPES, ValueType
@@ -76,8 +76,7 @@ class Binding:
         if self.leading is not None:
             env["R"] = volume(self.leading)
         for name, element in self.elements.items():
-            fixed = ValueType(element)
-            env[f"{name}_size"] = total_bytes(fixed)
+            env[f"{name}_size"] = element_bytes(element)
         return size.substitute(env)
 
 
@@ -130,7 +129,7 @@ class CallLinker:
             raise text.refuse("SAGE119", f"unknown op '{name}'", node.func, did_you_mean(name, self.ops))
         binding = Binding()
         kwargs = tuple((keyword.arg or "", self._kwarg(text, op, keyword)) for keyword in node.keywords)
-        missing = [a.name for a in op.attrs if a.is_required and a.name not in dict(kwargs)]
+        missing = [a.name for a in op.attrs if (a.is_required or a.formula) and a.name not in dict(kwargs)]
         if missing:
             raise text.refuse("SAGE106", f"{name} needs the attr '{missing[0]}'", node, f"write {missing[0]}=...")
         args = self._arguments(text, op, node, binding)
@@ -186,7 +185,9 @@ class CallLinker:
             if not isinstance(node, ast.Name):
                 raise text.refuse("SAGE102", "a result is a name", node)
             if node.id in self.values or node.id in self.attrs:
-                raise text.refuse("SAGE111", f"'{node.id}' is written twice", node, "every name is written once; choose a new one")
+                raise text.refuse(
+                    "SAGE111", f"'{node.id}' is written twice", node, "every name is written once; choose a new one"
+                )
             self.values[node.id] = binding.apply(output.type)
         return tuple(cast(ast.Name, node).id for node in nodes)
 
@@ -205,7 +206,9 @@ class CallLinker:
                 self.sink.error("SAGE127", f"'{call.targets[0]}' is never used", self.entry.span("fuses", index))
 
 
-def fused_cost(calls: Iterable[Call], inputs: Sequence[Operand], outputs: Sequence[Operand], ops: Mapping[str, OpDef]) -> Cost:
+def fused_cost(
+    calls: Iterable[Call], inputs: Sequence[Operand], outputs: Sequence[Operand], ops: Mapping[str, OpDef]
+) -> Cost:
     """The calls' operations; of their bytes only what is read from outside, once, and what is an output."""
     types = {o.name: o.type for o in inputs}
     flops = Size.of(0)
@@ -221,7 +224,7 @@ def fused_cost(calls: Iterable[Call], inputs: Sequence[Operand], outputs: Sequen
         let |= op.cost.let
         for operand, arg in pairs:
             if arg in reads:
-                reads[arg] = _merged(reads[arg], binding.formula(op.cost.read[operand.name]), total_bytes(types[arg]))
+                reads[arg] = _merged(reads[arg], binding.formula(op.cost.read[operand.name]), tensor_bytes(types[arg]))
         for output, target in zip(op.outputs, call.targets, strict=True):
             types[target] = binding.apply(output.type)
             written[target] = binding.formula(op.cost.written[output.name])

@@ -5,14 +5,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.diagnostics import Sink, Span, did_you_mean
 from sageLLM.codegen.expr.check import Checker, Scope
-from sageLLM.codegen.expr.cost import element_bytes, program_flops, program_reads, program_writes, total_bytes
-from sageLLM.codegen.expr.program import ProgramChecker, parse_view, why_not_a_value_name, with_view_types
+from sageLLM.codegen.expr.cost import element_bytes, program_flops, program_reads, program_writes, tensor_bytes
+from sageLLM.codegen.expr.program import (
+    RESERVED_FOR_OPERANDS,
+    ProgramChecker,
+    parse_view,
+    why_not_a_value_name,
+    with_view_types,
+)
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
-from sageLLM.codegen.expr.tree import Expr, View
-from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_type, size_of
+from sageLLM.codegen.expr.tree import Expr, Program, View
+from sageLLM.codegen.expr.types import DIM_NAME, DTYPES, ValueType, parse_type, size_of
 from sageLLM.codegen.link.calls import fused_cost, link_calls
 from sageLLM.codegen.link.hooks import link_reference
 from sageLLM.codegen.load import Entry, RawSpecs
@@ -21,7 +27,13 @@ from sageLLM.codegen.schema.ops import AttrSpec, InputSpec, OpSpec
 
 DEFAULT_ELEMENTS = {"E": ("f16", "bf16", "f32", "f64")}
 _LITERALS = {"f32": "float", "i32": "int", "bool": "truth", "str": "str", "dim": "int"}
-_PYTHON: dict[str, tuple[type, ...]] = {"f32": (int, float), "i32": (int,), "bool": (bool,), "str": (str,), "dim": (int,)}
+_PYTHON: dict[str, tuple[type, ...]] = {
+    "f32": (int, float),
+    "i32": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "dim": (int,),
+}
 
 
 def link_ops(raw: RawSpecs, sink: Sink) -> dict[str, OpDef]:
@@ -92,7 +104,12 @@ class OpLinker:
     def _declare(self) -> None:
         spec, entry = self.entry.spec, self.entry
         if not _is_op_name(entry.name):
-            self.sink.error("SAGE116", f"'{entry.name}' is not a name for an op", entry.key_span(), "use small letters, digits and _")
+            self.sink.error(
+                "SAGE116",
+                f"'{entry.name}' is not a name for an op",
+                entry.key_span(),
+                "use small letters, digits and _",
+            )
         self.dims = dict.fromkeys([*self.raw.dims, *spec.dims, *(n for n, a in spec.attrs.items() if a.type == "dim")])
         self.elements = DEFAULT_ELEMENTS | {name: tuple(types) for name, types in spec.types.items()}
         for name in (*spec.dims, *spec.types, *(n for n, a in spec.attrs.items() if a.type == "dim")):
@@ -108,7 +125,7 @@ class OpLinker:
             self.sink.error("SAGE121", f"unknown op_type '{spec.op_type}'", entry.span("op_type"), help)
         self.taken = Scope(dims=self.dims, elements=self.elements)
 
-    def _declared_at(self, name: str):  # type: ignore[no-untyped-def]
+    def _declared_at(self, name: str) -> Span:
         for key in ("types", "dims", "attrs"):
             if name in getattr(self.entry.spec, key):
                 return self.entry.key_span(key, name)
@@ -116,7 +133,7 @@ class OpLinker:
 
     def _take(self, name: str, type_: ValueType, *path: str) -> None:
         """Notes an operand's name, or says why it cannot be one."""
-        why = why_not_a_value_name(name, self.taken)
+        why = why_not_a_value_name(name, self.taken, RESERVED_FOR_OPERANDS)
         if why is None and not _is_value_name(name):
             why = f"'{name}' is not a name: use small letters, digits and _"
         if why:
@@ -165,7 +182,9 @@ class OpLinker:
         if not isinstance(value, _PYTHON[spec.type]) or wrong_bool:
             raise self._refuse_attr(name, f"the default of '{name}' is not of the type {spec.type}", "default")
         low, high = spec.min, spec.max
-        if isinstance(value, int | float) and ((low is not None and value < low) or (high is not None and value > high)):
+        if isinstance(value, int | float) and (
+            (low is not None and value < low) or (high is not None and value > high)
+        ):
             raise self._refuse_attr(name, f"the default of '{name}' is outside its own limits", "default")
         if spec.choices and value not in spec.choices:
             raise self._refuse_attr(name, f"the default of '{name}' is none of its choices", "default")
@@ -182,13 +201,17 @@ class OpLinker:
 
     # meaning
 
-    def _meaning(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> OpDef | None:
+    def _meaning(
+        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
+    ) -> OpDef | None:
         spec, entry = self.entry.spec, self.entry
         sources = [key for key in ("compute", "fuses", "reference") if getattr(spec, key) is not None]
         if len(sources) != 1:
             given = " and ".join(sources) or "none"
             help = "give one of compute, fuses, reference"
-            self.sink.error("SAGE118", f"an op has one source of meaning, '{entry.name}' has {given}", entry.key_span(), help)
+            self.sink.error(
+                "SAGE118", f"an op has one source of meaning, '{entry.name}' has {given}", entry.key_span(), help
+            )
             return None
         self._check_determined(inputs, outputs, attrs)
         common = (inputs, outputs, attrs)
@@ -224,7 +247,9 @@ class OpLinker:
                 elif min(value if isinstance(value, list) else [value], default=1) < 1:
                     self.sink.error("SAGE126", "a size is at least 1", self.entry.span("tests", "cases", index, name))
 
-    def _check_determined(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> None:
+    def _check_determined(
+        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
+    ) -> None:
         """Every dim and element variable of an output follows from inputs and attrs."""
         known = {symbol for o in inputs if not o.optional for dim in o.type.dims for symbol in dim.symbols}
         known |= {attr.name for attr in attrs if attr.type == "dim"}
@@ -246,12 +271,17 @@ class OpLinker:
                 unknown, known = (name, outputs) if output is None else (source, inputs)
                 what = "output" if output is None else "input"
                 help = did_you_mean(unknown, [o.name for o in known])
-                self.sink.error("SAGE122", f"inplace names the unknown {what} '{unknown}'", self._inplace_span(name, output is None), help)
+                self.sink.error(
+                    "SAGE122",
+                    f"inplace names the unknown {what} '{unknown}'",
+                    self._inplace_span(name, output is None),
+                    help,
+                )
             elif output.type != input_.type:
                 message = f"'{name}' is {output.type} and cannot take over the memory of '{source}', {input_.type}"
                 self.sink.error("SAGE122", message, self.entry.span("inplace", name))
 
-    def _inplace_span(self, name: str, is_key: bool):  # type: ignore[no-untyped-def]
+    def _inplace_span(self, name: str, is_key: bool) -> Span:
         return self.entry.key_span("inplace", name) if is_key else self.entry.span("inplace", name)
 
     def _scope(self, inputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> Scope:
@@ -265,7 +295,9 @@ class OpLinker:
             frozenset(optional),
         )
 
-    def _computed(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> OpDef | None:
+    def _computed(
+        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
+    ) -> OpDef | None:
         spec, scope = self.entry.spec, self._scope(inputs, attrs)
         operands = {o.name: o.type for o in (*inputs, *outputs)}
         views: list[View] = []
@@ -280,12 +312,14 @@ class OpLinker:
         program = ProgramChecker(self.text(spec.compute, "compute"), scope, in_types, out_types, views).check()
         if program is None:
             return None
-        reads = _present_only(program_reads(program, in_types), inputs)
-        writes = program_writes(program, in_types, out_types)
+        reads = program_reads(program, in_types, frozenset(o.name for o in inputs if o.optional))
+        writes = program_writes(program, out_types)
         cost = Cost(program_flops(program), _sum([*reads.values(), *writes.values()]), {}, reads, writes)
         return self._op(inputs, outputs, attrs, spec.op_type or "", cost, program=program)
 
-    def _fused(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> OpDef | None:
+    def _fused(
+        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
+    ) -> OpDef | None:
         calls = link_calls(self.entry, inputs, outputs, attrs, self.linked, self.sink)
         if calls is None:
             return None
@@ -295,7 +329,9 @@ class OpLinker:
         rule = Rule(spec.rule.pass_, spec.rule.benefit, self.entry.span("rule", "pass")) if spec.rule else None
         return self._op(inputs, outputs, attrs, op_type, cost, fuses=calls, rule=rule)
 
-    def _referenced(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> OpDef | None:
+    def _referenced(
+        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
+    ) -> OpDef | None:
         reference = link_reference(self.entry, self._scope(inputs, attrs), self.sink)
         cost = self._declared_cost(inputs, outputs)
         if reference is None or cost is None:
@@ -306,22 +342,24 @@ class OpLinker:
         spec = self.entry.spec.cost
         if spec is None:
             return None
-        names = self._scope(inputs, ()).dims | dict.fromkeys([*spec.let, *(n for n, a in self.entry.spec.attrs.items() if a.type == "dim")])
+        names = self._scope(inputs, ()).dims | dict.fromkeys(
+            [*spec.let, *(n for n, a in self.entry.spec.attrs.items() if a.type == "dim")]
+        )
         with self.refusable():
             flops = self._work(self.text(spec.flops, "cost", "flops"), names)
             moved = self._work(self.text(spec.bytes, "cost", "bytes"), names)
-            reads = {o.name: total_bytes(o.type) for o in inputs}
-            return Cost(flops, moved, dict(spec.let), reads, {o.name: total_bytes(o.type) for o in outputs})
+            reads = {o.name: tensor_bytes(o.type) for o in inputs}
+            return Cost(flops, moved, dict(spec.let), reads, {o.name: tensor_bytes(o.type) for o in outputs})
         return None
 
     def _work(self, text: Text, names: Mapping[str, object]) -> Size:
         node = parse_expression(text)
         sizes = {f"{element}_size": None for element in self.elements}
-        rewritten = _SizeOf(self.elements).visit(node)
-        return size_of(rewritten, text, {**names, **sizes}, leading=True)
+        return size_of(_with_sizeof(node, self.elements), text, {**names, **sizes}, leading=True)
 
     def _op(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...], op_type: str, cost: Cost, *,
-            program=None, fuses: tuple[Call, ...] = (), reference: Reference | None = None, rule: Rule | None = None) -> OpDef:  # type: ignore[no-untyped-def]  # fmt: skip
+            program: Program | None = None, fuses: tuple[Call, ...] = (), reference: Reference | None = None,
+            rule: Rule | None = None) -> OpDef:  # fmt: skip
         return OpDef(self.entry.name, self.entry, op_type, self.elements, inputs, outputs, attrs, self._conditions(inputs, attrs),
                      dict(self.entry.spec.inplace), cost, program, fuses, reference, rule)  # fmt: skip
 
@@ -338,26 +376,18 @@ class OpLinker:
         return tuple(found)
 
 
-class _SizeOf(ast.NodeTransformer):
-    """`sizeof(E)` as the symbol `E_size`, or as the number of bytes of a fixed type."""
-
-    def __init__(self, elements: Mapping[str, object]) -> None:
-        self.elements = elements
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        match node:
-            case ast.Call(func=ast.Name(id="sizeof"), args=[ast.Name(id=element)], keywords=[]):
-                if element in self.elements:
-                    return ast.copy_location(ast.Name(f"{element}_size"), node)
-                if element in ("bool", "i8", "i32", "i64", "f16", "bf16", "f32", "f64"):
-                    return ast.copy_location(ast.Constant(element_bytes(element).constant), node)
-        return node
-
-
-def _present_only(reads: Mapping[str, Size], inputs: tuple[Operand, ...]) -> dict[str, Size]:
-    """Reads of optional operands count only where they are given: `has_NAME` is 1 or 0."""
-    optional = {o.name for o in inputs if o.optional}
-    return {name: size * Size.symbol(f"has_{name}") if name in optional else size for name, size in reads.items()}
+def _with_sizeof(node: ast.expr, elements: Mapping[str, object]) -> ast.expr:
+    """The formula with `sizeof(E)` as the symbol `E_size`, or as the bytes of a fixed type."""
+    match node:
+        case ast.BinOp(left=left, op=operator, right=right):
+            sides = (_with_sizeof(left, elements), _with_sizeof(right, elements))
+            return ast.copy_location(ast.BinOp(sides[0], operator, sides[1]), node)
+        case ast.Call(func=ast.Name(id="sizeof"), args=[ast.Name(id=element)], keywords=[]):
+            if element in elements:
+                return ast.copy_location(ast.Name(f"{element}_size"), node)
+            if element in DTYPES:
+                return ast.copy_location(ast.Constant(element_bytes(element).constant), node)
+    return node
 
 
 def _sum(sizes: list[Size]) -> Size:
@@ -369,4 +399,6 @@ def _is_op_name(name: str) -> bool:
 
 
 def _is_value_name(name: str) -> bool:
-    return name.isascii() and name.isidentifier() and name == name.lower() and not name.startswith("_") and len(name) <= 40
+    return (
+        name.isascii() and name.isidentifier() and name == name.lower() and not name.startswith("_") and len(name) <= 40
+    )

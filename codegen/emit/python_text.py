@@ -1,0 +1,32 @@
+"""Writes what is known when a graph is built, conditions and defaults, as Python over a mapping of names."""
+
+from collections.abc import Callable
+
+from sageLLM.codegen.expr.size import formula
+from sageLLM.codegen.expr.tree import AttrRef, Binary, DimRef, Expr, IfPresent, Number, Unary
+
+_FUNCTIONS = {"exp": "math.exp", "log": "math.log", "sqrt": "math.sqrt", "floor": "math.floor"}
+
+
+def python_text(expr: Expr, name: Callable[[str], str]) -> str:
+    """The value of an expression of dims, attrs and literals; `name` writes a dim or attr."""
+    match expr:
+        case Number(value=value):
+            return repr(value)
+        case AttrRef(name=attr):
+            return name(attr)
+        case DimRef(size=size):
+            return name(formula(size))
+        case Unary(op="neg", x=x):
+            return f"(-{python_text(x, name)})"
+        case Unary(op="not", x=x):
+            return f"(not {python_text(x, name)})"
+        case Unary(op=op, x=x):
+            return f"{_FUNCTIONS.get(op, op)}({python_text(x, name)})"
+        case Binary(op="min" | "max" as op, a=a, b=b):
+            return f"{op}({python_text(a, name)}, {python_text(b, name)})"
+        case Binary(op=op, a=a, b=b):
+            return f"({python_text(a, name)} {op} {python_text(b, name)})"
+        case IfPresent(name=optional, a=a, b=b):
+            return f"({python_text(a, name)} if {name(optional)} is not None else {python_text(b, name)})"
+    raise AssertionError(f"{type(expr).__name__} is not known when a graph is built")

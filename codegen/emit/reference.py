@@ -1,0 +1,235 @@
+"""Emits the torch references: `kernels/reference/norm.py` with one function per op, and the table of all."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sageLLM.codegen.emit.torch_text import Piece, TorchText, squeezed, tidy, view_text
+from sageLLM.codegen.expr.program import sorted_parts, tile_axis
+from sageLLM.codegen.expr.size import LEADING, Size, formula
+from sageLLM.codegen.expr.tree import Dot, Expr, Program, Ref, Statement, View, names_read
+from sageLLM.codegen.model.op import Attr, AttrName, Call, OpDef, Operand
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer, header, lit
+
+FOLDER = "kernels/reference"
+BASE = "sageLLM.generated.kernels.reference"
+ATTR_TYPES = {"f32": "float", "i32": "int", "bool": "bool", "str": "str", "dim": "int"}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelView:
+    """One function of the module: its text is written here, or rendered from the op's own template."""
+
+    op: OpDef
+    parameters: str
+    result: str
+    lines: tuple[str, ...]
+    text: str | None
+
+
+def emit_reference(specs: Specs, renderer: Renderer) -> list[Output]:
+    """`kernels/reference/STEM.py` for every ops file, and `kernels/reference/__init__.py` with KERNELS."""
+    own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
+    outputs = [_module(stem, ops, specs, renderer) for stem, ops in by_stem(own).items()]
+    registry = renderer.render("reference_registry.py.jinja", modules=by_stem(own))
+    outputs.append(
+        Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + registry, tuple(op.ref for op in own))
+    )
+    outputs.append(
+        Output("kernels/__init__.py", header("specs/ops", "rms_norm") + '"""The kernels of the ops, by target."""\n')
+    )
+    if not specs.is_overlay:
+        for name in ("precision", "process_groups"):
+            outputs.append(
+                Output(f"{FOLDER}/{name}.py", header("specs/ops", name) + renderer.render(f"reference_{name}.py.jinja"))
+            )
+    return outputs
+
+
+def by_stem(ops: Iterable[OpDef]) -> dict[str, list[OpDef]]:
+    """The ops by the spec file that they come from, in spec order."""
+    found: dict[str, list[OpDef]] = {}
+    for op in ops:
+        found.setdefault(op.stem, []).append(op)
+    return found
+
+
+def _module(stem: str, ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> Output:
+    kernels = [kernel_view(op, renderer) for op in ops]
+    text = renderer.render("reference.py.jinja", kernels=kernels, base=BASE if specs.is_overlay else "",
+                           imports=_imports(stem, ops, specs), source=ops[0].entry.doc.file)  # fmt: skip
+    return Output(f"{FOLDER}/{stem}.py", header(ops[0].entry.doc.file, ops[0].name) + text, tuple(op.ref for op in ops))
+
+
+def _imports(stem: str, ops: Sequence[OpDef], specs: Specs) -> list[str]:
+    """Imports of the functions that fused ops call."""
+    called = [specs.ops[call.op] for op in ops for call in op.fuses]
+    lines = []
+    for op in dict.fromkeys(op.name for op in called if op.stem != stem):
+        callee = specs.ops[op]
+        module = f"{BASE}." if specs.raw.is_base(callee.entry) else "."
+        lines.append(f"from {module}{callee.stem} import {op}")
+    return lines
+
+
+def kernel_view(op: OpDef, renderer: Renderer) -> KernelView:
+    text = _template_text(op, renderer) if op.reference else None
+    lines = _fused_lines(op) if op.fuses else KernelWriter(op, op.program).lines() if op.program else []
+    return KernelView(op, parameters(op), "Tensor" if len(op.outputs) == 1 else f"tuple[{', '.join(['Tensor'] * len(op.outputs))}]",
+                      tuple(lines), text)  # fmt: skip
+
+
+def parameters(op: OpDef) -> str:
+    """`x: Tensor, w: Tensor, *, eps: float = 1e-06`."""
+    inputs = [f"{o.name}: Tensor | None = None" if o.optional else f"{o.name}: Tensor" for o in op.inputs]
+    attrs = [_parameter(attr) for attr in op.attrs]
+    return ", ".join([*inputs, *(["*", *attrs] if attrs else [])])
+
+
+def _parameter(attr: Attr) -> str:
+    if attr.optional:
+        return f"{attr.name}: {ATTR_TYPES[attr.type]} | None = None"
+    default = f" = {lit(attr.default)}" if attr.default is not None else ""
+    return f"{attr.name}: {ATTR_TYPES[attr.type]}{default}"
+
+
+def _template_text(op: OpDef, renderer: Renderer) -> str:
+    """The hand-written function with its hooks spliced in."""
+    assert op.reference is not None, "only ops with a reference have a template"
+    hooks = {hook.name: hook_text(hook.value) for hook in op.reference.hooks}
+    params = {name: lit(value) for name, value in op.reference.params}
+    return renderer.render(op.reference.template, op=op.name, **params, **hooks)
+
+
+def hook_text(value: Expr) -> str:
+    """A hook as torch: its names are tensors of the template, which broadcast as they stand."""
+    layouts = {name: () for name in names_read(value)}
+    return f"({tidy(TorchText(dict(layouts), {}, {}).piece(value).text)})"
+
+
+def _fused_lines(op: OpDef) -> list[str]:
+    lines = [_call_line(call) for call in op.fuses]
+    return [*lines, f"return {', '.join(o.name for o in op.outputs)}"]
+
+
+def _call_line(call: Call) -> str:
+    arguments = [arg or "None" for arg in call.args]
+    arguments += [f"{k}={v.name if isinstance(v, AttrName) else lit(v)}" for k, v in call.kwargs]
+    return f"{', '.join(call.targets)} = {call.op}({', '.join(arguments)})"
+
+
+@dataclass(slots=True)
+class KernelWriter:
+    """Writes the body of one computed op."""
+
+    op: OpDef
+    program: Program
+
+    def lines(self) -> list[str]:
+        """Sizes, views, statements, then what is returned."""
+        body = self._body()
+        text = "\n".join(body)
+        views = [
+            f"{v.name} = {view_text(v)}"
+            for v in self.program.views
+            if self._is_input(v.base) and _mentions(text, v.name)
+        ]
+        wide = [f"f32 = wide({self._wide_operand()})"] if _mentions("\n".join([text, *views]), "f32") else []
+        return [*self._sizes("\n".join([text, *views])), *wide, *views, *body]
+
+    def _is_input(self, name: str) -> bool:
+        return any(o.name == name for o in self.op.inputs)
+
+    def _wide_operand(self) -> str:
+        """The operand whose type says how wide f32 is: float64 operands compute in float64."""
+        found = [o.name for o in self.op.inputs if o.name in self.op.element_inputs.values()]
+        found += [o.name for o in self.op.inputs if o.type.element == "f32" and not o.optional]
+        return [*found, self.op.inputs[0].name][0]
+
+    def _body(self) -> list[str]:
+        layouts = {o.name: o.type.dims for o in self.op.inputs} | {v.name: v.type.dims for v in self.program.views}
+        lets = {s.target: s.value for s in self.program.statements if isinstance(s.value, Dot)}
+        writer = TorchText(dict(layouts), self.op.element_inputs, lets)
+        pieces: dict[str, Piece] = {}
+        for statement in self.program.statements:
+            piece = self._placed(statement, writer.piece(statement.value))
+            pieces[statement.target] = piece
+            writer.layouts[statement.target] = piece.layout
+        return self._arranged(pieces)
+
+    def _placed(self, statement: Statement, piece: Piece) -> Piece:
+        """Outputs and their views have the declared axes; other values keep theirs."""
+        output, view = self.op.operand(statement.target), self.program.view(statement.target)
+        wanted = output.type.dims if output else view.type.dims if view else None
+        return squeezed(piece, wanted) if wanted is not None else piece
+
+    def _arranged(self, pieces: dict[str, Piece]) -> list[str]:
+        """Assignments of what is still used, then the return; one output is returned as an expression."""
+        texts = {target: tidy(piece.text) for target, piece in pieces.items()}
+        for statement in self.program.statements:
+            self._inline_view(statement, texts)
+        results = [self._result(output, texts) for output in self.op.outputs]
+        used = "\n".join(results)
+        lines: list[str] = []
+        for target, text in reversed(texts.items()):
+            if _mentions(used, target):
+                lines.insert(0, f"{target} = {text}")
+                used += "\n" + text
+        return [*lines, f"return {', '.join(results)}"]
+
+    def _inline_view(self, statement: Statement, texts: dict[str, str]) -> None:
+        """`q = qkv[...]` instead of a view's name, where the statement is nothing else."""
+        value = statement.value
+        view = self.program.view(value.name) if isinstance(value, Ref) else None
+        if view is not None and self._is_input(view.base) and texts[statement.target] == view.name:
+            texts[statement.target] = view_text(view)
+
+    def _result(self, output: Operand, texts: dict[str, str]) -> str:
+        if output.name in texts:
+            is_read = any(output.name in names_read(s.value) for s in self.program.statements)
+            is_short = len(self.op.outputs) == 1 and not is_read
+            return texts.pop(output.name) if is_short else output.name
+        parts = [view for view in self.program.views if view.base == output.name]
+        axis = tile_axis(parts)
+        if axis is None:
+            return f"{parts[0].name}.reshape({', '.join(map(str, output.type.dims))})"
+        names = ", ".join(self._part_name(part, texts) for part in sorted_parts(parts, axis))
+        position = axis - len(output.type.dims) if LEADING in output.type.dims else axis
+        return f"torch.cat(({names}), {position})"
+
+    def _part_name(self, part: View, texts: dict[str, str]) -> str:
+        """The operand itself, where a part is nothing else."""
+        return texts.pop(part.name) if self._is_input(texts[part.name]) else part.name
+
+    def _sizes(self, text: str) -> list[str]:
+        """`T = x.shape[0]`, `I = gu.shape[-1] // 2` for the dims that the text names."""
+        given = {attr.name for attr in self.op.attrs if attr.type == "dim"}
+        lines: dict[str, str] = {}
+        wanted = [symbol for symbol in self.op.symbols if symbol not in given and _mentions(text, symbol)]
+        while wanted:
+            symbol = wanted.pop()
+            found, needs = self._size(symbol)
+            lines = {symbol: f"{symbol} = {found}", **lines}
+            wanted += [name for name in needs if name not in given and name not in lines]
+        return list(lines.values())
+
+    def _size(self, symbol: str) -> tuple[str, tuple[str, ...]]:
+        """The text of a dim, and the other dims that it needs."""
+        compound = None
+        for operand in self.op.inputs:
+            for index, dim in enumerate(operand.type.dims):
+                place = index - len(operand.type.dims) if LEADING in operand.type.dims else index
+                text = f"{operand.name}.shape[{place}]"
+                if dim == Size.symbol(symbol) and not operand.optional:
+                    return text, ()
+                solved = dim.solve(symbol, Size.symbol("WHOLE")) if symbol in dim.symbols and dim != LEADING else None
+                if solved is not None and compound is None:
+                    others = tuple(name for name in solved.symbols if name != "WHOLE")
+                    compound = tidy(re.sub(r"\bWHOLE\b", text, formula(solved))), others
+        assert compound is not None, f"{self.op.name}: the linker let through {symbol}, which no input tells"
+        return compound
+
+
+def _mentions(text: str, name: str) -> bool:
+    return re.search(rf"(?<![.\w]){re.escape(name)}\b(?!\s*=[^=])", text) is not None

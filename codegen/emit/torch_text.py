@@ -1,0 +1,296 @@
+"""Writes typed expressions as torch: one readable line per statement, broadcast spelled out only where torch needs it.
+
+A piece of text carries its layout: which dim each axis of the tensor is, or None for an axis of size 1. Reductions keep
+their axis, so that the next line broadcasts without a reshape.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sageLLM.codegen.expr.size import LEADING, Size
+from sageLLM.codegen.expr.tree import (
+    AttrRef,
+    Binary,
+    Cast,
+    DimRef,
+    Dot,
+    Expr,
+    Gather,
+    IfPresent,
+    Number,
+    Reduce,
+    Ref,
+    Select,
+    Unary,
+    View,
+)
+from sageLLM.codegen.expr.types import ValueType
+
+Layout = tuple[Size | None, ...]
+
+TORCH_DTYPES = {"bool": "bool", "i8": "int8", "i32": "int32", "i64": "int64", "f16": "float16", "bf16": "bfloat16",
+                "f32": "float32", "f64": "float64"}  # fmt: skip
+_SCALAR = {"exp": "math.exp", "log": "math.log", "sqrt": "math.sqrt", "abs": "abs", "floor": "math.floor",
+           "round": "round"}  # fmt: skip
+_TENSOR = {"not": "torch.logical_not"}
+
+
+class Piece(NamedTuple):
+    """Text of a value, and the dims of its axes; a number that is not a tensor has no axes."""
+
+    text: str
+    layout: Layout
+
+
+def tidy(text: str) -> str:
+    """The expression with as few parentheses as Python needs."""
+    return ast.unparse(ast.parse(text, mode="eval"))
+
+
+@dataclass(slots=True)
+class TorchText:
+    """Writes expressions of one kernel. `elements` maps an element variable to an operand that has it."""
+
+    layouts: dict[str, Layout]
+    elements: Mapping[str, str]
+    lets: Mapping[str, Expr]
+
+    def piece(self, expr: Expr) -> Piece:
+        match expr:
+            case Number(value=value):
+                return Piece(repr(value), ())
+            case AttrRef(name=name):
+                return Piece(name, ())
+            case DimRef(size=size):
+                return Piece(f"({size})", ())
+            case Ref(name=name):
+                return Piece(name, self.layouts[name])
+            case Unary():
+                return self._unary(expr)
+            case Binary():
+                return self._binary(expr)
+            case Select():
+                return self._select(expr)
+            case Cast():
+                return self._cast(expr)
+            case Reduce():
+                return self._reduce(expr)
+            case Dot():
+                return self._dot(expr)
+            case Gather():
+                return self._gather(expr)
+            case IfPresent(name=name, a=a, b=b):
+                return self._if_present(name, a, b, expr)
+        raise AssertionError(f"no torch text for {type(expr).__name__}")
+
+    # element by element
+
+    def _unary(self, expr: Unary) -> Piece:
+        x = self.piece(expr.x)
+        if expr.op == "neg":
+            return Piece(f"(-{x.text})", x.layout)
+        if expr.type.is_literal or expr.x.type.is_literal:
+            return Piece(f"(not {x.text})" if expr.op == "not" else f"{_SCALAR[expr.op]}({x.text})", ())
+        return Piece(f"{_TENSOR.get(expr.op, 'torch.' + expr.op)}({x.text})", x.layout)
+
+    def _binary(self, expr: Binary) -> Piece:
+        if expr.op in ("min", "max"):
+            return self._extreme(expr)
+        a, b, layout = self._aligned(expr.a, expr.b, expr)
+        op = {"and": "&", "or": "|"}.get(expr.op, expr.op)
+        if expr.type.element == "truth":
+            op = expr.op
+        return Piece(f"({a} {op} {b})", layout)
+
+    def _extreme(self, expr: Binary) -> Piece:
+        if expr.type.is_literal:
+            return Piece(f"{expr.op}({self.piece(expr.a).text}, {self.piece(expr.b).text})", ())
+        if expr.a.type.is_literal or expr.b.type.is_literal:
+            tensor, limit = (expr.b, expr.a) if expr.a.type.is_literal else (expr.a, expr.b)
+            x, bound = self.piece(tensor), "max" if expr.op == "min" else "min"
+            return Piece(f"({x.text}).clamp({bound}={self.piece(limit).text})", x.layout)
+        a, b, layout = self._aligned(expr.a, expr.b, expr)
+        return Piece(f"torch.{expr.op}imum({a}, {b})", layout)
+
+    def _select(self, expr: Select) -> Piece:
+        pieces = [self.piece(part) for part in (expr.condition, expr.a, expr.b)]
+        if expr.condition.type.is_literal:
+            a, b, layout = self._aligned(expr.a, expr.b, expr)
+            return Piece(f"({a} if {pieces[0].text} else {b})", layout)
+        layout: Layout | None = ()
+        for piece in pieces:
+            layout = merged(layout, piece.layout) if layout is not None else None
+        if layout is None:
+            layout = expr.type.dims
+            pieces = [aligned(piece, layout) for piece in pieces]
+        return Piece(f"torch.where({', '.join(piece.text for piece in pieces)})", layout)
+
+    def _aligned(self, left: Expr, right: Expr, result: Expr) -> tuple[str, str, Layout]:
+        a, b = self.piece(left), self.piece(right)
+        layout = merged(a.layout, b.layout)
+        if layout is not None:
+            return a.text, b.text, layout
+        dims = result.type.dims
+        return aligned(a, dims).text, aligned(b, dims).text, dims
+
+    def _if_present(self, name: str, a: Expr, b: Expr, expr: Expr) -> Piece:
+        if isinstance(a, Number) and isinstance(b, Number) and (a.value, b.value) == (True, False):
+            return Piece(f"({name} is not None)", ())
+        with_it, without = self.piece(a), self.piece(b)
+        if with_it.layout != without.layout and expr.type.dims and expr.type.element != "bool":
+            with_it, without = aligned(with_it, expr.type.dims), aligned(without, expr.type.dims)
+        layout = with_it.layout or without.layout
+        return Piece(f"({with_it.text} if {name} is not None else {without.text})", layout)
+
+    # element types
+
+    def _cast(self, expr: Cast) -> Piece:
+        fused = self._linear(expr)
+        if fused is not None:
+            return fused
+        x, element = self.piece(expr.x), expr.type.element
+        if element == expr.x.type.element:
+            return x
+        return Piece(f"({x.text}).to({self.dtype(element)})", x.layout)
+
+    def dtype(self, element: str) -> str:
+        """The torch dtype as text: of the operand that has the variable, `f32` for the wide float, else by name."""
+        if element in self.elements:
+            return f"{self.elements[element]}.dtype"
+        return "f32" if element == "f32" else f"torch.{TORCH_DTYPES[element]}"
+
+    # products
+
+    def _linear(self, expr: Cast) -> Piece | None:
+        """E(dot(x, w, K)), with or without a bias, is one library call: it accumulates in float32 and rounds once."""
+        bias, inner = self._bias_and_product(self._resolved(expr.x))
+        if not isinstance(inner, Dot) or inner.x.type.element != expr.type.element:
+            return None
+        if bias is not None and bias.type.element != expr.type.element:
+            return None
+        return self._library_product(inner, bias)
+
+    def _bias_and_product(self, value: Expr) -> tuple[Ref | None, Expr]:
+        if isinstance(value, IfPresent):
+            bias, product = self._bias_and_product(self._resolved(value.a))
+            same = product == self._resolved(value.b)
+            return (bias, product) if bias is not None and bias.name == value.name and same else (None, value)
+        match value:
+            case Binary(op="+", a=product, b=Cast(x=Ref() as bias)):
+                return bias, self._resolved(product)
+        return None, value
+
+    def _resolved(self, value: Expr) -> Expr:
+        return self.lets.get(value.name, value) if isinstance(value, Ref) else value
+
+    def _library_product(self, dot: Dot, bias: Ref | None) -> Piece | None:
+        x, w = self.piece(dot.x), self.piece(dot.w)
+        is_matrix = len(w.layout) == 2 and w.layout[1] == dot.dim
+        shared = set(x.layout) & set(w.layout)
+        if not is_matrix or x.layout[-1:] != (dot.dim,) or shared != {dot.dim}:
+            return None
+        if bias is not None and self.layouts[bias.name] != w.layout[:1]:
+            return None
+        arguments = ", ".join([x.text, w.text, *([bias.name] if bias else [])])
+        return Piece(f"torch.nn.functional.linear({arguments})", (*x.layout[:-1], w.layout[0]))
+
+    def _dot(self, expr: Dot) -> Piece:
+        wide = [_widened(operand, expr.type.element) for operand in (expr.x, expr.w)]
+        found = self._library_product(Dot(expr.type, wide[0], wide[1], expr.dim), None)
+        if found is not None:
+            return found
+        x, w = (aligned(self.piece(operand), operand.type.dims) for operand in wide)
+        known = dict.fromkeys([*expr.x.type.dims, *expr.w.type.dims])
+        letters = {dim: "..." if dim == LEADING else chr(ord("a") + i) for i, dim in enumerate(known)}
+        terms = ["".join(letters[dim] for dim in dims) for dims in (expr.x.type.dims, expr.w.type.dims, expr.type.dims)]
+        return Piece(f'torch.einsum("{terms[0]},{terms[1]}->{terms[2]}", {x.text}, {w.text})', expr.type.dims)
+
+    # along dims
+
+    def _reduce(self, expr: Reduce) -> Piece:
+        x = self.piece(expr.x)
+        axis = x.layout.index(expr.dim) - len(x.layout)
+        layout = tuple(None if dim == expr.dim else dim for dim in x.layout)
+        return Piece(f"({x.text}).{expr.op}({axis}, keepdim=True)", layout)
+
+    def _gather(self, expr: Gather) -> Piece:
+        table = aligned(self.piece(expr.table), expr.table.type.dims)
+        index = aligned(self.piece(expr.index), expr.index.type.dims)
+        axis = expr.table.type.dims.index(expr.dim)
+        before = ":, " * axis
+        return Piece(f"({table.text})[{before}{index.text}]", expr.type.dims)
+
+
+def _widened(operand: Expr, element: str) -> Expr:
+    if operand.type.element == element:
+        return operand
+    return Cast(ValueType(element, operand.type.dims), operand)
+
+
+def merged(a: Layout, b: Layout) -> Layout | None:
+    """The layout that torch's broadcast gives, or None where it would not go by dims."""
+    length = max(len(a), len(b))
+    full_a, full_b = ((None,) * (length - len(side)) + side for side in (a, b))
+    if LEADING in (*full_a[1:], *full_b[1:]):
+        return None
+    if LEADING in a and LEADING in b and len(a) != len(b):
+        return None
+    pairs = list(zip(full_a, full_b, strict=True))
+    if any(x is not None and y is not None and x != y for x, y in pairs):
+        return None
+    joined = tuple(x if x is not None else y for x, y in pairs)
+    named = [dim for dim in joined if dim is not None]
+    return joined if len(set(named)) == len(named) else None
+
+
+def aligned(piece: Piece, dims: Iterable[Size]) -> Piece:
+    """The piece with one axis for each of `dims`, in that order, of size 1 where it lacks the dim."""
+    wanted = tuple(dims)
+    have = tuple(dim for dim in piece.layout if dim is not None)
+    target = tuple(dim if dim in have else None for dim in wanted)
+    first = next((i for i, dim in enumerate(target) if dim is not None), len(target))
+    if piece.layout in (target, target[first:]) or not piece.layout:
+        return piece
+    order = tuple(dim for dim in wanted if dim in have)
+    text = f"({piece.text})"
+    if None in piece.layout:
+        text += _index(0 if dim is None else dim for dim in piece.layout)
+    if order != have:
+        text += f".permute({', '.join(str(have.index(dim)) for dim in order)})"
+    if len(order) < len(target[first:]):
+        text += _index(target[first:])
+    return Piece(text, target[first:])
+
+
+def _index(axes: Iterable[Size | int | None]) -> str:
+    parts = ["..." if axis == LEADING else "None" if axis is None else "0" if axis == 0 else ":" for axis in axes]
+    while parts and parts[-1] == ":" and "..." not in parts:
+        parts.pop()
+    return f"[{', '.join(parts)}]" if parts else ""
+
+
+def squeezed(piece: Piece, dims: Iterable[Size]) -> Piece:
+    """The piece with exactly the axes of `dims`."""
+    wanted = tuple(dims)
+    return piece if piece.layout == wanted else aligned(piece, wanted)
+
+
+def view_text(view: View) -> str:
+    """`gu[..., :I]` or `qkv[:, :Nq * D].reshape(T, Nq, D)`."""
+    parts = []
+    for cut, dim in zip(view.slices, view.base_type.dims, strict=True):
+        if cut is None:
+            parts.append("..." if dim == LEADING else ":")
+        else:
+            start = "" if cut.start == Size.of(0) else str(cut.start)
+            stop = "" if cut.stop == dim else str(cut.stop)
+            parts.append(f"{start}:{stop}")
+    while parts and parts[-1] == ":" and "..." not in parts:
+        parts.pop()
+    text = view.base + (f"[{', '.join(parts)}]" if any(view.slices) else "")
+    if view.shape is None:
+        return text
+    leading = f"*{view.base}.shape[:{1 - len(view.base_type.dims)}]"
+    return f"{text}.reshape({', '.join(leading if dim == LEADING else str(dim) for dim in view.shape)})"
