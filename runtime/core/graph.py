@@ -276,13 +276,14 @@ class ExecutionGraph:
     def _classify(self, node: ExecutionNode) -> None:
         if node.op_type.is_comm:
             self.comm_nodes.add(node.node_id)
-        phases = self._phases(node)
+        phases = self.phases_of(node)
         if "prefill" in phases:
             self.prefill_nodes.add(node.node_id)
         if "decode" in phases:
             self.decode_nodes.add(node.node_id)
 
-    def _phases(self, node: ExecutionNode) -> tuple[str, ...]:
+    def phases_of(self, node: ExecutionNode) -> tuple[str, ...]:
+        """Which of "prefill" and "decode" a node serves in this graph, by the rule of membership above."""
         if self.stage in ("prefill", "decode"):
             return (self.stage,)
         if "phase" in node.metadata:
