@@ -1,0 +1,191 @@
+"""Emits documentation: a page per op file and model, and the reference of the spec language from its schemas."""
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from sageLLM.codegen.expr.check import FORMS, REDUCTIONS, UNARY
+from sageLLM.codegen.load import SCHEMAS
+from sageLLM.codegen.model.layout import ModelDef, WeightDef
+from sageLLM.codegen.model.op import Attr, OpDef, Operand
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer
+from sageLLM.codegen.writer import MARK
+
+
+def emit_docs(specs: Specs, renderer: Renderer) -> list[Output]:
+    """`docs/ops/norm.md`, `docs/models/llama.md`, and for the package itself `docs/spec-language.md`."""
+    ops = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
+    models = [model for model in specs.models.values() if not specs.raw.is_base(model.entry)]
+    by_stem: dict[str, list[OpDef]] = {}
+    for op in ops:
+        by_stem.setdefault(op.stem, []).append(op)
+    pages = [_op_page(stem, group) for stem, group in by_stem.items()]
+    pages += [_model_page(model) for model in models]
+    return pages if specs.is_overlay else [*pages, _language_page(specs)]
+
+
+def _page(path: str, title: str, source: str, parts: Iterable[str], entries: Iterable[str] = ()) -> Output:
+    head = f"<!-- Code {MARK} from {source}. DO NOT EDIT. Regenerate: make generate -->\n# {title}\n"
+    return Output(path, head + "\n" + "\n\n".join(parts) + "\n", tuple(entries))
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(map(_cell, row)) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text and "`" not in text else text
+
+
+# ops
+
+
+def _op_page(stem: str, ops: list[OpDef]) -> Output:
+    parts = [part for op in ops for part in _op_parts(op)]
+    return _page(f"docs/ops/{stem}.md", f"Ops: {stem}", ops[0].entry.doc.file, parts, [op.ref for op in ops])
+
+
+def _op_parts(op: OpDef) -> list[str]:
+    operands = [("input", operand) for operand in op.inputs] + [("output", operand) for operand in op.outputs]
+    parts = [f"## {op.name}", _cell(op.summary)]
+    parts += [_cell(op.doc)] if op.doc else []
+    parts.append("```\n" + op.equation.replace("```", "'''") + "\n```")
+    parts.append(table(("operand", "", "type", "meaning"), [_operand_row(kind, one, op) for kind, one in operands]))
+    if op.attrs:
+        parts.append(table(("attr", "type", "default", "meaning"), [_attr_row(attr) for attr in op.attrs]))
+    facts = [
+        ("op type", _code(op.op_type)),
+        ("conditions", ", ".join(_code(condition.text) for condition in op.where) or "none"),
+        ("flops", _code(str(op.cost.flops))),
+        ("bytes moved", _code(str(op.cost.bytes))),
+        ("symbols of the step", ", ".join(f"`{name}`: {text}" for name, text in op.cost.let.items()) or "none"),
+        ("rewritten by", f"pass `{op.rule.pass_}`" if op.rule else "no pass"),
+    ]
+    return [*parts, table(("", ""), facts)]
+
+
+def _operand_row(kind: str, operand: Operand, op: OpDef) -> tuple[str, ...]:
+    words = [operand.doc or "", "optional" if operand.optional else ""]
+    if operand.name in op.inplace:
+        words.append(f"takes over the memory of `{op.inplace[operand.name]}`")
+    return (_code(operand.name), kind, _code(str(operand.type)), "; ".join(word for word in words if word))
+
+
+def _attr_row(attr: Attr) -> tuple[str, ...]:
+    default = "required" if attr.is_required else "absent" if attr.optional else str(attr.default)
+    return (_code(attr.name), attr.type, default if attr.formula is None else "from dims", attr.doc or "")
+
+
+# models
+
+
+def _model_page(model: ModelDef) -> Output:
+    names = [
+        (_code(c.name), _code(", ".join(c.keys)) if c.keys else _code(str(c.value)), c.python_type, c.doc)
+        for c in model.config.values()
+    ]
+    parts = [_cell(model.summary), f"Reads {', '.join(map(_code, model.architectures))}."]
+    parts += [f"Extends `{model.base.name}`; this page shows the whole layout."] if model.base else []
+    parts += ["## Config", table(("name", "config.json", "type", "meaning"), names)]
+    if model.checks:
+        parts.append("Checked: " + ", ".join(_code(check.words) for check in model.checks) + ".")
+    parts += ["## Weights", table(("weight", "shape", "checkpoint"), [_weight_row(w) for w in _all_weights(model)])]
+    for block in model.blocks.values():
+        parts += [f"## Block {block.name}", _cell(block.summary), "```\n" + "\n".join(block.lines) + "\n```"]
+    return _page(f"docs/models/{model.name}.md", f"Model: {model.name}", model.entry.doc.file, parts, [model.entry.ref])
+
+
+def _all_weights(model: ModelDef) -> list[WeightDef]:
+    return [*model.weights, *(weight for block in model.blocks.values() for weight in block.weights)]
+
+
+def _weight_row(weight: WeightDef) -> tuple[str, ...]:
+    name = f"{weight.block}.{weight.name}" if weight.block else weight.name
+    shape = f"[{', '.join(map(str, weight.dims))}]"
+    condition = f" (when {weight.when})" if weight.when else ""
+    return (_code(name), _code(shape), ", ".join(_code(part.hf) for part in weight.parts) + condition)
+
+
+# the spec language
+
+
+def _language_page(specs: Specs) -> Output:
+    parts = [
+        "Every spec file is one YAML mapping whose first line names its kind. Unknown fields are errors, values are "
+        "never converted, and every error shows its line. `sagellm lint` checks; editors complete by the schemas in "
+        "`generated/schema`.",
+        "The dims, the op types and the values that a layout may use come from `specs/dims.yaml`, "
+        "`specs/op_types.yaml` and `specs/inputs.yaml`.",
+    ]
+    parts += ["## The compute language", _compute_language()]
+    for name, schema in SCHEMAS.items():
+        parts += [f"## `schema: {name}`", *_schema_parts(schema, set())]
+    parts += ["## Dims", table(("dim", "meaning"), [(_code(n), entry.spec) for n, entry in specs.raw.dims.items()])]
+    return _page("docs/spec-language.md", "The spec language", "codegen/schema", parts)
+
+
+def _compute_language() -> str:
+    return table(
+        ("form", "meaning"),
+        [
+            ("`name = expression`", "one statement a line; every output is written once"),
+            ("`a + b`, `- * / // % **`, comparisons, `and or not`", "element by element; dims meet by name"),
+            (", ".join(_code(f"{name}(v)") for name in UNARY), "element by element"),
+            (", ".join(_code(f"{name}(v, H)") for name in REDUCTIONS), "over the dim that is named"),
+            (", ".join(map(_code, FORMS)), "`dot(x, w, K)`, `gather(table, V, ids)`, `where(c, a, b)`, `min(a, b)`, "
+             "`optional(name, with, without)`, `present(name)`"),
+            ("`f32(v)`, `E(v)`, ...", "cast; the only places where a value is rounded or widened"),
+        ],
+    )  # fmt: skip
+
+
+def _schema_parts(schema: type[BaseModel], seen: set[type[BaseModel]]) -> list[str]:
+    seen.add(schema)
+    rows = [_field_row(field.alias or name, field) for name, field in schema.model_fields.items()]
+    parts = [_cell(schema.__doc__ or ""), table(("field", "type", "default", "meaning"), rows)]
+    for inner in _inner_schemas(schema):
+        if inner not in seen:
+            parts += [f"### {inner.__name__}", *_schema_parts(inner, seen)]
+    return parts
+
+
+def _field_row(name: str, field: FieldInfo) -> tuple[str, ...]:
+    default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+    return (_code(name), _code(_type_words(field.annotation)), default, field.description or "")
+
+
+def _type_words(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    origin = getattr(annotation, "__origin__", None)
+    if isinstance(annotation, type) and not arguments:
+        return annotation.__name__
+    if annotation is type(None):
+        return "null"
+    if origin in (dict, list):
+        return f"{origin.__name__} of {' to '.join(_type_words(argument) for argument in arguments)}"
+    if origin is not None and hasattr(annotation, "__metadata__"):
+        return _type_words(origin)
+    if arguments and all(isinstance(argument, str) for argument in arguments):
+        return " / ".join(map(str, arguments))
+    return " or ".join(dict.fromkeys(_type_words(argument) for argument in arguments)) or str(annotation)
+
+
+def _inner_schemas(schema: type[BaseModel]) -> list[type[BaseModel]]:
+    found: list[type[BaseModel]] = []
+    pending: list[Any] = [field.annotation for field in schema.model_fields.values()]
+    while pending:
+        annotation = pending.pop(0)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.append(annotation)
+        pending += get_args(annotation)
+        pending += [annotation.__origin__] if hasattr(annotation, "__metadata__") else []
+    return list(dict.fromkeys(found))
