@@ -73,6 +73,9 @@ def _link_field(name: str, place: Placed[ConfigField], known: Mapping[str, Confi
     is_given = origin in field.model_fields_set
     if not is_given:
         return ConfigName(name, keys, field.type or "int", False, None, None, doc)
+    if given is None and field.type not in (None, "int", "float"):
+        sink.error("SAGE206", f"a {field.type} cannot be null", place.span(origin), "give a default that is not null")
+        raise Refused
     if given is None:
         return ConfigName(name, keys, field.type or "int", True, "None", None, doc)
     if isinstance(given, str) and field.type != "str":
@@ -137,7 +140,7 @@ def _is_never_zero(node: ast.expr) -> bool:
 def type_of(node: ast.expr, known: Mapping[str, ConfigName]) -> ConfigType:
     """The type that an expression has."""
     match node:
-        case ast.Constant(value=value):
+        case ast.Constant(value=bool() | int() | float() | str() as value):
             return _type_of_value(value)
         case ast.Name(id="true" | "false") | ast.Compare() | ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
             return "bool"

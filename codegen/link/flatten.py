@@ -138,7 +138,9 @@ def _merge_block(flat: FlatModel, name: str, place: Placed[BlockSpec], sink: Sin
     block.place = place
     block.summary = spec.summary or block.summary
     if spec.op_type is not None:
-        block.op_type = Placed(spec.op_type, entry, (*path, "op_type"))
+        given = spec.op_type
+        op_type = given if isinstance(given, str) else {str(phase): name for phase, name in given.items()}
+        block.op_type = Placed(op_type, entry, (*path, "op_type"))
     if spec.hf is not None:
         block.hf = Placed(spec.hf, entry, (*path, "hf"))
     _place_all(block.weights, spec.weights, entry, (*path, "weights"))
@@ -176,8 +178,8 @@ def _apply(patch: Placed[PatchSpec], lists: Sequence[list[Any]], sink: Sink, als
         return
     items, item = found[0]
     at = items.index(item)
-    key, lines = ("with", patch.value.with_) if kind == "replace" else ("add", patch.value.add)
-    new = _placed_list(lines or [], patch.entry, (*patch.path, key))
+    key, added = ("with", patch.value.with_) if kind == "replace" else ("add", patch.value.add)
+    new = _placed_list(added or [], patch.entry, (*patch.path, key))
     start, stop = {"before": (at, at), "after": (at + 1, at + 1), "replace": (at, at + 1)}[kind]
     items[start:stop] = new
 

@@ -65,7 +65,8 @@ class WeightLinker:
     ) -> WeightDef | None:
         source = place.value.hf if isinstance(place.value.hf, HfSource) else HfSource(transpose=place.value.hf)
         is_plain = source is not place.value.hf
-        weight = WeightDef(name, block, False, dims, (), source.dim, tied_to=place.value.tied and place.value.tied.to)
+        tied = place.value.tied.to if place.value.tied is not None else None
+        weight = WeightDef(name, block, False, dims, (), source.dim, tied_to=tied)
         if source.concat is not None:
             sizes = {hf: self._size(size, place, "hf", "concat", hf) for hf, size in source.concat.items()}
             weight = replace(weight, parts=tuple(PartDef(prefix + hf, size) for hf, size in sizes.items()))

@@ -92,10 +92,10 @@ class HFConfig:
             raise self._error(found[0], "a list", found[1])
         return None if found is None else found[1]
 
-    def require(self, holds: builtins.bool, rule: builtins.str, **values: object) -> None:
-        """Raise ConfigError unless `holds`; `rule` and the names of `values` are in words of the config file."""
+    def require(self, holds: builtins.bool, rule: builtins.str, *values: tuple[builtins.str, object]) -> None:
+        """Raise ConfigError unless `holds`; `rule` and `values` (key and value) are in words of the config file."""
         if not holds:
-            got = ", ".join(f"{name} is {_shown(value)}" for name, value in values.items())
+            got = ", ".join(f"{name} is {_shown(value)}" for name, value in values)
             raise ConfigError(f"{self.path}: needs {rule}, but {got}")
 
     def _find(self, keys: Sequence[builtins.str]) -> tuple[builtins.str, Any] | None:
