@@ -1,0 +1,79 @@
+"""What a pass file may say: the stages of the pipeline, and passes of five kinds with their rules and expectations."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from sageLLM.codegen.schema.base import Strict
+
+Kind = Literal["rewrite", "merge", "schedule", "insert", "allocate"]
+PhaseName = Literal["prefill", "decode", "hybrid"]
+
+
+class RuleSpec(Strict):
+    """One rewrite rule: derived from an op that `fuses` others, or written out as pattern and replacement."""
+
+    from_op: str | None = Field(default=None, description="an op with `fuses`: its lines are the pattern")
+    name: str | None = Field(default=None, description="how statistics and `explain` call a written-out rule")
+    match: list[str] | None = Field(default=None, min_length=1, description="op calls; names stand for values")
+    keep: list[str] = Field(default=[], description="values of the pattern that others may read as well")
+    rewrite: list[str] | None = Field(default=None, min_length=1, description="op calls that give the kept values")
+    benefit: int = Field(default=1, ge=1, le=1000, description="rules with more benefit are tried first")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        written = (self.name, self.match, self.rewrite)
+        if (self.from_op is None) == (written == (None, None, None)):
+            raise ValueError("a rule has `from_op`, or `name`, `match`, `keep` and `rewrite`")
+        if self.from_op is None and None in written:
+            raise ValueError("a written-out rule has `name`, `match`, `keep` and `rewrite`")
+        return self
+
+
+class PassSpec(Strict):
+    """One pass. Which of the lower fields it has depends on its kind."""
+
+    summary: str = Field(min_length=1)
+    kind: Kind
+    stage: str = Field(description="a stage of the pipeline, see `stages`")
+    level: Literal["block", "kernel"] = Field(description="the graph that it works on")
+    after: list[str] = Field(default=[], description="passes of the stage that run before this one")
+    before: list[str] = Field(default=[], description="passes of the stage that run after this one")
+    phases: list[PhaseName] = Field(default=["prefill", "decode", "hybrid"], min_length=1)
+    rules: list[RuleSpec] = Field(default=[], description="rewrite: what to look for and what to put there")
+    expect: dict[str, str | int] = Field(
+        default={}, description="rewrite: how often the rules fire, per model, over its config; `*` for all others"
+    )
+    select: str | None = Field(default=None, description="merge, insert: the op type that it works on")
+    limit_bytes: int | None = Field(default=None, gt=0, description="merge: the largest merged transfer")
+    streams: dict[str, list[str]] = Field(default={}, description="schedule: stream -> op types that run on it")
+    ahead: int | None = Field(default=None, gt=0, description="insert: how many layers ahead a load may start")
+    align: int | None = Field(default=None, gt=0, description="allocate: buffers start at multiples of this, in bytes")
+
+    @model_validator(mode="after")
+    def _fields_of_kind(self) -> Self:
+        wanted = FIELDS_OF_KIND[self.kind]
+        for name in sorted({name for names in FIELDS_OF_KIND.values() for name in names}):
+            given = name in self.model_fields_set
+            if given and name not in wanted:
+                raise ValueError(f"a pass of kind {self.kind} has no '{name}'")
+            if not given and name in wanted and name != "expect":
+                raise ValueError(f"a pass of kind {self.kind} needs '{name}'")
+        return self
+
+
+FIELDS_OF_KIND: dict[str, tuple[str, ...]] = {
+    "rewrite": ("rules", "expect"),
+    "merge": ("select", "limit_bytes"),
+    "schedule": ("streams",),
+    "insert": ("select", "ahead"),
+    "allocate": ("align",),
+}
+
+
+class PassesFile(Strict):
+    """`specs/passes/*.yaml`."""
+
+    schema_: Literal["passes/v1"] = Field(alias="schema")
+    stages: dict[str, str] = Field(default={}, description="the pipeline's stages in order, each with its purpose")
+    passes: dict[str, PassSpec] = {}
