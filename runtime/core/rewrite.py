@@ -1,0 +1,281 @@
+"""Passes over execution graphs, and the driver of rewrite rules.
+
+A rule is a function of a graph and a node: it returns a `Rewrite` (what to replace by what), a `NearMiss` (it matched
+in part, and why it went no further), or None. The driver applies rules to a fixpoint and counts everything.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from sageLLM.runtime.core.errors import IRError, TypeMismatch
+from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
+from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, OpNode, TensorRef
+
+MAX_ROUNDS = 8
+"""Rounds over the graph. Rules are checked to shrink it, so a fixpoint is reached long before."""
+
+
+class OptimizationPass(ABC):
+    """A named transformation. `apply` returns a valid graph and leaves the one that it is given as it was."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How reports and switches call the pass."""
+
+    @abstractmethod
+    def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
+        """The transformed graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewCall:
+    """An op that a rewrite puts in: its operands, its attributes, and the names of its outputs in order.
+
+    An output that has the name of a value of the pattern takes that value's place; another one is a new value.
+    """
+
+    op: type[OpNode]
+    inputs: Mapping[str, TensorRef | None]
+    attrs: Mapping[str, AttrValue]
+    outputs: tuple[TensorRef | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """What a rule found and wants: `matched` nodes, the anchor last, are replaced by `calls`.
+
+    `kept` are the values of the matched nodes that others may go on reading, since a call gives them again.
+    """
+
+    matched: tuple[OpNode, ...]
+    calls: tuple[NewCall, ...]
+    kept: tuple[TensorRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A rule that matched in part: how many of its nodes, and what stands where another one is wanted."""
+
+    num_matched: int
+    reason: str
+
+
+RuleFunction = Callable[[ExecutionGraph, OpNode], "Rewrite | NearMiss | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rewrite rule: `anchor` is the op of the pattern's last node, where matching starts."""
+
+    name: str
+    anchor: type[OpNode]
+    apply: RuleFunction
+    num_nodes: int
+    benefit: int = 1
+
+
+@dataclass(slots=True)
+class RuleStats:
+    """How often a rule was tried at its anchor, fired, and did not, with the reasons."""
+
+    tried: int = 0
+    fired: int = 0
+    near_misses: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        text = f"fired {self.fired} of {self.tried}"
+        if self.near_misses:
+            reason, count = self.near_misses.most_common(1)[0]
+            text += f"; {sum(self.near_misses.values())} near misses, {count} of them: {reason}"
+        return text
+
+
+@dataclass(slots=True)
+class PassReport:
+    """What a pass did to one graph."""
+
+    name: str
+    nodes_before: int
+    nodes_after: int = 0
+    seconds: float = 0.0
+    rules: dict[str, RuleStats] = field(default_factory=dict)
+
+    @property
+    def fired(self) -> int:
+        return sum(stats.fired for stats in self.rules.values())
+
+    def __str__(self) -> str:
+        head = f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes in {1e3 * self.seconds:.1f} ms"
+        return "; ".join([head, *(f"{rule} {stats}" for rule, stats in self.rules.items())])
+
+
+class RewritePass(OptimizationPass):
+    """A pass of rewrite rules. Generated subclasses only declare; the work is here.
+
+    `expect` gives, per model name (or `*`), how often the rules fire in all, as a function of the model's config.
+    """
+
+    pass_name: ClassVar[str]
+    spec: ClassVar[str] = ""
+    stage: ClassVar[str] = "fuse"
+    level: ClassVar[Level] = "kernel"
+    phases: ClassVar[frozenset[Stage]] = frozenset({"prefill", "decode", "hybrid"})
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    expect: ClassVar[Mapping[str, Callable[[Any], int]]] = {}
+
+    def __init__(self) -> None:
+        self.report = PassReport(self.pass_name, 0)
+
+    @property
+    def name(self) -> str:
+        return self.pass_name
+
+    def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
+        """A rewritten copy; `report` tells what was done."""
+        start = time.perf_counter()
+        result = graph.copy()
+        self.report = PassReport(
+            self.pass_name, len(graph.nodes), rules={rule.name: RuleStats() for rule in self.rules}
+        )
+        if graph.stage is None or graph.stage in self.phases:
+            self._run_to_fixpoint(result)
+        self.report.nodes_after = len(result.nodes)
+        self.report.seconds = time.perf_counter() - start
+        return result
+
+    def _run_to_fixpoint(self, graph: ExecutionGraph) -> None:
+        rules = sorted(self.rules, key=lambda rule: -rule.benefit)
+        by_anchor: dict[type[OpNode], list[Rule]] = {}
+        for rule in rules:
+            by_anchor.setdefault(rule.anchor, []).append(rule)
+        for _ in range(MAX_ROUNDS):
+            position = {node_id: i for i, node_id in enumerate(graph.nodes)}
+            anchors = [node for node in graph.nodes.values() if isinstance(node, OpNode) and type(node) in by_anchor]
+            fired = sum(self._try_rules(graph, node, by_anchor[type(node)], position) for node in anchors)
+            if not fired:
+                return
+
+    def _try_rules(
+        self, graph: ExecutionGraph, node: OpNode, rules: Sequence[Rule], position: Mapping[str, int]
+    ) -> bool:
+        for rule in rules:
+            if graph.nodes.get(node.node_id) is not node:
+                return False  # an earlier rewrite of this round took it
+            stats = self.report.rules[rule.name]
+            stats.tried += 1
+            found = rule.apply(graph, node)
+            if isinstance(found, Rewrite):
+                found = apply_rewrite(graph, found, position) or found
+            if isinstance(found, Rewrite):
+                stats.fired += 1
+                return True
+            if isinstance(found, NearMiss) and found.num_matched > 1 or rule.num_nodes == 2 and found is not None:
+                stats.near_misses[found.reason] += 1
+        return False
+
+
+def apply_rewrite(graph: ExecutionGraph, rewrite: Rewrite, position: Mapping[str, int]) -> NearMiss | None:
+    """Puts the calls in the place of the matched nodes, in this graph; or says why that cannot be.
+
+    Refused are values that others still read, types that do not fit the new ops, and a place that does not exist: the
+    new nodes would have to stand behind something that itself waits for a matched node.
+    """
+    if (reason := _why_not_replaceable(graph, rewrite, position)) is not None:
+        return NearMiss(len(rewrite.matched), reason)
+    try:
+        nodes = _new_nodes(rewrite)
+    except TypeMismatch as error:
+        return NearMiss(len(rewrite.matched), str(error))
+    try:
+        graph.replace(rewrite.matched, nodes)
+    except IRError as error:
+        return NearMiss(len(rewrite.matched), str(error))
+    return None
+
+
+def _why_not_replaceable(graph: ExecutionGraph, rewrite: Rewrite, position: Mapping[str, int]) -> str | None:
+    matched = {node.node_id for node in rewrite.matched}
+    kept = {ref.name for ref in rewrite.kept}
+    returned = {ref.name for ref in graph.outputs}
+    for node in rewrite.matched:
+        for ref in node.outputs:
+            others = [user.node_id for user in graph.users(ref) if user.node_id not in matched]
+            if ref.name not in kept and (others or ref.name in returned):
+                return f"{ref.name} is also read by {others[0] if others else 'the caller'}"
+    return _why_no_place(graph, rewrite, matched, position)
+
+
+def _why_no_place(
+    graph: ExecutionGraph, rewrite: Rewrite, matched: set[str], position: Mapping[str, int]
+) -> str | None:
+    """Whether an operand from outside waits for a matched node: then the replacement would wait for itself."""
+    first = min(position.get(node_id, 0) for node_id in matched)
+    pending = [d for node in rewrite.matched for d in node.dependencies if d not in matched]
+    seen: set[str] = set()
+    while pending:
+        node_id = pending.pop()
+        if node_id in matched:
+            return "an operand waits for a value of the pattern itself"
+        if node_id not in seen and position.get(node_id, first) >= first:  # what stands before cannot wait for it
+            seen.add(node_id)
+            pending += graph.nodes[node_id].dependencies
+    return None
+
+
+def _new_nodes(rewrite: Rewrite) -> list[ExecutionNode]:
+    anchor = rewrite.matched[-1]
+    old = {ref.name: ref for node in rewrite.matched for ref in node.outputs}
+    origins = tuple(dict.fromkeys(o for node in rewrite.matched for o in (node.origins or (node.node_id,))))
+    made: dict[str, TensorRef] = {}
+    nodes: list[ExecutionNode] = []
+    for call in rewrite.calls:
+        inputs = {name: made.get(ref.name, ref) for name, ref in call.inputs.items() if ref is not None}
+        inference = call.op.resolve({name: ref.type for name, ref in inputs.items()}, call.attrs)
+        outputs = []
+        for wanted, type_ in zip(call.outputs, inference.outputs, strict=True):
+            name = wanted if isinstance(wanted, str) else wanted.name
+            ref = TensorRef(name, type_.shape, type_.dtype, anchor.device_id)
+            if name in old and old[name].type != type_:
+                raise TypeMismatch(f"{call.op.op} gives {ref}, want {old[name].type}")
+            made[name] = ref
+            outputs.append(ref)
+        nodes.append(_node(call, anchor, inputs, outputs, inference.attrs, origins))
+    nodes[-1].node_id = anchor.node_id
+    return nodes
+
+
+def _node(
+    call: NewCall,
+    anchor: OpNode,
+    inputs: Mapping[str, TensorRef],
+    outputs: list[TensorRef],
+    attrs: Mapping[str, AttrValue],
+    origins: tuple[str, ...],
+) -> OpNode:
+    names = [name for name in call.op.input_types if name in inputs]
+    is_prefix = names == list(call.op.input_types)[: len(names)]
+    return call.op(
+        outputs[0].name,
+        call.op.kind,
+        [inputs[name] for name in names],
+        outputs,
+        device_id=anchor.device_id,
+        stream_id=anchor.stream_id,
+        layer_id=anchor.layer_id,
+        metadata={} if is_prefix else {"operands": names},
+        attrs=dict(attrs),
+        block=anchor.block,
+        origins=origins,
+    )
+
+
+def describe(node: ExecutionNode | None, value: TensorRef) -> str:
+    """Where a value comes from, for the reason of a near miss: `x, which cast gives` or `x, an input`."""
+    return f"{value.name}, which {node.op} gives" if node is not None else f"{value.name}, an input"
