@@ -1,0 +1,138 @@
+"""Emits node classes and builder functions: `ops/norm.py` per spec file, `ops/op_types.py`, and the table OPS."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sageLLM.codegen.emit.python_text import python_text
+from sageLLM.codegen.emit.reference import by_stem
+from sageLLM.codegen.emit.torch_text import tidy
+from sageLLM.codegen.expr.size import formula
+from sageLLM.codegen.expr.types import DTYPES, ValueType
+from sageLLM.codegen.model.op import Attr, OpDef
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer, header, lit
+
+BASE = "sageLLM.generated.ops"
+CORE_ELEMENTS = {"E": "E", "bool": "bool_"} | {name: name for name in DTYPES if name != "bool"}
+_PYTHON = {"f32": "float", "i32": "int", "bool": "bool", "str": "str", "dim": "Dim"}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """What the template needs of one op beyond its definition, as text of names, literals and formulas."""
+
+    op: OpDef
+    patterns: Mapping[str, str]
+    attr_specs: Mapping[str, str]
+    conditions: Sequence[tuple[str, str]]
+    flops: str
+    bytes: str
+    attr_types: Mapping[str, str]
+    parameters: str
+    given: Sequence[str]  # attrs passed as they are
+    filled: Sequence[str]  # attrs whose default is worked out from dims, when None
+    optional: Sequence[str]
+
+
+def emit_ops(specs: Specs, renderer: Renderer) -> list[Output]:
+    """One module per ops file; the package's own run also emits `OpType`."""
+    own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
+    outputs = [_module(ops, specs, renderer) for ops in by_stem(own).values()]
+    types = {name: entry.spec for name, entry in specs.raw.op_types.items()}
+    if not specs.is_overlay:
+        text = renderer.render("op_types.py.jinja", types=types)
+        outputs.insert(
+            0, Output("ops/op_types.py", header("specs/op_types.yaml", "op_types") + text, ("specs/op_types.yaml",))
+        )
+    registry = renderer.render("op_registry.py.jinja", modules=by_stem(own), has_types=not specs.is_overlay)
+    return [
+        *outputs,
+        Output("ops/__init__.py", header("specs/ops", "rms_norm") + registry, tuple(op.ref for op in own)),
+    ]
+
+
+def _module(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> Output:
+    nodes = [node_view(op) for op in ops]
+    text = renderer.render(
+        "ops.py.jinja",
+        nodes=nodes,
+        source=ops[0].entry.doc.file,
+        symbols=_symbols(ops),
+        elements=_elements(ops),
+        base=BASE if specs.is_overlay else "",
+    )
+    return Output(
+        f"ops/{ops[0].stem}.py", header(ops[0].entry.doc.file, ops[0].name) + text, tuple(op.ref for op in ops)
+    )
+
+
+def _symbols(ops: Iterable[OpDef]) -> list[str]:
+    """Every dim and cost symbol of the file, in the order of first use."""
+    found: dict[str, None] = {}
+    for op in ops:
+        found |= dict.fromkeys(op.symbols)
+    for op in ops:
+        found |= dict.fromkeys([*op.cost.flops.symbols, *op.cost.bytes.symbols])
+    return list(found)
+
+
+def _elements(ops: Iterable[OpDef]) -> tuple[list[str], list[str]]:
+    """Element types that the core library has, and variables to declare."""
+    used = dict.fromkeys(o.type.element for op in ops for o in (*op.inputs, *op.outputs))
+    return [CORE_ELEMENTS[name] for name in used if name in CORE_ELEMENTS], [n for n in used if n not in CORE_ELEMENTS]
+
+
+def node_view(op: OpDef) -> NodeView:
+    operands = (*op.inputs, *op.outputs)
+    return NodeView(
+        op,
+        {o.name: pattern(o.type) for o in operands},
+        {attr.name: attr_spec(attr) for attr in op.attrs},
+        [(c.text, tidy(python_text(c.value, _in_env))) for c in op.where],
+        formula(op.cost.flops),
+        formula(op.cost.bytes),
+        {attr.name: _PYTHON[attr.type] + (" | None" if attr.optional else "") for attr in op.attrs},
+        _parameters(op),
+        [attr.name for attr in op.attrs if attr.formula is None],
+        [attr.name for attr in op.attrs if attr.formula is not None],
+        [o.name for o in op.inputs if o.optional],
+    )
+
+
+def pattern(type_: ValueType) -> str:
+    """`E[..., 2 * I]`."""
+    dims = ", ".join(map(str, type_.dims)) or "()"
+    return f"{CORE_ELEMENTS.get(type_.element, type_.element)}[{dims}]"
+
+
+def _in_env(name: str) -> str:
+    return f"d[{lit(name)}]"
+
+
+def attr_spec(attr: Attr) -> str:
+    """`AttrSpec("f32", default=1e-06, min=0.0)`."""
+    fields = [lit(attr.type)]
+    if attr.formula is not None:
+        fields.append(f"default=lambda d: {tidy(python_text(attr.formula, _in_env))}")
+    elif attr.optional or attr.default is not None:
+        fields.append(f"default={lit(attr.default)}")
+    fields += [f"{key}={lit(value)}" for key in ("min", "max", "choices") if (value := getattr(attr, key)) is not None]
+    return f"AttrSpec({', '.join(fields)})"
+
+
+def _parameters(op: OpDef) -> str:
+    """The builder's parameters after the writer: operands, then attrs and result names by keyword."""
+    inputs = [f"{o.name}: TensorRef | None = None" if o.optional else f"{o.name}: TensorRef" for o in op.inputs]
+    attrs = [_parameter(attr) for attr in op.attrs]
+    names = [o.name for o in op.outputs]
+    label = f"name: str = {lit(names[0])}"
+    if len(names) > 1:
+        label = f"names: tuple[{', '.join(['str'] * len(names))}] = {lit(tuple(names))}"
+    return ", ".join([*inputs, "*", *attrs, label])
+
+
+def _parameter(attr: Attr) -> str:
+    if attr.optional or attr.formula is not None:
+        return f"{attr.name}: {_PYTHON[attr.type]} | None = None"
+    default = f" = {lit(attr.default)}" if attr.default is not None else ""
+    return f"{attr.name}: {_PYTHON[attr.type]}{default}"
