@@ -22,7 +22,15 @@ MAX_ROUNDS = 8
 
 
 class OptimizationPass(ABC):
-    """A named transformation. `apply` returns a valid graph and leaves the one that it is given as it was."""
+    """A named transformation. `apply` returns a valid graph and leaves the one that it is given as it was.
+
+    `stage` and `level` say where in the pipeline it runs, `phases` on the graphs of which phases.
+    """
+
+    spec: ClassVar[str] = ""
+    stage: ClassVar[str] = "fuse"
+    level: ClassVar[Level] = "kernel"
+    phases: ClassVar[frozenset[Stage]] = frozenset({"prefill", "decode", "hybrid"})
 
     @property
     @abstractmethod
@@ -123,10 +131,6 @@ class RewritePass(OptimizationPass):
     """
 
     pass_name: ClassVar[str]
-    spec: ClassVar[str] = ""
-    stage: ClassVar[str] = "fuse"
-    level: ClassVar[Level] = "kernel"
-    phases: ClassVar[frozenset[Stage]] = frozenset({"prefill", "decode", "hybrid"})
     rules: ClassVar[tuple[Rule, ...]] = ()
     expect: ClassVar[Mapping[str, Callable[[Any], int]]] = {}
 
@@ -176,7 +180,7 @@ class RewritePass(OptimizationPass):
             if isinstance(found, Rewrite):
                 stats.fired += 1
                 return True
-            if isinstance(found, NearMiss) and found.num_matched > 1 or rule.num_nodes == 2 and found is not None:
+            if isinstance(found, NearMiss):
                 stats.near_misses[found.reason] += 1
         return False
 

@@ -1,0 +1,198 @@
+"""Emits passes: a function per rewrite rule, a class per pass, and the table of all in pipeline order.
+
+def fused_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    if not isinstance(node, RmsNorm):
+        return None
+    add = graph.producer(node.x)
+    if not isinstance(add, Add):
+        return NearMiss(1, ...)
+    ...
+    return Rewrite(...)
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
+from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer, header, lit
+
+ENGINES = {"merge": "MergePass", "schedule": "StreamPass", "insert": "PrefetchPass", "allocate": "MemoryPass"}
+MODULES = {"merge": "merge", "schedule": "schedule", "insert": "prefetch", "allocate": "memory"}
+
+
+@dataclass(frozen=True, slots=True)
+class FindView:
+    """A node of the pattern, found as the giver of a value that is known already."""
+
+    var: str
+    op: OpDef
+    value: str
+    num_found: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckView:
+    """A condition under which the rule does not apply, in Python, and the reason for the user."""
+
+    test: str
+    num_found: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewCallView:
+    """An op that is put in: Python text for each operand, attribute and output."""
+
+    op: OpDef
+    inputs: tuple[tuple[str, str], ...]
+    attrs: tuple[tuple[str, str], ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleView:
+    """One rule, as its function tells it."""
+
+    rule: RuleDef
+    anchor: str
+    steps: tuple[FindView | CheckView, ...]
+    matched: tuple[str, ...]
+    calls: tuple[NewCallView, ...]
+    kept: tuple[str, ...]
+
+
+def emit_passes(specs: Specs, renderer: Renderer) -> list[Output]:
+    """`passes/fusion.py` for `specs/passes/fusion.yaml`, and `passes/__init__.py`."""
+    own = [one for one in specs.passes.values() if not specs.raw.is_base(one.entry)]
+    by_file: dict[str, list[PassDef]] = {}
+    for one in own:
+        by_file.setdefault(one.entry.doc.file, []).append(one)
+    outputs = [_module(file, passes, specs, renderer) for file, passes in by_file.items()]
+    return [*outputs, _registry(own, specs, renderer)]
+
+
+def _module(file: str, passes: list[PassDef], specs: Specs, renderer: Renderer) -> Output:
+    rules = {one.name: [RuleViewer(rule).view() for rule in one.rules] for one in passes}
+    text = renderer.render(
+        "passes.py.jinja",
+        source=file,
+        passes=passes,
+        rules=rules,
+        engines=ENGINES,
+        engine_imports=sorted({(MODULES[p.spec.kind], ENGINES[p.spec.kind]) for p in passes if p.spec.kind in ENGINES}),
+        op_imports=_op_imports(passes, specs),
+    )
+    return Output(f"passes/{_stem(file)}.py", header(file, passes[0].name) + text, tuple(p.ref for p in passes))
+
+
+def _registry(passes: list[PassDef], specs: Specs, renderer: Renderer) -> Output:
+    modules: dict[str, list[str]] = {}
+    for one in passes:
+        modules.setdefault(_stem(one.entry.doc.file), []).append(one.class_name)
+    text = renderer.render("passes_registry.py.jinja", passes=passes, modules=sorted(modules.items()))
+    return Output("passes/__init__.py", header("specs/passes", "passes") + text)
+
+
+def _stem(file: str) -> str:
+    return PurePosixPath(file).stem
+
+
+def _op_imports(passes: Iterable[PassDef], specs: Specs) -> list[tuple[str, list[str]]]:
+    """The node classes that the rules name, by module."""
+    modules: dict[str, set[str]] = {}
+    for rule in (rule for one in passes for rule in one.rules):
+        for call in (*rule.pattern, *rule.replacement):
+            modules.setdefault(op_module(call.op, specs), set()).add(call.op.class_name)
+    return [(module, sorted(names)) for module, names in sorted(modules.items())]
+
+
+def op_module(op: OpDef, specs: Specs) -> str:
+    """Where a generated module finds an op: beside it, or for an overlay in the package."""
+    package = "sageLLM.generated.ops" if specs.is_overlay and specs.raw.is_base(op.entry) else "..ops"
+    return f"{package}.{op.stem}"
+
+
+class RuleViewer:
+    """Turns a rule into the steps of its function, from the anchor back along the values."""
+
+    def __init__(self, rule: RuleDef) -> None:
+        self.rule = rule
+        self.vars = self._variables()
+        self.values: dict[str, str] = {}
+        self.attrs: dict[str, str] = {}
+        self.steps: list[FindView | CheckView] = []
+
+    def view(self) -> RuleView:
+        anchor = len(self.rule.pattern) - 1
+        self._bind(anchor, 1)
+        for num_found, index in enumerate(range(anchor - 1, -1, -1), start=1):
+            self._find(index, num_found)
+            self._bind(index, num_found + 1)
+        return RuleView(
+            self.rule,
+            self.vars[anchor],
+            tuple(self.steps),
+            tuple(self.vars),
+            tuple(self._new_call(call) for call in self.rule.replacement),
+            tuple(self.values[name] for name in self.rule.keep),
+        )
+
+    def _variables(self) -> list[str]:
+        """A variable per node: its op's name, numbered where an op stands twice; the anchor is `node`."""
+        names: list[str] = []
+        for call in self.rule.pattern[:-1]:
+            count = sum(name.rstrip("_0123456789") == call.op.name for name in names)
+            names.append(f"{call.op.name}_{count + 1}" if count else call.op.name)
+        return [*names, "node"]
+
+    def _find(self, index: int, num_found: int) -> None:
+        call, var = self.rule.pattern[index], self.vars[index]
+        target = next(name for name in call.targets if name in self.values)
+        self.steps.append(FindView(var, call.op, self.values[target], num_found))
+
+    def _bind(self, index: int, num_found: int) -> None:
+        """Gives the values and attrs of a node their text, and checks those that have one already."""
+        call, var = self.rule.pattern[index], self.vars[index]
+        for name, output in zip(call.targets, call.op.outputs, strict=True):
+            text = f"{var}.{output.name}"
+            if name in self.values and len(call.op.outputs) > 1:
+                self._check(f"{text}.name != {self.values[name]}.name", num_found, f"want {name} to be {output.name}")
+            self.values[name] = text
+        for operand, value in call.operands.items():
+            self._bind_operand(f"{var}.{operand}", operand, value, call, num_found)
+        for attr, given in call.attrs:
+            self._bind_attr(f"{var}.{attr}", attr, given, num_found)
+
+    def _bind_operand(self, text: str, operand: str, value: str | None, call: PatternCall, num_found: int) -> None:
+        declared = call.op.operand(operand)
+        if value is None:
+            self._check(f"{text} is not None", num_found, f"want {call.op.name} without {operand}")
+            return
+        if declared is not None and declared.optional:
+            self._check(f"{text} is None", num_found, f"want {call.op.name} with {operand}")
+        if value in self.values:
+            self._check(f"{text}.name != {self.values[value]}.name", num_found, f"want the same {value} twice")
+        self.values.setdefault(value, text)
+
+    def _bind_attr(self, text: str, attr: str, given: AttrName | Scalar | None, num_found: int) -> None:
+        if not isinstance(given, AttrName):
+            self._check(f"{text} != {lit(given)}", num_found, f"want {attr} = {given}")
+        elif given.name in self.attrs:
+            self._check(f"{text} != {self.attrs[given.name]}", num_found, f"want the same {given.name} twice")
+        else:
+            self.attrs[given.name] = text
+
+    def _check(self, test: str, num_found: int, reason: str) -> None:
+        self.steps.append(CheckView(test, num_found, reason))
+
+    def _new_call(self, call: PatternCall) -> NewCallView:
+        inputs = [(name, self.values[value]) for name, value in call.operands.items() if value is not None]
+        attrs = [
+            (name, self.attrs.get(value.name, "") if isinstance(value, AttrName) else lit(value))
+            for name, value in call.attrs
+        ]
+        outputs = tuple(self.values.get(target, lit(target)) for target in call.targets)
+        return NewCallView(call.op, tuple(inputs), tuple((name, text) for name, text in attrs if text), outputs)

@@ -1,0 +1,324 @@
+"""Links passes: rules against the ops they name, expectations against the models, and the order of the pipeline."""
+
+import ast
+from collections.abc import Iterator, Mapping
+
+import networkx
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_expression, parse_statements
+from sageLLM.codegen.load import Entry, RawSpecs
+from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
+from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
+from sageLLM.codegen.schema.passes import PassSpec, RuleSpec
+
+
+def link_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> dict[str, PassDef]:
+    """All sound passes in the order of the pipeline; findings go to the sink."""
+    linked = {name: _link_pass(entry, raw, ops, sink) for name, entry in raw.passes.items()}
+    _check_rule_passes(raw, ops, sink)
+    _check_rules([rule for one in linked.values() for rule in _located(one)], sink)
+    order = _pipeline(raw, sink)
+    return {name: linked[name] for name in order if name in linked}
+
+
+def _link_pass(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> PassDef:
+    spec = entry.spec
+    if spec.stage not in raw.pass_stages:
+        help = did_you_mean(spec.stage, raw.pass_stages)
+        sink.error("SAGE301", f"unknown stage '{spec.stage}'", entry.span("stage"), help)
+    for name in [spec.select] if spec.select else []:
+        _check_op_type(name, entry, ("select",), raw, sink)
+    for stream, names in spec.streams.items():
+        for i, name in enumerate(names):
+            _check_op_type(name, entry, ("streams", stream, i), raw, sink)
+    rules = []
+    for i, rule in enumerate(spec.rules):
+        try:
+            rules.append(_link_rule(rule, i, entry, ops, sink))
+        except Refused:
+            continue
+    return PassDef(entry.name, entry, tuple(rules), _link_expect(entry, raw, sink))
+
+
+def _check_op_type(name: str, entry: Entry[PassSpec], path: tuple[str | int, ...], raw: RawSpecs, sink: Sink) -> None:
+    if name not in raw.op_types:
+        sink.error("SAGE302", f"unknown op type '{name}'", entry.span(*path), did_you_mean(name, raw.op_types))
+
+
+# rules
+
+
+def _link_rule(rule: RuleSpec, index: int, entry: Entry[PassSpec], ops: Mapping[str, OpDef], sink: Sink) -> RuleDef:
+    path = ("rules", index)
+    if rule.from_op is not None:
+        return _derived_rule(rule.from_op, path, entry, ops, sink)
+    pattern = tuple(_calls(rule.match or [], (*path, "match"), entry, ops, sink))
+    replacement = tuple(_calls(rule.rewrite or [], (*path, "rewrite"), entry, ops, sink))
+    linked = RuleDef(rule.name or "", pattern, tuple(rule.keep), replacement, rule.benefit, path)
+    _check_names(linked, entry, sink)
+    return linked
+
+
+def _derived_rule(
+    name: str, path: tuple[str | int, ...], entry: Entry[PassSpec], ops: Mapping[str, OpDef], sink: Sink
+) -> RuleDef:
+    op = ops.get(name)
+    if op is None or not op.fuses or op.rule is None:
+        known = [other.name for other in ops.values() if other.fuses and other.rule]
+        message = f"unknown op '{name}'" if op is None else f"'{name}' has no `fuses` with a `rule`"
+        sink.error("SAGE303", message, entry.span(*path, "from_op"), did_you_mean(name, known))
+        raise Refused
+    if op.rule.pass_ != entry.name:
+        message = f"'{name}' names the pass '{op.rule.pass_}', and stands in '{entry.name}'"
+        related = (("its rule", op.rule.span),)
+        sink.error("SAGE304", message, entry.span(*path, "from_op"), "let the two agree", related)
+        raise Refused
+    pattern = tuple(PatternCall(call.targets, ops[call.op], call.args, call.kwargs) for call in op.fuses)
+    outputs = tuple(output.name for output in op.outputs)
+    attrs = tuple((attr.name, AttrName(attr.name)) for attr in op.attrs)
+    inputs = tuple(operand.name for operand in op.inputs)
+    return RuleDef(name, pattern, outputs, (PatternCall(outputs, op, inputs, attrs),), op.rule.benefit, path)
+
+
+def _calls(
+    lines: list[str], path: tuple[str | int, ...], entry: Entry[PassSpec], ops: Mapping[str, OpDef], sink: Sink
+) -> Iterator[PatternCall]:
+    for i, line in enumerate(lines):
+        yield _call(Text.of(line, entry, (*path, i), sink), ops)
+
+
+def _call(text: Text, ops: Mapping[str, OpDef]) -> PatternCall:
+    statements = parse_statements(text)
+    match statements:
+        case [ast.Assign(targets=[target], value=ast.Call(func=ast.Name(id=name)) as call)]:
+            check_grammar(text, statements[0])
+        case _:
+            raise text.refuse("SAGE305", "a line is `values = op(values, attr=name)`", statements[0])
+    if name not in ops:
+        raise text.refuse("SAGE306", f"unknown op '{name}'", call.func, did_you_mean(name, ops))
+    op = ops[name]
+    return PatternCall(_targets(text, target, op), op, _arguments(text, call, op), _attributes(text, call, op))
+
+
+def _targets(text: Text, node: ast.expr, op: OpDef) -> tuple[str, ...]:
+    names = node.elts if isinstance(node, ast.Tuple) else [node]
+    targets = [name.id for name in names if isinstance(name, ast.Name)]
+    if len(targets) != len(names):
+        raise text.refuse("SAGE305", "only names may stand before `=`", node)
+    if len(targets) != len(op.outputs):
+        given = ", ".join(output.name for output in op.outputs)
+        raise text.refuse("SAGE307", f"{op.name} gives {len(op.outputs)} ({given}), not {len(targets)}", node)
+    return tuple(targets)
+
+
+def _arguments(text: Text, call: ast.Call, op: OpDef) -> tuple[str, ...]:
+    args = [arg.id for arg in call.args if isinstance(arg, ast.Name)]
+    required = sum(not operand.optional for operand in op.inputs)
+    if len(args) != len(call.args):
+        raise text.refuse("SAGE305", "an operand is a name", call)
+    if not required <= len(args) <= len(op.inputs):
+        wanted = ", ".join(operand.name for operand in op.inputs)
+        raise text.refuse("SAGE307", f"{op.name} takes ({wanted}), got {len(args)} operands", call)
+    return tuple(args)
+
+
+def _attributes(text: Text, call: ast.Call, op: OpDef) -> tuple[tuple[str, AttrName | Scalar | None], ...]:
+    attrs: list[tuple[str, AttrName | Scalar | None]] = []
+    for keyword in call.keywords:
+        name = keyword.arg or "**"
+        if op.attr(name) is None:
+            known = [attr.name for attr in op.attrs]
+            raise text.refuse("SAGE308", f"{op.name} has no attr '{name}'", keyword, did_you_mean(name, known))
+        match keyword.value:
+            case ast.Name(id=value):
+                attrs.append((name, AttrName(value)))
+            case ast.Constant(value=bool() | int() | float() | str() as value):
+                attrs.append((name, value))
+            case _:
+                raise text.refuse("SAGE305", "an attr is given a name or a constant", keyword.value)
+    return tuple(attrs)
+
+
+def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
+    """Every name of the replacement is bound by the pattern, and the replacement gives every kept value."""
+    path = rule.path
+    given = [target for call in rule.pattern for target in call.targets]
+    for name in sorted({name for name in given if given.count(name) > 1}):
+        sink.error("SAGE309", f"'{name}' is given twice by the pattern", entry.span(*path, "match"), "use two names")
+    values = {*given, *(arg for call in rule.pattern for arg in call.args if arg)}
+    attrs = {value.name for call in rule.pattern for _, value in call.attrs if isinstance(value, AttrName)}
+    inner = set(given)
+    for i, call in enumerate(rule.replacement):
+        for arg in call.args:
+            if arg not in values:
+                place = entry.span(*path, "rewrite", i)
+                sink.error("SAGE310", f"'{arg}' is not bound by the pattern", place, did_you_mean(str(arg), values))
+            elif arg in inner:
+                message = f"'{arg}' is a value of the pattern, which the rewrite takes away"
+                sink.error("SAGE310", message, entry.span(*path, "rewrite", i), "read what the pattern reads")
+        for _, value in call.attrs:
+            if isinstance(value, AttrName) and value.name not in attrs:
+                place = entry.span(*path, "rewrite", i)
+                sink.error("SAGE310", f"attr '{value.name}' is not bound by the pattern", place)
+        inner -= set(call.targets)
+        values |= set(call.targets)
+    made = {target for call in rule.replacement for target in call.targets}
+    for i, name in enumerate(rule.keep):
+        if name not in given or name not in made:
+            what = "a value of the pattern" if name not in given else "given by the rewrite"
+            sink.error("SAGE311", f"the kept '{name}' is not {what}", entry.span(*path, "keep", i))
+    missing = [name for name in rule.anchor.targets if name not in made]
+    if missing:
+        message = f"the rewrite does not give '{missing[0]}', the result of the pattern"
+        sink.error("SAGE311", message, entry.span(*path, "rewrite"))
+    _check_connected(rule, entry, sink)
+
+
+def _check_connected(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
+    """Every call of the pattern gives, directly or not, an operand of the last one: there matching starts."""
+    wanted = set(rule.anchor.args)
+    for i, call in reversed(list(enumerate(rule.pattern[:-1]))):
+        if not wanted & set(call.targets):
+            message = f"'{', '.join(call.targets)}' does not lead to the last line, where matching starts"
+            sink.error("SAGE312", message, entry.span(*rule.path, "match", i), "put the lines in the order of the data")
+        wanted |= set(call.args)
+
+
+# checks over all rules
+
+Located = tuple[PassDef, RuleDef]
+
+
+def _located(one: PassDef) -> list[Located]:
+    return [(one, rule) for rule in one.rules]
+
+
+def _check_rules(rules: list[Located], sink: Sink) -> None:
+    _check_termination(rules, sink)
+    seen: dict[object, Located] = {}
+    for one, rule in sorted(rules, key=lambda item: -item[1].benefit):
+        first = seen.setdefault(_shape(rule), (one, rule))
+        if first[1] is not rule:
+            message = f"rule '{rule.name}' never fires: '{first[1].name}' has the same pattern and is tried first"
+            related = (("the rule before it", first[0].entry.span(*first[1].path)),)
+            sink.error("SAGE313", message, one.entry.span(*rule.path), "remove one, or change a pattern", related)
+
+
+def _shape(rule: RuleDef) -> object:
+    """The pattern with its values numbered in the order of their first use, so that names do not matter."""
+    numbers: dict[str | None, int] = {}
+
+    def number(name: str | None) -> int | None:
+        return None if name is None else numbers.setdefault(name, len(numbers))
+
+    calls = [
+        (call.op.name, tuple(map(number, call.args)), tuple(map(number, call.targets)), _constants(call))
+        for call in rule.pattern
+    ]
+    return tuple(calls)
+
+
+def _constants(call: PatternCall) -> tuple[tuple[str, object], ...]:
+    return tuple((name, value) for name, value in call.attrs if not isinstance(value, AttrName))
+
+
+def _check_termination(rules: list[Located], sink: Sink) -> None:
+    """Rules that do not shrink the graph must not feed one another in a circle."""
+    feeds = networkx.DiGraph()
+    for one, rule in rules:
+        if len(rule.replacement) < len(rule.pattern):
+            continue
+        for old in {call.op.name for call in rule.pattern}:
+            for new in {call.op.name for call in rule.replacement}:
+                feeds.add_edge(old, new, rule=(one, rule))
+    for cycle in networkx.simple_cycles(feeds):
+        edges = [feeds.edges[a, b]["rule"] for a, b in zip(cycle, [*cycle[1:], cycle[0]], strict=True)]
+        one, rule = edges[0]
+        path = " -> ".join([*cycle, cycle[0]])
+        related = tuple((f"rule '{r.name}'", p.entry.span(*r.path)) for p, r in edges[1:])
+        message = f"rewriting may never end: {path}, and no rule of the circle shrinks the graph"
+        sink.error("SAGE314", message, one.entry.span(*rule.path), "let a rule give fewer nodes", related)
+        return
+
+
+def _check_rule_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> None:
+    """A `rule` of an op names a pass that lists it."""
+    for op in ops.values():
+        if op.rule is None:
+            continue
+        one = raw.passes.get(op.rule.pass_)
+        if one is None:
+            sink.error(
+                "SAGE315", f"unknown pass '{op.rule.pass_}'", op.rule.span, did_you_mean(op.rule.pass_, raw.passes)
+            )
+        elif op.name not in [rule.from_op for rule in one.spec.rules]:
+            help = f"add `{{from_op: {op.name}}}` to its rules"
+            sink.error("SAGE315", f"the pass '{one.name}' does not list '{op.name}'", op.rule.span, help)
+
+
+# expectations and order
+
+
+def _link_expect(entry: Entry[PassSpec], raw: RawSpecs, sink: Sink) -> dict[str, str]:
+    expect = {}
+    for model, value in entry.spec.expect.items():
+        if model != "*" and model not in raw.models:
+            span = entry.key_span("expect", model)
+            sink.error("SAGE316", f"unknown model '{model}'", span, did_you_mean(model, raw.models))
+            continue
+        try:
+            expect[model] = _count_text(str(value), entry, ("expect", model), sink)
+        except Refused:
+            continue
+    return expect
+
+
+def _count_text(value: str, entry: Entry[PassSpec], path: tuple[str, str], sink: Sink) -> str:
+    """`2*L - 1` as Python text over the config `c`."""
+    text = Text.of(value, entry, path, sink)
+    node = parse_expression(text)
+    allowed = (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Name, ast.Load, ast.Constant)
+    for inner in ast.walk(node):
+        is_whole = not isinstance(inner, ast.Constant) or type(inner.value) is int
+        if not isinstance(inner, allowed) or not is_whole:
+            raise text.refuse("SAGE317", "a count is made of config names, whole numbers and + - * //", node)
+        if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.FloorDiv) and not _is_positive(inner.right):
+            raise text.refuse("SAGE317", "`//` divides by a number other than 0", node)
+    return ast.unparse(_OfConfig().visit(node))
+
+
+def _is_positive(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value > 0
+
+
+class _OfConfig(ast.NodeTransformer):
+    """Turns the name L into c.L."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Attribute(ast.Name("c", ast.Load()), node.id, ast.Load())
+
+
+def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:
+    """The passes by stage, and within a stage as `after` and `before` say, else in spec order."""
+    stages = list(raw.pass_stages)
+    names = [name for stage in stages for name, entry in raw.passes.items() if entry.spec.stage == stage]
+    order = networkx.DiGraph()
+    order.add_nodes_from(names)
+    for name in names:
+        entry = raw.passes[name]
+        for key, others in (("after", entry.spec.after), ("before", entry.spec.before)):
+            for i, other in enumerate(others):
+                if other not in raw.passes:
+                    span = entry.span(key, i)
+                    sink.error("SAGE318", f"unknown pass '{other}'", span, did_you_mean(other, raw.passes))
+                elif other in order:
+                    order.add_edge(*((other, name) if key == "after" else (name, other)))
+    try:
+        rank = {name: (stages.index(raw.passes[name].spec.stage), i) for i, name in enumerate(names)}
+        return list(networkx.lexicographical_topological_sort(order, key=lambda name: rank[name]))
+    except networkx.NetworkXUnfeasible:
+        cycle = [a for a, _ in networkx.find_cycle(order)]
+        path = " -> ".join([*cycle, cycle[0]])
+        sink.error("SAGE319", f"the order of passes is a circle: {path}", raw.passes[cycle[0]].key_span())
+        return names
