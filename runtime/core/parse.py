@@ -243,12 +243,12 @@ class _Parser:
         node = _new_node(kind, outputs, inputs)
         if scan.take("{"):
             node.attrs = dict(scan.items(lambda: _attr(scan), "}"))
-        needs = self._facts(scan, node) if scan.take("@") else None
+        given = self._facts(scan, node) if scan.take("@") else set()
         if not scan.is_done():
             raise scan.error(f"nothing more belongs to a node, got {scan.rest()}")
-        if not outputs and not node.node_id:
+        if not outputs and "id" not in given:
             raise scan.error("a node without outputs needs an id", start)
-        self._add(scan, node, needs, start)
+        self._add(scan, node, set(node.dependencies) if "needs" in given else None, start)
 
     def _callee(self, scan: _Scanner) -> type[OpNode] | OpTypeBase:
         start = scan.at
@@ -264,8 +264,8 @@ class _Parser:
             raise scan.error(f"no op type {name!r}", start)
         return self.op_types[name]
 
-    def _facts(self, scan: _Scanner, node: ExecutionNode) -> set[str] | None:
-        """Fill in what stands after the `@`; the full dependencies, if they are given."""
+    def _facts(self, scan: _Scanner, node: ExecutionNode) -> set[str]:
+        """Fill in what stands after the `@`; the keys that it gives."""
         readers: dict[str, tuple[str, Callable[[], Any]]] = {
             "id": ("node_id", lambda: scan.name("an id")),
             "type": ("op_type", lambda: self._op_type(scan, scan.word("an op type"), scan.at)),
@@ -281,15 +281,14 @@ class _Parser:
             "meta": ("metadata", scan.json),
         }
         key = ""
-        needs: set[str] | None = None
+        given: set[str] = set()
         while key != "meta" and not scan.is_done():
             key = scan.choice("fact", tuple(readers))
             scan.expect("=")
             field, read = readers[key]
             setattr(node, field, read())
-            if key == "needs":
-                needs = set(node.dependencies)
-        return needs
+            given.add(key)
+        return given
 
     def _add(self, scan: _Scanner, node: ExecutionNode, needs: set[str] | None, start: int) -> None:
         try:
