@@ -70,9 +70,8 @@ class WeightView:
     label: str
     shape: tuple[str, ...]
     local_shape: tuple[str, ...]
-    parts: tuple[tuple[str, str], ...]
+    parts: str
     options: tuple[tuple[str, str], ...]
-    over: tuple[str, str] | None
     when: str | None
 
 
@@ -145,6 +144,14 @@ class BuilderView:
             for name in self.model.config.values()
         ]
 
+    def group(self, items: Iterable[str]) -> str:
+        """A tuple of Python texts."""
+        return _tuple(items)
+
+    def quoted(self, items: Iterable[str]) -> str:
+        """A tuple of text literals."""
+        return _tuple(map(lit, items))
+
     @property
     def rope_dim(self) -> str:
         assert self.model.rope is not None, "asked of layouts with rotary positions"
@@ -196,7 +203,7 @@ class BuilderView:
     @property
     def program_steps(self) -> list[StepView | Repeat]:
         """The program's statements in order; a loop stands for itself."""
-        return [item if isinstance(item, Repeat) else self._step(item) for item in self.model.program]
+        return [item if isinstance(item, Repeat) else self._step(item, "i") for item in self.model.program]
 
     def loop(self, repeat: Repeat) -> BodyView:
         weights = [weight for weight in self.model.weights if weight.is_per_layer]
@@ -209,7 +216,13 @@ class BuilderView:
         bodies = [self.program, *(body for _, body in self.blocks)]
         inputs = [i for body in bodies for i in body.inputs]
         inputs += [i for body in bodies for step in body.steps for branch in step.branches for i in branch.inputs]
-        names = {name.id for i in inputs for text in i.shape for name in ast.walk(ast.parse(text)) if isinstance(name, ast.Name)}
+        names = {
+            name.id
+            for i in inputs
+            for text in i.shape
+            for name in ast.walk(ast.parse(text))
+            if isinstance(name, ast.Name)
+        }
         return sorted(names - {"c", "T"})
 
     @property
@@ -240,7 +253,7 @@ class BuilderView:
         read = {name for statement in statements for name in _common_args(statement) if name is not None}
         return [given for name, given in self.model.inputs.items() if name in read - own]
 
-    def _step(self, statement: OpCall | Attend | BlockCall, index: str = "layer") -> StepView:
+    def _step(self, statement: OpCall | Attend | BlockCall, index: str) -> StepView:
         match statement:
             case OpCall():
                 return self._op_step(statement, is_program=index != "layer")
@@ -248,7 +261,8 @@ class BuilderView:
                 return StepView(call=self._call(statement.store), branches=self._branches(statement, index))
             case BlockCall():
                 results = tuple(
-                    (name, self._text(type_.dims[1])) for name, type_ in zip(statement.targets, statement.types, strict=True)
+                    (name, self._text(type_.dims[1]))
+                    for name, type_ in zip(statement.targets, statement.types, strict=True)
                 )
                 reduce_ = tuple(self._reduce(name, "all_reduce") for name in statement.reduced)
                 return StepView(block=statement, results=results, reduce=reduce_)
@@ -315,11 +329,17 @@ class BuilderView:
             f'f"layers.{{{index}}}.{inner}"' if weight.is_per_layer else lit(inner),
             shape,
             tuple(_share(text, i, weight) for i, text in enumerate(shape)),
-            tuple((_tensor_name(part), self._text(part.size)) for part in weight.parts),
+            self._parts(weight),
             tuple(_options(weight)),
-            (weight.over[0], f"c.{weight.over[1]}") if weight.over else None,
             f"c.{weight.when}" if weight.when else None,
         )
+
+    def _parts(self, weight: WeightDef) -> str:
+        parts = [f"Part({_tensor_name(part)}, {self._text(part.size)})" for part in weight.parts]
+        if weight.over is None:
+            return _tuple(parts)
+        variable, count = weight.over
+        return f"tuple({parts[0]} for {variable} in range(c.{count}))"
 
     def _text(self, size: Size) -> str:
         """A size as Python text: config names are fields of `c`, dims of the step are symbols."""
@@ -388,4 +408,5 @@ def _read_call(name: ConfigName) -> str:
 
 
 def _tuple(items: Iterable[str]) -> str:
-    return f"({', '.join(items)})"
+    texts = list(items)
+    return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"

@@ -228,8 +228,8 @@ class ModelLinker:
     ) -> BlockDef | None:
         before = len(self.sink.diagnostics)
         if not is_value_name(name) or name in self.ops or name in _FUNCTIONS:
-            help = "use small letters, digits and `_`, and no op's name"
-            self.sink.error("SAGE204", f"'{name}' cannot name a block", block.place.key_span(), help)
+            remedy = "use small letters, digits and `_`, and no op's name"
+            self.sink.error("SAGE204", f"'{name}' cannot name a block", block.place.key_span(), remedy)
         for section, content in (("args", block.args), ("body", block.body), ("returns", block.returns)):
             if not content:
                 message = f"block '{name}' has no `{section}`"
