@@ -1,0 +1,89 @@
+"""From a layout to the graphs that run: build, block passes, expand, kernel passes; each once per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sageLLM.generated import ops
+from sageLLM.runtime.core.dims import dims
+from sageLLM.runtime.core.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.layout import ModelLayout
+from sageLLM.runtime.core.rewrite import OptimizationPass, PassReport, RewritePass
+from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.execution_graph.builder import build_block_graph
+from sageLLM.runtime.execution_graph.expand import expand
+
+if TYPE_CHECKING:
+    from sageLLM.runtime.engine.plugins import Registry
+
+ALL = "all"
+
+
+class Pipeline:
+    """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
+
+    `disable` names passes that are left out; "all" leaves out every one. The pipeline runs the rewrite passes: what
+    the others (streams, prefetch, memory places) decide is read by schedules and simulations, not by the executor yet.
+    """
+
+    def __init__(
+        self, layout: ModelLayout, config: Any, registry: Registry, *, dtype: str, disable: Sequence[str] = ()
+    ) -> None:
+        unknown = sorted(set(disable) - set(registry.passes) - {ALL})
+        if unknown:
+            raise ValueError(f"no pass named {', '.join(unknown)}; known are {', '.join(registry.passes)}")
+        self.layout = layout
+        self.config = config
+        self.dtype = dtype
+        self.kernels: Mapping[str, Any] = registry.kernels
+        self.passes = [one for name, one in registry.passes.items() if not {name, ALL} & set(disable)]
+        self.reports: dict[Stage, list[PassReport]] = {}
+        self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
+
+    def block_graph(self, stage: Stage) -> ExecutionGraph:
+        """The graph of blocks, as placement and simulation see it."""
+        return build_block_graph(self.layout, self.config, stage, dtype=self.dtype)
+
+    def expanded_graph(self, stage: Stage) -> ExecutionGraph:
+        """The kernel-level graph before any pass."""
+        return expand(self.block_graph(stage), self.layout, self.config)
+
+    def kernel_graph(self, stage: Stage) -> ExecutionGraph:
+        """The optimised kernel-level graph, which the executor runs."""
+        if stage not in self._kernel_graphs:
+            graph = self.expanded_graph(stage)
+            self.reports[stage] = []
+            for one, after in self.steps(graph):
+                self.reports[stage].append(one.report)
+                graph = after
+            self._kernel_graphs[stage] = graph
+        return self._kernel_graphs[stage]
+
+    def steps(self, graph: ExecutionGraph) -> Iterator[tuple[RewritePass, ExecutionGraph]]:
+        """Runs the kernel-level passes one after another; gives each pass with the graph that it left."""
+        for one in self.kernel_passes():
+            graph = one.apply(graph)
+            yield one, graph
+
+    def kernel_passes(self) -> list[RewritePass]:
+        made: list[OptimizationPass] = [one() for one in self.passes if one.level == "kernel"]
+        return [one for one in made if isinstance(one, RewritePass)]
+
+    def migrate_graph(self) -> ExecutionGraph:
+        """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""
+        pages_from, pages_to, slots, moved = dims("SPG PG BS M")
+        c = self.config
+        g = GraphWriter("migrate", level="kernel", stage=None, dtype=self.dtype)
+        blocks = [g.input(name, "i32", moved) for name in ("src_blocks", "dst_blocks")]
+        outputs = []
+        for i in range(c.L):
+            with g.layer(i):
+                sources = [g.input(name, self.dtype, pages_from, slots, c.Nkv, c.D) for name in _caches("source", i)]
+                targets = [g.input(name, self.dtype, pages_to, slots, c.Nkv, c.D) for name in _caches("target", i)]
+                outputs += ops.kv_migrate(g, *sources, *targets, *blocks)
+        return g.finish(outputs)
+
+
+def _caches(pool: str, layer: int) -> tuple[str, str]:
+    return f"{pool}.layers.{layer}.k_cache", f"{pool}.layers.{layer}.v_cache"
