@@ -79,9 +79,8 @@ class Tokenizer:
             raise TokenizerError(f"the text has {len(text)} characters; at most {MAX_TEXT_LEN} can be encoded")
         try:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except UnicodeEncodeError as error:
-            place = f"{text[error.start]!r} at character {error.start}"
-            raise TokenizerError(f"the text holds {place}: half of a surrogate pair, which is no character") from None
+        except (TypeError, UnicodeEncodeError):  # the library's two ways to refuse what UTF-8 cannot express
+            raise TokenizerError(_not_utf8(text)) from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids; ids beyond the vocabulary have none. Bytes that are no UTF-8 come out as U+FFFD."""
@@ -95,6 +94,11 @@ class Tokenizer:
         texts = (self.special_tokens[name] for name in names if name in self.special_tokens)
         ids = (self._backend.token_to_id(text) for text in texts)
         return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _not_utf8(text: str) -> str:
+    start = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+    return f"the text holds {text[start]!r} at character {start}: half of a surrogate pair, which is no character"
 
 
 def read_tokenizer_config(root: Path) -> TokenizerConfig:
@@ -153,8 +157,9 @@ def _read_object(path: Path) -> dict[str, object]:
     """The JSON object in the file; {} where there is no such file."""
     if not path.is_file():
         return {}
+    text = _read_text(path)
     try:
-        value = json.loads(_read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -1,0 +1,58 @@
+"""Small tokenizers of the two families, made on the spot."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from sageLLM.runtime.engine import tokenizer as engine_tokenizer
+
+TEXTS = [
+    "def add(a, b):\n    return a + b\n",
+    "for i in range(10):\n\tprint('naïve café', i)",
+    "你好，世界。 The quick brown fox jumps over the lazy dog.",
+    "emoji 👩‍👩‍👧 and 🇩🇪 flags; Ωμέγα; \u00a0 spaces   twice",
+]
+
+
+def train_byte_level() -> Tokenizer:
+    """As Llama 3, Qwen and GPT-2 have it: pieces are bytes, so characters may be split between tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    return backend
+
+
+def make_sentencepiece_like() -> Tokenizer:
+    """As Llama 2 has it: pieces with a mark for the space, unknown characters as byte pieces."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = sorted({char for text in TEXTS[:1] for char in text.replace(" ", "▁")} | set("▁etaoinshr,."))
+    vocab = {piece: i for i, piece in enumerate([*pieces, *letters, "▁a", "▁t", "th", "▁th"])}
+    merges = [("▁", "a"), ("▁", "t"), ("t", "h"), ("▁t", "h")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens([AddedToken(text, special=True) for text in pieces[:3]])
+    return backend
+
+
+def wrap(backend: Tokenizer, eos_token: str) -> engine_tokenizer.Tokenizer:
+    config = engine_tokenizer.TokenizerConfig({"eos_token": eos_token}, {}, frozenset())
+    return engine_tokenizer.Tokenizer(backend, config)
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> engine_tokenizer.Tokenizer:
+    return wrap(train_byte_level(), "<|end|>")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_like() -> engine_tokenizer.Tokenizer:
+    return wrap(make_sentencepiece_like(), "</s>")

@@ -1,0 +1,54 @@
+"""Prompts and parameters against a model: the exact message for each bad one."""
+
+from __future__ import annotations
+
+import pytest
+
+from sageLLM.runtime.engine.errors import PromptError, SamplingParamsError
+from sageLLM.runtime.engine.requests import resolve_max_tokens, validate_params, validate_prompt
+from sageLLM.runtime.engine.sampling_params import SamplingParams
+
+BAD_PROMPTS = [
+    ([], "the prompt is empty; give at least one token"),
+    ([1, 100], "prompt token 1 is 100; token ids of this model run from 0 to 99"),
+    ([-1], "prompt token 0 is -1; token ids of this model run from 0 to 99"),
+    ([2**63], "prompt token 0 is 9223372036854775808; token ids of this model run from 0 to 99"),
+    ([10**5000], "prompt token 0 is an integer of 16610 bits; token ids of this model run from 0 to 99"),
+    ([1, 2.0], "prompt token 1 is a float; token ids are integers"),
+    ([True], "prompt token 0 is a bool; token ids are integers"),
+    (
+        [1] * 8,
+        "the prompt has 8 tokens; this model takes at most 7, as its 8 positions must hold at least one new token",
+    ),
+]
+
+
+@pytest.mark.parametrize(("token_ids", "message"), BAD_PROMPTS, ids=range(len(BAD_PROMPTS)))
+def test_bad_prompt_is_refused(token_ids, message):
+    with pytest.raises(PromptError) as caught:
+        validate_prompt(token_ids, vocab_size=100, max_model_len=8)
+    assert str(caught.value) == message
+    assert caught.value.param == "prompt"
+
+
+def test_longest_prompt_and_outermost_ids_are_accepted():
+    validate_prompt([0, 99, 0, 0, 0, 0, 99], vocab_size=100, max_model_len=8)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (SamplingParams(stop_token_ids=[100]), "stop_token_ids holds 100; token ids of this model run from 0 to 99"),
+        (SamplingParams(logit_bias={100: 1.0}), "logit_bias holds 100; token ids of this model run from 0 to 99"),
+    ],
+)
+def test_ids_beyond_the_vocabulary_are_refused(params, message):
+    with pytest.raises(SamplingParamsError) as caught:
+        validate_params(params, vocab_size=100)
+    assert str(caught.value) == message
+
+
+def test_max_tokens_is_cut_to_the_room_behind_the_prompt():
+    assert resolve_max_tokens(SamplingParams(max_tokens=5), prompt_len=4, max_model_len=8) == 4
+    assert resolve_max_tokens(SamplingParams(max_tokens=3), prompt_len=4, max_model_len=8) == 3
+    assert resolve_max_tokens(SamplingParams(max_tokens=None), prompt_len=4, max_model_len=8) == 4

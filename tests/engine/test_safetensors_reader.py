@@ -1,0 +1,190 @@
+"""Checkpoints: what is listed and read, and the exact message for each bad folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sageLLM.runtime.engine.errors import CheckpointError
+from sageLLM.runtime.engine.safetensors_reader import Checkpoint
+
+TENSORS = {
+    "embed": torch.arange(24, dtype=torch.float32).reshape(6, 4),
+    "half": torch.ones(3, 2, dtype=torch.bfloat16),
+    "scalar": torch.tensor(7, dtype=torch.int64),
+    "empty": torch.zeros(0, 5),
+}
+
+
+@pytest.fixture
+def single(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    names = list(TENSORS)
+    for i, part in enumerate((names[:2], names[2:])):
+        save_file({name: TENSORS[name] for name in part}, tmp_path / f"model-{i}.safetensors")
+    weight_map = {name: f"model-{i // 2}.safetensors" for i, name in enumerate(names)}
+    write_index(tmp_path, {"metadata": {}, "weight_map": weight_map})
+    return tmp_path
+
+
+def write_index(folder, content):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def point_to(folder, file_name, tensor="embed"):
+    write_index(folder, {"weight_map": {tensor: file_name}})
+
+
+def refusal(folder) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(folder)
+    return str(caught.value).replace(str(folder), "F")
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_headers_and_tensors(kind, request):
+    checkpoint = Checkpoint.open(request.getfixturevalue(kind))
+    assert set(checkpoint) == set(TENSORS)
+    assert len(checkpoint) == 4
+    assert "embed" in checkpoint
+    for name, tensor in TENSORS.items():
+        info = checkpoint.info(name)
+        assert (info.shape, info.dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert info.num_bytes == tensor.numel() * tensor.element_size()
+        assert torch.equal(checkpoint.read(name), tensor)
+
+
+def test_rows_are_read_on_their_own(single):
+    checkpoint = Checkpoint.open(single)
+    assert torch.equal(checkpoint.read("embed", slice(2, 4)), TENSORS["embed"][2:4])
+    assert torch.equal(checkpoint.read("embed", slice(4, None)), TENSORS["embed"][4:])
+    assert torch.equal(checkpoint.read("embed", slice(None, 99)), TENSORS["embed"])
+    assert torch.equal(checkpoint.read("scalar", slice(0, 1)), TENSORS["scalar"])
+
+
+def test_opening_reads_no_data(single, monkeypatch):
+    monkeypatch.setattr("sageLLM.runtime.engine.safetensors_reader.safe_open", None)
+    assert Checkpoint.open(single).info("embed").shape == (6, 4)
+
+
+def test_a_closed_checkpoint_opens_again(single):
+    checkpoint = Checkpoint.open(single)
+    checkpoint.read("embed")
+    checkpoint.close()
+    assert torch.equal(checkpoint.read("embed"), TENSORS["embed"])
+
+
+def test_unknown_tensor(single):
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(single).info("nope")
+    assert str(caught.value) == f"{single} has no tensor 'nope'"
+
+
+def test_missing_and_empty_folder(tmp_path):
+    assert refusal(tmp_path) == "F has neither model.safetensors nor model.safetensors.index.json"
+    assert refusal(tmp_path / "no") == "F is not a folder; give the folder of a Hugging Face checkpoint"
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    assert refusal(tmp_path) == (
+        "F has neither model.safetensors nor model.safetensors.index.json; found other.safetensors"
+    )
+
+
+def test_pickle_checkpoint_is_refused_unread(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    assert refusal(tmp_path) == (
+        "F holds pickled weights only (pytorch_model.bin), which may run code when loaded; convert them once with "
+        "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+    )
+
+
+def test_bad_indexes(sharded):
+    index = "F/model.safetensors.index.json"
+    (sharded / "model-1.safetensors").unlink()
+    missing = f"{index} names the file 'model-1.safetensors', which is missing; download it again"
+    assert refusal(sharded) == missing
+    point_to(sharded, "model-0.safetensors", "ghost")
+    assert refusal(sharded) == f"{index} puts the tensor 'ghost' in model-0.safetensors, which does not have it"
+    point_to(sharded, "pytorch_model.bin")
+    assert refusal(sharded) == f"{index} names the file 'pytorch_model.bin'; only .safetensors files are read"
+    point_to(sharded, 3)
+    assert refusal(sharded) == f"{index}: the file of the tensor 'embed' must be a string"
+    write_index(sharded, {"weights": {}})
+    assert refusal(sharded) == f"{index} has no 'weight_map' from tensor names to file names"
+    (sharded / "model.safetensors.index.json").write_text("{")
+    assert refusal(sharded).startswith(f"{index} is damaged: its JSON cannot be read (Expecting")
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "..", "", "a\0b"])
+def test_index_that_leaves_the_folder(sharded, name):
+    point_to(sharded, name)
+    assert refusal(sharded) == (
+        f"F/model.safetensors.index.json names the file {name!r}; shards lie beside the index, without a folder"
+    )
+
+
+def write_raw(folder, header, data=b"", header_len=None):
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(encoded) if header_len is None else header_len
+    (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + encoded + data)
+
+
+def test_truncated_file(single):
+    path = single / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-10])
+    assert refusal(single) == (
+        f"F/model.safetensors is damaged: it is cut off after {len(data) - 10} of {len(data)} bytes; download it again"
+    )
+    path.write_bytes(data[:30])
+    assert refusal(single) == ("F/model.safetensors is damaged: its 30 bytes do not hold a header; download it again")
+    path.write_bytes(b"")
+    assert refusal(single) == "F/model.safetensors is damaged: its 0 bytes do not hold a header; download it again"
+
+
+def entry(**changes):
+    return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
+
+
+BAD_HEADERS = [
+    (entry(shape=[3]), "is damaged: 'x' needs 12 bytes and has 8; download it again"),
+    (entry(shape=[-2]), "is damaged: the shape of 'x' is no list of sizes; download it again"),
+    (entry(shape=[2.0]), "is damaged: the shape of 'x' is no list of sizes; download it again"),
+    (entry(data_offsets=[0]), "is damaged: the data_offsets of 'x' are no two offsets; download it again"),
+    ({"x": 3}, "is damaged: the header entry of 'x' is no object; download it again"),
+    ([], "is damaged: its JSON is no object; download it again"),
+]
+
+
+@pytest.mark.parametrize(("header", "message"), BAD_HEADERS)
+def test_bad_headers(tmp_path, header, message):
+    write_raw(tmp_path, header, b"\0" * 8)
+    assert refusal(tmp_path) == f"F/model.safetensors {message}"
+
+
+def test_unknown_dtype(tmp_path):
+    write_raw(tmp_path, entry(dtype="F4"), b"\0" * 8)
+    assert refusal(tmp_path).startswith("F/model.safetensors: the tensor 'x' has the dtype 'F4'; known are BOOL, U8,")
+
+
+def test_nested_header_and_huge_length(tmp_path):
+    write_raw(tmp_path, b"[" * 100_000)
+    assert refusal(tmp_path).startswith("F/model.safetensors is damaged: its JSON cannot be read (maximum recursion")
+    write_raw(tmp_path, {}, header_len=2**63)
+    assert refusal(tmp_path) == "F/model.safetensors is damaged: its 10 bytes do not hold a header; download it again"
+
+
+def test_a_file_that_is_damaged_behind_our_back(tmp_path):
+    """Overlapping tensors pass our header check and are refused by the library when they are read."""
+    header = entry() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}
+    write_raw(tmp_path, header, b"\0" * 12)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(tmp_path).read("x")
+    assert str(caught.value).startswith(f"{tmp_path}/model.safetensors cannot be read: ")
