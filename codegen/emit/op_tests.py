@@ -20,7 +20,6 @@ class TestView:
     op: OpDef
     attrs: Mapping[str, bool | int | float | str]
     limits: Mapping[str, str]
-    fused: bool
 
 
 def emit_op_tests(specs: Specs, renderer: Renderer) -> list[Output]:
@@ -36,10 +35,9 @@ def emit_op_tests(specs: Specs, renderer: Renderer) -> list[Output]:
 
 
 def _module(ops: list[OpDef], specs: Specs, renderer: Renderer) -> Output:
-    tests = [TestView(op, test_attrs(op), index_limits(op, specs.ops), bool(op.fuses)) for op in ops]
-    base = BASE if specs.is_overlay else ".."
-    text = renderer.render("op_tests.py.jinja", tests=tests, source=ops[0].entry.doc.file, stem=ops[0].stem,
-                           checks=f"{BASE}.tests" if specs.is_overlay else "", base=base)  # fmt: skip
+    tests = [TestView(op, test_attrs(op), index_limits(op, specs.ops)) for op in ops]
+    text = renderer.render("op_tests.py.jinja", tests=tests, source=ops[0].entry.doc.file,
+                           checks=f"{BASE}.tests" if specs.is_overlay else "")  # fmt: skip
     return Output(
         f"tests/test_{ops[0].stem}.py", header(ops[0].entry.doc.file, ops[0].name) + text, tuple(op.ref for op in ops)
     )

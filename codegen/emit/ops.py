@@ -44,7 +44,7 @@ def emit_ops(specs: Specs, renderer: Renderer) -> list[Output]:
         outputs.insert(
             0, Output("ops/op_types.py", header("specs/op_types.yaml", "op_types") + text, ("specs/op_types.yaml",))
         )
-    registry = renderer.render("op_registry.py.jinja", modules=by_stem(own), has_types=not specs.is_overlay)
+    registry = renderer.render("op_registry.py.jinja", ops=own, modules=by_stem(own), has_types=not specs.is_overlay)
     return [
         *outputs,
         Output("ops/__init__.py", header("specs/ops", "rms_norm") + registry, tuple(op.ref for op in own)),

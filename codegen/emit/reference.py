@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sageLLM.codegen.emit.torch_text import Piece, TorchText, squeezed, tidy, view_text
+from sageLLM.codegen.emit.torch_text import Layout, Piece, TorchText, squeezed, tidy, view_text
 from sageLLM.codegen.expr.program import sorted_parts, tile_axis
 from sageLLM.codegen.expr.size import LEADING, Size, formula
 from sageLLM.codegen.expr.tree import Dot, Expr, Program, Ref, Statement, View, names_read
@@ -76,8 +76,8 @@ def _imports(stem: str, ops: Sequence[OpDef], specs: Specs) -> list[str]:
 def kernel_view(op: OpDef, renderer: Renderer) -> KernelView:
     text = _template_text(op, renderer) if op.reference else None
     lines = _fused_lines(op) if op.fuses else KernelWriter(op, op.program).lines() if op.program else []
-    return KernelView(op, parameters(op), "Tensor" if len(op.outputs) == 1 else f"tuple[{', '.join(['Tensor'] * len(op.outputs))}]",
-                      tuple(lines), text)  # fmt: skip
+    result = "Tensor" if len(op.outputs) == 1 else f"tuple[{', '.join(['Tensor'] * len(op.outputs))}]"
+    return KernelView(op, parameters(op), result, tuple(lines), text)
 
 
 def parameters(op: OpDef) -> str:
@@ -99,13 +99,15 @@ def _template_text(op: OpDef, renderer: Renderer) -> str:
     assert op.reference is not None, "only ops with a reference have a template"
     hooks = {hook.name: hook_text(hook.value) for hook in op.reference.hooks}
     params = {name: lit(value) for name, value in op.reference.params}
-    return renderer.render(op.reference.template, op=op.name, **params, **hooks)
+    used = {name for hook in op.reference.hooks for name in names_read(hook.value)}
+    return renderer.render(op.reference.template, op=op.name, used=used, **params, **hooks)
 
 
 def hook_text(value: Expr) -> str:
     """A hook as torch: its names are tensors of the template, which broadcast as they stand."""
-    layouts = {name: () for name in names_read(value)}
-    return f"({tidy(TorchText(dict(layouts), {}, {}).piece(value).text)})"
+    layouts: dict[str, Layout] = dict.fromkeys(names_read(value), ())
+    text = tidy(TorchText(layouts, {}, {}).piece(value).text)
+    return text if text.isidentifier() else f"({text})"
 
 
 def _fused_lines(op: OpDef) -> list[str]:
@@ -148,9 +150,10 @@ class KernelWriter:
         return [*found, self.op.inputs[0].name][0]
 
     def _body(self) -> list[str]:
-        layouts = {o.name: o.type.dims for o in self.op.inputs} | {v.name: v.type.dims for v in self.program.views}
+        layouts: dict[str, Layout] = {o.name: o.type.dims for o in self.op.inputs}
+        layouts |= {v.name: v.type.dims for v in self.program.views}
         lets = {s.target: s.value for s in self.program.statements if isinstance(s.value, Dot)}
-        writer = TorchText(dict(layouts), self.op.element_inputs, lets)
+        writer = TorchText(layouts, self.op.element_inputs, lets)
         pieces: dict[str, Piece] = {}
         for statement in self.program.statements:
             piece = self._placed(statement, writer.piece(statement.value))

@@ -119,13 +119,12 @@ class TorchText:
         if expr.condition.type.is_literal:
             a, b, layout = self._aligned(expr.a, expr.b, expr)
             return Piece(f"({a} if {pieces[0].text} else {b})", layout)
-        layout: Layout | None = ()
-        for piece in pieces:
-            layout = merged(layout, piece.layout) if layout is not None else None
-        if layout is None:
-            layout = expr.type.dims
-            pieces = [aligned(piece, layout) for piece in pieces]
-        return Piece(f"torch.where({', '.join(piece.text for piece in pieces)})", layout)
+        joined = merged(pieces[0].layout, pieces[1].layout)
+        joined = merged(joined, pieces[2].layout) if joined is not None else None
+        if joined is None:
+            joined = expr.type.dims
+            pieces = [aligned(piece, joined) for piece in pieces]
+        return Piece(f"torch.where({', '.join(piece.text for piece in pieces)})", joined)
 
     def _aligned(self, left: Expr, right: Expr, result: Expr) -> tuple[str, str, Layout]:
         a, b = self.piece(left), self.piece(right)

@@ -13,7 +13,6 @@ from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_stat
 from sageLLM.codegen.expr.tree import Expr, Number, Program, Slice, Statement, View, names_read
 from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_dim, split_dims
 
-
 _PYTHON = frozenset([*keyword.kwlist, *dir(builtins)]) - {"input", "sum", "min", "max", "abs", "pow", "round"}
 _KERNEL = frozenset({"torch", "math", "wide"})
 _NODE = frozenset(

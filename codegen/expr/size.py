@@ -138,7 +138,11 @@ def _factored(terms: Terms) -> tuple[tuple[Monomial, int], Terms]:
     shared = list(terms[0][0])
     for monomial, _ in terms[1:]:
         rest = list(monomial)
-        shared = [symbol for symbol in shared if symbol in rest and (rest.remove(symbol) or True)]
+        for symbol in list(shared):
+            if symbol in rest:
+                rest.remove(symbol)
+            else:
+                shared.remove(symbol)
     number = gcd(*(factor for _, factor in terms))
     return (tuple(shared), number), [(_without(monomial, shared), factor // number) for monomial, factor in terms]
 

@@ -214,7 +214,8 @@ def fused_cost(
     flops = Size.of(0)
     reads: dict[str, Size] = {o.name: Size.of(0) for o in inputs}
     written: dict[str, Size] = {}
-    hidden, let = Size.of(0), {}
+    hidden = Size.of(0)
+    let: dict[str, str] = {}
     for call in calls:
         op, binding = ops[call.op], Binding()
         pairs = [(o, arg) for o, arg in zip(op.inputs, call.args, strict=False) if arg is not None]

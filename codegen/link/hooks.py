@@ -16,7 +16,7 @@ from sageLLM.codegen.render import TEMPLATES
 from sageLLM.codegen.schema.ops import KernelSpec, OpSpec
 
 FOLDER = "reference"
-STANDARD = frozenset({"op"})  # holes that every reference template has: the name of its function
+STANDARD = frozenset({"op", "used"})  # given to every template: the name of its function, and the names in its hooks
 
 
 @dataclass(frozen=True, slots=True)

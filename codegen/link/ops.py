@@ -64,6 +64,31 @@ def _report_circle(waiting: Mapping[str, Entry[OpSpec]], sink: Sink) -> None:
         sink.error("SAGE119", f"the fused ops {names} are made of each other", entry.key_span("fuses"))
 
 
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The operands and attrs of an op."""
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    attrs: tuple[Attr, ...]
+
+    @property
+    def input_types(self) -> dict[str, ValueType]:
+        return {o.name: o.type for o in self.inputs}
+
+    @property
+    def output_types(self) -> dict[str, ValueType]:
+        return {o.name: o.type for o in self.outputs}
+
+    @property
+    def optional(self) -> frozenset[str]:
+        return frozenset(o.name for o in self.inputs if o.optional)
+
+    @property
+    def dim_attrs(self) -> set[str]:
+        return {attr.name for attr in self.attrs if attr.type == "dim"}
+
+
 @dataclass(slots=True)
 class OpLinker:
     """Links one entry, collecting the findings of all its fields."""
@@ -85,7 +110,7 @@ class OpLinker:
         attrs = self._attrs()
         if len(self.sink.diagnostics) > before:
             return None
-        op = self._meaning(inputs, outputs, attrs)
+        op = self._meaning(Signature(inputs, outputs, attrs))
         return op if len(self.sink.diagnostics) == before else None
 
     def text(self, value: str, *path: str | int) -> Text:
@@ -114,8 +139,8 @@ class OpLinker:
         self.elements = DEFAULT_ELEMENTS | {name: tuple(types) for name, types in spec.types.items()}
         for name in (*spec.dims, *spec.types, *(n for n, a in spec.attrs.items() if a.type == "dim")):
             if not DIM_NAME.match(name):
-                self.sink.error("SAGE116", f"'{name}' must begin with a capital letter and have letters and digits only",
-                                self._declared_at(name))  # fmt: skip
+                message = f"'{name}' must begin with a capital letter and have letters and digits only"
+                self.sink.error("SAGE116", message, self._declared_at(name))
         for name in self.elements.keys() & self.dims.keys():
             self.sink.error("SAGE116", f"'{name}' is a dim and an element type", self._declared_at(name))
         if class_name(entry.name) in self.dims:
@@ -150,8 +175,8 @@ class OpLinker:
                 type_ = parse_type(self.text(spec.type, *path), self.elements, self.dims)
                 self._take(name, type_, key, name)
                 if found and found[-1].optional and not spec.optional:
-                    self.sink.error("SAGE130", f"'{name}' stands after an optional input", self.entry.key_span(key, name),
-                                    "put optional inputs last")  # fmt: skip
+                    span = self.entry.key_span(key, name)
+                    self.sink.error("SAGE130", f"'{name}' stands after an optional input", span, "put them last")
                 found.append(Operand(name, type_, spec.optional, spec.doc))
         return tuple(found)
 
@@ -201,26 +226,23 @@ class OpLinker:
 
     # meaning
 
-    def _meaning(
-        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
-    ) -> OpDef | None:
+    def _meaning(self, signature: Signature) -> OpDef | None:
         spec, entry = self.entry.spec, self.entry
         sources = [key for key in ("compute", "fuses", "reference") if getattr(spec, key) is not None]
         if len(sources) != 1:
-            given = " and ".join(sources) or "none"
-            help = "give one of compute, fuses, reference"
-            self.sink.error(
-                "SAGE118", f"an op has one source of meaning, '{entry.name}' has {given}", entry.key_span(), help
-            )
+            message = f"an op has one source of meaning, '{entry.name}' has {' and '.join(sources) or 'none'}"
+            self.sink.error("SAGE118", message, entry.key_span(), "give one of compute, fuses, reference")
             return None
-        self._check_determined(inputs, outputs, attrs)
-        common = (inputs, outputs, attrs)
-        kinds: dict[str, Callable[..., OpDef | None]] = {
-            "compute": self._computed, "fuses": self._fused, "reference": self._referenced,
-        }  # fmt: skip
-        self._check_inplace(inputs, outputs)
+        self._check_determined(signature)
+        self._check_inplace(signature)
         self._check_fields(sources[0])
-        return kinds[sources[0]](*common)
+        self._check_cases()
+        kinds: dict[str, Callable[[Signature], OpDef | None]] = {
+            "compute": self._computed,
+            "fuses": self._fused,
+            "reference": self._referenced,
+        }
+        return kinds[sources[0]](signature)
 
     def _check_fields(self, source: str) -> None:
         spec = self.entry.spec
@@ -234,8 +256,7 @@ class OpLinker:
         ]
         for is_wrong, key, message in wrong:
             if is_wrong:
-                self.sink.error("SAGE128", message, self.entry.key_span(key), "see the spec language, ops")
-        self._check_cases()
+                self.sink.error("SAGE128", message, self.entry.key_span(key))
 
     def _check_cases(self) -> None:
         spec = self.entry.spec
@@ -244,112 +265,95 @@ class OpLinker:
                 if name not in self.dims or (isinstance(value, list) and name != "R"):
                     message = f"'{name}' is not a dim of the op" if name not in self.dims else f"{name} is one number"
                     self.sink.error("SAGE126", message, self.entry.key_span("tests", "cases", index, name))
-                elif min(value if isinstance(value, list) else [value], default=1) < 1:
-                    self.sink.error("SAGE126", "a size is at least 1", self.entry.span("tests", "cases", index, name))
+                elif not 1 <= min(value if isinstance(value, list) else [value], default=1) <= 2**20:
+                    self.sink.error("SAGE126", "a size is 1 to 2**20", self.entry.span("tests", "cases", index, name))
 
-    def _check_determined(
-        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
-    ) -> None:
+    def _check_determined(self, signature: Signature) -> None:
         """Every dim and element variable of an output follows from inputs and attrs."""
-        known = {symbol for o in inputs if not o.optional for dim in o.type.dims for symbol in dim.symbols}
-        known |= {attr.name for attr in attrs if attr.type == "dim"}
-        elements = {o.type.element for o in inputs}
-        for output in outputs:
+        required = [o.type for o in signature.inputs if not o.optional]
+        known = {symbol for type_ in required for dim in type_.dims for symbol in dim.symbols} | signature.dim_attrs
+        elements = {type_.element for type_ in required}
+        for output in signature.outputs:
             missing = [symbol for dim in output.type.dims for symbol in dim.symbols if symbol not in known]
             if output.type.element in self.elements and output.type.element not in elements:
                 missing.append(output.type.element)
             for name in dict.fromkeys(missing):
                 message = f"{name} of the output '{output.name}' follows from no input"
-                help = f"make it an attr: {name}: {{type: dim}}"
-                self.sink.error("SAGE115", message, self.entry.span("outputs", output.name), help)
+                help = f"make it an attr: {name}: {{type: dim}}" if name in self.dims else None
+                self.sink.error("SAGE132", message, self.entry.span("outputs", output.name), help)
 
-    def _check_inplace(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...]) -> None:
+    def _check_inplace(self, signature: Signature) -> None:
         for name, source in self.entry.spec.inplace.items():
-            output = next((o for o in outputs if o.name == name), None)
-            input_ = next((o for o in inputs if o.name == source), None)
-            if output is None or input_ is None:
-                unknown, known = (name, outputs) if output is None else (source, inputs)
-                what = "output" if output is None else "input"
-                help = did_you_mean(unknown, [o.name for o in known])
-                self.sink.error(
-                    "SAGE122",
-                    f"inplace names the unknown {what} '{unknown}'",
-                    self._inplace_span(name, output is None),
-                    help,
-                )
-            elif output.type != input_.type:
-                message = f"'{name}' is {output.type} and cannot take over the memory of '{source}', {input_.type}"
+            output, input_ = signature.output_types.get(name), signature.input_types.get(source)
+            if output is None:
+                help = did_you_mean(name, signature.output_types)
+                span = self.entry.key_span("inplace", name)
+                self.sink.error("SAGE122", f"inplace names the unknown output '{name}'", span, help)
+            elif input_ is None:
+                help = did_you_mean(source, signature.input_types)
+                span = self.entry.span("inplace", name)
+                self.sink.error("SAGE122", f"inplace names the unknown input '{source}'", span, help)
+            elif output != input_:
+                message = f"'{name}' is {output} and cannot take over the memory of '{source}', {input_}"
                 self.sink.error("SAGE122", message, self.entry.span("inplace", name))
 
-    def _inplace_span(self, name: str, is_key: bool) -> Span:
-        return self.entry.key_span("inplace", name) if is_key else self.entry.span("inplace", name)
-
-    def _scope(self, inputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> Scope:
-        optional = {o.name for o in inputs if o.optional} | {attr.name for attr in attrs if attr.optional}
+    def _scope(self, signature: Signature) -> Scope:
+        types = [*signature.input_types.values(), *signature.output_types.values()]
+        symbols = [symbol for type_ in types for dim in type_.dims for symbol in dim.symbols if symbol != "R"]
         return Scope(
-            {o.name: o.type for o in inputs},
-            {a.name: ValueType(_LITERALS[a.type]) for a in attrs if a.type != "dim"},
-            dict.fromkeys(s for o in self.taken.values.values() for d in o.dims for s in d.symbols if s != "R")
-            | dict.fromkeys(a.name for a in attrs if a.type == "dim"),
+            signature.input_types,
+            {attr.name: ValueType(_LITERALS[attr.type]) for attr in signature.attrs if attr.type != "dim"},
+            dict.fromkeys([*symbols, *sorted(signature.dim_attrs)]),
             self.elements,
-            frozenset(optional),
+            signature.optional | {attr.name for attr in signature.attrs if attr.optional},
         )
 
-    def _computed(
-        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
-    ) -> OpDef | None:
-        spec, scope = self.entry.spec, self._scope(inputs, attrs)
-        operands = {o.name: o.type for o in (*inputs, *outputs)}
+    def _computed(self, signature: Signature) -> OpDef | None:
+        spec, scope = self.entry.spec, self._scope(signature)
+        inputs, outputs = signature.input_types, signature.output_types
         views: list[View] = []
         for name, text in spec.views.items():
             with self.refusable():
-                views.append(parse_view(self.text(text, "views", name), name, operands, scope.dims))
+                views.append(parse_view(self.text(text, "views", name), name, inputs | outputs, scope.dims))
                 self._take(name, views[-1].type, "views", name)
         if len(views) < len(spec.views) or spec.compute is None:
             return None
-        in_types, out_types = ({o.name: o.type for o in group} for group in (inputs, outputs))
-        scope = with_view_types(scope, in_types, views)
-        program = ProgramChecker(self.text(spec.compute, "compute"), scope, in_types, out_types, views).check()
+        scope = with_view_types(scope, inputs, views)
+        program = ProgramChecker(self.text(spec.compute, "compute"), scope, inputs, outputs, views).check()
         if program is None:
             return None
-        reads = program_reads(program, in_types, frozenset(o.name for o in inputs if o.optional))
-        writes = program_writes(program, out_types)
+        reads, writes = program_reads(program, inputs, signature.optional), program_writes(program, outputs)
         cost = Cost(program_flops(program), _sum([*reads.values(), *writes.values()]), {}, reads, writes)
-        return self._op(inputs, outputs, attrs, spec.op_type or "", cost, program=program)
+        return self._op(signature, spec.op_type or "", cost, program=program)
 
-    def _fused(
-        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
-    ) -> OpDef | None:
-        calls = link_calls(self.entry, inputs, outputs, attrs, self.linked, self.sink)
+    def _fused(self, signature: Signature) -> OpDef | None:
+        inputs, outputs = signature.inputs, signature.outputs
+        calls = link_calls(self.entry, inputs, outputs, signature.attrs, self.linked, self.sink)
         if calls is None:
             return None
         spec = self.entry.spec
         op_type = spec.op_type or self.linked[calls[-1].op].op_type
-        cost = fused_cost(calls, inputs, outputs, self.linked)
         rule = Rule(spec.rule.pass_, spec.rule.benefit, self.entry.span("rule", "pass")) if spec.rule else None
-        return self._op(inputs, outputs, attrs, op_type, cost, fuses=calls, rule=rule)
+        return self._op(signature, op_type, fused_cost(calls, inputs, outputs, self.linked), fuses=calls, rule=rule)
 
-    def _referenced(
-        self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...]
-    ) -> OpDef | None:
-        reference = link_reference(self.entry, self._scope(inputs, attrs), self.sink)
-        cost = self._declared_cost(inputs, outputs)
+    def _referenced(self, signature: Signature) -> OpDef | None:
+        reference = link_reference(self.entry, self._scope(signature), self.sink)
+        cost = self._declared_cost(signature)
         if reference is None or cost is None:
             return None
-        return self._op(inputs, outputs, attrs, self.entry.spec.op_type or "", cost, reference=reference)
+        return self._op(signature, self.entry.spec.op_type or "", cost, reference=reference)
 
-    def _declared_cost(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...]) -> Cost | None:
+    def _declared_cost(self, signature: Signature) -> Cost | None:
         spec = self.entry.spec.cost
         if spec is None:
             return None
-        names = self._scope(inputs, ()).dims | dict.fromkeys(
-            [*spec.let, *(n for n, a in self.entry.spec.attrs.items() if a.type == "dim")]
-        )
+        names = dict(self._scope(signature).dims) | dict.fromkeys(spec.let)
         with self.refusable():
             flops = self._work(self.text(spec.flops, "cost", "flops"), names)
             moved = self._work(self.text(spec.bytes, "cost", "bytes"), names)
-            reads = {o.name: tensor_bytes(o.type) for o in inputs}
-            return Cost(flops, moved, dict(spec.let), reads, {o.name: tensor_bytes(o.type) for o in outputs})
+            reads = {name: tensor_bytes(type_) for name, type_ in signature.input_types.items()}
+            writes = {name: tensor_bytes(type_) for name, type_ in signature.output_types.items()}
+            return Cost(flops, moved, dict(spec.let), reads, writes)
         return None
 
     def _work(self, text: Text, names: Mapping[str, object]) -> Size:
@@ -357,14 +361,36 @@ class OpLinker:
         sizes = {f"{element}_size": None for element in self.elements}
         return size_of(_with_sizeof(node, self.elements), text, {**names, **sizes}, leading=True)
 
-    def _op(self, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], attrs: tuple[Attr, ...], op_type: str, cost: Cost, *,
-            program: Program | None = None, fuses: tuple[Call, ...] = (), reference: Reference | None = None,
-            rule: Rule | None = None) -> OpDef:  # fmt: skip
-        return OpDef(self.entry.name, self.entry, op_type, self.elements, inputs, outputs, attrs, self._conditions(inputs, attrs),
-                     dict(self.entry.spec.inplace), cost, program, fuses, reference, rule)  # fmt: skip
+    def _op(
+        self,
+        signature: Signature,
+        op_type: str,
+        cost: Cost,
+        *,
+        program: Program | None = None,
+        fuses: tuple[Call, ...] = (),
+        reference: Reference | None = None,
+        rule: Rule | None = None,
+    ) -> OpDef:
+        return OpDef(
+            name=self.entry.name,
+            entry=self.entry,
+            op_type=op_type,
+            elements=self.elements,
+            inputs=signature.inputs,
+            outputs=signature.outputs,
+            attrs=signature.attrs,
+            where=self._conditions(signature),
+            inplace=dict(self.entry.spec.inplace),
+            cost=cost,
+            program=program,
+            fuses=fuses,
+            reference=reference,
+            rule=rule,
+        )
 
-    def _conditions(self, inputs: tuple[Operand, ...], attrs: tuple[Attr, ...]) -> tuple[Condition, ...]:
-        scope, found = self._scope(inputs, attrs), []
+    def _conditions(self, signature: Signature) -> tuple[Condition, ...]:
+        scope, found = self._scope(signature), []
         scope.values.clear()
         for index, line in enumerate(self.entry.spec.where):
             with self.refusable():
