@@ -210,8 +210,8 @@ class ModelLinker:
         for phase in PHASES:
             place = self.flat.phases.get(phase)
             if place is None:
-                help = f"add `{phase}: {{attend: OP}}` under `phases`"
-                self.sink.error("SAGE229", f"the phase '{phase}' is not mapped", self.flat.span, help)
+                remedy = f"add `{phase}: {{attend: OP}}` under `phases`"
+                self.sink.error("SAGE229", f"the phase '{phase}' is not mapped", self.flat.span, remedy)
             elif place.value not in self.ops:
                 help = did_you_mean(place.value, [op for op, d in self.ops.items() if d.op_type.endswith("_ATTN")])
                 self.sink.error("SAGE221", f"unknown op '{place.value}'", place.span(), help)

@@ -1,0 +1,136 @@
+"""Goes from block level to kernel level: every call of a block is replaced by the block's own ops."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from sageLLM.runtime.core.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.layout import Block, ModelLayout
+from sageLLM.runtime.core.writer import GraphWriter
+
+
+def expand(graph: ExecutionGraph, layout: ModelLayout, config: Any) -> ExecutionGraph:
+    """The kernel graph of a block graph; `config` is the one that the graph was built with (a rank's share, under tp).
+
+    Nodes keep their layer, device and stream; those of a block name the block-level nodes that they come from. The two
+    halves of a hybrid step are one call of the body. KV loads from a slower tier stay; all other KV nodes of the block
+    level disappear, since the body stores its own keys and values. Raises ValueError for a graph without a stage or
+    of kernel level.
+    """
+    if graph.level != "block" or graph.stage is None:
+        raise ValueError(f"graph {graph.graph_id!r} is not a block-level graph with a stage, so it cannot be expanded")
+    return _Expansion(graph, graph.stage, layout, config).run()
+
+
+class _Expansion:
+    """One pass over the block graph in order, writing the kernel graph."""
+
+    def __init__(self, graph: ExecutionGraph, stage: Stage, layout: ModelLayout, config: Any) -> None:
+        self.source, self.stage, self.layout, self.config = graph, stage, layout, config
+        self.writer = GraphWriter(graph.graph_id, level="kernel", stage=stage, dtype=_model_dtype(graph))
+        self.written: dict[str, TensorRef] = {}  # block-level value -> the kernel-level value that takes its place
+        self.made: dict[str, tuple[str, ...]] = {}  # block-level node -> the first kernel-level nodes made of it
+        self.waiting: dict[str, list[ExecutionNode]] = {}  # call -> its nodes so far
+        self.sizes = _call_sizes(graph)
+
+    def run(self) -> ExecutionGraph:
+        for node in self.source.topological_sort():
+            call = node.metadata.get("call")
+            if call is None:
+                self._copy(node)
+            elif not self._is_silent(node):
+                members = self.waiting.setdefault(call, [])
+                members.append(node)
+                if len(members) == self.sizes[call]:
+                    self._inline(members)
+        graph = self.writer.finish([self._current(ref) for ref in self.source.outputs])
+        graph.num_layers, graph.model_config = self.source.num_layers, self.source.model_config
+        return self._with_declared(graph)
+
+    def _is_silent(self, node: ExecutionNode) -> bool:
+        """Whether a node says at block level what the body does by itself."""
+        if not node.op_type.is_kv:
+            return False
+        if node.metadata.get("tier", "device") != "device":
+            self._copy(node)
+        return True
+
+    def _copy(self, node: ExecutionNode) -> None:
+        """Takes over a node that is not a block: its values keep their names, its inputs follow the expansion."""
+        copied = node.copy()
+        copied.inputs = [self._current(ref) for ref in node.inputs]
+        copied.dependencies = self._control(node)
+        self.writer.graph.add_node(copied)
+        self.made[node.node_id] = (copied.node_id,)
+
+    def _inline(self, members: list[ExecutionNode]) -> None:
+        """Writes the body of the block that the nodes of one call stand for."""
+        first, last = members[0], members[-1]
+        block = self._block(first)
+        layer = first.layer_id
+        assert layer is not None, f"block node {first.node_id} belongs to no layer"
+        args = [self._current(ref) for ref in first.inputs if not self._is_cache_value(ref)]
+        graph = self.writer.graph
+        count = len(graph.nodes)
+        self.writer.device_id, self.writer.stream_id = first.device_id, first.stream_id
+        with self.writer.layer(layer), self.writer.block_scope(block.name, last.node_id):
+            results = block.body(self.writer, self.config, self.stage, layer, *args)
+        self.writer.device_id, self.writer.stream_id = 0, 0
+        made = list(islice(reversed(graph.nodes.values()), len(graph.nodes) - count))[::-1]
+        self._finish_call(block, members, made)
+        outputs = last.outputs if len(members) > 1 else first.outputs
+        self.written |= {ref.name: result for ref, result in zip(outputs, results, strict=False)}
+
+    def _finish_call(self, block: Block, members: list[ExecutionNode], made: list[ExecutionNode]) -> None:
+        ids = tuple(node.node_id for node in members)
+        control = set().union(*(self._control(node) for node in members))
+        for node in made:
+            node.origins = ids
+        if control and made:
+            made[0].dependencies |= control
+        self.made |= dict.fromkeys(ids, (made[-1].node_id,) if made else ())
+
+    def _block(self, node: ExecutionNode) -> Block:
+        if node.block not in self.layout.blocks:
+            raise ValueError(f"{node.node_id}: layout '{self.layout.name}' has no block '{node.block}'")
+        return self.layout.blocks[node.block]
+
+    def _is_cache_value(self, ref: TensorRef) -> bool:
+        """Whether a value is what a KV load gives: the body reads the cache itself."""
+        writer = self.source.producer(ref)
+        return writer is not None and writer.op_type.is_kv and not isinstance(writer, OpNode)
+
+    def _control(self, node: ExecutionNode) -> set[str]:
+        """What the node waits for besides the writers of its inputs, in terms of kernel-level nodes."""
+        data = {writer.node_id for ref in node.inputs if (writer := self.source.producer(ref)) is not None}
+        loads = {d for d in data if self.source.nodes[d].op_type.is_kv}
+        return {new for d in (node.dependencies - data) | loads for new in self.made.get(d, ())}
+
+    def _current(self, ref: TensorRef) -> TensorRef:
+        return self.written.get(ref.name, ref)
+
+    def _with_declared(self, graph: ExecutionGraph) -> ExecutionGraph:
+        """Declares the inputs and weights that nodes outside of blocks read, in the source's order."""
+        graph.inputs = {**self._read(self.source.inputs, graph), **graph.inputs}
+        graph.weights = {**self._read(self.source.weights, graph), **graph.weights}
+        return graph
+
+    def _read(self, declared: dict[str, TensorRef], graph: ExecutionGraph) -> dict[str, TensorRef]:
+        return {name: ref for name, ref in declared.items() if graph.users(name)}
+
+
+def _call_sizes(graph: ExecutionGraph) -> dict[str, int]:
+    """How many nodes each call of a block has, KV nodes aside."""
+    sizes: dict[str, int] = {}
+    for node in graph.nodes.values():
+        call = node.metadata.get("call")
+        if call is not None and not node.op_type.is_kv:
+            sizes[call] = sizes.get(call, 0) + 1
+    return sizes
+
+
+def _model_dtype(graph: ExecutionGraph) -> str:
+    """The model's element type, which all weights have."""
+    return next((ref.dtype for ref in graph.weights.values()), "f32")
