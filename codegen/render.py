@@ -111,7 +111,7 @@ def _run_formatter(folder: Path) -> None:
     line = f"line-length={LINE_LENGTH}"
     isort = 'lint.isort.known-first-party=["sageLLM"]'
     # fmt: sort and drop unused imports first, since that changes lines; then lay the lines out
-    commands = [
+    commands: list[list[str | Path]] = [
         [ruff, "check", *_FORMATTER_OPTIONS, "--config", line, "--config", isort, "--select=I,F401", "--fix"],
         [ruff, "format", *_FORMATTER_OPTIONS, "--config", line],
     ]

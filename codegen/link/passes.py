@@ -225,7 +225,7 @@ def _constants(call: PatternCall) -> tuple[tuple[str, object], ...]:
 
 def _check_termination(rules: list[Located], sink: Sink) -> None:
     """Rules that do not shrink the graph must not feed one another in a circle."""
-    feeds = networkx.DiGraph()
+    feeds: networkx.DiGraph[str] = networkx.DiGraph()
     for one, rule in rules:
         if len(rule.replacement) < len(rule.pattern):
             continue
@@ -303,7 +303,7 @@ def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:
     """The passes by stage, and within a stage as `after` and `before` say, else in spec order."""
     stages = list(raw.pass_stages)
     names = [name for stage in stages for name, entry in raw.passes.items() if entry.spec.stage == stage]
-    order = networkx.DiGraph()
+    order: networkx.DiGraph[str] = networkx.DiGraph()
     order.add_nodes_from(names)
     for name in names:
         entry = raw.passes[name]

@@ -86,7 +86,10 @@ def _data_path(loc: tuple[int | str, ...], doc: Document) -> YamlPath:
     value: Any = doc.data
     path: list[str | int] = []
     for i, step in enumerate(loc):
-        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+        if isinstance(value, dict) and step in value:
+            path.append(step)
+            value = value[step]
+        elif isinstance(value, list) and isinstance(step, int):
             path.append(step)
             value = value[step]
         elif i == len(loc) - 1 and isinstance(step, str) and isinstance(value, dict):

@@ -8,18 +8,21 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from torch import Tensor
+
+from sageLLM.runtime.core.layout import Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.model import Model
 from sageLLM.runtime.engine.outputs import RequestMetrics, RequestOutput
 from sageLLM.runtime.engine.requests import resolve_max_tokens, validate_params, validate_prompt
-from sageLLM.runtime.engine.sampler import SamplingBatch, SequenceSampling, sample
+from sageLLM.runtime.engine.sampler import SampledTokens, SamplingBatch, SequenceSampling, sample
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
 from sageLLM.runtime.engine.stop import SequenceText, StopRules
 from sageLLM.runtime.engine.tokenizer import Tokenizer
 from sageLLM.runtime.engine.worker import Migrator, StepResult, Worker
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
-from sageLLM.runtime.scheduler.base import Chunk, KVBudget, Request, ScheduleOutput, Stage
+from sageLLM.runtime.scheduler.base import Chunk, KVBudget, Request, ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 
 
@@ -132,23 +135,25 @@ class Engine:
     def _choose(self, choices: list[Choice], result: StepResult) -> None:
         if not choices:
             return
-        logits, tokens = result.logits[: len(choices)], result.tokens[: len(choices)]
+        logits = result.logits[: len(choices)]
         if all(_is_plain_greedy(choice.sequence) for choice in choices):
-            failed = (~logits.gather(1, tokens[:, None]).isfinite()).flatten().nonzero().flatten().tolist()
-            logprobs = {}
+            sampled = _greedy(logits, result.tokens[: len(choices)])
         else:
-            tokens, logprobs, failed = sample(
-                logits, SamplingBatch([c.sequence.sampling for c in choices], logits.device)
-            )
-        for choice, token_id in zip(choices, tokens.tolist(), strict=True):
-            if choice.row in failed:
-                choice.sequence.text.abort()
-                continue
-            scored = logprobs.get(choice.row)
-            num_top = choice.sequence.sampling.params.logprobs
-            entry = scored.as_dict(0, num_top, self._token_text) if scored and num_top is not None else None
-            choice.sequence.append(token_id, entry)
-            self._group_of_sequence(choice.sequence).metrics.record_token(time.monotonic())
+            sampled = sample(logits, SamplingBatch([c.sequence.sampling for c in choices], logits.device))
+        for choice, token_id in zip(choices, sampled.token_ids.tolist(), strict=True):
+            self._take(choice, token_id, sampled)
+
+    def _take(self, choice: Choice, token_id: int, sampled: SampledTokens) -> None:
+        """Gives a sequence its token; one whose logits are not finite is ended instead, and nobody else is."""
+        sequence = choice.sequence
+        if choice.row in sampled.failed:
+            sequence.text.abort()
+            return
+        scored = sampled.logprobs.get(choice.row)
+        num_top = sequence.sampling.params.logprobs
+        entry = scored.as_dict(0, num_top, self._token_text) if scored and num_top is not None else None
+        sequence.append(token_id, entry)
+        self._group_of_sequence(sequence).metrics.record_token(time.monotonic())
 
     def _update(self, finished_ids: list[str]) -> list[Sequence]:
         """Commits the step; returns the sequences that the scheduler had to end for want of room."""
@@ -212,6 +217,13 @@ def _is_plain_greedy(sequence: Sequence) -> bool:
     params = sequence.sampling.params
     adjusts = params.has_penalties or params.logit_bias or sequence.sampling.bans_stop_ids
     return params.is_greedy and params.logprobs is None and not adjusts
+
+
+def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
+    """The graph's own choice as the sampler would give it: rows whose best logit is not finite have failed."""
+    best_B = logits_BV.gather(1, token_ids_B[:, None]).flatten()
+    failed = (~best_B.isfinite()).nonzero().flatten().tolist()
+    return SampledTokens(token_ids_B, {}, tuple(failed))
 
 
 def _pool(model: Model, num_blocks: int, budget: KVBudget) -> KVPool:

@@ -127,7 +127,8 @@ def default_num_blocks(model: Model, config: PDSchedulerConfig, block_size: int)
     c = model.config
     block_bytes = 2 * c.L * block_size * c.Nkv * c.D * model.dtype.itemsize
     longest = -(-model.max_model_len // block_size)
-    return max(longest, min(KV_CACHE_BYTES // block_bytes, longest * config.max_decode_batch_size))
+    affordable: int = KV_CACHE_BYTES // block_bytes
+    return max(longest, min(affordable, longest * config.max_decode_batch_size))
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

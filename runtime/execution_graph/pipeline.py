@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.core.rewrite import OptimizationPass, PassReport, RewritePass
 from sageLLM.runtime.core.writer import GraphWriter
@@ -76,7 +77,7 @@ class Pipeline:
         c = self.config
         g = GraphWriter("migrate", level="kernel", stage=None, dtype=self.dtype)
         blocks = [g.input(name, "i32", moved) for name in ("src_blocks", "dst_blocks")]
-        outputs = []
+        outputs: list[TensorRef] = []
         for i in range(c.L):
             with g.layer(i):
                 sources = [g.input(name, self.dtype, pages_from, slots, c.Nkv, c.D) for name in _caches("source", i)]
