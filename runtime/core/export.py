@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sageLLM.runtime.core.diagrams import to_dot, to_mermaid
 from sageLLM.runtime.core.json_form import from_json, to_json
+from sageLLM.runtime.core.page import to_html
 
-__all__ = ["from_json", "to_json"]
+__all__ = ["from_json", "to_dot", "to_html", "to_json", "to_mermaid"]

@@ -1,0 +1,148 @@
+"""What leaves the library for documents, programs and browsers: complete, and inert whatever the names hold."""
+
+import json
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+
+from sageLLM.runtime.core.dims import dims
+from sageLLM.runtime.core.errors import IRError, ParseError
+from sageLLM.runtime.core.export import from_json, to_dot, to_html, to_json, to_mermaid
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+from sageLLM.runtime.core.writer import GraphWriter
+
+(T,) = dims("T")
+EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'&'
+
+
+@pytest.fixture
+def graph(lib: SimpleNamespace) -> ExecutionGraph:
+    g = GraphWriter("decode", level="kernel", stage="decode", dtype="f32")
+    x = g.input("x", "f32", T, 64)
+    (x,) = g.emit(lib.Scale, {"x": x}, {}, ("start",))
+    for i in range(3):
+        with g.layer(i):
+            (x,) = g.emit(lib.Linear, {"x": x, "w": g.weight(f"layers.{i}.w", "f32", 64, 64)}, {}, ("y",))
+    g.call_block(None, lib.OpType.COMM_SEND, [x], (), (), node_id="send")
+    return g.finish([x])
+
+
+class Page(HTMLParser):
+    """The elements of a page, its scripts, and the text that a reader sees."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag == "script":
+            self.scripts.append(data)
+        self.text += data
+
+
+def test_mermaid(graph: ExecutionGraph) -> None:
+    assert to_mermaid(graph) == (
+        "flowchart TD\n"
+        '  n0["scale<br/>start"]\n'
+        '  subgraph sn1["layer 0"]\n    n1["linear<br/>L0.y"]\n  end\n'
+        '  subgraph sn2["layer 1"]\n    n2["linear<br/>L1.y"]\n  end\n'
+        '  subgraph sn3["layer 2"]\n    n3["linear<br/>L2.y"]\n  end\n'
+        '  n4["comm#95;send<br/>send"]\n'.replace("#95;", "_")
+        + "  n0 --> n1\n  n1 --> n2\n  n2 --> n3\n  n3 --> n4\n"
+    )
+
+
+def test_dot(graph: ExecutionGraph) -> None:
+    text = to_dot(graph.get_subgraph(["start", "L0.y"]))
+    assert text == (
+        'digraph "decode" {\n  node [shape=box];\n  "start" [label="scale\\nstart"];\n'
+        '  subgraph cluster_1 {\n    label="layer 0";\n    "L0.y" [label="linear\\nL0.y"];\n  }\n'
+        '  "start" -> "L0.y";\n}\n'
+    )
+
+
+def test_odd_names_stay_inside_their_quotes(lib: SimpleNamespace) -> None:
+    graph = ExecutionGraph('a"b\\')
+    graph.add_node(ExecutionNode('"];x\n', lib.OpType.FFN, [], []))
+    assert '["ffn<br/>#34;#93;#59;x#10;"]' in to_mermaid(graph)
+    assert 'digraph "a\\"b\\\\" {' in to_dot(graph)
+    assert '"\\"];x\\n" [label="ffn\\n\\"];x\\n"];' in to_dot(graph)
+
+
+def test_page_draws_every_node_and_edge_of_every_graph(graph: ExecutionGraph) -> None:
+    page = Page(to_html({"one": graph, "two": graph.bind(T=3)}, title="Two graphs"))
+    nodes = [attrs["data-i"] for tag, attrs in page.tags if tag == "g"]
+    assert nodes == ["0", "1", "2", "3", "4"] * 2
+    assert [attrs["id"] for _, attrs in page.tags if attrs.get("role") == "tab"] == ["t0", "t1"]
+    assert page.text.count("linear") >= 6
+    details = json.loads(page.scripts[0])
+    assert details[0][1]["work"] == ["8192*T flops", "512*T + 16384 bytes moved"]
+    assert details[1][1]["work"] == ["24576 flops", "17920 bytes moved"]
+    assert details[0][1]["inputs"] == ["start: f32[T, 64]", "layers.0.w: f32[64, 64]"]
+    assert details[0][1]["read by"] == ["L1.y"]
+
+
+def test_page_needs_no_network(graph: ExecutionGraph) -> None:
+    html = to_html([graph])
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", html.replace("<!doctype", ""))
+    page = Page(html)
+    assert {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object"} == set()
+    assert all("src" not in attrs and "href" not in attrs for _, attrs in page.tags)
+
+
+def test_names_on_the_page_are_inert(lib: SimpleNamespace) -> None:
+    graph = ExecutionGraph(EVIL)
+    ref = TensorRef(EVIL, (1,), "f32")
+    graph.add_node(ExecutionNode(EVIL, lib.OpType.FFN, [ref], [ref], metadata={"op": EVIL, EVIL: EVIL}, block=EVIL))
+    html = to_html([graph], title=EVIL)
+    page = Page(html)
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert json.loads(page.scripts[0])[0][0]["node"] == EVIL
+    assert html.count("</script>") == 2
+
+
+def test_a_large_graph_folds_its_layers(graph: ExecutionGraph) -> None:
+    page = Page(to_html([graph]))
+    assert [("open" in attrs) for tag, attrs in page.tags if tag == "details"] == [True, True, True, False, False]
+
+
+def test_no_graph_no_page() -> None:
+    with pytest.raises(IRError, match="no graph to show"):
+        to_html([])
+
+
+def test_an_empty_graph_has_a_page() -> None:
+    assert "empty: block level, 0 nodes" in Page(to_html([ExecutionGraph("empty")])).text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "1:2: Expecting property name enclosed in double quotes"),
+        ("{}", "this JSON is no graph: KeyError 'nodes'"),
+        ("3", "this JSON is no graph: TypeError 'int' object is not subscriptable"),
+    ],
+)
+def test_json_that_is_no_graph(lib: SimpleNamespace, text: str, message: str) -> None:
+    with pytest.raises(IRError) as caught:
+        from_json(text, lib.OpType, lib.ops)
+    assert str(caught.value) == message
+    assert isinstance(caught.value, ParseError) == (text == "{")
+
+
+def test_json_is_for_other_programs(graph: ExecutionGraph) -> None:
+    data = json.loads(to_json(graph.get_subgraph(["L0.y"])))
+    assert data["nodes"][0]["outputs"] == [{"name": "L0.y", "dtype": "f32", "shape": ["T", 64], "device_id": 0}]
+    assert data["nodes"][0]["op"] == "linear"
+    assert data["decode_nodes"] == ["L0.y"]
