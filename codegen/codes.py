@@ -43,6 +43,137 @@ CODES: dict[str, CodeInfo] = {
         "unknown kind of file", "The first line names the kind: `schema: ops/v1`, models/v1, passes/v1, ..."
     ),
     "SAGE015": CodeInfo("defined twice", "Two entries of one kind have the same name; both places are shown."),
+    # ops and the compute language
+    "SAGE101": CodeInfo(
+        "expression does not parse",
+        "Expressions are one line of Python's arithmetic in plain ASCII: names, numbers, operators and calls.",
+    ),
+    "SAGE102": CodeInfo(
+        "not part of the language",
+        "The language has assignments, arithmetic, comparisons and named functions. Attributes, "
+        "subscripts, loops and definitions are refused, so that a spec never runs code.",
+    ),
+    "SAGE103": CodeInfo(
+        "too long, too deep or too large",
+        "An expression has at most 4000 characters and 32 levels, an integer is at most 2**53, a float is finite.",
+    ),
+    "SAGE104": CodeInfo(
+        "unknown name",
+        "No operand, view, attr, dim or earlier result has this name.",
+    ),
+    "SAGE105": CodeInfo(
+        "unknown function",
+        "The language has no such function; the help names the nearest one, or all.",
+    ),
+    "SAGE106": CodeInfo(
+        "wrong arguments",
+        "A function or op got another number of arguments than it takes, or an attr that it does not have.",
+    ),
+    "SAGE107": CodeInfo(
+        "element types do not fit",
+        "Values of different element types never mix: cast one side, so that every rounding is visible. "
+        "Literals and attrs adapt.",
+    ),
+    "SAGE108": CodeInfo(
+        "no such dim in the operand",
+        "A reduction, dot or gather names a dim that its operand does not have.",
+    ),
+    "SAGE109": CodeInfo(
+        "declared otherwise",
+        "A value has another type than the output, view or hook that it is given to.",
+    ),
+    "SAGE110": CodeInfo(
+        "output not written",
+        "Every output is written exactly once, whole or by views that cover it.",
+    ),
+    "SAGE111": CodeInfo(
+        "written twice",
+        "Every name is written once; choose a new name for a new value.",
+    ),
+    "SAGE112": CodeInfo(
+        "assignment to an input",
+        "Inputs are read only. For an output in an input's memory use `inplace`.",
+    ),
+    "SAGE113": CodeInfo(
+        "cannot broadcast by name",
+        "Dims are matched by name, never by position, so a dim may stand only once in a type, and `...` "
+        "must be on both sides or cover the other side's dims.",
+    ),
+    "SAGE114": CodeInfo(
+        "not a type or size",
+        "A type is an element and named dims, `E[T, 2*I]`; a size is made of dims, whole numbers, + - * "
+        "and / by a number.",
+    ),
+    "SAGE115": CodeInfo(
+        "undefined dim",
+        "Dims are declared in specs/dims.yaml, under the op's `dims`, or as attrs of type dim.",
+    ),
+    "SAGE116": CodeInfo(
+        "name not possible",
+        "A name is a word of the language, shadows another one, is kept for generated code, or has the "
+        "wrong case: values are small, dims begin with a capital.",
+    ),
+    "SAGE117": CodeInfo(
+        "not a view",
+        "A view names an operand with all its dims, of which some are parts a:b inside the dim, and "
+        "perhaps another shape with as many elements.",
+    ),
+    "SAGE118": CodeInfo(
+        "no single source of meaning",
+        "An op has exactly one of `compute`, `fuses` and `reference`.",
+    ),
+    "SAGE119": CodeInfo(
+        "unknown op in fuses",
+        "`fuses` calls an op that does not exist, or ops that are made of each other.",
+    ),
+    "SAGE120": CodeInfo(
+        "argument does not fit",
+        "A call passes a value of another type than the op takes.",
+    ),
+    "SAGE121": CodeInfo(
+        "unknown op_type",
+        "The member is not in specs/op_types.yaml.",
+    ),
+    "SAGE122": CodeInfo(
+        "wrong inplace",
+        "`inplace` maps an output to an input of the same type.",
+    ),
+    "SAGE123": CodeInfo(
+        "template missing",
+        "`reference` names a file in templates/reference.",
+    ),
+    "SAGE124": CodeInfo(
+        "holes and fillings differ",
+        "The holes of a template are exactly the op's kernel.params and kernel.hooks.",
+    ),
+    "SAGE125": CodeInfo(
+        "wrong default",
+        "A default has the attr's type and lies within its limits and choices.",
+    ),
+    "SAGE126": CodeInfo(
+        "wrong test case",
+        "A case gives sizes of the op's dims; `R` gives the leading dims.",
+    ),
+    "SAGE127": CodeInfo(
+        "value never used",
+        "A result is neither an output nor used by another line.",
+    ),
+    "SAGE128": CodeInfo(
+        "field does not belong here",
+        "Views belong to compute, hooks and cost to reference, a rule to fuses; all but fuses name an op_type.",
+    ),
+    "SAGE130": CodeInfo(
+        "optional input not last",
+        "Optional inputs come after the others.",
+    ),
+    "SAGE131": CodeInfo(
+        "may be absent",
+        "An optional input or attr is used through `optional(name, with, without)` or `present(name)`.",
+    ),
+    "SAGE132": CodeInfo(
+        "not determined",
+        "Dims and element types of outputs follow from inputs and attrs of type dim.",
+    ),
     # the generator itself
     "SAGE501": CodeInfo("not written", "The generated files could not be written; the tree was left as it was."),
     "SAGE502": CodeInfo("no specs", "A spec folder holds no .yaml file, or does not exist."),
