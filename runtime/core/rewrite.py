@@ -91,17 +91,21 @@ class Rule:
 
 @dataclass(slots=True)
 class RuleStats:
-    """How often a rule was tried at its anchor, fired, and did not, with the reasons."""
+    """How often a rule fired, and why it did not where its anchor was left standing."""
 
-    tried: int = 0
     fired: int = 0
     near_misses: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tried(self) -> int:
+        """The sites where it could have fired."""
+        return self.fired + self.near_misses.total()
 
     def __str__(self) -> str:
         text = f"fired {self.fired} of {self.tried}"
         if self.near_misses:
             reason, count = self.near_misses.most_common(1)[0]
-            text += f"; {sum(self.near_misses.values())} near misses, {count} of them: {reason}"
+            text += f"; {self.near_misses.total()} near misses, {count} of them: {reason}"
         return text
 
 
@@ -160,6 +164,8 @@ class RewritePass(OptimizationPass):
         for rule in rules:
             by_anchor.setdefault(rule.anchor, []).append(rule)
         for _ in range(MAX_ROUNDS):
+            for stats in self.report.rules.values():
+                stats.near_misses.clear()  # the last round has the final word
             position = {node_id: i for i, node_id in enumerate(graph.nodes)}
             anchors = [node for node in graph.nodes.values() if isinstance(node, OpNode) and type(node) in by_anchor]
             fired = sum(self._try_rules(graph, node, by_anchor[type(node)], position) for node in anchors)
@@ -173,7 +179,6 @@ class RewritePass(OptimizationPass):
             if graph.nodes.get(node.node_id) is not node:
                 return False  # an earlier rewrite of this round took it
             stats = self.report.rules[rule.name]
-            stats.tried += 1
             found = rule.apply(graph, node)
             if isinstance(found, Rewrite):
                 found = apply_rewrite(graph, found, position) or found
