@@ -1,9 +1,11 @@
 """Emits the torch references: `kernels/reference/norm.py` with one function per op, and the table of all."""
 
+import ast
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.torch_text import Layout, Piece, TorchText, squeezed, tidy, view_text
 from sageLLM.codegen.expr.program import sorted_parts, tile_axis
 from sageLLM.codegen.expr.size import LEADING, Size, formula
@@ -100,7 +102,25 @@ def _template_text(op: OpDef, renderer: Renderer) -> str:
     hooks = {hook.name: hook_text(hook.value) for hook in op.reference.hooks}
     params = {name: lit(value) for name, value in op.reference.params}
     used = {name for hook in op.reference.hooks for name in names_read(hook.value)}
-    return renderer.render(op.reference.template, op=op.name, used=used, **params, **hooks)
+    attrs = ", ".join(_parameter(attr) for attr in op.attrs)
+    text = renderer.render(op.reference.template, op=op.name, attrs=attrs, used=used, **params, **hooks)
+    _check_function(op, text)
+    return text
+
+
+def _check_function(op: OpDef, text: str) -> None:
+    """A rendered template is one function with the op's operands, which leaves the op's attrs alone."""
+    span = op.entry.span("reference")
+    tree = ast.parse(text)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if len(tree.body) != 1 or not functions or len(functions[0].args.args) != len(op.inputs):
+        message = f"the template takes other inputs than the {len(op.inputs)} of '{op.name}'"
+        raise SpecErrors([Diagnostic("SAGE124", message, span)])
+    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for attr in op.attrs:
+        if attr.name in stored | {argument.arg for argument in functions[0].args.args}:
+            message = f"the template has its own '{attr.name}', which the attr would shadow"
+            raise SpecErrors([Diagnostic("SAGE124", message, op.entry.key_span("attrs", attr.name), "rename the attr")])
 
 
 def hook_text(value: Expr) -> str:
@@ -112,7 +132,10 @@ def hook_text(value: Expr) -> str:
 
 def _fused_lines(op: OpDef) -> list[str]:
     lines = [_call_line(call) for call in op.fuses]
-    return [*lines, f"return {', '.join(o.name for o in op.outputs)}"]
+    outputs = tuple(o.name for o in op.outputs)
+    if op.fuses[-1].targets == outputs:
+        return [*lines[:-1], f"return {lines[-1].partition(' = ')[2]}"]
+    return [*lines, f"return {', '.join(outputs)}"]
 
 
 def _call_line(call: Call) -> str:

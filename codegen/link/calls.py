@@ -125,6 +125,8 @@ class CallLinker:
     def _call(self, text: Text, target: ast.expr, node: ast.Call) -> Call:
         name = cast(ast.Name, node.func).id
         op = self.ops.get(name)
+        if name == self.entry.name:
+            raise text.refuse("SAGE119", f"'{name}' is made of itself", node.func)
         if op is None:
             raise text.refuse("SAGE119", f"unknown op '{name}'", node.func, did_you_mean(name, self.ops))
         binding = Binding()

@@ -16,7 +16,8 @@ from sageLLM.codegen.render import TEMPLATES
 from sageLLM.codegen.schema.ops import KernelSpec, OpSpec
 
 FOLDER = "reference"
-STANDARD = frozenset({"op", "used"})  # given to every template: the name of its function, and the names in its hooks
+STANDARD = frozenset({"op", "attrs", "used"})
+"""Given to every template: the name of its function, its keyword parameters, and the names in its hooks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ def _hook(name: str, value: str, entry: Entry[OpSpec], scope: Scope, sink: Sink)
     if name not in HOOKS:
         sink.error("SAGE124", f"unknown hook '{name}'", entry.key_span(*path), did_you_mean(name, HOOKS))
         return None
+    for known in scope.attrs.keys() & HOOKS[name].names.keys():
+        sink.error("SAGE124", f"the attr '{known}' has the name of a hook's value", entry.key_span("attrs", known))
     hook, text = HOOKS[name], Text.of(value, entry, path, sink)
     values = {known: ValueType(element) for known, element in hook.names.items()}
     optional = frozenset(name for name in scope.optional if name in scope.attrs)

@@ -46,7 +46,10 @@ def link_ops(raw: RawSpecs, sink: Sink) -> dict[str, OpDef]:
             _report_circle(waiting, sink)
             break
         for name in ready:
-            op = OpLinker(waiting.pop(name), raw, linked, sink).link()
+            entry = waiting.pop(name)
+            if (_callees(entry) & raw.ops.keys()) - linked.keys():
+                continue  # an op that it calls has findings
+            op = OpLinker(entry, raw, linked, sink).link()
             if op is not None:
                 linked[name] = op
     return {name: linked[name] for name in raw.ops if name in linked}

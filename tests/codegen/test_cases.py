@@ -1,0 +1,57 @@
+"""Pairs of text: a spec in, code out (`cases/good`); a bad spec in, the exact error out (`cases/bad`).
+
+A case is a folder. Its YAML files are an overlay on the package's specs. A good case has the expected files under
+`expected/`, by their path in the generated tree; a bad one has `error.txt`. `SAGELLM_ACCEPT=1` writes both anew.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sageLLM.codegen import driver
+from sageLLM.codegen.codes import CODES
+from sageLLM.codegen.diagnostics import SpecErrors, render
+from sageLLM.codegen.render import format_python
+
+CASES = Path(__file__).parent / "cases"
+ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
+
+
+def folders(kind: str) -> list[Path]:
+    return sorted(path.parent for path in (CASES / kind).glob("*/spec.yaml"))
+
+
+def source_line(folder: Path, file: str, line: int) -> str | None:
+    path = folder / file.split("/", 1)[1] if file.startswith(f"{folder.name}/") else driver.BASE_SPECS.parent / file
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return lines[line - 1] if line <= len(lines) else None
+
+
+def findings(folder: Path) -> str:
+    with pytest.raises(SpecErrors) as caught:
+        driver.emit(driver.load_and_link([folder]))
+    assert all(found.code in CODES for found in caught.value.diagnostics)
+    shown = [render(found, lambda file, line: source_line(folder, file, line)) for found in caught.value.diagnostics]
+    return "\n".join(shown) + "\n"
+
+
+@pytest.mark.parametrize("folder", folders("bad"), ids=lambda folder: folder.name)
+def test_bad(folder: Path) -> None:
+    found, expected = findings(folder), folder / "error.txt"
+    if ACCEPT:
+        expected.write_text(found, encoding="utf-8")
+    assert found == expected.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", folders("good"), ids=lambda folder: folder.name)
+def test_good(folder: Path) -> None:
+    expected = sorted((folder / "expected").rglob("*.*"))
+    assert expected, "a good case has a file under expected/"
+    outputs = {output.path: output for output in driver.emit(driver.load_and_link([folder]))}
+    names = [path.relative_to(folder / "expected").as_posix() for path in expected]
+    made = {output.path: output.text for output in format_python(outputs[name] for name in names)}
+    for name, path in zip(names, expected, strict=True):
+        if ACCEPT:
+            path.write_text(made[name], encoding="utf-8")
+        assert made[name] == path.read_text(encoding="utf-8")
