@@ -85,9 +85,11 @@ def _check_reads(graph: ExecutionGraph) -> Iterator[str]:
     for node in graph.nodes.values():
         for ref in node.inputs:
             writer = graph.producer(ref)
-            if writer is None and ref.name not in given:
+            if ref.name in given:
+                continue
+            if writer is None:
                 yield f"{node.node_id}: reads {ref.name!r}, which nothing gives"
-            elif writer is not None and writer is not node and writer.node_id not in node.dependencies:
+            elif writer is not node and writer.node_id not in node.dependencies:
                 yield f"{node.node_id}: reads {ref.name!r} without waiting for {writer.node_id}"
     for ref in graph.outputs:
         if graph.producer(ref) is None and ref.name not in given:

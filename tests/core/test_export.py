@@ -56,8 +56,8 @@ def test_mermaid(graph: ExecutionGraph) -> None:
         '  subgraph sn1["layer 0"]\n    n1["linear<br/>L0.y"]\n  end\n'
         '  subgraph sn2["layer 1"]\n    n2["linear<br/>L1.y"]\n  end\n'
         '  subgraph sn3["layer 2"]\n    n3["linear<br/>L2.y"]\n  end\n'
-        '  n4["comm#95;send<br/>send"]\n'.replace("#95;", "_")
-        + "  n0 --> n1\n  n1 --> n2\n  n2 --> n3\n  n3 --> n4\n"
+        '  n4["comm_send<br/>send"]\n'
+        "  n0 --> n1\n  n1 --> n2\n  n2 --> n3\n  n3 --> n4\n"
     )
 
 
