@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from sageLLM.runtime.core.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
@@ -24,6 +26,54 @@ def expand(graph: ExecutionGraph, layout: ModelLayout, config: Any) -> Execution
     return _Expansion(graph, graph.stage, layout, config).run()
 
 
+class _Op(NamedTuple):
+    """A node of a pattern: its operands by the names they have there, its results without the layer's prefix."""
+
+    node: ExecutionNode
+    operands: list[str]
+    results: list[tuple[str, TensorRef]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """A block's body as one layer wrote it. Bodies use their layer in names alone, so it serves all layers."""
+
+    device_id: int
+    args: list[TensorRef]
+    ops: list[_Op]
+    results: tuple[TensorRef, ...]
+    shared: dict[str, TensorRef]
+    own_weights: list[tuple[str, TensorRef]]
+    own_inputs: list[tuple[str, TensorRef]]
+
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        args: list[TensorRef],
+        nodes: list[ExecutionNode],
+        results: tuple[TensorRef, ...],
+        graph: ExecutionGraph,
+    ) -> _Pattern:
+        """Sorts what the nodes read into this layer's own weights and caches, and what all layers share."""
+        prefix, folder = f"L{layer}.", f"layers.{layer}."
+        read = {ref.name: ref for node in nodes for ref in node.inputs}
+        own = {name: (name.removeprefix(folder), ref) for name, ref in read.items() if name.startswith(folder)}
+        ops = [
+            _Op(node, [r.name for r in node.inputs], [(r.name.removeprefix(prefix), r) for r in node.outputs])
+            for node in nodes
+        ]
+        return cls(
+            nodes[0].device_id,
+            args,
+            ops,
+            results,
+            {name: ref for name, ref in read.items() if name in graph.inputs and name not in own},
+            [named for name, named in own.items() if name in graph.weights],
+            [named for name, named in own.items() if name in graph.inputs],
+        )
+
+
 class _Expansion:
     """One pass over the block graph in order, writing the kernel graph."""
 
@@ -34,6 +84,7 @@ class _Expansion:
         self.made: dict[str, tuple[str, ...]] = {}  # block-level node -> the first kernel-level nodes made of it
         self.waiting: dict[str, list[ExecutionNode]] = {}  # call -> its nodes so far
         self.sizes = _call_sizes(graph)
+        self.patterns: dict[str, _Pattern] = {}
 
     def run(self) -> ExecutionGraph:
         for node in self.source.topological_sort():
@@ -59,9 +110,9 @@ class _Expansion:
 
     def _copy(self, node: ExecutionNode) -> None:
         """Takes over a node that is not a block: its values keep their names, its inputs follow the expansion."""
-        copied = node.copy()
-        copied.inputs = [self._current(ref) for ref in node.inputs]
-        copied.dependencies = self._control(node)
+        inputs = [self._current(ref) for ref in node.inputs]
+        copied = replace(node, inputs=inputs, outputs=list(node.outputs), dependencies=self._control(node))
+        copied.attrs, copied.metadata = node.attrs.copy(), deepcopy(node.metadata) if node.metadata else {}
         self.writer.graph.add_node(copied)
         self.made[node.node_id] = (copied.node_id,)
 
@@ -72,18 +123,51 @@ class _Expansion:
         layer = first.layer_id
         assert layer is not None, f"block node {first.node_id} belongs to no layer"
         args = [self._current(ref) for ref in first.inputs if not self._is_cache_value(ref)]
-        graph = self.writer.graph
-        count = len(graph.nodes)
-        self.writer.device_id, self.writer.stream_id = first.device_id, first.stream_id
-        with self.writer.layer(layer), self.writer.block_scope(block.name, last.node_id):
-            results = block.body(self.writer, self.config, self.stage, layer, *args)
-        self.writer.device_id, self.writer.stream_id = 0, 0
-        made = list(islice(reversed(graph.nodes.values()), len(graph.nodes) - count))[::-1]
-        self._finish_call(block, members, made)
+        pattern = self.patterns.get(block.name)
+        if pattern is None or pattern.device_id != first.device_id:
+            made, results = self._write_body(block, first, layer, args)
+            self.patterns[block.name] = _Pattern.of(layer, args, made, results, self.writer.graph)
+        else:
+            made, results = self._repeat(pattern, first, layer, args)
+        self._finish_call(members, made)
         outputs = last.outputs if len(members) > 1 else first.outputs
         self.written |= {ref.name: result for ref, result in zip(outputs, results, strict=False)}
 
-    def _finish_call(self, block: Block, members: list[ExecutionNode], made: list[ExecutionNode]) -> None:
+    def _write_body(
+        self, block: Block, node: ExecutionNode, layer: int, args: list[TensorRef]
+    ) -> tuple[list[ExecutionNode], tuple[TensorRef, ...]]:
+        graph = self.writer.graph
+        count = len(graph.nodes)
+        self.writer.device_id, self.writer.stream_id = node.device_id, node.stream_id
+        with self.writer.layer(layer), self.writer.block_scope(block.name, node.node_id):
+            results = block.body(self.writer, self.config, self.stage, layer, *args)
+        self.writer.device_id, self.writer.stream_id = 0, 0
+        return list(islice(reversed(graph.nodes.values()), len(graph.nodes) - count))[::-1], results
+
+    def _repeat(
+        self, pattern: _Pattern, block_node: ExecutionNode, layer: int, args: list[TensorRef]
+    ) -> tuple[list[ExecutionNode], tuple[TensorRef, ...]]:
+        """The pattern's nodes for another layer, which have other names and nothing else."""
+        writer, device, stream, block = self.writer, block_node.device_id, block_node.stream_id, block_node.block
+        refs = {**pattern.shared, **{old.name: new for old, new in zip(pattern.args, args, strict=True)}}
+        for name, ref in pattern.own_weights:
+            refs[ref.name] = writer.weight(f"layers.{layer}.{name}", ref.dtype, *ref.shape)
+        for name, ref in pattern.own_inputs:
+            refs[ref.name] = writer.input(f"layers.{layer}.{name}", ref.dtype, *ref.shape)
+        made: list[ExecutionNode] = []
+        prefix = f"L{layer}."
+        for old, operands, results in pattern.ops:
+            outputs = [TensorRef(prefix + name, ref.shape, ref.dtype, device) for name, ref in results]
+            for (_, ref), output in zip(results, outputs, strict=True):
+                refs[ref.name] = output
+            inputs = [refs[name] for name in operands]
+            node = type(old)(outputs[0].name, old.op_type, inputs, outputs, set(), device, stream)
+            node.layer_id, node.block, node.attrs, node.metadata = layer, block, old.attrs.copy(), old.metadata.copy()
+            writer.graph.add_node(node)
+            made.append(node)
+        return made, tuple(refs[ref.name] for ref in pattern.results)
+
+    def _finish_call(self, members: list[ExecutionNode], made: list[ExecutionNode]) -> None:
         ids = tuple(node.node_id for node in members)
         control = set().union(*(self._control(node) for node in members))
         for node in made:
@@ -93,7 +177,7 @@ class _Expansion:
         self.made |= dict.fromkeys(ids, (made[-1].node_id,) if made else ())
 
     def _block(self, node: ExecutionNode) -> Block:
-        if node.block not in self.layout.blocks:
+        if node.block is None or node.block not in self.layout.blocks:
             raise ValueError(f"{node.node_id}: layout '{self.layout.name}' has no block '{node.block}'")
         return self.layout.blocks[node.block]
 
@@ -104,6 +188,8 @@ class _Expansion:
 
     def _control(self, node: ExecutionNode) -> set[str]:
         """What the node waits for besides the writers of its inputs, in terms of kernel-level nodes."""
+        if not node.dependencies:
+            return set()
         data = {writer.node_id for ref in node.inputs if (writer := self.source.producer(ref)) is not None}
         loads = {d for d in data if self.source.nodes[d].op_type.is_kv}
         return {new for d in (node.dependencies - data) | loads for new in self.made.get(d, ())}
