@@ -11,8 +11,8 @@ from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.graph import Stage as Stage
-from sageLLM.runtime.core.ir import OpNode, OpTypeBase, TensorRef
-from sageLLM.runtime.core.types import TensorType
+from sageLLM.runtime.core.ir import AttrValue, OpNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.types import DTYPES, TensorType
 from sageLLM.runtime.core.writer import GraphWriter
 
 T, B, Td, Tp, PG, BS, KV, KVd = dims("T B Td Tp PG BS KV KVd")
@@ -187,8 +187,8 @@ class _KvCall:
             self.block.name, kind, self.args, (*results, "kv_new"), types, metadata=self.call
         )
         about = {"op": "kv_store", "tier": "device", **self.call}
-        sources = [kv_new, *self.caches]
-        self.g.call_block(self.block.name, self.kv.store, sources, (), (), node_id="kv_store", metadata=about)
+        sources, moved = [kv_new, *self.caches], self._moved(rows)
+        self.g.call_block(self.block.name, self.kv.store, sources, (), (), moved, node_id="kv_store", metadata=about)
         return tuple(outputs)
 
     def decode(self, results: Mapping[str, int], rows: Dim, keys: Dim) -> tuple[TensorRef, ...]:
@@ -196,13 +196,24 @@ class _KvCall:
         about = {"op": "kv_load", "tier": "device", **self.call}
         kv_type = TensorType(self.g.dtype, (keys, 2, self.c.Nkv, self.c.D))
         loaded = self.g.call_block(
-            self.block.name, self.kv.load, self.caches, ("kv",), (kv_type,), node_id="kv_load", metadata=about
+            self.block.name,
+            self.kv.load,
+            self.caches,
+            ("kv",),
+            (kv_type,),
+            self._moved(keys),
+            node_id="kv_load",
+            metadata=about,
         )
         types = [TensorType(self.g.dtype, (rows, width)) for width in results.values()]
         kind = self.block.op_type["decode"]
         return self.g.call_block(
             self.block.name, kind, (*self.args, *loaded), tuple(results), types, metadata=self.call
         )
+
+    def _moved(self, tokens: Dim) -> dict[str, AttrValue]:
+        """Bytes read and written when the keys and values of so many tokens move."""
+        return {"bytes": tokens * (4 * self.c.Nkv * self.c.D * DTYPES[self.g.dtype])}
 
     def hybrid(self, results: Mapping[str, int]) -> tuple[TensorRef, ...]:
         """Both nodes on the same rows, of which the decode node takes the first Td, and their results joined."""

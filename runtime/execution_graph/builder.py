@@ -1,0 +1,291 @@
+"""Builds block-level execution graphs: symbolic ones for the engine, and concrete ones for a given batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sageLLM.generated.builders import MODELS
+from sageLLM.generated.hardware import HARDWARE
+from sageLLM.generated.ops.op_types import OpType
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.cost import Hardware, annotate, estimate
+from sageLLM.runtime.core.dims import Dim
+from sageLLM.runtime.core.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir import ExecutionNode
+from sageLLM.runtime.core.layout import ModelLayout
+from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.execution_graph.stages import split_stages
+
+BLOCK_SIZE = 16  # token slots per KV block, for the sizes of concrete graphs
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a model, independent of its family."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    vocab_size: int
+    max_seq_len: int = 4096
+
+    def to_hf(self) -> dict[str, int]:
+        """The same sizes under the keys of a Hugging Face config.json."""
+        return {
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_seq_len,
+        }
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Over how many devices a model runs. Data parallelism copies the graph, so it does not show in it."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a parallel degree is at least 1")
+
+
+@dataclass
+class PrefillBatch:
+    """Prompts, or chunks of prompts, computed in one step; `total_tokens` is the sum of the lengths."""
+
+    request_ids: list[str]
+    input_lengths: list[int]
+    total_tokens: int
+
+
+@dataclass
+class DecodeBatch:
+    """Requests that get one token each; a context length counts the tokens in the cache, the new one included."""
+
+    request_ids: list[str]
+    context_lengths: list[int]
+    batch_size: int
+
+
+def build_block_graph(
+    layout: ModelLayout, config: Any, stage: Stage, parallel: ParallelConfig | None = None, dtype: str = "bf16"
+) -> ExecutionGraph:
+    """The block graph of one step with symbolic sizes (T, B, S...); `config` is the whole model's.
+
+    The graph's `model_config` is the config that it was written with: a rank's share, under tensor parallelism. Raises
+    ConfigError, a ValueError, if a degree does not divide the sizes.
+    """
+    parallel = parallel or ParallelConfig()
+    local = layout.shard_config(config, parallel.tensor_parallel_size)
+    writer = GraphWriter(f"{layout.name}_{stage}", level="block", stage=stage, dtype=dtype)
+    graph = writer.finish(layout.program(writer, local, stage))
+    graph.model_config = local
+    if parallel.pipeline_parallel_size == 1:
+        return graph
+    return split_stages(graph, parallel.pipeline_parallel_size)
+
+
+class ExecutionGraphBuilder:
+    """Builds concrete graphs for batches: bound shapes, estimated times and bytes, devices by pipeline stage.
+
+    `layout` is a layout or the name of a generated one; `hardware` defaults to the generated "cpu". Every method raises
+    ValueError for a batch or a degree that cannot be, with the place and the remedy.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        parallel_config: ParallelConfig | None = None,
+        *,
+        layout: str | ModelLayout = "llama",
+        hardware: Hardware | None = None,
+        dtype: str = "bf16",
+    ) -> None:
+        self.model_config = model_config
+        self.parallel_config = parallel_config or ParallelConfig()
+        self.layout = _known_layout(layout) if isinstance(layout, str) else layout
+        self.hardware = hardware or HARDWARE["cpu"]
+        self.dtype = dtype
+        self.config: Any = self.layout.read_config(HFConfig(model_config.to_hf(), "ModelConfig"))
+        self._symbolic: dict[Stage, ExecutionGraph] = {}
+
+    def build_prefill_graph(self, batch: PrefillBatch) -> ExecutionGraph:
+        """One step over whole prompts: writes all their KV, and samples each request's next token."""
+        self._check_prefill(batch)
+        sizes = self._sizes(prefill=batch)
+        return self._build("prefill", f"prefill_{batch.total_tokens}", sizes, {"prefill": sizes})
+
+    def build_decode_graph(self, batch: DecodeBatch) -> ExecutionGraph:
+        """One step of one token per request, each reading its own KV."""
+        self._check_decode(batch)
+        sizes = self._sizes(decode=batch)
+        return self._build("decode", f"decode_{batch.batch_size}", sizes, {"decode": sizes})
+
+    def build_hybrid_graph(self, prefill_batch: PrefillBatch, decode_batch: DecodeBatch) -> ExecutionGraph:
+        """One step of prompt chunks beside decodes; the decodes' rows come first."""
+        self._check_prefill(prefill_batch)
+        self._check_decode(decode_batch)
+        sizes = self._sizes(prefill_batch, decode_batch)
+        parts: dict[Stage, Mapping[str, Dim]] = {
+            "prefill": self._sizes(prefill=prefill_batch),
+            "decode": self._sizes(decode=decode_batch),
+            "hybrid": sizes,
+        }
+        name = f"hybrid_{prefill_batch.total_tokens}_{decode_batch.batch_size}"
+        return self._build("hybrid", name, sizes, parts)
+
+    def _build_attention_node(
+        self, layer_id: int, is_prefill: bool, batch_info: PrefillBatch | DecodeBatch
+    ) -> ExecutionNode:
+        """The attention node of a layer, as it stands in the graph of the batch."""
+        if is_prefill != isinstance(batch_info, PrefillBatch):
+            wanted = "a PrefillBatch" if is_prefill else "a DecodeBatch"
+            raise ValueError(f"is_prefill={is_prefill} goes with {wanted}, got a {type(batch_info).__name__}")
+        kind = OpType.PREFILL_ATTN if is_prefill else OpType.DECODE_ATTN
+        return self._node_of_layer(self._build_any(batch_info), layer_id, kind)
+
+    def _build_ffn_node(self, layer_id: int, batch_info: PrefillBatch | DecodeBatch) -> ExecutionNode:
+        """The feed-forward node of a layer, as it stands in the graph of the batch."""
+        return self._node_of_layer(self._build_any(batch_info), layer_id, OpType.FFN)
+
+    def _build_comm_node(self, layer_id: int, comm_type: OpType) -> ExecutionNode:
+        """The first node of a layer that communicates so, with symbolic sizes; ValueError if the layer has none."""
+        if not comm_type.is_comm:
+            raise ValueError(f"{comm_type.name} does not communicate; give one of the COMM_ op types")
+        return self._node_of_layer(self._symbolic_graph("prefill"), layer_id, comm_type).copy()
+
+    def _build_any(self, batch: PrefillBatch | DecodeBatch) -> ExecutionGraph:
+        if isinstance(batch, PrefillBatch):
+            return self.build_prefill_graph(batch)
+        return self.build_decode_graph(batch)
+
+    def _node_of_layer(self, graph: ExecutionGraph, layer_id: int, kind: OpType) -> ExecutionNode:
+        if not 0 <= layer_id < self.model_config.num_layers:
+            raise ValueError(f"layer_id={layer_id}: the model has layers 0 to {self.model_config.num_layers - 1}")
+        found = [node for node in graph.nodes.values() if node.layer_id == layer_id and node.op_type is kind]
+        if not found:
+            degrees = self.parallel_config
+            raise ValueError(
+                f"layer {layer_id} has no {kind.name} node with tensor_parallel_size={degrees.tensor_parallel_size} "
+                f"and pipeline_parallel_size={degrees.pipeline_parallel_size}"
+            )
+        return found[0]
+
+    def _symbolic_graph(self, stage: Stage) -> ExecutionGraph:
+        if stage not in self._symbolic:
+            self._symbolic[stage] = build_block_graph(self.layout, self.config, stage, self.parallel_config, self.dtype)
+        return self._symbolic[stage]
+
+    def _build(
+        self, stage: Stage, graph_id: str, sizes: Mapping[str, Dim], parts: Mapping[Stage, Mapping[str, Dim]]
+    ) -> ExecutionGraph:
+        symbolic = self._symbolic_graph(stage)
+        graph = replace(symbolic.bind(**sizes), graph_id=graph_id, model_config=self.model_config)
+        annotate(graph, self.hardware, sizes)
+        times: dict[tuple[str, Stage], float] = {}
+        for node in graph.nodes.values():
+            self._estimate_block(node, symbolic.model_config, stage, parts, times)
+        return graph
+
+    def _estimate_block(
+        self,
+        node: ExecutionNode,
+        config: Any,
+        stage: Stage,
+        parts: Mapping[Stage, Mapping[str, Dim]],
+        times: dict[tuple[str, Stage], float],
+    ) -> None:
+        """A block takes the time of its ops. Keys and values that are on the device need no load."""
+        if node.op_type is OpType.KV_LOAD and node.metadata.get("tier") == "device":
+            node.estimated_time_us = 0.0
+        if node.block is None or node.op_type not in self.layout.blocks[node.block].op_type.values():
+            return
+        phase = _phase_of(node, stage)
+        if (node.block, phase) not in times:
+            times[node.block, phase] = self._body_time(node.block, phase, config, parts[phase])
+        node.estimated_time_us = times[node.block, phase]
+
+    def _body_time(self, block: str, phase: Stage, config: Any, sizes: Mapping[str, Dim]) -> float:
+        """Microseconds of a block's own ops in one layer; in prefill the store of the KV is a node beside it."""
+        writer = GraphWriter(block, level="kernel", stage=phase, dtype=self.dtype)
+        self.layout.blocks[block].body(writer, config, phase, 0, *self._block_args(block, phase))
+        nodes = writer.graph.nodes.values()
+        apart = OpType.KV_STORE if phase == "prefill" else None
+        return sum(estimate(node, self.hardware, sizes).time_us for node in nodes if node.op_type is not apart)
+
+    def _block_args(self, block: str, phase: Stage) -> Sequence[Any]:
+        """What the block's first call reads besides loaded keys and values."""
+        graph = self._symbolic_graph(phase)
+        call = next(node for node in graph.nodes.values() if node.block == block and not node.op_type.is_kv)
+        loaded = {ref.name for node in graph.nodes.values() if node.op_type.is_kv for ref in node.outputs}
+        return [ref for ref in call.inputs if ref.name not in loaded]
+
+    def _sizes(self, prefill: PrefillBatch | None = None, decode: DecodeBatch | None = None) -> dict[str, Dim]:
+        """What the symbols of a step stand for. QK counts the pairs of a query and a key that it sees."""
+        prompts = prefill.input_lengths if prefill else []
+        contexts = decode.context_lengths if decode else []
+        lengths = [*contexts, *prompts]
+        blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+        num_decodes, num_prompt_tokens = len(contexts), sum(prompts)
+        return {
+            "T": num_decodes + num_prompt_tokens,
+            "Td": num_decodes,
+            "Tp": num_prompt_tokens,
+            "B": len(lengths),
+            "S": len(lengths),
+            "PG": sum(blocks),
+            "BS": BLOCK_SIZE,
+            "MB": max(blocks),
+            "P": self.model_config.max_seq_len,
+            "KV": sum(lengths),
+            "KVd": sum(contexts),
+            "QK": sum(contexts) + sum(length * (length + 1) // 2 for length in prompts),
+            "tp": self.parallel_config.tensor_parallel_size,
+            "pp": self.parallel_config.pipeline_parallel_size,
+        }
+
+    def _check_prefill(self, batch: PrefillBatch) -> None:
+        self._check_lengths("prefill", "input_lengths", batch.request_ids, batch.input_lengths)
+        if batch.total_tokens != sum(batch.input_lengths):
+            total = sum(batch.input_lengths)
+            raise ValueError(f"prefill batch: total_tokens is {batch.total_tokens}, but input_lengths sum to {total}")
+
+    def _check_decode(self, batch: DecodeBatch) -> None:
+        self._check_lengths("decode", "context_lengths", batch.request_ids, batch.context_lengths)
+        if batch.batch_size != len(batch.request_ids):
+            count = len(batch.request_ids)
+            raise ValueError(f"decode batch: batch_size is {batch.batch_size}, but there are {count} request_ids")
+
+    def _check_lengths(self, kind: str, field: str, ids: Sequence[str], lengths: Sequence[int]) -> None:
+        if not ids:
+            raise ValueError(f"{kind} batch: it is empty; give at least one request")
+        if len(ids) != len(lengths):
+            raise ValueError(f"{kind} batch: {len(ids)} request_ids and {len(lengths)} {field}; give one of each")
+        longest = self.model_config.max_seq_len
+        for i, length in enumerate(lengths):
+            if not 1 <= length <= longest:
+                raise ValueError(f"{kind} batch: {field}[{i}] is {length}; lengths are 1 to max_seq_len={longest}")
+
+
+def _phase_of(node: ExecutionNode, stage: Stage) -> Stage:
+    """For whose rows a block node works: in hybrid its attention nodes have their own, the others have all."""
+    if node.op_type is OpType.PREFILL_ATTN:
+        return "prefill"
+    return "decode" if node.op_type is OpType.DECODE_ATTN else stage
+
+
+def _known_layout(name: str) -> ModelLayout:
+    if name not in MODELS:
+        raise ValueError(f"no layout '{name}'; known are {', '.join(MODELS)}")
+    return MODELS[name]
