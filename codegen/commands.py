@@ -139,11 +139,11 @@ def new_entry(kind: str, name: str, specs: Path | None) -> int:
     """Writes the scaffold of an op, model or pass and says how to go on."""
     folder = specs or driver.BASE_SPECS
     try:
-        path = scaffold(kind, name, folder)
+        paths = scaffold(kind, name, folder)
     except (ValueError, OSError) as error:
         _log(str(error))
         return FAILED
-    print(path)
+    print(*paths, sep="\n")
     _log(
         "now edit it and run `make generate`"
         if specs is None

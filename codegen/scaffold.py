@@ -4,23 +4,30 @@ from pathlib import Path
 
 from sageLLM.codegen.render import Renderer, ident
 
-_FOLDERS = {"op": "ops", "model": "models", "pass": "passes"}
+_FILES = {
+    "op": {"ops": "op"},
+    "model": {"models": "model"},
+    "pass": {"passes": "pass", "ops": "pass_op"},
+}
+"""For each kind the folders that get a file, and the template of the file."""
 
 
-def scaffold(kind: str, name: str, specs: Path) -> Path:
-    """Writes `specs/ops/NAME.yaml` (or models, passes) and returns its path.
+def scaffold(kind: str, name: str, specs: Path) -> list[Path]:
+    """Writes `specs/ops/NAME.yaml` (or models, or passes with the op that the pass puts in) and returns the paths.
 
     Raises ValueError for a name that is not an identifier, FileExistsError rather than overwrite a file.
     """
     if ident(name) != name.lower():
         raise ValueError(f"{name!r} should be snake_case, as names of ops, models and passes are")
-    path = specs / _FOLDERS[kind] / f"{name}.yaml"
-    if path.exists():
-        raise FileExistsError(f"{path} is there already; choose another name, or edit it")
-    text = Renderer().render(f"scaffold/{kind}.yaml.jinja", name=name, schema=_schema_path(specs))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+    paths = {specs / folder / f"{name}.yaml": template for folder, template in _FILES[kind].items()}
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(f"{path} is there already; choose another name, or edit it")
+    for path, template in paths.items():
+        text = Renderer().render(f"scaffold/{template}.yaml.jinja", name=name, schema=_schema_path(specs))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return list(paths)
 
 
 def _schema_path(specs: Path) -> str | None:

