@@ -174,6 +174,72 @@ CODES: dict[str, CodeInfo] = {
         "not determined",
         "Dims and element types of outputs follow from inputs and attrs of type dim.",
     ),
+    # models
+    "SAGE201": CodeInfo(
+        "unusable base layout",
+        "`extends` names a layout that does not exist, or one that itself extends another. One level is allowed.",
+    ),
+    "SAGE202": CodeInfo(
+        "patch without its place",
+        "A patch's `before`, `after` or `replace` must begin exactly one inherited statement; spaces do not count.",
+    ),
+    "SAGE203": CodeInfo(
+        "incomplete layout",
+        "A layout needs a program and what it returns; a block needs args, a body, returns and an op type, and with "
+        "weights also `hf`.",
+    ),
+    "SAGE204": CodeInfo(
+        "unusable name",
+        "Names become Python names in generated code; keywords and names that mean something are taken.",
+    ),
+    "SAGE205": CodeInfo("unknown config name", "An expression may use names that stand before it under `config`."),
+    "SAGE206": CodeInfo(
+        "not a config expression",
+        "Config values, defaults and checks are plain values or expressions of config names, of the declared type.",
+    ),
+    "SAGE207": CodeInfo(
+        "missing config name", "The runtime reads H, L, Nq, Nkv, D, V and max_position of every layout."
+    ),
+    "SAGE210": CodeInfo("unknown size", "Shapes are made of integer config names; `tp.divides` names such sizes."),
+    "SAGE211": CodeInfo("source does not fill", "The checkpoint tensors of a weight must fill its shape exactly."),
+    "SAGE212": CodeInfo(
+        "not a tensor name", "Tensor names hold letters, digits, `.`, `_`, `-`, and `{i}` for the number of the layer."
+    ),
+    "SAGE213": CodeInfo(
+        "broken tie", "A tied weight names one other weight of the same shape that is not tied itself."
+    ),
+    "SAGE214": CodeInfo("not a condition", "`when` names a boolean of the config."),
+    "SAGE215": CodeInfo("unused weight", "A weight that no statement reads would be loaded for nothing."),
+    "SAGE220": CodeInfo("not a statement", "A statement is `names = op(values, attr=...)`; loops are `repeat: L`."),
+    "SAGE221": CodeInfo("unknown op", "A statement calls an op of specs/ops, a block, or in a block `attend`."),
+    "SAGE222": CodeInfo("wrong count", "The call has too few or too many values or results."),
+    "SAGE223": CodeInfo(
+        "unbound name", "A value is a weight, an argument, an earlier result, or from specs/inputs.yaml."
+    ),
+    "SAGE224": CodeInfo(
+        "operand does not fit", "The value's element type or sizes are not those that the op declares."
+    ),
+    "SAGE225": CodeInfo(
+        "attr does not fit", "The op has no such attr, needs one that is not given, or has another type."
+    ),
+    "SAGE226": CodeInfo("absent value", "A weight with `when` may be absent, so only an optional operand can take it."),
+    "SAGE227": CodeInfo("loop does not close", "A carried value has the same type before and after each turn."),
+    "SAGE228": CodeInfo("wrong result", "A result is made by a statement; a block's has one row per token."),
+    "SAGE229": CodeInfo("phase not mapped", "Every phase (prefill, decode, hybrid) needs an op that serves it."),
+    "SAGE230": CodeInfo("unknown op type", "A block's op type is a member of specs/op_types.yaml."),
+    "SAGE231": CodeInfo("architecture read twice", "One layout reads the checkpoints of an architecture."),
+    "SAGE232": CodeInfo("block called twice", "A block has one set of weights per layer, so a layer calls it once."),
+    "SAGE240": CodeInfo(
+        "sharding does not fit",
+        "A weight's `tp` must divide the dim that `tp.divides` makes local, and say what completes the result.",
+    ),
+    "SAGE241": CodeInfo(
+        "unfinished sum",
+        "A rank's part of a sum over ranks is completed where the program calls the block, not before.",
+    ),
+    "SAGE242": CodeInfo("bias added per rank", "A bias of a sum over ranks is kept on the first rank only."),
+    "SAGE243": CodeInfo("communication in a layout", "Where ranks talk follows from the weights' `tp`."),
+    "SAGE250": CodeInfo("unusable rope key", "The rope section names keys of config.json."),
     # the generator itself
     "SAGE501": CodeInfo("not written", "The generated files could not be written; the tree was left as it was."),
     "SAGE502": CodeInfo("no specs", "A spec folder holds no .yaml file, or does not exist."),

@@ -381,7 +381,15 @@ class ModelLinker:
                 )
         body.values = before | {name: body.values[name] for name in spec.carry if name in body.values}
         calls = tuple(s for s in linked if isinstance(s, OpCall | BlockCall))
+        self._check_called_once(calls, item)
         return Repeat(spec.repeat, spec.index, tuple(spec.carry), calls)
+
+    def _check_called_once(self, calls: Iterable[OpCall | BlockCall], item: FlatRepeat) -> None:
+        names = [call.block for call in calls if isinstance(call, BlockCall)]
+        for name in dict.fromkeys(names):
+            if names.count(name) > 1:
+                message = f"block '{name}' is called {names.count(name)} times in a layer"
+                self.sink.error("SAGE232", message, item.place.span("do"), "give the second call a block of its own")
 
     def _check_closes(
         self, name: str, before: Mapping[str, Value], body: BodyLinker, place: Placed[RepeatSpec], i: int
