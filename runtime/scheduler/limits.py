@@ -1,23 +1,20 @@
 """How long a sequence may be, who can therefore never run, and how much room a request reserves."""
 
-from dataclasses import dataclass
-
 from sageLLM.runtime.scheduler.base import Request
 
 
-@dataclass(frozen=True, slots=True)
 class SequenceLimits:
-    """Bounds on prompt + output, in tokens: the model's and the KV pool's; None is no bound."""
+    """Bounds on prompt + output, in tokens: the model's and the KV pool's; None is no bound.
 
-    max_model_len: int | None
-    max_kv_tokens: int | None
-    block_size: int
+    `max_seq_len` is the tighter of the two.
+    """
 
-    @property
-    def max_seq_len(self) -> int | None:
-        """The tighter bound."""
-        bounds = [bound for bound in (self.max_model_len, self.max_kv_tokens) if bound is not None]
-        return min(bounds, default=None)
+    def __init__(self, max_model_len: int | None, max_kv_tokens: int | None, block_size: int) -> None:
+        self.max_model_len = max_model_len
+        self.max_kv_tokens = max_kv_tokens
+        self.block_size = block_size
+        bounds = [bound for bound in (max_model_len, max_kv_tokens) if bound is not None]
+        self.max_seq_len: int | None = min(bounds, default=None)
 
     def why_too_long(self, request: Request) -> str | None:
         """The reason why the request can never yield a token, or None: the bounds must hold its tokens and one more."""
@@ -38,9 +35,10 @@ class SequenceLimits:
 
     def is_full(self, request: Request) -> bool:
         """Whether the request has all the output it asked for, or is as long as a sequence may be."""
-        if len(request.output_token_ids) >= request.max_new_tokens:
+        num_output_tokens = len(request.output_token_ids)
+        if num_output_tokens >= request.max_new_tokens:
             return True
-        return self.max_seq_len is not None and request.total_tokens >= self.max_seq_len
+        return self.max_seq_len is not None and len(request.prompt_token_ids) + num_output_tokens >= self.max_seq_len
 
     def num_tokens_reserved(self, request: Request, can_preempt: bool) -> int:
         """Tokens to reserve on admission: those known and the next one, or, without preemption, all there may be.

@@ -294,8 +294,9 @@ class PDScheduler(BaseScheduler):
         elif decodes:
             self._num_consecutive_decodes += 1
         self._decode.end_turn(decodes)
+        is_full = self.limits.is_full
         chunks = [*_chunks(output.prefill_batch), *decodes]
-        return [chunk.request for chunk in chunks if chunk.is_last and self.limits.is_full(chunk.request)]
+        return [chunk.request for chunk in chunks if chunk.is_last and is_full(chunk.request)]
 
     def _commit_prefill(self, chunk: Chunk, now: float) -> None:
         request = chunk.request
