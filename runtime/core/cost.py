@@ -77,7 +77,7 @@ def estimate(
     if `metadata["tier"]` is not "device". Raises IRError naming the sizes that are missing.
     """
     env = env or {}
-    if isinstance(node, OpNode) and "view" in node.tags:
+    if isinstance(node, OpNode) and node.is_view:
         return Cost(0, 0, 0.0)
     flops, num_bytes = (_number(node, work, env) for work in _work(node, env, memo))
     if node.op_type.is_comm:

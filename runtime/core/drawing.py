@@ -1,20 +1,41 @@
 """A layered drawing of a few nodes: who stands in which row and column, and the SVG that shows it.
 
 Rows are by longest path from the top; within a row nodes stand by the mean column of what they depend on (the
-barycentre method of Sugiyama, Tagawa and Toda, IEEE Transactions on Systems, Man, and Cybernetics 11(2), 1981).
+barycentre method of Sugiyama, Tagawa and Toda, IEEE Transactions on Systems, Man, and Cybernetics 11(2), 1981). An
+edge over several rows has a slot of its own in each, so that it passes beside the boxes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from typing import TypeAlias
 
 from sageLLM.runtime.core.ir import ExecutionNode
 
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 176, 40, 20, 30, 12
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 190, 40, 20, 30, 12
+SLOT_WIDTH = 6  # of a passing edge
 MAX_TEXT = 24
 
-Place = tuple[float, float]  # the upper left corner of a box, in pixels
+Slot: TypeAlias = tuple[str, int]  # a node id and a row: the node's box, or in a later row the passage of its edges
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Rows by node id, and the middle of every slot across, in pixels from the left."""
+
+    row: Mapping[str, int]
+    middle: Mapping[Slot, float]
+
+    def corner(self, node_id: str) -> tuple[float, float]:
+        """The upper left corner of a node's box."""
+        row = self.row[node_id]
+        return self.middle[node_id, row] - BOX_WIDTH / 2, top_of(row)
+
+
+def top_of(row: int) -> float:
+    return MARGIN + row * (BOX_HEIGHT + GAP_Y)
 
 
 def category(node: ExecutionNode) -> str:
@@ -38,41 +59,56 @@ def draw(nodes: Sequence[ExecutionNode], index: Mapping[str, int]) -> str:
 
     A node that waits for nodes outside has a stub at its top; one that nodes outside wait for is told by the page.
     """
-    places = layout(nodes)
-    width = max(x for x, _ in places.values()) + BOX_WIDTH + MARGIN
-    height = max(y for _, y in places.values()) + BOX_HEIGHT + MARGIN
-    edges = [_edge(places[d], places[n.node_id]) for n in nodes for d in sorted(n.dependencies) if d in places]
-    stubs = [_stub(places[n.node_id]) for n in nodes if not n.dependencies <= places.keys()]
-    boxes = [_box(node, places[node.node_id], index[node.node_id]) for node in nodes]
+    plan = layout(nodes)
+    width = max(plan.middle.values()) + BOX_WIDTH / 2 + MARGIN
+    height = top_of(max(plan.row.values())) + BOX_HEIGHT + MARGIN
+    edges = [_edge(plan, d, n.node_id) for n in nodes for d in sorted(n.dependencies) if d in plan.row]
+    stubs = [_stub(plan.corner(n.node_id)) for n in nodes if not n.dependencies <= plan.row.keys()]
+    boxes = [_box(node, plan.corner(node.node_id), index[node.node_id]) for node in nodes]
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     return f"<svg {size}>{''.join(edges)}{''.join(stubs)}{''.join(boxes)}</svg>"
 
 
-def layout(nodes: Sequence[ExecutionNode]) -> dict[str, Place]:
+def layout(nodes: Sequence[ExecutionNode]) -> Layout:
     """Where each node stands; nodes come in topological order, and dependencies outside do not count."""
     row: dict[str, int] = {}
+    above: dict[Slot, list[Slot]] = {}
+    rows: list[list[Slot]] = []
     for node in nodes:
-        row[node.node_id] = 1 + max((row[d] for d in node.dependencies if d in row), default=-1)
-    by_id = {node.node_id: node for node in nodes}
-    column: dict[str, float] = {}
-    for number in sorted(set(row.values())):
-        members = [node_id for node_id, r in row.items() if r == number]
-        members.sort(key=lambda node_id: _barycentre(by_id[node_id], column))
-        for i, node_id in enumerate(members):
-            column[node_id] = i - (len(members) - 1) / 2
-    left = min(column.values(), default=0.0)
-    return {
-        node_id: (MARGIN + (column[node_id] - left) * (BOX_WIDTH + GAP_X), MARGIN + row[node_id] * (BOX_HEIGHT + GAP_Y))
-        for node_id in row
-    }
+        here = row[node.node_id] = 1 + max((row[d] for d in node.dependencies if d in row), default=-1)
+        rows += [[] for _ in range(len(rows), here + 1)]
+        rows[here].append((node.node_id, here))
+    for node in nodes:
+        here = row[node.node_id]
+        inside = sorted(d for d in node.dependencies if d in row)
+        above[node.node_id, here] = [(d, here - 1) for d in inside]
+        for slot in [(d, r) for d in inside for r in range(row[d] + 1, here)]:
+            if slot not in above:
+                above[slot] = [(slot[0], slot[1] - 1)]
+                rows[slot[1]].append(slot)
+    middle: dict[Slot, float] = {}
+    for slots in rows:
+        _arrange(slots, row, above, middle)
+    shift = MARGIN + BOX_WIDTH / 2 - min(middle.values(), default=0.0)
+    return Layout(row, {slot: x + shift for slot, x in middle.items()})
 
 
-def _barycentre(node: ExecutionNode, column: Mapping[str, float]) -> float:
-    above = [column[d] for d in node.dependencies if d in column]
-    return sum(above) / len(above) if above else 0.0
+def _arrange(
+    slots: list[Slot], row: Mapping[str, int], above: Mapping[Slot, list[Slot]], middle: dict[Slot, float]
+) -> None:
+    """Put the slots of one row side by side around 0, in the order of the means of what stands above them."""
+
+    def barycentre(slot: Slot) -> float:
+        return sum(middle[s] for s in above[slot]) / len(above[slot]) if above[slot] else 0.0
+
+    widths = {slot: BOX_WIDTH if row[slot[0]] == slot[1] else SLOT_WIDTH for slot in slots}
+    x = -(sum(widths.values()) + GAP_X * (len(slots) - 1)) / 2
+    for slot in sorted(slots, key=barycentre):
+        middle[slot] = x + widths[slot] / 2
+        x += widths[slot] + GAP_X
 
 
-def _box(node: ExecutionNode, place: Place, index: int) -> str:
+def _box(node: ExecutionNode, place: tuple[float, float], index: int) -> str:
     x, y = place
     name = node.node_id.removeprefix(f"L{node.layer_id}.")
     return (
@@ -89,15 +125,21 @@ def _hover(node: ExecutionNode) -> str:
     return f"{node.node_id} ({node.op_type.name})\n{outputs}\n{node.estimated_time_us:.1f} us"
 
 
-def _edge(start: Place, end: Place) -> str:
-    x1, y1 = start[0] + BOX_WIDTH / 2, start[1] + BOX_HEIGHT
-    x2, y2 = end[0] + BOX_WIDTH / 2, end[1]
-    middle = (y1 + y2) / 2
-    curve = f"{x1:.0f} {middle:.0f} {x2:.0f} {middle:.0f} {x2:.0f} {y2:.0f}"
-    return f'<path class="edge" d="M{x1:.0f} {y1:.0f}C{curve}"/>'
+def _edge(plan: Layout, start: str, end: str) -> str:
+    """A curve from box to box, straight beside the boxes that it passes."""
+    x, y = plan.middle[start, plan.row[start]], top_of(plan.row[start]) + BOX_HEIGHT
+    path = f"M{x:.0f} {y:.0f}"
+    for row in range(plan.row[start] + 1, plan.row[end] + 1):
+        x_next = plan.middle[end if row == plan.row[end] else start, row]
+        y_next = top_of(row)
+        bend = (y + y_next) / 2
+        path += f"C{x:.0f} {bend:.0f} {x_next:.0f} {bend:.0f} {x_next:.0f} {y_next:.0f}"
+        x, y = x_next, y_next + BOX_HEIGHT
+        path += f"V{y:.0f}" if row < plan.row[end] else ""
+    return f'<path class="edge" d="{path}"/>'
 
 
-def _stub(place: Place) -> str:
+def _stub(place: tuple[float, float]) -> str:
     x, y = place[0] + BOX_WIDTH / 2, place[1]
     return f'<path class="edge stub" d="M{x:.0f} {y - 9:.0f}V{y:.0f}"/>'
 

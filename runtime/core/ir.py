@@ -250,6 +250,11 @@ class OpNode(ExecutionNode):
         return full
 
     @property
+    def is_view(self) -> bool:
+        """Whether the outputs are parts or other shapes of the first input's memory: no work, no new bytes."""
+        return "view" in self.tags or self.kind.name == "VIEW"
+
+    @property
     def operands(self) -> tuple[str, ...]:
         """The names of the operands present, in the order of `inputs`."""
         listed = self.metadata.get("operands")

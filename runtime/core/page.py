@@ -75,7 +75,7 @@ def _summary(graph: ExecutionGraph) -> str:
 
 def _section(name: str, nodes: Sequence[ExecutionNode], index: Mapping[str, int], *, is_open: bool) -> str:
     time_us = sum(node.estimated_time_us for node in nodes)
-    facts = f"{len(nodes)} nodes" + (f", {time_us:,.1f} us" if time_us else "")
+    facts = ("1 node" if len(nodes) == 1 else f"{len(nodes)} nodes") + (f", {time_us:,.1f} us" if time_us else "")
     opened = " open" if is_open else ""
     return (
         f"<details{opened}><summary><b>{escape(name)}</b> <span>{facts}</span></summary>"

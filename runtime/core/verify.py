@@ -172,7 +172,7 @@ def _same_memory(graph: ExecutionGraph, name: str) -> list[str]:
 
 
 def _is_view(node: ExecutionNode) -> bool:
-    return isinstance(node, OpNode) and "view" in node.tags
+    return isinstance(node, OpNode) and node.is_view
 
 
 def _ancestors(graph: ExecutionGraph, bit: Mapping[str, int]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What leaves the library for documents, programs and browsers: complete, and inert whatever the names hold."""
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -8,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from sageLLM.runtime.core.dims import dims
+from sageLLM.runtime.core.drawing import BOX_WIDTH, category, draw, layout
 from sageLLM.runtime.core.errors import IRError, ParseError
 from sageLLM.runtime.core.export import from_json, to_dot, to_html, to_json, to_mermaid
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+from sageLLM.runtime.core.page import CATEGORIES
 from sageLLM.runtime.core.writer import GraphWriter
 
 (T,) = dims("T")
@@ -146,3 +149,31 @@ def test_json_is_for_other_programs(graph: ExecutionGraph) -> None:
     assert data["nodes"][0]["outputs"] == [{"name": "L0.y", "dtype": "f32", "shape": ["T", 64], "device_id": 0}]
     assert data["nodes"][0]["op"] == "linear"
     assert data["decode_nodes"] == ["L0.y"]
+
+
+def test_a_drawing_keeps_boxes_apart_and_edges_beside_them(lib: SimpleNamespace) -> None:
+    """a -> b -> c -> d with a shortcut a -> d, which passes b and c."""
+    chain = [
+        ExecutionNode(n, lib.OpType.FFN, [], [], set(before))
+        for n, before in zip("abcd", ("", "a", "b", "ca"), strict=True)
+    ]
+    plan = layout(chain)
+    assert plan.row == {"a": 0, "b": 1, "c": 2, "d": 3}
+    for node_id, row in (("b", 1), ("c", 2)):
+        left, _ = plan.corner(node_id)
+        assert not left <= plan.middle["a", row] <= left + BOX_WIDTH
+    assert draw(chain, {n: i for i, n in enumerate("abcd")}).count('class="edge"') == 4
+
+
+def test_a_row_holds_boxes_side_by_side(lib: SimpleNamespace) -> None:
+    nodes = [ExecutionNode(str(i), lib.OpType.FFN, [], [], {"0"} if i else set()) for i in range(5)]
+    plan = layout(nodes)
+    lefts = sorted(plan.corner(str(i))[0] for i in range(1, 5))
+    assert all(b - a >= BOX_WIDTH for a, b in itertools.pairwise(lefts))
+    assert min(lefts) >= 0
+
+
+def test_every_op_type_has_a_colour(lib: SimpleNamespace) -> None:
+    colours = {kind.name: category(ExecutionNode("a", kind, [], [])) for kind in lib.OpType}
+    assert set(colours.values()) <= CATEGORIES.keys()
+    assert (colours["DECODE_ATTN"], colours["COMM_SEND"], colours["KV_LOAD"]) == ("attn", "comm", "kv")
