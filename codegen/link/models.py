@@ -33,6 +33,7 @@ from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.schema.models import ModelFile, RepeatSpec, WeightSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
+_ATTEND = re.compile(r"[^=]*=\s*attend\s*\(")
 _FUNCTIONS = frozenset({"program", "weights", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"})
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
 _IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
@@ -86,9 +87,9 @@ class ModelLinker:
     sink: Sink
 
     def link(self) -> ModelDef | None:
-        steps = self.raw.dims.keys() - self.flat.config.keys()
         taken = {name for name in self.raw.dims if name in {"T", "B", "S", "PG", "BS", "MB", "P", "R", "KV"}}
         config = link_config(self.flat, self._size_names(), taken, self.sink)
+        steps = [name for name in self.raw.dims if name not in config]
         divides = self._divides(config)
         rope = self._rope(config)
         inputs = self._inputs(config, steps)
@@ -238,15 +239,16 @@ class ModelLinker:
         self._check_value_names({**block.args, **block.weights})
         args = self._args(block, around.config, steps)
         values = {w: Value(weight.type, weight) for w, weight in weights.items()}
-        values |= {arg: Value(type_) for arg, type_ in args.items()}
+        values |= {arg: Value(args.get(arg)) for arg in block.args}
         values |= {w: Value(None) for w in block.weights if w not in weights}
         body = BodyLinker(around, values, is_block=True)
         linked = [body.link(place) for place in block.body]
         statements = tuple(s for s in linked if isinstance(s, OpCall | Attend))
         results = self._results(name, block, body)
-        self._check_used(name, block.weights, weights, body)
-        op_types = self._op_types(name, block, any(isinstance(s, Attend) for s in statements))
-        if len(self.sink.diagnostics) > before:
+        if None not in linked:
+            self._check_used(name, block.weights, weights, body)
+        op_types = self._op_types(name, block, any(_ATTEND.match(place.value) for place in block.body))
+        if len(self.sink.diagnostics) > before or None in linked:
             return None
         return BlockDef(
             name=name,
@@ -339,19 +341,23 @@ class ModelLinker:
             self.sink.error("SAGE203", f"the layout has no `{section}`", self.flat.span, f"add `{section}`")
             return []
         self._check_value_names(self.flat.weights)
-        values = {name: Value(weight.type, weight) for name, weight in own.items() if not weight.is_per_layer}
+        values = {name: Value(None) for name in self.flat.weights if name not in own}
+        values |= {name: Value(weight.type, weight) for name, weight in own.items() if not weight.is_per_layer}
         body = BodyLinker(around, values, is_block=False)
         per_layer = {name: weight for name, weight in own.items() if weight.is_per_layer}
         program: list[OpCall | BlockCall | Repeat] = []
+        has_failed = False
         for item in self.flat.program:
             linked = self._repeat(item, body, per_layer, own) if isinstance(item, FlatRepeat) else body.link(item)
+            has_failed = has_failed or linked is None
             if linked is not None and not isinstance(linked, Attend):
                 program.append(linked)
         for place in self.flat.returns:
             if place.value not in body.values or place.value not in body.assigned:
                 near = did_you_mean(place.value, body.assigned)
                 self.sink.error("SAGE228", f"'{place.value}' is no result of a statement", place.span(), near)
-        self._check_used(None, self.flat.weights, own, body)
+        if not has_failed:
+            self._check_used(None, self.flat.weights, own, body)
         return program
 
     def _repeat(
@@ -382,6 +388,8 @@ class ModelLinker:
         body.values = before | {name: body.values[name] for name in spec.carry if name in body.values}
         calls = tuple(s for s in linked if isinstance(s, OpCall | BlockCall))
         self._check_called_once(calls, item)
+        if None in linked:
+            return None
         return Repeat(spec.repeat, spec.index, tuple(spec.carry), calls)
 
     def _check_called_once(self, calls: Iterable[OpCall | BlockCall], item: FlatRepeat) -> None:

@@ -36,16 +36,16 @@ def capped_attention(
     if L == 0:
         return torch.zeros_like(q)
     f32 = wide(q)
-    blocks = block_table[:, : -(-L // BS)].clamp(min=0)
-    k = k_cache[blocks].reshape(B, -1, Nkv, D)[:, :L]
-    v = v_cache[blocks].reshape(B, -1, Nkv, D)[:, :L]
+    blocks = block_table[:, : -(-L // BS)].clamp(min=0).flatten()
+    k = k_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
+    v = v_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
+    for b, length in enumerate(seq_lens.tolist()):
+        v[b, length:] = 0  # what unused slots hold may be NaN, and 0 * NaN is NaN
+    rows, k, v = q.reshape(B, Nkv, Nq // Nkv, D).to(f32), k.to(f32).transpose(1, 2), v.to(f32).transpose(1, 2)
     n = torch.arange(L, device=q.device)
     m = seq_lens.view(B, 1, 1, 1) - 1
-    is_filled = n < seq_lens.view(B, 1)
-    v[~is_filled] = 0  # what unused slots hold may be NaN, and 0 * NaN is NaN
-    score = q.reshape(B, Nkv, Nq // Nkv, D).to(f32) @ k.to(f32).permute(0, 2, 3, 1) * scale
+    mask = (n <= m) & ((n <= m) & (n > m - window if window is not None else True))
+    score = rows @ k.transpose(2, 3) * scale
     score = cap * torch.tanh(score / cap)
-    mask = is_filled.view(B, 1, 1, L) & ((n <= m) & (n > m - window if window is not None else True))
-    prob = score.masked_fill(~mask, -math.inf).softmax(-1)
-    out = (prob @ v.to(f32).transpose(1, 2)).masked_fill(~mask.any(-1, keepdim=True), 0)
-    return out.reshape(B, Nq, D).to(q.dtype)
+    out = score.masked_fill(~mask, -math.inf).softmax(-1) @ v
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0).reshape(B, Nq, D).to(q.dtype)
