@@ -238,7 +238,8 @@ class BodyLinker:
     def _type_of_name(self, name: str) -> ValueType | None:
         if name in self.values:
             return self.values[name].type
-        return self.around.inputs[name].type
+        found = self.around.inputs.get(name)
+        return found.type if found else None
 
     def _with_reduction(self, text: Text, linked: OpCall, call: ast.Call) -> OpCall:
         """Notes what completes the result when its weights are divided; refuses what could not be completed."""
@@ -304,6 +305,10 @@ class BodyLinker:
         store_op = self.around.ops.get("kv_store")
         if store_op is None or set(self.around.attend) != set(PHASES):
             raise Refused  # reported with the phases
+        for name in (*_CACHES, "slots"):
+            if name not in self.around.inputs:
+                message = f"attend reads '{name}', which specs/inputs.yaml does not declare"
+                raise text.refuse("SAGE222", message, call, "declare it there")
         names = [self._argument(text, node, store_op.inputs[0]) for node in call.args]
         store_args: list[str | None] = [names[1], names[2], *_CACHES, "slots"]
         store_types = self._infer(text, store_op, store_args, {}, call, lambda type_: type_)
