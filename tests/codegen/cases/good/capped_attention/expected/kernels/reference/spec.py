@@ -40,7 +40,9 @@ def capped_attention(
     k = k_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
     v = v_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
     for b, length in enumerate(seq_lens.tolist()):
-        v[b, length:] = 0  # what unused slots hold may be NaN, and 0 * NaN is NaN
+        k[b, length:] = v[b, length:] = (
+            0  # unused slots may hold NaN, which no mask stops: NaN - inf and 0 * NaN are NaN
+        )
     rows, k, v = q.reshape(B, Nkv, Nq // Nkv, D).to(f32), k.to(f32).transpose(1, 2), v.to(f32).transpose(1, 2)
     n = torch.arange(L, device=q.device)
     m = seq_lens.view(B, 1, 1, 1) - 1
