@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from sageLLM.runtime.core.errors import IRError, TypeMismatch
 from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
 from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.verify import same_memory
 
 MAX_ROUNDS = 8
 """Rounds over the graph. Rules are checked to shrink it, so a fixpoint is reached long before."""
@@ -111,13 +112,14 @@ class RuleStats:
 
 @dataclass(slots=True)
 class PassReport:
-    """What a pass did to one graph."""
+    """What a pass did to one graph. `facts` are its own figures, such as microseconds or bytes before and after."""
 
     name: str
     nodes_before: int
     nodes_after: int = 0
     seconds: float = 0.0
     rules: dict[str, RuleStats] = field(default_factory=dict)
+    facts: dict[str, int | float | str] = field(default_factory=dict)
 
     @property
     def fired(self) -> int:
@@ -125,18 +127,16 @@ class PassReport:
 
     def __str__(self) -> str:
         head = f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes in {1e3 * self.seconds:.1f} ms"
-        return "; ".join([head, *(f"{rule} {stats}" for rule, stats in self.rules.items())])
+        facts = [
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.facts.items()
+        ]
+        return "; ".join([head, *(f"{rule} {stats}" for rule, stats in self.rules.items()), *facts])
 
 
-class RewritePass(OptimizationPass):
-    """A pass of rewrite rules. Generated subclasses only declare; the work is here.
-
-    `expect` gives, per model name (or `*`), how often the rules fire in all, as a function of the model's config.
-    """
+class DeclaredPass(OptimizationPass):
+    """A pass that a spec declares. Generated subclasses hold the declaration, the engine classes above them the work."""
 
     pass_name: ClassVar[str]
-    rules: ClassVar[tuple[Rule, ...]] = ()
-    expect: ClassVar[Mapping[str, Callable[[Any], int]]] = {}
 
     def __init__(self) -> None:
         self.report = PassReport(self.pass_name, 0)
@@ -146,17 +146,43 @@ class RewritePass(OptimizationPass):
         return self.pass_name
 
     def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
-        """A rewritten copy; `report` tells what was done."""
+        """A transformed copy; `report` tells what was done."""
         start = time.perf_counter()
         result = graph.copy()
-        self.report = PassReport(
-            self.pass_name, len(graph.nodes), rules={rule.name: RuleStats() for rule in self.rules}
-        )
+        self.report = PassReport(self.pass_name, len(graph.nodes))
         if graph.stage is None or graph.stage in self.phases:
-            self._run_to_fixpoint(result)
+            self.run(result)
         self.report.nodes_after = len(result.nodes)
         self.report.seconds = time.perf_counter() - start
         return result
+
+    @abstractmethod
+    def run(self, graph: ExecutionGraph) -> None:
+        """Transforms the graph in place and fills in the report."""
+
+
+class RewritePass(DeclaredPass):
+    """A pass of rewrite rules.
+
+    `expect` gives, per model name (or `*`), how often the rules fire in all, as a function of the model's config.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    expect: ClassVar[Mapping[str, Callable[[Any], int]]] = {}
+
+    def run(self, graph: ExecutionGraph) -> None:
+        self.report.rules = {rule.name: RuleStats() for rule in self.rules}
+        self._run_to_fixpoint(graph)
+
+    def why_not_expected(self, model: str, config: Any) -> str | None:
+        """How the last run differs from what the spec expects of the model, with the near misses; None if it does not."""
+        count = self.expect.get(model, self.expect.get("*"))
+        if count is None or count(config) == self.report.fired:
+            return None
+        lines = [f"{self.name} fired {self.report.fired} times on {model}, expected {count(config)}"]
+        for rule, stats in self.report.rules.items():
+            lines += [f"  {rule}: {times} times: {reason}" for reason, times in stats.near_misses.most_common()]
+        return "\n".join(lines)
 
     def _run_to_fixpoint(self, graph: ExecutionGraph) -> None:
         rules = sorted(self.rules, key=lambda rule: -rule.benefit)
@@ -218,7 +244,41 @@ def _why_not_replaceable(graph: ExecutionGraph, rewrite: Rewrite, position: Mapp
             others = [user.node_id for user in graph.users(ref) if user.node_id not in matched]
             if ref.name not in kept and (others or ref.name in returned):
                 return f"{ref.name} is also read by {others[0] if others else 'the caller'}"
-    return _why_no_place(graph, rewrite, matched, position)
+    return _why_no_place(graph, rewrite, matched, position) or _why_not_overwritable(graph, rewrite, matched, position)
+
+
+def _why_not_overwritable(
+    graph: ExecutionGraph, rewrite: Rewrite, matched: set[str], position: Mapping[str, int]
+) -> str | None:
+    """Whether a new op that works in place would destroy what is wanted afterwards."""
+    returned = {ref.name for ref in graph.outputs}
+    for call in rewrite.calls:
+        for operand in call.op.inplace.values():
+            ref = call.inputs.get(operand)
+            for name in same_memory(graph, ref.name) if ref is not None else ():
+                if name in graph.weights or name in returned:
+                    return f"{call.op.op} overwrites {name}, which is {'a weight' if name in graph.weights else 'returned'}"
+                for reader in graph.users(name):
+                    if reader.node_id not in matched and not _runs_before(graph, reader, matched, position):
+                        return f"{call.op.op} overwrites {name}, which {reader.node_id} may read later"
+    return None
+
+
+def _runs_before(graph: ExecutionGraph, node: ExecutionNode, matched: set[str], position: Mapping[str, int]) -> bool:
+    """Whether a matched node waits for the node, or the node is a view, which reads nothing itself."""
+    if isinstance(node, OpNode) and "view" in node.tags:
+        return True
+    first = position.get(node.node_id, 0)
+    pending = [d for node_id in matched for d in graph.nodes[node_id].dependencies if d not in matched]
+    seen: set[str] = set()
+    while pending:
+        node_id = pending.pop()
+        if node_id == node.node_id:
+            return True
+        if node_id not in seen and position.get(node_id, first) > first:
+            seen.add(node_id)
+            pending += graph.nodes[node_id].dependencies
+    return False
 
 
 def _why_no_place(

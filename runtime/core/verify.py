@@ -153,10 +153,10 @@ def _overwritten(graph: ExecutionGraph, node: OpNode) -> Iterator[str]:
     """The names of all values that share memory with an operand that the node writes over."""
     for operand in node.inplace.values():
         if (ref := node.optional_input(operand)) is not None:
-            yield from _same_memory(graph, ref.name)
+            yield from same_memory(graph, ref.name)
 
 
-def _same_memory(graph: ExecutionGraph, name: str) -> list[str]:
+def same_memory(graph: ExecutionGraph, name: str) -> list[str]:
     """A value, the values it is a view of, and the views of it. Views beside it hold other elements, by convention."""
     found = [name]
     source = graph.producer(name)
