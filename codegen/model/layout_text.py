@@ -1,0 +1,71 @@
+"""Shows a linked layout as text: what is left once `extends`, patches and derived facts are worked in."""
+
+from collections.abc import Iterator
+
+from sageLLM.codegen.model.layout import Attend, BlockCall, BlockDef, ModelDef, OpCall, Repeat, WeightDef
+
+
+def layout_text(model: ModelDef) -> str:
+    """The complete layout, a line for every fact; stable, made for snapshots and reviews."""
+    return "\n".join(_lines(model)) + "\n"
+
+
+def _lines(model: ModelDef) -> Iterator[str]:
+    yield f"model {model.name}: {', '.join(model.architectures)}"
+    for name in model.config.values():
+        source = " or ".join(name.keys) or "constant"
+        default = f" = {name.default}" if name.default is not None else ""
+        yield f"config {name.name}: {name.type}{'?' if name.is_optional else ''} from {source}{default}"
+    yield from (f"check {check.text}" for check in model.checks)
+    if model.rope:
+        yield f"rope dim={model.rope.dim} scaling={', '.join(model.rope.allow)}"
+    yield f"divided {', '.join(model.divides) or 'nothing'}"
+    yield from (_weight(weight) for weight in model.weights)
+    for block in model.blocks.values():
+        yield from _block(block)
+    yield "program"
+    for item in model.program:
+        if isinstance(item, Repeat):
+            yield f"  for {item.index} < {item.count} carrying {', '.join(item.carry)}"
+            yield from (f"    {_call(call)}" for call in item.body)
+        else:
+            yield f"  {_call(item)}"
+    yield f"  return {', '.join(model.returns)}"
+
+
+def _block(block: BlockDef) -> Iterator[str]:
+    args = ", ".join(f"{name}: {type_}" for name, type_ in block.args.items())
+    kinds = ", ".join(f"{phase}={kind}" for phase, kind in block.op_types.items())
+    yield f"block {block.name}({args}) {kinds}"
+    yield from (f"  {_weight(weight)}" for weight in block.weights)
+    for statement in block.body:
+        if isinstance(statement, Attend):
+            yield f"  {_call(statement.store)}"
+            yield from (f"  {phase}: {_call(call)}" for phase, call in statement.by_phase.items())
+        else:
+            yield f"  {_call(statement)}"
+    results = zip(block.returns, block.result_types, block.partial, strict=True)
+    shown = [f"{name}: {type_}{' partial' if is_partial else ''}" for name, type_, is_partial in results]
+    yield f"  return {', '.join(shown)}"
+
+
+def _weight(weight: WeightDef) -> str:
+    parts = " + ".join(f"{part.hf}:{part.size}" for part in weight.parts)
+    shard = weight.shard
+    facts = [
+        f"over {weight.over[0]} < {weight.over[1]}" if weight.over else "",
+        "transposed" if weight.is_transposed else "",
+        f"{shard.kind} of dim {shard.dim}{f' then {shard.then}' if shard.then else ''}" if shard else "",
+        f"tied to {weight.tied_to} when {weight.tied_when}" if weight.tied_to else "",
+        f"when {weight.when}" if weight.when else "",
+    ]
+    return "; ".join([f"weight {weight.name}: {weight.type} <- {parts}", *filter(None, facts)])
+
+
+def _call(call: OpCall | BlockCall) -> str:
+    types = ", ".join(f"{name}: {type_}" for name, type_ in zip(call.targets, call.types, strict=True))
+    if isinstance(call, BlockCall):
+        reduced = f"; all_reduce {', '.join(call.reduced)}" if call.reduced else ""
+        return f"{types} = {call.block}({', '.join(call.args)}){reduced}"
+    args = [*(name or "-" for name in call.args), *(f"{name}={text}" for name, text in call.attrs)]
+    return f"{types} = {call.op.name}({', '.join(args)}){f'; {call.reduce}' if call.reduce else ''}"

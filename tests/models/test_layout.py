@@ -1,0 +1,315 @@
+"""Layouts: what configs read and refuse, how weights map to checkpoints, and the graphs of tiny models."""
+
+import json
+import time
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from syrupy.assertion import SnapshotAssertion
+
+from sageLLM.codegen import driver
+from sageLLM.codegen.model.layout_text import layout_text
+from sageLLM.generated.builders import MODELS
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.layout import ModelLayout, Part, Shard, Stage, WeightSpec, check_checkpoint
+from sageLLM.runtime.core.text import to_text
+from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
+from sageLLM.runtime.execution_graph.expand import expand
+
+LLAMA, QWEN3 = MODELS["llama"], MODELS["qwen3"]
+STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
+LLAMA_3_1_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+
+
+def read(layout: ModelLayout, **changes: Any) -> Any:
+    return layout.read_config(HFConfig({**layout.tiny, **changes}, "config.json"))
+
+
+def checkpoint(layout: ModelLayout, config: Any) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes as the layout wants them."""
+    return {part.name: w.part_shape(part) for w in layout.weights(config) for part in w.parts if w.tied_to is None}
+
+
+# configs
+
+
+def test_llama_3_1_8b_has_291_tensors_and_8_030_261_248_parameters() -> None:
+    config = LLAMA.read_config(HFConfig(LLAMA_3_1_8B))
+    weights = list(LLAMA.weights(config))
+    shapes = checkpoint(LLAMA, config)
+    assert len(shapes) == 291
+    assert sum(prod(shape) for shape in shapes.values()) == 8_030_261_248
+    assert sum(weight.num_elements for weight in weights) == 8_030_261_248
+    assert shapes["model.layers.31.self_attn.k_proj.weight"] == (1024, 4096)
+    assert config.rope.base == 500000.0
+    assert config.rope.scaling["rope_type"] == "llama3"
+
+
+def test_qwen3_0_6b_has_heads_wider_than_the_hidden_size_and_norms_on_them() -> None:
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+    more = {"intermediate_size": 3072, "vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": True}
+    config = QWEN3.read_config(HFConfig({**sizes, **more}))
+    shapes = checkpoint(QWEN3, config)
+    assert len(shapes) == 310
+    assert sum(prod(shape) for shape in shapes.values()) == 596_049_920
+    assert shapes["model.layers.0.self_attn.q_norm.weight"] == (128,)
+    assert shapes["model.layers.0.self_attn.o_proj.weight"] == (1024, 2048)
+
+
+def test_defaults_follow_from_earlier_names_and_null_counts_as_absent() -> None:
+    config = LLAMA.read_config(HFConfig({k: v for k, v in LLAMA.tiny.items() if k != "num_key_value_heads"}))
+    assert (config.Nkv, config.D, config.window) == (4, 16, None)
+    assert read(LLAMA, head_dim=None, sliding_window=None).D == 16
+    assert read(LLAMA, head_dim=8, sliding_window=32).window == 32
+
+
+def test_rope_is_found_in_both_forms() -> None:
+    new = read(LLAMA, rope_parameters={"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0})
+    old = read(LLAMA, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
+    assert new.rope.base == old.rope.base == 5e5
+    assert new.rope.scaling["rope_type"] == old.rope.scaling["rope_type"] == "linear"
+    assert read(LLAMA, rope_parameters={"rope_theta": 1e4, "rope_type": "default"}).rope.scaling is None
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"num_key_value_heads": 3},
+        "config.json: needs num_attention_heads % num_key_value_heads == 0, but num_attention_heads is 4, "
+        "num_key_value_heads is 3",
+    ),
+    ({"head_dim": 5}, "config.json: needs head_dim % 2 == 0, but head_dim is 5"),
+    ({"hidden_act": "gelu"}, "config.json: needs hidden_act == 'silu', but hidden_act is 'gelu'"),
+    ({"hidden_size": None}, "config.json: the key 'hidden_size' is missing, want an integer"),
+    ({"hidden_size": "64"}, "config.json: 'hidden_size' wants an integer, got '64'"),
+    ({"hidden_size": True}, "config.json: 'hidden_size' wants an integer, got true"),
+    ({"num_hidden_layers": -1}, "config.json: 'num_hidden_layers' wants a size of 1 to 2147483647, got -1"),
+    ({"rms_norm_eps": float("nan")}, "config.json: 'rms_norm_eps' wants a finite number, got nan"),
+    ({"tie_word_embeddings": 1}, "config.json: 'tie_word_embeddings' wants true or false, got 1"),
+    ({"rope_scaling": [1]}, "config.json: 'rope_scaling' wants an object, got a list"),
+    (
+        {"rope_scaling": {"type": "su", "factor": 2.0}},
+        "config.json: rope scaling 'su' is not supported; known are default, linear, dynamic, yarn, llama3, longrope",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_a_config_that_cannot_be_is_refused_by_its_keys(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(LLAMA, **changes)
+    assert str(caught.value) == message
+
+
+def test_qwen3_refuses_a_sliding_window() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(QWEN3, use_sliding_window=True)
+    assert str(caught.value) == "config.json: needs not use_sliding_window, but use_sliding_window is true"
+
+
+def test_config_reader_takes_lists_texts_and_optional_numbers() -> None:
+    hf = HFConfig({"a": [1], "b": "x", "c": {"d": 2.5}}, "x.json")
+    assert (hf.list("a"), hf.str("b"), hf.opt_float("c.d"), hf.opt_float("c.e")) == ([1], "x", 2.5, None)
+    assert (hf.int("n", "m", default=3), hf.float("f", default=1), hf.list("z"), hf.mapping("z")) == (3, 1, None, None)
+    for wrong, message in [
+        (lambda: hf.list("b"), "x.json: 'b' wants a list, got 'x'"),
+        (lambda: hf.int("c.d"), "x.json: 'c.d' wants an integer, got 2.5"),
+        (lambda: hf.int("n", "m"), "x.json: the key 'n' is missing, want an integer (also looked for m)"),
+        (lambda: hf.bool("c"), "x.json: 'c' wants true or false, got an object"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            wrong()
+        assert str(caught.value) == message
+
+
+# tensor parallelism
+
+
+def test_a_rank_gets_its_share_of_heads_and_feed_forward() -> None:
+    share = LLAMA.shard_config(read(LLAMA), 2)
+    assert (share.Nq, share.Nkv, share.I, share.H, share.V, share.tp) == (2, 1, 48, 64, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("tp", "changes", "message"),
+    [
+        (4, {}, "tensor_parallel_size=4 does not divide num_key_value_heads=2; use a divisor of 2"),
+        (2, {"vocab_size": 129}, "tensor_parallel_size=2 does not divide vocab_size=129; use a divisor of 129"),
+    ],
+)
+def test_a_degree_that_does_not_divide_is_refused(tp: int, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLAMA.shard_config(read(LLAMA, **changes), tp)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("layout", MODELS.values(), ids=str)
+def test_sharded_weights_are_what_the_graph_of_a_rank_declares(layout: ModelLayout) -> None:
+    config = read(layout, attention_bias=True)
+    local = expand_block(layout, config, "decode", ParallelConfig(tensor_parallel_size=2)).weights
+    for weight in layout.weights(config):
+        shape = list(weight.shape)
+        if weight.shard is not None and weight.shard.kind != "first":
+            shape[weight.shard.dim] //= 2
+        assert local[weight.name].shape == tuple(shape)
+
+
+def test_every_result_that_is_partial_is_reduced_once() -> None:
+    graph = build_block_graph(LLAMA, read(LLAMA), "prefill", ParallelConfig(tensor_parallel_size=2))
+    reduced = [node.inputs[0].name for node in graph.nodes.values() if node.op == "all_reduce"]
+    assert reduced == ["x", "L0.a", "L0.f", "L1.a", "L1.f"]
+    assert [node.inputs[0].name for node in graph.nodes.values() if node.op == "all_gather"] == ["logits"]
+
+
+# checkpoints
+
+
+def test_a_matching_checkpoint_has_no_problems_with_or_without_a_tied_head() -> None:
+    tied = read(LLAMA, tie_word_embeddings=True)
+    shapes = checkpoint(LLAMA, tied)
+    assert "lm_head.weight" not in shapes
+    assert check_checkpoint(LLAMA, tied, shapes) == []
+    assert check_checkpoint(LLAMA, tied, {**shapes, "lm_head.weight": (128, 64)}) == []
+    assert check_checkpoint(LLAMA, read(LLAMA), checkpoint(LLAMA, read(LLAMA))) == []
+
+
+def test_every_problem_of_a_checkpoint_is_reported_at_once() -> None:
+    config = read(LLAMA)
+    shapes = checkpoint(LLAMA, config)
+    del shapes["model.layers.1.self_attn.k_proj.weight"]
+    shapes["model.norm.weight"] = (65,)
+    shapes["model.layers.0.self_attn.q_proj.bias"] = (64,)
+    shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (8,)
+    assert check_checkpoint(LLAMA, config, shapes) == [
+        "missing tensor 'model.layers.1.self_attn.k_proj.weight' [32, 64], which fills layers.1.attention.wqkv",
+        "tensor 'model.norm.weight' is [65], want [64] for norm",
+        "tensor 'model.layers.0.self_attn.q_proj.bias' [64] is read by nothing in the layout",
+    ]
+
+
+def test_part_shapes_of_concatenated_transposed_and_stacked_weights() -> None:
+    a, b = Part("a", 2), Part("b", 4)
+    assert WeightSpec("w", (3, 6), (a, b), dim=1).part_shape(b) == (3, 4)
+    assert WeightSpec("w", (3, 6), (Part("a", 3),), transpose=True).part_shape(Part("a", 3)) == (6, 3)
+    assert WeightSpec("w", (3, 6), (Part("a", 1),), stack=True, shard=Shard(1)).part_shape(Part("a", 1)) == (6,)
+
+
+def test_tensors_are_those_of_transformers(make_checkpoint: Callable[..., Any]) -> None:
+    """The names and shapes that transformers writes are the ones that the layouts read."""
+    for family, layout, extra in (("Llama", LLAMA, {"attention_bias": True}), ("Qwen3", QWEN3, {"head_dim": 24})):
+        folder = make_checkpoint(family, **extra)
+        data = json.loads((folder / "config.json").read_text())
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+        assert check_checkpoint(layout, layout.read_config(HFConfig(data)), shapes) == []
+
+
+# graphs
+
+
+def expand_block(layout: ModelLayout, config: Any, stage: Stage, parallel: ParallelConfig) -> ExecutionGraph:
+    graph = build_block_graph(layout, config, stage, parallel, dtype="f32")
+    graph.verify()
+    expanded = expand(graph, layout, graph.model_config)
+    expanded.verify()
+    return expanded
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_flattened_layout(name: str, snapshot: SnapshotAssertion) -> None:
+    assert layout_text(driver.load_and_link().models[name]) == snapshot
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_block_and_kernel_graph(name: str, stage: Stage, snapshot: SnapshotAssertion) -> None:
+    config = read(MODELS[name], num_hidden_layers=1)
+    graph = build_block_graph(MODELS[name], config, stage, dtype="f32")
+    assert to_text(graph) == snapshot(name="block")
+    assert to_text(expand(graph, MODELS[name], graph.model_config)) == snapshot(name="kernel")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", MODELS.values(), ids=lambda layout: layout.name)
+def test_graphs_keep_the_rules_at_both_levels(layout: ModelLayout, stage: Stage, tp: int, pp: int) -> None:
+    config = read(layout, attention_bias=True, mlp_bias=True)
+    graph = build_block_graph(layout, config, stage, ParallelConfig(tp, pp))
+    graph.verify()
+    expanded = expand(graph, layout, graph.model_config)
+    expanded.verify()
+    assert not [node for node in expanded.nodes.values() if node.block and not node.origins]
+    assert {node.layer_id for node in expanded.nodes.values()} == {None, *range(config.L)}
+    assert [ref.dtype for ref in expanded.outputs] == ["f32", "i64"]
+
+
+def test_expansion_gives_each_layer_what_its_body_writes() -> None:
+    """Later layers are stamped from the first; they must be what the body itself would have written."""
+    graph = build_block_graph(QWEN3, read(QWEN3), "prefill", dtype="f32")
+    nodes = expand(graph, QWEN3, graph.model_config).nodes.values()
+    shown = {
+        i: [(n.op, n.attrs, [r.name.replace(f"L{i}.", "L.").replace(f"layers.{i}.", "layers.") for r in n.inputs])
+            for n in nodes if n.layer_id == i and n.block]
+        for i in (0, 1)
+    }  # fmt: skip
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 13
+
+
+def test_expand_keeps_order_and_loads_that_passes_gave() -> None:
+    graph = build_block_graph(LLAMA, read(LLAMA), "decode", dtype="f32")
+    load = graph.nodes["L1.kv_load"]
+    load.metadata["tier"] = "host"
+    load.stream_id = 2
+    graph.add_edge("L0.n", "L1.kv_load")
+    graph.nodes["L1.f"].stream_id = 1
+    expanded = expand(graph, LLAMA, graph.model_config)
+    assert "L0.kv_load" not in expanded.nodes
+    assert expanded.nodes["L1.kv_load"].dependencies == {"L0.n"}
+    assert "L1.kv_load" in expanded.nodes["L1.attention.qkv"].dependencies
+    assert {n.stream_id for n in expanded.nodes.values() if n.layer_id == 1 and n.block == "ffn"} == {1}
+
+
+def test_expand_refuses_a_kernel_graph() -> None:
+    graph = build_block_graph(LLAMA, read(LLAMA), "decode")
+    kernels = expand(graph, LLAMA, graph.model_config)
+    with pytest.raises(ValueError, match=r"graph 'llama_decode' is not a block-level graph with a stage"):
+        expand(kernels, LLAMA, graph.model_config)
+    with pytest.raises(ValueError, match=r"L0\.a: layout 'llama' has no block 'mixer'"):
+        graph.nodes["L0.a"].block = "mixer"
+        expand(graph, LLAMA, graph.model_config)
+
+
+def test_eighty_layers_are_built_and_expanded_in_a_blink() -> None:
+    """Aim: 40 ms on an idle core. The bound is loose, since test machines are shared."""
+    config = read(LLAMA, num_hidden_layers=80)
+    times: list[float] = []
+    for _ in range(5):
+        start = time.perf_counter()
+        graph = build_block_graph(LLAMA, config, "decode")
+        expanded = expand(graph, LLAMA, graph.model_config)
+        times.append(time.perf_counter() - start)
+    assert (len(graph.nodes), len(expanded.nodes)) == (565, 1205)
+    assert min(times) < 0.2
