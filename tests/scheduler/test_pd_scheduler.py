@@ -268,16 +268,74 @@ def test_a_preempted_request_keeps_its_rank_and_emits_nothing_twice(fake_engine)
 
 
 def test_a_victim_in_the_plan_gives_its_blocks_back(fake_engine) -> None:
-    """The low-priority request decodes first and takes the last block; the other one, which ranks higher, takes it."""
-    engine = make(fake_engine, num_blocks=5)
-    low = engine.add("low", 7, num_outputs=20, priority=1)
+    """Both need a block in one step: `low` is first to take the last one, `high` takes it over."""
+    engine = make(fake_engine, num_blocks=7, max_consecutive_decodes=1)
+    low = engine.add("low", 7, num_outputs=15, priority=1)
     engine.step()
-    high = engine.add("high", 7, num_outputs=20, priority=0)
+    high = engine.add("high", 8, num_outputs=15, priority=0)
     while not engine.scheduler.preempted_requests:
+        low_blocks = list(low.kv_block_ids)
         out = engine.step()
     assert out.preempted_requests == [low]
     assert [c.request for c in out.decode_batch.chunks] == [high]
-    assert "low" not in out.kv_blocks_to_allocate
+    assert out.kv_blocks_to_allocate.keys() == {"high"}
+    assert out.kv_blocks_to_free == low_blocks  # without the block that it held only while the step was planned
+    engine.run_to_end()
+
+
+def test_a_preempting_step_admits_nobody(fake_engine) -> None:
+    engine = make(fake_engine, "hybrid", num_blocks=6)
+    engine.add("first", 7, num_outputs=9)
+    engine.add("second", 14, num_outputs=9)
+    engine.step()
+    small = engine.add("small", 2, priority=-1)
+    engine.scheduler.max_batch_size = 2  # no seat until the victim leaves
+    while not engine.scheduler.preempted_requests:
+        out = engine.step()
+    assert out.preempted_requests == [engine.requests["second"]]
+    assert small.status is RequestStatus.WAITING
+    engine.step()
+    assert small.status is not RequestStatus.WAITING
+
+
+def test_a_preempted_request_does_not_come_back_to_fall_again(fake_engine) -> None:
+    """`brief` ends as `victim` falls, which leaves just the room that `victim` needs and none for `first` to grow."""
+    engine = make(fake_engine, num_blocks=5)
+    engine.add("first", 7, num_outputs=9)
+    engine.add("brief", 2, num_outputs=3)
+    victim = engine.add("victim", 5, num_outputs=9)
+    engine.run_to_end()
+    assert victim.num_preemptions == 1
+    assert victim.output_token_ids == engine.expected_output(victim)
+
+
+def test_a_decode_sits_out_rather_than_fall_for_a_copy_of_lower_rank(fake_engine) -> None:
+    engine = make(fake_engine, "strict", num_blocks=4)
+    first = engine.add("first", 3, num_outputs=9)
+    engine.step()
+    engine.add("copied", 11, num_outputs=2)
+    engine.step()
+    out = engine.plan()
+    assert [copy.request_id for copy in out.kv_migrations] == ["copied"]
+    engine.commit(out, engine.run(out), pending=["copied"])
+    out = engine.step()
+    assert out.is_empty
+    assert (first.status, first.num_preemptions) == (RequestStatus.DECODING, 0)
+    engine.scheduler.confirm_migrations(["copied"])
+    assert engine.step().preempted_requests == [engine.requests["copied"]]
+    engine.run_to_end()
+    assert engine.ends == {"first": 1, "copied": 1}
+
+
+def test_a_rolled_back_admission_that_migrates_next_announces_only_its_new_home(fake_engine) -> None:
+    engine = make(fake_engine, "strict", num_blocks=8)
+    engine.add("other", 4)
+    engine.add("a", 6)
+    engine.run(engine.plan())
+    engine.scheduler.prefill_to_decode(["a"])
+    out = engine.plan()
+    (copy,) = out.kv_migrations
+    assert out.kv_blocks_to_allocate["a"] == copy.target_blocks
 
 
 def test_a_lower_priority_value_goes_first(fake_engine) -> None:

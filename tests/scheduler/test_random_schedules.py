@@ -47,7 +47,7 @@ class Watch:
         self.outputs: dict[str, list[int]] = {}
         self.copied: set[str] = set()
 
-    def check_plan(self, out) -> None:
+    def check_plan(self, out, running_before: set[str]) -> None:
         prefill = out.prefill_batch.chunks if out.prefill_batch else []
         decode = out.decode_batch.chunks if out.decode_batch else []
         ids = [c.request.request_id for c in [*prefill, *decode]]
@@ -55,6 +55,8 @@ class Watch:
         assert not {r.request_id for r in out.preempted_requests} & set(ids), "a victim is still in the plan"
         assert all(c.request.status is RequestStatus.PREFILLING for c in prefill)
         assert all(c.request.status is RequestStatus.DECODING and c.num_tokens == 1 for c in decode)
+        newcomers = set(self.engine.scheduler.running_requests) - running_before
+        assert not (newcomers and out.preempted_requests), "a preempting step admits"
         self.check_budgets(prefill, decode)
         for request in out.preempted_requests:
             self.copied.discard(request.request_id)
@@ -148,14 +150,16 @@ def play(engine, arrivals, failing_steps, copy_delay: int) -> None:
         is_live = bool(scheduler.running_requests or len(scheduler.waiting_queue))
         if step > 12 and not is_live and not copies:
             break
+        running_before = set(scheduler.running_requests)
         out = engine.plan()
         if step in failing_steps:
             scheduler.rollback_step()
             scheduler.check_integrity()
             engine.steps.pop()
             watch.copied -= {request.request_id for request in out.preempted_requests}
+            running_before = set(scheduler.running_requests)
             out = engine.plan()
-        watch.check_plan(out)
+        watch.check_plan(out, running_before)
         for request_id in aborts.get(step, ()):  # while the step is in flight
             if scheduler.abort_request(request_id):
                 aborted.add(request_id)
