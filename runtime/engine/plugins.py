@@ -40,7 +40,15 @@ def load_registry(plugins: Iterable[str | Path] = ()) -> Registry:
 
     Raises FileNotFoundError for a folder that was not generated, ValueError for a name that is taken.
     """
-    packages = [BASE, *(_import_folder(Path(plugin)) for plugin in plugins)]
+    return _registry([BASE, *(_import_folder(Path(plugin)) for plugin in plugins)])
+
+
+def load_tree(folder: Path) -> Registry:
+    """The entries of a generated tree alone, which stands for the package's own, as when two of them are compared."""
+    return _registry([_import_folder(folder)])
+
+
+def _registry(packages: list[str]) -> Registry:
     return Registry(
         ops=_merge(packages, "ops", "OPS"),
         kernels=_merge(packages, "kernels.reference", "KERNELS"),

@@ -1,0 +1,86 @@
+"""Counts what a step of each model costs (nodes, kernels, flops, bytes), so that a spec change's effect can be read.
+
+The graphs are those of the layouts' tiny configs, bound to one small step, so the figures are exact and comparable.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.dims import Dim
+from sageLLM.runtime.core.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir import OpNode
+from sageLLM.runtime.core.layout import ModelLayout
+from sageLLM.runtime.engine.plugins import Registry
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+
+STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
+STEP: Mapping[str, int] = {
+    "T": 64, "B": 4, "S": 4, "Td": 3, "Tp": 61, "PG": 32, "BS": 16, "MB": 8, "P": 128,
+    "KV": 256, "KVd": 192, "QK": 1024,
+}  # fmt: skip
+"""One step of 64 tokens in 4 sequences; in decode one token of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """One graph in numbers: block-level nodes, kernels (views are none), operations, bytes moved."""
+
+    nodes: int
+    kernels: int
+    flops: int
+    bytes: int
+
+
+def summarise(registry: Registry) -> dict[str, dict[str, StageSummary]]:
+    """By model and stage."""
+    return {name: _of_model(layout, registry) for name, layout in registry.models.items()}
+
+
+def _of_model(layout: ModelLayout, registry: Registry) -> dict[str, StageSummary]:
+    config = layout.read_config(HFConfig(layout.tiny, f"{layout.name}: tests.tiny"))
+    pipeline = Pipeline(layout, config, registry, dtype="f32")
+    return {stage: _of_stage(pipeline, stage, config) for stage in STAGES}
+
+
+def _of_stage(pipeline: Pipeline, stage: Stage, config: Any) -> StageSummary:
+    graph = pipeline.kernel_graph(stage)
+    step = {**STEP, "V": config.V, **({"T": STEP["B"]} if stage == "decode" else {})}
+    kernels = [node for node in graph.nodes.values() if isinstance(node, OpNode) and not node.is_view]
+    return StageSummary(
+        nodes=len(pipeline.block_graph(stage).nodes),
+        kernels=len(kernels),
+        flops=_total([node.flops(step) for node in kernels], graph),
+        bytes=_total([node.bytes_moved(step) for node in kernels], graph),
+    )
+
+
+def _total(amounts: list[Dim], graph: ExecutionGraph) -> int:
+    total = 0
+    for amount in amounts:
+        assert isinstance(amount, int), f"{graph.graph_id}: the step gives no number for {amount}"
+        total += amount
+    return total
+
+
+def diff_lines(
+    old: Mapping[str, Mapping[str, StageSummary]], new: Mapping[str, Mapping[str, StageSummary]]
+) -> list[str]:
+    """A line per model and stage that changed, with the old and new figures; models that came or went by name."""
+    lines = [f"model {name}: new" for name in new if name not in old]
+    lines += [f"model {name}: gone" for name in old if name not in new]
+    for name in (name for name in new if name in old):
+        for stage, after in new[name].items():
+            if (before := old[name][stage]) != after:
+                lines.append(f"model {name}, {stage}: {_changes(before, after)}")
+    return lines
+
+
+def _changes(before: StageSummary, after: StageSummary) -> str:
+    words = []
+    for what in ("nodes", "kernels", "flops", "bytes"):
+        a, b = getattr(before, what), getattr(after, what)
+        if a != b:
+            words.append(f"{what} {a:,} -> {b:,}" + (f" ({(b - a) / a:+.1%})" if a else ""))
+    return ", ".join(words)
