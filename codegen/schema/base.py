@@ -86,15 +86,16 @@ def _data_path(loc: tuple[int | str, ...], doc: Document) -> YamlPath:
     value: Any = doc.data
     path: list[str | int] = []
     for i, step in enumerate(loc):
-        if isinstance(value, dict) and step in value:
-            path.append(step)
-            value = value[step]
-        elif isinstance(value, list) and isinstance(step, int):
+        if _has(value, step):
             path.append(step)
             value = value[step]
         elif i == len(loc) - 1 and isinstance(step, str) and isinstance(value, dict):
             path.append(step)
     return tuple(path)
+
+
+def _has(value: Any, step: int | str) -> bool:
+    return (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int))
 
 
 def _fields_at(schema: type[Strict], path: YamlPath) -> list[str]:

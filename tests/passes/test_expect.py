@@ -62,8 +62,7 @@ def run(graph: ExecutionGraph, pipeline: Pipeline) -> torch.Tensor:
             values[name] = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
     values |= step_of(graph.stage or "prefill")
     bound = {name: values[name] for name in graph.weights}
-    logits = Plan(graph, pipeline.kernels, bound).run({name: values.get(name) for name in graph.inputs})[0]
-    return logits
+    return Plan(graph, pipeline.kernels, bound).run({name: values.get(name) for name in graph.inputs})[0]
 
 
 def step_of(stage: Stage) -> dict[str, torch.Tensor]:
