@@ -193,7 +193,16 @@ class ExecutionGraph:
 
     def copy(self) -> ExecutionGraph:
         """A graph whose nodes and sets are its own."""
-        return self.bind()
+        return replace(
+            self,
+            nodes={node_id: node.copy() for node_id, node in self.nodes.items()},
+            prefill_nodes=set(self.prefill_nodes),
+            decode_nodes=set(self.decode_nodes),
+            comm_nodes=set(self.comm_nodes),
+            inputs=dict(self.inputs),
+            weights=dict(self.weights),
+            outputs=list(self.outputs),
+        )
 
     def replace(
         self,
@@ -339,11 +348,11 @@ class ExecutionGraph:
     def _check_replacement(
         self, old: Mapping[str, ExecutionNode], new: Sequence[ExecutionNode], renames: Mapping[str, TensorRef | str]
     ) -> None:
-        taken = self.nodes.keys() - old.keys()
+        added: set[str] = set()
         for node in new:
-            if node.node_id in taken:
+            if node.node_id in added or (node.node_id in self.nodes and node.node_id not in old):
                 raise IRError(f"graph {self.graph_id!r} already has a node {node.node_id!r}")
-            taken = taken | {node.node_id}
+            added.add(node.node_id)
         rewritten = {ref.name for node in new for ref in node.outputs} | renames.keys()
         returned = {ref.name for ref in self.outputs}
         for ref in (ref for node in old.values() for ref in node.outputs if ref.name not in rewritten):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sageLLM.runtime.core.errors import IRError, TypeMismatch
 from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
-from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
 from sageLLM.runtime.core.verify import same_memory
 
 MAX_ROUNDS = 8
@@ -76,6 +76,7 @@ class NearMiss:
     reason: str
 
 
+Memo = MutableMapping[InferKey, Inference]
 RuleFunction = Callable[[ExecutionGraph, OpNode], "Rewrite | NearMiss | None"]
 
 
@@ -127,14 +128,13 @@ class PassReport:
 
     def __str__(self) -> str:
         head = f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes in {1e3 * self.seconds:.1f} ms"
-        facts = [
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.facts.items()
-        ]
-        return "; ".join([head, *(f"{rule} {stats}" for rule, stats in self.rules.items()), *facts])
+        rules = [f"{rule} {stats}" for rule, stats in self.rules.items()]
+        facts = [f"{name} {round(v, 2) if isinstance(v, float) else v}" for name, v in self.facts.items()]
+        return "; ".join([head, *rules, *facts])
 
 
 class DeclaredPass(OptimizationPass):
-    """A pass that a spec declares. Generated subclasses hold the declaration, the engine classes above them the work."""
+    """A pass that a spec declares: generated subclasses hold the declaration, the engine classes above do the work."""
 
     pass_name: ClassVar[str]
 
@@ -175,7 +175,7 @@ class RewritePass(DeclaredPass):
         self._run_to_fixpoint(graph)
 
     def why_not_expected(self, model: str, config: Any) -> str | None:
-        """How the last run differs from what the spec expects of the model, with the near misses; None if it does not."""
+        """How the last run differs from what the spec expects of the model, with near misses; None if it does not."""
         count = self.expect.get(model, self.expect.get("*"))
         if count is None or count(config) == self.report.fired:
             return None
@@ -189,17 +189,18 @@ class RewritePass(DeclaredPass):
         by_anchor: dict[type[OpNode], list[Rule]] = {}
         for rule in rules:
             by_anchor.setdefault(rule.anchor, []).append(rule)
+        memo: Memo = {}
         for _ in range(MAX_ROUNDS):
             for stats in self.report.rules.values():
                 stats.near_misses.clear()  # the last round has the final word
             position = {node_id: i for i, node_id in enumerate(graph.nodes)}
             anchors = [node for node in graph.nodes.values() if isinstance(node, OpNode) and type(node) in by_anchor]
-            fired = sum(self._try_rules(graph, node, by_anchor[type(node)], position) for node in anchors)
+            fired = sum(self._try_rules(graph, node, by_anchor[type(node)], position, memo) for node in anchors)
             if not fired:
                 return
 
     def _try_rules(
-        self, graph: ExecutionGraph, node: OpNode, rules: Sequence[Rule], position: Mapping[str, int]
+        self, graph: ExecutionGraph, node: OpNode, rules: Sequence[Rule], position: Mapping[str, int], memo: Memo
     ) -> bool:
         for rule in rules:
             if graph.nodes.get(node.node_id) is not node:
@@ -207,7 +208,7 @@ class RewritePass(DeclaredPass):
             stats = self.report.rules[rule.name]
             found = rule.apply(graph, node)
             if isinstance(found, Rewrite):
-                found = apply_rewrite(graph, found, position) or found
+                found = apply_rewrite(graph, found, position, memo) or found
             if isinstance(found, Rewrite):
                 stats.fired += 1
                 return True
@@ -216,7 +217,9 @@ class RewritePass(DeclaredPass):
         return False
 
 
-def apply_rewrite(graph: ExecutionGraph, rewrite: Rewrite, position: Mapping[str, int]) -> NearMiss | None:
+def apply_rewrite(
+    graph: ExecutionGraph, rewrite: Rewrite, position: Mapping[str, int], memo: Memo | None = None
+) -> NearMiss | None:
     """Puts the calls in the place of the matched nodes, in this graph; or says why that cannot be.
 
     Refused are values that others still read, types that do not fit the new ops, and a place that does not exist: the
@@ -225,7 +228,7 @@ def apply_rewrite(graph: ExecutionGraph, rewrite: Rewrite, position: Mapping[str
     if (reason := _why_not_replaceable(graph, rewrite, position)) is not None:
         return NearMiss(len(rewrite.matched), reason)
     try:
-        nodes = _new_nodes(rewrite)
+        nodes = _new_nodes(rewrite, memo if memo is not None else {})
     except TypeMismatch as error:
         return NearMiss(len(rewrite.matched), str(error))
     try:
@@ -257,7 +260,8 @@ def _why_not_overwritable(
             ref = call.inputs.get(operand)
             for name in same_memory(graph, ref.name) if ref is not None else ():
                 if name in graph.weights or name in returned:
-                    return f"{call.op.op} overwrites {name}, which is {'a weight' if name in graph.weights else 'returned'}"
+                    what = "a weight" if name in graph.weights else "returned"
+                    return f"{call.op.op} overwrites {name}, which is {what}"
                 for reader in graph.users(name):
                     if reader.node_id not in matched and not _runs_before(graph, reader, matched, position):
                         return f"{call.op.op} overwrites {name}, which {reader.node_id} may read later"
@@ -298,7 +302,7 @@ def _why_no_place(
     return None
 
 
-def _new_nodes(rewrite: Rewrite) -> list[ExecutionNode]:
+def _new_nodes(rewrite: Rewrite, memo: Memo) -> list[ExecutionNode]:
     anchor = rewrite.matched[-1]
     old = {ref.name: ref for node in rewrite.matched for ref in node.outputs}
     origins = tuple(dict.fromkeys(o for node in rewrite.matched for o in (node.origins or (node.node_id,))))
@@ -306,7 +310,10 @@ def _new_nodes(rewrite: Rewrite) -> list[ExecutionNode]:
     nodes: list[ExecutionNode] = []
     for call in rewrite.calls:
         inputs = {name: made.get(ref.name, ref) for name, ref in call.inputs.items() if ref is not None}
-        inference = call.op.resolve({name: ref.type for name, ref in inputs.items()}, call.attrs)
+        key = infer_key(call.op, tuple(inputs), list(inputs.values()), call.attrs)
+        if key not in memo:
+            memo[key] = call.op.resolve({name: ref.type for name, ref in inputs.items()}, call.attrs)
+        inference = memo[key]
         outputs = []
         for wanted, type_ in zip(call.outputs, inference.outputs, strict=True):
             name = wanted if isinstance(wanted, str) else wanted.name

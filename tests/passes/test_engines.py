@@ -1,0 +1,315 @@
+"""Tests of the merge, schedule, prefetch and memory engines, on random graphs and on small ones made for a point."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sageLLM.generated.hardware import HARDWARE
+from sageLLM.generated.ops.op_types import OpType
+from sageLLM.generated.passes.comm import CommFusion
+from sageLLM.generated.passes.memory import MemoryOpt
+from sageLLM.generated.passes.schedule import ComputeCommOverlap, KvPrefetch
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+from sageLLM.runtime.core.passes.memory import Buffer, MemoryPlan, find_buffers, place, plan_memory
+from sageLLM.runtime.core.passes.order import Reachability, lane
+from sageLLM.runtime.core.text import to_text
+
+from .conftest import ancestors, block_graphs, made
+
+MB = 1 << 20
+
+
+def ref(name: str, num_bytes: int = 1024) -> TensorRef:
+    return TensorRef(name, (num_bytes // 4,), "f32")
+
+
+def node(
+    name: str, kind: OpType, reads: str, *, us: float = 1.0, size: int = 1024, layer: int | None = None
+) -> ExecutionNode:
+    """A node `name` that makes the value `name` from the values that `reads` lists."""
+    inputs = [ref(value, size) for value in reads.split()]
+    return ExecutionNode(name, kind, inputs, [ref(name, size)], estimated_time_us=us, layer_id=layer)
+
+
+def graph_of(*nodes: ExecutionNode, returns: str = "") -> ExecutionGraph:
+    graph = ExecutionGraph("g")
+    for one in nodes:
+        for value in one.inputs:
+            if graph.producer(value) is None:
+                graph.inputs[value.name] = value
+        graph.add_node(one)
+    graph.outputs = [next(r for n in nodes for r in n.outputs if r.name == name) for name in returns.split()]
+    graph.verify()
+    return graph
+
+
+# merge
+
+
+@given(block_graphs())
+def test_merging_keeps_values_and_reachability(graph: ExecutionGraph) -> None:
+    text, before = to_text(graph), ancestors(graph)
+    merged = CommFusion().apply(graph)
+    merged.verify()
+    assert to_text(graph) == text, "the given graph was changed"
+    assert made(merged) == made(graph)
+    after = ancestors(merged)
+    assert all(before[name] <= after[name] for name in before)
+    parts = {origin for one in merged.nodes.values() for origin in one.origins}
+    assert merged.comm_nodes == {n.node_id for n in merged.nodes.values() if n.op_type.is_comm}
+    assert {n for n in graph.nodes if n not in merged.nodes} <= parts
+
+
+@given(block_graphs())
+def test_merged_parts_did_not_wait_for_one_another(graph: ExecutionGraph) -> None:
+    before = ancestors(graph)
+    for one in CommFusion().apply(graph).nodes.values():
+        names = [value.name for value in one.outputs]
+        assert not any(a in before[b] for a, b in permutations(names, 2))
+        assert len({graph.nodes[origin].attrs["group"] for origin in one.origins}) <= 1
+
+
+@given(block_graphs())
+def test_no_merge_takes_longer_than_its_parts(graph: ExecutionGraph) -> None:
+    for one in CommFusion(HARDWARE["h100"]).apply(graph).nodes.values():
+        times = [graph.nodes[origin].estimated_time_us for origin in one.origins]
+        if times:
+            assert max(times) <= one.estimated_time_us <= sum(times)
+
+
+def test_two_independent_all_reduces_become_one() -> None:
+    kind = OpType.COMM_ALLREDUCE
+    graph = graph_of(
+        node("a", kind, "x", us=12.0), node("b", kind, "y", us=14.0), node("f", OpType.FFN, "a b"), returns="f"
+    )
+    merged = CommFusion(HARDWARE["h100"]).apply(graph)
+    assert list(merged.nodes) == ["a", "f"]
+    one = merged.nodes["a"]
+    assert ([v.name for v in one.inputs], [v.name for v in one.outputs], one.origins) == (
+        ["x", "y"],
+        ["a", "b"],
+        ("a", "b"),
+    )
+    assert merged.nodes["f"].dependencies == {"a"}
+    assert one.estimated_time_us < 26.0
+
+
+def test_two_merges_do_not_close_a_circle() -> None:
+    """a -> d and c -> b: merging a with b and c with d would let each wait for the other."""
+    kind = OpType.COMM_ALLREDUCE
+    first = [node("a", kind, "x"), node("c", kind, "y", size=2048)]
+    second = [node("fa", OpType.FFN, "a"), node("fc", OpType.FFN, "c", size=2048)]
+    second[0].outputs, second[1].outputs = [ref("fa", 2048)], [ref("fc")]
+    third = [node("d", kind, "fa", size=2048), node("b", kind, "fc")]
+    merged = CommFusion().apply(graph_of(*first, *second, *third))
+    merged.verify()
+
+
+def test_what_does_not_go_together_stays_apart() -> None:
+    kind = OpType.COMM_ALLREDUCE
+    nodes = [node(name, kind, f"x{name}") for name in "abcd"]
+    nodes[1].attrs["group"] = "dp"
+    nodes[2].device_id = 1
+    nodes[3].inputs, nodes[3].outputs = [TensorRef("xd", (8,), "bf16")], [TensorRef("d", (8,), "bf16")]
+    assert len(CommFusion().apply(graph_of(*nodes)).nodes) == 4
+    large = [node(name, kind, f"x{name}", size=20 * MB) for name in "ab"]
+    assert len(CommFusion().apply(graph_of(*large)).nodes) == 2, "the limit is 32 MB"
+
+
+def test_reachability_follows_merges() -> None:
+    graph = graph_of(*(node(a, OpType.FFN, b) for a, b in ("ax", "ba", "cy", "dc")))
+    reach = Reachability(graph)
+    assert reach.are_independent("b", "d")
+    reach.tie(["b", "c"])
+    assert reach.waits_for("d", "a")
+    assert not reach.waits_for("a", "d")
+
+
+# schedule
+
+
+@given(block_graphs())
+def test_overlap_is_never_slower_and_never_impossibly_fast(graph: ExecutionGraph) -> None:
+    before = graph.estimate_total_time()
+    scheduled = ComputeCommOverlap().apply(graph)
+    scheduled.verify()
+    after = scheduled.estimate_total_time()
+    path = sum(one.estimated_time_us for one in scheduled.get_critical_path())
+    work: dict[tuple[int, int], float] = {}
+    for one in scheduled.nodes.values():
+        work[lane(one)] = work.get(lane(one), 0.0) + one.estimated_time_us
+    assert max([path, *work.values()]) <= after + 1e-9
+    assert after <= before + 1e-9
+    assert made(scheduled) == made(graph)
+    assert all(graph.nodes[i].dependencies <= one.dependencies for i, one in scheduled.nodes.items())
+    assert list(scheduled.nodes) == [one.node_id for one in scheduled.topological_sort()]
+
+
+@given(block_graphs())
+def test_scheduling_twice_changes_nothing_more(graph: ExecutionGraph) -> None:
+    once = ComputeCommOverlap().apply(graph)
+    twice = ComputeCommOverlap().apply(once)
+    assert twice.estimate_total_time() <= once.estimate_total_time()
+    assert {i: n.stream_id for i, n in once.nodes.items()} == {i: n.stream_id for i, n in twice.nodes.items()}
+
+
+def test_a_transfer_runs_beside_computation() -> None:
+    graph = graph_of(
+        node("f", OpType.FFN, "x", us=10.0),
+        node("r", OpType.COMM_ALLREDUCE, "f", us=8.0),
+        node("g", OpType.FFN, "y", us=8.0),
+        node("h", OpType.FFN, "r g", us=1.0),
+    )
+    assert graph.estimate_total_time() == 27.0
+    one = ComputeCommOverlap()
+    scheduled = one.apply(graph)
+    assert scheduled.estimate_total_time() == 19.0
+    assert {n.node_id: n.stream_id for n in scheduled.nodes.values()} == {"f": 0, "r": 1, "g": 0, "h": 0}
+    assert one.report.facts == {"moved": 1, "us_before": 27.0, "us_after": 19.0}
+
+
+# prefetch
+
+
+def decode_layers(num_layers: int) -> ExecutionGraph:
+    nodes: list[ExecutionNode] = []
+    for i in range(num_layers):
+        before = f"f{i - 1}" if i else "x"
+        nodes.append(node(f"kv{i}", OpType.KV_LOAD, f"cache{i}", us=4.0, layer=i))
+        nodes.append(node(f"a{i}", OpType.DECODE_ATTN, f"{before} kv{i}", us=5.0, layer=i))
+        nodes.append(node(f"f{i}", OpType.FFN, f"a{i}", us=5.0, layer=i))
+    return graph_of(*nodes, returns=f"f{num_layers - 1}")
+
+
+def test_the_next_layer_loads_while_this_one_computes() -> None:
+    graph = decode_layers(4)
+    one = KvPrefetch()
+    ahead = one.apply(graph)
+    ahead.verify()
+    assert (graph.estimate_total_time(), ahead.estimate_total_time()) == (56.0, 44.0)
+    assert {n.stream_id for n in ahead.nodes.values() if n.op_type is OpType.KV_LOAD} == {1}
+    assert one.report.facts["prefetched"] == 3
+    assert ahead.nodes["kv1"].dependencies == set()
+    assert ahead.nodes["kv2"].dependencies == {"f0"}, "layer 2 may load once layer 1 begins"
+    assert ahead.nodes["kv3"].dependencies == {"f1"}
+
+
+def test_a_load_stays_behind_the_store_before_it() -> None:
+    store = ExecutionNode("s", OpType.KV_STORE, [ref("new"), ref("cache")], [], estimated_time_us=9.0, layer_id=0)
+    load = node("kv", OpType.KV_LOAD, "cache", layer=1)
+    for one in (KvPrefetch(), ComputeCommOverlap()):
+        result = one.apply(graph_of(store, load, node("a", OpType.DECODE_ATTN, "kv", layer=1)))
+        assert result.nodes["kv"].dependencies == {"s"}
+        result = one.apply(graph_of(load, store, node("a", OpType.DECODE_ATTN, "kv", layer=1)))
+        assert result.nodes["s"].dependencies == {"kv"}
+
+
+@given(st.integers(1, 8), st.integers(0, 9), st.integers(0, 9))
+def test_prefetch_is_never_slower_and_deletes_no_edge(num_layers: int, load_us: int, compute_us: int) -> None:
+    graph = decode_layers(num_layers)
+    for one in graph.nodes.values():
+        one.estimated_time_us = float(load_us if one.op_type is OpType.KV_LOAD else compute_us)
+    result = KvPrefetch().apply(graph)
+    assert result.estimate_total_time() <= graph.estimate_total_time()
+    assert all(graph.nodes[i].dependencies <= one.dependencies for i, one in result.nodes.items())
+
+
+# memory
+
+
+@given(block_graphs(), st.booleans())
+def test_live_values_never_overlap(graph: ExecutionGraph, use_streams: bool) -> None:
+    graph = ComputeCommOverlap().apply(graph) if use_streams else graph
+    one = MemoryOpt()
+    result = one.apply(graph)
+    plan = one.plan
+    plan.check_integrity()
+    assert plan.max_live_bytes <= plan.peak_bytes <= plan.total_bytes
+    placed = {name for buffer in plan.buffers for name in buffer.names}
+    assert placed == set(made(graph)), "every value has its place"
+    offsets = {r.name: o for n in result.nodes.values() for r, o in zip(n.outputs, n.metadata["offsets"], strict=True)}
+    assert all(offset % 256 == 0 and offset == plan.offset(name) for name, offset in offsets.items())
+    result.verify()
+
+
+@given(block_graphs(max_nodes=12), st.randoms(use_true_random=False))
+@settings(max_examples=150)
+def test_no_interleaving_of_streams_destroys_a_value(graph: ExecutionGraph, random: Random) -> None:
+    """Plays random orders that lanes and dependencies allow, writing each value at its place, and checks every read."""
+    graph = ComputeCommOverlap().apply(graph)
+    one = MemoryOpt()
+    graph = one.apply(graph)
+    lanes: dict[tuple[int, int], list[ExecutionNode]] = {}
+    for n in graph.topological_sort():
+        lanes.setdefault(lane(n), []).append(n)
+    owner: dict[int, str] = {}  # the value that was written last to each 256-byte cell
+    done: set[str] = set()
+    while any(lanes.values()):
+        ready = [queue for queue in lanes.values() if queue and queue[0].dependencies <= done]
+        n = random.choice(ready).pop(0)
+        for value in n.inputs:
+            if (offset := one.plan.offset(value.name)) is not None:
+                assert all(owner[c] == value.name for c in cells(offset, value)), f"{value.name} was overwritten"
+        for value in n.outputs:
+            owner |= dict.fromkeys(cells(one.plan.offset(value.name) or 0, value), value.name)
+        done.add(n.node_id)
+    for value in graph.outputs:
+        if (offset := one.plan.offset(value.name)) is not None:
+            assert all(owner[c] == value.name for c in cells(offset, value))
+
+
+def cells(offset: int, value: TensorRef) -> range:
+    return range(offset // 256, -(-(offset + value.num_bytes) // 256))
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=5))
+def test_plans_of_few_buffers_are_near_the_optimum(facts: list[tuple[int, int, int]]) -> None:
+    """The optimum by trying all orders: first fit in the best order of placing is optimal."""
+    buffers = [Buffer((f"v{i}",), 0, 256 * size, first, first + more) for i, (size, first, more) in enumerate(facts)]
+    best = min(place(buffers, order).peak_bytes for order in permutations(range(len(buffers))))
+    largest = place(buffers, sorted(range(len(buffers)), key=lambda i: -buffers[i].size))
+    assert best <= largest.peak_bytes <= 1.5 * best
+
+
+def test_a_chain_needs_two_buffers() -> None:
+    names = "abcdef"
+    graph = graph_of(*(node(n, OpType.FFN, names[i - 1] if i else "x") for i, n in enumerate(names)), returns="f")
+    plan = plan_memory(graph, 256)
+    assert (plan.peak_bytes, plan.total_bytes, plan.reuse_ratio) == (2048, 6144, 3.0)
+
+
+def test_values_made_in_place_share_their_memory() -> None:
+    from sageLLM.generated.ops.elementwise import Add
+    from sageLLM.generated.ops.norm import FusedAddRmsNorm
+
+    x, w = TensorRef("x", (4, 64), "f32"), TensorRef("w", (64,), "f32")
+    a, y, h = (TensorRef(name, (4, 64), "f32") for name in "ayh")
+    graph = ExecutionGraph("g", level="kernel", inputs={"x": x}, weights={"w": w}, outputs=[y, h])
+    graph.add_node(Add("a", Add.kind, [x, x], [a]))
+    graph.add_node(FusedAddRmsNorm("y", FusedAddRmsNorm.kind, [x, a, w], [y, h]))
+    shared = [buffer.names for buffer in find_buffers(graph, 256)]
+    assert shared == [("a", "h"), ("y",)]
+
+
+def test_a_symbolic_graph_is_left_as_it_is() -> None:
+    from sageLLM.runtime.core.dims import dims
+
+    (T,) = dims("T")
+    graph = ExecutionGraph("g")
+    graph.add_node(ExecutionNode("a", OpType.FFN, [], [TensorRef("a", (T, 8), "f32")]))
+    one = MemoryOpt()
+    assert to_text(one.apply(graph)) == to_text(graph)
+    assert one.report.facts == {"left": "the size of a: f32[T, 8] is symbolic"}
+
+
+def test_overlapping_buffers_are_found() -> None:
+    buffers = (Buffer(("a",), 0, 512, 0, 3), Buffer(("b",), 0, 256, 2, 4))
+    with pytest.raises(ValueError, match=r"^a and b overlap while both are live$"):
+        MemoryPlan(buffers, (0, 256)).check_integrity()
+    MemoryPlan(buffers, (0, 512)).check_integrity()
