@@ -164,7 +164,7 @@ def test_a_degree_that_does_not_divide_is_refused(tp: int, changes: dict[str, An
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("layout", MODELS.values(), ids=str)
+@pytest.mark.parametrize("layout", MODELS.values(), ids=lambda layout: layout.name)
 def test_sharded_weights_are_what_the_graph_of_a_rank_declares(layout: ModelLayout) -> None:
     config = read(layout, attention_bias=True)
     local = expand_block(layout, config, "decode", ParallelConfig(tensor_parallel_size=2)).weights
