@@ -7,6 +7,6 @@ from sageLLM.runtime.core.layout import ModelLayout
 from .llama import LLAMA
 from .qwen3 import QWEN3
 
-__all__ = ["MODELS", "LLAMA", "QWEN3"]
+__all__ = ["LLAMA", "MODELS", "QWEN3"]
 
 MODELS: dict[str, ModelLayout] = {"llama": LLAMA, "qwen3": QWEN3}

@@ -19,7 +19,6 @@ from .views import ConcatRows, MergeHeads, SplitQkv, SplitRows, concat_rows, mer
 
 __all__ = [
     "OPS",
-    "OpType",
     "Add",
     "AllGather",
     "AllReduce",
@@ -33,6 +32,7 @@ __all__ = [
     "Linear",
     "LmHead",
     "MergeHeads",
+    "OpType",
     "PagedDecodeAttention",
     "PagedPrefillAttention",
     "Recv",

@@ -2,8 +2,6 @@
 # Regenerate: make generate    Explain: make explain NAME=paged_prefill_attention
 """Reference kernels of specs/ops/attention.yaml, in torch: what the ops mean, on any device."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -40,18 +38,18 @@ def paged_prefill_attention(
         if L == 0:
             continue
         blocks = block_table[b, : -(-L // BS)]
-        k = k_cache[blocks].reshape(-1, Nkv, D)[:L].to(f32).permute(1, 2, 0).unsqueeze(1)
-        v = v_cache[blocks].reshape(-1, Nkv, D)[:L].to(f32).transpose(0, 1).unsqueeze(1)
+        shape = (Nkv, Nq // Nkv, L, D)
+        k = k_cache.index_select(0, blocks).reshape(-1, Nkv, D)[:L].to(f32).transpose(0, 1).unsqueeze(1).expand(shape)
+        v = v_cache.index_select(0, blocks).reshape(-1, Nkv, D)[:L].to(f32).transpose(0, 1).unsqueeze(1).expand(shape)
         n = torch.arange(L, device=q.device)
         first = L - (starts[b + 1] - starts[b])
         for row in range(starts[b], starts[b + 1], 256):
             stop = min(row + 256, starts[b + 1])
             m = first - starts[b] + torch.arange(row, stop, device=q.device).unsqueeze(1)
             rows = q[row:stop].to(f32).reshape(stop - row, Nkv, Nq // Nkv, D).permute(1, 2, 0, 3)
-            score = rows @ k * scale
-            mask = (n >= 0) & ((n <= m) & (n > m - window if window is not None else True))
-            prob = score.masked_fill(~mask, -math.inf).softmax(-1)
-            seen = (prob @ v).masked_fill(~mask.any(-1, keepdim=True), 0)
+            mask = (n < L) & ((n <= m) & (n > m - window if window is not None else True))
+            seen = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+            seen = seen.masked_fill(~mask.any(-1, keepdim=True), 0)
             out[row:stop] = seen.permute(2, 0, 1, 3).reshape(stop - row, Nq, D).to(q.dtype)
     return out
 
@@ -77,15 +75,16 @@ def paged_decode_attention(
     if L == 0:
         return torch.zeros_like(q)
     f32 = wide(q)
-    blocks = block_table[:, : -(-L // BS)].clamp(min=0)
-    k = k_cache[blocks].reshape(B, -1, Nkv, D)[:, :L]
-    v = v_cache[blocks].reshape(B, -1, Nkv, D)[:, :L]
+    blocks = block_table[:, : -(-L // BS)].clamp(min=0).flatten()
+    k = k_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
+    v = v_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
+    for b, length in enumerate(seq_lens.tolist()):
+        k[b, length:] = v[b, length:] = (
+            0  # unused slots may hold NaN, which no mask stops: NaN - inf and 0 * NaN are NaN
+        )
+    rows, k, v = q.reshape(B, Nkv, Nq // Nkv, D).to(f32), k.to(f32).transpose(1, 2), v.to(f32).transpose(1, 2)
     n = torch.arange(L, device=q.device)
     m = seq_lens.view(B, 1, 1, 1) - 1
-    is_filled = n < seq_lens.view(B, 1)
-    v[~is_filled] = 0  # what unused slots hold may be NaN, and 0 * NaN is NaN
-    score = q.reshape(B, Nkv, Nq // Nkv, D).to(f32) @ k.to(f32).permute(0, 2, 3, 1) * scale
-    mask = is_filled.view(B, 1, 1, L) & ((n <= m) & (n > m - window if window is not None else True))
-    prob = score.masked_fill(~mask, -math.inf).softmax(-1)
-    out = (prob @ v.to(f32).transpose(1, 2)).masked_fill(~mask.any(-1, keepdim=True), 0)
-    return out.reshape(B, Nq, D).to(q.dtype)
+    mask = (n <= m) & ((n <= m) & (n > m - window if window is not None else True))
+    out = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0).reshape(B, Nq, D).to(q.dtype)

@@ -15,7 +15,7 @@ __all__ = [
 # specs/ops/embedding.yaml: embedding
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
     """Row of the embedding table for every token."""
-    return table[ids]
+    return table.index_select(0, ids)
 
 
 # specs/ops/embedding.yaml: embedding_shard
@@ -24,10 +24,10 @@ def embedding_shard(ids: Tensor, table: Tensor, *, first: int) -> Tensor:
     V = table.shape[0]
     row = ids - first
     held = (row >= 0) & (row < V)
-    return torch.where(held[:, None], table[row.clamp(min=0).clamp(max=V - 1)], 0)
+    return torch.where(held[:, None], table.index_select(0, row.clamp(min=0).clamp(max=V - 1)), 0)
 
 
 # specs/ops/embedding.yaml: select_rows
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     """The rows whose logits are wanted."""
-    return x[rows]
+    return x.index_select(0, rows)

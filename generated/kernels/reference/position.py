@@ -19,8 +19,8 @@ def rope(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     f32 = wide(x)
     x1 = x[:, :, : D // 2]
     x2 = x[:, :, D // 2 :]
-    c = cos[pos]
-    s = sin[pos]
+    c = cos.index_select(0, pos)
+    s = sin.index_select(0, pos)
     a = x1.to(f32)
     b = x2.to(f32)
     y1 = (a * c[:, None] - b * s[:, None]).to(x.dtype)
