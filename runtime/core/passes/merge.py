@@ -7,13 +7,16 @@ from typing import ClassVar
 
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode
+from sageLLM.runtime.core.ir import ExecutionNode, OpNode
 from sageLLM.runtime.core.passes.order import Reachability, put_in_order
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
 
 class MergePass(DeclaredPass):
-    """Merges nodes of the op types `select` with equal attributes, dtype, device and stream, up to `limit_bytes`.
+    """Merges plain nodes of the op types `select` that are alike, up to `limit_bytes`.
+
+    Alike are nodes with equal attributes, group and ranks (also where the metadata give them), dtype, device and
+    stream. Op nodes stay as they are, since no kernel takes the operands of several.
 
     Only nodes that are independent by transitive reachability are merged, and no merge closes a circle with another
     one. The merged node reads and writes the tensors of all its parts, in their order; the order of merging follows
@@ -45,23 +48,26 @@ class MergePass(DeclaredPass):
     def _alike(self, graph: ExecutionGraph) -> list[list[ExecutionNode]]:
         groups: dict[Hashable, list[ExecutionNode]] = {}
         for node in graph.topological_sort():
-            if node.op_type.name in self.select and _num_bytes(node) is not None:
+            is_plain = node.op_type.name in self.select and not isinstance(node, OpNode)
+            if is_plain and _num_bytes(node) is not None:
                 dtypes = frozenset(ref.dtype for ref in node.inputs)
                 phase = node.node_id in graph.prefill_nodes, node.node_id in graph.decode_nodes
                 attrs = tuple(sorted((name, str(value)) for name, value in node.attrs.items()))
-                key = (node.op_type, node.op, attrs, dtypes, node.device_id, node.stream_id, phase)
+                peers = str(node.metadata.get("group")), str(node.metadata.get("ranks"))
+                key = (node.op_type, node.op, attrs, peers, dtypes, node.device_id, node.stream_id, phase)
                 groups.setdefault(key, []).append(node)
         return list(groups.values())
 
     def _batches(self, candidates: list[ExecutionNode], reach: Reachability) -> list[list[ExecutionNode]]:
         """Sets of two or more independent nodes, each as large as the limit lets it be, first come first served."""
         batches: list[list[ExecutionNode]] = []
+        sizes = {node.node_id: _size(node) for node in candidates}
         waiting = candidates
         while waiting:
             batch, rest = [waiting[0]], []
-            size = _num_bytes(waiting[0]) or 0
+            size = sizes[waiting[0].node_id]
             for node in waiting[1:]:
-                more = _num_bytes(node) or 0
+                more = sizes[node.node_id]
                 fits = size + more <= self.limit_bytes
                 if fits and all(reach.are_independent(node.node_id, other.node_id) for other in batch):
                     batch.append(node)

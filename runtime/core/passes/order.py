@@ -16,7 +16,7 @@ def lane(node: ExecutionNode) -> Lane:
 
 
 class Reachability:
-    """For every node the set of those that it waits for, directly or not, kept up to date while nodes are merged."""
+    """For every node the set of those that it waits for, directly or not; it follows new edges and merges."""
 
     def __init__(self, graph: ExecutionGraph) -> None:
         self.bit: dict[str, int] = {}
@@ -35,6 +35,13 @@ class Reachability:
     def are_independent(self, node_id: str, other: str) -> bool:
         """Whether neither of two nodes waits for the other."""
         return not (self.waits_for(node_id, other) or self.waits_for(other, node_id))
+
+    def add_edge(self, node_id: str, later: str) -> None:
+        """From now on `later` waits for a node, and so does what follows it."""
+        before = self.before[node_id] | self.bit[node_id]
+        for other, mask in self.before.items():
+            if other == later or mask & self.bit[later]:
+                self.before[other] = mask | before
 
     def tie(self, node_ids: list[str]) -> None:
         """From now on the nodes run as one: each waits for what one of them waits for, and so does what follows."""

@@ -50,3 +50,4 @@ class PrefetchPass(DeclaredPass):
             fence = last.get((node.layer_id or 0) - self.ahead - 1)
             if fence is not None and not reach.waits_for(fence.node_id, node.node_id):
                 graph.add_edge(fence.node_id, node.node_id)
+                reach.add_edge(fence.node_id, node.node_id)
