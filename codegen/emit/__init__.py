@@ -10,6 +10,7 @@ from sageLLM.codegen.emit.ops import emit_ops
 from sageLLM.codegen.emit.package import emit_package
 from sageLLM.codegen.emit.passes import emit_passes
 from sageLLM.codegen.emit.reference import emit_reference
+from sageLLM.codegen.emit.rule_tests import emit_rule_tests
 from sageLLM.codegen.emit.schemas import emit_schemas
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer
@@ -21,6 +22,7 @@ EMITTERS: tuple[Callable[[Specs, Renderer], list[Output]], ...] = (
     emit_passes,
     emit_hardware,
     emit_op_tests,
+    emit_rule_tests,
     emit_docs,
     emit_schemas,
     emit_package,

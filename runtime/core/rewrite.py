@@ -247,6 +247,8 @@ def _why_not_replaceable(graph: ExecutionGraph, rewrite: Rewrite, position: Mapp
             others = [user.node_id for user in graph.users(ref) if user.node_id not in matched]
             if ref.name not in kept and (others or ref.name in returned):
                 return f"{ref.name} is also read by {others[0] if others else 'the caller'}"
+    if (lost := _lost_operand(rewrite)) is not None:
+        return f"the replacement reads {lost}, which it takes away"
     return _why_no_place(graph, rewrite, matched, position) or _why_not_overwritable(graph, rewrite, matched, position)
 
 
@@ -283,6 +285,17 @@ def _runs_before(graph: ExecutionGraph, node: ExecutionNode, matched: set[str], 
             seen.add(node_id)
             pending += graph.nodes[node_id].dependencies
     return False
+
+
+def _lost_operand(rewrite: Rewrite) -> str | None:
+    """A value of the pattern that a new op reads before one has given it again."""
+    gone = {ref.name for node in rewrite.matched for ref in node.outputs}
+    for call in rewrite.calls:
+        for ref in call.inputs.values():
+            if ref is not None and ref.name in gone:
+                return ref.name
+        gone -= {wanted if isinstance(wanted, str) else wanted.name for wanted in call.outputs}
+    return None
 
 
 def _why_no_place(

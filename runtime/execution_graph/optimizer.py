@@ -1,14 +1,18 @@
 """The optimizer: runs passes over a graph in order. Generated passes and hand-written ones mix freely."""
 
+import time
 from collections.abc import Iterable
 
+from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.passes import PASSES
 from sageLLM.generated.passes.comm import CommFusion as CommunicationFusionPass
 from sageLLM.generated.passes.memory import MemoryOpt as MemoryOptimizationPass
 from sageLLM.generated.passes.schedule import ComputeCommOverlap as ComputeCommOverlapPass
 from sageLLM.generated.passes.schedule import KvPrefetch as KVPrefetchPass
+from sageLLM.runtime.core.cost import Hardware
+from sageLLM.runtime.core.errors import VerifyError
 from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.rewrite import OptimizationPass
+from sageLLM.runtime.core.rewrite import DeclaredPass, OptimizationPass, PassReport
 
 __all__ = [
     "PASSES",
@@ -18,34 +22,56 @@ __all__ = [
     "KVPrefetchPass",
     "MemoryOptimizationPass",
     "OptimizationPass",
+    "default_passes",
 ]
+
+
+def default_passes(hardware: Hardware | None = None) -> list[OptimizationPass]:
+    """comm_fusion, compute_comm_overlap, kv_prefetch and memory_opt, in this order.
+
+    `hardware`, by default the generated "cpu", gives the latency that merging equal transfers saves.
+    """
+    return [
+        CommunicationFusionPass(hardware or HARDWARE["cpu"]),
+        ComputeCommOverlapPass(),
+        KVPrefetchPass(),
+        MemoryOptimizationPass(),
+    ]
 
 
 class GraphOptimizer:
     """Runs passes one after another; the graph that is given stays as it was.
 
-    Without `passes` these are comm_fusion, compute_comm_overlap, kv_prefetch and memory_opt, in this order. The last
-    one needs concrete sizes: give it a bound graph. With `verify` the graph is checked after every pass.
+    Without `passes` these are `default_passes()`. The last of them needs concrete sizes: give it a bound graph. With
+    `verify` the graph is checked after every pass. `report` tells what each pass of the last run did.
     """
 
     def __init__(self, passes: Iterable[OptimizationPass] | None = None, *, verify: bool = False) -> None:
         self.passes = list(default_passes() if passes is None else passes)
         self.verify = verify
+        self.report: list[PassReport] = []
 
     def add_pass(self, pass_: OptimizationPass) -> None:
         """Appends a pass; it runs after those that are there."""
         self.passes.append(pass_)
 
     def optimize(self, graph: ExecutionGraph) -> ExecutionGraph:
-        """The graph after all passes. Raises VerifyError naming the problems if a pass breaks it (with `verify`)."""
+        """The graph after all passes. With `verify`, raises VerifyError naming the pass that broke it."""
+        self.report = []
         result = graph.copy()
         for one in self.passes:
+            start, num_nodes = time.perf_counter(), len(result.nodes)
             result = one.apply(result)
+            own = one.report if isinstance(one, DeclaredPass) else None
+            seconds = time.perf_counter() - start
+            self.report.append(own or PassReport(one.name, num_nodes, len(result.nodes), seconds))
             if self.verify:
-                result.verify()
+                _check(result, one.name)
         return result
 
 
-def default_passes() -> list[OptimizationPass]:
-    """The four passes of the block graph, in the order in which they build on one another."""
-    return [CommunicationFusionPass(), ComputeCommOverlapPass(), KVPrefetchPass(), MemoryOptimizationPass()]
+def _check(graph: ExecutionGraph, pass_name: str) -> None:
+    try:
+        graph.verify()
+    except VerifyError as error:
+        raise VerifyError([f"after {pass_name}: {problem}" for problem in error.problems]) from None

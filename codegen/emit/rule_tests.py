@@ -1,0 +1,106 @@
+"""Emits a test per rewrite rule: `tests/test_rules_fusion.py` runs pattern and replacement in float64.
+
+def test_fused_add_rms_norm() -> None:
+    pattern = (Call(Add, {"x": "x", "y": "residual"}, ("h",)), Call(RmsNorm, ...))
+    check_rule(FuseNorm, "fused_add_rms_norm", pattern, ("y", "h"), cases, KERNELS, exact=True)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from sageLLM.codegen.emit.op_tests import BASE, test_attrs
+from sageLLM.codegen.emit.passes import op_module
+from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
+from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer, header
+
+
+@dataclass(frozen=True, slots=True)
+class CallView:
+    """A line of the pattern: operands and results by name, values for attributes, dims for those that are sizes."""
+
+    op: OpDef
+    operands: tuple[tuple[str, str], ...]
+    results: tuple[str, ...]
+    attrs: tuple[tuple[str, Scalar | None], ...]
+    sizes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleTestView:
+    """One rule to test, with the sizes of the first op that it puts in."""
+
+    one: PassDef
+    rule: RuleDef
+    calls: tuple[CallView, ...]
+    cases: list[dict[str, int | list[int]]]
+    is_exact: bool
+
+
+def emit_rule_tests(specs: Specs, renderer: Renderer) -> list[Output]:
+    """`tests/test_rules_STEM.py` for every pass file with rules, and the check that they share."""
+    by_file: dict[str, list[RuleTestView]] = {}
+    for one in specs.passes.values():
+        if not specs.raw.is_base(one.entry):
+            by_file.setdefault(one.entry.doc.file, []).extend(_view(one, rule) for rule in one.rules)
+    outputs = [_module(file, tests, specs, renderer) for file, tests in by_file.items() if tests]
+    if not specs.is_overlay:
+        text = renderer.render("rule_checks.py.jinja")
+        outputs.append(Output("tests/rule_checks.py", header("specs/passes", "rule_checks") + text))
+    return outputs
+
+
+def _module(file: str, tests: list[RuleTestView], specs: Specs, renderer: Renderer) -> Output:
+    stem = PurePosixPath(file).stem
+    modules: dict[str, set[str]] = {f"..passes.{stem}": {test.one.class_name for test in tests}}
+    for op in (call.op for test in tests for call in test.calls):
+        modules.setdefault(op_module(op, specs), set()).add(op.class_name)
+    imports = [(module, sorted(names)) for module, names in sorted(modules.items())]
+    base = BASE if specs.is_overlay else ""
+    text = renderer.render("rule_tests.py.jinja", source=file, tests=tests, imports=imports, base=base)
+    refs = tuple(dict.fromkeys(test.one.ref for test in tests))
+    return Output(f"tests/test_rules_{stem}.py", header(file, tests[0].one.name) + text, refs)
+
+
+def _view(one: PassDef, rule: RuleDef) -> RuleTestView:
+    captured: dict[str, Scalar | None] = {}
+    calls = tuple(_call(call, captured) for call in rule.pattern)
+    is_derived = one.spec.rules[int(rule.path[1])].from_op is not None
+    return RuleTestView(one, rule, calls, rule.replacement[0].op.cases, is_derived)
+
+
+def _call(call: PatternCall, captured: dict[str, Scalar | None]) -> CallView:
+    """A name that captures an attribute stands for one value in the whole pattern."""
+    attrs: dict[str, Scalar | None] = dict(test_attrs(call.op))
+    sizes = {attr.name: attr.name for attr in call.op.attrs if attr.type == "dim" and attr.is_required}
+    for name, given in call.attrs:
+        attr = call.op.attr(name)
+        if attr is not None and isinstance(given, AttrName) and attr.type == "dim":
+            sizes[name] = given.name
+        elif attr is not None and isinstance(given, AttrName):
+            attrs[name] = captured.setdefault(given.name, _sample(attr, attrs))
+        else:
+            sizes.pop(name, None)
+            attrs[name] = given if not isinstance(given, AttrName) else None
+    operands = tuple((name, value) for name, value in call.operands.items() if value is not None)
+    return CallView(call.op, operands, call.targets, tuple(attrs.items()), tuple(sizes.items()))
+
+
+def _sample(attr: Attr, required: Mapping[str, Scalar | None]) -> Scalar | None:
+    """A value that is allowed and, where possible, not the default, so that a rule that drops it is found out."""
+    if attr.name in required:
+        return required[attr.name]
+    if attr.choices:
+        return next((choice for choice in attr.choices if choice != attr.default), attr.default)
+    match attr.type:
+        case "bool":
+            return not attr.default
+        case "f32" | "i32":
+            low = attr.min if attr.min is not None else 0
+            wanted = low + (0.25 if attr.type == "f32" else 1)
+            high = attr.max if attr.max is not None else wanted
+            return float(min(wanted, high)) if attr.type == "f32" else int(min(wanted, high))
+        case _:
+            return attr.default

@@ -1,0 +1,172 @@
+"""Rewriting as pairs of text: a graph before, the graph after, and what the pass reports.
+
+A case is a folder of `cases/` with `before.txt`; `after.txt` and `report.txt` hold what is expected. With
+SAGELLM_ACCEPT=1 both are written anew. The rest of the file tests the driver with rules made for a point.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sageLLM.generated.ops import OPS
+from sageLLM.generated.ops.elementwise import Add
+from sageLLM.generated.ops.norm import RmsNorm
+from sageLLM.generated.ops.op_types import OpType
+from sageLLM.generated.passes.fusion import FuseNorm
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir import OpNode
+from sageLLM.runtime.core.rewrite import NearMiss, NewCall, Rewrite, RewritePass, Rule
+from sageLLM.runtime.core.text import parse_text, to_text
+
+CASES = sorted(path.parent for path in (Path(__file__).parent / "cases").glob("*/before.txt"))
+ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
+
+
+def parse(text: str) -> ExecutionGraph:
+    graph = parse_text(text, OpType, OPS)
+    graph.verify()
+    return graph
+
+
+def rewrite_and_compare(one: RewritePass, folder: Path) -> None:
+    """Applies the pass to `before.txt`; the result is valid and is `after.txt`, and the rules report `report.txt`."""
+    before = parse((folder / "before.txt").read_text(encoding="utf-8"))
+    text = to_text(before)
+    after = one.apply(before)
+    after.verify()
+    assert to_text(before) == text, "the given graph was changed"
+    found = {
+        "after.txt": to_text(after),
+        "report.txt": "".join(f"{rule} {stats}\n" for rule, stats in one.report.rules.items()),
+    }
+    for name, content in found.items():
+        if ACCEPT:
+            (folder / name).write_text(content, encoding="utf-8")
+        assert content == (folder / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
+def test_before_and_after(folder: Path) -> None:
+    rewrite_and_compare(FuseNorm(), folder)
+
+
+CHAIN = """graph g level=kernel
+input x: f32[4, 8]
+a: f32[4, 8] = add(x, x)
+b: f32[4, 8] = add(a, x)
+c: f32[4, 8] = add(b, x)
+d: f32[4, 8] = add(c, x)
+return d
+"""
+
+
+def drop_first(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """add(add(x, y), z) -> add(x, z), which is nonsense, but shrinks."""
+    assert isinstance(node, Add)
+    inner = graph.producer(node.x)
+    if not isinstance(inner, Add):
+        return NearMiss(1, "no add before it")
+    return Rewrite((inner, node), (NewCall(Add, {"x": inner.x, "y": node.y}, {}, (node.z,)),), (node.z,))
+
+
+def turn(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """add(x, y) -> add(y, x), for ever."""
+    assert isinstance(node, Add)
+    return Rewrite((node,), (NewCall(Add, {"x": node.y, "y": node.x}, {}, (node.z,)),), (node.z,))
+
+
+def pass_of(*rules: Rule) -> RewritePass:
+    members: dict[str, Any] = {"pass_name": "made_here", "rules": rules}
+    made: type[RewritePass] = type("MadeHere", (RewritePass,), members)
+    return made()
+
+
+def test_rules_run_until_none_applies() -> None:
+    one = pass_of(Rule("drop_first", Add, drop_first, 2))
+    after = one.apply(parse(CHAIN))
+    after.verify()
+    assert [node.node_id for node in after.nodes.values()] == ["d"]
+    assert str(one.report.rules["drop_first"]) == "fired 3 of 4; 1 near misses, 1 of them: no add before it"
+    assert after.nodes["d"].origins == ("a", "b", "c", "d")
+
+
+def test_a_rule_that_never_settles_is_stopped() -> None:
+    one = pass_of(Rule("turn", Add, turn, 1))
+    one.apply(parse(CHAIN)).verify()
+
+
+def test_the_greater_benefit_is_tried_first() -> None:
+    low, high = Rule("low", Add, drop_first, 2, 1), Rule("high", Add, drop_first, 2, 5)
+    one = pass_of(low, high)
+    one.apply(parse(CHAIN))
+    assert {name: stats.fired for name, stats in one.report.rules.items()} == {"low": 0, "high": 3}
+
+
+def test_a_value_that_is_not_kept_and_read_elsewhere_refuses_the_rule() -> None:
+    one = pass_of(Rule("drop_first", Add, drop_first, 2))
+    after = one.apply(parse(CHAIN.replace("return d", "return d, b")))
+    after.verify()
+    assert one.report.fired == 2
+    assert one.report.rules["drop_first"].near_misses == {"no add before it": 1, "b is also read by the caller": 1}
+
+
+def test_a_replacement_that_reads_what_it_takes_away_is_refused() -> None:
+    one = pass_of(Rule("drop_first", Add, drop_first, 2))
+    after = one.apply(parse(CHAIN[: CHAIN.index("c:")].replace("add(a, x)", "add(a, a)") + "return b\n"))
+    after.verify()
+    reason = "the replacement reads a, which it takes away"
+    assert one.report.rules["drop_first"].near_misses == {"no add before it": 1, reason: 1}
+
+
+def test_a_replacement_that_would_wait_for_itself_is_refused() -> None:
+    """y's norm has a weight that comes from h: the fused op would need the weight before it gives h."""
+
+    def fuse(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+        add = graph.producer(node.input("x"))
+        if not isinstance(add, Add):
+            return None
+        fused = OPS["fused_add_rms_norm"]
+        operands = {"x": add.x, "residual": add.y, "w": node.input("w")}
+        return Rewrite((add, node), (NewCall(fused, operands, {}, (node.outputs[0], add.z)),), (node.outputs[0], add.z))
+
+    graph = parse(CHAIN.replace("return d", "return y")[: CHAIN.index("b:")])
+    x = graph.inputs["x"]
+    one = pass_of(Rule("fuse", RmsNorm, fuse, 2))
+    w = one_row(graph, "a")
+    graph.add_node(RmsNorm("y", RmsNorm.kind, [graph.nodes["a"].outputs[0], w], [like(x, "y")], attrs={"eps": 1e-06}))
+    graph.outputs = [like(x, "y")]
+    graph.verify()
+    after = one.apply(graph)
+    assert after.nodes.keys() == graph.nodes.keys()
+    assert one.report.rules["fuse"].near_misses == {"an operand waits for a value of the pattern itself": 1}
+
+
+def like(ref: Any, name: str) -> Any:
+    return type(ref)(name, ref.shape, ref.dtype)
+
+
+def one_row(graph: ExecutionGraph, source: str) -> Any:
+    """A plain node that makes a weight-shaped value from another value."""
+    from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+
+    w = TensorRef("w", (8,), "f32")
+    graph.add_node(ExecutionNode("w", OpType.GATHER, [graph.nodes[source].outputs[0]], [w]))
+    return w
+
+
+def test_phases_and_expectations() -> None:
+    members: dict[str, Any] = {"phases": frozenset({"decode"}), "expect": {"llama": lambda c: 2 * c, "*": lambda c: 0}}
+    made: type[RewritePass] = type("DecodeOnly", (FuseNorm,), members)
+    graph = parse((CASES[0].parent / "a_sum_before_a_norm" / "before.txt").read_text(encoding="utf-8"))
+    graph.stage = "prefill"
+    one = made()
+    one.apply(graph)
+    assert one.report.fired == 0
+    assert one.why_not_expected("qwen3", 5) is None
+    graph.stage = "decode"
+    one.apply(graph)
+    assert one.why_not_expected("llama", 3) == "fuse_norm fired 1 times on llama, expected 6"
