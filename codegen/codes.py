@@ -240,6 +240,58 @@ CODES: dict[str, CodeInfo] = {
     "SAGE242": CodeInfo("bias added per rank", "A bias of a sum over ranks is kept on the first rank only."),
     "SAGE243": CodeInfo("communication in a layout", "Where ranks talk follows from the weights' `tp`."),
     "SAGE250": CodeInfo("unusable rope key", "The rope section names keys of config.json."),
+    # passes
+    "SAGE301": CodeInfo("unknown stage", "The stages of the pipeline stand in order in specs/passes/stages.yaml."),
+    "SAGE302": CodeInfo("unknown op type", "A pass selects nodes by a member of specs/op_types.yaml."),
+    "SAGE303": CodeInfo(
+        "no op to derive from", "`from_op` names an op that has `fuses`, which is the pattern, and a `rule`."
+    ),
+    "SAGE304": CodeInfo(
+        "op of another pass", "The op's `rule` and the pass that lists it with `from_op` must name each other."
+    ),
+    "SAGE305": CodeInfo(
+        "not a line of a rule",
+        "A line of `match` or `rewrite` is `values = op(values, attr=name)`: operands are names, attrs are given names "
+        "or constants.",
+    ),
+    "SAGE306": CodeInfo("unknown op in a rule", "A line of `match` or `rewrite` calls an op of specs/ops."),
+    "SAGE307": CodeInfo(
+        "wrong count in a rule",
+        "A line names every result of the op, and its operands in order; only optional ones may be left out.",
+    ),
+    "SAGE308": CodeInfo("unknown attr in a rule", "A line gives an attr that the op does not have."),
+    "SAGE309": CodeInfo("value given twice", "Each result in a pattern has a name of its own."),
+    "SAGE310": CodeInfo(
+        "unbound name in a rewrite",
+        "A rewrite reads what the pattern reads, and what its own earlier lines give. What the pattern computes is "
+        "taken out of the graph, so the rewrite must compute it itself before reading it.",
+    ),
+    "SAGE311": CodeInfo(
+        "kept value not given",
+        "The nodes behind the pattern go on reading its result and the values under `keep`, so the rewrite gives each "
+        "of them under the same name.",
+    ),
+    "SAGE312": CodeInfo(
+        "disconnected pattern",
+        "Matching starts at the last line and follows operands back to their producers, so every other line gives, "
+        "directly or not, an operand of the last one.",
+    ),
+    "SAGE313": CodeInfo(
+        "rule never fires", "Another rule has the same pattern and the same or more benefit, so it is tried first."
+    ),
+    "SAGE314": CodeInfo(
+        "rewriting may never end", "Rules that do not shrink the graph put in what each other look for, in a circle."
+    ),
+    "SAGE315": CodeInfo(
+        "rule without its pass", "An op's `rule` names a pass that exists and lists the op with `from_op`."
+    ),
+    "SAGE316": CodeInfo("unknown model", "`expect` counts per model of specs/models; `*` stands for all others."),
+    "SAGE317": CodeInfo(
+        "not a count",
+        "How often the rules fire is made of integer config names of the model, whole numbers and + - * //.",
+    ),
+    "SAGE318": CodeInfo("unknown pass", "`after` and `before` name passes."),
+    "SAGE319": CodeInfo("passes in a circle", "`after` and `before` must leave an order in which the passes can run."),
     # the generator itself
     "SAGE501": CodeInfo("not written", "The generated files could not be written; the tree was left as it was."),
     "SAGE502": CodeInfo("no specs", "A spec folder holds no .yaml file, or does not exist."),

@@ -229,17 +229,18 @@ def _check_termination(rules: list[Located], sink: Sink) -> None:
     for one, rule in rules:
         if len(rule.replacement) < len(rule.pattern):
             continue
-        for old in {call.op.name for call in rule.pattern}:
-            for new in {call.op.name for call in rule.replacement}:
-                feeds.add_edge(old, new, rule=(one, rule))
-    for cycle in networkx.simple_cycles(feeds):
-        edges = [feeds.edges[a, b]["rule"] for a, b in zip(cycle, [*cycle[1:], cycle[0]], strict=True)]
-        one, rule = edges[0]
-        path = " -> ".join([*cycle, cycle[0]])
-        related = tuple((f"rule '{r.name}'", p.entry.span(*r.path)) for p, r in edges[1:])
-        message = f"rewriting may never end: {path}, and no rule of the circle shrinks the graph"
-        sink.error("SAGE314", message, one.entry.span(*rule.path), "let a rule give fewer nodes", related)
+        for old in rule.pattern:
+            for new in rule.replacement:
+                feeds.add_edge(old.op.name, new.op.name, rule=(one, rule))
+    try:
+        circle = [(a, feeds.edges[a, b]["rule"]) for a, b in networkx.find_cycle(feeds)]
+    except networkx.NetworkXNoCycle:
         return
+    (start, (one, rule)), *others = circle
+    path = " -> ".join([*(name for name, _ in circle), start])
+    related = tuple((f"rule '{r.name}'", p.entry.span(*r.path)) for _, (p, r) in others)
+    message = f"rewriting may never end: {path}, and no rule of the circle shrinks the graph"
+    sink.error("SAGE314", message, one.entry.span(*rule.path), "let a rule give fewer nodes", related)
 
 
 def _check_rule_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> None:
@@ -268,24 +269,37 @@ def _link_expect(entry: Entry[PassSpec], raw: RawSpecs, sink: Sink) -> dict[str,
             sink.error("SAGE316", f"unknown model '{model}'", span, did_you_mean(model, raw.models))
             continue
         try:
-            expect[model] = _count_text(str(value), entry, ("expect", model), sink)
+            expect[model] = _count_text(str(value), entry, ("expect", model), raw, sink)
         except Refused:
             continue
     return expect
 
 
-def _count_text(value: str, entry: Entry[PassSpec], path: tuple[str, str], sink: Sink) -> str:
+def _count_text(value: str, entry: Entry[PassSpec], path: tuple[str, str], raw: RawSpecs, sink: Sink) -> str:
     """`2*L - 1` as Python text over the config `c`."""
     text = Text.of(value, entry, path, sink)
     node = parse_expression(text)
+    known = _config_names(path[1], raw)
     allowed = (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Name, ast.Load, ast.Constant)
     for inner in ast.walk(node):
         is_whole = not isinstance(inner, ast.Constant) or type(inner.value) is int
         if not isinstance(inner, allowed) or not is_whole:
             raise text.refuse("SAGE317", "a count is made of config names, whole numbers and + - * //", node)
+        if isinstance(inner, ast.Name) and inner.id not in known:
+            message = f"'{inner.id}' is no config name of '{path[1]}'"
+            raise text.refuse("SAGE317", message, inner, did_you_mean(inner.id, known))
         if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.FloorDiv) and not _is_positive(inner.right):
             raise text.refuse("SAGE317", "`//` divides by a number other than 0", node)
     return ast.unparse(_OfConfig().visit(node))
+
+
+def _config_names(model: str, raw: RawSpecs) -> set[str]:
+    """The config names of a model, or for `*` those that all models have."""
+    if model == "*":
+        return set.intersection(*(_config_names(name, raw) for name in raw.models)) if raw.models else set()
+    spec = raw.models[model].spec
+    base = raw.models.get(spec.extends or "")
+    return {*spec.config, *(base.spec.config if base else ())}
 
 
 def _is_positive(node: ast.expr) -> bool:
