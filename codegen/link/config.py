@@ -13,7 +13,12 @@ from sageLLM.codegen.model.layout import Check, ConfigName, ConfigType
 from sageLLM.codegen.schema.models import ConfigField, Scalar
 
 REQUIRED_NAMES = ("H", "L", "Nq", "Nkv", "D", "V", "max_position")
-_RESERVED = frozenset({"tp", "rank", "rope", "hf", "cls", "self", "true", "false", "replace", "divided", "read_rope"})
+_RESERVED = frozenset(
+    {
+        *("tp", "rank", "rope", "hf", "cls", "self", "true", "false", "replace", "divided", "read_rope", "from_hf"),
+        *("int", "float", "bool", "str", "range", "tuple", "list"),
+    }
+)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")
 _KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)

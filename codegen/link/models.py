@@ -34,7 +34,9 @@ from sageLLM.codegen.schema.models import ModelFile, RepeatSpec, WeightSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _ATTEND = re.compile(r"[^=]*=\s*attend\s*\(")
-_FUNCTIONS = frozenset({"program", "weights", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"})
+_FUNCTIONS = frozenset(
+    {"models", "program", "weights", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"}
+)
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
 _IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
 
@@ -228,8 +230,9 @@ class ModelLinker:
         self, name: str, block: FlatBlock, linker: WeightLinker, around: Surroundings, steps: Iterable[str]
     ) -> BlockDef | None:
         before = len(self.sink.diagnostics)
-        if not is_value_name(name) or name in self.ops or name in _FUNCTIONS:
-            remedy = "use small letters, digits and `_`, and no op's name"
+        taken = {*self.ops, *_FUNCTIONS, self.flat.entry.name}
+        if not is_value_name(name) or name in taken or name.upper() in self.raw.dims:
+            remedy = "use small letters, digits and `_`, and no name of an op, a dim or the layout"
             self.sink.error("SAGE204", f"'{name}' cannot name a block", block.place.key_span(), remedy)
         for section, content in (("args", block.args), ("body", block.body), ("returns", block.returns)):
             if not content:

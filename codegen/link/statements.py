@@ -29,7 +29,12 @@ from sageLLM.codegen.model.layout import (
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 
 _VALUE = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
-_RESERVED = frozenset({"g", "c", "stage", "layer", "block", "ops", "own_ops", "dims", "prefix", "hf", "true", "false"})
+_RESERVED = frozenset(
+    {
+        *("g", "c", "stage", "layer", "block", "kc", "vc", "ops", "own_ops", "dims", "true", "false"),
+        *("range", "tuple", "num_rows", "call_block"),
+    }
+)
 _CACHES = ("k_cache", "v_cache")
 _FITS = {"f32": ("int", "float"), "i32": ("int", "size"), "dim": ("int", "size"), "bool": ("bool",), "str": ("str",)}
 
