@@ -47,7 +47,10 @@ def _registry(models: Sequence[ModelDef], renderer: Renderer) -> Output:
     names = [model.name for model in models]
     return Output(
         "builders/__init__.py",
-        header("specs/models", "models") + renderer.render("builders_registry.py.jinja", names=names, exports=sorted([*(name.upper() for name in names), "MODELS"])),
+        header("specs/models", "models")
+        + renderer.render(
+            "builders_registry.py.jinja", names=names, exports=sorted([*(name.upper() for name in names), "MODELS"])
+        ),
         tuple(model.ref for model in models),
     )
 
