@@ -101,7 +101,8 @@ def test_the_command_fails_closed(tmp_path: Path) -> None:
         "driver.emit = crash; sys.argv = ['sagellm', 'generate', '--check']\n"
         "from sageLLM.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
     assert done.returncode != 0
     assert "boom" in done.stderr
 

@@ -183,7 +183,8 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("source", "message"), HOSTILE)
 def test_hostile_template_is_refused(source, message):
-    text = refusal(source, ["ab"], max_chars=1000, max_bytes=256 * 2**20, seconds=1.5)
+    seconds = 1.5 if message in (TOO_LATE, None) else 60.0  # where another limit is meant, a slow machine gets time
+    text = refusal(source, ["ab"], max_chars=1000, max_bytes=256 * 2**20, seconds=seconds)
     if message is None:  # which of the limits is met first depends on the machine
         assert text.startswith(
             ("the chat template took", "the chat template needs", "the chat template failed with Ov")
