@@ -14,12 +14,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
+from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
 from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit
 
 ENGINES = {"merge": "MergePass", "schedule": "StreamPass", "insert": "PrefetchPass", "allocate": "MemoryPass"}
+TAKEN = (
+    "graph",
+    "node",
+    "describe",
+    "has_default",
+    "replacement",
+    *(f"replacement_{i}" for i in range(1, 10)),
+)  # by the function
 MODULES = {"merge": "merge", "schedule": "schedule", "insert": "prefetch", "allocate": "memory"}
 
 
@@ -46,6 +54,7 @@ class CheckView:
 class NewCallView:
     """An op that is put in: Python text for each operand, attribute and output."""
 
+    var: str
     op: OpDef
     inputs: tuple[tuple[str, str], ...]
     attrs: tuple[tuple[str, str], ...]
@@ -136,17 +145,25 @@ class RuleViewer:
             self.vars[anchor],
             tuple(self.steps),
             tuple(self.vars),
-            tuple(self._new_call(call) for call in self.rule.replacement),
+            tuple(map(self._new_call, self.rule.replacement, self._replacements())),
             tuple(self.values[name] for name in self.rule.keep),
         )
 
     def _variables(self) -> list[str]:
         """A variable per node: its op's name, numbered where an op stands twice; the anchor is `node`."""
+        ops = [call.op.name for call in self.rule.pattern[:-1]]
         names: list[str] = []
-        for call in self.rule.pattern[:-1]:
-            count = sum(name.rstrip("_0123456789") == call.op.name for name in names)
-            names.append(f"{call.op.name}_{count + 1}" if count else call.op.name)
+        for i, op in enumerate(ops):
+            name = f"{op}_{ops[:i].count(op) + 1}" if op in ops[:i] else op
+            while name in (*names, *TAKEN):
+                name += "_"
+            names.append(name)
         return [*names, "node"]
+
+    def _replacements(self) -> list[str]:
+        """A variable per op that is put in."""
+        count = len(self.rule.replacement)
+        return ["replacement"] if count == 1 else [f"replacement_{i}" for i in range(1, count + 1)]
 
     def _find(self, index: int, num_found: int) -> None:
         call, var = self.rule.pattern[index], self.vars[index]
@@ -165,6 +182,9 @@ class RuleViewer:
             self._bind_operand(f"{var}.{operand}", operand, value, call, num_found)
         for attr, given in call.attrs:
             self._bind_attr(f"{var}.{attr}", attr, given, num_found)
+        for declared in call.op.attrs:
+            if declared.name not in dict(call.attrs) and not declared.is_required:
+                self._check_default(declared, var, num_found)
 
     def _bind_operand(self, text: str, operand: str, value: str | None, call: PatternCall, num_found: int) -> None:
         declared = call.op.operand(operand)
@@ -185,14 +205,25 @@ class RuleViewer:
         else:
             self.attrs[given.name] = text
 
+    def _check_default(self, attr: Attr, var: str, num_found: int) -> None:
+        """A pattern that does not name an attribute means the op with its default."""
+        test = f"not has_default({var}, {lit(attr.name)})"
+        if attr.formula is None:
+            test = (
+                f"{var}.{attr.name} is not None"
+                if attr.default is None
+                else f"{var}.{attr.name} != {lit(attr.default)}"
+            )
+        self._check(test, num_found, f"want the default {attr.name}")
+
     def _check(self, test: str, num_found: int, reason: str) -> None:
         self.steps.append(CheckView(test, num_found, reason))
 
-    def _new_call(self, call: PatternCall) -> NewCallView:
-        inputs = [(name, self.values[value]) for name, value in call.operands.items() if value is not None]
+    def _new_call(self, call: PatternCall, var: str) -> NewCallView:
+        inputs = [(name, self.values.get(v, lit(v))) for name, v in call.operands.items() if v is not None]
         attrs = [
             (name, self.attrs.get(value.name, "") if isinstance(value, AttrName) else lit(value))
             for name, value in call.attrs
         ]
         outputs = tuple(self.values.get(target, lit(target)) for target in call.targets)
-        return NewCallView(call.op, tuple(inputs), tuple((name, text) for name, text in attrs if text), outputs)
+        return NewCallView(var, call.op, tuple(inputs), tuple((name, text) for name, text in attrs if text), outputs)

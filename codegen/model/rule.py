@@ -25,7 +25,7 @@ class PatternCall:
 
     def __str__(self) -> str:
         words = [arg or "none" for arg in self.args]
-        words += [f"{name}={value.name if isinstance(value, AttrName) else value}" for name, value in self.attrs]
+        words += [f"{name}={value.name if isinstance(value, AttrName) else repr(value)}" for name, value in self.attrs]
         return f"{', '.join(self.targets)} = {self.op.name}({', '.join(words)})"
 
 

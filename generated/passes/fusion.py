@@ -22,7 +22,7 @@ def fused_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
     add = graph.producer(node.x)
     if not isinstance(add, Add):
         return NearMiss(1, "want add to give " + describe(add, node.x))
-    fused_add_rms_norm = NewCall(
+    replacement = NewCall(
         FusedAddRmsNorm,
         {"x": add.x, "residual": add.y, "w": node.w},
         {"eps": node.eps},
@@ -30,7 +30,7 @@ def fused_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
     )
     return Rewrite(
         (add, node),
-        (fused_add_rms_norm,),
+        (replacement,),
         kept=(node.y, add.z),
     )
 

@@ -45,13 +45,14 @@ class OptimizationPass(ABC):
 
 @dataclass(frozen=True, slots=True)
 class NewCall:
-    """An op that a rewrite puts in: its operands, its attributes, and the names of its outputs in order.
+    """An op that a rewrite puts in: its operands, its attributes, and its outputs in order.
 
-    An output that has the name of a value of the pattern takes that value's place; another one is a new value.
+    An output that is a value of the pattern takes that value's place. A text names a new value, for the operands of the
+    calls after it; in the graph it gets a name of its own.
     """
 
     op: type[OpNode]
-    inputs: Mapping[str, TensorRef | None]
+    inputs: Mapping[str, TensorRef | str | None]
     attrs: Mapping[str, AttrValue]
     outputs: tuple[TensorRef | str, ...]
 
@@ -228,7 +229,7 @@ def apply_rewrite(
     if (reason := _why_not_replaceable(graph, rewrite, position)) is not None:
         return NearMiss(len(rewrite.matched), reason)
     try:
-        nodes = _new_nodes(rewrite, memo if memo is not None else {})
+        nodes = _new_nodes(graph, rewrite, memo if memo is not None else {})
     except TypeMismatch as error:
         return NearMiss(len(rewrite.matched), str(error))
     try:
@@ -260,7 +261,7 @@ def _why_not_overwritable(
     for call in rewrite.calls:
         for operand in call.op.inplace.values():
             ref = call.inputs.get(operand)
-            for name in same_memory(graph, ref.name) if ref is not None else ():
+            for name in same_memory(graph, ref.name) if isinstance(ref, TensorRef) else ():
                 if name in graph.weights or name in returned:
                     what = "a weight" if name in graph.weights else "returned"
                     return f"{call.op.op} overwrites {name}, which is {what}"
@@ -292,7 +293,7 @@ def _lost_operand(rewrite: Rewrite) -> str | None:
     gone = {ref.name for node in rewrite.matched for ref in node.outputs}
     for call in rewrite.calls:
         for ref in call.inputs.values():
-            if ref is not None and ref.name in gone:
+            if isinstance(ref, TensorRef) and ref.name in gone:
                 return ref.name
         gone -= {wanted if isinstance(wanted, str) else wanted.name for wanted in call.outputs}
     return None
@@ -315,29 +316,45 @@ def _why_no_place(
     return None
 
 
-def _new_nodes(rewrite: Rewrite, memo: Memo) -> list[ExecutionNode]:
+def _new_nodes(graph: ExecutionGraph, rewrite: Rewrite, memo: Memo) -> list[ExecutionNode]:
     anchor = rewrite.matched[-1]
     old = {ref.name: ref for node in rewrite.matched for ref in node.outputs}
     origins = tuple(dict.fromkeys(o for node in rewrite.matched for o in (node.origins or (node.node_id,))))
     made: dict[str, TensorRef] = {}
     nodes: list[ExecutionNode] = []
     for call in rewrite.calls:
-        inputs = {name: made.get(ref.name, ref) for name, ref in call.inputs.items() if ref is not None}
-        key = infer_key(call.op, tuple(inputs), list(inputs.values()), call.attrs)
-        if key not in memo:
-            memo[key] = call.op.resolve({name: ref.type for name, ref in inputs.items()}, call.attrs)
-        inference = memo[key]
+        inputs = {name: _made(ref, made) for name, ref in call.inputs.items() if ref is not None}
+        inference = _infer(call, inputs, memo)
         outputs = []
         for wanted, type_ in zip(call.outputs, inference.outputs, strict=True):
-            name = wanted if isinstance(wanted, str) else wanted.name
+            name = wanted.name if isinstance(wanted, TensorRef) else _new_name(graph, f"{anchor.node_id}.{wanted}")
             ref = TensorRef(name, type_.shape, type_.dtype, anchor.device_id)
             if name in old and old[name].type != type_:
                 raise TypeMismatch(f"{call.op.op} gives {ref}, want {old[name].type}")
-            made[name] = ref
+            made[wanted if isinstance(wanted, str) else name] = ref
             outputs.append(ref)
         nodes.append(_node(call, anchor, inputs, outputs, inference.attrs, origins))
-    nodes[-1].node_id = anchor.node_id
+    if all(node.node_id != anchor.node_id for node in nodes):
+        nodes[-1].node_id = anchor.node_id
     return nodes
+
+
+def _made(ref: TensorRef | str, made: Mapping[str, TensorRef]) -> TensorRef:
+    """An operand: a value that an earlier call makes (anew), or one of the graph."""
+    return made[ref] if isinstance(ref, str) else made.get(ref.name, ref)
+
+
+def _new_name(graph: ExecutionGraph, name: str) -> str:
+    while graph.producer(name) is not None or name in graph.inputs or name in graph.weights:
+        name += "_"
+    return name
+
+
+def _infer(call: NewCall, inputs: Mapping[str, TensorRef], memo: Memo) -> Inference:
+    key = infer_key(call.op, tuple(inputs), list(inputs.values()), call.attrs)
+    if key not in memo:
+        memo[key] = call.op.resolve({name: ref.type for name, ref in inputs.items()}, call.attrs)
+    return memo[key]
 
 
 def _node(
@@ -368,3 +385,10 @@ def _node(
 def describe(node: ExecutionNode | None, value: TensorRef) -> str:
     """Where a value comes from, for the reason of a near miss: `x, which cast gives` or `x, an input`."""
     return f"{value.name}, which {node.op} gives" if node is not None else f"{value.name}, an input"
+
+
+def has_default(node: OpNode, attr: str) -> bool:
+    """Whether an attribute has the value that the op's declaration gives it, which may depend on the operands."""
+    others = {name: value for name, value in node.attrs.items() if name != attr}
+    types = {name: ref.type for name, ref in zip(node.operands, node.inputs, strict=True)}
+    return node.attrs.get(attr) in (None, node.resolve(types, others).attrs[attr])
