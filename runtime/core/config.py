@@ -54,7 +54,7 @@ class HFConfig:
             return self._default((key, *fallbacks), default, "a number")
         name, value = found
         is_number = isinstance(value, (builtins.int, builtins.float)) and not isinstance(value, builtins.bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not _fits_float(value):
             raise self._error(name, "a finite number", value)
         return builtins.float(value)
 
@@ -95,7 +95,7 @@ class HFConfig:
     def require(self, holds: builtins.bool, rule: builtins.str, *values: tuple[builtins.str, object]) -> None:
         """Raise ConfigError unless `holds`; `rule` and `values` (key and value) are in words of the config file."""
         if not holds:
-            got = ", ".join(f"{name} is {_shown(value)}" for name, value in values)
+            got = ", ".join(f"{name} is {shown(value)}" for name, value in values)
             raise ConfigError(f"{self.path}: needs {rule}, but {got}")
 
     def _find(self, keys: Sequence[builtins.str]) -> tuple[builtins.str, Any] | None:
@@ -128,10 +128,17 @@ class HFConfig:
         return found[0] if found else key
 
     def _error(self, key: builtins.str, wanted: builtins.str, got: object) -> ConfigError:
-        return ConfigError(f"{self.path}: '{key}' wants {wanted}, got {_shown(got)}")
+        return ConfigError(f"{self.path}: '{key}' wants {wanted}, got {shown(got)}")
 
 
-def _shown(value: object) -> str:
+def _fits_float(value: builtins.int | builtins.float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def shown(value: object) -> str:
     """A value as JSON would write it, cut to a line."""
     match value:
         case None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.config import HFConfig, shown
 from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.graph import Stage as Stage
@@ -16,6 +16,7 @@ from sageLLM.runtime.core.types import DTYPES, TensorType
 from sageLLM.runtime.core.writer import GraphWriter
 
 T, B, Td, Tp, PG, BS, KV, KVd = dims("T B Td Tp PG BS KV KVd")
+MAX_PROBLEMS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +239,12 @@ def read_rope(
     found = hf.mapping(*keys) if keys else None
     if found is None:
         return RopeSpec(base, dim, max_position)
-    kind = found.get("rope_type", found.get("type", "default"))
+    given = found.get("rope_type")
+    kind = given if given is not None else found.get("type", "default")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{hf.path}: the type of the rope scaling wants text, got {shown(kind)}")
     if kind not in allow:
-        raise ConfigError(f"{hf.path}: rope scaling '{kind}' is not supported; known are {', '.join(allow)}")
+        raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
     return RopeSpec(base, dim, max_position, None if kind == "default" else {**found, "rope_type": kind})
 
 
@@ -254,11 +258,14 @@ def divided(name: str, size: int, tp: int) -> int:
 def check_checkpoint(layout: ModelLayout, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Every way in which a checkpoint's tensors (name -> shape) are not exactly what the layout reads.
 
-    A tensor may be absent if its weight is tied; it may be there unread if the layout ignores its name.
+    A tensor may be absent if its weight is tied; it may be there unread if the layout ignores its name. The list ends
+    after MAX_PROBLEMS, since a config may claim any number of layers.
     """
     problems: list[str] = []
     read: set[str] = set()
     for weight in layout.weights(config):
+        if len(problems) >= MAX_PROBLEMS:
+            return problems[:MAX_PROBLEMS]
         for part in weight.parts:
             read.add(part.name)
             wanted, got = weight.part_shape(part), shapes.get(part.name)

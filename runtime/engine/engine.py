@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sageLLM.runtime.core.layout import Stage
+from sageLLM.runtime.engine.errors import PromptError
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.model import Model
 from sageLLM.runtime.engine.outputs import RequestMetrics, RequestOutput
@@ -74,6 +75,13 @@ class Engine:
         """Raises RequestError if the request could not be served."""
         validate_prompt(token_ids, self.model.config.V, self.model.max_model_len)
         validate_params(params, self.model.config.V)
+        room = self.scheduler.limits.max_kv_tokens
+        if room is not None and len(token_ids) >= room:
+            raise PromptError(
+                f"the prompt has {len(token_ids)} tokens; the KV cache holds {room}, of which one is for a new token; "
+                "raise num_kv_blocks",
+                "prompt",
+            )
 
     def abort(self, group_id: str) -> RequestOutput | None:
         """Ends a request in whatever state it is; None if there is no such request."""

@@ -11,6 +11,10 @@ class CheckpointError(SageError):
     """A checkpoint folder, or a file in it, cannot be read."""
 
 
+class PluginError(SageError):
+    """A plugin folder cannot be imported, or hides a name of the package or of another plugin."""
+
+
 class TokenizerError(SageError):
     """The tokenizer files of a checkpoint are missing or damaged, or a text cannot be encoded."""
 

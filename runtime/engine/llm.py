@@ -7,15 +7,16 @@ from typing import Any, TypeAlias
 
 import torch
 
+from sageLLM.runtime.core.config import shown
 from sageLLM.runtime.engine.chat_template import ChatTemplate
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.errors import PromptError, SamplingParamsError, TokenizerError
+from sageLLM.runtime.engine.errors import PromptError, SageError, SamplingParamsError, TokenizerError
 from sageLLM.runtime.engine.model import Model, load_model
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.engine.plugins import Registry, load_registry
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.tokenizer import Tokenizer
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.pipeline import ALL, Pipeline
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
@@ -32,8 +33,8 @@ class LLM:
         outputs = llm.generate(["def add(a, b):"], SamplingParams(max_tokens=32, temperature=0.0))
 
     `plugins` are folders made by `sagellm generate --specs ... --out FOLDER`. `disable_passes` names passes that are
-    not run over the graphs. Raises CheckpointError or TokenizerError, naming file and remedy, for a folder that cannot
-    be served.
+    not run over the graphs. Raises CheckpointError, TokenizerError or PluginError, naming file and remedy, for a folder
+    that cannot be served, and SageError for another argument that cannot be used.
     """
 
     def __init__(
@@ -51,9 +52,14 @@ class LLM:
         skip_tokenizer: bool = False,
     ) -> None:
         folder = Path(model)
+        where = _device(device)
+        _check_count("block_size", block_size)
+        if num_kv_blocks is not None:
+            _check_count("num_kv_blocks", num_kv_blocks)
         registry = load_registry(plugins)
+        _check_passes(disable_passes, registry)
         self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(folder)
-        self.model = load_model(folder, registry, dtype=dtype, device=torch.device(device), max_model_len=max_model_len)
+        self.model = load_model(folder, registry, dtype=dtype, device=where, max_model_len=max_model_len)
         self.pipeline = Pipeline(
             self.model.layout, self.model.config, registry, dtype=self.model.short_dtype, disable=disable_passes
         )
@@ -112,6 +118,8 @@ class LLM:
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._needed_tokenizer("a text prompt").encode(prompt)
+        if not isinstance(prompt, Sequence):
+            raise PromptError(f"a prompt is {shown(prompt)}; give a text or a list of token ids", "prompt")
         return list(prompt)
 
     def _needed_tokenizer(self, what: str) -> Tokenizer:
@@ -120,6 +128,27 @@ class LLM:
                 f"{what} needs the tokenizer; load the model without skip_tokenizer, or give token ids"
             )
         return self.tokenizer
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise SageError(f"device is {shown(name)}; use cpu, or cuda where there is a GPU") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SageError(f"device is {shown(name)}, and this PyTorch sees no GPU; use cpu")
+    return device
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SageError(f"{name} is {shown(value)}; it must be an integer of at least 1")
+
+
+def _check_passes(names: Sequence[str], registry: Registry) -> None:
+    known = [*registry.passes, ALL]
+    if unknown := [name for name in names if name not in known]:
+        raise SageError(f"disable_passes names {', '.join(map(shown, unknown))}; known are {', '.join(known)}")
 
 
 def default_num_blocks(model: Model, config: PDSchedulerConfig, block_size: int) -> int:
@@ -147,5 +176,8 @@ def _params_for(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
-        raise SamplingParamsError(f"{len(params)} sampling parameters were given for {len(prompts)} prompts")
+        raise SamplingParamsError(
+            f"{len(params)} sampling parameters were given for {len(prompts)} prompts; "
+            "give one for all, or one for each"
+        )
     return list(params)

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.config import HFConfig, shown
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.layout import ModelLayout, check_checkpoint
+from sageLLM.runtime.core.layout import MAX_PROBLEMS, ModelLayout, check_checkpoint
 from sageLLM.runtime.engine.errors import CheckpointError
 from sageLLM.runtime.engine.plugins import Registry
 from sageLLM.runtime.engine.rope import rope_tables
 from sageLLM.runtime.engine.safetensors_reader import Checkpoint
 from sageLLM.runtime.engine.weights import load_weights
 
+MAX_POSITIONS = 2**24
+"""A bound on the positions of a config.json, for which tables are made; the longest published has ten million."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 MAX_SHOWN_PROBLEMS = 20
@@ -57,18 +59,19 @@ def load_model(
     Raises CheckpointError for an architecture without a layout, a config that the layout refuses, and tensors that are
     missing, of another shape, or read by nobody.
     """
-    data = _read_config(folder / "config.json")
-    layout = _layout_of(data, folder / "config.json", registry)
+    path = folder / "config.json"
+    data = _read_config(path)
+    layout = _layout_of(data, path, registry)
     try:
-        config = layout.read_config(HFConfig(data, str(folder / "config.json")))
+        config = layout.read_config(HFConfig(data, str(path)))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    length = _model_len(config.max_position, max_model_len)
-    kind = _dtype(dtype, data)
-    tables = _tables(config, length, device)
+    length = _model_len(config.max_position, max_model_len, path)
+    kind = _dtype(dtype, data, path)
     checkpoint = Checkpoint.open(folder)
     try:
         _check(layout, config, checkpoint)
+        tables = _tables(config, length, device, path)
         weights = load_weights(layout.weights(config), checkpoint, kind, device)
     finally:
         checkpoint.close()
@@ -82,10 +85,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.parent} has no config.json; give the folder of a Hugging Face checkpoint"
         ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
+        raise CheckpointError(f"{path} must hold a JSON object, not {shown(data)}")
     return data
 
 
@@ -97,32 +102,48 @@ def _layout_of(data: Mapping[str, Any], path: Path, registry: Registry) -> Model
             return layout
     known = sorted(name for layout in registry.models.values() for name in layout.architectures)
     raise CheckpointError(
-        f"{path}: no layout reads {', '.join(architectures) or 'a checkpoint without `architectures`'}; "
+        f"{path}: no layout reads {', '.join(map(shown, architectures)) or 'a checkpoint without `architectures`'}; "
         f"known are {', '.join(known)}. To add one: `sagellm new model NAME`, then `sagellm generate` "
         "(docs/add-a-model.md)"
     )
 
 
-def _model_len(trained: int, asked: int | None) -> int:
+def _model_len(trained: int, asked: int | None, path: Path) -> int:
+    """The longest sequence: what is asked for, else all positions that the model was trained on."""
+    if not 1 < trained <= MAX_POSITIONS:
+        raise CheckpointError(f"{path}: the model has {trained} positions; 2 to {MAX_POSITIONS} can be served")
     if asked is None:
         return trained
-    if not 1 < asked <= trained:
-        raise CheckpointError(f"max_model_len is {asked}; this model takes 2 to {trained} positions")
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 1 < asked <= trained:
+        raise CheckpointError(
+            f"max_model_len is {shown(asked)}; this model takes 2 to {trained} positions, as {path} says"
+        )
     return asked
 
 
-def _dtype(name: str, data: Mapping[str, Any]) -> torch.dtype:
-    if name == "auto":
-        name = str(data.get("dtype") or data.get("torch_dtype") or "float32")
-    if name not in DTYPES:
-        raise CheckpointError(f"dtype '{name}' is not supported; use auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+def _dtype(name: str, data: Mapping[str, Any], path: Path) -> torch.dtype:
+    if name != "auto":
+        if name not in DTYPES:
+            raise CheckpointError(f"dtype is {shown(name)}; use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    key = "dtype" if data.get("dtype") is not None else "torch_dtype"
+    named = data.get(key)
+    if named is None:
+        return torch.float32
+    if not isinstance(named, str) or named not in DTYPES:
+        raise CheckpointError(
+            f"{path}: '{key}' is {shown(named)}, which is not supported; choose one by dtype=: {', '.join(DTYPES)}"
+        )
+    return DTYPES[named]
 
 
-def _tables(config: Any, length: int, device: torch.device) -> dict[str, Tensor]:
+def _tables(config: Any, length: int, device: torch.device, path: Path) -> dict[str, Tensor]:
     if config.rope is None:
         return {}
-    tables = rope_tables(config.rope, length)
+    try:
+        tables = rope_tables(config.rope, length)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     return {"cos": tables.cos.to(device), "sin": tables.sin.to(device)}
 
 
@@ -132,7 +153,8 @@ def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:
     if not problems:
         return
     shown = "\n".join(f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS])
-    more = f"\n  and {len(problems) - MAX_SHOWN_PROBLEMS} more" if len(problems) > MAX_SHOWN_PROBLEMS else ""
+    least = "at least " if len(problems) == MAX_PROBLEMS else ""
+    more = f"\n  and {least}{len(problems) - MAX_SHOWN_PROBLEMS} more" if len(problems) > MAX_SHOWN_PROBLEMS else ""
     raise CheckpointError(
         f"{checkpoint.folder} does not fit the layout '{layout.name}' ({layout.spec}):\n{shown}{more}"
     )

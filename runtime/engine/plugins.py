@@ -16,6 +16,7 @@ from typing import Any
 from sageLLM.runtime.core.ir import OpNode
 from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.core.rewrite import OptimizationPass
+from sageLLM.runtime.engine.errors import PluginError
 from sageLLM.runtime.execution_graph.executor import Kernel
 
 BASE = "sageLLM.generated"
@@ -38,7 +39,7 @@ class Registry:
 def load_registry(plugins: Iterable[str | Path] = ()) -> Registry:
     """The package's own entries and the plugins'.
 
-    Raises FileNotFoundError for a folder that was not generated, ValueError for a name that is taken.
+    Raises PluginError for a folder that was not generated or cannot be imported, and for a name that is taken.
     """
     return _registry([BASE, *(_import_folder(Path(plugin)) for plugin in plugins)])
 
@@ -60,20 +61,44 @@ def _registry(packages: list[str]) -> Registry:
 def _merge(packages: Iterable[str], module: str, table: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for package in packages:
-        entries: dict[str, Any] = getattr(import_module(f"{package}.{module}"), table)
+        entries = _entries(package, module, table)
         taken = sorted(merged.keys() & entries.keys())
         if taken:
-            raise ValueError(f"plugin {_folder(package)}: {table} has {', '.join(taken)} already; rename in your specs")
+            raise PluginError(
+                f"plugin {_folder(package)}: {table} has {', '.join(taken)} already; rename in your specs"
+            )
         merged |= entries
     return merged
+
+
+def _entries(package: str, module: str, table: str) -> dict[str, Any]:
+    try:
+        entries: dict[str, Any] = getattr(import_module(f"{package}.{module}"), table)
+    except Exception as error:  # a generated file that was edited or cut short may raise anything
+        if package == BASE:
+            raise
+        folder = _folder(package)
+        _forget(package)
+        raise PluginError(_unusable(folder, error)) from error
+    return entries
+
+
+def _forget(package: str) -> None:
+    """Takes a package and its modules out of Python's table, so that the next import reads the files anew."""
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
+
+
+def _unusable(folder: str | Path, error: Exception) -> str:
+    return f"plugin {folder} cannot be imported ({type(error).__name__}: {error}); generate it anew"
 
 
 def _import_folder(folder: Path) -> str:
     """Imports a generated tree as a package of its own and returns the package's name."""
     start = folder / "__init__.py"
     if not start.is_file():
-        raise FileNotFoundError(
-            f"plugin {folder} is not a generated folder; make it with `sagellm generate --specs ...`"
+        raise PluginError(
+            f"plugin {folder} is not a generated folder; make one with `sagellm generate --specs MY_SPECS --out FOLDER`"
         )
     name = f"sagellm_plugin_{sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
@@ -81,7 +106,11 @@ def _import_folder(folder: Path) -> str:
         assert spec is not None and spec.loader is not None, "a file location always has a loader"
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            _forget(name)
+            raise PluginError(_unusable(folder, error)) from error
     return name
 
 

@@ -6,11 +6,13 @@ A scaling changes the frequencies and may multiply both tables by one factor. Al
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
+from sageLLM.runtime.core.config import shown
 from sageLLM.runtime.core.layout import RopeSpec
 from sageLLM.runtime.engine.errors import CheckpointError
 
@@ -38,9 +40,20 @@ def rope_tables(rope: RopeSpec, num_positions: int) -> RopeTables:
     name = scaling.get("rope_type", scaling.get("type", "default"))
     if name not in _SCALINGS:
         raise CheckpointError(f"rope scaling '{name}' is not supported; known are {', '.join(sorted(_SCALINGS))}")
-    frequencies = _SCALINGS[name](rope, _Parameters(name, scaling), num_positions)
+    try:
+        frequencies = _SCALINGS[name](rope, _Parameters(name, scaling), num_positions)
+    except (ArithmeticError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(_no_frequencies(name, rope.base)) from None
+    if not (frequencies.radians.isfinite().all() and math.isfinite(frequencies.factor)):
+        raise CheckpointError(_no_frequencies(name, rope.base))
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies.radians)
     return RopeTables(angles.cos() * frequencies.factor, angles.sin() * frequencies.factor)
+
+
+def _no_frequencies(name: str, base: float) -> str:
+    return f"rope scaling '{name}' with the base {base:g} has parameters that give no finite frequencies"
 
 
 class _Parameters:
@@ -54,15 +67,28 @@ class _Parameters:
         value = self.values.get(key)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"rope scaling '{self.scaling_name}' wants a number '{key}', got {value!r}")
+        if not _is_positive(value):
+            raise CheckpointError(f"rope scaling '{self.scaling_name}' wants a positive number '{key}', {_got(value)}")
         return float(value)
 
     def numbers(self, key: str, length: int) -> list[float]:
         values = self.values.get(key)
         if not isinstance(values, list) or len(values) != length:
             raise CheckpointError(f"rope scaling '{self.scaling_name}' wants {length} numbers in '{key}'")
+        for place, value in enumerate(values):
+            if not _is_positive(value):
+                raise CheckpointError(
+                    f"rope scaling '{self.scaling_name}' wants positive numbers in '{key}', {_got(value)} at {place}"
+                )
         return [float(value) for value in values]
+
+
+def _is_positive(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _got(value: object) -> str:
+    return "which is missing" if value is None else f"got {shown(value)}"
 
 
 def _plain(rope: RopeSpec) -> torch.Tensor:
@@ -127,9 +153,8 @@ def _yarn_factor(parameters: _Parameters, factor: float) -> float:
     given = parameters.values.get("attention_factor")
     if given is not None:
         return parameters.number("attention_factor")
-    scale, scale_all = parameters.values.get("mscale"), parameters.values.get("mscale_all_dim")
-    if scale and scale_all:
-        return magnitude(float(scale)) / magnitude(float(scale_all))
+    if parameters.values.get("mscale") and parameters.values.get("mscale_all_dim"):
+        return magnitude(parameters.number("mscale")) / magnitude(parameters.number("mscale_all_dim"))
     return magnitude(1.0)
 
 

@@ -1,0 +1,443 @@
+"""Damaged checkpoints, wrong arguments and bad requests through the public `LLM`: the exact message for each."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sageLLM import LLM, SamplingParams
+from sageLLM.codegen import driver
+from sageLLM.runtime.engine.errors import (
+    CheckpointError,
+    PluginError,
+    PromptError,
+    SageError,
+    SamplingParamsError,
+    TokenizerError,
+)
+
+MakeCheckpoint = Callable[..., Path]
+ONE_LAYER = {"num_hidden_layers": 1, "max_position_embeddings": 64}
+GREEDY = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture
+def folder(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """A copy of a sound checkpoint, to be damaged."""
+    return Path(shutil.copytree(make_checkpoint("Llama", **ONE_LAYER), tmp_path / "model"))
+
+
+@pytest.fixture
+def llm(make_checkpoint: MakeCheckpoint) -> LLM:
+    return LLM(make_checkpoint("Llama", **ONE_LAYER), skip_tokenizer=True)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refusal(folder: Path, kind: type[SageError] = CheckpointError, **arguments: Any) -> str:
+    with pytest.raises(SageError) as caught:
+        LLM(folder, **{"skip_tokenizer": True} | arguments)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+# config.json
+
+
+def test_a_folder_without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert refusal(folder) == f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
+    missing = folder / "elsewhere"
+    assert refusal(missing) == f"{missing} has no config.json; give the folder of a Hugging Face checkpoint"
+    assert refusal(missing, TokenizerError, skip_tokenizer=False) == f"{missing} is not a folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{'a': 1}", "is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "),
+        ("", "is not JSON: Expecting value: line 1 column 1 (char 0); "),
+    ],
+)
+def test_config_that_is_not_json(text: str, why: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    assert refusal(folder) == f"{folder / 'config.json'} {why}download it again"
+
+
+def test_config_nested_beyond_reason(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 200_000)
+    assert refusal(folder).startswith(f"{folder / 'config.json'} is not JSON: maximum recursion depth exceeded")
+
+
+def test_config_that_is_a_list_or_a_folder(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text("[1]")
+    assert refusal(folder) == f"{path} must hold a JSON object, not a list"
+    path.unlink()
+    path.mkdir()
+    assert refusal(folder) == f"{path} cannot be read: Is a directory"
+
+
+ADD_ONE = (
+    "known are LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM. To add one: `sagellm new model NAME`, then "
+    "`sagellm generate` (docs/add-a-model.md)"
+)
+BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"architectures": ["GPT2LMHeadModel"]}, f"no layout reads 'GPT2LMHeadModel'; {ADD_ONE}"),
+    ({"architectures": None}, f"no layout reads a checkpoint without `architectures`; {ADD_ONE}"),
+    ({"architectures": {"a": 1}}, f"no layout reads a checkpoint without `architectures`; {ADD_ONE}"),
+    ({"hidden_size": None}, "the key 'hidden_size' is missing, want an integer"),
+    ({"hidden_size": "64"}, "'hidden_size' wants an integer, got '64'"),
+    ({"num_hidden_layers": 0}, "'num_hidden_layers' wants a size of 1 to 2147483647, got 0"),
+    ({"num_attention_heads": True}, "'num_attention_heads' wants an integer, got true"),
+    (
+        {"num_key_value_heads": 3},
+        "needs num_attention_heads % num_key_value_heads == 0, but num_attention_heads is 4, num_key_value_heads is 3",
+    ),
+    ({"rms_norm_eps": [1]}, "'rms_norm_eps' wants a finite number, got a list"),
+    ({"rms_norm_eps": 10**400}, f"'rms_norm_eps' wants a finite number, got 1{'0' * 39}"),
+    ({"rope_parameters": [1]}, "'rope_parameters' wants an object, got a list"),
+    (
+        {"rope_parameters": {"rope_type": "su", "factor": 2.0}},
+        "rope scaling 'su' is not supported; known are default, linear, dynamic, yarn, llama3, longrope",
+    ),
+    (
+        {"rope_parameters": {"rope_type": ["linear"]}},
+        "the type of the rope scaling wants text, got a list",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "linear"}},
+        "rope scaling 'linear' wants a positive number 'factor', which is missing",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
+        "rope scaling 'linear' wants a positive number 'factor', got 'two'",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7, "factor": 2.0}},
+        "rope scaling 'longrope' wants 8 numbers in 'short_factor'",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7 + [None], "factor": 2.0}},
+        "rope scaling 'longrope' wants positive numbers in 'short_factor', which is missing at 7",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
+        "rope scaling 'default' with the base -1 has parameters that give no finite frequencies",
+    ),
+    ({"max_position_embeddings": 2**31 - 1}, "the model has 2147483647 positions; 2 to 16777216 can be served"),
+    (
+        {"dtype": "int4"},
+        "'dtype' is 'int4', which is not supported; choose one by dtype=: float32, bfloat16, float16",
+    ),
+    (
+        {"dtype": None, "torch_dtype": {"a": 1}},
+        "'torch_dtype' is an object, which is not supported; choose one by dtype=: float32, bfloat16, float16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS, ids=[str(changes)[:50] for changes, _ in BAD_CONFIGS])
+def test_config_that_cannot_be_used(changes: dict[str, Any], message: str, folder: Path) -> None:
+    edit_config(folder, **changes)
+    assert refusal(folder) == f"{folder / 'config.json'}: {message}"
+
+
+VALUES: list[Any] = [
+    *(None, True, False, "", "64", "x" * 500, [], [1], [None, {}], {}, {"a": {"b": []}}),
+    *(0, 1, 3, -1, 128, 2**31 - 1, 2**31, 2**40, 10**30, -(10**30), 10**400),
+    *(0.5, 7.0, 1e308, -1e308, 1e-320, float("nan"), float("inf")),
+]
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 32},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1,
+     "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True},
+    {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8, "factor": 2.0,
+     "original_max_position_embeddings": 32},
+]  # fmt: skip
+
+
+def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """The config with one to three values replaced or taken away, of the rope section as often as of the rest."""
+    config = json.loads(json.dumps(config))
+    config["rope_parameters"] = {"rope_theta": 10000.0, **rng.choice(ROPES)}
+    for _ in range(rng.randint(1, 3)):
+        section = config
+        if rng.random() < 0.5 and isinstance(config.get("rope_parameters"), dict) and config["rope_parameters"]:
+            section = config["rope_parameters"]
+        key = rng.choice([*section, "head_dim", "sliding_window", "rope_scaling"])
+        if rng.random() < 0.1:
+            section.pop(key, None)
+        else:
+            section[key] = rng.choice(VALUES)
+    return config
+
+
+def test_five_hundred_damaged_configs_are_served_or_refused_in_words(folder: Path) -> None:
+    """Nothing but SageError comes out; a huge number neither exhausts the memory nor takes for ever."""
+    rng = random.Random(0)
+    sound = json.loads((folder / "config.json").read_text())
+    num_refused = 0
+    for _ in range(500):
+        config = mutated(sound, rng)
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            LLM(folder, skip_tokenizer=True)
+        except SageError as error:
+            num_refused += 1
+            assert str(folder) in str(error), config
+        except Exception as error:
+            pytest.fail(f"{type(error).__name__} ({error}) for {config}")
+    assert 200 < num_refused < 500
+
+
+# tensors
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def misfit(folder: Path, *problems: str) -> str:
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    return f"{folder} does not fit the layout 'llama' (specs/models/llama.yaml: llama):{lines}"
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop(Q_PROJ))
+    problem = f"missing tensor '{Q_PROJ}' [64, 64], which fills layers.0.attention.wqkv"
+    assert refusal(folder) == misfit(folder, problem)
+
+
+def test_a_tensor_that_nobody_reads(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"model.extra": torch.ones(2, 3)}))
+    assert refusal(folder) == misfit(folder, "tensor 'model.extra' [2, 3] is read by nothing in the layout")
+
+
+def test_a_tensor_of_another_shape(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)}))
+    assert refusal(folder) == misfit(folder, "tensor 'model.norm.weight' is [63], want [64] for norm")
+
+
+def test_a_config_that_claims_more_layers_than_there_are(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=2**31 - 1)
+    lines = refusal(folder).splitlines()
+    assert lines[0] == misfit(folder)
+    assert lines[1] == "  missing tensor 'model.layers.1.input_layernorm.weight' [64], which fills layers.1.attn_norm"
+    assert lines[21:] == ["  and at least 980 more"]
+
+
+def test_only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert refusal(folder) == (
+        f"{folder} holds pickled weights only (pytorch_model.bin), which may run code when loaded; convert them once "
+        "with transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+    )
+
+
+def test_no_weights_at_all(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == f"{folder} has neither model.safetensors nor model.safetensors.index.json"
+
+
+def test_a_file_cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-5])
+    assert refusal(folder) == (
+        f"{path} is damaged: it is cut off after {len(data) - 5} of {len(data)} bytes; download it again"
+    )
+
+
+def test_an_index_without_one_of_its_shards(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    sharded = make_checkpoint("Llama", max_shard_size="40KB", **ONE_LAYER)
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.unlink()
+    index = folder / "model.safetensors.index.json"
+    assert refusal(folder) == f"{index} names the file '{shard.name}', which is missing; download it again"
+
+
+def test_nothing_of_a_refused_checkpoint_stays(folder: Path) -> None:
+    """The same folder, repaired, is served in the same process."""
+    sound = (folder / "config.json").read_text()
+    edit_config(folder, vocab_size=200)
+    embed = "tensor 'model.embed_tokens.weight' is [199, 64], want [200, 64] for embed"
+    assert refusal(folder) == misfit(folder, embed, "tensor 'lm_head.weight' is [199, 64], want [200, 64] for lm_head")
+    (folder / "config.json").write_text(sound)
+    assert len(LLM(folder, skip_tokenizer=True).generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 3
+
+
+# arguments
+
+
+@pytest.mark.parametrize(("length", "shown"), [(65, "65"), (1, "1"), (-3, "-3"), ("8", "'8'"), (8.0, "8.0")])
+def test_max_model_len_beyond_the_model(length: Any, shown: str, folder: Path) -> None:
+    message = f"max_model_len is {shown}; this model takes 2 to 64 positions, as {folder / 'config.json'} says"
+    assert refusal(folder, max_model_len=length) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; use auto, float32, bfloat16, float16"),
+        ({"device": "abacus"}, "device is 'abacus'; use cpu, or cuda where there is a GPU"),
+        ({"block_size": 0}, "block_size is 0; it must be an integer of at least 1"),
+        ({"num_kv_blocks": 2.5}, "num_kv_blocks is 2.5; it must be an integer of at least 1"),
+        (
+            {"disable_passes": ["fuse_norms"]},
+            "disable_passes names 'fuse_norms'; known are comm_fusion, fuse_norm, compute_comm_overlap, kv_prefetch, "
+            "memory_opt, all",
+        ),
+    ],
+)
+def test_argument_that_cannot_be_used(arguments: dict[str, Any], message: str, folder: Path) -> None:
+    kind = CheckpointError if "dtype" in arguments else SageError
+    assert refusal(folder, kind, **arguments) == message
+
+
+# plugins
+
+
+def test_a_plugin_that_was_not_generated(folder: Path, tmp_path: Path) -> None:
+    message = (
+        f"plugin {tmp_path} is not a generated folder; make one with `sagellm generate --specs MY_SPECS --out FOLDER`"
+    )
+    assert refusal(folder, PluginError, plugins=[tmp_path]) == message
+
+
+def test_a_plugin_that_hides_a_name(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plugin"
+    driver.generate([Path(driver.PACKAGE, "examples", "add_an_op", "specs")], out=out)
+    again = Path(shutil.copytree(out, tmp_path / "again"))
+    message = f"plugin {again}: OPS has gelu_tanh_mul already; rename in your specs"
+    assert refusal(folder, PluginError, plugins=[out, again]) == message
+
+
+def test_a_plugin_that_was_damaged_and_made_anew(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plugin"
+    driver.generate([Path(driver.PACKAGE, "examples", "add_an_op", "specs")], out=out)
+    registry = out / "ops" / "__init__.py"
+    sound = registry.read_text()
+    registry.write_text("OPS = missing\n")
+    why = "NameError: name 'missing' is not defined"
+    message = f"plugin {out} cannot be imported ({why}); generate it anew"
+    assert refusal(folder, PluginError, plugins=[out]) == message
+    registry.write_text(sound)
+    LLM(folder, skip_tokenizer=True, plugins=[out])
+
+
+# tokenizer
+
+
+def test_no_tokenizer(folder: Path) -> None:
+    message = f"{folder} has no tokenizer.json; copy it from the model's page, or give prompts as token ids"
+    assert refusal(folder, TokenizerError, skip_tokenizer=False) == message
+
+
+def test_text_for_a_model_that_was_loaded_without_tokenizer(llm: LLM) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        llm.generate("hello", GREEDY)
+    assert str(caught.value) == (
+        "a text prompt needs the tokenizer; load the model without skip_tokenizer, or give token ids"
+    )
+    assert not llm.engine.has_work
+
+
+# requests
+
+BAD_REQUESTS: list[tuple[Any, str]] = [
+    ([], "no prompt was given; give a text, a list of token ids, or a list of these"),
+    ([[]], "the prompt is empty; give at least one token"),
+    ([[1, 199]], "prompt token 1 is 199; token ids of this model run from 0 to 198"),
+    ([-1], "prompt token 0 is -1; token ids of this model run from 0 to 198"),
+    ([[1, 2.0]], "prompt token 1 is a float; token ids are integers"),
+    ([1, 2.0], "a prompt is 1; give a text or a list of token ids"),
+    ([[3], None], "a prompt is null; give a text or a list of token ids"),
+    (
+        [[1] * 64],
+        "the prompt has 64 tokens; this model takes at most 63, as its 64 positions must hold at least one new token",
+    ),
+]
+
+
+@pytest.mark.parametrize(("prompts", "message"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
+def test_a_bad_prompt_is_refused_and_nothing_is_queued(prompts: Any, message: str, llm: LLM) -> None:
+    with pytest.raises(PromptError) as caught:
+        llm.generate(prompts, GREEDY)
+    assert str(caught.value) == message
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("mode", ["generate", "stream"])
+def test_one_bad_prompt_in_a_list_adds_nothing(mode: str, llm: LLM) -> None:
+    with pytest.raises(PromptError, match=r"^prompt token 0 is 500; token ids of this model run from 0 to 198$"):
+        list(getattr(llm, mode)([[1, 2], [3], [500], [4]], GREEDY))
+    assert not llm.engine.has_work
+    assert llm.engine.scheduler.get_num_waiting() == 0
+    assert [len(output.outputs[0].token_ids) for output in llm.generate([[1, 2], [3]], GREEDY)] == [3, 3]
+
+
+def test_a_prompt_that_the_kv_cache_cannot_hold(folder: Path) -> None:
+    llm = LLM(folder, skip_tokenizer=True, block_size=4, num_kv_blocks=3)
+    with pytest.raises(PromptError) as caught:
+        llm.generate([[1, 2], [5] * 12], GREEDY)
+    assert str(caught.value) == (
+        "the prompt has 12 tokens; the KV cache holds 12, of which one is for a new token; raise num_kv_blocks"
+    )
+    assert not llm.engine.has_work
+    assert len(llm.generate([5] * 11, GREEDY)[0].outputs[0].token_ids) == 1
+
+
+def test_another_number_of_params_than_prompts(llm: LLM) -> None:
+    with pytest.raises(SamplingParamsError) as caught:
+        llm.generate([[1], [2], [3]], [GREEDY, GREEDY])
+    assert str(caught.value) == ("2 sampling parameters were given for 3 prompts; give one for all, or one for each")
+    assert not llm.engine.has_work
+
+
+def test_params_beyond_the_vocabulary(llm: LLM) -> None:
+    with pytest.raises(SamplingParamsError) as caught:
+        llm.generate([1], SamplingParams(stop_token_ids=[199]))
+    assert str(caught.value) == "stop_token_ids holds 199; token ids of this model run from 0 to 198"
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature is nan; it must be a number from 0 to 100"),
+        ({"temperature": -0.5}, "temperature is -0.5; it must be a number from 0 to 100"),
+        (
+            {"n": 2, "temperature": 0.0},
+            "n is 2; it must be 1 when temperature is 0, as greedy answers are all the same",
+        ),
+        ({"n": 0}, "n is 0; it must be an integer from 1 to 128"),
+    ],
+)
+def test_bad_sampling_params(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SamplingParamsError) as caught:
+        SamplingParams(**values)
+    assert str(caught.value) == message
+
+
+def test_several_answers_to_one_prompt(llm: LLM) -> None:
+    output = llm.generate([[1, 2, 3]], SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True))[0]
+    assert [len(answer.token_ids) for answer in output.outputs] == [4, 4, 4]
+    assert not llm.engine.has_work
