@@ -121,6 +121,8 @@ def plan_memory(graph: ExecutionGraph, align: int) -> MemoryPlan:
     """The better of two greedy plans: the largest buffers first, and the longest-lived first."""
     buffers = find_buffers(graph, align)
     largest = place(buffers, sorted(range(len(buffers)), key=lambda i: (-buffers[i].size, buffers[i].first)))
+    if largest.peak_bytes == largest.max_live_bytes:
+        return largest  # no plan is smaller
     longest = place(buffers, sorted(range(len(buffers)), key=lambda i: (buffers[i].first - buffers[i].last, i)))
     return min(largest, longest, key=lambda plan: plan.peak_bytes)
 
