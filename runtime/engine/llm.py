@@ -118,7 +118,7 @@ class LLM:
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._needed_tokenizer("a text prompt").encode(prompt)
-        if not isinstance(prompt, Sequence):
+        if not hasattr(prompt, "__iter__"):
             raise PromptError(f"a prompt is {shown(prompt)}; give a text or a list of token ids", "prompt")
         return list(prompt)
 

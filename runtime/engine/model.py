@@ -102,7 +102,7 @@ def _layout_of(data: Mapping[str, Any], path: Path, registry: Registry) -> Model
             return layout
     known = sorted(name for layout in registry.models.values() for name in layout.architectures)
     raise CheckpointError(
-        f"{path}: no layout reads {', '.join(map(shown, architectures)) or 'a checkpoint without `architectures`'}; "
+        f"{path}: no layout reads {', '.join(name[:60] for name in architectures) or 'a checkpoint without `architectures`'}; "
         f"known are {', '.join(known)}. To add one: `sagellm new model NAME`, then `sagellm generate` "
         "(docs/add-a-model.md)"
     )

@@ -98,7 +98,7 @@ ADD_ONE = (
     "`sagellm generate` (docs/add-a-model.md)"
 )
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["GPT2LMHeadModel"]}, f"no layout reads 'GPT2LMHeadModel'; {ADD_ONE}"),
+    ({"architectures": ["GPT2LMHeadModel"]}, f"no layout reads GPT2LMHeadModel; {ADD_ONE}"),
     ({"architectures": None}, f"no layout reads a checkpoint without `architectures`; {ADD_ONE}"),
     ({"architectures": {"a": 1}}, f"no layout reads a checkpoint without `architectures`; {ADD_ONE}"),
     ({"hidden_size": None}, "the key 'hidden_size' is missing, want an integer"),
