@@ -223,6 +223,12 @@ def fused_cost(
         pairs = [(o, arg) for o, arg in zip(op.inputs, call.args, strict=False) if arg is not None]
         for operand, arg in pairs:
             binding.match(operand.type, types[arg])
+        optional = {o.name for o in inputs if o.optional}
+        given = {operand.name: arg for operand, arg in pairs}
+        for operand in (o for o in op.inputs if o.optional):
+            passed = given.get(operand.name)
+            is_there = Size.symbol(f"has_{passed}") if passed in optional else Size.of(int(passed is not None))
+            binding.dims[f"has_{operand.name}"] = is_there
         flops += binding.formula(op.cost.flops)
         let |= op.cost.let
         for operand, arg in pairs:

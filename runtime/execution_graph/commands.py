@@ -103,6 +103,9 @@ def _changes(states: list[tuple[str, ExecutionGraph]]) -> str:
 
 def show_spec_diff(old: Path, new: Path, as_json: bool) -> int:
     """What the specs as they stand would change in the generated tree, and so in every model's graphs."""
+    if not (old / "__init__.py").is_file():
+        print(f"error: {old} is not a generated folder, so there is nothing to compare with", file=sys.stderr)
+        return 1
     before, after = (summarise(load_tree(tree)) for tree in (old, new))
     lines = diff_lines(before, after)
     files = _changed_files(old, new)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import ModelLayout
-from sageLLM.runtime.core.rewrite import OptimizationPass, PassReport, RewritePass
+from sageLLM.runtime.core.rewrite import PassReport, RewritePass
 from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
@@ -47,28 +49,34 @@ class Pipeline:
         return build_block_graph(self.layout, self.config, stage, dtype=self.dtype)
 
     def expanded_graph(self, stage: Stage) -> ExecutionGraph:
-        """The kernel-level graph before any pass."""
-        return expand(self.block_graph(stage), self.layout, self.config)
+        """The kernel-level graph before its passes; those that rewrite the block graph have run."""
+        with _paused_gc():
+            graph = self.block_graph(stage)
+            for one in self.rewrite_passes("block"):
+                graph = one.apply(graph)
+            return expand(graph, self.layout, self.config)
 
     def kernel_graph(self, stage: Stage) -> ExecutionGraph:
         """The optimised kernel-level graph, which the executor runs."""
         if stage not in self._kernel_graphs:
             graph = self.expanded_graph(stage)
             self.reports[stage] = []
-            for one, after in self.steps(graph):
-                self.reports[stage].append(one.report)
-                graph = after
+            with _paused_gc():
+                for one, after in self.steps(graph):
+                    self.reports[stage].append(one.report)
+                    graph = after
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
 
     def steps(self, graph: ExecutionGraph) -> Iterator[tuple[RewritePass, ExecutionGraph]]:
         """Runs the kernel-level passes one after another; gives each pass with the graph that it left."""
-        for one in self.kernel_passes():
+        for one in self.rewrite_passes("kernel"):
             graph = one.apply(graph)
             yield one, graph
 
-    def kernel_passes(self) -> list[RewritePass]:
-        made: list[OptimizationPass] = [one() for one in self.passes if one.level == "kernel"]
+    def rewrite_passes(self, level: Level) -> list[RewritePass]:
+        """New instances of the enabled rewrite passes of a level, in the order of the pipeline."""
+        made = [one() for one in self.passes if one.level == level]
         return [one for one in made if isinstance(one, RewritePass)]
 
     def migrate_graph(self) -> ExecutionGraph:
@@ -84,6 +92,18 @@ class Pipeline:
                 targets = [g.input(name, self.dtype, pages_to, slots, c.Nkv, c.D) for name in _caches("target", i)]
                 outputs += ops.kv_migrate(g, *sources, *targets, *blocks)
         return g.finish(outputs)
+
+
+@contextmanager
+def _paused_gc() -> Iterator[None]:
+    """Building a graph makes many objects that all stay: collecting in between finds nothing and doubles the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _caches(pool: str, layer: int) -> tuple[str, str]:

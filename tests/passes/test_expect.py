@@ -32,7 +32,7 @@ def test_passes_fire_as_often_as_expected(model: str, stage: Stage) -> None:
     pipeline = pipeline_of(model)
     pipeline.kernel_graph(stage)
     checked = 0
-    for one, report in zip(pipeline.kernel_passes(), pipeline.reports[stage], strict=True):
+    for one, report in zip(pipeline.rewrite_passes("kernel"), pipeline.reports[stage], strict=True):
         assert isinstance(one, RewritePass)
         expected = one.expect.get(model, one.expect.get("*"))
         if expected is not None:
@@ -90,7 +90,7 @@ def test_near_misses_say_what_stands_in_the_way() -> None:
     pipeline = pipeline_of("llama")
     graph = pipeline.expanded_graph("decode")
     norm = next(node for node in graph.nodes.values() if node.op == "rms_norm")
-    (rule,) = next(one for one in pipeline.kernel_passes() if one.name == "fuse_norm").rules
+    (rule,) = next(one for one in pipeline.rewrite_passes("kernel") if one.name == "fuse_norm").rules
     assert isinstance(norm, OpNode)
     found = rule.apply(graph, norm)
     assert not isinstance(found, Rewrite)
