@@ -100,9 +100,10 @@ def _layout_of(data: Mapping[str, Any], path: Path, registry: Registry) -> Model
     for architecture in architectures:
         if layout := registry.layout_of(architecture):
             return layout
+    asked = ", ".join(name[:60] for name in architectures) or "a checkpoint without `architectures`"
     known = sorted(name for layout in registry.models.values() for name in layout.architectures)
     raise CheckpointError(
-        f"{path}: no layout reads {', '.join(name[:60] for name in architectures) or 'a checkpoint without `architectures`'}; "
+        f"{path}: no layout reads {asked}; "
         f"known are {', '.join(known)}. To add one: `sagellm new model NAME`, then `sagellm generate` "
         "(docs/add-a-model.md)"
     )
