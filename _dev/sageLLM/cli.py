@@ -70,7 +70,7 @@ def explain(
 @app.command()
 def graph(
     model: Annotated[str, typer.Argument(help="A model layout (its tiny config), or a checkpoint folder.")],
-    stage: Annotated[Literal["prefill", "decode", "hybrid"], typer.Option(help="Which graph.")] = "prefill",
+    stage: Annotated[Literal["prefill", "decode", "hybrid"], typer.Option(help="Which graph.")] = "decode",
     level: Annotated[Literal["block", "kernel"], typer.Option(help="Before or after expansion.")] = "kernel",
     passes: Annotated[str | None, typer.Option(help="Only these passes, by commas; '' for none.")] = None,
     print_ir_after: Annotated[str | None, typer.Option(help="Print the graph after this pass, or after 'all'.")] = None,

@@ -1,9 +1,7 @@
 """Links passes: rules against the ops they name, expectations against the models, and the order of the pipeline."""
 
 import ast
-from collections.abc import Iterator, Mapping
-
-import networkx
+from collections.abc import Collection, Iterator, Mapping
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_expression, parse_statements
@@ -225,22 +223,33 @@ def _constants(call: PatternCall) -> tuple[tuple[str, object], ...]:
 
 def _check_termination(rules: list[Located], sink: Sink) -> None:
     """Rules that do not shrink the graph must not feed one another in a circle."""
-    feeds: networkx.DiGraph[str] = networkx.DiGraph()
+    feeds: dict[tuple[str, str], Located] = {}
     for one, rule in rules:
         if len(rule.replacement) < len(rule.pattern):
             continue
         for old in rule.pattern:
             for new in rule.replacement:
-                feeds.add_edge(old.op.name, new.op.name, rule=(one, rule))
-    try:
-        circle = [(a, feeds.edges[a, b]["rule"]) for a, b in networkx.find_cycle(feeds)]
-    except networkx.NetworkXNoCycle:
+                feeds[old.op.name, new.op.name] = (one, rule)
+    circle = [(a, feeds[a, b]) for a, b in _find_circle(feeds)]
+    if not circle:
         return
     (start, (one, rule)), *others = circle
     path = " -> ".join([*(name for name, _ in circle), start])
     related = tuple((f"rule '{r.name}'", p.entry.span(*r.path)) for _, (p, r) in others)
     message = f"rewriting may never end: {path}, and no rule of the circle shrinks the graph"
     sink.error("SAGE314", message, one.entry.span(*rule.path), "let a rule give fewer nodes", related)
+
+
+def _find_circle(edges: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The edges of one circle, or none."""
+    if not edges:
+        return []
+    import networkx  # a third of the generator's start-up time, and hardly ever needed
+
+    try:
+        return [(str(a), str(b)) for a, b in networkx.find_cycle(networkx.DiGraph(list(edges)))]
+    except networkx.NetworkXNoCycle:
+        return []
 
 
 def _check_rule_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> None:
@@ -317,8 +326,7 @@ def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:
     """The passes by stage, and within a stage as `after` and `before` say, else in spec order."""
     stages = list(raw.pass_stages)
     names = [name for stage in stages for name, entry in raw.passes.items() if entry.spec.stage == stage]
-    order: networkx.DiGraph[str] = networkx.DiGraph()
-    order.add_nodes_from(names)
+    edges: list[tuple[str, str]] = []
     for name in names:
         entry = raw.passes[name]
         for key, others in (("after", entry.spec.after), ("before", entry.spec.before)):
@@ -326,13 +334,21 @@ def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:
                 if other not in raw.passes:
                     span = entry.span(key, i)
                     sink.error("SAGE318", f"unknown pass '{other}'", span, did_you_mean(other, raw.passes))
-                elif other in order:
-                    order.add_edge(*((other, name) if key == "after" else (name, other)))
-    try:
-        rank = {name: (stages.index(raw.passes[name].spec.stage), i) for i, name in enumerate(names)}
-        return list(networkx.lexicographical_topological_sort(order, key=lambda name: rank[name]))
-    except networkx.NetworkXUnfeasible:
-        cycle = [a for a, _ in networkx.find_cycle(order)]
-        path = " -> ".join([*cycle, cycle[0]])
-        sink.error("SAGE319", f"the order of passes is a circle: {path}", raw.passes[cycle[0]].key_span())
-        return names
+                elif other in names:
+                    edges.append((other, name) if key == "after" else (name, other))
+    order = _ordered(names, edges)
+    if len(order) < len(names):
+        circle = [a for a, _ in _find_circle(edges)]
+        path = " -> ".join([*circle, circle[0]])
+        sink.error("SAGE319", f"the order of passes is a circle: {path}", raw.passes[circle[0]].key_span())
+    return order
+
+
+def _ordered(names: list[str], edges: list[tuple[str, str]]) -> list[str]:
+    """Always the first name whose predecessors are all out; what stands in a circle is left out."""
+    order: list[str] = []
+    waiting = list(names)
+    while ready := [name for name in waiting if all(a in order for a, b in edges if b == name)]:
+        order.append(ready[0])
+        waiting.remove(ready[0])
+    return order

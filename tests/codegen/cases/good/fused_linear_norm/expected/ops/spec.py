@@ -15,7 +15,7 @@ __all__ = [
     "fused_linear_norm",
 ]
 
-T, K, H, has_bias, E_size = dims("T K H has_bias E_size")
+T, K, H, has_b, E_size = dims("T K H has_b E_size")
 
 
 # fused_linear_norm/spec.yaml: fused_linear_norm
@@ -33,8 +33,8 @@ class FusedLinearNorm(OpNode):
     optional_inputs = frozenset({"b"})
     output_types = {"y": E[T, H]}
     attr_types = {"eps": AttrSpec("f32", default=1e-06)}
-    flop_formula = T * (2 * H * K + H * has_bias + 4 * H + 2)
-    byte_formula = E_size * (H * K + H * T + H * has_bias + K * T + H)
+    flop_formula = T * (2 * H * K + H * has_b + 4 * H + 2)
+    byte_formula = E_size * (H * K + H * T + H * has_b + K * T + H)
 
     @property
     def x(self) -> TensorRef:
