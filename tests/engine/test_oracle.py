@@ -108,6 +108,14 @@ def test_engine_equals_transformers_in_every_mode(case: str, make_checkpoint: Ma
         assert_same(serve(folder, PROMPTS, mode), wanted)
 
 
+def test_longrope_with_its_short_factors(make_checkpoint: MakeCheckpoint) -> None:
+    """Within the trained length; an engine that serves beyond it uses the long factors for all sequences."""
+    factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
+    folder = make_checkpoint("Llama", rope_parameters=rope)
+    assert_same(serve(folder, PROMPTS, "hybrid", max_model_len=128), expected(folder, PROMPTS))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_batched_equals_alone(mode: str, make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint("Llama")
