@@ -32,9 +32,7 @@ LAYERS = {
     "generated/kernels": Layer(
         ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"torch", "triton"})
     ),
-    "generated/tests": Layer(
-        ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"pytest", "torch"})
-    ),
+    "generated/tests": Layer(ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"pytest", "torch"})),
     "runtime": Layer(
         ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.__version__"),
         others=frozenset({"numpy", "safetensors", "tokenizers", "torch"}),
