@@ -1,0 +1,137 @@
+"""Specs are untrusted: hostile text ends in a diagnostic or a literal; generating touches nothing but its output."""
+
+import ast
+import copy
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sageLLM.codegen import driver
+from sageLLM.codegen.diagnostics import Sink, SpecErrors
+from sageLLM.codegen.load import assemble, check_file
+from sageLLM.codegen.source import YamlPath, load_document, parse_document
+
+CANARIES = [
+    '"""; import os; os.system("id"); """',
+    "'''\nimport os\n'''",
+    "{{ 7 * 7 }}{% for x in y %}",
+    "\\N{BULLET} \\x41 \\",
+    "line one\nimport os\n# sagellm",
+    "\u202eevil\u2028",
+    "*/ <!-- --> <script>alert(1)</script>",
+    "a\x85b",
+    "__import__('os').system('id')",
+    "summary: |\n  - nested",
+]
+NUM_SAMPLES = 80
+DOCS = [
+    load_document(path, display=f"specs/{path.relative_to(driver.BASE_SPECS).as_posix()}")
+    for path in sorted(driver.BASE_SPECS.rglob("*.yaml"))
+]
+
+
+def text_paths(value: Any, path: YamlPath = ()) -> Iterator[YamlPath]:
+    """Every place in a document that holds text."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from text_paths(inner, (*path, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from text_paths(inner, (*path, i))
+    elif isinstance(value, str) and path != ("schema",):
+        yield path
+
+
+PLACES = [(doc.file, path) for doc in DOCS for path in text_paths(doc.data)]
+PROSE = [place for place in PLACES if place[1][-1] in ("summary", "doc", "source")]
+
+
+def shapes(texts: dict[str, str]) -> dict[str, str]:
+    """The syntax trees of the Python files, all text literals alike."""
+    return {name: _shape(text) for name, text in texts.items() if name.endswith(".py")}
+
+
+def _shape(text: str) -> str:
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = "text"
+    return ast.dump(tree)
+
+
+def emitted(file: str = "", path: YamlPath = (), text: str = "") -> dict[str, str]:
+    """All outputs of the package's specs, with one text replaced."""
+    sink = Sink()
+    files = [check_file(_with_text(doc, path, text) if doc.file == file else doc, sink) for doc in DOCS]
+    raw = assemble([one for one in files if one], frozenset(), sink)
+    sink.raise_if_any()
+    return {output.path: output.text for output in driver.emit(driver.link(raw))}
+
+
+def _with_text(doc: Any, path: YamlPath, text: str) -> Any:
+    data = copy.deepcopy(doc.data)
+    inner = data
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = text
+    return parse_document(yaml.safe_dump(data, sort_keys=False), display=doc.file)
+
+
+BENIGN = shapes(emitted())
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_hostile_text_never_becomes_code(batch: int) -> None:
+    rng = random.Random(batch)
+    accepted = 0
+    for i in range(NUM_SAMPLES // 4):
+        file, path = rng.choice(PROSE if i % 2 else PLACES)
+        canary = rng.choice(CANARIES)
+        try:
+            texts = emitted(file, path, canary)
+        except SpecErrors:
+            continue
+        accepted += 1
+        assert shapes(texts) == BENIGN, f"{canary!r} at {file} {path} changed the code"
+    assert accepted, "nothing was accepted, so nothing was shown"
+
+
+AUDIT = """
+import sys, pathlib
+out = pathlib.Path(sys.argv[1])
+seen = []
+def hook(event, args):
+    if event == "open" and isinstance(args[0], str) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        seen.append(("write", args[0]))
+    elif event.startswith("socket.") or event in ("os.system", "os.exec", "os.fork", "pty.spawn"):
+        seen.append((event, repr(args)))
+    elif event == "subprocess.Popen":
+        seen.append(("run", str(args[0])))
+import sageLLM.codegen.driver as driver
+sys.addaudithook(hook)
+driver.generate(out=out)
+for kind, what in seen:
+    print(kind, what)
+"""
+
+
+def test_generating_writes_its_output_and_runs_its_formatter_only(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TMPDIR": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", AUDIT, str(out)], capture_output=True, text=True, check=True, env=env)
+    events = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert {kind for kind, _ in events} == {"write", "run"}
+    outside = [what for kind, what in events if kind == "write" and not what.startswith(str(tmp_path))]
+    assert [what for what in outside if what != os.devnull] == []
+    assert {Path(what).name for kind, what in events if kind == "run"} == {"ruff"}
