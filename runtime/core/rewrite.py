@@ -148,14 +148,18 @@ class DeclaredPass(OptimizationPass):
 
     def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
         """A transformed copy; `report` tells what was done."""
-        start = time.perf_counter()
         result = graph.copy()
+        self.transform(result)
+        return result
+
+    def transform(self, graph: ExecutionGraph) -> None:
+        """Transforms the graph itself, for a caller that owns it; `report` tells what was done."""
+        start = time.perf_counter()
         self.report = PassReport(self.pass_name, len(graph.nodes))
         if graph.stage is None or graph.stage in self.phases:
-            self.run(result)
-        self.report.nodes_after = len(result.nodes)
+            self.run(graph)
+        self.report.nodes_after = len(graph.nodes)
         self.report.seconds = time.perf_counter() - start
-        return result
 
     @abstractmethod
     def run(self, graph: ExecutionGraph) -> None:

@@ -53,7 +53,7 @@ class Pipeline:
         with _paused_gc():
             graph = self.block_graph(stage)
             for one in self.rewrite_passes("block"):
-                graph = one.apply(graph)
+                one.transform(graph)
             return expand(graph, self.layout, self.config)
 
     def kernel_graph(self, stage: Stage) -> ExecutionGraph:
@@ -62,9 +62,9 @@ class Pipeline:
             graph = self.expanded_graph(stage)
             self.reports[stage] = []
             with _paused_gc():
-                for one, after in self.steps(graph):
+                for one in self.rewrite_passes("kernel"):
+                    one.transform(graph)
                     self.reports[stage].append(one.report)
-                    graph = after
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
 
