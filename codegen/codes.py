@@ -152,7 +152,7 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE126": CodeInfo(
         "wrong test case",
-        "A case gives sizes of the op's dims; `R` gives the leading dims.",
+        "A case gives a size of 1 to 2**20 for every dim of the op's inputs and attrs; `R` gives the leading dims.",
     ),
     "SAGE127": CodeInfo(
         "value never used",
@@ -200,6 +200,11 @@ CODES: dict[str, CodeInfo] = {
     "SAGE207": CodeInfo(
         "missing config name", "The runtime reads H, L, Nq, Nkv, D, V and max_position of every layout."
     ),
+    "SAGE208": CodeInfo(
+        "config name that nothing reads",
+        "A layout with `extends` changes names of its parent, or adds names that weights, statements, checks or "
+        "defaults read. Any other name is a misspelt one, which would leave the parent's as it is.",
+    ),
     "SAGE210": CodeInfo("unknown size", "Shapes are made of integer config names; `tp.divides` names such sizes."),
     "SAGE211": CodeInfo("source does not fill", "The checkpoint tensors of a weight must fill its shape exactly."),
     "SAGE212": CodeInfo(
@@ -240,6 +245,7 @@ CODES: dict[str, CodeInfo] = {
     "SAGE242": CodeInfo("bias added per rank", "A bias of a sum over ranks is kept on the first rank only."),
     "SAGE243": CodeInfo("communication in a layout", "Where ranks talk follows from the weights' `tp`."),
     "SAGE250": CodeInfo("unusable rope key", "The rope section names keys of config.json."),
+    "SAGE251": CodeInfo("partial rotation", "Rotation takes every component of a head, so `rope.dim` is D."),
     # passes
     "SAGE301": CodeInfo("unknown stage", "The stages of the pipeline stand in order in specs/passes/stages.yaml."),
     "SAGE302": CodeInfo("unknown op type", "A pass selects nodes by a member of specs/op_types.yaml."),

@@ -48,8 +48,22 @@ def link_config(flat: FlatModel, sizes: set[str], taken: Iterable[str], sink: Si
     return linked
 
 
+def check_own_names_are_read(flat: FlatModel, words: Iterable[str], sink: Sink) -> None:
+    """A name that a layout adds to its parent's must be among `words`, the names that the whole layout reads.
+
+    Otherwise a misspelt name would be a new one, and the parent's would silently stay as it is.
+    """
+    if flat.base is None:
+        return
+    inherited = flat.base.spec.config
+    known = {*inherited, *words, *REQUIRED_NAMES}
+    for name in (name for name in flat.entry.spec.config if name not in known):
+        message = f"the config name '{name}' is neither inherited from '{flat.base.name}' nor read by anything"
+        sink.error("SAGE208", message, flat.config[name].key_span(), did_you_mean(name, inherited))
+
+
 def link_checks(flat: FlatModel, config: Mapping[str, ConfigName], sink: Sink) -> list[Check]:
-    """The conditions, each also in words of config.json."""
+    """The conditions, each also in words of config.json. A name that may be null is checked where it is not."""
     checks: list[Check] = []
     for place in flat.checks:
         try:
@@ -60,8 +74,12 @@ def link_checks(flat: FlatModel, config: Mapping[str, ConfigName], sink: Sink) -
             sink.error("SAGE206", f"'{place.value}' is not a condition", place.span(), "compare, e.g. `Nq % Nkv == 0`")
             continue
         names = tuple(config[name] for name in names_in(node))
+        optional = [name for name in names if name.is_optional]
+        if any(not name.keys for name in optional):
+            continue  # fixed to null, so there is nothing to check
         words = render(node, lambda name: config[name].words)
-        checks.append(Check(render(node), words, names))
+        nulls = "".join(f"{name.name} is None or " for name in optional)
+        checks.append(Check(nulls + render(node), words, names))
     return checks
 
 

@@ -9,7 +9,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType, parse_type
-from sageLLM.codegen.link.config import REQUIRED_NAMES, link_checks, link_config
+from sageLLM.codegen.link.config import REQUIRED_NAMES, check_own_names_are_read, link_checks, link_config
 from sageLLM.codegen.link.flatten import FlatBlock, FlatModel, FlatRepeat, Placed, flatten
 from sageLLM.codegen.link.statements import BodyLinker, Surroundings, Value, is_value_name
 from sageLLM.codegen.link.weights import WeightLinker, link_block_weights, link_size, link_weights
@@ -30,13 +30,14 @@ from sageLLM.codegen.model.layout import (
     WeightDef,
 )
 from sageLLM.codegen.model.op import OpDef
-from sageLLM.codegen.schema.models import ModelFile, RepeatSpec, WeightSpec
+from sageLLM.codegen.schema.models import ConfigField, ModelFile, RepeatSpec, WeightSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _ATTEND = re.compile(r"[^=]*=\s*attend\s*\(")
 _FUNCTIONS = frozenset(
     {"models", "program", "weights", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"}
 )
+_ATTR_NAME = re.compile(r"\b\w+\s*=(?!=)")
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
 _IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
 
@@ -104,6 +105,8 @@ class ModelLinker:
         program = self._program(own, around)
         checks = tuple(link_checks(self.flat, config, self.sink))
         self._check_ignored()
+        if not self.sink.diagnostics:  # a misspelt use would show its name as unread, too
+            check_own_names_are_read(self.flat, self._names_read(), self.sink)
         if self.sink.diagnostics:
             return None
         return self._model(config, checks, rope, divides, own, blocks, program, inputs)
@@ -143,12 +146,28 @@ class ModelLinker:
 
     def _size_names(self) -> set[str]:
         """Config names that must be at least 1: those in shapes, and those that the runtime counts with."""
+        return _names_in(self._size_texts()) | set(REQUIRED_NAMES)
+
+    def _names_read(self) -> set[str]:
+        """The names in all texts that can read a config name."""
+        texts = self._size_texts()
+        texts += [place.value for place in self.flat.checks]
+        texts += [text for place in self.flat.config.values() for text in _default_of(place.value)]
+        texts += [text for weight in self._all_weights() for text in _conditions_of(weight)]
+        bodies = [block.body for block in self.flat.blocks.values()]
+        bodies += [[item] if isinstance(item, Placed) else item.body for item in self.flat.program]
+        texts += [_ATTR_NAME.sub("", place.value) for body in bodies for place in body]
+        for entry in self.raw.passes.values():
+            texts += [str(count) for count in entry.spec.expect.values()]
+        return _names_in(texts)
+
+    def _size_texts(self) -> list[str]:
         texts = [place.value for place in self.flat.divides]
         texts += [item.place.value.repeat for item in self.flat.program if isinstance(item, FlatRepeat)]
         texts += [text for weight in self._all_weights() for text in _texts_of(weight)]
         texts += [place.value for block in self.flat.blocks.values() for place in block.args.values()]
         texts += [str(self.flat.rope.value.dim)] if self.flat.rope else []
-        return {word for text in texts for word in re.findall(r"[A-Za-z]\w*", text)} | set(REQUIRED_NAMES)
+        return texts
 
     def _all_weights(self) -> Iterable[WeightSpec]:
         yield from (place.value for place in self.flat.weights.values())
@@ -182,6 +201,10 @@ class ModelLinker:
             )
         except Refused:
             return None
+        if dim != Size.symbol("D"):
+            message = f"`rope.dim` is {spec.dim}, but rotation takes the whole head, D"
+            help = "write `dim: D`; partial rotary is not there yet"
+            self.sink.error("SAGE251", message, place.span("dim"), help)
         scaling = spec.scaling
         return RopeDef(
             tuple(spec.base.hf),
@@ -416,6 +439,21 @@ class ModelLinker:
             if not _IGNORED.match(place.value):
                 help = "write a name, with `*` before or after it"
                 self.sink.error("SAGE212", f"'{place.value}' cannot name tensors", place.span(), help)
+
+
+def _names_in(texts: Iterable[str]) -> set[str]:
+    return {word for text in texts for word in re.findall(r"[A-Za-z]\w*", text)}
+
+
+def _default_of(field: ConfigField) -> list[str]:
+    """The default or constant, if it is an expression."""
+    given = field.value if field.hf is None else field.default
+    return [given] if isinstance(given, str) and field.type != "str" else []
+
+
+def _conditions_of(weight: WeightSpec) -> list[str]:
+    conditions = (weight.when, weight.tied.when if weight.tied else None)
+    return [when for when in conditions if when is not None]
 
 
 def _texts_of(weight: WeightSpec) -> list[str]:

@@ -239,7 +239,7 @@ class OpLinker:
         self._check_determined(signature)
         self._check_inplace(signature)
         self._check_fields(sources[0])
-        self._check_cases()
+        self._check_cases(signature)
         kinds: dict[str, Callable[[Signature], OpDef | None]] = {
             "compute": self._computed,
             "fuses": self._fused,
@@ -261,9 +261,13 @@ class OpLinker:
             if is_wrong:
                 self.sink.error("SAGE128", message, self.entry.key_span(key))
 
-    def _check_cases(self) -> None:
-        spec = self.entry.spec
+    def _check_cases(self, signature: Signature) -> None:
+        spec, wanted = self.entry.spec, _dims_of(signature)
         for index, case in enumerate(spec.tests.cases if spec.tests else []):
+            if missing := [name for name in wanted if name not in case]:
+                message = f"the case has no size for {', '.join(missing)}"
+                help = f"every case gives {', '.join(wanted)}"
+                self.sink.error("SAGE126", message, self.entry.span("tests", "cases", index), help)
             for name, value in case.items():
                 if name not in self.dims or (isinstance(value, list) and name != "R"):
                     message = f"'{name}' is not a dim of the op" if name not in self.dims else f"{name} is one number"
@@ -403,6 +407,13 @@ class OpLinker:
                     raise text.refuse("SAGE107", "a condition is wanted", None, "compare it: ... == 0")
                 found.append(Condition(line, value))
         return tuple(found)
+
+
+def _dims_of(signature: Signature) -> list[str]:
+    """The dims that operands are made of, in order; `R` stands for `...`."""
+    types = [operand.type for operand in signature.inputs]
+    symbols = [symbol for type_ in types for dim in type_.dims for symbol in dim.symbols]
+    return list(dict.fromkeys([*symbols, *(attr.name for attr in signature.attrs if attr.type == "dim")]))
 
 
 def _with_sizeof(node: ast.expr, elements: Mapping[str, object]) -> ast.expr:

@@ -99,6 +99,7 @@ class Qwen3Config(ModelSizes):
         )
         hf.require(D % 2 == 0, "head_dim % 2 == 0", ("head_dim", D))
         hf.require(act == "silu", "hidden_act == 'silu'", ("hidden_act", act))
+        hf.require(eps >= 0, "rms_norm_eps >= 0", ("rms_norm_eps", eps))
         hf.require(not sliding, "not use_sliding_window", ("use_sliding_window", sliding))
         rope = read_rope(
             hf,

@@ -110,6 +110,9 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
         "needs num_attention_heads % num_key_value_heads == 0, but num_attention_heads is 4, num_key_value_heads is 3",
     ),
     ({"rms_norm_eps": [1]}, "'rms_norm_eps' wants a finite number, got a list"),
+    ({"rms_norm_eps": -1e-6}, "needs rms_norm_eps >= 0, but rms_norm_eps is -1e-06"),
+    ({"sliding_window": 0}, "needs sliding_window >= 1, but sliding_window is 0"),
+    ({"sliding_window": -5}, "needs sliding_window >= 1, but sliding_window is -5"),
     ({"rms_norm_eps": 10**400}, f"'rms_norm_eps' wants a finite number, got 1{'0' * 39}"),
     ({"rope_parameters": [1]}, "'rope_parameters' wants an object, got a list"),
     (

@@ -95,6 +95,8 @@ class Qwen2ishConfig(ModelSizes):
         )
         hf.require(D % 2 == 0, "head_dim % 2 == 0", ("head_dim", D))
         hf.require(act == "silu", "hidden_act == 'silu'", ("hidden_act", act))
+        hf.require(eps >= 0, "rms_norm_eps >= 0", ("rms_norm_eps", eps))
+        hf.require(window is None or window >= 1, "sliding_window >= 1", ("sliding_window", window))
         rope = read_rope(
             hf,
             base=hf.float("rope_parameters.rope_theta", "rope_theta", default=10000.0),
