@@ -1,0 +1,106 @@
+"""The `sagellm` command: what it prints, where, and with which exit code."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sageLLM.codegen import driver
+from sageLLM.runtime.execution_graph.commands import show_spec_diff
+
+
+def sagellm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "sageLLM.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+def test_explain_knows_ops_models_passes_rules_codes_and_lines() -> None:
+    line = next(
+        i
+        for i, text in enumerate((driver.BASE_OUT / "ops" / "norm.py").read_text().splitlines(), start=1)
+        if text.startswith("class RmsNorm")
+    )
+    starts = {
+        "rms_norm": "op rms_norm, specs/ops/norm.yaml:",
+        "llama": "model llama, specs/models/llama.yaml:",
+        "fuse_norm": "pass fuse_norm, specs/passes/fusion.yaml:",
+        "fused_add_rms_norm": "op fused_add_rms_norm, specs/ops/norm.yaml:",
+        "SAGE006": "SAGE006: duplicate key",
+        f"generated/ops/norm.py:{line}": f"generated/ops/norm.py:{line} comes from specs/ops/norm.yaml:",
+    }
+    for name, start in starts.items():
+        done = sagellm("explain", name)
+        assert (done.returncode, done.stdout.startswith(start)) == (0, True), done.stdout + done.stderr
+
+
+def test_explain_helps_with_a_misspelt_name() -> None:
+    done = sagellm("explain", "rmsnorm")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "nothing is named 'rmsnorm'; did you mean 'rms_norm'?\n"
+
+
+@pytest.mark.parametrize(
+    ("format", "start"),
+    [("text", "graph llama_decode"), ("json", "{"), ("dot", "digraph"), ("mermaid", "flowchart"), ("html", "<!")],
+)
+def test_graph_prints_every_format(format: str, start: str) -> None:
+    done = sagellm("graph", "llama", "--format", format)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.lstrip().startswith(start)
+
+
+def test_graph_shows_what_a_pass_changed() -> None:
+    done = sagellm("graph", "llama", "--diff")
+    assert "= fused_add_rms_norm(" in done.stdout
+    assert sagellm("graph", "llama", "--diff", "--passes", "").stdout == "no pass changed the graph\n"
+
+
+def test_graph_names_the_models_that_it_knows() -> None:
+    done = sagellm("graph", "lama")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: 'lama' is neither a model (llama, qwen3) nor a folder with a config.json\n"
+
+
+def test_lint_prints_findings_as_text_and_as_json(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "x.yaml").write_text("schema: ops/v1\nops: {}\nopps: {}\n")
+    done = sagellm("lint", "--specs", str(folder))
+    assert done.returncode == 100
+    assert done.stdout == (
+        "mine/x.yaml:3:1: error[SAGE010]: unknown field 'opps'\n"
+        "    3 | opps: {}\n      | ^^^^\n   = help: did you mean 'ops'?\n"
+    )
+    found = json.loads(sagellm("lint", "--specs", str(folder), "--json").stdout)["diagnostics"]
+    assert [one["code"] for one in found] == ["SAGE010"]
+    assert sagellm("lint").returncode == 0
+
+
+def test_an_overlay_needs_a_folder_of_its_own(tmp_path: Path) -> None:
+    done = sagellm("generate", "--specs", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == "give --out FOLDER with --specs: an overlay's code goes into a folder of its own\n"
+
+
+def test_a_spec_change_is_summed_up_per_model_and_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its rule the fused norm is gone from every graph: more kernels, more bytes, the same operations."""
+    specs = tmp_path / "specs"
+    shutil.copytree(driver.BASE_SPECS, specs)
+    driver.generate(out=tmp_path / "old", base=specs)
+    path = specs / "passes" / "fusion.yaml"
+    lines = [line for line in path.read_text().splitlines() if "rules:" not in line and "expect:" not in line]
+    path.write_text("\n".join([*lines, "    rules: []"]) + "\n")
+    norm = specs / "ops" / "norm.yaml"
+    norm.write_text("\n".join(line for line in norm.read_text().splitlines() if "rule:" not in line) + "\n")
+    driver.generate(out=tmp_path / "new", base=specs)
+    assert show_spec_diff(tmp_path / "old", tmp_path / "new", as_json=False) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "changed: passes/fusion.py" in shown
+    changes = [line for line in shown if line.startswith("model llama, ")]
+    assert [line.split(":")[0] for line in changes] == [f"model llama, {s}" for s in ("prefill", "decode", "hybrid")]
+    assert all("kernels 28 -> 31" in line and "bytes " in line and "flops" not in line for line in changes), changes
