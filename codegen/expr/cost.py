@@ -59,14 +59,6 @@ def _own_flops(expr: Expr) -> Size:
     return ZERO
 
 
-def program_bytes(
-    program: Program, inputs: Mapping[str, ValueType], outputs: Mapping[str, ValueType], optional: frozenset[str]
-) -> Size:
-    """What is read and written once: a gathered table counts what is taken of it, an output that is a view nothing."""
-    reads, writes = program_reads(program, inputs, optional), program_writes(program, outputs)
-    return _sum([*reads.values(), *writes.values()])
-
-
 def program_reads(program: Program, inputs: Mapping[str, ValueType], optional: frozenset[str]) -> dict[str, Size]:
     """Bytes read of each input; one that no arithmetic reads has 0."""
     views = {view.name: view.base for view in program.views}

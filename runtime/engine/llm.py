@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -166,8 +166,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not prompts:
         raise PromptError("no prompt was given; give a text, a list of token ids, or a list of these", "prompt")
     if all(isinstance(item, int) for item in prompts):
-        return [list[int](prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
+        return [cast(Prompt, list(prompts))]
+    return cast(list[Prompt], list(prompts))
 
 
 def _params_for(

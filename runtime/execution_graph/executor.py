@@ -47,10 +47,6 @@ class Plan:
         self._calls = self._flatten(kernels)
         self._outputs = [self._slots[ref.name] for ref in graph.outputs]
 
-    @property
-    def num_calls(self) -> int:
-        return len(self._calls)
-
     def run(self, inputs: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor]:
         """Runs every call; an input that is not given is None, which only an optional operand may be."""
         values = self._values.copy()

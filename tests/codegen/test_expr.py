@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from sageLLM.codegen.diagnostics import Sink, Span
 from sageLLM.codegen.expr.check import Checker, Scope
+from sageLLM.codegen.expr.cost import ELEMENT_BYTES
 from sageLLM.codegen.expr.size import LEADING, Size, formula, volume
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.tree import Binary, Expr, Gather, IfPresent, Reduce, walk
 from sageLLM.codegen.expr.types import ValueType, parse_dim, parse_type
+from sageLLM.runtime.core.types import DTYPES
 
 DIMS = dict.fromkeys(["T", "H", "I", "N", "D", "V", "K"])
 T, H, D, V = (Size.symbol(name) for name in "THDV")
@@ -181,3 +183,8 @@ def test_codegen_evaluates_nothing() -> None:
         called = [node.func for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
         names = {func.id for func in called if isinstance(func, ast.Name)}
         assert not names & {"eval", "exec", "compile", "__import__"}, path.name
+
+
+def test_generator_and_runtime_agree_on_the_size_of_an_element() -> None:
+    """The two may not import each other, so each has the table; this keeps them one."""
+    assert ELEMENT_BYTES == DTYPES

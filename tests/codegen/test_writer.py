@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,8 @@ def test_unchanged_inputs_are_not_formatted_again(tmp_path: Path, monkeypatch: p
     formatted: list[str] = []
     real = writer.format_python
 
-    def record(outputs: object) -> list[Output]:
-        done = real(list(outputs))  # type: ignore[call-overload]
+    def record(outputs: Iterable[Output]) -> list[Output]:
+        done = real(outputs)
         formatted.extend(output.path for output in done)
         return done
 
