@@ -42,10 +42,11 @@ class BlockPool:
         """Take `num` blocks; ask `can_take` first."""
         assert self.can_take(num), f"{num} blocks taken from a pool with {self.num_free} free: ask can_take first"
         num_recycled = min(num, len(self._returned))
-        blocks = [self._returned.popleft() for _ in range(num_recycled)]
+        blocks = [self._returned.popleft() for _ in range(num_recycled)] if num_recycled else []
         num_fresh = num - num_recycled
-        blocks += range(self._num_touched, self._num_touched + num_fresh)
-        self._num_touched += num_fresh
+        if num_fresh:
+            blocks += range(self._num_touched, self._num_touched + num_fresh)
+            self._num_touched += num_fresh
         self._used.update(blocks)
         return blocks
 

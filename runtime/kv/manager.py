@@ -4,7 +4,7 @@ The protocol is `can_allocate` -> `allocate` (again and again while the sequence
 string id; the scheduler uses request ids. Tables are owned here and only read elsewhere.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sageLLM.runtime.kv.block_pool import BlockPool
 
@@ -51,6 +51,17 @@ class PagedKVManager:
         new_blocks = self.pool.take(self.num_missing_blocks(seq_id, num_tokens))
         self._tables.setdefault(seq_id, []).extend(new_blocks)
         return new_blocks
+
+    def append_blocks(self, seq_ids: Sequence[str]) -> list[int] | None:
+        """Extend the table of each of these sequences by one block, in one go; None, and no change, if too few are
+        free.
+        """
+        if not self.pool.can_take(len(seq_ids)):
+            return None
+        blocks = self.pool.take(len(seq_ids))
+        for seq_id, block in zip(seq_ids, blocks, strict=True):
+            self._tables[seq_id].append(block)
+        return blocks
 
     def free(self, seq_id: str) -> list[int]:
         """Forget the sequence and return its blocks to the pool; a sequence without a table frees nothing."""

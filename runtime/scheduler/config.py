@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from sageLLM.runtime.scheduler.policy import PolicyName
+
 Mode = Literal["strict", "time_share", "hybrid"]
 PreemptionMode = Literal["swap", "recompute"]
 
@@ -13,6 +15,7 @@ _COUNTS = (
     "max_decode_batch_size",
     "max_decode_tokens",
     "max_consecutive_decodes",
+    "max_overtakes",
 )
 
 
@@ -32,7 +35,8 @@ class PDSchedulerConfig:
     one token.
 
     With `enable_preemption=False` a request is admitted only when its prompt and `max_new_tokens` fit, and all that is
-    reserved. `preemption_mode="swap"` recomputes for now.
+    reserved. `policy` orders the requests (see `policy.py`); whatever it says, a request is overtaken by at most
+    `max_overtakes` later arrivals once it waits longest. `preemption_mode="swap"` recomputes for now.
     """
 
     prefill_device_ids: list[int] = field(default_factory=lambda: [0])
@@ -46,10 +50,14 @@ class PDSchedulerConfig:
     enable_preemption: bool = True
     preemption_mode: PreemptionMode = "recompute"
     max_consecutive_decodes: int = 4
+    policy: PolicyName = "priority"
+    max_overtakes: int = 256
+    tenant_weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("preemption_mode", self.preemption_mode, get_args(PreemptionMode))
+        _check_choice("policy", self.policy, get_args(PolicyName))
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -40,6 +40,11 @@ class SequenceLimits:
             return True
         return self.max_seq_len is not None and len(request.prompt_token_ids) + num_output_tokens >= self.max_seq_len
 
+    def num_outputs_left(self, request: Request) -> int:
+        """Output tokens that the request may still get; not above 0 when it is full."""
+        num_left = request.max_new_tokens - len(request.output_token_ids)
+        return num_left if self.max_seq_len is None else min(num_left, self.max_seq_len - request.total_tokens)
+
     def num_tokens_reserved(self, request: Request, can_preempt: bool) -> int:
         """Tokens to reserve on admission: those known and the next one, or, without preemption, all there may be.
 

@@ -7,25 +7,21 @@ step that was planned and not committed is rolled back by the next `schedule`, a
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
-from sageLLM.runtime.scheduler.base import (
-    BaseScheduler,
-    Batch,
-    Chunk,
-    KVBudget,
-    Request,
-    RequestStatus,
-    ScheduleOutput,
-)
+from sageLLM.runtime.scheduler.base import BaseScheduler, SchedulerStalledError
+from sageLLM.runtime.scheduler.batch import Chunk, KVBudget, ScheduleOutput
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
 from sageLLM.runtime.scheduler.decode import DecodePhase
 from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.migration import MigrationPhase
 from sageLLM.runtime.scheduler.placement import KVPlacement
-from sageLLM.runtime.scheduler.plan import StepPlan
+from sageLLM.runtime.scheduler.plan import DecodePlan, Flight, StepPlan
+from sageLLM.runtime.scheduler.policy import Policy, make_policy
 from sageLLM.runtime.scheduler.prefill import PrefillPhase
 from sageLLM.runtime.scheduler.queues import TurnQueue
+from sageLLM.runtime.scheduler.request import Request, RequestStatus
 from sageLLM.runtime.scheduler.stats import SchedulerCounters
 
 __all__ = ["PDScheduler", "PDSchedulerConfig"]
@@ -55,11 +51,14 @@ class PDScheduler(BaseScheduler):
         kv_budget: KVBudget | None = None,
         max_model_len: int | None = None,
         clock: Callable[[], float] = time.time,
+        policy: Policy | None = None,
     ) -> None:
         self.config = config or PDSchedulerConfig()
         super().__init__(
             max_batch_size=max(self.config.max_prefill_batch_size, self.config.max_decode_batch_size),
             max_tokens=max(self.config.max_prefill_tokens, self.config.max_decode_tokens),
+            policy=policy or make_policy(self.config.policy, self.config.tenant_weights),
+            max_overtakes=self.config.max_overtakes,
         )
         if self.config.preemption_mode == "swap":
             warnings.warn("preemption_mode='swap' recomputes for now: there is no swap tier yet", stacklevel=2)
@@ -67,11 +66,11 @@ class PDScheduler(BaseScheduler):
         self.limits = SequenceLimits(max_model_len, self.kv.max_tokens, self.kv.block_size)
         self._clock = clock
         self._prefill = PrefillPhase(self.waiting_queue, self._can_admit, self._admit)
-        self._decode = DecodePhase(self.kv.block_size, self._grow)
+        self._decode = DecodePhase(self.kv.block_size, self.limits, self._grow, self.kv.extend_each)
         self._migration = MigrationPhase(self.kv)
-        # Ended while the device may still touch their blocks.
-        self._limbo: dict[str, Request] = {}
-        self._in_flight: ScheduleOutput | None = None
+        # Ended while the device may still touch their blocks, with the newest step that may.
+        self._limbo: dict[str, tuple[Request, int]] = {}
+        self._flights: deque[Flight] = deque()
         self._reannounce: dict[str, list[int]] = {}
         self._num_consecutive_decodes = 0
         self._num_steps = 0
@@ -119,19 +118,55 @@ class PDScheduler(BaseScheduler):
     # --- planning ---
 
     def schedule(self) -> ScheduleOutput:
-        """Plan the next step. A planned step that was not committed is rolled back first."""
-        self.rollback_step()
+        """Plan the next step. Planned steps that were not committed are rolled back first."""
+        if self._flights:
+            self.rollback_step()
+        return self._plan_step()
+
+    def plan_ahead(self) -> ScheduleOutput:
+        """Plan the step after the one in flight, which goes on; at most one step is planned ahead.
+
+        A request whose next token the step in flight computes is decoded again, one token further: the engine reads
+        that token where the step in flight leaves it. Requests that may end by length with the step in flight are left
+        out. One that ends otherwise (a stop token, an abort) has a chunk in the step planned ahead: its result does not
+        count, and its blocks are given to others only when that step is over. Roll back with `rollback_ahead`.
+        """
+        if len(self._flights) > 1:
+            raise RuntimeError(
+                "a step is planned ahead already; commit the step in flight with update_after_step first"
+            )
+        if self._flights and not self.kv.is_split:
+            self._seat_those_in_flight()
+        return self._plan_step()
+
+    def _seat_those_in_flight(self) -> None:
+        """Whose last chunk of prefill is in flight decodes next, unless its one token is all that it may have."""
+        for chunk in self._flights[0].prefill_chunks:
+            request = chunk.request
+            is_live = request.request_id in self.running_requests and request.seat is None
+            if chunk.is_last and is_live and self.limits.num_outputs_left(request) > 1:
+                del self._prefill.started[request.request_id]
+                self._decode.join_ahead(request)
+
+    def _plan_step(self) -> ScheduleOutput:
         plan = StepPlan(given=self._reannounce)
         self._reannounce = {}
+        streak_before = self._num_consecutive_decodes
         self._plan_batches(plan)
-        self._migration.plan(plan)
+        if self.kv.is_split:
+            self._migration.plan(plan)
+        if plan.prefill:
+            self._num_consecutive_decodes = 0
+        elif plan.decode:
+            self._num_consecutive_decodes += 1
         output = plan.to_output(self._num_steps)
         output.kv_blocks_to_free, self.kv.freed = self.kv.freed, []
         output.prefill_blocks_to_free, self.kv.freed_prefill = self.kv.freed_prefill, []
         self._num_steps += 1
-        self._in_flight = output
+        self._flights.append(Flight(output, plan.decode, streak_before))
         self._counters.count_plan(output)
-        assert not output.is_empty or self._may_idle(), "nothing planned although requests wait and no copy is pending"
+        if output.is_empty and not self._may_idle():
+            raise SchedulerStalledError(f"nothing planned although requests wait: {self.get_stats()}")
         return output
 
     def _plan_batches(self, plan: StepPlan) -> None:
@@ -141,7 +176,7 @@ class PDScheduler(BaseScheduler):
             case "hybrid":
                 self._plan_hybrid(plan)
             case "strict":
-                self._decode.plan(plan, self.config.max_decodes)
+                self._decode.plan(plan, self.config.max_decodes, bool(self._flights))
                 self._prefill.plan(plan, self.config.max_prefill_tokens, self.config.max_prefill_batch_size)
 
     def _plan_time_share(self, plan: StepPlan) -> None:
@@ -149,18 +184,19 @@ class PDScheduler(BaseScheduler):
         if not self.decode_queue or (is_prefill_due and self._prefill.has_work()):
             self._prefill.plan(plan, self.config.max_prefill_tokens, self.config.max_prefill_batch_size)
         else:
-            self._decode.plan(plan, self.config.max_decodes)
+            self._decode.plan(plan, self.config.max_decodes, bool(self._flights))
 
     def _plan_hybrid(self, plan: StepPlan) -> None:
         """One token budget: decodes first, but never so many that a prefill with a place cannot advance."""
         budget = self.config.max_prefill_tokens
         kept_for_prefill = min(self.config.prefill_chunk_size, budget // 2) if self._prefill.has_work() else 0
-        self._decode.plan(plan, min(self.config.max_decodes, budget - kept_for_prefill))
-        num_left = min(self.config.prefill_chunk_size, budget - len(plan.decode))
+        self._decode.plan(plan, min(self.config.max_decodes, budget - kept_for_prefill), bool(self._flights))
+        num_left = min(self.config.prefill_chunk_size, budget - plan.num_decodes)
         self._prefill.plan(plan, num_left, self.config.max_prefill_batch_size)
 
     def _may_idle(self) -> bool:
-        return bool(self._migration.copying) or not (self.running_requests or self.waiting_queue)
+        is_under_way = bool(self._migration.copying) or len(self._flights) > 1
+        return is_under_way or not (self.running_requests or self.waiting_queue)
 
     def _can_admit(self, request: Request) -> bool:
         """Whether the request may start. A preempted one waits until every decode could grow, lest it fall again."""
@@ -181,7 +217,7 @@ class PDScheduler(BaseScheduler):
 
     def _grow(self, request: Request, plan: StepPlan) -> bool:
         """Give a decode the block of its next token, preempting others or itself; False when it sits this step out."""
-        num_tokens = request.num_computed_tokens + 1
+        num_tokens = request.num_planned_tokens + 1
         while not self.kv.can_extend(request, num_tokens):
             victim = self._victim()
             assert victim is not None and self.config.enable_preemption, "a lone or reserved request outgrew the pool"
@@ -199,10 +235,12 @@ class PDScheduler(BaseScheduler):
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
         self._leave_line(request)
+        for flight in self._flights:
+            flight.void.add(request.request_id)
         self.kv.release(request, unannounced=plan.drop(request))
         self._counters.count_preemption(request)
         request.status = RequestStatus.PREEMPTED
-        request.num_computed_tokens = 0
+        request.forget_progress()
         request.num_preemptions += 1
         self.preempted_requests[request.request_id] = request
         self.waiting_queue.push(request)
@@ -220,13 +258,13 @@ class PDScheduler(BaseScheduler):
         or whose sequence has `max_seq_len`; an engine that stops there itself gets an empty list. Unknown finished
         ids were aborted and are ignored.
         """
-        output, self._in_flight = self._in_flight, None
+        flight = self._flights.popleft() if self._flights else None
         ended: list[Request] = []
-        if output is not None:
-            ended = self._commit(output)
-            self.confirm_migrations(
-                m.request_id for m in output.kv_migrations if m.request_id not in pending_migrations
-            )
+        if flight is not None:
+            ended = self._commit(flight)
+            if flight.output.kv_migrations:
+                done = [m.request_id for m in flight.output.kv_migrations if m.request_id not in pending_migrations]
+                self.confirm_migrations(done)
         for request_id in finished_request_ids:
             request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
             if request is not None:
@@ -234,26 +272,57 @@ class PDScheduler(BaseScheduler):
         unexpected = [request for request in ended if request.status is not RequestStatus.FINISHED]
         for request in unexpected:
             self._finish(request)
-        self._empty_limbo()
+        if self._limbo:
+            self._empty_limbo()
         return [request.request_id for request in unexpected]
 
     def rollback_step(self) -> None:
-        """Forget the step in flight, say because the device failed: its tokens and copies are planned again.
+        """Forget the steps in flight, say because the device failed: their tokens and copies are planned again.
 
         Admissions and preemptions stand; blocks given or freed are announced again by the next output.
         """
-        output, self._in_flight = self._in_flight, None
-        if output is None:
-            return
+        while self._flights:
+            self._roll_back(self._flights.pop())
+        self._empty_limbo()
+
+    def rollback_ahead(self) -> None:
+        """Forget the step that was planned ahead; the one in flight goes on."""
+        if len(self._flights) > 1:
+            self._roll_back(self._flights.pop())
+            self._empty_limbo()
+
+    def _roll_back(self, flight: Flight) -> None:
+        output = flight.output
         for migration in output.kv_migrations:
             request = self._migration.cancel(migration)
             if request is not None:
                 del output.kv_blocks_to_allocate[migration.request_id]
                 if request.status is not RequestStatus.FINISHED:
                     self._migration.waiting[migration.request_id] = request
-        self._empty_limbo()
+        for chunk in flight.prefill_chunks:
+            self._take_back(chunk)
+        if flight.decode is not None:
+            self._decode.roll_back(flight.decode)
+        self._num_consecutive_decodes = flight.streak_before
+        self._announce_again(output)
+
+    def _take_back(self, chunk: Chunk) -> None:
+        """A chunk of prefill was not computed after all."""
+        request = chunk.request
+        if request.request_id not in self.running_requests:
+            return
+        if request.seat is not None:  # it was to decode in the step planned ahead
+            self._decode.leave(request)
+            self._prefill.started[request.request_id] = request
+        request.plan_up_to(chunk.start)
+
+    def _announce_again(self, output: ScheduleOutput) -> None:
+        """The engine forgets what this output said of blocks; the next one says it again."""
         live = self.running_requests
-        self._reannounce = {i: blocks for i, blocks in output.kv_blocks_to_allocate.items() if i in live}
+        given = {i: blocks for i, blocks in output.kv_blocks_to_allocate.items() if i in live}
+        for request_id, blocks in self._reannounce.items():
+            given.setdefault(request_id, []).extend(blocks)
+        self._reannounce = given
         self.kv.freed = output.kv_blocks_to_free + self.kv.freed
         self.kv.freed_prefill = output.prefill_blocks_to_free + self.kv.freed_prefill
 
@@ -263,12 +332,14 @@ class PDScheduler(BaseScheduler):
         Optional, as `update_after_step` does the same; it may be called any number of times. Requests whose prefill
         is not complete with the step in flight, or is done already, stay as they are.
         """
-        output = self._in_flight
-        chunks = output.prefill_batch.chunks if output and output.prefill_batch else []
-        last = {chunk.request.request_id: chunk for chunk in chunks if chunk.is_last}
+        if not self._flights:
+            return
+        flight = self._flights[0]
+        last = {chunk.request.request_id: chunk for chunk in flight.prefill_chunks if chunk.is_last}
         for request_id in request_ids:
-            if request_id in last:
+            if request_id in last and request_id not in flight.void:
                 self._commit_prefill(last[request_id], self._clock())
+                flight.void.add(request_id)
 
     def confirm_migrations(self, request_ids: Iterable[str]) -> None:
         """The KV of these requests has arrived on the decode worker (on all of its ranks): they may decode."""
@@ -277,36 +348,39 @@ class PDScheduler(BaseScheduler):
             if request is not None and request.status is not RequestStatus.FINISHED:
                 self.kv.arrive(request)
                 self._start_decoding(request)
-        if self._in_flight is None:
+        if self._limbo:
             self._empty_limbo()
 
-    def _commit(self, output: ScheduleOutput) -> list[Request]:
+    def _commit(self, flight: Flight) -> list[Request]:
         """Count the step's tokens as computed; returns the requests that are as long as they may become."""
-        now = self._clock()
-        for chunk in _chunks(output.prefill_batch):
-            self._commit_prefill(chunk, now)
-        decodes = _chunks(output.decode_batch)
-        for chunk in decodes:
-            if chunk.request.status is RequestStatus.DECODING:
-                chunk.request.num_computed_tokens = chunk.start + 1
-        if output.prefill_batch:
-            self._num_consecutive_decodes = 0
-        elif decodes:
-            self._num_consecutive_decodes += 1
-        self._decode.end_turn(decodes)
+        candidates: list[Request] = []
+        if flight.decode is not None:
+            candidates = self._decode.commit(flight.decode)
+        if flight.output.prefill_batch is not None:
+            now = self._clock()
+            chunks = flight.output.prefill_batch.chunks
+            for chunk in chunks:
+                self._commit_prefill(chunk, now, is_void=chunk.request.request_id in flight.void)
+            candidates = [*(chunk.request for chunk in chunks if chunk.is_last), *candidates]
         is_full = self.limits.is_full
-        chunks = [*_chunks(output.prefill_batch), *decodes]
-        return [chunk.request for chunk in chunks if chunk.is_last and is_full(chunk.request)]
+        return [request for request in candidates if is_full(request)]
 
-    def _commit_prefill(self, chunk: Chunk, now: float) -> None:
+    def _commit_prefill(self, chunk: Chunk, now: float, is_void: bool = False) -> None:
         request = chunk.request
-        if self._prefill.started.get(request.request_id) is not request:
-            return  # aborted, or committed by prefill_to_decode
-        request.num_computed_tokens = chunk.start + chunk.num_tokens
+        if request.status is RequestStatus.FINISHED:
+            return
+        if chunk.is_last and request.first_token_time is None:
+            request.first_token_time = now
+        if is_void:
+            return
+        end = chunk.start + chunk.num_tokens
+        request.compute_up_to(end)
         if not chunk.is_last:
             return
-        if request.first_token_time is None:
-            request.first_token_time = now
+        if request.seat is not None:
+            self._decode.commit_prefill(request, end)
+            request.status = RequestStatus.DECODING
+            return
         del self._prefill.started[request.request_id]
         if self.kv.is_split:
             self._migration.waiting[request.request_id] = request
@@ -315,7 +389,11 @@ class PDScheduler(BaseScheduler):
 
     def _start_decoding(self, request: Request) -> None:
         request.status = RequestStatus.DECODING
-        self.decode_queue.append(request)
+        self._decode.join(request, self._decodes_in_flight)
+
+    @property
+    def _decodes_in_flight(self) -> list[DecodePlan]:
+        return [flight.decode for flight in self._flights if flight.decode is not None]
 
     # --- leaving ---
 
@@ -330,24 +408,25 @@ class PDScheduler(BaseScheduler):
             self.preempted_requests.pop(request.request_id, None)
         else:
             self._leave_line(request)
-            self._limbo[request.request_id] = request
+            self._limbo[request.request_id] = (request, self._num_steps - 1)
         request.status = RequestStatus.FINISHED
         request.finish_time = self._clock()
-        if self._in_flight is None:
+        if not self._flights:
             self._empty_limbo()
 
     def _leave_line(self, request: Request) -> None:
         del self.running_requests[request.request_id]
-        if request.status is RequestStatus.DECODING:
-            self.decode_queue.remove(request)
+        if request.seat is not None:
+            self._decode.leave(request)
         elif request.request_id in self._prefill.started:
             del self._prefill.started[request.request_id]
         else:
             self._migration.waiting.pop(request.request_id, None)  # stays in `copying` until the copy has ended
 
     def _empty_limbo(self) -> None:
-        for request_id, request in list(self._limbo.items()):
-            if request_id not in self._migration.copying:
+        oldest_in_flight = self._flights[0].step_id if self._flights else self._num_steps
+        for request_id, (request, last_step) in list(self._limbo.items()):
+            if last_step < oldest_in_flight and request_id not in self._migration.copying:
                 self.kv.release(request)
                 del self._limbo[request_id]
 
@@ -379,7 +458,3 @@ class PDScheduler(BaseScheduler):
         waiting_preempted = {r.request_id for r in self.waiting_queue if r.status is RequestStatus.PREEMPTED}
         assert self.preempted_requests.keys() == waiting_preempted, "a preempted request does not wait"
         self.kv.check_integrity([*running, *self._limbo])
-
-
-def _chunks(batch: Batch | None) -> list[Chunk]:
-    return batch.chunks if batch else []

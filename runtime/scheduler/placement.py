@@ -67,6 +67,10 @@ class KVPlacement:
         """Grow a decoding request's table to `num_tokens` tokens; returns the new blocks."""
         return self.decode.allocate(request.request_id, num_tokens)
 
+    def extend_each(self, request_ids: list[str]) -> list[int] | None:
+        """Give each of these decoding requests one block, in one go; None, and no change, if too few are free."""
+        return self.decode.append_blocks(request_ids)
+
     def start_migration(self, request: Request) -> tuple[KVMigration, list[int]]:
         """The copy to the decode pool, and the request's whole table there. The source is pinned until `arrive`."""
         self._silent.discard(request.request_id)

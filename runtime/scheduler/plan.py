@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass, field
 
-from sageLLM.runtime.scheduler.base import Batch, Chunk, KVMigration, Request, ScheduleOutput
+from sageLLM.runtime.scheduler.batch import Batch, Chunk, DecodeStepBatch, KVMigration, ScheduleOutput
+from sageLLM.runtime.scheduler.request import Request, Seat
+
+
+@dataclass(slots=True)
+class DecodePlan:
+    """The decodes of a step, the seats that sit it out, and, when the seats take turns, those that were served."""
+
+    batch: DecodeStepBatch
+    skipped: list[Seat]
+    served_in_turn: list[Request] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -13,20 +23,21 @@ class StepPlan:
     """
 
     prefill: dict[str, Chunk] = field(default_factory=dict)
-    decode: dict[str, Chunk] = field(default_factory=dict)
+    decode: DecodePlan | None = None
     given: dict[str, list[int]] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
     migrations: list[KVMigration] = field(default_factory=list)
 
+    @property
+    def num_decodes(self) -> int:
+        return 0 if self.decode is None else len(self.decode.batch.requests)
+
     def add_prefill(self, request: Request, num_tokens: int) -> None:
         """Compute the next `num_tokens` tokens of a prompt (or of a replay)."""
-        start = request.num_computed_tokens
-        is_last = start + num_tokens == request.total_tokens
-        self.prefill[request.request_id] = Chunk(request, start, num_tokens, is_last)
-
-    def add_decode(self, request: Request) -> None:
-        """Compute a request's newest token."""
-        self.decode[request.request_id] = Chunk(request, request.num_computed_tokens, 1, True)
+        start = request.num_planned_tokens
+        end = start + num_tokens
+        self.prefill[request.request_id] = Chunk(request, start, num_tokens, end == request.total_tokens)
+        request.plan_up_to(end)
 
     def give(self, request: Request, blocks: list[int]) -> None:
         """Note blocks that the request was given within this step."""
@@ -34,25 +45,55 @@ class StepPlan:
             self.given.setdefault(request.request_id, []).extend(blocks)
 
     def drop(self, request: Request) -> list[int]:
-        """Take a request out of the step; returns the blocks that it was given within it."""
-        self.prefill.pop(request.request_id, None)
-        self.decode.pop(request.request_id, None)
+        """Take a preempted request out of the step; returns the blocks that it was given within it.
+
+        Decodes are filled in after all preemption, prefills after the decodes: there is no chunk to give back.
+        """
         return self.given.pop(request.request_id, [])
 
     def to_output(self, step_id: int) -> ScheduleOutput:
         """The finished plan as the engine sees it."""
+        decode_batch = None
+        if self.decode is not None:
+            decode_batch = self.decode.batch
+            decode_batch.batch_id = 2 * step_id + 1
         return ScheduleOutput(
-            prefill_batch=_batch(2 * step_id, self.prefill),
-            decode_batch=_batch(2 * step_id + 1, self.decode),
-            preempted_requests=self.preempted,
-            kv_blocks_to_allocate=self.given,
-            kv_migrations=self.migrations,
-            step_id=step_id,
+            _prefill_batch(2 * step_id, self.prefill) if self.prefill else None,
+            decode_batch,
+            self.preempted,
+            self.given,
+            [],
+            self.migrations,
+            [],
+            step_id,
         )
 
 
-def _batch(batch_id: int, chunks_by_id: dict[str, Chunk]) -> Batch | None:
-    if not chunks_by_id:
-        return None
+def _prefill_batch(batch_id: int, chunks_by_id: dict[str, Chunk]) -> Batch:
     chunks = list(chunks_by_id.values())
     return Batch(batch_id, [chunk.request for chunk in chunks], chunks)
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that was handed out and neither committed nor rolled back.
+
+    `void` holds the ids whose part of it no longer counts: preempted since, or committed ahead of the step.
+    """
+
+    output: ScheduleOutput
+    decode: DecodePlan | None
+    streak_before: int
+    void: set[str] = field(default_factory=set)
+
+    @property
+    def step_id(self) -> int:
+        return self.output.step_id
+
+    @property
+    def prefill_chunks(self) -> list[Chunk]:
+        """The chunks of prefill that still count."""
+        batch = self.output.prefill_batch
+        if batch is None:
+            return []
+        return [chunk for chunk in batch.chunks if chunk.request.request_id not in self.void]

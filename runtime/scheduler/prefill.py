@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from sageLLM.runtime.scheduler.base import Request
 from sageLLM.runtime.scheduler.plan import StepPlan
-from sageLLM.runtime.scheduler.queues import RankedQueue
+from sageLLM.runtime.scheduler.queues import WaitingLine
 
 
 class PrefillPhase:
@@ -22,7 +22,7 @@ class PrefillPhase:
 
     def __init__(
         self,
-        waiting: RankedQueue[Request],
+        waiting: WaitingLine,
         can_admit: Callable[[Request], bool],
         admit: Callable[[Request, StepPlan], None],
     ) -> None:
@@ -37,14 +37,18 @@ class PrefillPhase:
     def has_work(self) -> bool:
         """Whether a step of prefill would compute anything."""
         head = self.waiting.peek()
-        return bool(self.started) or (head is not None and self._can_admit(head))
+        has_started = any(request.num_planned_tokens < request.total_tokens for request in self.started.values())
+        return has_started or (head is not None and self._can_admit(head))
 
     def plan(self, plan: StepPlan, max_tokens: int, max_requests: int) -> None:
         """Add chunks of up to `max_tokens` tokens and `max_requests` requests to the plan.
 
         A step that preempts admits nobody: the blocks just freed would go to newcomers.
         """
-        started = deque(sorted(self.started.values(), key=lambda request: request.rank))
+        if not (self.started or self.waiting):
+            return
+        unfinished = [r for r in self.started.values() if r.num_planned_tokens < r.total_tokens]
+        started = deque(sorted(unfinished, key=lambda request: request.rank))
         may_admit = not plan.preempted
         while max_tokens > 0 and len(plan.prefill) < max_requests:
             head = self.waiting.peek() if may_admit else None
@@ -58,11 +62,11 @@ class PrefillPhase:
                 request = started.popleft()
             else:
                 break
-            num_tokens = min(request.total_tokens - request.num_computed_tokens, max_tokens)
+            num_tokens = min(request.total_tokens - request.num_planned_tokens, max_tokens)
             plan.add_prefill(request, num_tokens)
             max_tokens -= num_tokens
 
     def _start(self, request: Request, plan: StepPlan) -> None:
-        self.waiting.remove(request)
+        self.waiting.admit(request)
         self.started[request.request_id] = request
         self._admit(request, plan)

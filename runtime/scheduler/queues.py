@@ -1,45 +1,47 @@
-"""The two orders in which requests stand in line: by rank (who is admitted next) and by turn (who decodes next).
+"""The orders in which requests stand in line: by rank (who is admitted next) and by turn (who decodes next).
 
-Both find a member by id in O(1); nothing here walks a line to remove from its middle.
+All find a member by id in O(1); nothing here walks a line to remove from its middle.
 """
 
 import heapq
-from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from sageLLM.runtime.scheduler.request import Rank, Request
+
+Member = TypeVar("Member", bound=Request)
 
 
-class Ranked(Protocol):
-    """What a line needs to know of its members."""
-
-    @property
-    def request_id(self) -> str: ...
-
-    @property
-    def rank(self) -> tuple[int, int]: ...
+def _rank(request: Request) -> Rank:
+    return request.rank
 
 
-Member = TypeVar("Member", bound=Ranked)
+def _age(request: Request) -> Rank:
+    return (0, request.sequence_number)
 
 
 class RankedQueue(Generic[Member]):
-    """A line sorted by rank. A member keeps the rank with which it was pushed.
+    """A line sorted by `key`, by default the rank. A member keeps the key with which it was pushed.
 
     A binary heap with lazy deletion: `remove` only forgets the member; its entry goes when it reaches the top, or all
     dead entries go together once they are the greater part. So all operations cost O(log n) amortised.
     """
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], str]] = []
-        self._members: dict[str, tuple[tuple[int, int], Member]] = {}
+    def __init__(self, key: Callable[[Request], Rank] = _rank) -> None:
+        self._key = key
+        self._heap: list[tuple[Rank, str]] = []
+        self._members: dict[str, tuple[Rank, Member]] = {}
 
     def push(self, member: Member) -> None:
-        """Put a member in line; ranks are distinct among live members."""
+        """Put a member in line; keys are distinct among live members."""
         assert member.request_id not in self._members, f"{member.request_id!r} is in line twice"
-        self._members[member.request_id] = (member.rank, member)
-        heapq.heappush(self._heap, (member.rank, member.request_id))
+        key = self._key(member)
+        self._members[member.request_id] = (key, member)
+        heapq.heappush(self._heap, (key, member.request_id))
 
     def peek(self) -> Member | None:
-        """The member of the lowest rank, which stays in line."""
+        """The member of the lowest key, which stays in line."""
         while self._heap and not self._is_live(self._heap[0]):
             heapq.heappop(self._heap)
         return self._members[self._heap[0][1]][1] if self._heap else None
@@ -56,20 +58,60 @@ class RankedQueue(Generic[Member]):
         entry = self._members.get(request_id)
         return entry[1] if entry else None
 
-    def _is_live(self, entry: tuple[tuple[int, int], str]) -> bool:
-        rank, request_id = entry
-        return request_id in self._members and self._members[request_id][0] == rank
+    def _is_live(self, entry: tuple[Rank, str]) -> bool:
+        key, request_id = entry
+        return request_id in self._members and self._members[request_id][0] == key
 
     def __len__(self) -> int:
         return len(self._members)
 
     def __iter__(self) -> Iterator[Member]:
-        """The members by rank; sorts, so it is meant for reports and tests."""
+        """The members in order; sorts, so it is meant for reports and tests."""
         for _, member in sorted(self._members.values(), key=lambda entry: entry[0]):
             yield member
 
     def __contains__(self, member: object) -> bool:
         return (member if isinstance(member, str) else getattr(member, "request_id", None)) in self._members
+
+
+class WaitingLine(RankedQueue[Request]):
+    """The requests that hold no KV, by rank, with a bound on how often a request is overtaken.
+
+    After `max_overtakes` later arrivals were admitted before the one that waits longest, that one is moved to the head
+    for good: nobody overtakes it again, and it is not preempted for a later arrival. So a request with k older ones
+    before it is admitted after at most `(k + 1) * max_overtakes` later arrivals, whatever its rank.
+    """
+
+    def __init__(self, max_overtakes: int) -> None:
+        super().__init__()
+        self._max_overtakes = max_overtakes
+        self._by_age: RankedQueue[Request] = RankedQueue(_age)
+        self._num_overtakes = 0
+
+    def push(self, member: Request) -> None:
+        super().push(member)
+        self._by_age.push(member)
+
+    def remove(self, member: Request) -> None:
+        super().remove(member)
+        self._by_age.remove(member)
+
+    def admit(self, member: Request) -> None:
+        """Take the head out of line, and count whom it overtook."""
+        oldest = self._by_age.peek()
+        self.remove(member)
+        if oldest is None or oldest is member:
+            self._num_overtakes = 0
+        elif member.rank[0] != -math.inf:
+            self._num_overtakes += 1
+            if self._num_overtakes >= self._max_overtakes:
+                self._promote(oldest)
+
+    def _promote(self, member: Request) -> None:
+        self.remove(member)
+        member.rank = (-math.inf, member.sequence_number)
+        self.push(member)
+        self._num_overtakes = 0
 
 
 class TurnQueue(Generic[Member]):
@@ -90,6 +132,11 @@ class TurnQueue(Generic[Member]):
     def to_back(self, member: Member) -> None:
         """Let everybody else go first."""
         self._members[member.request_id] = self._members.pop(member.request_id)
+
+    def to_front(self, members: Iterable[Member]) -> None:
+        """Let these members go before everybody else, in their order. Costs O(length of the line)."""
+        first = {member.request_id: member for member in members if member.request_id in self._members}
+        self._members = first | self._members
 
     def __len__(self) -> int:
         return len(self._members)

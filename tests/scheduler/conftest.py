@@ -34,11 +34,18 @@ class FakeEngine:
     steps: list[ScheduleOutput] = field(default_factory=list)
 
     def add(
-        self, request_id: str, prompt_len: int, num_outputs: int = 4, max_new_tokens: int = 256, priority: int = 0
+        self,
+        request_id: str,
+        prompt_len: int,
+        num_outputs: int = 4,
+        max_new_tokens: int = 256,
+        priority: int = 0,
+        tenant: str = "",
+        deadline: float | None = None,
     ) -> Request:
         """Queue a request that stops after `num_outputs` tokens."""
         prompt = [(sum(map(ord, request_id)) + i) % 1009 for i in range(prompt_len)]
-        request = Request(request_id, prompt, max_new_tokens, priority=priority)
+        request = Request(request_id, prompt, max_new_tokens, priority=priority, tenant=tenant, deadline=deadline)
         self.scheduler.add_request(request)
         self.requests[request_id], self.stop_after[request_id] = request, num_outputs
         return request

@@ -142,7 +142,7 @@ def test_times_come_from_the_injected_clock() -> None:
     scheduler.schedule()
     scheduler.update_after_step(["a"])
     assert request.first_token_time == 0.0
-    assert request.finish_time == 2.0
+    assert request.finish_time == 1.0
 
 
 def test_time_share_alternates_and_never_mixes(fake_engine) -> None:

@@ -1,0 +1,142 @@
+"""Measures what the scheduler costs a step: schedule + update_after_step, in microseconds, without any engine.
+
+    python benchmarks/scheduler.py [--steps N] [--out FILE]
+
+Each case runs requests that decode without end (and, in the mixed cases, one prompt after another in chunks of 512
+tokens) for `--steps` steps after 200 of warming up. p5, p50 and p99 are given for both calls together, and p50 for
+each; `chunks` adds the reading of every chunk of the decode batch, which the scheduler makes only when asked. Tokens
+are appended to the requests between the two calls, untimed, as an engine would.
+"""
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from sageLLM.runtime.scheduler.base import KVBudget, Request, ScheduleOutput
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+
+CHUNK = 512
+PROMPT = 64
+WARM_UP = 200
+SIZES = (1, 64, 256, 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--out", type=Path, help="write the figures, with the machine's facts, there as well")
+    args = parser.parse_args()
+    figures = measure(args.steps)
+    for name, row in figures.items():
+        print(f"{name:<34}", "  ".join(f"{key} {value:8.1f}" for key, value in row.items()))
+    if args.out:
+        from machine import machine_facts  # imports torch, which the measurement does not need
+
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine_facts(), "figures": figures}, indent=1) + "\n", "utf-8")
+
+
+def measure(steps: int) -> dict[str, dict[str, float]]:
+    """All cases by name; microseconds per step."""
+    figures = {}
+    for size in SIZES:
+        figures[f"decode_{size}"] = Case(size).measure(steps)
+        figures[f"decode_{size}_chunks"] = Case(size, reads_chunks=True).measure(steps)
+        figures[f"mixed_{size}"] = Case(size, is_mixed=True).measure(steps)
+    figures["decode_256_waiting_10000"] = Case(256, num_waiting=10_000).measure(steps)
+    figures["decode_256_plan_ahead"] = Case(256, is_ahead=True).measure(steps)
+    per_request = (figures["decode_1024"]["p50"] - figures["decode_64"]["p50"]) / (1024 - 64)
+    figures["growth_per_request"] = {"p50": round(per_request, 4)}
+    return figures
+
+
+class Case:
+    """One load: `size` decodes, perhaps a prompt being prefilled, perhaps a long waiting line."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        is_mixed: bool = False,
+        num_waiting: int = 0,
+        reads_chunks: bool = False,
+        is_ahead: bool = False,
+    ) -> None:
+        self.is_mixed = is_mixed
+        self.reads_chunks = reads_chunks
+        self.is_ahead = is_ahead
+        config = PDSchedulerConfig(
+            mode="hybrid",
+            max_prefill_tokens=4096 + CHUNK,
+            prefill_chunk_size=CHUNK,
+            max_prefill_batch_size=size + is_mixed,
+            max_decode_batch_size=size + is_mixed,
+        )
+        self.scheduler = PDScheduler(config, kv_budget=KVBudget(num_blocks=4_000_000, block_size=16))
+        self.num_prompts = 0
+        for i in range(size):
+            self.scheduler.add_request(Request(f"r{i}", [i % 101] * PROMPT, max_new_tokens=10**9))
+        while self.scheduler.waiting_queue or self.scheduler.get_stats()["prefill_queue_size"]:
+            self._step()
+        for i in range(num_waiting):
+            self.scheduler.add_request(Request(f"w{i}", [i % 101] * PROMPT, max_new_tokens=10**9))
+
+    def measure(self, steps: int) -> dict[str, float]:
+        """p5, p50 and p99 of a step, p50 of its two halves."""
+        if self.is_ahead:
+            self.scheduler.schedule()
+        for _ in range(WARM_UP):
+            self._step()
+        gc.collect()
+        gc.freeze()
+        times = [self._step() for _ in range(steps)]
+        gc.unfreeze()
+        total = [plan + commit for plan, commit in times]
+        row = {f"p{percent}": _percentile(total, percent) for percent in (5, 50, 99)}
+        row["schedule"] = _percentile([plan for plan, _ in times], 50)
+        row["update"] = _percentile([commit for _, commit in times], 50)
+        return row
+
+    def _step(self) -> tuple[float, float]:
+        """Plans and commits one step; returns the microseconds of both."""
+        self._keep_a_prompt()
+        begin = time.perf_counter()
+        out = self.scheduler.plan_ahead() if self.is_ahead else self.scheduler.schedule()
+        if self.reads_chunks and out.decode_batch:
+            _ = out.decode_batch.chunks
+        planned = time.perf_counter()
+        finished = self._append_tokens(out)
+        resumed = time.perf_counter()
+        self.scheduler.update_after_step(finished)
+        return 1e6 * (planned - begin), 1e6 * (time.perf_counter() - resumed)
+
+    def _keep_a_prompt(self) -> None:
+        if self.is_mixed and not self.scheduler.get_stats()["prefill_queue_size"]:
+            self.num_prompts += 1
+            self.scheduler.add_request(Request(f"p{self.num_prompts}", [self.num_prompts % 101] * 8 * CHUNK))
+
+    def _append_tokens(self, out: ScheduleOutput) -> list[str]:
+        """What the engine does between the two calls; long prompts end with their first token."""
+        for request in out.decode_batch.requests if out.decode_batch else ():
+            request.output_token_ids.append(1)
+        last = [c.request for c in out.prefill_batch.chunks if c.is_last] if out.prefill_batch else []
+        for request in last:
+            request.output_token_ids.append(1)
+        return [request.request_id for request in last if request.request_id.startswith("p")]
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    ordered = sorted(values)
+    return round(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1)
+
+
+def figures_for_report() -> dict[str, Any]:
+    """A shorter run, for `run_all.py`."""
+    return measure(steps=500)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What a step computes and copies, as the scheduler tells the engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sageLLM.runtime.scheduler.request import Request
+
+Stage = Literal["prefill", "decode", "hybrid", "idle"]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The part of one request that a step computes: tokens `start .. start + num_tokens - 1` of prompt + output.
+
+    `is_last`: the logits of the chunk's last token yield the request's next token.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    is_last: bool
+
+
+class Batch:
+    """The requests that one phase computes in one step, with the chunk of each, in the same order.
+
+    A batch made without chunks computes all that its requests still lack.
+    """
+
+    __slots__ = ("_chunks", "batch_id", "requests")
+
+    def __init__(self, batch_id: int, requests: list[Request], chunks: list[Chunk] | None = None) -> None:
+        self.batch_id = batch_id
+        self.requests = requests
+        self._chunks = chunks
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.batch_id}, {self.chunks})"
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        if self._chunks is None:
+            self._chunks = self._make_chunks()
+        return self._chunks
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.requests)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that this step computes, not the lengths of the contexts."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    def _make_chunks(self) -> list[Chunk]:
+        return [_whole_rest(request) for request in self.requests]
+
+
+def _whole_rest(request: Request) -> Chunk:
+    start = request.num_computed_tokens
+    return Chunk(request, start, request.total_tokens - start, is_last=True)
+
+
+class DecodeStepBatch(Batch):
+    """One token of each request. The start of request i is `offsets[i] + tick`; chunks are made when they are read.
+
+    A steady decode step shares `requests` and `offsets` with the step before; neither list is ever changed in place.
+    """
+
+    __slots__ = ("offsets", "tick")
+
+    def __init__(self, batch_id: int, requests: list[Request], offsets: list[int], tick: int) -> None:
+        super().__init__(batch_id, requests)
+        self.offsets = offsets
+        self.tick = tick
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.requests)
+
+    def _make_chunks(self) -> list[Chunk]:
+        tick = self.tick
+        pairs = zip(self.requests, self.offsets, strict=True)
+        return [Chunk(request, offset + tick, 1, True) for request, offset in pairs]
+
+
+@dataclass(frozen=True, slots=True)
+class KVMigration:
+    """Copy the KV of `num_tokens` tokens from `source_blocks` of the prefill pool to `target_blocks` of the decode
+    pool.
+
+    The two lists have one length: block i goes to block i. The tokens are `start .. start + num_tokens - 1` of the
+    request; `start` is the beginning of a block. `attempt` tells a copy from an earlier one of the same request that
+    was lost: whoever acknowledges a copy says which one.
+    """
+
+    request_id: str
+    source_blocks: Sequence[int]
+    target_blocks: Sequence[int]
+    num_tokens: int
+    start: int = 0
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """The size of the KV cache: `num_blocks` blocks of `block_size` tokens, in each pool.
+
+    Strict mode has two pools; `num_prefill_blocks` sizes the prefill worker's one where it differs from the decode
+    worker's.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    num_prefill_blocks: int | None = None
+
+
+@dataclass(slots=True)
+class ScheduleOutput:
+    """What the engine does in one step.
+
+    Blocks: apply `kv_blocks_to_free` (returned to the pool since the last output) before `kv_blocks_to_allocate` (new
+    in this step, by request): a block may be in both. A request's whole table is `request.kv_block_ids`. In strict
+    mode both fields speak of the pool of the worker that the request runs on, the decode pool once it migrates, and
+    `prefill_blocks_to_free` holds the blocks returned to the prefill pool.
+
+    `kv_migrations` touch no block that the step's batches touch: copies and batches may run in any order or at once.
+    """
+
+    prefill_batch: Batch | None = None
+    decode_batch: Batch | None = None
+    preempted_requests: list[Request] = field(default_factory=list)
+    kv_blocks_to_allocate: dict[str, list[int]] = field(default_factory=dict)
+    kv_blocks_to_free: list[int] = field(default_factory=list)
+    kv_migrations: list[KVMigration] = field(default_factory=list)
+    prefill_blocks_to_free: list[int] = field(default_factory=list)
+    step_id: int = 0
+
+    @property
+    def stage(self) -> Stage:
+        """Which batches are there; both is "hybrid", though in strict mode the two run on workers of their own."""
+        if self.prefill_batch and self.decode_batch:
+            return "hybrid"
+        if self.prefill_batch:
+            return "prefill"
+        return "decode" if self.decode_batch else "idle"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the engine has nothing to run or copy."""
+        return not (self.prefill_batch or self.decode_batch or self.kv_migrations)
+
+    @property
+    def num_scheduled_tokens(self) -> dict[str, int]:
+        """Tokens that this step computes, by request."""
+        batches = [batch for batch in (self.prefill_batch, self.decode_batch) if batch]
+        return {chunk.request.request_id: chunk.num_tokens for batch in batches for chunk in batch.chunks}
