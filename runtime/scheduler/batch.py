@@ -125,6 +125,9 @@ class ScheduleOutput:
     mode both fields speak of the pool of the worker that the request runs on, the decode pool once it migrates, and
     `prefill_blocks_to_free` holds the blocks returned to the prefill pool.
 
+    `num_cached_tokens` says, for each request admitted in this step, how many leading tokens it found in the prefix
+    cache; they are not computed.
+
     `kv_migrations` touch no block that the step's batches touch: copies and batches may run in any order or at once.
     """
 
@@ -136,6 +139,7 @@ class ScheduleOutput:
     kv_migrations: list[KVMigration] = field(default_factory=list)
     prefill_blocks_to_free: list[int] = field(default_factory=list)
     step_id: int = 0
+    num_cached_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:

@@ -1,0 +1,334 @@
+"""The running-first policy: the decisions of vLLM's v1 scheduler, for comparisons and simulations.
+
+There are no phases. One token budget a step; the running requests, in order, take what they lack, then waiting ones
+are admitted while budget and seats last. What `PDScheduler` does otherwise: it bounds waits, admits a preempted
+request only when the others can still grow, gives prefills a part of a hybrid step, and shares blocks only once they
+are computed. It is not meant for serving: a block that is shared before it is computed is wrong if its owner is
+preempted in that very step.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sageLLM.runtime.scheduler.base import BaseScheduler
+from sageLLM.runtime.scheduler.batch import Batch, Chunk, KVBudget, ScheduleOutput
+from sageLLM.runtime.scheduler.limits import SequenceLimits
+from sageLLM.runtime.scheduler.policy import ByPriority, FirstCome
+from sageLLM.runtime.scheduler.request import Request, RequestStatus
+from sageLLM.runtime.scheduler.running_first_blocks import SharedBlockPool
+
+
+@dataclass(frozen=True, slots=True)
+class RunningFirstConfig:
+    """The knobs, with vLLM's names.
+
+    - `max_num_batched_tokens` is the budget of a step, `max_num_seqs` the most requests that run.
+    - `long_prefill_token_threshold` (0: none) caps the tokens of one request in a step.
+    - without `enable_chunked_prefill` a prompt that exceeds the rest of the budget waits, and so do those behind it.
+    - `policy`: "fcfs", or "priority", the lower `Request.priority` first, then the earlier arrival.
+    - `full_sequence_must_fit`: admit only who finds free blocks for all its known tokens, not just for its first chunk.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    long_prefill_token_threshold: int = 0
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    full_sequence_must_fit: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("long_prefill_token_threshold", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.policy not in ("fcfs", "priority"):
+            raise ValueError(f"policy must be one of fcfs, priority; got {self.policy!r}")
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step being planned."""
+
+    budget: int
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+    given: dict[str, list[int]] = field(default_factory=dict)
+    num_cached: dict[str, int] = field(default_factory=dict)
+    preempted: list[Request] = field(default_factory=list)
+
+    def add(self, request: Request, num_tokens: int, new_blocks: list[int]) -> None:
+        start = request.num_planned_tokens
+        end = start + num_tokens
+        self.chunks[request.request_id] = Chunk(request, start, num_tokens, end == request.total_tokens)
+        self.budget -= num_tokens
+        if new_blocks:
+            self.given[request.request_id] = new_blocks
+
+    def drop(self, request: Request) -> bool:
+        """Take a victim out; its tokens are budget again. True if it was in the step."""
+        chunk = self.chunks.pop(request.request_id, None)
+        self.given.pop(request.request_id, None)
+        if chunk is None:
+            return False
+        self.budget += chunk.num_tokens
+        return True
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step handed out and not committed; `void` holds the ids preempted since."""
+
+    output: ScheduleOutput
+    void: set[str] = field(default_factory=set)
+
+
+class RunningFirstScheduler(BaseScheduler):
+    """Schedules as vLLM's v1 scheduler does, over `kv_budget.num_blocks` blocks.
+
+    (vLLM keeps one block of its pool for padding; a recording of it with N blocks is N - 1 blocks here.)
+
+    1. RUNNING requests, in order of admission, take min(what they lack, budget). If one finds no block, the last
+       running request (under "priority" the one with the largest (priority, arrival)) is preempted: its blocks are
+       freed, it goes to the front of the waiting line (under "priority" to its place), its tokens of this step are
+       budget again; and so on until the block is found or the request itself is the victim, which ends the phase.
+    2. WAITING requests are visited only if nobody was preempted in this step, while budget and `max_num_seqs` last.
+       A prefix of cached blocks counts as computed: a multiple of the block size, at most all tokens but one. The head
+       that does not fit blocks the line.
+
+    `schedule` counts the tokens as planned at once, so it may be called again before `update_after_step`, which
+    commits the oldest step. A token that comes for a request preempted meanwhile is kept.
+    """
+
+    def __init__(
+        self,
+        config: RunningFirstConfig | None = None,
+        *,
+        kv_budget: KVBudget,
+        max_model_len: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config or RunningFirstConfig()
+        policy = ByPriority() if self.config.policy == "priority" else FirstCome()
+        super().__init__(self.config.max_num_seqs, self.config.max_num_batched_tokens, policy)
+        self.kv = SharedBlockPool(kv_budget.num_blocks, kv_budget.block_size, self.config.enable_prefix_caching)
+        max_kv_tokens = kv_budget.num_blocks * kv_budget.block_size
+        self.limits = SequenceLimits(max_model_len, max_kv_tokens, kv_budget.block_size)
+        self._clock = clock
+        self._flights: deque[_Flight] = deque()
+        self._freed: list[int] = []
+        self._limbo: list[tuple[Request, int]] = []
+        self._num_steps = 0
+        self._totals = dict.fromkeys(("total_prefill_batches", "total_decode_batches", "total_preemptions"), 0)
+
+    def why_not_acceptable(self, request: Request) -> str | None:
+        """The reason why `add_request` would refuse, or None."""
+        reason = super().why_not_acceptable(request) or self.limits.why_too_long(request)
+        budget = self.config.max_num_batched_tokens
+        if reason is None and not self.config.enable_chunked_prefill and request.total_tokens > budget:
+            return (
+                f"request {request.request_id!r} has {request.total_tokens} prompt tokens; without chunked prefill at "
+                f"most max_num_batched_tokens={budget} can be computed"
+            )
+        return reason
+
+    def abort_request(self, request_id: str) -> bool:
+        """End a request; with a step in flight its blocks return when that is over."""
+        request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
+        if request is None:
+            return False
+        self._retire(request)
+        return True
+
+    # --- planning ---
+
+    def schedule(self) -> ScheduleOutput:
+        """Plan the next step."""
+        step = _Step(self.config.max_num_batched_tokens)
+        self._serve_running(step)
+        if not step.preempted:
+            self._admit_waiting(step)
+        for chunk in step.chunks.values():
+            chunk.request.plan_up_to(chunk.start + chunk.num_tokens)
+        output = self._output(step)
+        self._flights.append(_Flight(output))
+        self._num_steps += 1
+        return output
+
+    def _serve_running(self, step: _Step) -> None:
+        turn = list(self.running_requests.values())
+        for request in turn:
+            if step.budget <= 0:
+                return
+            if request.request_id not in self.running_requests:  # a victim
+                continue
+            num_tokens = self._num_tokens(request, request.num_planned_tokens, step.budget)
+            if num_tokens <= 0:
+                continue
+            if not self._make_room(request, request.num_planned_tokens + num_tokens, step):
+                return
+            new_blocks = self.kv.extend(request, (), request.num_planned_tokens + num_tokens)
+            step.add(request, num_tokens, new_blocks)
+
+    def _make_room(self, request: Request, num_tokens: int, step: _Step) -> bool:
+        """Preempt until the request has its blocks; False if it became a victim itself."""
+        while self.kv.num_needed(request.kv_block_ids, (), num_tokens) > self.kv.num_free:
+            victim = self._victim()
+            self._preempt(victim, step)
+            if victim is request:
+                return False
+        return True
+
+    def _victim(self) -> Request:
+        running = self.running_requests
+        if self.config.policy == "priority":
+            return max(running.values(), key=lambda request: (request.priority, request.sequence_number))
+        return running[next(reversed(running))]
+
+    def _preempt(self, request: Request, step: _Step) -> None:
+        step.drop(request)
+        step.preempted.append(request)
+        del self.running_requests[request.request_id]
+        for flight in self._flights:
+            flight.void.add(request.request_id)
+        self._freed += self.kv.release(request)
+        request.forget_progress()
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        self._totals["total_preemptions"] += 1
+        if self.config.policy == "fcfs":  # before everybody, the latest victim first
+            request.rank = (-1, -self._totals["total_preemptions"])
+        self.preempted_requests[request.request_id] = request
+        self.waiting_queue.push(request)
+
+    def _admit_waiting(self, step: _Step) -> None:
+        while step.budget > 0 and len(self.running_requests) < self.config.max_num_seqs:
+            request = self.waiting_queue.peek()
+            if request is None or not self._admit(request, step):
+                return
+
+    def _admit(self, request: Request, step: _Step) -> bool:
+        hits = self.kv.find_prefix(request)
+        num_cached = len(hits) * self.kv.block_size
+        num_lacking = request.total_tokens - num_cached
+        if not self.config.enable_chunked_prefill and num_lacking > step.budget:
+            return False
+        num_tokens = self._num_tokens(request, num_cached, step.budget)
+        must_fit = request.total_tokens if self.config.full_sequence_must_fit else num_cached + num_tokens
+        if self.kv.num_needed((), hits, must_fit) > self.kv.num_free:
+            return False
+        self.waiting_queue.remove(request)
+        self.preempted_requests.pop(request.request_id, None)
+        new_blocks = self.kv.extend(request, hits, num_cached + num_tokens)
+        self.running_requests[request.request_id] = request
+        request.status = RequestStatus.PREFILLING
+        request.compute_up_to(num_cached)
+        request.plan_up_to(num_cached)
+        step.num_cached[request.request_id] = num_cached
+        step.add(request, num_tokens, new_blocks)
+        return True
+
+    def _num_tokens(self, request: Request, num_planned: int, budget: int) -> int:
+        num_tokens = request.total_tokens - num_planned
+        if 0 < self.config.long_prefill_token_threshold < num_tokens:
+            num_tokens = self.config.long_prefill_token_threshold
+        return min(num_tokens, budget)
+
+    def _output(self, step: _Step) -> ScheduleOutput:
+        decodes = [c for c in step.chunks.values() if c.request.output_token_ids and c.is_last and c.num_tokens == 1]
+        ids = {chunk.request.request_id for chunk in decodes}
+        prefills = [chunk for chunk in step.chunks.values() if chunk.request.request_id not in ids]
+        freed, self._freed = self._freed, []
+        self._totals["total_prefill_batches"] += bool(prefills)
+        self._totals["total_decode_batches"] += bool(decodes)
+        return ScheduleOutput(
+            prefill_batch=_batch(2 * self._num_steps, prefills),
+            decode_batch=_batch(2 * self._num_steps + 1, decodes),
+            preempted_requests=step.preempted,
+            kv_blocks_to_allocate=step.given,
+            kv_blocks_to_free=freed,
+            step_id=self._num_steps,
+            num_cached_tokens=step.num_cached,
+        )
+
+    # --- committing ---
+
+    def update_after_step(
+        self, finished_request_ids: Iterable[str], pending_migrations: Collection[str] = ()
+    ) -> list[str]:
+        """Commit the oldest step in flight; returns the ids that the scheduler itself ended, as full."""
+        ended: list[Request] = []
+        if self._flights:
+            ended = self._commit(self._flights.popleft())
+        for request_id in finished_request_ids:
+            request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
+            if request is not None:
+                self._retire(request)
+        unexpected = [request for request in ended if request.status is not RequestStatus.FINISHED]
+        for request in unexpected:
+            self._retire(request)
+        self._empty_limbo()
+        return [request.request_id for request in unexpected]
+
+    def _commit(self, flight: _Flight) -> list[Request]:
+        now = self._clock()
+        last: list[Request] = []
+        for batch in (flight.output.prefill_batch, flight.output.decode_batch):
+            for chunk in batch.chunks if batch else ():
+                request = chunk.request
+                if chunk.is_last and request.first_token_time is None:
+                    request.first_token_time = now
+                if request.status is RequestStatus.FINISHED or request.request_id in flight.void:
+                    continue
+                request.compute_up_to(chunk.start + chunk.num_tokens)
+                if chunk.is_last:
+                    request.status = RequestStatus.DECODING
+                    last.append(request)
+        return [request for request in last if self.limits.is_full(request)]
+
+    def _retire(self, request: Request) -> None:
+        if request.request_id in self.waiting_queue:
+            self.waiting_queue.remove(request)
+            self.preempted_requests.pop(request.request_id, None)
+        else:
+            del self.running_requests[request.request_id]
+        request.status = RequestStatus.FINISHED
+        request.finish_time = self._clock()
+        self._limbo.append((request, self._num_steps))
+        if not self._flights:
+            self._empty_limbo()
+
+    def _empty_limbo(self) -> None:
+        """Free the blocks of ended requests that no step in flight may touch."""
+        oldest = self._flights[0].output.step_id if self._flights else self._num_steps
+        for request, num_steps in self._limbo:
+            if num_steps <= oldest:
+                self._freed += self.kv.release(request)
+                self.kv.forget(request)
+        self._limbo = [(request, num_steps) for request, num_steps in self._limbo if num_steps > oldest]
+
+    # --- reports ---
+
+    def get_stats(self) -> dict[str, int]:
+        """Counters (`total_*`) and sizes now, by the names that `PDScheduler` uses."""
+        decoding = sum(r.status is RequestStatus.DECODING for r in self.running_requests.values())
+        return self._totals | {
+            "total_steps": self._num_steps,
+            "prefill_queue_size": len(self.waiting_queue) + len(self.running_requests) - decoding,
+            "decode_queue_size": decoding,
+            "num_waiting": len(self.waiting_queue),
+            "num_running": len(self.running_requests),
+            "num_preempted": len(self.preempted_requests),
+            "kv_blocks_used": self.kv.num_blocks - self.kv.num_free,
+        }
+
+    def check_integrity(self) -> None:
+        """Check that blocks and requests agree."""
+        held = [*self.running_requests.values(), *(request for request, _ in self._limbo)]
+        self.kv.check_integrity(held)
+        assert not any(r.request_id in self.running_requests for r in self.waiting_queue), "a request waits and runs"
+
+
+def _batch(batch_id: int, chunks: list[Chunk]) -> Batch | None:
+    return Batch(batch_id, [chunk.request for chunk in chunks], chunks) if chunks else None

@@ -1,0 +1,238 @@
+"""The running-first policy decides as vLLM's v1 scheduler does: budgets, victims, admission, prefix hits."""
+
+import random
+
+import pytest
+
+from sageLLM.runtime.scheduler.base import KVBudget, Request, RequestStatus
+from sageLLM.runtime.scheduler.running_first import RunningFirstConfig, RunningFirstScheduler
+
+
+def make(num_blocks=1000, block_size=16, max_model_len=None, **knobs) -> RunningFirstScheduler:
+    budget = KVBudget(num_blocks, block_size)
+    return RunningFirstScheduler(RunningFirstConfig(**knobs), kv_budget=budget, max_model_len=max_model_len)
+
+
+def add(scheduler, name: str, prompt: int | list[int], **fields) -> Request:
+    tokens = [hash(name) % 1000 + 1] * prompt if isinstance(prompt, int) else prompt
+    request = Request(name, tokens, max_new_tokens=fields.pop("max_new_tokens", 100), **fields)
+    scheduler.add_request(request)
+    return request
+
+
+def finish_step(scheduler, out, finished=()) -> None:
+    """Gives a token to every request whose chunk is its last."""
+    for batch in (out.prefill_batch, out.decode_batch):
+        for chunk in batch.chunks if batch else ():
+            if chunk.is_last:
+                chunk.request.output_token_ids.append(7)
+    scheduler.update_after_step(finished)
+    scheduler.check_integrity()
+
+
+def step(scheduler):
+    out = scheduler.schedule()
+    finish_step(scheduler, out)
+    return out
+
+
+def test_the_budget_goes_to_the_running_in_order_and_the_threshold_caps_each() -> None:
+    scheduler = make(max_num_batched_tokens=1024, long_prefill_token_threshold=400, enable_prefix_caching=False)
+    for name in "abc":
+        add(scheduler, name, 800)
+    assert step(scheduler).num_scheduled_tokens == {"a": 400, "b": 400, "c": 224}
+    assert step(scheduler).num_scheduled_tokens == {"a": 400, "b": 400, "c": 224}
+    assert step(scheduler).num_scheduled_tokens == {"a": 1, "b": 1, "c": 352}
+
+
+@pytest.mark.parametrize(("is_chunked", "first"), [(True, {"a": 800, "b": 224}), (False, {"a": 800})])
+def test_without_chunks_a_prompt_beyond_the_budget_blocks_the_line(is_chunked, first) -> None:
+    scheduler = make(max_num_batched_tokens=1024, enable_chunked_prefill=is_chunked, enable_prefix_caching=False)
+    for name, prompt in [("a", 800), ("b", 800), ("c", 10), ("d", 10)]:
+        add(scheduler, name, prompt)
+    assert step(scheduler).num_scheduled_tokens == first
+
+
+def test_the_seats_bound_admission() -> None:
+    scheduler = make(max_num_seqs=2)
+    for name in "abc":
+        add(scheduler, name, 5)
+    assert set(step(scheduler).num_scheduled_tokens) == {"a", "b"}
+
+
+def test_the_last_running_request_is_preempted_and_its_late_token_is_kept() -> None:
+    """Two prompts fill the pool; the step after next is planned before the second one's first token is known."""
+    scheduler = make(num_blocks=10, enable_prefix_caching=False, max_num_batched_tokens=100)
+    first = add(scheduler, "first", 80)
+    out_1 = scheduler.schedule()
+    second = add(scheduler, "second", 80)
+    out_2 = scheduler.schedule()
+    assert out_2.num_scheduled_tokens == {"second": 80}
+    finish_step(scheduler, out_1)
+    out_3 = scheduler.schedule()
+    assert out_3.preempted_requests == [second]
+    assert out_3.num_scheduled_tokens == {"first": 1}
+    assert (second.status, second.num_computed_tokens) == (RequestStatus.PREEMPTED, 0)
+    finish_step(scheduler, out_2)
+    assert second.output_token_ids == [7]
+    assert (second.status, first.num_output_tokens) == (RequestStatus.PREEMPTED, 1)
+
+
+def test_a_preempting_step_admits_nobody_and_victims_come_first() -> None:
+    scheduler = make(num_blocks=4, block_size=4, enable_prefix_caching=False)
+    add(scheduler, "first", 8)
+    second = add(scheduler, "second", 8)
+    small = add(scheduler, "small", 1)
+    step(scheduler)
+    out = step(scheduler)
+    assert out.preempted_requests == [second]
+    assert out.num_scheduled_tokens == {"first": 1}
+    assert list(scheduler.waiting_queue) == [second, small]
+
+
+def test_priority_preempts_the_largest_priority_and_gives_its_tokens_back() -> None:
+    scheduler = make(num_blocks=5, block_size=4, policy="priority", enable_prefix_caching=False)
+    low = add(scheduler, "low", 5, priority=5)
+    step(scheduler)
+    high = add(scheduler, "high", 12, priority=0)
+    step(scheduler)
+    out = scheduler.schedule()  # `low` has taken its token (and no block) when `high` lacks a block
+    assert out.preempted_requests == [low]
+    assert out.num_scheduled_tokens == {"high": 1}
+    assert out.kv_blocks_to_allocate.keys() == {"high"}
+    finish_step(scheduler, out)
+    assert high.num_computed_tokens == 13
+
+
+def test_a_request_that_preempts_itself_ends_the_phase() -> None:
+    scheduler = make(num_blocks=5, block_size=4, policy="priority", enable_prefix_caching=False)
+    low = add(scheduler, "low", 7, priority=5)
+    step(scheduler)
+    add(scheduler, "high", 12, priority=0)
+    step(scheduler)
+    out = scheduler.schedule()
+    assert out.preempted_requests == [low]
+    assert out.num_scheduled_tokens == {}
+
+
+def test_priority_orders_the_waiting() -> None:
+    scheduler = make(policy="priority", max_num_seqs=1)
+    for name, priority in [("c", 2), ("a", 0), ("b", 1)]:
+        add(scheduler, name, 4, priority=priority, max_new_tokens=1)
+    order = [next(iter(step(scheduler).num_scheduled_tokens)) for _ in range(3)]
+    assert order == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("length", "hit"), [(32, 16), (33, 32), (47, 32), (16, 0), (15, 0)])
+def test_a_prefix_hit_is_whole_blocks_and_leaves_a_token(length, hit) -> None:
+    scheduler = make()
+    tokens = list(range(length))
+    add(scheduler, "a", tokens, max_new_tokens=1)
+    step(scheduler)
+    add(scheduler, "b", tokens)
+    out = scheduler.schedule()
+    assert out.num_cached_tokens == {"b": hit}
+    assert out.num_scheduled_tokens == {"b": length - hit}
+
+
+def test_equal_prompts_of_one_step_share_blocks() -> None:
+    scheduler = make(num_blocks=20)
+    a, b = add(scheduler, "a", list(range(40))), add(scheduler, "b", list(range(40)))
+    out = scheduler.schedule()
+    assert out.num_scheduled_tokens == {"a": 40, "b": 8}
+    assert a.kv_block_ids[:2] == b.kv_block_ids[:2]
+    assert a.kv_block_ids[2] != b.kv_block_ids[2]
+
+
+def test_a_preempted_request_finds_its_own_blocks_again() -> None:
+    scheduler = make(num_blocks=6, block_size=4)
+    add(scheduler, "first", list(range(8)), max_new_tokens=2)
+    second = add(scheduler, "second", list(range(100, 112)))
+    step(scheduler)
+    out = step(scheduler)
+    assert out.preempted_requests == [second]
+    out = step(scheduler)
+    assert out.num_cached_tokens == {"second": 12}
+    assert out.num_scheduled_tokens == {"second": 1}
+
+
+def test_the_oldest_free_blocks_are_reused_the_tail_of_a_sequence_first() -> None:
+    scheduler = make(num_blocks=4, block_size=4)
+    a = add(scheduler, "a", list(range(12)), max_new_tokens=1)
+    out = scheduler.schedule()
+    table = list(a.kv_block_ids)
+    finish_step(scheduler, out)
+    b = add(scheduler, "b", list(range(50, 57)), max_new_tokens=1)
+    scheduler.schedule()
+    assert b.kv_block_ids == [3, table[2]]  # the one never used, then the last one of `a`
+
+
+@pytest.mark.parametrize(("must_fit", "admitted"), [(False, {"a", "b"}), (True, {"a"})])
+def test_the_gate_admits_only_whole_sequences(must_fit, admitted) -> None:
+    scheduler = make(num_blocks=10, block_size=4, max_num_batched_tokens=20, full_sequence_must_fit=must_fit)
+    add(scheduler, "a", 16, max_new_tokens=1)
+    add(scheduler, "b", 36)
+    assert set(scheduler.schedule().num_scheduled_tokens) == admitted
+
+
+def test_a_head_that_does_not_fit_blocks_the_line() -> None:
+    scheduler = make(num_blocks=6, block_size=4, enable_prefix_caching=False)
+    add(scheduler, "a", 16)
+    step(scheduler)
+    add(scheduler, "large", 12)
+    add(scheduler, "small", 1)
+    assert set(step(scheduler).num_scheduled_tokens) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+        ({"policy": "lifo"}, "policy must be one of fcfs, priority; got 'lifo'"),
+    ],
+)
+def test_wrong_knobs_are_refused(knobs, message) -> None:
+    with pytest.raises(ValueError) as error:
+        RunningFirstConfig(**knobs)
+    assert str(error.value) == message
+
+
+def test_a_prompt_that_no_step_can_compute_is_refused() -> None:
+    scheduler = make(enable_chunked_prefill=False, max_num_batched_tokens=8)
+    with pytest.raises(ValueError) as error:
+        add(scheduler, "a", 9)
+    expected = (
+        "request 'a' has 9 prompt tokens; without chunked prefill at most max_num_batched_tokens=8 can be computed"
+    )
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_loads_end_and_leak_nothing(seed) -> None:
+    rng = random.Random(seed)
+    policy = rng.choice(["fcfs", "priority"])
+    scheduler = make(
+        num_blocks=rng.randint(8, 20),
+        block_size=4,
+        policy=policy,
+        max_num_seqs=rng.randint(1, 6),
+        max_num_batched_tokens=rng.randint(4, 40),
+    )
+    requests = []
+    for i in range(300):
+        if i < 200 and rng.random() < 0.3:
+            prompt = [0] * rng.randint(1, 12) + [rng.randint(0, 2) for _ in range(rng.randint(0, 12))]
+            requests.append(
+                add(scheduler, f"r{i}", prompt, max_new_tokens=rng.randint(1, 8), priority=rng.randint(0, 3))
+            )
+        if requests and rng.random() < 0.05:
+            scheduler.abort_request(rng.choice(requests).request_id)
+        out = step(scheduler)
+        assert sum(out.num_scheduled_tokens.values()) <= scheduler.config.max_num_batched_tokens
+        assert len(scheduler.running_requests) <= scheduler.config.max_num_seqs
+    for _ in range(2000):
+        if not (scheduler.running_requests or scheduler.waiting_queue):
+            break
+        step(scheduler)
+    assert all(request.status is RequestStatus.FINISHED for request in requests)
+    assert scheduler.kv.num_free == scheduler.kv.num_blocks
