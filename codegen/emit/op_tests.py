@@ -51,6 +51,8 @@ def test_attrs(op: OpDef) -> dict[str, bool | int | float | str]:
 def _value(attr: Attr) -> bool | int | float | str:
     if attr.choices:
         return attr.choices[0]
+    if attr.type == "i32" and attr.default is not None:
+        return attr.default  # an index that is moved stays within its table
     low, high = attr.min, attr.max
     number = 1.0 if low is None and high is None else low + 1 if low is not None and high is None else high or 0
     in_range = min(number, high) if high is not None else number

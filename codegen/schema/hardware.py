@@ -18,7 +18,7 @@ class HardwareFile(Strict):
     """`specs/hardware/NAME.yaml`: one device type."""
 
     schema_: Literal["hardware/v1"] = Field(alias="schema")
-    hardware: str = Field(description="the name, as commands take it")
+    hardware: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="the name, as commands take it")
     summary: str
     source: str = Field(description="where the figures come from")
     peak_flops: dict[Literal["f32", "bf16", "f16", "f64", "i8"], float] = Field(description="operations per second")

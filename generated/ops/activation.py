@@ -2,16 +2,46 @@
 # Regenerate: make generate    Explain: make explain NAME=silu_mul
 """The ops of specs/ops/activation.yaml."""
 
+from typing import cast
+
 from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir import AttrSpec, AttrValue, OpNode, TensorRef
 from sageLLM.runtime.core.types import E
 from sageLLM.runtime.core.writer import GraphWriter
 
 from .op_types import OpType
 
 __all__ = [
+    "ClampedSiluMul",
+    "Gelu",
+    "GeluMul",
+    "GeluTanh",
+    "GeluTanhMul",
+    "QuickGelu",
+    "Relu",
+    "ReluMul",
+    "ReluSquared",
+    "ReluSquaredMul",
+    "Sigmoid",
+    "SigmoidMul",
+    "Silu",
     "SiluMul",
+    "Tanh",
+    "clamped_silu_mul",
+    "gelu",
+    "gelu_mul",
+    "gelu_tanh",
+    "gelu_tanh_mul",
+    "quick_gelu",
+    "relu",
+    "relu_mul",
+    "relu_squared",
+    "relu_squared_mul",
+    "sigmoid",
+    "sigmoid_mul",
+    "silu",
     "silu_mul",
+    "tanh",
 ]
 
 I, R, E_size = dims("I R E_size")
@@ -47,4 +77,475 @@ def silu_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(SiluMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: gelu_mul
+class GeluMul(OpNode):
+    """GeGLU gate, in its exact form, over a packed gate|up projection (Shazeer 2020).
+
+    g = f32(gate)
+    y = E(0.5 * g * (1.0 + erf(g * 0.7071067811865476))) * up
+    """
+
+    op = "gelu_mul"
+    spec = "specs/ops/activation.yaml: gelu_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"gu": E[..., 2 * I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 6 * I * R
+    byte_formula = 3 * E_size * I * R
+
+    @property
+    def gu(self) -> TensorRef:
+        return self.input("gu")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def gelu_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a gelu_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"gu": gu}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(GeluMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: gelu_tanh_mul
+class GeluTanhMul(OpNode):
+    """GeGLU gate, in the tanh form of GELU, over a packed gate|up projection (Shazeer 2020).
+
+    g = f32(gate)
+    inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+    y = E(0.5 * g * (1.0 + tanh(inner))) * up
+    """
+
+    op = "gelu_tanh_mul"
+    spec = "specs/ops/activation.yaml: gelu_tanh_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"gu": E[..., 2 * I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 10 * I * R
+    byte_formula = 3 * E_size * I * R
+
+    @property
+    def gu(self) -> TensorRef:
+        return self.input("gu")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def gelu_tanh_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a gelu_tanh_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"gu": gu}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(GeluTanhMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: relu_mul
+class ReluMul(OpNode):
+    """ReGLU gate over a packed gate|up projection (Shazeer 2020).
+
+    y = relu(gate) * up
+    """
+
+    op = "relu_mul"
+    spec = "specs/ops/activation.yaml: relu_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"gu": E[..., 2 * I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 2 * I * R
+    byte_formula = 3 * E_size * I * R
+
+    @property
+    def gu(self) -> TensorRef:
+        return self.input("gu")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def relu_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a relu_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"gu": gu}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(ReluMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: relu_squared_mul
+class ReluSquaredMul(OpNode):
+    """Squared-ReLU gate over a packed gate|up projection (So et al. 2021, Shazeer 2020).
+
+    r = relu(f32(gate))
+    y = E(r * r) * up
+    """
+
+    op = "relu_squared_mul"
+    spec = "specs/ops/activation.yaml: relu_squared_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"gu": E[..., 2 * I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 3 * I * R
+    byte_formula = 3 * E_size * I * R
+
+    @property
+    def gu(self) -> TensorRef:
+        return self.input("gu")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def relu_squared_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a relu_squared_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"gu": gu}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(ReluSquaredMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: sigmoid_mul
+class SigmoidMul(OpNode):
+    """GLU gate over a packed gate|up projection (Dauphin et al. 2017).
+
+    y = E(sigmoid(f32(gate))) * up
+    """
+
+    op = "sigmoid_mul"
+    spec = "specs/ops/activation.yaml: sigmoid_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"gu": E[..., 2 * I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 2 * I * R
+    byte_formula = 3 * E_size * I * R
+
+    @property
+    def gu(self) -> TensorRef:
+        return self.input("gu")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def sigmoid_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a sigmoid_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"gu": gu}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(SigmoidMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: clamped_silu_mul
+class ClampedSiluMul(OpNode):
+    """gpt-oss's SwiGLU over a packed gate|up projection, clamped, with a steeper sigmoid and 1 added to the up part.
+
+    g = f32(min(gate, limit))
+    u = f32(max(min(up, limit), 0.0 - limit))
+    y = E((u + 1.0) * (g * sigmoid(g * alpha)))
+    """
+
+    op = "clamped_silu_mul"
+    spec = "specs/ops/activation.yaml: clamped_silu_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"gu": E[..., 2 * I]}
+    output_types = {"y": E[..., I]}
+    attr_types = {"alpha": AttrSpec("f32", default=1.702), "limit": AttrSpec("f32", default=7.0, min=0.0)}
+    flop_formula = 8 * I * R
+    byte_formula = 3 * E_size * I * R
+
+    @property
+    def gu(self) -> TensorRef:
+        return self.input("gu")
+
+    @property
+    def alpha(self) -> float:
+        return cast("float", self.attrs["alpha"])
+
+    @property
+    def limit(self) -> float:
+        return cast("float", self.attrs["limit"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def clamped_silu_mul(
+    g: GraphWriter, gu: TensorRef, *, alpha: float = 1.702, limit: float = 7.0, name: str = "y"
+) -> TensorRef:
+    """Writes a clamped_silu_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"gu": gu}
+    attrs: dict[str, AttrValue] = {"alpha": alpha, "limit": limit}
+    (y,) = g.emit(ClampedSiluMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: gelu
+class Gelu(OpNode):
+    """Gaussian error linear unit, in its exact form (Hendrycks & Gimpel 2016).
+
+    v = f32(x)
+    y = E(0.5 * v * (1.0 + erf(v * 0.7071067811865476)))
+    """
+
+    op = "gelu"
+    spec = "specs/ops/activation.yaml: gelu"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 5 * I * R
+    byte_formula = 2 * E_size * I * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def gelu(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a gelu node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(Gelu, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: gelu_tanh
+class GeluTanh(OpNode):
+    """Gaussian error linear unit, in its tanh form; also named gelu_new, gelu_fast and gelu_pytorch_tanh.
+
+    v = f32(x)
+    inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
+    y = E(0.5 * v * (1.0 + tanh(inner)))
+    """
+
+    op = "gelu_tanh"
+    spec = "specs/ops/activation.yaml: gelu_tanh"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 9 * I * R
+    byte_formula = 2 * E_size * I * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def gelu_tanh(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a gelu_tanh node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(GeluTanh, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: quick_gelu
+class QuickGelu(OpNode):
+    """GELU by one sigmoid, x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016), as CLIP uses it.
+
+    v = f32(x)
+    y = E(v * sigmoid(1.702 * v))
+    """
+
+    op = "quick_gelu"
+    spec = "specs/ops/activation.yaml: quick_gelu"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 3 * I * R
+    byte_formula = 2 * E_size * I * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def quick_gelu(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a quick_gelu node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(QuickGelu, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: silu
+class Silu(OpNode):
+    """Sigmoid linear unit, also named swish (Elfwing et al. 2017).
+
+    v = f32(x)
+    y = E(v * sigmoid(v))
+    """
+
+    op = "silu"
+    spec = "specs/ops/activation.yaml: silu"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 2 * I * R
+    byte_formula = 2 * E_size * I * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def silu(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a silu node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(Silu, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: relu
+class Relu(OpNode):
+    """Rectified linear unit.
+
+    y = relu(x)
+    """
+
+    op = "relu"
+    spec = "specs/ops/activation.yaml: relu"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = I * R
+    byte_formula = 2 * E_size * I * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def relu(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a relu node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(Relu, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: relu_squared
+class ReluSquared(OpNode):
+    """Square of the rectified linear unit, also named relu2 (So et al. 2021).
+
+    r = relu(f32(x))
+    y = E(r * r)
+    """
+
+    op = "relu_squared"
+    spec = "specs/ops/activation.yaml: relu_squared"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 2 * I * R
+    byte_formula = 2 * E_size * I * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def relu_squared(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a relu_squared node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(ReluSquared, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: sigmoid
+class Sigmoid(OpNode):
+    """Logistic function, 1 / (1 + exp(-x)).
+
+    y = E(sigmoid(f32(x)))
+    """
+
+    op = "sigmoid"
+    spec = "specs/ops/activation.yaml: sigmoid"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = I * R
+    byte_formula = 2 * E_size * I * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def sigmoid(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a sigmoid node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(Sigmoid, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: tanh
+class Tanh(OpNode):
+    """Hyperbolic tangent.
+
+    y = E(tanh(f32(x)))
+    """
+
+    op = "tanh"
+    spec = "specs/ops/activation.yaml: tanh"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I]}
+    output_types = {"y": E[..., I]}
+    flop_formula = I * R
+    byte_formula = 2 * E_size * I * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def tanh(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a tanh node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(Tanh, inputs, attrs, (name,))
     return y

@@ -2,8 +2,10 @@
 # Regenerate: make generate    Explain: make explain NAME=add
 """The ops of specs/ops/elementwise.yaml."""
 
+from typing import cast
+
 from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir import AttrSpec, AttrValue, OpNode, TensorRef, Where
 from sageLLM.runtime.core.types import E
 from sageLLM.runtime.core.writer import GraphWriter
 
@@ -11,7 +13,19 @@ from .op_types import OpType
 
 __all__ = [
     "Add",
+    "AddBias",
+    "Mul",
+    "MulRows",
+    "MulWeight",
+    "Scale",
+    "SoftCap",
     "add",
+    "add_bias",
+    "mul",
+    "mul_rows",
+    "mul_weight",
+    "scale",
+    "soft_cap",
 ]
 
 H, R, E_size = dims("H R E_size")
@@ -51,3 +65,222 @@ def add(g: GraphWriter, x: TensorRef, y: TensorRef, *, name: str = "z") -> Tenso
     attrs: dict[str, AttrValue] = {}
     (z,) = g.emit(Add, inputs, attrs, (name,))
     return z
+
+
+# specs/ops/elementwise.yaml: mul
+class Mul(OpNode):
+    """Product of two tensors, element by element.
+
+    z = x * y
+    """
+
+    op = "mul"
+    spec = "specs/ops/elementwise.yaml: mul"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[..., H], "y": E[..., H]}
+    output_types = {"z": E[..., H]}
+    flop_formula = H * R
+    byte_formula = 3 * E_size * H * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.input("y")
+
+    @property
+    def z(self) -> TensorRef:
+        return self.output("z")
+
+
+def mul(g: GraphWriter, x: TensorRef, y: TensorRef, *, name: str = "z") -> TensorRef:
+    """Writes a mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "y": y}
+    attrs: dict[str, AttrValue] = {}
+    (z,) = g.emit(Mul, inputs, attrs, (name,))
+    return z
+
+
+# specs/ops/elementwise.yaml: mul_weight
+class MulWeight(OpNode):
+    """Product of every row and a vector, as a layer scale or a learned gain (Touvron et al. 2021).
+
+    y = x * w
+    """
+
+    op = "mul_weight"
+    spec = "specs/ops/elementwise.yaml: mul_weight"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[..., H], "w": E[H]}
+    output_types = {"y": E[..., H]}
+    flop_formula = H * R
+    byte_formula = E_size * H * (2 * R + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def mul_weight(g: GraphWriter, x: TensorRef, w: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a mul_weight node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(MulWeight, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/elementwise.yaml: add_bias
+class AddBias(OpNode):
+    """Sum of every row and a vector.
+
+    y = x + bias
+    """
+
+    op = "add_bias"
+    spec = "specs/ops/elementwise.yaml: add_bias"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[..., H], "bias": E[H]}
+    output_types = {"y": E[..., H]}
+    flop_formula = H * R
+    byte_formula = E_size * H * (2 * R + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def bias(self) -> TensorRef:
+        return self.input("bias")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def add_bias(g: GraphWriter, x: TensorRef, bias: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a add_bias node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "bias": bias}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(AddBias, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/elementwise.yaml: mul_rows
+class MulRows(OpNode):
+    """Every row times its own number, as a shared expert's gate.
+
+    y = x * per_row
+    """
+
+    op = "mul_rows"
+    spec = "specs/ops/elementwise.yaml: mul_rows"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[..., H], "gate": E[..., 1]}
+    output_types = {"y": E[..., H]}
+    flop_formula = H * R
+    byte_formula = E_size * R * (2 * H + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def gate(self) -> TensorRef:
+        return self.input("gate")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def mul_rows(g: GraphWriter, x: TensorRef, gate: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a mul_rows node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "gate": gate}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(MulRows, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/elementwise.yaml: scale
+class Scale(OpNode):
+    """A tensor times a number, as embedding, residual, attention and logit multipliers.
+
+    y = x * factor
+    """
+
+    op = "scale"
+    spec = "specs/ops/elementwise.yaml: scale"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[..., H]}
+    output_types = {"y": E[..., H]}
+    attr_types = {"factor": AttrSpec("f32")}
+    flop_formula = H * R
+    byte_formula = 2 * E_size * H * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def factor(self) -> float:
+        return cast("float", self.attrs["factor"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def scale(g: GraphWriter, x: TensorRef, *, factor: float, name: str = "y") -> TensorRef:
+    """Writes a scale node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {"factor": factor}
+    (y,) = g.emit(Scale, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/elementwise.yaml: soft_cap
+class SoftCap(OpNode):
+    """Values held between -cap and cap by cap * tanh(x / cap), as Gemma 2 caps its logits.
+
+    y = E(tanh(f32(x) / cap) * cap)
+    """
+
+    op = "soft_cap"
+    spec = "specs/ops/elementwise.yaml: soft_cap"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[..., H]}
+    output_types = {"y": E[..., H]}
+    attr_types = {"cap": AttrSpec("f32", min=0.0)}
+    where = (Where("cap > 0.0", lambda d: d["cap"] > 0.0),)
+    flop_formula = 3 * H * R
+    byte_formula = 2 * E_size * H * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def cap(self) -> float:
+        return cast("float", self.attrs["cap"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def soft_cap(g: GraphWriter, x: TensorRef, *, cap: float, name: str = "y") -> TensorRef:
+    """Writes a soft_cap node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {"cap": cap}
+    (y,) = g.emit(SoftCap, inputs, attrs, (name,))
+    return y

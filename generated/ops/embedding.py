@@ -14,13 +14,15 @@ from .op_types import OpType
 __all__ = [
     "Embedding",
     "EmbeddingShard",
+    "PositionEmbedding",
     "SelectRows",
     "embedding",
     "embedding_shard",
+    "position_embedding",
     "select_rows",
 ]
 
-T, V, H, S, E_size = dims("T V H S E_size")
+T, V, H, P, S, E_size = dims("T V H P S E_size")
 
 
 # specs/ops/embedding.yaml: embedding
@@ -99,6 +101,49 @@ def embedding_shard(g: GraphWriter, ids: TensorRef, table: TensorRef, *, first: 
     inputs: dict[str, TensorRef | None] = {"ids": ids, "table": table}
     attrs: dict[str, AttrValue] = {"first": first}
     (y,) = g.emit(EmbeddingShard, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/embedding.yaml: position_embedding
+class PositionEmbedding(OpNode):
+    """Row of a table of learned positions for every token; row `offset` is that of position 0.
+
+    y = gather(table, P, pos + offset)
+    """
+
+    op = "position_embedding"
+    spec = "specs/ops/embedding.yaml: position_embedding"
+    kind = OpType.EMBEDDING
+    input_types = {"pos": i32[T], "table": E[P, H]}
+    output_types = {"y": E[T, H]}
+    attr_types = {"offset": AttrSpec("i32", default=0, min=0)}
+    flop_formula = T
+    byte_formula = 2 * T * (E_size * H + 2)
+
+    @property
+    def pos(self) -> TensorRef:
+        return self.input("pos")
+
+    @property
+    def table(self) -> TensorRef:
+        return self.input("table")
+
+    @property
+    def offset(self) -> int:
+        return cast("int", self.attrs["offset"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def position_embedding(
+    g: GraphWriter, pos: TensorRef, table: TensorRef, *, offset: int = 0, name: str = "y"
+) -> TensorRef:
+    """Writes a position_embedding node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"pos": pos, "table": table}
+    attrs: dict[str, AttrValue] = {"offset": offset}
+    (y,) = g.emit(PositionEmbedding, inputs, attrs, (name,))
     return y
 
 

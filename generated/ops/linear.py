@@ -65,16 +65,18 @@ def linear(g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = 
 class LmHead(OpNode):
     """Logits over the vocabulary, rounded to the element type and widened.
 
-    logits = f32(E(dot(x, w, H)))
+    acc = dot(x, w, H)
+    logits = f32(E(optional(bias, acc + f32(bias), acc)))
     """
 
     op = "lm_head"
     spec = "specs/ops/linear.yaml: lm_head"
     kind = OpType.LM_HEAD
-    input_types = {"x": E[S, H], "w": E[V, H]}
+    input_types = {"x": E[S, H], "w": E[V, H], "bias": E[V]}
+    optional_inputs = frozenset({"bias"})
     output_types = {"logits": f32[S, V]}
-    flop_formula = 2 * H * S * V
-    byte_formula = E_size * H * S + E_size * H * V + 4 * S * V
+    flop_formula = S * V * (2 * H + has_bias)
+    byte_formula = E_size * H * S + E_size * H * V + E_size * V * has_bias + 4 * S * V
 
     @property
     def x(self) -> TensorRef:
@@ -85,13 +87,19 @@ class LmHead(OpNode):
         return self.input("w")
 
     @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
     def logits(self) -> TensorRef:
         return self.output("logits")
 
 
-def lm_head(g: GraphWriter, x: TensorRef, w: TensorRef, *, name: str = "logits") -> TensorRef:
+def lm_head(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "logits"
+) -> TensorRef:
     """Writes a lm_head node and gives its result."""
-    inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (logits,) = g.emit(LmHead, inputs, attrs, (name,))
     return logits

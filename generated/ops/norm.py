@@ -13,25 +13,80 @@ from .op_types import OpType
 
 __all__ = [
     "FusedAddRmsNorm",
+    "LayerNorm",
+    "LayerNorm1p",
     "RmsNorm",
+    "RmsNorm1p",
+    "RmsNormWide",
     "fused_add_rms_norm",
+    "layer_norm",
+    "layer_norm_1p",
     "rms_norm",
+    "rms_norm_1p",
+    "rms_norm_wide",
 ]
 
-H, T, R, E_size = dims("H T R E_size")
+H, T, R, has_w, E_size, has_bias = dims("H T R has_w E_size has_bias")
 
 
 # specs/ops/norm.yaml: rms_norm
 class RmsNorm(OpNode):
-    """Root-mean-square norm over the hidden dim, scaled by a weight (Zhang & Sennrich 2019).
+    """Root-mean-square norm over the hidden dim, scaled by a weight if there is one (Zhang & Sennrich 2019).
 
     xf = f32(x)
     ms = mean(xf * xf, H)
-    y = E(xf * rsqrt(ms + eps)) * w
+    n = E(xf * rsqrt(ms + eps))
+    y = optional(w, n * w, n)
     """
 
     op = "rms_norm"
     spec = "specs/ops/norm.yaml: rms_norm"
+    kind = OpType.LAYERNORM
+    input_types = {"x": E[..., H], "w": E[H]}
+    optional_inputs = frozenset({"w"})
+    output_types = {"y": E[..., H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-06, min=0.0)}
+    flop_formula = R * (H * has_w + 3 * H + 2)
+    byte_formula = E_size * H * (2 * R + has_w)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef | None:
+        return self.optional_input("w")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def rms_norm(
+    g: GraphWriter, x: TensorRef, w: TensorRef | None = None, *, eps: float = 1e-06, name: str = "y"
+) -> TensorRef:
+    """Writes a rms_norm node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    (y,) = g.emit(RmsNorm, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/norm.yaml: rms_norm_wide
+class RmsNormWide(OpNode):
+    """rms_norm that is scaled in float32 and rounded once, as OLMo 2 and gpt-oss do.
+
+    xf = f32(x)
+    ms = mean(xf * xf, H)
+    y = E(xf * rsqrt(ms + eps) * f32(w))
+    """
+
+    op = "rms_norm_wide"
+    spec = "specs/ops/norm.yaml: rms_norm_wide"
     kind = OpType.LAYERNORM
     input_types = {"x": E[..., H], "w": E[H]}
     output_types = {"y": E[..., H]}
@@ -56,11 +111,163 @@ class RmsNorm(OpNode):
         return self.output("y")
 
 
-def rms_norm(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e-06, name: str = "y") -> TensorRef:
-    """Writes a rms_norm node and gives its result."""
+def rms_norm_wide(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e-06, name: str = "y") -> TensorRef:
+    """Writes a rms_norm_wide node and gives its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
-    (y,) = g.emit(RmsNorm, inputs, attrs, (name,))
+    (y,) = g.emit(RmsNormWide, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/norm.yaml: rms_norm_1p
+class RmsNorm1p(OpNode):
+    """rms_norm scaled by 1 + w, in float32, as Gemma does.
+
+    xf = f32(x)
+    ms = mean(xf * xf, H)
+    y = E(xf * rsqrt(ms + eps) * (1.0 + f32(w)))
+    """
+
+    op = "rms_norm_1p"
+    spec = "specs/ops/norm.yaml: rms_norm_1p"
+    kind = OpType.LAYERNORM
+    input_types = {"x": E[..., H], "w": E[H]}
+    output_types = {"y": E[..., H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-06, min=0.0)}
+    flop_formula = 4 * H * R + H + 2 * R
+    byte_formula = E_size * H * (2 * R + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def rms_norm_1p(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e-06, name: str = "y") -> TensorRef:
+    """Writes a rms_norm_1p node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    (y,) = g.emit(RmsNorm1p, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/norm.yaml: layer_norm
+class LayerNorm(OpNode):
+    """Norm by mean and variance over the hidden dim, with a weight and a bias if there are any (Ba et al. 2016).
+
+    xf = f32(x)
+    d = xf - mean(xf, H)
+    n = d * rsqrt(mean(d * d, H) + eps)
+    s = optional(w, n * f32(w), n)
+    y = E(optional(bias, s + f32(bias), s))
+    """
+
+    op = "layer_norm"
+    spec = "specs/ops/norm.yaml: layer_norm"
+    kind = OpType.LAYERNORM
+    input_types = {"x": E[..., H], "w": E[H], "bias": E[H]}
+    optional_inputs = frozenset({"w", "bias"})
+    output_types = {"y": E[..., H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-05, min=0.0)}
+    flop_formula = R * (H * has_bias + H * has_w + 5 * H + 2)
+    byte_formula = E_size * H * (2 * R + has_bias + has_w)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef | None:
+        return self.optional_input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def layer_norm(
+    g: GraphWriter,
+    x: TensorRef,
+    w: TensorRef | None = None,
+    bias: TensorRef | None = None,
+    *,
+    eps: float = 1e-05,
+    name: str = "y",
+) -> TensorRef:
+    """Writes a layer_norm node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    (y,) = g.emit(LayerNorm, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/norm.yaml: layer_norm_1p
+class LayerNorm1p(OpNode):
+    """layer_norm scaled by 1 + w, as Nemotron does.
+
+    xf = f32(x)
+    d = xf - mean(xf, H)
+    s = d * rsqrt(mean(d * d, H) + eps) * (1.0 + f32(w))
+    y = E(optional(bias, s + f32(bias), s))
+    """
+
+    op = "layer_norm_1p"
+    spec = "specs/ops/norm.yaml: layer_norm_1p"
+    kind = OpType.LAYERNORM
+    input_types = {"x": E[..., H], "w": E[H], "bias": E[H]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"y": E[..., H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-05, min=0.0)}
+    flop_formula = H * R * has_bias + 6 * H * R + H + 2 * R
+    byte_formula = E_size * H * (2 * R + has_bias + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def layer_norm_1p(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, eps: float = 1e-05, name: str = "y"
+) -> TensorRef:
+    """Writes a layer_norm_1p node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    (y,) = g.emit(LayerNorm1p, inputs, attrs, (name,))
     return y
 
 
@@ -76,11 +283,12 @@ class FusedAddRmsNorm(OpNode):
     spec = "specs/ops/norm.yaml: fused_add_rms_norm"
     kind = OpType.LAYERNORM
     input_types = {"x": E[T, H], "residual": E[T, H], "w": E[H]}
+    optional_inputs = frozenset({"w"})
     output_types = {"y": E[T, H], "h": E[T, H]}
     attr_types = {"eps": AttrSpec("f32", default=1e-06, min=0.0)}
     inplace = {"h": "residual"}
-    flop_formula = T * (5 * H + 2)
-    byte_formula = E_size * H * (4 * T + 1)
+    flop_formula = T * (H * has_w + 4 * H + 2)
+    byte_formula = E_size * H * (4 * T + has_w)
 
     @property
     def x(self) -> TensorRef:
@@ -91,8 +299,8 @@ class FusedAddRmsNorm(OpNode):
         return self.input("residual")
 
     @property
-    def w(self) -> TensorRef:
-        return self.input("w")
+    def w(self) -> TensorRef | None:
+        return self.optional_input("w")
 
     @property
     def eps(self) -> float:
@@ -111,7 +319,7 @@ def fused_add_rms_norm(
     g: GraphWriter,
     x: TensorRef,
     residual: TensorRef,
-    w: TensorRef,
+    w: TensorRef | None = None,
     *,
     eps: float = 1e-06,
     names: tuple[str, str] = ("y", "h"),

@@ -10,17 +10,25 @@ from sageLLM.runtime.core.writer import GraphWriter
 from .op_types import OpType
 
 __all__ = [
+    "ConcatLast",
     "ConcatRows",
     "MergeHeads",
+    "SplitHalves",
+    "SplitHeads",
+    "SplitLast",
     "SplitQkv",
     "SplitRows",
+    "concat_last",
     "concat_rows",
     "merge_heads",
+    "split_halves",
+    "split_heads",
+    "split_last",
     "split_qkv",
     "split_rows",
 ]
 
-T, Nq, Nkv, D, N, Ta, Tb, H, E_size = dims("T Nq Nkv D N Ta Tb H E_size")
+T, Nq, Nkv, D, N, I, Na, Nb, Ta, Tb, H, E_size, R = dims("T Nq Nkv D N I Na Nb Ta Tb H E_size R")
 
 
 # specs/ops/views.yaml: split_qkv
@@ -97,6 +105,153 @@ def merge_heads(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(MergeHeads, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/views.yaml: split_heads
+class SplitHeads(OpNode):
+    """The heads of a projection, D features each.
+
+    y = heads
+    """
+
+    op = "split_heads"
+    spec = "specs/ops/views.yaml: split_heads"
+    kind = OpType.VIEW
+    input_types = {"x": E[T, N * D]}
+    output_types = {"y": E[T, N, D]}
+    attr_types = {"N": AttrSpec("dim"), "D": AttrSpec("dim")}
+    flop_formula = 0
+    byte_formula = 0
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def split_heads(g: GraphWriter, x: TensorRef, *, N: Dim, D: Dim, name: str = "y") -> TensorRef:
+    """Writes a split_heads node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {"N": N, "D": D}
+    (y,) = g.emit(SplitHeads, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/views.yaml: split_halves
+class SplitHalves(OpNode):
+    """The two halves of the last dim, as of a packed gate|up projection.
+
+    a = first
+    b = second
+    """
+
+    op = "split_halves"
+    spec = "specs/ops/views.yaml: split_halves"
+    kind = OpType.VIEW
+    input_types = {"x": E[..., 2 * I]}
+    output_types = {"a": E[..., I], "b": E[..., I]}
+    flop_formula = 0
+    byte_formula = 0
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def a(self) -> TensorRef:
+        return self.output("a")
+
+    @property
+    def b(self) -> TensorRef:
+        return self.output("b")
+
+
+def split_halves(g: GraphWriter, x: TensorRef, *, names: tuple[str, str] = ("a", "b")) -> tuple[TensorRef, TensorRef]:
+    """Writes a split_halves node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    a, b = g.emit(SplitHalves, inputs, attrs, names)
+    return a, b
+
+
+# specs/ops/views.yaml: split_last
+class SplitLast(OpNode):
+    """The first Na features of the last dim and the other ones.
+
+    a = first
+    b = rest
+    """
+
+    op = "split_last"
+    spec = "specs/ops/views.yaml: split_last"
+    kind = OpType.VIEW
+    input_types = {"x": E[..., Na + Nb]}
+    output_types = {"a": E[..., Na], "b": E[..., Nb]}
+    attr_types = {"Na": AttrSpec("dim")}
+    flop_formula = 0
+    byte_formula = 0
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def a(self) -> TensorRef:
+        return self.output("a")
+
+    @property
+    def b(self) -> TensorRef:
+        return self.output("b")
+
+
+def split_last(
+    g: GraphWriter, x: TensorRef, *, Na: Dim, names: tuple[str, str] = ("a", "b")
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a split_last node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {"Na": Na}
+    a, b = g.emit(SplitLast, inputs, attrs, names)
+    return a, b
+
+
+# specs/ops/views.yaml: concat_last
+class ConcatLast(OpNode):
+    """The features of two tensors, one after the other in the last dim.
+
+    first = a
+    rest = b
+    """
+
+    op = "concat_last"
+    spec = "specs/ops/views.yaml: concat_last"
+    kind = OpType.CONCAT
+    input_types = {"a": E[..., Na], "b": E[..., Nb]}
+    output_types = {"y": E[..., Na + Nb]}
+    flop_formula = 0
+    byte_formula = 2 * E_size * R * (Na + Nb)
+
+    @property
+    def a(self) -> TensorRef:
+        return self.input("a")
+
+    @property
+    def b(self) -> TensorRef:
+        return self.input("b")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def concat_last(g: GraphWriter, a: TensorRef, b: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a concat_last node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"a": a, "b": b}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(ConcatLast, inputs, attrs, (name,))
     return y
 
 

@@ -19,6 +19,8 @@ def fused_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
     """
     if not isinstance(node, RmsNorm):
         return None
+    if node.w is None:
+        return NearMiss(1, "want rms_norm with w")
     add = graph.producer(node.x)
     if not isinstance(add, Add):
         return NearMiss(1, "want add to give " + describe(add, node.x))

@@ -24,3 +24,227 @@ def test_silu_mul(case: dict[str, Any]) -> None:
     check_types(OPS["silu_mul"], KERNELS["silu_mul"], case, attrs, limits)
     check_precision(OPS["silu_mul"], KERNELS["silu_mul"], case, attrs, limits)
     check_dtypes(OPS["silu_mul"], KERNELS["silu_mul"], case, attrs, limits)
+
+
+GELU_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": 17, "I": 100},
+]
+
+
+# specs/ops/activation.yaml: gelu_mul
+@pytest.mark.parametrize("case", GELU_MUL_CASES, ids=str)
+def test_gelu_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["gelu_mul"], KERNELS["gelu_mul"], case, attrs, limits)
+    check_precision(OPS["gelu_mul"], KERNELS["gelu_mul"], case, attrs, limits)
+    check_dtypes(OPS["gelu_mul"], KERNELS["gelu_mul"], case, attrs, limits)
+
+
+GELU_TANH_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": 17, "I": 100},
+]
+
+
+# specs/ops/activation.yaml: gelu_tanh_mul
+@pytest.mark.parametrize("case", GELU_TANH_MUL_CASES, ids=str)
+def test_gelu_tanh_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["gelu_tanh_mul"], KERNELS["gelu_tanh_mul"], case, attrs, limits)
+    check_precision(OPS["gelu_tanh_mul"], KERNELS["gelu_tanh_mul"], case, attrs, limits)
+    check_dtypes(OPS["gelu_tanh_mul"], KERNELS["gelu_tanh_mul"], case, attrs, limits)
+
+
+RELU_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": 17, "I": 100},
+]
+
+
+# specs/ops/activation.yaml: relu_mul
+@pytest.mark.parametrize("case", RELU_MUL_CASES, ids=str)
+def test_relu_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["relu_mul"], KERNELS["relu_mul"], case, attrs, limits)
+    check_precision(OPS["relu_mul"], KERNELS["relu_mul"], case, attrs, limits)
+    check_dtypes(OPS["relu_mul"], KERNELS["relu_mul"], case, attrs, limits)
+
+
+RELU_SQUARED_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": 17, "I": 100},
+]
+
+
+# specs/ops/activation.yaml: relu_squared_mul
+@pytest.mark.parametrize("case", RELU_SQUARED_MUL_CASES, ids=str)
+def test_relu_squared_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["relu_squared_mul"], KERNELS["relu_squared_mul"], case, attrs, limits)
+    check_precision(OPS["relu_squared_mul"], KERNELS["relu_squared_mul"], case, attrs, limits)
+    check_dtypes(OPS["relu_squared_mul"], KERNELS["relu_squared_mul"], case, attrs, limits)
+
+
+SIGMOID_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": 17, "I": 100},
+]
+
+
+# specs/ops/activation.yaml: sigmoid_mul
+@pytest.mark.parametrize("case", SIGMOID_MUL_CASES, ids=str)
+def test_sigmoid_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["sigmoid_mul"], KERNELS["sigmoid_mul"], case, attrs, limits)
+    check_precision(OPS["sigmoid_mul"], KERNELS["sigmoid_mul"], case, attrs, limits)
+    check_dtypes(OPS["sigmoid_mul"], KERNELS["sigmoid_mul"], case, attrs, limits)
+
+
+CLAMPED_SILU_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": 17, "I": 100},
+]
+
+
+# specs/ops/activation.yaml: clamped_silu_mul
+@pytest.mark.parametrize("case", CLAMPED_SILU_MUL_CASES, ids=str)
+def test_clamped_silu_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["clamped_silu_mul"], KERNELS["clamped_silu_mul"], case, attrs, limits)
+    check_precision(OPS["clamped_silu_mul"], KERNELS["clamped_silu_mul"], case, attrs, limits)
+    check_dtypes(OPS["clamped_silu_mul"], KERNELS["clamped_silu_mul"], case, attrs, limits)
+
+
+GELU_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: gelu
+@pytest.mark.parametrize("case", GELU_CASES, ids=str)
+def test_gelu(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["gelu"], KERNELS["gelu"], case, attrs, limits)
+    check_precision(OPS["gelu"], KERNELS["gelu"], case, attrs, limits)
+    check_dtypes(OPS["gelu"], KERNELS["gelu"], case, attrs, limits)
+
+
+GELU_TANH_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: gelu_tanh
+@pytest.mark.parametrize("case", GELU_TANH_CASES, ids=str)
+def test_gelu_tanh(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["gelu_tanh"], KERNELS["gelu_tanh"], case, attrs, limits)
+    check_precision(OPS["gelu_tanh"], KERNELS["gelu_tanh"], case, attrs, limits)
+    check_dtypes(OPS["gelu_tanh"], KERNELS["gelu_tanh"], case, attrs, limits)
+
+
+QUICK_GELU_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: quick_gelu
+@pytest.mark.parametrize("case", QUICK_GELU_CASES, ids=str)
+def test_quick_gelu(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["quick_gelu"], KERNELS["quick_gelu"], case, attrs, limits)
+    check_precision(OPS["quick_gelu"], KERNELS["quick_gelu"], case, attrs, limits)
+    check_dtypes(OPS["quick_gelu"], KERNELS["quick_gelu"], case, attrs, limits)
+
+
+SILU_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: silu
+@pytest.mark.parametrize("case", SILU_CASES, ids=str)
+def test_silu(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["silu"], KERNELS["silu"], case, attrs, limits)
+    check_precision(OPS["silu"], KERNELS["silu"], case, attrs, limits)
+    check_dtypes(OPS["silu"], KERNELS["silu"], case, attrs, limits)
+
+
+RELU_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: relu
+@pytest.mark.parametrize("case", RELU_CASES, ids=str)
+def test_relu(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["relu"], KERNELS["relu"], case, attrs, limits)
+    check_precision(OPS["relu"], KERNELS["relu"], case, attrs, limits)
+    check_dtypes(OPS["relu"], KERNELS["relu"], case, attrs, limits)
+
+
+RELU_SQUARED_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: relu_squared
+@pytest.mark.parametrize("case", RELU_SQUARED_CASES, ids=str)
+def test_relu_squared(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["relu_squared"], KERNELS["relu_squared"], case, attrs, limits)
+    check_precision(OPS["relu_squared"], KERNELS["relu_squared"], case, attrs, limits)
+    check_dtypes(OPS["relu_squared"], KERNELS["relu_squared"], case, attrs, limits)
+
+
+SIGMOID_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: sigmoid
+@pytest.mark.parametrize("case", SIGMOID_CASES, ids=str)
+def test_sigmoid(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["sigmoid"], KERNELS["sigmoid"], case, attrs, limits)
+    check_precision(OPS["sigmoid"], KERNELS["sigmoid"], case, attrs, limits)
+    check_dtypes(OPS["sigmoid"], KERNELS["sigmoid"], case, attrs, limits)
+
+
+TANH_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: tanh
+@pytest.mark.parametrize("case", TANH_CASES, ids=str)
+def test_tanh(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["tanh"], KERNELS["tanh"], case, attrs, limits)
+    check_precision(OPS["tanh"], KERNELS["tanh"], case, attrs, limits)
+    check_dtypes(OPS["tanh"], KERNELS["tanh"], case, attrs, limits)

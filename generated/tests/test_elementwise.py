@@ -24,3 +24,99 @@ def test_add(case: dict[str, Any]) -> None:
     check_types(OPS["add"], KERNELS["add"], case, attrs, limits)
     check_precision(OPS["add"], KERNELS["add"], case, attrs, limits)
     check_dtypes(OPS["add"], KERNELS["add"], case, attrs, limits)
+
+
+MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 1},
+    {"R": [3, 5], "H": 7},
+]
+
+
+# specs/ops/elementwise.yaml: mul
+@pytest.mark.parametrize("case", MUL_CASES, ids=str)
+def test_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["mul"], KERNELS["mul"], case, attrs, limits)
+    check_precision(OPS["mul"], KERNELS["mul"], case, attrs, limits)
+    check_dtypes(OPS["mul"], KERNELS["mul"], case, attrs, limits)
+
+
+MUL_WEIGHT_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 1},
+    {"R": [3, 5], "H": 7},
+]
+
+
+# specs/ops/elementwise.yaml: mul_weight
+@pytest.mark.parametrize("case", MUL_WEIGHT_CASES, ids=str)
+def test_mul_weight(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["mul_weight"], KERNELS["mul_weight"], case, attrs, limits)
+    check_precision(OPS["mul_weight"], KERNELS["mul_weight"], case, attrs, limits)
+    check_dtypes(OPS["mul_weight"], KERNELS["mul_weight"], case, attrs, limits)
+
+
+ADD_BIAS_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 1},
+    {"R": [3, 5], "H": 7},
+]
+
+
+# specs/ops/elementwise.yaml: add_bias
+@pytest.mark.parametrize("case", ADD_BIAS_CASES, ids=str)
+def test_add_bias(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["add_bias"], KERNELS["add_bias"], case, attrs, limits)
+    check_precision(OPS["add_bias"], KERNELS["add_bias"], case, attrs, limits)
+    check_dtypes(OPS["add_bias"], KERNELS["add_bias"], case, attrs, limits)
+
+
+MUL_ROWS_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 1},
+    {"R": [3, 5], "H": 7},
+]
+
+
+# specs/ops/elementwise.yaml: mul_rows
+@pytest.mark.parametrize("case", MUL_ROWS_CASES, ids=str)
+def test_mul_rows(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["mul_rows"], KERNELS["mul_rows"], case, attrs, limits)
+    check_precision(OPS["mul_rows"], KERNELS["mul_rows"], case, attrs, limits)
+    check_dtypes(OPS["mul_rows"], KERNELS["mul_rows"], case, attrs, limits)
+
+
+SCALE_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 1},
+    {"R": [3, 5], "H": 7},
+]
+
+
+# specs/ops/elementwise.yaml: scale
+@pytest.mark.parametrize("case", SCALE_CASES, ids=str)
+def test_scale(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"factor": 1.0}
+    limits: dict[str, str] = {}
+    check_types(OPS["scale"], KERNELS["scale"], case, attrs, limits)
+    check_precision(OPS["scale"], KERNELS["scale"], case, attrs, limits)
+    check_dtypes(OPS["scale"], KERNELS["scale"], case, attrs, limits)
+
+
+SOFT_CAP_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 1},
+    {"R": [3, 5], "H": 7},
+]
+
+
+# specs/ops/elementwise.yaml: soft_cap
+@pytest.mark.parametrize("case", SOFT_CAP_CASES, ids=str)
+def test_soft_cap(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"cap": 1.0}
+    limits: dict[str, str] = {}
+    check_types(OPS["soft_cap"], KERNELS["soft_cap"], case, attrs, limits)
+    check_precision(OPS["soft_cap"], KERNELS["soft_cap"], case, attrs, limits)
+    check_dtypes(OPS["soft_cap"], KERNELS["soft_cap"], case, attrs, limits)

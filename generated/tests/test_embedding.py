@@ -26,6 +26,22 @@ def test_embedding(case: dict[str, Any]) -> None:
     check_dtypes(OPS["embedding"], KERNELS["embedding"], case, attrs, limits)
 
 
+POSITION_EMBEDDING_CASES: list[dict[str, Any]] = [
+    {"T": 1, "P": 1, "H": 1},
+    {"T": 9, "P": 31, "H": 20},
+]
+
+
+# specs/ops/embedding.yaml: position_embedding
+@pytest.mark.parametrize("case", POSITION_EMBEDDING_CASES, ids=str)
+def test_position_embedding(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {"pos": "P"}
+    check_types(OPS["position_embedding"], KERNELS["position_embedding"], case, attrs, limits)
+    check_precision(OPS["position_embedding"], KERNELS["position_embedding"], case, attrs, limits)
+    check_dtypes(OPS["position_embedding"], KERNELS["position_embedding"], case, attrs, limits)
+
+
 SELECT_ROWS_CASES: list[dict[str, Any]] = [
     {"T": 1, "S": 1, "H": 1},
     {"T": 9, "S": 4, "H": 20},

@@ -27,6 +27,71 @@ def test_rms_norm(case: dict[str, Any]) -> None:
     check_dtypes(OPS["rms_norm"], KERNELS["rms_norm"], case, attrs, limits)
 
 
+RMS_NORM_WIDE_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 64},
+    {"R": [2, 17], "H": 100},
+]
+
+
+# specs/ops/norm.yaml: rms_norm_wide
+@pytest.mark.parametrize("case", RMS_NORM_WIDE_CASES, ids=str)
+def test_rms_norm_wide(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["rms_norm_wide"], KERNELS["rms_norm_wide"], case, attrs, limits)
+    check_precision(OPS["rms_norm_wide"], KERNELS["rms_norm_wide"], case, attrs, limits)
+    check_dtypes(OPS["rms_norm_wide"], KERNELS["rms_norm_wide"], case, attrs, limits)
+
+
+RMS_NORM_1P_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 64},
+    {"R": [2, 17], "H": 100},
+]
+
+
+# specs/ops/norm.yaml: rms_norm_1p
+@pytest.mark.parametrize("case", RMS_NORM_1P_CASES, ids=str)
+def test_rms_norm_1p(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["rms_norm_1p"], KERNELS["rms_norm_1p"], case, attrs, limits)
+    check_precision(OPS["rms_norm_1p"], KERNELS["rms_norm_1p"], case, attrs, limits)
+    check_dtypes(OPS["rms_norm_1p"], KERNELS["rms_norm_1p"], case, attrs, limits)
+
+
+LAYER_NORM_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 64},
+    {"R": [2, 17], "H": 100},
+    {"R": 3, "H": 1024},
+]
+
+
+# specs/ops/norm.yaml: layer_norm
+@pytest.mark.parametrize("case", LAYER_NORM_CASES, ids=str)
+def test_layer_norm(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["layer_norm"], KERNELS["layer_norm"], case, attrs, limits)
+    check_precision(OPS["layer_norm"], KERNELS["layer_norm"], case, attrs, limits)
+    check_dtypes(OPS["layer_norm"], KERNELS["layer_norm"], case, attrs, limits)
+
+
+LAYER_NORM_1P_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 64},
+    {"R": [2, 17], "H": 100},
+]
+
+
+# specs/ops/norm.yaml: layer_norm_1p
+@pytest.mark.parametrize("case", LAYER_NORM_1P_CASES, ids=str)
+def test_layer_norm_1p(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["layer_norm_1p"], KERNELS["layer_norm_1p"], case, attrs, limits)
+    check_precision(OPS["layer_norm_1p"], KERNELS["layer_norm_1p"], case, attrs, limits)
+    check_dtypes(OPS["layer_norm_1p"], KERNELS["layer_norm_1p"], case, attrs, limits)
+
+
 FUSED_ADD_RMS_NORM_CASES: list[dict[str, Any]] = [
     {"T": 1, "H": 64},
     {"T": 17, "H": 100},

@@ -42,6 +42,70 @@ def test_merge_heads(case: dict[str, Any]) -> None:
     check_dtypes(OPS["merge_heads"], KERNELS["merge_heads"], case, attrs, limits)
 
 
+SPLIT_HEADS_CASES: list[dict[str, Any]] = [
+    {"T": 1, "N": 1, "D": 1},
+    {"T": 5, "N": 3, "D": 10},
+]
+
+
+# specs/ops/views.yaml: split_heads
+@pytest.mark.parametrize("case", SPLIT_HEADS_CASES, ids=str)
+def test_split_heads(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["split_heads"], KERNELS["split_heads"], case, attrs, limits)
+    check_precision(OPS["split_heads"], KERNELS["split_heads"], case, attrs, limits)
+    check_dtypes(OPS["split_heads"], KERNELS["split_heads"], case, attrs, limits)
+
+
+SPLIT_HALVES_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 5], "I": 10},
+]
+
+
+# specs/ops/views.yaml: split_halves
+@pytest.mark.parametrize("case", SPLIT_HALVES_CASES, ids=str)
+def test_split_halves(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["split_halves"], KERNELS["split_halves"], case, attrs, limits)
+    check_precision(OPS["split_halves"], KERNELS["split_halves"], case, attrs, limits)
+    check_dtypes(OPS["split_halves"], KERNELS["split_halves"], case, attrs, limits)
+
+
+SPLIT_LAST_CASES: list[dict[str, Any]] = [
+    {"R": 1, "Na": 1, "Nb": 1},
+    {"R": [2, 5], "Na": 3, "Nb": 4},
+]
+
+
+# specs/ops/views.yaml: split_last
+@pytest.mark.parametrize("case", SPLIT_LAST_CASES, ids=str)
+def test_split_last(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["split_last"], KERNELS["split_last"], case, attrs, limits)
+    check_precision(OPS["split_last"], KERNELS["split_last"], case, attrs, limits)
+    check_dtypes(OPS["split_last"], KERNELS["split_last"], case, attrs, limits)
+
+
+CONCAT_LAST_CASES: list[dict[str, Any]] = [
+    {"R": 1, "Na": 1, "Nb": 1},
+    {"R": [2, 5], "Na": 3, "Nb": 4},
+]
+
+
+# specs/ops/views.yaml: concat_last
+@pytest.mark.parametrize("case", CONCAT_LAST_CASES, ids=str)
+def test_concat_last(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["concat_last"], KERNELS["concat_last"], case, attrs, limits)
+    check_precision(OPS["concat_last"], KERNELS["concat_last"], case, attrs, limits)
+    check_dtypes(OPS["concat_last"], KERNELS["concat_last"], case, attrs, limits)
+
+
 SPLIT_ROWS_CASES: list[dict[str, Any]] = [
     {"Ta": 1, "Tb": 1, "H": 1},
     {"Ta": 3, "Tb": 4, "H": 10},

@@ -43,12 +43,12 @@ def run_generated_tests(out: Path) -> None:
 def test_a_new_op(tmp_path: Path) -> None:
     out = generated("add_an_op", tmp_path)
     registry = load_registry([out])
-    kernel = registry.kernels["gelu_tanh_mul"]
+    kernel = registry.kernels["mish_mul"]
     gu = torch.randn(5, 14, dtype=torch.float64)
     gate, up = gu.chunk(2, dim=-1)
-    wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    wanted = torch.nn.functional.mish(gate) * up
     torch.testing.assert_close(kernel(gu), wanted, rtol=1e-12, atol=1e-12)
-    assert registry.ops["gelu_tanh_mul"].op == "gelu_tanh_mul"
+    assert registry.ops["mish_mul"].op == "mish_mul"
     run_generated_tests(out)
 
 

@@ -6,22 +6,52 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .activation import silu_mul
+from .activation import (
+    clamped_silu_mul,
+    gelu,
+    gelu_mul,
+    gelu_tanh,
+    gelu_tanh_mul,
+    quick_gelu,
+    relu,
+    relu_mul,
+    relu_squared,
+    relu_squared_mul,
+    sigmoid,
+    sigmoid_mul,
+    silu,
+    silu_mul,
+    tanh,
+)
 from .attention import paged_decode_attention, paged_prefill_attention
 from .comm import all_gather, all_reduce, recv, send
-from .elementwise import add
-from .embedding import embedding, embedding_shard, select_rows
+from .elementwise import add, add_bias, mul, mul_rows, mul_weight, scale, soft_cap
+from .embedding import embedding, embedding_shard, position_embedding, select_rows
 from .kv import kv_load, kv_migrate, kv_store
 from .linear import linear, lm_head
-from .norm import fused_add_rms_norm, rms_norm
+from .norm import fused_add_rms_norm, layer_norm, layer_norm_1p, rms_norm, rms_norm_1p, rms_norm_wide
 from .position import rope
 from .sampling import sample
-from .views import concat_rows, merge_heads, split_qkv, split_rows
+from .views import concat_last, concat_rows, merge_heads, split_halves, split_heads, split_last, split_qkv, split_rows
 
 __all__ = ["KERNELS"]
 
 KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "silu_mul": silu_mul,
+    "gelu_mul": gelu_mul,
+    "gelu_tanh_mul": gelu_tanh_mul,
+    "relu_mul": relu_mul,
+    "relu_squared_mul": relu_squared_mul,
+    "sigmoid_mul": sigmoid_mul,
+    "clamped_silu_mul": clamped_silu_mul,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "silu": silu,
+    "relu": relu,
+    "relu_squared": relu_squared,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
     "paged_prefill_attention": paged_prefill_attention,
     "paged_decode_attention": paged_decode_attention,
     "all_reduce": all_reduce,
@@ -29,8 +59,15 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "send": send,
     "recv": recv,
     "add": add,
+    "mul": mul,
+    "mul_weight": mul_weight,
+    "add_bias": add_bias,
+    "mul_rows": mul_rows,
+    "scale": scale,
+    "soft_cap": soft_cap,
     "embedding": embedding,
     "embedding_shard": embedding_shard,
+    "position_embedding": position_embedding,
     "select_rows": select_rows,
     "kv_store": kv_store,
     "kv_load": kv_load,
@@ -38,11 +75,19 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "linear": linear,
     "lm_head": lm_head,
     "rms_norm": rms_norm,
+    "rms_norm_wide": rms_norm_wide,
+    "rms_norm_1p": rms_norm_1p,
+    "layer_norm": layer_norm,
+    "layer_norm_1p": layer_norm_1p,
     "fused_add_rms_norm": fused_add_rms_norm,
     "rope": rope,
     "sample": sample,
     "split_qkv": split_qkv,
     "merge_heads": merge_heads,
+    "split_heads": split_heads,
+    "split_halves": split_halves,
+    "split_last": split_last,
+    "concat_last": concat_last,
     "split_rows": split_rows,
     "concat_rows": concat_rows,
 }

@@ -8,7 +8,21 @@ from torch import Tensor
 from .precision import wide
 
 __all__ = [
+    "clamped_silu_mul",
+    "gelu",
+    "gelu_mul",
+    "gelu_tanh",
+    "gelu_tanh_mul",
+    "quick_gelu",
+    "relu",
+    "relu_mul",
+    "relu_squared",
+    "relu_squared_mul",
+    "sigmoid",
+    "sigmoid_mul",
+    "silu",
     "silu_mul",
+    "tanh",
 ]
 
 
@@ -21,3 +35,129 @@ def silu_mul(gu: Tensor) -> Tensor:
     up = gu[..., I:]
     g = gate.to(f32)
     return (g * torch.sigmoid(g)).to(gu.dtype) * up
+
+
+# specs/ops/activation.yaml: gelu_mul
+def gelu_mul(gu: Tensor) -> Tensor:
+    """GeGLU gate, in its exact form, over a packed gate|up projection (Shazeer 2020)."""
+    I = gu.shape[-1] // 2
+    f32 = wide(gu)
+    gate = gu[..., :I]
+    up = gu[..., I:]
+    g = gate.to(f32)
+    return (0.5 * g * (1.0 + torch.erf(g * 0.7071067811865476))).to(gu.dtype) * up
+
+
+# specs/ops/activation.yaml: gelu_tanh_mul
+def gelu_tanh_mul(gu: Tensor) -> Tensor:
+    """GeGLU gate, in the tanh form of GELU, over a packed gate|up projection (Shazeer 2020)."""
+    I = gu.shape[-1] // 2
+    f32 = wide(gu)
+    gate = gu[..., :I]
+    up = gu[..., I:]
+    g = gate.to(f32)
+    inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+    return (0.5 * g * (1.0 + torch.tanh(inner))).to(gu.dtype) * up
+
+
+# specs/ops/activation.yaml: relu_mul
+def relu_mul(gu: Tensor) -> Tensor:
+    """ReGLU gate over a packed gate|up projection (Shazeer 2020)."""
+    I = gu.shape[-1] // 2
+    gate = gu[..., :I]
+    up = gu[..., I:]
+    return torch.relu(gate) * up
+
+
+# specs/ops/activation.yaml: relu_squared_mul
+def relu_squared_mul(gu: Tensor) -> Tensor:
+    """Squared-ReLU gate over a packed gate|up projection (So et al. 2021, Shazeer 2020)."""
+    I = gu.shape[-1] // 2
+    f32 = wide(gu)
+    gate = gu[..., :I]
+    up = gu[..., I:]
+    r = torch.relu(gate.to(f32))
+    return (r * r).to(gu.dtype) * up
+
+
+# specs/ops/activation.yaml: sigmoid_mul
+def sigmoid_mul(gu: Tensor) -> Tensor:
+    """GLU gate over a packed gate|up projection (Dauphin et al. 2017)."""
+    I = gu.shape[-1] // 2
+    f32 = wide(gu)
+    gate = gu[..., :I]
+    up = gu[..., I:]
+    return torch.sigmoid(gate.to(f32)).to(gu.dtype) * up
+
+
+# specs/ops/activation.yaml: clamped_silu_mul
+def clamped_silu_mul(gu: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """gpt-oss's SwiGLU over a packed gate|up projection, clamped, with a steeper sigmoid and 1 added to the up part."""
+    I = gu.shape[-1] // 2
+    f32 = wide(gu)
+    gate = gu[..., :I]
+    up = gu[..., I:]
+    g = gate.clamp(max=limit).to(f32)
+    u = up.clamp(max=limit).clamp(min=0.0 - limit).to(f32)
+    return ((u + 1.0) * (g * torch.sigmoid(g * alpha))).to(gu.dtype)
+
+
+# specs/ops/activation.yaml: gelu
+def gelu(x: Tensor) -> Tensor:
+    """Gaussian error linear unit, in its exact form (Hendrycks & Gimpel 2016)."""
+    f32 = wide(x)
+    v = x.to(f32)
+    return (0.5 * v * (1.0 + torch.erf(v * 0.7071067811865476))).to(x.dtype)
+
+
+# specs/ops/activation.yaml: gelu_tanh
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Gaussian error linear unit, in its tanh form; also named gelu_new, gelu_fast and gelu_pytorch_tanh."""
+    f32 = wide(x)
+    v = x.to(f32)
+    inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
+    return (0.5 * v * (1.0 + torch.tanh(inner))).to(x.dtype)
+
+
+# specs/ops/activation.yaml: quick_gelu
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU by one sigmoid, x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016), as CLIP uses it."""
+    f32 = wide(x)
+    v = x.to(f32)
+    return (v * torch.sigmoid(1.702 * v)).to(x.dtype)
+
+
+# specs/ops/activation.yaml: silu
+def silu(x: Tensor) -> Tensor:
+    """Sigmoid linear unit, also named swish (Elfwing et al. 2017)."""
+    f32 = wide(x)
+    v = x.to(f32)
+    return (v * torch.sigmoid(v)).to(x.dtype)
+
+
+# specs/ops/activation.yaml: relu
+def relu(x: Tensor) -> Tensor:
+    """Rectified linear unit."""
+    return torch.relu(x)
+
+
+# specs/ops/activation.yaml: relu_squared
+def relu_squared(x: Tensor) -> Tensor:
+    """Square of the rectified linear unit, also named relu2 (So et al. 2021)."""
+    f32 = wide(x)
+    r = torch.relu(x.to(f32))
+    return (r * r).to(x.dtype)
+
+
+# specs/ops/activation.yaml: sigmoid
+def sigmoid(x: Tensor) -> Tensor:
+    """Logistic function, 1 / (1 + exp(-x))."""
+    f32 = wide(x)
+    return torch.sigmoid(x.to(f32)).to(x.dtype)
+
+
+# specs/ops/activation.yaml: tanh
+def tanh(x: Tensor) -> Tensor:
+    """Hyperbolic tangent."""
+    f32 = wide(x)
+    return torch.tanh(x.to(f32)).to(x.dtype)

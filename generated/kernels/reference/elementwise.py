@@ -2,10 +2,19 @@
 # Regenerate: make generate    Explain: make explain NAME=add
 """Reference kernels of specs/ops/elementwise.yaml, in torch: what the ops mean, on any device."""
 
+import torch
 from torch import Tensor
+
+from .precision import wide
 
 __all__ = [
     "add",
+    "add_bias",
+    "mul",
+    "mul_rows",
+    "mul_weight",
+    "scale",
+    "soft_cap",
 ]
 
 
@@ -13,3 +22,41 @@ __all__ = [
 def add(x: Tensor, y: Tensor) -> Tensor:
     """Sum of two tensors, element by element."""
     return x + y
+
+
+# specs/ops/elementwise.yaml: mul
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    """Product of two tensors, element by element."""
+    return x * y
+
+
+# specs/ops/elementwise.yaml: mul_weight
+def mul_weight(x: Tensor, w: Tensor) -> Tensor:
+    """Product of every row and a vector, as a layer scale or a learned gain (Touvron et al. 2021)."""
+    return x * w
+
+
+# specs/ops/elementwise.yaml: add_bias
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """Sum of every row and a vector."""
+    return x + bias
+
+
+# specs/ops/elementwise.yaml: mul_rows
+def mul_rows(x: Tensor, gate: Tensor) -> Tensor:
+    """Every row times its own number, as a shared expert's gate."""
+    per_row = gate.reshape(*gate.shape[:-1])
+    return x * per_row[..., None]
+
+
+# specs/ops/elementwise.yaml: scale
+def scale(x: Tensor, *, factor: float) -> Tensor:
+    """A tensor times a number, as embedding, residual, attention and logit multipliers."""
+    return x * factor
+
+
+# specs/ops/elementwise.yaml: soft_cap
+def soft_cap(x: Tensor, *, cap: float) -> Tensor:
+    """Values held between -cap and cap by cap * tanh(x / cap), as Gemma 2 caps its logits."""
+    f32 = wide(x)
+    return (torch.tanh(x.to(f32) / cap) * cap).to(x.dtype)

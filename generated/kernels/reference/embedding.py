@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = [
     "embedding",
     "embedding_shard",
+    "position_embedding",
     "select_rows",
 ]
 
@@ -25,6 +26,12 @@ def embedding_shard(ids: Tensor, table: Tensor, *, first: int) -> Tensor:
     row = ids - first
     held = (row >= 0) & (row < V)
     return torch.where(held[:, None], table.index_select(0, row.clamp(min=0).clamp(max=V - 1)), 0)
+
+
+# specs/ops/embedding.yaml: position_embedding
+def position_embedding(pos: Tensor, table: Tensor, *, offset: int = 0) -> Tensor:
+    """Row of a table of learned positions for every token; row `offset` is that of position 0."""
+    return table.index_select(0, pos + offset)
 
 
 # specs/ops/embedding.yaml: select_rows

@@ -20,7 +20,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 # specs/ops/linear.yaml: lm_head
-def lm_head(x: Tensor, w: Tensor) -> Tensor:
+def lm_head(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits over the vocabulary, rounded to the element type and widened."""
     f32 = wide(x)
-    return torch.nn.functional.linear(x, w).to(f32)
+    return torch.nn.functional.linear(x, w, bias).to(f32)

@@ -10,21 +10,67 @@ from .precision import wide
 
 __all__ = [
     "fused_add_rms_norm",
+    "layer_norm",
+    "layer_norm_1p",
     "rms_norm",
+    "rms_norm_1p",
+    "rms_norm_wide",
 ]
 
 
 # specs/ops/norm.yaml: rms_norm
-def rms_norm(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
-    """Root-mean-square norm over the hidden dim, scaled by a weight (Zhang & Sennrich 2019)."""
+def rms_norm(x: Tensor, w: Tensor | None = None, *, eps: float = 1e-06) -> Tensor:
+    """Root-mean-square norm over the hidden dim, scaled by a weight if there is one (Zhang & Sennrich 2019)."""
     f32 = wide(x)
     xf = x.to(f32)
     ms = (xf * xf).mean(-1, keepdim=True)
-    return (xf * torch.rsqrt(ms + eps)).to(x.dtype) * w
+    n = (xf * torch.rsqrt(ms + eps)).to(x.dtype)
+    return n * w if w is not None else n
+
+
+# specs/ops/norm.yaml: rms_norm_wide
+def rms_norm_wide(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
+    """rms_norm that is scaled in float32 and rounded once, as OLMo 2 and gpt-oss do."""
+    f32 = wide(x)
+    xf = x.to(f32)
+    ms = (xf * xf).mean(-1, keepdim=True)
+    return (xf * torch.rsqrt(ms + eps) * w.to(f32)).to(x.dtype)
+
+
+# specs/ops/norm.yaml: rms_norm_1p
+def rms_norm_1p(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
+    """rms_norm scaled by 1 + w, in float32, as Gemma does."""
+    f32 = wide(x)
+    xf = x.to(f32)
+    ms = (xf * xf).mean(-1, keepdim=True)
+    return (xf * torch.rsqrt(ms + eps) * (1.0 + w.to(f32))).to(x.dtype)
+
+
+# specs/ops/norm.yaml: layer_norm
+def layer_norm(x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-05) -> Tensor:
+    """Norm by mean and variance over the hidden dim, with a weight and a bias if there are any (Ba et al. 2016)."""
+    f32 = wide(x)
+    xf = x.to(f32)
+    d = xf - xf.mean(-1, keepdim=True)
+    n = d * torch.rsqrt((d * d).mean(-1, keepdim=True) + eps)
+    s = n * w.to(f32) if w is not None else n
+    return (s + bias.to(f32) if bias is not None else s).to(x.dtype)
+
+
+# specs/ops/norm.yaml: layer_norm_1p
+def layer_norm_1p(x: Tensor, w: Tensor, bias: Tensor | None = None, *, eps: float = 1e-05) -> Tensor:
+    """layer_norm scaled by 1 + w, as Nemotron does."""
+    f32 = wide(x)
+    xf = x.to(f32)
+    d = xf - xf.mean(-1, keepdim=True)
+    s = d * torch.rsqrt((d * d).mean(-1, keepdim=True) + eps) * (1.0 + w.to(f32))
+    return (s + bias.to(f32) if bias is not None else s).to(x.dtype)
 
 
 # specs/ops/norm.yaml: fused_add_rms_norm
-def fused_add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, *, eps: float = 1e-06) -> tuple[Tensor, Tensor]:
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, w: Tensor | None = None, *, eps: float = 1e-06
+) -> tuple[Tensor, Tensor]:
     """Residual add and rms_norm in one pass; returns the norm and the new residual."""
     h = add(x, residual)
     y = rms_norm(h, w, eps=eps)

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "concat_last",
     "concat_rows",
     "merge_heads",
+    "split_halves",
+    "split_heads",
+    "split_last",
     "split_qkv",
     "split_rows",
 ]
@@ -30,6 +34,36 @@ def merge_heads(x: Tensor) -> Tensor:
     N = x.shape[1]
     D = x.shape[2]
     return x.reshape(T, N * D)
+
+
+# specs/ops/views.yaml: split_heads
+def split_heads(x: Tensor, *, N: int, D: int) -> Tensor:
+    """The heads of a projection, D features each."""
+    T = x.shape[0]
+    return x.reshape(T, N, D)
+
+
+# specs/ops/views.yaml: split_halves
+def split_halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of the last dim, as of a packed gate|up projection."""
+    I = x.shape[-1] // 2
+    a = x[..., :I]
+    b = x[..., I:]
+    return a, b
+
+
+# specs/ops/views.yaml: split_last
+def split_last(x: Tensor, *, Na: int) -> tuple[Tensor, Tensor]:
+    """The first Na features of the last dim and the other ones."""
+    a = x[..., :Na]
+    b = x[..., Na:]
+    return a, b
+
+
+# specs/ops/views.yaml: concat_last
+def concat_last(a: Tensor, b: Tensor) -> Tensor:
+    """The features of two tensors, one after the other in the last dim."""
+    return torch.cat((a, b), -1)
 
 
 # specs/ops/views.yaml: split_rows
