@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from sageLLM.runtime.scheduler.policy import PolicyName
 
-Mode = Literal["strict", "time_share", "hybrid"]
+Mode = Literal["strict", "time_share", "hybrid", "auto"]
 PreemptionMode = Literal["swap", "recompute"]
 
 _COUNTS = (
@@ -14,7 +14,6 @@ _COUNTS = (
     "prefill_chunk_size",
     "max_decode_batch_size",
     "max_decode_tokens",
-    "max_consecutive_decodes",
     "max_overtakes",
 )
 
@@ -25,14 +24,18 @@ class PDSchedulerConfig:
 
     - `strict`: prefill and decode run on workers of their own, both in the same step; KV migrates between two pools.
     - `time_share`: one worker; a step is either prefill or decode. Decode is preferred, but after
-      `max_consecutive_decodes` decode steps a waiting prefill gets a step.
+      `max_consecutive_decodes` decode steps a waiting prefill gets a step; 0 prefers prefill.
     - `hybrid`: one worker; a step holds the decodes and, beside them, chunks of prefill (Sarathi-Serve, arXiv
       2403.02310).
+    - `auto`: one worker; each step runs as time_share or as hybrid, as the scheduler's `mode_chooser` says.
 
     Sizes are in tokens per step: a prefill step computes up to `max_prefill_tokens`; a hybrid step up to
     `max_prefill_tokens` in all, of which at most `prefill_chunk_size` are prefill. Both are shared by the requests of
     the step, first come first served; a prompt that exceeds what is left continues in the next step. Each decode is
     one token.
+
+    `max_decode_context_tokens` bounds the sum of the context lengths of a decode step, for kernels whose time grows
+    with it; the requests take turns, and one that exceeds the bound alone is served alone.
 
     With `enable_preemption=False` a request is admitted only when its prompt and `max_new_tokens` fit, and all that is
     reserved. `policy` orders the requests (see `policy.py`); whatever it says, a request is overtaken by at most
@@ -53,6 +56,7 @@ class PDSchedulerConfig:
     policy: PolicyName = "priority"
     max_overtakes: int = 256
     tenant_weights: dict[str, float] = field(default_factory=dict)
+    max_decode_context_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))
@@ -61,8 +65,14 @@ class PDSchedulerConfig:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.mode == "hybrid" and self.max_prefill_tokens < 2:
-            raise ValueError("hybrid mode needs max_prefill_tokens of at least 2: one for a decode, one for a prefill")
+        if self.max_consecutive_decodes < 0:
+            raise ValueError(f"max_consecutive_decodes must be at least 0, got {self.max_consecutive_decodes}")
+        if self.max_decode_context_tokens is not None and self.max_decode_context_tokens < 1:
+            raise ValueError(f"max_decode_context_tokens must be at least 1, got {self.max_decode_context_tokens}")
+        if self.mode in ("hybrid", "auto") and self.max_prefill_tokens < 2:
+            raise ValueError(
+                f"{self.mode} mode needs max_prefill_tokens of at least 2: one for a decode, one for a prefill"
+            )
 
     @property
     def max_decodes(self) -> int:

@@ -29,6 +29,7 @@ class DecodePhase:
         limits: SequenceLimits,
         grow: Callable[[Request, StepPlan], bool],
         extend_each: Callable[[list[str]], list[int] | None],
+        max_context_tokens: int | None = None,
     ) -> None:
         self.queue: TurnQueue[Request] = TurnQueue()
         self.clock = DecodeClock()
@@ -36,6 +37,7 @@ class DecodePhase:
         self._limits = limits
         self._grow = grow
         self._extend_each = extend_each
+        self._max_context_tokens = max_context_tokens
         self._growth: Calendar = {}
         self._ends: Calendar = {}
         self._everybody: Roster | None = None
@@ -84,7 +86,7 @@ class DecodePhase:
         if not self.queue:
             return
         skipped = self._those_that_end() if is_ahead else {}
-        if len(self.queue) > max_requests:
+        if len(self.queue) > max_requests or self._max_context_tokens is not None:
             self._plan_turns(plan, max_requests, skipped)
             return
         self._grow_those_due(plan, skipped)
@@ -154,12 +156,17 @@ class DecodePhase:
     def _plan_turns(self, plan: StepPlan, max_requests: int, skipped: dict[str, Seat]) -> None:
         """Serve the first `max_requests` of the line that can run; they go to its back."""
         served: dict[str, Request] = {}
+        context_left = self._max_context_tokens
         for request in list(self.queue):
             if len(served) >= max_requests:
                 break
             seat = request.seat
             if seat is None or request.request_id in skipped:  # preempted a moment ago, for one served before
                 continue
+            if context_left is not None:
+                context_left -= request.num_planned_tokens + 1
+                if context_left < 0 and served:
+                    break
             if self._has_room(seat) or self._grow(request, plan):
                 served[request.request_id] = request
             if plan.preempted:

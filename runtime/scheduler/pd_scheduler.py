@@ -16,8 +16,9 @@ from sageLLM.runtime.scheduler.config import PDSchedulerConfig
 from sageLLM.runtime.scheduler.decode import DecodePhase
 from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.migration import MigrationPhase
+from sageLLM.runtime.scheduler.modes import ModeChooser
 from sageLLM.runtime.scheduler.placement import KVPlacement
-from sageLLM.runtime.scheduler.plan import DecodePlan, Flight, StepPlan
+from sageLLM.runtime.scheduler.plan import DecodePlan, Flight, Role, StepPlan
 from sageLLM.runtime.scheduler.policy import Policy, make_policy
 from sageLLM.runtime.scheduler.prefill import PrefillPhase
 from sageLLM.runtime.scheduler.queues import TurnQueue
@@ -52,6 +53,7 @@ class PDScheduler(BaseScheduler):
         max_model_len: int | None = None,
         clock: Callable[[], float] = time.time,
         policy: Policy | None = None,
+        mode_chooser: ModeChooser | None = None,
     ) -> None:
         self.config = config or PDSchedulerConfig()
         super().__init__(
@@ -60,17 +62,23 @@ class PDScheduler(BaseScheduler):
             policy=policy or make_policy(self.config.policy, self.config.tenant_weights),
             max_overtakes=self.config.max_overtakes,
         )
+        if (self.config.mode == "auto") != (mode_chooser is not None):
+            raise ValueError("mode 'auto' needs a mode_chooser, and no other mode takes one")
         if self.config.preemption_mode == "swap":
             warnings.warn("preemption_mode='swap' recomputes for now: there is no swap tier yet", stacklevel=2)
         self.kv = KVPlacement(kv_budget, is_split=self.config.mode == "strict")
         self.limits = SequenceLimits(max_model_len, self.kv.max_tokens, self.kv.block_size)
         self._clock = clock
+        self._mode_chooser = mode_chooser
         self._prefill = PrefillPhase(self.waiting_queue, self._can_admit, self._admit)
-        self._decode = DecodePhase(self.kv.block_size, self.limits, self._grow, self.kv.extend_each)
+        self._decode = DecodePhase(
+            self.kv.block_size, self.limits, self._grow, self.kv.extend_each, self.config.max_decode_context_tokens
+        )
         self._migration = MigrationPhase(self.kv)
         # Ended while the device may still touch their blocks, with the newest step that may.
         self._limbo: dict[str, tuple[Request, int]] = {}
         self._flights: deque[Flight] = deque()
+        self._received: set[str] = set()
         self._reannounce: dict[str, list[int]] = {}
         self._num_consecutive_decodes = 0
         self._num_steps = 0
@@ -102,6 +110,23 @@ class PDScheduler(BaseScheduler):
             return f"request {request.request_id!r} was aborted in the step in flight; its id is free after that step"
         return self.limits.why_too_long(request)
 
+    def add_received(self, request: Request) -> None:
+        """Queue a request whose prompt was computed elsewhere: it has its first output token, and decodes at once.
+
+        It gets blocks for all its tokens; whoever sent its KV fills them when the step that announces them runs. If it
+        is preempted it is computed from its first token, here. Raises ValueError as `add_request` does.
+        """
+        if self.kv.is_split:
+            raise ValueError("in strict mode requests are prefilled by the scheduler's own prefill worker")
+        num_tokens = request.total_tokens - 1
+        if not request.output_token_ids or request.num_computed_tokens != num_tokens:
+            raise ValueError(
+                f"request {request.request_id!r} has {request.num_computed_tokens} computed tokens; "
+                "a received one has all its tokens computed but the newest output token"
+            )
+        self.add_request(request)
+        self._received.add(request.request_id)
+
     def abort_request(self, request_id: str) -> bool:
         """End a request in whatever state it is; False when no live request has this id.
 
@@ -117,11 +142,18 @@ class PDScheduler(BaseScheduler):
 
     # --- planning ---
 
-    def schedule(self) -> ScheduleOutput:
-        """Plan the next step. Planned steps that were not committed are rolled back first."""
+    def schedule(self, role: Role | None = None) -> ScheduleOutput:
+        """Plan the next step. A planned step that was not committed is rolled back first.
+
+        In strict mode the two workers may step each at its own pace: `role` plans the next step of that worker alone,
+        while a step of the other one may be in flight. Commit with `update_after_step(..., step_id=output.step_id)`.
+        Copies are handed out with the prefill worker's steps.
+        """
+        if role is not None and not self.kv.is_split:
+            raise ValueError("only in strict mode do the workers have steps of their own: schedule() without a role")
         if self._flights:
-            self.rollback_step()
-        return self._plan_step()
+            self._roll_back_flights(role)
+        return self._plan_step(role)
 
     def plan_ahead(self) -> ScheduleOutput:
         """Plan the step after the one in flight, which goes on; at most one step is planned ahead.
@@ -137,7 +169,7 @@ class PDScheduler(BaseScheduler):
             )
         if self._flights and not self.kv.is_split:
             self._seat_those_in_flight()
-        return self._plan_step()
+        return self._plan_step(None)
 
     def _seat_those_in_flight(self) -> None:
         """Whose last chunk of prefill is in flight decodes next, unless its one token is all that it may have."""
@@ -148,12 +180,14 @@ class PDScheduler(BaseScheduler):
                 del self._prefill.started[request.request_id]
                 self._decode.join_ahead(request)
 
-    def _plan_step(self) -> ScheduleOutput:
+    def _plan_step(self, role: Role | None) -> ScheduleOutput:
         plan = StepPlan(given=self._reannounce)
         self._reannounce = {}
         streak_before = self._num_consecutive_decodes
-        self._plan_batches(plan)
-        if self.kv.is_split:
+        if self._received:
+            self._admit_received(plan)
+        self._plan_batches(plan, role)
+        if self.kv.is_split and role != "decode":
             self._migration.plan(plan)
         if plan.prefill:
             self._num_consecutive_decodes = 0
@@ -163,40 +197,58 @@ class PDScheduler(BaseScheduler):
         output.kv_blocks_to_free, self.kv.freed = self.kv.freed, []
         output.prefill_blocks_to_free, self.kv.freed_prefill = self.kv.freed_prefill, []
         self._num_steps += 1
-        self._flights.append(Flight(output, plan.decode, streak_before))
+        self._flights.append(Flight(output, plan.decode, streak_before, role))
         self._counters.count_plan(output)
-        if output.is_empty and not self._may_idle():
+        if output.is_empty and not self._may_idle(role):
             raise SchedulerStalledError(f"nothing planned although requests wait: {self.get_stats()}")
         return output
 
-    def _plan_batches(self, plan: StepPlan) -> None:
+    def _plan_batches(self, plan: StepPlan, role: Role | None) -> None:
         match self.config.mode:
             case "time_share":
-                self._plan_time_share(plan)
+                self._plan_time_share(plan, self.config.max_prefill_tokens)
             case "hybrid":
-                self._plan_hybrid(plan)
+                self._plan_hybrid(plan, self.config.prefill_chunk_size)
+            case "auto":
+                self._plan_auto(plan)
             case "strict":
-                self._decode.plan(plan, self.config.max_decodes, bool(self._flights))
-                self._prefill.plan(plan, self.config.max_prefill_tokens, self.config.max_prefill_batch_size)
+                if role != "prefill":
+                    self._decode.plan(plan, self.config.max_decodes, bool(self._flights) and role is None)
+                if role != "decode":
+                    self._prefill.plan(plan, self.config.max_prefill_tokens, self.config.max_prefill_batch_size)
 
-    def _plan_time_share(self, plan: StepPlan) -> None:
+    def _plan_auto(self, plan: StepPlan) -> None:
+        assert self._mode_chooser is not None, "the constructor checks it"
+        choice = self._mode_chooser.choose(self)
+        num_tokens = choice.max_prefill_tokens
+        if choice.mode == "hybrid":
+            self._plan_hybrid(plan, self.config.prefill_chunk_size if num_tokens is None else num_tokens)
+        else:
+            most = self.config.max_prefill_tokens
+            self._plan_time_share(plan, most if num_tokens is None else min(most, num_tokens))
+
+    def _plan_time_share(self, plan: StepPlan, max_prefill_tokens: int) -> None:
         is_prefill_due = self._num_consecutive_decodes >= self.config.max_consecutive_decodes
         if not self.decode_queue or (is_prefill_due and self._prefill.has_work()):
-            self._prefill.plan(plan, self.config.max_prefill_tokens, self.config.max_prefill_batch_size)
+            self._prefill.plan(plan, max_prefill_tokens, self.config.max_prefill_batch_size)
         else:
             self._decode.plan(plan, self.config.max_decodes, bool(self._flights))
 
-    def _plan_hybrid(self, plan: StepPlan) -> None:
+    def _plan_hybrid(self, plan: StepPlan, chunk_size: int) -> None:
         """One token budget: decodes first, but never so many that a prefill with a place cannot advance."""
         budget = self.config.max_prefill_tokens
-        kept_for_prefill = min(self.config.prefill_chunk_size, budget // 2) if self._prefill.has_work() else 0
+        kept_for_prefill = min(chunk_size, budget // 2) if self._prefill.has_work() else 0
         self._decode.plan(plan, min(self.config.max_decodes, budget - kept_for_prefill), bool(self._flights))
-        num_left = min(self.config.prefill_chunk_size, budget - plan.num_decodes)
+        num_left = min(chunk_size, budget - plan.num_decodes)
         self._prefill.plan(plan, num_left, self.config.max_prefill_batch_size)
 
-    def _may_idle(self) -> bool:
-        is_under_way = bool(self._migration.copying) or len(self._flights) > 1
-        return is_under_way or not (self.running_requests or self.waiting_queue)
+    def _may_idle(self, role: Role | None) -> bool:
+        is_under_way = bool(self._migration.copying) or any(not f.output.is_empty for f in self._flights)
+        if is_under_way or not (self.running_requests or self.waiting_queue):
+            return True
+        if role == "decode":
+            return not self.decode_queue
+        return role == "prefill" and bool(self.decode_queue)
 
     def _can_admit(self, request: Request) -> bool:
         """Whether the request may start. A preempted one waits until every decode could grow, lest it fall again."""
@@ -213,25 +265,41 @@ class PDScheduler(BaseScheduler):
         self.running_requests[request.request_id] = request
         self.preempted_requests.pop(request.request_id, None)
 
+    def _admit_received(self, plan: StepPlan) -> None:
+        """Those whose KV came from elsewhere decode as soon as they have a place."""
+        while (head := self.waiting_queue.peek()) is not None and head.request_id in self._received:
+            if not self._can_admit(head):
+                return
+            self.waiting_queue.admit(head)
+            self._received.discard(head.request_id)
+            self._admit(head, plan)
+            self._start_decoding(head)
+
     # --- preemption ---
 
     def _grow(self, request: Request, plan: StepPlan) -> bool:
         """Give a decode the block of its next token, preempting others or itself; False when it sits this step out."""
         num_tokens = request.num_planned_tokens + 1
         while not self.kv.can_extend(request, num_tokens):
-            victim = self._victim()
-            assert victim is not None and self.config.enable_preemption, "a lone or reserved request outgrew the pool"
-            if victim is request and self._migration.copying:
-                return False  # a copy will soon be a decode, which can be preempted in its stead
+            pinned = self._pinned()
+            victim = self._victim(pinned)
+            assert self.config.enable_preemption, "a request outgrew what was reserved for it"
+            if victim is None or (victim is request and pinned):
+                return False  # what is pinned will soon decode and can be preempted in its stead
             self._preempt(victim, plan)
             if victim is request:
                 return False
         plan.give(request, self.kv.extend(request, num_tokens))
         return True
 
-    def _victim(self) -> Request | None:
-        candidates = (r for r in self.running_requests.values() if r.request_id not in self._migration.copying)
+    def _victim(self, pinned: Collection[str]) -> Request | None:
+        candidates = (r for r in self.running_requests.values() if r.request_id not in pinned)
         return max(candidates, key=lambda request: request.rank, default=None)
+
+    def _pinned(self) -> Collection[str]:
+        """Who cannot be preempted: its KV is being copied, or the prefill worker computes it in a step of its own."""
+        busy = [c.request.request_id for f in self._flights if f.role == "prefill" for c in f.prefill_chunks]
+        return {*busy, *self._migration.copying} if busy else self._migration.copying
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
         self._leave_line(request)
@@ -249,16 +317,21 @@ class PDScheduler(BaseScheduler):
     # --- committing ---
 
     def update_after_step(
-        self, finished_request_ids: Iterable[str], pending_migrations: Collection[str] = ()
+        self,
+        finished_request_ids: Iterable[str],
+        pending_migrations: Collection[str] = (),
+        step_id: int | None = None,
     ) -> list[str]:
-        """Commit the step in flight, end the finished requests, and return the ids that the scheduler itself ended.
+        """Commit a step in flight, end the finished requests, and return the ids that the scheduler itself ended.
+
+        The step is the one with this `step_id`, or the oldest.
 
         The step's migrations count as done, except the ids in `pending_migrations`: those wait for
         `confirm_migrations`. The scheduler ends a request, as a last resort, whose output has `max_new_tokens` tokens
         or whose sequence has `max_seq_len`; an engine that stops there itself gets an empty list. Unknown finished
         ids were aborted and are ignored.
         """
-        flight = self._flights.popleft() if self._flights else None
+        flight = self._take_flight(step_id)
         ended: list[Request] = []
         if flight is not None:
             ended = self._commit(flight)
@@ -276,13 +349,28 @@ class PDScheduler(BaseScheduler):
             self._empty_limbo()
         return [request.request_id for request in unexpected]
 
+    def _take_flight(self, step_id: int | None) -> Flight | None:
+        if step_id is None:
+            return self._flights.popleft() if self._flights else None
+        for flight in self._flights:
+            if flight.step_id == step_id:
+                self._flights.remove(flight)
+                return flight
+        raise ValueError(f"step {step_id} is not in flight; it was committed or rolled back")
+
     def rollback_step(self) -> None:
         """Forget the steps in flight, say because the device failed: their tokens and copies are planned again.
 
         Admissions and preemptions stand; blocks given or freed are announced again by the next output.
         """
-        while self._flights:
-            self._roll_back(self._flights.pop())
+        self._roll_back_flights(None)
+
+    def _roll_back_flights(self, role: Role | None) -> None:
+        """Roll back, the newest first, the steps of one worker, or all."""
+        for flight in list(reversed(self._flights)):
+            if role is None or flight.role == role:
+                self._flights.remove(flight)
+                self._roll_back(flight)
         self._empty_limbo()
 
     def rollback_ahead(self) -> None:
@@ -406,6 +494,7 @@ class PDScheduler(BaseScheduler):
         if request.request_id in self.waiting_queue:
             self.waiting_queue.remove(request)
             self.preempted_requests.pop(request.request_id, None)
+            self._received.discard(request.request_id)
         else:
             self._leave_line(request)
             self._limbo[request.request_id] = (request, self._num_steps - 1)

@@ -1,9 +1,12 @@
 """The step being planned. Until it is handed out a request can be dropped from it, which gives its share back."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sageLLM.runtime.scheduler.batch import Batch, Chunk, DecodeStepBatch, KVMigration, ScheduleOutput
 from sageLLM.runtime.scheduler.request import Request, Seat
+
+Role = Literal["prefill", "decode"]
 
 
 @dataclass(slots=True)
@@ -78,12 +81,14 @@ def _prefill_batch(batch_id: int, chunks_by_id: dict[str, Chunk]) -> Batch:
 class Flight:
     """A step that was handed out and neither committed nor rolled back.
 
-    `void` holds the ids whose part of it no longer counts: preempted since, or committed ahead of the step.
+    `role` is the worker's whose step it is, None if it is everybody's. `void` holds the ids whose part of it no longer
+    counts: preempted since, or committed ahead of the step.
     """
 
     output: ScheduleOutput
     decode: DecodePlan | None
     streak_before: int
+    role: Role | None = None
     void: set[str] = field(default_factory=set)
 
     @property

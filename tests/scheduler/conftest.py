@@ -31,6 +31,8 @@ class FakeEngine:
     ends: dict[str, int] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
+    tables: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    victims: dict[str, int] = field(default_factory=dict)
     steps: list[ScheduleOutput] = field(default_factory=list)
 
     def add(
@@ -50,25 +52,33 @@ class FakeEngine:
         self.requests[request_id], self.stop_after[request_id] = request, num_outputs
         return request
 
-    def plan(self) -> ScheduleOutput:
-        out = self.scheduler.schedule()
+    def plan(self, is_ahead: bool = False, role: str | None = None) -> ScheduleOutput:
+        """Plan a step, and note the block tables as they are: a device reads them when the step is launched."""
+        out = self.scheduler.plan_ahead() if is_ahead else self.scheduler.schedule(role)
         self.scheduler.check_integrity()
         for request in out.preempted_requests:
-            self.computed[request.request_id] = 0
+            self.victims[request.request_id] = out.step_id
+        for batch in (out.prefill_batch, out.decode_batch):
+            for request in batch.requests if batch else ():
+                self.tables[out.step_id, request.request_id] = list(request.kv_block_ids)
         self.steps.append(out)
         return out
 
     def run(self, out: ScheduleOutput) -> list[str]:
         """Execute the plan; returns the ids that finished."""
+        for request_id, step_id in list(self.victims.items()):
+            if step_id <= out.step_id:
+                self.computed[request_id] = 0
+                del self.victims[request_id]
         is_strict = self.scheduler.config.mode == "strict"
-        finished = self._run_batch(out.prefill_batch, self.prefill_cache if is_strict else self.decode_cache)
-        finished += self._run_batch(out.decode_batch, self.decode_cache)
+        finished = self._run_batch(out, out.prefill_batch, self.prefill_cache if is_strict else self.decode_cache)
+        finished += self._run_batch(out, out.decode_batch, self.decode_cache)
         self._copy(out)
         return finished
 
     def commit(self, out: ScheduleOutput, finished: list[str], pending: Iterable[str] = ()) -> None:
-        live_before = set(self.scheduler.running_requests)
-        ended = self.scheduler.update_after_step(finished, pending)
+        live_before = {*self.scheduler.running_requests, *(r.request_id for r in self.scheduler.waiting_queue)}
+        ended = self.scheduler.update_after_step(finished, tuple(pending), step_id=out.step_id)
         self.scheduler.check_integrity()
         for request_id in {i for i in finished if i in live_before} | set(ended):
             self.ends[request_id] = self.ends.get(request_id, 0) + 1
@@ -95,13 +105,18 @@ class FakeEngine:
             tokens.append(next_token(tokens))
         return tokens[request.num_prompt_tokens :]
 
-    def _run_batch(self, batch: Batch | None, cache: dict[tuple[int, int], tuple[str, int, int]]) -> list[str]:
+    def _run_batch(
+        self, out: ScheduleOutput, batch: Batch | None, cache: dict[tuple[int, int], tuple[str, int, int]]
+    ) -> list[str]:
         if batch is None:
             return []
         assert [chunk.request for chunk in batch.chunks] == batch.requests
-        return [c.request.request_id for c in batch.chunks if self._run_chunk(c, cache)]
+        ids = [c.request.request_id for c in batch.chunks if self._run_chunk(out.step_id, c, cache)]
+        for request in batch.requests:
+            del self.tables[out.step_id, request.request_id]
+        return ids
 
-    def _run_chunk(self, chunk: Chunk, cache: dict[tuple[int, int], tuple[str, int, int]]) -> bool:
+    def _run_chunk(self, step_id: int, chunk: Chunk, cache: dict[tuple[int, int], tuple[str, int, int]]) -> bool:
         request = chunk.request
         if request.status is RequestStatus.FINISHED:  # aborted while the step was in flight
             return False
@@ -111,11 +126,11 @@ class FakeEngine:
         assert chunk.is_last == (end == request.total_tokens)
         tokens = request.prompt_token_ids + request.output_token_ids
         for position in range(chunk.start, end):
-            cache[self._slot(request, position)] = (request_id, position, tokens[position])
+            cache[self._slot(step_id, request_id, position)] = (request_id, position, tokens[position])
         self.computed[request_id] = end
         if not chunk.is_last:
             return False
-        seen = [cache.get(self._slot(request, position)) for position in range(end)]
+        seen = [cache.get(self._slot(step_id, request_id, position)) for position in range(end)]
         assert seen == [(request_id, p, tokens[p]) for p in range(end)], f"{request_id}: its KV is not where it decodes"
         request.output_token_ids.append(next_token(tokens))
         return request.num_output_tokens >= min(self.stop_after[request_id], request.max_new_tokens)
@@ -128,9 +143,9 @@ class FakeEngine:
                     if (source, offset) in self.prefill_cache:
                         self.decode_cache[target, offset] = self.prefill_cache[source, offset]
 
-    def _slot(self, request: Request, position: int) -> tuple[int, int]:
+    def _slot(self, step_id: int, request_id: str, position: int) -> tuple[int, int]:
         block_size = self.scheduler.kv.block_size
-        return request.kv_block_ids[position // block_size], position % block_size
+        return self.tables[step_id, request_id][position // block_size], position % block_size
 
 
 @pytest.fixture(scope="session")

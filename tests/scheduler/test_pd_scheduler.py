@@ -57,7 +57,7 @@ def test_the_protocol_of_the_first_design_still_works() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mode": "both"}, "mode must be one of strict, time_share, hybrid; got 'both'"),
+        ({"mode": "both"}, "mode must be one of strict, time_share, hybrid, auto; got 'both'"),
         ({"preemption_mode": "drop"}, "preemption_mode must be one of swap, recompute; got 'drop'"),
         ({"max_prefill_tokens": 0}, "max_prefill_tokens must be at least 1, got 0"),
         (
