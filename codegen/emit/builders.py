@@ -2,8 +2,16 @@
 
 import ast
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from sageLLM.codegen.emit.builder_views import (
+    BodyView,
+    BranchView,
+    CallView,
+    FieldView,
+    InputView,
+    StepView,
+    WeightView,
+)
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.link.config import render as render_names
 from sageLLM.codegen.model.layout import (
@@ -53,80 +61,6 @@ def _registry(models: Sequence[ModelDef], renderer: Renderer) -> Output:
         ),
         tuple(model.ref for model in models),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class FieldView:
-    """A field of the config class, and the call that reads it."""
-
-    name: str
-    type: str
-    doc: str
-    read: str
-
-
-@dataclass(frozen=True, slots=True)
-class WeightView:
-    """A weight as `WeightSpec(...)` and as `g.weight(...)`; texts are Python, names in quotes included."""
-
-    name: str
-    label: str
-    shape: tuple[str, ...]
-    local_shape: tuple[str, ...]
-    parts: str
-    options: tuple[tuple[str, str], ...]
-    when: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class InputView:
-    """A step input, cache or table as `g.input(...)`."""
-
-    name: str
-    label: str
-    dtype: str
-    shape: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CallView:
-    """`targets = function(g, args, attrs)`."""
-
-    targets: tuple[str, ...]
-    function: str
-    args: tuple[str, ...]
-    attrs: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BranchView:
-    """The attention of some phases: the inputs that only it reads, and its call. The last branch has no condition."""
-
-    phases: tuple[Phase, ...]
-    inputs: tuple[InputView, ...]
-    call: CallView
-
-
-@dataclass(frozen=True, slots=True)
-class StepView:
-    """One statement: calls in order; `sharded` takes the place of `call` when tables are divided over ranks."""
-
-    call: CallView | None = None
-    sharded: CallView | None = None
-    reduce: tuple[CallView, ...] = ()
-    branches: tuple[BranchView, ...] = ()
-    block: BlockCall | None = None
-    results: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class BodyView:
-    """Statements with what they read from outside."""
-
-    needs_rows: bool
-    weights: tuple[WeightView, ...]
-    inputs: tuple[InputView, ...]
-    steps: tuple[StepView, ...]
 
 
 class BuilderView:
