@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sageLLM.codegen.emit.weights import WeightView
 from sageLLM.codegen.model.layout import BlockCall, Phase
 
 
@@ -13,19 +14,6 @@ class FieldView:
     type: str
     doc: str
     read: str
-
-
-@dataclass(frozen=True, slots=True)
-class WeightView:
-    """A weight as `WeightSpec(...)` and as `g.weight(...)`; texts are Python, names in quotes included."""
-
-    name: str
-    label: str
-    shape: tuple[str, ...]
-    local_shape: tuple[str, ...]
-    parts: str
-    options: tuple[tuple[str, str], ...]
-    when: str | None
 
 
 @dataclass(frozen=True, slots=True)

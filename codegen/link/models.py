@@ -15,7 +15,8 @@ from sageLLM.codegen.link.flatten import FlatModel, flatten
 from sageLLM.codegen.link.names import names_read, size_names
 from sageLLM.codegen.link.program import ProgramLinker
 from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings
-from sageLLM.codegen.link.weights import WeightLinker, link_size, link_weights
+from sageLLM.codegen.link.sizes import link_size
+from sageLLM.codegen.link.weights import WeightLinker, link_weights
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.layout import (
     PHASES,

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from sageLLM.codegen.link.config import REQUIRED_NAMES
 from sageLLM.codegen.link.flatten import FlatModel, FlatRepeat, Placed
+from sageLLM.codegen.link.sizes import size_texts
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.schema.models import ConfigField, WeightSpec
 from sageLLM.codegen.schema.passes import PassSpec
@@ -34,7 +35,7 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
 def _size_texts(flat: FlatModel) -> list[str]:
     texts = [place.value for place in flat.divides]
     texts += [item.place.value.repeat for item in flat.program if isinstance(item, FlatRepeat)]
-    texts += [text for weight in _all_weights(flat) for text in _texts_of(weight)]
+    texts += [text for weight in _all_weights(flat) for text in size_texts(weight)]
     texts += [place.value for block in flat.blocks.values() for place in block.args.values()]
     texts += [str(flat.rope.value.dim)] if flat.rope else []
     return texts
@@ -59,11 +60,3 @@ def _default_of(field: ConfigField) -> list[str]:
 def _conditions_of(weight: WeightSpec) -> list[str]:
     conditions = (weight.when, weight.tied.when if weight.tied else None)
     return [when for when in conditions if when is not None]
-
-
-def _texts_of(weight: WeightSpec) -> list[str]:
-    texts = [str(dim) for dim in weight.shape]
-    if not isinstance(weight.hf, str):
-        texts += [str(size) for size in (weight.hf.concat or {}).values()]
-        texts += [weight.hf.stack.over] if weight.hf.stack else []
-    return texts

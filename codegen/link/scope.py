@@ -11,7 +11,7 @@ from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.config import compile_expression, render, type_of
 from sageLLM.codegen.link.operands import Match
-from sageLLM.codegen.link.weights import link_size
+from sageLLM.codegen.link.sizes import link_size
 from sageLLM.codegen.model.layout import BlockDef, ConfigName, InputDef, Phase, WeightDef
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 
