@@ -3,7 +3,7 @@
 import ast
 import keyword
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
@@ -108,12 +108,15 @@ class Scope:
             self.used_weights.add((found.weight.block, found.weight.name))
         return found
 
-    def attrs(self, text: Text, call: ast.Call, op: OpDef) -> list[tuple[str, str]]:
+    def attrs(self, text: Text, call: ast.Call, op: OpDef, operands: Collection[str] = ()) -> list[tuple[str, str]]:
+        """The attrs as Python text over the config; `operands` are given by keyword, too."""
         attrs: list[tuple[str, str]] = []
         for given in call.keywords:
+            if given.arg in operands:
+                continue
             attr = op.attr(given.arg or "")
             if attr is None:
-                help = did_you_mean(given.arg or "", [known.name for known in op.attrs])
+                help = did_you_mean(given.arg or "", [*(known.name for known in op.attrs), *operands])
                 raise text.refuse("SAGE225", f"{op.name} has no attr '{given.arg}'", given, help)
             self._check_attr(text, given.value, attr)
             attrs.append((attr.name, render(given.value, lambda name: f"c.{name}")))
