@@ -109,6 +109,68 @@ def run(
     raise typer.Exit(run_prompts(request))
 
 
+@app.command()
+def simulate(
+    trace: Annotated[Path | None, typer.Option(help="Azure csv, Mooncake jsonl, or JSON pairs of lengths.")] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="strict, time_share, hybrid or vllm; may be repeated. Without it, all."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A config.json, or the name of a model in --profile.")] = "config.json",
+    hardware: Annotated[str, typer.Option(help="A device of specs/hardware.")] = "h100",
+    tp: Annotated[int, typer.Option(min=1, help="Devices that one worker spans.")] = 1,
+    profile: Annotated[Path | None, typer.Option(help="Fitted latencies (DistServe's JSON) for the roofline.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests per second, Poisson; else the trace's times.")] = None,
+    num_requests: Annotated[int | None, typer.Option(min=1, help="The first so many of the trace.")] = None,
+    prompt: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of prompts.")] = (
+        1020,
+        2734,
+    ),
+    output: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of answers.")] = (
+        129,
+        424,
+    ),
+    seed: Annotated[int, typer.Option(help="Of the arrivals and the drawn lengths.")] = 0,
+    slo_ttft: Annotated[float, typer.Option(help="Objective for the first token, seconds.")] = 1.0,
+    slo_tpot: Annotated[float, typer.Option(help="Objective for each token after it, seconds.")] = 0.1,
+    prefill_workers: Annotated[int, typer.Option(min=1, help="Prefill workers of strict mode.")] = 1,
+    decode_workers: Annotated[int, typer.Option(min=1, help="Its decode workers; other modes use the sum.")] = 1,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Prompt tokens of a hybrid step.")] = 512,
+    max_prefill_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prefill step.")] = 4096,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests in a step.")] = 256,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV block.")] = 16,
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks of a worker; else what fits.")] = None,
+    json: Json = False,
+) -> None:
+    """Play a trace of requests through the scheduler and compare its modes; needs no device and no weights."""
+    from sageLLM.runtime.sim.commands import SimulateRequest, run_simulation
+    from sageLLM.runtime.sim.metrics import Slo
+
+    request = SimulateRequest(
+        trace,
+        mode or [],
+        model,
+        hardware,
+        tp,
+        profile,
+        rate,
+        num_requests,
+        prompt,
+        output,
+        seed,
+        Slo(slo_ttft, slo_tpot),
+        prefill_workers,
+        decode_workers,
+        chunk_size,
+        max_prefill_tokens,
+        max_batch_size,
+        block_size,
+        num_blocks,
+        as_json=json,
+    )
+    raise typer.Exit(run_simulation(request))
+
+
 def main() -> None:
     app()
 

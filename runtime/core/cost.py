@@ -51,10 +51,13 @@ class Hardware:
     host_link: Link
     efficiency: Mapping[str, float] = field(default_factory=dict)
 
+    def peak_of(self, dtype: str) -> float:
+        """Operations per second; the slowest known arithmetic stands in for a dtype without a figure."""
+        return self.peak_flops.get(dtype) or min(self.peak_flops.values())
+
     def roofline_us(self, flops: int, num_bytes: int, dtype: str, efficiency: float = 1.0) -> float:
-        """Microseconds of a kernel; the slowest known arithmetic stands in for a dtype without a figure."""
-        peak = self.peak_flops.get(dtype) or min(self.peak_flops.values())
-        limit = max(flops / peak, num_bytes / self.memory_bandwidth)
+        """Microseconds of a kernel."""
+        limit = max(flops / self.peak_of(dtype), num_bytes / self.memory_bandwidth)
         return limit / efficiency * SECOND + self.launch_overhead_us
 
 
@@ -86,6 +89,13 @@ def estimate(
         return Cost(flops, num_bytes, hardware.launch_overhead_us + link.time_us(num_bytes / 2))
     time_us = hardware.roofline_us(flops, num_bytes, _dtype(node, hardware), _efficiency(node, hardware))
     return Cost(flops, num_bytes, time_us)
+
+
+def reach(node: ExecutionNode, hardware: Hardware) -> tuple[float, float]:
+    """The operations and the bytes per second that a kernel gets out of the device, at its efficiency."""
+    peak = hardware.peak_of(_dtype(node, hardware))
+    efficiency = _efficiency(node, hardware)
+    return peak * efficiency, hardware.memory_bandwidth * efficiency
 
 
 def annotate(graph: ExecutionGraph, hardware: Hardware, env: Mapping[str, Dim] | None = None) -> None:

@@ -175,7 +175,7 @@ class DecodePhase:
         due = self._growth.pop(self.clock.planned, [])
         self._fill(plan, _roster(list(served.values())), skipped)
         for seat in due:
-            if _is_taken(seat):
+            if _is_taken(seat) and seat.growth_tick < self.clock.planned:  # not entered again by _fill, nor stale
                 self._note_growth(seat)
         if plan.decode is not None:
             plan.decode.served_in_turn = list(served.values())

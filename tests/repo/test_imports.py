@@ -175,7 +175,8 @@ print(*sorted(set(sys.argv[2].split()) & set(sys.modules)))
 @pytest.mark.parametrize(
     ("folders", "unwanted"),
     [
-        ("runtime/core runtime/scheduler runtime/kv runtime/sim", "torch numpy pydantic jinja2 networkx yaml typer"),
+        ("runtime/core runtime/scheduler runtime/kv", "torch numpy pydantic jinja2 networkx yaml typer"),
+        ("runtime/sim", "torch pydantic jinja2 networkx yaml typer"),
         ("codegen", "torch transformers sageLLM.runtime sageLLM.generated"),
         ("runtime generated", "sageLLM.codegen pydantic yaml ruamel typer triton"),
     ],

@@ -1,0 +1,91 @@
+"""The ways to serve a trace that `sagellm simulate` compares: a scheduler's mode on a number of devices."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from sageLLM.runtime.core.step_cost import StepCostModel
+from sageLLM.runtime.scheduler.base import BaseScheduler
+from sageLLM.runtime.scheduler.batch import KVBudget
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+from sageLLM.runtime.scheduler.running_first import RunningFirstConfig, RunningFirstScheduler
+from sageLLM.runtime.sim.simulator import Cluster, Colocated, Disaggregated, EventQueue, MakeCluster, Paired
+from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
+
+SimMode = Literal["strict", "time_share", "hybrid", "vllm"]
+AMPLE_KV = KVBudget(num_blocks=2**18)
+"""For the running-first scheduler, which always has a bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all modes share: the cost of a step, KV per worker, and how many workers there are.
+
+    Strict mode puts `num_prefill` workers to prefill and `num_decode` to decode; the others run as many workers in
+    all, each with a share of the requests. `costs` may name a cost model of its own for "prefill" or "decode" workers.
+    """
+
+    cost: StepCostModel
+    transfer_s: Callable[[int], float]
+    kv_budget: KVBudget | None = None
+    num_prefill: int = 1
+    num_decode: int = 1
+    scheduler: PDSchedulerConfig = field(default_factory=PDSchedulerConfig)
+    costs: Mapping[str, StepCostModel] = field(default_factory=dict)
+    enable_prefix_caching: bool = True
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_prefill + self.num_decode
+
+
+def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
+    """The workers of a mode, ready to be put into a simulation."""
+    if mode == "strict":
+        return lambda events: _strict(events, setup)
+    if mode == "vllm":
+        return _colocated(_running_first(setup), setup)
+    return _colocated(_pd_scheduler(replace(setup.scheduler, mode=mode), setup.kv_budget), setup)
+
+
+def _colocated(make_scheduler: MakeScheduler, setup: Setup) -> MakeCluster:
+    def build(events: EventQueue) -> Cluster:
+        return Colocated(events, make_scheduler, setup.cost, setup.num_workers)
+
+    return build
+
+
+def _strict(events: EventQueue, setup: Setup) -> Cluster:
+    """Pairs under one scheduler each where the numbers are equal, else workers that hand requests over."""
+    costs = setup.costs.get("prefill", setup.cost), setup.costs.get("decode", setup.cost)
+    if setup.num_prefill == setup.num_decode:
+        strict = _pd_scheduler(replace(setup.scheduler, mode="strict"), setup.kv_budget)
+        return Paired(events, strict, costs, setup.transfer_s, setup.num_prefill)
+    prefill = _pd_scheduler(replace(setup.scheduler, mode="time_share"), setup.kv_budget)
+    decode = _pd_scheduler(replace(setup.scheduler, mode="hybrid"), setup.kv_budget)
+    return Disaggregated(
+        events, (prefill, costs[0], setup.num_prefill), (decode, costs[1], setup.num_decode), setup.transfer_s
+    )
+
+
+def _pd_scheduler(config: PDSchedulerConfig, budget: KVBudget | None) -> Callable[[VirtualClock], PDScheduler]:
+    def make(clock: VirtualClock) -> PDScheduler:
+        return PDScheduler(config, kv_budget=budget, clock=clock)
+
+    return make
+
+
+def _running_first(setup: Setup) -> MakeScheduler:
+    """vLLM's policy with the same limits: one budget of tokens a step, for prompts and decodes."""
+    limits = setup.scheduler
+    config = RunningFirstConfig(
+        limits.max_decode_batch_size,
+        limits.max_prefill_tokens,
+        enable_prefix_caching=setup.enable_prefix_caching,
+    )
+    budget = setup.kv_budget or AMPLE_KV
+
+    def make(clock: VirtualClock) -> BaseScheduler:
+        return RunningFirstScheduler(config, kv_budget=budget, clock=clock)
+
+    return make

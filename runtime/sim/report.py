@@ -1,0 +1,69 @@
+"""Prints simulations for people and for programs, and says which way of serving pays."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sageLLM.runtime.sim.metrics import PERCENTILES, Slo, Summary
+
+Results = Mapping[str, Summary]
+WORTH_MENTIONING = 0.02
+
+
+def as_table(results: Results, slo: Slo) -> str:
+    """A line per mode: percentiles in milliseconds, attainment, requests per second within the objective."""
+    points = "/".join(f"p{p}" for p in PERCENTILES)
+    header = ["mode", f"TTFT ms {points}", f"TPOT ms {points}", f"E2E s {points}", "SLO %", "goodput/s", "tok/s"]
+    rows = [[*header, "preempted", "refused"]]
+    for mode, one in results.items():
+        rows.append(
+            [
+                mode,
+                _millis(one.ttft),
+                _millis(one.tpot),
+                "/".join(f"{one.e2e[p]:.2f}" for p in PERCENTILES),
+                f"{100 * one.attainment:.1f}",
+                f"{one.goodput:.2f}",
+                f"{one.output_throughput:.0f}",
+                str(one.num_preemptions),
+                str(one.num_refused),
+            ]
+        )
+    return "\n".join([_aligned(rows), "", *verdict(results, slo)])
+
+
+def verdict(results: Results, slo: Slo) -> list[str]:
+    """Which mode meets the objective most often, and whether it pays to keep prefill and decode apart."""
+    best = max(results, key=lambda mode: results[mode].goodput)
+    objective = f"TTFT <= {1e3 * slo.ttft_s:g} ms and TPOT <= {1e3 * slo.tpot_s:g} ms"
+    lines = [f"Best for {objective}: {best}, {results[best].goodput:.2f} requests/s within it."]
+    together = {mode: one for mode, one in results.items() if mode != "strict"}
+    if "strict" not in results or not together:
+        return lines
+    rival = max(together, key=lambda mode: together[mode].goodput)
+    ours, theirs = results["strict"].goodput, together[rival].goodput
+    gain = ours / theirs - 1 if theirs else (1.0 if ours else 0.0)
+    if gain > WORTH_MENTIONING:
+        lines.append(f"Disaggregation pays here: strict has {gain:+.0%} goodput against {rival} on as many devices.")
+    else:
+        lines.append(
+            f"Disaggregation does not pay here: strict has {gain:+.0%} goodput against {rival} on as many devices."
+        )
+    return lines
+
+
+def as_data(results: Results, slo: Slo) -> dict[str, Any]:
+    """The same as JSON data, times in seconds."""
+    modes = {mode: asdict(one) for mode, one in results.items()}
+    return {"slo": asdict(slo), "modes": modes, "verdict": verdict(results, slo)}
+
+
+def _millis(by_percentile: Mapping[int, float]) -> str:
+    return "/".join(f"{1e3 * by_percentile[p]:.0f}" for p in PERCENTILES)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

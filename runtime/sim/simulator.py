@@ -1,0 +1,265 @@
+"""Plays a trace through schedulers and cost models: a discrete-event simulation, the same for the same trace.
+
+The schedulers are those that the engine runs. Time is virtual: it jumps from event to event, and no decision depends on
+the machine that simulates.
+"""
+
+import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from sageLLM.runtime.core.step_cost import StepCostModel
+from sageLLM.runtime.scheduler.batch import KVMigration
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
+from sageLLM.runtime.scheduler.request import Request
+from sageLLM.runtime.sim.metrics import Timeline
+from sageLLM.runtime.sim.trace import Trace
+from sageLLM.runtime.sim.worker import Live, MakeScheduler, RoleWorker, VirtualClock, Worker
+
+Event = Callable[[], None]
+TransferTime = Callable[[int], float]
+
+
+class EventQueue:
+    """Events by time; those of one instant in the order in which they were put."""
+
+    def __init__(self) -> None:
+        self.clock = VirtualClock()
+        self._heap: list[tuple[float, int, Event]] = []
+        self._num_put = 0
+
+    def put(self, when: float, event: Event) -> None:
+        """Let the event happen at that time, which is not before now."""
+        heapq.heappush(self._heap, (when, self._num_put, event))
+        self._num_put += 1
+
+    def run(self) -> None:
+        """Let all events happen, and those that they bring about."""
+        while self._heap:
+            self.clock.now, _, event = heapq.heappop(self._heap)
+            event()
+
+
+class Cluster(ABC):
+    """Workers, and the way that a request takes through them."""
+
+    def __init__(self, events: EventQueue) -> None:
+        self.workers: list[Worker] = []
+        self._events = events
+
+    @abstractmethod
+    def accept(self, timeline: Timeline, prompt: list[int]) -> None:
+        """Start to serve a request that arrives now. Raises ValueError if it can never be served."""
+
+    @property
+    def num_live(self) -> int:
+        """Requests that are being served."""
+        return sum(worker.num_live for worker in self.workers)
+
+    def _drive(self, worker: Worker) -> None:
+        """Let an idle worker step; when its step ends, whoever may go on goes on."""
+        if worker.is_busy:
+            return
+        duration = worker.start_step()
+        for copy in worker.take_copies():
+            self._copy(worker, copy)
+        if duration is not None:
+            self._events.put(self._events.clock.now + duration, lambda: self._end(worker))
+
+    def _end(self, worker: Worker) -> None:
+        for live in worker.end_step():
+            self._leave(worker, live)
+        for one in self._concerned(worker):
+            self._drive(one)
+
+    def _concerned(self, worker: Worker) -> Sequence[Worker]:
+        """Who may have something to do when this worker's step has ended."""
+        return (worker,)
+
+    def _leave(self, worker: Worker, live: Live) -> None:
+        """A request has all its tokens from this worker."""
+        live.timeline.last_token_s = live.last_token_s
+
+    def _copy(self, worker: Worker, copy: KVMigration) -> None:
+        raise AssertionError(f"{type(self).__name__} has no second KV pool to copy to")
+
+
+MakeCluster = Callable[[EventQueue], Cluster]
+
+
+class Colocated(Cluster):
+    """Workers that each do prefill and decode; a request goes to the one with the fewest."""
+
+    def __init__(
+        self, events: EventQueue, make_scheduler: MakeScheduler, cost: StepCostModel, num_workers: int
+    ) -> None:
+        super().__init__(events)
+        clock = events.clock
+        self.workers = [Worker(make_scheduler(clock), cost, clock) for _ in range(num_workers)]
+
+    def accept(self, timeline: Timeline, prompt: list[int]) -> None:
+        """Start to serve a request that arrives now. Raises ValueError if it can never be served."""
+        worker = _least_loaded(self.workers)
+        worker.submit(_live(timeline, prompt, timeline.num_output_tokens))
+        self._drive(worker)
+
+
+class Paired(Cluster):
+    """Pairs of a prefill and a decode worker under one scheduler in strict mode, each worker at its own pace.
+
+    A prompt is only admitted when the decode worker has room for it. Its KV arrives `transfer_s(tokens)` seconds after
+    the prefill worker has computed it.
+    """
+
+    def __init__(
+        self,
+        events: EventQueue,
+        make_scheduler: Callable[[VirtualClock], PDScheduler],
+        costs: tuple[StepCostModel, StepCostModel],
+        transfer_s: TransferTime,
+        num_pairs: int,
+    ) -> None:
+        super().__init__(events)
+        self._transfer_s = transfer_s
+        self._pairs: dict[Worker, tuple[RoleWorker, RoleWorker]] = {}
+        for _ in range(num_pairs):
+            scheduler = make_scheduler(events.clock)
+            prefill = RoleWorker(scheduler, costs[0], events.clock, "prefill")
+            decode = RoleWorker(scheduler, costs[1], events.clock, "decode")
+            decode.share_requests(prefill)
+            self._pairs[prefill] = self._pairs[decode] = (prefill, decode)
+        self.workers = list(self._pairs)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that are being served; the workers of a pair have them in common."""
+        return super().num_live // 2
+
+    def accept(self, timeline: Timeline, prompt: list[int]) -> None:
+        """Start to serve a request that arrives now. Raises ValueError if it can never be served."""
+        prefill = _least_loaded(self.workers[::2])
+        prefill.submit(_live(timeline, prompt, timeline.num_output_tokens))
+        self._drive(prefill)
+
+    def _concerned(self, worker: Worker) -> Sequence[Worker]:
+        return self._pairs[worker]
+
+    def _copy(self, worker: Worker, copy: KVMigration) -> None:
+        decode = self._pairs[worker][1]
+
+        def arrive() -> None:
+            decode.scheduler.confirm_migrations([copy.request_id])
+            for one in self._pairs[worker]:
+                self._drive(one)
+
+        self._events.put(self._events.clock.now + self._transfer_s(copy.num_tokens), arrive)
+
+
+class Disaggregated(Cluster):
+    """Any number of prefill and of decode workers, each with a scheduler of its own (DistServe, arXiv 2401.09670).
+
+    A prefill worker computes a prompt and its first token; `transfer_s(tokens)` seconds later its KV is at the decode
+    worker with the fewest requests, which computes the rest. KV that waits for room there costs the prefill worker
+    nothing, as if it waited in host memory.
+    """
+
+    def __init__(
+        self,
+        events: EventQueue,
+        prefill: tuple[MakeScheduler, StepCostModel, int],
+        decode: tuple[MakeScheduler, StepCostModel, int],
+        transfer_s: TransferTime,
+    ) -> None:
+        super().__init__(events)
+        self._transfer_s = transfer_s
+        clock = events.clock
+        self._prefill, self._decode = (
+            [Worker(make_scheduler(clock), cost, clock) for _ in range(num)]
+            for make_scheduler, cost, num in (prefill, decode)
+        )
+        self.workers = self._prefill + self._decode
+
+    def accept(self, timeline: Timeline, prompt: list[int]) -> None:
+        """Start to serve a request that arrives now. Raises ValueError if it can never be served."""
+        worker = _least_loaded(self._prefill)
+        worker.submit(_live(timeline, prompt, 1))
+        self._drive(worker)
+
+    def _leave(self, worker: Worker, live: Live) -> None:
+        timeline = live.timeline
+        if timeline.num_output_tokens == 1 or worker in self._decode:
+            super()._leave(worker, live)
+            return
+        arrival = self._events.clock.now + self._transfer_s(timeline.num_prompt_tokens)
+        self._events.put(arrival, lambda: self._receive(live))
+
+    def _receive(self, live: Live) -> None:
+        timeline, prompt = live.timeline, live.request.prompt_token_ids
+        request = Request(
+            live.request.request_id,
+            prompt,
+            max_new_tokens=timeline.num_output_tokens,
+            output_token_ids=[0],
+            arrival_time=timeline.arrival_s,
+            num_computed_tokens=len(prompt),
+        )
+        worker = _least_loaded(self._decode)
+        if worker.scheduler.why_not_acceptable(request) is not None:  # with its first token it is as long as it can be
+            timeline.num_output_tokens = 1
+            super()._leave(worker, live)
+            return
+        worker.receive(Live(timeline, request, timeline.num_output_tokens - 1, live.last_token_s))
+        self._drive(worker)
+
+
+def _least_loaded(workers: Sequence[Worker]) -> Worker:
+    return min(workers, key=lambda worker: worker.num_live)
+
+
+def _live(timeline: Timeline, prompt: list[int], num_left: int) -> Live:
+    request = Request(str(timeline.number), prompt, num_left, arrival_time=timeline.arrival_s)
+    return Live(timeline, request, num_left, timeline.arrival_s)
+
+
+class Simulation:
+    """One run of a trace through a cluster."""
+
+    def __init__(self, make_cluster: MakeCluster) -> None:
+        self._events = EventQueue()
+        self.cluster = make_cluster(self._events)
+        self.refusals: dict[int, str] = {}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all workers."""
+        return sum(worker.num_steps for worker in self.cluster.workers)
+
+    def run(self, trace: Trace) -> list[Timeline]:
+        """Serves the trace to its end; the timelines are in its order, those of refused requests without tokens.
+
+        Raises RuntimeError if requests are left that nothing will ever serve, which is a scheduler's mistake.
+        """
+        timelines = [
+            Timeline(number, one.arrival_s, one.num_prompt_tokens, one.num_output_tokens)
+            for number, one in enumerate(trace)
+        ]
+        self._put_arrival(trace, timelines, 0)
+        self._events.run()
+        if self.cluster.num_live:
+            stuck = self.cluster.num_live
+            raise RuntimeError(f"{stuck} requests wait at {self._events.clock.now:.3f} s and no worker will ever step")
+        return timelines
+
+    def _put_arrival(self, trace: Trace, timelines: list[Timeline], number: int) -> None:
+        """Each arrival brings the next one about, so that prompts exist only while they are served."""
+        if number == len(trace):
+            return
+
+        def arrive() -> None:
+            self._put_arrival(trace, timelines, number + 1)
+            try:
+                self.cluster.accept(timelines[number], trace[number].prompt_token_ids(number))
+            except ValueError as error:
+                self.refusals[number] = str(error)
+
+        self._events.put(trace[number].arrival_s, arrive)

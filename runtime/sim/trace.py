@@ -1,0 +1,162 @@
+"""Traces: who asks when, with how long a prompt, for how long an answer; read from files or drawn by a seed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+MOONCAKE_BLOCK = 512
+"""Tokens that one entry of `hash_ids` stands for in a Mooncake trace."""
+
+
+class TraceError(ValueError):
+    """A trace file that cannot be read; the message names file and line."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request: arrival in seconds since the trace began, tokens of its prompt and of its answer (at least 1 each).
+
+    `block_hashes` name the contents of the prompt, block by block of `hash_block` tokens: requests that begin with the
+    same names share that prefix. Without them a prompt shares nothing.
+    """
+
+    arrival_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    block_hashes: tuple[int, ...] = ()
+    hash_block: int = MOONCAKE_BLOCK
+
+    def prompt_token_ids(self, number: int) -> list[int]:
+        """A prompt of that length: tokens stand for the blocks' contents, or for the request's `number`."""
+        if not self.block_hashes:
+            return [number] * self.num_prompt_tokens
+        tokens: list[int] = []
+        for name in self.block_hashes:
+            tokens += [name] * self.hash_block
+        missing = self.num_prompt_tokens - len(tokens)
+        return tokens[: self.num_prompt_tokens] if missing <= 0 else tokens + [self.block_hashes[-1]] * missing
+
+
+Trace = Sequence[TraceRequest]
+
+
+def read_trace(path: Path) -> list[TraceRequest]:
+    """Reads a trace by the look of its file: Azure's csv, Mooncake's jsonl, or JSON pairs of prompt and output lengths.
+
+    Pairs come without times: all arrive at 0 until `at_rate` spreads them. Raises TraceError.
+    """
+    readers = {".csv": _read_azure, ".jsonl": _read_jsonl, ".json": _read_pairs}
+    if path.suffix not in readers:
+        raise TraceError(f"{path}: a trace ends in {', '.join(readers)}")
+    trace = readers[path.suffix](path)
+    if not trace:
+        raise TraceError(f"{path}: holds no requests")
+    return trace
+
+
+def _read_azure(path: Path) -> list[TraceRequest]:
+    """Azure's LLM inference traces: TIMESTAMP, ContextTokens, GeneratedTokens."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        wanted = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
+        if not wanted <= set(rows.fieldnames or ()):
+            raise TraceError(f"{path}:1: wants the columns {', '.join(sorted(wanted))}")
+        found = [_azure_request(path, number, row) for number, row in enumerate(rows, start=2)]
+    return _from_zero(found)
+
+
+def _azure_request(path: Path, line: int, row: dict[str, str]) -> TraceRequest:
+    try:
+        when = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+        return _request(when, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+    except (ValueError, TypeError) as error:
+        raise TraceError(f"{path}:{line}: {error}") from None
+
+
+def _read_jsonl(path: Path) -> list[TraceRequest]:
+    """A request a line: Mooncake's (timestamp in ms, input_length, ...) or a serving timeline's (arrival_time in s)."""
+    with path.open(encoding="utf-8") as file:
+        found = [_jsonl_request(path, number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    return _from_zero(found)
+
+
+def _jsonl_request(path: Path, line: int, text: str) -> TraceRequest:
+    try:
+        row = json.loads(text)
+        if "arrival_time" in row:
+            return _request(float(row["arrival_time"]), int(row["input_toks"]), int(row["output_toks"]))
+        names = tuple(int(name) for name in row.get("hash_ids", ()))
+        return _request(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]), names)
+    except KeyError as error:
+        raise TraceError(f"{path}:{line}: the key {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TraceError(f"{path}:{line}: {error}") from None
+
+
+def _read_pairs(path: Path) -> list[TraceRequest]:
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))
+        return [_request(0.0, int(prompt), int(output)) for prompt, output in pairs]
+    except (ValueError, TypeError) as error:
+        raise TraceError(f"{path}: wants a list of [prompt tokens, output tokens]: {error}") from None
+
+
+def _request(when: float, prompt: int, output: int, names: tuple[int, ...] = ()) -> TraceRequest:
+    if prompt < 1 or output < 1:
+        raise ValueError(f"{prompt} prompt and {output} output tokens, want at least one of each")
+    return TraceRequest(when, prompt, output, names)
+
+
+def _from_zero(trace: list[TraceRequest]) -> list[TraceRequest]:
+    """The requests in order of arrival, the first at 0."""
+    ordered = sorted(trace, key=lambda request: request.arrival_s)
+    return [replace(request, arrival_s=request.arrival_s - ordered[0].arrival_s) for request in ordered]
+
+
+def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
+    """Arrival times in seconds of a Poisson process of `rate` requests a second; the first comes at 0.
+
+    The gaps come from numpy's RandomState, whose stream is frozen, so that a seed means the same everywhere.
+    """
+    if rate <= 0:
+        raise ValueError(f"a rate of {rate} requests per second: want more than 0")
+    gaps = np.random.RandomState(seed).exponential(1 / rate, size=max(num_requests - 1, 0))
+    return [0.0, *(float(time) for time in np.cumsum(gaps))][:num_requests]
+
+
+def at_rate(trace: Iterable[TraceRequest], rate: float, seed: int) -> list[TraceRequest]:
+    """The same requests in the same order, arriving as a Poisson process."""
+    requests = list(trace)
+    times = poisson_arrivals(len(requests), rate, seed)
+    return [replace(request, arrival_s=time) for request, time in zip(requests, times, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Log-normal lengths in tokens, by median and 90th percentile, cut to 1 .. `limit`."""
+
+    p50: float
+    p90: float
+    limit: int
+
+    def draw(self, random: np.random.RandomState, num: int) -> list[int]:
+        """`num` lengths."""
+        z90 = 1.2815515655446004  # the 90th percentile of a standard normal
+        sigma = np.log(self.p90 / self.p50) / z90
+        drawn = random.lognormal(np.log(self.p50), sigma, size=num)
+        return [int(length) for length in np.clip(np.rint(drawn), 1, self.limit)]
+
+
+def synthetic(num_requests: int, rate: float, prompt: Lengths, output: Lengths, seed: int) -> list[TraceRequest]:
+    """Requests with drawn lengths, arriving as a Poisson process; the same for the same seed."""
+    random = np.random.RandomState(seed)
+    prompts, outputs = prompt.draw(random, num_requests), output.draw(random, num_requests)
+    times = poisson_arrivals(num_requests, rate, seed)
+    return [TraceRequest(*row) for row in zip(times, prompts, outputs, strict=True)]

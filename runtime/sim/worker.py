@@ -1,0 +1,168 @@
+"""One simulated worker: a real scheduler, and a cost model in the place of a device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sageLLM.runtime.core.step_cost import PromptChunk, StepCostModel, StepWork
+from sageLLM.runtime.scheduler.base import BaseScheduler
+from sageLLM.runtime.scheduler.batch import Batch, DecodeStepBatch, KVMigration, ScheduleOutput
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
+from sageLLM.runtime.scheduler.plan import Role
+from sageLLM.runtime.scheduler.request import Request
+from sageLLM.runtime.sim.metrics import Timeline
+
+
+class VirtualClock:
+    """Simulated time in seconds; it moves when the simulation says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+MakeScheduler = Callable[[VirtualClock], BaseScheduler]
+
+
+@dataclass(slots=True)
+class Live:
+    """A request that a worker serves. It leaves the worker after `num_left` more tokens."""
+
+    timeline: Timeline
+    request: Request
+    num_left: int
+    last_token_s: float
+
+
+class Worker:
+    """Runs the steps that its scheduler plans. Every token is 0: how long answers are is for the trace to say."""
+
+    def __init__(self, scheduler: BaseScheduler, cost: StepCostModel, clock: VirtualClock) -> None:
+        self.scheduler = scheduler
+        self.num_steps = 0
+        self._cost = cost
+        self._clock = clock
+        self._live: dict[str, Live] = {}
+        self._step: ScheduleOutput | None = None
+        self._copies: list[KVMigration] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step runs."""
+        return self._step is not None
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have been submitted and not left."""
+        return len(self._live)
+
+    def submit(self, live: Live) -> None:
+        """Queue a request. Raises ValueError if the scheduler refuses it."""
+        self.scheduler.add_request(live.request)
+        self._live[live.request.request_id] = live
+
+    def receive(self, live: Live) -> None:
+        """Queue a request whose KV arrives from another worker. Raises ValueError if the scheduler refuses it."""
+        assert isinstance(self.scheduler, PDScheduler), "no other scheduler takes requests with their KV"
+        self.scheduler.add_received(live.request)
+        self._live[live.request.request_id] = live
+
+    def start_step(self) -> float | None:
+        """Plan a step; returns its duration in seconds, or None when there is nothing to compute."""
+        step = self._plan()
+        for request in step.preempted_requests:
+            self._live[request.request_id].timeline.num_preemptions += 1
+        self._copies += step.kv_migrations
+        if not (step.prefill_batch or step.decode_batch):
+            self._commit(step, [])
+            return None
+        self._step = step
+        self.num_steps += 1
+        return self._cost.step_s(work_of(step))
+
+    def take_copies(self) -> list[KVMigration]:
+        """The copies handed out since they were last taken."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def end_step(self) -> list[Live]:
+        """Commit the step that ran; returns the requests that left the worker with it.
+
+        Among them are those that the scheduler cut short, as they became too long for the KV pool.
+        """
+        step, self._step = self._step, None
+        assert step is not None, "a step ended that never started"
+        left: list[Live] = []
+        for request in _yielding(step):
+            live = self._live[request.request_id]
+            request.output_token_ids.append(0)
+            _note_token(live, self._clock.now)
+            live.num_left -= 1
+            if not live.num_left:
+                left.append(live)
+        cut_short = self._commit(step, [live.request.request_id for live in left])
+        left += [self._live[request_id] for request_id in cut_short]
+        for live in left:
+            live.timeline.num_output_tokens -= live.num_left
+            del self._live[live.request.request_id]
+        return left
+
+    def _plan(self) -> ScheduleOutput:
+        return self.scheduler.schedule()
+
+    def _commit(self, step: ScheduleOutput, finished: list[str]) -> list[str]:
+        return self.scheduler.update_after_step(finished)
+
+
+class RoleWorker(Worker):
+    """One of the two workers that a scheduler in strict mode plans for; it steps at its own pace."""
+
+    scheduler: PDScheduler
+
+    def __init__(self, scheduler: PDScheduler, cost: StepCostModel, clock: VirtualClock, role: Role) -> None:
+        super().__init__(scheduler, cost, clock)
+        self._role: Role = role
+
+    def share_requests(self, other: "RoleWorker") -> None:
+        """The two workers serve the same requests, one after the other."""
+        self._live = other._live
+
+    def _plan(self) -> ScheduleOutput:
+        return self.scheduler.schedule(self._role)
+
+    def _commit(self, step: ScheduleOutput, finished: list[str]) -> list[str]:
+        pending = [copy.request_id for copy in step.kv_migrations]
+        return self.scheduler.update_after_step(finished, pending, step.step_id)
+
+
+def _yielding(step: ScheduleOutput) -> list[Request]:
+    """The requests that get a token from the step."""
+    prefill = step.prefill_batch.chunks if step.prefill_batch else []
+    decode = step.decode_batch.requests if step.decode_batch else []
+    return [chunk.request for chunk in prefill if chunk.is_last] + list(decode)
+
+
+def _note_token(live: Live, now: float) -> None:
+    timeline = live.timeline
+    if timeline.first_token_s is None:
+        timeline.first_token_s = now
+    elif now - live.last_token_s > timeline.longest_gap_s:
+        timeline.longest_gap_s = now - live.last_token_s
+    live.last_token_s = now
+
+
+def work_of(step: ScheduleOutput) -> StepWork:
+    """What the step computes."""
+    chunks = step.prefill_batch.chunks if step.prefill_batch else ()
+    prompts = [PromptChunk(chunk.start, chunk.num_tokens) for chunk in chunks]
+    decodes = step.decode_batch
+    if decodes is None:
+        return StepWork(prompts)
+    return StepWork(prompts, decodes.batch_size, _num_context_tokens(decodes))
+
+
+def _num_context_tokens(decodes: Batch) -> int:
+    if isinstance(decodes, DecodeStepBatch):
+        return sum(decodes.offsets) + (decodes.tick + 1) * decodes.batch_size
+    return sum(request.total_tokens for request in decodes.requests)

@@ -1,0 +1,96 @@
+"""`sagellm simulate`: what it prints, for people and for programs, and how it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+SYNTHETIC = ("--rate", "20", "--num-requests", "60")
+
+
+def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "sageLLM.cli", "simulate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+def test_a_table_with_a_line_per_mode_and_a_verdict(model: str) -> None:
+    done = simulate("--model", model, *SYNTHETIC)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("mode        TTFT ms p50/p90/p99  TPOT ms p50/p90/p99")
+    assert [line.split()[0] for line in lines[1:5]] == ["strict", "time_share", "hybrid", "vllm"]
+    assert lines[6].startswith("Best for TTFT <= 1000 ms and TPOT <= 100 ms: ")
+    assert lines[7].startswith("Disaggregation ")
+
+
+def figures(model: str, *arguments: str) -> dict[str, Any]:
+    done = simulate("--model", model, *SYNTHETIC, "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    data: dict[str, Any] = json.loads(done.stdout)
+    return data
+
+
+def test_json_is_the_same_every_time_and_follows_the_seed(model: str) -> None:
+    first = figures(model, "--mode", "hybrid", "--mode", "strict")
+    assert list(first["modes"]) == ["strict", "hybrid"]
+    assert first["modes"]["hybrid"]["num_finished"] == 60
+    assert first == figures(model, "--mode", "hybrid", "--mode", "strict")
+    assert first != figures(model, "--mode", "hybrid", "--mode", "strict", "--seed", "1")
+
+
+def test_two_devices_for_a_worker_are_faster_than_one(model: str) -> None:
+    one, two = (figures(model, "--mode", "hybrid", "--tp", tp)["modes"]["hybrid"] for tp in ("1", "2"))
+    assert two["mean_tpot"] < one["mean_tpot"] < 2 * two["mean_tpot"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "without --trace, give --rate and --num-requests to draw one"),
+        ((*SYNTHETIC, "--mode", "both"), "no mode named both; known are strict, time_share, hybrid, vllm"),
+        ((*SYNTHETIC, "--hardware", "abacus"), "no hardware named abacus; known are cpu, h100"),
+        (("--trace", "gone.csv"), "[Errno 2] No such file or directory: 'gone.csv'"),
+    ],
+)
+def test_a_refusal_names_the_remedy(model: str, arguments: tuple[str, ...], message: str) -> None:
+    done = simulate("--model", model, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {message}")
+
+
+def test_weights_that_do_not_fit_are_refused(model: str, tmp_path: Path) -> None:
+    huge = tmp_path / "config.json"
+    huge.write_text(json.dumps(CONFIG | {"num_hidden_layers": 300}))
+    done = simulate("--model", str(huge), *SYNTHETIC)
+    assert done.stderr == f"error: {huge}: 133.0 GB of weights do not fit h100; raise --tp\n"
+
+
+def test_pairs_of_lengths_need_a_rate(model: str, tmp_path: Path) -> None:
+    pairs = tmp_path / "lengths.json"
+    pairs.write_text("[[100, 10], [200, 20]]")
+    assert simulate("--model", model, "--trace", str(pairs)).stderr == (
+        f"error: {pairs} has no arrival times: give --rate\n"
+    )
+    assert simulate("--model", model, "--trace", str(pairs), "--rate", "3").returncode == 0

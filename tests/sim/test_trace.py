@@ -1,0 +1,97 @@
+"""Traces: what the readers take, what they refuse and how they say so, and what is drawn by a seed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sageLLM.runtime.sim.trace import (
+    Lengths,
+    TraceError,
+    TraceRequest,
+    at_rate,
+    poisson_arrivals,
+    read_trace,
+    synthetic,
+)
+
+
+def written(tmp_path: Path, name: str, text: str) -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_azure_times_count_from_the_first_arrival(tmp_path: Path) -> None:
+    text = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:50.9951690,396,109\n"
+        "2023-11-16 18:15:46.6805900,374,44\n"
+    )
+    first, second = read_trace(written(tmp_path, "a.csv", text))
+    assert first == TraceRequest(0.0, 374, 44)
+    assert (second.num_prompt_tokens, second.num_output_tokens) == (396, 109)
+    assert second.arrival_s == pytest.approx(4.314579, abs=1e-6)
+
+
+def test_mooncake_hashes_become_shared_prefixes(tmp_path: Path) -> None:
+    text = (
+        '{"timestamp": 1000, "input_length": 1100, "output_length": 5, "hash_ids": [7, 8, 9]}\n'
+        '{"timestamp": 3500, "input_length": 700, "output_length": 2, "hash_ids": [7, 12]}\n'
+    )
+    first, second = read_trace(written(tmp_path, "m.jsonl", text))
+    assert (first.arrival_s, second.arrival_s) == (0.0, 2.5)
+    a, b = first.prompt_token_ids(0), second.prompt_token_ids(1)
+    assert (len(a), len(b)) == (1100, 700)
+    assert a[:512] == b[:512] and a[512:700] != b[512:]
+
+
+def test_a_serving_timeline_is_a_trace(tmp_path: Path) -> None:
+    text = '{"arrival_time": 17.5, "input_toks": 10, "output_toks": 3}\n'
+    assert read_trace(written(tmp_path, "t.jsonl", text)) == [TraceRequest(0.0, 10, 3)]
+
+
+def test_prompts_without_hashes_share_nothing() -> None:
+    request = TraceRequest(0.0, 40, 1)
+    assert request.prompt_token_ids(3)[:16] != request.prompt_token_ids(4)[:16]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.txt", "", "x.txt: a trace ends in .csv, .jsonl, .json"),
+        ("x.csv", "a,b\n", "x.csv:1: wants the columns ContextTokens, GeneratedTokens, TIMESTAMP"),
+        ("x.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "x.csv: holds no requests"),
+        (
+            "x.csv",
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,0,4\n",
+            "x.csv:2: 0 prompt and 4 output tokens, want at least one of each",
+        ),
+        ("x.jsonl", '\n{"timestamp": 1}\n', "x.jsonl:2: the key 'input_length' is missing"),
+        ("x.jsonl", "[1]\n", "x.jsonl:1: "),
+        ("x.json", "[[1]]", "x.json: wants a list of [prompt tokens, output tokens]: not enough values to unpack"),
+    ],
+)
+def test_a_bad_trace_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(TraceError) as caught:
+        read_trace(written(tmp_path, name, text))
+    assert str(caught.value).startswith(f"{tmp_path}/{message}")
+
+
+def test_poisson_arrivals_have_the_rate_and_repeat_by_seed() -> None:
+    times = poisson_arrivals(20_000, rate=4.0, seed=1)
+    assert times[0] == 0.0 and times == sorted(times)
+    gaps = np.diff(times)
+    assert np.mean(gaps) == pytest.approx(0.25, rel=0.03) and np.std(gaps) == pytest.approx(0.25, rel=0.03)
+    assert times == poisson_arrivals(20_000, rate=4.0, seed=1) != poisson_arrivals(20_000, rate=4.0, seed=2)
+    assert at_rate([TraceRequest(9.0, 1, 1)] * 3, 4.0, 1)[2].arrival_s == times[2]
+    with pytest.raises(ValueError, match="a rate of 0 requests per second: want more than 0"):
+        poisson_arrivals(2, rate=0, seed=0)
+
+
+def test_drawn_lengths_have_the_percentiles_asked_for() -> None:
+    trace = synthetic(20_000, 1.0, Lengths(1730, 5696, 8192), Lengths(415, 834, 8192), seed=3)
+    prompts = [one.num_prompt_tokens for one in trace]
+    assert np.percentile(prompts, 50) == pytest.approx(1730, rel=0.03)
+    assert np.percentile(prompts, 90) == pytest.approx(5696, rel=0.03)
+    assert max(prompts) == 8192 and min(prompts) >= 1
