@@ -215,6 +215,15 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE214": CodeInfo("not a condition", "`when` names a boolean of the config."),
     "SAGE215": CodeInfo("unused weight", "A weight that no statement reads would be loaded for nothing."),
+    "SAGE217": CodeInfo(
+        "not a rearrangement",
+        "`rearrange` takes a tensor apart into axes and puts them together in another order, as in "
+        "`(Nq c D) H -> (c Nq D) H`; each side names every axis once.",
+    ),
+    "SAGE218": CodeInfo(
+        "tensor not read exactly once",
+        "Weights that each take a part of one tensor must take all of it, once.",
+    ),
     "SAGE220": CodeInfo("not a statement", "A statement is `names = op(values, attr=...)`; loops are `repeat: L`."),
     "SAGE221": CodeInfo("unknown op", "A statement calls an op of specs/ops, a block, or in a block `attend`."),
     "SAGE222": CodeInfo("wrong count", "The call has too few or too many values or results."),

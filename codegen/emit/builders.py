@@ -2,8 +2,16 @@
 
 import ast
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from sageLLM.codegen.emit.builder_views import (
+    BodyView,
+    BranchView,
+    CallView,
+    FieldView,
+    InputView,
+    StepView,
+)
+from sageLLM.codegen.emit.weights import WeightText, WeightView, tuple_text
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.link.config import render as render_names
 from sageLLM.codegen.model.layout import (
@@ -14,7 +22,6 @@ from sageLLM.codegen.model.layout import (
     InputDef,
     ModelDef,
     OpCall,
-    PartDef,
     Phase,
     Repeat,
     WeightDef,
@@ -55,80 +62,6 @@ def _registry(models: Sequence[ModelDef], renderer: Renderer) -> Output:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class FieldView:
-    """A field of the config class, and the call that reads it."""
-
-    name: str
-    type: str
-    doc: str
-    read: str
-
-
-@dataclass(frozen=True, slots=True)
-class WeightView:
-    """A weight as `WeightSpec(...)` and as `g.weight(...)`; texts are Python, names in quotes included."""
-
-    name: str
-    label: str
-    shape: tuple[str, ...]
-    local_shape: tuple[str, ...]
-    parts: str
-    options: tuple[tuple[str, str], ...]
-    when: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class InputView:
-    """A step input, cache or table as `g.input(...)`."""
-
-    name: str
-    label: str
-    dtype: str
-    shape: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CallView:
-    """`targets = function(g, args, attrs)`."""
-
-    targets: tuple[str, ...]
-    function: str
-    args: tuple[str, ...]
-    attrs: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BranchView:
-    """The attention of some phases: the inputs that only it reads, and its call. The last branch has no condition."""
-
-    phases: tuple[Phase, ...]
-    inputs: tuple[InputView, ...]
-    call: CallView
-
-
-@dataclass(frozen=True, slots=True)
-class StepView:
-    """One statement: calls in order; `sharded` takes the place of `call` when tables are divided over ranks."""
-
-    call: CallView | None = None
-    sharded: CallView | None = None
-    reduce: tuple[CallView, ...] = ()
-    branches: tuple[BranchView, ...] = ()
-    block: BlockCall | None = None
-    results: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class BodyView:
-    """Statements with what they read from outside."""
-
-    needs_rows: bool
-    weights: tuple[WeightView, ...]
-    inputs: tuple[InputView, ...]
-    steps: tuple[StepView, ...]
-
-
 class BuilderView:
     """Everything that templates/builder.py.jinja shows of one layout."""
 
@@ -139,6 +72,7 @@ class BuilderView:
         self.constant = model.name.upper()
         self.is_overlay = specs.is_overlay
         self.extends = model.base.name if model.base else None
+        self._weights = WeightText(self._text, lambda name: model.config[name].words)
 
     @property
     def fields(self) -> list[FieldView]:
@@ -149,11 +83,11 @@ class BuilderView:
 
     def group(self, items: Iterable[str]) -> str:
         """A tuple of Python texts."""
-        return _tuple(items)
+        return tuple_text(items)
 
     def quoted(self, items: Iterable[str]) -> str:
         """A tuple of text literals."""
-        return _tuple(map(lit, items))
+        return tuple_text(map(lit, items))
 
     @property
     def rope_dim(self) -> str:
@@ -181,17 +115,17 @@ class BuilderView:
         """The model's own weights before the layers."""
         own = self.model.weights
         cut = next((i for i, weight in enumerate(own) if weight.is_per_layer), len(own))
-        return [self._weight(weight, "i") for weight in own[:cut]]
+        return [self._weights.view(weight, "i") for weight in own[:cut]]
 
     @property
     def layer_weights(self) -> list[WeightView]:
-        return [self._weight(weight, "i") for weight in self.all_weights if weight.is_per_layer]
+        return [self._weights.view(weight, "i") for weight in self.all_weights if weight.is_per_layer]
 
     @property
     def last_weights(self) -> list[WeightView]:
         own = self.model.weights
         cut = next((i for i, weight in enumerate(own) if weight.is_per_layer), len(own))
-        return [self._weight(weight, "i") for weight in own[cut:] if not weight.is_per_layer]
+        return [self._weights.view(weight, "i") for weight in own[cut:] if not weight.is_per_layer]
 
     @property
     def blocks(self) -> list[tuple[BlockDef, BodyView]]:
@@ -248,7 +182,7 @@ class BuilderView:
         steps = tuple(self._step(statement, index) for statement in statements)
         branched = [i for step in steps for branch in step.branches for i in branch.inputs]
         needs_rows = any("T" in text.split() for i in (*inputs, *branched) for text in i.shape)
-        return BodyView(needs_rows, tuple(self._weight(weight, index) for weight in weights), inputs, steps)
+        return BodyView(needs_rows, tuple(self._weights.view(weight, index) for weight in weights), inputs, steps)
 
     def _inputs_of(self, statements: Sequence[OpCall | Attend | BlockCall]) -> list[InputDef]:
         """What every phase reads, in the order of the inputs file; a name that a statement sets is none."""
@@ -312,7 +246,8 @@ class BuilderView:
         args = [name if name is not None else "None" for name in call.args]
         while args and args[-1] == "None":
             args.pop()
-        names = ("name", lit(call.targets[0])) if len(call.targets) == 1 else ("names", _tuple(map(lit, call.targets)))
+        targets = [lit(target) for target in call.targets]
+        names = ("name", targets[0]) if len(targets) == 1 else ("names", tuple_text(targets))
         return CallView(call.targets, f"{self._module_of(call.op)}.{call.op.name}", tuple(args), (*call.attrs, names))
 
     def _module_of(self, op: OpDef) -> str:
@@ -323,26 +258,6 @@ class BuilderView:
         label = f'f"layers.{{{index}}}.{given.name}"' if given.is_per_layer else lit(given.name)
         dtype = "g.dtype" if given.type.element == "E" else lit(given.type.element)
         return InputView(given.name, label, dtype, tuple(self._text(dim) for dim in given.type.dims))
-
-    def _weight(self, weight: WeightDef, index: str) -> WeightView:
-        inner = f"{weight.block}.{weight.name}" if weight.block else weight.name
-        shape = tuple(self._text(dim) for dim in weight.dims)
-        return WeightView(
-            weight.name,
-            f'f"layers.{{{index}}}.{inner}"' if weight.is_per_layer else lit(inner),
-            shape,
-            tuple(_share(text, i, weight) for i, text in enumerate(shape)),
-            self._parts(weight),
-            tuple(_options(weight)),
-            f"c.{weight.when}" if weight.when else None,
-        )
-
-    def _parts(self, weight: WeightDef) -> str:
-        parts = [f"Part({_tensor_name(part)}, {self._text(part.size)})" for part in weight.parts]
-        if weight.over is None:
-            return _tuple(parts)
-        variable, count = weight.over
-        return f"tuple({parts[0]} for {variable} in range(c.{count}))"
 
     def _text(self, size: Size) -> str:
         """A size as Python text: config names are fields of `c`, dims of the step are symbols."""
@@ -363,38 +278,6 @@ def _common_args(statement: OpCall | Attend | BlockCall) -> list[str | None]:
     return [*statement.store.args, *shared]
 
 
-def _share(text: str, dim: int, weight: WeightDef) -> str:
-    """A rank's share of a size: the divided config names are local already, a vocabulary is not."""
-    is_vocab = weight.shard is not None and weight.shard.kind == "vocab" and weight.shard.dim == dim
-    return f"{text} // c.tp" if is_vocab else text
-
-
-def _tensor_name(part: PartDef) -> str:
-    return f'f"{part.hf}"' if "{" in part.hf else lit(part.hf)
-
-
-def _options(weight: WeightDef) -> Iterable[tuple[str, str]]:
-    """Keyword arguments of WeightSpec besides name, shape and parts, where they are not the default."""
-    if weight.dim:
-        yield "dim", str(weight.dim)
-    if weight.is_transposed:
-        yield "transpose", "True"
-    if weight.over:
-        yield "stack", "True"
-    if weight.shard:
-        yield "shard", _shard(weight)
-    if weight.tied_to:
-        owner = lit(weight.tied_to)
-        yield "tied_to", f"{owner} if c.{weight.tied_when} else None" if weight.tied_when else owner
-
-
-def _shard(weight: WeightDef) -> str:
-    assert weight.shard is not None, "asked of divided weights only"
-    kind = [f"kind={lit(weight.shard.kind)}"] if weight.shard.kind != "rows" else []
-    then = [f"then={lit(weight.shard.then)}"] if weight.shard.then else []
-    return f"Shard({', '.join([str(weight.shard.dim), *kind, *then])})"
-
-
 def _sentence(name: ConfigName) -> str:
     return name.doc[:1].upper() + name.doc[1:].rstrip(".") + "."
 
@@ -408,8 +291,3 @@ def _read_call(name: ConfigName) -> str:
         return f"hf.opt_{name.type}({keys})"
     default = f", default={name.default}" if name.default is not None else ""
     return f"hf.{name.type}({keys}{default})"
-
-
-def _tuple(items: Iterable[str]) -> str:
-    texts = list(items)
-    return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"

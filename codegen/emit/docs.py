@@ -112,7 +112,7 @@ def _weight_row(weight: WeightDef) -> tuple[str, ...]:
     name = f"{weight.block}.{weight.name}" if weight.block else weight.name
     shape = f"[{', '.join(map(str, weight.dims))}]"
     condition = f" (when {weight.when})" if weight.when else ""
-    return (_code(name), _code(shape), ", ".join(_code(part.hf) for part in weight.parts) + condition)
+    return (_code(name), _code(shape), ", ".join(dict.fromkeys(_code(part.hf) for part in weight.parts)) + condition)
 
 
 # the spec language

@@ -9,7 +9,7 @@ from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.torch_text import Layout, Piece, TorchText, squeezed, tidy, view_text
 from sageLLM.codegen.expr.program import sorted_parts, tile_axis
 from sageLLM.codegen.expr.size import LEADING, Size, formula
-from sageLLM.codegen.expr.tree import Dot, Expr, Program, Ref, Statement, View, names_read
+from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Program, Ref, Statement, View, names_read
 from sageLLM.codegen.model.op import Attr, AttrName, Call, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit
@@ -103,7 +103,8 @@ def _template_text(op: OpDef, renderer: Renderer) -> str:
     params = {name: lit(value) for name, value in op.reference.params}
     used = {name for hook in op.reference.hooks for name in names_read(hook.value)}
     attrs = ", ".join(_parameter(attr) for attr in op.attrs)
-    text = renderer.render(op.reference.template, op=op.name, attrs=attrs, used=used, **params, **hooks)
+    given = {"op": op.name, "attrs": attrs, "used": used, "plain": plain_when(op)}
+    text = renderer.render(op.reference.template, **given, **params, **hooks)
     _check_function(op, text)
     return text
 
@@ -115,7 +116,8 @@ def _check_function(op: OpDef, text: str) -> None:
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     if len(tree.body) != 1 or not functions or len(functions[0].args.args) != len(op.inputs):
         message = f"the template takes other inputs than the {len(op.inputs)} of '{op.name}'"
-        raise SpecErrors([Diagnostic("SAGE124", message, span)])
+        taken = ", ".join(argument.arg for argument in functions[0].args.args) if functions else ""
+        raise SpecErrors([Diagnostic("SAGE124", message, span, f"its inputs are: {taken}")])
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for attr in op.attrs:
         if attr.name in stored | {argument.arg for argument in functions[0].args.args}:
@@ -128,6 +130,17 @@ def hook_text(value: Expr) -> str:
     layouts: dict[str, Layout] = dict.fromkeys(names_read(value), ())
     text = tidy(TorchText(layouts, {}, {}).piece(value).text)
     return text if text.isidentifier() else f"({text})"
+
+
+def plain_when(op: OpDef) -> str:
+    """When an attention's scores are products of queries and keys alone: `cap is None and sinks is None`, or ""."""
+    assert op.reference is not None, "asked of ops with a reference"
+    absent = [operand.name for operand in op.inputs if operand.optional]
+    value = next((hook.value for hook in op.reference.hooks if hook.name == "score_mod"), None)
+    while isinstance(value, IfPresent):
+        absent, value = [value.name, *absent], value.b
+    is_plain = isinstance(value, Ref) and value.name == "score"
+    return " and ".join(f"{name} is None" for name in absent) if is_plain else ""
 
 
 def _fused_lines(op: OpDef) -> list[str]:

@@ -16,8 +16,9 @@ from sageLLM.codegen.render import TEMPLATES
 from sageLLM.codegen.schema.ops import KernelSpec, OpSpec
 
 FOLDER = "reference"
-STANDARD = frozenset({"op", "attrs", "used"})
-"""Given to every template: the name of its function, its keyword parameters, and the names in its hooks."""
+STANDARD = frozenset({"op", "attrs", "used", "plain"})
+"""Given to every template: the name of its function, its keyword parameters, the names in its hooks, and the condition
+under which nothing changes the scores (empty if there is none)."""
 
 
 @dataclass(frozen=True, slots=True)

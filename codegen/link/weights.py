@@ -1,6 +1,5 @@
 """Links a layout's weights: shapes as sizes, sources that fill them exactly, and what tensor parallelism does."""
 
-import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,26 +7,16 @@ from typing import Any
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
-from sageLLM.codegen.expr.types import dim_text, size_of
+from sageLLM.codegen.expr.syntax import Refused
+from sageLLM.codegen.link.covers import check_covers
 from sageLLM.codegen.link.flatten import FlatBlock, Placed
-from sageLLM.codegen.model.layout import ConfigName, PartDef, ShardDef, WeightDef
-from sageLLM.codegen.schema.models import HfSource, WeightSpec
+from sageLLM.codegen.link.segments import derived_segments
+from sageLLM.codegen.link.sizes import SizeReader
+from sageLLM.codegen.link.sources import SourceLinker
+from sageLLM.codegen.model.layout import ConfigName, ShardDef, WeightDef
+from sageLLM.codegen.schema.models import ShardSpec, WeightSpec
 
 _TENSOR = re.compile(r"(?:[A-Za-z0-9_.-]|\{i\}|\{e\})+\Z")
-_OVER = re.compile(r"e in ([A-Za-z][A-Za-z0-9_]*)\Z")
-
-
-def link_size(text: Text, config: Mapping[str, ConfigName], steps: Mapping[str, object] = {}) -> Size:
-    """A size over config names (and the dims of a step, where allowed); raises Refused."""
-    node = parse_expression(text)
-    known = [name for name, found in config.items() if found.type == "size"]
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Name) and inner.id not in known and inner.id not in steps:
-            help = did_you_mean(inner.id, [*known, *steps])
-            raise text.refuse("SAGE210", f"'{inner.id}' is not a size of this layout", inner, help)
-    size = size_of(node, text, dict.fromkeys([*known, *steps]))
-    return Size(size.terms, text=dim_text(node))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +32,9 @@ class WeightLinker:
     ) -> WeightDef | None:
         before = len(self.sink.diagnostics)
         try:
-            dims = tuple(self._size(dim, place, "shape", i) for i, dim in enumerate(place.value.shape))
-            weight = self._source(name, place, block, dims, f"{prefix.value}." if prefix else "")
+            reader = SizeReader(name, place, self.config, self.sink)
+            dims = tuple(reader.size(dim, ("shape", i)) for i, dim in enumerate(place.value.shape))
+            weight = self._source(place, reader, block, dims, f"{prefix.value}." if prefix else "")
         except Refused:
             return None
         if weight is None:
@@ -52,61 +42,16 @@ class WeightLinker:
         weight = replace(weight, shard=self._shard(place, weight), when=self.condition(place, "when"))
         return weight if len(self.sink.diagnostics) == before else None
 
-    def _size(self, dim: int | str, place: Placed[WeightSpec], *path: str | int) -> Size:
-        if isinstance(dim, str):
-            return link_size(place.text(dim, self.sink, *path), self.config)
-        if dim < 1:
-            self.sink.error("SAGE210", f"{dim} is not a size", place.span(*path), "sizes are at least 1")
-            raise Refused
-        return Size.of(dim)
-
     def _source(
-        self, name: str, place: Placed[WeightSpec], block: str | None, dims: tuple[Size, ...], prefix: str
+        self, place: Placed[WeightSpec], reader: SizeReader, block: str | None, dims: tuple[Size, ...], prefix: str
     ) -> WeightDef | None:
-        source = place.value.hf if isinstance(place.value.hf, HfSource) else HfSource(transpose=place.value.hf)
-        is_plain = source is not place.value.hf
+        parts = SourceLinker(reader, prefix).parts(place.value.hf, dims, ("hf",))
         tied = place.value.tied.to if place.value.tied is not None else None
-        weight = WeightDef(name, block, False, dims, (), source.dim, tied_to=tied)
-        if source.concat is not None:
-            sizes = {hf: self._size(size, place, "hf", "concat", hf) for hf, size in source.concat.items()}
-            weight = replace(weight, parts=tuple(PartDef(prefix + hf, size) for hf, size in sizes.items()))
-            self._check_concat(place, weight)
-        elif source.stack is not None:
-            weight = self._stack(place, weight, prefix + source.stack.of, source.stack.over)
-        else:
-            weight = replace(
-                weight, parts=(PartDef(prefix + str(source.transpose), dims[0]),), is_transposed=not is_plain
-            )
-            if weight.is_transposed and len(dims) != 2:
-                message = f"a transposed weight has 2 dims, '{name}' has {len(dims)}"
-                self.sink.error("SAGE211", message, place.span("shape"), "give both sizes, or drop `transpose`")
-        return self._named(place, weight)
-
-    def _check_concat(self, place: Placed[WeightSpec], weight: WeightDef) -> None:
-        if weight.dim >= len(weight.dims):
-            message = f"'{weight.name}' has no dim {weight.dim}"
-            self.sink.error("SAGE211", message, place.span("hf", "dim"), f"it has {len(weight.dims)} dims, from 0")
-            return
-        total = sum((part.size for part in weight.parts), Size.of(0))
-        if total != weight.dims[weight.dim]:
-            message = f"the parts of '{weight.name}' fill {total}, but dim {weight.dim} is {weight.dims[weight.dim]}"
-            self.sink.error("SAGE211", message, place.span("hf", "concat"), "let the sizes add up")
-
-    def _stack(self, place: Placed[WeightSpec], weight: WeightDef, hf: str, over: str) -> WeightDef:
-        found = _OVER.match(over)
-        count = found[1] if found else ""
-        if count not in self.config or "{e}" not in hf:
-            message = f"a stack runs `over: e in COUNT` on a name with {{e}}, got '{over}' and '{hf}'"
-            self.sink.error("SAGE211", message, place.span("hf", "stack"), did_you_mean(count, self.config))
-            raise Refused
-        if weight.dims[0] != Size.symbol(count):
-            message = f"'{weight.name}' stacks {count} tensors, but dim 0 is {weight.dims[0]}"
-            self.sink.error("SAGE211", message, place.span("shape", 0), f"write {count}")
-        return replace(weight, parts=(PartDef(hf, Size.of(1)),), over=("e", count))
+        return self._named(place, WeightDef(reader.name, block, False, dims, parts, tied_to=tied))
 
     def _named(self, place: Placed[WeightSpec], weight: WeightDef) -> WeightDef | None:
         for part in weight.parts:
-            if not _TENSOR.match(part.hf) or ("{e}" in part.hf) != (weight.over is not None):
+            if not _TENSOR.match(part.hf) or ("{e}" in part.hf) != (part.stacked is not None):
                 help = "use letters, digits, `.`, `_`, `-`, and {i} for the layer"
                 self.sink.error("SAGE212", f"'{part.hf}' cannot name a tensor", place.span("hf"), help)
                 return None
@@ -145,12 +90,36 @@ class WeightLinker:
             self.sink.error("SAGE240", f"'{weight.name}' has no dim {spec.shard}", place.span("tp", "shard"))
             return None
         wanted = [] if spec.kind == "vocab" else [spec.shard]
-        parts = weight.parts if weight.dim == spec.shard and weight.over is None and not weight.is_transposed else ()
-        if local != wanted or (wanted and not all(self._is_divided(part.size) for part in parts)):
+        segments = self._segments(place, weight, spec) if local == wanted and wanted else ()
+        if segments is None:
+            return None
+        if local != wanted or not all(map(self._is_divided, segments)):
             message = f"dim {spec.shard} of '{weight.name}' is not what `tp.divides` divides"
             help = f"`tp.divides` makes these local: {', '.join(self.divides) or 'nothing'}"
             self.sink.error("SAGE240", message, place.span("tp", "shard"), help)
-        return ShardDef(spec.shard, spec.kind, spec.then)
+        return ShardDef(spec.shard, spec.kind, spec.then, segments if len(segments) > 1 else ())
+
+    def _segments(self, place: Placed[WeightSpec], weight: WeightDef, spec: ShardSpec) -> tuple[Size, ...] | None:
+        """The runs of the divided dim that are divided each for itself; None after a finding."""
+        dim = spec.shard or 0
+        if spec.segments is None:
+            found = derived_segments(weight.parts, dim, self._is_divided)
+            if found is None:
+                message = f"dim {dim} of '{weight.name}' is {weight.dims[dim]}, in which ranks cannot tell the pieces"
+                help = "write `segments: [SIZE, ...]`, the pieces in order, each of which the ranks divide"
+                self.sink.error("SAGE240", message, place.span("tp"), help)
+            return found
+        reader = SizeReader(weight.name, place, self.config, self.sink)
+        try:
+            given = [reader.size(size, ("tp", "segments", i)) for i, size in enumerate(spec.segments)]
+        except Refused:
+            return None
+        total = sum(given, Size.of(0))
+        if total != weight.dims[dim]:
+            message = f"the segments of '{weight.name}' fill {total}, but dim {dim} is {weight.dims[dim]}"
+            self.sink.error("SAGE240", message, place.span("tp", "segments"), "let the sizes add up")
+            return None
+        return tuple(given)
 
     def _is_divided(self, size: Size) -> bool:
         return bool(set(size.symbols) & set(self.divides))
@@ -160,6 +129,8 @@ def link_weights(linker: WeightLinker, weights: Mapping[str, Placed[WeightSpec]]
     """The model's own weights; ties are checked once all are known."""
     found = {name: linker.link(name, place, None, None) for name, place in weights.items()}
     linked = {name: weight for name, weight in found.items() if weight is not None}
+    if len(linked) == len(found):
+        check_covers(linked.values(), weights, linker.sink)
     for name, place in weights.items():
         tied = place.value.tied
         if tied is None or name not in linked:
@@ -192,4 +163,7 @@ def link_block_weights(linker: WeightLinker, name: str, block: FlatBlock) -> dic
             linker.sink.error(
                 "SAGE213", f"'{name}.{w}' is tied", place.span("tied"), "only the model's own weights can be"
             )
-    return {w: weight for w, weight in found.items() if weight is not None}
+    linked = {w: weight for w, weight in found.items() if weight is not None}
+    if len(linked) == len(found):
+        check_covers(linked.values(), block.weights, linker.sink)
+    return linked

@@ -8,6 +8,7 @@ from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.model.source import PartDef
 from sageLLM.codegen.schema.models import ModelFile, Scalar
 
 Phase = Literal["prefill", "decode", "hybrid"]
@@ -59,34 +60,24 @@ class RopeDef:
 
 
 @dataclass(frozen=True, slots=True)
-class PartDef:
-    """A checkpoint tensor (its name may hold `{i}`) and its size along the dim that parts are put together on."""
-
-    hf: str
-    size: Size
-
-
-@dataclass(frozen=True, slots=True)
 class ShardDef:
-    """What tensor parallelism does with a weight; see `sageLLM.runtime.core.layout.Shard`."""
+    """What tensor parallelism does with a weight; see `sageLLM.runtime.core.weights.Shard`."""
 
     dim: int
     kind: Literal["rows", "vocab", "first"]
     then: Literal["all_reduce", "all_gather"] | None
+    segments: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class WeightDef:
-    """A weight of the model or of a block. `over` is the (variable, count) of a stack."""
+    """A weight of the model or of a block, and the parts that fill it."""
 
     name: str
     block: str | None
     is_per_layer: bool
     dims: tuple[Size, ...]
     parts: tuple[PartDef, ...]
-    dim: int = 0
-    is_transposed: bool = False
-    over: tuple[str, str] | None = None
     shard: ShardDef | None = None
     tied_to: str | None = None
     tied_when: str | None = None

@@ -2,7 +2,17 @@
 
 from collections.abc import Iterator
 
-from sageLLM.codegen.model.layout import Attend, BlockCall, BlockDef, ModelDef, OpCall, Repeat, WeightDef
+from sageLLM.codegen.model.layout import (
+    Attend,
+    BlockCall,
+    BlockDef,
+    ModelDef,
+    OpCall,
+    Repeat,
+    ShardDef,
+    WeightDef,
+)
+from sageLLM.codegen.model.source import PartDef
 
 
 def layout_text(model: ModelDef) -> str:
@@ -50,16 +60,29 @@ def _block(block: BlockDef) -> Iterator[str]:
 
 
 def _weight(weight: WeightDef) -> str:
-    parts = " + ".join(f"{part.hf}:{part.size}" for part in weight.parts)
-    shard = weight.shard
     facts = [
-        f"over {weight.over[0]} < {weight.over[1]}" if weight.over else "",
-        "transposed" if weight.is_transposed else "",
-        f"{shard.kind} of dim {shard.dim}{f' then {shard.then}' if shard.then else ''}" if shard else "",
+        _shard(weight.shard) if weight.shard else "",
         f"tied to {weight.tied_to} when {weight.tied_when}" if weight.tied_to else "",
         f"when {weight.when}" if weight.when else "",
     ]
+    parts = " + ".join(map(_part, weight.parts))
     return "; ".join([f"weight {weight.name}: {weight.type} <- {parts}", *filter(None, facts)])
+
+
+def _shard(shard: ShardDef) -> str:
+    segments = f" as {' | '.join(map(str, shard.segments))}" if shard.segments else ""
+    return f"{shard.kind} of dim {shard.dim}{segments}{f' then {shard.then}' if shard.then else ''}"
+
+
+def _part(part: PartDef) -> str:
+    """`name[shape]`, how it is taken apart (`as [axes], cut, to [dims]`), and where it goes."""
+    words = f"{part.hf}[{', '.join(map(str, part.shape))}]"
+    if not part.is_plain:
+        cut = "".join(f" {axis}={start}:{stop}" for axis, start, stop in part.take)
+        words += f" as [{', '.join(map(str, part.axes))}]{cut} to {list(map(list, part.groups))}"
+    starts = [f"dim {dim} at {start}" for dim, start in enumerate(part.at) if start.terms]
+    stack = [f"for e < {part.stacked} of dim {part.stacked_dim}"] if part.stacked else []
+    return " ".join([words, *stack, *starts])
 
 
 def _call(call: OpCall | BlockCall) -> str:

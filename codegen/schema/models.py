@@ -1,23 +1,18 @@
 """What a model file may say: the layout of one decoder family, or what it changes in another one."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from sageLLM.codegen.schema.base import Strict
+from sageLLM.codegen.schema.sources import DimText, Source, Text, shape_of
 
 Scalar = int | float | bool | str | None
-DimText = int | str
 PhaseName = Literal["prefill", "decode", "hybrid"]
 
 
-def _shape_of(value: Any) -> str:
-    return "mapping" if isinstance(value, dict) else "list" if isinstance(value, list) else "text"
-
-
-Text = Annotated[str, Tag("text")]
-Keys = Annotated[Text | Annotated[list[str], Tag("list")], Discriminator(_shape_of)]
-OpTypes = Annotated[Text | Annotated[dict[PhaseName, str], Tag("mapping")], Discriminator(_shape_of)]
+Keys = Annotated[Text | Annotated[list[str], Tag("list")], Discriminator(shape_of)]
+OpTypes = Annotated[Text | Annotated[dict[PhaseName, str], Tag("mapping")], Discriminator(shape_of)]
 
 
 class ArchitecturesSpec(Strict):
@@ -73,33 +68,6 @@ class RopeSection(Strict):
     scaling: ScalingSpec | None = None
 
 
-class StackSpec(Strict):
-    """Equal tensors stacked along a new first dim: `over: e in X`, `of: experts.{e}.w.weight`."""
-
-    over: str
-    of: str
-
-
-class HfSource(Strict):
-    """How a weight is made of checkpoint tensors, reversibly."""
-
-    concat: dict[str, DimText] | None = Field(default=None, description="tensor name -> its size along `dim`")
-    dim: int = Field(default=0, ge=0)
-    stack: StackSpec | None = None
-    transpose: str | None = Field(default=None, description="the tensor is stored with its two dims swapped")
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        kinds = [kind for kind in (self.concat, self.stack, self.transpose) if kind is not None]
-        if len(kinds) != 1:
-            raise ValueError("a source is one of `concat`, `stack`, `transpose`, or just a tensor's name")
-        if self.concat is not None and not self.concat:
-            raise ValueError("`concat` names no tensor")
-        if self.concat is None and "dim" in self.model_fields_set:
-            raise ValueError("`dim` goes with `concat`")
-        return self
-
-
 class ShardSpec(Strict):
     """What tensor parallelism does with a weight."""
 
@@ -107,11 +75,18 @@ class ShardSpec(Strict):
     kind: Literal["rows", "vocab"] = "rows"
     then: Literal["all_reduce", "all_gather"] | None = Field(default=None, description="what completes the result")
     keep: Literal["first"] | None = Field(default=None, description="rank 0 alone holds it: a bias of a reduced sum")
+    segments: list[DimText] | None = Field(
+        default=None,
+        min_length=1,
+        description="sizes along the dim that are divided each for itself, such as q, k and v of one packed tensor",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if (self.shard is None) == (self.keep is None):
             raise ValueError("`tp` takes `shard: DIM` or `keep: first`, one of the two")
+        if self.segments is not None and (self.shard is None or self.kind != "rows"):
+            raise ValueError("`segments` go with `shard: DIM`")
         return self
 
 
@@ -126,7 +101,7 @@ class WeightSpec(Strict):
     """One weight; a name of the checkpoint that holds `{i}` makes it one per layer."""
 
     shape: list[DimText] = Field(min_length=1, max_length=4)
-    hf: Annotated[Text | Annotated[HfSource, Tag("mapping")], Discriminator(_shape_of)]
+    hf: Source
     tp: ShardSpec | None = None
     tied: TiedSpec | None = None
     when: str | None = Field(default=None, description="a boolean config name: without it the weight is absent")
@@ -173,7 +148,7 @@ class RepeatSpec(Strict):
     do: list[str] = Field(min_length=1)
 
 
-Statement = Annotated[Text | Annotated[RepeatSpec, Tag("mapping")], Discriminator(_shape_of)]
+Statement = Annotated[Text | Annotated[RepeatSpec, Tag("mapping")], Discriminator(shape_of)]
 
 
 class TpSection(Strict):

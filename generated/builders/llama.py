@@ -15,15 +15,13 @@ from sageLLM.runtime.core.layout import (
     KvNodes,
     ModelLayout,
     ModelSizes,
-    Part,
-    Shard,
     Stage,
-    WeightSpec,
     call_block,
     divided,
     num_rows,
     read_rope,
 )
+from sageLLM.runtime.core.weights import Part, Shard, WeightSpec
 from sageLLM.runtime.core.writer import GraphWriter
 
 from .. import ops
@@ -141,78 +139,87 @@ def shard_config(c: LlamaConfig, tp: int) -> LlamaConfig:
 def weights(c: LlamaConfig) -> Iterator[WeightSpec]:
     """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
     yield WeightSpec(
-        "embed", (c.V, c.H), (Part("model.embed_tokens.weight", c.V),), shard=Shard(0, kind="vocab", then="all_reduce")
+        "embed",
+        (c.V, c.H),
+        (Part("model.embed_tokens.weight", (c.V, c.H)),),
+        shard=Shard(0, kind="vocab", then="all_reduce"),
     )
     for i in range(c.L):
-        yield WeightSpec(f"layers.{i}.attn_norm", (c.H,), (Part(f"model.layers.{i}.input_layernorm.weight", c.H),))
+        yield WeightSpec(f"layers.{i}.attn_norm", (c.H,), (Part(f"model.layers.{i}.input_layernorm.weight", (c.H,)),))
         yield WeightSpec(
-            f"layers.{i}.ffn_norm", (c.H,), (Part(f"model.layers.{i}.post_attention_layernorm.weight", c.H),)
+            f"layers.{i}.ffn_norm", (c.H,), (Part(f"model.layers.{i}.post_attention_layernorm.weight", (c.H,)),)
         )
         yield WeightSpec(
             f"layers.{i}.attention.wqkv",
             ((c.Nq + 2 * c.Nkv) * c.D, c.H),
             (
-                Part(f"model.layers.{i}.self_attn.q_proj.weight", c.Nq * c.D),
-                Part(f"model.layers.{i}.self_attn.k_proj.weight", c.Nkv * c.D),
-                Part(f"model.layers.{i}.self_attn.v_proj.weight", c.Nkv * c.D),
+                Part(f"model.layers.{i}.self_attn.q_proj.weight", (c.Nq * c.D, c.H)),
+                Part(f"model.layers.{i}.self_attn.k_proj.weight", (c.Nkv * c.D, c.H), at=(c.Nq * c.D,)),
+                Part(f"model.layers.{i}.self_attn.v_proj.weight", (c.Nkv * c.D, c.H), at=(c.D * (c.Nkv + c.Nq),)),
             ),
-            shard=Shard(0),
+            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
         )
         if c.qkv_bias:
             yield WeightSpec(
                 f"layers.{i}.attention.bqkv",
                 ((c.Nq + 2 * c.Nkv) * c.D,),
                 (
-                    Part(f"model.layers.{i}.self_attn.q_proj.bias", c.Nq * c.D),
-                    Part(f"model.layers.{i}.self_attn.k_proj.bias", c.Nkv * c.D),
-                    Part(f"model.layers.{i}.self_attn.v_proj.bias", c.Nkv * c.D),
+                    Part(f"model.layers.{i}.self_attn.q_proj.bias", (c.Nq * c.D,)),
+                    Part(f"model.layers.{i}.self_attn.k_proj.bias", (c.Nkv * c.D,), at=(c.Nq * c.D,)),
+                    Part(f"model.layers.{i}.self_attn.v_proj.bias", (c.Nkv * c.D,), at=(c.D * (c.Nkv + c.Nq),)),
                 ),
-                shard=Shard(0),
+                shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
             )
         yield WeightSpec(
             f"layers.{i}.attention.wo",
             (c.H, c.Nq * c.D),
-            (Part(f"model.layers.{i}.self_attn.o_proj.weight", c.H),),
+            (Part(f"model.layers.{i}.self_attn.o_proj.weight", (c.H, c.Nq * c.D)),),
             shard=Shard(1, then="all_reduce"),
         )
         if c.o_bias:
             yield WeightSpec(
                 f"layers.{i}.attention.bo",
                 (c.H,),
-                (Part(f"model.layers.{i}.self_attn.o_proj.bias", c.H),),
+                (Part(f"model.layers.{i}.self_attn.o_proj.bias", (c.H,)),),
                 shard=Shard(0, kind="first"),
             )
         yield WeightSpec(
             f"layers.{i}.ffn.wgu",
             (2 * c.I, c.H),
-            (Part(f"model.layers.{i}.mlp.gate_proj.weight", c.I), Part(f"model.layers.{i}.mlp.up_proj.weight", c.I)),
-            shard=Shard(0),
+            (
+                Part(f"model.layers.{i}.mlp.gate_proj.weight", (c.I, c.H)),
+                Part(f"model.layers.{i}.mlp.up_proj.weight", (c.I, c.H), at=(c.I,)),
+            ),
+            shard=Shard(0, segments=(c.I, c.I)),
         )
         if c.mlp_bias:
             yield WeightSpec(
                 f"layers.{i}.ffn.bgu",
                 (2 * c.I,),
-                (Part(f"model.layers.{i}.mlp.gate_proj.bias", c.I), Part(f"model.layers.{i}.mlp.up_proj.bias", c.I)),
-                shard=Shard(0),
+                (
+                    Part(f"model.layers.{i}.mlp.gate_proj.bias", (c.I,)),
+                    Part(f"model.layers.{i}.mlp.up_proj.bias", (c.I,), at=(c.I,)),
+                ),
+                shard=Shard(0, segments=(c.I, c.I)),
             )
         yield WeightSpec(
             f"layers.{i}.ffn.wd",
             (c.H, c.I),
-            (Part(f"model.layers.{i}.mlp.down_proj.weight", c.H),),
+            (Part(f"model.layers.{i}.mlp.down_proj.weight", (c.H, c.I)),),
             shard=Shard(1, then="all_reduce"),
         )
         if c.mlp_bias:
             yield WeightSpec(
                 f"layers.{i}.ffn.bd",
                 (c.H,),
-                (Part(f"model.layers.{i}.mlp.down_proj.bias", c.H),),
+                (Part(f"model.layers.{i}.mlp.down_proj.bias", (c.H,)),),
                 shard=Shard(0, kind="first"),
             )
-    yield WeightSpec("norm", (c.H,), (Part("model.norm.weight", c.H),))
+    yield WeightSpec("norm", (c.H,), (Part("model.norm.weight", (c.H,)),))
     yield WeightSpec(
         "lm_head",
         (c.V, c.H),
-        (Part("lm_head.weight", c.V),),
+        (Part("lm_head.weight", (c.V, c.H)),),
         shard=Shard(0, kind="vocab", then="all_gather"),
         tied_to="embed" if c.tie else None,
     )

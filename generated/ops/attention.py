@@ -6,7 +6,7 @@ from typing import cast
 
 from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.ir import AttrSpec, AttrValue, OpNode, TensorRef, Where
-from sageLLM.runtime.core.types import E, i32
+from sageLLM.runtime.core.types import E, f32, i32
 from sageLLM.runtime.core.writer import GraphWriter
 
 from .op_types import OpType
@@ -18,7 +18,7 @@ __all__ = [
     "paged_prefill_attention",
 ]
 
-T, Nq, D, PG, BS, Nkv, B, MB, QK, E_size, KV = dims("T Nq D PG BS Nkv B MB QK E_size KV")
+T, Nq, D, PG, BS, Nkv, Dv, B, MB, QK, E_size, KV = dims("T Nq D PG BS Nkv Dv B MB QK E_size KV")
 
 
 # specs/ops/attention.yaml: paged_prefill_attention
@@ -35,19 +35,23 @@ class PagedPrefillAttention(OpNode):
     input_types = {
         "q": E[T, Nq, D],
         "k_cache": E[PG, BS, Nkv, D],
-        "v_cache": E[PG, BS, Nkv, D],
+        "v_cache": E[PG, BS, Nkv, Dv],
         "block_table": i32[B, MB],
         "seq_lens": i32[B],
         "q_start": i32[B + 1],
+        "sinks": E[Nq],
+        "slopes": f32[Nq],
     }
-    output_types = {"o": E[T, Nq, D]}
+    optional_inputs = frozenset({"sinks", "slopes"})
+    output_types = {"o": E[T, Nq, Dv]}
     attr_types = {
         "scale": AttrSpec("f32", default=lambda d: d["D"] ** (-0.5)),
         "window": AttrSpec("i32", default=None, min=1),
+        "softcap": AttrSpec("f32", default=None),
     }
     where = (Where("Nq % Nkv == 0", lambda d: d["Nq"] % d["Nkv"] == 0),)
-    flop_formula = 4 * D * Nq * QK
-    byte_formula = 2 * D * E_size * (KV * Nkv + Nq * T)
+    flop_formula = 2 * Nq * QK * (D + Dv)
+    byte_formula = E_size * (D * KV * Nkv + D * Nq * T + Dv * KV * Nkv + Dv * Nq * T)
 
     @property
     def q(self) -> TensorRef:
@@ -74,12 +78,24 @@ class PagedPrefillAttention(OpNode):
         return self.input("q_start")
 
     @property
+    def sinks(self) -> TensorRef | None:
+        return self.optional_input("sinks")
+
+    @property
+    def slopes(self) -> TensorRef | None:
+        return self.optional_input("slopes")
+
+    @property
     def scale(self) -> float:
         return cast("float", self.attrs["scale"])
 
     @property
     def window(self) -> int | None:
         return cast("int | None", self.attrs["window"])
+
+    @property
+    def softcap(self) -> float | None:
+        return cast("float | None", self.attrs["softcap"])
 
     @property
     def o(self) -> TensorRef:
@@ -94,9 +110,12 @@ def paged_prefill_attention(
     block_table: TensorRef,
     seq_lens: TensorRef,
     q_start: TensorRef,
+    sinks: TensorRef | None = None,
+    slopes: TensorRef | None = None,
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     name: str = "o",
 ) -> TensorRef:
     """Writes a paged_prefill_attention node and gives its result."""
@@ -107,8 +126,10 @@ def paged_prefill_attention(
         "block_table": block_table,
         "seq_lens": seq_lens,
         "q_start": q_start,
+        "sinks": sinks,
+        "slopes": slopes,
     }
-    attrs: dict[str, AttrValue] = {"window": window}
+    attrs: dict[str, AttrValue] = {"window": window, "softcap": softcap}
     if scale is not None:
         attrs["scale"] = scale
     (o,) = g.emit(PagedPrefillAttention, inputs, attrs, (name,))
@@ -129,18 +150,22 @@ class PagedDecodeAttention(OpNode):
     input_types = {
         "q": E[B, Nq, D],
         "k_cache": E[PG, BS, Nkv, D],
-        "v_cache": E[PG, BS, Nkv, D],
+        "v_cache": E[PG, BS, Nkv, Dv],
         "block_table": i32[B, MB],
         "seq_lens": i32[B],
+        "sinks": E[Nq],
+        "slopes": f32[Nq],
     }
-    output_types = {"o": E[B, Nq, D]}
+    optional_inputs = frozenset({"sinks", "slopes"})
+    output_types = {"o": E[B, Nq, Dv]}
     attr_types = {
         "scale": AttrSpec("f32", default=lambda d: d["D"] ** (-0.5)),
         "window": AttrSpec("i32", default=None, min=1),
+        "softcap": AttrSpec("f32", default=None),
     }
     where = (Where("Nq % Nkv == 0", lambda d: d["Nq"] % d["Nkv"] == 0),)
-    flop_formula = 4 * D * KV * Nq
-    byte_formula = 2 * D * E_size * (B * Nq + KV * Nkv)
+    flop_formula = 2 * KV * Nq * (D + Dv)
+    byte_formula = E_size * (B * D * Nq + B * Dv * Nq + D * KV * Nkv + Dv * KV * Nkv)
 
     @property
     def q(self) -> TensorRef:
@@ -163,12 +188,24 @@ class PagedDecodeAttention(OpNode):
         return self.input("seq_lens")
 
     @property
+    def sinks(self) -> TensorRef | None:
+        return self.optional_input("sinks")
+
+    @property
+    def slopes(self) -> TensorRef | None:
+        return self.optional_input("slopes")
+
+    @property
     def scale(self) -> float:
         return cast("float", self.attrs["scale"])
 
     @property
     def window(self) -> int | None:
         return cast("int | None", self.attrs["window"])
+
+    @property
+    def softcap(self) -> float | None:
+        return cast("float | None", self.attrs["softcap"])
 
     @property
     def o(self) -> TensorRef:
@@ -182,9 +219,12 @@ def paged_decode_attention(
     v_cache: TensorRef,
     block_table: TensorRef,
     seq_lens: TensorRef,
+    sinks: TensorRef | None = None,
+    slopes: TensorRef | None = None,
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     name: str = "o",
 ) -> TensorRef:
     """Writes a paged_decode_attention node and gives its result."""
@@ -194,8 +234,10 @@ def paged_decode_attention(
         "v_cache": v_cache,
         "block_table": block_table,
         "seq_lens": seq_lens,
+        "sinks": sinks,
+        "slopes": slopes,
     }
-    attrs: dict[str, AttrValue] = {"window": window}
+    attrs: dict[str, AttrValue] = {"window": window, "softcap": softcap}
     if scale is not None:
         attrs["scale"] = scale
     (o,) = g.emit(PagedDecodeAttention, inputs, attrs, (name,))

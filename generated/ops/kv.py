@@ -18,7 +18,7 @@ __all__ = [
     "kv_store",
 ]
 
-T, Nkv, D, PG, BS, TPG, M, SPG, E_size = dims("T Nkv D PG BS TPG M SPG E_size")
+T, Nkv, D, Dv, PG, BS, TPG, M, SPG, E_size = dims("T Nkv D Dv PG BS TPG M SPG E_size")
 
 
 # specs/ops/kv.yaml: kv_store
@@ -34,15 +34,15 @@ class KvStore(OpNode):
     tags = frozenset({"kv_io"})
     input_types = {
         "k": E[T, Nkv, D],
-        "v": E[T, Nkv, D],
+        "v": E[T, Nkv, Dv],
         "k_cache": E[PG, BS, Nkv, D],
-        "v_cache": E[PG, BS, Nkv, D],
+        "v_cache": E[PG, BS, Nkv, Dv],
         "slots": i32[T],
     }
-    output_types = {"k_out": E[PG, BS, Nkv, D], "v_out": E[PG, BS, Nkv, D]}
+    output_types = {"k_out": E[PG, BS, Nkv, D], "v_out": E[PG, BS, Nkv, Dv]}
     inplace = {"k_out": "k_cache", "v_out": "v_cache"}
     flop_formula = 0
-    byte_formula = 4 * T * (D * E_size * Nkv + 1)
+    byte_formula = 2 * T * (D * E_size * Nkv + Dv * E_size * Nkv + 2)
 
     @property
     def k(self) -> TensorRef:
@@ -103,16 +103,16 @@ class KvLoad(OpNode):
     tags = frozenset({"kv_io"})
     input_types = {
         "tier_k": E[TPG, BS, Nkv, D],
-        "tier_v": E[TPG, BS, Nkv, D],
+        "tier_v": E[TPG, BS, Nkv, Dv],
         "k_cache": E[PG, BS, Nkv, D],
-        "v_cache": E[PG, BS, Nkv, D],
+        "v_cache": E[PG, BS, Nkv, Dv],
         "tier_blocks": i32[M],
         "blocks": i32[M],
     }
-    output_types = {"k_out": E[PG, BS, Nkv, D], "v_out": E[PG, BS, Nkv, D]}
+    output_types = {"k_out": E[PG, BS, Nkv, D], "v_out": E[PG, BS, Nkv, Dv]}
     inplace = {"k_out": "k_cache", "v_out": "v_cache"}
     flop_formula = 0
-    byte_formula = 4 * M * (BS * D * E_size * Nkv + 2)
+    byte_formula = 2 * M * (BS * D * E_size * Nkv + BS * Dv * E_size * Nkv + 4)
 
     @property
     def tier_k(self) -> TensorRef:
@@ -185,16 +185,16 @@ class KvMigrate(OpNode):
     tags = frozenset({"kv_io"})
     input_types = {
         "src_k": E[SPG, BS, Nkv, D],
-        "src_v": E[SPG, BS, Nkv, D],
+        "src_v": E[SPG, BS, Nkv, Dv],
         "dst_k": E[PG, BS, Nkv, D],
-        "dst_v": E[PG, BS, Nkv, D],
+        "dst_v": E[PG, BS, Nkv, Dv],
         "src_blocks": i32[M],
         "dst_blocks": i32[M],
     }
-    output_types = {"dst_k_out": E[PG, BS, Nkv, D], "dst_v_out": E[PG, BS, Nkv, D]}
+    output_types = {"dst_k_out": E[PG, BS, Nkv, D], "dst_v_out": E[PG, BS, Nkv, Dv]}
     inplace = {"dst_k_out": "dst_k", "dst_v_out": "dst_v"}
     flop_formula = 0
-    byte_formula = 4 * M * (BS * D * E_size * Nkv + 2)
+    byte_formula = 2 * M * (BS * D * E_size * Nkv + BS * Dv * E_size * Nkv + 4)
 
     @property
     def src_k(self) -> TensorRef:

@@ -30,4 +30,5 @@ class OpType(OpTypeBase):
     ROPE = "rope"  # rotary position embedding
     GATHER = "gather"  # choice of rows
     CONCAT = "concat"  # rows put after one another
+    ROUTER = "router"  # choice of the experts that a token goes through
     VIEW = "view"  # another shape or a part of the same memory

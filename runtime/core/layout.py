@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
 from sageLLM.runtime.core.config import HFConfig, shown
@@ -13,60 +12,10 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.graph import Stage as Stage
 from sageLLM.runtime.core.ir import AttrValue, OpNode, OpTypeBase, TensorRef
 from sageLLM.runtime.core.types import DTYPES, TensorType
+from sageLLM.runtime.core.weights import WeightSpec
 from sageLLM.runtime.core.writer import GraphWriter
 
 T, B, Td, Tp, PG, BS, KV, KVd = dims("T B Td Tp PG BS KV KVd")
-MAX_PROBLEMS = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A checkpoint tensor, and its size along the dim that the parts are put together on."""
-
-    name: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """What tensor parallelism does with a weight.
-
-    "rows" and "vocab" divide `dim` over the ranks (part by part); "first" keeps the weight on rank 0 and leaves zeros
-    on the others, for a bias that joins a sum over ranks. `then` is the collective that completes the result.
-    """
-
-    dim: int = 0
-    kind: Literal["rows", "vocab", "first"] = "rows"
-    then: Literal["all_reduce", "all_gather"] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSpec:
-    """A weight as graphs use it, and the checkpoint tensors that fill it.
-
-    The parts lie one after another along `dim`; with `transpose` the one part is stored with its dims swapped; with
-    `stack` each part lacks `dim`, where it fills one place. A weight with `tied_to` shares that weight's memory.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    dim: int = 0
-    transpose: bool = False
-    stack: bool = False
-    shard: Shard | None = None
-    tied_to: str | None = None
-
-    @property
-    def num_elements(self) -> int:
-        return prod(self.shape)
-
-    def part_shape(self, part: Part) -> tuple[int, ...]:
-        """The shape that the part has in the checkpoint."""
-        if self.transpose:
-            return self.shape[::-1]
-        middle = () if self.stack else (part.size,)
-        return (*self.shape[: self.dim], *middle, *self.shape[self.dim + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,41 +202,3 @@ def divided(name: str, size: int, tp: int) -> int:
     if size % tp:
         raise ConfigError(f"tensor_parallel_size={tp} does not divide {name}={size}; use a divisor of {size}")
     return size // tp
-
-
-def check_checkpoint(layout: ModelLayout, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Every way in which a checkpoint's tensors (name -> shape) are not exactly what the layout reads.
-
-    A tensor may be absent if its weight is tied; it may be there unread if the layout ignores its name. The list ends
-    after MAX_PROBLEMS, since a config may claim any number of layers.
-    """
-    problems: list[str] = []
-    read: set[str] = set()
-    for weight in layout.weights(config):
-        if len(problems) >= MAX_PROBLEMS:
-            return problems[:MAX_PROBLEMS]
-        for part in weight.parts:
-            read.add(part.name)
-            wanted, got = weight.part_shape(part), shapes.get(part.name)
-            if got is None and weight.tied_to is None:
-                problems.append(f"missing tensor '{part.name}' {_dims(wanted)}, which fills {weight.name}")
-            elif got is not None and tuple(got) != wanted:
-                problems.append(f"tensor '{part.name}' is {_dims(tuple(got))}, want {_dims(wanted)} for {weight.name}")
-    for name in shapes:
-        if name not in read and not any(_matches(name, pattern) for pattern in layout.ignore):
-            problems.append(f"tensor '{name}' {_dims(tuple(shapes[name]))} is read by nothing in the layout")
-    return problems
-
-
-def _dims(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a name is the pattern, where a leading or trailing `*` stands for anything."""
-    core = pattern.strip("*")
-    if pattern.startswith("*") and pattern.endswith("*"):
-        return core in name
-    if pattern.startswith("*"):
-        return name.endswith(core)
-    return name.startswith(core) if pattern.endswith("*") else name == pattern

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sageLLM.runtime.core.checkpoint import MAX_PROBLEMS, check_checkpoint
 from sageLLM.runtime.core.config import HFConfig, shown
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.layout import MAX_PROBLEMS, ModelLayout, check_checkpoint
+from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.engine.errors import CheckpointError
 from sageLLM.runtime.engine.plugins import Registry
 from sageLLM.runtime.engine.rope import rope_tables

@@ -1,6 +1,6 @@
-"""Streams a checkpoint's tensors into the layout's own weights: fused, transposed, tied as the layout says.
+"""Streams a checkpoint's tensors into the layout's own weights: fused, stacked, taken apart, tied as the layout says.
 
-Each checkpoint tensor is read once, straight from the mapped file into its place; nothing is held twice.
+Each element is copied once, straight from the mapped file into its place; nothing is held twice.
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.layout import WeightSpec
+from sageLLM.runtime.core.weights import View, WeightSpec, share_runs
 from sageLLM.runtime.engine.safetensors_reader import Checkpoint
 
 
@@ -26,12 +26,26 @@ def load_weights(
     return weights | {spec.name: weights[str(spec.tied_to)] for spec in ties}
 
 
+def rank_share(spec: WeightSpec, weight: Tensor, rank: int, tp: int) -> Tensor:
+    """What rank `rank` of `tp` holds of a whole weight; ConfigError if it does not come out even."""
+    if spec.shard is None or tp == 1:
+        return weight
+    if spec.shard.kind == "first":
+        return weight if rank == 0 else torch.zeros_like(weight)
+    runs = [weight.narrow(spec.shard.dim, start, size) for start, size in share_runs(spec, rank, tp)]
+    return torch.cat(runs, spec.shard.dim)
+
+
 def _load(spec: WeightSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Tensor:
     weight = torch.empty(spec.shape, dtype=dtype, device=device)
-    start = 0
-    for place, part in enumerate(spec.parts):
+    for part in spec.parts:
         source = checkpoint.read(part.name)
-        target = weight.select(spec.dim, place) if spec.stack else weight.narrow(spec.dim, start, part.size)
-        target.copy_(source.t() if spec.transpose else source)
-        start += part.size
+        target = weight[tuple(slice(start, stop) for start, stop in part.place(len(spec.shape)))]
+        target.copy_(source if part.view is None else _apply(part.view, source))
     return weight
+
+
+def _apply(view: View, source: Tensor) -> Tensor:
+    """The tensor taken apart; a copy only where the merged axes no longer lie one after another."""
+    taken = source.reshape(view.axes)[tuple(slice(start, stop) for start, stop in view.ranges)]
+    return taken.permute(view.order).reshape(view.size)

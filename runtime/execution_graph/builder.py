@@ -232,12 +232,16 @@ class ExecutionGraphBuilder:
         return [ref for ref in call.inputs if ref.name not in loaded]
 
     def _sizes(self, prefill: PrefillBatch | None = None, decode: DecodeBatch | None = None) -> dict[str, Dim]:
-        """What the symbols of a step stand for. QK counts the pairs of a query and a key that it sees."""
+        """What the symbols of a step stand for. QK counts the pairs of a query and a key that it sees.
+
+        EX counts the experts that read their weights: at most all of them, and at most one for each choice of a token.
+        """
         prompts = prefill.input_lengths if prefill else []
         contexts = decode.context_lengths if decode else []
         lengths = [*contexts, *prompts]
         blocks = [-(-length // BLOCK_SIZE) for length in lengths]
         num_decodes, num_prompt_tokens = len(contexts), sum(prompts)
+        experts, per_token = getattr(self.config, "X", 0), getattr(self.config, "A", 0)
         return {
             "T": num_decodes + num_prompt_tokens,
             "Td": num_decodes,
@@ -251,6 +255,7 @@ class ExecutionGraphBuilder:
             "KV": sum(lengths),
             "KVd": sum(contexts),
             "QK": sum(contexts) + sum(length * (length + 1) // 2 for length in prompts),
+            "EX": min(experts, (num_decodes + num_prompt_tokens) * per_token),
             "tp": self.parallel_config.tensor_parallel_size,
             "pp": self.parallel_config.pipeline_parallel_size,
         }

@@ -18,9 +18,9 @@ from sageLLM.runtime.execution_graph.pipeline import Pipeline
 STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
 STEP: Mapping[str, int] = {
     "T": 64, "B": 4, "S": 4, "Td": 3, "Tp": 61, "PG": 32, "BS": 16, "MB": 8, "P": 128,
-    "KV": 256, "KVd": 192, "QK": 1024,
+    "KV": 256, "KVd": 192, "QK": 1024, "EX": 4,
 }  # fmt: skip
-"""One step of 64 tokens in 4 sequences; in decode one token of each."""
+"""One step of 64 tokens in 4 sequences; in decode one token of each. They choose 4 experts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,67 +1,174 @@
-"""Hands out the numbers of KV blocks and takes them back.
+"""Hands out the numbers of KV blocks, counts who shares them, and keeps labelled ones until their room is needed.
 
 A pool knows nothing of requests or tokens; `manager.py` keeps the block tables. Blocks are numbered from 0, so a
-number is an index into the first axis of the cache tensors. Both operations cost O(blocks moved), whatever the pool's
+number is an index into the first axis of the cache tensors. Every operation costs O(blocks moved), whatever the pool's
 size.
+
+A block is free, used (it has one owner or several), or idle: without an owner, but labelled with what it holds, so that
+it can be found again. Idle blocks are taken, the least recently used first, when no free one is left.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
     """A pool of `num_blocks` KV blocks, or of as many as are asked for when `num_blocks` is None.
 
-    Returned blocks are given out again in the order of their return, before any block that was never used; an unbounded
-    pool therefore never numbers a block above its peak use.
+    Returned blocks are given out again in the order of their return, before any block that was never used. An unbounded
+    pool takes idle blocks before new ones too, so it never numbers a block above its peak use.
     """
 
     def __init__(self, num_blocks: int | None = None) -> None:
         if num_blocks is not None and num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         self.num_blocks = num_blocks
+        self.total_evictions = 0
+        # Changes whenever a label comes or goes: whoever remembers what `find` said asks again then.
+        self.labels_version = 0
         self._returned: deque[int] = deque()
         self._num_touched = 0
         self._used: set[int] = set()
+        self._num_other_owners: dict[int, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._label_of: dict[int, bytes] = {}
+        self._by_label: dict[bytes, int] = {}
 
     @property
     def num_used(self) -> int:
-        """Blocks now out of the pool."""
+        """Blocks that have an owner."""
         return len(self._used)
 
     @property
+    def num_idle(self) -> int:
+        """Blocks without an owner that can be found by their label."""
+        return len(self._idle)
+
+    @property
     def num_free(self) -> int | None:
-        """Blocks that can still be taken; None when the pool is unbounded."""
+        """Blocks that can still be taken, the idle ones among them; None when the pool is unbounded."""
         return None if self.num_blocks is None else self.num_blocks - len(self._used)
 
     def can_take(self, num: int) -> bool:
-        """Whether `num` blocks are free."""
+        """Whether `num` blocks can be taken."""
         return self.num_blocks is None or num <= self.num_blocks - len(self._used)
 
     def take(self, num: int) -> list[int]:
-        """Take `num` blocks; ask `can_take` first."""
+        """Take `num` blocks, as their only owner; ask `can_take` first."""
         assert self.can_take(num), f"{num} blocks taken from a pool with {self.num_free} free: ask can_take first"
-        num_recycled = min(num, len(self._returned))
-        blocks = [self._returned.popleft() for _ in range(num_recycled)] if num_recycled else []
-        num_fresh = num - num_recycled
-        if num_fresh:
-            blocks += range(self._num_touched, self._num_touched + num_fresh)
-            self._num_touched += num_fresh
+        returned = self._returned
+        if num <= len(returned):
+            blocks = [returned.popleft() for _ in range(num)]
+        else:
+            blocks = [*returned]
+            returned.clear()
+            blocks += self._take_fresh_or_idle(num - len(blocks))
         self._used.update(blocks)
         return blocks
 
-    def give_back(self, blocks: Sequence[int]) -> None:
-        """Return blocks that were taken; a block that is not out of the pool is a double free."""
+    def _take_fresh_or_idle(self, num: int) -> list[int]:
+        if self.num_blocks is None:
+            num_fresh = max(0, num - len(self._idle))
+        else:
+            num_fresh = min(num, self.num_blocks - self._num_touched)
+        evicted = [self._evict() for _ in range(num - num_fresh)]
+        fresh = range(self._num_touched, self._num_touched + num_fresh)
+        self._num_touched += num_fresh
+        return [*fresh, *evicted]
+
+    def _evict(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        self._drop_label(block)
+        self.total_evictions += 1
+        return block
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Become one more owner of blocks that are used or idle."""
+        used, idle, others = self._used, self._idle, self._num_other_owners
+        for block in blocks:
+            if block in used:
+                others[block] = others.get(block, 0) + 1
+            else:
+                assert block in idle, f"block {block} is free and cannot be shared"
+                del idle[block]
+                used.add(block)
+
+    def give_back(self, blocks: Sequence[int]) -> list[int]:
+        """Stop owning these blocks; returns those that nobody owns now.
+
+        The last of them is the first to be evicted: the beginning of a sequence is worth more than its end. A block
+        that is not out of the pool is a double free.
+        """
+        if self._num_other_owners or self._label_of:
+            return self._give_back_one_by_one(blocks)
+        before = len(self._used)
+        self._used.difference_update(blocks)
+        assert before - len(self._used) == len(blocks), f"a block of {list(blocks)} is freed twice"
+        self._returned.extend(blocks)
+        return list(blocks)
+
+    def _give_back_one_by_one(self, blocks: Sequence[int]) -> list[int]:
+        ownerless = []
         for block in blocks:
             assert block in self._used, f"block {block} is freed twice"
-            self._used.remove(block)
-        self._returned.extend(blocks)
+            num_others = self._num_other_owners.get(block, 0)
+            if num_others > 1:
+                self._num_other_owners[block] = num_others - 1
+            elif num_others == 1:
+                del self._num_other_owners[block]
+            else:
+                self._used.remove(block)
+                ownerless.append(block)
+        self._returned.extend(block for block in ownerless if block not in self._label_of)
+        self._idle.update((block, None) for block in reversed(ownerless) if block in self._label_of)
+        return ownerless
+
+    def num_owners(self, block: int) -> int:
+        """How many own the block."""
+        return 1 + self._num_other_owners.get(block, 0) if block in self._used else 0
+
+    def count_idle(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks are idle."""
+        return sum(map(self._idle.__contains__, blocks))
+
+    # --- labels ---
+
+    def find(self, label: bytes) -> int | None:
+        """The block with this label, used or idle."""
+        return self._by_label.get(label)
+
+    def label(self, block: int, label: bytes) -> None:
+        """Let a used block be found by what it holds. One block of several with the same contents bears the label."""
+        if label in self._by_label or block in self._label_of:
+            return
+        assert block in self._used, f"block {block} is labelled although nobody owns it"
+        self._by_label[label] = block
+        self._label_of[block] = label
+        self.labels_version += 1
+
+    def forget_labels(self) -> None:
+        """Let no block be found any more; the idle ones become free."""
+        self._returned.extend(self._idle)
+        self._idle.clear()
+        self._label_of.clear()
+        self._by_label.clear()
+        self.labels_version += 1
+
+    def _drop_label(self, block: int) -> None:
+        del self._by_label[self._label_of.pop(block)]
+        self.labels_version += 1
 
     def check_integrity(self) -> None:
-        """Check that every block is either used or free, and none is both."""
+        """Check that every block is free, used or idle and in only one of these states, and that labels agree."""
         returned = set(self._returned)
         assert len(returned) == len(self._returned), "a block is in the free line twice"
         assert returned.isdisjoint(self._used), f"blocks both free and used: {sorted(returned & self._used)}"
-        known = returned | self._used
-        assert known == set(range(self._num_touched)), "a block is neither free nor used"
+        assert self._idle.keys().isdisjoint(self._used | returned), "an idle block is free or used as well"
+        known = returned | self._used | self._idle.keys()
+        assert known == set(range(self._num_touched)), "a block is neither free nor used nor idle"
         assert self.num_blocks is None or self._num_touched <= self.num_blocks, "a block beyond the pool was given out"
+        assert self._idle.keys() <= self._label_of.keys(), "an idle block cannot be found"
+        assert returned.isdisjoint(self._label_of), "a free block can be found"
+        assert {label: block for block, label in self._label_of.items()} == self._by_label, "labels are torn"
+        assert self._num_other_owners.keys() <= self._used, "an unused block has owners"
+        assert all(num > 0 for num in self._num_other_owners.values()), "a share count is not positive"

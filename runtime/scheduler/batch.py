@@ -128,7 +128,9 @@ class ScheduleOutput:
     `num_cached_tokens` says, for each request admitted in this step, how many leading tokens it found in the prefix
     cache; they are not computed.
 
-    `kv_migrations` touch no block that the step's batches touch: copies and batches may run in any order or at once.
+    `kv_migrations` write no block that the step's batches touch, and read none that they write: copies and batches may
+    run in any order or at once. `migrations_to_cancel` were handed out earlier and not acknowledged in time; once they
+    are surely over, report them with `fail_migrations` (or `confirm_migrations`, if they arrived after all).
     """
 
     prefill_batch: Batch | None = None
@@ -140,6 +142,7 @@ class ScheduleOutput:
     prefill_blocks_to_free: list[int] = field(default_factory=list)
     step_id: int = 0
     num_cached_tokens: dict[str, int] = field(default_factory=dict)
+    migrations_to_cancel: list[KVMigration] = field(default_factory=list)
 
     @property
     def stage(self) -> Stage:
@@ -153,7 +156,7 @@ class ScheduleOutput:
     @property
     def is_empty(self) -> bool:
         """Whether the engine has nothing to run or copy."""
-        return not (self.prefill_batch or self.decode_batch or self.kv_migrations)
+        return not (self.prefill_batch or self.decode_batch or self.kv_migrations or self.migrations_to_cancel)
 
     @property
     def num_scheduled_tokens(self) -> dict[str, int]:

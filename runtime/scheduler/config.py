@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from sageLLM.runtime.scheduler.policy import PolicyName
+from sageLLM.runtime.scheduler.transfer import TransferConfig
 
 Mode = Literal["strict", "time_share", "hybrid", "auto"]
 PreemptionMode = Literal["swap", "recompute"]
@@ -57,6 +58,7 @@ class PDSchedulerConfig:
     max_overtakes: int = 256
     tenant_weights: dict[str, float] = field(default_factory=dict)
     max_decode_context_tokens: int | None = None
+    transfer: TransferConfig = field(default_factory=TransferConfig)
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))

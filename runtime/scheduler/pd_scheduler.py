@@ -11,11 +11,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 from sageLLM.runtime.scheduler.base import BaseScheduler, SchedulerStalledError
-from sageLLM.runtime.scheduler.batch import Chunk, KVBudget, ScheduleOutput
+from sageLLM.runtime.scheduler.batch import Chunk, KVBudget, KVMigration, ScheduleOutput
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
 from sageLLM.runtime.scheduler.decode import DecodePhase
 from sageLLM.runtime.scheduler.limits import SequenceLimits
-from sageLLM.runtime.scheduler.migration import MigrationPhase
 from sageLLM.runtime.scheduler.modes import ModeChooser
 from sageLLM.runtime.scheduler.placement import KVPlacement
 from sageLLM.runtime.scheduler.plan import DecodePlan, Flight, Role, StepPlan
@@ -24,6 +23,7 @@ from sageLLM.runtime.scheduler.prefill import PrefillPhase
 from sageLLM.runtime.scheduler.queues import TurnQueue
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
 from sageLLM.runtime.scheduler.stats import SchedulerCounters
+from sageLLM.runtime.scheduler.transfer import Transfer, TransferEvent, TransferPhase, TransferState
 
 __all__ = ["PDScheduler", "PDSchedulerConfig"]
 
@@ -74,7 +74,7 @@ class PDScheduler(BaseScheduler):
         self._decode = DecodePhase(
             self.kv.block_size, self.limits, self._grow, self.kv.extend_each, self.config.max_decode_context_tokens
         )
-        self._migration = MigrationPhase(self.kv)
+        self._migration = TransferPhase(self.kv, self.config.transfer)
         # Ended while the device may still touch their blocks, with the newest step that may.
         self._limbo: dict[str, tuple[Request, int]] = {}
         self._flights: deque[Flight] = deque()
@@ -184,11 +184,14 @@ class PDScheduler(BaseScheduler):
         plan = StepPlan(given=self._reannounce)
         self._reannounce = {}
         streak_before = self._num_consecutive_decodes
+        to_cancel: list[KVMigration] = []
         if self._received:
             self._admit_received(plan)
         self._plan_batches(plan, role)
         if self.kv.is_split and role != "decode":
-            self._migration.plan(plan)
+            now = self._clock() if self.config.transfer.lease_s is not None else 0.0
+            to_cancel = self._migration.expire(now)
+            self._migration.plan(plan, now)
         if plan.prefill:
             self._num_consecutive_decodes = 0
         elif plan.decode:
@@ -196,6 +199,7 @@ class PDScheduler(BaseScheduler):
         output = plan.to_output(self._num_steps)
         output.kv_blocks_to_free, self.kv.freed = self.kv.freed, []
         output.prefill_blocks_to_free, self.kv.freed_prefill = self.kv.freed_prefill, []
+        output.migrations_to_cancel = to_cancel
         self._num_steps += 1
         self._flights.append(Flight(output, plan.decode, streak_before, role))
         self._counters.count_plan(output)
@@ -264,6 +268,8 @@ class PDScheduler(BaseScheduler):
         request.status = RequestStatus.PREFILLING
         self.running_requests[request.request_id] = request
         self.preempted_requests.pop(request.request_id, None)
+        if self.kv.is_split:
+            self._migration.admit(request)
 
     def _admit_received(self, plan: StepPlan) -> None:
         """Those whose KV came from elsewhere decode as soon as they have a place."""
@@ -302,17 +308,22 @@ class PDScheduler(BaseScheduler):
         return {*busy, *self._migration.copying} if busy else self._migration.copying
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
+        self._requeue(request, unannounced=plan.drop(request))
+        plan.preempted.append(request)
+
+    def _requeue(self, request: Request, unannounced: Collection[int] = ()) -> None:
+        """Take a request's KV away; it waits at its old rank to be computed again."""
         self._leave_line(request)
+        self._migration.leave(request, TransferEvent.LOSE)
         for flight in self._flights:
             flight.void.add(request.request_id)
-        self.kv.release(request, unannounced=plan.drop(request))
+        self.kv.release(request, unannounced)
         self._counters.count_preemption(request)
         request.status = RequestStatus.PREEMPTED
         request.forget_progress()
         request.num_preemptions += 1
         self.preempted_requests[request.request_id] = request
         self.waiting_queue.push(request)
-        plan.preempted.append(request)
 
     # --- committing ---
 
@@ -336,8 +347,9 @@ class PDScheduler(BaseScheduler):
         if flight is not None:
             ended = self._commit(flight)
             if flight.output.kv_migrations:
-                done = [m.request_id for m in flight.output.kv_migrations if m.request_id not in pending_migrations]
-                self.confirm_migrations(done)
+                for piece in flight.output.kv_migrations:
+                    if piece.request_id not in pending_migrations:
+                        self._receive(self._migration.arrive_piece(piece))
         for request_id in finished_request_ids:
             request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
             if request is not None:
@@ -382,11 +394,8 @@ class PDScheduler(BaseScheduler):
     def _roll_back(self, flight: Flight) -> None:
         output = flight.output
         for migration in output.kv_migrations:
-            request = self._migration.cancel(migration)
-            if request is not None:
-                del output.kv_blocks_to_allocate[migration.request_id]
-                if request.status is not RequestStatus.FINISHED:
-                    self._migration.waiting[migration.request_id] = request
+            was_announced = output.kv_blocks_to_allocate.pop(migration.request_id, None) is not None
+            self._migration.take_back(migration, was_announced)
         for chunk in flight.prefill_chunks:
             self._take_back(chunk)
         if flight.decode is not None:
@@ -432,12 +441,75 @@ class PDScheduler(BaseScheduler):
     def confirm_migrations(self, request_ids: Iterable[str]) -> None:
         """The KV of these requests has arrived on the decode worker (on all of its ranks): they may decode."""
         for request_id in request_ids:
-            request = self._migration.copying.pop(request_id, None)
-            if request is not None and request.status is not RequestStatus.FINISHED:
-                self.kv.arrive(request)
-                self._start_decoding(request)
+            self._receive(self._migration.arrive(request_id))
         if self._limbo:
             self._empty_limbo()
+
+    def acknowledge_migration(
+        self, request_id: str, start: int, attempt: int, rank: int = 0, layers: Iterable[int] | None = None
+    ) -> None:
+        """One rank of the decode worker has received some layers (None: all) of one piece of a request's KV.
+
+        `start` and `attempt` are those of the `KVMigration`. The request decodes once every piece is complete; an
+        acknowledgement that comes twice, late or for another attempt changes nothing.
+        """
+        self._receive(self._migration.acknowledge(request_id, start, attempt, rank, layers))
+        if self._limbo:
+            self._empty_limbo()
+
+    def fail_migrations(self, request_ids: Iterable[str]) -> None:
+        """The copies of these requests are over and have not arrived: they are handed out again.
+
+        After `max_attempts` of them the request goes back to the waiting line and is computed from its first token.
+        """
+        for request_id in request_ids:
+            given_up = self._migration.fail(request_id)
+            if given_up is not None:
+                self._requeue(given_up.request)
+        self._empty_limbo()
+
+    def lose_kv(self, role: Role | None = None) -> None:
+        """A worker has died and comes back with an empty KV cache: in strict mode one of the two, or both if None.
+
+        The steps that it takes part in are rolled back. What it held is computed again: whose KV was only to be sent is
+        sent again, others go back to the waiting line at their rank and emit nothing twice. No copy is under way.
+        """
+        for flight in list(reversed(self._flights)):
+            if role is None or flight.role in (None, role):
+                self._flights.remove(flight)
+                self._roll_back(flight)
+        lost: list[Request] = []
+        if self.kv.is_split and role != "decode":
+            lost += self._migration.lose_source()
+        if self.kv.is_split and role != "prefill":
+            self._migration.lose_target()
+        if role != "prefill":
+            lost += self.decode_queue
+        if not self.kv.is_split:
+            lost += self._prefill.started.values()
+        for request in lost:
+            self._requeue(request)
+        self._empty_limbo()
+
+    def transfer_state(self, request_id: str) -> TransferState | None:
+        """Where a request of strict mode stands; None when no live request has this id."""
+        if request_id in self.waiting_queue:
+            return TransferState.QUEUED
+        if request_id not in self.running_requests:
+            return None
+        transfer = self._migration.transfers.get(request_id)
+        return TransferState.DECODING if transfer is None else transfer.state
+
+    def _receive(self, transfer: Transfer | None) -> None:
+        """All of a request's KV is there: it goes on in the decode pool."""
+        if transfer is None:
+            return
+        request = transfer.request
+        transfer.on(TransferEvent.ALL_ARRIVED)
+        self.kv.arrive(request)
+        del self._migration.transfers[request.request_id]
+        self._start_decoding(request)
+        transfer.on(TransferEvent.START)
 
     def _commit(self, flight: Flight) -> list[Request]:
         """Count the step's tokens as computed; returns the requests that are as long as they may become."""
@@ -463,6 +535,8 @@ class PDScheduler(BaseScheduler):
             return
         end = chunk.start + chunk.num_tokens
         request.compute_up_to(end)
+        if self.kv.is_split:
+            self._migration.computed(request, chunk.is_last)
         if not chunk.is_last:
             return
         if request.seat is not None:
@@ -470,9 +544,7 @@ class PDScheduler(BaseScheduler):
             request.status = RequestStatus.DECODING
             return
         del self._prefill.started[request.request_id]
-        if self.kv.is_split:
-            self._migration.waiting[request.request_id] = request
-        else:
+        if not self.kv.is_split:
             self._start_decoding(request)
 
     def _start_decoding(self, request: Request) -> None:
@@ -497,6 +569,7 @@ class PDScheduler(BaseScheduler):
             self._received.discard(request.request_id)
         else:
             self._leave_line(request)
+            self._migration.leave(request, TransferEvent.END)
             self._limbo[request.request_id] = (request, self._num_steps - 1)
         request.status = RequestStatus.FINISHED
         request.finish_time = self._clock()
@@ -507,10 +580,8 @@ class PDScheduler(BaseScheduler):
         del self.running_requests[request.request_id]
         if request.seat is not None:
             self._decode.leave(request)
-        elif request.request_id in self._prefill.started:
-            del self._prefill.started[request.request_id]
         else:
-            self._migration.waiting.pop(request.request_id, None)  # stays in `copying` until the copy has ended
+            self._prefill.started.pop(request.request_id, None)
 
     def _empty_limbo(self) -> None:
         oldest_in_flight = self._flights[0].step_id if self._flights else self._num_steps
@@ -537,7 +608,8 @@ class PDScheduler(BaseScheduler):
 
     def check_integrity(self) -> None:
         """Check that each live request is in exactly one line and that exactly the running ones hold blocks."""
-        lines = [*self._prefill.started, *self._migration.waiting, *self._migration.copying]
+        sending = [i for i, t in self._migration.transfers.items() if t.state is TransferState.SENDING]
+        lines = [*self._prefill.started, *sending]
         lines += [request.request_id for request in self.decode_queue]
         assert len(set(lines)) == len(lines), "a request is in two lines"
         running = self.running_requests.keys()

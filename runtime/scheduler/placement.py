@@ -71,16 +71,23 @@ class KVPlacement:
         """Give each of these decoding requests one block, in one go; None, and no change, if too few are free."""
         return self.decode.append_blocks(request_ids)
 
-    def start_migration(self, request: Request) -> tuple[KVMigration, list[int]]:
-        """The copy to the decode pool, and the request's whole table there. The source is pinned until `arrive`."""
-        self._silent.discard(request.request_id)
-        table = self.decode.block_table(request.request_id)
-        source = self.prefill.block_table(request.request_id)[: self.prefill.blocks_for(request.num_computed_tokens)]
-        copy = KVMigration(request.request_id, source, table[: len(source)], request.num_computed_tokens)
-        return copy, list(table)
+    def copy_of(self, request_id: str, start: int, num_tokens: int, attempt: int) -> KVMigration:
+        """The copy of these tokens to the decode pool; `start` is the beginning of a block."""
+        blocks = slice(start // self.block_size, self.decode.blocks_for(start + num_tokens))
+        source = self.prefill.block_table(request_id)[blocks]
+        return KVMigration(request_id, source, self.decode.block_table(request_id)[blocks], num_tokens, start, attempt)
 
-    def cancel_migration(self, request_id: str) -> None:
-        """Undo `start_migration`: the engine has not heard of the target after all."""
+    def is_target_known(self, request_id: str) -> bool:
+        """Whether the engine has heard of the request's blocks in the decode pool."""
+        return request_id not in self._silent
+
+    def announce_target(self, request_id: str) -> list[int]:
+        """The request's blocks in the decode pool, of which the engine hears now."""
+        self._silent.discard(request_id)
+        return list(self.decode.block_table(request_id))
+
+    def forget_target(self, request_id: str) -> None:
+        """The engine has not heard of the blocks in the decode pool after all."""
         self._silent.add(request_id)
 
     def arrive(self, request: Request) -> None:

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,11 @@ def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         ("split_qkv", "0", "0"),
         ("embedding", "0", "2 * T * (E_size * H + 2)"),
         ("lm_head", "2 * H * S * V", "E_size * H * S + E_size * H * V + 4 * S * V"),
-        ("paged_decode_attention", "4 * D * KV * Nq", "2 * D * E_size * (B * Nq + KV * Nkv)"),
+        (
+            "paged_decode_attention",
+            "2 * KV * Nq * (D + Dv)",
+            "E_size * (B * D * Nq + B * Dv * Nq + D * KV * Nkv + Dv * KV * Nkv)",
+        ),
     ],
 )
 def test_costs(ops: dict[str, OpDef], name: str, flops: str | None, bytes_: str | None) -> None:
@@ -120,7 +125,7 @@ BS, NKV, GROUP, DIM = 4, 2, 3, 8
 
 
 def paged(lens: list[int], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """Keys of each sequence, and caches in which they lie in shuffled blocks; unused slots hold NaN."""
+    """Keys and values of each sequence, and caches in which they lie in shuffled blocks; unused slots hold NaN."""
     blocks = [-(-length // BS) for length in lens]
     order = (torch.randperm(sum(blocks)) + 1).tolist()
     caches = torch.full((2, sum(blocks) + 1, BS, NKV, DIM), math.nan, dtype=dtype)
@@ -136,15 +141,25 @@ def paged(lens: list[int], dtype: torch.dtype = torch.float32) -> tuple[list[Ten
     return keys, caches[0], caches[1], table, torch.tensor(lens, dtype=torch.int32)
 
 
-def attention(q: Tensor, kv: Tensor, window: int | None = None, cap: float | None = None) -> Tensor:
-    """One sequence, in float64: q [C, Nq, D] are the last rows."""
+def attention(
+    q: Tensor,
+    kv: Tensor,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """One sequence, in float64: q [C, Nq, D] are the last rows. The terms of the softmax are written out."""
     k, v = kv.double().repeat_interleave(GROUP, 2)
     score = torch.einsum("mhd,nhd->hmn", q.double(), k) * DIM**-0.5
-    score = score if cap is None else cap * torch.tanh(score / cap)
     m = torch.arange(len(k) - len(q), len(k)).unsqueeze(1)
     n = torch.arange(len(k))
+    score = score if slopes is None else score - slopes.double().view(-1, 1, 1) * (m - n)
+    score = score if cap is None else cap * torch.tanh(score / cap)
     mask = n <= m if window is None else (n <= m) & (n > m - window)
-    return torch.einsum("hmn,nhd->mhd", score.masked_fill(~mask, -math.inf).softmax(-1), v)
+    terms = score.exp() * mask
+    denominator = terms.sum(-1) if sinks is None else terms.sum(-1) + sinks.double().exp().view(-1, 1)
+    return torch.einsum("hmn,nhd->mhd", terms / denominator.unsqueeze(-1), v)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -170,6 +185,26 @@ def test_prefill_attention(window: int | None, dtype: torch.dtype) -> None:
     assert isinstance(found, Tensor) and found.dtype == dtype
     bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["sinks", "slopes", "softcap", "all"])
+def test_what_else_attention_may_do_to_scores(name: str) -> None:
+    """As prefill of several rows, and as decode of each last one; the values are narrower than the keys."""
+    heads = NKV * GROUP
+    more = {"sinks": torch.randn(heads), "slopes": torch.rand(heads), "softcap": 3.0}
+    given = more if name == "all" else {name: more[name]}
+    counts, lens = [3, 1, 5], [9, 4, 5]
+    keys, k_cache, v_cache, table, seq_lens = paged(lens)
+    q = torch.randn(sum(counts), heads, DIM) * 3
+    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    common: dict[str, Any] = {"scale": DIM**-0.5, "window": 4, **given}
+    named = {"cap" if key == "softcap" else key: value for key, value in given.items()}
+    wanted = torch.cat([attention(part, kv, 4, **named) for part, kv in zip(q.split(counts), keys, strict=True)])
+    found = KERNELS["paged_prefill_attention"](q, k_cache, v_cache[..., :5], table, seq_lens, starts, **common)
+    torch.testing.assert_close(found, wanted[..., :5].float(), rtol=1e-5, atol=1e-5)
+    last = (starts[1:] - 1).long()
+    found = KERNELS["paged_decode_attention"](q[last], k_cache, v_cache[..., :5], table, seq_lens, **common)
+    torch.testing.assert_close(found, wanted[last][..., :5].float(), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_no_keys_give_zero_and_neighbours_do_not_matter() -> None:

@@ -13,10 +13,11 @@ from syrupy.assertion import SnapshotAssertion
 from sageLLM.codegen import driver
 from sageLLM.codegen.model.layout_text import layout_text
 from sageLLM.generated.builders import MODELS
+from sageLLM.runtime.core.checkpoint import check_checkpoint
 from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.layout import ModelLayout, Part, Shard, Stage, WeightSpec, check_checkpoint
+from sageLLM.runtime.core.layout import ModelLayout, Stage
 from sageLLM.runtime.core.text import to_text
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
@@ -49,7 +50,7 @@ def read(layout: ModelLayout, **changes: Any) -> Any:
 
 def checkpoint(layout: ModelLayout, config: Any) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes as the layout wants them."""
-    return {part.name: w.part_shape(part) for w in layout.weights(config) for part in w.parts if w.tied_to is None}
+    return {part.name: part.shape for w in layout.weights(config) for part in w.parts if w.tied_to is None}
 
 
 # configs
@@ -206,13 +207,6 @@ def test_every_problem_of_a_checkpoint_is_reported_at_once() -> None:
         "tensor 'model.norm.weight' is [65], want [64] for norm",
         "tensor 'model.layers.0.self_attn.q_proj.bias' [64] is read by nothing in the layout",
     ]
-
-
-def test_part_shapes_of_concatenated_transposed_and_stacked_weights() -> None:
-    a, b = Part("a", 2), Part("b", 4)
-    assert WeightSpec("w", (3, 6), (a, b), dim=1).part_shape(b) == (3, 4)
-    assert WeightSpec("w", (3, 6), (Part("a", 3),), transpose=True).part_shape(Part("a", 3)) == (6, 3)
-    assert WeightSpec("w", (3, 6), (Part("a", 1),), stack=True, shard=Shard(1)).part_shape(Part("a", 1)) == (6,)
 
 
 def test_tensors_are_those_of_transformers(make_checkpoint: Callable[..., Any]) -> None:

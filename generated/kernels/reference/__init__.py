@@ -27,6 +27,7 @@ from .attention import paged_decode_attention, paged_prefill_attention
 from .comm import all_gather, all_reduce, recv, send
 from .elementwise import add, add_bias, mul, mul_rows, mul_weight, scale, soft_cap
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
+from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_load, kv_migrate, kv_store
 from .linear import linear, lm_head
 from .norm import fused_add_rms_norm, layer_norm, layer_norm_1p, rms_norm, rms_norm_1p, rms_norm_wide
@@ -69,6 +70,11 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "embedding_shard": embedding_shard,
     "position_embedding": position_embedding,
     "select_rows": select_rows,
+    "router_logits": router_logits,
+    "topk_router": topk_router,
+    "expert_linear": expert_linear,
+    "expert_down": expert_down,
+    "combine_experts": combine_experts,
     "kv_store": kv_store,
     "kv_load": kv_load,
     "kv_migrate": kv_migrate,

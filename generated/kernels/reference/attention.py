@@ -2,6 +2,8 @@
 # Regenerate: make generate    Explain: make explain NAME=paged_prefill_attention
 """Reference kernels of specs/ops/attention.yaml, in torch: what the ops mean, on any device."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,36 +23,62 @@ def paged_prefill_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     q_start: Tensor,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention of q [T, Nq, D], the last rows of each sequence, over its cached keys, in float32.
 
     One sequence after the other, 256 query rows at a time, which bounds the scores in memory.
     """
-    _, Nq, D = q.shape
-    BS, Nkv = k_cache.shape[1], k_cache.shape[2]
-    f32 = wide(q)
-    out = torch.zeros_like(q)
+    T, Nq, D = q.shape
+    BS, Nkv, Dv = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
+    f32, G = wide(q), Nq // Nkv
+    out = q.new_zeros(T, Nq, Dv)
     starts, lens = q_start.tolist(), seq_lens.tolist()
     for b, L in enumerate(lens):
         if L == 0:
             continue
         blocks = block_table[b, : -(-L // BS)]
-        shape = (Nkv, Nq // Nkv, L, D)
-        k = k_cache.index_select(0, blocks).reshape(-1, Nkv, D)[:L].to(f32).transpose(0, 1).unsqueeze(1).expand(shape)
-        v = v_cache.index_select(0, blocks).reshape(-1, Nkv, D)[:L].to(f32).transpose(0, 1).unsqueeze(1).expand(shape)
+        k = (
+            k_cache.index_select(0, blocks)
+            .reshape(-1, Nkv, D)[:L]
+            .to(f32)
+            .transpose(0, 1)
+            .unsqueeze(1)
+            .expand(-1, G, -1, -1)
+        )
+        v = (
+            v_cache.index_select(0, blocks)
+            .reshape(-1, Nkv, Dv)[:L]
+            .to(f32)
+            .transpose(0, 1)
+            .unsqueeze(1)
+            .expand(-1, G, -1, -1)
+        )
         n = torch.arange(L, device=q.device)
         first = L - (starts[b + 1] - starts[b])
         for row in range(starts[b], starts[b + 1], 256):
             stop = min(row + 256, starts[b + 1])
             m = first - starts[b] + torch.arange(row, stop, device=q.device).unsqueeze(1)
-            rows = q[row:stop].to(f32).reshape(stop - row, Nkv, Nq // Nkv, D).permute(1, 2, 0, 3)
+            rows = q[row:stop].to(f32).reshape(stop - row, Nkv, G, D).permute(1, 2, 0, 3)
             mask = (n < L) & ((n <= m) & (n > m - window if window is not None else True))
-            seen = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+            if softcap is None and sinks is None and slopes is None:
+                seen = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+            else:
+                score = rows @ k.transpose(2, 3) * scale
+                if slopes is not None:
+                    score = score + slopes.to(f32).view(Nkv, G, 1, 1) * (n - m)
+                score = softcap * torch.tanh(score / softcap) if softcap is not None else score
+                score = score.masked_fill(~mask, -math.inf)
+                if sinks is not None:
+                    score = torch.cat((score, sinks.to(f32).view(Nkv, G, 1, 1).expand(-1, -1, stop - row, 1)), -1)
+                seen = score.softmax(-1)[..., :L] @ v
             seen = seen.masked_fill(~mask.any(-1, keepdim=True), 0)
-            out[row:stop] = seen.permute(2, 0, 1, 3).reshape(stop - row, Nq, D).to(q.dtype)
+            out[row:stop] = seen.permute(2, 0, 1, 3).reshape(stop - row, Nq, Dv).to(q.dtype)
     return out
 
 
@@ -61,23 +89,26 @@ def paged_decode_attention(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention of q [B, Nq, D] over seq_lens [B] cached keys each, in float32; a sequence of no keys gives 0.
 
     The query heads of one key head form a group G, which is a dim of the products, so that no key is repeated.
     """
     B, Nq, D = q.shape
-    BS, Nkv = k_cache.shape[1], k_cache.shape[2]
+    BS, Nkv, Dv = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
     L = int(seq_lens.max()) if B else 0
     if L == 0:
-        return torch.zeros_like(q)
+        return q.new_zeros(B, Nq, Dv)
     f32 = wide(q)
     blocks = block_table[:, : -(-L // BS)].clamp(min=0).flatten()
     k = k_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
-    v = v_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
+    v = v_cache.index_select(0, blocks).reshape(B, -1, Nkv, Dv)[:, :L]
     for b, length in enumerate(seq_lens.tolist()):
         k[b, length:] = v[b, length:] = (
             0  # unused slots may hold NaN, which no mask stops: NaN - inf and 0 * NaN are NaN
@@ -86,5 +117,15 @@ def paged_decode_attention(
     n = torch.arange(L, device=q.device)
     m = seq_lens.view(B, 1, 1, 1) - 1
     mask = (n <= m) & ((n <= m) & (n > m - window if window is not None else True))
-    out = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
-    return out.masked_fill(~mask.any(-1, keepdim=True), 0).reshape(B, Nq, D).to(q.dtype)
+    if softcap is None and sinks is None and slopes is None:
+        out = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+        return out.masked_fill(~mask.any(-1, keepdim=True), 0).reshape(B, Nq, Dv).to(q.dtype)
+    score = rows @ k.transpose(2, 3) * scale
+    if slopes is not None:
+        score = score + slopes.to(f32).view(Nkv, Nq // Nkv, 1) * (n - m)
+    score = softcap * torch.tanh(score / softcap) if softcap is not None else score
+    score = score.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        score = torch.cat((score, sinks.to(f32).view(1, Nkv, Nq // Nkv, 1).expand(B, -1, -1, 1)), -1)
+    out = score.softmax(-1)[..., :L] @ v
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0).reshape(B, Nq, Dv).to(q.dtype)

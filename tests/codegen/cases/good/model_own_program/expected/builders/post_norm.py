@@ -17,12 +17,11 @@ from sageLLM.runtime.core.layout import (
     KvNodes,
     ModelLayout,
     ModelSizes,
-    Part,
     Stage,
-    WeightSpec,
     call_block,
     num_rows,
 )
+from sageLLM.runtime.core.weights import Part, View, WeightSpec, stacked
 from sageLLM.runtime.core.writer import GraphWriter
 
 __all__ = ["POST_NORM", "PostNormConfig"]
@@ -98,25 +97,37 @@ def shard_config(c: PostNormConfig, tp: int) -> PostNormConfig:
 
 def weights(c: PostNormConfig) -> Iterator[WeightSpec]:
     """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
-    yield WeightSpec("embed", (c.V, c.H), (Part("wte.weight", c.V),))
+    yield WeightSpec("embed", (c.V, c.H), (Part("wte.weight", (c.V, c.H)),))
     for i in range(c.L):
-        yield WeightSpec(f"layers.{i}.norms", (c.H,), (Part(f"h.{i}.ln.weight", c.H),))
+        yield WeightSpec(f"layers.{i}.norms", (c.H,), (Part(f"h.{i}.ln.weight", (c.H,)),))
         yield WeightSpec(
             f"layers.{i}.mix.wqkv",
             ((c.Nq + 2 * c.Nkv) * c.D, c.H),
-            (Part(f"h.{i}.attn.c_attn.weight", (c.Nq + 2 * c.Nkv) * c.D),),
-            transpose=True,
+            (
+                Part(
+                    f"h.{i}.attn.c_attn.weight",
+                    (c.H, (c.Nq + 2 * c.Nkv) * c.D),
+                    view=View((c.H, (c.Nq + 2 * c.Nkv) * c.D), (1, 0), ((c.Nq + 2 * c.Nkv) * c.D, c.H)),
+                ),
+            ),
         )
         yield WeightSpec(
-            f"layers.{i}.mix.wo", (c.H, c.Nq * c.D), (Part(f"h.{i}.attn.c_proj.weight", c.H),), transpose=True
+            f"layers.{i}.mix.wo",
+            (c.H, c.Nq * c.D),
+            (
+                Part(
+                    f"h.{i}.attn.c_proj.weight",
+                    (c.Nq * c.D, c.H),
+                    view=View((c.Nq * c.D, c.H), (1, 0), (c.H, c.Nq * c.D)),
+                ),
+            ),
         )
         yield WeightSpec(
             f"layers.{i}.experts.w",
             (c.X, c.H),
-            tuple(Part(f"h.{i}.mlp.experts.{e}.weight", 1) for e in range(c.X)),
-            stack=True,
+            tuple(Part(f"h.{i}.mlp.experts.{e}.weight", (c.H,), at=(e,)) for e in stacked("experts", c.X)),
         )
-        yield WeightSpec(f"layers.{i}.experts.back", (c.H, c.X), (Part(f"h.{i}.mlp.back.weight", c.H),))
+        yield WeightSpec(f"layers.{i}.experts.back", (c.H, c.X), (Part(f"h.{i}.mlp.back.weight", (c.H, c.X)),))
 
 
 def mix(g: GraphWriter, c: PostNormConfig, stage: Stage, layer: int, x: TensorRef) -> tuple[TensorRef, ...]:

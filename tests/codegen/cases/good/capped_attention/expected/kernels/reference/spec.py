@@ -21,6 +21,8 @@ def capped_attention(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     *,
     scale: float,
     cap: float = 50.0,
@@ -31,14 +33,14 @@ def capped_attention(
     The query heads of one key head form a group G, which is a dim of the products, so that no key is repeated.
     """
     B, Nq, D = q.shape
-    BS, Nkv = k_cache.shape[1], k_cache.shape[2]
+    BS, Nkv, Dv = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
     L = int(seq_lens.max()) if B else 0
     if L == 0:
-        return torch.zeros_like(q)
+        return q.new_zeros(B, Nq, Dv)
     f32 = wide(q)
     blocks = block_table[:, : -(-L // BS)].clamp(min=0).flatten()
     k = k_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
-    v = v_cache.index_select(0, blocks).reshape(B, -1, Nkv, D)[:, :L]
+    v = v_cache.index_select(0, blocks).reshape(B, -1, Nkv, Dv)[:, :L]
     for b, length in enumerate(seq_lens.tolist()):
         k[b, length:] = v[b, length:] = (
             0  # unused slots may hold NaN, which no mask stops: NaN - inf and 0 * NaN are NaN
@@ -48,6 +50,11 @@ def capped_attention(
     m = seq_lens.view(B, 1, 1, 1) - 1
     mask = (n <= m) & ((n <= m) & (n > m - window if window is not None else True))
     score = rows @ k.transpose(2, 3) * scale
+    if slopes is not None:
+        score = score + slopes.to(f32).view(Nkv, Nq // Nkv, 1) * (n - m)
     score = cap * torch.tanh(score / cap)
-    out = score.masked_fill(~mask, -math.inf).softmax(-1) @ v
-    return out.masked_fill(~mask.any(-1, keepdim=True), 0).reshape(B, Nq, D).to(q.dtype)
+    score = score.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        score = torch.cat((score, sinks.to(f32).view(1, Nkv, Nq // Nkv, 1).expand(B, -1, -1, 1)), -1)
+    out = score.softmax(-1)[..., :L] @ v
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0).reshape(B, Nq, Dv).to(q.dtype)

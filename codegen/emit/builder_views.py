@@ -1,0 +1,67 @@
+"""What templates/builder.py.jinja shows of a layout's statements, weights and inputs, as Python text."""
+
+from dataclasses import dataclass
+
+from sageLLM.codegen.emit.weights import WeightView
+from sageLLM.codegen.model.layout import BlockCall, Phase
+
+
+@dataclass(frozen=True, slots=True)
+class FieldView:
+    """A field of the config class, and the call that reads it."""
+
+    name: str
+    type: str
+    doc: str
+    read: str
+
+
+@dataclass(frozen=True, slots=True)
+class InputView:
+    """A step input, cache or table as `g.input(...)`."""
+
+    name: str
+    label: str
+    dtype: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CallView:
+    """`targets = function(g, args, attrs)`."""
+
+    targets: tuple[str, ...]
+    function: str
+    args: tuple[str, ...]
+    attrs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BranchView:
+    """The attention of some phases: the inputs that only it reads, and its call. The last branch has no condition."""
+
+    phases: tuple[Phase, ...]
+    inputs: tuple[InputView, ...]
+    call: CallView
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """One statement: calls in order; `sharded` takes the place of `call` when tables are divided over ranks."""
+
+    call: CallView | None = None
+    sharded: CallView | None = None
+    reduce: tuple[CallView, ...] = ()
+    branches: tuple[BranchView, ...] = ()
+    block: BlockCall | None = None
+    results: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BodyView:
+    """Statements with what they read from outside."""
+
+    needs_rows: bool
+    weights: tuple[WeightView, ...]
+    inputs: tuple[InputView, ...]
+    steps: tuple[StepView, ...]

@@ -1,0 +1,115 @@
+"""The weights of a layout as Python text: `WeightSpec(...)` with its parts, and `g.weight(...)` with a rank's shape."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.model.layout import WeightDef
+from sageLLM.codegen.model.source import PartDef
+from sageLLM.codegen.render import lit
+
+ShowSize = Callable[[Size], str]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightView:
+    """A weight as `WeightSpec(...)` and as `g.weight(...)`; texts are Python, names in quotes included."""
+
+    name: str
+    label: str
+    shape: tuple[str, ...]
+    local_shape: tuple[str, ...]
+    parts: str
+    options: tuple[tuple[str, str], ...]
+    when: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightText:
+    """Writes weights; `show` makes Python text of a size, `words` is how config.json calls a name."""
+
+    show: ShowSize
+    words: Callable[[str], str]
+
+    def view(self, weight: WeightDef, index: str) -> WeightView:
+        inner = f"{weight.block}.{weight.name}" if weight.block else weight.name
+        shape = tuple(self.show(dim) for dim in weight.dims)
+        return WeightView(
+            weight.name,
+            f'f"layers.{{{index}}}.{inner}"' if weight.is_per_layer else lit(inner),
+            shape,
+            tuple(_share(text, i, weight) for i, text in enumerate(shape)),
+            self._parts(weight),
+            tuple(self._options(weight)),
+            f"c.{weight.when}" if weight.when else None,
+        )
+
+    def _parts(self, weight: WeightDef) -> str:
+        groups = [(count, list(parts)) for count, parts in groupby(weight.parts, key=lambda part: part.stacked)]
+        if len(groups) == 1 and groups[0][0] is not None:
+            return f"tuple({self._stack(groups[0][0], groups[0][1])})"
+        texts: list[str] = []
+        for count, parts in groups:
+            texts += map(self._part, parts) if count is None else [f"*({self._stack(count, parts)})"]
+        return tuple_text(texts)
+
+    def _stack(self, count: str, parts: list[PartDef]) -> str:
+        places = f"stacked({lit(self.words(count))}, c.{count})"
+        if len(parts) == 1:
+            return f"{self._part(parts[0])} for e in {places}"
+        return f"part for e in {places} for part in {tuple_text(map(self._part, parts))}"
+
+    def _part(self, part: PartDef) -> str:
+        name = f'f"{part.hf}"' if "{" in part.hf else lit(part.hf)
+        args = [name, self._dims(part.shape)]
+        at = [self._start(part, dim) for dim in range(len(part.at))]
+        while at and at[-1] == "0":
+            at.pop()
+        if at:
+            args.append(f"at={tuple_text(at)}")
+        if not part.is_plain:
+            args.append(f"view={self._view(part)}")
+        return f"Part({', '.join(args)})"
+
+    def _start(self, part: PartDef, dim: int) -> str:
+        start = self.show(part.at[dim])
+        if part.stacked is None or part.stacked_dim != dim:
+            return start
+        return "e" if start == "0" else f"e + {start}"
+
+    def _view(self, part: PartDef) -> str:
+        take = [f"({axis}, {self.show(start)}, {self.show(stop)})" for axis, start, stop in part.take]
+        args = [self._dims(part.axes), tuple_text(map(str, part.order)), self._dims(part.size)]
+        return f"View({', '.join(args)}{f', take={tuple_text(take)}' if take else ''})"
+
+    def _dims(self, sizes: Iterable[Size]) -> str:
+        return tuple_text(map(self.show, sizes))
+
+    def _options(self, weight: WeightDef) -> Iterator[tuple[str, str]]:
+        """Keyword arguments of WeightSpec besides name, shape and parts, where they are not the default."""
+        if weight.shard:
+            yield "shard", self._shard(weight)
+        if weight.tied_to:
+            owner = lit(weight.tied_to)
+            yield "tied_to", f"{owner} if c.{weight.tied_when} else None" if weight.tied_when else owner
+
+    def _shard(self, weight: WeightDef) -> str:
+        shard = weight.shard
+        assert shard is not None, "asked of divided weights only"
+        kind = [f"kind={lit(shard.kind)}"] if shard.kind != "rows" else []
+        then = [f"then={lit(shard.then)}"] if shard.then else []
+        segments = [f"segments={self._dims(shard.segments)}"] if shard.segments else []
+        return f"Shard({', '.join([str(shard.dim), *kind, *then, *segments])})"
+
+
+def _share(text: str, dim: int, weight: WeightDef) -> str:
+    """A rank's share of a size: the divided config names are local already, a vocabulary is not."""
+    is_vocab = weight.shard is not None and weight.shard.kind == "vocab" and weight.shard.dim == dim
+    return f"{text} // c.tp" if is_vocab else text
+
+
+def tuple_text(items: Iterable[str]) -> str:
+    """A tuple of Python texts."""
+    texts = list(items)
+    return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"

@@ -1,0 +1,120 @@
+"""Links the blocks of a layout: arguments, weights, statements, results, and the op type in each phase."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.expr.syntax import Refused
+from sageLLM.codegen.expr.types import ValueType, parse_type
+from sageLLM.codegen.link.flatten import FlatBlock
+from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings, Value, is_value_name
+from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
+from sageLLM.codegen.link.weights import WeightLinker, link_block_weights
+from sageLLM.codegen.load import RawSpecs
+from sageLLM.codegen.model.layout import PHASES, Attend, BlockDef, ConfigName, OpCall, Phase
+
+_ATTEND = re.compile(r"[^=]*=\s*attend\s*\(")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLinker:
+    """Links the blocks of one layout. `steps` are the dims of a step that no config name hides."""
+
+    layout: str
+    raw: RawSpecs
+    steps: tuple[str, ...]
+    weights: WeightLinker
+    sink: Sink
+
+    def link(self, name: str, block: FlatBlock, around: Surroundings) -> BlockDef | None:
+        before = len(self.sink.diagnostics)
+        taken = {*around.ops, *FUNCTIONS, self.layout}
+        if not is_value_name(name) or name in taken or name.upper() in self.raw.dims:
+            remedy = "use small letters, digits and `_`, and no name of an op, a dim or the layout"
+            self.sink.error("SAGE204", f"'{name}' cannot name a block", block.place.key_span(), remedy)
+        for section, content in (("args", block.args), ("body", block.body), ("returns", block.returns)):
+            if not content:
+                message = f"block '{name}' has no `{section}`"
+                self.sink.error("SAGE203", message, block.place.key_span(), f"add `{section}`")
+        weights = link_block_weights(self.weights, name, block)
+        check_value_names(self.sink, {**block.args, **block.weights})
+        args = self._args(block, around.config)
+        values = {w: Value(weight.type, weight) for w, weight in weights.items()}
+        values |= {arg: Value(args.get(arg)) for arg in block.args}
+        values |= {w: Value(None) for w in block.weights if w not in weights}
+        body = BodyLinker(around, values, is_block=True)
+        linked = [body.link(place) for place in block.body]
+        statements = tuple(s for s in linked if isinstance(s, OpCall | Attend))
+        results = self._results(name, block, body)
+        if None not in linked:
+            check_used(self.sink, name, block.weights, weights, body)
+        op_types = self._op_types(name, block, any(_ATTEND.match(place.value) for place in block.body))
+        if len(self.sink.diagnostics) > before or None in linked:
+            return None
+        return BlockDef(
+            name=name,
+            summary=block.summary or f"The {name} block.",
+            op_types=op_types,
+            args=args,
+            body=statements,
+            returns=tuple(place.value for place in block.returns),
+            result_types=tuple(value.type for value in results if value.type is not None),
+            partial=tuple(value.is_partial for value in results),
+            weights=tuple(weights.values()),
+            lines=tuple(place.value for place in block.body),
+        )
+
+    def _args(self, block: FlatBlock, config: Mapping[str, ConfigName]) -> dict[str, ValueType]:
+        dims = dict.fromkeys([*self.steps, *(name for name, found in config.items() if found.type == "size")])
+        args: dict[str, ValueType] = {}
+        for name, place in block.args.items():
+            try:
+                args[name] = parse_type(place.text(place.value, self.sink), {"E": None}, dims)
+            except Refused:
+                continue
+        return args
+
+    def _results(self, name: str, block: FlatBlock, body: BodyLinker) -> list[Value]:
+        """What the block returns; results are rows of the step."""
+        found: list[Value] = []
+        for place in block.returns:
+            value = body.values.get(place.value)
+            if value is None or place.value not in body.assigned:
+                near = did_you_mean(place.value, body.assigned)
+                self.sink.error("SAGE228", f"'{place.value}' is no result of a statement", place.span(), near)
+                continue
+            type_ = value.type
+            if type_ is not None and (
+                type_.element != "E" or len(type_.dims) != 2 or type_.dims[0] != Size.symbol("T")
+            ):
+                message = f"block '{name}' returns '{place.value}', which is {type_}"
+                self.sink.error("SAGE228", message, place.span(), "a result has one row per token: E[T, ...]")
+            found.append(value)
+        partial = {n for n, value in body.values.items() if value.is_partial} - {place.value for place in block.returns}
+        for place in block.body:
+            target = place.value.partition("=")[0].strip()
+            if target in partial:
+                message = f"'{target}' is a rank's part of a sum and is never summed"
+                self.sink.error("SAGE241", message, place.span(), "return it")
+        return found
+
+    def _op_types(self, name: str, block: FlatBlock, uses_kv: bool) -> dict[Phase, str]:
+        """The op type per phase; a block with attention is a pair in hybrid and has none there."""
+        if block.op_type is None:
+            self.sink.error("SAGE203", f"block '{name}' has no `op_type`", block.place.key_span(), "add `op_type`")
+            return {}
+        given = block.op_type.value
+        by_phase: dict[str, str]
+        by_phase = {"prefill": given, "decode": given, "hybrid": given} if isinstance(given, str) else dict(given)
+        wanted: tuple[Phase, ...] = ("prefill", "decode") if uses_kv else PHASES
+        for op_type in dict.fromkeys(by_phase.values()):
+            if op_type not in self.raw.op_types:
+                help = did_you_mean(op_type, self.raw.op_types)
+                self.sink.error("SAGE230", f"unknown op type '{op_type}'", block.op_type.span(), help)
+        if missing := [phase for phase in wanted if phase not in by_phase]:
+            message = f"block '{name}' has no op type for the phase '{missing[0]}'"
+            self.sink.error("SAGE229", message, block.op_type.span(), "map every phase, or give one name")
+            return {}
+        return {phase: by_phase[phase] for phase in wanted}

@@ -1,0 +1,62 @@
+"""Which config names a layout reads, and which of them are sizes."""
+
+import re
+from collections.abc import Iterable
+
+from sageLLM.codegen.link.config import REQUIRED_NAMES
+from sageLLM.codegen.link.flatten import FlatModel, FlatRepeat, Placed
+from sageLLM.codegen.link.sizes import size_texts
+from sageLLM.codegen.load import Entry
+from sageLLM.codegen.schema.models import ConfigField, WeightSpec
+from sageLLM.codegen.schema.passes import PassSpec
+
+_ATTR_NAME = re.compile(r"\b\w+\s*=(?!=)")
+
+
+def size_names(flat: FlatModel) -> set[str]:
+    """Config names that must be at least 1: those in shapes, and those that the runtime counts with."""
+    return _names_in(_size_texts(flat)) | set(REQUIRED_NAMES)
+
+
+def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
+    """The names in all texts that can read a config name."""
+    texts = _size_texts(flat)
+    texts += [place.value for place in flat.checks]
+    texts += [text for place in flat.config.values() for text in _default_of(place.value)]
+    texts += [text for weight in _all_weights(flat) for text in _conditions_of(weight)]
+    bodies = [block.body for block in flat.blocks.values()]
+    bodies += [[item] if isinstance(item, Placed) else item.body for item in flat.program]
+    texts += [_ATTR_NAME.sub("", place.value) for body in bodies for place in body]
+    for entry in passes:
+        texts += [str(count) for count in entry.spec.expect.values()]
+    return _names_in(texts)
+
+
+def _size_texts(flat: FlatModel) -> list[str]:
+    texts = [place.value for place in flat.divides]
+    texts += [item.place.value.repeat for item in flat.program if isinstance(item, FlatRepeat)]
+    texts += [text for weight in _all_weights(flat) for text in size_texts(weight)]
+    texts += [place.value for block in flat.blocks.values() for place in block.args.values()]
+    texts += [str(flat.rope.value.dim)] if flat.rope else []
+    return texts
+
+
+def _all_weights(flat: FlatModel) -> Iterable[WeightSpec]:
+    yield from (place.value for place in flat.weights.values())
+    for block in flat.blocks.values():
+        yield from (place.value for place in block.weights.values())
+
+
+def _names_in(texts: Iterable[str]) -> set[str]:
+    return {word for text in texts for word in re.findall(r"[A-Za-z]\w*", text)}
+
+
+def _default_of(field: ConfigField) -> list[str]:
+    """The default or constant, if it is an expression."""
+    given = field.value if field.hf is None else field.default
+    return [given] if isinstance(given, str) and field.type != "str" else []
+
+
+def _conditions_of(weight: WeightSpec) -> list[str]:
+    conditions = (weight.when, weight.tied.when if weight.tied else None)
+    return [when for when in conditions if when is not None]

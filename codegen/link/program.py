@@ -1,0 +1,92 @@
+"""Links the program of a layout: its statements in order, the loop over the layers, and what is carried through it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.link.flatten import FlatModel, FlatRepeat, Placed
+from sageLLM.codegen.link.scope import Surroundings, Value, is_value_name
+from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
+from sageLLM.codegen.model.layout import Attend, BlockCall, OpCall, Repeat, WeightDef
+from sageLLM.codegen.schema.models import RepeatSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramLinker:
+    """Links the program of one layout."""
+
+    flat: FlatModel
+    sink: Sink
+
+    def link(self, own: Mapping[str, WeightDef], around: Surroundings) -> list[OpCall | BlockCall | Repeat]:
+        if not self.flat.program or not self.flat.returns:
+            section = "program" if not self.flat.program else "returns"
+            self.sink.error("SAGE203", f"the layout has no `{section}`", self.flat.span, f"add `{section}`")
+            return []
+        check_value_names(self.sink, self.flat.weights)
+        values = {name: Value(None) for name in self.flat.weights if name not in own}
+        values |= {name: Value(weight.type, weight) for name, weight in own.items() if not weight.is_per_layer}
+        body = BodyLinker(around, values, is_block=False)
+        per_layer = {name: weight for name, weight in own.items() if weight.is_per_layer}
+        program: list[OpCall | BlockCall | Repeat] = []
+        has_failed = False
+        for item in self.flat.program:
+            linked = self._repeat(item, body, per_layer, own) if isinstance(item, FlatRepeat) else body.link(item)
+            has_failed = has_failed or linked is None
+            if linked is not None and not isinstance(linked, Attend):
+                program.append(linked)
+        for place in self.flat.returns:
+            if place.value not in body.values or place.value not in body.assigned:
+                near = did_you_mean(place.value, body.assigned)
+                self.sink.error("SAGE228", f"'{place.value}' is no result of a statement", place.span(), near)
+        if not has_failed:
+            check_used(self.sink, None, self.flat.weights, own, body)
+        return program
+
+    def _repeat(
+        self, item: FlatRepeat, body: BodyLinker, per_layer: Mapping[str, WeightDef], own: Mapping[str, WeightDef]
+    ) -> Repeat | None:
+        spec, place = item.place.value, item.place
+        if spec.repeat != "L":
+            message = f"a program repeats L, the layers, not '{spec.repeat}'"
+            self.sink.error("SAGE220", message, place.span("repeat"), "write `repeat: L`")
+        if not is_value_name(spec.index):
+            self.sink.error("SAGE204", f"'{spec.index}' cannot name the index", place.span("index"), "write `index: i`")
+        before = dict(body.values)
+        for i, name in enumerate(spec.carry):
+            if name not in before or name in own:
+                help = did_you_mean(name, body.assigned)
+                self.sink.error("SAGE227", f"'{name}' has no value before the loop", place.span("carry", i), help)
+        body.values |= {name: Value(weight.type, weight) for name, weight in per_layer.items()}
+        count = len(body.assigned)
+        linked = [body.link(statement) for statement in item.body]
+        changed = body.assigned[count:]
+        for i, name in enumerate(spec.carry):
+            self._check_closes(name, before, body, place, i)
+        for name in dict.fromkeys(changed):
+            if name in before and name not in spec.carry:
+                self.sink.error(
+                    "SAGE227", f"'{name}' changes in the loop but is not carried", place.span("carry"), "carry it"
+                )
+        body.values = before | {name: body.values[name] for name in spec.carry if name in body.values}
+        calls = tuple(s for s in linked if isinstance(s, OpCall | BlockCall))
+        self._check_called_once(calls, item)
+        if None in linked:
+            return None
+        return Repeat(spec.repeat, spec.index, tuple(spec.carry), calls)
+
+    def _check_called_once(self, calls: Iterable[OpCall | BlockCall], item: FlatRepeat) -> None:
+        names = [call.block for call in calls if isinstance(call, BlockCall)]
+        for name in dict.fromkeys(names):
+            if names.count(name) > 1:
+                message = f"block '{name}' is called {names.count(name)} times in a layer"
+                self.sink.error("SAGE232", message, item.place.span("do"), "give the second call a block of its own")
+
+    def _check_closes(
+        self, name: str, before: Mapping[str, Value], body: BodyLinker, place: Placed[RepeatSpec], i: int
+    ) -> None:
+        first, last = before.get(name), body.values.get(name)
+        if first is None or last is None or first.type is None or last.type is None or first.type == last.type:
+            return
+        message = f"'{name}' is {first.type} before the loop and {last.type} after a turn"
+        self.sink.error("SAGE227", message, place.span("carry", i), "a carried value keeps its type")

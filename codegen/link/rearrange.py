@@ -1,0 +1,130 @@
+"""Links `rearrange`: a tensor taken apart into axes and put together in another order, as einops writes it.
+
+    {rearrange: "(Nkv g D) H -> (Nkv g D) H", of: query_key_value.weight, sizes: {g: G + 2}, take: {g: "0:G"}}
+
+An axis is a size of the config, or one of `sizes`; each side names every axis once, but an axis of which `take`
+reads one index is left out on the right.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sageLLM.codegen.diagnostics import did_you_mean
+from sageLLM.codegen.expr.size import Size, volume
+from sageLLM.codegen.link.sizes import SizeReader, YamlPath
+from sageLLM.codegen.model.source import PartDef
+from sageLLM.codegen.schema.sources import HfSource
+
+_SIDE = re.compile(r"\s*(?:(?:\w+|\(\s*\w+(?:\s+\w+)*\s*\))\s*)+\Z")
+_AXIS = re.compile(r"[A-Za-z][A-Za-z0-9_]*\Z")
+_MAX_AXES = 8
+Names = tuple[tuple[str, ...], ...]
+
+
+def link_rearrange(reader: SizeReader, source: HfSource, dims: tuple[Size, ...], hf: str, path: YamlPath) -> PartDef:
+    """The part that fills `dims`; raises Refused after a finding."""
+    return _Rearrange(reader, source, path).link(dims, hf)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rearrange:
+    reader: SizeReader
+    source: HfSource
+    path: YamlPath
+
+    def link(self, dims: tuple[Size, ...], hf: str) -> PartDef:
+        left, right = self._sides()
+        axes = [name for group in left for name in group]
+        sizes = {name: self._axis_size(name) for name in axes}
+        take = {name: self._range(name, text, sizes) for name, text in self._taken.items()}
+        self._check_names(axes, right)
+        index = {name: axis for axis, name in enumerate(axes)}
+        part = PartDef(
+            hf=hf,
+            shape=tuple(volume(sizes[name] for name in group) for group in left),
+            axes=tuple(sizes.values()),
+            groups=tuple(tuple(index[name] for name in group) for group in right),
+            at=(Size.of(0),) * len(right),
+            take=tuple((index[name], start, stop) for name, (start, stop) in take.items()),
+        )
+        if part.size != dims:
+            message = f"'{self.reader.name}' wants {_shape(dims)} here, but `rearrange` makes {_shape(part.size)}"
+            raise self._refuse(message, "name the axes of each dim in parentheses, outermost first", "SAGE211")
+        return part
+
+    @property
+    def _taken(self) -> dict[str, str]:
+        return {name: str(given) for name, given in self.source.take.items()}
+
+    def _sides(self) -> tuple[Names, Names]:
+        sides = str(self.source.rearrange).split("->")
+        if len(sides) != 2 or not all(_SIDE.match(side) for side in sides):
+            message = f"'{self.source.rearrange}' is not a rearrangement"
+            raise self._refuse(message, 'write the axes before and after: "(n c d) h -> (c n d) h"')
+        left, right = (
+            tuple(tuple(group.strip("()").split()) for group in re.findall(r"\w+|\([^)]*\)", side)) for side in sides
+        )
+        if sum(map(len, left)) > _MAX_AXES:
+            raise self._refuse(
+                f"a tensor is taken apart into at most {_MAX_AXES} axes", "merge those that stay together"
+            )
+        return left, right
+
+    def _axis_size(self, name: str) -> Size:
+        if name in self.source.sizes:
+            if name in self.reader.config:
+                message = f"the axis '{name}' has the name of a config value"
+                raise self._refuse(message, "give it another name", "SAGE217", "sizes", name)
+            return self.reader.size(self.source.sizes[name], (*self.path, "sizes", name))
+        if not self.reader.is_size(name):
+            known = [*self.source.sizes, *(size for size in self.reader.config if self.reader.is_size(size))]
+            near = did_you_mean(name, known) or ""
+            help = near if near.startswith("did") else f"write `sizes: {{{name}: SIZE}}`, or use a size of the config"
+            raise self._refuse(f"the axis '{name}' has no size", help if _AXIS.match(name) else "give it a name")
+        return Size.symbol(name)
+
+    def _range(self, name: str, text: str, sizes: Mapping[str, Size]) -> tuple[Size, Size]:
+        """[start, stop) of an axis, which is a part of it for every config."""
+        if name not in sizes:
+            raise self._refuse(f"there is no axis '{name}' to take from", did_you_mean(name, sizes), "SAGE217", "take")
+        first, colon, last = text.partition(":")
+        at = (*self.path, "take", name)
+        start = self.reader.size(first.strip(), at)
+        stop = self.reader.size(last.strip(), at) if colon else start + Size.of(1)
+        is_inside = _is_at_least(start, 0) and _is_at_least(stop - start, 1) and _is_at_least(sizes[name] - stop, 0)
+        if not is_inside:
+            message = f"'{text}' is not a part of the axis '{name}', whose size is {sizes[name]}"
+            raise self._refuse(message, "write start:stop in sizes of the config", "SAGE217", "take", name)
+        return start, stop
+
+    def _check_names(self, axes: list[str], right: Names) -> None:
+        """Every axis once per side; those that `take` reads one index of are gone on the right."""
+        after = [name for group in right for name in group]
+        dropped = [name for name, text in self._taken.items() if ":" not in text]
+        twice = [name for names in (axes, after) for name in names if names.count(name) > 1]
+        unknown = [name for name in after if name not in axes or name in dropped]
+        lost = [name for name in axes if name not in after and name not in dropped]
+        unused = [name for name in self.source.sizes if name not in axes]
+        findings = [
+            (twice, "stands twice on one side", "give the second one another name, and its size under `sizes`"),
+            (unknown, "is new on the right", "each side names every axis once"),
+            (lost, "is lost on the right", "name it there, or read one index of it by `take`"),
+            (unused, "has a size but is not on the left", "remove the size, or name the axis"),
+        ]
+        for names, words, help in findings:
+            if names:
+                raise self._refuse(f"the axis '{names[0]}' {words}", help)
+
+    def _refuse(self, message: str, help: str | None, code: str = "SAGE217", *path: str) -> Exception:
+        return self.reader.refuse(message, (*self.path, *(path or ("rearrange",))), help, code)
+
+
+def _is_at_least(size: Size, least: int) -> bool:
+    """Whether a size is `least` or more for all config sizes: it only grows with them, and they are at least 1."""
+    grows = all(factor >= 0 for monomial, factor in size.terms if monomial)
+    return grows and sum(factor for _, factor in size.terms) >= least
+
+
+def _shape(dims: tuple[Size, ...]) -> str:
+    return f"[{', '.join(map(str, dims))}]"

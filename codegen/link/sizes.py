@@ -1,0 +1,77 @@
+"""Sizes in a layout: expressions over config names, read with the place that they stand at."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
+from sageLLM.codegen.expr.types import dim_text, size_of
+from sageLLM.codegen.link.flatten import Placed
+from sageLLM.codegen.model.layout import ConfigName
+from sageLLM.codegen.schema.models import WeightSpec
+from sageLLM.codegen.schema.sources import Source
+
+YamlPath = tuple[str | int, ...]
+
+
+def link_size(text: Text, config: Mapping[str, ConfigName], steps: Mapping[str, object] = {}) -> Size:
+    """A size over config names (and the dims of a step, where allowed); raises Refused."""
+    node = parse_expression(text)
+    known = [name for name, found in config.items() if found.type == "size"]
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and inner.id not in known and inner.id not in steps:
+            help = did_you_mean(inner.id, [*known, *steps])
+            raise text.refuse("SAGE210", f"'{inner.id}' is not a size of this layout", inner, help)
+    size = size_of(node, text, dict.fromkeys([*known, *steps]))
+    return Size(size.terms, text=dim_text(node))
+
+
+@dataclass(frozen=True, slots=True)
+class SizeReader:
+    """Reads the sizes of one weight; its findings point into the weight's own lines."""
+
+    name: str
+    place: Placed[WeightSpec]
+    config: Mapping[str, ConfigName]
+    sink: Sink
+
+    def size(self, given: int | str, path: YamlPath) -> Size:
+        """A size of at least 1, or an expression; raises Refused."""
+        if isinstance(given, str):
+            return link_size(self.place.text(given, self.sink, *path), self.config)
+        if given < 1:
+            self.sink.error("SAGE210", f"{given} is not a size", self.place.span(*path), "sizes are at least 1")
+            raise Refused
+        return Size.of(given)
+
+    def is_size(self, name: str) -> bool:
+        return name in self.config and self.config[name].type == "size"
+
+    def refuse(self, message: str, path: YamlPath, help: str | None, code: str = "SAGE211") -> Refused:
+        """Reports a finding; raise what it returns."""
+        self.sink.error(code, message, self.place.span(*path), help)
+        return Refused(message)
+
+
+def size_texts(weight: WeightSpec) -> list[str]:
+    """All texts of a weight that may name sizes; a word in them that is no size's name does no harm."""
+    segments = (weight.tp.segments if weight.tp else None) or []
+    return [str(text) for text in (*weight.shape, *segments, *_source_texts(weight.hf))]
+
+
+def _source_texts(source: Source) -> Iterator[int | str]:
+    if isinstance(source, str):
+        return
+    if isinstance(source.concat, dict):
+        yield from source.concat.values()
+    for item in source.concat if isinstance(source.concat, list) else ():
+        yield item.size
+        yield from _source_texts(item.of)
+    if source.stack is not None:
+        yield source.stack.over
+        yield from _source_texts(source.stack.of)
+    if source.transpose is not None:
+        yield from _source_texts(source.transpose)
+    yield from (source.rearrange or "", *source.sizes.values(), *source.take.values())

@@ -1,0 +1,90 @@
+"""Links where a weight comes from: a source is resolved to the checkpoint tensors and the places that they fill.
+
+Sources nest: names, `concat`, `stack`, `transpose` and `rearrange` all become parts, each of which is one tensor that
+is reshaped, cut, permuted and put somewhere. Sizes are compared as polynomials, so what fits fits for every config.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sageLLM.codegen.diagnostics import did_you_mean
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.link.rearrange import link_rearrange
+from sageLLM.codegen.link.sizes import SizeReader, YamlPath
+from sageLLM.codegen.model.source import PartDef
+from sageLLM.codegen.schema.sources import HfSource, Source, StackSpec
+
+_OVER = re.compile(r"e in ([A-Za-z][A-Za-z0-9_]*)\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLinker:
+    """Resolves the source of one weight; `prefix` is the block's, for the names of its tensors."""
+
+    reader: SizeReader
+    prefix: str
+
+    def parts(self, source: Source, dims: tuple[Size, ...], path: YamlPath) -> tuple[PartDef, ...]:
+        """The parts that make up a value of `dims`; raises Refused after a finding."""
+        if isinstance(source, str):
+            return (PartDef.whole(self.prefix + source, dims),)
+        if source.concat is not None:
+            return self._concat(source, dims, path)
+        if source.stack is not None:
+            return self._stack(source.stack, dims, (*path, "stack"))
+        if source.transpose is not None:
+            return self._transpose(source.transpose, dims, (*path, "transpose"))
+        return (link_rearrange(self.reader, source, dims, f"{self.prefix}{source.of}", path),)
+
+    def _concat(self, source: HfSource, dims: tuple[Size, ...], path: YamlPath) -> tuple[PartDef, ...]:
+        name, dim = self.reader.name, source.dim
+        if dim >= len(dims):
+            help = f"it has {len(dims)} dims, from 0"
+            raise self.reader.refuse(f"'{name}' has no dim {dim}", (*path, "dim"), help)
+        pieces = list(self._pieces(source, path))
+        total = sum((size for _, size, _ in pieces), Size.of(0))
+        if total != dims[dim]:
+            message = f"the parts of '{name}' fill {total}, but dim {dim} is {dims[dim]}"
+            raise self.reader.refuse(message, (*path, "concat"), "let the sizes add up")
+        parts: list[PartDef] = []
+        start = Size.of(0)
+        for inner, size, inner_path in pieces:
+            found = self.parts(inner, (*dims[:dim], size, *dims[dim + 1 :]), inner_path)
+            parts += [part.moved(dim, start) for part in found]
+            start = size if not start.terms else start + size
+        return tuple(parts)
+
+    def _pieces(self, source: HfSource, path: YamlPath) -> Iterator[tuple[Source, Size, YamlPath]]:
+        """(source, size, path) of what is put together."""
+        if isinstance(source.concat, dict):
+            for hf, size in source.concat.items():
+                yield hf, self.reader.size(size, (*path, "concat", hf)), (*path, "concat", hf)
+            return
+        for i, item in enumerate(source.concat or ()):
+            at = (*path, "concat", i)
+            yield item.of, self.reader.size(item.size, (*at, "size")), (*at, "of")
+
+    def _stack(self, stack: StackSpec, dims: tuple[Size, ...], path: YamlPath) -> tuple[PartDef, ...]:
+        found = _OVER.match(stack.over)
+        count = found[1] if found else ""
+        parts = self.parts(stack.of, dims[1:], (*path, "of"))
+        unnamed = [part.hf for part in parts if "{e}" not in part.hf]
+        if not self.reader.is_size(count) or unnamed:
+            shown = unnamed[0] if unnamed else parts[0].hf
+            message = f"a stack runs `over: e in COUNT` on a name with {{e}}, got '{stack.over}' and '{shown}'"
+            raise self.reader.refuse(message, path, did_you_mean(count, self.reader.config))
+        if not dims or dims[0] != Size.symbol(count):
+            name = self.reader.name
+            message = f"'{name}' stacks {count} tensors, but dim 0 is {dims[0] if dims else 'not there'}"
+            raise self.reader.refuse(message, ("shape", 0), f"write {count}")
+        if any(part.stacked is not None for part in parts):
+            raise self.reader.refuse("a stack stands in a stack", path, "stack once, over one count")
+        return tuple(part.stacked_over(count) for part in parts)
+
+    def _transpose(self, source: Source, dims: tuple[Size, ...], path: YamlPath) -> tuple[PartDef, ...]:
+        if len(dims) < 2:
+            message = f"a transposed weight has 2 dims, '{self.reader.name}' has {len(dims)}"
+            raise self.reader.refuse(message, ("shape",), "give both sizes, or drop `transpose`")
+        inner = self.parts(source, (*dims[:-2], dims[-1], dims[-2]), path)
+        return tuple(part.transposed() for part in inner)

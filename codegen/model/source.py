@@ -1,0 +1,82 @@
+"""Where a weight comes from, after linking: tensors of the checkpoint, taken apart and put in place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import TypeVar
+
+from sageLLM.codegen.expr.size import Size
+
+T = TypeVar("T")
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartDef:
+    """A checkpoint tensor (its name may hold `{i}` and `{e}`) and the place in the weight that it fills.
+
+    The tensor of `shape` is reshaped to `axes`; of each axis in `take` the range [start, stop) is read; every dim of
+    the weight is made of the axes in its group, outermost first, and the part lies `at` this index of it. `stacked`
+    is the count over which `{e}` runs: the part fills index e of dim `stacked_dim`.
+    """
+
+    hf: str
+    shape: tuple[Size, ...]
+    axes: tuple[Size, ...]
+    groups: Groups
+    at: tuple[Size, ...]
+    take: tuple[tuple[int, Size, Size], ...] = ()
+    stacked: str | None = None
+    stacked_dim: int = 0
+
+    @classmethod
+    def whole(cls, hf: str, dims: tuple[Size, ...]) -> "PartDef":
+        """A tensor that is taken as it is."""
+        return cls(hf, dims, dims, tuple((axis,) for axis in range(len(dims))), (Size.of(0),) * len(dims))
+
+    def moved(self, dim: int, by: Size) -> "PartDef":
+        """The part further along a dim."""
+        start = self.at[dim] + by if self.at[dim].terms else by
+        return replace(self, at=(*self.at[:dim], start, *self.at[dim + 1 :]))
+
+    def transposed(self) -> "PartDef":
+        """The part of a weight whose last two dims are swapped."""
+        last = len(self.groups) - 1
+        stacked_dim = {last: last - 1, last - 1: last}.get(self.stacked_dim, self.stacked_dim)
+        return replace(self, groups=_swapped(self.groups), at=_swapped(self.at), stacked_dim=stacked_dim)
+
+    def stacked_over(self, count: str) -> "PartDef":
+        """The part as one of `count` along a new first dim."""
+        return replace(self, groups=((), *self.groups), at=(Size.of(0), *self.at), stacked=count, stacked_dim=0)
+
+    @property
+    def lengths(self) -> tuple[Size, ...]:
+        """How much of each axis is read."""
+        taken = {axis: stop - start for axis, start, stop in self.take}
+        return tuple(taken.get(axis, size) for axis, size in enumerate(self.axes))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes as they lie in the weight; those of which one index is read come last."""
+        grouped = [axis for group in self.groups for axis in group]
+        return (*grouped, *(axis for axis in range(len(self.axes)) if axis not in grouped))
+
+    @property
+    def size(self) -> tuple[Size, ...]:
+        """How much of each dim of the weight the part fills."""
+        return tuple(self.group_size(group) for group in self.groups)
+
+    def group_size(self, group: Sequence[int]) -> Size:
+        sizes = [self.lengths[axis] for axis in group]
+        return sizes[0] if len(sizes) == 1 else reduce(lambda product, size: product * size, sizes, Size.of(1))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor fills its place as it is; the dims that it lacks come first and have one index."""
+        missing = len(self.groups) - len(self.shape)
+        in_order = self.groups == ((),) * missing + tuple((axis,) for axis in range(len(self.shape)))
+        return self.axes == self.shape and not self.take and in_order
+
+
+def _swapped(items: tuple[T, ...]) -> tuple[T, ...]:
+    return (*items[:-2], items[-1], items[-2])

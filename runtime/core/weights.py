@@ -1,0 +1,111 @@
+"""What a layout's weights are made of: checkpoint tensors, taken apart and put in place, and each rank's share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from sageLLM.runtime.core.errors import ConfigError
+
+MAX_STACKED = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor taken apart: reshaped to the finer `axes`, cut, permuted, and merged to `size`.
+
+    `take` lists (axis, start, stop), an axis without an entry is kept whole; `order` names the axes as they stand
+    after the permutation, so `reshape(axes)[take].permute(order).reshape(size)` fills the weight.
+    """
+
+    axes: tuple[int, ...]
+    order: tuple[int, ...]
+    size: tuple[int, ...]
+    take: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """For each axis, the first index that is read and the one after the last."""
+        taken = {axis: (start, stop) for axis, start, stop in self.take}
+        return tuple(taken.get(axis, (0, size)) for axis, size in enumerate(self.axes))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A checkpoint tensor of `shape`, and the place in the weight that it fills, which begins at `at`.
+
+    What `at` does not name begins at 0. A tensor of fewer dims than the weight fills one index of the first dims.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    at: tuple[int, ...] = ()
+    view: View | None = None
+
+    def place(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """(start, stop) along each of the weight's `rank` dims."""
+        size = self.view.size if self.view is not None else self.shape
+        size = (1,) * (rank - len(size)) + size
+        starts = self.at + (0,) * (rank - len(self.at))
+        return tuple((start, start + length) for start, length in zip(starts, size, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What tensor parallelism does with a weight.
+
+    "rows" and "vocab" divide `dim` over the ranks; "first" keeps the weight on rank 0 and leaves zeros on the others,
+    for a bias that joins a sum over ranks. `then` is the collective that completes the result. `segments` are the
+    sizes along `dim` that are divided each for itself, such as q, k and v; none means that the dim is one.
+    """
+
+    dim: int = 0
+    kind: Literal["rows", "vocab", "first"] = "rows"
+    then: Literal["all_reduce", "all_gather"] | None = None
+    segments: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """A weight as graphs use it, whole, and the checkpoint tensors that fill it, each element once.
+
+    A weight with `tied_to` shares that weight's memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    shard: Shard | None = None
+    tied_to: str | None = None
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+
+def stacked(key: str, count: int) -> range:
+    """The places of a stack; ConfigError for more than any checkpoint has, since a config may claim any number."""
+    if count > MAX_STACKED:
+        raise ConfigError(f"{key} is {count}; stacks hold at most {MAX_STACKED} tensors")
+    return range(count)
+
+
+def share_runs(spec: WeightSpec, rank: int, tp: int) -> tuple[tuple[int, int], ...]:
+    """(start, size) of each run along the divided dim that rank `rank` of `tp` holds, in order.
+
+    A weight that is not divided is one whole run of dim 0. ConfigError if a segment does not come out even.
+    """
+    shard = spec.shard
+    if shard is None or shard.kind == "first" or tp == 1:
+        dim = shard.dim if shard is not None else 0
+        return ((0, spec.shape[dim]),)
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for segment in shard.segments or (spec.shape[shard.dim],):
+        if segment % tp:
+            raise ConfigError(f"tensor_parallel_size={tp} does not divide {segment} rows of {spec.name}")
+        size = segment // tp
+        runs.append((start + rank * size, size))
+        start += segment
+    return tuple(runs)

@@ -1,0 +1,68 @@
+"""What the KV manager asks the engine to copy, and what it tells of itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Tier = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy one block of the device pool to another, before the step writes to either."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierCopy:
+    """Copy the KV of a sequence's first `num_tokens` tokens from one tier to another: block i to block i.
+
+    It runs before the batches of its step. The blocks of both sides stay pinned until it is finished or aborted.
+    """
+
+    seq_id: str
+    source: Tier
+    target: Tier
+    source_blocks: Sequence[int]
+    target_blocks: Sequence[int]
+    num_tokens: int
+
+
+class Admission(NamedTuple):
+    """The table of an admitted sequence, `hit_blocks` then `new_blocks`; `num_cached_tokens` need no computing."""
+
+    num_cached_tokens: int
+    hit_blocks: list[int]
+    new_blocks: list[int]
+
+
+class Fork(NamedTuple):
+    """The blocks that are new in a fork's table, and the copies (at most one) that it needs."""
+
+    new_blocks: list[int]
+    copies: list[BlockCopy]
+
+
+@dataclass(frozen=True, slots=True)
+class KVStats:
+    """Sizes now (`num_*`, in blocks) and counters since the start.
+
+    `num_free` + `num_used` + `num_cached` + `num_in_transfer` is `num_blocks`; the first and the last are None when
+    the pool is unbounded.
+    """
+
+    num_blocks: int | None
+    num_free: int | None
+    num_used: int
+    num_cached: int
+    num_in_transfer: int
+    num_host_used: int
+    num_disk_used: int
+    total_queried_tokens: int
+    total_hit_tokens: int
+    total_evictions: int
+    total_swaps_out: int
+    total_swaps_in: int
+    total_forks: int

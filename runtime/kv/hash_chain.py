@@ -1,0 +1,48 @@
+"""Names full blocks of tokens by a hash over everything before them, so that equal prefixes have equal names.
+
+The name of block i is SHA-256(name of block i - 1, the tokens of block i), and block -1 is the hash of the salt. Equal
+names therefore mean equal tokens from the start of the sequence on, under the same salt; a salt (a tenant, an adapter)
+keeps sequences apart whose KV must not be shared.
+"""
+
+import struct
+from collections.abc import Sequence
+from hashlib import sha256
+
+
+class HashChain:
+    """The names of one sequence's full blocks, each computed when it is first asked for.
+
+    The token lists are the live ones: outputs may grow at their end, nothing else may change.
+    """
+
+    __slots__ = ("_block_size", "_names", "_outputs", "_pack", "_prompt", "_root")
+
+    def __init__(self, block_size: int, prompt: Sequence[int], outputs: Sequence[int], salt: str = "") -> None:
+        self._block_size = block_size
+        self._prompt = prompt
+        self._outputs = outputs
+        self._pack = struct.Struct(f"<{block_size}q").pack
+        self._names: list[bytes] = []
+        self._root = sha256(salt.encode()).digest()
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self._prompt) + len(self._outputs)
+
+    def name(self, index: int) -> bytes:
+        """The name of block `index`, all of whose tokens must be there."""
+        names = self._names
+        while len(names) <= index:
+            parent = names[-1] if names else self._root
+            names.append(sha256(parent + self._pack(*self._tokens_of(len(names)))).digest())
+        return names[index]
+
+    def _tokens_of(self, index: int) -> Sequence[int]:
+        start, split = index * self._block_size, len(self._prompt)
+        end = start + self._block_size
+        if end <= split:
+            return self._prompt[start:end]
+        outputs = self._outputs[max(0, start - split) : end - split]
+        return [*self._prompt[start:split], *outputs]

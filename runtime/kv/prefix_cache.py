@@ -1,0 +1,86 @@
+"""Finds the blocks that already hold the beginning of a sequence, and makes filled blocks findable."""
+
+from collections.abc import Sequence
+
+from sageLLM.runtime.kv.block_pool import BlockPool
+from sageLLM.runtime.kv.hash_chain import HashChain
+
+
+class TrackedSequence:
+    """A sequence that the cache knows: its names, how many blocks of its table are published, and the last match."""
+
+    __slots__ = ("chain", "match", "match_key", "num_published")
+
+    def __init__(self, chain: HashChain) -> None:
+        self.chain = chain
+        self.num_published = 0
+        self.match: list[int] = []
+        self.match_key: tuple[int, int] | None = None
+
+
+class PrefixCache:
+    """Matches sequences with the labelled blocks of a pool.
+
+    A match is a run of full blocks from the start and leaves at least the last token of the sequence to be computed,
+    as its logits are wanted: a sequence that is cached as a whole matches a block less. Only published blocks match,
+    and a block is published when it is filled.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._sequences: dict[str, TrackedSequence] = {}
+        self.total_queried_tokens = 0
+        self.total_hit_tokens = 0
+
+    def track(self, seq_id: str, prompt: Sequence[int], outputs: Sequence[int], salt: str) -> None:
+        """Learn a sequence's tokens, as live lists that may only grow at the end."""
+        self._sequences[seq_id] = TrackedSequence(HashChain(self._block_size, prompt, outputs, salt))
+
+    def forget(self, seq_id: str) -> None:
+        """Forget a sequence, not its blocks."""
+        self._sequences.pop(seq_id, None)
+
+    def match(self, seq_id: str) -> list[int]:
+        """The blocks that hold the beginning of the sequence. Remembered until a label comes or goes."""
+        sequence = self._sequences.get(seq_id)
+        if sequence is None:
+            return []
+        key = (self._pool.labels_version, sequence.chain.num_tokens)
+        if sequence.match_key != key:
+            sequence.match = self._walk(sequence.chain)
+            sequence.match_key = key
+        return sequence.match
+
+    def _walk(self, chain: HashChain) -> list[int]:
+        blocks = []
+        for index in range((chain.num_tokens - 1) // self._block_size):
+            block = self._pool.find(chain.name(index))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def count_query(self, seq_id: str, num_hit_blocks: int) -> None:
+        """Note how much of an admitted sequence was found, and that these blocks of its table are published."""
+        sequence = self._sequences.get(seq_id)
+        if sequence is not None:
+            sequence.num_published = num_hit_blocks
+            self.total_queried_tokens += sequence.chain.num_tokens
+            self.total_hit_tokens += num_hit_blocks * self._block_size
+
+    def publish(self, seq_id: str, table: Sequence[int], num_computed_tokens: int) -> None:
+        """Make the blocks that are filled findable."""
+        sequence = self._sequences.get(seq_id)
+        if sequence is None:
+            return
+        num_full = min(num_computed_tokens, sequence.chain.num_tokens) // self._block_size
+        for index in range(sequence.num_published, num_full):
+            self._pool.label(table[index], sequence.chain.name(index))
+        sequence.num_published = max(sequence.num_published, num_full)
+
+    def lose_table(self, seq_id: str) -> None:
+        """The sequence has no blocks any more: those of its next table are published anew."""
+        sequence = self._sequences.get(seq_id)
+        if sequence is not None:
+            sequence.num_published = 0

@@ -1,0 +1,225 @@
+"""The prefix cache: what is found, when it becomes visible, what it costs, and what is evicted first."""
+
+import hashlib
+
+import pytest
+
+from sageLLM.runtime.kv.hash_chain import HashChain
+from sageLLM.runtime.kv.manager import PagedKVManager
+
+
+def caching(num_blocks: int | None = 8, block_size: int = 4) -> PagedKVManager:
+    return PagedKVManager(num_blocks, block_size, enable_prefix_caching=True)
+
+
+def run(kv: PagedKVManager, seq_id: str, tokens: list[int], salt: str = "") -> int:
+    """Admit, compute and end a sequence; returns how many of its tokens were cached."""
+    kv.track(seq_id, tokens, [], salt)
+    admission = kv.admit(seq_id, len(tokens))
+    kv.publish(seq_id, len(tokens))
+    kv.free(seq_id)
+    kv.forget(seq_id)
+    kv.check_integrity([])
+    return admission.num_cached_tokens
+
+
+def test_a_block_is_named_by_everything_before_it() -> None:
+    chain = HashChain(2, [1, 2, 3], [4], salt="s")
+    root = hashlib.sha256(b"s").digest()
+    first = hashlib.sha256(root + (1).to_bytes(8, "little") + (2).to_bytes(8, "little")).digest()
+    second = hashlib.sha256(first + (3).to_bytes(8, "little") + (4).to_bytes(8, "little")).digest()
+    assert chain.name(1) == second
+    assert chain.name(0) == first
+
+
+def test_the_names_follow_outputs_that_grow() -> None:
+    outputs: list[int] = []
+    chain = HashChain(4, [1, 2, 3], outputs)
+    outputs += [4, 5, 6, 7, 8]
+    whole = HashChain(4, [1, 2, 3, 4, 5, 6, 7, 8], [])
+    assert [chain.name(0), chain.name(1)] == [whole.name(0), whole.name(1)]
+    assert chain.num_tokens == 8
+
+
+def test_an_equal_prefix_is_found_in_whole_blocks() -> None:
+    kv = caching()
+    assert run(kv, "a", list(range(10))) == 0
+    kv.track("b", [*range(9), 99, 99], [])
+    assert kv.num_cached_tokens("b") == 8
+    admission = kv.admit("b", 11)
+    assert admission.num_cached_tokens == 8
+    assert kv.block_table("b") == admission.hit_blocks + admission.new_blocks
+    assert (len(admission.hit_blocks), len(admission.new_blocks)) == (2, 1)
+
+
+@pytest.mark.parametrize(("length", "cached"), [(8, 4), (9, 8), (4, 0), (3, 0)])
+def test_a_prompt_that_is_cached_as_a_whole_leaves_a_token_to_compute(length: int, cached: int) -> None:
+    kv = caching()
+    tokens = list(range(length))
+    run(kv, "a", tokens)
+    assert run(kv, "b", tokens) == cached
+
+
+def test_equal_blocks_after_different_beginnings_are_not_found() -> None:
+    kv = caching()
+    run(kv, "a", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert run(kv, "b", [0, 2, 3, 4, 5, 6, 7, 8, 9]) == 0
+
+
+def test_a_salt_keeps_sequences_apart() -> None:
+    kv = caching(16)
+    tokens = list(range(9))
+    run(kv, "a", tokens, salt="tenant-1")
+    assert run(kv, "b", tokens, salt="tenant-2") == 0
+    assert run(kv, "c", tokens, salt="tenant-1") == 8
+
+
+def test_a_block_is_invisible_until_it_is_filled() -> None:
+    kv = caching()
+    tokens = list(range(12))
+    kv.track("a", tokens, [])
+    kv.admit("a", 12)
+    kv.track("b", tokens, [])
+    assert kv.num_cached_tokens("b") == 0
+    kv.publish("a", 7)
+    assert kv.num_cached_tokens("b") == 4
+    kv.publish("a", 8)
+    assert kv.num_cached_tokens("b") == 8
+
+
+def test_running_sequences_share_blocks_and_the_last_one_out_leaves_them_cached() -> None:
+    kv = caching()
+    tokens = list(range(9))
+    for seq_id in "ab":
+        kv.track(seq_id, tokens, [])
+        kv.admit(seq_id, 9)
+        kv.publish(seq_id, 9)
+    shared = kv.block_table("a")[:2]
+    assert kv.block_table("b")[:2] == shared
+    assert kv.pool.num_used == 4
+    assert set(kv.free("a")).isdisjoint(shared)
+    kv.check_integrity(["b"])
+    assert set(shared) < set(kv.free("b"))
+    assert kv.stats().num_cached == 2
+    kv.check_integrity([])
+
+
+def test_of_two_that_compute_the_same_block_one_is_kept() -> None:
+    kv = caching()
+    tokens = list(range(9))
+    for seq_id in "ab":  # both admitted before either has filled a block
+        kv.track(seq_id, tokens, [])
+        kv.admit(seq_id, 9)
+    for seq_id in "ab":
+        kv.publish(seq_id, 9)
+        kv.free(seq_id)
+    kv.check_integrity([])
+    assert kv.stats().num_cached == 2
+    assert kv.stats().num_free == 6
+
+
+def test_a_hit_costs_room_only_where_nobody_uses_the_block() -> None:
+    kv = caching(num_blocks=3)
+    tokens = list(range(12))
+    kv.track("a", tokens, [])
+    kv.admit("a", 12)
+    kv.publish("a", 12)
+    kv.track("b", [*tokens[:8], 50, 51], [])
+    assert not kv.can_admit("b", 10)  # two shared, but no block for the third
+    kv.free("a")
+    assert kv.can_admit("b", 10)
+    assert not kv.can_admit("b", 10, headroom=1)
+    assert not kv.can_admit("b", 13)
+    kv.admit("b", 10)
+    kv.check_integrity(["b"])
+
+
+def test_the_least_recently_used_is_evicted_first_and_ends_before_beginnings() -> None:
+    kv = caching(num_blocks=4)
+    old, new = [1] * 9, [2] * 5
+    run(kv, "old", old)
+    run(kv, "new", new)
+    assert kv.stats().num_cached == 3
+    kv.admit("big", 8)  # one free block, and one evicted
+    kv.track("o", old, [])
+    kv.track("n", new, [])
+    assert kv.num_cached_tokens("o") == 4, "the end of the older one goes first"
+    assert kv.num_cached_tokens("n") == 4
+    kv.allocate("big", 12)
+    assert kv.num_cached_tokens("o") == 0
+    assert kv.num_cached_tokens("n") == 4
+    assert kv.stats().total_evictions == 2
+    kv.check_integrity(["big"])
+
+
+def test_a_hit_makes_a_block_recently_used() -> None:
+    kv = caching(num_blocks=4)
+    run(kv, "a", [1] * 5)
+    run(kv, "b", [2] * 5)
+    assert run(kv, "a2", [1] * 5) == 4
+    kv.admit("big", 12)
+    kv.track("a3", [1] * 5, [])
+    kv.track("b3", [2] * 5, [])
+    assert (kv.num_cached_tokens("a3"), kv.num_cached_tokens("b3")) == (4, 0)
+
+
+def test_outputs_are_cached_for_the_next_turn_and_for_a_replay() -> None:
+    kv = caching()
+    outputs: list[int] = []
+    kv.track("a", [1, 2, 3], outputs)
+    kv.admit("a", 3)
+    outputs += [4, 5, 6, 7, 8, 9]
+    kv.allocate("a", 8)
+    kv.publish("a", 8)
+    kv.free("a")  # preempted: its own blocks are found again
+    assert kv.num_cached_tokens("a") == 8
+    assert run(kv, "next turn", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) == 8
+
+
+def test_a_replay_publishes_its_new_table() -> None:
+    kv = caching(num_blocks=3)
+    tokens = list(range(9))
+    kv.track("a", tokens, [])
+    kv.admit("a", 9)
+    kv.publish("a", 9)
+    kv.free("a")
+    kv.allocate("other", 12)  # evicts all of it
+    kv.free("other")
+    assert kv.admit("a", 9).num_cached_tokens == 0
+    kv.publish("a", 9)
+    kv.free("a")
+    assert kv.num_cached_tokens("a") == 8
+
+
+def test_without_caching_nothing_is_kept() -> None:
+    kv = PagedKVManager(8, 4)
+    assert run(kv, "a", list(range(9))) == run(kv, "b", list(range(9))) == 0
+    assert kv.stats().num_cached == kv.stats().total_queried_tokens == 0
+
+
+def test_the_statistics_count_what_was_asked_and_found() -> None:
+    kv = caching()
+    run(kv, "a", list(range(9)))
+    run(kv, "b", list(range(9)))
+    assert (kv.stats().total_queried_tokens, kv.stats().total_hit_tokens) == (18, 8)
+
+
+def test_a_reset_forgets_everything_and_frees_the_idle_blocks() -> None:
+    kv = caching()
+    tokens = list(range(9))
+    run(kv, "a", tokens)
+    kv.track("b", tokens, [])
+    kv.admit("b", 9)
+    kv.reset_prefix_cache()
+    kv.check_integrity(["b"])
+    kv.free("b")
+    assert kv.stats().num_free == 8
+    kv.check_integrity([])
+    assert run(kv, "c", tokens) == 0
+
+
+def test_an_unbounded_pool_reuses_cached_blocks_before_it_grows() -> None:
+    kv = caching(num_blocks=None)
+    for turn in range(20):
+        run(kv, f"s{turn}", [turn] * 9)
+        assert kv.pool.num_idle <= 3
