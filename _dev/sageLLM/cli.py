@@ -36,11 +36,23 @@ def generate(
 
 
 @app.command()
-def lint(specs: Specs = None, json: Json = False) -> None:
-    """Check the specs and print diagnostics only."""
-    from sageLLM.codegen.commands import Generate
+def lint(
+    what: Annotated[str | None, typer.Argument(help="'model' or a layout's name: check a checkpoint's config.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A config.json, or the checkpoint folder that holds it.")] = None,
+    index: Annotated[Path | None, typer.Option(help="A model.safetensors.index.json to compare with.")] = None,
+    tp: Annotated[str | None, typer.Option(help="Tensor-parallel degrees that must divide, by commas.")] = None,
+    plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
+    specs: Specs = None,
+    json: Json = False,
+) -> None:
+    """Check the specs, or what a checkpoint's config says: tensors, parameters, memory, degrees. Reads no weights."""
+    if what is None and config is None:
+        from sageLLM.codegen.commands import Generate
 
-    raise typer.Exit(Generate(specs or [], None, as_json=json).lint())
+        raise typer.Exit(Generate(specs or [], None, as_json=json).lint())
+    from sageLLM.runtime.lint.commands import LintRequest, lint_checkpoint
+
+    raise typer.Exit(lint_checkpoint(LintRequest(what or "model", config, index, tp, plugins or [], as_json=json)))
 
 
 @app.command()

@@ -109,3 +109,9 @@ def share_runs(spec: WeightSpec, rank: int, tp: int) -> tuple[tuple[int, int], .
         runs.append((start + rank * size, size))
         start += segment
     return tuple(runs)
+
+
+def share_shape(spec: WeightSpec, tp: int) -> tuple[int, ...]:
+    """The shape of a rank's share, which is the same on all ranks."""
+    dim = spec.shard.dim if spec.shard is not None else 0
+    return (*spec.shape[:dim], sum(size for _, size in share_runs(spec, 0, tp)), *spec.shape[dim + 1 :])

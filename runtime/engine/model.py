@@ -1,6 +1,5 @@
 """A model ready to run: its layout, its configuration, and its weights and tables on one device."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from sageLLM.runtime.core.checkpoint import MAX_PROBLEMS, check_checkpoint
 from sageLLM.runtime.core.config import HFConfig, shown
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.layout import ModelLayout
+from sageLLM.runtime.engine.config_file import layout_of, read_config_file
 from sageLLM.runtime.engine.errors import CheckpointError
 from sageLLM.runtime.engine.plugins import Registry
 from sageLLM.runtime.engine.rope import rope_tables
@@ -61,8 +61,8 @@ def load_model(
     missing, of another shape, or read by nobody.
     """
     path = folder / "config.json"
-    data = _read_config(path)
-    layout = _layout_of(data, path, registry)
+    data = read_config_file(path)
+    layout = layout_of(data, path, registry.models)
     try:
         config = layout.read_config(HFConfig(data, str(path)))
     except ConfigError as error:
@@ -77,37 +77,6 @@ def load_model(
     finally:
         checkpoint.close()
     return Model(layout, config, kind, device, length, weights, tables)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no config.json; give the folder of a Hugging Face checkpoint"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {shown(data)}")
-    return data
-
-
-def _layout_of(data: Mapping[str, Any], path: Path, registry: Registry) -> ModelLayout:
-    named = data.get("architectures")
-    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    for architecture in architectures:
-        if layout := registry.layout_of(architecture):
-            return layout
-    asked = ", ".join(name[:60] for name in architectures) or "a checkpoint without `architectures`"
-    known = sorted(name for layout in registry.models.values() for name in layout.architectures)
-    raise CheckpointError(
-        f"{path}: no layout reads {asked}; "
-        f"known are {', '.join(known)}. To add one: `sagellm new model NAME`, then `sagellm generate` "
-        "(docs/add-a-model.md)"
-    )
 
 
 def _model_len(trained: int, asked: int | None, path: Path) -> int:

@@ -6,7 +6,6 @@ then the data (https://huggingface.co/docs/safetensors). Pickled checkpoints are
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .checkpoint_index import INDEX_FILE, damaged, json_object, weight_map
 from .errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-MAX_INDEX_BYTES = 256 * 2**20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -124,15 +122,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             header_len = int.from_bytes(file.read(8), "little")
             if size < 8 or header_len > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(_damaged(path, f"its {size} bytes do not hold a header"))
-            header = _json_object(path, file.read(header_len))
+                raise CheckpointError(damaged(path, f"its {size} bytes do not hold a header"))
+            header = json_object(path, file.read(header_len))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     header.pop("__metadata__", None)
     infos = {name: _tensor_info(path, name, entry) for name, entry in header.items()}
     needed = 8 + header_len + max((_end_of(path, name, entry) for name, entry in header.items()), default=0)
     if size < needed:
-        raise CheckpointError(_damaged(path, f"it is cut off after {size} of {needed} bytes"))
+        raise CheckpointError(damaged(path, f"it is cut off after {size} of {needed} bytes"))
     return infos
 
 
@@ -140,29 +138,13 @@ def _read_shards(root: Path) -> dict[str, TensorInfo]:
     index = root / INDEX_FILE
     shards: dict[str, dict[str, TensorInfo]] = {}
     infos = {}
-    for name, file_name in _weight_map(index).items():
+    for name, file_name in weight_map(index).items():
         if file_name not in shards:
             shards[file_name] = read_header(_shard_path(index, file_name))
         if name not in shards[file_name]:
             raise CheckpointError(f"{index} puts the tensor {name!r} in {file_name}, which does not have it")
         infos[name] = shards[file_name][name]
     return infos
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index} has more than {MAX_INDEX_BYTES} bytes")
-        content = _json_object(index, index.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names")
-    for name, file_name in weight_map.items():
-        if not isinstance(file_name, str):
-            raise CheckpointError(f"{index}: the file of the tensor {name!r} must be a string")
-    return weight_map
 
 
 def _shard_path(index: Path, file_name: str) -> Path:
@@ -191,17 +173,17 @@ def _no_safetensors(root: Path) -> str:
 
 def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise CheckpointError(_damaged(path, f"the header entry of {name!r} is no object"))
+        raise CheckpointError(damaged(path, f"the header entry of {name!r} is no object"))
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if shape is None or not _is_sizes(shape):
-        raise CheckpointError(_damaged(path, f"the shape of {name!r} is no list of sizes"))
+        raise CheckpointError(damaged(path, f"the shape of {name!r} is no list of sizes"))
     if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         known = ", ".join(TORCH_DTYPES)
         raise CheckpointError(f"{path}: the tensor {name!r} has the dtype {dtype!r}; known are {known}")
     info = TensorInfo(name, tuple(shape), TORCH_DTYPES[dtype], path)
     start, end = _offsets(path, name, entry)
     if end - start != info.num_bytes:
-        raise CheckpointError(_damaged(path, f"{name!r} needs {info.num_bytes} bytes and has {end - start}"))
+        raise CheckpointError(damaged(path, f"{name!r} needs {info.num_bytes} bytes and has {end - start}"))
     return info
 
 
@@ -212,23 +194,9 @@ def _is_sizes(value: object) -> bool:
 def _offsets(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
     offsets = entry.get("data_offsets")
     if offsets is None or not _is_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(_damaged(path, f"the data_offsets of {name!r} are no two offsets"))
+        raise CheckpointError(damaged(path, f"the data_offsets of {name!r} are no two offsets"))
     return offsets[0], offsets[1]
 
 
 def _end_of(path: Path, name: str, entry: Mapping[str, Any]) -> int:
     return _offsets(path, name, entry)[1]
-
-
-def _json_object(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(_damaged(path, f"its JSON cannot be read ({error})")) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(_damaged(path, "its JSON is no object"))
-    return value
-
-
-def _damaged(path: Path, why: str) -> str:
-    return f"{path} is damaged: {why}; download it again"

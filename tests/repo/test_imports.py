@@ -40,6 +40,7 @@ LAYERS = {
     ),
     "runtime/core": Layer(ours=("sageLLM.runtime.core",)),
     "runtime/scheduler": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
+    "runtime/lint": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
     "runtime/kv": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
     "runtime/sim": Layer(ours=("sageLLM.runtime", "sageLLM.generated"), others=frozenset({"numpy"})),
     "runtime/engine/chat_template_worker.py": Layer(ours=(), others=frozenset({"jinja2"})),  # a process of its own

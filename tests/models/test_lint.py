@@ -1,0 +1,134 @@
+"""`sagellm lint model`: counts, degrees and the comparison with an index, from the config alone."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sageLLM.generated.builders import MODELS
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.weights import share_shape
+from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
+from sageLLM.runtime.execution_graph.expand import expand
+from sageLLM.runtime.lint.commands import LintRequest, lint_checkpoint
+
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+}
+
+
+@pytest.fixture
+def lint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """lint("model", config, index=[names], tp="1,2") -> exit code, stdout, stderr."""
+
+    def run(
+        what: str,
+        config: dict[str, Any] | None = None,
+        *,
+        index: list[str] | None = None,
+        tp: str | None = None,
+        as_json: bool = False,
+    ) -> tuple[int, str, str]:
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        if index is not None:
+            weight_map = dict.fromkeys(index, "model-00001-of-00001.safetensors")
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        code = lint_checkpoint(LintRequest(what, tmp_path if config else None, None, tp, (), as_json))
+        out, err = capsys.readouterr()
+        return code, out.replace(str(tmp_path), "FOLDER"), err.replace(str(tmp_path), "FOLDER")
+
+    return run
+
+
+def test_llama_3_1_8b(lint: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = lint("model", LLAMA_3_1_8B, tp="1,2,16,3")
+    assert code == 100
+    assert out == (
+        "FOLDER/config.json: llama (specs/models/llama.yaml: llama)\n"
+        "  tensors       291\n"
+        "  parameters    8,030,261,248\n"
+        "  bytes         f32 32,121,044,992  bf16 16,060,522,496  f16 16,060,522,496\n"
+        "  KV per token  f32 262,144  bf16 131,072  f16 131,072\n"
+        "  tp 1          divides; 8,030,261,248 parameters a rank\n"
+        "  tp 2          divides; 4,015,263,744 parameters a rank\n"
+        "  tp 16         no: tensor_parallel_size=16 does not divide num_key_value_heads=8; use a divisor of 8\n"
+        "  tp 3          no: tensor_parallel_size=3 does not divide num_attention_heads=32; use a divisor of 32\n"
+    )
+
+
+def test_tied_weights_count_once(lint: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = lint("model", {**LLAMA_3_1_8B, "tie_word_embeddings": True}, as_json=True)
+    data = json.loads(out)
+    assert (code, data["tensors"], data["parameters"]) == (0, 290, 8_030_261_248 - 128256 * 4096)
+    assert data["bytes"]["bf16"] == 2 * data["parameters"]
+    assert [degree["tp"] for degree in data["degrees"]] == [1, 2, 4, 8]
+
+
+def test_an_index_is_compared_by_names(lint: Callable[..., tuple[int, str, str]]) -> None:
+    config = {**MODELS["llama"].tiny, "num_hidden_layers": 1}
+    read = MODELS["llama"].read_config(HFConfig(config))
+    names = [part.name for weight in MODELS["llama"].weights(read) for part in weight.parts]
+    code, out, _ = lint("model", config, index=[*names, "model.layers.0.self_attn.rotary_emb.inv_freq"])
+    assert code == 0
+    assert out.splitlines()[-1] == "  index         13 tensors, exactly those of the layout"
+    code, out, _ = lint("model", config, index=[*names[1:], "model.layers.0.self_attn.q_norm.weight"])
+    assert code == 100
+    assert out.splitlines()[-3:] == [
+        "  index         12 tensors, which do not fit:",
+        "    missing tensor 'model.embed_tokens.weight' [128, 64], which fills embed",
+        "    tensor 'model.layers.0.self_attn.q_norm.weight' is read by nothing in the layout",
+    ]
+
+
+REFUSED = [
+    ("nope", None, None, "error: 'nope' is no layout; write `model`, or one of "),
+    ("model", None, None, "error: give the config.json to check: `sagellm lint model --config FILE`\n"),
+    ("model", {**LLAMA_3_1_8B, "architectures": ["T5"]}, None, "error: FOLDER/config.json: no layout reads T5; known"),
+    ("model", LLAMA_3_1_8B, "2,x", "error: --tp is '2,x'; give degrees by commas, such as 1,2,4\n"),
+    ("model", LLAMA_3_1_8B, "0", "error: --tp is '0'; a degree is at least 1\n"),
+    (
+        "llama",
+        {**LLAMA_3_1_8B, "num_hidden_layers": 2**31 - 1},
+        None,
+        "error: FOLDER/config.json: 2147483647 layers are more than any model has; 2048 can be checked\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("what", "config", "tp", "message"), REFUSED)
+def test_what_cannot_be_checked(
+    what: str, config: dict[str, Any] | None, tp: str | None, message: str, lint: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = lint(what, config, tp=tp)
+    assert (code, out, err[: len(message)]) == (1, "", message)
+
+
+def test_lint_model_needs_no_torch() -> None:
+    program = "import sys; import sageLLM.runtime.lint.commands; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=False, env={"PYTHONPATH": ":".join(sys.path)})
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layout_gives_ranks_the_shapes_that_their_graphs_read(name: str) -> None:
+    layout = MODELS[name]
+    config = layout.read_config(HFConfig(layout.tiny))
+    graph = build_block_graph(layout, config, "prefill", ParallelConfig(tensor_parallel_size=2))
+    graph = expand(graph, layout, graph.model_config)
+    shares = {weight.name: share_shape(weight, 2) for weight in layout.weights(config)}
+    assert {weight: ref.shape for weight, ref in graph.weights.items()} == {
+        name: shares[name] for name in graph.weights
+    }
