@@ -202,6 +202,8 @@ class Engine:
                 top_p=params.top_p,
                 top_k=params.top_k or -1,
                 arrival_time=metrics.arrival_time,
+                # What scores the prompt must compute all of it: it shares nothing with others.
+                salt=f"prompt_logprobs {group_id}" if index == 0 and params.prompt_logprobs is not None else "",
             )
             sampling = SequenceSampling(
                 params, token_ids, request.output_token_ids, rules.banned_before_min_tokens, index

@@ -82,9 +82,10 @@ class BlockPool:
         self.total_evictions += 1
         return block
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """Become one more owner of blocks that are used or idle."""
+    def share(self, blocks: Iterable[int]) -> list[int]:
+        """Become one more owner of blocks that are used or idle; returns those that were idle."""
         used, idle, others = self._used, self._idle, self._num_other_owners
+        revived = []
         for block in blocks:
             if block in used:
                 others[block] = others.get(block, 0) + 1
@@ -92,6 +93,8 @@ class BlockPool:
                 assert block in idle, f"block {block} is free and cannot be shared"
                 del idle[block]
                 used.add(block)
+                revived.append(block)
+        return revived
 
     def give_back(self, blocks: Sequence[int]) -> list[int]:
         """Stop owning these blocks; returns those that nobody owns now.

@@ -31,11 +31,15 @@ class TierCopy:
 
 
 class Admission(NamedTuple):
-    """The table of an admitted sequence, `hit_blocks` then `new_blocks`; `num_cached_tokens` need no computing."""
+    """The table of an admitted sequence, `hit_blocks` then `new_blocks`; `num_cached_tokens` need no computing.
+
+    `taken_blocks` are those of the table that nobody used before: idle hits and new blocks.
+    """
 
     num_cached_tokens: int
     hit_blocks: list[int]
     new_blocks: list[int]
+    taken_blocks: list[int]
 
 
 class Fork(NamedTuple):

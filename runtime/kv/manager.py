@@ -125,11 +125,11 @@ class PagedKVManager:
         """Give a sequence a table for `num_tokens` tokens, which begins with the blocks that the cache has of it."""
         assert seq_id not in self._tables, f"{seq_id!r} is admitted twice"
         hits = list(self._hits(seq_id, num_tokens))
-        self.pool.share(hits)
+        taken_hits = self.pool.share(hits)
         new_blocks = self.pool.take(self.blocks_for(num_tokens) - len(hits))
         self._tables[seq_id] = hits + new_blocks
         self._prefixes.count_query(seq_id, len(hits))
-        return Admission(len(hits) * self.block_size, hits, new_blocks)
+        return Admission(len(hits) * self.block_size, hits, new_blocks, taken_hits + new_blocks)
 
     def _hits(self, seq_id: str, num_tokens: int) -> list[int]:
         return self._prefixes.match(seq_id)[: self.blocks_for(num_tokens)]

@@ -41,6 +41,9 @@ class PDSchedulerConfig:
     With `enable_preemption=False` a request is admitted only when its prompt and `max_new_tokens` fit, and all that is
     reserved. `policy` orders the requests (see `policy.py`); whatever it says, a request is overtaken by at most
     `max_overtakes` later arrivals once it waits longest. `preemption_mode="swap"` recomputes for now.
+
+    With `enable_prefix_caching` a request does not compute the full blocks at its beginning that another request of the
+    same salt has computed before and that were not evicted since.
     """
 
     prefill_device_ids: list[int] = field(default_factory=lambda: [0])
@@ -59,6 +62,7 @@ class PDSchedulerConfig:
     tenant_weights: dict[str, float] = field(default_factory=dict)
     max_decode_context_tokens: int | None = None
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))

@@ -66,7 +66,8 @@ class PDScheduler(BaseScheduler):
             raise ValueError("mode 'auto' needs a mode_chooser, and no other mode takes one")
         if self.config.preemption_mode == "swap":
             warnings.warn("preemption_mode='swap' recomputes for now: there is no swap tier yet", stacklevel=2)
-        self.kv = KVPlacement(kv_budget, is_split=self.config.mode == "strict")
+        is_split = self.config.mode == "strict"
+        self.kv = KVPlacement(kv_budget, is_split, self.config.enable_prefix_caching)
         self.limits = SequenceLimits(max_model_len, self.kv.max_tokens, self.kv.block_size)
         self._clock = clock
         self._mode_chooser = mode_chooser
@@ -80,6 +81,7 @@ class PDScheduler(BaseScheduler):
         self._flights: deque[Flight] = deque()
         self._received: set[str] = set()
         self._reannounce: dict[str, list[int]] = {}
+        self._reannounce_cached: dict[str, int] = {}
         self._num_consecutive_decodes = 0
         self._num_steps = 0
         self._counters = SchedulerCounters()
@@ -110,6 +112,11 @@ class PDScheduler(BaseScheduler):
             return f"request {request.request_id!r} was aborted in the step in flight; its id is free after that step"
         return self.limits.why_too_long(request)
 
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it is empty, was used before, has a live one's id, or can never run."""
+        super().add_request(request)
+        self.kv.track(request)
+
     def add_received(self, request: Request) -> None:
         """Queue a request whose prompt was computed elsewhere: it has its first output token, and decodes at once.
 
@@ -125,6 +132,7 @@ class PDScheduler(BaseScheduler):
                 "a received one has all its tokens computed but the newest output token"
             )
         self.add_request(request)
+        self.kv.forget(request)  # it shares no blocks: all of them will be written to
         self._received.add(request.request_id)
 
     def abort_request(self, request_id: str) -> bool:
@@ -181,8 +189,8 @@ class PDScheduler(BaseScheduler):
                 self._decode.join_ahead(request)
 
     def _plan_step(self, role: Role | None) -> ScheduleOutput:
-        plan = StepPlan(given=self._reannounce)
-        self._reannounce = {}
+        plan = StepPlan(given=self._reannounce, num_cached=self._reannounce_cached)
+        self._reannounce, self._reannounce_cached = {}, {}
         streak_before = self._num_consecutive_decodes
         to_cancel: list[KVMigration] = []
         if self._received:
@@ -233,10 +241,10 @@ class PDScheduler(BaseScheduler):
 
     def _plan_time_share(self, plan: StepPlan, max_prefill_tokens: int) -> None:
         is_prefill_due = self._num_consecutive_decodes >= self.config.max_consecutive_decodes
-        if not self.decode_queue or (is_prefill_due and self._prefill.has_work()):
-            self._prefill.plan(plan, max_prefill_tokens, self.config.max_prefill_batch_size)
-        else:
+        if self.decode_queue and not (is_prefill_due and self._prefill.has_work()):
             self._decode.plan(plan, self.config.max_decodes, bool(self._flights))
+        if plan.decode is None:  # none there, not their turn, or all of them preempted
+            self._prefill.plan(plan, max_prefill_tokens, self.config.max_prefill_batch_size)
 
     def _plan_hybrid(self, plan: StepPlan, chunk_size: int) -> None:
         """One token budget: decodes first, but never so many that a prefill with a place cannot advance."""
@@ -264,7 +272,13 @@ class PDScheduler(BaseScheduler):
         return self.limits.num_tokens_reserved(request, self.config.enable_preemption)
 
     def _admit(self, request: Request, plan: StepPlan) -> None:
-        plan.give(request, self.kv.admit(request, self._num_tokens_reserved(request)))
+        admission = self.kv.admit(request, self._num_tokens_reserved(request))
+        plan.give(request, admission.taken_blocks)
+        if admission.num_cached_tokens:
+            plan.num_cached[request.request_id] = admission.num_cached_tokens
+            request.compute_up_to(admission.num_cached_tokens)
+            request.plan_up_to(admission.num_cached_tokens)
+            self._counters.total_cached_tokens += admission.num_cached_tokens
         request.status = RequestStatus.PREFILLING
         self.running_requests[request.request_id] = request
         self.preempted_requests.pop(request.request_id, None)
@@ -279,6 +293,7 @@ class PDScheduler(BaseScheduler):
             self.waiting_queue.admit(head)
             self._received.discard(head.request_id)
             self._admit(head, plan)
+            self.kv.track(head)
             self._start_decoding(head)
 
     # --- preemption ---
@@ -308,22 +323,26 @@ class PDScheduler(BaseScheduler):
         return {*busy, *self._migration.copying} if busy else self._migration.copying
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
-        self._requeue(request, unannounced=plan.drop(request))
+        plan.give(request, self._requeue(request, unannounced=plan.drop(request)))
         plan.preempted.append(request)
 
-    def _requeue(self, request: Request, unannounced: Collection[int] = ()) -> None:
-        """Take a request's KV away; it waits at its old rank to be computed again."""
+    def _requeue(self, request: Request, unannounced: Collection[int] = ()) -> list[int]:
+        """Take a request's KV away; it waits at its old rank to be computed again.
+
+        Returns those of the `unannounced` blocks that others use.
+        """
         self._leave_line(request)
         self._migration.leave(request, TransferEvent.LOSE)
         for flight in self._flights:
             flight.void.add(request.request_id)
-        self.kv.release(request, unannounced)
+        still_shared = self.kv.release(request, unannounced)
         self._counters.count_preemption(request)
         request.status = RequestStatus.PREEMPTED
         request.forget_progress()
         request.num_preemptions += 1
         self.preempted_requests[request.request_id] = request
         self.waiting_queue.push(request)
+        return still_shared
 
     # --- committing ---
 
@@ -420,6 +439,8 @@ class PDScheduler(BaseScheduler):
         for request_id, blocks in self._reannounce.items():
             given.setdefault(request_id, []).extend(blocks)
         self._reannounce = given
+        cached = {i: num for i, num in output.num_cached_tokens.items() if i in live}
+        self._reannounce_cached = cached | self._reannounce_cached
         self.kv.freed = output.kv_blocks_to_free + self.kv.freed
         self.kv.freed_prefill = output.prefill_blocks_to_free + self.kv.freed_prefill
 
@@ -489,7 +510,15 @@ class PDScheduler(BaseScheduler):
             lost += self._prefill.started.values()
         for request in lost:
             self._requeue(request)
+        if role != "decode" or not self.kv.is_split:
+            self._forget_cached()
         self._empty_limbo()
+
+    def _forget_cached(self) -> None:
+        """Where prompts are computed no KV is left that others could share."""
+        for request, _ in self._limbo.values():
+            request.forget_progress()
+        self.kv.prefill.reset_prefix_cache()
 
     def transfer_state(self, request_id: str) -> TransferState | None:
         """Where a request of strict mode stands; None when no live request has this id."""
@@ -537,6 +566,7 @@ class PDScheduler(BaseScheduler):
         request.compute_up_to(end)
         if self.kv.is_split:
             self._migration.computed(request, chunk.is_last)
+        self.kv.publish(request)
         if not chunk.is_last:
             return
         if request.seat is not None:
@@ -567,6 +597,7 @@ class PDScheduler(BaseScheduler):
             self.waiting_queue.remove(request)
             self.preempted_requests.pop(request.request_id, None)
             self._received.discard(request.request_id)
+            self.kv.forget(request)
         else:
             self._leave_line(request)
             self._migration.leave(request, TransferEvent.END)
@@ -588,6 +619,7 @@ class PDScheduler(BaseScheduler):
         for request_id, (request, last_step) in list(self._limbo.items()):
             if last_step < oldest_in_flight and request_id not in self._migration.copying:
                 self.kv.release(request)
+                self.kv.forget(request)
                 del self._limbo[request_id]
 
     # --- reports ---

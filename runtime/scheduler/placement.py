@@ -6,6 +6,7 @@ KV is copied there, so prefill never runs ahead of what the decode worker can ta
 
 from collections.abc import Collection
 
+from sageLLM.runtime.kv.copies import Admission
 from sageLLM.runtime.kv.manager import DEFAULT_BLOCK_SIZE, PagedKVManager
 from sageLLM.runtime.scheduler.base import KVBudget, KVMigration, Request
 
@@ -17,14 +18,16 @@ class KVPlacement:
     blocks gather in `freed` and `freed_prefill` until they are announced to the engine.
     """
 
-    def __init__(self, budget: KVBudget | None, is_split: bool) -> None:
+    def __init__(self, budget: KVBudget | None, is_split: bool, enable_prefix_caching: bool = False) -> None:
         num_blocks = budget.num_blocks if budget else None
         num_prefill_blocks = budget.num_prefill_blocks if budget else None
         block_size = budget.block_size if budget else DEFAULT_BLOCK_SIZE
-        self.decode = PagedKVManager(num_blocks, block_size)
+        caches_there = enable_prefix_caching and not is_split
+        self.decode = PagedKVManager(num_blocks, block_size, enable_prefix_caching=caches_there)
         self.prefill = self.decode
         if is_split:
-            self.prefill = PagedKVManager(num_blocks if num_prefill_blocks is None else num_prefill_blocks, block_size)
+            num_blocks = num_blocks if num_prefill_blocks is None else num_prefill_blocks
+            self.prefill = PagedKVManager(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
         self.is_split = is_split
         self.block_size = block_size
         self.freed: list[int] = []
@@ -42,22 +45,34 @@ class KVPlacement:
         """Whether the request has blocks in any pool."""
         return self.decode.holds(request_id) or self.prefill.holds(request_id)
 
+    def track(self, request: Request) -> None:
+        """Let the prefix cache know a request's tokens."""
+        self.prefill.track(request.request_id, request.prompt_token_ids, request.output_token_ids, request.salt)
+
+    def forget(self, request: Request) -> None:
+        """A request has ended and holds no blocks any more."""
+        self.prefill.forget(request.request_id)
+
     def can_admit(self, request: Request, num_tokens: int, headroom: int) -> bool:
         """Whether `admit` would succeed and leave `headroom` blocks to the running decodes."""
-        if self.is_split and not self.prefill.can_allocate(request.request_id, request.total_tokens):
-            return False
-        return self.decode.can_allocate(request.request_id, num_tokens, headroom)
-
-    def admit(self, request: Request, num_tokens: int) -> list[int]:
-        """Give a request blocks for its tokens, and for `num_tokens` where it will decode; returns the new ones."""
-        reserved = self.decode.allocate(request.request_id, num_tokens)
         if not self.is_split:
-            request.kv_block_ids = self.decode.block_table(request.request_id)
-            return reserved
-        self._silent.add(request.request_id)
-        new_blocks = self.prefill.allocate(request.request_id, request.total_tokens)
+            return self.decode.can_admit(request.request_id, num_tokens, headroom)
+        has_room = self.prefill.can_admit(request.request_id, request.total_tokens)
+        return has_room and self.decode.can_allocate(request.request_id, num_tokens, headroom)
+
+    def admit(self, request: Request, num_tokens: int) -> Admission:
+        """Give a request blocks for its tokens, and for `num_tokens` where it will decode."""
+        if self.is_split:
+            self.decode.allocate(request.request_id, num_tokens)
+            self._silent.add(request.request_id)
+            num_tokens = request.total_tokens
+        admission = self.prefill.admit(request.request_id, num_tokens)
         request.kv_block_ids = self.prefill.block_table(request.request_id)
-        return new_blocks
+        return admission
+
+    def publish(self, request: Request) -> None:
+        """Let others share the blocks that the request has filled, where it was prefilled."""
+        self.prefill.publish(request.request_id, request.num_computed_tokens)
 
     def can_extend(self, request: Request, num_tokens: int) -> bool:
         """Whether a decoding request's table can grow to `num_tokens` tokens."""
@@ -95,18 +110,26 @@ class KVPlacement:
         self.freed_prefill += self.prefill.free(request.request_id)
         request.kv_block_ids = self.decode.block_table(request.request_id)
 
-    def release(self, request: Request, unannounced: Collection[int] = ()) -> None:
-        """Return all blocks of a request. `unannounced` ones were given within the step that is being planned."""
-        unannounced = set(unannounced)
+    def release(self, request: Request, unannounced: Collection[int] = ()) -> list[int]:
+        """Return all blocks of a request; what it filled stays in the prefix cache.
+
+        `unannounced` ones were given within the step that is being planned. Returns those of them that others use: they
+        are to be announced all the same.
+        """
         request_id = request.request_id
+        self.publish(request)
+        shared: list[int] = []
         if self.is_split and self.prefill.holds(request_id):
-            self.freed_prefill += [block for block in self.prefill.free(request_id) if block not in unannounced]
-            unannounced = set()
+            freed = self.prefill.free(request_id)
+            self.freed_prefill += [block for block in freed if block not in unannounced]
+            shared = [block for block in unannounced if block not in freed]
+            unannounced = ()
         freed = self.decode.free(request_id)
         if request_id not in self._silent:
             self.freed += [block for block in freed if block not in unannounced]
         self._silent.discard(request_id)
         request.kv_block_ids = []
+        return shared or [block for block in unannounced if block not in freed]
 
     def check_integrity(self, live: Collection[str]) -> None:
         """Check the pools, and that exactly the `live` requests have tables."""

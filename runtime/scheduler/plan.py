@@ -30,6 +30,7 @@ class StepPlan:
     given: dict[str, list[int]] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
     migrations: list[KVMigration] = field(default_factory=list)
+    num_cached: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_decodes(self) -> int:
@@ -52,6 +53,7 @@ class StepPlan:
 
         Decodes are filled in after all preemption, prefills after the decodes: there is no chunk to give back.
         """
+        self.num_cached.pop(request.request_id, None)
         return self.given.pop(request.request_id, [])
 
     def to_output(self, step_id: int) -> ScheduleOutput:
@@ -69,6 +71,7 @@ class StepPlan:
             self.migrations,
             [],
             step_id,
+            self.num_cached,
         )
 
 

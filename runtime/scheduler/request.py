@@ -51,7 +51,8 @@ class Request:
 
     `top_k=-1` means no top-k limit. Times are seconds of the scheduler's clock. `priority`: the lower is served first.
     `tenant` shares the service with the other tenants under the policy "fair_share"; `deadline`, a time of the
-    scheduler's clock, orders the requests under the policy "deadline".
+    scheduler's clock, orders the requests under the policy "deadline". Cached KV is shared among requests of one
+    `salt`.
 
     `num_computed_tokens` counts the leading tokens of prompt + output whose KV is in the cache; a decoding request's
     newest token is not among them. `num_planned_tokens` counts those of the steps in flight as well.
@@ -73,6 +74,7 @@ class Request:
         "prompt_token_ids",
         "rank",
         "request_id",
+        "salt",
         "seat",
         "sequence_number",
         "status",
@@ -102,6 +104,7 @@ class Request:
         sequence_number: int = 0,
         tenant: str = "",
         deadline: float | None = None,
+        salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -120,6 +123,7 @@ class Request:
         self.sequence_number = sequence_number
         self.tenant = tenant
         self.deadline = deadline
+        self.salt = salt
         self.rank: Rank = (priority, sequence_number)
         self.seat: Seat | None = None
         self._num_computed = num_computed_tokens

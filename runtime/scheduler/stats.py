@@ -16,6 +16,7 @@ class SchedulerCounters:
     total_decode_tokens: int = 0
     total_preemptions: int = 0
     total_recomputed_tokens: int = 0
+    total_cached_tokens: int = 0
     total_migrations: int = 0
     total_finished: int = 0
     total_aborted: int = 0

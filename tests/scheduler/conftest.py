@@ -17,22 +17,32 @@ def next_token(tokens: list[int]) -> int:
     return value
 
 
+def prefix_names(tokens: list[int]) -> list[int]:
+    """What the cache holds at each position: a number that stands for all tokens up to there."""
+    names, name = [], 0
+    for token in tokens:
+        name = hash((name, token))
+        names.append(name)
+    return names
+
+
 @dataclass
 class FakeEngine:
-    """Runs a scheduler step by step. A cache slot holds (request id, position, token) or nothing.
+    """Runs a scheduler step by step. A cache slot holds the name of all tokens up to its own, or nothing.
 
     `computed` is the engine's own count of each request's tokens in the cache, `ends` how often each was ended.
     """
 
     scheduler: PDScheduler
-    prefill_cache: dict[tuple[int, int], tuple[str, int, int]] = field(default_factory=dict)
-    decode_cache: dict[tuple[int, int], tuple[str, int, int]] = field(default_factory=dict)
+    prefill_cache: dict[tuple[int, int], int] = field(default_factory=dict)
+    decode_cache: dict[tuple[int, int], int] = field(default_factory=dict)
     stop_after: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
     tables: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     victims: dict[str, int] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
     steps: list[ScheduleOutput] = field(default_factory=list)
 
     def add(
@@ -44,10 +54,15 @@ class FakeEngine:
         priority: int = 0,
         tenant: str = "",
         deadline: float | None = None,
+        first_token: int | None = None,
+        salt: str = "",
     ) -> Request:
-        """Queue a request that stops after `num_outputs` tokens."""
-        prompt = [(sum(map(ord, request_id)) + i) % 1009 for i in range(prompt_len)]
-        request = Request(request_id, prompt, max_new_tokens, priority=priority, tenant=tenant, deadline=deadline)
+        """Queue a request that stops after `num_outputs` tokens. Those of equal `first_token` have equal beginnings."""
+        start = sum(map(ord, request_id)) if first_token is None else first_token
+        prompt = [(start + i) % 1009 for i in range(prompt_len)]
+        request = Request(
+            request_id, prompt, max_new_tokens, priority=priority, tenant=tenant, deadline=deadline, salt=salt
+        )
         self.scheduler.add_request(request)
         self.requests[request_id], self.stop_after[request_id] = request, num_outputs
         return request
@@ -58,6 +73,11 @@ class FakeEngine:
         self.scheduler.check_integrity()
         for request in out.preempted_requests:
             self.victims[request.request_id] = out.step_id
+            self.cached.pop(request.request_id, None)
+        for request_id, num_tokens in out.num_cached_tokens.items():
+            self.cached[request_id] = num_tokens
+            if request_id not in self.victims:
+                self.computed[request_id] = num_tokens
         for batch in (out.prefill_batch, out.decode_batch):
             for request in batch.requests if batch else ():
                 self.tables[out.step_id, request.request_id] = list(request.kv_block_ids)
@@ -68,7 +88,7 @@ class FakeEngine:
         """Execute the plan; returns the ids that finished."""
         for request_id, step_id in list(self.victims.items()):
             if step_id <= out.step_id:
-                self.computed[request_id] = 0
+                self.computed[request_id] = self.cached.pop(request_id, 0)
                 del self.victims[request_id]
         is_strict = self.scheduler.config.mode == "strict"
         finished = self._run_batch(out, out.prefill_batch, self.prefill_cache if is_strict else self.decode_cache)
@@ -105,9 +125,7 @@ class FakeEngine:
             tokens.append(next_token(tokens))
         return tokens[request.num_prompt_tokens :]
 
-    def _run_batch(
-        self, out: ScheduleOutput, batch: Batch | None, cache: dict[tuple[int, int], tuple[str, int, int]]
-    ) -> list[str]:
+    def _run_batch(self, out: ScheduleOutput, batch: Batch | None, cache: dict[tuple[int, int], int]) -> list[str]:
         if batch is None:
             return []
         assert [chunk.request for chunk in batch.chunks] == batch.requests
@@ -116,7 +134,7 @@ class FakeEngine:
             del self.tables[out.step_id, request.request_id]
         return ids
 
-    def _run_chunk(self, step_id: int, chunk: Chunk, cache: dict[tuple[int, int], tuple[str, int, int]]) -> bool:
+    def _run_chunk(self, step_id: int, chunk: Chunk, cache: dict[tuple[int, int], int]) -> bool:
         request = chunk.request
         if request.status is RequestStatus.FINISHED:  # aborted while the step was in flight
             return False
@@ -125,13 +143,14 @@ class FakeEngine:
         assert chunk.start == self.computed.get(request_id, 0), f"{request_id} continues at {chunk.start}"
         assert chunk.is_last == (end == request.total_tokens)
         tokens = request.prompt_token_ids + request.output_token_ids
+        names = prefix_names(tokens)
         for position in range(chunk.start, end):
-            cache[self._slot(step_id, request_id, position)] = (request_id, position, tokens[position])
+            cache[self._slot(step_id, request_id, position)] = names[position]
         self.computed[request_id] = end
         if not chunk.is_last:
             return False
         seen = [cache.get(self._slot(step_id, request_id, position)) for position in range(end)]
-        assert seen == [(request_id, p, tokens[p]) for p in range(end)], f"{request_id}: its KV is not where it decodes"
+        assert seen == names[:end], f"{request_id}: its KV is not where it decodes"
         request.output_token_ids.append(next_token(tokens))
         return request.num_output_tokens >= min(self.stop_after[request_id], request.max_new_tokens)
 

@@ -264,7 +264,7 @@ def test_a_preempted_request_keeps_its_rank_and_emits_nothing_twice(fake_engine)
     replay = [c for out in engine.steps if out.prefill_batch for c in out.prefill_batch.chunks if c.request is second][
         -1
     ]
-    assert (replay.start, replay.num_tokens, replay.is_last) == (0, 7 + len(kept), True)
+    assert (replay.start, replay.num_tokens, replay.is_last) == (4, 3 + len(kept), True)  # its first block is cached
 
 
 def test_a_victim_in_the_plan_gives_its_blocks_back(fake_engine) -> None:
@@ -366,3 +366,19 @@ def test_the_integrity_check_notices_a_request_in_no_line(fake_engine) -> None:
     engine.scheduler.decode_queue.remove(engine.requests["a"])
     with pytest.raises(AssertionError, match=r"running requests in no line: \{'a'\}"):
         engine.scheduler.check_integrity()
+
+
+def test_a_decode_step_whose_decodes_are_all_preempted_goes_on_with_prefill(fake_engine) -> None:
+    """The lone decode outgrows the pool beside a prefill that ranks before it: the prefill gets the step."""
+    engine = make(fake_engine, num_blocks=10, block_size=5, max_prefill_tokens=4, max_consecutive_decodes=1)
+    victim = engine.add("victim", 20, num_outputs=7)
+    for _ in range(7):
+        engine.step()
+    engine.add("urgent", 21, num_outputs=1, priority=-1)
+    while not engine.scheduler.preempted_requests:
+        out = engine.step()
+    assert out.preempted_requests == [victim]
+    assert out.decode_batch is None
+    assert set(out.num_scheduled_tokens) == {"urgent"}
+    engine.run_to_end()
+    assert victim.output_token_ids == engine.expected_output(victim)

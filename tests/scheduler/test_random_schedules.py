@@ -31,6 +31,7 @@ configs = st.fixed_dictionaries(
         "max_decode_batch_size": st.integers(1, 5),
         "enable_preemption": st.sampled_from([True, True, True, False]),
         "max_consecutive_decodes": st.integers(1, 4),
+        "enable_prefix_caching": st.sampled_from([True, True, False]),
     }
 )
 budgets = st.builds(KVBudget, st.integers(7, 20), st.sampled_from([4, 5, 8]), st.sampled_from([None, 8, 30]))
@@ -144,7 +145,7 @@ def play(engine, arrivals, failing_steps, copy_delay: int) -> None:
         for i, (arrival, prompt_len, num_outputs, priority, abort_after) in enumerate(arrivals):
             if arrival == step:
                 max_new = num_outputs if i % 2 else 9
-                engine.add(f"r{i}", prompt_len, num_outputs, max_new_tokens=max_new, priority=priority)
+                engine.add(f"r{i}", prompt_len, num_outputs, max_new, priority, first_token=i % 3)
                 if abort_after is not None:
                     aborts.setdefault(step + abort_after, []).append(f"r{i}")
         is_live = bool(scheduler.running_requests or len(scheduler.waiting_queue))
