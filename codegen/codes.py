@@ -254,7 +254,16 @@ CODES: dict[str, CodeInfo] = {
     "SAGE242": CodeInfo("bias added per rank", "A bias of a sum over ranks is kept on the first rank only."),
     "SAGE243": CodeInfo("communication in a layout", "Where ranks talk follows from the weights' `tp`."),
     "SAGE250": CodeInfo("unusable rope key", "The rope section names keys of config.json."),
-    "SAGE251": CodeInfo("partial rotation", "Rotation takes every component of a head, so `rope.dim` is D."),
+    "SAGE252": CodeInfo(
+        "tables for another rotation",
+        "`rope.layout` says which components are turned together: j and j + dim/2 (`half`, the op rope), or 2j and "
+        "2j + 1 (`interleaved`, the op rope_interleaved). The ops must agree with it.",
+    ),
+    "SAGE253": CodeInfo(
+        "value outside the key",
+        "With `v_of: k` a layer keeps keys only, and each value is the leading part of its key: it has the same heads "
+        "and is no wider.",
+    ),
     # passes
     "SAGE301": CodeInfo("unknown stage", "The stages of the pipeline stand in order in specs/passes/stages.yaml."),
     "SAGE302": CodeInfo("unknown op type", "A pass selects nodes by a member of specs/op_types.yaml."),

@@ -53,8 +53,6 @@ class RawSpecs:
     dims: dict[str, Entry[str]] = field(default_factory=dict)
     op_types: dict[str, Entry[str]] = field(default_factory=dict)
     step_inputs: dict[str, Entry[str]] = field(default_factory=dict)
-    layer_inputs: dict[str, Entry[str]] = field(default_factory=dict)
-    tables: dict[str, Entry[str]] = field(default_factory=dict)
     base_files: frozenset[str] = frozenset()
     documents: dict[str, Document] = field(default_factory=dict)
 
@@ -168,5 +166,3 @@ def _add_entries(spec: Strict, doc: Document, raw: RawSpecs, sink: Sink) -> None
             add(raw.op_types, spec.op_types.items(), lambda name: ("op_types", name))
         case InputsFile():
             add(raw.step_inputs, spec.step.items(), lambda name: ("step", name))
-            add(raw.layer_inputs, spec.per_layer.items(), lambda name: ("per_layer", name))
-            add(raw.tables, spec.tables.items(), lambda name: ("tables", name))

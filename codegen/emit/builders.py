@@ -90,9 +90,17 @@ class BuilderView:
         return tuple_text(map(lit, items))
 
     @property
-    def rope_dim(self) -> str:
-        assert self.model.rope is not None, "asked of layouts with rotary positions"
-        return str(self.model.rope.dim)
+    def alibi(self) -> str:
+        """The argument of the config for ALiBi's table, or nothing."""
+        found = self.model.alibi
+        return f"alibi=AlibiSpec({found.heads}, {found.max_bias})" if found is not None else ""
+
+    @property
+    def cache(self) -> str:
+        """The arguments of KvShape."""
+        found = self.model.cache
+        shapes = [tuple_text(map(self._text, shape)) for shape in (found.k, found.v)]
+        return ", ".join([*shapes, *(["is_shared=True"] if found.is_shared else [])])
 
     @property
     def divided(self) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.torch_text import Layout, Piece, TorchText, squeezed, tidy, view_text
-from sageLLM.codegen.expr.program import sorted_parts, tile_axis
+from sageLLM.codegen.expr.program import grouped_parts, tile_axis
 from sageLLM.codegen.expr.size import LEADING, Size, formula
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Program, Ref, Statement, View, names_read
 from sageLLM.codegen.model.op import Attr, AttrName, Call, OpDef, Operand
@@ -233,9 +233,17 @@ class KernelWriter:
         axis = tile_axis(parts)
         if axis is None:
             return f"{parts[0].name}.reshape({', '.join(map(str, output.type.dims))})"
-        names = ", ".join(self._part_name(part, texts) for part in sorted_parts(parts, axis))
         position = axis - len(output.type.dims) if LEADING in output.type.dims else axis
-        return f"torch.cat(({names}), {position})"
+        names = [self._woven(group, texts, position) for group in grouped_parts(parts, axis)]
+        return f"torch.cat(({', '.join(names)}), {position})" if len(names) > 1 else names[0]
+
+    def _woven(self, group: Sequence[View], texts: dict[str, str], position: int) -> str:
+        """A part; parts with a step are put together component by component."""
+        names = [self._part_name(part, texts) for part in group]
+        if len(names) == 1:
+            return names[0]
+        new = position if position < 0 else position + 1
+        return f"torch.stack(({', '.join(names)}), {new}).flatten({new - 1}, {new})"
 
     def _part_name(self, part: View, texts: dict[str, str]) -> str:
         """The operand itself, where a part is nothing else."""

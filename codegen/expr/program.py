@@ -3,8 +3,9 @@
 import ast
 import builtins
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from sageLLM.codegen.diagnostics import did_you_mean
 from sageLLM.codegen.expr.check import FUNCTIONS, Checker, Scope
@@ -27,8 +28,17 @@ RESERVED_FOR_OPERANDS = RESERVED | _NODE
 """Names that generated code has for itself: keywords, builtins, modules; for operands also members of nodes."""
 
 
-def parse_view(text: Text, name: str, operands: Mapping[str, ValueType], dims: Mapping[str, object]) -> View:
-    """`gu[T, 0:I]` or `x[T, N, D] as [T, N*D]`; raises Refused otherwise."""
+def parse_view(
+    text: Text,
+    name: str,
+    operands: Mapping[str, ValueType],
+    dims: Mapping[str, object],
+    known: Collection[Size] = (),
+) -> View:
+    """`gu[T, 0:I]`, `x[T, 1:D:2]` or `x[T, N, D] as [T, N*D]`; raises Refused otherwise.
+
+    `known` are sizes that the op's conditions keep from being negative: D - Dr, for `where: [Dr <= D]`.
+    """
     base, inside, shape_text = _view_parts(text)
     if base.value not in operands:
         raise base.refuse(
@@ -39,7 +49,7 @@ def parse_view(text: Text, name: str, operands: Mapping[str, ValueType], dims: M
     if len(parts) != len(base_type.dims):
         message = f"'{base.value}' has {len(base_type.dims)} dims, the view names {len(parts)}"
         raise text.refuse("SAGE117", message, None, f"it is {base_type}")
-    slices = tuple(_slice(part, dim, dims) for part, dim in zip(parts, base_type.dims, strict=True))
+    slices = tuple(_slice(part, dim, dims, known) for part, dim in zip(parts, base_type.dims, strict=True))
     sliced = tuple(part.length if part else dim for part, dim in zip(slices, base_type.dims, strict=True))
     shape = tuple(parse_dim(part, dims) for part in split_dims(shape_text)) if shape_text else None
     if shape is not None and volume(shape) != volume(sliced):
@@ -58,21 +68,33 @@ def _view_parts(text: Text) -> tuple[Text, Text, Text | None]:
     return text.part(0, len(value[:opening].rstrip())), text.part(opening + 1, closing), shape
 
 
-def _slice(part: Text, dim: Size, dims: Mapping[str, object]) -> Slice | None:
+def _slice(part: Text, dim: Size, dims: Mapping[str, object], known: Collection[Size]) -> Slice | None:
     if ":" not in part.value:
         if parse_dim(part, dims) != dim:
             raise part.refuse(
                 "SAGE117", f"the operand has the dim {dim} here", None, f"write {dim}, or a part a:b of it"
             )
         return None
-    at = part.value.index(":")
-    start, stop = (parse_dim(_trimmed(part, *ends), dims) for ends in ((0, at), (at + 1, len(part.value))))
-    inside = start.is_never_negative and (dim - stop).is_never_negative and (stop - start).is_never_negative
+    cuts = [-1, *(i for i, letter in enumerate(part.value) if letter == ":"), len(part.value)]
+    start, stop, *steps = (parse_dim(_trimmed(part, a + 1, b), dims) for a, b in pairwise(cuts))
+    ends = (start, dim - stop, stop - start if not steps else Size.of(0))
+    inside = all(_is_never_negative(size, known) for size in ends)
     if not inside or dim == LEADING:
         raise part.refuse(
             "SAGE117", f"the part {part.value} does not lie within {dim}", None, f"0 <= start <= stop <= {dim}"
         )
-    return Slice(start, stop)
+    return Slice(start, stop, _step(part, start, steps)) if steps else Slice(start, stop)
+
+
+def _is_never_negative(size: Size, known: Collection[Size]) -> bool:
+    return size.is_never_negative or any((size - other).is_never_negative for other in known)
+
+
+def _step(part: Text, start: Size, steps: Sequence[Size]) -> int:
+    step, first = steps[0].constant, start.constant
+    if len(steps) != 1 or step is None or step < 2 or first is None or first >= step:
+        raise part.refuse("SAGE117", f"'{part.value}' has no usable step", None, "write a:b:step with numbers a < step")
+    return step
 
 
 def _trimmed(text: Text, start: int, end: int) -> Text:
@@ -202,11 +224,13 @@ def tiles(parts: Sequence[View], whole: ValueType) -> bool:
     if cut is None:
         return len(parts) == 1 and not any(parts[0].slices)
     at = Size.of(0)
-    for part in sorted_parts(parts, cut):
-        found = part.slices[cut]
-        if found is None or found.start != at:
+    for group in grouped_parts(parts, cut):
+        found = [part.slices[cut] for part in group]
+        first = found[0]
+        starts = [one.start for one in found if one is not None]
+        if first is None or starts != [at + Size.of(i) for i in range(first.step)]:
             return False
-        at = found.stop
+        at = first.stop
     return at == whole.dims[cut]
 
 
@@ -216,17 +240,26 @@ def tile_axis(parts: Sequence[View]) -> int | None:
     return cuts.pop() if len(cuts) == 1 else None
 
 
-def sorted_parts(parts: Sequence[View], axis: int) -> list[View]:
-    """The views from the first to the last: each begins where another one stops."""
-    by_start = {cut.start: part for part in parts if (cut := part.slices[axis]) is not None}
-    ordered, at = [], Size.of(0)
-    while at in by_start:
-        part = by_start.pop(at)
+def grouped_parts(parts: Sequence[View], axis: int) -> list[list[View]]:
+    """The views from the first to the last, each beginning where another one stops; those with a step lie together."""
+    groups: dict[Size, list[View]] = {}
+    stops: dict[Size, Size] = {}
+    for part in parts:
         cut = part.slices[axis]
         assert cut is not None, "a part along the axis has a slice there"
-        ordered.append(part)
-        at = cut.stop
-    return ordered if len(ordered) == len(parts) else list(parts)
+        start = Size.of(0) if cut.step > 1 else cut.start
+        groups.setdefault(start, []).append(part)
+        stops[start] = cut.stop
+    ordered, at = [], Size.of(0)
+    while at in groups:
+        ordered.append(sorted(groups.pop(at), key=lambda part: _offset(part, axis)))
+        at = stops[at]
+    return ordered if not groups else [[part] for part in parts]
+
+
+def _offset(part: View, axis: int) -> int:
+    cut = part.slices[axis]
+    return (cut.start.constant or 0) if cut is not None and cut.step > 1 else 0
 
 
 def why_not_a_value_name(name: str, scope: Scope, reserved: frozenset[str] = RESERVED) -> str | None:

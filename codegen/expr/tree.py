@@ -116,14 +116,15 @@ class IfPresent(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The part of one dim from `start` to `stop`."""
+    """The part of one dim from `start` to `stop`; with a `step`, every step-th component of it from `start` on."""
 
     start: Size
     stop: Size
+    step: int = 1
 
     @property
     def length(self) -> Size:
-        return self.stop - self.start
+        return self.stop - self.start if self.step == 1 else self.stop.divided_by(self.step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,9 @@ def link_attend(scope: Scope, text: Text, targets: list[ast.Name], call: ast.Cal
     store_op = scope.around.ops.get("kv_store")
     if store_op is None or set(scope.around.attend) != set(PHASES):
         raise Refused  # reported with the phases
-    for name in (*_CACHES, "slots"):
-        if name not in scope.around.inputs:
-            message = f"attend reads '{name}', which specs/inputs.yaml does not declare"
-            raise text.refuse("SAGE222", message, call, "declare it there")
+    if "slots" not in scope.around.inputs:
+        message = "attend reads 'slots', which specs/inputs.yaml does not declare"
+        raise text.refuse("SAGE222", message, call, "declare it there")
     names = [scope.argument(text, node, store_op.inputs[0]) for node in call.args]
     store_args: list[str | None] = [names[1], names[2], *_CACHES, "slots"]
     store_types = scope.infer(text, store_op, store_args, {}, call, lambda type_: type_)

@@ -15,7 +15,8 @@ from sageLLM.codegen.schema.models import ConfigField, Scalar
 REQUIRED_NAMES = ("H", "L", "Nq", "Nkv", "D", "V", "max_position")
 _RESERVED = frozenset(
     {
-        *("tp", "rank", "rope", "hf", "cls", "self", "true", "false", "replace", "divided", "read_rope", "from_hf"),
+        *("tp", "rank", "rope", "alibi", "hf", "cls", "self", "true", "false", "from_hf"),
+        *("replace", "divided", "read_rope"),
         *("int", "float", "bool", "str", "range", "tuple", "list"),
     }
 )

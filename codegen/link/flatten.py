@@ -11,7 +11,9 @@ from sageLLM.codegen.diagnostics import Sink, Span, did_you_mean
 from sageLLM.codegen.expr.syntax import Text
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.schema.models import (
+    AlibiSection,
     BlockSpec,
+    CacheSection,
     ConfigField,
     ModelFile,
     PatchSpec,
@@ -72,7 +74,9 @@ class FlatModel:
     base: Entry[ModelFile] | None
     config: dict[str, Placed[ConfigField]] = field(default_factory=dict)
     checks: list[Placed[str]] = field(default_factory=list)
-    rope: Placed[RopeSection] | None = None
+    rope: Placed[RopeSection | dict[str, RopeSection]] | None = None
+    alibi: Placed[AlibiSection] | None = None
+    cache: Placed[CacheSection] | None = None
     divides: list[Placed[str]] = field(default_factory=list)
     weights: dict[str, Placed[WeightSpec]] = field(default_factory=dict)
     blocks: dict[str, FlatBlock] = field(default_factory=dict)
@@ -85,6 +89,16 @@ class FlatModel:
     @property
     def span(self) -> Span:
         return self.entry.span("model")
+
+    @property
+    def ropes(self) -> dict[str, Placed[RopeSection]]:
+        """The rotary tables by name; a single pair has the name ""."""
+        if self.rope is None:
+            return {}
+        entry, path, value = self.rope.entry, self.rope.path, self.rope.value
+        if isinstance(value, RopeSection):
+            return {"": Placed(value, entry, path)}
+        return {name: Placed(section, entry, (*path, name)) for name, section in value.items()}
 
 
 def flatten(entry: Entry[ModelFile], models: Mapping[str, Entry[ModelFile]], sink: Sink) -> FlatModel | None:
@@ -119,8 +133,12 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     flat.tiny |= spec.tests.tiny
     for phase, ops in spec.phases.items():
         flat.phases.update((phase, Placed(op, entry, ("phases", phase, form))) for form, op in ops.items())
-    if spec.rope is not None:
-        flat.rope = Placed(spec.rope, entry, ("rope",))
+    if "rope" in spec.model_fields_set:
+        flat.rope = Placed(spec.rope, entry, ("rope",)) if spec.rope is not None else None
+    if spec.alibi is not None:
+        flat.alibi = Placed(spec.alibi, entry, ("alibi",))
+    if spec.cache is not None:
+        flat.cache = Placed(spec.cache, entry, ("cache",))
     if spec.tp is not None:
         flat.divides = _placed_list(spec.tp.divides, entry, ("tp", "divides"))
     if spec.program is not None:

@@ -2,20 +2,17 @@
 
 import keyword
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
-from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.expr.syntax import Refused, Text
-from sageLLM.codegen.expr.types import parse_type
 from sageLLM.codegen.link.blocks import BlockLinker
 from sageLLM.codegen.link.config import check_own_names_are_read, link_checks, link_config
 from sageLLM.codegen.link.flatten import FlatModel, flatten
+from sageLLM.codegen.link.given import Given, GivenLinker
 from sageLLM.codegen.link.names import names_read, size_names
 from sageLLM.codegen.link.program import ProgramLinker
 from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings
-from sageLLM.codegen.link.sizes import link_size
 from sageLLM.codegen.link.weights import WeightLinker, link_weights
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.layout import (
@@ -24,12 +21,10 @@ from sageLLM.codegen.model.layout import (
     BlockDef,
     Check,
     ConfigName,
-    InputDef,
     ModelDef,
     OpCall,
     Phase,
     Repeat,
-    RopeDef,
     WeightDef,
 )
 from sageLLM.codegen.model.op import OpDef
@@ -92,8 +87,8 @@ class ModelLinker:
         config = link_config(self.flat, size_names(self.flat), taken, self.sink)
         steps = [name for name in self.raw.dims if name not in config]
         divides = self._divides(config)
-        rope = self._rope(config)
-        inputs = self._inputs(config, steps)
+        given = GivenLinker(self.flat, self.raw, config, self.sink).link(steps)
+        inputs = given.inputs
         linker = WeightLinker(config, divides, self.sink)
         own = link_weights(linker, self.flat.weights)
         attend = self._attend_ops()
@@ -108,18 +103,17 @@ class ModelLinker:
             check_own_names_are_read(self.flat, names_read(self.flat, self.raw.passes.values()), self.sink)
         if self.sink.diagnostics:
             return None
-        return self._model(config, checks, rope, divides, own, blocks, program, inputs)
+        return self._model(config, checks, given, divides, own, blocks, program)
 
     def _model(
         self,
         config: Mapping[str, ConfigName],
         checks: tuple[Check, ...],
-        rope: RopeDef | None,
+        given: Given,
         divides: tuple[str, ...],
         own: Mapping[str, WeightDef],
         blocks: Mapping[str, BlockDef | None],
         program: list[OpCall | BlockCall | Repeat],
-        inputs: Mapping[str, InputDef],
     ) -> ModelDef:
         flat, spec = self.flat, self.flat.entry.spec
         linked = {name: block for name, block in blocks.items() if block is not None}
@@ -131,13 +125,15 @@ class ModelLinker:
             architectures=tuple(spec.hf.architectures),
             config=config,
             checks=checks,
-            rope=rope,
+            ropes=given.ropes,
+            alibi=given.alibi,
+            cache=given.cache,
             divides=divides,
             weights=tuple(own.values()),
             blocks=linked,
             program=tuple(program),
             returns=tuple(place.value for place in flat.returns),
-            inputs=inputs,
+            inputs=given.inputs,
             ignore=tuple(dict.fromkeys(place.value for place in flat.ignore)),
             tiny=flat.tiny | {"architectures": list(spec.hf.architectures[:1])},
             join=self.ops.get("concat_rows"),
@@ -150,55 +146,6 @@ class ModelLinker:
                 help = did_you_mean(place.value, sizes)
                 self.sink.error("SAGE210", f"'{place.value}' is not a size of this layout", place.span(), help)
         return tuple(place.value for place in self.flat.divides)
-
-    def _rope(self, config: Mapping[str, ConfigName]) -> RopeDef | None:
-        place = self.flat.rope
-        if place is None:
-            return None
-        spec = place.value
-        keys = [*spec.base.hf, *(spec.scaling.hf if spec.scaling else [])]
-        for key in keys:
-            if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
-                self.sink.error(
-                    "SAGE250", f"'{key}' is not a key of config.json", place.span(), "write key or outer.key"
-                )
-        try:
-            dim = (
-                Size.of(spec.dim)
-                if isinstance(spec.dim, int)
-                else link_size(place.text(spec.dim, self.sink, "dim"), config)
-            )
-        except Refused:
-            return None
-        if dim != Size.symbol("D"):
-            message = f"`rope.dim` is {spec.dim}, but rotation takes the whole head, D"
-            help = "write `dim: D`; partial rotary is not there yet"
-            self.sink.error("SAGE251", message, place.span("dim"), help)
-        scaling = spec.scaling
-        return RopeDef(
-            tuple(spec.base.hf),
-            spec.base.default,
-            dim,
-            tuple(scaling.hf) if scaling else (),
-            tuple(scaling.allow) if scaling else (),
-        )
-
-    def _inputs(self, config: Mapping[str, ConfigName], steps: Iterable[str]) -> dict[str, InputDef]:
-        """The values that the engine gives, typed in this layout's sizes; one that does not fit is not offered."""
-        dims = dict.fromkeys([*steps, *(name for name, found in config.items() if found.type == "size")])
-        inputs: dict[str, InputDef] = {}
-        for table, is_per_layer in (
-            (self.raw.step_inputs, False),
-            (self.raw.tables, False),
-            (self.raw.layer_inputs, True),
-        ):
-            for name, entry in table.items():
-                text = Text.of(entry.spec, entry, (), self.sink)
-                try:
-                    inputs[name] = InputDef(name, parse_type(text, {"E": None}, dims), is_per_layer)
-                except Refused:
-                    continue
-        return inputs
 
     def _attend_ops(self) -> dict[Phase, OpDef]:
         found: dict[Phase, OpDef] = {}

@@ -22,6 +22,7 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
     """The names in all texts that can read a config name."""
     texts = _size_texts(flat)
     texts += [place.value for place in flat.checks]
+    texts += [str(flat.alibi.value.max_bias)] if flat.alibi else []
     texts += [text for place in flat.config.values() for text in _default_of(place.value)]
     texts += [text for weight in _all_weights(flat) for text in _conditions_of(weight)]
     bodies = [block.body for block in flat.blocks.values()]
@@ -37,7 +38,9 @@ def _size_texts(flat: FlatModel) -> list[str]:
     texts += [item.place.value.repeat for item in flat.program if isinstance(item, FlatRepeat)]
     texts += [text for weight in _all_weights(flat) for text in size_texts(weight)]
     texts += [place.value for block in flat.blocks.values() for place in block.args.values()]
-    texts += [str(flat.rope.value.dim)] if flat.rope else []
+    texts += [str(place.value.dim) for place in flat.ropes.values()]
+    texts += [flat.alibi.value.heads] if flat.alibi else []
+    texts += [str(size) for size in (*flat.cache.value.k, *flat.cache.value.v)] if flat.cache else []
     return texts
 
 

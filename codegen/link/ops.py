@@ -17,7 +17,7 @@ from sageLLM.codegen.expr.program import (
 )
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
-from sageLLM.codegen.expr.tree import Expr, Program, View
+from sageLLM.codegen.expr.tree import Binary, DimRef, Expr, Program, View
 from sageLLM.codegen.expr.types import DIM_NAME, DTYPES, ValueType, parse_type, size_of
 from sageLLM.codegen.link.calls import fused_cost, link_calls
 from sageLLM.codegen.link.hooks import link_reference
@@ -319,9 +319,10 @@ class OpLinker:
         spec, scope = self.entry.spec, self._scope(signature)
         inputs, outputs = signature.input_types, signature.output_types
         views: list[View] = []
+        known = [size for condition in self._conditions(signature) if (size := never_negative(condition.value))]
         for name, text in spec.views.items():
             with self.refusable():
-                views.append(parse_view(self.text(text, "views", name), name, inputs | outputs, scope.dims))
+                views.append(parse_view(self.text(text, "views", name), name, inputs | outputs, scope.dims, known))
                 self._take(name, views[-1].type, "views", name)
         if len(views) < len(spec.views) or spec.compute is None:
             return None
@@ -407,6 +408,16 @@ class OpLinker:
                     raise text.refuse("SAGE107", "a condition is wanted", None, "compare it: ... == 0")
                 found.append(Condition(line, value))
         return tuple(found)
+
+
+def never_negative(condition: Expr) -> Size | None:
+    """The size that a condition on two sizes keeps from being negative: D - Dr for `Dr <= D`."""
+    match condition:
+        case Binary(op="<=", a=DimRef(size=small), b=DimRef(size=large)):
+            return large - small
+        case Binary(op=">=", a=DimRef(size=large), b=DimRef(size=small)):
+            return large - small
+    return None
 
 
 def _dims_of(signature: Signature) -> list[str]:

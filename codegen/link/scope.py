@@ -23,9 +23,12 @@ _RESERVED = frozenset(
     }
 )
 FUNCTIONS = frozenset(
-    {"models", "program", "weights", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"}
+    {"models", "program", "weights", "cache", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"}
 )
 """Names of a generated module; layouts and blocks cannot take them."""
+_SECTION_OF = {name: f"a `rope` section gives {name}" for name in ("cos", "sin")} | {
+    "slopes": "an `alibi` section gives slopes"
+}
 _FITS = {"f32": ("int", "float"), "i32": ("int", "size"), "dim": ("int", "size"), "bool": ("bool",), "str": ("str",)}
 
 
@@ -98,7 +101,8 @@ class Scope:
                 found = Value(given.type)
         if found is None:
             known = [*self.values, *(name for name, given in self.around.inputs.items() if not given.is_per_layer)]
-            raise text.refuse("SAGE223", f"'{node.id}' is not defined here", node, did_you_mean(node.id, known))
+            help = _SECTION_OF.get(node.id.partition("_")[0]) or did_you_mean(node.id, known)
+            raise text.refuse("SAGE223", f"'{node.id}' is not defined here", node, help)
         if found.is_partial:
             help = "return it: the program completes the sum over the ranks; nothing else may read it"
             raise text.refuse(

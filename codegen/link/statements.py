@@ -71,6 +71,16 @@ class BodyLinker(Scope):
         self.assign_all(text, targets, linked.types, call, is_partial=self._is_kept_partial(linked))
         return linked
 
+    def _check_pairs(self, text: Text, op: OpDef, args: list[str], call: ast.Call) -> None:
+        """A rotation that pairs components in one way refuses tables for the other way."""
+        for node, name in zip(call.args, args, strict=True):
+            table = self.around.inputs.get(name) if name not in self.values else None
+            others = {"half", "interleaved"} & set(op.tags) - {table.pairs if table else None}
+            if table is not None and table.pairs is not None and others:
+                message = f"'{name}' is a table for `layout: {table.pairs}`, {op.name} is for `{others.pop()}`"
+                right = [found.name for found in self.around.ops.values() if table.pairs in found.tags]
+                raise text.refuse("SAGE252", message, node, f"call {' or '.join(right)}, or change `rope.layout`")
+
     def _op_call(
         self,
         text: Text,
@@ -80,6 +90,7 @@ class BodyLinker(Scope):
         attrs: list[tuple[str, str]],
         call: ast.Call,
     ) -> OpCall:
+        self._check_pairs(text, op, args, call)
         names = [*args, *[None] * (len(op.inputs) - len(args))]
         types = self.infer(text, op, names, dict(attrs), call, lambda type_: type_)
         linked = OpCall(targets, op, tuple(names), tuple(attrs), types)

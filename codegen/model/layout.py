@@ -50,8 +50,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class RopeDef:
-    """The rotary section; `keys` and `allow` are those of its scaling."""
+    """A pair of rotary tables, cos and sin, or cos_NAME and sin_NAME; `keys` and `allow` are those of its scaling."""
 
+    name: str
+    layout: Literal["half", "interleaved"]
     base_keys: tuple[str, ...]
     base_default: float
     dim: Size
@@ -89,12 +91,33 @@ class WeightDef:
 
 
 @dataclass(frozen=True, slots=True)
+class AlibiDef:
+    """The table of ALiBi slopes for `heads`; `max_bias` is Python text over the config."""
+
+    heads: str
+    max_bias: str
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDef:
+    """Heads and width of what a layer keeps of a token; with `is_shared` the value is the leading part of the key."""
+
+    k: tuple[Size, Size]
+    v: tuple[Size, Size]
+    is_shared: bool
+
+
+@dataclass(frozen=True, slots=True)
 class InputDef:
-    """A value that the engine gives: for every step, for every layer, or once (a table)."""
+    """A value that the engine gives: for every step, for every layer, or once (a table).
+
+    `pairs` says which components the rotary table that it is turns together.
+    """
 
     name: str
     type: ValueType
     is_per_layer: bool
+    pairs: Literal["half", "interleaved"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +205,9 @@ class ModelDef:
     architectures: tuple[str, ...]
     config: Mapping[str, ConfigName]
     checks: tuple[Check, ...]
-    rope: RopeDef | None
+    ropes: tuple[RopeDef, ...]
+    alibi: AlibiDef | None
+    cache: CacheDef
     divides: tuple[str, ...]
     weights: tuple[WeightDef, ...]
     blocks: Mapping[str, BlockDef]

@@ -27,8 +27,13 @@ def _lines(model: ModelDef) -> Iterator[str]:
         default = f" = {name.default}" if name.default is not None else ""
         yield f"config {name.name}: {name.type}{'?' if name.is_optional else ''} from {source}{default}"
     yield from (f"check {check.text}" for check in model.checks)
-    if model.rope:
-        yield f"rope dim={model.rope.dim} scaling={', '.join(model.rope.allow)}"
+    for rope in model.ropes:
+        name = f" {rope.name}" if rope.name else ""
+        yield f"rope{name} dim={rope.dim} {rope.layout} scaling={', '.join(rope.allow)}"
+    if model.alibi:
+        yield f"alibi heads={model.alibi.heads} max_bias={model.alibi.max_bias}"
+    shapes = [f"{name}=[{', '.join(map(str, shape))}]" for name, shape in (("k", model.cache.k), ("v", model.cache.v))]
+    yield f"cache {' '.join(shapes)}{' in one' if model.cache.is_shared else ''}"
     yield f"divided {', '.join(model.divides) or 'nothing'}"
     yield from (_weight(weight) for weight in model.weights)
     for block in model.blocks.values():

@@ -1,6 +1,6 @@
 """What a model file may say: the layout of one decoder family, or what it changes in another one."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -60,12 +60,47 @@ class ScalingSpec(Strict):
 
 
 class RopeSection(Strict):
-    """Rotary position embedding (Su et al. 2021)."""
+    """Rotary position embedding (Su et al. 2021): the tables `cos` and `sin`, [P, dim/2]."""
 
     base: BaseFrequency
-    dim: DimText = Field(description="how many of a head's components are rotated")
-    layout: Literal["half"] = Field(default="half", description="component j is paired with j + dim/2")
+    dim: DimText = Field(description="how many of a head's components are rotated; `rope` leaves the others")
+    layout: Literal["half", "interleaved"] = Field(
+        default="half",
+        description="component j is paired with j + dim/2 (op `rope`), or 2j with 2j + 1 (op `rope_interleaved`)",
+    )
     scaling: ScalingSpec | None = None
+
+
+def _rope_form(value: Any) -> str:
+    return "one" if isinstance(value, RopeSection) or _has_rope_field(value) else "named"
+
+
+def _has_rope_field(value: Any) -> bool:
+    return not isinstance(value, dict) or bool(RopeSection.model_fields.keys() & value.keys())
+
+
+RopeForm = Annotated[
+    Annotated[RopeSection, Tag("one")] | Annotated[dict[str, RopeSection], Tag("named")], Discriminator(_rope_form)
+]
+
+
+class AlibiSection(Strict):
+    """ALiBi (Press et al. 2021): the table `slopes`, [heads]."""
+
+    heads: str = Field(description="the config name of the query heads")
+    max_bias: float | str = Field(
+        default=8.0, description="the slopes go down to 2 ** -max_bias; a number, or a config name"
+    )
+
+
+class CacheSection(Strict):
+    """What one layer keeps of one token: `[heads, width]` of its key and of its value."""
+
+    k: list[DimText] = Field(default=["Nkv", "D"], min_length=2, max_length=2)
+    v: list[DimText] = Field(default=["Nkv", "D"], min_length=2, max_length=2)
+    v_of: Literal["k"] | None = Field(
+        default=None, description="the value is the leading part of the key and takes no memory of its own"
+    )
 
 
 class ShardSpec(Strict):
@@ -173,7 +208,11 @@ class ModelFile(Strict):
     hf: ArchitecturesSpec
     config: dict[str, ConfigField] = Field(default={})
     checks: list[str] = Field(default=[])
-    rope: RopeSection | None = None
+    rope: RopeForm | None = Field(
+        default=None, description="one pair of tables, `cos` and `sin`, or several by name: `cos_NAME`, `sin_NAME`"
+    )
+    alibi: AlibiSection | None = None
+    cache: CacheSection | None = None
     tp: TpSection | None = None
     weights: dict[str, WeightSpec] = Field(default={})
     blocks: dict[str, BlockSpec] = Field(default={})

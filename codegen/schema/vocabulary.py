@@ -26,5 +26,3 @@ class InputsFile(Strict):
 
     schema_: Literal["inputs/v1"] = Field(alias="schema")
     step: dict[str, str] = Field(description="made by the engine for every step")
-    per_layer: dict[str, str] = Field(description="one per layer: the KV cache")
-    tables: dict[str, str] = Field(description="made once, when the model is loaded")

@@ -13,6 +13,7 @@ from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import (
     Block,
     KvNodes,
+    KvShape,
     ModelLayout,
     ModelSizes,
     Stage,
@@ -96,14 +97,16 @@ class LlamaConfig(ModelSizes):
         hf.require(act == "silu", "hidden_act == 'silu'", ("hidden_act", act))
         hf.require(eps >= 0, "rms_norm_eps >= 0", ("rms_norm_eps", eps))
         hf.require(window is None or window >= 1, "sliding_window >= 1", ("sliding_window", window))
-        rope = read_rope(
-            hf,
-            base=hf.float("rope_parameters.rope_theta", "rope_theta", default=10000.0),
-            dim=D,
-            max_position=max_position,
-            keys=("rope_parameters", "rope_scaling"),
-            allow=("default", "linear", "dynamic", "yarn", "llama3", "longrope"),
-        )
+        rope = {
+            "": read_rope(
+                hf,
+                base=hf.float("rope_parameters.rope_theta", "rope_theta", default=10000.0),
+                dim=D,
+                max_position=max_position,
+                keys=("rope_parameters", "rope_scaling"),
+                allow=("default", "linear", "dynamic", "yarn", "llama3", "longrope"),
+            ),
+        }
         return cls(
             H=H,
             L=L,
@@ -134,6 +137,11 @@ def shard_config(c: LlamaConfig, tp: int) -> LlamaConfig:
         Nkv=divided("num_key_value_heads", c.Nkv, tp),
         I=divided("intermediate_size", c.I, tp),
     )
+
+
+def cache(c: LlamaConfig) -> KvShape:
+    """What a layer keeps of a token."""
+    return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: LlamaConfig) -> Iterator[WeightSpec]:
@@ -286,7 +294,7 @@ ATTENTION = Block(
     "attention",
     {"prefill": OpType.PREFILL_ATTN, "decode": OpType.DECODE_ATTN},
     attention,
-    KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows),
+    KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows, cache),
 )
 FFN = Block(
     "ffn",
@@ -345,6 +353,7 @@ LLAMA = ModelLayout(
     shard_config=shard_config,
     weights=weights,
     program=program,
+    cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
     ignore=("*.rotary_emb.inv_freq",),
     tiny={

@@ -13,6 +13,7 @@ from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import (
     Block,
     KvNodes,
+    KvShape,
     ModelLayout,
     ModelSizes,
     Stage,
@@ -99,14 +100,16 @@ class Qwen3Config(ModelSizes):
         hf.require(act == "silu", "hidden_act == 'silu'", ("hidden_act", act))
         hf.require(eps >= 0, "rms_norm_eps >= 0", ("rms_norm_eps", eps))
         hf.require(not sliding, "not use_sliding_window", ("use_sliding_window", sliding))
-        rope = read_rope(
-            hf,
-            base=hf.float("rope_parameters.rope_theta", "rope_theta", default=10000.0),
-            dim=D,
-            max_position=max_position,
-            keys=("rope_parameters", "rope_scaling"),
-            allow=("default", "linear", "dynamic", "yarn", "llama3", "longrope"),
-        )
+        rope = {
+            "": read_rope(
+                hf,
+                base=hf.float("rope_parameters.rope_theta", "rope_theta", default=10000.0),
+                dim=D,
+                max_position=max_position,
+                keys=("rope_parameters", "rope_scaling"),
+                allow=("default", "linear", "dynamic", "yarn", "llama3", "longrope"),
+            ),
+        }
         return cls(
             H=H,
             L=L,
@@ -138,6 +141,11 @@ def shard_config(c: Qwen3Config, tp: int) -> Qwen3Config:
         Nkv=divided("num_key_value_heads", c.Nkv, tp),
         I=divided("intermediate_size", c.I, tp),
     )
+
+
+def cache(c: Qwen3Config) -> KvShape:
+    """What a layer keeps of a token."""
+    return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: Qwen3Config) -> Iterator[WeightSpec]:
@@ -302,7 +310,7 @@ ATTENTION = Block(
     "attention",
     {"prefill": OpType.PREFILL_ATTN, "decode": OpType.DECODE_ATTN},
     attention,
-    KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows),
+    KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows, cache),
 )
 FFN = Block(
     "ffn",
@@ -361,6 +369,7 @@ QWEN3 = ModelLayout(
     shard_config=shard_config,
     weights=weights,
     program=program,
+    cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
     ignore=("*.rotary_emb.inv_freq",),
     tiny={

@@ -93,7 +93,7 @@ from .norm import (
     rms_norm_wide,
 )
 from .op_types import OpType
-from .position import Rope, rope
+from .position import Rope, RopeInterleaved, rope, rope_interleaved
 from .sampling import Sample, sample
 from .views import (
     ConcatLast,
@@ -158,6 +158,7 @@ __all__ = [
     "RmsNorm1p",
     "RmsNormWide",
     "Rope",
+    "RopeInterleaved",
     "RouterLogits",
     "Sample",
     "Scale",
@@ -216,6 +217,7 @@ __all__ = [
     "rms_norm_1p",
     "rms_norm_wide",
     "rope",
+    "rope_interleaved",
     "router_logits",
     "sample",
     "scale",
@@ -285,6 +287,7 @@ OPS: dict[str, type[OpNode]] = {
     "layer_norm_1p": LayerNorm1p,
     "fused_add_rms_norm": FusedAddRmsNorm,
     "rope": Rope,
+    "rope_interleaved": RopeInterleaved,
     "sample": Sample,
     "split_qkv": SplitQkv,
     "merge_heads": MergeHeads,

@@ -3,7 +3,7 @@
 """The ops of specs/ops/position.yaml."""
 
 from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef, Where
 from sageLLM.runtime.core.types import E, f32, i32
 from sageLLM.runtime.core.writer import GraphWriter
 
@@ -11,10 +11,12 @@ from .op_types import OpType
 
 __all__ = [
     "Rope",
+    "RopeInterleaved",
     "rope",
+    "rope_interleaved",
 ]
 
-T, N, D, P, E_size = dims("T N D P E_size")
+T, N, D, P, Dr, E_size = dims("T N D P Dr E_size")
 
 
 # specs/ops/position.yaml: rope
@@ -27,16 +29,19 @@ class Rope(OpNode):
     b = f32(x2)
     y1 = E(a * c - b * s)
     y2 = E(b * c + a * s)
+    same = rest
     """
 
     op = "rope"
     spec = "specs/ops/position.yaml: rope"
     kind = OpType.ROPE
-    input_types = {"x": E[T, N, D], "pos": i32[T], "cos": f32[P, D // 2], "sin": f32[P, D // 2]}
+    tags = frozenset({"half"})
+    input_types = {"x": E[T, N, D], "pos": i32[T], "cos": f32[P, Dr // 2], "sin": f32[P, Dr // 2]}
     output_types = {"y": E[T, N, D]}
+    where = (Where("Dr <= D", lambda d: d["Dr"] <= d["D"]),)
     inplace = {"y": "x"}
-    flop_formula = 3 * D * N * T
-    byte_formula = 2 * T * (D * E_size * N + 2 * D + 2)
+    flop_formula = 3 * Dr * N * T
+    byte_formula = 2 * T * (D * E_size * N + 2 * Dr + 2)
 
     @property
     def x(self) -> TensorRef:
@@ -64,4 +69,59 @@ def rope(g: GraphWriter, x: TensorRef, pos: TensorRef, cos: TensorRef, sin: Tens
     inputs: dict[str, TensorRef | None] = {"x": x, "pos": pos, "cos": cos, "sin": sin}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Rope, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/position.yaml: rope_interleaved
+class RopeInterleaved(OpNode):
+    """Rotary position embedding in the interleaved layout, as in RoFormer and GPT-J (Su et al. 2021).
+
+    c = gather(cos, P, pos)
+    s = gather(sin, P, pos)
+    a = f32(x1)
+    b = f32(x2)
+    y1 = E(a * c - b * s)
+    y2 = E(b * c + a * s)
+    same = rest
+    """
+
+    op = "rope_interleaved"
+    spec = "specs/ops/position.yaml: rope_interleaved"
+    kind = OpType.ROPE
+    tags = frozenset({"interleaved"})
+    input_types = {"x": E[T, N, D], "pos": i32[T], "cos": f32[P, Dr // 2], "sin": f32[P, Dr // 2]}
+    output_types = {"y": E[T, N, D]}
+    where = (Where("Dr <= D", lambda d: d["Dr"] <= d["D"]),)
+    inplace = {"y": "x"}
+    flop_formula = 3 * Dr * N * T
+    byte_formula = 2 * T * (D * E_size * N + 2 * Dr + 2)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def pos(self) -> TensorRef:
+        return self.input("pos")
+
+    @property
+    def cos(self) -> TensorRef:
+        return self.input("cos")
+
+    @property
+    def sin(self) -> TensorRef:
+        return self.input("sin")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def rope_interleaved(
+    g: GraphWriter, x: TensorRef, pos: TensorRef, cos: TensorRef, sin: TensorRef, *, name: str = "y"
+) -> TensorRef:
+    """Writes a rope_interleaved node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "pos": pos, "cos": cos, "sin": sin}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(RopeInterleaved, inputs, attrs, (name,))
     return y

@@ -11,8 +11,9 @@ from ..ops import OPS
 from .op_checks import check_dtypes, check_precision, check_types
 
 ROPE_CASES: list[dict[str, Any]] = [
-    {"T": 1, "N": 1, "D": 2, "P": 1},
-    {"T": 7, "N": 3, "D": 10, "P": 19},
+    {"T": 1, "N": 1, "D": 2, "Dr": 2, "P": 1},
+    {"T": 7, "N": 3, "D": 10, "Dr": 10, "P": 19},
+    {"T": 5, "N": 2, "D": 11, "Dr": 4, "P": 9},
 ]
 
 
@@ -24,3 +25,20 @@ def test_rope(case: dict[str, Any]) -> None:
     check_types(OPS["rope"], KERNELS["rope"], case, attrs, limits)
     check_precision(OPS["rope"], KERNELS["rope"], case, attrs, limits)
     check_dtypes(OPS["rope"], KERNELS["rope"], case, attrs, limits)
+
+
+ROPE_INTERLEAVED_CASES: list[dict[str, Any]] = [
+    {"T": 1, "N": 1, "D": 2, "Dr": 2, "P": 1},
+    {"T": 7, "N": 3, "D": 10, "Dr": 10, "P": 19},
+    {"T": 5, "N": 2, "D": 11, "Dr": 4, "P": 9},
+]
+
+
+# specs/ops/position.yaml: rope_interleaved
+@pytest.mark.parametrize("case", ROPE_INTERLEAVED_CASES, ids=str)
+def test_rope_interleaved(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {"pos": "P"}
+    check_types(OPS["rope_interleaved"], KERNELS["rope_interleaved"], case, attrs, limits)
+    check_precision(OPS["rope_interleaved"], KERNELS["rope_interleaved"], case, attrs, limits)
+    check_dtypes(OPS["rope_interleaved"], KERNELS["rope_interleaved"], case, attrs, limits)

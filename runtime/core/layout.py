@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
 
 from sageLLM.runtime.core.config import HFConfig, shown
 from sageLLM.runtime.core.dims import Dim, dims
@@ -20,7 +21,7 @@ T, B, Td, Tp, PG, BS, KV, KVd = dims("T B Td Tp PG BS KV KVd")
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary positions (Su et al. 2021): `dim` components are rotated, component j together with j + dim/2.
+    """A pair of rotary tables [P, dim/2] (Su et al. 2021), for ops that turn `dim` components of a head.
 
     `scaling` is the checkpoint's own description with its type under `rope_type`, or None.
     """
@@ -29,7 +30,37 @@ class RopeSpec:
     dim: int
     max_position: int
     scaling: Mapping[str, Any] | None = None
-    layout: Literal["half"] = "half"
+
+
+@dataclass(frozen=True, slots=True)
+class AlibiSpec:
+    """ALiBi's slopes (Press et al. 2021) for all heads of the model, down to 2 ** -max_bias."""
+
+    heads: int
+    max_bias: float
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What a layer keeps of a token: [heads, width] of the key and of the value.
+
+    With `is_shared` the value is the leading part of the key and takes no memory of its own.
+    """
+
+    k: tuple[int, int]
+    v: tuple[int, int]
+    is_shared: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.k) + (0 if self.is_shared else prod(self.v))
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The shape of what is kept: [2, heads, width] where key and value are alike."""
+        if self.is_shared:
+            return self.k
+        return (2, *self.k) if self.k == self.v else (self.num_elements,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +77,24 @@ class ModelSizes:
     D: int
     V: int
     max_position: int
-    rope: RopeSpec | None = None
+    rope: Mapping[str, RopeSpec] = field(default_factory=dict)
+    """By the name of the tables, which is "" where there is one pair."""
+    alibi: AlibiSpec | None = None
     tp: int = 1
     rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class KvNodes:
-    """What stands around a block that uses the KV cache, and joins its two halves in a hybrid step."""
+    """What stands around a block that uses the KV cache, and joins its two halves in a hybrid step.
+
+    `shape(config)` is what a layer keeps of a token.
+    """
 
     load: OpTypeBase
     store: OpTypeBase
     join: type[OpNode]
+    shape: Callable[[Any], KvShape]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +126,7 @@ class ModelLayout:
     shard_config: Callable[[Any, int], Any]
     weights: Callable[[Any], Iterator[WeightSpec]]
     program: Callable[[GraphWriter, Any, Stage], list[TensorRef]]
+    cache: Callable[[Any], KvShape]
     blocks: Mapping[str, Block]
     ignore: tuple[str, ...]
     tiny: Mapping[str, Any]
@@ -107,8 +145,12 @@ def call_block(
     if block.kv is None:
         types = [TensorType(g.dtype, (num_rows(stage), width)) for width in results.values()]
         return g.call_block(block.name, block.op_type[stage], args, tuple(results), types, metadata=call)
-    caches = [g.input(f"layers.{layer}.{name}", g.dtype, PG, BS, c.Nkv, c.D) for name in ("k_cache", "v_cache")]
-    calls = _KvCall(g, c, block, block.kv, args, caches, call)
+    shape = block.kv.shape(c)
+    caches = [
+        g.input(f"layers.{layer}.{name}", g.dtype, PG, BS, *sizes)
+        for name, sizes in (("k_cache", shape.k), ("v_cache", shape.v))
+    ]
+    calls = _KvCall(g, shape, block, block.kv, args, caches, call)
     if stage == "prefill":
         return calls.prefill(results, T)
     if stage == "decode":
@@ -121,7 +163,7 @@ class _KvCall:
     """One call of a block that reads and writes the KV cache."""
 
     g: GraphWriter
-    c: ModelSizes
+    shape: KvShape
     block: Block
     kv: KvNodes
     args: tuple[TensorRef, ...]
@@ -129,9 +171,9 @@ class _KvCall:
     call: dict[str, str]
 
     def prefill(self, results: Mapping[str, int], rows: Dim) -> tuple[TensorRef, ...]:
-        """The attention node, which makes keys and values kv_new [rows, 2, Nkv, D], and the node that stores them."""
+        """The attention node, which makes keys and values kv_new [rows, ...], and the node that stores them."""
         types = [TensorType(self.g.dtype, (rows, width)) for width in results.values()]
-        types.append(TensorType(self.g.dtype, (rows, 2, self.c.Nkv, self.c.D)))
+        types.append(TensorType(self.g.dtype, (rows, *self.shape.row)))
         kind = self.block.op_type["prefill"]
         *outputs, kv_new = self.g.call_block(
             self.block.name, kind, self.args, (*results, "kv_new"), types, metadata=self.call
@@ -142,9 +184,9 @@ class _KvCall:
         return tuple(outputs)
 
     def decode(self, results: Mapping[str, int], rows: Dim, keys: Dim) -> tuple[TensorRef, ...]:
-        """The node that loads keys and values kv [keys, 2, Nkv, D], and the attention node that reads them."""
+        """The node that loads keys and values kv [keys, ...], and the attention node that reads them."""
         about = {"op": "kv_load", "tier": "device", **self.call}
-        kv_type = TensorType(self.g.dtype, (keys, 2, self.c.Nkv, self.c.D))
+        kv_type = TensorType(self.g.dtype, (keys, *self.shape.row))
         loaded = self.g.call_block(
             self.block.name,
             self.kv.load,
@@ -163,7 +205,7 @@ class _KvCall:
 
     def _moved(self, tokens: Dim) -> dict[str, AttrValue]:
         """Bytes read and written when the keys and values of so many tokens move."""
-        return {"bytes": tokens * (4 * self.c.Nkv * self.c.D * DTYPES[self.g.dtype])}
+        return {"bytes": tokens * (2 * self.shape.num_elements * DTYPES[self.g.dtype])}
 
     def hybrid(self, results: Mapping[str, int]) -> tuple[TensorRef, ...]:
         """Both nodes on the same rows, of which the decode node takes the first Td, and their results joined."""
@@ -184,7 +226,9 @@ class _KvCall:
 def read_rope(
     hf: HFConfig, *, base: float, dim: int, max_position: int, keys: tuple[str, ...], allow: tuple[str, ...]
 ) -> RopeSpec:
-    """The rotary section of a config; ConfigError for a scaling type that is not in `allow`."""
+    """A rotary section of a config; ConfigError for an odd `dim`, or a scaling type that is not in `allow`."""
+    if dim % 2:
+        raise ConfigError(f"{hf.path}: {dim} components of a head are rotated, but pairs of them want an even number")
     found = hf.mapping(*keys) if keys else None
     if found is None:
         return RopeSpec(base, dim, max_position)

@@ -237,5 +237,5 @@ def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
 
 
 def _pool(model: Model, num_blocks: int, budget: KVBudget) -> KVPool:
-    c = model.config
-    return KVPool(c.L, num_blocks, budget.block_size, c.Nkv, c.D, model.dtype, model.device)
+    shape = model.layout.cache(model.config)
+    return KVPool(model.config.L, num_blocks, budget.block_size, shape, model.dtype, model.device)

@@ -4,29 +4,37 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from sageLLM.runtime.core.layout import KvShape
+
 
 class KVPool:
-    """Keys and values [PG, BS, Nkv, D] for each layer: PG blocks of BS tokens."""
+    """Keys and values [PG, BS, heads, width] for each layer: PG blocks of BS tokens.
+
+    Where the layout keeps values as the leading part of keys, they are views of that memory.
+    """
 
     def __init__(
         self,
         num_layers: int,
         num_blocks: int,
         block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
+        shape: KvShape,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        def zeros(kept: tuple[int, int]) -> list[torch.Tensor]:
+            sizes = (num_blocks, block_size, *kept)
+            return [torch.zeros(sizes, dtype=dtype, device=device) for _ in range(num_layers)]
+
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.shape = shape
+        self.keys = zeros(shape.k)
+        self.values = [keys[..., : shape.v[1]] for keys in self.keys] if shape.is_shared else zeros(shape.v)
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(tensor.nbytes for tensor in (*self.keys, *(() if self.shape.is_shared else self.values)))
 
     def layers(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Every layer's number, keys and values."""

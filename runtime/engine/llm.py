@@ -154,7 +154,7 @@ def _check_passes(names: Sequence[str], registry: Registry) -> None:
 def default_num_blocks(model: Model, config: PDSchedulerConfig, block_size: int) -> int:
     """Blocks that fit KV_CACHE_BYTES, but no more than all decodes at full length would use."""
     c = model.config
-    block_bytes = 2 * c.L * block_size * c.Nkv * c.D * model.dtype.itemsize
+    block_bytes = c.L * block_size * model.layout.cache(c).num_elements * model.dtype.itemsize
     longest = -(-model.max_model_len // block_size)
     affordable: int = KV_CACHE_BYTES // block_bytes
     return max(longest, min(affordable, longest * config.max_decode_batch_size))

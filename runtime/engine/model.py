@@ -15,8 +15,8 @@ from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.engine.config_file import layout_of, read_config_file
 from sageLLM.runtime.engine.errors import CheckpointError
 from sageLLM.runtime.engine.plugins import Registry
-from sageLLM.runtime.engine.rope import rope_tables
 from sageLLM.runtime.engine.safetensors_reader import Checkpoint
+from sageLLM.runtime.engine.tables import make_tables
 from sageLLM.runtime.engine.weights import load_weights
 
 MAX_POSITIONS = 2**24
@@ -109,13 +109,11 @@ def _dtype(name: str, data: Mapping[str, Any], path: Path) -> torch.dtype:
 
 
 def _tables(config: Any, length: int, device: torch.device, path: Path) -> dict[str, Tensor]:
-    if config.rope is None:
-        return {}
     try:
-        tables = rope_tables(config.rope, length)
+        tables = make_tables(config, length)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return {"cos": tables.cos.to(device), "sin": tables.sin.to(device)}
+    return {name: table.to(device) for name, table in tables.items()}
 
 
 def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:

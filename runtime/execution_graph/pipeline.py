@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sageLLM.generated import ops
-from sageLLM.runtime.core.dims import dims
+from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
 from sageLLM.runtime.core.ir import TensorRef
-from sageLLM.runtime.core.layout import ModelLayout
+from sageLLM.runtime.core.layout import KvShape, ModelLayout
 from sageLLM.runtime.core.rewrite import PassReport, RewritePass
 from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
@@ -82,14 +82,14 @@ class Pipeline:
     def migrate_graph(self) -> ExecutionGraph:
         """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""
         pages_from, pages_to, slots, moved = dims("SPG PG BS M")
-        c = self.config
+        c, kept = self.config, self.layout.cache(self.config)
         g = GraphWriter("migrate", level="kernel", stage=None, dtype=self.dtype)
         blocks = [g.input(name, "i32", moved) for name in ("src_blocks", "dst_blocks")]
         outputs: list[TensorRef] = []
         for i in range(c.L):
             with g.layer(i):
-                sources = [g.input(name, self.dtype, pages_from, slots, c.Nkv, c.D) for name in _caches("source", i)]
-                targets = [g.input(name, self.dtype, pages_to, slots, c.Nkv, c.D) for name in _caches("target", i)]
+                sources = _cache_inputs(g, "source", i, kept, pages_from, slots)
+                targets = _cache_inputs(g, "target", i, kept, pages_to, slots)
                 outputs += ops.kv_migrate(g, *sources, *targets, *blocks)
         return g.finish(outputs)
 
@@ -106,5 +106,7 @@ def _paused_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _caches(pool: str, layer: int) -> tuple[str, str]:
-    return f"{pool}.layers.{layer}.k_cache", f"{pool}.layers.{layer}.v_cache"
+def _cache_inputs(g: GraphWriter, pool: str, layer: int, kept: KvShape, pages: Dim, slots: Dim) -> list[TensorRef]:
+    """A layer's keys and values of one of the two pools."""
+    shapes = {"k_cache": kept.k, "v_cache": kept.v}
+    return [g.input(f"{pool}.layers.{layer}.{name}", g.dtype, pages, slots, *shape) for name, shape in shapes.items()]

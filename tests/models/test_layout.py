@@ -64,8 +64,8 @@ def test_llama_3_1_8b_has_291_tensors_and_8_030_261_248_parameters() -> None:
     assert sum(prod(shape) for shape in shapes.values()) == 8_030_261_248
     assert sum(weight.num_elements for weight in weights) == 8_030_261_248
     assert shapes["model.layers.31.self_attn.k_proj.weight"] == (1024, 4096)
-    assert config.rope.base == 500000.0
-    assert config.rope.scaling["rope_type"] == "llama3"
+    assert config.rope[""].base == 500000.0
+    assert config.rope[""].scaling["rope_type"] == "llama3"
 
 
 def test_qwen3_0_6b_has_heads_wider_than_the_hidden_size_and_norms_on_them() -> None:
@@ -89,9 +89,9 @@ def test_defaults_follow_from_earlier_names_and_null_counts_as_absent() -> None:
 def test_rope_is_found_in_both_forms() -> None:
     new = read(LLAMA, rope_parameters={"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0})
     old = read(LLAMA, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
-    assert new.rope.base == old.rope.base == 5e5
-    assert new.rope.scaling["rope_type"] == old.rope.scaling["rope_type"] == "linear"
-    assert read(LLAMA, rope_parameters={"rope_theta": 1e4, "rope_type": "default"}).rope.scaling is None
+    assert new.rope[""].base == old.rope[""].base == 5e5
+    assert new.rope[""].scaling["rope_type"] == old.rope[""].scaling["rope_type"] == "linear"
+    assert read(LLAMA, rope_parameters={"rope_theta": 1e4, "rope_type": "default"}).rope[""].scaling is None
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -31,7 +31,7 @@ from .experts import combine_experts, expert_down, expert_linear, router_logits,
 from .kv import kv_load, kv_migrate, kv_store
 from .linear import linear, lm_head
 from .norm import fused_add_rms_norm, layer_norm, layer_norm_1p, rms_norm, rms_norm_1p, rms_norm_wide
-from .position import rope
+from .position import rope, rope_interleaved
 from .sampling import sample
 from .views import concat_last, concat_rows, merge_heads, split_halves, split_heads, split_last, split_qkv, split_rows
 
@@ -87,6 +87,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "layer_norm_1p": layer_norm_1p,
     "fused_add_rms_norm": fused_add_rms_norm,
     "rope": rope,
+    "rope_interleaved": rope_interleaved,
     "sample": sample,
     "split_qkv": split_qkv,
     "merge_heads": merge_heads,

@@ -9,20 +9,39 @@ from .precision import wide
 
 __all__ = [
     "rope",
+    "rope_interleaved",
 ]
 
 
 # specs/ops/position.yaml: rope
 def rope(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-split layout (Su et al. 2021)."""
-    D = x.shape[2]
+    Dr = 2 * cos.shape[1]
     f32 = wide(x)
-    x1 = x[:, :, : D // 2]
-    x2 = x[:, :, D // 2 :]
+    x1 = x[:, :, : Dr // 2]
+    x2 = x[:, :, Dr // 2 : Dr]
     c = cos.index_select(0, pos)
     s = sin.index_select(0, pos)
     a = x1.to(f32)
     b = x2.to(f32)
     y1 = (a * c[:, None] - b * s[:, None]).to(x.dtype)
     y2 = (b * c[:, None] + a * s[:, None]).to(x.dtype)
-    return torch.cat((y1, y2), 2)
+    same = x[:, :, Dr:]
+    return torch.cat((y1, y2, same), 2)
+
+
+# specs/ops/position.yaml: rope_interleaved
+def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in the interleaved layout, as in RoFormer and GPT-J (Su et al. 2021)."""
+    Dr = 2 * cos.shape[1]
+    f32 = wide(x)
+    x1 = x[:, :, :Dr:2]
+    x2 = x[:, :, 1:Dr:2]
+    c = cos.index_select(0, pos)
+    s = sin.index_select(0, pos)
+    a = x1.to(f32)
+    b = x2.to(f32)
+    y1 = (a * c[:, None] - b * s[:, None]).to(x.dtype)
+    y2 = (b * c[:, None] + a * s[:, None]).to(x.dtype)
+    same = x[:, :, Dr:]
+    return torch.cat((torch.stack((y1, y2), 3).flatten(2, 3), same), 2)

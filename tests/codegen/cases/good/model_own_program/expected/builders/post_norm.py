@@ -15,6 +15,7 @@ from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import (
     Block,
     KvNodes,
+    KvShape,
     ModelLayout,
     ModelSizes,
     Stage,
@@ -93,6 +94,11 @@ def shard_config(c: PostNormConfig, tp: int) -> PostNormConfig:
         c,
         tp=tp,
     )
+
+
+def cache(c: PostNormConfig) -> KvShape:
+    """What a layer keeps of a token."""
+    return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: PostNormConfig) -> Iterator[WeightSpec]:
@@ -178,7 +184,7 @@ MIX = Block(
     "mix",
     {"prefill": OpType.PREFILL_ATTN, "decode": OpType.DECODE_ATTN},
     mix,
-    KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows),
+    KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows, cache),
 )
 EXPERTS = Block(
     "experts",
@@ -215,6 +221,7 @@ POST_NORM = ModelLayout(
     shard_config=shard_config,
     weights=weights,
     program=program,
+    cache=cache,
     blocks={"mix": MIX, "experts": EXPERTS},
     ignore=(),
     tiny={
