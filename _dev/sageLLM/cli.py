@@ -131,7 +131,7 @@ def simulate(
     model: Annotated[str, typer.Option(help="A config.json, or the name of a model in --profile.")] = "config.json",
     hardware: Annotated[str, typer.Option(help="A device of specs/hardware.")] = "h100",
     tp: Annotated[int, typer.Option(min=1, help="Devices that one worker spans.")] = 1,
-    profile: Annotated[Path | None, typer.Option(help="Fitted latencies (DistServe's JSON) for the roofline.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Measured latencies instead of the roofline.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests per second, Poisson; else the trace's times.")] = None,
     num_requests: Annotated[int | None, typer.Option(min=1, help="The first so many of the trace.")] = None,
     prompt: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of prompts.")] = (
@@ -146,7 +146,7 @@ def simulate(
     slo_ttft: Annotated[float, typer.Option(help="Objective for the first token, seconds.")] = 1.0,
     slo_tpot: Annotated[float, typer.Option(help="Objective for each token after it, seconds.")] = 0.1,
     prefill_workers: Annotated[int, typer.Option(min=1, help="Prefill workers of strict mode.")] = 1,
-    decode_workers: Annotated[int, typer.Option(min=1, help="Its decode workers; other modes use the sum.")] = 1,
+    decode_workers: Annotated[int, typer.Option(min=0, help="Its decode workers; other modes use the sum.")] = 1,
     chunk_size: Annotated[int, typer.Option(min=1, help="Prompt tokens of a hybrid step.")] = 512,
     max_prefill_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prefill step.")] = 4096,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Requests in a step.")] = 256,

@@ -4,12 +4,14 @@
 
 from sageLLM.runtime.core.cost import Hardware
 
+from .a100 import A100
 from .cpu import CPU
 from .h100 import H100
 
 __all__ = ["HARDWARE"]
 
 HARDWARE: dict[str, Hardware] = {
+    "a100": A100,
     "cpu": CPU,
     "h100": H100,
 }

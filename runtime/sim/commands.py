@@ -6,15 +6,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.layout import ModelLayout
+from sageLLM.runtime.core.step_cost import StepCostModel
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.sim.distserve import read_profile
+from sageLLM.runtime.sim.layer_profile import LayerProfileCost
 from sageLLM.runtime.sim.metrics import Slo, Summary
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.report import as_data, as_table
@@ -56,7 +59,7 @@ class SimulateRequest:
 def run_simulation(request: SimulateRequest) -> int:
     """Prints a table, or JSON, to stdout; a refusal goes to stderr, with exit code 1."""
     try:
-        modes = _modes(request.modes)
+        modes = _modes(request)
         trace = _trace(request)
         shares_prefixes = any(one.block_hashes for one in trace)
         setup = replace(_setup(request), enable_prefix_caching=shares_prefixes)
@@ -70,12 +73,17 @@ def run_simulation(request: SimulateRequest) -> int:
     return 0
 
 
-def _modes(names: Sequence[str]) -> list[SimMode]:
+def _modes(request: SimulateRequest) -> list[SimMode]:
+    """Those asked for, or all that the workers allow."""
     known: tuple[SimMode, ...] = get_args(SimMode)
-    for name in names:
+    for name in request.modes:
         if name not in known:
             raise ValueError(f"no mode named {name}; known are {', '.join(known)}")
-    return [mode for mode in known if mode in names or not names]
+    if not request.num_decode:
+        if "strict" in request.modes:
+            raise ValueError("strict mode needs at least one of --decode-workers")
+        known = known[1:]
+    return [mode for mode in known if mode in request.modes or not request.modes]
 
 
 def _simulated(mode: SimMode, setup: Setup, trace: Sequence[TraceRequest], request: SimulateRequest) -> Summary:
@@ -105,6 +113,7 @@ def _trace(request: SimulateRequest) -> list[TraceRequest]:
 
 
 def _setup(request: SimulateRequest) -> Setup:
+    workers = request.num_prefill, request.num_decode
     scheduler = PDSchedulerConfig(
         max_prefill_batch_size=request.max_batch_size,
         max_prefill_tokens=request.max_prefill_tokens,
@@ -112,30 +121,46 @@ def _setup(request: SimulateRequest) -> Setup:
         max_decode_batch_size=request.max_batch_size,
     )
     if request.profile is not None:
-        cost = read_profile(request.profile, request.model, request.tensor_parallel_size)
         budget = None if request.num_blocks is None else KVBudget(request.num_blocks, request.block_size)
-        return Setup(cost, lambda tokens: 0.0, budget, request.num_prefill, request.num_decode, scheduler)
+        return Setup(_measured(request.profile, request), _at_once, budget, *workers, scheduler)
     roofline = _roofline(request)
     num_blocks = request.num_blocks or roofline.num_kv_blocks(request.block_size)
     if not num_blocks:
         gigabytes = roofline.weight_bytes / 1e9
         raise ValueError(f"{request.model}: {gigabytes:.1f} GB of weights do not fit {request.hardware}; raise --tp")
     budget = KVBudget(num_blocks, request.block_size)
-    return Setup(roofline, roofline.transfer_s, budget, request.num_prefill, request.num_decode, scheduler)
+    return Setup(roofline, roofline.transfer_s, budget, *workers, scheduler)
+
+
+def _at_once(num_tokens: int) -> float:
+    """The transfer time of KV where nothing is known of links."""
+    return 0.0
+
+
+def _measured(profile: Path, request: SimulateRequest) -> StepCostModel:
+    """A folder holds op latencies by layer, a file fitted coefficients by model name."""
+    if profile.is_dir():
+        _, config = _layout_and_config(request.model)
+        return LayerProfileCost(profile, config.L)
+    return read_profile(profile, request.model, request.tensor_parallel_size)
 
 
 def _roofline(request: SimulateRequest) -> RooflineStepCost:
     if request.hardware not in HARDWARE:
         raise ValueError(f"no hardware named {request.hardware}; known are {', '.join(HARDWARE)}")
-    path = Path(request.model)
+    layout, config = _layout_and_config(request.model)
+    device = HARDWARE[request.hardware]
+    return RooflineStepCost(layout, config, device, tensor_parallel_size=request.tensor_parallel_size)
+
+
+def _layout_and_config(model: str) -> tuple[ModelLayout, Any]:
+    path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{request.model} is neither a config.json nor a folder with one")
+        raise ValueError(f"{model} is neither a config.json nor a folder with one")
     data = json.loads(path.read_bytes())
     architecture = str((data.get("architectures") or [""])[0])
     layout = next((one for one in MODELS.values() if architecture in one.architectures), None)
     if layout is None:
         raise ValueError(f"{path}: no layout reads {data.get('architectures')}")
-    config = layout.read_config(HFConfig(data, str(path)))
-    device = HARDWARE[request.hardware]
-    return RooflineStepCost(layout, config, device, tensor_parallel_size=request.tensor_parallel_size)
+    return layout, layout.read_config(HFConfig(data, str(path)))

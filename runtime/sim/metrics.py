@@ -1,7 +1,10 @@
 """What became of the requests of a simulation, in the figures that serving is judged by."""
 
+from __future__ import annotations
+
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,7 +13,7 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(slots=True)
 class Timeline:
-    """One request's moments in seconds: arrival, first token, last token."""
+    """One request's moments in seconds: arrival, first token, last token, and the gaps between its tokens."""
 
     number: int
     arrival_s: float
@@ -18,7 +21,7 @@ class Timeline:
     num_output_tokens: int
     first_token_s: float | None = None
     last_token_s: float | None = None
-    longest_gap_s: float = 0.0
+    gaps_s: array[float] = field(default_factory=lambda: array("d"))
     num_preemptions: int = 0
 
     @property
@@ -56,8 +59,8 @@ class Slo:
 class Summary:
     """A simulation in figures. Times in seconds by percentile; rates per second of the simulated time.
 
-    `attainment` is the share of all requests that met the objective, `goodput` those requests per second. `tbt` is
-    the longest gap between two tokens of a request, by percentile over the requests.
+    `attainment` is the share of all requests that met the objective, `goodput` those requests per second. `tbt`, time
+    between tokens, is over all gaps between two tokens of a request.
     """
 
     num_requests: int
@@ -77,7 +80,7 @@ class Summary:
     num_steps: int
 
     @classmethod
-    def of(cls, timelines: Sequence[Timeline], slo: Slo, num_steps: int) -> "Summary":
+    def of(cls, timelines: Sequence[Timeline], slo: Slo, num_steps: int) -> Summary:
         """Sums up the timelines of all requests, those never served included."""
         done = [one for one in timelines if one.last_token_s is not None]
         duration = max((one.last_token_s or 0.0 for one in done), default=0.0)
@@ -91,7 +94,7 @@ class Summary:
             duration_s=duration,
             ttft=percentiles(ttfts),
             tpot=percentiles(tpots),
-            tbt=percentiles([one.longest_gap_s for one in done if one.num_output_tokens > 1]),
+            tbt=percentiles([gap for one in done for gap in one.gaps_s]),
             e2e=percentiles([one.e2e_s for one in done]),
             mean_ttft=_mean(ttfts),
             mean_tpot=_mean(tpots),

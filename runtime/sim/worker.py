@@ -147,8 +147,8 @@ def _note_token(live: Live, now: float) -> None:
     timeline = live.timeline
     if timeline.first_token_s is None:
         timeline.first_token_s = now
-    elif now - live.last_token_s > timeline.longest_gap_s:
-        timeline.longest_gap_s = now - live.last_token_s
+    else:
+        timeline.gaps_s.append(now - live.last_token_s)
     live.last_token_s = now
 
 

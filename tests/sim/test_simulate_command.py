@@ -70,7 +70,11 @@ def test_two_devices_for_a_worker_are_faster_than_one(model: str) -> None:
     [
         ((), "without --trace, give --rate and --num-requests to draw one"),
         ((*SYNTHETIC, "--mode", "both"), "no mode named both; known are strict, time_share, hybrid, vllm"),
-        ((*SYNTHETIC, "--hardware", "abacus"), "no hardware named abacus; known are cpu, h100"),
+        (
+            (*SYNTHETIC, "--mode", "strict", "--decode-workers", "0"),
+            "strict mode needs at least one of --decode-workers",
+        ),
+        ((*SYNTHETIC, "--hardware", "abacus"), "no hardware named abacus; known are a100, cpu, h100"),
         (("--trace", "gone.csv"), "[Errno 2] No such file or directory: 'gone.csv'"),
     ],
 )
@@ -78,6 +82,12 @@ def test_a_refusal_names_the_remedy(model: str, arguments: tuple[str, ...], mess
     done = simulate("--model", model, *arguments)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {message}")
+
+
+def test_one_worker_serves_in_every_mode_but_strict(model: str) -> None:
+    one = figures(model, "--decode-workers", "0")["modes"]
+    assert list(one) == ["time_share", "hybrid", "vllm"]
+    assert one["hybrid"]["mean_tpot"] > figures(model, "--mode", "hybrid")["modes"]["hybrid"]["mean_tpot"]
 
 
 def test_weights_that_do_not_fit_are_refused(model: str, tmp_path: Path) -> None:
