@@ -174,6 +174,10 @@ CODES: dict[str, CodeInfo] = {
         "not determined",
         "Dims and element types of outputs follow from inputs and attrs of type dim.",
     ),
+    "SAGE133": CodeInfo(
+        "unknown name under ranks",
+        "`ranks` says for a reference which dims of its inputs ranks may share, and in which inputs it is linear.",
+    ),
     # models
     "SAGE201": CodeInfo(
         "unusable base layout",
@@ -249,10 +253,15 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE241": CodeInfo(
         "unfinished sum",
-        "A rank's part of a sum over ranks is completed where the program calls the block, not before.",
+        "A rank's part of a sum over ranks is completed where the program calls the block. Before that it may only go "
+        "where an op is linear: parts add up to parts, a part times a whole value is a part.",
     ),
     "SAGE242": CodeInfo("bias added per rank", "A bias of a sum over ranks is kept on the first rank only."),
     "SAGE243": CodeInfo("communication in a layout", "Where ranks talk follows from the weights' `tp`."),
+    "SAGE244": CodeInfo(
+        "op needs what ranks share",
+        "A rank has a share of the sizes in `tp.divides`; an op that goes over such a dim would see its share alone.",
+    ),
     "SAGE250": CodeInfo("unusable rope key", "The rope section names keys of config.json."),
     "SAGE252": CodeInfo(
         "tables for another rotation",

@@ -92,7 +92,8 @@ class BlockLinker:
                 message = f"block '{name}' returns '{place.value}', which is {type_}"
                 self.sink.error("SAGE228", message, place.span(), "a result has one row per token: E[T, ...]")
             found.append(value)
-        partial = {n for n, value in body.values.items() if value.is_partial} - {place.value for place in block.returns}
+        partial = {n for n, value in body.values.items() if value.is_partial and n not in body.handed_on}
+        partial -= {place.value for place in block.returns}
         for place in block.body:
             target = place.value.partition("=")[0].strip()
             if target in partial:

@@ -3,7 +3,7 @@
 import keyword
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.link.blocks import BlockLinker
@@ -92,10 +92,10 @@ class ModelLinker:
         linker = WeightLinker(config, divides, self.sink)
         own = link_weights(linker, self.flat.weights)
         attend = self._attend_ops()
-        around = Surroundings(self.ops, config, inputs, attend, {}, self.sink)
+        around = Surroundings(self.ops, config, inputs, attend, {}, self.sink, frozenset(divides))
         block_linker = BlockLinker(self.flat.entry.name, self.raw, tuple(steps), linker, self.sink)
         blocks = {name: block_linker.link(name, block, around) for name, block in self.flat.blocks.items()}
-        around = Surroundings(self.ops, config, inputs, attend, blocks, self.sink)
+        around = replace(around, blocks=blocks)
         program = ProgramLinker(self.flat, self.sink).link(own, around)
         checks = tuple(link_checks(self.flat, config, self.sink))
         self._check_ignored()

@@ -239,6 +239,7 @@ class OpLinker:
         self._check_determined(signature)
         self._check_inplace(signature)
         self._check_fields(sources[0])
+        self._check_ranks(signature)
         self._check_cases(signature)
         kinds: dict[str, Callable[[Signature], OpDef | None]] = {
             "compute": self._computed,
@@ -256,10 +257,25 @@ class OpLinker:
             (spec.op_type is None and source != "fuses", "summary", "the op_type is missing"),
             (spec.cost is not None and source != "reference", "cost", "the cost of this op is derived"),
             (spec.cost is None and source == "reference", "reference", "the cost of a reference has to be given"),
+            (spec.ranks is not None and source != "reference", "ranks", "what ranks make of this op is derived"),
         ]
         for is_wrong, key, message in wrong:
             if is_wrong:
                 self.sink.error("SAGE128", message, self.entry.key_span(key))
+
+    def _check_ranks(self, signature: Signature) -> None:
+        """The names under `ranks` are dims and inputs of the op."""
+        spec = self.entry.spec.ranks
+        if spec is None:
+            return
+        dims = {symbol for type_ in signature.input_types.values() for dim in type_.dims for symbol in dim.symbols}
+        groups = [(("linear_in", i), names, set(signature.input_types)) for i, names in enumerate(spec.linear_in)]
+        for path, names, known in [(("divides",), spec.divides, dims), (("sums",), spec.sums, dims), *groups]:
+            for j, name in enumerate(names):
+                if name not in known:
+                    what = "an input" if path[0] == "linear_in" else "a dim of the inputs"
+                    span = self.entry.span("ranks", *path, j)
+                    self.sink.error("SAGE133", f"'{name}' is not {what}", span, did_you_mean(name, known))
 
     def _check_cases(self, signature: Signature) -> None:
         spec, wanted = self.entry.spec, _dims_of(signature)

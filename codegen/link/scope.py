@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.config import compile_expression, render, type_of
@@ -60,6 +61,7 @@ class Surroundings:
     attend: Mapping[Phase, OpDef]
     blocks: Mapping[str, BlockDef | None]
     sink: Sink
+    divides: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -71,6 +73,7 @@ class Scope:
     is_block: bool
     used_weights: set[tuple[str | None, str]] = field(default_factory=set)
     assigned: list[str] = field(default_factory=list)
+    handed_on: set[str] = field(default_factory=set)  # parts of sums that went into other parts
 
     def operands(self, text: Text, call: ast.Call, op: OpDef) -> list[tuple[ast.expr, Operand]]:
         needed = [operand for operand in op.inputs if not operand.optional]
@@ -80,19 +83,19 @@ class Scope:
             raise text.refuse("SAGE222", message, call, f"see {op.ref}")
         return list(zip(call.args, op.inputs, strict=False))
 
-    def argument(self, text: Text, node: ast.expr, operand: Operand) -> str:
+    def argument(self, text: Text, node: ast.expr, operand: Operand, *, may_be_part: bool = False) -> str:
         if not isinstance(node, ast.Name):
             raise text.refuse(
                 "SAGE220", f"'{operand.name}' wants the name of a value", node, "give a result a name first"
             )
-        value = self.value(text, node)
+        value = self.value(text, node, may_be_part=may_be_part)
         if value.is_optional and not operand.optional:
             assert value.weight is not None, "only weights are optional"
             message = f"'{node.id}' is absent unless {value.weight.when}, but '{operand.name}' needs a value"
             raise text.refuse("SAGE226", message, node, "give it to an optional operand, or drop its `when`")
         return node.id
 
-    def value(self, text: Text, node: ast.Name) -> Value:
+    def value(self, text: Text, node: ast.Name, *, may_be_part: bool = False) -> Value:
         """What the name stands for; an input of the step counts as known."""
         found = self.values.get(node.id)
         if found is None and node.id in self.around.inputs:
@@ -103,11 +106,8 @@ class Scope:
             known = [*self.values, *(name for name, given in self.around.inputs.items() if not given.is_per_layer)]
             help = _SECTION_OF.get(node.id.partition("_")[0]) or did_you_mean(node.id, known)
             raise text.refuse("SAGE223", f"'{node.id}' is not defined here", node, help)
-        if found.is_partial:
-            help = "return it: the program completes the sum over the ranks; nothing else may read it"
-            raise text.refuse(
-                "SAGE241", f"'{node.id}' is a rank's part of a sum and is used before the sum", node, help
-            )
+        if found.is_partial and not may_be_part:
+            raise text.refuse("SAGE241", *part_words(node))
         if found.weight is not None:
             self.used_weights.add((found.weight.block, found.weight.name))
         return found
@@ -141,6 +141,16 @@ class Scope:
             message = f"'{nullable[0]}' may be null, but '{attr.name}' needs a value"
             raise text.refuse("SAGE225", message, node, f"give '{nullable[0]}' a default that is not null")
 
+    def dim_attrs(self, text: Text, op: OpDef, call: ast.Call) -> dict[str, Size]:
+        """The dims that the call gives."""
+        found: dict[str, Size] = {}
+        for given in call.keywords:
+            attr = op.attr(given.arg or "")
+            if attr is not None and attr.type == "dim":
+                start, end = text.offsets(given.value)
+                found[attr.name] = link_size(text.part(start, end), self.around.config)
+        return found
+
     def infer(
         self,
         text: Text,
@@ -151,12 +161,7 @@ class Scope:
         seen_as: Callable[[ValueType], ValueType],
     ) -> tuple[ValueType, ...]:
         """The result types of an op; raises Refused where an operand does not fit."""
-        match_ = Match(op)
-        for attr in op.attrs:
-            if attr.type == "dim" and attr.name in attrs:
-                node = next(given.value for given in call.keywords if given.arg == attr.name)
-                start, end = text.offsets(node)
-                match_.dims[attr.name] = link_size(text.part(start, end), self.around.config)
+        match_ = Match(op, self.dim_attrs(text, op, call))
         for operand, name in zip(op.inputs, args, strict=True):
             type_ = self.type_of(name) if name is not None else None
             if name is None:
@@ -188,6 +193,12 @@ class Scope:
     def assign(self, name: str, value: Value) -> None:
         self.values[name] = value
         self.assigned.append(name)
+
+
+def part_words(node: ast.Name, reason: str = "it needs the whole sum") -> tuple[str, ast.Name, str]:
+    """The finding about a part of a sum that is read too early."""
+    message = f"'{node.id}' is a rank's part of a sum and is used before the sum"
+    return message, node, f"{reason}; return '{node.id}', so that the program completes the sum first"
 
 
 def count_words(least: int, most: int) -> str:

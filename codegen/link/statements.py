@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
@@ -65,10 +65,13 @@ class BodyLinker(Scope):
         if op.op_type.startswith("COMM_"):
             help = "remove it: what a weight's `tp` says decides where ranks talk"
             raise text.refuse("SAGE243", f"a layout does not communicate, '{name}' does", call.func, help)
-        args = [self.argument(text, node, operand) for node, operand in self.operands(text, call, op)]
+        operands = self.operands(text, call, op)
+        args = [self.argument(text, node, operand, may_be_part=True) for node, operand in operands]
         attrs = self.attrs(text, call, op)
-        linked = self._op_call(text, tuple(target.id for target in targets), op, args, attrs, call)
-        self.assign_all(text, targets, linked.types, call, is_partial=self._is_kept_partial(linked))
+        linked, parts = self._op_call(text, tuple(target.id for target in targets), op, args, attrs, call)
+        self.assign_all(text, targets, linked.types, call, is_partial=False)
+        for target in parts:
+            self.values[target] = replace(self.values[target], is_partial=True)
         return linked
 
     def _check_pairs(self, text: Text, op: OpDef, args: list[str], call: ast.Call) -> None:
@@ -89,16 +92,14 @@ class BodyLinker(Scope):
         args: list[str],
         attrs: list[tuple[str, str]],
         call: ast.Call,
-    ) -> OpCall:
+    ) -> tuple[OpCall, tuple[str, ...]]:
+        """The call, and which of its targets are parts of a sum that the program completes."""
         self._check_pairs(text, op, args, call)
         names = [*args, *[None] * (len(op.inputs) - len(args))]
         types = self.infer(text, op, names, dict(attrs), call, lambda type_: type_)
         linked = OpCall(targets, op, tuple(names), tuple(attrs), types)
-        return with_reduction(self, text, linked, call)
-
-    def _is_kept_partial(self, linked: OpCall) -> bool:
-        """In a block a sum over ranks is left to the program; the program's own calls complete theirs at once."""
-        return self.is_block and linked.reduce is not None
+        linked, parts = with_reduction(self, text, linked, call)
+        return linked, parts if self.is_block else ()  # the program's own calls complete their sums at once
 
     def _block_call(self, text: Text, targets: list[ast.Name], call: ast.Call, name: str) -> BlockCall:
         block = self.around.blocks[name]

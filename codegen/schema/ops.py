@@ -58,6 +58,18 @@ class RuleSpec(Strict):
     benefit: int = Field(default=1, ge=1, le=1000, description="rules with more benefit are tried first")
 
 
+class RanksSpec(Strict):
+    """What tensor parallelism may do with an op whose meaning is a `reference`; for the others it is derived."""
+
+    divides: list[str] = Field(default=[], description="dims of which each rank may have its share, results as well")
+    sums: list[str] = Field(
+        default=[], description="dims that are summed over: a share of them gives a part of the sum"
+    )
+    linear_in: list[list[str]] = Field(
+        default=[], description="inputs (each list: inputs together) in which the results are linear: parts give parts"
+    )
+
+
 class TestsSpec(Strict):
     """Sizes to test with: one generated test per case. `R` gives the leading dims of `...`."""
 
@@ -89,6 +101,7 @@ class OpSpec(Strict):
     compute: str | None = Field(default=None, description="the meaning as equations, one per line")
     fuses: list[str] | None = Field(default=None, min_length=1, description="the meaning as calls of other ops")
     reference: str | None = Field(default=None, description="the meaning as a torch function: templates/reference/NAME")
+    ranks: RanksSpec | None = Field(default=None, description="what holds for a rank's share of an operand")
     inplace: dict[str, str] = Field(default={}, description="output -> input whose memory it takes over")
     cost: CostSpec | None = None
     kernel: KernelSpec | None = None

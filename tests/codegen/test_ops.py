@@ -49,10 +49,14 @@ def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     [
         ("add", "H * R", "3 * E_size * H * R"),
         ("linear", None, None),
-        ("fused_add_rms_norm", "T * (5 * H + 2)", "E_size * H * (4 * T + 1)"),
+        ("fused_add_rms_norm", "T * (H * has_w + 4 * H + 2)", "E_size * H * (4 * T + has_w)"),
         ("split_qkv", "0", "0"),
         ("embedding", "0", "2 * T * (E_size * H + 2)"),
-        ("lm_head", "2 * H * S * V", "E_size * H * S + E_size * H * V + 4 * S * V"),
+        (
+            "lm_head",
+            "S * V * (2 * H + has_bias)",
+            "E_size * H * S + E_size * H * V + E_size * V * has_bias + 4 * S * V",
+        ),
         (
             "paged_decode_attention",
             "2 * KV * Nq * (D + Dv)",
@@ -71,7 +75,7 @@ def test_costs(ops: dict[str, OpDef], name: str, flops: str | None, bytes_: str 
 
 
 def test_a_fused_op_reads_only_what_comes_from_outside(ops: dict[str, OpDef]) -> None:
-    values = {"T": 3, "H": 5, "R": 3, "E_size": 2}
+    values = {"T": 3, "H": 5, "R": 3, "E_size": 2, "has_w": 1}
     fused, parts = ops["fused_add_rms_norm"].cost, [ops["add"].cost, ops["rms_norm"].cost]
     assert fused.flops.evaluate(values) == sum(part.flops.evaluate(values) for part in parts)
     assert fused.bytes.evaluate(values) == sum(part.bytes.evaluate(values) for part in parts) - 3 * 5 * 2
@@ -94,13 +98,13 @@ def test_a_spec_gives_node_classes_with_typed_accessors() -> None:
 def test_gelu_from_yaml_alone(overlay: Callable[[str], Callable[..., Tensor]]) -> None:
     gu = torch.randn(5, 14)
     wanted = torch.nn.functional.gelu(gu[:, :7], approximate="tanh") * gu[:, 7:]
-    torch.testing.assert_close(overlay("gelu_tanh_mul")(gu), wanted)
+    torch.testing.assert_close(overlay("gelu_gate")(gu), wanted)
 
 
 def test_norms_from_yaml_alone(overlay: Callable[[str], Callable[..., Tensor]]) -> None:
     x, w, b = torch.randn(2, 3, 16), torch.randn(16), torch.randn(16)
     torch.testing.assert_close(overlay("unit_offset_norm")(x, w), torch.nn.functional.rms_norm(x, (16,), 1 + w, 1e-6))
-    norm = overlay("layer_norm")
+    norm = overlay("mean_norm")
     torch.testing.assert_close(norm(x, w, b), torch.nn.functional.layer_norm(x, (16,), w, b))
     torch.testing.assert_close(norm(x, w), torch.nn.functional.layer_norm(x, (16,), w))
 
@@ -116,7 +120,7 @@ def test_axes_are_put_in_place(overlay: Callable[[str], Callable[..., Tensor]]) 
 def test_activations_from_yaml_alone(overlay: Callable[[str], Callable[..., Tensor]]) -> None:
     x = torch.randn(4, 6) * 100
     torch.testing.assert_close(overlay("squared_relu")(x), x.relu() ** 2)
-    torch.testing.assert_close(overlay("soft_cap")(x, cap=30.0), 30 * torch.tanh(x / 30))
+    torch.testing.assert_close(overlay("soft_bound")(x, cap=30.0), 30 * torch.tanh(x / 30))
 
 
 # paged attention

@@ -329,7 +329,7 @@ def test_a_plugin_that_hides_a_name(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "plugin"
     driver.generate([Path(driver.PACKAGE, "examples", "add_an_op", "specs")], out=out)
     again = Path(shutil.copytree(out, tmp_path / "again"))
-    message = f"plugin {again}: OPS has gelu_tanh_mul already; rename in your specs"
+    message = f"plugin {again}: OPS has mish_mul already; rename in your specs"
     assert refusal(folder, PluginError, plugins=[out, again]) == message
 
 
