@@ -1,7 +1,7 @@
 """What a program makes of a sum's parts: each rank has one, and the program may run before they are added up.
 
-That is right where the program is linear in what is a part: the parts of its result then add up to the result. Sums over
-a dim of which each rank has a share give such parts in the first place.
+That is right where the program is linear in what is a part: the parts of its result then add up to the result. Sums
+over a dim of which each rank has a share give such parts in the first place.
 """
 
 from collections.abc import Callable, Iterable, Mapping
