@@ -43,12 +43,12 @@ def _save_random_model(folder: Path, family: str, seed: int, max_shard_size: str
     import transformers
 
     settings = getattr(transformers, f"{family}Config")(**config)
-    model = getattr(transformers, f"{family}ForCausalLM")(settings)
+    model = transformers.AutoModelForCausalLM.from_config(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            centre = 1.0 if "norm" in name else 0.0
+            centre = 1.0 if "norm" in name or ".ln_" in name else 0.0
             scale = 0.2 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             parameter.copy_(centre + scale * noise)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -4,9 +4,11 @@
 
 from sageLLM.runtime.core.layout import ModelLayout
 
+from .gpt2 import GPT2
 from .llama import LLAMA
+from .phi3 import PHI3
 from .qwen3 import QWEN3
 
-__all__ = ["LLAMA", "MODELS", "QWEN3"]
+__all__ = ["GPT2", "LLAMA", "MODELS", "PHI3", "QWEN3"]
 
-MODELS: dict[str, ModelLayout] = {"llama": LLAMA, "qwen3": QWEN3}
+MODELS: dict[str, ModelLayout] = {"gpt2": GPT2, "llama": LLAMA, "phi3": PHI3, "qwen3": QWEN3}

@@ -238,7 +238,11 @@ def read_rope(
         raise ConfigError(f"{hf.path}: the type of the rope scaling wants text, got {shown(kind)}")
     if kind not in allow:
         raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
-    return RopeSpec(base, dim, max_position, None if kind == "default" else {**found, "rope_type": kind})
+    if kind == "default":
+        return RopeSpec(base, dim, max_position)
+    trained = hf.opt_int("original_max_position_embeddings")  # Phi-3 has it beside the scaling, and means this one
+    original = {} if trained is None else {"original_max_position_embeddings": trained}
+    return RopeSpec(base, dim, max_position, {**found, **original, "rope_type": kind})
 
 
 def divided(name: str, size: int, tp: int) -> int:

@@ -178,4 +178,5 @@ _SCALINGS: dict[str, Callable[[RopeSpec, _Parameters, int], _Frequencies]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "su": _longrope,  # its first name, in early checkpoints of Phi-3
 }

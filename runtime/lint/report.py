@@ -57,7 +57,7 @@ def lint_model(
     if config.L > MAX_LAYERS:
         raise ConfigError(f"{path}: {config.L} layers are more than any model has; {MAX_LAYERS} can be checked")
     tensors, parameters = _counts(layout, config)
-    values = _cached_values(_kernel_graph(layout, config, 1))
+    values = _cached_values(layout, config)
     found = None if names is None else dict.fromkeys(names)
     return Report(
         layout=layout.name,
@@ -90,10 +90,10 @@ def _kernel_graph(layout: ModelLayout, config: Any, tp: int) -> ExecutionGraph:
     return expand(block_graph, layout, block_graph.model_config)
 
 
-def _cached_values(graph: ExecutionGraph) -> int:
-    """How many values the caches keep of one token: those of all inputs that come in pages, [PG, BS, ...]."""
-    caches = [ref for ref in graph.inputs.values() if [str(dim) for dim in ref.shape[:2]] == ["PG", "BS"]]
-    return sum(prod(int(str(dim)) for dim in ref.shape[2:]) for ref in caches)
+def _cached_values(layout: ModelLayout, config: Any) -> int:
+    """How many values the caches keep of one token, in all layers that attend to earlier ones."""
+    layers = [name for name in _kernel_graph(layout, config, 1).inputs if name.endswith(".k_cache")]
+    return len(layers) * layout.cache(config).num_elements
 
 
 def _degree(layout: ModelLayout, config: Any, tp: int) -> Degree:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, SamplingParams
 from sageLLM.codegen import driver
+from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.engine.errors import (
     CheckpointError,
     PluginError,
@@ -93,12 +94,12 @@ def test_config_that_is_a_list_or_a_folder(folder: Path) -> None:
     assert refusal(folder) == f"{path} cannot be read: Is a directory"
 
 
+KNOWN = sorted(name for layout in MODELS.values() for name in layout.architectures)
 ADD_ONE = (
-    "known are LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM. To add one: `sagellm new model NAME`, then "
-    "`sagellm generate` (docs/add-a-model.md)"
+    f"known are {', '.join(KNOWN)}. To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
 )
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["GPT2LMHeadModel"]}, f"no layout reads GPT2LMHeadModel; {ADD_ONE}"),
+    ({"architectures": ["NobodysModel"]}, f"no layout reads NobodysModel; {ADD_ONE}"),
     ({"architectures": None}, f"no layout reads a checkpoint without `architectures`; {ADD_ONE}"),
     ({"architectures": {"a": 1}}, f"no layout reads a checkpoint without `architectures`; {ADD_ONE}"),
     ({"hidden_size": None}, "the key 'hidden_size' is missing, want an integer"),

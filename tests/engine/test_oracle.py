@@ -23,6 +23,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral with a window": ("Mistral", {"sliding_window": 7}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3 tied with bias": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+    "phi3": ("Phi3", {}),
+    "phi3 with a window, tied": ("Phi3", {"sliding_window": 9, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "gpt2": ("GPT2", {"n_inner": 96}),
+    "gpt2 untied, four times as wide inside": ("GPT2", {"tie_word_embeddings": False}),
     "rope linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
     "rope dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0}}),
     "rope llama3": (
@@ -114,6 +118,16 @@ def test_longrope_with_its_short_factors(make_checkpoint: MakeCheckpoint) -> Non
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
     folder = make_checkpoint("Llama", rope_parameters=rope)
     assert_same(serve(folder, PROMPTS, "hybrid", max_model_len=128), expected(folder, PROMPTS))
+
+
+@pytest.mark.parametrize(("original", "length"), [(96, 96), (24, 256)])
+def test_phi3_with_longrope(original: int, length: int, make_checkpoint: MakeCheckpoint) -> None:
+    """The trained length stands beside the scaling; serving beyond it takes the long factors."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    rope |= {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+    folder = make_checkpoint("Phi3", rope_parameters=rope, original_max_position_embeddings=original)
+    prompts = [prompt for prompt in PROMPTS if (len(prompt) > original) == (length > original)]
+    assert_same(serve(folder, prompts, "hybrid", max_model_len=length), expected(folder, prompts))
 
 
 @pytest.mark.parametrize("mode", MODES)

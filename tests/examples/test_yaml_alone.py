@@ -14,6 +14,7 @@ import transformers
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen import driver
+from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.engine.plugins import load_registry
 
 EXAMPLES = Path(driver.PACKAGE, "examples")
@@ -91,9 +92,10 @@ def test_an_unknown_architecture_says_what_to_do(make_checkpoint: MakeCheckpoint
     folder = make_checkpoint("Qwen2", tie_word_embeddings=True)
     with pytest.raises(ValueError) as caught:
         LLM(folder, skip_tokenizer=True)
+    known = sorted(name for layout in MODELS.values() for name in layout.architectures)
     assert str(caught.value) == (
-        f"{folder}/config.json: no layout reads Qwen2ForCausalLM; known are LlamaForCausalLM, MistralForCausalLM, "
-        "Qwen3ForCausalLM. To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
+        f"{folder}/config.json: no layout reads Qwen2ForCausalLM; known are {', '.join(known)}. "
+        "To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
     )
 
 

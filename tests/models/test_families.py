@@ -1,0 +1,47 @@
+"""Every layout: its flattened text and its graphs on the tiny config, one snapshot file each."""
+
+import pytest
+from syrupy.assertion import SnapshotAssertion
+from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
+
+from sageLLM.codegen import driver
+from sageLLM.codegen.model.layout_text import layout_text
+from sageLLM.generated.builders import MODELS
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.graph import Stage
+from sageLLM.runtime.core.text import to_text
+from sageLLM.runtime.execution_graph.builder import build_block_graph
+from sageLLM.runtime.execution_graph.expand import expand
+
+STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
+FAMILIES = [name for name in MODELS if name not in ("llama", "qwen3")]  # these two are in test_layout.py
+
+
+class TextFile(SingleFileSnapshotExtension):
+    """A snapshot as a text file of its own, so that layouts can be added side by side."""
+
+    _write_mode = WriteMode.TEXT
+    file_extension = "txt"
+
+
+@pytest.fixture
+def text_file(snapshot: SnapshotAssertion) -> SnapshotAssertion:
+    return snapshot.use_extension(TextFile)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flattened_layout(name: str, text_file: SnapshotAssertion) -> None:
+    assert layout_text(driver.load_and_link().models[name]) == text_file
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs(name: str, text_file: SnapshotAssertion) -> None:
+    """The kernel graphs of one layer, and the block graph of its hybrid step."""
+    layout = MODELS[name]
+    config = layout.read_config(HFConfig({**layout.tiny}))
+    texts = []
+    for stage in STAGES:
+        graph = build_block_graph(layout, config, stage, dtype="f32")
+        texts += [to_text(graph)] if stage == "hybrid" else []
+        texts.append(to_text(expand(graph, layout, graph.model_config)))
+    assert "\n".join(texts) == text_file
