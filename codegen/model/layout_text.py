@@ -28,8 +28,8 @@ def _lines(model: ModelDef) -> Iterator[str]:
         yield f"config {name.name}: {name.type}{'?' if name.is_optional else ''} from {source}{default}"
     yield from (f"check {check.text}" for check in model.checks)
     for rope in model.ropes:
-        name = f" {rope.name}" if rope.name else ""
-        yield f"rope{name} dim={rope.dim} {rope.layout} scaling={', '.join(rope.allow)}"
+        suffix = f" {rope.name}" if rope.name else ""
+        yield f"rope{suffix} dim={rope.dim} {rope.layout} scaling={', '.join(rope.allow)}"
     if model.alibi:
         yield f"alibi heads={model.alibi.heads} max_bias={model.alibi.max_bias}"
     shapes = [f"{name}=[{', '.join(map(str, shape))}]" for name, shape in (("k", model.cache.k), ("v", model.cache.v))]

@@ -4,11 +4,20 @@
 
 from sageLLM.runtime.core.layout import ModelLayout
 
+from .bloom import BLOOM
 from .gpt2 import GPT2
+from .gptj import GPTJ
 from .llama import LLAMA
 from .phi3 import PHI3
 from .qwen3 import QWEN3
 
-__all__ = ["GPT2", "LLAMA", "MODELS", "PHI3", "QWEN3"]
+__all__ = ["BLOOM", "GPT2", "GPTJ", "LLAMA", "MODELS", "PHI3", "QWEN3"]
 
-MODELS: dict[str, ModelLayout] = {"gpt2": GPT2, "llama": LLAMA, "phi3": PHI3, "qwen3": QWEN3}
+MODELS: dict[str, ModelLayout] = {
+    "bloom": BLOOM,
+    "gpt2": GPT2,
+    "gptj": GPTJ,
+    "llama": LLAMA,
+    "phi3": PHI3,
+    "qwen3": QWEN3,
+}

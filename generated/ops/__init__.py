@@ -77,7 +77,7 @@ from .experts import (
     topk_router,
 )
 from .kv import KvLoad, KvMigrate, KvStore, kv_load, kv_migrate, kv_store
-from .linear import Linear, LmHead, linear, lm_head
+from .linear import HeadLinear, Linear, LmHead, head_linear, linear, lm_head
 from .norm import (
     FusedAddRmsNorm,
     LayerNorm,
@@ -133,6 +133,7 @@ __all__ = [
     "GeluMul",
     "GeluTanh",
     "GeluTanhMul",
+    "HeadLinear",
     "KvLoad",
     "KvMigrate",
     "KvStore",
@@ -193,6 +194,7 @@ __all__ = [
     "gelu_mul",
     "gelu_tanh",
     "gelu_tanh_mul",
+    "head_linear",
     "kv_load",
     "kv_migrate",
     "kv_store",
@@ -280,6 +282,7 @@ OPS: dict[str, type[OpNode]] = {
     "kv_migrate": KvMigrate,
     "linear": Linear,
     "lm_head": LmHead,
+    "head_linear": HeadLinear,
     "rms_norm": RmsNorm,
     "rms_norm_wide": RmsNormWide,
     "rms_norm_1p": RmsNorm1p,

@@ -10,13 +10,15 @@ from sageLLM.runtime.core.writer import GraphWriter
 from .op_types import OpType
 
 __all__ = [
+    "HeadLinear",
     "Linear",
     "LmHead",
+    "head_linear",
     "linear",
     "lm_head",
 ]
 
-K, N, S, H, V, R, has_bias, E_size = dims("K N S H V R has_bias E_size")
+K, N, S, H, V, T, M, R, has_bias, E_size = dims("K N S H V T M R has_bias E_size")
 
 
 # specs/ops/linear.yaml: linear
@@ -103,3 +105,39 @@ def lm_head(
     attrs: dict[str, AttrValue] = {}
     (logits,) = g.emit(LmHead, inputs, attrs, (name,))
     return logits
+
+
+# specs/ops/linear.yaml: head_linear
+class HeadLinear(OpNode):
+    """Projection of every head by a weight of its own.
+
+    y = E(dot(x, w, K))
+    """
+
+    op = "head_linear"
+    spec = "specs/ops/linear.yaml: head_linear"
+    kind = OpType.LINEAR
+    input_types = {"x": E[T, N, K], "w": E[N, M, K]}
+    output_types = {"y": E[T, N, M]}
+    flop_formula = 2 * K * M * N * T
+    byte_formula = E_size * N * (K * M + K * T + M * T)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def head_linear(g: GraphWriter, x: TensorRef, w: TensorRef, *, name: str = "y") -> TensorRef:
+    """Writes a head_linear node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(HeadLinear, inputs, attrs, (name,))
+    return y

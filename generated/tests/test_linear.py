@@ -40,3 +40,19 @@ def test_lm_head(case: dict[str, Any]) -> None:
     check_types(OPS["lm_head"], KERNELS["lm_head"], case, attrs, limits)
     check_precision(OPS["lm_head"], KERNELS["lm_head"], case, attrs, limits)
     check_dtypes(OPS["lm_head"], KERNELS["lm_head"], case, attrs, limits)
+
+
+HEAD_LINEAR_CASES: list[dict[str, Any]] = [
+    {"T": 1, "N": 1, "K": 1, "M": 1},
+    {"T": 5, "N": 3, "K": 33, "M": 10},
+]
+
+
+# specs/ops/linear.yaml: head_linear
+@pytest.mark.parametrize("case", HEAD_LINEAR_CASES, ids=str)
+def test_head_linear(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["head_linear"], KERNELS["head_linear"], case, attrs, limits)
+    check_precision(OPS["head_linear"], KERNELS["head_linear"], case, attrs, limits)
+    check_dtypes(OPS["head_linear"], KERNELS["head_linear"], case, attrs, limits)

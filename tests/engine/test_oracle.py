@@ -27,6 +27,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 with a window, tied": ("Phi3", {"sliding_window": 9, "tie_word_embeddings": True, "num_key_value_heads": 4}),
     "gpt2": ("GPT2", {"n_inner": 96}),
     "gpt2 untied, four times as wide inside": ("GPT2", {"tie_word_embeddings": False}),
+    "gptj": ("GPTJ", {"rotary_dim": 8, "n_inner": 96}),
+    "gptj, whole heads rotated, tied": ("GPTJ", {"rotary_dim": 16, "tie_word_embeddings": True}),
+    "bloom": ("Bloom", {"n_head": 4}),
+    "bloom, heads not a power of two": ("Bloom", {"n_head": 6, "hidden_size": 48, "tie_word_embeddings": False}),
     "rope linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
     "rope dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0}}),
     "rope llama3": (

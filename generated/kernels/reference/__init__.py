@@ -29,7 +29,7 @@ from .elementwise import add, add_bias, mul, mul_rows, mul_weight, scale, soft_c
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
 from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_load, kv_migrate, kv_store
-from .linear import linear, lm_head
+from .linear import head_linear, linear, lm_head
 from .norm import fused_add_rms_norm, layer_norm, layer_norm_1p, rms_norm, rms_norm_1p, rms_norm_wide
 from .position import rope, rope_interleaved
 from .sampling import sample
@@ -80,6 +80,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "kv_migrate": kv_migrate,
     "linear": linear,
     "lm_head": lm_head,
+    "head_linear": head_linear,
     "rms_norm": rms_norm,
     "rms_norm_wide": rms_norm_wide,
     "rms_norm_1p": rms_norm_1p,

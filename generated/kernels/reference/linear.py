@@ -8,6 +8,7 @@ from torch import Tensor
 from .precision import wide
 
 __all__ = [
+    "head_linear",
     "linear",
     "lm_head",
 ]
@@ -24,3 +25,10 @@ def lm_head(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits over the vocabulary, rounded to the element type and widened."""
     f32 = wide(x)
     return torch.nn.functional.linear(x, w, bias).to(f32)
+
+
+# specs/ops/linear.yaml: head_linear
+def head_linear(x: Tensor, w: Tensor) -> Tensor:
+    """Projection of every head by a weight of its own."""
+    f32 = wide(x)
+    return torch.einsum("abc,bdc->abd", x.to(f32), w.to(f32)).to(x.dtype)
