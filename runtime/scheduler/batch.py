@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sageLLM.runtime.kv.copies import BlockCopy, TierCopy
 from sageLLM.runtime.scheduler.request import Request
 
 Stage = Literal["prefill", "decode", "hybrid", "idle"]
@@ -108,12 +109,14 @@ class KVBudget:
     """The size of the KV cache: `num_blocks` blocks of `block_size` tokens, in each pool.
 
     Strict mode has two pools; `num_prefill_blocks` sizes the prefill worker's one where it differs from the decode
-    worker's.
+    worker's. `num_host_blocks` and `num_disk_blocks` size the tiers that `preemption_mode="swap"` moves victims to.
     """
 
     num_blocks: int
     block_size: int = 16
     num_prefill_blocks: int | None = None
+    num_host_blocks: int = 0
+    num_disk_blocks: int = 0
 
 
 @dataclass(slots=True)
@@ -127,6 +130,10 @@ class ScheduleOutput:
 
     `num_cached_tokens` says, for each request admitted in this step, how many leading tokens it found in the prefix
     cache; they are not computed.
+
+    `block_copies`, then `tier_copies`, run before everything else of the step. A preempted request is swapped if a
+    copy takes its KV from the device, otherwise it is computed again. A copy between tiers counts as done when the step
+    is committed; report with `fail_swaps` those that failed.
 
     `kv_migrations` write no block that the step's batches touch, and read none that they write: copies and batches may
     run in any order or at once. `migrations_to_cancel` were handed out earlier and not acknowledged in time; once they
@@ -143,6 +150,8 @@ class ScheduleOutput:
     step_id: int = 0
     num_cached_tokens: dict[str, int] = field(default_factory=dict)
     migrations_to_cancel: list[KVMigration] = field(default_factory=list)
+    block_copies: list[BlockCopy] = field(default_factory=list)
+    tier_copies: list[TierCopy] = field(default_factory=list)
 
     @property
     def stage(self) -> Stage:
@@ -156,7 +165,15 @@ class ScheduleOutput:
     @property
     def is_empty(self) -> bool:
         """Whether the engine has nothing to run or copy."""
-        return not (self.prefill_batch or self.decode_batch or self.kv_migrations or self.migrations_to_cancel)
+        has_batch = self.prefill_batch or self.decode_batch
+        has_copy = self.kv_migrations or self.migrations_to_cancel or self.tier_copies or self.block_copies
+        return not (has_batch or has_copy)
+
+    @property
+    def swapped_requests(self) -> list[Request]:
+        """Those of the preempted whose KV is kept in a tier."""
+        swapped = {copy.seq_id for copy in self.tier_copies if copy.source == "device"}
+        return [request for request in self.preempted_requests if request.request_id in swapped]
 
     @property
     def num_scheduled_tokens(self) -> dict[str, int]:

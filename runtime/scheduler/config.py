@@ -40,7 +40,10 @@ class PDSchedulerConfig:
 
     With `enable_preemption=False` a request is admitted only when its prompt and `max_new_tokens` fit, and all that is
     reserved. `policy` orders the requests (see `policy.py`); whatever it says, a request is overtaken by at most
-    `max_overtakes` later arrivals once it waits longest. `preemption_mode="swap"` recomputes for now.
+    `max_overtakes` later arrivals once it waits longest.
+
+    `preemption_mode="swap"` keeps the KV of a preempted decode in the tiers of `KVBudget`, and computes it again only
+    when they are full.
 
     With `enable_prefix_caching` a request does not compute the full blocks at its beginning that another request of the
     same salt has computed before and that were not evicted since.

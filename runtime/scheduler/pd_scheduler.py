@@ -6,14 +6,14 @@ step that was planned and not committed is rolled back by the next `schedule`, a
 """
 
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 from sageLLM.runtime.scheduler.base import BaseScheduler, SchedulerStalledError
-from sageLLM.runtime.scheduler.batch import Chunk, KVBudget, KVMigration, ScheduleOutput
+from sageLLM.runtime.scheduler.batch import Chunk, KVBudget, ScheduleOutput
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
 from sageLLM.runtime.scheduler.decode import DecodePhase
+from sageLLM.runtime.scheduler.forks import ForkLine
 from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.modes import ModeChooser
 from sageLLM.runtime.scheduler.placement import KVPlacement
@@ -64,8 +64,6 @@ class PDScheduler(BaseScheduler):
         )
         if (self.config.mode == "auto") != (mode_chooser is not None):
             raise ValueError("mode 'auto' needs a mode_chooser, and no other mode takes one")
-        if self.config.preemption_mode == "swap":
-            warnings.warn("preemption_mode='swap' recomputes for now: there is no swap tier yet", stacklevel=2)
         is_split = self.config.mode == "strict"
         self.kv = KVPlacement(kv_budget, is_split, self.config.enable_prefix_caching)
         self.limits = SequenceLimits(max_model_len, self.kv.max_tokens, self.kv.block_size)
@@ -80,8 +78,9 @@ class PDScheduler(BaseScheduler):
         self._limbo: dict[str, tuple[Request, int]] = {}
         self._flights: deque[Flight] = deque()
         self._received: set[str] = set()
-        self._reannounce: dict[str, list[int]] = {}
-        self._reannounce_cached: dict[str, int] = {}
+        self._swapping: set[str] = set()
+        self._forks = ForkLine()
+        self._next_plan = StepPlan()
         self._num_consecutive_decodes = 0
         self._num_steps = 0
         self._counters = SchedulerCounters()
@@ -108,7 +107,9 @@ class PDScheduler(BaseScheduler):
         reason = super().why_not_acceptable(request)
         if reason is not None:
             return reason
-        if request.request_id in self._limbo:
+        if request.request_id in self._forks:
+            return f"request {request.request_id!r} is already being served; ids of live requests must differ"
+        if request.request_id in self._limbo or request.request_id in self._swapping:
             return f"request {request.request_id!r} was aborted in the step in flight; its id is free after that step"
         return self.limits.why_too_long(request)
 
@@ -116,6 +117,27 @@ class PDScheduler(BaseScheduler):
         """Queue a request. Raises ValueError if it is empty, was used before, has a live one's id, or can never run."""
         super().add_request(request)
         self.kv.track(request)
+        parent = request.fork_of
+        if parent is not None and self._can_wait_for(parent, request):
+            self.waiting_queue.remove(request)
+            self._forks.add(request, parent)
+
+    def _can_wait_for(self, parent: Request, fork: Request) -> bool:
+        is_live = self._find(parent.request_id) is parent
+        is_new = not parent.output_token_ids and parent.seat is None and parent.request_id not in self._forks
+        return is_live and is_new and not self.kv.is_split and parent.prompt_token_ids == fork.prompt_token_ids
+
+    def forks_of(self, request_id: str) -> list[Request]:
+        """The forks that wait for this request's prefill; each gets a first token from its last chunk's logits."""
+        return self._forks.of(request_id)
+
+    def get_num_waiting(self) -> int:
+        """Requests without KV: new ones, preempted ones, and forks."""
+        return len(self.waiting_queue) + len(self._forks)
+
+    def _find(self, request_id: str) -> Request | None:
+        running = self.running_requests.get(request_id)
+        return running or self.waiting_queue.get(request_id) or self._forks.get(request_id)
 
     def add_received(self, request: Request) -> None:
         """Queue a request whose prompt was computed elsewhere: it has its first output token, and decodes at once.
@@ -141,7 +163,7 @@ class PDScheduler(BaseScheduler):
         If a step is in flight, the request's part of it is ignored, outputs included, and its blocks return to the pool
         when the step ends.
         """
-        request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
+        request = self._find(request_id)
         if request is None:
             return False
         self._retire(request)
@@ -189,16 +211,14 @@ class PDScheduler(BaseScheduler):
                 self._decode.join_ahead(request)
 
     def _plan_step(self, role: Role | None) -> ScheduleOutput:
-        plan = StepPlan(given=self._reannounce, num_cached=self._reannounce_cached)
-        self._reannounce, self._reannounce_cached = {}, {}
+        plan, self._next_plan = self._next_plan, StepPlan()
         streak_before = self._num_consecutive_decodes
-        to_cancel: list[KVMigration] = []
-        if self._received:
-            self._admit_received(plan)
+        if (self._received or self.preempted_requests) and role != "prefill":
+            self._admit_ready(plan)
         self._plan_batches(plan, role)
         if self.kv.is_split and role != "decode":
             now = self._clock() if self.config.transfer.lease_s is not None else 0.0
-            to_cancel = self._migration.expire(now)
+            plan.to_cancel = self._migration.expire(now)
             self._migration.plan(plan, now)
         if plan.prefill:
             self._num_consecutive_decodes = 0
@@ -207,9 +227,8 @@ class PDScheduler(BaseScheduler):
         output = plan.to_output(self._num_steps)
         output.kv_blocks_to_free, self.kv.freed = self.kv.freed, []
         output.prefill_blocks_to_free, self.kv.freed_prefill = self.kv.freed_prefill, []
-        output.migrations_to_cancel = to_cancel
         self._num_steps += 1
-        self._flights.append(Flight(output, plan.decode, streak_before, role))
+        self._flights.append(Flight(output, plan.decode, streak_before, role, plan.block_copies))
         self._counters.count_plan(output)
         if output.is_empty and not self._may_idle(role):
             raise SchedulerStalledError(f"nothing planned although requests wait: {self.get_stats()}")
@@ -255,8 +274,10 @@ class PDScheduler(BaseScheduler):
         self._prefill.plan(plan, num_left, self.config.max_prefill_batch_size)
 
     def _may_idle(self, role: Role | None) -> bool:
-        is_under_way = bool(self._migration.copying) or any(not f.output.is_empty for f in self._flights)
-        if is_under_way or not (self.running_requests or self.waiting_queue):
+        is_copying = bool(self._migration.copying or self._swapping)
+        if is_copying or any(not flight.output.is_empty for flight in self._flights):
+            return True
+        if not (self.running_requests or self.waiting_queue):
             return True
         if role == "decode":
             return not self.decode_queue
@@ -264,9 +285,18 @@ class PDScheduler(BaseScheduler):
 
     def _can_admit(self, request: Request) -> bool:
         """Whether the request may start. A preempted one waits until every decode could grow, lest it fall again."""
-        headroom = len(self.decode_queue) if request.status is RequestStatus.PREEMPTED else 0
-        has_seat = len(self.running_requests) < self.max_batch_size
-        return has_seat and self.kv.can_admit(request, self._num_tokens_reserved(request), headroom)
+        if len(self.running_requests) >= self.max_batch_size or self._is_ready(request):
+            return False
+        return self.kv.can_admit(request, self._num_tokens_reserved(request), self._headroom(request))
+
+    def _headroom(self, request: Request) -> int:
+        return len(self.decode_queue) if request.status is RequestStatus.PREEMPTED else 0
+
+    def _is_ready(self, request: Request) -> bool:
+        """Whether the request needs no prefill: its KV was received or is in a tier (or on its way there)."""
+        swapped = self.kv.decode
+        request_id = request.request_id
+        return request_id in self._received or swapped.is_swapped(request_id) or swapped.is_in_transfer(request_id)
 
     def _num_tokens_reserved(self, request: Request) -> int:
         return self.limits.num_tokens_reserved(request, self.config.enable_preemption)
@@ -275,26 +305,47 @@ class PDScheduler(BaseScheduler):
         admission = self.kv.admit(request, self._num_tokens_reserved(request))
         plan.give(request, admission.taken_blocks)
         if admission.num_cached_tokens:
+            self._counters.total_cached_tokens += admission.num_cached_tokens
             plan.num_cached[request.request_id] = admission.num_cached_tokens
             request.compute_up_to(admission.num_cached_tokens)
             request.plan_up_to(admission.num_cached_tokens)
-            self._counters.total_cached_tokens += admission.num_cached_tokens
-        request.status = RequestStatus.PREFILLING
-        self.running_requests[request.request_id] = request
-        self.preempted_requests.pop(request.request_id, None)
+        self._enter(request)
         if self.kv.is_split:
             self._migration.admit(request)
 
-    def _admit_received(self, plan: StepPlan) -> None:
-        """Those whose KV came from elsewhere decode as soon as they have a place."""
-        while (head := self.waiting_queue.peek()) is not None and head.request_id in self._received:
-            if not self._can_admit(head):
+    def _enter(self, request: Request) -> None:
+        request.status = RequestStatus.PREFILLING
+        self.running_requests[request.request_id] = request
+        self.preempted_requests.pop(request.request_id, None)
+
+    def _admit_ready(self, plan: StepPlan) -> None:
+        """Those who need no prefill decode as soon as they are at the head of the line and have a place."""
+        while (head := self.waiting_queue.peek()) is not None and len(self.running_requests) < self.max_batch_size:
+            if not (self._take_in_received(head, plan) or self._swap_in(head, plan)):
                 return
-            self.waiting_queue.admit(head)
-            self._received.discard(head.request_id)
-            self._admit(head, plan)
-            self.kv.track(head)
             self._start_decoding(head)
+
+    def _take_in_received(self, request: Request, plan: StepPlan) -> bool:
+        num_tokens = self._num_tokens_reserved(request)
+        if request.request_id not in self._received or not self.kv.can_admit(request, num_tokens, 0):
+            return False
+        self.waiting_queue.admit(request)
+        self._admit(request, plan)
+        self.kv.track(request)
+        self._received.discard(request.request_id)
+        return True
+
+    def _swap_in(self, request: Request, plan: StepPlan) -> bool:
+        num_tokens = self._num_tokens_reserved(request)
+        if not self.kv.decode.can_swap_in(request.request_id, num_tokens, self._headroom(request)):
+            return False
+        self.waiting_queue.admit(request)
+        copy, table = self.kv.swap_in(request, num_tokens)
+        plan.give(request, table)
+        plan.tier_copies[request.request_id] = copy
+        self._swapping.add(request.request_id)
+        self._enter(request)
+        return True
 
     # --- preemption ---
 
@@ -302,6 +353,9 @@ class PDScheduler(BaseScheduler):
         """Give a decode the block of its next token, preempting others or itself; False when it sits this step out."""
         num_tokens = request.num_planned_tokens + 1
         while not self.kv.can_extend(request, num_tokens):
+            if self.kv.decode.num_promised_blocks > plan.num_sitting_out:
+                plan.num_sitting_out += 1
+                return False
             pinned = self._pinned()
             victim = self._victim(pinned)
             assert self.config.enable_preemption, "a request outgrew what was reserved for it"
@@ -318,31 +372,55 @@ class PDScheduler(BaseScheduler):
         return max(candidates, key=lambda request: request.rank, default=None)
 
     def _pinned(self) -> Collection[str]:
-        """Who cannot be preempted: its KV is being copied, or the prefill worker computes it in a step of its own."""
+        """Who cannot be preempted: its KV is being copied, or the prefill worker is busy with it in its own step."""
         busy = [c.request.request_id for f in self._flights if f.role == "prefill" for c in f.prefill_chunks]
-        return {*busy, *self._migration.copying} if busy else self._migration.copying
+        return {*busy, *self._migration.copying, *self._swapping}
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
-        plan.give(request, self._requeue(request, unannounced=plan.drop(request)))
         plan.preempted.append(request)
+        if not self._swap_out(request, plan):
+            plan.give(request, self._requeue(request, unannounced=plan.drop(request)))
+
+    def _swap_out(self, request: Request, plan: StepPlan) -> bool:
+        """Keep a decoding victim's KV in a tier. What a step in flight computes of it is written before the copy."""
+        if self.config.preemption_mode != "swap" or request.status is not RequestStatus.DECODING:
+            return False
+        num_tokens = request.num_planned_tokens
+        copy = self.kv.swap_out(request, num_tokens)
+        if copy is None:
+            return False
+        if num_tokens > request.num_computed_tokens:
+            self._flights[-1].swapped[request.request_id] = request
+        plan.tier_copies[request.request_id] = copy
+        self._swapping.add(request.request_id)
+        self._go_back(request)
+        request.kv_block_ids = []
+        self._counters.total_swaps += 1
+        return True
 
     def _requeue(self, request: Request, unannounced: Collection[int] = ()) -> list[int]:
         """Take a request's KV away; it waits at its old rank to be computed again.
 
         Returns those of the `unannounced` blocks that others use.
         """
+        self._counters.total_recomputed_tokens += request.num_computed_tokens
+        self._go_back(request)
+        still_shared = self.kv.release(request, unannounced)
+        self._next_plan.forget(request)
+        request.forget_progress()
+        return still_shared
+
+    def _go_back(self, request: Request) -> None:
         self._leave_line(request)
         self._migration.leave(request, TransferEvent.LOSE)
+        self._release_forks(request)
         for flight in self._flights:
             flight.void.add(request.request_id)
-        still_shared = self.kv.release(request, unannounced)
-        self._counters.count_preemption(request)
+        self._counters.total_preemptions += 1
         request.status = RequestStatus.PREEMPTED
-        request.forget_progress()
         request.num_preemptions += 1
         self.preempted_requests[request.request_id] = request
         self.waiting_queue.push(request)
-        return still_shared
 
     # --- committing ---
 
@@ -365,12 +443,13 @@ class PDScheduler(BaseScheduler):
         ended: list[Request] = []
         if flight is not None:
             ended = self._commit(flight)
+            self._finish_swaps(flight.output)
             if flight.output.kv_migrations:
                 for piece in flight.output.kv_migrations:
                     if piece.request_id not in pending_migrations:
                         self._receive(self._migration.arrive_piece(piece))
         for request_id in finished_request_ids:
-            request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
+            request = self._find(request_id)
             if request is not None:
                 self._finish(request)
         unexpected = [request for request in ended if request.status is not RequestStatus.FINISHED]
@@ -379,6 +458,36 @@ class PDScheduler(BaseScheduler):
         if self._limbo:
             self._empty_limbo()
         return [request.request_id for request in unexpected]
+
+    def _finish_swaps(self, output: ScheduleOutput) -> None:
+        for copy in output.tier_copies:
+            self.kv.finish_swap(copy.seq_id)
+            self._swapping.discard(copy.seq_id)
+
+    def fail_swaps(self, request_ids: Iterable[str]) -> None:
+        """Copies between tiers of these requests failed. They are computed again; a step in flight that holds the
+        copies, or chunks of these requests, must be rolled back first.
+        """
+        for request_id in request_ids:
+            if request_id not in self._swapping:
+                continue
+            self._drop_swap(request_id)
+            request = self._find(request_id)
+            if request is not None:
+                self._lose_swapped(request)
+
+    def _drop_swap(self, request_id: str) -> None:
+        self._swapping.discard(request_id)
+        self._next_plan.tier_copies.pop(request_id, None)
+        self.kv.abort_swap(request_id)
+
+    def _lose_swapped(self, request: Request) -> None:
+        """What a tier has of this request is lost."""
+        if request.request_id in self.running_requests:
+            self._requeue_now(request)
+        self._counters.total_recomputed_tokens += request.num_computed_tokens
+        self.kv.release_swapped(request)
+        request.forget_progress()
 
     def _take_flight(self, step_id: int | None) -> Flight | None:
         if step_id is None:
@@ -420,7 +529,7 @@ class PDScheduler(BaseScheduler):
         if flight.decode is not None:
             self._decode.roll_back(flight.decode)
         self._num_consecutive_decodes = flight.streak_before
-        self._announce_again(output)
+        self._announce_again(flight)
 
     def _take_back(self, chunk: Chunk) -> None:
         """A chunk of prefill was not computed after all."""
@@ -432,15 +541,21 @@ class PDScheduler(BaseScheduler):
             self._prefill.started[request.request_id] = request
         request.plan_up_to(chunk.start)
 
-    def _announce_again(self, output: ScheduleOutput) -> None:
-        """The engine forgets what this output said of blocks; the next one says it again."""
-        live = self.running_requests
-        given = {i: blocks for i, blocks in output.kv_blocks_to_allocate.items() if i in live}
-        for request_id, blocks in self._reannounce.items():
+    def _announce_again(self, flight: Flight) -> None:
+        """The engine forgets what this output said of blocks and copies; the next one says it again."""
+        output, plan = flight.output, self._next_plan
+        live = self.running_requests.keys() | self._limbo.keys()
+        given = {i: list(blocks) for i, blocks in output.kv_blocks_to_allocate.items() if i in live}
+        for request_id, blocks in plan.given.items():
             given.setdefault(request_id, []).extend(blocks)
-        self._reannounce = given
-        cached = {i: num for i, num in output.num_cached_tokens.items() if i in live}
-        self._reannounce_cached = cached | self._reannounce_cached
+        plan.given = given
+        plan.num_cached = {i: num for i, num in output.num_cached_tokens.items() if i in live} | plan.num_cached
+        plan.block_copies = {i: c for i, c in flight.block_copies.items() if i in live} | plan.block_copies
+        for copy in output.tier_copies:
+            if self._find(copy.seq_id) is None and copy.seq_id not in self._limbo:
+                self._drop_swap(copy.seq_id)
+            else:
+                plan.tier_copies[copy.seq_id] = copy
         self.kv.freed = output.kv_blocks_to_free + self.kv.freed
         self.kv.freed_prefill = output.prefill_blocks_to_free + self.kv.freed_prefill
 
@@ -509,7 +624,9 @@ class PDScheduler(BaseScheduler):
         if not self.kv.is_split:
             lost += self._prefill.started.values()
         for request in lost:
-            self._requeue(request)
+            self._requeue_now(request)
+        if role != "prefill":
+            self._lose_tiers()
         if role != "decode" or not self.kv.is_split:
             self._forget_cached()
         self._empty_limbo()
@@ -519,6 +636,17 @@ class PDScheduler(BaseScheduler):
         for request, _ in self._limbo.values():
             request.forget_progress()
         self.kv.prefill.reset_prefix_cache()
+
+    def _requeue_now(self, request: Request) -> None:
+        """Between two steps: what the engine was to hear next of the request's blocks is void, or shared by others."""
+        still_shared = self._requeue(request, unannounced=self._next_plan.drop(request))
+        self._next_plan.give(request, still_shared)
+
+    def _lose_tiers(self) -> None:
+        for request_id in list(self._swapping):
+            self._drop_swap(request_id)
+        for request in self.preempted_requests.values():
+            self._lose_swapped(request)
 
     def transfer_state(self, request_id: str) -> TransferState | None:
         """Where a request of strict mode stands; None when no live request has this id."""
@@ -545,6 +673,9 @@ class PDScheduler(BaseScheduler):
         candidates: list[Request] = []
         if flight.decode is not None:
             candidates = self._decode.commit(flight.decode)
+        for request in flight.swapped.values():
+            if request.status is RequestStatus.PREEMPTED:
+                request.compute_up_to(request.num_computed_tokens + 1)
         if flight.output.prefill_batch is not None:
             now = self._clock()
             chunks = flight.output.prefill_batch.chunks
@@ -564,9 +695,11 @@ class PDScheduler(BaseScheduler):
             return
         end = chunk.start + chunk.num_tokens
         request.compute_up_to(end)
+        self.kv.publish(request)
+        if chunk.is_last:
+            self._start_forks(request, now)
         if self.kv.is_split:
             self._migration.computed(request, chunk.is_last)
-        self.kv.publish(request)
         if not chunk.is_last:
             return
         if request.seat is not None:
@@ -576,6 +709,32 @@ class PDScheduler(BaseScheduler):
         del self._prefill.started[request.request_id]
         if not self.kv.is_split:
             self._start_decoding(request)
+
+    def _start_forks(self, parent: Request, now: float) -> None:
+        """The parent's prompt is computed: its forks share it."""
+        for fork in self._forks.take(parent.request_id):
+            has_seat = fork.output_token_ids and len(self.running_requests) < self.max_batch_size
+            shared = self.kv.fork(parent, fork) if has_seat else None
+            if shared is None:
+                self._wait_in_line(fork)
+                continue
+            fork.first_token_time = now
+            fork.compute_up_to(parent.num_computed_tokens)
+            fork.plan_up_to(parent.num_computed_tokens)
+            self._enter(fork)
+            self._next_plan.give(fork, list(shared.new_blocks))
+            self._next_plan.block_copies[fork.request_id] = shared.copies
+            self._start_decoding(fork)
+
+    def _release_forks(self, parent: Request) -> None:
+        for fork in self._forks.take(parent.request_id):
+            self._wait_in_line(fork)
+
+    def _wait_in_line(self, fork: Request) -> None:
+        if fork.output_token_ids:
+            fork.status = RequestStatus.PREEMPTED
+            self.preempted_requests[fork.request_id] = fork
+        self.waiting_queue.push(fork)
 
     def _start_decoding(self, request: Request) -> None:
         request.status = RequestStatus.DECODING
@@ -593,10 +752,17 @@ class PDScheduler(BaseScheduler):
 
     def _retire(self, request: Request) -> None:
         """End a request. Blocks that a step or a copy in flight may touch go back when that is over."""
-        if request.request_id in self.waiting_queue:
+        self._release_forks(request)
+        if request.request_id in self._forks:
+            self._forks.remove(request)
+            self.kv.forget(request)
+        elif request.request_id in self.waiting_queue:
             self.waiting_queue.remove(request)
             self.preempted_requests.pop(request.request_id, None)
             self._received.discard(request.request_id)
+            if request.request_id in self._next_plan.tier_copies:
+                self._drop_swap(request.request_id)  # the engine is not copying it
+            self.kv.release_swapped(request)
             self.kv.forget(request)
         else:
             self._leave_line(request)
@@ -617,8 +783,10 @@ class PDScheduler(BaseScheduler):
     def _empty_limbo(self) -> None:
         oldest_in_flight = self._flights[0].step_id if self._flights else self._num_steps
         for request_id, (request, last_step) in list(self._limbo.items()):
-            if last_step < oldest_in_flight and request_id not in self._migration.copying:
-                self.kv.release(request)
+            is_copied = request_id in self._migration.copying or request_id in self._swapping
+            if last_step < oldest_in_flight and not is_copied:
+                still_shared = self.kv.release(request, unannounced=self._next_plan.drop(request))
+                self._next_plan.give(request, still_shared)
                 self.kv.forget(request)
                 del self._limbo[request_id]
 
@@ -650,4 +818,6 @@ class PDScheduler(BaseScheduler):
         assert not any(request.request_id in running for request in self.waiting_queue), "a request waits and runs"
         waiting_preempted = {r.request_id for r in self.waiting_queue if r.status is RequestStatus.PREEMPTED}
         assert self.preempted_requests.keys() == waiting_preempted, "a preempted request does not wait"
-        self.kv.check_integrity([*running, *self._limbo])
+        leaving = [i for i in self.preempted_requests if self.kv.decode.holds(i)]
+        assert all(self.kv.decode.is_in_transfer(i) for i in leaving), "a waiting request holds blocks"
+        self.kv.check_integrity([*running, *self._limbo, *leaving])

@@ -6,7 +6,7 @@ KV is copied there, so prefill never runs ahead of what the decode worker can ta
 
 from collections.abc import Collection
 
-from sageLLM.runtime.kv.copies import Admission
+from sageLLM.runtime.kv.copies import Admission, Fork, TierCopy
 from sageLLM.runtime.kv.manager import DEFAULT_BLOCK_SIZE, PagedKVManager
 from sageLLM.runtime.scheduler.base import KVBudget, KVMigration, Request
 
@@ -23,7 +23,13 @@ class KVPlacement:
         num_prefill_blocks = budget.num_prefill_blocks if budget else None
         block_size = budget.block_size if budget else DEFAULT_BLOCK_SIZE
         caches_there = enable_prefix_caching and not is_split
-        self.decode = PagedKVManager(num_blocks, block_size, enable_prefix_caching=caches_there)
+        self.decode = PagedKVManager(
+            num_blocks,
+            block_size,
+            enable_prefix_caching=caches_there,
+            host_blocks=budget.num_host_blocks if budget else 0,
+            disk_blocks=budget.num_disk_blocks if budget else 0,
+        )
         self.prefill = self.decode
         if is_split:
             num_blocks = num_blocks if num_prefill_blocks is None else num_prefill_blocks
@@ -85,6 +91,43 @@ class KVPlacement:
     def extend_each(self, request_ids: list[str]) -> list[int] | None:
         """Give each of these decoding requests one block, in one go; None, and no change, if too few are free."""
         return self.decode.append_blocks(request_ids)
+
+    # --- forks and swaps, on the worker that decodes ---
+
+    def fork(self, parent: Request, child: Request) -> Fork | None:
+        """Give `child` the computed tokens of `parent`; None when there is no block for the last of them."""
+        num_tokens = parent.num_computed_tokens
+        if self.is_split or not self.decode.can_fork(parent.request_id, num_tokens):
+            return None
+        fork = self.decode.fork(parent.request_id, child.request_id, num_tokens)
+        child.kv_block_ids = self.decode.block_table(child.request_id)
+        return fork
+
+    def swap_out(self, request: Request, num_tokens: int) -> TierCopy | None:
+        """Begin to copy the first `num_tokens` tokens of a decoding request to a tier; None when no tier has room."""
+        return self.decode.begin_swap_out(request.request_id, num_tokens)
+
+    def swap_in(self, request: Request, num_tokens: int) -> tuple[TierCopy, list[int]]:
+        """Begin to copy a request back, into a table for `num_tokens` tokens; returns the table as well."""
+        copy = self.decode.begin_swap_in(request.request_id, num_tokens)
+        request.kv_block_ids = self.decode.block_table(request.request_id)
+        return copy, list(request.kv_block_ids)
+
+    def finish_swap(self, request_id: str) -> None:
+        """A copy between tiers has arrived."""
+        if self.decode.is_in_transfer(request_id):
+            self.freed += self.decode.finish_swap(request_id)
+
+    def abort_swap(self, request_id: str) -> None:
+        """A copy between tiers has failed, or was never begun."""
+        if self.decode.is_in_transfer(request_id):
+            self.freed += self.decode.abort_swap(request_id)
+
+    def release_swapped(self, request: Request) -> None:
+        """Give back what a waiting request has in a tier, or will have when the copy under way ends."""
+        self.freed += self.decode.free(request.request_id)
+
+    # --- two pools ---
 
     def copy_of(self, request_id: str, start: int, num_tokens: int, attempt: int) -> KVMigration:
         """The copy of these tokens to the decode pool; `start` is the beginning of a block."""

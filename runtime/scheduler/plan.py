@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sageLLM.runtime.kv.copies import BlockCopy, TierCopy
 from sageLLM.runtime.scheduler.batch import Batch, Chunk, DecodeStepBatch, KVMigration, ScheduleOutput
 from sageLLM.runtime.scheduler.request import Request, Seat
 
@@ -22,15 +23,22 @@ class DecodePlan:
 class StepPlan:
     """What a step will hold so far: chunks by request, blocks given, requests preempted, copies.
 
+    Before a step is planned its plan gathers what the engine must hear next: what a rolled-back step had said, and the
+    blocks of forks. `num_sitting_out` counts the decodes that lack a block which copies under way will free.
+
     The phases count what the plan holds against their budgets, so whatever leaves it is budget again at once.
     """
 
     prefill: dict[str, Chunk] = field(default_factory=dict)
     decode: DecodePlan | None = None
     given: dict[str, list[int]] = field(default_factory=dict)
+    num_cached: dict[str, int] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
     migrations: list[KVMigration] = field(default_factory=list)
-    num_cached: dict[str, int] = field(default_factory=dict)
+    to_cancel: list[KVMigration] = field(default_factory=list)
+    block_copies: dict[str, list[BlockCopy]] = field(default_factory=dict)
+    tier_copies: dict[str, TierCopy] = field(default_factory=dict)
+    num_sitting_out: int = 0
 
     @property
     def num_decodes(self) -> int:
@@ -53,8 +61,13 @@ class StepPlan:
 
         Decodes are filled in after all preemption, prefills after the decodes: there is no chunk to give back.
         """
-        self.num_cached.pop(request.request_id, None)
+        self.forget(request)
         return self.given.pop(request.request_id, [])
+
+    def forget(self, request: Request) -> None:
+        """Say nothing of what a request was to share or copy: it leaves."""
+        self.num_cached.pop(request.request_id, None)
+        self.block_copies.pop(request.request_id, None)
 
     def to_output(self, step_id: int) -> ScheduleOutput:
         """The finished plan as the engine sees it."""
@@ -72,6 +85,9 @@ class StepPlan:
             [],
             step_id,
             self.num_cached,
+            self.to_cancel,
+            [copy for copies in self.block_copies.values() for copy in copies] if self.block_copies else [],
+            list(self.tier_copies.values()) if self.tier_copies else [],
         )
 
 
@@ -85,14 +101,17 @@ class Flight:
     """A step that was handed out and neither committed nor rolled back.
 
     `role` is the worker's whose step it is, None if it is everybody's. `void` holds the ids whose part of it no longer
-    counts: preempted since, or committed ahead of the step.
+    counts: preempted since, or committed ahead of the step. `swapped` has those of them whose token will be among the
+    tokens that the swap keeps.
     """
 
     output: ScheduleOutput
     decode: DecodePlan | None
     streak_before: int
     role: Role | None = None
+    block_copies: dict[str, list[BlockCopy]] = field(default_factory=dict)
     void: set[str] = field(default_factory=set)
+    swapped: dict[str, Request] = field(default_factory=dict)
 
     @property
     def step_id(self) -> int:

@@ -51,8 +51,10 @@ class Request:
 
     `top_k=-1` means no top-k limit. Times are seconds of the scheduler's clock. `priority`: the lower is served first.
     `tenant` shares the service with the other tenants under the policy "fair_share"; `deadline`, a time of the
-    scheduler's clock, orders the requests under the policy "deadline". Cached KV is shared among requests of one
-    `salt`.
+    scheduler's clock, orders the requests under the policy "deadline".
+
+    Cached KV is shared among requests of one `salt`. `fork_of` names a request with the same prompt, queued
+    before and not yet prefilled: this one needs no prefill of its own (see `ForkLine`).
 
     `num_computed_tokens` counts the leading tokens of prompt + output whose KV is in the cache; a decoding request's
     newest token is not among them. `num_planned_tokens` counts those of the steps in flight as well.
@@ -66,6 +68,7 @@ class Request:
         "deadline",
         "finish_time",
         "first_token_time",
+        "fork_of",
         "kv_block_ids",
         "max_new_tokens",
         "num_preemptions",
@@ -105,6 +108,7 @@ class Request:
         tenant: str = "",
         deadline: float | None = None,
         salt: str = "",
+        fork_of: "Request | None" = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -124,6 +128,7 @@ class Request:
         self.tenant = tenant
         self.deadline = deadline
         self.salt = salt
+        self.fork_of = fork_of
         self.rank: Rank = (priority, sequence_number)
         self.seat: Seat | None = None
         self._num_computed = num_computed_tokens

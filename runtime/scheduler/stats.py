@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from sageLLM.runtime.scheduler.base import Request, ScheduleOutput
+from sageLLM.runtime.scheduler.base import ScheduleOutput
 
 
 @dataclass(slots=True)
@@ -16,6 +16,7 @@ class SchedulerCounters:
     total_decode_tokens: int = 0
     total_preemptions: int = 0
     total_recomputed_tokens: int = 0
+    total_swaps: int = 0
     total_cached_tokens: int = 0
     total_migrations: int = 0
     total_finished: int = 0
@@ -31,11 +32,6 @@ class SchedulerCounters:
         if output.decode_batch:
             self.total_decode_batches += 1
             self.total_decode_tokens += output.decode_batch.batch_size
-
-    def count_preemption(self, victim: Request) -> None:
-        """Count a preemption, and the tokens whose KV it throws away."""
-        self.total_preemptions += 1
-        self.total_recomputed_tokens += victim.num_computed_tokens
 
     def as_dict(self) -> dict[str, int]:
         """The counters by name."""

@@ -17,32 +17,38 @@ def next_token(tokens: list[int]) -> int:
     return value
 
 
-def prefix_names(tokens: list[int]) -> list[int]:
-    """What the cache holds at each position: a number that stands for all tokens up to there."""
-    names, name = [], 0
-    for token in tokens:
-        name = hash((name, token))
-        names.append(name)
-    return names
+def chain(tokens: list[int], known: list[int]) -> list[int]:
+    """For each token a value that stands for it and all before it; `known` are the values that are there already."""
+    values = known
+    value = values[-1] if values else 0
+    for token in tokens[len(values) :]:
+        value = hash((value, token))
+        values.append(value)
+    return values
+
+
+Cache = dict[int, list[int | None]]
 
 
 @dataclass
 class FakeEngine:
-    """Runs a scheduler step by step. A cache slot holds the name of all tokens up to its own, or nothing.
+    """Runs a scheduler step by step, on caches that hold, for each slot of a block, the value of its token's `chain`.
 
-    `computed` is the engine's own count of each request's tokens in the cache, `ends` how often each was ended.
+    So a token in the wrong place, of the wrong request or after another beginning shows when it is read. `computed` is
+    the engine's own count of each request's tokens in the cache, `ends` how often each was ended.
     """
 
     scheduler: PDScheduler
-    prefill_cache: dict[tuple[int, int], int] = field(default_factory=dict)
-    decode_cache: dict[tuple[int, int], int] = field(default_factory=dict)
+    prefill_cache: Cache = field(default_factory=dict)
+    decode_cache: Cache = field(default_factory=dict)
+    tiers: dict[str, Cache] = field(default_factory=lambda: {"host": {}, "disk": {}})
     stop_after: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
+    chains: dict[str, list[int]] = field(default_factory=dict)
     tables: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     victims: dict[str, int] = field(default_factory=dict)
-    cached: dict[str, int] = field(default_factory=dict)
     steps: list[ScheduleOutput] = field(default_factory=list)
 
     def add(
@@ -56,12 +62,20 @@ class FakeEngine:
         deadline: float | None = None,
         first_token: int | None = None,
         salt: str = "",
+        fork_of: Request | None = None,
     ) -> Request:
         """Queue a request that stops after `num_outputs` tokens. Those of equal `first_token` have equal beginnings."""
         start = sum(map(ord, request_id)) if first_token is None else first_token
         prompt = [(start + i) % 1009 for i in range(prompt_len)]
         request = Request(
-            request_id, prompt, max_new_tokens, priority=priority, tenant=tenant, deadline=deadline, salt=salt
+            request_id,
+            prompt,
+            max_new_tokens,
+            priority=priority,
+            tenant=tenant,
+            deadline=deadline,
+            salt=salt,
+            fork_of=fork_of,
         )
         self.scheduler.add_request(request)
         self.requests[request_id], self.stop_after[request_id] = request, num_outputs
@@ -71,13 +85,10 @@ class FakeEngine:
         """Plan a step, and note the block tables as they are: a device reads them when the step is launched."""
         out = self.scheduler.plan_ahead() if is_ahead else self.scheduler.schedule(role)
         self.scheduler.check_integrity()
+        swapped = {copy.seq_id for copy in out.tier_copies if copy.source == "device"}
         for request in out.preempted_requests:
-            self.victims[request.request_id] = out.step_id
-            self.cached.pop(request.request_id, None)
-        for request_id, num_tokens in out.num_cached_tokens.items():
-            self.cached[request_id] = num_tokens
-            if request_id not in self.victims:
-                self.computed[request_id] = num_tokens
+            if request.request_id not in swapped:
+                self.victims[request.request_id] = out.step_id
         for batch in (out.prefill_batch, out.decode_batch):
             for request in batch.requests if batch else ():
                 self.tables[out.step_id, request.request_id] = list(request.kv_block_ids)
@@ -88,21 +99,23 @@ class FakeEngine:
         """Execute the plan; returns the ids that finished."""
         for request_id, step_id in list(self.victims.items()):
             if step_id <= out.step_id:
-                self.computed[request_id] = self.cached.pop(request_id, 0)
+                self.computed[request_id] = 0
                 del self.victims[request_id]
+        self.computed.update(out.num_cached_tokens)
+        self._copy_blocks(out)
         is_strict = self.scheduler.config.mode == "strict"
         finished = self._run_batch(out, out.prefill_batch, self.prefill_cache if is_strict else self.decode_cache)
         finished += self._run_batch(out, out.decode_batch, self.decode_cache)
-        self._copy(out)
+        self._migrate(out)
         return finished
 
     def commit(self, out: ScheduleOutput, finished: list[str], pending: Iterable[str] = ()) -> None:
-        live_before = {*self.scheduler.running_requests, *(r.request_id for r in self.scheduler.waiting_queue)}
-        ended = self.scheduler.update_after_step(finished, tuple(pending), step_id=out.step_id)
-        self.scheduler.check_integrity()
-        for request_id in {i for i in finished if i in live_before} | set(ended):
+        scheduler = self.scheduler
+        ended = scheduler.update_after_step(finished, tuple(pending), step_id=out.step_id)
+        scheduler.check_integrity()
+        for request_id in {i for i in finished if i in self.requests} | set(ended):
             self.ends[request_id] = self.ends.get(request_id, 0) + 1
-        for request_id, request in self.scheduler.running_requests.items():
+        for request_id, request in scheduler.running_requests.items():
             assert request.num_computed_tokens == self.computed.get(request_id, 0), f"{request_id}: a gap or a repeat"
 
     def step(self) -> ScheduleOutput:
@@ -113,7 +126,7 @@ class FakeEngine:
     def run_to_end(self, max_steps: int = 10_000) -> int:
         """Run until nothing is left; returns the number of steps."""
         for num_steps in range(max_steps):
-            if not (self.scheduler.running_requests or len(self.scheduler.waiting_queue)):
+            if not (self.scheduler.get_num_running() or self.scheduler.get_num_waiting()):
                 return num_steps
             self.step()
         raise AssertionError(f"not done after {max_steps} steps: {self.scheduler.get_stats()}")
@@ -125,46 +138,75 @@ class FakeEngine:
             tokens.append(next_token(tokens))
         return tokens[request.num_prompt_tokens :]
 
-    def _run_batch(self, out: ScheduleOutput, batch: Batch | None, cache: dict[tuple[int, int], int]) -> list[str]:
+    def _run_batch(self, out: ScheduleOutput, batch: Batch | None, cache: Cache) -> list[str]:
         if batch is None:
             return []
         assert [chunk.request for chunk in batch.chunks] == batch.requests
-        ids = [c.request.request_id for c in batch.chunks if self._run_chunk(out.step_id, c, cache)]
-        for request in batch.requests:
-            del self.tables[out.step_id, request.request_id]
-        return ids
+        finished = []
+        for chunk in batch.chunks:
+            finished += self._run_chunk(out.step_id, chunk, cache)
+        return finished
 
-    def _run_chunk(self, step_id: int, chunk: Chunk, cache: dict[tuple[int, int], int]) -> bool:
+    def _run_chunk(self, step_id: int, chunk: Chunk, cache: Cache) -> list[str]:
+        """Computes a chunk; returns who has all its tokens now, the request and its forks."""
         request = chunk.request
-        if request.status is RequestStatus.FINISHED:  # aborted while the step was in flight
-            return False
         request_id, end = request.request_id, chunk.start + chunk.num_tokens
+        table = self.tables.pop((step_id, request_id))
+        if request.status is RequestStatus.FINISHED:  # aborted while the step was in flight
+            return []
         assert chunk.num_tokens > 0
         assert chunk.start == self.computed.get(request_id, 0), f"{request_id} continues at {chunk.start}"
         assert chunk.is_last == (end == request.total_tokens)
-        tokens = request.prompt_token_ids + request.output_token_ids
-        names = prefix_names(tokens)
-        for position in range(chunk.start, end):
-            cache[self._slot(step_id, request_id, position)] = names[position]
+        values = self._values(request)
+        self._write(cache, table, chunk.start, values[chunk.start : end])
         self.computed[request_id] = end
         if not chunk.is_last:
-            return False
-        seen = [cache.get(self._slot(step_id, request_id, position)) for position in range(end)]
-        assert seen == names[:end], f"{request_id}: its KV is not where it decodes"
-        request.output_token_ids.append(next_token(tokens))
-        return request.num_output_tokens >= min(self.stop_after[request_id], request.max_new_tokens)
+            return []
+        assert self._read(cache, table, end) == values[:end], f"{request_id}: its KV is not where it decodes"
+        forks = self.scheduler.forks_of(request_id)
+        token = next_token(request.prompt_token_ids + request.output_token_ids)
+        for receiver in (request, *forks):
+            receiver.output_token_ids.append(token)
+        for fork in forks:
+            self.computed[fork.request_id] = end
+        return [r.request_id for r in (request, *forks) if self._is_done(r)]
 
-    def _copy(self, out: ScheduleOutput) -> None:
+    def _is_done(self, request: Request) -> bool:
+        return request.num_output_tokens >= min(self.stop_after[request.request_id], request.max_new_tokens)
+
+    def _values(self, request: Request) -> list[int]:
+        known = self.chains.setdefault(request.request_id, [])
+        return chain(request.prompt_token_ids + request.output_token_ids, known)
+
+    def _write(self, cache: Cache, table: list[int], start: int, values: list[int]) -> None:
+        size = self.scheduler.kv.block_size
+        for position, value in enumerate(values, start):
+            cache.setdefault(table[position // size], [None] * size)[position % size] = value
+
+    def _read(self, cache: Cache, table: list[int], num_tokens: int) -> list[int | None]:
+        size = self.scheduler.kv.block_size
+        slots: list[int | None] = []
+        for block in table[: -(-num_tokens // size)]:
+            slots += cache.get(block, [None] * size)
+        return slots[:num_tokens]
+
+    def _copy_blocks(self, out: ScheduleOutput) -> None:
+        cache = self.decode_cache
+        for copy in out.block_copies:
+            if copy.source in cache:
+                cache[copy.target] = list(cache[copy.source])
+        for swap in out.tier_copies:
+            assert len(swap.source_blocks) == len(swap.target_blocks)
+            source = cache if swap.source == "device" else self.tiers[swap.source]
+            target = cache if swap.target == "device" else self.tiers[swap.target]
+            for source_block, target_block in zip(swap.source_blocks, swap.target_blocks, strict=True):
+                target[target_block] = list(source[source_block])
+
+    def _migrate(self, out: ScheduleOutput) -> None:
         for copy in out.kv_migrations:
             assert len(copy.source_blocks) == len(copy.target_blocks)
             for source, target in zip(copy.source_blocks, copy.target_blocks, strict=True):
-                for offset in range(self.scheduler.kv.block_size):
-                    if (source, offset) in self.prefill_cache:
-                        self.decode_cache[target, offset] = self.prefill_cache[source, offset]
-
-    def _slot(self, step_id: int, request_id: str, position: int) -> tuple[int, int]:
-        block_size = self.scheduler.kv.block_size
-        return self.tables[step_id, request_id][position // block_size], position % block_size
+                self.decode_cache[target] = list(self.prefill_cache[source])
 
 
 @pytest.fixture(scope="session")

@@ -247,9 +247,15 @@ def test_13_preemption_happens_when_enabled_and_never_when_not(fake_engine, mode
     assert len(engine.ends) == 4
 
 
-def test_13_swap_recomputes_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="preemption_mode='swap' recomputes for now"):
-        PDScheduler(PDSchedulerConfig(preemption_mode="swap"))
+def test_13_swap_keeps_what_is_computed(fake_engine) -> None:
+    budget = KVBudget(num_blocks=6, block_size=4, num_host_blocks=20)
+    engine = make(fake_engine, "hybrid", budget, preemption_mode="swap")
+    requests = [engine.add(f"r{i}", 6, num_outputs=10, max_new_tokens=10) for i in range(4)]
+    engine.run_to_end()
+    stats = engine.scheduler.get_stats()
+    assert stats["total_swaps"] == stats["total_preemptions"] > 0
+    assert stats["total_recomputed_tokens"] == 0
+    assert all(r.output_token_ids == engine.expected_output(r) for r in requests)
 
 
 def test_14_the_head_of_the_line_gets_the_whole_chunk_budget(fake_engine) -> None:
