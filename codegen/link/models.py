@@ -2,7 +2,7 @@
 
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
@@ -99,6 +99,7 @@ class ModelLinker:
         program = ProgramLinker(self.flat, self.sink).link(own, around)
         checks = tuple(link_checks(self.flat, config, self.sink))
         self._check_ignored()
+        self._check_prefix([*own.values(), *(w for block in blocks.values() if block for w in block.weights)])
         if not self.sink.diagnostics:  # a misspelt use would show its name as unread, too
             check_own_names_are_read(self.flat, names_read(self.flat, self.raw.passes.values()), self.sink)
         if self.sink.diagnostics:
@@ -123,6 +124,7 @@ class ModelLinker:
             base=flat.base,
             summary=spec.summary,
             architectures=tuple(spec.hf.architectures),
+            prefix=spec.hf.prefix,
             config=config,
             checks=checks,
             ropes=given.ropes,
@@ -164,6 +166,13 @@ class ModelLinker:
             else:
                 found[phase] = self.ops[place.value]
         return found
+
+    def _check_prefix(self, weights: Iterable[WeightDef]) -> None:
+        prefix = self.flat.entry.spec.hf.prefix
+        if prefix and not any(part.hf.startswith(prefix) for weight in weights for part in weight.parts):
+            span = self.flat.entry.span("hf", "prefix")
+            help = "write the first words of the names, with the dot: `prefix: model.`"
+            self.sink.error("SAGE212", f"no tensor's name begins with '{prefix}'", span, help)
 
     def _check_ignored(self) -> None:
         for place in self.flat.ignore:

@@ -203,6 +203,7 @@ class ModelDef:
     base: Entry[ModelFile] | None
     summary: str
     architectures: tuple[str, ...]
+    prefix: str
     config: Mapping[str, ConfigName]
     checks: tuple[Check, ...]
     ropes: tuple[RopeDef, ...]

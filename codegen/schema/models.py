@@ -16,9 +16,12 @@ OpTypes = Annotated[Text | Annotated[dict[PhaseName, str], Tag("mapping")], Disc
 
 
 class ArchitecturesSpec(Strict):
-    """The `architectures` names of a checkpoint's config.json that this layout reads."""
+    """The checkpoints that this layout reads: those whose config.json has one of these `architectures`."""
 
     architectures: list[str] = Field(min_length=1)
+    prefix: str = Field(
+        default="", description="begins the tensors' names; checkpoints of the bare model, which lack it, are read too"
+    )
 
 
 class ConfigField(Strict):

@@ -330,6 +330,7 @@ GPT2 = ModelLayout(
     name="gpt2",
     spec="specs/models/gpt2.yaml: gpt2",
     architectures=("GPT2LMHeadModel",),
+    prefix="transformer.",
     read_config=Gpt2Config.from_hf,
     shard_config=shard_config,
     weights=weights,

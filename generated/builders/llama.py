@@ -349,6 +349,7 @@ LLAMA = ModelLayout(
     name="llama",
     spec="specs/models/llama.yaml: llama",
     architectures=("LlamaForCausalLM", "MistralForCausalLM"),
+    prefix="model.",
     read_config=LlamaConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

@@ -351,6 +351,7 @@ PHI3 = ModelLayout(
     name="phi3",
     spec="specs/models/phi3.yaml: phi3",
     architectures=("Phi3ForCausalLM",),
+    prefix="model.",
     read_config=Phi3Config.from_hf,
     shard_config=shard_config,
     weights=weights,

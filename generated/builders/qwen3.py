@@ -365,6 +365,7 @@ QWEN3 = ModelLayout(
     name="qwen3",
     spec="specs/models/qwen3.yaml: qwen3",
     architectures=("Qwen3ForCausalLM",),
+    prefix="model.",
     read_config=Qwen3Config.from_hf,
     shard_config=shard_config,
     weights=weights,

@@ -42,6 +42,11 @@ def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Sha
     return problems[:MAX_PROBLEMS]
 
 
+def missing_prefix(prefix: str, names: Iterable[str]) -> str:
+    """The prefix if no name has it, as in a checkpoint of the bare model, which lacks a head; else nothing."""
+    return "" if any(name.startswith(prefix) for name in names) else prefix
+
+
 @dataclass(slots=True)
 class _Reads:
     """Who reads which tensor; only reads that may clash are kept, since checkpoints have many tensors."""

@@ -130,6 +130,7 @@ class ModelLayout:
     blocks: Mapping[str, Block]
     ignore: tuple[str, ...]
     tiny: Mapping[str, Any]
+    prefix: str = ""
 
 
 def num_rows(stage: Stage) -> Dim:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.checkpoint import MAX_PROBLEMS, check_checkpoint
+from sageLLM.runtime.core.checkpoint import MAX_PROBLEMS, check_checkpoint, missing_prefix
 from sageLLM.runtime.core.config import HFConfig, shown
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.layout import ModelLayout
@@ -69,7 +69,8 @@ def load_model(
         raise CheckpointError(str(error)) from None
     length = _model_len(config.max_position, max_model_len, path)
     kind = _dtype(dtype, data, path)
-    checkpoint = Checkpoint.open(folder)
+    found = Checkpoint.open(folder)
+    checkpoint = found.with_prefix(missing_prefix(layout.prefix, found))
     try:
         _check(layout, config, checkpoint)
         tables = _tables(config, length, device, path)

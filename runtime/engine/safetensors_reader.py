@@ -93,11 +93,15 @@ class Checkpoint:
         try:
             file = self._file(info.file)
             if rows is None or not info.shape:
-                return _tensor(file.get_tensor(name))
+                return _tensor(file.get_tensor(info.name))
             start, stop, _ = slice(rows.start, rows.stop).indices(info.shape[0])
-            return _tensor(file.get_slice(name)[start:stop])
+            return _tensor(file.get_slice(info.name)[start:stop])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file} cannot be read: {error}; download it again") from None
+
+    def with_prefix(self, prefix: str) -> Checkpoint:
+        """The same tensors under names that begin with `prefix`."""
+        return Checkpoint(self.folder, {prefix + name: info for name, info in self._infos.items()})
 
     def close(self) -> None:
         """Unmaps the files; a later `read` maps them again."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from sageLLM.runtime.core.checkpoint import check_checkpoint
+from sageLLM.runtime.core.checkpoint import check_checkpoint, missing_prefix
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.layout import ModelLayout
@@ -58,7 +58,7 @@ def lint_model(
         raise ConfigError(f"{path}: {config.L} layers are more than any model has; {MAX_LAYERS} can be checked")
     tensors, parameters = _counts(layout, config)
     values = _cached_values(layout, config)
-    found = None if names is None else dict.fromkeys(names)
+    found = None if names is None else _renamed(layout, list(names))
     return Report(
         layout=layout.name,
         spec=layout.spec,
@@ -71,6 +71,11 @@ def lint_model(
         index=None if found is None else tuple(check_checkpoint(layout, config, found)),
         index_tensors=None if found is None else len(found),
     )
+
+
+def _renamed(layout: ModelLayout, names: list[str]) -> dict[str, None]:
+    prefix = missing_prefix(layout.prefix, names)
+    return {prefix + name: None for name in names}
 
 
 def _counts(layout: ModelLayout, config: Any) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The engine against transformers: greedy tokens are equal and prompt log-probabilities agree within 1e-4."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 
@@ -170,6 +172,16 @@ def test_a_sharded_checkpoint_is_read_through_its_index(make_checkpoint: MakeChe
     sharded = make_checkpoint("Llama", max_shard_size="40KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     assert_same(serve(sharded, PROMPTS[:3], "hybrid"), serve(make_checkpoint("Llama"), PROMPTS[:3], "hybrid"))
+
+
+def test_a_checkpoint_of_the_bare_model_lacks_the_prefix(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """As the hub's gpt2 has it: no prefix, and buffers that hold the causal mask."""
+    folder = make_checkpoint("GPT2", n_inner=96)
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    shutil.copy(folder / "config.json", tmp_path)
+    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, tmp_path / "model.safetensors")
+    assert_same(serve(tmp_path, PROMPTS[:3], "hybrid"), serve(folder, PROMPTS[:3], "hybrid"))
 
 
 def test_passes_do_not_change_the_answers(make_checkpoint: MakeCheckpoint) -> None:

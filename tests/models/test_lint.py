@@ -93,6 +93,14 @@ def test_an_index_is_compared_by_names(lint: Callable[..., tuple[int, str, str]]
     ]
 
 
+def test_names_of_the_bare_model_lack_the_prefix(lint: Callable[..., tuple[int, str, str]]) -> None:
+    config = {**MODELS["gpt2"].tiny, "architectures": ["GPT2LMHeadModel"]}
+    weights = MODELS["gpt2"].weights(MODELS["gpt2"].read_config(HFConfig(config)))
+    names = [part.name.removeprefix("transformer.") for w in weights if w.tied_to is None for part in w.parts]
+    code, out, _ = lint("model", config, index=[*names, "h.0.attn.bias"])
+    assert (code, out.splitlines()[-1]) == (0, "  index         29 tensors, exactly those of the layout")
+
+
 REFUSED = [
     ("nope", None, None, "error: 'nope' is no layout; write `model`, or one of "),
     ("model", None, None, "error: give the config.json to check: `sagellm lint model --config FILE`\n"),
