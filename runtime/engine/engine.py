@@ -6,11 +6,13 @@ Under `strict` there are two workers, each with its own KV pool; a prefilled req
 import itertools
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from sageLLM.runtime.core.layout import Stage
+from sageLLM.runtime.engine.block_copies import Migrator, TieredPool
 from sageLLM.runtime.engine.errors import PromptError
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.model import Model
@@ -21,8 +23,9 @@ from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
 from sageLLM.runtime.engine.stop import SequenceText, StopRules
 from sageLLM.runtime.engine.tokenizer import Tokenizer
-from sageLLM.runtime.engine.worker import Migrator, StepResult, Worker
+from sageLLM.runtime.engine.worker import StepResult, Worker
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.kv.copies import KVStats, Tier
 from sageLLM.runtime.scheduler.base import Chunk, KVBudget, Request, ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 
@@ -44,6 +47,7 @@ class Engine:
         pipeline: Pipeline,
         config: PDSchedulerConfig,
         budget: KVBudget,
+        disk_folder: Path | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -54,7 +58,10 @@ class Engine:
         if self.is_strict:
             blocks = budget.num_prefill_blocks or budget.num_blocks
             self.prefiller = Worker(model, _pool(model, blocks, budget), pipeline)
-            self._migrator = Migrator(self.prefiller.pool, self.decoder.pool, pipeline)
+            graph = pipeline.migrate_graph()
+            self._migrator = Migrator(self.prefiller.pool, self.decoder.pool, graph, pipeline)
+        tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
+        self._tiers = TieredPool(self.decoder.pool, tier_sizes, pipeline, disk_folder)
         self.num_steps = 0
         self._groups: dict[str, RequestGroup] = {}
         self._sequences: dict[str, Sequence] = {}
@@ -62,6 +69,15 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._groups)
+
+    def kv_stats(self) -> dict[str, KVStats]:
+        """Sizes and counters of each worker's KV pool: prefix cache hits, swaps, forks."""
+        kv = self.scheduler.kv
+        return (
+            {"prefill": kv.prefill.stats(), "decode": kv.decode.stats()}
+            if self.is_strict
+            else {"worker": kv.decode.stats()}
+        )
 
     def add(self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams) -> None:
         """Queues a request. Raises RequestError, and changes nothing, for one that cannot be served."""
@@ -97,14 +113,29 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Plans and runs one step; returns the requests with new tokens or an end, in order of arrival."""
         plan = self.scheduler.schedule()
-        if plan.kv_migrations:
-            self._migrator.run(plan.kv_migrations)
+        self._copy(plan)
+        self._note_hits(plan)
         changed: list[Sequence] = []
         for worker, stage, chunks in self._runs(plan):
             changed += self._run(worker, stage, chunks)
         self.num_steps += 1
         changed += self._update([s.request.request_id for s in changed if s.is_finished])
         return self._collect(changed)
+
+    def _copy(self, plan: ScheduleOutput) -> None:
+        if plan.block_copies:
+            self._tiers.copy_blocks(plan.block_copies)
+        if plan.tier_copies:
+            self._tiers.copy_tiers(plan.tier_copies)
+        if plan.kv_migrations:
+            self._migrator.run(plan.kv_migrations)
+
+    def _note_hits(self, plan: ScheduleOutput) -> None:
+        """Notes what an answer's prompt found in the prefix cache; a replay that finds its own KV does not count."""
+        for request_id, num_tokens in plan.num_cached_tokens.items():
+            sequence = self._sequences[request_id]
+            if sequence.index == 0 and not sequence.request.num_preemptions:
+                self._group_of_sequence(sequence).num_cached_tokens = num_tokens
 
     def _runs(self, plan: ScheduleOutput) -> Iterable[tuple[Worker, Stage, list[Chunk]]]:
         """Which worker computes which chunks in this step; in one step of one worker the decodes come first."""
@@ -120,15 +151,18 @@ class Engine:
         return runs
 
     def _run(self, worker: Worker, stage: Stage, chunks: list[Chunk]) -> list[Sequence]:
-        """Computes the chunks, chooses a token for each that is a request's last, and returns those sequences."""
+        """Computes the chunks, chooses a token for each that is a request's last and for its forks, and returns those
+        sequences.
+        """
         rows: list[int] = []
         choices: list[Choice] = []
         scores: list[tuple[RequestGroup, list[int], slice]] = []
         ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
         for chunk, end in zip(chunks, ends, strict=True):
             if chunk.is_last:
-                choices.append(Choice(len(rows), self._sequences[chunk.request.request_id]))
-                rows.append(end - 1)
+                for request in (chunk.request, *self.scheduler.forks_of(chunk.request.request_id)):
+                    choices.append(Choice(len(rows), self._sequences[request.request_id]))
+                    rows.append(end - 1)
         for chunk, end in zip(chunks, ends, strict=True):
             group = self._group_of(chunk)
             if positions := group.rows_to_score(chunk):
@@ -193,6 +227,7 @@ class Engine:
         group = RequestGroup(group_id, prompt, tuple(token_ids), params, metrics)
         eos_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
         rules = StopRules.of(params, eos_ids, len(token_ids), self.model.max_model_len)
+        first: Request | None = None
         for index in range(params.n):
             request = Request(
                 request_id=f"{group_id}/{index}",
@@ -204,7 +239,9 @@ class Engine:
                 arrival_time=metrics.arrival_time,
                 # What scores the prompt must compute all of it: it shares nothing with others.
                 salt=f"prompt_logprobs {group_id}" if index == 0 and params.prompt_logprobs is not None else "",
+                fork_of=first,
             )
+            first = first or request
             sampling = SequenceSampling(
                 params, token_ids, request.output_token_ids, rules.banned_before_min_tokens, index
             )

@@ -1,6 +1,10 @@
 """The memory of a paged KV cache: per layer, one key and one value tensor of fixed-size blocks (Kwon et al. 2023)."""
 
+import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -10,7 +14,8 @@ from sageLLM.runtime.core.layout import KvShape
 class KVPool:
     """Keys and values [PG, BS, heads, width] for each layer: PG blocks of BS tokens.
 
-    Where the layout keeps values as the leading part of keys, they are views of that memory.
+    Where the layout keeps values as the leading part of keys, they are views of that memory. With a `folder` the
+    memory is a file there, mapped; it has no name any more, so the system takes it back when the process ends.
     """
 
     def __init__(
@@ -21,16 +26,25 @@ class KVPool:
         shape: KvShape,
         dtype: torch.dtype,
         device: torch.device,
+        folder: Path | None = None,
     ) -> None:
         def zeros(kept: tuple[int, int]) -> list[torch.Tensor]:
             sizes = (num_blocks, block_size, *kept)
+            if folder is not None:
+                return [_mapped(folder, sizes, dtype) for _ in range(num_layers)]
             return [torch.zeros(sizes, dtype=dtype, device=device) for _ in range(num_layers)]
 
+        self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.shape = shape
         self.keys = zeros(shape.k)
         self.values = [keys[..., : shape.v[1]] for keys in self.keys] if shape.is_shared else zeros(shape.v)
+
+    def like(self, num_blocks: int, device: torch.device, folder: Path | None = None) -> "KVPool":
+        """Another pool for the same KV, of `num_blocks` blocks."""
+        dtype = self.keys[0].dtype
+        return KVPool(self.num_layers, num_blocks, self.block_size, self.shape, dtype, device, folder)
 
     @property
     def num_bytes(self) -> int:
@@ -41,6 +55,14 @@ class KVPool:
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             yield layer, keys, values
 
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """The caches by the names that graphs use for them."""
+        tensors = {}
+        for layer, keys, values in self.layers():
+            tensors[f"layers.{layer}.k_cache"] = keys
+            tensors[f"layers.{layer}.v_cache"] = values
+        return tensors
+
 
 def slots_of(block_ids: Sequence[int], start: int, num_tokens: int, block_size: int) -> list[int]:
     """Where tokens start .. start + num_tokens - 1 of a sequence stand in the pool, as block * BS + offset."""
@@ -48,3 +70,10 @@ def slots_of(block_ids: Sequence[int], start: int, num_tokens: int, block_size: 
         block_ids[position // block_size] * block_size + position % block_size
         for position in range(start, start + num_tokens)
     ]
+
+
+def _mapped(folder: Path, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros over a nameless file in the folder. Raises OSError where the disk has no room for it."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="kv-") as file:
+        os.posix_fallocate(file.fileno(), 0, math.prod(sizes) * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=math.prod(sizes), dtype=dtype).view(sizes)

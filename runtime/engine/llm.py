@@ -1,7 +1,9 @@
 """`LLM`: the engine behind vLLM's offline interface, for a Hugging Face checkpoint folder."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -33,7 +35,13 @@ class LLM:
         outputs = llm.generate(["def add(a, b):"], SamplingParams(max_tokens=32, temperature=0.0))
 
     `plugins` are folders made by `sagellm generate --specs ... --out FOLDER`. `disable_passes` names passes that are
-    not run over the graphs. Raises CheckpointError, TokenizerError or PluginError, naming file and remedy, for a folder
+    not run over the graphs.
+
+    KV: `enable_prefix_caching` lets prompts reuse what equal beginnings have computed. `swap_space` and `disk_space`
+    are GiB of host memory and of files in `disk_folder` (None: the system's folder for temporary files) to which
+    preempted requests are moved when the pool of `num_kv_blocks` is full, so that they need not be computed again.
+
+    Raises CheckpointError, TokenizerError or PluginError, naming file and remedy, for a folder
     that cannot be served, and SageError for another argument that cannot be used.
     """
 
@@ -47,6 +55,10 @@ class LLM:
         max_model_len: int | None = None,
         block_size: int = 16,
         num_kv_blocks: int | None = None,
+        enable_prefix_caching: bool = True,
+        swap_space: float = 0.0,
+        disk_space: float = 0.0,
+        disk_folder: str | Path | None = None,
         plugins: Sequence[str | Path] = (),
         disable_passes: Sequence[str] = (),
         skip_tokenizer: bool = False,
@@ -64,8 +76,15 @@ class LLM:
             self.model.layout, self.model.config, registry, dtype=self.model.short_dtype, disable=disable_passes
         )
         config = scheduler or PDSchedulerConfig()
-        num_blocks = num_kv_blocks or default_num_blocks(self.model, config, block_size)
-        self.engine = Engine(self.model, self.tokenizer, self.pipeline, config, KVBudget(num_blocks, block_size))
+        budget = KVBudget(
+            num_kv_blocks or default_num_blocks(self.model, config, block_size),
+            block_size,
+            num_host_blocks=num_tier_blocks(self.model, "swap_space", swap_space, block_size),
+            num_disk_blocks=num_tier_blocks(self.model, "disk_space", disk_space, block_size),
+        )
+        config = _with_kv_options(config, budget, enable_prefix_caching)
+        where_on_disk = None if disk_folder is None else Path(disk_folder)
+        self.engine = Engine(self.model, self.tokenizer, self.pipeline, config, budget, where_on_disk)
         self._ids = itertools.count()
         self._chat_template: ChatTemplate | None = None
 
@@ -153,11 +172,40 @@ def _check_passes(names: Sequence[str], registry: Registry) -> None:
 
 def default_num_blocks(model: Model, config: PDSchedulerConfig, block_size: int) -> int:
     """Blocks that fit KV_CACHE_BYTES, but no more than all decodes at full length would use."""
-    c = model.config
-    block_bytes = c.L * block_size * model.layout.cache(c).num_elements * model.dtype.itemsize
+    block_bytes = bytes_per_block(model, block_size)
     longest = -(-model.max_model_len // block_size)
     affordable: int = KV_CACHE_BYTES // block_bytes
     return max(longest, min(affordable, longest * config.max_decode_batch_size))
+
+
+def bytes_per_block(model: Model, block_size: int) -> int:
+    """The KV of `block_size` tokens, over all layers."""
+    c = model.config
+    num_bytes: int = c.L * block_size * model.layout.cache(c).num_elements * model.dtype.itemsize
+    return num_bytes
+
+
+def num_tier_blocks(model: Model, name: str, gib: float, block_size: int) -> int:
+    """Blocks that fit in a tier of so many GiB; 0 GiB is no tier."""
+    if isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 <= gib < math.inf:
+        raise SageError(f"{name} is {shown(gib)}; it must be a number of GiB, at least 0")
+    block_bytes = bytes_per_block(model, block_size)
+    num_blocks = int(gib * 2**30) // block_bytes
+    if gib and not num_blocks:
+        raise SageError(f"{name} is {gib} GiB, and one KV block takes {block_bytes} bytes; give more, or 0 for none")
+    return num_blocks
+
+
+def _with_kv_options(config: PDSchedulerConfig, budget: KVBudget, enable_prefix_caching: bool) -> PDSchedulerConfig:
+    """The scheduler's config as the LLM's own options have it; with a tier, preempted requests are swapped."""
+    has_tier = bool(budget.num_host_blocks or budget.num_disk_blocks)
+    if config.preemption_mode == "swap" and not has_tier:
+        raise SageError("preemption_mode is 'swap' and there is nowhere to swap to; give swap_space or disk_space")
+    return replace(
+        config,
+        enable_prefix_caching=config.enable_prefix_caching and enable_prefix_caching,
+        preemption_mode="swap" if has_tier else "recompute",
+    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -75,7 +75,10 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request's state as far as it has come; `prompt_logprobs[0]` is None, as nothing precedes the first token."""
+    """A request's state as far as it has come; `prompt_logprobs[0]` is None, as nothing precedes the first token.
+
+    `num_cached_tokens` of the prompt were found in the prefix cache and not computed.
+    """
 
     request_id: str
     prompt: str | None
@@ -84,3 +87,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = field(default=None, compare=False)
+    num_cached_tokens: int = field(default=0, compare=False)

@@ -63,6 +63,7 @@ class RequestGroup:
     metrics: RequestMetrics
     sequences: list[Sequence] = field(default_factory=list)
     scored: dict[int, dict[int, Logprob]] = field(default_factory=dict)
+    num_cached_tokens: int = 0
 
     @property
     def is_finished(self) -> bool:
@@ -96,4 +97,5 @@ class RequestGroup:
             outputs=[sequence.output() for sequence in self.sequences],
             finished=self.is_finished,
             metrics=self.metrics,
+            num_cached_tokens=self.num_cached_tokens,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -81,16 +81,23 @@ class Pipeline:
 
     def migrate_graph(self) -> ExecutionGraph:
         """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""
-        pages_from, pages_to, slots, moved = dims("SPG PG BS M")
+        return self._copy_graph("migrate", ops.kv_migrate, "SPG")
+
+    def load_graph(self) -> ExecutionGraph:
+        """Copies KV blocks from a storage tier: a KV_LOAD node per layer, over `source.` and `target.` caches."""
+        return self._copy_graph("load", ops.kv_load, "TPG")
+
+    def _copy_graph(self, name: str, copy: Callable[..., Iterable[TensorRef]], source_pages: str) -> ExecutionGraph:
+        pages_from, pages_to, slots, moved = dims(f"{source_pages} PG BS M")
         c, kept = self.config, self.layout.cache(self.config)
-        g = GraphWriter("migrate", level="kernel", stage=None, dtype=self.dtype)
+        g = GraphWriter(name, level="kernel", stage=None, dtype=self.dtype)
         blocks = [g.input(name, "i32", moved) for name in ("src_blocks", "dst_blocks")]
         outputs: list[TensorRef] = []
         for i in range(c.L):
             with g.layer(i):
                 sources = _cache_inputs(g, "source", i, kept, pages_from, slots)
                 targets = _cache_inputs(g, "target", i, kept, pages_to, slots)
-                outputs += ops.kv_migrate(g, *sources, *targets, *blocks)
+                outputs += copy(g, *sources, *targets, *blocks)
         return g.finish(outputs)
 
 

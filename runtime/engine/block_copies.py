@@ -1,0 +1,90 @@
+"""Moves KV blocks: within a pool (forks), between the pools of two workers, and between a pool and its tiers.
+
+A copy is a graph of KV_MIGRATE nodes, or KV_LOAD nodes from a tier, one per layer.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.engine.kv_pool import KVPool
+from sageLLM.runtime.execution_graph.executor import Plan
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.kv.copies import BlockCopy, Tier, TierCopy
+
+
+class CopyOfBlocks(Protocol):
+    """Block i of the source goes to block i of the target."""
+
+    @property
+    def source_blocks(self) -> Sequence[int]: ...
+
+    @property
+    def target_blocks(self) -> Sequence[int]: ...
+
+
+class Migrator:
+    """Copies KV blocks from one pool to another, or to other blocks of the same one."""
+
+    def __init__(self, source: KVPool, target: KVPool, graph: ExecutionGraph, pipeline: Pipeline) -> None:
+        bound = {f"source.{name}": tensor for name, tensor in source.named_tensors().items()}
+        bound |= {f"target.{name}": tensor for name, tensor in target.named_tensors().items()}
+        self._plan = Plan(graph, pipeline.kernels, bound)
+        self._device = target.keys[0].device
+
+    def run(self, copies: Sequence[CopyOfBlocks]) -> None:
+        """Makes all these copies at once: no block may be read and written, or written twice."""
+        sources = [block for copy in copies for block in copy.source_blocks]
+        targets = [block for copy in copies for block in copy.target_blocks]
+        self.copy(sources, targets)
+
+    @torch.inference_mode()
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies block `sources[i]` to block `targets[i]`, for all i."""
+        blocks = torch.tensor([sources, targets], dtype=torch.int32, device=self._device)
+        self._plan.run({"src_blocks": blocks[0], "dst_blocks": blocks[1]})
+
+
+class TieredPool:
+    """A worker's pool with the tiers below it: host memory and files on disk, each a pool of its own size.
+
+    `disk_folder` None is the system's folder for temporary files.
+    """
+
+    def __init__(
+        self,
+        device_pool: KVPool,
+        tier_sizes: Mapping[Tier, int],
+        pipeline: Pipeline,
+        disk_folder: Path | None = None,
+    ) -> None:
+        self.pools: dict[Tier, KVPool] = {"device": device_pool}
+        for tier, num_blocks in tier_sizes.items():
+            if num_blocks:
+                folder = Path(disk_folder or tempfile.gettempdir()) if tier == "disk" else None
+                self.pools[tier] = device_pool.like(num_blocks, torch.device("cpu"), folder)
+        self._pipeline = pipeline
+        self._migrators: dict[tuple[Tier, Tier], Migrator] = {}
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Makes copies within the device pool."""
+        self._migrator("device", "device").copy([c.source for c in copies], [c.target for c in copies])
+
+    def copy_tiers(self, copies: Sequence[TierCopy]) -> None:
+        """Makes copies between tiers, in their order: those of one direction at once."""
+        directions = dict.fromkeys((copy.source, copy.target) for copy in copies)
+        for source, target in directions:
+            same = [copy for copy in copies if (copy.source, copy.target) == (source, target)]
+            self._migrator(source, target).run(same)
+
+    def _migrator(self, source: Tier, target: Tier) -> Migrator:
+        key = (source, target)
+        if key not in self._migrators:
+            is_load = source != "device"
+            graph = self._pipeline.load_graph() if is_load else self._pipeline.migrate_graph()
+            self._migrators[key] = Migrator(self.pools[source], self.pools[target], graph, self._pipeline)
+        return self._migrators[key]
