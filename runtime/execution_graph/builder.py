@@ -81,13 +81,13 @@ class DecodeBatch:
 def build_block_graph(
     layout: ModelLayout, config: Any, stage: Stage, parallel: ParallelConfig | None = None, dtype: str = "bf16"
 ) -> ExecutionGraph:
-    """The block graph of one step with symbolic sizes (T, B, S...); `config` is the whole model's.
+    """The block graph of one step with symbolic sizes (T, B, S...), from a config of the whole model or of one rank.
 
     The graph's `model_config` is the config that it was written with: a rank's share, under tensor parallelism. Raises
     ConfigError, a ValueError, if a degree does not divide the sizes.
     """
     parallel = parallel or ParallelConfig()
-    local = layout.shard_config(config, parallel.tensor_parallel_size)
+    local = config if config.tp > 1 else layout.shard_config(config, parallel.tensor_parallel_size)
     writer = GraphWriter(f"{layout.name}_{stage}", level="block", stage=stage, dtype=dtype)
     graph = writer.finish(layout.program(writer, local, stage))
     graph.model_config = local
