@@ -13,12 +13,14 @@ from .op_types import OpType
 
 __all__ = [
     "FusedAddRmsNorm",
+    "HeadLayerNorm",
     "LayerNorm",
     "LayerNorm1p",
     "RmsNorm",
     "RmsNorm1p",
     "RmsNormWide",
     "fused_add_rms_norm",
+    "head_layer_norm",
     "layer_norm",
     "layer_norm_1p",
     "rms_norm",
@@ -26,7 +28,7 @@ __all__ = [
     "rms_norm_wide",
 ]
 
-H, T, R, has_w, E_size, has_bias = dims("H T R has_w E_size has_bias")
+H, T, N, D, R, has_w, E_size, has_bias = dims("H T N D R has_w E_size has_bias")
 
 
 # specs/ops/norm.yaml: rms_norm
@@ -217,6 +219,49 @@ def layer_norm(
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(LayerNorm, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/norm.yaml: head_layer_norm
+class HeadLayerNorm(OpNode):
+    """layer_norm of every head, scaled by a weight of its own, as Command R+ norms queries and keys.
+
+    xf = f32(x)
+    d = xf - mean(xf, D)
+    y = E(d * rsqrt(mean(d * d, D) + eps) * f32(w))
+    """
+
+    op = "head_layer_norm"
+    spec = "specs/ops/norm.yaml: head_layer_norm"
+    kind = OpType.LAYERNORM
+    input_types = {"x": E[T, N, D], "w": E[N, D]}
+    output_types = {"y": E[T, N, D]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-05, min=0.0)}
+    flop_formula = 2 * N * T * (3 * D + 1)
+    byte_formula = D * E_size * N * (2 * T + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def head_layer_norm(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e-05, name: str = "y") -> TensorRef:
+    """Writes a head_layer_norm node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    (y,) = g.emit(HeadLayerNorm, inputs, attrs, (name,))
     return y
 
 

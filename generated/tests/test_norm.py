@@ -76,6 +76,22 @@ def test_layer_norm(case: dict[str, Any]) -> None:
     check_dtypes(OPS["layer_norm"], KERNELS["layer_norm"], case, attrs, limits)
 
 
+HEAD_LAYER_NORM_CASES: list[dict[str, Any]] = [
+    {"T": 1, "N": 1, "D": 8},
+    {"T": 5, "N": 3, "D": 20},
+]
+
+
+# specs/ops/norm.yaml: head_layer_norm
+@pytest.mark.parametrize("case", HEAD_LAYER_NORM_CASES, ids=str)
+def test_head_layer_norm(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["head_layer_norm"], KERNELS["head_layer_norm"], case, attrs, limits)
+    check_precision(OPS["head_layer_norm"], KERNELS["head_layer_norm"], case, attrs, limits)
+    check_dtypes(OPS["head_layer_norm"], KERNELS["head_layer_norm"], case, attrs, limits)
+
+
 LAYER_NORM_1P_CASES: list[dict[str, Any]] = [
     {"R": 1, "H": 64},
     {"R": [2, 17], "H": 100},

@@ -45,6 +45,7 @@ class RooflineStepCost:
     ) -> None:
         self.hardware = hardware
         self.config = layout.shard_config(config, tensor_parallel_size)
+        self._kept_per_layer = layout.cache(self.config).num_elements
         self.dtype = dtype
         self.graph = graph = _kernel_graph(layout, config, ParallelConfig(tensor_parallel_size), dtype)
         self.weight_bytes = sum(_num_bytes(ref.shape, ref.dtype) for ref in graph.weights.values())
@@ -55,8 +56,7 @@ class RooflineStepCost:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that a token's keys and values fill on one device, in all layers."""
-        c = self.config
-        return int(2 * c.L * c.Nkv * c.D * DTYPES[self.dtype])
+        return int(self.config.L * self._kept_per_layer * DTYPES[self.dtype])
 
     def num_kv_blocks(self, block_size: int, memory_share: float = 0.9) -> int:
         """KV blocks that fit beside the weights in that share of the device's memory; 0 if not even the weights do."""

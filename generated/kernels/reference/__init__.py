@@ -30,7 +30,7 @@ from .embedding import embedding, embedding_shard, position_embedding, select_ro
 from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_load, kv_migrate, kv_store
 from .linear import head_linear, linear, lm_head
-from .norm import fused_add_rms_norm, layer_norm, layer_norm_1p, rms_norm, rms_norm_1p, rms_norm_wide
+from .norm import fused_add_rms_norm, head_layer_norm, layer_norm, layer_norm_1p, rms_norm, rms_norm_1p, rms_norm_wide
 from .position import rope, rope_interleaved
 from .sampling import sample
 from .views import concat_last, concat_rows, merge_heads, split_halves, split_heads, split_last, split_qkv, split_rows
@@ -85,6 +85,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "rms_norm_wide": rms_norm_wide,
     "rms_norm_1p": rms_norm_1p,
     "layer_norm": layer_norm,
+    "head_layer_norm": head_layer_norm,
     "layer_norm_1p": layer_norm_1p,
     "fused_add_rms_norm": fused_add_rms_norm,
     "rope": rope,

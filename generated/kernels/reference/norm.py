@@ -10,6 +10,7 @@ from .precision import wide
 
 __all__ = [
     "fused_add_rms_norm",
+    "head_layer_norm",
     "layer_norm",
     "layer_norm_1p",
     "rms_norm",
@@ -55,6 +56,15 @@ def layer_norm(x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *
     n = d * torch.rsqrt((d * d).mean(-1, keepdim=True) + eps)
     s = n * w.to(f32) if w is not None else n
     return (s + bias.to(f32) if bias is not None else s).to(x.dtype)
+
+
+# specs/ops/norm.yaml: head_layer_norm
+def head_layer_norm(x: Tensor, w: Tensor, *, eps: float = 1e-05) -> Tensor:
+    """layer_norm of every head, scaled by a weight of its own, as Command R+ norms queries and keys."""
+    f32 = wide(x)
+    xf = x.to(f32)
+    d = xf - xf.mean(-1, keepdim=True)
+    return (d * torch.rsqrt((d * d).mean(-1, keepdim=True) + eps) * w.to(f32)).to(x.dtype)
 
 
 # specs/ops/norm.yaml: layer_norm_1p
