@@ -242,7 +242,11 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE226": CodeInfo("absent value", "A weight with `when` may be absent, so only an optional operand can take it."),
     "SAGE227": CodeInfo("loop does not close", "A carried value has the same type before and after each turn."),
-    "SAGE228": CodeInfo("wrong result", "A result is made by a statement; a block's has one row per token."),
+    "SAGE228": CodeInfo(
+        "wrong result",
+        "A result is made by a statement; a block's has one row per token. A program returns logits and tokens, or "
+        "rows that are embeddings: E[T, ...] or E[B, ...].",
+    ),
     "SAGE229": CodeInfo("phase not mapped", "Every phase (prefill, decode, hybrid) needs an op that serves it."),
     "SAGE230": CodeInfo("unknown op type", "A block's op type is a member of specs/op_types.yaml."),
     "SAGE231": CodeInfo("architecture read twice", "One layout reads the checkpoints of an architecture."),

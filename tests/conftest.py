@@ -42,8 +42,9 @@ def _save_random_model(folder: Path, family: str, seed: int, max_shard_size: str
     import torch
     import transformers
 
-    settings = getattr(transformers, f"{family}Config")(**config)
-    model = transformers.AutoModelForCausalLM.from_config(settings)
+    is_bare = family.endswith("Model")
+    settings = getattr(transformers, f"{family.removesuffix('Model')}Config")(**config)
+    model = (transformers.AutoModel if is_bare else transformers.AutoModelForCausalLM).from_config(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -82,7 +82,10 @@ def explain(
 @app.command()
 def graph(
     model: Annotated[str, typer.Argument(help="A model layout (its tiny config), or a checkpoint folder.")],
-    stage: Annotated[Literal["prefill", "decode", "hybrid"], typer.Option(help="Which graph.")] = "decode",
+    stage: Annotated[
+        Literal["prefill", "decode", "hybrid"] | None,
+        typer.Option(help="Which graph (default: decode if there is one)."),
+    ] = None,
     level: Annotated[Literal["block", "kernel"], typer.Option(help="Before or after expansion.")] = "kernel",
     passes: Annotated[str | None, typer.Option(help="Only these passes, by commas; '' for none.")] = None,
     print_ir_after: Annotated[str | None, typer.Option(help="Print the graph after this pass, or after 'all'.")] = None,
@@ -181,6 +184,26 @@ def simulate(
         as_json=json,
     )
     raise typer.Exit(run_simulation(request))
+
+
+@app.command()
+def embed(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
+    prompt: Annotated[list[str], typer.Option(help="A text; may be given several times.")],
+    pooling: Annotated[
+        Literal["model", "first", "last", "mean", "none"] | None,
+        typer.Option(help="Which vector stands for a text (default: what the folder or the layout says)."),
+    ] = None,
+    normalize: Annotated[bool | None, typer.Option(help="Divide by the length, so that products are cosines.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest text, in tokens.")] = None,
+    plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
+) -> None:
+    """Print the embeddings of texts, a JSON line each."""
+    from sageLLM.runtime.engine.commands import EmbedRequest, embed_prompts
+
+    request = EmbedRequest(model, prompt, pooling, normalize, dtype, max_model_len, plugins or [])
+    raise typer.Exit(embed_prompts(request))
 
 
 def main() -> None:

@@ -13,9 +13,14 @@ from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings, Value, is_value_
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
 from sageLLM.codegen.link.weights import WeightLinker, link_block_weights
 from sageLLM.codegen.load import RawSpecs
-from sageLLM.codegen.model.layout import PHASES, Attend, BlockDef, ConfigName, OpCall, Phase
+from sageLLM.codegen.model.layout import Attend, BlockDef, ConfigName, OpCall, Phase
 
 _ATTEND = re.compile(r"[^=]*=\s*attend\s*\(")
+
+
+def attends(block: FlatBlock) -> bool:
+    """Whether the block reads the KV cache."""
+    return any(_ATTEND.match(place.value) for place in block.body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,7 @@ class BlockLinker:
     raw: RawSpecs
     steps: tuple[str, ...]
     weights: WeightLinker
+    phases: tuple[Phase, ...]
     sink: Sink
 
     def link(self, name: str, block: FlatBlock, around: Surroundings) -> BlockDef | None:
@@ -50,7 +56,7 @@ class BlockLinker:
         results = self._results(name, block, body)
         if None not in linked:
             check_used(self.sink, name, block.weights, weights, body)
-        op_types = self._op_types(name, block, any(_ATTEND.match(place.value) for place in block.body))
+        op_types = self._op_types(name, block, attends(block))
         if len(self.sink.diagnostics) > before or None in linked:
             return None
         return BlockDef(
@@ -109,7 +115,7 @@ class BlockLinker:
         given = block.op_type.value
         by_phase: dict[str, str]
         by_phase = {"prefill": given, "decode": given, "hybrid": given} if isinstance(given, str) else dict(given)
-        wanted: tuple[Phase, ...] = ("prefill", "decode") if uses_kv else PHASES
+        wanted: tuple[Phase, ...] = ("prefill", "decode") if uses_kv else self.phases
         for op_type in dict.fromkeys(by_phase.values()):
             if op_type not in self.raw.op_types:
                 help = did_you_mean(op_type, self.raw.op_types)

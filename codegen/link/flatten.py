@@ -82,6 +82,7 @@ class FlatModel:
     blocks: dict[str, FlatBlock] = field(default_factory=dict)
     program: list[Placed[str] | FlatRepeat] = field(default_factory=list)
     returns: list[Placed[str]] = field(default_factory=list)
+    hidden: Placed[str] | None = None
     phases: dict[str, Placed[str]] = field(default_factory=dict)
     ignore: list[Placed[str]] = field(default_factory=list)
     tiny: dict[str, object] = field(default_factory=dict)
@@ -143,6 +144,10 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
         flat.divides = _placed_list(spec.tp.divides, entry, ("tp", "divides"))
     if spec.program is not None:
         flat.program = [_statement(item, entry, ("program", i)) for i, item in enumerate(spec.program)]
+    if spec.program is not None:
+        flat.hidden = None  # it names a value of the program that is replaced
+    if spec.hidden is not None:
+        flat.hidden = Placed(spec.hidden, entry, ("hidden",))
     if spec.returns is not None:
         flat.returns = _placed_list(spec.returns, entry, ("returns",))
     for name, block in spec.blocks.items():

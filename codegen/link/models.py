@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
-from sageLLM.codegen.link.blocks import BlockLinker
+from sageLLM.codegen.link.blocks import BlockLinker, attends
 from sageLLM.codegen.link.config import check_own_names_are_read, link_checks, link_config
 from sageLLM.codegen.link.flatten import FlatModel, flatten
 from sageLLM.codegen.link.given import Given, GivenLinker
@@ -25,6 +25,7 @@ from sageLLM.codegen.model.layout import (
     OpCall,
     Phase,
     Repeat,
+    Results,
     WeightDef,
 )
 from sageLLM.codegen.model.op import OpDef
@@ -91,12 +92,13 @@ class ModelLinker:
         inputs = given.inputs
         linker = WeightLinker(config, divides, self.sink)
         own = link_weights(linker, self.flat.weights)
-        attend = self._attend_ops()
+        phases = self._phases()
+        attend = self._attend_ops() if phases == PHASES else {}
         around = Surroundings(self.ops, config, inputs, attend, {}, self.sink, frozenset(divides))
-        block_linker = BlockLinker(self.flat.entry.name, self.raw, tuple(steps), linker, self.sink)
+        block_linker = BlockLinker(self.flat.entry.name, self.raw, tuple(steps), linker, phases, self.sink)
         blocks = {name: block_linker.link(name, block, around) for name, block in self.flat.blocks.items()}
         around = replace(around, blocks=blocks)
-        program = ProgramLinker(self.flat, self.sink).link(own, around)
+        program, results = ProgramLinker(self.flat, self.sink).link(own, around)
         checks = tuple(link_checks(self.flat, config, self.sink))
         self._check_ignored()
         self._check_prefix([*own.values(), *(w for block in blocks.values() if block for w in block.weights)])
@@ -104,7 +106,7 @@ class ModelLinker:
             check_own_names_are_read(self.flat, names_read(self.flat, self.raw.passes.values()), self.sink)
         if self.sink.diagnostics:
             return None
-        return self._model(config, checks, given, divides, own, blocks, program)
+        return self._model(config, checks, given, divides, own, blocks, program, results, phases)
 
     def _model(
         self,
@@ -115,6 +117,8 @@ class ModelLinker:
         own: Mapping[str, WeightDef],
         blocks: Mapping[str, BlockDef | None],
         program: list[OpCall | BlockCall | Repeat],
+        results: Results,
+        phases: tuple[Phase, ...],
     ) -> ModelDef:
         flat, spec = self.flat, self.flat.entry.spec
         linked = {name: block for name, block in blocks.items() if block is not None}
@@ -135,6 +139,8 @@ class ModelLinker:
             blocks=linked,
             program=tuple(program),
             returns=tuple(place.value for place in flat.returns),
+            results=results,
+            phases=phases,
             inputs=given.inputs,
             ignore=tuple(dict.fromkeys(place.value for place in flat.ignore)),
             tiny=flat.tiny | {"architectures": list(spec.hf.architectures[:1])},
@@ -148,6 +154,10 @@ class ModelLinker:
                 help = did_you_mean(place.value, sizes)
                 self.sink.error("SAGE210", f"'{place.value}' is not a size of this layout", place.span(), help)
         return tuple(place.value for place in self.flat.divides)
+
+    def _phases(self) -> tuple[Phase, ...]:
+        """The phases of a step; without a KV cache whole sequences are read at once, which is prefill."""
+        return PHASES if any(attends(block) for block in self.flat.blocks.values()) else ("prefill",)
 
     def _attend_ops(self) -> dict[Phase, OpDef]:
         found: dict[Phase, OpDef] = {}

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.link.flatten import FlatModel, FlatRepeat, Placed
+from sageLLM.codegen.link.results import ResultLinker
 from sageLLM.codegen.link.scope import Surroundings, Value, is_value_name
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
-from sageLLM.codegen.model.layout import Attend, BlockCall, OpCall, Repeat, WeightDef
+from sageLLM.codegen.model.layout import Attend, BlockCall, OpCall, Repeat, Results, WeightDef
 from sageLLM.codegen.schema.models import RepeatSpec
 
 
@@ -18,11 +19,14 @@ class ProgramLinker:
     flat: FlatModel
     sink: Sink
 
-    def link(self, own: Mapping[str, WeightDef], around: Surroundings) -> list[OpCall | BlockCall | Repeat]:
+    def link(
+        self, own: Mapping[str, WeightDef], around: Surroundings
+    ) -> tuple[list[OpCall | BlockCall | Repeat], Results]:
+        """The statements, and which of the results embeddings are made of."""
         if not self.flat.program or not self.flat.returns:
             section = "program" if not self.flat.program else "returns"
             self.sink.error("SAGE203", f"the layout has no `{section}`", self.flat.span, f"add `{section}`")
-            return []
+            return [], Results(None, None)
         check_value_names(self.sink, self.flat.weights)
         values = {name: Value(None) for name in self.flat.weights if name not in own}
         values |= {name: Value(weight.type, weight) for name, weight in own.items() if not weight.is_per_layer}
@@ -35,13 +39,10 @@ class ProgramLinker:
             has_failed = has_failed or linked is None
             if linked is not None and not isinstance(linked, Attend):
                 program.append(linked)
-        for place in self.flat.returns:
-            if place.value not in body.values or place.value not in body.assigned:
-                near = did_you_mean(place.value, body.assigned)
-                self.sink.error("SAGE228", f"'{place.value}' is no result of a statement", place.span(), near)
+        results = ResultLinker(self.flat, body, self.sink).link()
         if not has_failed:
             check_used(self.sink, None, self.flat.weights, own, body)
-        return program
+        return program, results
 
     def _repeat(
         self, item: FlatRepeat, body: BodyLinker, per_layer: Mapping[str, WeightDef], own: Mapping[str, WeightDef]

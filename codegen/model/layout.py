@@ -195,6 +195,14 @@ class Repeat:
 
 
 @dataclass(frozen=True, slots=True)
+class Results:
+    """What embeddings are made of, by the names of the program; see `sageLLM.runtime.core.layout.ModelLayout`."""
+
+    hidden: str | None
+    pooled: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDef:
     """One layout, linked; a layout that extends another is complete here."""
 
@@ -214,6 +222,8 @@ class ModelDef:
     blocks: Mapping[str, BlockDef]
     program: tuple[OpCall | BlockCall | Repeat, ...]
     returns: tuple[str, ...]
+    results: Results
+    phases: tuple[Phase, ...]
     inputs: Mapping[str, InputDef]
     ignore: tuple[str, ...]
     tiny: Mapping[str, object]

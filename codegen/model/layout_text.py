@@ -46,6 +46,10 @@ def _lines(model: ModelDef) -> Iterator[str]:
         else:
             yield f"  {_call(item)}"
     yield f"  return {', '.join(model.returns)}"
+    for role, value in (("hidden", model.results.hidden), ("pooled", model.results.pooled)):
+        yield from [f"{role} {value}"] if value else []
+    if len(model.phases) == 1:
+        yield f"phases {', '.join(model.phases)}"
 
 
 def _block(block: BlockDef) -> Iterator[str]:

@@ -222,6 +222,11 @@ class ModelFile(Strict):
     program: list[Statement] | None = None
     patch: list[PatchSpec] = Field(default=[], description="edits of the inherited program")
     returns: list[str] | None = None
-    phases: dict[PhaseName, dict[Literal["attend"], str]] = Field(default={})
+    hidden: str | None = Field(
+        default=None, description="in a layout that generates: the program's value that embeddings are made of"
+    )
+    phases: dict[PhaseName, dict[Literal["attend"], str]] = Field(
+        default={}, description="the attention op of each phase; a layout without `attend` has none of it"
+    )
     ignore_hf: list[str] = Field(default=[])
     tests: ModelTests

@@ -4,6 +4,7 @@
 
 from sageLLM.runtime.core.layout import ModelLayout
 
+from .bert import BERT
 from .bloom import BLOOM
 from .gpt2 import GPT2
 from .gptj import GPTJ
@@ -11,9 +12,10 @@ from .llama import LLAMA
 from .phi3 import PHI3
 from .qwen3 import QWEN3
 
-__all__ = ["BLOOM", "GPT2", "GPTJ", "LLAMA", "MODELS", "PHI3", "QWEN3"]
+__all__ = ["BERT", "BLOOM", "GPT2", "GPTJ", "LLAMA", "MODELS", "PHI3", "QWEN3"]
 
 MODELS: dict[str, ModelLayout] = {
+    "bert": BERT,
     "bloom": BLOOM,
     "gpt2": GPT2,
     "gptj": GPTJ,

@@ -324,6 +324,7 @@ BLOOM = ModelLayout(
     program=program,
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
+    returns=("logits", "tokens"),
     ignore=(),
     tiny={
         "hidden_size": 64,

@@ -337,6 +337,7 @@ GPT2 = ModelLayout(
     program=program,
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
+    returns=("logits", "tokens"),
     ignore=("*.attn.bias", "*.attn.masked_bias"),
     tiny={
         "n_embd": 64,

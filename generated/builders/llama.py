@@ -356,6 +356,8 @@ LLAMA = ModelLayout(
     program=program,
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
+    returns=("logits", "tokens"),
+    hidden="y",
     ignore=("*.rotary_emb.inv_freq",),
     tiny={
         "hidden_size": 64,

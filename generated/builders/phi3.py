@@ -358,6 +358,8 @@ PHI3 = ModelLayout(
     program=program,
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
+    returns=("logits", "tokens"),
+    hidden="y",
     ignore=("*.rotary_emb.inv_freq",),
     tiny={
         "hidden_size": 64,

@@ -372,6 +372,8 @@ QWEN3 = ModelLayout(
     program=program,
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
+    returns=("logits", "tokens"),
+    hidden="y",
     ignore=("*.rotary_emb.inv_freq",),
     tiny={
         "hidden_size": 64,

@@ -79,6 +79,7 @@ from .experts import (
 from .kv import KvLoad, KvMigrate, KvStore, kv_load, kv_migrate, kv_store
 from .linear import HeadLinear, Linear, LmHead, head_linear, linear, lm_head
 from .norm import (
+    FusedAddLayerNorm,
     FusedAddRmsNorm,
     HeadLayerNorm,
     LayerNorm,
@@ -86,6 +87,7 @@ from .norm import (
     RmsNorm,
     RmsNorm1p,
     RmsNormWide,
+    fused_add_layer_norm,
     fused_add_rms_norm,
     head_layer_norm,
     layer_norm,
@@ -95,8 +97,10 @@ from .norm import (
     rms_norm_wide,
 )
 from .op_types import OpType
+from .pooling import L2Norm, PoolFirst, PoolLast, PoolMean, l2_norm, pool_first, pool_last, pool_mean
 from .position import Rope, RopeInterleaved, rope, rope_interleaved
 from .sampling import Sample, sample
+from .varlen_attention import VarlenAttention, varlen_attention
 from .views import (
     ConcatLast,
     ConcatRows,
@@ -130,6 +134,7 @@ __all__ = [
     "EmbeddingShard",
     "ExpertDown",
     "ExpertLinear",
+    "FusedAddLayerNorm",
     "FusedAddRmsNorm",
     "Gelu",
     "GeluMul",
@@ -140,6 +145,7 @@ __all__ = [
     "KvLoad",
     "KvMigrate",
     "KvStore",
+    "L2Norm",
     "LayerNorm",
     "LayerNorm1p",
     "Linear",
@@ -151,6 +157,9 @@ __all__ = [
     "OpType",
     "PagedDecodeAttention",
     "PagedPrefillAttention",
+    "PoolFirst",
+    "PoolLast",
+    "PoolMean",
     "PositionEmbedding",
     "QuickGelu",
     "Recv",
@@ -180,6 +189,7 @@ __all__ = [
     "SplitRows",
     "Tanh",
     "TopkRouter",
+    "VarlenAttention",
     "add",
     "add_bias",
     "all_gather",
@@ -192,6 +202,7 @@ __all__ = [
     "embedding_shard",
     "expert_down",
     "expert_linear",
+    "fused_add_layer_norm",
     "fused_add_rms_norm",
     "gelu",
     "gelu_mul",
@@ -202,6 +213,7 @@ __all__ = [
     "kv_load",
     "kv_migrate",
     "kv_store",
+    "l2_norm",
     "layer_norm",
     "layer_norm_1p",
     "linear",
@@ -212,6 +224,9 @@ __all__ = [
     "mul_weight",
     "paged_decode_attention",
     "paged_prefill_attention",
+    "pool_first",
+    "pool_last",
+    "pool_mean",
     "position_embedding",
     "quick_gelu",
     "recv",
@@ -241,6 +256,7 @@ __all__ = [
     "split_rows",
     "tanh",
     "topk_router",
+    "varlen_attention",
 ]
 
 OPS: dict[str, type[OpNode]] = {
@@ -294,9 +310,15 @@ OPS: dict[str, type[OpNode]] = {
     "head_layer_norm": HeadLayerNorm,
     "layer_norm_1p": LayerNorm1p,
     "fused_add_rms_norm": FusedAddRmsNorm,
+    "fused_add_layer_norm": FusedAddLayerNorm,
+    "pool_first": PoolFirst,
+    "pool_last": PoolLast,
+    "pool_mean": PoolMean,
+    "l2_norm": L2Norm,
     "rope": Rope,
     "rope_interleaved": RopeInterleaved,
     "sample": Sample,
+    "varlen_attention": VarlenAttention,
     "split_qkv": SplitQkv,
     "merge_heads": MergeHeads,
     "split_heads": SplitHeads,

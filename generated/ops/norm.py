@@ -12,6 +12,7 @@ from sageLLM.runtime.core.writer import GraphWriter
 from .op_types import OpType
 
 __all__ = [
+    "FusedAddLayerNorm",
     "FusedAddRmsNorm",
     "HeadLayerNorm",
     "LayerNorm",
@@ -19,6 +20,7 @@ __all__ = [
     "RmsNorm",
     "RmsNorm1p",
     "RmsNormWide",
+    "fused_add_layer_norm",
     "fused_add_rms_norm",
     "head_layer_norm",
     "layer_norm",
@@ -373,4 +375,69 @@ def fused_add_rms_norm(
     inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     y, h = g.emit(FusedAddRmsNorm, inputs, attrs, names)
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_add_layer_norm
+class FusedAddLayerNorm(OpNode):
+    """Residual add and layer_norm in one pass; returns the norm and the new residual.
+
+    h = add(x, residual)
+    y = layer_norm(h, w, bias, eps=eps)
+    """
+
+    op = "fused_add_layer_norm"
+    spec = "specs/ops/norm.yaml: fused_add_layer_norm"
+    kind = OpType.LAYERNORM
+    input_types = {"x": E[T, H], "residual": E[T, H], "w": E[H], "bias": E[H]}
+    optional_inputs = frozenset({"w", "bias"})
+    output_types = {"y": E[T, H], "h": E[T, H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-05, min=0.0)}
+    inplace = {"h": "residual"}
+    flop_formula = T * (H * has_bias + H * has_w + 6 * H + 2)
+    byte_formula = E_size * H * (4 * T + has_bias + has_w)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def residual(self) -> TensorRef:
+        return self.input("residual")
+
+    @property
+    def w(self) -> TensorRef | None:
+        return self.optional_input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+    @property
+    def h(self) -> TensorRef:
+        return self.output("h")
+
+
+def fused_add_layer_norm(
+    g: GraphWriter,
+    x: TensorRef,
+    residual: TensorRef,
+    w: TensorRef | None = None,
+    bias: TensorRef | None = None,
+    *,
+    eps: float = 1e-05,
+    names: tuple[str, str] = ("y", "h"),
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a fused_add_layer_norm node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    y, h = g.emit(FusedAddLayerNorm, inputs, attrs, names)
     return y, h

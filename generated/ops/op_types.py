@@ -12,6 +12,7 @@ class OpType(OpTypeBase):
 
     PREFILL_ATTN = "prefill_attn"  # attention of prompt tokens over the KV cache
     DECODE_ATTN = "decode_attn"  # attention of one new token per sequence over the KV cache
+    ENCODER_ATTN = "encoder_attn"  # attention of a sequence's tokens over one another, without a KV cache
     FFN = "ffn"  # feed-forward block
     EMBEDDING = "embedding"  # lookup of token vectors
     LM_HEAD = "lm_head"  # projection to vocabulary logits
@@ -29,6 +30,7 @@ class OpType(OpTypeBase):
     ACTIVATION = "activation"  # non-linearity of a feed-forward, gated or not
     ROPE = "rope"  # rotary position embedding
     GATHER = "gather"  # choice of rows
+    POOL = "pool"  # one row for every sequence
     CONCAT = "concat"  # rows put after one another
     ROUTER = "router"  # choice of the experts that a token goes through
     VIEW = "view"  # another shape or a part of the same memory

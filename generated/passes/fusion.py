@@ -7,7 +7,7 @@ from sageLLM.runtime.core.ir import OpNode
 from sageLLM.runtime.core.rewrite import NearMiss, NewCall, Rewrite, RewritePass, Rule, describe
 
 from ..ops.elementwise import Add
-from ..ops.norm import FusedAddRmsNorm, RmsNorm
+from ..ops.norm import FusedAddLayerNorm, FusedAddRmsNorm, LayerNorm, RmsNorm
 
 __all__ = ["FuseNorm"]
 
@@ -38,6 +38,33 @@ def fused_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
 
 
 # specs/passes/fusion.yaml: fuse_norm
+def fused_add_layer_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """h = add(x, residual); y = layer_norm(h, w, bias, eps=eps)
+    -> y, h = fused_add_layer_norm(x, residual, w, bias, eps=eps)
+    """
+    if not isinstance(node, LayerNorm):
+        return None
+    if node.w is None:
+        return NearMiss(1, "want layer_norm with w")
+    if node.bias is None:
+        return NearMiss(1, "want layer_norm with bias")
+    add = graph.producer(node.x)
+    if not isinstance(add, Add):
+        return NearMiss(1, "want add to give " + describe(add, node.x))
+    replacement = NewCall(
+        FusedAddLayerNorm,
+        {"x": add.x, "residual": add.y, "w": node.w, "bias": node.bias},
+        {"eps": node.eps},
+        (node.y, add.z),
+    )
+    return Rewrite(
+        (add, node),
+        (replacement,),
+        kept=(node.y, add.z),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_norm
 class FuseNorm(RewritePass):
     """Fuses a residual addition into the norm behind it, which saves a read and a write of the
     residual stream."""
@@ -47,5 +74,16 @@ class FuseNorm(RewritePass):
     stage = "fuse"
     level = "kernel"
     phases = frozenset({"decode", "hybrid", "prefill"})
-    rules = (Rule("fused_add_rms_norm", RmsNorm, fused_add_rms_norm, 2, 10),)
-    expect = {"llama": lambda c: 2 * c.L - 1, "qwen3": lambda c: 2 * c.L - 1}
+    rules = (
+        Rule("fused_add_rms_norm", RmsNorm, fused_add_rms_norm, 2, 10),
+        Rule("fused_add_layer_norm", LayerNorm, fused_add_layer_norm, 2, 10),
+    )
+    expect = {
+        "bert": lambda c: 2 * c.L + 1,
+        "bloom": lambda c: 2 * c.L - 1,
+        "gpt2": lambda c: 2 * c.L,
+        "gptj": lambda c: c.L - 1,
+        "llama": lambda c: 2 * c.L - 1,
+        "phi3": lambda c: 2 * c.L - 1,
+        "qwen3": lambda c: 2 * c.L - 1,
+    }

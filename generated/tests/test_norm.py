@@ -122,3 +122,19 @@ def test_fused_add_rms_norm(case: dict[str, Any]) -> None:
     check_types(OPS["fused_add_rms_norm"], KERNELS["fused_add_rms_norm"], case, attrs, limits)
     check_precision(OPS["fused_add_rms_norm"], KERNELS["fused_add_rms_norm"], case, attrs, limits)
     check_dtypes(OPS["fused_add_rms_norm"], KERNELS["fused_add_rms_norm"], case, attrs, limits)
+
+
+FUSED_ADD_LAYER_NORM_CASES: list[dict[str, Any]] = [
+    {"T": 1, "H": 64},
+    {"T": 17, "H": 100},
+]
+
+
+# specs/ops/norm.yaml: fused_add_layer_norm
+@pytest.mark.parametrize("case", FUSED_ADD_LAYER_NORM_CASES, ids=str)
+def test_fused_add_layer_norm(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["fused_add_layer_norm"], KERNELS["fused_add_layer_norm"], case, attrs, limits)
+    check_precision(OPS["fused_add_layer_norm"], KERNELS["fused_add_layer_norm"], case, attrs, limits)
+    check_dtypes(OPS["fused_add_layer_norm"], KERNELS["fused_add_layer_norm"], case, attrs, limits)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..kernels.reference import KERNELS
 from ..ops.elementwise import Add
-from ..ops.norm import RmsNorm
+from ..ops.norm import LayerNorm, RmsNorm
 from ..passes.fusion import FuseNorm
 from .rule_checks import Call, check_rule
 
@@ -44,3 +44,39 @@ def test_fused_add_rms_norm() -> None:
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = KERNELS
     check_rule(FuseNorm, "fused_add_rms_norm", pattern, keep, cases, kernels, exact=True)
+
+
+# specs/passes/fusion.yaml: fuse_norm
+def test_fused_add_layer_norm() -> None:
+    pattern = (
+        Call(
+            Add,
+            {
+                "x": "x",
+                "y": "residual",
+            },
+            ("h",),
+            {},
+            {},
+        ),
+        Call(
+            LayerNorm,
+            {
+                "x": "h",
+                "w": "w",
+                "bias": "bias",
+            },
+            ("y",),
+            {
+                "eps": 0.25,
+            },
+            {},
+        ),
+    )
+    keep = (
+        "y",
+        "h",
+    )
+    cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
+    kernels = KERNELS
+    check_rule(FuseNorm, "fused_add_layer_norm", pattern, keep, cases, kernels, exact=True)

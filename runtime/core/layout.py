@@ -117,7 +117,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """One decoder family. `spec` names the entry it was generated from, `tiny` is an HF config for tests."""
+    """One family. `spec` names the entry it was generated from, `tiny` is an HF config for tests.
+
+    `program` gives the values that `returns` names: logits and tokens, or embeddings. Those are made of the value
+    `hidden`, which has a row per token (per wanted row in a layout that generates), or are the value `pooled`, which
+    has a row per sequence. A layout without a KV cache reads whole sequences at once: its only phase is prefill.
+    """
 
     name: str
     spec: str
@@ -131,6 +136,15 @@ class ModelLayout:
     ignore: tuple[str, ...]
     tiny: Mapping[str, Any]
     prefix: str = ""
+    returns: tuple[str, ...] = ("logits", "tokens")
+    phases: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
+    hidden: str | None = None
+    pooled: str | None = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the program gives logits and tokens."""
+        return self.pooled is None and self.hidden not in self.returns
 
 
 def num_rows(stage: Stage) -> Dim:

@@ -1,4 +1,4 @@
-"""`sagellm run`: completes prompts with a checkpoint and prints them as text or JSON."""
+"""`sagellm run` completes prompts with a checkpoint; `sagellm embed` prints the embeddings of texts."""
 
 import json
 import sys
@@ -60,3 +60,29 @@ def _as_data(output: RequestOutput) -> dict[str, Any]:
         "ttft_s": metrics.ttft if metrics else None,
         "tpot_s": metrics.tpot if metrics else None,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """The arguments of `sagellm embed`; pooling and normalize are the folder's own if they are None."""
+
+    model: Path
+    prompts: Sequence[str]
+    pooling: Any
+    normalize: bool | None
+    dtype: str
+    max_model_len: int | None
+    plugins: Sequence[Path]
+
+
+def embed_prompts(request: EmbedRequest) -> int:
+    """Prints a JSON line for each prompt to stdout; a refusal goes to stderr, with exit code 1."""
+    try:
+        llm = LLM(request.model, dtype=request.dtype, max_model_len=request.max_model_len, plugins=request.plugins)
+        outputs = llm.embed(list(request.prompts), pooling=request.pooling, normalize=request.normalize)
+    except (SageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for output in outputs:
+        print(json.dumps({"prompt": output.prompt, "embedding": output.embedding.tolist()}))
+    return 0

@@ -53,11 +53,11 @@ class Engine:
         self.tokenizer = tokenizer
         self.is_strict = config.mode == "strict"
         self.scheduler = PDScheduler(config, kv_budget=budget, max_model_len=model.max_model_len, clock=time.monotonic)
-        self.decoder = Worker(model, _pool(model, budget.num_blocks, budget), pipeline)
+        self.decoder = Worker(model, make_pool(model, budget.num_blocks, budget.block_size), pipeline)
         self.prefiller = self.decoder
         if self.is_strict:
             blocks = budget.num_prefill_blocks or budget.num_blocks
-            self.prefiller = Worker(model, _pool(model, blocks, budget), pipeline)
+            self.prefiller = Worker(model, make_pool(model, blocks, budget.block_size), pipeline)
             graph = pipeline.migrate_graph()
             self._migrator = Migrator(self.prefiller.pool, self.decoder.pool, graph, pipeline)
         tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
@@ -273,6 +273,7 @@ def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
     return SampledTokens(token_ids_B, {}, tuple(failed))
 
 
-def _pool(model: Model, num_blocks: int, budget: KVBudget) -> KVPool:
+def make_pool(model: Model, num_blocks: int, block_size: int) -> KVPool:
+    """An empty KV pool of the shape that the model's layout keeps, on the model's device."""
     shape = model.layout.cache(model.config)
-    return KVPool(model.config.L, num_blocks, budget.block_size, shape, model.dtype, model.device)
+    return KVPool(model.config.L, num_blocks, block_size, shape, model.dtype, model.device)

@@ -11,13 +11,16 @@ import torch
 
 from sageLLM.runtime.core.config import shown
 from sageLLM.runtime.engine.chat_template import ChatTemplate
+from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.errors import PromptError, SageError, SamplingParamsError, TokenizerError
 from sageLLM.runtime.engine.model import Model, load_model
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.plugins import Registry, load_registry
 from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.engine.sentence_transformers import read_recipe
 from sageLLM.runtime.engine.tokenizer import Tokenizer
+from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
 from sageLLM.runtime.execution_graph.pipeline import ALL, Pipeline
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
@@ -84,9 +87,72 @@ class LLM:
         )
         config = _with_kv_options(config, budget, enable_prefix_caching)
         where_on_disk = None if disk_folder is None else Path(disk_folder)
-        self.engine = Engine(self.model, self.tokenizer, self.pipeline, config, budget, where_on_disk)
+        self._engine: Engine | None = None
+        if self.model.layout.generates:
+            self._engine = Engine(self.model, self.tokenizer, self.pipeline, config, budget, where_on_disk)
+        self._embedder = Embedder(
+            self.model, self.pipeline, max_tokens=config.max_prefill_tokens, block_size=block_size
+        )
+        self._recipe = read_recipe(folder)
         self._ids = itertools.count()
         self._chat_template: ChatTemplate | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that generates; SageError for a model that only embeds."""
+        if self._engine is None:
+            name = self.model.layout.name
+            raise SageError(
+                f"{name} gives embeddings, not text; call embed() instead of generate(), stream() or chat()"
+            )
+        return self._engine
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        type_ids: Sequence[Sequence[int]] | None = None,
+    ) -> list[EmbeddingOutput]:
+        """The embeddings of all prompts (text, or token ids), in order.
+
+        `pooling` is one of POOLINGS, `normalize` divides by the length. What is not given is taken from the folder's
+        modules.json, as sentence-transformers writes it; else the pooling is the layout's own, or "last" for a model
+        that generates, or "mean", and nothing is normalised. `type_ids` are the kinds of the tokens, zeros unless
+        given. Raises SageError for a pooling that the model does not have, RequestError for a prompt.
+        """
+        asked = _as_list(prompts)
+        kinds: Sequence[Sequence[int] | None] = [None] * len(asked) if type_ids is None else type_ids
+        if len(kinds) != len(asked):
+            raise PromptError(f"{len(kinds)} lists of type ids for {len(asked)} prompts; give one for each", "type_ids")
+        chosen = self._pooling(pooling)
+        inputs = [EmbeddingInput(self._token_ids(one), kind) for one, kind in zip(asked, kinds, strict=True)]
+        for one in inputs:
+            self._embedder.check(one)
+        is_normal = self._recipe.normalize if normalize is None else normalize
+        vectors = self._embedder.embed(inputs, chosen, normalize=is_normal)
+        return [
+            EmbeddingOutput(prompt if isinstance(prompt, str) else None, tuple(one.token_ids), vector)
+            for prompt, one, vector in zip(asked, inputs, vectors, strict=True)
+        ]
+
+    def _pooling(self, asked: Pooling | None) -> Pooling:
+        """The pooling that is asked for, or the default; SageError if the model does not have it."""
+        layout = self.model.layout
+        there = poolings_of(layout)
+        if not there:
+            raise SageError(
+                f"the layout '{layout.name}' names no value to embed with; "
+                f"add `hidden: NAME` to {layout.spec} (docs/add-a-model.md)"
+            )
+        if asked is None and self._recipe.refusal is not None:
+            raise SageError(f"{self._recipe.refusal}; choose by pooling=: {', '.join(there)}")
+        default: Pooling = "model" if layout.pooled else "last" if layout.generates else "mean"
+        chosen = asked or self._recipe.pooling or default
+        if chosen not in there:
+            raise SageError(f"pooling is {shown(chosen)}; {layout.name} has {', '.join(there)}")
+        return chosen
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

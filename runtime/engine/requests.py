@@ -8,15 +8,18 @@ from .errors import PromptError, SamplingParamsError
 from .sampling_params import SamplingParams
 
 
-def validate_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int) -> None:
-    """Refuses a prompt that is empty, holds an id outside [0, vocab_size), or leaves no room for one new token."""
+def validate_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, *, generates: bool = True) -> None:
+    """Refuses a prompt that is empty, holds an id outside [0, vocab_size), or is too long.
+
+    If the model `generates`, there must be room for one new token.
+    """
     if not token_ids:
         raise PromptError("the prompt is empty; give at least one token", "prompt")
-    if len(token_ids) >= max_model_len:
+    longest = max_model_len - 1 if generates else max_model_len
+    if len(token_ids) > longest:
+        reason = f", as its {max_model_len} positions must hold at least one new token" if generates else ""
         raise PromptError(
-            f"the prompt has {len(token_ids)} tokens; this model takes at most {max_model_len - 1}, "
-            f"as its {max_model_len} positions must hold at least one new token",
-            "prompt",
+            f"the prompt has {len(token_ids)} tokens; this model takes at most {longest}{reason}", "prompt"
         )
     for position, token_id in enumerate(token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int):

@@ -86,6 +86,8 @@ def build_block_graph(
     The graph's `model_config` is the config that it was written with: a rank's share, under tensor parallelism. Raises
     ConfigError, a ValueError, if a degree does not divide the sizes.
     """
+    if stage not in layout.phases:
+        raise ValueError(f"layout '{layout.name}' has no {stage} step: it has no KV cache and reads whole sequences")
     parallel = parallel or ParallelConfig()
     local = config if config.tp > 1 else layout.shard_config(config, parallel.tensor_parallel_size)
     writer = GraphWriter(f"{layout.name}_{stage}", level="block", stage=stage, dtype=dtype)
@@ -254,6 +256,7 @@ class ExecutionGraphBuilder:
             "P": self.model_config.max_seq_len,
             "KV": sum(lengths),
             "KVd": sum(contexts),
+            "LL": sum(length * length for length in lengths),
             "QK": sum(contexts) + sum(length * (length + 1) // 2 for length in prompts),
             "EX": min(experts, (num_decodes + num_prompt_tokens) * per_token),
             "tp": self.parallel_config.tensor_parallel_size,

@@ -21,10 +21,13 @@ from sageLLM.runtime.execution_graph.summary import diff_lines, summarise
 
 @dataclass(frozen=True, slots=True)
 class GraphRequest:
-    """The arguments of `sagellm graph`. `passes` are names by commas; None is all, "" none."""
+    """The arguments of `sagellm graph`. `passes` are names by commas; None is all, "" none.
+
+    Without a stage it is decode, or prefill for a layout that has no other.
+    """
 
     model: str
-    stage: Stage
+    stage: Stage | None
     level: str
     passes: str | None
     print_ir_after: str | None
@@ -66,10 +69,15 @@ def _pipeline(request: GraphRequest) -> Pipeline:
     return Pipeline(layout, layout.read_config(config), registry, dtype="f32", disable=disable)
 
 
+def _stage(request: GraphRequest, pipeline: Pipeline) -> Stage:
+    phases = pipeline.layout.phases
+    return request.stage or ("decode" if "decode" in phases else phases[0])
+
+
 def _graph_text(request: GraphRequest, pipeline: Pipeline) -> str:
     if request.level == "block":
-        return _formatted(request, {"block": pipeline.block_graph(request.stage)})
-    before = pipeline.expanded_graph(request.stage)
+        return _formatted(request, {"block": pipeline.block_graph(_stage(request, pipeline))})
+    before = pipeline.expanded_graph(_stage(request, pipeline))
     states = {"expanded": before} | {one.name: graph for one, graph in pipeline.steps(before)}
     if request.diff:
         return _changes(list(states.items()))
@@ -83,7 +91,7 @@ def _graph_text(request: GraphRequest, pipeline: Pipeline) -> str:
 
 def _formatted(request: GraphRequest, graphs: dict[str, ExecutionGraph]) -> str:
     if request.format == "html":
-        return to_html(graphs, title=f"{request.model}, {request.stage}")
+        return to_html(graphs, title=f"{request.model}, {next(iter(graphs.values())).stage}")
     show = {"text": to_text, "json": to_json, "dot": to_dot, "mermaid": to_mermaid}[request.format]
     if len(graphs) == 1:
         return str(show(next(iter(graphs.values()))))

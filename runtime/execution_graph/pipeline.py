@@ -15,6 +15,7 @@ from sageLLM.runtime.core.layout import KvShape, ModelLayout
 from sageLLM.runtime.core.rewrite import PassReport, RewritePass
 from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
+from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.expand import expand
 
 if TYPE_CHECKING:
@@ -51,10 +52,21 @@ class Pipeline:
     def expanded_graph(self, stage: Stage) -> ExecutionGraph:
         """The kernel-level graph before its passes; those that rewrite the block graph have run."""
         with _paused_gc():
-            graph = self.block_graph(stage)
-            for one in self.rewrite_passes("block"):
+            return self._expanded(self.block_graph(stage))
+
+    def _expanded(self, graph: ExecutionGraph) -> ExecutionGraph:
+        for one in self.rewrite_passes("block"):
+            one.transform(graph)
+        return expand(graph, self.layout, self.config)
+
+    def embedding_graph(self, pooling: Pooling, *, normalize: bool) -> ExecutionGraph:
+        """The optimised kernel-level graph of a step that gives embeddings; see `build_embedding_graph`."""
+        with _paused_gc():
+            graph = build_embedding_graph(self.layout, self.config, pooling, normalize=normalize, dtype=self.dtype)
+            graph = self._expanded(graph)
+            for one in self.rewrite_passes("kernel"):
                 one.transform(graph)
-            return expand(graph, self.layout, self.config)
+            return graph
 
     def kernel_graph(self, stage: Stage) -> ExecutionGraph:
         """The optimised kernel-level graph, which the executor runs."""

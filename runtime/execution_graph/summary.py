@@ -18,7 +18,7 @@ from sageLLM.runtime.execution_graph.pipeline import Pipeline
 STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
 STEP: Mapping[str, int] = {
     "T": 64, "B": 4, "S": 4, "Td": 3, "Tp": 61, "PG": 32, "BS": 16, "MB": 8, "P": 128,
-    "KV": 256, "KVd": 192, "QK": 1024, "EX": 4,
+    "KV": 256, "KVd": 192, "QK": 1024, "LL": 1024, "EX": 4,
 }  # fmt: skip
 """One step of 64 tokens in 4 sequences; in decode one token of each. They choose 4 experts."""
 
@@ -41,7 +41,7 @@ def summarise(registry: Registry) -> dict[str, dict[str, StageSummary]]:
 def _of_model(layout: ModelLayout, registry: Registry) -> dict[str, StageSummary]:
     config = layout.read_config(HFConfig(layout.tiny, f"{layout.name}: tests.tiny"))
     pipeline = Pipeline(layout, config, registry, dtype="f32")
-    return {stage: _of_stage(pipeline, stage, config) for stage in STAGES}
+    return {stage: _of_stage(pipeline, stage, config) for stage in layout.phases}
 
 
 def _of_stage(pipeline: Pipeline, stage: Stage, config: Any) -> StageSummary:

@@ -8,12 +8,10 @@ from sageLLM.codegen import driver
 from sageLLM.codegen.model.layout_text import layout_text
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.graph import Stage
 from sageLLM.runtime.core.text import to_text
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 
-STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
 FAMILIES = [name for name in MODELS if name not in ("llama", "qwen3")]  # these two are in test_layout.py
 
 
@@ -36,12 +34,12 @@ def test_flattened_layout(name: str, text_file: SnapshotAssertion) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_graphs(name: str, text_file: SnapshotAssertion) -> None:
-    """The kernel graphs of one layer, and the block graph of its hybrid step."""
+    """The kernel graphs of all stages, and the block graph of the last one (hybrid, where there is a KV cache)."""
     layout = MODELS[name]
     config = layout.read_config(HFConfig({**layout.tiny}))
     texts = []
-    for stage in STAGES:
+    for stage in layout.phases:
         graph = build_block_graph(layout, config, stage, dtype="f32")
-        texts += [to_text(graph)] if stage == "hybrid" else []
+        texts += [to_text(graph)] if stage == layout.phases[-1] else []
         texts.append(to_text(expand(graph, layout, graph.model_config)))
     assert "\n".join(texts) == text_file

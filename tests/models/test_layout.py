@@ -168,7 +168,7 @@ def test_a_degree_that_does_not_divide_is_refused(tp: int, changes: dict[str, An
 @pytest.mark.parametrize("layout", MODELS.values(), ids=lambda layout: layout.name)
 def test_sharded_weights_are_what_the_graph_of_a_rank_declares(layout: ModelLayout) -> None:
     config = read(layout, attention_bias=True)
-    local = expand_block(layout, config, "decode", ParallelConfig(tensor_parallel_size=2)).weights
+    local = expand_block(layout, config, layout.phases[0], ParallelConfig(tensor_parallel_size=2)).weights
     for weight in layout.weights(config):
         shape = list(weight.shape)
         if weight.shard is not None and weight.shard.kind != "first":
@@ -246,8 +246,10 @@ def test_block_and_kernel_graph(name: str, stage: Stage, snapshot: SnapshotAsser
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("pp", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", MODELS.values(), ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    ("layout", "stage"),
+    [pytest.param(one, stage, id=f"{one.name}-{stage}") for one in MODELS.values() for stage in one.phases],
+)
 def test_graphs_keep_the_rules_at_both_levels(layout: ModelLayout, stage: Stage, tp: int, pp: int) -> None:
     config = read(layout, attention_bias=True, mlp_bias=True)
     graph = build_block_graph(layout, config, stage, ParallelConfig(tp, pp))
@@ -256,7 +258,9 @@ def test_graphs_keep_the_rules_at_both_levels(layout: ModelLayout, stage: Stage,
     expanded.verify()
     assert not [node for node in expanded.nodes.values() if node.block and not node.origins]
     assert {node.layer_id for node in expanded.nodes.values()} == {None, *range(config.L)}
-    assert [ref.dtype for ref in expanded.outputs] == ["f32", "i64"]
+    assert (
+        [ref.dtype for ref in expanded.outputs] == ["f32", "i64"] if layout.generates else ["f32"] * len(layout.returns)
+    )
 
 
 def test_expansion_gives_each_layer_what_its_body_writes() -> None:

@@ -30,9 +30,19 @@ from .embedding import embedding, embedding_shard, position_embedding, select_ro
 from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_load, kv_migrate, kv_store
 from .linear import head_linear, linear, lm_head
-from .norm import fused_add_rms_norm, head_layer_norm, layer_norm, layer_norm_1p, rms_norm, rms_norm_1p, rms_norm_wide
+from .norm import (
+    fused_add_layer_norm,
+    fused_add_rms_norm,
+    layer_norm,
+    layer_norm_1p,
+    rms_norm,
+    rms_norm_1p,
+    rms_norm_wide,
+)
+from .pooling import l2_norm, pool_first, pool_last, pool_mean
 from .position import rope, rope_interleaved
 from .sampling import sample
+from .varlen_attention import varlen_attention
 from .views import concat_last, concat_rows, merge_heads, split_halves, split_heads, split_last, split_qkv, split_rows
 
 __all__ = ["KERNELS"]
@@ -85,12 +95,17 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "rms_norm_wide": rms_norm_wide,
     "rms_norm_1p": rms_norm_1p,
     "layer_norm": layer_norm,
-    "head_layer_norm": head_layer_norm,
     "layer_norm_1p": layer_norm_1p,
     "fused_add_rms_norm": fused_add_rms_norm,
+    "fused_add_layer_norm": fused_add_layer_norm,
+    "pool_first": pool_first,
+    "pool_last": pool_last,
+    "pool_mean": pool_mean,
+    "l2_norm": l2_norm,
     "rope": rope,
     "rope_interleaved": rope_interleaved,
     "sample": sample,
+    "varlen_attention": varlen_attention,
     "split_qkv": split_qkv,
     "merge_heads": merge_heads,
     "split_heads": split_heads,

@@ -9,6 +9,7 @@ from .elementwise import add
 from .precision import wide
 
 __all__ = [
+    "fused_add_layer_norm",
     "fused_add_rms_norm",
     "head_layer_norm",
     "layer_norm",
@@ -84,4 +85,14 @@ def fused_add_rms_norm(
     """Residual add and rms_norm in one pass; returns the norm and the new residual."""
     h = add(x, residual)
     y = rms_norm(h, w, eps=eps)
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_add_layer_norm
+def fused_add_layer_norm(
+    x: Tensor, residual: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-05
+) -> tuple[Tensor, Tensor]:
+    """Residual add and layer_norm in one pass; returns the norm and the new residual."""
+    h = add(x, residual)
+    y = layer_norm(h, w, bias, eps=eps)
     return y, h

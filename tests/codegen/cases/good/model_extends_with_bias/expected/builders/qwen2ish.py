@@ -354,6 +354,8 @@ QWEN2ISH = ModelLayout(
     program=program,
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
+    returns=("logits", "tokens"),
+    hidden="y",
     ignore=("*.rotary_emb.inv_freq",),
     tiny={
         "hidden_size": 64,

@@ -223,6 +223,7 @@ POST_NORM = ModelLayout(
     program=program,
     cache=cache,
     blocks={"mix": MIX, "experts": EXPERTS},
+    returns=("logits",),
     ignore=(),
     tiny={
         "hidden_size": 32,

@@ -1,0 +1,145 @@
+"""Embeddings: whole prompts in, vectors out. Prompts of any lengths share steps of a bounded number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.core.config import shown
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.engine.engine import make_pool
+from sageLLM.runtime.engine.errors import PromptError
+from sageLLM.runtime.engine.kv_pool import KVPool
+from sageLLM.runtime.engine.model import Model
+from sageLLM.runtime.engine.requests import validate_prompt
+from sageLLM.runtime.engine.step_inputs import step_inputs
+from sageLLM.runtime.execution_graph.embedding import Pooling
+from sageLLM.runtime.execution_graph.executor import Plan
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.scheduler.base import Chunk, Request
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """The embedding of one prompt: f32[H], or f32[n, H] with one row per token where nothing is pooled."""
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    embedding: Tensor = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingInput:
+    """One prompt, and the kind of each of its tokens for models that tell kinds apart (BERT's segments)."""
+
+    token_ids: Sequence[int]
+    type_ids: Sequence[int] | None = None
+
+
+class Embedder:
+    """Computes embeddings with one model. A step has up to `max_tokens` tokens, or one prompt that is longer.
+
+    A layout with a KV cache gets a pool of its own, as large as the largest step so far, so that embedding does not
+    disturb what the engine generates.
+    """
+
+    def __init__(self, model: Model, pipeline: Pipeline, *, max_tokens: int, block_size: int) -> None:
+        self.model, self.pipeline = model, pipeline
+        self.max_tokens, self.block_size = max_tokens, block_size
+        self._pool: KVPool | None = None
+        self._graphs: dict[tuple[Pooling, bool], ExecutionGraph] = {}
+        self._plans: dict[tuple[Pooling, bool], Plan] = {}
+
+    def check(self, prompt: EmbeddingInput) -> None:
+        """Raises PromptError for a prompt that the model cannot read."""
+        validate_prompt(prompt.token_ids, self.model.config.V, self.model.max_model_len, generates=False)
+        if prompt.type_ids is None:
+            return
+        if len(prompt.type_ids) != len(prompt.token_ids):
+            counts = f"{len(prompt.type_ids)} type ids for {len(prompt.token_ids)} tokens"
+            raise PromptError(f"the prompt has {counts}; give one for each", "type_ids")
+        for one in prompt.type_ids:
+            if isinstance(one, bool) or not isinstance(one, int) or one < 0:
+                raise PromptError(f"a type id is {shown(one)}; type ids are integers of at least 0", "type_ids")
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[EmbeddingInput], pooling: Pooling, *, normalize: bool) -> list[Tensor]:
+        """The embeddings of checked prompts, in float32 on the CPU; the others in a step do not enter into one."""
+        graph = self._graph(pooling, normalize)
+        for prompt in prompts:
+            self._check_types(prompt, graph)
+        found: list[Tensor] = []
+        for step in self._steps(prompts):
+            rows = self._run((pooling, normalize), step).to("cpu", torch.float32)
+            lengths = [len(prompt.token_ids) for prompt in step]
+            found += torch.split(rows, lengths) if pooling == "none" else rows.unbind()
+        return found
+
+    def _graph(self, pooling: Pooling, normalize: bool) -> ExecutionGraph:
+        key = (pooling, normalize)
+        if key not in self._graphs:
+            self._graphs[key] = self.pipeline.embedding_graph(pooling, normalize=normalize)
+        return self._graphs[key]
+
+    def _check_types(self, prompt: EmbeddingInput, graph: ExecutionGraph) -> None:
+        """The type ids must be rows of the tables that the graph looks them up in."""
+        if prompt.type_ids is None:
+            return
+        sizes = [ref.shape[0] for node in graph.users("type_ids") for ref in node.inputs if ref.name in graph.weights]
+        if not sizes:
+            name = self.model.layout.name
+            raise PromptError(f"type ids were given, but {name} does not tell kinds of tokens apart", "type_ids")
+        least = min(int(str(size)) for size in sizes)
+        if max(prompt.type_ids) >= least:
+            message = f"a type id is {max(prompt.type_ids)}; those of this model run from 0 to {least - 1}"
+            raise PromptError(message, "type_ids")
+
+    def _steps(self, prompts: Sequence[EmbeddingInput]) -> Iterator[list[EmbeddingInput]]:
+        """The prompts in order, as many in a step as fit."""
+        step: list[EmbeddingInput] = []
+        count = 0
+        for prompt in prompts:
+            if step and count + len(prompt.token_ids) > self.max_tokens:
+                yield step
+                step, count = [], 0
+            step.append(prompt)
+            count += len(prompt.token_ids)
+        if step:
+            yield step
+
+    def _run(self, key: tuple[Pooling, bool], step: Sequence[EmbeddingInput]) -> Tensor:
+        chunks, num_blocks = self._chunks(step)
+        self._grow_pool(num_blocks)
+        if key not in self._plans:
+            self._plans[key] = Plan(self._graphs[key], self.pipeline.kernels, self._bound())
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        device = self.model.device
+        inputs = step_inputs(chunks, range(num_tokens), self.block_size, device)
+        types = [one for prompt in step for one in prompt.type_ids or [0] * len(prompt.token_ids)]
+        inputs["type_ids"] = torch.tensor(types, dtype=torch.int32, device=device)
+        return self._plans[key].run(inputs)[0]
+
+    def _chunks(self, step: Sequence[EmbeddingInput]) -> tuple[list[Chunk], int]:
+        """Every prompt as one chunk with blocks of its own, and how many blocks these are."""
+        chunks: list[Chunk] = []
+        first = 0
+        for number, prompt in enumerate(step):
+            count = len(prompt.token_ids)
+            request = Request(str(number), list(prompt.token_ids), max_new_tokens=1)
+            request.kv_block_ids = list(range(first, first + -(-count // self.block_size)))
+            first += len(request.kv_block_ids)
+            chunks.append(Chunk(request, 0, count, is_last=True))
+        return chunks, first
+
+    def _grow_pool(self, num_blocks: int) -> None:
+        """Makes the pool large enough; plans are bound to a pool, so they are made anew with it."""
+        if "decode" in self.model.layout.phases and (self._pool is None or self._pool.num_blocks < num_blocks):
+            self._pool = make_pool(self.model, num_blocks, self.block_size)
+            self._plans.clear()
+
+    def _bound(self) -> dict[str, Tensor]:
+        caches = {} if self._pool is None else self._pool.named_tensors()
+        return self.model.bound_tensors() | caches

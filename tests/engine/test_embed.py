@@ -1,0 +1,178 @@
+"""Embeddings against transformers: hidden states, pooled outputs and poolings agree within 1e-5 of their size."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine.errors import PromptError, SageError
+
+TOLERANCE = 1e-5
+MakeCheckpoint = Callable[..., Path]
+
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertModel", {}),
+    "bert with one type": ("BertModel", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+}
+
+
+def random_prompts(lengths: tuple[int, ...], vocab_size: int = 199) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+PROMPTS = random_prompts((1, 5, 16, 17, 33, 70))
+
+
+@torch.inference_mode()
+def expected(folder: Path, prompt: list[int], **inputs: Tensor) -> Any:
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return model(torch.tensor([prompt]), **inputs)
+
+
+def load(folder: Path, **settings: Any) -> LLM:
+    return LLM(folder, dtype="float32", skip_tokenizer=True, **settings)
+
+
+def vectors(llm: LLM, prompts: list[list[int]], **settings: Any) -> list[Tensor]:
+    return [output.embedding for output in llm.embed(prompts, **settings)]
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    assert found.shape == wanted.shape
+    assert (found - wanted).norm() <= TOLERANCE * wanted.norm()
+
+
+@pytest.mark.parametrize("case", ENCODERS)
+def test_hidden_states_and_pooled_output_are_those_of_transformers(case: str, make_checkpoint: MakeCheckpoint) -> None:
+    family, config = ENCODERS[case]
+    folder = make_checkpoint(family, **config)
+    llm = load(folder)
+    tokens, pooled = vectors(llm, PROMPTS, pooling="none"), vectors(llm, PROMPTS)
+    for prompt, rows, row in zip(PROMPTS, tokens, pooled, strict=True):
+        wanted = expected(folder, prompt)
+        assert_close(rows, wanted.last_hidden_state[0])
+        assert_close(row, wanted.pooler_output[0])
+
+
+def test_every_pooling_is_made_of_the_hidden_states(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint("BertModel")
+    llm = load(folder)
+    states = [expected(folder, prompt).last_hidden_state[0] for prompt in PROMPTS]
+    wanted = {
+        "first": [rows[0] for rows in states],
+        "last": [rows[-1] for rows in states],
+        "mean": [rows.mean(0) for rows in states],
+    }
+    for pooling, rows in wanted.items():
+        for found, row in zip(vectors(llm, PROMPTS, pooling=pooling), rows, strict=True):
+            assert_close(found, row)
+        for found, row in zip(vectors(llm, PROMPTS, pooling=pooling, normalize=True), rows, strict=True):
+            assert_close(found, torch.nn.functional.normalize(row, dim=0))
+
+
+def test_token_types_are_looked_up(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint("BertModel")
+    kinds = [[0] * (len(prompt) // 2) + [1] * (len(prompt) - len(prompt) // 2) for prompt in PROMPTS]
+    llm = load(folder)
+    found = vectors(llm, PROMPTS, pooling="mean", type_ids=kinds)
+    for row, prompt, kind in zip(found, PROMPTS, kinds, strict=True):
+        wanted = expected(folder, prompt, token_type_ids=torch.tensor([kind]))
+        assert_close(row, wanted.last_hidden_state[0].mean(0))
+    for wrong, message in (
+        ([[0]] * len(PROMPTS), "the prompt has 1 type ids for 5 tokens; give one for each"),
+        ([[2] * len(p) for p in PROMPTS], "a type id is 2; those of this model run from 0 to 1"),
+        ([[-1] * len(p) for p in PROMPTS], "a type id is -1; type ids are integers of at least 0"),
+        ([[0]], "1 lists of type ids for 6 prompts; give one for each"),
+    ):
+        with pytest.raises(PromptError) as caught:
+            llm.embed(PROMPTS, type_ids=wrong)
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("family", ["BertModel", "Qwen3"])
+def test_the_others_in_a_step_do_not_matter(family: str, make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(family)
+    whole = load(folder)
+    small = load(folder, scheduler=PDSchedulerConfig(max_prefill_tokens=20), block_size=4)
+    together, apart = vectors(whole, PROMPTS, pooling="mean"), vectors(small, PROMPTS, pooling="mean")
+    alone = [vectors(small, [prompt], pooling="mean")[0] for prompt in PROMPTS]
+    for one, two, three in zip(together, apart, alone, strict=True):
+        assert_close(two, one)
+        assert_close(three, one)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_a_decoder_embeds_by_its_last_hidden_state(family: str, make_checkpoint: MakeCheckpoint) -> None:
+    """As Qwen3-Embedding does: the state of the last token after the final norm, of length 1."""
+    folder = make_checkpoint(family)
+    llm = load(folder)
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    before = llm.generate(PROMPTS, params)
+    found = vectors(llm, PROMPTS, normalize=True)
+    for row, prompt in zip(found, PROMPTS, strict=True):
+        wanted = expected(folder, prompt).last_hidden_state[0, -1]
+        assert_close(row, torch.nn.functional.normalize(wanted, dim=0))
+    assert [o.outputs for o in llm.generate(PROMPTS, params)] == [o.outputs for o in before]
+
+
+def test_a_sentence_transformers_folder_says_how_to_pool(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("BertModel")
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    names = ["Transformer", "Pooling", "Normalize"]
+    modules = [{"path": f"{i}_{n}", "type": f"sentence_transformers.models.{n}"} for i, n in enumerate(names)]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    config = tmp_path / "1_Pooling" / "config.json"
+    states = expected(source, PROMPTS[3]).last_hidden_state[0]
+    for content, row in (
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, states.mean(0)),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, states[0]),
+        ({"pooling_mode": "lasttoken", "embedding_dimension": 64}, states[-1]),
+    ):
+        config.write_text(json.dumps(content))
+        (found,) = vectors(load(tmp_path), [PROMPTS[3]])
+        assert_close(found, torch.nn.functional.normalize(row, dim=0))
+    config.write_text(json.dumps({"pooling_mode": "max"}))
+    with pytest.raises(SageError) as caught:
+        load(tmp_path).embed([PROMPTS[3]])
+    assert str(caught.value) == (
+        f"{config} asks for a pooling that is not computed here; choose by pooling=: model, first, last, mean, none"
+    )
+    (found,) = vectors(load(tmp_path), [PROMPTS[3]], pooling="first", normalize=False)
+    assert_close(found, states[0])
+
+
+def test_an_encoder_does_not_generate_and_says_so(make_checkpoint: MakeCheckpoint) -> None:
+    llm = load(make_checkpoint("BertModel"))
+    with pytest.raises(SageError) as caught:
+        llm.generate([PROMPTS[0]])
+    assert (
+        str(caught.value) == "bert gives embeddings, not text; call embed() instead of generate(), stream() or chat()"
+    )
+
+
+def test_what_cannot_be_embedded_is_refused(make_checkpoint: MakeCheckpoint) -> None:
+    encoder, decoder = load(make_checkpoint("BertModel")), load(make_checkpoint("Llama"))
+    assert len(vectors(encoder, [[5] * 256])) == 1, "all positions can be used, since nothing is generated"
+    for call, message in (
+        (lambda: encoder.embed([[5] * 257]), "the prompt has 257 tokens; this model takes at most 256"),
+        (lambda: encoder.embed([[]]), "the prompt is empty; give at least one token"),
+        (lambda: encoder.embed([[199]]), "prompt token 0 is 199; token ids of this model run from 0 to 198"),
+        (lambda: encoder.embed([[5]], pooling="max"), "pooling is 'max'; bert has model, first, last, mean, none"),
+        (lambda: decoder.embed([[5]], pooling="model"), "pooling is 'model'; llama has first, last, mean, none"),
+        (
+            lambda: decoder.embed([[5]], type_ids=[[0]]),
+            "type ids were given, but llama does not tell kinds of tokens apart",
+        ),
+    ):
+        with pytest.raises(SageError) as caught:
+            call()
+        assert str(caught.value) == message
