@@ -325,6 +325,7 @@ BLOOM = ModelLayout(
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
     returns=("logits", "tokens"),
+    hidden="y",
     ignore=(),
     tiny={
         "hidden_size": 64,

@@ -338,6 +338,7 @@ GPT2 = ModelLayout(
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
     returns=("logits", "tokens"),
+    hidden="y",
     ignore=("*.attn.bias", "*.attn.masked_bias"),
     tiny={
         "n_embd": 64,

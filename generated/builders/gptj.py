@@ -311,6 +311,7 @@ GPTJ = ModelLayout(
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
     returns=("logits", "tokens"),
+    hidden="y",
     ignore=("*.attn.bias", "*.attn.masked_bias"),
     tiny={
         "n_embd": 64,

@@ -114,6 +114,7 @@ def steps(vocab_size: int) -> list[tuple[Stage, dict[str, Tensor | None]]]:
         "ids": ids[: starts[-1]].int(),
         "pos": torch.cat([torch.arange(n) for n in LENGTHS]).int(),
         "slots": torch.tensor([s for b, n in zip(blocks, LENGTHS, strict=True) for s in slots_of(b, 0, n, BLOCK_SIZE)]),
+        "type_ids": torch.cat([torch.arange(n) % 2 for n in LENGTHS]).int(),
         "q_start": torch.tensor(starts, dtype=torch.int32),
         "seq_lens": torch.tensor(LENGTHS, dtype=torch.int32),
         "rows": torch.tensor([0, 4, 13, 15], dtype=torch.int32),
@@ -144,7 +145,7 @@ def logits(layout: ModelLayout, config: Any, weights: Mapping[str, Tensor], tp: 
     def run(rank: Rank) -> list[Tensor]:
         try:
             with torch.inference_mode():
-                return [rank.run(stage, inputs) for stage, inputs in steps(config.V)]
+                return [rank.run(stage, inputs) for stage, inputs in steps(config.V) if stage in layout.phases]
         except BaseException:
             meeting.barrier.abort()
             raise
