@@ -33,6 +33,7 @@ from .linear import head_linear, linear, lm_head
 from .norm import (
     fused_add_layer_norm,
     fused_add_rms_norm,
+    head_layer_norm,
     layer_norm,
     layer_norm_1p,
     rms_norm,
@@ -95,6 +96,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "rms_norm_wide": rms_norm_wide,
     "rms_norm_1p": rms_norm_1p,
     "layer_norm": layer_norm,
+    "head_layer_norm": head_layer_norm,
     "layer_norm_1p": layer_norm_1p,
     "fused_add_rms_norm": fused_add_rms_norm,
     "fused_add_layer_norm": fused_add_layer_norm,
