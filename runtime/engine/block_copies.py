@@ -4,7 +4,8 @@ A copy is a graph of KV_MIGRATE nodes, or KV_LOAD nodes from a tier, one per lay
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -34,7 +35,7 @@ class Migrator:
         bound = {f"source.{name}": tensor for name, tensor in source.named_tensors().items()}
         bound |= {f"target.{name}": tensor for name, tensor in target.named_tensors().items()}
         self._plan = Plan(graph, pipeline.kernels, bound)
-        self._device = target.keys[0].device
+        self._device = target.device
 
     def run(self, copies: Sequence[CopyOfBlocks]) -> None:
         """Makes all these copies at once: no block may be read and written, or written twice."""
@@ -69,13 +70,44 @@ class TieredPool:
                 self.pools[tier] = device_pool.like(num_blocks, torch.device("cpu"), folder)
         self._pipeline = pipeline
         self._migrators: dict[tuple[Tier, Tier], Migrator] = {}
+        self._mover = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-tiers")
+        self._under_way: Future[None] | None = None
+        self._stream = _side_stream(device_pool.device)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Makes copies within the device pool."""
         self._migrator("device", "device").copy([c.source for c in copies], [c.target for c in copies])
 
+    def start(self, copies: Sequence[TierCopy]) -> None:
+        """Makes the copies into the device pool, and begins those out of it, which go on until `wait`.
+
+        What comes in is decoded in the same step. What goes out is pinned until the step is committed: nothing that
+        runs in the step touches it, so the copy may run beside.
+        """
+        self.wait()
+        outgoing = [copy for copy in copies if copy.source == "device"]
+        if outgoing:
+            written = None if self._stream is None else torch.cuda.current_stream().record_event()
+            self._under_way = self._mover.submit(self._copy_beside, outgoing, written)
+        self.copy_tiers([copy for copy in copies if copy.source != "device"])
+
+    def wait(self) -> None:
+        """Returns when the copies under way, if any, are complete. Raises what made them fail."""
+        if self._under_way is not None:
+            copies, self._under_way = self._under_way, None
+            copies.result()
+
+    def _copy_beside(self, copies: Sequence[TierCopy], written: torch.cuda.Event | None) -> None:
+        if self._stream is None or written is None:
+            self.copy_tiers(copies)
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(written)
+            self.copy_tiers(copies)
+        self._stream.synchronize()
+
     def copy_tiers(self, copies: Sequence[TierCopy]) -> None:
-        """Makes copies between tiers, in their order: those of one direction at once."""
+        """Makes copies between tiers; those of one direction at once."""
         directions = dict.fromkeys((copy.source, copy.target) for copy in copies)
         for source, target in directions:
             same = [copy for copy in copies if (copy.source, copy.target) == (source, target)]
@@ -88,3 +120,11 @@ class TieredPool:
             graph = self._pipeline.load_graph() if is_load else self._pipeline.migrate_graph()
             self._migrators[key] = Migrator(self.pools[source], self.pools[target], graph, self._pipeline)
         return self._migrators[key]
+
+
+def _side_stream(device: torch.device) -> "torch.cuda.Stream | None":
+    """A stream for copies beside the computation; other devices than GPUs have none."""
+    if device.type != "cuda":
+        return None
+    new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+    return new_stream(device)

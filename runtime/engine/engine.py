@@ -73,11 +73,13 @@ class Engine:
     def kv_stats(self) -> dict[str, KVStats]:
         """Sizes and counters of each worker's KV pool: prefix cache hits, swaps, forks."""
         kv = self.scheduler.kv
-        return (
-            {"prefill": kv.prefill.stats(), "decode": kv.decode.stats()}
-            if self.is_strict
-            else {"worker": kv.decode.stats()}
-        )
+        if self.is_strict:
+            return {"prefill": kv.prefill.stats(), "decode": kv.decode.stats()}
+        return {"worker": kv.decode.stats()}
+
+    def reset_prefix_cache(self) -> None:
+        """Lets no request find what was computed before, say to measure without it."""
+        self.scheduler.kv.prefill.reset_prefix_cache()
 
     def add(self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams) -> None:
         """Queues a request. Raises RequestError, and changes nothing, for one that cannot be served."""
@@ -118,15 +120,17 @@ class Engine:
         changed: list[Sequence] = []
         for worker, stage, chunks in self._runs(plan):
             changed += self._run(worker, stage, chunks)
+        self._tiers.wait()
         self.num_steps += 1
         changed += self._update([s.request.request_id for s in changed if s.is_finished])
         return self._collect(changed)
 
     def _copy(self, plan: ScheduleOutput) -> None:
+        """Makes the step's copies; those out to a tier go on beside its batches."""
         if plan.block_copies:
             self._tiers.copy_blocks(plan.block_copies)
         if plan.tier_copies:
-            self._tiers.copy_tiers(plan.tier_copies)
+            self._tiers.start(plan.tier_copies)
         if plan.kv_migrations:
             self._migrator.run(plan.kv_migrations)
 

@@ -47,6 +47,10 @@ class KVPool:
         return KVPool(self.num_layers, num_blocks, self.block_size, self.shape, dtype, device, folder)
 
     @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *(() if self.shape.is_shared else self.values)))
 

@@ -19,7 +19,8 @@ class BlockCopy:
 class TierCopy:
     """Copy the KV of a sequence's first `num_tokens` tokens from one tier to another: block i to block i.
 
-    It runs before the batches of its step. The blocks of both sides stay pinned until it is finished or aborted.
+    A copy to the device runs before the batches of its step. The blocks of both sides stay pinned until it is finished
+    or aborted.
     """
 
     seq_id: str

@@ -197,3 +197,26 @@ def test_blocks_survive_a_trip_through_every_tier(is_shared: bool, tmp_path: Pat
         for tensor, old in zip(tensors, kept, strict=True):
             assert torch.equal(tensor[[0, 1, 2, 3, 5]], old[[1, 1, 3, 4, 4]])
             assert not tensor[4].any()
+
+
+def test_copies_between_tiers_run_beside_the_computation_and_tell_when_they_fail() -> None:
+    llm = load()
+    pool = KVPool(
+        llm.model.config.L, 3, 4, llm.model.layout.cache(llm.model.config), torch.float32, torch.device("cpu")
+    )
+    tiers = TieredPool(pool, {"host": 2}, llm.pipeline)
+    pool.keys[0].fill_(3)
+    tiers.start([TierCopy("a", "device", "host", [1], [0], 4)])
+    tiers.wait()
+    tiers.wait()
+    assert torch.equal(tiers.pools["host"].keys[0][0], pool.keys[0][1])
+    tiers.start([TierCopy("a", "device", "host", [1], [7], 4)])
+    with pytest.raises(IndexError):
+        tiers.wait()
+
+
+def test_a_reset_cache_finds_nothing() -> None:
+    llm = load()
+    llm.generate(PROMPTS[0], GREEDY)
+    llm.engine.reset_prefix_cache()
+    assert llm.generate(PROMPTS[0], GREEDY)[0].num_cached_tokens == 0
