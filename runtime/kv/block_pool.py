@@ -102,29 +102,30 @@ class BlockPool:
         The last of them is the first to be evicted: the beginning of a sequence is worth more than its end. A block
         that is not out of the pool is a double free.
         """
-        if self._num_other_owners or self._label_of:
-            return self._give_back_one_by_one(blocks)
+        ownerless = self._disown(blocks) if self._num_other_owners else list(blocks)
         before = len(self._used)
-        self._used.difference_update(blocks)
-        assert before - len(self._used) == len(blocks), f"a block of {list(blocks)} is freed twice"
-        self._returned.extend(blocks)
-        return list(blocks)
-
-    def _give_back_one_by_one(self, blocks: Sequence[int]) -> list[int]:
-        ownerless = []
-        for block in blocks:
-            assert block in self._used, f"block {block} is freed twice"
-            num_others = self._num_other_owners.get(block, 0)
-            if num_others > 1:
-                self._num_other_owners[block] = num_others - 1
-            elif num_others == 1:
-                del self._num_other_owners[block]
-            else:
-                self._used.remove(block)
-                ownerless.append(block)
-        self._returned.extend(block for block in ownerless if block not in self._label_of)
-        self._idle.update((block, None) for block in reversed(ownerless) if block in self._label_of)
+        self._used.difference_update(ownerless)
+        assert before - len(self._used) == len(ownerless), f"a block of {list(blocks)} is freed twice"
+        labels = self._label_of
+        if labels:
+            self._returned.extend([block for block in ownerless if block not in labels])
+            self._idle.update((block, None) for block in reversed(ownerless) if block in labels)
+        else:
+            self._returned.extend(ownerless)
         return ownerless
+
+    def _disown(self, blocks: Iterable[int]) -> list[int]:
+        """Count one owner less for each block; returns those that had only one."""
+        others, last = self._num_other_owners, []
+        for block in blocks:
+            num_others = others.get(block, 0)
+            if num_others == 0:
+                last.append(block)
+            elif num_others == 1:
+                del others[block]
+            else:
+                others[block] = num_others - 1
+        return last
 
     def num_owners(self, block: int) -> int:
         """How many own the block."""
