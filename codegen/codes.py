@@ -199,7 +199,9 @@ CODES: dict[str, CodeInfo] = {
     "SAGE205": CodeInfo("unknown config name", "An expression may use names that stand before it under `config`."),
     "SAGE206": CodeInfo(
         "not a config expression",
-        "Config values, defaults and checks are plain values or expressions of config names, of the declared type.",
+        "Config values, defaults, checks, conditions and attrs are plain values or expressions of config names, of the "
+        "declared type. What may be null is asked for with `is null` before it is used; lists are read by `name[i]`, "
+        "the layer, or with `in`.",
     ),
     "SAGE207": CodeInfo(
         "missing config name", "The runtime reads H, L, Nq, Nkv, D, V and max_position of every layout."
@@ -209,6 +211,10 @@ CODES: dict[str, CodeInfo] = {
         "A layout with `extends` changes names of its parent, or adds names that weights, statements, checks or "
         "defaults read. Any other name is a misspelt one, which would leave the parent's as it is.",
     ),
+    "SAGE209": CodeInfo(
+        "nothing to drop",
+        "`drop` takes away config names, weights and checks that are inherited, each named exactly.",
+    ),
     "SAGE210": CodeInfo("unknown size", "Shapes are made of integer config names; `tp.divides` names such sizes."),
     "SAGE211": CodeInfo("source does not fill", "The checkpoint tensors of a weight must fill its shape exactly."),
     "SAGE212": CodeInfo(
@@ -217,7 +223,9 @@ CODES: dict[str, CodeInfo] = {
     "SAGE213": CodeInfo(
         "broken tie", "A tied weight names one other weight of the same shape that is not tied itself."
     ),
-    "SAGE214": CodeInfo("not a condition", "`when` names a boolean of the config."),
+    "SAGE214": CodeInfo(
+        "not a condition", "`when` is a condition on the config: a boolean name, a comparison, `and`, `or`, `not`."
+    ),
     "SAGE215": CodeInfo("unused weight", "A weight that no statement reads would be loaded for nothing."),
     "SAGE217": CodeInfo(
         "not a rearrangement",

@@ -1,5 +1,6 @@
 """What templates/builder.py.jinja shows of a layout's statements, weights and inputs, as Python text."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sageLLM.codegen.emit.weights import WeightView
@@ -46,6 +47,14 @@ class BranchView:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceView:
+    """One way of a `choose`; the last may have no condition."""
+
+    condition: str | None
+    body: "BodyView"
+
+
+@dataclass(frozen=True, slots=True)
 class StepView:
     """One statement: calls in order; `sharded` takes the place of `call` when tables are divided over ranks."""
 
@@ -53,15 +62,28 @@ class StepView:
     sharded: CallView | None = None
     reduce: tuple[CallView, ...] = ()
     branches: tuple[BranchView, ...] = ()
+    choices: tuple[ChoiceView, ...] = ()
     block: BlockCall | None = None
     results: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BodyView:
-    """Statements with what they read from outside."""
+    """Statements with what they read from outside, and do not find declared around them."""
 
-    needs_rows: bool
     weights: tuple[WeightView, ...]
     inputs: tuple[InputView, ...]
     steps: tuple[StepView, ...]
+
+    def all_inputs(self) -> Iterator[InputView]:
+        """The inputs that the body declares, those of its branches included."""
+        yield from self.inputs
+        for step in self.steps:
+            yield from (given for branch in step.branches for given in branch.inputs)
+            for choice in step.choices:
+                yield from choice.body.all_inputs()
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether an input has one row per token."""
+        return any("T" in text.split() for given in self.all_inputs() for text in given.shape)

@@ -1,30 +1,39 @@
 """Emits one module per layout: its config class, its weights, a function per block, and the program."""
 
+from __future__ import annotations
+
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from sageLLM.codegen.emit.builder_views import (
     BodyView,
     BranchView,
     CallView,
+    ChoiceView,
     FieldView,
     InputView,
     StepView,
 )
+from sageLLM.codegen.emit.presence import layer_condition, text_of
+from sageLLM.codegen.emit.python_text import mentions
 from sageLLM.codegen.emit.weights import WeightText, WeightView, tuple_text
 from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.link.config import render as render_names
+from sageLLM.codegen.link.expressions import python_text as render_names
 from sageLLM.codegen.model.layout import (
     Attend,
     BlockCall,
     BlockDef,
+    Choose,
     ConfigName,
     InputDef,
     ModelDef,
     OpCall,
     Phase,
     Repeat,
+    Statement,
     WeightDef,
+    plain_statements,
 )
 from sageLLM.codegen.model.op import OpDef, class_name
 from sageLLM.codegen.model.specs import Specs
@@ -62,6 +71,21 @@ def _registry(models: Sequence[ModelDef], renderer: Renderer) -> Output:
     )
 
 
+Plain = OpCall | Attend | BlockCall
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where statements stand: the name of the layer's number, the weights in reach, and the names declared around."""
+
+    index: str
+    weights: Sequence[WeightDef]
+    known: frozenset[str] = frozenset()
+
+    def knowing(self, names: set[str]) -> Place:
+        return replace(self, known=self.known | names)
+
+
 class BuilderView:
     """Everything that templates/builder.py.jinja shows of one layout."""
 
@@ -72,7 +96,7 @@ class BuilderView:
         self.constant = model.name.upper()
         self.is_overlay = specs.is_overlay
         self.extends = model.base.name if model.base else None
-        self._weights = WeightText(self._text, lambda name: model.config[name].words)
+        self._weights = WeightText(self._text, lambda name: model.config[name].words, self._exists)
 
     @property
     def fields(self) -> list[FieldView]:
@@ -137,34 +161,42 @@ class BuilderView:
 
     @property
     def blocks(self) -> list[tuple[BlockDef, BodyView]]:
-        return [(block, self._body(block.body, block.weights, "layer")) for block in self.model.blocks.values()]
+        return [(block, self._body(block.body, Place("layer", block.weights))) for block in self.model.blocks.values()]
 
     @property
     def program(self) -> BodyView:
+        """What the whole program reads; its statements are `program_steps`."""
         calls = [item for item in self.model.program if not isinstance(item, Repeat)]
-        weights = [weight for weight in self.model.weights if not weight.is_per_layer]
-        return self._body([*calls, *(call for loop in self._loops for call in loop.body)], weights, "i")
+        whole = [weight for weight in self.model.weights if not weight.is_per_layer]
+        return self._body([*calls, *(call for loop in self._loops for call in loop.body)], Place("i", whole))
 
     @property
     def program_steps(self) -> list[StepView | Repeat]:
         """The program's statements in order; a loop stands for itself."""
-        return [item if isinstance(item, Repeat) else self._step(item, "i") for item in self.model.program]
+        place = Place("i", self.model.weights, self._declared(self.program))
+        return [item if isinstance(item, Repeat) else self._step(item, place) for item in self.model.program]
 
     def loop(self, repeat: Repeat) -> BodyView:
-        weights = [weight for weight in self.model.weights if weight.is_per_layer]
-        used = {name for call in repeat.body for name in call.args}
-        return self._body(repeat.body, [weight for weight in weights if weight.name in used], repeat.index)
+        return self._body(repeat.body, Place(repeat.index, self.model.weights, self._declared(self.program)))
+
+    def _declared(self, body: BodyView) -> frozenset[str]:
+        return frozenset({*(weight.name for weight in body.weights), *(given.name for given in body.inputs)})
+
+    def variant(self, block: BlockDef) -> str | None:
+        """What the body of a block depends on besides the config: a tuple of Python over `c` and `layer`."""
+        texts = [text_of(weight.when, "layer") for weight in block.weights if weight.when and weight.when.index]
+        texts += _layer_texts(block.body)
+        return tuple_text(dict.fromkeys(texts)) if texts else None
 
     @property
     def step_dims(self) -> list[str]:
         """Symbols of the step that the module uses; T is local to each function."""
-        bodies = [self.program, *(body for _, body in self.blocks)]
-        inputs = [i for body in bodies for i in body.inputs]
-        inputs += [i for body in bodies for step in body.steps for branch in step.branches for i in branch.inputs]
+        bodies = [self.program, *(self.loop(loop) for loop in self._loops), *(body for _, body in self.blocks)]
         names = {
             name.id
-            for i in inputs
-            for text in i.shape
+            for body in bodies
+            for given in body.all_inputs()
+            for text in given.shape
             for name in ast.walk(ast.parse(text))
             if isinstance(name, ast.Name)
         }
@@ -183,27 +215,32 @@ class BuilderView:
     def _loops(self) -> list[Repeat]:
         return [item for item in self.model.program if isinstance(item, Repeat)]
 
-    def _body(
-        self, statements: Sequence[OpCall | Attend | BlockCall], weights: Iterable[WeightDef], index: str
-    ) -> BodyView:
-        inputs = tuple(self._input(given, index) for given in self._inputs_of(statements))
-        steps = tuple(self._step(statement, index) for statement in statements)
-        branched = [i for step in steps for branch in step.branches for i in branch.inputs]
-        needs_rows = any("T" in text.split() for i in (*inputs, *branched) for text in i.shape)
-        return BodyView(needs_rows, tuple(self._weights.view(weight, index) for weight in weights), inputs, steps)
+    def _body(self, statements: Sequence[Statement], place: Place) -> BodyView:
+        """The statements with the weights and inputs that they read themselves; branches declare their own."""
+        direct = [statement for statement in statements if not isinstance(statement, Choose)]
+        read = {name for statement in direct for name in _all_args(statement)}
+        weights = tuple(w for w in place.weights if w.name in read and w.name not in place.known)
+        inputs = tuple(given for given in self._inputs_of(direct, statements) if given.name not in place.known)
+        set_here = {target for statement in plain_statements(statements) for target in _targets(statement)}
+        inner = place.knowing({*(w.name for w in weights), *(given.name for given in inputs), *set_here})
+        return BodyView(
+            tuple(self._weights.view(weight, place.index) for weight in weights),
+            tuple(self._input(given, place.index) for given in inputs),
+            tuple(self._step(statement, inner) for statement in statements),
+        )
 
-    def _inputs_of(self, statements: Sequence[OpCall | Attend | BlockCall]) -> list[InputDef]:
+    def _inputs_of(self, direct: Sequence[Plain], statements: Sequence[Statement]) -> list[InputDef]:
         """What every phase reads, in the order of the inputs file; a name that a statement sets is none."""
-        own = {target for statement in statements for target in _targets(statement)}
-        read = {name for statement in statements for name in _common_args(statement) if name is not None}
+        own = {target for statement in plain_statements(statements) for target in _targets(statement)}
+        read = {name for statement in direct for name in _common_args(statement) if name is not None}
         return [given for name, given in self.model.inputs.items() if name in read - own]
 
-    def _step(self, statement: OpCall | Attend | BlockCall, index: str) -> StepView:
+    def _step(self, statement: Statement, place: Place) -> StepView:
         match statement:
             case OpCall():
-                return self._op_step(statement, is_program=index != "layer")
+                return self._op_step(statement, is_program=place.index != "layer")
             case Attend():
-                return StepView(call=self._call(statement.store), branches=self._branches(statement, index))
+                return StepView(call=self._call(statement.store), branches=self._branches(statement, place.index))
             case BlockCall():
                 results = tuple(
                     (name, self._text(type_.dims[1]))
@@ -211,6 +248,13 @@ class BuilderView:
                 )
                 reduce_ = tuple(self._reduce(name, "all_reduce") for name in statement.reduced)
                 return StepView(block=statement, results=results, reduce=reduce_)
+            case Choose():
+                return StepView(
+                    choices=tuple(
+                        ChoiceView(branch.when.python if branch.when else None, self._body(branch.body, place))
+                        for branch in statement.branches
+                    )
+                )
 
     def _op_step(self, call: OpCall, *, is_program: bool) -> StepView:
         if call.reduce is None or not is_program:
@@ -267,17 +311,43 @@ class BuilderView:
         dtype = "g.dtype" if given.type.element == "E" else lit(given.type.element)
         return InputView(given.name, label, dtype, tuple(self._text(dim) for dim in given.type.dims))
 
+    def _exists(self, weight: WeightDef) -> str | None:
+        """The condition for the weight's tensors to be there: in layer i, or for the whole model."""
+        condition = layer_condition(self.model, weight)
+        if condition is None or weight.is_per_layer or not mentions(condition, "i"):
+            return condition
+        return f"any({condition} for i in range(c.L))"
+
     def _text(self, size: Size) -> str:
         """A size as Python text: config names are fields of `c`, dims of the step are symbols."""
         node = ast.parse(str(size), mode="eval").body
         return render_names(node, lambda name: f"c.{name}" if name in self.model.config else name)
 
 
-def _targets(statement: OpCall | Attend | BlockCall) -> tuple[str, ...]:
+def _layer_texts(body: Sequence[Statement]) -> Iterator[str]:
+    """The attrs and conditions of a block that read the layer's number."""
+    for statement in body:
+        if isinstance(statement, Choose):
+            for branch in statement.branches:
+                yield from [branch.when.python] if branch.when is not None and branch.when.index else []
+                yield from _layer_texts(branch.body)
+        elif not isinstance(statement, BlockCall):
+            calls = statement.by_phase.values() if isinstance(statement, Attend) else [statement]
+            yield from (text for call in calls for _, text in call.attrs if mentions(text, "layer"))
+
+
+def _all_args(statement: Plain) -> set[str]:
+    """The names that the statement reads in any phase."""
+    if not isinstance(statement, Attend):
+        return {name for name in statement.args if name is not None}
+    return {name for call in (statement.store, *statement.by_phase.values()) for name in call.args if name is not None}
+
+
+def _targets(statement: Plain) -> tuple[str, ...]:
     return (statement.target, *statement.store.targets) if isinstance(statement, Attend) else statement.targets
 
 
-def _common_args(statement: OpCall | Attend | BlockCall) -> list[str | None]:
+def _common_args(statement: Plain) -> list[str | None]:
     """The names that the statement reads in every phase."""
     if not isinstance(statement, Attend):
         return list(statement.args)
@@ -293,9 +363,27 @@ def _sentence(name: ConfigName) -> str:
 def _read_call(name: ConfigName) -> str:
     """The Python expression that reads a config name; constants stand for themselves."""
     if not name.keys:
-        return name.default or "None"
+        return _default_call(name) if name.default is not None else "None"
     keys = ", ".join(map(lit, name.keys))
+    if name.items is not None:
+        length = ", length=L" if name.items == "layers" else ""
+        read = f"hf.items({keys}, kind={name.type}{length})"
+        return read if name.default is None else f"{read} if hf.has({keys}) else {_default_call(name)}"
+    if name.default is not None and (name.formula or (name.is_optional and name.default != "None")):
+        return f"hf.{name.type}({keys}) if hf.has({keys}) else {_default_call(name)}"
     if name.is_optional:
         return f"hf.opt_{name.type}({keys})"
     default = f", default={name.default}" if name.default is not None else ""
     return f"hf.{name.type}({keys}{default})"
+
+
+def _default_call(name: ConfigName) -> str:
+    """The value of a name that is not read: computed where that may fail, and held to its type."""
+    text = str(name.default)
+    if name.items is not None and name.formula:
+        return f"hf.per_layer({lit(name.name)}, {lit(name.formula)}, L, lambda i: {text})"
+    if name.items == "layers":
+        return f"hf.one_per_layer({lit(name.name)}, {text}, L)"
+    if name.formula:
+        text = f"hf.computed({lit(name.name)}, {lit(name.formula)}, lambda: {text})"
+    return f"hf.sized({lit(name.name)}, {text})" if name.type == "size" and name.value is None else text

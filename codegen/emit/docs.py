@@ -111,7 +111,7 @@ def _all_weights(model: ModelDef) -> list[WeightDef]:
 def _weight_row(weight: WeightDef) -> tuple[str, ...]:
     name = f"{weight.block}.{weight.name}" if weight.block else weight.name
     shape = f"[{', '.join(map(str, weight.dims))}]"
-    condition = f" (when {weight.when})" if weight.when else ""
+    condition = f" (when {weight.when.source})" if weight.when else ""
     return (_code(name), _code(shape), ", ".join(dict.fromkeys(_code(part.hf) for part in weight.parts)) + condition)
 
 

@@ -1,5 +1,6 @@
 """Writes what is known when a graph is built, conditions and defaults, as Python over a mapping of names."""
 
+import ast
 from collections.abc import Callable
 
 from sageLLM.codegen.expr.size import formula
@@ -30,3 +31,17 @@ def python_text(expr: Expr, name: Callable[[str], str]) -> str:
         case IfPresent(name=optional, a=a, b=b):
             return f"({python_text(a, name)} if {name(optional)} is not None else {python_text(b, name)})"
     raise AssertionError(f"{type(expr).__name__} is not known when a graph is built")
+
+
+def renamed(text: str, old: str, new: str) -> str:
+    """Python text with one name replaced."""
+    tree = ast.parse(text, mode="eval").body
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == old:
+            node.id = new
+    return ast.unparse(tree)
+
+
+def mentions(text: str, name: str) -> bool:
+    """Whether Python text reads a name."""
+    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(ast.parse(text, mode="eval")))

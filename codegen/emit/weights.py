@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from sageLLM.codegen.emit.presence import text_of
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.model.layout import WeightDef
 from sageLLM.codegen.model.source import PartDef
@@ -14,7 +15,10 @@ ShowSize = Callable[[Size], str]
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
-    """A weight as `WeightSpec(...)` and as `g.weight(...)`; texts are Python, names in quotes included."""
+    """A weight as `WeightSpec(...)` and as `g.weight(...)`; texts are Python, names in quotes included.
+
+    `when` is the condition of an optional operand; `exists` is that of the checkpoint's tensors, in layer i.
+    """
 
     name: str
     label: str
@@ -23,6 +27,7 @@ class WeightView:
     parts: str
     options: tuple[tuple[str, str], ...]
     when: str | None
+    exists: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class WeightText:
 
     show: ShowSize
     words: Callable[[str], str]
+    exists: Callable[[WeightDef], str | None] = lambda weight: None
 
     def view(self, weight: WeightDef, index: str) -> WeightView:
         inner = f"{weight.block}.{weight.name}" if weight.block else weight.name
@@ -42,7 +48,8 @@ class WeightText:
             tuple(_share(text, i, weight) for i, text in enumerate(shape)),
             self._parts(weight),
             tuple(self._options(weight)),
-            f"c.{weight.when}" if weight.when else None,
+            text_of(weight.when, index) if weight.when else None,
+            self.exists(weight),
         )
 
     def _parts(self, weight: WeightDef) -> str:
@@ -92,7 +99,7 @@ class WeightText:
             yield "shard", self._shard(weight)
         if weight.tied_to:
             owner = lit(weight.tied_to)
-            yield "tied_to", f"{owner} if c.{weight.tied_when} else None" if weight.tied_when else owner
+            yield "tied_to", f"{owner} if {text_of(weight.tied_when)} else None" if weight.tied_when else owner
 
     def _shard(self, weight: WeightDef) -> str:
         shard = weight.shard

@@ -87,11 +87,11 @@ def parse_statements(text: Text) -> list[ast.stmt]:
     return tree.body
 
 
-def parse_expression(text: Text) -> ast.expr:
-    """One expression; raises Refused when it does not parse or holds anything outside the grammar."""
+def parse_expression(text: Text, forms: tuple[type[ast.AST], ...] = ()) -> ast.expr:
+    """One expression; raises Refused when it does not parse or holds anything outside the grammar and `forms`."""
     tree = _parse(text, "eval")
     assert isinstance(tree, ast.Expression), "mode eval gives an Expression"
-    check_grammar(text, tree.body)
+    check_grammar(text, tree.body, forms)
     return tree.body
 
 
@@ -132,12 +132,12 @@ def _syntax_error(text: Text, error: SyntaxError) -> Refused:
     return Refused("syntax")
 
 
-def check_grammar(text: Text, root: ast.AST) -> None:
-    """Refuses what the language does not have, and trees and numbers that are too large."""
+def check_grammar(text: Text, root: ast.AST, forms: tuple[type[ast.AST], ...] = ()) -> None:
+    """Refuses what the language does not have beside `forms`, and trees and numbers that are too large."""
     for node, depth in _walk(root):
         if depth > MAX_DEPTH:
             raise text.refuse("SAGE103", f"the expression is deeper than {MAX_DEPTH} levels", root, "split it")
-        if not isinstance(node, _ALLOWED):
+        if not isinstance(node, (*_ALLOWED, *forms)):
             words = _REFUSED_WORDS.get(type(node), f"`{type(node).__name__}` is not part of the language")
             raise text.refuse("SAGE102", words, node, _REMEDIES.get(type(node)))
         if isinstance(node, ast.Constant):

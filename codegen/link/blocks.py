@@ -1,26 +1,28 @@
 """Links the blocks of a layout: arguments, weights, statements, results, and the op type in each phase."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.expr.types import ValueType, parse_type
-from sageLLM.codegen.link.flatten import FlatBlock
+from sageLLM.codegen.link.conditions import Index
+from sageLLM.codegen.link.config import INDEX
+from sageLLM.codegen.link.flatten import FlatBlock, FlatLine, Placed, plain_lines
 from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings, Value, is_value_name
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
 from sageLLM.codegen.link.weights import WeightLinker, link_block_weights
 from sageLLM.codegen.load import RawSpecs
-from sageLLM.codegen.model.layout import Attend, BlockDef, ConfigName, OpCall, Phase
+from sageLLM.codegen.model.layout import BlockDef, ConfigName, Phase
 
 _ATTEND = re.compile(r"[^=]*=\s*attend\s*\(")
 
 
 def attends(block: FlatBlock) -> bool:
     """Whether the block reads the KV cache."""
-    return any(_ATTEND.match(place.value) for place in block.body)
+    return any(_ATTEND.match(place.value) for place in plain_lines(block.body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,9 @@ class BlockLinker:
         values = {w: Value(weight.type, weight) for w, weight in weights.items()}
         values |= {arg: Value(args.get(arg)) for arg in block.args}
         values |= {w: Value(None) for w in block.weights if w not in weights}
-        body = BodyLinker(around, values, is_block=True)
-        linked = [body.link(place) for place in block.body]
-        statements = tuple(s for s in linked if isinstance(s, OpCall | Attend))
+        body = BodyLinker(around, values, is_block=True, index=Index(INDEX, "layer"))
+        linked = body.link_all(block.body)
+        statements = tuple(statement for statement in linked if statement is not None)
         results = self._results(name, block, body)
         if None not in linked:
             check_used(self.sink, name, block.weights, weights, body)
@@ -69,7 +71,7 @@ class BlockLinker:
             result_types=tuple(value.type for value in results if value.type is not None),
             partial=tuple(value.is_partial for value in results),
             weights=tuple(weights.values()),
-            lines=tuple(place.value for place in block.body),
+            lines=tuple(_source_lines(block.body)),
         )
 
     def _args(self, block: FlatBlock, config: Mapping[str, ConfigName]) -> dict[str, ValueType]:
@@ -100,7 +102,7 @@ class BlockLinker:
             found.append(value)
         partial = {n for n, value in body.values.items() if value.is_partial and n not in body.handed_on}
         partial -= {place.value for place in block.returns}
-        for place in block.body:
+        for place in plain_lines(block.body):
             target = place.value.partition("=")[0].strip()
             if target in partial:
                 message = f"'{target}' is a rank's part of a sum and is never summed"
@@ -125,3 +127,14 @@ class BlockLinker:
             self.sink.error("SAGE229", message, block.op_type.span(), "map every phase, or give one name")
             return {}
         return {phase: by_phase[phase] for phase in wanted}
+
+
+def _source_lines(body: Iterable[FlatLine]) -> Iterator[str]:
+    """The statements as the layout writes them; those of a branch are indented below its condition."""
+    for item in body:
+        if isinstance(item, Placed):
+            yield item.value
+            continue
+        for branch in item.branches:
+            yield f"when {branch.when.value}:" if branch.when is not None else "otherwise:"
+            yield from (f"    {line}" for line in _source_lines(branch.body))

@@ -3,7 +3,7 @@
 Every piece keeps the file and the path it came from, so that later findings point to the right one of the two files.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +14,7 @@ from sageLLM.codegen.schema.models import (
     AlibiSection,
     BlockSpec,
     CacheSection,
+    ChooseSpec,
     ConfigField,
     ModelFile,
     PatchSpec,
@@ -54,8 +55,27 @@ class FlatBlock:
     hf: Placed[str] | None = None
     weights: dict[str, Placed[WeightSpec]] = field(default_factory=dict)
     args: dict[str, Placed[str]] = field(default_factory=dict)
-    body: list[Placed[str]] = field(default_factory=list)
+    body: "list[FlatLine]" = field(default_factory=list)
     returns: list[Placed[str]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class FlatBranch:
+    """One way of a `choose`."""
+
+    when: Placed[str] | None
+    body: "list[FlatLine]"
+
+
+@dataclass(slots=True)
+class FlatChoose:
+    """Statements that depend on the config or the layer."""
+
+    place: Placed[ChooseSpec]
+    branches: list[FlatBranch]
+
+
+FlatLine = Placed[str] | FlatChoose
 
 
 @dataclass(slots=True)
@@ -63,7 +83,31 @@ class FlatRepeat:
     """The loop of a program."""
 
     place: Placed[RepeatSpec]
-    body: list[Placed[str]]
+    body: list[FlatLine]
+
+
+def plain_lines(items: "Iterable[FlatLine | FlatRepeat]") -> Iterator[Placed[str]]:
+    """The statements of a body, those of loops and of all branches included."""
+    for item in items:
+        if isinstance(item, Placed):
+            yield item
+        for body in _inner_bodies(item):
+            yield from plain_lines(body)
+
+
+def conditions(items: "Iterable[FlatLine | FlatRepeat]") -> Iterator[Placed[str]]:
+    """The conditions of all branches of a body."""
+    for item in items:
+        if isinstance(item, FlatChoose):
+            yield from (branch.when for branch in item.branches if branch.when is not None)
+        for body in _inner_bodies(item):
+            yield from conditions(body)
+
+
+def _inner_bodies(item: "FlatLine | FlatRepeat") -> "list[list[FlatLine]]":
+    if isinstance(item, FlatChoose):
+        return [branch.body for branch in item.branches]
+    return [item.body] if isinstance(item, FlatRepeat) else []
 
 
 @dataclass(slots=True)
@@ -80,7 +124,7 @@ class FlatModel:
     divides: list[Placed[str]] = field(default_factory=list)
     weights: dict[str, Placed[WeightSpec]] = field(default_factory=dict)
     blocks: dict[str, FlatBlock] = field(default_factory=dict)
-    program: list[Placed[str] | FlatRepeat] = field(default_factory=list)
+    program: list[FlatLine | FlatRepeat] = field(default_factory=list)
     returns: list[Placed[str]] = field(default_factory=list)
     hidden: Placed[str] | None = None
     phases: dict[str, Placed[str]] = field(default_factory=dict)
@@ -120,13 +164,47 @@ def flatten(entry: Entry[ModelFile], models: Mapping[str, Entry[ModelFile]], sin
         return None
     flat = FlatModel(entry, base)
     _merge(flat, base, sink)
+    _drop(flat, entry, sink)
     _merge(flat, entry, sink)
     return flat
+
+
+def _drop(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
+    """Takes away what the layout says that it does without."""
+    spec = entry.spec.drop
+    if spec is None:
+        return
+    for section, names, table in (("config", spec.config, flat.config), ("weights", spec.weights, flat.weights)):
+        _drop_names(table, Placed(names, entry, ("drop", section)), sink)
+    for block, content in spec.blocks.items():
+        place = Placed(content.weights, entry, ("drop", "blocks", block, "weights"))
+        if block in flat.blocks:
+            _drop_names(flat.blocks[block].weights, place, sink)
+        else:
+            help = did_you_mean(block, flat.blocks)
+            sink.error("SAGE209", f"no block '{block}' is inherited", entry.key_span("drop", "blocks", block), help)
+    for i, text in enumerate(spec.checks):
+        found = [place for place in flat.checks if _words(place.value) == _words(text)]
+        if not found:
+            inherited = "; ".join(place.value for place in flat.checks)
+            help = f"the checks are: {inherited}"
+            sink.error("SAGE209", f"no check '{text}' is inherited", entry.span("drop", "checks", i), help)
+        flat.checks = [place for place in flat.checks if place not in found]
+
+
+def _drop_names(table: dict[str, Any], names: Placed[list[str]], sink: Sink) -> None:
+    for i, name in enumerate(names.value):
+        if table.pop(name, None) is None:
+            sink.error("SAGE209", f"no '{name}' is inherited", names.span(i), did_you_mean(name, table))
 
 
 def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     """Lets a file's own words join (mappings, checks, ignored names) or replace (the rest) what is there."""
     spec = entry.spec
+    if flat.base is None and spec.drop is not None:
+        sink.error(
+            "SAGE209", "`drop` without `extends`", entry.key_span("drop"), "a layout of its own has nothing to drop"
+        )
     _place_all(flat.config, spec.config, entry, ("config",))
     _place_all(flat.weights, spec.weights, entry, ("weights",))
     flat.checks += _placed_list(spec.checks, entry, ("checks",))
@@ -143,8 +221,12 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     if spec.tp is not None:
         flat.divides = _placed_list(spec.tp.divides, entry, ("tp", "divides"))
     if spec.program is not None:
-        flat.program = [_statement(item, entry, ("program", i)) for i, item in enumerate(spec.program)]
-    if spec.program is not None:
+        flat.program = [
+            FlatRepeat(Placed(item, entry, ("program", i)), _lines(item.do, entry, ("program", i, "do")))
+            if isinstance(item, RepeatSpec)
+            else _line(item, entry, ("program", i))
+            for i, item in enumerate(spec.program)
+        ]
         flat.hidden = None  # it names a value of the program that is replaced
     if spec.hidden is not None:
         flat.hidden = Placed(spec.hidden, entry, ("hidden",))
@@ -152,7 +234,8 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
         flat.returns = _placed_list(spec.returns, entry, ("returns",))
     for name, block in spec.blocks.items():
         _merge_block(flat, name, Placed(block, entry, ("blocks", name)), sink)
-    _patch_program(flat, _placed_list(spec.patch, entry, ("patch",)), sink)
+    for patch in _placed_list(spec.patch, entry, ("patch",)):
+        _apply(patch, flat.program, sink)
 
 
 def _merge_block(flat: FlatModel, name: str, place: Placed[BlockSpec], sink: Sink) -> None:
@@ -170,31 +253,19 @@ def _merge_block(flat: FlatModel, name: str, place: Placed[BlockSpec], sink: Sin
     if spec.args is not None:
         block.args = {arg: Placed(type_, entry, (*path, "args", arg)) for arg, type_ in spec.args.items()}
     if spec.body is not None:
-        block.body = _placed_list(spec.body, entry, (*path, "body"))
+        block.body = _lines(spec.body, entry, (*path, "body"))
     if spec.returns is not None:
         block.returns = _placed_list(spec.returns, entry, (*path, "returns"))
     for patch in _placed_list(spec.patch, entry, (*path, "patch")):
-        _apply(patch, [block.body], sink)
+        _apply(patch, block.body, sink)
 
 
-def _patch_program(flat: FlatModel, patches: Iterable[Placed[PatchSpec]], sink: Sink) -> None:
-    for patch in patches:
-        top = [item for item in flat.program if isinstance(item, Placed)]
-        inner = [item.body for item in flat.program if isinstance(item, FlatRepeat)]
-        if not _matches(patch, top):
-            _apply(patch, inner, sink, also=top)
-            continue
-        lists: list[list[Any]] = [flat.program, *inner]
-        _apply(patch, lists, sink)
-
-
-def _apply(patch: Placed[PatchSpec], lists: Sequence[list[Any]], sink: Sink, also: Sequence[Placed[str]] = ()) -> None:
+def _apply(patch: Placed[PatchSpec], body: list[Any], sink: Sink) -> None:
     """Edits the one statement that begins with the anchor, or reports that there is not exactly one."""
-    found = [(items, item) for items in lists for item in _matches(patch, items)]
+    found = [(items, item) for items in _bodies(body) for item in _matches(patch, items)]
     kind, anchor = _anchor(patch.value)
     if len(found) != 1:
-        lines = [item.value for items in (*lists, also) for item in items if isinstance(item, Placed)]
-        candidates = [item.value for _, item in found] or lines
+        candidates = [item.value for _, item in found] or [item.value for item in plain_lines(body)]
         count = f"{len(found)} statements begin" if found else "no statement begins"
         help = ("make it longer; it matches: " if found else "the statements are: ") + "; ".join(candidates)
         sink.error("SAGE202", f"{count} with '{anchor}'", patch.span(kind), help)
@@ -202,9 +273,17 @@ def _apply(patch: Placed[PatchSpec], lists: Sequence[list[Any]], sink: Sink, als
     items, item = found[0]
     at = items.index(item)
     key, added = ("with", patch.value.with_) if kind == "replace" else ("add", patch.value.add)
-    new = _placed_list(added or [], patch.entry, (*patch.path, key))
+    new = _lines(added or [], patch.entry, (*patch.path, key))
     start, stop = {"before": (at, at), "after": (at + 1, at + 1), "replace": (at, at + 1)}[kind]
     items[start:stop] = new
+
+
+def _bodies(body: list[Any]) -> Iterator[list[Any]]:
+    """The list of statements, and those inside of its loops and branches."""
+    yield body
+    for item in body:
+        for inner in _inner_bodies(item):
+            yield from _bodies(inner)
 
 
 def _matches(patch: Placed[PatchSpec], items: Iterable[Any]) -> list[Placed[str]]:
@@ -221,10 +300,19 @@ def _words(text: str) -> str:
     return " ".join(text.split())
 
 
-def _statement(item: str | RepeatSpec, entry: Entry[ModelFile], path: YamlPath) -> Placed[str] | FlatRepeat:
+def _lines(items: Iterable[str | ChooseSpec], entry: Entry[ModelFile], path: YamlPath) -> list[FlatLine]:
+    return [_line(item, entry, (*path, i)) for i, item in enumerate(items)]
+
+
+def _line(item: str | ChooseSpec, entry: Entry[ModelFile], path: YamlPath) -> FlatLine:
     if isinstance(item, str):
         return Placed(item, entry, path)
-    return FlatRepeat(Placed(item, entry, path), _placed_list(item.do, entry, (*path, "do")))
+    branches: list[FlatBranch] = []
+    for i, branch in enumerate(item.choose):
+        here = (*path, "choose", i)
+        when = Placed(branch.when, entry, (*here, "when")) if branch.when is not None else None
+        branches.append(FlatBranch(when, _lines(branch.do, entry, (*here, "do"))))
+    return FlatChoose(Placed(item, entry, path), branches)
 
 
 def _place_all(table: dict[str, Placed[T]], items: Mapping[str, T], entry: Entry[ModelFile], path: YamlPath) -> None:

@@ -17,15 +17,14 @@ from sageLLM.codegen.link.weights import WeightLinker, link_weights
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.layout import (
     PHASES,
-    BlockCall,
     BlockDef,
     Check,
     ConfigName,
     ModelDef,
-    OpCall,
     Phase,
     Repeat,
     Results,
+    Statement,
     WeightDef,
 )
 from sageLLM.codegen.model.op import OpDef
@@ -116,7 +115,7 @@ class ModelLinker:
         divides: tuple[str, ...],
         own: Mapping[str, WeightDef],
         blocks: Mapping[str, BlockDef | None],
-        program: list[OpCall | BlockCall | Repeat],
+        program: list[Statement | Repeat],
         results: Results,
         phases: tuple[Phase, ...],
     ) -> ModelDef:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from sageLLM.codegen.link.config import REQUIRED_NAMES
-from sageLLM.codegen.link.flatten import FlatModel, FlatRepeat, Placed
+from sageLLM.codegen.link.flatten import FlatLine, FlatModel, FlatRepeat, conditions, plain_lines
 from sageLLM.codegen.link.sizes import size_texts
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.schema.models import ConfigField, WeightSpec
@@ -25,9 +25,10 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
     texts += [str(flat.alibi.value.max_bias)] if flat.alibi else []
     texts += [text for place in flat.config.values() for text in _default_of(place.value)]
     texts += [text for weight in _all_weights(flat) for text in _conditions_of(weight)]
-    bodies = [block.body for block in flat.blocks.values()]
-    bodies += [[item] if isinstance(item, Placed) else item.body for item in flat.program]
-    texts += [_ATTR_NAME.sub("", place.value) for body in bodies for place in body]
+    bodies: list[list[FlatLine | FlatRepeat]] = [[*block.body] for block in flat.blocks.values()]
+    for body in (*bodies, flat.program):
+        texts += [_ATTR_NAME.sub("", place.value) for place in plain_lines(body)]
+        texts += [place.value for place in conditions(body)]
     for entry in passes:
         texts += [str(count) for count in entry.spec.expect.values()]
     return _names_in(texts)

@@ -1,14 +1,16 @@
 """Links the program of a layout: its statements in order, the loop over the layers, and what is carried through it."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.link.conditions import Index
 from sageLLM.codegen.link.flatten import FlatModel, FlatRepeat, Placed
 from sageLLM.codegen.link.results import ResultLinker
 from sageLLM.codegen.link.scope import Surroundings, Value, is_value_name
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
-from sageLLM.codegen.model.layout import Attend, BlockCall, OpCall, Repeat, Results, WeightDef
+from sageLLM.codegen.model.layout import BlockCall, Choose, Repeat, Results, Statement, WeightDef
 from sageLLM.codegen.schema.models import RepeatSpec
 
 
@@ -19,9 +21,7 @@ class ProgramLinker:
     flat: FlatModel
     sink: Sink
 
-    def link(
-        self, own: Mapping[str, WeightDef], around: Surroundings
-    ) -> tuple[list[OpCall | BlockCall | Repeat], Results]:
+    def link(self, own: Mapping[str, WeightDef], around: Surroundings) -> tuple[list[Statement | Repeat], Results]:
         """The statements, and which of the results embeddings are made of."""
         if not self.flat.program or not self.flat.returns:
             section = "program" if not self.flat.program else "returns"
@@ -32,12 +32,16 @@ class ProgramLinker:
         values |= {name: Value(weight.type, weight) for name, weight in own.items() if not weight.is_per_layer}
         body = BodyLinker(around, values, is_block=False)
         per_layer = {name: weight for name, weight in own.items() if weight.is_per_layer}
-        program: list[OpCall | BlockCall | Repeat] = []
+        program: list[Statement | Repeat] = []
         has_failed = False
         for item in self.flat.program:
-            linked = self._repeat(item, body, per_layer, own) if isinstance(item, FlatRepeat) else body.link(item)
+            linked: Statement | Repeat | None
+            if isinstance(item, FlatRepeat):
+                linked = self._repeat(item, body, per_layer, own)
+            else:
+                (linked,) = body.link_all([item])
             has_failed = has_failed or linked is None
-            if linked is not None and not isinstance(linked, Attend):
+            if linked is not None:
                 program.append(linked)
         results = ResultLinker(self.flat, body, self.sink).link()
         if not has_failed:
@@ -60,7 +64,9 @@ class ProgramLinker:
                 self.sink.error("SAGE227", f"'{name}' has no value before the loop", place.span("carry", i), help)
         body.values |= {name: Value(weight.type, weight) for name, weight in per_layer.items()}
         count = len(body.assigned)
-        linked = [body.link(statement) for statement in item.body]
+        body.index = Index(spec.index, spec.index)
+        linked = body.link_all(item.body)
+        body.index = None
         changed = body.assigned[count:]
         for i, name in enumerate(spec.carry):
             self._check_closes(name, before, body, place, i)
@@ -70,24 +76,40 @@ class ProgramLinker:
                     "SAGE227", f"'{name}' changes in the loop but is not carried", place.span("carry"), "carry it"
                 )
         body.values = before | {name: body.values[name] for name in spec.carry if name in body.values}
-        calls = tuple(s for s in linked if isinstance(s, OpCall | BlockCall))
+        calls = tuple(statement for statement in linked if statement is not None)
         self._check_called_once(calls, item)
         if None in linked:
             return None
         return Repeat(spec.repeat, spec.index, tuple(spec.carry), calls)
 
-    def _check_called_once(self, calls: Iterable[OpCall | BlockCall], item: FlatRepeat) -> None:
-        names = [call.block for call in calls if isinstance(call, BlockCall)]
-        for name in dict.fromkeys(names):
-            if names.count(name) > 1:
-                message = f"block '{name}' is called {names.count(name)} times in a layer"
+    def _check_called_once(self, calls: Iterable[Statement], item: FlatRepeat) -> None:
+        for name, count in _calls(calls).items():
+            if count > 1:
+                message = f"block '{name}' is called {count} times in a layer"
                 self.sink.error("SAGE232", message, item.place.span("do"), "give the second call a block of its own")
 
     def _check_closes(
         self, name: str, before: Mapping[str, Value], body: BodyLinker, place: Placed[RepeatSpec], i: int
     ) -> None:
         first, last = before.get(name), body.values.get(name)
+        if name in body.hidden:
+            message = f"'{name}' has no value after a turn: {body.hidden[name]}"
+            self.sink.error("SAGE227", message, place.span("carry", i), "let every branch give it")
         if first is None or last is None or first.type is None or last.type is None or first.type == last.type:
             return
         message = f"'{name}' is {first.type} before the loop and {last.type} after a turn"
         self.sink.error("SAGE227", message, place.span("carry", i), "a carried value keeps its type")
+
+
+def _calls(body: Iterable[Statement]) -> Counter[str]:
+    """How often each block is called on the way that calls it most; a layer goes one way through a `choose`."""
+    counts: Counter[str] = Counter()
+    for statement in body:
+        if isinstance(statement, BlockCall):
+            counts[statement.block] += 1
+        elif isinstance(statement, Choose):
+            most: Counter[str] = Counter()
+            for branch in statement.branches:
+                most |= _calls(branch.body)
+            counts += most
+    return counts

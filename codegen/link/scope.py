@@ -10,21 +10,26 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType
-from sageLLM.codegen.link.config import compile_expression, render, type_of
+from sageLLM.codegen.link.conditions import Index, expression_text, link_condition
+from sageLLM.codegen.link.expressions import Names, compile_expression, kind_of
+from sageLLM.codegen.link.flatten import Placed
 from sageLLM.codegen.link.operands import Match
 from sageLLM.codegen.link.sizes import link_size
-from sageLLM.codegen.model.layout import BlockDef, ConfigName, InputDef, Phase, WeightDef
+from sageLLM.codegen.model.layout import BlockDef, Condition, ConfigName, InputDef, Phase, WeightDef
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 
 _VALUE = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _RESERVED = frozenset(
     {
         *("g", "c", "stage", "layer", "block", "kc", "vc", "ops", "own_ops", "dims", "true", "false"),
-        *("range", "tuple", "num_rows", "call_block"),
+        *("range", "tuple", "num_rows", "call_block", "math", "computed", "min", "max", "abs", "any", "null"),
     }
 )
 FUNCTIONS = frozenset(
-    {"models", "program", "weights", "cache", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"}
+    {
+        *("models", "program", "weights", "cache", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"),
+        *("math", "computed"),
+    }
 )
 """Names of a generated module; layouts and blocks cannot take them."""
 _SECTION_OF = {name: f"a `rope` section gives {name}" for name in ("cos", "sin")} | {
@@ -66,14 +71,19 @@ class Surroundings:
 
 @dataclass(slots=True)
 class Scope:
-    """The values that are known at one place of a body; `values` grows with the results of its statements."""
+    """The values that are known at one place of a body; `values` grows with the results of its statements.
+
+    `hidden` names what only some branches of a `choose` gave, with the reason why it cannot be used.
+    """
 
     around: Surroundings
     values: dict[str, Value]
     is_block: bool
+    index: Index | None = None
     used_weights: set[tuple[str | None, str]] = field(default_factory=set)
     assigned: list[str] = field(default_factory=list)
     handed_on: set[str] = field(default_factory=set)  # parts of sums that went into other parts
+    hidden: dict[str, str] = field(default_factory=dict)
 
     def operands(self, text: Text, call: ast.Call, op: OpDef) -> list[tuple[ast.expr, Operand]]:
         needed = [operand for operand in op.inputs if not operand.optional]
@@ -90,8 +100,8 @@ class Scope:
             )
         value = self.value(text, node, may_be_part=may_be_part)
         if value.is_optional and not operand.optional:
-            assert value.weight is not None, "only weights are optional"
-            message = f"'{node.id}' is absent unless {value.weight.when}, but '{operand.name}' needs a value"
+            assert value.weight is not None and value.weight.when is not None, "only weights with `when` are optional"
+            message = f"'{node.id}' is absent unless {value.weight.when.source}, but '{operand.name}' needs a value"
             raise text.refuse("SAGE226", message, node, "give it to an optional operand, or drop its `when`")
         return node.id
 
@@ -104,7 +114,8 @@ class Scope:
                 found = Value(given.type)
         if found is None:
             known = [*self.values, *(name for name, given in self.around.inputs.items() if not given.is_per_layer)]
-            help = _SECTION_OF.get(node.id.partition("_")[0]) or did_you_mean(node.id, known)
+            section = _SECTION_OF.get(node.id.partition("_")[0])
+            help = self.hidden.get(node.id) or section or did_you_mean(node.id, known)
             raise text.refuse("SAGE223", f"'{node.id}' is not defined here", node, help)
         if found.is_partial and not may_be_part:
             raise text.refuse("SAGE241", *part_words(node))
@@ -122,24 +133,40 @@ class Scope:
             if attr is None:
                 help = did_you_mean(given.arg or "", [*(known.name for known in op.attrs), *operands])
                 raise text.refuse("SAGE225", f"{op.name} has no attr '{given.arg}'", given, help)
-            self._check_attr(text, given.value, attr)
-            attrs.append((attr.name, render(given.value, lambda name: f"c.{name}")))
+            attrs.append((attr.name, self._attr(text, given.value, attr)))
         missing = [attr.name for attr in op.attrs if attr.is_required and attr.name not in dict(attrs)]
         if missing:
             raise text.refuse("SAGE225", f"{op.name} needs the attr '{missing[0]}'", call, f"write {missing[0]}=...")
         return attrs
 
-    def _check_attr(self, text: Text, node: ast.expr, attr: Attr) -> None:
-        start, end = text.offsets(node)
-        compile_expression(text.part(start, end), self.around.config)
-        found = type_of(node, self.around.config)
-        if found not in _FITS[attr.type]:
-            raise text.refuse("SAGE225", f"'{attr.name}' wants {attr.type}, '{ast.unparse(node)}' is {found}", node)
-        names = [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)]
-        nullable = [name for name in names if name in self.around.config and self.around.config[name].is_optional]
-        if nullable and not (attr.optional and isinstance(node, ast.Name)):
-            message = f"'{nullable[0]}' may be null, but '{attr.name}' needs a value"
-            raise text.refuse("SAGE225", message, node, f"give '{nullable[0]}' a default that is not null")
+    def _attr(self, text: Text, given: ast.expr, attr: Attr) -> str:
+        """An attr as Python text, after its type was compared with the declared one."""
+        part = text.part(*text.offsets(given))
+        node = compile_expression(part, self.names)
+        kind, shown = kind_of(node, part, self.names), ast.unparse(node)
+        if kind.type not in ("null", *_FITS[attr.type]):
+            raise text.refuse("SAGE225", f"'{attr.name}' wants {attr.type}, '{shown}' is {kind.type}", given)
+        if kind.is_optional and not attr.optional:
+            help = "give a value" if kind.type == "null" else f"write `{shown} if {shown} is not null else ...`"
+            help = (
+                f"give '{shown}' a default that is not null"
+                if isinstance(node, ast.Name) and kind.type != "null"
+                else help
+            )
+            raise text.refuse("SAGE225", f"'{shown}' may be null, but '{attr.name}' needs a value", given, help)
+        return self.python(node, part)
+
+    @property
+    def names(self) -> Names:
+        return Names(self.around.config, self.index.name if self.index else None)
+
+    def python(self, node: ast.expr, text: Text) -> str:
+        """An expression as the generated function writes it; arithmetic that may fail says what failed."""
+        return expression_text(node, text.value, self.around.config, self.index)
+
+    def condition(self, place: Placed[str]) -> Condition:
+        """The condition of a branch; raises Refused."""
+        return link_condition(place.text(place.value, self.around.sink), self.around.config, self.index)
 
     def dim_attrs(self, text: Text, op: OpDef, call: ast.Call) -> dict[str, Size]:
         """The dims that the call gives."""
@@ -191,6 +218,7 @@ class Scope:
             self.assign(target.id, Value(type_, is_partial=is_partial))
 
     def assign(self, name: str, value: Value) -> None:
+        self.hidden.pop(name, None)
         self.values[name] = value
         self.assigned.append(name)
 

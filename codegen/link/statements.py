@@ -1,16 +1,19 @@
 """Links the statements of a layout: each is a call of an op, of a block, or of the form `attend`, with typed values."""
 
+from __future__ import annotations
+
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.link.attend import link_attend
-from sageLLM.codegen.link.flatten import Placed
+from sageLLM.codegen.link.expressions import FORMS
+from sageLLM.codegen.link.flatten import FlatBranch, FlatChoose, FlatLine, Placed
 from sageLLM.codegen.link.scope import Scope, Value, count_words, is_value_name
 from sageLLM.codegen.link.sharding import with_reduction
-from sageLLM.codegen.model.layout import BlockCall, OpCall, Statement, WeightDef
+from sageLLM.codegen.model.layout import BlockCall, Branch, Choose, OpCall, Statement, WeightDef
 from sageLLM.codegen.model.op import OpDef, Operand
 from sageLLM.codegen.schema.models import WeightSpec
 
@@ -32,9 +35,49 @@ class BodyLinker(Scope):
             return None
         return statement
 
+    def link_all(self, items: Iterable[FlatLine]) -> list[Statement | None]:
+        """All statements in order, None for those with findings."""
+        return [self._choose(item) if isinstance(item, FlatChoose) else self.link(item) for item in items]
+
+    def _choose(self, item: FlatChoose) -> Choose | None:
+        """Links each branch on the values from before; what comes out of all of them is known afterwards."""
+        branches: list[Branch | None] = []
+        ends: list[BodyLinker] = []
+        for flat in item.branches:
+            inner = BodyLinker(self.around, dict(self.values), self.is_block, self.index, self.used_weights)
+            inner.hidden = dict(self.hidden)
+            branches.append(self._branch(flat, inner))
+            ends.append(inner)
+        self._join(ends, has_all=item.branches[-1].when is None)
+        found = tuple(branch for branch in branches if branch is not None)
+        return Choose(found) if len(found) == len(branches) else None
+
+    def _branch(self, flat: FlatBranch, inner: BodyLinker) -> Branch | None:
+        statements = inner.link_all(flat.body)
+        try:
+            when = self.condition(flat.when) if flat.when is not None else None
+        except Refused:
+            return None
+        linked = tuple(statement for statement in statements if statement is not None)
+        return Branch(when, linked) if len(linked) == len(statements) else None
+
+    def _join(self, ends: list[BodyLinker], *, has_all: bool) -> None:
+        for name in dict.fromkeys(name for end in ends for name in end.assigned):
+            values = [end.values.get(name) for end in ends] + ([] if has_all else [self.values.get(name)])
+            found = [value for value in values if value is not None]
+            reason = (
+                _why_hidden(found) if len(found) == len(values) else f"not every branch of the choose gives '{name}'"
+            )
+            if reason is None:
+                first = next((value for value in found if value.type is None), found[0])
+                self.assign(name, Value(first.type, is_partial=first.is_partial))
+            else:
+                self.values.pop(name, None)
+                self.hidden[name] = reason
+
     def _parse(self, text: Text) -> tuple[list[ast.Name], ast.Call]:
         nodes = parse_statements(text)
-        check_grammar(text, nodes[0])
+        check_grammar(text, nodes[0], FORMS)
         targets: list[ast.Name] = []
         call: ast.Call | None = None
         match nodes:
@@ -121,6 +164,16 @@ class BodyLinker(Scope):
         names = tuple(target.id for target in targets)
         reduced = tuple(name for name, is_partial in zip(names, block.partial, strict=True) if is_partial)
         return BlockCall(names, name, tuple(args), block.result_types, reduced)
+
+
+def _why_hidden(values: list[Value]) -> str | None:
+    """Why what the branches give is not one value, or None."""
+    types = list(dict.fromkeys(str(value.type) for value in values if value.type is not None))
+    if len(types) > 1:
+        return f"the branches of the choose give {' and '.join(types)}"
+    if len({value.is_partial for value in values}) > 1 and all(value.type is not None for value in values):
+        return "it is a rank's part of a sum in some branches of the choose only"
+    return None
 
 
 def check_value_names(sink: Sink, places: Mapping[str, Placed[str] | Placed[WeightSpec]]) -> None:

@@ -3,17 +3,18 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused
+from sageLLM.codegen.link.conditions import Index, link_condition
+from sageLLM.codegen.link.config import INDEX
 from sageLLM.codegen.link.covers import check_covers
 from sageLLM.codegen.link.flatten import FlatBlock, Placed
 from sageLLM.codegen.link.segments import derived_segments
 from sageLLM.codegen.link.sizes import SizeReader
 from sageLLM.codegen.link.sources import SourceLinker
-from sageLLM.codegen.model.layout import ConfigName, ShardDef, WeightDef
+from sageLLM.codegen.model.layout import Condition, ConfigName, ShardDef, WeightDef
 from sageLLM.codegen.schema.models import ShardSpec, WeightSpec
 
 _TENSOR = re.compile(r"(?:[A-Za-z0-9_.-]|\{i\}|\{e\})+\Z")
@@ -39,7 +40,7 @@ class WeightLinker:
             return None
         if weight is None:
             return None
-        weight = replace(weight, shard=self._shard(place, weight), when=self.condition(place, "when"))
+        weight = replace(weight, shard=self._shard(place, weight), when=self.condition(place, place.value.when, "when"))
         return weight if len(self.sink.diagnostics) == before else None
 
     def _source(
@@ -62,19 +63,14 @@ class WeightLinker:
             return None
         return replace(weight, is_per_layer=True in per_layer)
 
-    def condition(self, place: Placed[Any], *path: str) -> str | None:
-        name: Any = place.value
-        for step in path:
-            name = getattr(name, step)
-        if name is None:
+    def condition(self, place: Placed[WeightSpec], text: str | None, *path: str) -> Condition | None:
+        """The condition under which a weight is there (or tied): on the config, and on the layer if it has one."""
+        if text is None:
             return None
-        if name not in self.config or self.config[name].type != "bool":
-            flags = [flag for flag, found in self.config.items() if found.type == "bool"]
-            self.sink.error(
-                "SAGE214", f"'{name}' is not a boolean config name", place.span(*path), did_you_mean(name, flags)
-            )
+        try:
+            return link_condition(place.text(text, self.sink, *path), self.config, Index(INDEX, INDEX))
+        except Refused:
             return None
-        return str(name)
 
     def _shard(self, place: Placed[WeightSpec], weight: WeightDef) -> ShardDef | None:
         spec, span = place.value.tp, place.span("tp") if place.value.tp else place.key_span()
@@ -135,7 +131,7 @@ def link_weights(linker: WeightLinker, weights: Mapping[str, Placed[WeightSpec]]
         tied = place.value.tied
         if tied is None or name not in linked:
             continue
-        when = linker.condition(place, "tied", "when") if tied.when is not None else None
+        when = linker.condition(place, tied.when, "tied", "when")
         linked[name] = replace(linked[name], tied_when=when)
         owner = linked.get(tied.to)
         if owner is None and tied.to not in weights:

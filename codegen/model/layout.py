@@ -1,6 +1,6 @@
 """What a model means after linking: names with types, weights with their sources, statements bound to ops."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,11 +14,16 @@ from sageLLM.codegen.schema.models import ModelFile, Scalar
 Phase = Literal["prefill", "decode", "hybrid"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "hybrid")
 ConfigType = Literal["size", "int", "float", "bool", "str"]
+ListKind = Literal["layers", "list"]
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigName:
-    """A name of the config. `default` is Python text over earlier names, or None if the key must be there."""
+    """A name of the config. `default` is Python text over earlier names, or None if the key must be there.
+
+    `items` says that it is a list of `type`: one value per layer (then `default` is that of layer i), or of any length.
+    `formula` is the default as the layout writes it, where computing it may fail.
+    """
 
     name: str
     keys: tuple[str, ...]
@@ -27,10 +32,14 @@ class ConfigName:
     default: str | None
     value: Scalar
     doc: str
+    items: ListKind | None = None
+    formula: str = ""
 
     @property
     def python_type(self) -> str:
         base = "int" if self.type == "size" else self.type
+        if self.items is not None:
+            return f"tuple[{base}, ...]"
         return f"{base} | None" if self.is_optional else base
 
     @property
@@ -41,11 +50,27 @@ class ConfigName:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A condition on the config: Python text over names, the same in words of config.json, and the names in it."""
+    """A condition on the config: Python text over names, the same in words of config.json, and the names in it.
+
+    `formula` is the condition as the layout writes it, where computing it may fail.
+    """
 
     text: str
     words: str
     names: tuple[ConfigName, ...]
+    formula: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A condition on the config and, in a layer, on its number: as the layout writes it, and as Python over `c`.
+
+    `index` is the name that the layer's number has in the Python text, or None if the condition is the same for all.
+    """
+
+    source: str
+    python: str
+    index: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +107,8 @@ class WeightDef:
     parts: tuple[PartDef, ...]
     shard: ShardDef | None = None
     tied_to: str | None = None
-    tied_when: str | None = None
-    when: str | None = None
+    tied_when: Condition | None = None
+    when: Condition | None = None
 
     @property
     def type(self) -> ValueType:
@@ -161,7 +186,32 @@ class BlockCall:
     reduced: tuple[str, ...]
 
 
-Statement = OpCall | Attend | BlockCall
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Statements that stand for themselves where the condition holds; None is otherwise, the last one."""
+
+    when: Condition | None
+    body: "tuple[Statement, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """The first of the branches whose condition holds; decided when the graph is built."""
+
+    branches: tuple[Branch, ...]
+
+
+Statement = OpCall | Attend | BlockCall | Choose
+
+
+def plain_statements(body: "Iterable[Statement]") -> "Iterator[OpCall | Attend | BlockCall]":
+    """The statements of a body, those of all branches included."""
+    for statement in body:
+        if isinstance(statement, Choose):
+            for branch in statement.branches:
+                yield from plain_statements(branch.body)
+        else:
+            yield statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +222,7 @@ class BlockDef:
     summary: str
     op_types: Mapping[Phase, str]
     args: Mapping[str, ValueType]
-    body: tuple[OpCall | Attend, ...]
+    body: tuple[Statement, ...]
     returns: tuple[str, ...]
     result_types: tuple[ValueType, ...]
     partial: tuple[bool, ...]
@@ -181,7 +231,7 @@ class BlockDef:
 
     @property
     def uses_kv(self) -> bool:
-        return any(isinstance(statement, Attend) for statement in self.body)
+        return any(isinstance(statement, Attend) for statement in plain_statements(self.body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +241,7 @@ class Repeat:
     count: str
     index: str
     carry: tuple[str, ...]
-    body: tuple[OpCall | BlockCall, ...]
+    body: tuple[Statement, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +270,7 @@ class ModelDef:
     divides: tuple[str, ...]
     weights: tuple[WeightDef, ...]
     blocks: Mapping[str, BlockDef]
-    program: tuple[OpCall | BlockCall | Repeat, ...]
+    program: tuple[Statement | Repeat, ...]
     returns: tuple[str, ...]
     results: Results
     phases: tuple[Phase, ...]

@@ -1,15 +1,18 @@
 """Shows a linked layout as text: what is left once `extends`, patches and derived facts are worked in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sageLLM.codegen.model.layout import (
     Attend,
     BlockCall,
     BlockDef,
+    Choose,
+    Condition,
     ModelDef,
     OpCall,
     Repeat,
     ShardDef,
+    Statement,
     WeightDef,
 )
 from sageLLM.codegen.model.source import PartDef
@@ -22,10 +25,11 @@ def layout_text(model: ModelDef) -> str:
 
 def _lines(model: ModelDef) -> Iterator[str]:
     yield f"model {model.name}: {', '.join(model.architectures)}"
-    for name in model.config.values():
-        source = " or ".join(name.keys) or "constant"
-        default = f" = {name.default}" if name.default is not None else ""
-        yield f"config {name.name}: {name.type}{'?' if name.is_optional else ''} from {source}{default}"
+    for one in model.config.values():
+        source = " or ".join(one.keys) or "constant"
+        default = f" = {one.default}" if one.default is not None else ""
+        list_ = {"layers": "[L]", "list": "[]", None: ""}[one.items]
+        yield f"config {one.name}: {one.type}{list_}{'?' if one.is_optional else ''} from {source}{default}"
     yield from (f"check {check.text}" for check in model.checks)
     for rope in model.ropes:
         suffix = f" {rope.name}" if rope.name else ""
@@ -42,9 +46,9 @@ def _lines(model: ModelDef) -> Iterator[str]:
     for item in model.program:
         if isinstance(item, Repeat):
             yield f"  for {item.index} < {item.count} carrying {', '.join(item.carry)}"
-            yield from (f"    {_call(call)}" for call in item.body)
+            yield from _body(item.body, "    ")
         else:
-            yield f"  {_call(item)}"
+            yield from _body((item,), "  ")
     yield f"  return {', '.join(model.returns)}"
     for role, value in (("hidden", model.results.hidden), ("pooled", model.results.pooled)):
         yield from [f"{role} {value}"] if value else []
@@ -57,22 +61,34 @@ def _block(block: BlockDef) -> Iterator[str]:
     kinds = ", ".join(f"{phase}={kind}" for phase, kind in block.op_types.items())
     yield f"block {block.name}({args}) {kinds}"
     yield from (f"  {_weight(weight)}" for weight in block.weights)
-    for statement in block.body:
-        if isinstance(statement, Attend):
-            yield f"  {_call(statement.store)}"
-            yield from (f"  {phase}: {_call(call)}" for phase, call in statement.by_phase.items())
-        else:
-            yield f"  {_call(statement)}"
+    yield from _body(block.body, "  ")
     results = zip(block.returns, block.result_types, block.partial, strict=True)
     shown = [f"{name}: {type_}{' partial' if is_partial else ''}" for name, type_, is_partial in results]
     yield f"  return {', '.join(shown)}"
 
 
+def _body(body: Iterable[Statement], indent: str) -> Iterator[str]:
+    for statement in body:
+        if isinstance(statement, Attend):
+            yield f"{indent}{_call(statement.store)}"
+            yield from (f"{indent}{phase}: {_call(call)}" for phase, call in statement.by_phase.items())
+        elif isinstance(statement, Choose):
+            for branch in statement.branches:
+                yield f"{indent}when {branch.when.source}" if branch.when is not None else f"{indent}otherwise"
+                yield from _body(branch.body, f"{indent}  ")
+        else:
+            yield f"{indent}{_call(statement)}"
+
+
+def _when(condition: Condition | None) -> str:
+    return f" when {condition.source}" if condition is not None else ""
+
+
 def _weight(weight: WeightDef) -> str:
     facts = [
         _shard(weight.shard) if weight.shard else "",
-        f"tied to {weight.tied_to} when {weight.tied_when}" if weight.tied_to else "",
-        f"when {weight.when}" if weight.when else "",
+        f"tied to {weight.tied_to}{_when(weight.tied_when)}" if weight.tied_to else "",
+        f"when {weight.when.source}" if weight.when else "",
     ]
     parts = " + ".join(map(_part, weight.parts))
     return "; ".join([f"weight {weight.name}: {weight.type} <- {parts}", *filter(None, facts)])

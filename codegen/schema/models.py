@@ -11,6 +11,15 @@ Scalar = int | float | bool | str | None
 PhaseName = Literal["prefill", "decode", "hybrid"]
 
 
+def _list_or_not(value: Any) -> str:
+    return "list" if isinstance(value, list) else "text"
+
+
+ListOf = Annotated[list[int | float | bool | str], Tag("list")]
+Value = Annotated[Annotated[Scalar, Tag("text")] | ListOf, Discriminator(_list_or_not)]
+ConfigTypeName = Literal[
+    "int", "float", "bool", "str", "int[L]", "float[L]", "bool[L]", "str[L]", "int[]", "float[]", "bool[]", "str[]"
+]  # fmt: skip
 Keys = Annotated[Text | Annotated[list[str], Tag("list")], Discriminator(shape_of)]
 OpTypes = Annotated[Text | Annotated[dict[PhaseName, str], Tag("mapping")], Discriminator(shape_of)]
 
@@ -30,12 +39,12 @@ class ConfigField(Strict):
     hf: Keys | None = Field(
         default=None, description="key of config.json, dotted for nested ones; a list gives fallbacks"
     )
-    default: Scalar = Field(
+    default: Value = Field(
         default=None, description="when the key is absent or null; text is an expression of earlier names"
     )
-    value: Scalar = Field(default=None, description="a constant, for what the family fixes")
-    type: Literal["int", "float", "bool", "str"] | None = Field(
-        default=None, description="inferred from the default; else int"
+    value: Value = Field(default=None, description="what the family fixes: a constant, or text as in `default`")
+    type: ConfigTypeName | None = Field(
+        default=None, description="inferred from the default; else int. `str[L]`: one per layer; `int[]`: any number"
     )
     doc: str | None = None
 
@@ -142,7 +151,32 @@ class WeightSpec(Strict):
     hf: Source
     tp: ShardSpec | None = None
     tied: TiedSpec | None = None
-    when: str | None = Field(default=None, description="a boolean config name: without it the weight is absent")
+    when: str | None = Field(default=None, description="a condition on the config: without it the weight is absent")
+
+
+class BranchSpec(Strict):
+    """One way of a `choose`; without `when` it is taken where no other was, and stands last."""
+
+    when: str | None = Field(default=None, description="a condition on the config and, in a layer, on its index")
+    do: list["Line"] = Field(min_length=1)
+
+
+class ChooseSpec(Strict):
+    """Statements that depend on the config or on the layer: the first branch whose condition holds."""
+
+    choose: list[BranchSpec] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _otherwise_last(self) -> Self:
+        if any(branch.when is None for branch in self.choose[:-1]):
+            raise ValueError("only the last branch of a `choose` may have no `when`")
+        if self.choose[0].when is None:
+            raise ValueError("the first branch of a `choose` needs a `when`")
+        return self
+
+
+Line = Annotated[Text | Annotated[ChooseSpec, Tag("mapping")], Discriminator(shape_of)]
+BranchSpec.model_rebuild()
 
 
 class PatchSpec(Strict):
@@ -151,8 +185,8 @@ class PatchSpec(Strict):
     before: str | None = None
     after: str | None = None
     replace: str | None = None
-    add: list[str] | None = None
-    with_: list[str] | None = Field(default=None, alias="with")
+    add: list[Line] | None = None
+    with_: list[Line] | None = Field(default=None, alias="with")
 
     @model_validator(mode="after")
     def _anchored(self) -> Self:
@@ -172,7 +206,7 @@ class BlockSpec(Strict):
     hf: str | None = Field(default=None, description="prefix of its checkpoint names")
     weights: dict[str, WeightSpec] = Field(default={})
     args: dict[str, str] | None = None
-    body: list[str] | None = Field(default=None, min_length=1)
+    body: list[Line] | None = Field(default=None, min_length=1)
     returns: list[str] | None = Field(default=None, min_length=1)
     patch: list[PatchSpec] = Field(default=[])
 
@@ -183,10 +217,33 @@ class RepeatSpec(Strict):
     repeat: str
     index: str
     carry: list[str] = Field(min_length=1)
-    do: list[str] = Field(min_length=1)
+    do: list[Line] = Field(min_length=1)
 
 
-Statement = Annotated[Text | Annotated[RepeatSpec, Tag("mapping")], Discriminator(shape_of)]
+def _statement_kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return "choose" if "choose" in value else "repeat"
+    return "text"
+
+
+Statement = Annotated[
+    Text | Annotated[RepeatSpec, Tag("repeat")] | Annotated[ChooseSpec, Tag("choose")], Discriminator(_statement_kind)
+]
+
+
+class DropBlock(Strict):
+    """Names of an inherited block that this layout does without."""
+
+    weights: list[str] = Field(min_length=1)
+
+
+class DropSection(Strict):
+    """What of the inherited layout this one does without; each entry must be there."""
+
+    config: list[str] = Field(default=[])
+    checks: list[str] = Field(default=[], description="the text of the check; spaces do not count")
+    weights: list[str] = Field(default=[])
+    blocks: dict[str, DropBlock] = Field(default={})
 
 
 class TpSection(Strict):
@@ -195,10 +252,16 @@ class TpSection(Strict):
     divides: list[str] = Field(default=[])
 
 
+Tiny = Annotated[
+    Annotated[Scalar, Tag("text")] | Annotated[list[Scalar], Tag("list")] | Annotated[dict[str, Any], Tag("mapping")],
+    Discriminator(shape_of),
+]
+
+
 class ModelTests(Strict):
     """`tiny`: an HF config small enough to build, run and snapshot in tests."""
 
-    tiny: dict[str, Scalar | dict[str, Scalar]]
+    tiny: dict[str, Tiny]
 
 
 class ModelFile(Strict):
@@ -208,6 +271,7 @@ class ModelFile(Strict):
     model: str
     summary: str
     extends: str | None = Field(default=None, description="a layout without `extends` that this one starts from")
+    drop: DropSection | None = None
     hf: ArchitecturesSpec
     config: dict[str, ConfigField] = Field(default={})
     checks: list[str] = Field(default=[])

@@ -67,9 +67,9 @@ class BloomConfig(ModelSizes):
         H = hf.size("hidden_size", "n_embed", default=64)
         L = hf.size("n_layer", "num_hidden_layers", default=2)
         Nq = hf.size("n_head", "num_attention_heads", default=8)
-        Nkv = Nq
-        D = H // Nq
-        I = 4 * H
+        Nkv = hf.sized("Nkv", Nq)
+        D = hf.sized("D", H // Nq)
+        I = hf.sized("I", 4 * H)
         V = hf.size("vocab_size", default=250880)
         max_position = hf.size("seq_length", default=2048)
         eps = hf.float("layer_norm_epsilon", default=1e-05)

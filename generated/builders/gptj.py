@@ -69,8 +69,8 @@ class GptjConfig(ModelSizes):
         H = hf.size("n_embd", default=4096)
         L = hf.size("n_layer", default=28)
         Nq = hf.size("n_head", default=16)
-        Nkv = Nq
-        D = H // Nq
+        Nkv = hf.sized("Nkv", Nq)
+        D = hf.sized("D", H // Nq)
         Dr = hf.size("rotary_dim", default=64)
         I = hf.size("n_inner", default=4 * H)
         V = hf.size("vocab_size", default=50400)

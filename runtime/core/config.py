@@ -7,13 +7,15 @@ A null value counts as absent, as checkpoints write it for "use the default". Ke
 from __future__ import annotations
 
 import builtins
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from sageLLM.runtime.core.errors import ConfigError
 
 MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 100_000
 V = TypeVar("V")
 
 
@@ -22,6 +24,9 @@ class _Required:
 
 
 REQUIRED: Final = _Required()
+
+
+_WANTED: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 class HFConfig:
@@ -92,6 +97,64 @@ class HFConfig:
             raise self._error(found[0], "a list", found[1])
         return None if found is None else found[1]
 
+    def has(self, *keys: builtins.str) -> builtins.bool:
+        """Whether one of the keys is there and not null."""
+        return self._find(keys) is not None
+
+    def items(
+        self, key: builtins.str, *fallbacks: builtins.str, kind: type[V], length: builtins.int | None = None
+    ) -> tuple[V, ...]:
+        """A list of values of one type; with `length` one for each layer."""
+        keys = (key, *fallbacks)
+        found = self._find(keys)
+        if found is None:
+            return self._default(keys, REQUIRED, "a list")
+        name, values = found
+        if not isinstance(values, builtins.list):
+            raise self._error(name, "a list", values)
+        if length is not None and len(values) != length:
+            raise ConfigError(f"{self.path}: '{name}' has {len(values)} items, want one for each of {length} layers")
+        return tuple(self._item(name, i, value, kind) for i, value in enumerate(values))
+
+    def _item(self, key: builtins.str, place: builtins.int, value: Any, kind: type[V]) -> V:
+        if kind is builtins.float and isinstance(value, builtins.int) and not isinstance(value, builtins.bool):
+            value = builtins.float(value) if _fits_float(value) else value
+        is_bool = isinstance(value, builtins.bool)
+        if not isinstance(value, kind) or is_bool != (kind is builtins.bool):
+            raise self._error(f"{key}[{place}]", _WANTED[kind], value)
+        return value
+
+    def layers(self, count: builtins.int) -> range:
+        """The numbers of the layers; ConfigError for more than any model has."""
+        if count > MAX_LAYERS:
+            raise ConfigError(f"{self.path}: {count} layers; at most {MAX_LAYERS} are supported")
+        return range(count)
+
+    def per_layer(
+        self, name: builtins.str, text: builtins.str, count: builtins.int, formula: Callable[[builtins.int], V]
+    ) -> tuple[V, ...]:
+        """One value for each layer, computed from the layer's number; `text` is the formula in the layout's words."""
+        return tuple(self.computed(name, text, functools.partial(formula, i)) for i in self.layers(count))
+
+    def one_per_layer(self, name: builtins.str, values: tuple[V, ...], count: builtins.int) -> tuple[V, ...]:
+        """The layout's own list, which must have a value for each layer."""
+        if len(values) != count:
+            raise ConfigError(f"{self.path}: '{name}' has {len(values)} items by default, but there are {count} layers")
+        return values
+
+    def computed(self, name: builtins.str, text: builtins.str, formula: Callable[[], V]) -> V:
+        """A value of config names; ConfigError naming it and its formula where the arithmetic fails."""
+        try:
+            return computed(f"'{name}' = {text}", formula)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+
+    def sized(self, name: builtins.str, value: builtins.int) -> builtins.int:
+        """A computed number of things: at least 1."""
+        if not 1 <= value <= MAX_SIZE:
+            raise ConfigError(f"{self.path}: '{name}' comes to {shown(value)}, want a size of 1 to {MAX_SIZE}")
+        return value
+
     def require(self, holds: builtins.bool, rule: builtins.str, *values: tuple[builtins.str, object]) -> None:
         """Raise ConfigError unless `holds`; `rule` and `values` (key and value) are in words of the config file."""
         if not holds:
@@ -131,6 +194,17 @@ class HFConfig:
         return ConfigError(f"{self.path}: '{key}' wants {wanted}, got {shown(got)}")
 
 
+def computed(what: str, formula: Callable[[], V]) -> V:
+    """The value of a layout's formula; ConfigError if the arithmetic fails or leaves the finite numbers."""
+    try:
+        value = formula()
+    except (ArithmeticError, ValueError, IndexError) as error:
+        raise ConfigError(f"{what} cannot be computed: {error}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{what} is no finite number")
+    return value
+
+
 def _fits_float(value: builtins.int | builtins.float) -> bool:
     try:
         return math.isfinite(value)
@@ -151,4 +225,7 @@ def shown(value: object) -> str:
             return "an object"
         case list():
             return "a list"
+        case tuple():
+            items = ", ".join(shown(item) for item in value[:8])
+            return f"[{items}{', ...' if len(value) > 8 else ''}]"
     return str(value)[:40]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -102,13 +102,19 @@ class Block:
     """A part of a layer that is one node at block level.
 
     `body(g, config, stage, layer, *args)` emits its ops and returns its results. A block with `kv` has no op type for
-    the hybrid stage: there it is a pair of its prefill and its decode node.
+    the hybrid stage: there it is a pair of its prefill and its decode node. `variant(config, layer)` is what the body
+    depends on besides the config: layers of one variant have the same body. Without it all layers have.
     """
 
     name: str
     op_type: Mapping[Stage, OpTypeBase]
     body: Callable[..., tuple[TensorRef, ...]]
     kv: KvNodes | None = None
+    variant: Callable[[Any, int], Hashable] | None = None
+
+    def variant_of(self, config: Any, layer: int) -> Hashable:
+        """Equal for layers whose bodies are the same."""
+        return self.variant(config, layer) if self.variant is not None else None
 
     @property
     def uses_kv(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,7 +195,7 @@ class ExecutionGraphBuilder:
         symbolic = self._symbolic_graph(stage)
         graph = replace(symbolic.bind(**sizes), graph_id=graph_id, model_config=self.model_config)
         annotate(graph, self.hardware, sizes)
-        times: dict[tuple[str, Stage], float] = {}
+        times: dict[tuple[str, Stage, Hashable], float] = {}
         for node in graph.nodes.values():
             self._estimate_block(node, symbolic.model_config, stage, parts, times)
         return graph
@@ -206,7 +206,7 @@ class ExecutionGraphBuilder:
         config: Any,
         stage: Stage,
         parts: Mapping[Stage, Mapping[str, Dim]],
-        times: dict[tuple[str, Stage], float],
+        times: dict[tuple[str, Stage, Hashable], float],
     ) -> None:
         """A block takes the time of its ops. Keys and values that are on the device need no load."""
         if node.op_type is OpType.KV_LOAD and node.metadata.get("tier") == "device":
@@ -214,14 +214,16 @@ class ExecutionGraphBuilder:
         if node.block is None or node.op_type not in self.layout.blocks[node.block].op_type.values():
             return
         phase = _phase_of(node, stage)
-        if (node.block, phase) not in times:
-            times[node.block, phase] = self._body_time(node.block, phase, config, parts[phase])
-        node.estimated_time_us = times[node.block, phase]
+        layer = node.layer_id or 0
+        key = (node.block, phase, self.layout.blocks[node.block].variant_of(config, layer))
+        if key not in times:
+            times[key] = self._body_time(node.block, layer, phase, config, parts[phase])
+        node.estimated_time_us = times[key]
 
-    def _body_time(self, block: str, phase: Stage, config: Any, sizes: Mapping[str, Dim]) -> float:
-        """Microseconds of a block's own ops in one layer; in prefill the store of the KV is a node beside it."""
+    def _body_time(self, block: str, layer: int, phase: Stage, config: Any, sizes: Mapping[str, Dim]) -> float:
+        """Microseconds of a block's own ops in a layer; in prefill the store of the KV is a node beside it."""
         writer = GraphWriter(block, level="kernel", stage=phase, dtype=self.dtype)
-        self.layout.blocks[block].body(writer, config, phase, 0, *self._block_args(block, phase))
+        self.layout.blocks[block].body(writer, config, phase, layer, *self._block_args(block, phase))
         nodes = writer.graph.nodes.values()
         apart = OpType.KV_STORE if phase == "prefill" else None
         return sum(estimate(node, self.hardware, sizes).time_us for node in nodes if node.op_type is not apart)

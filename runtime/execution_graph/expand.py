@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -84,7 +85,7 @@ class _Expansion:
         self.made: dict[str, tuple[str, ...]] = {}  # block-level node -> the first kernel-level nodes made of it
         self.waiting: dict[str, list[ExecutionNode]] = {}  # call -> its nodes so far
         self.sizes = _call_sizes(graph)
-        self.patterns: dict[str, _Pattern] = {}
+        self.patterns: dict[tuple[str, Hashable], _Pattern] = {}
 
     def run(self) -> ExecutionGraph:
         for node in self.source.topological_sort():
@@ -123,10 +124,11 @@ class _Expansion:
         layer = first.layer_id
         assert layer is not None, f"block node {first.node_id} belongs to no layer"
         args = [self._current(ref) for ref in first.inputs if not self._is_cache_value(ref)]
-        pattern = self.patterns.get(block.name)
+        key = (block.name, block.variant_of(self.config, layer))
+        pattern = self.patterns.get(key)
         if pattern is None or pattern.device_id != first.device_id:
             made, results = self._write_body(block, first, layer, args)
-            self.patterns[block.name] = _Pattern.of(layer, args, made, results, self.writer.graph)
+            self.patterns[key] = _Pattern.of(layer, args, made, results, self.writer.graph)
         else:
             made, results = self._repeat(pattern, first, layer, args)
         self._finish_call(members, made)

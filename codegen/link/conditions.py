@@ -1,0 +1,37 @@
+"""Conditions and attrs that are decided when a graph is built, as Python over the config `c` and the layer."""
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sageLLM.codegen.expr.syntax import Text
+from sageLLM.codegen.link.expressions import Names, can_fail, compile_expression, kind_of, python_text, uses
+from sageLLM.codegen.model.layout import Condition, ConfigName
+from sageLLM.codegen.render import lit
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The number of the layer: its name in the layout's text, and in the generated function."""
+
+    name: str
+    python: str
+
+
+def link_condition(text: Text, config: Mapping[str, ConfigName], index: Index | None) -> Condition:
+    """A condition on the config and the layer; raises Refused."""
+    names = Names(config, index.name if index else None)
+    node = compile_expression(text, names)
+    kind = kind_of(node, text, names)
+    if kind.type != "bool":
+        message = f"'{text.value}' is {kind.type}, not a condition"
+        raise text.refuse("SAGE214", message, None, "name a boolean, or compare")
+    is_layers = index is not None and uses(node, index.name)
+    python = expression_text(node, text.value, config, index)
+    return Condition(text.value, python, index.python if index is not None and is_layers else None)
+
+
+def expression_text(node: ast.expr, source: str, config: Mapping[str, ConfigName], index: Index | None) -> str:
+    """An expression as Python over `c`; arithmetic that may fail is computed where a failure can be named."""
+    python = python_text(node, lambda name: index.python if index and name == index.name else f"c.{name}")
+    return f"computed({lit(source)}, lambda: {python})" if can_fail(node, config) else python

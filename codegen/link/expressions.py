@@ -1,0 +1,311 @@
+"""The expressions of a layout over config names: their grammar and types, and the Python text that they become.
+
+Names, numbers, text, `true`, `false`, `null`; `+ - * / // % **`, comparisons, `and`, `or`, `not`, `in`, `is null`;
+`a if c else b`; `name[i]` for lists with one value per layer; a few functions of numbers.
+"""
+
+import ast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from sageLLM.codegen.diagnostics import did_you_mean
+from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
+from sageLLM.codegen.model.layout import ConfigName, ConfigType
+
+CONSTANTS = {"true": "True", "false": "False", "null": "None"}
+FUNCTIONS: dict[str, tuple[int, int, str]] = {
+    "min": (2, 8, "min"),
+    "max": (2, 8, "max"),
+    "abs": (1, 1, "abs"),
+    "sqrt": (1, 1, "math.sqrt"),
+    "log": (1, 1, "math.log"),
+    "floor": (1, 1, "math.floor"),
+    "ceil": (1, 1, "math.ceil"),
+}
+"""Name -> least and most arguments, and the Python function."""
+FORMS = (ast.IfExp, ast.Subscript, ast.List)
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)
+_ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+_NUMBERS = ("int", "float")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What an expression gives: a config type or null, and whether it may be null."""
+
+    type: ConfigType | str
+    is_optional: bool = False
+
+
+NULL = Kind("null", True)
+BOOL, INT, FLOAT = Kind("bool"), Kind("int"), Kind("float")
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What an expression may read: config names, and the loop's index where there is one."""
+
+    config: Mapping[str, ConfigName]
+    index: str | None = None
+
+
+def compile_expression(text: Text, names: Names, given: frozenset[str] = frozenset()) -> ast.expr:
+    """An expression whose names are known and whose types fit; raises Refused for anything else."""
+    node = parse_expression(text, FORMS)
+    kind_of(node, text, names, given)
+    return node
+
+
+def kind_of(node: ast.expr, text: Text, names: Names, given: frozenset[str] = frozenset()) -> Kind:
+    """The type of an expression; `given` are names known not to be null here. Raises Refused where types do not fit."""
+    return _Typing(text, names).kind(node, given)
+
+
+@dataclass(frozen=True, slots=True)
+class _Typing:
+    """Finds the types of one expression's parts."""
+
+    text: Text
+    names: Names
+
+    def kind(self, node: ast.expr, given: frozenset[str]) -> Kind:
+        match node:
+            case ast.Constant(value=bool()):
+                raise self._refuse("write `true` or `false`", node)
+            case ast.Constant(value=int() | float() | str() as value):
+                return Kind(type(value).__name__)
+            case ast.Name(id=name):
+                return self._name(node, name, given)
+            case ast.Subscript():
+                return self._item(node)
+            case ast.Call(func=ast.Name()):
+                return self._call(node, given)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                self._want(operand, given, ("bool",), "a condition")
+                return BOOL
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return self._want(operand, given, _NUMBERS, "a number")
+            case ast.BoolOp():
+                return self._logic(node, given)
+            case ast.Compare():
+                return self._comparison(node, given)
+            case ast.BinOp():
+                return self._arithmetic(node, given)
+            case ast.IfExp():
+                return self._choice(node, given)
+        raise self._refuse("this is not part of config expressions", node, "use names and numbers")
+
+    def _refuse(self, message: str, node: ast.AST, help: str | None = None) -> Refused:
+        return self.text.refuse("SAGE206", message, node, help)
+
+    def _name(self, node: ast.Name, name: str, given: frozenset[str]) -> Kind:
+        if name in CONSTANTS:
+            return NULL if name == "null" else BOOL
+        if name == self.names.index:
+            return INT
+        found = self._config_name(node)
+        if found.items is not None:
+            help = f"write {name}[i]" if found.items == "layers" else f"test `VALUE in {name}`"
+            raise self._refuse(f"'{name}' is a list", node, help)
+        type_ = "int" if found.type == "size" else found.type
+        return Kind(type_, found.is_optional and name not in given)
+
+    def _config_name(self, node: ast.Name) -> ConfigName:
+        if node.id not in self.names.config:
+            known = [*self.names.config, *([self.names.index] if self.names.index else [])]
+            raise self.text.refuse("SAGE205", f"unknown config name '{node.id}'", node, did_you_mean(node.id, known))
+        return self.names.config[node.id]
+
+    def _item(self, node: ast.Subscript) -> Kind:
+        if not isinstance(node.value, ast.Name) or self._config_name(node.value).items != "layers":
+            help = "declare the name with a type such as `int[L]`"
+            raise self._refuse("only a list with one value per layer has items", node, help)
+        match node.slice:
+            case ast.Name(id=name) if name == self.names.index:
+                return Kind(self._config_name(node.value).type)
+            case ast.Constant(value=int() as value) if not isinstance(value, bool):
+                return Kind(self._config_name(node.value).type)
+        where = (
+            f"write `{self.names.index}`, the layer" if self.names.index else "there is no layer here; write a number"
+        )
+        raise self._refuse("an item is that of a layer", node.slice, where)
+
+    def _call(self, node: ast.Call, given: frozenset[str]) -> Kind:
+        assert isinstance(node.func, ast.Name), "matched by the caller"
+        name = node.func.id
+        if name not in FUNCTIONS:
+            raise self._refuse(f"unknown function '{name}'", node.func, did_you_mean(name, FUNCTIONS))
+        least, most, _ = FUNCTIONS[name]
+        if node.keywords or not least <= len(node.args) <= most:
+            raise self._refuse(f"{name} takes {least} number{'s or more' if most > least else ''}", node)
+        kinds = [self._want(argument, given, _NUMBERS, "a number") for argument in node.args]
+        if name in ("sqrt", "log"):
+            return FLOAT
+        return INT if name in ("floor", "ceil") else _wider(kinds)
+
+    def _want(self, node: ast.expr, given: frozenset[str], types: Iterable[str], words: str) -> Kind:
+        kind = self.kind(node, given)
+        if kind.type not in types:
+            raise self._refuse(f"'{ast.unparse(node)}' is {kind.type}, where {words} stands", node)
+        self._refuse_null(node, kind)
+        return kind
+
+    def _refuse_null(self, node: ast.expr, kind: Kind) -> None:
+        if kind.is_optional:
+            shown = ast.unparse(node)
+            raise self._refuse(f"'{shown}' may be null here", node, f"write `... if {shown} is not null else ...`")
+
+    def _logic(self, node: ast.BoolOp, given: frozenset[str]) -> Kind:
+        for value in node.values:
+            self._want(value, given, ("bool",), "a condition")
+            given |= _present(value, isinstance(node.op, ast.And))
+        return BOOL
+
+    def _comparison(self, node: ast.Compare, given: frozenset[str]) -> Kind:
+        left = node.left
+        for operator, right in zip(node.ops, node.comparators, strict=True):
+            match operator:
+                case ast.Is() | ast.IsNot():
+                    if not (isinstance(right, ast.Name) and right.id == "null"):
+                        raise self._refuse("`is` asks for null", right, "compare with == or !=")
+                    self.kind(left, given)
+                case ast.In() | ast.NotIn():
+                    self._membership(left, right, given)
+                case _:
+                    self._comparable(operator, left, right, given)
+            left = right
+        return BOOL
+
+    def _comparable(self, operator: ast.cmpop, left: ast.expr, right: ast.expr, given: frozenset[str]) -> None:
+        kinds = [self.kind(side, given) for side in (left, right)]
+        for side, kind in zip((left, right), kinds, strict=True):
+            if kind == NULL:
+                raise self._refuse("null is not compared", side, "write `is null` or `is not null`")
+            self._refuse_null(side, kind)
+        types = {"number" if kind.type in _NUMBERS else kind.type for kind in kinds}
+        if len(types) > 1 or (isinstance(operator, _ORDER) and types != {"number"}):
+            shown = f"{kinds[0].type} with {kinds[1].type}"
+            raise self._refuse(f"`{ast.unparse(left)}` and `{ast.unparse(right)}` compare {shown}", right)
+
+    def _membership(self, left: ast.expr, right: ast.expr, given: frozenset[str]) -> None:
+        kind = self.kind(left, given)
+        self._refuse_null(left, kind)
+        match right:
+            case ast.List(elts=items) if items:
+                types = [self.kind(item, given).type for item in items]
+            case ast.Name() if self._config_name(right).items is not None:
+                types = [self._config_name(right).type]
+            case _:
+                raise self._refuse("`in` takes a list", right, "name a list of the config, or write [a, b]")
+        if any(type_ != kind.type for type_ in types):
+            raise self._refuse(f"'{ast.unparse(left)}' is {kind.type}, the list has {types[0]}", right)
+
+    def _arithmetic(self, node: ast.BinOp, given: frozenset[str]) -> Kind:
+        if not isinstance(node.op, _ARITHMETIC):
+            raise self._refuse("this operator is not part of config expressions", node, "use + - * / // % **")
+        kinds = [self._want(side, given, _NUMBERS, "a number") for side in (node.left, node.right)]
+        is_division = isinstance(node.op, ast.Div | ast.FloorDiv | ast.Mod)
+        if is_division and isinstance(node.right, ast.Constant) and not node.right.value:
+            raise self._refuse("the divisor is zero", node.right, "divide by a name or a number")
+        return FLOAT if isinstance(node.op, ast.Div | ast.Pow) else _wider(kinds)
+
+    def _choice(self, node: ast.IfExp, given: frozenset[str]) -> Kind:
+        self._want(node.test, given, ("bool",), "a condition")
+        a = self.kind(node.body, given | _present(node.test, True))
+        b = self.kind(node.orelse, given | _present(node.test, False))
+        is_optional = a.is_optional or b.is_optional
+        types = {kind.type for kind in (a, b) if kind.type != "null"}
+        if len(types) == 1:
+            return Kind(types.pop(), is_optional)
+        if types and types <= set(_NUMBERS):
+            return Kind("float", is_optional)
+        if not types:
+            return NULL
+        raise self._refuse(f"one branch is {a.type}, the other {b.type}", node, "let both give one type")
+
+
+def _wider(kinds: Iterable[Kind]) -> Kind:
+    return FLOAT if any(kind.type == "float" for kind in kinds) else INT
+
+
+def _present(test: ast.expr, is_true: bool) -> frozenset[str]:
+    """The names that are not null where the test came out so."""
+    match test:
+        case ast.Compare(left=ast.Name(id=name), ops=[ast.IsNot() | ast.Is() as operator]):
+            return frozenset({name}) if isinstance(operator, ast.IsNot) == is_true else frozenset()
+        case ast.BoolOp(op=operator, values=values) if isinstance(operator, ast.And) == is_true:
+            return frozenset().union(*(_present(value, is_true) for value in values))
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return _present(operand, not is_true)
+    return frozenset()
+
+
+def can_fail(node: ast.expr, config: Mapping[str, ConfigName]) -> bool:
+    """Whether computing it may raise or leave the numbers: division by what may be zero, roots, items, floats."""
+    for inner in ast.walk(node):
+        match inner:
+            case ast.BinOp(op=ast.Div() | ast.FloorDiv() | ast.Mod(), right=right):
+                if not _is_never_zero(right, config):
+                    return True
+            case ast.BinOp(op=ast.Pow()) | ast.Call(func=ast.Name(id="sqrt" | "log" | "floor" | "ceil")):
+                return True
+            case ast.Subscript(slice=ast.Constant()):
+                return True
+    return False
+
+
+def _is_never_zero(node: ast.expr, config: Mapping[str, ConfigName]) -> bool:
+    if isinstance(node, ast.Name):
+        return node.id in config and config[node.id].type == "size"
+    return isinstance(node, ast.Constant) and bool(node.value)
+
+
+def names_in(node: ast.AST, index: str | None = None) -> list[str]:
+    """The config names that an expression reads, in the order of their first use."""
+    functions = {id(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)}
+    names = [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and id(inner) not in functions]
+    return [name for name in dict.fromkeys(names) if name not in CONSTANTS and name != index]
+
+
+def uses(node: ast.AST, name: str | None) -> bool:
+    """Whether the expression reads the name."""
+    return name is not None and any(isinstance(inner, ast.Name) and inner.id == name for inner in ast.walk(node))
+
+
+def python_text(node: ast.expr, rename: Callable[[str], str] = lambda name: name) -> str:
+    """The expression as Python, with its names replaced. Powers become `math.pow`, which never leaves the reals."""
+    return ast.unparse(_Python(rename).visit(ast.parse(ast.unparse(node), mode="eval").body))
+
+
+def words(node: ast.expr, rename: Callable[[str], str]) -> str:
+    """The expression in words of config.json, for messages."""
+    copied = ast.parse(ast.unparse(node), mode="eval").body
+    for inner in ast.walk(copied):
+        if isinstance(inner, ast.Name):
+            inner.id = inner.id if inner.id in {*CONSTANTS, *FUNCTIONS} else rename(inner.id)
+    return ast.unparse(copied)
+
+
+class _Python(ast.NodeTransformer):
+    """Turns an expression of the language into one of Python."""
+
+    def __init__(self, rename: Callable[[str], str]) -> None:
+        self.rename = rename
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        text = CONSTANTS.get(node.id) or self.rename(node.id)
+        return ast.parse(text, mode="eval").body
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        assert isinstance(node.func, ast.Name), "the grammar has calls of names only"
+        function = ast.parse(FUNCTIONS[node.func.id][2], mode="eval").body
+        return ast.Call(function, [self.visit(argument) for argument in node.args], [])
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        left, right = self.visit(node.left), self.visit(node.right)
+        if isinstance(node.op, ast.Pow):
+            return ast.Call(ast.parse("math.pow", mode="eval").body, [left, right], [])
+        return ast.BinOp(left, node.op, right)
+
+    def visit_List(self, node: ast.List) -> ast.expr:
+        return ast.Tuple([self.visit(item) for item in node.elts], ast.Load())
