@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.config import HFConfig, computed
 from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import (
@@ -85,17 +86,11 @@ class Gpt2Config(ModelSizes):
         crossed = hf.bool("add_cross_attention", default=False)
         hf.require(Nq * D == H, "n_head * head_dim == n_embd", ("n_embd", H), ("n_head", Nq), ("head_dim", D))
         hf.require(
-            act == "gelu_new" or act == "gelu_pytorch_tanh",
-            "activation_function == 'gelu_new' or activation_function == 'gelu_pytorch_tanh'",
+            act in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu"),
+            "activation_function in ['gelu_new', 'gelu_pytorch_tanh', 'gelu_fast', 'gelu', 'relu']",
             ("activation_function", act),
         )
         hf.require(eps >= 0, "layer_norm_epsilon >= 0", ("layer_norm_epsilon", eps))
-        hf.require(
-            scaled and (not by_layer),
-            "scale_attn_weights and (not scale_attn_by_inverse_layer_idx)",
-            ("scale_attn_weights", scaled),
-            ("scale_attn_by_inverse_layer_idx", by_layer),
-        )
         hf.require(not crossed, "not add_cross_attention", ("add_cross_attention", crossed))
         return cls(
             H=H,
@@ -219,7 +214,7 @@ def attention(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: Tensor
 
     qkv = linear(n, wqkv, bqkv)
     q, k, v = split_qkv(qkv, Nq=Nq, Nkv=Nkv, D=D)
-    o = attend(q, k, v)
+    o = attend(q, k, v, scale=(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1))
     m = merge_heads(o)
     a = linear(m, wo, bo)
     """
@@ -237,10 +232,35 @@ def attention(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: Tensor
     q, k, v = ops.split_qkv(g, qkv, Nq=c.Nq, Nkv=c.Nkv, D=c.D, names=("q", "k", "v"))
     kc, vc = ops.kv_store(g, k, v, k_cache, v_cache, slots, names=("kc", "vc"))
     if stage == "decode":
-        o = ops.paged_decode_attention(g, q, kc, vc, block_table, seq_lens, name="o")
+        o = ops.paged_decode_attention(
+            g,
+            q,
+            kc,
+            vc,
+            block_table,
+            seq_lens,
+            scale=computed(
+                "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
+                lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+            ),
+            name="o",
+        )
     else:
         q_start = g.input("q_start", "i32", B + 1)
-        o = ops.paged_prefill_attention(g, q, kc, vc, block_table, seq_lens, q_start, name="o")
+        o = ops.paged_prefill_attention(
+            g,
+            q,
+            kc,
+            vc,
+            block_table,
+            seq_lens,
+            q_start,
+            scale=computed(
+                "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
+                lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+            ),
+            name="o",
+        )
     m = ops.merge_heads(g, o, name="m")
     a = ops.linear(g, m, wo, bo, name="a")
     return (a,)
@@ -250,6 +270,11 @@ def ffn(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: TensorRef) -
     """Feed-forward without a gate.
 
     u = linear(n, wu, bu)
+    when act == 'gelu':
+    m = gelu(u)
+    when act == 'relu':
+    m = relu(u)
+    otherwise:
     m = gelu_tanh(u)
     f = linear(m, wd, bd)
     """
@@ -259,7 +284,12 @@ def ffn(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: TensorRef) -
     bd = g.weight(f"layers.{layer}.ffn.bd", g.dtype, c.H)
 
     u = ops.linear(g, n, wu, bu, name="u")
-    m = ops.gelu_tanh(g, u, name="m")
+    if c.act == "gelu":
+        m = ops.gelu(g, u, name="m")
+    elif c.act == "relu":
+        m = ops.relu(g, u, name="m")
+    else:
+        m = ops.gelu_tanh(g, u, name="m")
     f = ops.linear(g, m, wd, bd, name="f")
     return (f,)
 
@@ -269,6 +299,12 @@ ATTENTION = Block(
     {"prefill": OpType.PREFILL_ATTN, "decode": OpType.DECODE_ATTN},
     attention,
     KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows, cache),
+    variant=lambda c, layer: (
+        computed(
+            "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
+            lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+        ),
+    ),
 )
 FFN = Block(
     "ffn",

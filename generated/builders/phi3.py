@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -70,6 +71,8 @@ class Phi3Config(ModelSizes):
     """Whether the feed-forward projections have a bias."""
     partial: float
     """Rotated part of a head."""
+    Dr: int
+    """Components of a head that are rotated."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Phi3Config:
@@ -90,6 +93,7 @@ class Phi3Config(ModelSizes):
         o_bias = False
         mlp_bias = False
         partial = hf.float("rope_parameters.partial_rotary_factor", "partial_rotary_factor", default=1.0)
+        Dr = hf.sized("Dr", hf.computed("Dr", "floor(D * partial)", lambda: math.floor(D * partial)))
         hf.require(
             Nq % Nkv == 0,
             "num_attention_heads % num_key_value_heads == 0",
@@ -100,16 +104,11 @@ class Phi3Config(ModelSizes):
         hf.require(act == "silu", "hidden_act == 'silu'", ("hidden_act", act))
         hf.require(eps >= 0, "rms_norm_eps >= 0", ("rms_norm_eps", eps))
         hf.require(window is None or window >= 1, "sliding_window >= 1", ("sliding_window", window))
-        hf.require(
-            partial == 1.0,
-            "rope_parameters.partial_rotary_factor == 1.0",
-            ("rope_parameters.partial_rotary_factor", partial),
-        )
         rope = {
             "": read_rope(
                 hf,
                 base=hf.float("rope_parameters.rope_theta", "rope_theta", default=10000.0),
-                dim=D,
+                dim=Dr,
                 max_position=max_position,
                 keys=("rope_parameters", "rope_scaling"),
                 allow=("default", "longrope", "su"),
@@ -132,6 +131,7 @@ class Phi3Config(ModelSizes):
             o_bias=o_bias,
             mlp_bias=mlp_bias,
             partial=partial,
+            Dr=Dr,
             rope=rope,
         )
 
@@ -255,8 +255,8 @@ def attention(g: GraphWriter, c: Phi3Config, stage: Stage, layer: int, n: Tensor
     slots = g.input("slots", "i32", T)
     block_table = g.input("block_table", "i32", B, MB)
     seq_lens = g.input("seq_lens", "i32", B)
-    cos = g.input("cos", "f32", P, c.D // 2)
-    sin = g.input("sin", "f32", P, c.D // 2)
+    cos = g.input("cos", "f32", P, c.Dr // 2)
+    sin = g.input("sin", "f32", P, c.Dr // 2)
     k_cache = g.input(f"layers.{layer}.k_cache", g.dtype, PG, BS, c.Nkv, c.D)
     v_cache = g.input(f"layers.{layer}.v_cache", g.dtype, PG, BS, c.Nkv, c.D)
     qkv = ops.linear(g, n, wqkv, bqkv, name="qkv")
