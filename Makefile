@@ -16,7 +16,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test generate accept lint types drift explain graph bench clean
+.PHONY: fuzz-scheduler help setup run test generate accept lint types drift explain graph bench clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,10 @@ lint: $(TEST_READY) ## Check lint and format with ruff
 
 types: $(TEST_READY) ## Check types with mypy --strict
 	$(BIN)/mypy -p sageLLM
+
+SEEDS ?= 0:1000000
+fuzz-scheduler: $(TEST_READY) ## Play random schedules SEEDS=FROM:TO (a million of them); a failing one replays by its seed
+	PYTHONPATH=_dev $(BIN)/python tests/scheduler/fuzz.py --seeds $(SEEDS) --jobs $(JOBS)
 
 drift: $(RUN_READY) ## Fail if generated/ is not what specs/ and templates/ give
 	$(BIN)/sagellm generate --check

@@ -211,6 +211,7 @@ class PDScheduler(BaseScheduler):
                 self._decode.join_ahead(request)
 
     def _plan_step(self, role: Role | None) -> ScheduleOutput:
+        self._cancel_out_unheard()
         plan, self._next_plan = self._next_plan, StepPlan()
         streak_before = self._num_consecutive_decodes
         if (self._received or self.preempted_requests) and role != "prefill":
@@ -233,6 +234,14 @@ class PDScheduler(BaseScheduler):
         if output.is_empty and not self._may_idle(role):
             raise SchedulerStalledError(f"nothing planned although requests wait: {self.get_stats()}")
         return output
+
+    def _cancel_out_unheard(self) -> None:
+        """What was given to a request that left before the engine heard of it, and was freed since, needs no word."""
+        given, freed = self._next_plan.given, self.kv.freed
+        for request_id in [i for i in given if i not in self.running_requests]:
+            given[request_id] = [block for block in given[request_id] if not _remove_last(freed, block)]
+            if not given[request_id]:
+                del given[request_id]
 
     def _plan_batches(self, plan: StepPlan, role: Role | None) -> None:
         match self.config.mode:
@@ -274,23 +283,33 @@ class PDScheduler(BaseScheduler):
         self._prefill.plan(plan, num_left, self.config.max_prefill_batch_size)
 
     def _may_idle(self, role: Role | None) -> bool:
-        is_copying = bool(self._migration.copying or self._swapping)
+        is_copying = bool(self._migration.copying or self._swapping or self._limbo)
         if is_copying or any(not flight.output.is_empty for flight in self._flights):
             return True
         if not (self.running_requests or self.waiting_queue):
             return True
         if role == "decode":
             return not self.decode_queue
-        return role == "prefill" and bool(self.decode_queue)
+        head = self.waiting_queue.peek()
+        waits_for_decoder = bool(self.decode_queue) or (head is not None and self._is_ready(head))
+        return role == "prefill" and waits_for_decoder
 
     def _can_admit(self, request: Request) -> bool:
-        """Whether the request may start. A preempted one waits until every decode could grow, lest it fall again."""
-        if len(self.running_requests) >= self.max_batch_size or self._is_ready(request):
+        """Whether the request may start. A preempted one waits for some room beside its own, lest it fall again."""
+        has_seat = len(self.running_requests) < self.max_batch_size
+        if not has_seat or self._is_ready(request) or self._is_in_flight(request):
             return False
         return self.kv.can_admit(request, self._num_tokens_reserved(request), self._headroom(request))
 
+    def _is_in_flight(self, request: Request) -> bool:
+        """Whether a step in flight still computes something of a request that has lost its KV since."""
+        return any(request.request_id in flight.void and flight.computes(request) for flight in self._flights)
+
     def _headroom(self, request: Request) -> int:
-        return len(self.decode_queue) if request.status is RequestStatus.PREEMPTED else 0
+        """Blocks to leave to the decodes: a preempted request comes back if these last for two steps of them."""
+        if request.status is not RequestStatus.PREEMPTED:
+            return 0
+        return -(-2 * len(self.decode_queue) // self.kv.block_size)
 
     def _is_ready(self, request: Request) -> bool:
         """Whether the request needs no prefill: its KV was received or is in a tier (or on its way there)."""
@@ -479,7 +498,10 @@ class PDScheduler(BaseScheduler):
     def _drop_swap(self, request_id: str) -> None:
         self._swapping.discard(request_id)
         self._next_plan.tier_copies.pop(request_id, None)
-        self.kv.abort_swap(request_id)
+        freed = self.kv.abort_swap(request_id)
+        if freed:
+            unheard = self._next_plan.given.pop(request_id, [])
+            self.kv.freed += [block for block in freed if block not in unheard]
 
     def _lose_swapped(self, request: Request) -> None:
         """What a tier has of this request is lost."""
@@ -524,6 +546,7 @@ class PDScheduler(BaseScheduler):
         for migration in output.kv_migrations:
             was_announced = output.kv_blocks_to_allocate.pop(migration.request_id, None) is not None
             self._migration.take_back(migration, was_announced)
+        self._migration.ask_again(output.migrations_to_cancel)
         for chunk in flight.prefill_chunks:
             self._take_back(chunk)
         if flight.decode is not None:
@@ -544,7 +567,7 @@ class PDScheduler(BaseScheduler):
     def _announce_again(self, flight: Flight) -> None:
         """The engine forgets what this output said of blocks and copies; the next one says it again."""
         output, plan = flight.output, self._next_plan
-        live = self.running_requests.keys() | self._limbo.keys()
+        live = self.running_requests.keys() | self._limbo.keys() | self._swapping
         given = {i: list(blocks) for i, blocks in output.kv_blocks_to_allocate.items() if i in live}
         for request_id, blocks in plan.given.items():
             given.setdefault(request_id, []).extend(blocks)
@@ -714,7 +737,7 @@ class PDScheduler(BaseScheduler):
         """The parent's prompt is computed: its forks share it."""
         for fork in self._forks.take(parent.request_id):
             has_seat = fork.output_token_ids and len(self.running_requests) < self.max_batch_size
-            shared = self.kv.fork(parent, fork) if has_seat else None
+            shared = self.kv.fork(parent, fork, self._num_tokens_reserved(fork)) if has_seat else None
             if shared is None:
                 self._wait_in_line(fork)
                 continue
@@ -722,8 +745,9 @@ class PDScheduler(BaseScheduler):
             fork.compute_up_to(parent.num_computed_tokens)
             fork.plan_up_to(parent.num_computed_tokens)
             self._enter(fork)
-            self._next_plan.give(fork, list(shared.new_blocks))
-            self._next_plan.block_copies[fork.request_id] = shared.copies
+            new_blocks, copies = shared
+            self._next_plan.give(fork, new_blocks)
+            self._next_plan.block_copies[fork.request_id] = copies
             self._start_decoding(fork)
 
     def _release_forks(self, parent: Request) -> None:
@@ -821,3 +845,12 @@ class PDScheduler(BaseScheduler):
         leaving = [i for i in self.preempted_requests if self.kv.decode.holds(i)]
         assert all(self.kv.decode.is_in_transfer(i) for i in leaving), "a waiting request holds blocks"
         self.kv.check_integrity([*running, *self._limbo, *leaving])
+
+
+def _remove_last(blocks: list[int], block: int) -> bool:
+    """Remove the last occurrence of a block; False if there is none."""
+    for index in range(len(blocks) - 1, -1, -1):
+        if blocks[index] == block:
+            del blocks[index]
+            return True
+    return False

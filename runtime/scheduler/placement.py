@@ -6,7 +6,7 @@ KV is copied there, so prefill never runs ahead of what the decode worker can ta
 
 from collections.abc import Collection
 
-from sageLLM.runtime.kv.copies import Admission, Fork, TierCopy
+from sageLLM.runtime.kv.copies import Admission, BlockCopy, TierCopy
 from sageLLM.runtime.kv.manager import DEFAULT_BLOCK_SIZE, PagedKVManager
 from sageLLM.runtime.scheduler.base import KVBudget, KVMigration, Request
 
@@ -94,14 +94,18 @@ class KVPlacement:
 
     # --- forks and swaps, on the worker that decodes ---
 
-    def fork(self, parent: Request, child: Request) -> Fork | None:
-        """Give `child` the computed tokens of `parent`; None when there is no block for the last of them."""
+    def fork(self, parent: Request, child: Request, num_reserved: int) -> tuple[list[int], list[BlockCopy]] | None:
+        """Give `child` the computed tokens of `parent`, in a table for `num_reserved` tokens.
+
+        Returns the blocks that are new in it and the copies that it needs, or None when there are too few blocks.
+        """
         num_tokens = parent.num_computed_tokens
-        if self.is_split or not self.decode.can_fork(parent.request_id, num_tokens):
+        num_missing = self.decode.blocks_for(num_reserved) - num_tokens // self.block_size
+        if self.is_split or not self.decode.pool.can_take(num_missing):
             return None
         fork = self.decode.fork(parent.request_id, child.request_id, num_tokens)
         child.kv_block_ids = self.decode.block_table(child.request_id)
-        return fork
+        return fork.new_blocks + self.decode.allocate(child.request_id, num_reserved), fork.copies
 
     def swap_out(self, request: Request, num_tokens: int) -> TierCopy | None:
         """Begin to copy the first `num_tokens` tokens of a decoding request to a tier; None when no tier has room."""
@@ -118,10 +122,9 @@ class KVPlacement:
         if self.decode.is_in_transfer(request_id):
             self.freed += self.decode.finish_swap(request_id)
 
-    def abort_swap(self, request_id: str) -> None:
-        """A copy between tiers has failed, or was never begun."""
-        if self.decode.is_in_transfer(request_id):
-            self.freed += self.decode.abort_swap(request_id)
+    def abort_swap(self, request_id: str) -> list[int]:
+        """A copy between tiers has failed, or was never begun; returns the device blocks that nobody uses any more."""
+        return self.decode.abort_swap(request_id) if self.decode.is_in_transfer(request_id) else []
 
     def release_swapped(self, request: Request) -> None:
         """Give back what a waiting request has in a tier, or will have when the copy under way ends."""

@@ -117,6 +117,11 @@ class Flight:
     def step_id(self) -> int:
         return self.output.step_id
 
+    def computes(self, request: Request) -> bool:
+        """Whether the step has a chunk of this request."""
+        batches = (self.output.prefill_batch, self.output.decode_batch)
+        return any(request in batch.requests for batch in batches if batch is not None)
+
     @property
     def prefill_chunks(self) -> list[Chunk]:
         """The chunks of prefill that still count."""

@@ -267,6 +267,13 @@ class TransferPhase:
                 late += [piece for piece, _ in transfer.in_the_air.values()]
         return late
 
+    def ask_again(self, pieces: Iterable[KVMigration]) -> None:
+        """The engine has not heard that these are to be cancelled."""
+        for piece in pieces:
+            transfer = self.copying.get(piece.request_id)
+            if transfer is not None and transfer.is_in_the_air(piece.start, piece.attempt):
+                transfer.is_cancelling = False
+
     def _land(self, transfer: Transfer, start: int) -> None:
         piece, _ = transfer.in_the_air.pop(start)
         transfer.num_arrived += piece.num_tokens

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sageLLM.runtime.scheduler.base import KVBudget, RequestStatus
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 
-NUM_SCHEDULES_PER_MODE = 670
+NUM_SCHEDULES_PER_MODE = 100
 
 arrivals = st.lists(
     st.tuples(

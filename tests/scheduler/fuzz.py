@@ -1,0 +1,460 @@
+"""Plays random schedules and checks every step of them; one number, the seed, makes a schedule.
+
+    PYTHONPATH=_dev python tests/scheduler/fuzz.py --seeds 0:100000 --jobs 2     # play these, name those that fail
+    PYTHONPATH=_dev python tests/scheduler/fuzz.py --seed 4711                   # play one again, with its traceback
+
+Pools are far too small on purpose. Requests come in bursts, with priorities, tenants, deadlines, shared beginnings and
+forks; they are aborted at any time; steps fail; workers die; copies between workers are late, lost, repeated and out of
+order; swaps fail; steps are planned ahead, or each worker steps at its own pace.
+"""
+
+import argparse
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+
+from fake_engine import FakeEngine
+
+from sageLLM.runtime.scheduler.base import KVBudget, KVMigration, Request, RequestStatus, ScheduleOutput
+from sageLLM.runtime.scheduler.modes import ModeChoice
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+from sageLLM.runtime.scheduler.transfer import TransferConfig
+
+MAX_STEPS = 4000
+CALM_AFTER = 200  # with a failure in every other step for ever, nothing would ever end
+
+
+class RandomChooser:
+    """The chooser of `auto`: any mode, any budget."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def choose(self, scheduler: PDScheduler) -> ModeChoice:
+        mode = self.rng.choice(["time_share", "hybrid"])
+        return ModeChoice(mode, self.rng.choice([None, 1, 3, 9]))
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Arrival:
+    step: int
+    prompt_len: int
+    num_outputs: int
+    max_new_tokens: int
+    fields: dict[str, object]
+    num_forks: int
+    abort_after: int | None
+
+
+@dataclass
+class World:
+    """One random schedule: its scheduler, what happens to it, and what has been promised so far."""
+
+    seed: int
+    rng: random.Random = field(init=False)
+    clock: Clock = field(default_factory=Clock)
+    in_the_air: list[tuple[float, KVMigration]] = field(default_factory=list)
+    aborts: dict[int, list[str]] = field(default_factory=dict)
+    aborted: set[str] = field(default_factory=set)
+    overtaken: Counter[str] = field(default_factory=Counter)
+    starved: Counter[str] = field(default_factory=Counter)
+    held: set[int] = field(default_factory=set)
+    outputs: dict[str, int] = field(default_factory=dict)
+    step_number: int = 0
+
+    def __post_init__(self) -> None:
+        rng = self.rng = random.Random(self.seed)
+        mode = rng.choice(["time_share", "hybrid", "strict", "auto"])
+        self.is_strict = mode == "strict"
+        self.pace = rng.choice(["sync", "sync", "ahead", "roles" if self.is_strict else "ahead"])
+        self.config = self._config(mode)
+        chooser = RandomChooser(rng) if mode == "auto" else None
+        scheduler = PDScheduler(self.config, kv_budget=self._budget(), clock=self.clock, mode_chooser=chooser)
+        self.scheduler = scheduler
+        self.engine = FakeEngine(scheduler, copies_at_once=False, checks_plans=rng.random() < 0.3)
+        self.arrivals = [self._arrival() for _ in range(rng.randint(1, 8))]
+        self.failure_rate = rng.choice([0, 0, 0, 0.05, 0.2])
+        self.death_rate = rng.choice([0, 0, 0, 0.04])
+        self.loss_rate = rng.choice([0, 0, 0.1, 0.4])
+        self.copy_delay = rng.choice([0, 0, 1, 4])
+
+    def _config(self, mode: str) -> PDSchedulerConfig:
+        rng = self.rng
+        lease = rng.choice([None, 2.5])
+        transfer = TransferConfig(
+            rng.random() < 0.7, lease, rng.randint(1, 3), num_ranks=rng.randint(1, 2), num_layers=rng.randint(1, 2)
+        )
+        return PDSchedulerConfig(
+            mode=mode,
+            max_prefill_batch_size=rng.randint(1, 4),
+            max_prefill_tokens=rng.randint(2, 24),
+            prefill_chunk_size=rng.randint(1, 16),
+            max_decode_batch_size=rng.randint(1, 5),
+            enable_preemption=rng.random() < 0.8,
+            preemption_mode=rng.choice(["swap", "recompute"]),
+            max_consecutive_decodes=rng.randint(0, 4),
+            policy=rng.choice(["fcfs", "priority", "deadline", "fair_share"]),
+            max_overtakes=rng.randint(1, 4),
+            max_decode_context_tokens=rng.choice([None, None, None, 20]),
+            transfer=transfer,
+            enable_prefix_caching=rng.random() < 0.6,
+        )
+
+    def _budget(self) -> KVBudget:
+        rng = self.rng
+        size = rng.choice([1, 2, 4, 5])
+        least = -(-24 // size)  # the longest requests cannot have all their tokens
+        num_blocks = rng.randint(least, 2 * least)
+        tiers = {"num_host_blocks": rng.choice([0, 3, 40]), "num_disk_blocks": rng.choice([0, 0, 30])}
+        return KVBudget(num_blocks, size, rng.choice([None, least, 3 * least]), **tiers)
+
+    def _arrival(self) -> Arrival:
+        rng = self.rng
+        fields = {
+            "priority": rng.choice([0, 0, 0, 1, -1]),
+            "tenant": rng.choice(["", "a", "b"]),
+            "deadline": rng.choice([None, float(rng.randint(0, 40))]),
+            "first_token": rng.randint(0, 2),
+            "salt": rng.choice(["", "", "", "s"]),
+        }
+        num_forks = rng.choice([0, 0, 0, 1, 2])
+        abort_after = rng.choice([None] * 5 + [0, 1, 4, 9])
+        step = rng.choice([0, 0, rng.randint(0, 12)])
+        return Arrival(
+            step, rng.randint(1, 20), rng.randint(1, 9), rng.choice([9, 1, 4]), fields, num_forks, abort_after
+        )
+
+    # --- the course of events ---
+
+    def play(self) -> None:
+        for step in range(MAX_STEPS):
+            self.step_number = step
+            if step == CALM_AFTER:
+                self.failure_rate = self.death_rate = self.loss_rate = 0
+            self._let_arrive(step)
+            is_live = self.scheduler.get_num_running() or self.scheduler.get_num_waiting()
+            if step > 12 and not (is_live or self.in_the_air):
+                break
+            self._step_by_pace()
+            self.clock.now += 1.0
+            self._deliver()
+            self._check_outputs()
+        else:
+            raise AssertionError(f"not done after {MAX_STEPS} steps: {self.scheduler.get_stats()}")
+        self._check_end()
+
+    def _let_arrive(self, step: int) -> None:
+        for number, arrival in enumerate(self.arrivals):
+            if arrival.step != step:
+                continue
+            parent: Request | None = None
+            for index in range(arrival.num_forks + 1):
+                name = f"r{number}.{index}"
+                num_outputs = arrival.num_outputs + index
+                request = self.engine.add(
+                    name, arrival.prompt_len, num_outputs, arrival.max_new_tokens, fork_of=parent, **arrival.fields
+                )
+                parent = parent or request
+            if arrival.abort_after is not None:
+                index = self.rng.randint(0, arrival.num_forks)
+                self.aborts.setdefault(step + arrival.abort_after, []).append(f"r{number}.{index}")
+
+    def _step_by_pace(self) -> None:
+        if self.pace == "ahead":
+            self._step_ahead()
+        elif self.pace == "roles":
+            self._step_apart()
+        else:
+            out = self._plan()
+            if out is not None:
+                self._abort_some()
+                self._finish(out)
+
+    def _plan(self, is_ahead: bool = False, role: str | None = None) -> ScheduleOutput | None:
+        """Plan a step, which may fail before it starts; None if the worker dies instead."""
+        while True:
+            running_before = set(self.scheduler.running_requests)
+            waiting_before = {r.request_id: r for r in self.scheduler.waiting_queue}
+            out = self.engine.plan(is_ahead, role)
+            self._check_plan(out, running_before, role)
+            self._count_overtakes(waiting_before)
+            if self.rng.random() < self.death_rate:
+                self._die(role)
+                return None
+            if self.rng.random() >= self.failure_rate:
+                self._listen(out)
+                return out
+            if is_ahead:
+                self.scheduler.rollback_ahead()
+            elif role is None:
+                self.scheduler.rollback_step()
+                self._fail_swaps(out)
+            else:
+                continue  # planning this worker's step again rolls the failed one back
+            self.scheduler.check_integrity()
+
+    def _fail_swaps(self, out: ScheduleOutput) -> None:
+        if out.tier_copies and self.rng.random() < 0.5:
+            self.scheduler.fail_swaps([copy.seq_id for copy in out.tier_copies])
+            self.engine.forget_waiting()
+
+    def _finish(self, out: ScheduleOutput) -> None:
+        finished = self.engine.run(out)
+        self._send(out.kv_migrations)
+        self._answer(out.migrations_to_cancel)
+        self.engine.commit(out, finished, pending=[piece.request_id for piece in out.kv_migrations])
+
+    def _step_ahead(self) -> None:
+        """The step in flight (if any) ends after the next one is planned."""
+        flights = [flight.output for flight in self.scheduler._flights]
+        if not flights:
+            if self._plan() is None:
+                return
+            flights = [flight.output for flight in self.scheduler._flights]
+        if self.rng.random() < 0.8 and self._plan(is_ahead=True) is None:
+            return
+        self._abort_some()
+        self._finish(flights[0])
+
+    def _step_apart(self) -> None:
+        """One of the workers ends its step, the other one may take longer."""
+        for role in ("prefill", "decode"):
+            flights = {flight.role: flight.output for flight in self.scheduler._flights}
+            if role in flights:
+                if self.rng.random() < 0.5:
+                    self._finish(flights[role])
+            else:
+                self._plan(role=role)
+        self._abort_some()
+
+    def _abort_some(self) -> None:
+        for request_id in self.aborts.pop(self.step_number, ()):
+            if self.scheduler.abort_request(request_id):
+                self.aborted.add(request_id)
+                self.scheduler.check_integrity()
+
+    def _die(self, role: str | None) -> None:
+        dead = self.rng.choice(["prefill", "decode", None]) if self.is_strict else None
+        if dead == "prefill" and role is None and self.pace == "ahead":
+            dead = None
+        self.scheduler.lose_kv(dead)
+        if dead != "decode":
+            self.engine.prefill_cache.clear()
+        if dead != "prefill":
+            self.engine.decode_cache.clear()
+            for tier in self.engine.tiers.values():
+                tier.clear()
+        self.in_the_air.clear()
+        self.engine.forget_waiting()
+        self.scheduler.check_integrity()
+
+    # --- the transport between the workers ---
+
+    def _send(self, pieces: list[KVMigration]) -> None:
+        for piece in pieces:
+            self.in_the_air.append((self.clock.now + self.rng.randint(0, self.copy_delay), piece))
+
+    def _deliver(self) -> None:
+        due = [entry for entry in self.in_the_air if entry[0] <= self.clock.now]
+        self.rng.shuffle(due)
+        for entry in due:
+            if entry not in self.in_the_air:
+                continue
+            piece = entry[1]
+            if self.rng.random() < self.loss_rate:
+                if self.config.transfer.lease_s is None:
+                    self._fail(piece.request_id)
+                else:
+                    self.in_the_air.remove(entry)
+                    self.in_the_air.append((float("inf"), piece))  # lost, and nobody says so
+                continue
+            self.in_the_air.remove(entry)
+            self.engine.migrate(piece)
+            self._acknowledge(piece)
+        self.engine.forget_waiting()
+
+    def _acknowledge(self, piece: KVMigration) -> None:
+        transfer = self.config.transfer
+        parts = [(rank, layer) for rank in range(transfer.num_ranks) for layer in range(transfer.num_layers)]
+        parts += self.rng.choices(parts, k=self.rng.randint(0, 2))
+        self.rng.shuffle(parts)
+        for rank, layer in parts:
+            self.scheduler.acknowledge_migration(piece.request_id, piece.start, piece.attempt, rank, [layer])
+        if self.rng.random() < 0.2:  # a message of an attempt that never was
+            self.scheduler.acknowledge_migration(piece.request_id, piece.start, piece.attempt + 7)
+        self.scheduler.check_integrity()
+
+    def _answer(self, to_cancel: list[KVMigration]) -> None:
+        for request_id in {piece.request_id: None for piece in to_cancel}:
+            self._fail(request_id)
+
+    def _fail(self, request_id: str) -> None:
+        self.in_the_air = [entry for entry in self.in_the_air if entry[1].request_id != request_id]
+        self.scheduler.fail_migrations([request_id])
+        self.scheduler.check_integrity()
+
+    # --- what must hold ---
+
+    def _check_plan(self, out: ScheduleOutput, running_before: set[str], role: str | None) -> None:
+        prefill = out.prefill_batch.chunks if out.prefill_batch else []
+        decode = out.decode_batch.chunks if out.decode_batch else []
+        ids = [c.request.request_id for c in [*prefill, *decode]]
+        assert len(set(ids)) == len(ids), "a request is twice in a step"
+        victims = {r.request_id for r in out.preempted_requests}
+        assert not victims & set(ids), "a victim is still in the plan"
+        assert not (victims and not self.config.enable_preemption), "a preemption although it is disabled"
+        if self.pace == "sync":
+            assert all(c.request.status is RequestStatus.PREFILLING for c in prefill)
+            assert all(c.request.status is RequestStatus.DECODING for c in decode)
+        assert all(c.num_tokens == 1 for c in decode)
+        swapped_in = {copy.seq_id for copy in out.tier_copies if copy.target == "device"}
+        newcomers = set(self.scheduler.running_requests) - running_before - swapped_in
+        assert not (newcomers and victims), "a preempting step admits"
+        self._check_budgets(prefill, decode)
+        if role is not None:
+            assert not (prefill if role == "decode" else decode), "the wrong worker's work"
+        self._check_turns(ids, decode)
+
+    def _check_budgets(self, prefill: list, decode: list) -> None:
+        config = self.config
+        num_prefill_tokens = sum(c.num_tokens for c in prefill)
+        assert len(prefill) <= config.max_prefill_batch_size
+        assert len(decode) <= config.max_decode_batch_size
+        assert num_prefill_tokens <= config.max_prefill_tokens
+        assert self.scheduler.get_num_running() <= self.scheduler.max_batch_size
+        if config.max_decode_context_tokens is not None and len(decode) > 1:
+            assert sum(c.start + 1 for c in decode) <= config.max_decode_context_tokens
+        if config.mode == "hybrid":
+            assert num_prefill_tokens <= config.prefill_chunk_size
+        if config.mode == "hybrid" or (config.mode == "auto" and prefill and decode):
+            assert num_prefill_tokens + len(decode) <= config.max_prefill_tokens
+        if config.mode == "time_share":
+            assert not (prefill and decode)
+
+    def _check_turns(self, served: list[str], decode: list) -> None:
+        """Whoever decodes is served again within the steps that all the others need."""
+        if not decode:
+            return
+        queue = [r.request_id for r in self.scheduler.decode_queue]
+        self.starved = Counter({i: self.starved[i] for i in queue if i not in served})
+        for request_id in queue:
+            if request_id not in served:
+                self.starved[request_id] += 1
+                assert self.starved[request_id] <= 60, f"{request_id} decodes no more"
+
+    def _count_overtakes(self, waiting_before: dict[str, Request]) -> None:
+        still = {r.request_id for r in self.scheduler.waiting_queue}
+        admitted = [r.sequence_number for i, r in waiting_before.items() if i not in still]
+        for request_id in [i for i in waiting_before if i in still]:
+            number = waiting_before[request_id].sequence_number
+            self.overtaken[request_id] += sum(other > number for other in admitted)
+            num_older = sum(r.sequence_number < number for r in waiting_before.values())
+            bound = (self.config.max_overtakes + 1) * (num_older + 2 + len(self.arrivals) * 3)
+            assert self.overtaken[request_id] <= bound, f"{request_id} is overtaken for ever"
+
+    def _listen(self, out: ScheduleOutput) -> None:
+        """A KV runtime that only hears the outputs: what it believes of the decode pool makes sense."""
+        freed = set(out.kv_blocks_to_free)
+        assert len(freed) == len(out.kv_blocks_to_free), "a block is freed twice"
+        if self.is_strict or self.pace != "sync":
+            return
+        assert self.held.issuperset(freed), "a block is freed that was never announced"
+        self.held -= freed
+        for blocks in out.kv_blocks_to_allocate.values():
+            assert self.held.isdisjoint(blocks), "a block is announced twice"
+            self.held.update(blocks)
+
+    def _check_outputs(self) -> None:
+        for request_id, request in self.engine.requests.items():
+            num = request.num_output_tokens
+            assert num >= self.outputs.get(request_id, 0), "output shrank"
+            assert request.status is not RequestStatus.FINISHED or request_id not in self.scheduler.running_requests
+            self.outputs[request_id] = num
+
+    def _check_end(self) -> None:
+        engine, scheduler = self.engine, self.scheduler
+        scheduler.rollback_step()
+        for request_id, request in engine.requests.items():
+            num_ends = engine.ends.get(request_id, 0) + (request_id in self.aborted)
+            assert num_ends == 1, f"{request_id} ended {num_ends} times"
+            assert request.status is RequestStatus.FINISHED
+            if request_id in self.aborted:
+                continue
+            assert request.output_token_ids == engine.expected_output(request), f"{request_id}: wrong tokens"
+            wanted = min(engine.stop_after[request_id], request.max_new_tokens)
+            most = scheduler.max_seq_len - request.num_prompt_tokens
+            assert request.num_output_tokens == min(wanted, most), f"{request_id}: {request.num_output_tokens} tokens"
+        stats, kv = scheduler.get_stats(), scheduler.kv.decode.stats()
+        assert stats["kv_blocks_used"] == stats.get("prefill_kv_blocks_used", 0) == 0, "blocks leaked"
+        assert (kv.num_host_used, kv.num_disk_used, kv.num_in_transfer) == (0, 0, 0), "tier blocks leaked"
+        assert stats["total_finished"] + stats["total_aborted"] == len(engine.requests)
+        scheduler.schedule()
+        self.held.difference_update(scheduler.schedule().kv_blocks_to_free)
+        assert not self.held, "blocks were announced and never freed"
+
+
+def play(seed: int) -> None:
+    """Play one schedule. Raises AssertionError (or what the scheduler raises) if a promise is broken."""
+    World(seed).play()
+
+
+def failing_seeds(seeds: range) -> Iterator[tuple[int, str]]:
+    """Those of the seeds that fail, with the reason."""
+    for seed in seeds:
+        try:
+            play(seed)
+        except Exception as error:  # whatever it is, the seed is to be reported
+            yield seed, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def play_all(seeds: range) -> list[tuple[int, str]]:
+    return list(failing_seeds(seeds))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, help="play this one and show its traceback")
+    parser.add_argument("--seeds", default="0:20000", help="play these, FROM:TO")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    if args.seed is not None:
+        try:
+            play(args.seed)
+        except Exception:
+            traceback.print_exc()
+            return 1
+        print(f"seed {args.seed}: every promise kept")
+        return 0
+    return play_many(range(*map(int, args.seeds.split(":"))), args.jobs)
+
+
+def play_many(seeds: range, jobs: int) -> int:
+    start, num_failed = time.monotonic(), 0
+    parts = [seeds[i : i + 500] for i in range(0, len(seeds), 500)]
+    with ProcessPoolExecutor(jobs) as pool:
+        for number, failed in enumerate(pool.map(play_all, parts), 1):
+            for seed, reason in failed:
+                num_failed += 1
+                print(f"seed {seed}: {reason}", flush=True)
+            if number % 20 == 0:  # where to go on if this is interrupted
+                print(f"played up to {parts[number - 1][-1] + 1}", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - start
+    print(f"{len(seeds)} schedules, {num_failed} failed, {seconds:.0f} s")
+    return 1 if num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
