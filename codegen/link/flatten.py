@@ -3,6 +3,7 @@
 Every piece keeps the file and the path it came from, so that later findings point to the right one of the two files.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -205,7 +206,7 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
         sink.error(
             "SAGE209", "`drop` without `extends`", entry.key_span("drop"), "a layout of its own has nothing to drop"
         )
-    _place_all(flat.config, spec.config, entry, ("config",))
+    flat.config = _joined_config(flat.config, spec.config, entry)
     _place_all(flat.weights, spec.weights, entry, ("weights",))
     flat.checks += _placed_list(spec.checks, entry, ("checks",))
     flat.ignore += _placed_list(spec.ignore_hf, entry, ("ignore_hf",))
@@ -318,6 +319,30 @@ def _line(item: str | ChooseSpec, entry: Entry[ModelFile], path: YamlPath) -> Fl
 def _place_all(table: dict[str, Placed[T]], items: Mapping[str, T], entry: Entry[ModelFile], path: YamlPath) -> None:
     for name, value in items.items():
         table[name] = Placed(value, entry, (*path, name))
+
+
+def _joined_config(
+    known: Mapping[str, Placed[ConfigField]], own: Mapping[str, ConfigField], entry: Entry[ModelFile]
+) -> dict[str, Placed[ConfigField]]:
+    """Inherited names keep their places; new ones come last, or before the redefined one that reads them."""
+    joined: dict[str, Placed[ConfigField]] = {}
+    waiting = {name: field_ for name, field_ in own.items() if name not in known}
+
+    def place(name: str, field_: ConfigField) -> None:
+        for word in re.findall(r"[A-Za-z]\w*", f"{field_.value} {field_.default}"):
+            if word in waiting:
+                place(word, waiting.pop(word))
+        joined[name] = Placed(field_, entry, ("config", name))
+
+    for name, inherited in known.items():
+        if name in own:
+            place(name, own[name])
+        else:
+            joined[name] = inherited
+    while waiting:
+        name = next(iter(waiting))
+        place(name, waiting.pop(name))
+    return joined
 
 
 def _placed_list(values: Iterable[T], entry: Entry[ModelFile], path: YamlPath) -> list[Placed[T]]:

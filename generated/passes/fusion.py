@@ -86,4 +86,5 @@ class FuseNorm(RewritePass):
         "llama": lambda c: 2 * c.L - 1,
         "phi3": lambda c: 2 * c.L - 1,
         "qwen3": lambda c: 2 * c.L - 1,
+        "roberta": lambda c: 2 * c.L + 1,
     }

@@ -18,6 +18,9 @@ MakeCheckpoint = Callable[..., Path]
 
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", {}),
+    "roberta": ("RobertaModel", {"pad_token_id": 1, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRobertaModel", {"pad_token_id": 2, "max_position_embeddings": 80}),
+    "camembert": ("CamembertModel", {"pad_token_id": 1}),
     "bert with one type": ("BertModel", {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
 }
 
