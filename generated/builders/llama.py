@@ -348,7 +348,7 @@ def program(g: GraphWriter, c: LlamaConfig, stage: Stage) -> list[TensorRef]:
 LLAMA = ModelLayout(
     name="llama",
     spec="specs/models/llama.yaml: llama",
-    architectures=("LlamaForCausalLM", "MistralForCausalLM"),
+    architectures=("LlamaForCausalLM", "MistralForCausalLM", "LlamaModel", "MistralModel"),
     prefix="model.",
     read_config=LlamaConfig.from_hf,
     shard_config=shard_config,

@@ -364,7 +364,7 @@ def program(g: GraphWriter, c: Qwen3Config, stage: Stage) -> list[TensorRef]:
 QWEN3 = ModelLayout(
     name="qwen3",
     spec="specs/models/qwen3.yaml: qwen3",
-    architectures=("Qwen3ForCausalLM",),
+    architectures=("Qwen3ForCausalLM", "Qwen3Model"),
     prefix="model.",
     read_config=Qwen3Config.from_hf,
     shard_config=shard_config,

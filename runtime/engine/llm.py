@@ -88,7 +88,7 @@ class LLM:
         config = _with_kv_options(config, budget, enable_prefix_caching)
         where_on_disk = None if disk_folder is None else Path(disk_folder)
         self._engine: Engine | None = None
-        if self.model.layout.generates:
+        if self.model.generates:
             self._engine = Engine(self.model, self.tokenizer, self.pipeline, config, budget, where_on_disk)
         self._embedder = Embedder(
             self.model, self.pipeline, max_tokens=config.max_prefill_tokens, block_size=block_size
@@ -101,7 +101,8 @@ class LLM:
     def engine(self) -> Engine:
         """The engine that generates; SageError for a model that only embeds."""
         if self._engine is None:
-            name = self.model.layout.name
+            missing = f" without {', '.join(self.model.absent)}" if self.model.absent else ""
+            name = self.model.layout.name + missing
             raise SageError(
                 f"{name} gives embeddings, not text; call embed() instead of generate(), stream() or chat()"
             )

@@ -14,6 +14,7 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.engine.config_file import layout_of, read_config_file
 from sageLLM.runtime.engine.errors import CheckpointError
+from sageLLM.runtime.engine.heads import absent_head, without_weights
 from sageLLM.runtime.engine.plugins import Registry
 from sageLLM.runtime.engine.safetensors_reader import Checkpoint
 from sageLLM.runtime.engine.tables import make_tables
@@ -28,7 +29,10 @@ MAX_SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Weights and tables by the names that graphs use; `max_model_len` is the longest sequence, prompt and answer."""
+    """Weights and tables by the names that graphs use; `max_model_len` is the longest sequence, prompt and answer.
+
+    `absent` are the weights of a head that the checkpoint does not have: such a model can only embed.
+    """
 
     layout: ModelLayout
     config: Any
@@ -37,6 +41,12 @@ class Model:
     max_model_len: int
     weights: Mapping[str, Tensor]
     tables: Mapping[str, Tensor]
+    absent: tuple[str, ...] = ()
+
+    @property
+    def generates(self) -> bool:
+        """Whether it gives logits and tokens."""
+        return self.layout.generates and not self.absent
 
     @property
     def short_dtype(self) -> str:
@@ -70,14 +80,17 @@ def load_model(
     length = _model_len(config.max_position, max_model_len, path)
     kind = _dtype(dtype, data, path)
     found = Checkpoint.open(folder)
-    checkpoint = found.with_prefix(missing_prefix(layout.prefix, found))
+    prefix = missing_prefix(layout.prefix, found)
+    checkpoint = found.with_prefix(prefix)
     try:
+        head = absent_head(layout, config, set(checkpoint)) if prefix or not layout.generates else ()
+        layout = without_weights(layout, head) if head else layout
         _check(layout, config, checkpoint)
         tables = _tables(config, length, device, path)
         weights = load_weights(layout.weights(config), checkpoint, kind, device)
     finally:
         checkpoint.close()
-    return Model(layout, config, kind, device, length, weights, tables)
+    return Model(layout, config, kind, device, length, weights, tables, head)
 
 
 def _model_len(trained: int, asked: int | None, path: Path) -> int:

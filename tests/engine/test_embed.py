@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
@@ -179,3 +180,34 @@ def test_what_cannot_be_embedded_is_refused(make_checkpoint: MakeCheckpoint) -> 
         with pytest.raises(SageError) as caught:
             call()
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("family", ["LlamaModel", "Qwen3Model"])
+def test_a_bare_decoder_embeds_and_does_not_generate(family: str, make_checkpoint: MakeCheckpoint) -> None:
+    """A checkpoint of the model without lm_head, as embedding models of decoders are often published."""
+    folder = make_checkpoint(family)
+    llm = load(folder)
+    assert llm.model.absent == ("lm_head",)
+    for row, prompt in zip(vectors(llm, PROMPTS), PROMPTS, strict=True):
+        assert_close(row, expected(folder, prompt).last_hidden_state[0, -1])
+    with pytest.raises(SageError, match=r"^\w+ without lm_head gives embeddings, not text; call embed"):
+        llm.generate([PROMPTS[0]])
+
+
+def test_an_encoder_may_lack_its_pooler_but_not_half_of_it(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("BertModel")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    del tensors["pooler.dense.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(SageError, match=r"missing tensor 'pooler\.dense\.weight'"):
+        load(tmp_path)
+    del tensors["pooler.dense.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    llm = load(tmp_path)
+    assert llm.model.absent == ("pooler", "pooler_bias")
+    (found,) = vectors(llm, [PROMPTS[4]])
+    assert_close(found, expected(source, PROMPTS[4]).last_hidden_state[0].mean(0))
+    with pytest.raises(SageError) as caught:
+        llm.embed([PROMPTS[4]], pooling="model")
+    assert str(caught.value) == "pooling is 'model'; bert has first, last, mean, none"
