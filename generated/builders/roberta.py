@@ -79,7 +79,7 @@ class RobertaConfig(ModelSizes):
         V = hf.size("vocab_size")
         rows = hf.size("max_position_embeddings", default=514)
         pad = hf.int("pad_token_id", default=1)
-        max_position = rows - pad - 1
+        max_position = hf.sized("max_position", rows - pad - 1)
         types = hf.size("type_vocab_size", default=2)
         eps = hf.float("layer_norm_eps", default=1e-12)
         act = hf.str("hidden_act", default="gelu")
