@@ -6,19 +6,23 @@ from sageLLM.runtime.core.layout import ModelLayout
 
 from .bert import BERT
 from .bloom import BLOOM
+from .falcon import FALCON
 from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .gptj import GPTJ
 from .llama import LLAMA
 from .phi3 import PHI3
 from .qwen3 import QWEN3
 from .roberta import ROBERTA
 
-__all__ = ["BERT", "BLOOM", "GPT2", "GPTJ", "LLAMA", "MODELS", "PHI3", "QWEN3", "ROBERTA"]
+__all__ = ["BERT", "BLOOM", "FALCON", "GPT2", "GPTJ", "GPT_NEOX", "LLAMA", "MODELS", "PHI3", "QWEN3", "ROBERTA"]
 
 MODELS: dict[str, ModelLayout] = {
     "bert": BERT,
     "bloom": BLOOM,
+    "falcon": FALCON,
     "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
     "gptj": GPTJ,
     "llama": LLAMA,
     "phi3": PHI3,
