@@ -467,6 +467,7 @@ FALCON = ModelLayout(
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
     returns=("logits", "tokens"),
+    hidden="y",
     ignore=(),
     tiny={
         "hidden_size": 64,

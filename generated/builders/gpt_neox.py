@@ -388,6 +388,7 @@ GPT_NEOX = ModelLayout(
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN},
     returns=("logits", "tokens"),
+    hidden="y",
     ignore=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
     tiny={
         "hidden_size": 64,

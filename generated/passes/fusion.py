@@ -81,7 +81,9 @@ class FuseNorm(RewritePass):
     expect = {
         "bert": lambda c: 2 * c.L + 1,
         "bloom": lambda c: 2 * c.L - 1,
+        "falcon": lambda c: c.L - 1,
         "gpt2": lambda c: 2 * c.L,
+        "gpt_neox": lambda c: c.L - 1,
         "gptj": lambda c: c.L - 1,
         "llama": lambda c: 2 * c.L - 1,
         "phi3": lambda c: 2 * c.L - 1,
