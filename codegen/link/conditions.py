@@ -34,4 +34,7 @@ def link_condition(text: Text, config: Mapping[str, ConfigName], index: Index | 
 def expression_text(node: ast.expr, source: str, config: Mapping[str, ConfigName], index: Index | None) -> str:
     """An expression as Python over `c`; arithmetic that may fail is computed where a failure can be named."""
     python = python_text(node, lambda name: index.python if index and name == index.name else f"c.{name}")
-    return f"computed({lit(source)}, lambda: {python})" if can_fail(node, config) else python
+    if not can_fail(node, config):
+        return python
+    layer = f" {index.python}={index.python}" if index is not None and uses(node, index.name) else ""
+    return f"computed({lit(source)}, lambda{layer}: {python})"

@@ -10,6 +10,7 @@ from sageLLM.codegen.load import Entry
 from sageLLM.codegen.schema.models import ConfigField, WeightSpec
 from sageLLM.codegen.schema.passes import PassSpec
 
+_DIM_ATTR = re.compile(r"\b[A-Z]\w*\s*=(?!=)([^,()]+)")  # attrs that are dims begin with a capital letter
 _ATTR_NAME = re.compile(r"\b\w+\s*=(?!=)")
 
 
@@ -42,6 +43,9 @@ def _size_texts(flat: FlatModel) -> list[str]:
     texts += [str(place.value.dim) for place in flat.ropes.values()]
     texts += [flat.alibi.value.heads] if flat.alibi else []
     texts += [str(size) for size in (*flat.cache.value.k, *flat.cache.value.v)] if flat.cache else []
+    bodies: list[list[FlatLine | FlatRepeat]] = [[*block.body] for block in flat.blocks.values()]
+    for body in (*bodies, flat.program):
+        texts += [size for place in plain_lines(body) for size in _DIM_ATTR.findall(place.value)]
     return texts
 
 

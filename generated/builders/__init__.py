@@ -6,26 +6,47 @@ from sageLLM.runtime.core.layout import ModelLayout
 
 from .bert import BERT
 from .bloom import BLOOM
-from .falcon import FALCON
+from .deepseek_v2 import DEEPSEEK_V2
+from .deepseek_v3 import DEEPSEEK_V3
 from .gpt2 import GPT2
-from .gpt_neox import GPT_NEOX
+from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .llama import LLAMA
+from .mixtral import MIXTRAL
 from .phi3 import PHI3
+from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
-from .roberta import ROBERTA
+from .qwen3_moe import QWEN3_MOE
 
-__all__ = ["BERT", "BLOOM", "FALCON", "GPT2", "GPTJ", "GPT_NEOX", "LLAMA", "MODELS", "PHI3", "QWEN3", "ROBERTA"]
+__all__ = [
+    "BERT",
+    "BLOOM",
+    "DEEPSEEK_V2",
+    "DEEPSEEK_V3",
+    "GPT2",
+    "GPTJ",
+    "GPT_OSS",
+    "LLAMA",
+    "MIXTRAL",
+    "MODELS",
+    "PHI3",
+    "QWEN2_MOE",
+    "QWEN3",
+    "QWEN3_MOE",
+]
 
 MODELS: dict[str, ModelLayout] = {
     "bert": BERT,
     "bloom": BLOOM,
-    "falcon": FALCON,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
     "gpt2": GPT2,
-    "gpt_neox": GPT_NEOX,
+    "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
     "llama": LLAMA,
+    "mixtral": MIXTRAL,
     "phi3": PHI3,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
-    "roberta": ROBERTA,
+    "qwen3_moe": QWEN3_MOE,
 }

@@ -53,6 +53,69 @@ def lint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tu
     return run
 
 
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "topk_group": 4,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def test_qwen3_30b_a3b_has_18_867_tensors(lint: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = lint("model", QWEN3_30B_A3B, tp="4", as_json=True)
+    data = json.loads(out)
+    assert (code, data["tensors"], data["parameters"]) == (0, 18_867, 30_532_122_624)
+
+
+def test_deepseek_v3_has_671_billion_parameters(lint: Callable[..., tuple[int, str, str]]) -> None:
+    """Without the layer that predicts a second token. A token keeps 576 numbers a layer, whatever the heads."""
+    code, out, _ = lint("model", DEEPSEEK_V3, as_json=True)
+    data = json.loads(out)
+    assert (code, data["parameters"]) == (0, 671_026_419_200)
+    assert data["kv_bytes_per_token"]["bf16"] == 61 * 576 * 2
+
+
 def test_llama_3_1_8b(lint: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = lint("model", LLAMA_3_1_8B, tp="1,2,16,3")
     assert code == 100

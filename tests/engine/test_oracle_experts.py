@@ -1,0 +1,107 @@
+"""Families with a mixture of experts against transformers: greedy tokens and prompt log-probabilities."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .test_oracle import MODES, PROMPTS, assert_same, expected, serve
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
+LATENT = {
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "mixtral, window, three experts a token": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 7, "head_dim": 24},
+    ),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "num_experts": 6, "head_dim": 32, "norm_topk_prob": True}),
+    "qwen3_moe without renormalisation, one dense layer": (
+        "Qwen3Moe",
+        {**EXPERTS, "num_experts": 6, "head_dim": 16, "mlp_only_layers": [1], "attention_bias": True},
+    ),
+    "qwen3_moe, every second layer sparse, window": (
+        "Qwen3Moe",
+        {**EXPERTS, "num_experts": 5, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 72}),
+    "qwen2_moe with windows, one dense layer": (
+        "Qwen2Moe",
+        {
+            **EXPERTS,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 2,
+        },
+    ),
+    "gpt_oss": ("GptOss", {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "sliding_window": 8}),
+    "gpt_oss, clamped, no biases in the attention": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "sliding_window": 5,
+            "swiglu_limit": 0.5,
+            "swiglu_alpha": 1.2,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3", LATENT),
+    "deepseek_v3 with yarn, biases, two shared experts": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "attention_bias": True,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+    ),
+    "deepseek_v3 without compressed queries": ("DeepseekV3", {**LATENT, "q_lora_rank": None}),
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_group": None, "topk_group": None}),
+    "deepseek_v2 with groups": (
+        "DeepseekV2",
+        {**LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0, "n_shared_experts": 1},
+    ),
+}
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_engine_equals_transformers_in_every_mode(case: str, make_checkpoint: MakeCheckpoint) -> None:
+    family, config = CASES[case]
+    folder = make_checkpoint(family, **config)
+    wanted = expected(folder, PROMPTS)
+    for mode in MODES:
+        assert_same(serve(folder, PROMPTS, mode), wanted)
