@@ -8,7 +8,9 @@ from .bert import BERT
 from .bloom import BLOOM
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
+from .falcon import FALCON
 from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .llama import LLAMA
@@ -23,8 +25,10 @@ __all__ = [
     "BLOOM",
     "DEEPSEEK_V2",
     "DEEPSEEK_V3",
+    "FALCON",
     "GPT2",
     "GPTJ",
+    "GPT_NEOX",
     "GPT_OSS",
     "LLAMA",
     "MIXTRAL",
@@ -40,7 +44,9 @@ MODELS: dict[str, ModelLayout] = {
     "bloom": BLOOM,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "falcon": FALCON,
     "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
     "llama": LLAMA,
