@@ -241,7 +241,7 @@ def attention(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: Tensor
             seq_lens,
             scale=computed(
                 "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
-                lambda layer=layer: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+                lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
             ),
             name="o",
         )
@@ -257,7 +257,7 @@ def attention(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: Tensor
             q_start,
             scale=computed(
                 "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
-                lambda layer=layer: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+                lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
             ),
             name="o",
         )
@@ -302,7 +302,7 @@ ATTENTION = Block(
     variant=lambda c, layer: (
         computed(
             "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
-            lambda layer=layer: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+            lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
         ),
     ),
 )
