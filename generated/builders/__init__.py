@@ -19,6 +19,7 @@ from .phi3 import PHI3
 from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
+from .roberta import ROBERTA
 
 __all__ = [
     "BERT",
@@ -37,6 +38,7 @@ __all__ = [
     "QWEN2_MOE",
     "QWEN3",
     "QWEN3_MOE",
+    "ROBERTA",
 ]
 
 MODELS: dict[str, ModelLayout] = {
@@ -55,4 +57,5 @@ MODELS: dict[str, ModelLayout] = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "roberta": ROBERTA,
 }
