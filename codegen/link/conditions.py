@@ -18,11 +18,13 @@ class Index:
     python: str
 
 
-def link_condition(text: Text, config: Mapping[str, ConfigName], index: Index | None) -> Condition:
-    """A condition on the config and the layer; raises Refused."""
+def link_condition(
+    text: Text, config: Mapping[str, ConfigName], index: Index | None, present: frozenset[str] = frozenset()
+) -> Condition:
+    """A condition on the config and the layer; raises Refused. The names in `present` are not null here."""
     names = Names(config, index.name if index else None)
-    node = compile_expression(text, names)
-    kind = kind_of(node, text, names)
+    node = compile_expression(text, names, present)
+    kind = kind_of(node, text, names, present)
     if kind.type != "bool":
         message = f"'{text.value}' is {kind.type}, not a condition"
         raise text.refuse("SAGE214", message, None, "name a boolean, or compare")

@@ -158,7 +158,7 @@ class _Typing:
     def _logic(self, node: ast.BoolOp, given: frozenset[str]) -> Kind:
         for value in node.values:
             self._want(value, given, ("bool",), "a condition")
-            given |= _present(value, isinstance(node.op, ast.And))
+            given |= present_where(value, isinstance(node.op, ast.And))
         return BOOL
 
     def _comparison(self, node: ast.Compare, given: frozenset[str]) -> Kind:
@@ -211,8 +211,8 @@ class _Typing:
 
     def _choice(self, node: ast.IfExp, given: frozenset[str]) -> Kind:
         self._want(node.test, given, ("bool",), "a condition")
-        a = self.kind(node.body, given | _present(node.test, True))
-        b = self.kind(node.orelse, given | _present(node.test, False))
+        a = self.kind(node.body, given | present_where(node.test, True))
+        b = self.kind(node.orelse, given | present_where(node.test, False))
         is_optional = a.is_optional or b.is_optional
         types = {kind.type for kind in (a, b) if kind.type != "null"}
         if len(types) == 1:
@@ -228,15 +228,15 @@ def _wider(kinds: Iterable[Kind]) -> Kind:
     return FLOAT if any(kind.type == "float" for kind in kinds) else INT
 
 
-def _present(test: ast.expr, is_true: bool) -> frozenset[str]:
+def present_where(test: ast.expr, is_true: bool) -> frozenset[str]:
     """The names that are not null where the test came out so."""
     match test:
         case ast.Compare(left=ast.Name(id=name), ops=[ast.IsNot() | ast.Is() as operator]):
             return frozenset({name}) if isinstance(operator, ast.IsNot) == is_true else frozenset()
         case ast.BoolOp(op=operator, values=values) if isinstance(operator, ast.And) == is_true:
-            return frozenset().union(*(_present(value, is_true) for value in values))
+            return frozenset().union(*(present_where(value, is_true) for value in values))
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return _present(operand, not is_true)
+            return present_where(operand, not is_true)
     return frozenset()
 
 

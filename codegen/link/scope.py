@@ -84,6 +84,7 @@ class Scope:
     assigned: list[str] = field(default_factory=list)
     handed_on: set[str] = field(default_factory=set)  # parts of sums that went into other parts
     hidden: dict[str, str] = field(default_factory=dict)
+    present: frozenset[str] = frozenset()  # config names that are not null on this way
 
     def operands(self, text: Text, call: ast.Call, op: OpDef) -> list[tuple[ast.expr, Operand]]:
         needed = [operand for operand in op.inputs if not operand.optional]
@@ -142,8 +143,8 @@ class Scope:
     def _attr(self, text: Text, given: ast.expr, attr: Attr) -> str:
         """An attr as Python text, after its type was compared with the declared one."""
         part = text.part(*text.offsets(given))
-        node = compile_expression(part, self.names)
-        kind, shown = kind_of(node, part, self.names), ast.unparse(node)
+        node = compile_expression(part, self.names, self.present)
+        kind, shown = kind_of(node, part, self.names, self.present), ast.unparse(node)
         if kind.type not in ("null", *_FITS[attr.type]):
             raise text.refuse("SAGE225", f"'{attr.name}' wants {attr.type}, '{shown}' is {kind.type}", given)
         if kind.is_optional and not attr.optional:
@@ -166,7 +167,8 @@ class Scope:
 
     def condition(self, place: Placed[str]) -> Condition:
         """The condition of a branch; raises Refused."""
-        return link_condition(place.text(place.value, self.around.sink), self.around.config, self.index)
+        text = place.text(place.value, self.around.sink)
+        return link_condition(text, self.around.config, self.index, self.present)
 
     def dim_attrs(self, text: Text, op: OpDef, call: ast.Call) -> dict[str, Size]:
         """The dims that the call gives."""

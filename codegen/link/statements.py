@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.link.attend import link_attend
-from sageLLM.codegen.link.expressions import FORMS
+from sageLLM.codegen.link.expressions import FORMS, present_where
 from sageLLM.codegen.link.flatten import FlatBranch, FlatChoose, FlatLine, Placed
 from sageLLM.codegen.link.scope import Scope, Value, count_words, is_value_name
 from sageLLM.codegen.link.sharding import with_reduction
@@ -42,22 +42,26 @@ class BodyLinker(Scope):
     def _choose(self, item: FlatChoose) -> Choose | None:
         """Links each branch on the values from before; what comes out of all of them is known afterwards."""
         branches: list[Branch | None] = []
+        passed: frozenset[str] = frozenset()
         ends: list[BodyLinker] = []
         for flat in item.branches:
             inner = BodyLinker(self.around, dict(self.values), self.is_block, self.index, self.used_weights)
-            inner.hidden = dict(self.hidden)
-            branches.append(self._branch(flat, inner))
+            inner.hidden, inner.present = dict(self.hidden), self.present | passed
+            branches.append(inner.branch(flat))
+            passed |= _present(flat, False) if branches[-1] is not None else frozenset()
             ends.append(inner)
         self._join(ends, has_all=item.branches[-1].when is None)
         found = tuple(branch for branch in branches if branch is not None)
         return Choose(found) if len(found) == len(branches) else None
 
-    def _branch(self, flat: FlatBranch, inner: BodyLinker) -> Branch | None:
-        statements = inner.link_all(flat.body)
+    def branch(self, flat: FlatBranch) -> Branch | None:
+        """One way of a `choose`, or None after its findings; a name that its condition finds is not null there."""
         try:
             when = self.condition(flat.when) if flat.when is not None else None
         except Refused:
             return None
+        self.present |= _present(flat, True)
+        statements = self.link_all(flat.body)
         linked = tuple(statement for statement in statements if statement is not None)
         return Branch(when, linked) if len(linked) == len(statements) else None
 
@@ -164,6 +168,15 @@ class BodyLinker(Scope):
         names = tuple(target.id for target in targets)
         reduced = tuple(name for name, is_partial in zip(names, block.partial, strict=True) if is_partial)
         return BlockCall(names, name, tuple(args), block.result_types, reduced)
+
+
+def _present(branch: FlatBranch, is_taken: bool) -> frozenset[str]:
+    """The config names that are not null where a branch is taken, or is not."""
+    try:
+        tree = ast.parse(branch.when.value if branch.when is not None else "true", mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return frozenset()  # reported with the condition
+    return present_where(tree.body, is_taken)
 
 
 def _why_hidden(values: list[Value]) -> str | None:

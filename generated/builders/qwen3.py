@@ -70,6 +70,10 @@ class Qwen3Config(ModelSizes):
     """Whether the feed-forward projections have a bias."""
     sliding: bool
     """Whether upper layers use a sliding window."""
+    first_window: int
+    """The first layer with a window."""
+    layer_types: tuple[str, ...]
+    """What each layer attends to."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Qwen3Config:
@@ -85,11 +89,22 @@ class Qwen3Config(ModelSizes):
         eps = hf.float("rms_norm_eps", default=1e-06)
         act = hf.str("hidden_act", default="silu")
         tie = hf.bool("tie_word_embeddings", default=False)
-        window = None
+        window = hf.opt_int("sliding_window")
         qkv_bias = hf.bool("attention_bias", default=False)
         o_bias = hf.bool("attention_bias", default=False)
         mlp_bias = False
         sliding = hf.bool("use_sliding_window", default=False)
+        first_window = hf.int("max_window_layers", default=28)
+        layer_types = (
+            hf.items("layer_types", kind=str, length=L)
+            if hf.has("layer_types")
+            else hf.per_layer(
+                "layer_types",
+                "'sliding_attention' if sliding and i >= first_window else 'full_attention'",
+                L,
+                lambda i: "sliding_attention" if sliding and i >= first_window else "full_attention",
+            )
+        )
         hf.require(
             Nq % Nkv == 0,
             "num_attention_heads % num_key_value_heads == 0",
@@ -99,7 +114,18 @@ class Qwen3Config(ModelSizes):
         hf.require(D % 2 == 0, "head_dim % 2 == 0", ("head_dim", D))
         hf.require(act == "silu", "hidden_act == 'silu'", ("hidden_act", act))
         hf.require(eps >= 0, "rms_norm_eps >= 0", ("rms_norm_eps", eps))
-        hf.require(not sliding, "not use_sliding_window", ("use_sliding_window", sliding))
+        hf.require(window is None or window >= 1, "sliding_window >= 1", ("sliding_window", window))
+        hf.require(
+            all(layer_types[i] in ("sliding_attention", "full_attention") for i in hf.layers(L)),
+            "layer_types[i] in ['sliding_attention', 'full_attention'] for every layer i",
+            ("layer_types", layer_types),
+        )
+        hf.require(
+            not sliding or window is not None,
+            "not use_sliding_window or sliding_window is not null",
+            ("use_sliding_window", sliding),
+            ("sliding_window", window),
+        )
         rope = {
             "": read_rope(
                 hf,
@@ -127,6 +153,8 @@ class Qwen3Config(ModelSizes):
             o_bias=o_bias,
             mlp_bias=mlp_bias,
             sliding=sliding,
+            first_window=first_window,
+            layer_types=layer_types,
             rope=rope,
         )
 
@@ -252,7 +280,7 @@ def attention(g: GraphWriter, c: Qwen3Config, stage: Stage, layer: int, n: Tenso
     k = rms_norm(k, k_norm, eps=eps)
     q = rope(q, pos, cos, sin)
     k = rope(k, pos, cos, sin)
-    o = attend(q, k, v, window=window)
+    o = attend(q, k, v, window=window if sliding and layer_types[i] == 'sliding_attention' else null)
     m = merge_heads(o)
     a = linear(m, wo, bo)
     """
@@ -279,10 +307,29 @@ def attention(g: GraphWriter, c: Qwen3Config, stage: Stage, layer: int, n: Tenso
     k = ops.rope(g, k, pos, cos, sin, name="k")
     kc, vc = ops.kv_store(g, k, v, k_cache, v_cache, slots, names=("kc", "vc"))
     if stage == "decode":
-        o = ops.paged_decode_attention(g, q, kc, vc, block_table, seq_lens, window=c.window, name="o")
+        o = ops.paged_decode_attention(
+            g,
+            q,
+            kc,
+            vc,
+            block_table,
+            seq_lens,
+            window=c.window if c.sliding and c.layer_types[layer] == "sliding_attention" else None,
+            name="o",
+        )
     else:
         q_start = g.input("q_start", "i32", B + 1)
-        o = ops.paged_prefill_attention(g, q, kc, vc, block_table, seq_lens, q_start, window=c.window, name="o")
+        o = ops.paged_prefill_attention(
+            g,
+            q,
+            kc,
+            vc,
+            block_table,
+            seq_lens,
+            q_start,
+            window=c.window if c.sliding and c.layer_types[layer] == "sliding_attention" else None,
+            name="o",
+        )
     m = ops.merge_heads(g, o, name="m")
     a = ops.linear(g, m, wo, bo, name="a")
     return (a,)
@@ -311,6 +358,7 @@ ATTENTION = Block(
     {"prefill": OpType.PREFILL_ATTN, "decode": OpType.DECODE_ATTN},
     attention,
     KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows, cache),
+    variant=lambda c, layer: (c.window if c.sliding and c.layer_types[layer] == "sliding_attention" else None,),
 )
 FFN = Block(
     "ffn",

@@ -55,7 +55,7 @@ def test_a_new_op(tmp_path: Path) -> None:
 
 def test_a_new_model(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
     out = generated("add_a_model", tmp_path)
-    folder = make_checkpoint("Qwen2", tie_word_embeddings=True)
+    folder = make_checkpoint("SeedOss", head_dim=24)
     prompts = [[5, 9, 60, 3], list(range(20, 61))]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for mode in ("time_share", "hybrid", "strict"):
@@ -89,12 +89,12 @@ def test_a_new_pass(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
 
 
 def test_an_unknown_architecture_says_what_to_do(make_checkpoint: MakeCheckpoint) -> None:
-    folder = make_checkpoint("Qwen2", tie_word_embeddings=True)
+    folder = make_checkpoint("SeedOss", head_dim=24)
     with pytest.raises(ValueError) as caught:
         LLM(folder, skip_tokenizer=True)
     known = sorted(name for layout in MODELS.values() for name in layout.architectures)
     assert str(caught.value) == (
-        f"{folder}/config.json: no layout reads Qwen2ForCausalLM; known are {', '.join(known)}. "
+        f"{folder}/config.json: no layout reads SeedOssForCausalLM; known are {', '.join(known)}. "
         "To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
     )
 

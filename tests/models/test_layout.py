@@ -123,10 +123,11 @@ def test_a_config_that_cannot_be_is_refused_by_its_keys(changes: dict[str, Any],
     assert str(caught.value) == message
 
 
-def test_qwen3_refuses_a_sliding_window() -> None:
+def test_qwen3_refuses_windows_without_a_width() -> None:
     with pytest.raises(ConfigError) as caught:
         read(QWEN3, use_sliding_window=True)
-    assert str(caught.value) == "config.json: needs not use_sliding_window, but use_sliding_window is true"
+    rule = "needs not use_sliding_window or sliding_window is not null"
+    assert str(caught.value) == f"config.json: {rule}, but use_sliding_window is true, sliding_window is null"
 
 
 def test_config_reader_takes_lists_texts_and_optional_numbers() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sageLLM.codegen import driver
+from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.execution_graph.commands import show_spec_diff
 
 
@@ -63,7 +64,7 @@ def test_graph_shows_what_a_pass_changed() -> None:
 def test_graph_names_the_models_that_it_knows() -> None:
     done = sagellm("graph", "lama")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: 'lama' is neither a model (llama, qwen3) nor a folder with a config.json\n"
+    assert done.stderr == f"error: 'lama' is neither a model ({', '.join(MODELS)}) nor a folder with a config.json\n"
 
 
 def test_lint_prints_findings_as_text_and_as_json(tmp_path: Path) -> None:
