@@ -6,8 +6,10 @@ from sageLLM.runtime.core.layout import ModelLayout
 
 from .bert import BERT
 from .bloom import BLOOM
+from .falcon import FALCON
 from .gemma2 import GEMMA2
 from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .gptj import GPTJ
 from .granite import GRANITE
 from .llama import LLAMA
@@ -15,14 +17,17 @@ from .olmo2 import OLMO2
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .roberta import ROBERTA
 from .smollm3 import SMOLLM3
 
 __all__ = [
     "BERT",
     "BLOOM",
+    "FALCON",
     "GEMMA2",
     "GPT2",
     "GPTJ",
+    "GPT_NEOX",
     "GRANITE",
     "LLAMA",
     "MODELS",
@@ -30,14 +35,17 @@ __all__ = [
     "PHI3",
     "QWEN2",
     "QWEN3",
+    "ROBERTA",
     "SMOLLM3",
 ]
 
 MODELS: dict[str, ModelLayout] = {
     "bert": BERT,
     "bloom": BLOOM,
+    "falcon": FALCON,
     "gemma2": GEMMA2,
     "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
     "gptj": GPTJ,
     "granite": GRANITE,
     "llama": LLAMA,
@@ -45,5 +53,6 @@ MODELS: dict[str, ModelLayout] = {
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "roberta": ROBERTA,
     "smollm3": SMOLLM3,
 }

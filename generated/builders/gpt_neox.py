@@ -283,11 +283,11 @@ def ffn(g: GraphWriter, c: GptNeoxConfig, stage: Stage, layer: int, n: TensorRef
 
     u = linear(n, wu, bu)
     when act == 'gelu':
-    m = gelu(u)
+        m = gelu(u)
     when act == 'relu':
-    m = relu(u)
+        m = relu(u)
     otherwise:
-    m = gelu_tanh(u)
+        m = gelu_tanh(u)
     f = linear(m, wd, bd)
     """
     wu = g.weight(f"layers.{layer}.ffn.wu", g.dtype, c.I, c.H)
