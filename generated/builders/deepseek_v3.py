@@ -415,11 +415,11 @@ def attention(g: GraphWriter, c: DeepseekV3Config, stage: Stage, layer: int, n: 
     """Latent attention (DeepSeek-AI 2024) whose queries go into the latent, the key and value of all heads.
 
     when q_rank is not null:
-    qa = linear(n, wqa, bqa)
-    qa = rms_norm(qa, q_norm)
-    q = linear(qa, wqb)
+        qa = linear(n, wqa, bqa)
+        qa = rms_norm(qa, q_norm)
+        q = linear(qa, wqb)
     otherwise:
-    q = linear(n, wq)
+        q = linear(n, wq)
     q = split_heads(q, N=Nq, D=Dn + Dr)
     qn, qr = split_last(q, Na=Dn)
     qr = rope_interleaved(qr, pos, cos, sin)
