@@ -13,7 +13,6 @@ import gc
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from sageLLM.runtime.scheduler.base import KVBudget, Request, ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
@@ -41,11 +40,13 @@ def main() -> None:
 
 def measure(steps: int) -> dict[str, dict[str, float]]:
     """All cases by name; microseconds per step."""
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
+    figures["decode_256_no_prefix_cache"] = Case(256, is_caching=False).measure(steps)
     for size in SIZES:
         figures[f"decode_{size}"] = Case(size).measure(steps)
         figures[f"decode_{size}_chunks"] = Case(size, reads_chunks=True).measure(steps)
         figures[f"mixed_{size}"] = Case(size, is_mixed=True).measure(steps)
+        figures[f"mixed_{size}_no_prefix_cache"] = Case(size, is_mixed=True, is_caching=False).measure(steps)
     figures["decode_256_waiting_10000"] = Case(256, num_waiting=10_000).measure(steps)
     figures["decode_256_plan_ahead"] = Case(256, is_ahead=True).measure(steps)
     per_request = (figures["decode_1024"]["p50"] - figures["decode_64"]["p50"]) / (1024 - 64)
@@ -64,6 +65,7 @@ class Case:
         num_waiting: int = 0,
         reads_chunks: bool = False,
         is_ahead: bool = False,
+        is_caching: bool = True,
     ) -> None:
         self.is_mixed = is_mixed
         self.reads_chunks = reads_chunks
@@ -74,6 +76,7 @@ class Case:
             prefill_chunk_size=CHUNK,
             max_prefill_batch_size=size + is_mixed,
             max_decode_batch_size=size + is_mixed,
+            enable_prefix_caching=is_caching,
         )
         self.scheduler = PDScheduler(config, kv_budget=KVBudget(num_blocks=4_000_000, block_size=16))
         self.num_prompts = 0
@@ -116,7 +119,8 @@ class Case:
     def _keep_a_prompt(self) -> None:
         if self.is_mixed and not self.scheduler.get_stats()["prefill_queue_size"]:
             self.num_prompts += 1
-            self.scheduler.add_request(Request(f"p{self.num_prompts}", [self.num_prompts % 101] * 8 * CHUNK))
+            prompt = [self.num_prompts * CHUNK + i for i in range(8 * CHUNK)]  # nothing of it is cached
+            self.scheduler.add_request(Request(f"p{self.num_prompts}", prompt))
 
     def _append_tokens(self, out: ScheduleOutput) -> list[str]:
         """What the engine does between the two calls; long prompts end with their first token."""
@@ -131,11 +135,6 @@ class Case:
 def _percentile(values: list[float], percent: int) -> float:
     ordered = sorted(values)
     return round(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1)
-
-
-def figures_for_report() -> dict[str, Any]:
-    """A shorter run, for `run_all.py`."""
-    return measure(steps=500)
 
 
 if __name__ == "__main__":

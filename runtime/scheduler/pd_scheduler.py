@@ -568,7 +568,7 @@ class PDScheduler(BaseScheduler):
         """The engine forgets what this output said of blocks and copies; the next one says it again."""
         output, plan = flight.output, self._next_plan
         live = self.running_requests.keys() | self._limbo.keys() | self._swapping
-        given = {i: list(blocks) for i, blocks in output.kv_blocks_to_allocate.items() if i in live}
+        given = {i: list(b) for i, b in output.kv_blocks_to_allocate.items() if i in live or not self.kv.is_split}
         for request_id, blocks in plan.given.items():
             given.setdefault(request_id, []).extend(blocks)
         plan.given = given

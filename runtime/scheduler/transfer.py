@@ -171,6 +171,7 @@ class TransferPhase:
         plan.migrations.append(piece)
         transfer.in_the_air[start] = (piece, set())
         transfer.num_handed_out = end
+        transfer.is_cancelling = False
         transfer.lease_end = None if self._config.lease_s is None else now + self._config.lease_s
         self.copying[request.request_id] = transfer
 
@@ -259,7 +260,7 @@ class TransferPhase:
         return [transfer.request for transfer in self.transfers.values()]
 
     def expire(self, now: float) -> list[KVMigration]:
-        """The pieces whose lease has run out, to be cancelled by the transport; each is named once."""
+        """The pieces whose lease has run out, to be cancelled by the transport; named once per lease."""
         late: list[KVMigration] = []
         for transfer in self.copying.values():
             if transfer.lease_end is not None and transfer.lease_end <= now and not transfer.is_cancelling:
@@ -282,5 +283,6 @@ class TransferPhase:
         """After a piece has left the air: the transfer if it is complete."""
         if transfer.in_the_air:
             return None
+        transfer.is_cancelling = False
         self.copying.pop(transfer.request.request_id, None)
         return transfer if transfer.is_complete else None

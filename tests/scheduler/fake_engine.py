@@ -217,7 +217,8 @@ class FakeEngine:
             source = cache if swap.source == "device" else self.tiers[swap.source]
             target = cache if swap.target == "device" else self.tiers[swap.target]
             for source_block, target_block in zip(swap.source_blocks, swap.target_blocks, strict=True):
-                target[target_block] = list(source[source_block])
+                if source_block in source:  # a block of an aborted request may never have been written
+                    target[target_block] = list(source[source_block])
 
     def migrate(self, copy: KVMigration) -> None:
         """Copy from the prefill to the decode worker."""
