@@ -46,8 +46,10 @@ def _save_random_model(folder: Path, family: str, seed: int, max_shard_size: str
     settings = getattr(transformers, f"{family.removesuffix('Model')}Config")(**config)
     model = (transformers.AutoModel if is_bare else transformers.AutoModelForCausalLM).from_config(settings)
     generator = torch.Generator().manual_seed(seed)
+    saved = model.state_dict()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *buffers]:
             noise = torch.randn(parameter.shape, generator=generator)
             centre = 1.0 if "norm" in name or ".ln_" in name else 0.0
             scale = 0.2 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5

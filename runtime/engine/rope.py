@@ -171,6 +171,14 @@ def _longrope(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _F
     return _Frequencies(_plain(rope) / factors, parameters.number("attention_factor", default))
 
 
+def _proportional(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequencies:
+    """Gemma 4: tables over the whole head, of which a share turns, the fastest frequencies first; the rest stand."""
+    turning = int(parameters.number("partial_rotary_factor", 1.0) * rope.dim // 2)
+    radians = _plain(rope) / parameters.number("factor", 1.0)
+    radians[turning:] = 0.0
+    return _Frequencies(radians)
+
+
 _SCALINGS: dict[str, Callable[[RopeSpec, _Parameters, int], _Frequencies]] = {
     "default": _default,
     "linear": _linear,
@@ -178,5 +186,6 @@ _SCALINGS: dict[str, Callable[[RopeSpec, _Parameters, int], _Frequencies]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
     "su": _longrope,  # its first name, in early checkpoints of Phi-3
 }

@@ -1,0 +1,27 @@
+"""Tables of positions that no layout of ours reads yet, against transformers."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.layout import RopeSpec, read_rope
+from sageLLM.runtime.engine.rope import rope_tables
+
+
+@pytest.mark.parametrize("share", [0.25, 0.7, 1.0])
+def test_proportional_rotation(share: float) -> None:
+    scaling = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": share, "factor": 2.0}
+    config = LlamaConfig(hidden_size=128, num_attention_heads=4, rope_parameters=scaling)
+    wanted, factor = ROPE_INIT_FUNCTIONS["proportional"](config, torch.device("cpu"))
+    tables = rope_tables(RopeSpec(1e4, 32, 256, scaling), 50)
+    angles = torch.outer(torch.arange(50.0), wanted)
+    torch.testing.assert_close(tables.cos, angles.cos() * factor)
+    torch.testing.assert_close(tables.sin, angles.sin() * factor)
+
+
+def test_an_odd_number_of_rotated_components_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"config.json: 5 components of a head are rotated, but pairs of them want"):
+        read_rope(HFConfig({}), base=1e4, dim=5, max_position=8, keys=(), allow=())
