@@ -98,6 +98,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj, whole heads rotated, tied": ("GPTJ", {"rotary_dim": 16, "tie_word_embeddings": True}),
     "bloom": ("Bloom", {"n_head": 4}),
     "bloom, heads not a power of two": ("Bloom", {"n_head": 6, "hidden_size": 48, "tie_word_embeddings": False}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm, half of a head rotated": (
+        "StableLm",
+        {"rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5, "rope_type": "default"}},
+    ),
+    "phi": ("Phi", {}),
+    "cohere": ("Cohere", {"num_key_value_heads": 2}),
+    "cohere with norms of heads": ("Cohere", {"use_qk_norm": True, "logit_scale": 0.5, "tie_word_embeddings": False}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma3 with scaled positions and capped logits": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "final_logit_softcapping": 5.0,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
     "rope linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
     "rope dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0}}),
     "rope llama3": (
