@@ -108,7 +108,7 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     pd: Annotated[
-        Literal["strict", "time_share", "hybrid"], typer.Option(help="How prefill and decode share.")
+        Literal["strict", "time_share", "hybrid", "auto"], typer.Option(help="How prefill and decode share.")
     ] = "hybrid",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
@@ -129,7 +129,7 @@ def simulate(
     trace: Annotated[Path | None, typer.Option(help="Azure csv, Mooncake jsonl, or JSON pairs of lengths.")] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="strict, time_share, hybrid or vllm; may be repeated. Without it, all."),
+        typer.Option(help="strict, time_share, hybrid, vllm, auto; may be repeated. Without it, all."),
     ] = None,
     model: Annotated[str, typer.Option(help="A config.json, or the name of a model in --profile.")] = "config.json",
     hardware: Annotated[str, typer.Option(help="A device of specs/hardware.")] = "h100",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.core.layout import Stage
 from sageLLM.runtime.engine.block_copies import Migrator, TieredPool
 from sageLLM.runtime.engine.errors import PromptError
@@ -25,8 +26,11 @@ from sageLLM.runtime.engine.stop import SequenceText, StopRules
 from sageLLM.runtime.engine.tokenizer import Tokenizer
 from sageLLM.runtime.engine.worker import StepResult, Worker
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.kv.copies import KVStats, Tier
+from sageLLM.runtime.scheduler.auto import ForecastChooser
 from sageLLM.runtime.scheduler.base import Chunk, KVBudget, Request, ScheduleOutput
+from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 
 
@@ -48,11 +52,18 @@ class Engine:
         config: PDSchedulerConfig,
         budget: KVBudget,
         disk_folder: Path | None = None,
+        objective: ServiceObjective | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.is_strict = config.mode == "strict"
-        self.scheduler = PDScheduler(config, kv_budget=budget, max_model_len=model.max_model_len, clock=time.monotonic)
+        self.scheduler = PDScheduler(
+            config,
+            kv_budget=budget,
+            max_model_len=model.max_model_len,
+            clock=time.monotonic,
+            mode_chooser=make_chooser(pipeline, model.device.type, objective) if config.mode == "auto" else None,
+        )
         self.decoder = Worker(model, make_pool(model, budget.num_blocks, budget.block_size), pipeline)
         self.prefiller = self.decoder
         if self.is_strict:
@@ -275,6 +286,13 @@ def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
     best_B = logits_BV.gather(1, token_ids_B[:, None]).flatten()
     failed = (~best_B.isfinite()).nonzero().flatten().tolist()
     return SampledTokens(token_ids_B, {}, tuple(failed))
+
+
+def make_chooser(pipeline: Pipeline, device: str, objective: ServiceObjective | None) -> ForecastChooser:
+    """What decides in mode `auto`: forecasts with the roofline of the device."""
+    hardware = HARDWARE["h100" if device == "cuda" else "cpu"]
+    cost = RooflineStepCost(pipeline.layout, pipeline.config, hardware, dtype=pipeline.dtype)
+    return ForecastChooser(cost, objective or ServiceObjective())
 
 
 def make_pool(model: Model, num_blocks: int, block_size: int) -> KVPool:

@@ -23,6 +23,7 @@ from sageLLM.runtime.engine.tokenizer import Tokenizer
 from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
 from sageLLM.runtime.execution_graph.pipeline import ALL, Pipeline
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -44,6 +45,8 @@ class LLM:
     are GiB of host memory and of files in `disk_folder` (None: the system's folder for temporary files) to which
     preempted requests are moved when the pool of `num_kv_blocks` is full, so that they need not be computed again.
 
+    `objective` is the service that the scheduler's mode "auto" aims at.
+
     Raises CheckpointError, TokenizerError or PluginError, naming file and remedy, for a folder
     that cannot be served, and SageError for another argument that cannot be used.
     """
@@ -62,6 +65,7 @@ class LLM:
         swap_space: float = 0.0,
         disk_space: float = 0.0,
         disk_folder: str | Path | None = None,
+        objective: ServiceObjective | None = None,
         plugins: Sequence[str | Path] = (),
         disable_passes: Sequence[str] = (),
         skip_tokenizer: bool = False,
@@ -89,7 +93,7 @@ class LLM:
         where_on_disk = None if disk_folder is None else Path(disk_folder)
         self._engine: Engine | None = None
         if self.model.generates:
-            self._engine = Engine(self.model, self.tokenizer, self.pipeline, config, budget, where_on_disk)
+            self._engine = Engine(self.model, self.tokenizer, self.pipeline, config, budget, where_on_disk, objective)
         self._embedder = Embedder(
             self.model, self.pipeline, max_tokens=config.max_prefill_tokens, block_size=block_size
         )

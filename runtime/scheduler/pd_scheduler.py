@@ -116,6 +116,8 @@ class PDScheduler(BaseScheduler):
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it is empty, was used before, has a live one's id, or can never run."""
         super().add_request(request)
+        if self._mode_chooser is not None:
+            self._mode_chooser.observe(request)
         self.kv.track(request)
         parent = request.fork_of
         if parent is not None and self._can_wait_for(parent, request):
@@ -260,12 +262,17 @@ class PDScheduler(BaseScheduler):
     def _plan_auto(self, plan: StepPlan) -> None:
         assert self._mode_chooser is not None, "the constructor checks it"
         choice = self._mode_chooser.choose(self)
-        num_tokens = choice.max_prefill_tokens
+        most, num_tokens = self.config.max_prefill_tokens, choice.max_prefill_tokens
         if choice.mode == "hybrid":
             self._plan_hybrid(plan, self.config.prefill_chunk_size if num_tokens is None else num_tokens)
-        else:
-            most = self.config.max_prefill_tokens
+        elif choice.mode == "time_share":
             self._plan_time_share(plan, most if num_tokens is None else min(most, num_tokens))
+        else:
+            self._prefill.plan(
+                plan, most if num_tokens is None else min(most, num_tokens), self.config.max_prefill_batch_size
+            )
+            if not plan.prefill:
+                self._decode.plan(plan, self.config.max_decodes, bool(self._flights))
 
     def _plan_time_share(self, plan: StepPlan, max_prefill_tokens: int) -> None:
         is_prefill_due = self._num_consecutive_decodes >= self.config.max_consecutive_decodes

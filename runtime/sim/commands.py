@@ -15,6 +15,7 @@ from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.core.step_cost import StepCostModel
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.scheduler.batch import KVBudget
+from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.sim.distserve import read_profile
 from sageLLM.runtime.sim.layer_profile import LayerProfileCost
@@ -62,7 +63,8 @@ def run_simulation(request: SimulateRequest) -> int:
         modes = _modes(request)
         trace = _trace(request)
         shares_prefixes = any(one.block_hashes for one in trace)
-        setup = replace(_setup(request), enable_prefix_caching=shares_prefixes)
+        objective = ServiceObjective(request.slo.ttft_s, request.slo.tpot_s)
+        setup = replace(_setup(request), enable_prefix_caching=shares_prefixes, objective=objective)
         results: dict[str, Summary] = {}
         for mode in modes:
             results[mode] = _simulated(mode, setup, trace, request)

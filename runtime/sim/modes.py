@@ -5,14 +5,16 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sageLLM.runtime.core.step_cost import StepCostModel
+from sageLLM.runtime.scheduler.auto import ForecastChooser
 from sageLLM.runtime.scheduler.base import BaseScheduler
 from sageLLM.runtime.scheduler.batch import KVBudget
+from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.running_first import RunningFirstConfig, RunningFirstScheduler
 from sageLLM.runtime.sim.simulator import Cluster, Colocated, Disaggregated, EventQueue, MakeCluster, Paired
 from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
 
-SimMode = Literal["strict", "time_share", "hybrid", "vllm"]
+SimMode = Literal["strict", "time_share", "hybrid", "vllm", "auto"]
 AMPLE_KV = KVBudget(num_blocks=2**18)
 """For the running-first scheduler, which always has a bound."""
 
@@ -33,6 +35,7 @@ class Setup:
     scheduler: PDSchedulerConfig = field(default_factory=PDSchedulerConfig)
     costs: Mapping[str, StepCostModel] = field(default_factory=dict)
     enable_prefix_caching: bool = True
+    objective: ServiceObjective = field(default_factory=ServiceObjective)
 
     @property
     def num_workers(self) -> int:
@@ -41,10 +44,13 @@ class Setup:
 
 def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
     """The workers of a mode, ready to be put into a simulation."""
+    setup = replace(setup, scheduler=replace(setup.scheduler, enable_prefix_caching=setup.enable_prefix_caching))
     if mode == "strict":
         return lambda events: _strict(events, setup)
     if mode == "vllm":
         return _colocated(_running_first(setup), setup)
+    if mode == "auto":
+        return _colocated(_auto(setup), setup)
     return _colocated(_pd_scheduler(replace(setup.scheduler, mode=mode), setup.kv_budget), setup)
 
 
@@ -87,5 +93,16 @@ def _running_first(setup: Setup) -> MakeScheduler:
 
     def make(clock: VirtualClock) -> BaseScheduler:
         return RunningFirstScheduler(config, kv_budget=budget, clock=clock)
+
+    return make
+
+
+def _auto(setup: Setup) -> MakeScheduler:
+    """Every worker chooses for itself, by the traffic that it sees."""
+    config = replace(setup.scheduler, mode="auto")
+
+    def make(clock: VirtualClock) -> BaseScheduler:
+        chooser = ForecastChooser(setup.cost, setup.objective)
+        return PDScheduler(config, kv_budget=setup.kv_budget, clock=clock, mode_chooser=chooser)
 
     return make

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 
-MODES = ("time_share", "hybrid", "strict")
+MODES = ("time_share", "hybrid", "strict", "auto")
 LOGPROB_TOLERANCE = 1e-4
 NUM_NEW = 12
 

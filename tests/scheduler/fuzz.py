@@ -35,8 +35,11 @@ class RandomChooser:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
+    def observe(self, request: Request) -> None:
+        assert request.rank is not None
+
     def choose(self, scheduler: PDScheduler) -> ModeChoice:
-        mode = self.rng.choice(["time_share", "hybrid"])
+        mode = self.rng.choice(["time_share", "hybrid", "prefill"])
         return ModeChoice(mode, self.rng.choice([None, 1, 3, 9]))
 
 

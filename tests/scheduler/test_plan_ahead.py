@@ -220,6 +220,10 @@ class Alternate:
 
     def __init__(self) -> None:
         self.num_asked = 0
+        self.seen = []
+
+    def observe(self, request) -> None:
+        self.seen.append(request)
 
     def choose(self, scheduler) -> ModeChoice:
         self.num_asked += 1
@@ -232,7 +236,7 @@ def test_auto_asks_for_every_step(fake_engine) -> None:
     engine = fake_engine(PDScheduler(config, kv_budget=KVBudget(30, 4), mode_chooser=chooser))
     requests = [engine.add(f"r{i}", 2 + 8 * i, num_outputs=6) for i in range(4)]
     num_steps = engine.run_to_end()
-    assert chooser.num_asked == num_steps
+    assert chooser.num_asked == num_steps and chooser.seen == requests
     assert {"hybrid", "prefill", "decode"} <= {out.stage for out in engine.steps}
     assert all(r.output_token_ids == engine.expected_output(r) for r in requests)
 

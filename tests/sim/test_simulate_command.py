@@ -40,9 +40,9 @@ def test_a_table_with_a_line_per_mode_and_a_verdict(model: str) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("mode        TTFT ms p50/p90/p99  TPOT ms p50/p90/p99")
-    assert [line.split()[0] for line in lines[1:5]] == ["strict", "time_share", "hybrid", "vllm"]
-    assert lines[6].startswith("Best for TTFT <= 1000 ms and TPOT <= 100 ms: ")
-    assert lines[7].startswith("Disaggregation ")
+    assert [line.split()[0] for line in lines[1:6]] == ["strict", "time_share", "hybrid", "vllm", "auto"]
+    assert lines[7].startswith("Best for TTFT <= 1000 ms and TPOT <= 100 ms: ")
+    assert lines[8].startswith("Disaggregation ")
 
 
 def figures(model: str, *arguments: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_two_devices_for_a_worker_are_faster_than_one(model: str) -> None:
     ("arguments", "message"),
     [
         ((), "without --trace, give --rate and --num-requests to draw one"),
-        ((*SYNTHETIC, "--mode", "both"), "no mode named both; known are strict, time_share, hybrid, vllm"),
+        ((*SYNTHETIC, "--mode", "both"), "no mode named both; known are strict, time_share, hybrid, vllm, auto"),
         (
             (*SYNTHETIC, "--mode", "strict", "--decode-workers", "0"),
             "strict mode needs at least one of --decode-workers",
@@ -86,7 +86,7 @@ def test_a_refusal_names_the_remedy(model: str, arguments: tuple[str, ...], mess
 
 def test_one_worker_serves_in_every_mode_but_strict(model: str) -> None:
     one = figures(model, "--decode-workers", "0")["modes"]
-    assert list(one) == ["time_share", "hybrid", "vllm"]
+    assert list(one) == ["time_share", "hybrid", "vllm", "auto"]
     assert one["hybrid"]["mean_tpot"] > figures(model, "--mode", "hybrid")["modes"]["hybrid"]["mean_tpot"]
 
 

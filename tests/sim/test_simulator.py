@@ -13,7 +13,7 @@ from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import TraceRequest
 
-MODES: tuple[SimMode, ...] = ("strict", "time_share", "hybrid", "vllm")
+MODES: tuple[SimMode, ...] = ("strict", "time_share", "hybrid", "vllm", "auto")
 
 
 class PerToken:

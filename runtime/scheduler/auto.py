@@ -1,0 +1,135 @@
+"""Chooses how prefill and decode share a worker by the service that a cost model forecasts for the recent traffic.
+
+No fixed mode is best for all traffic (docs/simulate.md has figures). The chooser remembers the last requests, plays
+them through several rules (`forecast.py`) now and then, and follows the rule under which most would have been served
+as promised.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sageLLM.runtime.core.step_cost import StepCostModel
+from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
+from sageLLM.runtime.scheduler.modes import ModeChoice
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
+from sageLLM.runtime.scheduler.request import Request, RequestStatus
+
+CHUNK_SIZES = (256, 512, 1024, 2048)
+DEFAULT_OUTPUT_TOKENS = 128
+"""How long an answer is taken to be before the first one has ended."""
+STEPS_PER_CHOICE = 512
+"""Coarse steps of a forecast that one choice takes the time for, some 10 us each."""
+NUM_LIFETIMES = 4
+"""A forecast covers so many times as many requests as are served at once when all just meet the objective."""
+
+
+Score = tuple[int, float]
+
+
+class _Seen(NamedTuple):
+    """A request that arrived, and whether the length of its answer is known."""
+
+    arrival_s: float
+    num_prompt_tokens: int
+    request: Request
+
+
+class ForecastChooser:
+    """Follows the rule with the best forecast for traffic like the last `window` requests.
+
+    New forecasts are due after a quarter as many arrivals as are remembered: often while little is known, seldom
+    later. They are made bit by bit, beside the steps that are chosen.
+    """
+
+    def __init__(self, cost: StepCostModel, objective: ServiceObjective, window: int = 128) -> None:
+        self._cost = cost
+        self._objective = objective
+        self._window = window
+        self._seen: deque[_Seen] = deque(maxlen=window)
+        self._num_new = 0
+        self._rule: ModeChoice | None = None
+        self._pending: list[Forecast] = []
+        self._best: tuple[Score, ModeChoice] | None = None
+
+    def observe(self, request: Request) -> None:
+        """A request has arrived."""
+        self._seen.append(_Seen(request.arrival_time, request.num_prompt_tokens, request))
+        self._num_new += 1
+
+    def choose(self, scheduler: PDScheduler) -> ModeChoice:
+        """The mode of the next step."""
+        if self._rule is None:
+            self._rule = ModeChoice("hybrid", scheduler.config.prefill_chunk_size)
+        if self._pending:
+            self._advance()
+        elif self._num_new * 4 >= len(self._seen) > 1:
+            self._begin(scheduler)
+        return self._rule
+
+    def _begin(self, scheduler: PDScheduler) -> None:
+        self._num_new = 0
+        requests = expected(self._seen, self._objective, self._window)
+        limits = limits_of(scheduler)
+        self._pending = [Forecast(rule, requests, self._cost, limits) for rule in rules(scheduler)]
+
+    def _advance(self) -> None:
+        forecast = self._pending[-1]
+        forecast.advance(STEPS_PER_CHOICE)
+        if not forecast.is_done:
+            return
+        self._pending.pop()
+        result = score(forecast, self._objective), forecast.rule
+        if self._best is None or result[0] > self._best[0]:
+            self._best = result
+        if not self._pending:
+            self._rule, self._best = self._best[1], None
+
+
+def rules(scheduler: PDScheduler) -> list[ModeChoice]:
+    """The rules to choose from: prefill first, alternating, and mixed steps of several sizes."""
+    most = scheduler.config.max_prefill_tokens
+    chunk_sizes = sorted({*(size for size in CHUNK_SIZES if size < most), scheduler.config.prefill_chunk_size, most})
+    return [ModeChoice("prefill"), ModeChoice("time_share"), *(ModeChoice("hybrid", size) for size in chunk_sizes)]
+
+
+def limits_of(scheduler: PDScheduler) -> ServiceLimits:
+    """What bounds the scheduler's worker."""
+    config = scheduler.config
+    return ServiceLimits(
+        config.max_prefill_tokens, config.max_consecutive_decodes, scheduler.max_batch_size, scheduler.kv.max_tokens
+    )
+
+
+def score(forecast: Forecast, objective: ServiceObjective) -> Score:
+    """How many requests were served as promised; among equals, how little of what is allowed they used."""
+    num_good, used = 0, 0.0
+    for request, one in zip(forecast.requests, forecast.served, strict=True):
+        ttft = (one.first_s - request.arrival_s) / objective.ttft_s
+        tpot = (one.last_s - one.first_s) / max(1, request.num_output_tokens - 1) / objective.tpot_s
+        num_good += ttft <= 1 and tpot <= 1
+        used += max(ttft, tpot)
+    return num_good, -used
+
+
+def expected(seen: Sequence[_Seen], objective: ServiceObjective, least: int) -> list[ExpectedRequest]:
+    """The traffic if it goes on like this: the requests seen, as if they came again and again.
+
+    There are at least `least`, and several times as many as are served at once. An answer that has not ended is taken
+    to go on for the mean length, estimated as for any lifetimes of which some still go on: all tokens so far over the
+    number of answers that ended.
+    """
+    lengths = [len(one.request.output_token_ids) for one in seen]
+    has_ended = [one.request.status is RequestStatus.FINISHED for one in seen]
+    mean = max(1, sum(lengths) // sum(has_ended)) if any(has_ended) else DEFAULT_OUTPUT_TOKENS
+    first, last = min(one.arrival_s for one in seen), max(one.arrival_s for one in seen)
+    gap_s = (last - first) / max(1, len(seen) - 1)
+    once = sorted(
+        ExpectedRequest(one.arrival_s - first, one.num_prompt_tokens, max(1, length + (0 if ended else mean)))
+        for one, length, ended in zip(seen, lengths, has_ended, strict=True)
+    )
+    lifetime_s = objective.ttft_s + mean * objective.tpot_s
+    num = min(max(least, int(NUM_LIFETIMES * lifetime_s / gap_s) if gap_s else least), 4 * least)
+    rounds = -(-num // len(once))
+    period_s = gap_s * len(seen)
+    return [one._replace(arrival_s=one.arrival_s + i * period_s) for i in range(rounds) for one in once][:num]

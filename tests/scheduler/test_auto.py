@@ -1,0 +1,135 @@
+"""The mode `auto`: forecasts by hand, what the chooser makes of them, and what it leaves as it is."""
+
+import pytest
+
+from sageLLM.runtime.core.step_cost import StepWork
+from sageLLM.runtime.scheduler.auto import DEFAULT_OUTPUT_TOKENS, ForecastChooser, expected, rules
+from sageLLM.runtime.scheduler.batch import KVBudget
+from sageLLM.runtime.scheduler.forecast import (
+    ExpectedRequest,
+    Forecast,
+    Served,
+    ServiceLimits,
+    ServiceObjective,
+)
+from sageLLM.runtime.scheduler.modes import ModeChoice
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+from sageLLM.runtime.scheduler.request import Request, RequestStatus
+
+PREFILL, TIME_SHARE = ModeChoice("prefill"), ModeChoice("time_share")
+LIMITS = ServiceLimits(max_prefill_tokens=100, max_consecutive_decodes=2, max_batch_size=8)
+FIRST, SECOND = ExpectedRequest(0.0, 100, 5), ExpectedRequest(2.5, 200, 2)
+
+
+class PerToken:
+    """1 s for a step with prompts and 10 ms for each of their tokens; 1 s for a step of decodes alone."""
+
+    def step_s(self, work: StepWork) -> float:
+        return 1.0 + 0.01 * work.num_prompt_tokens if work.prefill else 1.0
+
+
+def forecast(rule: ModeChoice, *requests: ExpectedRequest, limits: ServiceLimits = LIMITS) -> list[Served]:
+    one = Forecast(rule, requests, PerToken(), limits)
+    one.advance(10_000)
+    assert one.is_done
+    return one.served
+
+
+@pytest.mark.parametrize(
+    ("rule", "first", "second"),
+    [
+        # 0-2 prompt, 2-3 decode, then 3-7 the second prompt, then decodes
+        (PREFILL, Served(2.0, 10.0), Served(7.0, 8.0)),
+        # after two decodes a step of prefill: 2-4 decodes, 4-6 prefill, 6-8 decodes (the first ends), 8-10 prefill
+        (TIME_SHARE, Served(2.0, 8.0), Served(10.0, 11.0)),
+        # steps of 50 prompt tokens take 1.5 s, with a decode beside them
+        (ModeChoice("hybrid", 50), Served(3.0, 9.0), Served(9.0, 10.0)),
+    ],
+    ids=["prefill", "time_share", "hybrid"],
+)
+def test_forecasts_by_hand(rule: ModeChoice, first: Served, second: Served) -> None:
+    assert forecast(rule, FIRST, SECOND) == [pytest.approx(first), pytest.approx(second)]
+
+
+def test_a_forecast_keeps_to_seats_and_to_the_cache() -> None:
+    both = ExpectedRequest(0.0, 50, 3), ExpectedRequest(0.0, 50, 3)
+    assert [one.first_s for one in forecast(PREFILL, *both)] == [2.0, 2.0]
+    one_seat = ServiceLimits(100, 2, 1)
+    assert [one.first_s for one in forecast(PREFILL, *both, limits=one_seat)] == [1.5, 5.0]
+    small = ServiceLimits(100, 2, 8, max_kv_tokens=80)
+    assert [one.first_s for one in forecast(PREFILL, *both, limits=small)] == [1.5, 5.0]
+
+
+def seen(chooser: ForecastChooser, arrival: float, prompt: int, output: int, is_over: bool) -> None:
+    request = Request("r", [1] * prompt, arrival_time=arrival, output_token_ids=[0] * output)
+    request.status = RequestStatus.FINISHED if is_over else RequestStatus.DECODING
+    chooser.observe(request)
+
+
+def test_traffic_is_expected_to_go_on_as_it_was() -> None:
+    objective = ServiceObjective(1.0, 0.001)
+    chooser = ForecastChooser(PerToken(), objective, window=6)
+    seen(chooser, 10.0, 100, 20, is_over=True)
+    seen(chooser, 11.0, 200, 40, is_over=False)
+    seen(chooser, 14.0, 300, 0, is_over=False)
+    # 60 tokens came out and one answer ended: the others are taken to go on for 60
+    once = [(0.0, 100, 20), (1.0, 200, 100), (4.0, 300, 60)]
+    again = [(time + 6.0, prompt, output) for time, prompt, output in once]
+    assert expected(chooser._seen, objective, least=6) == [ExpectedRequest(*one) for one in once + again]
+
+
+def test_before_an_answer_has_ended_its_length_is_a_guess() -> None:
+    objective = ServiceObjective()
+    chooser = ForecastChooser(PerToken(), objective, window=4)
+    seen(chooser, 1.0, 10, 3, is_over=False)
+    assert [one.num_output_tokens for one in expected(chooser._seen, objective, 1)] == [3 + DEFAULT_OUTPUT_TOKENS]
+
+
+def scheduler(chooser: ForecastChooser) -> PDScheduler:
+    config = PDSchedulerConfig(mode="auto", max_prefill_tokens=600, prefill_chunk_size=40)
+    return PDScheduler(config, kv_budget=KVBudget(100, 16), mode_chooser=chooser)
+
+
+def test_the_rules_are_within_the_limits() -> None:
+    kinds = [
+        (rule.mode, rule.max_prefill_tokens)
+        for rule in rules(scheduler(ForecastChooser(PerToken(), ServiceObjective())))
+    ]
+    chunks = [("hybrid", size) for size in (40, 256, 512, 600)]
+    assert kinds == [("prefill", None), ("time_share", None), *chunks]
+
+
+@pytest.mark.parametrize(
+    ("objective", "mode"),
+    [(ServiceObjective(4.0, 1000.0), "prefill"), (ServiceObjective(1000.0, 1.05), "hybrid")],
+    ids=["first tokens matter", "pace matters"],
+)
+def test_the_objective_decides(objective: ServiceObjective, mode: str) -> None:
+    """With the first rule new prompts go first; with the other they may only take little time from the decodes."""
+
+    class Cost:
+        def step_s(self, work: StepWork) -> float:
+            return 0.01 * work.num_prompt_tokens + (1.0 if work.num_decodes else 0.0)
+
+    chooser = ForecastChooser(Cost(), objective, window=16)
+    for i in range(16):
+        seen(chooser, 7.0 * i, 300, 20, is_over=True)
+    one = scheduler(chooser)
+    choices = [chooser.choose(one) for _ in range(200)]
+    assert choices[0] == ModeChoice("hybrid", 40), "until there is a forecast, as the config says"
+    assert choices[-1].mode == mode
+
+
+def test_it_serves_requests_whatever_it_chooses(fake_engine) -> None:
+    engine = fake_engine(scheduler(ForecastChooser(PerToken(), ServiceObjective(5.0, 2.0), window=8)))
+    requests = [engine.add(f"r{i}", 3 + 17 * i, num_outputs=6) for i in range(20)]
+    engine.run_to_end()
+    assert all(request.output_token_ids == engine.expected_output(request) for request in requests)
+
+
+@pytest.mark.parametrize("name", ["ttft_s", "tpot_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_senseless_objective_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError) as error:
+        ServiceObjective(**{name: value})
+    assert str(error.value) == f"{name} must be a positive number of seconds, got {value}"

@@ -1,0 +1,101 @@
+"""Mode `auto` against the fixed modes, over loads and objectives of which none suits a fixed mode alone."""
+
+from functools import cache
+
+import pytest
+
+from sageLLM.generated.builders import MODELS
+from sageLLM.generated.hardware import HARDWARE
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.step_cost import CoefficientCost, Coefficients, StepCostModel
+from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
+from sageLLM.runtime.scheduler.batch import KVBudget
+from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
+from sageLLM.runtime.scheduler.modes import ModeChoice
+from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.sim.metrics import Slo, Summary
+from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
+from sageLLM.runtime.sim.simulator import Simulation
+from sageLLM.runtime.sim.trace import Lengths, TraceRequest, synthetic
+
+CHAT = Lengths(700, 1400, 1800), Lengths(180, 480, 1000)
+SHAREGPT = Lengths(1730, 5696, 8192), Lengths(415, 834, 8192)
+ARXIV = Lengths(7059, 12985, 16384), Lengths(208, 371, 16384)
+OVERHEAD = (2.0, 1e-4)
+OPT_13B = CoefficientCost(
+    Coefficients((23.1, 0.1405, 8.08e-6), (23.5, 5.93e-4, 0.0607), (20.2, 4.91e-4, 0.12), 95, OVERHEAD, OVERHEAD)
+)
+"""Rounded from DistServe's profile of vLLM on an A100."""
+YI_34B = {
+    "hidden_size": 7168,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 56,
+    "num_key_value_heads": 8,
+    "intermediate_size": 20480,
+    "vocab_size": 64000,
+    "max_position_embeddings": 32768,
+}
+
+
+@cache
+def yi_34b() -> RooflineStepCost:
+    layout = MODELS["llama"]
+    return RooflineStepCost(layout, layout.read_config(HFConfig(YI_34B)), HARDWARE["a100"], tensor_parallel_size=2)
+
+
+def attainment(
+    mode: SimMode, cost: StepCostModel, budget: KVBudget | None, trace: list[TraceRequest], slo: Slo, **limits: int
+) -> float:
+    objective = ServiceObjective(slo.ttft_s, slo.tpot_s)
+    config = PDSchedulerConfig(max_prefill_batch_size=256, max_decode_batch_size=256, **limits)
+    setup = Setup(cost, lambda tokens: 0.0, budget, 1, 0, config, {}, False, objective)
+    simulation = Simulation(make_cluster(mode, setup))
+    return Summary.of(simulation.run(trace), slo, simulation.num_steps).attainment
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths", "rate", "slo"),
+    [
+        ("opt", CHAT, 1.0, Slo(0.25, 0.1)),
+        ("opt", CHAT, 1.5, Slo(0.25, 0.1)),
+        ("opt", CHAT, 1.5, Slo(1.0, 0.05)),
+        ("opt", CHAT, 2.0, Slo(2.0, 0.1)),
+        ("yi", SHAREGPT, 1.0, Slo(1.0, 0.05)),
+        ("yi", SHAREGPT, 1.5, Slo(3.0, 0.1)),
+        ("yi", ARXIV, 0.5, Slo(3.0, 0.05)),
+        ("yi", ARXIV, 0.5, Slo(6.0, 0.1)),
+    ],
+)
+def test_auto_is_about_as_good_as_the_best_fixed_mode(
+    model: str, lengths: tuple[Lengths, Lengths], rate: float, slo: Slo
+) -> None:
+    cost: StepCostModel = OPT_13B if model == "opt" else yi_34b()
+    budget = None if model == "opt" else KVBudget(yi_34b().num_kv_blocks(16))
+    trace = synthetic(300, rate, *lengths, seed=0)
+    fixed = {
+        "prefill first": attainment("time_share", cost, budget, trace, slo, max_consecutive_decodes=0),
+        "time_share": attainment("time_share", cost, budget, trace, slo),
+        "hybrid": attainment("hybrid", cost, budget, trace, slo),
+        "hybrid, large chunks": attainment("hybrid", cost, budget, trace, slo, prefill_chunk_size=2048),
+    }
+    auto = attainment("auto", cost, budget, trace, slo)
+    assert auto >= max(fixed.values()) - 0.02, fixed
+
+
+def test_the_forecast_tells_what_the_simulator_finds() -> None:
+    """The sketch of the scheduler that the chooser uses, against the scheduler itself."""
+    slo = Slo(3.0, 0.05)
+    trace = synthetic(200, 0.5, *ARXIV, seed=0)
+    cost, budget = yi_34b(), KVBudget(yi_34b().num_kv_blocks(16))
+    limits = ServiceLimits(4096, 4, 256, budget.num_blocks * 16)
+    requests = [ExpectedRequest(one.arrival_s, one.num_prompt_tokens, one.num_output_tokens) for one in trace]
+    for chunk in (256, 512, 2048):
+        forecast = Forecast(ModeChoice("hybrid", chunk), requests, cost, limits)
+        forecast.advance(10**6)
+        gaps = [max(1, one.num_output_tokens - 1) for one in requests]
+        good = [
+            one.first_s - request.arrival_s <= slo.ttft_s and (one.last_s - one.first_s) / gap <= slo.tpot_s
+            for one, request, gap in zip(forecast.served, requests, gaps, strict=True)
+        ]
+        found = attainment("hybrid", cost, budget, trace, slo, prefill_chunk_size=chunk)
+        assert sum(good) / len(good) == pytest.approx(found, abs=0.03)
