@@ -7,6 +7,7 @@ from sageLLM.codegen.diagnostics import did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.link.operands import from_decode, in_decode
 from sageLLM.codegen.link.scope import Scope
+from sageLLM.codegen.link.sharding import checked_shares
 from sageLLM.codegen.model.layout import PHASES, Attend, OpCall, Phase
 from sageLLM.codegen.model.op import OpDef
 
@@ -27,6 +28,7 @@ def link_attend(scope: Scope, text: Text, targets: list[ast.Name], call: ast.Cal
     store_args: list[str | None] = [names[1], names[2], *_CACHES, "slots"]
     store_types = scope.infer(text, store_op, store_args, {}, call, lambda type_: type_)
     store = OpCall(("kc", "vc"), store_op, tuple(store_args), (), store_types)
+    checked_shares(scope, text, store, call)
     by_phase: dict[Phase, OpCall] = {}
     for phase in PHASES:
         op = scope.around.attend[phase]
@@ -35,6 +37,7 @@ def link_attend(scope: Scope, text: Text, targets: list[ast.Name], call: ast.Cal
         given = {k.arg: scope.argument(text, k.value, named[k.arg]) for k in call.keywords if k.arg in named}
         args = _attention_args(scope, text, op, {op.inputs[0].name: names[0], **given}, call)
         types = scope.infer(text, op, args, dict(attrs), call, in_decode if phase == "decode" else lambda type_: type_)
+        checked_shares(scope, text, OpCall((targets[0].id,), op, tuple(args), tuple(attrs), types), call)
         shown = {"k_cache": "kc", "v_cache": "vc"}
         renamed = tuple(shown.get(name, name) if name is not None else None for name in args)
         types = tuple(from_decode(type_) for type_ in types) if phase == "decode" else types

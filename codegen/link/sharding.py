@@ -29,14 +29,9 @@ def with_reduction(scope: Scope, text: Text, linked: OpCall, call: ast.Call) -> 
         reduce_ = wanted
         if shard.kind == "vocab" and wanted == "all_reduce":
             shard_op = _shard_op(scope, text, linked.op, call)
-    arguments = _arguments(scope, linked)
     if shard_op is not None:
         return replace(linked, reduce=reduce_, shard_op=shard_op), linked.targets
-    dims = scope.dim_attrs(text, linked.op, call)
-    try:
-        shares = result_shares(linked.op, arguments, dims, scope.around.divides, scope.around.ops)
-    except NotLinear as problem:
-        raise _refused(scope, text, linked, arguments, call, problem, reduce_) from None
+    shares = checked_shares(scope, text, linked, call, reduce_)
     parts = tuple(target for target, share in zip(linked.targets, shares, strict=False) if share is Share.PART)
     given = {name for name in linked.args if name in scope.values and scope.values[name].is_partial}
     scope.handed_on |= {name for name in given if name is not None}
@@ -46,6 +41,18 @@ def with_reduction(scope: Scope, text: Text, linked: OpCall, call: ast.Call) -> 
         message = f"of the results of {linked.op.name} only {', '.join(parts)} would be summed over the ranks"
         raise text.refuse("SAGE244", message, call, "call it in a block")
     return replace(linked, reduce=reduce_), parts
+
+
+def checked_shares(
+    scope: Scope, text: Text, linked: OpCall, call: ast.Call, reduce_: Collective | None = None
+) -> tuple[Share, ...]:
+    """What a rank has of each result; raises Refused where that is of no use."""
+    arguments = _arguments(scope, linked)
+    dims = scope.dim_attrs(text, linked.op, call)
+    try:
+        return result_shares(linked.op, arguments, dims, scope.around.divides, scope.around.ops)
+    except NotLinear as problem:
+        raise _refused(scope, text, linked, arguments, call, problem, reduce_) from None
 
 
 def _value(scope: Scope, name: str | None) -> Value | None:

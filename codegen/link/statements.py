@@ -49,6 +49,7 @@ class BodyLinker(Scope):
             inner.hidden, inner.present = dict(self.hidden), self.present | passed
             branches.append(inner.branch(flat))
             passed |= _present(flat, False) if branches[-1] is not None else frozenset()
+            inner.handed_on = self.handed_on
             ends.append(inner)
         self._join(ends, has_all=item.branches[-1].when is None)
         found = tuple(branch for branch in branches if branch is not None)
