@@ -1,7 +1,6 @@
 """Bugs to be planted in the scheduler, one at a time: each is a piece of a function's text and what replaces it."""
 
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ class Bug:
         assert self.old in source, f"{self.name}: {self.function} has no {self.old!r} any more"
         namespace: dict[str, Any] = {}
         code = source.replace(self.old, self.new).replace("super()", f"super({self.owner.__name__}, self)")
-        exec(compile(code, f"<{self.name}>", "exec"), vars(sys.modules[self.owner.__module__]), namespace)
+        exec(compile(code, f"<{self.name}>", "exec"), original.__globals__, namespace)
         monkeypatch.setattr(self.owner, self.function, namespace[self.function])
 
 
