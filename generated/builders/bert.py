@@ -82,7 +82,11 @@ class BertConfig(ModelSizes):
         hf.require(
             H % Nq == 0, "hidden_size % num_attention_heads == 0", ("hidden_size", H), ("num_attention_heads", Nq)
         )
-        hf.require(act == "gelu", "hidden_act == 'gelu'", ("hidden_act", act))
+        hf.require(
+            act in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"),
+            "hidden_act in ['gelu', 'gelu_new', 'gelu_pytorch_tanh', 'relu', 'silu']",
+            ("hidden_act", act),
+        )
         hf.require(
             positions == "absolute", "position_embedding_type == 'absolute'", ("position_embedding_type", positions)
         )
@@ -230,7 +234,14 @@ def ffn(g: GraphWriter, c: BertConfig, stage: Stage, layer: int, x: TensorRef) -
     """Feed-forward without a gate.
 
     u = linear(x, wu, bu)
+    when act == 'gelu':
     m = gelu(u)
+    when act == 'relu':
+    m = relu(u)
+    when act == 'silu':
+    m = silu(u)
+    otherwise:
+    m = gelu_tanh(u)
     f = linear(m, wd, bd)
     """
     wu = g.weight(f"layers.{layer}.ffn.wu", g.dtype, c.I, c.H)
@@ -239,7 +250,14 @@ def ffn(g: GraphWriter, c: BertConfig, stage: Stage, layer: int, x: TensorRef) -
     bd = g.weight(f"layers.{layer}.ffn.bd", g.dtype, c.H)
 
     u = ops.linear(g, x, wu, bu, name="u")
-    m = ops.gelu(g, u, name="m")
+    if c.act == "gelu":
+        m = ops.gelu(g, u, name="m")
+    elif c.act == "relu":
+        m = ops.relu(g, u, name="m")
+    elif c.act == "silu":
+        m = ops.silu(g, u, name="m")
+    else:
+        m = ops.gelu_tanh(g, u, name="m")
     f = ops.linear(g, m, wd, bd, name="f")
     return (f,)
 

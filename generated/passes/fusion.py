@@ -86,6 +86,7 @@ class FuseNorm(RewritePass):
         "gpt_neox": lambda c: c.L - 1,
         "gptj": lambda c: c.L - 1,
         "llama": lambda c: 2 * c.L - 1,
+        "modernbert": lambda c: 2 * c.L,
         "phi3": lambda c: 2 * c.L - 1,
         "qwen3": lambda c: 2 * c.L - 1,
         "roberta": lambda c: 2 * c.L + 1,
