@@ -6,41 +6,74 @@ from sageLLM.runtime.core.layout import ModelLayout
 
 from .bert import BERT
 from .bloom import BLOOM
+from .deepseek_v2 import DEEPSEEK_V2
+from .deepseek_v3 import DEEPSEEK_V3
 from .falcon import FALCON
+from .gemma2 import GEMMA2
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
+from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
+from .granite import GRANITE
 from .llama import LLAMA
+from .mixtral import MIXTRAL
 from .modernbert import MODERNBERT
+from .olmo2 import OLMO2
 from .phi3 import PHI3
+from .qwen2 import QWEN2
+from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 from .roberta import ROBERTA
+from .smollm3 import SMOLLM3
 
 __all__ = [
     "BERT",
     "BLOOM",
+    "DEEPSEEK_V2",
+    "DEEPSEEK_V3",
     "FALCON",
+    "GEMMA2",
     "GPT2",
     "GPTJ",
     "GPT_NEOX",
+    "GPT_OSS",
+    "GRANITE",
     "LLAMA",
+    "MIXTRAL",
     "MODELS",
     "MODERNBERT",
+    "OLMO2",
     "PHI3",
+    "QWEN2",
+    "QWEN2_MOE",
     "QWEN3",
+    "QWEN3_MOE",
     "ROBERTA",
+    "SMOLLM3",
 ]
 
 MODELS: dict[str, ModelLayout] = {
     "bert": BERT,
     "bloom": BLOOM,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
     "falcon": FALCON,
+    "gemma2": GEMMA2,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
+    "granite": GRANITE,
     "llama": LLAMA,
+    "mixtral": MIXTRAL,
     "modernbert": MODERNBERT,
+    "olmo2": OLMO2,
     "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
     "roberta": ROBERTA,
+    "smollm3": SMOLLM3,
 }

@@ -235,13 +235,13 @@ def ffn(g: GraphWriter, c: BertConfig, stage: Stage, layer: int, x: TensorRef) -
 
     u = linear(x, wu, bu)
     when act == 'gelu':
-    m = gelu(u)
+        m = gelu(u)
     when act == 'relu':
-    m = relu(u)
+        m = relu(u)
     when act == 'silu':
-    m = silu(u)
+        m = silu(u)
     otherwise:
-    m = gelu_tanh(u)
+        m = gelu_tanh(u)
     f = linear(m, wd, bd)
     """
     wu = g.weight(f"layers.{layer}.ffn.wu", g.dtype, c.I, c.H)

@@ -241,13 +241,13 @@ def attention(g: GraphWriter, c: ModernbertConfig, stage: Stage, layer: int, n: 
     qkv = linear(n, wqkv, bqkv)
     q, k, v = split_qkv(qkv, Nq=Nq, Nkv=Nq, D=D)
     when layer_types[i] == 'sliding_attention':
-    q = rope(q, pos, cos_local, sin_local)
-    k = rope(k, pos, cos_local, sin_local)
-    o = varlen_attention(q, k, v, q_start, window=local // 2 + 1)
+        q = rope(q, pos, cos_local, sin_local)
+        k = rope(k, pos, cos_local, sin_local)
+        o = varlen_attention(q, k, v, q_start, window=local // 2 + 1)
     otherwise:
-    q = rope(q, pos, cos_full, sin_full)
-    k = rope(k, pos, cos_full, sin_full)
-    o = varlen_attention(q, k, v, q_start)
+        q = rope(q, pos, cos_full, sin_full)
+        k = rope(k, pos, cos_full, sin_full)
+        o = varlen_attention(q, k, v, q_start)
     m = merge_heads(o)
     a = linear(m, wo, bo)
     """
