@@ -28,14 +28,11 @@ def pipeline_of(model: str) -> Pipeline:
 def test_passes_fire_as_often_as_expected(model: str, stage: Stage) -> None:
     pipeline = pipeline_of(model)
     pipeline.kernel_graph(stage)
-    checked = 0
     for one, report in zip(pipeline.rewrite_passes("kernel"), pipeline.reports[stage], strict=True):
         assert isinstance(one, RewritePass)
         expected = one.expect.get(model, one.expect.get("*"))
-        if expected is not None:
-            checked += 1
-            assert report.fired == expected(pipeline.config), str(report)
-    assert checked, "no pass expects anything of this model"
+        wanted = expected(pipeline.config) if expected is not None else 0
+        assert report.fired == wanted, f"{report}; `expect` of the pass says {wanted} for {model}"
 
 
 @pytest.mark.parametrize(("model", "stage"), CASES)
@@ -43,7 +40,8 @@ def test_optimised_graphs_are_valid_and_mean_the_same_bit_for_bit(model: str, st
     pipeline = pipeline_of(model)
     before, after = pipeline.expanded_graph(stage), pipeline.kernel_graph(stage)
     after.verify()
-    assert len(after.nodes) < len(before.nodes)
+    fired = sum(report.fired for report in pipeline.reports[stage])
+    assert (len(after.nodes) < len(before.nodes)) == (fired > 0)
     results = [run(graph, pipeline) for graph in (before, after)]
     assert torch.equal(results[0], results[1])
     assert results[0].isfinite().all()
