@@ -6,10 +6,12 @@ from sageLLM.runtime.core.layout import ModelLayout
 
 from .bert import BERT
 from .bloom import BLOOM
+from .cohere import COHERE
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .falcon import FALCON
 from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
@@ -19,6 +21,7 @@ from .llama import LLAMA
 from .mixtral import MIXTRAL
 from .modernbert import MODERNBERT
 from .olmo2 import OLMO2
+from .phi import PHI
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
@@ -26,14 +29,17 @@ from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 from .roberta import ROBERTA
 from .smollm3 import SMOLLM3
+from .stablelm import STABLELM
 
 __all__ = [
     "BERT",
     "BLOOM",
+    "COHERE",
     "DEEPSEEK_V2",
     "DEEPSEEK_V3",
     "FALCON",
     "GEMMA2",
+    "GEMMA3",
     "GPT2",
     "GPTJ",
     "GPT_NEOX",
@@ -44,6 +50,7 @@ __all__ = [
     "MODELS",
     "MODERNBERT",
     "OLMO2",
+    "PHI",
     "PHI3",
     "QWEN2",
     "QWEN2_MOE",
@@ -51,15 +58,18 @@ __all__ = [
     "QWEN3_MOE",
     "ROBERTA",
     "SMOLLM3",
+    "STABLELM",
 ]
 
 MODELS: dict[str, ModelLayout] = {
     "bert": BERT,
     "bloom": BLOOM,
+    "cohere": COHERE,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "falcon": FALCON,
     "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
@@ -69,6 +79,7 @@ MODELS: dict[str, ModelLayout] = {
     "mixtral": MIXTRAL,
     "modernbert": MODERNBERT,
     "olmo2": OLMO2,
+    "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
@@ -76,4 +87,5 @@ MODELS: dict[str, ModelLayout] = {
     "qwen3_moe": QWEN3_MOE,
     "roberta": ROBERTA,
     "smollm3": SMOLLM3,
+    "stablelm": STABLELM,
 }
