@@ -91,6 +91,7 @@ class FuseNorm(RewritePass):
         "llama": lambda c: 2 * c.L - 1,
         "mixtral": lambda c: 2 * c.L - 1,
         "modernbert": lambda c: 2 * c.L,
+        "phi": lambda c: c.L - 1,
         "phi3": lambda c: 2 * c.L - 1,
         "qwen2": lambda c: 2 * c.L - 1,
         "qwen2_moe": lambda c: 2 * c.L - 1,
