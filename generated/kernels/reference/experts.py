@@ -44,7 +44,7 @@ def topk_router(
     scores = wide_logits.softmax(-1) if scoring == "softmax" else wide_logits.sigmoid()
     choice = scores if bias is None else scores + bias.to(scores.dtype)
     if groups > 1:
-        grouped = choice.unflatten(-1, (groups, -1))
+        grouped = choice.reshape(len(choice), groups, choice.shape[1] // groups)
         best = grouped.sort(dim=-1, descending=True, stable=True).values
         of_group = best[..., : 2 if group_score == "top2" else 1].sum(-1)
         kept = of_group.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
@@ -70,7 +70,7 @@ def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = N
             mine = slice(first, first + count)
             sums[mine] = torch.nn.functional.linear(source[mine], w[expert], None if bias is None else bias[expert])
             first += count
-    return torch.empty_like(sums).index_copy_(0, order, sums).unflatten(0, experts.shape)
+    return torch.empty_like(sums).index_copy_(0, order, sums).reshape(*experts.shape, w.shape[1])
 
 
 # specs/ops/experts.yaml: expert_down
@@ -86,7 +86,7 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
             mine = slice(first, first + count)
             sums[mine] = torch.nn.functional.linear(source[mine], w[expert], None if bias is None else bias[expert])
             first += count
-    return torch.empty_like(sums).index_copy_(0, order, sums).unflatten(0, experts.shape)
+    return torch.empty_like(sums).index_copy_(0, order, sums).reshape(*experts.shape, w.shape[1])
 
 
 # specs/ops/experts.yaml: combine_experts

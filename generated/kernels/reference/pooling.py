@@ -33,7 +33,7 @@ def pool_last(x: Tensor, q_start: Tensor) -> Tensor:
 # specs/ops/pooling.yaml: pool_mean
 def pool_mean(x: Tensor, q_start: Tensor) -> Tensor:
     """The mean of the rows q_start[b] to q_start[b + 1] of x [T, H] for every sequence b, in float32: [B, H]."""
-    rows = x.split(q_start.diff().tolist())
+    rows = torch.split(x, q_start.diff().tolist())
     return torch.stack([of_one.to(wide(x)).mean(0) for of_one in rows]).to(x.dtype)
 
 

@@ -30,18 +30,18 @@ def varlen_attention(
 
     One sequence after the other, 256 query rows at a time, which bounds the scores in memory.
     """
-    Nq, Nkv = q.shape[1], k.shape[1]
+    (_, Nq, D), Nkv = q.shape, k.shape[1]
     f32, G = wide(q), Nq // Nkv
     out = torch.zeros_like(q)
     lengths = q_start.diff().tolist()
-    for queries, keys, values, seen in zip(*(x.split(lengths) for x in (q, k, v, out)), strict=True):
+    for queries, keys, values, seen in zip(*(torch.split(x, lengths) for x in (q, k, v, out)), strict=True):
         L = len(queries)
         keys = keys.to(f32).transpose(0, 1).unsqueeze(1).expand(-1, G, -1, -1)
         values = values.to(f32).transpose(0, 1).unsqueeze(1).expand(-1, G, -1, -1)
         n = torch.arange(L, device=q.device)
         for row in range(0, L, 256):
             m = n[row : row + 256].unsqueeze(1)
-            rows = queries[row : row + 256].to(f32).unflatten(1, (Nkv, G)).permute(1, 2, 0, 3)
+            rows = queries[row : row + 256].to(f32).reshape(-1, Nkv, G, D).permute(1, 2, 0, 3)
             mask = (n < L) & (((n <= m) | (not causal)) & (torch.abs(m - n) < window if window is not None else True))
             score = rows @ keys.transpose(2, 3) * scale
             score = softcap * torch.tanh(score / softcap) if softcap is not None else score
