@@ -630,6 +630,7 @@ DEEPSEEK_V3 = ModelLayout(
     cache=cache,
     blocks={"attention": ATTENTION, "ffn": FFN, "moe": MOE},
     returns=("logits", "tokens"),
+    hidden="y",
     ignore=("*.rotary_emb.inv_freq", "model.layers.61.*"),
     tiny={
         "hidden_size": 64,

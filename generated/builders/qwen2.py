@@ -400,7 +400,7 @@ def program(g: GraphWriter, c: Qwen2Config, stage: Stage) -> list[TensorRef]:
 QWEN2 = ModelLayout(
     name="qwen2",
     spec="specs/models/qwen2.yaml: qwen2",
-    architectures=("Qwen2ForCausalLM",),
+    architectures=("Qwen2ForCausalLM", "Qwen2Model"),
     prefix="model.",
     read_config=Qwen2Config.from_hf,
     shard_config=shard_config,

@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine.commands import EmbedRequest, embed_prompts
 from sageLLM.runtime.engine.errors import PromptError, SageError
 
 TOLERANCE = 1e-5
@@ -120,7 +122,7 @@ def test_the_others_in_a_step_do_not_matter(family: str, make_checkpoint: MakeCh
         assert_close(three, one)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2", "Bloom", "GPTNeoX", "Gemma2", "Olmo2", "Mixtral"])
 def test_a_decoder_embeds_by_its_last_hidden_state(family: str, make_checkpoint: MakeCheckpoint) -> None:
     """As Qwen3-Embedding does: the state of the last token after the final norm, of length 1."""
     folder = make_checkpoint(family)
@@ -190,7 +192,7 @@ def test_what_cannot_be_embedded_is_refused(make_checkpoint: MakeCheckpoint) -> 
         assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("family", ["LlamaModel", "Qwen3Model"])
+@pytest.mark.parametrize("family", ["LlamaModel", "Qwen2Model", "Qwen3Model"])
 def test_a_bare_decoder_embeds_and_does_not_generate(family: str, make_checkpoint: MakeCheckpoint) -> None:
     """A checkpoint of the model without lm_head, as embedding models of decoders are often published."""
     folder = make_checkpoint(family)
@@ -219,3 +221,32 @@ def test_an_encoder_may_lack_its_pooler_but_not_half_of_it(make_checkpoint: Make
     with pytest.raises(SageError) as caught:
         llm.embed([PROMPTS[4]], pooling="model")
     assert str(caught.value) == "pooling is 'model'; bert has first, last, mean, none"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A WordPiece tokenizer that puts a text between [CLS] and [SEP], as BERT's does."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "text", "another", "##s"]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"sep_token": "[SEP]", "cls_token": "[CLS]"}))
+
+
+def test_the_command_prints_a_line_for_each_text(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_checkpoint("BertModel")
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    write_tokenizer(tmp_path)
+    texts = ["a text", "another text texts"]
+    request = EmbedRequest(tmp_path, texts, "mean", True, "float32", None, ())
+    assert embed_prompts(request) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == texts
+    for line, ids in zip(lines, ([2, 4, 5, 3], [2, 6, 5, 5, 7, 3]), strict=True):
+        row = expected(source, ids).last_hidden_state[0].mean(0)
+        assert_close(torch.tensor(line["embedding"]), torch.nn.functional.normalize(row, dim=0))
+    assert embed_prompts(EmbedRequest(tmp_path, texts, "max", None, "auto", None, ())) == 1
+    assert capsys.readouterr().err.endswith("pooling is 'max'; bert has model, first, last, mean, none\n")
