@@ -112,6 +112,9 @@ class _Typing:
 
     def _config_name(self, node: ast.Name) -> ConfigName:
         if node.id not in self.names.config:
+            if node.id == "i" and self.names.index is None:
+                help = "the layer's number is known inside of `repeat`, of blocks, and in checks"
+                raise self.text.refuse("SAGE205", "there is no layer here, so `i` means nothing", node, help)
             known = [*self.names.config, *([self.names.index] if self.names.index else [])]
             raise self.text.refuse("SAGE205", f"unknown config name '{node.id}'", node, did_you_mean(node.id, known))
         return self.names.config[node.id]
@@ -178,14 +181,17 @@ class _Typing:
 
     def _comparable(self, operator: ast.cmpop, left: ast.expr, right: ast.expr, given: frozenset[str]) -> None:
         kinds = [self.kind(side, given) for side in (left, right)]
+        if NULL in kinds:
+            side = (left, right)[kinds.index(NULL)]
+            raise self._refuse("null is not compared", side, "write `is null` or `is not null`")
         for side, kind in zip((left, right), kinds, strict=True):
-            if kind == NULL:
-                raise self._refuse("null is not compared", side, "write `is null` or `is not null`")
             self._refuse_null(side, kind)
         types = {"number" if kind.type in _NUMBERS else kind.type for kind in kinds}
-        if len(types) > 1 or (isinstance(operator, _ORDER) and types != {"number"}):
+        if len(types) > 1:
             shown = f"{kinds[0].type} with {kinds[1].type}"
             raise self._refuse(f"`{ast.unparse(left)}` and `{ast.unparse(right)}` compare {shown}", right)
+        if isinstance(operator, _ORDER) and types != {"number"}:
+            raise self._refuse(f"'{ast.unparse(right)}' is {kinds[1].type}; only numbers have an order", right)
 
     def _membership(self, left: ast.expr, right: ast.expr, given: frozenset[str]) -> None:
         kind = self.kind(left, given)

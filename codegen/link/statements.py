@@ -57,13 +57,14 @@ class BodyLinker(Scope):
 
     def branch(self, flat: FlatBranch) -> Branch | None:
         """One way of a `choose`, or None after its findings; a name that its condition finds is not null there."""
+        when, is_refused = None, False
         try:
             when = self.condition(flat.when) if flat.when is not None else None
+            self.present |= _present(flat, True)
         except Refused:
-            return None
-        self.present |= _present(flat, True)
+            is_refused = True
         statements = self.link_all(flat.body)
-        linked = tuple(statement for statement in statements if statement is not None)
+        linked = tuple(statement for statement in statements if statement is not None and not is_refused)
         return Branch(when, linked) if len(linked) == len(statements) else None
 
     def _join(self, ends: list[BodyLinker], *, has_all: bool) -> None:
