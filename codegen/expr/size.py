@@ -6,7 +6,7 @@ Division is exact: `D/2` says that D is even. So sizes form a ring, and comparin
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import reduce
+from functools import lru_cache, reduce
 from math import gcd, lcm
 
 Monomial = tuple[str, ...]  # symbols in order, repeated for powers; () is the constant
@@ -19,13 +19,15 @@ class Size:
     terms: tuple[tuple[Monomial, Fraction], ...]
     text: str | None = field(default=None, compare=False)
 
-    @classmethod
-    def of(cls, value: int) -> "Size":
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(value: int) -> "Size":
         return _size({(): Fraction(value)})
 
-    @classmethod
-    def symbol(cls, name: str) -> "Size":
-        return _size({(name,): Fraction(1)})
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def symbol(name: str) -> "Size":
+        return Size((((name,), Fraction(1)),))
 
     def __add__(self, other: "Size") -> "Size":
         total = dict(self.terms)
@@ -77,6 +79,11 @@ class Size:
         return all(factor > 0 for _, factor in self.terms)
 
     def substitute(self, env: Mapping[str, "Size"]) -> "Size":
+        """The size with the symbols of `env` replaced; those that it lacks stay."""
+        if all(symbol not in env for monomial, _ in self.terms for symbol in monomial):
+            return Size(self.terms)
+        if len(self.terms) == 1 and len(self.terms[0][0]) == 1 and self.terms[0][1] == 1:
+            return Size(env[self.terms[0][0][0]].terms)
         total = Size(())
         for monomial, factor in self.terms:
             product = _size({(): factor})
