@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from sageLLM.codegen.emit.builder_views import (
     BodyView,
@@ -72,6 +73,7 @@ def _registry(models: Sequence[ModelDef], renderer: Renderer) -> Output:
 
 
 Plain = OpCall | Attend | BlockCall
+WeightGroup = tuple[str | None, list[WeightView]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +145,26 @@ class BuilderView:
         return [*self.model.weights, *(weight for block in self.model.blocks.values() for weight in block.weights)]
 
     @property
-    def first_weights(self) -> list[WeightView]:
+    def first_weights(self) -> list[WeightGroup]:
         """The model's own weights before the layers."""
         own = self.model.weights
         cut = next((i for i, weight in enumerate(own) if weight.is_per_layer), len(own))
-        return [self._weights.view(weight, "i") for weight in own[:cut]]
+        return self._grouped(own[:cut])
 
     @property
-    def layer_weights(self) -> list[WeightView]:
-        return [self._weights.view(weight, "i") for weight in self.all_weights if weight.is_per_layer]
+    def layer_weights(self) -> list[WeightGroup]:
+        return self._grouped(weight for weight in self.all_weights if weight.is_per_layer)
 
     @property
-    def last_weights(self) -> list[WeightView]:
+    def last_weights(self) -> list[WeightGroup]:
         own = self.model.weights
         cut = next((i for i, weight in enumerate(own) if weight.is_per_layer), len(own))
-        return [self._weights.view(weight, "i") for weight in own[cut:] if not weight.is_per_layer]
+        return self._grouped(weight for weight in own[cut:] if not weight.is_per_layer)
+
+    def _grouped(self, weights: Iterable[WeightDef]) -> list[WeightGroup]:
+        """Neighbours that exist under the same condition, with that condition."""
+        views = [self._weights.view(weight, "i") for weight in weights]
+        return [(exists, list(group)) for exists, group in groupby(views, key=lambda view: view.exists)]
 
     @property
     def blocks(self) -> list[tuple[BlockDef, BodyView]]:

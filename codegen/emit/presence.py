@@ -101,7 +101,7 @@ def _negated(condition: Presence) -> Presence:
         return ast.unparse(node)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return ast.unparse(node.operand)
-    return f"not ({condition})"
+    return ast.unparse(ast.UnaryOp(ast.Not(), node))
 
 
 _OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {

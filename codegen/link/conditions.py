@@ -38,6 +38,6 @@ def expression_text(node: ast.expr, source: str, config: Mapping[str, ConfigName
     python = python_text(node, lambda name: index.python if index and name == index.name else f"c.{name}")
     if not can_fail(node, config):
         return python
-    in_loop = index is not None and index.python != "layer" and uses(node, index.name)
-    bound = f" {index.python}={index.python}" if index is not None and in_loop else ""
-    return f"computed({lit(source)}, lambda{bound}: {python})"
+    if index is None or not uses(node, index.name):
+        return f"computed({lit(source)}, lambda: {python})"
+    return f"computed_in_layer({index.python}, {lit(source)}, lambda {index.python}: {python})"

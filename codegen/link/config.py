@@ -29,7 +29,7 @@ _RESERVED = frozenset(
         *("tp", "rank", "rope", "alibi", "hf", "cls", "self", "true", "false", "from_hf"),
         *("replace", "divided", "read_rope"),
         *("int", "float", "bool", "str", "range", "tuple", "list", "math", "null", "i"),
-        *("min", "max", "abs", "sqrt", "log", "floor", "ceil", "all", "computed"),
+        *("min", "max", "abs", "sqrt", "log", "floor", "ceil", "all", "computed", "computed_in_layer"),
     }
 )
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")

@@ -22,13 +22,26 @@ _VALUE = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _RESERVED = frozenset(
     {
         *("g", "c", "stage", "layer", "block", "kc", "vc", "ops", "own_ops", "dims", "true", "false"),
-        *("range", "tuple", "num_rows", "call_block", "math", "computed", "min", "max", "abs", "any", "null"),
+        *(
+            "range",
+            "tuple",
+            "num_rows",
+            "call_block",
+            "math",
+            "computed",
+            "computed_in_layer",
+            "min",
+            "max",
+            "abs",
+            "any",
+            "null",
+        ),
     }
 )
 FUNCTIONS = frozenset(
     {
         *("models", "program", "weights", "cache", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"),
-        *("math", "computed"),
+        *("math", "computed", "computed_in_layer"),
     }
 )
 """Names of a generated module; layouts and blocks cannot take them."""

@@ -202,7 +202,6 @@ def weights(c: CohereConfig) -> Iterator[WeightSpec]:
                 (Part(f"model.layers.{i}.self_attn.q_norm.weight", (c.Nq, c.D)),),
                 shard=Shard(0),
             )
-        if c.head_norms:
             yield WeightSpec(
                 f"layers.{i}.attention.k_norm",
                 (c.Nkv, c.D),

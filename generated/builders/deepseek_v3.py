@@ -271,7 +271,6 @@ def weights(c: DeepseekV3Config) -> Iterator[WeightSpec]:
                 (c.Rq,),
                 (Part(f"model.layers.{i}.self_attn.q_a_layernorm.weight", (c.Rq,)),),
             )
-        if c.q_rank is not None:
             yield WeightSpec(
                 f"layers.{i}.attention.wqb",
                 (c.Nq * (c.Dn + c.Dr), c.Rq),
@@ -343,24 +342,21 @@ def weights(c: DeepseekV3Config) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(0, segments=(c.I, c.I)),
             )
-        if i < c.num_dense:
             yield WeightSpec(
                 f"layers.{i}.ffn.wd",
                 (c.H, c.I),
                 (Part(f"model.layers.{i}.mlp.down_proj.weight", (c.H, c.I)),),
                 shard=Shard(1, then="all_reduce"),
             )
-        if not (i < c.num_dense):
+        if not i < c.num_dense:
             yield WeightSpec(
                 f"layers.{i}.moe.router", (c.X, c.H), (Part(f"model.layers.{i}.mlp.gate.weight", (c.X, c.H)),)
             )
-        if not (i < c.num_dense):
             yield WeightSpec(
                 f"layers.{i}.moe.correction",
                 (c.X,),
                 (Part(f"model.layers.{i}.mlp.gate.e_score_correction_bias", (c.X,)),),
             )
-        if not (i < c.num_dense):
             yield WeightSpec(
                 f"layers.{i}.moe.wgu",
                 (c.X, 2 * c.F, c.H),
@@ -374,7 +370,6 @@ def weights(c: DeepseekV3Config) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(1, segments=(c.F, c.F)),
             )
-        if not (i < c.num_dense):
             yield WeightSpec(
                 f"layers.{i}.moe.wd",
                 (c.X, c.H, c.F),
@@ -384,7 +379,6 @@ def weights(c: DeepseekV3Config) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(2, then="all_reduce"),
             )
-        if not (i < c.num_dense):
             yield WeightSpec(
                 f"layers.{i}.moe.shared_wgu",
                 (2 * c.Ns * c.F, c.H),
@@ -394,7 +388,6 @@ def weights(c: DeepseekV3Config) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(0, segments=(c.Ns * c.F, c.Ns * c.F)),
             )
-        if not (i < c.num_dense):
             yield WeightSpec(
                 f"layers.{i}.moe.shared_wd",
                 (c.H, c.Ns * c.F),

@@ -186,15 +186,13 @@ def weights(c: FalconConfig) -> Iterator[WeightSpec]:
             yield WeightSpec(
                 f"layers.{i}.pre_norm", (c.H,), (Part(f"transformer.h.{i}.input_layernorm.weight", (c.H,)),)
             )
-        if ((c.norms != 2) and (c.parallel)) or (c.norms != 2):
             yield WeightSpec(
                 f"layers.{i}.pre_norm_bias", (c.H,), (Part(f"transformer.h.{i}.input_layernorm.bias", (c.H,)),)
             )
-        if (c.norms != 2) and (not (c.parallel)):
+        if (c.norms != 2) and (not c.parallel):
             yield WeightSpec(
                 f"layers.{i}.post_norm", (c.H,), (Part(f"transformer.h.{i}.post_attention_layernorm.weight", (c.H,)),)
             )
-        if (c.norms != 2) and (not (c.parallel)):
             yield WeightSpec(
                 f"layers.{i}.post_norm_bias",
                 (c.H,),
@@ -202,11 +200,8 @@ def weights(c: FalconConfig) -> Iterator[WeightSpec]:
             )
         if c.norms == 2:
             yield WeightSpec(f"layers.{i}.attn_norm", (c.H,), (Part(f"transformer.h.{i}.ln_attn.weight", (c.H,)),))
-        if c.norms == 2:
             yield WeightSpec(f"layers.{i}.attn_norm_bias", (c.H,), (Part(f"transformer.h.{i}.ln_attn.bias", (c.H,)),))
-        if c.norms == 2:
             yield WeightSpec(f"layers.{i}.ffn_norm", (c.H,), (Part(f"transformer.h.{i}.ln_mlp.weight", (c.H,)),))
-        if c.norms == 2:
             yield WeightSpec(f"layers.{i}.ffn_norm_bias", (c.H,), (Part(f"transformer.h.{i}.ln_mlp.bias", (c.H,)),))
         yield WeightSpec(
             f"layers.{i}.attention.wqkv",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sageLLM.runtime.core.config import HFConfig, computed
+from sageLLM.runtime.core.config import HFConfig, computed_in_layer
 from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import (
@@ -239,9 +239,10 @@ def attention(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: Tensor
             vc,
             block_table,
             seq_lens,
-            scale=computed(
+            scale=computed_in_layer(
+                layer,
                 "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
-                lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+                lambda layer: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
             ),
             name="o",
         )
@@ -255,9 +256,10 @@ def attention(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: Tensor
             block_table,
             seq_lens,
             q_start,
-            scale=computed(
+            scale=computed_in_layer(
+                layer,
                 "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
-                lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+                lambda layer: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
             ),
             name="o",
         )
@@ -300,9 +302,10 @@ ATTENTION = Block(
     attention,
     KvNodes(OpType.KV_LOAD, OpType.KV_STORE, ops.ConcatRows, cache),
     variant=lambda c, layer: (
-        computed(
+        computed_in_layer(
+            layer,
             "(D ** -0.5 if scaled else 1.0) / (i + 1 if by_layer else 1)",
-            lambda: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
+            lambda layer: (math.pow(c.D, -0.5) if c.scaled else 1.0) / (layer + 1 if c.by_layer else 1),
         ),
     ),
 )

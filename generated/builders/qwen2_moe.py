@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sageLLM.runtime.core.config import HFConfig, computed
+from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import (
@@ -78,6 +78,8 @@ class Qwen2MoeConfig(ModelSizes):
     """Every so many layers one is sparse, the last of them."""
     dense_layers: tuple[int, ...]
     """Layers that are dense in any case."""
+    is_sparse: tuple[bool, ...]
+    """Whether the layer has experts."""
     renormalize: bool
     """Whether the weights of a token's experts add up to 1."""
     sliding: bool
@@ -110,6 +112,12 @@ class Qwen2MoeConfig(ModelSizes):
         Fs = hf.size("shared_expert_intermediate_size", default=5632)
         sparse_step = hf.int("decoder_sparse_step", default=1)
         dense_layers = hf.items("mlp_only_layers", kind=int) if hf.has("mlp_only_layers") else ()
+        is_sparse = hf.per_layer(
+            "is_sparse",
+            "i not in dense_layers and (i + 1) % sparse_step == 0",
+            L,
+            lambda i: i not in dense_layers and (i + 1) % sparse_step == 0,
+        )
         renormalize = hf.bool("norm_topk_prob", default=False)
         sliding = hf.bool("use_sliding_window", default=False)
         num_windows = hf.int("max_window_layers", default=28)
@@ -171,6 +179,7 @@ class Qwen2MoeConfig(ModelSizes):
             Fs=Fs,
             sparse_step=sparse_step,
             dense_layers=dense_layers,
+            is_sparse=is_sparse,
             renormalize=renormalize,
             sliding=sliding,
             num_windows=num_windows,
@@ -245,12 +254,7 @@ def weights(c: Qwen2MoeConfig) -> Iterator[WeightSpec]:
                 (Part(f"model.layers.{i}.self_attn.o_proj.bias", (c.H,)),),
                 shard=Shard(0, kind="first"),
             )
-        if not (
-            computed(
-                "i not in dense_layers and (i + 1) % sparse_step == 0",
-                lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-            )
-        ):
+        if not c.is_sparse[i]:
             yield WeightSpec(
                 f"layers.{i}.ffn.wgu",
                 (2 * c.I, c.H),
@@ -260,29 +264,16 @@ def weights(c: Qwen2MoeConfig) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(0, segments=(c.I, c.I)),
             )
-        if not (
-            computed(
-                "i not in dense_layers and (i + 1) % sparse_step == 0",
-                lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-            )
-        ):
             yield WeightSpec(
                 f"layers.{i}.ffn.wd",
                 (c.H, c.I),
                 (Part(f"model.layers.{i}.mlp.down_proj.weight", (c.H, c.I)),),
                 shard=Shard(1, then="all_reduce"),
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
+        if c.is_sparse[i]:
             yield WeightSpec(
                 f"layers.{i}.moe.router", (c.X, c.H), (Part(f"model.layers.{i}.mlp.gate.weight", (c.X, c.H)),)
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
             yield WeightSpec(
                 f"layers.{i}.moe.wgu",
                 (c.X, 2 * c.F, c.H),
@@ -296,10 +287,6 @@ def weights(c: Qwen2MoeConfig) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(1, segments=(c.F, c.F)),
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
             yield WeightSpec(
                 f"layers.{i}.moe.wd",
                 (c.X, c.H, c.F),
@@ -309,10 +296,6 @@ def weights(c: Qwen2MoeConfig) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(2, then="all_reduce"),
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
             yield WeightSpec(
                 f"layers.{i}.moe.shared_wgu",
                 (2 * c.Fs, c.H),
@@ -322,20 +305,12 @@ def weights(c: Qwen2MoeConfig) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(0, segments=(c.Fs, c.Fs)),
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
             yield WeightSpec(
                 f"layers.{i}.moe.shared_wd",
                 (c.H, c.Fs),
                 (Part(f"model.layers.{i}.mlp.shared_expert.down_proj.weight", (c.H, c.Fs)),),
                 shard=Shard(1, then="all_reduce"),
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
             yield WeightSpec(
                 f"layers.{i}.moe.shared_gate",
                 (1, c.H),
@@ -512,10 +487,7 @@ def program(g: GraphWriter, c: Qwen2MoeConfig, stage: Stage) -> list[TensorRef]:
                 a = ops.all_reduce(g, a, group="tp", name="a")
             x = ops.add(g, x, a, name="x")
             n = ops.rms_norm(g, x, ffn_norm, eps=c.eps, name="n")
-            if computed(
-                "i not in dense_layers and (i + 1) % sparse_step == 0",
-                lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-            ):
+            if c.is_sparse[i]:
                 (f,) = call_block(g, c, MOE, stage, i, n, f=c.H)
                 if c.tp > 1:
                     f = ops.all_reduce(g, f, group="tp", name="f")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sageLLM.runtime.core.config import HFConfig, computed
+from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import (
@@ -76,6 +76,8 @@ class Qwen3MoeConfig(ModelSizes):
     """Every so many layers one is sparse, the last of them."""
     dense_layers: tuple[int, ...]
     """Layers that are dense in any case."""
+    is_sparse: tuple[bool, ...]
+    """Whether the layer has experts."""
     renormalize: bool
     """Whether the weights of a token's experts add up to 1."""
     sliding: bool
@@ -103,6 +105,12 @@ class Qwen3MoeConfig(ModelSizes):
         F = hf.size("moe_intermediate_size", default=768)
         sparse_step = hf.int("decoder_sparse_step", default=1)
         dense_layers = hf.items("mlp_only_layers", kind=int) if hf.has("mlp_only_layers") else ()
+        is_sparse = hf.per_layer(
+            "is_sparse",
+            "i not in dense_layers and (i + 1) % sparse_step == 0",
+            L,
+            lambda i: i not in dense_layers and (i + 1) % sparse_step == 0,
+        )
         renormalize = hf.bool("norm_topk_prob", default=False)
         sliding = hf.bool("use_sliding_window", default=False)
         hf.require(
@@ -152,6 +160,7 @@ class Qwen3MoeConfig(ModelSizes):
             F=F,
             sparse_step=sparse_step,
             dense_layers=dense_layers,
+            is_sparse=is_sparse,
             renormalize=renormalize,
             sliding=sliding,
             rope=rope,
@@ -229,12 +238,7 @@ def weights(c: Qwen3MoeConfig) -> Iterator[WeightSpec]:
         yield WeightSpec(
             f"layers.{i}.attention.k_norm", (c.D,), (Part(f"model.layers.{i}.self_attn.k_norm.weight", (c.D,)),)
         )
-        if not (
-            computed(
-                "i not in dense_layers and (i + 1) % sparse_step == 0",
-                lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-            )
-        ):
+        if not c.is_sparse[i]:
             yield WeightSpec(
                 f"layers.{i}.ffn.wgu",
                 (2 * c.I, c.H),
@@ -244,29 +248,16 @@ def weights(c: Qwen3MoeConfig) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(0, segments=(c.I, c.I)),
             )
-        if not (
-            computed(
-                "i not in dense_layers and (i + 1) % sparse_step == 0",
-                lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-            )
-        ):
             yield WeightSpec(
                 f"layers.{i}.ffn.wd",
                 (c.H, c.I),
                 (Part(f"model.layers.{i}.mlp.down_proj.weight", (c.H, c.I)),),
                 shard=Shard(1, then="all_reduce"),
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
+        if c.is_sparse[i]:
             yield WeightSpec(
                 f"layers.{i}.moe.router", (c.X, c.H), (Part(f"model.layers.{i}.mlp.gate.weight", (c.X, c.H)),)
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
             yield WeightSpec(
                 f"layers.{i}.moe.wgu",
                 (c.X, 2 * c.F, c.H),
@@ -280,10 +271,6 @@ def weights(c: Qwen3MoeConfig) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(1, segments=(c.F, c.F)),
             )
-        if computed(
-            "i not in dense_layers and (i + 1) % sparse_step == 0",
-            lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-        ):
             yield WeightSpec(
                 f"layers.{i}.moe.wd",
                 (c.X, c.H, c.F),
@@ -437,10 +424,7 @@ def program(g: GraphWriter, c: Qwen3MoeConfig, stage: Stage) -> list[TensorRef]:
                 a = ops.all_reduce(g, a, group="tp", name="a")
             x = ops.add(g, x, a, name="x")
             n = ops.rms_norm(g, x, ffn_norm, eps=c.eps, name="n")
-            if computed(
-                "i not in dense_layers and (i + 1) % sparse_step == 0",
-                lambda i=i: i not in c.dense_layers and (i + 1) % c.sparse_step == 0,
-            ):
+            if c.is_sparse[i]:
                 (f,) = call_block(g, c, MOE, stage, i, n, f=c.H)
                 if c.tp > 1:
                     f = ops.all_reduce(g, f, group="tp", name="f")

@@ -205,6 +205,11 @@ def computed(what: str, formula: Callable[[], V]) -> V:
     return value
 
 
+def computed_in_layer(layer: int, what: str, formula: Callable[[int], V]) -> V:
+    """As `computed`, for a formula that reads the layer's number."""
+    return computed(f"{what} in layer {layer}", functools.partial(formula, layer))
+
+
 def _fits_float(value: builtins.int | builtins.float) -> bool:
     try:
         return math.isfinite(value)
