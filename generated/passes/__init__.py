@@ -5,7 +5,7 @@
 from sageLLM.runtime.core.rewrite import OptimizationPass
 
 from .comm import CommFusion
-from .fusion import FuseNorm
+from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk
 from .memory import MemoryOpt
 from .schedule import ComputeCommOverlap, KvPrefetch
 
@@ -13,7 +13,10 @@ __all__ = ["PASSES"]
 
 PASSES: dict[str, type[OptimizationPass]] = {
     "comm_fusion": CommFusion,
+    "fuse_collective": FuseCollective,
     "fuse_norm": FuseNorm,
+    "fuse_qk": FuseQk,
+    "fuse_epilogue": FuseEpilogue,
     "compute_comm_overlap": ComputeCommOverlap,
     "kv_prefetch": KvPrefetch,
     "memory_opt": MemoryOpt,
