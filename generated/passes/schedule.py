@@ -32,5 +32,6 @@ class KvPrefetch(PrefetchPass):
     stage = "schedule"
     level = "block"
     phases = frozenset({"decode", "hybrid"})
+    after = ("compute_comm_overlap",)
     select = frozenset({"KV_LOAD"})
     ahead = 1
