@@ -22,10 +22,11 @@ class Admission(RequestLines):
         return any(request.request_id in flight.void and flight.computes(request) for flight in self._flights)
 
     def _headroom(self, request: Request) -> int:
-        """Blocks to leave to the decodes: a preempted request comes back if these last for two steps of them."""
+        """Blocks to leave to the decodes: a preempted request comes back if these last until it has its next token."""
         if request.status is not RequestStatus.PREEMPTED:
             return 0
-        return -(-2 * len(self.decode_queue) // self.kv.block_size)
+        num_chunks = -(-request.total_tokens // self.config.prefill_tokens_per_step)
+        return self._decode.num_blocks_due(1 if self._is_ready(request) else num_chunks - 1)
 
     def _is_ready(self, request: Request) -> bool:
         """Whether the request needs no prefill: its KV was received or is in a tier (or on its way there)."""

@@ -299,8 +299,8 @@ def test_a_preempting_step_admits_nobody(fake_engine) -> None:
 
 
 def test_a_preempted_request_does_not_come_back_to_fall_again(fake_engine) -> None:
-    """`brief` ends as `victim` falls, which leaves just the room that `victim` needs and none for `first` to grow."""
-    engine = make(fake_engine, num_blocks=5)
+    """`brief` ends as `victim` falls, which leaves just the room that `victim` needs; but `first` grows meanwhile."""
+    engine = make(fake_engine, "hybrid", num_blocks=5, prefill_chunk_size=2)
     engine.add("first", 7, num_outputs=9)
     engine.add("brief", 2, num_outputs=3)
     victim = engine.add("victim", 5, num_outputs=9)
