@@ -79,7 +79,7 @@ class Admission(RequestLines):
         copy, table = self.kv.swap_in(request, num_tokens)
         plan.give(request, table)
         plan.tier_copies[request.request_id] = copy
-        self._swapping.add(request.request_id)
+        self._swapping[request.request_id] = None
         self._enter(request)
         return True
 
@@ -126,7 +126,7 @@ class Admission(RequestLines):
         if num_tokens > request.num_computed_tokens:
             self._flights[-1].swapped[request.request_id] = request
         plan.tier_copies[request.request_id] = copy
-        self._swapping.add(request.request_id)
+        self._swapping[request.request_id] = None
         self._go_back(request)
         request.kv_block_ids = []
         self._counters.total_swaps += 1

@@ -2,7 +2,15 @@
 
 import pytest
 
-from sageLLM.runtime.scheduler.base import Batch, Chunk, KVBudget, Request, RequestStatus, ScheduleOutput
+from sageLLM.runtime.scheduler.base import (
+    Batch,
+    Chunk,
+    KVBudget,
+    Request,
+    RequestStatus,
+    ScheduleOutput,
+    SchedulerStalledError,
+)
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 
 MODES = ["time_share", "hybrid", "strict"]
@@ -357,6 +365,15 @@ def test_a_failed_step_is_planned_again(fake_engine, mode) -> None:
         engine.step()
     assert engine.ends == {f"r{i}": 1 for i in range(5)}
     assert all(r.output_token_ids == engine.expected_output(r) for r in requests)
+
+
+def test_a_step_that_plans_nothing_while_requests_wait_is_noticed(monkeypatch) -> None:
+    monkeypatch.setattr(PDScheduler, "_can_admit", lambda self, request: False)
+    scheduler = PDScheduler()
+    assert scheduler.schedule().is_empty  # nobody waits
+    scheduler.add_request(Request("a", [1]))
+    with pytest.raises(SchedulerStalledError, match=r"^nothing planned although requests wait: "):
+        scheduler.schedule()
 
 
 def test_the_integrity_check_notices_a_request_in_no_line(fake_engine) -> None:
