@@ -337,6 +337,16 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE318": CodeInfo("unknown pass", "`after` and `before` name passes."),
     "SAGE319": CodeInfo("passes in a circle", "`after` and `before` must leave an order in which the passes can run."),
+    "SAGE331": CodeInfo(
+        "op does not fit the pass",
+        "A pass that cuts, joins or moves values puts ops into the graph: one that joins rows, one that gives the "
+        "first rows and the rest, one that sends and one that receives.",
+    ),
+    "SAGE332": CodeInfo(
+        "no function for a pass",
+        "`function` names `package.module:function`. The package's own passes name functions of runtime/core/passes; "
+        "an overlay may name one of its own.",
+    ),
     # the generator itself
     "SAGE501": CodeInfo("not written", "The generated files could not be written; the tree was left as it was."),
     "SAGE502": CodeInfo("no specs", "A spec folder holds no .yaml file, or does not exist."),

@@ -7,11 +7,15 @@ from sageLLM.runtime.core.rewrite import OptimizationPass
 from .comm import CommFusion
 from .fusion import FuseNorm
 from .memory import MemoryOpt
+from .place import AfDisaggregation, DropUnread, NanoBatching
 from .schedule import ComputeCommOverlap, KvPrefetch
 
 __all__ = ["PASSES"]
 
 PASSES: dict[str, type[OptimizationPass]] = {
+    "drop_unread": DropUnread,
+    "nano_batching": NanoBatching,
+    "af_disaggregation": AfDisaggregation,
     "comm_fusion": CommFusion,
     "fuse_norm": FuseNorm,
     "compute_comm_overlap": ComputeCommOverlap,
