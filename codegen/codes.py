@@ -318,8 +318,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE312": CodeInfo(
         "disconnected pattern",
-        "Matching starts at the last line and follows operands back to their producers, so every other line gives, "
-        "directly or not, an operand of the last one.",
+        "Matching starts at the last line and goes from there along values: from a value to the node that gives it, or "
+        "to one that reads it. So every line has a value in common with lines that lead to the last one.",
     ),
     "SAGE313": CodeInfo(
         "rule never fires", "Another rule has the same pattern and the same or more benefit, so it is tried first."
