@@ -8,7 +8,7 @@ from .comm import CommFusion
 from .fusion import FuseNorm
 from .memory import MemoryOpt
 from .place import AfDisaggregation, DropUnread, NanoBatching
-from .schedule import ComputeCommOverlap, KvPrefetch
+from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap
 
 __all__ = ["PASSES"]
 
@@ -19,6 +19,7 @@ PASSES: dict[str, type[OptimizationPass]] = {
     "comm_fusion": CommFusion,
     "fuse_norm": FuseNorm,
     "compute_comm_overlap": ComputeCommOverlap,
+    "nano_overlap": NanoOverlap,
     "kv_prefetch": KvPrefetch,
     "memory_opt": MemoryOpt,
 }
