@@ -24,6 +24,7 @@ from ...ops.activation import (
 from ...ops.elementwise import Add, AddBias, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
 from ...ops.experts import CombineExperts, RouterLogits
+from ...ops.linear import HeadLinear, Linear, LmHead
 from ...ops.norm import (
     FusedAddLayerNorm,
     FusedAddRmsNorm,
@@ -67,8 +68,11 @@ KERNELS: dict[str, NativeKernel] = {
     "embedding_shard": NativeKernel(EmbeddingShard, "embedding.cpp", ("T", "V", "H")),
     "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
     "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),
-    "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X")),
+    "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X"), packed={"w": 1}),
     "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),
+    "linear": NativeKernel(Linear, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+    "lm_head": NativeKernel(LmHead, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+    "head_linear": NativeKernel(HeadLinear, "linear.cpp", ("T", "N", "K", "M"), packed={"w": 1}),
     "rms_norm": NativeKernel(RmsNorm, "norm.cpp", ("R", "H")),
     "rms_norm_wide": NativeKernel(RmsNormWide, "norm.cpp", ("R", "H")),
     "rms_norm_1p": NativeKernel(RmsNorm1p, "norm.cpp", ("R", "H")),

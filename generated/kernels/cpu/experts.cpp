@@ -2,11 +2,16 @@
 // Regenerate: make generate    Explain: make explain NAME=router_logits
 //
 // CPU kernels of specs/ops/experts.yaml: what they stand on is in runtime/kernels/cpu/sage.h.
-#include "sage.h"
+#include "products.h"
 
 namespace sage {
 
 using E = SAGE_ELEMENT;
+
+// specs/hardware/cpu.yaml: cpu, products
+static const Way<SAGE_ELEMENT>& WAY =
+    way<SAGE_ELEMENT, 6, 4, 6, 1>();
+constexpr Tuning TUNING = {1024, 524288, 128};
 
 // specs/ops/experts.yaml: router_logits
 // A score per expert for every token, computed and kept in float32, as DeepSeek V3 does.
@@ -20,19 +25,16 @@ SAGE_KERNEL(router_logits) {
     const E* x = (const E*)tensors[0];
     const int64_t x_T = sizes[3];
     const E* w = (const E*)tensors[1];
-    const int64_t w_X = sizes[4];
     const E* bias = (const E*)tensors[2];
     float* logits = (float*)tensors[3];
     const int64_t logits_T = sizes[5];
-    each_row(T * X, K * T * X, [&](int64_t iRow) {
-        const int64_t iT = iRow / X, iX = iRow % X;
-        Sum accAll;
-        sweep(K, [&](auto iK) {
-            accAll.add(load(x + iT * x_T, iK) * load(w + iX * w_X, iK), iK);
-        });
-        const float acc = accAll.total();
-        put(logits + iT * logits_T + iX, bias ? acc + value(bias[iX]) : acc);
-    });
+    const Factors<E> factors = {T, K, X, 1, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iT) { return x + iT * x_T; },
+            [&](int64_t iT, auto iX, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                store(logits + iT * logits_T, iX, bias ? acc + load(bias, iX) : acc);
+            });
 }
 
 // specs/ops/experts.yaml: combine_experts
