@@ -34,3 +34,4 @@ class KvPrefetch(PrefetchPass):
     phases = frozenset({"decode", "hybrid"})
     select = frozenset({"KV_LOAD"})
     ahead = 1
+    budget_bytes = 4294967296

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from sageLLM.runtime.core.errors import IRError, TypeMismatch
 from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
@@ -169,11 +169,17 @@ class DeclaredPass(OptimizationPass):
 class RewritePass(DeclaredPass):
     """A pass of rewrite rules.
 
-    `expect` gives, per model name (or `*`), how often the rules fire in all, as a function of the model's config.
+    `expect` gives, per model name (or `*`), how often the rules fire in all, as a function of the model's config. With
+    `kernels`, the ops that the device has a kernel for, a rule that puts in another op does not fire: the parts of a
+    fused op run one by one, as they do without the rule.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = ()
     expect: ClassVar[Mapping[str, Callable[[Any], int]]] = {}
+
+    def __init__(self, kernels: Container[str] | None = None) -> None:
+        super().__init__()
+        self.kernels = kernels
 
     def run(self, graph: ExecutionGraph) -> None:
         self.report.rules = {rule.name: RuleStats() for rule in self.rules}
@@ -213,13 +219,17 @@ class RewritePass(DeclaredPass):
             stats = self.report.rules[rule.name]
             found = rule.apply(graph, node)
             if isinstance(found, Rewrite):
-                found = apply_rewrite(graph, found, position, memo) or found
+                found = self._without_kernel(found) or apply_rewrite(graph, found, position, memo) or found
             if isinstance(found, Rewrite):
                 stats.fired += 1
                 return True
             if isinstance(found, NearMiss):
                 stats.near_misses[found.reason] += 1
         return False
+
+    def _without_kernel(self, rewrite: Rewrite) -> NearMiss | None:
+        lacking = [call.op.op for call in rewrite.calls if self.kernels is not None and call.op.op not in self.kernels]
+        return NearMiss(len(rewrite.matched), f"the device has no kernel for {lacking[0]}") if lacking else None
 
 
 def apply_rewrite(
@@ -384,6 +394,15 @@ def _node(
         block=anchor.block,
         origins=origins,
     )
+
+
+Reader = TypeVar("Reader", bound=OpNode)
+
+
+def reader_of(graph: ExecutionGraph, value: TensorRef, op: type[Reader]) -> Reader | None:
+    """The one node of an op that reads a value; None if there is none, or more than one to choose from."""
+    readers = [node for node in graph.users(value) if isinstance(node, op)]
+    return readers[0] if len(readers) == 1 else None
 
 
 def describe(node: ExecutionNode | None, value: TensorRef) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,21 @@ ALL = "all"
 class Pipeline:
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    `disable` names passes that are left out; "all" leaves out every one. The pipeline runs the rewrite passes: what
-    the others (streams, prefetch, memory places) decide is read by schedules and simulations, not by the executor yet.
+    `disable` names passes that are left out; "all" leaves out every one. `kernels` names the ops that the device has a
+    kernel for, where fusing others would gain nothing; without it every rule may fire. The pipeline runs the rewrite
+    passes: what the others (streams, prefetch, memory places) decide is read by schedules and simulations, not by the
+    executor yet.
     """
 
     def __init__(
-        self, layout: ModelLayout, config: Any, registry: Registry, *, dtype: str, disable: Sequence[str] = ()
+        self,
+        layout: ModelLayout,
+        config: Any,
+        registry: Registry,
+        *,
+        dtype: str,
+        disable: Sequence[str] = (),
+        kernels: Container[str] | None = None,
     ) -> None:
         unknown = sorted(set(disable) - set(registry.passes) - {ALL})
         if unknown:
@@ -41,6 +50,7 @@ class Pipeline:
         self.config = config
         self.dtype = dtype
         self.kernels: Mapping[str, Any] = registry.kernels
+        self.own_kernels = kernels
         self.passes = [one for name, one in registry.passes.items() if not {name, ALL} & set(disable)]
         self.reports: dict[Stage, list[PassReport]] = {}
         self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
@@ -88,8 +98,7 @@ class Pipeline:
 
     def rewrite_passes(self, level: Level) -> list[RewritePass]:
         """New instances of the enabled rewrite passes of a level, in the order of the pipeline."""
-        made = [one() for one in self.passes if one.level == level]
-        return [one for one in made if isinstance(one, RewritePass)]
+        return [one(self.own_kernels) for one in self.passes if one.level == level and issubclass(one, RewritePass)]
 
     def migrate_graph(self) -> ExecutionGraph:
         """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""

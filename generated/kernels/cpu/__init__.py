@@ -24,10 +24,26 @@ from ...ops.activation import (
 from ...ops.elementwise import Add, AddBias, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
 from ...ops.experts import CombineExperts, RouterLogits
-from ...ops.linear import HeadLinear, Linear, LmHead
+from ...ops.linear import (
+    HeadLinear,
+    Linear,
+    LinearAdd,
+    LinearGelu,
+    LinearGeluMul,
+    LinearGeluTanh,
+    LinearGeluTanhMul,
+    LinearSiluMul,
+    LmHead,
+    LmHeadScale,
+    LmHeadSoftCap,
+)
 from ...ops.norm import (
     FusedAddLayerNorm,
     FusedAddRmsNorm,
+    FusedAddRmsNorm1p,
+    FusedAddRmsNormWide,
+    FusedNormAddNorm1p,
+    FusedRmsNormWideAdd,
     HeadLayerNorm,
     LayerNorm,
     LayerNorm1p,
@@ -73,6 +89,14 @@ KERNELS: dict[str, NativeKernel] = {
     "linear": NativeKernel(Linear, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
     "lm_head": NativeKernel(LmHead, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
     "head_linear": NativeKernel(HeadLinear, "linear.cpp", ("T", "N", "K", "M"), packed={"w": 1}),
+    "linear_silu_mul": NativeKernel(LinearSiluMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+    "linear_gelu_mul": NativeKernel(LinearGeluMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+    "linear_gelu_tanh_mul": NativeKernel(LinearGeluTanhMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+    "linear_gelu": NativeKernel(LinearGelu, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+    "linear_gelu_tanh": NativeKernel(LinearGeluTanh, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+    "linear_add": NativeKernel(LinearAdd, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+    "lm_head_scale": NativeKernel(LmHeadScale, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+    "lm_head_soft_cap": NativeKernel(LmHeadSoftCap, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
     "rms_norm": NativeKernel(RmsNorm, "norm.cpp", ("R", "H")),
     "rms_norm_wide": NativeKernel(RmsNormWide, "norm.cpp", ("R", "H")),
     "rms_norm_1p": NativeKernel(RmsNorm1p, "norm.cpp", ("R", "H")),
@@ -81,6 +105,10 @@ KERNELS: dict[str, NativeKernel] = {
     "layer_norm_1p": NativeKernel(LayerNorm1p, "norm.cpp", ("R", "H")),
     "fused_add_rms_norm": NativeKernel(FusedAddRmsNorm, "norm.cpp", ("T", "H")),
     "fused_add_layer_norm": NativeKernel(FusedAddLayerNorm, "norm.cpp", ("T", "H")),
+    "fused_add_rms_norm_wide": NativeKernel(FusedAddRmsNormWide, "norm.cpp", ("T", "H")),
+    "fused_rms_norm_wide_add": NativeKernel(FusedRmsNormWideAdd, "norm.cpp", ("T", "H")),
+    "fused_add_rms_norm_1p": NativeKernel(FusedAddRmsNorm1p, "norm.cpp", ("T", "H")),
+    "fused_norm_add_norm_1p": NativeKernel(FusedNormAddNorm1p, "norm.cpp", ("T", "H")),
     "pool_first": NativeKernel(PoolFirst, "pooling.cpp", ("T", "H", "B")),
     "pool_last": NativeKernel(PoolLast, "pooling.cpp", ("T", "H", "B")),
     "l2_norm": NativeKernel(L2Norm, "pooling.cpp", ("R", "H")),

@@ -86,4 +86,209 @@ SAGE_KERNEL(head_linear) {
             });
 }
 
+// specs/ops/linear.yaml: linear_silu_mul
+// Packed gate|up projection and its silu_mul, as the projection's epilogue.
+//
+//     gu = linear(x, w, bias)
+//     y = silu_mul(gu)
+SAGE_KERNEL(linear_silu_mul) {
+    const int64_t R = sizes[0];
+    const int64_t K = sizes[1];
+    const int64_t I = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    E* y = (E*)tensors[3];
+    const int64_t y_R = sizes[5];
+    const Factors<E> factors = {R, K, I, 2, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iR) { return x + iR * x_R; },
+            [&](int64_t iR, auto iI, const float* sums) {
+                const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, iI) : load(sums, Block{0}));
+                store(y + iR * y_R, iI, to<E>(to<E>(g * sigmoid(g)) * to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, iI) : load(sums, Block{1 * PANEL}))));
+            });
+}
+
+// specs/ops/linear.yaml: linear_gelu_mul
+// Packed gate|up projection and its gelu_mul, as the projection's epilogue.
+//
+//     gu = linear(x, w, bias)
+//     y = gelu_mul(gu)
+SAGE_KERNEL(linear_gelu_mul) {
+    const int64_t R = sizes[0];
+    const int64_t K = sizes[1];
+    const int64_t I = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    E* y = (E*)tensors[3];
+    const int64_t y_R = sizes[5];
+    const Factors<E> factors = {R, K, I, 2, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iR) { return x + iR * x_R; },
+            [&](int64_t iR, auto iI, const float* sums) {
+                const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, iI) : load(sums, Block{0}));
+                store(y + iR * y_R, iI, to<E>(to<E>(0.5f * g * (1.0f + erf(g * 0.7071067811865476f))) * to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, iI) : load(sums, Block{1 * PANEL}))));
+            });
+}
+
+// specs/ops/linear.yaml: linear_gelu_tanh_mul
+// Packed gate|up projection and its gelu_tanh_mul, as the projection's epilogue.
+//
+//     gu = linear(x, w, bias)
+//     y = gelu_tanh_mul(gu)
+SAGE_KERNEL(linear_gelu_tanh_mul) {
+    const int64_t R = sizes[0];
+    const int64_t K = sizes[1];
+    const int64_t I = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    E* y = (E*)tensors[3];
+    const int64_t y_R = sizes[5];
+    const Factors<E> factors = {R, K, I, 2, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iR) { return x + iR * x_R; },
+            [&](int64_t iR, auto iI, const float* sums) {
+                const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, iI) : load(sums, Block{0}));
+                const auto inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+                store(y + iR * y_R, iI, to<E>(to<E>(0.5f * g * (1.0f + tanh(inner))) * to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, iI) : load(sums, Block{1 * PANEL}))));
+            });
+}
+
+// specs/ops/linear.yaml: linear_gelu
+// Projection and gelu as its epilogue.
+//
+//     h = linear(x, w, bias)
+//     y = gelu(h)
+SAGE_KERNEL(linear_gelu) {
+    const int64_t R = sizes[0];
+    const int64_t K = sizes[1];
+    const int64_t N = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    E* y = (E*)tensors[3];
+    const int64_t y_R = sizes[5];
+    const Factors<E> factors = {R, K, N, 1, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iR) { return x + iR * x_R; },
+            [&](int64_t iR, auto iN, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                const auto h = to<E>(bias ? acc + load(bias, iN) : acc);
+                const auto v = h;
+                store(y + iR * y_R, iN, to<E>(0.5f * v * (1.0f + erf(v * 0.7071067811865476f))));
+            });
+}
+
+// specs/ops/linear.yaml: linear_gelu_tanh
+// Projection and gelu_tanh as its epilogue.
+//
+//     h = linear(x, w, bias)
+//     y = gelu_tanh(h)
+SAGE_KERNEL(linear_gelu_tanh) {
+    const int64_t R = sizes[0];
+    const int64_t K = sizes[1];
+    const int64_t N = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    E* y = (E*)tensors[3];
+    const int64_t y_R = sizes[5];
+    const Factors<E> factors = {R, K, N, 1, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iR) { return x + iR * x_R; },
+            [&](int64_t iR, auto iN, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                const auto h = to<E>(bias ? acc + load(bias, iN) : acc);
+                const auto v = h;
+                const auto inner = 0.7978845608028654f * (v + 0.044715f * v * v * v);
+                store(y + iR * y_R, iN, to<E>(0.5f * v * (1.0f + tanh(inner))));
+            });
+}
+
+// specs/ops/linear.yaml: linear_add
+// Projection and residual add as its epilogue.
+//
+//     h = linear(x, w, bias)
+//     y = add(residual, h)
+SAGE_KERNEL(linear_add) {
+    const int64_t R = sizes[0];
+    const int64_t K = sizes[1];
+    const int64_t N = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* residual = (const E*)tensors[2];
+    const int64_t residual_R = sizes[5];
+    const E* bias = (const E*)tensors[3];
+    E* y = (E*)tensors[4];
+    const int64_t y_R = sizes[6];
+    const Factors<E> factors = {R, K, N, 1, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iR) { return x + iR * x_R; },
+            [&](int64_t iR, auto iN, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                const auto h = to<E>(bias ? acc + load(bias, iN) : acc);
+                store(y + iR * y_R, iN, to<E>(load(residual + iR * residual_R, iN) + h));
+            });
+}
+
+// specs/ops/linear.yaml: lm_head_scale
+// Logits and their multiplier, as Granite and Cohere have.
+//
+//     raw = lm_head(x, w, bias)
+//     logits = scale(raw, factor=factor)
+SAGE_KERNEL(lm_head_scale) {
+    const int64_t S = sizes[0];
+    const int64_t H = sizes[1];
+    const int64_t V = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_S = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    float* logits = (float*)tensors[3];
+    const int64_t logits_S = sizes[5];
+    const float factor = (float)attrs[0];
+    const Factors<E> factors = {S, H, V, 1, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iS) { return x + iS * x_S; },
+            [&](int64_t iS, auto iV, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                const auto raw = to<E>(bias ? acc + load(bias, iV) : acc);
+                store(logits + iS * logits_S, iV, raw * factor);
+            });
+}
+
+// specs/ops/linear.yaml: lm_head_soft_cap
+// Logits held between two bounds, as Gemma 2 does.
+//
+//     raw = lm_head(x, w, bias)
+//     logits = soft_cap(raw, cap=cap)
+SAGE_KERNEL(lm_head_soft_cap) {
+    const int64_t S = sizes[0];
+    const int64_t H = sizes[1];
+    const int64_t V = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_S = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    float* logits = (float*)tensors[3];
+    const int64_t logits_S = sizes[5];
+    const float cap = (float)attrs[0];
+    const Factors<E> factors = {S, H, V, 1, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iS) { return x + iS * x_S; },
+            [&](int64_t iS, auto iV, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                const auto raw = to<E>(bias ? acc + load(bias, iV) : acc);
+                store(logits + iS * logits_S, iV, tanh(raw / cap) * cap);
+            });
+}
+
 }  // namespace sage

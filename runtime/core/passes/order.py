@@ -60,6 +60,18 @@ def put_in_order(graph: ExecutionGraph, order: list[ExecutionNode] | None = None
     graph.nodes = {node.node_id: node for node in nodes}
 
 
+def take_over(graph: ExecutionGraph, other: ExecutionGraph) -> None:
+    """Makes the graph what a changed copy of it is; the copy is not to be used afterwards."""
+    graph.nodes = other.nodes
+    graph.prefill_nodes, graph.decode_nodes, graph.comm_nodes = (
+        other.prefill_nodes,
+        other.decode_nodes,
+        other.comm_nodes,
+    )
+    graph.inputs, graph.weights, graph.outputs = other.inputs, other.weights, other.outputs
+    graph.reindex()
+
+
 def order_cache_effects(graph: ExecutionGraph) -> None:
     """Adds the edges that keep reads and writes of a cache in program order, where no value does.
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode
+from sageLLM.runtime.core.passes.events import plan_events
 from sageLLM.runtime.core.passes.order import Lane, bottom_levels, lane, order_cache_effects, put_in_order
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
@@ -15,9 +16,10 @@ from sageLLM.runtime.core.rewrite import DeclaredPass
 class StreamPass(DeclaredPass):
     """Moves nodes by op type to the streams that `streams` names (numbered from 1), and list-schedules the graph.
 
-    Nodes that no entry selects stay where they are. Of the old order and the one that favours the longest remaining
-    path (list scheduling; Graham, SIAM J. Appl. Math. 17(2), 1969) the faster is taken. A graph that neither would make
-    as fast as it was stays as it was.
+    Nodes that no entry selects stay where they are, and so do those that take no time, as a load of what is on the
+    device already. Of the old order and the one that favours the longest remaining path (list scheduling; Graham, SIAM
+    J. Appl. Math. 17(2), 1969) the faster is taken. A graph that neither would make faster stays as it was. The waits
+    between lanes are noted in the nodes; see `plan_events`.
     """
 
     streams: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -31,17 +33,19 @@ class StreamPass(DeclaredPass):
         best = min((order, list_schedule(graph)), key=lambda nodes: _total_time(graph, nodes))
         put_in_order(graph, best)
         after = graph.estimate_total_time()
-        if after > before:
+        if after >= before:
             self._undo(graph, old_nodes, old_streams, old_edges)
         moved = sum(node.stream_id != old_streams[node.node_id] for node in graph.nodes.values())
-        self.report.facts = {"moved": moved, "us_before": before, "us_after": min(before, after)}
+        facts = {"moved": moved, "waits": plan_events(graph), "us_before": before, "us_after": min(before, after)}
+        self.report.facts = {**facts}
 
     def _assign(self, graph: ExecutionGraph) -> dict[str, int]:
         """Sets the streams; gives those that the nodes had."""
         stream_of = {name: i for i, names in enumerate(self.streams.values(), start=1) for name in names}
         old = {node.node_id: node.stream_id for node in graph.nodes.values()}
         for node in graph.nodes.values():
-            node.stream_id = stream_of.get(node.op_type.name, node.stream_id)
+            if node.estimated_time_us:
+                node.stream_id = stream_of.get(node.op_type.name, node.stream_id)
         return old
 
     def _undo(

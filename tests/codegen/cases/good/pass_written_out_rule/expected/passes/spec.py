@@ -19,8 +19,6 @@ def sum_first(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
     """
     if not isinstance(node, RmsNorm):
         return None
-    if node.w is None:
-        return NearMiss(1, "want rms_norm with w")
     add_2 = graph.producer(node.x)
     if not isinstance(add_2, Add):
         return NearMiss(1, "want add to give " + describe(add_2, node.x))
@@ -55,8 +53,6 @@ def reduce_in_the_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
     """
     if not isinstance(node, FusedAddRmsNorm):
         return None
-    if node.w is None:
-        return NearMiss(1, "want fused_add_rms_norm with w")
     if node.eps != 1e-06:
         return NearMiss(1, "want the default eps")
     all_reduce = graph.producer(node.x)
