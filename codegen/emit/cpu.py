@@ -21,6 +21,9 @@ from sageLLM.codegen.render import Output, Renderer, header
 from sageLLM.codegen.schema.hardware import HardwareFile
 
 FOLDER = "kernels/cpu"
+FOLDER_OF_TEMPLATES = "cpu"
+PACKED_OF_TEMPLATES: Mapping[str, Mapping[str, int]] = {"expert_linear": {"w": 1}}
+"""The references that have a C++ template, and the weights that it reads packed, with their gates."""
 _ATTR_TYPES = {"f32": "float", "i32": "int64_t", "bool": "bool", "str": "int64_t"}
 _ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min"}
 
@@ -47,7 +50,7 @@ def emit_cpu(specs: Specs, renderer: Renderer) -> list[Output]:
     modules = {
         stem: kernels
         for stem, ops in by_stem(own).items()
-        if (kernels := cpu_kernels(ops, specs.ops, has_products=has_products))
+        if (kernels := cpu_kernels(ops, specs.ops, renderer, has_products=has_products))
     }
     outputs = [_source(stem, kernels, hardware, renderer) for stem, kernels in modules.items()]
     text = renderer.render("cpu/registry.py.jinja", modules=modules)
@@ -55,13 +58,17 @@ def emit_cpu(specs: Specs, renderer: Renderer) -> list[Output]:
     return [*outputs, Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, entries)]
 
 
-def cpu_kernels(ops: Sequence[OpDef], every: Mapping[str, OpDef], *, has_products: bool = True) -> list[CpuKernel]:
+def cpu_kernels(
+    ops: Sequence[OpDef], every: Mapping[str, OpDef], renderer: Renderer, *, has_products: bool
+) -> list[CpuKernel]:
     """The kernels of those of the ops that have one; products need the block sizes of a machine."""
-    found = [kernel for op in ops if (kernel := _kernel(op, every))]
+    found = [kernel for op in ops if (kernel := _kernel(op, every, renderer))]
     return [kernel for kernel in found if has_products or not kernel.packed]
 
 
-def _kernel(op: OpDef, every: Mapping[str, OpDef]) -> CpuKernel | None:
+def _kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> CpuKernel | None:
+    if op.reference is not None:
+        return _templated(op, op.entry.spec.reference or "", renderer)
     product = product_of(op, every)
     if product is not None:
         lines = CppKernel(op, RowProgram((product.finish,))).product_lines(product)
@@ -70,6 +77,14 @@ def _kernel(op: OpDef, every: Mapping[str, OpDef]) -> CpuKernel | None:
         return CpuKernel(op, CppKernel(op, row_program(op, every)).lines(), sizes_of(op), {})
     except NotRows:
         return None
+
+
+def _templated(op: OpDef, name: str, renderer: Renderer) -> CpuKernel | None:
+    """The op by the C++ template of the same name as its reference, if there is one."""
+    if name not in PACKED_OF_TEMPLATES:
+        return None
+    body = renderer.render(f"{FOLDER_OF_TEMPLATES}/{name}.cpp.jinja", op=op).splitlines()
+    return CpuKernel(op, (*declarations(op, "\n".join(body)), *body), sizes_of(op), PACKED_OF_TEMPLATES[name])
 
 
 def _source(

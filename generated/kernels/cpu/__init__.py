@@ -23,7 +23,7 @@ from ...ops.activation import (
 )
 from ...ops.elementwise import Add, AddBias, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
-from ...ops.experts import CombineExperts, RouterLogits
+from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits
 from ...ops.linear import (
     HeadLinear,
     Linear,
@@ -85,6 +85,8 @@ KERNELS: dict[str, NativeKernel] = {
     "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
     "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),
     "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X"), packed={"w": 1}),
+    "expert_linear": NativeKernel(ExpertLinear, "experts.cpp", ("T", "K", "A", "X", "N"), packed={"w": 1}),
+    "expert_down": NativeKernel(ExpertDown, "experts.cpp", ("T", "A", "K", "X", "N"), packed={"w": 1}),
     "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),
     "linear": NativeKernel(Linear, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
     "lm_head": NativeKernel(LmHead, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
