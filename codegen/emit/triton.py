@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
+from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.mask_range import mask_range
 from sageLLM.codegen.emit.reference import by_stem, parameters
-from sageLLM.codegen.emit.torch_text import tidy
 from sageLLM.codegen.emit.triton_product import product_view
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.tree import Expr, IfPresent, Ref, names_read

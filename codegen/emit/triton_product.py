@@ -3,7 +3,8 @@
 import re
 
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
-from sageLLM.codegen.emit.torch_text import TORCH_DTYPES, tidy
+from sageLLM.codegen.emit.dim_text import tidy
+from sageLLM.codegen.emit.torch_text import TORCH_DTYPES
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.tree import Cast, Dot, Expr, Program, Ref, walk
 from sageLLM.codegen.model.op import OpDef, Operand
