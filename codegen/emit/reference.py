@@ -79,8 +79,11 @@ def _imports(stem: str, ops: Sequence[OpDef], specs: Specs) -> list[str]:
 def kernel_view(op: OpDef, renderer: Renderer) -> KernelView:
     text = _template_text(op, renderer) if op.reference else None
     lines = _fused_lines(op) if op.fuses else KernelWriter(op, op.program).lines() if op.program else []
-    result = "Tensor" if len(op.outputs) == 1 else f"tuple[{', '.join(['Tensor'] * len(op.outputs))}]"
-    return KernelView(op, parameters(op), result, tuple(lines), text)
+    return KernelView(op, parameters(op), result_type(op), tuple(lines), text)
+
+
+def result_type(op: OpDef) -> str:
+    return "Tensor" if len(op.outputs) == 1 else f"tuple[{', '.join(['Tensor'] * len(op.outputs))}]"
 
 
 def parameters(op: OpDef) -> str:

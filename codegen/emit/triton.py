@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.mask_range import mask_range
-from sageLLM.codegen.emit.reference import by_stem, parameters
+from sageLLM.codegen.emit.reference import by_stem, parameters, result_type
+from sageLLM.codegen.emit.triton_launch import rows_view
 from sageLLM.codegen.emit.triton_product import product_view
 from sageLLM.codegen.emit.triton_text import TritonText
-from sageLLM.codegen.expr.tree import Expr, IfPresent, Ref, names_read
-from sageLLM.codegen.model.op import Hook, OpDef, Reference
+from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, walk
+from sageLLM.codegen.kernel.inline import program_of
+from sageLLM.codegen.kernel.lower import row_program
+from sageLLM.codegen.kernel.places import NotRows
+from sageLLM.codegen.model.op import Hook, OpDef, Reference, Template
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header
 
 FOLDER = "kernels/triton"
 BASE = "sageLLM.generated.kernels.triton"
+MOVES_NOTHING = ("VIEW", "CONCAT")
+"""Op types for which torch has what is wanted: views without a copy, and a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +40,19 @@ class TritonKernel:
 def emit_triton(specs: Specs, renderer: Renderer) -> list[Output]:
     """`kernels/triton/STEM.py` for every ops file with a kernel for GPUs, and the table of all, KERNELS."""
     own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
-    found = {stem: [_kernel(op, renderer) for op in ops if op.triton] for stem, ops in by_stem(own).items()}
-    modules = {stem: kernels for stem, kernels in found.items() if kernels}
+    modules = {
+        stem: kernels
+        for stem, ops in by_stem(own).items()
+        if (kernels := [kernel for op in ops if (kernel := _kernel(op, specs, renderer))])
+    }
     outputs = [_module(stem, kernels, specs, renderer) for stem, kernels in modules.items()]
     ops = {stem: [kernel.op for kernel in kernels] for stem, kernels in modules.items()}
     registry = header("specs/ops", "rms_norm") + renderer.render("triton_registry.py.jinja", modules=ops)
     outputs.append(Output(f"{FOLDER}/__init__.py", registry, tuple(op.ref for group in ops.values() for op in group)))
     if not specs.is_overlay:
-        text = header("specs/ops", "functions") + renderer.render("triton_functions.py.jinja")
-        outputs.append(Output(f"{FOLDER}/functions.py", text))
+        for name in ("device", "tiles"):
+            text = header("specs/ops", name) + renderer.render(f"triton_{name}.py.jinja")
+            outputs.append(Output(f"{FOLDER}/{name}.py", text))
     return outputs
 
 
@@ -55,19 +65,33 @@ def _module(stem: str, kernels: Sequence[TritonKernel], specs: Specs, renderer: 
     return Output(f"{FOLDER}/{stem}.py", header(source, kernels[0].op.name) + text, refs)
 
 
-def _kernel(op: OpDef, renderer: Renderer) -> TritonKernel:
+def _kernel(op: OpDef, specs: Specs, renderer: Renderer) -> TritonKernel | None:
+    """From the op's template or from its equations; None where the reference is as good, or all that there is."""
+    if op.triton is not None:
+        return TritonKernel(op, _template_text(op, op.triton, renderer))
+    program = None if op.op_type in MOVES_NOTHING else program_of(op, specs.ops)
+    if program is None or any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
+        return None
+    try:
+        rows = rows_view(op, row_program(op, specs.ops))
+    except NotRows:
+        return None
+    view = {"parameters": parameters(op), "result": result_type(op)}
+    return TritonKernel(op, renderer.render("triton_rows.py.jinja", rows=rows, **view))
+
+
+def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
     """The op's template, with its constants, its hooks, and what follows from them or from its equations."""
-    assert op.triton is not None, "asked of ops with a Triton kernel"
-    given: dict[str, object] = {"op": op.name, "attrs": parameters(op).partition("*, ")[2], **dict(op.triton.params)}
+    given: dict[str, object] = {"op": op.name, "attrs": parameters(op).partition("*, ")[2], **dict(template.params)}
     hooks: tuple[Hook, ...] = ()
     if op.reference is not None:
         hooks = op.reference.hooks
         given |= _attention_view(op.reference)
     else:
         given |= {"summary": op.summary, "parameters": parameters(op), **product_view(op)}
-    text = renderer.render(op.triton.name, **given)
+    text = renderer.render(template.name, **given)
     check_kernel(op, text, [str(given[hook.name]) for hook in hooks])
-    return TritonKernel(op, text)
+    return text
 
 
 def _attention_view(reference: Reference) -> dict[str, object]:

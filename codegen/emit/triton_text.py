@@ -1,7 +1,7 @@
 """Writes typed expressions as Triton, over values that a kernel holds in registers.
 
-All floating-point arithmetic is in float32. A value of a narrower type is held as a float32 that this type can hold, so
-an operation on narrow values, and a cast to a narrow type, is written `rounded(..., E)`; it rounds as the spec says.
+All floating-point arithmetic is in float32. A value of a narrower type is held as a float32 that this type can hold. So
+an operation on narrow values, and a cast to a narrow type, is written `device.rounded(..., E)`.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ TRITON_DTYPES = {"bool": "tl.int1", "i8": "tl.int8", "i32": "tl.int32", "i64": "
 _INTEGERS = ("bool", "i8", "i32", "i64")
 _EXACT = {"neg", "not", "abs", "relu", "floor", "round"}
 _FUNCTIONS = {"exp": "tl.exp({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})",
-              "sigmoid": "tl.sigmoid({})", "tanh": "tanh({})", "erf": "tl.erf({})", "abs": "tl.abs({})",
-              "floor": "tl.floor({})", "round": "nearest({})", "neg": "(-{})", "not": "(not {})"}  # fmt: skip
+              "sigmoid": "tl.sigmoid({})", "tanh": "device.tanh({})", "erf": "tl.erf({})", "abs": "tl.abs({})",
+              "floor": "tl.floor({})", "round": "device.nearest({})", "neg": "(-{})", "not": "(not {})"}  # fmt: skip
 
 
 def is_narrow(element: str) -> bool:
@@ -102,4 +102,4 @@ class TritonText:
         return f"({self(a)} if {name} is not None else {self(b)})"
 
     def rounded(self, text: str, element: str) -> str:
-        return f"rounded({text}, {TRITON_DTYPES.get(element, element)})" if is_narrow(element) else text
+        return f"device.rounded({text}, {TRITON_DTYPES.get(element, element)})" if is_narrow(element) else text

@@ -468,8 +468,12 @@ def _is_filled(kernel: KernelSpec | None) -> bool:
     return kernel is not None and bool(kernel.params or kernel.hooks)
 
 
+_MODULES = ("torch", "math", "wide", "dims", "triton", "tl", "device")
+"""Names that the files of generated functions have for themselves."""
+
+
 def _is_op_name(name: str) -> bool:
-    return _is_value_name(name) and len(name) > 1 and name not in ("torch", "math", "wide", "dims")
+    return _is_value_name(name) and len(name) > 1 and name not in _MODULES
 
 
 def _is_value_name(name: str) -> bool:

@@ -6,26 +6,97 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .activation import (
+    clamped_silu_mul,
+    gelu,
+    gelu_mul,
+    gelu_tanh,
+    gelu_tanh_mul,
+    quick_gelu,
+    relu,
+    relu_mul,
+    relu_squared,
+    relu_squared_mul,
+    sigmoid,
+    sigmoid_mul,
+    silu,
+    silu_mul,
+    tanh,
+)
 from .attention import paged_decode_attention, paged_prefill_attention
-from .experts import expert_down, expert_linear, router_logits, topk_router
+from .elementwise import add, add_bias, mul, mul_rows, mul_weight, scale, soft_cap
+from .embedding import embedding, embedding_shard, position_embedding, select_rows
+from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_store
 from .linear import head_linear, linear, lm_head
+from .norm import (
+    fused_add_layer_norm,
+    fused_add_rms_norm,
+    head_layer_norm,
+    layer_norm,
+    layer_norm_1p,
+    rms_norm,
+    rms_norm_1p,
+    rms_norm_wide,
+)
+from .pooling import l2_norm, pool_first, pool_last
+from .position import rope, rope_interleaved
 from .sampling import sample
 from .varlen_attention import varlen_attention
 
 __all__ = ["KERNELS"]
 
 KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
+    "silu_mul": silu_mul,
+    "gelu_mul": gelu_mul,
+    "gelu_tanh_mul": gelu_tanh_mul,
+    "relu_mul": relu_mul,
+    "relu_squared_mul": relu_squared_mul,
+    "sigmoid_mul": sigmoid_mul,
+    "clamped_silu_mul": clamped_silu_mul,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "silu": silu,
+    "relu": relu,
+    "relu_squared": relu_squared,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
     "paged_prefill_attention": paged_prefill_attention,
     "paged_decode_attention": paged_decode_attention,
+    "add": add,
+    "mul": mul,
+    "mul_weight": mul_weight,
+    "add_bias": add_bias,
+    "mul_rows": mul_rows,
+    "scale": scale,
+    "soft_cap": soft_cap,
+    "embedding": embedding,
+    "embedding_shard": embedding_shard,
+    "position_embedding": position_embedding,
+    "select_rows": select_rows,
     "router_logits": router_logits,
     "topk_router": topk_router,
     "expert_linear": expert_linear,
     "expert_down": expert_down,
+    "combine_experts": combine_experts,
     "kv_store": kv_store,
     "linear": linear,
     "lm_head": lm_head,
     "head_linear": head_linear,
+    "rms_norm": rms_norm,
+    "rms_norm_wide": rms_norm_wide,
+    "rms_norm_1p": rms_norm_1p,
+    "layer_norm": layer_norm,
+    "head_layer_norm": head_layer_norm,
+    "layer_norm_1p": layer_norm_1p,
+    "fused_add_rms_norm": fused_add_rms_norm,
+    "fused_add_layer_norm": fused_add_layer_norm,
+    "pool_first": pool_first,
+    "pool_last": pool_last,
+    "l2_norm": l2_norm,
+    "rope": rope,
+    "rope_interleaved": rope_interleaved,
     "sample": sample,
     "varlen_attention": varlen_attention,
 }

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .functions import LOG2E, divided, find_group, share, sink_scores, softmax_tile, tanh
+from . import device
 
 __all__ = [
     "paged_decode_attention",
@@ -64,18 +64,18 @@ def _paged_prefill_attention_tile(
     n = place[None, :]
     score = tl.dot(rows, keys, input_precision="ieee")
     if softcap is None and slopes is None:
-        score = score * (scale * LOG2E)
+        score = score * (scale * device.LOG2E)
     else:
         score = score * scale
         if slopes is not None:
             score += tl.load(slopes + h, mask=is_row, other=0.0) * (n - m).to(tl.float32)
-        score = (softcap * tanh(score / softcap) if softcap is not None else score) * LOG2E
+        score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
     if not FULL:
         score = tl.where(
             is_key[None, :] & ((n <= m) & (n > m - window if window is not None else True)), score, float("-inf")
         )
     values = tl.load(value_rows[:, None] + dv[None, :], mask=is_key[:, None] & (dv < DV)[None, :], other=0.0)
-    return softmax_tile(score, values, acc, peak, total)
+    return device.softmax_tile(score, values, acc, peak, total)
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def _paged_prefill_attention_kernel(
     TOKENS: tl.constexpr = BLOCK_M // BLOCK_G
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they go first
     kv_head = tl.program_id(1)
-    b = find_group(q_start, num_sequences, tile, TOKENS)
+    b = device.find_group(q_start, num_sequences, tile, TOKENS)
     begin = tl.load(q_start + b)
     num_tokens = tl.load(q_start + b + 1) - begin
     token = (tile - begin // TOKENS - b) * TOKENS
@@ -210,12 +210,12 @@ def _paged_prefill_attention_kernel(
             BLOCK_N,
             FULL=False,
         )
-    sink = sink_scores(sinks, head, is_own)
+    sink = device.sink_scores(sinks, head, is_own)
     top = tl.maximum(peak, sink)
-    weight = share(peak, top)
+    weight = device.share(peak, top)
     acc = acc * weight[:, None]
-    total = total * weight + tl.where(total == 0.0, 0.0, share(sink, top))
-    result = divided(acc, total)
+    total = total * weight + tl.where(total == 0.0, 0.0, device.share(sink, top))
+    result = device.divided(acc, total)
     tl.store(o + at_row * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])
 
 
@@ -347,12 +347,12 @@ def _paged_decode_attention_split(
         n = place[None, :]
         score = tl.dot(rows, keys, input_precision="ieee")
         if softcap is None and slopes is None:
-            score = score * (scale * LOG2E)
+            score = score * (scale * device.LOG2E)
         else:
             score = score * scale
             if slopes is not None:
                 score += tl.load(slopes + h, mask=is_head[:, None], other=0.0) * (n - m).to(tl.float32)
-            score = (softcap * tanh(score / softcap) if softcap is not None else score) * LOG2E
+            score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
         score = tl.where(
             is_key[None, :] & ((n <= m) & (n > m - window if window is not None else True)), score, float("-inf")
         )
@@ -361,15 +361,15 @@ def _paged_decode_attention_split(
             mask=is_key[:, None] & (dv < DV)[None, :],
             other=0.0,
         )
-        acc, peak, total = softmax_tile(score, values, acc, peak, total)
-    result = divided(acc, total)
+        acc, peak, total = device.softmax_tile(score, values, acc, peak, total)
+    result = device.divided(acc, total)
     lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(total))
     is_result = is_head[:, None] & (dv < DV)[None, :]
     if NUM_SPLITS == 1:  # as the merge does it, to the bit
-        sink = sink_scores(sinks, head, is_head)
+        sink = device.sink_scores(sinks, head, is_head)
         top = tl.maximum(lse, sink)
-        weight = share(lse, top)
-        result = divided(result * weight[:, None], weight + share(sink, top))
+        weight = device.share(lse, top)
+        result = device.divided(result * weight[:, None], weight + device.share(sink, top))
         tl.store(o + b * o_row + h * o_head + dv[None, :], result, mask=is_result)
     else:
         part = (b * tl.num_programs(1) * G + head) * NUM_SPLITS + split
@@ -401,15 +401,15 @@ def _paged_decode_attention_merge(
     part = (b * tl.num_programs(1) + tl.program_id(1)) * NUM_SPLITS
     s, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
     lse = tl.load(part_lse + part + s, mask=(s >= start) & (s < stop), other=float("-inf"))
-    sink = sink_scores(sinks, head, head >= 0)
+    sink = device.sink_scores(sinks, head, head >= 0)
     top = tl.maximum(sink, tl.max(lse, 0))
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_DV], tl.float32)
     for split in range(start, stop):
-        weight = share(tl.load(part_lse + part + split + tl.arange(0, 1)), top)
+        weight = device.share(tl.load(part_lse + part + split + tl.arange(0, 1)), top)
         acc += weight[:, None] * tl.load(parts + (part + split) * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
         total += weight
-    result = divided(acc, total + share(sink, top))
+    result = device.divided(acc, total + device.share(sink, top))
     tl.store(o + b * o_row + head[:, None] * o_head + dv[None, :], result, mask=(dv < DV)[None, :])
 
 

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.experts import router_logits as reference_router_logits
-from .functions import find_group
+from . import device
+from .tiles import split_tile
 
 __all__ = [
+    "combine_experts",
     "expert_down",
     "expert_linear",
     "router_logits",
@@ -217,7 +219,7 @@ def _expert_linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    expert = find_group(starts, num_experts, tile, BLOCK_M)
+    expert = device.find_group(starts, num_experts, tile, BLOCK_M)
     begin = tl.load(starts + expert)
     count = tl.load(starts + expert + 1) - begin
     first = (tile - begin // BLOCK_M - expert) * BLOCK_M
@@ -300,7 +302,7 @@ def _expert_down_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    expert = find_group(starts, num_experts, tile, BLOCK_M)
+    expert = device.find_group(starts, num_experts, tile, BLOCK_M)
     begin = tl.load(starts + expert)
     count = tl.load(starts + expert + 1) - begin
     first = (tile - begin // BLOCK_M - expert) * BLOCK_M
@@ -357,4 +359,61 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
         num_stages=3,
         enable_fp_fusion=True,
     )
+    return y
+
+
+# specs/ops/experts.yaml: combine_experts
+@triton.jit
+def _combine_experts_kernel(
+    x,
+    weights,
+    y,
+    T,
+    A,
+    H,
+    x_T,
+    x_A,
+    weights_T,
+    y_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    inH = iH < H
+    sumA = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for iA in range(A):
+        sumA = sumA + tl.load(x + iT * x_T + iA * x_A + iH, mask=isRow & inH, other=0).to(tl.float32) * tl.load(
+            weights + iT * weights_T + iA, mask=isRow, other=0
+        )
+    tl.store(y + iT * y_T + iH, device.rounded(sumA, E), mask=isRow & inH)
+
+
+def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
+    """Sum of a token's experts, each times its weight, in float32."""
+    T = x.shape[0]
+    A = x.shape[1]
+    H = x.shape[2]
+    y = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    if T > 0 and H > 0:
+        tile = split_tile(H)
+        _combine_experts_kernel[tile.grid(T, H)](
+            x,
+            weights,
+            y,
+            T,
+            A,
+            H,
+            x.stride(0),
+            x.stride(1),
+            weights.stride(0),
+            y.stride(0),
+            ROWS=tile.rows,
+            BLOCK_H=tile.block,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=False,
+        )
     return y

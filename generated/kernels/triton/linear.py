@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference.linear import head_linear as reference_head_linear
 from ..reference.linear import linear as reference_linear
 from ..reference.linear import lm_head as reference_lm_head
-from .functions import rounded
+from . import device
 
 __all__ = [
     "head_linear",
@@ -52,7 +52,7 @@ def _linear_kernel(
         rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    result = rounded(
+    result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )
     tl.store(y + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
@@ -123,7 +123,7 @@ def _lm_head_kernel(
         rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    result = rounded(
+    result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )
     tl.store(logits + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
@@ -193,7 +193,7 @@ def _head_linear_kernel(
         rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
-    result = rounded(acc, E)
+    result = device.rounded(acc, E)
     tl.store(y + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
 
 

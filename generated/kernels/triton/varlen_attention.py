@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .functions import LOG2E, divided, find_group, softmax_tile, tanh
+from . import device
 
 __all__ = [
     "varlen_attention",
@@ -57,10 +57,10 @@ def _varlen_attention_tile(
     n = place[None, :]
     score = tl.dot(rows, keys, input_precision="ieee")
     if softcap is None:
-        score = score * (scale * LOG2E)
+        score = score * (scale * device.LOG2E)
     else:
         score = score * scale
-        score = (softcap * tanh(score / softcap) if softcap is not None else score) * LOG2E
+        score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
     if not FULL:
         score = tl.where(
             is_key[None, :] & (((n <= m) | (not causal)) & (tl.abs(m - n) < window if window is not None else True)),
@@ -68,7 +68,7 @@ def _varlen_attention_tile(
             float("-inf"),
         )
     values = tl.load(value_rows[:, None] + dv[None, :], mask=is_key[:, None] & (dv < DV)[None, :], other=0.0)
-    return softmax_tile(score, values, acc, peak, total)
+    return device.softmax_tile(score, values, acc, peak, total)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _varlen_attention_kernel(
     TOKENS: tl.constexpr = BLOCK_M // BLOCK_G
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they go first
     kv_head = tl.program_id(1)
-    b = find_group(q_start, num_sequences, tile, TOKENS)
+    b = device.find_group(q_start, num_sequences, tile, TOKENS)
     begin = tl.load(q_start + b)
     num_tokens = tl.load(q_start + b + 1) - begin
     token = (tile - begin // TOKENS - b) * TOKENS
@@ -205,7 +205,7 @@ def _varlen_attention_kernel(
             BLOCK_N,
             FULL=False,
         )
-    result = divided(acc, total)
+    result = device.divided(acc, total)
     tl.store(o + at_row * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])
 
 
