@@ -144,7 +144,7 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE124": CodeInfo(
         "holes and fillings differ",
-        "The holes of a template are exactly the op's kernel.params and kernel.hooks.",
+        "The holes of a template are exactly the op's kernel.hooks and kernel.params (kernel.triton for Triton).",
     ),
     "SAGE125": CodeInfo(
         "wrong default",
