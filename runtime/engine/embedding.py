@@ -15,7 +15,7 @@ from sageLLM.runtime.engine.errors import PromptError
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.model import Model
 from sageLLM.runtime.engine.requests import validate_prompt
-from sageLLM.runtime.engine.step_inputs import step_inputs
+from sageLLM.runtime.engine.step_inputs import StepInputs
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.execution_graph.executor import Plan
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
@@ -49,6 +49,8 @@ class Embedder:
     def __init__(self, model: Model, pipeline: Pipeline, *, max_tokens: int, block_size: int) -> None:
         self.model, self.pipeline = model, pipeline
         self.max_tokens, self.block_size = max_tokens, block_size
+        max_blocks = -(-model.max_model_len // block_size)
+        self._inputs = StepInputs(block_size, max_blocks, model.device)
         self._pool: KVPool | None = None
         self._graphs: dict[tuple[Pooling, bool], ExecutionGraph] = {}
         self._plans: dict[tuple[Pooling, bool], Plan] = {}
@@ -117,7 +119,7 @@ class Embedder:
             self._plans[key] = Plan(self._graphs[key], self.pipeline.kernels, self._bound())
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         device = self.model.device
-        inputs = step_inputs(chunks, range(num_tokens), self.block_size, device)
+        inputs = self._inputs.make(None, chunks, range(num_tokens))
         types = [one for prompt in step for one in prompt.type_ids or [0] * len(prompt.token_ids)]
         inputs["type_ids"] = torch.tensor(types, dtype=torch.int32, device=device)
         return self._plans[key].run(inputs)[0]

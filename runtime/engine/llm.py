@@ -167,7 +167,9 @@ class LLM:
         Nothing runs if one of them is refused: RequestError says which, and why.
         """
         order = self._add_all(prompts, params)
-        done = {output.request_id: output for output in self._run() if output.finished}
+        done: dict[str, RequestOutput] = {}
+        while self.engine.has_work:
+            done |= {output.request_id: output for output in self.engine.step(only_finished=True)}
         return [done[request_id] for request_id in order]
 
     def stream(
@@ -175,7 +177,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Like `generate`, but yields a request's state (text so far) whenever it has new tokens."""
         self._add_all(prompts, params)
-        yield from self._run()
+        while self.engine.has_work:
+            yield from self.engine.step()
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
         """Answers a conversation of {"role", "content"} messages, put into text by the checkpoint's chat template."""
@@ -184,10 +187,6 @@ class LLM:
             self._chat_template = ChatTemplate.from_tokenizer(tokenizer)
         text = self._chat_template.render(messages, add_generation_prompt=True)
         return self.generate([tokenizer.encode(text, add_special_tokens=False)], params)[0]
-
-    def _run(self) -> Iterator[RequestOutput]:
-        while self.engine.has_work:
-            yield from self.engine.step()
 
     def _add_all(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
