@@ -45,6 +45,7 @@ class Renderer:
             keep_trailing_newline=True,
         )
         self.env.filters |= {"ident": ident, "lit": lit, "doc": doc, "comment": comment, "wrap": wrap}
+        self.env.filters["cpp_comment"] = cpp_comment
 
     def render(self, template: str, **view: Any) -> str:
         return self.env.get_template(template).render(**view)
@@ -81,6 +82,11 @@ def doc(text: str, indent: int = 4) -> str:
 def comment(text: str) -> str:
     """Text for one comment line."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def cpp_comment(text: str) -> str:
+    """Text for one `//` line; a backslash at its end would make the next line of code part of it."""
+    return comment(text).replace("\\", "/")
 
 
 def wrap(text: str, width: int = 100, indent: int = 4) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from sageLLM.codegen.emit.builders import emit_builders
+from sageLLM.codegen.emit.cpu import emit_cpu
 from sageLLM.codegen.emit.docs import emit_docs
 from sageLLM.codegen.emit.hardware import emit_hardware
 from sageLLM.codegen.emit.op_tests import emit_op_tests
@@ -18,6 +19,7 @@ from sageLLM.codegen.render import Output, Renderer
 EMITTERS: tuple[Callable[[Specs, Renderer], list[Output]], ...] = (
     emit_ops,
     emit_reference,
+    emit_cpu,
     emit_builders,
     emit_passes,
     emit_hardware,
