@@ -16,12 +16,13 @@ from sageLLM.runtime.execution_graph.executor import Kernel
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """Everything generated, by name; a plugin's entry may not hide one of the package."""
+    """Everything generated, by name; a plugin's entry may not hide one of the package. `packages` are the trees."""
 
     ops: Mapping[str, type[OpNode]]
     kernels: Mapping[str, Kernel]
     models: Mapping[str, ModelLayout]
     passes: Mapping[str, type[OptimizationPass]]
+    packages: tuple[str, ...] = ()
 
     def layout_of(self, architecture: str) -> ModelLayout | None:
         """The layout that reads checkpoints of this Hugging Face architecture."""
@@ -47,4 +48,5 @@ def _registry(packages: list[str]) -> Registry:
         kernels=read_table(packages, "kernels.reference", "KERNELS"),
         models=read_table(packages, "builders", "MODELS"),
         passes=read_table(packages, "passes", "PASSES"),
+        packages=tuple(packages),
     )

@@ -10,8 +10,9 @@ from sageLLM.runtime.core.layout import Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.model import Model
 from sageLLM.runtime.engine.step_inputs import StepInputs
-from sageLLM.runtime.execution_graph.executor import Plan
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.planner import Runnable
+from sageLLM.runtime.kernels.cpu.arena import Arena
 from sageLLM.runtime.scheduler.base import Batch, Chunk
 
 
@@ -32,13 +33,14 @@ class Worker:
         self._bound = model.bound_tensors() | pool.named_tensors()
         max_blocks = -(-model.max_model_len // pool.block_size)
         self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device)
-        self._plans: dict[Stage, Plan] = {}
+        self._arena = Arena()
+        self._plans: dict[Stage, Runnable] = {}
 
-    def plan(self, stage: Stage) -> Plan:
+    def plan(self, stage: Stage) -> Runnable:
         """The stage's plan: the optimised kernel graph, flattened, with weights and caches bound."""
         if stage not in self._plans:
             graph = self.pipeline.kernel_graph(stage)
-            self._plans[stage] = Plan(graph, self.pipeline.kernels, self._bound)
+            self._plans[stage] = self.pipeline.plan(graph, self._bound, self._arena)
         return self._plans[stage]
 
     @torch.inference_mode()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
@@ -17,6 +19,8 @@ from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.expand import expand
+from sageLLM.runtime.execution_graph.planner import Planner, Runnable, TorchPlanner
+from sageLLM.runtime.kernels.cpu.arena import Arena
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.plugins import Registry
@@ -27,12 +31,20 @@ ALL = "all"
 class Pipeline:
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    `disable` names passes that are left out; "all" leaves out every one. The pipeline runs the rewrite passes: what
-    the others (streams, prefetch, memory places) decide is read by schedules and simulations, not by the executor yet.
+    `planner` binds graphs to kernels, by default to the references. `disable` names passes that are left out; "all"
+    leaves out every one. The pipeline runs the rewrite passes: what the others (streams, prefetch, memory places)
+    decide is read by schedules and simulations; native plans place their memory by themselves.
     """
 
     def __init__(
-        self, layout: ModelLayout, config: Any, registry: Registry, *, dtype: str, disable: Sequence[str] = ()
+        self,
+        layout: ModelLayout,
+        config: Any,
+        registry: Registry,
+        *,
+        dtype: str,
+        disable: Sequence[str] = (),
+        planner: Planner | None = None,
     ) -> None:
         unknown = sorted(set(disable) - set(registry.passes) - {ALL})
         if unknown:
@@ -41,6 +53,7 @@ class Pipeline:
         self.config = config
         self.dtype = dtype
         self.kernels: Mapping[str, Any] = registry.kernels
+        self.planner: Planner = planner or TorchPlanner(registry.kernels)
         self.passes = [one for name, one in registry.passes.items() if not {name, ALL} & set(disable)]
         self.reports: dict[Stage, list[PassReport]] = {}
         self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
@@ -79,6 +92,10 @@ class Pipeline:
                     self.reports[stage].append(one.report)
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
+
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Runnable:
+        """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
+        return self.planner.plan(graph, bound, arena)
 
     def steps(self, graph: ExecutionGraph) -> Iterator[tuple[RewritePass, ExecutionGraph]]:
         """Runs the kernel-level passes one after another; gives each pass with the graph that it left."""
