@@ -100,15 +100,28 @@ def cases(name: str) -> list[tuple[str, dict[str, int], dict[str, Any]]]:
 def needs(kernel: Any, target: GPUTarget) -> dict[str, Any]:
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
-        counts = {key: int(found[1]) for key in ("vgpr_count", "vgpr_spill_count") if (found := re.search(rf"\.{key}:\s+(\d+)", text))}
-        return {"registers": counts["vgpr_count"], "spilled": counts["vgpr_spill_count"], "shared": kernel.metadata.shared}
+        counts = {
+            key: int(found[1])
+            for key in ("vgpr_count", "vgpr_spill_count")
+            if (found := re.search(rf"\.{key}:\s+(\d+)", text))
+        }
+        return {
+            "registers": counts["vgpr_count"],
+            "spilled": counts["vgpr_spill_count"],
+            "shared": kernel.metadata.shared,
+        }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = dict(re.findall(r"(REG|STACK):(\d+)", tool("cuobjdump", "-res-usage", file.name)))
         code = tool("nvdisasm", "-c", file.name)
     opcodes = sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|LDG\.E\.128|STG\.E\.128|LDGSTS\.E\.\w*\.?128)\b", code)))
-    return {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]), "shared": kernel.metadata.shared, "opcodes": opcodes}
+    return {
+        "registers": int(usage["REG"]),
+        "spilled": int(usage["STACK"]),
+        "shared": kernel.metadata.shared,
+        "opcodes": opcodes,
+    }
 
 
 def tool(name: str, *arguments: str) -> str:
