@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
@@ -17,6 +19,8 @@ from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.expand import expand
+from sageLLM.runtime.execution_graph.planner import Planner, Runnable, TorchPlanner
+from sageLLM.runtime.kernels.cpu.arena import Arena
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.plugins import Registry
@@ -27,10 +31,11 @@ ALL = "all"
 class Pipeline:
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    `disable` names passes and rules that are left out, "all" every one; `only`, where given, names all that stay.
-    `kernels` names the ops that the device has a kernel for, where fusing others would gain nothing, and `limit` is the
-    number of rewrites after which no more happen. The pipeline runs the rewrite passes: what the others (streams,
-    prefetch, memory places) decide is read by schedules and simulations, not by the executor yet.
+    `planner` binds graphs to kernels, by default to the references. `disable` names passes and rules that are left out,
+    "all" every one; `only`, where given, names all that stay. `kernels` names the ops that the device has a kernel for,
+    where fusing others would gain nothing, and `limit` is the number of rewrites after which no more happen. The
+    pipeline runs the rewrite passes: what the others (streams, prefetch, memory places) decide is read by schedules and
+    simulations; native plans place their memory by themselves.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Pipeline:
         only: Collection[str] | None = None,
         kernels: Container[str] | None = None,
         limit: int | None = None,
+        planner: Planner | None = None,
     ) -> None:
         rules = {name: _rules(one) for name, one in registry.passes.items()}
         known = dict.fromkeys([*rules, *(rule for names in rules.values() for rule in names)])
@@ -53,6 +59,7 @@ class Pipeline:
         self.config = config
         self.dtype = dtype
         self.registry = registry
+        self.planner: Planner = planner or TorchPlanner(registry.kernels)
         if only is not None:
             only = {*only, *(rule for name in only for rule in rules.get(name, ()))}
         self.options = RewriteOptions(kernels, disable, only, limit)
@@ -103,6 +110,10 @@ class Pipeline:
                     self.reports[stage].append(one.report)
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
+
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Runnable:
+        """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
+        return self.planner.plan(graph, bound, arena)
 
     def steps(self, graph: ExecutionGraph) -> Iterator[tuple[RewritePass, ExecutionGraph]]:
         """Runs the kernel-level passes one after another; gives each pass with the graph that it left."""
