@@ -21,7 +21,7 @@ from ...ops.activation import (
     SiluMul,
     Tanh,
 )
-from ...ops.elementwise import Add, AddBias, Mul, MulRows, MulWeight, Scale, SoftCap
+from ...ops.elementwise import Add, AddBias, Clip, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
 from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits
 from ...ops.linear import (
@@ -80,6 +80,7 @@ KERNELS: dict[str, NativeKernel] = {
     "mul_rows": NativeKernel(MulRows, "elementwise.cpp", ("R", "H")),
     "scale": NativeKernel(Scale, "elementwise.cpp", ("R", "H")),
     "soft_cap": NativeKernel(SoftCap, "elementwise.cpp", ("R", "H")),
+    "clip": NativeKernel(Clip, "elementwise.cpp", ("R", "H")),
     "embedding": NativeKernel(Embedding, "embedding.cpp", ("T", "V", "H")),
     "embedding_shard": NativeKernel(EmbeddingShard, "embedding.cpp", ("T", "V", "H")),
     "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
