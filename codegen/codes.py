@@ -144,7 +144,7 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE124": CodeInfo(
         "holes and fillings differ",
-        "The holes of a template are exactly the op's kernel.params and kernel.hooks.",
+        "The holes of a template are exactly the op's kernel.hooks and kernel.params (kernel.triton for Triton).",
     ),
     "SAGE125": CodeInfo(
         "wrong default",
@@ -348,6 +348,16 @@ CODES: dict[str, CodeInfo] = {
         "not a condition of a rule",
         "A `where` of a rule compares numbers, texts and attrs that the pattern names. Of a value one may ask "
         "`bytes(x)`, `size(x, 0)`, `rank(x)` and `dtype(x)`.",
+    ),
+    "SAGE331": CodeInfo(
+        "op does not fit the pass",
+        "A pass that cuts, joins or moves values puts ops into the graph: one that joins rows, one that gives the "
+        "first rows and the rest, one that sends and one that receives.",
+    ),
+    "SAGE332": CodeInfo(
+        "no function for a pass",
+        "`function` names `package.module:function`. The package's own passes name functions of runtime/core/passes; "
+        "an overlay may name one of its own.",
     ),
     "SAGE340": CodeInfo(
         "expectation missed",

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from sageLLM.codegen.emit.pass_fields import ENGINES, OP_FIELDS, fields_of, function_of
 from sageLLM.codegen.emit.rule_conditions import asked_sizes, condition_text, negated
 from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
 from sageLLM.codegen.model.rule import Found, PassDef, PatternCall, RuleDef
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit
 
-ENGINES = {"merge": "MergePass", "schedule": "StreamPass", "insert": "PrefetchPass", "allocate": "MemoryPass"}
 TAKEN = (
     "graph",
     "node",
@@ -33,7 +33,6 @@ TAKEN = (
     "replacement",
     *(f"replacement_{i}" for i in range(1, 10)),
 )  # by the function
-MODULES = {"merge": "merge", "schedule": "schedule", "insert": "prefetch", "allocate": "memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +96,9 @@ def _module(file: str, passes: list[PassDef], specs: Specs, renderer: Renderer) 
         source=file,
         passes=passes,
         rules=rules,
+        fields={one.name: fields_of(one, specs) for one in passes},
         engines=ENGINES,
-        engine_imports=sorted({(MODULES[p.spec.kind], ENGINES[p.spec.kind]) for p in passes if p.spec.kind in ENGINES}),
+        functions=[function_of(one) for one in passes if one.spec.function is not None],
         op_imports=_op_imports(passes, specs),
     )
     return Output(f"passes/{_stem(file)}.py", header(file, passes[0].name) + text, tuple(p.ref for p in passes))
@@ -117,11 +117,13 @@ def _stem(file: str) -> str:
 
 
 def _op_imports(passes: Iterable[PassDef], specs: Specs) -> list[tuple[str, list[str]]]:
-    """The node classes that the rules name, by module."""
+    """The node classes that rules and fields name, by module."""
     modules: dict[str, set[str]] = {}
     for rule in (rule for one in passes for rule in one.rules):
         for call in (*rule.pattern, *rule.replacement):
             modules.setdefault(op_module(call.op, specs), set()).add(call.op.class_name)
+    for name in (name for one in passes for field in OP_FIELDS if (name := getattr(one.spec, field)) is not None):
+        modules.setdefault(op_module(specs.ops[name], specs), set()).add(specs.ops[name].class_name)
     return [(module, sorted(names)) for module, names in sorted(modules.items())]
 
 

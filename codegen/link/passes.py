@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_expression, parse_statements
+from sageLLM.codegen.link.pass_ops import check_pass_names
 from sageLLM.codegen.link.rule_checks import check_rules, find_circle
 from sageLLM.codegen.link.rule_conditions import link_conditions
 from sageLLM.codegen.link.rule_types import check_types
@@ -29,11 +30,7 @@ def _link_pass(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], 
     if spec.stage not in raw.pass_stages:
         help = did_you_mean(spec.stage, raw.pass_stages)
         sink.error("SAGE301", f"unknown stage '{spec.stage}'", entry.span("stage"), help)
-    for name in [spec.select] if spec.select else []:
-        _check_op_type(name, entry, ("select",), raw, sink)
-    for stream, names in spec.streams.items():
-        for i, name in enumerate(names):
-            _check_op_type(name, entry, ("streams", stream, i), raw, sink)
+    check_pass_names(entry, raw, ops, sink)
     rules = []
     for i, rule in enumerate(spec.rules):
         try:
@@ -41,11 +38,6 @@ def _link_pass(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], 
         except Refused:
             continue
     return PassDef(entry.name, entry, tuple(rules), _link_expect(entry, raw, sink))
-
-
-def _check_op_type(name: str, entry: Entry[PassSpec], path: tuple[str | int, ...], raw: RawSpecs, sink: Sink) -> None:
-    if name not in raw.op_types:
-        sink.error("SAGE302", f"unknown op type '{name}'", entry.span(*path), did_you_mean(name, raw.op_types))
 
 
 # rules

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything generated, by name; a plugin's entry may not hide one of the package. Passes come in order."""
+    """Everything generated, by name; a plugin's entry may not hide one of the package. Passes come in order.
+
+    `packages` are the trees.
+    """
 
     packages: tuple[str, ...]
     ops: Mapping[str, type[OpNode]]

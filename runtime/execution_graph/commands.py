@@ -19,7 +19,7 @@ from sageLLM.runtime.core.pass_report import Change
 from sageLLM.runtime.core.text import parse_text, to_text
 from sageLLM.runtime.engine.plugins import Registry, load_registry, load_tree
 from sageLLM.runtime.execution_graph.explain_node import explain_node
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
 from sageLLM.runtime.execution_graph.rule_table import rule_table
 from sageLLM.runtime.execution_graph.summary import STEP, diff_lines, step_of, summarise
@@ -68,8 +68,8 @@ def show_node(model: str, stage: Stage, node_id: str) -> int:
     try:
         registry = load_registry()
         layout, config = _layout(model, registry)
-        pipeline = Pipeline(layout, layout.read_config(config), registry, dtype="f32")
-        print(explain_node(pipeline, stage if stage in layout.phases else layout.phases[0], node_id))
+        graphs = ModelGraphs(layout, layout.read_config(config), registry, dtype="f32")
+        print(explain_node(graphs, stage if stage in layout.phases else layout.phases[0], node_id))
     except (LookupError, ValueError) as error:
         print(f"error: {error.args[0]}", file=sys.stderr)
         return 1
@@ -87,7 +87,7 @@ class _Inspection:
             "only": _names(request.only),
             "limit": request.rewrite_limit,
         }
-        self.pipeline: Pipeline | None = None
+        self.graphs: ModelGraphs | None = None
         if Path(request.model).suffix == ".txt":
             text = Path(request.model).read_text(encoding="utf-8")
             self.rewriting = Rewriting(registry, **choice)
@@ -95,12 +95,12 @@ class _Inspection:
             return
         layout, config = _layout(request.model, registry)
         dtype = "f64" if request.verify_numerics or request.bisect else "f32"
-        self.rewriting = self.pipeline = Pipeline(layout, layout.read_config(config), registry, dtype=dtype, **choice)
+        self.rewriting = self.graphs = ModelGraphs(layout, layout.read_config(config), registry, dtype=dtype, **choice)
         self.stage = request.stage or ("decode" if "decode" in layout.phases else layout.phases[0])
         if request.level == "block":
-            self.before = self.pipeline.block_graph(self.stage)
+            self.before = self.graphs.block_graph(self.stage)
         else:
-            self.before = self.pipeline.expanded_graph(self.stage)
+            self.before = self.graphs.expanded_graph(self.stage)
 
     def answer(self) -> tuple[str, bool]:
         """The text to print, and whether all is well."""
@@ -113,7 +113,7 @@ class _Inspection:
             return why_not(self.rewriting, self.before, *request.why_not), True
         steps = list(self.rewriting.steps(self.before))
         if request.stats:
-            step = {**STEP, **(step_of(self.before.stage, self.pipeline.config) if self.pipeline else {})}
+            step = {**STEP, **(step_of(self.before.stage, self.graphs.config) if self.graphs else {})}
             return rule_table([one.report for one, _ in steps], step), True
         states = {"expanded": self.before} | {one.name: graph for one, graph in steps}
         return self._shown(states), True
@@ -132,12 +132,12 @@ class _Inspection:
     def _numerics(self) -> tuple[str, bool]:
         from sageLLM.runtime.execution_graph.numerics import find_bad_rewrite, verify_numerics  # torch, only for these
 
-        if self.pipeline is None:
+        if self.graphs is None:
             raise ValueError("numbers need a model: a graph as text has no reference inputs")
         if self.request.bisect:
-            found = find_bad_rewrite(self.pipeline, self.stage)
+            found = find_bad_rewrite(self.graphs, self.stage)
             return ("no rewrite changes a result", True) if found is None else (_blame(*found), False)
-        verdicts = list(verify_numerics(self.pipeline, self.stage))
+        verdicts = list(verify_numerics(self.graphs, self.stage))
         lines = [
             f"{v.pass_name}: {v.wrong or ('every bit is kept' if v.difference == 0 else f'within {v.difference:.1e}')}"
             for v in verdicts

@@ -33,7 +33,7 @@ def parse(text: str) -> ExecutionGraph:
 
 
 def rewrite_and_compare(one: RewritePass, folder: Path) -> None:
-    """Applies the pass to `before.txt`; the result is valid and is `after.txt`, and the rules report `report.txt`."""
+    """Applies the pass to `before.txt`; the result is `after.txt`, valid, and the tried rules report `report.txt`."""
     before = parse((folder / "before.txt").read_text(encoding="utf-8"))
     text = to_text(before)
     after = one.apply(before)
