@@ -5,14 +5,16 @@ import difflib
 import filecmp
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.export import to_dot, to_html, to_json, to_mermaid
+from sageLLM.runtime.core.cost import Hardware, annotate
+from sageLLM.runtime.core.export import to_chrome_trace, to_dot, to_html, to_json, to_mermaid, to_page
 from sageLLM.runtime.core.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.core.pass_report import Change
@@ -23,6 +25,7 @@ from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
 from sageLLM.runtime.execution_graph.rule_table import rule_table
 from sageLLM.runtime.execution_graph.summary import STEP, diff_lines, step_of, summarise
+from sageLLM.runtime.execution_graph.traces import traces_of
 from sageLLM.runtime.execution_graph.why_not import why_not
 
 
@@ -30,7 +33,8 @@ from sageLLM.runtime.execution_graph.why_not import why_not
 class GraphRequest:
     """The arguments of `sagellm graph`. `only` and `disable` are names of passes and rules by commas; None is all.
 
-    Without a stage it is decode, or prefill for a layout that has no other. `model` may be a file with a graph as text.
+    Without a stage it is decode, or prefill for a layout that has no other; on a web page, all. `model` may be a file
+    with a graph as text. `hardware` is the device that times are estimated for.
     """
 
     model: str
@@ -46,6 +50,8 @@ class GraphRequest:
     bisect: bool = False
     why_not: tuple[str, str] | None = None
     format: str = "text"
+    hardware: str = "h100"
+    measure: bool = False
     plugins: Sequence[Path] = ()
 
 
@@ -105,6 +111,9 @@ class _Inspection:
     def answer(self) -> tuple[str, bool]:
         """The text to print, and whether all is well."""
         request = self.request
+        if request.format == "html" and self.graphs is not None:
+            stages = (request.stage,) if request.stage else self.graphs.layout.phases
+            return to_page(traces_of(self.graphs, self._hardware(), stages), f"{request.model}: passes"), True
         if request.level == "block":
             return _formatted(request, {"block": self.before}), True
         if request.verify_numerics or request.bisect:
@@ -122,12 +131,32 @@ class _Inspection:
         request = self.request
         if request.diff:
             return _changes(list(states.items()))
-        if request.print_ir_after == "all" or (request.format == "html" and request.print_ir_after is None):
+        if request.print_ir_after == "all":
             return _formatted(request, states)
         last = request.print_ir_after or list(states)[-1]
         if last not in states:
             raise ValueError(f"no pass named {last} ran; those that ran are {', '.join(states)}")
+        if request.format == "trace":
+            return self._trace(states[last])
         return _formatted(request, {last: states[last]})
+
+    def _trace(self, graph: ExecutionGraph) -> str:
+        if self.graphs is None:
+            raise ValueError("a trace needs a model: the times of a graph as text are its own")
+        annotate(graph, self._hardware(), step_of(self.stage, self.graphs.config))
+        runs: dict[str, tuple[ExecutionGraph, Mapping[str, float] | None]] = {
+            f"estimated on {self.request.hardware}": (graph, None)
+        }
+        if self.request.measure:
+            from sageLLM.runtime.execution_graph.measure import measured_times  # torch, only for this
+
+            runs["measured here, on reference kernels"] = (graph, measured_times(graph, self.graphs.registry.kernels))
+        return to_chrome_trace(runs)
+
+    def _hardware(self) -> Hardware:
+        if self.request.hardware not in HARDWARE:
+            raise ValueError(f"no device named {self.request.hardware}; known are {', '.join(HARDWARE)}")
+        return HARDWARE[self.request.hardware]
 
     def _numerics(self) -> tuple[str, bool]:
         from sageLLM.runtime.execution_graph.numerics import find_bad_rewrite, verify_numerics  # torch, only for these

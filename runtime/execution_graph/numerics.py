@@ -18,6 +18,7 @@ SIZES = {"T": 6, "B": 2, "Td": 2, "Tp": 4, "S": 2, "PG": 5, "BS": 4, "MB": 2, "P
 """A step of two sequences: one token each in decode, else six tokens. The cache has 5 blocks of 4 slots."""
 
 LENGTHS: Mapping[Stage, tuple[int, int]] = {"prefill": (2, 4), "decode": (1, 1), "hybrid": (1, 5)}
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 TOLERANCE = 1e-9
 """Rules written out may round in another order; those that `fuses` gives keep every bit."""
 
@@ -69,11 +70,16 @@ def find_bad_rewrite(graphs: ModelGraphs, stage: Stage) -> tuple[int, str, Chang
 
 def run_once(graph: ExecutionGraph, kernels: Mapping[str, Kernel]) -> dict[str, torch.Tensor]:
     """What the graph returns for one small step on random weights, and what it leaves in the caches."""
-    values = _random_values(graph) | _step(graph.stage or "prefill")
+    values = inputs_of(graph)
     bound = {name: values[name] for name in graph.weights}
     outputs = Plan(graph, kernels, bound).run({name: values.get(name) for name in graph.inputs})
     caches = {name: values[name] for name in graph.inputs if name.endswith("_cache")}
     return dict(zip([ref.name for ref in graph.outputs], outputs, strict=True)) | caches
+
+
+def inputs_of(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
+    """A value for every weight and input of a small step, apart from what only sampling takes."""
+    return _random_values(graph) | _step(graph.stage or "prefill")
 
 
 def _random_values(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
@@ -85,7 +91,7 @@ def _random_values(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
 
 def _random(ref: TensorRef, generator: torch.Generator) -> torch.Tensor:
     shape = [int(str(evaluate(size, SIZES))) for size in ref.shape]
-    return torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(DTYPES.get(ref.dtype, torch.float64))
 
 
 def _is_of_sampling(ref: TensorRef, graph: ExecutionGraph) -> bool:
