@@ -33,13 +33,16 @@ ROWS, WIDTH = 4, 8
 
 @st.composite
 def op_graphs(draw: st.DrawFn, max_nodes: int = 16, num_streams: int = 1) -> ExecutionGraph:
-    """A valid kernel graph over f64 rows, with views, in-place ops and all-reduces; streams and times are random."""
+    """A valid kernel graph over f64 rows, with views, in-place ops and all-reduces.
+
+    Times are random, and streams but for the all-reduces, which have one.
+    """
     x, w = TensorRef("x", (ROWS, WIDTH), "f64"), TensorRef("w", (WIDTH,), "f64")
     graph = ExecutionGraph("random", level="kernel", inputs={"x": x}, weights={"w": w})
     values = [x]
     for i in range(draw(st.integers(1, max_nodes))):
         node = _draw_node(draw, graph, values, f"v{i}")
-        node.stream_id = draw(st.integers(0, num_streams - 1))
+        node.stream_id = 0 if node.op_type.is_comm else draw(st.integers(0, num_streams - 1))
         node.estimated_time_us = float(draw(st.integers(1, 9)))
         graph.add_node(node)
         gone = {name for o in node.inplace.values() for name in same_memory(graph, node.input(o).name)}
