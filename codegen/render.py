@@ -45,6 +45,7 @@ class Renderer:
             keep_trailing_newline=True,
         )
         self.env.filters |= {"ident": ident, "lit": lit, "doc": doc, "comment": comment, "wrap": wrap}
+        self.env.filters["cpp_comment"] = cpp_comment
 
     def render(self, template: str, **view: Any) -> str:
         return self.env.get_template(template).render(**view)
@@ -83,6 +84,11 @@ def comment(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def cpp_comment(text: str) -> str:
+    """Text for one `//` line; a backslash at its end would make the next line of code part of it."""
+    return comment(text).replace("\\", "/")
+
+
 def wrap(text: str, width: int = 100, indent: int = 4) -> str:
     """Prose folded to `width` columns, the following lines indented."""
     lines = textwrap.wrap(" ".join(text.split()), width=width - indent)
@@ -109,7 +115,8 @@ _FORMATTER_OPTIONS = ("--isolated", "--no-cache", "--quiet", "--target-version=p
 def _run_formatter(folder: Path) -> None:
     ruff = Path(sysconfig.get_path("scripts"), "ruff" + sysconfig.get_config_var("EXE"))
     line = f"line-length={LINE_LENGTH}"
-    isort = 'lint.isort.known-first-party=["sageLLM"]'
+    # Triton is named because a file in kernels/triton would count it as its own package.
+    isort = 'lint.isort={known-first-party=["sageLLM"], known-third-party=["triton"]}'
     # fmt: sort and drop unused imports first, since that changes lines; then lay the lines out
     commands: list[list[str | Path]] = [
         [ruff, "check", *_FORMATTER_OPTIONS, "--config", line, "--config", isort, "--select=I,F401", "--fix"],

@@ -166,13 +166,12 @@ def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
 
 
 def _check_connected(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
-    """Every call of the pattern gives, directly or not, an operand of the last one: there matching starts."""
-    wanted = set(rule.anchor.args)
-    for i, call in reversed(list(enumerate(rule.pattern[:-1]))):
-        if not wanted & set(call.targets):
-            message = f"'{', '.join(call.targets)}' does not lead to the last line, where matching starts"
-            sink.error("SAGE312", message, entry.span(*rule.path, "match", i), "put the lines in the order of the data")
-        wanted |= set(call.args)
+    """Values lead from the last call of the pattern, where matching starts, to every other one."""
+    found = {len(rule.pattern) - 1, *(step.position for step in rule.search())}
+    for i, call in enumerate(rule.pattern):
+        if i not in found:
+            message = f"'{', '.join(call.targets)}' has no value in common with the lines that lead to the last one"
+            sink.error("SAGE312", message, entry.span(*rule.path, "match", i), "matching starts at the last line")
 
 
 # checks over all rules

@@ -5,7 +5,7 @@
 from sageLLM.runtime.core.rewrite import OptimizationPass
 
 from .comm import CommFusion
-from .fusion import FuseNorm
+from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk
 from .memory import MemoryOpt
 from .place import AfDisaggregation, DropUnread, NanoBatching
 from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap
@@ -17,7 +17,10 @@ PASSES: dict[str, type[OptimizationPass]] = {
     "nano_batching": NanoBatching,
     "af_disaggregation": AfDisaggregation,
     "comm_fusion": CommFusion,
+    "fuse_collective": FuseCollective,
     "fuse_norm": FuseNorm,
+    "fuse_qk": FuseQk,
+    "fuse_epilogue": FuseEpilogue,
     "compute_comm_overlap": ComputeCommOverlap,
     "nano_overlap": NanoOverlap,
     "kv_prefetch": KvPrefetch,

@@ -49,6 +49,7 @@ class KvPrefetch(PrefetchPass):
     stage = "schedule"
     level = "block"
     phases = frozenset({"decode", "hybrid"})
+    after = ("compute_comm_overlap",)
     select = frozenset({"KV_LOAD"})
     ahead = 1
     budget_bytes = 4294967296

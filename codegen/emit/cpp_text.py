@@ -1,0 +1,232 @@
+"""Writes the expressions of row programs as C++, in terms of `runtime/kernels/cpu/sage.h`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sageLLM.codegen.expr.size import Size, formula
+from sageLLM.codegen.expr.tree import (
+    AttrRef,
+    Binary,
+    Cast,
+    DimRef,
+    Expr,
+    IfPresent,
+    Number,
+    Ref,
+    Select,
+    Unary,
+    children,
+)
+from sageLLM.codegen.expr.types import DTYPES, INTEGERS, LITERALS
+from sageLLM.codegen.kernel.rows import Affine, Load, Loop, Place
+
+CPP_TYPES = {"bool": "bool", "i8": "int8_t", "i32": "int32_t", "i64": "int64_t", "f16": "f16", "bf16": "bf16",
+             "f32": "float", "f64": "double"}  # fmt: skip
+_PRECEDENCE = {"or": 1, "and": 2, "|": 1, "&": 2, "==": 3, "!=": 3, "<": 4, "<=": 4, ">": 4, ">=": 4, "+": 5, "-": 5,
+               "*": 6, "/": 6}  # fmt: skip
+_ATOM, _UNARY, _CONDITIONAL = 9, 8, 0
+_CALLS = {"//": "floor_divide", "%": "floor_remainder", "**": "pow", "min": "minimum", "max": "maximum"}
+_EXACT = ("min", "max", "neg", "abs", "relu", "floor", "round")
+"""Operations whose result is an element again, so that nothing has to be rounded."""
+
+
+_KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
+    const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern false float
+    for friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private
+    protected public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch
+    template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t
+    while xor xor_eq"""
+_HEADER = """abs attrs each_row erf exp factors floor floor_divide floor_remainder fma inside lanes load load_every log
+    maximum minimum negation pow product products put relu round rsqrt scratch sigmoid sizes sqrt store
+    store_every sums sweep tanh tensors to value where bf16 f16 f32 sage"""
+RESERVED = frozenset(f"{_KEYWORDS} {_HEADER}".split())
+
+
+def cpp_name(name: str) -> str:
+    """The name of a spec's value in C++: with a capital letter where the bare one means something else there."""
+    return f"{name}V" if name in RESERVED else name
+
+
+class Piece(NamedTuple):
+    """C++ text, and how tightly its outermost operator binds."""
+
+    text: str
+    precedence: int = _ATOM
+
+
+def size_text(size: Size) -> str:
+    """`Dr / 2`: sizes are whole, and so are their divisions."""
+    return formula(size).replace("//", "/")
+
+
+def number_text(value: object, *, is_float: bool) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    assert isinstance(value, int | float), f"{value!r} is no number"
+    return f"{float(value)!r}f" if is_float else str(value)
+
+
+@dataclass(slots=True)
+class CppText:
+    """Expressions at one place of a kernel: in a sweep over `loop`, or (without one) for the row.
+
+    `operands` maps each operand to the names of its strides, `names` renames values that an operand's pointer hides,
+    and `lanes` are the values that have a lane per element.
+    """
+
+    operands: Mapping[str, Sequence[str]]
+    elements: Mapping[str, str]
+    optional: Mapping[str, str]
+    names: Mapping[str, str]
+    loop: Loop | None = None
+    lanes: set[str] = field(default_factory=set)
+
+    def text(self, expr: Expr) -> str:
+        return self._piece(expr, self.is_float(expr)).text
+
+    def is_float(self, expr: Expr) -> bool:
+        return expr.type.element not in (*INTEGERS, "bool", "int", "truth", "str")
+
+    def is_lanes(self, expr: Expr) -> bool:
+        """Whether the value has a lane for each element of the sweep's block."""
+        if isinstance(expr, Load):
+            return self.loop is not None and any(self.loop.variable in at.variables for at in expr.place.index)
+        if isinstance(expr, Ref):
+            return expr.name in self.lanes
+        return any(self.is_lanes(child) for child in children(expr))
+
+    def _piece(self, expr: Expr, is_float: bool) -> Piece:
+        match expr:
+            case Number(value=value):
+                return Piece(number_text(value, is_float=is_float))
+            case AttrRef(name=name):
+                return self._widened(cpp_name(name), expr, is_float)
+            case DimRef(size=size):
+                text = size_text(size)
+                return self._widened(text if text.isidentifier() else f"({text})", expr, is_float)
+            case Ref(name=name):
+                return Piece(self.names.get(name, cpp_name(name)))
+            case Load(place=place):
+                return self._load(place, expr)
+            case Unary():
+                return self._unary(expr, is_float)
+            case Binary():
+                return self._binary(expr, is_float)
+            case Cast():
+                return self._cast(expr)
+            case Select(condition=condition, a=a, b=b):
+                parts = [self.text(condition), self._piece(a, is_float).text, self._piece(b, is_float).text]
+                return Piece(f"where({', '.join(parts)})")
+            case IfPresent():
+                return self._if_present(expr, is_float)
+        raise AssertionError(f"a row program holds no {type(expr).__name__}")
+
+    def _widened(self, text: str, expr: Expr, is_float: bool) -> Piece:
+        return Piece(f"(float){text}", _UNARY) if is_float and expr.type.element == "int" else Piece(text)
+
+    def _unary(self, expr: Unary, is_float: bool) -> Piece:
+        if expr.op == "neg":
+            return Piece(f"-{self._wrapped(expr.x, _UNARY, is_float)}", _UNARY)
+        if expr.op == "not":
+            return Piece(f"negation({self.text(expr.x)})")
+        return self._rounded(expr, Piece(f"{expr.op}({self._piece(expr.x, is_float).text})"))
+
+    def _binary(self, expr: Binary, is_float: bool) -> Piece:
+        inside = is_float if expr.type.element not in ("bool", "truth") else self._compares_floats(expr)
+        if expr.op in _CALLS:
+            parts = f"{self._piece(expr.a, inside).text}, {self._piece(expr.b, inside).text}"
+            return self._rounded(expr, Piece(f"{_CALLS[expr.op]}({parts})"))
+        op = {"and": "&", "or": "|"}.get(expr.op, expr.op)
+        binds = _PRECEDENCE[op]
+        left, right = self._wrapped(expr.a, binds, inside), self._wrapped(expr.b, binds + 1, inside)
+        return self._rounded(expr, Piece(f"{left} {op} {right}", binds))
+
+    def _compares_floats(self, expr: Binary) -> bool:
+        return self.is_float(expr.a) or self.is_float(expr.b)
+
+    def _wrapped(self, expr: Expr, binds: int, is_float: bool) -> str:
+        piece = self._piece(expr, is_float)
+        return piece.text if piece.precedence >= binds else f"({piece.text})"
+
+    def _rounded(self, expr: Unary | Binary, piece: Piece) -> Piece:
+        """Arithmetic on elements is done in float32 and rounded to the element type."""
+        element = expr.type.element
+        is_narrow = element not in ("f32", *LITERALS, *INTEGERS, "bool")
+        return Piece(f"to<{self.cpp_type(element)}>({piece.text})") if is_narrow and expr.op not in _EXACT else piece
+
+    def cpp_type(self, element: str) -> str:
+        return CPP_TYPES[element] if element in DTYPES else self.elements.get(element, element)
+
+    def _cast(self, expr: Cast) -> Piece:
+        element, source = expr.type.element, expr.x.type.element
+        if element in INTEGERS:
+            return self._piece(expr.x, is_float=False)
+        inner = self._piece(expr.x, is_float=True)
+        if source in INTEGERS:
+            inner = Piece(f"(float){self._wrapped(expr.x, _UNARY, False)}", _UNARY)
+        if element in ("f32", source):
+            return inner
+        return Piece(f"to<{self.cpp_type(element)}>({inner.text})")
+
+    def _if_present(self, expr: IfPresent, is_float: bool) -> Piece:
+        a, b = (self._piece(side, is_float).text for side in (expr.a, expr.b))
+        if self.is_lanes(expr.a) != self.is_lanes(expr.b):
+            a, b = (text if self.is_lanes(side) else f"lanes({text})" for text, side in ((a, expr.a), (b, expr.b)))
+        return Piece(f"{self.optional[expr.name]} ? {a} : {b}", _CONDITIONAL)
+
+    # places
+
+    def _load(self, place: Place, expr: Load) -> Piece:
+        at, step = self.address(place)
+        if expr.type.element in (*INTEGERS, "bool"):
+            return Piece(self._element(place))
+        if step is None:
+            return Piece(f"value({self._element(place)})")
+        assert self.loop is not None, "only a sweep loads lanes"
+        if step == "1":
+            return Piece(f"load({at}, {self.loop.variable})")
+        return Piece(f"load_every({step}, {at}, {self.loop.variable})")
+
+    def _element(self, place: Place) -> str:
+        return f"{cpp_name(place.operand)}[{' + '.join(self._terms(place)) or '0'}]"
+
+    def address(self, place: Place) -> tuple[str, str | None]:
+        """`x + iR * x_R`, and by how much a step of the sweep moves it: "1", another size, or None for not at all."""
+        return " + ".join([cpp_name(place.operand), *self._terms(place, without=self._variable)]), self._step(place)
+
+    @property
+    def _variable(self) -> str | None:
+        return self.loop.variable if self.loop else None
+
+    def _terms(self, place: Place, without: str | None = None) -> list[str]:
+        strides = [*self.operands[place.operand], ""]
+        return [
+            f"{position} * {stride}" if stride else position
+            for at, stride in zip(place.index, strides, strict=True)
+            if (position := affine_text(at, without, bare=not stride)) != "0"
+        ]
+
+    def _step(self, place: Place) -> str | None:
+        parts = []
+        for at, stride in zip(place.index, [*self.operands[place.operand], ""], strict=True):
+            factor = dict(at.terms).get(self._variable or "")
+            if factor is not None:
+                text = size_text(factor)
+                parts.append(stride if text == "1" and stride else f"{text} * {stride}" if stride else text)
+        return " + ".join(parts) or None
+
+
+def affine_text(at: Affine, without: str | None, *, bare: bool) -> str:
+    """`iN * D + Dr / 2`, without one variable; in parentheses unless it may stand bare."""
+    terms = [name if size == Size.of(1) else _product(name, size) for name, size in at.terms if name != without]
+    if at.offset != Size.of(0):
+        terms.append(size_text(at.offset))
+    text = " + ".join(terms) or "0"
+    is_simple = text.isidentifier() or text.isdigit() or bare
+    return text if is_simple else f"({text})"
+
+
+def _product(name: str, size: Size) -> str:
+    text = size_text(size)
+    return f"{name} * {text}" if text.isidentifier() or text.isdigit() else f"{name} * ({text})"

@@ -1,0 +1,61 @@
+"""What holds of every row program that is handed out: element types that lanes can hold, and safe in-place outputs."""
+
+from collections.abc import Iterator, Mapping
+
+from sageLLM.codegen.expr.tree import Expr, walk
+from sageLLM.codegen.expr.types import INTEGERS
+from sageLLM.codegen.kernel.places import NotRows
+from sageLLM.codegen.kernel.rows import Load, Nest, RowProgram, Step, Store, Sweep
+
+
+def check_elements(program: RowProgram) -> None:
+    """Along a row only floats are computed, in float32; whole numbers and conditions are values of the row."""
+    for nest in program.nests:
+        for sweep in nest.sweeps:
+            for load in _loads(sweep):
+                moves = any(sweep.loop.variable in at.variables for at in load.place.index)
+                if moves and load.type.element in (*INTEGERS, "bool"):
+                    raise NotRows(f"it computes with {load.type.element} along the row")
+        for step in nest.steps:
+            if any(one.type.element == "f64" for expr in _values(step) for one in walk(expr)):
+                raise NotRows("it computes in f64")
+
+
+def check_inplace(program: RowProgram, inplace: Mapping[str, str]) -> None:
+    """An output may lie in an input's memory: nothing is read there after it was overwritten."""
+    for output, input_ in inplace.items():
+        for nest in program.nests:
+            _check_nest(nest, output, input_)
+
+
+def _check_nest(nest: Nest, output: str, input_: str) -> None:
+    row_variables = {loop.variable for loop in nest.rows}
+    stores = [store for step in nest.steps for store in _stores(step) if store.place.operand == output]
+    if not stores:
+        return
+    rows = [at for at in stores[0].place.index if at.variables & row_variables]
+    is_written = False
+    for step in nest.steps:
+        written = [store.place.index for store in _stores(step) if store.place.operand == output]
+        for load in _loads(step):
+            if load.place.operand != input_:
+                continue
+            if [at for at in load.place.index if at.variables & row_variables] != rows:
+                raise NotRows(f"'{output}' takes over the memory of '{input_}', which other rows read")
+            if is_written and load.place.index not in written:
+                raise NotRows(f"'{output}' takes over the memory of '{input_}', which is read after it is written")
+        is_written = is_written or bool(written)
+
+
+def _stores(step: Step) -> list[Store]:
+    inside = step.steps if isinstance(step, Sweep) else (step,)
+    return [one for one in inside if isinstance(one, Store)]
+
+
+def _values(step: Step) -> list[Expr]:
+    return [one.value for one in (step.steps if isinstance(step, Sweep) else (step,)) if not isinstance(one, Sweep)]
+
+
+def _loads(step: Step) -> Iterator[Load]:
+    for value in _values(step):
+        yield from (one for one in walk(value) if isinstance(one, Load))

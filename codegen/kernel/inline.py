@@ -1,0 +1,159 @@
+"""Makes one program of a fused op: its calls are replaced by the equations of what they call."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
+
+from sageLLM.codegen.expr.size import LEADING, Size
+from sageLLM.codegen.expr.tree import (
+    AttrRef,
+    Binary,
+    Cast,
+    DimRef,
+    Dot,
+    Expr,
+    Gather,
+    IfPresent,
+    Number,
+    Program,
+    Reduce,
+    Ref,
+    Select,
+    Slice,
+    Statement,
+    Unary,
+    View,
+)
+from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.link.calls import Binding
+from sageLLM.codegen.model.op import AttrName, Call, OpDef
+
+
+def program_of(op: OpDef, ops: Mapping[str, OpDef]) -> Program | None:
+    """The op's equations, those of its calls put in place; None if one of them is given by a reference."""
+    if op.program is not None or not op.fuses:
+        return op.program
+    types = {o.name: o.type for o in op.inputs}
+    views: list[View] = []
+    statements: list[Statement] = []
+    taken = {o.name for o in (*op.inputs, *op.outputs)} | {target for call in op.fuses for target in call.targets}
+    for call in op.fuses:
+        callee = ops[call.op]
+        body = program_of(callee, ops)
+        if body is None:
+            return None
+        inlined = _Inliner(op, call, callee, body, types, taken).program()
+        views += inlined.views
+        statements += inlined.statements
+    return Program(tuple(views), tuple(statements))
+
+
+class _Inliner:
+    """Rewrites the equations of one callee in the caller's names, dims and element types."""
+
+    def __init__(
+        self, op: OpDef, call: Call, callee: OpDef, body: Program, types: dict[str, ValueType], taken: set[str]
+    ) -> None:
+        self._body, self._binding = body, Binding()
+        self._optional = {o.name for o in op.inputs if o.optional} | {a.name for a in op.attrs if a.optional}
+        padded = (*call.args, *[None] * (len(callee.inputs) - len(call.args)))
+        self._arguments = dict(zip((o.name for o in callee.inputs), padded, strict=True))
+        self._binding.fix(callee, call.kwargs)
+        for operand in callee.inputs:
+            argument = self._arguments[operand.name]
+            if argument is not None:
+                self._binding.match(operand.type, types[argument])
+        self._attrs = self._attr_values(callee, dict(call.kwargs))
+        targets = dict(zip((o.name for o in callee.outputs), call.targets, strict=True))
+        self._names = {name: arg for name, arg in self._arguments.items() if arg is not None} | targets
+        for view in body.views:
+            self._names[view.name] = _fresh(view.name, taken)
+        for statement in body.statements:
+            if statement.target not in self._names:
+                self._names[statement.target] = _fresh(statement.target, taken)
+        for output, target in zip(callee.outputs, call.targets, strict=True):
+            types[target] = self._binding.apply(output.type)
+
+    def _attr_values(self, callee: OpDef, given: Mapping[str, object]) -> dict[str, Expr | None]:
+        values: dict[str, Expr | None] = {}
+        for attr in callee.attrs:
+            value = given.get(attr.name, attr.default)
+            if isinstance(value, AttrName):
+                values[attr.name] = AttrRef(ValueType(_literal(attr.type)), value.name)
+            elif isinstance(value, bool | int | float | str):
+                values[attr.name] = Number(ValueType(_literal(attr.type)), value)
+            else:
+                values[attr.name] = None
+        return values
+
+    def program(self) -> Program:
+        views = tuple(self._view(view) for view in self._body.views)
+        statements = tuple(Statement(self._names[s.target], self._expr(s.value)) for s in self._body.statements)
+        return Program(views, statements)
+
+    def _view(self, view: View) -> View:
+        slices: list[Slice | None] = []
+        for cut, dim in zip(view.slices, view.base_type.dims, strict=True):
+            bound = Slice(self._size(cut.start), self._size(cut.stop), cut.step) if cut else None
+            slices += [None] * len(self._binding.leading or ()) if dim == LEADING else [bound]
+        shape = self._binding.apply(ValueType("", view.shape)).dims if view.shape is not None else None
+        base, type_ = self._binding.apply(view.base_type), self._binding.apply(view.type)
+        return View(self._names[view.name], self._names[view.base], base, tuple(slices), shape, type_)
+
+    def _size(self, size: Size) -> Size:
+        return size.substitute(self._binding.dims)
+
+    def _expr(self, expr: Expr) -> Expr:
+        type_ = self._binding.apply(expr.type)
+        match expr:
+            case Ref(name=name):
+                return Ref(type_, self._names[name])
+            case AttrRef(name=name):
+                value = self._attrs[name]
+                assert value is not None, f"the linker let through the absent attr {name}"
+                return value
+            case DimRef(size=size):
+                return DimRef(type_, self._size(size))
+            case Unary(x=x):
+                return replace(expr, type=type_, x=self._expr(x))
+            case Binary(a=a, b=b):
+                return replace(expr, type=type_, a=self._expr(a), b=self._expr(b))
+            case Select(condition=condition, a=a, b=b):
+                return Select(type_, self._expr(condition), self._expr(a), self._expr(b))
+            case Cast(x=x):
+                return Cast(type_, self._expr(x))
+            case Reduce(x=x, dim=dim):
+                return replace(expr, type=type_, x=self._expr(x), dim=self._size(dim))
+            case Dot(x=x, w=w, dim=dim):
+                return Dot(type_, self._expr(x), self._expr(w), self._size(dim))
+            case Gather(table=table, dim=dim, index=index):
+                return Gather(type_, self._expr(table), self._size(dim), self._expr(index))
+            case IfPresent():
+                return self._if_present(expr, type_)
+        return replace(expr, type=type_)
+
+    def _if_present(self, expr: IfPresent, type_: ValueType) -> Expr:
+        """Decided now, unless what the call passes on may itself be absent."""
+        passed = self._passed(expr.name)
+        if passed is None:
+            return self._expr(expr.b)
+        if passed not in self._optional:
+            return self._expr(expr.a)
+        return IfPresent(type_, passed, self._expr(expr.a), self._expr(expr.b))
+
+    def _passed(self, name: str) -> str | None:
+        if name in self._arguments:
+            return self._arguments[name]
+        value = self._attrs[name]
+        return value.name if isinstance(value, AttrRef) else None if value is None else ""
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    """The callee's name if it is free, else with a capital letter and a number, which users' names do not have."""
+    free = next(one for number in count(1) if (one := name if number == 1 else f"{name}V{number}") not in taken)
+    taken.add(free)
+    return free
+
+
+def _literal(attr_type: str) -> str:
+    return {"f32": "float", "i32": "int", "bool": "truth", "str": "str", "dim": "int"}[attr_type]

@@ -1,0 +1,397 @@
+"""Lowers the equations of an op to a row program: which dims are rows, what is swept how often, what is stored when."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
+
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.expr.tree import (
+    Binary,
+    Cast,
+    Dot,
+    Expr,
+    Gather,
+    IfPresent,
+    Program,
+    Reduce,
+    ReduceOp,
+    Ref,
+    Select,
+    Statement,
+    Unary,
+    View,
+    children,
+    walk,
+)
+from sageLLM.codegen.expr.types import INTEGERS, ValueType
+from sageLLM.codegen.kernel.check import check_elements, check_inplace
+from sageLLM.codegen.kernel.inline import program_of
+from sageLLM.codegen.kernel.places import NotRows, Positions, base_index, joined, merged_dims, position
+from sageLLM.codegen.kernel.rows import (
+    Affine,
+    Fold,
+    Index,
+    InSweep,
+    Let,
+    Load,
+    Loop,
+    Nest,
+    Place,
+    Reduction,
+    RowProgram,
+    Step,
+    Store,
+    Sweep,
+    loop_name,
+)
+from sageLLM.codegen.model.op import OpDef
+
+
+def row_program(op: OpDef, ops: Mapping[str, OpDef]) -> RowProgram:
+    """The op as loops; raises NotRows with the reason for an op that is none."""
+    program = program_of(op, ops)
+    if program is None:
+        raise NotRows("its meaning is a reference, not equations")
+    return _Lowering(op, program).lower()
+
+
+def why_no_rows(op: OpDef, ops: Mapping[str, OpDef]) -> str | None:
+    """Why the op has no row program, or None if it has one."""
+    try:
+        row_program(op, ops)
+    except NotRows as why:
+        return str(why)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Domain:
+    """The dims of one stored statement: those of its rows, and the one that is swept (None: a value per row)."""
+
+    rows: tuple[Size, ...]
+    inner: Size | None
+    merged: Mapping[Size, tuple[Size, ...]]
+
+
+class _Lowering:
+    """One op. Statements that store are grouped into nests; others are computed where they are needed."""
+
+    def __init__(self, op: OpDef, program: Program) -> None:
+        self.op, self.program = op, program
+        self.inputs = {o.name: o.type for o in op.inputs}
+        self.outputs = {o.name: o.type for o in op.outputs}
+        self.views = {view.name: view for view in program.views}
+        self.values = {s.target: s.value for s in program.statements}
+        self.read = {one.name for s in program.statements for one in walk(s.value) if isinstance(one, Ref)}
+
+    def lower(self) -> RowProgram:
+        nests: list[_NestBuilder] = []
+        for statement in self.program.statements:
+            if not self._is_stored(statement.target):
+                continue
+            domain = self._domain(statement)
+            if not nests or nests[-1].rows != domain.rows:
+                nests.append(_NestBuilder(self, domain.rows))
+            nests[-1].store(statement, domain)
+        program = RowProgram(tuple(nest.nest() for nest in nests))
+        check_elements(program)
+        check_inplace(program, self.op.inplace)
+        return program
+
+    def _is_stored(self, target: str) -> bool:
+        return target in self.outputs or (target in self.views and self.views[target].base in self.outputs)
+
+    def target_type(self, target: str) -> ValueType:
+        return self.outputs[target] if target in self.outputs else self.views[target].type
+
+    def _domain(self, statement: Statement) -> _Domain:
+        type_ = self.target_type(statement.target)
+        if type_.element in INTEGERS or type_.element in ("bool", "f64"):
+            raise NotRows(f"it stores {type_.element}")
+        merged = self._merged(statement.value)
+        dims = tuple(part for dim in type_.dims for part in merged.get(dim, (dim,)))
+        if not dims:
+            raise NotRows("an output without dims has no rows")
+        inner = dims[-1]
+        if any(self._prefers(one, inner) for one in self._below(statement.value) if isinstance(one, Reduce | Dot)):
+            return _Domain(dims, None, merged)
+        return _Domain(dims[:-1], inner, merged)
+
+    def _merged(self, value: Expr) -> dict[Size, tuple[Size, ...]]:
+        found: dict[Size, tuple[Size, ...]] = {}
+        for one in self._below(value):
+            if isinstance(one, Ref) and one.name in self.views:
+                found |= merged_dims(self.views[one.name])
+        return found
+
+    def _below(self, value: Expr) -> Iterator[Expr]:
+        """The expression and all that it is computed from."""
+        for one in walk(value):
+            yield one
+            if isinstance(one, Ref) and one.name in self.values:
+                yield from self._below(self.values[one.name])
+
+    def _prefers(self, reduction: Reduce | Dot, inner: Size) -> bool:
+        """Whether to sweep the reduced dim, with a row per element of `inner`: operands are contiguous that way."""
+        if inner not in reduction.type.dims:
+            return False
+        operands = [reduction.x] if isinstance(reduction, Reduce) else [reduction.x, reduction.w]
+        leaves = [one for operand in operands for one in walk(operand) if isinstance(one, Ref) and one.type.dims]
+        last = [leaf.type.dims[-1] for leaf in leaves]
+        return last.count(reduction.dim) > last.count(inner)
+
+
+@dataclass(slots=True)
+class _SweepBuilder:
+    loop: Loop
+    dim: Size
+    steps: list[InSweep] = field(default_factory=list)
+    stores: list[Store] = field(default_factory=list)
+
+    def sweep(self, order: Mapping[str, int]) -> Sweep:
+        """Lets in the spec's order as far as others do not stand between them; stores come last, after every load."""
+        runs = (list(run) for _, run in groupby(self.steps, key=type))
+        lets = (sorted(run, key=lambda step: order.get(getattr(step, "name", ""), 0)) for run in runs)
+        return Sweep(self.loop, (*chain.from_iterable(lets), *self.stores))
+
+    @property
+    def names(self) -> set[str]:
+        return {step.name for step in self.steps if isinstance(step, Let | Fold)}
+
+
+class _NestBuilder:
+    """Schedules the statements of one nest. Steps are only ever appended, so a step's place tells what it may use."""
+
+    def __init__(self, lowering: _Lowering, rows: tuple[Size, ...]) -> None:
+        self.lowering, self.rows = lowering, rows
+        self._variables: dict[Size, str] = {}
+        self._loops = tuple(Loop(self.variable(dim), dim) for dim in rows)
+        self._steps: list[Step | _SweepBuilder] = []
+        self._known: dict[str, int] = {}  # values of the row, and after which step they are there
+        self._reductions: dict[Expr, str] = {}
+        self._indices: dict[Expr, str] = {}
+        self._stored: dict[str, tuple[int, Place]] = {}
+        self._merged: Mapping[Size, tuple[Size, ...]] = {}
+
+    def nest(self) -> Nest:
+        order = {name: number for number, name in enumerate(self.lowering.values)}
+        steps = (step.sweep(order) if isinstance(step, _SweepBuilder) else step for step in self._steps)
+        return Nest(self._loops, tuple(steps))
+
+    def store(self, statement: Statement, domain: _Domain) -> None:
+        """Adds the store of one output or part of one, after all that it needs."""
+        self._merged = domain.merged
+        swept = (domain.inner,) if domain.inner is not None else ()
+        here = self._positions(swept)
+        after = self._prepare(statement.value, here)
+        place = self._place(statement.target, here)
+        if domain.inner is None:
+            value = _Writer(self, None, here).lower(statement.value)
+            self._steps.append(Store(place, value))
+            return
+        at, sweep = self._sweep(domain.inner, after)
+        value = _Writer(self, sweep, here).lower(statement.value)
+        if statement.target in self.lowering.read or statement.target in self.lowering.views:
+            sweep.steps.append(Let(statement.target, value))
+            value = Ref(statement.value.type, statement.target)
+        sweep.stores.append(Store(place, value))
+        self._stored[statement.target] = (at, place)
+
+    # scheduling
+
+    def _prepare(self, expr: Expr, here: Positions) -> int:
+        """Schedules every value of the row that `expr` needs; the step after which they are all there."""
+        match expr:
+            case Ref(name=name) if name in self.lowering.values:
+                return self._prepare_name(name, expr, here)
+            case Reduce() | Dot() if self.is_of_row(expr.type, here):
+                return self._reduce(self.reduction_name(expr), as_reduce(expr), here)
+            case Gather(table=table, dim=dim):
+                variable = self.index_variable(expr, here)
+                return max(self._known[variable], self._prepare(table, {**here, dim: Affine.of(variable)}))
+        return max((self._prepare(child, self._below(expr, here)) for child in children(expr)), default=-1)
+
+    def _prepare_name(self, name: str, ref: Ref, here: Positions) -> int:
+        if name in self._stored and self.is_local(ref.type, here):
+            return -1  # either in the same sweep, or loaded again in a later one
+        value = self.lowering.values[name]
+        if not self.is_of_row(ref.type, here):
+            return self._prepare(value, here)
+        if name not in self._known:
+            if isinstance(value, Reduce | Dot):
+                self._reductions.setdefault(value, name)
+                return self._prepare(value, here)
+            self._prepare(value, here)
+            self._steps.append(Let(name, _Writer(self, None, here).lower(value)))
+            self._known[name] = len(self._steps) - 1
+        return self._known[name]
+
+    def _reduce(self, name: str, expr: Reduce, here: Positions) -> int:
+        if name not in self._known:
+            inside = {**here, expr.dim: Affine.of(self.variable(expr.dim))}
+            at, sweep = self._sweep(expr.dim, self._prepare(expr.x, inside))
+            value = _Writer(self, sweep, inside).lower(expr.x)
+            sweep.steps.append(Reduction(name, expr.op, value))
+            self._known[name] = at
+        return self._known[name]
+
+    def _sweep(self, dim: Size, after: int) -> tuple[int, _SweepBuilder]:
+        """The first sweep of the dim behind step `after`; a new one if there is none."""
+        for at, step in enumerate(self._steps):
+            if at > after and isinstance(step, _SweepBuilder) and step.dim == dim:
+                return at, step
+        sweep = _SweepBuilder(Loop(self.variable(dim), dim), dim)
+        self._steps.append(sweep)
+        return len(self._steps) - 1, sweep
+
+    # names and positions
+
+    def variable(self, dim: Size) -> str:
+        if dim not in self._variables:
+            name = loop_name(dim)
+            while name in self._variables.values():
+                name += "V"
+            self._variables[dim] = name
+        return self._variables[dim]
+
+    def _positions(self, swept: Iterable[Size]) -> Positions:
+        found = {dim: Affine.of(self.variable(dim)) for dim in (*self.rows, *swept)}
+        for whole, parts in self._merged.items():
+            if set(parts) <= found.keys():
+                found[whole] = joined([(part, found[part]) for part in parts])
+        return found
+
+    def _below(self, expr: Expr, here: Positions) -> Positions:
+        return {**here, expr.dim: Affine.of(self.variable(expr.dim))} if isinstance(expr, Reduce | Dot) else here
+
+    def is_local(self, type_: ValueType, here: Positions) -> bool:
+        """Whether a value's element at `here` is the one of the loops' own position."""
+        return all(dim in here and here[dim] == Affine.of(self.variable(dim)) for dim in type_.dims)
+
+    def is_of_row(self, type_: ValueType, here: Positions) -> bool:
+        """Whether it is one value for the whole row."""
+        return set(type_.dims) <= set(self.rows) and self.is_local(type_, here)
+
+    def reduction_name(self, expr: Reduce | Dot) -> str:
+        """The statement's name if it is nothing else; a name of our own otherwise, like meanH."""
+        if expr not in self._reductions:
+            op = expr.op if isinstance(expr, Reduce) else "dot"
+            name = f"{op}{loop_name(expr.dim)[1:]}"
+            while name in self._reductions.values():
+                name += "V"
+            self._reductions[expr] = name
+        return self._reductions[expr]
+
+    def index_variable(self, gather: Gather, here: Positions) -> str:
+        """The variable that holds where the gather reads; scheduled on first use."""
+        if gather.index not in self._indices:
+            if not self.is_of_row(gather.index.type, here):
+                raise NotRows("it gathers by an index that changes along the row")
+            self._prepare(gather.index, here)
+            name = loop_name(gather.dim)
+            while name in self._indices.values() or name in self._variables.values():
+                name += "V"
+            self._steps.append(Index(name, _Writer(self, None, here).lower(gather.index)))
+            self._indices[gather.index] = name
+            self._known[name] = len(self._steps) - 1
+        return self._indices[gather.index]
+
+    def _place(self, target: str, here: Positions) -> Place:
+        view = self.lowering.views.get(target)
+        if view is not None:
+            return Place(view.base, base_index(view, here))
+        dims = self.lowering.outputs[target].dims
+        return Place(target, tuple(position(dim, here) for dim in dims))
+
+    def reload(self, name: str, sweep: _SweepBuilder | None) -> Place | None:
+        """Where an output of an earlier sweep lies; None for one of this sweep, or no output."""
+        if name not in self._stored:
+            return None
+        at, place = self._stored[name]
+        return None if self._steps[at] is sweep else place
+
+
+@dataclass(slots=True)
+class _Writer:
+    """Lowers expressions at one place of a nest: within a sweep, or for the row."""
+
+    nest: _NestBuilder
+    sweep: _SweepBuilder | None
+    here: Positions
+
+    def lower(self, expr: Expr) -> Expr:
+        match expr:
+            case Ref():
+                return self._ref(expr)
+            case Reduce() | Dot():
+                return self._reduce(expr)
+            case Gather(table=table, dim=dim):
+                variable = self.nest.index_variable(expr, self.here)
+                return _Writer(self.nest, self.sweep, {**self.here, dim: Affine.of(variable)}).lower(table)
+            case Unary(x=x) | Cast(x=x):
+                return replace(expr, x=self.lower(x))
+            case Binary(a=a, b=b) | IfPresent(a=a, b=b):
+                return replace(expr, a=self.lower(a), b=self.lower(b))
+            case Select(condition=condition, a=a, b=b):
+                return replace(expr, condition=self.lower(condition), a=self.lower(a), b=self.lower(b))
+        return expr
+
+    def _ref(self, ref: Ref) -> Expr:
+        lowering = self.nest.lowering
+        if ref.name in lowering.inputs:
+            return self._load(ref.name, tuple(position(dim, self.here) for dim in ref.type.dims), ref.type)
+        view = lowering.views.get(ref.name)
+        if view is not None and ref.name not in lowering.values:
+            return self._viewed(view, ref.type)
+        if self.nest.is_of_row(ref.type, self.here):
+            return ref
+        if self.sweep is None or not self.nest.is_local(ref.type, self.here):
+            return self.lower(lowering.values[ref.name])
+        if ref.name not in self.sweep.names:
+            place = self.nest.reload(ref.name, self.sweep)
+            value = Load(ref.type, place) if place else self.lower(lowering.values[ref.name])
+            self.sweep.steps.append(Let(ref.name, value))
+        return ref
+
+    def _load(self, operand: str, index: tuple[Affine, ...], type_: ValueType) -> Load:
+        return Load(type_, Place(operand, index))
+
+    def _viewed(self, view: View, type_: ValueType) -> Expr:
+        index = base_index(view, self.here)
+        if view.base in self.nest.lowering.inputs:
+            return self._load(view.base, index, type_)
+        inside = dict(zip(view.base_type.dims, index, strict=True))
+        value = self.nest.lowering.values.get(view.base)
+        if value is None:
+            raise NotRows(f"it views '{view.base}', which is put together of parts")
+        return _Writer(self.nest, self.sweep, inside).lower(value)
+
+    def _reduce(self, expr: Reduce | Dot) -> Expr:
+        if self.nest.is_of_row(expr.type, self.here):
+            return Ref(expr.type, self.nest.reduction_name(expr))
+        if self.sweep is None:
+            raise NotRows(f"it reduces {expr.dim} at a place that the loops do not reach")
+        reduction = as_reduce(expr)
+        loop = Loop(self.nest.variable(expr.dim), expr.dim)
+        name = self.nest.reduction_name(expr)
+        if name in self.sweep.names:
+            return Ref(expr.type, name)
+        inside = {**self.here, expr.dim: Affine.of(loop.variable)}
+        value = _Writer(self.nest, None, inside).lower(reduction.x)
+        self.sweep.steps.append(Fold(name, reduction.op, loop, value))
+        return Ref(expr.type, name)
+
+
+def as_reduce(expr: Reduce | Dot) -> Reduce:
+    """A dot product as the sum that it is."""
+    if isinstance(expr, Reduce):
+        return expr
+    x, w = (_widened(operand, expr.type.element) for operand in (expr.x, expr.w))
+    dims = (*x.type.dims, *(dim for dim in w.type.dims if dim not in x.type.dims))
+    product = Binary(ValueType(expr.type.element, dims), "*", x, w)
+    op: ReduceOp = "sum"
+    return Reduce(expr.type, op, product, expr.dim)
+
+
+def _widened(operand: Expr, element: str) -> Expr:
+    return operand if operand.type.element == element else Cast(ValueType(element, operand.type.dims), operand)

@@ -1,0 +1,145 @@
+"""Row programs: an op as loops over rows, with sweeps along them. They name no target; every kernel emitter reads them.
+
+    rms_norm:  rows iR
+                 sweep iH:  xf = f32(x[iR, iH]);  ms <- mean of xf * xf
+                 sweep iH:  xf = f32(x[iR, iH]);  n = E(xf * rsqrt(ms + eps));  y[iR, iH] := n * w[iH]
+
+Rows are independent. A sweep goes once over the elements of one inner dim; what it computes per element is gone at its
+end, apart from what it stored and what it reduced. A value that a later sweep needs is computed again, or loaded again
+if it is an output. A target that keeps a whole row in registers can do the sweeps of one dim as one, in order.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from sageLLM.codegen.expr.size import LEADING, Size
+from sageLLM.codegen.expr.tree import Expr, ReduceOp
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A position along a dim: offset + the sum of coefficient * variable. Variables are those of loops and indices."""
+
+    offset: Size
+    terms: tuple[tuple[str, Size], ...] = ()
+
+    @staticmethod
+    def of(variable: str) -> "Affine":
+        return Affine(Size.of(0), ((variable, Size.of(1)),))
+
+    def scaled(self, factor: Size) -> "Affine":
+        return Affine(self.offset * factor, tuple((variable, size * factor) for variable, size in self.terms))
+
+    def __add__(self, other: "Affine") -> "Affine":
+        terms = dict(self.terms)
+        for variable, size in other.terms:
+            terms[variable] = terms.get(variable, Size.of(0)) + size
+        return Affine(self.offset + other.offset, tuple(terms.items()))
+
+    @property
+    def variables(self) -> frozenset[str]:
+        return frozenset(variable for variable, _ in self.terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One element of an operand: a position for each of its declared dims; `...` counts as one dim, R."""
+
+    operand: str
+    index: tuple[Affine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load(Expr):
+    """The element at a place, in the operand's element type. Leaves of the expressions of a row program."""
+
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A loop variable and how far it counts from 0."""
+
+    variable: str
+    extent: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Let:
+    """A value by its name in the spec: of the row, or of an element within a sweep."""
+
+    name: str
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A whole number of the row that places use as a variable: where a gather reads along a dim."""
+
+    variable: str
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A reduction over a dim that is not swept, done for each element in turn: `name` = op over `loop` of `value`."""
+
+    name: str
+    op: ReduceOp
+    loop: Loop
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """The sweep's elements of `value` reduced to `name`, a value of the row from the sweep's end on."""
+
+    name: str
+    op: ReduceOp
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """`value` written to a place; every element of an output is stored exactly once."""
+
+    place: Place
+    value: Expr
+
+
+InSweep: TypeAlias = Let | Fold | Reduction | Store
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Once along a row. The steps are in order; each may use the names of those before it."""
+
+    loop: Loop
+    steps: tuple[InSweep, ...]
+
+
+Step: TypeAlias = Index | Let | Sweep | Store
+
+
+@dataclass(frozen=True, slots=True)
+class Nest:
+    """Independent rows, one for each combination of the loop variables, and what is done for one of them."""
+
+    rows: tuple[Loop, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def sweeps(self) -> tuple[Sweep, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Sweep))
+
+
+@dataclass(frozen=True, slots=True)
+class RowProgram:
+    """All of an op. Where there are several nests, they write different outputs, or different rows of one."""
+
+    nests: tuple[Nest, ...]
+
+
+def loop_name(extent: Size) -> str:
+    """`iH` for H, `iR` for the leading dims, `iDDr` for D - Dr: users' names have no capital letters."""
+    return "iR" if extent == LEADING else f"i{extent.name or ''.join(extent.symbols)}"

@@ -1,0 +1,49 @@
+"""What a generated kernel library declares of its kernels: all that a loader needs to call one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sageLLM.runtime.core.dims import Dim
+from sageLLM.runtime.core.ir import OpNode
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An output that is a part of an input's memory: where it begins there, and its strides, all in elements.
+
+    The formulas may use the op's dims and the base's own strides, written `qkv_T`. `where` are pairs of formulas that
+    have to be equal: of merged dims, the outer stride and what the inner dim spans.
+    """
+
+    base: str
+    offset: Dim
+    strides: tuple[Dim, ...]
+    where: tuple[tuple[Dim, Dim], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernel:
+    """One function of a native library, with the C signature that `runtime/kernels/cpu/sage.h` describes.
+
+    `sizes` are the names of the leading sizes: R if there are leading dims, then the op's dims. `parts` holds an entry
+    for each output if the op moves no data. An op that `updates` its in-place outputs writes parts of them only, so
+    they have to be the inputs' memory; for other ops that is allowed and not needed. `packed` are weights that the
+    kernel takes in the packed form of `runtime/kernels/cpu/packed.h`, each with its number of gates.
+    """
+
+    op: type[OpNode]
+    source: str
+    sizes: tuple[str, ...]
+    updates: bool = False
+    parts: Mapping[str, Part] | None = None
+    packed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def symbol(self) -> str:
+        return f"sage_{self.op.op}"
+
+    @property
+    def element(self) -> str | None:
+        """The element variable of the op, for which the file is compiled once per type; None if there is none."""
+        patterns = (*self.op.input_types.values(), *self.op.output_types.values())
+        return next((pattern.element for pattern in patterns if pattern.is_variable), None)

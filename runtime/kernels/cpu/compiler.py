@@ -1,0 +1,123 @@
+"""Builds the generated C++ with the machine's own compiler, once: libraries are cached by everything that went in."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+HEADERS = Path(__file__).parent
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
+    "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
+)  # fmt: skip
+"""No -ffast-math: masks are infinities. No contraction: an op rounds alike wherever its equations stand."""
+
+
+class CompileError(RuntimeError):
+    """The compiler refused a generated file, or could not be run; the message holds its first complaints."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C++ compiler, its version as it tells it, and how it is asked for OpenMP (nothing: without)."""
+
+    path: str
+    version: str
+    openmp: tuple[str, ...]
+    openmp_library: str | None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return (*FLAGS, *self.openmp)
+
+
+def find_compiler() -> Compiler | None:
+    """The compiler that CXX names, else g++, clang++ or c++ from the path; None if there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    return _described(path, _loaded_openmp()) if path else None
+
+
+@lru_cache(maxsize=4)
+def _described(path: str, openmp_library: str | None) -> Compiler | None:
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    version = done.stdout.strip()
+    is_clang = "clang" in version
+    fits = openmp_library is None or is_clang != ("gomp" in Path(openmp_library).name)
+    return Compiler(path, version, ("-fopenmp",) if fits and not is_clang else (), openmp_library if fits else None)
+
+
+def _loaded_openmp() -> str | None:
+    """The OpenMP runtime that is in the process already, as torch brings one: a second one would fight it for cores."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    fields = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    paths = sorted({parts[5] for parts in fields if len(parts) == 6})
+    return next((path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))), None)
+
+
+def cache_folder() -> Path:
+    """SAGELLM_CACHE_DIR, else sagellm below XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("SAGELLM_CACHE_DIR"):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "sagellm"
+
+
+def build(source: Path, element: str, compiler: Compiler, flags: tuple[str, ...] = ()) -> Path:
+    """The shared library of a generated file for one element type; compiled if the cache does not hold it.
+
+    Raises CompileError. Several processes may build the same library: each writes a file of its own and renames it.
+    """
+    library = cache_folder() / "kernels" / f"{source.stem}-{element}-{_key(source, element, compiler, flags)}.so"
+    if not library.is_file():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            fresh = Path(folder, library.name)
+            _compile(source, element, compiler, flags, fresh)
+            fresh.replace(library)
+    return library
+
+
+def _key(source: Path, element: str, compiler: Compiler, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in (source, *sorted(HEADERS.glob("*.h"))):
+        digest.update(file.read_bytes())
+    linked = compiler.openmp_library or ""
+    for text in (compiler.path, compiler.version, *compiler.flags, *flags, linked, element, _processor()):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared by machines that differ."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return sys.platform
+    return next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+
+
+def _compile(source: Path, element: str, compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
+    """Compiles, then links by hand: the driver's own -fopenmp would bring a second OpenMP runtime."""
+    unit = library.with_suffix(".o")
+    _run([compiler.path, *compiler.flags, *flags, f"-DSAGE_ELEMENT={element}", f"-I{HEADERS}", "-c", str(source),
+          "-o", str(unit)], source)  # fmt: skip
+    openmp = ["-fopenmp"] if compiler.openmp else []
+    openmp = [compiler.openmp_library] if compiler.openmp_library else openmp
+    _run([compiler.path, "-shared", *flags, str(unit), *openmp, "-o", str(library)], source)
+
+
+def _run(command: list[str], source: Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        complaints = "\n".join(done.stderr.strip().splitlines()[:12])
+        raise CompileError(f"{command[0]} could not build {source.name}:\n{complaints}")

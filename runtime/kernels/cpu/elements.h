@@ -1,0 +1,194 @@
+// Element types, and 16 lanes of them: loading widens to float32, `to` rounds to nearest even, storing drops what is zero.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace sage {
+
+constexpr int LANES = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));  // also conditions: a lane is 0 or -1
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+using f32 = float;
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+inline To bits_of(From value) {
+    static_assert(sizeof(To) == sizeof(From), "a bit pattern keeps its size");
+    To result;
+    memcpy(&result, &value, sizeof(To));
+    return result;
+}
+
+inline Floats lanes(float value) { return Floats{} + value; }
+
+// bf16: the upper half of a float32
+
+inline Floats widened(Halves bits, bf16) { return bits_of<Floats>(__builtin_convertvector(bits, Bits) << 16); }
+
+inline Halves narrowed(Floats value, bf16) {
+    Bits bits = bits_of<Bits>(value);
+    Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Bits quiet = (bits >> 16) | 0x40;  // a NaN must not round to infinity
+    return __builtin_convertvector(value == value ? rounded : quiet, Halves);
+}
+
+// f16: by the processor where it can, else by integer arithmetic
+
+#if defined(__AVX512F__)
+inline Floats widened(Halves bits, f16) { return (Floats)_mm512_cvtph_ps((__m256i)bits); }
+inline Halves narrowed(Floats value, f16) {
+    return (Halves)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+inline Floats widened(Halves bits, f16) {
+    Bits wide = __builtin_convertvector(bits, Bits);
+    Bits sign = (wide & 0x8000) << 16, rest = (wide & 0x7fff) << 13;
+    Floats scaled = bits_of<Floats>(rest) * 0x1p112f;  // the exponents' biases differ by 112; subnormals come out right
+    Bits special = rest | 0x7f800000;
+    return bits_of<Floats>(sign | (rest >= (0x7c00u << 13) ? special : bits_of<Bits>(scaled)));
+}
+inline Halves narrowed(Floats value, f16) {
+    Bits bits = bits_of<Bits>(value), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
+    Bits normal = (size + 0xc8000fff + ((size >> 13) & 1)) >> 13;  // 0xc8000000 is -112 << 23
+    Bits subnormal = bits_of<Bits>(bits_of<Floats>(size) + 0.5f) - 0x3f000000;  // the sum's last place is 2^-24
+    Bits result = size < 0x38800000u ? subnormal : normal;
+    result = size >= 0x47800000u ? (Bits{} + 0x7c00) : result;
+    result = size > 0x7f800000u ? (Bits{} + 0x7e00) : result;
+    return __builtin_convertvector(sign | result, Halves);
+}
+#endif
+
+// A place in a row: 16 elements, or what is left of them at the end.
+
+struct Block {
+    int64_t at;
+};
+struct Tail {
+    int64_t at;
+    int64_t count;
+};
+
+inline Ints inside(Tail i) {
+    const Ints number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return number < (int32_t)i.count;
+}
+
+// Rounding to an element type, as a float32 again.
+
+template <class Element>
+inline Floats to(Floats value) {
+    return widened(narrowed(value, Element{}), Element{});
+}
+template <>
+inline Floats to<f32>(Floats value) {
+    return value;
+}
+template <>
+inline Floats to<bf16>(Floats value) {
+    Bits bits = bits_of<Bits>(value);
+    Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+    return value == value ? bits_of<Floats>(rounded) : value;
+}
+template <class Element>
+inline float to(float value) {
+    return to<Element>(lanes(value))[0];
+}
+
+// Loading and storing. What is stored has been rounded to the element type, or is exact in it.
+
+template <class Element>
+inline Floats load(const Element* row, Block i) {
+    Halves bits;
+    memcpy(&bits, row + i.at, sizeof bits);
+    return widened(bits, Element{});
+}
+template <>
+inline Floats load(const f32* row, Block i) {
+    Floats value;
+    memcpy(&value, row + i.at, sizeof value);
+    return value;
+}
+template <class Element>
+inline Floats load(const Element* row, Tail i) {
+    Element padded[LANES] = {};
+    for (int64_t lane = 0; lane < i.count; ++lane) padded[lane] = row[i.at + lane];
+    return load(padded, Block{0});
+}
+
+template <class Element>
+inline void store(Element* row, Block i, Floats value) {
+    Halves bits = narrowed(value, Element{});
+    memcpy(row + i.at, &bits, sizeof bits);
+}
+template <>
+inline void store(bf16* row, Block i, Floats value) {
+    Halves bits = __builtin_convertvector(bits_of<Bits>(value) >> 16, Halves);
+    memcpy(row + i.at, &bits, sizeof bits);
+}
+template <>
+inline void store(f32* row, Block i, Floats value) {
+    memcpy(row + i.at, &value, sizeof value);
+}
+template <class Element>
+inline void store(Element* row, Tail i, Floats value) {
+    Element padded[LANES];
+    store(padded, Block{0}, value);
+    for (int64_t lane = 0; lane < i.count; ++lane) row[i.at + lane] = padded[lane];
+}
+template <class Element, class Place>
+inline void store(Element* row, Place i, float value) {
+    store(row, i, lanes(value));
+}
+
+// Every `step`-th element of a row, from the first on: component i of the part is element i * step of the row.
+
+template <class Element>
+inline Floats load_every(int64_t step, const Element* row, Tail i) {
+    Element padded[LANES] = {};
+    for (int64_t lane = 0; lane < i.count; ++lane) padded[lane] = row[(i.at + lane) * step];
+    return load(padded, Block{0});
+}
+template <class Element>
+inline Floats load_every(int64_t step, const Element* row, Block i) {
+    return load_every(step, row, Tail{i.at, LANES});
+}
+template <class Element>
+inline void store_every(int64_t step, Element* row, Tail i, Floats value) {
+    Element padded[LANES];
+    store(padded, Block{0}, value);
+    for (int64_t lane = 0; lane < i.count; ++lane) row[(i.at + lane) * step] = padded[lane];
+}
+template <class Element>
+inline void store_every(int64_t step, Element* row, Block i, Floats value) {
+    store_every(step, row, Tail{i.at, LANES}, value);
+}
+
+// One element.
+
+inline float value(f32 element) { return element; }
+template <class Element>
+inline float value(Element element) {
+    Halves bits = {element.bits};
+    return widened(bits, Element{})[0];
+}
+template <class Element>
+inline void put(Element* place, float value) {
+    store(place, Tail{0, 1}, lanes(value));
+}
+
+}  // namespace sage

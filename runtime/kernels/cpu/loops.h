@@ -1,0 +1,81 @@
+// Loops over rows and along them, reductions, and memory that is kept between calls.
+#pragma once
+
+#include "functions.h"
+
+namespace sage {
+
+constexpr int64_t PARALLEL_WORK = 32 * 1024;  // elements below which a second thread costs more than it helps
+
+// Rows, shared out between threads; each is computed by one thread in one order, so results do not depend on their number.
+template <class Body>
+inline void each_row(int64_t rows, int64_t elements, Body&& body) {
+#pragma omp parallel for schedule(static) if (rows > 1 && elements >= PARALLEL_WORK)
+    for (int64_t row = 0; row < rows; ++row) body(row);
+}
+
+// Along a row: the body is called with whole blocks, then with the tail if there is one.
+template <class Body>
+inline void sweep(int64_t length, Body&& body) {
+    int64_t at = 0;
+    for (; at + LANES <= length; at += LANES) body(Block{at});
+    if (at < length) body(Tail{at, length - at});
+}
+
+// Reductions add up lane by lane, and the lanes in a tree at the end: the order depends on the row's length alone.
+
+struct Sum {
+    Floats of_lanes = {};
+    void add(Floats value, Block) { of_lanes += value; }
+    void add(Floats value, Tail i) { of_lanes += inside(i) ? value : Floats{}; }
+    template <class Place>
+    void add(float value, Place i) {
+        add(lanes(value), i);
+    }
+    float total() const {
+        float part[LANES];
+        memcpy(part, &of_lanes, sizeof part);
+        for (int width = LANES / 2; width > 0; width /= 2)
+            for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
+        return part[0];
+    }
+};
+
+struct Max {
+    Floats of_lanes = lanes(-INFINITY);
+    void add(Floats value, Block) { of_lanes = maximum(of_lanes, value); }
+    void add(Floats value, Tail i) { of_lanes = inside(i) ? maximum(of_lanes, value) : of_lanes; }
+    float total() const {
+        float result = of_lanes[0];
+        for (int lane = 1; lane < LANES; ++lane) result = maximum(result, of_lanes[lane]);
+        return result;
+    }
+};
+
+struct Min {
+    Floats of_lanes = lanes(INFINITY);
+    void add(Floats value, Block) { of_lanes = minimum(of_lanes, value); }
+    void add(Floats value, Tail i) { of_lanes = inside(i) ? minimum(of_lanes, value) : of_lanes; }
+    float total() const {
+        float result = of_lanes[0];
+        for (int lane = 1; lane < LANES; ++lane) result = minimum(result, of_lanes[lane]);
+        return result;
+    }
+};
+
+// Memory of this thread for `count` values, aligned to a cache line. It grows and is kept; `purpose` tells uses apart.
+template <class T>
+inline T* scratch(int purpose, int64_t count) {
+    static thread_local void* kept[8];
+    static thread_local size_t capacity[8];
+    size_t wanted = ((size_t)count * sizeof(T) + 63) / 64 * 64;
+    if (wanted > capacity[purpose]) {
+        free(kept[purpose]);
+        kept[purpose] = aligned_alloc(64, wanted);
+        if (!kept[purpose]) abort();
+        capacity[purpose] = wanted;
+    }
+    return (T*)kept[purpose];
+}
+
+}  // namespace sage
