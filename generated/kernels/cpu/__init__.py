@@ -81,7 +81,7 @@ KERNELS: dict[str, NativeKernel] = {
     "scale": NativeKernel(Scale, "elementwise.cpp", ("R", "H")),
     "soft_cap": NativeKernel(SoftCap, "elementwise.cpp", ("R", "H")),
     "clip": NativeKernel(Clip, "elementwise.cpp", ("R", "H")),
-    "embedding": NativeKernel(Embedding, "embedding.cpp", ("T", "V", "H")),
+    "embedding": NativeKernel(Embedding, "embedding.cpp", ("T", "V", "H"), unpacks="table"),
     "embedding_shard": NativeKernel(EmbeddingShard, "embedding.cpp", ("T", "V", "H")),
     "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
     "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),
