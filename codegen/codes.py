@@ -144,7 +144,7 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE124": CodeInfo(
         "holes and fillings differ",
-        "The holes of a template are exactly the op's kernel.params and kernel.hooks.",
+        "The holes of a template are exactly the op's kernel.hooks and kernel.params (kernel.triton for Triton).",
     ),
     "SAGE125": CodeInfo(
         "wrong default",
@@ -346,6 +346,11 @@ CODES: dict[str, CodeInfo] = {
         "no function for a pass",
         "`function` names `package.module:function`. The package's own passes name functions of runtime/core/passes; "
         "an overlay may name one of its own.",
+    ),
+    "SAGE340": CodeInfo(
+        "expectation missed",
+        "The rules of a pass fire more or less often in a model's graph than `expect` says, on its tiny config. "
+        "The reasons say how far each rule got and what stood in its way. Mend the rule, or the count.",
     ),
     # the generator itself
     "SAGE501": CodeInfo("not written", "The generated files could not be written; the tree was left as it was."),

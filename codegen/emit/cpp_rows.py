@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from sageLLM.codegen.emit.cpp_arguments import declarations, stride_names
 from sageLLM.codegen.emit.cpp_text import CppText, cpp_name, size_text
+from sageLLM.codegen.emit.cpu_product import ProductText, product_lines
 from sageLLM.codegen.expr.size import Size, volume
 from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.expr.types import INTEGERS
+from sageLLM.codegen.kernel.products import SUMS, Product
 from sageLLM.codegen.kernel.rows import Fold, Index, Let, Loop, Nest, Reduction, RowProgram, Step, Store, Sweep
 from sageLLM.codegen.model.op import OpDef
 
@@ -28,6 +30,15 @@ class CppKernel:
 
     def lines(self) -> tuple[str, ...]:
         body = [line for nest in self.program.nests for line in self._nest(nest)]
+        return (*declarations(self.op, "\n".join(body)), *body)
+
+    def product_lines(self, product: Product) -> tuple[str, ...]:
+        """The function of an op that is a product: the sweep along a row is what becomes of a block of sums."""
+        self.operands[SUMS] = [""] * (len(product.finish.rows))
+        loop = product.sweep.loop
+        writer = ProductText(self.operands, self.optional, self.names, loop, set(), product)
+        inside = [line for step in product.sweep.steps for line in self._in_sweep(step, writer)]
+        body = product_lines(product, writer, inside)
         return (*declarations(self.op, "\n".join(body)), *body)
 
     def _text(self, loop: Loop | None = None, lanes: set[str] | None = None) -> CppText:

@@ -1,7 +1,7 @@
 """Emits the CPU kernels: `kernels/cpu/norm.cpp` with one C++ function per op, and the table that a loader needs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sageLLM.codegen.emit.cpp_arguments import OperandText, declarations, sizes_of, stride_names
 from sageLLM.codegen.emit.cpp_rows import CppKernel
@@ -14,32 +14,40 @@ from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
 from sageLLM.codegen.kernel.parts import OutputPart, output_parts
 from sageLLM.codegen.kernel.places import NotRows
+from sageLLM.codegen.kernel.products import product_of
 from sageLLM.codegen.kernel.rows import RowProgram
 from sageLLM.codegen.kernel.scatter import is_scattered
+from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import TEMPLATES, Output, Renderer, header, lit
+from sageLLM.codegen.schema.hardware import HardwareFile
 
 FOLDER = "kernels/cpu"
-WITH_OWN_KERNELS = ("LINEAR", "LM_HEAD")
-"""Matrix products are no row programs: their weights are packed, and their loops blocked."""
+PACKED_OF_TEMPLATES: Mapping[str, Mapping[str, int]] = {"expert_linear": {"w": 1}}
+"""The references whose C++ template reads weights packed, and those weights with their gates."""
 
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """One op: its C++ function, the sizes that its call begins with, and its outputs if they are parts of inputs."""
+    """One op: its C++ function, the sizes that its call begins with, and what else a loader has to know.
+
+    `packed` holds the gates of weights that it reads packed, `parts` its outputs if they are parts of inputs.
+    """
 
     op: OpDef
     lines: tuple[str, ...]
     sizes: tuple[str, ...]
-    updates: bool
-    parts: dict[str, OutputPart] | None
+    updates: bool = False
+    packed: Mapping[str, int] = field(default_factory=dict)
+    parts: dict[str, OutputPart] | None = None
 
     @property
     def entry(self) -> str:
         """`NativeKernel(RmsNorm, "norm.cpp", ("R", "H"))`, as the table holds it."""
         arguments = [self.op.class_name, lit(f"{self.op.stem}.cpp"), lit(self.sizes)]
         arguments += ["updates=True"] if self.updates else []
+        arguments += [f"packed={lit(dict(self.packed))}"] if self.packed else []
         if self.parts is not None:
             parts = ", ".join(f"{lit(name)}: {_part_text(part)}" for name, part in self.parts.items())
             arguments.append(f"parts={{{parts}}}")
@@ -70,9 +78,13 @@ def _sizes_of_part(part: OutputPart) -> list[Size]:
 def emit_cpu(specs: Specs, renderer: Renderer) -> list[Output]:
     """`kernels/cpu/STEM.cpp` for every ops file that has a kernel, and `kernels/cpu/__init__.py` with KERNELS."""
     own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
-    found = {stem: cpu_kernels(ops, specs.ops, renderer) for stem, ops in by_stem(own).items()}
+    hardware = specs.hardware.get("cpu")
+    has_products = hardware is not None and hardware.spec.products is not None
+    found = {
+        stem: cpu_kernels(ops, specs.ops, renderer, has_products=has_products) for stem, ops in by_stem(own).items()
+    }
     modules = {stem: kernels for stem, kernels in found.items() if kernels}
-    outputs = [_source(stem, kernels, renderer) for stem, kernels in modules.items()]
+    outputs = [_source(stem, kernels, hardware, renderer) for stem, kernels in modules.items()]
     every = [kernel for kernels in modules.values() for kernel in kernels]
     symbols = sorted(set().union(*(kernel.symbols for kernel in every)))
     text = renderer.render("cpu/registry.py.jinja", modules=modules, symbols=symbols)
@@ -80,27 +92,30 @@ def emit_cpu(specs: Specs, renderer: Renderer) -> list[Output]:
     return [*outputs, Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, entries)]
 
 
-def cpu_kernels(ops: Sequence[OpDef], every: Mapping[str, OpDef], renderer: Renderer) -> list[CpuKernel]:
-    """The kernels of those of the ops that have one."""
-    return [kernel for op in ops if (kernel := cpu_kernel(op, every, renderer)) is not None]
+def cpu_kernels(
+    ops: Sequence[OpDef], every: Mapping[str, OpDef], renderer: Renderer, *, has_products: bool
+) -> list[CpuKernel]:
+    """The kernels of those of the ops that have one; products need the block sizes of a machine."""
+    found = [kernel for op in ops if (kernel := cpu_kernel(op, every, renderer))]
+    return [kernel for kernel in found if has_products or not kernel.packed]
 
 
 def cpu_kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> CpuKernel | None:
     """From the template of its reference, or from the op's equations; None where there is neither."""
     lines = _template_lines(op, renderer) if op.reference is not None else None
     if lines is not None:
-        return CpuKernel(op, lines, sizes_of(op), bool(op.inplace), None)
-    if _is_product(op, every):
-        return None
+        packed = PACKED_OF_TEMPLATES.get(op.entry.spec.reference or "", {})
+        return CpuKernel(op, lines, sizes_of(op), updates=bool(op.inplace), packed=packed)
+    product = product_of(op, every)
+    if product is not None:
+        lines = CppKernel(op, RowProgram((product.finish,))).product_lines(product)
+        return CpuKernel(op, lines, sizes_of(op), packed={product.w.name: product.gates})
     try:
         program = row_program(op, every)
     except NotRows:
         return None
-    return CpuKernel(op, CppKernel(op, program).lines(), sizes_of(op), is_scattered(op, every), _parts(op, program))
-
-
-def _is_product(op: OpDef, every: Mapping[str, OpDef]) -> bool:
-    return op.op_type in WITH_OWN_KERNELS or any(_is_product(every[call.op], every) for call in op.fuses)
+    lines = CppKernel(op, program).lines()
+    return CpuKernel(op, lines, sizes_of(op), updates=is_scattered(op, every), parts=_parts(op, program))
 
 
 def _parts(op: OpDef, program: RowProgram) -> dict[str, OutputPart] | None:
@@ -109,10 +124,16 @@ def _parts(op: OpDef, program: RowProgram) -> dict[str, OutputPart] | None:
     return output_parts(program, strides)
 
 
-def _source(stem: str, kernels: Sequence[CpuKernel], renderer: Renderer) -> Output:
+def _source(
+    stem: str, kernels: Sequence[CpuKernel], hardware: Entry[HardwareFile] | None, renderer: Renderer
+) -> Output:
     variables = dict.fromkeys(name for kernel in kernels for name in _variables(kernel.op))
     text = renderer.render(
-        "cpu/kernels.cpp.jinja", kernels=kernels, variables=variables, source=kernels[0].op.entry.doc.file
+        "cpu/kernels.cpp.jinja",
+        kernels=kernels,
+        variables=variables,
+        source=kernels[0].op.entry.doc.file,
+        hardware=hardware if any(kernel.packed for kernel in kernels) else None,
     )
     return Output(f"{FOLDER}/{stem}.cpp", text, tuple(kernel.op.ref for kernel in kernels))
 
@@ -134,6 +155,7 @@ def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
     masks = [hook.value for hook in op.reference.hooks if hook.name == "mask_mod"]
     text = renderer.render(
         template,
+        op=op,
         operands=[OperandText.of(o) for o in (*op.inputs, *op.outputs)],
         bounds=_bound_lines(mask_bounds(masks[0])) if masks else [],
         **{hook.name: hook_text(op, hook.value) for hook in op.reference.hooks},

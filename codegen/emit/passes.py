@@ -23,9 +23,10 @@ from sageLLM.codegen.render import Output, Renderer, header, lit
 TAKEN = (
     "graph",
     "node",
-    "describe",
+    "giver",
     "has_default",
     "reader_of",
+    "readers",
     "replacement",
     *(f"replacement_{i}" for i in range(1, 10)),
 )  # by the function
@@ -38,6 +39,7 @@ class FindView:
     var: str
     op: OpDef
     value: str
+    label: str
     is_reader: bool
     num_found: int
 
@@ -135,6 +137,7 @@ class RuleViewer:
         self.rule = rule
         self.vars = self._variables()
         self.values: dict[str, str] = {}
+        self.labels: dict[str, str] = {}
         self.attrs: dict[str, str] = {}
         self.steps: list[FindView | CheckView] = []
 
@@ -172,7 +175,7 @@ class RuleViewer:
     def _find(self, step: Found, num_found: int) -> None:
         call, var = self.rule.pattern[step.position], self.vars[step.position]
         is_reader = step.by not in call.targets
-        self.steps.append(FindView(var, call.op, self.values[step.by], is_reader, num_found))
+        self.steps.append(FindView(var, call.op, self.values[step.by], self.labels[step.by], is_reader, num_found))
 
     def _bind(self, index: int, num_found: int) -> None:
         """Gives the values and attrs of a node their text, and checks those that have one already."""
@@ -180,8 +183,13 @@ class RuleViewer:
         for name, output in zip(call.targets, call.op.outputs, strict=True):
             text = f"{var}.{output.name}"
             if name in self.values and len(call.op.outputs) > 1:
-                self._check(f"{text}.name != {self.values[name]}.name", num_found, f"want {name} to be {output.name}")
+                self._check(
+                    f"{text}.name != {self.values[name]}.name",
+                    num_found,
+                    f"want {self.labels[name]} to be {call.op.name}.{output.name}",
+                )
             self.values[name] = text
+            self.labels.setdefault(name, f"{call.op.name}.{output.name}")
         for operand, value in call.operands.items():
             self._bind_operand(f"{var}.{operand}", operand, value, call, num_found)
         for attr, given in call.attrs:
@@ -202,8 +210,13 @@ class RuleViewer:
             self._check(f"{text} is None", num_found, f"want {call.op.name} with {operand}")
         if value in self.values:
             name = "" if may_be_absent else ".name"
-            self._check(f"{text}{name} != {self.values[value]}{name}", num_found, f"want the same {value} twice")
+            self._check(
+                f"{text}{name} != {self.values[value]}{name}",
+                num_found,
+                f"want {call.op.name}.{operand} to be {self.labels[value]}",
+            )
         self.values.setdefault(value, text)
+        self.labels.setdefault(value, f"{call.op.name}.{operand}")
 
     def _bind_attr(self, text: str, attr: str, given: AttrName | Scalar | None, num_found: int) -> None:
         if not isinstance(given, AttrName):

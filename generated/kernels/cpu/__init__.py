@@ -25,8 +25,21 @@ from ...ops.activation import (
 from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
 from ...ops.elementwise import Add, AddBias, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
-from ...ops.experts import CombineExperts, RouterLogits
+from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits
 from ...ops.kv import KvLoad, KvMigrate, KvStore
+from ...ops.linear import (
+    HeadLinear,
+    Linear,
+    LinearAdd,
+    LinearGelu,
+    LinearGeluMul,
+    LinearGeluTanh,
+    LinearGeluTanhMul,
+    LinearSiluMul,
+    LmHead,
+    LmHeadScale,
+    LmHeadSoftCap,
+)
 from ...ops.norm import (
     FusedAddLayerNorm,
     FusedAddRmsNorm,
@@ -85,11 +98,24 @@ def _kernels() -> dict[str, NativeKernel]:
         "embedding_shard": NativeKernel(EmbeddingShard, "embedding.cpp", ("T", "V", "H")),
         "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
         "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),
-        "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X")),
+        "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X"), packed={"w": 1}),
+        "expert_linear": NativeKernel(ExpertLinear, "experts.cpp", ("T", "K", "A", "X", "N"), packed={"w": 1}),
+        "expert_down": NativeKernel(ExpertDown, "experts.cpp", ("T", "A", "K", "X", "N"), packed={"w": 1}),
         "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),
         "kv_store": NativeKernel(KvStore, "kv.cpp", ("T", "Nkv", "D", "Dv", "PG", "BS"), updates=True),
         "kv_load": NativeKernel(KvLoad, "kv.cpp", ("TPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
         "kv_migrate": NativeKernel(KvMigrate, "kv.cpp", ("SPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
+        "linear": NativeKernel(Linear, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "lm_head": NativeKernel(LmHead, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+        "head_linear": NativeKernel(HeadLinear, "linear.cpp", ("T", "N", "K", "M"), packed={"w": 1}),
+        "linear_silu_mul": NativeKernel(LinearSiluMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+        "linear_gelu_mul": NativeKernel(LinearGeluMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+        "linear_gelu_tanh_mul": NativeKernel(LinearGeluTanhMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+        "linear_gelu": NativeKernel(LinearGelu, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "linear_gelu_tanh": NativeKernel(LinearGeluTanh, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "linear_add": NativeKernel(LinearAdd, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "lm_head_scale": NativeKernel(LmHeadScale, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+        "lm_head_soft_cap": NativeKernel(LmHeadSoftCap, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
         "rms_norm": NativeKernel(RmsNorm, "norm.cpp", ("R", "H")),
         "rms_norm_wide": NativeKernel(RmsNormWide, "norm.cpp", ("R", "H")),
         "rms_norm_1p": NativeKernel(RmsNorm1p, "norm.cpp", ("R", "H")),
