@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from sageLLM.codegen.emit.cpp_arguments import OperandText, declarations, sizes_of, stride_names
 from sageLLM.codegen.emit.cpp_rows import CppKernel
 from sageLLM.codegen.emit.cpp_text import CppText
+from sageLLM.codegen.emit.cpu_table import Unpacks, unpacks_of
 from sageLLM.codegen.emit.reference import by_stem
 from sageLLM.codegen.expr.size import Size, formula
 from sageLLM.codegen.expr.tree import Expr
@@ -32,7 +33,8 @@ PACKED_OF_TEMPLATES: Mapping[str, Mapping[str, int]] = {"expert_linear": {"w": 1
 class CpuKernel:
     """One op: its C++ function, the sizes that its call begins with, and what else a loader has to know.
 
-    `packed` holds the gates of weights that it reads packed, `parts` its outputs if they are parts of inputs.
+    `packed` holds the gates of weights that it reads packed, `parts` its outputs if they are parts of inputs. `unpacks`
+    is a second function, for a table that is packed as it is also the weight of a product.
     """
 
     op: OpDef
@@ -41,6 +43,7 @@ class CpuKernel:
     updates: bool = False
     packed: Mapping[str, int] = field(default_factory=dict)
     parts: dict[str, OutputPart] | None = None
+    unpacks: Unpacks | None = None
 
     @property
     def entry(self) -> str:
@@ -48,6 +51,7 @@ class CpuKernel:
         arguments = [self.op.class_name, lit(f"{self.op.stem}.cpp"), lit(self.sizes)]
         arguments += ["updates=True"] if self.updates else []
         arguments += [f"packed={lit(dict(self.packed))}"] if self.packed else []
+        arguments += [f"unpacks={lit(self.unpacks.table)}"] if self.unpacks else []
         if self.parts is not None:
             parts = ", ".join(f"{lit(name)}: {_part_text(part)}" for name, part in self.parts.items())
             arguments.append(f"parts={{{parts}}}")
@@ -114,8 +118,16 @@ def cpu_kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> Cpu
         program = row_program(op, every)
     except NotRows:
         return None
+    updates, parts = is_scattered(op, every), _parts(op, program)
     lines = CppKernel(op, program).lines()
-    return CpuKernel(op, lines, sizes_of(op), updates=is_scattered(op, every), parts=_parts(op, program))
+    return CpuKernel(op, lines, sizes_of(op), updates=updates, parts=parts, unpacks=_unpacks(op))
+
+
+def _unpacks(op: OpDef) -> Unpacks | None:
+    found = unpacks_of(op)
+    if found is None:
+        return None
+    return Unpacks(found.table, (*declarations(op, "\n".join(found.lines)), *found.lines))
 
 
 def _parts(op: OpDef, program: RowProgram) -> dict[str, OutputPart] | None:
@@ -133,9 +145,16 @@ def _source(
         kernels=kernels,
         variables=variables,
         source=kernels[0].op.entry.doc.file,
+        header=_header_of(kernels),
         hardware=hardware if any(kernel.packed for kernel in kernels) else None,
     )
     return Output(f"{FOLDER}/{stem}.cpp", text, tuple(kernel.op.ref for kernel in kernels))
+
+
+def _header_of(kernels: Sequence[CpuKernel]) -> str:
+    if any(kernel.packed for kernel in kernels):
+        return "products.h"
+    return "packed.h" if any(kernel.unpacks for kernel in kernels) else "sage.h"
 
 
 def _variables(op: OpDef) -> list[str]:
