@@ -4,9 +4,12 @@ stdout is data, stderr is log. Exit codes: 0 fine, 1 failed, 2 wrong usage, 100 
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from sageLLM.runtime.execution_graph.expectations import MissedExpectation
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,10 +31,18 @@ def generate(
     diff: Annotated[bool, typer.Option("--diff", help="Write nothing; show what changes per model and stage.")] = False,
     json: Json = False,
 ) -> None:
-    """Generate code from the specs: ops, builders, kernels, passes, docs, tests."""
+    """Generate code from the specs: ops, builders, kernels, passes, docs, tests.
+
+    Passes are held to the counts that their specs expect: a tree that misses one is not written.
+    """
     from sageLLM.codegen.commands import Generate
 
-    command = Generate(specs or [], out, as_json=json)
+    def count(tree: Path, is_overlay: bool) -> "list[MissedExpectation]":
+        from sageLLM.runtime.execution_graph.expectations import missed_expectations
+
+        return missed_expectations(tree, is_overlay)
+
+    command = Generate(specs or [], out, as_json=json, count=count)
     if diff:
         from sageLLM.runtime.execution_graph.commands import show_spec_diff
 

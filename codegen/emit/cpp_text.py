@@ -37,9 +37,9 @@ _KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case 
     protected public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch
     template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t
     while xor xor_eq"""
-_HEADER = """abs attrs each_row erf exp floor floor_divide floor_remainder fma inside lanes load load_every log maximum
-    minimum negation pow put relu round rsqrt scratch sigmoid sizes sqrt store store_every sweep tanh tensors to value
-    where bf16 f16 f32 sage"""
+_HEADER = """abs attrs each_row erf exp factors floor floor_divide floor_remainder fma inside lanes load load_every log
+    maximum minimum negation pow product products put relu round rsqrt scratch sigmoid sizes sqrt store
+    store_every sums sweep tanh tensors to value where bf16 f16 f32 sage"""
 RESERVED = frozenset(f"{_KEYWORDS} {_HEADER}".split())
 
 

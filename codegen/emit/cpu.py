@@ -5,21 +5,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sageLLM.codegen.emit.cpp_text import CPP_TYPES, CppText, cpp_name, size_text
+from sageLLM.codegen.emit.cpu_product import ProductText, product_lines
 from sageLLM.codegen.emit.reference import by_stem
 from sageLLM.codegen.expr.size import LEADING, Size, volume
 from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.expr.types import DTYPES, INTEGERS
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.places import NotRows
+from sageLLM.codegen.kernel.products import SUMS, Product, product_of
 from sageLLM.codegen.kernel.rows import Fold, Index, Let, Loop, Nest, Reduction, RowProgram, Step, Store, Sweep
+from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header
+from sageLLM.codegen.schema.hardware import HardwareFile
 
 FOLDER = "kernels/cpu"
-WITH_OWN_KERNELS = ("LINEAR", "LM_HEAD")
-"""Matrix products are no row programs: their weights are packed, and their loops blocked."""
-
+FOLDER_OF_TEMPLATES = "cpu"
+PACKED_OF_TEMPLATES: Mapping[str, Mapping[str, int]] = {"expert_linear": {"w": 1}}
+"""The references that have a C++ template, and the weights that it reads packed, with their gates."""
 _ATTR_TYPES = {"f32": "float", "i32": "int64_t", "bool": "bool", "str": "int64_t"}
 _ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min"}
 
@@ -30,41 +34,69 @@ _FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """One op: its C++ function, and the sizes that its call begins with."""
+    """One op: its C++ function, the sizes that its call begins with, and the gates of weights that it reads packed."""
 
     op: OpDef
     lines: tuple[str, ...]
     sizes: tuple[str, ...]
+    packed: Mapping[str, int]
 
 
 def emit_cpu(specs: Specs, renderer: Renderer) -> list[Output]:
     """`kernels/cpu/STEM.cpp` for every ops file that has a kernel, and `kernels/cpu/__init__.py` with KERNELS."""
     own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
-    modules = {stem: kernels for stem, ops in by_stem(own).items() if (kernels := cpu_kernels(ops, specs.ops))}
-    outputs = [_source(stem, kernels, renderer) for stem, kernels in modules.items()]
+    hardware = specs.hardware.get("cpu")
+    has_products = hardware is not None and hardware.spec.products is not None
+    modules = {
+        stem: kernels
+        for stem, ops in by_stem(own).items()
+        if (kernels := cpu_kernels(ops, specs.ops, renderer, has_products=has_products))
+    }
+    outputs = [_source(stem, kernels, hardware, renderer) for stem, kernels in modules.items()]
     text = renderer.render("cpu/registry.py.jinja", modules=modules)
     entries = tuple(kernel.op.ref for kernels in modules.values() for kernel in kernels)
     return [*outputs, Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, entries)]
 
 
-def cpu_kernels(ops: Sequence[OpDef], every: Mapping[str, OpDef]) -> list[CpuKernel]:
-    """The kernels of those of the ops that have one."""
-    return [CpuKernel(op, lines, sizes_of(op)) for op in ops if (lines := _lines(op, every))]
+def cpu_kernels(
+    ops: Sequence[OpDef], every: Mapping[str, OpDef], renderer: Renderer, *, has_products: bool
+) -> list[CpuKernel]:
+    """The kernels of those of the ops that have one; products need the block sizes of a machine."""
+    found = [kernel for op in ops if (kernel := _kernel(op, every, renderer))]
+    return [kernel for kernel in found if has_products or not kernel.packed]
 
 
-def _lines(op: OpDef, every: Mapping[str, OpDef]) -> tuple[str, ...] | None:
-    if op.op_type in WITH_OWN_KERNELS:
-        return None
+def _kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> CpuKernel | None:
+    if op.reference is not None:
+        return _templated(op, op.entry.spec.reference or "", renderer)
+    product = product_of(op, every)
+    if product is not None:
+        lines = CppKernel(op, RowProgram((product.finish,))).product_lines(product)
+        return CpuKernel(op, lines, sizes_of(op), {product.w.name: product.gates})
     try:
-        return CppKernel(op, row_program(op, every)).lines()
+        return CpuKernel(op, CppKernel(op, row_program(op, every)).lines(), sizes_of(op), {})
     except NotRows:
         return None
 
 
-def _source(stem: str, kernels: Sequence[CpuKernel], renderer: Renderer) -> Output:
+def _templated(op: OpDef, name: str, renderer: Renderer) -> CpuKernel | None:
+    """The op by the C++ template of the same name as its reference, if there is one."""
+    if name not in PACKED_OF_TEMPLATES:
+        return None
+    body = renderer.render(f"{FOLDER_OF_TEMPLATES}/{name}.cpp.jinja", op=op).splitlines()
+    return CpuKernel(op, (*declarations(op, "\n".join(body)), *body), sizes_of(op), PACKED_OF_TEMPLATES[name])
+
+
+def _source(
+    stem: str, kernels: Sequence[CpuKernel], hardware: Entry[HardwareFile] | None, renderer: Renderer
+) -> Output:
     variables = dict.fromkeys(name for kernel in kernels for name in _variables(kernel.op))
     text = renderer.render(
-        "cpu/kernels.cpp.jinja", kernels=kernels, variables=variables, source=kernels[0].op.entry.doc.file
+        "cpu/kernels.cpp.jinja",
+        kernels=kernels,
+        variables=variables,
+        source=kernels[0].op.entry.doc.file,
+        hardware=hardware if any(kernel.packed for kernel in kernels) else None,
     )
     return Output(f"{FOLDER}/{stem}.cpp", text, tuple(kernel.op.ref for kernel in kernels))
 
@@ -101,6 +133,15 @@ class CppKernel:
 
     def lines(self) -> tuple[str, ...]:
         body = [line for nest in self.program.nests for line in self._nest(nest)]
+        return (*declarations(self.op, "\n".join(body)), *body)
+
+    def product_lines(self, product: Product) -> tuple[str, ...]:
+        """The function of an op that is a product: the sweep along a row is what becomes of a block of sums."""
+        self.operands[SUMS] = [""] * (len(product.finish.rows))
+        loop = product.sweep.loop
+        writer = ProductText(self.operands, {}, self.optional, self.names, loop, set(), product)
+        inside = [line for step in product.sweep.steps for line in self._in_sweep(step, writer)]
+        body = product_lines(product, writer, inside)
         return (*declarations(self.op, "\n".join(body)), *body)
 
     def _text(self, loop: Loop | None = None, lanes: set[str] | None = None) -> CppText:

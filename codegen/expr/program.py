@@ -15,7 +15,7 @@ from sageLLM.codegen.expr.tree import Expr, Number, Program, Slice, Statement, V
 from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_dim, split_dims
 
 _PYTHON = frozenset([*keyword.kwlist, *dir(builtins)]) - {"input", "sum", "min", "max", "abs", "pow", "round"}
-_KERNEL = frozenset({"torch", "math", "wide"})
+_KERNEL = frozenset({"torch", "math", "wide", "triton", "tl", "device", "tile"})
 _NODE = frozenset(
     {"attr_types", "attrs", "block", "byte_formula", "bytes_moved", "copy", "dependencies", "device_id", "dims"}
     | {"estimated_time_us", "flop_formula", "flops", "infer", "inference", "inplace", "input", "input_types", "inputs"}

@@ -58,6 +58,7 @@ class _Inliner:
         self._optional = {o.name for o in op.inputs if o.optional} | {a.name for a in op.attrs if a.optional}
         padded = (*call.args, *[None] * (len(callee.inputs) - len(call.args)))
         self._arguments = dict(zip((o.name for o in callee.inputs), padded, strict=True))
+        self._binding.fix(callee, call.kwargs)
         for operand in callee.inputs:
             argument = self._arguments[operand.name]
             if argument is not None:

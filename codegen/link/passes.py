@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_expression, parse_statements
+from sageLLM.codegen.link.pass_ops import check_pass_names
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
 from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
@@ -25,11 +26,7 @@ def _link_pass(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], 
     if spec.stage not in raw.pass_stages:
         help = did_you_mean(spec.stage, raw.pass_stages)
         sink.error("SAGE301", f"unknown stage '{spec.stage}'", entry.span("stage"), help)
-    for name in [spec.select] if spec.select else []:
-        _check_op_type(name, entry, ("select",), raw, sink)
-    for stream, names in spec.streams.items():
-        for i, name in enumerate(names):
-            _check_op_type(name, entry, ("streams", stream, i), raw, sink)
+    check_pass_names(entry, raw, ops, sink)
     rules = []
     for i, rule in enumerate(spec.rules):
         try:
@@ -37,11 +34,6 @@ def _link_pass(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], 
         except Refused:
             continue
     return PassDef(entry.name, entry, tuple(rules), _link_expect(entry, raw, sink))
-
-
-def _check_op_type(name: str, entry: Entry[PassSpec], path: tuple[str | int, ...], raw: RawSpecs, sink: Sink) -> None:
-    if name not in raw.op_types:
-        sink.error("SAGE302", f"unknown op type '{name}'", entry.span(*path), did_you_mean(name, raw.op_types))
 
 
 # rules
@@ -174,13 +166,12 @@ def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
 
 
 def _check_connected(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
-    """Every call of the pattern gives, directly or not, an operand of the last one: there matching starts."""
-    wanted = set(rule.anchor.args)
-    for i, call in reversed(list(enumerate(rule.pattern[:-1]))):
-        if not wanted & set(call.targets):
-            message = f"'{', '.join(call.targets)}' does not lead to the last line, where matching starts"
-            sink.error("SAGE312", message, entry.span(*rule.path, "match", i), "put the lines in the order of the data")
-        wanted |= set(call.args)
+    """Values lead from the last call of the pattern, where matching starts, to every other one."""
+    found = {len(rule.pattern) - 1, *(step.position for step in rule.search())}
+    for i, call in enumerate(rule.pattern):
+        if i not in found:
+            message = f"'{', '.join(call.targets)}' has no value in common with the lines that lead to the last one"
+            sink.error("SAGE312", message, entry.span(*rule.path, "match", i), "matching starts at the last line")
 
 
 # checks over all rules

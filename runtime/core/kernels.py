@@ -1,7 +1,7 @@
 """What a generated kernel library declares of its kernels: all that a loader needs to call one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.ir import OpNode
@@ -27,7 +27,8 @@ class NativeKernel:
 
     `sizes` are the names of the leading sizes: R if there are leading dims, then the op's dims. `parts` holds an entry
     for each output if the op moves no data. An op that `updates` its in-place outputs writes parts of them only, so
-    they have to be the inputs' memory; for other ops that is allowed and not needed.
+    they have to be the inputs' memory; for other ops that is allowed and not needed. `packed` are weights that the
+    kernel takes in the packed form of `runtime/kernels/cpu/packed.h`, each with its number of gates.
     """
 
     op: type[OpNode]
@@ -35,6 +36,7 @@ class NativeKernel:
     sizes: tuple[str, ...]
     updates: bool = False
     parts: Mapping[str, Part] | None = None
+    packed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def symbol(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import KvShape, ModelLayout
-from sageLLM.runtime.core.rewrite import PassReport, RewritePass
+from sageLLM.runtime.core.rewrite import OptimizationPass, PassReport, RewriteOptions, RewritePass
 from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
@@ -31,9 +31,11 @@ ALL = "all"
 class Pipeline:
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    `planner` binds graphs to kernels, by default to the references. `disable` names passes that are left out; "all"
-    leaves out every one. The pipeline runs the rewrite passes: what the others (streams, prefetch, memory places)
-    decide is read by schedules and simulations; native plans place their memory by themselves.
+    `planner` binds graphs to kernels, by default to the references. `disable` names passes and rules that are left out,
+    "all" every one; `only`, where given, names all that stay. `kernels` names the ops that the device has a kernel for,
+    where fusing others would gain nothing, and `limit` is the number of rewrites after which no more happen. The
+    pipeline runs the rewrite passes: what the others (streams, prefetch, memory places) decide is read by schedules and
+    simulations; native plans place their memory by themselves.
     """
 
     def __init__(
@@ -43,20 +45,36 @@ class Pipeline:
         registry: Registry,
         *,
         dtype: str,
-        disable: Sequence[str] = (),
+        disable: Collection[str] = (),
+        only: Collection[str] | None = None,
+        kernels: Container[str] | None = None,
+        limit: int | None = None,
         planner: Planner | None = None,
     ) -> None:
-        unknown = sorted(set(disable) - set(registry.passes) - {ALL})
-        if unknown:
-            raise ValueError(f"no pass named {', '.join(unknown)}; known are {', '.join(registry.passes)}")
+        rules = {name: _rules(one) for name, one in registry.passes.items()}
+        known = dict.fromkeys([*rules, *(rule for names in rules.values() for rule in names)])
+        if unknown := sorted({*disable, *(only or ())} - known.keys() - {ALL}):
+            raise ValueError(f"no pass or rule named {', '.join(unknown)}; known are {', '.join(known)}")
         self.layout = layout
         self.config = config
         self.dtype = dtype
-        self.kernels: Mapping[str, Any] = registry.kernels
+        self.registry = registry
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
-        self.passes = [one for name, one in registry.passes.items() if not {name, ALL} & set(disable)]
+        if only is not None:
+            only = {*only, *(rule for name in only for rule in rules.get(name, ()))}
+        self.options = RewriteOptions(kernels, disable, only, limit)
+        self.passes = [
+            one
+            for name, one in registry.passes.items()
+            if not {name, ALL} & set(disable) and (only is None or {name, *rules[name]} & set(only))
+        ]
         self.reports: dict[Stage, list[PassReport]] = {}
         self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
+
+    @property
+    def kernels(self) -> Mapping[str, Any]:
+        """By op the function that runs it."""
+        return self.registry.kernels
 
     def block_graph(self, stage: Stage) -> ExecutionGraph:
         """The graph of blocks, as placement and simulation see it."""
@@ -105,8 +123,7 @@ class Pipeline:
 
     def rewrite_passes(self, level: Level) -> list[RewritePass]:
         """New instances of the enabled rewrite passes of a level, in the order of the pipeline."""
-        made = [one() for one in self.passes if one.level == level]
-        return [one for one in made if isinstance(one, RewritePass)]
+        return [one(self.options) for one in self.passes if one.level == level and issubclass(one, RewritePass)]
 
     def migrate_graph(self) -> ExecutionGraph:
         """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""
@@ -128,6 +145,10 @@ class Pipeline:
                 targets = _cache_inputs(g, "target", i, kept, pages_to, slots)
                 outputs += copy(g, *sources, *targets, *blocks)
         return g.finish(outputs)
+
+
+def _rules(one: type[OptimizationPass]) -> list[str]:
+    return [rule.name for rule in one.rules] if issubclass(one, RewritePass) else []
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def test_a_transfer_runs_beside_computation() -> None:
     scheduled = one.apply(graph)
     assert scheduled.estimate_total_time() == 19.0
     assert {n.node_id: n.stream_id for n in scheduled.nodes.values()} == {"f": 0, "r": 1, "g": 0, "h": 0}
-    assert one.report.facts == {"moved": 1, "us_before": 27.0, "us_after": 19.0}
+    assert one.report.facts == {"moved": 1, "waits": 2, "us_before": 27.0, "us_after": 19.0}
 
 
 # prefetch
@@ -202,13 +202,13 @@ def test_the_next_layer_loads_while_this_one_computes() -> None:
 
 
 def test_a_load_stays_behind_the_store_before_it() -> None:
+    """The long node beside them is there for the scheduling pass to gain something."""
     store = ExecutionNode("s", OpType.KV_STORE, [ref("new"), ref("cache")], [], estimated_time_us=9.0, layer_id=0)
-    load = node("kv", OpType.KV_LOAD, "cache", layer=1)
+    load = node("kv", OpType.KV_LOAD, "cache", us=2.0, layer=1)
+    rest = [node("a", OpType.DECODE_ATTN, "kv", layer=1), node("f", OpType.FFN, "x", us=9.0)]
     for one in (KvPrefetch(), ComputeCommOverlap()):
-        result = one.apply(graph_of(store, load, node("a", OpType.DECODE_ATTN, "kv", layer=1)))
-        assert result.nodes["kv"].dependencies == {"s"}
-        result = one.apply(graph_of(load, store, node("a", OpType.DECODE_ATTN, "kv", layer=1)))
-        assert result.nodes["s"].dependencies == {"kv"}
+        assert one.apply(graph_of(store, load, *rest)).nodes["kv"].dependencies == {"s"}
+        assert one.apply(graph_of(load, store, *rest)).nodes["s"].dependencies == {"kv"}
 
 
 @given(st.integers(1, 8), st.integers(0, 9), st.integers(0, 9))

@@ -84,10 +84,15 @@ class Lifetimes:
 
 
 def find_sources(order: list[ExecutionNode]) -> dict[str, str]:
-    """For each value that lies in the memory of another, as a view of it or made in place, the name of that other."""
+    """For each value that lies in the memory of another, as a view of it or made in place, the name of that other.
+
+    Keys and values that a block loads from the device's own tier lie in the cache.
+    """
     sources: dict[str, str] = {}
     for node in order:
         if not isinstance(node, OpNode):
+            if node.op_type.name == "KV_LOAD" and node.metadata.get("tier") == "device":
+                sources |= {ref.name: node.inputs[0].name for ref in node.outputs}
             continue
         if node.is_view:
             sources |= {ref.name: node.inputs[0].name for ref in node.outputs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -12,6 +13,10 @@ from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes, Sizes
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
+OFFSETS = "offsets"
+"""The key of a node's metadata under which the places of its outputs stand."""
+MOMENTS = 8
+"""Moments at which the lower bound is looked for."""
 MAX_ATTEMPTS = 100
 MAX_PLACED = 6000
 """Plans that are tried, and buffers that are placed in them, while the best plan is above the lower bound."""
@@ -93,7 +98,7 @@ class MemoryPass(DeclaredPass):
         self.plan = plan_memory(graph, align=self.align)
         for node in graph.nodes.values():
             if node.outputs:
-                node.metadata["offsets"] = [self.plan.offset(ref.name) for ref in node.outputs]
+                node.metadata[OFFSETS] = [self.plan.offset(ref.name) for ref in node.outputs]
         facts = ("peak_bytes", "max_live_bytes", "total_bytes", "reuse_ratio")
         self.report.facts = {name: getattr(self.plan, name) for name in facts}
 
@@ -141,10 +146,11 @@ def find_beside(buffers: Sequence[Buffer]) -> list[list[int]]:
     beside: list[list[int]] = [[] for _ in buffers]
     live: list[int] = []
     for i in sorted(range(len(buffers)), key=lambda i: buffers[i].first):
-        buffer = buffers[i]
-        live = [j for j in live if buffers[j].last >= buffer.first]
+        _, device_id, _, first, _, lane, _ = buffers[i]
+        live = [j for j in live if buffers[j].last >= first]
         for j in live:
-            if buffer.meets(buffers[j]):
+            after = buffers[j].after
+            if buffers[j].device_id == device_id and not (after and first >= after[lane]):
                 beside[i].append(j)
                 beside[j].append(i)
         live.append(i)
@@ -152,22 +158,41 @@ def find_beside(buffers: Sequence[Buffer]) -> list[list[int]]:
 
 
 def max_live_bytes(buffers: Sequence[Buffer]) -> int:
-    """A lower bound of every plan: the largest sum of buffers that meet each other, at the start of one of them.
+    """A lower bound of every plan: the largest sum of buffers of a device that meet one another.
 
-    On one lane these are all that are live there. On several the greedy choice may miss the largest sum.
+    It is looked for where most is live. On one lane all that is live at a time meets; on several a greedy choice is
+    made, also at moments apart from those, which may miss the largest sum.
     """
-    has_lanes = any(buffer.after for buffer in buffers)
     most = 0
-    live: list[Buffer] = []
-    for buffer in sorted(buffers, key=lambda one: one.first):
-        live = [one for one in live if one.last >= buffer.first]
-        meeting = [buffer]
-        for one in live:
-            if one.device_id == buffer.device_id and (not has_lanes or all(one.meets(other) for other in meeting)):
-                meeting.append(one)
-        most = max(most, sum(one.size for one in meeting))
-        live.append(buffer)
+    sizes = _live_sizes(buffers)
+    moments = heapq.nlargest(MOMENTS, sizes)
+    if any(buffer.after for buffer in buffers):
+        moments += sizes[:: len(sizes) // (4 * MOMENTS) + 1]
+    for size, device_id, position in moments:
+        if size > most:
+            live = [b for b in buffers if b.device_id == device_id and b.first <= position <= b.last]
+            most = max(most, _meeting_bytes(live))
     return most
+
+
+def _live_sizes(buffers: Sequence[Buffer]) -> list[tuple[int, int, int]]:
+    """(bytes, device, position) whenever a buffer is made: how much of the device's memory may be in use."""
+    changes = [(b.device_id, b.first, b.size) for b in buffers]
+    changes += [(b.device_id, b.last + 1, -b.size) for b in buffers]
+    live, device, sizes = 0, -1, []
+    for device_id, position, change in sorted(changes):
+        live = change if device_id != device else live + change
+        device = device_id
+        sizes.append((live, device_id, position))
+    return sizes
+
+
+def _meeting_bytes(buffers: list[Buffer]) -> int:
+    meeting: list[Buffer] = []
+    for buffer in sorted(buffers, key=lambda one: -one.size):
+        if all(buffer.meets(other) for other in meeting):
+            meeting.append(buffer)
+    return sum(buffer.size for buffer in meeting)
 
 
 def _best_gap(size: int, taken: list[tuple[int, int]]) -> int:

@@ -9,6 +9,7 @@
 #include <omp.h>
 #endif
 
+#include "routes.h"
 #include "ways.h"
 
 namespace sage {

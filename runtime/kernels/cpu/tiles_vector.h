@@ -40,20 +40,30 @@ inline Reg multiply_add(Reg a, Reg b, Reg c) {
 #endif
 }
 
-// One step along K: what is read of a panel, of x, and how they are multiplied. `Sum` is float32 lanes.
+inline Reg broadcast(const float* x) {
+#if defined(__AVX512F__)
+    return (Reg)_mm512_set1_ps(*x);
+#elif defined(__AVX__)
+    return (Reg)_mm256_broadcast_ss(x);
+#elif defined(__aarch64__)
+    return (Reg)vld1q_dup_f32(x);
+#else
+    return Reg{*x, *x, *x, *x};
+#endif
+}
+
+// One step along K: how GROUP elements of a panel become floats.
 
 template <class Element>
 struct Step;
 
 template <>
 struct Step<f32> {
-    using X = float;
     static constexpr int64_t GROUP = 1;
     static void read(Reg (&w)[GROUP], const f32* panel) { memcpy(&w[0], panel, sizeof(Reg)); }
 };
 template <>
 struct Step<f16> {
-    using X = float;
     static constexpr int64_t GROUP = 1;
     static void read(Reg (&w)[GROUP], const f16* panel) {
 #if defined(__AVX512F__)
@@ -67,7 +77,6 @@ struct Step<f16> {
 };
 template <>
 struct Step<bf16> {
-    using X = float;
     static constexpr int64_t GROUP = 2;
     static void read(Reg (&w)[GROUP], const bf16* panel) {
         RegBits pairs;
@@ -102,9 +111,9 @@ __attribute__((noinline)) void block_of(float* sums, const float* x, int64_t K, 
         for (int64_t d = 0; d < S::GROUP; ++d)
 #pragma GCC unroll 16
             for (int64_t row = 0; row < ROWS; ++row) {
-                Reg broadcast = Reg{} + x[row * K + k + d];
+                const Reg value = broadcast(x + row * K + k + d);
 #pragma GCC unroll 16
-                for (int64_t r = 0; r < REGS; ++r) sum[row][r] = multiply_add(read[r][d], broadcast, sum[row][r]);
+                for (int64_t r = 0; r < REGS; ++r) sum[row][r] = multiply_add(read[r][d], value, sum[row][r]);
             }
     }
     memcpy(sums, sum, sizeof sum);
