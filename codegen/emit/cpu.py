@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.emit.cpp_text import CPP_TYPES, CppText, cpp_name, size_text
 from sageLLM.codegen.emit.cpu_product import ProductText, product_lines
+from sageLLM.codegen.emit.cpu_table import Unpacks, unpacks_of
 from sageLLM.codegen.emit.reference import by_stem
 from sageLLM.codegen.expr.size import LEADING, Size, volume
 from sageLLM.codegen.expr.tree import Expr
@@ -34,12 +35,16 @@ _FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """One op: its C++ function, the sizes that its call begins with, and the gates of weights that it reads packed."""
+    """One op: its C++ function, the sizes that its call begins with, and the gates of weights that it reads packed.
+
+    `unpacks` is a second function, for a table that is packed as it is also the weight of a product.
+    """
 
     op: OpDef
     lines: tuple[str, ...]
     sizes: tuple[str, ...]
     packed: Mapping[str, int]
+    unpacks: Unpacks | None = None
 
 
 def emit_cpu(specs: Specs, renderer: Renderer) -> list[Output]:
@@ -74,9 +79,13 @@ def _kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> CpuKer
         lines = CppKernel(op, RowProgram((product.finish,))).product_lines(product)
         return CpuKernel(op, lines, sizes_of(op), {product.w.name: product.gates})
     try:
-        return CpuKernel(op, CppKernel(op, row_program(op, every)).lines(), sizes_of(op), {})
+        lines = CppKernel(op, row_program(op, every)).lines()
     except NotRows:
         return None
+    unpacks = unpacks_of(op)
+    if unpacks:
+        unpacks = Unpacks(unpacks.table, (*declarations(op, "\n".join(unpacks.lines)), *unpacks.lines))
+    return CpuKernel(op, lines, sizes_of(op), {}, unpacks)
 
 
 def _templated(op: OpDef, name: str, renderer: Renderer) -> CpuKernel | None:
@@ -96,9 +105,16 @@ def _source(
         kernels=kernels,
         variables=variables,
         source=kernels[0].op.entry.doc.file,
+        header=_header_of(kernels),
         hardware=hardware if any(kernel.packed for kernel in kernels) else None,
     )
     return Output(f"{FOLDER}/{stem}.cpp", text, tuple(kernel.op.ref for kernel in kernels))
+
+
+def _header_of(kernels: Sequence[CpuKernel]) -> str:
+    if any(kernel.packed for kernel in kernels):
+        return "products.h"
+    return "packed.h" if any(kernel.unpacks for kernel in kernels) else "sage.h"
 
 
 def _variables(op: OpDef) -> list[str]:

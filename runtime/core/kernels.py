@@ -28,7 +28,8 @@ class NativeKernel:
     `sizes` are the names of the leading sizes: R if there are leading dims, then the op's dims. `parts` holds an entry
     for each output if the op moves no data. An op that `updates` its in-place outputs writes parts of them only, so
     they have to be the inputs' memory; for other ops that is allowed and not needed. `packed` are weights that the
-    kernel takes in the packed form of `runtime/kernels/cpu/packed.h`, each with its number of gates.
+    kernel takes in the packed form of `runtime/kernels/cpu/packed.h`, each with its number of gates;
+    the table that it `unpacks` may come packed, and is then read by a function of its own.
     """
 
     op: type[OpNode]
@@ -37,6 +38,7 @@ class NativeKernel:
     updates: bool = False
     parts: Mapping[str, Part] | None = None
     packed: Mapping[str, int] = field(default_factory=dict)
+    unpacks: str | None = None
 
     @property
     def symbol(self) -> str:

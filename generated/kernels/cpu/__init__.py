@@ -80,7 +80,7 @@ KERNELS: dict[str, NativeKernel] = {
     "mul_rows": NativeKernel(MulRows, "elementwise.cpp", ("R", "H")),
     "scale": NativeKernel(Scale, "elementwise.cpp", ("R", "H")),
     "soft_cap": NativeKernel(SoftCap, "elementwise.cpp", ("R", "H")),
-    "embedding": NativeKernel(Embedding, "embedding.cpp", ("T", "V", "H")),
+    "embedding": NativeKernel(Embedding, "embedding.cpp", ("T", "V", "H"), unpacks="table"),
     "embedding_shard": NativeKernel(EmbeddingShard, "embedding.cpp", ("T", "V", "H")),
     "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
     "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),

@@ -83,14 +83,25 @@ def call(library: Library, name: str, tensors: tuple[Tensor, ...], sizes: tuple[
     function((ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_int64 * len(sizes))(*sizes), None)
 
 
-def gates_by_weight(nodes: Iterable[OpNode], kernels: Mapping[str, NativeKernel]) -> dict[str, int]:
-    """The weights that can be held packed, each with its gates: those that every reader takes in the same form."""
+def gates_by_weight(
+    nodes: Iterable[OpNode], kernels: Mapping[str, NativeKernel], ties: Mapping[str, str]
+) -> dict[str, int]:
+    """The weights that products read, each with its gates, where all readers take it in the same form.
+
+    `ties` are names of weights that are others. A gather of rows takes a table as it is or packed, but without gates.
+    """
     forms: dict[str, set[int | None]] = {}
+    gathered: set[str] = set()
     for node in nodes:
-        packed = kernels[node.op].packed if node.op in kernels else {}
+        kernel = kernels.get(node.op)
         for name in node.input_types:
-            if (ref := node.optional_input(name)) is not None:
-                forms.setdefault(ref.name, set()).add(packed.get(name))
-    return {
-        name: gates for name, found in forms.items() if len(found) == 1 and (gates := next(iter(found))) is not None
-    }
+            ref = node.optional_input(name)
+            if ref is None:
+                continue
+            weight = ties.get(ref.name, ref.name)
+            if kernel is not None and kernel.unpacks == name:
+                gathered.add(weight)
+            else:
+                forms.setdefault(weight, set()).add(kernel.packed.get(name) if kernel else None)
+    agreed = {name: next(iter(found)) for name, found in forms.items() if len(found) == 1}
+    return {name: gates for name, gates in agreed.items() if gates == 1 or (gates and name not in gathered)}
