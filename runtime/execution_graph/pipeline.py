@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
@@ -21,6 +19,7 @@ from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_g
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.planner import Planner, Runnable, TorchPlanner
 from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.kernels.cpu.weights import Weight
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.plugins import Registry
@@ -111,7 +110,7 @@ class Pipeline:
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
 
-    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Runnable:
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
         """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
         return self.planner.plan(graph, bound, arena)
 
