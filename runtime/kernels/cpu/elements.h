@@ -34,6 +34,8 @@ inline To bits_of(From value) {
     return result;
 }
 
+const Ints LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 inline Floats lanes(float value) { return Floats{} + value; }
 
 // bf16: the upper half of a float32
@@ -83,10 +85,7 @@ struct Tail {
     int64_t count;
 };
 
-inline Ints inside(Tail i) {
-    const Ints number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return number < (int32_t)i.count;
-}
+inline Ints inside(Tail i) { return LANE_NUMBERS < (int32_t)i.count; }
 
 // Rounding to an element type, as a float32 again.
 
