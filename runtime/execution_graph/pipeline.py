@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
-from torch import Tensor
-
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.graph import ExecutionGraph, Stage
@@ -22,6 +20,7 @@ from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.planner import Planner, Runnable, TorchPlanner
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
 from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.kernels.cpu.weights import Weight
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.plugins import Registry
@@ -93,7 +92,7 @@ class Pipeline(Rewriting):
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
 
-    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Runnable:
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
         """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
         return self.planner.plan(graph, bound, arena)
 
