@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
-from torch import Tensor
-
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.graph import ExecutionGraph
@@ -18,6 +16,7 @@ from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs, paused_gc
 from sageLLM.runtime.execution_graph.planner import Planner, Runnable, TorchPlanner
 from sageLLM.runtime.execution_graph.rewriting import Choice
 from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.kernels.cpu.weights import Weight
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.plugins import Registry
@@ -47,7 +46,7 @@ class Pipeline(ModelGraphs):
         """By op the function that is its reference."""
         return self.registry.kernels
 
-    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Runnable:
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
         """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
         return self.planner.plan(graph, bound, arena)
 
