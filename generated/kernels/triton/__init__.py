@@ -45,6 +45,7 @@ from .norm import (
 )
 from .pooling import l2_norm, pool_first, pool_last
 from .position import rope, rope_interleaved
+from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
 from .sampling import sample
 from .varlen_attention import varlen_attention
 
@@ -106,6 +107,10 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "l2_norm": l2_norm,
     "rope": rope,
     "rope_interleaved": rope_interleaved,
+    "qk_rope_kv_store": qk_rope_kv_store,
+    "qk_rope_interleaved_kv_store": qk_rope_interleaved_kv_store,
+    "qk_norm_rope_kv_store": qk_norm_rope_kv_store,
+    "qk_norm_1p_rope_kv_store": qk_norm_1p_rope_kv_store,
     "sample": sample,
     "varlen_attention": varlen_attention,
 }
