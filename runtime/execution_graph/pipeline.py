@@ -17,13 +17,13 @@ from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.expand import expand
-from sageLLM.runtime.execution_graph.planner import Planner, Runnable, TorchPlanner
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
-from sageLLM.runtime.kernels.cpu.arena import Arena
-from sageLLM.runtime.kernels.cpu.weights import Weight
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.plugins import Registry
+    from sageLLM.runtime.execution_graph.planner import Planner, Runnable
+    from sageLLM.runtime.kernels.cpu.arena import Arena
+    from sageLLM.runtime.kernels.cpu.weights import Weight
 
 
 class Pipeline(Rewriting):
@@ -48,7 +48,7 @@ class Pipeline(Rewriting):
         self.layout = layout
         self.config = config
         self.dtype = dtype
-        self.planner: Planner = planner or TorchPlanner(registry.kernels)
+        self._planner = planner
         self.reports: dict[Stage, list[PassReport]] = {}
         self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
 
@@ -91,6 +91,15 @@ class Pipeline(Rewriting):
                 raise
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
+
+    @property
+    def planner(self) -> Planner:
+        """What binds graphs to kernels. Only this needs torch: the generator builds graphs and rewrites them without."""
+        if self._planner is None:
+            from sageLLM.runtime.execution_graph.planner import TorchPlanner
+
+            self._planner = TorchPlanner(self.registry.kernels)
+        return self._planner
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
         """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
