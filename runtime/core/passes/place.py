@@ -83,7 +83,7 @@ class PlacePass(DeclaredPass):
         memo: dict[InferKey, Inference] = {}
         rows = entering(old)[0].shape[0]
         for node in new.nodes.values():
-            if node.node_id not in old.nodes:
+            if type(old.nodes.get(node.node_id)) is not type(node):  # a joined value keeps its name, not its op
                 origin = old.nodes.get(node.origins[0]) if node.origins else None
                 count = share_of(rows, node.metadata["part"], self.parts) if origin else node.outputs[0].shape[0]
                 node.estimated_time_us = self._time_us(node, origin, int(str(count)), memo)
