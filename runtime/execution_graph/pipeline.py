@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Unpack
 
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import Dim, dims
-from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
+from sageLLM.runtime.core.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import KvShape, ModelLayout
-from sageLLM.runtime.core.rewrite import OptimizationPass, PassReport, RewriteOptions, RewritePass
+from sageLLM.runtime.core.rewrite import PassReport
 from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.planner import Planner, Runnable, TorchPlanner
+from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
 from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.kernels.cpu.weights import Weight
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.plugins import Registry
 
-ALL = "all"
 
-
-class Pipeline:
+class Pipeline(Rewriting):
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    `planner` binds graphs to kernels, by default to the references. `disable` names passes and rules that are left out,
-    "all" every one; `only`, where given, names all that stay. `kernels` names the ops that the device has a kernel for,
-    where fusing others would gain nothing, and `limit` is the number of rewrites after which no more happen. The
-    pipeline runs the rewrite passes: what the others (streams, prefetch, memory places) decide is read by schedules and
-    simulations; native plans place their memory by themselves.
+    `choice` names the passes and rules that take part, as in `Rewriting`; `planner` binds graphs to kernels, by default
+    to the references. Only rewrite passes run here: what the others (streams, prefetch, memory places) decide is read
+    by schedules and simulations; native plans place their memory by themselves.
     """
 
     def __init__(
@@ -45,29 +41,14 @@ class Pipeline:
         registry: Registry,
         *,
         dtype: str,
-        disable: Collection[str] = (),
-        only: Collection[str] | None = None,
-        kernels: Container[str] | None = None,
-        limit: int | None = None,
         planner: Planner | None = None,
+        **choice: Unpack[Choice],
     ) -> None:
-        rules = {name: _rules(one) for name, one in registry.passes.items()}
-        known = dict.fromkeys([*rules, *(rule for names in rules.values() for rule in names)])
-        if unknown := sorted({*disable, *(only or ())} - known.keys() - {ALL}):
-            raise ValueError(f"no pass or rule named {', '.join(unknown)}; known are {', '.join(known)}")
+        super().__init__(registry, **choice)
         self.layout = layout
         self.config = config
         self.dtype = dtype
-        self.registry = registry
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
-        if only is not None:
-            only = {*only, *(rule for name in only for rule in rules.get(name, ()))}
-        self.options = RewriteOptions(kernels, disable, only, limit)
-        self.passes = [
-            one
-            for name, one in registry.passes.items()
-            if not {name, ALL} & set(disable) and (only is None or {name, *rules[name]} & set(only))
-        ]
         self.reports: dict[Stage, list[PassReport]] = {}
         self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
 
@@ -95,35 +76,25 @@ class Pipeline:
         with _paused_gc():
             graph = build_embedding_graph(self.layout, self.config, pooling, normalize=normalize, dtype=self.dtype)
             graph = self._expanded(graph)
-            for one in self.rewrite_passes("kernel"):
-                one.transform(graph)
+            self.rewrite(graph)
             return graph
 
     def kernel_graph(self, stage: Stage) -> ExecutionGraph:
         """The optimised kernel-level graph, which the executor runs."""
         if stage not in self._kernel_graphs:
             graph = self.expanded_graph(stage)
-            self.reports[stage] = []
-            with _paused_gc():
-                for one in self.rewrite_passes("kernel"):
-                    one.transform(graph)
-                    self.reports[stage].append(one.report)
+            try:
+                with _paused_gc():
+                    self.reports[stage] = self.rewrite(graph)
+            except Exception:
+                list(self.steps(self.expanded_graph(stage)))  # fails again, and keeps the graph on which it does
+                raise
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
 
-    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Runnable:
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
         """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
         return self.planner.plan(graph, bound, arena)
-
-    def steps(self, graph: ExecutionGraph) -> Iterator[tuple[RewritePass, ExecutionGraph]]:
-        """Runs the kernel-level passes one after another; gives each pass with the graph that it left."""
-        for one in self.rewrite_passes("kernel"):
-            graph = one.apply(graph)
-            yield one, graph
-
-    def rewrite_passes(self, level: Level) -> list[RewritePass]:
-        """New instances of the enabled rewrite passes of a level, in the order of the pipeline."""
-        return [one(self.options) for one in self.passes if one.level == level and issubclass(one, RewritePass)]
 
     def migrate_graph(self) -> ExecutionGraph:
         """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""
@@ -145,10 +116,6 @@ class Pipeline:
                 targets = _cache_inputs(g, "target", i, kept, pages_to, slots)
                 outputs += copy(g, *sources, *targets, *blocks)
         return g.finish(outputs)
-
-
-def _rules(one: type[OptimizationPass]) -> list[str]:
-    return [rule.name for rule in one.rules] if issubclass(one, RewritePass) else []
 
 
 @contextmanager

@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from sageLLM.generated.builders.llama import LLAMA
 from sageLLM.generated.kernels import cpu, reference
+from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.dims import evaluate
+from sageLLM.runtime.core.ir import OpNode
+from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
 from sageLLM.runtime.kernels.cpu import compiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library, Symbol
-from sageLLM.runtime.kernels.cpu.packing import DTYPE_NAMES, PackedWeight, pack, unpack_rows
+from sageLLM.runtime.kernels.cpu.packing import DTYPE_NAMES, PackedWeight, gates_by_weight, pack, unpack_rows
 
 SOURCES = Path(cpu.__file__).parent
 found = compiler.find_compiler()
@@ -152,6 +157,28 @@ def test_rows_come_back_out_of_a_packed_table(dtype: torch.dtype, features: int,
     table = torch.randn(features, inner + 2).to(dtype)[:, 1:-1]
     ids = torch.arange(features, dtype=torch.int32).flip(0)
     assert torch.equal(unpack_rows(pack(table, 1, library), ids, library), table.flip(0))
+
+
+def test_a_packed_table_is_embedding_and_head_at_once(tmp_path: Path) -> None:
+    library, ids = FreshLibrary(tmp_path), torch.tensor([5, 0, 19], dtype=torch.int32)
+    table = torch.randn(20, 40).bfloat16()
+    embedding = NativeCallable(cpu.KERNELS["embedding"], library, reference.KERNELS["embedding"])
+    packed = pack(table, 1, library)
+    for form in (table, packed):
+        assert torch.equal(embedding(ids, form), table[ids])
+    head = NativeCallable(cpu.KERNELS["lm_head"], library, reference.KERNELS["lm_head"])
+    assert torch.equal(head(table[ids], packed), head(table[ids], table))
+
+
+def test_weights_are_packed_where_all_readers_agree() -> None:
+    """Gate and up of a fused feed-forward layer alternate; a tied table is one weight; a norm's is no product's."""
+    config = LLAMA.read_config(HFConfig(LLAMA.tiny))
+    graph = Pipeline(LLAMA, config, load_registry(), dtype="f32", kernels=cpu.KERNELS).kernel_graph("decode")
+    nodes = [node for node in graph.nodes.values() if isinstance(node, OpNode)]
+    gates = gates_by_weight(nodes, cpu.KERNELS, {"lm_head": "embed"})
+    layer = {name.removeprefix("layers.0."): gates[name] for name in gates if not name.startswith("layers.1.")}
+    assert layer == {"attention.wqkv": 1, "attention.wo": 1, "ffn.wgu": 2, "ffn.wd": 1, "embed": 1}
+    assert "embed" not in gates_by_weight(nodes, cpu.KERNELS, {})
 
 
 def test_gates_lie_panel_by_panel_and_groups_one_after_the_other(tmp_path: Path) -> None:

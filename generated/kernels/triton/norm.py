@@ -1438,6 +1438,7 @@ def _fused_norm_add_norm_1p_rows(
     eps,
     T,
     H,
+    residual_T,
     x_T,
     y_T,
     h_T,
@@ -1451,10 +1452,10 @@ def _fused_norm_add_norm_1p_rows(
     inH = iH < H
     xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
     ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
-    hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+    n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + iH, mask=inH, other=0).to(tl.float32)), E)
+    hValue = device.rounded(tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E)
     xfV2 = hValue
     msV2 = tl.sum(tl.where(inH, xfV2 * xfV2, 0.0), 1)[:, None] / H
-    n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + iH, mask=inH, other=0).to(tl.float32)), E)
     tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
     tl.store(
         y + iT * y_T + iH,
@@ -1487,17 +1488,13 @@ def _fused_norm_add_norm_1p_long(
     iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     isRow = iT < T
     msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    msV2All = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for iBlock in range(0, H, BLOCK_H):
         iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
         inH = iH < H
         xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
         msAll = msAll + tl.where(inH, xf * xf, 0.0)
-        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        xfV2 = hValue
-        msV2All = msV2All + tl.where(inH, xfV2 * xfV2, 0.0)
     ms = tl.sum(msAll, 1)[:, None] / H
-    msV2 = tl.sum(msV2All, 1)[:, None] / H
+    msV2All = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for iBlock in range(0, H, BLOCK_H):
         iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
         inH = iH < H
@@ -1507,7 +1504,15 @@ def _fused_norm_add_norm_1p_long(
             tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E
         )
         xfV2 = hValue
+        msV2All = msV2All + tl.where(inH, xfV2 * xfV2, 0.0)
         tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    msV2 = tl.sum(msV2All, 1)[:, None] / H
+    tl.debug_barrier()  # what other threads of the program have stored is read again
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        xfV2 = hValue
         tl.store(
             y + iT * y_T + iH,
             device.rounded(
@@ -1538,6 +1543,7 @@ def fused_norm_add_norm_1p(
                 eps,
                 T,
                 H,
+                residual.stride(0),
                 x.stride(0),
                 y.stride(0),
                 h.stride(0),

@@ -48,7 +48,10 @@ class NativeCallable:
     def __call__(self, *operands: Operand, **attrs: Any) -> Any:
         if self.kernel.packed:
             operands = self._packed(operands)
-        key = (*((x.shape, x.stride(), x.dtype, x.device) if x is not None else None for x in operands), *attrs.items())
+        key = (
+            *((type(x), x.shape, x.stride(), x.dtype, x.device) if x is not None else None for x in operands),
+            *attrs.items(),
+        )
         signature = self._signatures.get(key)
         if signature is None:
             if not self._is_supported(operands):
@@ -100,7 +103,8 @@ class NativeCallable:
             sizes += self._strides(pattern, own, is_copied=False)
         numbers = [number(op.attr_types[name], value) for name, value in known.attrs.items() if name in op.attr_types]
         element = str(known.env[self.kernel.element]) if self.kernel.element else ELEMENTS[0]
-        function = Symbol(self._library.address(op.op, element))
+        unpacks = isinstance(given.get(self.kernel.unpacks or ""), PackedWeight)
+        function = Symbol(self._library.address(op.op, element, unpacks=unpacks))
         return Signature(
             function, (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_double * len(numbers))(*numbers), copied, outputs
         )

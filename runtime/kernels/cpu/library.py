@@ -25,10 +25,14 @@ class Library:
         self._folder, self._compiler, self._flags = folder, compiler, flags
         self._loaded: dict[tuple[str, str], ctypes.CDLL] = {}
 
-    def address(self, op: str, element: str) -> int:
-        """Where the op's function lies, for calls from native code; built and loaded first. May raise CompileError."""
+    def address(self, op: str, element: str, *, unpacks: bool = False) -> int:
+        """Where the op's function lies, for calls from native code; built and loaded first. May raise CompileError.
+
+        With `unpacks` it is the function that reads the op's table packed.
+        """
         kernel = self.kernels[op]
-        function = getattr(self._file(kernel.source, self._element(kernel, element)), kernel.symbol)
+        symbol = f"{kernel.symbol}_packed" if unpacks else kernel.symbol
+        function = getattr(self._file(kernel.source, self._element(kernel, element)), symbol)
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def helper(self, source: str, name: str, element: str) -> Any:

@@ -42,6 +42,9 @@ class PackedWeight:
     def data_ptr(self) -> int:
         return self.values.data_ptr()
 
+    def numel(self) -> int:
+        return self.shape.numel()
+
 
 def pack(weight: Tensor, gates: int, library: Library) -> PackedWeight:
     """The weight in packed form, a copy. Its last dim has to be contiguous; else it is copied first."""
@@ -55,6 +58,17 @@ def pack(weight: Tensor, gates: int, library: Library) -> PackedWeight:
     sizes = (groups, gates, features, inner, group_stride, weight.stride(-2))
     call(library, "pack", (weight, values), sizes)
     return PackedWeight(values, weight.shape, gates)
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The weight as it was, a copy: for an op that has no kernel which reads it packed."""
+    groups = packed.shape[0] if len(packed.shape) == 3 else 1
+    features, inner = packed.shape[-2] // packed.gates, packed.shape[-1]
+    pair = 2 if packed.dtype == torch.bfloat16 else 1
+    depth = -(-inner // DEPTH) * DEPTH
+    panels = packed.values.view(groups, -1, packed.gates, depth // pair, PANEL, pair)
+    whole = panels.permute(0, 2, 1, 4, 3, 5).reshape(groups, packed.gates, -1, depth)
+    return whole[:, :, :features, :inner].reshape(packed.shape)
 
 
 def unpack_rows(packed: PackedWeight, ids: Tensor, library: Library) -> Tensor:
@@ -83,14 +97,25 @@ def call(library: Library, name: str, tensors: tuple[Tensor, ...], sizes: tuple[
     function((ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_int64 * len(sizes))(*sizes), None)
 
 
-def gates_by_weight(nodes: Iterable[OpNode], kernels: Mapping[str, NativeKernel]) -> dict[str, int]:
-    """The weights that can be held packed, each with its gates: those that every reader takes in the same form."""
+def gates_by_weight(
+    nodes: Iterable[OpNode], kernels: Mapping[str, NativeKernel], ties: Mapping[str, str]
+) -> dict[str, int]:
+    """The weights that products read, each with its gates, where all readers take it in the same form.
+
+    `ties` are names of weights that are others. A gather of rows takes a table as it is or packed, but without gates.
+    """
     forms: dict[str, set[int | None]] = {}
+    gathered: set[str] = set()
     for node in nodes:
-        packed = kernels[node.op].packed if node.op in kernels else {}
+        kernel = kernels.get(node.op)
         for name in node.input_types:
-            if (ref := node.optional_input(name)) is not None:
-                forms.setdefault(ref.name, set()).add(packed.get(name))
-    return {
-        name: gates for name, found in forms.items() if len(found) == 1 and (gates := next(iter(found))) is not None
-    }
+            ref = node.optional_input(name)
+            if ref is None:
+                continue
+            weight = ties.get(ref.name, ref.name)
+            if kernel is not None and kernel.unpacks == name:
+                gathered.add(weight)
+            else:
+                forms.setdefault(weight, set()).add(kernel.packed.get(name) if kernel else None)
+    agreed = {name: next(iter(found)) for name, found in forms.items() if len(found) == 1}
+    return {name: gates for name, gates in agreed.items() if gates == 1 or (gates and name not in gathered)}
