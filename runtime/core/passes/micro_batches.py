@@ -7,7 +7,7 @@ from dataclasses import replace
 from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
-from sageLLM.runtime.core.passes.rows import join_rows, split_rows
+from sageLLM.runtime.core.passes.rows import PART, join_rows, split_rows
 
 COUNTS = ("flops", "bytes")
 """Attributes of plain nodes that count work, and so shrink with the rows."""
@@ -88,7 +88,7 @@ class MicroBatches:
         copied = node.copy()
         copied.node_id, copied.inputs = f"{node.node_id}.p{part}", inputs
         copied.dependencies = {new for old in self._control(node) for new in self._now(old, part)}
-        copied.metadata["part"] = part
+        copied.metadata[PART] = part
         copied.origins = (node.node_id,)
         copied.outputs = self._outputs(node, inputs, part)
         copied.attrs = {name: self._attr(name, value, node, part) for name, value in node.attrs.items()}
