@@ -10,6 +10,7 @@ from pathlib import Path
 import engine_overhead
 import generate
 import graphs
+import passes
 import scheduler
 import spec_lines
 from machine import machine_facts
@@ -22,6 +23,7 @@ def main() -> None:
     figures = {
         "generate": generate.measure(runs=5),
         "graphs": graphs.measure(runs=9),
+        "passes": passes.measure(runs=7),
         "engine": engine_overhead.measure(steps=100),
         "scheduler": scheduler.measure(steps=500),
         "specs": spec_lines.measure(),
