@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
+pytestmark = pytest.mark.timeout(3600)  # all kernels, for all targets, on a busy machine
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux")
+pytestmark = pytest.mark.timeout(900)  # on a busy machine
 
 from sageLLM.generated.kernels.triton import KERNELS
 from sageLLM.runtime.kernels.triton_interpreter import narrowed, widened
