@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 
 from sageLLM.codegen.emit.builder_views import (
@@ -99,6 +100,8 @@ class BuilderView:
         self.is_overlay = specs.is_overlay
         self.extends = model.base.name if model.base else None
         self._weights = WeightText(self._text, lambda name: model.config[name].words, self._exists)
+        self._views: dict[tuple[str | None, str, str], WeightView] = {}
+        self._texts: dict[str, str] = {}
 
     @property
     def fields(self) -> list[FieldView]:
@@ -140,7 +143,7 @@ class BuilderView:
         names = [name for weight in weights if weight.shard for name in weight.dims[weight.shard.dim].symbols]
         return [(self.model.config[name].words, name) for name in dict.fromkeys(names) if name in self.model.config]
 
-    @property
+    @cached_property
     def all_weights(self) -> list[WeightDef]:
         return [*self.model.weights, *(weight for block in self.model.blocks.values() for weight in block.weights)]
 
@@ -163,14 +166,14 @@ class BuilderView:
 
     def _grouped(self, weights: Iterable[WeightDef]) -> list[WeightGroup]:
         """Neighbours that exist under the same condition, with that condition."""
-        views = [self._weights.view(weight, "i") for weight in weights]
+        views = [self._weight(weight, "i") for weight in weights]
         return [(exists, list(group)) for exists, group in groupby(views, key=lambda view: view.exists)]
 
-    @property
+    @cached_property
     def blocks(self) -> list[tuple[BlockDef, BodyView]]:
         return [(block, self._body(block.body, Place("layer", block.weights))) for block in self.model.blocks.values()]
 
-    @property
+    @cached_property
     def program(self) -> BodyView:
         """What the whole program reads; its statements are `program_steps`."""
         calls = [item for item in self.model.program if not isinstance(item, Repeat)]
@@ -195,7 +198,7 @@ class BuilderView:
         texts += _layer_texts(block.body)
         return tuple_text(dict.fromkeys(texts)) if texts else None
 
-    @property
+    @cached_property
     def step_dims(self) -> list[str]:
         """Symbols of the step that the module uses; T is local to each function."""
         bodies = [self.program, *(self.loop(loop) for loop in self._loops), *(body for _, body in self.blocks)]
@@ -218,7 +221,7 @@ class BuilderView:
     def tiny(self) -> str:
         return lit(dict(self.model.tiny))
 
-    @property
+    @cached_property
     def _loops(self) -> list[Repeat]:
         return [item for item in self.model.program if isinstance(item, Repeat)]
 
@@ -231,7 +234,7 @@ class BuilderView:
         set_here = {target for statement in plain_statements(statements) for target in _targets(statement)}
         inner = place.knowing({*(w.name for w in weights), *(given.name for given in inputs), *set_here})
         return BodyView(
-            tuple(self._weights.view(weight, place.index) for weight in weights),
+            tuple(self._weight(weight, place.index) for weight in weights),
             tuple(self._input(given, place.index) for given in inputs),
             tuple(self._step(statement, inner) for statement in statements),
         )
@@ -325,10 +328,19 @@ class BuilderView:
             return condition
         return f"any({condition} for i in range(c.L))"
 
+    def _weight(self, weight: WeightDef, index: str) -> WeightView:
+        key = (weight.block, weight.name, index)
+        if key not in self._views:
+            self._views[key] = self._weights.view(weight, index)
+        return self._views[key]
+
     def _text(self, size: Size) -> str:
         """A size as Python text: config names are fields of `c`, dims of the step are symbols."""
-        node = ast.parse(str(size), mode="eval").body
-        return render_names(node, lambda name: f"c.{name}" if name in self.model.config else name)
+        text = str(size)
+        if text not in self._texts:
+            node = ast.parse(text, mode="eval").body
+            self._texts[text] = render_names(node, lambda name: f"c.{name}" if name in self.model.config else name)
+        return self._texts[text]
 
 
 def _layer_texts(body: Sequence[Statement]) -> Iterator[str]:

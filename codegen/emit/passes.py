@@ -14,30 +14,36 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from sageLLM.codegen.emit.pass_fields import ENGINES, OP_FIELDS, fields_of, function_of
+from sageLLM.codegen.emit.rule_conditions import asked_sizes, condition_text, negated
 from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
-from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
+from sageLLM.codegen.model.rule import Found, PassDef, PatternCall, RuleDef
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit
 
-ENGINES = {"merge": "MergePass", "schedule": "StreamPass", "insert": "PrefetchPass", "allocate": "MemoryPass"}
 TAKEN = (
     "graph",
     "node",
-    "describe",
+    "giver",
     "has_default",
+    "is_known",
+    "reader_of",
+    "readers",
+    "size_of",
     "replacement",
     *(f"replacement_{i}" for i in range(1, 10)),
 )  # by the function
-MODULES = {"merge": "merge", "schedule": "schedule", "insert": "prefetch", "allocate": "memory"}
 
 
 @dataclass(frozen=True, slots=True)
 class FindView:
-    """A node of the pattern, found as the giver of a value that is known already."""
+    """A node of the pattern, found as the giver, or as a reader, of a value that is known already."""
 
     var: str
     op: OpDef
     value: str
+    label: str
+    is_reader: bool
     num_found: int
 
 
@@ -90,8 +96,9 @@ def _module(file: str, passes: list[PassDef], specs: Specs, renderer: Renderer) 
         source=file,
         passes=passes,
         rules=rules,
+        fields={one.name: fields_of(one, specs) for one in passes},
         engines=ENGINES,
-        engine_imports=sorted({(MODULES[p.spec.kind], ENGINES[p.spec.kind]) for p in passes if p.spec.kind in ENGINES}),
+        functions=[function_of(one) for one in passes if one.spec.function is not None],
         op_imports=_op_imports(passes, specs),
     )
     return Output(f"passes/{_stem(file)}.py", header(file, passes[0].name) + text, tuple(p.ref for p in passes))
@@ -110,11 +117,13 @@ def _stem(file: str) -> str:
 
 
 def _op_imports(passes: Iterable[PassDef], specs: Specs) -> list[tuple[str, list[str]]]:
-    """The node classes that the rules name, by module."""
+    """The node classes that rules and fields name, by module."""
     modules: dict[str, set[str]] = {}
     for rule in (rule for one in passes for rule in one.rules):
         for call in (*rule.pattern, *rule.replacement):
             modules.setdefault(op_module(call.op, specs), set()).add(call.op.class_name)
+    for name in (name for one in passes for field in OP_FIELDS if (name := getattr(one.spec, field)) is not None):
+        modules.setdefault(op_module(specs.ops[name], specs), set()).add(specs.ops[name].class_name)
     return [(module, sorted(names)) for module, names in sorted(modules.items())]
 
 
@@ -125,21 +134,23 @@ def op_module(op: OpDef, specs: Specs) -> str:
 
 
 class RuleViewer:
-    """Turns a rule into the steps of its function, from the anchor back along the values."""
+    """Turns a rule into the steps of its function, from the anchor along the values: to their givers, else readers."""
 
     def __init__(self, rule: RuleDef) -> None:
         self.rule = rule
         self.vars = self._variables()
         self.values: dict[str, str] = {}
+        self.labels: dict[str, str] = {}
         self.attrs: dict[str, str] = {}
         self.steps: list[FindView | CheckView] = []
 
     def view(self) -> RuleView:
         anchor = len(self.rule.pattern) - 1
         self._bind(anchor, 1)
-        for num_found, index in enumerate(range(anchor - 1, -1, -1), start=1):
-            self._find(index, num_found)
-            self._bind(index, num_found + 1)
+        for num_found, step in enumerate(self.rule.search(), start=1):
+            self._find(step, num_found)
+            self._bind(step.position, num_found + 1)
+        self._check_conditions(len(self.rule.pattern))
         return RuleView(
             self.rule,
             self.vars[anchor],
@@ -165,10 +176,10 @@ class RuleViewer:
         count = len(self.rule.replacement)
         return ["replacement"] if count == 1 else [f"replacement_{i}" for i in range(1, count + 1)]
 
-    def _find(self, index: int, num_found: int) -> None:
-        call, var = self.rule.pattern[index], self.vars[index]
-        target = next(name for name in call.targets if name in self.values)
-        self.steps.append(FindView(var, call.op, self.values[target], num_found))
+    def _find(self, step: Found, num_found: int) -> None:
+        call, var = self.rule.pattern[step.position], self.vars[step.position]
+        is_reader = step.by not in call.targets
+        self.steps.append(FindView(var, call.op, self.values[step.by], self.labels[step.by], is_reader, num_found))
 
     def _bind(self, index: int, num_found: int) -> None:
         """Gives the values and attrs of a node their text, and checks those that have one already."""
@@ -176,26 +187,40 @@ class RuleViewer:
         for name, output in zip(call.targets, call.op.outputs, strict=True):
             text = f"{var}.{output.name}"
             if name in self.values and len(call.op.outputs) > 1:
-                self._check(f"{text}.name != {self.values[name]}.name", num_found, f"want {name} to be {output.name}")
+                self._check(
+                    f"{text}.name != {self.values[name]}.name",
+                    num_found,
+                    f"want {self.labels[name]} to be {call.op.name}.{output.name}",
+                )
             self.values[name] = text
+            self.labels.setdefault(name, f"{call.op.name}.{output.name}")
         for operand, value in call.operands.items():
             self._bind_operand(f"{var}.{operand}", operand, value, call, num_found)
         for attr, given in call.attrs:
-            self._bind_attr(f"{var}.{attr}", attr, given, num_found)
-        for declared in call.op.attrs:
-            if declared.name not in dict(call.attrs) and not declared.is_required:
-                self._check_default(declared, var, num_found)
+            declared = call.op.attr(attr)
+            is_dim = declared is not None and declared.type == "dim"
+            self._bind_attr(f"{var}.attrs[{lit(attr)}]" if is_dim else f"{var}.{attr}", attr, given, num_found)
+        for unnamed in call.op.attrs:
+            if unnamed.name not in dict(call.attrs) and not unnamed.is_required:
+                self._check_default(unnamed, var, num_found)
 
     def _bind_operand(self, text: str, operand: str, value: str | None, call: PatternCall, num_found: int) -> None:
         declared = call.op.operand(operand)
         if value is None:
             self._check(f"{text} is not None", num_found, f"want {call.op.name} without {operand}")
             return
-        if declared is not None and declared.optional:
+        may_be_absent = value in self.rule.optional
+        if declared is not None and declared.optional and not may_be_absent:
             self._check(f"{text} is None", num_found, f"want {call.op.name} with {operand}")
         if value in self.values:
-            self._check(f"{text}.name != {self.values[value]}.name", num_found, f"want the same {value} twice")
+            name = "" if may_be_absent else ".name"
+            self._check(
+                f"{text}{name} != {self.values[value]}{name}",
+                num_found,
+                f"want {call.op.name}.{operand} to be {self.labels[value]}",
+            )
         self.values.setdefault(value, text)
+        self.labels.setdefault(value, f"{call.op.name}.{operand}")
 
     def _bind_attr(self, text: str, attr: str, given: AttrName | Scalar | None, num_found: int) -> None:
         if not isinstance(given, AttrName):
@@ -215,6 +240,15 @@ class RuleViewer:
                 else f"{var}.{attr.name} != {lit(attr.default)}"
             )
         self._check(test, num_found, f"want the default {attr.name}")
+
+    def _check_conditions(self, num_found: int) -> None:
+        """The rule's `where`. A size that is still symbolic is no reason to fire."""
+        for condition in self.rule.where:
+            for value, index in asked_sizes(condition.node):
+                asked = f"{self.values[value]}" + ("" if index is None else f", {index}")
+                self._check(f"not is_known({asked})", num_found, f"the sizes in {condition.text} are not known yet")
+            test = condition_text(negated(condition.node), self.values, self.attrs)
+            self._check(test, num_found, f"needs {condition.text}")
 
     def _check(self, test: str, num_found: int, reason: str) -> None:
         self.steps.append(CheckView(test, num_found, reason))

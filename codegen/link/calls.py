@@ -27,6 +27,13 @@ class Binding:
     dims: dict[str, Size] = field(default_factory=dict)
     leading: tuple[Size, ...] | None = None
 
+    def fix(self, op: OpDef, kwargs: Iterable[tuple[str, AttrName | Scalar | None]]) -> None:
+        """Binds the dims that are attrs of the called op, which operands need not tell."""
+        for name, value in kwargs:
+            attr = op.attr(name)
+            if attr is not None and attr.type == "dim" and isinstance(value, AttrName | int):
+                self.dims[name] = Size.symbol(value.name) if isinstance(value, AttrName) else Size.of(value)
+
     def match(self, wanted: ValueType, given: ValueType) -> None:
         """Binds what is new and compares the rest; raises Misfit."""
         self._match_element(wanted.element, given.element)
@@ -131,6 +138,7 @@ class CallLinker:
             raise text.refuse("SAGE119", f"unknown op '{name}'", node.func, did_you_mean(name, self.ops))
         binding = Binding()
         kwargs = tuple((keyword.arg or "", self._kwarg(text, op, keyword)) for keyword in node.keywords)
+        binding.fix(op, kwargs)
         missing = [a.name for a in op.attrs if (a.is_required or a.formula) and a.name not in dict(kwargs)]
         if missing:
             raise text.refuse("SAGE106", f"{name} needs the attr '{missing[0]}'", node, f"write {missing[0]}=...")
@@ -217,9 +225,11 @@ def fused_cost(
     reads: dict[str, Size] = {o.name: Size.of(0) for o in inputs}
     written: dict[str, Size] = {}
     hidden = Size.of(0)
+    parts: dict[str, str] = {}  # of an input: what a view of it is called
     let: dict[str, str] = {}
     for call in calls:
         op, binding = ops[call.op], Binding()
+        binding.fix(op, call.kwargs)
         pairs = [(o, arg) for o, arg in zip(op.inputs, call.args, strict=False) if arg is not None]
         for operand, arg in pairs:
             binding.match(operand.type, types[arg])
@@ -232,8 +242,12 @@ def fused_cost(
         flops += binding.formula(op.cost.flops)
         let |= op.cost.let
         for operand, arg in pairs:
-            if arg in reads:
-                reads[arg] = _merged(reads[arg], binding.formula(op.cost.read[operand.name]), tensor_bytes(types[arg]))
+            if (source := parts.get(arg, arg)) in reads:
+                more = binding.formula(op.cost.read[operand.name])
+                is_again = more == reads[source] and source == arg
+                reads[source] = reads[source] if is_again else _merged(reads[source], more, tensor_bytes(types[source]))
+        if op.is_view and pairs:
+            parts |= dict.fromkeys(call.targets, parts.get(pairs[0][1], pairs[0][1]))
         for output, target in zip(op.outputs, call.targets, strict=True):
             types[target] = binding.apply(output.type)
             written[target] = binding.formula(op.cost.written[output.name])

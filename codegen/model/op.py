@@ -149,6 +149,11 @@ class OpDef:
         return tuple(self.entry.spec.tags)
 
     @property
+    def is_view(self) -> bool:
+        """Whether its results are parts or other shapes of its first input's memory."""
+        return self.op_type == "VIEW" or "view" in self.tags
+
+    @property
     def phases(self) -> tuple[str, ...]:
         return tuple(self.entry.spec.phases)
 

@@ -14,6 +14,18 @@ class LinkSpec(Strict):
     latency_us: float = Field(ge=0, description="microseconds until the first byte arrives")
 
 
+class ProductsSpec(Strict):
+    """How matrix products are cut into blocks on a CPU. A block's sums have to fit into the registers."""
+
+    rows: int = Field(ge=1, le=14, description="rows of a block, in registers of 16 float32 lanes")
+    panels: int = Field(ge=1, le=4, description="panels of 16 output features of a block, in such registers")
+    narrow_rows: int = Field(ge=1, le=14, description="rows of a block where registers are narrower")
+    narrow_panels: int = Field(ge=1, le=4, description="panels of a block where registers are narrower")
+    prepared_rows: int = Field(ge=32, description="rows of the input that are brought into the kernel's form at a time")
+    chunk_bytes: int = Field(ge=1024, description="bytes of a weight that stay in the cache while the rows pass")
+    rows_per_part: int = Field(ge=1, description="rows that are worth a thread of their own; fewer share the weight")
+
+
 class HardwareFile(Strict):
     """`specs/hardware/NAME.yaml`: one device type."""
 
@@ -27,4 +39,5 @@ class HardwareFile(Strict):
     launch_overhead_us: float = Field(ge=0, description="time that each kernel costs besides its work")
     link: LinkSpec
     host_link: LinkSpec
+    products: ProductsSpec | None = Field(default=None, description="block sizes of CPU kernels for matrix products")
     efficiency: dict[str, float] = Field(default={}, description="share of the limit reached, per op tag")

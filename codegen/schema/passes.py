@@ -1,4 +1,4 @@
-"""What a pass file may say: the stages of the pipeline, and passes of five kinds with their rules and expectations."""
+"""What a pass file may say: the stages of the pipeline, and passes of seven kinds with their rules and expectations."""
 
 from typing import Literal, Self
 
@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from sageLLM.codegen.schema.base import Strict
 
-Kind = Literal["rewrite", "merge", "schedule", "insert", "allocate"]
+Kind = Literal["rewrite", "insert", "schedule", "place", "merge", "allocate", "python"]
 PhaseName = Literal["prefill", "decode", "hybrid"]
 
 
@@ -18,6 +18,11 @@ class RuleSpec(Strict):
     match: list[str] | None = Field(default=None, min_length=1, description="op calls; names stand for values")
     keep: list[str] = Field(default=[], description="values of the pattern that others may read as well")
     rewrite: list[str] | None = Field(default=None, min_length=1, description="op calls that give the kept values")
+    where: list[str] = Field(
+        default=[],
+        description="conditions on values and attrs of the pattern: `bytes(p) <= 512 * 1024`, `dtype(x) == 'bf16'`",
+    )
+    bounded: int | None = Field(default=None, ge=1, description="the most that it fires in one graph")
     benefit: int = Field(default=1, ge=1, le=1000, description="rules with more benefit are tried first")
 
     @model_validator(mode="after")
@@ -25,9 +30,18 @@ class RuleSpec(Strict):
         written = (self.name, self.match, self.rewrite)
         if (self.from_op is None) == (written == (None, None, None)):
             raise ValueError("a rule has `from_op`, or `name`, `match`, `keep` and `rewrite`")
+        if self.from_op is not None and (self.where or self.keep or self.bounded):
+            raise ValueError("a derived rule has the conditions of its op: write `where` there")
         if self.from_op is None and None in written:
             raise ValueError("a written-out rule has `name`, `match`, `keep` and `rewrite`")
         return self
+
+
+class ShareSpec(Strict):
+    """What a stream takes of the device while other streams run."""
+
+    part: float = Field(gt=0.0, lt=1.0, description="of the device's units; the others have the rest")
+    speed: float = Field(gt=0.0, le=1.0, description="that its nodes reach with that part")
 
 
 class PassSpec(Strict):
@@ -47,7 +61,23 @@ class PassSpec(Strict):
     select: str | None = Field(default=None, description="merge, insert: the op type that it works on")
     limit_bytes: int | None = Field(default=None, gt=0, description="merge: the largest merged transfer")
     streams: dict[str, list[str]] = Field(default={}, description="schedule: stream -> op types that run on it")
+    shares: dict[str, ShareSpec] = Field(
+        default={}, description="schedule: stream -> its share of the device, where streams slow down one another"
+    )
     ahead: int | None = Field(default=None, gt=0, description="insert: how many layers ahead a load may start")
+    budget_bytes: int | None = Field(default=None, gt=0, description="insert: the most that is loaded and not yet read")
+    parts: int | None = Field(default=None, ge=1, le=16, description="place: micro-batches that the layers run for")
+    move: dict[str, int] = Field(default={}, description="place: op type -> the device that its nodes run on")
+    join: str | None = Field(default=None, description="merge, place: the op that puts rows after one another")
+    split: str | None = Field(default=None, description="merge, place: the op that gives the first rows and the rest")
+    send: str | None = Field(default=None, description="place: the op that gives a value to another device")
+    recv: str | None = Field(default=None, description="place: the op that takes it there")
+    function: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        max_length=200,
+        description="python: `package.module:name` of a function that changes a graph in place and counts its changes",
+    )
     align: int | None = Field(default=None, gt=0, description="allocate: buffers start at multiples of this, in bytes")
 
     @model_validator(mode="after")
@@ -57,18 +87,30 @@ class PassSpec(Strict):
             given = name in self.model_fields_set
             if given and name not in wanted:
                 raise ValueError(f"a pass of kind {self.kind} has no '{name}'")
-            if not given and name in wanted and name != "expect":
+            if not given and name in wanted and name not in OPTIONAL_FIELDS:
                 raise ValueError(f"a pass of kind {self.kind} needs '{name}'")
+        for names in FIELDS_TOGETHER:
+            missing = [name for name in names if name not in self.model_fields_set and name in wanted]
+            if missing and len(missing) < len(names):
+                raise ValueError(f"{', '.join(names)} go together; '{missing[0]}' is missing")
+        if unknown := sorted(self.shares.keys() - self.streams.keys()):
+            raise ValueError(f"'{unknown[0]}' has a share, but is no stream of the pass")
+        if sum(share.part for share in self.shares.values()) >= 1.0:
+            raise ValueError("the shares leave nothing for the other streams")
         return self
 
 
 FIELDS_OF_KIND: dict[str, tuple[str, ...]] = {
     "rewrite": ("rules", "expect"),
-    "merge": ("select", "limit_bytes"),
-    "schedule": ("streams",),
-    "insert": ("select", "ahead"),
+    "merge": ("select", "limit_bytes", "join", "split"),
+    "schedule": ("streams", "shares"),
+    "insert": ("select", "ahead", "budget_bytes"),
+    "place": ("parts", "join", "split", "move", "send", "recv"),
     "allocate": ("align",),
+    "python": ("function",),
 }
+OPTIONAL_FIELDS = ("expect", "shares", "join", "split", "move", "send", "recv")
+FIELDS_TOGETHER = (("join", "split"), ("move", "send", "recv"))
 
 
 class PassesFile(Strict):

@@ -14,15 +14,17 @@ from .op_types import OpType
 __all__ = [
     "AllGather",
     "AllReduce",
+    "AllreduceAddRmsNorm",
     "Recv",
     "Send",
     "all_gather",
     "all_reduce",
+    "allreduce_add_rms_norm",
     "recv",
     "send",
 ]
 
-H, N, W, R, E_size = dims("H N W R E_size")
+H, N, W, T, R, E_size, has_w = dims("H N W T R E_size has_w")
 
 
 # specs/ops/comm.yaml: all_reduce
@@ -184,3 +186,70 @@ def recv(g: GraphWriter, buffer: TensorRef, *, peer: int, group: str = "pp", nam
     attrs: dict[str, AttrValue] = {"peer": peer, "group": group}
     (y,) = g.emit(Recv, inputs, attrs, (name,))
     return y
+
+
+# specs/ops/comm.yaml: allreduce_add_rms_norm
+class AllreduceAddRmsNorm(OpNode):
+    """Sum over the ranks of a group, residual add and rms_norm, which read what arrives at once.
+
+    r = all_reduce(p, group=group)
+    h = add(x, r)
+    y = rms_norm(h, w, eps=eps)
+    """
+
+    op = "allreduce_add_rms_norm"
+    spec = "specs/ops/comm.yaml: allreduce_add_rms_norm"
+    kind = OpType.COMM_ALLREDUCE
+    tags = frozenset({"collective"})
+    input_types = {"x": E[T, H], "p": E[T, H], "w": E[H]}
+    optional_inputs = frozenset({"w"})
+    output_types = {"y": E[T, H], "h": E[T, H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-06, min=0.0), "group": AttrSpec("str", default="tp")}
+    inplace = {"h": "p"}
+    flop_formula = T * (H * has_w + 5 * H + 2)
+    byte_formula = E_size * H * (4 * T + has_w)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def p(self) -> TensorRef:
+        return self.input("p")
+
+    @property
+    def w(self) -> TensorRef | None:
+        return self.optional_input("w")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def group(self) -> str:
+        return cast("str", self.attrs["group"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+    @property
+    def h(self) -> TensorRef:
+        return self.output("h")
+
+
+def allreduce_add_rms_norm(
+    g: GraphWriter,
+    x: TensorRef,
+    p: TensorRef,
+    w: TensorRef | None = None,
+    *,
+    eps: float = 1e-06,
+    group: str = "tp",
+    names: tuple[str, str] = ("y", "h"),
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a allreduce_add_rms_norm node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "p": p, "w": w}
+    attrs: dict[str, AttrValue] = {"eps": eps, "group": group}
+    y, h = g.emit(AllreduceAddRmsNorm, inputs, attrs, names)
+    return y, h

@@ -2,8 +2,10 @@
 # Regenerate: make generate    Explain: make explain NAME=linear
 """The ops of specs/ops/linear.yaml."""
 
+from typing import cast
+
 from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir import AttrSpec, AttrValue, OpNode, TensorRef, Where
 from sageLLM.runtime.core.types import E, f32
 from sageLLM.runtime.core.writer import GraphWriter
 
@@ -12,13 +14,29 @@ from .op_types import OpType
 __all__ = [
     "HeadLinear",
     "Linear",
+    "LinearAdd",
+    "LinearGelu",
+    "LinearGeluMul",
+    "LinearGeluTanh",
+    "LinearGeluTanhMul",
+    "LinearSiluMul",
     "LmHead",
+    "LmHeadScale",
+    "LmHeadSoftCap",
     "head_linear",
     "linear",
+    "linear_add",
+    "linear_gelu",
+    "linear_gelu_mul",
+    "linear_gelu_tanh",
+    "linear_gelu_tanh_mul",
+    "linear_silu_mul",
     "lm_head",
+    "lm_head_scale",
+    "lm_head_soft_cap",
 ]
 
-K, N, S, H, V, T, M, R, has_bias, E_size = dims("K N S H V T M R has_bias E_size")
+K, N, S, H, V, T, M, I, R, has_bias, E_size = dims("K N S H V T M I R has_bias E_size")
 
 
 # specs/ops/linear.yaml: linear
@@ -141,3 +159,371 @@ def head_linear(g: GraphWriter, x: TensorRef, w: TensorRef, *, name: str = "y") 
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(HeadLinear, inputs, attrs, (name,))
     return y
+
+
+# specs/ops/linear.yaml: linear_silu_mul
+class LinearSiluMul(OpNode):
+    """Packed gate|up projection and its silu_mul, as the projection's epilogue.
+
+    gu = linear(x, w, bias)
+    y = silu_mul(gu)
+    """
+
+    op = "linear_silu_mul"
+    spec = "specs/ops/linear.yaml: linear_silu_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., K], "w": E[2 * I, K], "bias": E[2 * I]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"y": E[..., I]}
+    flop_formula = I * R * (4 * K + 2 * has_bias + 3)
+    byte_formula = E_size * (2 * I * K + I * R + 2 * I * has_bias + K * R)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def linear_silu_mul(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
+) -> TensorRef:
+    """Writes a linear_silu_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(LinearSiluMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/linear.yaml: linear_gelu_mul
+class LinearGeluMul(OpNode):
+    """Packed gate|up projection and its gelu_mul, as the projection's epilogue.
+
+    gu = linear(x, w, bias)
+    y = gelu_mul(gu)
+    """
+
+    op = "linear_gelu_mul"
+    spec = "specs/ops/linear.yaml: linear_gelu_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., K], "w": E[2 * I, K], "bias": E[2 * I]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"y": E[..., I]}
+    flop_formula = 2 * I * R * (2 * K + has_bias + 3)
+    byte_formula = E_size * (2 * I * K + I * R + 2 * I * has_bias + K * R)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def linear_gelu_mul(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
+) -> TensorRef:
+    """Writes a linear_gelu_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(LinearGeluMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/linear.yaml: linear_gelu_tanh_mul
+class LinearGeluTanhMul(OpNode):
+    """Packed gate|up projection and its gelu_tanh_mul, as the projection's epilogue.
+
+    gu = linear(x, w, bias)
+    y = gelu_tanh_mul(gu)
+    """
+
+    op = "linear_gelu_tanh_mul"
+    spec = "specs/ops/linear.yaml: linear_gelu_tanh_mul"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., K], "w": E[2 * I, K], "bias": E[2 * I]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"y": E[..., I]}
+    flop_formula = 2 * I * R * (2 * K + has_bias + 5)
+    byte_formula = E_size * (2 * I * K + I * R + 2 * I * has_bias + K * R)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def linear_gelu_tanh_mul(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
+) -> TensorRef:
+    """Writes a linear_gelu_tanh_mul node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(LinearGeluTanhMul, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/linear.yaml: linear_gelu
+class LinearGelu(OpNode):
+    """Projection and gelu as its epilogue.
+
+    h = linear(x, w, bias)
+    y = gelu(h)
+    """
+
+    op = "linear_gelu"
+    spec = "specs/ops/linear.yaml: linear_gelu"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., K], "w": E[N, K], "bias": E[N]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"y": E[..., N]}
+    flop_formula = N * R * (2 * K + has_bias + 5)
+    byte_formula = E_size * (K * N + K * R + N * R + N * has_bias)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def linear_gelu(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
+) -> TensorRef:
+    """Writes a linear_gelu node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(LinearGelu, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/linear.yaml: linear_gelu_tanh
+class LinearGeluTanh(OpNode):
+    """Projection and gelu_tanh as its epilogue.
+
+    h = linear(x, w, bias)
+    y = gelu_tanh(h)
+    """
+
+    op = "linear_gelu_tanh"
+    spec = "specs/ops/linear.yaml: linear_gelu_tanh"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., K], "w": E[N, K], "bias": E[N]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"y": E[..., N]}
+    flop_formula = N * R * (2 * K + has_bias + 9)
+    byte_formula = E_size * (K * N + K * R + N * R + N * has_bias)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def linear_gelu_tanh(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
+) -> TensorRef:
+    """Writes a linear_gelu_tanh node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(LinearGeluTanh, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/linear.yaml: linear_add
+class LinearAdd(OpNode):
+    """Projection and residual add as its epilogue.
+
+    h = linear(x, w, bias)
+    y = add(residual, h)
+    """
+
+    op = "linear_add"
+    spec = "specs/ops/linear.yaml: linear_add"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[..., K], "w": E[N, K], "residual": E[..., N], "bias": E[N]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"y": E[..., N]}
+    inplace = {"y": "residual"}
+    flop_formula = N * R * (2 * K + has_bias + 1)
+    byte_formula = E_size * (K * N + K * R + 2 * N * R + N * has_bias)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def residual(self) -> TensorRef:
+        return self.input("residual")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def linear_add(
+    g: GraphWriter, x: TensorRef, w: TensorRef, residual: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
+) -> TensorRef:
+    """Writes a linear_add node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "residual": residual, "bias": bias}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(LinearAdd, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/linear.yaml: lm_head_scale
+class LmHeadScale(OpNode):
+    """Logits and their multiplier, as Granite and Cohere have.
+
+    raw = lm_head(x, w, bias)
+    logits = scale(raw, factor=factor)
+    """
+
+    op = "lm_head_scale"
+    spec = "specs/ops/linear.yaml: lm_head_scale"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[S, H], "w": E[V, H], "bias": E[V]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"logits": f32[S, V]}
+    attr_types = {"factor": AttrSpec("f32")}
+    flop_formula = S * V * (2 * H + has_bias + 1)
+    byte_formula = E_size * H * S + E_size * H * V + E_size * V * has_bias + 4 * S * V
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def factor(self) -> float:
+        return cast("float", self.attrs["factor"])
+
+    @property
+    def logits(self) -> TensorRef:
+        return self.output("logits")
+
+
+def lm_head_scale(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, factor: float, name: str = "logits"
+) -> TensorRef:
+    """Writes a lm_head_scale node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {"factor": factor}
+    (logits,) = g.emit(LmHeadScale, inputs, attrs, (name,))
+    return logits
+
+
+# specs/ops/linear.yaml: lm_head_soft_cap
+class LmHeadSoftCap(OpNode):
+    """Logits held between two bounds, as Gemma 2 does.
+
+    raw = lm_head(x, w, bias)
+    logits = soft_cap(raw, cap=cap)
+    """
+
+    op = "lm_head_soft_cap"
+    spec = "specs/ops/linear.yaml: lm_head_soft_cap"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[S, H], "w": E[V, H], "bias": E[V]}
+    optional_inputs = frozenset({"bias"})
+    output_types = {"logits": f32[S, V]}
+    attr_types = {"cap": AttrSpec("f32", min=0.0)}
+    where = (Where("cap > 0.0", lambda d: d["cap"] > 0.0),)
+    flop_formula = S * V * (2 * H + has_bias + 3)
+    byte_formula = E_size * H * S + E_size * H * V + E_size * V * has_bias + 4 * S * V
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def cap(self) -> float:
+        return cast("float", self.attrs["cap"])
+
+    @property
+    def logits(self) -> TensorRef:
+        return self.output("logits")
+
+
+def lm_head_soft_cap(
+    g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, cap: float, name: str = "logits"
+) -> TensorRef:
+    """Writes a lm_head_soft_cap node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
+    attrs: dict[str, AttrValue] = {"cap": cap}
+    (logits,) = g.emit(LmHeadSoftCap, inputs, attrs, (name,))
+    return logits

@@ -14,6 +14,10 @@ from .op_types import OpType
 __all__ = [
     "FusedAddLayerNorm",
     "FusedAddRmsNorm",
+    "FusedAddRmsNorm1p",
+    "FusedAddRmsNormWide",
+    "FusedNormAddNorm1p",
+    "FusedRmsNormWideAdd",
     "HeadLayerNorm",
     "LayerNorm",
     "LayerNorm1p",
@@ -22,6 +26,10 @@ __all__ = [
     "RmsNormWide",
     "fused_add_layer_norm",
     "fused_add_rms_norm",
+    "fused_add_rms_norm_1p",
+    "fused_add_rms_norm_wide",
+    "fused_norm_add_norm_1p",
+    "fused_rms_norm_wide_add",
     "head_layer_norm",
     "layer_norm",
     "layer_norm_1p",
@@ -440,4 +448,236 @@ def fused_add_layer_norm(
     inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {"eps": eps}
     y, h = g.emit(FusedAddLayerNorm, inputs, attrs, names)
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_add_rms_norm_wide
+class FusedAddRmsNormWide(OpNode):
+    """Residual add and rms_norm_wide in one pass; returns the norm and the new residual.
+
+    h = add(x, residual)
+    y = rms_norm_wide(h, w, eps=eps)
+    """
+
+    op = "fused_add_rms_norm_wide"
+    spec = "specs/ops/norm.yaml: fused_add_rms_norm_wide"
+    kind = OpType.LAYERNORM
+    input_types = {"x": E[T, H], "residual": E[T, H], "w": E[H]}
+    output_types = {"y": E[T, H], "h": E[T, H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-06, min=0.0)}
+    inplace = {"h": "residual"}
+    flop_formula = T * (5 * H + 2)
+    byte_formula = E_size * H * (4 * T + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def residual(self) -> TensorRef:
+        return self.input("residual")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+    @property
+    def h(self) -> TensorRef:
+        return self.output("h")
+
+
+def fused_add_rms_norm_wide(
+    g: GraphWriter,
+    x: TensorRef,
+    residual: TensorRef,
+    w: TensorRef,
+    *,
+    eps: float = 1e-06,
+    names: tuple[str, str] = ("y", "h"),
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a fused_add_rms_norm_wide node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    y, h = g.emit(FusedAddRmsNormWide, inputs, attrs, names)
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_rms_norm_wide_add
+class FusedRmsNormWideAdd(OpNode):
+    """rms_norm_wide of what a block gives, and the residual add behind it, as in OLMo 2.
+
+    n = rms_norm_wide(x, w, eps=eps)
+    h = add(residual, n)
+    """
+
+    op = "fused_rms_norm_wide_add"
+    spec = "specs/ops/norm.yaml: fused_rms_norm_wide_add"
+    kind = OpType.ELEMENTWISE
+    input_types = {"residual": E[T, H], "x": E[T, H], "w": E[H]}
+    output_types = {"h": E[T, H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-06, min=0.0)}
+    inplace = {"h": "x"}
+    flop_formula = T * (5 * H + 2)
+    byte_formula = E_size * H * (3 * T + 1)
+
+    @property
+    def residual(self) -> TensorRef:
+        return self.input("residual")
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def h(self) -> TensorRef:
+        return self.output("h")
+
+
+def fused_rms_norm_wide_add(
+    g: GraphWriter, residual: TensorRef, x: TensorRef, w: TensorRef, *, eps: float = 1e-06, name: str = "h"
+) -> TensorRef:
+    """Writes a fused_rms_norm_wide_add node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"residual": residual, "x": x, "w": w}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    (h,) = g.emit(FusedRmsNormWideAdd, inputs, attrs, (name,))
+    return h
+
+
+# specs/ops/norm.yaml: fused_add_rms_norm_1p
+class FusedAddRmsNorm1p(OpNode):
+    """Residual add and rms_norm_1p in one pass; returns the norm and the new residual.
+
+    h = add(x, residual)
+    y = rms_norm_1p(h, w, eps=eps)
+    """
+
+    op = "fused_add_rms_norm_1p"
+    spec = "specs/ops/norm.yaml: fused_add_rms_norm_1p"
+    kind = OpType.LAYERNORM
+    input_types = {"x": E[T, H], "residual": E[T, H], "w": E[H]}
+    output_types = {"y": E[T, H], "h": E[T, H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-06, min=0.0)}
+    inplace = {"h": "residual"}
+    flop_formula = 5 * H * T + H + 2 * T
+    byte_formula = E_size * H * (4 * T + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def residual(self) -> TensorRef:
+        return self.input("residual")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+    @property
+    def h(self) -> TensorRef:
+        return self.output("h")
+
+
+def fused_add_rms_norm_1p(
+    g: GraphWriter,
+    x: TensorRef,
+    residual: TensorRef,
+    w: TensorRef,
+    *,
+    eps: float = 1e-06,
+    names: tuple[str, str] = ("y", "h"),
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a fused_add_rms_norm_1p node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    y, h = g.emit(FusedAddRmsNorm1p, inputs, attrs, names)
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_norm_add_norm_1p
+class FusedNormAddNorm1p(OpNode):
+    """Norm of what a block gives, the residual add, and the norm before the next block, as in Gemma 2.
+
+    n = rms_norm_1p(x, w_after, eps=eps)
+    h = add(residual, n)
+    y = rms_norm_1p(h, w_before, eps=eps)
+    """
+
+    op = "fused_norm_add_norm_1p"
+    spec = "specs/ops/norm.yaml: fused_norm_add_norm_1p"
+    kind = OpType.LAYERNORM
+    input_types = {"residual": E[T, H], "x": E[T, H], "w_after": E[H], "w_before": E[H]}
+    output_types = {"y": E[T, H], "h": E[T, H]}
+    attr_types = {"eps": AttrSpec("f32", default=1e-06, min=0.0)}
+    inplace = {"h": "x"}
+    flop_formula = 9 * H * T + 2 * H + 4 * T
+    byte_formula = 2 * E_size * H * (2 * T + 1)
+
+    @property
+    def residual(self) -> TensorRef:
+        return self.input("residual")
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w_after(self) -> TensorRef:
+        return self.input("w_after")
+
+    @property
+    def w_before(self) -> TensorRef:
+        return self.input("w_before")
+
+    @property
+    def eps(self) -> float:
+        return cast("float", self.attrs["eps"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+    @property
+    def h(self) -> TensorRef:
+        return self.output("h")
+
+
+def fused_norm_add_norm_1p(
+    g: GraphWriter,
+    residual: TensorRef,
+    x: TensorRef,
+    w_after: TensorRef,
+    w_before: TensorRef,
+    *,
+    eps: float = 1e-06,
+    names: tuple[str, str] = ("y", "h"),
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a fused_norm_add_norm_1p node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {"residual": residual, "x": x, "w_after": w_after, "w_before": w_before}
+    attrs: dict[str, AttrValue] = {"eps": eps}
+    y, h = g.emit(FusedNormAddNorm1p, inputs, attrs, names)
     return y, h

@@ -12,7 +12,6 @@ class OpType(OpTypeBase):
 
     PREFILL_ATTN = "prefill_attn"  # attention of prompt tokens over the KV cache
     DECODE_ATTN = "decode_attn"  # attention of one new token per sequence over the KV cache
-    ENCODER_ATTN = "encoder_attn"  # attention of a sequence's tokens over one another, without a KV cache
     FFN = "ffn"  # feed-forward block
     EMBEDDING = "embedding"  # lookup of token vectors
     LM_HEAD = "lm_head"  # projection to vocabulary logits
@@ -24,6 +23,7 @@ class OpType(OpTypeBase):
     KV_LOAD = "kv_load"  # blocks from a storage tier into the KV cache
     KV_STORE = "kv_store"  # new keys and values into the KV cache
     KV_MIGRATE = "kv_migrate"  # blocks between KV caches of tiers or devices
+    ENCODER_ATTN = "encoder_attn"  # attention of a sequence's tokens over one another, without a KV cache
     SAMPLE = "sample"  # choice of the next token
     ELEMENTWISE = "elementwise"  # arithmetic element by element
     LINEAR = "linear"  # matrix product with a weight

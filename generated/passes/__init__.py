@@ -5,16 +5,24 @@
 from sageLLM.runtime.core.rewrite import OptimizationPass
 
 from .comm import CommFusion
-from .fusion import FuseNorm
+from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk
 from .memory import MemoryOpt
-from .schedule import ComputeCommOverlap, KvPrefetch
+from .place import AfDisaggregation, DropUnread, NanoBatching
+from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap
 
 __all__ = ["PASSES"]
 
 PASSES: dict[str, type[OptimizationPass]] = {
+    "drop_unread": DropUnread,
+    "nano_batching": NanoBatching,
+    "af_disaggregation": AfDisaggregation,
     "comm_fusion": CommFusion,
+    "fuse_collective": FuseCollective,
     "fuse_norm": FuseNorm,
+    "fuse_qk": FuseQk,
+    "fuse_epilogue": FuseEpilogue,
     "compute_comm_overlap": ComputeCommOverlap,
+    "nano_overlap": NanoOverlap,
     "kv_prefetch": KvPrefetch,
     "memory_opt": MemoryOpt,
 }

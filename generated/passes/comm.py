@@ -4,6 +4,8 @@
 
 from sageLLM.runtime.core.passes.merge import MergePass
 
+from ..ops.views import ConcatRows, SplitRows
+
 __all__ = ["CommFusion"]
 
 
@@ -18,3 +20,5 @@ class CommFusion(MergePass):
     phases = frozenset({"decode", "hybrid", "prefill"})
     select = frozenset({"COMM_ALLREDUCE"})
     limit_bytes = 33554432
+    join = ConcatRows
+    split = SplitRows

@@ -56,3 +56,131 @@ def test_head_linear(case: dict[str, Any]) -> None:
     check_types(OPS["head_linear"], KERNELS["head_linear"], case, attrs, limits)
     check_precision(OPS["head_linear"], KERNELS["head_linear"], case, attrs, limits)
     check_dtypes(OPS["head_linear"], KERNELS["head_linear"], case, attrs, limits)
+
+
+LINEAR_SILU_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "K": 1, "I": 1},
+    {"R": [2, 3], "K": 65, "I": 33},
+]
+
+
+# specs/ops/linear.yaml: linear_silu_mul
+@pytest.mark.parametrize("case", LINEAR_SILU_MUL_CASES, ids=str)
+def test_linear_silu_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["linear_silu_mul"], KERNELS["linear_silu_mul"], case, attrs, limits)
+    check_precision(OPS["linear_silu_mul"], KERNELS["linear_silu_mul"], case, attrs, limits)
+    check_dtypes(OPS["linear_silu_mul"], KERNELS["linear_silu_mul"], case, attrs, limits)
+
+
+LINEAR_GELU_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "K": 1, "I": 1},
+    {"R": [2, 3], "K": 65, "I": 33},
+]
+
+
+# specs/ops/linear.yaml: linear_gelu_mul
+@pytest.mark.parametrize("case", LINEAR_GELU_MUL_CASES, ids=str)
+def test_linear_gelu_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["linear_gelu_mul"], KERNELS["linear_gelu_mul"], case, attrs, limits)
+    check_precision(OPS["linear_gelu_mul"], KERNELS["linear_gelu_mul"], case, attrs, limits)
+    check_dtypes(OPS["linear_gelu_mul"], KERNELS["linear_gelu_mul"], case, attrs, limits)
+
+
+LINEAR_GELU_TANH_MUL_CASES: list[dict[str, Any]] = [
+    {"R": 1, "K": 1, "I": 1},
+    {"R": [2, 3], "K": 65, "I": 33},
+]
+
+
+# specs/ops/linear.yaml: linear_gelu_tanh_mul
+@pytest.mark.parametrize("case", LINEAR_GELU_TANH_MUL_CASES, ids=str)
+def test_linear_gelu_tanh_mul(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["linear_gelu_tanh_mul"], KERNELS["linear_gelu_tanh_mul"], case, attrs, limits)
+    check_precision(OPS["linear_gelu_tanh_mul"], KERNELS["linear_gelu_tanh_mul"], case, attrs, limits)
+    check_dtypes(OPS["linear_gelu_tanh_mul"], KERNELS["linear_gelu_tanh_mul"], case, attrs, limits)
+
+
+LINEAR_GELU_CASES: list[dict[str, Any]] = [
+    {"R": 1, "K": 1, "N": 1},
+    {"R": [2, 3], "K": 65, "N": 33},
+]
+
+
+# specs/ops/linear.yaml: linear_gelu
+@pytest.mark.parametrize("case", LINEAR_GELU_CASES, ids=str)
+def test_linear_gelu(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["linear_gelu"], KERNELS["linear_gelu"], case, attrs, limits)
+    check_precision(OPS["linear_gelu"], KERNELS["linear_gelu"], case, attrs, limits)
+    check_dtypes(OPS["linear_gelu"], KERNELS["linear_gelu"], case, attrs, limits)
+
+
+LINEAR_GELU_TANH_CASES: list[dict[str, Any]] = [
+    {"R": 1, "K": 1, "N": 1},
+    {"R": [2, 3], "K": 65, "N": 33},
+]
+
+
+# specs/ops/linear.yaml: linear_gelu_tanh
+@pytest.mark.parametrize("case", LINEAR_GELU_TANH_CASES, ids=str)
+def test_linear_gelu_tanh(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["linear_gelu_tanh"], KERNELS["linear_gelu_tanh"], case, attrs, limits)
+    check_precision(OPS["linear_gelu_tanh"], KERNELS["linear_gelu_tanh"], case, attrs, limits)
+    check_dtypes(OPS["linear_gelu_tanh"], KERNELS["linear_gelu_tanh"], case, attrs, limits)
+
+
+LINEAR_ADD_CASES: list[dict[str, Any]] = [
+    {"R": 1, "K": 1, "N": 1},
+    {"R": [2, 3], "K": 65, "N": 33},
+]
+
+
+# specs/ops/linear.yaml: linear_add
+@pytest.mark.parametrize("case", LINEAR_ADD_CASES, ids=str)
+def test_linear_add(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["linear_add"], KERNELS["linear_add"], case, attrs, limits)
+    check_precision(OPS["linear_add"], KERNELS["linear_add"], case, attrs, limits)
+    check_dtypes(OPS["linear_add"], KERNELS["linear_add"], case, attrs, limits)
+
+
+LM_HEAD_SCALE_CASES: list[dict[str, Any]] = [
+    {"S": 1, "H": 8, "V": 3},
+    {"S": 5, "H": 33, "V": 101},
+]
+
+
+# specs/ops/linear.yaml: lm_head_scale
+@pytest.mark.parametrize("case", LM_HEAD_SCALE_CASES, ids=str)
+def test_lm_head_scale(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"factor": 1.0}
+    limits: dict[str, str] = {}
+    check_types(OPS["lm_head_scale"], KERNELS["lm_head_scale"], case, attrs, limits)
+    check_precision(OPS["lm_head_scale"], KERNELS["lm_head_scale"], case, attrs, limits)
+    check_dtypes(OPS["lm_head_scale"], KERNELS["lm_head_scale"], case, attrs, limits)
+
+
+LM_HEAD_SOFT_CAP_CASES: list[dict[str, Any]] = [
+    {"S": 1, "H": 8, "V": 3},
+    {"S": 5, "H": 33, "V": 101},
+]
+
+
+# specs/ops/linear.yaml: lm_head_soft_cap
+@pytest.mark.parametrize("case", LM_HEAD_SOFT_CAP_CASES, ids=str)
+def test_lm_head_soft_cap(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"cap": 1.0}
+    limits: dict[str, str] = {}
+    check_types(OPS["lm_head_soft_cap"], KERNELS["lm_head_soft_cap"], case, attrs, limits)
+    check_precision(OPS["lm_head_soft_cap"], KERNELS["lm_head_soft_cap"], case, attrs, limits)
+    check_dtypes(OPS["lm_head_soft_cap"], KERNELS["lm_head_soft_cap"], case, attrs, limits)

@@ -138,3 +138,67 @@ def test_fused_add_layer_norm(case: dict[str, Any]) -> None:
     check_types(OPS["fused_add_layer_norm"], KERNELS["fused_add_layer_norm"], case, attrs, limits)
     check_precision(OPS["fused_add_layer_norm"], KERNELS["fused_add_layer_norm"], case, attrs, limits)
     check_dtypes(OPS["fused_add_layer_norm"], KERNELS["fused_add_layer_norm"], case, attrs, limits)
+
+
+FUSED_ADD_RMS_NORM_WIDE_CASES: list[dict[str, Any]] = [
+    {"T": 1, "H": 64},
+    {"T": 17, "H": 100},
+]
+
+
+# specs/ops/norm.yaml: fused_add_rms_norm_wide
+@pytest.mark.parametrize("case", FUSED_ADD_RMS_NORM_WIDE_CASES, ids=str)
+def test_fused_add_rms_norm_wide(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["fused_add_rms_norm_wide"], KERNELS["fused_add_rms_norm_wide"], case, attrs, limits)
+    check_precision(OPS["fused_add_rms_norm_wide"], KERNELS["fused_add_rms_norm_wide"], case, attrs, limits)
+    check_dtypes(OPS["fused_add_rms_norm_wide"], KERNELS["fused_add_rms_norm_wide"], case, attrs, limits)
+
+
+FUSED_RMS_NORM_WIDE_ADD_CASES: list[dict[str, Any]] = [
+    {"T": 1, "H": 64},
+    {"T": 17, "H": 100},
+]
+
+
+# specs/ops/norm.yaml: fused_rms_norm_wide_add
+@pytest.mark.parametrize("case", FUSED_RMS_NORM_WIDE_ADD_CASES, ids=str)
+def test_fused_rms_norm_wide_add(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["fused_rms_norm_wide_add"], KERNELS["fused_rms_norm_wide_add"], case, attrs, limits)
+    check_precision(OPS["fused_rms_norm_wide_add"], KERNELS["fused_rms_norm_wide_add"], case, attrs, limits)
+    check_dtypes(OPS["fused_rms_norm_wide_add"], KERNELS["fused_rms_norm_wide_add"], case, attrs, limits)
+
+
+FUSED_ADD_RMS_NORM_1P_CASES: list[dict[str, Any]] = [
+    {"T": 1, "H": 64},
+    {"T": 17, "H": 100},
+]
+
+
+# specs/ops/norm.yaml: fused_add_rms_norm_1p
+@pytest.mark.parametrize("case", FUSED_ADD_RMS_NORM_1P_CASES, ids=str)
+def test_fused_add_rms_norm_1p(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["fused_add_rms_norm_1p"], KERNELS["fused_add_rms_norm_1p"], case, attrs, limits)
+    check_precision(OPS["fused_add_rms_norm_1p"], KERNELS["fused_add_rms_norm_1p"], case, attrs, limits)
+    check_dtypes(OPS["fused_add_rms_norm_1p"], KERNELS["fused_add_rms_norm_1p"], case, attrs, limits)
+
+
+FUSED_NORM_ADD_NORM_1P_CASES: list[dict[str, Any]] = [
+    {"T": 1, "H": 64},
+    {"T": 17, "H": 100},
+]
+
+
+# specs/ops/norm.yaml: fused_norm_add_norm_1p
+@pytest.mark.parametrize("case", FUSED_NORM_ADD_NORM_1P_CASES, ids=str)
+def test_fused_norm_add_norm_1p(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["fused_norm_add_norm_1p"], KERNELS["fused_norm_add_norm_1p"], case, attrs, limits)
+    check_precision(OPS["fused_norm_add_norm_1p"], KERNELS["fused_norm_add_norm_1p"], case, attrs, limits)
+    check_dtypes(OPS["fused_norm_add_norm_1p"], KERNELS["fused_norm_add_norm_1p"], case, attrs, limits)

@@ -98,6 +98,13 @@ def reach(node: ExecutionNode, hardware: Hardware) -> tuple[float, float]:
     return peak * efficiency, hardware.memory_bandwidth * efficiency
 
 
+def latency_us(node: ExecutionNode, hardware: Hardware, env: Mapping[str, Dim] | None = None) -> float:
+    """The part of a transfer's time that does not grow with its size: the launch, and the steps over the link."""
+    hops = max(_ranks(node, env or {}) - 1, 0)
+    steps = {"COMM_ALLREDUCE": 2 * hops, "COMM_ALLGATHER": hops}.get(node.op_type.name, 1)
+    return hardware.launch_overhead_us + hardware.link.time_us(0, steps)
+
+
 def annotate(graph: ExecutionGraph, hardware: Hardware, env: Mapping[str, Dim] | None = None) -> None:
     """Fill in `estimated_time_us` and `memory_bytes` (the bytes of the outputs) of every node, in place."""
     memo: dict[InferKey, Inference] = {}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, MutableMapping
-from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from typing import Any, ClassVar, Final, NamedTuple, Self, TypeAlias
@@ -94,10 +93,18 @@ class ExecutionNode:
 
     def copy(self) -> Self:
         """A node whose lists, sets and metadata are its own."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values.update(inputs=list(self.inputs), outputs=list(self.outputs), dependencies=set(self.dependencies))
-        values.update(attrs=dict(self.attrs), metadata=deepcopy(self.metadata) if self.metadata else {})
-        return type(self)(**values)
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        new.inputs, new.outputs, new.dependencies = list(self.inputs), list(self.outputs), set(self.dependencies)
+        new.attrs, new.metadata = dict(self.attrs), {key: _copy_plain(value) for key, value in self.metadata.items()}
+        return new
+
+
+def _copy_plain(data: Any) -> Any:
+    """A copy of plain JSON data, which holds nothing but lists and dicts that could change."""
+    if isinstance(data, list):
+        return [_copy_plain(item) for item in data]
+    return {key: _copy_plain(item) for key, item in data.items()} if isinstance(data, dict) else data
 
 
 class _Required:

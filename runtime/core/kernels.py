@@ -1,18 +1,25 @@
 """What a generated kernel library declares of its kernels: all that a loader needs to call one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from sageLLM.runtime.core.dims import Dim
+from sageLLM.runtime.core.dims import Dim, Sym
 from sageLLM.runtime.core.ir import OpNode
+from sageLLM.runtime.core.types import TypePattern
+
+
+def stride_names(operand: str, pattern: TypePattern) -> tuple[str, ...]:
+    """`x_R`, `x_N` for E[..., N, D]: the strides of all declared dims but the last. A compound dim has its place."""
+    names = ["R" if dim is ... else str(dim) if isinstance(dim, Sym) else f"D{i}" for i, dim in enumerate(pattern.dims)]
+    return tuple(f"{operand}_{name}" for name in names[:-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """An output that is a part of an input's memory: where it begins there, and its strides, all in elements.
 
-    The formulas may use the op's dims and the base's own strides, written `qkv_T`. `where` are pairs of formulas that
-    have to be equal: of merged dims, the outer stride and what the inner dim spans.
+    The formulas may use the op's dims and the base's own strides, as `stride_names` writes them. `where` are pairs of
+    formulas that have to be equal: of merged dims, the outer stride and what the inner dim spans.
     """
 
     base: str
@@ -27,7 +34,9 @@ class NativeKernel:
 
     `sizes` are the names of the leading sizes: R if there are leading dims, then the op's dims. `parts` holds an entry
     for each output if the op moves no data. An op that `updates` its in-place outputs writes parts of them only, so
-    they have to be the inputs' memory; for other ops that is allowed and not needed.
+    they have to be the inputs' memory; for other ops that is allowed and not needed. `packed` are weights that the
+    kernel takes in the packed form of `runtime/kernels/cpu/packed.h`, each with its number of gates;
+    the table that it `unpacks` may come packed, and is then read by a function of its own.
     """
 
     op: type[OpNode]
@@ -35,6 +44,8 @@ class NativeKernel:
     sizes: tuple[str, ...]
     updates: bool = False
     parts: Mapping[str, Part] | None = None
+    packed: Mapping[str, int] = field(default_factory=dict)
+    unpacks: str | None = None
 
     @property
     def symbol(self) -> str:

@@ -12,6 +12,7 @@ from sageLLM.generated.passes.schedule import KvPrefetch as KVPrefetchPass
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.errors import VerifyError
 from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.rewrite import DeclaredPass, OptimizationPass, PassReport
 
 __all__ = [
@@ -60,18 +61,26 @@ class GraphOptimizer:
         self.report = []
         result = graph.copy()
         for one in self.passes:
-            start, num_nodes = time.perf_counter(), len(result.nodes)
-            result = one.apply(result)
-            own = one.report if isinstance(one, DeclaredPass) else None
-            seconds = time.perf_counter() - start
-            self.report.append(own or PassReport(one.name, num_nodes, len(result.nodes), seconds))
+            result = self._run(one, result)
             if self.verify:
                 _check(result, one.name)
+        return result
+
+    def _run(self, one: OptimizationPass, graph: ExecutionGraph) -> ExecutionGraph:
+        """The graph after a pass. One that a spec declares changes the graph itself, which is a copy already."""
+        if isinstance(one, DeclaredPass):
+            one.transform(graph)
+            self.report.append(one.report)
+            return graph
+        start, num_nodes = time.perf_counter(), len(graph.nodes)
+        result = one.apply(graph)
+        self.report.append(PassReport(one.name, num_nodes, len(result.nodes), time.perf_counter() - start))
         return result
 
 
 def _check(graph: ExecutionGraph, pass_name: str) -> None:
     try:
         graph.verify()
+        verify_schedule(graph)
     except VerifyError as error:
         raise VerifyError([f"after {pass_name}: {problem}" for problem in error.problems]) from None

@@ -143,13 +143,14 @@ class World:
     # --- the course of events ---
 
     def play(self) -> None:
+        last_arrival = max(arrival.step for arrival in self.arrivals)
         for step in range(MAX_STEPS):
             self.step_number = step
             if step == CALM_AFTER:
                 self.failure_rate = self.death_rate = self.loss_rate = 0
             self._let_arrive(step)
             is_live = self.scheduler.get_num_running() or self.scheduler.get_num_waiting()
-            if step > 12 and not (is_live or self.in_the_air):
+            if step > last_arrival and not (is_live or self.in_the_air):
                 break
             self._step_by_pace()
             self.clock.now += 1.0

@@ -3,6 +3,7 @@
 import fuzz
 import pytest
 import test_first_sketch_regressions as first_sketch
+import test_forks_and_swaps
 import test_pd_scheduler
 import test_plan_ahead
 import test_policies
@@ -12,7 +13,7 @@ from fake_engine import FakeEngine
 from planted_bugs import BUGS, Bug
 
 MAX_SCHEDULES = 400
-# Broken promises that short schedules cannot show.
+# Broken promises that short schedules cannot show, or show rarely.
 CAUGHT_BY = {
     "nobody's turn comes": lambda: first_sketch.test_08_decodes_beyond_the_batch_size_take_turns(FakeEngine, "hybrid"),
     "prefill waits for all decodes": lambda: first_sketch.test_03_a_new_request_does_not_wait_for_all_decodes_to_end(
@@ -24,8 +25,15 @@ CAUGHT_BY = {
     "blocks are freed under a copy": lambda: test_transfer.test_abort_in_every_state_leaks_nothing(
         FakeEngine, 3, "confirm"
     ),
+    "a victim comes back to fall again": lambda: (
+        test_pd_scheduler.test_a_preempted_request_does_not_come_back_to_fall_again(FakeEngine)
+    ),
     "a copied request is a victim": lambda: (
         test_pd_scheduler.test_a_decode_sits_out_rather_than_fall_for_a_copy_of_lower_rank(FakeEngine)
+    ),
+    "a preempting step admits": lambda: test_pd_scheduler.test_a_preempting_step_admits_nobody(FakeEngine),
+    "a failed step takes its copies with it": lambda: test_forks_and_swaps.test_abort_during_a_swap_leaks_nothing(
+        FakeEngine, "host", "rolled back"
     ),
     "salts are ignored": lambda: test_prefix_caching.test_another_salt_shares_nothing_and_the_switch_turns_caching_off(
         FakeEngine

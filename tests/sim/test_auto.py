@@ -60,10 +60,8 @@ def attainment(
         ("opt", CHAT, 1.5, Slo(0.25, 0.1)),
         ("opt", CHAT, 1.5, Slo(1.0, 0.05)),
         ("opt", CHAT, 2.0, Slo(2.0, 0.1)),
-        ("yi", SHAREGPT, 1.0, Slo(1.0, 0.05)),
         ("yi", SHAREGPT, 1.5, Slo(3.0, 0.1)),
         ("yi", ARXIV, 0.5, Slo(3.0, 0.05)),
-        ("yi", ARXIV, 0.5, Slo(6.0, 0.1)),
     ],
 )
 def test_auto_is_about_as_good_as_the_best_fixed_mode(

@@ -63,7 +63,7 @@ def served(mode: SimMode, chunk: int, trace: list[TraceRequest]) -> tuple[float,
     return summary.ttft[50], summary.tbt[99]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("workload", "their_tbts"), [("sharegpt", (0.17, 0.14)), ("arxiv", (0.20, 0.17))])
 def test_the_ordering_of_sarathis_table_4(workload: str, their_tbts: tuple[float, float], seed: int) -> None:
     rate, prompt, output = WORKLOADS[workload]

@@ -1,13 +1,13 @@
 """`sagellm simulate`: what it prints, for people and for programs, and how it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
+
+from sageLLM.cli import app
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,10 +22,8 @@ CONFIG = {
 SYNTHETIC = ("--rate", "20", "--num-requests", "60")
 
 
-def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "sageLLM.cli", "simulate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+def simulate(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["simulate", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_table_with_a_line_per_mode_and_a_verdict(model: str) -> None:
     done = simulate("--model", model, *SYNTHETIC)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("mode        TTFT ms p50/p90/p99  TPOT ms p50/p90/p99")
     assert [line.split()[0] for line in lines[1:6]] == ["strict", "time_share", "hybrid", "vllm", "auto"]
@@ -47,7 +45,7 @@ def test_a_table_with_a_line_per_mode_and_a_verdict(model: str) -> None:
 
 def figures(model: str, *arguments: str) -> dict[str, Any]:
     done = simulate("--model", model, *SYNTHETIC, "--json", *arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     data: dict[str, Any] = json.loads(done.stdout)
     return data
 
@@ -80,7 +78,7 @@ def test_two_devices_for_a_worker_are_faster_than_one(model: str) -> None:
 )
 def test_a_refusal_names_the_remedy(model: str, arguments: tuple[str, ...], message: str) -> None:
     done = simulate("--model", model, *arguments)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {message}")
 
 
@@ -103,4 +101,4 @@ def test_pairs_of_lengths_need_a_rate(model: str, tmp_path: Path) -> None:
     assert simulate("--model", model, "--trace", str(pairs)).stderr == (
         f"error: {pairs} has no arrival times: give --rate\n"
     )
-    assert simulate("--model", model, "--trace", str(pairs), "--rate", "3").returncode == 0
+    assert simulate("--model", model, "--trace", str(pairs), "--rate", "3").exit_code == 0

@@ -2,7 +2,7 @@
 // Regenerate: make generate    Explain: make explain NAME=embedding
 //
 // CPU kernels of specs/ops/embedding.yaml: what they stand on is in runtime/kernels/cpu/sage.h.
-#include "sage.h"
+#include "packed.h"
 
 namespace sage {
 
@@ -25,6 +25,19 @@ SAGE_KERNEL(embedding) {
         sweep(H, [&](auto iH) {
             store(y + iT * y_T, iH, load(table + iV * table_V, iH));
         });
+    });
+}
+
+// The same from a packed table.
+SAGE_KERNEL(embedding_packed) {
+    const int64_t T = sizes[0];
+    const int64_t H = sizes[2];
+    const int32_t* ids = (const int32_t*)tensors[0];
+    const E* table = (const E*)tensors[1];
+    E* y = (E*)tensors[2];
+    const int64_t y_T = sizes[4];
+    each_row(T, T * H, [&](int64_t iT) {
+        unpack_row(y + iT * y_T, table, ids[iT], H);
     });
 }
 

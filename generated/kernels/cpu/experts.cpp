@@ -2,11 +2,16 @@
 // Regenerate: make generate    Explain: make explain NAME=router_logits
 //
 // CPU kernels of specs/ops/experts.yaml: what they stand on is in runtime/kernels/cpu/sage.h.
-#include "sage.h"
+#include "products.h"
 
 namespace sage {
 
 using E = SAGE_ELEMENT;
+
+// specs/hardware/cpu.yaml: cpu, products
+static const Way<SAGE_ELEMENT>& WAY =
+    way<SAGE_ELEMENT, 6, 4, 6, 1>();
+constexpr Tuning TUNING = {1024, 524288, 128};
 
 // specs/ops/experts.yaml: router_logits
 // A score per expert for every token, computed and kept in float32, as DeepSeek V3 does.
@@ -20,19 +25,87 @@ SAGE_KERNEL(router_logits) {
     const E* x = (const E*)tensors[0];
     const int64_t x_T = sizes[3];
     const E* w = (const E*)tensors[1];
-    const int64_t w_X = sizes[4];
     const E* bias = (const E*)tensors[2];
     float* logits = (float*)tensors[3];
     const int64_t logits_T = sizes[5];
-    each_row(T * X, K * T * X, [&](int64_t iRow) {
-        const int64_t iT = iRow / X, iX = iRow % X;
-        Sum accAll;
-        sweep(K, [&](auto iK) {
-            accAll.add(load(x + iT * x_T, iK) * load(w + iX * w_X, iK), iK);
-        });
-        const float acc = accAll.total();
-        put(logits + iT * logits_T + iX, bias ? acc + value(bias[iX]) : acc);
-    });
+    const Factors<E> factors = {T, K, X, 1, w};
+    product(WAY, TUNING, factors,
+            [&](int64_t iT) { return x + iT * x_T; },
+            [&](int64_t iT, auto iX, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                store(logits + iT * logits_T, iX, bias ? acc + load(bias, iX) : acc);
+            });
+}
+
+// specs/ops/experts.yaml: expert_linear
+// Every token projected by each of its experts, whose weights are stacked; a bias per expert is optional.
+//
+//     see kernels/reference: expert_linear
+SAGE_KERNEL(expert_linear) {
+    const int64_t T = sizes[0];
+    const int64_t K = sizes[1];
+    const int64_t A = sizes[2];
+    const int64_t X = sizes[3];
+    const int64_t N = sizes[4];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[5];
+    const int32_t* experts = (const int32_t*)tensors[1];
+    const int64_t experts_T = sizes[6];
+    const E* w = (const E*)tensors[2];
+    const E* bias = (const E*)tensors[3];
+    const int64_t bias_X = sizes[9];
+    E* y = (E*)tensors[4];
+    const int64_t y_T = sizes[10];
+    const int64_t y_A = sizes[11];
+    const Routes routes(experts, experts_T, T, A, X);
+    const Factors<E> factors = {0, K, N, 1, w};
+    products(WAY, TUNING, X, factors,
+            [&](int64_t iX) { return routes.rows(iX); },
+            [&](int64_t iX, int64_t row) {
+                const Route route = routes.at(iX, row);
+                return x + route.token * x_T;
+            },
+            [&](int64_t iX, int64_t row, auto iN, const float* sums) {
+                const Route route = routes.at(iX, row);
+                const Floats acc = load(sums, Block{0});
+                store(y + route.token * y_T + route.choice * y_A, iN, to<E>(bias ? acc + load(bias + iX * bias_X, iN) : acc));
+            });
+}
+
+// specs/ops/experts.yaml: expert_down
+// Every token's row of each of its experts projected by that expert; a bias per expert is optional.
+//
+//     see kernels/reference: expert_linear
+SAGE_KERNEL(expert_down) {
+    const int64_t T = sizes[0];
+    const int64_t A = sizes[1];
+    const int64_t K = sizes[2];
+    const int64_t X = sizes[3];
+    const int64_t N = sizes[4];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[5];
+    const int64_t x_A = sizes[6];
+    const int32_t* experts = (const int32_t*)tensors[1];
+    const int64_t experts_T = sizes[7];
+    const E* w = (const E*)tensors[2];
+    const E* bias = (const E*)tensors[3];
+    const int64_t bias_X = sizes[10];
+    E* y = (E*)tensors[4];
+    const int64_t y_T = sizes[11];
+    const int64_t y_A = sizes[12];
+    const Routes routes(experts, experts_T, T, A, X);
+    const Factors<E> factors = {0, K, N, 1, w};
+    products(WAY, TUNING, X, factors,
+            [&](int64_t iX) { return routes.rows(iX); },
+            [&](int64_t iX, int64_t row) {
+                const Route route = routes.at(iX, row);
+                return x + route.token * x_T + route.choice * x_A;
+            },
+            [&](int64_t iX, int64_t row, auto iN, const float* sums) {
+                const Route route = routes.at(iX, row);
+                const Floats acc = load(sums, Block{0});
+                store(y + route.token * y_T + route.choice * y_A, iN, to<E>(bias ? acc + load(bias + iX * bias_X, iN) : acc));
+            });
 }
 
 // specs/ops/experts.yaml: combine_experts

@@ -304,4 +304,150 @@ SAGE_KERNEL(fused_add_layer_norm) {
     });
 }
 
+// specs/ops/norm.yaml: fused_add_rms_norm_wide
+// Residual add and rms_norm_wide in one pass; returns the norm and the new residual.
+//
+//     h = add(x, residual)
+//     y = rms_norm_wide(h, w, eps=eps)
+SAGE_KERNEL(fused_add_rms_norm_wide) {
+    const int64_t T = sizes[0];
+    const int64_t H = sizes[1];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[2];
+    const E* residual = (const E*)tensors[1];
+    const int64_t residual_T = sizes[3];
+    const E* w = (const E*)tensors[2];
+    E* y = (E*)tensors[3];
+    const int64_t y_T = sizes[4];
+    E* h = (E*)tensors[4];
+    const int64_t h_T = sizes[5];
+    const float eps = (float)attrs[0];
+    each_row(T, H * T, [&](int64_t iT) {
+        Sum msAll;
+        sweep(H, [&](auto iH) {
+            const auto hValue = to<E>(load(x + iT * x_T, iH) + load(residual + iT * residual_T, iH));
+            const auto xf = hValue;
+            msAll.add(xf * xf, iH);
+            store(h + iT * h_T, iH, hValue);
+        });
+        const float ms = msAll.total() / (float)H;
+        sweep(H, [&](auto iH) {
+            const auto hValue = load(h + iT * h_T, iH);
+            const auto xf = hValue;
+            store(y + iT * y_T, iH, to<E>(xf * rsqrt(ms + eps) * load(w, iH)));
+        });
+    });
+}
+
+// specs/ops/norm.yaml: fused_rms_norm_wide_add
+// rms_norm_wide of what a block gives, and the residual add behind it, as in OLMo 2.
+//
+//     n = rms_norm_wide(x, w, eps=eps)
+//     h = add(residual, n)
+SAGE_KERNEL(fused_rms_norm_wide_add) {
+    const int64_t T = sizes[0];
+    const int64_t H = sizes[1];
+    const E* residual = (const E*)tensors[0];
+    const int64_t residual_T = sizes[2];
+    const E* x = (const E*)tensors[1];
+    const int64_t x_T = sizes[3];
+    const E* w = (const E*)tensors[2];
+    E* h = (E*)tensors[3];
+    const int64_t h_T = sizes[4];
+    const float eps = (float)attrs[0];
+    each_row(T, H * T, [&](int64_t iT) {
+        Sum msAll;
+        sweep(H, [&](auto iH) {
+            const auto xf = load(x + iT * x_T, iH);
+            msAll.add(xf * xf, iH);
+        });
+        const float ms = msAll.total() / (float)H;
+        sweep(H, [&](auto iH) {
+            const auto xf = load(x + iT * x_T, iH);
+            const auto n = to<E>(xf * rsqrt(ms + eps) * load(w, iH));
+            store(h + iT * h_T, iH, to<E>(load(residual + iT * residual_T, iH) + n));
+        });
+    });
+}
+
+// specs/ops/norm.yaml: fused_add_rms_norm_1p
+// Residual add and rms_norm_1p in one pass; returns the norm and the new residual.
+//
+//     h = add(x, residual)
+//     y = rms_norm_1p(h, w, eps=eps)
+SAGE_KERNEL(fused_add_rms_norm_1p) {
+    const int64_t T = sizes[0];
+    const int64_t H = sizes[1];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[2];
+    const E* residual = (const E*)tensors[1];
+    const int64_t residual_T = sizes[3];
+    const E* w = (const E*)tensors[2];
+    E* y = (E*)tensors[3];
+    const int64_t y_T = sizes[4];
+    E* h = (E*)tensors[4];
+    const int64_t h_T = sizes[5];
+    const float eps = (float)attrs[0];
+    each_row(T, H * T, [&](int64_t iT) {
+        Sum msAll;
+        sweep(H, [&](auto iH) {
+            const auto hValue = to<E>(load(x + iT * x_T, iH) + load(residual + iT * residual_T, iH));
+            const auto xf = hValue;
+            msAll.add(xf * xf, iH);
+            store(h + iT * h_T, iH, hValue);
+        });
+        const float ms = msAll.total() / (float)H;
+        sweep(H, [&](auto iH) {
+            const auto hValue = load(h + iT * h_T, iH);
+            const auto xf = hValue;
+            store(y + iT * y_T, iH, to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w, iH))));
+        });
+    });
+}
+
+// specs/ops/norm.yaml: fused_norm_add_norm_1p
+// Norm of what a block gives, the residual add, and the norm before the next block, as in Gemma 2.
+//
+//     n = rms_norm_1p(x, w_after, eps=eps)
+//     h = add(residual, n)
+//     y = rms_norm_1p(h, w_before, eps=eps)
+SAGE_KERNEL(fused_norm_add_norm_1p) {
+    const int64_t T = sizes[0];
+    const int64_t H = sizes[1];
+    const E* residual = (const E*)tensors[0];
+    const int64_t residual_T = sizes[2];
+    const E* x = (const E*)tensors[1];
+    const int64_t x_T = sizes[3];
+    const E* w_after = (const E*)tensors[2];
+    const E* w_before = (const E*)tensors[3];
+    E* y = (E*)tensors[4];
+    const int64_t y_T = sizes[4];
+    E* h = (E*)tensors[5];
+    const int64_t h_T = sizes[5];
+    const float eps = (float)attrs[0];
+    each_row(T, H * T, [&](int64_t iT) {
+        Sum msAll;
+        sweep(H, [&](auto iH) {
+            const auto xf = load(x + iT * x_T, iH);
+            msAll.add(xf * xf, iH);
+        });
+        const float ms = msAll.total() / (float)H;
+        Sum msV2All;
+        sweep(H, [&](auto iH) {
+            const auto xf = load(x + iT * x_T, iH);
+            const auto n = to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w_after, iH)));
+            const auto hValue = to<E>(load(residual + iT * residual_T, iH) + n);
+            const auto xfV2 = hValue;
+            msV2All.add(xfV2 * xfV2, iH);
+            store(h + iT * h_T, iH, hValue);
+        });
+        const float msV2 = msV2All.total() / (float)H;
+        sweep(H, [&](auto iH) {
+            const auto hValue = load(h + iT * h_T, iH);
+            const auto xfV2 = hValue;
+            store(y + iT * y_T, iH, to<E>(xfV2 * rsqrt(msV2 + eps) * (1.0f + load(w_before, iH))));
+        });
+    });
+}
+
 }  // namespace sage

@@ -24,15 +24,31 @@ from .activation import (
     tanh,
 )
 from .attention import paged_decode_attention, paged_prefill_attention
-from .comm import all_gather, all_reduce, recv, send
-from .elementwise import add, add_bias, mul, mul_rows, mul_weight, scale, soft_cap
+from .comm import all_gather, all_reduce, allreduce_add_rms_norm, recv, send
+from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, soft_cap
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
 from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_load, kv_migrate, kv_store
-from .linear import head_linear, linear, lm_head
+from .linear import (
+    head_linear,
+    linear,
+    linear_add,
+    linear_gelu,
+    linear_gelu_mul,
+    linear_gelu_tanh,
+    linear_gelu_tanh_mul,
+    linear_silu_mul,
+    lm_head,
+    lm_head_scale,
+    lm_head_soft_cap,
+)
 from .norm import (
     fused_add_layer_norm,
     fused_add_rms_norm,
+    fused_add_rms_norm_1p,
+    fused_add_rms_norm_wide,
+    fused_norm_add_norm_1p,
+    fused_rms_norm_wide_add,
     head_layer_norm,
     layer_norm,
     layer_norm_1p,
@@ -42,6 +58,7 @@ from .norm import (
 )
 from .pooling import l2_norm, pool_first, pool_last, pool_mean
 from .position import rope, rope_interleaved
+from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
 from .sampling import sample
 from .varlen_attention import varlen_attention
 from .views import concat_last, concat_rows, merge_heads, split_halves, split_heads, split_last, split_qkv, split_rows
@@ -70,6 +87,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "all_gather": all_gather,
     "send": send,
     "recv": recv,
+    "allreduce_add_rms_norm": allreduce_add_rms_norm,
     "add": add,
     "mul": mul,
     "mul_weight": mul_weight,
@@ -77,6 +95,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "mul_rows": mul_rows,
     "scale": scale,
     "soft_cap": soft_cap,
+    "clip": clip,
     "embedding": embedding,
     "embedding_shard": embedding_shard,
     "position_embedding": position_embedding,
@@ -92,6 +111,14 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "linear": linear,
     "lm_head": lm_head,
     "head_linear": head_linear,
+    "linear_silu_mul": linear_silu_mul,
+    "linear_gelu_mul": linear_gelu_mul,
+    "linear_gelu_tanh_mul": linear_gelu_tanh_mul,
+    "linear_gelu": linear_gelu,
+    "linear_gelu_tanh": linear_gelu_tanh,
+    "linear_add": linear_add,
+    "lm_head_scale": lm_head_scale,
+    "lm_head_soft_cap": lm_head_soft_cap,
     "rms_norm": rms_norm,
     "rms_norm_wide": rms_norm_wide,
     "rms_norm_1p": rms_norm_1p,
@@ -100,12 +127,20 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "layer_norm_1p": layer_norm_1p,
     "fused_add_rms_norm": fused_add_rms_norm,
     "fused_add_layer_norm": fused_add_layer_norm,
+    "fused_add_rms_norm_wide": fused_add_rms_norm_wide,
+    "fused_rms_norm_wide_add": fused_rms_norm_wide_add,
+    "fused_add_rms_norm_1p": fused_add_rms_norm_1p,
+    "fused_norm_add_norm_1p": fused_norm_add_norm_1p,
     "pool_first": pool_first,
     "pool_last": pool_last,
     "pool_mean": pool_mean,
     "l2_norm": l2_norm,
     "rope": rope,
     "rope_interleaved": rope_interleaved,
+    "qk_rope_kv_store": qk_rope_kv_store,
+    "qk_rope_interleaved_kv_store": qk_rope_interleaved_kv_store,
+    "qk_norm_rope_kv_store": qk_norm_rope_kv_store,
+    "qk_norm_1p_rope_kv_store": qk_norm_1p_rope_kv_store,
     "sample": sample,
     "varlen_attention": varlen_attention,
     "split_qkv": split_qkv,

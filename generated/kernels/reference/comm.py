@@ -6,11 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .elementwise import add
+from .norm import rms_norm
 from .process_groups import process_group
 
 __all__ = [
     "all_gather",
     "all_reduce",
+    "allreduce_add_rms_norm",
     "recv",
     "send",
 ]
@@ -54,3 +57,14 @@ def recv(buffer: Tensor, *, peer: int, group: str = "pp") -> Tensor:
     if ranks is not None:
         dist.recv(buffer, group=ranks, group_src=peer)
     return buffer
+
+
+# specs/ops/comm.yaml: allreduce_add_rms_norm
+def allreduce_add_rms_norm(
+    x: Tensor, p: Tensor, w: Tensor | None = None, *, eps: float = 1e-06, group: str = "tp"
+) -> tuple[Tensor, Tensor]:
+    """Sum over the ranks of a group, residual add and rms_norm, which read what arrives at once."""
+    r = all_reduce(p, group=group)
+    h = add(x, r)
+    y = rms_norm(h, w, eps=eps)
+    return y, h

@@ -5,12 +5,22 @@
 import torch
 from torch import Tensor
 
+from .activation import gelu, gelu_mul, gelu_tanh, gelu_tanh_mul, silu_mul
+from .elementwise import add, scale, soft_cap
 from .precision import wide
 
 __all__ = [
     "head_linear",
     "linear",
+    "linear_add",
+    "linear_gelu",
+    "linear_gelu_mul",
+    "linear_gelu_tanh",
+    "linear_gelu_tanh_mul",
+    "linear_silu_mul",
     "lm_head",
+    "lm_head_scale",
+    "lm_head_soft_cap",
 ]
 
 
@@ -32,3 +42,59 @@ def head_linear(x: Tensor, w: Tensor) -> Tensor:
     """Projection of every head by a weight of its own."""
     f32 = wide(x)
     return torch.einsum("abc,bdc->abd", x.to(f32), w.to(f32)).to(x.dtype)
+
+
+# specs/ops/linear.yaml: linear_silu_mul
+def linear_silu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Packed gate|up projection and its silu_mul, as the projection's epilogue."""
+    gu = linear(x, w, bias)
+    return silu_mul(gu)
+
+
+# specs/ops/linear.yaml: linear_gelu_mul
+def linear_gelu_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Packed gate|up projection and its gelu_mul, as the projection's epilogue."""
+    gu = linear(x, w, bias)
+    return gelu_mul(gu)
+
+
+# specs/ops/linear.yaml: linear_gelu_tanh_mul
+def linear_gelu_tanh_mul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Packed gate|up projection and its gelu_tanh_mul, as the projection's epilogue."""
+    gu = linear(x, w, bias)
+    return gelu_tanh_mul(gu)
+
+
+# specs/ops/linear.yaml: linear_gelu
+def linear_gelu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Projection and gelu as its epilogue."""
+    h = linear(x, w, bias)
+    return gelu(h)
+
+
+# specs/ops/linear.yaml: linear_gelu_tanh
+def linear_gelu_tanh(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Projection and gelu_tanh as its epilogue."""
+    h = linear(x, w, bias)
+    return gelu_tanh(h)
+
+
+# specs/ops/linear.yaml: linear_add
+def linear_add(x: Tensor, w: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Projection and residual add as its epilogue."""
+    h = linear(x, w, bias)
+    return add(residual, h)
+
+
+# specs/ops/linear.yaml: lm_head_scale
+def lm_head_scale(x: Tensor, w: Tensor, bias: Tensor | None = None, *, factor: float) -> Tensor:
+    """Logits and their multiplier, as Granite and Cohere have."""
+    raw = lm_head(x, w, bias)
+    return scale(raw, factor=factor)
+
+
+# specs/ops/linear.yaml: lm_head_soft_cap
+def lm_head_soft_cap(x: Tensor, w: Tensor, bias: Tensor | None = None, *, cap: float) -> Tensor:
+    """Logits held between two bounds, as Gemma 2 does."""
+    raw = lm_head(x, w, bias)
+    return soft_cap(raw, cap=cap)

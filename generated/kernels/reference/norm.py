@@ -11,6 +11,10 @@ from .precision import wide
 __all__ = [
     "fused_add_layer_norm",
     "fused_add_rms_norm",
+    "fused_add_rms_norm_1p",
+    "fused_add_rms_norm_wide",
+    "fused_norm_add_norm_1p",
+    "fused_rms_norm_wide_add",
     "head_layer_norm",
     "layer_norm",
     "layer_norm_1p",
@@ -95,4 +99,38 @@ def fused_add_layer_norm(
     """Residual add and layer_norm in one pass; returns the norm and the new residual."""
     h = add(x, residual)
     y = layer_norm(h, w, bias, eps=eps)
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_add_rms_norm_wide
+def fused_add_rms_norm_wide(x: Tensor, residual: Tensor, w: Tensor, *, eps: float = 1e-06) -> tuple[Tensor, Tensor]:
+    """Residual add and rms_norm_wide in one pass; returns the norm and the new residual."""
+    h = add(x, residual)
+    y = rms_norm_wide(h, w, eps=eps)
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_rms_norm_wide_add
+def fused_rms_norm_wide_add(residual: Tensor, x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
+    """rms_norm_wide of what a block gives, and the residual add behind it, as in OLMo 2."""
+    n = rms_norm_wide(x, w, eps=eps)
+    return add(residual, n)
+
+
+# specs/ops/norm.yaml: fused_add_rms_norm_1p
+def fused_add_rms_norm_1p(x: Tensor, residual: Tensor, w: Tensor, *, eps: float = 1e-06) -> tuple[Tensor, Tensor]:
+    """Residual add and rms_norm_1p in one pass; returns the norm and the new residual."""
+    h = add(x, residual)
+    y = rms_norm_1p(h, w, eps=eps)
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_norm_add_norm_1p
+def fused_norm_add_norm_1p(
+    residual: Tensor, x: Tensor, w_after: Tensor, w_before: Tensor, *, eps: float = 1e-06
+) -> tuple[Tensor, Tensor]:
+    """Norm of what a block gives, the residual add, and the norm before the next block, as in Gemma 2."""
+    n = rms_norm_1p(x, w_after, eps=eps)
+    h = add(residual, n)
+    y = rms_norm_1p(h, w_before, eps=eps)
     return y, h

@@ -24,7 +24,7 @@ from .activation import (
     tanh,
 )
 from .attention import paged_decode_attention, paged_prefill_attention
-from .elementwise import add, add_bias, mul, mul_rows, mul_weight, scale, soft_cap
+from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, soft_cap
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
 from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_store
@@ -32,6 +32,10 @@ from .linear import head_linear, linear, lm_head
 from .norm import (
     fused_add_layer_norm,
     fused_add_rms_norm,
+    fused_add_rms_norm_1p,
+    fused_add_rms_norm_wide,
+    fused_norm_add_norm_1p,
+    fused_rms_norm_wide_add,
     head_layer_norm,
     layer_norm,
     layer_norm_1p,
@@ -41,6 +45,7 @@ from .norm import (
 )
 from .pooling import l2_norm, pool_first, pool_last
 from .position import rope, rope_interleaved
+from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
 from .sampling import sample
 from .varlen_attention import varlen_attention
 
@@ -71,6 +76,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "mul_rows": mul_rows,
     "scale": scale,
     "soft_cap": soft_cap,
+    "clip": clip,
     "embedding": embedding,
     "embedding_shard": embedding_shard,
     "position_embedding": position_embedding,
@@ -92,11 +98,19 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "layer_norm_1p": layer_norm_1p,
     "fused_add_rms_norm": fused_add_rms_norm,
     "fused_add_layer_norm": fused_add_layer_norm,
+    "fused_add_rms_norm_wide": fused_add_rms_norm_wide,
+    "fused_rms_norm_wide_add": fused_rms_norm_wide_add,
+    "fused_add_rms_norm_1p": fused_add_rms_norm_1p,
+    "fused_norm_add_norm_1p": fused_norm_add_norm_1p,
     "pool_first": pool_first,
     "pool_last": pool_last,
     "l2_norm": l2_norm,
     "rope": rope,
     "rope_interleaved": rope_interleaved,
+    "qk_rope_kv_store": qk_rope_kv_store,
+    "qk_rope_interleaved_kv_store": qk_rope_interleaved_kv_store,
+    "qk_norm_rope_kv_store": qk_norm_rope_kv_store,
+    "qk_norm_1p_rope_kv_store": qk_norm_1p_rope_kv_store,
     "sample": sample,
     "varlen_attention": varlen_attention,
 }

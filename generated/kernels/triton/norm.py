@@ -13,6 +13,10 @@ from .tiles import LONGEST_TILE, long_tile, row_tile
 __all__ = [
     "fused_add_layer_norm",
     "fused_add_rms_norm",
+    "fused_add_rms_norm_1p",
+    "fused_add_rms_norm_wide",
+    "fused_norm_add_norm_1p",
+    "fused_rms_norm_wide_add",
     "head_layer_norm",
     "layer_norm",
     "layer_norm_1p",
@@ -1024,6 +1028,545 @@ def fused_add_layer_norm(
                 H,
                 x.stride(0),
                 residual.stride(0),
+                y.stride(0),
+                h.stride(0),
+                ROWS=tile.rows,
+                BLOCK_H=tile.block,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=False,
+            )
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_add_rms_norm_wide
+@triton.jit
+def _fused_add_rms_norm_wide_rows(
+    x,
+    residual,
+    w,
+    y,
+    h,
+    eps,
+    T,
+    H,
+    x_T,
+    residual_T,
+    y_T,
+    h_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    iH = tl.arange(0, BLOCK_H)[None, :]
+    inH = iH < H
+    hValue = device.rounded(
+        tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+        E,
+    )
+    xf = hValue
+    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
+    tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    tl.store(
+        y + iT * y_T + iH,
+        device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E),
+        mask=isRow & inH,
+    )
+
+
+@triton.jit
+def _fused_add_rms_norm_wide_long(
+    x,
+    residual,
+    w,
+    y,
+    h,
+    eps,
+    T,
+    H,
+    x_T,
+    residual_T,
+    y_T,
+    h_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        hValue = device.rounded(
+            tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+            + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+            E,
+        )
+        xf = hValue
+        msAll = msAll + tl.where(inH, xf * xf, 0.0)
+        tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    ms = tl.sum(msAll, 1)[:, None] / H
+    tl.debug_barrier()  # what other threads of the program have stored is read again
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        xf = hValue
+        tl.store(
+            y + iT * y_T + iH,
+            device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E),
+            mask=isRow & inH,
+        )
+
+
+def fused_add_rms_norm_wide(x: Tensor, residual: Tensor, w: Tensor, *, eps: float = 1e-06) -> tuple[Tensor, Tensor]:
+    """Residual add and rms_norm_wide in one pass; returns the norm and the new residual."""
+    T = x.shape[0]
+    H = x.shape[1]
+    y = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    h = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    if T > 0 and H > 0:
+        if H <= LONGEST_TILE:
+            tile = row_tile(H)
+            _fused_add_rms_norm_wide_rows[tile.grid(T, H)](
+                x,
+                residual,
+                w,
+                y,
+                h,
+                eps,
+                T,
+                H,
+                x.stride(0),
+                residual.stride(0),
+                y.stride(0),
+                h.stride(0),
+                ROWS=tile.rows,
+                BLOCK_H=tile.block,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=False,
+            )
+        else:
+            tile = long_tile(H)
+            _fused_add_rms_norm_wide_long[tile.grid(T, H)](
+                x,
+                residual,
+                w,
+                y,
+                h,
+                eps,
+                T,
+                H,
+                x.stride(0),
+                residual.stride(0),
+                y.stride(0),
+                h.stride(0),
+                ROWS=tile.rows,
+                BLOCK_H=tile.block,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=False,
+            )
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_rms_norm_wide_add
+@triton.jit
+def _fused_rms_norm_wide_add_rows(
+    residual,
+    x,
+    w,
+    h,
+    eps,
+    T,
+    H,
+    residual_T,
+    x_T,
+    h_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = residual.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    iH = tl.arange(0, BLOCK_H)[None, :]
+    inH = iH < H
+    xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
+    n = device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E)
+    tl.store(
+        h + iT * h_T + iH,
+        device.rounded(tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E),
+        mask=isRow & inH,
+    )
+
+
+@triton.jit
+def _fused_rms_norm_wide_add_long(
+    residual,
+    x,
+    w,
+    h,
+    eps,
+    T,
+    H,
+    residual_T,
+    x_T,
+    h_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = residual.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        msAll = msAll + tl.where(inH, xf * xf, 0.0)
+    ms = tl.sum(msAll, 1)[:, None] / H
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        n = device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E)
+        tl.store(
+            h + iT * h_T + iH,
+            device.rounded(tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E),
+            mask=isRow & inH,
+        )
+
+
+def fused_rms_norm_wide_add(residual: Tensor, x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
+    """rms_norm_wide of what a block gives, and the residual add behind it, as in OLMo 2."""
+    T = residual.shape[0]
+    H = residual.shape[1]
+    h = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
+    if T > 0 and H > 0:
+        if H <= LONGEST_TILE:
+            tile = row_tile(H)
+            _fused_rms_norm_wide_add_rows[tile.grid(T, H)](
+                residual,
+                x,
+                w,
+                h,
+                eps,
+                T,
+                H,
+                residual.stride(0),
+                x.stride(0),
+                h.stride(0),
+                ROWS=tile.rows,
+                BLOCK_H=tile.block,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=False,
+            )
+        else:
+            tile = long_tile(H)
+            _fused_rms_norm_wide_add_long[tile.grid(T, H)](
+                residual,
+                x,
+                w,
+                h,
+                eps,
+                T,
+                H,
+                residual.stride(0),
+                x.stride(0),
+                h.stride(0),
+                ROWS=tile.rows,
+                BLOCK_H=tile.block,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=False,
+            )
+    return h
+
+
+# specs/ops/norm.yaml: fused_add_rms_norm_1p
+@triton.jit
+def _fused_add_rms_norm_1p_rows(
+    x,
+    residual,
+    w,
+    y,
+    h,
+    eps,
+    T,
+    H,
+    x_T,
+    residual_T,
+    y_T,
+    h_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    iH = tl.arange(0, BLOCK_H)[None, :]
+    inH = iH < H
+    hValue = device.rounded(
+        tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+        E,
+    )
+    xf = hValue
+    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
+    tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    tl.store(
+        y + iT * y_T + iH,
+        device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + iH, mask=inH, other=0).to(tl.float32)), E),
+        mask=isRow & inH,
+    )
+
+
+@triton.jit
+def _fused_add_rms_norm_1p_long(
+    x,
+    residual,
+    w,
+    y,
+    h,
+    eps,
+    T,
+    H,
+    x_T,
+    residual_T,
+    y_T,
+    h_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        hValue = device.rounded(
+            tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+            + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+            E,
+        )
+        xf = hValue
+        msAll = msAll + tl.where(inH, xf * xf, 0.0)
+        tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    ms = tl.sum(msAll, 1)[:, None] / H
+    tl.debug_barrier()  # what other threads of the program have stored is read again
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        xf = hValue
+        tl.store(
+            y + iT * y_T + iH,
+            device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + iH, mask=inH, other=0).to(tl.float32)), E),
+            mask=isRow & inH,
+        )
+
+
+def fused_add_rms_norm_1p(x: Tensor, residual: Tensor, w: Tensor, *, eps: float = 1e-06) -> tuple[Tensor, Tensor]:
+    """Residual add and rms_norm_1p in one pass; returns the norm and the new residual."""
+    T = x.shape[0]
+    H = x.shape[1]
+    y = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    h = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    if T > 0 and H > 0:
+        if H <= LONGEST_TILE:
+            tile = row_tile(H)
+            _fused_add_rms_norm_1p_rows[tile.grid(T, H)](
+                x,
+                residual,
+                w,
+                y,
+                h,
+                eps,
+                T,
+                H,
+                x.stride(0),
+                residual.stride(0),
+                y.stride(0),
+                h.stride(0),
+                ROWS=tile.rows,
+                BLOCK_H=tile.block,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=False,
+            )
+        else:
+            tile = long_tile(H)
+            _fused_add_rms_norm_1p_long[tile.grid(T, H)](
+                x,
+                residual,
+                w,
+                y,
+                h,
+                eps,
+                T,
+                H,
+                x.stride(0),
+                residual.stride(0),
+                y.stride(0),
+                h.stride(0),
+                ROWS=tile.rows,
+                BLOCK_H=tile.block,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=False,
+            )
+    return y, h
+
+
+# specs/ops/norm.yaml: fused_norm_add_norm_1p
+@triton.jit
+def _fused_norm_add_norm_1p_rows(
+    residual,
+    x,
+    w_after,
+    w_before,
+    y,
+    h,
+    eps,
+    T,
+    H,
+    residual_T,
+    x_T,
+    y_T,
+    h_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = residual.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    iH = tl.arange(0, BLOCK_H)[None, :]
+    inH = iH < H
+    xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
+    n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + iH, mask=inH, other=0).to(tl.float32)), E)
+    hValue = device.rounded(tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E)
+    xfV2 = hValue
+    msV2 = tl.sum(tl.where(inH, xfV2 * xfV2, 0.0), 1)[:, None] / H
+    tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    tl.store(
+        y + iT * y_T + iH,
+        device.rounded(
+            xfV2 * tl.rsqrt(msV2 + eps) * (1.0 + tl.load(w_before + iH, mask=inH, other=0).to(tl.float32)), E
+        ),
+        mask=isRow & inH,
+    )
+
+
+@triton.jit
+def _fused_norm_add_norm_1p_long(
+    residual,
+    x,
+    w_after,
+    w_before,
+    y,
+    h,
+    eps,
+    T,
+    H,
+    residual_T,
+    x_T,
+    y_T,
+    h_T,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    E: tl.constexpr = residual.dtype.element_ty
+    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iT < T
+    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        msAll = msAll + tl.where(inH, xf * xf, 0.0)
+    ms = tl.sum(msAll, 1)[:, None] / H
+    msV2All = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + iH, mask=inH, other=0).to(tl.float32)), E)
+        hValue = device.rounded(
+            tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E
+        )
+        xfV2 = hValue
+        msV2All = msV2All + tl.where(inH, xfV2 * xfV2, 0.0)
+        tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    msV2 = tl.sum(msV2All, 1)[:, None] / H
+    tl.debug_barrier()  # what other threads of the program have stored is read again
+    for iBlock in range(0, H, BLOCK_H):
+        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
+        inH = iH < H
+        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
+        xfV2 = hValue
+        tl.store(
+            y + iT * y_T + iH,
+            device.rounded(
+                xfV2 * tl.rsqrt(msV2 + eps) * (1.0 + tl.load(w_before + iH, mask=inH, other=0).to(tl.float32)), E
+            ),
+            mask=isRow & inH,
+        )
+
+
+def fused_norm_add_norm_1p(
+    residual: Tensor, x: Tensor, w_after: Tensor, w_before: Tensor, *, eps: float = 1e-06
+) -> tuple[Tensor, Tensor]:
+    """Norm of what a block gives, the residual add, and the norm before the next block, as in Gemma 2."""
+    T = residual.shape[0]
+    H = residual.shape[1]
+    y = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
+    h = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
+    if T > 0 and H > 0:
+        if H <= LONGEST_TILE:
+            tile = row_tile(H)
+            _fused_norm_add_norm_1p_rows[tile.grid(T, H)](
+                residual,
+                x,
+                w_after,
+                w_before,
+                y,
+                h,
+                eps,
+                T,
+                H,
+                residual.stride(0),
+                x.stride(0),
+                y.stride(0),
+                h.stride(0),
+                ROWS=tile.rows,
+                BLOCK_H=tile.block,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                enable_fp_fusion=False,
+            )
+        else:
+            tile = long_tile(H)
+            _fused_norm_add_norm_1p_long[tile.grid(T, H)](
+                residual,
+                x,
+                w_after,
+                w_before,
+                y,
+                h,
+                eps,
+                T,
+                H,
+                residual.stride(0),
+                x.stride(0),
                 y.stride(0),
                 h.stride(0),
                 ROWS=tile.rows,

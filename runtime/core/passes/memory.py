@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import ClassVar
 
 from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
-from sageLLM.runtime.core.passes.order import Lane, lane
+from sageLLM.runtime.core.ir import TensorRef
+from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes, Sizes
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
-
-@dataclass(frozen=True, slots=True)
-class Buffer:
-    """Memory that one value, or several that share it, hold from the position `first` to `last` of the order.
-
-    The positions count every node that may run at the same time as one that needs the values, on any stream.
-    """
-
-    names: tuple[str, ...]
-    device_id: int
-    size: int
-    first: int
-    last: int
-
-    def meets(self, other: Buffer) -> bool:
-        """Whether both are wanted at some time on one device."""
-        return self.device_id == other.device_id and self.first <= other.last and other.first <= self.last
+OFFSETS = "offsets"
+"""The key of a node's metadata under which the places of its outputs stand."""
+MOMENTS = 8
+"""Moments at which the lower bound is looked for."""
+MAX_ATTEMPTS = 100
+MAX_PLACED = 6000
+"""Plans that are tried, and buffers that are placed in them, while the best plan is above the lower bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """An offset per buffer, in bytes from the start of its device's arena.
 
-    `peak_bytes` is the size of the largest arena; no plan can be below `max_live_bytes`.
+    `peak_bytes` is the size of the largest arena; no plan can be below `max_live_bytes`. `source` names, for a value in
+    the memory of another one (a view of it, or made in place), that other.
     """
 
     buffers: tuple[Buffer, ...] = ()
     offsets: tuple[int, ...] = ()
+    source: Mapping[str, str] = field(default_factory=dict)
     _by_name: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -47,7 +40,10 @@ class MemoryPlan:
         self._by_name.update((name, offset) for buffer, offset in placed for name in buffer.names)
 
     def offset(self, name: str) -> int | None:
-        """Where a value lies; None for one that is no buffer here, such as an input."""
+        """Where the buffer of a value begins; None for one that has none here, such as an input.
+
+        A view may begin further on in the buffer, as its op says.
+        """
         return self._by_name.get(name)
 
     @property
@@ -62,14 +58,7 @@ class MemoryPlan:
     @property
     def max_live_bytes(self) -> int:
         """The most bytes that are wanted at one time on one device."""
-        changes = [(b.device_id, b.first, b.size) for b in self.buffers]
-        changes += [(b.device_id, b.last + 1, -b.size) for b in self.buffers]
-        most, live, device = 0, 0, -1
-        for device_id, _, change in sorted(changes):
-            live = change if device_id != device else live + change
-            device = device_id
-            most = max(most, live)
-        return most
+        return max_live_bytes(self.buffers)
 
     @property
     def reuse_ratio(self) -> float:
@@ -90,11 +79,8 @@ class MemoryPlan:
 class MemoryPass(DeclaredPass):
     """Plans an arena per device: every value that a node makes gets an offset, a multiple of `align` bytes.
 
-    Values made in place, and views, lie in the memory that they come from. A value lives from its maker to the last
-    node that reads it; nodes on other streams that nothing orders behind that count as running at the same time.
-    Buffers get the smallest gap that they fit in, the largest buffers first (Pisarchyk and Lee, 2020); each node's
-    `metadata["offsets"]` holds the offsets of its outputs, null for one that lies in an input or a weight. `plan` has
-    the whole. Sizes must be bound: a symbolic graph is left as it is.
+    Each node's `metadata["offsets"]` holds the offsets of its outputs, null for one that lies in an input or a weight.
+    `plan` has the whole; see `plan_memory`. Sizes must be bound: a symbolic graph is left as it is.
     """
 
     align: ClassVar[int] = 256
@@ -109,142 +95,140 @@ class MemoryPass(DeclaredPass):
         if symbolic is not None:
             self.report.facts = {"left": f"the size of {symbolic} is symbolic"}
             return
-        self.plan = plan_memory(graph, self.align)
+        self.plan = plan_memory(graph, align=self.align)
         for node in graph.nodes.values():
             if node.outputs:
-                node.metadata["offsets"] = [self.plan.offset(ref.name) for ref in node.outputs]
+                node.metadata[OFFSETS] = [self.plan.offset(ref.name) for ref in node.outputs]
         facts = ("peak_bytes", "max_live_bytes", "total_bytes", "reuse_ratio")
         self.report.facts = {name: getattr(self.plan, name) for name in facts}
 
 
-def plan_memory(graph: ExecutionGraph, align: int) -> MemoryPlan:
-    """The better of two greedy plans: the largest buffers first, and the longest-lived first."""
-    buffers = find_buffers(graph, align)
-    largest = place(buffers, sorted(range(len(buffers)), key=lambda i: (-buffers[i].size, buffers[i].first)))
-    if largest.peak_bytes == largest.max_live_bytes:
-        return largest  # no plan is smaller
-    longest = place(buffers, sorted(range(len(buffers)), key=lambda i: (buffers[i].first - buffers[i].last, i)))
-    return min(largest, longest, key=lambda plan: plan.peak_bytes)
+def plan_memory(graph: ExecutionGraph | Lifetimes, sizes: Sizes | None = None, align: int = 256) -> MemoryPlan:
+    """A place for every value that the graph makes; `sizes` gives those that are symbolic.
+
+    Values made in place, and views, lie in the memory that they come from. A value lives from its maker to the last
+    node that reads it, and one that the graph returns lives on; nodes on other lanes that nothing orders behind the
+    readers count as running at the same time. Whoever plans for many sizes gives the graph's `Lifetimes`. Sizes that
+    grow with the step make a plan for the largest step valid for every smaller one.
+    """
+    lifetimes = graph if isinstance(graph, Lifetimes) else Lifetimes(graph)
+    plan = plan_buffers(lifetimes.buffers(sizes or {}, align))
+    return MemoryPlan(plan.buffers, plan.offsets, lifetimes.source)
 
 
-def place(buffers: list[Buffer], order: Iterable[int]) -> MemoryPlan:
-    """Each buffer in turn goes to the smallest gap between those that it meets, or else behind them."""
-    offsets: dict[int, int] = {}
-    placed: list[tuple[int, Buffer]] = []  # by offset
+def plan_buffers(buffers: Sequence[Buffer]) -> MemoryPlan:
+    """The best of some greedy plans: large buffers first (Pisarchyk and Lee, 2020), long-lived ones first, by time.
+
+    Where none of them reaches the lower bound, what stands above it is placed first, and all others anew; the draws are
+    the same in every run.
+    """
+    beside = find_beside(buffers)
+    bound = max_live_bytes(buffers)
+    best = MemoryPlan(tuple(buffers), tuple(place(buffers, beside, _by_size(buffers))))
+    for order in (_by_length(buffers), range(len(buffers))):
+        if best.peak_bytes > bound:
+            other = MemoryPlan(best.buffers, tuple(place(buffers, beside, order)))
+            best = min(best, other, key=lambda plan: plan.peak_bytes)
+    return best if best.peak_bytes <= bound else _improved(best, beside, bound)
+
+
+def place(buffers: Sequence[Buffer], beside: Sequence[Sequence[int]], order: Iterable[int]) -> list[int]:
+    """Each buffer in turn goes to the smallest gap between those beside it, or else behind them."""
+    offsets = [-1] * len(buffers)
     for i in order:
-        offset = _best_gap(buffers[i], placed)
-        offsets[i] = offset
-        placed.insert(bisect_right(placed, offset, key=lambda item: item[0]), (offset, buffers[i]))
-    return MemoryPlan(tuple(buffers), tuple(offsets[i] for i in range(len(buffers))))
+        taken = sorted((offsets[j], buffers[j].size) for j in beside[i] if offsets[j] >= 0)
+        offsets[i] = _best_gap(buffers[i].size, taken)
+    return offsets
 
 
-def _best_gap(buffer: Buffer, placed: list[tuple[int, Buffer]]) -> int:
+def find_beside(buffers: Sequence[Buffer]) -> list[list[int]]:
+    """For each buffer those that it meets, found by going along the order of the nodes."""
+    beside: list[list[int]] = [[] for _ in buffers]
+    live: list[int] = []
+    for i in sorted(range(len(buffers)), key=lambda i: buffers[i].first):
+        _, device_id, _, first, _, lane, _ = buffers[i]
+        live = [j for j in live if buffers[j].last >= first]
+        for j in live:
+            after = buffers[j].after
+            if buffers[j].device_id == device_id and not (after and first >= after[lane]):
+                beside[i].append(j)
+                beside[j].append(i)
+        live.append(i)
+    return beside
+
+
+def max_live_bytes(buffers: Sequence[Buffer]) -> int:
+    """A lower bound of every plan: the largest sum of buffers of a device that meet one another.
+
+    It is looked for where most is live. On one lane all that is live at a time meets; on several a greedy choice is
+    made, also at moments apart from those, which may miss the largest sum.
+    """
+    most = 0
+    sizes = _live_sizes(buffers)
+    moments = heapq.nlargest(MOMENTS, sizes)
+    if any(buffer.after for buffer in buffers):
+        moments += sizes[:: len(sizes) // (4 * MOMENTS) + 1]
+    for size, device_id, position in moments:
+        if size > most:
+            live = [b for b in buffers if b.device_id == device_id and b.first <= position <= b.last]
+            most = max(most, _meeting_bytes(live))
+    return most
+
+
+def _live_sizes(buffers: Sequence[Buffer]) -> list[tuple[int, int, int]]:
+    """(bytes, device, position) whenever a buffer is made: how much of the device's memory may be in use."""
+    changes = [(b.device_id, b.first, b.size) for b in buffers]
+    changes += [(b.device_id, b.last + 1, -b.size) for b in buffers]
+    live, device, sizes = 0, -1, []
+    for device_id, position, change in sorted(changes):
+        live = change if device_id != device else live + change
+        device = device_id
+        sizes.append((live, device_id, position))
+    return sizes
+
+
+def _meeting_bytes(buffers: list[Buffer]) -> int:
+    meeting: list[Buffer] = []
+    for buffer in sorted(buffers, key=lambda one: -one.size):
+        if all(buffer.meets(other) for other in meeting):
+            meeting.append(buffer)
+    return sum(buffer.size for buffer in meeting)
+
+
+def _best_gap(size: int, taken: list[tuple[int, int]]) -> int:
     best, room, end = -1, 0, 0
-    for offset, other in placed:
-        if other.first > buffer.last or buffer.first > other.last or other.device_id != buffer.device_id:
-            continue
+    for offset, other_size in taken:
         gap = offset - end
-        if gap >= buffer.size and (best < 0 or gap < room):
+        if gap >= size and (best < 0 or gap < room):
             best, room = end, gap
-        end = max(end, offset + other.size)
+        end = max(end, offset + other_size)
     return best if best >= 0 else end
 
 
-def find_buffers(graph: ExecutionGraph, align: int) -> list[Buffer]:
-    """The memory that the graph's own values need, with their lifetimes in topological order."""
-    order = graph.topological_sort()
-    position = {node.node_id: i for i, node in enumerate(order)}
-    ends = _Ends(order, position)
-    home = _homes(order)
-    returned = {ref.name for ref in graph.outputs}
-    groups: dict[str, list[TensorRef]] = {}
-    for node in order:
-        for ref in node.outputs:
-            groups.setdefault(home[ref.name], []).append(ref)
-    buffers = []
-    for root, refs in groups.items():
-        maker = graph.producer(root)
-        if maker is None or root in graph.inputs or root in graph.weights:
-            continue  # made in place in memory that is the caller's
-        nodes = {maker.node_id, *(user.node_id for ref in refs for user in graph.users(ref))}
-        nodes |= {p.node_id for ref in refs if (p := graph.producer(ref)) is not None}
-        last = len(order) if any(ref.name in returned for ref in refs) else ends.last(nodes)
-        size = max(-(-ref.num_bytes // align) * align for ref in refs)
-        buffers.append(Buffer(tuple(r.name for r in refs), refs[0].device_id, size, position[maker.node_id], last))
-    return buffers
+def _by_size(buffers: Sequence[Buffer]) -> list[int]:
+    return sorted(range(len(buffers)), key=lambda i: (-buffers[i].size, buffers[i].first))
 
 
-def _homes(order: list[ExecutionNode]) -> dict[str, str]:
-    """For each value the one whose memory it lies in: itself, or through views and in-place ops another one."""
-    home: dict[str, str] = {}
-    for node in order:
-        for name, ref in zip(_output_names(node), node.outputs, strict=True):
-            source = _source(node, name)
-            home[ref.name] = ref.name if source is None else home.get(source.name, source.name)
-    return home
+def _by_length(buffers: Sequence[Buffer]) -> list[int]:
+    return sorted(range(len(buffers)), key=lambda i: (buffers[i].first - buffers[i].last, i))
 
 
-def _output_names(node: ExecutionNode) -> list[str]:
-    return list(node.output_types) if isinstance(node, OpNode) else [ref.name for ref in node.outputs]
-
-
-def _source(node: ExecutionNode, output: str) -> TensorRef | None:
-    """The operand in whose memory an output lies."""
-    if not isinstance(node, OpNode):
-        return None
-    if "view" in node.tags:
-        return node.inputs[0]
-    return node.optional_input(node.inplace[output]) if output in node.inplace else None
+def _improved(best: MemoryPlan, beside: list[list[int]], bound: int) -> MemoryPlan:
+    """Again and again places some of what stands above the bound first, in random order."""
+    random, buffers, offsets = Random(0), best.buffers, best.offsets
+    order = sorted(range(len(buffers)), key=lambda i: (offsets[i], -buffers[i].size))
+    for _ in range(min(MAX_ATTEMPTS, MAX_PLACED // len(buffers) + 1)):
+        above = [i for i in order if offsets[i] + buffers[i].size > bound]
+        first = [i for i in above if random.random() < 0.5] or above
+        random.shuffle(first)
+        chosen = set(first)
+        order = [*first, *(i for i in order if i not in chosen)]
+        offsets = tuple(place(buffers, beside, order))
+        best = min(best, MemoryPlan(buffers, offsets), key=lambda plan: plan.peak_bytes)
+        if best.peak_bytes <= bound:
+            break
+    return best
 
 
 def _is_bound(ref: TensorRef) -> bool:
     return all(isinstance(size, int) for size in ref.shape)
-
-
-class _Ends:
-    """Until when a value must stay, given that each lane runs in order and lanes meet at dependencies alone.
-
-    For each node and lane it knows the first node of the lane that runs after it for certain (a vector clock, as in
-    Mattern 1989, seen from the end).
-    """
-
-    def __init__(self, order: list[ExecutionNode], position: Mapping[str, int]) -> None:
-        self.position = position
-        self.lanes: dict[Lane, list[int]] = {}
-        for i, node in enumerate(order):
-            self.lanes.setdefault(lane(node), []).append(i)
-        self.number = {one: k for k, one in enumerate(self.lanes)}
-        self.never = len(order)
-        self.after: list[list[int]] = [[self.never] * len(self.lanes) for _ in order]
-        next_in_lane: dict[Lane, int] = {}
-        for i in range(len(order) - 1, -1, -1):
-            one = lane(order[i])
-            if one in next_in_lane:
-                self._join(i, next_in_lane[one], order)
-            next_in_lane[one] = i
-            for dependency in order[i].dependencies:
-                self._join_later(position[dependency], i, order)
-
-    def _join(self, i: int, later: int, order: list[ExecutionNode]) -> None:
-        clock, known = self.after[i], self.after[later]
-        for k, first in enumerate(known):
-            if first < clock[k]:
-                clock[k] = first
-        k = self.number[lane(order[later])]
-        clock[k] = min(clock[k], later)
-
-    def _join_later(self, i: int, later: int, order: list[ExecutionNode]) -> None:
-        """The later node's clock is complete: all that follows it was seen before it."""
-        self._join(i, later, order)
-
-    def last(self, node_ids: Iterable[str]) -> int:
-        """The last position whose node does not run after all of the given nodes for certain."""
-        positions = [self.position[node_id] for node_id in node_ids]
-        clocks = [self.after[i] for i in positions]
-        found = max(positions)
-        for k, members in enumerate(self.lanes.values()):
-            first = max(clock[k] for clock in clocks)
-            here = members[-1] if first == self.never else members[bisect_right(members, first) - 2]
-            if first == self.never or bisect_right(members, first) >= 2:
-                found = max(found, here)
-        return found

@@ -2,102 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import ClassVar
 
-from sageLLM.runtime.core.cost import Hardware
+from sageLLM.runtime.core.cost import Hardware, estimate, latency_us
+from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode
-from sageLLM.runtime.core.passes.order import Reachability, put_in_order
+from sageLLM.runtime.core.passes.order import Reachability, put_in_order, take_over
+from sageLLM.runtime.core.passes.rows import free_name, join_rows, new_node, split_rows
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
 
 class MergePass(DeclaredPass):
-    """Merges plain nodes of the op types `select` that are alike, up to `limit_bytes`.
+    """Merges nodes of the op types `select` that are alike, up to `limit_bytes`.
 
-    Alike are nodes with equal attributes, group and ranks (also where the metadata give them), dtype, device and
-    stream. Op nodes stay as they are, since no kernel takes the operands of several.
+    Alike are nodes with equal attributes, group and ranks (also where the metadata give them), dtype, device, stream
+    and micro-batch. Only nodes that are independent by transitive reachability are merged, and no merge closes a circle
+    with another one; the order of merging follows from the graph alone, so every rank merges alike. Sizes must be
+    bound: a symbolic transfer is left as it is.
 
-    Only nodes that are independent by transitive reachability are merged, and no merge closes a circle with another
-    one. The merged node reads and writes the tensors of all its parts, in their order; the order of merging follows
-    from the graph alone, so every rank merges alike. Sizes must be bound: a symbolic transfer is left as it is.
+    A merged plain node reads and writes the tensors of all its parts, in their order. An op takes one tensor: `join`
+    puts the rows of all parts after one another, and views by `split` give every part its own again. That needs
+    `hardware`, and is done where the copies cost less than the latencies that are saved.
 
-    The estimated time is the sum of the parts' times less the latencies that are saved. These follow from parts of
-    different sizes; for equal ones the latency of `hardware` is taken, and without it nothing.
+    The estimated time is the sum of the parts' times less the saved latencies of the link; `sizes` gives the ranks of
+    the groups, two by default. Without `hardware` the latency follows from parts of different sizes. Where merging
+    would make the graph slower, because a part comes late, nothing is merged.
     """
 
     select: ClassVar[frozenset[str]] = frozenset()
     limit_bytes: ClassVar[int] = 0
+    join: ClassVar[type[OpNode] | None] = None
+    split: ClassVar[type[OpNode] | None] = None
 
-    def __init__(self, hardware: Hardware | None = None) -> None:
+    def __init__(self, hardware: Hardware | None = None, sizes: Mapping[str, Dim] | None = None) -> None:
         super().__init__()
         self.hardware = hardware
+        self.sizes = sizes or {}
 
     def run(self, graph: ExecutionGraph) -> None:
-        time_before = sum(node.estimated_time_us for node in graph.nodes.values() if node.op_type.name in self.select)
-        reach = Reachability(graph)
-        num_merged = 0
-        for candidates in self._alike(graph):
-            for batch in self._batches(candidates, reach):
-                num_merged += len(batch)
-                graph.replace(batch, [self._merged(batch)])
-        put_in_order(graph)
-        time_after = sum(node.estimated_time_us for node in graph.nodes.values() if node.op_type.name in self.select)
-        self.report.facts = {"merged": num_merged, "us_before": time_before, "us_after": time_after}
+        time_before, num_merged = self._comm_us(graph), 0
+        batches = self._batches(graph)
+        if batches:
+            trial = graph.copy()
+            num_merged = sum(self._merge(trial, node_ids) for node_ids in batches)
+            put_in_order(trial)
+            if trial.estimate_total_time() > graph.estimate_total_time():
+                num_merged = 0
+            if num_merged:
+                take_over(graph, trial)
+        self.report.facts = {"merged": num_merged, "us_before": time_before, "us_after": self._comm_us(graph)}
 
-    def _alike(self, graph: ExecutionGraph) -> list[list[ExecutionNode]]:
-        groups: dict[Hashable, list[ExecutionNode]] = {}
+    def _comm_us(self, graph: ExecutionGraph) -> float:
+        return sum(node.estimated_time_us for node in graph.nodes.values() if node.op_type.name in self.select)
+
+    def _alike(self, graph: ExecutionGraph) -> list[list[str]]:
+        groups: dict[Hashable, list[str]] = {}
         for node in graph.topological_sort():
-            is_plain = node.op_type.name in self.select and not isinstance(node, OpNode)
-            if is_plain and _num_bytes(node) is not None:
-                dtypes = frozenset(ref.dtype for ref in node.inputs)
+            if node.op_type.name in self.select and _num_bytes(node) is not None:
                 phase = node.node_id in graph.prefill_nodes, node.node_id in graph.decode_nodes
-                attrs = tuple(sorted((name, str(value)) for name, value in node.attrs.items()))
-                peers = str(node.metadata.get("group")), str(node.metadata.get("ranks"))
-                key = (node.op_type, node.op, attrs, peers, dtypes, node.device_id, node.stream_id, phase)
-                groups.setdefault(key, []).append(node)
-        return list(groups.values())
+                groups.setdefault((_kind(node), phase), []).append(node.node_id)
+        return [node_ids for node_ids in groups.values() if len(node_ids) > 1]
 
-    def _batches(self, candidates: list[ExecutionNode], reach: Reachability) -> list[list[ExecutionNode]]:
-        """Sets of two or more independent nodes, each as large as the limit lets it be, first come first served."""
-        batches: list[list[ExecutionNode]] = []
-        sizes = {node.node_id: _size(node) for node in candidates}
-        waiting = candidates
-        while waiting:
-            batch, rest = [waiting[0]], []
-            size = sizes[waiting[0].node_id]
-            for node in waiting[1:]:
-                more = sizes[node.node_id]
-                fits = size + more <= self.limit_bytes
-                if fits and all(reach.are_independent(node.node_id, other.node_id) for other in batch):
-                    batch.append(node)
-                    size += more
-                else:
-                    rest.append(node)
-            if len(batch) > 1:
-                reach.tie([node.node_id for node in batch])
-                batches.append(batch)
-            waiting = rest
+    def _batches(self, graph: ExecutionGraph) -> list[list[str]]:
+        """Which nodes go together: two or more of a kind that do not wait for one another, nor for other batches."""
+        groups = self._alike(graph)
+        reach = Reachability(graph) if groups else None
+        batches: list[list[str]] = []
+        for node_ids in groups:
+            waiting = [graph.nodes[node_id] for node_id in node_ids]
+            while waiting and reach is not None:
+                batch, waiting = self._next_batch(waiting, reach)
+                if len(batch) > 1:
+                    batches.append([node.node_id for node in batch])
+                    reach.tie(batches[-1])
         return batches
 
-    def _merged(self, parts: list[ExecutionNode]) -> ExecutionNode:
+    def _merge(self, graph: ExecutionGraph, node_ids: list[str]) -> int:
+        parts = [graph.nodes[node_id] for node_id in node_ids]
+        nodes = self._merged(graph, parts)
+        if not nodes:
+            return 0
+        graph.replace(parts, nodes)
+        return len(parts)
+
+    def _next_batch(
+        self, nodes: list[ExecutionNode], reach: Reachability
+    ) -> tuple[list[ExecutionNode], list[ExecutionNode]]:
+        """The first node with those that may go with it, as far as the limit lets them; and the rest."""
+        batch, rest, size = [nodes[0]], [], _size(nodes[0])
+        inside, before = reach.bit[nodes[0].node_id], reach.before[nodes[0].node_id]
+        for node in nodes[1:]:
+            bit, waits = reach.bit[node.node_id], reach.before[node.node_id]
+            is_independent = not (waits & inside or before & bit)
+            if is_independent and size + _size(node) <= self.limit_bytes:
+                batch.append(node)
+                inside, before, size = inside | bit, before | waits, size + _size(node)
+            else:
+                rest.append(node)
+        return batch, rest
+
+    def _merged(self, graph: ExecutionGraph, parts: list[ExecutionNode]) -> list[ExecutionNode]:
+        """What takes the place of the parts; nothing if that would not pay."""
+        origins = tuple(dict.fromkeys(origin for node in parts for origin in (node.origins or (node.node_id,))))
+        nodes = self._joined(graph, parts) if isinstance(parts[0], OpNode) else [self._plain(parts)]
+        old_us, new_us = (sum(node.estimated_time_us for node in some) for some in (parts, nodes))
+        if isinstance(parts[0], OpNode) and new_us >= old_us:
+            return []
+        layer_id = parts[0].layer_id if len({node.layer_id for node in parts}) == 1 else None
+        for node in nodes:
+            node.origins, node.layer_id = origins, layer_id
+        return nodes
+
+    def _plain(self, parts: list[ExecutionNode]) -> ExecutionNode:
+        merged = parts[0].copy()
+        merged.inputs = [ref for node in parts for ref in node.inputs]
+        merged.outputs = [ref for node in parts for ref in node.outputs]
+        merged.estimated_time_us = self._time_us(parts)
+        merged.memory_bytes = sum(node.memory_bytes for node in parts)
+        return merged
+
+    def _joined(self, graph: ExecutionGraph, parts: list[ExecutionNode]) -> list[ExecutionNode]:
         first = parts[0]
-        origins = dict.fromkeys(origin for node in parts for origin in (node.origins or (node.node_id,)))
-        return ExecutionNode(
-            first.node_id,
-            first.op_type,
-            [ref for node in parts for ref in node.inputs],
-            [ref for node in parts for ref in node.outputs],
-            device_id=first.device_id,
-            stream_id=first.stream_id,
-            estimated_time_us=self._time_us(parts),
-            memory_bytes=sum(node.memory_bytes for node in parts),
-            layer_id=first.layer_id if len({node.layer_id for node in parts}) == 1 else None,
-            metadata={**first.metadata, "op": first.op},
-            attrs=dict(first.attrs),
-            block=first.block,
-            origins=tuple(origins),
-        )
+        if not isinstance(first, OpNode) or self.join is None or self.split is None or self.hardware is None:
+            return []
+        if len(first.inputs) != 1 or len(first.inputs[0].shape) != 2:
+            return []
+        names = [free_name(graph, f"{first.node_id}.{word}") for word in ("joined", "sum")]
+        joins = join_rows(self.join, first, [node.inputs[0] for node in parts], names[0])
+        whole = new_node(type(first), first, joins[-1].outputs, names[1:], **first.attrs)
+        splits = split_rows(self.split, first, whole.outputs[0], [node.outputs[0] for node in parts])
+        whole.estimated_time_us = self._time_us(parts)
+        for node in (*joins, *splits):
+            node.estimated_time_us = estimate(node, self.hardware, self.sizes).time_us
+        return [*joins, whole, *splits]
 
     def _time_us(self, parts: list[ExecutionNode]) -> float:
         times = [node.estimated_time_us for node in parts]
@@ -106,13 +145,22 @@ class MergePass(DeclaredPass):
 
     def _latency_us(self, parts: list[ExecutionNode]) -> float:
         """The part of a transfer's time that does not grow with its size."""
+        if self.hardware is not None:
+            return latency_us(parts[0], self.hardware, self.sizes)
         small, large = (pick(parts, key=_size) for pick in (min, max))
-        if _size(small) < _size(large):
-            slope = (large.estimated_time_us - small.estimated_time_us) / (_size(large) - _size(small))
-            return max(0.0, small.estimated_time_us - max(slope, 0.0) * _size(small))
-        if self.hardware is None:
+        if _size(small) == _size(large):
             return 0.0
-        return self.hardware.launch_overhead_us + 2 * self.hardware.link.latency_us  # a ring of two has two steps
+        slope = (large.estimated_time_us - small.estimated_time_us) / (_size(large) - _size(small))
+        return max(0.0, small.estimated_time_us - max(slope, 0.0) * _size(small))
+
+
+def _kind(node: ExecutionNode) -> Hashable:
+    """Equal for nodes that one collective can serve."""
+    attrs = tuple(sorted((name, str(value)) for name, value in node.attrs.items()))
+    peers = tuple(str(node.metadata.get(key)) for key in ("group", "ranks", "part"))
+    types = frozenset(ref.dtype for ref in node.inputs)
+    widths = tuple(ref.shape[1:] for ref in node.inputs) if isinstance(node, OpNode) else ()
+    return type(node), node.op_type, node.op, attrs, peers, types, widths, node.device_id, node.stream_id
 
 
 def _size(node: ExecutionNode) -> int:

@@ -60,6 +60,18 @@ def put_in_order(graph: ExecutionGraph, order: list[ExecutionNode] | None = None
     graph.nodes = {node.node_id: node for node in nodes}
 
 
+def take_over(graph: ExecutionGraph, other: ExecutionGraph) -> None:
+    """Makes the graph what a changed copy of it is; the copy is not to be used afterwards."""
+    graph.nodes = other.nodes
+    graph.prefill_nodes, graph.decode_nodes, graph.comm_nodes = (
+        other.prefill_nodes,
+        other.decode_nodes,
+        other.comm_nodes,
+    )
+    graph.inputs, graph.weights, graph.outputs = other.inputs, other.weights, other.outputs
+    graph.reindex()
+
+
 def order_cache_effects(graph: ExecutionGraph) -> None:
     """Adds the edges that keep reads and writes of a cache in program order, where no value does.
 
@@ -73,7 +85,7 @@ def order_cache_effects(graph: ExecutionGraph) -> None:
         for name in names:
             if name in last_write:
                 graph.add_edge(last_write[name], node.node_id)
-            if _changes_caches(node):
+            if changes_caches(node):
                 for reader in reads.pop(name, []):
                     graph.add_edge(reader, node.node_id)
                 last_write[name] = node.node_id
@@ -81,8 +93,14 @@ def order_cache_effects(graph: ExecutionGraph) -> None:
                 reads.setdefault(name, []).append(node.node_id)
 
 
-def _changes_caches(node: ExecutionNode) -> bool:
+def changes_caches(node: ExecutionNode) -> bool:
+    """Whether a block-level node writes to a cache that it lists as an input."""
     return not isinstance(node, OpNode) and node.op_type.name in ("KV_STORE", "KV_MIGRATE")
+
+
+def is_on_device(node: ExecutionNode) -> bool:
+    """Whether a node is a load of keys and values that are on the device already: no transfer, and no new memory."""
+    return node.op_type.name == "KV_LOAD" and node.metadata.get("tier") == "device"
 
 
 def bottom_levels(graph: ExecutionGraph) -> Mapping[str, float]:

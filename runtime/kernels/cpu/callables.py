@@ -15,6 +15,7 @@ from sageLLM.runtime.core.ir import AttrSpec, AttrValue
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.core.types import TensorType, TypePattern
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, Symbol
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight, pack
 
 TORCH_DTYPES = {"bool": torch.bool, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64, "f16": torch.float16,
                 "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}  # fmt: skip
@@ -22,6 +23,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 MAX_SIGNATURES = 1024
 
 Kernel = Callable[..., Any]
+Operand = Tensor | PackedWeight | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,13 @@ class NativeCallable:
         self._library, self._reference = library, reference
         self._signatures: dict[Any, Signature] = {}
 
-    def __call__(self, *operands: Tensor | None, **attrs: Any) -> Any:
-        key = (*((x.shape, x.stride(), x.dtype, x.device) if x is not None else None for x in operands), *attrs.items())
+    def __call__(self, *operands: Operand, **attrs: Any) -> Any:
+        if self.kernel.packed:
+            operands = self._packed(operands)
+        key = (
+            *((type(x), x.shape, x.stride(), x.dtype, x.device) if x is not None else None for x in operands),
+            *attrs.items(),
+        )
         signature = self._signatures.get(key)
         if signature is None:
             if not self._is_supported(operands):
@@ -54,22 +61,32 @@ class NativeCallable:
             signature = self._signatures[key] = self._prepared(operands, attrs)
         return self._run(signature, list(operands))
 
-    def _run(self, signature: Signature, operands: list[Tensor | None]) -> Any:
+    def _packed(self, operands: tuple[Operand, ...]) -> tuple[Operand, ...]:
+        """The operands, weights packed now if they have not been when they were loaded."""
+        if not self._is_supported(operands):
+            return operands
+        gates = [self.kernel.packed.get(name) for name in self.kernel.op.input_types]
+        return tuple(
+            pack(x, gate, self._library) if gate is not None and isinstance(x, Tensor) else x
+            for gate, x in zip(gates, operands, strict=False)
+        )
+
+    def _run(self, signature: Signature, operands: list[Operand]) -> Any:
         for place in signature.copied:
             operand = operands[place]
-            operands[place] = operand.contiguous() if operand is not None else None
+            operands[place] = operand.contiguous() if isinstance(operand, Tensor) else operand
         outputs = [operands[o] if isinstance(o, int) else torch.empty(o[0], dtype=o[1]) for o in signature.outputs]
         operands += [None] * (len(self.kernel.op.input_types) - len(operands))
         pointers = [x.data_ptr() if x is not None else None for x in (*operands, *outputs)]
         signature.function((ctypes.c_void_p * len(pointers))(*pointers), signature.sizes, signature.attrs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _is_supported(self, operands: tuple[Tensor | None, ...]) -> bool:
+    def _is_supported(self, operands: tuple[Operand, ...]) -> bool:
         patterns = zip(self.kernel.op.input_types.values(), operands, strict=False)
         elements = {DTYPE_NAMES[x.dtype] for pattern, x in patterns if x is not None and pattern.is_variable}
         return elements <= set(ELEMENTS) and all(x is None or x.device.type == "cpu" for x in operands)
 
-    def _prepared(self, operands: tuple[Tensor | None, ...], attrs: Mapping[str, AttrValue]) -> Signature:
+    def _prepared(self, operands: tuple[Operand, ...], attrs: Mapping[str, AttrValue]) -> Signature:
         op = self.kernel.op
         given = {name: x for name, x in zip(op.input_types, operands, strict=False) if x is not None}
         known = op.resolve({name: TensorType(DTYPE_NAMES[x.dtype], tuple(x.shape)) for name, x in given.items()}, attrs)
@@ -86,7 +103,8 @@ class NativeCallable:
             sizes += self._strides(pattern, own, is_copied=False)
         numbers = [number(op.attr_types[name], value) for name, value in known.attrs.items() if name in op.attr_types]
         element = str(known.env[self.kernel.element]) if self.kernel.element else ELEMENTS[0]
-        function = Symbol(self._library.address(op.op, element))
+        unpacks = isinstance(given.get(self.kernel.unpacks or ""), PackedWeight)
+        function = Symbol(self._library.address(op.op, element, unpacks=unpacks))
         return Signature(
             function, (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_double * len(numbers))(*numbers), copied, outputs
         )
@@ -106,7 +124,7 @@ class NativeCallable:
         return tuple(found)
 
     @staticmethod
-    def _strides(pattern: TypePattern, x: Tensor | None, *, is_copied: bool) -> list[int]:
+    def _strides(pattern: TypePattern, x: Operand, *, is_copied: bool) -> list[int]:
         if x is None:
             return [0] * max(len(pattern.dims) - 1, 0)
         own = torch.empty(x.shape, device="meta").stride() if is_copied else x.stride()

@@ -4,9 +4,10 @@ import ctypes
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from sageLLM.runtime.core.kernels import NativeKernel
-from sageLLM.runtime.kernels.cpu.compiler import Compiler, build
+from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler, build
 
 ELEMENTS = ("f32", "bf16", "f16")
 """The element types that a generated file can be compiled for."""
@@ -24,11 +25,19 @@ class Library:
         self._folder, self._compiler, self._flags = folder, compiler, flags
         self._loaded: dict[tuple[str, str], ctypes.CDLL] = {}
 
-    def address(self, op: str, element: str) -> int:
-        """Where the op's function lies, for calls from native code; built and loaded first. May raise CompileError."""
+    def address(self, op: str, element: str, *, unpacks: bool = False) -> int:
+        """Where the op's function lies, for calls from native code; built and loaded first. May raise CompileError.
+
+        With `unpacks` it is the function that reads the op's table packed.
+        """
         kernel = self.kernels[op]
-        function = getattr(self._file(kernel.source, self._element(kernel, element)), kernel.symbol)
+        symbol = f"{kernel.symbol}_packed" if unpacks else kernel.symbol
+        function = getattr(self._file(kernel.source, self._element(kernel, element)), symbol)
         return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+    def helper(self, source: str, name: str, element: str) -> Any:
+        """A function of a hand-written source beside this file."""
+        return Symbol((f"sage_{name}", self._file(str(HEADERS / source), element)))
 
     def prepare(self, ops: Iterable[str], element: str) -> None:
         """Builds what the ops need, two files at a time."""

@@ -238,7 +238,6 @@ def weights(c: MixedConfig) -> Iterator[WeightSpec]:
                 ),
                 shard=Shard(0, segments=(c.I, c.I)),
             )
-        if i not in c.plain_layers:
             yield WeightSpec(
                 f"layers.{i}.ffn.wd",
                 (c.H, c.I),

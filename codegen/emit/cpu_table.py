@@ -1,0 +1,39 @@
+"""Emits the gather of rows from a packed table, for tables that are embedding and head at once and are held once."""
+
+from dataclasses import dataclass
+
+from sageLLM.codegen.emit.cpp_text import cpp_name
+from sageLLM.codegen.expr.tree import Gather, Ref
+from sageLLM.codegen.expr.types import DTYPES
+from sageLLM.codegen.model.op import OpDef
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacks:
+    """The table that may be packed, and the lines that then stand for the kernel's own."""
+
+    table: str
+    lines: tuple[str, ...]
+
+
+def unpacks_of(op: OpDef) -> Unpacks | None:
+    """For an op that is nothing but `y = gather(table, V, ids)`, whole rows of a table by a list of ids."""
+    if op.op_type != "EMBEDDING" or op.program is None or len(op.program.statements) != 1 or op.program.views:
+        return None
+    (statement,) = op.program.statements
+    match statement.value:
+        case Gather(table=Ref(name=table), dim=dim, index=Ref(name=ids)):
+            pass
+        case _:
+            return None
+    operand, index, output = op.operand(table), op.operand(ids), op.operand(statement.target)
+    if operand is None or index is None or output is None or operand.type.element in DTYPES:
+        return None
+    if operand.type.dims[:1] != (dim,) or len(operand.type.dims) != 2 or len(index.type.dims) != 1:
+        return None
+    rows, inner = index.type.dims[0].name, operand.type.dims[1].name
+    if rows is None or inner is None or index.type.element != "i32":
+        return None
+    place = f"{cpp_name(output.name)} + i{rows} * {output.name}_{rows}"
+    line = f"unpack_row({place}, {cpp_name(table)}, {cpp_name(ids)}[i{rows}], {inner});"
+    return Unpacks(table, (f"each_row({rows}, {rows} * {inner}, [&](int64_t i{rows}) {{", f"    {line}", "});"))

@@ -1,0 +1,58 @@
+"""Checks what passes of kinds other than rewrite name: op types, the ops they put into graphs, and functions."""
+
+import keyword
+from collections.abc import Mapping
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.load import Entry, RawSpecs
+from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.schema.passes import PassSpec
+
+SHAPES = {
+    "join": "two values of rows, and gives one",
+    "split": "one value and a number of rows (a dim attr), and gives two",
+    "send": "one value, and gives one",
+    "recv": "one value, and gives one",
+}
+CORE = "sageLLM.runtime.core.passes."
+
+
+def check_pass_names(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> None:
+    """Everything that the lower fields of a pass name exists and fits."""
+    spec = entry.spec
+    for name, path in _op_types(spec):
+        if name not in raw.op_types:
+            help = did_you_mean(name, raw.op_types)
+            is_key = path[0] == "move"
+            span = entry.key_span(*path) if is_key else entry.span(*path)
+            sink.error("SAGE302", f"unknown op type '{name}'", span, help)
+    for field, what in SHAPES.items():
+        name = getattr(spec, field)
+        if name is not None and name not in ops:
+            sink.error("SAGE306", f"unknown op '{name}'", entry.span(field), did_you_mean(name, ops))
+        elif name is not None and not _fits(field, ops[name]):
+            sink.error("SAGE331", f"'{field}' wants an op that takes {what}; '{name}' does not", entry.span(field))
+    if spec.function is not None:
+        _check_function(spec.function, entry, raw, sink)
+
+
+def _op_types(spec: PassSpec) -> list[tuple[str, tuple[str | int, ...]]]:
+    found: list[tuple[str, tuple[str | int, ...]]] = [(spec.select, ("select",))] if spec.select else []
+    for stream, names in spec.streams.items():
+        found += [(name, ("streams", stream, i)) for i, name in enumerate(names)]
+    return [*found, *((name, ("move", name)) for name in spec.move)]
+
+
+def _fits(field: str, op: OpDef) -> bool:
+    counts = {"join": (2, 1), "split": (1, 2), "send": (1, 1), "recv": (1, 1)}[field]
+    dims = [attr for attr in op.attrs if attr.type == "dim"]
+    return (len(op.inputs), len(op.outputs)) == counts and len(dims) == (field == "split")
+
+
+def _check_function(text: str, entry: Entry[PassSpec], raw: RawSpecs, sink: Sink) -> None:
+    module, _, name = text.partition(":")
+    if any(keyword.iskeyword(word) for word in (*module.split("."), name)):
+        sink.error("SAGE332", f"'{text}' has a word of Python's own in it", entry.span("function"))
+    elif not raw.base_files and not module.startswith(CORE):
+        help = f"the package's own passes run functions of {CORE}*"
+        sink.error("SAGE332", f"'{module}' is not a module for passes", entry.span("function"), help)

@@ -1,0 +1,151 @@
+"""Writes the nodes of all layers once for each micro-batch, over a share of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sageLLM.runtime.core.dims import Dim
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
+from sageLLM.runtime.core.passes.rows import join_rows, split_rows
+
+COUNTS = ("flops", "bytes")
+"""Attributes of plain nodes that count work, and so shrink with the rows."""
+
+
+def why_not_divisible(graph: ExecutionGraph, parts: int) -> str | None:
+    """Why a graph cannot be run in micro-batches; None if it can."""
+    if graph.stage == "hybrid":
+        return "a hybrid step has rows of two phases"
+    if not any(node.layer_id is not None for node in graph.nodes.values()):
+        return "the graph has no layers"
+    if any(node.op_type.name == "ENCODER_ATTN" for node in graph.nodes.values()):
+        return "attention over whole sequences cannot be cut"
+    refs = [ref for node in graph.nodes.values() for ref in (*node.inputs, *node.outputs)]
+    symbolic = next((ref for ref in refs if not all(isinstance(size, int) for size in ref.shape)), None)
+    if symbolic is not None:
+        return f"the size of {symbolic} is symbolic"
+    rows = [ref.shape[0] for ref in entering(graph)]
+    if not rows:
+        return "no value enters the layers"
+    if len(set(rows)) > 1:
+        return "the values that enter the layers differ in rows"
+    return f"{rows[0]} rows are too few for {parts} micro-batches" if int(str(rows[0])) < parts else None
+
+
+def entering(graph: ExecutionGraph) -> list[TensorRef]:
+    """The values from outside the layers, caches and weights aside, that nodes of layers read."""
+    found: dict[str, TensorRef] = {}
+    for node in graph.nodes.values():
+        if node.layer_id is not None and not node.op_type.is_kv:
+            for ref in node.inputs:
+                writer = graph.producer(ref)
+                if ref.name not in graph.weights and (writer is None or writer.layer_id is None):
+                    found.setdefault(ref.name, ref)
+    return list(found.values())
+
+
+def share_of(whole: Dim, part: int, parts: int) -> int:
+    """The size of one of so many parts, which differ by one at most."""
+    assert isinstance(whole, int), "sizes are bound"
+    return whole * (part + 1) // parts - whole * part // parts
+
+
+class MicroBatches:
+    """One graph in the making: what stands for an old value in each micro-batch, and the nodes written so far."""
+
+    def __init__(self, graph: ExecutionGraph, parts: int, split: type[OpNode], join: type[OpNode]) -> None:
+        self.source, self.parts, self.split, self.join = graph, parts, split, join
+        self.result = replace(
+            graph, nodes={}, prefill_nodes=set(), decode_nodes=set(), comm_nodes=set(), outputs=list(graph.outputs)
+        )
+        self.values: dict[str, list[TensorRef]] = {}
+        self.entering = {ref.name for ref in entering(graph)}
+        self.joined: set[str] = set()
+        self.memo: dict[InferKey, Inference] = {}
+
+    def build(self) -> ExecutionGraph:
+        """The graph with all layers in parts; TypeMismatch if an op does not take a share of its rows."""
+        for node in self.source.topological_sort():
+            if node.layer_id is None:
+                self._join_for(node.inputs, node)
+                self._take(node)
+            else:
+                self._split_for(node)
+                for part in range(self.parts):
+                    self._write(node, part)
+        self._join_for(self.result.outputs, next(reversed(self.source.nodes.values())))
+        self._order_stores()
+        return self.result
+
+    def _take(self, node: ExecutionNode) -> None:
+        copied = node.copy()
+        copied.dependencies = {new for old in node.dependencies for new in self._now(old)}
+        self.result.add_node(copied)
+
+    def _write(self, node: ExecutionNode, part: int) -> None:
+        inputs = [self.values[ref.name][part] if ref.name in self.values else ref for ref in node.inputs]
+        copied = node.copy()
+        copied.node_id, copied.inputs = f"{node.node_id}.p{part}", inputs
+        copied.dependencies = {new for old in node.dependencies for new in self._now(old, part)}
+        copied.metadata["part"] = part
+        copied.origins = (node.node_id,)
+        copied.outputs = self._outputs(node, inputs, part)
+        copied.attrs = {name: self._attr(name, value, node, part) for name, value in node.attrs.items()}
+        copied.memory_bytes = sum(ref.num_bytes for ref in copied.outputs)
+        for old, new in zip(node.outputs, copied.outputs, strict=True):
+            self.values.setdefault(old.name, []).append(new)
+        self.result.add_node(copied)
+
+    def _outputs(self, node: ExecutionNode, inputs: list[TensorRef], part: int) -> list[TensorRef]:
+        shapes = [
+            (share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) if ref.shape else () for ref in node.outputs
+        ]
+        if isinstance(node, OpNode):
+            shapes = [type_.shape for type_ in self._infer(node, inputs).outputs]
+        named = zip(node.outputs, shapes, strict=True)
+        return [replace(ref, name=f"{ref.name}.p{part}", shape=shape) for ref, shape in named]
+
+    def _infer(self, node: OpNode, inputs: list[TensorRef]) -> Inference:
+        key = infer_key(type(node), node.operands, inputs, node.attrs)
+        if key not in self.memo:
+            types = {name: ref.type for name, ref in zip(node.operands, inputs, strict=True)}
+            self.memo[key] = node.resolve(types, node.attrs)
+        return self.memo[key]
+
+    def _attr(self, name: str, value: AttrValue, node: ExecutionNode, part: int) -> AttrValue:
+        is_count = name in COUNTS and not isinstance(node, OpNode) and isinstance(value, int)
+        return share_of(value, part, self.parts) if is_count and isinstance(value, int) else value
+
+    def _split_for(self, node: ExecutionNode) -> None:
+        for ref in node.inputs:
+            if ref.name in self.entering and ref.name not in self.values:
+                shapes = [(share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) for part in range(self.parts)]
+                parts = [replace(ref, name=f"{ref.name}.p{part}", shape=shape) for part, shape in enumerate(shapes)]
+                for new in split_rows(self.split, node, ref, parts):
+                    self.result.add_node(new)
+                self.values[ref.name] = parts
+
+    def _join_for(self, refs: list[TensorRef], like: ExecutionNode) -> None:
+        """Puts the parts of values that leave the layers together, under their old names."""
+        for ref in refs:
+            if ref.name in self.values and ref.name not in self.entering | self.joined:
+                self.joined.add(ref.name)
+                for new in join_rows(self.join, like, self.values[ref.name], ref.name):
+                    self.result.add_node(new)
+
+    def _now(self, node_id: str, part: int | None = None) -> list[str]:
+        """The nodes in the place of an old one; those of one micro-batch, if it is given."""
+        if self.source.nodes[node_id].layer_id is None:
+            return [node_id]
+        return [f"{node_id}.p{i}" for i in range(self.parts) if part is None or i == part]
+
+    def _order_stores(self) -> None:
+        """Rows of one sequence may be in two micro-batches: the later ones read what the earlier ones store."""
+        stores = [node for node in self.source.nodes.values() if node.op_type.is_kv and not node.outputs]
+        for store in (node for node in stores if node.layer_id is not None):
+            writers = [self.source.producer(ref) for ref in store.inputs]
+            makers = sorted({w.node_id for w in writers if w is not None and w.layer_id is not None})
+            for part in range(1, self.parts):
+                for maker in makers:
+                    self.result.add_edge(f"{store.node_id}.p{part - 1}", f"{maker}.p{part}")

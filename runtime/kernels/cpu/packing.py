@@ -1,0 +1,107 @@
+"""Weights in the form that the CPU's products read, made once at load: see `packed.h`. A later format fits in here."""
+
+import ctypes
+import mmap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.core.ir import OpNode
+from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.kernels.cpu.library import Library
+
+PANEL, DEPTH = 16, 32
+"""Output features of a panel, and what K is filled up to a multiple of: as in `packed.h`."""
+
+DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight [gates * N, K], or [groups, gates * N, K]. It has of a tensor what a kernel call asks for."""
+
+    values: Tensor
+    shape: torch.Size
+    gates: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def stride(self) -> tuple[int, ...]:
+        """As if it were contiguous; a kernel that reads packed weights needs none."""
+        return tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
+
+def pack(weight: Tensor, gates: int, library: Library) -> PackedWeight:
+    """The weight in packed form, a copy. Its last dim has to be contiguous; else it is copied first."""
+    weight = weight if weight.stride(-1) == 1 or weight.shape[-1] <= 1 else weight.contiguous()
+    groups = weight.shape[0] if weight.dim() == 3 else 1
+    features, inner = weight.shape[-2] // gates, weight.shape[-1]
+    assert features * gates == weight.shape[-2], f"{gates} gates of a weight of {weight.shape[-2]} features"
+    panels = groups * gates * -(-features // PANEL)
+    values = aligned(panels * PANEL * -(-inner // DEPTH) * DEPTH, weight.dtype)
+    group_stride = weight.stride(0) if weight.dim() == 3 else 0
+    sizes = (groups, gates, features, inner, group_stride, weight.stride(-2))
+    call(library, "pack", (weight, values), sizes)
+    return PackedWeight(values, weight.shape, gates)
+
+
+def unpack_rows(packed: PackedWeight, ids: Tensor, library: Library) -> Tensor:
+    """Rows `ids` (int32) of a packed [V, K]."""
+    assert packed.gates == 1 and len(packed.shape) == 2, "rows of a weight with gates do not lie in order"
+    rows = torch.empty(len(ids), packed.shape[1], dtype=packed.dtype)
+    call(library, "unpack_rows", (ids, packed.values, rows), (len(ids), packed.shape[1], packed.shape[1]))
+    return rows
+
+
+def aligned(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for `count` elements from a cache line on; in large pages where it is large and the system has any."""
+    size = count * dtype.itemsize
+    memory = torch.empty(size + 64, dtype=torch.uint8)
+    first = -memory.data_ptr() % 64
+    if size >= mmap.PAGESIZE * 1024 and hasattr(mmap, "MADV_HUGEPAGE"):
+        begin = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)
+    return memory[first : first + size].view(dtype)
+
+
+def call(library: Library, name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
+    """Calls a function of `packing.cpp`, compiled for the element type of the second tensor."""
+    function = library.helper("packing.cpp", name, DTYPE_NAMES[tensors[1].dtype])
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    function((ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_int64 * len(sizes))(*sizes), None)
+
+
+def gates_by_weight(
+    nodes: Iterable[OpNode], kernels: Mapping[str, NativeKernel], ties: Mapping[str, str]
+) -> dict[str, int]:
+    """The weights that products read, each with its gates, where all readers take it in the same form.
+
+    `ties` are names of weights that are others. A gather of rows takes a table as it is or packed, but without gates.
+    """
+    forms: dict[str, set[int | None]] = {}
+    gathered: set[str] = set()
+    for node in nodes:
+        kernel = kernels.get(node.op)
+        for name in node.input_types:
+            ref = node.optional_input(name)
+            if ref is None:
+                continue
+            weight = ties.get(ref.name, ref.name)
+            if kernel is not None and kernel.unpacks == name:
+                gathered.add(weight)
+            else:
+                forms.setdefault(weight, set()).add(kernel.packed.get(name) if kernel else None)
+    agreed = {name: next(iter(found)) for name, found in forms.items() if len(found) == 1}
+    return {name: gates for name, gates in agreed.items() if gates == 1 or (gates and name not in gathered)}

@@ -1,0 +1,152 @@
+// Products of rows with a packed weight: how the work is cut into blocks and shared out between threads.
+//
+// A thread prepares its rows of x once, then goes through its part of the weight in chunks that stay in the cache while
+// all of its rows pass; the next chunk is fetched meanwhile. With few rows the weight is the work, so threads share its
+// panels; with many, they share the rows. Neither changes a result: a sum along K is one thread's, in one order.
+#pragma once
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "routes.h"
+#include "ways.h"
+
+namespace sage {
+
+// Figures of a machine, which the spec gives.
+struct Tuning {
+    int64_t prepared_rows;  // rows of x that are prepared at a time
+    int64_t chunk_bytes;    // of a weight that stay in the cache
+    int64_t rows_per_part;  // rows that are worth a part of the work of their own
+};
+
+// Rows times a weight of `gates` * N features. An output element needs the sums of all gates.
+template <class Element>
+struct Factors {
+    int64_t rows, K, N, gates;
+    const Element* w;  // packed
+
+    int64_t columns() const { return round_up(N, PANEL) / PANEL; }  // each is `gates` panels
+    int64_t column_size() const { return gates * panel_size(K); }
+};
+
+struct Range {
+    int64_t first, last;
+    int64_t count() const { return last - first; }
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Part `i` of `parts` of `count` things, which come in multiples of `step`.
+inline Range share(int64_t count, int64_t step, int64_t i, int64_t parts) {
+    const int64_t steps = (count + step - 1) / step;
+    return {smaller(count, steps * i / parts * step), smaller(count, steps * (i + 1) / parts * step)};
+}
+
+// Calls finish(row, Block or Tail of features, the sums of each gate) for what a block has computed.
+template <class Element, class Finish>
+inline void hand_out(const Factors<Element>& factors, const float* sums, Range rows, Range columns, Finish&& finish) {
+    for (int64_t row = rows.first; row < rows.last; ++row)
+        for (int64_t column = columns.first; column < columns.last; ++column, sums += factors.gates * PANEL) {
+            const int64_t at = column * PANEL;
+            if (at + PANEL <= factors.N)
+                finish(row, Block{at}, sums);
+            else
+                finish(row, Tail{at, factors.N - at}, sums);
+        }
+}
+
+// Prepared rows times some columns, chunk by chunk. `base` is the number of the first prepared row.
+template <class Element, class Finish>
+inline void multiply_prepared(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors,
+                              const void* prepared, Range rows, Range columns, Finish&& finish) {
+    const int64_t size = factors.column_size() * (int64_t)sizeof(Element), steps = round_up(factors.K, DEPTH) / DEPTH;
+    const int64_t wide = (rows.count() <= way.few_rows ? way.few_panels : way.panels) / factors.gates;
+    const int64_t heights = (rows.count() + way.rows - 1) / way.rows;
+    const int64_t fitting = tuning.chunk_bytes / (size * wide) > 1 ? tuning.chunk_bytes / (size * wide) : 1;
+    const int64_t chunk = wide * smaller(heights, fitting);
+    alignas(64) float sums[MAX_SUMS];
+    for (int64_t from = columns.first; from < columns.last; from += chunk) {
+        const int64_t to = smaller(from + chunk, columns.last), next = smaller(to + chunk, columns.last) - to;
+        const int64_t blocks = heights * ((to - from + wide - 1) / wide);
+        Ahead ahead = {(const char*)(factors.w + to * factors.column_size()), (next * size / 64 + blocks * steps - 1) / (blocks * steps)};
+        for (int64_t h = 0; h < heights; ++h) {
+            const Range part = share(rows.count(), way.row_step, h, heights);
+            for (int64_t column = from; column < to; column += wide) {
+                const Range few = {column, smaller(column + wide, to)};
+                way.block(sums, prepared, part.first, part.count(), factors.K, factors.w + column * factors.column_size(),
+                          few.count() * factors.gates, ahead);
+                ahead.from += ahead.lines * steps * 64;
+                hand_out(factors, sums, {rows.first + part.first, rows.first + part.last}, few, finish);
+            }
+        }
+    }
+}
+
+// Some rows times some columns, by one thread. `row_of(i)` is row i of x.
+template <class Element, class RowOf, class Finish>
+inline void multiply(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors, Range rows,
+                     Range columns, RowOf&& row_of, Finish&& finish) {
+    for (int64_t first = rows.first; first < rows.last; first += tuning.prepared_rows) {
+        const Range some = {first, smaller(first + tuning.prepared_rows, rows.last)};
+        const Element** x = scratch<const Element*>(6, some.count());
+        for (int64_t row = some.first; row < some.last; ++row) x[row - first] = row_of(row);
+        const int64_t values = round_up(some.count(), way.row_step) * round_up(factors.K, DEPTH);
+        void* prepared = scratch<char>(7, values * way.value_size);
+        way.prepare(prepared, x, some.count(), factors.K);
+        multiply_prepared(way, tuning, factors, prepared, some, columns, finish);
+    }
+}
+
+inline Range this_thread() {
+#if defined(_OPENMP)
+    return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+    return {0, 1};
+#endif
+}
+
+// One product by all threads, each of which has a part of the rows and a part of the columns.
+template <class Element, class RowOf, class Finish>
+inline void product(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors, RowOf&& row_of,
+                    Finish&& finish) {
+    if (!factors.rows || !factors.N) return;
+#pragma omp parallel if (factors.gates * factors.N * factors.K >= PARALLEL_WORK)
+    {
+        const auto [thread, threads] = this_thread();
+        int64_t row_parts = smaller(threads, factors.rows / tuning.rows_per_part + 1);
+        while (threads % row_parts) --row_parts;
+        way.begin();
+        multiply(way, tuning, factors, share(factors.rows, way.row_step, thread % row_parts, row_parts),
+                 share(factors.columns(), 1, thread / row_parts, threads / row_parts), row_of, finish);
+        way.end();
+    }
+}
+
+// Several products with a weight each, as of experts or of heads: threads take parts of them as they come.
+//
+// `rows_of(group)` rows belong to a group; row_of and finish get the group before the row.
+template <class Element, class RowsOf, class RowOf, class Finish>
+inline void products(const Way<Element>& way, const Tuning& tuning, int64_t groups, const Factors<Element>& each,
+                     RowsOf&& rows_of, RowOf&& row_of, Finish&& finish) {
+    const int64_t size = each.column_size(), columns = each.columns();
+    const int64_t wide = (tuning.chunk_bytes / (int64_t)sizeof(Element) + size - 1) / size, parts = (columns + wide - 1) / wide;
+#pragma omp parallel if (groups * each.N * each.K >= PARALLEL_WORK)
+    {
+        way.begin();
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t part = 0; part < groups * parts; ++part) {
+            const int64_t group = part / parts;
+            Factors<Element> factors = each;
+            factors.rows = rows_of(group);
+            factors.w += group * columns * size;
+            multiply(way, tuning, factors, {0, factors.rows}, share(columns, 1, part % parts, parts),
+                     [&](int64_t row) { return row_of(group, row); },
+                     [&](int64_t row, auto features, const float* sums) { finish(group, row, features, sums); });
+        }
+        way.end();
+    }
+}
+
+}  // namespace sage

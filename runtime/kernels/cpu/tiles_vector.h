@@ -1,0 +1,199 @@
+// Blocks in vector registers: for each step along K, a few vectors of the panels times one broadcast value per row.
+//
+// bf16 pairs are multiplied by AVX512_BF16 where it is. Else everything is a float32 multiply-add: f16 and bf16 are widened
+// on the way, x once when it is prepared, which is exact. Prepared x: [rows][K], K padded with zeros.
+#pragma once
+
+#include <utility>
+
+#include "tiles.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace sage {
+namespace vectors {
+
+// Floats of one register, which is narrower than 16 lanes on some machines.
+#if defined(__AVX512F__)
+constexpr int64_t WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int64_t WIDTH = 8;
+#else
+constexpr int64_t WIDTH = 4;
+#endif
+typedef float Reg __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t RegBits __attribute__((vector_size(WIDTH * 4)));
+
+inline Reg multiply_add(Reg a, Reg b, Reg c) {
+#if defined(__AVX512F__)
+    return (Reg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA) && defined(__aarch64__)
+    return (Reg)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+inline Reg broadcast(const float* x) {
+#if defined(__AVX512F__)
+    return (Reg)_mm512_set1_ps(*x);
+#elif defined(__AVX__)
+    return (Reg)_mm256_broadcast_ss(x);
+#elif defined(__aarch64__)
+    return (Reg)vld1q_dup_f32(x);
+#else
+    return Reg{*x, *x, *x, *x};
+#endif
+}
+
+// One step along K: how GROUP elements of a panel become floats.
+
+template <class Element>
+struct Step;
+
+template <>
+struct Step<f32> {
+    static constexpr int64_t GROUP = 1;
+    static void read(Reg (&w)[GROUP], const f32* panel) { memcpy(&w[0], panel, sizeof(Reg)); }
+};
+template <>
+struct Step<f16> {
+    static constexpr int64_t GROUP = 1;
+    static void read(Reg (&w)[GROUP], const f16* panel) {
+#if defined(__AVX512F__)
+        w[0] = (Reg)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)panel));
+#elif defined(__F16C__)
+        w[0] = (Reg)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)panel));
+#else
+        for (int64_t lane = 0; lane < WIDTH; ++lane) w[0][lane] = value(panel[lane]);
+#endif
+    }
+};
+template <>
+struct Step<bf16> {
+    static constexpr int64_t GROUP = 2;
+    static void read(Reg (&w)[GROUP], const bf16* panel) {
+        RegBits pairs;
+        memcpy(&pairs, panel, sizeof pairs);
+        w[0] = bits_of<Reg>(pairs << 16);
+        w[1] = bits_of<Reg>(pairs & 0xffff0000);
+    }
+};
+
+template <class Element>
+inline void prepare(void* prepared, const Element* const* x, int64_t rows, int64_t K) {
+    int64_t padded = round_up(K, DEPTH);
+    for (int64_t row = 0; row < rows; ++row) {
+        float* out = (float*)prepared + row * padded;
+        sweep(K, [&](auto k) { store(out, k, load(x[row], k)); });
+        for (int64_t k = K; k < padded; ++k) out[k] = 0;
+    }
+}
+
+template <class Element, int ROWS, int PANELS>
+__attribute__((noinline)) void block_of(float* sums, const float* x, int64_t K, const Element* w, Ahead ahead) {
+    using S = Step<Element>;
+    constexpr int64_t REGS = PANELS * PANEL / WIDTH, PARTS = PANEL / WIDTH;
+    const int64_t panel = K * PANEL;
+    Reg sum[ROWS][REGS] = {};
+    for (int64_t k = 0; k < K; k += S::GROUP, w += PANEL * S::GROUP) {
+        if (k % DEPTH == 0) fetch(ahead);
+        Reg read[REGS][S::GROUP];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < REGS; ++r) S::read(read[r], w + r / PARTS * panel + r % PARTS * WIDTH * S::GROUP);
+#pragma GCC unroll 2
+        for (int64_t d = 0; d < S::GROUP; ++d)
+#pragma GCC unroll 16
+            for (int64_t row = 0; row < ROWS; ++row) {
+                const Reg value = broadcast(x + row * K + k + d);
+#pragma GCC unroll 16
+                for (int64_t r = 0; r < REGS; ++r) sum[row][r] = multiply_add(read[r][d], value, sum[row][r]);
+            }
+    }
+    memcpy(sums, sum, sizeof sum);
+}
+
+#if defined(__AVX512BF16__)
+inline void prepare_pairs(void* prepared, const bf16* const* x, int64_t rows, int64_t K) {
+    int64_t padded = round_up(K, DEPTH);
+    for (int64_t row = 0; row < rows; ++row) {
+        bf16* out = (bf16*)prepared + row * padded;
+        memcpy((void*)out, x[row], K * sizeof(bf16));
+        memset((void*)(out + K), 0, (padded - K) * sizeof(bf16));
+    }
+}
+
+template <int ROWS, int PANELS>
+__attribute__((noinline)) void block_of_pairs(float* sums, const bf16* x, int64_t K, const bf16* w, Ahead ahead) {
+    const int64_t panel = K * PANEL;
+    __m512 sum[ROWS][PANELS] = {};
+    for (int64_t k = 0; k < K; k += 2, w += PANEL * 2) {
+        if (k % DEPTH == 0) fetch(ahead);
+        __m512bh read[PANELS];
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < PANELS; ++p) read[p] = (__m512bh)_mm512_loadu_si512(w + p * panel);
+#pragma GCC unroll 16
+        for (int64_t row = 0; row < ROWS; ++row) {
+            int32_t pair;
+            memcpy(&pair, x + row * K + k, sizeof pair);
+            __m512bh broadcast = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int64_t p = 0; p < PANELS; ++p) sum[row][p] = _mm512_dpbf16_ps(sum[row][p], read[p], broadcast);
+        }
+    }
+    memcpy(sums, sum, sizeof sum);
+}
+#endif
+
+// A function per number of rows and panels, so that a block's sums stay in registers.
+
+template <class Element, class X>
+using BlockOf = void (*)(float*, const X*, int64_t, const Element*, Ahead);
+
+template <class Element, int ROWS, int PANELS>
+struct Floating {
+    using X = float;
+    static constexpr BlockOf<Element, X> of = block_of<Element, ROWS, PANELS>;
+};
+#if defined(__AVX512BF16__)
+template <class Element, int ROWS, int PANELS>
+struct Paired {
+    using X = bf16;
+    static constexpr BlockOf<Element, X> of = block_of_pairs<ROWS, PANELS>;
+};
+#endif
+
+template <class Element, template <class, int, int> class Kind, int ROWS, int PANELS>
+struct Blocks {
+    using X = typename Kind<Element, 1, 1>::X;
+
+    template <size_t... I>
+    static BlockOf<Element, X> at(int64_t place, std::index_sequence<I...>) {
+        static constexpr BlockOf<Element, X> table[] = {Kind<Element, I / PANELS + 1, I % PANELS + 1>::of...};
+        return table[place];
+    }
+    static void block(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K, const Element* w,
+                      int64_t panels, Ahead ahead) {
+        int64_t padded = round_up(K, DEPTH);
+        auto function = at((rows - 1) * PANELS + panels - 1, std::make_index_sequence<ROWS * PANELS>{});
+        function(sums, (const X*)prepared + first * padded, padded, w, ahead);
+    }
+};
+
+template <class Element, int ROWS, int PANELS>
+constexpr Way<Element> FLOATING = {ROWS, PANELS, ROWS, PANELS, 1, sizeof(float), nothing, nothing, prepare<Element>,
+                                   Blocks<Element, Floating, ROWS, PANELS>::block};
+#if defined(__AVX512BF16__)
+template <int ROWS, int PANELS>
+constexpr Way<bf16> PAIRED = {ROWS, PANELS, ROWS, PANELS, 1, sizeof(bf16), nothing, nothing, prepare_pairs,
+                              Blocks<bf16, Paired, ROWS, PANELS>::block};
+#endif
+
+}  // namespace vectors
+}  // namespace sage

@@ -1,0 +1,205 @@
+"""Products on the CPU: every way of multiplying, against float64; a row's result depends on nothing but the row."""
+
+import ctypes
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sageLLM.generated.builders.llama import LLAMA
+from sageLLM.generated.kernels import cpu, reference
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.dims import evaluate
+from sageLLM.runtime.core.ir import OpNode
+from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.kernels.cpu import compiler
+from sageLLM.runtime.kernels.cpu.callables import NativeCallable
+from sageLLM.runtime.kernels.cpu.library import Library, Symbol
+from sageLLM.runtime.kernels.cpu.packing import DTYPE_NAMES, PackedWeight, gates_by_weight, pack, unpack_rows
+
+SOURCES = Path(cpu.__file__).parent
+found = compiler.find_compiler()
+pytestmark = pytest.mark.skipif(found is None, reason="there is no C++ compiler")
+
+WAYS = [
+    (torch.float32, "floats"),
+    (torch.float16, "floats"),
+    (torch.bfloat16, "floats"),
+    (torch.bfloat16, "pairs"),
+    (torch.bfloat16, "amx"),
+]
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROWS = (0, 1, 2, 3, 5, 16, 17, 64, 100)
+Linear = Callable[..., Tensor]
+
+
+class FreshLibrary(Library):
+    """Loads a copy of each library, which chooses its way anew."""
+
+    def __init__(self, folder: Path) -> None:
+        assert found is not None, "tests are skipped without a compiler"
+        super().__init__(cpu.KERNELS, SOURCES, found)
+        self._copies = folder
+
+    def _built(self, source: str, element: str) -> Path:
+        return Path(shutil.copy(super()._built(source, element), self._copies))
+
+
+@pytest.fixture(params=WAYS, ids=[f"{str(dtype)[6:]}-{way}" for dtype, way in WAYS])
+def way(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.dtype, FreshLibrary]:
+    dtype, name = request.param
+    monkeypatch.setenv("SAGELLM_LINEAR", name)
+    library = FreshLibrary(tmp_path)
+    library.address("linear", DTYPE_NAMES[dtype])
+    return dtype, library
+
+
+def linear(library: Library, x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Calls the kernel on a poisoned result with a margin, which has to stay as it was."""
+    (rows, inner), features = x.shape, w.shape[-2]
+    framed = torch.full((rows + 1, features + 5), torch.nan, dtype=x.dtype)
+    y = framed[:rows, 2 : 2 + features]
+    pointers = [x.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()]
+    sizes = [rows, inner, features, x.stride(0), inner, framed.stride(0)]
+    function = Symbol(library.address("linear", DTYPE_NAMES[x.dtype]))
+    function((ctypes.c_void_p * 4)(*pointers), (ctypes.c_int64 * len(sizes))(*sizes), None)
+    assert framed[:, :2].isnan().all() and framed[:, 2 + features :].isnan().all() and framed[rows].isnan().all()
+    return y
+
+
+def assert_near(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
+    """Within one rounding to the stored type of a float32 sum, whose error grows with what was summed."""
+    exact = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    size = x.double().abs() @ w.double().abs().T + (0 if bias is None else bias.double().abs())
+    bound = ROUNDING[y.dtype] * exact.abs() + 1e-5 * size + 1e-30
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("inner", "features"), [(1, 1), (31, 17), (33, 80), (100, 65), (320, 144)])
+def test_every_way_is_exact_to_rounding(way: tuple[torch.dtype, Library], inner: int, features: int) -> None:
+    dtype, library = way
+    w, bias = torch.randn(features, inner).to(dtype), torch.randn(features).to(dtype)
+    packed = pack(w, 1, library)
+    for rows in ROWS:
+        x = torch.randn(rows, 2 * inner + 3).to(dtype)[:, 1 : 1 + inner]
+        assert_near(linear(library, x, packed), x, w)
+        assert_near(linear(library, x, packed, bias), x, w, bias)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_row_depends_on_nothing_but_the_row(way: tuple[torch.dtype, Library], two_threads: None) -> None:
+    dtype, library = way
+    x, packed = torch.randn(300, 96).to(dtype), pack(torch.randn(400, 96).to(dtype), 1, library)
+    whole = linear(library, x, packed)
+    for first, rows in [(0, 1), (299, 1), (7, 2), (50, 5), (13, 17), (100, 33), (40, 150)]:
+        assert torch.equal(linear(library, x[first : first + rows], packed), whole[first : first + rows])
+    torch.set_num_threads(1)
+    assert torch.equal(linear(library, x, packed), whole)
+
+
+def test_infinities_and_nans_stay_in_their_row_and_feature(way: tuple[torch.dtype, Library]) -> None:
+    dtype, library = way
+    x, w = torch.randn(20, 40).to(dtype), torch.randn(33, 40).to(dtype)
+    x[3, 5], x[7, 1], w[11, 2] = torch.inf, torch.nan, torch.nan
+    y, exact = linear(library, x, pack(w, 1, library)), torch.nn.functional.linear(x.double(), w.double())
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert torch.equal(y.double()[exact.isinf()], exact[exact.isinf()])
+    assert torch.equal(y.isinf(), exact.isinf())
+
+
+def test_large_values_are_summed_in_float32(way: tuple[torch.dtype, Library]) -> None:
+    """2^14 * 2^14 is more than f16 holds; the sum is not."""
+    dtype, library = way
+    x = torch.tensor([[2.0**14, 0.0, 2.0**14, 0.0, 1.0]]).to(dtype)
+    w = torch.tensor([[2.0**14, 0.0, -(2.0**14), 0.0, 3.0]]).to(dtype)
+    assert linear(library, x, pack(w, 1, library)).item() == 3.0
+
+
+PRODUCTS = [op for op, kernel in cpu.KERNELS.items() if kernel.packed and not op.startswith("expert_")]
+SIZES = {"R": 5, "S": 5, "T": 5, "K": 70, "H": 70, "N": 37, "V": 37, "X": 37, "I": 37, "M": 21}
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_products_agree_with_their_reference(op: str, dtype: torch.dtype, with_bias: bool, tmp_path: Path) -> None:
+    """Bit for bit what the reference rounds, up to sums in another order, which may turn a rounding."""
+    kernel = cpu.KERNELS[op]
+    operands: list[Tensor | None] = []
+    for name, pattern in kernel.op.input_types.items():
+        shape = [int(evaluate(dim, SIZES)) for dim in pattern.trailing]
+        given = with_bias or name not in kernel.op.optional_inputs
+        operands.append(torch.randn((5, *shape) if pattern.has_leading else shape).to(dtype) if given else None)
+    attrs = dict.fromkeys(kernel.op.attr_types, 1.25)
+    run = NativeCallable(kernel, FreshLibrary(tmp_path), reference.KERNELS[op])
+    expected = reference.KERNELS[op](*operands, **attrs)
+    rounding = ROUNDING[dtype]
+    torch.testing.assert_close(run(*operands, **attrs), expected, rtol=4 * rounding, atol=40 * rounding + 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("features", "inner"), [(1, 1), (16, 32), (31, 33), (50, 7)])
+def test_rows_come_back_out_of_a_packed_table(dtype: torch.dtype, features: int, inner: int, tmp_path: Path) -> None:
+    library = FreshLibrary(tmp_path)
+    table = torch.randn(features, inner + 2).to(dtype)[:, 1:-1]
+    ids = torch.arange(features, dtype=torch.int32).flip(0)
+    assert torch.equal(unpack_rows(pack(table, 1, library), ids, library), table.flip(0))
+
+
+def test_a_packed_table_is_embedding_and_head_at_once(tmp_path: Path) -> None:
+    library, ids = FreshLibrary(tmp_path), torch.tensor([5, 0, 19], dtype=torch.int32)
+    table = torch.randn(20, 40).bfloat16()
+    embedding = NativeCallable(cpu.KERNELS["embedding"], library, reference.KERNELS["embedding"])
+    packed = pack(table, 1, library)
+    for form in (table, packed):
+        assert torch.equal(embedding(ids, form), table[ids])
+    head = NativeCallable(cpu.KERNELS["lm_head"], library, reference.KERNELS["lm_head"])
+    assert torch.equal(head(table[ids], packed), head(table[ids], table))
+
+
+def test_weights_are_packed_where_all_readers_agree() -> None:
+    """Gate and up of a fused feed-forward layer alternate; a tied table is one weight; a norm's is no product's."""
+    config = LLAMA.read_config(HFConfig(LLAMA.tiny))
+    graph = Pipeline(LLAMA, config, load_registry(), dtype="f32", kernels=cpu.KERNELS).kernel_graph("decode")
+    nodes = [node for node in graph.nodes.values() if isinstance(node, OpNode)]
+    gates = gates_by_weight(nodes, cpu.KERNELS, {"lm_head": "embed"})
+    layer = {name.removeprefix("layers.0."): gates[name] for name in gates if not name.startswith("layers.1.")}
+    assert layer == {"attention.wqkv": 1, "attention.wo": 1, "ffn.wgu": 2, "ffn.wd": 1, "embed": 1}
+    assert "embed" not in gates_by_weight(nodes, cpu.KERNELS, {})
+
+
+def test_gates_lie_panel_by_panel_and_groups_one_after_the_other(tmp_path: Path) -> None:
+    library = FreshLibrary(tmp_path)
+    weight = torch.randn(3, 2 * 20, 5)
+    one = [pack(weight[g, h * 20 : h * 20 + 20], 1, library).values.reshape(2, -1) for g in range(3) for h in range(2)]
+    expected = torch.stack([torch.stack(one[g : g + 2], dim=1) for g in (0, 2, 4)])
+    assert torch.equal(pack(weight, 2, library).values, expected.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 9, 70])
+@pytest.mark.parametrize("op", ["expert_linear", "expert_down"])
+def test_experts_agree_with_their_reference(op: str, tokens: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Some experts have many rows, others none."""
+    choices, num_experts, features, inner = 3, 11, 20, 33
+    kernel = NativeCallable(cpu.KERNELS[op], FreshLibrary(tmp_path), reference.KERNELS[op])
+    experts = torch.rand(tokens, num_experts - 2).argsort(dim=1)[:, :choices].int()
+    shape = (tokens, inner) if op == "expert_linear" else (tokens, choices, inner)
+    x, w = torch.randn(shape).to(dtype), torch.randn(num_experts, features, inner).to(dtype)
+    for bias in (None, torch.randn(num_experts, features).to(dtype)):
+        exact = reference.KERNELS[op](x.double(), experts, w.double(), None if bias is None else bias.double())
+        result = kernel(x, experts, w, bias).double()
+        torch.testing.assert_close(result, exact, rtol=ROUNDING[dtype], atol=2e-4)
