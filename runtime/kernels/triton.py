@@ -1,23 +1,15 @@
-"""The kernels for GPUs: Triton launchers by op, over the references for what has none. Importing this needs no Triton."""
+"""What the Triton kernels ask of the place where they run. Importing this needs no Triton."""
 
-from collections.abc import Callable, Mapping
+import os
 from importlib.util import find_spec
-from typing import Any
 
-Kernel = Callable[..., Any]
-
-
-def why_no_triton() -> str | None:
-    """Why the kernels cannot be had here, or None. Whether there is a GPU to run them shows when one is called."""
-    return None if find_spec("triton") else "Triton is not installed: pip install sagellm[gpu]"
+import torch
 
 
-def triton_kernels(references: Mapping[str, Kernel]) -> Mapping[str, Kernel]:
-    """A table as `references` is, with every op that has a Triton kernel replaced; raises ImportError without Triton.
-
-    Launchers are called as references are, ask nothing of the device, and allocate by torch alone, so that a CUDA graph
-    can hold them. They compile on their first call with new types or sizes that Triton specialises on.
-    """
-    from sageLLM.generated.kernels.triton import KERNELS
-
-    return {**references, **KERNELS}
+def why_no_triton(device: torch.device) -> str | None:
+    """Why the kernels cannot run on the device, or None. On a CPU they run in Triton's interpreter, for tests."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'sagellm[gpu]'"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "they are for GPUs; on a CPU set TRITON_INTERPRET=1 to interpret them, which is slow"
+    return None

@@ -125,7 +125,6 @@ def attrs(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
 def needs(name: str, kernel: Any, target: GPUTarget) -> dict[str, Any]:
     """Registers of a thread, spilled ones (numbers on AMD, bytes on NVIDIA), bytes of shared memory, opcodes."""
     if target.backend == "hip":
-<<<<<<< HEAD
         found = amd_needs(kernel.asm["amdgcn"])
     else:
         found = nvidia_needs(kernel.asm["cubin"])
@@ -150,36 +149,11 @@ def nvidia_needs(cubin: bytes) -> dict[str, Any]:
 
 
 def opcodes(cubin: bytes) -> list[str]:
-=======
-        text = kernel.asm["amdgcn"]
-        counts = {
-            key: int(found[1])
-            for key in ("vgpr_count", "vgpr_spill_count")
-            if (found := re.search(rf"\.{key}:\s+(\d+)", text))
-        }
-        return {
-            "registers": counts["vgpr_count"],
-            "spilled": counts["vgpr_spill_count"],
-            "shared": kernel.metadata.shared,
-        }
->>>>>>> main
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-<<<<<<< HEAD
         code = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
     return sorted(set(re.findall(OPCODES, code)))
-=======
-        usage = dict(re.findall(r"(REG|STACK):(\d+)", tool("cuobjdump", "-res-usage", file.name)))
-        code = tool("nvdisasm", "-c", file.name)
-    opcodes = sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|LDG\.E\.128|STG\.E\.128|LDGSTS\.E\.\w*\.?128)\b", code)))
-    return {
-        "registers": int(usage["REG"]),
-        "spilled": int(usage["STACK"]),
-        "shared": kernel.metadata.shared,
-        "opcodes": opcodes,
-    }
->>>>>>> main
 
 
 def amd_needs(assembly: str) -> dict[str, Any]:

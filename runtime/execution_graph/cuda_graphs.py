@@ -7,18 +7,20 @@ No GPU was at hand when this was written; on a CPU only the rounding up is teste
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.execution_graph.executor import Kernel, Plan
+from sageLLM.runtime.execution_graph.planner import TorchPlanner
+from sageLLM.runtime.kernels.cpu.arena import Arena
+
 Inputs = Mapping[str, Tensor | None]
 
-
-class Runnable(Protocol):
-    """A plan: `run(inputs)` gives its outputs, whose first dim is that of the step's rows."""
-
-    def run(self, inputs: Inputs) -> list[Tensor]: ...
+MOST_ROWS = 256
+"""Rows of the largest step that is recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,25 @@ class Recorded:
         return self.outputs
 
 
-class GraphedPlan:
-    """Runs a plan of the decode stage, on a GPU, by replay; steps of more than `most_rows` rows run call by call."""
+class GpuPlanner(TorchPlanner):
+    """`kernels` are launchers of Triton kernels, and references where there are none."""
 
-    def __init__(self, plan: Runnable, most_rows: int = 256) -> None:
-        self.plan = plan
-        self.most_rows = most_rows
+    def __init__(self, kernels: Mapping[str, Kernel], device: torch.device) -> None:
+        super().__init__(kernels, "triton")
+        self._device = device
+
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Any], arena: Arena | None = None) -> Plan:
+        plan = super().plan(graph, bound, arena)
+        if self._device.type != "cuda" or graph.stage != "decode":
+            return plan
+        return GraphedPlan(graph, self._kernels, {name: x for name, x in bound.items() if isinstance(x, Tensor)})
+
+
+class GraphedPlan(Plan):
+    """A plan of the decode stage that runs by replay; steps of more than MOST_ROWS rows run call by call."""
+
+    def __init__(self, graph: ExecutionGraph, kernels: Mapping[str, Kernel], bound: Mapping[str, Tensor]) -> None:
+        super().__init__(graph, kernels, bound)
         self._recorded: dict[tuple[int, int], Recorded] = {}
         self._memory = torch.cuda.graph_pool_handle()
 
@@ -49,8 +64,8 @@ class GraphedPlan:
         """The outputs of the step; they are overwritten by the next step of the same bucket."""
         given = {name: x for name, x in inputs.items() if x is not None}
         num_rows, width = given["block_table"].shape
-        if not 0 < num_rows <= self.most_rows:
-            return self.plan.run(inputs)
+        if not 0 < num_rows <= MOST_ROWS or len(given["rows"]) != num_rows:
+            return super().run(inputs)
         bucket = round_up(num_rows), round_up(width)
         filled = fill(given, *bucket)
         if bucket not in self._recorded:
@@ -60,14 +75,11 @@ class GraphedPlan:
     def _record(self, inputs: Mapping[str, Tensor]) -> Recorded:
         """Runs the plan twice: once as it is, which compiles what has to be, and once into the graph."""
         own = {name: x.clone() for name, x in inputs.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.plan.run(own)
-        torch.cuda.current_stream().wait_stream(stream)
+        super().run(own)
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            outputs = self.plan.run(own)
+            outputs = super().run(own)
         return Recorded(graph, own, outputs)
 
 
@@ -86,5 +98,6 @@ def fill(inputs: Mapping[str, Tensor], num_rows: int, width: int) -> dict[str, T
     filled["block_table"] = torch.nn.functional.pad(filled["block_table"], (0, width - filled["block_table"].shape[1]))
     if "q_start" in inputs:
         start = inputs["q_start"]
-        filled["q_start"] = torch.cat((start, start[-1:] + torch.arange(1, more + 1, dtype=start.dtype, device=start.device)))
+        counted = torch.arange(1, more + 1, dtype=start.dtype, device=start.device)
+        filled["q_start"] = torch.cat((start, start[-1:] + counted))
     return filled
