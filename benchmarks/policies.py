@@ -103,7 +103,7 @@ def play(scheduler: RunningFirstScheduler | PDScheduler, load: Load) -> Row:
             last[request.request_id] = step
     ttft = mean(first[str(i)] - arrival for i, (arrival, _, _) in enumerate(load.arrivals))
     tpot = mean((last[str(i)] - first[str(i)]) / max(1, num - 1) for i, (_, _, num) in enumerate(load.arrivals))
-    return Row(step, round(ttft, 2), round(tpot, 3), scheduler.get_stats()["total_preemptions"])
+    return Row(step, ttft, tpot, scheduler.get_stats()["total_preemptions"])
 
 
 def _served(scheduler: BaseScheduler) -> list[Request]:
@@ -126,7 +126,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, rows in measure().items():
         for scheduler, row in rows.items():
-            print(f"| {name} | {scheduler} | {row.steps} | {row.ttft} | {row.tpot} | {row.preemptions} |")
+            print(f"| {name} | {scheduler} | {row.steps} | {row.ttft:.2f} | {row.tpot:.3f} | {row.preemptions} |")
 
 
 if __name__ == "__main__":

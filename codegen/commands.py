@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors, render
+from sageLLM.codegen.expectations import Count
 from sageLLM.codegen.explain import explain
 from sageLLM.codegen.scaffold import scaffold
 
@@ -17,12 +18,15 @@ FINE, FAILED, USAGE, FINDINGS = 0, 1, 2, 100
 
 
 class Generate:
-    """`sagellm generate` and `lint`, over the package's specs and the overlays given."""
+    """`sagellm generate` and `lint`, over the package's specs and the overlays given; `count` counts rewrites."""
 
-    def __init__(self, overlays: Sequence[Path], out: Path | None, *, as_json: bool = False) -> None:
+    def __init__(
+        self, overlays: Sequence[Path], out: Path | None, *, as_json: bool = False, count: Count | None = None
+    ) -> None:
         self.overlays = list(overlays)
         self.out = out
         self.as_json = as_json
+        self.count = count
 
     def write(self) -> int:
         """Brings the tree up to date and says what changed."""
@@ -53,7 +57,7 @@ class Generate:
 
     def _write(self) -> int:
         start = time.perf_counter()
-        written = driver.generate(self.overlays, self.out or driver.BASE_OUT)
+        written = driver.generate(self.overlays, self.out or driver.BASE_OUT, count=self.count)
         seconds = time.perf_counter() - start
         if self.as_json:
             print(json.dumps(dataclasses.asdict(written) | {"seconds": round(seconds, 3)}))
@@ -66,7 +70,7 @@ class Generate:
         return FINE
 
     def _check(self) -> int:
-        lines = driver.check(self.overlays, self.out or driver.BASE_OUT)
+        lines = driver.check(self.overlays, self.out or driver.BASE_OUT, count=self.count)
         if self.as_json:
             print(json.dumps({"drift": lines}))
         elif lines:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.emit import EMITTERS
+from sageLLM.codegen.expectations import COUNTED, Count, check_expectations
 from sageLLM.codegen.link.models import link_models
 from sageLLM.codegen.link.ops import link_ops
 from sageLLM.codegen.link.passes import link_passes
 from sageLLM.codegen.load import RawSpecs, load_specs
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer
-from sageLLM.codegen.writer import Written, drift, finish, write
+from sageLLM.codegen.writer import Written, changes, drift, finish, write
 
 PACKAGE = Path(__file__).resolve().parent.parent
 BASE_SPECS = PACKAGE / "specs"
@@ -40,11 +41,26 @@ def emit(specs: Specs) -> list[Output]:
     return [output for emitter in EMITTERS for output in emitter(specs, renderer)]
 
 
-def generate(overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS) -> Written:
-    """Brings the tree at `out` up to date with the specs."""
-    return write(finish(emit(load_and_link(overlays, base)), out), out)
+def generate(
+    overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS, count: Count | None = None
+) -> Written:
+    """Brings the tree at `out` up to date with the specs.
+
+    With `count`, a tree whose passes do not fire as often as expected is not written; SpecErrors says where.
+    """
+    specs = load_and_link(overlays, base)
+    outputs = finish(emit(specs), out)
+    if count is not None and any(path.startswith(COUNTED) for path in changes(outputs, out)):
+        check_expectations(specs, outputs, count)
+    return write(outputs, out)
 
 
-def check(overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS) -> list[str]:
-    """How `out` differs from what the specs generate. Nothing is taken over from `out`."""
-    return drift(finish(emit(load_and_link(overlays, base))), out)
+def check(
+    overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS, count: Count | None = None
+) -> list[str]:
+    """How `out` differs from what the specs generate. Nothing is taken over from `out`; `count` as in `generate`."""
+    specs = load_and_link(overlays, base)
+    outputs = finish(emit(specs))
+    if count is not None:
+        check_expectations(specs, outputs, count)
+    return drift(outputs, out)

@@ -115,7 +115,8 @@ _FORMATTER_OPTIONS = ("--isolated", "--no-cache", "--quiet", "--target-version=p
 def _run_formatter(folder: Path) -> None:
     ruff = Path(sysconfig.get_path("scripts"), "ruff" + sysconfig.get_config_var("EXE"))
     line = f"line-length={LINE_LENGTH}"
-    isort = 'lint.isort.known-first-party=["sageLLM"]'
+    # Triton is named because a file in kernels/triton would count it as its own package.
+    isort = 'lint.isort={known-first-party=["sageLLM"], known-third-party=["triton"]}'
     # fmt: sort and drop unused imports first, since that changes lines; then lay the lines out
     commands: list[list[str | Path]] = [
         [ruff, "check", *_FORMATTER_OPTIONS, "--config", line, "--config", isort, "--select=I,F401", "--fix"],

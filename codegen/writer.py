@@ -90,10 +90,16 @@ def drift(outputs: Iterable[Output], out: Path) -> list[str]:
     return sorted(lines)
 
 
+def changes(outputs: Iterable[Output], out: Path) -> list[str]:
+    """The paths of the outputs that `out` does not hold as they are."""
+    return [output.path for output in outputs if not _holds(out / output.path, output.text)]
+
+
 def write(outputs: Iterable[Output], out: Path) -> Written:
     """Brings the tree at `out` up to date. Everything is staged first: a full disk changes nothing."""
     outputs = list(outputs)
-    changed = [output for output in outputs if not _holds(out / output.path, output.text)]
+    paths = set(changes(outputs, out))
+    changed = [output for output in outputs if output.path in paths]
     orphans = sorted(_generated_files(out) - {output.path for output in outputs})
     _refuse_handwritten(changed, out)
     _replace_files(changed, out)

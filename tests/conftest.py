@@ -51,7 +51,8 @@ def _save_random_model(folder: Path, family: str, seed: int, max_shard_size: str
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *buffers]:
             noise = torch.randn(parameter.shape, generator=generator)
-            centre = 1.0 if "norm" in name or ".ln_" in name else 0.0
-            scale = 0.2 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            owner = name.split(".")[-2:][0]
+            centre = 1.0 if "norm" in owner or owner.startswith("ln_") else 0.0
+            scale = 0.2 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
             parameter.copy_(centre + scale * noise)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -13,12 +13,14 @@ from sageLLM.codegen.emit.passes import emit_passes
 from sageLLM.codegen.emit.reference import emit_reference
 from sageLLM.codegen.emit.rule_tests import emit_rule_tests
 from sageLLM.codegen.emit.schemas import emit_schemas
+from sageLLM.codegen.emit.triton import emit_triton
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer
 
 EMITTERS: tuple[Callable[[Specs, Renderer], list[Output]], ...] = (
     emit_ops,
     emit_reference,
+    emit_triton,
     emit_cpu,
     emit_builders,
     emit_passes,

@@ -18,7 +18,7 @@ from sageLLM.codegen.expr.tree import (
     Unary,
     children,
 )
-from sageLLM.codegen.expr.types import DTYPES, INTEGERS, LITERALS
+from sageLLM.codegen.expr.types import INTEGERS, LITERALS
 from sageLLM.codegen.kernel.rows import Affine, Load, Loop, Place
 
 CPP_TYPES = {"bool": "bool", "i8": "int8_t", "i32": "int32_t", "i64": "int64_t", "f16": "f16", "bf16": "bf16",
@@ -37,9 +37,9 @@ _KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case 
     protected public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch
     template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t
     while xor xor_eq"""
-_HEADER = """abs attrs each_row erf exp factors floor floor_divide floor_remainder fma inside lanes load load_every log
-    maximum minimum negation pow product products put relu round rsqrt scratch sigmoid sizes sqrt store
-    store_every sums sweep tanh tensors to value where bf16 f16 f32 sage"""
+_HEADER = """abs attend attrs bf16 each_row erf exp f16 f32 factors floor floor_divide floor_remainder fma inside lanes
+    load load_every log mask maximum minimum negation pow product products put relu round rsqrt sage scratch sigmoid
+    sizes sqrt store store_every sums sweep tanh tensors to value where"""
 RESERVED = frozenset(f"{_KEYWORDS} {_HEADER}".split())
 
 
@@ -71,12 +71,11 @@ def number_text(value: object, *, is_float: bool) -> str:
 class CppText:
     """Expressions at one place of a kernel: in a sweep over `loop`, or (without one) for the row.
 
-    `operands` maps each operand to the names of its strides, `names` renames values that an operand's pointer hides,
-    and `lanes` are the values that have a lane per element.
+    `operands` maps each operand to the names of its strides, `optional` what may be absent to its condition; `names`
+    renames values that an operand's pointer hides, and `lanes` are the values that have a lane per element.
     """
 
     operands: Mapping[str, Sequence[str]]
-    elements: Mapping[str, str]
     optional: Mapping[str, str]
     names: Mapping[str, str]
     loop: Loop | None = None
@@ -137,10 +136,20 @@ class CppText:
         if expr.op in _CALLS:
             parts = f"{self._piece(expr.a, inside).text}, {self._piece(expr.b, inside).text}"
             return self._rounded(expr, Piece(f"{_CALLS[expr.op]}({parts})"))
+        if expr.op in ("and", "or") and self.is_lanes(expr.a) != self.is_lanes(expr.b):
+            sides = [
+                self._wrapped(s, 3, False) if self.is_lanes(s) else f"mask({self.text(s)})" for s in (expr.a, expr.b)
+            ]
+            return Piece({"and": " & ", "or": " | "}[expr.op].join(sides), _PRECEDENCE[expr.op])
         op = {"and": "&", "or": "|"}.get(expr.op, expr.op)
         binds = _PRECEDENCE[op]
         left, right = self._wrapped(expr.a, binds, inside), self._wrapped(expr.b, binds + 1, inside)
         return self._rounded(expr, Piece(f"{left} {op} {right}", binds))
+
+    def _mixed_condition(self, expr: Binary) -> Piece:
+        """Of a condition with a lane per element and one of the row."""
+        sides = [self._wrapped(s, 3, False) if self.is_lanes(s) else f"mask({self.text(s)})" for s in (expr.a, expr.b)]
+        return Piece({"and": " & ", "or": " | "}[expr.op].join(sides), _PRECEDENCE[expr.op])
 
     def _compares_floats(self, expr: Binary) -> bool:
         return self.is_float(expr.a) or self.is_float(expr.b)
@@ -156,7 +165,7 @@ class CppText:
         return Piece(f"to<{self.cpp_type(element)}>({piece.text})") if is_narrow and expr.op not in _EXACT else piece
 
     def cpp_type(self, element: str) -> str:
-        return CPP_TYPES[element] if element in DTYPES else self.elements.get(element, element)
+        return CPP_TYPES.get(element, element)
 
     def _cast(self, expr: Cast) -> Piece:
         element, source = expr.type.element, expr.x.type.element
@@ -172,7 +181,8 @@ class CppText:
     def _if_present(self, expr: IfPresent, is_float: bool) -> Piece:
         a, b = (self._piece(side, is_float).text for side in (expr.a, expr.b))
         if self.is_lanes(expr.a) != self.is_lanes(expr.b):
-            a, b = (text if self.is_lanes(side) else f"lanes({text})" for text, side in ((a, expr.a), (b, expr.b)))
+            spread = "lanes" if is_float else "mask"
+            a, b = (text if self.is_lanes(side) else f"{spread}({text})" for text, side in ((a, expr.a), (b, expr.b)))
         return Piece(f"{self.optional[expr.name]} ? {a} : {b}", _CONDITIONAL)
 
     # places

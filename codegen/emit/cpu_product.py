@@ -62,5 +62,5 @@ def _row_of(product: Product, writer: ProductText, loops: Sequence[Loop]) -> str
     """`x + iR * x_R`."""
     positions = {loop.extent: Affine.of(loop.variable) for loop in loops} | {product.inner: Affine.of(INNER)}
     place = Place(product.x.name, tuple(positions[dim] for dim in product.x.type.dims))
-    row = ProductText(writer.operands, {}, {}, {}, Loop(INNER, product.inner))
+    row = ProductText(writer.operands, {}, {}, Loop(INNER, product.inner))
     return row.address(place)[0]

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.python_text import python_text
 from sageLLM.codegen.emit.reference import by_stem
-from sageLLM.codegen.emit.torch_text import tidy
 from sageLLM.codegen.expr.size import formula
 from sageLLM.codegen.expr.types import DTYPES, ValueType
 from sageLLM.codegen.model.op import Attr, OpDef

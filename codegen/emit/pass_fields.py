@@ -37,6 +37,9 @@ def fields_of(one: PassDef, specs: Specs) -> list[tuple[str, str]]:
     if spec.streams:
         entries = [f"{lit(stream)}: {_names(names)}" for stream, names in spec.streams.items()]
         fields.append(("streams", f"{{{', '.join(entries)}}}"))
+    if spec.shares:
+        shares = [f"{lit(name)}: Share(part={share.part}, speed={share.speed})" for name, share in spec.shares.items()]
+        fields.append(("shares", f"{{{', '.join(shares)}}}"))
     if spec.function is not None:
         fields.append(("function", f"staticmethod({function_of(one)[1]})"))
     return fields

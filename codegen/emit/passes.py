@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from sageLLM.codegen.emit.pass_fields import ENGINES, OP_FIELDS, fields_of, function_of
+from sageLLM.codegen.emit.rule_conditions import asked_sizes, condition_text, negated
 from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
 from sageLLM.codegen.model.rule import Found, PassDef, PatternCall, RuleDef
 from sageLLM.codegen.model.specs import Specs
@@ -23,9 +24,12 @@ from sageLLM.codegen.render import Output, Renderer, header, lit
 TAKEN = (
     "graph",
     "node",
-    "describe",
+    "giver",
     "has_default",
+    "is_known",
     "reader_of",
+    "readers",
+    "size_of",
     "replacement",
     *(f"replacement_{i}" for i in range(1, 10)),
 )  # by the function
@@ -38,6 +42,7 @@ class FindView:
     var: str
     op: OpDef
     value: str
+    label: str
     is_reader: bool
     num_found: int
 
@@ -135,6 +140,7 @@ class RuleViewer:
         self.rule = rule
         self.vars = self._variables()
         self.values: dict[str, str] = {}
+        self.labels: dict[str, str] = {}
         self.attrs: dict[str, str] = {}
         self.steps: list[FindView | CheckView] = []
 
@@ -144,6 +150,7 @@ class RuleViewer:
         for num_found, step in enumerate(self.rule.search(), start=1):
             self._find(step, num_found)
             self._bind(step.position, num_found + 1)
+        self._check_conditions(len(self.rule.pattern))
         return RuleView(
             self.rule,
             self.vars[anchor],
@@ -172,7 +179,7 @@ class RuleViewer:
     def _find(self, step: Found, num_found: int) -> None:
         call, var = self.rule.pattern[step.position], self.vars[step.position]
         is_reader = step.by not in call.targets
-        self.steps.append(FindView(var, call.op, self.values[step.by], is_reader, num_found))
+        self.steps.append(FindView(var, call.op, self.values[step.by], self.labels[step.by], is_reader, num_found))
 
     def _bind(self, index: int, num_found: int) -> None:
         """Gives the values and attrs of a node their text, and checks those that have one already."""
@@ -180,8 +187,13 @@ class RuleViewer:
         for name, output in zip(call.targets, call.op.outputs, strict=True):
             text = f"{var}.{output.name}"
             if name in self.values and len(call.op.outputs) > 1:
-                self._check(f"{text}.name != {self.values[name]}.name", num_found, f"want {name} to be {output.name}")
+                self._check(
+                    f"{text}.name != {self.values[name]}.name",
+                    num_found,
+                    f"want {self.labels[name]} to be {call.op.name}.{output.name}",
+                )
             self.values[name] = text
+            self.labels.setdefault(name, f"{call.op.name}.{output.name}")
         for operand, value in call.operands.items():
             self._bind_operand(f"{var}.{operand}", operand, value, call, num_found)
         for attr, given in call.attrs:
@@ -202,8 +214,13 @@ class RuleViewer:
             self._check(f"{text} is None", num_found, f"want {call.op.name} with {operand}")
         if value in self.values:
             name = "" if may_be_absent else ".name"
-            self._check(f"{text}{name} != {self.values[value]}{name}", num_found, f"want the same {value} twice")
+            self._check(
+                f"{text}{name} != {self.values[value]}{name}",
+                num_found,
+                f"want {call.op.name}.{operand} to be {self.labels[value]}",
+            )
         self.values.setdefault(value, text)
+        self.labels.setdefault(value, f"{call.op.name}.{operand}")
 
     def _bind_attr(self, text: str, attr: str, given: AttrName | Scalar | None, num_found: int) -> None:
         if not isinstance(given, AttrName):
@@ -223,6 +240,15 @@ class RuleViewer:
                 else f"{var}.{attr.name} != {lit(attr.default)}"
             )
         self._check(test, num_found, f"want the default {attr.name}")
+
+    def _check_conditions(self, num_found: int) -> None:
+        """The rule's `where`. A size that is still symbolic is no reason to fire."""
+        for condition in self.rule.where:
+            for value, index in asked_sizes(condition.node):
+                asked = f"{self.values[value]}" + ("" if index is None else f", {index}")
+                self._check(f"not is_known({asked})", num_found, f"the sizes in {condition.text} are not known yet")
+            test = condition_text(negated(condition.node), self.values, self.attrs)
+            self._check(test, num_found, f"needs {condition.text}")
 
     def _check(self, test: str, num_found: int, reason: str) -> None:
         self.steps.append(CheckView(test, num_found, reason))

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
-from sageLLM.codegen.emit.torch_text import Layout, Piece, TorchText, squeezed, tidy, view_text
+from sageLLM.codegen.emit.dim_text import dim_lines, tidy
+from sageLLM.codegen.emit.torch_text import Layout, Piece, TorchText, squeezed, view_text
 from sageLLM.codegen.expr.program import grouped_parts, tile_axis
-from sageLLM.codegen.expr.size import LEADING, Size, formula
+from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Program, Ref, Statement, View, names_read
 from sageLLM.codegen.model.op import Attr, AttrName, Call, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
@@ -78,8 +79,11 @@ def _imports(stem: str, ops: Sequence[OpDef], specs: Specs) -> list[str]:
 def kernel_view(op: OpDef, renderer: Renderer) -> KernelView:
     text = _template_text(op, renderer) if op.reference else None
     lines = _fused_lines(op) if op.fuses else KernelWriter(op, op.program).lines() if op.program else []
-    result = "Tensor" if len(op.outputs) == 1 else f"tuple[{', '.join(['Tensor'] * len(op.outputs))}]"
-    return KernelView(op, parameters(op), result, tuple(lines), text)
+    return KernelView(op, parameters(op), result_type(op), tuple(lines), text)
+
+
+def result_type(op: OpDef) -> str:
+    return "Tensor" if len(op.outputs) == 1 else f"tuple[{', '.join(['Tensor'] * len(op.outputs))}]"
 
 
 def parameters(op: OpDef) -> str:
@@ -251,31 +255,7 @@ class KernelWriter:
 
     def _sizes(self, text: str) -> list[str]:
         """`T = x.shape[0]`, `I = gu.shape[-1] // 2` for the dims that the text names."""
-        given = {attr.name for attr in self.op.attrs if attr.type == "dim"}
-        lines: dict[str, str] = {}
-        wanted = [symbol for symbol in self.op.symbols if symbol not in given and _mentions(text, symbol)]
-        while wanted:
-            symbol = wanted.pop()
-            found, needs = self._size(symbol)
-            lines = {symbol: f"{symbol} = {found}", **lines}
-            wanted += [name for name in needs if name not in given and name not in lines]
-        return list(lines.values())
-
-    def _size(self, symbol: str) -> tuple[str, tuple[str, ...]]:
-        """The text of a dim, and the other dims that it needs."""
-        compound = None
-        for operand in self.op.inputs:
-            for index, dim in enumerate(operand.type.dims):
-                place = index - len(operand.type.dims) if LEADING in operand.type.dims else index
-                text = f"{operand.name}.shape[{place}]"
-                if dim == Size.symbol(symbol) and not operand.optional:
-                    return text, ()
-                solved = dim.solve(symbol, Size.symbol("WHOLE")) if symbol in dim.symbols and dim != LEADING else None
-                if solved is not None and compound is None:
-                    others = tuple(name for name in solved.symbols if name != "WHOLE")
-                    compound = tidy(re.sub(r"\bWHOLE\b", text, formula(solved))), others
-        assert compound is not None, f"{self.op.name}: the linker let through {symbol}, which no input tells"
-        return compound
+        return dim_lines(self.op, [symbol for symbol in self.op.symbols if _mentions(text, symbol)])
 
 
 def _mentions(text: str, name: str) -> bool:

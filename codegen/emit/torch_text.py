@@ -4,7 +4,6 @@ A piece of text carries its layout: which dim each axis of the tensor is, or Non
 their axis, so that the next line broadcasts without a reshape.
 """
 
-import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,11 +41,6 @@ class Piece(NamedTuple):
 
     text: str
     layout: Layout
-
-
-def tidy(text: str) -> str:
-    """The expression with as few parentheses as Python needs."""
-    return ast.unparse(ast.parse(text, mode="eval"))
 
 
 @dataclass(slots=True)
@@ -294,4 +288,5 @@ def view_text(view: View) -> str:
     if view.shape is None:
         return text
     leading = f"*{view.base}.shape[:{1 - len(view.base_type.dims)}]"
-    return f"{text}.reshape({', '.join(leading if dim == LEADING else str(dim) for dim in view.shape)})"
+    dims = ", ".join(leading if dim == LEADING else str(dim) for dim in view.shape)
+    return f"{text}.reshape({dims or '()'})"

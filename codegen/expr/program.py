@@ -15,7 +15,7 @@ from sageLLM.codegen.expr.tree import Expr, Number, Program, Slice, Statement, V
 from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_dim, split_dims
 
 _PYTHON = frozenset([*keyword.kwlist, *dir(builtins)]) - {"input", "sum", "min", "max", "abs", "pow", "round"}
-_KERNEL = frozenset({"torch", "math", "wide"})
+_KERNEL = frozenset({"torch", "math", "wide", "triton", "tl", "device", "tile"})
 _NODE = frozenset(
     {"attr_types", "attrs", "block", "byte_formula", "bytes_moved", "copy", "dependencies", "device_id", "dims"}
     | {"estimated_time_us", "flop_formula", "flops", "infer", "inference", "inplace", "input", "input_types", "inputs"}
@@ -54,7 +54,9 @@ def parse_view(
     shape = tuple(parse_dim(part, dims) for part in split_dims(shape_text)) if shape_text else None
     if shape is not None and volume(shape) != volume(sliced):
         raise text.refuse("SAGE117", f"[{', '.join(map(str, sliced))}] cannot become [{', '.join(map(str, shape))}]")
-    return View(name, base.value, base_type, slices, shape, ValueType(base_type.element, shape or sliced))
+    return View(
+        name, base.value, base_type, slices, shape, ValueType(base_type.element, sliced if shape is None else shape)
+    )
 
 
 def _view_parts(text: Text) -> tuple[Text, Text, Text | None]:

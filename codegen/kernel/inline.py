@@ -25,14 +25,18 @@ from sageLLM.codegen.expr.tree import (
     View,
 )
 from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.kernel.scatter import Scatter, kv_store_program
 from sageLLM.codegen.link.calls import Binding
 from sageLLM.codegen.model.op import AttrName, Call, OpDef
 
 
 def program_of(op: OpDef, ops: Mapping[str, OpDef]) -> Program | None:
-    """The op's equations, those of its calls put in place; None if one of them is given by a reference."""
+    """The op's equations, those of its calls put in place; None if one of them is given by a reference.
+
+    Of the references one has equations too: storing keys and values, which fused ops end with.
+    """
     if op.program is not None or not op.fuses:
-        return op.program
+        return op.program or kv_store_program(op)
     types = {o.name: o.type for o in op.inputs}
     views: list[View] = []
     statements: list[Statement] = []
@@ -88,8 +92,13 @@ class _Inliner:
 
     def program(self) -> Program:
         views = tuple(self._view(view) for view in self._body.views)
-        statements = tuple(Statement(self._names[s.target], self._expr(s.value)) for s in self._body.statements)
-        return Program(views, statements)
+        return Program(views, tuple(self._statement(statement) for statement in self._body.statements))
+
+    def _statement(self, statement: Statement) -> Statement:
+        target, value = self._names[statement.target], self._expr(statement.value)
+        if not isinstance(statement, Scatter):
+            return Statement(target, value)
+        return Scatter(target, value, tuple((self._size(dim), self._expr(at)) for dim, at in statement.index))
 
     def _view(self, view: View) -> View:
         slices: list[Slice | None] = []

@@ -44,6 +44,7 @@ from sageLLM.codegen.kernel.rows import (
     Sweep,
     loop_name,
 )
+from sageLLM.codegen.kernel.scatter import Scatter
 from sageLLM.codegen.model.op import OpDef
 
 
@@ -89,10 +90,11 @@ class _Lowering:
         for statement in self.program.statements:
             if not self._is_stored(statement.target):
                 continue
-            domain = self._domain(statement)
-            if not nests or nests[-1].rows != domain.rows:
-                nests.append(_NestBuilder(self, domain.rows))
-            nests[-1].store(statement, domain)
+            for part in self._parts_of(statement):
+                domain = self._domain(part)
+                if not nests or nests[-1].rows != domain.rows:
+                    nests.append(_NestBuilder(self, domain.rows))
+                nests[-1].store(part, domain)
         program = RowProgram(tuple(nest.nest() for nest in nests))
         check_elements(program)
         check_inplace(program, self.op.inplace)
@@ -101,11 +103,19 @@ class _Lowering:
     def _is_stored(self, target: str) -> bool:
         return target in self.outputs or (target in self.views and self.views[target].base in self.outputs)
 
+    def _parts_of(self, statement: Statement) -> list[Statement]:
+        """The statement, or one per part if its value was put together of parts: each is stored where it belongs."""
+        value = statement.value
+        if not isinstance(value, Ref) or value.name in self.values or value.name in self.inputs:
+            return [statement]
+        parts = [view for view in self.program.views if view.base == value.name and view.name in self.values]
+        return [replace(statement, value=Ref(view.type, view.name)) for view in parts] or [statement]
+
     def target_type(self, target: str) -> ValueType:
         return self.outputs[target] if target in self.outputs else self.views[target].type
 
     def _domain(self, statement: Statement) -> _Domain:
-        type_ = self.target_type(statement.target)
+        type_ = statement.value.type if isinstance(statement, Scatter) else self.target_type(statement.target)
         if type_.element in INTEGERS or type_.element in ("bool", "f64"):
             raise NotRows(f"it stores {type_.element}")
         merged = self._merged(statement.value)
@@ -183,8 +193,9 @@ class _NestBuilder:
         self._merged = domain.merged
         swept = (domain.inner,) if domain.inner is not None else ()
         here = self._positions(swept)
-        after = self._prepare(statement.value, here)
-        place = self._place(statement.target, here)
+        place = self._place(statement, here)  # first, so that what it needs of the row is there from the start
+        found = [self._known[name] for at in place.index for name in at.variables if name in self._known]
+        after = max([self._prepare(statement.value, here), *found])
         if domain.inner is None:
             value = _Writer(self, None, here).lower(statement.value)
             self._steps.append(Store(place, value))
@@ -204,16 +215,20 @@ class _NestBuilder:
         match expr:
             case Ref(name=name) if name in self.lowering.values:
                 return self._prepare_name(name, expr, here)
+            case Ref(name=name) if name in self.lowering.views:
+                view = self.lowering.views[name]
+                inside = dict(zip(view.base_type.dims, base_index(view, here), strict=True))
+                return self._prepare(Ref(view.base_type, view.base), inside)
             case Reduce() | Dot() if self.is_of_row(expr.type, here):
                 return self._reduce(self.reduction_name(expr), as_reduce(expr), here)
-            case Gather(table=table, dim=dim):
-                variable = self.index_variable(expr, here)
+            case Gather(table=table, dim=dim, index=index):
+                variable = self.index_variable(dim, index, here)
                 return max(self._known[variable], self._prepare(table, {**here, dim: Affine.of(variable)}))
         return max((self._prepare(child, self._below(expr, here)) for child in children(expr)), default=-1)
 
     def _prepare_name(self, name: str, ref: Ref, here: Positions) -> int:
         if name in self._stored and self.is_local(ref.type, here):
-            return -1  # either in the same sweep, or loaded again in a later one
+            return self._stored[name][0] - 1  # in the same sweep, or loaded again in a later one
         value = self.lowering.values[name]
         if not self.is_of_row(ref.type, here):
             return self._prepare(value, here)
@@ -282,26 +297,32 @@ class _NestBuilder:
             self._reductions[expr] = name
         return self._reductions[expr]
 
-    def index_variable(self, gather: Gather, here: Positions) -> str:
-        """The variable that holds where the gather reads; scheduled on first use."""
-        if gather.index not in self._indices:
-            if not self.is_of_row(gather.index.type, here):
+    def index_variable(self, dim: Size, index: Expr, here: Positions) -> str:
+        """The variable that holds a place along the dim that data tells; scheduled on first use."""
+        if index not in self._indices:
+            if not self.is_of_row(index.type, here):
                 raise NotRows("it gathers by an index that changes along the row")
-            self._prepare(gather.index, here)
-            name = loop_name(gather.dim)
+            self._prepare(index, here)
+            name = loop_name(dim)
             while name in self._indices.values() or name in self._variables.values():
                 name += "V"
-            self._steps.append(Index(name, _Writer(self, None, here).lower(gather.index)))
-            self._indices[gather.index] = name
+            self._steps.append(Index(name, _Writer(self, None, here).lower(index)))
+            self._indices[index] = name
             self._known[name] = len(self._steps) - 1
-        return self._indices[gather.index]
+        return self._indices[index]
 
-    def _place(self, target: str, here: Positions) -> Place:
-        view = self.lowering.views.get(target)
+    def _place(self, statement: Statement, here: Positions) -> Place:
+        view = self.lowering.views.get(statement.target)
         if view is not None:
             return Place(view.base, base_index(view, here))
-        dims = self.lowering.outputs[target].dims
-        return Place(target, tuple(position(dim, here) for dim in dims))
+        part = self.lowering.views.get(statement.value.name) if isinstance(statement.value, Ref) else None
+        if part is not None and part.base not in self.lowering.inputs:  # put together of parts: this is one of them
+            here = {**here, **dict(zip(part.base_type.dims, base_index(part, here), strict=True))}
+        if isinstance(statement, Scatter):
+            found = {dim: Affine.of(self.index_variable(dim, at, here)) for dim, at in statement.index}
+            here = {**here, **found}
+        dims = self.lowering.outputs[statement.target].dims
+        return Place(statement.target, tuple(position(dim, here) for dim in dims))
 
     def reload(self, name: str, sweep: _SweepBuilder | None) -> Place | None:
         """Where an output of an earlier sweep lies; None for one of this sweep, or no output."""
@@ -325,8 +346,8 @@ class _Writer:
                 return self._ref(expr)
             case Reduce() | Dot():
                 return self._reduce(expr)
-            case Gather(table=table, dim=dim):
-                variable = self.nest.index_variable(expr, self.here)
+            case Gather(table=table, dim=dim, index=index):
+                variable = self.nest.index_variable(dim, index, self.here)
                 return _Writer(self.nest, self.sweep, {**self.here, dim: Affine.of(variable)}).lower(table)
             case Unary(x=x) | Cast(x=x):
                 return replace(expr, x=self.lower(x))

@@ -1,24 +1,18 @@
 """Links `reference:` ops: the template by name, its parameters, and hook expressions with the names they may use."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from jinja2 import Environment, TemplateError, meta
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.check import Checker, Scope
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.link.templates import check_template
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import Hook, Reference
-from sageLLM.codegen.render import TEMPLATES
 from sageLLM.codegen.schema.ops import KernelSpec, OpSpec
 
 FOLDER = "reference"
-STANDARD = frozenset({"op", "attrs", "used", "plain"})
-"""Given to every template: the name of its function, its keyword parameters, the names in its hooks, and the condition
-under which nothing changes the scores (empty if there is none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +36,8 @@ def link_reference(entry: Entry[OpSpec], scope: Scope, sink: Sink) -> Reference 
     kernel = entry.spec.kernel or KernelSpec()
     hooks = tuple(hook for name, text in kernel.hooks.items() if (hook := _hook(name, text, entry, scope, sink)))
     name = entry.spec.reference or ""
-    _check_template(name, {*kernel.params, *kernel.hooks}, entry, sink)
+    filled = {param: ("params", param) for param in kernel.params} | {hook: ("hooks", hook) for hook in kernel.hooks}
+    check_template(FOLDER, name, filled, entry, entry.span("reference"), sink)
     reference = Reference(f"{FOLDER}/{name}.py.jinja", tuple(kernel.params.items()), hooks)
     return reference if len(sink.diagnostics) == before else None
 
@@ -65,25 +60,3 @@ def _hook(name: str, value: str, entry: Entry[OpSpec], scope: Scope, sink: Sink)
     except Refused:
         return None
     return Hook(name, value, checked)
-
-
-def _check_template(name: str, filled: set[str], entry: Entry[OpSpec], sink: Sink) -> None:
-    """The template exists, and its holes are exactly what the op fills."""
-    path = TEMPLATES / FOLDER / f"{name}.py.jinja"
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not path.is_file():
-        known = [found.name.removesuffix(".py.jinja") for found in (TEMPLATES / FOLDER).glob("*.py.jinja")]
-        help = did_you_mean(name, known)
-        sink.error("SAGE123", f"no template '{name}' in templates/{FOLDER}", entry.span("reference"), help)
-        return
-    try:
-        holes = meta.find_undeclared_variables(Environment(autoescape=False).parse(path.read_text("utf-8"))) - STANDARD
-    except TemplateError as error:
-        sink.error("SAGE123", f"the template '{name}' does not parse: {error.message}", entry.span("reference"))
-        return
-    for hole in sorted(holes - filled):
-        message = f"the template '{name}' has the hole '{hole}', which the op does not fill"
-        sink.error("SAGE124", message, entry.span("reference"), f"add {hole} to kernel.params or kernel.hooks")
-    for extra in sorted(filled - holes):
-        kind = "hooks" if entry.spec.kernel and extra in entry.spec.kernel.hooks else "params"
-        message = f"the template '{name}' has no hole '{extra}'"
-        sink.error("SAGE124", message, entry.key_span("kernel", kind, extra), did_you_mean(extra, holes))

@@ -21,9 +21,10 @@ from sageLLM.codegen.expr.tree import Binary, DimRef, Expr, Program, View
 from sageLLM.codegen.expr.types import DIM_NAME, DTYPES, ValueType, parse_type, size_of
 from sageLLM.codegen.link.calls import fused_cost, link_calls
 from sageLLM.codegen.link.hooks import link_reference
+from sageLLM.codegen.link.templates import link_triton
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import Attr, Call, Condition, Cost, OpDef, Operand, Reference, Rule, class_name
-from sageLLM.codegen.schema.ops import AttrSpec, InputSpec, OpSpec
+from sageLLM.codegen.schema.ops import AttrSpec, InputSpec, KernelSpec, OpSpec
 
 DEFAULT_ELEMENTS = {"E": ("f16", "bf16", "f32", "f64")}
 _LITERALS = {"f32": "float", "i32": "int", "bool": "truth", "str": "str", "dim": "int"}
@@ -252,7 +253,8 @@ class OpLinker:
         spec = self.entry.spec
         wrong = [
             (bool(spec.views) and source != "compute", "views", "views belong to a compute"),
-            (spec.kernel is not None and source != "reference", "kernel", "a kernel's hooks belong to a reference"),
+            (_is_filled(spec.kernel) and source != "reference", "kernel", "params and hooks belong to a reference"),
+            (spec.kernel is not None and source == "fuses", "kernel", "the kernel of this op is derived"),
             (spec.rule is not None and source != "fuses", "rule", "a rule belongs to a fuses"),
             (spec.op_type is None and source != "fuses", "summary", "the op_type is missing"),
             (spec.cost is not None and source != "reference", "cost", "the cost of this op is derived"),
@@ -410,6 +412,7 @@ class OpLinker:
             program=program,
             fuses=fuses,
             reference=reference,
+            triton=link_triton(self.entry, self.sink),
             rule=rule,
         )
 
@@ -461,8 +464,16 @@ def _sum(sizes: list[Size]) -> Size:
     return sum(sizes, Size.of(0))
 
 
+def _is_filled(kernel: KernelSpec | None) -> bool:
+    return kernel is not None and bool(kernel.params or kernel.hooks)
+
+
+_MODULES = ("torch", "math", "wide", "dims", "triton", "tl", "device")
+"""Names that the files of generated functions have for themselves."""
+
+
 def _is_op_name(name: str) -> bool:
-    return _is_value_name(name) and len(name) > 1 and name not in ("torch", "math", "wide", "dims")
+    return _is_value_name(name) and len(name) > 1 and name not in _MODULES
 
 
 def _is_value_name(name: str) -> bool:

@@ -89,6 +89,14 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Template:
+    """A template of a kernel for one target, and its constants."""
+
+    name: str
+    params: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """The pass that rewrites the calls of `fuses` into the op; the greater benefit is tried first."""
 
@@ -125,6 +133,7 @@ class OpDef:
     program: Program | None = None
     fuses: tuple[Call, ...] = ()
     reference: Reference | None = None
+    triton: Template | None = None
     rule: Rule | None = None
 
     @property

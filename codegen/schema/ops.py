@@ -45,10 +45,15 @@ class CostSpec(Strict):
 
 
 class KernelSpec(Strict):
-    """What is filled into the op's template."""
+    """What is filled into the op's templates."""
 
     params: dict[str, int | float | bool] = Field(default={}, description="constants, by name")
     hooks: dict[str, str] = Field(default={}, description="expressions over the tile: `score_mod`, `mask_mod`")
+    triton: dict[str, int] | None = Field(
+        default=None,
+        description="constants of its template in templates/triton, which has the name of the reference, or `linear` "
+        "for a compute that is one product; without this, a GPU runs the reference",
+    )
 
 
 class RuleSpec(Strict):

@@ -18,6 +18,11 @@ class RuleSpec(Strict):
     match: list[str] | None = Field(default=None, min_length=1, description="op calls; names stand for values")
     keep: list[str] = Field(default=[], description="values of the pattern that others may read as well")
     rewrite: list[str] | None = Field(default=None, min_length=1, description="op calls that give the kept values")
+    where: list[str] = Field(
+        default=[],
+        description="conditions on values and attrs of the pattern: `bytes(p) <= 512 * 1024`, `dtype(x) == 'bf16'`",
+    )
+    bounded: int | None = Field(default=None, ge=1, description="the most that it fires in one graph")
     benefit: int = Field(default=1, ge=1, le=1000, description="rules with more benefit are tried first")
 
     @model_validator(mode="after")
@@ -25,9 +30,18 @@ class RuleSpec(Strict):
         written = (self.name, self.match, self.rewrite)
         if (self.from_op is None) == (written == (None, None, None)):
             raise ValueError("a rule has `from_op`, or `name`, `match`, `keep` and `rewrite`")
+        if self.from_op is not None and (self.where or self.keep or self.bounded):
+            raise ValueError("a derived rule has the conditions of its op: write `where` there")
         if self.from_op is None and None in written:
             raise ValueError("a written-out rule has `name`, `match`, `keep` and `rewrite`")
         return self
+
+
+class ShareSpec(Strict):
+    """What a stream takes of the device while other streams run."""
+
+    part: float = Field(gt=0.0, lt=1.0, description="of the device's units; the others have the rest")
+    speed: float = Field(gt=0.0, le=1.0, description="that its nodes reach with that part")
 
 
 class PassSpec(Strict):
@@ -47,6 +61,9 @@ class PassSpec(Strict):
     select: str | None = Field(default=None, description="merge, insert: the op type that it works on")
     limit_bytes: int | None = Field(default=None, gt=0, description="merge: the largest merged transfer")
     streams: dict[str, list[str]] = Field(default={}, description="schedule: stream -> op types that run on it")
+    shares: dict[str, ShareSpec] = Field(
+        default={}, description="schedule: stream -> its share of the device, where streams slow down one another"
+    )
     ahead: int | None = Field(default=None, gt=0, description="insert: how many layers ahead a load may start")
     budget_bytes: int | None = Field(default=None, gt=0, description="insert: the most that is loaded and not yet read")
     parts: int | None = Field(default=None, ge=1, le=16, description="place: micro-batches that the layers run for")
@@ -73,22 +90,26 @@ class PassSpec(Strict):
             if not given and name in wanted and name not in OPTIONAL_FIELDS:
                 raise ValueError(f"a pass of kind {self.kind} needs '{name}'")
         for names in FIELDS_TOGETHER:
-            missing = [name for name in names if name not in self.model_fields_set]
+            missing = [name for name in names if name not in self.model_fields_set and name in wanted]
             if missing and len(missing) < len(names):
                 raise ValueError(f"{', '.join(names)} go together; '{missing[0]}' is missing")
+        if unknown := sorted(self.shares.keys() - self.streams.keys()):
+            raise ValueError(f"'{unknown[0]}' has a share, but is no stream of the pass")
+        if sum(share.part for share in self.shares.values()) >= 1.0:
+            raise ValueError("the shares leave nothing for the other streams")
         return self
 
 
 FIELDS_OF_KIND: dict[str, tuple[str, ...]] = {
     "rewrite": ("rules", "expect"),
     "merge": ("select", "limit_bytes", "join", "split"),
-    "schedule": ("streams",),
+    "schedule": ("streams", "shares"),
     "insert": ("select", "ahead", "budget_bytes"),
     "place": ("parts", "join", "split", "move", "send", "recv"),
     "allocate": ("align",),
     "python": ("function",),
 }
-OPTIONAL_FIELDS = ("expect", "join", "split", "move", "send", "recv")
+OPTIONAL_FIELDS = ("expect", "shares", "join", "split", "move", "send", "recv")
 FIELDS_TOGETHER = (("join", "split"), ("move", "send", "recv"))
 
 

@@ -8,7 +8,7 @@ from .comm import CommFusion
 from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk
 from .memory import MemoryOpt
 from .place import AfDisaggregation, DropUnread, NanoBatching
-from .schedule import ComputeCommOverlap, KvPrefetch
+from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap
 
 __all__ = ["PASSES"]
 
@@ -22,6 +22,7 @@ PASSES: dict[str, type[OptimizationPass]] = {
     "fuse_qk": FuseQk,
     "fuse_epilogue": FuseEpilogue,
     "compute_comm_overlap": ComputeCommOverlap,
+    "nano_overlap": NanoOverlap,
     "kv_prefetch": KvPrefetch,
     "memory_opt": MemoryOpt,
 }

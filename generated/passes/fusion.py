@@ -4,7 +4,16 @@
 
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.rewrite import NearMiss, NewCall, Rewrite, RewritePass, Rule, describe, reader_of
+from sageLLM.runtime.core.rewrite import (
+    NearMiss,
+    NewCall,
+    Rewrite,
+    RewritePass,
+    Rule,
+    giver,
+    reader_of,
+    readers,
+)
 
 from ..ops.activation import Gelu, GeluMul, GeluTanh, GeluTanhMul, SiluMul
 from ..ops.comm import AllReduce, AllreduceAddRmsNorm
@@ -50,10 +59,10 @@ def allreduce_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | Nea
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "want add to give " + describe(add, node.x))
+        return NearMiss(1, "rms_norm.x comes from " + giver(add) + ", want add")
     all_reduce = graph.producer(add.y)
     if not isinstance(all_reduce, AllReduce):
-        return NearMiss(2, "want all_reduce to give " + describe(all_reduce, add.y))
+        return NearMiss(2, "add.y comes from " + giver(all_reduce) + ", want all_reduce")
     replacement = NewCall(
         AllreduceAddRmsNorm,
         {"x": add.x, "p": all_reduce.x, "w": node.w},
@@ -91,10 +100,10 @@ def fused_norm_add_norm_1p(graph: ExecutionGraph, node: OpNode) -> Rewrite | Nea
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "want add to give " + describe(add, node.x))
+        return NearMiss(1, "rms_norm_1p.x comes from " + giver(add) + ", want add")
     rms_norm_1p = graph.producer(add.y)
     if not isinstance(rms_norm_1p, RmsNorm1p):
-        return NearMiss(2, "want rms_norm_1p to give " + describe(rms_norm_1p, add.y))
+        return NearMiss(2, "add.y comes from " + giver(rms_norm_1p) + ", want rms_norm_1p")
     if rms_norm_1p.eps != node.eps:
         return NearMiss(3, "want the same eps twice")
     replacement = NewCall(
@@ -119,7 +128,7 @@ def fused_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "want add to give " + describe(add, node.x))
+        return NearMiss(1, "rms_norm.x comes from " + giver(add) + ", want add")
     replacement = NewCall(
         FusedAddRmsNorm,
         {"x": add.x, "residual": add.y, "w": node.w},
@@ -142,7 +151,7 @@ def fused_add_rms_norm_wide(graph: ExecutionGraph, node: OpNode) -> Rewrite | Ne
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "want add to give " + describe(add, node.x))
+        return NearMiss(1, "rms_norm_wide.x comes from " + giver(add) + ", want add")
     replacement = NewCall(
         FusedAddRmsNormWide,
         {"x": add.x, "residual": add.y, "w": node.w},
@@ -165,7 +174,7 @@ def fused_add_rms_norm_1p(graph: ExecutionGraph, node: OpNode) -> Rewrite | Near
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "want add to give " + describe(add, node.x))
+        return NearMiss(1, "rms_norm_1p.x comes from " + giver(add) + ", want add")
     replacement = NewCall(
         FusedAddRmsNorm1p,
         {"x": add.x, "residual": add.y, "w": node.w},
@@ -188,7 +197,7 @@ def fused_rms_norm_wide_add(graph: ExecutionGraph, node: OpNode) -> Rewrite | Ne
         return None
     rms_norm_wide = graph.producer(node.y)
     if not isinstance(rms_norm_wide, RmsNormWide):
-        return NearMiss(1, "want rms_norm_wide to give " + describe(rms_norm_wide, node.y))
+        return NearMiss(1, "add.y comes from " + giver(rms_norm_wide) + ", want rms_norm_wide")
     replacement = NewCall(
         FusedRmsNormWideAdd,
         {"residual": node.x, "x": rms_norm_wide.x, "w": rms_norm_wide.w},
@@ -211,7 +220,7 @@ def fused_add_layer_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearM
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "want add to give " + describe(add, node.x))
+        return NearMiss(1, "layer_norm.x comes from " + giver(add) + ", want add")
     replacement = NewCall(
         FusedAddLayerNorm,
         {"x": add.x, "residual": add.y, "w": node.w, "bias": node.bias},
@@ -235,6 +244,7 @@ class FuseNorm(RewritePass):
     stage = "fuse"
     level = "kernel"
     phases = frozenset({"decode", "hybrid", "prefill"})
+    after = ("fuse_collective",)
     rules = (
         Rule("fused_norm_add_norm_1p", RmsNorm1p, fused_norm_add_norm_1p, 3, 20),
         Rule("fused_add_rms_norm", RmsNorm, fused_add_rms_norm, 2, 10),
@@ -249,8 +259,10 @@ class FuseNorm(RewritePass):
         "deepseek_v2": lambda c: 2 * c.L - 1,
         "deepseek_v3": lambda c: 2 * c.L - 1,
         "falcon": lambda c: c.L - 1,
+        "gemma": lambda c: 2 * c.L - 1,
         "gemma2": lambda c: 2 * c.L - 1,
         "gemma3": lambda c: 2 * c.L - 1,
+        "glm4": lambda c: 2 * c.L - 1,
         "gpt2": lambda c: 2 * c.L,
         "gpt_neox": lambda c: c.L - 1,
         "gpt_oss": lambda c: 2 * c.L - 1,
@@ -259,7 +271,9 @@ class FuseNorm(RewritePass):
         "llama": lambda c: 2 * c.L - 1,
         "mixtral": lambda c: 2 * c.L - 1,
         "modernbert": lambda c: 2 * c.L,
+        "olmo": lambda c: 2 * c.L - 1,
         "olmo2": lambda c: 2 * c.L,
+        "opt": lambda c: 2 * c.L,
         "phi": lambda c: c.L - 1,
         "phi3": lambda c: 2 * c.L - 1,
         "qwen2": lambda c: 2 * c.L - 1,
@@ -282,25 +296,25 @@ def qk_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return None
     rope_2 = graph.producer(node.k)
     if not isinstance(rope_2, Rope):
-        return NearMiss(1, "want rope to give " + describe(rope_2, node.k))
+        return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
     split_qkv = graph.producer(rope_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(2, "want split_qkv to give " + describe(split_qkv, rope_2.x))
+        return NearMiss(2, "rope.x comes from " + giver(split_qkv) + ", want split_qkv")
     if split_qkv.k.name != rope_2.x.name:
-        return NearMiss(3, "want kh to be k")
+        return NearMiss(3, "want rope.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
-        return NearMiss(3, "want v to be v")
+        return NearMiss(3, "want kv_store.v to be split_qkv.v")
     rope = reader_of(graph, split_qkv.q, Rope)
     if rope is None:
-        return NearMiss(3, "want rope to be one reader of " + split_qkv.q.name)
+        return NearMiss(3, "split_qkv.q goes to " + readers(graph, split_qkv.q) + ", want one rope")
     if rope.x.name != split_qkv.q.name:
-        return NearMiss(4, "want the same qh twice")
+        return NearMiss(4, "want rope.x to be split_qkv.q")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(4, "want the same pos twice")
+        return NearMiss(4, "want rope.pos to be rope.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(4, "want the same cos twice")
+        return NearMiss(4, "want rope.cos to be rope.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(4, "want the same sin twice")
+        return NearMiss(4, "want rope.sin to be rope.sin")
     replacement = NewCall(
         QkRopeKvStore,
         {
@@ -333,25 +347,25 @@ def qk_rope_interleaved_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite
         return None
     rope_interleaved_2 = graph.producer(node.k)
     if not isinstance(rope_interleaved_2, RopeInterleaved):
-        return NearMiss(1, "want rope_interleaved to give " + describe(rope_interleaved_2, node.k))
+        return NearMiss(1, "kv_store.k comes from " + giver(rope_interleaved_2) + ", want rope_interleaved")
     split_qkv = graph.producer(rope_interleaved_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(2, "want split_qkv to give " + describe(split_qkv, rope_interleaved_2.x))
+        return NearMiss(2, "rope_interleaved.x comes from " + giver(split_qkv) + ", want split_qkv")
     if split_qkv.k.name != rope_interleaved_2.x.name:
-        return NearMiss(3, "want kh to be k")
+        return NearMiss(3, "want rope_interleaved.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
-        return NearMiss(3, "want v to be v")
+        return NearMiss(3, "want kv_store.v to be split_qkv.v")
     rope_interleaved = reader_of(graph, split_qkv.q, RopeInterleaved)
     if rope_interleaved is None:
-        return NearMiss(3, "want rope_interleaved to be one reader of " + split_qkv.q.name)
+        return NearMiss(3, "split_qkv.q goes to " + readers(graph, split_qkv.q) + ", want one rope_interleaved")
     if rope_interleaved.x.name != split_qkv.q.name:
-        return NearMiss(4, "want the same qh twice")
+        return NearMiss(4, "want rope_interleaved.x to be split_qkv.q")
     if rope_interleaved.pos.name != rope_interleaved_2.pos.name:
-        return NearMiss(4, "want the same pos twice")
+        return NearMiss(4, "want rope_interleaved.pos to be rope_interleaved.pos")
     if rope_interleaved.cos.name != rope_interleaved_2.cos.name:
-        return NearMiss(4, "want the same cos twice")
+        return NearMiss(4, "want rope_interleaved.cos to be rope_interleaved.cos")
     if rope_interleaved.sin.name != rope_interleaved_2.sin.name:
-        return NearMiss(4, "want the same sin twice")
+        return NearMiss(4, "want rope_interleaved.sin to be rope_interleaved.sin")
     replacement = NewCall(
         QkRopeInterleavedKvStore,
         {
@@ -385,39 +399,39 @@ def qk_norm_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | Near
         return None
     rope_2 = graph.producer(node.k)
     if not isinstance(rope_2, Rope):
-        return NearMiss(1, "want rope to give " + describe(rope_2, node.k))
+        return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
     rms_norm_2 = graph.producer(rope_2.x)
     if not isinstance(rms_norm_2, RmsNorm):
-        return NearMiss(2, "want rms_norm to give " + describe(rms_norm_2, rope_2.x))
+        return NearMiss(2, "rope.x comes from " + giver(rms_norm_2) + ", want rms_norm")
     if rms_norm_2.w is None:
         return NearMiss(3, "want rms_norm with w")
     split_qkv = graph.producer(rms_norm_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(3, "want split_qkv to give " + describe(split_qkv, rms_norm_2.x))
+        return NearMiss(3, "rms_norm.x comes from " + giver(split_qkv) + ", want split_qkv")
     if split_qkv.k.name != rms_norm_2.x.name:
-        return NearMiss(4, "want kh to be k")
+        return NearMiss(4, "want rms_norm.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
-        return NearMiss(4, "want v to be v")
+        return NearMiss(4, "want kv_store.v to be split_qkv.v")
     rms_norm = reader_of(graph, split_qkv.q, RmsNorm)
     if rms_norm is None:
-        return NearMiss(4, "want rms_norm to be one reader of " + split_qkv.q.name)
+        return NearMiss(4, "split_qkv.q goes to " + readers(graph, split_qkv.q) + ", want one rms_norm")
     if rms_norm.x.name != split_qkv.q.name:
-        return NearMiss(5, "want the same qh twice")
+        return NearMiss(5, "want rms_norm.x to be split_qkv.q")
     if rms_norm.w is None:
         return NearMiss(5, "want rms_norm with w")
     if rms_norm.eps != rms_norm_2.eps:
         return NearMiss(5, "want the same eps twice")
     rope = reader_of(graph, rms_norm.y, Rope)
     if rope is None:
-        return NearMiss(5, "want rope to be one reader of " + rms_norm.y.name)
+        return NearMiss(5, "rms_norm.y goes to " + readers(graph, rms_norm.y) + ", want one rope")
     if rope.x.name != rms_norm.y.name:
-        return NearMiss(6, "want the same qn twice")
+        return NearMiss(6, "want rope.x to be rms_norm.y")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(6, "want the same pos twice")
+        return NearMiss(6, "want rope.pos to be rope.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(6, "want the same cos twice")
+        return NearMiss(6, "want rope.cos to be rope.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(6, "want the same sin twice")
+        return NearMiss(6, "want rope.sin to be rope.sin")
     replacement = NewCall(
         QkNormRopeKvStore,
         {
@@ -453,35 +467,35 @@ def qk_norm_1p_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | N
         return None
     rope_2 = graph.producer(node.k)
     if not isinstance(rope_2, Rope):
-        return NearMiss(1, "want rope to give " + describe(rope_2, node.k))
+        return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
     rms_norm_1p_2 = graph.producer(rope_2.x)
     if not isinstance(rms_norm_1p_2, RmsNorm1p):
-        return NearMiss(2, "want rms_norm_1p to give " + describe(rms_norm_1p_2, rope_2.x))
+        return NearMiss(2, "rope.x comes from " + giver(rms_norm_1p_2) + ", want rms_norm_1p")
     split_qkv = graph.producer(rms_norm_1p_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(3, "want split_qkv to give " + describe(split_qkv, rms_norm_1p_2.x))
+        return NearMiss(3, "rms_norm_1p.x comes from " + giver(split_qkv) + ", want split_qkv")
     if split_qkv.k.name != rms_norm_1p_2.x.name:
-        return NearMiss(4, "want kh to be k")
+        return NearMiss(4, "want rms_norm_1p.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
-        return NearMiss(4, "want v to be v")
+        return NearMiss(4, "want kv_store.v to be split_qkv.v")
     rms_norm_1p = reader_of(graph, split_qkv.q, RmsNorm1p)
     if rms_norm_1p is None:
-        return NearMiss(4, "want rms_norm_1p to be one reader of " + split_qkv.q.name)
+        return NearMiss(4, "split_qkv.q goes to " + readers(graph, split_qkv.q) + ", want one rms_norm_1p")
     if rms_norm_1p.x.name != split_qkv.q.name:
-        return NearMiss(5, "want the same qh twice")
+        return NearMiss(5, "want rms_norm_1p.x to be split_qkv.q")
     if rms_norm_1p.eps != rms_norm_1p_2.eps:
         return NearMiss(5, "want the same eps twice")
     rope = reader_of(graph, rms_norm_1p.y, Rope)
     if rope is None:
-        return NearMiss(5, "want rope to be one reader of " + rms_norm_1p.y.name)
+        return NearMiss(5, "rms_norm_1p.y goes to " + readers(graph, rms_norm_1p.y) + ", want one rope")
     if rope.x.name != rms_norm_1p.y.name:
-        return NearMiss(6, "want the same qn twice")
+        return NearMiss(6, "want rope.x to be rms_norm_1p.y")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(6, "want the same pos twice")
+        return NearMiss(6, "want rope.pos to be rope.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(6, "want the same cos twice")
+        return NearMiss(6, "want rope.cos to be rope.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(6, "want the same sin twice")
+        return NearMiss(6, "want rope.sin to be rope.sin")
     replacement = NewCall(
         QkNorm1pRopeKvStore,
         {
@@ -556,7 +570,7 @@ def linear_silu_mul(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss |
         return None
     linear = graph.producer(node.gu)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "want linear to give " + describe(linear, node.gu))
+        return NearMiss(1, "silu_mul.gu comes from " + giver(linear) + ", want linear")
     replacement = NewCall(
         LinearSiluMul,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -579,7 +593,7 @@ def linear_gelu_mul(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss |
         return None
     linear = graph.producer(node.gu)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "want linear to give " + describe(linear, node.gu))
+        return NearMiss(1, "gelu_mul.gu comes from " + giver(linear) + ", want linear")
     replacement = NewCall(
         LinearGeluMul,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -602,7 +616,7 @@ def linear_gelu_tanh_mul(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearM
         return None
     linear = graph.producer(node.gu)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "want linear to give " + describe(linear, node.gu))
+        return NearMiss(1, "gelu_tanh_mul.gu comes from " + giver(linear) + ", want linear")
     replacement = NewCall(
         LinearGeluTanhMul,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -625,7 +639,7 @@ def linear_gelu(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | Non
         return None
     linear = graph.producer(node.x)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "want linear to give " + describe(linear, node.x))
+        return NearMiss(1, "gelu.x comes from " + giver(linear) + ", want linear")
     replacement = NewCall(
         LinearGelu,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -648,7 +662,7 @@ def linear_gelu_tanh(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return None
     linear = graph.producer(node.x)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "want linear to give " + describe(linear, node.x))
+        return NearMiss(1, "gelu_tanh.x comes from " + giver(linear) + ", want linear")
     replacement = NewCall(
         LinearGeluTanh,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -671,7 +685,7 @@ def linear_add(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None
         return None
     linear = graph.producer(node.y)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "want linear to give " + describe(linear, node.y))
+        return NearMiss(1, "add.y comes from " + giver(linear) + ", want linear")
     replacement = NewCall(
         LinearAdd,
         {"x": linear.x, "w": linear.w, "residual": node.x, "bias": linear.bias},
@@ -694,7 +708,7 @@ def lm_head_scale(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | N
         return None
     lm_head = graph.producer(node.x)
     if not isinstance(lm_head, LmHead):
-        return NearMiss(1, "want lm_head to give " + describe(lm_head, node.x))
+        return NearMiss(1, "scale.x comes from " + giver(lm_head) + ", want lm_head")
     replacement = NewCall(
         LmHeadScale,
         {"x": lm_head.x, "w": lm_head.w, "bias": lm_head.bias},
@@ -717,7 +731,7 @@ def lm_head_soft_cap(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return None
     lm_head = graph.producer(node.x)
     if not isinstance(lm_head, LmHead):
-        return NearMiss(1, "want lm_head to give " + describe(lm_head, node.x))
+        return NearMiss(1, "soft_cap.x comes from " + giver(lm_head) + ", want lm_head")
     replacement = NewCall(
         LmHeadSoftCap,
         {"x": lm_head.x, "w": lm_head.w, "bias": lm_head.bias},
@@ -741,6 +755,7 @@ class FuseEpilogue(RewritePass):
     stage = "fuse"
     level = "kernel"
     phases = frozenset({"decode", "hybrid", "prefill"})
+    after = ("fuse_norm",)
     rules = (
         Rule("linear_silu_mul", SiluMul, linear_silu_mul, 2, 10),
         Rule("linear_gelu_mul", GeluMul, linear_gelu_mul, 2, 10),

@@ -4,8 +4,9 @@
 
 from sageLLM.runtime.core.passes.prefetch import PrefetchPass
 from sageLLM.runtime.core.passes.schedule import StreamPass
+from sageLLM.runtime.core.passes.sharing import Share
 
-__all__ = ["ComputeCommOverlap", "KvPrefetch"]
+__all__ = ["ComputeCommOverlap", "KvPrefetch", "NanoOverlap"]
 
 
 # specs/passes/schedule.yaml: compute_comm_overlap
@@ -18,9 +19,25 @@ class ComputeCommOverlap(StreamPass):
     level = "block"
     phases = frozenset({"decode", "hybrid", "prefill"})
     streams = {
-        "comm": frozenset({"COMM_ALLGATHER", "COMM_ALLREDUCE", "COMM_RECV", "COMM_SEND"}),
+        "comm": frozenset({"COMM_ALLGATHER", "COMM_ALLREDUCE"}),
+        "send": frozenset({"COMM_SEND"}),
+        "recv": frozenset({"COMM_RECV"}),
         "kv_io": frozenset({"KV_LOAD", "KV_MIGRATE", "KV_STORE"}),
     }
+
+
+# specs/passes/schedule.yaml: nano_overlap
+class NanoOverlap(StreamPass):
+    """Runs the micro-batches of nano_batching beside one another, where sharing the device makes that
+    faster."""
+
+    pass_name = "nano_overlap"
+    spec = "specs/passes/schedule.yaml: nano_overlap"
+    stage = "schedule"
+    level = "block"
+    phases = frozenset({"decode", "prefill"})
+    streams = {"network": frozenset({"COMM_ALLGATHER", "COMM_ALLREDUCE"}), "memory": frozenset({"DECODE_ATTN"})}
+    shares = {"network": Share(part=0.2, speed=0.5), "memory": Share(part=0.2, speed=0.3)}
 
 
 # specs/passes/schedule.yaml: kv_prefetch
@@ -32,6 +49,7 @@ class KvPrefetch(PrefetchPass):
     stage = "schedule"
     level = "block"
     phases = frozenset({"decode", "hybrid"})
+    after = ("compute_comm_overlap",)
     select = frozenset({"KV_LOAD"})
     ahead = 1
     budget_bytes = 4294967296

@@ -3,16 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sageLLM.runtime.core.dims import Dim
+from sageLLM.runtime.core.dims import Dim, Sym
 from sageLLM.runtime.core.ir import OpNode
+from sageLLM.runtime.core.types import TypePattern
+
+
+def stride_names(operand: str, pattern: TypePattern) -> tuple[str, ...]:
+    """`x_R`, `x_N` for E[..., N, D]: the strides of all declared dims but the last. A compound dim has its place."""
+    names = ["R" if dim is ... else str(dim) if isinstance(dim, Sym) else f"D{i}" for i, dim in enumerate(pattern.dims)]
+    return tuple(f"{operand}_{name}" for name in names[:-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """An output that is a part of an input's memory: where it begins there, and its strides, all in elements.
 
-    The formulas may use the op's dims and the base's own strides, written `qkv_T`. `where` are pairs of formulas that
-    have to be equal: of merged dims, the outer stride and what the inner dim spans.
+    The formulas may use the op's dims and the base's own strides, as `stride_names` writes them. `where` are pairs of
+    formulas that have to be equal: of merged dims, the outer stride and what the inner dim spans.
     """
 
     base: str

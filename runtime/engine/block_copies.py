@@ -34,7 +34,7 @@ class Migrator:
     def __init__(self, source: KVPool, target: KVPool, graph: ExecutionGraph, pipeline: Pipeline) -> None:
         bound = {f"source.{name}": tensor for name, tensor in source.named_tensors().items()}
         bound |= {f"target.{name}": tensor for name, tensor in target.named_tensors().items()}
-        self._plan = Plan(graph, pipeline.kernels, bound)
+        self._plan = Plan(graph, pipeline.registry.kernels, bound)
         self._device = target.device
 
     def run(self, copies: Sequence[CopyOfBlocks]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
@@ -49,6 +49,15 @@ class Detokenizer:
             return ""
         end = self._clean_end(text)
         return self._give_out(self._decode(self._context, end), end)
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        """What `append` gives for all these tokens; they are decoded in one go if that ends with a whole character."""
+        new = [token_id for token_id in token_ids if token_id not in self._skipped]
+        text = self._decoder.decode(self._ids[self._context :] + new, skip_special_tokens=False)
+        if len(text) <= self._context_len or text.endswith(REPLACEMENT):
+            return "".join(map(self.append, new))
+        self._ids += new
+        return self._give_out(text, len(self._ids))
 
     def flush(self) -> str:
         """What is still held back, at the end of the sequence: an incomplete character comes out as U+FFFD."""

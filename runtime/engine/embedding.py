@@ -15,10 +15,11 @@ from sageLLM.runtime.engine.errors import PromptError
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.model import Model
 from sageLLM.runtime.engine.requests import validate_prompt
-from sageLLM.runtime.engine.step_inputs import step_inputs
+from sageLLM.runtime.engine.step_inputs import StepInputs
 from sageLLM.runtime.execution_graph.embedding import Pooling
-from sageLLM.runtime.execution_graph.executor import Plan
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.planner import Runnable
+from sageLLM.runtime.kernels.cpu.weights import Weight
 from sageLLM.runtime.scheduler.base import Chunk, Request
 
 
@@ -49,9 +50,11 @@ class Embedder:
     def __init__(self, model: Model, pipeline: Pipeline, *, max_tokens: int, block_size: int) -> None:
         self.model, self.pipeline = model, pipeline
         self.max_tokens, self.block_size = max_tokens, block_size
+        max_blocks = -(-model.max_model_len // block_size)
+        self._inputs = StepInputs(block_size, max_blocks, model.device)
         self._pool: KVPool | None = None
         self._graphs: dict[tuple[Pooling, bool], ExecutionGraph] = {}
-        self._plans: dict[tuple[Pooling, bool], Plan] = {}
+        self._plans: dict[tuple[Pooling, bool], Runnable] = {}
 
     def check(self, prompt: EmbeddingInput) -> None:
         """Raises PromptError for a prompt that the model cannot read."""
@@ -73,7 +76,7 @@ class Embedder:
             self._check_types(prompt, graph)
         found: list[Tensor] = []
         for step in self._steps(prompts):
-            rows = self._run((pooling, normalize), step).to("cpu", torch.float32)
+            rows = self._run((pooling, normalize), step).to("cpu", torch.float32, copy=True)
             lengths = [len(prompt.token_ids) for prompt in step]
             found += torch.split(rows, lengths) if pooling == "none" else rows.unbind()
         return found
@@ -114,10 +117,10 @@ class Embedder:
         chunks, num_blocks = self._chunks(step)
         self._grow_pool(num_blocks)
         if key not in self._plans:
-            self._plans[key] = Plan(self._graphs[key], self.pipeline.kernels, self._bound())
+            self._plans[key] = self.pipeline.plan(self._graphs[key], self._bound())
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         device = self.model.device
-        inputs = step_inputs(chunks, range(num_tokens), self.block_size, device)
+        inputs = self._inputs.make(None, chunks, range(num_tokens))
         types = [one for prompt in step for one in prompt.type_ids or [0] * len(prompt.token_ids)]
         inputs["type_ids"] = torch.tensor(types, dtype=torch.int32, device=device)
         return self._plans[key].run(inputs)[0]
@@ -140,6 +143,6 @@ class Embedder:
             self._pool = make_pool(self.model, num_blocks, self.block_size)
             self._plans.clear()
 
-    def _bound(self) -> dict[str, Tensor]:
+    def _bound(self) -> dict[str, Weight]:
         caches = {} if self._pool is None else self._pool.named_tensors()
-        return self.model.bound_tensors() | caches
+        return {**self.model.bound_tensors(), **caches}

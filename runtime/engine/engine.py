@@ -5,7 +5,6 @@ Under `strict` there are two workers, each with its own KV pool; a prefilled req
 
 import itertools
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from sageLLM.runtime.engine.block_copies import Migrator, TieredPool
 from sageLLM.runtime.engine.errors import PromptError
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.model import Model
-from sageLLM.runtime.engine.outputs import RequestMetrics, RequestOutput
+from sageLLM.runtime.engine.outputs import Logprob, RequestMetrics, RequestOutput
 from sageLLM.runtime.engine.requests import resolve_max_tokens, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampler import SampledTokens, SamplingBatch, SequenceSampling, sample
 from sageLLM.runtime.engine.sampling_params import SamplingParams
@@ -29,16 +28,26 @@ from sageLLM.runtime.execution_graph.pipeline import Pipeline
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.kv.copies import KVStats, Tier
 from sageLLM.runtime.scheduler.auto import ForecastChooser
-from sageLLM.runtime.scheduler.base import Chunk, KVBudget, Request, ScheduleOutput
+from sageLLM.runtime.scheduler.base import Batch, Chunk, KVBudget, Request, ScheduleOutput
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 
 
-class Choice(NamedTuple):
-    """The token chosen for a chunk that is a request's last: its row of logits and its sequence."""
+class Run(NamedTuple):
+    """What one worker computes in a step: a token of each of the decodes, and the chunks of prompts."""
 
-    row: int
-    sequence: Sequence
+    worker: Worker
+    stage: Stage
+    decodes: Batch | None
+    chunks: list[Chunk]
+
+
+class Score(NamedTuple):
+    """Rows of logits that tell what the model expected after these positions of a prompt."""
+
+    group: RequestGroup
+    positions: list[int]
+    rows: slice
 
 
 class Engine:
@@ -123,18 +132,21 @@ class Engine:
             sequence.text.abort()
         return group.output()
 
-    def step(self) -> list[RequestOutput]:
-        """Plans and runs one step; returns the requests with new tokens or an end, in order of arrival."""
+    def step(self, *, only_finished: bool = False) -> list[RequestOutput]:
+        """Plans and runs one step; returns the requests with new tokens or an end, in order of arrival.
+
+        With `only_finished` those that go on are left out, which saves the work of showing them.
+        """
         plan = self.scheduler.schedule()
         self._copy(plan)
         self._note_hits(plan)
         changed: list[Sequence] = []
-        for worker, stage, chunks in self._runs(plan):
-            changed += self._run(worker, stage, chunks)
+        for run in self._runs(plan):
+            changed += self._run(run)
         self._tiers.wait()
         self.num_steps += 1
         changed += self._update([s.request.request_id for s in changed if s.is_finished])
-        return self._collect(changed)
+        return self._collect([s for s in changed if s.is_finished] if only_finished else changed, only_finished)
 
     def _copy(self, plan: ScheduleOutput) -> None:
         """Makes the step's copies; those out to a tier go on beside its batches."""
@@ -150,67 +162,68 @@ class Engine:
         for request_id, num_tokens in plan.num_cached_tokens.items():
             sequence = self._sequences[request_id]
             if sequence.index == 0 and not sequence.request.num_preemptions:
-                self._group_of_sequence(sequence).num_cached_tokens = num_tokens
+                sequence.group.num_cached_tokens = num_tokens
 
-    def _runs(self, plan: ScheduleOutput) -> Iterable[tuple[Worker, Stage, list[Chunk]]]:
-        """Which worker computes which chunks in this step; in one step of one worker the decodes come first."""
-        prefills = plan.prefill_batch.chunks if plan.prefill_batch else []
-        decodes = plan.decode_batch.chunks if plan.decode_batch else []
-        if prefills and decodes and not self.is_strict:
-            return [(self.decoder, "hybrid", decodes + prefills)]
-        runs: list[tuple[Worker, Stage, list[Chunk]]] = []
+    def _runs(self, plan: ScheduleOutput) -> list[Run]:
+        """Which worker computes what in this step; in one step of one worker the decodes come first."""
+        decodes, prefills = plan.decode_batch, plan.prefill_batch.chunks if plan.prefill_batch else []
+        if decodes and prefills and not self.is_strict:
+            return [Run(self.decoder, "hybrid", decodes, prefills)]
+        runs = []
         if decodes:
-            runs.append((self.decoder, "decode", decodes))
+            runs.append(Run(self.decoder, "decode", decodes, []))
         if prefills:
-            runs.append((self.prefiller, "prefill", prefills))
+            runs.append(Run(self.prefiller, "prefill", None, prefills))
         return runs
 
-    def _run(self, worker: Worker, stage: Stage, chunks: list[Chunk]) -> list[Sequence]:
-        """Computes the chunks, chooses a token for each that is a request's last and for its forks, and returns those
-        sequences.
+    def _run(self, run: Run) -> list[Sequence]:
+        """Computes a batch, chooses a token for each sequence whose last token is in it and for its forks, and returns
+        those sequences.
         """
-        rows: list[int] = []
-        choices: list[Choice] = []
-        scores: list[tuple[RequestGroup, list[int], slice]] = []
-        ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
-        for chunk, end in zip(chunks, ends, strict=True):
+        sequences = [] if run.decodes is None else [self._sequences[r.request_id] for r in run.decodes.requests]
+        rows = list(range(len(sequences)))
+        ends = list(itertools.accumulate((chunk.num_tokens for chunk in run.chunks), initial=len(rows)))[1:]
+        for chunk, end in zip(run.chunks, ends, strict=True):
             if chunk.is_last:
                 for request in (chunk.request, *self.scheduler.forks_of(chunk.request.request_id)):
-                    choices.append(Choice(len(rows), self._sequences[request.request_id]))
+                    sequences.append(self._sequences[request.request_id])
                     rows.append(end - 1)
-        for chunk, end in zip(chunks, ends, strict=True):
-            group = self._group_of(chunk)
-            if positions := group.rows_to_score(chunk):
-                scores.append((group, positions, slice(len(rows), len(rows) + len(positions))))
-                rows += [end - chunk.num_tokens + position - chunk.start for position in positions]
-        result = worker.run(stage, chunks, rows)
+        scores = self._rows_to_score(run.chunks, ends, rows)
+        result = run.worker.run(run.stage, run.decodes, run.chunks, rows)
         for group, positions, span in scores:
             group.score_prompt(positions, result.logits[span], self._token_text)
-        self._choose(choices, result)
-        return [choice.sequence for choice in choices]
+        if sequences:
+            self._choose(sequences, result)
+        return sequences
 
-    def _choose(self, choices: list[Choice], result: StepResult) -> None:
-        if not choices:
-            return
-        logits = result.logits[: len(choices)]
-        if all(_is_plain_greedy(choice.sequence) for choice in choices):
-            sampled = _greedy(logits, result.tokens[: len(choices)])
+    def _rows_to_score(self, chunks: list[Chunk], ends: list[int], rows: list[int]) -> list[Score]:
+        """Adds the rows whose logits `prompt_logprobs` wants, and says whose they are."""
+        scores = []
+        for chunk, end in zip(chunks, ends, strict=True):
+            group = self._sequences[chunk.request.request_id].group
+            if positions := group.rows_to_score(chunk):
+                scores.append(Score(group, positions, slice(len(rows), len(rows) + len(positions))))
+                rows += [end - chunk.num_tokens + position - chunk.start for position in positions]
+        return scores
+
+    def _choose(self, sequences: list[Sequence], result: StepResult) -> None:
+        """Gives every sequence its token; sequence i has row i of the logits."""
+        logits = result.logits[: len(sequences)]
+        if all(sequence.sampling.is_plain_greedy for sequence in sequences):
+            sampled = _greedy(logits, result.tokens[: len(sequences)])
         else:
-            sampled = sample(logits, SamplingBatch([c.sequence.sampling for c in choices], logits.device))
-        for choice, token_id in zip(choices, sampled.token_ids.tolist(), strict=True):
-            self._take(choice, token_id, sampled)
+            sampled = sample(logits, SamplingBatch([s.sampling for s in sequences], logits.device))
+        now = time.monotonic()
+        for row, (sequence, token_id) in enumerate(zip(sequences, sampled.token_ids.tolist(), strict=True)):
+            if row in sampled.failed:  # its logits are not finite: it is ended, and nobody else is
+                sequence.text.abort()
+                continue
+            sequence.append(token_id, self._logprobs(sequence, row, sampled) if sampled.logprobs else None)
+            sequence.group.metrics.record_token(now)
 
-    def _take(self, choice: Choice, token_id: int, sampled: SampledTokens) -> None:
-        """Gives a sequence its token; one whose logits are not finite is ended instead, and nobody else is."""
-        sequence = choice.sequence
-        if choice.row in sampled.failed:
-            sequence.text.abort()
-            return
-        scored = sampled.logprobs.get(choice.row)
-        num_top = sequence.sampling.params.logprobs
-        entry = scored.as_dict(0, num_top, self._token_text) if scored and num_top is not None else None
-        sequence.append(token_id, entry)
-        self._group_of_sequence(sequence).metrics.record_token(time.monotonic())
+    def _logprobs(self, sequence: Sequence, row: int, sampled: SampledTokens) -> dict[int, Logprob] | None:
+        scored, num_top = sampled.logprobs.get(row), sequence.sampling.params.logprobs
+        return scored.as_dict(0, num_top, self._token_text) if scored and num_top is not None else None
 
     def _update(self, finished_ids: list[str]) -> list[Sequence]:
         """Commits the step; returns the sequences that the scheduler had to end for want of room."""
@@ -221,18 +234,21 @@ class Engine:
             ended.append(sequence)
         return ended
 
-    def _collect(self, changed: list[Sequence]) -> list[RequestOutput]:
-        groups = {self._group_of_sequence(sequence).request_id: None for sequence in changed}
+    def _collect(self, changed: list[Sequence], only_finished: bool) -> list[RequestOutput]:
+        groups = {sequence.group.request_id: sequence.group for sequence in changed}
         outputs = []
-        for group_id in groups:
-            group = self._groups[group_id]
+        for group in groups.values():
             if group.is_finished:
-                group.metrics.record_finish(time.monotonic())
-                del self._groups[group_id]
-                for sequence in group.sequences:
-                    del self._sequences[sequence.request.request_id]
-            outputs.append(group.output())
+                self._remove(group)
+            if group.is_finished or not only_finished:
+                outputs.append(group.output())
         return outputs
+
+    def _remove(self, group: RequestGroup) -> None:
+        group.metrics.record_finish(time.monotonic())
+        del self._groups[group.request_id]
+        for sequence in group.sequences:
+            del self._sequences[sequence.request.request_id]
 
     def _make_group(
         self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams
@@ -261,31 +277,18 @@ class Engine:
                 params, token_ids, request.output_token_ids, rules.banned_before_min_tokens, index
             )
             text = SequenceText(self.tokenizer, rules, params.skip_special_tokens)
-            group.sequences.append(Sequence(index, request, sampling, text))
+            group.sequences.append(Sequence(index, group, request, sampling, text))
         return group
-
-    def _group_of(self, chunk: Chunk) -> RequestGroup:
-        return self._groups[chunk.request.request_id.rpartition("/")[0]]
-
-    def _group_of_sequence(self, sequence: Sequence) -> RequestGroup:
-        return self._groups[sequence.request.request_id.rpartition("/")[0]]
 
     def _token_text(self, token_id: int) -> str:
         return self.tokenizer.token_text(token_id) if self.tokenizer else ""
 
 
-def _is_plain_greedy(sequence: Sequence) -> bool:
-    """Whether the graph's own argmax is the answer: nothing adjusts the logits, no log-probabilities are wanted."""
-    params = sequence.sampling.params
-    adjusts = params.has_penalties or params.logit_bias or sequence.sampling.bans_stop_ids
-    return params.is_greedy and params.logprobs is None and not adjusts
-
-
 def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
     """The graph's own choice as the sampler would give it: rows whose best logit is not finite have failed."""
-    best_B = logits_BV.gather(1, token_ids_B[:, None]).flatten()
-    failed = (~best_B.isfinite()).nonzero().flatten().tolist()
-    return SampledTokens(token_ids_B, {}, tuple(failed))
+    best = logits_BV.gather(1, token_ids_B[:, None]).flatten().isfinite()
+    failed = () if best.all() else tuple((~best).nonzero().flatten().tolist())
+    return SampledTokens(token_ids_B, {}, failed)
 
 
 def make_chooser(pipeline: Pipeline, device: str, objective: ServiceObjective | None) -> ForecastChooser:

@@ -3,12 +3,15 @@
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sageLLM.runtime.core.layout import KvShape
+
+CACHE_LINE = 64
 
 
 class KVPool:
@@ -32,7 +35,7 @@ class KVPool:
             sizes = (num_blocks, block_size, *kept)
             if folder is not None:
                 return [_mapped(folder, sizes, dtype) for _ in range(num_layers)]
-            return [torch.zeros(sizes, dtype=dtype, device=device) for _ in range(num_layers)]
+            return [_zeros(sizes, dtype, device) for _ in range(num_layers)]
 
         self.num_layers = num_layers
         self.num_blocks = num_blocks
@@ -68,12 +71,14 @@ class KVPool:
         return tensors
 
 
-def slots_of(block_ids: Sequence[int], start: int, num_tokens: int, block_size: int) -> list[int]:
-    """Where tokens start .. start + num_tokens - 1 of a sequence stand in the pool, as block * BS + offset."""
-    return [
-        block_ids[position // block_size] * block_size + position % block_size
-        for position in range(start, start + num_tokens)
-    ]
+def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the CPU the system gives a page of zeros when it is first touched: a pool costs what is used of it."""
+    if device.type != "cpu":
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(num_bytes + CACHE_LINE, np.uint8))
+    start = -memory.data_ptr() % CACHE_LINE
+    return memory[start : start + num_bytes].view(dtype).view(sizes)
 
 
 def _mapped(folder: Path, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

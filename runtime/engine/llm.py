@@ -10,10 +10,12 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from sageLLM.runtime.core.config import shown
+from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.engine.chat_template import ChatTemplate
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.errors import PromptError, SageError, SamplingParamsError, TokenizerError
+from sageLLM.runtime.engine.kernel_choice import choose_planner
 from sageLLM.runtime.engine.model import Model, load_model
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.plugins import Registry, load_registry
@@ -21,7 +23,9 @@ from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sentence_transformers import read_recipe
 from sageLLM.runtime.engine.tokenizer import Tokenizer
 from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
-from sageLLM.runtime.execution_graph.pipeline import ALL, Pipeline
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.planner import KernelChoice, KernelStats
+from sageLLM.runtime.execution_graph.rewriting import ALL
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
@@ -38,7 +42,10 @@ class LLM:
         llm = LLM(model="path/to/checkpoint", scheduler=PDSchedulerConfig(mode="hybrid"))
         outputs = llm.generate(["def add(a, b):"], SamplingParams(max_tokens=32, temperature=0.0))
 
-    `plugins` are folders made by `sagellm generate --specs ... --out FOLDER`. `disable_passes` names passes that are
+    `kernels` are those that the model runs on: "auto" takes what fits the device, on a CPU the generated C++ ("cpu"),
+    which is compiled when it is first used; without a compiler, or with "reference", the slower torch references run.
+    `kernel_stats()` tells what they are. `plugins` are folders made by `sagellm generate --specs ... --out FOLDER`.
+    `disable_passes` names passes that are
     not run over the graphs.
 
     KV: `enable_prefix_caching` lets prompts reuse what equal beginnings have computed. `swap_space` and `disk_space`
@@ -57,6 +64,7 @@ class LLM:
         *,
         device: str = "cpu",
         dtype: str = "auto",
+        kernels: KernelChoice = "auto",
         scheduler: PDSchedulerConfig | None = None,
         max_model_len: int | None = None,
         block_size: int = 16,
@@ -80,8 +88,14 @@ class LLM:
         self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(folder)
         self.model = load_model(folder, registry, dtype=dtype, device=where, max_model_len=max_model_len)
         self.pipeline = Pipeline(
-            self.model.layout, self.model.config, registry, dtype=self.model.short_dtype, disable=disable_passes
+            self.model.layout,
+            self.model.config,
+            registry,
+            dtype=self.model.short_dtype,
+            disable=disable_passes,
+            planner=choose_planner(kernels, registry, where, self.model.short_dtype),
         )
+        self.pipeline.planner.hold(self.model.weights, self.model.ties, self._graphs())
         config = scheduler or PDSchedulerConfig()
         budget = KVBudget(
             num_kv_blocks or default_num_blocks(self.model, config, block_size),
@@ -111,6 +125,18 @@ class LLM:
                 f"{name} gives embeddings, not text; call embed() instead of generate(), stream() or chat()"
             )
         return self._engine
+
+    def _graphs(self) -> list[ExecutionGraph]:
+        """The graphs that read all of the model's weights."""
+        layout = self.model.layout
+        if self.model.generates:
+            return [self.pipeline.kernel_graph(stage) for stage in layout.phases]
+        pooling = poolings_of(layout)
+        return [self.pipeline.embedding_graph(pooling[0], normalize=False)] if pooling else []
+
+    def kernel_stats(self) -> list[KernelStats]:
+        """What each graph runs on that has run so far: native calls, and calls in Python with the reasons."""
+        return list(self.pipeline.planner.stats)
 
     def embed(
         self,
@@ -167,7 +193,9 @@ class LLM:
         Nothing runs if one of them is refused: RequestError says which, and why.
         """
         order = self._add_all(prompts, params)
-        done = {output.request_id: output for output in self._run() if output.finished}
+        done: dict[str, RequestOutput] = {}
+        while self.engine.has_work:
+            done |= {output.request_id: output for output in self.engine.step(only_finished=True)}
         return [done[request_id] for request_id in order]
 
     def stream(
@@ -175,7 +203,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Like `generate`, but yields a request's state (text so far) whenever it has new tokens."""
         self._add_all(prompts, params)
-        yield from self._run()
+        while self.engine.has_work:
+            yield from self.engine.step()
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
         """Answers a conversation of {"role", "content"} messages, put into text by the checkpoint's chat template."""
@@ -184,10 +213,6 @@ class LLM:
             self._chat_template = ChatTemplate.from_tokenizer(tokenizer)
         text = self._chat_template.render(messages, add_generation_prompt=True)
         return self.generate([tokenizer.encode(text, add_special_tokens=False)], params)[0]
-
-    def _run(self) -> Iterator[RequestOutput]:
-        while self.engine.has_work:
-            yield from self.engine.step()
 
     def _add_all(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

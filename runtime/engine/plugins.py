@@ -3,25 +3,40 @@
 A plugin is a folder that `sagellm generate --specs MY_SPECS --out FOLDER` made. It is imported from where it stands.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sageLLM.runtime.core.ir import OpNode
 from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.core.rewrite import OptimizationPass
+from sageLLM.runtime.engine.errors import PluginError
 from sageLLM.runtime.engine.trees import BASE, import_folder, read_table
-from sageLLM.runtime.execution_graph.executor import Kernel
+
+if TYPE_CHECKING:
+    from sageLLM.runtime.execution_graph.executor import Kernel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Registry:
-    """Everything generated, by name; a plugin's entry may not hide one of the package."""
+    """Everything generated, by name; a plugin's entry may not hide one of the package. Passes come in order.
 
+    `packages` are the trees.
+    """
+
+    packages: tuple[str, ...]
     ops: Mapping[str, type[OpNode]]
-    kernels: Mapping[str, Kernel]
     models: Mapping[str, ModelLayout]
     passes: Mapping[str, type[OptimizationPass]]
+
+    @cached_property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The reference kernels; torch is imported when they are first asked for."""
+        return read_table(self.packages, "kernels.reference", "KERNELS")
 
     def layout_of(self, architecture: str) -> ModelLayout | None:
         """The layout that reads checkpoints of this Hugging Face architecture."""
@@ -43,8 +58,27 @@ def load_tree(folder: Path) -> Registry:
 
 def _registry(packages: list[str]) -> Registry:
     return Registry(
+        packages=tuple(packages),
         ops=read_table(packages, "ops", "OPS"),
-        kernels=read_table(packages, "kernels.reference", "KERNELS"),
         models=read_table(packages, "builders", "MODELS"),
-        passes=read_table(packages, "passes", "PASSES"),
+        passes=_in_order(read_table(packages, "passes", "PASSES")),
     )
+
+
+def _in_order(passes: Mapping[str, type[OptimizationPass]]) -> dict[str, type[OptimizationPass]]:
+    """Each pass behind those that it names in `after` and those that name it in `before`, else as they come.
+
+    One tree is in order; a plugin's passes may have to stand among the package's. Raises PluginError for a circle.
+    """
+    order: dict[str, type[OptimizationPass]] = {}
+    waiting = dict(passes)
+    while waiting:
+        free = next((name for name in waiting if not _waits_for(name, waiting)), None)
+        if free is None:
+            raise PluginError(f"the order of passes is a circle: {', '.join(waiting)}")
+        order[free] = waiting.pop(free)
+    return order
+
+
+def _waits_for(name: str, passes: Mapping[str, type[OptimizationPass]]) -> set[str]:
+    return (set(passes[name].after) & passes.keys()) | {other for other, one in passes.items() if name in one.before}

@@ -19,6 +19,7 @@ class Sequence:
     """One of a request's `n` answers: the scheduler's request, and how its tokens are chosen and shown."""
 
     index: int
+    group: "RequestGroup" = field(repr=False)
     request: Request
     sampling: SequenceSampling
     text: SequenceText

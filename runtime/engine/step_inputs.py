@@ -1,35 +1,126 @@
-"""Makes the tensors that a step's graph reads from the chunks that the scheduler planned.
+"""Makes the tensors that a step's graph reads from what the scheduler planned, in buffers that are kept.
 
-Rows are tokens: the chunks' tokens one after another, the decodes first. Names and types are those of
-`specs/inputs.yaml`.
+Rows are tokens: the decodes first, then the chunks' tokens one after another. Names and types are those of
+`specs/inputs.yaml`. A steady decode step computes positions and slots from arrays: while the same requests decode,
+their block tables stay, and only who begins a block gets it entered.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from sageLLM.runtime.engine.kv_pool import slots_of
-from sageLLM.runtime.scheduler.base import Chunk, Request
+from sageLLM.runtime.scheduler.base import Batch, Chunk, Request
+from sageLLM.runtime.scheduler.batch import DecodeStepBatch
+
+Inputs = dict[str, torch.Tensor | None]
+Ints = npt.NDArray[np.int32]
+TOKEN_COLUMNS = ("ids", "pos", "slots", "rows")
+SEQUENCE_COLUMNS = ("seq_lens", "q_start")
+MAX_KEPT_VIEWS = 256
 
 
-def step_inputs(
-    chunks: Sequence[Chunk], rows: Sequence[int], block_size: int, device: torch.device
-) -> dict[str, torch.Tensor | None]:
-    """The step's inputs; `rows` are the token rows whose logits are wanted."""
-    ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts = [0]
-    for chunk in chunks:
-        ids += chunk_tokens(chunk)
-        positions += range(chunk.start, chunk.start + chunk.num_tokens)
-        slots += slots_of(chunk.request.kv_block_ids, chunk.start, chunk.num_tokens, block_size)
-        starts.append(len(ids))
-    lengths = [chunk.start + chunk.num_tokens for chunk in chunks]
-    columns = {"ids": ids, "pos": positions, "slots": slots, "q_start": starts, "seq_lens": lengths, "rows": rows}
-    inputs: dict[str, torch.Tensor | None] = {name: _int32(column, device) for name, column in columns.items()}
-    inputs["block_table"] = _block_table([chunk.request for chunk in chunks], lengths, block_size, device)
-    return inputs
+class StepInputs:
+    """The inputs of one worker's steps. What `make` gives is valid until it is called again.
+
+    `max_blocks` is the length of the longest block table, and of every row here, so that the tables keep their shape.
+    """
+
+    def __init__(self, block_size: int, max_blocks: int, device: torch.device) -> None:
+        self._block_size, self._max_blocks, self._device = block_size, max_blocks, device
+        self._offsets: list[int] | None = None
+        self._first: Ints = np.zeros(0, np.int32)
+        self._views: dict[tuple[int, int, int], Inputs] = {}
+        self._num_tokens = self._num_sequences = 0
+        self._reserve(1, 1)
+
+    def make(self, decodes: Batch | None, chunks: Sequence[Chunk], rows: Sequence[int]) -> Inputs:
+        """`rows` are the token rows whose logits are wanted."""
+        num_decodes = 0 if decodes is None else len(decodes.requests)
+        num_tokens = num_decodes + sum(chunk.num_tokens for chunk in chunks)
+        num_sequences = num_decodes + len(chunks)
+        self._reserve(max(num_tokens, len(rows)), num_sequences)
+        if decodes is not None:
+            assert isinstance(decodes, DecodeStepBatch), "the scheduler plans decodes as one roster"
+            self._put_decodes(decodes)
+        else:
+            self._offsets = None  # the chunks take the rows of the decodes before
+        token = num_decodes
+        for sequence, chunk in enumerate(chunks, start=num_decodes):
+            self._put_chunk(chunk, sequence, token)
+            token += chunk.num_tokens
+        self._rows[: len(rows)] = rows
+        return self._inputs(num_tokens, num_sequences, len(rows))
+
+    def _put_decodes(self, batch: DecodeStepBatch) -> None:
+        n, size = len(batch.requests), self._block_size
+        if batch.offsets is not self._offsets:
+            self._take_roster(batch)
+        positions = np.add(self._first, batch.tick, out=self._pos[:n])
+        blocks, places = np.divmod(positions, size)
+        for i in np.flatnonzero(places == 0).tolist():
+            self._block_table[i, blocks[i]] = batch.requests[i].kv_block_ids[blocks[i]]
+        self._ids[:n] = [_last_token(request) for request in batch.requests]
+        self._slots[:n] = self._block_table[self._counts[:n], blocks] * size + places
+        np.add(positions, 1, out=self._seq_lens[:n])
+        self._q_start[: n + 1] = self._counts[: n + 1]
+
+    def _take_roster(self, batch: DecodeStepBatch) -> None:
+        """Other requests decode than in the step before."""
+        self._offsets = batch.offsets
+        self._first = np.array(batch.offsets, np.int32)
+        for i, request in enumerate(batch.requests):
+            self._put_table(i, request)
+
+    def _put_chunk(self, chunk: Chunk, sequence: int, token: int) -> None:
+        end, size = token + chunk.num_tokens, self._block_size
+        last = chunk.start + chunk.num_tokens
+        self._ids[token:end] = chunk_tokens(chunk)
+        self._pos[token:end] = np.arange(chunk.start, last)
+        self._seq_lens[sequence] = last
+        self._q_start[sequence : sequence + 2] = token, end
+        self._put_table(sequence, chunk.request)
+        blocks, places = np.divmod(self._pos[token:end], size)
+        self._slots[token:end] = self._block_table[sequence, blocks] * size + places
+
+    def _put_table(self, sequence: int, request: Request) -> None:
+        """The rest of the row keeps blocks of others, which masking keeps from being read."""
+        blocks = request.kv_block_ids
+        self._block_table[sequence, : len(blocks)] = blocks
+
+    def _reserve(self, num_tokens: int, num_sequences: int) -> None:
+        """Makes the buffers large enough. Those of sequences have a row more than there are sequences, for q_start."""
+        if num_tokens <= self._num_tokens and num_sequences <= self._num_sequences:
+            return
+        self._num_tokens = max(num_tokens, 2 * self._num_tokens)
+        self._num_sequences = max(num_sequences, 2 * self._num_sequences)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(TOKEN_COLUMNS, (self._num_tokens,))
+        shapes |= dict.fromkeys(SEQUENCE_COLUMNS, (self._num_sequences + 1,))
+        shapes["block_table"] = (self._num_sequences, self._max_blocks)
+        self._tensors = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+        arrays: dict[str, Ints] = {name: tensor.numpy() for name, tensor in self._tensors.items()}
+        self._ids, self._pos, self._slots, self._rows = (arrays[name] for name in TOKEN_COLUMNS)
+        self._seq_lens, self._q_start = (arrays[name] for name in SEQUENCE_COLUMNS)
+        self._block_table = arrays["block_table"]
+        self._counts = np.arange(self._num_sequences + 1, dtype=np.int32)
+        self._offsets = None
+        self._views.clear()
+
+    def _inputs(self, num_tokens: int, num_sequences: int, num_rows: int) -> Inputs:
+        """The parts of the buffers that the step uses; on another device, copies of them."""
+        key = num_tokens, num_sequences, num_rows
+        inputs = self._views.get(key)
+        if inputs is None:
+            lengths = dict.fromkeys(TOKEN_COLUMNS, num_tokens) | {"rows": num_rows, "q_start": num_sequences + 1}
+            lengths |= {"seq_lens": num_sequences, "block_table": num_sequences}
+            inputs = {name: tensor[: lengths[name]] for name, tensor in self._tensors.items()}
+            if len(self._views) >= MAX_KEPT_VIEWS:
+                self._views.clear()
+            self._views[key] = inputs
+        if self._device.type == "cpu":
+            return dict(inputs)
+        return {name: None if x is None else x.to(self._device) for name, x in inputs.items()}
 
 
 def chunk_tokens(chunk: Chunk) -> list[int]:
@@ -40,17 +131,5 @@ def chunk_tokens(chunk: Chunk) -> list[int]:
     return request.prompt_token_ids[chunk.start : min(end, split)] + outputs
 
 
-def _block_table(
-    requests: Sequence[Request], lengths: Sequence[int], block_size: int, device: torch.device
-) -> torch.Tensor:
-    """i32[B, MB]: each sequence's blocks, padded with block 0, which masking keeps from being read."""
-    used = [-(-length // block_size) for length in lengths]
-    width = max(used, default=1)
-    table = [
-        request.kv_block_ids[:count] + [0] * (width - count) for request, count in zip(requests, used, strict=True)
-    ]
-    return torch.tensor(table, dtype=torch.int32, device=device).reshape(len(table), width)
-
-
-def _int32(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+def _last_token(request: Request) -> int:
+    return (request.output_token_ids or request.prompt_token_ids)[-1]

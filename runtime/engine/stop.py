@@ -78,6 +78,7 @@ class SequenceText:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._detokenizer = None if decoder is None else Detokenizer(decoder, skip_special_tokens)
+        self._unread: list[int] = []  # tokens that are not text yet: without stop strings that waits until it is wanted
         self._shown: list[str] = []
         self._num_taken = 0
         self._held = ""
@@ -85,10 +86,12 @@ class SequenceText:
     @property
     def text(self) -> str:
         """The text that is certain so far; after the end, the whole answer."""
+        self._read()
         return "".join(self._shown)
 
     def take_delta(self) -> str:
         """The text that has become certain since the last call."""
+        self._read()
         delta = "".join(self._shown[self._num_taken :])
         self._num_taken = len(self._shown)
         return delta
@@ -100,7 +103,9 @@ class SequenceText:
         self.token_ids.append(token_id)
         ends = self._may_stop and (token_id in self.rules.eos_ids or token_id in self.rules.stop_ids)
         if not ends or self.rules.keeps_stop:
-            self._grow("" if self._detokenizer is None else self._detokenizer.append(token_id))
+            self._unread.append(token_id)
+            if self.rules.stop_strings:
+                self._read()
         if self.finish_reason is None and ends:
             self._finish("stop", None if token_id in self.rules.eos_ids else token_id)
         if self.finish_reason is None and len(self.token_ids) >= self.rules.max_tokens:
@@ -110,12 +115,20 @@ class SequenceText:
     def abort(self) -> None:
         """Ends the sequence from outside; its text so far stays. A finished sequence stays as it is."""
         if self.finish_reason is None:
+            self._read()
             self._show(self._held)
             self._end("abort", None)
 
     @property
     def _may_stop(self) -> bool:
         return len(self.token_ids) > self.rules.min_tokens
+
+    def _read(self) -> None:
+        """Turns the tokens that wait into text."""
+        if self._unread:
+            tokens, self._unread = self._unread, []
+            if self._detokenizer is not None:
+                self._grow(self._detokenizer.extend(tokens) if len(tokens) > 1 else self._detokenizer.append(tokens[0]))
 
     def _grow(self, new: str) -> None:
         """Shows what is certain of the held and the new text, and ends the sequence at a stop string in it."""
@@ -131,6 +144,7 @@ class SequenceText:
 
     def _finish(self, reason: FinishReason, stop_reason: int | None) -> None:
         """Ends the sequence, unless the bytes that were waiting for the rest of a character hold a stop string."""
+        self._read()
         self._grow("" if self._detokenizer is None else self._detokenizer.flush())
         if self.finish_reason is None:
             self._show(self._held)

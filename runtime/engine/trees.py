@@ -9,9 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.engine.errors import PluginError
 
 BASE = "sageLLM.generated"
+NATIVE = "kernels.cpu"
 
 
 def read_table(packages: Iterable[str], module: str, table: str) -> dict[str, Any]:
@@ -26,6 +28,13 @@ def read_table(packages: Iterable[str], module: str, table: str) -> dict[str, An
             )
         merged |= entries
     return merged
+
+
+def native_tables(packages: Iterable[str]) -> list[tuple[Path, dict[str, NativeKernel]]]:
+    """The native kernels of each package, by op, with the folder of their sources; PluginError for a name taken."""
+    packages = list(packages)
+    read_table(packages, NATIVE, "KERNELS")
+    return [(Path(_folder(f"{package}.{NATIVE}")), _entries(package, NATIVE, "KERNELS")) for package in packages]
 
 
 def import_folder(folder: Path) -> str:

@@ -9,10 +9,11 @@ from torch import Tensor
 from sageLLM.runtime.core.layout import Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.model import Model
-from sageLLM.runtime.engine.step_inputs import step_inputs
-from sageLLM.runtime.execution_graph.executor import Plan
+from sageLLM.runtime.engine.step_inputs import StepInputs
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
-from sageLLM.runtime.scheduler.base import Chunk
+from sageLLM.runtime.execution_graph.planner import Runnable
+from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.scheduler.base import Batch, Chunk
 
 
 class StepResult(NamedTuple):
@@ -29,19 +30,24 @@ class Worker:
         self.model = model
         self.pool = pool
         self.pipeline = pipeline
-        self._bound = model.bound_tensors() | pool.named_tensors()
-        self._plans: dict[Stage, Plan] = {}
+        self._bound = {**model.bound_tensors(), **pool.named_tensors()}
+        max_blocks = -(-model.max_model_len // pool.block_size)
+        self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device)
+        self._arena = Arena()
+        self._plans: dict[Stage, Runnable] = {}
 
-    def plan(self, stage: Stage) -> Plan:
+    def plan(self, stage: Stage) -> Runnable:
         """The stage's plan: the optimised kernel graph, flattened, with weights and caches bound."""
         if stage not in self._plans:
             graph = self.pipeline.kernel_graph(stage)
-            self._plans[stage] = Plan(graph, self.pipeline.kernels, self._bound)
+            self._plans[stage] = self.pipeline.plan(graph, self._bound, self._arena)
         return self._plans[stage]
 
     @torch.inference_mode()
-    def run(self, stage: Stage, chunks: Sequence[Chunk], rows: Sequence[int]) -> StepResult:
-        """Computes the chunks (decodes first), writes their KV, and returns the logits of the token rows `rows`."""
-        inputs = step_inputs(chunks, rows, self.pool.block_size, self.model.device)
-        logits, tokens = self.plan(stage).run(inputs)
+    def run(self, stage: Stage, decodes: Batch | None, chunks: Sequence[Chunk], rows: Sequence[int]) -> StepResult:
+        """Computes the decodes, then the chunks, writes their KV, and returns the logits of the token rows `rows`.
+
+        The result is valid until the next step.
+        """
+        logits, tokens = self.plan(stage).run(self.step_inputs.make(decodes, chunks, rows))
         return StepResult(logits, tokens)

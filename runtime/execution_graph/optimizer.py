@@ -12,6 +12,7 @@ from sageLLM.generated.passes.schedule import KvPrefetch as KVPrefetchPass
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.errors import VerifyError
 from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.rewrite import DeclaredPass, OptimizationPass, PassReport
 
 __all__ = [
@@ -80,5 +81,6 @@ class GraphOptimizer:
 def _check(graph: ExecutionGraph, pass_name: str) -> None:
     try:
         graph.verify()
+        verify_schedule(graph)
     except VerifyError as error:
         raise VerifyError([f"after {pass_name}: {problem}" for problem in error.problems]) from None

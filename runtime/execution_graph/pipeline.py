@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from sageLLM.generated import ops
 from sageLLM.runtime.core.dims import Dim, dims
-from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
+from sageLLM.runtime.core.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.layout import KvShape, ModelLayout
-from sageLLM.runtime.core.rewrite import PassReport, RewritePass
+from sageLLM.runtime.core.rewrite import PassReport
 from sageLLM.runtime.core.writer import GraphWriter
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.expand import expand
+from sageLLM.runtime.execution_graph.planner import Planner, Runnable, TorchPlanner
+from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
+from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.kernels.cpu.weights import Weight
 
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.plugins import Registry
 
-ALL = "all"
 
-
-class Pipeline:
+class Pipeline(Rewriting):
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    `disable` names passes that are left out; "all" leaves out every one. `kernels` names the ops that the device has a
-    kernel for, where fusing others would gain nothing; without it every rule may fire. The pipeline runs the rewrite
-    passes: what the others (streams, prefetch, memory places) decide is read by schedules and simulations, not by the
-    executor yet.
+    `choice` names the passes and rules that take part, as in `Rewriting`; `planner` binds graphs to kernels, by default
+    to the references. Only rewrite passes run here: what the others (streams, prefetch, memory places) decide is read
+    by schedules and simulations; native plans place their memory by themselves.
     """
 
     def __init__(
@@ -40,20 +41,21 @@ class Pipeline:
         registry: Registry,
         *,
         dtype: str,
-        disable: Sequence[str] = (),
-        kernels: Container[str] | None = None,
+        planner: Planner | None = None,
+        **choice: Unpack[Choice],
     ) -> None:
-        unknown = sorted(set(disable) - set(registry.passes) - {ALL})
-        if unknown:
-            raise ValueError(f"no pass named {', '.join(unknown)}; known are {', '.join(registry.passes)}")
+        super().__init__(registry, **choice)
         self.layout = layout
         self.config = config
         self.dtype = dtype
-        self.kernels: Mapping[str, Any] = registry.kernels
-        self.own_kernels = kernels
-        self.passes = [one for name, one in registry.passes.items() if not {name, ALL} & set(disable)]
+        self.planner: Planner = planner or TorchPlanner(registry.kernels)
         self.reports: dict[Stage, list[PassReport]] = {}
         self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
+
+    @property
+    def kernels(self) -> Mapping[str, Any]:
+        """By op the function that runs it."""
+        return self.registry.kernels
 
     def block_graph(self, stage: Stage) -> ExecutionGraph:
         """The graph of blocks, as placement and simulation see it."""
@@ -74,31 +76,25 @@ class Pipeline:
         with _paused_gc():
             graph = build_embedding_graph(self.layout, self.config, pooling, normalize=normalize, dtype=self.dtype)
             graph = self._expanded(graph)
-            for one in self.rewrite_passes("kernel"):
-                one.transform(graph)
+            self.rewrite(graph)
             return graph
 
     def kernel_graph(self, stage: Stage) -> ExecutionGraph:
         """The optimised kernel-level graph, which the executor runs."""
         if stage not in self._kernel_graphs:
             graph = self.expanded_graph(stage)
-            self.reports[stage] = []
-            with _paused_gc():
-                for one in self.rewrite_passes("kernel"):
-                    one.transform(graph)
-                    self.reports[stage].append(one.report)
+            try:
+                with _paused_gc():
+                    self.reports[stage] = self.rewrite(graph)
+            except Exception:
+                list(self.steps(self.expanded_graph(stage)))  # fails again, and keeps the graph on which it does
+                raise
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
 
-    def steps(self, graph: ExecutionGraph) -> Iterator[tuple[RewritePass, ExecutionGraph]]:
-        """Runs the kernel-level passes one after another; gives each pass with the graph that it left."""
-        for one in self.rewrite_passes("kernel"):
-            graph = one.apply(graph)
-            yield one, graph
-
-    def rewrite_passes(self, level: Level) -> list[RewritePass]:
-        """New instances of the enabled rewrite passes of a level, in the order of the pipeline."""
-        return [one(self.own_kernels) for one in self.passes if one.level == level and issubclass(one, RewritePass)]
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
+        """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
+        return self.planner.plan(graph, bound, arena)
 
     def migrate_graph(self) -> ExecutionGraph:
         """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""

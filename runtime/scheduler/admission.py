@@ -22,10 +22,11 @@ class Admission(RequestLines):
         return any(request.request_id in flight.void and flight.computes(request) for flight in self._flights)
 
     def _headroom(self, request: Request) -> int:
-        """Blocks to leave to the decodes: a preempted request comes back if these last for two steps of them."""
+        """Blocks to leave to the decodes: a preempted request comes back if these last until it has its next token."""
         if request.status is not RequestStatus.PREEMPTED:
             return 0
-        return -(-2 * len(self.decode_queue) // self.kv.block_size)
+        num_chunks = -(-request.total_tokens // self.config.prefill_tokens_per_step)
+        return self._decode.num_blocks_due(1 if self._is_ready(request) else num_chunks - 1)
 
     def _is_ready(self, request: Request) -> bool:
         """Whether the request needs no prefill: its KV was received or is in a tier (or on its way there)."""
@@ -78,7 +79,7 @@ class Admission(RequestLines):
         copy, table = self.kv.swap_in(request, num_tokens)
         plan.give(request, table)
         plan.tier_copies[request.request_id] = copy
-        self._swapping.add(request.request_id)
+        self._swapping[request.request_id] = None
         self._enter(request)
         return True
 
@@ -125,7 +126,7 @@ class Admission(RequestLines):
         if num_tokens > request.num_computed_tokens:
             self._flights[-1].swapped[request.request_id] = request
         plan.tier_copies[request.request_id] = copy
-        self._swapping.add(request.request_id)
+        self._swapping[request.request_id] = None
         self._go_back(request)
         request.kv_block_ids = []
         self._counters.total_swaps += 1

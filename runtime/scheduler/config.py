@@ -88,6 +88,12 @@ class PDSchedulerConfig:
         """Decodes that one step can serve; each is one token."""
         return min(self.max_decode_batch_size, self.max_decode_tokens)
 
+    @property
+    def prefill_tokens_per_step(self) -> int:
+        """Prompt tokens that one step computes at most."""
+        is_mixed = self.mode in ("hybrid", "auto")
+        return min(self.prefill_chunk_size, self.max_prefill_tokens) if is_mixed else self.max_prefill_tokens
+
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:

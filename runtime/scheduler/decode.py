@@ -78,6 +78,13 @@ class DecodePhase:
 
     # --- planning ---
 
+    def num_blocks_due(self, num_steps: int) -> int:
+        """Blocks that the requests need for the next `num_steps` tokens that are not planned yet."""
+        rounds, rest = divmod(num_steps, self._block_size)
+        ticks = range(self.clock.planned, self.clock.planned + rest)
+        seats = [(seat, tick) for tick in ticks for seat in self._growth.get(tick, ())]
+        return rounds * len(self.queue) + sum(seat.growth_tick == tick and _is_taken(seat) for seat, tick in seats)
+
     def plan(self, plan: StepPlan, max_requests: int, is_ahead: bool) -> None:
         """Add up to `max_requests` decodes to the plan, those that waited longest first.
 

@@ -46,11 +46,8 @@ class SequenceLimits:
         return num_left if self.max_seq_len is None else min(num_left, self.max_seq_len - request.total_tokens)
 
     def num_tokens_reserved(self, request: Request, can_preempt: bool) -> int:
-        """Tokens to reserve on admission: those known and the next one, or, without preemption, all there may be.
-
-        The next one makes sure that whoever is admitted can decode at least once.
-        """
-        num_tokens = request.total_tokens + 1
+        """Tokens to reserve on admission: those known, or, without preemption, all there may be."""
+        num_tokens = request.total_tokens
         if not can_preempt:
             num_tokens = max(num_tokens, request.num_prompt_tokens + request.max_new_tokens)
         return num_tokens if self.max_seq_len is None else min(num_tokens, self.max_seq_len)

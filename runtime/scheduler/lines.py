@@ -62,7 +62,7 @@ class RequestLines(BaseScheduler):
         self._limbo: dict[str, tuple[Request, int]] = {}
         self._flights: deque[Flight] = deque()
         self._received: set[str] = set()
-        self._swapping: set[str] = set()
+        self._swapping: dict[str, None] = {}  # a set whose order is that of entry
         self._forks = ForkLine()
         self._next_plan = StepPlan()
         self._num_consecutive_decodes = 0
@@ -223,7 +223,7 @@ class RequestLines(BaseScheduler):
         self.waiting_queue.push(request)
 
     def _drop_swap(self, request_id: str) -> None:
-        self._swapping.discard(request_id)
+        self._swapping.pop(request_id, None)
         self._next_plan.tier_copies.pop(request_id, None)
         freed = self.kv.abort_swap(request_id)
         if freed:

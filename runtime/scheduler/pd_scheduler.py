@@ -200,7 +200,7 @@ class PDScheduler(Recovery):
     def _finish_swaps(self, output: ScheduleOutput) -> None:
         for copy in output.tier_copies:
             self.kv.finish_swap(copy.seq_id)
-            self._swapping.discard(copy.seq_id)
+            self._swapping.pop(copy.seq_id, None)
 
     def _take_flight(self, step_id: int | None) -> Flight | None:
         if step_id is None:

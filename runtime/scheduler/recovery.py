@@ -59,7 +59,7 @@ class Recovery(Admission):
     def _announce_again(self, flight: Flight) -> None:
         """The engine forgets what this output said of blocks and copies; the next one says it again."""
         output, plan = flight.output, self._next_plan
-        live = self.running_requests.keys() | self._limbo.keys() | self._swapping
+        live = self.running_requests.keys() | self._limbo.keys() | self._swapping.keys()
         given = {i: list(b) for i, b in output.kv_blocks_to_allocate.items() if i in live or not self.kv.is_split}
         for request_id, blocks in plan.given.items():
             given.setdefault(request_id, []).extend(blocks)

@@ -126,7 +126,8 @@ class RunningFirstScheduler(BaseScheduler):
         """The reason why `add_request` would refuse, or None."""
         reason = super().why_not_acceptable(request) or self.limits.why_too_long(request)
         budget = self.config.max_num_batched_tokens
-        if reason is None and not self.config.enable_chunked_prefill and request.total_tokens > budget:
+        is_whole = not self.config.enable_chunked_prefill
+        if reason is None and is_whole and self._num_tokens(request, 0) > budget:
             return (
                 f"request {request.request_id!r} has {request.total_tokens} prompt tokens; without chunked prefill at "
                 f"most max_num_batched_tokens={budget} can be computed"
@@ -163,7 +164,7 @@ class RunningFirstScheduler(BaseScheduler):
                 return
             if request.request_id not in self.running_requests:  # a victim
                 continue
-            num_tokens = self._num_tokens(request, request.num_planned_tokens, step.budget)
+            num_tokens = min(self._num_tokens(request, request.num_planned_tokens), step.budget)
             if num_tokens <= 0:
                 continue
             if not self._make_room(request, request.num_planned_tokens + num_tokens, step):
@@ -211,10 +212,10 @@ class RunningFirstScheduler(BaseScheduler):
     def _admit(self, request: Request, step: _Step) -> bool:
         hits = self.kv.find_prefix(request)
         num_cached = len(hits) * self.kv.block_size
-        num_lacking = request.total_tokens - num_cached
-        if not self.config.enable_chunked_prefill and num_lacking > step.budget:
+        num_tokens = self._num_tokens(request, num_cached)
+        if not self.config.enable_chunked_prefill and num_tokens > step.budget:
             return False
-        num_tokens = self._num_tokens(request, num_cached, step.budget)
+        num_tokens = min(num_tokens, step.budget)
         must_fit = request.total_tokens if self.config.full_sequence_must_fit else num_cached + num_tokens
         if self.kv.num_needed((), hits, must_fit) > self.kv.num_free:
             return False
@@ -229,11 +230,10 @@ class RunningFirstScheduler(BaseScheduler):
         step.add(request, num_tokens, new_blocks)
         return True
 
-    def _num_tokens(self, request: Request, num_planned: int, budget: int) -> int:
+    def _num_tokens(self, request: Request, num_planned: int) -> int:
         num_tokens = request.total_tokens - num_planned
-        if 0 < self.config.long_prefill_token_threshold < num_tokens:
-            num_tokens = self.config.long_prefill_token_threshold
-        return min(num_tokens, budget)
+        threshold = self.config.long_prefill_token_threshold
+        return min(num_tokens, threshold) if threshold else num_tokens
 
     def _output(self, step: _Step) -> ScheduleOutput:
         decodes = [c for c in step.chunks.values() if c.request.output_token_ids and c.is_last and c.num_tokens == 1]

@@ -12,7 +12,9 @@ import pytest
 from sageLLM.codegen import driver
 from sageLLM.codegen.codes import CODES
 from sageLLM.codegen.diagnostics import SpecErrors, render
+from sageLLM.codegen.expectations import check_expectations
 from sageLLM.codegen.render import format_python
+from sageLLM.runtime.execution_graph.expectations import missed_expectations
 
 CASES = Path(__file__).parent / "cases"
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
@@ -30,7 +32,8 @@ def source_line(folder: Path, file: str, line: int) -> str | None:
 
 def findings(folder: Path) -> str:
     with pytest.raises(SpecErrors) as caught:
-        driver.emit(driver.load_and_link([folder]))
+        specs = driver.load_and_link([folder])
+        check_expectations(specs, driver.emit(specs), missed_expectations)
     assert all(found.code in CODES for found in caught.value.diagnostics)
     shown = [render(found, lambda file, line: source_line(folder, file, line)) for found in caught.value.diagnostics]
     return "\n".join(shown) + "\n"

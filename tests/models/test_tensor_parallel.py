@@ -20,7 +20,7 @@ from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.layout import ModelLayout, Stage
-from sageLLM.runtime.engine.kv_pool import KVPool, slots_of
+from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.plugins import load_registry
 from sageLLM.runtime.engine.tables import make_tables
 from sageLLM.runtime.engine.weights import rank_share
@@ -104,6 +104,11 @@ class Rank:
         return Plan(graph, self.kernels, self.bound).run(inputs)[0]
 
 
+def slots_of(blocks: list[int], start: int, num_tokens: int) -> list[int]:
+    """Where tokens start .. start + num_tokens - 1 of a sequence stand in the pool."""
+    return [blocks[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for t in range(start, start + num_tokens)]
+
+
 def steps(vocab_size: int) -> list[tuple[Stage, dict[str, Tensor | None]]]:
     """A prefill of some prompts, then one decoded token of each."""
     generator = torch.Generator().manual_seed(1)
@@ -113,7 +118,7 @@ def steps(vocab_size: int) -> list[tuple[Stage, dict[str, Tensor | None]]]:
     prefill = {
         "ids": ids[: starts[-1]].int(),
         "pos": torch.cat([torch.arange(n) for n in LENGTHS]).int(),
-        "slots": torch.tensor([s for b, n in zip(blocks, LENGTHS, strict=True) for s in slots_of(b, 0, n, BLOCK_SIZE)]),
+        "slots": torch.tensor([s for b, n in zip(blocks, LENGTHS, strict=True) for s in slots_of(b, 0, n)]),
         "type_ids": torch.cat([torch.arange(n) % 2 for n in LENGTHS]).int(),
         "q_start": torch.tensor(starts, dtype=torch.int32),
         "seq_lens": torch.tensor(LENGTHS, dtype=torch.int32),
@@ -122,7 +127,7 @@ def steps(vocab_size: int) -> list[tuple[Stage, dict[str, Tensor | None]]]:
     decode = {
         "ids": ids[starts[-1] :].int(),
         "pos": torch.tensor(LENGTHS, dtype=torch.int32),
-        "slots": torch.tensor([slots_of(b, n, 1, BLOCK_SIZE)[0] for b, n in zip(blocks, LENGTHS, strict=True)]),
+        "slots": torch.tensor([slots_of(b, n, 1)[0] for b, n in zip(blocks, LENGTHS, strict=True)]),
         "q_start": torch.arange(len(LENGTHS) + 1, dtype=torch.int32),
         "seq_lens": torch.tensor([n + 1 for n in LENGTHS], dtype=torch.int32),
         "rows": torch.arange(len(LENGTHS), dtype=torch.int32),

@@ -19,7 +19,7 @@ from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.fusion import FuseNorm
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.rewrite import NearMiss, NewCall, Rewrite, RewritePass, Rule
+from sageLLM.runtime.core.rewrite import NearMiss, NewCall, Rewrite, RewriteOptions, RewritePass, Rule
 from sageLLM.runtime.core.text import parse_text, to_text
 
 CASES = sorted(path.parent for path in (Path(__file__).parent / "cases").glob("*/before.txt"))
@@ -111,7 +111,7 @@ def test_a_value_that_is_not_kept_and_read_elsewhere_refuses_the_rule() -> None:
     after = one.apply(parse(CHAIN.replace("return d", "return d, b")))
     after.verify()
     assert one.report.fired == 2
-    assert one.report.rules["drop_first"].near_misses == {"no add before it": 1, "b is also read by the caller": 1}
+    assert one.report.rules["drop_first"].reasons == {"no add before it": 1, "b is also read by the caller": 1}
 
 
 def test_a_replacement_that_reads_what_it_takes_away_is_refused() -> None:
@@ -119,7 +119,7 @@ def test_a_replacement_that_reads_what_it_takes_away_is_refused() -> None:
     after = one.apply(parse(CHAIN[: CHAIN.index("c:")].replace("add(a, x)", "add(a, a)") + "return b\n"))
     after.verify()
     reason = "the replacement reads a, which it takes away"
-    assert one.report.rules["drop_first"].near_misses == {"no add before it": 1, reason: 1}
+    assert one.report.rules["drop_first"].reasons == {"no add before it": 1, reason: 1}
 
 
 def test_a_replacement_that_would_wait_for_itself_is_refused() -> None:
@@ -142,7 +142,7 @@ def test_a_replacement_that_would_wait_for_itself_is_refused() -> None:
     graph.verify()
     after = one.apply(graph)
     assert after.nodes.keys() == graph.nodes.keys()
-    assert one.report.rules["fuse"].near_misses == {"an operand waits for a value of the pattern itself": 1}
+    assert one.report.rules["fuse"].reasons == {"an operand waits for a value of the pattern itself": 1}
 
 
 def like(ref: Any, name: str) -> Any:
@@ -176,9 +176,41 @@ def test_a_rule_waits_until_the_device_has_a_kernel_for_what_it_puts_in() -> Non
     rule = Rule("drop_first", Add, drop_first, 2)
     made: type[RewritePass] = type("MadeHere", (RewritePass,), {"pass_name": "made_here", "rules": (rule,)})
     for kernels, fired in ((("rms_norm",), 0), (("add",), 3), (None, 3)):
-        one = made(kernels)
+        one = made(RewriteOptions(kernels))
         one.apply(parse(CHAIN))
         assert one.report.fired == fired
-    one = made(())
+    one = made(RewriteOptions(kernels=()))
     one.apply(parse(CHAIN))
-    assert one.report.rules["drop_first"].near_misses["the device has no kernel for add"] == 3
+    assert one.report.rules["drop_first"].reasons["the device has no kernel for add"] == 3
+
+
+def test_rules_are_chosen_and_counted() -> None:
+    rule = Rule("drop_first", Add, drop_first, 2)
+    made: type[RewritePass] = type("MadeHere", (RewritePass,), {"pass_name": "made_here", "rules": (rule,)})
+    options = [RewriteOptions(disable=["drop_first"]), RewriteOptions(only=[]), RewriteOptions(limit=2)]
+    fired = []
+    for one in map(made, options):
+        one.apply(parse(CHAIN))
+        fired.append(one.report.fired)
+    assert fired == [0, 0, 2]
+    assert options[2].limit == 0
+
+
+def test_statistics_tell_what_changed_and_explain_what_did_not() -> None:
+    one = pass_of(Rule("drop_first", Add, drop_first, 2))
+    one.apply(parse(CHAIN.replace("return d", "return d, b")))
+    stats = one.report.rules["drop_first"]
+    assert [[node.node_id for node in change.old] for change in stats.changes] == [["a", "b"], ["c", "d"]]
+    assert [[node.node_id for node in change.new] for change in stats.changes] == [["b"], ["d"]]
+    assert (stats.tried, stats.matched, stats.seconds > 0) == (4, 3, True)
+    assert list(stats.explain_near_misses()) == [
+        "matched 1 of 2 nodes at b: no add before it",
+        "matched 2 of 2 nodes at d: b is also read by the caller",
+    ]
+
+
+def test_a_bounded_rule_fires_so_often_and_no_more() -> None:
+    one = pass_of(Rule("turn", Add, turn, 1, bounded=2))
+    one.apply(parse(CHAIN)).verify()
+    assert one.report.fired == 2
+    assert one.report.rules["turn"].reasons == {"it fires at most 2 times": 4}

@@ -50,6 +50,7 @@ BUGS = [
     Bug("blocks are freed before the step in flight ends", S, "_empty_limbo", "last_step < oldest_in_flight and", ""),
     Bug("blocks are freed under a copy", S, "_empty_limbo", "and not is_copied", ""),
     Bug("seats are not counted", S, "_can_admit", "not has_seat or ", ""),
+    Bug("a victim comes back to fall again", S, "_headroom", "self._decode.num_blocks_due(", "0 * int("),
     Bug("a copied request is a victim", S, "_pinned", "*self._migration.copying, ", ""),
     Bug("an abort does not see the waiting", S, "_find", "self.waiting_queue.get(request_id) or ", ""),
     Bug("a full request is not ended", S, "_commit", "if is_full(request)", "if False"),

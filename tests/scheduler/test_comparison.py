@@ -1,4 +1,4 @@
-"""On fixed loads hybrid mode serves at least as well as the running-first policy, and preempts less."""
+"""On fixed loads hybrid mode serves at least as well as the running-first policy, by every figure."""
 
 import importlib.util
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "policies.py"
-TOLERANCE = 1.003
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +19,7 @@ def rows():
 
 
 @pytest.mark.parametrize("name", ["steps", "ttft", "tpot", "preemptions"])
-def test_hybrid_is_as_good_as_running_first_in_all(rows, name) -> None:
+def test_hybrid_is_as_good_as_running_first(rows, name) -> None:
     ours = sum(getattr(row["hybrid"], name) for row in rows.values())
     theirs = sum(getattr(row["running-first"], name) for row in rows.values())
-    assert ours <= TOLERANCE * theirs
-    if name == "preemptions":
-        assert ours < 0.9 * theirs
+    assert ours <= theirs

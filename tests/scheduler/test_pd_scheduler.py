@@ -2,7 +2,15 @@
 
 import pytest
 
-from sageLLM.runtime.scheduler.base import Batch, Chunk, KVBudget, Request, RequestStatus, ScheduleOutput
+from sageLLM.runtime.scheduler.base import (
+    Batch,
+    Chunk,
+    KVBudget,
+    Request,
+    RequestStatus,
+    ScheduleOutput,
+    SchedulerStalledError,
+)
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 
 MODES = ["time_share", "hybrid", "strict"]
@@ -299,8 +307,8 @@ def test_a_preempting_step_admits_nobody(fake_engine) -> None:
 
 
 def test_a_preempted_request_does_not_come_back_to_fall_again(fake_engine) -> None:
-    """`brief` ends as `victim` falls, which leaves just the room that `victim` needs and none for `first` to grow."""
-    engine = make(fake_engine, num_blocks=5)
+    """`brief` ends as `victim` falls, which leaves just the room that `victim` needs; but `first` grows meanwhile."""
+    engine = make(fake_engine, "hybrid", num_blocks=5, prefill_chunk_size=2)
     engine.add("first", 7, num_outputs=9)
     engine.add("brief", 2, num_outputs=3)
     victim = engine.add("victim", 5, num_outputs=9)
@@ -357,6 +365,15 @@ def test_a_failed_step_is_planned_again(fake_engine, mode) -> None:
         engine.step()
     assert engine.ends == {f"r{i}": 1 for i in range(5)}
     assert all(r.output_token_ids == engine.expected_output(r) for r in requests)
+
+
+def test_a_step_that_plans_nothing_while_requests_wait_is_noticed(monkeypatch) -> None:
+    monkeypatch.setattr(PDScheduler, "_can_admit", lambda self, request: False)
+    scheduler = PDScheduler()
+    assert scheduler.schedule().is_empty  # nobody waits
+    scheduler.add_request(Request("a", [1]))
+    with pytest.raises(SchedulerStalledError, match=r"^nothing planned although requests wait: "):
+        scheduler.schedule()
 
 
 def test_the_integrity_check_notices_a_request_in_no_line(fake_engine) -> None:

@@ -25,6 +25,9 @@ CAUGHT_BY = {
     "blocks are freed under a copy": lambda: test_transfer.test_abort_in_every_state_leaks_nothing(
         FakeEngine, 3, "confirm"
     ),
+    "a victim comes back to fall again": lambda: (
+        test_pd_scheduler.test_a_preempted_request_does_not_come_back_to_fall_again(FakeEngine)
+    ),
     "a copied request is a victim": lambda: (
         test_pd_scheduler.test_a_decode_sits_out_rather_than_fall_for_a_copy_of_lower_rank(FakeEngine)
     ),

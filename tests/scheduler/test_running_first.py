@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from running_first_oracle import Item, Oracle
 
 from sageLLM.runtime.scheduler.base import KVBudget, Request, RequestStatus
 from sageLLM.runtime.scheduler.running_first import RunningFirstConfig, RunningFirstScheduler
@@ -205,6 +206,66 @@ def test_a_prompt_that_no_step_can_compute_is_refused() -> None:
         "request 'a' has 9 prompt tokens; without chunked prefill at most max_num_batched_tokens=8 can be computed"
     )
     assert str(error.value) == expected
+
+
+def test_the_threshold_caps_a_prompt_before_it_is_compared_with_the_budget() -> None:
+    knobs = {"max_num_batched_tokens": 10, "long_prefill_token_threshold": 6, "enable_chunked_prefill": False}
+    scheduler = make(**knobs, enable_prefix_caching=False)
+    add(scheduler, "a", 15)
+    add(scheduler, "b", 5)
+    assert step(scheduler).num_scheduled_tokens == {"a": 6}
+    assert step(scheduler).num_scheduled_tokens == {"a": 6}
+    assert step(scheduler).num_scheduled_tokens == {"a": 3, "b": 5}
+
+
+def random_knobs(rng: random.Random) -> dict[str, object]:
+    return {
+        "max_num_seqs": rng.randint(1, 6),
+        "max_num_batched_tokens": rng.randint(16, 40),
+        "long_prefill_token_threshold": rng.choice([0, 0, 7]),
+        "enable_chunked_prefill": rng.random() < 0.7,
+        "enable_prefix_caching": rng.random() < 0.7,
+        "policy": rng.choice(["fcfs", "priority"]),
+        "full_sequence_must_fit": rng.random() < 0.3,
+    }
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_decision_is_the_oracles(seed) -> None:
+    """Tokens, victims, hits, block tables and both lines, step by step."""
+    rng = random.Random(seed)
+    num_blocks, knobs = rng.randint(7, 14), random_knobs(rng)
+    scheduler = make(num_blocks=num_blocks, block_size=4, **knobs)
+    oracle = Oracle(scheduler.config, num_blocks, 4)
+    pairs: dict[str, tuple[Request, Item]] = {}
+    for number in range(120):
+        if number < 80 and rng.random() < 0.4:
+            name, priority = f"r{number}", rng.randint(0, 2)
+            prompt = [0] * rng.randint(1, 9) + [rng.randint(0, 1) for _ in range(rng.randint(0, 7))]
+            request = add(scheduler, name, prompt, max_new_tokens=rng.randint(1, 12), priority=priority)
+            pairs[name] = request, Item(name, list(prompt), priority, number)
+            oracle.add(pairs[name][1])
+        out, decision = scheduler.schedule(), oracle.step()
+        assert out.num_scheduled_tokens == decision.scheduled
+        assert [request.request_id for request in out.preempted_requests] == decision.preempted
+        assert out.num_cached_tokens == decision.cached
+        assert list(scheduler.running_requests) == [item.name for item in oracle.running]
+        assert [request.request_id for request in scheduler.waiting_queue] == [item.name for item in oracle.waiting]
+        assert all(request.kv_block_ids == item.table for request, item in pairs.values())
+        served = [
+            pairs[c.request.request_id]
+            for b in (out.prefill_batch, out.decode_batch)
+            if b
+            for c in b.chunks
+            if c.is_last
+        ]
+        for _, item in served:
+            item.tokens.append(7)
+        finished = [item.name for request, item in served if request.num_output_tokens + 1 >= request.max_new_tokens]
+        finish_step(scheduler, out, finished)
+        for name in finished:
+            oracle.end(name)
+    assert scheduler.get_stats()["num_running"] == len(oracle.running)
 
 
 @pytest.mark.parametrize("seed", range(8))

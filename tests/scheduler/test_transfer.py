@@ -171,6 +171,32 @@ def test_abort_in_every_state_leaks_nothing(fake_engine, num_steps, transport) -
     assert scheduler.schedule().is_empty
 
 
+@pytest.mark.parametrize("num_steps", range(6))
+@pytest.mark.parametrize("ends_by", ["failure", "lease"])
+def test_failure_and_lease_in_every_state_cost_only_a_copy(fake_engine, num_steps, ends_by) -> None:
+    """After the same steps as above: what is in the air is sent again, anything else goes on as if nothing happened."""
+    clock = Clock()
+    engine = make(fake_engine, clock, lease_s=5.0)
+    request, scheduler = engine.add("a", 20, num_outputs=9), engine.scheduler
+    for step in range(num_steps):
+        step_without_acknowledgement(engine)
+        if step == 4:
+            scheduler.confirm_migrations(["a"])
+    was_in_the_air = 2 <= num_steps < 5
+    if ends_by == "lease":
+        clock.now = 5.0
+        late = step_without_acknowledgement(engine).migrations_to_cancel
+        assert bool(late) == was_in_the_air
+    scheduler.fail_migrations(["a"])
+    scheduler.check_integrity()
+    engine.run_to_end()
+    attempts = {piece.attempt for out in engine.steps for piece in out.kv_migrations if piece.start == 0}
+    assert (1 in attempts) == (was_in_the_air or (ends_by == "lease" and num_steps == 1))
+    assert request.output_token_ids == engine.expected_output(request)
+    assert (engine.ends, request.num_preemptions) == ({"a": 1}, 0)
+    assert is_empty(engine)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode", None])
 @pytest.mark.parametrize("num_steps", range(8))
 def test_a_dead_worker_costs_work_but_no_request(fake_engine, role, num_steps) -> None:

@@ -2,7 +2,8 @@
 # Regenerate: make generate    Explain: make explain NAME=rms_norm
 """The CPU kernels by op name: the sources beside this file are compiled when one of their ops is first used."""
 
-from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.core.dims import dims
+from sageLLM.runtime.core.kernels import NativeKernel, Part
 
 from ...ops.activation import (
     ClampedSiluMul,
@@ -21,9 +22,11 @@ from ...ops.activation import (
     SiluMul,
     Tanh,
 )
-from ...ops.elementwise import Add, AddBias, Mul, MulRows, MulWeight, Scale, SoftCap
+from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
+from ...ops.elementwise import Add, AddBias, Clip, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
 from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits
+from ...ops.kv import KvLoad, KvMigrate, KvStore
 from ...ops.linear import (
     HeadLinear,
     Linear,
@@ -51,77 +54,129 @@ from ...ops.norm import (
     RmsNorm1p,
     RmsNormWide,
 )
-from ...ops.pooling import L2Norm, PoolFirst, PoolLast
+from ...ops.pooling import L2Norm, PoolFirst, PoolLast, PoolMean
 from ...ops.position import Rope, RopeInterleaved
+from ...ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
+from ...ops.varlen_attention import VarlenAttention
 from ...ops.views import ConcatLast, ConcatRows, MergeHeads, SplitHalves, SplitHeads, SplitLast, SplitQkv, SplitRows
 
 __all__ = ["KERNELS"]
 
-KERNELS: dict[str, NativeKernel] = {
-    "silu_mul": NativeKernel(SiluMul, "activation.cpp", ("R", "I")),
-    "gelu_mul": NativeKernel(GeluMul, "activation.cpp", ("R", "I")),
-    "gelu_tanh_mul": NativeKernel(GeluTanhMul, "activation.cpp", ("R", "I")),
-    "relu_mul": NativeKernel(ReluMul, "activation.cpp", ("R", "I")),
-    "relu_squared_mul": NativeKernel(ReluSquaredMul, "activation.cpp", ("R", "I")),
-    "sigmoid_mul": NativeKernel(SigmoidMul, "activation.cpp", ("R", "I")),
-    "clamped_silu_mul": NativeKernel(ClampedSiluMul, "activation.cpp", ("R", "I")),
-    "gelu": NativeKernel(Gelu, "activation.cpp", ("R", "I")),
-    "gelu_tanh": NativeKernel(GeluTanh, "activation.cpp", ("R", "I")),
-    "quick_gelu": NativeKernel(QuickGelu, "activation.cpp", ("R", "I")),
-    "silu": NativeKernel(Silu, "activation.cpp", ("R", "I")),
-    "relu": NativeKernel(Relu, "activation.cpp", ("R", "I")),
-    "relu_squared": NativeKernel(ReluSquared, "activation.cpp", ("R", "I")),
-    "sigmoid": NativeKernel(Sigmoid, "activation.cpp", ("R", "I")),
-    "tanh": NativeKernel(Tanh, "activation.cpp", ("R", "I")),
-    "add": NativeKernel(Add, "elementwise.cpp", ("R", "H")),
-    "mul": NativeKernel(Mul, "elementwise.cpp", ("R", "H")),
-    "mul_weight": NativeKernel(MulWeight, "elementwise.cpp", ("R", "H")),
-    "add_bias": NativeKernel(AddBias, "elementwise.cpp", ("R", "H")),
-    "mul_rows": NativeKernel(MulRows, "elementwise.cpp", ("R", "H")),
-    "scale": NativeKernel(Scale, "elementwise.cpp", ("R", "H")),
-    "soft_cap": NativeKernel(SoftCap, "elementwise.cpp", ("R", "H")),
-    "embedding": NativeKernel(Embedding, "embedding.cpp", ("T", "V", "H"), unpacks="table"),
-    "embedding_shard": NativeKernel(EmbeddingShard, "embedding.cpp", ("T", "V", "H")),
-    "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
-    "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),
-    "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X"), packed={"w": 1}),
-    "expert_linear": NativeKernel(ExpertLinear, "experts.cpp", ("T", "K", "A", "X", "N"), packed={"w": 1}),
-    "expert_down": NativeKernel(ExpertDown, "experts.cpp", ("T", "A", "K", "X", "N"), packed={"w": 1}),
-    "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),
-    "linear": NativeKernel(Linear, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
-    "lm_head": NativeKernel(LmHead, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
-    "head_linear": NativeKernel(HeadLinear, "linear.cpp", ("T", "N", "K", "M"), packed={"w": 1}),
-    "linear_silu_mul": NativeKernel(LinearSiluMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
-    "linear_gelu_mul": NativeKernel(LinearGeluMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
-    "linear_gelu_tanh_mul": NativeKernel(LinearGeluTanhMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
-    "linear_gelu": NativeKernel(LinearGelu, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
-    "linear_gelu_tanh": NativeKernel(LinearGeluTanh, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
-    "linear_add": NativeKernel(LinearAdd, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
-    "lm_head_scale": NativeKernel(LmHeadScale, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
-    "lm_head_soft_cap": NativeKernel(LmHeadSoftCap, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
-    "rms_norm": NativeKernel(RmsNorm, "norm.cpp", ("R", "H")),
-    "rms_norm_wide": NativeKernel(RmsNormWide, "norm.cpp", ("R", "H")),
-    "rms_norm_1p": NativeKernel(RmsNorm1p, "norm.cpp", ("R", "H")),
-    "layer_norm": NativeKernel(LayerNorm, "norm.cpp", ("R", "H")),
-    "head_layer_norm": NativeKernel(HeadLayerNorm, "norm.cpp", ("T", "N", "D")),
-    "layer_norm_1p": NativeKernel(LayerNorm1p, "norm.cpp", ("R", "H")),
-    "fused_add_rms_norm": NativeKernel(FusedAddRmsNorm, "norm.cpp", ("T", "H")),
-    "fused_add_layer_norm": NativeKernel(FusedAddLayerNorm, "norm.cpp", ("T", "H")),
-    "fused_add_rms_norm_wide": NativeKernel(FusedAddRmsNormWide, "norm.cpp", ("T", "H")),
-    "fused_rms_norm_wide_add": NativeKernel(FusedRmsNormWideAdd, "norm.cpp", ("T", "H")),
-    "fused_add_rms_norm_1p": NativeKernel(FusedAddRmsNorm1p, "norm.cpp", ("T", "H")),
-    "fused_norm_add_norm_1p": NativeKernel(FusedNormAddNorm1p, "norm.cpp", ("T", "H")),
-    "pool_first": NativeKernel(PoolFirst, "pooling.cpp", ("T", "H", "B")),
-    "pool_last": NativeKernel(PoolLast, "pooling.cpp", ("T", "H", "B")),
-    "l2_norm": NativeKernel(L2Norm, "pooling.cpp", ("R", "H")),
-    "rope": NativeKernel(Rope, "position.cpp", ("T", "N", "D", "P", "Dr")),
-    "rope_interleaved": NativeKernel(RopeInterleaved, "position.cpp", ("T", "N", "D", "P", "Dr")),
-    "split_qkv": NativeKernel(SplitQkv, "views.cpp", ("T", "Nq", "Nkv", "D")),
-    "merge_heads": NativeKernel(MergeHeads, "views.cpp", ("T", "N", "D")),
-    "split_heads": NativeKernel(SplitHeads, "views.cpp", ("T", "N", "D")),
-    "split_halves": NativeKernel(SplitHalves, "views.cpp", ("R", "I")),
-    "split_last": NativeKernel(SplitLast, "views.cpp", ("R", "Na", "Nb")),
-    "concat_last": NativeKernel(ConcatLast, "views.cpp", ("R", "Na", "Nb")),
-    "split_rows": NativeKernel(SplitRows, "views.cpp", ("Ta", "Tb", "H")),
-    "concat_rows": NativeKernel(ConcatRows, "views.cpp", ("Ta", "H", "Tb")),
-}
+
+def _kernels() -> dict[str, NativeKernel]:
+    D, I, Na, Nkv, Nq, Ta, qkv_T, x_D0, x_N, x_R, x_T = dims("D I Na Nkv Nq Ta qkv_T x_D0 x_N x_R x_T")
+    return {
+        "silu_mul": NativeKernel(SiluMul, "activation.cpp", ("R", "I")),
+        "gelu_mul": NativeKernel(GeluMul, "activation.cpp", ("R", "I")),
+        "gelu_tanh_mul": NativeKernel(GeluTanhMul, "activation.cpp", ("R", "I")),
+        "relu_mul": NativeKernel(ReluMul, "activation.cpp", ("R", "I")),
+        "relu_squared_mul": NativeKernel(ReluSquaredMul, "activation.cpp", ("R", "I")),
+        "sigmoid_mul": NativeKernel(SigmoidMul, "activation.cpp", ("R", "I")),
+        "clamped_silu_mul": NativeKernel(ClampedSiluMul, "activation.cpp", ("R", "I")),
+        "gelu": NativeKernel(Gelu, "activation.cpp", ("R", "I")),
+        "gelu_tanh": NativeKernel(GeluTanh, "activation.cpp", ("R", "I")),
+        "quick_gelu": NativeKernel(QuickGelu, "activation.cpp", ("R", "I")),
+        "silu": NativeKernel(Silu, "activation.cpp", ("R", "I")),
+        "relu": NativeKernel(Relu, "activation.cpp", ("R", "I")),
+        "relu_squared": NativeKernel(ReluSquared, "activation.cpp", ("R", "I")),
+        "sigmoid": NativeKernel(Sigmoid, "activation.cpp", ("R", "I")),
+        "tanh": NativeKernel(Tanh, "activation.cpp", ("R", "I")),
+        "paged_prefill_attention": NativeKernel(
+            PagedPrefillAttention, "attention.cpp", ("T", "Nq", "D", "PG", "BS", "Nkv", "Dv", "B", "MB")
+        ),
+        "paged_decode_attention": NativeKernel(
+            PagedDecodeAttention, "attention.cpp", ("B", "Nq", "D", "PG", "BS", "Nkv", "Dv", "MB")
+        ),
+        "add": NativeKernel(Add, "elementwise.cpp", ("R", "H")),
+        "mul": NativeKernel(Mul, "elementwise.cpp", ("R", "H")),
+        "mul_weight": NativeKernel(MulWeight, "elementwise.cpp", ("R", "H")),
+        "add_bias": NativeKernel(AddBias, "elementwise.cpp", ("R", "H")),
+        "mul_rows": NativeKernel(MulRows, "elementwise.cpp", ("R", "H")),
+        "scale": NativeKernel(Scale, "elementwise.cpp", ("R", "H")),
+        "soft_cap": NativeKernel(SoftCap, "elementwise.cpp", ("R", "H")),
+        "clip": NativeKernel(Clip, "elementwise.cpp", ("R", "H")),
+        "embedding": NativeKernel(Embedding, "embedding.cpp", ("T", "V", "H"), unpacks="table"),
+        "embedding_shard": NativeKernel(EmbeddingShard, "embedding.cpp", ("T", "V", "H")),
+        "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
+        "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),
+        "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X"), packed={"w": 1}),
+        "expert_linear": NativeKernel(ExpertLinear, "experts.cpp", ("T", "K", "A", "X", "N"), packed={"w": 1}),
+        "expert_down": NativeKernel(ExpertDown, "experts.cpp", ("T", "A", "K", "X", "N"), packed={"w": 1}),
+        "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),
+        "kv_store": NativeKernel(KvStore, "kv.cpp", ("T", "Nkv", "D", "Dv", "PG", "BS"), updates=True),
+        "kv_load": NativeKernel(KvLoad, "kv.cpp", ("TPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
+        "kv_migrate": NativeKernel(KvMigrate, "kv.cpp", ("SPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
+        "linear": NativeKernel(Linear, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "lm_head": NativeKernel(LmHead, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+        "head_linear": NativeKernel(HeadLinear, "linear.cpp", ("T", "N", "K", "M"), packed={"w": 1}),
+        "linear_silu_mul": NativeKernel(LinearSiluMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+        "linear_gelu_mul": NativeKernel(LinearGeluMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+        "linear_gelu_tanh_mul": NativeKernel(LinearGeluTanhMul, "linear.cpp", ("R", "K", "I"), packed={"w": 2}),
+        "linear_gelu": NativeKernel(LinearGelu, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "linear_gelu_tanh": NativeKernel(LinearGeluTanh, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "linear_add": NativeKernel(LinearAdd, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
+        "lm_head_scale": NativeKernel(LmHeadScale, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+        "lm_head_soft_cap": NativeKernel(LmHeadSoftCap, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+        "rms_norm": NativeKernel(RmsNorm, "norm.cpp", ("R", "H")),
+        "rms_norm_wide": NativeKernel(RmsNormWide, "norm.cpp", ("R", "H")),
+        "rms_norm_1p": NativeKernel(RmsNorm1p, "norm.cpp", ("R", "H")),
+        "layer_norm": NativeKernel(LayerNorm, "norm.cpp", ("R", "H")),
+        "head_layer_norm": NativeKernel(HeadLayerNorm, "norm.cpp", ("T", "N", "D")),
+        "layer_norm_1p": NativeKernel(LayerNorm1p, "norm.cpp", ("R", "H")),
+        "fused_add_rms_norm": NativeKernel(FusedAddRmsNorm, "norm.cpp", ("T", "H")),
+        "fused_add_layer_norm": NativeKernel(FusedAddLayerNorm, "norm.cpp", ("T", "H")),
+        "fused_add_rms_norm_wide": NativeKernel(FusedAddRmsNormWide, "norm.cpp", ("T", "H")),
+        "fused_rms_norm_wide_add": NativeKernel(FusedRmsNormWideAdd, "norm.cpp", ("T", "H")),
+        "fused_add_rms_norm_1p": NativeKernel(FusedAddRmsNorm1p, "norm.cpp", ("T", "H")),
+        "fused_norm_add_norm_1p": NativeKernel(FusedNormAddNorm1p, "norm.cpp", ("T", "H")),
+        "pool_first": NativeKernel(PoolFirst, "pooling.cpp", ("T", "H", "B")),
+        "pool_last": NativeKernel(PoolLast, "pooling.cpp", ("T", "H", "B")),
+        "pool_mean": NativeKernel(PoolMean, "pooling.cpp", ("T", "H", "B")),
+        "l2_norm": NativeKernel(L2Norm, "pooling.cpp", ("R", "H")),
+        "rope": NativeKernel(Rope, "position.cpp", ("T", "N", "D", "P", "Dr")),
+        "rope_interleaved": NativeKernel(RopeInterleaved, "position.cpp", ("T", "N", "D", "P", "Dr")),
+        "qk_rope_kv_store": NativeKernel(
+            QkRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
+        ),
+        "qk_rope_interleaved_kv_store": NativeKernel(
+            QkRopeInterleavedKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
+        ),
+        "qk_norm_rope_kv_store": NativeKernel(
+            QkNormRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
+        ),
+        "qk_norm_1p_rope_kv_store": NativeKernel(
+            QkNorm1pRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
+        ),
+        "varlen_attention": NativeKernel(VarlenAttention, "varlen_attention.cpp", ("T", "Nq", "D", "Nkv", "B")),
+        "split_qkv": NativeKernel(
+            SplitQkv,
+            "views.cpp",
+            ("T", "Nq", "Nkv", "D"),
+            parts={
+                "q": Part("qkv", 0, (qkv_T, D, 1)),
+                "k": Part("qkv", D * Nq, (qkv_T, D, 1)),
+                "v": Part("qkv", D * (Nkv + Nq), (qkv_T, D, 1)),
+            },
+        ),
+        "merge_heads": NativeKernel(
+            MergeHeads, "views.cpp", ("T", "N", "D"), parts={"y": Part("x", 0, (x_T, 1), ((x_N, D),))}
+        ),
+        "split_heads": NativeKernel(SplitHeads, "views.cpp", ("T", "N", "D"), parts={"y": Part("x", 0, (x_T, D, 1))}),
+        "split_halves": NativeKernel(
+            SplitHalves, "views.cpp", ("R", "I"), parts={"a": Part("x", 0, (x_R, 1)), "b": Part("x", I, (x_R, 1))}
+        ),
+        "split_last": NativeKernel(
+            SplitLast, "views.cpp", ("R", "Na", "Nb"), parts={"a": Part("x", 0, (x_R, 1)), "b": Part("x", Na, (x_R, 1))}
+        ),
+        "concat_last": NativeKernel(ConcatLast, "views.cpp", ("R", "Na", "Nb")),
+        "split_rows": NativeKernel(
+            SplitRows,
+            "views.cpp",
+            ("Ta", "Tb", "H"),
+            parts={"a": Part("x", 0, (x_D0, 1)), "b": Part("x", Ta * x_D0, (x_D0, 1))},
+        ),
+        "concat_rows": NativeKernel(ConcatRows, "views.cpp", ("Ta", "H", "Tb")),
+    }
+
+
+KERNELS = _kernels()

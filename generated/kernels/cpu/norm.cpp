@@ -427,22 +427,24 @@ SAGE_KERNEL(fused_norm_add_norm_1p) {
     const float eps = (float)attrs[0];
     each_row(T, H * T, [&](int64_t iT) {
         Sum msAll;
-        Sum msV2All;
         sweep(H, [&](auto iH) {
             const auto xf = load(x + iT * x_T, iH);
             msAll.add(xf * xf, iH);
-            const auto hValue = load(h + iT * h_T, iH);
-            const auto xfV2 = hValue;
-            msV2All.add(xfV2 * xfV2, iH);
         });
         const float ms = msAll.total() / (float)H;
-        const float msV2 = msV2All.total() / (float)H;
+        Sum msV2All;
         sweep(H, [&](auto iH) {
             const auto xf = load(x + iT * x_T, iH);
             const auto n = to<E>(xf * rsqrt(ms + eps) * (1.0f + load(w_after, iH)));
             const auto hValue = to<E>(load(residual + iT * residual_T, iH) + n);
             const auto xfV2 = hValue;
+            msV2All.add(xfV2 * xfV2, iH);
             store(h + iT * h_T, iH, hValue);
+        });
+        const float msV2 = msV2All.total() / (float)H;
+        sweep(H, [&](auto iH) {
+            const auto hValue = load(h + iT * h_T, iH);
+            const auto xfV2 = hValue;
             store(y + iT * y_T, iH, to<E>(xfV2 * rsqrt(msV2 + eps) * (1.0f + load(w_before, iH))));
         });
     });

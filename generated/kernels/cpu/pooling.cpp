@@ -48,6 +48,29 @@ SAGE_KERNEL(pool_last) {
     });
 }
 
+// specs/ops/pooling.yaml: pool_mean
+// Mean of the rows of every sequence (Reimers & Gurevych 2019).
+//
+//     see kernels/reference: pool_mean
+SAGE_KERNEL(pool_mean) {
+    const int64_t T = sizes[0];
+    const int64_t H = sizes[1];
+    const int64_t B = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[3];
+    const int32_t* q_start = (const int32_t*)tensors[1];
+    E* y = (E*)tensors[2];
+    const int64_t y_B = sizes[4];
+    each_row(B, T * H, [&](int64_t row) {
+        const int64_t first = q_start[row], stop = q_start[row + 1];
+        sweep(H, [&](auto i) {
+            Floats sum = {};
+            for (int64_t of_one = first; of_one < stop; ++of_one) sum += load(x + of_one * x_T, i);
+            store(y + row * y_B, i, to<E>(sum / (float)(stop - first)));
+        });
+    });
+}
+
 // specs/ops/pooling.yaml: l2_norm
 // Every row divided by its Euclidean length, so that the dot product of two is the cosine of their angle.
 //

@@ -13,6 +13,8 @@ from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes, Sizes
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
+OFFSETS = "offsets"
+"""The key of a node's metadata under which the places of its outputs stand."""
 MOMENTS = 8
 """Moments at which the lower bound is looked for."""
 MAX_ATTEMPTS = 100
@@ -96,7 +98,7 @@ class MemoryPass(DeclaredPass):
         self.plan = plan_memory(graph, align=self.align)
         for node in graph.nodes.values():
             if node.outputs:
-                node.metadata["offsets"] = [self.plan.offset(ref.name) for ref in node.outputs]
+                node.metadata[OFFSETS] = [self.plan.offset(ref.name) for ref in node.outputs]
         facts = ("peak_bytes", "max_live_bytes", "total_bytes", "reuse_ratio")
         self.report.facts = {name: getattr(self.plan, name) for name in facts}
 
@@ -159,10 +161,14 @@ def max_live_bytes(buffers: Sequence[Buffer]) -> int:
     """A lower bound of every plan: the largest sum of buffers of a device that meet one another.
 
     It is looked for where most is live. On one lane all that is live at a time meets; on several a greedy choice is
-    made, which may miss the largest sum.
+    made, also at moments apart from those, which may miss the largest sum.
     """
     most = 0
-    for size, device_id, position in heapq.nlargest(MOMENTS, _live_sizes(buffers)):
+    sizes = _live_sizes(buffers)
+    moments = heapq.nlargest(MOMENTS, sizes)
+    if any(buffer.after for buffer in buffers):
+        moments += sizes[:: len(sizes) // (4 * MOMENTS) + 1]
+    for size, device_id, position in moments:
         if size > most:
             live = [b for b in buffers if b.device_id == device_id and b.first <= position <= b.last]
             most = max(most, _meeting_bytes(live))

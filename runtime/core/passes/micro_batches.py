@@ -45,6 +45,12 @@ def entering(graph: ExecutionGraph) -> list[TensorRef]:
     return list(found.values())
 
 
+def share_of(whole: Dim, part: int, parts: int) -> int:
+    """The size of one of so many parts, which differ by one at most."""
+    assert isinstance(whole, int), "sizes are bound"
+    return whole * (part + 1) // parts - whole * part // parts
+
+
 class MicroBatches:
     """One graph in the making: what stands for an old value in each micro-batch, and the nodes written so far."""
 
@@ -92,7 +98,9 @@ class MicroBatches:
         self.result.add_node(copied)
 
     def _outputs(self, node: ExecutionNode, inputs: list[TensorRef], part: int) -> list[TensorRef]:
-        shapes = [(self._size(ref.shape[0], part), *ref.shape[1:]) if ref.shape else () for ref in node.outputs]
+        shapes = [
+            (share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) if ref.shape else () for ref in node.outputs
+        ]
         if isinstance(node, OpNode):
             shapes = [type_.shape for type_ in self._infer(node, inputs).outputs]
         named = zip(node.outputs, shapes, strict=True)
@@ -107,17 +115,12 @@ class MicroBatches:
 
     def _attr(self, name: str, value: AttrValue, node: ExecutionNode, part: int) -> AttrValue:
         is_count = name in COUNTS and not isinstance(node, OpNode) and isinstance(value, int)
-        return self._size(value, part) if is_count and isinstance(value, int) else value
-
-    def _size(self, whole: Dim, part: int) -> int:
-        """A share of the rows; shares differ by one at most."""
-        assert isinstance(whole, int), "sizes are bound"
-        return whole * (part + 1) // self.parts - whole * part // self.parts
+        return share_of(value, part, self.parts) if is_count and isinstance(value, int) else value
 
     def _split_for(self, node: ExecutionNode) -> None:
         for ref in node.inputs:
             if ref.name in self.entering and ref.name not in self.values:
-                shapes = [(self._size(ref.shape[0], part), *ref.shape[1:]) for part in range(self.parts)]
+                shapes = [(share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) for part in range(self.parts)]
                 parts = [replace(ref, name=f"{ref.name}.p{part}", shape=shape) for part, shape in enumerate(shapes)]
                 for new in split_rows(self.split, node, ref, parts):
                     self.result.add_node(new)

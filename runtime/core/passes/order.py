@@ -85,7 +85,7 @@ def order_cache_effects(graph: ExecutionGraph) -> None:
         for name in names:
             if name in last_write:
                 graph.add_edge(last_write[name], node.node_id)
-            if _changes_caches(node):
+            if changes_caches(node):
                 for reader in reads.pop(name, []):
                     graph.add_edge(reader, node.node_id)
                 last_write[name] = node.node_id
@@ -93,8 +93,14 @@ def order_cache_effects(graph: ExecutionGraph) -> None:
                 reads.setdefault(name, []).append(node.node_id)
 
 
-def _changes_caches(node: ExecutionNode) -> bool:
+def changes_caches(node: ExecutionNode) -> bool:
+    """Whether a block-level node writes to a cache that it lists as an input."""
     return not isinstance(node, OpNode) and node.op_type.name in ("KV_STORE", "KV_MIGRATE")
+
+
+def is_on_device(node: ExecutionNode) -> bool:
+    """Whether a node is a load of keys and values that are on the device already: no transfer, and no new memory."""
+    return node.op_type.name == "KV_LOAD" and node.metadata.get("tier") == "device"
 
 
 def bottom_levels(graph: ExecutionGraph) -> Mapping[str, float]:

@@ -9,42 +9,63 @@ from typing import ClassVar
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode
 from sageLLM.runtime.core.passes.events import plan_events
-from sageLLM.runtime.core.passes.order import Lane, bottom_levels, lane, order_cache_effects, put_in_order
+from sageLLM.runtime.core.passes.order import (
+    Lane,
+    bottom_levels,
+    is_on_device,
+    lane,
+    order_cache_effects,
+    put_in_order,
+)
+from sageLLM.runtime.core.passes.sharing import Share, Span, simulate, time_spans
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
 
 class StreamPass(DeclaredPass):
     """Moves nodes by op type to the streams that `streams` names (numbered from 1), and list-schedules the graph.
 
-    Nodes that no entry selects stay where they are, and so do those that take no time, as a load of what is on the
-    device already. Of the old order and the one that favours the longest remaining path (list scheduling; Graham, SIAM
-    J. Appl. Math. 17(2), 1969) the faster is taken. A graph that neither would make faster stays as it was. The waits
-    between lanes are noted in the nodes; see `plan_events`.
+    Nodes that no entry selects stay where they are, and so do loads of what is on the device already. Of the old order
+    and the one that favours the longest remaining path (list scheduling; Graham, SIAM J. Appl. Math. 17(2), 1969) the
+    faster is taken. A graph that neither would make faster stays as it was. The waits between lanes are noted in the
+    nodes; see `plan_events`.
+
+    Streams that `shares` names share the device with the others: nodes that run at the same time slow down, and their
+    estimated times become what `simulate` says. Without shares streams do not slow down one another.
     """
 
     streams: ClassVar[Mapping[str, frozenset[str]]] = {}
+    shares: ClassVar[Mapping[str, Share]] = {}
 
     def run(self, graph: ExecutionGraph) -> None:
         before = graph.estimate_total_time()
         old_nodes, old_streams = list(graph.nodes.values()), self._assign(graph)
         old_edges = {node.node_id: set(node.dependencies) for node in old_nodes}
         order_cache_effects(graph)
-        order = graph.topological_sort()
-        best = min((order, list_schedule(graph)), key=lambda nodes: _total_time(graph, nodes))
-        put_in_order(graph, best)
-        after = graph.estimate_total_time()
-        if after >= before:
+        orders = (graph.topological_sort(), list_schedule(graph))
+        timed = [(self._spans(graph, order), order) for order in orders]
+        spans, best = min(timed, key=lambda item: _end_us(item[0]))
+        after = _end_us(spans)
+        if after < before:
+            put_in_order(graph, best)
+            for node in graph.nodes.values() if self.shares else ():
+                node.estimated_time_us = spans[node.node_id].end_us - spans[node.node_id].start_us
+        else:
             self._undo(graph, old_nodes, old_streams, old_edges)
         moved = sum(node.stream_id != old_streams[node.node_id] for node in graph.nodes.values())
         facts = {"moved": moved, "waits": plan_events(graph), "us_before": before, "us_after": min(before, after)}
         self.report.facts = {**facts}
+
+    def _spans(self, graph: ExecutionGraph, order: list[ExecutionNode]) -> Mapping[str, Span]:
+        put_in_order(graph, order)
+        shares = {i: self.shares[name] for i, name in enumerate(self.streams, start=1) if name in self.shares}
+        return simulate(graph, shares) if shares else time_spans(graph)
 
     def _assign(self, graph: ExecutionGraph) -> dict[str, int]:
         """Sets the streams; gives those that the nodes had."""
         stream_of = {name: i for i, names in enumerate(self.streams.values(), start=1) for name in names}
         old = {node.node_id: node.stream_id for node in graph.nodes.values()}
         for node in graph.nodes.values():
-            if node.estimated_time_us:
+            if not is_on_device(node):
                 node.stream_id = stream_of.get(node.op_type.name, node.stream_id)
         return old
 
@@ -62,9 +83,8 @@ class StreamPass(DeclaredPass):
         graph.reindex()
 
 
-def _total_time(graph: ExecutionGraph, order: list[ExecutionNode]) -> float:
-    put_in_order(graph, order)
-    return graph.estimate_total_time()
+def _end_us(spans: Mapping[str, Span]) -> float:
+    return max((span.end_us for span in spans.values()), default=0.0)
 
 
 def list_schedule(graph: ExecutionGraph) -> list[ExecutionNode]:

@@ -34,11 +34,19 @@ inline To bits_of(From value) {
     return result;
 }
 
+const Ints LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 inline Floats lanes(float value) { return Floats{} + value; }
 
 // bf16: the upper half of a float32
 
-inline Floats widened(Halves bits, bf16) { return bits_of<Floats>(__builtin_convertvector(bits, Bits) << 16); }
+#if defined(__AVX512F__)
+inline Bits spread(Halves bits) { return (Bits)_mm512_cvtepu16_epi32((__m256i)bits); }
+#else
+inline Bits spread(Halves bits) { return __builtin_convertvector(bits, Bits); }
+#endif
+
+inline Floats widened(Halves bits, bf16) { return bits_of<Floats>(spread(bits) << 16); }
 
 inline Halves narrowed(Floats value, bf16) {
     Bits bits = bits_of<Bits>(value);
@@ -83,10 +91,7 @@ struct Tail {
     int64_t count;
 };
 
-inline Ints inside(Tail i) {
-    const Ints number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return number < (int32_t)i.count;
-}
+inline Ints inside(Tail i) { return LANE_NUMBERS < (int32_t)i.count; }
 
 // Rounding to an element type, as a float32 again.
 

@@ -20,6 +20,7 @@ inline T where(bool condition, T a, T b) {
     return condition ? a : b;
 }
 
+inline Ints mask(bool condition) { return Ints{} - (int32_t)condition; }
 inline Ints negation(Ints condition) { return ~condition; }
 inline bool negation(bool condition) { return !condition; }
 
@@ -42,6 +43,7 @@ inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline Floats abs(Floats x) { return bits_of<Floats>(bits_of<Bits>(x) & 0x7fffffff); }
+inline Ints abs(Ints x) { return x < 0 ? -x : x; }
 inline Floats relu(Floats x) { return maximum(x, 0.0f); }
 
 inline Floats sqrt(Floats x) {

@@ -45,6 +45,9 @@ class PackedWeight:
     def data_ptr(self) -> int:
         return self.values.data_ptr()
 
+    def numel(self) -> int:
+        return self.shape.numel()
+
 
 class WeightMemory:
     """Memory for packed weights in large pages, handed out piece by piece, from cache lines on.
@@ -88,6 +91,17 @@ def pack(weight: Tensor, gates: int, library: Library, memory: WeightMemory | No
     sizes = (groups, gates, features, inner, group_stride, weight.stride(-2))
     call(library, "pack", (weight, values), sizes)
     return PackedWeight(values, weight.shape, gates)
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The weight as it was, a copy: for an op that has no kernel which reads it packed."""
+    groups = packed.shape[0] if len(packed.shape) == 3 else 1
+    features, inner = packed.shape[-2] // packed.gates, packed.shape[-1]
+    pair = 2 if packed.dtype == torch.bfloat16 else 1
+    depth = -(-inner // DEPTH) * DEPTH
+    panels = packed.values.view(groups, -1, packed.gates, depth // pair, PANEL, pair)
+    whole = panels.permute(0, 2, 1, 4, 3, 5).reshape(groups, packed.gates, -1, depth)
+    return whole[:, :, :features, :inner].reshape(packed.shape)
 
 
 def unpack_rows(packed: PackedWeight, ids: Tensor, library: Library) -> Tensor:

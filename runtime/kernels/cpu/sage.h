@@ -4,6 +4,7 @@
 // Nothing here depends on the compiler's idea of fast math: loops are vectorised by hand over 16 lanes.
 #pragma once
 
+#include "attention.h"
 #include "elements.h"
 #include "functions.h"
 #include "loops.h"

@@ -7,7 +7,14 @@ from sageLLM.generated.ops.elementwise import Add
 from sageLLM.generated.ops.norm import FusedAddRmsNorm, RmsNorm
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.rewrite import NearMiss, NewCall, Rewrite, RewritePass, Rule, describe
+from sageLLM.runtime.core.rewrite import (
+    NearMiss,
+    NewCall,
+    Rewrite,
+    RewritePass,
+    Rule,
+    giver,
+)
 
 __all__ = ["Regroup"]
 
@@ -21,12 +28,12 @@ def sum_first(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
         return None
     add_2 = graph.producer(node.x)
     if not isinstance(add_2, Add):
-        return NearMiss(1, "want add to give " + describe(add_2, node.x))
+        return NearMiss(1, "rms_norm.x comes from " + giver(add_2) + ", want add")
     add = graph.producer(add_2.x)
     if not isinstance(add, Add):
-        return NearMiss(2, "want add to give " + describe(add, add_2.x))
+        return NearMiss(2, "add.x comes from " + giver(add) + ", want add")
     if add.y.name != add_2.y.name:
-        return NearMiss(3, "want the same y twice")
+        return NearMiss(3, "want add.y to be add.y")
     replacement_1 = NewCall(
         Add,
         {"x": add_2.y, "y": add_2.y},
@@ -57,7 +64,7 @@ def reduce_in_the_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
         return NearMiss(1, "want the default eps")
     all_reduce = graph.producer(node.x)
     if not isinstance(all_reduce, AllReduce):
-        return NearMiss(1, "want all_reduce to give " + describe(all_reduce, node.x))
+        return NearMiss(1, "fused_add_rms_norm.x comes from " + giver(all_reduce) + ", want all_reduce")
     if all_reduce.group != "tp":
         return NearMiss(2, "want group = tp")
     replacement = NewCall(
@@ -82,6 +89,7 @@ class Regroup(RewritePass):
     stage = "fuse"
     level = "kernel"
     phases = frozenset({"decode", "hybrid", "prefill"})
+    before = ("fuse_norm",)
     rules = (
         Rule("sum_first", RmsNorm, sum_first, 3, 3),
         Rule("reduce_in_the_norm", FusedAddRmsNorm, reduce_in_the_norm, 2, 1),

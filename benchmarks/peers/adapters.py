@@ -1,0 +1,96 @@
+"""One adapter per engine: how it is loaded, and how it answers requests of token ids greedily, all tokens to the end.
+
+An adapter imports its engine when it is called, so that a process holds one engine alone.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from workloads import Ask, Complete
+
+
+def load_ours(folder: Path, threads: int) -> Complete:
+    """sageLLM with its own kernels, as `LLM(folder)` gives it."""
+    from sageLLM import LLM, SamplingParams
+
+    llm = LLM(folder, skip_tokenizer=True)
+
+    def complete(asks: Sequence[Ask]) -> list[list[int]]:
+        params = [SamplingParams(max_tokens=ask.num_new, temperature=0.0, ignore_eos=True) for ask in asks]
+        outputs = llm.generate([ask.prompt for ask in asks], params)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    return complete
+
+
+def load_transformers(folder: Path, threads: int) -> Complete:
+    """transformers, eager; several requests are one padded batch, which runs as long as its longest answer."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    @torch.inference_mode()
+    def complete(asks: Sequence[Ask]) -> list[list[int]]:
+        width = max(len(ask.prompt) for ask in asks)
+        num_new = max(ask.num_new for ask in asks)
+        padding = [width - len(ask.prompt) for ask in asks]
+        ids = torch.tensor([[0] * pad + ask.prompt for ask, pad in zip(asks, padding, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=False, min_new_tokens=num_new, max_new_tokens=num_new, pad_token_id=0
+        )
+        return [row[width : width + ask.num_new] for row, ask in zip(out.tolist(), asks, strict=True)]
+
+    return complete
+
+
+def load_llama_cpp(folder: Path, threads: int) -> Complete:
+    """llama.cpp, through the C interface of llama-cpp-python."""
+    from llama_cpp_engine import LlamaCpp
+
+    return LlamaCpp(folder / "model.gguf", threads).complete
+
+
+def load_openvino(folder: Path, threads: int) -> Complete:
+    """OpenVINO GenAI's continuous batching."""
+    from openvino_engine import load
+
+    return load(folder / "openvino", threads)
+
+
+def _prepare_nothing(folder: Path) -> None:
+    """The engine reads the checkpoint as it is."""
+
+
+def _prepare_gguf(folder: Path) -> None:
+    from gguf_file import write_gguf
+
+    write_gguf(folder)
+
+
+def _prepare_openvino(folder: Path) -> None:
+    from openvino_engine import export
+
+    export(folder)
+
+
+LOADERS: dict[str, Callable[[Path, int], Complete]] = {
+    "ours": load_ours,
+    "transformers": load_transformers,
+    "llama.cpp": load_llama_cpp,
+    "openvino": load_openvino,
+}
+PREPARATIONS: dict[str, Callable[[Path], None]] = {
+    "ours": _prepare_nothing,
+    "transformers": _prepare_nothing,
+    "llama.cpp": _prepare_gguf,
+    "openvino": _prepare_openvino,
+}
+MODULES = {
+    "ours": "sageLLM",
+    "transformers": "transformers",
+    "llama.cpp": "llama_cpp",
+    "openvino": "openvino_genai",
+}

@@ -1,0 +1,68 @@
+"""Writes a checkpoint of one of the shapes as the GGUF file that llama.cpp reads: bfloat16 weights, no vocabulary."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from safetensors import safe_open
+
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
+
+
+def write_gguf(folder: Path) -> None:
+    """Writes `model.gguf` beside the checkpoint, unless it is there."""
+    target = folder / "model.gguf"
+    if target.exists():
+        return
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    partial = target.with_suffix(".partial")
+    writer = gguf.GGUFWriter(partial, config["model_type"])
+    _add_sizes(writer, config)
+    names = gguf.get_tensor_name_map(ARCHITECTURES[config["model_type"]], config["num_hidden_layers"])
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        for name in list(tensors.keys()):
+            _add_tensor(writer, names.get_name(name, (".weight",)), tensors.get_tensor(name), config)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(target)
+
+
+def _add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rope = config.get("rope_parameters") or {}
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("none")
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: dict[str, Any]) -> None:
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    kind = name.split(".")[-1]
+    if config["model_type"] == "llama" and kind in heads:
+        tensor = _interleaved(tensor, heads[kind])
+    if tensor.dim() == 1:
+        writer.add_tensor(f"{name}.weight", tensor.float().numpy())
+        return
+    data = gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType.BF16)
+    writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+
+def _interleaved(w_NK: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """llama.cpp turns components 2j and 2j + 1 of a llama head together, the checkpoint j and j + D / 2."""
+    halves = w_NK.reshape(num_heads, 2, -1, w_NK.shape[1])
+    return halves.transpose(1, 2).reshape(w_NK.shape)

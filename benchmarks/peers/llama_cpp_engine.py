@@ -1,0 +1,78 @@
+"""Continuous batching over the C interface of llama.cpp: prompts fill batches, then all sequences step together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from workloads import Ask
+
+BATCH_TOKENS = 2048
+CONTEXT_TOKENS = 32768
+MAX_SEQUENCES = 32
+
+
+class LlamaCpp:
+    """A model and its context. Sequences are numbered from 0; their KV is dropped when the last has ended."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        llama_cpp.llama_log_set(_say_nothing, None)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT_TOKENS, BATCH_TOKENS, 512
+        params.n_seq_max, params.kv_unified = MAX_SEQUENCES, True
+        params.n_threads = params.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.num_ids = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+
+    def complete(self, asks: Sequence[Ask]) -> list[list[int]]:
+        """The greedy answers to all asks."""
+        answers = [[token] for token in self._read_prompts(asks)]
+        while running := [i for i, ask in enumerate(asks) if len(answers[i]) < ask.num_new]:
+            self.batch.n_tokens = 0
+            for i in running:
+                self._put(answers[i][-1], len(asks[i].prompt) + len(answers[i]) - 1, i, wants_logits=True)
+            for i, token in zip(running, self._decode(list(range(len(running)))), strict=True):
+                answers[i].append(token)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        return answers
+
+    def _read_prompts(self, asks: Sequence[Ask]) -> list[int]:
+        """The first new token of each ask."""
+        firsts: list[int] = []
+        self.batch.n_tokens, ends = 0, []
+        for i, ask in enumerate(asks):
+            for position, token in enumerate(ask.prompt):
+                if self.batch.n_tokens == BATCH_TOKENS:
+                    firsts += self._decode(ends)
+                    self.batch.n_tokens, ends = 0, []
+                self._put(token, position, i, wants_logits=position == len(ask.prompt) - 1)
+            ends.append(self.batch.n_tokens - 1)
+        return firsts + self._decode(ends)
+
+    def _put(self, token: int, position: int, sequence: int, *, wants_logits: bool) -> None:
+        batch, n = self.batch, self.batch.n_tokens
+        batch.token[n], batch.pos[n] = token, position
+        batch.n_seq_id[n] = 1
+        batch.seq_id[n][0] = sequence
+        batch.logits[n] = wants_logits
+        batch.n_tokens = n + 1
+
+    def _decode(self, places: list[int]) -> list[int]:
+        """Runs the batch; the likeliest token after each of its places."""
+        code = llama_cpp.llama_decode(self.context, self.batch)
+        assert code == 0, f"llama_decode gave {code}"
+        return [self._best(place) for place in places]
+
+    def _best(self, place: int) -> int:
+        logits = llama_cpp.llama_get_logits_ith(self.context, place)
+        row: npt.NDArray[np.float32] = np.ctypeslib.as_array(logits, shape=(self.num_ids,))
+        return int(row.argmax())
+
+
+@llama_cpp.llama_log_callback
+def _say_nothing(level: int, text: bytes, data: object) -> None:
+    """llama.cpp's log is not wanted."""

@@ -1,0 +1,138 @@
+"""Writes row programs as C++: loops over rows, sweeps along them, in terms of `runtime/kernels/cpu/sage.h`."""
+
+from collections.abc import Sequence
+
+from sageLLM.codegen.emit.cpp_arguments import declarations, stride_names
+from sageLLM.codegen.emit.cpp_text import CppText, cpp_name, size_text
+from sageLLM.codegen.emit.cpu_product import ProductText, product_lines
+from sageLLM.codegen.expr.size import Size, volume
+from sageLLM.codegen.expr.tree import Expr
+from sageLLM.codegen.expr.types import INTEGERS
+from sageLLM.codegen.kernel.products import SUMS, Product
+from sageLLM.codegen.kernel.rows import Fold, Index, Let, Loop, Nest, Reduction, RowProgram, Step, Store, Sweep
+from sageLLM.codegen.model.op import OpDef
+
+_ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min"}
+_FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),
+          "amax": ("lanes(-INFINITY)", "{0} = maximum({0}, {1})"),
+          "amin": ("lanes(INFINITY)", "{0} = minimum({0}, {1})")}  # fmt: skip
+
+
+class CppKernel:
+    """Writes the function of one op, line by line."""
+
+    def __init__(self, op: OpDef, program: RowProgram) -> None:
+        self.op, self.program = op, program
+        self.operands = {o.name: stride_names(o) for o in (*op.inputs, *op.outputs)}
+        self.optional = {o.name: cpp_name(o.name) for o in op.inputs if o.optional}
+        self.optional |= {attr.name: f"{attr.name}Given" for attr in op.attrs if attr.optional}
+        self.names = {o.name: f"{o.name}Value" for o in op.outputs}
+
+    def lines(self) -> tuple[str, ...]:
+        body = [line for nest in self.program.nests for line in self._nest(nest)]
+        return (*declarations(self.op, "\n".join(body)), *body)
+
+    def product_lines(self, product: Product) -> tuple[str, ...]:
+        """The function of an op that is a product: the sweep along a row is what becomes of a block of sums."""
+        self.operands[SUMS] = [""] * (len(product.finish.rows))
+        loop = product.sweep.loop
+        writer = ProductText(self.operands, self.optional, self.names, loop, set(), product)
+        inside = [line for step in product.sweep.steps for line in self._in_sweep(step, writer)]
+        body = product_lines(product, writer, inside)
+        return (*declarations(self.op, "\n".join(body)), *body)
+
+    def _text(self, loop: Loop | None = None, lanes: set[str] | None = None) -> CppText:
+        return CppText(self.operands, self.optional, self.names, loop, lanes if lanes is not None else set())
+
+    def _nest(self, nest: Nest) -> list[str]:
+        inside = [line for step in nest.steps for line in self._step(step)]
+        if not nest.rows:
+            return ["{", *_indented(inside), "}"]
+        swept = dict.fromkeys(sweep.loop.extent for sweep in nest.sweeps)
+        rows = [loop.extent for loop in nest.rows]
+        elements = size_text(volume(rows) * (sum(swept, Size.of(0)) if swept else Size.of(1)))
+        name = nest.rows[0].variable if len(rows) == 1 else "iRow"
+        positions = [f"const int64_t {', '.join(_positions(nest.rows))};"] if len(rows) > 1 else []
+        start = f"each_row({size_text(volume(rows))}, {elements}, [&](int64_t {name}) {{"
+        return [start, *_indented([*positions, *inside]), "});"]
+
+    def _step(self, step: Step) -> list[str]:
+        writer = self._text()
+        match step:
+            case Index(variable=variable, value=value):
+                return [f"const int64_t {variable} = {writer.text(value)};"]
+            case Let(name=name, value=value):
+                return [f"const {_row_type(value)} {self.names.get(name, cpp_name(name))} = {writer.text(value)};"]
+            case Store(place=place, value=value):
+                at, _ = writer.address(place)
+                return [f"put({at}, {writer.text(value)});"]
+        return self._sweep(step)
+
+    def _sweep(self, sweep: Sweep) -> list[str]:
+        writer = self._text(sweep.loop, set())
+        reductions = [step for step in sweep.steps if isinstance(step, Reduction)]
+        before = [f"{_ACCUMULATORS[one.op]} {one.name}All;" for one in reductions]
+        after = [f"const float {one.name} = {self._total(one, sweep.loop)};" for one in reductions]
+        inside = [line for step in sweep.steps for line in self._in_sweep(step, writer)]
+        start = f"sweep({size_text(sweep.loop.extent)}, [&](auto {sweep.loop.variable}) {{"
+        return [*before, start, *_indented(inside), "});", *after]
+
+    def _total(self, reduction: Reduction, loop: Loop) -> str:
+        total = f"{reduction.name}All.total()"
+        return f"{total} / {_as_float(loop.extent)}" if reduction.op == "mean" else total
+
+    def _in_sweep(self, step: Step | Fold | Reduction, writer: CppText) -> list[str]:
+        match step:
+            case Let(name=name, value=value):
+                text = writer.text(value)
+                if writer.is_lanes(value):
+                    writer.lanes.add(name)
+                return [f"const auto {self.names.get(name, cpp_name(name))} = {text};"]
+            case Reduction(name=name, value=value):
+                return [f"{name}All.add({writer.text(value)}, {writer.loop.variable if writer.loop else ''});"]
+            case Store(place=place, value=value):
+                at, by = writer.address(place)
+                where = f"{at}, {writer.loop.variable if writer.loop else ''}"
+                return [f"store({where}, {writer.text(value)});" if by == "1" else
+                        f"store_every({by}, {where}, {writer.text(value)});"]  # fmt: skip
+            case Fold():
+                return self._fold(step, writer)
+        raise AssertionError(f"a sweep holds no {type(step).__name__}")
+
+    def _fold(self, fold: Fold, writer: CppText) -> list[str]:
+        writer.lanes.add(fold.name)
+        start, combine = _FOLDS[fold.op]
+        name, extent = fold.loop.variable, size_text(fold.loop.extent)
+        lines = [
+            f"Floats {fold.name} = {start};",
+            f"for (int64_t {name} = 0; {name} < {extent}; ++{name}) {{",
+            *_indented([combine.format(fold.name, writer.text(fold.value)) + ";"]),
+            "}",
+        ]
+        return [*lines, f"{fold.name} /= {_as_float(fold.loop.extent)};"] if fold.op == "mean" else lines
+
+
+def _positions(rows: Sequence[Loop]) -> list[str]:
+    """`iT = iRow / N`, `iN = iRow % N`."""
+    found = []
+    for number, loop in enumerate(rows):
+        inner = size_text(volume(other.extent for other in rows[number + 1 :]))
+        text = "iRow" if number == len(rows) - 1 else f"iRow / {inner if inner.isidentifier() else f'({inner})'}"
+        extent = size_text(loop.extent)
+        wraps = f" % {extent if extent.isidentifier() else f'({extent})'}" if number else ""
+        found.append(f"{loop.variable} = {text}{wraps}")
+    return found
+
+
+def _as_float(size: Size) -> str:
+    text = size_text(size)
+    return f"(float){text}" if text.isidentifier() else f"(float)({text})"
+
+
+def _row_type(value: Expr) -> str:
+    element = value.type.element
+    return "bool" if element in ("bool", "truth") else "int64_t" if element in (*INTEGERS, "int") else "float"
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"    {line}" for line in lines]

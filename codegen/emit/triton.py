@@ -1,0 +1,160 @@
+"""Emits the Triton kernels: `kernels/triton/norm.py` with kernels and launchers, and the table of all launchers."""
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
+from sageLLM.codegen.emit.dim_text import tidy
+from sageLLM.codegen.emit.mask_range import mask_range
+from sageLLM.codegen.emit.reference import by_stem, parameters, result_type
+from sageLLM.codegen.emit.triton_launch import rows_view
+from sageLLM.codegen.emit.triton_product import product_view
+from sageLLM.codegen.emit.triton_text import TritonText
+from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, walk
+from sageLLM.codegen.kernel.inline import program_of
+from sageLLM.codegen.kernel.lower import row_program
+from sageLLM.codegen.kernel.places import NotRows
+from sageLLM.codegen.model.op import Hook, OpDef, Reference, Template
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer, header
+
+FOLDER = "kernels/triton"
+BASE = "sageLLM.generated.kernels.triton"
+MOVES_NOTHING = ("VIEW", "CONCAT")
+"""Op types for which torch has what is wanted: views without a copy, and a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TritonKernel:
+    """One op's kernels and launcher."""
+
+    op: OpDef
+    text: str
+
+    @property
+    def calls_reference(self) -> bool:
+        return f"reference_{self.op.name}(" in self.text
+
+
+def emit_triton(specs: Specs, renderer: Renderer) -> list[Output]:
+    """`kernels/triton/STEM.py` for every ops file with a kernel for GPUs, and the table of all, KERNELS."""
+    own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
+    modules = {
+        stem: kernels
+        for stem, ops in by_stem(own).items()
+        if (kernels := [kernel for op in ops if (kernel := _kernel(op, specs, renderer))])
+    }
+    outputs = [_module(stem, kernels, specs, renderer) for stem, kernels in modules.items()]
+    ops = {stem: [kernel.op for kernel in kernels] for stem, kernels in modules.items()}
+    registry = header("specs/ops", "rms_norm") + renderer.render("triton_registry.py.jinja", modules=ops)
+    outputs.append(Output(f"{FOLDER}/__init__.py", registry, tuple(op.ref for group in ops.values() for op in group)))
+    if not specs.is_overlay:
+        for name in ("device", "tiles"):
+            text = header("specs/ops", name) + renderer.render(f"triton_{name}.py.jinja")
+            outputs.append(Output(f"{FOLDER}/{name}.py", text))
+    return outputs
+
+
+def _module(stem: str, kernels: Sequence[TritonKernel], specs: Specs, renderer: Renderer) -> Output:
+    source = kernels[0].op.entry.doc.file
+    text = renderer.render(
+        "triton.py.jinja", kernels=kernels, base=BASE if specs.is_overlay else "", stem=stem, source=source
+    )
+    refs = tuple(kernel.op.ref for kernel in kernels)
+    return Output(f"{FOLDER}/{stem}.py", header(source, kernels[0].op.name) + text, refs)
+
+
+def _kernel(op: OpDef, specs: Specs, renderer: Renderer) -> TritonKernel | None:
+    """From the op's template or from its equations; None where the reference is as good, or all that there is."""
+    if op.triton is not None:
+        return TritonKernel(op, _template_text(op, op.triton, renderer))
+    program = None if op.op_type in MOVES_NOTHING else program_of(op, specs.ops)
+    if program is None or any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
+        return None
+    try:
+        rows = rows_view(op, row_program(op, specs.ops))
+    except NotRows:
+        return None
+    view = {"parameters": parameters(op), "result": result_type(op)}
+    return TritonKernel(op, renderer.render("triton_rows.py.jinja", rows=rows, **view))
+
+
+def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
+    """The op's template, with its constants, its hooks, and what follows from them or from its equations."""
+    given: dict[str, object] = {"op": op.name, "attrs": parameters(op).partition("*, ")[2], **dict(template.params)}
+    hooks: tuple[Hook, ...] = ()
+    if op.reference is not None:
+        hooks = op.reference.hooks
+        given |= _attention_view(op.reference)
+    else:
+        given |= {"summary": op.summary, "parameters": parameters(op), **product_view(op)}
+    text = renderer.render(template.name, **given)
+    check_kernel(op, text, [str(given[hook.name]) for hook in hooks])
+    return text
+
+
+def _attention_view(reference: Reference) -> dict[str, object]:
+    """The hooks as text, the attrs that they use, and the keys that the mask lets a row see."""
+    values = {hook.name: hook.value for hook in reference.hooks}
+    view: dict[str, object] = {name: hook_text(value) for name, value in values.items()}
+    own = {"score", "m", "n", "h"}
+    names = dict.fromkeys(name for value in values.values() for name in sorted(names_read(value) - own))
+    if "mask_mod" in values:
+        keys = mask_range(values["mask_mod"])
+        view |= {"first": keys.first, "stop": keys.stop, "unmasked": keys.unmasked}
+    if "score_mod" in values:
+        view |= {"names": list(names), "plain": plain_when(values["score_mod"])}
+    return view
+
+
+def hook_text(value: Expr) -> str:
+    """A hook as Triton: its names are tiles of the template, which broadcast as they stand."""
+    text = tidy(TritonText(_hook_leaf)(value))
+    return text if text.isidentifier() else f"({text})"
+
+
+def _hook_leaf(expr: Expr) -> str:
+    assert isinstance(expr, Ref), f"the linker let a {type(expr).__name__} into a hook"
+    return expr.name
+
+
+def plain_when(score_mod: Expr) -> str:
+    """When the hook leaves the scores alone: `softcap is None`, or "" if never."""
+    absent = []
+    while isinstance(score_mod, IfPresent):
+        absent.append(f"{score_mod.name} is None")
+        score_mod = score_mod.b
+    is_score = isinstance(score_mod, Ref) and score_mod.name == "score"
+    return " and ".join(absent or ["True"]) if is_score else ""
+
+
+def check_kernel(op: OpDef, text: str, hooks: Sequence[str]) -> None:
+    """The contract of a template: it parses, takes the op's inputs, has every hook, and stores every output once."""
+    tree = ast.parse(text)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    launcher = next((node for node in functions if node.name == op.name), None)
+    inputs = [operand.name for operand in op.inputs]
+    if launcher is None or [arg.arg for arg in launcher.args.args] != inputs:
+        _refuse(op, f"the template takes other inputs than '{op.name}', which has {', '.join(inputs)}")
+    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for attr in op.attrs:
+        if attr.name in stored:
+            _refuse(op, f"the template has its own '{attr.name}', which the attr would shadow")
+    for hook in hooks:
+        assert hook in text, f"{op.triton}: a hook is not filled in"
+    for output in op.outputs:
+        target = op.inplace.get(output.name, output.name)
+        stores = [_stores(function, target) for function in functions if function is not launcher]
+        if not any(stores) or max(stores) > 1:
+            _refuse(op, f"the template does not store '{output.name}' exactly once")
+
+
+def _stores(function: ast.FunctionDef, target: str) -> int:
+    """How often a kernel stores to the operand, each of the branches that exclude one another counted once."""
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.store"]
+    return sum(any(isinstance(n, ast.Name) and n.id == target for n in ast.walk(call.args[0])) for call in calls)
+
+
+def _refuse(op: OpDef, message: str) -> None:
+    raise SpecErrors([Diagnostic("SAGE124", message, op.entry.key_span("kernel", "triton"))])

@@ -1,0 +1,251 @@
+"""Writes row programs as Triton: a program has ROWS rows, and of each the BLOCK columns that a sweep goes over.
+
+    iRow = ...[:, None]                               the rows
+    iH = tl.arange(0, BLOCK_H)[None, :]               the columns of a sweep over H
+    xf = tl.load(x + iRow * x_R + iH, mask=...)       values are tiles [ROWS, BLOCK_H]
+    ms = tl.sum(..., 1)[:, None] / H                  values of the row are tiles [ROWS, 1]
+
+Without reductions a program has one block of columns. With them it has whole rows: as one tile, which is loaded once,
+or, where rows are too long for that, block after block in as many sweeps as the row program has.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from sageLLM.codegen.emit.dim_text import tidy
+from sageLLM.codegen.emit.triton_text import TritonText
+from sageLLM.codegen.expr.size import LEADING, Size, formula
+from sageLLM.codegen.expr.tree import Expr, Ref, walk
+from sageLLM.codegen.expr.types import INTEGERS
+from sageLLM.codegen.kernel.rows import (
+    Affine,
+    Fold,
+    Index,
+    InSweep,
+    Let,
+    Load,
+    Loop,
+    Nest,
+    Place,
+    Reduction,
+    Step,
+    Store,
+    Sweep,
+)
+from sageLLM.codegen.model.op import OpDef, Operand
+
+_EMPTY = {"sum": "0.0", "mean": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
+_ROW_FORM = {"sum": "tl.sum", "mean": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
+_JOIN = {"sum": "{0} + {1}", "mean": "{0} + {1}", "amax": "tl.maximum({0}, {1})", "amin": "tl.minimum({0}, {1})"}
+
+
+def size_text(size: Size) -> str:
+    return "R" if size == LEADING else formula(size)
+
+
+def stride_name(operand: Operand, place: int) -> str:
+    """`x_T` for the first dim of E[T, N, D]; the stride of a compound dim has its place as its name."""
+    dim = operand.type.dims[place]
+    return f"{operand.name}_{'R' if dim == LEADING else dim.name or f'D{place}'}"
+
+
+def block_name(loop: Loop) -> str:
+    return f"BLOCK_{loop.variable[1:]}"
+
+
+class RowKernel:
+    """One nest as the lines of a kernel; `whole` gives a row to a program as one tile, where it has reductions."""
+
+    def __init__(self, op: OpDef, nest: Nest, *, whole: bool) -> None:
+        self.op, self.nest, self.whole = op, nest, whole
+        self.lines: list[str] = []
+        self._operands = {operand.name: operand for operand in (*self.op.inputs, *self.op.outputs)}
+        self._values = {operand.name: f"{operand.name}Value" for operand in self.op.outputs}
+        self._text = TritonText(self._leaf)
+        self._done: set[tuple[str, str]] = set()  # loop and name of the values that are in registers already
+        self._row_names = {loop.variable for loop in self.nest.rows}
+        self._write()
+
+    @property
+    def has_reductions(self) -> bool:
+        return any(isinstance(step, Reduction) for sweep in self.nest.sweeps for step in sweep.steps)
+
+    @property
+    def loops(self) -> list[Loop]:
+        """The loops of the sweeps, each once."""
+        return list(dict.fromkeys(sweep.loop for sweep in self.nest.sweeps))
+
+    @property
+    def rows_text(self) -> str:
+        """How many rows there are: `T * N`."""
+        return " * ".join(_bracketed(size_text(loop.extent)) for loop in self.nest.rows) or "1"
+
+    # statements
+
+    def _write(self) -> None:
+        for element, operand in self.op.element_inputs.items():
+            self.lines.append(f"{element}: tl.constexpr = {operand}.dtype.element_ty")
+        self.lines += self._rows()
+        for step in self.nest.steps:
+            self._step(step)
+        text = "\n".join(self.lines)
+        self.lines = [line for line in self.lines if not _is_unused(line, text)]
+
+    def _rows(self) -> list[str]:
+        row = self.nest.rows[0].variable if len(self.nest.rows) == 1 else "iRow"
+        lines = [f"{row} = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]"]
+        lines += [f"isRow = {row} < {self.rows_text}"]
+        if len(self.nest.rows) == 1:
+            return lines
+        rest = row
+        for number, loop in reversed(list(enumerate(self.nest.rows))):
+            extent = _bracketed(size_text(loop.extent))
+            lines.append(f"{loop.variable} = {rest if number == 0 else f'{rest} % {extent}'}")
+            rest = f"{rest} // {extent}"
+        return lines
+
+    def _step(self, step: Step) -> None:
+        match step:
+            case Index(variable=variable, value=value):
+                self._row_names.add(variable)
+                self._put(f"{variable} = {tidy(f'({self._text(value)}).to(tl.int64)')}")
+            case Let(name=name, value=value):
+                self._put(f"{self._values.get(name, name)} = {tidy(self._text(value))}")
+            case Store():
+                self._store(step)
+            case Sweep():
+                self._sweep(step)
+
+    def _sweep(self, sweep: Sweep) -> None:
+        loop, block = sweep.loop, block_name(sweep.loop)
+        extent = size_text(loop.extent)
+        columns = [
+            f"{loop.variable} = {{}}tl.arange(0, {block})[None, :]",
+            f"{_inside(loop)} = {loop.variable} < {extent}",
+        ]
+        if not self.has_reductions:
+            self._put(columns[0].format(f"tl.program_id(1) * {block} + "), columns[1])
+        elif self.whole:
+            if (loop.variable, loop.variable) not in self._done:
+                self._put(columns[0].format(""), columns[1])
+            self._done.add((loop.variable, loop.variable))
+        else:
+            self._looped(sweep, columns)
+            return
+        for step in sweep.steps:
+            self._in_sweep(step, loop)
+
+    def _looped(self, sweep: Sweep, columns: list[str]) -> None:
+        """The sweep block after block; its reductions are tiles until all blocks are done."""
+        loop, outer = sweep.loop, self.lines
+        reductions = [step for step in sweep.steps if isinstance(step, Reduction)]
+        stored = {place.operand for place in _stored_before(self.nest, sweep)}
+        if any(isinstance(one, Load) and one.place.operand in stored for one in _values(sweep)):
+            self._put("tl.debug_barrier()  # what other threads of the program have stored is read again")
+        for one in reductions:
+            self._put(f"{one.name}All = tl.full([ROWS, {block_name(loop)}], {_EMPTY[one.op]}, tl.float32)")
+        self.lines, self._done = [], set()
+        self._put(columns[0].format("iBlock + "), columns[1])
+        for step in sweep.steps:
+            self._in_sweep(step, loop)
+        body, self.lines = self.lines, outer
+        self._put(
+            f"for iBlock in range(0, {size_text(loop.extent)}, {block_name(loop)}):", *(f"    {line}" for line in body)
+        )
+        for one in reductions:
+            self._put(f"{one.name} = {self._total(one, f'{one.name}All', loop)}")
+
+    def _in_sweep(self, step: InSweep, loop: Loop) -> None:
+        match step:
+            case Let(name=name, value=value):
+                if (loop.variable, name) not in self._done:
+                    self._put(f"{self._values.get(name, name)} = {tidy(self._text(value))}")
+                    self._done.add((loop.variable, name))
+            case Fold():
+                self._fold(step, loop)
+            case Reduction(name=name, op=op, value=value):
+                masked = f"tl.where({_inside(loop)}, {self._text(value)}, {_EMPTY[op]})"
+                if self.whole:
+                    self._put(f"{name} = {self._total(step, tidy(masked), loop)}")
+                else:
+                    self._put(f"{name}All = {tidy(_JOIN[op].format(f'{name}All', masked))}")
+            case Store():
+                self._store(step)
+
+    def _fold(self, fold: Fold, loop: Loop) -> None:
+        extent = size_text(fold.loop.extent)
+        joined = tidy(_JOIN[fold.op].format(fold.name, self._text(fold.value)))
+        self._put(f"{fold.name} = tl.full([ROWS, {block_name(loop)}], {_EMPTY[fold.op]}, tl.float32)")
+        self._put(f"for {fold.loop.variable} in range({extent}):", f"    {fold.name} = {joined}")
+        if fold.op == "mean":
+            self._put(f"{fold.name} = {fold.name} / {_bracketed(extent)}")
+
+    def _total(self, reduction: Reduction, text: str, loop: Loop) -> str:
+        total = f"{_ROW_FORM[reduction.op]}({text}, 1)[:, None]"
+        return f"{total} / {_bracketed(size_text(loop.extent))}" if reduction.op == "mean" else total
+
+    def _store(self, store: Store) -> None:
+        address = self._address(store.place)
+        self._put(f"tl.store({address}, {tidy(self._text(store.value))}, mask={self._mask(store.place)})")
+
+    def _put(self, *lines: str) -> None:
+        self.lines += lines
+
+    # expressions
+
+    def _leaf(self, expr: Expr) -> str:
+        if isinstance(expr, Ref):
+            return self._values.get(expr.name, expr.name)
+        assert isinstance(expr, Load), f"no Triton text for {type(expr).__name__}"
+        mask = self._mask(expr.place)
+        guarded = f", mask={mask}, other=0" if mask else ""
+        text = f"tl.load({self._address(expr.place)}{guarded})"
+        element = expr.type.element
+        return text if element in (*INTEGERS, "bool", "f32") else f"{text}.to(tl.float32)"
+
+    def _address(self, place: Place) -> str:
+        operand = self._operands[place.operand]
+        terms = [operand.name]
+        for number, at in enumerate(place.index):
+            is_last = number == len(place.index) - 1
+            text = _affine(at)
+            if text != "0":
+                terms.append(text if is_last else f"{_bracketed(text)} * {stride_name(operand, number)}")
+        return " + ".join(terms)
+
+    def _mask(self, place: Place) -> str:
+        used = {name for at in place.index for name in at.variables}
+        parts = ["isRow"] if used & self._row_names else []
+        parts += [_inside(loop) for loop in self.loops if loop.variable in used]
+        return " & ".join(parts)
+
+
+def _inside(loop: Loop) -> str:
+    return f"in{loop.variable[1:]}"
+
+
+def _affine(at: Affine) -> str:
+    parts = [] if at.offset == Size.of(0) else [size_text(at.offset)]
+    for variable, factor in at.terms:
+        parts.append(variable if factor == Size.of(1) else f"{_bracketed(size_text(factor))} * {variable}")
+    return " + ".join(parts) or "0"
+
+
+def _bracketed(text: str) -> str:
+    return text if re.fullmatch(r"\w+", text) else f"({text})"
+
+
+def _is_unused(line: str, text: str) -> bool:
+    name = line.partition(" = ")[0].partition(":")[0]
+    is_own = re.fullmatch(r"i[A-Z]\w*|[A-Z]\w*", name) is not None
+    return is_own and len(re.findall(rf"\b{name}\b", text)) == 1
+
+
+def _values(sweep: Sweep) -> Iterable[Expr]:
+    for step in sweep.steps:
+        yield from walk(step.value)
+
+
+def _stored_before(nest: Nest, sweep: Sweep) -> Sequence[Place]:
+    before = nest.sweeps[: nest.sweeps.index(sweep)]
+    return [step.place for one in before for step in one.steps if isinstance(step, Store)]

@@ -1,0 +1,35 @@
+"""Writing to places that a step's data tells, which the compute language has no word for: the paged KV store."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sageLLM.codegen.expr.size import Size
+from sageLLM.codegen.expr.tree import Binary, DimRef, Expr, Program, Ref, Statement
+from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.model.op import OpDef
+
+KV_STORE = "reference/kv_store.py.jinja"
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter(Statement):
+    """`target[index, ...] = value`: `index` tells the position along some dims of the target; the rest of it stays."""
+
+    index: tuple[tuple[Size, Expr], ...] = ()
+
+
+def kv_store_program(op: OpDef) -> Program | None:
+    """What `templates/reference/kv_store` means, as equations: slot = block * BS + offset. None for other ops."""
+    if op.reference is None or op.reference.template != KV_STORE:
+        return None
+    k, v, _, _, slots = op.inputs
+    pages, page_size = op.outputs[0].type.dims[:2]
+    slot, size = Ref(slots.type, slots.name), DimRef(ValueType("int"), page_size)
+    index = ((pages, Binary(slots.type, "//", slot, size)), (page_size, Binary(slots.type, "%", slot, size)))
+    pairs = zip(op.outputs, (k, v), strict=True)
+    return Program((), tuple(Scatter(output.name, Ref(x.type, x.name), index) for output, x in pairs))
+
+
+def is_scattered(op: OpDef, ops: Mapping[str, OpDef]) -> bool:
+    """Whether the op writes parts of its in-place outputs only, so that they have to be the inputs' memory."""
+    return kv_store_program(op) is not None or any(is_scattered(ops[call.op], ops) for call in op.fuses)

@@ -1,0 +1,77 @@
+"""Checks that what an op fills into a template is what the template has holes for."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from jinja2 import TemplateError, meta, nodes
+
+from sageLLM.codegen.diagnostics import Sink, Span, did_you_mean
+from sageLLM.codegen.load import Entry
+from sageLLM.codegen.model.op import Template
+from sageLLM.codegen.render import TEMPLATES, Renderer
+from sageLLM.codegen.schema.ops import OpSpec
+
+TRITON = "triton"
+PRODUCT = "linear"
+"""The template in templates/triton for a compute that is one product."""
+
+_OF_HOOKS = frozenset({"names", "plain", "first", "stop", "unmasked"})
+_OF_EQUATIONS = frozenset(
+    {"summary", "parameters", "arguments", "rows", "x", "w", "y", "extra", "epilogue", "elements", "shape", "dtype"}
+    | {"x_rows", "y_rows", "heads", "x_head", "w_head", "y_head"}
+)  # fmt: skip
+STANDARD = {
+    "reference": frozenset({"op", "attrs", "used", "plain"}),
+    TRITON: _OF_HOOKS | _OF_EQUATIONS | {"op", "attrs"},
+}
+"""What the generator gives to the templates of a folder: names, parameters, what follows from hooks or equations."""
+
+
+def link_triton(entry: Entry[OpSpec], sink: Sink) -> Template | None:
+    """The op's Triton template, or None if it has none, or after reporting what is wrong with it."""
+    spec = entry.spec
+    if spec.kernel is None or spec.kernel.triton is None:
+        return None
+    name, params = spec.reference or PRODUCT, spec.kernel.triton
+    filled = {name: ("triton", name) for name in params} | {name: ("hooks", name) for name in spec.kernel.hooks}
+    check_template(TRITON, name, filled, entry, entry.key_span("kernel", "triton"), sink)
+    for key, value in params.items():
+        if not 1 <= value <= 2**16:
+            sink.error("SAGE124", "a constant of a template is 1 to 2**16", entry.span("kernel", "triton", key))
+    return Template(f"{TRITON}/{name}.py.jinja", tuple(params.items()))
+
+
+def check_template(
+    folder: str, name: str, filled: Mapping[str, tuple[str, str]], entry: Entry[OpSpec], span: Span, sink: Sink
+) -> None:
+    """The template exists, and its holes are exactly what is `filled`, which tells by name the place under `kernel`."""
+    path = TEMPLATES / folder / f"{name}.py.jinja"
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not path.is_file():
+        known = [found.name.removesuffix(".py.jinja") for found in (TEMPLATES / folder).glob("[a-z]*.py.jinja")]
+        sink.error("SAGE123", f"no template '{name}' in templates/{folder}", span, did_you_mean(name, known))
+        return
+    try:
+        found = holes(path) - STANDARD[folder]
+    except TemplateError as error:
+        sink.error("SAGE123", f"the template '{name}' does not parse: {error.message}", span)
+        return
+    for hole in sorted(found - filled.keys()):
+        where = "kernel.triton or kernel.hooks" if folder == TRITON else "kernel.params or kernel.hooks"
+        message = f"the template '{name}' has the hole '{hole}', which the op does not fill"
+        sink.error("SAGE124", message, span, f"add {hole} to {where}")
+    for extra in sorted(filled.keys() - found):
+        message = f"the template '{name}' has no hole '{extra}'"
+        sink.error("SAGE124", message, entry.key_span("kernel", *filled[extra]), did_you_mean(extra, found))
+
+
+def holes(path: Path) -> set[str]:
+    """The names that a template leaves open, those of the templates that it includes among them."""
+    tree = Renderer().env.parse(path.read_text("utf-8"))
+    found = set(meta.find_undeclared_variables(tree))
+    given = {node.target.name for node in tree.find_all(nodes.AssignBlock) if isinstance(node.target, nodes.Name)}
+    given |= {node.target.name for node in tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name)}
+    for included in meta.find_referenced_templates(tree):
+        assert included is not None, f"{path.name} includes a template whose name is not written out"
+        found |= holes(TEMPLATES / included) - given
+    return found

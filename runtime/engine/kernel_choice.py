@@ -1,0 +1,36 @@
+"""Turns `LLM(kernels=...)` into what makes plans: the generated kernels of the device, or the torch references."""
+
+from pathlib import Path
+
+import torch
+
+from sageLLM.runtime.core.config import shown
+from sageLLM.runtime.engine.errors import SageError
+from sageLLM.runtime.engine.plugins import Registry
+from sageLLM.runtime.engine.trees import native_tables
+from sageLLM.runtime.execution_graph.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner
+from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
+from sageLLM.runtime.kernels.cpu.library import Library
+from sageLLM.runtime.kernels.cpu.native import NativeRunner
+
+
+def choose_planner(choice: str, registry: Registry, device: torch.device, dtype: str) -> Planner:
+    """`auto` is what fits the device. SageError for a choice that is unknown or does not fit."""
+    if choice not in KERNEL_CHOICES:
+        raise SageError(f"kernels is {shown(choice)}; use {', '.join(KERNEL_CHOICES)}")
+    if choice == "triton":
+        raise SageError("kernels is 'triton', and no Triton kernels are generated yet; use auto")
+    if choice == "cpu" and device.type != "cpu":
+        raise SageError(f"kernels is 'cpu' and device is {device.type!r}; use auto")
+    if choice == "reference" or device.type != "cpu":
+        return TorchPlanner(registry.kernels)
+    return NativePlanner(lambda: make_runner(registry), registry.kernels, dtype)
+
+
+def make_runner(registry: Registry) -> NativeRunner:
+    """The native kernels of the package and of plugins. Raises CompileError if there is no compiler."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise CompileError("there is no C++ compiler; install g++ or clang++, or name one in CXX")
+    tables = native_tables(registry.packages)
+    return NativeRunner([Library(kernels, Path(folder), compiler) for folder, kernels in tables], compiler)

@@ -1,0 +1,48 @@
+"""The native functions of a process: generated kernels and the step runner, built with the machine's compiler."""
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.kernels.cpu.compiler import Compiler, build
+from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library
+
+RUNNER = Path(__file__).parent / "runner.cpp"
+
+
+class NativeRunner:
+    """What `NativePlan` needs: addresses of kernels, and the function that calls them one after another."""
+
+    def __init__(self, libraries: Sequence[Library], compiler: Compiler) -> None:
+        """The libraries, of the package and then of plugins, have no op in common. Raises CompileError."""
+        self.library = libraries[0]
+        self._homes = {op: library for library in libraries for op in library.kernels}
+        self.kernels: Mapping[str, NativeKernel] = {op: home.kernels[op] for op, home in self._homes.items()}
+        own = ctypes.CDLL(str(build(RUNNER, ELEMENTS[0], compiler)))
+        self._run = own.sage_run
+        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64), None
+        self.copy_address = ctypes.cast(own.sage_gather_rows, ctypes.c_void_p).value or 0
+
+    def prepare(self, ops: Iterable[str], element: str) -> None:
+        """Builds what the ops need, several files at a time. Raises CompileError."""
+        if element not in ELEMENTS:
+            return
+        wanted: dict[int, tuple[Library, list[str]]] = {}
+        for op in ops:
+            if (home := self._homes.get(op)) is not None:
+                wanted.setdefault(id(home), (home, []))[1].append(op)
+        for home, own in wanted.values():
+            home.prepare(own, element)
+
+    def why_not(self, op: str, element: str | None) -> str | None:
+        """Why the op has no function for an element type, or None."""
+        return None if element is None or element in ELEMENTS else f"no kernel is compiled for {element}"
+
+    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
+        """Where the op's function lies, or the one that reads its table packed. May raise CompileError."""
+        return self._homes[op].address(op, element or ELEMENTS[0], unpacks=unpacks)
+
+    def run(self, calls: int, num_calls: int) -> None:
+        """Makes the calls that lie at this address."""
+        self._run(calls, num_calls)

@@ -1,0 +1,40 @@
+// Runs a step: every kernel of a plan in turn, without a way back to Python in between.
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+using Kernel = void (*)(void* const* tensors, const int64_t* sizes, const double* attrs);
+
+struct Call {
+    Kernel kernel;
+    void* const* tensors;
+    const int64_t* sizes;
+    const double* attrs;
+};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) void sage_run(const Call* calls, int64_t num_calls) {
+    for (int64_t i = 0; i < num_calls; ++i) calls[i].kernel(calls[i].tensors, calls[i].sizes, calls[i].attrs);
+}
+
+// Copies a tensor of up to four dims to contiguous memory. Sizes: bytes of an element, the dims, their strides.
+extern "C" __attribute__((visibility("default"))) void sage_gather_rows(
+    void* const* tensors, const int64_t* sizes, const double*) {
+    const int64_t width = sizes[0];
+    const int64_t *dims = sizes + 1, *strides = sizes + 5;
+    const char* source = static_cast<const char*>(tensors[0]);
+    char* target = static_cast<char*>(tensors[1]);
+    for (int64_t a = 0; a < dims[0]; ++a)
+        for (int64_t b = 0; b < dims[1]; ++b)
+            for (int64_t c = 0; c < dims[2]; ++c) {
+                const char* row = source + (a * strides[0] + b * strides[1] + c * strides[2]) * width;
+                if (strides[3] == 1) {
+                    std::memcpy(target, row, dims[3] * width);
+                    target += dims[3] * width;
+                    continue;
+                }
+                for (int64_t d = 0; d < dims[3]; ++d, target += width) std::memcpy(target, row + d * strides[3] * width, width);
+            }
+}

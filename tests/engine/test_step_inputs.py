@@ -1,0 +1,65 @@
+"""The inputs kept from step to step are those that would be made afresh, whoever joins, leaves or is preempted."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs, chunk_tokens
+from sageLLM.runtime.scheduler.base import Batch, Chunk
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
+BLOCK_SIZE = 4
+
+
+def plain_inputs(chunks: Sequence[Chunk]) -> dict[str, list[int]]:
+    """The columns of a step, token by token."""
+    made: dict[str, list[int]] = {name: [] for name in ("ids", "pos", "slots", "seq_lens")}
+    made["q_start"] = [0]
+    for chunk in chunks:
+        positions = range(chunk.start, chunk.start + chunk.num_tokens)
+        made["ids"] += chunk_tokens(chunk)
+        made["pos"] += positions
+        blocks = chunk.request.kv_block_ids
+        made["slots"] += [blocks[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for t in positions]
+        made["seq_lens"].append(positions.stop)
+        made["q_start"].append(len(made["ids"]))
+    return made
+
+
+class Checked:
+    """A worker's StepInputs, compared with plain ones at every step."""
+
+    def __init__(self, inputs: StepInputs) -> None:
+        self.inputs, self.num_steps = inputs, 0
+
+    def make(self, decodes: Batch | None, chunks: Sequence[Chunk], rows: Sequence[int]) -> Inputs:
+        made = self.inputs.make(decodes, chunks, rows)
+        together = [*(decodes.chunks if decodes else ()), *chunks]
+        for name, column in plain_inputs(together).items():
+            tensor = made[name]
+            assert tensor is not None and tensor.tolist() == column, name
+        assert made["rows"] is not None and made["rows"].tolist() == list(rows)
+        table = made["block_table"]
+        assert table is not None and len(table) == len(together)
+        for row, chunk in zip(table.tolist(), together, strict=True):
+            used = -(-(chunk.start + chunk.num_tokens) // BLOCK_SIZE)
+            assert row[:used] == chunk.request.kv_block_ids[:used]
+        self.num_steps += 1
+        return made
+
+
+@pytest.mark.parametrize("mode", ["time_share", "hybrid", "strict"])
+def test_kept_inputs_are_those_made_afresh(mode: str) -> None:
+    config = PDSchedulerConfig(mode=mode, max_prefill_tokens=24, prefill_chunk_size=8, max_decode_batch_size=6)
+    llm = LLM(MODEL, scheduler=config, block_size=BLOCK_SIZE, num_kv_blocks=40, max_model_len=96, skip_tokenizer=True)
+    workers = {id(worker): worker for worker in (llm.engine.prefiller, llm.engine.decoder)}.values()
+    checks = [Checked(worker.step_inputs) for worker in workers]
+    for worker, check in zip(workers, checks, strict=True):
+        worker.step_inputs = check
+    prompts = [[10 + i + t for t in range(3 + 5 * i)] for i in (*range(8), 12)]
+    params = [SamplingParams(max_tokens=9 + 4 * i, n=2 if i % 3 == 0 else 1, ignore_eos=True) for i in range(9)]
+    outputs = llm.generate(prompts, params)
+    assert all(len(answer.token_ids) for output in outputs for answer in output.outputs)
+    assert sum(check.num_steps for check in checks) > 20

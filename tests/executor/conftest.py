@@ -1,0 +1,78 @@
+"""A layout's tiny model with random weights, its KV pool, and steps to run."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.layout import ModelLayout, Stage
+from sageLLM.runtime.engine.kv_pool import KVPool
+from sageLLM.runtime.engine.plugins import Registry, load_registry
+from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs
+from sageLLM.runtime.engine.tables import make_tables
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.scheduler.base import Chunk, Request
+from sageLLM.runtime.scheduler.batch import DecodeStepBatch
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
+BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 4, 12, 48
+
+
+@dataclass
+class TinyModel:
+    """`bound()` gives the same random weights and caches each time, the caches in memory of their own."""
+
+    layout: ModelLayout
+    config: Any
+    dtype: str
+    pipeline: Pipeline
+    weights: dict[str, Tensor]
+
+    def bound(self) -> dict[str, Tensor]:
+        dtype = DTYPES[self.dtype]
+        pool = KVPool(self.config.L, NUM_BLOCKS, BLOCK_SIZE, self.layout.cache(self.config), dtype, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(1)
+        for _, keys, values in pool.layers():
+            keys.copy_(torch.randn(keys.shape, generator=generator))
+            if not pool.shape.is_shared:
+                values.copy_(torch.randn(values.shape, generator=generator))
+        return {**self.weights, **make_tables(self.config, MAX_LEN), **pool.named_tensors()}
+
+    def steps(self) -> Iterator[tuple[Stage, Inputs]]:
+        """Steps of all stages, larger and smaller ones, each to be run before the next is asked for."""
+        inputs = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, torch.device("cpu"))
+        one = Request("one", [5, 6, 7, 8, 9], kv_block_ids=[2, 3, 11], output_token_ids=[3])
+        two = Request("two", [*range(1, 10)], kv_block_ids=[0, 1, 4])
+        three = Request("three", [*range(20, 45)], kv_block_ids=[5, 6, 7, 8, 9, 10, 2])
+        yield "prefill", inputs.make(None, [Chunk(two, 0, 5, False)], [])
+        yield "prefill", inputs.make(None, [Chunk(two, 5, 4, True), Chunk(three, 0, 25, True)], [3, 28])
+        yield "decode", inputs.make(DecodeStepBatch(0, [one], [5], 0), [], [0])
+        both = DecodeStepBatch(0, [one, three], [5, 24], 0)
+        yield "decode", inputs.make(both, [], [0, 1])
+        yield "hybrid", inputs.make(both, [Chunk(two, 2, 7, True)], [0, 1, 8])
+        yield "decode", inputs.make(DecodeStepBatch(0, [one], [5], 1), [], [0])
+
+
+MakeTiny = Callable[[ModelLayout, str], TinyModel]
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> MakeTiny:
+    """make_tiny(layout, "f32") -> the layout's tiny model."""
+    registry = load_registry()
+    return lambda layout, dtype: _tiny(layout, dtype, registry)
+
+
+def _tiny(layout: ModelLayout, dtype: str, registry: Registry) -> TinyModel:
+    config = layout.read_config(HFConfig(layout.tiny, layout.name))
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, Tensor] = {}
+    for spec in layout.weights(config):
+        noise = torch.randn(spec.shape, generator=generator)
+        made = noise * spec.shape[-1] ** -0.5 if len(spec.shape) > 1 else 1 + 0.3 * noise
+        weights[spec.name] = made.to(DTYPES[dtype]) if spec.tied_to is None else weights[spec.tied_to]
+    return TinyModel(layout, config, dtype, Pipeline(layout, config, registry, dtype=dtype), weights)

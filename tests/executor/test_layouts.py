@@ -1,0 +1,79 @@
+"""Native plans of every layout give what the plan in Python gives: its places, its memory, and its kernels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sageLLM.generated.builders import MODELS
+from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.engine.kernel_choice import make_runner
+from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.execution_graph.executor import Plan
+from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.kernels.cpu.compiler import find_compiler
+from sageLLM.runtime.kernels.cpu.plan import NativePlan, Runner
+
+REGISTRY = load_registry()
+LAYOUTS = [name for name, layout in MODELS.items() if layout.generates]
+TOLERANCES = {"f32": 2e-5, "bf16": 4e-2}
+
+
+class NoKernels:
+    """Native functions of which there are none: every node runs in Python."""
+
+    kernels: Mapping[str, NativeKernel] = {}
+    copy_address = 0
+    library = None
+
+    def why_not(self, op: str, element: str | None) -> str | None:
+        raise AssertionError("asked only about kernels that are there")
+
+    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
+        raise AssertionError("asked only about kernels that are there")
+
+    def run(self, calls: int, num_calls: int) -> None:
+        raise AssertionError("there is nothing to run")
+
+
+def both_ways(tiny: Any, runner: Runner) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The outputs and caches after every step, of the native plans and of those in Python."""
+    bound, expected = tiny.bound(), tiny.bound()
+    arena, natives, plains, found = Arena(), {}, {}, []
+    for stage, inputs in tiny.steps():
+        graph = tiny.pipeline.kernel_graph(stage)
+        if stage not in natives:
+            natives[stage] = NativePlan(graph, runner, REGISTRY.kernels, bound, arena, poison=True)
+            plains[stage] = Plan(graph, REGISTRY.kernels, expected)
+        caches = [name for name in bound if name.endswith("_cache")]
+        wanted = [*plains[stage].run(inputs), *(expected[name].clone() for name in caches)]
+        found.append(
+            ([*(x.clone() for x in natives[stage].run(inputs)), *(bound[name].clone() for name in caches)], wanted)
+        )
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_places_and_memory(name: str, dtype: str, make_tiny: Any) -> None:
+    """With the same kernels the results are the same to the bit, though memory is shared and poisoned."""
+    with torch.inference_mode():
+        for found, wanted in both_ways(make_tiny(MODELS[name], dtype), NoKernels()):
+            assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_native_kernels(name: str, dtype: str, make_tiny: Any) -> None:
+    bound = TOLERANCES[dtype]
+    with torch.inference_mode():
+        for found, wanted in both_ways(make_tiny(MODELS[name], dtype), make_runner(REGISTRY)):
+            (logits, tokens, *caches), (logits_wanted, tokens_wanted, *caches_wanted) = found, wanted
+            for x, y in zip([logits, *caches], [logits_wanted, *caches_wanted], strict=True):
+                largest = float(y.abs().max()) if y.numel() else 0.0
+                torch.testing.assert_close(x, y, rtol=bound, atol=bound * largest)
+            if dtype == "f32":
+                assert torch.equal(tokens, tokens_wanted)
