@@ -23,8 +23,9 @@ from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sentence_transformers import read_recipe
 from sageLLM.runtime.engine.tokenizer import Tokenizer
 from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
-from sageLLM.runtime.execution_graph.pipeline import ALL, Pipeline
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
 from sageLLM.runtime.execution_graph.planner import KernelChoice, KernelStats
+from sageLLM.runtime.execution_graph.rewriting import ALL
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig

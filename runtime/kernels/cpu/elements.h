@@ -40,7 +40,13 @@ inline Floats lanes(float value) { return Floats{} + value; }
 
 // bf16: the upper half of a float32
 
-inline Floats widened(Halves bits, bf16) { return bits_of<Floats>(__builtin_convertvector(bits, Bits) << 16); }
+#if defined(__AVX512F__)
+inline Bits spread(Halves bits) { return (Bits)_mm512_cvtepu16_epi32((__m256i)bits); }
+#else
+inline Bits spread(Halves bits) { return __builtin_convertvector(bits, Bits); }
+#endif
+
+inline Floats widened(Halves bits, bf16) { return bits_of<Floats>(spread(bits) << 16); }
 
 inline Halves narrowed(Floats value, bf16) {
     Bits bits = bits_of<Bits>(value);

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from sageLLM.runtime.core.dims import Dim, evaluate
 from sageLLM.runtime.core.ir import ExecutionNode, Inference, OpNode, TensorRef
-from sageLLM.runtime.core.kernels import Part
+from sageLLM.runtime.core.kernels import Part, stride_names
 from sageLLM.runtime.core.types import TypePattern
 
 
@@ -100,8 +100,7 @@ def part_place(node: OpNode, inference: Inference, part: Part, ref: TensorRef, b
     rows = row_strides(pattern, base)
     if rows is None:
         return None
-    names = [f"{part.base}_{'R' if dim is ... else dim}" for dim in pattern.dims[:-1]]
-    env = {**inference.env, **dict(zip(names, rows, strict=True))}
+    env = {**inference.env, **dict(zip(stride_names(part.base, pattern), rows, strict=True))}
     if any(evaluate(a, env) != evaluate(b, env) for a, b in part.where):
         return None
     strides = tuple(evaluate(stride, env) for stride in part.strides)
