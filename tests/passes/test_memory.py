@@ -25,12 +25,14 @@ from sageLLM.runtime.core.passes.events import plan_events
 from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes
 from sageLLM.runtime.core.passes.memory import MemoryPlan, find_beside, place, plan_buffers, plan_memory
 from sageLLM.runtime.core.text import to_text
+from sageLLM.runtime.execution_graph.numerics import SIZES as STEP
+from sageLLM.runtime.execution_graph.numerics import step_tensors as step_of
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
 
 from .conftest import block_graphs, made
 from .op_graphs import Arena, op_graphs, random_order, random_values, run, same_bits
 from .test_engines import graph_of, node
-from .test_expect import CASES, REGISTRY, STEP, pipeline_of, step_of
+from .test_expect import CASES, REGISTRY, pipeline_of
 
 SIZES = [{**STEP, "T": rows, "Td": rows // 3, "Tp": rows - rows // 3, "B": 3, "S": 3} for rows in (3, 37, 512)]
 RUN = ["bert", "deepseek_v2", "gemma2", "gpt2", "gpt_oss", "llama", "phi", "qwen2_moe", "qwen3"]
