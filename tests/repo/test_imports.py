@@ -191,5 +191,13 @@ def test_what_loads_with_a_layer(folders: str, unwanted: str) -> None:
     assert done.stdout.split() == []
 
 
+def test_what_generate_loads_has_no_torch() -> None:
+    """`sagellm generate` counts how often rules fire, in graphs that need no torch."""
+    code = "import sys, sageLLM.runtime.execution_graph.expectations; print('torch' in sys.modules)"
+    environ = os.environ | {"PYTHONPATH": str(ROOT / "_dev")}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_runtime_package_root_stays_empty() -> None:
     assert (ROOT / "runtime/__init__.py").read_bytes() == b"", "an import here closes the circle generated -> runtime"
