@@ -79,7 +79,7 @@ def run_once(graph: ExecutionGraph, kernels: Mapping[str, Kernel]) -> dict[str, 
 
 def inputs_of(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
     """A value for every weight and input of a small step, apart from what only sampling takes."""
-    return _random_values(graph) | step_tensors(graph.stage or "prefill")
+    return _random_values(graph) | _step(graph.stage or "prefill")
 
 
 def _random_values(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def _is_of_sampling(ref: TensorRef, graph: ExecutionGraph) -> bool:
     return bool(users) and all(user.op == "sample" for user in users)
 
 
-def step_tensors(stage: Stage) -> dict[str, torch.Tensor]:
+def _step(stage: Stage) -> dict[str, torch.Tensor]:
     """The inputs that are not random: ids, positions, slots, and the tables of a step of two sequences."""
     lengths = LENGTHS[stage]
     starts = [0, lengths[0], sum(lengths)]
