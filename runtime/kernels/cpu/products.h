@@ -70,7 +70,8 @@ inline void multiply_prepared(const Way<Element>& way, const Tuning& tuning, con
     for (int64_t from = columns.first; from < columns.last; from += chunk) {
         const int64_t to = smaller(from + chunk, columns.last), next = smaller(to + chunk, columns.last) - to;
         const int64_t blocks = heights * ((to - from + wide - 1) / wide);
-        Ahead ahead = {(const char*)(factors.w + to * factors.column_size()), (next * size / 64 + blocks * steps - 1) / (blocks * steps)};
+        const int64_t lines = (next * size / 64 + blocks * steps - 1) / (blocks * steps);
+        Ahead ahead = {(const char*)(factors.w + to * factors.column_size()), lines};
         for (int64_t h = 0; h < heights; ++h) {
             const Range part = share(rows.count(), way.row_step, h, heights);
             for (int64_t column = from; column < to; column += wide) {
