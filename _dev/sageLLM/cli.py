@@ -127,7 +127,14 @@ def graph(
     why_not: Annotated[
         tuple[str, str] | None, typer.Option(metavar="RULE NODE", help="Say why a rule did not fire at a node.")
     ] = None,
-    format: Annotated[Literal["text", "json", "dot", "mermaid", "html"], typer.Option(help="How to print.")] = "text",
+    format: Annotated[
+        Literal["text", "json", "dot", "mermaid", "html", "trace"],
+        typer.Option(help="html is a page with every pass of every stage, trace is for Perfetto."),
+    ] = "text",
+    hardware: Annotated[str, typer.Option(help="A device of specs/hardware, for estimated times.")] = "h100",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="In a trace, measured times beside the estimates.")
+    ] = False,
     plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
 ) -> None:
     """Print a model's execution graph, and what its passes do to it."""
@@ -147,6 +154,8 @@ def graph(
         bisect,
         why_not,
         format,
+        hardware,
+        measure,
         plugins or [],
     )
     raise typer.Exit(show_graph(request))

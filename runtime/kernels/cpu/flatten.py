@@ -52,8 +52,8 @@ class PythonCall:
 class Flattened:
     """What a plan runs: `steps` are runs of native calls (first, end) and Python calls, in order.
 
-    `made` names the values that each native call, and each Python call's step, makes in memory of their own; `extra`
-    holds those that the graph's memory plan does not place.
+    For each native call, `ops` has its name, and `made` the values that it makes in memory of their own. `extra` holds
+    the values that the graph's memory plan does not place.
     """
 
     calls: CallList = field(default_factory=CallList)
@@ -61,6 +61,7 @@ class Flattened:
     places: dict[str, Place] = field(default_factory=dict)
     extra: dict[str, Place] = field(default_factory=dict)
     made: list[tuple[Place, ...]] = field(default_factory=list)
+    ops: list[str] = field(default_factory=list)
 
     @property
     def python_calls(self) -> list[PythonCall]:
@@ -149,7 +150,7 @@ class _Flattener:
             sizes += strides
         attrs = [number(node.attr_types[name], inference.attrs[name]) for name in node.attr_types]
         function = self._functions.address(node.op, _element(kernel, inference), unpacks=unpacks)
-        self._append(function, [*operands, *outputs], sizes, attrs, _fresh(node.outputs, outputs))
+        self._append(node.op, function, [*operands, *outputs], sizes, attrs, _fresh(node.outputs, outputs))
 
     def _add_python(
         self, position: int, node: OpNode, inference: Inference, reason: str, *, updates: bool | None
@@ -188,7 +189,7 @@ class _Flattener:
         self._out.extra[target.base] = target
         missing = MAX_COPY_DIMS - len(place.shape)
         sizes = [DTYPES[place.dtype], *(1,) * missing, *place.shape, *(0,) * missing, *place.strides]
-        self._append(self._functions.copy_address, [place, target], sizes, [], (target,))
+        self._append("copy", self._functions.copy_address, [place, target], sizes, [], (target,))
         return target
 
     def _place_outputs(self, position: int, node: OpNode, *, updates: bool | None) -> list[Place]:
@@ -217,6 +218,7 @@ class _Flattener:
 
     def _append(
         self,
+        op: str,
         function: int,
         tensors: Sequence[Place | None],
         sizes: Sequence[Dim],
@@ -224,6 +226,7 @@ class _Flattener:
         made: tuple[Place, ...],
     ) -> None:
         self._out.calls.add(function, tensors, sizes, attrs)
+        self._out.ops.append(op)
         self._out.made.append(made)
         steps, end = self._out.steps, len(self._out.calls)
         if steps and isinstance(steps[-1], range):

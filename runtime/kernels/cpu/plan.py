@@ -7,6 +7,7 @@ An op that has no native kernel is called in Python between two runs of native c
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -97,6 +98,21 @@ class NativePlan:
         for step in self._steps:
             step()
         return self._outputs
+
+    def time_ops(self, inputs: Inputs) -> dict[str, float]:
+        """Runs the step call by call; the seconds that each op took, all its calls together."""
+        self.run(inputs)
+        seconds: dict[str, float] = {}
+        for step, calls in zip(self._flat.steps, self._steps, strict=True):
+            timed = [(step.node.op, calls)] if isinstance(step, PythonCall) else self._single_calls(step)
+            for op, call in timed:
+                start = perf_counter()
+                call()
+                seconds[op] = seconds.get(op, 0.0) + perf_counter() - start
+        return seconds
+
+    def _single_calls(self, calls: range) -> list[tuple[str, Callable[[], None]]]:
+        return [(self._flat.ops[i], self._native_step(i, 1)) for i in calls]
 
     def _inputs(self) -> Iterator[tuple[str, Place]]:
         """The places of inputs; a bound tensor's are its own strides."""
