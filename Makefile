@@ -16,7 +16,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: sanitize fuzz-scheduler help setup run test generate accept lint types drift explain graph bench clean
+.PHONY: aot sanitize fuzz-scheduler help setup run test generate accept lint types drift explain graph bench clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ sanitize: $(TEST_READY) ## Run the CPU kernels' tests on builds that check addre
 SEEDS ?= 0:1000000
 fuzz-scheduler: $(TEST_READY) ## Play random schedules SEEDS=FROM:TO (a million of them); a failing one replays by its seed
 	PYTHONPATH=_dev $(BIN)/python tests/scheduler/fuzz.py --seeds $(SEEDS) --jobs $(JOBS)
+
+aot: $(TEST_READY) ## Compile all GPU kernels for all targets, without a GPU; SAGELLM_ACCEPT=1 takes over what they need
+	SAGELLM_AOT=all $(PYTEST) tests/kernels/triton/test_compile_ahead.py
 
 drift: $(RUN_READY) ## Fail if generated/ is not what specs/ and templates/ give
 	$(BIN)/sagellm generate --check

@@ -322,7 +322,9 @@ CODES: dict[str, CodeInfo] = {
         "to one that reads it. So every line has a value in common with lines that lead to the last one.",
     ),
     "SAGE313": CodeInfo(
-        "rule never fires", "Another rule has the same pattern and the same or more benefit, so it is tried first."
+        "rule never fires",
+        "Wherever its pattern stands, another rule that is tried before it takes a part of it. Rules are tried in the "
+        "order of their passes, then of their benefit, then as written; nodes are visited in the order of the graph.",
     ),
     "SAGE314": CodeInfo(
         "rewriting may never end", "Rules that do not shrink the graph put in what each other look for, in a circle."
@@ -337,6 +339,16 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE318": CodeInfo("unknown pass", "`after` and `before` name passes."),
     "SAGE319": CodeInfo("passes in a circle", "`after` and `before` must leave an order in which the passes can run."),
+    "SAGE320": CodeInfo(
+        "types that do not go together",
+        "A value of a rule has another number of dims, or another element type, in one line than in the lines before: "
+        "no graph has such a value.",
+    ),
+    "SAGE321": CodeInfo(
+        "not a condition of a rule",
+        "A `where` of a rule compares numbers, texts and attrs that the pattern names. Of a value one may ask "
+        "`bytes(x)`, `size(x, 0)`, `rank(x)` and `dtype(x)`.",
+    ),
     "SAGE331": CodeInfo(
         "op does not fit the pass",
         "A pass that cuts, joins or moves values puts ops into the graph: one that joins rows, one that gives the "

@@ -1,7 +1,7 @@
 """Tells everything known of a name: an op, a model, a pass, a rule, an error code, or a line of generated code."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.codes import CODES
@@ -26,17 +26,20 @@ def explain(name: str, specs: Specs, out: Path) -> str:
     for kind, table in (("op", specs.ops), ("model", specs.models)):
         if name in table:
             entry = table[name].entry
-            return f"{kind} {name}, {entry.key_span()}\n\n{_doc_of(entry.ref, specs)}\n{_made_from(entry.ref, outputs)}"
-    for one in specs.passes.values():
-        if name == one.name:
-            return _explain_pass(one, outputs)
-        for rule in one.rules:
-            if name == rule.name:
-                return _explain_rule(rule, one)
+            text = f"{kind} {name}, {entry.key_span()}\n\n{_doc_of(entry.ref, specs)}\n{_made_from(entry.ref, outputs)}"
+            return "\n\n".join([text, *_rules_named(name, specs)])
+    if name in specs.passes:
+        return _explain_pass(specs.passes[name], outputs)
+    if rules := _rules_named(name, specs):
+        return "\n\n".join(rules)
     if name in specs.hardware:
         entry_of_device = specs.hardware[name]
         return f"device {name}, {entry_of_device.key_span('hardware')}\n\n{entry_of_device.spec.summary}"
     raise LookupError(_unknown(name, specs))
+
+
+def _rules_named(name: str, specs: Specs) -> list[str]:
+    return [_explain_rule(rule, one) for one in specs.passes.values() for rule in one.rules if rule.name == name]
 
 
 def _unknown(name: str, specs: Specs) -> str:
@@ -75,7 +78,20 @@ def _explain_rule(rule: RuleDef, one: PassDef) -> str:
     lines = [f"rule {rule.name} of pass {one.name}, {one.entry.span(*rule.path)}", ""]
     lines += [f"  {call}" for call in rule.pattern] + ["becomes"] + [f"  {call}" for call in rule.replacement]
     lines += ["", f"kept for other readers: {', '.join(rule.keep) or 'nothing'}; benefit {rule.benefit}"]
-    return "\n".join(lines)
+    if rule.optional:
+        lines.append(f"may be absent: {', '.join(sorted(rule.optional))}")
+    lines += [f"only where {condition.text}" for condition in rule.where]
+    for call in rule.replacement:
+        operands = ", ".join(f"{operand.name}: {operand.type}" for operand in call.op.inputs)
+        lines.append(f"only where {call.op.name} takes the operands: {operands}")
+        lines += [f"only where {call.op.name} is defined: {condition.text}" for condition in call.op.where]
+    if rule.bounded is not None:
+        lines.append(f"at most {rule.bounded} times in a graph")
+    lines += [f"the rules of {one.name} fire in {model}: {one.spec.expect[model]}" for model in one.expect]
+    stem = PurePosixPath(one.entry.doc.file).stem
+    lines += ["", f"code: generated/passes/{stem}.py, {rule.name}"]
+    lines.append(f"test: generated/tests/test_rules_{stem}.py, test_{rule.name}")
+    return "\n".join([*lines, f"no match? sagellm graph MODEL --why-not {rule.name} NODE"])
 
 
 def _explain_line(path: Path, line: int, specs: Specs, out: Path) -> str:

@@ -31,14 +31,15 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         key = repr((family, seed, max_shard_size, sorted(config.items(), key=repr)))
         if key not in made:
             folder = tmp_path_factory.mktemp(family.lower())
-            _save_random_model(folder, family, seed, max_shard_size, SMALL | config)
+            save_random_model(folder, family, seed, max_shard_size, SMALL | config)
             made[key] = folder
         return made[key]
 
     return make
 
 
-def _save_random_model(folder: Path, family: str, seed: int, max_shard_size: str, config: dict[str, Any]) -> None:
+def save_random_model(folder: Path, family: str, seed: int, max_shard_size: str, config: dict[str, Any]) -> None:
+    """Saves a model of transformers of the family `Llama`, or bare as `LlamaModel`, all of whose numbers are drawn."""
     import torch
     import transformers
 
@@ -51,7 +52,8 @@ def _save_random_model(folder: Path, family: str, seed: int, max_shard_size: str
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *buffers]:
             noise = torch.randn(parameter.shape, generator=generator)
-            centre = 1.0 if "norm" in name or ".ln_" in name else 0.0
-            scale = 0.2 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            owner = name.split(".")[-2:][0]
+            centre = 1.0 if "norm" in owner or owner.startswith("ln_") else 0.0
+            scale = 0.2 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
             parameter.copy_(centre + scale * noise)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -16,6 +16,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Specs = Annotated[
     list[Path] | None, typer.Option("--specs", help="An overlay spec folder; may be given several times.")
 ]
+Kernels = Annotated[
+    Literal["auto", "reference", "cpu", "triton"],
+    typer.Option(help="What runs: the device's generated kernels, or the torch references."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -80,11 +84,21 @@ def new(
 
 @app.command()
 def explain(
-    name: Annotated[str, typer.Argument(help="An op, model, pass, rule, error code, or generated file:line.")],
+    name: Annotated[
+        str, typer.Argument(help="An op, model, pass, rule, error code, generated file:line, or model:node.")
+    ],
+    stage: Annotated[
+        Literal["prefill", "decode", "hybrid"], typer.Option(help="In which graph a node is looked for.")
+    ] = "decode",
     specs: Specs = None,
     out: Annotated[Path | None, typer.Option(help="The generated tree that file:line refers to.")] = None,
 ) -> None:
-    """Tell everything known of an op, model, pass, rule, error code or line of generated code."""
+    """Tell everything known of an op, model, pass, rule, error code, line of generated code or node of a graph."""
+    model, _, node = name.partition(":")
+    if model.isidentifier() and node and not node.isdigit():
+        from sageLLM.runtime.execution_graph.commands import show_node
+
+        raise typer.Exit(show_node(model, stage, node))
     from sageLLM.codegen.commands import explain_name
 
     raise typer.Exit(explain_name(name, specs or [], out))
@@ -92,22 +106,58 @@ def explain(
 
 @app.command()
 def graph(
-    model: Annotated[str, typer.Argument(help="A model layout (its tiny config), or a checkpoint folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A model layout (its tiny config), a checkpoint folder, or a graph in a .txt file.")
+    ],
     stage: Annotated[
         Literal["prefill", "decode", "hybrid"] | None,
         typer.Option(help="Which graph (default: decode if there is one)."),
     ] = None,
     level: Annotated[Literal["block", "kernel"], typer.Option(help="Before or after expansion.")] = "kernel",
-    passes: Annotated[str | None, typer.Option(help="Only these passes, by commas; '' for none.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only these passes and rules, by commas; '' for none.")] = None,
+    disable: Annotated[str, typer.Option(help="Leave these passes and rules out, by commas.")] = "",
+    rewrite_limit: Annotated[int | None, typer.Option(min=0, help="Stop after so many rewrites.")] = None,
     print_ir_after: Annotated[str | None, typer.Option(help="Print the graph after this pass, or after 'all'.")] = None,
     diff: Annotated[bool, typer.Option("--diff", help="Show what the passes changed, line by line.")] = False,
-    format: Annotated[Literal["text", "json", "dot", "mermaid", "html"], typer.Option(help="How to print.")] = "text",
+    stats: Annotated[bool, typer.Option("--stats", help="Count what each rule did, and why it did not.")] = False,
+    verify_numerics: Annotated[
+        bool, typer.Option("--verify-numerics", help="Run the graph in float64 between passes; exit 1 if one differs.")
+    ] = False,
+    bisect: Annotated[bool, typer.Option("--bisect", help="Find the first rewrite that changes a result.")] = False,
+    why_not: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="RULE NODE", help="Say why a rule did not fire at a node.")
+    ] = None,
+    format: Annotated[
+        Literal["text", "json", "dot", "mermaid", "html", "trace"],
+        typer.Option(help="html is a page with every pass of every stage, trace is for Perfetto."),
+    ] = "text",
+    hardware: Annotated[str, typer.Option(help="A device of specs/hardware, for estimated times.")] = "h100",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="In a trace, measured times beside the estimates.")
+    ] = False,
     plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
 ) -> None:
-    """Print a model's execution graph."""
+    """Print a model's execution graph, and what its passes do to it."""
     from sageLLM.runtime.execution_graph.commands import GraphRequest, show_graph
 
-    request = GraphRequest(model, stage, level, passes, print_ir_after, diff, format, plugins or [])
+    request = GraphRequest(
+        model,
+        stage,
+        level,
+        only,
+        disable,
+        rewrite_limit,
+        print_ir_after,
+        diff,
+        stats,
+        verify_numerics,
+        bisect,
+        why_not,
+        format,
+        hardware,
+        measure,
+        plugins or [],
+    )
     raise typer.Exit(show_graph(request))
 
 
@@ -122,6 +172,7 @@ def run(
         Literal["strict", "time_share", "hybrid", "auto"], typer.Option(help="How prefill and decode share.")
     ] = "hybrid",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    kernels: Kernels = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
     plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
     json: Json = False,
@@ -130,7 +181,7 @@ def run(
     from sageLLM.runtime.engine.commands import RunRequest, run_prompts
 
     request = RunRequest(
-        model, prompt, max_tokens, temperature, seed, pd, dtype, max_model_len, plugins or [], as_json=json
+        model, prompt, max_tokens, temperature, seed, pd, dtype, kernels, max_model_len, plugins or [], as_json=json
     )
     raise typer.Exit(run_prompts(request))
 
@@ -207,13 +258,14 @@ def embed(
     ] = None,
     normalize: Annotated[bool | None, typer.Option(help="Divide by the length, so that products are cosines.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    kernels: Kernels = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest text, in tokens.")] = None,
     plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
 ) -> None:
     """Print the embeddings of texts, a JSON line each."""
     from sageLLM.runtime.engine.commands import EmbedRequest, embed_prompts
 
-    request = EmbedRequest(model, prompt, pooling, normalize, dtype, max_model_len, plugins or [])
+    request = EmbedRequest(model, prompt, pooling, normalize, dtype, kernels, max_model_len, plugins or [])
     raise typer.Exit(embed_prompts(request))
 
 

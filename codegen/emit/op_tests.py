@@ -27,6 +27,9 @@ def emit_op_tests(specs: Specs, renderer: Renderer) -> list[Output]:
     own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry) and op.cases]
     outputs = [_module(ops, specs, renderer) for ops in by_stem(own).values()]
     if not specs.is_overlay:
+        tests = [TestView(op, test_attrs(op), index_limits(op, specs.ops)) for op in own]
+        text = renderer.render("op_cases.py.jinja", tests=tests)
+        outputs.append(Output("tests/cases.py", header("specs/ops", "cases") + text, tuple(op.ref for op in own)))
         text = renderer.render("op_checks.py.jinja")
         outputs.append(Output("tests/op_checks.py", header("specs/ops", "op_checks") + text))
         text = header("specs", "tests") + '"""Tests of the generated code."""\n'

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from sageLLM.codegen.emit.pass_fields import ENGINES, OP_FIELDS, fields_of, function_of
+from sageLLM.codegen.emit.rule_conditions import asked_sizes, condition_text, negated
 from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
 from sageLLM.codegen.model.rule import Found, PassDef, PatternCall, RuleDef
 from sageLLM.codegen.model.specs import Specs
@@ -25,8 +26,10 @@ TAKEN = (
     "node",
     "giver",
     "has_default",
+    "is_known",
     "reader_of",
     "readers",
+    "size_of",
     "replacement",
     *(f"replacement_{i}" for i in range(1, 10)),
 )  # by the function
@@ -95,7 +98,7 @@ def _module(file: str, passes: list[PassDef], specs: Specs, renderer: Renderer) 
         rules=rules,
         fields={one.name: fields_of(one, specs) for one in passes},
         engines=ENGINES,
-        functions=[function_of(one) for one in passes if one.spec.function is not None],
+        function_modules=sorted({function_of(one)[0] for one in passes if one.spec.function is not None}),
         op_imports=_op_imports(passes, specs),
     )
     return Output(f"passes/{_stem(file)}.py", header(file, passes[0].name) + text, tuple(p.ref for p in passes))
@@ -147,6 +150,7 @@ class RuleViewer:
         for num_found, step in enumerate(self.rule.search(), start=1):
             self._find(step, num_found)
             self._bind(step.position, num_found + 1)
+        self._check_conditions(len(self.rule.pattern))
         return RuleView(
             self.rule,
             self.vars[anchor],
@@ -236,6 +240,15 @@ class RuleViewer:
                 else f"{var}.{attr.name} != {lit(attr.default)}"
             )
         self._check(test, num_found, f"want the default {attr.name}")
+
+    def _check_conditions(self, num_found: int) -> None:
+        """The rule's `where`. A size that is still symbolic is no reason to fire."""
+        for condition in self.rule.where:
+            for value, index in asked_sizes(condition.node):
+                asked = f"{self.values[value]}" + ("" if index is None else f", {index}")
+                self._check(f"not is_known({asked})", num_found, f"the sizes in {condition.text} are not known yet")
+            test = condition_text(negated(condition.node), self.values, self.attrs)
+            self._check(test, num_found, f"needs {condition.text}")
 
     def _check(self, test: str, num_found: int, reason: str) -> None:
         self.steps.append(CheckView(test, num_found, reason))

@@ -288,4 +288,5 @@ def view_text(view: View) -> str:
     if view.shape is None:
         return text
     leading = f"*{view.base}.shape[:{1 - len(view.base_type.dims)}]"
-    return f"{text}.reshape({', '.join(leading if dim == LEADING else str(dim) for dim in view.shape)})"
+    dims = ", ".join(leading if dim == LEADING else str(dim) for dim in view.shape)
+    return f"{text}.reshape({dims or '()'})"

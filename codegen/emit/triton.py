@@ -15,6 +15,7 @@ from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, wal
 from sageLLM.codegen.kernel.inline import program_of
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.places import NotRows
+from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.model.op import Hook, OpDef, Reference, Template
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header
@@ -73,7 +74,7 @@ def _kernel(op: OpDef, specs: Specs, renderer: Renderer) -> TritonKernel | None:
     if program is None or any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
         return None
     try:
-        rows = rows_view(op, row_program(op, specs.ops))
+        rows = rows_view(op, row_program(op, specs.ops), updates=is_scattered(op, specs.ops))
     except NotRows:
         return None
     view = {"parameters": parameters(op), "result": result_type(op)}

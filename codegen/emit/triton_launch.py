@@ -50,12 +50,13 @@ class RowsView:
     result: str
 
 
-def rows_view(op: OpDef, program: RowProgram) -> RowsView:
+def rows_view(op: OpDef, program: RowProgram, *, updates: bool) -> RowsView:
+    """An op that `updates` its in-place outputs writes parts of them, so they are the inputs' memory."""
     launches = [_launch(op, nest, f"{number or ''}") for number, nest in enumerate(program.nests)]
     kernels = [kernel for launch in launches for kernel in (launch.kernel, launch.long) if kernel]
     text = "\n".join(line for launch in launches for line in (launch.rows, launch.columns))
     text += "\n" + "\n".join(argument for kernel in kernels for argument in kernel.arguments)
-    outputs = [_allocation(op, output) for output in op.outputs]
+    outputs = [_allocation(op, output, updates=updates) for output in op.outputs]
     as_rows = [_as_rows(operand) for operand in (*op.inputs, *op.outputs) if LEADING in operand.type.dims]
     sizes = _sizes(op, "\n".join([text, *outputs, *as_rows]))
     return RowsView(
@@ -109,8 +110,10 @@ def _as_rows(operand: Operand) -> str:
     return f"{operand.name}Rows = {reshaped}{none}"
 
 
-def _allocation(op: OpDef, output: Operand) -> str:
-    """`y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)`."""
+def _allocation(op: OpDef, output: Operand, *, updates: bool) -> str:
+    """`y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)`, or `k_out = k_cache`."""
+    if updates and output.name in op.inplace:
+        return f"{output.name} = {op.inplace[output.name]}"
     leading = _leading(op)
     sizes = ", ".join(f"*{leading}" if dim == LEADING else size_text(dim) for dim in output.type.dims)
     element, device = output.type.element, op.inputs[0].name

@@ -54,7 +54,9 @@ def parse_view(
     shape = tuple(parse_dim(part, dims) for part in split_dims(shape_text)) if shape_text else None
     if shape is not None and volume(shape) != volume(sliced):
         raise text.refuse("SAGE117", f"[{', '.join(map(str, sliced))}] cannot become [{', '.join(map(str, shape))}]")
-    return View(name, base.value, base_type, slices, shape, ValueType(base_type.element, shape or sliced))
+    return View(
+        name, base.value, base_type, slices, shape, ValueType(base_type.element, sliced if shape is None else shape)
+    )
 
 
 def _view_parts(text: Text) -> tuple[Text, Text, Text | None]:

@@ -67,7 +67,10 @@ class Size:
     @property
     def name(self) -> str | None:
         """The dim that this size is, if it is one dim and nothing else."""
-        return self.terms[0][0][0] if self == Size.symbol(self.symbols[0] if self.symbols else "") else None
+        if len(self.terms) != 1:
+            return None
+        monomial, factor = self.terms[0]
+        return monomial[0] if len(monomial) == 1 and factor == 1 else None
 
     @property
     def degree(self) -> int:

@@ -45,7 +45,8 @@ def link_config(flat: FlatModel, sizes: set[str], taken: Iterable[str], sink: Si
     dims = set(taken)
     for name, field in flat.config.items():
         if not _NAME.match(name) or keyword.iskeyword(name) or name in _RESERVED | dims:
-            help = "use letters, digits and `_`; the dims of a step and Python's words are taken"
+            is_taken = _NAME.match(name) is not None
+            help = "it has another meaning; choose another name" if is_taken else "use letters, digits and `_`"
             sink.error("SAGE204", f"'{name}' cannot name a config value", field.key_span(), help)
             continue
         try:

@@ -178,12 +178,14 @@ def _drop(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     for section, names, table in (("config", spec.config, flat.config), ("weights", spec.weights, flat.weights)):
         _drop_names(table, Placed(names, entry, ("drop", section)), sink)
     for block, content in spec.blocks.items():
-        place = Placed(content.weights, entry, ("drop", "blocks", block, "weights"))
-        if block in flat.blocks:
-            _drop_names(flat.blocks[block].weights, place, sink)
-        else:
+        if block not in flat.blocks:
             help = did_you_mean(block, flat.blocks)
             sink.error("SAGE209", f"no block '{block}' is inherited", entry.key_span("drop", "blocks", block), help)
+        elif content is None:
+            del flat.blocks[block]
+        else:
+            place = Placed(content.weights, entry, ("drop", "blocks", block, "weights"))
+            _drop_names(flat.blocks[block].weights, place, sink)
     for i, text in enumerate(spec.checks):
         found = [place for place in flat.checks if _words(place.value) == _words(text)]
         if not found:
@@ -263,15 +265,16 @@ def _merge_block(flat: FlatModel, name: str, place: Placed[BlockSpec], sink: Sin
 
 def _apply(patch: Placed[PatchSpec], body: list[Any], sink: Sink) -> None:
     """Edits the one statement that begins with the anchor, or reports that there is not exactly one."""
-    found = [(items, item) for items in _bodies(body) for item in _matches(patch, items)]
     kind, anchor = _anchor(patch.value)
+    texts = [(items, item, _anchor_text(item)) for items in _bodies(body) for item in items]
+    found = [(items, item, text) for items, item, text in texts if _words(text).startswith(_words(anchor))]
     if len(found) != 1:
-        candidates = [item.value for _, item in found] or [item.value for item in plain_lines(body)]
+        candidates = [text for _, _, text in found or texts if text]
         count = f"{len(found)} statements begin" if found else "no statement begins"
         help = ("make it longer; it matches: " if found else "the statements are: ") + "; ".join(candidates)
         sink.error("SAGE202", f"{count} with '{anchor}'", patch.span(kind), help)
         return
-    items, item = found[0]
+    items, item, _ = found[0]
     at = items.index(item)
     key, added = ("with", patch.value.with_) if kind == "replace" else ("add", patch.value.add)
     new = _lines(added or [], patch.entry, (*patch.path, key))
@@ -287,9 +290,12 @@ def _bodies(body: list[Any]) -> Iterator[list[Any]]:
             yield from _bodies(inner)
 
 
-def _matches(patch: Placed[PatchSpec], items: Iterable[Any]) -> list[Placed[str]]:
-    _, anchor = _anchor(patch.value)
-    return [item for item in items if isinstance(item, Placed) and _words(item.value).startswith(_words(anchor))]
+def _anchor_text(item: Any) -> str:
+    """What a patch finds a statement by: its text, or of a `choose` the first condition."""
+    if isinstance(item, FlatChoose):
+        when = item.branches[0].when
+        return f"when {when.value}" if when is not None else ""
+    return item.value if isinstance(item, Placed) else ""
 
 
 def _anchor(patch: PatchSpec) -> tuple[str, str]:

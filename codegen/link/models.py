@@ -35,12 +35,14 @@ _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
 _IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
 
 
-def link_models(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> dict[str, ModelDef]:
-    """All layouts by name. Findings go to the sink; a layout with findings is left out."""
+def link_models(
+    raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink, names: Iterable[str] | None = None
+) -> dict[str, ModelDef]:
+    """All layouts by name, or those of `names`. Findings go to the sink; a layout with findings is left out."""
     _check_architectures(raw, sink)
     linked: dict[str, ModelDef] = {}
-    for name, entry in raw.models.items():
-        own = Sink()
+    for name in raw.models if names is None else names:
+        entry, own = raw.models[name], Sink()
         if not _is_name(name):
             own.error(
                 "SAGE204", f"'{name}' cannot name a layout", entry.span("model"), "use small letters, digits and `_`"

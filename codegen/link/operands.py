@@ -46,6 +46,10 @@ class Match:
         return f"want {' or '.join(allowed)}" if actual != "E" and actual not in allowed else None
 
     def _dim(self, wanted: Size, size: Size) -> str | None:
+        name = wanted.name
+        if name is not None and name not in self.dims:  # most dims are one letter that is met for the first time
+            self.dims[name] = size
+            return None
         marked = wanted.substitute({name: self.dims.get(name, Size.symbol(f".{name}")) for name in wanted.symbols})
         unknown = [symbol for symbol in marked.symbols if symbol.startswith(".")]
         if not unknown:

@@ -1,11 +1,15 @@
 """Links passes: rules against the ops they name, expectations against the models, and the order of the pipeline."""
 
 import ast
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_expression, parse_statements
 from sageLLM.codegen.link.pass_ops import check_pass_names
+from sageLLM.codegen.link.rule_checks import check_rules, find_circle
+from sageLLM.codegen.link.rule_conditions import link_conditions
+from sageLLM.codegen.link.rule_types import check_types
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
 from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
@@ -16,9 +20,9 @@ def link_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> dict[str
     """All sound passes in the order of the pipeline; findings go to the sink."""
     linked = {name: _link_pass(entry, raw, ops, sink) for name, entry in raw.passes.items()}
     _check_rule_passes(raw, ops, sink)
-    _check_rules([rule for one in linked.values() for rule in _located(one)], sink)
-    order = _pipeline(raw, sink)
-    return {name: linked[name] for name in order if name in linked}
+    passes = {name: linked[name] for name in _pipeline(raw, sink) if name in linked}
+    check_rules(list(passes.values()), sink)
+    return passes
 
 
 def _link_pass(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> PassDef:
@@ -45,9 +49,10 @@ def _link_rule(rule: RuleSpec, index: int, entry: Entry[PassSpec], ops: Mapping[
         return _derived_rule(rule.from_op, path, entry, ops, sink)
     pattern = tuple(_calls(rule.match or [], (*path, "match"), entry, ops, sink))
     replacement = tuple(_calls(rule.rewrite or [], (*path, "rewrite"), entry, ops, sink))
-    linked = RuleDef(rule.name or "", pattern, tuple(rule.keep), replacement, rule.benefit, path)
+    linked = RuleDef(rule.name or "", pattern, tuple(rule.keep), replacement, rule.benefit, path, bounded=rule.bounded)
     _check_names(linked, entry, sink)
-    return linked
+    check_types(linked, entry, sink)
+    return replace(linked, where=tuple(link_conditions(rule.where, linked, entry, sink)))
 
 
 def _derived_rule(
@@ -174,75 +179,6 @@ def _check_connected(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
             sink.error("SAGE312", message, entry.span(*rule.path, "match", i), "matching starts at the last line")
 
 
-# checks over all rules
-
-Located = tuple[PassDef, RuleDef]
-
-
-def _located(one: PassDef) -> list[Located]:
-    return [(one, rule) for rule in one.rules]
-
-
-def _check_rules(rules: list[Located], sink: Sink) -> None:
-    _check_termination(rules, sink)
-    seen: dict[object, Located] = {}
-    for one, rule in sorted(rules, key=lambda item: -item[1].benefit):
-        first = seen.setdefault(_shape(rule), (one, rule))
-        if first[1] is not rule:
-            message = f"rule '{rule.name}' never fires: '{first[1].name}' has the same pattern and is tried first"
-            related = (("the rule before it", first[0].entry.span(*first[1].path)),)
-            sink.error("SAGE313", message, one.entry.span(*rule.path), "remove one, or change a pattern", related)
-
-
-def _shape(rule: RuleDef) -> object:
-    """The pattern with its values numbered in the order of their first use, so that names do not matter."""
-    numbers: dict[str | None, int] = {}
-
-    def number(name: str | None) -> int | None:
-        return None if name is None else numbers.setdefault(name, len(numbers))
-
-    calls = [
-        (call.op.name, tuple(map(number, call.args)), tuple(map(number, call.targets)), _constants(call))
-        for call in rule.pattern
-    ]
-    return tuple(calls)
-
-
-def _constants(call: PatternCall) -> tuple[tuple[str, object], ...]:
-    return tuple((name, value) for name, value in call.attrs if not isinstance(value, AttrName))
-
-
-def _check_termination(rules: list[Located], sink: Sink) -> None:
-    """Rules that do not shrink the graph must not feed one another in a circle."""
-    feeds: dict[tuple[str, str], Located] = {}
-    for one, rule in rules:
-        if len(rule.replacement) < len(rule.pattern):
-            continue
-        for old in rule.pattern:
-            for new in rule.replacement:
-                feeds[old.op.name, new.op.name] = (one, rule)
-    circle = [(a, feeds[a, b]) for a, b in _find_circle(feeds)]
-    if not circle:
-        return
-    (start, (one, rule)), *others = circle
-    path = " -> ".join([*(name for name, _ in circle), start])
-    related = tuple((f"rule '{r.name}'", p.entry.span(*r.path)) for _, (p, r) in others)
-    message = f"rewriting may never end: {path}, and no rule of the circle shrinks the graph"
-    sink.error("SAGE314", message, one.entry.span(*rule.path), "let a rule give fewer nodes", related)
-
-
-def _find_circle(edges: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The edges of one circle, or none."""
-    if not edges:
-        return []
-    import networkx  # a third of the generator's start-up time, and hardly ever needed
-
-    try:
-        return [(str(a), str(b)) for a, b in networkx.find_cycle(networkx.DiGraph(list(edges)))]
-    except networkx.NetworkXNoCycle:
-        return []
-
-
 def _check_rule_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> None:
     """A `rule` of an op names a pass that lists it."""
     for op in ops.values():
@@ -329,7 +265,7 @@ def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:
                     edges.append((other, name) if key == "after" else (name, other))
     order = _ordered(names, edges)
     if len(order) < len(names):
-        circle = [a for a, _ in _find_circle(edges)]
+        circle = [a for a, _ in find_circle(edges)]
         path = " -> ".join([*circle, circle[0]])
         sink.error("SAGE319", f"the order of passes is a circle: {path}", raw.passes[circle[0]].key_span())
     return order

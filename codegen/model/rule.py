@@ -1,7 +1,8 @@
 """What a pass means after linking: its place in the pipeline, and rules as patterns of op calls."""
 
+import ast
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sageLLM.codegen.load import Entry
@@ -48,6 +49,14 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class RuleCondition:
+    """A `where` line of a rule: its text, and the tree that it was checked as."""
+
+    text: str
+    node: ast.expr = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class RuleDef:
     """A rewrite rule. Matching starts at the last call, the anchor, and goes along values to the others."""
 
@@ -57,6 +66,8 @@ class RuleDef:
     replacement: tuple[PatternCall, ...]
     benefit: int
     path: tuple[str | int, ...]
+    where: tuple[RuleCondition, ...] = ()
+    bounded: int | None = None
 
     @property
     def anchor(self) -> PatternCall:

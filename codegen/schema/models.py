@@ -147,7 +147,7 @@ class TiedSpec(Strict):
 class WeightSpec(Strict):
     """One weight; a name of the checkpoint that holds `{i}` makes it one per layer."""
 
-    shape: list[DimText] = Field(min_length=1, max_length=4)
+    shape: list[DimText] = Field(max_length=4)
     hf: Source
     tp: ShardSpec | None = None
     tied: TiedSpec | None = None
@@ -180,7 +180,10 @@ BranchSpec.model_rebuild()
 
 
 class PatchSpec(Strict):
-    """An edit of inherited statements, anchored on a text that must begin exactly one of them."""
+    """An edit of inherited statements, anchored on a text that must begin exactly one of them.
+
+    A `choose` begins with `when` and its first condition.
+    """
 
     before: str | None = None
     after: str | None = None
@@ -243,7 +246,7 @@ class DropSection(Strict):
     config: list[str] = Field(default=[])
     checks: list[str] = Field(default=[], description="the text of the check; spaces do not count")
     weights: list[str] = Field(default=[])
-    blocks: dict[str, DropBlock] = Field(default={})
+    blocks: dict[str, DropBlock | None] = Field(default={}, description="`NAME: null` drops the whole block")
 
 
 class TpSection(Strict):

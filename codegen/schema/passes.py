@@ -18,6 +18,11 @@ class RuleSpec(Strict):
     match: list[str] | None = Field(default=None, min_length=1, description="op calls; names stand for values")
     keep: list[str] = Field(default=[], description="values of the pattern that others may read as well")
     rewrite: list[str] | None = Field(default=None, min_length=1, description="op calls that give the kept values")
+    where: list[str] = Field(
+        default=[],
+        description="conditions on values and attrs of the pattern: `bytes(p) <= 512 * 1024`, `dtype(x) == 'bf16'`",
+    )
+    bounded: int | None = Field(default=None, ge=1, description="the most that it fires in one graph")
     benefit: int = Field(default=1, ge=1, le=1000, description="rules with more benefit are tried first")
 
     @model_validator(mode="after")
@@ -25,6 +30,8 @@ class RuleSpec(Strict):
         written = (self.name, self.match, self.rewrite)
         if (self.from_op is None) == (written == (None, None, None)):
             raise ValueError("a rule has `from_op`, or `name`, `match`, `keep` and `rewrite`")
+        if self.from_op is not None and (self.where or self.keep or self.bounded):
+            raise ValueError("a derived rule has the conditions of its op: write `where` there")
         if self.from_op is None and None in written:
             raise ValueError("a written-out rule has `name`, `match`, `keep` and `rewrite`")
         return self
@@ -67,7 +74,6 @@ class PassSpec(Strict):
     recv: str | None = Field(default=None, description="place: the op that takes it there")
     function: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
         max_length=200,
         description="python: `package.module:name` of a function that changes a graph in place and counts its changes",
     )

@@ -7,11 +7,14 @@ from sageLLM.runtime.core.layout import ModelLayout
 from .bert import BERT
 from .bloom import BLOOM
 from .cohere import COHERE
+from .cohere2 import COHERE2
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .falcon import FALCON
+from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
+from .glm4 import GLM4
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
@@ -20,7 +23,10 @@ from .granite import GRANITE
 from .llama import LLAMA
 from .mixtral import MIXTRAL
 from .modernbert import MODERNBERT
+from .nemotron import NEMOTRON
+from .olmo import OLMO
 from .olmo2 import OLMO2
+from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
 from .qwen2 import QWEN2
@@ -35,11 +41,14 @@ __all__ = [
     "BERT",
     "BLOOM",
     "COHERE",
+    "COHERE2",
     "DEEPSEEK_V2",
     "DEEPSEEK_V3",
     "FALCON",
+    "GEMMA",
     "GEMMA2",
     "GEMMA3",
+    "GLM4",
     "GPT2",
     "GPTJ",
     "GPT_NEOX",
@@ -49,7 +58,10 @@ __all__ = [
     "MIXTRAL",
     "MODELS",
     "MODERNBERT",
+    "NEMOTRON",
+    "OLMO",
     "OLMO2",
+    "OPT",
     "PHI",
     "PHI3",
     "QWEN2",
@@ -65,11 +77,14 @@ MODELS: dict[str, ModelLayout] = {
     "bert": BERT,
     "bloom": BLOOM,
     "cohere": COHERE,
+    "cohere2": COHERE2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "falcon": FALCON,
+    "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
+    "glm4": GLM4,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
@@ -78,7 +93,10 @@ MODELS: dict[str, ModelLayout] = {
     "llama": LLAMA,
     "mixtral": MIXTRAL,
     "modernbert": MODERNBERT,
+    "nemotron": NEMOTRON,
+    "olmo": OLMO,
     "olmo2": OLMO2,
+    "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,

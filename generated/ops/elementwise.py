@@ -14,6 +14,7 @@ from .op_types import OpType
 __all__ = [
     "Add",
     "AddBias",
+    "Clip",
     "Mul",
     "MulRows",
     "MulWeight",
@@ -21,6 +22,7 @@ __all__ = [
     "SoftCap",
     "add",
     "add_bias",
+    "clip",
     "mul",
     "mul_rows",
     "mul_weight",
@@ -283,4 +285,41 @@ def soft_cap(g: GraphWriter, x: TensorRef, *, cap: float, name: str = "y") -> Te
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"cap": cap}
     (y,) = g.emit(SoftCap, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/elementwise.yaml: clip
+class Clip(OpNode):
+    """Values cut off at -limit and limit, as OLMo and DBRX clip queries, keys and values.
+
+    y = max(min(x, limit), 0.0 - limit)
+    """
+
+    op = "clip"
+    spec = "specs/ops/elementwise.yaml: clip"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[..., H]}
+    output_types = {"y": E[..., H]}
+    attr_types = {"limit": AttrSpec("f32", min=0.0)}
+    flop_formula = 2 * H * R
+    byte_formula = 2 * E_size * H * R
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def limit(self) -> float:
+        return cast("float", self.attrs["limit"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def clip(g: GraphWriter, x: TensorRef, *, limit: float, name: str = "y") -> TensorRef:
+    """Writes a clip node and gives its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {"limit": limit}
+    (y,) = g.emit(Clip, inputs, attrs, (name,))
     return y

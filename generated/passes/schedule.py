@@ -19,7 +19,9 @@ class ComputeCommOverlap(StreamPass):
     level = "block"
     phases = frozenset({"decode", "hybrid", "prefill"})
     streams = {
-        "comm": frozenset({"COMM_ALLGATHER", "COMM_ALLREDUCE", "COMM_RECV", "COMM_SEND"}),
+        "comm": frozenset({"COMM_ALLGATHER", "COMM_ALLREDUCE"}),
+        "send": frozenset({"COMM_SEND"}),
+        "recv": frozenset({"COMM_RECV"}),
         "kv_io": frozenset({"KV_LOAD", "KV_MIGRATE", "KV_STORE"}),
     }
 

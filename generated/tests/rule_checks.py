@@ -3,7 +3,7 @@
 """How a rewrite rule is validated: it fires on its own pattern, and both sides give the same numbers in float64."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,13 +37,23 @@ class Call:
 
 def check_rule(
     pass_class: type[RewritePass], rule: str, pattern: Sequence[Call], keep: Sequence[str], cases: Sequence[Sizes],
-    kernels: Kernels, exact: bool,
+    kernels: Kernels, exact: bool, optional: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """The rule replaces the pattern once, for sizes that fit, and the values that others may read stay equal.
 
     Values that are not kept have no reader, so the graph returns the kept ones alone. Sizes that the new op does not
     take are left, but not all may be. A rule that `fuses` gives exactly the same; another may round in another order.
+    All of it holds again without each of the optional values.
     """
+    for absent in ((), *((name,) for name in optional)):
+        lines = [replace(c, operands={o: v for o, v in c.operands.items() if v not in absent}) for c in pattern]
+        _check(pass_class, rule, lines, keep, cases, kernels, exact)
+
+
+def _check(
+    pass_class: type[RewritePass], rule: str, pattern: Sequence[Call], keep: Sequence[str], cases: Sequence[Sizes],
+    kernels: Kernels, exact: bool,
+) -> None:  # fmt: skip
     only = type("OnlyThisRule", (pass_class,), {"rules": tuple(r for r in pass_class.rules if r.name == rule)})
     refused = ["no sizes fit the pattern: give the op that is put in a test case"]
     tolerance = 0.0 if exact else 1e-9

@@ -120,3 +120,19 @@ def test_soft_cap(case: dict[str, Any]) -> None:
     check_types(OPS["soft_cap"], KERNELS["soft_cap"], case, attrs, limits)
     check_precision(OPS["soft_cap"], KERNELS["soft_cap"], case, attrs, limits)
     check_dtypes(OPS["soft_cap"], KERNELS["soft_cap"], case, attrs, limits)
+
+
+CLIP_CASES: list[dict[str, Any]] = [
+    {"R": 1, "H": 1},
+    {"R": [3, 5], "H": 7},
+]
+
+
+# specs/ops/elementwise.yaml: clip
+@pytest.mark.parametrize("case", CLIP_CASES, ids=str)
+def test_clip(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"limit": 1.0}
+    limits: dict[str, str] = {}
+    check_types(OPS["clip"], KERNELS["clip"], case, attrs, limits)
+    check_precision(OPS["clip"], KERNELS["clip"], case, attrs, limits)
+    check_dtypes(OPS["clip"], KERNELS["clip"], case, attrs, limits)

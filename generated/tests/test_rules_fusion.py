@@ -60,7 +60,7 @@ def test_allreduce_add_rms_norm() -> None:
     )
     cases: list[dict[str, Any]] = []
     kernels = KERNELS
-    check_rule(FuseCollective, "allreduce_add_rms_norm", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseCollective, "allreduce_add_rms_norm", pattern, keep, cases, kernels, exact=True, optional=("w",))
 
 
 # specs/passes/fusion.yaml: fuse_norm
@@ -142,7 +142,7 @@ def test_fused_add_rms_norm() -> None:
     )
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = KERNELS
-    check_rule(FuseNorm, "fused_add_rms_norm", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseNorm, "fused_add_rms_norm", pattern, keep, cases, kernels, exact=True, optional=("w",))
 
 
 # specs/passes/fusion.yaml: fuse_norm
@@ -280,7 +280,19 @@ def test_fused_add_layer_norm() -> None:
     )
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = KERNELS
-    check_rule(FuseNorm, "fused_add_layer_norm", pattern, keep, cases, kernels, exact=True)
+    check_rule(
+        FuseNorm,
+        "fused_add_layer_norm",
+        pattern,
+        keep,
+        cases,
+        kernels,
+        exact=True,
+        optional=(
+            "bias",
+            "w",
+        ),
+    )
 
 
 # specs/passes/fusion.yaml: fuse_qk
@@ -642,7 +654,7 @@ def test_linear_silu_mul() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "I": 1}, {"R": [2, 3], "K": 65, "I": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_silu_mul", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseEpilogue, "linear_silu_mul", pattern, keep, cases, kernels, exact=True, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -672,7 +684,7 @@ def test_linear_gelu_mul() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "I": 1}, {"R": [2, 3], "K": 65, "I": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_gelu_mul", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseEpilogue, "linear_gelu_mul", pattern, keep, cases, kernels, exact=True, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -702,7 +714,7 @@ def test_linear_gelu_tanh_mul() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "I": 1}, {"R": [2, 3], "K": 65, "I": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_gelu_tanh_mul", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseEpilogue, "linear_gelu_tanh_mul", pattern, keep, cases, kernels, exact=True, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -732,7 +744,7 @@ def test_linear_gelu() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "N": 1}, {"R": [2, 3], "K": 65, "N": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_gelu", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseEpilogue, "linear_gelu", pattern, keep, cases, kernels, exact=True, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -762,7 +774,7 @@ def test_linear_gelu_tanh() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "N": 1}, {"R": [2, 3], "K": 65, "N": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_gelu_tanh", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseEpilogue, "linear_gelu_tanh", pattern, keep, cases, kernels, exact=True, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -793,7 +805,7 @@ def test_linear_add() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "N": 1}, {"R": [2, 3], "K": 65, "N": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_add", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseEpilogue, "linear_add", pattern, keep, cases, kernels, exact=True, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -825,7 +837,7 @@ def test_lm_head_scale() -> None:
     keep = ("logits",)
     cases: list[dict[str, Any]] = [{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "lm_head_scale", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseEpilogue, "lm_head_scale", pattern, keep, cases, kernels, exact=True, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -857,4 +869,4 @@ def test_lm_head_soft_cap() -> None:
     keep = ("logits",)
     cases: list[dict[str, Any]] = [{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "lm_head_soft_cap", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseEpilogue, "lm_head_soft_cap", pattern, keep, cases, kernels, exact=True, optional=("bias",))

@@ -27,8 +27,11 @@ _CONSTANTS: Mapping[str, bool | None] = {"True": True, "False": False, "None": N
 
 
 def parse_text(text: str, op_types: type[OpTypeBase], ops: Mapping[str, type[OpNode]]) -> ExecutionGraph:
-    """The graph that a text describes. ParseError gives line and column of what is not understood."""
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    """The graph that a text describes. ParseError gives line and column of what is not understood.
+
+    A line that begins with # is a comment.
+    """
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip() and line[0] != "#"]
     if not lines:
         raise ParseError("no graph: the text is empty")
     parser = _Parser(_Scanner(lines[0][1], lines[0][0]), op_types, ops)

@@ -12,7 +12,18 @@ from sageLLM.runtime.core.graph import ExecutionGraph, Level, Stage
 from sageLLM.runtime.core.ir import OpNode
 from sageLLM.runtime.core.pass_report import Change, PassReport, RuleStats
 from sageLLM.runtime.core.replacement import Memo, apply_rewrite
-from sageLLM.runtime.core.rules import NearMiss, NewCall, Rewrite, Rule, giver, has_default, reader_of, readers
+from sageLLM.runtime.core.rules import (
+    NearMiss,
+    NewCall,
+    Rewrite,
+    Rule,
+    giver,
+    has_default,
+    is_known,
+    reader_of,
+    readers,
+    size_of,
+)
 
 __all__ = [
     "DeclaredPass",
@@ -26,8 +37,10 @@ __all__ = [
     "Rule",
     "giver",
     "has_default",
+    "is_known",
     "reader_of",
     "readers",
+    "size_of",
 ]
 
 MAX_ROUNDS = 8
@@ -176,6 +189,8 @@ class RewritePass(DeclaredPass):
         found = rule.apply(graph, node)
         if not isinstance(found, Rewrite):
             return found
+        if rule.bounded is not None and self.report.rules[rule.name].fired >= rule.bounded:
+            return NearMiss(len(found.matched), f"it fires at most {rule.bounded} times")
         if (reason := self.options.why_not(found)) is not None:
             return NearMiss(len(found.matched), reason)
         nodes = apply_rewrite(graph, found, position, memo)

@@ -13,6 +13,8 @@ from typing import TypeAlias, TypeVar
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, OpNode, TensorRef
 
+FLOATS = ("f16", "bf16", "f32", "f64")
+
 
 @dataclass(frozen=True, slots=True)
 class NewCall:
@@ -56,13 +58,17 @@ RuleFunction: TypeAlias = "Callable[[ExecutionGraph, OpNode], Rewrite | NearMiss
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rewrite rule: `anchor` is the op of the pattern's last node, where matching starts."""
+    """A rewrite rule: `anchor` is the op of the pattern's last node, where matching starts.
+
+    The greater benefit is tried first. A bounded rule fires at most so often in one graph.
+    """
 
     name: str
     anchor: type[OpNode]
     apply: RuleFunction
     num_nodes: int
     benefit: int = 1
+    bounded: int | None = None
 
 
 Reader = TypeVar("Reader", bound=OpNode)
@@ -78,7 +84,7 @@ def giver(node: ExecutionNode | None) -> str:
     """What a value comes from, for the reason of a near miss: `embedding`, `cast(f32->bf16)`, or `outside`."""
     if node is None:
         return "outside"
-    kinds = [refs[0].dtype for refs in (node.inputs, node.outputs) if refs]
+    kinds = [refs[0].dtype for refs in (node.inputs, node.outputs) if refs and refs[0].dtype in FLOATS]
     return f"{node.op}({kinds[0]}->{kinds[1]})" if len(set(kinds)) == 2 else node.op
 
 
@@ -92,3 +98,16 @@ def has_default(node: OpNode, attr: str) -> bool:
     others = {name: value for name, value in node.attrs.items() if name != attr}
     types = {name: ref.type for name, ref in zip(node.operands, node.inputs, strict=True)}
     return node.attrs.get(attr) in (None, node.resolve(types, others).attrs[attr])
+
+
+def is_known(value: TensorRef, index: int | None = None) -> bool:
+    """Whether the sizes of a value, or the one at an index, are numbers."""
+    sizes = value.shape if index is None else value.shape[index : index + 1]
+    return all(isinstance(size, int) for size in sizes) and (index is None or bool(sizes))
+
+
+def size_of(value: TensorRef, index: int) -> int:
+    """The size of a dim that `is_known`."""
+    size = value.shape[index]
+    assert isinstance(size, int), f"dim {index} of {value} has no number yet"
+    return size

@@ -7,19 +7,24 @@ import torch
 from sageLLM.runtime.core.config import shown
 from sageLLM.runtime.engine.errors import SageError
 from sageLLM.runtime.engine.plugins import Registry
-from sageLLM.runtime.engine.trees import native_tables
+from sageLLM.runtime.engine.trees import native_tables, triton_table
+from sageLLM.runtime.execution_graph.cuda_graphs import GpuPlanner
 from sageLLM.runtime.execution_graph.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner
 from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
+from sageLLM.runtime.kernels.triton import why_no_triton
 
 
 def choose_planner(choice: str, registry: Registry, device: torch.device, dtype: str) -> Planner:
     """`auto` is what fits the device. SageError for a choice that is unknown or does not fit."""
     if choice not in KERNEL_CHOICES:
         raise SageError(f"kernels is {shown(choice)}; use {', '.join(KERNEL_CHOICES)}")
-    if choice == "triton":
-        raise SageError("kernels is 'triton', and no Triton kernels are generated yet; use auto")
+    why_not = why_no_triton(device)
+    if choice == "triton" and why_not:
+        raise SageError(f"kernels is 'triton', and {why_not}")
+    if choice == "triton" or (choice == "auto" and device.type == "cuda" and why_not is None):
+        return GpuPlanner({**registry.kernels, **triton_table(registry.packages)}, device)
     if choice == "cpu" and device.type != "cpu":
         raise SageError(f"kernels is 'cpu' and device is {device.type!r}; use auto")
     if choice == "reference" or device.type != "cpu":

@@ -73,11 +73,12 @@ def _in_order(passes: Mapping[str, type[OptimizationPass]]) -> dict[str, type[Op
     order: dict[str, type[OptimizationPass]] = {}
     waiting = dict(passes)
     while waiting:
-        bounds = {
-            name: {*one.after, *(n for n, o in waiting.items() if name in o.before)} for name, one in waiting.items()
-        }
-        free = next((name for name, others in bounds.items() if not others & waiting.keys()), None)
+        free = next((name for name in waiting if not _waits_for(name, waiting)), None)
         if free is None:
             raise PluginError(f"the order of passes is a circle: {', '.join(waiting)}")
         order[free] = waiting.pop(free)
     return order
+
+
+def _waits_for(name: str, passes: Mapping[str, type[OptimizationPass]]) -> set[str]:
+    return (set(passes[name].after) & passes.keys()) | {other for other, one in passes.items() if name in one.before}

@@ -14,6 +14,7 @@ from sageLLM.runtime.engine.errors import PluginError
 
 BASE = "sageLLM.generated"
 NATIVE = "kernels.cpu"
+TRITON = "kernels.triton"
 
 
 def read_table(packages: Iterable[str], module: str, table: str) -> dict[str, Any]:
@@ -35,6 +36,11 @@ def native_tables(packages: Iterable[str]) -> list[tuple[Path, dict[str, NativeK
     packages = list(packages)
     read_table(packages, NATIVE, "KERNELS")
     return [(Path(_folder(f"{package}.{NATIVE}")), _entries(package, NATIVE, "KERNELS")) for package in packages]
+
+
+def triton_table(packages: Iterable[str]) -> dict[str, Any]:
+    """The launchers of Triton kernels by op; PluginError for a name taken. Imports Triton."""
+    return read_table(list(packages), TRITON, "KERNELS")
 
 
 def import_folder(folder: Path) -> str:

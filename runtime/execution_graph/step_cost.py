@@ -1,7 +1,8 @@
 """Predicts the duration of a step from the model's own kernel graph and the roofline of a device.
 
 The graph of a hybrid step covers every step: one without prompts is its case of no prompt tokens. Its kernels' work is
-affine in the sizes of the step, so it is read off the graph once, and a prediction is two small matrix products.
+affine in the sizes of the step, so it is read off the graph once, and a prediction is two small matrix products. The
+experts of a mixture are not: all of them count as read in every step, which holds from some dozens of tokens on.
 """
 
 from collections import Counter
@@ -49,7 +50,7 @@ class RooflineStepCost:
         self.dtype = dtype
         self.graph = graph = _kernel_graph(layout, config, ParallelConfig(tensor_parallel_size), dtype)
         self.weight_bytes = sum(_num_bytes(ref.shape, ref.dtype) for ref in graph.weights.values())
-        kernels = _Kernels(graph, hardware, {"tp": tensor_parallel_size})
+        kernels = _Kernels(graph, hardware, {"tp": tensor_parallel_size, "EX": getattr(config, "X", 0)})
         self._flop_s, self._byte_s, self._link_s = kernels.tables()
         self._launch_s = hardware.launch_overhead_us / SECOND * kernels.num_launches
 
@@ -105,9 +106,9 @@ class _Kernels:
     A row of a table holds the seconds of one kernel: those that it always takes, then those per unit of each of SIZES.
     """
 
-    def __init__(self, graph: ExecutionGraph, hardware: Hardware, ranks: Sizes) -> None:
+    def __init__(self, graph: ExecutionGraph, hardware: Hardware, fixed: Sizes) -> None:
         self._hardware = hardware
-        self._ranks = ranks
+        self._fixed = fixed
         ops = [node for node in graph.nodes.values() if isinstance(node, OpNode) and not node.is_view]
         texts = [f"{node.op} {node.flops({})} {node.bytes_moved({})}" for node in ops]
         self._counts = Counter(texts)
@@ -136,7 +137,7 @@ class _Kernels:
         return np.array([at_base - sum(slopes), *slopes])
 
     def _cost(self, node: OpNode, field: int, sizes: Sizes) -> float:
-        env = {**sizes, **self._ranks, "T": sizes["Td"] + sizes["Tp"], "B": sizes["S"]}
+        env = {**sizes, **self._fixed, "T": sizes["Td"] + sizes["Tp"], "B": sizes["S"]}
         return float(estimate(node, self._hardware, env)[field])
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.dims import Dim
-from sageLLM.runtime.core.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.ir import OpNode
+from sageLLM.runtime.core.graph import Stage
 from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.engine.plugins import Registry
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
+from sageLLM.runtime.execution_graph.rule_table import work
 
 STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
 STEP: Mapping[str, int] = {
@@ -40,28 +39,18 @@ def summarise(registry: Registry) -> dict[str, dict[str, StageSummary]]:
 
 def _of_model(layout: ModelLayout, registry: Registry) -> dict[str, StageSummary]:
     config = layout.read_config(HFConfig(layout.tiny, f"{layout.name}: tests.tiny"))
-    pipeline = Pipeline(layout, config, registry, dtype="f32")
-    return {stage: _of_stage(pipeline, stage, config) for stage in layout.phases}
+    graphs = ModelGraphs(layout, config, registry, dtype="f32")
+    return {stage: _of_stage(graphs, stage, config) for stage in layout.phases}
 
 
-def _of_stage(pipeline: Pipeline, stage: Stage, config: Any) -> StageSummary:
-    graph = pipeline.kernel_graph(stage)
-    step = {**STEP, "V": config.V, **({"T": STEP["B"]} if stage == "decode" else {})}
-    kernels = [node for node in graph.nodes.values() if isinstance(node, OpNode) and not node.is_view]
-    return StageSummary(
-        nodes=len(pipeline.block_graph(stage).nodes),
-        kernels=len(kernels),
-        flops=_total([node.flops(step) for node in kernels], graph),
-        bytes=_total([node.bytes_moved(step) for node in kernels], graph),
-    )
+def _of_stage(graphs: ModelGraphs, stage: Stage, config: Any) -> StageSummary:
+    _, kernels, flops, num_bytes = work(graphs.kernel_graph(stage).nodes.values(), step_of(stage, config))
+    return StageSummary(len(graphs.block_graph(stage).nodes), kernels, flops, num_bytes)
 
 
-def _total(amounts: list[Dim], graph: ExecutionGraph) -> int:
-    total = 0
-    for amount in amounts:
-        assert isinstance(amount, int), f"{graph.graph_id}: the step gives no number for {amount}"
-        total += amount
-    return total
+def step_of(stage: Stage | None, config: Any) -> Mapping[str, int]:
+    """The sizes of one step of a model."""
+    return {**STEP, "V": config.V, **({"T": STEP["B"]} if stage == "decode" else {})}
 
 
 def diff_lines(

@@ -128,6 +128,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "opt": ("OPT", {"ffn_dim": 96}),
+    "opt, norms behind, narrow embeddings": (
+        "OPT",
+        {"ffn_dim": 96, "do_layer_norm_before": False, "word_embed_proj_dim": 32, "activation_function": "gelu"},
+    ),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "cohere2": (
+        "Cohere2",
+        {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "nemotron": ("Nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "olmo with clipped projections": ("Olmo", {"clip_qkv": 0.7}),
     "rope linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
     "rope dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0}}),
     "rope llama3": (
@@ -218,7 +231,9 @@ def test_longrope_with_its_short_factors(make_checkpoint: MakeCheckpoint) -> Non
     factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
     folder = make_checkpoint("Llama", rope_parameters=rope)
-    assert_same(serve(folder, PROMPTS, "hybrid", max_model_len=128), expected(folder, PROMPTS))
+    wanted = expected(folder, PROMPTS)
+    for mode in MODES:
+        assert_same(serve(folder, PROMPTS, mode, max_model_len=128), wanted)
 
 
 @pytest.mark.parametrize(("original", "length"), [(96, 96), (24, 256)])

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from itertools import permutations
-from random import Random
 
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.comm import CommFusion
-from sageLLM.generated.passes.memory import MemoryOpt
 from sageLLM.generated.passes.schedule import ComputeCommOverlap, KvPrefetch
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
-from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes
-from sageLLM.runtime.core.passes.memory import MemoryPlan, find_beside, place, plan_buffers, plan_memory
 from sageLLM.runtime.core.passes.order import Reachability, lane
 from sageLLM.runtime.core.text import to_text
 
@@ -219,103 +214,3 @@ def test_prefetch_is_never_slower_and_deletes_no_edge(num_layers: int, load_us: 
     result = KvPrefetch().apply(graph)
     assert result.estimate_total_time() <= graph.estimate_total_time()
     assert all(graph.nodes[i].dependencies <= one.dependencies for i, one in result.nodes.items())
-
-
-# memory
-
-
-@given(block_graphs(), st.booleans())
-def test_live_values_never_overlap(graph: ExecutionGraph, use_streams: bool) -> None:
-    graph = ComputeCommOverlap().apply(graph) if use_streams else graph
-    one = MemoryOpt()
-    result = one.apply(graph)
-    plan = one.plan
-    plan.check_integrity()
-    assert plan.max_live_bytes <= plan.peak_bytes <= plan.total_bytes
-    placed = {name for buffer in plan.buffers for name in buffer.names}
-    assert placed == set(made(graph)), "every value has its place"
-    offsets = {r.name: o for n in result.nodes.values() for r, o in zip(n.outputs, n.metadata["offsets"], strict=True)}
-    assert all(offset % 256 == 0 and offset == plan.offset(name) for name, offset in offsets.items())
-    result.verify()
-
-
-@given(block_graphs(max_nodes=12), st.randoms(use_true_random=False))
-@settings(max_examples=150)
-def test_no_interleaving_of_streams_destroys_a_value(graph: ExecutionGraph, random: Random) -> None:
-    """Plays random orders that lanes and dependencies allow, writing each value at its place, and checks every read."""
-    graph = ComputeCommOverlap().apply(graph)
-    one = MemoryOpt()
-    graph = one.apply(graph)
-    lanes: dict[tuple[int, int], list[ExecutionNode]] = {}
-    for n in graph.topological_sort():
-        lanes.setdefault(lane(n), []).append(n)
-    owner: dict[int, str] = {}  # the value that was written last to each 256-byte cell
-    done: set[str] = set()
-    while any(lanes.values()):
-        ready = [queue for queue in lanes.values() if queue and queue[0].dependencies <= done]
-        n = random.choice(ready).pop(0)
-        for value in n.inputs:
-            if (offset := one.plan.offset(value.name)) is not None:
-                assert all(owner[c] == value.name for c in cells(offset, value)), f"{value.name} was overwritten"
-        for value in n.outputs:
-            owner |= dict.fromkeys(cells(one.plan.offset(value.name) or 0, value), value.name)
-        done.add(n.node_id)
-    for value in graph.outputs:
-        if (offset := one.plan.offset(value.name)) is not None:
-            assert all(owner[c] == value.name for c in cells(offset, value))
-
-
-def cells(offset: int, value: TensorRef) -> range:
-    return range(offset // 256, -(-(offset + value.num_bytes) // 256))
-
-
-@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=6))
-def test_plans_of_few_buffers_are_optimal(facts: list[tuple[int, int, int]]) -> None:
-    """The optimum by trying all orders: first fit in the best order of placing is optimal."""
-    buffers = [Buffer((f"v{i}",), 0, 256 * size, first, first + more) for i, (size, first, more) in enumerate(facts)]
-    beside = find_beside(buffers)
-    orders = permutations(range(len(buffers)))
-    best = min(peak(buffers, place(buffers, beside, order)) for order in orders)
-    assert plan_buffers(buffers).peak_bytes == best
-
-
-def peak(buffers: list[Buffer], offsets: list[int]) -> int:
-    return max(offset + buffer.size for offset, buffer in zip(offsets, buffers, strict=True))
-
-
-def test_a_chain_needs_two_buffers() -> None:
-    names = "abcdef"
-    graph = graph_of(*(node(n, OpType.FFN, names[i - 1] if i else "x") for i, n in enumerate(names)), returns="f")
-    plan = plan_memory(graph)
-    assert (plan.peak_bytes, plan.total_bytes, plan.reuse_ratio) == (2048, 6144, 3.0)
-
-
-def test_values_made_in_place_share_their_memory() -> None:
-    from sageLLM.generated.ops.elementwise import Add
-    from sageLLM.generated.ops.norm import FusedAddRmsNorm
-
-    x, w = TensorRef("x", (4, 64), "f32"), TensorRef("w", (64,), "f32")
-    a, y, h = (TensorRef(name, (4, 64), "f32") for name in "ayh")
-    graph = ExecutionGraph("g", level="kernel", inputs={"x": x}, weights={"w": w}, outputs=[y, h])
-    graph.add_node(Add("a", Add.kind, [x, x], [a]))
-    graph.add_node(FusedAddRmsNorm("y", FusedAddRmsNorm.kind, [x, a, w], [y, h]))
-    shared = [buffer.names for buffer in Lifetimes(graph).buffers({}, 256)]
-    assert shared == [("a", "h"), ("y",)]
-
-
-def test_a_symbolic_graph_is_left_as_it_is() -> None:
-    from sageLLM.runtime.core.dims import dims
-
-    (T,) = dims("T")
-    graph = ExecutionGraph("g")
-    graph.add_node(ExecutionNode("a", OpType.FFN, [], [TensorRef("a", (T, 8), "f32")]))
-    one = MemoryOpt()
-    assert to_text(one.apply(graph)) == to_text(graph)
-    assert one.report.facts == {"left": "the size of a: f32[T, 8] is symbolic"}
-
-
-def test_overlapping_buffers_are_found() -> None:
-    buffers = (Buffer(("a",), 0, 512, 0, 3), Buffer(("b",), 0, 256, 2, 4))
-    with pytest.raises(ValueError, match=r"^a and b overlap while both are live$"):
-        MemoryPlan(buffers, (0, 256)).check_integrity()
-    MemoryPlan(buffers, (0, 512)).check_integrity()

@@ -207,3 +207,10 @@ def test_statistics_tell_what_changed_and_explain_what_did_not() -> None:
         "matched 1 of 2 nodes at b: no add before it",
         "matched 2 of 2 nodes at d: b is also read by the caller",
     ]
+
+
+def test_a_bounded_rule_fires_so_often_and_no_more() -> None:
+    one = pass_of(Rule("turn", Add, turn, 1, bounded=2))
+    one.apply(parse(CHAIN)).verify()
+    assert one.report.fired == 2
+    assert one.report.rules["turn"].reasons == {"it fires at most 2 times": 4}

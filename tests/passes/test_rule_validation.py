@@ -18,6 +18,7 @@ passes:
     kind: rewrite
     stage: fuse
     level: kernel
+    before: [fuse_norm]
     rules:
       - name: right
         match: ["a = add(x, y)", "b = add(a, z)", "n = rms_norm(b, w, eps=eps)"]
@@ -35,6 +36,17 @@ passes:
         match: ["s = add(x, x)", "y = rms_norm(s, w, eps=eps)"]
         keep: [y]
         rewrite: ["y = rms_norm(x, w)"]
+      - name: conditional
+        match: ["a = scale(x, factor=f)", "y = add(a, x)"]
+        keep: [y]
+        where: ["bytes(x) >= 8 and size(x, 0) > 0", "dtype(x) == 'f64'", "f > 0.0"]
+        rewrite: ["b = scale(x, factor=f)", "y = add(x, b)"]
+        bounded: 1
+      - name: never
+        match: ["a = scale(x, factor=f)", "y = add(x, a)"]
+        keep: [y]
+        where: ["rank(x) > 7"]
+        rewrite: ["y = add(x, x)"]
 """
 
 
@@ -58,8 +70,13 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {words[1].split("::test_")[1]: " ".join([words[0], *words[3:]]) for words in found}
 
 
-def test_a_right_rule_passes(outcome: dict[str, str]) -> None:
-    assert outcome["right"] == "PASSED"
+def test_right_rules_pass(outcome: dict[str, str]) -> None:
+    assert outcome["right"] == outcome["conditional"] == "PASSED"
+
+
+def test_a_rule_that_cannot_be_tried_fails(outcome: dict[str, str]) -> None:
+    assert outcome["never"].startswith("FAILED AssertionError: ")
+    assert "needs rank(x) > 7" in outcome["never"]
 
 
 @pytest.mark.parametrize("rule", ["lost_operand", "swapped_results", "lost_attr"])

@@ -39,6 +39,23 @@ def test_explain_knows_ops_models_passes_rules_codes_and_lines() -> None:
         assert (done.returncode, done.stdout.startswith(start)) == (0, True), done.stdout + done.stderr
 
 
+def test_explain_knows_rules_and_nodes() -> None:
+    rule = sagellm("explain", "linear_silu_mul").stdout
+    for line in (
+        "rule linear_silu_mul of pass fuse_epilogue, specs/passes/fusion.yaml:",
+        "may be absent: bias",
+        "the rules of fuse_epilogue fire in llama: L + 1",
+        "no match? sagellm graph MODEL --why-not linear_silu_mul NODE",
+    ):
+        assert line in rule
+    node = sagellm("explain", "llama:L0.ffn.m")
+    assert "spec       specs/ops/linear.yaml: linear_silu_mul" in node.stdout
+    assert "fuse_epilogue: linear_silu_mul made linear_silu_mul L0.ffn.m of linear L0.ffn.gu + silu_mul" in node.stdout
+    missing = sagellm("explain", "llama:L9.n")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert missing.stderr == "error: llama has no node L9.n in decode; `sagellm graph` lists them\n"
+
+
 def test_explain_helps_with_a_misspelt_name() -> None:
     done = sagellm("explain", "rmsnorm")
     assert (done.returncode, done.stdout) == (1, "")
@@ -58,7 +75,7 @@ def test_graph_prints_every_format(format: str, start: str) -> None:
 def test_graph_shows_what_a_pass_changed() -> None:
     done = sagellm("graph", "llama", "--diff")
     assert "= fused_add_rms_norm(" in done.stdout
-    assert sagellm("graph", "llama", "--diff", "--passes", "").stdout == "no pass changed the graph\n"
+    assert sagellm("graph", "llama", "--diff", "--only", "").stdout == "no pass changed the graph\n"
 
 
 def test_graph_names_the_models_that_it_knows() -> None:

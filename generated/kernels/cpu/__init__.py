@@ -23,7 +23,7 @@ from ...ops.activation import (
     Tanh,
 )
 from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
-from ...ops.elementwise import Add, AddBias, Mul, MulRows, MulWeight, Scale, SoftCap
+from ...ops.elementwise import Add, AddBias, Clip, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
 from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits, TopkRouter
 from ...ops.kv import KvLoad, KvMigrate, KvStore
@@ -95,6 +95,7 @@ def _kernels() -> dict[str, NativeKernel]:
         "mul_rows": NativeKernel(MulRows, "elementwise.cpp", ("R", "H")),
         "scale": NativeKernel(Scale, "elementwise.cpp", ("R", "H")),
         "soft_cap": NativeKernel(SoftCap, "elementwise.cpp", ("R", "H")),
+        "clip": NativeKernel(Clip, "elementwise.cpp", ("R", "H")),
         "embedding": NativeKernel(Embedding, "embedding.cpp", ("T", "V", "H"), unpacks="table"),
         "embedding_shard": NativeKernel(EmbeddingShard, "embedding.cpp", ("T", "V", "H")),
         "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),

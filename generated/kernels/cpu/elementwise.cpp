@@ -144,4 +144,23 @@ SAGE_KERNEL(soft_cap) {
     });
 }
 
+// specs/ops/elementwise.yaml: clip
+// Values cut off at -limit and limit, as OLMo and DBRX clip queries, keys and values.
+//
+//     y = max(min(x, limit), 0.0 - limit)
+SAGE_KERNEL(clip) {
+    const int64_t R = sizes[0];
+    const int64_t H = sizes[1];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[2];
+    E* y = (E*)tensors[1];
+    const int64_t y_R = sizes[3];
+    const float limit = (float)attrs[0];
+    each_row(R, H * R, [&](int64_t iR) {
+        sweep(H, [&](auto iH) {
+            store(y + iR * y_R, iH, maximum(minimum(load(x + iR * x_R, iH), limit), 0.0f - limit));
+        });
+    });
+}
+
 }  // namespace sage

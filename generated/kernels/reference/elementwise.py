@@ -10,6 +10,7 @@ from .precision import wide
 __all__ = [
     "add",
     "add_bias",
+    "clip",
     "mul",
     "mul_rows",
     "mul_weight",
@@ -60,3 +61,9 @@ def soft_cap(x: Tensor, *, cap: float) -> Tensor:
     """Values held between -cap and cap by cap * tanh(x / cap), as Gemma 2 caps its logits."""
     f32 = wide(x)
     return (torch.tanh(x.to(f32) / cap) * cap).to(x.dtype)
+
+
+# specs/ops/elementwise.yaml: clip
+def clip(x: Tensor, *, limit: float) -> Tensor:
+    """Values cut off at -limit and limit, as OLMo and DBRX clip queries, keys and values."""
+    return x.clamp(max=limit).clamp(min=0.0 - limit)

@@ -24,7 +24,7 @@ from .activation import (
     tanh,
 )
 from .attention import paged_decode_attention, paged_prefill_attention
-from .elementwise import add, add_bias, mul, mul_rows, mul_weight, scale, soft_cap
+from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, soft_cap
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
 from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_store
@@ -76,6 +76,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "mul_rows": mul_rows,
     "scale": scale,
     "soft_cap": soft_cap,
+    "clip": clip,
     "embedding": embedding,
     "embedding_shard": embedding_shard,
     "position_embedding": position_embedding,

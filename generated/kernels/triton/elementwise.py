@@ -13,6 +13,7 @@ from .tiles import split_tile
 __all__ = [
     "add",
     "add_bias",
+    "clip",
     "mul",
     "mul_rows",
     "mul_weight",
@@ -396,6 +397,64 @@ def soft_cap(x: Tensor, *, cap: float) -> Tensor:
             xRows,
             yRows,
             cap,
+            H,
+            R,
+            xRows.stride(0),
+            yRows.stride(0),
+            ROWS=tile.rows,
+            BLOCK_H=tile.block,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+# specs/ops/elementwise.yaml: clip
+@triton.jit
+def _clip_kernel(
+    x,
+    y,
+    limit,
+    H,
+    R,
+    x_R,
+    y_R,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    isRow = iR < R
+    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    inH = iH < H
+    tl.store(
+        y + iR * y_R + iH,
+        tl.maximum(
+            tl.minimum(
+                tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32),
+                limit,
+                propagate_nan=tl.PropagateNan.ALL,
+            ),
+            0.0 - limit,
+            propagate_nan=tl.PropagateNan.ALL,
+        ),
+        mask=isRow & inH,
+    )
+
+
+def clip(x: Tensor, *, limit: float) -> Tensor:
+    """Values cut off at -limit and limit, as OLMo and DBRX clip queries, keys and values."""
+    H = x.shape[-1]
+    R = x.shape[:-1].numel()
+    y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
+    xRows = x.reshape(R, *x.shape[-1:])
+    yRows = y.reshape(R, *y.shape[-1:])
+    if R > 0 and H > 0:
+        tile = split_tile(H)
+        _clip_kernel[tile.grid(R, H)](
+            xRows,
+            yRows,
+            limit,
             H,
             R,
             xRows.stride(0),

@@ -36,7 +36,7 @@ def _router_logits_kernel(
     w_row,
     y_row,
     y_head,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -48,7 +48,7 @@ def _router_logits_kernel(
     w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN_K
+        is_k = (k < K - at) | EVEN
         rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
@@ -59,7 +59,7 @@ def _router_logits_kernel(
 def router_logits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """A score per expert for every token, computed and kept in float32, as DeepSeek V3 does."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    if M > 64 or M == 0:
+    if M > 32 or M == 0:
         return reference_router_logits(x, w, bias)
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
     x_rows, y_rows = x.reshape(M, K), logits.view(M, N)
@@ -77,7 +77,7 @@ def router_logits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         w.stride(-2),
         y_rows.stride(0),
         0,
-        EVEN_K=K % 256 == 0,
+        EVEN=K % 256 == 0,
         BLOCK_M=max(16, triton.next_power_of_2(M)),
         BLOCK_N=16,
         BLOCK_K=256,
@@ -249,7 +249,7 @@ def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = N
     if chosen.numel() == 0:
         return y
     order = chosen.argsort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=chosen.device)
     starts = counts.scatter_add_(0, chosen + 1, torch.ones_like(chosen, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     BLOCK_M = 16 if chosen.numel() <= 32 * num_experts else 64
     rows = x if x.dim() == 2 else x.flatten(0, 1)
@@ -332,7 +332,7 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
     if chosen.numel() == 0:
         return y
     order = chosen.argsort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=chosen.device)
     starts = counts.scatter_add_(0, chosen + 1, torch.ones_like(chosen, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     BLOCK_M = 16 if chosen.numel() <= 32 * num_experts else 64
     rows = x if x.dim() == 2 else x.flatten(0, 1)

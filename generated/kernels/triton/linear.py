@@ -35,7 +35,7 @@ def _linear_kernel(
     w_row,
     y_row,
     y_head,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -48,7 +48,7 @@ def _linear_kernel(
     w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN_K
+        is_k = (k < K - at) | EVEN
         rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
@@ -61,7 +61,7 @@ def _linear_kernel(
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Projection by a weight stored row by output feature, with an optional bias."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    if M > 64 or M == 0:
+    if M > 32 or M == 0:
         return reference_linear(x, w, bias)
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     x_rows, y_rows = x.reshape(M, K), y.view(M, N)
@@ -79,7 +79,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         w.stride(-2),
         y_rows.stride(0),
         0,
-        EVEN_K=K % 256 == 0,
+        EVEN=K % 256 == 0,
         BLOCK_M=max(16, triton.next_power_of_2(M)),
         BLOCK_N=16,
         BLOCK_K=256,
@@ -106,7 +106,7 @@ def _lm_head_kernel(
     w_row,
     y_row,
     y_head,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -119,7 +119,7 @@ def _lm_head_kernel(
     w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN_K
+        is_k = (k < K - at) | EVEN
         rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
@@ -132,7 +132,7 @@ def _lm_head_kernel(
 def lm_head(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits over the vocabulary, rounded to the element type and widened."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
-    if M > 64 or M == 0:
+    if M > 32 or M == 0:
         return reference_lm_head(x, w, bias)
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
     x_rows, y_rows = x.reshape(M, K), logits.view(M, N)
@@ -150,7 +150,7 @@ def lm_head(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         w.stride(-2),
         y_rows.stride(0),
         0,
-        EVEN_K=K % 256 == 0,
+        EVEN=K % 256 == 0,
         BLOCK_M=max(16, triton.next_power_of_2(M)),
         BLOCK_N=16,
         BLOCK_K=256,
@@ -176,7 +176,7 @@ def _head_linear_kernel(
     w_row,
     y_row,
     y_head,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -189,7 +189,7 @@ def _head_linear_kernel(
     w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN_K
+        is_k = (k < K - at) | EVEN
         rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
         weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
@@ -200,7 +200,7 @@ def _head_linear_kernel(
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
     """Projection of every head by a weight of its own."""
     M, N, K = x.shape[0], w.shape[-2], w.shape[-1]
-    if M > 64 or M == 0:
+    if M > 32 or M == 0:
         return reference_head_linear(x, w)
     y = torch.empty(M, x.shape[1], N, dtype=x.dtype, device=x.device)
     x_rows, y_rows = x, y
@@ -217,7 +217,7 @@ def head_linear(x: Tensor, w: Tensor) -> Tensor:
         w.stride(-2),
         y_rows.stride(0),
         y.stride(1),
-        EVEN_K=K % 256 == 0,
+        EVEN=K % 256 == 0,
         BLOCK_M=max(16, triton.next_power_of_2(M)),
         BLOCK_N=16,
         BLOCK_K=256,

@@ -134,11 +134,10 @@ def qk_rope_kv_store(
     """Rotates the queries and keys of a packed projection; stores the keys and values."""
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
-    PG = k_cache.shape[0]
     BS = k_cache.shape[1]
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
-    k_out = torch.empty(PG, BS, Nkv, D, dtype=qkv.dtype, device=qkv.device)
-    v_out = torch.empty(PG, BS, Nkv, D, dtype=qkv.dtype, device=qkv.device)
+    k_out = k_cache
+    v_out = v_cache
     if T * Nq > 0 and max(Dr // 2, D - Dr) > 0:
         tile = split_tile(max(Dr // 2, D - Dr))
         _qk_rope_kv_store_kernel[tile.grid(T * Nq, max(Dr // 2, D - Dr))](
@@ -315,11 +314,10 @@ def qk_rope_interleaved_kv_store(
     """qk_rope_kv_store in the interleaved layout."""
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
-    PG = k_cache.shape[0]
     BS = k_cache.shape[1]
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
-    k_out = torch.empty(PG, BS, Nkv, D, dtype=qkv.dtype, device=qkv.device)
-    v_out = torch.empty(PG, BS, Nkv, D, dtype=qkv.dtype, device=qkv.device)
+    k_out = k_cache
+    v_out = v_cache
     if T * Nq > 0 and max(Dr // 2, D - Dr) > 0:
         tile = split_tile(max(Dr // 2, D - Dr))
         _qk_rope_interleaved_kv_store_kernel[tile.grid(T * Nq, max(Dr // 2, D - Dr))](
@@ -732,11 +730,10 @@ def qk_norm_rope_kv_store(
     """qk_rope_kv_store with an rms_norm of every head before its rotation, as Qwen3 does."""
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
-    PG = k_cache.shape[0]
     BS = k_cache.shape[1]
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
-    k_out = torch.empty(PG, BS, Nkv, D, dtype=qkv.dtype, device=qkv.device)
-    v_out = torch.empty(PG, BS, Nkv, D, dtype=qkv.dtype, device=qkv.device)
+    k_out = k_cache
+    v_out = v_cache
     if T * Nq > 0 and max(D, Dr // 2, D - Dr) > 0:
         if max(D, Dr // 2, D - Dr) <= LONGEST_TILE:
             tile = row_tile(max(D, Dr // 2, D - Dr))
@@ -1182,11 +1179,10 @@ def qk_norm_1p_rope_kv_store(
     """qk_rope_kv_store with an rms_norm_1p of every head before its rotation, as Gemma 3 does."""
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
-    PG = k_cache.shape[0]
     BS = k_cache.shape[1]
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
-    k_out = torch.empty(PG, BS, Nkv, D, dtype=qkv.dtype, device=qkv.device)
-    v_out = torch.empty(PG, BS, Nkv, D, dtype=qkv.dtype, device=qkv.device)
+    k_out = k_cache
+    v_out = v_cache
     if T * Nq > 0 and max(D, Dr // 2, D - Dr) > 0:
         if max(D, Dr // 2, D - Dr) <= LONGEST_TILE:
             tile = row_tile(max(D, Dr // 2, D - Dr))

@@ -10,6 +10,7 @@ from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
 from sageLLM.runtime.core.passes.clocks import Clocks
+from sageLLM.runtime.core.passes.order import is_on_device
 from sageLLM.runtime.core.types import DTYPES
 
 Sizes = Mapping[str, Dim]
@@ -91,7 +92,7 @@ def find_sources(order: list[ExecutionNode]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for node in order:
         if not isinstance(node, OpNode):
-            if node.op_type.name == "KV_LOAD" and node.metadata.get("tier") == "device":
+            if is_on_device(node):
                 sources |= {ref.name: node.inputs[0].name for ref in node.outputs}
             continue
         if node.is_view:

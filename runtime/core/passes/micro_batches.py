@@ -7,7 +7,7 @@ from dataclasses import replace
 from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
-from sageLLM.runtime.core.passes.rows import join_rows, split_rows
+from sageLLM.runtime.core.passes.rows import PART, join_rows, split_rows
 
 COUNTS = ("flops", "bytes")
 """Attributes of plain nodes that count work, and so shrink with the rows."""
@@ -45,6 +45,12 @@ def entering(graph: ExecutionGraph) -> list[TensorRef]:
     return list(found.values())
 
 
+def share_of(whole: Dim, part: int, parts: int) -> int:
+    """The size of one of so many parts, which differ by one at most."""
+    assert isinstance(whole, int), "sizes are bound"
+    return whole * (part + 1) // parts - whole * part // parts
+
+
 class MicroBatches:
     """One graph in the making: what stands for an old value in each micro-batch, and the nodes written so far."""
 
@@ -74,15 +80,15 @@ class MicroBatches:
 
     def _take(self, node: ExecutionNode) -> None:
         copied = node.copy()
-        copied.dependencies = {new for old in node.dependencies for new in self._now(old)}
+        copied.dependencies = {new for old in self._control(node) for new in self._now(old)}
         self.result.add_node(copied)
 
     def _write(self, node: ExecutionNode, part: int) -> None:
         inputs = [self.values[ref.name][part] if ref.name in self.values else ref for ref in node.inputs]
         copied = node.copy()
         copied.node_id, copied.inputs = f"{node.node_id}.p{part}", inputs
-        copied.dependencies = {new for old in node.dependencies for new in self._now(old, part)}
-        copied.metadata["part"] = part
+        copied.dependencies = {new for old in self._control(node) for new in self._now(old, part)}
+        copied.metadata[PART] = part
         copied.origins = (node.node_id,)
         copied.outputs = self._outputs(node, inputs, part)
         copied.attrs = {name: self._attr(name, value, node, part) for name, value in node.attrs.items()}
@@ -92,7 +98,9 @@ class MicroBatches:
         self.result.add_node(copied)
 
     def _outputs(self, node: ExecutionNode, inputs: list[TensorRef], part: int) -> list[TensorRef]:
-        shapes = [(self._size(ref.shape[0], part), *ref.shape[1:]) if ref.shape else () for ref in node.outputs]
+        shapes = [
+            (share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) if ref.shape else () for ref in node.outputs
+        ]
         if isinstance(node, OpNode):
             shapes = [type_.shape for type_ in self._infer(node, inputs).outputs]
         named = zip(node.outputs, shapes, strict=True)
@@ -107,17 +115,12 @@ class MicroBatches:
 
     def _attr(self, name: str, value: AttrValue, node: ExecutionNode, part: int) -> AttrValue:
         is_count = name in COUNTS and not isinstance(node, OpNode) and isinstance(value, int)
-        return self._size(value, part) if is_count and isinstance(value, int) else value
-
-    def _size(self, whole: Dim, part: int) -> int:
-        """A share of the rows; shares differ by one at most."""
-        assert isinstance(whole, int), "sizes are bound"
-        return whole * (part + 1) // self.parts - whole * part // self.parts
+        return share_of(value, part, self.parts) if is_count and isinstance(value, int) else value
 
     def _split_for(self, node: ExecutionNode) -> None:
         for ref in node.inputs:
             if ref.name in self.entering and ref.name not in self.values:
-                shapes = [(self._size(ref.shape[0], part), *ref.shape[1:]) for part in range(self.parts)]
+                shapes = [(share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) for part in range(self.parts)]
                 parts = [replace(ref, name=f"{ref.name}.p{part}", shape=shape) for part, shape in enumerate(shapes)]
                 for new in split_rows(self.split, node, ref, parts):
                     self.result.add_node(new)
@@ -130,6 +133,11 @@ class MicroBatches:
                 self.joined.add(ref.name)
                 for new in join_rows(self.join, like, self.values[ref.name], ref.name):
                     self.result.add_node(new)
+
+    def _control(self, node: ExecutionNode) -> set[str]:
+        """What a node waits for besides the writers of its inputs."""
+        writers = [self.source.producer(ref) for ref in node.inputs]
+        return node.dependencies - {writer.node_id for writer in writers if writer is not None}
 
     def _now(self, node_id: str, part: int | None = None) -> list[str]:
         """The nodes in the place of an old one; those of one micro-batch, if it is given."""

@@ -98,6 +98,11 @@ def changes_caches(node: ExecutionNode) -> bool:
     return not isinstance(node, OpNode) and node.op_type.name in ("KV_STORE", "KV_MIGRATE")
 
 
+def is_on_device(node: ExecutionNode) -> bool:
+    """Whether a node is a load of keys and values that are on the device already: no transfer, and no new memory."""
+    return node.op_type.name == "KV_LOAD" and node.metadata.get("tier") == "device"
+
+
 def bottom_levels(graph: ExecutionGraph) -> Mapping[str, float]:
     """For every node the longest time from its start to the end of the step, dependencies alone counted."""
     levels: dict[str, float] = {}

@@ -10,8 +10,9 @@ from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.errors import TypeMismatch
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, Inference, InferKey, OpNode
-from sageLLM.runtime.core.passes.micro_batches import MicroBatches, why_not_divisible
+from sageLLM.runtime.core.passes.micro_batches import MicroBatches, entering, share_of, why_not_divisible
 from sageLLM.runtime.core.passes.order import put_in_order, take_over
+from sageLLM.runtime.core.passes.rows import PART
 from sageLLM.runtime.core.passes.transfers import move_nodes
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
@@ -31,9 +32,9 @@ class PlacePass(DeclaredPass):
     and values of one micro-batch comes before what reads the cache for the next. A value that another device needs goes
     there by the ops `send` and `recv`, once; collectives run where their operand is made.
 
-    `part_time` gives the time of a node for fewer rows, where it knows better than the roofline of `hardware` for ops
-    and a time in proportion to the rows for blocks. Sizes must be bound, and a hybrid step is left as it is: its rows
-    belong to two phases.
+    `part_time` gives the time of an old node for fewer rows. Without it ops take what the roofline of `hardware` says,
+    and blocks a time in proportion to the rows, which is too short where weights dominate. Sizes must be bound, and a
+    hybrid step is left as it is: its rows belong to two phases.
     """
 
     parts: int = 1
@@ -81,18 +82,22 @@ class PlacePass(DeclaredPass):
 
     def _set_times(self, old: ExecutionGraph, new: ExecutionGraph) -> None:
         memo: dict[InferKey, Inference] = {}
+        rows = entering(old)[0].shape[0]
         for node in new.nodes.values():
-            if node.node_id not in old.nodes:
+            if type(old.nodes.get(node.node_id)) is not type(node):  # a joined value keeps its name, not its op
                 origin = old.nodes.get(node.origins[0]) if node.origins else None
-                node.estimated_time_us = self._time_us(node, origin, memo)
+                count = share_of(rows, node.metadata[PART], self.parts) if origin else node.outputs[0].shape[0]
+                node.estimated_time_us = self._time_us(node, origin, int(str(count)), memo)
 
-    def _time_us(self, node: ExecutionNode, origin: ExecutionNode | None, memo: Memo) -> float:
-        rows = node.outputs[0].shape[0] if node.outputs else node.inputs[0].shape[0]
-        if self.part_time is not None and isinstance(rows, int):
-            return self.part_time(origin or node, rows)
+    def _time_us(self, node: ExecutionNode, origin: ExecutionNode | None, num_rows: int, memo: Memo) -> float:
+        if self.part_time is not None and origin is not None:
+            return self.part_time(origin, num_rows)
         if isinstance(node, OpNode) and self.hardware is not None:
-            return 0.0 if node.op_type.name == "COMM_RECV" else estimate(node, self.hardware, self.sizes, memo).time_us
-        return origin.estimated_time_us * _share(node, origin) if origin is not None else 0.0
+            is_received = node.op_type.name == "COMM_RECV"  # with the last byte sent
+            return 0.0 if is_received else estimate(node, self.hardware, self.sizes, memo).time_us
+        if origin is not None:
+            return origin.estimated_time_us * _share(node, origin)
+        return self.part_time(node, num_rows) if self.part_time is not None else 0.0
 
 
 def _share(node: ExecutionNode, origin: ExecutionNode) -> float:

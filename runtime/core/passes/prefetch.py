@@ -7,7 +7,7 @@ from typing import ClassVar
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode
 from sageLLM.runtime.core.passes.events import plan_events
-from sageLLM.runtime.core.passes.order import Lane, Reachability, lane, order_cache_effects, put_in_order
+from sageLLM.runtime.core.passes.order import Lane, Reachability, is_on_device, lane, order_cache_effects, put_in_order
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
 
@@ -44,8 +44,7 @@ class PrefetchPass(DeclaredPass):
         self.report.facts = {"prefetched": early, "us_before": before, "us_after": graph.estimate_total_time()}
 
     def _is_load(self, node: ExecutionNode) -> bool:
-        is_here = node.metadata.get("tier") == "device"
-        return node.op_type.name in self.select and node.layer_id is not None and not is_here
+        return node.op_type.name in self.select and node.layer_id is not None and not is_on_device(node)
 
     def _move(self, graph: ExecutionGraph, loads: list[ExecutionNode]) -> None:
         """From a stream with computation to one of their own."""

@@ -9,7 +9,14 @@ from typing import ClassVar
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode
 from sageLLM.runtime.core.passes.events import plan_events
-from sageLLM.runtime.core.passes.order import Lane, bottom_levels, lane, order_cache_effects, put_in_order
+from sageLLM.runtime.core.passes.order import (
+    Lane,
+    bottom_levels,
+    is_on_device,
+    lane,
+    order_cache_effects,
+    put_in_order,
+)
 from sageLLM.runtime.core.passes.sharing import Share, Span, simulate, time_spans
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
@@ -17,10 +24,10 @@ from sageLLM.runtime.core.rewrite import DeclaredPass
 class StreamPass(DeclaredPass):
     """Moves nodes by op type to the streams that `streams` names (numbered from 1), and list-schedules the graph.
 
-    Nodes that no entry selects stay where they are, and so do those that take no time, as a load of what is on the
-    device already. Of the old order and the one that favours the longest remaining path (list scheduling; Graham, SIAM
-    J. Appl. Math. 17(2), 1969) the faster is taken. A graph that neither would make faster stays as it was. The waits
-    between lanes are noted in the nodes; see `plan_events`.
+    Nodes that no entry selects stay where they are, and so do loads of what is on the device already. Of the old order
+    and the one that favours the longest remaining path (list scheduling; Graham, SIAM J. Appl. Math. 17(2), 1969) the
+    faster is taken. A graph that neither would make faster stays as it was. The waits between lanes are noted in the
+    nodes; see `plan_events`.
 
     Streams that `shares` names share the device with the others: nodes that run at the same time slow down, and their
     estimated times become what `simulate` says. Without shares streams do not slow down one another.
@@ -58,7 +65,7 @@ class StreamPass(DeclaredPass):
         stream_of = {name: i for i, names in enumerate(self.streams.values(), start=1) for name in names}
         old = {node.node_id: node.stream_id for node in graph.nodes.values()}
         for node in graph.nodes.values():
-            if node.estimated_time_us:
+            if not is_on_device(node):
                 node.stream_id = stream_of.get(node.op_type.name, node.stream_id)
         return old
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
 from sageLLM.runtime.core.passes.order import take_over
+from sageLLM.runtime.core.passes.rows import PART
 
 GROUP = "af"
 """The process group of the transfers: the ranks of all pools of devices."""
-STREAM = 1
-"""The stream of transfers, so that a device sends and receives while it computes."""
+SEND_STREAM, RECV_STREAM = 1, 2
+"""The streams of transfers, so that a device sends, receives and computes at the same time."""
 
 
 def move_nodes(graph: ExecutionGraph, devices: Mapping[str, int], send: type[OpNode], recv: type[OpNode]) -> int:
@@ -85,8 +86,9 @@ class _Mover:
         return received
 
     def _add(self, op: type[OpNode], x: TensorRef, y: TensorRef, device: int, peer: int, reader: ExecutionNode) -> None:
-        node = op(y.name, op.kind, [x], [y], device_id=device, stream_id=STREAM, layer_id=reader.layer_id)
+        stream = SEND_STREAM if op is self.send else RECV_STREAM
+        node = op(y.name, op.kind, [x], [y], device_id=device, stream_id=stream, layer_id=reader.layer_id)
         node.attrs = {"peer": peer, "group": GROUP}
-        if "part" in reader.metadata:
-            node.metadata["part"] = reader.metadata["part"]
+        if PART in reader.metadata:
+            node.metadata[PART] = reader.metadata[PART]
         self.result.add_node(node)

@@ -1,17 +1,19 @@
 """A program: compiles every Triton kernel for GPUs that need not be there, and reports what each needs of them as JSON.
 
-    python compile_ahead.py sm_90 gfx942
+    python compile_ahead.py all sm_90 gfx942
+    python compile_ahead.py linear,rope sm_80
 
 The launchers run as they are, on tensors without data. A stub stands in for the driver, so that Triton's own JIT
-specialises the kernels to their arguments and compiles them, and a launch ends there.
+specialises the kernels to their arguments and compiles them; there a launch ends.
 """
 
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,28 @@ from triton.runtime.jit import JITFunction
 
 from sageLLM.generated.kernels.triton import KERNELS
 from sageLLM.generated.ops import OPS
-from sageLLM.generated.tests.op_checks import make_operands, run
+from sageLLM.runtime.core.dims import evaluate
+from sageLLM.runtime.core.ir import REQUIRED, AttrSpec
+from sageLLM.runtime.core.types import TypePattern
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
-           "gfx942": GPUTarget("hip", "gfx942", 64)}  # fmt: skip
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+WITH_SIZE, REGISTER_COUNT, FRAME_SIZE = 0x04, 0x2F, 0x11
+NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+OPCODES = r"\b(HGMMA|HMMA|UTCHMMA|LDG\.E\.128|STG\.E\.128|LDGSTS\.E\.(?:\w+\.)*128)"
+DISASSEMBLED = {"_fused_add_rms_norm_rows", "_silu_mul_kernel", "_linear_kernel", "_paged_prefill_attention_kernel"}
+DISASSEMBLED |= {"_paged_decode_attention_split"}
 
-SIZES = {"R": 64, "T": 64, "B": 32, "S": 32, "H": 4096, "I": 14336, "V": 128256, "P": 8192, "Nq": 32, "Nkv": 8, "N": 32}
+SIZES = {"R": 64, "T": 32, "B": 32, "S": 32, "H": 4096, "I": 14336, "V": 128256, "P": 8192, "Nq": 32, "Nkv": 8, "N": 32}
 SIZES |= {"K": 4096, "D": 128, "Dv": 128, "Dr": 128, "PG": 4096, "BS": 16, "MB": 256, "M": 64, "X": 64, "A": 8}
-"""A model of 8 billion parameters; some of its sizes name two things, which is as well here."""
+"""A model of 8 billion parameters, with experts; rows of LONG do not fit in a program."""
 LONG = SIZES | {"H": 32768, "I": 32768}
+
+TORCH = {"i32": torch.int32, "i64": torch.int64}
 
 
 class Stub(DriverBase):
@@ -65,80 +79,102 @@ class Stub(DriverBase):
         raise RuntimeError("nothing can be timed without a device")
 
 
-def compiled(name: str, sizes: dict[str, int], attrs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def compile_op(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The kernels that one call of the op's launcher would start, by name."""
-    found: list[tuple[str, Any]] = []
+    found: dict[str, Any] = {}
     original = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append((self.fn.__name__, kernel))
+        found[self.fn.__name__] = kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         return kernel
 
     JITFunction.run = record
     try:
-        with torch.device("meta"):
-            run(OPS[name], KERNELS[name], operands(name, sizes), sizes, attrs)
+        KERNELS[name](*operands(name, sizes), **attrs(name, sizes))
     finally:
         JITFunction.run = original
-    return iter(found)
-
-
-def operands(name: str, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-    return {key: x.to("meta") for key, x in make_operands(OPS[name], sizes, {}, torch.bfloat16).items()}
-
-
-def cases(name: str) -> list[tuple[str, dict[str, int], dict[str, Any]]]:
-    """What to compile of an op: as it is called most, and its kernel for long rows if it has one."""
-    attrs = {key: 1.0 for key, spec in OPS[name].attr_types.items() if spec.type == "f32" and spec.default is None}
-    found = [("", SIZES, {key: value for key, value in attrs.items() if not OPS[name].attr_types[key].optional})]
-    if any(symbol in "HI" for type_ in OPS[name].input_types.values() for symbol in map(str, type_.trailing)):
-        found.append(("", LONG, found[0][2]))
     return found
 
 
-def needs(kernel: Any, target: GPUTarget) -> dict[str, Any]:
+def operands(name: str, sizes: Mapping[str, int]) -> list[torch.Tensor | None]:
+    """Tensors without data; of optional operands the weights and biases."""
+    op = OPS[name]
+    absent = op.optional_inputs - {"w", "bias"}
+    return [None if key in absent else operand(pattern, sizes) for key, pattern in op.input_types.items()]
+
+
+def operand(pattern: TypePattern, sizes: Mapping[str, int]) -> torch.Tensor:
+    leading = [sizes["R"]] if pattern.has_leading else []
+    shape = [*leading, *(int(str(evaluate(dim, sizes))) for dim in pattern.trailing)]
+    if pattern.is_variable or pattern.element == "f32":
+        return torch.empty(shape, dtype=torch.bfloat16 if pattern.is_variable else torch.float32, device="meta")
+    return torch.zeros(shape, dtype=TORCH[pattern.element])  # launchers compute with integers
+
+
+def attrs(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    def value(key: str, spec: AttrSpec) -> Any:
+        if spec.type == "dim":
+            return sizes[key]
+        if callable(spec.default):
+            return spec.default(sizes)
+        return 1.0 if spec.default is REQUIRED else spec.default
+
+    return {key: value(key, spec) for key, spec in OPS[name].attr_types.items()}
+
+
+def needs(name: str, kernel: Any, target: GPUTarget) -> dict[str, Any]:
+    """Registers of a thread, spilled ones (numbers on AMD, bytes on NVIDIA), bytes of shared memory, opcodes."""
     if target.backend == "hip":
-        text = kernel.asm["amdgcn"]
-        counts = {
-            key: int(found[1])
-            for key in ("vgpr_count", "vgpr_spill_count")
-            if (found := re.search(rf"\.{key}:\s+(\d+)", text))
-        }
-        return {
-            "registers": counts["vgpr_count"],
-            "spilled": counts["vgpr_spill_count"],
-            "shared": kernel.metadata.shared,
-        }
+        found = amd_needs(kernel.asm["amdgcn"])
+    else:
+        found = nvidia_needs(kernel.asm["cubin"])
+        found["opcodes"] = opcodes(kernel.asm["cubin"]) if name in DISASSEMBLED else []
+    return {**found, "shared": kernel.metadata.shared}
+
+
+def nvidia_needs(cubin: bytes) -> dict[str, Any]:
+    """From the section .nv.info of the ELF file: attributes, of which two forms have 4 and size + 4 bytes."""
+    at, size, count = struct.unpack_from("<Q10xHH", cubin, 0x28)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, at + number * size) for number in range(count)]
+    names = sections[struct.unpack_from("<H", cubin, 0x3E)[0]][4]
+    [info] = [one for one in sections if cubin[names + one[0] :].startswith(b".nv.info\0")]
+    at, end = info[4], info[4] + info[5]
+    found = {REGISTER_COUNT: 0, FRAME_SIZE: 0}
+    while at < end:
+        form, kind, size = struct.unpack_from("<BBH", cubin, at)
+        if form == WITH_SIZE and kind in found:
+            found[kind] = max(found[kind], struct.unpack_from("<I", cubin, at + 8)[0])
+        at += 4 + (size if form == WITH_SIZE else 0)
+    return {"registers": found[REGISTER_COUNT], "spilled": found[FRAME_SIZE]}
+
+
+def opcodes(cubin: bytes) -> list[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = dict(re.findall(r"(REG|STACK):(\d+)", tool("cuobjdump", "-res-usage", file.name)))
-        code = tool("nvdisasm", "-c", file.name)
-    opcodes = sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|LDG\.E\.128|STG\.E\.128|LDGSTS\.E\.\w*\.?128)\b", code)))
-    return {
-        "registers": int(usage["REG"]),
-        "spilled": int(usage["STACK"]),
-        "shared": kernel.metadata.shared,
-        "opcodes": opcodes,
-    }
+        code = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return sorted(set(re.findall(OPCODES, code)))
 
 
-def tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+def amd_needs(assembly: str) -> dict[str, Any]:
+    registers, spilled = (
+        int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[0]) for key in ("vgpr_count", "vgpr_spill_count")
+    )
+    return {"registers": registers, "spilled": spilled, "opcodes": ["MFMA"] if "v_mfma" in assembly else []}
 
 
-def main(targets: list[str]) -> None:
+def main(ops: str, targets: list[str]) -> None:
     report: dict[str, dict[str, Any]] = {}
+    names = [*KERNELS] if ops == "all" else ops.split(",")
     for device, target in enumerate(targets):
         driver.set_active(Stub(TARGETS[target], device))
         found = report.setdefault(target, {})
-        for name in KERNELS:
-            for _, sizes, attrs in cases(name):
-                for kernel_name, kernel in compiled(name, sizes, attrs):
-                    found.setdefault(kernel_name, needs(kernel, TARGETS[target]))
+        for name, sizes in ((name, sizes) for name in names for sizes in (SIZES, LONG)):
+            for kernel_name, kernel in compile_op(name, sizes).items():
+                if kernel_name not in found:
+                    found[kernel_name] = needs(kernel_name, kernel, TARGETS[target])
     json.dump({"triton": triton.__version__, "targets": report}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -89,6 +89,7 @@ class Regroup(RewritePass):
     stage = "fuse"
     level = "kernel"
     phases = frozenset({"decode", "hybrid", "prefill"})
+    before = ("fuse_norm",)
     rules = (
         Rule("sum_first", RmsNorm, sum_first, 3, 3),
         Rule("reduce_in_the_norm", FusedAddRmsNorm, reduce_in_the_norm, 2, 1),

@@ -1,0 +1,118 @@
+"""Links the `where` of a rewrite rule: conditions on the sizes and element types of values, and on attrs."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
+from sageLLM.codegen.load import Entry
+from sageLLM.codegen.model.op import Attr, AttrName
+from sageLLM.codegen.model.rule import RuleCondition, RuleDef
+from sageLLM.codegen.schema.passes import PassSpec
+
+Kind = Literal["number", "text", "truth"]
+_KINDS: Mapping[str, Kind] = {"f32": "number", "i32": "number", "dim": "number", "str": "text", "bool": "truth"}
+FUNCTIONS: Mapping[str, tuple[int, Kind]] = {
+    "bytes": (1, "number"),
+    "rank": (1, "number"),
+    "size": (2, "number"),
+    "dtype": (1, "text"),
+}
+"""Arguments and kind of what may be asked of a value: `size(x, 0)` is its first dim."""
+
+
+def link_conditions(lines: list[str], rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> Iterator[RuleCondition]:
+    """The sound conditions of a rule; findings go to the sink."""
+    attrs = {
+        given.name: attr
+        for call in rule.pattern
+        for name, given in call.attrs
+        if isinstance(given, AttrName) and (attr := call.op.attr(name)) is not None
+    }
+    values = {name for call in rule.pattern for name in (*call.reads, *call.targets)}
+    for i, line in enumerate(lines):
+        text = Text.of(line, entry, (*rule.path, "where", i), sink)
+        try:
+            node = parse_expression(text)
+            if _Checker(text, attrs, values, rule.optional).kind(node) != "truth":
+                raise text.refuse("SAGE321", "a condition is wanted", None, "compare it: ... <= 4096")
+        except Refused:
+            continue
+        yield RuleCondition(line, node)
+
+
+@dataclass(frozen=True, slots=True)
+class _Checker:
+    text: Text
+    attrs: Mapping[str, Attr]
+    values: set[str]
+    optional: set[str]
+
+    def kind(self, node: ast.expr) -> Kind:
+        """What an expression is; refuses everything outside of the language of conditions."""
+        match node:
+            case ast.Constant(value=bool()):
+                return "truth"
+            case ast.Constant(value=int() | float()):
+                return "number"
+            case ast.Constant(value=str()):
+                return "text"
+            case ast.Name(id=name):
+                return self._attr(name, node)
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
+                return self._function(name, args, node)
+            case ast.BinOp(left=a, op=ast.Add() | ast.Sub() | ast.Mult(), right=b):
+                return self._all([a, b], "number", "number")
+            case ast.BinOp(left=a, op=ast.FloorDiv() | ast.Mod(), right=ast.Constant(value=int() as b)) if b > 0:
+                return self._all([a], "number", "number")
+            case ast.UnaryOp(op=ast.USub(), operand=a):
+                return self._all([a], "number", "number")
+            case ast.UnaryOp(op=ast.Not(), operand=a):
+                return self._all([a], "truth", "truth")
+            case ast.BoolOp(values=parts):
+                return self._all(parts, "truth", "truth")
+            case ast.Compare(left=a, ops=ops, comparators=others):
+                if not all(isinstance(op, ast.Eq | ast.NotEq | ast.Lt | ast.LtE | ast.Gt | ast.GtE) for op in ops):
+                    raise self._refuse("only == != < <= > >= compare", node)
+                return self._all([a, *others], self.kind(a), "truth")
+        raise self._refuse("this is not part of a condition", node)
+
+    def _all(self, parts: list[ast.expr], wanted: Kind, gives: Kind) -> Kind:
+        for part in parts:
+            if (found := self.kind(part)) != wanted:
+                raise self._refuse(f"a {wanted} is wanted, and this is a {found}", part)
+        return gives
+
+    def _attr(self, name: str, node: ast.expr) -> Kind:
+        if name not in self.attrs:
+            message = f"'{name}' is no attr that the pattern names"
+            raise self.text.refuse("SAGE321", message, node, did_you_mean(name, self.attrs))
+        if self.attrs[name].optional:
+            raise self._refuse(f"'{name}' may be absent", node)
+        return _KINDS[self.attrs[name].type]
+
+    def _function(self, name: str, args: list[ast.expr], node: ast.expr) -> Kind:
+        if name not in FUNCTIONS:
+            raise self.text.refuse("SAGE321", f"unknown function '{name}'", node, did_you_mean(name, FUNCTIONS))
+        num_args, kind = FUNCTIONS[name]
+        match args:
+            case [ast.Name(id=value), *rest] if len(args) == num_args and all(map(_is_index, rest)):
+                self._check_value(value, args[0])
+                return kind
+        raise self._refuse(f"{name} takes a value" + (" and the index of a dim" if num_args == 2 else ""), node)
+
+    def _check_value(self, name: str, node: ast.expr) -> None:
+        if name not in self.values:
+            message = f"'{name}' is no value of the pattern"
+            raise self.text.refuse("SAGE321", message, node, did_you_mean(name, self.values))
+        if name in self.optional:
+            raise self._refuse(f"'{name}' may be absent", node)
+
+    def _refuse(self, message: str, node: ast.expr) -> Refused:
+        return self.text.refuse("SAGE321", message, node)
+
+
+def _is_index(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) is int and 0 <= node.value < 16

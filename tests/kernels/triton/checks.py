@@ -1,0 +1,310 @@
+"""Checks of the Triton kernels against the references, on the device that SAGELLM_CHECK_DEVICE names.
+
+Operands lie within NaN and results within numbers that are no result, so that what is read or written outside its place
+shows. The arithmetic that is compared with is in float64, on the CPU.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sageLLM.generated.kernels.reference import KERNELS as REFERENCES
+from sageLLM.generated.kernels.triton import KERNELS
+from sageLLM.generated.ops import OPS
+from sageLLM.generated.tests.cases import CASES, Cases
+from sageLLM.generated.tests.op_checks import make_operands
+
+DEVICE = torch.device(os.environ.get("SAGELLM_CHECK_DEVICE", "cpu"))
+GUARD = 64
+POISON = {"f": float("nan"), "i": -7777777}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+OF_TEMPLATES = {"linear", "lm_head", "head_linear", "router_logits", "topk_router", "expert_linear", "expert_down"}
+SPECIAL = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e-40, 6e4, -6e4]
+
+Results = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """How one call went: the greatest error, in units of what is allowed; "" or what else is wrong."""
+
+    op: str
+    kind: str
+    dtype: str
+    error: float
+    wrong: str
+
+
+class Memory:
+    """Stands in for torch.empty: what it gives is full of poison and lies between guards."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int]] = []
+        self.empty = torch.empty
+
+    def allocate(self, *sizes: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+        shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        count = prod(shape)
+        buffer = torch.full(
+            (count + 2 * GUARD,), POISON["f" if dtype.is_floating_point else "i"], dtype=dtype, device=device or DEVICE
+        )
+        self.buffers.append((buffer, count))
+        return buffer[GUARD : GUARD + count].view(shape)
+
+    def placed(self, x: Tensor) -> Tensor:
+        """A copy of x between guards, its rows as far apart as those of x."""
+        room = self.allocate(x.stride(0) * x.shape[0] if x.dim() else 1, dtype=x.dtype)
+        return room.as_strided(x.shape, x.stride()).copy_(x)
+
+    def why_broken(self) -> str:
+        for buffer, count in self.buffers:
+            outside = torch.cat((buffer[:GUARD], buffer[GUARD + count :]))
+            if not (outside.isnan().all() if outside.is_floating_point() else (outside == POISON["i"]).all()):
+                return "it writes outside its memory"
+        return ""
+
+
+def call(kernel: Callable[..., Any], operands: list[Any], attrs: Mapping[str, Any]) -> Results:
+    results = kernel(*operands, **attrs)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def triton_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> tuple[Results, str]:
+    """What the kernel gives, and whether it kept to its memory and left alone what it has not to change."""
+    memory = Memory()
+    placed = [None if x is None else memory.placed(x) if x.numel() else x.to(DEVICE) for x in operands]
+    torch.empty = memory.allocate
+    try:
+        results = call(KERNELS[op], placed, attrs)
+    finally:
+        torch.empty = memory.empty
+    changed = set(OPS[op].inplace.values())
+    wrong = memory.why_broken()
+    placed = [None if x is None else x.cpu() for x in placed]
+    for name, before, after in zip(OPS[op].input_types, operands, placed, strict=False):
+        if name not in changed and before is not None and not torch.equal(before.nan_to_num(), after.nan_to_num()):
+            wrong = f"it changes {name}"
+    return tuple(x.cpu() for x in results), wrong
+
+
+def exact_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> Results:
+    """The reference in float64 arithmetic that rounds where the spec rounds."""
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith(REFERENCES["add"].__module__.rsplit(".", 1)[0])
+    ]
+    widths = [(module, module.wide) for module in modules if hasattr(module, "wide")]
+    for module, _ in widths:
+        module.wide = lambda x: torch.float64
+    try:
+        return call(REFERENCES[op], [None if x is None else x.clone() for x in operands], attrs)
+    finally:
+        for module, wide in widths:
+            module.wide = wide
+
+
+def wide_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> Results:
+    """The reference on float64 operands, for kernels that add in another order than the library does."""
+    wide = [x.double() if x is not None and x.is_floating_point() else x for x in operands]
+    return call(REFERENCES[op], [None if x is None else x.clone() for x in wide], attrs)
+
+
+def by_element(found: Tensor, wanted: Tensor) -> float:
+    """Of float32 1e-5, relative to the element and the greatest one; of narrow types 2 units in the last place."""
+    target = wanted.to(found.dtype).double()
+    bits = {torch.float32: 0, torch.bfloat16: 8, torch.float16: 11}[found.dtype]
+    allowed = 1e-5 * (wanted.abs() + wanted.abs().max()) if bits == 0 else 2.0 * ulp(target, bits, found.dtype)
+    return float(((found.double() - target).abs() / allowed.clamp(min=1e-300)).nan_to_num(torch.inf).max())
+
+
+def ulp(x: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    return (
+        torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=torch.finfo(dtype).tiny)))) * 2.0 ** (1 - bits)
+    ).double()
+
+
+def by_greatest(found: Tensor, wanted: Tensor, dtype: str) -> float:
+    """Of sums, relative to the greatest: rounding of weights and results adds up to 2 units in the last place of it."""
+    allowed = {"f32": 1e-5, "bf16": 2**-7, "f16": 2**-10}[dtype] * wanted.abs().max().clamp(min=1e-9)
+    return float((found.double() - wanted).abs().nan_to_num(torch.inf).max() / allowed)
+
+
+def compared(
+    op: str, kind: str, dtype: str, operands: list[Any], attrs: Mapping[str, Any], *, is_sum: bool = False
+) -> Finding:
+    """One call of the kernel against the reference; sums may be added in any order."""
+    try:
+        found, wrong = triton_results(op, operands, attrs)
+    except Exception as error:  # reported like any other finding, with what the interpreter says of it
+        return Finding(op, kind, dtype, 0.0, repr(error.__cause__ or error)[:300])
+    wanted = (wide_results if is_sum else exact_results)(op, operands, attrs)
+    error = 0.0
+    for one, other in zip(found, wanted, strict=True):
+        if one.shape != other.shape:
+            wrong = f"shape {tuple(one.shape)}, want {tuple(other.shape)}"
+        elif one.is_floating_point() and one.numel():
+            wide = other.double()
+            error = max(error, by_greatest(one, wide, dtype) if is_sum else by_element(one, wide))
+        elif not torch.equal(one, other):
+            wrong = "other numbers"
+    return Finding(op, kind, dtype, error, wrong)
+
+
+def special(op: str, operands: list[Any], attrs: Mapping[str, Any], dtype: str) -> Finding:
+    """Infinities, NaN, zeros and the smallest numbers come out as torch has them."""
+    for x in operands:
+        if x.is_floating_point() and x.numel() >= len(SPECIAL):
+            x.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL).to(x.dtype)
+    found, wrong = triton_results(op, operands, attrs)
+    for one, other in zip(found, call(REFERENCES[op], operands, attrs), strict=True):
+        if one.is_floating_point() and not torch.allclose(one.double(), other.double(), 2e-2, 1e-5, equal_nan=True):
+            wrong = "other special values"
+    return Finding(op, "special values", dtype, 0.0, wrong)
+
+
+def row_findings() -> Iterator[Finding]:
+    """Ops from equations: the spec's cases, rows that lie apart, no rows, rows that are too long for a tile."""
+    for name in KERNELS.keys() & CASES.keys() - OF_TEMPLATES:
+        sizes, attrs, limits = CASES[name]
+        for kind, case, dtype in row_cases(name, CASES[name]):
+            dims = {key: case[key] for key, spec in OPS[name].attr_types.items() if spec.type == "dim"}
+            operands = [*make_operands(OPS[name], case, limits, DTYPES[dtype]).values()]
+            yield compared(name, kind, dtype, operands, attrs | dims)
+            if kind == str(sizes[-1]) and dtype != "f16":
+                yield compared(name, "rows apart", dtype, [apart(x) for x in operands], attrs | dims)
+                yield special(name, operands, attrs | dims, dtype)
+
+
+def row_cases(name: str, cases: Cases) -> Iterator[tuple[str, dict[str, Any], str]]:
+    yield from ((str(case), case, dtype) for case in cases.sizes for dtype in ("f32", "bf16"))
+    last = cases.sizes[-1]
+    yield str(last), last, "f16"
+    rows = {"R", "T"} & last.keys()
+    few = {**last, **dict.fromkeys(rows, 2)}
+    if {"H", "I"} & last.keys():
+        yield "more than a block", {**few, **dict.fromkeys({"H", "I"} & last.keys(), 1500)}, "bf16"
+    if hasattr(sys.modules[KERNELS[name].__module__], f"_{name}_long") and "H" in last:
+        yield "longer than a tile", {**few, "H": 16500}, "f32"
+    if not rows <= set(cases.limits.values()):
+        yield "no rows", {**last, **dict.fromkeys(rows - set(cases.limits.values()), 0)}, "f32"
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same numbers, with room between rows."""
+    if x.dim() < 2:
+        return x
+    return torch.nn.functional.pad(x, (0, 3))[..., :-3]
+
+
+def template_findings() -> Iterator[Finding]:
+    yield from attention_findings()
+    yield from product_findings()
+    yield from other_findings()
+
+
+def attention_findings() -> Iterator[Finding]:
+    variants: list[dict[str, Any]] = [{}, {"window": 5}, {"softcap": 3.0}, {"window": 40, "softcap": 2.0}]
+    starts = torch.tensor([0, 1, 41, 41, 50], dtype=torch.int32)
+    for dtype, attrs in [*(("f32", one) for one in variants), ("bf16", {}), ("f16", {"window": 40})]:
+        kind, given = DTYPES[dtype], {"scale": 0.3, **attrs}
+        sinks, slopes = torch.randn(6).to(kind), torch.rand(6)
+        for extra in ((None, None), (sinks, None), (None, slopes)) if dtype == "f32" else ((sinks, slopes),):
+            label = f"{attrs}{' sinks' if extra[0] is not None else ''}{' slopes' if extra[1] is not None else ''}"
+            q, *cache = paged([1, 530, 0, 37], kind)
+            yield compared("paged_decode_attention", label, dtype, [q[:4], *cache, *extra], given, is_sum=True)
+            q, *cache = paged([1, 70, 0, 37], kind)
+            yield compared("paged_prefill_attention", label, dtype, [q, *cache, starts, *extra], given, is_sum=True)
+        operands = [*(torch.randn(50, heads, 24).to(kind) for heads in (6, 2, 2)), starts]
+        for causal in (False, True):
+            label = f"{attrs} causal={causal}"
+            yield compared("varlen_attention", label, dtype, operands, {"causal": causal, **given}, is_sum=True)
+
+
+def paged(lengths: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """q for 50 rows of 6 heads, and a cache of 2 heads whose blocks lie anywhere; unused slots hold NaN."""
+    width = max(1, -(-max(lengths) // 16))
+    table = torch.randperm(len(lengths) * width + 3)[: len(lengths) * width].view(len(lengths), width).int()
+    k, v = (torch.full((len(lengths) * width + 3, 16, 2, d), torch.nan).to(dtype) for d in (24, 20))
+    for b, length in enumerate(lengths):
+        for n in range(length):
+            k[table[b, n // 16], n % 16] = torch.randn(2, 24).to(dtype)
+            v[table[b, n // 16], n % 16] = torch.randn(2, 20).to(dtype)
+    return [torch.randn(50, 6, 24).to(dtype), k, v, table, torch.tensor(lengths, dtype=torch.int32)]
+
+
+def product_findings() -> Iterator[Finding]:
+    for dtype, M in (("f32", 1), ("f32", 19), ("bf16", 3), ("f16", 32), ("bf16", 40), ("f32", 0)):
+
+        def numbers(*shape: int, kind: torch.dtype = DTYPES[dtype]) -> Tensor:
+            return torch.randn(shape).to(kind)
+
+        experts, stacked = torch.randint(0, 5, (M, 3)).int(), numbers(5, 70, 33)
+        calls: list[tuple[str, list[Any]]] = [
+            ("linear", [numbers(M, 300), numbers(37, 300)]),
+            ("lm_head", [numbers(M, 300), numbers(37, 300), numbers(37)]),
+            ("linear", [numbers(2, M, 300), numbers(37, 300), numbers(37)]),
+            ("router_logits", [numbers(M, 300), numbers(37, 300), None]),
+            ("head_linear", [numbers(M, 3, 33), numbers(3, 10, 33)]),
+            ("expert_linear", [numbers(M, 33), experts, stacked, numbers(5, 70)]),
+            ("expert_down", [numbers(M, 3, 33), experts, stacked, None]),
+        ]
+        yield from (compared(op, f"M={M}", dtype, operands, {}, is_sum=True) for op, operands in calls)
+
+
+def other_findings() -> Iterator[Finding]:
+    groups = {"scoring": "sigmoid", "groups": 4, "top_groups": 2, "group_score": "top2"}
+    for attrs in ({}, groups, {"groups": 3, "top_groups": 2, "renormalize": False, "factor": 2.5}):
+        for dtype, bias in (("f32", None), ("bf16", torch.randn(12).bfloat16())):
+            logits = torch.randn(9, 12).to(DTYPES[dtype])
+            yield compared("topk_router", str(attrs), dtype, [logits, bias], {"A": 4, **attrs}, is_sum=True)
+    logits = torch.randn(3, 9000)
+    logits[1, 77] = logits[1, 8000] = 50.0
+    yield compared("sample", "greedy, with a tie", "f32", [logits], {})
+    drawn = [torch.tensor([0.0, 1.0, 0.7]), None, torch.tensor([0.9] * 3), None, torch.rand(3)]
+    yield compared("sample", "drawn", "f32", [logits, *drawn], {})
+    starts, slots = torch.tensor([0, 1, 4, 9]).int(), torch.tensor([3, 9, 0, 15, 7]).int()
+    for dtype, kind in DTYPES.items():
+        k, v, *caches = (
+            torch.randn(shape).to(kind) for shape in ((5, 3, 20), (5, 3, 12), (4, 4, 3, 20), (4, 4, 3, 12))
+        )
+        yield compared("kv_store", "", dtype, [k, v, *caches, slots], {})
+        rows = torch.randn(9, 20).to(kind)
+        yield compared("pool_first", "", dtype, [rows, starts], {})
+        yield compared("pool_last", "", dtype, [rows, starts], {})
+        yield compared("embedding_shard", "", dtype, [torch.tensor([0, 7, 12, 30]).int(), rows], {"first": 5})
+
+
+def alone_findings() -> Iterator[Finding]:
+    """What a row or a sequence gives is the same to the bit, whoever is beside it."""
+    for op, operands, attrs in neighbours():
+        operands = [x.to(DEVICE) for x in operands]
+        own = [first(x, name) for name, x in zip(OPS[op].input_types, operands, strict=False)]
+        is_same = torch.equal(KERNELS[op](*operands, **attrs)[:1], KERNELS[op](*own, **attrs))
+        yield Finding(op, "alone", "f32", 0.0, "" if is_same else "other bits beside others")
+
+
+def neighbours() -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
+    yield "rms_norm", [torch.randn(20, 100), torch.randn(100)], {}
+    yield "linear", [torch.randn(32, 300), torch.randn(37, 300)], {}
+    q, *cache = paged([37, 600], torch.float32)
+    yield "paged_decode_attention", [q[:2], *cache], {"scale": 0.3}
+
+
+def first(x: Tensor, name: str) -> Tensor:
+    """The first row of what has rows; the first sequence's own part of the block table."""
+    is_shared = name in ("w", "k_cache", "v_cache")
+    return x if is_shared else x[:1, :3] if name == "block_table" else x[:1]
+
+
+def findings() -> Iterator[Finding]:
+    """Every kernel that there is, in fresh random cases."""
+    yield from row_findings()
+    yield from template_findings()
+    yield from alone_findings()

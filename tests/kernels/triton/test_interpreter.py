@@ -1,0 +1,50 @@
+"""The Triton kernels, in Triton's interpreter, against the references; all cases run in one process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sageLLM.runtime.kernels.triton_interpreter import narrowed, widened
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+pytestmark = pytest.mark.timeout(900)  # on a busy machine
+
+Finding = dict[str, Any]
+PROGRAM = Path(__file__).with_name("interpret.py")
+
+
+@pytest.fixture(scope="module")
+def findings() -> list[Finding]:
+    done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, check=False, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_results_are_those_of_the_references(findings: list[Finding]) -> None:
+    """Errors are in units of what is allowed."""
+    assert [one for one in findings if one["error"] > 1.0] == []
+
+
+def test_memory_shapes_special_values_and_neighbours(findings: list[Finding]) -> None:
+    assert [one for one in findings if one["wrong"]] == []
+
+
+def test_every_kernel_was_run(findings: list[Finding]) -> None:
+    from sageLLM.generated.kernels.triton import KERNELS
+
+    assert {one["op"] for one in findings} == KERNELS.keys() | {"engine"}
+
+
+def test_bf16_rounds_to_nearest_even() -> None:
+    import torch
+
+    x = torch.cat((torch.randn(1000) * 10.0 ** torch.randint(-40, 38, (1000,)), torch.tensor([0.0, -0.0, torch.inf])))
+    ties = (torch.randint(0, 2**15 - 200, (1000,)) * 65536 + 32768).to(torch.int32).view(torch.float32)
+    for numbers in (x, -x, ties):
+        rounded = torch.from_numpy(widened(narrowed(numbers.numpy())).copy())
+        assert torch.equal(rounded, numbers.bfloat16().float())

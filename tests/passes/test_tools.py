@@ -1,0 +1,136 @@
+"""The tools for passes: what they say of a rule that is wrong or does not fire, and of a pass that crashes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sageLLM.codegen import driver
+from sageLLM.generated.builders import MODELS
+from sageLLM.generated.passes import PASSES
+from sageLLM.generated.passes.fusion import FuseNorm
+from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.engine.plugins import Registry, load_registry
+from sageLLM.runtime.execution_graph.commands import GraphRequest, show_graph
+from sageLLM.runtime.execution_graph.pipeline import Pipeline
+
+WRONG = """schema: passes/v1
+passes:
+  tidy:
+    summary: Loses an operand of every second sum.
+    kind: rewrite
+    stage: fuse
+    level: kernel
+    after: [fuse_qk]
+    before: [fuse_epilogue]
+    rules:
+      - name: lost_operand
+        match: ["f = linear(m, w, b)", "y = add(x, f)"]
+        keep: [y, f]
+        rewrite: ["f = linear(m, w, b)", "y = add(x, x)"]
+        bounded: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated tree with one rule that changes the results."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "specs").mkdir()
+    (folder / "specs" / "wrong.yaml").write_text(WRONG, encoding="utf-8")
+    driver.generate([folder / "specs"], out=folder / "generated")
+    return folder / "generated"
+
+
+def answer(capsys: pytest.CaptureFixture[str], code: int = 0, model: str = "llama", **asked: Any) -> list[str]:
+    assert show_graph(GraphRequest(model, "decode", **asked)) == code
+    shown = capsys.readouterr()
+    return (shown.out + shown.err).splitlines()
+
+
+def test_the_first_pass_and_the_first_rewrite_that_change_results_are_named(
+    plugin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = answer(capsys, 1, verify_numerics=True, plugins=[plugin])
+    assert lines[:3] == [f"{name}: every bit is kept" for name in ("fuse_collective", "fuse_norm", "fuse_qk")]
+    assert lines[3].startswith("tidy: logits differs by ")
+    assert lines[-1] == "tidy changes the results; `--bisect` finds the rewrite"
+    assert answer(capsys, 1, bisect=True, plugins=[plugin]) == [
+        "rewrite 6 is the first that changes a result: lost_operand makes linear L1.ffn.f, add L1.x_1"
+        " of linear L1.ffn.f, add L1.x_1",
+        "before: --rewrite-limit 5; with it: --rewrite-limit 6; without the rule: --disable lost_operand",
+    ]
+    assert answer(capsys, bisect=True, plugins=[plugin], disable="tidy") == ["no rewrite changes a result"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "node", "said"),
+    [
+        ("fused_add_rms_norm", "L0.n", "matched 1 of 2 nodes: rms_norm.x comes from embedding, want add"),
+        ("linear_add", "L1.x_1", "did fire at L1.x_1: linear L1.ffn.f + add L1.x_1 -> linear_add L1.x_1"),
+        ("linear_add", "L0.x_1", "L0.x_1 is gone before fuse_epilogue: fused_add_rms_norm of fuse_norm made "),
+        ("linear_silu_mul", "L0.ffn.gu", "did fire at L0.ffn.m"),
+        ("qk_rope_kv_store", "tokens", "qk_rope_kv_store starts at kv_store; tokens is sample, and none is behind it"),
+    ],
+)
+def test_why_not(rule: str, node: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in "\n".join(answer(capsys, why_not=(rule, node)))
+
+
+def test_unknown_names_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, 1, why_not=("fuse_all", "L0.n")) == ["error: no rule named fuse_all takes part"]
+    assert answer(capsys, 1, why_not=("linear_add", "nowhere"))[0].startswith("error: no node nowhere")
+    assert answer(capsys, 1, only="fuse_all")[0].startswith("error: no pass or rule named fuse_all; known are ")
+
+
+def test_rules_are_chosen_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
+    def ops(**asked: Any) -> str:
+        return " ".join(line.split(" = ")[1].split("(")[0] for line in answer(capsys, **asked) if " = " in line)
+
+    assert "linear_add" in ops() and "linear_add" not in ops(disable="linear_add")
+    assert ops(only="linear_silu_mul").count("fused") == 0 < ops(only="linear_silu_mul").count("linear_silu_mul")
+    assert ops(rewrite_limit=2).count("fused_add_rms_norm") == 2
+
+
+def test_statistics_count_what_is_saved(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.split() for line in answer(capsys, stats=True)]
+    row = next(words for words in lines if words[0] == "qk_rope_kv_store")
+    assert (row[1:4], row[5:8]) == (["2", "2", "2"], ["-6", "-4", "0"])
+    assert row[8].startswith("-")
+
+
+class Crash(FuseNorm):
+    """A pass that stops midway."""
+
+    def run(self, graph: ExecutionGraph) -> None:
+        super().run(graph)
+        raise RuntimeError("out of\nluck")
+
+
+@pytest.fixture
+def crash_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    base = load_registry()
+    registry = Registry(base.packages, base.ops, base.models, {**PASSES, "fuse_norm": Crash})
+    layout = MODELS["llama"]
+    pipeline = Pipeline(layout, layout.read_config(HFConfig(layout.tiny)), registry, dtype="f32")
+    with pytest.raises(RuntimeError, match="out of") as caught:
+        pipeline.kernel_graph("decode")
+    (note,) = caught.value.__notes__
+    yield note
+
+
+def test_a_pass_that_crashes_leaves_a_file_to_run_it_on(
+    crash_note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = tmp_path.glob("sagellm-*.txt")
+    assert crash_note.endswith(f"to see it again: sagellm graph {path} --only fuse_norm")
+    head = path.read_text(encoding="utf-8").splitlines()[:3]
+    assert head[0] == "# fuse_norm fails on this graph: RuntimeError: out of luck"
+    assert head[2].startswith("graph llama_decode level=kernel")
+    lines = answer(capsys, model=str(path), only="fuse_norm")
+    assert sum("= fused_add_rms_norm(" in line for line in lines) == 3
