@@ -14,16 +14,11 @@ from sageLLM.generated.kernels import cpu, reference
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.tests.op_checks import make_operands
 from sageLLM.runtime.core.errors import TypeMismatch
-from sageLLM.runtime.core.ir import REQUIRED, OpNode
+from sageLLM.runtime.core.ir import REQUIRED, AttrSpec, OpNode
 from sageLLM.runtime.core.types import TensorType
 
 SIZES = (1, 2, 3, 5, 16, 17, 33, 64, 130)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, 3e38, -3e38, 65504.0, 88.8, -104.0, 6e-8)
-ATTRS: Mapping[str, Mapping[str, Any]] = {
-    "scale": {"factor": 0.37},
-    "soft_cap": {"cap": 3.0},
-    "embedding_shard": {"first": 1},
-}
 INDEXED = {"ids": ("V",), "pos": ("P",), "rows": ("T",), "q_start": (), "slots": ()}
 BATCHED = {"q_start", "block_table"}  # operands whose values have to fit together: see test_cpu_attention.py
 COMPUTED = [
@@ -68,10 +63,17 @@ def type_of(x: Tensor) -> TensorType:
 
 
 def attrs_of(cls: type[OpNode], case: Mapping[str, Any]) -> dict[str, Any]:
+    """The case's dims, and a value for each attr that has no default."""
     attrs = {name: case[name] for name, spec in cls.attr_types.items() if spec.type == "dim"}
-    missing = [n for n, spec in cls.attr_types.items() if spec.default is REQUIRED and n not in attrs]
-    assert set(missing) <= set(ATTRS.get(cls.op, {})), f"{cls.op}: give a value for {missing}"
-    return attrs | dict(ATTRS.get(cls.op, {}))
+    missing = {name: spec for name, spec in cls.attr_types.items() if spec.default is REQUIRED and name not in attrs}
+    return attrs | {name: some_value(spec) for name, spec in missing.items()}
+
+
+def some_value(spec: AttrSpec) -> Any:
+    if spec.choices:
+        return spec.choices[0]
+    least = spec.min or 0
+    return {"f32": least + 0.7, "i32": int(least) + 1, "bool": True, "str": "x"}[spec.type]
 
 
 def operands_of(cls: type[OpNode], case: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
