@@ -91,7 +91,8 @@ def emit_cpu(specs: Specs, renderer: Renderer) -> list[Output]:
     outputs = [_source(stem, kernels, hardware, renderer) for stem, kernels in modules.items()]
     every = [kernel for kernels in modules.values() for kernel in kernels]
     symbols = sorted(set().union(*(kernel.symbols for kernel in every)))
-    text = renderer.render("cpu/registry.py.jinja", modules=modules, symbols=symbols)
+    has_parts = any("Part(" in kernel.entry for kernel in every)
+    text = renderer.render("cpu/registry.py.jinja", modules=modules, symbols=symbols, has_parts=has_parts)
     entries = tuple(kernel.op.ref for kernel in every)
     return [*outputs, Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, entries)]
 

@@ -171,6 +171,12 @@ class RuleViewer:
             names.append(name)
         return [*names, "node"]
 
+    def _label(self, index: int) -> str:
+        """How reasons call a node: by its op's name, numbered where the op stands twice."""
+        ops = [call.op.name for call in self.rule.pattern]
+        before = ops[:index].count(ops[index])
+        return f"{ops[index]}_{before + 1}" if before else ops[index]
+
     def _replacements(self) -> list[str]:
         """A variable per op that is put in."""
         count = len(self.rule.replacement)
@@ -190,12 +196,12 @@ class RuleViewer:
                 self._check(
                     f"{text}.name != {self.values[name]}.name",
                     num_found,
-                    f"want {self.labels[name]} to be {call.op.name}.{output.name}",
+                    f"want {self.labels[name]} to be {self._label(index)}.{output.name}",
                 )
             self.values[name] = text
-            self.labels.setdefault(name, f"{call.op.name}.{output.name}")
+            self.labels.setdefault(name, f"{self._label(index)}.{output.name}")
         for operand, value in call.operands.items():
-            self._bind_operand(f"{var}.{operand}", operand, value, call, num_found)
+            self._bind_operand(index, operand, value, num_found)
         for attr, given in call.attrs:
             declared = call.op.attr(attr)
             is_dim = declared is not None and declared.type == "dim"
@@ -204,23 +210,24 @@ class RuleViewer:
             if unnamed.name not in dict(call.attrs) and not unnamed.is_required:
                 self._check_default(unnamed, var, num_found)
 
-    def _bind_operand(self, text: str, operand: str, value: str | None, call: PatternCall, num_found: int) -> None:
+    def _bind_operand(self, index: int, operand: str, value: str | None, num_found: int) -> None:
+        call, text, label = self.rule.pattern[index], f"{self.vars[index]}.{operand}", self._label(index)
         declared = call.op.operand(operand)
         if value is None:
-            self._check(f"{text} is not None", num_found, f"want {call.op.name} without {operand}")
+            self._check(f"{text} is not None", num_found, f"want {label} without {operand}")
             return
         may_be_absent = value in self.rule.optional
         if declared is not None and declared.optional and not may_be_absent:
-            self._check(f"{text} is None", num_found, f"want {call.op.name} with {operand}")
+            self._check(f"{text} is None", num_found, f"want {label} with {operand}")
         if value in self.values:
             name = "" if may_be_absent else ".name"
             self._check(
                 f"{text}{name} != {self.values[value]}{name}",
                 num_found,
-                f"want {call.op.name}.{operand} to be {self.labels[value]}",
+                f"want {label}.{operand} to be {self.labels[value]}",
             )
         self.values.setdefault(value, text)
-        self.labels.setdefault(value, f"{call.op.name}.{operand}")
+        self.labels.setdefault(value, f"{label}.{operand}")
 
     def _bind_attr(self, text: str, attr: str, given: AttrName | Scalar | None, num_found: int) -> None:
         if not isinstance(given, AttrName):

@@ -100,7 +100,7 @@ def fused_norm_add_norm_1p(graph: ExecutionGraph, node: OpNode) -> Rewrite | Nea
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "rms_norm_1p.x comes from " + giver(add) + ", want add")
+        return NearMiss(1, "rms_norm_1p_2.x comes from " + giver(add) + ", want add")
     rms_norm_1p = graph.producer(add.y)
     if not isinstance(rms_norm_1p, RmsNorm1p):
         return NearMiss(2, "add.y comes from " + giver(rms_norm_1p) + ", want rms_norm_1p")
@@ -299,9 +299,9 @@ def qk_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
     split_qkv = graph.producer(rope_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(2, "rope.x comes from " + giver(split_qkv) + ", want split_qkv")
+        return NearMiss(2, "rope_2.x comes from " + giver(split_qkv) + ", want split_qkv")
     if split_qkv.k.name != rope_2.x.name:
-        return NearMiss(3, "want rope.x to be split_qkv.k")
+        return NearMiss(3, "want rope_2.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
         return NearMiss(3, "want kv_store.v to be split_qkv.v")
     rope = reader_of(graph, split_qkv.q, Rope)
@@ -310,11 +310,11 @@ def qk_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
     if rope.x.name != split_qkv.q.name:
         return NearMiss(4, "want rope.x to be split_qkv.q")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(4, "want rope.pos to be rope.pos")
+        return NearMiss(4, "want rope.pos to be rope_2.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(4, "want rope.cos to be rope.cos")
+        return NearMiss(4, "want rope.cos to be rope_2.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(4, "want rope.sin to be rope.sin")
+        return NearMiss(4, "want rope.sin to be rope_2.sin")
     replacement = NewCall(
         QkRopeKvStore,
         {
@@ -350,9 +350,9 @@ def qk_rope_interleaved_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite
         return NearMiss(1, "kv_store.k comes from " + giver(rope_interleaved_2) + ", want rope_interleaved")
     split_qkv = graph.producer(rope_interleaved_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(2, "rope_interleaved.x comes from " + giver(split_qkv) + ", want split_qkv")
+        return NearMiss(2, "rope_interleaved_2.x comes from " + giver(split_qkv) + ", want split_qkv")
     if split_qkv.k.name != rope_interleaved_2.x.name:
-        return NearMiss(3, "want rope_interleaved.x to be split_qkv.k")
+        return NearMiss(3, "want rope_interleaved_2.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
         return NearMiss(3, "want kv_store.v to be split_qkv.v")
     rope_interleaved = reader_of(graph, split_qkv.q, RopeInterleaved)
@@ -361,11 +361,11 @@ def qk_rope_interleaved_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite
     if rope_interleaved.x.name != split_qkv.q.name:
         return NearMiss(4, "want rope_interleaved.x to be split_qkv.q")
     if rope_interleaved.pos.name != rope_interleaved_2.pos.name:
-        return NearMiss(4, "want rope_interleaved.pos to be rope_interleaved.pos")
+        return NearMiss(4, "want rope_interleaved.pos to be rope_interleaved_2.pos")
     if rope_interleaved.cos.name != rope_interleaved_2.cos.name:
-        return NearMiss(4, "want rope_interleaved.cos to be rope_interleaved.cos")
+        return NearMiss(4, "want rope_interleaved.cos to be rope_interleaved_2.cos")
     if rope_interleaved.sin.name != rope_interleaved_2.sin.name:
-        return NearMiss(4, "want rope_interleaved.sin to be rope_interleaved.sin")
+        return NearMiss(4, "want rope_interleaved.sin to be rope_interleaved_2.sin")
     replacement = NewCall(
         QkRopeInterleavedKvStore,
         {
@@ -402,14 +402,14 @@ def qk_norm_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | Near
         return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
     rms_norm_2 = graph.producer(rope_2.x)
     if not isinstance(rms_norm_2, RmsNorm):
-        return NearMiss(2, "rope.x comes from " + giver(rms_norm_2) + ", want rms_norm")
+        return NearMiss(2, "rope_2.x comes from " + giver(rms_norm_2) + ", want rms_norm")
     if rms_norm_2.w is None:
-        return NearMiss(3, "want rms_norm with w")
+        return NearMiss(3, "want rms_norm_2 with w")
     split_qkv = graph.producer(rms_norm_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(3, "rms_norm.x comes from " + giver(split_qkv) + ", want split_qkv")
+        return NearMiss(3, "rms_norm_2.x comes from " + giver(split_qkv) + ", want split_qkv")
     if split_qkv.k.name != rms_norm_2.x.name:
-        return NearMiss(4, "want rms_norm.x to be split_qkv.k")
+        return NearMiss(4, "want rms_norm_2.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
         return NearMiss(4, "want kv_store.v to be split_qkv.v")
     rms_norm = reader_of(graph, split_qkv.q, RmsNorm)
@@ -427,11 +427,11 @@ def qk_norm_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | Near
     if rope.x.name != rms_norm.y.name:
         return NearMiss(6, "want rope.x to be rms_norm.y")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(6, "want rope.pos to be rope.pos")
+        return NearMiss(6, "want rope.pos to be rope_2.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(6, "want rope.cos to be rope.cos")
+        return NearMiss(6, "want rope.cos to be rope_2.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(6, "want rope.sin to be rope.sin")
+        return NearMiss(6, "want rope.sin to be rope_2.sin")
     replacement = NewCall(
         QkNormRopeKvStore,
         {
@@ -470,12 +470,12 @@ def qk_norm_1p_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | N
         return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
     rms_norm_1p_2 = graph.producer(rope_2.x)
     if not isinstance(rms_norm_1p_2, RmsNorm1p):
-        return NearMiss(2, "rope.x comes from " + giver(rms_norm_1p_2) + ", want rms_norm_1p")
+        return NearMiss(2, "rope_2.x comes from " + giver(rms_norm_1p_2) + ", want rms_norm_1p")
     split_qkv = graph.producer(rms_norm_1p_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(3, "rms_norm_1p.x comes from " + giver(split_qkv) + ", want split_qkv")
+        return NearMiss(3, "rms_norm_1p_2.x comes from " + giver(split_qkv) + ", want split_qkv")
     if split_qkv.k.name != rms_norm_1p_2.x.name:
-        return NearMiss(4, "want rms_norm_1p.x to be split_qkv.k")
+        return NearMiss(4, "want rms_norm_1p_2.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
         return NearMiss(4, "want kv_store.v to be split_qkv.v")
     rms_norm_1p = reader_of(graph, split_qkv.q, RmsNorm1p)
@@ -491,11 +491,11 @@ def qk_norm_1p_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | N
     if rope.x.name != rms_norm_1p.y.name:
         return NearMiss(6, "want rope.x to be rms_norm_1p.y")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(6, "want rope.pos to be rope.pos")
+        return NearMiss(6, "want rope.pos to be rope_2.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(6, "want rope.cos to be rope.cos")
+        return NearMiss(6, "want rope.cos to be rope_2.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(6, "want rope.sin to be rope.sin")
+        return NearMiss(6, "want rope.sin to be rope_2.sin")
     replacement = NewCall(
         QkNorm1pRopeKvStore,
         {

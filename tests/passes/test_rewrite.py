@@ -1,6 +1,6 @@
 """Rewriting as pairs of text: a graph before, the graph after, and what the pass reports.
 
-A case is a folder of `cases/` with `before.txt`; `after.txt` and `report.txt` hold what is expected. With
+A case is a folder of `cases/PASS` with `before.txt`; `after.txt` and `report.txt` hold what is expected. With
 SAGELLM_ACCEPT=1 both are written anew. The rest of the file tests the driver with rules made for a point.
 """
 
@@ -16,13 +16,14 @@ from sageLLM.generated.ops import OPS
 from sageLLM.generated.ops.elementwise import Add
 from sageLLM.generated.ops.norm import RmsNorm
 from sageLLM.generated.ops.op_types import OpType
+from sageLLM.generated.passes import PASSES
 from sageLLM.generated.passes.fusion import FuseNorm
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import OpNode
 from sageLLM.runtime.core.rewrite import NearMiss, NewCall, Rewrite, RewriteOptions, RewritePass, Rule
 from sageLLM.runtime.core.text import parse_text, to_text
 
-CASES = sorted(path.parent for path in (Path(__file__).parent / "cases").glob("*/before.txt"))
+CASES = sorted(path.parent for path in (Path(__file__).parent / "cases").glob("*/*/before.txt"))
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
 
 
@@ -49,9 +50,11 @@ def rewrite_and_compare(one: RewritePass, folder: Path) -> None:
         assert content == (folder / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", CASES, ids=lambda folder: f"{folder.parent.name}: {folder.name}")
 def test_before_and_after(folder: Path) -> None:
-    rewrite_and_compare(FuseNorm(), folder)
+    made = PASSES[folder.parent.name]
+    assert issubclass(made, RewritePass)
+    rewrite_and_compare(made(), folder)
 
 
 CHAIN = """graph g level=kernel
@@ -161,7 +164,11 @@ def one_row(graph: ExecutionGraph, source: str) -> Any:
 def test_phases_and_expectations() -> None:
     members: dict[str, Any] = {"phases": frozenset({"decode"}), "expect": {"llama": lambda c: 2 * c, "*": lambda c: 0}}
     made: type[RewritePass] = type("DecodeOnly", (FuseNorm,), members)
-    graph = parse((CASES[0].parent / "a_sum_before_a_norm" / "before.txt").read_text(encoding="utf-8"))
+    graph = parse(
+        (Path(__file__).parent / "cases" / "fuse_norm" / "a_sum_before_a_norm" / "before.txt").read_text(
+            encoding="utf-8"
+        )
+    )
     graph.stage = "prefill"
     one = made()
     one.apply(graph)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,22 @@ def test_a_pass_that_crashes_leaves_a_file_to_run_it_on(
     assert head[2].startswith("graph llama_decode level=kernel")
     lines = answer(capsys, model=str(path), only="fuse_norm")
     assert sum("= fused_add_rms_norm(" in line for line in lines) == 3
+
+
+def test_a_trace_has_estimated_and_measured_times(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = answer(capsys, format="trace", measure=True)
+    spans = [event for event in json.loads(line)["traceEvents"] if event["ph"] == "X"]
+    nodes = {process: [e["args"]["node"] for e in spans if e["pid"] == process] for process in (0, 1)}
+    assert nodes[0] == nodes[1] != []
+    assert all(e["dur"] > 0 for e in spans if e["pid"] == 1)
+
+
+def test_the_page_holds_the_passes_of_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert show_graph(GraphRequest("llama", None, format="html")) == 0
+    page = capsys.readouterr().out
+    names = re.findall(r"<h2>(.*?)</h2>", page)
+    assert names == [
+        f"{stage}{more}" for stage in ("prefill", "decode", "hybrid") for more in ("", " on 2 devices, blocks")
+    ]
+    assert len(re.findall('role="tab"', page)) == 3 * (1 + 4 + 1 + 3)
+    assert 'class="gantt"' in page

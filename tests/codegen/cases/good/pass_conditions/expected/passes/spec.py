@@ -29,7 +29,7 @@ def small_and_narrow(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return None
     scale = graph.producer(node.x)
     if not isinstance(scale, Scale):
-        return NearMiss(1, "scale.x comes from " + giver(scale) + ", want scale")
+        return NearMiss(1, "scale_2.x comes from " + giver(scale) + ", want scale")
     if not is_known(scale.x):
         return NearMiss(2, "the sizes in bytes(x) <= 512 * 1024 are not known yet")
     if not scale.x.num_bytes <= 512 * 1024:

@@ -31,9 +31,9 @@ def sum_first(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
         return NearMiss(1, "rms_norm.x comes from " + giver(add_2) + ", want add")
     add = graph.producer(add_2.x)
     if not isinstance(add, Add):
-        return NearMiss(2, "add.x comes from " + giver(add) + ", want add")
+        return NearMiss(2, "add_2.x comes from " + giver(add) + ", want add")
     if add.y.name != add_2.y.name:
-        return NearMiss(3, "want add.y to be add.y")
+        return NearMiss(3, "want add.y to be add_2.y")
     replacement_1 = NewCall(
         Add,
         {"x": add_2.y, "y": add_2.y},
