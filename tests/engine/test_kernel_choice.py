@@ -52,7 +52,9 @@ def test_without_a_compiler_the_references_run_and_that_is_said_once(
     assert all(stats.num_native == 0 for stats in llm.kernel_stats())
 
 
-@pytest.mark.parametrize(("choice", "message"), [("fast", "kernels is 'fast'; use auto"), ("triton", "use auto")])
+@pytest.mark.parametrize(
+    ("choice", "message"), [("fast", "kernels is 'fast'; use auto"), ("triton", "kernels is 'triton', and ")]
+)
 def test_what_cannot_be_chosen_is_refused(choice: str, message: str) -> None:
     with pytest.raises(SageError, match=message):
         LLM(MODEL, kernels=choice, skip_tokenizer=True)  # type: ignore[arg-type]
