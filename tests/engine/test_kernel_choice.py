@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from sageLLM import LLM, SamplingParams
 from sageLLM.runtime.engine import kernel_choice
@@ -37,6 +38,20 @@ def test_neighbours_in_the_batch_change_nothing(dtype: str) -> None:
     together = LLM(MODEL, dtype=dtype, kernels="cpu", skip_tokenizer=True)
     alone = LLM(MODEL, dtype=dtype, kernels="cpu", skip_tokenizer=True, enable_prefix_caching=False)
     assert tokens(together) == [tokens(alone, [prompt])[0] for prompt in PROMPTS]
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+def test_the_number_of_threads_changes_nothing() -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=0)
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            llm = LLM(MODEL, dtype="bfloat16", kernels="cpu", skip_tokenizer=True)
+            found.append([(o.outputs, o.prompt_logprobs) for o in llm.generate([*PROMPTS, [*range(9, 200)]], params)])
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
 
 
 def test_without_a_compiler_the_references_run_and_that_is_said_once(
