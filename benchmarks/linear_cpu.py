@@ -152,7 +152,8 @@ def compared(rows: int, weights: list[Tensor], library: Library, timer: Timer, c
     limit = max(flops / ceilings.flops[dtype], read / ceilings.read)
     return {"rows": rows, "ours_us": round(mine * 1e6, 1), "onednn_us": round(theirs * 1e6, 1),
             "f_linear_us": round(unpacked * 1e6, 1), "limit_us": round(limit * 1e6, 1),
-            "gb_s": round(read / mine / 1e9, 1), "gflops": round(flops / mine / 1e9), "ratio": round(theirs / mine, 2)}  # fmt: skip
+            "gb_s": round(read / mine / 1e9, 1), "gflops": round(flops / mine / 1e9),
+            "ratio": round(theirs / mine, 2)}  # fmt: skip
 
 
 def text_of(line: dict[str, Any]) -> str:
