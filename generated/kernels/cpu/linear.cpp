@@ -3,6 +3,7 @@
 //
 // CPU kernels of specs/ops/linear.yaml: what they stand on is in runtime/kernels/cpu/sage.h.
 #include "products.h"
+#include "sage.h"
 
 namespace sage {
 
