@@ -186,7 +186,7 @@ class TileWorker {
         for (int v = 0; v < KEYS; v += LANES) {
             Floats weight = weight_of(load(row, Block{v}) - shift[r]);
             sum += weight;
-            store(row, Block{v}, weight);
+            products.put_weight(r, v, weight);
         }
         return sum_of_lanes(sum);
     }

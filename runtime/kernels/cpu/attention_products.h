@@ -126,6 +126,8 @@ class TileProducts {
         multiply(queries, depth, packed_keys, KEYS, scores, KEYS, rows, KEYS, key_width, false);
     }
 
+    void put_weight(int64_t r, int64_t key, Floats weight) { store(scores + r * KEYS, Block{key}, weight); }
+
     void add_values(const E* const* row, float* sums) {
         for (int64_t key = 0; key < KEYS; ++key)
             for (int64_t at = 0; at < width; at += LANES)
@@ -179,6 +181,12 @@ class TileProducts<bf16> {
         });
     }
 
+    void put_weight(int64_t r, int64_t key, Floats weight) {
+        const Floats upper = nearest(weight);
+        store(weights + r * SPLIT, Block{key}, upper);
+        store(weights + r * SPLIT + KEYS, Block{key}, nearest(weight - upper));
+    }
+
     // Pairs of keys, twice: for the upper and for the lower halves of the weights
     void add_values(const bf16* const* row, float* sums) {
         for (int64_t key = 0; key < KEYS; key += 2)
@@ -188,7 +196,9 @@ class TileProducts<bf16> {
                 memcpy((void*)place, &pairs, sizeof pairs);
                 memcpy((void*)(place + KEYS * PANEL), &pairs, sizeof pairs);
             }
-        split_weights();
+        const bf16** weight = scratch<const bf16*>(1, rows);
+        for (int64_t r = 0; r < rows; ++r) weight[r] = weights + r * SPLIT;
+        way.prepare(prepared, weight, rows, SPLIT);
         const int64_t width = panels * PANEL;
         multiply(prepared, SPLIT, packed_values, panels, [&](int64_t r, int64_t column, Floats sum) {
             store(sums + r * width, Block{column}, load(sums + r * width, Block{column}) + sum);
@@ -219,19 +229,8 @@ class TileProducts<bf16> {
         return spread(bits);
     }
 
-    void split_weights() {
-        const bf16** row = scratch<const bf16*>(1, rows);
-        for (int64_t r = 0; r < rows; ++r) {
-            bf16* halves = weights + r * SPLIT;
-            for (int64_t key = 0; key < KEYS; key += LANES) {
-                Floats weight = load(scores + r * KEYS, Block{key}), upper = to<bf16>(weight);
-                store(halves, Block{key}, upper);
-                store(halves + KEYS, Block{key}, to<bf16>(weight - upper));
-            }
-            row[r] = halves;
-        }
-        way.prepare(prepared, row, rows, SPLIT);
-    }
+    // to<bf16> in one instruction, which takes subnormals for 0
+    static Floats nearest(Floats value) { return widened((Halves)_mm512_cvtneps_pbh((__m512)value), bf16{}); }
 
     template <class Take>
     void multiply(const bf16* x, int64_t inner, const bf16* w, int64_t count, Take&& take) {
