@@ -17,7 +17,6 @@ TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
 .PHONY: aot sanitize fuzz-scheduler help setup run test generate accept lint types drift explain graph bench bench-peers clean
-.PHONY: aot sanitize fuzz-scheduler help setup run test generate accept lint types drift explain graph bench clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
