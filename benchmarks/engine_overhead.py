@@ -1,19 +1,22 @@
-"""Measures what the engine adds to the kernels: time per decode step outside the plan's kernel calls.
+"""Measures what the engine adds to the kernels: time per decode step outside the plan.
 
     python benchmarks/engine_overhead.py [--steps N]
 
-A step is timed as a whole, and inside it the kernels; the difference is scheduling, input tensors, sampling, text and
-the plan's own loop. The model is llama-shaped with random weights, small enough that the overhead is not lost in noise.
+A step is timed as a whole, and inside it the plan, which is one native call list; the difference is scheduling, input
+tensors, the choice of tokens and their text. The model is small enough that the overhead is not lost in noise.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine.step_inputs import Inputs
+from sageLLM.runtime.engine.worker import Worker
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny_python_model"
 
@@ -31,14 +34,13 @@ def measure(steps: int) -> dict[str, Any]:
     for batch in (1, 32):
         total, inside = _time_steps(batch, steps)
         results[f"step_us_batch_{batch}"] = round(total)
-        results[f"outside_kernels_us_batch_{batch}"] = round(total - inside)
+        results[f"outside_plan_us_batch_{batch}"] = round(total - inside)
     return results
 
 
 def _time_steps(batch: int, steps: int) -> tuple[float, float]:
     llm = LLM(MODEL, dtype="float32", scheduler=PDSchedulerConfig(mode="time_share"))
-    clock = KernelClock()
-    clock.watch(llm)
+    clock = PlanClock(llm.engine.decoder)
     params = SamplingParams(max_tokens=steps + 8, temperature=0.0, ignore_eos=True)
     for i in range(batch):
         llm.engine.add(str(i), None, [5 + i, 7, 11], params)
@@ -48,29 +50,25 @@ def _time_steps(batch: int, steps: int) -> tuple[float, float]:
     for _ in range(steps):
         clock.seconds = 0.0
         start = time.perf_counter()
-        llm.engine.step()
+        llm.engine.step(only_finished=True)
         totals.append(1e6 * (time.perf_counter() - start))
         insides.append(1e6 * clock.seconds)
     return statistics.median(totals), statistics.median(insides)
 
 
-class KernelClock:
-    """Sums the time spent in kernels by wrapping those of the decode plan."""
+class PlanClock:
+    """Sums the time spent in a worker's decode plan, in whose place it stands."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: Worker) -> None:
         self.seconds = 0.0
+        self._plan = worker.plan("decode")
+        worker.plan = lambda stage, of=worker.plan: self if stage == "decode" else of(stage)
 
-    def watch(self, llm: LLM) -> None:
-        llm.engine.decoder.plan("decode").wrap_kernels(self._timed)
-
-    def _timed(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*operands: Any, **attrs: Any) -> Any:
-            start = time.perf_counter()
-            result = kernel(*operands, **attrs)
-            self.seconds += time.perf_counter() - start
-            return result
-
-        return timed
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        start = time.perf_counter()
+        outputs = self._plan.run(inputs)
+        self.seconds += time.perf_counter() - start
+        return outputs
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import argparse
 import json
 from pathlib import Path
 
+import block_passes
 import engine_overhead
 import generate
 import graphs
+import passes
 import scheduler
 import spec_lines
 from machine import machine_facts
@@ -22,6 +24,8 @@ def main() -> None:
     figures = {
         "generate": generate.measure(runs=5),
         "graphs": graphs.measure(runs=9),
+        "passes": passes.measure(runs=9),
+        "block_passes": block_passes.measure(runs=7),
         "engine": engine_overhead.measure(steps=100),
         "scheduler": scheduler.measure(steps=500),
         "specs": spec_lines.measure(),

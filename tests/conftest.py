@@ -31,14 +31,15 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         key = repr((family, seed, max_shard_size, sorted(config.items(), key=repr)))
         if key not in made:
             folder = tmp_path_factory.mktemp(family.lower())
-            _save_random_model(folder, family, seed, max_shard_size, SMALL | config)
+            save_random_model(folder, family, seed, max_shard_size, SMALL | config)
             made[key] = folder
         return made[key]
 
     return make
 
 
-def _save_random_model(folder: Path, family: str, seed: int, max_shard_size: str, config: dict[str, Any]) -> None:
+def save_random_model(folder: Path, family: str, seed: int, max_shard_size: str, config: dict[str, Any]) -> None:
+    """Saves a model of transformers of the family `Llama`, or bare as `LlamaModel`, all of whose numbers are drawn."""
     import torch
     import transformers
 

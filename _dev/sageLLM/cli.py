@@ -16,6 +16,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Specs = Annotated[
     list[Path] | None, typer.Option("--specs", help="An overlay spec folder; may be given several times.")
 ]
+Kernels = Annotated[
+    Literal["auto", "reference", "cpu", "triton"],
+    typer.Option(help="What runs: the device's generated kernels, or the torch references."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -123,7 +127,14 @@ def graph(
     why_not: Annotated[
         tuple[str, str] | None, typer.Option(metavar="RULE NODE", help="Say why a rule did not fire at a node.")
     ] = None,
-    format: Annotated[Literal["text", "json", "dot", "mermaid", "html"], typer.Option(help="How to print.")] = "text",
+    format: Annotated[
+        Literal["text", "json", "dot", "mermaid", "html", "trace"],
+        typer.Option(help="html is a page with every pass of every stage, trace is for Perfetto."),
+    ] = "text",
+    hardware: Annotated[str, typer.Option(help="A device of specs/hardware, for estimated times.")] = "h100",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="In a trace, measured times beside the estimates.")
+    ] = False,
     plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
 ) -> None:
     """Print a model's execution graph, and what its passes do to it."""
@@ -143,6 +154,8 @@ def graph(
         bisect,
         why_not,
         format,
+        hardware,
+        measure,
         plugins or [],
     )
     raise typer.Exit(show_graph(request))
@@ -159,6 +172,7 @@ def run(
         Literal["strict", "time_share", "hybrid", "auto"], typer.Option(help="How prefill and decode share.")
     ] = "hybrid",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    kernels: Kernels = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
     plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
     json: Json = False,
@@ -167,7 +181,7 @@ def run(
     from sageLLM.runtime.engine.commands import RunRequest, run_prompts
 
     request = RunRequest(
-        model, prompt, max_tokens, temperature, seed, pd, dtype, max_model_len, plugins or [], as_json=json
+        model, prompt, max_tokens, temperature, seed, pd, dtype, kernels, max_model_len, plugins or [], as_json=json
     )
     raise typer.Exit(run_prompts(request))
 
@@ -244,13 +258,14 @@ def embed(
     ] = None,
     normalize: Annotated[bool | None, typer.Option(help="Divide by the length, so that products are cosines.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    kernels: Kernels = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest text, in tokens.")] = None,
     plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
 ) -> None:
     """Print the embeddings of texts, a JSON line each."""
     from sageLLM.runtime.engine.commands import EmbedRequest, embed_prompts
 
-    request = EmbedRequest(model, prompt, pooling, normalize, dtype, max_model_len, plugins or [])
+    request = EmbedRequest(model, prompt, pooling, normalize, dtype, kernels, max_model_len, plugins or [])
     raise typer.Exit(embed_prompts(request))
 
 

@@ -41,7 +41,7 @@ def fields_of(one: PassDef, specs: Specs) -> list[tuple[str, str]]:
         shares = [f"{lit(name)}: Share(part={share.part}, speed={share.speed})" for name, share in spec.shares.items()]
         fields.append(("shares", f"{{{', '.join(shares)}}}"))
     if spec.function is not None:
-        fields.append(("function", f"staticmethod({function_of(one)[1]})"))
+        fields.append(("function", f"staticmethod({'.'.join(function_of(one))})"))
     return fields
 
 

@@ -98,7 +98,7 @@ def _module(file: str, passes: list[PassDef], specs: Specs, renderer: Renderer) 
         rules=rules,
         fields={one.name: fields_of(one, specs) for one in passes},
         engines=ENGINES,
-        functions=[function_of(one) for one in passes if one.spec.function is not None],
+        function_modules=sorted({function_of(one)[0] for one in passes if one.spec.function is not None}),
         op_imports=_op_imports(passes, specs),
     )
     return Output(f"passes/{_stem(file)}.py", header(file, passes[0].name) + text, tuple(p.ref for p in passes))

@@ -1,7 +1,7 @@
 """Checks what passes of kinds other than rewrite name: op types, the ops they put into graphs, and functions."""
 
-import keyword
 from collections.abc import Mapping
+from keyword import iskeyword
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.load import Entry, RawSpecs
@@ -51,8 +51,8 @@ def _fits(field: str, op: OpDef) -> bool:
 
 def _check_function(text: str, entry: Entry[PassSpec], raw: RawSpecs, sink: Sink) -> None:
     module, _, name = text.partition(":")
-    if any(keyword.iskeyword(word) for word in (*module.split("."), name)):
-        sink.error("SAGE332", f"'{text}' has a word of Python's own in it", entry.span("function"))
+    if not all(word.isascii() and word.isidentifier() and not iskeyword(word) for word in (*module.split("."), name)):
+        sink.error("SAGE332", f"'{text}' is not `package.module:function`", entry.span("function"))
     elif not raw.base_files and not module.startswith(CORE):
         help = f"the package's own passes run functions of {CORE}*"
         sink.error("SAGE332", f"'{module}' is not a module for passes", entry.span("function"), help)

@@ -21,7 +21,9 @@ class ProductsSpec(Strict):
     panels: int = Field(ge=1, le=4, description="panels of 16 output features of a block, in such registers")
     narrow_rows: int = Field(ge=1, le=14, description="rows of a block where registers are narrower")
     narrow_panels: int = Field(ge=1, le=4, description="panels of a block where registers are narrower")
-    prepared_rows: int = Field(ge=32, description="rows of the input that are brought into the kernel's form at a time")
+    prepared_bytes: int = Field(
+        ge=1024, description="bytes of input rows, in the kernel's form, that stay in the cache"
+    )
     chunk_bytes: int = Field(ge=1024, description="bytes of a weight that stay in the cache while the rows pass")
     rows_per_part: int = Field(ge=1, description="rows that are worth a thread of their own; fewer share the weight")
 

@@ -74,7 +74,6 @@ class PassSpec(Strict):
     recv: str | None = Field(default=None, description="place: the op that takes it there")
     function: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
         max_length=200,
         description="python: `package.module:name` of a function that changes a graph in place and counts its changes",
     )

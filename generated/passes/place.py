@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=drop_unread
 """The passes of specs/passes/place.yaml."""
 
-from sageLLM.runtime.core.passes.cleanup import drop_unread
+import sageLLM.runtime.core.passes.cleanup
 from sageLLM.runtime.core.passes.function import FunctionPass
 from sageLLM.runtime.core.passes.place import PlacePass
 
@@ -21,7 +21,7 @@ class DropUnread(FunctionPass):
     stage = "place"
     level = "block"
     phases = frozenset({"decode", "hybrid", "prefill"})
-    function = staticmethod(drop_unread)
+    function = staticmethod(sageLLM.runtime.core.passes.cleanup.drop_unread)
 
 
 # specs/passes/place.yaml: nano_batching

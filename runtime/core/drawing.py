@@ -7,7 +7,7 @@ edge over several rows has a slot of its own in each, so that it passes beside t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TypeAlias
@@ -54,8 +54,9 @@ def category(node: ExecutionNode) -> str:
     return "io" if kind in ("EMBEDDING", "SAMPLE") else "other"
 
 
-def draw(nodes: Sequence[ExecutionNode], index: Mapping[str, int]) -> str:
-    """An SVG of nodes in topological order. `index` numbers the nodes of the whole graph for the page's script.
+def draw(nodes: Sequence[ExecutionNode], index: Mapping[str, int], lit: Collection[str] = ()) -> str:
+    """An SVG of nodes in topological order. `index` numbers the nodes of the whole graph for the page's script; those
+    in `lit` stand out.
 
     A node that waits for nodes outside has a stub at its top; one that nodes outside wait for is told by the page.
     """
@@ -64,7 +65,7 @@ def draw(nodes: Sequence[ExecutionNode], index: Mapping[str, int]) -> str:
     height = top_of(max(plan.row.values())) + BOX_HEIGHT + MARGIN
     edges = [_edge(plan, d, n.node_id) for n in nodes for d in sorted(n.dependencies) if d in plan.row]
     stubs = [_stub(plan.corner(n.node_id)) for n in nodes if not n.dependencies <= plan.row.keys()]
-    boxes = [_box(node, plan.corner(node.node_id), index[node.node_id]) for node in nodes]
+    boxes = [_box(n, plan.corner(n.node_id), index[n.node_id], is_lit=n.node_id in lit) for n in nodes]
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     return f"<svg {size}>{''.join(edges)}{''.join(stubs)}{''.join(boxes)}</svg>"
 
@@ -108,11 +109,11 @@ def _arrange(
         x += widths[slot] + GAP_X
 
 
-def _box(node: ExecutionNode, place: tuple[float, float], index: int) -> str:
+def _box(node: ExecutionNode, place: tuple[float, float], index: int, *, is_lit: bool) -> str:
     x, y = place
     name = node.node_id.removeprefix(f"L{node.layer_id}.")
     return (
-        f'<g class="node {category(node)}" data-i="{index}" tabindex="0" role="button" '
+        f'<g class="node {category(node)}{" lit" if is_lit else ""}" data-i="{index}" tabindex="0" role="button" '
         f'transform="translate({x:.0f} {y:.0f})"><title>{escape(_hover(node))}</title>'
         f'<rect width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
         f'<text class="op" x="10" y="17">{escape(_clip(node.op))}</text>'

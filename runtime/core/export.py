@@ -1,9 +1,10 @@
-"""Execution graphs for other eyes: Mermaid and DOT for documents, JSON for programs, and a web page for people."""
+"""Execution graphs for other eyes: Mermaid and DOT for documents, JSON for programs, traces for Perfetto, web pages."""
 
 from __future__ import annotations
 
+from sageLLM.runtime.core.chrome_trace import to_chrome_trace
 from sageLLM.runtime.core.diagrams import to_dot, to_mermaid
 from sageLLM.runtime.core.json_form import from_json, to_json
-from sageLLM.runtime.core.page import to_html
+from sageLLM.runtime.core.page import Step, to_html, to_page
 
-__all__ = ["from_json", "to_dot", "to_html", "to_json", "to_mermaid"]
+__all__ = ["Step", "from_json", "to_chrome_trace", "to_dot", "to_html", "to_json", "to_mermaid", "to_page"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from sageLLM.runtime.core.drawing import draw
 from sageLLM.runtime.core.errors import IRError
+from sageLLM.runtime.core.gantt import draw_gantt
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, Inference, InferKey, OpNode
 
@@ -22,48 +25,114 @@ CATEGORIES = {
     "other": "other",
 }
 OPEN_SECTIONS = 3  # the first ones: what comes before the layers, and a layer or two
+MAX_GONE = 200  # nodes that a step took away, as far as they are listed
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A graph to show: after a pass, say. What differs from `before` is lit; `note` tells what was done."""
+
+    name: str
+    graph: ExecutionGraph
+    before: ExecutionGraph | None = None
+    note: str = ""
 
 
 def to_html(graphs: Sequence[ExecutionGraph] | Mapping[str, ExecutionGraph], title: str = "Execution graphs") -> str:
-    """One self-contained HTML page with a tab for each graph, by its title or its graph_id.
-
-    A graph is drawn in sections, one for each layer, to fold and unfold; a click on a node shows its types, attributes,
-    cost, origins, spec entry, layer and stream. Every name is escaped. IRError if there is no graph or one has a cycle.
-    """
+    """One self-contained HTML page with each graph, by its title or its graph_id. IRError if there is none."""
     named = list(graphs.items()) if isinstance(graphs, Mapping) else [(g.graph_id, g) for g in graphs]
-    if not named:
+    return to_page({"graphs": [Step(name, graph) for name, graph in named]}, title)
+
+
+def to_page(traces: Mapping[str, Sequence[Step]], title: str) -> str:
+    """One self-contained HTML page: the steps of each trace on the left, their graph beside them.
+
+    A graph is drawn in sections, one for each layer, to fold and unfold, and if its nodes take time, as a chart of its
+    streams. What a step changed is lit. A click on a node shows its types, attributes, cost, origins, spec entry, layer
+    and stream. The address `#g2/5` opens step 2 and node 5. Every name is escaped. IRError if there is no graph, or one
+    has a cycle.
+    """
+    steps = [step for trace in traces.values() for step in trace]
+    if not steps:
         raise IRError("no graph to show")
-    tabs = "".join(_tab(i, name) for i, (name, _) in enumerate(named))
-    panels = "".join(_panel(i, graph) for i, (_, graph) in enumerate(named))
-    data = json.dumps([_details(graph) for _, graph in named], separators=(",", ":"))
+    numbers = iter(range(len(steps)))
+    tabs = "".join(
+        f"<h2>{escape(name)}</h2>{''.join(_tab(next(numbers), step) for step in trace)}"
+        for name, trace in traces.items()
+    )
+    panels = "".join(_panel(i, step) for i, step in enumerate(steps))
+    data = json.dumps([_details(step.graph) for step in steps], separators=(",", ":"))
     inert = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     legend = "".join(f'<li class="{name}">{text}</li>' for name, text in CATEGORIES.items())
+    style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><header><h1>{escape(title)}</h1>"
-        f'<nav role="tablist">{tabs}</nav><ul class="legend">{legend}</ul></header>\n<main>{panels}</main>\n'
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body><header><h1>{escape(title)}</h1>"
+        f'<ul class="legend">{legend}</ul></header>\n'
+        f'<nav role="tablist" aria-orientation="vertical">{tabs}</nav>\n<main>{panels}</main>\n'
         '<aside aria-live="polite"><p>Click a node to see what it is.</p></aside>\n'
-        f'<script type="application/json" id="data">{inert}</script>\n<script>{_SCRIPT}</script></body></html>\n'
+        f'<script type="application/json" id="data">{inert}</script>\n<script>{script}</script></body></html>\n'
     )
 
 
-def _tab(i: int, name: str) -> str:
+def _tab(i: int, step: Step) -> str:
     selected = "true" if i == 0 else "false"
-    return f'<button role="tab" id="t{i}" aria-controls="g{i}" aria-selected="{selected}">{escape(name)}</button>'
+    gone, lit = _gone(step), changed_nodes(step)
+    mark = f'<span class="changes">+{len(lit)} −{len(gone)}</span>' if lit or gone else ""
+    role = f'role="tab" id="t{i}" aria-controls="g{i}" aria-selected="{selected}"'
+    return f"<button {role}>{escape(step.name)}{mark}</button>"
 
 
-def _panel(i: int, graph: ExecutionGraph) -> str:
+def _panel(i: int, step: Step) -> str:
+    graph, lit = step.graph, changed_nodes(step)
     order = graph.topological_sort()
     index = {node.node_id: k for k, node in enumerate(graph.nodes.values())}
     sections = "".join(
-        _section(name, nodes, index, is_open=k < OPEN_SECTIONS) for k, (name, nodes) in enumerate(_sections(order))
+        _section(name, nodes, index, lit, is_open=k < OPEN_SECTIONS) for k, (name, nodes) in enumerate(_sections(order))
     )
+    note = f'<p class="note">{escape(step.note)}</p>' if step.note else ""
     hidden = "" if i == 0 else " hidden"
     return (
         f'<section class="graph" id="g{i}" role="tabpanel" aria-labelledby="t{i}"{hidden}>'
-        f"<p>{escape(_summary(graph))}</p>{sections}</section>\n"
+        f"<p>{escape(_summary(graph))}</p>{note}{_chart(graph, index, lit)}{_removed(step)}{sections}</section>\n"
     )
+
+
+def changed_nodes(step: Step) -> set[str]:
+    """The nodes that the graph before has not, or has otherwise: as to op, values, attributes, lane, or what they wait
+    for besides their operands."""
+    if step.before is None:
+        return set()
+    old = {node_id: _identity(node, step.before) for node_id, node in step.before.nodes.items()}
+    return {node_id for node_id, node in step.graph.nodes.items() if old.get(node_id) != _identity(node, step.graph)}
+
+
+def _identity(node: ExecutionNode, graph: ExecutionGraph) -> tuple[Any, ...]:
+    givers = {giver.node_id for ref in node.inputs if (giver := graph.producer(ref)) is not None}
+    values = (tuple(node.inputs), tuple(node.outputs), tuple(node.attrs.items()))
+    return node.op, *values, node.device_id, node.stream_id, frozenset(node.dependencies - givers)
+
+
+def _gone(step: Step) -> list[ExecutionNode]:
+    return (
+        [node for node_id, node in step.before.nodes.items() if node_id not in step.graph.nodes] if step.before else []
+    )
+
+
+def _removed(step: Step) -> str:
+    gone = _gone(step)
+    if not gone:
+        return ""
+    listed = "".join(f"<li>{escape(node.op)} <b>{escape(node.node_id)}</b></li>" for node in gone[:MAX_GONE])
+    return f"<details><summary><b>taken away</b> <span>{len(gone)} nodes</span></summary><ul>{listed}</ul></details>"
+
+
+def _chart(graph: ExecutionGraph, index: Mapping[str, int], lit: Collection[str]) -> str:
+    drawing = draw_gantt(graph, index, lit)
+    if not drawing:
+        return ""
+    return f'<details open><summary><b>time</b></summary><div class="drawing">{drawing}</div></details>'
 
 
 def _summary(graph: ExecutionGraph) -> str:
@@ -73,13 +142,15 @@ def _summary(graph: ExecutionGraph) -> str:
     return f"{graph.graph_id}: {graph.level} level{stage}, {len(graph.nodes)} nodes{estimate}"
 
 
-def _section(name: str, nodes: Sequence[ExecutionNode], index: Mapping[str, int], *, is_open: bool) -> str:
+def _section(
+    name: str, nodes: Sequence[ExecutionNode], index: Mapping[str, int], lit: Collection[str], *, is_open: bool
+) -> str:
     time_us = sum(node.estimated_time_us for node in nodes)
     facts = ("1 node" if len(nodes) == 1 else f"{len(nodes)} nodes") + (f", {time_us:,.1f} us" if time_us else "")
     opened = " open" if is_open else ""
     return (
         f"<details{opened}><summary><b>{escape(name)}</b> <span>{facts}</span></summary>"
-        f'<div class="drawing">{draw(nodes, index)}</div></details>\n'
+        f'<div class="drawing">{draw(nodes, index, lit)}</div></details>\n'
     )
 
 
@@ -134,63 +205,3 @@ def _work(node: ExecutionNode, memo: dict[InferKey, Inference]) -> list[str]:
         return [f"{node.flops(memo=memo)} flops", f"{node.bytes_moved(memo=memo)} bytes moved"]
     except IRError as error:
         return [str(error)]
-
-
-_STYLE = """
-:root{color-scheme:light dark;--back:#fff;--text:#1c2128;--soft:#5c6670;--line:#d0d7de;--edge:#9aa4ae;--card:#f6f8fa;
---attn:#c2571a;--gemm:#2563c9;--norm:#6f42c1;--io:#25803c;--comm:#c22f4f;--kv:#0b7f83;--other:#6a737d}
-@media(prefers-color-scheme:dark){:root{--back:#0f1318;--text:#e4e8ec;--soft:#98a2ad;--line:#2b333c;--edge:#56616d;
---card:#171d24;--attn:#f0935a;--gemm:#6ea3f7;--norm:#b794f4;--io:#63c47b;--comm:#f47893;--kv:#4cc4c8;--other:#98a2ad}}
-*{box-sizing:border-box}[hidden]{display:none}
-body{margin:0;background:var(--back);color:var(--text);font:14px/1.45 system-ui,sans-serif;display:grid;
-grid-template:auto 1fr/minmax(0,1fr) 340px;height:100vh}
-header{grid-column:1/3;padding:10px 18px;border-bottom:1px solid var(--line)}
-h1{font-size:17px;margin:0 0 6px}nav{display:flex;flex-wrap:wrap;gap:6px}
-button{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:6px;
-padding:3px 12px;cursor:pointer}button[aria-selected=true]{border-color:var(--gemm);color:var(--gemm);font-weight:600}
-.legend{display:flex;flex-wrap:wrap;gap:14px;list-style:none;margin:8px 0 0;padding:0;color:var(--soft);font-size:12px}
-.legend li::before{content:"";display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:5px;
-background:var(--c)}
-.attn{--c:var(--attn)}.gemm{--c:var(--gemm)}.norm{--c:var(--norm)}.io{--c:var(--io)}.comm{--c:var(--comm)}
-.kv{--c:var(--kv)}.other{--c:var(--other)}
-main{overflow:auto;padding:8px 18px 40px}main p,summary span{color:var(--soft)}
-details{border:1px solid var(--line);border-radius:8px;margin:8px 0}summary{padding:6px 12px;cursor:pointer}
-.drawing{overflow-x:auto;border-top:1px solid var(--line);padding:4px}svg{display:block;margin:0 auto}
-.node{cursor:pointer;outline:none}.node rect{fill:var(--card);stroke:var(--c);stroke-width:1.4}
-.node:hover rect,.node:focus rect,.node.chosen rect{stroke-width:3}.node text{fill:var(--text);font-size:12px}
-.node .op{fill:var(--c);font-weight:600}.node .id{fill:var(--soft);font-size:11px}
-.edge{fill:none;stroke:var(--edge);stroke-width:1.3}.stub{stroke-dasharray:2 2}
-aside{border-left:1px solid var(--line);overflow:auto;padding:12px 16px;background:var(--card)}
-aside p{color:var(--soft)}dl{margin:0}dt{color:var(--soft);font-size:12px;margin-top:9px}
-dd{margin:0;font:12px/1.5 ui-monospace,monospace;overflow-wrap:anywhere}
-@media(max-width:760px){body{grid-template:auto 1fr 40vh/1fr}header{grid-column:1}
-aside{border-left:0;border-top:1px solid var(--line)}}
-"""
-
-_SCRIPT = """
-const data = JSON.parse(document.getElementById("data").textContent);
-const tabs = [...document.querySelectorAll("[role=tab]")];
-const panels = [...document.querySelectorAll("[role=tabpanel]")];
-const aside = document.querySelector("aside");
-tabs.forEach((tab, i) => tab.addEventListener("click", () => {
-  tabs.forEach((t, k) => t.setAttribute("aria-selected", k === i));
-  panels.forEach((p, k) => { p.hidden = k !== i; });
-}));
-function show(node) {
-  document.querySelectorAll(".chosen").forEach(n => n.classList.remove("chosen"));
-  node.classList.add("chosen");
-  const list = document.createElement("dl");
-  const facts = data[panels.indexOf(node.closest("[role=tabpanel]"))][node.dataset.i];
-  for (const [label, value] of Object.entries(facts)) {
-    const lines = [].concat(value).filter(line => line !== "");
-    if (!lines.length) continue;
-    list.appendChild(document.createElement("dt")).textContent = label;
-    for (const line of lines) list.appendChild(document.createElement("dd")).textContent = line;
-  }
-  aside.replaceChildren(list);
-}
-document.querySelectorAll(".node").forEach(node => {
-  node.addEventListener("click", () => show(node));
-  node.addEventListener("keydown", event => { if (event.key === "Enter") show(node); });
-});
-"""

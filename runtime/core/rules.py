@@ -13,6 +13,8 @@ from typing import TypeAlias, TypeVar
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, OpNode, TensorRef
 
+FLOATS = ("f16", "bf16", "f32", "f64")
+
 
 @dataclass(frozen=True, slots=True)
 class NewCall:
@@ -82,7 +84,7 @@ def giver(node: ExecutionNode | None) -> str:
     """What a value comes from, for the reason of a near miss: `embedding`, `cast(f32->bf16)`, or `outside`."""
     if node is None:
         return "outside"
-    kinds = [refs[0].dtype for refs in (node.inputs, node.outputs) if refs]
+    kinds = [refs[0].dtype for refs in (node.inputs, node.outputs) if refs and refs[0].dtype in FLOATS]
     return f"{node.op}({kinds[0]}->{kinds[1]})" if len(set(kinds)) == 2 else node.op
 
 

@@ -25,6 +25,7 @@ class RunRequest:
     seed: int | None
     pd: Any
     dtype: str
+    kernels: Any
     max_model_len: int | None
     plugins: Sequence[Path]
     as_json: bool
@@ -37,6 +38,7 @@ def run_prompts(request: RunRequest) -> int:
         llm = LLM(
             request.model,
             dtype=request.dtype,
+            kernels=request.kernels,
             scheduler=PDSchedulerConfig(mode=request.pd),
             max_model_len=request.max_model_len,
             plugins=request.plugins,
@@ -71,6 +73,7 @@ class EmbedRequest:
     pooling: Any
     normalize: bool | None
     dtype: str
+    kernels: Any
     max_model_len: int | None
     plugins: Sequence[Path]
 
@@ -78,7 +81,13 @@ class EmbedRequest:
 def embed_prompts(request: EmbedRequest) -> int:
     """Prints a JSON line for each prompt to stdout; a refusal goes to stderr, with exit code 1."""
     try:
-        llm = LLM(request.model, dtype=request.dtype, max_model_len=request.max_model_len, plugins=request.plugins)
+        llm = LLM(
+            request.model,
+            dtype=request.dtype,
+            kernels=request.kernels,
+            max_model_len=request.max_model_len,
+            plugins=request.plugins,
+        )
         outputs = llm.embed(list(request.prompts), pooling=request.pooling, normalize=request.normalize)
     except (SageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

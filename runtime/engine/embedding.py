@@ -19,6 +19,7 @@ from sageLLM.runtime.engine.step_inputs import StepInputs
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
 from sageLLM.runtime.execution_graph.planner import Runnable
+from sageLLM.runtime.kernels.cpu.weights import Weight
 from sageLLM.runtime.scheduler.base import Chunk, Request
 
 
@@ -142,6 +143,6 @@ class Embedder:
             self._pool = make_pool(self.model, num_blocks, self.block_size)
             self._plans.clear()
 
-    def _bound(self) -> dict[str, Tensor]:
+    def _bound(self) -> dict[str, Weight]:
         caches = {} if self._pool is None else self._pool.named_tensors()
-        return self.model.bound_tensors() | caches
+        return {**self.model.bound_tensors(), **caches}

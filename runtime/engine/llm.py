@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from sageLLM.runtime.core.config import shown
+from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.engine.chat_template import ChatTemplate
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.engine import Engine
@@ -94,6 +95,7 @@ class LLM:
             disable=disable_passes,
             planner=choose_planner(kernels, registry, where, self.model.short_dtype),
         )
+        self.pipeline.planner.hold(self.model.weights, self.model.ties, self._graphs())
         config = scheduler or PDSchedulerConfig()
         budget = KVBudget(
             num_kv_blocks or default_num_blocks(self.model, config, block_size),
@@ -123,6 +125,14 @@ class LLM:
                 f"{name} gives embeddings, not text; call embed() instead of generate(), stream() or chat()"
             )
         return self._engine
+
+    def _graphs(self) -> list[ExecutionGraph]:
+        """The graphs that read all of the model's weights."""
+        layout = self.model.layout
+        if self.model.generates:
+            return [self.pipeline.kernel_graph(stage) for stage in layout.phases]
+        pooling = poolings_of(layout)
+        return [self.pipeline.embedding_graph(pooling[0], normalize=False)] if pooling else []
 
     def kernel_stats(self) -> list[KernelStats]:
         """What each graph runs on that has run so far: native calls, and calls in Python with the reasons."""

@@ -19,6 +19,7 @@ from sageLLM.runtime.engine.plugins import Registry
 from sageLLM.runtime.engine.safetensors_reader import Checkpoint
 from sageLLM.runtime.engine.tables import make_tables
 from sageLLM.runtime.engine.weights import load_weights
+from sageLLM.runtime.kernels.cpu.weights import Weight
 
 MAX_POSITIONS = 2**24
 """A bound on the positions of a config.json, for which tables are made; the longest published has ten million."""
@@ -29,7 +30,9 @@ MAX_SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Weights and tables by the names that graphs use; `max_model_len` is the longest sequence, prompt and answer.
+    """Weights and tables by the names that graphs use, the weights in the form that the kernels read.
+
+    `max_model_len` is the longest sequence, prompt and answer.
 
     `absent` are the weights of a head that the checkpoint does not have: such a model can only embed.
     """
@@ -39,7 +42,7 @@ class Model:
     dtype: torch.dtype
     device: torch.device
     max_model_len: int
-    weights: Mapping[str, Tensor]
+    weights: dict[str, Weight]
     tables: Mapping[str, Tensor]
     absent: tuple[str, ...] = ()
 
@@ -58,7 +61,12 @@ class Model:
         """Parameters held; a tied weight counts once."""
         return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights.values()}.values())
 
-    def bound_tensors(self) -> dict[str, Tensor]:
+    @property
+    def ties(self) -> dict[str, str]:
+        """For a weight that is another one, the other's name."""
+        return {spec.name: spec.tied_to for spec in self.layout.weights(self.config) if spec.tied_to is not None}
+
+    def bound_tensors(self) -> dict[str, Weight]:
         return {**self.weights, **self.tables}
 
 
@@ -87,7 +95,7 @@ def load_model(
         layout = without_weights(layout, head) if head else layout
         _check(layout, config, checkpoint)
         tables = _tables(config, length, device, path)
-        weights = load_weights(layout.weights(config), checkpoint, kind, device)
+        weights: dict[str, Weight] = dict(load_weights(layout.weights(config), checkpoint, kind, device))
     finally:
         checkpoint.close()
     return Model(layout, config, kind, device, length, weights, tables, head)

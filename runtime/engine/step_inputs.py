@@ -44,6 +44,8 @@ class StepInputs:
         if decodes is not None:
             assert isinstance(decodes, DecodeStepBatch), "the scheduler plans decodes as one roster"
             self._put_decodes(decodes)
+        else:
+            self._offsets = None  # the chunks take the rows of the decodes before
         token = num_decodes
         for sequence, chunk in enumerate(chunks, start=num_decodes):
             self._put_chunk(chunk, sequence, token)

@@ -30,7 +30,7 @@ class Worker:
         self.model = model
         self.pool = pool
         self.pipeline = pipeline
-        self._bound = model.bound_tensors() | pool.named_tensors()
+        self._bound = {**model.bound_tensors(), **pool.named_tensors()}
         max_blocks = -(-model.max_model_len // pool.block_size)
         self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device)
         self._arena = Arena()

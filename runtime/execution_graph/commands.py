@@ -5,24 +5,27 @@ import difflib
 import filecmp
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.export import to_dot, to_html, to_json, to_mermaid
+from sageLLM.runtime.core.cost import Hardware, annotate
+from sageLLM.runtime.core.export import to_chrome_trace, to_dot, to_html, to_json, to_mermaid, to_page
 from sageLLM.runtime.core.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.core.pass_report import Change
 from sageLLM.runtime.core.text import parse_text, to_text
 from sageLLM.runtime.engine.plugins import Registry, load_registry, load_tree
 from sageLLM.runtime.execution_graph.explain_node import explain_node
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
 from sageLLM.runtime.execution_graph.rule_table import rule_table
 from sageLLM.runtime.execution_graph.summary import STEP, diff_lines, step_of, summarise
+from sageLLM.runtime.execution_graph.traces import traces_of
 from sageLLM.runtime.execution_graph.why_not import why_not
 
 
@@ -30,7 +33,8 @@ from sageLLM.runtime.execution_graph.why_not import why_not
 class GraphRequest:
     """The arguments of `sagellm graph`. `only` and `disable` are names of passes and rules by commas; None is all.
 
-    Without a stage it is decode, or prefill for a layout that has no other. `model` may be a file with a graph as text.
+    Without a stage it is decode, or prefill for a layout that has no other; on a web page, all. `model` may be a file
+    with a graph as text. `hardware` is the device that times are estimated for.
     """
 
     model: str
@@ -46,6 +50,8 @@ class GraphRequest:
     bisect: bool = False
     why_not: tuple[str, str] | None = None
     format: str = "text"
+    hardware: str = "h100"
+    measure: bool = False
     plugins: Sequence[Path] = ()
 
 
@@ -68,8 +74,8 @@ def show_node(model: str, stage: Stage, node_id: str) -> int:
     try:
         registry = load_registry()
         layout, config = _layout(model, registry)
-        pipeline = Pipeline(layout, layout.read_config(config), registry, dtype="f32")
-        print(explain_node(pipeline, stage if stage in layout.phases else layout.phases[0], node_id))
+        graphs = ModelGraphs(layout, layout.read_config(config), registry, dtype="f32")
+        print(explain_node(graphs, stage if stage in layout.phases else layout.phases[0], node_id))
     except (LookupError, ValueError) as error:
         print(f"error: {error.args[0]}", file=sys.stderr)
         return 1
@@ -87,7 +93,7 @@ class _Inspection:
             "only": _names(request.only),
             "limit": request.rewrite_limit,
         }
-        self.pipeline: Pipeline | None = None
+        self.graphs: ModelGraphs | None = None
         if Path(request.model).suffix == ".txt":
             text = Path(request.model).read_text(encoding="utf-8")
             self.rewriting = Rewriting(registry, **choice)
@@ -95,16 +101,19 @@ class _Inspection:
             return
         layout, config = _layout(request.model, registry)
         dtype = "f64" if request.verify_numerics or request.bisect else "f32"
-        self.rewriting = self.pipeline = Pipeline(layout, layout.read_config(config), registry, dtype=dtype, **choice)
+        self.rewriting = self.graphs = ModelGraphs(layout, layout.read_config(config), registry, dtype=dtype, **choice)
         self.stage = request.stage or ("decode" if "decode" in layout.phases else layout.phases[0])
         if request.level == "block":
-            self.before = self.pipeline.block_graph(self.stage)
+            self.before = self.graphs.block_graph(self.stage)
         else:
-            self.before = self.pipeline.expanded_graph(self.stage)
+            self.before = self.graphs.expanded_graph(self.stage)
 
     def answer(self) -> tuple[str, bool]:
         """The text to print, and whether all is well."""
         request = self.request
+        if request.format == "html" and self.graphs is not None:
+            stages = (request.stage,) if request.stage else self.graphs.layout.phases
+            return to_page(traces_of(self.graphs, self._hardware(), stages), f"{request.model}: passes"), True
         if request.level == "block":
             return _formatted(request, {"block": self.before}), True
         if request.verify_numerics or request.bisect:
@@ -113,7 +122,7 @@ class _Inspection:
             return why_not(self.rewriting, self.before, *request.why_not), True
         steps = list(self.rewriting.steps(self.before))
         if request.stats:
-            step = {**STEP, **(step_of(self.before.stage, self.pipeline.config) if self.pipeline else {})}
+            step = {**STEP, **(step_of(self.before.stage, self.graphs.config) if self.graphs else {})}
             return rule_table([one.report for one, _ in steps], step), True
         states = {"expanded": self.before} | {one.name: graph for one, graph in steps}
         return self._shown(states), True
@@ -122,22 +131,42 @@ class _Inspection:
         request = self.request
         if request.diff:
             return _changes(list(states.items()))
-        if request.print_ir_after == "all" or (request.format == "html" and request.print_ir_after is None):
+        if request.print_ir_after == "all":
             return _formatted(request, states)
         last = request.print_ir_after or list(states)[-1]
         if last not in states:
             raise ValueError(f"no pass named {last} ran; those that ran are {', '.join(states)}")
+        if request.format == "trace":
+            return self._trace(states[last])
         return _formatted(request, {last: states[last]})
+
+    def _trace(self, graph: ExecutionGraph) -> str:
+        if self.graphs is None:
+            raise ValueError("a trace needs a model: the times of a graph as text are its own")
+        annotate(graph, self._hardware(), step_of(self.stage, self.graphs.config))
+        runs: dict[str, tuple[ExecutionGraph, Mapping[str, float] | None]] = {
+            f"estimated on {self.request.hardware}": (graph, None)
+        }
+        if self.request.measure:
+            from sageLLM.runtime.execution_graph.measure import measured_times  # torch, only for this
+
+            runs["measured here, on reference kernels"] = (graph, measured_times(graph, self.graphs.registry.kernels))
+        return to_chrome_trace(runs)
+
+    def _hardware(self) -> Hardware:
+        if self.request.hardware not in HARDWARE:
+            raise ValueError(f"no device named {self.request.hardware}; known are {', '.join(HARDWARE)}")
+        return HARDWARE[self.request.hardware]
 
     def _numerics(self) -> tuple[str, bool]:
         from sageLLM.runtime.execution_graph.numerics import find_bad_rewrite, verify_numerics  # torch, only for these
 
-        if self.pipeline is None:
+        if self.graphs is None:
             raise ValueError("numbers need a model: a graph as text has no reference inputs")
         if self.request.bisect:
-            found = find_bad_rewrite(self.pipeline, self.stage)
+            found = find_bad_rewrite(self.graphs, self.stage)
             return ("no rewrite changes a result", True) if found is None else (_blame(*found), False)
-        verdicts = list(verify_numerics(self.pipeline, self.stage))
+        verdicts = list(verify_numerics(self.graphs, self.stage))
         lines = [
             f"{v.pass_name}: {v.wrong or ('every bit is kept' if v.difference == 0 else f'within {v.difference:.1e}')}"
             for v in verdicts

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from sageLLM.runtime.core.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
 from sageLLM.runtime.core.layout import Block, ModelLayout
+from sageLLM.runtime.core.passes.events import WAITS
+from sageLLM.runtime.core.passes.rows import PART
 from sageLLM.runtime.core.writer import GraphWriter
 
 
@@ -19,11 +21,15 @@ def expand(graph: ExecutionGraph, layout: ModelLayout, config: Any) -> Execution
 
     Nodes keep their layer, device and stream; those of a block name the block-level nodes that they come from. The two
     halves of a hybrid step are one call of the body. KV loads from a slower tier stay; all other KV nodes of the block
-    level disappear, since the body stores its own keys and values. Raises ValueError for a graph without a stage or
-    of kernel level.
+    level disappear, since the body stores its own keys and values. Noted waits are left out, as they name block nodes.
+    Raises ValueError for a graph without a stage or of kernel level, and for one that is cut into micro-batches.
     """
     if graph.level != "block" or graph.stage is None:
         raise ValueError(f"graph {graph.graph_id!r} is not a block-level graph with a stage, so it cannot be expanded")
+    if any(PART in node.metadata for node in graph.nodes.values()):
+        raise ValueError(
+            f"graph {graph.graph_id!r} is cut into micro-batches, whose blocks have no bodies of their own"
+        )
     return _Expansion(graph, graph.stage, layout, config).run()
 
 
@@ -113,7 +119,8 @@ class _Expansion:
         """Takes over a node that is not a block: its values keep their names, its inputs follow the expansion."""
         inputs = [self._current(ref) for ref in node.inputs]
         copied = replace(node, inputs=inputs, outputs=list(node.outputs), dependencies=self._control(node))
-        copied.attrs, copied.metadata = node.attrs.copy(), deepcopy(node.metadata) if node.metadata else {}
+        copied.attrs = node.attrs.copy()
+        copied.metadata = {key: deepcopy(value) for key, value in node.metadata.items() if key != WAITS}
         self.writer.graph.add_node(copied)
         self.made[node.node_id] = (copied.node_id,)
 

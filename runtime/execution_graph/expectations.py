@@ -12,7 +12,7 @@ from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.graph import Stage
 from sageLLM.runtime.core.rewrite import RewritePass
 from sageLLM.runtime.engine.plugins import Registry, load_registry, load_tree
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ def missed_expectations(tree: Path, is_overlay: bool = False) -> list[MissedExpe
 def _missed(registry: Registry, model: str) -> Iterator[MissedExpectation]:
     layout = registry.models[model]
     config = layout.read_config(HFConfig(layout.tiny, f"{model}: tests.tiny"))
-    pipeline = Pipeline(layout, config, registry, dtype="f32")
+    graphs = ModelGraphs(layout, config, registry, dtype="f32")
     for stage in layout.phases:
-        graph = pipeline.expanded_graph(stage)
-        for one in pipeline.rewrite_passes("kernel"):
+        graph = graphs.expanded_graph(stage)
+        for one in graphs.rewrite_passes("kernel"):
             one.transform(graph)
             yield from _difference(one, model, stage, config)
 

@@ -5,23 +5,23 @@ from collections.abc import Iterator, Mapping
 from sageLLM.runtime.core.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode
 from sageLLM.runtime.core.pass_report import PassReport
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.execution_graph.summary import step_of
 
 
-def explain_node(pipeline: Pipeline, stage: Stage, node_id: str) -> str:
+def explain_node(graphs: ModelGraphs, stage: Stage, node_id: str) -> str:
     """The node as the passes leave it, or as it was before a pass took it; LookupError if there is no such node."""
-    graph = pipeline.expanded_graph(stage)
+    graph = graphs.expanded_graph(stage)
     found = (node, graph) if (node := graph.nodes.get(node_id)) else None
     reports: list[PassReport] = []
-    for one, after in pipeline.steps(graph):
+    for one, after in graphs.steps(graph):
         reports.append(one.report)
         if (node := after.nodes.get(node_id)) is not None:
             found = node, after
     if found is None:
-        raise LookupError(f"{pipeline.layout.name} has no node {node_id} in {stage}; `sagellm graph` lists them")
-    head = f"node {node_id} of {pipeline.layout.name}, {stage}"
-    return "\n".join([head, "", *_facts(*found, step_of(stage, pipeline.config)), *_history(node_id, reports)])
+        raise LookupError(f"{graphs.layout.name} has no node {node_id} in {stage}; `sagellm graph` lists them")
+    head = f"node {node_id} of {graphs.layout.name}, {stage}"
+    return "\n".join([head, "", *_facts(*found, step_of(stage, graphs.config)), *_history(node_id, reports)])
 
 
 def _facts(node: ExecutionNode, graph: ExecutionGraph, step: Mapping[str, int]) -> Iterator[str]:

@@ -12,12 +12,13 @@ from sageLLM.runtime.core.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir import TensorRef
 from sageLLM.runtime.core.pass_report import Change
 from sageLLM.runtime.execution_graph.executor import Kernel, Plan
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 
 SIZES = {"T": 6, "B": 2, "Td": 2, "Tp": 4, "S": 2, "PG": 5, "BS": 4, "MB": 2, "P": 8}
 """A step of two sequences: one token each in decode, else six tokens. The cache has 5 blocks of 4 slots."""
 
 LENGTHS: Mapping[Stage, tuple[int, int]] = {"prefill": (2, 4), "decode": (1, 1), "hybrid": (1, 5)}
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 TOLERANCE = 1e-9
 """Rules written out may round in another order; those that `fuses` gives keep every bit."""
 
@@ -30,32 +31,32 @@ class Verdict(NamedTuple):
     wrong: str | None
 
 
-def verify_numerics(pipeline: Pipeline, stage: Stage) -> Iterator[Verdict]:
-    """A verdict for each kernel-level pass. The pipeline's element type is f64."""
-    graph = pipeline.expanded_graph(stage)
-    wanted = run_once(graph, pipeline.kernels)
-    for one, after in pipeline.steps(graph):
-        found = run_once(after, pipeline.kernels)
+def verify_numerics(graphs: ModelGraphs, stage: Stage) -> Iterator[Verdict]:
+    """A verdict for each kernel-level pass. The graphs' element type is f64."""
+    graph = graphs.expanded_graph(stage)
+    wanted = run_once(graph, graphs.registry.kernels)
+    for one, after in graphs.steps(graph):
+        found = run_once(after, graphs.registry.kernels)
         yield Verdict(one.name, *_compare(wanted, found))
         wanted = found
 
 
-def find_bad_rewrite(pipeline: Pipeline, stage: Stage) -> tuple[int, str, Change] | None:
+def find_bad_rewrite(graphs: ModelGraphs, stage: Stage) -> tuple[int, str, Change] | None:
     """The first rewrite that changes a result: its number, counted over all passes, its rule, and what it did.
 
     None if all rewrites together change nothing. Found by bisection: each try runs the passes up to a limit.
     """
-    graph = pipeline.expanded_graph(stage)
-    wanted = run_once(graph, pipeline.kernels)
+    graph = graphs.expanded_graph(stage)
+    wanted = run_once(graph, graphs.registry.kernels)
 
     def rewritten(limit: int | None) -> tuple[dict[str, list[Change]], bool]:
-        pipeline.options.limit = limit
+        graphs.options.limit = limit
         copy = graph.copy()
-        reports = pipeline.rewrite(copy)
+        reports = graphs.rewrite(copy)
         changes = {name: stats.changes for report in reports for name, stats in report.rules.items()}
-        return changes, _compare(wanted, run_once(copy, pipeline.kernels))[1] is None
+        return changes, _compare(wanted, run_once(copy, graphs.registry.kernels))[1] is None
 
-    changes, is_right = rewritten(pipeline.options.limit)
+    changes, is_right = rewritten(graphs.options.limit)
     if is_right:
         return None
     good, bad = 0, sum(map(len, changes.values()))
@@ -69,11 +70,16 @@ def find_bad_rewrite(pipeline: Pipeline, stage: Stage) -> tuple[int, str, Change
 
 def run_once(graph: ExecutionGraph, kernels: Mapping[str, Kernel]) -> dict[str, torch.Tensor]:
     """What the graph returns for one small step on random weights, and what it leaves in the caches."""
-    values = _random_values(graph) | _step(graph.stage or "prefill")
+    values = inputs_of(graph)
     bound = {name: values[name] for name in graph.weights}
     outputs = Plan(graph, kernels, bound).run({name: values.get(name) for name in graph.inputs})
     caches = {name: values[name] for name in graph.inputs if name.endswith("_cache")}
     return dict(zip([ref.name for ref in graph.outputs], outputs, strict=True)) | caches
+
+
+def inputs_of(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
+    """A value for every weight and input of a small step, apart from what only sampling takes."""
+    return _random_values(graph) | _step(graph.stage or "prefill")
 
 
 def _random_values(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
@@ -85,7 +91,7 @@ def _random_values(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
 
 def _random(ref: TensorRef, generator: torch.Generator) -> torch.Tensor:
     shape = [int(str(evaluate(size, SIZES))) for size in ref.shape]
-    return torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(DTYPES.get(ref.dtype, torch.float64))
 
 
 def _is_of_sampling(ref: TensorRef, graph: ExecutionGraph) -> bool:

@@ -1,7 +1,7 @@
 """The optimizer: runs passes over a graph in order. Generated passes and hand-written ones mix freely."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.passes import PASSES
@@ -10,6 +10,7 @@ from sageLLM.generated.passes.memory import MemoryOpt as MemoryOptimizationPass
 from sageLLM.generated.passes.schedule import ComputeCommOverlap as ComputeCommOverlapPass
 from sageLLM.generated.passes.schedule import KvPrefetch as KVPrefetchPass
 from sageLLM.runtime.core.cost import Hardware
+from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.errors import VerifyError
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.passes.check import verify_schedule
@@ -27,13 +28,14 @@ __all__ = [
 ]
 
 
-def default_passes(hardware: Hardware | None = None) -> list[OptimizationPass]:
+def default_passes(hardware: Hardware | None = None, sizes: Mapping[str, Dim] | None = None) -> list[OptimizationPass]:
     """comm_fusion, compute_comm_overlap, kv_prefetch and memory_opt, in this order.
 
-    `hardware`, by default the generated "cpu", gives the latency that merging equal transfers saves.
+    `hardware`, by default the generated "cpu", gives the latency that merging transfers saves; `sizes` has the ranks of
+    the groups, such as {"tp": 8}.
     """
     return [
-        CommunicationFusionPass(hardware or HARDWARE["cpu"]),
+        CommunicationFusionPass(hardware or HARDWARE["cpu"], sizes),
         ComputeCommOverlapPass(),
         KVPrefetchPass(),
         MemoryOptimizationPass(),

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -14,6 +14,7 @@ from sageLLM.runtime.kernels.cpu.arena import Arena
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.kernels.cpu.plan import NativePlan
+from sageLLM.runtime.kernels.cpu.weights import Weight, pack_weights
 
 KernelChoice: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 KERNEL_CHOICES: tuple[KernelChoice, ...] = ("auto", "reference", "cpu", "triton")
@@ -43,7 +44,12 @@ class Planner(Protocol):
     name: str
     stats: list[KernelStats]
 
-    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Runnable: ...
+    def hold(
+        self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
+    ) -> None:
+        """Brings a model's weights into the form that the kernels of these graphs read, in place of the one given."""
+
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable: ...
 
 
 class TorchPlanner:
@@ -54,11 +60,16 @@ class TorchPlanner:
         self.stats: list[KernelStats] = []
         self._kernels = kernels
 
-    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Plan:
+    def hold(
+        self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
+    ) -> None:
+        """Torch reads weights as they are."""
+
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Plan:
         ops = Counter(node.op for node in graph.nodes.values())
         in_python = {op: (count, self.name) for op, count in ops.items()}
         self.stats.append(KernelStats(graph.graph_id, 0, in_python))
-        return Plan(graph, self._kernels, bound)
+        return Plan(graph, self._kernels, {name: x for name, x in bound.items() if isinstance(x, Tensor)})
 
 
 class NativePlanner:
@@ -72,20 +83,39 @@ class NativePlanner:
         self._runner: NativeRunner | None = None
         self._instead: TorchPlanner | None = None
 
-    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None = None) -> Runnable:
+    def hold(
+        self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
+    ) -> None:
+        """Builds all that the graphs need, then packs the weights."""
         try:
-            return self._native_plan(graph, bound, arena)
+            runner = self._ready_runner(node.op for graph in graphs for node in graph.nodes.values())
+            pack_weights(weights, ties, graphs, runner)
         except CompileError as error:
-            if self._instead is None:
-                LOG.warning("the CPU kernels are not used, the slower torch references are: %s", error)
-                self._instead = TorchPlanner(self._kernels)
-                self._instead.stats, self.name = self.stats, self._instead.name
-            return self._instead.plan(graph, bound)
+            self._give_up(error)
 
-    def _native_plan(self, graph: ExecutionGraph, bound: Mapping[str, Tensor], arena: Arena | None) -> NativePlan:
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
+        if self._instead is None:
+            try:
+                return self._native_plan(graph, bound, arena)
+            except CompileError as error:
+                self._give_up(error)
+        assert self._instead is not None, "it has just been given up"
+        return self._instead.plan(graph, bound)
+
+    def _give_up(self, error: CompileError) -> None:
+        LOG.warning("the CPU kernels are not used, the slower torch references are: %s", error)
+        self._instead = TorchPlanner(self._kernels)
+        self._instead.stats, self.name = self.stats, self._instead.name
+
+    def _ready_runner(self, ops: Iterable[str]) -> NativeRunner:
+        """The runner, with everything built that the ops need."""
         if self._runner is None:
             self._runner = self._make_runner()
-        self._runner.prepare({node.op for node in graph.nodes.values()}, self._dtype)
-        plan = NativePlan(graph, self._runner, self._kernels, bound, arena)
+        self._runner.prepare(dict.fromkeys(ops), self._dtype)
+        return self._runner
+
+    def _native_plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None) -> NativePlan:
+        runner = self._ready_runner(node.op for node in graph.nodes.values())
+        plan = NativePlan(graph, runner, self._kernels, bound, arena)
         self.stats.append(KernelStats(graph.graph_id, plan.num_native_calls, plan.python_calls))
         return plan

@@ -11,7 +11,7 @@ from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.graph import Stage
 from sageLLM.runtime.core.layout import ModelLayout
 from sageLLM.runtime.engine.plugins import Registry
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.execution_graph.rule_table import work
 
 STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
@@ -39,13 +39,13 @@ def summarise(registry: Registry) -> dict[str, dict[str, StageSummary]]:
 
 def _of_model(layout: ModelLayout, registry: Registry) -> dict[str, StageSummary]:
     config = layout.read_config(HFConfig(layout.tiny, f"{layout.name}: tests.tiny"))
-    pipeline = Pipeline(layout, config, registry, dtype="f32")
-    return {stage: _of_stage(pipeline, stage, config) for stage in layout.phases}
+    graphs = ModelGraphs(layout, config, registry, dtype="f32")
+    return {stage: _of_stage(graphs, stage, config) for stage in layout.phases}
 
 
-def _of_stage(pipeline: Pipeline, stage: Stage, config: Any) -> StageSummary:
-    _, kernels, flops, num_bytes = work(pipeline.kernel_graph(stage).nodes.values(), step_of(stage, config))
-    return StageSummary(len(pipeline.block_graph(stage).nodes), kernels, flops, num_bytes)
+def _of_stage(graphs: ModelGraphs, stage: Stage, config: Any) -> StageSummary:
+    _, kernels, flops, num_bytes = work(graphs.kernel_graph(stage).nodes.values(), step_of(stage, config))
+    return StageSummary(len(graphs.block_graph(stage).nodes), kernels, flops, num_bytes)
 
 
 def step_of(stage: Stage | None, config: Any) -> Mapping[str, int]:

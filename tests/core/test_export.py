@@ -3,7 +3,10 @@
 import itertools
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +14,20 @@ import pytest
 from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.drawing import BOX_WIDTH, category, draw, layout
 from sageLLM.runtime.core.errors import IRError, ParseError
-from sageLLM.runtime.core.export import from_json, to_dot, to_html, to_json, to_mermaid
+from sageLLM.runtime.core.export import (
+    Step,
+    from_json,
+    to_chrome_trace,
+    to_dot,
+    to_html,
+    to_json,
+    to_mermaid,
+    to_page,
+)
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
 from sageLLM.runtime.core.page import CATEGORIES
+from sageLLM.runtime.core.timeline import timeline
 from sageLLM.runtime.core.writer import GraphWriter
 
 (T,) = dims("T")
@@ -177,3 +190,66 @@ def test_every_op_type_has_a_colour(lib: SimpleNamespace) -> None:
     colours = {kind.name: category(ExecutionNode("a", kind, [], [])) for kind in lib.OpType}
     assert set(colours.values()) <= CATEGORIES.keys()
     assert (colours["DECODE_ATTN"], colours["COMM_SEND"], colours["KV_LOAD"]) == ("attn", "comm", "kv")
+
+
+@pytest.fixture
+def timed(lib: SimpleNamespace) -> ExecutionGraph:
+    """A transfer beside a computation, and one node that waits for both."""
+    graph = ExecutionGraph("timed")
+    for name, stream, us, needs in (("a", 0, 4.0, ()), ("send", 1, 3.0, ("a",)), ("b", 0, 5.0, ("a",)),
+                                    ("c", 0, 1.0, ("send", "b"))):  # fmt: skip
+        kind = lib.OpType.COMM_SEND if stream else lib.OpType.FFN
+        ref = TensorRef(name, (1,), "f32")
+        graph.add_node(ExecutionNode(name, kind, [], [ref], set(needs), stream_id=stream, estimated_time_us=us))
+    return graph
+
+
+def test_a_timeline_runs_lanes_beside_each_other(timed: ExecutionGraph) -> None:
+    found = timeline(timed)
+    assert found == {"a": (0.0, 4.0), "send": (4.0, 7.0), "b": (4.0, 9.0), "c": (9.0, 10.0)}
+    assert max(interval.end for interval in found.values()) == timed.estimate_total_time()
+    assert timeline(timed, {"send": 7.0})["c"] == (11.0, 12.0)
+
+
+def test_a_trace_for_perfetto_has_a_track_for_each_stream(timed: ExecutionGraph) -> None:
+    data = json.loads(to_chrome_trace({"estimated": (timed, None), "measured": (timed, {"a": 1.0})}))
+    events = data["traceEvents"]
+    names = [(e["pid"], e["tid"], e["args"]["name"]) for e in events if e["ph"] == "M"]
+    assert names[:3] == [(0, 0, "estimated"), (0, 0, "device 0, stream 0"), (0, 1, "device 0, stream 1")]
+    spans = {(e["pid"], e["args"]["node"]): (e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"}
+    assert spans[0, "send"] == (1, 4.0, 3.0)
+    assert spans[1, "b"] == (0, 1.0, 5.0)
+
+
+def test_a_page_lights_what_a_step_changed(timed: ExecutionGraph) -> None:
+    after = timed.copy()
+    after.nodes["b"].stream_id = 2
+    after.nodes["c"].dependencies.discard("send")
+    del after.nodes["send"]
+    after.reindex()
+    page = Page(to_page({"decode": [Step("first", timed), Step("second", after, timed, "what was done")]}, "Steps"))
+    lit = [attrs["data-i"] for tag, attrs in page.tags if tag == "g" and "lit" in (attrs["class"] or "")]
+    assert sorted(lit) == ["1", "1", "2", "2"], "b and c, in the chart and in the drawing"
+    for text in ("second+2 −1", "what was done", "taken away", "device 0, stream 2"):
+        assert text in page.text
+
+
+def test_the_page_works_in_a_browser(timed: ExecutionGraph, tmp_path: Path) -> None:
+    """The address opens the second step and its node c; the script fills in what is known of it."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    path = tmp_path / "page.html"
+    path.write_text(to_page({"decode": [Step("first", timed), Step("second", timed.copy(), timed)]}, "Steps"), "utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    done = subprocess.run(
+        [browser, *flags, f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{path}#g1/3"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert re.search(r'id="t1"[^>]*aria-selected="true"', done.stdout), done.stderr
+    assert re.search(r'id="g0"[^>]*hidden', done.stdout)
+    assert "<dt>node</dt><dd>c</dd>" in done.stdout
+    assert "<dt>waits for</dt><dd>b</dd><dd>send</dd>" in done.stdout

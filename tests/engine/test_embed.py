@@ -241,12 +241,12 @@ def test_the_command_prints_a_line_for_each_text(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     write_tokenizer(tmp_path)
     texts = ["a text", "another text texts"]
-    request = EmbedRequest(tmp_path, texts, "mean", True, "float32", None, ())
+    request = EmbedRequest(tmp_path, texts, "mean", True, "float32", "reference", None, ())
     assert embed_prompts(request) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in lines] == texts
     for line, ids in zip(lines, ([2, 4, 5, 3], [2, 6, 5, 5, 7, 3]), strict=True):
         row = expected(source, ids).last_hidden_state[0].mean(0)
         assert_close(torch.tensor(line["embedding"]), torch.nn.functional.normalize(row, dim=0))
-    assert embed_prompts(EmbedRequest(tmp_path, texts, "max", None, "auto", None, ())) == 1
+    assert embed_prompts(EmbedRequest(tmp_path, texts, "max", None, "auto", "auto", None, ())) == 1
     assert capsys.readouterr().err.endswith("pooling is 'max'; bert has model, first, last, mean, none\n")

@@ -58,8 +58,8 @@ def test_kept_inputs_are_those_made_afresh(mode: str) -> None:
     checks = [Checked(worker.step_inputs) for worker in workers]
     for worker, check in zip(workers, checks, strict=True):
         worker.step_inputs = check
-    prompts = [[10 + i + t for t in range(3 + 5 * i)] for i in range(8)]
-    params = [SamplingParams(max_tokens=9 + 4 * i, n=2 if i % 3 == 0 else 1, ignore_eos=True) for i in range(8)]
+    prompts = [[10 + i + t for t in range(3 + 5 * i)] for i in (*range(8), 12)]
+    params = [SamplingParams(max_tokens=9 + 4 * i, n=2 if i % 3 == 0 else 1, ignore_eos=True) for i in range(9)]
     outputs = llm.generate(prompts, params)
     assert all(len(answer.token_ids) for output in outputs for answer in output.outputs)
     assert sum(check.num_steps for check in checks) > 20

@@ -26,11 +26,12 @@ class NoKernels:
 
     kernels: Mapping[str, NativeKernel] = {}
     copy_address = 0
+    library = None
 
     def why_not(self, op: str, element: str | None) -> str | None:
         raise AssertionError("asked only about kernels that are there")
 
-    def address(self, op: str, element: str | None) -> int:
+    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
         raise AssertionError("asked only about kernels that are there")
 
     def run(self, calls: int, num_calls: int) -> None:

@@ -19,7 +19,14 @@ from sageLLM.runtime.execution_graph.pipeline import Pipeline
 from sageLLM.runtime.kernels.cpu import compiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library, Symbol
-from sageLLM.runtime.kernels.cpu.packing import DTYPE_NAMES, PackedWeight, gates_by_weight, pack, unpack_rows
+from sageLLM.runtime.kernels.cpu.packing import (
+    DTYPE_NAMES,
+    PackedWeight,
+    WeightMemory,
+    gates_by_weight,
+    pack,
+    unpack_rows,
+)
 
 SOURCES = Path(cpu.__file__).parent
 found = compiler.find_compiler()
@@ -203,3 +210,12 @@ def test_experts_agree_with_their_reference(op: str, tokens: int, dtype: torch.d
         exact = reference.KERNELS[op](x.double(), experts, w.double(), None if bias is None else bias.double())
         result = kernel(x, experts, w, bias).double()
         torch.testing.assert_close(result, exact, rtol=ROUNDING[dtype], atol=2e-4)
+
+
+def test_pieces_of_memory_begin_at_cache_lines_and_do_not_overlap() -> None:
+    memory = WeightMemory(reserve=4096)
+    pieces = [memory.take(count, torch.bfloat16) for count in (1, 33, 100, 5000, 7)]
+    for number, piece in enumerate(pieces):
+        piece.fill_(number)
+    assert all(piece.data_ptr() % 64 == 0 for piece in pieces)
+    assert [piece.unique().tolist() for piece in pieces] == [[0], [1], [2], [3], [4]]

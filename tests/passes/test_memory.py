@@ -32,18 +32,20 @@ from .op_graphs import Arena, op_graphs, random_order, random_values, run, same_
 from .test_engines import graph_of, node
 from .test_expect import CASES, REGISTRY, STEP, pipeline_of, step_of
 
-SIZES = [{**STEP, "T": 512, "Td": 12, "Tp": 500, "B": 13, "S": 13}, {**STEP, "T": 3, "B": 3, "S": 3}, STEP]
+SIZES = [{**STEP, "T": rows, "Td": rows // 3, "Tp": rows - rows // 3, "B": 3, "S": 3} for rows in (3, 37, 512)]
 RUN = ["bert", "deepseek_v2", "gemma2", "gpt2", "gpt_oss", "llama", "phi", "qwen2_moe", "qwen3"]
 
 
 @pytest.mark.parametrize(("model", "stage"), CASES)
 def test_plans_of_models_reach_the_lower_bound(model: str, stage: Stage) -> None:
-    """The issue allows 5 %; none is needed."""
-    lifetimes = Lifetimes(pipeline_of(model).kernel_graph(stage))
-    for sizes in SIZES:
-        plan = plan_memory(lifetimes, sizes)
-        plan.check_integrity()
-        assert plan.peak_bytes == plan.max_live_bytes
+    layout = REGISTRY.models[model]
+    config = layout.read_config(HFConfig(layout.tiny, f"{model}: tests.tiny"))
+    for dtype in ("bf16", "f32"):
+        lifetimes = Lifetimes(Pipeline(layout, config, REGISTRY, dtype=dtype).kernel_graph(stage))
+        for sizes in SIZES:
+            plan = plan_memory(lifetimes, sizes)
+            plan.check_integrity()
+            assert plan.peak_bytes <= 1.02 * plan.max_live_bytes
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
@@ -168,7 +170,7 @@ def test_values_made_in_place_share_their_memory() -> None:
 
 
 def test_views_and_caches_take_no_memory_of_their_own() -> None:
-    plan = plan_memory(pipeline_of("llama").kernel_graph("decode"), STEP)
+    plan = plan_memory(pipeline_of("llama").expanded_graph("decode"), STEP)
     shared = next(buffer.names for buffer in plan.buffers if "L0.attention.qkv" in buffer.names)
     assert {"L0.attention.q", "L0.attention.q_1"} <= set(shared)
     assert plan.offset("L0.attention.kc") is None, "it lies in the cache"

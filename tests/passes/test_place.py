@@ -8,13 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.place import AfDisaggregation, DropUnread, NanoBatching
 from sageLLM.generated.passes.schedule import ComputeCommOverlap, NanoOverlap
+from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
 from sageLLM.runtime.core.passes.check import verify_schedule
+from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.place import PartTime
 from sageLLM.runtime.core.text import to_text
 from sageLLM.runtime.execution_graph.builder import (
@@ -23,7 +26,9 @@ from sageLLM.runtime.execution_graph.builder import (
     ModelConfig,
     ParallelConfig,
     PrefillBatch,
+    build_block_graph,
 )
+from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.optimizer import GraphOptimizer, default_passes
 from sageLLM.runtime.execution_graph.part_times import PartTimes
 
@@ -136,6 +141,28 @@ def test_what_cannot_be_cut_is_left(change: object, reason: str) -> None:
     one = NanoBatching()
     assert to_text(one.apply(graph)) == to_text(graph)
     assert str(one.report.facts.get("left", "")).startswith(reason)
+
+
+def test_a_graph_in_micro_batches_is_not_expanded() -> None:
+    layout = MODELS["llama"]
+    config = layout.read_config(HFConfig(layout.tiny, "tiny"))
+    graph = build_block_graph(layout, config, "prefill").bind(T=6, B=2, S=2, PG=4, BS=4)
+    with pytest.raises(ValueError, match=r"is cut into micro-batches"):
+        expand(NanoBatching().apply(graph), layout, config)
+
+
+def test_waits_of_a_block_graph_do_not_reach_its_kernels() -> None:
+    layout = MODELS["llama"]
+    config = layout.shard_config(layout.read_config(HFConfig(layout.tiny, "tiny")), 2)
+    graph = build_block_graph(layout, config, "prefill")
+    for one in graph.nodes.values():
+        one.estimated_time_us = 1.0
+    scheduled = ComputeCommOverlap().apply(graph)
+    assert any(WAITS in one.metadata for one in scheduled.nodes.values())
+    kernels = expand(scheduled, layout, config)
+    kernels.verify()
+    verify_schedule(kernels)
+    assert not any(WAITS in one.metadata for one in kernels.nodes.values())
 
 
 def test_too_few_rows_are_left() -> None:

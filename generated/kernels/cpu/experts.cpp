@@ -11,7 +11,7 @@ using E = SAGE_ELEMENT;
 // specs/hardware/cpu.yaml: cpu, products
 static const Way<SAGE_ELEMENT>& WAY =
     way<SAGE_ELEMENT, 6, 4, 6, 1>();
-constexpr Tuning TUNING = {1024, 524288, 128};
+constexpr Tuning TUNING = {655360, 262144, 128};
 
 // specs/ops/experts.yaml: router_logits
 // A score per expert for every token, computed and kept in float32, as DeepSeek V3 does.

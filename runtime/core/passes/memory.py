@@ -17,9 +17,10 @@ OFFSETS = "offsets"
 """The key of a node's metadata under which the places of its outputs stand."""
 MOMENTS = 8
 """Moments at which the lower bound is looked for."""
-MAX_ATTEMPTS = 100
-MAX_PLACED = 6000
-"""Plans that are tried, and buffers that are placed in them, while the best plan is above the lower bound."""
+MAX_ATTEMPTS = 200
+ATTEMPTS_PER_START = 10
+MAX_PLACED = 8000
+"""Plans that are tried, those from one start, and buffers that are placed in all, while the best is above the bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +215,14 @@ def _by_length(buffers: Sequence[Buffer]) -> list[int]:
 
 
 def _improved(best: MemoryPlan, beside: list[list[int]], bound: int) -> MemoryPlan:
-    """Again and again places some of what stands above the bound first, in random order."""
+    """Again and again places some of what stands above the bound first, in random order; now and then everything."""
     random, buffers, offsets = Random(0), best.buffers, best.offsets
     order = sorted(range(len(buffers)), key=lambda i: (offsets[i], -buffers[i].size))
-    for _ in range(min(MAX_ATTEMPTS, MAX_PLACED // len(buffers) + 1)):
+    for attempt in range(1, min(MAX_ATTEMPTS, MAX_PLACED // len(buffers) + 1) + 1):
         above = [i for i in order if offsets[i] + buffers[i].size > bound]
         first = [i for i in above if random.random() < 0.5] or above
+        if attempt % ATTEMPTS_PER_START == 0:
+            first = list(order)
         random.shuffle(first)
         chosen = set(first)
         order = [*first, *(i for i in order if i not in chosen)]

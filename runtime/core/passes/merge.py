@@ -10,7 +10,7 @@ from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode
 from sageLLM.runtime.core.passes.order import Reachability, put_in_order, take_over
-from sageLLM.runtime.core.passes.rows import free_name, join_rows, new_node, split_rows
+from sageLLM.runtime.core.passes.rows import PART, free_name, join_rows, new_node, split_rows
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
 
@@ -157,7 +157,7 @@ class MergePass(DeclaredPass):
 def _kind(node: ExecutionNode) -> Hashable:
     """Equal for nodes that one collective can serve."""
     attrs = tuple(sorted((name, str(value)) for name, value in node.attrs.items()))
-    peers = tuple(str(node.metadata.get(key)) for key in ("group", "ranks", "part"))
+    peers = tuple(str(node.metadata.get(key)) for key in ("group", "ranks", PART))
     types = frozenset(ref.dtype for ref in node.inputs)
     widths = tuple(ref.shape[1:] for ref in node.inputs) if isinstance(node, OpNode) else ()
     return type(node), node.op_type, node.op, attrs, peers, types, widths, node.device_id, node.stream_id

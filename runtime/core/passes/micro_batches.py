@@ -7,7 +7,7 @@ from dataclasses import replace
 from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
-from sageLLM.runtime.core.passes.rows import join_rows, split_rows
+from sageLLM.runtime.core.passes.rows import PART, join_rows, split_rows
 
 COUNTS = ("flops", "bytes")
 """Attributes of plain nodes that count work, and so shrink with the rows."""
@@ -80,15 +80,15 @@ class MicroBatches:
 
     def _take(self, node: ExecutionNode) -> None:
         copied = node.copy()
-        copied.dependencies = {new for old in node.dependencies for new in self._now(old)}
+        copied.dependencies = {new for old in self._control(node) for new in self._now(old)}
         self.result.add_node(copied)
 
     def _write(self, node: ExecutionNode, part: int) -> None:
         inputs = [self.values[ref.name][part] if ref.name in self.values else ref for ref in node.inputs]
         copied = node.copy()
         copied.node_id, copied.inputs = f"{node.node_id}.p{part}", inputs
-        copied.dependencies = {new for old in node.dependencies for new in self._now(old, part)}
-        copied.metadata["part"] = part
+        copied.dependencies = {new for old in self._control(node) for new in self._now(old, part)}
+        copied.metadata[PART] = part
         copied.origins = (node.node_id,)
         copied.outputs = self._outputs(node, inputs, part)
         copied.attrs = {name: self._attr(name, value, node, part) for name, value in node.attrs.items()}
@@ -133,6 +133,11 @@ class MicroBatches:
                 self.joined.add(ref.name)
                 for new in join_rows(self.join, like, self.values[ref.name], ref.name):
                     self.result.add_node(new)
+
+    def _control(self, node: ExecutionNode) -> set[str]:
+        """What a node waits for besides the writers of its inputs."""
+        writers = [self.source.producer(ref) for ref in node.inputs]
+        return node.dependencies - {writer.node_id for writer in writers if writer is not None}
 
     def _now(self, node_id: str, part: int | None = None) -> list[str]:
         """The nodes in the place of an old one; those of one micro-batch, if it is given."""

@@ -12,6 +12,7 @@ from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, Inference, InferKey, OpNode
 from sageLLM.runtime.core.passes.micro_batches import MicroBatches, entering, share_of, why_not_divisible
 from sageLLM.runtime.core.passes.order import put_in_order, take_over
+from sageLLM.runtime.core.passes.rows import PART
 from sageLLM.runtime.core.passes.transfers import move_nodes
 from sageLLM.runtime.core.rewrite import DeclaredPass
 
@@ -83,9 +84,9 @@ class PlacePass(DeclaredPass):
         memo: dict[InferKey, Inference] = {}
         rows = entering(old)[0].shape[0]
         for node in new.nodes.values():
-            if node.node_id not in old.nodes:
+            if type(old.nodes.get(node.node_id)) is not type(node):  # a joined value keeps its name, not its op
                 origin = old.nodes.get(node.origins[0]) if node.origins else None
-                count = share_of(rows, node.metadata["part"], self.parts) if origin else node.outputs[0].shape[0]
+                count = share_of(rows, node.metadata[PART], self.parts) if origin else node.outputs[0].shape[0]
                 node.estimated_time_us = self._time_us(node, origin, int(str(count)), memo)
 
     def _time_us(self, node: ExecutionNode, origin: ExecutionNode | None, num_rows: int, memo: Memo) -> float:

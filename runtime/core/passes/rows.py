@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, OpNode, TensorRef
 
+PART = "part"
+"""The key of a node's metadata under which the number of its micro-batch stands."""
+
 
 def new_node(
     cls: type[OpNode], like: ExecutionNode, inputs: list[TensorRef], names: Sequence[str], **attrs: AttrValue
@@ -18,7 +21,7 @@ def new_node(
     outputs = [TensorRef(name, type_.shape, type_.dtype, like.device_id) for name, type_ in types]
     node = cls(names[0], cls.kind, inputs, outputs, device_id=like.device_id, stream_id=like.stream_id)
     node.attrs, node.layer_id, node.block = inference.attrs, like.layer_id, like.block
-    node.metadata = {key: like.metadata[key] for key in ("phase", "part") if key in like.metadata}
+    node.metadata = {key: like.metadata[key] for key in ("phase", PART) if key in like.metadata}
     return node
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
 from sageLLM.runtime.core.passes.order import take_over
+from sageLLM.runtime.core.passes.rows import PART
 
 GROUP = "af"
 """The process group of the transfers: the ranks of all pools of devices."""
@@ -88,6 +89,6 @@ class _Mover:
         stream = SEND_STREAM if op is self.send else RECV_STREAM
         node = op(y.name, op.kind, [x], [y], device_id=device, stream_id=stream, layer_id=reader.layer_id)
         node.attrs = {"peer": peer, "group": GROUP}
-        if "part" in reader.metadata:
-            node.metadata["part"] = reader.metadata["part"]
+        if PART in reader.metadata:
+            node.metadata[PART] = reader.metadata[PART]
         self.result.add_node(node)

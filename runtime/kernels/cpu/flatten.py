@@ -25,7 +25,7 @@ class Functions(Protocol):
     def why_not(self, op: str, element: str | None) -> str | None:
         """Why there is no function for this element type, or None."""
 
-    def address(self, op: str, element: str | None) -> int: ...
+    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int: ...
 
     @property
     def copy_address(self) -> int:
@@ -52,8 +52,8 @@ class PythonCall:
 class Flattened:
     """What a plan runs: `steps` are runs of native calls (first, end) and Python calls, in order.
 
-    `made` names the values that each native call, and each Python call's step, makes in memory of their own; `extra`
-    holds those that the graph's memory plan does not place.
+    For each native call, `ops` has its name, and `made` the values that it makes in memory of their own. `extra` holds
+    the values that the graph's memory plan does not place.
     """
 
     calls: CallList = field(default_factory=CallList)
@@ -61,25 +61,41 @@ class Flattened:
     places: dict[str, Place] = field(default_factory=dict)
     extra: dict[str, Place] = field(default_factory=dict)
     made: list[tuple[Place, ...]] = field(default_factory=list)
+    ops: list[str] = field(default_factory=list)
 
     @property
     def python_calls(self) -> list[PythonCall]:
         return [step for step in self.steps if isinstance(step, PythonCall)]
 
 
-def flatten(graph: ExecutionGraph, functions: Functions, given: Mapping[str, Place]) -> Flattened:
-    """`given` are the places of weights and inputs."""
-    return _Flattener(graph, functions, given).run()
+class Weights(Protocol):
+    """The weights of the graph, in the forms that ops read."""
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the weight is held in packed form."""
+
+    def place(self, ref: TensorRef, gates: int | None) -> Place:
+        """Where a weight lies that is packed with so many gates, or (None) as it was declared."""
+
+    def place_as_held(self, ref: TensorRef) -> Place: ...
+
+
+def flatten(graph: ExecutionGraph, functions: Functions, inputs: Mapping[str, Place], weights: Weights) -> Flattened:
+    """`inputs` are the places of all inputs of the graph, caches and tables among them."""
+    return _Flattener(graph, functions, inputs, weights).run()
 
 
 class _Flattener:
-    def __init__(self, graph: ExecutionGraph, functions: Functions, given: Mapping[str, Place]) -> None:
+    def __init__(
+        self, graph: ExecutionGraph, functions: Functions, inputs: Mapping[str, Place], weights: Weights
+    ) -> None:
         self._order = graph.topological_sort()
         self._aliases = Aliases(self._order, graph.outputs)
-        self._given = set(given)
-        self._functions = functions
+        self._given = {*inputs, *graph.weights}
+        self._names = graph.weights
+        self._functions, self._weights = functions, weights
         self._memo: dict[InferKey, Inference] = {}
-        self._out = Flattened(places=dict(given))
+        self._out = Flattened(places=dict(inputs))
 
     def run(self) -> Flattened:
         for position, node in enumerate(self._order):
@@ -112,16 +128,19 @@ class _Flattener:
         parts = kernel.parts or {}
         for (name, part), ref in zip(parts.items(), node.outputs, strict=True):
             source = node.input(part.base)
-            place = part_place(node, inference, part, ref, self._out.places[source.name])
+            base = self._place(source)
+            place = part_place(node, inference, part, ref, base)
             if place is None:
-                place = part_place(node, inference, part, ref, self._copy(self._out.places[source.name], ref.name))
+                place = part_place(node, inference, part, ref, self._copy(base, ref.name))
                 assert place is not None, f"{node.node_id}: {name} cannot be a part of a contiguous operand"
             else:
                 self._aliases.note(ref.name, source.name)
             self._out.places[ref.name] = place
 
     def _add_native(self, position: int, node: OpNode, inference: Inference, kernel: NativeKernel) -> None:
-        operands = [self._readable(node, name) for name in node.input_types]
+        operands = [self._readable(node, name, kernel) for name in node.input_types]
+        table = node.optional_input(kernel.unpacks) if kernel.unpacks else None
+        unpacks = table is not None and self._is_held_packed(table)
         outputs = self._place_outputs(position, node, updates=kernel.updates)
         sizes = [inference.env[name] for name in kernel.sizes]
         patterns = (*node.input_types.values(), *node.output_types.values())
@@ -130,23 +149,35 @@ class _Flattener:
             assert strides is not None, f"{node.node_id}: {pattern} is given a layout without row strides"
             sizes += strides
         attrs = [number(node.attr_types[name], inference.attrs[name]) for name in node.attr_types]
-        function = self._functions.address(node.op, _element(kernel, inference))
-        self._append(function, [*operands, *outputs], sizes, attrs, _fresh(node.outputs, outputs))
+        function = self._functions.address(node.op, _element(kernel, inference), unpacks=unpacks)
+        self._append(node.op, function, [*operands, *outputs], sizes, attrs, _fresh(node.outputs, outputs))
 
     def _add_python(
         self, position: int, node: OpNode, inference: Inference, reason: str, *, updates: bool | None
     ) -> None:
         refs = [node.optional_input(name) for name in node.input_types]
-        operands = tuple(None if ref is None else self._out.places[ref.name] for ref in refs)
+        operands = tuple(None if ref is None else self._place(ref) for ref in refs)
         outputs = self._place_outputs(position, node, updates=updates)
         self._out.steps.append(PythonCall(node, operands, tuple(outputs), inference.attrs, reason))
 
-    def _readable(self, node: OpNode, name: str) -> Place | None:
-        """The operand, or a copy of it if a kernel cannot be told its layout."""
+    def _place(self, ref: TensorRef) -> Place:
+        return self._weights.place(ref, None) if ref.name in self._names else self._out.places[ref.name]
+
+    def _is_held_packed(self, ref: TensorRef) -> bool:
+        return ref.name in self._names and self._weights.is_packed(ref.name)
+
+    def _readable(self, node: OpNode, name: str, kernel: NativeKernel) -> Place | None:
+        """The operand in the form that the kernel reads, or a copy of it if it cannot be told the layout."""
         ref = node.optional_input(name)
         if ref is None:
             return None
-        place = self._out.places[ref.name]
+        gates = kernel.packed.get(name)
+        if gates is not None:
+            assert ref.name in self._names, f"{node.node_id}: {name} of {node.op} is packed, so it has to be a weight"
+            return self._weights.place(ref, gates)
+        if name == kernel.unpacks and self._is_held_packed(ref):
+            return self._weights.place_as_held(ref)
+        place = self._place(ref)
         if row_strides(node.input_types[name], place) is not None:
             return place
         return self._copy(place, f"{node.node_id}.{name}")
@@ -158,7 +189,7 @@ class _Flattener:
         self._out.extra[target.base] = target
         missing = MAX_COPY_DIMS - len(place.shape)
         sizes = [DTYPES[place.dtype], *(1,) * missing, *place.shape, *(0,) * missing, *place.strides]
-        self._append(self._functions.copy_address, [place, target], sizes, [], (target,))
+        self._append("copy", self._functions.copy_address, [place, target], sizes, [], (target,))
         return target
 
     def _place_outputs(self, position: int, node: OpNode, *, updates: bool | None) -> list[Place]:
@@ -187,6 +218,7 @@ class _Flattener:
 
     def _append(
         self,
+        op: str,
         function: int,
         tensors: Sequence[Place | None],
         sizes: Sequence[Dim],
@@ -194,6 +226,7 @@ class _Flattener:
         made: tuple[Place, ...],
     ) -> None:
         self._out.calls.add(function, tensors, sizes, attrs)
+        self._out.ops.append(op)
         self._out.made.append(made)
         steps, end = self._out.steps, len(self._out.calls)
         if steps and isinstance(steps[-1], range):

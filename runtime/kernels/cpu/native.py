@@ -15,7 +15,8 @@ class NativeRunner:
     """What `NativePlan` needs: addresses of kernels, and the function that calls them one after another."""
 
     def __init__(self, libraries: Sequence[Library], compiler: Compiler) -> None:
-        """The libraries, of the package and of plugins, have no op in common. Raises CompileError."""
+        """The libraries, of the package and then of plugins, have no op in common. Raises CompileError."""
+        self.library = libraries[0]
         self._homes = {op: library for library in libraries for op in library.kernels}
         self.kernels: Mapping[str, NativeKernel] = {op: home.kernels[op] for op, home in self._homes.items()}
         own = ctypes.CDLL(str(build(RUNNER, ELEMENTS[0], compiler)))
@@ -38,9 +39,9 @@ class NativeRunner:
         """Why the op has no function for an element type, or None."""
         return None if element is None or element in ELEMENTS else f"no kernel is compiled for {element}"
 
-    def address(self, op: str, element: str | None) -> int:
-        """Where the op's function lies. Raises CompileError if it is not built yet and cannot be."""
-        return self._homes[op].address(op, element or ELEMENTS[0])
+    def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
+        """Where the op's function lies, or the one that reads its table packed. May raise CompileError."""
+        return self._homes[op].address(op, element or ELEMENTS[0], unpacks=unpacks)
 
     def run(self, calls: int, num_calls: int) -> None:
         """Makes the calls that lie at this address."""

@@ -16,6 +16,9 @@ from sageLLM.runtime.kernels.cpu.library import Library
 PANEL, DEPTH = 16, 32
 """Output features of a panel, and what K is filled up to a multiple of: as in `packed.h`."""
 
+LINE, LARGE_PAGE, RESERVE = 64, 2**21, 2**28
+"""Bytes: of a cache line, of a large page, and of what `WeightMemory` reserves at a time."""
+
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -42,19 +45,63 @@ class PackedWeight:
     def data_ptr(self) -> int:
         return self.values.data_ptr()
 
+    def numel(self) -> int:
+        return self.shape.numel()
 
-def pack(weight: Tensor, gates: int, library: Library) -> PackedWeight:
-    """The weight in packed form, a copy. Its last dim has to be contiguous; else it is copied first."""
+
+class WeightMemory:
+    """Memory for packed weights in large pages, handed out piece by piece, from cache lines on.
+
+    Reading a weight page by page of 4 KB takes a sixth longer. What is not handed out is reserved, not used.
+    """
+
+    def __init__(self, reserve: int = RESERVE) -> None:
+        self._reserve = reserve
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """A piece for `count` elements. It lives on when this object is gone."""
+        size = count * dtype.itemsize
+        if self._used + size > len(self._block):
+            self._block, self._used = _large_pages(max(size, self._reserve)), 0
+        piece = self._block[self._used : self._used + size].view(dtype)
+        self._used += -(-size // LINE) * LINE
+        return piece
+
+
+def _large_pages(size: int) -> Tensor:
+    """At least `size` bytes that begin at a large page, in large pages if the system has any to give."""
+    memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % LARGE_PAGE :]
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def pack(weight: Tensor, gates: int, library: Library, memory: WeightMemory | None = None) -> PackedWeight:
+    """The weight in packed form, a copy; in `memory` if it is to stay. Its rows are copied first if they have gaps."""
     weight = weight if weight.stride(-1) == 1 or weight.shape[-1] <= 1 else weight.contiguous()
     groups = weight.shape[0] if weight.dim() == 3 else 1
     features, inner = weight.shape[-2] // gates, weight.shape[-1]
     assert features * gates == weight.shape[-2], f"{gates} gates of a weight of {weight.shape[-2]} features"
     panels = groups * gates * -(-features // PANEL)
-    values = aligned(panels * PANEL * -(-inner // DEPTH) * DEPTH, weight.dtype)
+    memory = memory if memory is not None else WeightMemory(reserve=0)
+    values = memory.take(panels * PANEL * -(-inner // DEPTH) * DEPTH, weight.dtype)
     group_stride = weight.stride(0) if weight.dim() == 3 else 0
     sizes = (groups, gates, features, inner, group_stride, weight.stride(-2))
     call(library, "pack", (weight, values), sizes)
     return PackedWeight(values, weight.shape, gates)
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The weight as it was, a copy: for an op that has no kernel which reads it packed."""
+    groups = packed.shape[0] if len(packed.shape) == 3 else 1
+    features, inner = packed.shape[-2] // packed.gates, packed.shape[-1]
+    pair = 2 if packed.dtype == torch.bfloat16 else 1
+    depth = -(-inner // DEPTH) * DEPTH
+    panels = packed.values.view(groups, -1, packed.gates, depth // pair, PANEL, pair)
+    whole = panels.permute(0, 2, 1, 4, 3, 5).reshape(groups, packed.gates, -1, depth)
+    return whole[:, :, :features, :inner].reshape(packed.shape)
 
 
 def unpack_rows(packed: PackedWeight, ids: Tensor, library: Library) -> Tensor:
@@ -63,17 +110,6 @@ def unpack_rows(packed: PackedWeight, ids: Tensor, library: Library) -> Tensor:
     rows = torch.empty(len(ids), packed.shape[1], dtype=packed.dtype)
     call(library, "unpack_rows", (ids, packed.values, rows), (len(ids), packed.shape[1], packed.shape[1]))
     return rows
-
-
-def aligned(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory for `count` elements from a cache line on; in large pages where it is large and the system has any."""
-    size = count * dtype.itemsize
-    memory = torch.empty(size + 64, dtype=torch.uint8)
-    first = -memory.data_ptr() % 64
-    if size >= mmap.PAGESIZE * 1024 and hasattr(mmap, "MADV_HUGEPAGE"):
-        begin = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)
-    return memory[first : first + size].view(dtype)
 
 
 def call(library: Library, name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:

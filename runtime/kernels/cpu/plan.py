@@ -7,6 +7,7 @@ An op that has no native kernel is called in Python between two runs of native c
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -21,7 +22,9 @@ from sageLLM.runtime.kernels.cpu.arena import Arena
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.kernels.cpu.calls import number_of
 from sageLLM.runtime.kernels.cpu.flatten import Functions, PythonCall, flatten
+from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.places import Place, contiguous
+from sageLLM.runtime.kernels.cpu.weights import Weight, WeightForms
 
 ALIGN = 256
 Kernel = Callable[..., Any]
@@ -30,7 +33,10 @@ Sizes = Mapping[str, int]
 
 
 class Runner(Functions, Protocol):
-    """Native functions, and the one that calls them in turn."""
+    """Native functions, the one that calls them in turn, and what packs weights for them."""
+
+    @property
+    def library(self) -> Library | None: ...
 
     def run(self, calls: int, num_calls: int) -> None: ...
 
@@ -48,19 +54,21 @@ class NativePlan:
         graph: ExecutionGraph,
         runner: Runner,
         kernels: Mapping[str, Kernel],
-        bound: Mapping[str, Tensor],
+        bound: Mapping[str, Weight],
         arena: Arena | None = None,
         *,
         poison: bool = False,
     ) -> None:
         """Raises KeyError where `bound` lacks a weight of the graph, or `kernels` an op without a native kernel."""
         self.graph = graph
-        self._runner, self._kernels, self._bound = runner, kernels, bound
+        self._runner, self._kernels = runner, kernels
+        self._weights = WeightForms({name: bound[name] for name in graph.weights}, runner.library)
+        self._bound = {name: x for name in graph.inputs if isinstance(x := bound.get(name), Tensor)}
         self._arena = Arena() if arena is None else arena
         self._poison = poison
         self._fixed = _fixed_sizes(graph, bound)
         self._free = [ref for name, ref in graph.inputs.items() if name not in bound]
-        self._flat = flatten(graph, runner, dict(self._given()))
+        self._flat = flatten(graph, runner, dict(self._inputs()), self._weights)
         self._python = {id(call): kernels[call.node.op] for call in self._flat.python_calls}
         self._lifetimes = Lifetimes(graph)
         self._capacity: dict[str, int] = {}
@@ -91,13 +99,29 @@ class NativePlan:
             step()
         return self._outputs
 
-    def _given(self) -> Iterator[tuple[str, Place]]:
-        """The places of weights and inputs; a bound tensor's are its own strides."""
-        for name in self.graph.weights:
-            yield name, _bound_place(name, self.graph.weights[name], self._bound[name])
+    def time_ops(self, inputs: Inputs) -> dict[str, float]:
+        """Runs the step call by call; the seconds that each op took, all its calls together."""
+        self.run(inputs)
+        seconds: dict[str, float] = {}
+        for step, calls in zip(self._flat.steps, self._steps, strict=True):
+            timed = [(step.node.op, calls)] if isinstance(step, PythonCall) else self._single_calls(step)
+            for op, call in timed:
+                start = perf_counter()
+                call()
+                seconds[op] = seconds.get(op, 0.0) + perf_counter() - start
+        return seconds
+
+    def _single_calls(self, calls: range) -> list[tuple[str, Callable[[], None]]]:
+        return [(self._flat.ops[i], self._native_step(i, 1)) for i in calls]
+
+    def _inputs(self) -> Iterator[tuple[str, Place]]:
+        """The places of inputs; a bound tensor's are its own strides."""
         for name, ref in self.graph.inputs.items():
             bound = self._bound.get(name)
-            yield name, contiguous(name, ref.dtype, ref.shape) if bound is None else _bound_place(name, ref, bound)
+            if bound is None:
+                yield name, contiguous(name, ref.dtype, ref.shape)
+            else:
+                yield name, Place(name, ref.dtype, tuple(bound.shape), tuple(bound.stride()))
 
     def _lay_out(self, given: Sequence[Tensor | None]) -> None:
         """Writes the sizes and addresses of a step that differs from the one before."""
@@ -141,6 +165,8 @@ class NativePlan:
         offset = self._offset(base)
         if offset is not None:
             return self._arena.address + offset
+        if base in self._weights:
+            return self._weights[base].data_ptr()
         tensor = self._bound[base] if base in self._bound else tensors[base]
         return 0 if tensor is None else tensor.data_ptr()
 
@@ -152,8 +178,9 @@ class NativePlan:
         start = self._offset(place.base)
         if start is not None:
             return self._arena.view(start + offset * DTYPES[place.dtype], TORCH_DTYPES[place.dtype], shape, strides)
-        tensor = self._bound[place.base] if place.base in self._bound else tensors[place.base]
-        assert tensor is not None, f"{place.base} is not given"
+        tensor = self._weights[place.base] if place.base in self._weights else self._bound.get(place.base)
+        tensor = tensors[place.base] if tensor is None else tensor
+        assert isinstance(tensor, Tensor), f"{place.base} is not given as a tensor"
         return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
     def _make_steps(self, sizes: Sizes, tensors: Inputs) -> Iterator[Callable[[], None]]:
@@ -198,7 +225,7 @@ class NativePlan:
                 yield partial(self._arena.poison, start, num_bytes)
 
 
-def _fixed_sizes(graph: ExecutionGraph, bound: Mapping[str, Tensor]) -> dict[str, int]:
+def _fixed_sizes(graph: ExecutionGraph, bound: Mapping[str, Weight]) -> dict[str, int]:
     """The sizes that bound tensors have: of caches and tables, which stay while the plan lives."""
     sizes: dict[str, int] = {}
     for name, ref in (*graph.weights.items(), *graph.inputs.items()):
@@ -223,10 +250,6 @@ def _solve(ref: TensorRef, shape: Sequence[int], sizes: dict[str, int]) -> None:
 def _check_input(ref: TensorRef, tensor: Tensor) -> None:
     if tensor.dtype != TORCH_DTYPES[ref.dtype] or not tensor.is_contiguous() or tensor.dim() != len(ref.shape):
         raise ValueError(f"{ref} is given a {tensor.dtype} of {list(tensor.shape)}, strides {tensor.stride()}")
-
-
-def _bound_place(name: str, ref: TensorRef, tensor: Tensor) -> Place:
-    return Place(name, ref.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def _num_bytes(place: Place, sizes: Sizes) -> int:

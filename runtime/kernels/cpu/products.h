@@ -16,9 +16,9 @@ namespace sage {
 
 // Figures of a machine, which the spec gives.
 struct Tuning {
-    int64_t prepared_rows;  // rows of x that are prepared at a time
-    int64_t chunk_bytes;    // of a weight that stay in the cache
-    int64_t rows_per_part;  // rows that are worth a part of the work of their own
+    int64_t prepared_bytes;  // of prepared x that stay in the cache
+    int64_t chunk_bytes;     // of a weight that stay in the cache
+    int64_t rows_per_part;   // rows that are worth a part of the work of their own
 };
 
 // Rows times a weight of `gates` * N features. An output element needs the sums of all gates.
@@ -57,7 +57,7 @@ inline void hand_out(const Factors<Element>& factors, const float* sums, Range r
         }
 }
 
-// Prepared rows times some columns, chunk by chunk. `base` is the number of the first prepared row.
+// Prepared rows, whose numbers are `rows`, times some columns, chunk by chunk.
 template <class Element, class Finish>
 inline void multiply_prepared(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors,
                               const void* prepared, Range rows, Range columns, Finish&& finish) {
@@ -88,14 +88,17 @@ inline void multiply_prepared(const Way<Element>& way, const Tuning& tuning, con
 template <class Element, class RowOf, class Finish>
 inline void multiply(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors, Range rows,
                      Range columns, RowOf&& row_of, Finish&& finish) {
-    for (int64_t first = rows.first; first < rows.last; first += tuning.prepared_rows) {
-        const Range some = {first, smaller(first + tuning.prepared_rows, rows.last)};
-        const Element** x = scratch<const Element*>(6, some.count());
-        for (int64_t row = some.first; row < some.last; ++row) x[row - first] = row_of(row);
-        const int64_t values = round_up(some.count(), way.row_step) * round_up(factors.K, DEPTH);
-        void* prepared = scratch<char>(7, values * way.value_size);
-        way.prepare(prepared, x, some.count(), factors.K);
-        multiply_prepared(way, tuning, factors, prepared, some, columns, finish);
+    const int64_t row_bytes = round_up(factors.K, DEPTH) * way.value_size;
+    const int64_t fitting = round_up(tuning.prepared_bytes / row_bytes + 1, way.rows);
+    const int64_t parts = (rows.count() + fitting - 1) / fitting;
+    for (int64_t part = 0; part < parts; ++part) {
+        const Range own = share(rows.count(), way.row_step, part, parts);
+        const Element** x = scratch<const Element*>(6, own.count());
+        for (int64_t row = 0; row < own.count(); ++row) x[row] = row_of(rows.first + own.first + row);
+        void* prepared = scratch<char>(7, round_up(own.count(), way.row_step) * row_bytes);
+        way.prepare(prepared, x, own.count(), factors.K);
+        const Range numbers = {rows.first + own.first, rows.first + own.last};
+        multiply_prepared(way, tuning, factors, prepared, numbers, columns, finish);
     }
 }
 

@@ -1,0 +1,168 @@
+"""Times linear layers of two models on the CPU: ours with packed weights and oneDNN with reordered ones, in turn.
+
+python benchmarks/linear_cpu.py [--dtypes bf16,f32] [--rows 1,16,1024] [--threads 1] [--seconds 0.5] [--json PATH]
+
+Weights are cold: each call takes the next of as many copies as the caches cannot hold. With one thread a time is the
+thread's own processor time, so that other processes disturb it little; with several it is time on the wall. The best
+of all calls counts, for both. `limit` is the larger of the times that reading the weight and the sums alone would
+take at the rates that the machine reaches in the same run: streaming from memory, oneDNN's product of large matrices.
+"""
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from machine import machine_facts
+from torch import Tensor
+
+from sageLLM.generated.kernels import cpu
+from sageLLM.runtime.kernels.cpu import compiler
+from sageLLM.runtime.kernels.cpu.library import Library, Symbol
+from sageLLM.runtime.kernels.cpu.packing import DTYPE_NAMES, WeightMemory, pack
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+SHAPES = {
+    "SmolLM-135M qkv": (576, 960),
+    "SmolLM-135M o": (576, 576),
+    "SmolLM-135M gate+up": (576, 3072),
+    "SmolLM-135M down": (1536, 576),
+    "SmolLM-135M head": (576, 49152),
+    "Qwen3-0.6B qkv": (1024, 4096),
+    "Qwen3-0.6B o": (2048, 1024),
+    "Qwen3-0.6B gate+up": (1024, 6144),
+    "Qwen3-0.6B down": (3072, 1024),
+    "Qwen3-0.6B head": (1024, 151936),
+}
+COLD_BYTES = 160_000_000
+MOST_ROWS_OF_HEAD = 32
+
+
+class Ceilings(NamedTuple):
+    """What the machine reaches, in bytes and operations per second."""
+
+    read: float
+    flops: dict[str, float]
+
+
+class Timer:
+    """Best times of calls made in turn."""
+
+    def __init__(self, threads: int, seconds: float) -> None:
+        self._clock = time.thread_time if threads == 1 else time.perf_counter
+        self._seconds = seconds
+
+    def best(self, *calls: Callable[[int], object]) -> list[float]:
+        best, until, number = [float("inf")] * len(calls), time.perf_counter() + self._seconds, 0
+        while time.perf_counter() < until or number < 4:
+            for place, call in enumerate(calls):
+                start = self._clock()
+                call(number)
+                best[place] = min(best[place], self._clock() - start)
+            number += 1
+        return best
+
+
+class Ours:
+    """The kernel `linear` on packed weights, called as the executor calls it."""
+
+    def __init__(self, library: Library, weights: list[Tensor], rows: int) -> None:
+        dtype, (features, inner) = weights[0].dtype, weights[0].shape
+        memory = WeightMemory()
+        self.packed = [pack(weight, 1, library, memory) for weight in weights]
+        self._function = Symbol(library.address("linear", DTYPE_NAMES[dtype]))
+        self.y = torch.empty(rows, features, dtype=dtype)
+        self._sizes = (ctypes.c_int64 * 6)(rows, inner, features, inner, inner, features)
+
+    def __call__(self, x: Tensor, number: int) -> None:
+        w = self.packed[number % len(self.packed)]
+        self._function((ctypes.c_void_p * 4)(x.data_ptr(), w.data_ptr(), None, self.y.data_ptr()), self._sizes, None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", default="bf16,f32")
+    parser.add_argument("--rows", default="1,4,16,32,128,1024")
+    parser.add_argument("--shapes", default="", help="a part of the names of the shapes to time")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each line of the table")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    lines = []
+    for line in measure(given.dtypes.split(","), [int(m) for m in given.rows.split(",")], given.shapes,
+                        Timer(given.threads, given.seconds), given.threads):  # fmt: skip
+        print(text_of(line), flush=True)
+        lines.append(line)
+    if given.json:
+        given.json.write_text(json.dumps({"machine": machine_facts(), "figures": lines}, indent=1) + "\n")
+
+
+def measure(dtypes: list[str], rows: list[int], part: str, timer: Timer, threads: int) -> Iterator[dict[str, Any]]:
+    """One line per dtype, shape and number of rows; the ceilings come first."""
+    found = compiler.find_compiler()
+    assert found is not None, "this needs a C++ compiler"
+    library = Library(cpu.KERNELS, Path(cpu.__file__).parent, found)
+    ceilings = ceilings_of(dtypes, library, timer, threads)
+    yield {"read_gb_s": round(ceilings.read / 1e9, 1)} | {
+        f"{k}_gflops": round(v / 1e9) for k, v in ceilings.flops.items()
+    }
+    for dtype in dtypes:
+        for name, (inner, features) in SHAPES.items():
+            if part in name:
+                count = max(2, COLD_BYTES // (inner * features * DTYPES[dtype].itemsize))
+                weights = [torch.randn(features, inner).to(DTYPES[dtype]) for _ in range(count)]
+                for m in rows:
+                    if "head" not in name or m <= MOST_ROWS_OF_HEAD:
+                        yield {"dtype": dtype, "shape": name} | compared(m, weights, library, timer, ceilings)
+
+
+def ceilings_of(dtypes: list[str], library: Library, timer: Timer, threads: int) -> Ceilings:
+    data, total = torch.ones(COLD_BYTES // 4), torch.empty(1)
+    read = library.helper(str(Path(__file__).with_name("read.cpp")), "read", "f32")
+    pointers, sizes = (ctypes.c_void_p * 2)(data.data_ptr(), total.data_ptr()), (ctypes.c_int64 * 2)(len(data), threads)
+    (seconds,) = timer.best(lambda _: read(pointers, sizes, None))
+    flops = {}
+    for dtype in dtypes:
+        a = torch.randn(512, 2048).to(DTYPES[dtype])
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(512, 2048).to(DTYPES[dtype]), 512)
+        (best,) = timer.best(lambda _: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))  # noqa: B023
+        flops[dtype] = 2 * 512 * 512 * 2048 / best
+    return Ceilings(data.nbytes / seconds, flops)
+
+
+def compared(rows: int, weights: list[Tensor], library: Library, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
+    (features, inner), dtype = weights[0].shape, DTYPE_NAMES[weights[0].dtype]
+    x, ours = torch.randn(rows, inner).to(weights[0].dtype), Ours(library, weights, rows)
+    reordered = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights]
+
+    def onednn(number: int) -> Tensor:
+        packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, reordered[number % len(reordered)], None, "none", [], "")
+        return packed
+
+    def plain(number: int) -> Tensor:
+        return torch.nn.functional.linear(x, weights[number % len(weights)])
+
+    mine, theirs, unpacked = timer.best(lambda number: ours(x, number), onednn, plain)
+    flops, read = 2 * rows * features * inner, features * inner * weights[0].itemsize
+    limit = max(flops / ceilings.flops[dtype], read / ceilings.read)
+    return {"rows": rows, "ours_us": round(mine * 1e6, 1), "onednn_us": round(theirs * 1e6, 1),
+            "f_linear_us": round(unpacked * 1e6, 1), "limit_us": round(limit * 1e6, 1),
+            "gb_s": round(read / mine / 1e9, 1), "gflops": round(flops / mine / 1e9),
+            "ratio": round(theirs / mine, 2)}  # fmt: skip
+
+
+def text_of(line: dict[str, Any]) -> str:
+    if "shape" not in line:
+        return "  ".join(f"{name} {value}" for name, value in line.items())
+    return (f"{line['dtype']:<4} {line['shape']:<20} m={line['rows']:<5} ours {line['ours_us']:>9} us  onednn "
+            f"{line['onednn_us']:>9}  F.linear {line['f_linear_us']:>9}  limit {line['limit_us']:>9}  "
+            f"{line['gb_s']:>5} GB/s {line['gflops']:>5} GFLOP/s  {line['ratio']:.2f}x onednn")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

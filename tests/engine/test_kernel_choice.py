@@ -1,0 +1,58 @@
+"""LLM(kernels=...): what is asked for, what fits the device, and what happens without a compiler."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from sageLLM import LLM, SamplingParams
+from sageLLM.runtime.engine import kernel_choice
+from sageLLM.runtime.engine.errors import SageError
+from sageLLM.runtime.kernels.cpu.compiler import find_compiler
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
+PROMPTS = [[5, 7, 11], [31, 8], [40, 41, 42, 43, 44]]
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[tuple[int, ...]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[tuple[int, ...]]:
+    return tokens(LLM(MODEL, dtype="float32", kernels="reference", skip_tokenizer=True))
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+def test_native_kernels_give_the_tokens_of_the_references(wanted: list[tuple[int, ...]]) -> None:
+    llm = LLM(MODEL, dtype="float32", kernels="cpu", skip_tokenizer=True)
+    assert tokens(llm) == wanted
+    assert [stats.num_native > 0 for stats in llm.kernel_stats()] == [True, True]
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neighbours_in_the_batch_change_nothing(dtype: str) -> None:
+    together = LLM(MODEL, dtype=dtype, kernels="cpu", skip_tokenizer=True)
+    alone = LLM(MODEL, dtype=dtype, kernels="cpu", skip_tokenizer=True, enable_prefix_caching=False)
+    assert tokens(together) == [tokens(alone, [prompt])[0] for prompt in PROMPTS]
+
+
+def test_without_a_compiler_the_references_run_and_that_is_said_once(
+    wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernel_choice, "find_compiler", lambda: None)
+    llm = LLM(MODEL, dtype="float32", skip_tokenizer=True)
+    with caplog.at_level(logging.WARNING, logger="sagellm"):
+        assert tokens(llm) == wanted
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "sagellm"]
+    assert "there is no C++ compiler" in message
+    assert llm.pipeline.planner.name == "reference"
+    assert all(stats.num_native == 0 for stats in llm.kernel_stats())
+
+
+@pytest.mark.parametrize(("choice", "message"), [("fast", "kernels is 'fast'; use auto"), ("triton", "use auto")])
+def test_what_cannot_be_chosen_is_refused(choice: str, message: str) -> None:
+    with pytest.raises(SageError, match=message):
+        LLM(MODEL, kernels=choice, skip_tokenizer=True)  # type: ignore[arg-type]
