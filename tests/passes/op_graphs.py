@@ -90,7 +90,7 @@ def random_values(graph: ExecutionGraph, seed: int = 0) -> dict[str, torch.Tenso
 def run(graph: ExecutionGraph, values: Mapping[str, torch.Tensor], kernels: Kernels = TWO_RANKS) -> list[torch.Tensor]:
     """What the graph returns, by the executor."""
     bound = {name: values[name] for name in graph.weights}
-    return Plan(graph, kernels, bound).run({name: values[name] for name in graph.inputs})
+    return Plan(graph, kernels, bound).run({name: values.get(name) for name in graph.inputs})
 
 
 def same_bits(results: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
@@ -132,7 +132,9 @@ class Arena:
         return [self._tensor(ref.name).clone() for ref in self.graph.outputs]
 
     def _call(self, node: OpNode, kernels: Kernels) -> None:
-        operands = [None if (r := node.optional_input(n)) is None else self.tensors[r.name] for n in node.input_types]
+        operands = [
+            None if (r := node.optional_input(n)) is None else self.tensors.get(r.name) for n in node.input_types
+        ]
         results = kernels[node.op](*operands, **{n: evaluate_attr(v, self.sizes) for n, v in node.attrs.items()})
         for ref, result in zip(node.outputs, [results] if len(node.outputs) == 1 else results, strict=True):
             source = self.plan.source.get(ref.name)

@@ -6,6 +6,7 @@ import pytest
 
 from sageLLM.runtime.core.errors import VerifyError
 from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.text import to_text
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
@@ -97,3 +98,19 @@ def test_a_pass_that_breaks_the_graph_is_named() -> None:
     (problem,) = caught.value.problems
     assert problem.startswith("after rename: ")
     assert problem.endswith("depends on 'nowhere', which does not exist")
+
+
+class ForgetWaits(Rename):
+    def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
+        result = graph.copy()
+        waiting = [node for node in result.nodes.values() if WAITS in node.metadata]
+        del waiting[0].metadata[WAITS]
+        return result
+
+
+def test_a_pass_that_breaks_the_schedule_is_named() -> None:
+    graph = graphs(2)[0]
+    with pytest.raises(VerifyError) as caught:
+        GraphOptimizer([ComputeCommOverlapPass(), ForgetWaits()], verify=True).optimize(graph)
+    assert all(problem.startswith("after rename: ") for problem in caught.value.problems)
+    assert caught.value.problems[0].endswith("is done, since no event keeps it")

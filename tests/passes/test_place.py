@@ -249,7 +249,7 @@ TIMES = st.integers(1, 20).map(float)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), TIMES, TIMES, st.floats(0.0, 1.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_ping_pong_pipeline_takes_what_the_formula_says(
     layers: int, parts: int, ta: float, te: float, share: float
 ) -> None:

@@ -37,7 +37,7 @@ def keeps(graph: ExecutionGraph, waits: list[list[str]]) -> bool:
 
 
 @given(op_graphs(num_streams=3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_waits_are_enough_and_none_is_too_much(graph: ExecutionGraph) -> None:
     count = plan_events(graph)
     waits = waits_of(graph)
@@ -50,7 +50,7 @@ def test_waits_are_enough_and_none_is_too_much(graph: ExecutionGraph) -> None:
 
 
 @given(op_graphs(num_streams=3), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_scheduled_graphs_give_the_same_bits_in_any_interleaving(graph: ExecutionGraph, random: Random) -> None:
     scheduled = ComputeCommOverlap().apply(graph)
     scheduled.verify()
@@ -74,7 +74,7 @@ def test_a_chain_over_two_streams_waits_at_every_change() -> None:
 
 
 @given(block_graphs(), st.sampled_from([ComputeCommOverlap, NanoOverlap]))
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_the_makespan_keeps_its_bounds(graph: ExecutionGraph, kind: type[ComputeCommOverlap | NanoOverlap]) -> None:
     scheduled = kind().apply(graph)
     path = sum(one.estimated_time_us for one in graph.get_critical_path())
@@ -88,7 +88,7 @@ def test_the_makespan_keeps_its_bounds(graph: ExecutionGraph, kind: type[Compute
 
 
 @given(block_graphs())
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_without_shares_a_simulation_is_the_estimate(graph: ExecutionGraph) -> None:
     graph = ComputeCommOverlap().apply(graph)
     spans = time_spans(graph)
@@ -115,7 +115,7 @@ def test_shared_streams_stretch_the_nodes_that_run_together() -> None:
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_more_is_loaded_than_the_budget(layers: int, loads: int, ahead: int, random: Random) -> None:
     """In any interleaving, what is loaded and not yet read by its layer fits the budget."""
     graph = decode_layers(layers)
