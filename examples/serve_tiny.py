@@ -76,10 +76,12 @@ def print_latencies(outputs: Sequence[RequestOutput], seconds: float, num_steps:
 
 
 def print_passes(llm: LLM) -> None:
+    """What the passes made of each stage's graph; `sagellm graph llama --stats` tells all, near misses included."""
     print("\npasses over the graphs of this run")
     for stage, reports in llm.pipeline.reports.items():
-        for report in reports:
-            print(f"  {stage:<8} {report}")
+        fired = [f"{rule} {stats.fired}" for report in reports for rule, stats in report.rules.items() if stats.fired]
+        nodes = f"{reports[0].nodes_before} -> {reports[-1].nodes_after} nodes"
+        print(f"  {stage:<8} {nodes} in {1e3 * sum(r.seconds for r in reports):.1f} ms: {', '.join(fired)}")
 
 
 def view_of(llm: LLM) -> str:

@@ -122,6 +122,11 @@ inline void multiply(const Way<Element>& way, const Tuning& tuning, const Factor
     }
 }
 
+// Whether a second thread pays: a weight of a few hundred kilobytes is read in the time that two threads take to meet.
+inline bool is_shared(int64_t weights, int64_t rows) {
+    return weights * (1 + rows / 16) >= 8 * PARALLEL_WORK;
+}
+
 inline Range this_thread() {
 #if defined(_OPENMP)
     return {omp_get_thread_num(), omp_get_num_threads()};
@@ -135,7 +140,7 @@ template <class Element, class RowOf, class Finish>
 inline void product(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors, RowOf&& row_of,
                     Finish&& finish) {
     if (!factors.rows || !factors.N) return;
-#pragma omp parallel if (factors.gates * factors.N * factors.K >= PARALLEL_WORK)
+#pragma omp parallel if (is_shared(factors.gates * factors.N * factors.K, factors.rows))
     {
         const auto [thread, threads] = this_thread();
         int64_t row_parts = smaller(threads, factors.rows / tuning.rows_per_part + 1);
@@ -155,7 +160,7 @@ inline void products(const Way<Element>& way, const Tuning& tuning, int64_t grou
                      RowsOf&& rows_of, RowOf&& row_of, Finish&& finish) {
     const int64_t size = each.column_size(), columns = each.columns();
     const int64_t wide = (tuning.chunk_bytes / (int64_t)sizeof(Element) + size - 1) / size, parts = (columns + wide - 1) / wide;
-#pragma omp parallel if (groups * each.N * each.K >= PARALLEL_WORK)
+#pragma omp parallel if (is_shared(groups * each.N * each.K, 1))
     {
         way.begin();
 #pragma omp for schedule(dynamic) nowait
