@@ -16,7 +16,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: aot fuzz-scheduler help setup run test generate accept lint types drift explain graph bench clean
+.PHONY: aot sanitize fuzz-scheduler help setup run test generate accept lint types drift explain graph bench bench-peers clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,13 @@ lint: $(TEST_READY) ## Check lint and format with ruff
 types: $(TEST_READY) ## Check types with mypy --strict
 	$(BIN)/mypy -p sageLLM
 
+sanitize: $(TEST_READY) ## Run the CPU kernels' tests on builds that check addresses and undefined behaviour
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	SAGELLM_KERNEL_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	$(PYTEST) tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py
+
+PEER_PYTHON ?= $(BIN)/python
 SEEDS ?= 0:1000000
 fuzz-scheduler: $(TEST_READY) ## Play random schedules SEEDS=FROM:TO (a million of them); a failing one replays by its seed
 	PYTHONPATH=_dev $(BIN)/python tests/scheduler/fuzz.py --seeds $(SEEDS) --jobs $(JOBS)
@@ -63,6 +70,9 @@ need-%:
 
 bench: $(RUN_READY) ## Measure what the README claims
 	$(BIN)/python benchmarks/run_all.py
+
+bench-peers: $(TEST_READY) ## Compare with other engines, those that PEER_PYTHON has besides transformers
+	PYTHONPATH=_dev $(BIN)/python benchmarks/peers/run.py --peer-python "$(PEER_PYTHON)"
 
 clean: ## Remove .venv, caches and build outputs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out

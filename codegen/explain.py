@@ -11,8 +11,8 @@ from sageLLM.codegen.model.rule import PassDef, RuleDef
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer
 
-_LINE = re.compile(r"(.+\.(?:py|md)):(\d+)")
-_PROVENANCE = re.compile(r"#\s+(\S+\.yaml): (\w+)")
+_LINE = re.compile(r"(.+\.(?:py|md|cpp)):(\d+)")
+_PROVENANCE = re.compile(r"(?:#|//)\s+(\S+\.yaml): (\w+)")
 
 
 def explain(name: str, specs: Specs, out: Path) -> str:

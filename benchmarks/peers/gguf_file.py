@@ -52,14 +52,14 @@ def _add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: dict[str, Any]) -> None:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    kind = name.split(".")[-1]
+    kind = name.split(".")[-2]  # blk.0.attn_q.weight
     if config["model_type"] == "llama" and kind in heads:
         tensor = _interleaved(tensor, heads[kind])
     if tensor.dim() == 1:
-        writer.add_tensor(f"{name}.weight", tensor.float().numpy())
+        writer.add_tensor(name, tensor.float().numpy())
         return
     data = gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType.BF16)
-    writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
 
 
 def _interleaved(w_NK: torch.Tensor, num_heads: int) -> torch.Tensor:

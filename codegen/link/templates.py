@@ -37,8 +37,10 @@ def link_triton(entry: Entry[OpSpec], sink: Sink) -> Template | None:
     filled = {name: ("triton", name) for name in params} | {name: ("hooks", name) for name in spec.kernel.hooks}
     check_template(TRITON, name, filled, entry, entry.key_span("kernel", "triton"), sink)
     for key, value in params.items():
-        if not 1 <= value <= 2**16:
-            sink.error("SAGE124", "a constant of a template is 1 to 2**16", entry.span("kernel", "triton", key))
+        is_block = key.startswith("BLOCK")
+        if not 1 <= value <= 2**16 or (is_block and value & (value - 1)):
+            message = f"{key} is a power of 2, at most 2**16" if is_block else f"{key} is 1 to 2**16"
+            sink.error("SAGE124", message, entry.span("kernel", "triton", key))
     return Template(f"{TRITON}/{name}.py.jinja", tuple(params.items()))
 
 

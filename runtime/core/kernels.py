@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sageLLM.runtime.core.dims import Dim, Sym
 from sageLLM.runtime.core.ir import OpNode
@@ -56,3 +57,12 @@ class NativeKernel:
         """The element variable of the op, for which the file is compiled once per type; None if there is none."""
         patterns = (*self.op.input_types.values(), *self.op.output_types.values())
         return next((pattern.element for pattern in patterns if pattern.is_variable), None)
+
+    def element_in(self, env: Mapping[str, Any]) -> str | None:
+        """The element type of one use, by what the op's names stand for in it; of several that differ, all of them.
+
+        A file is compiled for one type, which all variables stand for: there is no function for "f32 and bf16".
+        """
+        patterns = (*self.op.input_types.values(), *self.op.output_types.values())
+        names = dict.fromkeys(pattern.element for pattern in patterns if pattern.is_variable)
+        return " and ".join(dict.fromkeys(str(env[name]) for name in names if name in env)) or None

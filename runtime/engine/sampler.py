@@ -45,22 +45,18 @@ class SequenceSampling:
     stop_ids: Sequence[int] = ()
     answer_index: int = 0
     seed: int = field(init=False)
-    _takes_likeliest: bool = field(init=False)
+    is_plain_greedy: bool = field(init=False)
+    """The likeliest token is the answer: nothing adjusts the logits, no log-probabilities are wanted."""
 
     def __post_init__(self) -> None:
         params = self.params
         self.seed = params.seed if params.seed is not None else secrets.randbits(63)
         adjusts = params.has_penalties or bool(params.logit_bias)
-        self._takes_likeliest = params.is_greedy and params.logprobs is None and not adjusts
+        self.is_plain_greedy = params.is_greedy and params.logprobs is None and not (adjusts or self.stop_ids)
 
     @property
     def bans_stop_ids(self) -> bool:
         return bool(self.stop_ids) and len(self.output_token_ids) < self.params.min_tokens
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the likeliest token is the answer: nothing adjusts the logits, no log-probabilities are wanted."""
-        return self._takes_likeliest and not self.bans_stop_ids
 
     def uniform(self) -> float:
         """The number in [0, 1) that decides the next token."""

@@ -1,7 +1,7 @@
 """Turns a kernel-level graph into a plan: a flat list of kernel calls over numbered slots, run step after step."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ class Plan:
             for slot in call.dead:
                 values[slot] = None
         return [_present(values[slot]) for slot in self._outputs]
+
+    def wrap_kernels(self, wrap: Callable[[Kernel], Kernel]) -> None:
+        """Replaces every kernel by wrap(kernel), to time or to check calls."""
+        self._calls = [replace(call, kernel=wrap(call.kernel)) for call in self._calls]
 
     def _bind(self, name: str, value: torch.Tensor | None) -> None:
         self._slots[name] = len(self._values)

@@ -62,3 +62,12 @@ def mend() -> None:
         setattr(builder, name, computed(name))
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(builder, name, cast)
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        """A number as the bound of a loop: Triton 3.6 hands numpy an array of one, which numpy 2.4 refuses."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = patch_with_index

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from sageLLM import LLM, SamplingParams
 from sageLLM.runtime.engine import kernel_choice
@@ -39,6 +40,20 @@ def test_neighbours_in_the_batch_change_nothing(dtype: str) -> None:
     assert tokens(together) == [tokens(alone, [prompt])[0] for prompt in PROMPTS]
 
 
+@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+def test_the_number_of_threads_changes_nothing() -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=0)
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            llm = LLM(MODEL, dtype="bfloat16", kernels="cpu", skip_tokenizer=True)
+            found.append([(o.outputs, o.prompt_logprobs) for o in llm.generate([*PROMPTS, [*range(9, 200)]], params)])
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 def test_without_a_compiler_the_references_run_and_that_is_said_once(
     wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -52,7 +67,9 @@ def test_without_a_compiler_the_references_run_and_that_is_said_once(
     assert all(stats.num_native == 0 for stats in llm.kernel_stats())
 
 
-@pytest.mark.parametrize(("choice", "message"), [("fast", "kernels is 'fast'; use auto"), ("triton", "use auto")])
+@pytest.mark.parametrize(
+    ("choice", "message"), [("fast", "kernels is 'fast'; use auto"), ("triton", "kernels is 'triton', and ")]
+)
 def test_what_cannot_be_chosen_is_refused(choice: str, message: str) -> None:
     with pytest.raises(SageError, match=message):
         LLM(MODEL, kernels=choice, skip_tokenizer=True)  # type: ignore[arg-type]

@@ -31,8 +31,11 @@ def native(op: str) -> NativeCallable:
 def assert_near(result: Tensor, narrow: Tensor, exact: Tensor, ulps: int = 1) -> None:
     """float32 within 1e-5 of the float64 oracle; narrow types within `ulps` of the reference, which rounds alike.
 
-    A sum that comes out near 0 may be more ulps off, by what float32 arithmetic loses: 1e-6 of the largest value.
+    A sum that comes out near 0 may be more ulps off, by the bound on float32: 1e-5 of the largest value.
     """
+    if not result.is_floating_point():
+        assert torch.equal(result, narrow)
+        return
     if result.dtype == torch.float32:
         finite = exact[exact.isfinite()].abs()
         scale = float(finite.max()) if finite.numel() else 1.0
@@ -41,7 +44,7 @@ def assert_near(result: Tensor, narrow: Tensor, exact: Tensor, ulps: int = 1) ->
     assert torch.equal(result.isnan(), narrow.isnan())
     distance = (_ordered(result) - _ordered(narrow)).abs().masked_fill(result.isnan(), 0)
     largest = narrow[narrow.isfinite()].abs().float()
-    is_tiny = (result.float() - narrow.float()).abs() <= 1e-6 * (float(largest.max()) if largest.numel() else 0.0)
+    is_tiny = (result.float() - narrow.float()).abs() <= 1e-5 * (float(largest.max()) if largest.numel() else 0.0)
     far = distance.masked_fill(is_tiny, 0)
     assert not far.numel() or int(far.max()) <= ulps, f"{int(far.max())} ulps apart"
 

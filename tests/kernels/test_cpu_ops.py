@@ -14,20 +14,17 @@ from sageLLM.generated.kernels import cpu, reference
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.tests.op_checks import make_operands
 from sageLLM.runtime.core.errors import TypeMismatch
-from sageLLM.runtime.core.ir import REQUIRED, OpNode
+from sageLLM.runtime.core.ir import REQUIRED, AttrSpec, OpNode
 from sageLLM.runtime.core.types import TensorType
 
 SIZES = (1, 2, 3, 5, 16, 17, 33, 64, 130)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, 3e38, -3e38, 65504.0, 88.8, -104.0, 6e-8)
-ATTRS: Mapping[str, Mapping[str, Any]] = {
-    "scale": {"factor": 0.37},
-    "soft_cap": {"cap": 3.0},
-    "embedding_shard": {"first": 1},
-}
 INDEXED = {"ids": ("V",), "pos": ("P",), "rows": ("T",), "q_start": (), "slots": ()}
 BATCHED = {"q_start", "block_table"}  # operands whose values have to fit together: see test_cpu_attention.py
 COMPUTED = [
-    name for name, kernel in cpu.KERNELS.items() if not kernel.updates and not BATCHED & set(kernel.op.input_types)
+    name
+    for name, kernel in cpu.KERNELS.items()
+    if name != "sample" and not kernel.updates and not kernel.packed and not BATCHED & set(kernel.op.input_types)
 ]
 
 pytestmark = needs_compiler
@@ -66,10 +63,17 @@ def type_of(x: Tensor) -> TensorType:
 
 
 def attrs_of(cls: type[OpNode], case: Mapping[str, Any]) -> dict[str, Any]:
+    """The case's dims, and a value for each attr that has no default."""
     attrs = {name: case[name] for name, spec in cls.attr_types.items() if spec.type == "dim"}
-    missing = [n for n, spec in cls.attr_types.items() if spec.default is REQUIRED and n not in attrs]
-    assert set(missing) <= set(ATTRS.get(cls.op, {})), f"{cls.op}: give a value for {missing}"
-    return attrs | dict(ATTRS.get(cls.op, {}))
+    missing = {name: spec for name, spec in cls.attr_types.items() if spec.default is REQUIRED and name not in attrs}
+    return attrs | {name: some_value(spec) for name, spec in missing.items()}
+
+
+def some_value(spec: AttrSpec) -> Any:
+    if spec.choices:
+        return spec.choices[0]
+    least = spec.min or 0
+    return {"f32": least + 0.7, "i32": int(least) + 1, "bool": True, "str": "x"}[spec.type]
 
 
 def operands_of(cls: type[OpNode], case: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -159,3 +163,27 @@ def run_inplace(kernel: Any, operands: list[Tensor], attrs: Mapping[str, Any], s
     pointers = [x.data_ptr() for x in (*operands, *outputs)]
     signature.function((ctypes.c_void_p * len(pointers))(*pointers), signature.sizes, signature.attrs)
     return outputs
+
+
+def test_greedy_tokens_are_the_first_of_the_likeliest() -> None:
+    logits = torch.tensor([[1.0, 5.0, 5.0, 2.0], [float("nan"), 9.0, 1.0, 1.0], [-1.0, -2.0, -float("inf"), -1.0]])
+    assert native("sample")(logits).tolist() == [1, 0, 0] == reference.KERNELS["sample"](logits).tolist()
+
+
+@pytest.mark.parametrize("cuts", [(), ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p")], ids=str)
+def test_drawn_tokens(cuts: tuple[str, ...]) -> None:
+    """As the reference draws them, in 200 rows of all kinds; a draw on the edge of two tokens may fall to either."""
+    generator = torch.Generator().manual_seed(len(cuts))
+    rows, tokens = 200, 37
+    uniform = [torch.rand(rows, generator=generator) for _ in range(4)]
+    logits = 3 * torch.randn(rows, tokens, generator=generator)
+    given = {
+        "temperature": torch.where(uniform[0] < 0.1, 0.0, 2 * uniform[0]),
+        "top_k": torch.randint(0, 9, (rows,), generator=generator).to(torch.int32),
+        "top_p": uniform[1],
+        "min_p": uniform[2] / 4,
+        "noise": uniform[3],
+    }
+    operands = [given[name] if name in ("temperature", "noise", *cuts) else None for name in given]
+    results = [kernel(logits, *operands) for kernel in (native("sample"), reference.KERNELS["sample"])]
+    assert int((results[0] != results[1]).sum()) <= 1

@@ -1,6 +1,7 @@
 """Products on the CPU: every way of multiplying, against float64; a row's result depends on nothing but the row."""
 
 import ctypes
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,12 +33,15 @@ SOURCES = Path(cpu.__file__).parent
 found = compiler.find_compiler()
 pytestmark = pytest.mark.skipif(found is None, reason="there is no C++ compiler")
 
+NARROW = ("-march=x86-64-v3",) if platform.machine() == "x86_64" else ()
+"""As on a machine whose registers hold 8 floats."""
 WAYS = [
-    (torch.float32, "floats"),
-    (torch.float16, "floats"),
-    (torch.bfloat16, "floats"),
-    (torch.bfloat16, "pairs"),
-    (torch.bfloat16, "amx"),
+    (torch.float32, "floats", ()),
+    (torch.float16, "floats", ()),
+    (torch.bfloat16, "floats", ()),
+    (torch.bfloat16, "floats", NARROW),
+    (torch.bfloat16, "pairs", ()),
+    (torch.bfloat16, "amx", ()),
 ]
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ROWS = (0, 1, 2, 3, 5, 16, 17, 64, 100)
@@ -47,22 +51,22 @@ Linear = Callable[..., Tensor]
 class FreshLibrary(Library):
     """Loads a copy of each library, which chooses its way anew."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flags: tuple[str, ...] = ()) -> None:
         assert found is not None, "tests are skipped without a compiler"
-        super().__init__(cpu.KERNELS, SOURCES, found)
+        super().__init__(cpu.KERNELS, SOURCES, found, flags)
         self._copies = folder
 
     def _built(self, source: str, element: str) -> Path:
         return Path(shutil.copy(super()._built(source, element), self._copies))
 
 
-@pytest.fixture(params=WAYS, ids=[f"{str(dtype)[6:]}-{way}" for dtype, way in WAYS])
+@pytest.fixture(params=WAYS, ids=[f"{str(dtype)[6:]}-{'narrow' if flags else name}" for dtype, name, flags in WAYS])
 def way(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[torch.dtype, FreshLibrary]:
-    dtype, name = request.param
+    dtype, name, flags = request.param
     monkeypatch.setenv("SAGELLM_LINEAR", name)
-    library = FreshLibrary(tmp_path)
+    library = FreshLibrary(tmp_path, flags)
     library.address("linear", DTYPE_NAMES[dtype])
     return dtype, library
 

@@ -25,7 +25,7 @@ from ...ops.activation import (
 from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
 from ...ops.elementwise import Add, AddBias, Clip, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
-from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits
+from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits, TopkRouter
 from ...ops.kv import KvLoad, KvMigrate, KvStore
 from ...ops.linear import (
     HeadLinear,
@@ -57,6 +57,7 @@ from ...ops.norm import (
 from ...ops.pooling import L2Norm, PoolFirst, PoolLast, PoolMean
 from ...ops.position import Rope, RopeInterleaved
 from ...ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
+from ...ops.sampling import Sample
 from ...ops.varlen_attention import VarlenAttention
 from ...ops.views import ConcatLast, ConcatRows, MergeHeads, SplitHalves, SplitHeads, SplitLast, SplitQkv, SplitRows
 
@@ -100,6 +101,7 @@ def _kernels() -> dict[str, NativeKernel]:
         "position_embedding": NativeKernel(PositionEmbedding, "embedding.cpp", ("T", "P", "H")),
         "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),
         "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X"), packed={"w": 1}),
+        "topk_router": NativeKernel(TopkRouter, "experts.cpp", ("T", "X", "A")),
         "expert_linear": NativeKernel(ExpertLinear, "experts.cpp", ("T", "K", "A", "X", "N"), packed={"w": 1}),
         "expert_down": NativeKernel(ExpertDown, "experts.cpp", ("T", "A", "K", "X", "N"), packed={"w": 1}),
         "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),
@@ -147,6 +149,7 @@ def _kernels() -> dict[str, NativeKernel]:
         "qk_norm_1p_rope_kv_store": NativeKernel(
             QkNorm1pRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
         ),
+        "sample": NativeKernel(Sample, "sampling.cpp", ("S", "V")),
         "varlen_attention": NativeKernel(VarlenAttention, "varlen_attention.cpp", ("T", "Nq", "D", "Nkv", "B")),
         "split_qkv": NativeKernel(
             SplitQkv,

@@ -3,6 +3,7 @@
 //
 // CPU kernels of specs/ops/embedding.yaml: what they stand on is in runtime/kernels/cpu/sage.h.
 #include "packed.h"
+#include "sage.h"
 
 namespace sage {
 

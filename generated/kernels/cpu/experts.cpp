@@ -3,15 +3,17 @@
 //
 // CPU kernels of specs/ops/experts.yaml: what they stand on is in runtime/kernels/cpu/sage.h.
 #include "products.h"
+#include "sage.h"
 
 namespace sage {
 
 using E = SAGE_ELEMENT;
+using G = SAGE_ELEMENT;
 
 // specs/hardware/cpu.yaml: cpu, products
 static const Way<SAGE_ELEMENT>& WAY =
     way<SAGE_ELEMENT, 6, 4, 6, 1>();
-constexpr Tuning TUNING = {655360, 262144, 128};
+constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
 
 // specs/ops/experts.yaml: router_logits
 // A score per expert for every token, computed and kept in float32, as DeepSeek V3 does.
@@ -35,6 +37,38 @@ SAGE_KERNEL(router_logits) {
                 const auto acc = load(sums, Block{0});
                 store(logits + iT * logits_T, iX, bias ? acc + load(bias, iX) : acc);
             });
+}
+
+// specs/ops/experts.yaml: topk_router
+// The experts of every token and their weights, from a score per expert (Shazeer et al. 2017).
+//
+//     see kernels/reference: topk_router
+SAGE_KERNEL(topk_router) {
+    const int64_t T = sizes[0];
+    const int64_t X = sizes[1];
+    const int64_t A = sizes[2];
+    const G* logits = (const G*)tensors[0];
+    const int64_t logits_T = sizes[3];
+    const E* bias = (const E*)tensors[1];
+    int32_t* experts = (int32_t*)tensors[2];
+    const int64_t experts_T = sizes[4];
+    float* weights = (float*)tensors[3];
+    const int64_t weights_T = sizes[5];
+    const int32_t scoring = (int32_t)attrs[1];
+    const bool renormalize = (bool)attrs[2];
+    const float factor = (float)attrs[3];
+    const int32_t groups = (int32_t)attrs[4];
+    const int32_t top_groups = (int32_t)attrs[5];
+    const int32_t group_score = (int32_t)attrs[6];
+    const Routing routing = {A, scoring == 0, renormalize, factor, groups, top_groups, group_score == 1 ? 2 : 1};
+    each_row(T, T * X, [&](int64_t row) {
+        const int64_t count = X;
+        float* scores = scratch<float>(0, 2 * count);
+        sweep(count, [&](auto i) { store(scores, i, load(logits + row * logits_T, i)); });
+        sweep(count, [&](auto i) { store(scores + count, i, bias ? load(bias, i) : Floats{}); });
+        route(scores, scores + count, count, routing,
+              experts + row * experts_T, weights + row * weights_T);
+    });
 }
 
 // specs/ops/experts.yaml: expert_linear

@@ -3,6 +3,7 @@
 //
 // CPU kernels of specs/ops/linear.yaml: what they stand on is in runtime/kernels/cpu/sage.h.
 #include "products.h"
+#include "sage.h"
 
 namespace sage {
 
@@ -11,7 +12,7 @@ using E = SAGE_ELEMENT;
 // specs/hardware/cpu.yaml: cpu, products
 static const Way<SAGE_ELEMENT>& WAY =
     way<SAGE_ELEMENT, 6, 4, 6, 1>();
-constexpr Tuning TUNING = {655360, 262144, 128};
+constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
 
 // specs/ops/linear.yaml: linear
 // Projection by a weight stored row by output feature, with an optional bias.

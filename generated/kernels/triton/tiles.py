@@ -41,4 +41,4 @@ def row_tile(columns: int) -> Tile:
 
 def long_tile(columns: int) -> Tile:
     """For longer rows with reductions: a program goes over its row block after block."""
-    return Tile(1, 4096, 8, num_stages=3)
+    return Tile(1, 2048, 8, num_stages=3)

@@ -250,7 +250,7 @@ def varlen_attention(
         BLOCK_G=BLOCK_G,
         BLOCK_D=BLOCK_D,
         BLOCK_DV=BLOCK_D,
-        BLOCK_N=64,
+        BLOCK_N=32,
         num_warps=8,
         num_stages=2,
         enable_fp_fusion=True,

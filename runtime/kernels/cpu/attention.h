@@ -6,7 +6,7 @@
 // prompt was cut into chunks, nor on the number of threads.
 #pragma once
 
-#include "loops.h"
+#include "attention_products.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -14,91 +14,14 @@
 
 namespace sage {
 
-constexpr int KEYS = 64;          // keys of one step: four vectors of scores
 constexpr int64_t PART = 1024;    // keys of one part, which may be another thread's
 constexpr int64_t TILE_ROWS = 96; // query rows that share packed keys and values
-
-inline int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Keys first <= n < stop, what a mask leaves over of a sequence.
 struct KeyRange {
     int64_t first;
     int64_t stop;
 };
-
-// C[rows, 16 * VECTORS] = A[rows, depth] B[depth, 16 * VECTORS], added to C or not; every row in the order of depth.
-template <int ROWS, int VECTORS>
-inline void multiply_block(
-    const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth, bool adds) {
-    Floats sum[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = adds ? load(c + r * c_row + v * LANES, Block{0}) : Floats{};
-    for (int64_t k = 0; k < depth; ++k) {
-        Floats of_b[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) of_b[v] = load(b + k * b_row + v * LANES, Block{0});
-        for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) sum[r][v] = fma(lanes(a[r * a_row + k]), of_b[v], sum[r][v]);
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(c + r * c_row + v * LANES, Block{0}, sum[r][v]);
-}
-
-template <int VECTORS>
-inline void multiply_columns(
-    const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t depth,
-    bool adds) {
-    int64_t r = 0;
-    for (; r + 6 <= rows; r += 6)
-        multiply_block<6, VECTORS>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, adds);
-    for (; r + 2 <= rows; r += 2)
-        multiply_block<2, VECTORS>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, adds);
-    for (; r < rows; ++r)
-        multiply_block<1, VECTORS>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, adds);
-}
-
-// Columns are padded to whole vectors.
-inline void multiply(
-    const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t columns,
-    int64_t depth, bool adds) {
-    int64_t at = 0;
-    for (; at + 4 * LANES <= columns; at += 4 * LANES)
-        multiply_columns<4>(a, a_row, b + at, b_row, c + at, c_row, rows, depth, adds);
-    for (; at < columns; at += LANES)
-        multiply_columns<1>(a, a_row, b + at, b_row, c + at, c_row, rows, depth, adds);
-}
-
-// 16 x 16 floats with rows and columns swapped, by four rounds that each swap halves of pairs of rows.
-template <int WIDTH>
-inline void swap_halves(Floats* row) {
-    const Ints is_upper = (LANE_NUMBERS & WIDTH) != 0, other = LANE_NUMBERS ^ WIDTH;
-    const Ints low = is_upper ? other + LANES : LANE_NUMBERS, high = is_upper ? LANE_NUMBERS + LANES : other;
-    for (int i = 0; i < LANES; ++i) {
-        if (i & WIDTH) continue;
-#if defined(__AVX512F__)
-        Floats a = (Floats)_mm512_permutex2var_ps((__m512)row[i], (__m512i)low, (__m512)row[i + WIDTH]);
-        Floats b = (Floats)_mm512_permutex2var_ps((__m512)row[i], (__m512i)high, (__m512)row[i + WIDTH]);
-#else
-        Floats a, b;
-        for (int lane = 0; lane < LANES; ++lane) {
-            a[lane] = low[lane] < LANES ? row[i][low[lane]] : row[i + WIDTH][low[lane] - LANES];
-            b[lane] = high[lane] < LANES ? row[i][high[lane]] : row[i + WIDTH][high[lane] - LANES];
-        }
-#endif
-        row[i] = a;
-        row[i + WIDTH] = b;
-    }
-}
-inline void transpose(Floats* row) {
-    swap_halves<8>(row);
-    swap_halves<4>(row);
-    swap_halves<2>(row);
-    swap_halves<1>(row);
-}
-
-template <class Element>
-inline Floats load_some(const Element* row, int64_t at, int64_t length) {
-    return at + LANES <= length ? load(row, Block{at}) : load(row, Tail{at, length - at});
-}
 
 // The op's own part of attention: what becomes of a score, which pairs count, and which keys that leaves.
 template <class Score, class Mask, class Range>
@@ -110,6 +33,9 @@ struct AttentionHooks {
 template <class Score, class Mask, class Range>
 AttentionHooks(Score, Mask, Range) -> AttentionHooks<Score, Mask, Range>;
 
+// e^x for x <= 0. What would be subnormal is 0: masked keys are such, and a processor takes long over subnormals.
+inline Floats weight_of(Floats x) { return x < -87.0f ? Floats{} : exp(maximum(x, -87.0f)); }
+
 // What a tile has seen of its keys: per row the maximum, the sum of exponentials, and the weighted sum of values.
 struct Seen {
     float* maximum;
@@ -117,7 +43,7 @@ struct Seen {
     float* values;  // [rows, width]
 
     void clear(int64_t rows, int64_t width) {
-        for (int64_t r = 0; r < rows; ++r) maximum[r] = -INFINITY, total[r] = 0;
+        for (int64_t r = 0; r < rounded_up(rows, LANES); ++r) maximum[r] = -INFINITY, total[r] = 0;
         memset(values, 0, (size_t)(rows * width) * sizeof(float));
     }
 
@@ -135,9 +61,9 @@ struct Seen {
         }
     }
 
-    static int64_t floats(int64_t rows, int64_t width) { return rounded_up(2 * rows, LANES) + rows * width; }
-    static Seen at(float* memory, int64_t rows, int64_t width) {
-        return {memory, memory + rows, memory + rounded_up(2 * rows, LANES)};
+    static int64_t floats(int64_t rows, int64_t width) { return 2 * rounded_up(rows, LANES) + rows * width; }
+    static Seen at(float* memory, int64_t rows) {
+        return {memory, memory + rounded_up(rows, LANES), memory + 2 * rounded_up(rows, LANES)};
     }
 };
 
@@ -164,14 +90,15 @@ class TileWorker {
    public:
     TileWorker(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTile& tile)
         : call(call), keys(keys), hooks(hooks), tile(tile), group(call.query_heads / call.key_heads),
-          rows(tile.positions * group), depth(rounded_up(call.key_width, LANES)),
-          width(rounded_up(call.value_width, LANES)) {
-        float* memory = scratch<float>(0, rows * depth + depth * KEYS + KEYS * width + rows * KEYS);
-        queries = memory;
-        packed_keys = queries + rows * depth;
-        packed_values = packed_keys + depth * KEYS;
-        scores = packed_values + KEYS * width;
-        pack_queries();
+          rows(tile.positions * group), width(rounded_up(call.value_width, LANES)),
+          products(rows, call.key_width, call.value_width) {
+        largest = scratch<float>(1, 3 * rounded_up(rows, LANES));
+        shift = largest + rounded_up(rows, LANES);
+        fade = shift + rounded_up(rows, LANES);
+        const E** row = scratch<const E*>(0, rows);
+        for (int64_t r = 0; r < rows; ++r)
+            row[r] = call.q + keys.row(tile.sequence, position(r)) * call.q_row + head(r) * call.q_head;
+        products.take_queries(row);
     }
 
     void see(KeyRange range, Seen seen) {
@@ -179,11 +106,13 @@ class TileWorker {
         for (int64_t first = range.first / KEYS * KEYS; first < range.stop; first += KEYS) {
             int64_t skipped = range.first > first ? range.first - first : 0;
             int64_t count = range.stop - first < KEYS ? range.stop - first : KEYS;
-            pack_keys(first, skipped, count);
-            multiply(queries, depth, packed_keys, KEYS, scores, KEYS, rows, KEYS, call.key_width, false);
-            for (int64_t r = 0; r < rows; ++r) weigh(r, first, count, seen);
-            pack_values(first, skipped, count);
-            multiply(scores, KEYS, packed_values, width, seen.values, width, rows, width, count, true);
+            const E *key[KEYS] = {}, *value[KEYS] = {};
+            keys.find_keys(tile.sequence, tile.key_head, first + skipped, first + count, key + skipped);
+            keys.find_values(tile.sequence, tile.key_head, first + skipped, first + count, value + skipped);
+            fetch_rows(value + skipped, count - skipped, call.value_width);
+            products.multiply_keys(key);
+            weigh(first, count, seen);
+            products.add_values(value, seen.values);
         }
     }
 
@@ -197,15 +126,15 @@ class TileWorker {
     }
 
     int64_t num_rows() const { return rows; }
-    int64_t row_width() const { return width; }
 
    private:
     const AttentionCall<E>& call;
     const Keys& keys;
     const Hooks& hooks;
     const AttentionTile& tile;
-    int64_t group, rows, depth, width;
-    float *queries, *packed_keys, *packed_values, *scores;
+    int64_t group, rows, width;
+    TileProducts<E> products;
+    float *largest, *shift, *fade;  // of each row, in this step
 
     int64_t position(int64_t r) const { return tile.position + r / group; }
     int64_t head(int64_t r) const { return tile.key_head * group + r % group; }
@@ -216,68 +145,50 @@ class TileWorker {
         return seen.total[r] + exp(sink - seen.maximum[r]);
     }
 
-    void pack_queries() {
-        for (int64_t r = 0; r < rows; ++r) {
-            const E* row = call.q + keys.row(tile.sequence, position(r)) * call.q_row + head(r) * call.q_head;
-            for (int64_t at = 0; at < depth; at += LANES)
-                store(queries + r * depth, Block{at}, load_some(row, at, call.key_width));
+    // Products become exponentials under the new maxima; what was seen before fades to them. Each step goes over all rows
+    // before the next one does, as the steps of one row wait for each other.
+    void weigh(int64_t first, int64_t count, Seen seen) {
+        for (int64_t r = 0; r < rows; ++r) largest[r] = score_row(r, first, count);
+        for (int64_t r = 0; r < rows; r += LANES) {
+            Floats before = load(seen.maximum + r, Block{0}), now = maximum(before, load(largest + r, Block{0}));
+            Floats from = now == -INFINITY ? Floats{} : now;  // a row that sees nothing yet: e^-inf is 0
+            store(seen.maximum + r, Block{0}, now);
+            store(shift + r, Block{0}, from);
+            store(fade + r, Block{0}, weight_of(before - from));
         }
+        for (int64_t r = 0; r < rows; ++r) seen.total[r] = seen.total[r] * fade[r] + weigh_row(r);
+        for (int64_t r = 0; r < rows; ++r)
+            if (fade[r] != 1.0f)
+                for (int64_t at = 0; at < width; at += LANES)
+                    store(seen.values + r * width, Block{at}, load(seen.values + r * width, Block{at}) * fade[r]);
     }
 
-    // [depth, KEYS], so that a step of the product reads scores of 64 keys; keys that are not there are 0
-    void pack_keys(int64_t first, int64_t skipped, int64_t count) {
-        const E* rows_of_keys[KEYS] = {};
-        keys.find_keys(tile.sequence, tile.key_head, first + skipped, first + count, rows_of_keys + skipped);
-        for (int64_t key = 0; key < KEYS; key += LANES) {
-            const E* const* row = rows_of_keys + key;
-            for (int64_t at = 0; at < call.key_width; at += LANES) {
-                Floats block[LANES];
-                for (int lane = 0; lane < LANES; ++lane)
-                    block[lane] = row[lane] ? load_some(row[lane], at, call.key_width) : Floats{};
-                transpose(block);
-                for (int d = 0; d < LANES; ++d) store(packed_keys + (at + d) * KEYS, Block{key}, block[d]);
-            }
-        }
-    }
-
-    void pack_values(int64_t first, int64_t skipped, int64_t count) {
-        memset(packed_values, 0, (size_t)(skipped * width) * sizeof(float));
-        const E* row[KEYS];
-        keys.find_values(tile.sequence, tile.key_head, first + skipped, first + count, row + skipped);
-        for (int64_t key = skipped; key < count; ++key)
-            for (int64_t at = 0; at < width; at += LANES)
-                store(packed_values + key * width, Block{at}, load_some(row[key], at, call.value_width));
-    }
-
-    // A row of products becomes exponentials under the new maximum; what was seen before is scaled to it
-    void weigh(int64_t r, int64_t first, int64_t count, Seen seen) {
+    float score_row(int64_t r, int64_t first, int64_t count) {
         const int32_t m = (int32_t)keys.position(tile.sequence, position(r)), h = (int32_t)head(r);
-        float* row = scores + r * KEYS;
-        Floats score[KEYS / LANES], top = lanes(-INFINITY);
-        for (int v = 0; v < KEYS / LANES; ++v) {
-            Ints n = LANE_NUMBERS + (int32_t)(first + v * LANES);
-            Floats product = load(row, Block{v * LANES}) * call.scale;
+        const int32_t stop = (int32_t)(first + count);
+        float* row = products.scores + r * KEYS;
+        Floats top = lanes(-INFINITY);
+        for (int v = 0; v < KEYS; v += LANES) {
+            Ints n = LANE_NUMBERS + (int32_t)(first + v);
+            Floats product = load(row, Block{v}) * call.scale;
             if (call.slopes) product += call.slopes[h] * __builtin_convertvector(n - m, Floats);
-            Ints is_seen = hooks.mask_mod(m, n, h) & (n < (int32_t)(first + count));
-            score[v] = is_seen ? hooks.score_mod(product, m, n, h) : lanes(-INFINITY);
-            top = maximum(top, score[v]);
+            Ints is_seen = hooks.mask_mod(m, n, h) & (n < stop);
+            Floats score = is_seen ? hooks.score_mod(product, m, n, h) : lanes(-INFINITY);
+            store(row, Block{v}, score);
+            top = maximum(top, score);
         }
-        Max largest;
-        largest.add(top, Block{0});
-        float before = seen.maximum[r], now = maximum(before, largest.total());
-        float shift = now == -INFINITY ? 0.0f : now;  // a row that sees nothing yet: e^-inf is 0
-        Sum sum;
-        for (int v = 0; v < KEYS / LANES; ++v) {
-            Floats weight = exp(score[v] - shift);
-            sum.add(weight, Block{0});
-            store(row, Block{v * LANES}, weight);
+        return largest_lane(top);
+    }
+
+    float weigh_row(int64_t r) {
+        float* row = products.scores + r * KEYS;
+        Floats sum = {};
+        for (int v = 0; v < KEYS; v += LANES) {
+            Floats weight = weight_of(load(row, Block{v}) - shift[r]);
+            sum += weight;
+            products.put_weight(r, v, weight);
         }
-        float fade = exp(before - shift);
-        seen.maximum[r] = now;
-        seen.total[r] = seen.total[r] * fade + sum.total();
-        if (fade != 1.0f)
-            for (int64_t at = 0; at < width; at += LANES)
-                store(seen.values + r * width, Block{at}, load(seen.values + r * width, Block{at}) * fade);
+        return sum_of_lanes(sum);
     }
 };
 
@@ -325,7 +236,7 @@ inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& 
         for (int64_t t = 0; t < num_tiles; ++t) {
             TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
             float* memory = scratch<float>(2, 2 * floats);
-            Seen all = Seen::at(memory, rows, width), part = Seen::at(memory + floats, rows, width);
+            Seen all = Seen::at(memory, rows), part = Seen::at(memory + floats, rows);
             all.clear(worker.num_rows(), width);
             KeyRange range = tile_range(keys, hooks, tiles[t]);
             for (int64_t start = range.first / PART * PART; start < range.stop; start += PART) {
@@ -343,17 +254,17 @@ inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& 
             KeyRange range = part_of(tile_range(keys, hooks, tiles[t]), p * PART);
             if (range.first >= range.stop) continue;
             TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
-            worker.see(range, Seen::at(memory + (t * most_parts + p) * floats, rows, width));
+            worker.see(range, Seen::at(memory + (t * most_parts + p) * floats, rows));
         }
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < num_tiles; ++t) {
         TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
-        Seen all = Seen::at(scratch<float>(2, floats), rows, width);
+        Seen all = Seen::at(scratch<float>(2, floats), rows);
         all.clear(worker.num_rows(), width);
         for (int64_t p = 0; p < most_parts; ++p) {
             KeyRange range = part_of(tile_range(keys, hooks, tiles[t]), p * PART);
             if (range.first < range.stop)
-                all.merge(Seen::at(memory + (t * most_parts + p) * floats, rows, width), worker.num_rows(), width);
+                all.merge(Seen::at(memory + (t * most_parts + p) * floats, rows), worker.num_rows(), width);
         }
         worker.finish(all);
     }

@@ -84,7 +84,11 @@ class NativeCallable:
     def _is_supported(self, operands: tuple[Operand, ...]) -> bool:
         patterns = zip(self.kernel.op.input_types.values(), operands, strict=False)
         elements = {DTYPE_NAMES[x.dtype] for pattern, x in patterns if x is not None and pattern.is_variable}
-        return elements <= set(ELEMENTS) and all(x is None or x.device.type == "cpu" for x in operands)
+        return (
+            len(elements) <= 1
+            and elements <= set(ELEMENTS)
+            and all(x is None or x.device.type == "cpu" for x in operands)
+        )
 
     def _prepared(self, operands: tuple[Operand, ...], attrs: Mapping[str, AttrValue]) -> Signature:
         op = self.kernel.op
@@ -102,7 +106,7 @@ class NativeCallable:
             own = operands[output] if isinstance(output, int) else torch.empty(output[0], device="meta")
             sizes += self._strides(pattern, own, is_copied=False)
         numbers = [number(op.attr_types[name], value) for name, value in known.attrs.items() if name in op.attr_types]
-        element = str(known.env[self.kernel.element]) if self.kernel.element else ELEMENTS[0]
+        element = self.kernel.element_in(known.env) or ELEMENTS[0]
         unpacks = isinstance(given.get(self.kernel.unpacks or ""), PackedWeight)
         function = Symbol(self._library.address(op.op, element, unpacks=unpacks))
         return Signature(

@@ -33,7 +33,8 @@ class Compiler:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return (*FLAGS, *self.openmp)
+        """What every file is compiled with; SAGELLM_KERNEL_FLAGS adds to it, as for sanitizers."""
+        return (*FLAGS, *self.openmp, *os.environ.get("SAGELLM_KERNEL_FLAGS", "").split())
 
 
 def find_compiler() -> Compiler | None:
@@ -113,7 +114,8 @@ def _compile(source: Path, element: str, compiler: Compiler, flags: tuple[str, .
           "-o", str(unit)], source)  # fmt: skip
     openmp = ["-fopenmp"] if compiler.openmp else []
     openmp = [compiler.openmp_library] if compiler.openmp_library else openmp
-    _run([compiler.path, "-shared", *flags, str(unit), *openmp, "-o", str(library)], source)
+    linked = [flag for flag in compiler.flags if flag not in compiler.openmp]
+    _run([compiler.path, "-shared", *linked, *flags, str(unit), *openmp, "-o", str(library)], source)
 
 
 def _run(command: list[str], source: Path) -> None:

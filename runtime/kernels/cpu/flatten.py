@@ -236,7 +236,7 @@ class _Flattener:
 
 
 def _element(kernel: NativeKernel, inference: Inference) -> str | None:
-    return None if kernel.element is None else str(inference.env[kernel.element])
+    return kernel.element_in(inference.env)
 
 
 def _fresh(refs: Sequence[TensorRef], places: Sequence[Place]) -> tuple[Place, ...]:

@@ -31,8 +31,13 @@ inline int64_t floor_remainder(int64_t a, int64_t b) { return a - floor_divide(a
 
 // A NaN on either side is the result, as in torch.
 
+#if defined(__AVX512F__)  // which gives the second operand if one is NaN
+inline Floats maximum(Floats a, Floats b) { return a == a ? (Floats)_mm512_max_ps((__m512)a, (__m512)b) : a; }
+inline Floats minimum(Floats a, Floats b) { return a == a ? (Floats)_mm512_min_ps((__m512)a, (__m512)b) : a; }
+#else
 inline Floats maximum(Floats a, Floats b) { return (a != a) | (a > b) ? a : b; }
 inline Floats minimum(Floats a, Floats b) { return (a != a) | (a < b) ? a : b; }
+#endif
 inline Floats maximum(Floats a, float b) { return maximum(a, lanes(b)); }
 inline Floats maximum(float a, Floats b) { return maximum(lanes(a), b); }
 inline Floats minimum(Floats a, float b) { return minimum(a, lanes(b)); }
@@ -78,7 +83,7 @@ inline Floats power_of_two(Ints n) { return bits_of<Floats>(((Bits)n + 127) << 2
 
 // e^x = 2^n e^r with |r| <= ln(2)/2; the power is applied in two halves, so that subnormal results are right
 inline Floats exp(Floats x) {
-    Floats bounded = x < -104.0f ? lanes(-104.0f) : x > 89.0f ? lanes(89.0f) : x;
+    Floats bounded = minimum(maximum(x, -104.0f), 89.0f);
     Floats n = round(bounded * 1.44269504f);
     Floats r = fma(n, lanes(-0.693359375f), bounded);
     r = fma(n, lanes(2.12194440e-4f), r);
@@ -88,8 +93,12 @@ inline Floats exp(Floats x) {
     p = fma(p, r, lanes(1.666666652e-1f));
     p = fma(p, r, lanes(5.000000010e-1f));
     p = fma(p * r, r, r) + 1.0f;
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
     return p * power_of_two(half) * power_of_two(whole - half);
+#endif
 }
 
 // log(2^n m) = n ln(2) + log(m) with m between sqrt(1/2) and sqrt(2)

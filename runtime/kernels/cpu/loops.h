@@ -22,6 +22,26 @@ inline void sweep(int64_t length, Body&& body) {
     if (at < length) body(Tail{at, length - at});
 }
 
+// The lanes of one vector, in a tree.
+
+inline Floats turned(Floats value, int by) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_permutexvar_ps((__m512i)(LANE_NUMBERS ^ by), (__m512)value);
+#else
+    Floats result;
+    for (int lane = 0; lane < LANES; ++lane) result[lane] = value[lane ^ by];
+    return result;
+#endif
+}
+inline float sum_of_lanes(Floats value) {
+    for (int by = LANES / 2; by > 0; by /= 2) value += turned(value, by);
+    return value[0];
+}
+inline float largest_lane(Floats value) {
+    for (int by = LANES / 2; by > 0; by /= 2) value = maximum(value, turned(value, by));
+    return value[0];
+}
+
 // Reductions add up lane by lane, and the lanes in a tree at the end: the order depends on the row's length alone.
 
 struct Sum {
@@ -32,35 +52,21 @@ struct Sum {
     void add(float value, Place i) {
         add(lanes(value), i);
     }
-    float total() const {
-        float part[LANES];
-        memcpy(part, &of_lanes, sizeof part);
-        for (int width = LANES / 2; width > 0; width /= 2)
-            for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
-        return part[0];
-    }
+    float total() const { return sum_of_lanes(of_lanes); }
 };
 
 struct Max {
     Floats of_lanes = lanes(-INFINITY);
     void add(Floats value, Block) { of_lanes = maximum(of_lanes, value); }
     void add(Floats value, Tail i) { of_lanes = inside(i) ? maximum(of_lanes, value) : of_lanes; }
-    float total() const {
-        float result = of_lanes[0];
-        for (int lane = 1; lane < LANES; ++lane) result = maximum(result, of_lanes[lane]);
-        return result;
-    }
+    float total() const { return largest_lane(of_lanes); }
 };
 
 struct Min {
     Floats of_lanes = lanes(INFINITY);
     void add(Floats value, Block) { of_lanes = minimum(of_lanes, value); }
     void add(Floats value, Tail i) { of_lanes = inside(i) ? minimum(of_lanes, value) : of_lanes; }
-    float total() const {
-        float result = of_lanes[0];
-        for (int lane = 1; lane < LANES; ++lane) result = minimum(result, of_lanes[lane]);
-        return result;
-    }
+    float total() const { return -largest_lane(-of_lanes); }
 };
 
 // Memory of this thread for `count` values, aligned to a cache line. It grows and is kept; `purpose` tells uses apart.

@@ -7,7 +7,7 @@
 // panels of its gates in turn, so that one block of results holds all gates of its features.
 #pragma once
 
-#include "sage.h"
+#include "kernel.h"
 
 namespace sage {
 

@@ -19,6 +19,8 @@ struct Tuning {
     int64_t prepared_bytes;  // of prepared x that stay in the cache
     int64_t chunk_bytes;     // of a weight that stay in the cache
     int64_t rows_per_part;   // rows that are worth a part of the work of their own
+    int64_t ahead_bytes;     // of a panel, between what is read and what is fetched
+    int64_t streams;         // in which memory is best read
 };
 
 // Rows times a weight of `gates` * N features. An output element needs the sums of all gates.
@@ -57,6 +59,24 @@ inline void hand_out(const Factors<Element>& factors, const float* sums, Range r
         }
 }
 
+// What to fetch in a block that reads its panels once: the same panels, a little ahead.
+template <class Element>
+inline Ahead ahead_in(const Tuning& tuning, const Factors<Element>& factors, Range columns) {
+    const int64_t panel = panel_size(factors.K) * (int64_t)sizeof(Element);
+    const char* from = (const char*)(factors.w + columns.first * factors.column_size()) + tuning.ahead_bytes;
+    return {from, DEPTH * PANEL * (int64_t)sizeof(Element) / 64, columns.count() * factors.gates, panel, true};
+}
+
+// What to fetch in `blocks` blocks that read other panels than these, which come next.
+template <class Element>
+inline Ahead ahead_of(const Tuning& tuning, const Factors<Element>& factors, Range columns, int64_t blocks) {
+    const int64_t lines = columns.count() * factors.column_size() * (int64_t)sizeof(Element) / 64;
+    const int64_t steps = blocks * (round_up(factors.K, DEPTH) / DEPTH), each = (lines + steps - 1) / steps;
+    const int64_t streams = each < tuning.streams ? (each > 1 ? each : 1) : tuning.streams;
+    const char* from = (const char*)(factors.w + columns.first * factors.column_size());
+    return {from, (each + streams - 1) / streams, streams, (lines + streams - 1) / streams * 64, false};
+}
+
 // Prepared rows, whose numbers are `rows`, times some columns, chunk by chunk.
 template <class Element, class Finish>
 inline void multiply_prepared(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors,
@@ -68,15 +88,15 @@ inline void multiply_prepared(const Way<Element>& way, const Tuning& tuning, con
     const int64_t chunk = wide * smaller(heights, fitting);
     alignas(64) float sums[MAX_SUMS];
     for (int64_t from = columns.first; from < columns.last; from += chunk) {
-        const int64_t to = smaller(from + chunk, columns.last), next = smaller(to + chunk, columns.last) - to;
-        const int64_t blocks = heights * ((to - from + wide - 1) / wide);
-        Ahead ahead = {(const char*)(factors.w + to * factors.column_size()), (next * size / 64 + blocks * steps - 1) / (blocks * steps)};
+        const int64_t to = smaller(from + chunk, columns.last), blocks = heights * ((to - from + wide - 1) / wide);
+        Ahead ahead = ahead_of(tuning, factors, {to, smaller(to + chunk, columns.last)}, blocks);
         for (int64_t h = 0; h < heights; ++h) {
             const Range part = share(rows.count(), way.row_step, h, heights);
             for (int64_t column = from; column < to; column += wide) {
                 const Range few = {column, smaller(column + wide, to)};
-                way.block(sums, prepared, part.first, part.count(), factors.K, factors.w + column * factors.column_size(),
-                          few.count() * factors.gates, ahead);
+                way.block(sums, prepared, part.first, part.count(), factors.K,
+                          factors.w + column * factors.column_size(), few.count() * factors.gates,
+                          heights == 1 ? ahead_in(tuning, factors, few) : ahead);
                 ahead.from += ahead.lines * steps * 64;
                 hand_out(factors, sums, {rows.first + part.first, rows.first + part.last}, few, finish);
             }

@@ -10,14 +10,23 @@ namespace sage {
 
 constexpr int64_t MAX_SUMS = 32 * 2 * PANEL;  // of a block, over all ways
 
-// Weights that later blocks read, fetched while a block is computed: so many cache lines per DEPTH elements of K.
+// Weights to fetch while a block is computed: per DEPTH elements of K so many cache lines of each of some streams, which
+// lie `apart` bytes from each other. A core reads several streams faster than one. `is_near`: this block reads them.
 struct Ahead {
     const char* from;
-    int64_t lines;
+    int64_t lines, streams, apart;
+    bool is_near;
 };
 
 inline void fetch(Ahead& ahead) {
-    for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.from + i * 64, 0, 2);
+    for (int64_t s = 0; s < ahead.streams; ++s)
+        for (int64_t i = 0; i < ahead.lines; ++i) {
+            const char* line = ahead.from + s * ahead.apart + i * 64;
+            if (ahead.is_near)
+                __builtin_prefetch(line, 0, 3);
+            else
+                __builtin_prefetch(line, 0, 2);
+        }
     ahead.from += ahead.lines * 64;
 }
 

@@ -13,7 +13,7 @@ from sageLLM.runtime.core.graph import ExecutionGraph
 from sageLLM.runtime.core.ir import OpNode, TensorRef
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.kernels.cpu.packing import PackedWeight, gates_by_weight, pack, unpack
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight, WeightMemory, gates_by_weight, pack, unpack
 from sageLLM.runtime.kernels.cpu.places import Place, contiguous
 
 Weight: TypeAlias = Tensor | PackedWeight
@@ -30,10 +30,11 @@ def pack_weights(
     `ties` names, for a weight that is another one, that other. Raises CompileError, and then changes nothing.
     """
     nodes = [node for graph in graphs for node in graph.nodes.values() if isinstance(node, OpNode)]
+    memory = WeightMemory()
     for name, gates in gates_by_weight(nodes, runner.kernels, ties).items():
         held = weights.get(name)
         if isinstance(held, Tensor):
-            packed = pack(held, gates, runner.library)
+            packed = pack(held, gates, runner.library, memory)
             weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), packed))
 
 

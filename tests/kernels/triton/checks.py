@@ -207,6 +207,7 @@ def template_findings() -> Iterator[Finding]:
     yield from attention_findings()
     yield from product_findings()
     yield from other_findings()
+    yield from query_key_findings()
 
 
 def attention_findings() -> Iterator[Finding]:
@@ -279,6 +280,22 @@ def other_findings() -> Iterator[Finding]:
         yield compared("pool_first", "", dtype, [rows, starts], {})
         yield compared("pool_last", "", dtype, [rows, starts], {})
         yield compared("embedding_shard", "", dtype, [torch.tensor([0, 7, 12, 30]).int(), rows], {"first": 5})
+
+
+def query_key_findings() -> Iterator[Finding]:
+    """Norm and rotation of heads, and the store to the cache, from one packed projection of 3 + 2 * 1 heads."""
+    for dtype, kind in DTYPES.items():
+        caches = [torch.randn(4, 4, 1, 12).to(kind) for _ in range(2)]
+        pos, slots = torch.tensor([4, 0, 8]).int(), torch.tensor([3, 9, 0]).int()
+        rest = [pos, torch.randn(9, 5), torch.randn(9, 5), *caches, slots]
+        for op in (
+            "qk_rope_kv_store",
+            "qk_rope_interleaved_kv_store",
+            "qk_norm_rope_kv_store",
+            "qk_norm_1p_rope_kv_store",
+        ):
+            norms = [torch.randn(12).to(kind) for _ in range(2)] if "norm" in op else []
+            yield compared(op, "", dtype, [torch.randn(3, 60).to(kind), *norms, *rest], {"Nq": 3, "Nkv": 1, "D": 12})
 
 
 def alone_findings() -> Iterator[Finding]:

@@ -1,0 +1,90 @@
+// The next token of one row of logits, greedy or drawn from what the cuts leave of the distribution.
+#pragma once
+
+#include "loops.h"
+
+namespace sage {
+
+// What the rows of a step ask for; null where none asks.
+struct Cuts {
+    const float* temperature;
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const float* noise;
+};
+
+// The first of the largest; a NaN is larger than everything, as in torch
+inline int64_t likeliest(const float* logits, int64_t length) {
+    Max largest;
+    sweep(length, [&](auto i) { largest.add(load(logits, i), i); });
+    const float top = largest.total();
+    for (int64_t token = 0; token < length; ++token)
+        if (logits[token] == top || (top != top && logits[token] != logits[token])) return token;
+    return 0;
+}
+
+// Sorts token ids by probability, the greatest first, of equals the smaller id first, by merging ever longer runs.
+inline void sort_by_probability(int32_t* order, int32_t* other, const float* probability, int64_t length) {
+    for (int64_t width = 1; width < length; width *= 2) {
+        for (int64_t start = 0; start < length; start += 2 * width) {
+            int64_t middle = start + width < length ? start + width : length;
+            int64_t stop = start + 2 * width < length ? start + 2 * width : length;
+            for (int64_t a = start, b = middle, at = start; at < stop; ++at) {
+                bool takes_a = b >= stop || (a < middle && probability[order[a]] >= probability[order[b]]);
+                other[at] = takes_a ? order[a++] : order[b++];
+            }
+        }
+        memcpy(order, other, length * sizeof *order);
+    }
+}
+
+// In `probability`, drops all but what min_p, top_k and (of what they leave) top_p keep; the likeliest always stays.
+inline void cut(float* probability, const int32_t* order, int64_t length, int64_t row, const Cuts& cuts) {
+    const float least = cuts.min_p ? probability[order[0]] * cuts.min_p[row] : 0.0f;
+    const int64_t most = cuts.top_k && cuts.top_k[row] > 0 ? cuts.top_k[row] : length;
+    float kept = 0;
+    for (int64_t rank = 0; rank < length; ++rank) {
+        float& one = probability[order[rank]];
+        if (one < least || rank >= most) one = 0;
+        kept += one;
+    }
+    float before = 0;
+    for (int64_t rank = 0; rank < length; ++rank) {
+        float& one = probability[order[rank]];
+        one /= kept;
+        const float own = one;
+        if (cuts.top_p && before >= cuts.top_p[row] && rank > 0) one = 0;
+        before += own;
+    }
+}
+
+inline int64_t sample_token(const float* logits, int64_t length, int64_t row, const Cuts& cuts) {
+    if (!cuts.temperature || !cuts.noise || cuts.temperature[row] <= 0) return likeliest(logits, length);
+    float* probability = scratch<float>(0, length);
+    int32_t* order = scratch<int32_t>(0, 2 * length);
+    Max largest;
+    sweep(length, [&](auto i) { largest.add(load(logits, i), i); });
+    Sum sum;
+    sweep(length, [&](auto i) {
+        const Floats weight = exp((load(logits, i) - largest.total()) / cuts.temperature[row]);
+        sum.add(weight, i);
+        store(probability, i, weight);
+    });
+    const float total = sum.total();
+    for (int64_t token = 0; token < length; ++token) probability[token] /= total, order[token] = (int32_t)token;
+    sort_by_probability(order, order + length, probability, length);
+    cut(probability, order, length, row, cuts);
+    double mass = 0, drawn = 0;
+    for (int64_t token = 0; token < length; ++token) mass += probability[token];
+    int64_t last = 0;
+    for (int64_t token = 0; token < length; ++token) {
+        if (probability[token] == 0) continue;
+        last = token;
+        drawn += probability[token];
+        if (drawn > cuts.noise[row] * mass) break;
+    }
+    return last;
+}
+
+}  // namespace sage

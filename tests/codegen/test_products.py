@@ -1,0 +1,79 @@
+"""Which ops are products of rows and a weight, and what is taken along at their end."""
+
+from pathlib import Path
+
+import pytest
+
+from sageLLM.codegen import driver
+from sageLLM.codegen.kernel.products import product_of
+from sageLLM.codegen.model.specs import Specs
+
+OWN_OPS = """schema: ops/v1
+ops:
+  linear_tanh_scaled:
+    summary: A product whose end has an attr, a residual and a function.
+    op_type: LINEAR
+    inputs: {x: "E[T, K]", w: "E[N, K]", r: "E[T, N]"}
+    attrs: {factor: {type: f32, default: 2.0}}
+    outputs: {y: "E[T, N]"}
+    compute: y = E(tanh(dot(x, w, K)) * factor) + r
+  swapped_gates:
+    summary: Two gates, the second one first.
+    op_type: LINEAR
+    inputs: {x: "E[..., K]", w: "E[2*I, K]"}
+    outputs: {y: "E[..., I]"}
+    fuses:
+      - gu = linear(x, w)
+      - h = swapped(gu)
+      - y = relu(h)
+  swapped:
+    summary: The second half less the first.
+    op_type: ACTIVATION
+    inputs: {gu: "E[..., 2*I]"}
+    outputs: {y: "E[..., I]"}
+    views: {a: "gu[..., 0:I]", b: "gu[..., I:2*I]"}
+    compute: y = b - a
+  normed:
+    summary: What needs the whole row of the result.
+    op_type: LINEAR
+    inputs: {x: "E[T, K]", w: "E[N, K]"}
+    outputs: {y: "E[T, N]"}
+    compute: |
+      h = dot(x, w, K)
+      y = E(h / mean(h * h, N))
+  other_way:
+    summary: The weight stored the other way round.
+    op_type: LINEAR
+    inputs: {x: "E[T, K]", w: "E[K, N]"}
+    outputs: {y: "E[T, N]"}
+    compute: y = E(dot(x, w, K))
+"""
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> Specs:
+    folder = tmp_path_factory.mktemp("specs")
+    Path(folder, "own.yaml").write_text(OWN_OPS)
+    return driver.load_and_link([folder])
+
+
+def test_products_are_found_by_their_equations(specs: Specs) -> None:
+    found = {name: product_of(op, specs.ops) for name, op in specs.ops.items()}
+    gates = {name: product.gates for name, product in found.items() if product}
+    base = {"linear", "lm_head", "head_linear", "router_logits", "linear_silu_mul", "linear_add", "lm_head_soft_cap"}
+    assert base <= gates.keys()
+    assert {name: gates[name] for name in ("linear", "linear_silu_mul", "linear_tanh_scaled", "swapped_gates")} == {
+        "linear": 1, "linear_silu_mul": 2, "linear_tanh_scaled": 1, "swapped_gates": 2
+    }  # fmt: skip
+    assert not {"add", "rms_norm", "silu_mul", "embedding", "normed", "other_way"} & gates.keys()
+
+
+def test_the_end_of_a_product_reads_its_sums_and_its_own_row(specs: Specs) -> None:
+    outputs = {output.path: output.text for output in driver.emit(specs)}
+    text = outputs["kernels/cpu/own.cpp"]
+    assert '#include "products.h"' in text
+    assert (
+        "store(y + iT * y_T, iN, to<E>(to<E>(tanh(load(sums, Block{0})) * factor) + load(r + iT * r_T, iN)));" in text
+    )
+    assert text.count("const Factors<E> factors") == 2
+    assert "const Factors<E> factors = {R, K, I, 2, w};" in text
