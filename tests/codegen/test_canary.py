@@ -4,6 +4,7 @@ import ast
 import copy
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ CANARIES = [
     "__import__('os').system('id')",
     "summary: |\n  - nested",
 ]
-NUM_SAMPLES = 80
+NUM_SAMPLES = 60
 DOCS = [
     load_document(path, display=f"specs/{path.relative_to(driver.BASE_SPECS).as_posix()}")
     for path in sorted(driver.BASE_SPECS.rglob("*.yaml"))
@@ -53,12 +54,20 @@ PLACES = [(doc.file, path) for doc in DOCS for path in text_paths(doc.data)]
 PROSE = [place for place in PLACES if place[1][-1] in ("summary", "doc", "source")]
 
 
-def shapes(texts: dict[str, str]) -> dict[str, str]:
-    """The syntax trees of the Python files, all text literals alike."""
-    return {name: _shape(text) for name, text in texts.items() if name.endswith(".py")}
+def changed_code(texts: dict[str, str]) -> list[str]:
+    """The Python and C++ files that differ from the benign ones in more than text literals and comments."""
+    assert texts.keys() == BENIGN.keys()
+    changed = [name for name, text in texts.items() if text != BENIGN[name]]
+    shapes = {".py": shape, ".cpp": without_comments}
+    return [n for n in changed if (of := shapes.get(Path(n).suffix)) and of(texts[n]) != of(BENIGN[n])]
 
 
-def _shape(text: str) -> str:
+def without_comments(text: str) -> str:
+    return re.sub(r"//.*", "", text)
+
+
+def shape(text: str) -> str:
+    """The syntax tree of Python text, all text literals alike."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -84,7 +93,7 @@ def _with_text(doc: Any, path: YamlPath, text: str) -> Any:
     return parse_document(yaml.safe_dump(data, sort_keys=False), display=doc.file)
 
 
-BENIGN = shapes(emitted())
+BENIGN = emitted()
 
 
 @pytest.mark.parametrize("batch", range(4))
@@ -99,7 +108,7 @@ def test_hostile_text_never_becomes_code(batch: int) -> None:
         except SpecErrors:
             continue
         accepted += 1
-        assert shapes(texts) == BENIGN, f"{canary!r} at {file} {path} changed the code"
+        assert not changed_code(texts), f"{canary!r} at {file} {path} changed the code"
     assert accepted, "nothing was accepted, so nothing was shown"
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from sageLLM.generated.builders import MODELS
+from sageLLM.generated.kernels.reference.norm import rms_norm
 from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.ir import OpNode
 from sageLLM.runtime.core.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.plugins import load_registry
@@ -76,7 +78,14 @@ class Meeting:
             assert len(parts) == W
             return torch.cat(parts, -1)
 
-        return {"all_reduce": all_reduce, "all_gather": all_gather}
+        def allreduce_add_rms_norm(
+            x: Tensor, p: Tensor, w: Tensor | None = None, *, eps: float, group: str
+        ) -> tuple[Tensor, Tensor]:
+            h = x + all_reduce(p, group=group)
+            return rms_norm(h, w, eps=eps), h
+
+        own = (all_reduce, all_gather, allreduce_add_rms_norm)
+        return {kernel.__name__: kernel for kernel in own}
 
     def exchange(self, rank: int, what: str, x: Tensor) -> list[Tensor]:
         self.brought[rank] = (what, x)
@@ -98,9 +107,12 @@ class Rank:
             self.bound |= {f"layers.{i}.k_cache": keys, f"layers.{i}.v_cache": values}
         self.pipeline = Pipeline(layout, config, registry, dtype="f64")
         self.kernels = {**registry.kernels, **kernels}
+        self.collectives = set(kernels)
 
     def run(self, stage: Stage, inputs: Mapping[str, Tensor | None]) -> Tensor:
         graph = self.pipeline.kernel_graph(stage)
+        exchanging = {node.op for node in graph.nodes.values() if isinstance(node, OpNode) and "collective" in node.tags}
+        assert exchanging <= self.collectives, f"alone, each rank would run {exchanging - self.collectives}"
         return Plan(graph, self.kernels, self.bound).run(inputs)[0]
 
 
