@@ -150,7 +150,7 @@ class World:
                 self.failure_rate = self.death_rate = self.loss_rate = 0
             self._let_arrive(step)
             is_live = self.scheduler.get_num_running() or self.scheduler.get_num_waiting()
-            if step > last_arrival and not (is_live or self.in_the_air):
+            if step > last_arrival and not (is_live or self.in_the_air or self._is_copying()):
                 break
             self._step_by_pace()
             self.clock.now += 1.0
@@ -159,6 +159,10 @@ class World:
         else:
             raise AssertionError(f"not done after {MAX_STEPS} steps: {self.scheduler.get_stats()}")
         self._check_end()
+
+    def _is_copying(self) -> bool:
+        """Whether blocks of a request that was aborted in a swap wait for the copy to end."""
+        return bool(self.scheduler.kv.decode.stats().num_in_transfer)
 
     def _let_arrive(self, step: int) -> None:
         for number, arrival in enumerate(self.arrivals):
