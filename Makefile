@@ -19,7 +19,7 @@ TEST_READY := .venv/.test-ready
 .PHONY: aot sanitize fuzz-scheduler help setup run test generate accept lint types drift explain graph bench bench-peers clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(TEST_READY) ## Create .venv with everything that running and testing need
 
