@@ -111,8 +111,9 @@ class Rank:
 
     def run(self, stage: Stage, inputs: Mapping[str, Tensor | None]) -> Tensor:
         graph = self.pipeline.kernel_graph(stage)
-        exchanging = {node.op for node in graph.nodes.values() if isinstance(node, OpNode) and "collective" in node.tags}
-        assert exchanging <= self.collectives, f"alone, each rank would run {exchanging - self.collectives}"
+        nodes = [node for node in graph.nodes.values() if isinstance(node, OpNode)]
+        alone = {node.op for node in nodes if "collective" in node.tags} - self.collectives
+        assert not alone, f"every rank would run {alone} for itself"
         return Plan(graph, self.kernels, self.bound).run(inputs)[0]
 
 
