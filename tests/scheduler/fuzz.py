@@ -70,6 +70,7 @@ class World:
     rng: random.Random = field(init=False)
     clock: Clock = field(default_factory=Clock)
     in_the_air: list[tuple[float, KVMigration]] = field(default_factory=list)
+    num_restarts: int = 0
     aborts: dict[int, list[str]] = field(default_factory=dict)
     aborted: set[str] = field(default_factory=set)
     overtaken: Counter[str] = field(default_factory=Counter)
@@ -150,7 +151,7 @@ class World:
                 self.failure_rate = self.death_rate = self.loss_rate = 0
             self._let_arrive(step)
             is_live = self.scheduler.get_num_running() or self.scheduler.get_num_waiting()
-            if step > last_arrival and not (is_live or self.in_the_air or self._is_copying()):
+            if step > last_arrival and not (is_live or self._is_settling()):
                 break
             self._step_by_pace()
             self.clock.now += 1.0
@@ -160,9 +161,11 @@ class World:
             raise AssertionError(f"not done after {MAX_STEPS} steps: {self.scheduler.get_stats()}")
         self._check_end()
 
-    def _is_copying(self) -> bool:
-        """Whether blocks of a request that was aborted in a swap wait for the copy to end."""
-        return bool(self.scheduler.kv.decode.stats().num_in_transfer)
+    def _is_settling(self) -> bool:
+        """Whether messages are on their way (a lost one is not), or blocks wait for a copy or a lease to end."""
+        is_expected = any(at < float("inf") for at, _ in self.in_the_air)
+        stats = self.scheduler.get_stats()
+        return is_expected or bool(stats["kv_blocks_used"] or stats.get("prefill_kv_blocks_used", 0))
 
     def _let_arrive(self, step: int) -> None:
         for number, arrival in enumerate(self.arrivals):
@@ -258,6 +261,7 @@ class World:
         dead = self.rng.choice(["prefill", "decode", None]) if self.is_strict else None
         if dead == "prefill" and role is None and self.pace == "ahead":
             dead = None
+        self.num_restarts += len(self.scheduler.running_requests)
         self.scheduler.lose_kv(dead)
         if dead != "decode":
             self.engine.prefill_cache.clear()
@@ -311,6 +315,7 @@ class World:
 
     def _fail(self, request_id: str) -> None:
         self.in_the_air = [entry for entry in self.in_the_air if entry[1].request_id != request_id]
+        self.num_restarts += 1
         self.scheduler.fail_migrations([request_id])
         self.scheduler.check_integrity()
 
@@ -371,6 +376,7 @@ class World:
             self.overtaken[request_id] += sum(other > number for other in admitted)
             num_older = sum(r.sequence_number < number for r in waiting_before.values())
             bound = (self.config.max_overtakes + 1) * (num_older + 2 + len(self.arrivals) * 3)
+            bound += self.num_restarts  # whoever is computed again after a failure overtakes again
             assert self.overtaken[request_id] <= bound, f"{request_id} is overtaken for ever"
 
     def _listen(self, out: ScheduleOutput) -> None:
