@@ -50,7 +50,7 @@ class FakeEngine:
     steps: list[ScheduleOutput] = field(default_factory=list)
     copies_at_once: bool = True
     checks_plans: bool = True
-    launching: set[str] = field(default_factory=set)
+    launching: dict[str, int] = field(default_factory=dict)  # the step that admitted a request with cached tokens
 
     def add(
         self,
@@ -94,7 +94,7 @@ class FakeEngine:
         for batch in (out.prefill_batch, out.decode_batch):
             for request in batch.requests if batch else ():
                 self.tables[out.step_id, request.request_id] = list(request.kv_block_ids)
-        self.launching.update(out.num_cached_tokens)
+        self.launching.update(dict.fromkeys(out.num_cached_tokens, out.step_id))
         self.steps.append(out)
         return out
 
@@ -105,7 +105,9 @@ class FakeEngine:
                 self.computed[request_id] = 0
                 del self.victims[request_id]
         self.computed.update(out.num_cached_tokens)
-        self.launching.difference_update(out.num_cached_tokens)
+        for request_id in out.num_cached_tokens:
+            if self.launching.get(request_id) == out.step_id:  # else a later step, planned already, admits it anew
+                del self.launching[request_id]
         self._copy_blocks(out)
         is_strict = self.scheduler.config.mode == "strict"
         finished = self._run_batch(out, out.prefill_batch, self.prefill_cache if is_strict else self.decode_cache)
