@@ -9,7 +9,7 @@ from sageLLM.codegen.emit.cpp_text import CppText
 from sageLLM.codegen.emit.cpu_table import Unpacks, unpacks_of
 from sageLLM.codegen.emit.reference import by_stem
 from sageLLM.codegen.expr.size import Size, formula
-from sageLLM.codegen.expr.tree import Expr
+from sageLLM.codegen.expr.tree import Expr, IfPresent, Ref
 from sageLLM.codegen.expr.types import DTYPES
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
@@ -172,13 +172,16 @@ def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
     template = op.reference.template.replace("reference/", "cpu/").replace(".py.", ".cpp.")
     if not (TEMPLATES / template).is_file():
         return None
-    masks = [hook.value for hook in op.reference.hooks if hook.name == "mask_mod"]
+    hooks = {hook.name: hook.value for hook in op.reference.hooks}
+    bounds = mask_bounds(hooks["mask_mod"]) if "mask_mod" in hooks else None
     text = renderer.render(
         template,
         op=op,
         operands=[OperandText.of(o) for o in (*op.inputs, *op.outputs)],
-        bounds=_bound_lines(mask_bounds(masks[0])) if masks else [],
-        **{hook.name: hook_text(op, hook.value) for hook in op.reference.hooks},
+        bounds=_bound_lines(bounds) if bounds else [],
+        is_bounded="true" if bounds and bounds.is_exact else "false",
+        modifies=_modifies(hooks["score_mod"]) if "score_mod" in hooks else "false",
+        **{name: hook_text(op, value) for name, value in hooks.items()},
     )
     body = [line for line in text.splitlines() if line.strip()]
     return (*declarations(op, "\n".join(body), whole="int32_t"), *body)
@@ -190,6 +193,16 @@ def hook_text(op: OpDef, value: Expr) -> str:
     writer = CppText({}, optional, {}, None, {"score", "n"})
     text = writer.text(value)
     return text if writer.is_lanes(value) else f"mask({text})" if not writer.is_float(value) else f"lanes({text})"
+
+
+def _modifies(score_mod: Expr) -> str:
+    """The condition, in C++, under which a score becomes another one."""
+    match score_mod:
+        case Ref(name="score"):
+            return "false"
+        case IfPresent(name=name, b=Ref(name="score")):
+            return f"{name}Given"
+    return "true"
 
 
 def _bound_lines(bounds: MaskBounds) -> list[str]:

@@ -1,7 +1,8 @@
 """Reads off a mask which keys a row can see at all, so that an attention kernel visits no others.
 
 `n <= m and optional(window, n > m - window, true)` says: up to m, and from m - window + 1 on if there is a window. What
-is not understood bounds nothing, and is evaluated for every pair of a query and a key.
+is not understood bounds nothing, and is evaluated for every pair of a query and a key. If all is understood, the bounds
+are the mask, and pairs that lie within them need no test.
 """
 
 from collections.abc import Iterator
@@ -20,17 +21,21 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class MaskBounds:
-    """What bounds the keys: windows where they are given, and `n <= m`, always or where an attr says so."""
+    """What bounds the keys: windows where they are given, and `n <= m`, always or where an attr says so.
+
+    `is_exact`: the mask says nothing else.
+    """
 
     windows: tuple[Window, ...]
     is_causal: bool
     causal_attr: str | None
+    is_exact: bool
 
 
 def mask_bounds(mask: Expr) -> MaskBounds:
     """What the conjuncts of the mask say, each by itself."""
     windows: list[Window] = []
-    is_causal, causal_attr = False, None
+    is_causal, causal_attr, is_exact = False, None, True
     for part in _conjuncts(mask):
         match part:
             case Binary() if _is_causal(part):
@@ -39,7 +44,11 @@ def mask_bounds(mask: Expr) -> MaskBounds:
                 causal_attr = attr
             case IfPresent(name=name, a=a, b=Number(value=True)) if (is_symmetric := _window(a, name)) is not None:
                 windows.append(Window(name, is_symmetric))
-    return MaskBounds(tuple(windows), is_causal, causal_attr)
+            case Number(value=True):
+                pass
+            case _:
+                is_exact = False
+    return MaskBounds(tuple(windows), is_causal, causal_attr, is_exact)
 
 
 def _conjuncts(mask: Expr) -> Iterator[Expr]:

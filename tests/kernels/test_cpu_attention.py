@@ -105,14 +105,15 @@ def test_contexts_longer_than_a_part() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_a_row_does_not_depend_on_chunks_neighbours_or_threads(variant: dict[str, Any]) -> None:
-    whole = Batch([1500], [1500], heads=(6, 2), widths=(24, 24))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_chunks_neighbours_or_threads(dtype: torch.dtype, variant: dict[str, Any]) -> None:
+    whole = Batch([1500], [1500], heads=(6, 2), widths=(24, 24), dtype=dtype)
     rows = whole.prefill(native(PREFILL), **variant)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         for first, stop in ((1499, 1500), (700, 1200), (0, 10)):
-            part = Batch([1500], [1500], heads=(6, 2), widths=(24, 24))
+            part = Batch([1500], [1500], heads=(6, 2), widths=(24, 24), dtype=dtype)
             part.q, part.lengths, part.new = whole.q[first:stop], [stop], [stop - first]
             part.seq_lens = torch.tensor([stop], dtype=torch.int32)
             part.q_start = torch.tensor([0, stop - first], dtype=torch.int32)

@@ -43,7 +43,7 @@ SAGE_KERNEL(varlen_attention) {
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
         return (n <= m | mask(negation(causal))) & (windowGiven ? abs(m - n) < window : mask(true));
     };
-    // The keys that the mask leaves to rows at positions first to last
+    // The keys that any of the rows at positions first to last sees; with the two swapped, those within the bounds of each
     const auto range = [&]([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t last, int64_t length) {
         KeyRange keys = {0, length};
         if (causal) keys.stop = minimum(keys.stop, last + 1);
@@ -51,7 +51,8 @@ SAGE_KERNEL(varlen_attention) {
         if (windowGiven) keys.stop = minimum(keys.stop, last + window);
         return keys;
     };
-    const AttentionHooks hooks = {score_mod, mask_mod, range};
+    const bool modifiesScores = softcapGiven, isBounded = true;  // isBounded: the mask is its bounds
+    const AttentionHooks hooks = {score_mod, mask_mod, range, modifiesScores, isBounded};
     const OwnKeys<E> keys = { k, k_T, k_Nkv, v, v_T, v_Nkv, q_start};
     const int64_t sequences = (B + 1) - 1;
     const AttentionCall<E> call = {

@@ -1,12 +1,15 @@
 // Softmax attention over keys that lie anywhere: paged or side by side, one query row per sequence or thousands.
 //
 // The query heads of one key head, times some query positions, are the rows of a tile. A tile goes over its keys 64 at a
-// time with a running maximum (Milakov & Gimelshein 2018; Dao et al. 2022), 1024 at a time as a part of its own; the parts
-// are merged in order. A row's arithmetic depends on its position and its keys alone: not on the rows beside it, on how a
+// time, which it packs once for all of its rows (Dao et al. 2022), and 1024 at a time as a part of its own; the parts are
+// merged in order. A row's arithmetic depends on its position and its keys alone: not on the rows beside it, on how a
 // prompt was cut into chunks, nor on the number of threads.
 #pragma once
 
+#include "attention_keys.h"
+#include "attention_pairs.h"
 #include "attention_products.h"
+#include "attention_seen.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -14,13 +17,16 @@
 
 namespace sage {
 
-constexpr int64_t PART = 1024;    // keys of one part, which may be another thread's
-constexpr int64_t TILE_ROWS = 96; // query rows that share packed keys and values
+constexpr int64_t PART = 1024;      // keys of one part, which may be another thread's
+constexpr int64_t TILE_ROWS = 256;  // query rows that share packed keys and values
 
 // Keys first <= n < stop, what a mask leaves over of a sequence.
 struct KeyRange {
     int64_t first;
     int64_t stop;
+
+    bool meets(KeyRange other) const { return first < other.stop && other.first < stop; }
+    bool holds(KeyRange other) const { return first <= other.first && other.stop <= stop; }
 };
 
 // The op's own part of attention: what becomes of a score, which pairs count, and which keys that leaves.
@@ -29,43 +35,16 @@ struct AttentionHooks {
     Score score_mod;
     Mask mask_mod;
     Range range;
+    bool modifies;    // score_mod does anything
+    bool is_bounded;  // mask_mod says nothing but the range
+
+    KeyRange seen_by_any(int64_t first, int64_t last, int64_t length) const { return range(first, last, length); }
+    KeyRange seen_by_all(int64_t first, int64_t last, int64_t length) const {
+        return is_bounded ? range(last, first, length) : KeyRange{0, 0};
+    }
 };
 template <class Score, class Mask, class Range>
-AttentionHooks(Score, Mask, Range) -> AttentionHooks<Score, Mask, Range>;
-
-// e^x for x <= 0. What would be subnormal is 0: masked keys are such, and a processor takes long over subnormals.
-inline Floats weight_of(Floats x) { return x < -87.0f ? Floats{} : exp(maximum(x, -87.0f)); }
-
-// What a tile has seen of its keys: per row the maximum, the sum of exponentials, and the weighted sum of values.
-struct Seen {
-    float* maximum;
-    float* total;
-    float* values;  // [rows, width]
-
-    void clear(int64_t rows, int64_t width) {
-        for (int64_t r = 0; r < rounded_up(rows, LANES); ++r) maximum[r] = -INFINITY, total[r] = 0;
-        memset(values, 0, (size_t)(rows * width) * sizeof(float));
-    }
-
-    void merge(const Seen& later, int64_t rows, int64_t width) {
-        for (int64_t r = 0; r < rows; ++r) {
-            float top = sage::maximum(maximum[r], later.maximum[r]);
-            if (top == -INFINITY) continue;
-            float mine = exp(maximum[r] - top), theirs = exp(later.maximum[r] - top);
-            maximum[r] = top;
-            total[r] = total[r] * mine + later.total[r] * theirs;
-            for (int64_t at = 0; at < width; at += LANES) {
-                Floats sum = load(values + r * width, Block{at}) * mine + load(later.values + r * width, Block{at}) * theirs;
-                store(values + r * width, Block{at}, sum);
-            }
-        }
-    }
-
-    static int64_t floats(int64_t rows, int64_t width) { return 2 * rounded_up(rows, LANES) + rows * width; }
-    static Seen at(float* memory, int64_t rows) {
-        return {memory, memory + rounded_up(rows, LANES), memory + 2 * rounded_up(rows, LANES)};
-    }
-};
+AttentionHooks(Score, Mask, Range, bool, bool) -> AttentionHooks<Score, Mask, Range>;
 
 // The sizes of one call. Query position i of sequence b is row row_of(b, i) of q and o.
 template <class E>
@@ -78,50 +57,76 @@ struct AttentionCall {
     const E* sinks;
     const float* slopes;
     float scale;
+
+    int64_t group() const { return query_heads / key_heads; }
 };
 
 struct AttentionTile {
     int64_t sequence, key_head, position, positions;  // positions of the sequence's query rows
 };
 
-// One tile's keys from `range.first` to `range.stop`, at most a part. Memory is laid out in the order of use.
+// Up to 64 keys and values from a multiple of 64 on. Those that no row sees are null.
+template <class E>
+struct KeyStep {
+    KeyRange range;
+    const E* key[KEYS];
+    const E* value[KEYS];
+
+    template <class Keys>
+    static KeyStep of(const Keys& keys, const AttentionTile& tile, KeyRange seen, int64_t first) {
+        KeyStep step = {{first, first + KEYS < seen.stop ? first + KEYS : seen.stop}, {}, {}};
+        const int64_t skipped = seen.first > first ? seen.first - first : 0;
+        keys.find_keys(tile.sequence, tile.key_head, first + skipped, step.range.stop, step.key + skipped);
+        keys.find_values(tile.sequence, tile.key_head, first + skipped, step.range.stop, step.value + skipped);
+        return step;
+    }
+};
+
+template <class Element>
+inline void fetch_rows(const Element* const* row, int64_t width) {
+    for (int64_t r = 0; r < KEYS; ++r)
+        for (int64_t at = 0; at < width; at += 64 / (int64_t)sizeof(Element))
+            if (row[r]) __builtin_prefetch(row[r] + at);
+}
+
+// One tile's keys from `range.first` to `range.stop`, at most a part.
 template <class E, class Keys, class Hooks>
 class TileWorker {
    public:
     TileWorker(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTile& tile)
-        : call(call), keys(keys), hooks(hooks), tile(tile), group(call.query_heads / call.key_heads),
-          rows(tile.positions * group), width(rounded_up(call.value_width, LANES)),
-          products(rows, call.key_width, call.value_width) {
-        largest = scratch<float>(1, 3 * rounded_up(rows, LANES));
-        shift = largest + rounded_up(rows, LANES);
-        fade = shift + rounded_up(rows, LANES);
-        const E** row = scratch<const E*>(0, rows);
-        for (int64_t r = 0; r < rows; ++r)
-            row[r] = call.q + keys.row(tile.sequence, position(r)) * call.q_row + head(r) * call.q_head;
+        : call(call), keys(keys), hooks(hooks), tile(tile), group(call.group()), rows(tile.positions * group),
+          width(round_up(call.value_width, LANES)), modifies(hooks.modifies || call.slopes || call.scale <= 0),
+          factor(LOG2_E * (modifies ? 1.0f : call.scale)), products(rows, call.key_width, call.value_width) {
+        const E** row = scratch<const E*>(1, rows);
+        for (int64_t r = 0; r < rows; ++r) row[r] = call.q + row_of(r) * call.q_row + head(r) * call.q_head;
         products.take_queries(row);
     }
 
     void see(KeyRange range, Seen seen) {
         seen.clear(rows, width);
-        for (int64_t first = range.first / KEYS * KEYS; first < range.stop; first += KEYS) {
-            int64_t skipped = range.first > first ? range.first - first : 0;
-            int64_t count = range.stop - first < KEYS ? range.stop - first : KEYS;
-            const E *key[KEYS] = {}, *value[KEYS] = {};
-            keys.find_keys(tile.sequence, tile.key_head, first + skipped, first + count, key + skipped);
-            keys.find_values(tile.sequence, tile.key_head, first + skipped, first + count, value + skipped);
-            fetch_rows(value + skipped, count - skipped, call.value_width);
-            products.multiply_keys(key);
-            weigh(first, count, seen);
-            products.add_values(value, seen.values);
+        if (range.first >= range.stop) return;
+        int64_t first = range.first / KEYS * KEYS;
+        KeyStep<E> step = KeyStep<E>::of(keys, tile, range, first);
+        for (; first < range.stop; first += KEYS) {
+            KeyStep<E> next = {};
+            if (first + KEYS < range.stop) next = KeyStep<E>::of(keys, tile, range, first + KEYS);
+            fetch_rows(next.key, call.key_width);
+            products.take_keys(step.key);
+            fetch_rows(next.value, call.value_width);
+            products.take_values(step.value);
+            for (int64_t r = 0; r < rows; r += BLOCK) see_block(r, step.range, seen);
+            step = next;
         }
     }
 
-    // Divides by the sums, to which a sink adds its exponential, and rounds; a row that saw no key is 0.
+    // Divides by the sums, to which a sink adds its power, and rounds; a row that saw no key is 0.
     void finish(Seen seen) {
         for (int64_t r = 0; r < rows; ++r) {
-            E* row = call.o + keys.row(tile.sequence, position(r)) * call.o_row + head(r) * call.o_head;
-            float factor = seen.total[r] == 0.0f ? 0.0f : 1.0f / total(r, seen);
-            sweep(call.value_width, [&](auto i) { store(row, i, to<E>(load(seen.values + r * width, i) * factor)); });
+            E* row = call.o + row_of(r) * call.o_row + head(r) * call.o_head;
+            const float total = sum_of_lanes(load(seen.total + r * LANES, Block{0}));
+            const float sink = call.sinks ? power(value(call.sinks[head(r)]) * LOG2_E - seen.maximum[r]) : 0.0f;
+            const float share = total == 0.0f ? 0.0f : 1.0f / (total + sink);
+            sweep(call.value_width, [&](auto i) { store(row, i, to<E>(load(seen.values + r * width, i) * share)); });
         }
     }
 
@@ -132,71 +137,90 @@ class TileWorker {
     const Keys& keys;
     const Hooks& hooks;
     const AttentionTile& tile;
-    int64_t group, rows, width;
+    const int64_t group, rows, width;
+    const bool modifies;
+    const float factor;  // makes a score an exponent of two
     TileProducts<E> products;
-    float *largest, *shift, *fade;  // of each row, in this step
 
-    int64_t position(int64_t r) const { return tile.position + r / group; }
+    int64_t position(int64_t r) const { return keys.position(tile.sequence, tile.position + r / group); }
+    int64_t row_of(int64_t r) const { return keys.row(tile.sequence, tile.position + r / group); }
     int64_t head(int64_t r) const { return tile.key_head * group + r % group; }
 
-    float total(int64_t r, Seen seen) const {
-        if (!call.sinks) return seen.total[r];
-        float sink = value(call.sinks[head(r)]);
-        return seen.total[r] + exp(sink - seen.maximum[r]);
-    }
-
-    // Products become exponentials under the new maxima; what was seen before fades to them. Each step goes over all rows
-    // before the next one does, as the steps of one row wait for each other.
-    void weigh(int64_t first, int64_t count, Seen seen) {
-        for (int64_t r = 0; r < rows; ++r) largest[r] = score_row(r, first, count);
-        for (int64_t r = 0; r < rows; r += LANES) {
-            Floats before = load(seen.maximum + r, Block{0}), now = maximum(before, load(largest + r, Block{0}));
-            Floats from = now == -INFINITY ? Floats{} : now;  // a row that sees nothing yet: e^-inf is 0
-            store(seen.maximum + r, Block{0}, now);
-            store(shift + r, Block{0}, from);
-            store(fade + r, Block{0}, weight_of(before - from));
+    // Rows from r on, at most a block of them, see the keys of a step.
+    void see_block(int64_t r, KeyRange step, Seen seen) {
+        const int64_t count = rows - r < BLOCK ? rows - r : BLOCK, length = keys.length(tile.sequence);
+        const int64_t first = position(r), last = position(r + count - 1);
+        if (!step.meets(hooks.seen_by_any(first, last, length))) return;
+        const bool is_whole = step.stop - step.first == KEYS && hooks.seen_by_all(first, last, length).holds(step);
+        products.multiply_keys(r, count);
+        alignas(64) float shift[BLOCK], fade[BLOCK];
+        Floats top[BLOCK];
+        for (int64_t i = 0; i < BLOCK; ++i)
+            top[i] = i >= count ? lanes(-INFINITY) : modifies || !is_whole ? score_row(r, i, step) : largest_score(i);
+        const Floats before = load(seen.maximum + r, Block{0}), now = larger(largest_of_rows(top) * factor, before);
+        store(seen.maximum + r, Block{0}, now);
+        store(shift, Block{0}, shift_of(now));
+        store(fade, Block{0}, power(before - shift_of(now)));
+        for (int64_t i = 0; i < count; ++i) {
+            float* total = seen.total + (r + i) * LANES;
+            store(total, Block{0}, fma(load(total, Block{0}), lanes(fade[i]), weigh_row(i, shift[i])));
         }
-        for (int64_t r = 0; r < rows; ++r) seen.total[r] = seen.total[r] * fade[r] + weigh_row(r);
-        for (int64_t r = 0; r < rows; ++r)
-            if (fade[r] != 1.0f)
-                for (int64_t at = 0; at < width; at += LANES)
-                    store(seen.values + r * width, Block{at}, load(seen.values + r * width, Block{at}) * fade[r]);
+        products.add_values(count, fade, seen.values + r * width);
     }
 
-    float score_row(int64_t r, int64_t first, int64_t count) {
-        const int32_t m = (int32_t)keys.position(tile.sequence, position(r)), h = (int32_t)head(r);
-        const int32_t stop = (int32_t)(first + count);
-        float* row = products.scores + r * KEYS;
+    Floats largest_score(int64_t i) const {
+        const float* row = products.scores + i * KEYS;
+        Floats top = load(row, Block{0});
+        for (int v = LANES; v < KEYS; v += LANES) top = larger(load(row, Block{v}), top);
+        return top;
+    }
+
+    // Products become scores, of keys that the row sees.
+    Floats score_row(int64_t r, int64_t i, KeyRange step) {
+        const int32_t m = (int32_t)position(r + i), h = (int32_t)head(r + i);
+        float* row = products.scores + i * KEYS;
         Floats top = lanes(-INFINITY);
         for (int v = 0; v < KEYS; v += LANES) {
-            Ints n = LANE_NUMBERS + (int32_t)(first + v);
-            Floats product = load(row, Block{v}) * call.scale;
-            if (call.slopes) product += call.slopes[h] * __builtin_convertvector(n - m, Floats);
-            Ints is_seen = hooks.mask_mod(m, n, h) & (n < stop);
-            Floats score = is_seen ? hooks.score_mod(product, m, n, h) : lanes(-INFINITY);
+            const Ints n = LANE_NUMBERS + (int32_t)(step.first + v);
+            Floats score = load(row, Block{v});
+            if (modifies) {
+                score *= call.scale;
+                if (call.slopes) score += call.slopes[h] * __builtin_convertvector(n - m, Floats);
+                score = hooks.score_mod(score, m, n, h);
+            }
+            const Ints is_seen = hooks.mask_mod(m, n, h) & (n < (int32_t)step.stop);
+            score = is_seen ? score : lanes(-INFINITY);
             store(row, Block{v}, score);
-            top = maximum(top, score);
+            top = larger(score, top);
         }
-        return largest_lane(top);
+        return top;
     }
 
-    float weigh_row(int64_t r) {
-        float* row = products.scores + r * KEYS;
+    // Scores become weights; the result is their sums by lane.
+    Floats weigh_row(int64_t i, float shift) {
+        const float* row = products.scores + i * KEYS;
         Floats sum = {};
-        for (int v = 0; v < KEYS; v += LANES) {
-            Floats weight = weight_of(load(row, Block{v}) - shift[r]);
-            sum += weight;
-            products.put_weight(r, v, weight);
+        for (int v = 0; v < KEYS; v += 2 * LANES) {
+            const Floats weight = power(fma(load(row, Block{v}), lanes(factor), lanes(-shift)));
+            const Floats next = power(fma(load(row, Block{v + LANES}), lanes(factor), lanes(-shift)));
+            sum += weight + next;
+            products.put_weights(i, v, weight, next);
         }
-        return sum_of_lanes(sum);
+        return sum;
     }
+};
+
+// The tiles of a call, and how much there is to do.
+struct AttentionTiles {
+    AttentionTile* tile;
+    int64_t count, rows, most_parts, work;  // rows and parts: at most, of one tile
 };
 
 // The keys that any row of a tile sees.
 template <class Keys, class Hooks>
 inline KeyRange tile_range(const Keys& keys, const Hooks& hooks, const AttentionTile& tile) {
     int64_t first = keys.position(tile.sequence, tile.position), length = keys.length(tile.sequence);
-    return hooks.range(first, first + tile.positions - 1, length);
+    return hooks.seen_by_any(first, first + tile.positions - 1, length);
 }
 
 inline KeyRange part_of(KeyRange range, int64_t start) {
@@ -204,126 +228,82 @@ inline KeyRange part_of(KeyRange range, int64_t start) {
     return {start > range.first ? start : range.first, stop < range.stop ? stop : range.stop};
 }
 
-// All sequences. Where there are few tiles, the parts of their keys are shared out between threads instead.
+// Tiles of whole blocks of rows, as far as a sequence has them; the last positions of a prompt, which see most, come first.
 template <class E, class Keys, class Hooks>
-inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks) {
-    const int64_t group = call.query_heads / call.key_heads;
-    const int64_t positions = TILE_ROWS / group > 1 ? TILE_ROWS / group : 1;
-    int64_t num_tiles = 0;
+inline AttentionTiles cut_tiles(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks) {
+    const int64_t fitting = TILE_ROWS / call.group() / BLOCK * BLOCK, positions = fitting > BLOCK ? fitting : BLOCK;
+    int64_t count = 0;
     for (int64_t b = 0; b < call.sequences; ++b)
-        num_tiles += (keys.queries(b) + positions - 1) / positions * call.key_heads;
-    AttentionTile* tiles = scratch<AttentionTile>(1, num_tiles + 1);
-    int64_t at = 0, most_parts = 1, work = 0;
+        count += (keys.queries(b) + positions - 1) / positions * call.key_heads;
+    AttentionTiles tiles = {scratch<AttentionTile>(4, count + 1), 0, 1, 1, 0};
     for (int64_t b = 0; b < call.sequences; ++b)
-        for (int64_t start = 0; start < keys.queries(b); start += positions)
+        for (int64_t start = round_up(keys.queries(b), positions) - positions; start >= 0; start -= positions)
             for (int64_t g = 0; g < call.key_heads; ++g) {
-                int64_t left = keys.queries(b) - start;
-                tiles[at] = {b, g, start, left < positions ? left : positions};
-                KeyRange range = tile_range(keys, hooks, tiles[at]);
-                int64_t parts = (range.stop + PART - 1) / PART;
-                most_parts = parts > most_parts ? parts : most_parts;
-                work += tiles[at++].positions * group * (range.stop - range.first) * call.key_width;
+                const AttentionTile tile = {b, g, start, minimum(keys.queries(b) - start, positions)};
+                const KeyRange range = tile_range(keys, hooks, tile);
+                tiles.tile[tiles.count++] = tile;
+                tiles.rows = maximum(tiles.rows, tile.positions * call.group());
+                tiles.most_parts = maximum(tiles.most_parts, (range.stop + PART - 1) / PART);
+                tiles.work += tile.positions * call.group() * (range.stop - range.first) * call.key_width;
             }
-    const int64_t width = rounded_up(call.value_width, LANES), rows = positions * group;
-    const int64_t floats = Seen::floats(rows, width);
-#ifdef _OPENMP
-    const int64_t threads = omp_get_max_threads();
-#else
-    const int64_t threads = 1;
-#endif
-    if (threads == 1 || most_parts == 1 || num_tiles >= 4 * threads) {
-#pragma omp parallel for schedule(dynamic) if (num_tiles > 1 && work >= PARALLEL_WORK)
-        for (int64_t t = 0; t < num_tiles; ++t) {
-            TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
-            float* memory = scratch<float>(2, 2 * floats);
-            Seen all = Seen::at(memory, rows), part = Seen::at(memory + floats, rows);
-            all.clear(worker.num_rows(), width);
-            KeyRange range = tile_range(keys, hooks, tiles[t]);
-            for (int64_t start = range.first / PART * PART; start < range.stop; start += PART) {
-                worker.see(part_of(range, start), part);
-                all.merge(part, worker.num_rows(), width);
-            }
-            worker.finish(all);
-        }
-        return;
-    }
-    float* memory = scratch<float>(3, num_tiles * most_parts * floats);
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int64_t t = 0; t < num_tiles; ++t)
-        for (int64_t p = 0; p < most_parts; ++p) {
-            KeyRange range = part_of(tile_range(keys, hooks, tiles[t]), p * PART);
-            if (range.first >= range.stop) continue;
-            TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
-            worker.see(range, Seen::at(memory + (t * most_parts + p) * floats, rows));
-        }
-#pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < num_tiles; ++t) {
-        TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
-        Seen all = Seen::at(scratch<float>(2, floats), rows);
-        all.clear(worker.num_rows(), width);
-        for (int64_t p = 0; p < most_parts; ++p) {
-            KeyRange range = part_of(tile_range(keys, hooks, tiles[t]), p * PART);
-            if (range.first < range.stop)
-                all.merge(Seen::at(memory + (t * most_parts + p) * floats, rows), worker.num_rows(), width);
+    return tiles;
+}
+
+// A thread takes one tile after the other, and goes over its parts.
+template <class E, class Keys, class Hooks>
+inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTiles& tiles) {
+    const int64_t width = round_up(call.value_width, LANES), floats = Seen::floats(tiles.rows, width);
+#pragma omp parallel for schedule(dynamic) if (tiles.count > 1 && tiles.work >= PARALLEL_WORK)
+    for (int64_t t = 0; t < tiles.count; ++t) {
+        TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
+        float* memory = scratch<float>(2, 2 * floats);
+        Seen all = Seen::at(memory, tiles.rows), part = Seen::at(memory + floats, tiles.rows);
+        const KeyRange range = tile_range(keys, hooks, tiles.tile[t]);
+        int64_t start = range.first / PART * PART;
+        worker.see(part_of(range, start), all);
+        while ((start += PART) < range.stop) {
+            worker.see(part_of(range, start), part);
+            all.merge(part, worker.num_rows(), width);
         }
         worker.finish(all);
     }
 }
 
-// Where keys, values and query rows lie.
-
-// In a paged cache: a sequence's query rows are its last positions.
-template <class E>
-struct PagedKeys {
-    const E* k;
-    int64_t k_page, k_slot, k_head;
-    const E* v;
-    int64_t v_page, v_slot, v_head;
-    const int32_t* block_table;
-    int64_t table_row, block_size;
-    const int32_t* seq_lens;
-    const int32_t* q_start;  // null where every sequence has one row
-
-    int64_t length(int64_t b) const { return seq_lens[b]; }
-    int64_t queries(int64_t b) const { return q_start ? q_start[b + 1] - q_start[b] : 1; }
-    int64_t row(int64_t b, int64_t i) const { return q_start ? q_start[b] + i : b; }
-    int64_t position(int64_t b, int64_t i) const { return length(b) - queries(b) + i; }
-    void find_keys(int64_t b, int64_t g, int64_t first, int64_t stop, const E** rows) const {
-        find(k + g * k_head, k_page, k_slot, b, first, stop, rows);
-    }
-    void find_values(int64_t b, int64_t g, int64_t first, int64_t stop, const E** rows) const {
-        find(v + g * v_head, v_page, v_slot, b, first, stop, rows);
-    }
-    void find(
-        const E* cache, int64_t page, int64_t slot, int64_t b, int64_t first, int64_t stop, const E** rows) const {
-        const int32_t* blocks = block_table + b * table_row;
-        for (int64_t n = first; n < stop;) {
-            int64_t offset = n % block_size, rest = block_size - offset;
-            const E* row = cache + blocks[n / block_size] * page + offset * slot;
-            for (int64_t run = stop - n < rest ? stop - n : rest; run > 0; --run, ++n, row += slot) *rows++ = row;
+// Threads share out the parts of few tiles, and merge them afterwards.
+template <class E, class Keys, class Hooks>
+inline void attend_parts(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTiles& tiles) {
+    const int64_t width = round_up(call.value_width, LANES), floats = Seen::floats(tiles.rows, width);
+    float* memory = scratch<float>(3, tiles.count * tiles.most_parts * floats);
+    const auto seen_by = [&](int64_t t, int64_t p) {
+        return Seen::at(memory + (t * tiles.most_parts + p) * floats, tiles.rows);
+    };
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int64_t t = 0; t < tiles.count; ++t)
+        for (int64_t p = 0; p < tiles.most_parts; ++p) {
+            const KeyRange range = part_of(tile_range(keys, hooks, tiles.tile[t]), p * PART);
+            TileWorker<E, Keys, Hooks>(call, keys, hooks, tiles.tile[t]).see(range, seen_by(t, p));
         }
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < tiles.count; ++t) {
+        TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
+        for (int64_t p = 1; p < tiles.most_parts; ++p) seen_by(t, 0).merge(seen_by(t, p), worker.num_rows(), width);
+        worker.finish(seen_by(t, 0));
     }
-};
+}
 
-// Side by side: the keys of a sequence are the rows of its queries.
-template <class E>
-struct OwnKeys {
-    const E* k;
-    int64_t k_row, k_head;
-    const E* v;
-    int64_t v_row, v_head;
-    const int32_t* q_start;
-
-    int64_t length(int64_t b) const { return q_start[b + 1] - q_start[b]; }
-    int64_t queries(int64_t b) const { return length(b); }
-    int64_t row(int64_t b, int64_t i) const { return q_start[b] + i; }
-    int64_t position(int64_t, int64_t i) const { return i; }
-    void find_keys(int64_t b, int64_t g, int64_t first, int64_t stop, const E** rows) const {
-        for (int64_t n = first; n < stop; ++n) *rows++ = k + row(b, n) * k_row + g * k_head;
-    }
-    void find_values(int64_t b, int64_t g, int64_t first, int64_t stop, const E** rows) const {
-        for (int64_t n = first; n < stop; ++n) *rows++ = v + row(b, n) * v_row + g * v_head;
-    }
-};
+// All sequences.
+template <class E, class Keys, class Hooks>
+inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks) {
+#ifdef _OPENMP
+    const int64_t threads = omp_get_max_threads();
+#else
+    const int64_t threads = 1;
+#endif
+    const AttentionTiles tiles = cut_tiles(call, keys, hooks);
+    if (threads == 1 || tiles.most_parts == 1 || tiles.count >= 4 * threads)
+        attend_tiles(call, keys, hooks, tiles);
+    else
+        attend_parts(call, keys, hooks, tiles);
+}
 
 }  // namespace sage

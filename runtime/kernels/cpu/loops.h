@@ -7,6 +7,8 @@ namespace sage {
 
 constexpr int64_t PARALLEL_WORK = 32 * 1024;  // elements below which a second thread costs more than it helps
 
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
 // Rows, shared out between threads; each is computed by one thread in one order, so results do not depend on their number.
 template <class Body>
 inline void each_row(int64_t rows, int64_t elements, Body&& body) {

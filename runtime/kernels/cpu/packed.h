@@ -25,8 +25,6 @@ struct Packing<bf16> {
     using Word = uint32_t;
 };
 
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // Elements of a panel, and of a packed [gates * N][K].
 inline int64_t panel_size(int64_t K) { return PANEL * round_up(K, DEPTH); }
 inline int64_t packed_size(int64_t gates, int64_t N, int64_t K) {
