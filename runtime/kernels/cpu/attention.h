@@ -90,7 +90,7 @@ inline void fetch_rows(const Element* const* row, int64_t width) {
 }
 
 // One tile's keys from `range.first` to `range.stop`, at most a part.
-template <class E, class Keys, class Hooks>
+template <class Products, class E, class Keys, class Hooks>
 class TileWorker {
    public:
     TileWorker(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTile& tile)
@@ -114,7 +114,7 @@ class TileWorker {
             products.take_keys(step.key);
             fetch_rows(next.value, call.value_width);
             products.take_values(step.value);
-            for (int64_t r = 0; r < rows; r += BLOCK) see_block(r, step.range, seen);
+            see_step(step.range, seen);
             step = next;
         }
     }
@@ -140,45 +140,65 @@ class TileWorker {
     const int64_t group, rows, width;
     const bool modifies;
     const float factor;  // makes a score an exponent of two
-    TileProducts<E> products;
+    Products products;
 
     int64_t position(int64_t r) const { return keys.position(tile.sequence, tile.position + r / group); }
     int64_t row_of(int64_t r) const { return keys.row(tile.sequence, tile.position + r / group); }
     int64_t head(int64_t r) const { return tile.key_head * group + r % group; }
 
-    // Rows from r on, at most a block of them, see the keys of a step.
-    void see_block(int64_t r, KeyRange step, Seen seen) {
-        const int64_t count = rows - r < BLOCK ? rows - r : BLOCK, length = keys.length(tile.sequence);
-        const int64_t first = position(r), last = position(r + count - 1);
-        if (!step.meets(hooks.seen_by_any(first, last, length))) return;
-        const bool is_whole = step.stop - step.first == KEYS && hooks.seen_by_all(first, last, length).holds(step);
-        products.multiply_keys(r, count);
+    // Up to 16 rows from `first` on, and whether all of them see all keys of a step.
+    struct RowBlock {
+        int64_t first, count;
+        bool is_whole;
+        float* scores;
+    };
+
+    // All rows see the keys of a step. A block is multiplied before the one ahead of it is weighed: one by tiles, the other
+    // by vectors, at the same time.
+    void see_step(KeyRange step, Seen seen) {
+        RowBlock before = {};
+        for (int64_t r = 0; r < rows; r += BLOCK) {
+            RowBlock block = {r, rows - r < BLOCK ? rows - r : BLOCK, false, products.scores_of(r / BLOCK)};
+            const int64_t first = position(r), last = position(r + block.count - 1), length = keys.length(tile.sequence);
+            if (!step.meets(hooks.seen_by_any(first, last, length))) continue;
+            block.is_whole = step.stop - step.first == KEYS && hooks.seen_by_all(first, last, length).holds(step);
+            products.multiply_keys(block.scores, r, block.count);
+            if (before.count) weigh(before, step, seen);
+            before = block;
+        }
+        if (before.count) weigh(before, step, seen);
+    }
+
+    // Scores become weights under the new maxima; what was seen before fades to them.
+    void weigh(const RowBlock& block, KeyRange step, Seen seen) {
         alignas(64) float shift[BLOCK], fade[BLOCK];
         Floats top[BLOCK];
         for (int64_t i = 0; i < BLOCK; ++i)
-            top[i] = i >= count ? lanes(-INFINITY) : modifies || !is_whole ? score_row(r, i, step) : largest_score(i);
-        const Floats before = load(seen.maximum + r, Block{0}), now = larger(largest_of_rows(top) * factor, before);
-        store(seen.maximum + r, Block{0}, now);
+            top[i] = i >= block.count ? lanes(-INFINITY)
+                     : modifies || !block.is_whole ? score_row(block, i, step) : largest_score(block, i);
+        const Floats before = load(seen.maximum + block.first, Block{0});
+        const Floats now = larger(largest_of_rows(top) * factor, before), fades = power(before - shift_of(now));
+        store(seen.maximum + block.first, Block{0}, now);
         store(shift, Block{0}, shift_of(now));
-        store(fade, Block{0}, power(before - shift_of(now)));
-        for (int64_t i = 0; i < count; ++i) {
-            float* total = seen.total + (r + i) * LANES;
-            store(total, Block{0}, fma(load(total, Block{0}), lanes(fade[i]), weigh_row(i, shift[i])));
+        store(fade, Block{0}, fades);
+        for (int64_t i = 0; i < block.count; ++i) {
+            float* total = seen.total + (block.first + i) * LANES;
+            store(total, Block{0}, fma(load(total, Block{0}), lanes(fade[i]), weigh_row(block, i, shift[i])));
         }
-        products.add_values(count, fade, seen.values + r * width);
+        products.add_values(block.scores, block.count, fades, seen.values + block.first * width);
     }
 
-    Floats largest_score(int64_t i) const {
-        const float* row = products.scores + i * KEYS;
+    Floats largest_score(const RowBlock& block, int64_t i) const {
+        const float* row = block.scores + i * KEYS;
         Floats top = load(row, Block{0});
         for (int v = LANES; v < KEYS; v += LANES) top = larger(load(row, Block{v}), top);
         return top;
     }
 
     // Products become scores, of keys that the row sees.
-    Floats score_row(int64_t r, int64_t i, KeyRange step) {
-        const int32_t m = (int32_t)position(r + i), h = (int32_t)head(r + i);
-        float* row = products.scores + i * KEYS;
+    Floats score_row(const RowBlock& block, int64_t i, KeyRange step) const {
+        const int32_t m = (int32_t)position(block.first + i), h = (int32_t)head(block.first + i);
+        float* row = block.scores + i * KEYS;
         Floats top = lanes(-INFINITY);
         for (int v = 0; v < KEYS; v += LANES) {
             const Ints n = LANE_NUMBERS + (int32_t)(step.first + v);
@@ -197,14 +217,14 @@ class TileWorker {
     }
 
     // Scores become weights; the result is their sums by lane.
-    Floats weigh_row(int64_t i, float shift) {
-        const float* row = products.scores + i * KEYS;
+    Floats weigh_row(const RowBlock& block, int64_t i, float shift) {
+        const float* row = block.scores + i * KEYS;
         Floats sum = {};
         for (int v = 0; v < KEYS; v += 2 * LANES) {
             const Floats weight = power(fma(load(row, Block{v}), lanes(factor), lanes(-shift)));
             const Floats next = power(fma(load(row, Block{v + LANES}), lanes(factor), lanes(-shift)));
             sum += weight + next;
-            products.put_weights(i, v, weight, next);
+            products.put_weights(block.scores, i, v, weight, next);
         }
         return sum;
     }
@@ -250,12 +270,12 @@ inline AttentionTiles cut_tiles(const AttentionCall<E>& call, const Keys& keys, 
 }
 
 // A thread takes one tile after the other, and goes over its parts.
-template <class E, class Keys, class Hooks>
+template <class Products, class E, class Keys, class Hooks>
 inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTiles& tiles) {
     const int64_t width = round_up(call.value_width, LANES), floats = Seen::floats(tiles.rows, width);
 #pragma omp parallel for schedule(dynamic) if (tiles.count > 1 && tiles.work >= PARALLEL_WORK)
     for (int64_t t = 0; t < tiles.count; ++t) {
-        TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
+        TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
         float* memory = scratch<float>(2, 2 * floats);
         Seen all = Seen::at(memory, tiles.rows), part = Seen::at(memory + floats, tiles.rows);
         const KeyRange range = tile_range(keys, hooks, tiles.tile[t]);
@@ -270,7 +290,7 @@ inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const H
 }
 
 // Threads share out the parts of few tiles, and merge them afterwards.
-template <class E, class Keys, class Hooks>
+template <class Products, class E, class Keys, class Hooks>
 inline void attend_parts(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTiles& tiles) {
     const int64_t width = round_up(call.value_width, LANES), floats = Seen::floats(tiles.rows, width);
     float* memory = scratch<float>(3, tiles.count * tiles.most_parts * floats);
@@ -281,19 +301,19 @@ inline void attend_parts(const AttentionCall<E>& call, const Keys& keys, const H
     for (int64_t t = 0; t < tiles.count; ++t)
         for (int64_t p = 0; p < tiles.most_parts; ++p) {
             const KeyRange range = part_of(tile_range(keys, hooks, tiles.tile[t]), p * PART);
-            TileWorker<E, Keys, Hooks>(call, keys, hooks, tiles.tile[t]).see(range, seen_by(t, p));
+            TileWorker<Products, E, Keys, Hooks>(call, keys, hooks, tiles.tile[t]).see(range, seen_by(t, p));
         }
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < tiles.count; ++t) {
-        TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
+        TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
         for (int64_t p = 1; p < tiles.most_parts; ++p) seen_by(t, 0).merge(seen_by(t, p), worker.num_rows(), width);
         worker.finish(seen_by(t, 0));
     }
 }
 
-// All sequences.
-template <class E, class Keys, class Hooks>
-inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks) {
+// All sequences, by some products.
+template <class Products, class E, class Keys, class Hooks>
+inline void attend_by(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks) {
 #ifdef _OPENMP
     const int64_t threads = omp_get_max_threads();
 #else
@@ -301,9 +321,18 @@ inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& 
 #endif
     const AttentionTiles tiles = cut_tiles(call, keys, hooks);
     if (threads == 1 || tiles.most_parts == 1 || tiles.count >= 4 * threads)
-        attend_tiles(call, keys, hooks, tiles);
+        attend_tiles<Products>(call, keys, hooks, tiles);
     else
-        attend_parts(call, keys, hooks, tiles);
+        attend_parts<Products>(call, keys, hooks, tiles);
+}
+
+template <class E, class Keys, class Hooks>
+inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<E, bf16>)
+        if (allows("amx") || allows("pairs")) return attend_by<PairProducts>(call, keys, hooks);
+#endif
+    attend_by<FloatProducts<E>>(call, keys, hooks);
 }
 
 }  // namespace sage

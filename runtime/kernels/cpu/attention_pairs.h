@@ -1,8 +1,7 @@
-// The two products of attention in bf16, by the machine's way of multiplying packed weights (ways.h), AMX or AVX512_BF16.
+// The two products of attention in bf16 by AMX or AVX512_BF16, which take keys and values packed as weights are (ways.h).
 //
-// Keys and values are packed as weights are. A weight of attention is split into two bf16, so that its 16 bits of mantissa
-// cost next to nothing in accuracy; the lower halves are rows of their own. Of few rows, AMX multiplies the keys by the
-// queries instead: then only the queries are packed, and the sums are the same.
+// A weight of attention is split into two bf16, so that its 16 bits of mantissa cost next to nothing in accuracy. Of few
+// rows, AMX multiplies the keys as they lie by the packed queries instead of the other way round; the sums are the same.
 #pragma once
 
 #include "attention_products.h"
@@ -22,26 +21,36 @@ inline __m512i load_pairs(const bf16* row, int64_t at, int64_t length) {
                          : _mm512_maskz_loadu_epi16(left > 0 ? (1u << left) - 1 : 0, row + at);
 }
 
-template <>
-class TileProducts<bf16> {
-   public:
-    float* scores;
+// How far apart 16 rows lie, if all are there and lie evenly; else 0.
+inline int64_t distance(const bf16* const* row) {
+    const int64_t bytes = (const char*)row[1] - (const char*)row[0];
+    const __m512i steps = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(bytes));
+    const __m512i first = _mm512_add_epi64(_mm512_set1_epi64((int64_t)row[0]), steps);
+    const __m512i second = _mm512_add_epi64(first, _mm512_set1_epi64(8 * bytes));
+    const int uneven = _mm512_cmpneq_epi64_mask(first, _mm512_loadu_si512(row)) |
+                       _mm512_cmpneq_epi64_mask(second, _mm512_loadu_si512(row + 8));
+    return uneven || !row[0] ? 0 : bytes / (int64_t)sizeof(bf16);
+}
 
-    TileProducts(int64_t rows, int64_t key_width, int64_t value_width)
+class PairProducts {
+   public:
+    PairProducts(int64_t rows, int64_t key_width, int64_t value_width)
         : way(sage::way<bf16, 6, 4, 4, 2>()), rows(rows), key_width(key_width), value_width(value_width),
-          depth(round_up(key_width, DEPTH)), panels(round_up(value_width, DEPTH) / PANEL),
-          lower_rows(rows <= BLOCK / 2 ? BLOCK / 2 : BLOCK), turns_keys(way.row_step == BLOCK && rows <= BLOCK) {
+          depth(round_up(key_width, DEPTH)), panels(round_up(value_width, PANEL) / PANEL), is_tiled(way.row_step == BLOCK),
+          turns_keys(is_tiled && rows <= BLOCK), weight_row(is_tiled ? DEPTH : KEYS), weight_step(is_tiled ? BLOCK : 1) {
         const int64_t whole = round_up(rows, BLOCK);
-        scores = scratch<float>(0, BLOCK * KEYS + KEYS * PANEL + 2 * BLOCK * 4 * PANEL);
-        sums_of_block = scores + BLOCK * KEYS;
-        queries = scratch<bf16>(0, (whole + KEYS) * depth + 2 * BLOCK * KEYS + KEYS * panels * PANEL);
+        scores = scratch<float>(0, 2 * BLOCK * KEYS + 2 * MAX_SUMS);
+        sums_of_block = scores + 2 * BLOCK * KEYS;
+        queries = scratch<bf16>(0, (whole + KEYS) * depth + 2 * BLOCK * KEYS + KEYS * (panels + 1) * PANEL);
         packed_keys = queries + whole * depth;
         weights = packed_keys + KEYS * depth;
         packed_values = weights + 2 * BLOCK * KEYS;
         way.begin();
     }
-    ~TileProducts() { way.end(); }
-    TileProducts(const TileProducts&) = delete;
+    ~PairProducts() { way.end(); }
+    PairProducts(const PairProducts&) = delete;
+
+    float* scores_of(int64_t block) { return scores + block % 2 * BLOCK * KEYS; }
 
     void take_queries(const bf16* const* row) {
         if (!turns_keys) return way.prepare(queries, row, rows, key_width);
@@ -52,71 +61,67 @@ class TileProducts<bf16> {
 
     void take_keys(const bf16* const* row) {
         for (int64_t key = 0; key < KEYS; key += PANEL)
-            if (!turns_keys)
-                pack_panel(packed_keys + key * depth, row + key);
+            if (turns_keys)
+                lay_keys(key, row + key);
             else
-                for (int64_t k = key; k < key + PANEL; ++k)
-                    for (int64_t at = 0; at < depth; at += DEPTH)
-                        _mm512_store_si512(prepared(packed_keys, k, at, depth), load_pairs(row[k], at, key_width));
+                pack_panel(packed_keys + key * depth, row + key);
     }
 
     // Pairs are of keys 16 apart, as the weights' are
     void take_values(const bf16* const* row) {
-        for (int64_t k = 0; k < KEYS; k = k % DEPTH == PANEL - 1 ? k + 1 + PANEL : k + 1)
-            for (int64_t p = 0; p < panels; p += 2) {
-                const __m512i a = load_pairs(row[k], p * PANEL, value_width);
-                const __m512i b = load_pairs(row[k + PANEL], p * PANEL, value_width);
-                const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-                bf16* place = packed_values + p * PANEL * KEYS + (k / DEPTH * DEPTH + k % DEPTH * 2) * PANEL;
-                _mm512_store_si512(place, _mm512_permutex2var_epi64(low, FIRST_LANES, high));
-                _mm512_store_si512(place + PANEL * KEYS, _mm512_permutex2var_epi64(low, LAST_LANES, high));
-            }
+        for (int64_t key = 0; key < KEYS; key += DEPTH)
+            for (int64_t k = 0; k < DEPTH / 2; ++k)
+                for (int64_t p = 0; p < panels; p += 2) {
+                    const __m512i a = load_pairs(row[key + k], p * PANEL, value_width);
+                    const __m512i b = load_pairs(row[key + k + DEPTH / 2], p * PANEL, value_width);
+                    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+                    bf16* place = packed_values + (p * KEYS + key + 2 * k) * PANEL;
+                    _mm512_store_si512(place, _mm512_permutex2var_epi64(low, FIRST_LANES, high));
+                    if (p + 1 < panels)
+                        _mm512_store_si512(place + KEYS * PANEL, _mm512_permutex2var_epi64(low, LAST_LANES, high));
+                }
     }
 
-    void multiply_keys(int64_t first, int64_t count) {
-        if (!turns_keys) return multiply(scores, queries, first, count, depth, packed_keys, KEYS / PANEL);
-        multiply(sums_of_block, packed_keys, 0, KEYS, depth, queries, 1);
-        for (int64_t key = 0; key < KEYS; key += LANES)
-            for (int64_t r = 0; r < count; r += 4) turn_four(key, r);
+    void multiply_keys(float* to, int64_t first, int64_t count) {
+        if (!turns_keys) return multiply(to, queries, first, count, depth, packed_keys, KEYS / PANEL);
+#if defined(SAGE_AMX)
+        for (int64_t key = 0; key < KEYS; key += PANEL) {
+            amx::rows_as_they_lie(sums_of_block, keys[key / PANEL].row, keys[key / PANEL].apart, depth, queries);
+            for (int64_t r = 0; r < count; r += 4) turn_four(to + r * KEYS + key, sums_of_block + r);
+        }
+#endif
     }
 
-    void put_weights(int64_t r, int64_t key, Floats weight, Floats next) {
+    void put_weights(float*, int64_t i, int64_t key, Floats weight, Floats next) {
         const Bits w = upper_half(weight), n = upper_half(next);
         const Bits w_rest = bits_of<Bits>(weight - bits_of<Floats>(w)), n_rest = bits_of<Bits>(next - bits_of<Floats>(n));
         const Bits upper = w >> 16 | n, lower = w_rest >> 16 | (n_rest & 0xffff0000);
-        memcpy((void*)prepared(weights, r, key, KEYS), &upper, sizeof upper);
-        memcpy((void*)prepared(weights, lower_rows + r, key, KEYS), &lower, sizeof lower);
+        bf16* place = weights + i * weight_row + key * weight_step;
+        memcpy((void*)place, &upper, sizeof upper);
+        memcpy((void*)(place + BLOCK * KEYS), &lower, sizeof lower);
     }
 
-    void add_values(int64_t count, const float* fade, float* sums) {
-        const int64_t width = round_up(value_width, PANEL), all = 2 * lower_rows;
-        const int64_t most = all > way.few_rows ? way.panels : way.few_panels;
-        for (int64_t p = 0; p * PANEL < width; p += most) {
-            const int64_t left = width / PANEL - p, some = left < most ? left : most;
-            multiply(sums_of_block, weights, 0, all, KEYS, packed_values + p * PANEL * KEYS, some);
-            const float *upper = sums_of_block, *lower = sums_of_block + lower_rows * some * PANEL;
-            for (int64_t r = 0; r < count; ++r, upper += some * PANEL, lower += some * PANEL)
-                for (int64_t at = 0; at < some * PANEL; at += LANES) {
-                    float* place = sums + r * width + p * PANEL;
-                    const Floats sum = load(upper, Block{at}) + load(lower, Block{at});
-                    store(place, Block{at}, fma(load(place, Block{at}), lanes(fade[r]), sum));
-                }
+    void add_values(const float*, int64_t count, Floats fade, float* sums) {
+        fade_rows(count, fade, sums, panels * PANEL);
+        for (int64_t p = 0; p < panels; p += 4) {
+            const int64_t some = panels - p < 4 ? panels - p : 4;
+            add_panels(count, sums + p * PANEL, packed_values + p * PANEL * KEYS, some);
         }
     }
 
    private:
+    struct Rows {
+        const bf16* row;
+        int64_t apart;
+    };
+
     const Way<bf16>& way;
     const int64_t rows, key_width, value_width, depth, panels;
-    const int64_t lower_rows;  // the row of the first lower half
-    const bool turns_keys;
-    float* sums_of_block;
+    const bool is_tiled, turns_keys;
+    const int64_t weight_row, weight_step;  // where a weight lies, by the way
+    float *scores, *sums_of_block;
     bf16 *queries, *packed_keys, *weights, *packed_values;
-
-    // Where the way expects 32 elements of row r from `at` on.
-    bf16* prepared(bf16* x, int64_t r, int64_t at, int64_t inner) const {
-        const int64_t step = way.row_step;
-        return x + r / step * step * inner + at * step + r % step * DEPTH;
-    }
+    Rows keys[KEYS / PANEL];  // 16 at a time, if they are not packed
 
     // Pairs along the width, which are words here
     void pack_panel(bf16* panel, const bf16* const* row) const {
@@ -128,19 +133,42 @@ class TileProducts<bf16> {
         }
     }
 
+    // 16 keys side by side: where they are if they are so, else copied.
+    void lay_keys(int64_t key, const bf16* const* row) {
+        keys[key / PANEL] = {row[0], depth == key_width ? distance(row) : 0};
+        if (keys[key / PANEL].apart) return;
+        bf16* copy = packed_keys + key * depth;
+        for (int64_t k = 0; k < PANEL; ++k)
+            for (int64_t at = 0; at < depth; at += DEPTH)
+                _mm512_store_si512(copy + k * depth + at, load_pairs(row[k], at, key_width));
+        keys[key / PANEL] = {copy, depth};
+    }
+
     // Some rows of x by some panels of w, in blocks, the sums as if in one
     void multiply(float* sums, const bf16* x, int64_t first, int64_t count, int64_t inner, const bf16* w,
                   int64_t some) const {
-        const int64_t most = count > way.few_rows ? way.rows : way.few_rows;
-        for (int64_t r = 0; r < count; r += most) {
-            const int64_t left = count - r < most ? count - r : most;
+        for (int64_t r = 0; r < count; r += way.few_rows) {
+            const int64_t left = count - r < way.few_rows ? count - r : way.few_rows;
             way.block(sums + r * some * PANEL, x, first + r, left, inner, w, some, Ahead{nullptr, 0});
         }
     }
 
-    // The sums of four rows from r on with 16 keys, which lie as [key, row], become their scores.
-    void turn_four(int64_t key, int64_t r) const {
-        const float* from = sums_of_block + key * PANEL + r;
+    void add_panels(int64_t count, float* sums, const bf16* w, int64_t some) const {
+        const int64_t width = panels * PANEL;
+        const bf16* lower = weights + BLOCK * KEYS;
+#if defined(SAGE_AMX)
+        if (is_tiled) return amx::add_halves(sums, width, weights, lower, KEYS / DEPTH, w, some);
+#endif
+        float* sums_of_lower = sums_of_block + BLOCK * some * PANEL;
+        multiply(sums_of_block, weights, 0, count, KEYS, w, some);
+        multiply(sums_of_lower, lower, 0, count, KEYS, w, some);
+        for (int64_t r = 0; r < count; ++r)
+            for (int64_t at = r * some * PANEL, to = r * width; at < (r + 1) * some * PANEL; at += LANES, to += LANES)
+                store(sums, Block{to}, load(sums, Block{to}) + load(sums_of_block, Block{at}) + load(sums_of_lower, Block{at}));
+    }
+
+    // Of 16 keys the sums of four rows, [16, PANEL], become those rows' scores.
+    static void turn_four(float* to, const float* from) {
         __m512 sums[4];  // of keys i, i + 4, i + 8 and i + 12
         for (int64_t i = 0; i < 4; ++i, from += PANEL) {
             sums[i] = _mm512_castps128_ps512(_mm_load_ps(from));
@@ -152,11 +180,10 @@ class TileProducts<bf16> {
         const __m512d high = (__m512d)_mm512_unpackhi_ps(sums[0], sums[1]);
         const __m512d next_low = (__m512d)_mm512_unpacklo_ps(sums[2], sums[3]);
         const __m512d next_high = (__m512d)_mm512_unpackhi_ps(sums[2], sums[3]);
-        float* place = scores + r * KEYS + key;
-        _mm512_store_pd(place, _mm512_unpacklo_pd(low, next_low));
-        _mm512_store_pd(place + KEYS, _mm512_unpackhi_pd(low, next_low));
-        _mm512_store_pd(place + 2 * KEYS, _mm512_unpacklo_pd(high, next_high));
-        _mm512_store_pd(place + 3 * KEYS, _mm512_unpackhi_pd(high, next_high));
+        _mm512_store_pd(to, _mm512_unpacklo_pd(low, next_low));
+        _mm512_store_pd(to + KEYS, _mm512_unpackhi_pd(low, next_low));
+        _mm512_store_pd(to + 2 * KEYS, _mm512_unpacklo_pd(high, next_high));
+        _mm512_store_pd(to + 3 * KEYS, _mm512_unpackhi_pd(high, next_high));
     }
 };
 

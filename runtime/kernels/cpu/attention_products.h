@@ -1,9 +1,9 @@
 // The two products of attention: queries by 64 keys, and their weights by 64 values, for 16 query rows at a time.
 //
-// TileProducts<E> holds a tile's queries and one step's keys and values, packed; any number of blocks of rows uses them.
-// `multiply_keys` fills `scores`, [BLOCK, KEYS]; `add_values` takes the weights that were put. Rows of keys and values are
-// told by pointers; null is a row of zeros. What a row gets depends neither on the other rows nor on their number.
-// In float32, except bf16 where the processor multiplies that: attention_pairs.h.
+// A class of products holds a tile's queries and one step's keys and values, packed; all blocks of the tile's rows use
+// them. `multiply_keys` gives scores, [BLOCK, KEYS], `add_values` takes the weights that were put in their place. Rows of
+// keys and values are told by pointers; null is a row of zeros. What a row gets depends neither on the other rows nor on
+// their number. Here in float32; attention_pairs.h has bf16 where the processor multiplies that.
 #pragma once
 
 #include "transpose.h"
@@ -19,14 +19,21 @@ inline Floats load_some(const Element* row, int64_t at, int64_t length) {
     return at + LANES <= length ? load(row, Block{at}) : load(row, Tail{at, length - at});
 }
 
-// C[ROWS, 16 * VECTORS] = A[ROWS, depth] B[depth, 16 * VECTORS], or what the fades leave of C and that; in the order of depth.
+// Rows times a factor each; most are 1.
+inline void fade_rows(int64_t count, Floats fade, float* row, int64_t width) {
+    for (int64_t r = 0; r < count; ++r, row += width)
+        if (fade[r] != 1.0f)
+            for (int64_t at = 0; at < width; at += LANES) store(row, Block{at}, load(row, Block{at}) * fade[r]);
+}
+
+// C[ROWS, 16 * VECTORS] = A[ROWS, depth] B[depth, 16 * VECTORS], added to C or not; every row in the order of depth.
 template <int ROWS, int VECTORS>
 inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row,
-                           int64_t depth, const float* fade) {
+                           int64_t depth, bool adds) {
     Floats sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v)
-            sum[r][v] = fade ? load(c + r * c_row + v * LANES, Block{0}) * fade[r] : Floats{};
+            sum[r][v] = adds ? load(c + r * c_row + v * LANES, Block{0}) : Floats{};
     for (int64_t k = 0; k < depth; ++k) {
         Floats of_b[VECTORS];
         for (int v = 0; v < VECTORS; ++v) of_b[v] = load(b + k * b_row + v * LANES, Block{0});
@@ -39,12 +46,11 @@ inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_
 
 template <int VECTORS>
 inline void multiply_columns(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row,
-                             int64_t rows, int64_t depth, const float* fade) {
+                             int64_t rows, int64_t depth, bool adds) {
     int64_t r = 0;
     const auto block = [&](auto several) {
         for (; r + several <= rows; r += several)
-            multiply_block<several, VECTORS>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth,
-                                             fade ? fade + r : fade);
+            multiply_block<several, VECTORS>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, adds);
     };
     block(std::integral_constant<int, 4>{});
     block(std::integral_constant<int, 3>{});
@@ -53,23 +59,21 @@ inline void multiply_columns(const float* a, int64_t a_row, const float* b, int6
 
 // Columns are padded to whole vectors.
 inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
-                     int64_t columns, int64_t depth, const float* fade) {
+                     int64_t columns, int64_t depth, bool adds) {
     int64_t at = 0;
     for (; at + 4 * LANES <= columns; at += 4 * LANES)
-        multiply_columns<4>(a, a_row, b + at, b_row, c + at, c_row, rows, depth, fade);
+        multiply_columns<4>(a, a_row, b + at, b_row, c + at, c_row, rows, depth, adds);
     for (; at < columns; at += LANES)
-        multiply_columns<1>(a, a_row, b + at, b_row, c + at, c_row, rows, depth, fade);
+        multiply_columns<1>(a, a_row, b + at, b_row, c + at, c_row, rows, depth, adds);
 }
 
 template <class E>
-class TileProducts {
+class FloatProducts {
    public:
-    float* scores;
-
-    TileProducts(int64_t rows, int64_t key_width, int64_t value_width)
+    FloatProducts(int64_t rows, int64_t key_width, int64_t value_width)
         : rows(rows), key_width(key_width), value_width(value_width), depth(round_up(key_width, LANES)),
           width(round_up(value_width, LANES)) {
-        queries = scratch<float>(0, rows * depth + depth * KEYS + KEYS * width + BLOCK * KEYS);
+        queries = scratch<float>(0, rows * depth + depth * KEYS + KEYS * width + 2 * BLOCK * KEYS);
         packed_keys = queries + rows * depth;
         packed_values = packed_keys + depth * KEYS;
         scores = packed_values + KEYS * width;
@@ -99,24 +103,27 @@ class TileProducts {
                 store(packed_values + key * width, Block{at}, row[key] ? load_some(row[key], at, value_width) : Floats{});
     }
 
-    void multiply_keys(int64_t first, int64_t count) {
-        multiply(queries + first * depth, depth, packed_keys, KEYS, scores, KEYS, count, KEYS, key_width, nullptr);
+    float* scores_of(int64_t block) { return scores + block % 2 * BLOCK * KEYS; }
+
+    void multiply_keys(float* to, int64_t first, int64_t count) {
+        multiply(queries + first * depth, depth, packed_keys, KEYS, to, KEYS, count, KEYS, key_width, false);
     }
 
     // The weights of keys `key` to `key` + 16, and of the 16 behind them
-    void put_weights(int64_t r, int64_t key, Floats weight, Floats next) {
-        store(scores + r * KEYS, Block{key}, weight);
-        store(scores + r * KEYS, Block{key + LANES}, next);
+    void put_weights(float* to, int64_t i, int64_t key, Floats weight, Floats next) {
+        store(to + i * KEYS, Block{key}, weight);
+        store(to + i * KEYS, Block{key + LANES}, next);
     }
 
-    // sums[count, width], faded, and the weights times the values
-    void add_values(int64_t count, const float* fade, float* sums) {
-        multiply(scores, KEYS, packed_values, width, sums, width, count, width, KEYS, fade);
+    // What the fades leave of sums[count, width], and the weights times the values
+    void add_values(const float* weights, int64_t count, Floats fade, float* sums) {
+        fade_rows(count, fade, sums, width);
+        multiply(weights, KEYS, packed_values, width, sums, width, count, width, KEYS, true);
     }
 
    private:
     int64_t rows, key_width, value_width, depth, width;
-    float *queries, *packed_keys, *packed_values;
+    float *queries, *packed_keys, *packed_values, *scores;
 };
 
 }  // namespace sage

@@ -31,7 +31,7 @@ inline float power(float x) { return power(lanes(x))[0]; }
 // What is subtracted from scores under a maximum. A row that sees nothing yet has 0, as 2^-inf is 0.
 inline Floats shift_of(Floats maximum) { return maximum == -INFINITY ? Floats{} : maximum; }
 
-// Per row the largest exponent, the sum of the powers in 16 lanes, and the values weighted by them.
+// Per row the largest exponent, the sum of the powers in 16 lanes, and the values weighted by them; in blocks of 16 rows.
 struct Seen {
     float* maximum;
     float* total;   // [rows, LANES]
@@ -39,7 +39,8 @@ struct Seen {
 
     void clear(int64_t rows, int64_t width) {
         for (int64_t r = 0; r < round_up(rows, LANES); ++r) maximum[r] = -INFINITY;
-        memset(total, 0, (size_t)(rows * (LANES + width)) * sizeof(float));
+        memset(total, 0, (size_t)(rows * LANES) * sizeof(float));
+        memset(values, 0, (size_t)(rows * width) * sizeof(float));
     }
 
     void merge(const Seen& later, int64_t rows, int64_t width) {
@@ -52,10 +53,10 @@ struct Seen {
         }
     }
 
-    static int64_t floats(int64_t rows, int64_t width) { return round_up(rows, LANES) + rows * (LANES + width); }
+    static int64_t floats(int64_t rows, int64_t width) { return round_up(rows, LANES) * (1 + LANES + width); }
     static Seen at(float* memory, int64_t rows) {
         float* total = memory + round_up(rows, LANES);
-        return {memory, total, total + rows * LANES};
+        return {memory, total, total + round_up(rows, LANES) * LANES};
     }
 
    private:

@@ -120,6 +120,64 @@ inline void block(float* sums, const void* prepared, int64_t first, int64_t rows
     }
 }
 
+// What attention needs besides: 16 rows as they lie in memory, `stride` elements apart, by one panel; K fills whole tiles.
+inline void rows_as_they_lie(float* sums, const bf16* x, int64_t stride, int64_t K, const bf16* w) {
+    _tile_zero(0);
+    for (int64_t k = 0; k < K; k += DEPTH) {
+        _tile_loadd(4, x + k, stride * sizeof(bf16));
+        _tile_loadd(5, w + k * PANEL, 64);
+        _tile_dpbf16ps(0, 4, 5);
+    }
+    _tile_stored(0, sums, 64);
+}
+
+// And two times 16 prepared rows, the upper and the lower halves of numbers, by up to four panels, added to sums whose rows
+// are `stride` apart.
+template <int PANELS>
+inline void add_halves_of(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps, const bf16* w) {
+    const int64_t panel = steps * TILE, bytes = stride * sizeof(float);
+    _tile_loadd(0, sums, bytes);
+    if constexpr (PANELS > 1) _tile_loadd(1, sums + PANEL, bytes);
+    if constexpr (PANELS > 2) _tile_loadd(2, sums + 2 * PANEL, bytes);
+    if constexpr (PANELS > 3) _tile_loadd(3, sums + 3 * PANEL, bytes);
+    for (int64_t s = 0; s < steps; ++s, upper += TILE, lower += TILE, w += TILE) {
+        _tile_loadd(4, upper, 64);
+        _tile_loadd(5, lower, 64);
+        _tile_loadd(6, w, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(0, 5, 6);
+        if constexpr (PANELS > 1) {
+            _tile_loadd(7, w + panel, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(1, 5, 7);
+        }
+        if constexpr (PANELS > 2) {
+            _tile_loadd(6, w + 2 * panel, 64);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if constexpr (PANELS > 3) {
+            _tile_loadd(7, w + 3 * panel, 64);
+            _tile_dpbf16ps(3, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, bytes);
+    if constexpr (PANELS > 1) _tile_stored(1, sums + PANEL, bytes);
+    if constexpr (PANELS > 2) _tile_stored(2, sums + 2 * PANEL, bytes);
+    if constexpr (PANELS > 3) _tile_stored(3, sums + 3 * PANEL, bytes);
+}
+
+inline void add_halves(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps, const bf16* w,
+                       int64_t panels) {
+    switch (panels) {
+        case 1: return add_halves_of<1>(sums, stride, upper, lower, steps, w);
+        case 2: return add_halves_of<2>(sums, stride, upper, lower, steps, w);
+        case 3: return add_halves_of<3>(sums, stride, upper, lower, steps, w);
+        default: return add_halves_of<4>(sums, stride, upper, lower, steps, w);
+    }
+}
+
 constexpr Way<bf16> WAY = {2 * ROWS, 2, ROWS, 4, ROWS, sizeof(bf16), begin, end, prepare, block};
 
 }  // namespace amx
