@@ -97,6 +97,7 @@ class TileWorker {
         : call(call), keys(keys), hooks(hooks), tile(tile), group(call.group()), rows(tile.positions * group),
           width(round_up(call.value_width, LANES)), modifies(hooks.modifies || call.slopes || call.scale <= 0),
           factor(LOG2_E * (modifies ? 1.0f : call.scale)), products(rows, call.key_width, call.value_width) {
+        blocks = scratch<RowBlock>(0, rows / BLOCK + 1);
         const E** row = scratch<const E*>(1, rows);
         for (int64_t r = 0; r < rows; ++r) row[r] = call.q + row_of(r) * call.q_row + head(r) * call.q_head;
         products.take_queries(row);
@@ -146,59 +147,69 @@ class TileWorker {
     int64_t row_of(int64_t r) const { return keys.row(tile.sequence, tile.position + r / group); }
     int64_t head(int64_t r) const { return tile.key_head * group + r % group; }
 
-    // Up to 16 rows from `first` on, and whether all of them see all keys of a step.
+    // Up to 16 rows from `first` on: whether all of them see all keys of a step, and what is left of what they saw before.
     struct RowBlock {
         int64_t first, count;
         bool is_whole;
-        float* scores;
+        Floats fade;
     };
+    RowBlock* blocks;
 
-    // All rows see the keys of a step. A block is multiplied before the one ahead of it is weighed: one by tiles, the other
-    // by vectors, at the same time.
+    // All rows see the keys of a step. Blocks overlap: while vectors weigh one, tiles multiply the keys of the next one and
+    // the values of the last one.
     void see_step(KeyRange step, Seen seen) {
-        RowBlock before = {};
-        for (int64_t r = 0; r < rows; r += BLOCK) {
-            RowBlock block = {r, rows - r < BLOCK ? rows - r : BLOCK, false, products.scores_of(r / BLOCK)};
-            const int64_t first = position(r), last = position(r + block.count - 1), length = keys.length(tile.sequence);
-            if (!step.meets(hooks.seen_by_any(first, last, length))) continue;
-            block.is_whole = step.stop - step.first == KEYS && hooks.seen_by_all(first, last, length).holds(step);
-            products.multiply_keys(block.scores, r, block.count);
-            if (before.count) weigh(before, step, seen);
-            before = block;
+        const int64_t count = find_blocks(step);
+        for (int64_t i = 0; i < count + 2; ++i) {
+            if (i < count) products.multiply_keys(i, blocks[i].first, blocks[i].count);
+            if (i >= 2) products.add_values(i - 2, blocks[i - 2].count, blocks[i - 2].fade, seen.values + blocks[i - 2].first * width);
+            if (i >= 1 && i <= count) weigh(i - 1, step, seen);
         }
-        if (before.count) weigh(before, step, seen);
     }
 
-    // Scores become weights under the new maxima; what was seen before fades to them.
-    void weigh(const RowBlock& block, KeyRange step, Seen seen) {
+    // The blocks of rows of which any sees any key of a step.
+    int64_t find_blocks(KeyRange step) {
+        const int64_t length = keys.length(tile.sequence);
+        int64_t found = 0;
+        for (int64_t r = 0; r < rows; r += BLOCK) {
+            const int64_t count = rows - r < BLOCK ? rows - r : BLOCK, first = position(r), last = position(r + count - 1);
+            if (!step.meets(hooks.seen_by_any(first, last, length))) continue;
+            const bool is_whole = step.stop - step.first == KEYS && hooks.seen_by_all(first, last, length).holds(step);
+            blocks[found++] = {r, count, is_whole, Floats{}};
+        }
+        return found;
+    }
+
+    // Scores become weights under the new maxima.
+    void weigh(int64_t number, KeyRange step, Seen seen) {
+        RowBlock& block = blocks[number];
         alignas(64) float shift[BLOCK], fade[BLOCK];
         Floats top[BLOCK];
         for (int64_t i = 0; i < BLOCK; ++i)
             top[i] = i >= block.count ? lanes(-INFINITY)
-                     : modifies || !block.is_whole ? score_row(block, i, step) : largest_score(block, i);
+                     : modifies || !block.is_whole ? score_row(number, i, step) : largest_score(number, i);
         const Floats before = load(seen.maximum + block.first, Block{0});
-        const Floats now = larger(largest_of_rows(top) * factor, before), fades = power(before - shift_of(now));
+        const Floats now = larger(largest_of_rows(top) * factor, before);
+        block.fade = power(before - shift_of(now));
         store(seen.maximum + block.first, Block{0}, now);
         store(shift, Block{0}, shift_of(now));
-        store(fade, Block{0}, fades);
+        store(fade, Block{0}, block.fade);
         for (int64_t i = 0; i < block.count; ++i) {
             float* total = seen.total + (block.first + i) * LANES;
-            store(total, Block{0}, fma(load(total, Block{0}), lanes(fade[i]), weigh_row(block, i, shift[i])));
+            store(total, Block{0}, fma(load(total, Block{0}), lanes(fade[i]), weigh_row(number, i, shift[i])));
         }
-        products.add_values(block.scores, block.count, fades, seen.values + block.first * width);
     }
 
-    Floats largest_score(const RowBlock& block, int64_t i) const {
-        const float* row = block.scores + i * KEYS;
+    Floats largest_score(int64_t number, int64_t i) const {
+        const float* row = products.scores_of(number) + i * KEYS;
         Floats top = load(row, Block{0});
         for (int v = LANES; v < KEYS; v += LANES) top = larger(load(row, Block{v}), top);
         return top;
     }
 
     // Products become scores, of keys that the row sees.
-    Floats score_row(const RowBlock& block, int64_t i, KeyRange step) const {
-        const int32_t m = (int32_t)position(block.first + i), h = (int32_t)head(block.first + i);
-        float* row = block.scores + i * KEYS;
+    Floats score_row(int64_t number, int64_t i, KeyRange step) const {
+        const int32_t m = (int32_t)position(blocks[number].first + i), h = (int32_t)head(blocks[number].first + i);
+        float* row = products.scores_of(number) + i * KEYS;
         Floats top = lanes(-INFINITY);
         for (int v = 0; v < KEYS; v += LANES) {
             const Ints n = LANE_NUMBERS + (int32_t)(step.first + v);
@@ -217,14 +228,14 @@ class TileWorker {
     }
 
     // Scores become weights; the result is their sums by lane.
-    Floats weigh_row(const RowBlock& block, int64_t i, float shift) {
-        const float* row = block.scores + i * KEYS;
+    Floats weigh_row(int64_t number, int64_t i, float shift) {
+        const float* row = products.scores_of(number) + i * KEYS;
         Floats sum = {};
         for (int v = 0; v < KEYS; v += 2 * LANES) {
             const Floats weight = power(fma(load(row, Block{v}), lanes(factor), lanes(-shift)));
             const Floats next = power(fma(load(row, Block{v + LANES}), lanes(factor), lanes(-shift)));
             sum += weight + next;
-            products.put_weights(block.scores, i, v, weight, next);
+            products.put_weights(number, i, v, weight, next);
         }
         return sum;
     }

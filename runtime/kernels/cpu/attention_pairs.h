@@ -41,16 +41,16 @@ class PairProducts {
         const int64_t whole = round_up(rows, BLOCK);
         scores = scratch<float>(0, 2 * BLOCK * KEYS + 2 * MAX_SUMS);
         sums_of_block = scores + 2 * BLOCK * KEYS;
-        queries = scratch<bf16>(0, (whole + KEYS) * depth + 2 * BLOCK * KEYS + KEYS * (panels + 1) * PANEL);
+        queries = scratch<bf16>(0, (whole + KEYS) * depth + 4 * BLOCK * KEYS + KEYS * (panels + 1) * PANEL);
         packed_keys = queries + whole * depth;
         weights = packed_keys + KEYS * depth;
-        packed_values = weights + 2 * BLOCK * KEYS;
+        packed_values = weights + 4 * BLOCK * KEYS;
         way.begin();
     }
     ~PairProducts() { way.end(); }
     PairProducts(const PairProducts&) = delete;
 
-    float* scores_of(int64_t block) { return scores + block % 2 * BLOCK * KEYS; }
+    float* scores_of(int64_t block) const { return scores + block % 2 * BLOCK * KEYS; }
 
     void take_queries(const bf16* const* row) {
         if (!turns_keys) return way.prepare(queries, row, rows, key_width);
@@ -82,7 +82,8 @@ class PairProducts {
                 }
     }
 
-    void multiply_keys(float* to, int64_t first, int64_t count) {
+    void multiply_keys(int64_t block, int64_t first, int64_t count) {
+        float* to = scores_of(block);
         if (!turns_keys) return multiply(to, queries, first, count, depth, packed_keys, KEYS / PANEL);
 #if defined(SAGE_AMX)
         for (int64_t key = 0; key < KEYS; key += PANEL) {
@@ -92,20 +93,20 @@ class PairProducts {
 #endif
     }
 
-    void put_weights(float*, int64_t i, int64_t key, Floats weight, Floats next) {
+    void put_weights(int64_t block, int64_t i, int64_t key, Floats weight, Floats next) {
         const Bits w = upper_half(weight), n = upper_half(next);
         const Bits w_rest = bits_of<Bits>(weight - bits_of<Floats>(w)), n_rest = bits_of<Bits>(next - bits_of<Floats>(n));
         const Bits upper = w >> 16 | n, lower = w_rest >> 16 | (n_rest & 0xffff0000);
-        bf16* place = weights + i * weight_row + key * weight_step;
+        bf16* place = weights_of(block) + i * weight_row + key * weight_step;
         memcpy((void*)place, &upper, sizeof upper);
         memcpy((void*)(place + BLOCK * KEYS), &lower, sizeof lower);
     }
 
-    void add_values(const float*, int64_t count, Floats fade, float* sums) {
+    void add_values(int64_t block, int64_t count, Floats fade, float* sums) {
         fade_rows(count, fade, sums, panels * PANEL);
         for (int64_t p = 0; p < panels; p += 4) {
             const int64_t some = panels - p < 4 ? panels - p : 4;
-            add_panels(count, sums + p * PANEL, packed_values + p * PANEL * KEYS, some);
+            add_panels(weights_of(block), count, sums + p * PANEL, packed_values + p * PANEL * KEYS, some);
         }
     }
 
@@ -122,6 +123,8 @@ class PairProducts {
     float *scores, *sums_of_block;
     bf16 *queries, *packed_keys, *weights, *packed_values;
     Rows keys[KEYS / PANEL];  // 16 at a time, if they are not packed
+
+    bf16* weights_of(int64_t block) const { return weights + block % 2 * 2 * BLOCK * KEYS; }
 
     // Pairs along the width, which are words here
     void pack_panel(bf16* panel, const bf16* const* row) const {
@@ -153,14 +156,14 @@ class PairProducts {
         }
     }
 
-    void add_panels(int64_t count, float* sums, const bf16* w, int64_t some) const {
+    void add_panels(const bf16* upper, int64_t count, float* sums, const bf16* w, int64_t some) const {
         const int64_t width = panels * PANEL;
-        const bf16* lower = weights + BLOCK * KEYS;
+        const bf16* lower = upper + BLOCK * KEYS;
 #if defined(SAGE_AMX)
-        if (is_tiled) return amx::add_halves(sums, width, weights, lower, KEYS / DEPTH, w, some);
+        if (is_tiled) return amx::add_halves(sums, width, upper, lower, KEYS / DEPTH, w, some);
 #endif
         float* sums_of_lower = sums_of_block + BLOCK * some * PANEL;
-        multiply(sums_of_block, weights, 0, count, KEYS, w, some);
+        multiply(sums_of_block, upper, 0, count, KEYS, w, some);
         multiply(sums_of_lower, lower, 0, count, KEYS, w, some);
         for (int64_t r = 0; r < count; ++r)
             for (int64_t at = r * some * PANEL, to = r * width; at < (r + 1) * some * PANEL; at += LANES, to += LANES)

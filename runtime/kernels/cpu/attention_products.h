@@ -73,7 +73,7 @@ class FloatProducts {
     FloatProducts(int64_t rows, int64_t key_width, int64_t value_width)
         : rows(rows), key_width(key_width), value_width(value_width), depth(round_up(key_width, LANES)),
           width(round_up(value_width, LANES)) {
-        queries = scratch<float>(0, rows * depth + depth * KEYS + KEYS * width + 2 * BLOCK * KEYS);
+        queries = scratch<float>(0, rows * depth + depth * KEYS + KEYS * width + 3 * BLOCK * KEYS);
         packed_keys = queries + rows * depth;
         packed_values = packed_keys + depth * KEYS;
         scores = packed_values + KEYS * width;
@@ -103,22 +103,22 @@ class FloatProducts {
                 store(packed_values + key * width, Block{at}, row[key] ? load_some(row[key], at, value_width) : Floats{});
     }
 
-    float* scores_of(int64_t block) { return scores + block % 2 * BLOCK * KEYS; }
+    float* scores_of(int64_t block) const { return scores + block % 3 * BLOCK * KEYS; }
 
-    void multiply_keys(float* to, int64_t first, int64_t count) {
-        multiply(queries + first * depth, depth, packed_keys, KEYS, to, KEYS, count, KEYS, key_width, false);
+    void multiply_keys(int64_t block, int64_t first, int64_t count) {
+        multiply(queries + first * depth, depth, packed_keys, KEYS, scores_of(block), KEYS, count, KEYS, key_width, false);
     }
 
     // The weights of keys `key` to `key` + 16, and of the 16 behind them
-    void put_weights(float* to, int64_t i, int64_t key, Floats weight, Floats next) {
-        store(to + i * KEYS, Block{key}, weight);
-        store(to + i * KEYS, Block{key + LANES}, next);
+    void put_weights(int64_t block, int64_t i, int64_t key, Floats weight, Floats next) {
+        store(scores_of(block) + i * KEYS, Block{key}, weight);
+        store(scores_of(block) + i * KEYS, Block{key + LANES}, next);
     }
 
     // What the fades leave of sums[count, width], and the weights times the values
-    void add_values(const float* weights, int64_t count, Floats fade, float* sums) {
+    void add_values(int64_t block, int64_t count, Floats fade, float* sums) {
         fade_rows(count, fade, sums, width);
-        multiply(weights, KEYS, packed_values, width, sums, width, count, width, KEYS, true);
+        multiply(scores_of(block), KEYS, packed_values, width, sums, width, count, width, KEYS, true);
     }
 
    private:
