@@ -65,7 +65,7 @@ struct AttentionTile {
     int64_t sequence, key_head, position, positions;  // positions of the sequence's query rows
 };
 
-// Up to 64 keys and values from a multiple of 64 on. Those that no row sees are null.
+// Up to 64 keys and values from a multiple of 64 on. Rows that are not seen are rows of zeros.
 template <class E>
 struct KeyStep {
     KeyRange range;
@@ -73,20 +73,19 @@ struct KeyStep {
     const E* value[KEYS];
 
     template <class Keys>
-    static KeyStep of(const Keys& keys, const AttentionTile& tile, KeyRange seen, int64_t first) {
-        KeyStep step = {{first, first + KEYS < seen.stop ? first + KEYS : seen.stop}, {}, {}};
-        const int64_t skipped = seen.first > first ? seen.first - first : 0;
-        keys.find_keys(tile.sequence, tile.key_head, first + skipped, step.range.stop, step.key + skipped);
-        keys.find_values(tile.sequence, tile.key_head, first + skipped, step.range.stop, step.value + skipped);
-        return step;
+    void find(const Keys& keys, const AttentionTile& tile, KeyRange seen, int64_t first, const E* zeros) {
+        range = {first, minimum(first + KEYS, seen.stop)};
+        const int64_t from = maximum(seen.first - first, (int64_t)0), to = range.stop - first;
+        keys.find(tile.sequence, tile.key_head, first + from, first + to, key + from, value + from);
+        for (int64_t n = 0; n < from; ++n) key[n] = value[n] = zeros;
+        for (int64_t n = to; n < KEYS; ++n) key[n] = value[n] = zeros;
     }
 };
 
 template <class Element>
 inline void fetch_rows(const Element* const* row, int64_t width) {
     for (int64_t r = 0; r < KEYS; ++r)
-        for (int64_t at = 0; at < width; at += 64 / (int64_t)sizeof(Element))
-            if (row[r]) __builtin_prefetch(row[r] + at);
+        for (int64_t at = 0; at < width; at += 64 / (int64_t)sizeof(Element)) __builtin_prefetch(row[r] + at);
 }
 
 // One tile's keys from `range.first` to `range.stop`, at most a part.
@@ -98,6 +97,8 @@ class TileWorker {
           width(round_up(call.value_width, LANES)), modifies(hooks.modifies || call.slopes || call.scale <= 0),
           factor(LOG2_E * (modifies ? 1.0f : call.scale)), products(rows, call.key_width, call.value_width) {
         blocks = scratch<RowBlock>(0, rows / BLOCK + 1);
+        zeros = scratch<E>(5, maximum(call.key_width, call.value_width));
+        memset((void*)zeros, 0, maximum(call.key_width, call.value_width) * sizeof(E));
         const E** row = scratch<const E*>(1, rows);
         for (int64_t r = 0; r < rows; ++r) row[r] = call.q + row_of(r) * call.q_row + head(r) * call.q_head;
         products.take_queries(row);
@@ -107,16 +108,17 @@ class TileWorker {
         seen.clear(rows, width);
         if (range.first >= range.stop) return;
         int64_t first = range.first / KEYS * KEYS;
-        KeyStep<E> step = KeyStep<E>::of(keys, tile, range, first);
+        KeyStep<E> steps[2], *step = steps, *next = steps + 1;
+        step->find(keys, tile, range, first, zeros);
         for (; first < range.stop; first += KEYS) {
-            KeyStep<E> next = {};
-            if (first + KEYS < range.stop) next = KeyStep<E>::of(keys, tile, range, first + KEYS);
-            fetch_rows(next.key, call.key_width);
-            products.take_keys(step.key);
-            fetch_rows(next.value, call.value_width);
-            products.take_values(step.value);
-            see_step(step.range, seen);
-            step = next;
+            const bool is_last = first + KEYS >= range.stop;
+            if (!is_last) next->find(keys, tile, range, first + KEYS, zeros);
+            if (!is_last) fetch_rows(next->key, call.key_width);
+            products.take_keys(step->key);
+            if (!is_last) fetch_rows(next->value, call.value_width);
+            products.take_values(step->value);
+            see_step(step->range, seen);
+            std::swap(step, next);
         }
     }
 
@@ -154,6 +156,7 @@ class TileWorker {
         Floats fade;
     };
     RowBlock* blocks;
+    E* zeros;
 
     // All rows see the keys of a step. Blocks overlap: while vectors weigh one, tiles multiply the keys of the next one and
     // the values of the last one.

@@ -21,19 +21,14 @@ struct PagedKeys {
     int64_t queries(int64_t b) const { return q_start ? q_start[b + 1] - q_start[b] : 1; }
     int64_t row(int64_t b, int64_t i) const { return q_start ? q_start[b] + i : b; }
     int64_t position(int64_t b, int64_t i) const { return length(b) - queries(b) + i; }
-    void find_keys(int64_t b, int64_t g, int64_t first, int64_t stop, const E** rows) const {
-        find(k + g * k_head, k_page, k_slot, b, first, stop, rows);
-    }
-    void find_values(int64_t b, int64_t g, int64_t first, int64_t stop, const E** rows) const {
-        find(v + g * v_head, v_page, v_slot, b, first, stop, rows);
-    }
-    void find(
-        const E* cache, int64_t page, int64_t slot, int64_t b, int64_t first, int64_t stop, const E** rows) const {
+    void find(int64_t b, int64_t g, int64_t first, int64_t stop, const E** key, const E** value) const {
         const int32_t* blocks = block_table + b * table_row;
         for (int64_t n = first; n < stop;) {
-            int64_t offset = n % block_size, rest = block_size - offset;
-            const E* row = cache + blocks[n / block_size] * page + offset * slot;
-            for (int64_t run = stop - n < rest ? stop - n : rest; run > 0; --run, ++n, row += slot) *rows++ = row;
+            const int64_t page = blocks[n / block_size], offset = n % block_size;
+            const int64_t end = minimum(stop, n - offset + block_size);
+            const E* k_row = k + g * k_head + page * k_page + offset * k_slot;
+            const E* v_row = v + g * v_head + page * v_page + offset * v_slot;
+            for (; n < end; ++n, k_row += k_slot, v_row += v_slot) *key++ = k_row, *value++ = v_row;
         }
     }
 };
@@ -51,11 +46,11 @@ struct OwnKeys {
     int64_t queries(int64_t b) const { return length(b); }
     int64_t row(int64_t b, int64_t i) const { return q_start[b] + i; }
     int64_t position(int64_t, int64_t i) const { return i; }
-    void find_keys(int64_t b, int64_t g, int64_t first, int64_t stop, const E** rows) const {
-        for (int64_t n = first; n < stop; ++n) *rows++ = k + row(b, n) * k_row + g * k_head;
-    }
-    void find_values(int64_t b, int64_t g, int64_t first, int64_t stop, const E** rows) const {
-        for (int64_t n = first; n < stop; ++n) *rows++ = v + row(b, n) * v_row + g * v_head;
+    void find(int64_t b, int64_t g, int64_t first, int64_t stop, const E** key, const E** value) const {
+        for (int64_t n = first; n < stop; ++n) {
+            *key++ = k + row(b, n) * k_row + g * k_head;
+            *value++ = v + row(b, n) * v_row + g * v_head;
+        }
     }
 };
 

@@ -14,14 +14,10 @@ const __m512i FIRST_LANES = {0, 1, 8, 9, 2, 3, 10, 11}, LAST_LANES = {4, 5, 12, 
 // The number that bf16 rounds a weight to, as the bits of a float32
 inline Bits upper_half(Floats weight) { return (bits_of<Bits>(weight) + 0x8000) & 0xffff0000; }
 
-// Up to 32 elements of a row from `at` on; zeros beyond its end, and of no row.
-inline __m512i load_pairs(const bf16* row, int64_t at, int64_t length) {
-    const int64_t left = row ? length - at : 0;
-    return left >= DEPTH ? _mm512_loadu_si512(row + at)
-                         : _mm512_maskz_loadu_epi16(left > 0 ? (1u << left) - 1 : 0, row + at);
-}
+// Which of 32 elements from `at` on a row has
+inline __mmask32 inside(int64_t at, int64_t length) { return length - at >= DEPTH ? ~0u : (1u << (length - at)) - 1; }
 
-// How far apart 16 rows lie, if all are there and lie evenly; else 0.
+// How far apart 16 rows lie, if they lie evenly; else 0.
 inline int64_t distance(const bf16* const* row) {
     const int64_t bytes = (const char*)row[1] - (const char*)row[0];
     const __m512i steps = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(bytes));
@@ -29,7 +25,7 @@ inline int64_t distance(const bf16* const* row) {
     const __m512i second = _mm512_add_epi64(first, _mm512_set1_epi64(8 * bytes));
     const int uneven = _mm512_cmpneq_epi64_mask(first, _mm512_loadu_si512(row)) |
                        _mm512_cmpneq_epi64_mask(second, _mm512_loadu_si512(row + 8));
-    return uneven || !row[0] ? 0 : bytes / (int64_t)sizeof(bf16);
+    return uneven ? 0 : bytes / (int64_t)sizeof(bf16);
 }
 
 class PairProducts {
@@ -41,7 +37,7 @@ class PairProducts {
         const int64_t whole = round_up(rows, BLOCK);
         scores = scratch<float>(0, 2 * BLOCK * KEYS + 2 * MAX_SUMS);
         sums_of_block = scores + 2 * BLOCK * KEYS;
-        queries = scratch<bf16>(0, (whole + KEYS) * depth + 4 * BLOCK * KEYS + KEYS * (panels + 1) * PANEL);
+        queries = scratch<bf16>(0, (whole + KEYS) * depth + 4 * BLOCK * KEYS + KEYS * round_up(panels, 2) * PANEL);
         packed_keys = queries + whole * depth;
         weights = packed_keys + KEYS * depth;
         packed_values = weights + 4 * BLOCK * KEYS;
@@ -54,8 +50,8 @@ class PairProducts {
 
     void take_queries(const bf16* const* row) {
         if (!turns_keys) return way.prepare(queries, row, rows, key_width);
-        const bf16* padded[BLOCK] = {};
-        memcpy(padded, row, rows * sizeof(bf16*));
+        const bf16* padded[BLOCK];
+        for (int64_t r = 0; r < BLOCK; ++r) padded[r] = row[r < rows ? r : 0];
         pack_panel(queries, padded);
     }
 
@@ -69,21 +65,24 @@ class PairProducts {
 
     // Pairs are of keys 16 apart, as the weights' are
     void take_values(const bf16* const* row) {
-        for (int64_t key = 0; key < KEYS; key += DEPTH)
-            for (int64_t k = 0; k < DEPTH / 2; ++k)
-                for (int64_t p = 0; p < panels; p += 2) {
-                    const __m512i a = load_pairs(row[key + k], p * PANEL, value_width);
-                    const __m512i b = load_pairs(row[key + k + DEPTH / 2], p * PANEL, value_width);
-                    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-                    bf16* place = packed_values + (p * KEYS + key + 2 * k) * PANEL;
-                    _mm512_store_si512(place, _mm512_permutex2var_epi64(low, FIRST_LANES, high));
-                    if (p + 1 < panels)
-                        _mm512_store_si512(place + KEYS * PANEL, _mm512_permutex2var_epi64(low, LAST_LANES, high));
-                }
+        for (int64_t p = 0; p < panels; p += 2) {
+            const __mmask32 columns = inside(p * PANEL, value_width);
+            bf16* place = packed_values + p * PANEL * KEYS;
+            for (int64_t key = 0; key < KEYS; place += 2 * PANEL, key += key % DEPTH == PANEL - 1 ? 1 + PANEL : 1) {
+                const __m512i a = _mm512_maskz_loadu_epi16(columns, row[key] + p * PANEL);
+                const __m512i b = _mm512_maskz_loadu_epi16(columns, row[key + PANEL] + p * PANEL);
+                const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+                _mm512_store_si512(place, _mm512_permutex2var_epi64(low, FIRST_LANES, high));
+                _mm512_store_si512(place + KEYS * PANEL, _mm512_permutex2var_epi64(low, LAST_LANES, high));
+            }
+        }
     }
 
     void multiply_keys(int64_t block, int64_t first, int64_t count) {
         float* to = scores_of(block);
+#if defined(SAGE_AMX)
+        if (!turns_keys && is_tiled) return amx::few<KEYS / PANEL>(to, queries + first * depth, depth / DEPTH, packed_keys, {});
+#endif
         if (!turns_keys) return multiply(to, queries, first, count, depth, packed_keys, KEYS / PANEL);
 #if defined(SAGE_AMX)
         for (int64_t key = 0; key < KEYS; key += PANEL) {
@@ -129,8 +128,10 @@ class PairProducts {
     // Pairs along the width, which are words here
     void pack_panel(bf16* panel, const bf16* const* row) const {
         for (int64_t at = 0; at < depth; at += DEPTH) {
+            const __mmask32 columns = inside(at, key_width);
             Floats words[LANES];
-            for (int lane = 0; lane < LANES; ++lane) words[lane] = (Floats)load_pairs(row[lane], at, key_width);
+            for (int lane = 0; lane < LANES; ++lane)
+                words[lane] = (Floats)_mm512_maskz_loadu_epi16(columns, row[lane] + at);
             transpose(words);
             memcpy((void*)(panel + at * PANEL), words, sizeof words);
         }
@@ -143,7 +144,7 @@ class PairProducts {
         bf16* copy = packed_keys + key * depth;
         for (int64_t k = 0; k < PANEL; ++k)
             for (int64_t at = 0; at < depth; at += DEPTH)
-                _mm512_store_si512(copy + k * depth + at, load_pairs(row[k], at, key_width));
+                _mm512_store_si512(copy + k * depth + at, _mm512_maskz_loadu_epi16(inside(at, key_width), row[k] + at));
         keys[key / PANEL] = {copy, depth};
     }
 

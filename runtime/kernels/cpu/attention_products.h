@@ -2,8 +2,7 @@
 //
 // A class of products holds a tile's queries and one step's keys and values, packed; all blocks of the tile's rows use
 // them. `multiply_keys` gives scores, [BLOCK, KEYS], `add_values` takes the weights that were put in their place. Rows of
-// keys and values are told by pointers; null is a row of zeros. What a row gets depends neither on the other rows nor on
-// their number. Here in float32; attention_pairs.h has bf16 where the processor multiplies that.
+// keys and values are told by pointers. What a row gets depends neither on the other rows nor on their number. Here in float32; attention_pairs.h has bf16 where the processor multiplies that.
 #pragma once
 
 #include "transpose.h"
@@ -91,7 +90,7 @@ class FloatProducts {
             for (int64_t at = 0; at < key_width; at += LANES) {
                 Floats block[LANES];
                 for (int lane = 0; lane < LANES; ++lane)
-                    block[lane] = row[key + lane] ? load_some(row[key + lane], at, key_width) : Floats{};
+                    block[lane] = load_some(row[key + lane], at, key_width);
                 transpose(block);
                 for (int d = 0; d < LANES; ++d) store(packed_keys + (at + d) * KEYS, Block{key}, block[d]);
             }
@@ -100,7 +99,7 @@ class FloatProducts {
     void take_values(const E* const* row) {
         for (int64_t key = 0; key < KEYS; ++key)
             for (int64_t at = 0; at < width; at += LANES)
-                store(packed_values + key * width, Block{at}, row[key] ? load_some(row[key], at, value_width) : Floats{});
+                store(packed_values + key * width, Block{at}, load_some(row[key], at, value_width));
     }
 
     float* scores_of(int64_t block) const { return scores + block % 3 * BLOCK * KEYS; }
