@@ -158,14 +158,22 @@ class TileWorker {
     RowBlock* blocks;
     E* zeros;
 
-    // All rows see the keys of a step. Blocks overlap: while vectors weigh one, tiles multiply the keys of the next one and
-    // the values of the last one.
+    // All rows see the keys of a step. While vectors weigh a block, tiles multiply the keys of the next one and the values
+    // of the last one: the two take turns, so that the processor has both at hand.
     void see_step(KeyRange step, Seen seen) {
         const int64_t count = find_blocks(step);
         for (int64_t i = 0; i < count + 2; ++i) {
-            if (i < count) products.multiply_keys(i, blocks[i].first, blocks[i].count);
-            if (i >= 2) products.add_values(i - 2, blocks[i - 2].count, blocks[i - 2].fade, seen.values + blocks[i - 2].first * width);
-            if (i >= 1 && i <= count) weigh(i - 1, step, seen);
+            const auto multiply = [&](int quarter) {
+                const RowBlock& next = blocks[i];
+                const RowBlock& last = blocks[i - 2];
+                if (quarter % 2 == 0 && i >= 2)
+                    products.add_values(i - 2, quarter / 2, last.count, last.fade, seen.values + last.first * width);
+                if (quarter % 2 == 1 && i < count) products.multiply_keys(i, quarter / 2, next.first, next.count);
+            };
+            if (i >= 1 && i <= count)
+                weigh(i - 1, step, seen, multiply);
+            else
+                for (int quarter = 0; quarter < 4; ++quarter) multiply(quarter);
         }
     }
 
@@ -183,7 +191,8 @@ class TileWorker {
     }
 
     // Scores become weights under the new maxima.
-    void weigh(int64_t number, KeyRange step, Seen seen) {
+    template <class Meanwhile>
+    void weigh(int64_t number, KeyRange step, Seen seen, Meanwhile&& meanwhile) {
         RowBlock& block = blocks[number];
         alignas(64) float shift[BLOCK], fade[BLOCK];
         Floats top[BLOCK];
@@ -196,7 +205,9 @@ class TileWorker {
         store(seen.maximum + block.first, Block{0}, now);
         store(shift, Block{0}, shift_of(now));
         store(fade, Block{0}, block.fade);
-        for (int64_t i = 0; i < block.count; ++i) {
+        for (int64_t i = 0; i < BLOCK; ++i) {
+            if (i % (BLOCK / 4) == 0) meanwhile((int)(i / (BLOCK / 4)));
+            if (i >= block.count) continue;
             float* total = seen.total + (block.first + i) * LANES;
             store(total, Block{0}, fma(load(total, Block{0}), lanes(fade[i]), weigh_row(number, i, shift[i])));
         }

@@ -78,18 +78,19 @@ class PairProducts {
         }
     }
 
-    void multiply_keys(int64_t block, int64_t first, int64_t count) {
-        float* to = scores_of(block);
+    void multiply_keys(int64_t block, int half, int64_t first, int64_t count) {
+        constexpr int64_t SOME = KEYS / 2;
+        float* to = scores_of(block) + half * SOME;
 #if defined(SAGE_AMX)
-        if (!turns_keys && is_tiled) return amx::few<KEYS / PANEL>(to, queries + first * depth, depth / DEPTH, packed_keys, {});
-#endif
-        if (!turns_keys) return multiply(to, queries, first, count, depth, packed_keys, KEYS / PANEL);
-#if defined(SAGE_AMX)
-        for (int64_t key = 0; key < KEYS; key += PANEL) {
-            amx::rows_as_they_lie(sums_of_block, keys[key / PANEL].row, keys[key / PANEL].apart, depth, queries);
+        const bf16 *x = queries + first * depth, *w = packed_keys + half * SOME * depth;
+        if (is_tiled && !turns_keys) return amx::few<SOME / PANEL>(to, x, depth / DEPTH, w, {}, KEYS);
+        for (int64_t key = 0; is_tiled && key < SOME; key += PANEL) {
+            const auto [row, apart] = keys[(half * SOME + key) / PANEL];
+            amx::rows_as_they_lie(sums_of_block, row, apart, depth, queries);
             for (int64_t r = 0; r < count; r += 4) turn_four(to + r * KEYS + key, sums_of_block + r);
         }
 #endif
+        if (!is_tiled && !half) multiply(to, queries, first, count, depth, packed_keys, KEYS / PANEL);
     }
 
     void put_weights(int64_t block, int64_t i, int64_t key, Floats weight, Floats next) {
@@ -101,10 +102,11 @@ class PairProducts {
         memcpy((void*)(place + BLOCK * KEYS), &lower, sizeof lower);
     }
 
-    void add_values(int64_t block, int64_t count, Floats fade, float* sums) {
-        fade_rows(count, fade, sums, panels * PANEL);
-        for (int64_t p = 0; p < panels; p += 4) {
-            const int64_t some = panels - p < 4 ? panels - p : 4;
+    void add_values(int64_t block, int half, int64_t count, Floats fade, float* sums) {
+        const int64_t middle = (panels + 1) / 2, end = half ? panels : middle;
+        for (int64_t p = half ? middle : 0; p < end; p += 4) {
+            const int64_t some = end - p < 4 ? end - p : 4;
+            fade_rows(count, fade, sums + p * PANEL, some * PANEL, panels * PANEL);
             add_panels(weights_of(block), count, sums + p * PANEL, packed_values + p * PANEL * KEYS, some);
         }
     }
