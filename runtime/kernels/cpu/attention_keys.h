@@ -5,6 +5,15 @@
 
 namespace sage {
 
+// Keys first <= n < stop, what a mask leaves over of a sequence.
+struct KeyRange {
+    int64_t first;
+    int64_t stop;
+
+    bool meets(KeyRange other) const { return first < other.stop && other.first < stop; }
+    bool holds(KeyRange other) const { return first <= other.first && other.stop <= stop; }
+};
+
 // In a paged cache: a sequence's query rows are its last positions.
 template <class E>
 struct PagedKeys {

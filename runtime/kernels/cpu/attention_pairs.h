@@ -15,7 +15,10 @@ const __m512i FIRST_LANES = {0, 1, 8, 9, 2, 3, 10, 11}, LAST_LANES = {4, 5, 12, 
 inline Bits upper_half(Floats weight) { return (bits_of<Bits>(weight) + 0x8000) & 0xffff0000; }
 
 // Which of 32 elements from `at` on a row has
-inline __mmask32 inside(int64_t at, int64_t length) { return length - at >= DEPTH ? ~0u : (1u << (length - at)) - 1; }
+inline __mmask32 inside(int64_t at, int64_t length) { return length - at < DEPTH ? (1u << (length - at)) - 1 : ~0u; }
+
+// 32 elements, zero where they are not inside
+inline __m512i load_pairs(__mmask32 columns, const bf16* row) { return _mm512_maskz_loadu_epi16(columns, row); }
 
 // How far apart 16 rows lie, if they lie evenly; else 0.
 inline int64_t distance(const bf16* const* row) {
@@ -69,8 +72,8 @@ class PairProducts {
             const __mmask32 columns = inside(p * PANEL, value_width);
             bf16* place = packed_values + p * PANEL * KEYS;
             for (int64_t key = 0; key < KEYS; place += 2 * PANEL, key += key % DEPTH == PANEL - 1 ? 1 + PANEL : 1) {
-                const __m512i a = _mm512_maskz_loadu_epi16(columns, row[key] + p * PANEL);
-                const __m512i b = _mm512_maskz_loadu_epi16(columns, row[key + PANEL] + p * PANEL);
+                const __m512i a = load_pairs(columns, row[key] + p * PANEL);
+                const __m512i b = load_pairs(columns, row[key + PANEL] + p * PANEL);
                 const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
                 _mm512_store_si512(place, _mm512_permutex2var_epi64(low, FIRST_LANES, high));
                 _mm512_store_si512(place + KEYS * PANEL, _mm512_permutex2var_epi64(low, LAST_LANES, high));
@@ -78,19 +81,15 @@ class PairProducts {
         }
     }
 
-    void multiply_keys(int64_t block, int half, int64_t first, int64_t count) {
-        constexpr int64_t SOME = KEYS / 2;
-        float* to = scores_of(block) + half * SOME;
+    void multiply_keys(int64_t block, int64_t first, int64_t count) {
+        float* to = scores_of(block);
+        if (!turns_keys) return multiply(to, queries, first, count, depth, packed_keys, KEYS / PANEL);
 #if defined(SAGE_AMX)
-        const bf16 *x = queries + first * depth, *w = packed_keys + half * SOME * depth;
-        if (is_tiled && !turns_keys) return amx::few<SOME / PANEL>(to, x, depth / DEPTH, w, {}, KEYS);
-        for (int64_t key = 0; is_tiled && key < SOME; key += PANEL) {
-            const auto [row, apart] = keys[(half * SOME + key) / PANEL];
-            amx::rows_as_they_lie(sums_of_block, row, apart, depth, queries);
+        for (int64_t key = 0; key < KEYS; key += PANEL) {
+            amx::rows_as_they_lie(sums_of_block, keys[key / PANEL].row, keys[key / PANEL].apart, depth, queries);
             for (int64_t r = 0; r < count; r += 4) turn_four(to + r * KEYS + key, sums_of_block + r);
         }
 #endif
-        if (!is_tiled && !half) multiply(to, queries, first, count, depth, packed_keys, KEYS / PANEL);
     }
 
     void put_weights(int64_t block, int64_t i, int64_t key, Floats weight, Floats next) {
@@ -102,11 +101,10 @@ class PairProducts {
         memcpy((void*)(place + BLOCK * KEYS), &lower, sizeof lower);
     }
 
-    void add_values(int64_t block, int half, int64_t count, Floats fade, float* sums) {
-        const int64_t middle = (panels + 1) / 2, end = half ? panels : middle;
-        for (int64_t p = half ? middle : 0; p < end; p += 4) {
-            const int64_t some = end - p < 4 ? end - p : 4;
-            fade_rows(count, fade, sums + p * PANEL, some * PANEL, panels * PANEL);
+    void add_values(int64_t block, int64_t count, Floats fade, float* sums) {
+        fade_rows(count, fade, sums, panels * PANEL);
+        for (int64_t p = 0; p < panels; p += 4) {
+            const int64_t some = panels - p < 4 ? panels - p : 4;
             add_panels(weights_of(block), count, sums + p * PANEL, packed_values + p * PANEL * KEYS, some);
         }
     }
@@ -133,7 +131,7 @@ class PairProducts {
             const __mmask32 columns = inside(at, key_width);
             Floats words[LANES];
             for (int lane = 0; lane < LANES; ++lane)
-                words[lane] = (Floats)_mm512_maskz_loadu_epi16(columns, row[lane] + at);
+                words[lane] = (Floats)load_pairs(columns, row[lane] + at);
             transpose(words);
             memcpy((void*)(panel + at * PANEL), words, sizeof words);
         }
@@ -146,7 +144,7 @@ class PairProducts {
         bf16* copy = packed_keys + key * depth;
         for (int64_t k = 0; k < PANEL; ++k)
             for (int64_t at = 0; at < depth; at += DEPTH)
-                _mm512_store_si512(copy + k * depth + at, _mm512_maskz_loadu_epi16(inside(at, key_width), row[k] + at));
+                _mm512_store_si512(copy + k * depth + at, load_pairs(inside(at, key_width), row[k] + at));
         keys[key / PANEL] = {copy, depth};
     }
 

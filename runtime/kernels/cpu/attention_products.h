@@ -19,8 +19,8 @@ inline Floats load_some(const Element* row, int64_t at, int64_t length) {
 }
 
 // Rows times a factor each; most are 1.
-inline void fade_rows(int64_t count, Floats fade, float* row, int64_t width, int64_t apart) {
-    for (int64_t r = 0; r < count; ++r, row += apart)
+inline void fade_rows(int64_t count, Floats fade, float* row, int64_t width) {
+    for (int64_t r = 0; r < count; ++r, row += width)
         if (fade[r] != 1.0f)
             for (int64_t at = 0; at < width; at += LANES) store(row, Block{at}, load(row, Block{at}) * fade[r]);
 }
@@ -104,8 +104,7 @@ class FloatProducts {
 
     float* scores_of(int64_t block) const { return scores + block % 3 * BLOCK * KEYS; }
 
-    void multiply_keys(int64_t block, int half, int64_t first, int64_t count) {
-        if (half) return;
+    void multiply_keys(int64_t block, int64_t first, int64_t count) {
         multiply(queries + first * depth, depth, packed_keys, KEYS, scores_of(block), KEYS, count, KEYS, key_width, false);
     }
 
@@ -116,9 +115,8 @@ class FloatProducts {
     }
 
     // What the fades leave of sums[count, width], and the weights times the values
-    void add_values(int64_t block, int half, int64_t count, Floats fade, float* sums) {
-        if (half) return;
-        fade_rows(count, fade, sums, width, width);
+    void add_values(int64_t block, int64_t count, Floats fade, float* sums) {
+        fade_rows(count, fade, sums, width);
         multiply(scores_of(block), KEYS, packed_values, width, sums, width, count, width, KEYS, true);
     }
 

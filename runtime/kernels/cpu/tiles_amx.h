@@ -46,10 +46,10 @@ inline void prepare(void* prepared, const bf16* const* x, int64_t rows, int64_t 
     }
 }
 
-// 16 rows by up to four panels; sums are in rows of `row` floats
+// 16 rows by up to four panels
 template <int PANELS>
-inline void few(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead ahead, int64_t row = PANELS * PANEL) {
-    const int64_t panel = steps * TILE, stride = row * sizeof(float);
+inline void few(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead ahead) {
+    const int64_t panel = steps * TILE;
     _tile_zero(0);
     if constexpr (PANELS > 1) _tile_zero(1);
     if constexpr (PANELS > 2) _tile_zero(2);
@@ -72,10 +72,11 @@ inline void few(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead 
             _tile_dpbf16ps(3, 4, 5);
         }
     }
-    _tile_stored(0, sums, stride);
-    if constexpr (PANELS > 1) _tile_stored(1, sums + PANEL, stride);
-    if constexpr (PANELS > 2) _tile_stored(2, sums + 2 * PANEL, stride);
-    if constexpr (PANELS > 3) _tile_stored(3, sums + 3 * PANEL, stride);
+    constexpr int64_t STRIDE = PANELS * PANEL * sizeof(float);
+    _tile_stored(0, sums, STRIDE);
+    if constexpr (PANELS > 1) _tile_stored(1, sums + PANEL, STRIDE);
+    if constexpr (PANELS > 2) _tile_stored(2, sums + 2 * PANEL, STRIDE);
+    if constexpr (PANELS > 3) _tile_stored(3, sums + 3 * PANEL, STRIDE);
 }
 
 // 32 rows by up to two panels
