@@ -1,6 +1,6 @@
-"""Times attention on the CPU: our kernels over the paged cache, and torch's own over keys that lie side by side, in turn.
+"""Times attention on the CPU: our kernels over the paged cache and torch's own over keys side by side, in turn.
 
-python benchmarks/attention_cpu.py [--dtypes bf16,f32] [--part prefill|decode] [--threads 1] [--seconds 0.5] [--json PATH]
+python benchmarks/attention_cpu.py [--dtypes bf16,f32] [--part prefill] [--threads 1] [--seconds 0.5] [--json PATH]
 
 torch gets what it likes best before the clock starts: keys gathered from the pages, in a prefill one copy of them per
 query head, in a decode the query heads of a key head as rows of one product. Keys are cold in a decode, as they are in
@@ -97,7 +97,9 @@ def measure(
                     yield described(dtype, heads, "decode", batch, length, line, gb_s=read)
 
 
-def prefills(kernel: NativeCallable, length: int, heads: int, key_heads: int, width: int, dtype: torch.dtype) -> tuple[Call, Call]:
+def prefills(
+    kernel: NativeCallable, length: int, heads: int, key_heads: int, width: int, dtype: torch.dtype
+) -> tuple[Call, Call]:
     """A whole prompt, causal."""
     keys = Paged.of(1, length, key_heads, width, dtype)
     q, start = torch.randn(length, heads, width).to(dtype), torch.tensor([0, length], dtype=torch.int32)
@@ -109,7 +111,9 @@ def prefills(kernel: NativeCallable, length: int, heads: int, key_heads: int, wi
     )
 
 
-def decodes(kernel: NativeCallable, batch: int, length: int, heads: int, key_heads: int, width: int, dtype: torch.dtype) -> tuple[Call, Call]:
+def decodes(
+    kernel: NativeCallable, batch: int, length: int, heads: int, key_heads: int, width: int, dtype: torch.dtype
+) -> tuple[Call, Call]:
     """A row per sequence, over as many caches in turn as the processor's own cannot hold."""
     size = 2 * batch * length * key_heads * width * dtype.itemsize
     copies = [Paged.of(batch, length, key_heads, width, dtype) for _ in range(-(-COLD_BYTES // size))]
@@ -151,9 +155,10 @@ def described(
 def text_of(line: dict[str, Any]) -> str:
     heads, key_heads, width = line["heads"]
     rate = f"{line['gflops']:>6} GFLOP/s" if "gflops" in line else f"{line['gb_s']:>6} GB/s   "
-    return (f"{line['dtype']:<4} {heads:>2}/{key_heads} x {width:<3} {line['part']:<7} b={line['batch']:<2} n={line['length']:<4} "
-            f"ours {line['ours_us']:>8} ({line['ours_median_us']:>8}) us  torch {line['torch_us']:>8} "
-            f"({line['torch_median_us']:>8})  {rate}  {line['ratio']:.2f}x ({line['median_ratio']:.2f}x) torch")  # fmt: skip
+    shape = f"{line['dtype']:<4} {heads:>2}/{key_heads} x {width:<3}"
+    case = f"{shape} {line['part']:<7} b={line['batch']:<2} n={line['length']:<4}"
+    times = [f"{who} {line[f'{who}_us']:>8} ({line[f'{who}_median_us']:>8}) us" for who in ("ours", "torch")]
+    return f"{case} {'  '.join(times)}  {rate}  {line['ratio']:.2f}x ({line['median_ratio']:.2f}x) torch"
 
 
 if __name__ == "__main__":

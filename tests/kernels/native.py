@@ -1,5 +1,7 @@
 """What the tests of native kernels share: the callables of one library, and distances between narrow numbers."""
 
+import platform
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NARROW = ("-march=x86-64-v3",) if platform.machine() == "x86_64" else ()
+"""As on a machine whose registers hold 8 floats."""
 needs_compiler = pytest.mark.skipif(compiler.find_compiler() is None, reason="there is no C++ compiler")
 
 
@@ -21,6 +25,19 @@ def library() -> Library:
     found = compiler.find_compiler()
     assert found is not None, "the tests that call this are skipped without a compiler"
     return Library(cpu.KERNELS, Path(cpu.__file__).parent, found)
+
+
+class FreshLibrary(Library):
+    """Loads a copy of each library, which chooses its way anew."""
+
+    def __init__(self, folder: Path, flags: tuple[str, ...] = ()) -> None:
+        found = compiler.find_compiler()
+        assert found is not None, "tests are skipped without a compiler"
+        super().__init__(cpu.KERNELS, Path(cpu.__file__).parent, found, flags)
+        self._copies = folder
+
+    def _built(self, source: str, element: str) -> Path:
+        return Path(shutil.copy(super()._built(source, element), self._copies))
 
 
 @lru_cache(maxsize=256)

@@ -1,13 +1,15 @@
 """Attention, the paged cache and pooling on the CPU: operands whose values have to fit together."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from native import DTYPES, assert_near, native, needs_compiler
+from native import DTYPES, NARROW, FreshLibrary, assert_near, native, needs_compiler
 from torch import Tensor
 
-from sageLLM.generated.kernels import reference
+from sageLLM.generated.kernels import cpu, reference
+from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 
 pytestmark = needs_compiler
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -122,6 +124,23 @@ def test_a_row_does_not_depend_on_chunks_neighbours_or_threads(dtype: torch.dtyp
                 assert torch.equal(part.decode(native(DECODE), **variant), rows[first:stop])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("way", ["amx", "pairs", "floats", "narrow"])
+def test_every_way_of_multiplying(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pages of whole rows are multiplied as they lie, others are packed; a decode's rows are a prefill's."""
+    monkeypatch.setenv("SAGELLM_LINEAR", "floats" if way == "narrow" else way)
+    library = FreshLibrary(tmp_path, NARROW if way == "narrow" else ())
+    prefill, decode = (NativeCallable(cpu.KERNELS[op], library, reference.KERNELS[op]) for op in (PREFILL, DECODE))
+    for heads, widths, page in (((6, 2), (64, 64), 16), ((6, 2), (64, 40), 12), ((2, 2), (24, 128), 64)):
+        batch = Batch([300, 77], [300, 40], heads=heads, widths=widths, page=page, dtype=torch.bfloat16)
+        rows = batch.prefill(prefill)
+        assert_near(
+            rows, batch.prefill(reference.KERNELS[PREFILL]), batch.prefill(reference.KERNELS[PREFILL], torch.float64)
+        )
+        last = batch.q_start[1:] - 1
+        batch.q = batch.q[last]
+        assert torch.equal(batch.decode(decode), rows[last])
 
 
 def test_no_sequences() -> None:

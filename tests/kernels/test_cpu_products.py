@@ -1,13 +1,12 @@
 """Products on the CPU: every way of multiplying, against float64; a row's result depends on nothing but the row."""
 
 import ctypes
-import platform
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from native import NARROW, FreshLibrary, needs_compiler
 from torch import Tensor
 
 from sageLLM.generated.builders.llama import LLAMA
@@ -17,7 +16,6 @@ from sageLLM.runtime.core.dims import evaluate
 from sageLLM.runtime.core.ir import OpNode
 from sageLLM.runtime.engine.plugins import load_registry
 from sageLLM.runtime.execution_graph.pipeline import Pipeline
-from sageLLM.runtime.kernels.cpu import compiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library, Symbol
 from sageLLM.runtime.kernels.cpu.packing import (
@@ -29,12 +27,7 @@ from sageLLM.runtime.kernels.cpu.packing import (
     unpack_rows,
 )
 
-SOURCES = Path(cpu.__file__).parent
-found = compiler.find_compiler()
-pytestmark = pytest.mark.skipif(found is None, reason="there is no C++ compiler")
-
-NARROW = ("-march=x86-64-v3",) if platform.machine() == "x86_64" else ()
-"""As on a machine whose registers hold 8 floats."""
+pytestmark = needs_compiler
 WAYS = [
     (torch.float32, "floats", ()),
     (torch.float16, "floats", ()),
@@ -46,18 +39,6 @@ WAYS = [
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ROWS = (0, 1, 2, 3, 5, 16, 17, 64, 100)
 Linear = Callable[..., Tensor]
-
-
-class FreshLibrary(Library):
-    """Loads a copy of each library, which chooses its way anew."""
-
-    def __init__(self, folder: Path, flags: tuple[str, ...] = ()) -> None:
-        assert found is not None, "tests are skipped without a compiler"
-        super().__init__(cpu.KERNELS, SOURCES, found, flags)
-        self._copies = folder
-
-    def _built(self, source: str, element: str) -> Path:
-        return Path(shutil.copy(super()._built(source, element), self._copies))
 
 
 @pytest.fixture(params=WAYS, ids=[f"{str(dtype)[6:]}-{'narrow' if flags else name}" for dtype, name, flags in WAYS])

@@ -7,10 +7,6 @@
 
 #include "attention_tile.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace sage {
 
 constexpr int64_t PART = 1024;  // keys of one part, which may be another thread's
@@ -60,8 +56,7 @@ inline AttentionTiles cut_tiles(const AttentionCall<E>& call, const Keys& keys, 
 template <class Products, class E, class Keys, class Hooks>
 inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTiles& tiles) {
     const int64_t width = round_up(call.value_width, LANES), floats = Seen::floats(tiles.rows, width);
-#pragma omp parallel for schedule(dynamic) if (tiles.count > 1 && tiles.work >= PARALLEL_WORK)
-    for (int64_t t = 0; t < tiles.count; ++t) {
+    const auto attend_tile = [&](int64_t t) {
         TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
         float* memory = scratch<float>(2, 2 * floats);
         Seen all = Seen::at(memory, tiles.rows), part = Seen::at(memory + floats, tiles.rows);
@@ -74,7 +69,9 @@ inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const H
             all.merge(part, worker.num_rows(), width);
         }
         worker.finish(all);
-    }
+    };
+    if (tiles.work >= PARALLEL_WORK) return each_part(tiles.count, attend_tile);
+    for (int64_t t = 0; t < tiles.count; ++t) attend_tile(t);
 }
 
 // Threads share out the parts of few tiles, and merge them afterwards.
@@ -85,28 +82,22 @@ inline void attend_parts(const AttentionCall<E>& call, const Keys& keys, const H
     const auto seen_by = [&](int64_t t, int64_t p) {
         return Seen::at(memory + (t * tiles.most_parts + p) * floats, tiles.rows);
     };
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int64_t t = 0; t < tiles.count; ++t)
-        for (int64_t p = 0; p < tiles.most_parts; ++p) {
-            const KeyRange range = part_of(tile_range(keys, hooks, tiles.tile[t]), p * PART);
-            TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
-            worker.see(range, seen_by(t, p), tiles.tile[t]);
-        }
-#pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < tiles.count; ++t) {
+    each_part(tiles.count * tiles.most_parts, [&](int64_t i) {
+        const int64_t t = i / tiles.most_parts, p = i % tiles.most_parts;
+        const KeyRange range = part_of(tile_range(keys, hooks, tiles.tile[t]), p * PART);
+        TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
+        worker.see(range, seen_by(t, p), tiles.tile[t]);
+    });
+    each_part(tiles.count, [&](int64_t t) {
         TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
         for (int64_t p = 1; p < tiles.most_parts; ++p) seen_by(t, 0).merge(seen_by(t, p), worker.num_rows(), width);
         worker.finish(seen_by(t, 0));
-    }
+    });
 }
 
 template <class Products, class E, class Keys, class Hooks>
 inline void attend_by(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks) {
-#ifdef _OPENMP
-    const int64_t threads = omp_get_max_threads();
-#else
-    const int64_t threads = 1;
-#endif
+    const int64_t threads = sage_num_threads();
     const AttentionTiles tiles = cut_tiles(call, keys, hooks, positions_of_tiles(call, keys, threads));
     if (threads == 1 || tiles.most_parts == 1 || tiles.count >= 4 * threads)
         attend_tiles<Products>(call, keys, hooks, tiles);
@@ -118,8 +109,9 @@ inline void attend_by(const AttentionCall<E>& call, const Keys& keys, const Hook
 template <class E, class Keys, class Hooks>
 inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks) {
 #if defined(__AVX512BF16__)
+    static const bool takes_pairs = allows("amx") || allows("pairs");
     if constexpr (std::is_same_v<E, bf16>)
-        if (allows("amx") || allows("pairs")) return attend_by<PairProducts>(call, keys, hooks);
+        if (takes_pairs) return attend_by<PairProducts>(call, keys, hooks);
 #endif
     attend_by<FloatProducts<E>>(call, keys, hooks);
 }

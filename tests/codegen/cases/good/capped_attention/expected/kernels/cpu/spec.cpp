@@ -49,14 +49,15 @@ SAGE_KERNEL(capped_attention) {
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
         return n <= m & (windowGiven ? n > m - window : mask(true));
     };
-    // The keys that the mask leaves to rows at positions first to last
+    // The keys that any of the rows at positions first to last sees; with the two swapped, those within the bounds of each
     const auto range = [&]([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t last, int64_t length) {
         KeyRange keys = {0, length};
         keys.stop = minimum(keys.stop, last + 1);
         if (windowGiven) keys.first = maximum(keys.first, first - window + 1);
         return keys;
     };
-    const AttentionHooks hooks = {score_mod, mask_mod, range};
+    const bool modifiesScores = true, isBounded = true;  // isBounded: the mask is its bounds
+    const AttentionHooks hooks = {score_mod, mask_mod, range, modifiesScores, isBounded};
     const PagedKeys<E> keys = {
         k_cache, k_cache_PG, k_cache_BS, k_cache_Nkv, v_cache, v_cache_PG, v_cache_BS, v_cache_Nkv,
         block_table, block_table_B, BS, seq_lens, nullptr,
