@@ -71,7 +71,8 @@ class PairProducts {
         for (int64_t p = 0; p < panels; p += 2) {
             const __mmask32 columns = inside(p * PANEL, value_width);
             bf16* place = packed_values + p * PANEL * KEYS;
-            for (int64_t key = 0; key < KEYS; place += 2 * PANEL, key += key % DEPTH == PANEL - 1 ? 1 + PANEL : 1) {
+            for (int64_t i = 0; i < KEYS / 2; ++i, place += 2 * PANEL) {
+                const int64_t key = i / PANEL * DEPTH + i % PANEL;
                 const __m512i a = load_pairs(columns, row[key] + p * PANEL);
                 const __m512i b = load_pairs(columns, row[key + PANEL] + p * PANEL);
                 const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
