@@ -62,7 +62,7 @@ CASES: dict[str, Cases] = {
     "lm_head_soft_cap": Cases([{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}], {"cap": 1.0}, {}),
     "lm_head_sample": Cases([{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}], {}, {}),
     "lm_head_scale_sample": Cases([{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}], {"factor": 1.0}, {}),
-    "lm_head_soft_cap_sample": Cases([{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}], {"cap": 1.0}, {}),
+    "lm_head_soft_cap_sample": Cases([{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 3, "V": 101}], {"cap": 1.0}, {}),
     "rms_norm": Cases([{"R": 1, "H": 64}, {"R": [2, 17], "H": 100}, {"R": 3, "H": 1024}], {}, {}),
     "rms_norm_wide": Cases([{"R": 1, "H": 64}, {"R": [2, 17], "H": 100}], {}, {}),
     "rms_norm_1p": Cases([{"R": 1, "H": 64}, {"R": [2, 17], "H": 100}], {}, {}),

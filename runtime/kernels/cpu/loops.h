@@ -1,6 +1,10 @@
 // Loops over rows and along them, reductions, and memory that is kept between calls.
 #pragma once
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "functions.h"
 
 namespace sage {
@@ -12,6 +16,15 @@ template <class Body>
 inline void each_row(int64_t rows, int64_t elements, Body&& body) {
 #pragma omp parallel for schedule(static) if (rows > 1 && elements >= PARALLEL_WORK)
     for (int64_t row = 0; row < rows; ++row) body(row);
+}
+
+// Threads that a parallel region has at most.
+inline int64_t most_threads() {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
 }
 
 // Along a row: the body is called with whole blocks, then with the tail if there is one.

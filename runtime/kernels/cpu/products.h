@@ -135,21 +135,29 @@ inline Range this_thread() {
 #endif
 }
 
-// One product by all threads, each of which has a part of the rows and a part of the columns.
-template <class Element, class RowOf, class Finish>
-inline void product(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors, RowOf&& row_of,
-                    Finish&& finish) {
+// One product by all threads, each of which has a part of the rows and a part of the columns, and finishes them with
+// finish_of(its number): what it sees of a row are blocks of features in their order.
+template <class Element, class RowOf, class FinishOf>
+inline void product_by_thread(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors,
+                              RowOf&& row_of, FinishOf&& finish_of) {
     if (!factors.rows || !factors.N) return;
 #pragma omp parallel if (is_shared(factors.gates * factors.N * factors.K, factors.rows))
     {
         const auto [thread, threads] = this_thread();
         int64_t row_parts = smaller(threads, factors.rows / tuning.rows_per_part + 1);
         while (threads % row_parts) --row_parts;
+        auto&& finish = finish_of(thread);
         way.begin();
         multiply(way, tuning, factors, share(factors.rows, way.row_step, thread % row_parts, row_parts),
                  share(factors.columns(), 1, thread / row_parts, threads / row_parts), row_of, finish);
         way.end();
     }
+}
+
+template <class Element, class RowOf, class Finish>
+inline void product(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors, RowOf&& row_of,
+                    Finish&& finish) {
+    product_by_thread(way, tuning, factors, row_of, [&](int64_t) -> Finish& { return finish; });
 }
 
 // Several products with a weight each, as of experts or of heads: threads take parts of them as they come.
