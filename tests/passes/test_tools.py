@@ -153,5 +153,5 @@ def test_the_page_holds_the_passes_of_every_stage(capsys: pytest.CaptureFixture[
     assert names == [
         f"{stage}{more}" for stage in ("prefill", "decode", "hybrid") for more in ("", " on 2 devices, blocks")
     ]
-    assert len(re.findall('role="tab"', page)) == 3 * (1 + 4 + 1 + 3)
+    assert len(re.findall('role="tab"', page)) == 3 * (1 + 5 + 1 + 3)
     assert 'class="gantt"' in page
