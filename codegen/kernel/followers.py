@@ -16,9 +16,13 @@ from sageLLM.codegen.model.op import OpDef, Operand
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """A product whose `result` is an output, and the op behind it. `operands` are the follower's inputs and outputs as
-    the fused op has them, None where one is absent."""
+    """A product whose `result` is an output, and the op behind it.
 
+    `head` is the product as an op by itself; `operands` are the follower's inputs and outputs as the fused op has them,
+    None where one is absent.
+    """
+
+    head: OpDef
     product: Product
     result: Operand
     follower: OpDef
@@ -40,5 +44,6 @@ def followed_product(op: OpDef, ops: Mapping[str, OpDef]) -> Followed | None:
     made = tuple(o for o in op.outputs if o.name not in last.targets)
     if result is None or made != (result,) or any(name and not o for name, o in zip(names, operands, strict=True)):
         return None
-    product = product_of(replace(op, fuses=tuple(before), outputs=made), ops)
-    return Followed(product, result, follower, operands) if product and not product.groups else None
+    head = replace(op, fuses=tuple(before), outputs=made)
+    product = product_of(head, ops)
+    return Followed(head, product, result, follower, operands) if product and not product.groups else None
