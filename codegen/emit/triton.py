@@ -119,17 +119,17 @@ def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
 
 
 def _followed_text(op: OpDef, followed: Followed, specs: Specs, renderer: Renderer) -> str | None:
-    """The product's template with the follower in it; None if there is none, or for a product that has attrs."""
+    """The product's template with the follower in it; None without one, or if the product is not an op by itself."""
     assert followed.follower.reference is not None, "a follower has a reference"
     template = followed.follower.reference.template.replace("reference/", "triton/product_")
     constants = specs.ops[op.fuses[0].op].triton
-    if constants is None or op.attrs or not (TEMPLATES / template).is_file():
+    if constants is None or op.attrs or len(followed.head.fuses) > 1 or not (TEMPLATES / template).is_file():
         return None
     roles = (*followed.follower.inputs, *followed.follower.outputs)
     behind = {role.name: o.name if o else "None" for role, o in zip(roles, followed.operands, strict=True)}
     view = product_view(replace(followed.head, program=program_of(followed.head, specs.ops)))
     given = {"op": op.name, "summary": op.summary, "parameters": parameters(op), **dict(constants.params), **view}
-    text = renderer.render(template, behind=behind, **given)
+    text = renderer.render(template, behind=behind, results=", ".join(o.name for o in op.outputs), **given)
     check_kernel(op, text, [])
     return text
 

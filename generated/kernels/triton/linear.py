@@ -337,7 +337,8 @@ def lm_head_sample(
         enable_fp_fusion=True,
     )
     if temperature is not None and noise is not None:
-        return logits, reference_sample(logits, temperature, top_k, top_p, min_p, noise)
+        tokens = reference_sample(logits, temperature, top_k, top_p, min_p, noise)
+        return logits, tokens
     tokens = torch.empty(M, dtype=torch.int64, device=x.device)
     _lm_head_sample_best[(M,)](
         tops,
