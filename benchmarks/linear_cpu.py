@@ -173,7 +173,7 @@ def compared(rows: int, weights: list[Tensor], library: Library, timer: Timer, c
 
 
 def print_sampling(rows: int, timer: Timer) -> None:
-    """Each call takes the next copy of the weight, so that none finds it in a cache."""
+    """Each call takes the next copy of the weight, so that none finds it where the last one left it."""
     found = compiler.find_compiler()
     assert found is not None, "this needs a C++ compiler"
     library = Library(cpu.KERNELS, Path(cpu.__file__).parent, found)

@@ -58,6 +58,7 @@ class SampleFollower {
             Lanes& best = rows[row];
             const Ints is_nan = (logit != logit) & (best.logit == best.logit);
             const Ints is_better = inside(i) & ((logit > best.logit) | is_nan);
+            if (!any(is_better)) return logit;  // by far most blocks
             best.logit = is_better ? logit : best.logit;
             best.token = is_better ? LANE_NUMBERS + (int32_t)i.at : best.token;
             return logit;
