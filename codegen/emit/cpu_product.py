@@ -58,14 +58,14 @@ def product_lines(product: Product, writer: ProductText, inside: Sequence[str]) 
 
 
 def followed_lines(product: Product, writer: ProductText, inside: Sequence[str], follower: str) -> list[str]:
-    """The call, and what looks at the results: an object of the class `follower`, of which each thread has a part."""
-    finish = _finish_lines(product, f"return [&, ownSeen = {SEEN}.part(iThread)]", inside)
+    """The call, and what looks at the results: an object of the class `follower`, of which each part has its own."""
+    finish = _finish_lines(product, f"return [&, ownSeen = {SEEN}.part(iPart)]", inside)
     return [
         _factors_line(product),
         f"const {follower} {SEEN}({size_text(_rows(product).extent)});",
-        "product_by_thread(WAY, TUNING, factors,",
+        "product_by_part(WAY, TUNING, factors,",
         _row_of(product, writer),
-        *indented(["[&](int64_t iThread) {", *indented([*finish, "};"]), "});"], 2),
+        *indented(["[&](int64_t iPart) {", *indented([*finish, "};"]), "});"], 2),
     ]
 
 

@@ -107,13 +107,21 @@ class Recovery(Admission):
     def fail_migrations(self, request_ids: Iterable[str]) -> None:
         """The copies of these requests are over and have not arrived: they are handed out again.
 
-        After `max_attempts` of them the request goes back to the waiting line and is computed from its first token.
+        Those that a step in flight holds and the engine has not begun are taken out of its output: begun later, they
+        would write over what is sent in their stead. After `max_attempts` failures the request goes back to the waiting
+        line and is computed from its first token.
         """
         for request_id in request_ids:
+            self._withdraw_copies(request_id)
             given_up = self._migration.fail(request_id)
             if given_up is not None:
                 self._requeue(given_up.request)
         self._empty_limbo()
+
+    def _withdraw_copies(self, request_id: str) -> None:
+        for flight in self._flights:
+            for pieces in (flight.output.kv_migrations, flight.output.migrations_to_cancel):
+                pieces[:] = [piece for piece in pieces if piece.request_id != request_id]
 
     def fail_swaps(self, request_ids: Iterable[str]) -> None:
         """Copies between tiers of these requests failed. They are computed again; a step in flight that holds the

@@ -14,6 +14,7 @@ answered the request to cancel it.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 
 from sageLLM.runtime.scheduler.batch import KVMigration
 from sageLLM.runtime.scheduler.placement import KVPlacement
@@ -86,8 +87,8 @@ class Transfer:
     """One request's transfer. `in_the_air` maps a piece's first token to the piece and who has received what of it."""
 
     request: Request
+    attempt: int
     state: TransferState = TransferState.QUEUED
-    attempt: int = 0
     num_failures: int = 0
     num_handed_out: int = 0
     num_arrived: int = 0
@@ -124,6 +125,7 @@ class TransferPhase:
         self.copying: dict[str, Transfer] = {}
         self._kv = kv
         self._config = config
+        self._attempts = count()  # of all requests: a message of a request's earlier life is of no attempt of this one
 
     def __len__(self) -> int:
         return sum(transfer.state is TransferState.SENDING for transfer in self.transfers.values())
@@ -132,7 +134,7 @@ class TransferPhase:
 
     def admit(self, request: Request) -> None:
         """The request has blocks on both workers."""
-        transfer = self.transfers[request.request_id] = Transfer(request)
+        transfer = self.transfers[request.request_id] = Transfer(request, next(self._attempts))
         transfer.on(TransferEvent.ADMIT)
 
     def computed(self, request: Request, is_last: bool) -> None:
@@ -182,7 +184,7 @@ class TransferPhase:
             return
         del transfer.in_the_air[piece.start]
         transfer.num_handed_out = piece.start
-        transfer.attempt += 1
+        transfer.attempt = next(self._attempts)
         if was_announced:
             self._kv.forget_target(piece.request_id)
         if self.transfers.get(piece.request_id) is transfer:
@@ -238,7 +240,7 @@ class TransferPhase:
     def _send_again_from(self, transfer: Transfer, start: int) -> None:
         transfer.num_handed_out = transfer.num_arrived = start
         transfer.in_the_air.clear()
-        transfer.attempt += 1
+        transfer.attempt = next(self._attempts)
         transfer.is_cancelling = False
         self._settle(transfer)
         if self.transfers.get(transfer.request.request_id) is transfer:

@@ -70,6 +70,7 @@ class World:
     rng: random.Random = field(init=False)
     clock: Clock = field(default_factory=Clock)
     in_the_air: list[tuple[float, KVMigration]] = field(default_factory=list)
+    sent: list[KVMigration] = field(default_factory=list)
     num_restarts: int = 0
     aborts: dict[int, list[str]] = field(default_factory=dict)
     aborted: set[str] = field(default_factory=set)
@@ -81,6 +82,7 @@ class World:
 
     def __post_init__(self) -> None:
         rng = self.rng = random.Random(self.seed)
+        self.echo = random.Random(-self.seed - 1)
         mode = rng.choice(["time_share", "hybrid", "strict", "auto"])
         self.is_strict = mode == "strict"
         self.pace = rng.choice(["sync", "sync", "ahead", "roles" if self.is_strict else "ahead"])
@@ -278,9 +280,11 @@ class World:
     def _send(self, pieces: list[KVMigration]) -> None:
         for piece in pieces:
             self.in_the_air.append((self.clock.now + self.rng.randint(0, self.copy_delay), piece))
+        self.sent += pieces
 
     def _deliver(self) -> None:
         due = [entry for entry in self.in_the_air if entry[0] <= self.clock.now]
+        self._repeat_old_messages()
         self.rng.shuffle(due)
         for entry in due:
             if entry not in self.in_the_air:
@@ -297,6 +301,14 @@ class World:
             self.engine.migrate(piece)
             self._acknowledge(piece)
         self.engine.forget_waiting()
+
+    def _repeat_old_messages(self) -> None:
+        """Messages come again, of attempts that are over and of requests in an earlier life."""
+        is_in_the_air = [piece for _, piece in self.in_the_air]
+        for piece in self.sent[-8:]:
+            if piece not in is_in_the_air and self.echo.random() < 0.3:
+                self.scheduler.acknowledge_migration(piece.request_id, piece.start, piece.attempt)
+        self.scheduler.check_integrity()
 
     def _acknowledge(self, piece: KVMigration) -> None:
         transfer = self.config.transfer

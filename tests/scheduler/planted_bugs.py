@@ -78,6 +78,8 @@ BUGS = [
     Bug("overtaken for ever", WaitingLine, "admit", "self._num_overtakes >= self._max_overtakes", "False"),
     Bug("no length gate", TransferPhase, "_settle", "transfer if transfer.is_complete else None", "transfer"),
     Bug("an old attempt counts", TransferPhase, "acknowledge", "not transfer.is_in_the_air(start, attempt)", "False"),
+    Bug("two lives share their attempts", TransferPhase, "admit", "next(self._attempts)", "0"),
+    Bug("a superseded copy is begun", S, "_withdraw_copies", "pieces[:] = ", "_ = "),
     Bug("one rank is enough", TransferPhase, "acknowledge", "self._config.num_ranks * self._config.num_layers", "1"),
     Bug("a failed copy is not sent again", TransferPhase, "fail", "self._send_again_from(", "str("),
     Bug("a lease never ends", TransferPhase, "expire", "transfer.lease_end <= now", "False"),

@@ -41,6 +41,12 @@ CAUGHT_BY = {
     "one rank is enough": lambda: test_transfer.test_the_gate_opens_with_the_last_layer_of_the_last_rank_in_any_order(
         FakeEngine
     ),
+    "two lives share their attempts": lambda: (
+        test_transfer.test_an_acknowledgement_of_an_earlier_life_counts_for_nothing(FakeEngine)
+    ),
+    "a superseded copy is begun": lambda: test_transfer.test_a_failure_takes_back_the_copy_that_is_planned_ahead(
+        FakeEngine
+    ),
     "overtaken for ever": lambda: test_policies.test_nobody_is_overtaken_for_ever("priority", {"priority": -1}),
 }
 

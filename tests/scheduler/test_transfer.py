@@ -100,6 +100,40 @@ def test_an_acknowledgement_of_an_earlier_attempt_counts_for_nothing(fake_engine
     assert request.status is RequestStatus.DECODING
 
 
+def test_an_acknowledgement_of_an_earlier_life_counts_for_nothing(fake_engine) -> None:
+    engine = make(fake_engine, max_attempts=1)
+    request, scheduler = engine.add("a", 6), engine.scheduler
+    for _ in range(2):
+        (lost,) = step_without_acknowledgement(engine).kv_migrations or [None]
+    scheduler.fail_migrations(["a"])  # once too often: computed again
+    engine.victims["a"] = 0
+    for _ in range(2):
+        (again,) = step_without_acknowledgement(engine).kv_migrations or [None]
+    assert (lost.start, lost.num_tokens, again.start, again.num_tokens) == (0, 6, 0, 7)
+    scheduler.acknowledge_migration("a", lost.start, lost.attempt)
+    assert request.status is RequestStatus.PREFILLING
+    scheduler.acknowledge_migration("a", again.start, again.attempt)
+    assert request.status is RequestStatus.DECODING
+
+
+def test_a_failure_takes_back_the_copy_that_is_planned_ahead(fake_engine) -> None:
+    """Begun after its block was sent anew, it would write over a token that was decoded since."""
+    engine = make(fake_engine, chunk=4)
+    engine.add("a", 6)
+    scheduler = engine.scheduler
+    for _ in range(2):
+        step_without_acknowledgement(engine)
+    out = engine.plan()
+    ahead = engine.plan(is_ahead=True)
+    assert [piece.start for piece in out.kv_migrations + ahead.kv_migrations] == [4]
+    scheduler.fail_migrations(["a"])
+    assert out.kv_migrations == ahead.kv_migrations == []
+    for output in (out, ahead):
+        engine.commit(output, engine.run(output))
+    (again,) = engine.plan().kv_migrations
+    assert (again.start, again.num_tokens) == (0, 6)
+
+
 def test_after_too_many_failures_the_prompt_is_computed_again(fake_engine) -> None:
     engine = make(fake_engine, max_attempts=2)
     request, scheduler = engine.add("a", 6, num_outputs=3), engine.scheduler
@@ -247,7 +281,7 @@ def test_decode_space_holds_prefill_back(fake_engine) -> None:
 
 
 def test_an_event_that_the_state_does_not_know_is_an_error() -> None:
-    transfer = Transfer(Request("a", [1]))
+    transfer = Transfer(Request("a", [1]), attempt=0)
     with pytest.raises(RuntimeError) as error:
         transfer.on(TransferEvent.START)
     assert str(error.value) == "'a' is queued: start cannot happen"

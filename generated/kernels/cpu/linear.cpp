@@ -315,10 +315,10 @@ SAGE_KERNEL(lm_head_sample) {
     int64_t* tokens = (int64_t*)tensors[9];
     const Factors<E> factors = {S, H, V, 1, w};
     const SampleFollower allSeen(S);
-    product_by_thread(WAY, TUNING, factors,
+    product_by_part(WAY, TUNING, factors,
             [&](int64_t iS) { return x + iS * x_S; },
-            [&](int64_t iThread) {
-                return [&, ownSeen = allSeen.part(iThread)](int64_t iS, auto iV, const float* sums) {
+            [&](int64_t iPart) {
+                return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
                     const auto acc = load(sums, Block{0});
                     store(logits + iS * logits_S, iV, ownSeen.with(iS, iV, to<E>(bias ? acc + load(bias, iV) : acc)));
                 };
@@ -354,10 +354,10 @@ SAGE_KERNEL(lm_head_scale_sample) {
     const float factor = (float)attrs[0];
     const Factors<E> factors = {S, H, V, 1, w};
     const SampleFollower allSeen(S);
-    product_by_thread(WAY, TUNING, factors,
+    product_by_part(WAY, TUNING, factors,
             [&](int64_t iS) { return x + iS * x_S; },
-            [&](int64_t iThread) {
-                return [&, ownSeen = allSeen.part(iThread)](int64_t iS, auto iV, const float* sums) {
+            [&](int64_t iPart) {
+                return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
                     const auto acc = load(sums, Block{0});
                     const auto raw = to<E>(bias ? acc + load(bias, iV) : acc);
                     store(logits + iS * logits_S, iV, ownSeen.with(iS, iV, raw * factor));
@@ -394,10 +394,10 @@ SAGE_KERNEL(lm_head_soft_cap_sample) {
     const float cap = (float)attrs[0];
     const Factors<E> factors = {S, H, V, 1, w};
     const SampleFollower allSeen(S);
-    product_by_thread(WAY, TUNING, factors,
+    product_by_part(WAY, TUNING, factors,
             [&](int64_t iS) { return x + iS * x_S; },
-            [&](int64_t iThread) {
-                return [&, ownSeen = allSeen.part(iThread)](int64_t iS, auto iV, const float* sums) {
+            [&](int64_t iPart) {
+                return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
                     const auto acc = load(sums, Block{0});
                     const auto raw = to<E>(bias ? acc + load(bias, iV) : acc);
                     store(logits + iS * logits_S, iV, ownSeen.with(iS, iV, tanh(raw / cap) * cap));

@@ -8,10 +8,6 @@
 
 #include "attention_products.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace sage {
 
 constexpr int64_t PART = 1024;    // keys of one part, which may be another thread's
@@ -226,14 +222,9 @@ inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& 
             }
     const int64_t width = rounded_up(call.value_width, LANES), rows = positions * group;
     const int64_t floats = Seen::floats(rows, width);
-#ifdef _OPENMP
-    const int64_t threads = omp_get_max_threads();
-#else
-    const int64_t threads = 1;
-#endif
+    const int64_t threads = sage_num_threads();
     if (threads == 1 || most_parts == 1 || num_tiles >= 4 * threads) {
-#pragma omp parallel for schedule(dynamic) if (num_tiles > 1 && work >= PARALLEL_WORK)
-        for (int64_t t = 0; t < num_tiles; ++t) {
+        const auto compute = [&](int64_t t) {
             TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
             float* memory = scratch<float>(2, 2 * floats);
             Seen all = Seen::at(memory, rows), part = Seen::at(memory + floats, rows);
@@ -244,20 +235,20 @@ inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& 
                 all.merge(part, worker.num_rows(), width);
             }
             worker.finish(all);
-        }
+        };
+        if (work >= PARALLEL_WORK) return each_part(num_tiles, compute);
+        for (int64_t t = 0; t < num_tiles; ++t) compute(t);
         return;
     }
     float* memory = scratch<float>(3, num_tiles * most_parts * floats);
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int64_t t = 0; t < num_tiles; ++t)
-        for (int64_t p = 0; p < most_parts; ++p) {
-            KeyRange range = part_of(tile_range(keys, hooks, tiles[t]), p * PART);
-            if (range.first >= range.stop) continue;
-            TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
-            worker.see(range, Seen::at(memory + (t * most_parts + p) * floats, rows));
-        }
-#pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < num_tiles; ++t) {
+    each_part(num_tiles * most_parts, [&](int64_t part) {
+        const int64_t t = part / most_parts;
+        KeyRange range = part_of(tile_range(keys, hooks, tiles[t]), part % most_parts * PART);
+        if (range.first >= range.stop) return;
+        TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
+        worker.see(range, Seen::at(memory + part * floats, rows));
+    });
+    each_part(num_tiles, [&](int64_t t) {
         TileWorker<E, Keys, Hooks> worker(call, keys, hooks, tiles[t]);
         Seen all = Seen::at(scratch<float>(2, floats), rows);
         all.clear(worker.num_rows(), width);
@@ -267,7 +258,7 @@ inline void attend(const AttentionCall<E>& call, const Keys& keys, const Hooks& 
                 all.merge(Seen::at(memory + (t * most_parts + p) * floats, rows), worker.num_rows(), width);
         }
         worker.finish(all);
-    }
+    });
 }
 
 // Where keys, values and query rows lie.

@@ -12,8 +12,8 @@ from pathlib import Path
 
 HEADERS = Path(__file__).parent
 FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-    "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
+    "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
 """No -ffast-math: masks are infinities. No contraction: an op rounds alike wherever its equations stand."""
 
@@ -24,45 +24,28 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A C++ compiler, its version as it tells it, and how it is asked for OpenMP (nothing: without)."""
+    """A C++ compiler, and its version as it tells it."""
 
     path: str
     version: str
-    openmp: tuple[str, ...]
-    openmp_library: str | None
 
     @property
     def flags(self) -> tuple[str, ...]:
         """What every file is compiled with; SAGELLM_KERNEL_FLAGS adds to it, as for sanitizers."""
-        return (*FLAGS, *self.openmp, *os.environ.get("SAGELLM_KERNEL_FLAGS", "").split())
+        return (*FLAGS, *os.environ.get("SAGELLM_KERNEL_FLAGS", "").split())
 
 
 def find_compiler() -> Compiler | None:
     """The compiler that CXX names, else g++, clang++ or c++ from the path; None if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     path = next((found for name in names if (found := shutil.which(name))), None)
-    return _described(path, _loaded_openmp()) if path else None
+    return _described(path) if path else None
 
 
 @lru_cache(maxsize=4)
-def _described(path: str, openmp_library: str | None) -> Compiler | None:
+def _described(path: str) -> Compiler | None:
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return None
-    version = done.stdout.strip()
-    is_clang = "clang" in version
-    fits = openmp_library is None or is_clang != ("gomp" in Path(openmp_library).name)
-    return Compiler(path, version, ("-fopenmp",) if fits and not is_clang else (), openmp_library if fits else None)
-
-
-def _loaded_openmp() -> str | None:
-    """The OpenMP runtime that is in the process already, as torch brings one: a second one would fight it for cores."""
-    maps = Path("/proc/self/maps")
-    if not maps.is_file():
-        return None
-    fields = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
-    paths = sorted({parts[5] for parts in fields if len(parts) == 6})
-    return next((path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))), None)
+    return None if done.returncode else Compiler(path, done.stdout.strip())
 
 
 def cache_folder() -> Path:
@@ -92,8 +75,7 @@ def _key(source: Path, element: str, compiler: Compiler, flags: tuple[str, ...])
     digest = hashlib.sha256()
     for file in (source, *sorted(HEADERS.glob("*.h"))):
         digest.update(file.read_bytes())
-    linked = compiler.openmp_library or ""
-    for text in (compiler.path, compiler.version, *compiler.flags, *flags, linked, element, _processor()):
+    for text in (compiler.path, compiler.version, *compiler.flags, *flags, element, _processor()):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:20]
 
@@ -108,14 +90,10 @@ def _processor() -> str:
 
 
 def _compile(source: Path, element: str, compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
-    """Compiles, then links by hand: the driver's own -fopenmp would bring a second OpenMP runtime."""
-    unit = library.with_suffix(".o")
-    _run([compiler.path, *compiler.flags, *flags, f"-DSAGE_ELEMENT={element}", f"-I{HEADERS}", "-c", str(source),
-          "-o", str(unit)], source)  # fmt: skip
-    openmp = ["-fopenmp"] if compiler.openmp else []
-    openmp = [compiler.openmp_library] if compiler.openmp_library else openmp
-    linked = [flag for flag in compiler.flags if flag not in compiler.openmp]
-    _run([compiler.path, "-shared", *linked, *flags, str(unit), *openmp, "-o", str(library)], source)
+    """Names that only `team.cpp` has are found when the library is loaded."""
+    later = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    _run([compiler.path, "-shared", *compiler.flags, *flags, f"-DSAGE_ELEMENT={element}", f"-I{HEADERS}", str(source),
+          *later, "-o", str(library)], source)  # fmt: skip
 
 
 def _run(command: list[str], source: Path) -> None:

@@ -1,30 +1,34 @@
 // Loops over rows and along them, reductions, and memory that is kept between calls.
 #pragma once
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "functions.h"
+#include "team.h"
 
 namespace sage {
 
 constexpr int64_t PARALLEL_WORK = 32 * 1024;  // elements below which a second thread costs more than it helps
 
+struct Range {
+    int64_t first, last;
+    int64_t count() const { return last - first; }
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Part `i` of `parts` of `count` things, which come in multiples of `step`.
+inline Range share(int64_t count, int64_t step, int64_t i, int64_t parts) {
+    const int64_t steps = (count + step - 1) / step;
+    return {smaller(count, steps * i / parts * step), smaller(count, steps * (i + 1) / parts * step)};
+}
+
 // Rows, shared out between threads; each is computed by one thread in one order, so results do not depend on their number.
 template <class Body>
 inline void each_row(int64_t rows, int64_t elements, Body&& body) {
-#pragma omp parallel for schedule(static) if (rows > 1 && elements >= PARALLEL_WORK)
-    for (int64_t row = 0; row < rows; ++row) body(row);
-}
-
-// Threads that a parallel region has at most.
-inline int64_t most_threads() {
-#if defined(_OPENMP)
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
+    const int64_t parts = num_parts(rows, elements / (PARALLEL_WORK / 2));
+    each_part(parts, [&](int64_t part) {
+        const Range own = share(rows, 1, part, parts);
+        for (int64_t row = own.first; row < own.last; ++row) body(row);
+    });
 }
 
 // Along a row: the body is called with whole blocks, then with the tail if there is one.

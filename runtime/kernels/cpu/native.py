@@ -4,9 +4,12 @@ import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.compiler import Compiler, build
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library
+from sageLLM.runtime.kernels.cpu.team import load_team
 
 RUNNER = Path(__file__).parent / "runner.cpp"
 
@@ -19,9 +22,10 @@ class NativeRunner:
         self.library = libraries[0]
         self._homes = {op: library for library in libraries for op in library.kernels}
         self.kernels: Mapping[str, NativeKernel] = {op: home.kernels[op] for op, home in self._homes.items()}
+        load_team(compiler)
         own = ctypes.CDLL(str(build(RUNNER, ELEMENTS[0], compiler)))
         self._run = own.sage_run
-        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64), None
+        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
         self.copy_address = ctypes.cast(own.sage_gather_rows, ctypes.c_void_p).value or 0
 
     def prepare(self, ops: Iterable[str], element: str) -> None:
@@ -44,5 +48,5 @@ class NativeRunner:
         return self._homes[op].address(op, element or ELEMENTS[0], unpacks=unpacks)
 
     def run(self, calls: int, num_calls: int) -> None:
-        """Makes the calls that lie at this address."""
-        self._run(calls, num_calls)
+        """Makes the calls that lie at this address, on as many threads as torch takes."""
+        self._run(calls, num_calls, torch.get_num_threads())

@@ -64,11 +64,10 @@ inline void pack_panel(Element* panel, const Element* w, int64_t stride, int64_t
 template <class Element>
 inline void pack(Element* packed, const Element* w, int64_t stride, int64_t gates, int64_t N, int64_t K) {
     int64_t blocks = round_up(N, PANEL) / PANEL;
-#pragma omp parallel for schedule(static) if (gates * N * K >= PARALLEL_WORK)
-    for (int64_t p = 0; p < gates * blocks; ++p) {
+    each_row(gates * blocks, gates * N * K, [&](int64_t p) {
         int64_t gate = p % gates, first = p / gates * PANEL, rows = N - first < PANEL ? N - first : PANEL;
         pack_panel(packed + p * panel_size(K), w + (gate * N + first) * stride, stride, rows, K);
-    }
+    });
 }
 
 // Row n of a packed [N][K]: a table that is both embedding and head is held once.

@@ -1,13 +1,9 @@
-// Products of rows with a packed weight: how the work is cut into blocks and shared out between threads.
+// Products of rows with a packed weight: how the work is cut into parts for threads, and these into blocks.
 //
-// A thread prepares its rows of x once, then goes through its part of the weight in chunks that stay in the cache while
-// all of its rows pass; the next chunk is fetched meanwhile. With few rows the weight is the work, so threads share its
-// panels; with many, they share the rows. Neither changes a result: a sum along K is one thread's, in one order.
+// A part prepares its rows of x, then goes through its columns of the weight in chunks that stay in the cache while all
+// of its rows pass; the next chunk is fetched meanwhile. With few rows the weight is the work, so parts share its
+// columns; with many, they share the rows. Neither changes a result: a sum along K is one part's, in one order.
 #pragma once
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "routes.h"
 #include "ways.h"
@@ -32,19 +28,6 @@ struct Factors {
     int64_t columns() const { return round_up(N, PANEL) / PANEL; }  // each is `gates` panels
     int64_t column_size() const { return gates * panel_size(K); }
 };
-
-struct Range {
-    int64_t first, last;
-    int64_t count() const { return last - first; }
-};
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Part `i` of `parts` of `count` things, which come in multiples of `step`.
-inline Range share(int64_t count, int64_t step, int64_t i, int64_t parts) {
-    const int64_t steps = (count + step - 1) / step;
-    return {smaller(count, steps * i / parts * step), smaller(count, steps * (i + 1) / parts * step)};
-}
 
 // Calls finish(row, Block or Tail of features, the sums of each gate) for what a block has computed.
 template <class Element, class Finish>
@@ -122,45 +105,36 @@ inline void multiply(const Way<Element>& way, const Tuning& tuning, const Factor
     }
 }
 
-// Whether a second thread pays: a weight of a few hundred kilobytes is read in the time that two threads take to meet.
-inline bool is_shared(int64_t weights, int64_t rows) {
-    return weights * (1 + rows / 16) >= 8 * PARALLEL_WORK;
+// How many parts a product is worth. Each should read a few hundred kilobytes of weights, or do as much work on fewer.
+inline int64_t product_parts(int64_t weights, int64_t rows) {
+    return num_parts(INT64_MAX, weights * (1 + rows / 16) / (4 * PARALLEL_WORK));
 }
 
-inline Range this_thread() {
-#if defined(_OPENMP)
-    return {omp_get_thread_num(), omp_get_num_threads()};
-#else
-    return {0, 1};
-#endif
-}
-
-// One product by all threads, each of which has a part of the rows and a part of the columns, and finishes them with
-// finish_of(its number): what it sees of a row are blocks of features in their order.
+// One product, in parts that each have some of the rows and some of the columns. A part finishes its blocks by
+// finish_of(the number of its columns): what that sees of a row are blocks of features in their order.
 template <class Element, class RowOf, class FinishOf>
-inline void product_by_thread(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors,
-                              RowOf&& row_of, FinishOf&& finish_of) {
+inline void product_by_part(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors,
+                            RowOf&& row_of, FinishOf&& finish_of) {
     if (!factors.rows || !factors.N) return;
-#pragma omp parallel if (is_shared(factors.gates * factors.N * factors.K, factors.rows))
-    {
-        const auto [thread, threads] = this_thread();
-        int64_t row_parts = smaller(threads, factors.rows / tuning.rows_per_part + 1);
-        while (threads % row_parts) --row_parts;
-        auto&& finish = finish_of(thread);
+    const int64_t parts = product_parts(factors.gates * factors.N * factors.K, factors.rows);
+    const int64_t row_parts = smaller(parts, factors.rows / tuning.rows_per_part + 1);
+    const int64_t column_parts = smaller(factors.columns(), (parts + row_parts - 1) / row_parts);
+    each_part(row_parts * column_parts, [&](int64_t part) {
+        auto&& finish = finish_of(part % column_parts);
         way.begin();
-        multiply(way, tuning, factors, share(factors.rows, way.row_step, thread % row_parts, row_parts),
-                 share(factors.columns(), 1, thread / row_parts, threads / row_parts), row_of, finish);
+        multiply(way, tuning, factors, share(factors.rows, way.row_step, part / column_parts, row_parts),
+                 share(factors.columns(), 1, part % column_parts, column_parts), row_of, finish);
         way.end();
-    }
+    });
 }
 
 template <class Element, class RowOf, class Finish>
 inline void product(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors, RowOf&& row_of,
                     Finish&& finish) {
-    product_by_thread(way, tuning, factors, row_of, [&](int64_t) -> Finish& { return finish; });
+    product_by_part(way, tuning, factors, row_of, [&](int64_t) -> Finish& { return finish; });
 }
 
-// Several products with a weight each, as of experts or of heads: threads take parts of them as they come.
+// Several products with a weight each, as of experts or of heads.
 //
 // `rows_of(group)` rows belong to a group; row_of and finish get the group before the row.
 template <class Element, class RowsOf, class RowOf, class Finish>
@@ -168,21 +142,19 @@ inline void products(const Way<Element>& way, const Tuning& tuning, int64_t grou
                      RowsOf&& rows_of, RowOf&& row_of, Finish&& finish) {
     const int64_t size = each.column_size(), columns = each.columns();
     const int64_t wide = (tuning.chunk_bytes / (int64_t)sizeof(Element) + size - 1) / size, parts = (columns + wide - 1) / wide;
-#pragma omp parallel if (is_shared(groups * each.N * each.K, 1))
-    {
+    const auto compute = [&](int64_t part) {
+        const int64_t group = part / parts;
+        Factors<Element> factors = each;
+        factors.rows = rows_of(group);
+        factors.w += group * columns * size;
         way.begin();
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t part = 0; part < groups * parts; ++part) {
-            const int64_t group = part / parts;
-            Factors<Element> factors = each;
-            factors.rows = rows_of(group);
-            factors.w += group * columns * size;
-            multiply(way, tuning, factors, {0, factors.rows}, share(columns, 1, part % parts, parts),
-                     [&](int64_t row) { return row_of(group, row); },
-                     [&](int64_t row, auto features, const float* sums) { finish(group, row, features, sums); });
-        }
+        multiply(way, tuning, factors, {0, factors.rows}, share(columns, 1, part % parts, parts),
+                 [&](int64_t row) { return row_of(group, row); },
+                 [&](int64_t row, auto features, const float* sums) { finish(group, row, features, sums); });
         way.end();
-    }
+    };
+    if (product_parts(groups * each.N * each.K, 1) > 1) return each_part(groups * parts, compute);
+    for (int64_t part = 0; part < groups * parts; ++part) compute(part);
 }
 
 }  // namespace sage

@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <cstring>
 
+extern "C" void sage_use_threads(int64_t count);  // of team.cpp
+
 namespace {
 
 using Kernel = void (*)(void* const* tensors, const int64_t* sizes, const double* attrs);
@@ -15,7 +17,9 @@ struct Call {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void sage_run(const Call* calls, int64_t num_calls) {
+extern "C" __attribute__((visibility("default"))) void sage_run(
+    const Call* calls, int64_t num_calls, int64_t num_threads) {
+    sage_use_threads(num_threads);
     for (int64_t i = 0; i < num_calls; ++i) calls[i].kernel(calls[i].tensors, calls[i].sizes, calls[i].attrs);
 }
 

@@ -38,29 +38,32 @@ inline Likeliest likeliest(const float* logits, int64_t length) {
     return {top, 0};
 }
 
-// Finds the likeliest token of every row while a product makes the logits, block by block. A thread sees blocks of a row
-// in their order, so of equals in a lane the first is kept; threads and lanes meet in an order that is total. So the
-// result depends on the logits alone.
+// Finds the likeliest token of every row while a product makes the logits, block by block. A part of the product sees
+// blocks of a row in their order, so of equals in a lane the first is kept; parts are put together in their order, and
+// lanes by an order that is total. So the result depends on the logits alone.
 class SampleFollower {
     struct Lanes {
-        Floats logit;
-        Ints token;
+        Floats logit = lanes(-INFINITY);
+        Ints token = {};
+
+        void take(Floats other, Ints tokens, Ints counts) {
+            const Ints is_nan = (other != other) & (logit == logit);
+            const Ints is_better = counts & ((other > logit) | is_nan);
+            if (!any(is_better)) return;  // by far most blocks
+            logit = is_better ? other : logit;
+            token = is_better ? tokens : token;
+        }
     };
 
    public:
-    // What one thread has seen.
+    // What one part has seen.
     class Part {
        public:
         explicit Part(Lanes* rows) : rows(rows) {}
 
         template <class Place>
         Floats with(int64_t row, Place i, Floats logit) const {
-            Lanes& best = rows[row];
-            const Ints is_nan = (logit != logit) & (best.logit == best.logit);
-            const Ints is_better = inside(i) & ((logit > best.logit) | is_nan);
-            if (!any(is_better)) return logit;  // by far most blocks
-            best.logit = is_better ? logit : best.logit;
-            best.token = is_better ? LANE_NUMBERS + (int32_t)i.at : best.token;
+            rows[row].take(logit, LANE_NUMBERS + (int32_t)i.at, inside(i));
             return logit;
         }
 
@@ -68,26 +71,29 @@ class SampleFollower {
         Lanes* rows;
     };
 
-    explicit SampleFollower(int64_t rows) : rows(rows), all(scratch<Lanes>(0, most_threads() * rows)) {
-        for (int64_t i = 0; i < most_threads() * rows; ++i) all[i] = {lanes(-INFINITY), Ints{}};
+    explicit SampleFollower(int64_t rows) : rows(rows), all(scratch<Lanes>(0, most_parts() * rows)) {
+        for (int64_t i = 0; i < most_parts() * rows; ++i) all[i] = Lanes();
     }
 
-    Part part(int64_t thread) const { return Part(all + thread * rows); }
+    Part part(int64_t number) const { return Part(all + number * rows); }
 
     Likeliest of(int64_t row) const {
-        Likeliest best = {-INFINITY, 0};
-        for (int64_t thread = 0; thread < most_threads(); ++thread)
-            for (int lane = 0; lane < LANES; ++lane) {
-                const Lanes& own = all[thread * rows + row];
-                const Likeliest one = {own.logit[lane], own.token[lane]};
-                best = one.is_before(best) ? one : best;
-            }
+        Lanes seen = all[row];
+        for (int64_t part = 1; part < most_parts(); ++part) {
+            const Lanes& own = all[part * rows + row];
+            seen.take(own.logit, own.token, ~Ints{});
+        }
+        Likeliest best = {seen.logit[0], seen.token[0]};
+        for (int lane = 1; lane < LANES; ++lane) {
+            const Likeliest one = {seen.logit[lane], seen.token[lane]};
+            best = one.is_before(best) ? one : best;
+        }
         return best;
     }
 
    private:
     int64_t rows;
-    Lanes* all;  // by thread, then by row
+    Lanes* all;  // by part of the columns, then by row
 };
 
 // Sorts token ids by probability, the greatest first, of equals the smaller id first, by merging ever longer runs.

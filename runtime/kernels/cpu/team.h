@@ -1,0 +1,36 @@
+// Shares work out between the threads of the process: whoever is free takes the next part, the caller included.
+//
+// The caller waits for parts that were begun, never for a thread that took none: a thread that the system has put aside
+// holds up nobody. What a part computes must not depend on who computes it.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+// Of team.cpp, loaded once for all kernels
+extern "C" void sage_share(int64_t parts, void (*body)(void* state, int64_t part), void* state);
+extern "C" int64_t sage_num_threads();
+
+namespace sage {
+
+constexpr int64_t PARTS_PER_THREAD = 4;  // so that a thread that is late leaves its parts to others
+
+// Calls body(part) for 0 <= part < parts, in any order and by any thread.
+template <class Body>
+inline void each_part(int64_t parts, Body&& body) {
+    if (parts == 1) return body(int64_t{0});
+    using Own = std::remove_reference_t<Body>;
+    sage_share(parts, [](void* state, int64_t part) { (*(Own*)state)(part); }, (void*)&body);
+}
+
+// Into how many parts anything is cut at the utmost.
+inline int64_t most_parts() { return sage_num_threads() * PARTS_PER_THREAD; }
+
+// Into how many parts to cut `count` things that are worth `most` parts at the utmost.
+inline int64_t num_parts(int64_t count, int64_t most) {
+    if (sage_num_threads() == 1 || count < 2 || most < 2) return 1;
+    const int64_t parts = most_parts() < most ? most_parts() : most;
+    return parts < count ? parts : count;
+}
+
+}  // namespace sage
