@@ -123,6 +123,7 @@ def measure(dtypes: list[str], rows: list[int], part: str, timer: Timer, threads
     found = compiler.find_compiler()
     assert found is not None, "this needs a C++ compiler"
     library = Library(cpu.KERNELS, Path(cpu.__file__).parent, found)
+    library.use_threads_of_torch()
     ceilings = ceilings_of(dtypes, library, timer, threads)
     yield {"read_gb_s": round(ceilings.read / 1e9, 1)} | {
         f"{k}_gflops": round(v / 1e9) for k, v in ceilings.flops.items()

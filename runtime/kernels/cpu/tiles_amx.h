@@ -79,7 +79,7 @@ inline void few(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead 
     if constexpr (PANELS > 3) _tile_stored(3, sums + 3 * PANEL, STRIDE);
 }
 
-// 32 rows by up to two panels
+// 32 rows by up to two panels. The weights pass the nearest cache by, as it is to keep the rows: the next block wants them.
 template <int PANELS>
 inline void many(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead ahead) {
     const int64_t panel = steps * TILE;
@@ -90,12 +90,12 @@ inline void many(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead
     for (int64_t s = 0; s < steps; ++s, x += TILE, w += TILE) {
         fetch(ahead);
         _tile_loadd(4, x, 64);
-        _tile_loadd(6, w, 64);
+        _tile_stream_loadd(6, w, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(5, x + steps * TILE, 64);
         _tile_dpbf16ps(1, 5, 6);
         if constexpr (PANELS > 1) {
-            _tile_loadd(7, w + panel, 64);
+            _tile_stream_loadd(7, w + panel, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
