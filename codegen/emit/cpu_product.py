@@ -58,12 +58,21 @@ def product_lines(product: Product, writer: ProductText, inside: Sequence[str]) 
 
 
 def followed_lines(product: Product, writer: ProductText, inside: Sequence[str], follower: str) -> list[str]:
-    """The call, and what looks at the results: an object of the class `follower`, of which each part has its own."""
+    """The call, and what looks at the results: an object of the class `follower`, which has a part for each of the call.
+
+    const SampleFollower allSeen(S, allParts.columns);
+    product_by_part(WAY, TUNING, factors, allParts, ..., [&](int64_t iPart) {
+        return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
+            store(logits + iS * logits_S, iV, ownSeen.with(iS, iV, to<E>(load(sums, Block{0}))));
+        };
+    });
+    """
     finish = _finish_lines(product, f"return [&, ownSeen = {SEEN}.part(iPart)]", inside)
     return [
         _factors_line(product),
-        f"const {follower} {SEEN}({size_text(_rows(product).extent)});",
-        "product_by_part(WAY, TUNING, factors,",
+        "const Parts allParts = parts_of(TUNING, factors);",
+        f"const {follower} {SEEN}({size_text(_rows(product).extent)}, allParts.columns);",
+        "product_by_part(WAY, TUNING, factors, allParts,",
         _row_of(product, writer),
         *indented(["[&](int64_t iPart) {", *indented([*finish, "};"]), "});"], 2),
     ]

@@ -314,8 +314,9 @@ SAGE_KERNEL(lm_head_sample) {
     const int64_t logits_S = sizes[5];
     int64_t* tokens = (int64_t*)tensors[9];
     const Factors<E> factors = {S, H, V, 1, w};
-    const SampleFollower allSeen(S);
-    product_by_part(WAY, TUNING, factors,
+    const Parts allParts = parts_of(TUNING, factors);
+    const SampleFollower allSeen(S, allParts.columns);
+    product_by_part(WAY, TUNING, factors, allParts,
             [&](int64_t iS) { return x + iS * x_S; },
             [&](int64_t iPart) {
                 return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
@@ -353,8 +354,9 @@ SAGE_KERNEL(lm_head_scale_sample) {
     int64_t* tokens = (int64_t*)tensors[9];
     const float factor = (float)attrs[0];
     const Factors<E> factors = {S, H, V, 1, w};
-    const SampleFollower allSeen(S);
-    product_by_part(WAY, TUNING, factors,
+    const Parts allParts = parts_of(TUNING, factors);
+    const SampleFollower allSeen(S, allParts.columns);
+    product_by_part(WAY, TUNING, factors, allParts,
             [&](int64_t iS) { return x + iS * x_S; },
             [&](int64_t iPart) {
                 return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
@@ -393,8 +395,9 @@ SAGE_KERNEL(lm_head_soft_cap_sample) {
     int64_t* tokens = (int64_t*)tensors[9];
     const float cap = (float)attrs[0];
     const Factors<E> factors = {S, H, V, 1, w};
-    const SampleFollower allSeen(S);
-    product_by_part(WAY, TUNING, factors,
+    const Parts allParts = parts_of(TUNING, factors);
+    const SampleFollower allSeen(S, allParts.columns);
+    product_by_part(WAY, TUNING, factors, allParts,
             [&](int64_t iS) { return x + iS * x_S; },
             [&](int64_t iPart) {
                 return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {

@@ -71,15 +71,15 @@ class SampleFollower {
         Lanes* rows;
     };
 
-    explicit SampleFollower(int64_t rows) : rows(rows), all(scratch<Lanes>(0, most_parts() * rows)) {
-        for (int64_t i = 0; i < most_parts() * rows; ++i) all[i] = Lanes();
+    SampleFollower(int64_t rows, int64_t parts) : rows(rows), parts(parts), all(scratch<Lanes>(0, parts * rows)) {
+        for (int64_t i = 0; i < parts * rows; ++i) all[i] = Lanes();
     }
 
     Part part(int64_t number) const { return Part(all + number * rows); }
 
     Likeliest of(int64_t row) const {
-        Lanes seen = all[row];
-        for (int64_t part = 1; part < most_parts(); ++part) {
+        Lanes seen;
+        for (int64_t part = 0; part < parts; ++part) {
             const Lanes& own = all[part * rows + row];
             seen.take(own.logit, own.token, ~Ints{});
         }
@@ -92,7 +92,7 @@ class SampleFollower {
     }
 
    private:
-    int64_t rows;
+    int64_t rows, parts;
     Lanes* all;  // by part of the columns, then by row
 };
 

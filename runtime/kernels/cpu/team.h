@@ -23,13 +23,11 @@ inline void each_part(int64_t parts, Body&& body) {
     sage_share(parts, [](void* state, int64_t part) { (*(Own*)state)(part); }, (void*)&body);
 }
 
-// Into how many parts anything is cut at the utmost.
-inline int64_t most_parts() { return sage_num_threads() * PARTS_PER_THREAD; }
-
 // Into how many parts to cut `count` things that are worth `most` parts at the utmost.
 inline int64_t num_parts(int64_t count, int64_t most) {
-    if (sage_num_threads() == 1 || count < 2 || most < 2) return 1;
-    const int64_t parts = most_parts() < most ? most_parts() : most;
+    const int64_t threads = sage_num_threads();
+    if (threads == 1 || count < 2 || most < 2) return 1;
+    const int64_t parts = threads * PARTS_PER_THREAD < most ? threads * PARTS_PER_THREAD : most;
     return parts < count ? parts : count;
 }
 
