@@ -58,7 +58,7 @@ def product_lines(product: Product, writer: ProductText, inside: Sequence[str]) 
 
 
 def followed_lines(product: Product, writer: ProductText, inside: Sequence[str], follower: str) -> list[str]:
-    """The call, and what looks at the results: an object of the class `follower`, which has a part for each of the call.
+    """The call, and an object of the class `follower` that looks at the results, with a part for each part of the work.
 
     const SampleFollower allSeen(S, allParts.columns);
     product_by_part(WAY, TUNING, factors, allParts, ..., [&](int64_t iPart) {
