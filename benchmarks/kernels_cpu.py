@@ -22,7 +22,7 @@ from sageLLM.runtime.kernels.cpu.library import Library
 
 SOURCES, SPECS = Path(cpu.__file__).parent, Path(__file__).parents[1] / "specs/ops"
 LLAMA = ("embedding", "rms_norm", "fused_add_rms_norm", "qk_rope_kv_store", "paged_prefill_attention",
-         "paged_decode_attention", "linear_silu_mul", "linear", "lm_head", "sample", "select_rows", "add")  # fmt: skip
+         "paged_decode_attention", "linear_silu_mul", "linear", "lm_head_sample", "select_rows", "add")  # fmt: skip
 Run = Callable[[], object]
 
 

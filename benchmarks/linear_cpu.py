@@ -1,11 +1,14 @@
 """Times linear layers of two models on the CPU: ours with packed weights and oneDNN with reordered ones, in turn.
 
 python benchmarks/linear_cpu.py [--dtypes bf16,f32] [--rows 1,16,1024] [--threads 1] [--seconds 0.5] [--json PATH]
+python benchmarks/linear_cpu.py --sampling [--rows 1,16,32] [--seconds 5]
 
 Weights are cold: each call takes the next of as many copies as the caches cannot hold. With one thread a time is the
 thread's own processor time, so that other processes disturb it little; with several it is time on the wall. The best
 of all calls counts, for both. `limit` is the larger of the times that reading the weight and the sums alone would
 take at the rates that the machine reaches in the same run: streaming from memory, oneDNN's product of large matrices.
+
+With --sampling: the head of SmolLM-135M and then `sample`, beside the one kernel that is both, greedy. Medians count.
 """
 
 import argparse
@@ -14,14 +17,16 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from machine import machine_facts
 from torch import Tensor
 
-from sageLLM.generated.kernels import cpu
+from sageLLM.generated.kernels import cpu, reference
 from sageLLM.runtime.kernels.cpu import compiler
+from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library, Symbol
 from sageLLM.runtime.kernels.cpu.packing import DTYPE_NAMES, WeightMemory, pack
 
@@ -50,21 +55,25 @@ class Ceilings(NamedTuple):
 
 
 class Timer:
-    """Best times of calls made in turn."""
+    """Times of calls made in turn."""
 
     def __init__(self, threads: int, seconds: float) -> None:
         self._clock = time.thread_time if threads == 1 else time.perf_counter
         self._seconds = seconds
 
     def best(self, *calls: Callable[[int], object]) -> list[float]:
-        best, until, number = [float("inf")] * len(calls), time.perf_counter() + self._seconds, 0
+        return [min(times) for times in self.all(*calls)]
+
+    def all(self, *calls: Callable[[int], object]) -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in calls]
+        until, number = time.perf_counter() + self._seconds, 0
         while time.perf_counter() < until or number < 4:
-            for place, call in enumerate(calls):
+            for times, call in zip(found, calls, strict=True):
                 start = self._clock()
                 call(number)
-                best[place] = min(best[place], self._clock() - start)
+                times.append(self._clock() - start)
             number += 1
-        return best
+        return found
 
 
 class Ours:
@@ -93,8 +102,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each line of the table")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--sampling", action="store_true", help="the head and the choice of a token instead")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.sampling:
+        for rows in map(int, given.rows.split(",")):
+            print_sampling(rows, Timer(given.threads, given.seconds))
+        return
     lines = []
     for line in measure(given.dtypes.split(","), [int(m) for m in given.rows.split(",")], given.shapes,
                         Timer(given.threads, given.seconds), given.threads):  # fmt: skip
@@ -157,6 +171,34 @@ def compared(rows: int, weights: list[Tensor], library: Library, timer: Timer, c
             "f_linear_us": round(unpacked * 1e6, 1), "limit_us": round(limit * 1e6, 1),
             "gb_s": round(read / mine / 1e9, 1), "gflops": round(flops / mine / 1e9),
             "ratio": round(theirs / mine, 2)}  # fmt: skip
+
+
+def print_sampling(rows: int, timer: Timer) -> None:
+    """Each call takes the next copy of the weight, so that none finds it where the last one left it."""
+    found = compiler.find_compiler()
+    assert found is not None, "this needs a C++ compiler"
+    library = Library(cpu.KERNELS, Path(cpu.__file__).parent, found)
+    head, sample, fused = (
+        NativeCallable(cpu.KERNELS[op], library, reference.KERNELS[op])
+        for op in ("lm_head", "sample", "lm_head_sample")
+    )
+    inner, features = SHAPES["SmolLM-135M head"]
+    memory, x = WeightMemory(), torch.randn(rows, inner).bfloat16()
+    weight = torch.randn(features, inner).bfloat16()
+    copies = [pack(weight, 1, library, memory) for _ in range(COLD_BYTES // weight.nbytes + 2)]
+
+    def next_of(number: int, place: int) -> Any:
+        return copies[(3 * number + place) % len(copies)]
+
+    times = timer.all(
+        lambda number: head(x, next_of(number, 0)),
+        lambda number: sample(head(x, next_of(number, 1))),
+        lambda number: fused(x, next_of(number, 2)),
+    )
+    figures = [f"{name} {median(one) * 1e6:.0f} ({min(one) * 1e6:.0f}) us" for name, one in
+               zip(("lm_head", "lm_head, sample", "lm_head_sample"), times, strict=True)]  # fmt: skip
+    saved = 1 - median(times[2]) / median(times[1])
+    print(f"S={rows:<4} median (least): {'  '.join(figures)}  {saved:.0%} saved", flush=True)
 
 
 def text_of(line: dict[str, Any]) -> str:

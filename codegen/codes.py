@@ -178,6 +178,10 @@ CODES: dict[str, CodeInfo] = {
         "unknown name under ranks",
         "`ranks` says for a reference which dims of its inputs ranks may share, and in which inputs it is linear.",
     ),
+    "SAGE134": CodeInfo(
+        "unknown input under follows",
+        "`kernel.follows` names an input that is always there, which the kernel looks at while a product makes it.",
+    ),
     # models
     "SAGE201": CodeInfo(
         "unusable base layout",

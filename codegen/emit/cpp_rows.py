@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from sageLLM.codegen.emit.cpp_arguments import declarations, stride_names
 from sageLLM.codegen.emit.cpp_text import CppText, cpp_name, size_text
-from sageLLM.codegen.emit.cpu_product import ProductText, product_lines
+from sageLLM.codegen.emit.cpu_product import ProductText, followed_lines, indented, product_lines
 from sageLLM.codegen.expr.size import Size, volume
 from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.expr.types import INTEGERS
+from sageLLM.codegen.kernel.followers import Followed
 from sageLLM.codegen.kernel.products import SUMS, Product
 from sageLLM.codegen.kernel.rows import Fold, Index, Let, Loop, Nest, Reduction, RowProgram, Step, Store, Sweep
-from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.model.op import OpDef, class_name
 
 _ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min"}
 _FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),
@@ -34,12 +35,25 @@ class CppKernel:
 
     def product_lines(self, product: Product) -> tuple[str, ...]:
         """The function of an op that is a product: the sweep along a row is what becomes of a block of sums."""
-        self.operands[SUMS] = [""] * (len(product.finish.rows))
-        loop = product.sweep.loop
-        writer = ProductText(self.operands, self.optional, self.names, loop, set(), product)
-        inside = [line for step in product.sweep.steps for line in self._in_sweep(step, writer)]
-        body = product_lines(product, writer, inside)
+        writer = self._product_text(product)
+        body = product_lines(product, writer, self._finish(writer, product))
         return (*declarations(self.op, "\n".join(body)), *body)
+
+    def followed_lines(self, followed: Followed, rest: Sequence[str]) -> tuple[str, ...]:
+        """The same with an op that sees the results as they are made; `rest` is what it does when all are there."""
+        product, follower = followed.product, f"{class_name(followed.follower.entry.spec.reference or '')}Follower"
+        writer = self._product_text(product, followed.result.name)
+        body = [*followed_lines(product, writer, self._finish(writer, product), follower), *rest]
+        return (*declarations(self.op, "\n".join(body)), *body)
+
+    def _product_text(self, product: Product, followed: str = "") -> ProductText:
+        self.operands[SUMS] = [""] * (len(product.finish.rows))
+        return ProductText(
+            self.operands, self.optional, self.names, product.sweep.loop, set(), product, followed=followed
+        )
+
+    def _finish(self, writer: ProductText, product: Product) -> list[str]:
+        return [line for step in product.sweep.steps for line in self._in_sweep(step, writer)]
 
     def _text(self, loop: Loop | None = None, lanes: set[str] | None = None) -> CppText:
         return CppText(self.operands, self.optional, self.names, loop, lanes if lanes is not None else set())
@@ -47,14 +61,14 @@ class CppKernel:
     def _nest(self, nest: Nest) -> list[str]:
         inside = [line for step in nest.steps for line in self._step(step)]
         if not nest.rows:
-            return ["{", *_indented(inside), "}"]
+            return ["{", *indented(inside), "}"]
         swept = dict.fromkeys(sweep.loop.extent for sweep in nest.sweeps)
         rows = [loop.extent for loop in nest.rows]
         elements = size_text(volume(rows) * (sum(swept, Size.of(0)) if swept else Size.of(1)))
         name = nest.rows[0].variable if len(rows) == 1 else "iRow"
         positions = [f"const int64_t {', '.join(_positions(nest.rows))};"] if len(rows) > 1 else []
         start = f"each_row({size_text(volume(rows))}, {elements}, [&](int64_t {name}) {{"
-        return [start, *_indented([*positions, *inside]), "});"]
+        return [start, *indented([*positions, *inside]), "});"]
 
     def _step(self, step: Step) -> list[str]:
         writer = self._text()
@@ -75,7 +89,7 @@ class CppKernel:
         after = [f"const float {one.name} = {self._total(one, sweep.loop)};" for one in reductions]
         inside = [line for step in sweep.steps for line in self._in_sweep(step, writer)]
         start = f"sweep({size_text(sweep.loop.extent)}, [&](auto {sweep.loop.variable}) {{"
-        return [*before, start, *_indented(inside), "});", *after]
+        return [*before, start, *indented(inside), "});", *after]
 
     def _total(self, reduction: Reduction, loop: Loop) -> str:
         total = f"{reduction.name}All.total()"
@@ -93,8 +107,8 @@ class CppKernel:
             case Store(place=place, value=value):
                 at, by = writer.address(place)
                 where = f"{at}, {writer.loop.variable if writer.loop else ''}"
-                return [f"store({where}, {writer.text(value)});" if by == "1" else
-                        f"store_every({by}, {where}, {writer.text(value)});"]  # fmt: skip
+                return [f"store({where}, {writer.stored(place, value)});" if by == "1" else
+                        f"store_every({by}, {where}, {writer.stored(place, value)});"]  # fmt: skip
             case Fold():
                 return self._fold(step, writer)
         raise AssertionError(f"a sweep holds no {type(step).__name__}")
@@ -106,7 +120,7 @@ class CppKernel:
         lines = [
             f"Floats {fold.name} = {start};",
             f"for (int64_t {name} = 0; {name} < {extent}; ++{name}) {{",
-            *_indented([combine.format(fold.name, writer.text(fold.value)) + ";"]),
+            *indented([combine.format(fold.name, writer.text(fold.value)) + ";"]),
             "}",
         ]
         return [*lines, f"{fold.name} /= {_as_float(fold.loop.extent)};"] if fold.op == "mean" else lines
@@ -132,7 +146,3 @@ def _as_float(size: Size) -> str:
 def _row_type(value: Expr) -> str:
     element = value.type.element
     return "bool" if element in ("bool", "truth") else "int64_t" if element in (*INTEGERS, "int") else "float"
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]

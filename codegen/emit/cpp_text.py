@@ -37,9 +37,9 @@ _KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case 
     protected public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch
     template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t
     while xor xor_eq"""
-_HEADER = """abs attend attrs bf16 each_row erf exp f16 f32 factors floor floor_divide floor_remainder fma inside lanes
-    load load_every log mask maximum minimum negation pow product products put relu round rsqrt sage scratch sigmoid
-    sizes sqrt store store_every sums sweep tanh tensors to value where"""
+_HEADER = """abs attend attrs bf16 cuts each_row erf exp f16 f32 factors floor floor_divide floor_remainder fma inside
+    lanes load load_every log mask maximum minimum negation pow product product_by_part products put relu round rsqrt
+    sage scratch sigmoid sizes sqrt store store_every sums sweep tanh tensors to value where"""
 RESERVED = frozenset(f"{_KEYWORDS} {_HEADER}".split())
 
 
@@ -83,6 +83,10 @@ class CppText:
 
     def text(self, expr: Expr) -> str:
         return self._piece(expr, self.is_float(expr)).text
+
+    def stored(self, place: Place, value: Expr) -> str:
+        """What is written to a place."""
+        return self.text(value)
 
     def is_float(self, expr: Expr) -> bool:
         return expr.type.element not in (*INTEGERS, "bool", "int", "truth", "str")

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from sageLLM.codegen.emit.cpp_arguments import OperandText, declarations, sizes_of, stride_names
 from sageLLM.codegen.emit.cpp_rows import CppKernel
 from sageLLM.codegen.emit.cpp_text import CppText
+from sageLLM.codegen.emit.cpu_product import SEEN
 from sageLLM.codegen.emit.cpu_table import Unpacks, unpacks_of
 from sageLLM.codegen.emit.reference import by_stem
 from sageLLM.codegen.expr.size import Size, formula
 from sageLLM.codegen.expr.tree import Expr, IfPresent, Ref
 from sageLLM.codegen.expr.types import DTYPES
+from sageLLM.codegen.kernel.followers import Followed, followed_product
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
 from sageLLM.codegen.kernel.parts import OutputPart, output_parts
@@ -19,7 +21,7 @@ from sageLLM.codegen.kernel.products import product_of
 from sageLLM.codegen.kernel.rows import RowProgram
 from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.load import Entry
-from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.model.op import OpDef, Reference
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import TEMPLATES, Output, Renderer, header, lit
 from sageLLM.codegen.schema.hardware import HardwareFile
@@ -111,6 +113,10 @@ def cpu_kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> Cpu
     if lines is not None:
         packed = PACKED_OF_TEMPLATES.get(op.entry.spec.reference or "", {})
         return CpuKernel(op, lines, sizes_of(op), updates=bool(op.inplace), packed=packed)
+    followed = followed_product(op, every)
+    if followed is not None and (rest := _behind_product(followed, renderer)):
+        lines = CppKernel(op, RowProgram((followed.product.finish,))).followed_lines(followed, rest)
+        return CpuKernel(op, lines, sizes_of(op), packed={followed.product.w.name: followed.product.gates})
     product = product_of(op, every)
     if product is not None:
         lines = CppKernel(op, RowProgram((product.finish,))).product_lines(product)
@@ -169,8 +175,8 @@ def _variables(op: OpDef) -> list[str]:
 def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
     """The op's template with its operands and hooks filled in, or None if there is none for the CPU."""
     assert op.reference is not None, "only ops with a reference have a template"
-    template = op.reference.template.replace("reference/", "cpu/").replace(".py.", ".cpp.")
-    if not (TEMPLATES / template).is_file():
+    template = _template_of(op.reference)
+    if template is None:
         return None
     hooks = {hook.name: hook.value for hook in op.reference.hooks}
     bounds = mask_bounds(hooks["mask_mod"]) if "mask_mod" in hooks else None
@@ -181,10 +187,27 @@ def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
         bounds=_bound_lines(bounds) if bounds else [],
         is_bounded="true" if bounds and bounds.is_exact else "false",
         modifies=_modifies(hooks["score_mod"]) if "score_mod" in hooks else "false",
+        follower="",
         **{name: hook_text(op, value) for name, value in hooks.items()},
     )
     body = [line for line in text.splitlines() if line.strip()]
     return (*declarations(op, "\n".join(body), whole="int32_t"), *body)
+
+
+def _behind_product(followed: Followed, renderer: Renderer) -> list[str]:
+    """What the follower does when the rows are complete, by its own template; nothing if it has none for the CPU."""
+    assert followed.follower.reference is not None, "a follower has a reference"
+    template = _template_of(followed.follower.reference)
+    if template is None:
+        return []
+    operands = [OperandText.of(o) if o else "nullptr" for o in followed.operands]
+    text = renderer.render(template, op=followed.follower, operands=operands, follower=SEEN)
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _template_of(reference: Reference) -> str | None:
+    template = reference.template.replace("reference/", "cpu/").replace(".py.", ".cpp.")
+    return template if (TEMPLATES / template).is_file() else None
 
 
 def hook_text(op: OpDef, value: Expr) -> str:

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import tidy
@@ -12,16 +12,18 @@ from sageLLM.codegen.emit.triton_launch import rows_view
 from sageLLM.codegen.emit.triton_product import product_view
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, walk
+from sageLLM.codegen.kernel.followers import Followed, followed_product
 from sageLLM.codegen.kernel.inline import program_of
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.places import NotRows
 from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.model.op import Hook, OpDef, Reference, Template
 from sageLLM.codegen.model.specs import Specs
-from sageLLM.codegen.render import Output, Renderer, header
+from sageLLM.codegen.render import TEMPLATES, Output, Renderer, header
 
 FOLDER = "kernels/triton"
 BASE = "sageLLM.generated.kernels.triton"
+REFERENCES = "sageLLM.generated.kernels.reference"
 MOVES_NOTHING = ("VIEW", "CONCAT")
 """Op types for which torch has what is wanted: views without a copy, and a copy."""
 
@@ -32,10 +34,13 @@ class TritonKernel:
 
     op: OpDef
     text: str
+    follower: OpDef | None = None
 
     @property
-    def calls_reference(self) -> bool:
-        return f"reference_{self.op.name}(" in self.text
+    def references(self) -> list[OpDef]:
+        """Those whose references the launcher calls."""
+        candidates = [self.op, *([self.follower] if self.follower else [])]
+        return [op for op in candidates if f"reference_{op.name}(" in self.text]
 
 
 def emit_triton(specs: Specs, renderer: Renderer) -> list[Output]:
@@ -60,16 +65,34 @@ def emit_triton(specs: Specs, renderer: Renderer) -> list[Output]:
 def _module(stem: str, kernels: Sequence[TritonKernel], specs: Specs, renderer: Renderer) -> Output:
     source = kernels[0].op.entry.doc.file
     text = renderer.render(
-        "triton.py.jinja", kernels=kernels, base=BASE if specs.is_overlay else "", stem=stem, source=source
+        "triton.py.jinja",
+        kernels=kernels,
+        base=BASE if specs.is_overlay else "",
+        imports=_imports(kernels, specs),
+        source=source,
     )
     refs = tuple(kernel.op.ref for kernel in kernels)
     return Output(f"{FOLDER}/{stem}.py", header(source, kernels[0].op.name) + text, refs)
+
+
+def _imports(kernels: Sequence[TritonKernel], specs: Specs) -> list[str]:
+    """Imports of the references that launchers call, as reference_NAME."""
+    lines = []
+    for op in dict.fromkeys(op.name for kernel in kernels for op in kernel.references):
+        entry = specs.ops[op].entry
+        package = REFERENCES if specs.is_overlay and specs.raw.is_base(entry) else "..reference"
+        lines.append(f"from {package}.{specs.ops[op].stem} import {op} as reference_{op}")
+    return lines
 
 
 def _kernel(op: OpDef, specs: Specs, renderer: Renderer) -> TritonKernel | None:
     """From the op's template or from its equations; None where the reference is as good, or all that there is."""
     if op.triton is not None:
         return TritonKernel(op, _template_text(op, op.triton, renderer))
+    followed = followed_product(op, specs.ops)
+    if followed is not None:
+        text = _followed_text(op, followed, specs, renderer)
+        return TritonKernel(op, text, followed.follower) if text else None
     program = None if op.op_type in MOVES_NOTHING else program_of(op, specs.ops)
     if program is None or any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
         return None
@@ -92,6 +115,22 @@ def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
         given |= {"summary": op.summary, "parameters": parameters(op), **product_view(op)}
     text = renderer.render(template.name, **given)
     check_kernel(op, text, [str(given[hook.name]) for hook in hooks])
+    return text
+
+
+def _followed_text(op: OpDef, followed: Followed, specs: Specs, renderer: Renderer) -> str | None:
+    """The product's template with the follower in it; None without one, or if the product is not an op by itself."""
+    assert followed.follower.reference is not None, "a follower has a reference"
+    template = followed.follower.reference.template.replace("reference/", "triton/product_")
+    constants = specs.ops[op.fuses[0].op].triton
+    if constants is None or op.attrs or len(followed.head.fuses) > 1 or not (TEMPLATES / template).is_file():
+        return None
+    roles = (*followed.follower.inputs, *followed.follower.outputs)
+    behind = {role.name: o.name if o else "None" for role, o in zip(roles, followed.operands, strict=True)}
+    view = product_view(replace(followed.head, program=program_of(followed.head, specs.ops)))
+    given = {"op": op.name, "summary": op.summary, "parameters": parameters(op), **dict(constants.params), **view}
+    text = renderer.render(template, behind=behind, results=", ".join(o.name for o in op.outputs), **given)
+    check_kernel(op, text, [])
     return text
 
 

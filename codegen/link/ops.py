@@ -253,7 +253,11 @@ class OpLinker:
         spec = self.entry.spec
         wrong = [
             (bool(spec.views) and source != "compute", "views", "views belong to a compute"),
-            (_is_filled(spec.kernel) and source != "reference", "kernel", "params and hooks belong to a reference"),
+            (
+                _is_filled(spec.kernel) and source != "reference",
+                "kernel",
+                "params, hooks and follows belong to a reference",
+            ),
             (spec.kernel is not None and source == "fuses", "kernel", "the kernel of this op is derived"),
             (spec.rule is not None and source != "fuses", "rule", "a rule belongs to a fuses"),
             (spec.op_type is None and source != "fuses", "summary", "the op_type is missing"),
@@ -365,9 +369,20 @@ class OpLinker:
     def _referenced(self, signature: Signature) -> OpDef | None:
         reference = link_reference(self.entry, self._scope(signature), self.sink)
         cost = self._declared_cost(signature)
+        self._check_follows(signature)
         if reference is None or cost is None:
             return None
         return self._op(signature, self.entry.spec.op_type or "", cost, reference=reference)
+
+    def _check_follows(self, signature: Signature) -> None:
+        """What a kernel follows is an input that is always there."""
+        name = self.entry.spec.kernel.follows if self.entry.spec.kernel else None
+        known = [o.name for o in signature.inputs if not o.optional]
+        if name is not None and name not in known:
+            what = "may be absent" if name in signature.optional else "is not an input"
+            self.sink.error(
+                "SAGE134", f"'{name}' {what}", self.entry.span("kernel", "follows"), did_you_mean(name, known)
+            )
 
     def _declared_cost(self, signature: Signature) -> Cost | None:
         spec = self.entry.spec.cost
@@ -465,7 +480,7 @@ def _sum(sizes: list[Size]) -> Size:
 
 
 def _is_filled(kernel: KernelSpec | None) -> bool:
-    return kernel is not None and bool(kernel.params or kernel.hooks)
+    return kernel is not None and bool(kernel.params or kernel.hooks or kernel.follows)
 
 
 _MODULES = ("torch", "math", "wide", "dims", "triton", "tl", "device")

@@ -154,6 +154,12 @@ class OpDef:
         return self.op_type == "VIEW" or "view" in self.tags
 
     @property
+    def follows(self) -> str | None:
+        """The input that the op's kernel can look at while a product in front of it makes it."""
+        kernel = self.entry.spec.kernel
+        return kernel.follows if kernel else None
+
+    @property
     def phases(self) -> tuple[str, ...]:
         return tuple(self.entry.spec.phases)
 

@@ -49,6 +49,11 @@ class KernelSpec(Strict):
 
     params: dict[str, int | float | bool] = Field(default={}, description="constants, by name")
     hooks: dict[str, str] = Field(default={}, description="expressions over the tile: `score_mod`, `mask_mod`")
+    follows: str | None = Field(
+        default=None,
+        description="an input that the kernel can look at while a product in front of it makes it, so that the two can "
+        "be one kernel",
+    )
     triton: dict[str, int] | None = Field(
         default=None,
         description="constants of its template in templates/triton, which has the name of the reference, or `linear` "

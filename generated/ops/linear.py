@@ -6,7 +6,7 @@ from typing import cast
 
 from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.ir import AttrSpec, AttrValue, OpNode, TensorRef, Where
-from sageLLM.runtime.core.types import E, f32
+from sageLLM.runtime.core.types import E, f32, i32, i64
 from sageLLM.runtime.core.writer import GraphWriter
 
 from .op_types import OpType
@@ -21,8 +21,11 @@ __all__ = [
     "LinearGeluTanhMul",
     "LinearSiluMul",
     "LmHead",
+    "LmHeadSample",
     "LmHeadScale",
+    "LmHeadScaleSample",
     "LmHeadSoftCap",
+    "LmHeadSoftCapSample",
     "head_linear",
     "linear",
     "linear_add",
@@ -32,8 +35,11 @@ __all__ = [
     "linear_gelu_tanh_mul",
     "linear_silu_mul",
     "lm_head",
+    "lm_head_sample",
     "lm_head_scale",
+    "lm_head_scale_sample",
     "lm_head_soft_cap",
+    "lm_head_soft_cap_sample",
 ]
 
 K, N, S, H, V, T, M, I, R, has_bias, E_size = dims("K N S H V T M I R has_bias E_size")
@@ -527,3 +533,304 @@ def lm_head_soft_cap(
     attrs: dict[str, AttrValue] = {"cap": cap}
     (logits,) = g.emit(LmHeadSoftCap, inputs, attrs, (name,))
     return logits
+
+
+# specs/ops/linear.yaml: lm_head_sample
+class LmHeadSample(OpNode):
+    """Logits and the next token of every sequence, whose likeliest one is found while its logits are made.
+
+    logits = lm_head(x, w, bias)
+    tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+    """
+
+    op = "lm_head_sample"
+    spec = "specs/ops/linear.yaml: lm_head_sample"
+    kind = OpType.SAMPLE
+    input_types = {
+        "x": E[S, H],
+        "w": E[V, H],
+        "bias": E[V],
+        "temperature": f32[S],
+        "top_k": i32[S],
+        "top_p": f32[S],
+        "min_p": f32[S],
+        "noise": f32[S],
+    }
+    optional_inputs = frozenset({"bias", "temperature", "top_k", "top_p", "min_p", "noise"})
+    output_types = {"logits": f32[S, V], "tokens": i64[S]}
+    flop_formula = S * V * (2 * H + has_bias + 1)
+    byte_formula = E_size * H * S + E_size * H * V + E_size * V * has_bias + 4 * S * V + 8 * S
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def temperature(self) -> TensorRef | None:
+        return self.optional_input("temperature")
+
+    @property
+    def top_k(self) -> TensorRef | None:
+        return self.optional_input("top_k")
+
+    @property
+    def top_p(self) -> TensorRef | None:
+        return self.optional_input("top_p")
+
+    @property
+    def min_p(self) -> TensorRef | None:
+        return self.optional_input("min_p")
+
+    @property
+    def noise(self) -> TensorRef | None:
+        return self.optional_input("noise")
+
+    @property
+    def logits(self) -> TensorRef:
+        return self.output("logits")
+
+    @property
+    def tokens(self) -> TensorRef:
+        return self.output("tokens")
+
+
+def lm_head_sample(
+    g: GraphWriter,
+    x: TensorRef,
+    w: TensorRef,
+    bias: TensorRef | None = None,
+    temperature: TensorRef | None = None,
+    top_k: TensorRef | None = None,
+    top_p: TensorRef | None = None,
+    min_p: TensorRef | None = None,
+    noise: TensorRef | None = None,
+    *,
+    names: tuple[str, str] = ("logits", "tokens"),
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a lm_head_sample node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {
+        "x": x,
+        "w": w,
+        "bias": bias,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "noise": noise,
+    }
+    attrs: dict[str, AttrValue] = {}
+    logits, tokens = g.emit(LmHeadSample, inputs, attrs, names)
+    return logits, tokens
+
+
+# specs/ops/linear.yaml: lm_head_scale_sample
+class LmHeadScaleSample(OpNode):
+    """Logits with a multiplier, and the next token of every sequence.
+
+    logits = lm_head_scale(x, w, bias, factor=factor)
+    tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+    """
+
+    op = "lm_head_scale_sample"
+    spec = "specs/ops/linear.yaml: lm_head_scale_sample"
+    kind = OpType.SAMPLE
+    input_types = {
+        "x": E[S, H],
+        "w": E[V, H],
+        "bias": E[V],
+        "temperature": f32[S],
+        "top_k": i32[S],
+        "top_p": f32[S],
+        "min_p": f32[S],
+        "noise": f32[S],
+    }
+    optional_inputs = frozenset({"bias", "temperature", "top_k", "top_p", "min_p", "noise"})
+    output_types = {"logits": f32[S, V], "tokens": i64[S]}
+    attr_types = {"factor": AttrSpec("f32")}
+    flop_formula = S * V * (2 * H + has_bias + 2)
+    byte_formula = E_size * H * S + E_size * H * V + E_size * V * has_bias + 4 * S * V + 8 * S
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def temperature(self) -> TensorRef | None:
+        return self.optional_input("temperature")
+
+    @property
+    def top_k(self) -> TensorRef | None:
+        return self.optional_input("top_k")
+
+    @property
+    def top_p(self) -> TensorRef | None:
+        return self.optional_input("top_p")
+
+    @property
+    def min_p(self) -> TensorRef | None:
+        return self.optional_input("min_p")
+
+    @property
+    def noise(self) -> TensorRef | None:
+        return self.optional_input("noise")
+
+    @property
+    def factor(self) -> float:
+        return cast("float", self.attrs["factor"])
+
+    @property
+    def logits(self) -> TensorRef:
+        return self.output("logits")
+
+    @property
+    def tokens(self) -> TensorRef:
+        return self.output("tokens")
+
+
+def lm_head_scale_sample(
+    g: GraphWriter,
+    x: TensorRef,
+    w: TensorRef,
+    bias: TensorRef | None = None,
+    temperature: TensorRef | None = None,
+    top_k: TensorRef | None = None,
+    top_p: TensorRef | None = None,
+    min_p: TensorRef | None = None,
+    noise: TensorRef | None = None,
+    *,
+    factor: float,
+    names: tuple[str, str] = ("logits", "tokens"),
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a lm_head_scale_sample node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {
+        "x": x,
+        "w": w,
+        "bias": bias,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "noise": noise,
+    }
+    attrs: dict[str, AttrValue] = {"factor": factor}
+    logits, tokens = g.emit(LmHeadScaleSample, inputs, attrs, names)
+    return logits, tokens
+
+
+# specs/ops/linear.yaml: lm_head_soft_cap_sample
+class LmHeadSoftCapSample(OpNode):
+    """Logits held between two bounds, and the next token of every sequence.
+
+    logits = lm_head_soft_cap(x, w, bias, cap=cap)
+    tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+    """
+
+    op = "lm_head_soft_cap_sample"
+    spec = "specs/ops/linear.yaml: lm_head_soft_cap_sample"
+    kind = OpType.SAMPLE
+    input_types = {
+        "x": E[S, H],
+        "w": E[V, H],
+        "bias": E[V],
+        "temperature": f32[S],
+        "top_k": i32[S],
+        "top_p": f32[S],
+        "min_p": f32[S],
+        "noise": f32[S],
+    }
+    optional_inputs = frozenset({"bias", "temperature", "top_k", "top_p", "min_p", "noise"})
+    output_types = {"logits": f32[S, V], "tokens": i64[S]}
+    attr_types = {"cap": AttrSpec("f32", min=0.0)}
+    where = (Where("cap > 0.0", lambda d: d["cap"] > 0.0),)
+    flop_formula = S * V * (2 * H + has_bias + 4)
+    byte_formula = E_size * H * S + E_size * H * V + E_size * V * has_bias + 4 * S * V + 8 * S
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def w(self) -> TensorRef:
+        return self.input("w")
+
+    @property
+    def bias(self) -> TensorRef | None:
+        return self.optional_input("bias")
+
+    @property
+    def temperature(self) -> TensorRef | None:
+        return self.optional_input("temperature")
+
+    @property
+    def top_k(self) -> TensorRef | None:
+        return self.optional_input("top_k")
+
+    @property
+    def top_p(self) -> TensorRef | None:
+        return self.optional_input("top_p")
+
+    @property
+    def min_p(self) -> TensorRef | None:
+        return self.optional_input("min_p")
+
+    @property
+    def noise(self) -> TensorRef | None:
+        return self.optional_input("noise")
+
+    @property
+    def cap(self) -> float:
+        return cast("float", self.attrs["cap"])
+
+    @property
+    def logits(self) -> TensorRef:
+        return self.output("logits")
+
+    @property
+    def tokens(self) -> TensorRef:
+        return self.output("tokens")
+
+
+def lm_head_soft_cap_sample(
+    g: GraphWriter,
+    x: TensorRef,
+    w: TensorRef,
+    bias: TensorRef | None = None,
+    temperature: TensorRef | None = None,
+    top_k: TensorRef | None = None,
+    top_p: TensorRef | None = None,
+    min_p: TensorRef | None = None,
+    noise: TensorRef | None = None,
+    *,
+    cap: float,
+    names: tuple[str, str] = ("logits", "tokens"),
+) -> tuple[TensorRef, TensorRef]:
+    """Writes a lm_head_soft_cap_sample node and gives its results."""
+    inputs: dict[str, TensorRef | None] = {
+        "x": x,
+        "w": w,
+        "bias": bias,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "noise": noise,
+    }
+    attrs: dict[str, AttrValue] = {"cap": cap}
+    logits, tokens = g.emit(LmHeadSoftCapSample, inputs, attrs, names)
+    return logits, tokens

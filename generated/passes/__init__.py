@@ -5,7 +5,7 @@
 from sageLLM.runtime.core.rewrite import OptimizationPass
 
 from .comm import CommFusion
-from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk
+from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseSampling
 from .memory import MemoryOpt
 from .place import AfDisaggregation, DropUnread, NanoBatching
 from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap
@@ -21,6 +21,7 @@ PASSES: dict[str, type[OptimizationPass]] = {
     "fuse_norm": FuseNorm,
     "fuse_qk": FuseQk,
     "fuse_epilogue": FuseEpilogue,
+    "fuse_sampling": FuseSampling,
     "compute_comm_overlap": ComputeCommOverlap,
     "nano_overlap": NanoOverlap,
     "kv_prefetch": KvPrefetch,

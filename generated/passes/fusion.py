@@ -28,8 +28,11 @@ from ..ops.linear import (
     LinearGeluTanhMul,
     LinearSiluMul,
     LmHead,
+    LmHeadSample,
     LmHeadScale,
+    LmHeadScaleSample,
     LmHeadSoftCap,
+    LmHeadSoftCapSample,
 )
 from ..ops.norm import (
     FusedAddLayerNorm,
@@ -45,9 +48,10 @@ from ..ops.norm import (
 )
 from ..ops.position import Rope, RopeInterleaved
 from ..ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
+from ..ops.sampling import Sample
 from ..ops.views import SplitQkv
 
-__all__ = ["FuseCollective", "FuseEpilogue", "FuseNorm", "FuseQk"]
+__all__ = ["FuseCollective", "FuseEpilogue", "FuseNorm", "FuseQk", "FuseSampling"]
 
 
 # specs/passes/fusion.yaml: fuse_collective
@@ -789,3 +793,122 @@ class FuseEpilogue(RewritePass):
         "smollm3": lambda c: c.L + 1,
         "stablelm": lambda c: c.L + 1,
     }
+
+
+# specs/passes/fusion.yaml: fuse_sampling
+def lm_head_sample(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """logits = lm_head(x, w, bias); tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+    -> logits, tokens = lm_head_sample(x, w, bias, temperature, top_k, top_p, min_p, noise)
+    """
+    if not isinstance(node, Sample):
+        return None
+    lm_head = graph.producer(node.logits)
+    if not isinstance(lm_head, LmHead):
+        return NearMiss(1, "sample.logits comes from " + giver(lm_head) + ", want lm_head")
+    replacement = NewCall(
+        LmHeadSample,
+        {
+            "x": lm_head.x,
+            "w": lm_head.w,
+            "bias": lm_head.bias,
+            "temperature": node.temperature,
+            "top_k": node.top_k,
+            "top_p": node.top_p,
+            "min_p": node.min_p,
+            "noise": node.noise,
+        },
+        {},
+        (lm_head.logits, node.tokens),
+    )
+    return Rewrite(
+        (lm_head, node),
+        (replacement,),
+        kept=(lm_head.logits, node.tokens),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_sampling
+def lm_head_scale_sample(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """logits = lm_head_scale(x, w, bias, factor=factor); tokens = sample(logits, temperature, top_k,
+        top_p, min_p, noise)
+    -> logits, tokens = lm_head_scale_sample(x, w, bias, temperature, top_k, top_p, min_p, noise,
+        factor=factor)
+    """
+    if not isinstance(node, Sample):
+        return None
+    lm_head_scale = graph.producer(node.logits)
+    if not isinstance(lm_head_scale, LmHeadScale):
+        return NearMiss(1, "sample.logits comes from " + giver(lm_head_scale) + ", want lm_head_scale")
+    replacement = NewCall(
+        LmHeadScaleSample,
+        {
+            "x": lm_head_scale.x,
+            "w": lm_head_scale.w,
+            "bias": lm_head_scale.bias,
+            "temperature": node.temperature,
+            "top_k": node.top_k,
+            "top_p": node.top_p,
+            "min_p": node.min_p,
+            "noise": node.noise,
+        },
+        {"factor": lm_head_scale.factor},
+        (lm_head_scale.logits, node.tokens),
+    )
+    return Rewrite(
+        (lm_head_scale, node),
+        (replacement,),
+        kept=(lm_head_scale.logits, node.tokens),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_sampling
+def lm_head_soft_cap_sample(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
+    """logits = lm_head_soft_cap(x, w, bias, cap=cap); tokens = sample(logits, temperature, top_k,
+        top_p, min_p, noise)
+    -> logits, tokens = lm_head_soft_cap_sample(x, w, bias, temperature, top_k, top_p, min_p, noise,
+        cap=cap)
+    """
+    if not isinstance(node, Sample):
+        return None
+    lm_head_soft_cap = graph.producer(node.logits)
+    if not isinstance(lm_head_soft_cap, LmHeadSoftCap):
+        return NearMiss(1, "sample.logits comes from " + giver(lm_head_soft_cap) + ", want lm_head_soft_cap")
+    replacement = NewCall(
+        LmHeadSoftCapSample,
+        {
+            "x": lm_head_soft_cap.x,
+            "w": lm_head_soft_cap.w,
+            "bias": lm_head_soft_cap.bias,
+            "temperature": node.temperature,
+            "top_k": node.top_k,
+            "top_p": node.top_p,
+            "min_p": node.min_p,
+            "noise": node.noise,
+        },
+        {"cap": lm_head_soft_cap.cap},
+        (lm_head_soft_cap.logits, node.tokens),
+    )
+    return Rewrite(
+        (lm_head_soft_cap, node),
+        (replacement,),
+        kept=(lm_head_soft_cap.logits, node.tokens),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_sampling
+class FuseSampling(RewritePass):
+    """Fuses the choice of the next token into the projection that gives its logits, which are then
+    read no more."""
+
+    pass_name = "fuse_sampling"
+    spec = "specs/passes/fusion.yaml: fuse_sampling"
+    stage = "fuse"
+    level = "kernel"
+    phases = frozenset({"decode", "hybrid", "prefill"})
+    after = ("fuse_epilogue",)
+    rules = (
+        Rule("lm_head_sample", Sample, lm_head_sample, 2, 1),
+        Rule("lm_head_scale_sample", Sample, lm_head_scale_sample, 2, 1),
+        Rule("lm_head_soft_cap_sample", Sample, lm_head_soft_cap_sample, 2, 1),
+    )
+    expect = {"*": lambda c: 1, "bert": lambda c: 0, "modernbert": lambda c: 0, "roberta": lambda c: 0}

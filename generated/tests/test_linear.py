@@ -184,3 +184,51 @@ def test_lm_head_soft_cap(case: dict[str, Any]) -> None:
     check_types(OPS["lm_head_soft_cap"], KERNELS["lm_head_soft_cap"], case, attrs, limits)
     check_precision(OPS["lm_head_soft_cap"], KERNELS["lm_head_soft_cap"], case, attrs, limits)
     check_dtypes(OPS["lm_head_soft_cap"], KERNELS["lm_head_soft_cap"], case, attrs, limits)
+
+
+LM_HEAD_SAMPLE_CASES: list[dict[str, Any]] = [
+    {"S": 1, "H": 8, "V": 3},
+    {"S": 5, "H": 33, "V": 101},
+]
+
+
+# specs/ops/linear.yaml: lm_head_sample
+@pytest.mark.parametrize("case", LM_HEAD_SAMPLE_CASES, ids=str)
+def test_lm_head_sample(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["lm_head_sample"], KERNELS["lm_head_sample"], case, attrs, limits)
+    check_precision(OPS["lm_head_sample"], KERNELS["lm_head_sample"], case, attrs, limits)
+    check_dtypes(OPS["lm_head_sample"], KERNELS["lm_head_sample"], case, attrs, limits)
+
+
+LM_HEAD_SCALE_SAMPLE_CASES: list[dict[str, Any]] = [
+    {"S": 1, "H": 8, "V": 3},
+    {"S": 5, "H": 33, "V": 101},
+]
+
+
+# specs/ops/linear.yaml: lm_head_scale_sample
+@pytest.mark.parametrize("case", LM_HEAD_SCALE_SAMPLE_CASES, ids=str)
+def test_lm_head_scale_sample(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"factor": 1.0}
+    limits: dict[str, str] = {}
+    check_types(OPS["lm_head_scale_sample"], KERNELS["lm_head_scale_sample"], case, attrs, limits)
+    check_precision(OPS["lm_head_scale_sample"], KERNELS["lm_head_scale_sample"], case, attrs, limits)
+    check_dtypes(OPS["lm_head_scale_sample"], KERNELS["lm_head_scale_sample"], case, attrs, limits)
+
+
+LM_HEAD_SOFT_CAP_SAMPLE_CASES: list[dict[str, Any]] = [
+    {"S": 1, "H": 8, "V": 3},
+    {"S": 5, "H": 3, "V": 101},
+]
+
+
+# specs/ops/linear.yaml: lm_head_soft_cap_sample
+@pytest.mark.parametrize("case", LM_HEAD_SOFT_CAP_SAMPLE_CASES, ids=str)
+def test_lm_head_soft_cap_sample(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"cap": 1.0}
+    limits: dict[str, str] = {}
+    check_types(OPS["lm_head_soft_cap_sample"], KERNELS["lm_head_soft_cap_sample"], case, attrs, limits)
+    check_precision(OPS["lm_head_soft_cap_sample"], KERNELS["lm_head_soft_cap_sample"], case, attrs, limits)
+    check_dtypes(OPS["lm_head_soft_cap_sample"], KERNELS["lm_head_soft_cap_sample"], case, attrs, limits)

@@ -9,11 +9,12 @@ from ..ops.activation import Gelu, GeluMul, GeluTanh, GeluTanhMul, SiluMul
 from ..ops.comm import AllReduce
 from ..ops.elementwise import Add, Scale, SoftCap
 from ..ops.kv import KvStore
-from ..ops.linear import Linear, LmHead
+from ..ops.linear import Linear, LmHead, LmHeadScale, LmHeadSoftCap
 from ..ops.norm import LayerNorm, RmsNorm, RmsNorm1p, RmsNormWide
 from ..ops.position import Rope, RopeInterleaved
+from ..ops.sampling import Sample
 from ..ops.views import SplitQkv
-from ..passes.fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk
+from ..passes.fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseSampling
 from .rule_checks import Call, check_rule
 
 
@@ -870,3 +871,169 @@ def test_lm_head_soft_cap() -> None:
     cases: list[dict[str, Any]] = [{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}]
     kernels = KERNELS
     check_rule(FuseEpilogue, "lm_head_soft_cap", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+
+
+# specs/passes/fusion.yaml: fuse_sampling
+def test_lm_head_sample() -> None:
+    pattern = (
+        Call(
+            LmHead,
+            {
+                "x": "x",
+                "w": "w",
+                "bias": "bias",
+            },
+            ("logits",),
+            {},
+            {},
+        ),
+        Call(
+            Sample,
+            {
+                "logits": "logits",
+                "temperature": "temperature",
+                "top_k": "top_k",
+                "top_p": "top_p",
+                "min_p": "min_p",
+                "noise": "noise",
+            },
+            ("tokens",),
+            {},
+            {},
+        ),
+    )
+    keep = (
+        "logits",
+        "tokens",
+    )
+    cases: list[dict[str, Any]] = [{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}]
+    kernels = KERNELS
+    check_rule(
+        FuseSampling,
+        "lm_head_sample",
+        pattern,
+        keep,
+        cases,
+        kernels,
+        exact=True,
+        optional=(
+            "bias",
+            "min_p",
+            "noise",
+            "temperature",
+            "top_k",
+            "top_p",
+        ),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_sampling
+def test_lm_head_scale_sample() -> None:
+    pattern = (
+        Call(
+            LmHeadScale,
+            {
+                "x": "x",
+                "w": "w",
+                "bias": "bias",
+            },
+            ("logits",),
+            {
+                "factor": 1.0,
+            },
+            {},
+        ),
+        Call(
+            Sample,
+            {
+                "logits": "logits",
+                "temperature": "temperature",
+                "top_k": "top_k",
+                "top_p": "top_p",
+                "min_p": "min_p",
+                "noise": "noise",
+            },
+            ("tokens",),
+            {},
+            {},
+        ),
+    )
+    keep = (
+        "logits",
+        "tokens",
+    )
+    cases: list[dict[str, Any]] = [{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}]
+    kernels = KERNELS
+    check_rule(
+        FuseSampling,
+        "lm_head_scale_sample",
+        pattern,
+        keep,
+        cases,
+        kernels,
+        exact=True,
+        optional=(
+            "bias",
+            "min_p",
+            "noise",
+            "temperature",
+            "top_k",
+            "top_p",
+        ),
+    )
+
+
+# specs/passes/fusion.yaml: fuse_sampling
+def test_lm_head_soft_cap_sample() -> None:
+    pattern = (
+        Call(
+            LmHeadSoftCap,
+            {
+                "x": "x",
+                "w": "w",
+                "bias": "bias",
+            },
+            ("logits",),
+            {
+                "cap": 1.0,
+            },
+            {},
+        ),
+        Call(
+            Sample,
+            {
+                "logits": "logits",
+                "temperature": "temperature",
+                "top_k": "top_k",
+                "top_p": "top_p",
+                "min_p": "min_p",
+                "noise": "noise",
+            },
+            ("tokens",),
+            {},
+            {},
+        ),
+    )
+    keep = (
+        "logits",
+        "tokens",
+    )
+    cases: list[dict[str, Any]] = [{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 3, "V": 101}]
+    kernels = KERNELS
+    check_rule(
+        FuseSampling,
+        "lm_head_soft_cap_sample",
+        pattern,
+        keep,
+        cases,
+        kernels,
+        exact=True,
+        optional=(
+            "bias",
+            "min_p",
+            "noise",
+            "temperature",
+            "top_k",
+            "top_p",
+        ),
+    )

@@ -85,8 +85,8 @@ def inputs_of(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
 def _random_values(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
     """The same for every graph of a model: by name, in alphabetical order. What only sampling takes stays away."""
     generator = torch.Generator().manual_seed(0)
-    refs = {**graph.weights, **graph.inputs}
-    return {name: _random(ref, generator) for name, ref in sorted(refs.items()) if not _is_of_sampling(ref, graph)}
+    inputs = {name: ref for name, ref in graph.inputs.items() if not _is_of_sampling(ref, graph)}
+    return {name: _random(ref, generator) for name, ref in sorted({**graph.weights, **inputs}.items())}
 
 
 def _random(ref: TensorRef, generator: torch.Generator) -> torch.Tensor:
@@ -95,8 +95,9 @@ def _random(ref: TensorRef, generator: torch.Generator) -> torch.Tensor:
 
 
 def _is_of_sampling(ref: TensorRef, graph: ExecutionGraph) -> bool:
+    """Whether an input goes to nodes that choose tokens, alone or as the last of what they fuse, and to no others."""
     users = graph.users(ref)
-    return bool(users) and all(user.op == "sample" for user in users)
+    return bool(users) and all(user.op_type.name == "SAMPLE" for user in users)
 
 
 def _step(stage: Stage) -> dict[str, torch.Tensor]:

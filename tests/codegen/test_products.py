@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from sageLLM.codegen import driver
+from sageLLM.codegen.kernel.followers import followed_product
 from sageLLM.codegen.kernel.products import product_of
 from sageLLM.codegen.model.specs import Specs
 
@@ -41,6 +42,27 @@ ops:
     compute: |
       h = dot(x, w, K)
       y = E(h / mean(h * h, N))
+  greedy_head:
+    summary: A product and what follows it, without the operands that it could have.
+    inputs: {x: "E[S, H]", w: "E[V, H]"}
+    outputs: {best: "i64[S]", scores: "f32[S, V]"}
+    fuses:
+      - scores = lm_head(x, w)
+      - best = sample(scores)
+  hidden_scores:
+    summary: What follows the product reads a result that is no output.
+    inputs: {x: "E[S, H]", w: "E[V, H]"}
+    outputs: {best: "i64[S]"}
+    fuses:
+      - scores = lm_head(x, w)
+      - best = sample(scores)
+  normed_head:
+    summary: What follows reads no product's result.
+    inputs: {x: "f32[S, V]", w: "f32[V]"}
+    outputs: {scores: "f32[S, V]", best: "i64[S]"}
+    fuses:
+      - scores = rms_norm(x, w)
+      - best = sample(scores)
   other_way:
     summary: The weight stored the other way round.
     op_type: LINEAR
@@ -75,5 +97,18 @@ def test_the_end_of_a_product_reads_its_sums_and_its_own_row(specs: Specs) -> No
     assert (
         "store(y + iT * y_T, iN, to<E>(to<E>(tanh(load(sums, Block{0})) * factor) + load(r + iT * r_T, iN)));" in text
     )
-    assert text.count("const Factors<E> factors") == 2
+    assert text.count("const Factors<E> factors") == 3
     assert "const Factors<E> factors = {R, K, I, 2, w};" in text
+
+
+def test_an_op_that_follows_a_product_sees_its_result_on_the_way(specs: Specs) -> None:
+    found = {name for name, op in specs.ops.items() if followed_product(op, specs.ops)}
+    assert found == {"lm_head_sample", "lm_head_scale_sample", "lm_head_soft_cap_sample", "greedy_head"}
+    outputs = {output.path: output.text for output in driver.emit(specs)}
+    text, launcher = outputs["kernels/cpu/own.cpp"], outputs["kernels/triton/own.py"]
+    body = text[text.index("SAGE_KERNEL(greedy_head)") :]
+    assert "store(scores + iS * scores_S, iV, ownSeen.with(iS, iV, to<E>(acc)));" in body
+    assert "const Cuts cuts = {nullptr, nullptr, nullptr, nullptr, nullptr};" in body
+    assert not {"SAGE_KERNEL(hidden_scores)", "SAGE_KERNEL(normed_head)"} & set(text.split())
+    assert "def greedy_head(" in launcher and launcher.count("return best, scores") == 2
+    assert "from sageLLM.generated.kernels.reference.sampling import sample as reference_sample" in launcher

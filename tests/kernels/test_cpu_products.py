@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sageLLM.generated.builders.llama import LLAMA
 from sageLLM.generated.kernels import cpu, reference
+from sageLLM.generated.ops import OPS
 from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.dims import evaluate
 from sageLLM.runtime.core.ir import OpNode
@@ -120,7 +122,8 @@ def test_large_values_are_summed_in_float32(way: tuple[torch.dtype, Library]) ->
     assert linear(library, x, pack(w, 1, library)).item() == 3.0
 
 
-PRODUCTS = [op for op, kernel in cpu.KERNELS.items() if kernel.packed and not op.startswith("expert_")]
+FOLLOWED = [op for op in cpu.KERNELS if op.startswith("lm_head") and op.endswith("_sample")]
+PRODUCTS = [op for op, k in cpu.KERNELS.items() if k.packed and not op.startswith("expert_") and op not in FOLLOWED]
 SIZES = {"R": 5, "S": 5, "T": 5, "K": 70, "H": 70, "N": 37, "V": 37, "X": 37, "I": 37, "M": 21}
 
 
@@ -140,6 +143,56 @@ def test_products_agree_with_their_reference(op: str, dtype: torch.dtype, with_b
     expected = reference.KERNELS[op](*operands, **attrs)
     rounding = ROUNDING[dtype]
     torch.testing.assert_close(run(*operands, **attrs), expected, rtol=4 * rounding, atol=40 * rounding + 1e-5)
+
+
+def in_two_calls(op: str, library: Library, operands: list[Tensor], cuts: list[Tensor | None], **attrs: float) -> Any:
+    """The logits, and the tokens that the op behind gives when it reads them."""
+    head, behind = (NativeCallable(cpu.KERNELS[name], library, reference.KERNELS[name]) for name in (op[:-7], "sample"))
+    logits = head(*operands, **attrs)
+    return logits, behind(logits, *cuts)
+
+
+@pytest.mark.parametrize("op", FOLLOWED)
+def test_tokens_are_found_while_logits_are_made(
+    op: str, way: tuple[torch.dtype, FreshLibrary], two_threads: None
+) -> None:
+    """The same bits as the projection and then `sample`. Whole numbers make equal logits, of which the first wins."""
+    dtype, library = way
+    fused, attrs = NativeCallable(cpu.KERNELS[op], library, reference.KERNELS[op]), {}
+    if OPS[op].attr_types:
+        attrs = dict.fromkeys(OPS[op].attr_types, 1.25)
+    for rows, inner, vocab in [(0, 3, 7), (1, 5, 1), (1, 96, 4099), (3, 40, 37), (20, 33, 1000), (150, 64, 1050)]:
+        x = torch.randint(-1, 2, (rows, inner)).to(dtype)
+        w, bias = torch.randint(-1, 2, (vocab, inner)).to(dtype), torch.randint(-1, 2, (vocab,)).to(dtype)
+        packed = pack(w, 1, library)
+        drawn = [torch.rand(rows).round(), torch.full((rows,), 9).int(), None, None, torch.rand(rows)]
+        for cuts in ([None] * 5, drawn):
+            wanted = in_two_calls(op, library, [x, packed, bias], cuts, **attrs)
+            for threads in (2, 1):
+                torch.set_num_threads(threads)
+                assert all(map(torch.equal, fused(x, packed, bias, *cuts, **attrs), wanted))
+
+
+def test_the_first_of_the_largest_logits_wherever_it_is(
+    way: tuple[torch.dtype, FreshLibrary], two_threads: None
+) -> None:
+    """In every lane and both threads' parts; a NaN is larger than everything, and minus infinity may be the largest."""
+    dtype, library = way
+    fused = NativeCallable(cpu.KERNELS["lm_head_sample"], library, reference.KERNELS["lm_head_sample"])
+    x, packed = torch.ones(1, 1).to(dtype), pack(torch.zeros(3001, 1).to(dtype), 1, library)
+
+    def token(**values: float) -> int:
+        bias = torch.full((3001,), values.pop("rest", -1.0)).to(dtype)
+        for place, value in values.items():
+            bias[int(place[1:])] = value
+        (found,) = fused(x, packed, bias)[1].tolist()
+        return int(found)
+
+    assert token() == token(rest=-torch.inf) == token(rest=torch.nan) == 0
+    assert [token(**{f"t{at}": 2.0}) for at in (0, 5, 17, 1499, 1500, 2999, 3000)] == [0, 5, 17, 1499, 1500, 2999, 3000]
+    assert token(t2990=2.0, t19=2.0, t3=1.0) == token(t19=2.0, t35=2.0) == token(t24=2.0, t19=2.0) == 19
+    assert token(t40=torch.nan, t2=torch.inf) == token(t40=torch.nan, t2999=torch.nan) == 40
+    assert token(rest=-torch.inf, t2000=-3.0e4) == 2000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -69,6 +69,13 @@ def test_the_first_pass_and_the_first_rewrite_that_change_results_are_named(
     assert answer(capsys, bisect=True, plugins=[plugin], disable="tidy") == ["no rewrite changes a result"]
 
 
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+def test_the_package_s_passes_keep_every_bit(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("fuse_collective", "fuse_norm", "fuse_qk", "fuse_epilogue", "fuse_sampling")
+    lines = answer(capsys, model=model, verify_numerics=True)
+    assert lines == [f"{name}: every bit is kept" for name in names]
+
+
 @pytest.mark.parametrize(
     ("rule", "node", "said"),
     [
@@ -76,6 +83,7 @@ def test_the_first_pass_and_the_first_rewrite_that_change_results_are_named(
         ("linear_add", "L1.x_1", "did fire at L1.x_1: linear L1.ffn.f + add L1.x_1 -> linear_add L1.x_1"),
         ("linear_add", "L0.x_1", "L0.x_1 is gone before fuse_epilogue: fused_add_rms_norm of fuse_norm made "),
         ("linear_silu_mul", "L0.ffn.gu", "did fire at L0.ffn.m"),
+        ("lm_head_sample", "tokens", "did fire at tokens: lm_head logits + sample tokens -> lm_head_sample tokens"),
         ("qk_rope_kv_store", "tokens", "qk_rope_kv_store starts at kv_store; tokens is sample, and none is behind it"),
     ],
 )
@@ -153,5 +161,5 @@ def test_the_page_holds_the_passes_of_every_stage(capsys: pytest.CaptureFixture[
     assert names == [
         f"{stage}{more}" for stage in ("prefill", "decode", "hybrid") for more in ("", " on 2 devices, blocks")
     ]
-    assert len(re.findall('role="tab"', page)) == 3 * (1 + 4 + 1 + 3)
+    assert len(re.findall('role="tab"', page)) == 3 * (1 + 5 + 1 + 3)
     assert 'class="gantt"' in page

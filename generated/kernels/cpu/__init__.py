@@ -37,8 +37,11 @@ from ...ops.linear import (
     LinearGeluTanhMul,
     LinearSiluMul,
     LmHead,
+    LmHeadSample,
     LmHeadScale,
+    LmHeadScaleSample,
     LmHeadSoftCap,
+    LmHeadSoftCapSample,
 )
 from ...ops.norm import (
     FusedAddLayerNorm,
@@ -119,6 +122,9 @@ def _kernels() -> dict[str, NativeKernel]:
         "linear_add": NativeKernel(LinearAdd, "linear.cpp", ("R", "K", "N"), packed={"w": 1}),
         "lm_head_scale": NativeKernel(LmHeadScale, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
         "lm_head_soft_cap": NativeKernel(LmHeadSoftCap, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+        "lm_head_sample": NativeKernel(LmHeadSample, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+        "lm_head_scale_sample": NativeKernel(LmHeadScaleSample, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
+        "lm_head_soft_cap_sample": NativeKernel(LmHeadSoftCapSample, "linear.cpp", ("S", "H", "V"), packed={"w": 1}),
         "rms_norm": NativeKernel(RmsNorm, "norm.cpp", ("R", "H")),
         "rms_norm_wide": NativeKernel(RmsNormWide, "norm.cpp", ("R", "H")),
         "rms_norm_1p": NativeKernel(RmsNorm1p, "norm.cpp", ("R", "H")),

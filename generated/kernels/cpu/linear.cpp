@@ -292,4 +292,125 @@ SAGE_KERNEL(lm_head_soft_cap) {
             });
 }
 
+// specs/ops/linear.yaml: lm_head_sample
+// Logits and the next token of every sequence, whose likeliest one is found while its logits are made.
+//
+//     logits = lm_head(x, w, bias)
+//     tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+SAGE_KERNEL(lm_head_sample) {
+    const int64_t S = sizes[0];
+    const int64_t H = sizes[1];
+    const int64_t V = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_S = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    const float* temperature = (const float*)tensors[3];
+    const int32_t* top_k = (const int32_t*)tensors[4];
+    const float* top_p = (const float*)tensors[5];
+    const float* min_p = (const float*)tensors[6];
+    const float* noise = (const float*)tensors[7];
+    float* logits = (float*)tensors[8];
+    const int64_t logits_S = sizes[5];
+    int64_t* tokens = (int64_t*)tensors[9];
+    const Factors<E> factors = {S, H, V, 1, w};
+    const Parts allParts = parts_of(TUNING, factors);
+    const SampleFollower allSeen(S, allParts.columns);
+    product_by_part(WAY, TUNING, factors, allParts,
+            [&](int64_t iS) { return x + iS * x_S; },
+            [&](int64_t iPart) {
+                return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
+                    const auto acc = load(sums, Block{0});
+                    store(logits + iS * logits_S, iV, ownSeen.with(iS, iV, to<E>(bias ? acc + load(bias, iV) : acc)));
+                };
+            });
+    const Cuts cuts = {temperature, top_k, top_p, min_p, noise};
+    each_row(S, cuts.may_draw() ? S * V : S, [&](int64_t iRow) {
+        const float* ownLogits = logits + iRow * logits_S;
+        tokens[iRow] = sample_token(ownLogits, V, iRow, cuts, allSeen.of(iRow));
+    });
+}
+
+// specs/ops/linear.yaml: lm_head_scale_sample
+// Logits with a multiplier, and the next token of every sequence.
+//
+//     logits = lm_head_scale(x, w, bias, factor=factor)
+//     tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+SAGE_KERNEL(lm_head_scale_sample) {
+    const int64_t S = sizes[0];
+    const int64_t H = sizes[1];
+    const int64_t V = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_S = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    const float* temperature = (const float*)tensors[3];
+    const int32_t* top_k = (const int32_t*)tensors[4];
+    const float* top_p = (const float*)tensors[5];
+    const float* min_p = (const float*)tensors[6];
+    const float* noise = (const float*)tensors[7];
+    float* logits = (float*)tensors[8];
+    const int64_t logits_S = sizes[5];
+    int64_t* tokens = (int64_t*)tensors[9];
+    const float factor = (float)attrs[0];
+    const Factors<E> factors = {S, H, V, 1, w};
+    const Parts allParts = parts_of(TUNING, factors);
+    const SampleFollower allSeen(S, allParts.columns);
+    product_by_part(WAY, TUNING, factors, allParts,
+            [&](int64_t iS) { return x + iS * x_S; },
+            [&](int64_t iPart) {
+                return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
+                    const auto acc = load(sums, Block{0});
+                    const auto raw = to<E>(bias ? acc + load(bias, iV) : acc);
+                    store(logits + iS * logits_S, iV, ownSeen.with(iS, iV, raw * factor));
+                };
+            });
+    const Cuts cuts = {temperature, top_k, top_p, min_p, noise};
+    each_row(S, cuts.may_draw() ? S * V : S, [&](int64_t iRow) {
+        const float* ownLogits = logits + iRow * logits_S;
+        tokens[iRow] = sample_token(ownLogits, V, iRow, cuts, allSeen.of(iRow));
+    });
+}
+
+// specs/ops/linear.yaml: lm_head_soft_cap_sample
+// Logits held between two bounds, and the next token of every sequence.
+//
+//     logits = lm_head_soft_cap(x, w, bias, cap=cap)
+//     tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+SAGE_KERNEL(lm_head_soft_cap_sample) {
+    const int64_t S = sizes[0];
+    const int64_t H = sizes[1];
+    const int64_t V = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_S = sizes[3];
+    const E* w = (const E*)tensors[1];
+    const E* bias = (const E*)tensors[2];
+    const float* temperature = (const float*)tensors[3];
+    const int32_t* top_k = (const int32_t*)tensors[4];
+    const float* top_p = (const float*)tensors[5];
+    const float* min_p = (const float*)tensors[6];
+    const float* noise = (const float*)tensors[7];
+    float* logits = (float*)tensors[8];
+    const int64_t logits_S = sizes[5];
+    int64_t* tokens = (int64_t*)tensors[9];
+    const float cap = (float)attrs[0];
+    const Factors<E> factors = {S, H, V, 1, w};
+    const Parts allParts = parts_of(TUNING, factors);
+    const SampleFollower allSeen(S, allParts.columns);
+    product_by_part(WAY, TUNING, factors, allParts,
+            [&](int64_t iS) { return x + iS * x_S; },
+            [&](int64_t iPart) {
+                return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
+                    const auto acc = load(sums, Block{0});
+                    const auto raw = to<E>(bias ? acc + load(bias, iV) : acc);
+                    store(logits + iS * logits_S, iV, ownSeen.with(iS, iV, tanh(raw / cap) * cap));
+                };
+            });
+    const Cuts cuts = {temperature, top_k, top_p, min_p, noise};
+    each_row(S, cuts.may_draw() ? S * V : S, [&](int64_t iRow) {
+        const float* ownLogits = logits + iRow * logits_S;
+        tokens[iRow] = sample_token(ownLogits, V, iRow, cuts, allSeen.of(iRow));
+    });
+}
+
 }  // namespace sage

@@ -23,8 +23,9 @@ SAGE_KERNEL(sample) {
     const float* noise = (const float*)tensors[5];
     int64_t* tokens = (int64_t*)tensors[6];
     const Cuts cuts = {temperature, top_k, top_p, min_p, noise};
-    each_row(S, S * V, [&](int64_t row) {
-        tokens[row] = sample_token(logits + row * logits_S, V, row, cuts);
+    each_row(S, S * V, [&](int64_t iRow) {
+        const float* ownLogits = logits + iRow * logits_S;
+        tokens[iRow] = sample_token(ownLogits, V, iRow, cuts, likeliest(ownLogits, V));
     });
 }
 

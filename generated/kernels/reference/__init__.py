@@ -39,8 +39,11 @@ from .linear import (
     linear_gelu_tanh_mul,
     linear_silu_mul,
     lm_head,
+    lm_head_sample,
     lm_head_scale,
+    lm_head_scale_sample,
     lm_head_soft_cap,
+    lm_head_soft_cap_sample,
 )
 from .norm import (
     fused_add_layer_norm,
@@ -119,6 +122,9 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "linear_add": linear_add,
     "lm_head_scale": lm_head_scale,
     "lm_head_soft_cap": lm_head_soft_cap,
+    "lm_head_sample": lm_head_sample,
+    "lm_head_scale_sample": lm_head_scale_sample,
+    "lm_head_soft_cap_sample": lm_head_soft_cap_sample,
     "rms_norm": rms_norm,
     "rms_norm_wide": rms_norm_wide,
     "rms_norm_1p": rms_norm_1p,

@@ -8,6 +8,7 @@ from torch import Tensor
 from .activation import gelu, gelu_mul, gelu_tanh, gelu_tanh_mul, silu_mul
 from .elementwise import add, scale, soft_cap
 from .precision import wide
+from .sampling import sample
 
 __all__ = [
     "head_linear",
@@ -19,8 +20,11 @@ __all__ = [
     "linear_gelu_tanh_mul",
     "linear_silu_mul",
     "lm_head",
+    "lm_head_sample",
     "lm_head_scale",
+    "lm_head_scale_sample",
     "lm_head_soft_cap",
+    "lm_head_soft_cap_sample",
 ]
 
 
@@ -98,3 +102,58 @@ def lm_head_soft_cap(x: Tensor, w: Tensor, bias: Tensor | None = None, *, cap: f
     """Logits held between two bounds, as Gemma 2 does."""
     raw = lm_head(x, w, bias)
     return soft_cap(raw, cap=cap)
+
+
+# specs/ops/linear.yaml: lm_head_sample
+def lm_head_sample(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits and the next token of every sequence, whose likeliest one is found while its logits are made."""
+    logits = lm_head(x, w, bias)
+    tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+    return logits, tokens
+
+
+# specs/ops/linear.yaml: lm_head_scale_sample
+def lm_head_scale_sample(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Logits with a multiplier, and the next token of every sequence."""
+    logits = lm_head_scale(x, w, bias, factor=factor)
+    tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+    return logits, tokens
+
+
+# specs/ops/linear.yaml: lm_head_soft_cap_sample
+def lm_head_soft_cap_sample(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    cap: float,
+) -> tuple[Tensor, Tensor]:
+    """Logits held between two bounds, and the next token of every sequence."""
+    logits = lm_head_soft_cap(x, w, bias, cap=cap)
+    tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
+    return logits, tokens

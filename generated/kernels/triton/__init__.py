@@ -28,7 +28,7 @@ from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, 
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
 from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
 from .kv import kv_store
-from .linear import head_linear, linear, lm_head
+from .linear import head_linear, linear, lm_head, lm_head_sample
 from .norm import (
     fused_add_layer_norm,
     fused_add_rms_norm,
@@ -90,6 +90,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "linear": linear,
     "lm_head": lm_head,
     "head_linear": head_linear,
+    "lm_head_sample": lm_head_sample,
     "rms_norm": rms_norm,
     "rms_norm_wide": rms_norm_wide,
     "rms_norm_1p": rms_norm_1p,

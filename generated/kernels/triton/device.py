@@ -5,7 +5,18 @@
 import triton
 import triton.language as tl
 
-__all__ = ["LOG2E", "divided", "find_group", "nearest", "rounded", "share", "sink_scores", "softmax_tile", "tanh"]
+__all__ = [
+    "LOG2E",
+    "divided",
+    "find_group",
+    "first_of_largest",
+    "nearest",
+    "rounded",
+    "share",
+    "sink_scores",
+    "softmax_tile",
+    "tanh",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -49,6 +60,20 @@ def find_group(starts, num_groups, tile, ROWS: tl.constexpr):
         else:
             high = middle
     return low
+
+
+@triton.jit
+def first_of_largest(value, place, AXIS: tl.constexpr):
+    """The largest value, in float32, along an axis, and the least of the places that have it; both keep the axis.
+
+    NaN is larger than everything, as in torch. A place that does not count holds -inf and a number beyond all others.
+    """
+    is_nan = value != value
+    has_nan = tl.max(is_nan.to(tl.int32), AXIS, keep_dims=True) > 0
+    top = tl.max(tl.where(is_nan, float("inf"), value), AXIS, keep_dims=True)
+    is_best = tl.where(has_nan, is_nan, value == top)
+    first = tl.min(tl.where(is_best, place, 2147483647), AXIS, keep_dims=True)
+    return tl.where(has_nan, float("nan"), top), first
 
 
 @triton.jit

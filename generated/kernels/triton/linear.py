@@ -10,12 +10,15 @@ from torch import Tensor
 from ..reference.linear import head_linear as reference_head_linear
 from ..reference.linear import linear as reference_linear
 from ..reference.linear import lm_head as reference_lm_head
+from ..reference.linear import lm_head_sample as reference_lm_head_sample
+from ..reference.sampling import sample as reference_sample
 from . import device
 
 __all__ = [
     "head_linear",
     "linear",
     "lm_head",
+    "lm_head_sample",
 ]
 
 
@@ -226,3 +229,125 @@ def head_linear(x: Tensor, w: Tensor) -> Tensor:
         enable_fp_fusion=True,
     )
     return y
+
+
+# specs/ops/linear.yaml: lm_head_sample
+@triton.jit
+def _lm_head_sample_kernel(
+    x,
+    w,
+    bias,
+    logits,
+    tops,
+    places,
+    num_blocks,
+    M,
+    N,
+    K,
+    x_row,
+    x_head,
+    w_head,
+    w_row,
+    y_row,
+    y_head,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    E: tl.constexpr = x.dtype.element_ty
+    m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    head = tl.program_id(1).to(tl.int64)
+    is_row, is_column = (m < M)[:, None], (n < N)[None, :]
+    x_at = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
+    w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for at in range(0, K, BLOCK_K):
+        is_k = (k < K - at) | EVEN
+        rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
+        acc = tl.dot(rows, weights, acc, input_precision="ieee")
+    result = device.rounded(
+        acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
+    )
+    tl.store(logits + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
+    own = tl.where(is_column, result, float("-inf"))
+    top, place = device.first_of_largest(own, tl.where(is_column, n[None, :], 2147483647), 1)
+    at = m[:, None].to(tl.int64) * num_blocks + tl.program_id(0)
+    tl.store(tops + at, top, mask=is_row)
+    tl.store(places + at, place, mask=is_row)
+
+
+@triton.jit
+def _lm_head_sample_best(tops, places, tokens, num_blocks, BLOCK_B: tl.constexpr):
+    s = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, BLOCK_B)
+    top, place = tl.full([BLOCK_B], float("-inf"), tl.float32), tl.full([BLOCK_B], 2147483647, tl.int32)
+    for at in range(0, num_blocks, BLOCK_B):
+        is_block = b < num_blocks - at
+        value = tl.load(tops + s * num_blocks + at + b, mask=is_block, other=float("-inf"))
+        first = tl.load(places + s * num_blocks + at + b, mask=is_block, other=2147483647)
+        is_better = (value > top) | ((value != value) & (top == top)) | (place == 2147483647)
+        top, place = tl.where(is_better, value, top), tl.where(is_better, first, place)
+    top, place = device.first_of_largest(top, place, 0)
+    tl.store(tokens + s + tl.arange(0, 1), place.to(tl.int64))
+
+
+def lm_head_sample(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits and the next token of every sequence, whose likeliest one is found while its logits are made."""
+    M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
+    if M > 32 or M == 0:
+        return reference_lm_head_sample(x, w, bias, temperature, top_k, top_p, min_p, noise)
+    num_blocks = triton.cdiv(N, 16)
+    logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
+    tops = torch.empty(M, num_blocks, dtype=torch.float32, device=x.device)
+    places = torch.empty(M, num_blocks, dtype=torch.int32, device=x.device)
+    _lm_head_sample_kernel[(num_blocks, 1)](
+        x,
+        w,
+        bias,
+        logits,
+        tops,
+        places,
+        num_blocks,
+        M,
+        N,
+        K,
+        x.stride(0),
+        0,
+        0,
+        w.stride(-2),
+        logits.stride(0),
+        0,
+        EVEN=K % 256 == 0,
+        BLOCK_M=max(16, triton.next_power_of_2(M)),
+        BLOCK_N=16,
+        BLOCK_K=256,
+        num_warps=4,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    if temperature is not None and noise is not None:
+        tokens = reference_sample(logits, temperature, top_k, top_p, min_p, noise)
+        return logits, tokens
+    tokens = torch.empty(M, dtype=torch.int64, device=x.device)
+    _lm_head_sample_best[(M,)](
+        tops,
+        places,
+        tokens,
+        num_blocks,
+        BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)),
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+    return logits, tokens

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.sampling import sample as reference_sample
+from . import device
 
 __all__ = [
     "sample",
@@ -20,21 +21,25 @@ def _sample_blocks(logits, tops, places, V, num_blocks, logits_row, BLOCK: tl.co
     s, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + s * logits_row + v, mask=v < V, other=float("-inf"))
-    top = tl.max(value, 0)
-    place = tl.min(tl.where((value == top) & (v < V), v, V), 0)
-    tl.store(tops + s * num_blocks + block, top)
-    tl.store(places + s * num_blocks + block, place)
+    top, place = device.first_of_largest(value, tl.where(v < V, v, 2147483647), 0)
+    at = s * num_blocks + block + tl.arange(0, 1)
+    tl.store(tops + at, top)
+    tl.store(places + at, place)
 
 
 @triton.jit
 def _sample_best(tops, places, tokens, num_blocks, BLOCK_B: tl.constexpr):
     s = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, BLOCK_B)
-    is_block = block < num_blocks
-    top = tl.load(tops + s * num_blocks + block, mask=is_block, other=float("-inf"))
-    place = tl.load(places + s * num_blocks + block, mask=is_block, other=2147483647)
-    best = tl.min(tl.where(top == tl.max(top, 0), place, 2147483647), 0)
-    tl.store(tokens + s, best.to(tl.int64))
+    b = tl.arange(0, BLOCK_B)
+    top, place = tl.full([BLOCK_B], float("-inf"), tl.float32), tl.full([BLOCK_B], 2147483647, tl.int32)
+    for at in range(0, num_blocks, BLOCK_B):
+        is_block = b < num_blocks - at
+        value = tl.load(tops + s * num_blocks + at + b, mask=is_block, other=float("-inf"))
+        first = tl.load(places + s * num_blocks + at + b, mask=is_block, other=2147483647)
+        is_better = (value > top) | ((value != value) & (top == top)) | (place == 2147483647)
+        top, place = tl.where(is_better, value, top), tl.where(is_better, first, place)
+    top, place = device.first_of_largest(top, place, 0)
+    tl.store(tokens + s + tl.arange(0, 1), place.to(tl.int64))
 
 
 def sample(
@@ -72,7 +77,7 @@ def sample(
         places,
         tokens,
         num_blocks,
-        BLOCK_B=triton.next_power_of_2(num_blocks),
+        BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)),
         num_warps=1,
         num_stages=1,
         enable_fp_fusion=False,

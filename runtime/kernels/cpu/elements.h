@@ -91,6 +91,7 @@ struct Tail {
     int64_t count;
 };
 
+inline Ints inside(Block) { return ~Ints{}; }
 inline Ints inside(Tail i) { return LANE_NUMBERS < (int32_t)i.count; }
 
 // Rounding to an element type, as a float32 again.

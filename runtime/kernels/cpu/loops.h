@@ -55,6 +55,15 @@ inline float sum_of_lanes(Floats value) {
     for (int by = LANES / 2; by > 0; by /= 2) value += turned(value, by);
     return value[0];
 }
+inline bool any(Ints condition) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#else
+    int32_t found = 0;
+    for (int lane = 0; lane < LANES; ++lane) found |= condition[lane];
+    return found != 0;
+#endif
+}
 inline float largest_lane(Floats value) {
     for (int by = LANES / 2; by > 0; by /= 2) value = maximum(value, turned(value, by));
     return value[0];

@@ -110,20 +110,37 @@ inline int64_t product_parts(int64_t weights, int64_t rows) {
     return num_parts(INT64_MAX, weights * (1 + rows / 16) / (4 * PARALLEL_WORK));
 }
 
-// One product, in parts that each have some of the rows and some of the columns.
+// Into how many parts the rows and the columns of a product are cut.
+struct Parts {
+    int64_t rows, columns;
+};
+
+template <class Element>
+inline Parts parts_of(const Tuning& tuning, const Factors<Element>& factors) {
+    const int64_t parts = product_parts(factors.gates * factors.N * factors.K, factors.rows);
+    const int64_t of_rows = smaller(parts, factors.rows / tuning.rows_per_part + 1);
+    return {of_rows, smaller(factors.columns(), (parts + of_rows - 1) / of_rows)};
+}
+
+// One product, in parts that each have some of the rows and some of the columns. A part finishes its blocks by
+// finish_of(the number of its columns): what that sees of a row are blocks of features in their order.
+template <class Element, class RowOf, class FinishOf>
+inline void product_by_part(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors,
+                            const Parts& parts, RowOf&& row_of, FinishOf&& finish_of) {
+    if (!factors.rows || !factors.N) return;
+    each_part(parts.rows * parts.columns, [&](int64_t part) {
+        auto&& finish = finish_of(part % parts.columns);
+        way.begin();
+        multiply(way, tuning, factors, share(factors.rows, way.row_step, part / parts.columns, parts.rows),
+                 share(factors.columns(), 1, part % parts.columns, parts.columns), row_of, finish);
+        way.end();
+    });
+}
+
 template <class Element, class RowOf, class Finish>
 inline void product(const Way<Element>& way, const Tuning& tuning, const Factors<Element>& factors, RowOf&& row_of,
                     Finish&& finish) {
-    if (!factors.rows || !factors.N) return;
-    const int64_t parts = product_parts(factors.gates * factors.N * factors.K, factors.rows);
-    const int64_t row_parts = smaller(parts, factors.rows / tuning.rows_per_part + 1);
-    const int64_t column_parts = smaller(factors.columns(), (parts + row_parts - 1) / row_parts);
-    each_part(row_parts * column_parts, [&](int64_t part) {
-        way.begin();
-        multiply(way, tuning, factors, share(factors.rows, way.row_step, part / column_parts, row_parts),
-                 share(factors.columns(), 1, part % column_parts, column_parts), row_of, finish);
-        way.end();
-    });
+    product_by_part(way, tuning, factors, parts_of(tuning, factors), row_of, [&](int64_t) -> Finish& { return finish; });
 }
 
 // Several products with a weight each, as of experts or of heads.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sageLLM.generated.kernels.reference import KERNELS as REFERENCES
 from sageLLM.generated.kernels.triton import KERNELS
+from sageLLM.generated.kernels.triton.linear import _lm_head_sample_best
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.tests.cases import CASES, Cases
 from sageLLM.generated.tests.op_checks import make_operands
@@ -265,11 +266,14 @@ def other_findings() -> Iterator[Finding]:
         for dtype, bias in (("f32", None), ("bf16", torch.randn(12).bfloat16())):
             logits = torch.randn(9, 12).to(DTYPES[dtype])
             yield compared("topk_router", str(attrs), dtype, [logits, bias], {"A": 4, **attrs}, is_sum=True)
-    logits = torch.randn(3, 9000)
+    logits = torch.randn(5, 9000)
     logits[1, 77] = logits[1, 8000] = 50.0
-    yield compared("sample", "greedy, with a tie", "f32", [logits], {})
+    logits[3] = -torch.inf
+    logits[4, 8100] = logits[4, 4500] = torch.nan
+    yield compared("sample", "greedy: a tie, nothing finite, NaN", "f32", [logits], {})
     drawn = [torch.tensor([0.0, 1.0, 0.7]), None, torch.tensor([0.9] * 3), None, torch.rand(3)]
-    yield compared("sample", "drawn", "f32", [logits, *drawn], {})
+    yield compared("sample", "drawn", "f32", [logits[:3], *drawn], {})
+    yield from head_and_sample_findings(drawn)
     starts, slots = torch.tensor([0, 1, 4, 9]).int(), torch.tensor([3, 9, 0, 15, 7]).int()
     for dtype, kind in DTYPES.items():
         k, v, *caches = (
@@ -280,6 +284,22 @@ def other_findings() -> Iterator[Finding]:
         yield compared("pool_first", "", dtype, [rows, starts], {})
         yield compared("pool_last", "", dtype, [rows, starts], {})
         yield compared("embedding_shard", "", dtype, [torch.tensor([0, 7, 12, 30]).int(), rows], {"first": 5})
+
+
+def head_and_sample_findings(drawn: list[Any]) -> Iterator[Finding]:
+    """Whole numbers, so that sums are exact and many logits equal; then more blocks of them than one step takes."""
+    for dtype, M, V in (("f32", 1, 37), ("bf16", 3, 600), ("f16", 19, 100), ("f32", 40, 70), ("bf16", 0, 70)):
+        x, w, bias = (torch.randint(-1, 2, shape).to(DTYPES[dtype]) for shape in ((M, 70), (V, 70), (V,)))
+        yield compared("lm_head_sample", f"M={M} V={V}", dtype, [x, w], {}, is_sum=True)
+        yield compared("lm_head_sample", f"M={M} V={V} bias", dtype, [x, w, bias], {}, is_sum=True)
+        if M == 3:
+            yield compared("lm_head_sample", "drawn", dtype, [x, w, None, *drawn], {}, is_sum=True)
+    tops = torch.randint(0, 99, (3, 2500)).float()
+    tops[1], tops[2, 2100], tops[2, 2200] = -torch.inf, torch.nan, torch.nan
+    tokens, places = torch.empty(3, dtype=torch.int64, device=DEVICE), 16 * torch.arange(2500).int().repeat(3, 1)
+    _lm_head_sample_best[(3,)](tops.to(DEVICE), places.to(DEVICE), tokens, 2500, BLOCK_B=1024, enable_fp_fusion=False)
+    is_right = torch.equal(tokens.cpu(), 16 * tops.argmax(-1))
+    yield Finding("lm_head_sample", "many blocks", "f32", 0.0, "" if is_right else "other tokens")
 
 
 def query_key_findings() -> Iterator[Finding]:

@@ -22,7 +22,7 @@ ALL = os.environ.get("SAGELLM_AOT") == "all"
 ACCEPT = ALL and os.environ.get("SAGELLM_ACCEPT") == "1"
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"] if ALL else ["sm_90", "gfx942"]
 OF_EVERY_KIND = "silu_mul,fused_add_rms_norm,rope,combine_experts,paged_prefill_attention,paged_decode_attention"
-OF_EVERY_KIND += ",linear,expert_linear,topk_router,kv_store,sample"
+OF_EVERY_KIND += ",linear,expert_linear,topk_router,kv_store,sample,lm_head_sample"
 
 Report = dict[str, dict[str, Any]]
 
