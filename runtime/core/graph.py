@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from sageLLM.runtime.core.dims import Dim, Expr, evaluate
-from sageLLM.runtime.core.errors import CycleError, IRError, VerifyError
+from sageLLM.runtime.core.errors import IRError, VerifyError
 from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, TensorRef
+from sageLLM.runtime.core.order import critical_path, topological_order, total_time
 from sageLLM.runtime.core.verify import find_problems
 
 Level: TypeAlias = Literal["block", "kernel"]
@@ -87,43 +87,14 @@ class ExecutionGraph:
 
         Raises CycleError naming the nodes of one cycle in order, and IRError for an unknown dependency.
         """
-        position = {node_id: i for i, node_id in enumerate(self.nodes)}
-        if self._is_in_order(position):
-            return list(self.nodes.values())
-        waiting_for = {node_id: len(node.dependencies) for node_id, node in self.nodes.items()}
-        successors = self._successors()
-        ready = [position[node_id] for node_id, count in waiting_for.items() if count == 0]
-        nodes = list(self.nodes.values())
-        order: list[ExecutionNode] = []
-        while ready:
-            node = nodes[heapq.heappop(ready)]
-            order.append(node)
-            for node_id in successors.get(node.node_id, ()):
-                waiting_for[node_id] -= 1
-                if waiting_for[node_id] == 0:
-                    heapq.heappush(ready, position[node_id])
-        if len(order) < len(nodes):
-            raise CycleError(self._find_cycle({n for n, count in waiting_for.items() if count}, position))
-        return order
+        return topological_order(self.nodes, self.graph_id)
 
     def get_critical_path(self) -> list[ExecutionNode]:
         """The chain of dependent nodes with the largest sum of `estimated_time_us`, first to last.
 
         Of equally long chains the one with more nodes. Streams and devices do not count. Empty for an empty graph.
         """
-        longest: dict[str, tuple[float, int]] = {}
-        before: dict[str, str | None] = {}
-        for node in self.topological_sort():
-            best = max(sorted(node.dependencies), key=longest.__getitem__, default=None)
-            time, count = longest[best] if best is not None else (0.0, 0)
-            longest[node.node_id] = (time + node.estimated_time_us, count + 1)
-            before[node.node_id] = best
-        path: list[ExecutionNode] = []
-        node_id = max(longest, key=longest.__getitem__, default=None)
-        while node_id is not None:
-            path.append(self.nodes[node_id])
-            node_id = before[node_id]
-        return path[::-1]
+        return critical_path(self.topological_sort())
 
     def estimate_total_time(self) -> float:
         """Microseconds from the start to the last finish.
@@ -131,13 +102,7 @@ class ExecutionGraph:
         Nodes of one (device_id, stream_id) run one after another in topological order; different streams and devices
         overlap; each node starts after its dependencies have finished.
         """
-        finish: dict[str, float] = {}
-        free_at: dict[tuple[int, int], float] = {}
-        for node in self.topological_sort():
-            lane = (node.device_id, node.stream_id)
-            start = max([free_at.get(lane, 0.0), *(finish[d] for d in node.dependencies)])
-            finish[node.node_id] = free_at[lane] = start + node.estimated_time_us
-        return max(finish.values(), default=0.0)
+        return total_time(self.topological_sort())
 
     def get_subgraph(self, node_ids: Iterable[str]) -> ExecutionGraph:
         """A new graph with copies of the given nodes in this graph's order; this graph is not changed.
@@ -305,36 +270,6 @@ class ExecutionGraph:
         if self.level == "block" and kind in _PHASE_OF_BLOCK:
             return (_PHASE_OF_BLOCK[kind],)
         return ("prefill", "decode")
-
-    def _is_in_order(self, position: Mapping[str, int]) -> bool:
-        for node_id, node in self.nodes.items():
-            here = position[node_id]
-            for dependency in node.dependencies:
-                if dependency not in position:
-                    raise IRError(f"{node_id} depends on {dependency!r}, which graph {self.graph_id!r} does not have")
-                if position[dependency] >= here:
-                    return False
-        return True
-
-    def _successors(self) -> dict[str, list[str]]:
-        successors: dict[str, list[str]] = {}
-        for node_id, node in self.nodes.items():
-            for dependency in node.dependencies:
-                if dependency not in self.nodes:
-                    raise IRError(f"{node_id} depends on {dependency!r}, which graph {self.graph_id!r} does not have")
-                successors.setdefault(dependency, []).append(node_id)
-        return successors
-
-    def _find_cycle(self, blocked: set[str], position: Mapping[str, int]) -> list[str]:
-        """Walk back from a blocked node; each has a blocked dependency, so the walk closes a circle."""
-        walk: dict[str, None] = {}
-        node_id = min(blocked, key=position.__getitem__)
-        while node_id not in walk:
-            walk[node_id] = None
-            node_id = min(self.nodes[node_id].dependencies & blocked, key=position.__getitem__)
-        cycle = list(walk)[list(walk).index(node_id) :][::-1]
-        first = cycle.index(min(cycle, key=position.__getitem__))
-        return cycle[first:] + cycle[:first]
 
     def _values_wanted_outside(self, nodes: Mapping[str, ExecutionNode]) -> list[TensorRef]:
         kept = {ref.name for ref in self.outputs}

@@ -69,7 +69,7 @@ def _why_not_overwritable(
 
 def _runs_before(graph: ExecutionGraph, node: ExecutionNode, matched: set[str], position: Mapping[str, int]) -> bool:
     """Whether a matched node waits for the node, or the node is a view, which reads nothing itself."""
-    if isinstance(node, OpNode) and "view" in node.tags:
+    if isinstance(node, OpNode) and node.is_view:
         return True
     first = position.get(node.node_id, 0)
     pending = [d for node_id in matched for d in graph.nodes[node_id].dependencies if d not in matched]
