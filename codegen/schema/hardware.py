@@ -25,7 +25,9 @@ class ProductsSpec(Strict):
         ge=1024, description="bytes of input rows, in the kernel's form, that stay in the cache"
     )
     chunk_bytes: int = Field(ge=1024, description="bytes of a weight that stay in the cache while the rows pass")
-    rows_per_part: int = Field(ge=1, description="rows that are worth a part of the work of their own; fewer share the weight")
+    rows_per_part: int = Field(
+        ge=1, description="rows that are worth a part of the work of their own; fewer share the weight"
+    )
     ahead_bytes: int = Field(ge=0, description="of a panel, between what a block reads and what it fetches")
     streams: int = Field(ge=1, le=16, description="pieces of memory that a core reads in turn when it fetches a weight")
 

@@ -18,7 +18,8 @@ def topological_order(nodes: Nodes, graph_id: str) -> list[ExecutionNode]:
     """
     position = {node_id: i for i, node_id in enumerate(nodes)}
     for node in nodes.values():
-        if unknown := next((d for d in node.dependencies if d not in position), None):
+        unknown = next((d for d in node.dependencies if d not in position), None)
+        if unknown is not None:
             raise IRError(f"{node.node_id} depends on {unknown!r}, which graph {graph_id!r} does not have")
     if all(position[d] < position[node_id] for node_id, node in nodes.items() for d in node.dependencies):
         return list(nodes.values())

@@ -107,8 +107,8 @@ class Recovery(Admission):
     def fail_migrations(self, request_ids: Iterable[str]) -> None:
         """The copies of these requests are over and have not arrived: they are handed out again.
 
-        Those that a step in flight holds and the engine has not begun are taken out of its output: begun later, they
-        would write over what is sent in their stead. After `max_attempts` failures the request goes back to the waiting
+        Steps in flight lose them from their outputs: one that the engine begins after this would write over what is sent
+        in its stead. After `max_attempts` failures the request goes back to the waiting
         line and is computed from its first token.
         """
         for request_id in request_ids:
@@ -150,6 +150,8 @@ class Recovery(Admission):
             lost += self._migration.lose_source()
         if self.kv.is_split and role != "prefill":
             self._migration.lose_target()
+            for flight in self._flights:
+                flight.output.kv_migrations.clear()
         if role != "prefill":
             lost += self.decode_queue
         if not self.kv.is_split:

@@ -52,26 +52,33 @@ inline AttentionTiles cut_tiles(const AttentionCall<E>& call, const Keys& keys, 
     return tiles;
 }
 
-// A thread takes one tile after the other, and goes over its parts.
+// A thread takes some tiles one after the other, and goes over the parts of each.
 template <class Products, class E, class Keys, class Hooks>
 inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTiles& tiles) {
     const int64_t width = round_up(call.value_width, LANES), floats = Seen::floats(tiles.rows, width);
-    const auto attend_tile = [&](int64_t t) {
+    const auto attend_tile = [&](int64_t t, int64_t following) {
         TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
         float* memory = scratch<float>(2, 2 * floats);
         Seen all = Seen::at(memory, tiles.rows), part = Seen::at(memory + floats, tiles.rows);
         const KeyRange range = tile_range(keys, hooks, tiles.tile[t]);
-        int64_t start = range.first / PART * PART;
-        const AttentionTile& following = tiles.tile[t + 1 < tiles.count ? t + 1 : t];
-        worker.see(part_of(range, start), all, following);
-        while ((start += PART) < range.stop) {
-            worker.see(part_of(range, start), part, following);
-            all.merge(part, worker.num_rows(), width);
+        const int64_t first = range.first / PART * PART;
+        for (int64_t start = first; start == first || start < range.stop; start += PART) {
+            const bool is_last = start + PART >= range.stop;
+            const AttentionTile& next = tiles.tile[is_last ? following : t];
+            const KeyRange next_range = !is_last         ? part_of(range, start + PART)
+                                        : following == t ? KeyRange{0, 0}
+                                                         : tile_range(keys, hooks, next);
+            worker.see(part_of(range, start), start == first ? all : part, next, next_range);
+            if (start != first) all.merge(part, worker.num_rows(), width);
         }
         worker.finish(all);
     };
-    if (tiles.work >= PARALLEL_WORK) return each_part(tiles.count, attend_tile);
-    for (int64_t t = 0; t < tiles.count; ++t) attend_tile(t);
+    const int64_t threads = tiles.work < PARALLEL_WORK ? 1 : sage_num_threads();
+    const int64_t parts = threads == 1 ? 1 : smaller(tiles.count, 8 * threads);
+    each_part(parts, [&](int64_t i) {
+        const Range own = share(tiles.count, 1, i, parts);
+        for (int64_t t = own.first; t < own.last; ++t) attend_tile(t, smaller(t + 1, own.last - 1));
+    });
 }
 
 // Threads share out the parts of few tiles, and merge them afterwards.
@@ -84,9 +91,11 @@ inline void attend_parts(const AttentionCall<E>& call, const Keys& keys, const H
     };
     each_part(tiles.count * tiles.most_parts, [&](int64_t i) {
         const int64_t t = i / tiles.most_parts, p = i % tiles.most_parts;
-        const KeyRange range = part_of(tile_range(keys, hooks, tiles.tile[t]), p * PART);
-        TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
-        worker.see(range, seen_by(t, p), tiles.tile[t]);
+        const AttentionTile& tile = tiles.tile[t];
+        const KeyRange range = part_of(tile_range(keys, hooks, tile), p * PART);
+        if (range.first >= range.stop) return seen_by(t, p).clear(tile.positions * call.group(), width);
+        TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tile);
+        worker.see(range, seen_by(t, p), tile, KeyRange{0, 0});
     });
     each_part(tiles.count, [&](int64_t t) {
         TileWorker<Products, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);

@@ -11,7 +11,7 @@ namespace sage {
 
 const __m512i FIRST_LANES = {0, 1, 8, 9, 2, 3, 10, 11}, LAST_LANES = {4, 5, 12, 13, 6, 7, 14, 15};
 
-// The number that bf16 rounds a weight to, as the bits of a float32
+// A weight to the nearest bf16, ties upwards, as the bits of a float32
 inline Bits upper_half(Floats weight) { return (bits_of<Bits>(weight) + 0x8000) & 0xffff0000; }
 
 // Which of 32 elements from `at` on a row has

@@ -2,7 +2,9 @@
 //
 // A class of products holds a tile's queries and one step's keys and values, packed; all blocks of the tile's rows use
 // them. `multiply_keys` gives scores, [BLOCK, KEYS], `add_values` takes the weights that were put in their place. Rows of
-// keys and values are told by pointers. What a row gets depends neither on the other rows nor on their number. Here in float32; attention_pairs.h has bf16 where the processor multiplies that.
+// keys and values are told by pointers. What a row gets depends neither on the other rows nor on their number.
+//
+// Here in float32; attention_pairs.h has bf16 where the processor multiplies that.
 #pragma once
 
 #include "transpose.h"

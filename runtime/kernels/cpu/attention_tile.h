@@ -95,8 +95,8 @@ class TileWorker {
         products.take_queries(row);
     }
 
-    // What comes next is fetched meanwhile: the rows of the next step, or the first ones of the tile that follows.
-    void see(KeyRange range, Seen seen, const AttentionTile& following) {
+    // What comes next is fetched meanwhile: the rows of the next step, or the first ones that follow, of this tile or another.
+    void see(KeyRange range, Seen seen, const AttentionTile& following, KeyRange range_following) {
         seen.clear(rows, width);
         if (range.first >= range.stop) return;
         KeyStep<E> steps[2], *step = steps, *next = steps + 1;
@@ -104,7 +104,7 @@ class TileWorker {
         step->find(keys, tile, range, first, zeros);
         for (; first < range.stop; first += KEYS) {
             const bool is_last = first + KEYS >= range.stop;
-            const KeyRange other = is_last ? tile_range(keys, hooks, following) : range;
+            const KeyRange other = is_last ? range_following : range;
             next->find(keys, is_last ? following : tile, other, is_last ? step_of(other.first) : first + KEYS, zeros);
             fetch_rows(next->key, call.key_width);
             products.take_keys(step->key);

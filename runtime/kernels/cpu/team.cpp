@@ -9,7 +9,6 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
-#include <thread>
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -35,8 +34,7 @@ class Team {
     // Does nothing if another thread has the team.
     bool share(int64_t parts, Body body, void* state, int64_t num_threads) {
         if (!owner_.try_lock()) return false;
-        helpers_.store(num_threads - 1);
-        while (num_workers_ < num_threads - 1) hire();
+        want(num_threads - 1);
         body_.store(body, std::memory_order_relaxed);
         state_.store(state, std::memory_order_relaxed);
         parts_.store(parts, std::memory_order_relaxed);
@@ -44,7 +42,7 @@ class Team {
         open_.store(++job_ << 32 | (uint64_t)parts);
         wake();
         is_inside = true;
-        work();
+        work(-1);
         is_inside = false;
         wait_for_others();
         owner_.unlock();
@@ -65,35 +63,64 @@ class Team {
     alignas(64) std::atomic<int64_t> sleepers_{0};
     std::atomic<bool> owner_sleeps_{false};
     std::mutex sleep_;
-    std::condition_variable has_job_, is_done_;
+    std::condition_variable has_job_, is_done_, is_wanted_;
 
     static int64_t left(uint64_t open) { return (int64_t)(open & 0xffffffff); }
 
-    void hire() {
-        const int64_t number = num_workers_++;
-        std::thread([this, number] { serve(number); }).detach();
+    // Sets how many workers help. If the system gives no more threads, there are fewer.
+    void want(int64_t helpers) {
+        if (helpers_.load() != helpers) {
+            std::lock_guard<std::mutex> lock(sleep_);
+            helpers_.store(helpers);
+            is_wanted_.notify_all();
+        }
+        while (num_workers_ < helpers && hire()) {}
+    }
+
+    struct Worker {
+        Team* team;
+        int64_t number;
+    };
+
+    bool hire() {
+        Worker* worker = new Worker{this, num_workers_};
+        pthread_t thread;
+        if (pthread_create(&thread, nullptr, serve, worker)) {
+            delete worker;
+            return false;
+        }
+        pthread_detach(thread);
+        ++num_workers_;
+        return true;
+    }
+
+    static void* serve(void* of) {
+        const Worker worker = *(Worker*)of;
+        delete (Worker*)of;
+        is_inside = true;
+        for (;;) worker.team->serve(worker.number);
+        return nullptr;
     }
 
     void serve(int64_t number) {
-        is_inside = true;
-        const auto has_work = [&] { return left(open_.load()) > 0 && number < helpers_.load(); };
-        for (;;) {
-            for (int watch = 0; watch < WATCHES && !has_work(); ++watch) pause();
-            if (!has_work()) {
-                std::unique_lock<std::mutex> lock(sleep_);
-                sleepers_.fetch_add(1);
-                has_job_.wait(lock, has_work);
-                sleepers_.fetch_sub(1);
-            }
-            work();
+        const auto is_idle = [&] { return number < helpers_.load() && !left(open_.load()); };
+        for (int watch = 0; watch < WATCHES && is_idle(); ++watch) pause();
+        if (is_idle()) {
+            std::unique_lock<std::mutex> lock(sleep_);
+            sleepers_.fetch_add(1);
+            has_job_.wait(lock, [&] { return !is_idle(); });
+            sleepers_.fetch_sub(1);
         }
+        if (number < helpers_.load()) return work(number);
+        std::unique_lock<std::mutex> lock(sleep_);
+        is_wanted_.wait(lock, [&] { return number < helpers_.load(); });
     }
 
     // Takes part after part of the open job. What is read of it between a look at `open_` and an exchange that succeeds
     // belongs together: a new job is announced only when all parts of the old one are taken.
-    void work() {
+    void work(int64_t number) {
         uint64_t open = open_.load(std::memory_order_acquire);
-        while (left(open) > 0) {
+        while (left(open) > 0 && number < helpers_.load(std::memory_order_relaxed)) {
             const Body body = body_.load(std::memory_order_relaxed);
             void* state = state_.load(std::memory_order_relaxed);
             const int64_t part = parts_.load(std::memory_order_relaxed) - left(open);
@@ -136,6 +163,7 @@ EXPORTED void sage_use_threads(int64_t count) { num_threads.store(count > 1 ? co
 EXPORTED int64_t sage_num_threads() { return is_inside ? 1 : num_threads.load(std::memory_order_relaxed); }
 
 EXPORTED void sage_share(int64_t parts, Body body, void* state) {
+    if (parts <= 0) return;
     std::call_once(is_made, [] {
         make_team();
         pthread_atfork(nullptr, nullptr, make_team);  // a forked child has none of the threads

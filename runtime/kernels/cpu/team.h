@@ -1,7 +1,7 @@
 // Shares work out between the threads of the process: whoever is free takes the next part, the caller included.
 //
-// The caller waits for parts that were begun, never for a thread that took none: a thread that the system has put aside
-// holds up nobody. What a part computes must not depend on who computes it.
+// The caller waits for parts that were begun, not for threads that took none, as the system may have put them aside. What a
+// part computes must not depend on who computes it. One caller at a time has the team; another one computes alone.
 #pragma once
 
 #include <cstdint>
