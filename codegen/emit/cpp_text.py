@@ -38,8 +38,8 @@ _KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case 
     template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t
     while xor xor_eq"""
 _HEADER = """abs attend attrs bf16 cuts each_row erf exp f16 f32 factors floor floor_divide floor_remainder fma inside
-    lanes load load_every log mask maximum minimum negation parts_of pow product product_by_part products put relu round rsqrt
-    sage scratch sigmoid sizes sqrt store store_every sums sweep tanh tensors to value where"""
+    lanes load load_every log mask maximum minimum negation parts_of pow product product_by_part products put relu round
+    rsqrt sage scratch sigmoid sizes sqrt store store_every sums sweep tanh tensors to value where"""
 RESERVED = frozenset(f"{_KEYWORDS} {_HEADER}".split())
 
 

@@ -107,9 +107,9 @@ class Recovery(Admission):
     def fail_migrations(self, request_ids: Iterable[str]) -> None:
         """The copies of these requests are over and have not arrived: they are handed out again.
 
-        Steps in flight lose them from their outputs: one that the engine begins after this would write over what is sent
-        in its stead. After `max_attempts` failures the request goes back to the waiting
-        line and is computed from its first token.
+        Steps in flight lose them from their outputs: one that the engine begins after this would write over what is
+        sent in its stead. After `max_attempts` failures the request goes back to the waiting line and is computed from
+        its first token.
         """
         for request_id in request_ids:
             self._withdraw_copies(request_id)
