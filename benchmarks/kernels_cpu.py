@@ -1,4 +1,6 @@
-"""Measures the generated CPU kernels: against torch's own way of doing the same, cold compile time, lines per kernel.
+"""Measures the generated CPU kernels: row kernels against torch's own, cold compile time, lines per kernel.
+
+`attention_cpu.py` and `linear_cpu.py` have the others.
 
 Times are minima over alternating runs, in microseconds of this thread's processor time.
     python benchmarks/kernels_cpu.py
@@ -12,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from sageLLM.generated.kernels import cpu, reference
@@ -33,7 +34,7 @@ def main() -> None:
     library = Library(cpu.KERNELS, SOURCES, compiler)
     kernels = {name: NativeCallable(kernel, library, reference.KERNELS[name]) for name, kernel in cpu.KERNELS.items()}
     print(f"{'kernel':44} {'ours':>9} {'torch':>9}  us")
-    for name, ours, theirs in (*rows(kernels), *attention(kernels)):
+    for name, ours, theirs in rows(kernels):
         print(f"{name:44} {{:9.1f}} {{:9.1f}}".format(*fastest(ours, theirs)))
     print_compile_times(Library(cpu.KERNELS, SOURCES, compiler))
     print_sizes()
@@ -63,36 +64,6 @@ def rows(kernels: dict[str, NativeCallable]) -> Iterator[tuple[str, Run, Run]]:
                lambda x=x, w=w: functional.rms_norm(x + x, (576,), w))  # fmt: skip
         yield (f"silu_mul [{tokens}, 2*1536]", lambda gu=gu: kernels["silu_mul"](gu),
                lambda gu=gu: functional.silu(gu[:, :1536]) * gu[:, 1536:])  # fmt: skip
-
-
-def attention(kernels: dict[str, NativeCallable]) -> Iterator[tuple[str, Run, Run]]:
-    """Decode of 16 sequences and prefill of 1024 tokens; 9 query heads and 3 key heads of 64."""
-    for length in (128, 1024):
-        k, v, table, lens = paged(16, length)
-        q = torch.randn(16, 9, 64).bfloat16()
-        dense = [table_rows(cache, table) for cache in (k, v)]
-        yield (f"paged_decode_attention B=16 S={length}",
-               lambda q=q, k=k, v=v, t=table, n=lens: kernels["paged_decode_attention"](q, k, v, t, n, scale=0.125),
-               lambda q=q, d=dense: functional.scaled_dot_product_attention(q.view(16, 3, 3, 64), *d))  # fmt: skip
-    k, v, table, lens = paged(1, 1024)
-    q, start = torch.randn(1024, 9, 64).bfloat16(), torch.tensor([0, 1024], dtype=torch.int32)
-    dense = [table_rows(cache, table).repeat_interleave(3, 1) for cache in (k, v)]
-    heads = q.transpose(0, 1)[None]
-    yield ("paged_prefill_attention T=1024",
-           lambda: kernels["paged_prefill_attention"](q, k, v, table, lens, start, scale=0.125),
-           lambda: functional.scaled_dot_product_attention(heads, *dense, is_causal=True))  # fmt: skip
-
-
-def paged(sequences: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pages = length // 16
-    k, v = (torch.randn(sequences * pages, 16, 3, 64).bfloat16() for _ in range(2))
-    table = torch.randperm(sequences * pages).view(sequences, pages).to(torch.int32)
-    return k, v, table, torch.full((sequences,), length, dtype=torch.int32)
-
-
-def table_rows(cache: Tensor, table: Tensor) -> Tensor:
-    """[B, heads, S, D], side by side: what torch needs before it can begin."""
-    return cache[table.long()].flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def print_compile_times(library: Library) -> None:

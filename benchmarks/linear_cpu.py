@@ -118,12 +118,17 @@ def main() -> None:
         given.json.write_text(json.dumps({"machine": machine_facts(), "figures": lines}, indent=1) + "\n")
 
 
-def measure(dtypes: list[str], rows: list[int], part: str, timer: Timer, threads: int) -> Iterator[dict[str, Any]]:
-    """One line per dtype, shape and number of rows; the ceilings come first."""
+def native_library() -> Library:
     found = compiler.find_compiler()
     assert found is not None, "this needs a C++ compiler"
     library = Library(cpu.KERNELS, Path(cpu.__file__).parent, found)
     library.use_threads_of_torch()
+    return library
+
+
+def measure(dtypes: list[str], rows: list[int], part: str, timer: Timer, threads: int) -> Iterator[dict[str, Any]]:
+    """One line per dtype, shape and number of rows; the ceilings come first."""
+    library = native_library()
     ceilings = ceilings_of(dtypes, library, timer, threads)
     yield {"read_gb_s": round(ceilings.read / 1e9, 1)} | {
         f"{k}_gflops": round(v / 1e9) for k, v in ceilings.flops.items()
@@ -175,9 +180,7 @@ def compared(rows: int, weights: list[Tensor], library: Library, timer: Timer, c
 
 def print_sampling(rows: int, timer: Timer) -> None:
     """Each call takes the next copy of the weight, so that none finds it where the last one left it."""
-    found = compiler.find_compiler()
-    assert found is not None, "this needs a C++ compiler"
-    library = Library(cpu.KERNELS, Path(cpu.__file__).parent, found)
+    library = native_library()
     head, sample, fused = (
         NativeCallable(cpu.KERNELS[op], library, reference.KERNELS[op])
         for op in ("lm_head", "sample", "lm_head_sample")

@@ -107,21 +107,22 @@ class Recovery(Admission):
     def fail_migrations(self, request_ids: Iterable[str]) -> None:
         """The copies of these requests are over and have not arrived: they are handed out again.
 
-        Steps in flight lose them from their outputs: one that the engine begins after this would write over what is
-        sent in its stead. After `max_attempts` failures the request goes back to the waiting line and is computed from
-        its first token.
+        Outputs of steps in flight lose those that have not begun. After `max_attempts` failures the request goes back
+        to the waiting line and is computed from its first token.
         """
         for request_id in request_ids:
-            self._withdraw_copies(request_id)
             given_up = self._migration.fail(request_id)
             if given_up is not None:
                 self._requeue(given_up.request)
+        self._withdraw_superseded()
         self._empty_limbo()
 
-    def _withdraw_copies(self, request_id: str) -> None:
+    def _withdraw_superseded(self) -> None:
+        """Steps in flight lose the copies that are not wanted any more: begun now, they would write over newer KV."""
+        sender_of = self._migration.sender_of
         for flight in self._flights:
             for pieces in (flight.output.kv_migrations, flight.output.migrations_to_cancel):
-                pieces[:] = [piece for piece in pieces if piece.request_id != request_id]
+                pieces[:] = [p for p in pieces if sender_of(p.request_id, p.start, p.attempt) is not None]
 
     def fail_swaps(self, request_ids: Iterable[str]) -> None:
         """Copies between tiers of these requests failed. They are computed again; a step in flight that holds the
@@ -150,8 +151,8 @@ class Recovery(Admission):
             lost += self._migration.lose_source()
         if self.kv.is_split and role != "prefill":
             self._migration.lose_target()
-            for flight in self._flights:
-                flight.output.kv_migrations.clear()
+        if self.kv.is_split:
+            self._withdraw_superseded()
         if role != "prefill":
             lost += self.decode_queue
         if not self.kv.is_split:

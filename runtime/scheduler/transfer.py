@@ -103,10 +103,6 @@ class Transfer:
             raise RuntimeError(f"{self.request.request_id!r} is {self.state.value}: {event.value} cannot happen")
         self.state = after
 
-    def is_in_the_air(self, start: int, attempt: int) -> bool:
-        """Whether this piece, in this attempt, has been handed out and is not acknowledged."""
-        return start in self.in_the_air and self.in_the_air[start][0].attempt == attempt
-
     @property
     def is_complete(self) -> bool:
         """The length gate: the prefill is over and all its tokens have arrived."""
@@ -179,8 +175,8 @@ class TransferPhase:
 
     def take_back(self, piece: KVMigration, was_announced: bool) -> None:
         """The engine has not heard of this piece after all."""
-        transfer = self.copying.get(piece.request_id)
-        if transfer is None or not transfer.is_in_the_air(piece.start, piece.attempt):
+        transfer = self.sender_of(piece.request_id, piece.start, piece.attempt)
+        if transfer is None:
             return
         del transfer.in_the_air[piece.start]
         transfer.num_handed_out = piece.start
@@ -193,6 +189,14 @@ class TransferPhase:
 
     # --- the transport's side ---
 
+    def sender_of(self, request_id: str, start: int, attempt: int) -> Transfer | None:
+        """The transfer that has this piece, in this attempt, in the air: handed out and not acknowledged."""
+        transfer = self.copying.get(request_id)
+        if transfer is None or start not in transfer.in_the_air:
+            return None
+        piece, _ = transfer.in_the_air[start]
+        return transfer if piece.attempt == attempt else None
+
     def arrive(self, request_id: str) -> Transfer | None:
         """All pieces in the air have arrived on all ranks. Returns the transfer if it is complete now."""
         transfer = self.copying.get(request_id)
@@ -204,8 +208,8 @@ class TransferPhase:
 
     def arrive_piece(self, piece: KVMigration) -> Transfer | None:
         """One piece has arrived on all ranks. Returns the transfer if it is complete now."""
-        transfer = self.copying.get(piece.request_id)
-        if transfer is None or not transfer.is_in_the_air(piece.start, piece.attempt):
+        transfer = self.sender_of(piece.request_id, piece.start, piece.attempt)
+        if transfer is None:
             return None
         self._land(transfer, piece.start)
         return self._settle(transfer)
@@ -214,8 +218,8 @@ class TransferPhase:
         self, request_id: str, start: int, attempt: int, rank: int, layers: Iterable[int] | None
     ) -> Transfer | None:
         """One rank has some layers of a piece (None: all). What is late, repeated or unknown changes nothing."""
-        transfer = self.copying.get(request_id)
-        if transfer is None or not transfer.is_in_the_air(start, attempt):
+        transfer = self.sender_of(request_id, start, attempt)
+        if transfer is None:
             return None
         _, received = transfer.in_the_air[start]
         received.update((rank, layer) for layer in (range(self._config.num_layers) if layers is None else layers))
@@ -273,8 +277,8 @@ class TransferPhase:
     def ask_again(self, pieces: Iterable[KVMigration]) -> None:
         """The engine has not heard that these are to be cancelled."""
         for piece in pieces:
-            transfer = self.copying.get(piece.request_id)
-            if transfer is not None and transfer.is_in_the_air(piece.start, piece.attempt):
+            transfer = self.sender_of(piece.request_id, piece.start, piece.attempt)
+            if transfer is not None:
                 transfer.is_cancelling = False
 
     def _land(self, transfer: Transfer, start: int) -> None:

@@ -134,6 +134,21 @@ def test_a_failure_takes_back_the_copy_that_is_planned_ahead(fake_engine) -> Non
     assert (again.start, again.num_tokens) == (0, 6)
 
 
+def test_the_death_of_the_decode_worker_takes_back_the_copies_of_a_step_in_flight(fake_engine) -> None:
+    engine = make(fake_engine)
+    engine.add("a", 6)
+    scheduler = engine.scheduler
+    out = engine.plan(role="prefill")
+    engine.commit(out, engine.run(out))
+    out = engine.plan(role="prefill")
+    assert [piece.start for piece in out.kv_migrations] == [0]
+    scheduler.lose_kv("decode")
+    assert out.kv_migrations == []
+    engine.commit(out, engine.run(out))
+    (again,) = engine.plan(role="prefill").kv_migrations
+    assert (again.start, again.num_tokens) == (0, 6)
+
+
 def test_after_too_many_failures_the_prompt_is_computed_again(fake_engine) -> None:
     engine = make(fake_engine, max_attempts=2)
     request, scheduler = engine.add("a", 6, num_outputs=3), engine.scheduler
