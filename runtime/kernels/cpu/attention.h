@@ -74,10 +74,10 @@ inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const H
         worker.finish(all);
     };
     const int64_t threads = tiles.work < PARALLEL_WORK ? 1 : sage_num_threads();
-    const int64_t parts = threads == 1 ? 1 : smaller(tiles.count, 8 * threads);
+    const int64_t parts = threads == 1 ? 1 : minimum(tiles.count, 8 * threads);
     each_part(parts, [&](int64_t i) {
         const Range own = share(tiles.count, 1, i, parts);
-        for (int64_t t = own.first; t < own.last; ++t) attend_tile(t, smaller(t + 1, own.last - 1));
+        for (int64_t t = own.first; t < own.last; ++t) attend_tile(t, minimum(t + 1, own.last - 1));
     });
 }
 

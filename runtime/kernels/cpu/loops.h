@@ -13,13 +13,12 @@ struct Range {
     int64_t count() const { return last - first; }
 };
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Part `i` of `parts` of `count` things, which come in multiples of `step`.
 inline Range share(int64_t count, int64_t step, int64_t i, int64_t parts) {
     const int64_t steps = (count + step - 1) / step;
-    return {smaller(count, steps * i / parts * step), smaller(count, steps * (i + 1) / parts * step)};
+    return {minimum(count, steps * i / parts * step), minimum(count, steps * (i + 1) / parts * step)};
 }
 
 // Rows, shared out between threads; each is computed by one thread in one order, so results do not depend on their number.

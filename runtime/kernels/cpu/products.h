@@ -68,15 +68,15 @@ inline void multiply_prepared(const Way<Element>& way, const Tuning& tuning, con
     const int64_t wide = (rows.count() <= way.few_rows ? way.few_panels : way.panels) / factors.gates;
     const int64_t heights = (rows.count() + way.rows - 1) / way.rows;
     const int64_t fitting = tuning.chunk_bytes / (size * wide) > 1 ? tuning.chunk_bytes / (size * wide) : 1;
-    const int64_t chunk = wide * smaller(heights, fitting);
+    const int64_t chunk = wide * minimum(heights, fitting);
     alignas(64) float sums[MAX_SUMS];
     for (int64_t from = columns.first; from < columns.last; from += chunk) {
-        const int64_t to = smaller(from + chunk, columns.last), blocks = heights * ((to - from + wide - 1) / wide);
-        Ahead ahead = ahead_of(tuning, factors, {to, smaller(to + chunk, columns.last)}, blocks);
+        const int64_t to = minimum(from + chunk, columns.last), blocks = heights * ((to - from + wide - 1) / wide);
+        Ahead ahead = ahead_of(tuning, factors, {to, minimum(to + chunk, columns.last)}, blocks);
         for (int64_t h = 0; h < heights; ++h) {
             const Range part = share(rows.count(), way.row_step, h, heights);
             for (int64_t column = from; column < to; column += wide) {
-                const Range few = {column, smaller(column + wide, to)};
+                const Range few = {column, minimum(column + wide, to)};
                 way.block(sums, prepared, part.first, part.count(), factors.K,
                           factors.w + column * factors.column_size(), few.count() * factors.gates,
                           heights == 1 ? ahead_in(tuning, factors, few) : ahead);
@@ -118,8 +118,8 @@ struct Parts {
 template <class Element>
 inline Parts parts_of(const Tuning& tuning, const Factors<Element>& factors) {
     const int64_t parts = product_parts(factors.gates * factors.N * factors.K, factors.rows);
-    const int64_t of_rows = smaller(parts, factors.rows / tuning.rows_per_part + 1);
-    return {of_rows, smaller(factors.columns(), (parts + of_rows - 1) / of_rows)};
+    const int64_t of_rows = minimum(parts, factors.rows / tuning.rows_per_part + 1);
+    return {of_rows, minimum(factors.columns(), (parts + of_rows - 1) / of_rows)};
 }
 
 // One product, in parts that each have some of the rows and some of the columns. A part finishes its blocks by
