@@ -14,7 +14,7 @@ from statistics import mean
 
 from sageLLM.runtime.scheduler.base import BaseScheduler, KVBudget, Request, ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
-from sageLLM.runtime.scheduler.running_first import RunningFirstConfig, RunningFirstScheduler
+from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
 
 
 @dataclass(frozen=True)

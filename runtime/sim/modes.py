@@ -10,7 +10,7 @@ from sageLLM.runtime.scheduler.base import BaseScheduler
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
-from sageLLM.runtime.scheduler.running_first import RunningFirstConfig, RunningFirstScheduler
+from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
 from sageLLM.runtime.sim.simulator import Cluster, Colocated, Disaggregated, EventQueue, MakeCluster, Paired
 from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
 

@@ -1,12 +1,12 @@
 """The rules of the running-first policy once more, as plainly as they can be said, to compare the policy with.
 
-Nothing is shared with `runtime/scheduler/running_first.py` but its config: lists are searched, prefixes are compared
+Nothing is shared with `runtime/sim/baselines/running_first.py` but its config: lists are searched, prefixes are compared
 token by token.
 """
 
 from dataclasses import dataclass, field
 
-from sageLLM.runtime.scheduler.running_first import RunningFirstConfig
+from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig
 
 
 @dataclass(eq=False)

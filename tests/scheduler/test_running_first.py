@@ -6,7 +6,7 @@ import pytest
 from running_first_oracle import Item, Oracle
 
 from sageLLM.runtime.scheduler.base import KVBudget, Request, RequestStatus
-from sageLLM.runtime.scheduler.running_first import RunningFirstConfig, RunningFirstScheduler
+from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
 
 
 def make(num_blocks=1000, block_size=16, max_model_len=None, **knobs) -> RunningFirstScheduler:

@@ -18,7 +18,7 @@ from sageLLM.runtime.scheduler.batch import Batch, Chunk, KVBudget, ScheduleOutp
 from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.policy import ByPriority, FirstCome
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
-from sageLLM.runtime.scheduler.running_first_blocks import SharedBlockPool
+from sageLLM.runtime.sim.baselines.running_first_blocks import SharedBlockPool
 
 
 @dataclass(frozen=True, slots=True)
