@@ -179,8 +179,8 @@ CODES: dict[str, CodeInfo] = {
         "`ranks` says for a reference which dims of its inputs ranks may share, and in which inputs it is linear.",
     ),
     "SAGE134": CodeInfo(
-        "unknown input under follows",
-        "`kernel.follows` names an input that is always there, which the kernel looks at while a product makes it.",
+        "unknown input under epilogue_of",
+        "`kernel.epilogue_of` must name a required input: the kernel reads it while a GEMM computes it.",
     ),
     # models
     "SAGE201": CodeInfo(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from sageLLM.codegen.emit.cpp_arguments import declarations, stride_names
 from sageLLM.codegen.emit.cpp_text import CppText, cpp_name, size_text
-from sageLLM.codegen.emit.cpu_product import ProductText, followed_lines, indented, product_lines
+from sageLLM.codegen.emit.cpu_gemm import GemmText, fused_lines, gemm_lines, indented
 from sageLLM.codegen.expr.size import Size, volume
 from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.expr.types import INTEGERS
-from sageLLM.codegen.kernel.followers import Followed
-from sageLLM.codegen.kernel.products import SUMS, Product
+from sageLLM.codegen.kernel.epilogue import FusedEpilogue
+from sageLLM.codegen.kernel.gemm import SUMS, Gemm
 from sageLLM.codegen.kernel.rows import Fold, Index, Let, Loop, Nest, Reduction, RowProgram, Step, Store, Sweep
 from sageLLM.codegen.model.op import OpDef, class_name
 
@@ -33,27 +33,25 @@ class CppKernel:
         body = [line for nest in self.program.nests for line in self._nest(nest)]
         return (*declarations(self.op, "\n".join(body)), *body)
 
-    def product_lines(self, product: Product) -> tuple[str, ...]:
-        """The function of an op that is a product: the sweep along a row is what becomes of a block of sums."""
-        writer = self._product_text(product)
-        body = product_lines(product, writer, self._finish(writer, product))
+    def gemm_lines(self, gemm: Gemm) -> tuple[str, ...]:
+        """The function of an op that is a GEMM: the sweep along a row is the epilogue of a block of sums."""
+        writer = self._gemm_text(gemm)
+        body = gemm_lines(gemm, writer, self._epilogue(writer, gemm))
         return (*declarations(self.op, "\n".join(body)), *body)
 
-    def followed_lines(self, followed: Followed, rest: Sequence[str]) -> tuple[str, ...]:
-        """The same with an op that sees the results as they are made; `rest` is what it does when all are there."""
-        product, follower = followed.product, f"{class_name(followed.follower.entry.spec.reference or '')}Follower"
-        writer = self._product_text(product, followed.result.name)
-        body = [*followed_lines(product, writer, self._finish(writer, product), follower), *rest]
+    def fused_lines(self, fused: FusedEpilogue, rest: Sequence[str]) -> tuple[str, ...]:
+        """The function of a GEMM and its consumer; `rest` is the consumer's work when all rows are complete."""
+        gemm, epilogue = fused.gemm, f"{class_name(fused.consumer.entry.spec.reference or '')}Follower"
+        writer = self._gemm_text(gemm, fused.result.name)
+        body = [*fused_lines(gemm, writer, self._epilogue(writer, gemm), epilogue), *rest]
         return (*declarations(self.op, "\n".join(body)), *body)
 
-    def _product_text(self, product: Product, followed: str = "") -> ProductText:
-        self.operands[SUMS] = [""] * (len(product.finish.rows))
-        return ProductText(
-            self.operands, self.optional, self.names, product.sweep.loop, set(), product, followed=followed
-        )
+    def _gemm_text(self, gemm: Gemm, consumed: str = "") -> GemmText:
+        self.operands[SUMS] = [""] * (len(gemm.epilogue.rows))
+        return GemmText(self.operands, self.optional, self.names, gemm.sweep.loop, set(), gemm, consumed=consumed)
 
-    def _finish(self, writer: ProductText, product: Product) -> list[str]:
-        return [line for step in product.sweep.steps for line in self._in_sweep(step, writer)]
+    def _epilogue(self, writer: GemmText, gemm: Gemm) -> list[str]:
+        return [line for step in gemm.sweep.steps for line in self._in_sweep(step, writer)]
 
     def _text(self, loop: Loop | None = None, lanes: set[str] | None = None) -> CppText:
         return CppText(self.operands, self.optional, self.names, loop, lanes if lanes is not None else set())
@@ -77,8 +75,8 @@ class CppKernel:
                 return [f"const int64_t {variable} = {writer.text(value)};"]
             case Let(name=name, value=value):
                 return [f"const {_row_type(value)} {self.names.get(name, cpp_name(name))} = {writer.text(value)};"]
-            case Store(place=place, value=value):
-                at, _ = writer.address(place)
+            case Store(location=location, value=value):
+                at, _ = writer.address(location)
                 return [f"put({at}, {writer.text(value)});"]
         return self._sweep(step)
 
@@ -104,11 +102,11 @@ class CppKernel:
                 return [f"const auto {self.names.get(name, cpp_name(name))} = {text};"]
             case Reduction(name=name, value=value):
                 return [f"{name}All.add({writer.text(value)}, {writer.loop.variable if writer.loop else ''});"]
-            case Store(place=place, value=value):
-                at, by = writer.address(place)
+            case Store(location=location, value=value):
+                at, by = writer.address(location)
                 where = f"{at}, {writer.loop.variable if writer.loop else ''}"
-                return [f"store({where}, {writer.stored(place, value)});" if by == "1" else
-                        f"store_every({by}, {where}, {writer.stored(place, value)});"]  # fmt: skip
+                return [f"store({where}, {writer.stored(location, value)});" if by == "1" else
+                        f"store_every({by}, {where}, {writer.stored(location, value)});"]  # fmt: skip
             case Fold():
                 return self._fold(step, writer)
         raise AssertionError(f"a sweep holds no {type(step).__name__}")

@@ -19,7 +19,7 @@ from sageLLM.codegen.expr.tree import (
     children,
 )
 from sageLLM.codegen.expr.types import INTEGERS, LITERALS
-from sageLLM.codegen.kernel.rows import Affine, Load, Loop, Place
+from sageLLM.codegen.kernel.rows import Affine, Load, Location, Loop
 
 CPP_TYPES = {"bool": "bool", "i8": "int8_t", "i32": "int32_t", "i64": "int64_t", "f16": "f16", "bf16": "bf16",
              "f32": "float", "f64": "double"}  # fmt: skip
@@ -69,7 +69,7 @@ def number_text(value: object, *, is_float: bool) -> str:
 
 @dataclass(slots=True)
 class CppText:
-    """Expressions at one place of a kernel: in a sweep over `loop`, or (without one) for the row.
+    """Expressions at one point of a kernel: in a sweep over `loop`, or (without one) for the row.
 
     `operands` maps each operand to the names of its strides, `optional` what may be absent to its condition; `names`
     renames values that an operand's pointer hides, and `lanes` are the values that have a lane per element.
@@ -84,8 +84,8 @@ class CppText:
     def text(self, expr: Expr) -> str:
         return self._piece(expr, self.is_float(expr)).text
 
-    def stored(self, place: Place, value: Expr) -> str:
-        """What is written to a place."""
+    def stored(self, location: Location, value: Expr) -> str:
+        """What is written to a location."""
         return self.text(value)
 
     def is_float(self, expr: Expr) -> bool:
@@ -94,7 +94,7 @@ class CppText:
     def is_lanes(self, expr: Expr) -> bool:
         """Whether the value has a lane for each element of the sweep's block."""
         if isinstance(expr, Load):
-            return self.loop is not None and any(self.loop.variable in at.variables for at in expr.place.index)
+            return self.loop is not None and any(self.loop.variable in at.variables for at in expr.location.index)
         if isinstance(expr, Ref):
             return expr.name in self.lanes
         return any(self.is_lanes(child) for child in children(expr))
@@ -110,8 +110,8 @@ class CppText:
                 return self._widened(text if text.isidentifier() else f"({text})", expr, is_float)
             case Ref(name=name):
                 return Piece(self.names.get(name, cpp_name(name)))
-            case Load(place=place):
-                return self._load(place, expr)
+            case Load(location=location):
+                return self._load(location, expr)
             case Unary():
                 return self._unary(expr, is_float)
             case Binary():
@@ -191,39 +191,41 @@ class CppText:
 
     # places
 
-    def _load(self, place: Place, expr: Load) -> Piece:
-        at, step = self.address(place)
+    def _load(self, location: Location, expr: Load) -> Piece:
+        at, step = self.address(location)
         if expr.type.element in (*INTEGERS, "bool"):
-            return Piece(self._element(place))
+            return Piece(self._element(location))
         if step is None:
-            return Piece(f"value({self._element(place)})")
+            return Piece(f"value({self._element(location)})")
         assert self.loop is not None, "only a sweep loads lanes"
         if step == "1":
             return Piece(f"load({at}, {self.loop.variable})")
         return Piece(f"load_every({step}, {at}, {self.loop.variable})")
 
-    def _element(self, place: Place) -> str:
-        return f"{cpp_name(place.operand)}[{' + '.join(self._terms(place)) or '0'}]"
+    def _element(self, location: Location) -> str:
+        return f"{cpp_name(location.operand)}[{' + '.join(self._terms(location)) or '0'}]"
 
-    def address(self, place: Place) -> tuple[str, str | None]:
+    def address(self, location: Location) -> tuple[str, str | None]:
         """`x + iR * x_R`, and by how much a step of the sweep moves it: "1", another size, or None for not at all."""
-        return " + ".join([cpp_name(place.operand), *self._terms(place, without=self._variable)]), self._step(place)
+        return " + ".join([cpp_name(location.operand), *self._terms(location, without=self._variable)]), self._step(
+            location
+        )
 
     @property
     def _variable(self) -> str | None:
         return self.loop.variable if self.loop else None
 
-    def _terms(self, place: Place, without: str | None = None) -> list[str]:
-        strides = [*self.operands[place.operand], ""]
+    def _terms(self, location: Location, without: str | None = None) -> list[str]:
+        strides = [*self.operands[location.operand], ""]
         return [
             f"{position} * {stride}" if stride else position
-            for at, stride in zip(place.index, strides, strict=True)
+            for at, stride in zip(location.index, strides, strict=True)
             if (position := affine_text(at, without, bare=not stride)) != "0"
         ]
 
-    def _step(self, place: Place) -> str | None:
+    def _step(self, location: Location) -> str | None:
         parts = []
-        for at, stride in zip(place.index, [*self.operands[place.operand], ""], strict=True):
+        for at, stride in zip(location.index, [*self.operands[location.operand], ""], strict=True):
             factor = dict(at.terms).get(self._variable or "")
             if factor is not None:
                 text = size_text(factor)

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from sageLLM.codegen.emit.cpp_arguments import OperandText, declarations, sizes_of, stride_names
 from sageLLM.codegen.emit.cpp_rows import CppKernel
 from sageLLM.codegen.emit.cpp_text import CppText
-from sageLLM.codegen.emit.cpu_product import SEEN
+from sageLLM.codegen.emit.cpu_gemm import SEEN
 from sageLLM.codegen.emit.cpu_table import Unpacks, unpacks_of
 from sageLLM.codegen.emit.reference import by_stem
 from sageLLM.codegen.expr.size import Size, formula
 from sageLLM.codegen.expr.tree import Expr, IfPresent, Ref
 from sageLLM.codegen.expr.types import DTYPES
-from sageLLM.codegen.kernel.followers import Followed, followed_product
+from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
+from sageLLM.codegen.kernel.gemm import gemm_of
+from sageLLM.codegen.kernel.indexing import NotRows
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
 from sageLLM.codegen.kernel.parts import OutputPart, output_parts
-from sageLLM.codegen.kernel.places import NotRows
-from sageLLM.codegen.kernel.products import product_of
 from sageLLM.codegen.kernel.rows import RowProgram
 from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.load import Entry
@@ -36,7 +36,7 @@ class CpuKernel:
     """One op: its C++ function, the sizes that its call begins with, and what else a loader has to know.
 
     `packed` holds the gates of weights that it reads packed, `parts` its outputs if they are parts of inputs. `unpacks`
-    is a second function, for a table that is packed as it is also the weight of a product.
+    is a second function, for a table that is packed as it is also the weight of a GEMM.
     """
 
     op: OpDef
@@ -113,14 +113,14 @@ def cpu_kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> Cpu
     if lines is not None:
         packed = PACKED_OF_TEMPLATES.get(op.entry.spec.reference or "", {})
         return CpuKernel(op, lines, sizes_of(op), updates=bool(op.inplace), packed=packed)
-    followed = followed_product(op, every)
-    if followed is not None and (rest := _behind_product(followed, renderer)):
-        lines = CppKernel(op, RowProgram((followed.product.finish,))).followed_lines(followed, rest)
-        return CpuKernel(op, lines, sizes_of(op), packed={followed.product.w.name: followed.product.gates})
-    product = product_of(op, every)
-    if product is not None:
-        lines = CppKernel(op, RowProgram((product.finish,))).product_lines(product)
-        return CpuKernel(op, lines, sizes_of(op), packed={product.w.name: product.gates})
+    fused = fused_epilogue_of(op, every)
+    if fused is not None and (rest := _consumer_lines(fused, renderer)):
+        lines = CppKernel(op, RowProgram((fused.gemm.epilogue,))).fused_lines(fused, rest)
+        return CpuKernel(op, lines, sizes_of(op), packed={fused.gemm.w.name: fused.gemm.gates})
+    gemm = gemm_of(op, every)
+    if gemm is not None:
+        lines = CppKernel(op, RowProgram((gemm.epilogue,))).gemm_lines(gemm)
+        return CpuKernel(op, lines, sizes_of(op), packed={gemm.w.name: gemm.gates})
     try:
         program = row_program(op, every)
     except NotRows:
@@ -194,14 +194,14 @@ def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
     return (*declarations(op, "\n".join(body), whole="int32_t"), *body)
 
 
-def _behind_product(followed: Followed, renderer: Renderer) -> list[str]:
-    """What the follower does when the rows are complete, by its own template; nothing if it has none for the CPU."""
-    assert followed.follower.reference is not None, "a follower has a reference"
-    template = _template_of(followed.follower.reference)
+def _consumer_lines(fused: FusedEpilogue, renderer: Renderer) -> list[str]:
+    """The consumer's work when all rows are complete, from its template; empty if it has none for the CPU."""
+    assert fused.consumer.reference is not None, "a consumer has a reference"
+    template = _template_of(fused.consumer.reference)
     if template is None:
         return []
-    operands = [OperandText.of(o) if o else "nullptr" for o in followed.operands]
-    text = renderer.render(template, op=followed.follower, operands=operands, follower=SEEN)
+    operands = [OperandText.of(o) if o else "nullptr" for o in fused.operands]
+    text = renderer.render(template, op=fused.consumer, operands=operands, follower=SEEN)
     return [line for line in text.splitlines() if line.strip()]
 
 

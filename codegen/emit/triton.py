@@ -12,10 +12,10 @@ from sageLLM.codegen.emit.triton_launch import rows_view
 from sageLLM.codegen.emit.triton_product import product_view
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, walk
-from sageLLM.codegen.kernel.followers import Followed, followed_product
+from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
+from sageLLM.codegen.kernel.indexing import NotRows
 from sageLLM.codegen.kernel.inline import program_of
 from sageLLM.codegen.kernel.lower import row_program
-from sageLLM.codegen.kernel.places import NotRows
 from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.model.op import Hook, OpDef, Reference, Template
 from sageLLM.codegen.model.specs import Specs
@@ -34,12 +34,12 @@ class TritonKernel:
 
     op: OpDef
     text: str
-    follower: OpDef | None = None
+    consumer: OpDef | None = None
 
     @property
     def references(self) -> list[OpDef]:
         """Those whose references the launcher calls."""
-        candidates = [self.op, *([self.follower] if self.follower else [])]
+        candidates = [self.op, *([self.consumer] if self.consumer else [])]
         return [op for op in candidates if f"reference_{op.name}(" in self.text]
 
 
@@ -89,10 +89,10 @@ def _kernel(op: OpDef, specs: Specs, renderer: Renderer) -> TritonKernel | None:
     """From the op's template or from its equations; None where the reference is as good, or all that there is."""
     if op.triton is not None:
         return TritonKernel(op, _template_text(op, op.triton, renderer))
-    followed = followed_product(op, specs.ops)
-    if followed is not None:
-        text = _followed_text(op, followed, specs, renderer)
-        return TritonKernel(op, text, followed.follower) if text else None
+    fused = fused_epilogue_of(op, specs.ops)
+    if fused is not None:
+        text = _fused_text(op, fused, specs, renderer)
+        return TritonKernel(op, text, fused.consumer) if text else None
     program = None if op.op_type in MOVES_NOTHING else program_of(op, specs.ops)
     if program is None or any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
         return None
@@ -118,16 +118,16 @@ def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
     return text
 
 
-def _followed_text(op: OpDef, followed: Followed, specs: Specs, renderer: Renderer) -> str | None:
-    """The product's template with the follower in it; None without one, or if the product is not an op by itself."""
-    assert followed.follower.reference is not None, "a follower has a reference"
-    template = followed.follower.reference.template.replace("reference/", "triton/product_")
+def _fused_text(op: OpDef, fused: FusedEpilogue, specs: Specs, renderer: Renderer) -> str | None:
+    """The GEMM's template with the consumer in it; None without one, or if the GEMM is not an op by itself."""
+    assert fused.consumer.reference is not None, "a consumer has a reference"
+    template = fused.consumer.reference.template.replace("reference/", "triton/product_")
     constants = specs.ops[op.fuses[0].op].triton
-    if constants is None or op.attrs or len(followed.head.fuses) > 1 or not (TEMPLATES / template).is_file():
+    if constants is None or op.attrs or len(fused.producer.fuses) > 1 or not (TEMPLATES / template).is_file():
         return None
-    roles = (*followed.follower.inputs, *followed.follower.outputs)
-    behind = {role.name: o.name if o else "None" for role, o in zip(roles, followed.operands, strict=True)}
-    view = product_view(replace(followed.head, program=program_of(followed.head, specs.ops)))
+    roles = (*fused.consumer.inputs, *fused.consumer.outputs)
+    behind = {role.name: o.name if o else "None" for role, o in zip(roles, fused.operands, strict=True)}
+    view = product_view(replace(fused.producer, program=program_of(fused.producer, specs.ops)))
     given = {"op": op.name, "summary": op.summary, "parameters": parameters(op), **dict(constants.params), **view}
     text = renderer.render(template, behind=behind, results=", ".join(o.name for o in op.outputs), **given)
     check_kernel(op, text, [])

@@ -24,9 +24,9 @@ from sageLLM.codegen.kernel.rows import (
     InSweep,
     Let,
     Load,
+    Location,
     Loop,
     Nest,
-    Place,
     Reduction,
     Step,
     Store,
@@ -139,8 +139,8 @@ class RowKernel:
         """The sweep block after block; its reductions are tiles until all blocks are done."""
         loop, outer = sweep.loop, self.lines
         reductions = [step for step in sweep.steps if isinstance(step, Reduction)]
-        stored = {place.operand for place in _stored_before(self.nest, sweep)}
-        if any(isinstance(one, Load) and one.place.operand in stored for one in _values(sweep)):
+        stored = {location.operand for location in _stored_before(self.nest, sweep)}
+        if any(isinstance(one, Load) and one.location.operand in stored for one in _values(sweep)):
             self._put("tl.debug_barrier()  # what other threads of the program have stored is read again")
         for one in reductions:
             self._put(f"{one.name}All = tl.full([ROWS, {block_name(loop)}], {_EMPTY[one.op]}, tl.float32)")
@@ -185,8 +185,8 @@ class RowKernel:
         return f"{total} / {_bracketed(size_text(loop.extent))}" if reduction.op == "mean" else total
 
     def _store(self, store: Store) -> None:
-        address = self._address(store.place)
-        self._put(f"tl.store({address}, {tidy(self._text(store.value))}, mask={self._mask(store.place)})")
+        address = self._address(store.location)
+        self._put(f"tl.store({address}, {tidy(self._text(store.value))}, mask={self._mask(store.location)})")
 
     def _put(self, *lines: str) -> None:
         self.lines += lines
@@ -197,24 +197,24 @@ class RowKernel:
         if isinstance(expr, Ref):
             return self._values.get(expr.name, expr.name)
         assert isinstance(expr, Load), f"no Triton text for {type(expr).__name__}"
-        mask = self._mask(expr.place)
+        mask = self._mask(expr.location)
         guarded = f", mask={mask}, other=0" if mask else ""
-        text = f"tl.load({self._address(expr.place)}{guarded})"
+        text = f"tl.load({self._address(expr.location)}{guarded})"
         element = expr.type.element
         return text if element in (*INTEGERS, "bool", "f32") else f"{text}.to(tl.float32)"
 
-    def _address(self, place: Place) -> str:
-        operand = self._operands[place.operand]
+    def _address(self, location: Location) -> str:
+        operand = self._operands[location.operand]
         terms = [operand.name]
-        for number, at in enumerate(place.index):
-            is_last = number == len(place.index) - 1
+        for number, at in enumerate(location.index):
+            is_last = number == len(location.index) - 1
             text = _affine(at)
             if text != "0":
                 terms.append(text if is_last else f"{_bracketed(text)} * {stride_name(operand, number)}")
         return " + ".join(terms)
 
-    def _mask(self, place: Place) -> str:
-        used = {name for at in place.index for name in at.variables}
+    def _mask(self, location: Location) -> str:
+        used = {name for at in location.index for name in at.variables}
         parts = ["isRow"] if used & self._row_names else []
         parts += [_inside(loop) for loop in self.loops if loop.variable in used]
         return " & ".join(parts)
@@ -246,6 +246,6 @@ def _values(sweep: Sweep) -> Iterable[Expr]:
         yield from walk(step.value)
 
 
-def _stored_before(nest: Nest, sweep: Sweep) -> Sequence[Place]:
+def _stored_before(nest: Nest, sweep: Sweep) -> Sequence[Location]:
     before = nest.sweeps[: nest.sweeps.index(sweep)]
-    return [step.place for one in before for step in one.steps if isinstance(step, Store)]
+    return [step.location for one in before for step in one.steps if isinstance(step, Store)]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from sageLLM.codegen.expr.tree import Expr, walk
 from sageLLM.codegen.expr.types import INTEGERS
-from sageLLM.codegen.kernel.places import NotRows
+from sageLLM.codegen.kernel.indexing import NotRows
 from sageLLM.codegen.kernel.rows import Load, Nest, RowProgram, Step, Store, Sweep
 
 
@@ -13,7 +13,7 @@ def check_elements(program: RowProgram) -> None:
     for nest in program.nests:
         for sweep in nest.sweeps:
             for load in _loads(sweep):
-                moves = any(sweep.loop.variable in at.variables for at in load.place.index)
+                moves = any(sweep.loop.variable in at.variables for at in load.location.index)
                 if moves and load.type.element in (*INTEGERS, "bool"):
                     raise NotRows(f"it computes with {load.type.element} along the row")
         for step in nest.steps:
@@ -30,19 +30,19 @@ def check_inplace(program: RowProgram, inplace: Mapping[str, str]) -> None:
 
 def _check_nest(nest: Nest, output: str, input_: str) -> None:
     row_variables = {loop.variable for loop in nest.rows}
-    stores = [store for step in nest.steps for store in _stores(step) if store.place.operand == output]
+    stores = [store for step in nest.steps for store in _stores(step) if store.location.operand == output]
     if not stores:
         return
-    rows = [at for at in stores[0].place.index if at.variables & row_variables]
+    rows = [at for at in stores[0].location.index if at.variables & row_variables]
     is_written = False
     for step in nest.steps:
-        written = [store.place.index for store in _stores(step) if store.place.operand == output]
+        written = [store.location.index for store in _stores(step) if store.location.operand == output]
         for load in _loads(step):
-            if load.place.operand != input_:
+            if load.location.operand != input_:
                 continue
-            if [at for at in load.place.index if at.variables & row_variables] != rows:
+            if [at for at in load.location.index if at.variables & row_variables] != rows:
                 raise NotRows(f"'{output}' takes over the memory of '{input_}', which other rows read")
-            if is_written and load.place.index not in written:
+            if is_written and load.location.index not in written:
                 raise NotRows(f"'{output}' takes over the memory of '{input_}', which is read after it is written")
         is_written = is_written or bool(written)
 

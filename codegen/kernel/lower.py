@@ -25,8 +25,8 @@ from sageLLM.codegen.expr.tree import (
 )
 from sageLLM.codegen.expr.types import INTEGERS, ValueType
 from sageLLM.codegen.kernel.check import check_elements, check_inplace
+from sageLLM.codegen.kernel.indexing import NotRows, Positions, base_index, joined, merged_dims, position
 from sageLLM.codegen.kernel.inline import program_of
-from sageLLM.codegen.kernel.places import NotRows, Positions, base_index, joined, merged_dims, position
 from sageLLM.codegen.kernel.rows import (
     Affine,
     Fold,
@@ -34,9 +34,9 @@ from sageLLM.codegen.kernel.rows import (
     InSweep,
     Let,
     Load,
+    Location,
     Loop,
     Nest,
-    Place,
     Reduction,
     RowProgram,
     Step,
@@ -170,7 +170,7 @@ class _SweepBuilder:
 
 
 class _NestBuilder:
-    """Schedules the statements of one nest. Steps are only ever appended, so a step's place tells what it may use."""
+    """Schedules the statements of one nest. Steps are only ever appended, so a step may use everything before it."""
 
     def __init__(self, lowering: _Lowering, rows: tuple[Size, ...]) -> None:
         self.lowering, self.rows = lowering, rows
@@ -180,7 +180,7 @@ class _NestBuilder:
         self._known: dict[str, int] = {}  # values of the row, and after which step they are there
         self._reductions: dict[Expr, str] = {}
         self._indices: dict[Expr, str] = {}
-        self._stored: dict[str, tuple[int, Place]] = {}
+        self._stored: dict[str, tuple[int, Location]] = {}
         self._merged: Mapping[Size, tuple[Size, ...]] = {}
 
     def nest(self) -> Nest:
@@ -193,20 +193,20 @@ class _NestBuilder:
         self._merged = domain.merged
         swept = (domain.inner,) if domain.inner is not None else ()
         here = self._positions(swept)
-        place = self._place(statement, here)  # first, so that what it needs of the row is there from the start
-        found = [self._known[name] for at in place.index for name in at.variables if name in self._known]
+        location = self._location(statement, here)  # first, so that what it needs of the row is there from the start
+        found = [self._known[name] for at in location.index for name in at.variables if name in self._known]
         after = max([self._prepare(statement.value, here), *found])
         if domain.inner is None:
             value = _Writer(self, None, here).lower(statement.value)
-            self._steps.append(Store(place, value))
+            self._steps.append(Store(location, value))
             return
         at, sweep = self._sweep(domain.inner, after)
         value = _Writer(self, sweep, here).lower(statement.value)
         if statement.target in self.lowering.read or statement.target in self.lowering.views:
             sweep.steps.append(Let(statement.target, value))
             value = Ref(statement.value.type, statement.target)
-        sweep.stores.append(Store(place, value))
-        self._stored[statement.target] = (at, place)
+        sweep.stores.append(Store(location, value))
+        self._stored[statement.target] = (at, location)
 
     # scheduling
 
@@ -298,7 +298,7 @@ class _NestBuilder:
         return self._reductions[expr]
 
     def index_variable(self, dim: Size, index: Expr, here: Positions) -> str:
-        """The variable that holds a place along the dim that data tells; scheduled on first use."""
+        """The variable that holds a location along the dim that data tells; scheduled on first use."""
         if index not in self._indices:
             if not self.is_of_row(index.type, here):
                 raise NotRows("it gathers by an index that changes along the row")
@@ -311,10 +311,10 @@ class _NestBuilder:
             self._known[name] = len(self._steps) - 1
         return self._indices[index]
 
-    def _place(self, statement: Statement, here: Positions) -> Place:
+    def _location(self, statement: Statement, here: Positions) -> Location:
         view = self.lowering.views.get(statement.target)
         if view is not None:
-            return Place(view.base, base_index(view, here))
+            return Location(view.base, base_index(view, here))
         part = self.lowering.views.get(statement.value.name) if isinstance(statement.value, Ref) else None
         if part is not None and part.base not in self.lowering.inputs:  # put together of parts: this is one of them
             here = {**here, **dict(zip(part.base_type.dims, base_index(part, here), strict=True))}
@@ -322,19 +322,19 @@ class _NestBuilder:
             found = {dim: Affine.of(self.index_variable(dim, at, here)) for dim, at in statement.index}
             here = {**here, **found}
         dims = self.lowering.outputs[statement.target].dims
-        return Place(statement.target, tuple(position(dim, here) for dim in dims))
+        return Location(statement.target, tuple(position(dim, here) for dim in dims))
 
-    def reload(self, name: str, sweep: _SweepBuilder | None) -> Place | None:
+    def reload(self, name: str, sweep: _SweepBuilder | None) -> Location | None:
         """Where an output of an earlier sweep lies; None for one of this sweep, or no output."""
         if name not in self._stored:
             return None
-        at, place = self._stored[name]
-        return None if self._steps[at] is sweep else place
+        at, location = self._stored[name]
+        return None if self._steps[at] is sweep else location
 
 
 @dataclass(slots=True)
 class _Writer:
-    """Lowers expressions at one place of a nest: within a sweep, or for the row."""
+    """Lowers expressions at one point of a nest: within a sweep, or for the row."""
 
     nest: _NestBuilder
     sweep: _SweepBuilder | None
@@ -369,13 +369,13 @@ class _Writer:
         if self.sweep is None or not self.nest.is_local(ref.type, self.here):
             return self.lower(lowering.values[ref.name])
         if ref.name not in self.sweep.names:
-            place = self.nest.reload(ref.name, self.sweep)
-            value = Load(ref.type, place) if place else self.lower(lowering.values[ref.name])
+            location = self.nest.reload(ref.name, self.sweep)
+            value = Load(ref.type, location) if location else self.lower(lowering.values[ref.name])
             self.sweep.steps.append(Let(ref.name, value))
         return ref
 
     def _load(self, operand: str, index: tuple[Affine, ...], type_: ValueType) -> Load:
-        return Load(type_, Place(operand, index))
+        return Load(type_, Location(operand, index))
 
     def _viewed(self, view: View, type_: ValueType) -> Expr:
         index = base_index(view, self.here)
@@ -391,7 +391,7 @@ class _Writer:
         if self.nest.is_of_row(expr.type, self.here):
             return Ref(expr.type, self.nest.reduction_name(expr))
         if self.sweep is None:
-            raise NotRows(f"it reduces {expr.dim} at a place that the loops do not reach")
+            raise NotRows(f"it reduces {expr.dim} at a location that the loops do not reach")
         reduction = as_reduce(expr)
         loop = Loop(self.nest.variable(expr.dim), expr.dim)
         name = self.nest.reduction_name(expr)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.kernel.rows import Affine, Load, Nest, Place, RowProgram, Store, Sweep
+from sageLLM.codegen.kernel.rows import Affine, Load, Location, Nest, RowProgram, Store, Sweep
 
 Strides = Mapping[str, tuple[Size, ...]]
 """The strides of each operand's declared dims, as sizes; the last is 1."""
@@ -26,9 +26,9 @@ def output_parts(program: RowProgram, strides: Strides) -> dict[str, OutputPart]
     for nest in program.nests:
         for store in _stores(nest):
             part = _part(store, strides) if store is not None else None
-            if store is None or part is None or store.place.operand in found:
+            if store is None or part is None or store.location.operand in found:
                 return None
-            found[store.place.operand] = part
+            found[store.location.operand] = part
     return found
 
 
@@ -40,11 +40,11 @@ def _stores(nest: Nest) -> list[Store | None]:
 
 def _part(store: Store, strides: Strides) -> OutputPart | None:
     assert isinstance(store.value, Load), "asked of stores of loaded elements"
-    factors = _factors(store.value.place, strides)
+    factors = _factors(store.value.location, strides)
     offset = factors.pop("", Size.of(0))
     own: list[Size] = []
     where: list[tuple[Size, Size]] = []
-    for at in store.place.index:
+    for at in store.location.index:
         if at.offset != Size.of(0) or not at.terms:
             return None
         (inner, unit) = at.terms[-1]
@@ -52,13 +52,13 @@ def _part(store: Store, strides: Strides) -> OutputPart | None:
             return None
         own.append(factors.pop(inner))
         where += [(factors.pop(name), size * own[-1]) for name, size in at.terms[:-1] if name in factors]
-    return OutputPart(store.value.place.operand, offset, tuple(own), tuple(where)) if not factors else None
+    return OutputPart(store.value.location.operand, offset, tuple(own), tuple(where)) if not factors else None
 
 
-def _factors(place: Place, strides: Strides) -> dict[str, Size]:
-    """By how many elements a step of each variable moves the place; "" has what stays."""
+def _factors(location: Location, strides: Strides) -> dict[str, Size]:
+    """By how many elements a step of each variable moves the location; "" has what stays."""
     found: dict[str, Size] = {}
-    for at, stride in zip(place.index, strides[place.operand], strict=True):
+    for at, stride in zip(location.index, strides[location.operand], strict=True):
         for name, size in _terms(at):
             moved = found.get(name, Size.of(0)) + size * stride
             found[name] = moved

@@ -42,8 +42,8 @@ class Affine:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One element of an operand: a position for each of its declared dims; `...` counts as one dim, R."""
+class Location:
+    """The index of one element of an operand: a position for each of its declared dims; `...` counts as one dim, R."""
 
     operand: str
     index: tuple[Affine, ...]
@@ -51,9 +51,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Load(Expr):
-    """The element at a place, in the operand's element type. Leaves of the expressions of a row program."""
+    """The element at a location, in the operand's element type. Leaves of the expressions of a row program."""
 
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,9 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """`value` written to a place; every element of an output is stored exactly once."""
+    """`value` written to a location; every element of an output is stored exactly once."""
 
-    place: Place
+    location: Location
     value: Expr
 
 

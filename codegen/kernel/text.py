@@ -15,7 +15,19 @@ from sageLLM.codegen.expr.tree import (
     Select,
     Unary,
 )
-from sageLLM.codegen.kernel.rows import Affine, Fold, Index, Let, Load, Loop, Place, Reduction, RowProgram, Store, Sweep
+from sageLLM.codegen.kernel.rows import (
+    Affine,
+    Fold,
+    Index,
+    Let,
+    Load,
+    Location,
+    Loop,
+    Reduction,
+    RowProgram,
+    Store,
+    Sweep,
+)
 
 
 def row_text(program: RowProgram) -> str:
@@ -42,15 +54,15 @@ def _steps(steps: tuple[object, ...], indent: str) -> Iterator[str]:
                 yield f"{indent}{name} = {op} over {_loop(loop)} of {expr_text(value)}"
             case Reduction(name=name, op=op, value=value):
                 yield f"{indent}{name} <- {op} of {expr_text(value)}"
-            case Store(place=place, value=value):
-                yield f"{indent}{place_text(place)} := {expr_text(value)}"
+            case Store(location=location, value=value):
+                yield f"{indent}{location_text(location)} := {expr_text(value)}"
             case Sweep(loop=loop, steps=inner):
                 yield f"{indent}sweep {_loop(loop)}"
                 yield from _steps(inner, indent + "  ")
 
 
-def place_text(place: Place) -> str:
-    return f"{place.operand}[{', '.join(affine_text(at) for at in place.index)}]"
+def location_text(location: Location) -> str:
+    return f"{location.operand}[{', '.join(affine_text(at) for at in location.index)}]"
 
 
 def affine_text(at: Affine) -> str:
@@ -60,8 +72,8 @@ def affine_text(at: Affine) -> str:
 
 def expr_text(expr: Expr) -> str:
     match expr:
-        case Load(place=place):
-            return place_text(place)
+        case Load(location=location):
+            return location_text(location)
         case Ref(name=name) | AttrRef(name=name):
             return name
         case DimRef(size=size):

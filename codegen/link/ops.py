@@ -256,7 +256,7 @@ class OpLinker:
             (
                 _is_filled(spec.kernel) and source != "reference",
                 "kernel",
-                "params, hooks and follows belong to a reference",
+                "params, hooks and epilogue_of belong to a reference",
             ),
             (spec.kernel is not None and source == "fuses", "kernel", "the kernel of this op is derived"),
             (spec.rule is not None and source != "fuses", "rule", "a rule belongs to a fuses"),
@@ -369,19 +369,19 @@ class OpLinker:
     def _referenced(self, signature: Signature) -> OpDef | None:
         reference = link_reference(self.entry, self._scope(signature), self.sink)
         cost = self._declared_cost(signature)
-        self._check_follows(signature)
+        self._check_epilogue_of(signature)
         if reference is None or cost is None:
             return None
         return self._op(signature, self.entry.spec.op_type or "", cost, reference=reference)
 
-    def _check_follows(self, signature: Signature) -> None:
-        """What a kernel follows is an input that is always there."""
-        name = self.entry.spec.kernel.follows if self.entry.spec.kernel else None
+    def _check_epilogue_of(self, signature: Signature) -> None:
+        """`epilogue_of` must name a required input."""
+        name = self.entry.spec.kernel.epilogue_of if self.entry.spec.kernel else None
         known = [o.name for o in signature.inputs if not o.optional]
         if name is not None and name not in known:
             what = "may be absent" if name in signature.optional else "is not an input"
             self.sink.error(
-                "SAGE134", f"'{name}' {what}", self.entry.span("kernel", "follows"), did_you_mean(name, known)
+                "SAGE134", f"'{name}' {what}", self.entry.span("kernel", "epilogue_of"), did_you_mean(name, known)
             )
 
     def _declared_cost(self, signature: Signature) -> Cost | None:
@@ -480,7 +480,7 @@ def _sum(sizes: list[Size]) -> Size:
 
 
 def _is_filled(kernel: KernelSpec | None) -> bool:
-    return kernel is not None and bool(kernel.params or kernel.hooks or kernel.follows)
+    return kernel is not None and bool(kernel.params or kernel.hooks or kernel.epilogue_of)
 
 
 _MODULES = ("torch", "math", "wide", "dims", "triton", "tl", "device")

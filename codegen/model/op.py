@@ -154,10 +154,10 @@ class OpDef:
         return self.op_type == "VIEW" or "view" in self.tags
 
     @property
-    def follows(self) -> str | None:
-        """The input that the op's kernel can look at while a product in front of it makes it."""
+    def epilogue_of(self) -> str | None:
+        """The input that the op's kernel can read block by block, as the epilogue of the GEMM that produces it."""
         kernel = self.entry.spec.kernel
-        return kernel.follows if kernel else None
+        return kernel.epilogue_of if kernel else None
 
     @property
     def phases(self) -> tuple[str, ...]:

@@ -49,10 +49,9 @@ class KernelSpec(Strict):
 
     params: dict[str, int | float | bool] = Field(default={}, description="constants, by name")
     hooks: dict[str, str] = Field(default={}, description="expressions over the tile: `score_mod`, `mask_mod`")
-    follows: str | None = Field(
+    epilogue_of: str | None = Field(
         default=None,
-        description="an input that the kernel can look at while a product in front of it makes it, so that the two can "
-        "be one kernel",
+        description="an input that the kernel can read block by block, so that it fuses with the GEMM that produces it",
     )
     triton: dict[str, int] | None = Field(
         default=None,

@@ -8,11 +8,11 @@ from sageLLM.codegen.expr.size import Size, formula
 from sageLLM.codegen.expr.tree import Number, Ref
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.kernel.check import check_inplace
+from sageLLM.codegen.kernel.indexing import NotRows
 from sageLLM.codegen.kernel.lower import row_program, why_no_rows
 from sageLLM.codegen.kernel.mask import mask_bounds
 from sageLLM.codegen.kernel.parts import output_parts
-from sageLLM.codegen.kernel.places import NotRows
-from sageLLM.codegen.kernel.rows import Affine, Load, Loop, Nest, Place, RowProgram, Store, Sweep
+from sageLLM.codegen.kernel.rows import Affine, Load, Location, Loop, Nest, RowProgram, Store, Sweep
 from sageLLM.codegen.kernel.text import row_text
 from sageLLM.codegen.model.specs import Specs
 
@@ -120,8 +120,8 @@ def test_a_fused_op_is_all_its_calls(specs: Specs) -> None:
     assert [len(nest.sweeps) for nest in program.nests] == [3, 3]
 
 
-def places(nest: Nest) -> list[Place]:
-    return [step.place for sweep in nest.sweeps for step in sweep.steps if isinstance(step, Store)]
+def places(nest: Nest) -> list[Location]:
+    return [step.location for sweep in nest.sweeps for step in sweep.steps if isinstance(step, Store)]
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -156,8 +156,8 @@ def test_an_op_that_is_no_row_program_says_why(specs: Specs) -> None:
 )
 def test_an_output_may_not_overwrite_what_other_rows_read(index: tuple[str, ...], why: str | None) -> None:
     f32 = ValueType("f32")
-    read = Place("x", (*(Affine.of(name) for name in index), Affine.of("iH")))
-    store = Store(Place("y", (Affine.of("iT"), Affine.of("iH"))), Load(f32, read))
+    read = Location("x", (*(Affine.of(name) for name in index), Affine.of("iH")))
+    store = Store(Location("y", (Affine.of("iT"), Affine.of("iH"))), Load(f32, read))
     nest = Nest((Loop("iT", Size.symbol("T")),), (Sweep(Loop("iH", Size.symbol("H")), (store,)),))
     if why is None:
         check_inplace(RowProgram((nest,)), {"y": "x"})
@@ -168,8 +168,8 @@ def test_an_output_may_not_overwrite_what_other_rows_read(index: tuple[str, ...]
 
 def test_an_output_may_not_overwrite_what_a_later_sweep_reads() -> None:
     f32, h, other = ValueType("f32"), Affine.of("iH"), Affine(Size.of(1), (("iH", Size.of(1)),))
-    first = Store(Place("y", (Affine.of("iT"), h)), Number(f32, 1.0))
-    again = Store(Place("z", (Affine.of("iT"), h)), Load(f32, Place("x", (Affine.of("iT"), other))))
+    first = Store(Location("y", (Affine.of("iT"), h)), Number(f32, 1.0))
+    again = Store(Location("z", (Affine.of("iT"), h)), Load(f32, Location("x", (Affine.of("iT"), other))))
     sweeps = tuple(Sweep(Loop("iH", Size.symbol("H")), (store,)) for store in (first, again))
     with pytest.raises(NotRows, match="read after it is written"):
         check_inplace(RowProgram((Nest((Loop("iT", Size.symbol("T")),), sweeps),)), {"y": "x"})

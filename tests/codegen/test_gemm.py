@@ -1,18 +1,18 @@
-"""Which ops are products of rows and a weight, and what is taken along at their end."""
+"""GEMMs found in the equations of ops, and their epilogues."""
 
 from pathlib import Path
 
 import pytest
 
 from sageLLM.codegen import driver
-from sageLLM.codegen.kernel.followers import followed_product
-from sageLLM.codegen.kernel.products import product_of
+from sageLLM.codegen.kernel.epilogue import fused_epilogue_of
+from sageLLM.codegen.kernel.gemm import gemm_of
 from sageLLM.codegen.model.specs import Specs
 
 OWN_OPS = """schema: ops/v1
 ops:
   linear_tanh_scaled:
-    summary: A product whose end has an attr, a residual and a function.
+    summary: A GEMM with an attr, a residual and a function in its epilogue.
     op_type: LINEAR
     inputs: {x: "E[T, K]", w: "E[N, K]", r: "E[T, N]"}
     attrs: {factor: {type: f32, default: 2.0}}
@@ -35,7 +35,7 @@ ops:
     views: {a: "gu[..., 0:I]", b: "gu[..., I:2*I]"}
     compute: y = b - a
   normed:
-    summary: What needs the whole row of the result.
+    summary: An epilogue that reads the whole row of the result.
     op_type: LINEAR
     inputs: {x: "E[T, K]", w: "E[N, K]"}
     outputs: {y: "E[T, N]"}
@@ -43,21 +43,21 @@ ops:
       h = dot(x, w, K)
       y = E(h / mean(h * h, N))
   greedy_head:
-    summary: A product and what follows it, without the operands that it could have.
+    summary: A GEMM and its consumer, without the optional operands.
     inputs: {x: "E[S, H]", w: "E[V, H]"}
     outputs: {best: "i64[S]", scores: "f32[S, V]"}
     fuses:
       - scores = lm_head(x, w)
       - best = sample(scores)
   hidden_scores:
-    summary: What follows the product reads a result that is no output.
+    summary: The consumer reads a result that is not an output.
     inputs: {x: "E[S, H]", w: "E[V, H]"}
     outputs: {best: "i64[S]"}
     fuses:
       - scores = lm_head(x, w)
       - best = sample(scores)
   normed_head:
-    summary: What follows reads no product's result.
+    summary: The consumer reads a result that is not a GEMM's.
     inputs: {x: "f32[S, V]", w: "f32[V]"}
     outputs: {scores: "f32[S, V]", best: "i64[S]"}
     fuses:
@@ -79,9 +79,9 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> Specs:
     return driver.load_and_link([folder])
 
 
-def test_products_are_found_by_their_equations(specs: Specs) -> None:
-    found = {name: product_of(op, specs.ops) for name, op in specs.ops.items()}
-    gates = {name: product.gates for name, product in found.items() if product}
+def test_gemms_are_found_by_their_equations(specs: Specs) -> None:
+    found = {name: gemm_of(op, specs.ops) for name, op in specs.ops.items()}
+    gates = {name: gemm.gates for name, gemm in found.items() if gemm}
     base = {"linear", "lm_head", "head_linear", "router_logits", "linear_silu_mul", "linear_add", "lm_head_soft_cap"}
     assert base <= gates.keys()
     assert {name: gates[name] for name in ("linear", "linear_silu_mul", "linear_tanh_scaled", "swapped_gates")} == {
@@ -90,7 +90,7 @@ def test_products_are_found_by_their_equations(specs: Specs) -> None:
     assert not {"add", "rms_norm", "silu_mul", "embedding", "normed", "other_way"} & gates.keys()
 
 
-def test_the_end_of_a_product_reads_its_sums_and_its_own_row(specs: Specs) -> None:
+def test_an_epilogue_reads_its_sums_and_its_own_row(specs: Specs) -> None:
     outputs = {output.path: output.text for output in driver.emit(specs)}
     text = outputs["kernels/cpu/own.cpp"]
     assert '#include "products.h"' in text
@@ -101,8 +101,8 @@ def test_the_end_of_a_product_reads_its_sums_and_its_own_row(specs: Specs) -> No
     assert "const Factors<E> factors = {R, K, I, 2, w};" in text
 
 
-def test_an_op_that_follows_a_product_sees_its_result_on_the_way(specs: Specs) -> None:
-    found = {name for name, op in specs.ops.items() if followed_product(op, specs.ops)}
+def test_a_consumer_fuses_with_the_gemm_that_it_reads(specs: Specs) -> None:
+    found = {name for name, op in specs.ops.items() if fused_epilogue_of(op, specs.ops)}
     assert found == {"lm_head_sample", "lm_head_scale_sample", "lm_head_soft_cap_sample", "greedy_head"}
     outputs = {output.path: output.text for output in driver.emit(specs)}
     text, launcher = outputs["kernels/cpu/own.cpp"], outputs["kernels/triton/own.py"]

@@ -1,10 +1,10 @@
-"""Products: ops that multiply rows by a weight, and finish each element of the result by equations of its own row.
+"""GEMMs: ops that multiply rows by a weight, and compute each element of the result from the sums of its own row.
 
     linear:           sums of x and w;       y[R, N] = E(acc + f32(bias[N]))
     linear_silu_mul:  sums of two gates;     y[R, I] = E(g * sigmoid(g)) * u
 
-Whatever an op does with the sums, as long as an element of the output needs no other elements, becomes the end of the
-product: no intermediate result is written. A target needs to know how to multiply, and how to write a row program.
+All equations after the dot product become the GEMM's epilogue, provided that an element of the output needs no other
+elements; no intermediate result is written. A target has to multiply, and to write a row program.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,23 +14,23 @@ from typing import Any
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.tree import Dot, Expr, Program, Ref, Statement, walk
 from sageLLM.codegen.expr.types import DTYPES
+from sageLLM.codegen.kernel.indexing import NotRows
 from sageLLM.codegen.kernel.inline import program_of
 from sageLLM.codegen.kernel.lower import row_program
-from sageLLM.codegen.kernel.places import NotRows
 from sageLLM.codegen.kernel.rows import Affine, Load, Nest, Sweep
 from sageLLM.codegen.model.op import OpDef, Operand
 
 SUMS = "_sums"
-"""The operand that stands for the sums in the equations that finish them."""
+"""The operand that stands for the sums in the equations of the epilogue."""
 MAX_GATES = 2
-"""Sums that one element of an output may need: gate and up."""
+"""Sums that one element of an output may read: gate and up."""
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
-    """Rows of `x` times a weight of `gates` times as many features as the output has, and what becomes of the sums.
+class Gemm:
+    """Rows of `x` times a weight of `gates` times as many features as the output has, and the epilogue of the sums.
 
-    `groups` are the weight's dims before the last two: each group of rows has a weight of its own.
+    `groups` are the weight's dims before the last two: each group of rows has its own weight.
     """
 
     x: Operand
@@ -38,20 +38,20 @@ class Product:
     inner: Size
     groups: tuple[Size, ...]
     gates: int
-    finish: Nest
+    epilogue: Nest
 
     @property
     def sweep(self) -> Sweep:
-        (sweep,) = self.finish.sweeps
+        (sweep,) = self.epilogue.sweeps
         return sweep
 
     def gate_of(self, load: Load) -> int:
-        """Which of the element's sums a load of SUMS means."""
-        return _gate(load.place.index[-1], self.sweep)
+        """The number of the gate that a load of SUMS reads."""
+        return _gate(load.location.index[-1], self.sweep)
 
 
-def product_of(op: OpDef, ops: Mapping[str, OpDef]) -> Product | None:
-    """The op as a product, or None if it is none."""
+def gemm_of(op: OpDef, ops: Mapping[str, OpDef]) -> Gemm | None:
+    """The op as a GEMM, or None for any other op."""
     program = program_of(op, ops)
     dots = {one for s in program.statements for one in walk(s.value) if isinstance(one, Dot)} if program else set()
     if program is None or len(dots) != 1:
@@ -61,10 +61,10 @@ def product_of(op: OpDef, ops: Mapping[str, OpDef]) -> Product | None:
     if x is None or w is None or not _is_weight(w, x, dot):
         return None
     try:
-        nest = _finish(op, program, dot, ops)
+        nest = _epilogue(op, program, dot, ops)
     except NotRows:
         return None
-    return _product(x, w, dot, nest)
+    return _gemm(x, w, dot, nest)
 
 
 def _is_weight(w: Operand, x: Operand, dot: Dot) -> bool:
@@ -77,8 +77,8 @@ def _is_weight(w: Operand, x: Operand, dot: Dot) -> bool:
     )
 
 
-def _finish(op: OpDef, program: Program, dot: Dot, ops: Mapping[str, OpDef]) -> Nest:
-    """The row program behind the product: the same op, given the sums as an operand."""
+def _epilogue(op: OpDef, program: Program, dot: Dot, ops: Mapping[str, OpDef]) -> Nest:
+    """The row program after the dot product: the same op with the sums as an operand."""
     statements = tuple(Statement(s.target, _with_sums(s.value, dot)) for s in program.statements)
     rest = replace(
         op,
@@ -88,7 +88,7 @@ def _finish(op: OpDef, program: Program, dot: Dot, ops: Mapping[str, OpDef]) -> 
     )
     nests = row_program(rest, ops).nests
     if len(nests) != 1 or len(nests[0].steps) != 1 or len(nests[0].sweeps) != 1:
-        raise NotRows("what it does with the sums is more than one sweep along a row")
+        raise NotRows("the epilogue must be one sweep along a row")
     return nests[0]
 
 
@@ -103,13 +103,13 @@ def _with_sums(expr: Expr, dot: Dot) -> Expr:
     return replace(expr, **changed) if changed else expr
 
 
-def _product(x: Operand, w: Operand, dot: Dot, nest: Nest) -> Product | None:
+def _gemm(x: Operand, w: Operand, dot: Dot, nest: Nest) -> Gemm | None:
     sweep = nest.sweeps[0]
-    gates = [_gate(load.place.index[-1], sweep) for load in _loads(sweep) if load.place.operand == SUMS]
+    gates = [_gate(load.location.index[-1], sweep) for load in _loads(sweep) if load.location.operand == SUMS]
     count = max(gates, default=-1) + 1
     if not 0 < count <= MAX_GATES or min(gates) < 0 or w.type.dims[-2] != sweep.loop.extent * Size.of(count):
         return None
-    return Product(x, w, dot.dim, w.type.dims[:-2], count, nest)
+    return Gemm(x, w, dot.dim, w.type.dims[:-2], count, nest)
 
 
 def _gate(at: Affine, sweep: Sweep) -> int:

@@ -1,4 +1,4 @@
-"""Where the elements of views lie in their operands."""
+"""Index arithmetic of views: positions in a view as positions in its operand."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ Positions = Mapping[Size, Affine]
 
 
 class NotRows(Exception):
-    """The op is no row program; the message says why."""
+    """Raised for an op that has no row program; the message is the reason."""
 
 
 def position(dim: Size, positions: Positions) -> Affine:
@@ -19,7 +19,7 @@ def position(dim: Size, positions: Positions) -> Affine:
         return positions[dim]
     if dim == Size.of(1):
         return Affine(Size.of(0))
-    raise NotRows(f"no loop gives a position along {dim}")
+    raise NotRows(f"no loop iterates over {dim}")
 
 
 def base_index(view: View, positions: Positions) -> tuple[Affine, ...]:
@@ -36,7 +36,7 @@ def base_index(view: View, positions: Positions) -> tuple[Affine, ...]:
 
 
 def _unshaped(sliced: Sequence[Size], shape: Sequence[Size], positions: Positions) -> list[Affine]:
-    """Positions along the sliced dims, from those along the dims of the view's shape."""
+    """The positions along the sliced dims for the positions along the dims of the view's shape."""
     found: list[Affine] = []
     for parts, wholes in groups(sliced, shape):
         if len(parts) == 1:
@@ -47,7 +47,7 @@ def _unshaped(sliced: Sequence[Size], shape: Sequence[Size], positions: Position
 
 
 def groups(sliced: Sequence[Size], shape: Sequence[Size]) -> list[tuple[tuple[Size, ...], tuple[Size, ...]]]:
-    """Runs of dims that become each other: ((N*D,), (N, D)) is split, ((N, D), (N*D,)) is merged."""
+    """Runs of dims that a reshape maps to each other: ((N*D,), (N, D)) is split, ((N, D), (N*D,)) is merged."""
     found = []
     i = j = 0
     while i < len(sliced) or j < len(shape):
@@ -58,14 +58,14 @@ def groups(sliced: Sequence[Size], shape: Sequence[Size]) -> list[tuple[tuple[Si
 
 
 def _shortest_run(sliced: Sequence[Size], shape: Sequence[Size]) -> tuple[int, int]:
-    """How many dims from the start on have the same number of elements on both sides."""
+    """The shortest prefixes of both sides that have the same number of elements, as numbers of dims."""
     runs = [
         (i, j) for i in range(len(sliced) + 1) for j in range(len(shape) + 1) if i + j > 0 and min(i, 1) + min(j, 1)
     ]
     for i, j in sorted(runs, key=lambda run: (run[0] + run[1] == 1, run[0] + run[1])):
         if volume(sliced[:i]) == volume(shape[:j]) and (i == 1 or j <= 1):
             return i, j
-    raise NotRows("a view takes dims apart and puts them together at once")
+    raise NotRows("a view splits and merges the same dims at once")
 
 
 def joined(dims: Sequence[tuple[Size, Affine]]) -> Affine:
@@ -77,7 +77,7 @@ def joined(dims: Sequence[tuple[Size, Affine]]) -> Affine:
 
 
 def merged_dims(view: View) -> dict[Size, tuple[Size, ...]]:
-    """The dims of the view that stand for several of the base: {N*D: (N, D)}."""
+    """The dims of the view that merge several of the base: {N*D: (N, D)}."""
     if view.shape is None:
         return {}
     sliced = tuple(cut.length if cut else dim for cut, dim in zip(view.slices, view.base_type.dims, strict=True))
