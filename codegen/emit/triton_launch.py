@@ -1,4 +1,4 @@
-"""What the launcher of a row kernel does: sizes, outputs, operands as rows, tiles, and the launches."""
+"""The launcher of a row kernel: sizes, outputs, operands as rows, tiles, and the launches."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.emit.dim_text import dim_lines
 from sageLLM.codegen.emit.torch_text import TORCH_DTYPES
-from sageLLM.codegen.emit.triton_rows import RowKernel, block_name, size_text, stride_name
+from sageLLM.codegen.emit.triton_names import OwnNames, block_name, own_names
+from sageLLM.codegen.emit.triton_rows import RowKernel, size_text, stride_name
 from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.expr.types import DTYPES
 from sageLLM.codegen.kernel.rows import Nest, RowProgram
@@ -18,96 +19,120 @@ CONSTANTS = ("bool", "str")
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One function on the device: `tile` names the function of `tiles.py` that fits it."""
+    """One function on the device."""
 
     name: str
-    parameters: tuple[str, ...]
-    constants: tuple[str, ...]
     lines: tuple[str, ...]
-    tile: str
-    arguments: tuple[str, ...]
-    blocks: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One nest: its kernel for rows that fit in a tile, and the one for longer rows if it has reductions."""
+    """One nest: its kernel, the one for longer rows if it has reductions, and what both of them take.
 
+    `tile` names the function of `tiles.py` that chooses between them by the number of columns.
+    """
+
+    kernel: Kernel
+    looped: Kernel | None
+    parameters: tuple[str, ...]
+    setup: tuple[str, ...]  # `columns = max(D, Dr)`
     rows: str
     columns: str
-    kernel: Kernel
-    long: Kernel | None
+    tile: str
+    arguments: tuple[str, ...]
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        return (self.kernel, self.looped) if self.looped else (self.kernel,)
 
 
 @dataclass(frozen=True, slots=True)
 class RowsView:
-    """What `triton_rows.py.jinja` shows of an op."""
+    """View of an op in `triton_rows.py.jinja`; `kernel` is the variable of a kernel that the tile chose."""
 
     op: OpDef
-    kernels: tuple[Kernel, ...]
-    before: tuple[str, ...]  # sizes, outputs, operands as rows
+    setup: tuple[str, ...]  # sizes, outputs, operands as rows
     launches: tuple[Launch, ...]
     result: str
+    kernel: str
 
 
 def rows_view(op: OpDef, program: RowProgram, *, updates: bool) -> RowsView:
     """An op that `updates` its in-place outputs writes parts of them, so they are the inputs' memory."""
-    launches = [_launch(op, nest, f"{number or ''}") for number, nest in enumerate(program.nests)]
-    kernels = [kernel for launch in launches for kernel in (launch.kernel, launch.long) if kernel]
-    text = "\n".join(line for launch in launches for line in (launch.rows, launch.columns))
-    text += "\n" + "\n".join(argument for kernel in kernels for argument in kernel.arguments)
+    own = own_names(op, program)
+    launches = [_launch(op, nest, own, f"{number or ''}") for number, nest in enumerate(program.nests)]
+    text = "\n".join(
+        text for launch in launches for text in (launch.rows, launch.columns, *launch.setup, *launch.arguments)
+    )
     outputs = [_allocation(op, output, updates=updates) for output in op.outputs]
-    as_rows = [_as_rows(operand) for operand in (*op.inputs, *op.outputs) if LEADING in operand.type.dims]
+    as_rows = [_as_rows(operand, own) for operand in (*op.inputs, *op.outputs) if LEADING in operand.type.dims]
     sizes = _sizes(op, "\n".join([text, *outputs, *as_rows]))
     return RowsView(
-        op, tuple(kernels), (*sizes, *outputs, *as_rows), tuple(launches), ", ".join(o.name for o in op.outputs)
+        op,
+        (*sizes, *outputs, *as_rows),
+        tuple(launches),
+        ", ".join(o.name for o in op.outputs),
+        own("kernel"),
     )
 
 
-def _launch(op: OpDef, nest: Nest, suffix: str) -> Launch:
-    whole = RowKernel(op, nest, whole=True)
-    columns = list(dict.fromkeys(size_text(loop.extent) for loop in whole.loops)) or ["1"]
-    widest = columns[0] if len(columns) == 1 else f"max({', '.join(columns)})"
-    if not whole.has_reductions:
-        return Launch(whole.rows_text, widest, _kernel(op, f"_{op.name}_kernel{suffix}", whole, "split_tile"), None)
-    long = RowKernel(op, nest, whole=False)
-    return Launch(whole.rows_text, widest, _kernel(op, f"_{op.name}_rows{suffix}", whole, "row_tile"),
-                  _kernel(op, f"_{op.name}_long{suffix}", long, "long_tile"))  # fmt: skip
-
-
-def _kernel(op: OpDef, name: str, rows: RowKernel, tile: str) -> Kernel:
-    text = "\n".join(rows.lines)
-    arguments = {key: value for key, value in _arguments(op).items() if re.search(rf"\b{key}\b", text)}
+def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str) -> Launch:
+    whole = RowKernel(op, nest, own, whole=True)
+    looped = RowKernel(op, nest, own, whole=False) if whole.has_reductions else None
+    text = "\n".join((*whole.lines, *(looped.lines if looped else ())))
+    arguments = {key: value for key, value in _arguments(op, own).items() if re.search(rf"\b{key}\b", text)}
     constants = [attr.name for attr in op.attrs if attr.type in CONSTANTS and attr.name in arguments]
     numbers = [key for key in arguments if key not in constants]
-    blocks = [block_name(loop) for loop in rows.loops]
-    return Kernel(name, tuple(numbers), tuple(constants), tuple(rows.lines), tile,
-                  tuple(arguments[key] for key in numbers), tuple(blocks))  # fmt: skip
+    blocks = [block_name(loop) for loop in whole.loops]
+    columns, setup = _columns(whole, own("columns"))
+    return Launch(
+        Kernel(f"_{op.name}_{'rows' if looped else 'kernel'}{suffix}", tuple(whole.lines)),
+        Kernel(f"_{op.name}_long{suffix}", tuple(looped.lines)) if looped else None,
+        parameters=(*numbers, *(f"{name}: tl.constexpr" for name in (*constants, "ROWS", *blocks))),
+        setup=setup,
+        rows=whole.rows_text,
+        columns=columns,
+        tile="row_tile" if looped else "split_tile",
+        arguments=(
+            *(arguments[key] for key in numbers),
+            *(f"{name}={name}" for name in constants),
+            *(f"{block}=tile.block" for block in blocks),
+        ),
+    )
 
 
-def _arguments(op: OpDef) -> Mapping[str, str]:
-    """All that a kernel can be given, by the name of its parameter: operands, attrs, sizes, strides."""
-    found = {operand.name: _rows_name(operand) for operand in (*op.inputs, *op.outputs)}
+def _columns(rows: RowKernel, name: str) -> tuple[str, tuple[str, ...]]:
+    """The most columns that a sweep has, and the line that names them if they are more than one symbol."""
+    extents = list(dict.fromkeys(size_text(loop.extent) for loop in rows.loops)) or ["1"]
+    if len(extents) == 1 and re.fullmatch(r"\w+", extents[0]):
+        return extents[0], ()
+    most = extents[0] if len(extents) == 1 else f"max({', '.join(extents)})"
+    return name, (f"{name} = {most}",)
+
+
+def _arguments(op: OpDef, own: OwnNames) -> Mapping[str, str]:
+    """Everything that can be passed to a kernel, by parameter: operands, attrs, sizes, strides."""
+    found = {operand.name: _rows_name(operand, own) for operand in (*op.inputs, *op.outputs)}
     found |= {attr.name: attr.name for attr in op.attrs}
     found |= {symbol: symbol for symbol in (*op.symbols, "R")}
     for operand in (*op.inputs, *op.outputs):
-        for place in range(len(operand.type.dims) - 1):
-            stride = f"{_rows_name(operand)}.stride({place})"
-            found[stride_name(operand, place)] = (
+        for axis in range(len(operand.type.dims) - 1):
+            stride = f"{_rows_name(operand, own)}.stride({axis})"
+            found[stride_name(operand, axis)] = (
                 f"0 if {operand.name} is None else {stride}" if operand.optional else stride
             )
     return found
 
 
-def _rows_name(operand: Operand) -> str:
-    return f"{operand.name}Rows" if LEADING in operand.type.dims else operand.name
+def _rows_name(operand: Operand, own: OwnNames) -> str:
+    return own(f"{operand.name}_rows") if LEADING in operand.type.dims else operand.name
 
 
-def _as_rows(operand: Operand) -> str:
-    """`xRows = x.reshape(R, *x.shape[-1:])`: the leading dims as one, without a copy where strides allow."""
+def _as_rows(operand: Operand, own: OwnNames) -> str:
+    """`x_rows = x.reshape(R, *x.shape[-1:])`: the leading dims as one, without a copy where strides allow."""
     reshaped = f"{operand.name}.reshape(R, *{operand.name}.shape[{1 - len(operand.type.dims)}:])"
     none = f" if {operand.name} is not None else None" if operand.optional else ""
-    return f"{operand.name}Rows = {reshaped}{none}"
+    return f"{_rows_name(operand, own)} = {reshaped}{none}"
 
 
 def _allocation(op: OpDef, output: Operand, *, updates: bool) -> str:

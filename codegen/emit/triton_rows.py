@@ -1,18 +1,19 @@
-"""Writes row programs as Triton: a program has ROWS rows, and of each the BLOCK columns that a sweep goes over.
+"""Writes row programs as Triton: a program has ROWS rows, and of each row the BLOCK columns of a sweep.
 
-    iRow = ...[:, None]                               the rows
-    iH = tl.arange(0, BLOCK_H)[None, :]               the columns of a sweep over H
-    xf = tl.load(x + iRow * x_R + iH, mask=...)       values are tiles [ROWS, BLOCK_H]
+    row = ...[:, None]                                the rows
+    i_H = tl.arange(0, BLOCK_H)[None, :]              the columns of a sweep over H
+    xf = tl.load(x + row * x_R + i_H, mask=...)       values are tiles [ROWS, BLOCK_H]
     ms = tl.sum(..., 1)[:, None] / H                  values of the row are tiles [ROWS, 1]
 
 Without reductions a program has one block of columns. With them it has whole rows: as one tile, which is loaded once,
-or, where rows are too long for that, block after block in as many sweeps as the row program has.
+or, if rows are too long for that, block after block in as many sweeps as the row program has.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 
 from sageLLM.codegen.emit.dim_text import tidy
+from sageLLM.codegen.emit.triton_names import OwnNames, block_name, index_name, inside_name
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.size import LEADING, Size, formula
 from sageLLM.codegen.expr.tree import Expr, Ref, walk
@@ -36,31 +37,32 @@ from sageLLM.codegen.model.op import OpDef, Operand
 
 _EMPTY = {"sum": "0.0", "mean": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
 _ROW_FORM = {"sum": "tl.sum", "mean": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
-_JOIN = {"sum": "{0} + {1}", "mean": "{0} + {1}", "amax": "tl.maximum({0}, {1})", "amin": "tl.minimum({0}, {1})"}
+_JOIN = {
+    "sum": "{0} += {1}",
+    "mean": "{0} += {1}",
+    "amax": "{0} = tl.maximum({0}, {1})",
+    "amin": "{0} = tl.minimum({0}, {1})",
+}
 
 
 def size_text(size: Size) -> str:
     return "R" if size == LEADING else formula(size)
 
 
-def stride_name(operand: Operand, place: int) -> str:
-    """`x_T` for the first dim of E[T, N, D]; the stride of a compound dim has its place as its name."""
-    dim = operand.type.dims[place]
-    return f"{operand.name}_{'R' if dim == LEADING else dim.name or f'D{place}'}"
-
-
-def block_name(loop: Loop) -> str:
-    return f"BLOCK_{loop.variable[1:]}"
+def stride_name(operand: Operand, axis: int) -> str:
+    """`x_T` for the first dim of E[T, N, D]; the stride of a compound dim is named by its axis."""
+    dim = operand.type.dims[axis]
+    return f"{operand.name}_{'R' if dim == LEADING else dim.name or f'D{axis}'}"
 
 
 class RowKernel:
-    """One nest as the lines of a kernel; `whole` gives a row to a program as one tile, where it has reductions."""
+    """The lines of the kernel for one nest; if it has reductions, `whole` makes a row one tile and not many blocks."""
 
-    def __init__(self, op: OpDef, nest: Nest, *, whole: bool) -> None:
-        self.op, self.nest, self.whole = op, nest, whole
+    def __init__(self, op: OpDef, nest: Nest, own: OwnNames, *, whole: bool) -> None:
+        self.op, self.nest, self.own, self.whole = op, nest, own, whole
         self.lines: list[str] = []
         self._operands = {operand.name: operand for operand in (*self.op.inputs, *self.op.outputs)}
-        self._values = {operand.name: f"{operand.name}Value" for operand in self.op.outputs}
+        self._values = {operand.name: own(f"{operand.name}_value") for operand in self.op.outputs}
         self._text = TritonText(self._leaf)
         self._done: set[tuple[str, str]] = set()  # loop and name of the values that are in registers already
         self._row_names = {loop.variable for loop in self.nest.rows}
@@ -77,7 +79,7 @@ class RowKernel:
 
     @property
     def rows_text(self) -> str:
-        """How many rows there are: `T * N`."""
+        """The number of rows: `T * N`."""
         return " * ".join(_bracketed(size_text(loop.extent)) for loop in self.nest.rows) or "1"
 
     # statements
@@ -92,15 +94,15 @@ class RowKernel:
         self.lines = [line for line in self.lines if not _is_unused(line, text)]
 
     def _rows(self) -> list[str]:
-        row = self.nest.rows[0].variable if len(self.nest.rows) == 1 else "iRow"
+        row = index_name(self.nest.rows[0].variable) if len(self.nest.rows) == 1 else self.own("row")
         lines = [f"{row} = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]"]
-        lines += [f"isRow = {row} < {self.rows_text}"]
+        lines += [f"{self.own('is_row')} = {row} < {self.rows_text}"]
         if len(self.nest.rows) == 1:
             return lines
         rest = row
         for number, loop in reversed(list(enumerate(self.nest.rows))):
             extent = _bracketed(size_text(loop.extent))
-            lines.append(f"{loop.variable} = {rest if number == 0 else f'{rest} % {extent}'}")
+            lines.append(f"{index_name(loop.variable)} = {rest if number == 0 else f'{rest} % {extent}'}")
             rest = f"{rest} // {extent}"
         return lines
 
@@ -108,7 +110,7 @@ class RowKernel:
         match step:
             case Index(variable=variable, value=value):
                 self._row_names.add(variable)
-                self._put(f"{variable} = {tidy(f'({self._text(value)}).to(tl.int64)')}")
+                self._put(f"{index_name(variable)} = {tidy(f'({self._text(value)}).to(tl.int64)')}")
             case Let(name=name, value=value):
                 self._put(f"{self._values.get(name, name)} = {tidy(self._text(value))}")
             case Store():
@@ -120,8 +122,8 @@ class RowKernel:
         loop, block = sweep.loop, block_name(sweep.loop)
         extent = size_text(loop.extent)
         columns = [
-            f"{loop.variable} = {{}}tl.arange(0, {block})[None, :]",
-            f"{_inside(loop)} = {loop.variable} < {extent}",
+            f"{index_name(loop.variable)} = {{}}tl.arange(0, {block})[None, :]",
+            f"{inside_name(loop)} = {index_name(loop.variable)} < {extent}",
         ]
         if not self.has_reductions:
             self._put(columns[0].format(f"tl.program_id(1) * {block} + "), columns[1])
@@ -143,17 +145,17 @@ class RowKernel:
         if any(isinstance(one, Load) and one.location.operand in stored for one in _values(sweep)):
             self._put("tl.debug_barrier()  # what other threads of the program have stored is read again")
         for one in reductions:
-            self._put(f"{one.name}All = tl.full([ROWS, {block_name(loop)}], {_EMPTY[one.op]}, tl.float32)")
+            self._put(f"{self._acc(one)} = tl.full([ROWS, {block_name(loop)}], {_EMPTY[one.op]}, tl.float32)")
         self.lines, self._done = [], set()
-        self._put(columns[0].format("iBlock + "), columns[1])
+        start = self.own("start")
+        self._put(columns[0].format(f"{start} + "), columns[1])
         for step in sweep.steps:
             self._in_sweep(step, loop)
         body, self.lines = self.lines, outer
-        self._put(
-            f"for iBlock in range(0, {size_text(loop.extent)}, {block_name(loop)}):", *(f"    {line}" for line in body)
-        )
+        header = f"for {start} in range(0, {size_text(loop.extent)}, {block_name(loop)}):"
+        self._put(header, *(f"    {line}" for line in body))
         for one in reductions:
-            self._put(f"{one.name} = {self._total(one, f'{one.name}All', loop)}")
+            self._put(f"{one.name} = {self._total(one, self._acc(one), loop)}")
 
     def _in_sweep(self, step: InSweep, loop: Loop) -> None:
         match step:
@@ -163,22 +165,26 @@ class RowKernel:
                     self._done.add((loop.variable, name))
             case Fold():
                 self._fold(step, loop)
-            case Reduction(name=name, op=op, value=value):
-                masked = f"tl.where({_inside(loop)}, {self._text(value)}, {_EMPTY[op]})"
+            case Reduction(op=op, value=value):
+                masked = f"tl.where({inside_name(loop)}, {self._text(value)}, {_EMPTY[op]})"
                 if self.whole:
-                    self._put(f"{name} = {self._total(step, tidy(masked), loop)}")
+                    self._put(f"{step.name} = {self._total(step, tidy(masked), loop)}")
                 else:
-                    self._put(f"{name}All = {tidy(_JOIN[op].format(f'{name}All', masked))}")
+                    self._put(_JOIN[op].format(self._acc(step), tidy(masked)))
             case Store():
                 self._store(step)
 
     def _fold(self, fold: Fold, loop: Loop) -> None:
         extent = size_text(fold.loop.extent)
-        joined = tidy(_JOIN[fold.op].format(fold.name, self._text(fold.value)))
+        joined = _JOIN[fold.op].format(fold.name, tidy(self._text(fold.value)))
         self._put(f"{fold.name} = tl.full([ROWS, {block_name(loop)}], {_EMPTY[fold.op]}, tl.float32)")
-        self._put(f"for {fold.loop.variable} in range({extent}):", f"    {fold.name} = {joined}")
+        self._put(f"for {index_name(fold.loop.variable)} in range({extent}):", f"    {joined}")
         if fold.op == "mean":
             self._put(f"{fold.name} = {fold.name} / {_bracketed(extent)}")
+
+    def _acc(self, reduction: Reduction) -> str:
+        """The tile that collects a reduction over the blocks of a row."""
+        return self.own(f"{reduction.name}_acc")
 
     def _total(self, reduction: Reduction, text: str, loop: Loop) -> str:
         total = f"{_ROW_FORM[reduction.op]}({text}, 1)[:, None]"
@@ -215,19 +221,16 @@ class RowKernel:
 
     def _mask(self, location: Location) -> str:
         used = {name for at in location.index for name in at.variables}
-        parts = ["isRow"] if used & self._row_names else []
-        parts += [_inside(loop) for loop in self.loops if loop.variable in used]
+        parts = [self.own("is_row")] if used & self._row_names else []
+        parts += [inside_name(loop) for loop in self.loops if loop.variable in used]
         return " & ".join(parts)
-
-
-def _inside(loop: Loop) -> str:
-    return f"in{loop.variable[1:]}"
 
 
 def _affine(at: Affine) -> str:
     parts = [] if at.offset == Size.of(0) else [size_text(at.offset)]
     for variable, factor in at.terms:
-        parts.append(variable if factor == Size.of(1) else f"{_bracketed(size_text(factor))} * {variable}")
+        index = index_name(variable)
+        parts.append(index if factor == Size.of(1) else f"{_bracketed(size_text(factor))} * {index}")
     return " + ".join(parts) or "0"
 
 
@@ -237,7 +240,7 @@ def _bracketed(text: str) -> str:
 
 def _is_unused(line: str, text: str) -> bool:
     name = line.partition(" = ")[0].partition(":")[0]
-    is_own = re.fullmatch(r"i[A-Z]\w*|[A-Z]\w*", name) is not None
+    is_own = re.fullmatch(r"(i_)?[A-Z]\w*", name) is not None
     return is_own and len(re.findall(rf"\b{name}\b", text)) == 1
 
 

@@ -31,30 +31,21 @@ __all__ = [
 
 # specs/ops/activation.yaml: silu_mul
 @triton.jit
-def _silu_mul_kernel(
-    gu,
-    y,
-    I,
-    R,
-    gu_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _silu_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
-    g = tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
+    g = tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)
     tl.store(
-        y + iR * y_R + iI,
+        y + i_R * y_R + i_I,
         device.rounded(
             device.rounded(g * tl.sigmoid(g), E)
-            * tl.load(gu + iR * gu_R + I + iI, mask=isRow & inI, other=0).to(tl.float32),
+            * tl.load(gu + i_R * gu_R + I + i_I, mask=is_row & in_I, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inI,
+        mask=is_row & in_I,
     )
 
 
@@ -63,52 +54,33 @@ def silu_mul(gu: Tensor) -> Tensor:
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
-    guRows = gu.reshape(R, *gu.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    gu_rows = gu.reshape(R, *gu.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _silu_mul_kernel[tile.grid(R, I)](
-            guRows,
-            yRows,
-            I,
-            R,
-            guRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _silu_mul_kernel[tile.grid(R)](
+            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: gelu_mul
 @triton.jit
-def _gelu_mul_kernel(
-    gu,
-    y,
-    I,
-    R,
-    gu_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _gelu_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
-    g = tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
+    g = tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)
     tl.store(
-        y + iR * y_R + iI,
+        y + i_R * y_R + i_I,
         device.rounded(
             device.rounded(0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476)), E)
-            * tl.load(gu + iR * gu_R + I + iI, mask=isRow & inI, other=0).to(tl.float32),
+            * tl.load(gu + i_R * gu_R + I + i_I, mask=is_row & in_I, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inI,
+        mask=is_row & in_I,
     )
 
 
@@ -117,53 +89,34 @@ def gelu_mul(gu: Tensor) -> Tensor:
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
-    guRows = gu.reshape(R, *gu.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    gu_rows = gu.reshape(R, *gu.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _gelu_mul_kernel[tile.grid(R, I)](
-            guRows,
-            yRows,
-            I,
-            R,
-            guRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _gelu_mul_kernel[tile.grid(R)](
+            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: gelu_tanh_mul
 @triton.jit
-def _gelu_tanh_mul_kernel(
-    gu,
-    y,
-    I,
-    R,
-    gu_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _gelu_tanh_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
-    g = tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
+    g = tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)
     inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
     tl.store(
-        y + iR * y_R + iI,
+        y + i_R * y_R + i_I,
         device.rounded(
             device.rounded(0.5 * g * (1.0 + device.tanh(inner)), E)
-            * tl.load(gu + iR * gu_R + I + iI, mask=isRow & inI, other=0).to(tl.float32),
+            * tl.load(gu + i_R * gu_R + I + i_I, mask=is_row & in_I, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inI,
+        mask=is_row & in_I,
     )
 
 
@@ -172,55 +125,36 @@ def gelu_tanh_mul(gu: Tensor) -> Tensor:
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
-    guRows = gu.reshape(R, *gu.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    gu_rows = gu.reshape(R, *gu.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _gelu_tanh_mul_kernel[tile.grid(R, I)](
-            guRows,
-            yRows,
-            I,
-            R,
-            guRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _gelu_tanh_mul_kernel[tile.grid(R)](
+            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: relu_mul
 @triton.jit
-def _relu_mul_kernel(
-    gu,
-    y,
-    I,
-    R,
-    gu_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _relu_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
     tl.store(
-        y + iR * y_R + iI,
+        y + i_R * y_R + i_I,
         device.rounded(
             tl.where(
-                tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32) < 0,
+                tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32) < 0,
                 0,
-                tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32),
+                tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32),
             )
-            * tl.load(gu + iR * gu_R + I + iI, mask=isRow & inI, other=0).to(tl.float32),
+            * tl.load(gu + i_R * gu_R + I + i_I, mask=is_row & in_I, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inI,
+        mask=is_row & in_I,
     )
 
 
@@ -229,54 +163,35 @@ def relu_mul(gu: Tensor) -> Tensor:
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
-    guRows = gu.reshape(R, *gu.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    gu_rows = gu.reshape(R, *gu.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _relu_mul_kernel[tile.grid(R, I)](
-            guRows,
-            yRows,
-            I,
-            R,
-            guRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _relu_mul_kernel[tile.grid(R)](
+            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: relu_squared_mul
 @triton.jit
-def _relu_squared_mul_kernel(
-    gu,
-    y,
-    I,
-    R,
-    gu_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _relu_squared_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
     r = tl.where(
-        tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32) < 0,
+        tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32) < 0,
         0,
-        tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32),
+        tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32),
     )
     tl.store(
-        y + iR * y_R + iI,
+        y + i_R * y_R + i_I,
         device.rounded(
-            device.rounded(r * r, E) * tl.load(gu + iR * gu_R + I + iI, mask=isRow & inI, other=0).to(tl.float32), E
+            device.rounded(r * r, E) * tl.load(gu + i_R * gu_R + I + i_I, mask=is_row & in_I, other=0).to(tl.float32), E
         ),
-        mask=isRow & inI,
+        mask=is_row & in_I,
     )
 
 
@@ -285,51 +200,32 @@ def relu_squared_mul(gu: Tensor) -> Tensor:
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
-    guRows = gu.reshape(R, *gu.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    gu_rows = gu.reshape(R, *gu.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _relu_squared_mul_kernel[tile.grid(R, I)](
-            guRows,
-            yRows,
-            I,
-            R,
-            guRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _relu_squared_mul_kernel[tile.grid(R)](
+            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: sigmoid_mul
 @triton.jit
-def _sigmoid_mul_kernel(
-    gu,
-    y,
-    I,
-    R,
-    gu_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _sigmoid_mul_kernel(gu, y, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
     tl.store(
-        y + iR * y_R + iI,
+        y + i_R * y_R + i_I,
         device.rounded(
-            device.rounded(tl.sigmoid(tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32)), E)
-            * tl.load(gu + iR * gu_R + I + iI, mask=isRow & inI, other=0).to(tl.float32),
+            device.rounded(tl.sigmoid(tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)), E)
+            * tl.load(gu + i_R * gu_R + I + i_I, mask=is_row & in_I, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inI,
+        mask=is_row & in_I,
     )
 
 
@@ -338,58 +234,39 @@ def sigmoid_mul(gu: Tensor) -> Tensor:
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
-    guRows = gu.reshape(R, *gu.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    gu_rows = gu.reshape(R, *gu.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _sigmoid_mul_kernel[tile.grid(R, I)](
-            guRows,
-            yRows,
-            I,
-            R,
-            guRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _sigmoid_mul_kernel[tile.grid(R)](
+            gu_rows, y_rows, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: clamped_silu_mul
 @triton.jit
-def _clamped_silu_mul_kernel(
-    gu,
-    y,
-    alpha,
-    limit,
-    I,
-    R,
-    gu_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _clamped_silu_mul_kernel(gu, y, alpha, limit, I, R, gu_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = gu.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
     g = tl.minimum(
-        tl.load(gu + iR * gu_R + iI, mask=isRow & inI, other=0).to(tl.float32), limit, propagate_nan=tl.PropagateNan.ALL
+        tl.load(gu + i_R * gu_R + i_I, mask=is_row & in_I, other=0).to(tl.float32),
+        limit,
+        propagate_nan=tl.PropagateNan.ALL,
     )
     u = tl.maximum(
         tl.minimum(
-            tl.load(gu + iR * gu_R + I + iI, mask=isRow & inI, other=0).to(tl.float32),
+            tl.load(gu + i_R * gu_R + I + i_I, mask=is_row & in_I, other=0).to(tl.float32),
             limit,
             propagate_nan=tl.PropagateNan.ALL,
         ),
         0.0 - limit,
         propagate_nan=tl.PropagateNan.ALL,
     )
-    tl.store(y + iR * y_R + iI, device.rounded((u + 1.0) * (g * tl.sigmoid(g * alpha)), E), mask=isRow & inI)
+    tl.store(y + i_R * y_R + i_I, device.rounded((u + 1.0) * (g * tl.sigmoid(g * alpha)), E), mask=is_row & in_I)
 
 
 def clamped_silu_mul(gu: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
@@ -397,47 +274,28 @@ def clamped_silu_mul(gu: Tensor, *, alpha: float = 1.702, limit: float = 7.0) ->
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
-    guRows = gu.reshape(R, *gu.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    gu_rows = gu.reshape(R, *gu.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _clamped_silu_mul_kernel[tile.grid(R, I)](
-            guRows,
-            yRows,
-            alpha,
-            limit,
-            I,
-            R,
-            guRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _clamped_silu_mul_kernel[tile.grid(R)](
+            gu_rows, y_rows, alpha, limit, I, R, gu_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: gelu
 @triton.jit
-def _gelu_kernel(
-    x,
-    y,
-    I,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _gelu_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
-    v = tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32)
-    tl.store(y + iR * y_R + iI, device.rounded(0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476)), E), mask=isRow & inI)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
+    v = tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)
+    tl.store(
+        y + i_R * y_R + i_I, device.rounded(0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476)), E), mask=is_row & in_I
+    )
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -445,46 +303,27 @@ def gelu(x: Tensor) -> Tensor:
     I = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _gelu_kernel[tile.grid(R, I)](
-            xRows,
-            yRows,
-            I,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _gelu_kernel[tile.grid(R)](
+            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: gelu_tanh
 @triton.jit
-def _gelu_tanh_kernel(
-    x,
-    y,
-    I,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _gelu_tanh_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
-    v = tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
+    v = tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)
     inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
-    tl.store(y + iR * y_R + iI, device.rounded(0.5 * v * (1.0 + device.tanh(inner)), E), mask=isRow & inI)
+    tl.store(y + i_R * y_R + i_I, device.rounded(0.5 * v * (1.0 + device.tanh(inner)), E), mask=is_row & in_I)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -492,45 +331,26 @@ def gelu_tanh(x: Tensor) -> Tensor:
     I = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _gelu_tanh_kernel[tile.grid(R, I)](
-            xRows,
-            yRows,
-            I,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _gelu_tanh_kernel[tile.grid(R)](
+            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: quick_gelu
 @triton.jit
-def _quick_gelu_kernel(
-    x,
-    y,
-    I,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _quick_gelu_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
-    v = tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32)
-    tl.store(y + iR * y_R + iI, device.rounded(v * tl.sigmoid(1.702 * v), E), mask=isRow & inI)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
+    v = tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)
+    tl.store(y + i_R * y_R + i_I, device.rounded(v * tl.sigmoid(1.702 * v), E), mask=is_row & in_I)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -538,45 +358,26 @@ def quick_gelu(x: Tensor) -> Tensor:
     I = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _quick_gelu_kernel[tile.grid(R, I)](
-            xRows,
-            yRows,
-            I,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _quick_gelu_kernel[tile.grid(R)](
+            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: silu
 @triton.jit
-def _silu_kernel(
-    x,
-    y,
-    I,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _silu_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
-    v = tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32)
-    tl.store(y + iR * y_R + iI, device.rounded(v * tl.sigmoid(v), E), mask=isRow & inI)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
+    v = tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)
+    tl.store(y + i_R * y_R + i_I, device.rounded(v * tl.sigmoid(v), E), mask=is_row & in_I)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -584,50 +385,31 @@ def silu(x: Tensor) -> Tensor:
     I = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _silu_kernel[tile.grid(R, I)](
-            xRows,
-            yRows,
-            I,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _silu_kernel[tile.grid(R)](
+            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: relu
 @triton.jit
-def _relu_kernel(
-    x,
-    y,
-    I,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
+def _relu_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
     tl.store(
-        y + iR * y_R + iI,
+        y + i_R * y_R + i_I,
         tl.where(
-            tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32) < 0,
+            tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32) < 0,
             0,
-            tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32),
+            tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32),
         ),
-        mask=isRow & inI,
+        mask=is_row & in_I,
     )
 
 
@@ -636,49 +418,30 @@ def relu(x: Tensor) -> Tensor:
     I = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _relu_kernel[tile.grid(R, I)](
-            xRows,
-            yRows,
-            I,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _relu_kernel[tile.grid(R)](
+            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: relu_squared
 @triton.jit
-def _relu_squared_kernel(
-    x,
-    y,
-    I,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _relu_squared_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
     r = tl.where(
-        tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32) < 0,
+        tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32) < 0,
         0,
-        tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32),
+        tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32),
     )
-    tl.store(y + iR * y_R + iI, device.rounded(r * r, E), mask=isRow & inI)
+    tl.store(y + i_R * y_R + i_I, device.rounded(r * r, E), mask=is_row & in_I)
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -686,47 +449,28 @@ def relu_squared(x: Tensor) -> Tensor:
     I = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _relu_squared_kernel[tile.grid(R, I)](
-            xRows,
-            yRows,
-            I,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _relu_squared_kernel[tile.grid(R)](
+            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: sigmoid
 @triton.jit
-def _sigmoid_kernel(
-    x,
-    y,
-    I,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _sigmoid_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
     tl.store(
-        y + iR * y_R + iI,
-        device.rounded(tl.sigmoid(tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32)), E),
-        mask=isRow & inI,
+        y + i_R * y_R + i_I,
+        device.rounded(tl.sigmoid(tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)), E),
+        mask=is_row & in_I,
     )
 
 
@@ -735,47 +479,28 @@ def sigmoid(x: Tensor) -> Tensor:
     I = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _sigmoid_kernel[tile.grid(R, I)](
-            xRows,
-            yRows,
-            I,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _sigmoid_kernel[tile.grid(R)](
+            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/activation.yaml: tanh
 @triton.jit
-def _tanh_kernel(
-    x,
-    y,
-    I,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _tanh_kernel(x, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iI = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    inI = iI < I
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
     tl.store(
-        y + iR * y_R + iI,
-        device.rounded(device.tanh(tl.load(x + iR * x_R + iI, mask=isRow & inI, other=0).to(tl.float32)), E),
-        mask=isRow & inI,
+        y + i_R * y_R + i_I,
+        device.rounded(device.tanh(tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)), E),
+        mask=is_row & in_I,
     )
 
 
@@ -784,21 +509,11 @@ def tanh(x: Tensor) -> Tensor:
     I = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and I > 0:
         tile = split_tile(I)
-        _tanh_kernel[tile.grid(R, I)](
-            xRows,
-            yRows,
-            I,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_I=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _tanh_kernel[tile.grid(R)](
+            x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
         )
     return y

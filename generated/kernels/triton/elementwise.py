@@ -24,31 +24,20 @@ __all__ = [
 
 # specs/ops/elementwise.yaml: add
 @triton.jit
-def _add_kernel(
-    x,
-    y,
-    z,
-    H,
-    R,
-    x_R,
-    y_R,
-    z_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _add_kernel(x, y, z, H, R, x_R, y_R, z_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        z + iR * z_R + iH,
+        z + i_R * z_R + i_H,
         device.rounded(
-            tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-            + tl.load(y + iR * y_R + iH, mask=isRow & inH, other=0).to(tl.float32),
+            tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            + tl.load(y + i_R * y_R + i_H, mask=is_row & in_H, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
@@ -57,56 +46,42 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     z = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
-    zRows = z.reshape(R, *z.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    z_rows = z.reshape(R, *z.shape[-1:])
     if R > 0 and H > 0:
         tile = split_tile(H)
-        _add_kernel[tile.grid(R, H)](
-            xRows,
-            yRows,
-            zRows,
+        _add_kernel[tile.grid(R)](
+            x_rows,
+            y_rows,
+            z_rows,
             H,
             R,
-            xRows.stride(0),
-            yRows.stride(0),
-            zRows.stride(0),
-            ROWS=tile.rows,
+            x_rows.stride(0),
+            y_rows.stride(0),
+            z_rows.stride(0),
             BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
     return z
 
 
 # specs/ops/elementwise.yaml: mul
 @triton.jit
-def _mul_kernel(
-    x,
-    y,
-    z,
-    H,
-    R,
-    x_R,
-    y_R,
-    z_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _mul_kernel(x, y, z, H, R, x_R, y_R, z_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        z + iR * z_R + iH,
+        z + i_R * z_R + i_H,
         device.rounded(
-            tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-            * tl.load(y + iR * y_R + iH, mask=isRow & inH, other=0).to(tl.float32),
+            tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            * tl.load(y + i_R * y_R + i_H, mask=is_row & in_H, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
@@ -115,55 +90,42 @@ def mul(x: Tensor, y: Tensor) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     z = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
-    zRows = z.reshape(R, *z.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    z_rows = z.reshape(R, *z.shape[-1:])
     if R > 0 and H > 0:
         tile = split_tile(H)
-        _mul_kernel[tile.grid(R, H)](
-            xRows,
-            yRows,
-            zRows,
+        _mul_kernel[tile.grid(R)](
+            x_rows,
+            y_rows,
+            z_rows,
             H,
             R,
-            xRows.stride(0),
-            yRows.stride(0),
-            zRows.stride(0),
-            ROWS=tile.rows,
+            x_rows.stride(0),
+            y_rows.stride(0),
+            z_rows.stride(0),
             BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
     return z
 
 
 # specs/ops/elementwise.yaml: mul_weight
 @triton.jit
-def _mul_weight_kernel(
-    x,
-    w,
-    y,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _mul_weight_kernel(x, w, y, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iR * y_R + iH,
+        y + i_R * y_R + i_H,
         device.rounded(
-            tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-            * tl.load(w + iH, mask=inH, other=0).to(tl.float32),
+            tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
@@ -172,53 +134,32 @@ def mul_weight(x: Tensor, w: Tensor) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
         tile = split_tile(H)
-        _mul_weight_kernel[tile.grid(R, H)](
-            xRows,
-            w,
-            yRows,
-            H,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _mul_weight_kernel[tile.grid(R)](
+            x_rows, w, y_rows, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/elementwise.yaml: add_bias
 @triton.jit
-def _add_bias_kernel(
-    x,
-    bias,
-    y,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _add_bias_kernel(x, bias, y, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iR * y_R + iH,
+        y + i_R * y_R + i_H,
         device.rounded(
-            tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-            + tl.load(bias + iH, mask=inH, other=0).to(tl.float32),
+            tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
@@ -227,54 +168,32 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
         tile = split_tile(H)
-        _add_bias_kernel[tile.grid(R, H)](
-            xRows,
-            bias,
-            yRows,
-            H,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _add_bias_kernel[tile.grid(R)](
+            x_rows, bias, y_rows, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/elementwise.yaml: mul_rows
 @triton.jit
-def _mul_rows_kernel(
-    x,
-    gate,
-    y,
-    H,
-    R,
-    x_R,
-    gate_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _mul_rows_kernel(x, gate, y, H, R, x_R, gate_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iR * y_R + iH,
+        y + i_R * y_R + i_H,
         device.rounded(
-            tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-            * tl.load(gate + iR * gate_R, mask=isRow, other=0).to(tl.float32),
+            tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            * tl.load(gate + i_R * gate_R, mask=is_row, other=0).to(tl.float32),
             E,
         ),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
@@ -283,51 +202,38 @@ def mul_rows(x: Tensor, gate: Tensor) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    gateRows = gate.reshape(R, *gate.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    gate_rows = gate.reshape(R, *gate.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
         tile = split_tile(H)
-        _mul_rows_kernel[tile.grid(R, H)](
-            xRows,
-            gateRows,
-            yRows,
+        _mul_rows_kernel[tile.grid(R)](
+            x_rows,
+            gate_rows,
+            y_rows,
             H,
             R,
-            xRows.stride(0),
-            gateRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
+            x_rows.stride(0),
+            gate_rows.stride(0),
+            y_rows.stride(0),
             BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
     return y
 
 
 # specs/ops/elementwise.yaml: scale
 @triton.jit
-def _scale_kernel(
-    x,
-    y,
-    factor,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _scale_kernel(x, y, factor, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iR * y_R + iH,
-        device.rounded(tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32) * factor, E),
-        mask=isRow & inH,
+        y + i_R * y_R + i_H,
+        device.rounded(tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32) * factor, E),
+        mask=is_row & in_H,
     )
 
 
@@ -336,51 +242,30 @@ def scale(x: Tensor, *, factor: float) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
         tile = split_tile(H)
-        _scale_kernel[tile.grid(R, H)](
-            xRows,
-            yRows,
-            factor,
-            H,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _scale_kernel[tile.grid(R)](
+            x_rows, y_rows, factor, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/elementwise.yaml: soft_cap
 @triton.jit
-def _soft_cap_kernel(
-    x,
-    y,
-    cap,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _soft_cap_kernel(x, y, cap, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iR * y_R + iH,
+        y + i_R * y_R + i_H,
         device.rounded(
-            device.tanh(tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32) / cap) * cap, E
+            device.tanh(tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32) / cap) * cap, E
         ),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
@@ -389,56 +274,35 @@ def soft_cap(x: Tensor, *, cap: float) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
         tile = split_tile(H)
-        _soft_cap_kernel[tile.grid(R, H)](
-            xRows,
-            yRows,
-            cap,
-            H,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _soft_cap_kernel[tile.grid(R)](
+            x_rows, y_rows, cap, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/elementwise.yaml: clip
 @triton.jit
-def _clip_kernel(
-    x,
-    y,
-    limit,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+def _clip_kernel(x, y, limit, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iR * y_R + iH,
+        y + i_R * y_R + i_H,
         tl.maximum(
             tl.minimum(
-                tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32),
+                tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32),
                 limit,
                 propagate_nan=tl.PropagateNan.ALL,
             ),
             0.0 - limit,
             propagate_nan=tl.PropagateNan.ALL,
         ),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
@@ -447,22 +311,11 @@ def clip(x: Tensor, *, limit: float) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
         tile = split_tile(H)
-        _clip_kernel[tile.grid(R, H)](
-            xRows,
-            yRows,
-            limit,
-            H,
-            R,
-            xRows.stride(0),
-            yRows.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _clip_kernel[tile.grid(R)](
+            x_rows, y_rows, limit, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y

@@ -19,26 +19,16 @@ __all__ = [
 
 # specs/ops/embedding.yaml: embedding
 @triton.jit
-def _embedding_kernel(
-    ids,
-    table,
-    y,
-    T,
-    H,
-    table_V,
-    y_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iV = tl.load(ids + iT, mask=isRow, other=0).to(tl.int64)
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+def _embedding_kernel(ids, table, y, T, H, table_V, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_V = tl.load(ids + i_T, mask=is_row, other=0).to(tl.int64)
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iT * y_T + iH,
-        tl.load(table + iV * table_V + iH, mask=isRow & inH, other=0).to(tl.float32),
-        mask=isRow & inH,
+        y + i_T * y_T + i_H,
+        tl.load(table + i_V * table_V + i_H, mask=is_row & in_H, other=0).to(tl.float32),
+        mask=is_row & in_H,
     )
 
 
@@ -49,49 +39,26 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
     y = torch.empty(T, H, dtype=table.dtype, device=ids.device)
     if T > 0 and H > 0:
         tile = split_tile(H)
-        _embedding_kernel[tile.grid(T, H)](
-            ids,
-            table,
-            y,
-            T,
-            H,
-            table.stride(0),
-            y.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _embedding_kernel[tile.grid(T)](
+            ids, table, y, T, H, table.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/embedding.yaml: embedding_shard
 @triton.jit
-def _embedding_shard_kernel(
-    ids,
-    table,
-    y,
-    first,
-    T,
-    V,
-    H,
-    table_V,
-    y_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    row = tl.load(ids + iT, mask=isRow, other=0) - first
+def _embedding_shard_kernel(ids, table, y, first, T, V, H, table_V, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    row = tl.load(ids + i_T, mask=is_row, other=0) - first
     held = (row >= 0) & (row < V)
-    iV = tl.minimum(tl.maximum(row, 0), V - 1).to(tl.int64)
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_V = tl.minimum(tl.maximum(row, 0), V - 1).to(tl.int64)
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iT * y_T + iH,
-        tl.where(held, tl.load(table + iV * table_V + iH, mask=isRow & inH, other=0).to(tl.float32), 0),
-        mask=isRow & inH,
+        y + i_T * y_T + i_H,
+        tl.where(held, tl.load(table + i_V * table_V + i_H, mask=is_row & in_H, other=0).to(tl.float32), 0),
+        mask=is_row & in_H,
     )
 
 
@@ -103,48 +70,24 @@ def embedding_shard(ids: Tensor, table: Tensor, *, first: int) -> Tensor:
     y = torch.empty(T, H, dtype=table.dtype, device=ids.device)
     if T > 0 and H > 0:
         tile = split_tile(H)
-        _embedding_shard_kernel[tile.grid(T, H)](
-            ids,
-            table,
-            y,
-            first,
-            T,
-            V,
-            H,
-            table.stride(0),
-            y.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _embedding_shard_kernel[tile.grid(T)](
+            ids, table, y, first, T, V, H, table.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/embedding.yaml: position_embedding
 @triton.jit
-def _position_embedding_kernel(
-    pos,
-    table,
-    y,
-    offset,
-    T,
-    H,
-    table_P,
-    y_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iP = (tl.load(pos + iT, mask=isRow, other=0) + offset).to(tl.int64)
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+def _position_embedding_kernel(pos, table, y, offset, T, H, table_P, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_P = (tl.load(pos + i_T, mask=is_row, other=0) + offset).to(tl.int64)
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     tl.store(
-        y + iT * y_T + iH,
-        tl.load(table + iP * table_P + iH, mask=isRow & inH, other=0).to(tl.float32),
-        mask=isRow & inH,
+        y + i_T * y_T + i_H,
+        tl.load(table + i_P * table_P + i_H, mask=is_row & in_H, other=0).to(tl.float32),
+        mask=is_row & in_H,
     )
 
 
@@ -155,43 +98,25 @@ def position_embedding(pos: Tensor, table: Tensor, *, offset: int = 0) -> Tensor
     y = torch.empty(T, H, dtype=table.dtype, device=pos.device)
     if T > 0 and H > 0:
         tile = split_tile(H)
-        _position_embedding_kernel[tile.grid(T, H)](
-            pos,
-            table,
-            y,
-            offset,
-            T,
-            H,
-            table.stride(0),
-            y.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+        _position_embedding_kernel[tile.grid(T)](
+            pos, table, y, offset, T, H, table.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y
 
 
 # specs/ops/embedding.yaml: select_rows
 @triton.jit
-def _select_rows_kernel(
-    x,
-    rows,
-    y,
-    H,
-    S,
-    x_T,
-    y_S,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    iS = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iS < S
-    iT = tl.load(rows + iS, mask=isRow, other=0).to(tl.int64)
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    tl.store(y + iS * y_S + iH, tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32), mask=isRow & inH)
+def _select_rows_kernel(x, rows, y, H, S, x_T, y_S, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    i_S = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_S < S
+    i_T = tl.load(rows + i_S, mask=is_row, other=0).to(tl.int64)
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    tl.store(
+        y + i_S * y_S + i_H,
+        tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
+        mask=is_row & in_H,
+    )
 
 
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -201,18 +126,5 @@ def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     y = torch.empty(S, H, dtype=x.dtype, device=x.device)
     if S > 0 and H > 0:
         tile = split_tile(H)
-        _select_rows_kernel[tile.grid(S, H)](
-            x,
-            rows,
-            y,
-            H,
-            S,
-            x.stride(0),
-            y.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
-        )
+        _select_rows_kernel[tile.grid(S)](x, rows, y, H, S, x.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta)
     return y

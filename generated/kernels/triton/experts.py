@@ -365,30 +365,19 @@ def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = Non
 # specs/ops/experts.yaml: combine_experts
 @triton.jit
 def _combine_experts_kernel(
-    x,
-    weights,
-    y,
-    T,
-    A,
-    H,
-    x_T,
-    x_A,
-    weights_T,
-    y_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, weights, y, T, A, H, x_T, x_A, weights_T, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
     sumA = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iA in range(A):
-        sumA = sumA + tl.load(x + iT * x_T + iA * x_A + iH, mask=isRow & inH, other=0).to(tl.float32) * tl.load(
-            weights + iT * weights_T + iA, mask=isRow, other=0
+    for i_A in range(A):
+        sumA += tl.load(x + i_T * x_T + i_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32) * tl.load(
+            weights + i_T * weights_T + i_A, mask=is_row, other=0
         )
-    tl.store(y + iT * y_T + iH, device.rounded(sumA, E), mask=isRow & inH)
+    tl.store(y + i_T * y_T + i_H, device.rounded(sumA, E), mask=is_row & in_H)
 
 
 def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
@@ -399,7 +388,7 @@ def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
         tile = split_tile(H)
-        _combine_experts_kernel[tile.grid(T, H)](
+        _combine_experts_kernel[tile.grid(T)](
             x,
             weights,
             y,
@@ -410,10 +399,7 @@ def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
             x.stride(1),
             weights.stride(0),
             y.stride(0),
-            ROWS=tile.rows,
             BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
     return y

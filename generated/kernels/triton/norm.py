@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import LONGEST_TILE, long_tile, row_tile
+from .tiles import row_tile
 
 __all__ = [
     "fused_add_layer_norm",
@@ -28,65 +28,43 @@ __all__ = [
 
 # specs/ops/norm.yaml: rms_norm
 @triton.jit
-def _rms_norm_rows(
-    x,
-    w,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _rms_norm_rows(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
     n = device.rounded(xf * tl.rsqrt(ms + eps), E)
     tl.store(
-        y + iR * y_R + iH,
-        device.rounded(n * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E) if w is not None else n,
-        mask=isRow & inH,
+        y + i_R * y_R + i_H,
+        device.rounded(n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E) if w is not None else n,
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
-def _rms_norm_long(
-    x,
-    w,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _rms_norm_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-        msAll = msAll + tl.where(inH, xf * xf, 0.0)
-    ms = tl.sum(msAll, 1)[:, None] / H
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    ms_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        ms_acc += tl.where(in_H, xf * xf, 0.0)
+    ms = tl.sum(ms_acc, 1)[:, None] / H
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         n = device.rounded(xf * tl.rsqrt(ms + eps), E)
         tl.store(
-            y + iR * y_R + iH,
-            device.rounded(n * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E) if w is not None else n,
-            mask=isRow & inH,
+            y + i_R * y_R + i_H,
+            device.rounded(n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E) if w is not None else n,
+            mask=is_row & in_H,
         )
 
 
@@ -95,105 +73,54 @@ def rms_norm(x: Tensor, w: Tensor | None = None, *, eps: float = 1e-06) -> Tenso
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _rms_norm_rows[tile.grid(R, H)](
-                xRows,
-                w,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _rms_norm_long[tile.grid(R, H)](
-                xRows,
-                w,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _rms_norm_long if tile.is_looped else _rms_norm_rows
+        kernel[tile.grid(R)](
+            x_rows, w, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+        )
     return y
 
 
 # specs/ops/norm.yaml: rms_norm_wide
 @triton.jit
-def _rms_norm_wide_rows(
-    x,
-    w,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _rms_norm_wide_rows(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
     tl.store(
-        y + iR * y_R + iH,
-        device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E),
-        mask=isRow & inH,
+        y + i_R * y_R + i_H,
+        device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E),
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
-def _rms_norm_wide_long(
-    x,
-    w,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _rms_norm_wide_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-        msAll = msAll + tl.where(inH, xf * xf, 0.0)
-    ms = tl.sum(msAll, 1)[:, None] / H
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    ms_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        ms_acc += tl.where(in_H, xf * xf, 0.0)
+    ms = tl.sum(ms_acc, 1)[:, None] / H
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         tl.store(
-            y + iR * y_R + iH,
-            device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E),
-            mask=isRow & inH,
+            y + i_R * y_R + i_H,
+            device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E),
+            mask=is_row & in_H,
         )
 
 
@@ -202,105 +129,54 @@ def rms_norm_wide(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _rms_norm_wide_rows[tile.grid(R, H)](
-                xRows,
-                w,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _rms_norm_wide_long[tile.grid(R, H)](
-                xRows,
-                w,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _rms_norm_wide_long if tile.is_looped else _rms_norm_wide_rows
+        kernel[tile.grid(R)](
+            x_rows, w, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+        )
     return y
 
 
 # specs/ops/norm.yaml: rms_norm_1p
 @triton.jit
-def _rms_norm_1p_rows(
-    x,
-    w,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _rms_norm_1p_rows(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
     tl.store(
-        y + iR * y_R + iH,
-        device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + iH, mask=inH, other=0).to(tl.float32)), E),
-        mask=isRow & inH,
+        y + i_R * y_R + i_H,
+        device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)), E),
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
-def _rms_norm_1p_long(
-    x,
-    w,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _rms_norm_1p_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-        msAll = msAll + tl.where(inH, xf * xf, 0.0)
-    ms = tl.sum(msAll, 1)[:, None] / H
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    ms_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        ms_acc += tl.where(in_H, xf * xf, 0.0)
+    ms = tl.sum(ms_acc, 1)[:, None] / H
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         tl.store(
-            y + iR * y_R + iH,
-            device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + iH, mask=inH, other=0).to(tl.float32)), E),
-            mask=isRow & inH,
+            y + i_R * y_R + i_H,
+            device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)), E),
+            mask=is_row & in_H,
         )
 
 
@@ -309,122 +185,69 @@ def rms_norm_1p(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _rms_norm_1p_rows[tile.grid(R, H)](
-                xRows,
-                w,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _rms_norm_1p_long[tile.grid(R, H)](
-                xRows,
-                w,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _rms_norm_1p_long if tile.is_looped else _rms_norm_1p_rows
+        kernel[tile.grid(R)](
+            x_rows, w, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+        )
     return y
 
 
 # specs/ops/norm.yaml: layer_norm
 @triton.jit
-def _layer_norm_rows(
-    x,
-    w,
-    bias,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _layer_norm_rows(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-    meanH = tl.sum(tl.where(inH, xf, 0.0), 1)[:, None] / H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    meanH = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
     d = xf - meanH
-    meanHV = tl.sum(tl.where(inH, d * d, 0.0), 1)[:, None] / H
+    meanHV = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
     n = d * tl.rsqrt(meanHV + eps)
-    s = n * tl.load(w + iH, mask=inH, other=0).to(tl.float32) if w is not None else n
+    s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
     tl.store(
-        y + iR * y_R + iH,
-        device.rounded(s + tl.load(bias + iH, mask=inH, other=0).to(tl.float32) if bias is not None else s, E),
-        mask=isRow & inH,
+        y + i_R * y_R + i_H,
+        device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
-def _layer_norm_long(
-    x,
-    w,
-    bias,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _layer_norm_long(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    meanHAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-        meanHAll = meanHAll + tl.where(inH, xf, 0.0)
-    meanH = tl.sum(meanHAll, 1)[:, None] / H
-    meanHVAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    meanH_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        meanH_acc += tl.where(in_H, xf, 0.0)
+    meanH = tl.sum(meanH_acc, 1)[:, None] / H
+    meanHV_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         d = xf - meanH
-        meanHVAll = meanHVAll + tl.where(inH, d * d, 0.0)
-    meanHV = tl.sum(meanHVAll, 1)[:, None] / H
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
+        meanHV_acc += tl.where(in_H, d * d, 0.0)
+    meanHV = tl.sum(meanHV_acc, 1)[:, None] / H
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         d = xf - meanH
         n = d * tl.rsqrt(meanHV + eps)
-        s = n * tl.load(w + iH, mask=inH, other=0).to(tl.float32) if w is not None else n
+        s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
         tl.store(
-            y + iR * y_R + iH,
-            device.rounded(s + tl.load(bias + iH, mask=inH, other=0).to(tl.float32) if bias is not None else s, E),
-            mask=isRow & inH,
+            y + i_R * y_R + i_H,
+            device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
+            mask=is_row & in_H,
         )
 
 
@@ -433,134 +256,73 @@ def layer_norm(x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _layer_norm_rows[tile.grid(R, H)](
-                xRows,
-                w,
-                bias,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _layer_norm_long[tile.grid(R, H)](
-                xRows,
-                w,
-                bias,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _layer_norm_long if tile.is_looped else _layer_norm_rows
+        kernel[tile.grid(R)](
+            x_rows, w, bias, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+        )
     return y
 
 
 # specs/ops/norm.yaml: head_layer_norm
 @triton.jit
-def _head_layer_norm_rows(
-    x,
-    w,
-    y,
-    eps,
-    T,
-    N,
-    D,
-    x_T,
-    x_N,
-    w_N,
-    y_T,
-    y_N,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _head_layer_norm_rows(x, w, y, eps, T, N, D, x_T, x_N, w_N, y_T, y_N, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * N
-    iN = iRow % N
-    iT = iRow // N
-    iD = tl.arange(0, BLOCK_D)[None, :]
-    inD = iD < D
-    xf = tl.load(x + iT * x_T + iN * x_N + iD, mask=isRow & inD, other=0).to(tl.float32)
-    meanD = tl.sum(tl.where(inD, xf, 0.0), 1)[:, None] / D
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * N
+    i_N = row % N
+    i_T = row // N
+    i_D = tl.arange(0, BLOCK_D)[None, :]
+    in_D = i_D < D
+    xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
+    meanD = tl.sum(tl.where(in_D, xf, 0.0), 1)[:, None] / D
     d = xf - meanD
-    meanDV = tl.sum(tl.where(inD, d * d, 0.0), 1)[:, None] / D
+    meanDV = tl.sum(tl.where(in_D, d * d, 0.0), 1)[:, None] / D
     tl.store(
-        y + iT * y_T + iN * y_N + iD,
+        y + i_T * y_T + i_N * y_N + i_D,
         device.rounded(
-            d * tl.rsqrt(meanDV + eps) * tl.load(w + iN * w_N + iD, mask=isRow & inD, other=0).to(tl.float32), E
+            d * tl.rsqrt(meanDV + eps) * tl.load(w + i_N * w_N + i_D, mask=is_row & in_D, other=0).to(tl.float32), E
         ),
-        mask=isRow & inD,
+        mask=is_row & in_D,
     )
 
 
 @triton.jit
-def _head_layer_norm_long(
-    x,
-    w,
-    y,
-    eps,
-    T,
-    N,
-    D,
-    x_T,
-    x_N,
-    w_N,
-    y_T,
-    y_N,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _head_layer_norm_long(x, w, y, eps, T, N, D, x_T, x_N, w_N, y_T, y_N, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * N
-    iN = iRow % N
-    iT = iRow // N
-    meanDAll = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for iBlock in range(0, D, BLOCK_D):
-        iD = iBlock + tl.arange(0, BLOCK_D)[None, :]
-        inD = iD < D
-        xf = tl.load(x + iT * x_T + iN * x_N + iD, mask=isRow & inD, other=0).to(tl.float32)
-        meanDAll = meanDAll + tl.where(inD, xf, 0.0)
-    meanD = tl.sum(meanDAll, 1)[:, None] / D
-    meanDVAll = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for iBlock in range(0, D, BLOCK_D):
-        iD = iBlock + tl.arange(0, BLOCK_D)[None, :]
-        inD = iD < D
-        xf = tl.load(x + iT * x_T + iN * x_N + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * N
+    i_N = row % N
+    i_T = row // N
+    meanD_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        i_D = start + tl.arange(0, BLOCK_D)[None, :]
+        in_D = i_D < D
+        xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
+        meanD_acc += tl.where(in_D, xf, 0.0)
+    meanD = tl.sum(meanD_acc, 1)[:, None] / D
+    meanDV_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        i_D = start + tl.arange(0, BLOCK_D)[None, :]
+        in_D = i_D < D
+        xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
         d = xf - meanD
-        meanDVAll = meanDVAll + tl.where(inD, d * d, 0.0)
-    meanDV = tl.sum(meanDVAll, 1)[:, None] / D
-    for iBlock in range(0, D, BLOCK_D):
-        iD = iBlock + tl.arange(0, BLOCK_D)[None, :]
-        inD = iD < D
-        xf = tl.load(x + iT * x_T + iN * x_N + iD, mask=isRow & inD, other=0).to(tl.float32)
+        meanDV_acc += tl.where(in_D, d * d, 0.0)
+    meanDV = tl.sum(meanDV_acc, 1)[:, None] / D
+    for start in range(0, D, BLOCK_D):
+        i_D = start + tl.arange(0, BLOCK_D)[None, :]
+        in_D = i_D < D
+        xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
         d = xf - meanD
         tl.store(
-            y + iT * y_T + iN * y_N + iD,
+            y + i_T * y_T + i_N * y_N + i_D,
             device.rounded(
-                d * tl.rsqrt(meanDV + eps) * tl.load(w + iN * w_N + iD, mask=isRow & inD, other=0).to(tl.float32), E
+                d * tl.rsqrt(meanDV + eps) * tl.load(w + i_N * w_N + i_D, mask=is_row & in_D, other=0).to(tl.float32), E
             ),
-            mask=isRow & inD,
+            mask=is_row & in_D,
         )
 
 
@@ -571,125 +333,77 @@ def head_layer_norm(x: Tensor, w: Tensor, *, eps: float = 1e-05) -> Tensor:
     D = x.shape[2]
     y = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
     if T * N > 0 and D > 0:
-        if D <= LONGEST_TILE:
-            tile = row_tile(D)
-            _head_layer_norm_rows[tile.grid(T * N, D)](
-                x,
-                w,
-                y,
-                eps,
-                T,
-                N,
-                D,
-                x.stride(0),
-                x.stride(1),
-                w.stride(0),
-                y.stride(0),
-                y.stride(1),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(D)
-            _head_layer_norm_long[tile.grid(T * N, D)](
-                x,
-                w,
-                y,
-                eps,
-                T,
-                N,
-                D,
-                x.stride(0),
-                x.stride(1),
-                w.stride(0),
-                y.stride(0),
-                y.stride(1),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(D)
+        kernel = _head_layer_norm_long if tile.is_looped else _head_layer_norm_rows
+        kernel[tile.grid(T * N)](
+            x,
+            w,
+            y,
+            eps,
+            T,
+            N,
+            D,
+            x.stride(0),
+            x.stride(1),
+            w.stride(0),
+            y.stride(0),
+            y.stride(1),
+            BLOCK_D=tile.block,
+            **tile.meta,
+        )
     return y
 
 
 # specs/ops/norm.yaml: layer_norm_1p
 @triton.jit
-def _layer_norm_1p_rows(
-    x,
-    w,
-    bias,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _layer_norm_1p_rows(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-    meanH = tl.sum(tl.where(inH, xf, 0.0), 1)[:, None] / H
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    meanH = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
     d = xf - meanH
-    meanHV = tl.sum(tl.where(inH, d * d, 0.0), 1)[:, None] / H
-    s = d * tl.rsqrt(meanHV + eps) * (1.0 + tl.load(w + iH, mask=inH, other=0).to(tl.float32))
+    meanHV = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
+    s = d * tl.rsqrt(meanHV + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32))
     tl.store(
-        y + iR * y_R + iH,
-        device.rounded(s + tl.load(bias + iH, mask=inH, other=0).to(tl.float32) if bias is not None else s, E),
-        mask=isRow & inH,
+        y + i_R * y_R + i_H,
+        device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
-def _layer_norm_1p_long(
-    x,
-    w,
-    bias,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _layer_norm_1p_long(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    meanHAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-        meanHAll = meanHAll + tl.where(inH, xf, 0.0)
-    meanH = tl.sum(meanHAll, 1)[:, None] / H
-    meanHVAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    meanH_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        meanH_acc += tl.where(in_H, xf, 0.0)
+    meanH = tl.sum(meanH_acc, 1)[:, None] / H
+    meanHV_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         d = xf - meanH
-        meanHVAll = meanHVAll + tl.where(inH, d * d, 0.0)
-    meanHV = tl.sum(meanHVAll, 1)[:, None] / H
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
+        meanHV_acc += tl.where(in_H, d * d, 0.0)
+    meanHV = tl.sum(meanHV_acc, 1)[:, None] / H
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         d = xf - meanH
-        s = d * tl.rsqrt(meanHV + eps) * (1.0 + tl.load(w + iH, mask=inH, other=0).to(tl.float32))
+        s = d * tl.rsqrt(meanHV + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32))
         tl.store(
-            y + iR * y_R + iH,
-            device.rounded(s + tl.load(bias + iH, mask=inH, other=0).to(tl.float32) if bias is not None else s, E),
-            mask=isRow & inH,
+            y + i_R * y_R + i_H,
+            device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
+            mask=is_row & in_H,
         )
 
 
@@ -698,131 +412,74 @@ def layer_norm_1p(x: Tensor, w: Tensor, bias: Tensor | None = None, *, eps: floa
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _layer_norm_1p_rows[tile.grid(R, H)](
-                xRows,
-                w,
-                bias,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _layer_norm_1p_long[tile.grid(R, H)](
-                xRows,
-                w,
-                bias,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _layer_norm_1p_long if tile.is_looped else _layer_norm_1p_rows
+        kernel[tile.grid(R)](
+            x_rows, w, bias, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+        )
     return y
 
 
 # specs/ops/norm.yaml: fused_add_rms_norm
 @triton.jit
 def _fused_add_rms_norm_rows(
-    x,
-    residual,
-    w,
-    y,
-    h,
-    eps,
-    T,
-    H,
-    x_T,
-    residual_T,
-    y_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    hValue = device.rounded(
-        tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    h_value = device.rounded(
+        tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
         E,
     )
-    xf = hValue
-    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
-    tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    xf = h_value
+    ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
+    tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
     n = device.rounded(xf * tl.rsqrt(ms + eps), E)
     tl.store(
-        y + iT * y_T + iH,
-        device.rounded(n * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E) if w is not None else n,
-        mask=isRow & inH,
+        y + i_T * y_T + i_H,
+        device.rounded(n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E) if w is not None else n,
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
 def _fused_add_rms_norm_long(
-    x,
-    residual,
-    w,
-    y,
-    h,
-    eps,
-    T,
-    H,
-    x_T,
-    residual_T,
-    y_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = device.rounded(
-            tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-            + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    ms_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = device.rounded(
+            tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
             E,
         )
-        xf = hValue
-        msAll = msAll + tl.where(inH, xf * xf, 0.0)
-        tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
-    ms = tl.sum(msAll, 1)[:, None] / H
+        xf = h_value
+        ms_acc += tl.where(in_H, xf * xf, 0.0)
+        tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
+    ms = tl.sum(ms_acc, 1)[:, None] / H
     tl.debug_barrier()  # what other threads of the program have stored is read again
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        xf = hValue
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        xf = h_value
         n = device.rounded(xf * tl.rsqrt(ms + eps), E)
         tl.store(
-            y + iT * y_T + iH,
-            device.rounded(n * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E) if w is not None else n,
-            mask=isRow & inH,
+            y + i_T * y_T + i_H,
+            device.rounded(n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E) if w is not None else n,
+            mask=is_row & in_H,
         )
 
 
@@ -835,151 +492,99 @@ def fused_add_rms_norm(
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     h = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _fused_add_rms_norm_rows[tile.grid(T, H)](
-                x,
-                residual,
-                w,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                x.stride(0),
-                residual.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _fused_add_rms_norm_long[tile.grid(T, H)](
-                x,
-                residual,
-                w,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                x.stride(0),
-                residual.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _fused_add_rms_norm_long if tile.is_looped else _fused_add_rms_norm_rows
+        kernel[tile.grid(T)](
+            x,
+            residual,
+            w,
+            y,
+            h,
+            eps,
+            T,
+            H,
+            x.stride(0),
+            residual.stride(0),
+            y.stride(0),
+            h.stride(0),
+            BLOCK_H=tile.block,
+            **tile.meta,
+        )
     return y, h
 
 
 # specs/ops/norm.yaml: fused_add_layer_norm
 @triton.jit
 def _fused_add_layer_norm_rows(
-    x,
-    residual,
-    w,
-    bias,
-    y,
-    h,
-    eps,
-    T,
-    H,
-    x_T,
-    residual_T,
-    y_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, residual, w, bias, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    hValue = device.rounded(
-        tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    h_value = device.rounded(
+        tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
         E,
     )
-    xf = hValue
-    meanH = tl.sum(tl.where(inH, xf, 0.0), 1)[:, None] / H
-    tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    xf = h_value
+    meanH = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
+    tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
     d = xf - meanH
-    meanHV = tl.sum(tl.where(inH, d * d, 0.0), 1)[:, None] / H
+    meanHV = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
     n = d * tl.rsqrt(meanHV + eps)
-    s = n * tl.load(w + iH, mask=inH, other=0).to(tl.float32) if w is not None else n
+    s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
     tl.store(
-        y + iT * y_T + iH,
-        device.rounded(s + tl.load(bias + iH, mask=inH, other=0).to(tl.float32) if bias is not None else s, E),
-        mask=isRow & inH,
+        y + i_T * y_T + i_H,
+        device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
 def _fused_add_layer_norm_long(
-    x,
-    residual,
-    w,
-    bias,
-    y,
-    h,
-    eps,
-    T,
-    H,
-    x_T,
-    residual_T,
-    y_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, residual, w, bias, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    meanHAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = device.rounded(
-            tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-            + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    meanH_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = device.rounded(
+            tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
             E,
         )
-        xf = hValue
-        meanHAll = meanHAll + tl.where(inH, xf, 0.0)
-        tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
-    meanH = tl.sum(meanHAll, 1)[:, None] / H
+        xf = h_value
+        meanH_acc += tl.where(in_H, xf, 0.0)
+        tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
+    meanH = tl.sum(meanH_acc, 1)[:, None] / H
     tl.debug_barrier()  # what other threads of the program have stored is read again
-    meanHVAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        xf = hValue
+    meanHV_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        xf = h_value
         d = xf - meanH
-        meanHVAll = meanHVAll + tl.where(inH, d * d, 0.0)
-    meanHV = tl.sum(meanHVAll, 1)[:, None] / H
+        meanHV_acc += tl.where(in_H, d * d, 0.0)
+    meanHV = tl.sum(meanHV_acc, 1)[:, None] / H
     tl.debug_barrier()  # what other threads of the program have stored is read again
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        xf = hValue
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        xf = h_value
         d = xf - meanH
         n = d * tl.rsqrt(meanHV + eps)
-        s = n * tl.load(w + iH, mask=inH, other=0).to(tl.float32) if w is not None else n
+        s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
         tl.store(
-            y + iT * y_T + iH,
-            device.rounded(s + tl.load(bias + iH, mask=inH, other=0).to(tl.float32) if bias is not None else s, E),
-            mask=isRow & inH,
+            y + i_T * y_T + i_H,
+            device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
+            mask=is_row & in_H,
         )
 
 
@@ -992,134 +597,83 @@ def fused_add_layer_norm(
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     h = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _fused_add_layer_norm_rows[tile.grid(T, H)](
-                x,
-                residual,
-                w,
-                bias,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                x.stride(0),
-                residual.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _fused_add_layer_norm_long[tile.grid(T, H)](
-                x,
-                residual,
-                w,
-                bias,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                x.stride(0),
-                residual.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _fused_add_layer_norm_long if tile.is_looped else _fused_add_layer_norm_rows
+        kernel[tile.grid(T)](
+            x,
+            residual,
+            w,
+            bias,
+            y,
+            h,
+            eps,
+            T,
+            H,
+            x.stride(0),
+            residual.stride(0),
+            y.stride(0),
+            h.stride(0),
+            BLOCK_H=tile.block,
+            **tile.meta,
+        )
     return y, h
 
 
 # specs/ops/norm.yaml: fused_add_rms_norm_wide
 @triton.jit
 def _fused_add_rms_norm_wide_rows(
-    x,
-    residual,
-    w,
-    y,
-    h,
-    eps,
-    T,
-    H,
-    x_T,
-    residual_T,
-    y_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    hValue = device.rounded(
-        tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    h_value = device.rounded(
+        tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
         E,
     )
-    xf = hValue
-    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
-    tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    xf = h_value
+    ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
+    tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
     tl.store(
-        y + iT * y_T + iH,
-        device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E),
-        mask=isRow & inH,
+        y + i_T * y_T + i_H,
+        device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E),
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
 def _fused_add_rms_norm_wide_long(
-    x,
-    residual,
-    w,
-    y,
-    h,
-    eps,
-    T,
-    H,
-    x_T,
-    residual_T,
-    y_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = device.rounded(
-            tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-            + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    ms_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = device.rounded(
+            tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
             E,
         )
-        xf = hValue
-        msAll = msAll + tl.where(inH, xf * xf, 0.0)
-        tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
-    ms = tl.sum(msAll, 1)[:, None] / H
+        xf = h_value
+        ms_acc += tl.where(in_H, xf * xf, 0.0)
+        tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
+    ms = tl.sum(ms_acc, 1)[:, None] / H
     tl.debug_barrier()  # what other threads of the program have stored is read again
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        xf = hValue
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        xf = h_value
         tl.store(
-            y + iT * y_T + iH,
-            device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E),
-            mask=isRow & inH,
+            y + i_T * y_T + i_H,
+            device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E),
+            mask=is_row & in_H,
         )
 
 
@@ -1130,116 +684,72 @@ def fused_add_rms_norm_wide(x: Tensor, residual: Tensor, w: Tensor, *, eps: floa
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     h = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _fused_add_rms_norm_wide_rows[tile.grid(T, H)](
-                x,
-                residual,
-                w,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                x.stride(0),
-                residual.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _fused_add_rms_norm_wide_long[tile.grid(T, H)](
-                x,
-                residual,
-                w,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                x.stride(0),
-                residual.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _fused_add_rms_norm_wide_long if tile.is_looped else _fused_add_rms_norm_wide_rows
+        kernel[tile.grid(T)](
+            x,
+            residual,
+            w,
+            y,
+            h,
+            eps,
+            T,
+            H,
+            x.stride(0),
+            residual.stride(0),
+            y.stride(0),
+            h.stride(0),
+            BLOCK_H=tile.block,
+            **tile.meta,
+        )
     return y, h
 
 
 # specs/ops/norm.yaml: fused_rms_norm_wide_add
 @triton.jit
 def _fused_rms_norm_wide_add_rows(
-    residual,
-    x,
-    w,
-    h,
-    eps,
-    T,
-    H,
-    residual_T,
-    x_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    residual, x, w, h, eps, T, H, residual_T, x_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = residual.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
-    n = device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E)
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
+    n = device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E)
     tl.store(
-        h + iT * h_T + iH,
-        device.rounded(tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E),
-        mask=isRow & inH,
+        h + i_T * h_T + i_H,
+        device.rounded(tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32) + n, E),
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
 def _fused_rms_norm_wide_add_long(
-    residual,
-    x,
-    w,
-    h,
-    eps,
-    T,
-    H,
-    residual_T,
-    x_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    residual, x, w, h, eps, T, H, residual_T, x_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = residual.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        msAll = msAll + tl.where(inH, xf * xf, 0.0)
-    ms = tl.sum(msAll, 1)[:, None] / H
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        n = device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + iH, mask=inH, other=0).to(tl.float32), E)
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    ms_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        ms_acc += tl.where(in_H, xf * xf, 0.0)
+    ms = tl.sum(ms_acc, 1)[:, None] / H
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        n = device.rounded(xf * tl.rsqrt(ms + eps) * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32), E)
         tl.store(
-            h + iT * h_T + iH,
-            device.rounded(tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E),
-            mask=isRow & inH,
+            h + i_T * h_T + i_H,
+            device.rounded(
+                tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32) + n, E
+            ),
+            mask=is_row & in_H,
         )
 
 
@@ -1249,128 +759,69 @@ def fused_rms_norm_wide_add(residual: Tensor, x: Tensor, w: Tensor, *, eps: floa
     H = residual.shape[1]
     h = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
     if T > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _fused_rms_norm_wide_add_rows[tile.grid(T, H)](
-                residual,
-                x,
-                w,
-                h,
-                eps,
-                T,
-                H,
-                residual.stride(0),
-                x.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _fused_rms_norm_wide_add_long[tile.grid(T, H)](
-                residual,
-                x,
-                w,
-                h,
-                eps,
-                T,
-                H,
-                residual.stride(0),
-                x.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _fused_rms_norm_wide_add_long if tile.is_looped else _fused_rms_norm_wide_add_rows
+        kernel[tile.grid(T)](
+            residual, x, w, h, eps, T, H, residual.stride(0), x.stride(0), h.stride(0), BLOCK_H=tile.block, **tile.meta
+        )
     return h
 
 
 # specs/ops/norm.yaml: fused_add_rms_norm_1p
 @triton.jit
 def _fused_add_rms_norm_1p_rows(
-    x,
-    residual,
-    w,
-    y,
-    h,
-    eps,
-    T,
-    H,
-    x_T,
-    residual_T,
-    y_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    hValue = device.rounded(
-        tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    h_value = device.rounded(
+        tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
         E,
     )
-    xf = hValue
-    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
-    tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    xf = h_value
+    ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
+    tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
     tl.store(
-        y + iT * y_T + iH,
-        device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + iH, mask=inH, other=0).to(tl.float32)), E),
-        mask=isRow & inH,
+        y + i_T * y_T + i_H,
+        device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)), E),
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
 def _fused_add_rms_norm_1p_long(
-    x,
-    residual,
-    w,
-    y,
-    h,
-    eps,
-    T,
-    H,
-    x_T,
-    residual_T,
-    y_T,
-    h_T,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    x, residual, w, y, h, eps, T, H, x_T, residual_T, y_T, h_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = device.rounded(
-            tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-            + tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32),
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    ms_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = device.rounded(
+            tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            + tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
             E,
         )
-        xf = hValue
-        msAll = msAll + tl.where(inH, xf * xf, 0.0)
-        tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
-    ms = tl.sum(msAll, 1)[:, None] / H
+        xf = h_value
+        ms_acc += tl.where(in_H, xf * xf, 0.0)
+        tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
+    ms = tl.sum(ms_acc, 1)[:, None] / H
     tl.debug_barrier()  # what other threads of the program have stored is read again
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        xf = hValue
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        xf = h_value
         tl.store(
-            y + iT * y_T + iH,
-            device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + iH, mask=inH, other=0).to(tl.float32)), E),
-            mask=isRow & inH,
+            y + i_T * y_T + i_H,
+            device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32)), E),
+            mask=is_row & in_H,
         )
 
 
@@ -1381,48 +832,24 @@ def fused_add_rms_norm_1p(x: Tensor, residual: Tensor, w: Tensor, *, eps: float 
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     h = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _fused_add_rms_norm_1p_rows[tile.grid(T, H)](
-                x,
-                residual,
-                w,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                x.stride(0),
-                residual.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _fused_add_rms_norm_1p_long[tile.grid(T, H)](
-                x,
-                residual,
-                w,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                x.stride(0),
-                residual.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _fused_add_rms_norm_1p_long if tile.is_looped else _fused_add_rms_norm_1p_rows
+        kernel[tile.grid(T)](
+            x,
+            residual,
+            w,
+            y,
+            h,
+            eps,
+            T,
+            H,
+            x.stride(0),
+            residual.stride(0),
+            y.stride(0),
+            h.stride(0),
+            BLOCK_H=tile.block,
+            **tile.meta,
+        )
     return y, h
 
 
@@ -1446,23 +873,25 @@ def _fused_norm_add_norm_1p_rows(
     BLOCK_H: tl.constexpr,
 ):
     E: tl.constexpr = residual.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-    ms = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None] / H
-    n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + iH, mask=inH, other=0).to(tl.float32)), E)
-    hValue = device.rounded(tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E)
-    xfV2 = hValue
-    msV2 = tl.sum(tl.where(inH, xfV2 * xfV2, 0.0), 1)[:, None] / H
-    tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    ms = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None] / H
+    n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + i_H, mask=in_H, other=0).to(tl.float32)), E)
+    h_value = device.rounded(
+        tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32) + n, E
+    )
+    xfV2 = h_value
+    msV2 = tl.sum(tl.where(in_H, xfV2 * xfV2, 0.0), 1)[:, None] / H
+    tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
     tl.store(
-        y + iT * y_T + iH,
+        y + i_T * y_T + i_H,
         device.rounded(
-            xfV2 * tl.rsqrt(msV2 + eps) * (1.0 + tl.load(w_before + iH, mask=inH, other=0).to(tl.float32)), E
+            xfV2 * tl.rsqrt(msV2 + eps) * (1.0 + tl.load(w_before + i_H, mask=in_H, other=0).to(tl.float32)), E
         ),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
@@ -1485,40 +914,42 @@ def _fused_norm_add_norm_1p_long(
     BLOCK_H: tl.constexpr,
 ):
     E: tl.constexpr = residual.dtype.element_ty
-    iT = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iT < T
-    msAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        msAll = msAll + tl.where(inH, xf * xf, 0.0)
-    ms = tl.sum(msAll, 1)[:, None] / H
-    msV2All = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        n = device.rounded(xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + iH, mask=inH, other=0).to(tl.float32)), E)
-        hValue = device.rounded(
-            tl.load(residual + iT * residual_T + iH, mask=isRow & inH, other=0).to(tl.float32) + n, E
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    ms_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        ms_acc += tl.where(in_H, xf * xf, 0.0)
+    ms = tl.sum(ms_acc, 1)[:, None] / H
+    msV2_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        n = device.rounded(
+            xf * tl.rsqrt(ms + eps) * (1.0 + tl.load(w_after + i_H, mask=in_H, other=0).to(tl.float32)), E
         )
-        xfV2 = hValue
-        msV2All = msV2All + tl.where(inH, xfV2 * xfV2, 0.0)
-        tl.store(h + iT * h_T + iH, hValue, mask=isRow & inH)
-    msV2 = tl.sum(msV2All, 1)[:, None] / H
+        h_value = device.rounded(
+            tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32) + n, E
+        )
+        xfV2 = h_value
+        msV2_acc += tl.where(in_H, xfV2 * xfV2, 0.0)
+        tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
+    msV2 = tl.sum(msV2_acc, 1)[:, None] / H
     tl.debug_barrier()  # what other threads of the program have stored is read again
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        hValue = tl.load(h + iT * h_T + iH, mask=isRow & inH, other=0).to(tl.float32)
-        xfV2 = hValue
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        xfV2 = h_value
         tl.store(
-            y + iT * y_T + iH,
+            y + i_T * y_T + i_H,
             device.rounded(
-                xfV2 * tl.rsqrt(msV2 + eps) * (1.0 + tl.load(w_before + iH, mask=inH, other=0).to(tl.float32)), E
+                xfV2 * tl.rsqrt(msV2 + eps) * (1.0 + tl.load(w_before + i_H, mask=in_H, other=0).to(tl.float32)), E
             ),
-            mask=isRow & inH,
+            mask=is_row & in_H,
         )
 
 
@@ -1531,48 +962,23 @@ def fused_norm_add_norm_1p(
     y = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
     h = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
     if T > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _fused_norm_add_norm_1p_rows[tile.grid(T, H)](
-                residual,
-                x,
-                w_after,
-                w_before,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                residual.stride(0),
-                x.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _fused_norm_add_norm_1p_long[tile.grid(T, H)](
-                residual,
-                x,
-                w_after,
-                w_before,
-                y,
-                h,
-                eps,
-                T,
-                H,
-                residual.stride(0),
-                x.stride(0),
-                y.stride(0),
-                h.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _fused_norm_add_norm_1p_long if tile.is_looped else _fused_norm_add_norm_1p_rows
+        kernel[tile.grid(T)](
+            residual,
+            x,
+            w_after,
+            w_before,
+            y,
+            h,
+            eps,
+            T,
+            H,
+            residual.stride(0),
+            x.stride(0),
+            y.stride(0),
+            h.stride(0),
+            BLOCK_H=tile.block,
+            **tile.meta,
+        )
     return y, h

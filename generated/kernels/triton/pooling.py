@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import LONGEST_TILE, long_tile, row_tile, split_tile
+from .tiles import row_tile, split_tile
 
 __all__ = [
     "l2_norm",
@@ -19,23 +19,17 @@ __all__ = [
 
 # specs/ops/pooling.yaml: pool_first
 @triton.jit
-def _pool_first_kernel(
-    x,
-    q_start,
-    y,
-    H,
-    B,
-    x_T,
-    y_B,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    iB = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iB < B
-    iT = tl.load(q_start + iB, mask=isRow, other=0).to(tl.int64)
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    tl.store(y + iB * y_B + iH, tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32), mask=isRow & inH)
+def _pool_first_kernel(x, q_start, y, H, B, x_T, y_B, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    i_B = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_B < B
+    i_T = tl.load(q_start + i_B, mask=is_row, other=0).to(tl.int64)
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    tl.store(
+        y + i_B * y_B + i_H,
+        tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
+        mask=is_row & in_H,
+    )
 
 
 def pool_first(x: Tensor, q_start: Tensor) -> Tensor:
@@ -45,42 +39,23 @@ def pool_first(x: Tensor, q_start: Tensor) -> Tensor:
     y = torch.empty(B, H, dtype=x.dtype, device=x.device)
     if B > 0 and H > 0:
         tile = split_tile(H)
-        _pool_first_kernel[tile.grid(B, H)](
-            x,
-            q_start,
-            y,
-            H,
-            B,
-            x.stride(0),
-            y.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
-        )
+        _pool_first_kernel[tile.grid(B)](x, q_start, y, H, B, x.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta)
     return y
 
 
 # specs/ops/pooling.yaml: pool_last
 @triton.jit
-def _pool_last_kernel(
-    x,
-    q_start,
-    y,
-    H,
-    B,
-    x_T,
-    y_B,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    iB = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iB < B
-    iT = (tl.load(q_start + 1 + iB, mask=isRow, other=0) - 1).to(tl.int64)
-    iH = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    tl.store(y + iB * y_B + iH, tl.load(x + iT * x_T + iH, mask=isRow & inH, other=0).to(tl.float32), mask=isRow & inH)
+def _pool_last_kernel(x, q_start, y, H, B, x_T, y_B, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    i_B = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_B < B
+    i_T = (tl.load(q_start + 1 + i_B, mask=is_row, other=0) - 1).to(tl.int64)
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    tl.store(
+        y + i_B * y_B + i_H,
+        tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32),
+        mask=is_row & in_H,
+    )
 
 
 def pool_last(x: Tensor, q_start: Tensor) -> Tensor:
@@ -90,82 +65,49 @@ def pool_last(x: Tensor, q_start: Tensor) -> Tensor:
     y = torch.empty(B, H, dtype=x.dtype, device=x.device)
     if B > 0 and H > 0:
         tile = split_tile(H)
-        _pool_last_kernel[tile.grid(B, H)](
-            x,
-            q_start,
-            y,
-            H,
-            B,
-            x.stride(0),
-            y.stride(0),
-            ROWS=tile.rows,
-            BLOCK_H=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
-        )
+        _pool_last_kernel[tile.grid(B)](x, q_start, y, H, B, x.stride(0), y.stride(0), BLOCK_H=tile.block, **tile.meta)
     return y
 
 
 # specs/ops/pooling.yaml: l2_norm
 @triton.jit
-def _l2_norm_rows(
-    x,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _l2_norm_rows(x, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    iH = tl.arange(0, BLOCK_H)[None, :]
-    inH = iH < H
-    xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-    sumH = tl.sum(tl.where(inH, xf * xf, 0.0), 1)[:, None]
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    i_H = tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    sumH = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None]
     length = tl.sqrt(sumH)
     tl.store(
-        y + iR * y_R + iH,
+        y + i_R * y_R + i_H,
         device.rounded(xf / tl.maximum(length, eps, propagate_nan=tl.PropagateNan.ALL), E),
-        mask=isRow & inH,
+        mask=is_row & in_H,
     )
 
 
 @triton.jit
-def _l2_norm_long(
-    x,
-    y,
-    eps,
-    H,
-    R,
-    x_R,
-    y_R,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _l2_norm_long(x, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     E: tl.constexpr = x.dtype.element_ty
-    iR = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iR < R
-    sumHAll = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
-        sumHAll = sumHAll + tl.where(inH, xf * xf, 0.0)
-    sumH = tl.sum(sumHAll, 1)[:, None]
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    sumH_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+        sumH_acc += tl.where(in_H, xf * xf, 0.0)
+    sumH = tl.sum(sumH_acc, 1)[:, None]
     length = tl.sqrt(sumH)
-    for iBlock in range(0, H, BLOCK_H):
-        iH = iBlock + tl.arange(0, BLOCK_H)[None, :]
-        inH = iH < H
-        xf = tl.load(x + iR * x_R + iH, mask=isRow & inH, other=0).to(tl.float32)
+    for start in range(0, H, BLOCK_H):
+        i_H = start + tl.arange(0, BLOCK_H)[None, :]
+        in_H = i_H < H
+        xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         tl.store(
-            y + iR * y_R + iH,
+            y + i_R * y_R + i_H,
             device.rounded(xf / tl.maximum(length, eps, propagate_nan=tl.PropagateNan.ALL), E),
-            mask=isRow & inH,
+            mask=is_row & in_H,
         )
 
 
@@ -174,39 +116,12 @@ def l2_norm(x: Tensor, *, eps: float = 1e-12) -> Tensor:
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
-    xRows = x.reshape(R, *x.shape[-1:])
-    yRows = y.reshape(R, *y.shape[-1:])
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
     if R > 0 and H > 0:
-        if H <= LONGEST_TILE:
-            tile = row_tile(H)
-            _l2_norm_rows[tile.grid(R, H)](
-                xRows,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(H)
-            _l2_norm_long[tile.grid(R, H)](
-                xRows,
-                yRows,
-                eps,
-                H,
-                R,
-                xRows.stride(0),
-                yRows.stride(0),
-                ROWS=tile.rows,
-                BLOCK_H=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+        tile = row_tile(H)
+        kernel = _l2_norm_long if tile.is_looped else _l2_norm_rows
+        kernel[tile.grid(R)](
+            x_rows, y_rows, eps, H, R, x_rows.stride(0), y_rows.stride(0), BLOCK_H=tile.block, **tile.meta
+        )
     return y

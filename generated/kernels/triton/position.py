@@ -39,25 +39,25 @@ def _rope_kernel(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * N
-    iN = iRow % N
-    iT = iRow // N
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    c = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    s = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
-    a = tl.load(x + iT * x_T + iN * x_N + iDr, mask=isRow & inDr, other=0).to(tl.float32)
-    b = tl.load(x + iT * x_T + iN * x_N + Dr // 2 + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * N
+    i_N = row % N
+    i_T = row // N
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    a = tl.load(x + i_T * x_T + i_N * x_N + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    b = tl.load(x + i_T * x_T + i_N * x_N + Dr // 2 + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
     y1 = device.rounded(a * c - b * s, E)
     y2 = device.rounded(b * c + a * s, E)
-    tl.store(y + iT * y_T + iN * y_N + iDr, y1, mask=isRow & inDr)
-    tl.store(y + iT * y_T + iN * y_N + Dr // 2 + iDr, y2, mask=isRow & inDr)
-    iDDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
-    same = tl.load(x + iT * x_T + iN * x_N + Dr + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
-    tl.store(y + iT * y_T + iN * y_N + Dr + iDDr, same, mask=isRow & inDDr)
+    tl.store(y + i_T * y_T + i_N * y_N + i_Dr, y1, mask=is_row & in_Dr)
+    tl.store(y + i_T * y_T + i_N * y_N + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
+    i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
+    same = tl.load(x + i_T * x_T + i_N * x_N + Dr + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
+    tl.store(y + i_T * y_T + i_N * y_N + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 def rope(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,9 +67,10 @@ def rope(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     D = x.shape[2]
     Dr = 2 * cos.shape[1]
     y = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
-    if T * N > 0 and max(Dr // 2, D - Dr) > 0:
-        tile = split_tile(max(Dr // 2, D - Dr))
-        _rope_kernel[tile.grid(T * N, max(Dr // 2, D - Dr))](
+    columns = max(Dr // 2, D - Dr)
+    if T * N > 0 and columns > 0:
+        tile = split_tile(columns)
+        _rope_kernel[tile.grid(T * N)](
             x,
             pos,
             cos,
@@ -85,12 +86,9 @@ def rope(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             sin.stride(0),
             y.stride(0),
             y.stride(1),
-            ROWS=tile.rows,
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
     return y
 
@@ -118,25 +116,25 @@ def _rope_interleaved_kernel(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = x.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * N
-    iN = iRow % N
-    iT = iRow // N
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    c = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    s = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
-    a = tl.load(x + iT * x_T + iN * x_N + 2 * iDr, mask=isRow & inDr, other=0).to(tl.float32)
-    b = tl.load(x + iT * x_T + iN * x_N + 1 + 2 * iDr, mask=isRow & inDr, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * N
+    i_N = row % N
+    i_T = row // N
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    a = tl.load(x + i_T * x_T + i_N * x_N + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    b = tl.load(x + i_T * x_T + i_N * x_N + 1 + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
     y1 = device.rounded(a * c - b * s, E)
     y2 = device.rounded(b * c + a * s, E)
-    tl.store(y + iT * y_T + iN * y_N + 2 * iDr, y1, mask=isRow & inDr)
-    tl.store(y + iT * y_T + iN * y_N + 1 + 2 * iDr, y2, mask=isRow & inDr)
-    iDDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
-    same = tl.load(x + iT * x_T + iN * x_N + Dr + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
-    tl.store(y + iT * y_T + iN * y_N + Dr + iDDr, same, mask=isRow & inDDr)
+    tl.store(y + i_T * y_T + i_N * y_N + 2 * i_Dr, y1, mask=is_row & in_Dr)
+    tl.store(y + i_T * y_T + i_N * y_N + 1 + 2 * i_Dr, y2, mask=is_row & in_Dr)
+    i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
+    same = tl.load(x + i_T * x_T + i_N * x_N + Dr + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
+    tl.store(y + i_T * y_T + i_N * y_N + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -146,9 +144,10 @@ def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor
     D = x.shape[2]
     Dr = 2 * cos.shape[1]
     y = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
-    if T * N > 0 and max(Dr // 2, D - Dr) > 0:
-        tile = split_tile(max(Dr // 2, D - Dr))
-        _rope_interleaved_kernel[tile.grid(T * N, max(Dr // 2, D - Dr))](
+    columns = max(Dr // 2, D - Dr)
+    if T * N > 0 and columns > 0:
+        tile = split_tile(columns)
+        _rope_interleaved_kernel[tile.grid(T * N)](
             x,
             pos,
             cos,
@@ -164,11 +163,8 @@ def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor
             sin.stride(0),
             y.stride(0),
             y.stride(1),
-            ROWS=tile.rows,
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
     return y

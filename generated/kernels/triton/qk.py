@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import LONGEST_TILE, long_tile, row_tile, split_tile
+from .tiles import row_tile, split_tile
 
 __all__ = [
     "qk_norm_1p_rope_kv_store",
@@ -40,25 +40,25 @@ def _qk_rope_kv_store_kernel(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nq
-    iNq = iRow % Nq
-    iT = iRow // Nq
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    c = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    s = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
-    a = tl.load(qkv + iT * qkv_T + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
-    b = tl.load(qkv + iT * qkv_T + Dr // 2 + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nq
+    i_Nq = row % Nq
+    i_T = row // Nq
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    a = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    b = tl.load(qkv + i_T * qkv_T + Dr // 2 + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
     y1 = device.rounded(a * c - b * s, E)
     y2 = device.rounded(b * c + a * s, E)
-    tl.store(q + iT * q_T + iNq * q_Nq + iDr, y1, mask=isRow & inDr)
-    tl.store(q + iT * q_T + iNq * q_Nq + Dr // 2 + iDr, y2, mask=isRow & inDr)
-    iDDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
-    same = tl.load(qkv + iT * qkv_T + Dr + D * iNq + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
-    tl.store(q + iT * q_T + iNq * q_Nq + Dr + iDDr, same, mask=isRow & inDDr)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + i_Dr, y1, mask=is_row & in_Dr)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
+    i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
+    same = tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -91,31 +91,33 @@ def _qk_rope_kv_store_kernel1(
     BLOCK_D: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nkv
-    iNkv = iRow % Nkv
-    iT = iRow // Nkv
-    iPG = (tl.load(slots + iT, mask=isRow, other=0) // BS).to(tl.int64)
-    iBS = (tl.load(slots + iT, mask=isRow, other=0) % BS).to(tl.int64)
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    cV2 = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    sV2 = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
-    aV2 = tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iDr, mask=isRow & inDr, other=0).to(tl.float32)
-    bV2 = tl.load(qkv + iT * qkv_T + (2 * D * Nq + Dr) // 2 + D * iNkv + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nkv
+    i_Nkv = row % Nkv
+    i_T = row // Nkv
+    i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
+    i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    aV2 = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    bV2 = tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
+        tl.float32
+    )
     y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
     y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + iDr, y1V2, mask=isRow & inDr)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr // 2 + iDr, y2V2, mask=isRow & inDr)
-    iDDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
-    sameV2 = tl.load(qkv + iT * qkv_T + D * Nq + Dr + D * iNkv + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr + iDDr, sameV2, mask=isRow & inDDr)
-    iD = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    inD = iD < D
-    v = tl.load(qkv + iT * qkv_T + D * (Nkv + Nq) + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
-    tl.store(v_out + iPG * v_out_PG + iBS * v_out_BS + iNkv * v_out_Nkv + iD, v, mask=isRow & inD)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr)
+    i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
+    sameV2 = tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr)
+    i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    in_D = i_D < D
+    v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
+    tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
 
 
 def qk_rope_kv_store(
@@ -138,9 +140,10 @@ def qk_rope_kv_store(
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
-    if T * Nq > 0 and max(Dr // 2, D - Dr) > 0:
-        tile = split_tile(max(Dr // 2, D - Dr))
-        _qk_rope_kv_store_kernel[tile.grid(T * Nq, max(Dr // 2, D - Dr))](
+    columns = max(Dr // 2, D - Dr)
+    if T * Nq > 0 and columns > 0:
+        tile = split_tile(columns)
+        _qk_rope_kv_store_kernel[tile.grid(T * Nq)](
             qkv,
             pos,
             cos,
@@ -155,16 +158,14 @@ def qk_rope_kv_store(
             sin.stride(0),
             q.stride(0),
             q.stride(1),
-            ROWS=tile.rows,
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
-    if T * Nkv > 0 and max(Dr // 2, D - Dr, D) > 0:
-        tile = split_tile(max(Dr // 2, D - Dr, D))
-        _qk_rope_kv_store_kernel1[tile.grid(T * Nkv, max(Dr // 2, D - Dr, D))](
+    columns = max(Dr // 2, D - Dr, D)
+    if T * Nkv > 0 and columns > 0:
+        tile = split_tile(columns)
+        _qk_rope_kv_store_kernel1[tile.grid(T * Nkv)](
             qkv,
             pos,
             cos,
@@ -187,13 +188,10 @@ def qk_rope_kv_store(
             v_out.stride(0),
             v_out.stride(1),
             v_out.stride(2),
-            ROWS=tile.rows,
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
             BLOCK_D=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
     return q, k_out, v_out
 
@@ -220,25 +218,25 @@ def _qk_rope_interleaved_kv_store_kernel(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nq
-    iNq = iRow % Nq
-    iT = iRow // Nq
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    c = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    s = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
-    a = tl.load(qkv + iT * qkv_T + D * iNq + 2 * iDr, mask=isRow & inDr, other=0).to(tl.float32)
-    b = tl.load(qkv + iT * qkv_T + 1 + D * iNq + 2 * iDr, mask=isRow & inDr, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nq
+    i_Nq = row % Nq
+    i_T = row // Nq
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    a = tl.load(qkv + i_T * qkv_T + D * i_Nq + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    b = tl.load(qkv + i_T * qkv_T + 1 + D * i_Nq + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
     y1 = device.rounded(a * c - b * s, E)
     y2 = device.rounded(b * c + a * s, E)
-    tl.store(q + iT * q_T + iNq * q_Nq + 2 * iDr, y1, mask=isRow & inDr)
-    tl.store(q + iT * q_T + iNq * q_Nq + 1 + 2 * iDr, y2, mask=isRow & inDr)
-    iDDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
-    same = tl.load(qkv + iT * qkv_T + Dr + D * iNq + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
-    tl.store(q + iT * q_T + iNq * q_Nq + Dr + iDDr, same, mask=isRow & inDDr)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + 2 * i_Dr, y1, mask=is_row & in_Dr)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + 1 + 2 * i_Dr, y2, mask=is_row & in_Dr)
+    i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
+    same = tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -271,31 +269,31 @@ def _qk_rope_interleaved_kv_store_kernel1(
     BLOCK_D: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nkv
-    iNkv = iRow % Nkv
-    iT = iRow // Nkv
-    iPG = (tl.load(slots + iT, mask=isRow, other=0) // BS).to(tl.int64)
-    iBS = (tl.load(slots + iT, mask=isRow, other=0) % BS).to(tl.int64)
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    cV2 = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    sV2 = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
-    aV2 = tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + 2 * iDr, mask=isRow & inDr, other=0).to(tl.float32)
-    bV2 = tl.load(qkv + iT * qkv_T + D * Nq + 1 + D * iNkv + 2 * iDr, mask=isRow & inDr, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nkv
+    i_Nkv = row % Nkv
+    i_T = row // Nkv
+    i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
+    i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    aV2 = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    bV2 = tl.load(qkv + i_T * qkv_T + D * Nq + 1 + D * i_Nkv + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
     y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
     y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + 2 * iDr, y1V2, mask=isRow & inDr)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + 1 + 2 * iDr, y2V2, mask=isRow & inDr)
-    iDDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
-    sameV2 = tl.load(qkv + iT * qkv_T + D * Nq + Dr + D * iNkv + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr + iDDr, sameV2, mask=isRow & inDDr)
-    iD = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    inD = iD < D
-    v = tl.load(qkv + iT * qkv_T + D * (Nkv + Nq) + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
-    tl.store(v_out + iPG * v_out_PG + iBS * v_out_BS + iNkv * v_out_Nkv + iD, v, mask=isRow & inD)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 2 * i_Dr, y1V2, mask=is_row & in_Dr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 1 + 2 * i_Dr, y2V2, mask=is_row & in_Dr)
+    i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
+    sameV2 = tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr)
+    i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    in_D = i_D < D
+    v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
+    tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
 
 
 def qk_rope_interleaved_kv_store(
@@ -318,9 +316,10 @@ def qk_rope_interleaved_kv_store(
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
-    if T * Nq > 0 and max(Dr // 2, D - Dr) > 0:
-        tile = split_tile(max(Dr // 2, D - Dr))
-        _qk_rope_interleaved_kv_store_kernel[tile.grid(T * Nq, max(Dr // 2, D - Dr))](
+    columns = max(Dr // 2, D - Dr)
+    if T * Nq > 0 and columns > 0:
+        tile = split_tile(columns)
+        _qk_rope_interleaved_kv_store_kernel[tile.grid(T * Nq)](
             qkv,
             pos,
             cos,
@@ -335,16 +334,14 @@ def qk_rope_interleaved_kv_store(
             sin.stride(0),
             q.stride(0),
             q.stride(1),
-            ROWS=tile.rows,
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
-    if T * Nkv > 0 and max(Dr // 2, D - Dr, D) > 0:
-        tile = split_tile(max(Dr // 2, D - Dr, D))
-        _qk_rope_interleaved_kv_store_kernel1[tile.grid(T * Nkv, max(Dr // 2, D - Dr, D))](
+    columns = max(Dr // 2, D - Dr, D)
+    if T * Nkv > 0 and columns > 0:
+        tile = split_tile(columns)
+        _qk_rope_interleaved_kv_store_kernel1[tile.grid(T * Nkv)](
             qkv,
             pos,
             cos,
@@ -367,13 +364,10 @@ def qk_rope_interleaved_kv_store(
             v_out.stride(0),
             v_out.stride(1),
             v_out.stride(2),
-            ROWS=tile.rows,
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
             BLOCK_D=tile.block,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
+            **tile.meta,
         )
     return q, k_out, v_out
 
@@ -403,52 +397,54 @@ def _qk_norm_rope_kv_store_rows(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nq
-    iNq = iRow % Nq
-    iT = iRow // Nq
-    iD = tl.arange(0, BLOCK_D)[None, :]
-    inD = iD < D
-    qh = tl.load(qkv + iT * qkv_T + D * iNq + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nq
+    i_Nq = row % Nq
+    i_T = row // Nq
+    i_D = tl.arange(0, BLOCK_D)[None, :]
+    in_D = i_D < D
+    qh = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_D, mask=is_row & in_D, other=0).to(tl.float32)
     xf = qh
-    ms = tl.sum(tl.where(inD, xf * xf, 0.0), 1)[:, None] / D
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    c = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    s = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
+    ms = tl.sum(tl.where(in_D, xf * xf, 0.0), 1)[:, None] / D
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
     a = device.rounded(
         device.rounded(
-            tl.load(qkv + iT * qkv_T + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32) * tl.rsqrt(ms + eps), E
+            tl.load(qkv + i_T * qkv_T + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+            * tl.rsqrt(ms + eps),
+            E,
         )
-        * tl.load(q_norm + iDr, mask=inDr, other=0).to(tl.float32),
+        * tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
         E,
     )
     b = device.rounded(
         device.rounded(
-            tl.load(qkv + iT * qkv_T + Dr // 2 + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + Dr // 2 + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
             * tl.rsqrt(ms + eps),
             E,
         )
-        * tl.load(q_norm + Dr // 2 + iDr, mask=inDr, other=0).to(tl.float32),
+        * tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
         E,
     )
     y1 = device.rounded(a * c - b * s, E)
     y2 = device.rounded(b * c + a * s, E)
-    tl.store(q + iT * q_T + iNq * q_Nq + iDr, y1, mask=isRow & inDr)
-    tl.store(q + iT * q_T + iNq * q_Nq + Dr // 2 + iDr, y2, mask=isRow & inDr)
-    iDDr = tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + i_Dr, y1, mask=is_row & in_Dr)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
+    i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
     same = device.rounded(
         device.rounded(
-            tl.load(qkv + iT * qkv_T + Dr + D * iNq + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
             * tl.rsqrt(ms + eps),
             E,
         )
-        * tl.load(q_norm + Dr + iDDr, mask=inDDr, other=0).to(tl.float32),
+        * tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
         E,
     )
-    tl.store(q + iT * q_T + iNq * q_Nq + Dr + iDDr, same, mask=isRow & inDDr)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -475,59 +471,59 @@ def _qk_norm_rope_kv_store_long(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nq
-    iNq = iRow % Nq
-    iT = iRow // Nq
-    msAll = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for iBlock in range(0, D, BLOCK_D):
-        iD = iBlock + tl.arange(0, BLOCK_D)[None, :]
-        inD = iD < D
-        qh = tl.load(qkv + iT * qkv_T + D * iNq + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nq
+    i_Nq = row % Nq
+    i_T = row // Nq
+    ms_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        i_D = start + tl.arange(0, BLOCK_D)[None, :]
+        in_D = i_D < D
+        qh = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_D, mask=is_row & in_D, other=0).to(tl.float32)
         xf = qh
-        msAll = msAll + tl.where(inD, xf * xf, 0.0)
-    ms = tl.sum(msAll, 1)[:, None] / D
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    for iBlock in range(0, Dr // 2, BLOCK_Dr):
-        iDr = iBlock + tl.arange(0, BLOCK_Dr)[None, :]
-        inDr = iDr < Dr // 2
-        c = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-        s = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
+        ms_acc += tl.where(in_D, xf * xf, 0.0)
+    ms = tl.sum(ms_acc, 1)[:, None] / D
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    for start in range(0, Dr // 2, BLOCK_Dr):
+        i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
+        in_Dr = i_Dr < Dr // 2
+        c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+        s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
         a = device.rounded(
             device.rounded(
-                tl.load(qkv + iT * qkv_T + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+                tl.load(qkv + i_T * qkv_T + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
                 * tl.rsqrt(ms + eps),
                 E,
             )
-            * tl.load(q_norm + iDr, mask=inDr, other=0).to(tl.float32),
+            * tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
             E,
         )
         b = device.rounded(
             device.rounded(
-                tl.load(qkv + iT * qkv_T + Dr // 2 + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+                tl.load(qkv + i_T * qkv_T + Dr // 2 + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
                 * tl.rsqrt(ms + eps),
                 E,
             )
-            * tl.load(q_norm + Dr // 2 + iDr, mask=inDr, other=0).to(tl.float32),
+            * tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
             E,
         )
         y1 = device.rounded(a * c - b * s, E)
         y2 = device.rounded(b * c + a * s, E)
-        tl.store(q + iT * q_T + iNq * q_Nq + iDr, y1, mask=isRow & inDr)
-        tl.store(q + iT * q_T + iNq * q_Nq + Dr // 2 + iDr, y2, mask=isRow & inDr)
-    for iBlock in range(0, D - Dr, BLOCK_DDr):
-        iDDr = iBlock + tl.arange(0, BLOCK_DDr)[None, :]
-        inDDr = iDDr < D - Dr
+        tl.store(q + i_T * q_T + i_Nq * q_Nq + i_Dr, y1, mask=is_row & in_Dr)
+        tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
+    for start in range(0, D - Dr, BLOCK_DDr):
+        i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
+        in_DDr = i_DDr < D - Dr
         same = device.rounded(
             device.rounded(
-                tl.load(qkv + iT * qkv_T + Dr + D * iNq + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
+                tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
                 * tl.rsqrt(ms + eps),
                 E,
             )
-            * tl.load(q_norm + Dr + iDDr, mask=inDDr, other=0).to(tl.float32),
+            * tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
             E,
         )
-        tl.store(q + iT * q_T + iNq * q_Nq + Dr + iDDr, same, mask=isRow & inDDr)
+        tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -562,60 +558,60 @@ def _qk_norm_rope_kv_store_rows1(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nkv
-    iNkv = iRow % Nkv
-    iT = iRow // Nkv
-    iPG = (tl.load(slots + iT, mask=isRow, other=0) // BS).to(tl.int64)
-    iBS = (tl.load(slots + iT, mask=isRow, other=0) % BS).to(tl.int64)
-    iD = tl.arange(0, BLOCK_D)[None, :]
-    inD = iD < D
-    kh = tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nkv
+    i_Nkv = row % Nkv
+    i_T = row // Nkv
+    i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
+    i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
+    i_D = tl.arange(0, BLOCK_D)[None, :]
+    in_D = i_D < D
+    kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
     xfV2 = kh
-    msV2 = tl.sum(tl.where(inD, xfV2 * xfV2, 0.0), 1)[:, None] / D
-    v = tl.load(qkv + iT * qkv_T + D * (Nkv + Nq) + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
-    tl.store(v_out + iPG * v_out_PG + iBS * v_out_BS + iNkv * v_out_Nkv + iD, v, mask=isRow & inD)
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    cV2 = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    sV2 = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
+    msV2 = tl.sum(tl.where(in_D, xfV2 * xfV2, 0.0), 1)[:, None] / D
+    v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
+    tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
     aV2 = device.rounded(
         device.rounded(
-            tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
             * tl.rsqrt(msV2 + eps),
             E,
         )
-        * tl.load(k_norm + iDr, mask=inDr, other=0).to(tl.float32),
+        * tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
         E,
     )
     bV2 = device.rounded(
         device.rounded(
-            tl.load(qkv + iT * qkv_T + (2 * D * Nq + Dr) // 2 + D * iNkv + iDr, mask=isRow & inDr, other=0).to(
+            tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
                 tl.float32
             )
             * tl.rsqrt(msV2 + eps),
             E,
         )
-        * tl.load(k_norm + Dr // 2 + iDr, mask=inDr, other=0).to(tl.float32),
+        * tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
         E,
     )
     y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
     y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + iDr, y1V2, mask=isRow & inDr)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr // 2 + iDr, y2V2, mask=isRow & inDr)
-    iDDr = tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr)
+    i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
     sameV2 = device.rounded(
         device.rounded(
-            tl.load(qkv + iT * qkv_T + D * Nq + Dr + D * iNkv + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
             * tl.rsqrt(msV2 + eps),
             E,
         )
-        * tl.load(k_norm + Dr + iDDr, mask=inDDr, other=0).to(tl.float32),
+        * tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
         E,
     )
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr + iDDr, sameV2, mask=isRow & inDDr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -650,65 +646,71 @@ def _qk_norm_rope_kv_store_long1(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nkv
-    iNkv = iRow % Nkv
-    iT = iRow // Nkv
-    iPG = (tl.load(slots + iT, mask=isRow, other=0) // BS).to(tl.int64)
-    iBS = (tl.load(slots + iT, mask=isRow, other=0) % BS).to(tl.int64)
-    msV2All = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for iBlock in range(0, D, BLOCK_D):
-        iD = iBlock + tl.arange(0, BLOCK_D)[None, :]
-        inD = iD < D
-        kh = tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nkv
+    i_Nkv = row % Nkv
+    i_T = row // Nkv
+    i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
+    i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
+    msV2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        i_D = start + tl.arange(0, BLOCK_D)[None, :]
+        in_D = i_D < D
+        kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
         xfV2 = kh
-        msV2All = msV2All + tl.where(inD, xfV2 * xfV2, 0.0)
-        v = tl.load(qkv + iT * qkv_T + D * (Nkv + Nq) + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
-        tl.store(v_out + iPG * v_out_PG + iBS * v_out_BS + iNkv * v_out_Nkv + iD, v, mask=isRow & inD)
-    msV2 = tl.sum(msV2All, 1)[:, None] / D
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    for iBlock in range(0, Dr // 2, BLOCK_Dr):
-        iDr = iBlock + tl.arange(0, BLOCK_Dr)[None, :]
-        inDr = iDr < Dr // 2
-        cV2 = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-        sV2 = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
+        msV2_acc += tl.where(in_D, xfV2 * xfV2, 0.0)
+        v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
+        tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    msV2 = tl.sum(msV2_acc, 1)[:, None] / D
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    for start in range(0, Dr // 2, BLOCK_Dr):
+        i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
+        in_Dr = i_Dr < Dr // 2
+        cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+        sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
         aV2 = device.rounded(
             device.rounded(
-                tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+                tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
                 * tl.rsqrt(msV2 + eps),
                 E,
             )
-            * tl.load(k_norm + iDr, mask=inDr, other=0).to(tl.float32),
+            * tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
             E,
         )
         bV2 = device.rounded(
             device.rounded(
-                tl.load(qkv + iT * qkv_T + (2 * D * Nq + Dr) // 2 + D * iNkv + iDr, mask=isRow & inDr, other=0).to(
+                tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
                     tl.float32
                 )
                 * tl.rsqrt(msV2 + eps),
                 E,
             )
-            * tl.load(k_norm + Dr // 2 + iDr, mask=inDr, other=0).to(tl.float32),
+            * tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
             E,
         )
         y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
         y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-        tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + iDr, y1V2, mask=isRow & inDr)
-        tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr // 2 + iDr, y2V2, mask=isRow & inDr)
-    for iBlock in range(0, D - Dr, BLOCK_DDr):
-        iDDr = iBlock + tl.arange(0, BLOCK_DDr)[None, :]
-        inDDr = iDDr < D - Dr
+        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr
+        )
+    for start in range(0, D - Dr, BLOCK_DDr):
+        i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
+        in_DDr = i_DDr < D - Dr
         sameV2 = device.rounded(
             device.rounded(
-                tl.load(qkv + iT * qkv_T + D * Nq + Dr + D * iNkv + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
+                tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(
+                    tl.float32
+                )
                 * tl.rsqrt(msV2 + eps),
                 E,
             )
-            * tl.load(k_norm + Dr + iDDr, mask=inDDr, other=0).to(tl.float32),
+            * tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
             E,
         )
-        tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr + iDDr, sameV2, mask=isRow & inDDr)
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr
+        )
 
 
 def qk_norm_rope_kv_store(
@@ -734,132 +736,66 @@ def qk_norm_rope_kv_store(
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
-    if T * Nq > 0 and max(D, Dr // 2, D - Dr) > 0:
-        if max(D, Dr // 2, D - Dr) <= LONGEST_TILE:
-            tile = row_tile(max(D, Dr // 2, D - Dr))
-            _qk_norm_rope_kv_store_rows[tile.grid(T * Nq, max(D, Dr // 2, D - Dr))](
-                qkv,
-                q_norm,
-                pos,
-                cos,
-                sin,
-                q,
-                Nq,
-                D,
-                eps,
-                T,
-                Dr,
-                qkv.stride(0),
-                cos.stride(0),
-                sin.stride(0),
-                q.stride(0),
-                q.stride(1),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                BLOCK_Dr=tile.block,
-                BLOCK_DDr=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(max(D, Dr // 2, D - Dr))
-            _qk_norm_rope_kv_store_long[tile.grid(T * Nq, max(D, Dr // 2, D - Dr))](
-                qkv,
-                q_norm,
-                pos,
-                cos,
-                sin,
-                q,
-                Nq,
-                D,
-                eps,
-                T,
-                Dr,
-                qkv.stride(0),
-                cos.stride(0),
-                sin.stride(0),
-                q.stride(0),
-                q.stride(1),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                BLOCK_Dr=tile.block,
-                BLOCK_DDr=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-    if T * Nkv > 0 and max(D, Dr // 2, D - Dr) > 0:
-        if max(D, Dr // 2, D - Dr) <= LONGEST_TILE:
-            tile = row_tile(max(D, Dr // 2, D - Dr))
-            _qk_norm_rope_kv_store_rows1[tile.grid(T * Nkv, max(D, Dr // 2, D - Dr))](
-                qkv,
-                k_norm,
-                pos,
-                cos,
-                sin,
-                slots,
-                k_out,
-                v_out,
-                Nq,
-                Nkv,
-                D,
-                eps,
-                T,
-                Dr,
-                BS,
-                qkv.stride(0),
-                cos.stride(0),
-                sin.stride(0),
-                k_out.stride(0),
-                k_out.stride(1),
-                k_out.stride(2),
-                v_out.stride(0),
-                v_out.stride(1),
-                v_out.stride(2),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                BLOCK_Dr=tile.block,
-                BLOCK_DDr=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(max(D, Dr // 2, D - Dr))
-            _qk_norm_rope_kv_store_long1[tile.grid(T * Nkv, max(D, Dr // 2, D - Dr))](
-                qkv,
-                k_norm,
-                pos,
-                cos,
-                sin,
-                slots,
-                k_out,
-                v_out,
-                Nq,
-                Nkv,
-                D,
-                eps,
-                T,
-                Dr,
-                BS,
-                qkv.stride(0),
-                cos.stride(0),
-                sin.stride(0),
-                k_out.stride(0),
-                k_out.stride(1),
-                k_out.stride(2),
-                v_out.stride(0),
-                v_out.stride(1),
-                v_out.stride(2),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                BLOCK_Dr=tile.block,
-                BLOCK_DDr=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+    columns = max(D, Dr // 2, D - Dr)
+    if T * Nq > 0 and columns > 0:
+        tile = row_tile(columns)
+        kernel = _qk_norm_rope_kv_store_long if tile.is_looped else _qk_norm_rope_kv_store_rows
+        kernel[tile.grid(T * Nq)](
+            qkv,
+            q_norm,
+            pos,
+            cos,
+            sin,
+            q,
+            Nq,
+            D,
+            eps,
+            T,
+            Dr,
+            qkv.stride(0),
+            cos.stride(0),
+            sin.stride(0),
+            q.stride(0),
+            q.stride(1),
+            BLOCK_D=tile.block,
+            BLOCK_Dr=tile.block,
+            BLOCK_DDr=tile.block,
+            **tile.meta,
+        )
+    columns = max(D, Dr // 2, D - Dr)
+    if T * Nkv > 0 and columns > 0:
+        tile = row_tile(columns)
+        kernel = _qk_norm_rope_kv_store_long1 if tile.is_looped else _qk_norm_rope_kv_store_rows1
+        kernel[tile.grid(T * Nkv)](
+            qkv,
+            k_norm,
+            pos,
+            cos,
+            sin,
+            slots,
+            k_out,
+            v_out,
+            Nq,
+            Nkv,
+            D,
+            eps,
+            T,
+            Dr,
+            BS,
+            qkv.stride(0),
+            cos.stride(0),
+            sin.stride(0),
+            k_out.stride(0),
+            k_out.stride(1),
+            k_out.stride(2),
+            v_out.stride(0),
+            v_out.stride(1),
+            v_out.stride(2),
+            BLOCK_D=tile.block,
+            BLOCK_Dr=tile.block,
+            BLOCK_DDr=tile.block,
+            **tile.meta,
+        )
     return q, k_out, v_out
 
 
@@ -888,45 +824,45 @@ def _qk_norm_1p_rope_kv_store_rows(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nq
-    iNq = iRow % Nq
-    iT = iRow // Nq
-    iD = tl.arange(0, BLOCK_D)[None, :]
-    inD = iD < D
-    qh = tl.load(qkv + iT * qkv_T + D * iNq + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nq
+    i_Nq = row % Nq
+    i_T = row // Nq
+    i_D = tl.arange(0, BLOCK_D)[None, :]
+    in_D = i_D < D
+    qh = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_D, mask=is_row & in_D, other=0).to(tl.float32)
     xf = qh
-    ms = tl.sum(tl.where(inD, xf * xf, 0.0), 1)[:, None] / D
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    c = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    s = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
+    ms = tl.sum(tl.where(in_D, xf * xf, 0.0), 1)[:, None] / D
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
     a = device.rounded(
-        tl.load(qkv + iT * qkv_T + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+        tl.load(qkv + i_T * qkv_T + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
         * tl.rsqrt(ms + eps)
-        * (1.0 + tl.load(q_norm + iDr, mask=inDr, other=0).to(tl.float32)),
+        * (1.0 + tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
         E,
     )
     b = device.rounded(
-        tl.load(qkv + iT * qkv_T + Dr // 2 + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+        tl.load(qkv + i_T * qkv_T + Dr // 2 + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
         * tl.rsqrt(ms + eps)
-        * (1.0 + tl.load(q_norm + Dr // 2 + iDr, mask=inDr, other=0).to(tl.float32)),
+        * (1.0 + tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
         E,
     )
     y1 = device.rounded(a * c - b * s, E)
     y2 = device.rounded(b * c + a * s, E)
-    tl.store(q + iT * q_T + iNq * q_Nq + iDr, y1, mask=isRow & inDr)
-    tl.store(q + iT * q_T + iNq * q_Nq + Dr // 2 + iDr, y2, mask=isRow & inDr)
-    iDDr = tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + i_Dr, y1, mask=is_row & in_Dr)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
+    i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
     same = device.rounded(
-        tl.load(qkv + iT * qkv_T + Dr + D * iNq + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
+        tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
         * tl.rsqrt(ms + eps)
-        * (1.0 + tl.load(q_norm + Dr + iDDr, mask=inDDr, other=0).to(tl.float32)),
+        * (1.0 + tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
         E,
     )
-    tl.store(q + iT * q_T + iNq * q_Nq + Dr + iDDr, same, mask=isRow & inDDr)
+    tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -953,50 +889,50 @@ def _qk_norm_1p_rope_kv_store_long(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nq
-    iNq = iRow % Nq
-    iT = iRow // Nq
-    msAll = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for iBlock in range(0, D, BLOCK_D):
-        iD = iBlock + tl.arange(0, BLOCK_D)[None, :]
-        inD = iD < D
-        qh = tl.load(qkv + iT * qkv_T + D * iNq + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nq
+    i_Nq = row % Nq
+    i_T = row // Nq
+    ms_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        i_D = start + tl.arange(0, BLOCK_D)[None, :]
+        in_D = i_D < D
+        qh = tl.load(qkv + i_T * qkv_T + D * i_Nq + i_D, mask=is_row & in_D, other=0).to(tl.float32)
         xf = qh
-        msAll = msAll + tl.where(inD, xf * xf, 0.0)
-    ms = tl.sum(msAll, 1)[:, None] / D
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    for iBlock in range(0, Dr // 2, BLOCK_Dr):
-        iDr = iBlock + tl.arange(0, BLOCK_Dr)[None, :]
-        inDr = iDr < Dr // 2
-        c = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-        s = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
+        ms_acc += tl.where(in_D, xf * xf, 0.0)
+    ms = tl.sum(ms_acc, 1)[:, None] / D
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    for start in range(0, Dr // 2, BLOCK_Dr):
+        i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
+        in_Dr = i_Dr < Dr // 2
+        c = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+        s = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
         a = device.rounded(
-            tl.load(qkv + iT * qkv_T + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
             * tl.rsqrt(ms + eps)
-            * (1.0 + tl.load(q_norm + iDr, mask=inDr, other=0).to(tl.float32)),
+            * (1.0 + tl.load(q_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
             E,
         )
         b = device.rounded(
-            tl.load(qkv + iT * qkv_T + Dr // 2 + D * iNq + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + Dr // 2 + D * i_Nq + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
             * tl.rsqrt(ms + eps)
-            * (1.0 + tl.load(q_norm + Dr // 2 + iDr, mask=inDr, other=0).to(tl.float32)),
+            * (1.0 + tl.load(q_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
             E,
         )
         y1 = device.rounded(a * c - b * s, E)
         y2 = device.rounded(b * c + a * s, E)
-        tl.store(q + iT * q_T + iNq * q_Nq + iDr, y1, mask=isRow & inDr)
-        tl.store(q + iT * q_T + iNq * q_Nq + Dr // 2 + iDr, y2, mask=isRow & inDr)
-    for iBlock in range(0, D - Dr, BLOCK_DDr):
-        iDDr = iBlock + tl.arange(0, BLOCK_DDr)[None, :]
-        inDDr = iDDr < D - Dr
+        tl.store(q + i_T * q_T + i_Nq * q_Nq + i_Dr, y1, mask=is_row & in_Dr)
+        tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr // 2 + i_Dr, y2, mask=is_row & in_Dr)
+    for start in range(0, D - Dr, BLOCK_DDr):
+        i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
+        in_DDr = i_DDr < D - Dr
         same = device.rounded(
-            tl.load(qkv + iT * qkv_T + Dr + D * iNq + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + Dr + D * i_Nq + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
             * tl.rsqrt(ms + eps)
-            * (1.0 + tl.load(q_norm + Dr + iDDr, mask=inDDr, other=0).to(tl.float32)),
+            * (1.0 + tl.load(q_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
             E,
         )
-        tl.store(q + iT * q_T + iNq * q_Nq + Dr + iDDr, same, mask=isRow & inDDr)
+        tl.store(q + i_T * q_T + i_Nq * q_Nq + Dr + i_DDr, same, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -1031,49 +967,51 @@ def _qk_norm_1p_rope_kv_store_rows1(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nkv
-    iNkv = iRow % Nkv
-    iT = iRow // Nkv
-    iPG = (tl.load(slots + iT, mask=isRow, other=0) // BS).to(tl.int64)
-    iBS = (tl.load(slots + iT, mask=isRow, other=0) % BS).to(tl.int64)
-    iD = tl.arange(0, BLOCK_D)[None, :]
-    inD = iD < D
-    kh = tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nkv
+    i_Nkv = row % Nkv
+    i_T = row // Nkv
+    i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
+    i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
+    i_D = tl.arange(0, BLOCK_D)[None, :]
+    in_D = i_D < D
+    kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
     xfV2 = kh
-    msV2 = tl.sum(tl.where(inD, xfV2 * xfV2, 0.0), 1)[:, None] / D
-    v = tl.load(qkv + iT * qkv_T + D * (Nkv + Nq) + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
-    tl.store(v_out + iPG * v_out_PG + iBS * v_out_BS + iNkv * v_out_Nkv + iD, v, mask=isRow & inD)
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    iDr = tl.arange(0, BLOCK_Dr)[None, :]
-    inDr = iDr < Dr // 2
-    cV2 = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-    sV2 = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
+    msV2 = tl.sum(tl.where(in_D, xfV2 * xfV2, 0.0), 1)[:, None] / D
+    v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
+    tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
+    in_Dr = i_Dr < Dr // 2
+    cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
     aV2 = device.rounded(
-        tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+        tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
         * tl.rsqrt(msV2 + eps)
-        * (1.0 + tl.load(k_norm + iDr, mask=inDr, other=0).to(tl.float32)),
+        * (1.0 + tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
         E,
     )
     bV2 = device.rounded(
-        tl.load(qkv + iT * qkv_T + (2 * D * Nq + Dr) // 2 + D * iNkv + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+        tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
+            tl.float32
+        )
         * tl.rsqrt(msV2 + eps)
-        * (1.0 + tl.load(k_norm + Dr // 2 + iDr, mask=inDr, other=0).to(tl.float32)),
+        * (1.0 + tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
         E,
     )
     y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
     y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + iDr, y1V2, mask=isRow & inDr)
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr // 2 + iDr, y2V2, mask=isRow & inDr)
-    iDDr = tl.arange(0, BLOCK_DDr)[None, :]
-    inDDr = iDDr < D - Dr
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr)
+    i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
+    in_DDr = i_DDr < D - Dr
     sameV2 = device.rounded(
-        tl.load(qkv + iT * qkv_T + D * Nq + Dr + D * iNkv + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
+        tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
         * tl.rsqrt(msV2 + eps)
-        * (1.0 + tl.load(k_norm + Dr + iDDr, mask=inDDr, other=0).to(tl.float32)),
+        * (1.0 + tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
         E,
     )
-    tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr + iDDr, sameV2, mask=isRow & inDDr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -1108,56 +1046,60 @@ def _qk_norm_1p_rope_kv_store_long1(
     BLOCK_DDr: tl.constexpr,
 ):
     E: tl.constexpr = qkv.dtype.element_ty
-    iRow = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    isRow = iRow < T * Nkv
-    iNkv = iRow % Nkv
-    iT = iRow // Nkv
-    iPG = (tl.load(slots + iT, mask=isRow, other=0) // BS).to(tl.int64)
-    iBS = (tl.load(slots + iT, mask=isRow, other=0) % BS).to(tl.int64)
-    msV2All = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
-    for iBlock in range(0, D, BLOCK_D):
-        iD = iBlock + tl.arange(0, BLOCK_D)[None, :]
-        inD = iD < D
-        kh = tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * Nkv
+    i_Nkv = row % Nkv
+    i_T = row // Nkv
+    i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
+    i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
+    msV2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        i_D = start + tl.arange(0, BLOCK_D)[None, :]
+        in_D = i_D < D
+        kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
         xfV2 = kh
-        msV2All = msV2All + tl.where(inD, xfV2 * xfV2, 0.0)
-        v = tl.load(qkv + iT * qkv_T + D * (Nkv + Nq) + D * iNkv + iD, mask=isRow & inD, other=0).to(tl.float32)
-        tl.store(v_out + iPG * v_out_PG + iBS * v_out_BS + iNkv * v_out_Nkv + iD, v, mask=isRow & inD)
-    msV2 = tl.sum(msV2All, 1)[:, None] / D
-    iP = tl.load(pos + iT, mask=isRow, other=0).to(tl.int64)
-    for iBlock in range(0, Dr // 2, BLOCK_Dr):
-        iDr = iBlock + tl.arange(0, BLOCK_Dr)[None, :]
-        inDr = iDr < Dr // 2
-        cV2 = tl.load(cos + iP * cos_P + iDr, mask=isRow & inDr, other=0)
-        sV2 = tl.load(sin + iP * sin_P + iDr, mask=isRow & inDr, other=0)
+        msV2_acc += tl.where(in_D, xfV2 * xfV2, 0.0)
+        v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
+        tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
+    msV2 = tl.sum(msV2_acc, 1)[:, None] / D
+    i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
+    for start in range(0, Dr // 2, BLOCK_Dr):
+        i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
+        in_Dr = i_Dr < Dr // 2
+        cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+        sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
         aV2 = device.rounded(
-            tl.load(qkv + iT * qkv_T + D * Nq + D * iNkv + iDr, mask=isRow & inDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
             * tl.rsqrt(msV2 + eps)
-            * (1.0 + tl.load(k_norm + iDr, mask=inDr, other=0).to(tl.float32)),
+            * (1.0 + tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
             E,
         )
         bV2 = device.rounded(
-            tl.load(qkv + iT * qkv_T + (2 * D * Nq + Dr) // 2 + D * iNkv + iDr, mask=isRow & inDr, other=0).to(
+            tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
                 tl.float32
             )
             * tl.rsqrt(msV2 + eps)
-            * (1.0 + tl.load(k_norm + Dr // 2 + iDr, mask=inDr, other=0).to(tl.float32)),
+            * (1.0 + tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
             E,
         )
         y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
         y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-        tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + iDr, y1V2, mask=isRow & inDr)
-        tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr // 2 + iDr, y2V2, mask=isRow & inDr)
-    for iBlock in range(0, D - Dr, BLOCK_DDr):
-        iDDr = iBlock + tl.arange(0, BLOCK_DDr)[None, :]
-        inDDr = iDDr < D - Dr
+        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr
+        )
+    for start in range(0, D - Dr, BLOCK_DDr):
+        i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
+        in_DDr = i_DDr < D - Dr
         sameV2 = device.rounded(
-            tl.load(qkv + iT * qkv_T + D * Nq + Dr + D * iNkv + iDDr, mask=isRow & inDDr, other=0).to(tl.float32)
+            tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
             * tl.rsqrt(msV2 + eps)
-            * (1.0 + tl.load(k_norm + Dr + iDDr, mask=inDDr, other=0).to(tl.float32)),
+            * (1.0 + tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
             E,
         )
-        tl.store(k_out + iPG * k_out_PG + iBS * k_out_BS + iNkv * k_out_Nkv + Dr + iDDr, sameV2, mask=isRow & inDDr)
+        tl.store(
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr
+        )
 
 
 def qk_norm_1p_rope_kv_store(
@@ -1183,130 +1125,64 @@ def qk_norm_1p_rope_kv_store(
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
-    if T * Nq > 0 and max(D, Dr // 2, D - Dr) > 0:
-        if max(D, Dr // 2, D - Dr) <= LONGEST_TILE:
-            tile = row_tile(max(D, Dr // 2, D - Dr))
-            _qk_norm_1p_rope_kv_store_rows[tile.grid(T * Nq, max(D, Dr // 2, D - Dr))](
-                qkv,
-                q_norm,
-                pos,
-                cos,
-                sin,
-                q,
-                Nq,
-                D,
-                eps,
-                T,
-                Dr,
-                qkv.stride(0),
-                cos.stride(0),
-                sin.stride(0),
-                q.stride(0),
-                q.stride(1),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                BLOCK_Dr=tile.block,
-                BLOCK_DDr=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(max(D, Dr // 2, D - Dr))
-            _qk_norm_1p_rope_kv_store_long[tile.grid(T * Nq, max(D, Dr // 2, D - Dr))](
-                qkv,
-                q_norm,
-                pos,
-                cos,
-                sin,
-                q,
-                Nq,
-                D,
-                eps,
-                T,
-                Dr,
-                qkv.stride(0),
-                cos.stride(0),
-                sin.stride(0),
-                q.stride(0),
-                q.stride(1),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                BLOCK_Dr=tile.block,
-                BLOCK_DDr=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-    if T * Nkv > 0 and max(D, Dr // 2, D - Dr) > 0:
-        if max(D, Dr // 2, D - Dr) <= LONGEST_TILE:
-            tile = row_tile(max(D, Dr // 2, D - Dr))
-            _qk_norm_1p_rope_kv_store_rows1[tile.grid(T * Nkv, max(D, Dr // 2, D - Dr))](
-                qkv,
-                k_norm,
-                pos,
-                cos,
-                sin,
-                slots,
-                k_out,
-                v_out,
-                Nq,
-                Nkv,
-                D,
-                eps,
-                T,
-                Dr,
-                BS,
-                qkv.stride(0),
-                cos.stride(0),
-                sin.stride(0),
-                k_out.stride(0),
-                k_out.stride(1),
-                k_out.stride(2),
-                v_out.stride(0),
-                v_out.stride(1),
-                v_out.stride(2),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                BLOCK_Dr=tile.block,
-                BLOCK_DDr=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
-        else:
-            tile = long_tile(max(D, Dr // 2, D - Dr))
-            _qk_norm_1p_rope_kv_store_long1[tile.grid(T * Nkv, max(D, Dr // 2, D - Dr))](
-                qkv,
-                k_norm,
-                pos,
-                cos,
-                sin,
-                slots,
-                k_out,
-                v_out,
-                Nq,
-                Nkv,
-                D,
-                eps,
-                T,
-                Dr,
-                BS,
-                qkv.stride(0),
-                cos.stride(0),
-                sin.stride(0),
-                k_out.stride(0),
-                k_out.stride(1),
-                k_out.stride(2),
-                v_out.stride(0),
-                v_out.stride(1),
-                v_out.stride(2),
-                ROWS=tile.rows,
-                BLOCK_D=tile.block,
-                BLOCK_Dr=tile.block,
-                BLOCK_DDr=tile.block,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=False,
-            )
+    columns = max(D, Dr // 2, D - Dr)
+    if T * Nq > 0 and columns > 0:
+        tile = row_tile(columns)
+        kernel = _qk_norm_1p_rope_kv_store_long if tile.is_looped else _qk_norm_1p_rope_kv_store_rows
+        kernel[tile.grid(T * Nq)](
+            qkv,
+            q_norm,
+            pos,
+            cos,
+            sin,
+            q,
+            Nq,
+            D,
+            eps,
+            T,
+            Dr,
+            qkv.stride(0),
+            cos.stride(0),
+            sin.stride(0),
+            q.stride(0),
+            q.stride(1),
+            BLOCK_D=tile.block,
+            BLOCK_Dr=tile.block,
+            BLOCK_DDr=tile.block,
+            **tile.meta,
+        )
+    columns = max(D, Dr // 2, D - Dr)
+    if T * Nkv > 0 and columns > 0:
+        tile = row_tile(columns)
+        kernel = _qk_norm_1p_rope_kv_store_long1 if tile.is_looped else _qk_norm_1p_rope_kv_store_rows1
+        kernel[tile.grid(T * Nkv)](
+            qkv,
+            k_norm,
+            pos,
+            cos,
+            sin,
+            slots,
+            k_out,
+            v_out,
+            Nq,
+            Nkv,
+            D,
+            eps,
+            T,
+            Dr,
+            BS,
+            qkv.stride(0),
+            cos.stride(0),
+            sin.stride(0),
+            k_out.stride(0),
+            k_out.stride(1),
+            k_out.stride(2),
+            v_out.stride(0),
+            v_out.stride(1),
+            v_out.stride(2),
+            BLOCK_D=tile.block,
+            BLOCK_Dr=tile.block,
+            BLOCK_DDr=tile.block,
+            **tile.meta,
+        )
     return q, k_out, v_out
