@@ -15,12 +15,11 @@ from graphs import LLAMA_70B
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.passes.place import AfDisaggregation, DropUnread, NanoBatching
 from sageLLM.generated.passes.schedule import NanoOverlap
-from sageLLM.runtime.core.config import ConfigError, HFConfig
-from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.model.hf_config import ConfigError, HFConfig
 from sageLLM.runtime.core.passes.lifetimes import Lifetimes
 from sageLLM.runtime.core.passes.memory import plan_memory
-from sageLLM.runtime.core.rewrite import DeclaredPass, OptimizationPass
-from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.core.rewrite.driver import DeclaredPass, OptimizationPass
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
     ExecutionGraphBuilder,
@@ -30,7 +29,8 @@ from sageLLM.runtime.execution_graph.builder import (
 )
 from sageLLM.runtime.execution_graph.optimizer import GraphOptimizer, default_passes
 from sageLLM.runtime.execution_graph.part_times import PartTimes
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.registry.plugins import load_registry
 
 H100 = HARDWARE["h100"]
 TP = 8

@@ -8,9 +8,9 @@ import statistics
 import time
 from typing import Any
 
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.engine.plugins import load_registry
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.registry.plugins import load_registry
 
 LLAMA_70B = {
     "hidden_size": 8192,

@@ -15,16 +15,16 @@ import torch
 from graphs import LLAMA_70B
 
 from sageLLM.generated.hardware import HARDWARE
-from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.cost import annotate
-from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.engine.kernel_choice import choose_planner
-from sageLLM.runtime.engine.plugins import Registry, load_registry
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs, paused_gc
-from sageLLM.runtime.execution_graph.numerics import SIZES, inputs_of
-from sageLLM.runtime.execution_graph.rule_table import rule_table, work
-from sageLLM.runtime.execution_graph.summary import step_of
-from sageLLM.runtime.kernels.cpu.weights import Weight
+from sageLLM.runtime.executor.native.weights import Weight
+from sageLLM.runtime.inspect.numerics import SIZES, inputs_of
+from sageLLM.runtime.inspect.rule_table import rule_table, work
+from sageLLM.runtime.inspect.summary import step_of
+from sageLLM.runtime.registry.plugins import Registry, load_registry
 
 QWEN3_IN_CACHE = {
     "hidden_size": 256,

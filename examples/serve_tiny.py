@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
-from sageLLM.runtime.core.export import to_html
 from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.inspect.export import to_html
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "tiny_python_model"

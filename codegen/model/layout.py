@@ -88,7 +88,7 @@ class RopeDef:
 
 @dataclass(frozen=True, slots=True)
 class ShardDef:
-    """What tensor parallelism does with a weight; see `sageLLM.runtime.core.weights.Shard`."""
+    """What tensor parallelism does with a weight; see `sageLLM.runtime.core.model.weights.Shard`."""
 
     dim: int
     kind: Literal["rows", "vocab", "first"]
@@ -246,7 +246,7 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What embeddings are made of, by the names of the program; see `sageLLM.runtime.core.layout.ModelLayout`."""
+    """What embeddings are made of, by the names of the program; see `sageLLM.runtime.core.model.layout.ModelLayout`."""
 
     hidden: str | None
     pooled: str | None

@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=models
 """Every layout by name."""
 
-from sageLLM.runtime.core.layout import ModelLayout
+from sageLLM.runtime.core.model.layout import ModelLayout
 
 from .bert import BERT
 from .bloom import BLOOM

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import TensorRef
-from sageLLM.runtime.core.layout import (
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import (
     Block,
     KvNodes,
     KvShape,
@@ -22,8 +23,7 @@ from sageLLM.runtime.core.layout import (
     num_rows,
     read_rope,
 )
-from sageLLM.runtime.core.weights import Part, Shard, View, WeightSpec
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec
 
 from .. import ops
 from ..ops.op_types import OpType

@@ -2,10 +2,10 @@
 # Regenerate: make generate    Explain: make explain NAME=kv_store
 """The ops of specs/ops/kv.yaml."""
 
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef
-from sageLLM.runtime.core.types import E, i32
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import E, i32
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 from .op_types import OpType
 

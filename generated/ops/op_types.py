@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=op_types
 """The kinds of work that nodes do."""
 
-from sageLLM.runtime.core.ir import OpTypeBase
+from sageLLM.runtime.core.ir.nodes import OpTypeBase
 
 __all__ = ["OpType"]
 

@@ -2,10 +2,10 @@
 # Regenerate: make generate    Explain: make explain NAME=rope
 """The ops of specs/ops/position.yaml."""
 
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef, Where
-from sageLLM.runtime.core.types import E, f32, i32
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, TensorRef, Where
+from sageLLM.runtime.core.ir.types import E, f32, i32
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 from .op_types import OpType
 

@@ -2,10 +2,10 @@
 # Regenerate: make generate    Explain: make explain NAME=sample
 """The ops of specs/ops/sampling.yaml."""
 
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef
-from sageLLM.runtime.core.types import f32, i32, i64
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import f32, i32, i64
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 from .op_types import OpType
 

@@ -2,10 +2,10 @@
 # Regenerate: make generate    Explain: make explain NAME=split_qkv
 """The ops of specs/ops/views.yaml."""
 
-from sageLLM.runtime.core.dims import Dim, dims
-from sageLLM.runtime.core.ir import AttrSpec, AttrValue, OpNode, TensorRef
-from sageLLM.runtime.core.types import E
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import Dim, dims
+from sageLLM.runtime.core.ir.nodes import AttrSpec, AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import E
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 from .op_types import OpType
 

@@ -2,9 +2,9 @@
 # Regenerate: make generate    Explain: make explain NAME=fuse_collective
 """The passes of specs/passes/fusion.yaml."""
 
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.rewrite import (
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.rewrite.driver import (
     NearMiss,
     NewCall,
     Rewrite,

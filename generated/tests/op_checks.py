@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.dims import evaluate
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.types import TensorType, TypePattern
+from sageLLM.runtime.core.ir.dims import evaluate
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.types import TensorType, TypePattern
 
 Kernel = Callable[..., Tensor | tuple[Tensor, ...]]
 Sizes = Mapping[str, Any]

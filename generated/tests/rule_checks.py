@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.dims import free_symbols
 from sageLLM.runtime.core.errors import TypeMismatch
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import OpNode, TensorRef
-from sageLLM.runtime.core.rewrite import RewritePass
-from sageLLM.runtime.core.types import TensorType, TypePattern, bind, instantiate
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import free_symbols
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import TensorType, TypePattern, bind, instantiate
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.rewrite.driver import RewritePass
 
 Kernels = Mapping[str, Callable[..., Tensor | tuple[Tensor, ...]]]
 Sizes = Mapping[str, Any]

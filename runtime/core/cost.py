@@ -11,11 +11,11 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sageLLM.runtime.core.dims import Dim, evaluate, free_symbols, product
 from sageLLM.runtime.core.errors import IRError
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, Inference, InferKey, OpNode, TensorRef
-from sageLLM.runtime.core.types import DTYPES
+from sageLLM.runtime.core.ir.dims import Dim, evaluate, free_symbols, product
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, Inference, InferKey, OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import DTYPES
 
 Memo = MutableMapping[InferKey, Inference]
 SECOND = 1e6  # microseconds

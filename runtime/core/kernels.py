@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sageLLM.runtime.core.dims import Dim, Sym
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.types import TypePattern
+from sageLLM.runtime.core.ir.dims import Dim, Sym
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.types import TypePattern
 
 
 def stride_names(operand: str, pattern: TypePattern) -> tuple[str, ...]:

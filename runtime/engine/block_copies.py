@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 
-from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.execution_graph.executor import Plan
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kv.copies import BlockCopy, Tier, TierCopy
 
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.config import shown
-from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.engine.engine import make_pool
-from sageLLM.runtime.engine.errors import PromptError
 from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.engine.model import Model
 from sageLLM.runtime.engine.requests import validate_prompt
 from sageLLM.runtime.engine.step_inputs import StepInputs
+from sageLLM.runtime.errors import PromptError
 from sageLLM.runtime.execution_graph.embedding import Pooling
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
-from sageLLM.runtime.execution_graph.planner import Runnable
-from sageLLM.runtime.kernels.cpu.weights import Weight
+from sageLLM.runtime.executor.native.weights import Weight
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.planner import Runnable
+from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import Chunk, Request
 
 

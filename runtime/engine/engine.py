@@ -11,26 +11,26 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sageLLM.generated.hardware import HARDWARE
-from sageLLM.runtime.core.layout import Stage
+from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.engine.block_copies import Migrator, TieredPool
-from sageLLM.runtime.engine.errors import PromptError
 from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.engine.model import Model
 from sageLLM.runtime.engine.outputs import Logprob, RequestMetrics, RequestOutput
 from sageLLM.runtime.engine.requests import resolve_max_tokens, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampler import SampledTokens, SamplingBatch, SequenceSampling, sample
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
-from sageLLM.runtime.engine.stop import SequenceText, StopRules
-from sageLLM.runtime.engine.tokenizer import Tokenizer
 from sageLLM.runtime.engine.worker import StepResult, Worker
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.errors import PromptError
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
+from sageLLM.runtime.executor.pipeline import Pipeline
 from sageLLM.runtime.kv.copies import KVStats, Tier
+from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.auto import ForecastChooser
 from sageLLM.runtime.scheduler.base import Batch, Chunk, KVBudget, Request, ScheduleOutput
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+from sageLLM.runtime.text.stop import SequenceText, StopRules
+from sageLLM.runtime.text.tokenizer import Tokenizer
 
 
 class Run(NamedTuple):

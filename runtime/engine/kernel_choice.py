@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from sageLLM.runtime.core.config import shown
-from sageLLM.runtime.engine.errors import SageError
-from sageLLM.runtime.engine.plugins import Registry
-from sageLLM.runtime.engine.trees import native_tables, triton_table
-from sageLLM.runtime.execution_graph.cuda_graphs import GpuPlanner
-from sageLLM.runtime.execution_graph.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner
+from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.executor.cuda_graphs import GpuPlanner
+from sageLLM.runtime.executor.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner
 from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.kernels.triton import why_no_triton
+from sageLLM.runtime.registry.plugins import Registry
+from sageLLM.runtime.registry.trees import native_tables, triton_table
 
 
 def choose_planner(choice: str, registry: Registry, device: torch.device, dtype: str) -> Planner:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sageLLM.runtime.core.layout import KvShape
+from sageLLM.runtime.core.model.layout import KvShape
 
 CACHE_LINE = 64
 

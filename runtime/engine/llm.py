@@ -9,26 +9,26 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from sageLLM.runtime.core.config import shown
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.engine.chat_template import ChatTemplate
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.errors import PromptError, SageError, SamplingParamsError, TokenizerError
 from sageLLM.runtime.engine.kernel_choice import choose_planner
-from sageLLM.runtime.engine.model import Model, load_model
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.engine.plugins import Registry, load_registry
 from sageLLM.runtime.engine.sampling_params import SamplingParams
-from sageLLM.runtime.engine.sentence_transformers import read_recipe
-from sageLLM.runtime.engine.tokenizer import Tokenizer
+from sageLLM.runtime.errors import PromptError, SageError, SamplingParamsError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
-from sageLLM.runtime.execution_graph.planner import KernelChoice, KernelStats
 from sageLLM.runtime.execution_graph.rewriting import ALL
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
+from sageLLM.runtime.loader.model import Model, load_model
+from sageLLM.runtime.loader.sentence_transformers import read_recipe
+from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.text.chat_template import ChatTemplate
+from sageLLM.runtime.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .errors import PromptError, SamplingParamsError
-from .sampling_params import SamplingParams
+from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.errors import PromptError, SamplingParamsError
 
 
 def validate_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, *, generates: bool = True) -> None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .outputs import Logprob
-from .sampling_params import SamplingParams
+from sageLLM.runtime.engine.outputs import Logprob
+from sageLLM.runtime.engine.sampling_params import SamplingParams
 
 NUM_TOP_P_CANDIDATES = 1024
 """Top-p looks at this many likeliest tokens first and sorts the whole vocabulary only if they carry less than p."""

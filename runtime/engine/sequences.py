@@ -8,8 +8,8 @@ from torch import Tensor
 from sageLLM.runtime.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sageLLM.runtime.engine.sampler import SequenceSampling, prompt_logprobs
 from sageLLM.runtime.engine.sampling_params import SamplingParams
-from sageLLM.runtime.engine.stop import SequenceText
 from sageLLM.runtime.scheduler.base import Chunk, Request
+from sageLLM.runtime.text.stop import SequenceText
 
 TokenText = Callable[[int], str]
 

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.layout import Stage
+from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.engine.model import Model
 from sageLLM.runtime.engine.step_inputs import StepInputs
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
-from sageLLM.runtime.execution_graph.planner import Runnable
-from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.executor.native.arena import Arena
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.planner import Runnable
+from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import Batch, Chunk
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
-from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.cost import Hardware, annotate, estimate
-from sageLLM.runtime.core.dims import Dim
-from sageLLM.runtime.core.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.ir import ExecutionNode
-from sageLLM.runtime.core.layout import ModelLayout
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import Dim
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.execution_graph.stages import split_stages
 
 BLOCK_SIZE = 16  # token slots per KV block, for the sizes of concrete graphs

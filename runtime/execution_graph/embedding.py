@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 from sageLLM.generated import ops
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import TensorRef
-from sageLLM.runtime.core.layout import ModelLayout
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.model.layout import ModelLayout
 
 Pooling: TypeAlias = Literal["model", "first", "last", "mean", "none"]
 """Which vector stands for a sequence: the layout's own, its first, last or mean hidden state, or each of them."""

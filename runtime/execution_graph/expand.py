@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sageLLM.runtime.core.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
-from sageLLM.runtime.core.layout import Block, ModelLayout
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.model.layout import Block, ModelLayout
 from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.rows import PART
-from sageLLM.runtime.core.writer import GraphWriter
 
 
 def expand(graph: ExecutionGraph, layout: ModelLayout, config: Any) -> ExecutionGraph:

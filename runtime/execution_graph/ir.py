@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.runtime.core.errors import CycleError, IRError, VerifyError
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
 
 __all__ = [
     "CycleError",

@@ -10,11 +10,11 @@ from sageLLM.generated.passes.memory import MemoryOpt as MemoryOptimizationPass
 from sageLLM.generated.passes.schedule import ComputeCommOverlap as ComputeCommOverlapPass
 from sageLLM.generated.passes.schedule import KvPrefetch as KVPrefetchPass
 from sageLLM.runtime.core.cost import Hardware
-from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.errors import VerifyError
-from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.dims import Dim
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.passes.check import verify_schedule
-from sageLLM.runtime.core.rewrite import DeclaredPass, OptimizationPass, PassReport
+from sageLLM.runtime.core.rewrite.driver import DeclaredPass, OptimizationPass, PassReport
 
 __all__ = [
     "PASSES",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sageLLM.runtime.core.ir import ExecutionNode
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.execution_graph.builder import DecodeBatch, ExecutionGraphBuilder, PrefillBatch
 
 

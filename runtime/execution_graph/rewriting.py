@@ -7,12 +7,12 @@ from collections.abc import Collection, Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from sageLLM.runtime.core.graph import ExecutionGraph, Level
-from sageLLM.runtime.core.rewrite import OptimizationPass, PassReport, RewriteOptions, RewritePass
-from sageLLM.runtime.core.text import to_text
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Level
+from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.rewrite.driver import OptimizationPass, PassReport, RewriteOptions, RewritePass
 
 if TYPE_CHECKING:
-    from sageLLM.runtime.engine.plugins import Registry
+    from sageLLM.runtime.registry.plugins import Registry
 
 ALL = "all"
 

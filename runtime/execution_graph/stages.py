@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sageLLM.generated.ops import Recv, Send
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
 
 
 def stage_of_layer(layer: int, num_layers: int, num_stages: int) -> int:

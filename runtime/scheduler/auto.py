@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sageLLM.runtime.core.step_cost import StepCostModel
 from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
 from sageLLM.runtime.scheduler.modes import ModeChoice
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
+from sageLLM.runtime.scheduler.step_cost import StepCostModel
 
 CHUNK_SIZES = (256, 512, 1024, 2048)
 DEFAULT_OUTPUT_TOKENS = 128

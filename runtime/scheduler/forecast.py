@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sageLLM.runtime.core.step_cost import PromptChunk, StepCostModel, StepWork
 from sageLLM.runtime.scheduler.modes import ModeChoice
+from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepCostModel, StepWork
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sageLLM.runtime.core.step_cost import CoefficientCost, Coefficients
+from sageLLM.runtime.scheduler.step_cost import CoefficientCost, Coefficients
 from sageLLM.runtime.sim.trace import TraceError
 
 PREFILL_STAGE_MS = 1.0

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sageLLM.runtime.core.step_cost import PromptChunk, StepWork
+from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepWork
 from sageLLM.runtime.sim.trace import TraceError
 
 Table = npt.NDArray[np.float64]

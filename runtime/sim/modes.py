@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sageLLM.runtime.core.step_cost import StepCostModel
 from sageLLM.runtime.scheduler.auto import ForecastChooser
 from sageLLM.runtime.scheduler.base import BaseScheduler
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
 from sageLLM.runtime.sim.simulator import Cluster, Colocated, Disaggregated, EventQueue, MakeCluster, Paired
 from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock

@@ -8,10 +8,10 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from sageLLM.runtime.core.step_cost import StepCostModel
 from sageLLM.runtime.scheduler.batch import KVMigration
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.scheduler.request import Request
+from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.metrics import Timeline
 from sageLLM.runtime.sim.trace import Trace
 from sageLLM.runtime.sim.worker import Live, MakeScheduler, RoleWorker, VirtualClock, Worker

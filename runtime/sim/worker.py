@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sageLLM.runtime.core.step_cost import PromptChunk, StepCostModel, StepWork
 from sageLLM.runtime.scheduler.base import BaseScheduler
 from sageLLM.runtime.scheduler.batch import Batch, DecodeStepBatch, KVMigration, ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.scheduler.plan import Role
 from sageLLM.runtime.scheduler.request import Request
+from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepCostModel, StepWork
 from sageLLM.runtime.sim.metrics import Timeline
 
 

@@ -14,7 +14,7 @@ from sageLLM.codegen.codes import CODES
 from sageLLM.codegen.diagnostics import SpecErrors, render
 from sageLLM.codegen.expectations import check_expectations
 from sageLLM.codegen.render import format_python
-from sageLLM.runtime.execution_graph.expectations import missed_expectations
+from sageLLM.runtime.inspect.expectations import missed_expectations
 
 CASES = Path(__file__).parent / "cases"
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"

@@ -15,7 +15,7 @@ from sageLLM.codegen.expr.size import LEADING, Size, formula, volume
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.tree import Binary, Expr, Gather, IfPresent, Reduce, walk
 from sageLLM.codegen.expr.types import ValueType, parse_dim, parse_type
-from sageLLM.runtime.core.types import DTYPES
+from sageLLM.runtime.core.ir.types import DTYPES
 
 DIMS = dict.fromkeys(["T", "H", "I", "N", "D", "V", "K"])
 T, H, D, V = (Size.symbol(name) for name in "THDV")

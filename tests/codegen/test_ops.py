@@ -16,7 +16,7 @@ from sageLLM.codegen.expr.size import formula
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.generated.kernels.reference import KERNELS
 from sageLLM.generated.ops import OPS
-from sageLLM.runtime.core.types import TensorType
+from sageLLM.runtime.core.ir.types import TensorType
 
 CASES = Path(__file__).parent / "cases" / "good"
 torch.manual_seed(0)

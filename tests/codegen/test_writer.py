@@ -100,7 +100,7 @@ def test_the_command_fails_closed(tmp_path: Path) -> None:
         "import sys; from sageLLM.codegen import driver\n"
         "def crash(*_): raise RuntimeError('boom')\n"
         "driver.emit = crash; sys.argv = ['sagellm', 'generate', '--check']\n"
-        "from sageLLM.cli import main; main()"
+        "from sageLLM.runtime.cli.main import main; main()"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)

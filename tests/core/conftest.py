@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrSpec, OpNode, OpTypeBase, Where
-from sageLLM.runtime.core.types import E, f32, i32
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import AttrSpec, OpNode, OpTypeBase, Where
+from sageLLM.runtime.core.ir.types import E, f32, i32
 
 K, N, T, D, M, P, KV = dims("K N T D M P KV")
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from sageLLM.runtime.core.cost import Cost, Hardware, Link, annotate, estimate
-from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.errors import IRError
-from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 T, KV = dims("T KV")
 MACHINE = Hardware(

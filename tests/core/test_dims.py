@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sageLLM.runtime.core.dims import Dim, Expr, Poly, Sym, dims, evaluate, free_symbols, parse_dim, product
 from sageLLM.runtime.core.errors import IRError, ParseError
+from sageLLM.runtime.core.ir.dims import Dim, Expr, Poly, Sym, dims, evaluate, free_symbols, parse_dim, product
 
 T, H, D, BS = dims("T H D BS")
 

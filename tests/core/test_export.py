@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.drawing import BOX_WIDTH, category, draw, layout
 from sageLLM.runtime.core.errors import IRError, ParseError
-from sageLLM.runtime.core.export import (
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.inspect.drawing import BOX_WIDTH, category, draw, layout
+from sageLLM.runtime.inspect.export import (
     Step,
     from_json,
     to_chrome_trace,
@@ -24,11 +27,8 @@ from sageLLM.runtime.core.export import (
     to_mermaid,
     to_page,
 )
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
-from sageLLM.runtime.core.page import CATEGORIES
-from sageLLM.runtime.core.timeline import timeline
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.inspect.page import CATEGORIES
+from sageLLM.runtime.inspect.timeline import timeline
 
 (T,) = dims("T")
 EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'&'

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.errors import TypeMismatch, VerifyError
-from sageLLM.runtime.core.ir import REQUIRED, AttrSpec, AttrValue, ExecutionNode, TensorRef
-from sageLLM.runtime.core.types import TensorType
+from sageLLM.runtime.core.ir.dims import Dim, dims
+from sageLLM.runtime.core.ir.nodes import REQUIRED, AttrSpec, AttrValue, ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.types import TensorType
 
 T, KV, N = dims("T KV N")
 

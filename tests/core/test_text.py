@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.errors import IRError, ParseError
-from sageLLM.runtime.core.export import from_json, to_json
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
-from sageLLM.runtime.core.text import parse_text, to_text
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.text import parse_text, to_text
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.inspect.export import from_json, to_json
 
 T, H = dims("T H")
 NAMES = st.one_of(

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from sageLLM.runtime.core.dims import Dim, dims
 from sageLLM.runtime.core.errors import IRError, TypeMismatch
-from sageLLM.runtime.core.types import E, TensorType, TypePattern, bind, f32, i32, instantiate
+from sageLLM.runtime.core.ir.dims import Dim, dims
+from sageLLM.runtime.core.ir.types import E, TensorType, TypePattern, bind, f32, i32, instantiate
 
 T, H, I, K, N, D, P, B = dims("T H I K N D P B")
 

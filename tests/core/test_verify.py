@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.errors import VerifyError
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 (T,) = dims("T")
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.errors import IRError, TypeMismatch
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import TensorRef
-from sageLLM.runtime.core.types import TensorType
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.types import TensorType
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 (T,) = dims("T")
 

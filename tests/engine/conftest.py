@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from sageLLM.runtime.engine import tokenizer as engine_tokenizer
+from sageLLM.runtime.text import tokenizer as engine_tokenizer
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",

@@ -15,7 +15,7 @@ from sageLLM import LLM, SamplingParams
 from sageLLM.codegen import driver
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.passes import PASSES
-from sageLLM.runtime.engine.errors import (
+from sageLLM.runtime.errors import (
     CheckpointError,
     PluginError,
     PromptError,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sageLLM.runtime.engine.chat_template import ChatTemplate, TemplateLimits
-from sageLLM.runtime.engine.errors import ChatTemplateError
-from sageLLM.runtime.engine.tokenizer import Tokenizer, TokenizerConfig
+from sageLLM.runtime.errors import ChatTemplateError
+from sageLLM.runtime.text.chat_template import ChatTemplate, TemplateLimits
+from sageLLM.runtime.text.tokenizer import Tokenizer, TokenizerConfig
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 

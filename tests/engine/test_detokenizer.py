@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sageLLM.runtime.engine.detokenizer import MAX_HELD_TOKENS, REPLACEMENT, Detokenizer
+from sageLLM.runtime.text.detokenizer import MAX_HELD_TOKENS, REPLACEMENT, Detokenizer
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text("你好👩‍é a\n", max_size=40)
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
-from sageLLM.runtime.engine.commands import EmbedRequest, embed_prompts
-from sageLLM.runtime.engine.errors import PromptError, SageError
+from sageLLM.runtime.cli.run import EmbedRequest, embed_prompts
+from sageLLM.runtime.errors import PromptError, SageError
 
 TOLERANCE = 1e-5
 MakeCheckpoint = Callable[..., Path]

@@ -8,7 +8,7 @@ import torch
 
 from sageLLM import LLM, SamplingParams
 from sageLLM.runtime.engine import kernel_choice
-from sageLLM.runtime.engine.errors import SageError
+from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"

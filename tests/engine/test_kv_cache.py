@@ -7,10 +7,10 @@ import torch
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
-from sageLLM.runtime.core.layout import KvShape
+from sageLLM.runtime.core.model.layout import KvShape
 from sageLLM.runtime.engine.block_copies import TieredPool
-from sageLLM.runtime.engine.errors import SageError
 from sageLLM.runtime.engine.kv_pool import KVPool
+from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.kv.copies import BlockCopy, TierCopy
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sageLLM.runtime.engine.errors import PromptError, SamplingParamsError
 from sageLLM.runtime.engine.requests import resolve_max_tokens, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.errors import PromptError, SamplingParamsError
 
 BAD_PROMPTS = [
     ([], "the prompt is empty; give at least one token"),

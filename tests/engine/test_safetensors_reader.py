@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sageLLM.runtime.engine.errors import CheckpointError
-from sageLLM.runtime.engine.safetensors_reader import Checkpoint
+from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 
 TENSORS = {
     "embed": torch.arange(24, dtype=torch.float32).reshape(6, 4),
@@ -71,7 +71,7 @@ def test_rows_are_read_on_their_own(single):
 
 
 def test_opening_reads_no_data(single, monkeypatch):
-    monkeypatch.setattr("sageLLM.runtime.engine.safetensors_reader.safe_open", None)
+    monkeypatch.setattr("sageLLM.runtime.loader.safetensors_reader.safe_open", None)
     assert Checkpoint.open(single).info("embed").shape == (6, 4)
 
 

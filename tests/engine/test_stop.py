@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sageLLM.runtime.engine.sampling_params import SamplingParams
-from sageLLM.runtime.engine.stop import SequenceText, StopMatch, StopRules, find_stop, shown_len
+from sageLLM.runtime.text.stop import SequenceText, StopMatch, StopRules, find_stop, shown_len
 
 
 class LetterTokenizer:

@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.layout import RopeSpec, read_rope
-from sageLLM.runtime.engine.rope import rope_tables
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import RopeSpec, read_rope
+from sageLLM.runtime.loader.rope import rope_tables
 
 
 @pytest.mark.parametrize("share", [0.25, 0.7, 1.0])

@@ -7,9 +7,9 @@ import json
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from sageLLM.runtime.engine import tokenizer as module
-from sageLLM.runtime.engine.errors import TokenizerError
-from sageLLM.runtime.engine.tokenizer import Tokenizer
+from sageLLM.runtime.errors import TokenizerError
+from sageLLM.runtime.text import tokenizer as module
+from sageLLM.runtime.text.tokenizer import Tokenizer
 
 TEXT = "def add(a, b):\n    return 'naïve 你好 👩‍👩‍👧'"
 

@@ -15,7 +15,7 @@ import transformers
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen import driver
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.registry.plugins import load_registry
 
 EXAMPLES = Path(driver.PACKAGE, "examples")
 MakeCheckpoint = Callable[..., Path]

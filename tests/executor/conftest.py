@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.layout import ModelLayout, Stage
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.engine.plugins import Registry, load_registry
 from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs
-from sageLLM.runtime.engine.tables import make_tables
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.loader.tables import make_tables
+from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import Chunk, Request
 from sageLLM.runtime.scheduler.batch import DecodeStepBatch
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.engine.kernel_choice import make_runner
-from sageLLM.runtime.engine.plugins import load_registry
-from sageLLM.runtime.execution_graph.executor import Plan
-from sageLLM.runtime.kernels.cpu.arena import Arena
+from sageLLM.runtime.executor.native.arena import Arena
+from sageLLM.runtime.executor.native.plan import NativePlan, Runner
+from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
-from sageLLM.runtime.kernels.cpu.plan import NativePlan, Runner
+from sageLLM.runtime.registry.plugins import load_registry
 
 REGISTRY = load_registry()
 LAYOUTS = [name for name, layout in MODELS.items() if layout.generates]

@@ -6,15 +6,15 @@ from torch import Tensor
 
 from sageLLM.generated import ops
 from sageLLM.generated.kernels.reference import KERNELS
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.engine.kernel_choice import make_runner
-from sageLLM.runtime.engine.plugins import load_registry
-from sageLLM.runtime.execution_graph.executor import Plan
+from sageLLM.runtime.executor.native.plan import NativePlan
+from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.kernels.cpu.plan import NativePlan
+from sageLLM.runtime.registry.plugins import load_registry
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
 (T,) = dims("T")

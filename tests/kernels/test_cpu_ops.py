@@ -14,8 +14,8 @@ from sageLLM.generated.kernels import cpu, reference
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.tests.op_checks import make_operands
 from sageLLM.runtime.core.errors import TypeMismatch
-from sageLLM.runtime.core.ir import REQUIRED, AttrSpec, OpNode
-from sageLLM.runtime.core.types import TensorType
+from sageLLM.runtime.core.ir.nodes import REQUIRED, AttrSpec, OpNode
+from sageLLM.runtime.core.ir.types import TensorType
 
 SIZES = (1, 2, 3, 5, 16, 17, 33, 64, 130)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, 3e38, -3e38, 65504.0, 88.8, -104.0, 6e-8)

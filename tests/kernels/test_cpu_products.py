@@ -13,11 +13,10 @@ from torch import Tensor
 from sageLLM.generated.builders.llama import LLAMA
 from sageLLM.generated.kernels import cpu, reference
 from sageLLM.generated.ops import OPS
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.dims import evaluate
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.engine.plugins import load_registry
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.core.ir.dims import evaluate
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.executor.pipeline import Pipeline
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library, Symbol
 from sageLLM.runtime.kernels.cpu.packing import (
@@ -28,6 +27,7 @@ from sageLLM.runtime.kernels.cpu.packing import (
     pack,
     unpack_rows,
 )
+from sageLLM.runtime.registry.plugins import load_registry
 
 pytestmark = needs_compiler
 WAYS = [

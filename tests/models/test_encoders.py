@@ -3,8 +3,7 @@
 import pytest
 
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
     ExecutionGraphBuilder,
@@ -13,7 +12,8 @@ from sageLLM.runtime.execution_graph.builder import (
     build_block_graph,
 )
 from sageLLM.runtime.execution_graph.embedding import build_embedding_graph, poolings_of
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.registry.plugins import load_registry
 
 BERT = MODELS["bert"]
 TINY = BERT.read_config(HFConfig(BERT.tiny))

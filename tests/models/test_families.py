@@ -7,8 +7,8 @@ from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 from sageLLM.codegen import driver
 from sageLLM.codegen.model.layout_text import layout_text
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.text import to_text
+from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 

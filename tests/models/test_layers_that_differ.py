@@ -9,15 +9,15 @@ import pytest
 
 from sageLLM.codegen import driver
 from sageLLM.generated.builders import GEMMA2, SMOLLM3
-from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.layout import ModelLayout
-from sageLLM.runtime.core.text import to_text
-from sageLLM.runtime.engine.plugins import load_registry
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.execution_graph.builder import ExecutionGraphBuilder, ModelConfig, PrefillBatch, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
+from sageLLM.runtime.registry.plugins import load_registry
 
 CASE = Path(__file__).parent.parent / "codegen" / "cases" / "good" / "model_choose"
 

@@ -13,12 +13,12 @@ from syrupy.assertion import SnapshotAssertion
 from sageLLM.codegen import driver
 from sageLLM.codegen.model.layout_text import layout_text
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.core.checkpoint import check_checkpoint
-from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.layout import ModelLayout, Stage
-from sageLLM.runtime.core.text import to_text
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.model.checkpoint import check_checkpoint
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 

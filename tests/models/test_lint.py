@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.weights import share_shape
+from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.weights import share_shape
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
-from sageLLM.runtime.lint.commands import LintRequest, lint_checkpoint
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -188,7 +188,7 @@ def test_what_cannot_be_checked(
 
 
 def test_lint_model_needs_no_torch() -> None:
-    program = "import sys; import sageLLM.runtime.lint.commands; sys.exit('torch' in sys.modules)"
+    program = "import sys; import sageLLM.runtime.cli.lint; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=False, env={"PYTHONPATH": ":".join(sys.path)})
     assert done.returncode == 0
 

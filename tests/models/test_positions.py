@@ -3,9 +3,9 @@
 import pytest
 
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.layout import KvShape
-from sageLLM.runtime.engine.tables import alibi_slopes, make_tables
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import KvShape
+from sageLLM.runtime.loader.tables import alibi_slopes, make_tables
 
 
 def test_alibi_slopes() -> None:

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.kernels.reference.norm import rms_norm
-from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.layout import ModelLayout, Stage
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.engine.plugins import load_registry
-from sageLLM.runtime.engine.tables import make_tables
-from sageLLM.runtime.engine.weights import rank_share
-from sageLLM.runtime.execution_graph.executor import Plan
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.torch_plan import Plan
+from sageLLM.runtime.loader.tables import make_tables
+from sageLLM.runtime.loader.weights import rank_share
+from sageLLM.runtime.registry.plugins import load_registry
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 16
 LENGTHS = (5, 9, 2)

@@ -18,11 +18,11 @@ from sageLLM.codegen.link.config import link_config
 from sageLLM.codegen.link.flatten import flatten
 from sageLLM.codegen.link.weights import WeightLinker, link_weights
 from sageLLM.codegen.load import load_specs
-from sageLLM.runtime.core.checkpoint import check_checkpoint
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.weights import MAX_STACKED, Part, Shard, View, WeightSpec, share_runs, stacked
-from sageLLM.runtime.engine.safetensors_reader import Checkpoint
-from sageLLM.runtime.engine.weights import load_weights, rank_share
+from sageLLM.runtime.core.model.checkpoint import check_checkpoint
+from sageLLM.runtime.core.model.weights import MAX_STACKED, Part, Shard, View, WeightSpec, share_runs, stacked
+from sageLLM.runtime.loader.safetensors_reader import Checkpoint
+from sageLLM.runtime.loader.weights import load_weights, rank_share
 
 LAYOUT = """
 schema: models/v1

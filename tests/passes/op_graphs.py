@@ -15,15 +15,15 @@ from sageLLM.generated.ops.comm import AllReduce
 from sageLLM.generated.ops.elementwise import Add, Scale
 from sageLLM.generated.ops.norm import FusedAddRmsNorm
 from sageLLM.generated.ops.views import ConcatLast, ConcatRows, SplitHalves, SplitRows
-from sageLLM.runtime.core.dims import Dim, evaluate
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.dims import Dim, evaluate
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.verify import same_memory
 from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.memory import MemoryPlan
 from sageLLM.runtime.core.passes.order import lane
 from sageLLM.runtime.core.passes.rows import new_node
-from sageLLM.runtime.core.verify import same_memory
-from sageLLM.runtime.execution_graph.executor import Plan
+from sageLLM.runtime.executor.torch_plan import Plan
 
 Kernels = Mapping[str, Callable[..., Any]]
 TWO_RANKS: Kernels = KERNELS | {"all_reduce": lambda x, *, group="tp": 2 * x}

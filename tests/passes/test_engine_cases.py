@@ -15,11 +15,11 @@ from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes import PASSES
+from sageLLM.runtime.core.ir.text import parse_text, to_text
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.merge import MergePass
 from sageLLM.runtime.core.passes.place import PlacePass
-from sageLLM.runtime.core.rewrite import DeclaredPass
-from sageLLM.runtime.core.text import parse_text, to_text
+from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 CASES = sorted(path.parent for path in (Path(__file__).parent / "engine_cases").glob("*/*/before.txt"))
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"

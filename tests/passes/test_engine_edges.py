@@ -7,10 +7,10 @@ import pytest
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.comm import CommFusion
 from sageLLM.generated.passes.schedule import KvPrefetch
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import E
 from sageLLM.runtime.core.passes.order import Reachability
-from sageLLM.runtime.core.types import E
 
 
 def node(name: str, kind: OpType, reads: str = "", *, layer: int | None = None) -> ExecutionNode:

@@ -11,10 +11,10 @@ from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.comm import CommFusion
 from sageLLM.generated.passes.schedule import ComputeCommOverlap, KvPrefetch
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.text import to_text
 from sageLLM.runtime.core.passes.order import Reachability, lane
-from sageLLM.runtime.core.text import to_text
 
 from .conftest import ancestors, block_graphs, made
 

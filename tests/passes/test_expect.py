@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from sageLLM.codegen import driver
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.graph import Stage
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.rewrite import NearMiss, Rewrite
-from sageLLM.runtime.engine.plugins import load_registry
-from sageLLM.runtime.execution_graph.expectations import missed_expectations
-from sageLLM.runtime.execution_graph.numerics import run_once
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.core.ir.graph import Stage
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.rewrite.driver import NearMiss, Rewrite
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.inspect.expectations import missed_expectations
+from sageLLM.runtime.inspect.numerics import run_once
+from sageLLM.runtime.registry.plugins import load_registry
 
 REGISTRY = load_registry()
 CASES = [(name, stage) for name, layout in REGISTRY.models.items() for stage in layout.phases]

@@ -14,19 +14,19 @@ from sageLLM.generated.ops.norm import FusedAddRmsNorm
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.memory import MemoryOpt
 from sageLLM.generated.passes.schedule import ComputeCommOverlap
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.dims import dims
 from sageLLM.runtime.core.errors import IRError
-from sageLLM.runtime.core.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.events import plan_events
 from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes
 from sageLLM.runtime.core.passes.memory import MemoryPlan, find_beside, place, plan_buffers, plan_memory
-from sageLLM.runtime.core.text import to_text
-from sageLLM.runtime.execution_graph.numerics import SIZES as STEP
-from sageLLM.runtime.execution_graph.numerics import inputs_of
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.inspect.numerics import SIZES as STEP
+from sageLLM.runtime.inspect.numerics import inputs_of
 
 from .conftest import block_graphs, made
 from .op_graphs import Arena, op_graphs, random_order, random_values, run, same_bits

@@ -11,8 +11,8 @@ from sageLLM.generated.ops.elementwise import Add
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.comm import CommFusion
 from sageLLM.runtime.core.cost import Hardware, Link, annotate, latency_us
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.passes.check import verify_schedule
 
 from .conftest import ancestors

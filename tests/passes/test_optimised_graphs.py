@@ -5,12 +5,12 @@ from syrupy.assertion import SnapshotAssertion
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.engine.plugins import load_registry
-from sageLLM.runtime.execution_graph.commands import GraphRequest, show_graph
+from sageLLM.runtime.cli.graph import GraphRequest, show_graph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
+from sageLLM.runtime.registry.plugins import load_registry
 
 REGISTRY = load_registry()
 

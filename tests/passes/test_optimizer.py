@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sageLLM.runtime.core.errors import VerifyError
-from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.text import to_text
 from sageLLM.runtime.core.passes.events import WAITS
-from sageLLM.runtime.core.text import to_text
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
     ExecutionGraphBuilder,

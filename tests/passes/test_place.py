@@ -13,13 +13,13 @@ from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.place import AfDisaggregation, DropUnread, NanoBatching
 from sageLLM.generated.passes.schedule import ComputeCommOverlap, NanoOverlap
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.place import PartTime
-from sageLLM.runtime.core.text import to_text
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
     ExecutionGraphBuilder,

@@ -9,13 +9,13 @@ import torch
 
 from sageLLM.generated.kernels.reference import KERNELS
 from sageLLM.generated.ops import OPS
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import TensorRef
-from sageLLM.runtime.core.writer import GraphWriter
-from sageLLM.runtime.engine.plugins import load_registry
-from sageLLM.runtime.execution_graph.executor import Plan
-from sageLLM.runtime.execution_graph.numerics import inputs_of
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.execution_graph.rewriting import Rewriting
+from sageLLM.runtime.executor.torch_plan import Plan
+from sageLLM.runtime.inspect.numerics import inputs_of
+from sageLLM.runtime.registry.plugins import load_registry
 
 ROWS, WIDTH = 3, 8
 TWO = ("add", "mul")

@@ -18,10 +18,10 @@ from sageLLM.generated.ops.norm import RmsNorm
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes import PASSES
 from sageLLM.generated.passes.fusion import FuseNorm
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.rewrite import NearMiss, NewCall, Rewrite, RewriteOptions, RewritePass, Rule
-from sageLLM.runtime.core.text import parse_text, to_text
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.text import parse_text, to_text
+from sageLLM.runtime.core.rewrite.driver import NearMiss, NewCall, Rewrite, RewriteOptions, RewritePass, Rule
 
 CASES = sorted(path.parent for path in (Path(__file__).parent / "cases").glob("*/*/before.txt"))
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
@@ -154,7 +154,7 @@ def like(ref: Any, name: str) -> Any:
 
 def one_row(graph: ExecutionGraph, source: str) -> Any:
     """A plain node that makes a weight-shaped value from another value."""
-    from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+    from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 
     w = TensorRef("w", (8,), "f32")
     graph.add_node(ExecutionNode("w", OpType.GATHER, [graph.nodes[source].outputs[0]], [w]))

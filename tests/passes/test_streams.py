@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap
 from sageLLM.runtime.core.errors import VerifyError
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.clocks import Clocks
 from sageLLM.runtime.core.passes.events import WAITS, plan_events

@@ -14,11 +14,11 @@ from sageLLM.codegen import driver
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.passes import PASSES
 from sageLLM.generated.passes.fusion import FuseNorm
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.engine.plugins import Registry, load_registry
-from sageLLM.runtime.execution_graph.commands import GraphRequest, show_graph
-from sageLLM.runtime.execution_graph.pipeline import Pipeline
+from sageLLM.runtime.cli.graph import GraphRequest, show_graph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.registry.plugins import Registry, load_registry
 
 WRONG = """schema: passes/v1
 passes:

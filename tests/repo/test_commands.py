@@ -11,12 +11,12 @@ import pytest
 
 from sageLLM.codegen import driver
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.execution_graph.commands import show_spec_diff
+from sageLLM.runtime.cli.graph import show_spec_diff
 
 
 def sagellm(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "sageLLM.cli", *arguments]
+    command = [sys.executable, "-m", "sageLLM.runtime.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 

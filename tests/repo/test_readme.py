@@ -84,7 +84,7 @@ def test_make_targets_exist(readme: str) -> None:
 @pytest.mark.parametrize("readme", READMES)
 def test_commands_exist(readme: str) -> None:
     named = set(re.findall(r"(?:^|`)sagellm ([a-z]+)", text_of(readme), re.MULTILINE))
-    listed = run_python("import sys; from sageLLM.cli import main; sys.exit(main())", "--help")
+    listed = run_python("import sys; from sageLLM.runtime.cli.main import main; sys.exit(main())", "--help")
     assert sorted(name for name in named if not re.search(rf"\b{name}\b", listed)) == []
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from sageLLM.runtime.core.step_cost import StepWork
 from sageLLM.runtime.scheduler.auto import DEFAULT_OUTPUT_TOKENS, ForecastChooser, expected, rules
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.forecast import (
@@ -15,6 +14,7 @@ from sageLLM.runtime.scheduler.forecast import (
 from sageLLM.runtime.scheduler.modes import ModeChoice
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
+from sageLLM.runtime.scheduler.step_cost import StepWork
 
 PREFILL, TIME_SHARE = ModeChoice("prefill"), ModeChoice("time_share")
 LIMITS = ServiceLimits(max_prefill_tokens=100, max_consecutive_decodes=2, max_batch_size=8)

@@ -6,13 +6,13 @@ import pytest
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.step_cost import CoefficientCost, Coefficients, StepCostModel
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
 from sageLLM.runtime.scheduler.modes import ModeChoice
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.scheduler.step_cost import CoefficientCost, Coefficients, StepCostModel
 from sageLLM.runtime.sim.metrics import Slo, Summary
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.simulator import Simulation

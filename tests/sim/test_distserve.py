@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sageLLM.runtime.core.step_cost import PromptChunk, StepWork
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepWork
 from sageLLM.runtime.sim.distserve import read_profile
 from sageLLM.runtime.sim.metrics import Slo
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster

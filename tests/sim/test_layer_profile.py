@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sageLLM.runtime.core.step_cost import PromptChunk, StepWork
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepWork
 from sageLLM.runtime.sim.layer_profile import Grid, LayerProfileCost
 from sageLLM.runtime.sim.metrics import Timeline
 from sageLLM.runtime.sim.modes import Setup, make_cluster

@@ -17,7 +17,7 @@ import pytest
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
-from sageLLM.runtime.core.config import HFConfig
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig

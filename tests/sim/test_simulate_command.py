@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from sageLLM.cli import app
+from sageLLM.runtime.cli.main import app
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

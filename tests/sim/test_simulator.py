@@ -5,9 +5,9 @@ from array import array
 
 import pytest
 
-from sageLLM.runtime.core.step_cost import StepWork
 from sageLLM.runtime.scheduler.batch import KVBudget, ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
+from sageLLM.runtime.scheduler.step_cost import StepWork
 from sageLLM.runtime.sim.metrics import Slo, Summary, Timeline
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.simulator import Simulation

@@ -6,14 +6,14 @@ import pytest
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
-from sageLLM.runtime.core.config import HFConfig
 from sageLLM.runtime.core.cost import estimate
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.step_cost import CoefficientCost, Coefficients, PromptChunk, StepWork
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
+from sageLLM.runtime.scheduler.step_cost import CoefficientCost, Coefficients, PromptChunk, StepWork
 
 PLAIN = Coefficients((10.0, 0.1, 0.001), (5.0, 0.01, 0.2), (4.0, 0.01, 0.3), threshold=3)
 BIG = {

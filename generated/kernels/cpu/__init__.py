@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=rms_norm
 """The CPU kernels by op name: the sources beside this file are compiled when one of their ops is first used."""
 
-from sageLLM.runtime.core.dims import dims
+from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.kernels import NativeKernel, Part
 
 from ...ops.activation import (

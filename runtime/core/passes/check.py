@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sageLLM.runtime.core.errors import VerifyError
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.passes.clocks import Clocks
 from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.lifetimes import Lifetimes

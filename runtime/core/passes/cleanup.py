@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode
 
 
 def drop_unread(graph: ExecutionGraph) -> int:

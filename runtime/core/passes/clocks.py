@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 
-from sageLLM.runtime.core.ir import ExecutionNode
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.passes.order import Lane, lane
 
 

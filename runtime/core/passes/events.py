@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sageLLM.runtime.core.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.passes.order import lane
 
 WAITS = "waits"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, TypeAlias
 
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.rewrite import DeclaredPass
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 GraphFunction: TypeAlias = "staticmethod[[ExecutionGraph], int]"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from sageLLM.runtime.core.dims import Dim, evaluate, product
 from sageLLM.runtime.core.errors import IRError
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.dims import Dim, evaluate, product
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.passes.clocks import Clocks
 from sageLLM.runtime.core.passes.order import is_on_device
-from sageLLM.runtime.core.types import DTYPES
 
 Sizes = Mapping[str, Dim]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sageLLM.runtime.core.dims import Dim
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
+from sageLLM.runtime.core.ir.dims import Dim
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
 from sageLLM.runtime.core.passes.rows import PART, join_rows, split_rows
 
 COUNTS = ("flops", "bytes")

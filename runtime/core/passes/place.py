@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from sageLLM.runtime.core.cost import Hardware, Memo, estimate
-from sageLLM.runtime.core.dims import Dim
 from sageLLM.runtime.core.errors import TypeMismatch
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, Inference, InferKey, OpNode
+from sageLLM.runtime.core.ir.dims import Dim
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, Inference, InferKey, OpNode
 from sageLLM.runtime.core.passes.micro_batches import MicroBatches, entering, share_of, why_not_divisible
 from sageLLM.runtime.core.passes.order import put_in_order, take_over
 from sageLLM.runtime.core.passes.rows import PART
 from sageLLM.runtime.core.passes.transfers import move_nodes
-from sageLLM.runtime.core.rewrite import DeclaredPass
+from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 PartTime = Callable[[ExecutionNode, int], float]
 """The microseconds of a node for a micro-batch of so many rows."""

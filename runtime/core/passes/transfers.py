@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
 from sageLLM.runtime.core.passes.order import take_over
 from sageLLM.runtime.core.passes.rows import PART
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.dims import Dim
-from sageLLM.runtime.core.ir import AttrSpec, AttrValue
+from sageLLM.runtime.core.ir.dims import Dim
+from sageLLM.runtime.core.ir.nodes import AttrSpec, AttrValue
+from sageLLM.runtime.core.ir.types import TensorType, TypePattern
 from sageLLM.runtime.core.kernels import NativeKernel
-from sageLLM.runtime.core.types import TensorType, TypePattern
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, Symbol
 from sageLLM.runtime.kernels.cpu.packing import PackedWeight, pack
 

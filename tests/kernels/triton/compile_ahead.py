@@ -26,9 +26,9 @@ from triton.runtime.jit import JITFunction
 
 from sageLLM.generated.kernels.triton import KERNELS
 from sageLLM.generated.ops import OPS
-from sageLLM.runtime.core.dims import evaluate
-from sageLLM.runtime.core.ir import REQUIRED, AttrSpec
-from sageLLM.runtime.core.types import TypePattern
+from sageLLM.runtime.core.ir.dims import evaluate
+from sageLLM.runtime.core.ir.nodes import REQUIRED, AttrSpec
+from sageLLM.runtime.core.ir.types import TypePattern
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sageLLM import LLM, SamplingParams
-from sageLLM.runtime.execution_graph.cuda_graphs import fill, round_up
-from sageLLM.runtime.execution_graph.executor import Plan
+from sageLLM.runtime.executor.cuda_graphs import fill, round_up
+from sageLLM.runtime.executor.torch_plan import Plan
 
 MODEL = Path(__file__).parents[3] / "examples/tiny_python_model"
 PROMPTS = ["def __init__(self", "import os\nimport ", "x = "]

@@ -3,10 +3,10 @@
 """The ops of gelu_gate/spec.yaml."""
 
 from sageLLM.generated.ops.op_types import OpType
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrValue, OpNode, TensorRef
-from sageLLM.runtime.core.types import E
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import E
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 __all__ = [
     "GeluGate",

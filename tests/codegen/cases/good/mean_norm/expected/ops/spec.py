@@ -5,10 +5,10 @@
 from typing import cast
 
 from sageLLM.generated.ops.op_types import OpType
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import AttrSpec, AttrValue, OpNode, TensorRef
-from sageLLM.runtime.core.types import E
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import AttrSpec, AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir.types import E
+from sageLLM.runtime.core.ir.writer import GraphWriter
 
 __all__ = [
     "MeanNorm",

@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=models
 """Every layout by name."""
 
-from sageLLM.runtime.core.layout import ModelLayout
+from sageLLM.runtime.core.model.layout import ModelLayout
 
 from .qwen2ish import QWEN2ISH
 

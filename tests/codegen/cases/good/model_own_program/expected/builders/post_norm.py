@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 from sageLLM.generated import ops
 from sageLLM.generated.ops.op_types import OpType
-from sageLLM.runtime.core.config import HFConfig
-from sageLLM.runtime.core.dims import dims
-from sageLLM.runtime.core.ir import TensorRef
-from sageLLM.runtime.core.layout import (
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import (
     Block,
     KvNodes,
     KvShape,
@@ -22,8 +23,7 @@ from sageLLM.runtime.core.layout import (
     call_block,
     num_rows,
 )
-from sageLLM.runtime.core.weights import Part, View, WeightSpec, stacked
-from sageLLM.runtime.core.writer import GraphWriter
+from sageLLM.runtime.core.model.weights import Part, View, WeightSpec, stacked
 
 __all__ = ["POST_NORM", "PostNormConfig"]
 

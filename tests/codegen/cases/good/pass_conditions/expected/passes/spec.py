@@ -4,9 +4,9 @@
 
 from sageLLM.generated.ops.activation import Gelu
 from sageLLM.generated.ops.elementwise import Scale
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.rewrite import (
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.rewrite.driver import (
     NearMiss,
     NewCall,
     Rewrite,

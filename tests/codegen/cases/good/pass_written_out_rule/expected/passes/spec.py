@@ -5,9 +5,9 @@
 from sageLLM.generated.ops.comm import AllReduce
 from sageLLM.generated.ops.elementwise import Add
 from sageLLM.generated.ops.norm import FusedAddRmsNorm, RmsNorm
-from sageLLM.runtime.core.graph import ExecutionGraph
-from sageLLM.runtime.core.ir import OpNode
-from sageLLM.runtime.core.rewrite import (
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.rewrite.driver import (
     NearMiss,
     NewCall,
     Rewrite,

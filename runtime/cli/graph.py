@@ -1,0 +1,261 @@
+"""`sagellm graph` and `sagellm generate --diff`: graphs for people to look at, and what a spec change does to them."""
+
+import dataclasses
+import difflib
+import filecmp
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from sageLLM.generated.hardware import HARDWARE
+from sageLLM.generated.ops.op_types import OpType
+from sageLLM.runtime.core.cost import Hardware, annotate
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir.text import parse_text, to_text
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.rewrite.report import Change
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
+from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
+from sageLLM.runtime.inspect.explain_node import explain_node
+from sageLLM.runtime.inspect.export import to_chrome_trace, to_dot, to_html, to_json, to_mermaid, to_page
+from sageLLM.runtime.inspect.rule_table import rule_table
+from sageLLM.runtime.inspect.summary import STEP, diff_lines, step_of, summarise
+from sageLLM.runtime.inspect.traces import traces_of
+from sageLLM.runtime.inspect.why_not import why_not
+from sageLLM.runtime.registry.plugins import Registry, load_registry, load_tree
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRequest:
+    """The arguments of `sagellm graph`. `only` and `disable` are names of passes and rules by commas; None is all.
+
+    Without a stage it is decode, or prefill for a layout that has no other; on a web page, all. `model` may be a file
+    with a graph as text. `hardware` is the device that times are estimated for.
+    """
+
+    model: str
+    stage: Stage | None
+    level: str = "kernel"
+    only: str | None = None
+    disable: str = ""
+    rewrite_limit: int | None = None
+    print_ir_after: str | None = None
+    diff: bool = False
+    stats: bool = False
+    verify_numerics: bool = False
+    bisect: bool = False
+    why_not: tuple[str, str] | None = None
+    format: str = "text"
+    hardware: str = "h100"
+    measure: bool = False
+    plugins: Sequence[Path] = ()
+
+
+def show_graph(request: GraphRequest) -> int:
+    """Prints the graph, or what is asked about its passes, to stdout. An unknown name is an error that lists them.
+
+    1: an error, or a pass that changes results.
+    """
+    try:
+        text, is_right = _Inspection(request).answer()
+    except (ValueError, OSError) as error:
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 1
+    print(text)
+    return 0 if is_right else 1
+
+
+def show_node(model: str, stage: Stage, node_id: str) -> int:
+    """Prints what is known of a node of a layout's graph, on its small config."""
+    try:
+        registry = load_registry()
+        layout, config = _layout(model, registry)
+        graphs = ModelGraphs(layout, layout.read_config(config), registry, dtype="f32")
+        print(explain_node(graphs, stage if stage in layout.phases else layout.phases[0], node_id))
+    except (LookupError, ValueError) as error:
+        print(f"error: {error.args[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Inspection:
+    """Answers one request."""
+
+    def __init__(self, request: GraphRequest) -> None:
+        self.request = request
+        registry = load_registry(request.plugins)
+        choice: Choice = {
+            "disable": _names(request.disable) or (),
+            "only": _names(request.only),
+            "limit": request.rewrite_limit,
+        }
+        self.graphs: ModelGraphs | None = None
+        if Path(request.model).suffix == ".txt":
+            text = Path(request.model).read_text(encoding="utf-8")
+            self.rewriting = Rewriting(registry, **choice)
+            self.before = parse_text(text, OpType, registry.ops)
+            return
+        layout, config = _layout(request.model, registry)
+        dtype = "f64" if request.verify_numerics or request.bisect else "f32"
+        self.rewriting = self.graphs = ModelGraphs(layout, layout.read_config(config), registry, dtype=dtype, **choice)
+        self.stage = request.stage or ("decode" if "decode" in layout.phases else layout.phases[0])
+        if request.level == "block":
+            self.before = self.graphs.block_graph(self.stage)
+        else:
+            self.before = self.graphs.expanded_graph(self.stage)
+
+    def answer(self) -> tuple[str, bool]:
+        """The text to print, and whether all is well."""
+        request = self.request
+        if request.format == "html" and self.graphs is not None:
+            stages = (request.stage,) if request.stage else self.graphs.layout.phases
+            return to_page(traces_of(self.graphs, self._hardware(), stages), f"{request.model}: passes"), True
+        if request.level == "block":
+            return _formatted(request, {"block": self.before}), True
+        if request.verify_numerics or request.bisect:
+            return self._numerics()
+        if request.why_not is not None:
+            return why_not(self.rewriting, self.before, *request.why_not), True
+        steps = list(self.rewriting.steps(self.before))
+        if request.stats:
+            step = {**STEP, **(step_of(self.before.stage, self.graphs.config) if self.graphs else {})}
+            return rule_table([one.report for one, _ in steps], step), True
+        states = {"expanded": self.before} | {one.name: graph for one, graph in steps}
+        return self._shown(states), True
+
+    def _shown(self, states: dict[str, ExecutionGraph]) -> str:
+        request = self.request
+        if request.diff:
+            return _changes(list(states.items()))
+        if request.print_ir_after == "all":
+            return _formatted(request, states)
+        last = request.print_ir_after or list(states)[-1]
+        if last not in states:
+            raise ValueError(f"no pass named {last} ran; those that ran are {', '.join(states)}")
+        if request.format == "trace":
+            return self._trace(states[last])
+        return _formatted(request, {last: states[last]})
+
+    def _trace(self, graph: ExecutionGraph) -> str:
+        if self.graphs is None:
+            raise ValueError("a trace needs a model: the times of a graph as text are its own")
+        annotate(graph, self._hardware(), step_of(self.stage, self.graphs.config))
+        runs: dict[str, tuple[ExecutionGraph, Mapping[str, float] | None]] = {
+            f"estimated on {self.request.hardware}": (graph, None)
+        }
+        if self.request.measure:
+            from sageLLM.runtime.inspect.measure import measured_times  # torch, only for this
+
+            runs["measured here, on reference kernels"] = (graph, measured_times(graph, self.graphs.registry.kernels))
+        return to_chrome_trace(runs)
+
+    def _hardware(self) -> Hardware:
+        if self.request.hardware not in HARDWARE:
+            raise ValueError(f"no device named {self.request.hardware}; known are {', '.join(HARDWARE)}")
+        return HARDWARE[self.request.hardware]
+
+    def _numerics(self) -> tuple[str, bool]:
+        from sageLLM.runtime.inspect.numerics import find_bad_rewrite, verify_numerics  # torch, only for these
+
+        if self.graphs is None:
+            raise ValueError("numbers need a model: a graph as text has no reference inputs")
+        if self.request.bisect:
+            found = find_bad_rewrite(self.graphs, self.stage)
+            return ("no rewrite changes a result", True) if found is None else (_blame(*found), False)
+        verdicts = list(verify_numerics(self.graphs, self.stage))
+        lines = [
+            f"{v.pass_name}: {v.wrong or ('every bit is kept' if v.difference == 0 else f'within {v.difference:.1e}')}"
+            for v in verdicts
+        ]
+        wrong = next((v.pass_name for v in verdicts if v.wrong), None)
+        if wrong is not None:
+            lines.append(f"{wrong} changes the results; `--bisect` finds the rewrite")
+        return "\n".join(lines), wrong is None
+
+
+def _blame(number: int, rule: str, change: Change) -> str:
+    old, new = (", ".join(f"{node.op} {node.node_id}" for node in nodes) for nodes in change)
+    return (
+        f"rewrite {number} is the first that changes a result: {rule} makes {new} of {old}\n"
+        f"before: --rewrite-limit {number - 1}; with it: --rewrite-limit {number}; without the rule: --disable {rule}"
+    )
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name for name in text.split(",") if name]
+
+
+def _layout(model: str, registry: Registry) -> tuple[ModelLayout, HFConfig]:
+    """A layout by its name, with its small config, or the one that reads the config of a checkpoint folder."""
+    path = Path(model) / "config.json"
+    if model in registry.models:
+        layout = registry.models[model]
+        return layout, HFConfig(layout.tiny, f"{layout.name}: tests.tiny")
+    if not path.is_file():
+        known = ", ".join(registry.models)
+        raise ValueError(f"'{model}' is neither a model ({known}) nor a folder with a config.json")
+    data = json.loads(path.read_bytes())
+    found = registry.layout_of(str((data.get("architectures") or [""])[0]))
+    if found is None:
+        raise ValueError(f"{path}: no layout reads {data.get('architectures')}")
+    return found, HFConfig(data, str(path))
+
+
+def _formatted(request: GraphRequest, graphs: dict[str, ExecutionGraph]) -> str:
+    if request.format == "html":
+        return to_html(graphs, title=f"{request.model}, {next(iter(graphs.values())).stage}")
+    show = {"text": to_text, "json": to_json, "dot": to_dot, "mermaid": to_mermaid}[request.format]
+    if len(graphs) == 1:
+        return str(show(next(iter(graphs.values()))))
+    return "\n".join(f"// after {name}\n{show(graph)}" for name, graph in graphs.items())
+
+
+def _changes(states: list[tuple[str, ExecutionGraph]]) -> str:
+    """A unified diff of the graph's text for each pass that changed something."""
+    parts: list[str] = []
+    for (before_name, before), (after_name, after) in pairwise(states):
+        lines = difflib.unified_diff(
+            to_text(before).splitlines(), to_text(after).splitlines(), before_name, after_name, n=0, lineterm=""
+        )
+        parts += lines
+    return "\n".join(parts) or "no pass changed the graph"
+
+
+def show_spec_diff(old: Path, new: Path, as_json: bool) -> int:
+    """What the specs as they stand would change in the generated tree, and so in every model's graphs."""
+    if not (old / "__init__.py").is_file():
+        print(f"error: {old} is not a generated folder, so there is nothing to compare with", file=sys.stderr)
+        return 1
+    before, after = (summarise(load_tree(tree)) for tree in (old, new))
+    lines = diff_lines(before, after)
+    files = _changed_files(old, new)
+    if as_json:
+        data = {name: {s: dataclasses.asdict(one) for s, one in stages.items()} for name, stages in after.items()}
+        print(json.dumps({"files": files, "changes": lines, "after": data}))
+        return 0
+    for file in files:
+        print(file)
+    print("\n".join(lines) or "no graph changes")
+    return 0
+
+
+def _changed_files(old: Path, new: Path) -> list[str]:
+    names = {
+        path.relative_to(tree).as_posix()
+        for tree in (old, new)
+        for path in tree.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.name != "MANIFEST.json"
+    }
+    marks = {(True, False): "removed", (False, True): "new"}
+    lines = []
+    for name in sorted(names):
+        there = ((old / name).is_file(), (new / name).is_file())
+        if there != (True, True):
+            lines.append(f"{marks[there]}: {name}")
+        elif not filecmp.cmp(old / name, new / name, shallow=False):
+            lines.append(f"changed: {name}")
+    return lines

@@ -1,0 +1,112 @@
+"""`sagellm lint model`: checks a checkpoint's config, and its index if there is one, without weights or a GPU."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, lint_model
+from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, weight_map
+from sageLLM.runtime.loader.config_file import layout_of, read_config_file
+from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
+
+FINDINGS = 100
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class LintRequest:
+    """The command's arguments. `what` is "model" or a layout's name; `tp` lists degrees, None the usual ones."""
+
+    what: str
+    config: Path | None
+    index: Path | None
+    tp: str | None
+    plugins: Sequence[Path]
+    as_json: bool
+
+
+def lint_checkpoint(request: LintRequest) -> int:
+    """Prints the report. 1: nothing can be said; 100: the index does not fit, or an asked degree does not divide."""
+    try:
+        report = _report(request)
+    except (SageError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(asdict(report)) if request.as_json else "\n".join(_lines(report)))
+    refused = request.tp is not None and any(degree.problem for degree in report.degrees)
+    return FINDINGS if report.index or refused else 0
+
+
+def _report(request: LintRequest) -> Report:
+    layouts: dict[str, ModelLayout] = read_table(
+        [BASE, *(import_folder(plugin) for plugin in request.plugins)], "builders", "MODELS"
+    )
+    layout, data, path = _config(request, layouts)
+    index = request.index or _index_beside(request.config)
+    names = list(weight_map(index)) if index is not None else None
+    return lint_model(layout, layout.read_config(HFConfig(data, path)), path, _degrees(request.tp), names)
+
+
+def _config(request: LintRequest, layouts: Mapping[str, ModelLayout]) -> tuple[ModelLayout, Mapping[str, Any], str]:
+    """The layout, and the config that it is to read: the file's, or the layout's own small one."""
+    layout = layouts.get(request.what)
+    if layout is None and request.what != "model":
+        raise SageError(f"'{request.what}' is no layout; write `model`, or one of {', '.join(layouts)}")
+    if request.config is None:
+        if layout is None:
+            raise SageError("give the config.json to check: `sagellm lint model --config FILE`")
+        return layout, layout.tiny, f"{layout.name}: tests.tiny"
+    path = request.config / "config.json" if request.config.is_dir() else request.config
+    data = read_config_file(path)
+    return layout or layout_of(data, path, layouts), data, str(path)
+
+
+def _index_beside(config: Path | None) -> Path | None:
+    """The index of a checkpoint folder, if the config was given as a folder that has one."""
+    index = config / INDEX_FILE if config is not None else None
+    return index if index is not None and index.is_file() else None
+
+
+def _degrees(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return DEGREES
+    try:
+        degrees = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise SageError(f"--tp is '{text[:40]}'; give degrees by commas, such as 1,2,4") from None
+    if any(degree < 1 for degree in degrees):
+        raise SageError(f"--tp is '{text[:40]}'; a degree is at least 1")
+    return degrees
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield f"{report.config}: {report.layout} ({report.spec})"
+    yield f"  tensors       {report.tensors:,}"
+    yield f"  parameters    {report.parameters:,}"
+    yield f"  bytes         {_by_dtype(report.bytes)}"
+    yield f"  KV per token  {_by_dtype(report.kv_bytes_per_token)}"
+    yield from (f"  tp {degree.tp:<11}{_degree_words(degree)}" for degree in report.degrees)
+    if report.index is None:
+        return
+    if not report.index:
+        yield f"  index         {report.index_tensors:,} tensors, exactly those of the layout"
+        return
+    yield f"  index         {report.index_tensors:,} tensors, which do not fit:"
+    yield from (f"    {problem}" for problem in report.index[:MAX_SHOWN])
+    if len(report.index) > MAX_SHOWN:
+        yield f"    and {len(report.index) - MAX_SHOWN} more"
+
+
+def _by_dtype(numbers: Mapping[str, int]) -> str:
+    return "  ".join(f"{dtype} {number:,}" for dtype, number in numbers.items())
+
+
+def _degree_words(degree: Degree) -> str:
+    return f"divides; {degree.parameters:,} parameters a rank" if degree.problem is None else f"no: {degree.problem}"

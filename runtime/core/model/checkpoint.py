@@ -1,0 +1,135 @@
+"""Compares a checkpoint's tensors with those that a layout reads: names, shapes, and that each element is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from math import prod
+from typing import Any, Protocol
+
+from sageLLM.runtime.core.model.weights import Part, View, WeightSpec
+
+MAX_PROBLEMS = 1000
+Shape = tuple[int, ...]
+
+
+class ReadsWeights(Protocol):
+    """What the comparison needs of a layout."""
+
+    @property
+    def ignore(self) -> tuple[str, ...]: ...
+
+    def weights(self, config: Any, /) -> Iterable[WeightSpec]: ...
+
+
+def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Shape | None]) -> list[str]:
+    """Every way in which a checkpoint's tensors (name -> shape) are not exactly what the layout reads.
+
+    A tensor may be absent if its weight is tied; it may be there unread if the layout ignores its name. A shape that
+    is None is not known, as in an index file. The list ends after MAX_PROBLEMS, since a config may claim any number
+    of layers.
+    """
+    reads = _Reads(shapes)
+    for weight in layout.weights(config):
+        if len(reads.problems) >= MAX_PROBLEMS:
+            return reads.problems[:MAX_PROBLEMS]
+        reads.add(weight)
+    problems = [*reads.problems, *reads.wrong_covers()]
+    for name, shape in shapes.items():
+        if name not in reads.names and not any(_matches(name, pattern) for pattern in layout.ignore):
+            problems.append(f"tensor '{name}'{_dims(shape)} is read by nothing in the layout")
+    return problems[:MAX_PROBLEMS]
+
+
+def missing_prefix(prefix: str, names: Iterable[str]) -> str:
+    """The prefix if no name has it, as in a checkpoint of the bare model, which lacks a head; else nothing."""
+    return "" if any(name.startswith(prefix) for name in names) else prefix
+
+
+@dataclass(slots=True)
+class _Reads:
+    """Who reads which tensor; only reads that may clash are kept, since checkpoints have many tensors."""
+
+    shapes: Mapping[str, Shape | None]
+    problems: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    whole: dict[str, str] = field(default_factory=dict)
+    partial: dict[str, list[tuple[str, Part]]] = field(default_factory=dict)
+
+    def add(self, weight: WeightSpec) -> None:
+        for part in weight.parts:
+            self._compare(weight, part)
+            self.names.add(part.name)
+            if weight.tied_to is None:
+                self._note(weight, part)
+
+    def _compare(self, weight: WeightSpec, part: Part) -> None:
+        if part.name not in self.shapes:
+            if weight.tied_to is None and part.name not in self.names:
+                text = f"missing tensor '{part.name}'{_dims(part.shape)}, which fills {weight.name}"
+                self.problems.append(text)
+            return
+        got = self.shapes[part.name]
+        if got is not None and tuple(got) != part.shape:
+            self.problems.append(
+                f"tensor '{part.name}' is{_dims(tuple(got))}, want{_dims(part.shape)} for {weight.name}"
+            )
+        elif part.view is not None and prod(part.view.axes) != prod(part.shape):
+            axes = f"cannot be taken apart as{_dims(part.view.axes)} for {weight.name}"
+            self.problems.append(f"tensor '{part.name}'{_dims(part.shape)} {axes}")
+
+    def _note(self, weight: WeightSpec, part: Part) -> None:
+        if part.view is not None and part.view.take:
+            self.partial.setdefault(part.name, []).append((weight.name, part))
+        elif part.name in self.whole:
+            self.problems.append(_twice(part.name, self.whole[part.name], weight.name))
+        else:
+            self.whole[part.name] = weight.name
+
+    def wrong_covers(self) -> Iterator[str]:
+        """Tensors of which some elements are read twice, or by nothing."""
+        for name, reads in self.partial.items():
+            if name in self.whole:
+                yield _twice(name, self.whole[name], reads[0][0])
+            else:
+                yield from _wrong_cover(name, reads)
+
+
+def _wrong_cover(name: str, reads: list[tuple[str, Part]]) -> Iterator[str]:
+    views = [(weight, part.view) for weight, part in reads if part.view is not None]
+    for (first, a), (second, b) in combinations(views, 2):
+        if a.axes != b.axes:
+            yield f"tensor '{name}' is taken apart as{_dims(a.axes)} for {first}, but as{_dims(b.axes)} for {second}"
+            return
+        if _overlap(a, b):
+            yield _twice(name, first, second)
+            return
+    count = sum(prod(stop - start for start, stop in view.ranges) for _, view in views)
+    missing = prod(views[0][1].axes) - count
+    if missing:
+        yield f"tensor '{name}': {missing} of its elements are read by nothing in the layout"
+
+
+def _overlap(a: View, b: View) -> bool:
+    return all(max(x[0], y[0]) < min(x[1], y[1]) for x, y in zip(a.ranges, b.ranges, strict=True))
+
+
+def _twice(name: str, first: str, second: str) -> str:
+    if first == second:
+        return f"tensor '{name}' fills two places of {first}"
+    return f"tensor '{name}' is read by both {first} and {second}; tie one to the other"
+
+
+def _dims(shape: Shape | None) -> str:
+    return "" if shape is None else f" [{', '.join(map(str, shape))}]"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name is the pattern, where a leading or trailing `*` stands for anything."""
+    core = pattern.strip("*")
+    if pattern.startswith("*") and pattern.endswith("*"):
+        return core in name
+    if pattern.startswith("*"):
+        return name.endswith(core)
+    return name.startswith(core) if pattern.endswith("*") else name == pattern

@@ -1,0 +1,273 @@
+"""What a generated model file declares: its sizes, its weights, its blocks and the program that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.ir.dims import Dim, dims
+from sageLLM.runtime.core.ir.graph import Stage as Stage
+from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.types import DTYPES, TensorType
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.model.hf_config import HFConfig, shown
+from sageLLM.runtime.core.model.weights import WeightSpec
+
+T, B, Td, Tp, PG, BS, KV, KVd = dims("T B Td Tp PG BS KV KVd")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """A pair of rotary tables [P, dim/2] (Su et al. 2021), for ops that turn `dim` components of a head.
+
+    `scaling` is the checkpoint's own description with its type under `rope_type`, or None.
+    """
+
+    base: float
+    dim: int
+    max_position: int
+    scaling: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AlibiSpec:
+    """ALiBi's slopes (Press et al. 2021) for all heads of the model, down to 2 ** -max_bias."""
+
+    heads: int
+    max_bias: float
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What a layer keeps of a token: [heads, width] of the key and of the value.
+
+    With `is_shared` the value is the leading part of the key and takes no memory of its own.
+    """
+
+    k: tuple[int, int]
+    v: tuple[int, int]
+    is_shared: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.k) + (0 if self.is_shared else prod(self.v))
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The shape of what is kept: [2, heads, width] where key and value are alike."""
+        if self.is_shared:
+            return self.k
+        return (2, *self.k) if self.k == self.v else (self.num_elements,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """What every generated config has; the other names are the layout's own.
+
+    Under tensor parallelism `tp` is the degree, `rank` this rank, and the sizes that are divided are a rank's share.
+    """
+
+    H: int
+    L: int
+    Nq: int
+    Nkv: int
+    D: int
+    V: int
+    max_position: int
+    rope: Mapping[str, RopeSpec] = field(default_factory=dict)
+    """By the name of the tables, which is "" where there is one pair."""
+    alibi: AlibiSpec | None = None
+    tp: int = 1
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvNodes:
+    """What stands around a block that uses the KV cache, and joins its two halves in a hybrid step.
+
+    `shape(config)` is what a layer keeps of a token.
+    """
+
+    load: OpTypeBase
+    store: OpTypeBase
+    join: type[OpNode]
+    shape: Callable[[Any], KvShape]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a layer that is one node at block level.
+
+    `body(g, config, stage, layer, *args)` emits its ops and returns its results. A block with `kv` has no op type for
+    the hybrid stage: there it is a pair of its prefill and its decode node. `variant(config, layer)` is what the body
+    depends on besides the config: layers of one variant have the same body. Without it all layers have.
+    """
+
+    name: str
+    op_type: Mapping[Stage, OpTypeBase]
+    body: Callable[..., tuple[TensorRef, ...]]
+    kv: KvNodes | None = None
+    variant: Callable[[Any, int], Hashable] | None = None
+
+    def variant_of(self, config: Any, layer: int) -> Hashable:
+        """Equal for layers whose bodies are the same."""
+        return self.variant(config, layer) if self.variant is not None else None
+
+    @property
+    def uses_kv(self) -> bool:
+        return self.kv is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """One family. `spec` names the entry it was generated from, `tiny` is an HF config for tests.
+
+    `program` gives the values that `returns` names: logits and tokens, or embeddings. Those are made of the value
+    `hidden`, which has a row per token (per wanted row in a layout that generates), or are the value `pooled`, which
+    has a row per sequence. A layout without a KV cache reads whole sequences at once: its only phase is prefill.
+    """
+
+    name: str
+    spec: str
+    architectures: tuple[str, ...]
+    read_config: Callable[[HFConfig], Any]
+    shard_config: Callable[[Any, int], Any]
+    weights: Callable[[Any], Iterator[WeightSpec]]
+    program: Callable[[GraphWriter, Any, Stage], list[TensorRef]]
+    cache: Callable[[Any], KvShape]
+    blocks: Mapping[str, Block]
+    ignore: tuple[str, ...]
+    tiny: Mapping[str, Any]
+    prefix: str = ""
+    returns: tuple[str, ...] = ("logits", "tokens")
+    phases: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
+    hidden: str | None = None
+    pooled: str | None = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the program gives logits and tokens."""
+        return self.pooled is None and self.hidden not in self.returns
+
+
+def num_rows(stage: Stage) -> Dim:
+    """The token rows of a step: T in prefill, B (one per sequence) in decode, Td + Tp in hybrid, decodes first."""
+    return {"prefill": T, "decode": B, "hybrid": Td + Tp}[stage]
+
+
+def call_block(
+    g: GraphWriter, c: ModelSizes, block: Block, stage: Stage, layer: int, *args: TensorRef, **results: int
+) -> tuple[TensorRef, ...]:
+    """Write the block-level nodes of one call. `results` gives the name and the row width of each result."""
+    call = {"call": f"L{layer}.{block.name}"}
+    if block.kv is None:
+        types = [TensorType(g.dtype, (num_rows(stage), width)) for width in results.values()]
+        return g.call_block(block.name, block.op_type[stage], args, tuple(results), types, metadata=call)
+    shape = block.kv.shape(c)
+    caches = [
+        g.input(f"layers.{layer}.{name}", g.dtype, PG, BS, *sizes)
+        for name, sizes in (("k_cache", shape.k), ("v_cache", shape.v))
+    ]
+    calls = _KvCall(g, shape, block, block.kv, args, caches, call)
+    if stage == "prefill":
+        return calls.prefill(results, T)
+    if stage == "decode":
+        return calls.decode(results, B, KV)
+    return calls.hybrid(results)
+
+
+@dataclass(frozen=True, slots=True)
+class _KvCall:
+    """One call of a block that reads and writes the KV cache."""
+
+    g: GraphWriter
+    shape: KvShape
+    block: Block
+    kv: KvNodes
+    args: tuple[TensorRef, ...]
+    caches: list[TensorRef]
+    call: dict[str, str]
+
+    def prefill(self, results: Mapping[str, int], rows: Dim) -> tuple[TensorRef, ...]:
+        """The attention node, which makes keys and values kv_new [rows, ...], and the node that stores them."""
+        types = [TensorType(self.g.dtype, (rows, width)) for width in results.values()]
+        types.append(TensorType(self.g.dtype, (rows, *self.shape.row)))
+        kind = self.block.op_type["prefill"]
+        *outputs, kv_new = self.g.call_block(
+            self.block.name, kind, self.args, (*results, "kv_new"), types, metadata=self.call
+        )
+        about = {"op": "kv_store", "tier": "device", **self.call}
+        sources, moved = [kv_new, *self.caches], self._moved(rows)
+        self.g.call_block(self.block.name, self.kv.store, sources, (), (), moved, node_id="kv_store", metadata=about)
+        return tuple(outputs)
+
+    def decode(self, results: Mapping[str, int], rows: Dim, keys: Dim) -> tuple[TensorRef, ...]:
+        """The node that loads keys and values kv [keys, ...], and the attention node that reads them."""
+        about = {"op": "kv_load", "tier": "device", **self.call}
+        kv_type = TensorType(self.g.dtype, (keys, *self.shape.row))
+        loaded = self.g.call_block(
+            self.block.name,
+            self.kv.load,
+            self.caches,
+            ("kv",),
+            (kv_type,),
+            self._moved(keys),
+            node_id="kv_load",
+            metadata=about,
+        )
+        types = [TensorType(self.g.dtype, (rows, width)) for width in results.values()]
+        kind = self.block.op_type["decode"]
+        return self.g.call_block(
+            self.block.name, kind, (*self.args, *loaded), tuple(results), types, metadata=self.call
+        )
+
+    def _moved(self, tokens: Dim) -> dict[str, AttrValue]:
+        """Bytes read and written when the keys and values of so many tokens move."""
+        return {"bytes": tokens * (2 * self.shape.num_elements * DTYPES[self.g.dtype])}
+
+    def hybrid(self, results: Mapping[str, int]) -> tuple[TensorRef, ...]:
+        """Both nodes on the same rows, of which the decode node takes the first Td, and their results joined."""
+        decoded = self.decode({f"{name}_decode": width for name, width in results.items()}, Td, KVd)
+        prefilled = self.prefill({f"{name}_prefill": width for name, width in results.items()}, Tp)
+        return tuple(self._join(name, a, b) for name, a, b in zip(results, decoded, prefilled, strict=True))
+
+    def _join(self, name: str, decoded: TensorRef, prefilled: TensorRef) -> TensorRef:
+        first, second = self.kv.join.input_types
+        (joined,) = self.g.emit(self.kv.join, {first: decoded, second: prefilled}, {}, (name,))
+        node = self.g.graph.producer(joined)
+        assert node is not None, "an emitted value has a producer"
+        node.metadata.update(self.call)
+        node.block = self.block.name
+        return joined
+
+
+def read_rope(
+    hf: HFConfig, *, base: float, dim: int, max_position: int, keys: tuple[str, ...], allow: tuple[str, ...]
+) -> RopeSpec:
+    """A rotary section of a config; ConfigError for an odd `dim`, or a scaling type that is not in `allow`."""
+    if dim % 2:
+        raise ConfigError(f"{hf.path}: {dim} components of a head are rotated, but pairs of them want an even number")
+    found = hf.mapping(*keys) if keys else None
+    if found is None:
+        return RopeSpec(base, dim, max_position)
+    given = found.get("rope_type")
+    kind = given if given is not None else found.get("type", "default")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{hf.path}: the type of the rope scaling wants text, got {shown(kind)}")
+    if kind not in allow:
+        raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
+    if kind == "default":
+        return RopeSpec(base, dim, max_position)
+    trained = hf.opt_int("original_max_position_embeddings")  # Phi-3 has it beside the scaling, and means this one
+    original = {} if trained is None else {"original_max_position_embeddings": trained}
+    return RopeSpec(base, dim, max_position, {**found, **original, "rope_type": kind})
+
+
+def divided(name: str, size: int, tp: int) -> int:
+    """A rank's share of a size; ConfigError if it does not come out even."""
+    if size % tp:
+        raise ConfigError(f"tensor_parallel_size={tp} does not divide {name}={size}; use a divisor of {size}")
+    return size // tp

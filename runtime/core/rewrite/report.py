@@ -1,0 +1,87 @@
+"""What a pass did to a graph: how long it took, how often each rule fired, and why it did not elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.rewrite.rules import NearMiss
+
+
+class Change(NamedTuple):
+    """One rewrite: the nodes that went and those that came."""
+
+    old: tuple[ExecutionNode, ...]
+    new: tuple[ExecutionNode, ...]
+
+
+@dataclass(slots=True)
+class RuleStats:
+    """What a rule of `num_nodes` nodes changed, in order, and why not where its anchor was left standing.
+
+    `near_misses` are by the id of the anchor. The seconds are those of matching and replacing.
+    """
+
+    num_nodes: int
+    changes: list[Change] = field(default_factory=list)
+    near_misses: dict[str, NearMiss] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def fired(self) -> int:
+        return len(self.changes)
+
+    @property
+    def tried(self) -> int:
+        """The sites where it could have fired."""
+        return self.fired + len(self.near_misses)
+
+    @property
+    def matched(self) -> int:
+        """The sites where all nodes of the pattern were found."""
+        return self.fired + sum(miss.num_matched == self.num_nodes for miss in self.near_misses.values())
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How often each reason kept it from firing."""
+        return Counter(miss.reason for miss in self.near_misses.values())
+
+    def explain_near_misses(self) -> Iterator[str]:
+        """A line for each reason, the most frequent first, with a place to look at."""
+        places = {(miss.num_matched, miss.reason): node_id for node_id, miss in reversed(self.near_misses.items())}
+        counts = Counter((miss.num_matched, miss.reason) for miss in self.near_misses.values())
+        for (num_matched, reason), count in counts.most_common():
+            where = f"at {places[num_matched, reason]}" + (f" and {count - 1} more" if count > 1 else "")
+            yield f"matched {num_matched} of {self.num_nodes} nodes {where}: {reason}"
+
+    def __str__(self) -> str:
+        text = f"fired {self.fired} of {self.tried}"
+        if self.near_misses:
+            reason, count = self.reasons.most_common(1)[0]
+            text += f"; {len(self.near_misses)} near misses, {count} of them: {reason}"
+        return text
+
+
+@dataclass(slots=True)
+class PassReport:
+    """What a pass did to one graph. `facts` are its own figures, such as microseconds or bytes before and after."""
+
+    name: str
+    nodes_before: int
+    nodes_after: int = 0
+    seconds: float = 0.0
+    rules: dict[str, RuleStats] = field(default_factory=dict)
+    facts: dict[str, int | float | str] = field(default_factory=dict)
+
+    @property
+    def fired(self) -> int:
+        return sum(stats.fired for stats in self.rules.values())
+
+    def __str__(self) -> str:
+        head = f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes in {1e3 * self.seconds:.1f} ms"
+        rules = [f"{rule} {stats}" for rule, stats in self.rules.items() if stats.tried]
+        facts = [f"{name} {round(v, 2) if isinstance(v, float) else v}" for name, v in self.facts.items()]
+        return "; ".join([head, *rules, *facts])

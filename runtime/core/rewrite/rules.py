@@ -1,0 +1,113 @@
+"""Rewrite rules, and what generated ones are written in.
+
+A rule is a function of a graph and a node: it returns a `Rewrite` (what to replace by what), a `NearMiss` (it matched
+in part, and why it went no further), or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpNode, TensorRef
+
+FLOATS = ("f16", "bf16", "f32", "f64")
+
+
+@dataclass(frozen=True, slots=True)
+class NewCall:
+    """An op that a rewrite puts in: its operands, its attributes, and its outputs in order.
+
+    An output that is a value of the pattern takes that value's place. A text names a new value, for the operands of the
+    calls after it; in the graph it gets a name of its own.
+    """
+
+    op: type[OpNode]
+    inputs: Mapping[str, TensorRef | str | None]
+    attrs: Mapping[str, AttrValue]
+    outputs: tuple[TensorRef | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """What a rule found and wants: `matched` nodes, the anchor last, are replaced by `calls`.
+
+    `kept` are the values of the matched nodes that others may go on reading, since a call gives them again.
+    """
+
+    matched: tuple[OpNode, ...]
+    calls: tuple[NewCall, ...]
+    kept: tuple[TensorRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A rule that matched in part: how many of its nodes, and what stands where another one is wanted.
+
+    A rule that found all of its nodes and does not fire was refused: by a condition, or as there is no place for it.
+    """
+
+    num_matched: int
+    reason: str
+
+
+RuleFunction: TypeAlias = "Callable[[ExecutionGraph, OpNode], Rewrite | NearMiss | None]"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rewrite rule: `anchor` is the op of the pattern's last node, where matching starts.
+
+    The greater benefit is tried first. A bounded rule fires at most so often in one graph.
+    """
+
+    name: str
+    anchor: type[OpNode]
+    apply: RuleFunction
+    num_nodes: int
+    benefit: int = 1
+    bounded: int | None = None
+
+
+Reader = TypeVar("Reader", bound=OpNode)
+
+
+def reader_of(graph: ExecutionGraph, value: TensorRef, op: type[Reader]) -> Reader | None:
+    """The one node of an op that reads a value; None if there is none, or more than one to choose from."""
+    readers = [node for node in graph.users(value) if isinstance(node, op)]
+    return readers[0] if len(readers) == 1 else None
+
+
+def giver(node: ExecutionNode | None) -> str:
+    """What a value comes from, for the reason of a near miss: `embedding`, `cast(f32->bf16)`, or `outside`."""
+    if node is None:
+        return "outside"
+    kinds = [refs[0].dtype for refs in (node.inputs, node.outputs) if refs and refs[0].dtype in FLOATS]
+    return f"{node.op}({kinds[0]}->{kinds[1]})" if len(set(kinds)) == 2 else node.op
+
+
+def readers(graph: ExecutionGraph, value: TensorRef) -> str:
+    """What reads a value, for the reason of a near miss: `add, rope`, or `nothing`."""
+    return ", ".join(sorted(user.op for user in graph.users(value))) or "nothing"
+
+
+def has_default(node: OpNode, attr: str) -> bool:
+    """Whether an attribute has the value that the op's declaration gives it, which may depend on the operands."""
+    others = {name: value for name, value in node.attrs.items() if name != attr}
+    types = {name: ref.type for name, ref in zip(node.operands, node.inputs, strict=True)}
+    return node.attrs.get(attr) in (None, node.resolve(types, others).attrs[attr])
+
+
+def is_known(value: TensorRef, index: int | None = None) -> bool:
+    """Whether the sizes of a value, or the one at an index, are numbers."""
+    sizes = value.shape if index is None else value.shape[index : index + 1]
+    return all(isinstance(size, int) for size in sizes) and (index is None or bool(sizes))
+
+
+def size_of(value: TensorRef, index: int) -> int:
+    """The size of a dim that `is_known`."""
+    size = value.shape[index]
+    assert isinstance(size, int), f"dim {index} of {value} has no number yet"
+    return size

@@ -1,0 +1,81 @@
+"""The weights of a native plan in the forms that its kernels read: as they were declared, or packed.
+
+Weights are packed once, when a model is loaded, and then held in that form alone. What a plan's kernel wants in another
+form than the one held is made for that plan.
+"""
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import TypeAlias
+
+from torch import Tensor
+
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import OpNode, TensorRef
+from sageLLM.runtime.executor.native.locations import Place, contiguous
+from sageLLM.runtime.kernels.cpu.library import Library
+from sageLLM.runtime.kernels.cpu.native import NativeRunner
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight, WeightMemory, gates_by_weight, pack, unpack
+
+Weight: TypeAlias = Tensor | PackedWeight
+
+
+def pack_weights(
+    weights: MutableMapping[str, Weight],
+    ties: Mapping[str, str],
+    graphs: Iterable[ExecutionGraph],
+    runner: NativeRunner,
+) -> None:
+    """Replaces, one after another, the weights that the graphs' products read by their packed form.
+
+    `ties` names, for a weight that is another one, that other. Raises CompileError, and then changes nothing.
+    """
+    nodes = [node for graph in graphs for node in graph.nodes.values() if isinstance(node, OpNode)]
+    memory = WeightMemory()
+    for name, gates in gates_by_weight(nodes, runner.kernels, ties).items():
+        held = weights.get(name)
+        if isinstance(held, Tensor):
+            packed = pack(held, gates, runner.library, memory)
+            weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), packed))
+
+
+class WeightForms:
+    """A plan's weights by the names of their forms. `bound` holds them as the model does."""
+
+    def __init__(self, bound: Mapping[str, Weight], library: Library | None) -> None:
+        self._bound, self._library = bound, library
+        self._forms: dict[str, Weight] = {}
+
+    def __contains__(self, base: str) -> bool:
+        return base in self._forms
+
+    def __getitem__(self, base: str) -> Weight:
+        return self._forms[base]
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the weight is held in packed form."""
+        return isinstance(self._bound[name], PackedWeight)
+
+    def place_as_held(self, ref: TensorRef) -> Place:
+        """The weight in whatever form it is held."""
+        return self._noted(ref, f"{ref.name} as held", self._bound[ref.name])
+
+    def place(self, ref: TensorRef, gates: int | None) -> Place:
+        """The weight packed with so many gates, or (None) as it was declared; KeyError if it is not bound."""
+        held = self._bound[ref.name]
+        base = ref.name if gates is None else f"{ref.name} packed by {gates}"
+        if base in self._forms:
+            return self._noted(ref, base, self._forms[base])
+        if gates is None:
+            return self._noted(ref, base, held if isinstance(held, Tensor) else unpack(held))
+        if isinstance(held, PackedWeight):
+            if held.gates == gates:
+                return self._noted(ref, base, held)
+            held = unpack(held)
+        assert self._library is not None, "only a library of kernels asks for packed weights"
+        return self._noted(ref, base, pack(held, gates, self._library))
+
+    def _noted(self, ref: TensorRef, base: str, weight: Weight) -> Place:
+        self._forms[base] = weight
+        if isinstance(weight, PackedWeight):
+            return contiguous(base, ref.dtype, tuple(weight.shape))
+        return Place(base, ref.dtype, tuple(weight.shape), tuple(weight.stride()))

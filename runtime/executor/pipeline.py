@@ -1,0 +1,86 @@
+"""The graphs of a model and what runs them: its own graphs, those of embeddings, and those that copy KV blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Unpack
+
+from sageLLM.generated import ops
+from sageLLM.runtime.core.ir.dims import Dim, dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.model.layout import KvShape, ModelLayout
+from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs, paused_gc
+from sageLLM.runtime.execution_graph.rewriting import Choice
+from sageLLM.runtime.executor.native.arena import Arena
+from sageLLM.runtime.executor.native.weights import Weight
+from sageLLM.runtime.executor.planner import Planner, Runnable, TorchPlanner
+
+if TYPE_CHECKING:
+    from sageLLM.runtime.registry.plugins import Registry
+
+
+class Pipeline(ModelGraphs):
+    """The graphs of one model, and the planner that binds them to kernels, by default to the references.
+
+    Native plans place their memory by themselves.
+    """
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        config: Any,
+        registry: Registry,
+        *,
+        dtype: str,
+        planner: Planner | None = None,
+        **choice: Unpack[Choice],
+    ) -> None:
+        super().__init__(layout, config, registry, dtype=dtype, **choice)
+        self.planner: Planner = planner or TorchPlanner(registry.kernels)
+
+    @property
+    def kernels(self) -> Mapping[str, Any]:
+        """By op the function that is its reference."""
+        return self.registry.kernels
+
+    def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
+        """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
+        return self.planner.plan(graph, bound, arena)
+
+    def embedding_graph(self, pooling: Pooling, *, normalize: bool) -> ExecutionGraph:
+        """The optimised kernel-level graph of a step that gives embeddings; see `build_embedding_graph`."""
+        with paused_gc():
+            graph = build_embedding_graph(self.layout, self.config, pooling, normalize=normalize, dtype=self.dtype)
+            graph = self.expanded(graph)
+            self.rewrite(graph)
+            return graph
+
+    def migrate_graph(self) -> ExecutionGraph:
+        """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""
+        return self._copy_graph("migrate", ops.kv_migrate, "SPG")
+
+    def load_graph(self) -> ExecutionGraph:
+        """Copies KV blocks from a storage tier: a KV_LOAD node per layer, over `source.` and `target.` caches."""
+        return self._copy_graph("load", ops.kv_load, "TPG")
+
+    def _copy_graph(self, name: str, copy: Callable[..., Iterable[TensorRef]], source_pages: str) -> ExecutionGraph:
+        pages_from, pages_to, slots, moved = dims(f"{source_pages} PG BS M")
+        c, kept = self.config, self.layout.cache(self.config)
+        g = GraphWriter(name, level="kernel", stage=None, dtype=self.dtype)
+        blocks = [g.input(name, "i32", moved) for name in ("src_blocks", "dst_blocks")]
+        outputs: list[TensorRef] = []
+        for i in range(c.L):
+            with g.layer(i):
+                sources = _cache_inputs(g, "source", i, kept, pages_from, slots)
+                targets = _cache_inputs(g, "target", i, kept, pages_to, slots)
+                outputs += copy(g, *sources, *targets, *blocks)
+        return g.finish(outputs)
+
+
+def _cache_inputs(g: GraphWriter, pool: str, layer: int, kept: KvShape, pages: Dim, slots: Dim) -> list[TensorRef]:
+    """A layer's keys and values of one of the two pools."""
+    shapes = {"k_cache": kept.k, "v_cache": kept.v}
+    return [g.input(f"{pool}.layers.{layer}.{name}", g.dtype, pages, slots, *shape) for name, shape in shapes.items()]

@@ -1,0 +1,108 @@
+"""Turns a kernel-level graph into a plan: a flat list of kernel calls over numbered slots, run step after step."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode
+
+Kernel = Callable[..., Any]
+
+_ABSENT = 0
+"""The slot of an optional operand that a node does not have; it always holds None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel call: operands and results by slot, and the slots whose value is not needed afterwards."""
+
+    node_id: str
+    kernel: Kernel
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    attrs: Mapping[str, Any]
+    dead: tuple[int, ...]
+
+
+class Plan:
+    """A graph ready to run: `run(inputs)` returns its outputs in order.
+
+    Weights, tables and caches are bound once; the other inputs come with every run. Kernels follow one convention:
+    operands by position (None where an optional one is absent), attributes by keyword, outputs in spec order.
+    """
+
+    def __init__(self, graph: ExecutionGraph, kernels: Mapping[str, Kernel], bound: Mapping[str, torch.Tensor]) -> None:
+        """Raises KeyError where `bound` lacks a weight of the graph or `kernels` an op."""
+        self.graph = graph
+        self._slots: dict[str, int] = {}
+        self._values: list[torch.Tensor | None] = [None]
+        for name in graph.weights:
+            self._bind(name, bound[name])
+        for name in graph.inputs:
+            self._bind(name, bound.get(name))
+        self._free_inputs = [(name, self._slots[name]) for name in graph.inputs if name not in bound]
+        self._calls = self._flatten(kernels)
+        self._outputs = [self._slots[ref.name] for ref in graph.outputs]
+
+    def run(self, inputs: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor]:
+        """Runs every call; an input that is not given is None, which only an optional operand may be."""
+        values = self._values.copy()
+        for name, slot in self._free_inputs:
+            values[slot] = inputs.get(name)
+        for call in self._calls:
+            result = call.kernel(*[values[slot] for slot in call.operands], **call.attrs)
+            if len(call.results) == 1:
+                values[call.results[0]] = result
+            else:
+                for slot, value in zip(call.results, result, strict=True):
+                    values[slot] = value
+            for slot in call.dead:
+                values[slot] = None
+        return [_present(values[slot]) for slot in self._outputs]
+
+    def wrap_kernels(self, wrap: Callable[[Kernel], Kernel]) -> None:
+        """Replaces every kernel by wrap(kernel), to time or to check calls."""
+        self._calls = [replace(call, kernel=wrap(call.kernel)) for call in self._calls]
+
+    def _bind(self, name: str, value: torch.Tensor | None) -> None:
+        self._slots[name] = len(self._values)
+        self._values.append(value)
+
+    def _flatten(self, kernels: Mapping[str, Kernel]) -> list[Call]:
+        nodes = self.graph.topological_sort()
+        for node in nodes:
+            for ref in node.outputs:
+                self._bind(ref.name, None)
+        last_use = self._last_uses(nodes)
+        return [self._call(node, kernels, last_use.get(node.node_id, ())) for node in nodes]
+
+    def _last_uses(self, nodes: list[ExecutionNode]) -> dict[str, tuple[int, ...]]:
+        """By node, the slots whose last reader it is; outputs and bound values live on."""
+        kept = {ref.name for ref in self.graph.outputs} | set(self.graph.weights) | set(self.graph.inputs)
+        reader: dict[str, str] = {}
+        for node in nodes:
+            for ref in (*node.inputs, *node.outputs):
+                reader[ref.name] = node.node_id
+        dead: dict[str, list[int]] = {}
+        for name, node_id in reader.items():
+            if name not in kept:
+                dead.setdefault(node_id, []).append(self._slots[name])
+        return {node_id: tuple(slots) for node_id, slots in dead.items()}
+
+    def _call(self, node: ExecutionNode, kernels: Mapping[str, Kernel], dead: tuple[int, ...]) -> Call:
+        assert isinstance(node, OpNode), f"only op nodes can run; {node.node_id} is a block: expand the graph first"
+        operands = tuple(self._operand_slot(node, name) for name in node.input_types)
+        results = tuple(self._slots[ref.name] for ref in node.outputs)
+        return Call(node.node_id, kernels[node.op], operands, results, node.attrs, dead)
+
+    def _operand_slot(self, node: OpNode, name: str) -> int:
+        ref = node.optional_input(name)
+        return _ABSENT if ref is None else self._slots[ref.name]
+
+
+def _present(value: torch.Tensor | None) -> torch.Tensor:
+    assert value is not None, "a graph output must be produced by a node"
+    return value

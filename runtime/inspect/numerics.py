@@ -1,0 +1,131 @@
+"""Runs a model's graph on random numbers in float64, between its passes: which of them changes a result?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from sageLLM.runtime.core.ir.dims import evaluate
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.rewrite.report import Change
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
+from sageLLM.runtime.executor.torch_plan import Kernel, Plan
+
+SIZES = {"T": 6, "B": 2, "Td": 2, "Tp": 4, "S": 2, "PG": 5, "BS": 4, "MB": 2, "P": 8}
+"""A step of two sequences: one token each in decode, else six tokens. The cache has 5 blocks of 4 slots."""
+
+LENGTHS: Mapping[Stage, tuple[int, int]] = {"prefill": (2, 4), "decode": (1, 1), "hybrid": (1, 5)}
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
+TOLERANCE = 1e-9
+"""Rules written out may round in another order; those that `fuses` gives keep every bit."""
+
+
+class Verdict(NamedTuple):
+    """What a pass did to the results: the largest difference, relative to the values, and where it is too large."""
+
+    pass_name: str
+    difference: float
+    wrong: str | None
+
+
+def verify_numerics(graphs: ModelGraphs, stage: Stage) -> Iterator[Verdict]:
+    """A verdict for each kernel-level pass. The graphs' element type is f64."""
+    graph = graphs.expanded_graph(stage)
+    wanted = run_once(graph, graphs.registry.kernels)
+    for one, after in graphs.steps(graph):
+        found = run_once(after, graphs.registry.kernels)
+        yield Verdict(one.name, *_compare(wanted, found))
+        wanted = found
+
+
+def find_bad_rewrite(graphs: ModelGraphs, stage: Stage) -> tuple[int, str, Change] | None:
+    """The first rewrite that changes a result: its number, counted over all passes, its rule, and what it did.
+
+    None if all rewrites together change nothing. Found by bisection: each try runs the passes up to a limit.
+    """
+    graph = graphs.expanded_graph(stage)
+    wanted = run_once(graph, graphs.registry.kernels)
+
+    def rewritten(limit: int | None) -> tuple[dict[str, list[Change]], bool]:
+        graphs.options.limit = limit
+        copy = graph.copy()
+        reports = graphs.rewrite(copy)
+        changes = {name: stats.changes for report in reports for name, stats in report.rules.items()}
+        return changes, _compare(wanted, run_once(copy, graphs.registry.kernels))[1] is None
+
+    changes, is_right = rewritten(graphs.options.limit)
+    if is_right:
+        return None
+    good, bad = 0, sum(map(len, changes.values()))
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if rewritten(middle)[1] else (good, middle)
+    before, after = rewritten(good)[0], rewritten(bad)[0]
+    name = next(name for name, found in after.items() if len(found) > len(before[name]))
+    return bad, name, after[name][-1]
+
+
+def run_once(graph: ExecutionGraph, kernels: Mapping[str, Kernel]) -> dict[str, torch.Tensor]:
+    """What the graph returns for one small step on random weights, and what it leaves in the caches."""
+    values = inputs_of(graph)
+    bound = {name: values[name] for name in graph.weights}
+    outputs = Plan(graph, kernels, bound).run({name: values.get(name) for name in graph.inputs})
+    caches = {name: values[name] for name in graph.inputs if name.endswith("_cache")}
+    return dict(zip([ref.name for ref in graph.outputs], outputs, strict=True)) | caches
+
+
+def inputs_of(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
+    """A value for every weight and input of a small step, apart from what only sampling takes."""
+    return _random_values(graph) | _step(graph.stage or "prefill")
+
+
+def _random_values(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
+    """The same for every graph of a model: by name, in alphabetical order. What only sampling takes stays away."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: ref for name, ref in graph.inputs.items() if not _is_of_sampling(ref, graph)}
+    return {name: _random(ref, generator) for name, ref in sorted({**graph.weights, **inputs}.items())}
+
+
+def _random(ref: TensorRef, generator: torch.Generator) -> torch.Tensor:
+    shape = [int(str(evaluate(size, SIZES))) for size in ref.shape]
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(DTYPES.get(ref.dtype, torch.float64))
+
+
+def _is_of_sampling(ref: TensorRef, graph: ExecutionGraph) -> bool:
+    """Whether an input goes to nodes that choose tokens, alone or as the last of what they fuse, and to no others."""
+    users = graph.users(ref)
+    return bool(users) and all(user.op_type.name == "SAMPLE" for user in users)
+
+
+def _step(stage: Stage) -> dict[str, torch.Tensor]:
+    """The inputs that are not random: ids, positions, slots, and the tables of a step of two sequences."""
+    lengths = LENGTHS[stage]
+    starts = [0, lengths[0], sum(lengths)]
+    positions = [p for length in lengths for p in range(length)]
+    slots = [*range(lengths[0]), *range(8, 8 + lengths[1])]
+    table = {"ids": positions, "pos": positions, "slots": slots, "q_start": starts, "seq_lens": list(lengths)}
+    table |= {"rows": [starts[1] - 1, starts[2] - 1], "type_ids": [p % 2 for p in positions]}
+    step = {name: torch.tensor(column, dtype=torch.int32) for name, column in table.items()}
+    return step | {"block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)}
+
+
+def _compare(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> tuple[float, str | None]:
+    largest = 0.0
+    for name, value in wanted.items():
+        if value.shape != found[name].shape:
+            return float("inf"), f"{name} has another shape"
+        difference = _difference(value.double(), found[name].double())
+        if not difference <= TOLERANCE:
+            return difference, f"{name} differs by {difference:.3g}"
+        largest = max(largest, difference)
+    return largest, None
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value; where both are not a number there is none."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(same, torch.zeros_like(a), (a - b).abs()).max()
+    return float(gap / a[a.isfinite()].abs().max().clamp(min=1e-300)) if float(gap) else float(gap)

@@ -1,0 +1,78 @@
+"""Says why a rewrite rule did not fire at a node of a graph, or that it did."""
+
+from collections.abc import Sequence
+
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.rewrite.driver import RewritePass, Rule
+from sageLLM.runtime.core.rewrite.report import Change, PassReport
+from sageLLM.runtime.execution_graph.rewriting import Rewriting
+
+
+def why_not(rewriting: Rewriting, graph: ExecutionGraph, rule_name: str, node_id: str) -> str:
+    """The answer for a rule and a node of the graph before or after passes; ValueError if there is none of that name.
+
+    A node that is not of the op at which the rule starts is answered for the nearest nodes behind it that are.
+    """
+    earlier: list[PassReport] = []
+    known = set(graph.nodes)
+    for one, after in rewriting.steps(graph):
+        rule = next((rule for rule in one.rules if rule.name == rule_name), None)
+        if rule is not None:
+            return _answer(one, rule, graph, node_id, earlier, known)
+        earlier.append(one.report)
+        graph, known = after, known | set(after.nodes)
+    raise ValueError(f"no rule named {rule_name} takes part")
+
+
+def _answer(
+    one: RewritePass, rule: Rule, graph: ExecutionGraph, node_id: str, earlier: list[PassReport], known: set[str]
+) -> str:
+    if node_id not in graph.nodes:
+        if (taken := _taker(node_id, earlier)) is not None:
+            return f"{node_id} is gone before {one.name}: {taken}"
+        if node_id not in known:
+            raise ValueError(f"no node {node_id}; `sagellm graph MODEL --only ''` lists them")
+    if rule.name not in one.report.rules:
+        return f"{rule.name} is left out"
+    anchors = _anchors(graph, graph.nodes[node_id], rule)
+    if not anchors:
+        return f"{rule.name} starts at {rule.anchor.op}; {node_id} is {graph.nodes[node_id].op}, and none is behind it"
+    return "\n".join(_at(anchor, one.report, rule) for anchor in anchors)
+
+
+def _at(anchor: ExecutionNode, report: PassReport, rule: Rule) -> str:
+    stats = report.rules[rule.name]
+    if (miss := stats.near_misses.get(anchor.node_id)) is not None:
+        return f"{rule.name} at {anchor.node_id} matched {miss.num_matched} of {rule.num_nodes} nodes: {miss.reason}"
+    if (change := _change_of(anchor.node_id, stats.changes)) is not None:
+        return f"{rule.name} did fire at {anchor.node_id}: {_describe(change)}"
+    taken = _taker(anchor.node_id, [report])
+    return f"{rule.name} at {anchor.node_id} came too late: {taken or 'the node was never reached'}"
+
+
+def _anchors(graph: ExecutionGraph, node: ExecutionNode, rule: Rule, depth: int = 4) -> Sequence[ExecutionNode]:
+    """The node itself, or the nearest ones that read what it gives, where the rule's pattern ends."""
+    layer: dict[str, ExecutionNode] = {node.node_id: node}
+    for _ in range(depth):
+        if found := [one for one in layer.values() if type(one) is rule.anchor]:
+            return found
+        layer = {user.node_id: user for one in layer.values() for ref in one.outputs for user in graph.users(ref)}
+    return []
+
+
+def _taker(node_id: str, reports: list[PassReport]) -> str | None:
+    for report in reports:
+        for name, stats in report.rules.items():
+            if (change := _change_of(node_id, stats.changes)) is not None:
+                return f"{name} of {report.name} made {_describe(change)}"
+    return None
+
+
+def _change_of(node_id: str, changes: list[Change]) -> Change | None:
+    return next((change for change in changes if node_id in [node.node_id for node in change.old]), None)
+
+
+def _describe(change: Change) -> str:
+    old, new = ([f"{node.op} {node.node_id}" for node in nodes] for nodes in change)
+    return f"{' + '.join(old)} -> {' + '.join(new)}"

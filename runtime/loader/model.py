@@ -1,0 +1,151 @@
+"""A model ready to run: its layout, its configuration, and its weights and tables on one device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint, missing_prefix
+from sageLLM.runtime.core.model.hf_config import HFConfig, shown
+from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.executor.native.weights import Weight
+from sageLLM.runtime.loader.config_file import layout_of, read_config_file
+from sageLLM.runtime.loader.heads import absent_head, without_weights
+from sageLLM.runtime.loader.safetensors_reader import Checkpoint
+from sageLLM.runtime.loader.tables import make_tables
+from sageLLM.runtime.loader.weights import load_weights
+from sageLLM.runtime.registry.plugins import Registry
+
+MAX_POSITIONS = 2**24
+"""A bound on the positions of a config.json, for which tables are made; the longest published has ten million."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
+MAX_SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Weights and tables by the names that graphs use, the weights in the form that the kernels read.
+
+    `max_model_len` is the longest sequence, prompt and answer.
+
+    `absent` are the weights of a head that the checkpoint does not have: such a model can only embed.
+    """
+
+    layout: ModelLayout
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    weights: dict[str, Weight]
+    tables: Mapping[str, Tensor]
+    absent: tuple[str, ...] = ()
+
+    @property
+    def generates(self) -> bool:
+        """Whether it gives logits and tokens."""
+        return self.layout.generates and not self.absent
+
+    @property
+    def short_dtype(self) -> str:
+        """The element type as graphs write it: f32, bf16, f16."""
+        return SHORT_NAMES[self.dtype]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters held; a tied weight counts once."""
+        return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights.values()}.values())
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """For a weight that is another one, the other's name."""
+        return {spec.name: spec.tied_to for spec in self.layout.weights(self.config) if spec.tied_to is not None}
+
+    def bound_tensors(self) -> dict[str, Weight]:
+        return {**self.weights, **self.tables}
+
+
+def load_model(
+    folder: Path, registry: Registry, *, dtype: str, device: torch.device, max_model_len: int | None
+) -> Model:
+    """Loads a Hugging Face checkpoint folder.
+
+    Raises CheckpointError for an architecture without a layout, a config that the layout refuses, and tensors that are
+    missing, of another shape, or read by nobody.
+    """
+    path = folder / "config.json"
+    data = read_config_file(path)
+    layout = layout_of(data, path, registry.models)
+    try:
+        config = layout.read_config(HFConfig(data, str(path)))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    length = _model_len(config.max_position, max_model_len, path)
+    kind = _dtype(dtype, data, path)
+    found = Checkpoint.open(folder)
+    prefix = missing_prefix(layout.prefix, found)
+    checkpoint = found.with_prefix(prefix)
+    try:
+        head = absent_head(layout, config, set(checkpoint)) if prefix or not layout.generates else ()
+        layout = without_weights(layout, head) if head else layout
+        _check(layout, config, checkpoint)
+        tables = _tables(config, length, device, path)
+        weights: dict[str, Weight] = dict(load_weights(layout.weights(config), checkpoint, kind, device))
+    finally:
+        checkpoint.close()
+    return Model(layout, config, kind, device, length, weights, tables, head)
+
+
+def _model_len(trained: int, asked: int | None, path: Path) -> int:
+    """The longest sequence: what is asked for, else all positions that the model was trained on."""
+    if not 1 < trained <= MAX_POSITIONS:
+        raise CheckpointError(f"{path}: the model has {trained} positions; 2 to {MAX_POSITIONS} can be served")
+    if asked is None:
+        return trained
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 1 < asked <= trained:
+        raise CheckpointError(
+            f"max_model_len is {shown(asked)}; this model takes 2 to {trained} positions, as {path} says"
+        )
+    return asked
+
+
+def _dtype(name: str, data: Mapping[str, Any], path: Path) -> torch.dtype:
+    if name != "auto":
+        if name not in DTYPES:
+            raise CheckpointError(f"dtype is {shown(name)}; use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    key = "dtype" if data.get("dtype") is not None else "torch_dtype"
+    named = data.get(key)
+    if named is None:
+        return torch.float32
+    if not isinstance(named, str) or named not in DTYPES:
+        raise CheckpointError(
+            f"{path}: '{key}' is {shown(named)}, which is not supported; choose one by dtype=: {', '.join(DTYPES)}"
+        )
+    return DTYPES[named]
+
+
+def _tables(config: Any, length: int, device: torch.device, path: Path) -> dict[str, Tensor]:
+    try:
+        tables = make_tables(config, length)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return {name: table.to(device) for name, table in tables.items()}
+
+
+def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:
+    shapes = {name: checkpoint.info(name).shape for name in checkpoint}
+    problems = check_checkpoint(layout, config, shapes)
+    if not problems:
+        return
+    shown = "\n".join(f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS])
+    least = "at least " if len(problems) == MAX_PROBLEMS else ""
+    more = f"\n  and {least}{len(problems) - MAX_SHOWN_PROBLEMS} more" if len(problems) > MAX_SHOWN_PROBLEMS else ""
+    raise CheckpointError(
+        f"{checkpoint.folder} does not fit the layout '{layout.name}' ({layout.spec}):\n{shown}{more}"
+    )

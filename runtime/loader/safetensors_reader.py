@@ -1,0 +1,206 @@
+"""Reads the tensors of a Hugging Face checkpoint folder: safetensors only, headers first, data memory-mapped.
+
+The file format: 8 bytes of header length (little endian), a JSON header of {name: {dtype, shape, data_offsets}},
+then the data (https://huggingface.co/docs/safetensors). Pickled checkpoints are refused, as loading one runs code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, damaged, json_object, weight_map
+
+SINGLE_FILE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its file's header describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a checkpoint by name. `open` reads headers only; `read` maps the file and copies what is asked."""
+
+    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:
+        self.folder = folder
+        self._infos = dict(infos)
+        self._files: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Raises `CheckpointError` for a missing, incomplete, damaged or pickled checkpoint."""
+        root = Path(folder)
+        if not root.is_dir():
+            raise CheckpointError(f"{root} is not a folder; give the folder of a Hugging Face checkpoint")
+        if (root / INDEX_FILE).is_file():
+            return cls(root, _read_shards(root))
+        if (root / SINGLE_FILE).is_file():
+            return cls(root, read_header(root / SINGLE_FILE))
+        raise CheckpointError(_no_safetensors(root))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self._infos:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}")
+        return self._infos[name]
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or rows[start:stop] of its first dimension; only these bytes are touched."""
+        info = self.info(name)
+        try:
+            file = self._file(info.file)
+            if rows is None or not info.shape:
+                return _tensor(file.get_tensor(info.name))
+            start, stop, _ = slice(rows.start, rows.stop).indices(info.shape[0])
+            return _tensor(file.get_slice(info.name)[start:stop])
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file} cannot be read: {error}; download it again") from None
+
+    def with_prefix(self, prefix: str) -> Checkpoint:
+        """The same tensors under names that begin with `prefix`."""
+        return Checkpoint(self.folder, {prefix + name: info for name, info in self._infos.items()})
+
+    def close(self) -> None:
+        """Unmaps the files; a later `read` maps them again."""
+        self._files.clear()
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt", device="cpu")
+        return self._files[path]
+
+
+def _tensor(value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise AssertionError("safetensors gave no torch tensor")
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors that a safetensors file says it has, in file order, checked against the file's length."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_len = int.from_bytes(file.read(8), "little")
+            if size < 8 or header_len > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(damaged(path, f"its {size} bytes do not hold a header"))
+            header = json_object(path, file.read(header_len))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    header.pop("__metadata__", None)
+    infos = {name: _tensor_info(path, name, entry) for name, entry in header.items()}
+    needed = 8 + header_len + max((_end_of(path, name, entry) for name, entry in header.items()), default=0)
+    if size < needed:
+        raise CheckpointError(damaged(path, f"it is cut off after {size} of {needed} bytes"))
+    return infos
+
+
+def _read_shards(root: Path) -> dict[str, TensorInfo]:
+    index = root / INDEX_FILE
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    infos = {}
+    for name, file_name in weight_map(index).items():
+        if file_name not in shards:
+            shards[file_name] = read_header(_shard_path(index, file_name))
+        if name not in shards[file_name]:
+            raise CheckpointError(f"{index} puts the tensor {name!r} in {file_name}, which does not have it")
+        infos[name] = shards[file_name][name]
+    return infos
+
+
+def _shard_path(index: Path, file_name: str) -> Path:
+    """The shard beside the index. A name with a folder in it could read any file of the machine and is refused."""
+    if file_name in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
+        raise CheckpointError(f"{index} names the file {file_name!r}; shards lie beside the index, without a folder")
+    if not file_name.endswith(".safetensors"):
+        raise CheckpointError(f"{index} names the file {file_name!r}; only .safetensors files are read")
+    path = index.parent / file_name
+    if not path.is_file():
+        raise CheckpointError(f"{index} names the file {file_name!r}, which is missing; download it again")
+    return path
+
+
+def _no_safetensors(root: Path) -> str:
+    pickles = sorted(path.name for path in root.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        return (
+            f"{root} holds pickled weights only ({pickles[0]}), which may run code when loaded; convert them once with "
+            "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    others = sorted(path.name for path in root.glob("*.safetensors"))
+    found = f"; found {', '.join(others[:3])}" if others else ""
+    return f"{root} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}"
+
+
+def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise CheckpointError(damaged(path, f"the header entry of {name!r} is no object"))
+    shape, dtype = entry.get("shape"), entry.get("dtype")
+    if shape is None or not _is_sizes(shape):
+        raise CheckpointError(damaged(path, f"the shape of {name!r} is no list of sizes"))
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
+        known = ", ".join(TORCH_DTYPES)
+        raise CheckpointError(f"{path}: the tensor {name!r} has the dtype {dtype!r}; known are {known}")
+    info = TensorInfo(name, tuple(shape), TORCH_DTYPES[dtype], path)
+    start, end = _offsets(path, name, entry)
+    if end - start != info.num_bytes:
+        raise CheckpointError(damaged(path, f"{name!r} needs {info.num_bytes} bytes and has {end - start}"))
+    return info
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+
+
+def _offsets(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
+    offsets = entry.get("data_offsets")
+    if offsets is None or not _is_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(damaged(path, f"the data_offsets of {name!r} are no two offsets"))
+    return offsets[0], offsets[1]
+
+
+def _end_of(path: Path, name: str, entry: Mapping[str, Any]) -> int:
+    return _offsets(path, name, entry)[1]

@@ -1,0 +1,84 @@
+"""What can be run: the package's generated ops, kernels, models and passes, and those of plugins.
+
+A plugin is a folder that `sagellm generate --specs MY_SPECS --out FOLDER` made. It is imported from where it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.rewrite.driver import OptimizationPass
+from sageLLM.runtime.errors import PluginError
+from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
+
+if TYPE_CHECKING:
+    from sageLLM.runtime.executor.torch_plan import Kernel
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything generated, by name; a plugin's entry may not hide one of the package. Passes come in order.
+
+    `packages` are the trees.
+    """
+
+    packages: tuple[str, ...]
+    ops: Mapping[str, type[OpNode]]
+    models: Mapping[str, ModelLayout]
+    passes: Mapping[str, type[OptimizationPass]]
+
+    @cached_property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The reference kernels; torch is imported when they are first asked for."""
+        return read_table(self.packages, "kernels.reference", "KERNELS")
+
+    def layout_of(self, architecture: str) -> ModelLayout | None:
+        """The layout that reads checkpoints of this Hugging Face architecture."""
+        return next((layout for layout in self.models.values() if architecture in layout.architectures), None)
+
+
+def load_registry(plugins: Iterable[str | Path] = ()) -> Registry:
+    """The package's own entries and the plugins'.
+
+    Raises PluginError for a folder that was not generated or cannot be imported, and for a name that is taken.
+    """
+    return _registry([BASE, *(import_folder(Path(plugin)) for plugin in plugins)])
+
+
+def load_tree(folder: Path) -> Registry:
+    """The entries of a generated tree alone, which stands for the package's own, as when two of them are compared."""
+    return _registry([import_folder(folder)])
+
+
+def _registry(packages: list[str]) -> Registry:
+    return Registry(
+        packages=tuple(packages),
+        ops=read_table(packages, "ops", "OPS"),
+        models=read_table(packages, "builders", "MODELS"),
+        passes=_in_order(read_table(packages, "passes", "PASSES")),
+    )
+
+
+def _in_order(passes: Mapping[str, type[OptimizationPass]]) -> dict[str, type[OptimizationPass]]:
+    """Each pass behind those that it names in `after` and those that name it in `before`, else as they come.
+
+    One tree is in order; a plugin's passes may have to stand among the package's. Raises PluginError for a circle.
+    """
+    order: dict[str, type[OptimizationPass]] = {}
+    waiting = dict(passes)
+    while waiting:
+        free = next((name for name in waiting if not _waits_for(name, waiting)), None)
+        if free is None:
+            raise PluginError(f"the order of passes is a circle: {', '.join(waiting)}")
+        order[free] = waiting.pop(free)
+    return order
+
+
+def _waits_for(name: str, passes: Mapping[str, type[OptimizationPass]]) -> set[str]:
+    return (set(passes[name].after) & passes.keys()) | {other for other, one in passes.items() if name in one.before}

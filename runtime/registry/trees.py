@@ -1,0 +1,91 @@
+"""Imports generated trees: the package's own, and the folders of plugins from where they stand."""
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.errors import PluginError
+
+BASE = "sageLLM.generated"
+NATIVE = "kernels.cpu"
+TRITON = "kernels.triton"
+
+
+def read_table(packages: Iterable[str], module: str, table: str) -> dict[str, Any]:
+    """The entries of a table in all packages, by name; PluginError for a name that two of them have."""
+    merged: dict[str, Any] = {}
+    for package in packages:
+        entries = _entries(package, module, table)
+        taken = sorted(merged.keys() & entries.keys())
+        if taken:
+            raise PluginError(
+                f"plugin {_folder(package)}: {table} has {', '.join(taken)} already; rename in your specs"
+            )
+        merged |= entries
+    return merged
+
+
+def native_tables(packages: Iterable[str]) -> list[tuple[Path, dict[str, NativeKernel]]]:
+    """The native kernels of each package, by op, with the folder of their sources; PluginError for a name taken."""
+    packages = list(packages)
+    read_table(packages, NATIVE, "KERNELS")
+    return [(Path(_folder(f"{package}.{NATIVE}")), _entries(package, NATIVE, "KERNELS")) for package in packages]
+
+
+def triton_table(packages: Iterable[str]) -> dict[str, Any]:
+    """The launchers of Triton kernels by op; PluginError for a name taken. Imports Triton."""
+    return read_table(list(packages), TRITON, "KERNELS")
+
+
+def import_folder(folder: Path) -> str:
+    """Imports a generated tree as a package of its own and returns the package's name."""
+    start = folder / "__init__.py"
+    if not start.is_file():
+        raise PluginError(
+            f"plugin {folder} is not a generated folder; make one with `sagellm generate --specs MY_SPECS --out FOLDER`"
+        )
+    name = f"sagellm_plugin_{sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, start, submodule_search_locations=[str(folder)])
+        assert spec is not None and spec.loader is not None, "a file location always has a loader"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            _forget(name)
+            raise PluginError(_unusable(folder, error)) from error
+    return name
+
+
+def _entries(package: str, module: str, table: str) -> dict[str, Any]:
+    try:
+        entries: dict[str, Any] = getattr(import_module(f"{package}.{module}"), table)
+    except Exception as error:  # a generated file that was edited or cut short may raise anything
+        if package == BASE:
+            raise
+        folder = _folder(package)
+        _forget(package)
+        raise PluginError(_unusable(folder, error)) from error
+    return entries
+
+
+def _forget(package: str) -> None:
+    """Takes a package and its modules out of Python's table, so that the next import reads the files anew."""
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
+
+
+def _unusable(folder: str | Path, error: Exception) -> str:
+    return f"plugin {folder} cannot be imported ({type(error).__name__}: {error}); generate it anew"
+
+
+def _folder(package: str) -> str:
+    module: ModuleType = sys.modules[package]
+    return str(Path(module.__file__ or package).parent)

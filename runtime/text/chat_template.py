@@ -1,0 +1,212 @@
+"""Renders chat messages to a prompt with the checkpoint's Jinja template, in a process of its own with hard limits.
+
+The plain Jinja sandbox lets a template use all memory and time (`'a' * 10**8`, doubling a string in a loop, nested
+loops), inside single calls that no in-process watch can end. So the template runs in a child process whose memory is
+bounded, whose output is counted, and which is ended at a deadline. The child starts with the first rendering and is
+kept. Templates come from the checkpoint only: there is no way to pass one with a request.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sageLLM.runtime.errors import ChatTemplateError
+from sageLLM.runtime.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+MAX_TEMPLATE_LEN = 2**20
+START_SECONDS = 60.0
+_WORKER = Path(__file__).with_name("chat_template_worker.py")
+# The child gets what Python needs to start and the time zone, and none of the secrets that an environment may hold.
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG")
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateLimits:
+    """max_chars of output, max_bytes of the child's address space, seconds for one rendering."""
+
+    max_chars: int = 1_000_000
+    max_bytes: int = 512 * 2**20
+    seconds: float = 5.0
+
+
+class ChatTemplate:
+    """One template, ready to render; threads may share it. `close` ends the child process, as does the end of ours."""
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str] | None = None, limits: TemplateLimits | None = None
+    ) -> None:
+        if len(source) > MAX_TEMPLATE_LEN:
+            raise ChatTemplateError(
+                f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_LEN} are read"
+            )
+        self._source = source
+        self._special_tokens = dict(special_tokens or {})
+        self._limits = limits or TemplateLimits()
+        self._child: _Child | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
+        if name not in tokenizer.chat_templates:
+            known = ", ".join(sorted(tokenizer.chat_templates)) or "none"
+            raise ChatTemplateError(
+                f"the checkpoint has no chat template {name!r} (it has: {known}); "
+                "give a plain prompt, or add chat_template.jinja to the checkpoint"
+            )
+        return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text; encode it with add_special_tokens=False. `variables` are further names for the template,
+        such as enable_thinking. All values must be JSON. Raises `ChatTemplateError`."""
+        values = {
+            **self._special_tokens,
+            **(variables or {}),
+            "messages": list(messages),
+            "tools": None if tools is None else list(tools),
+            "documents": None if documents is None else list(documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            line = json.dumps(values, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ChatTemplateError(f"the chat messages are not JSON: {error}") from None
+        return self._render_line(line)
+
+    def _render_line(self, line: str) -> str:
+        with self._lock:
+            try:
+                if self._child is None:
+                    self._child = _Child.start(self._source, self._limits)
+                reply = self._child.ask(line, self._limits.seconds)
+            except _ChildGoneError as error:
+                self._drop_child()
+                raise ChatTemplateError(str(error)) from None
+        return self._text_of(reply)
+
+    def _text_of(self, reply: Mapping[str, str]) -> str:
+        text = reply.get("text")
+        if text is None:
+            raise ChatTemplateError(_explain(reply, self._limits))
+        return text
+
+    def close(self) -> None:
+        with self._lock:
+            self._drop_child()
+
+    def _drop_child(self) -> None:
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+
+
+def _explain(reply: Mapping[str, str], limits: TemplateLimits) -> str:
+    match reply.get("error"):
+        case "too long":
+            return f"the chat template wrote more than {limits.max_chars} characters"
+        case "memory":
+            return f"the chat template needs more than {limits.max_bytes // 2**20} MiB of memory"
+        case "refused":
+            return f"the chat template refuses these messages: {reply.get('message')}"
+        case _:
+            return f"the chat template failed with {reply.get('message')}"
+
+
+class _ChildGoneError(Exception):
+    """The child was ended at its deadline, or ended itself."""
+
+
+class _Child:
+    """The rendering process and its two pipes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    @classmethod
+    def start(cls, source: str, limits: TemplateLimits) -> _Child:
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        # -P: the folder of the script must not come first on the path, where a file of ours could hide a library's.
+        child = cls(
+            subprocess.Popen(
+                [sys.executable, "-P", "-X", "utf8", str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                text=True,
+                encoding="utf-8",
+            )
+        )
+        try:
+            child._compile(source, limits)
+        except BaseException:
+            child.stop()
+            raise
+        return child
+
+    def _compile(self, source: str, limits: TemplateLimits) -> None:
+        try:
+            self.ask("", START_SECONDS)
+        except _ChildGoneError:
+            raise _ChildGoneError(
+                "the process for chat templates did not start; is jinja2 installed (pip install jinja2)?"
+            ) from None
+        settings = {"template": source, "max_chars": limits.max_chars, "max_bytes": limits.max_bytes}
+        reply = self.ask(json.dumps(settings), limits.seconds)
+        if "compiled" not in reply:
+            raise ChatTemplateError(_explain(reply, limits))
+
+    def ask(self, line: str, seconds: float) -> dict[str, str]:
+        """Sends a line (none if empty) and gives the reply; a child that takes longer is killed."""
+        if self._process.stdin is None or self._process.stdout is None:
+            raise AssertionError("chat template child: no pipes")
+        late = threading.Event()
+
+        def kill() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(seconds, kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            if line:
+                self._process.stdin.write(line + "\n")
+                self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except OSError:
+            answer = ""
+        finally:
+            timer.cancel()
+        if not answer.endswith("\n"):
+            why = f"took longer than {seconds:g} s" if late.is_set() else "ended its process"
+            raise _ChildGoneError(f"the chat template {why}")
+        reply: dict[str, str] = json.loads(answer)
+        return reply
+
+    def stop(self) -> None:
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:
+                    continue
+        self._process.wait()

@@ -1,0 +1,184 @@
+"""Text to token ids and back, from the tokenizer files of a Hugging Face checkpoint folder.
+
+Only JSON and plain text files are read; Python code or pickles that a checkpoint may hold beside them never are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from sageLLM.runtime.errors import TokenizerError
+
+MAX_TOKENIZER_BYTES = 256 * 2**20
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_TEXT_LEN = 16 * 2**20
+"""Longest text, in characters, that `encode` takes."""
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """What the files beside tokenizer.json say.
+
+    special_tokens maps names such as "bos_token" to text; chat_templates maps names to Jinja sources, the usual one
+    being "default".
+    """
+
+    special_tokens: Mapping[str, str]
+    chat_templates: Mapping[str, str]
+    eos_token_ids: frozenset[int]
+
+
+class Tokenizer:
+    """A tokenizer.json with its special tokens; `encode` and `decode` are those of the `tokenizers` library.
+
+    Whether `encode` adds a begin-of-sequence token is what the file's own post-processor says.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
+        # A checkpoint may ask for truncation or padding, which are for training: a prompt is never cut in silence.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = config.special_tokens
+        self.chat_templates = config.chat_templates
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.eos_token_ids = config.eos_token_ids | self._ids_of(["eos_token"])
+        self.bos_token_id = next(iter(self._ids_of(["bos_token"])), None)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Reads tokenizer.json, and what is there of tokenizer_config.json, special_tokens_map.json,
+        chat_template.jinja, generation_config.json and config.json. Raises `TokenizerError`."""
+        root = Path(folder)
+        path = root / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(_missing(root))
+        data = _read_bytes(path, MAX_TOKENIZER_BYTES)
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises bare Exceptions
+            raise TokenizerError(f"{path} is not a tokenizer: {error}") from None
+        return cls(backend, read_tokenizer_config(root))
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, added tokens included; the model's vocabulary may be padded beyond it."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of the text; a rendered chat template wants add_special_tokens=False, as it writes its own."""
+        if len(text) > MAX_TEXT_LEN:
+            raise TokenizerError(f"the text has {len(text)} characters; at most {MAX_TEXT_LEN} can be encoded")
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (TypeError, UnicodeEncodeError):  # the library's two ways to refuse what UTF-8 cannot express
+            raise TokenizerError(_not_utf8(text)) from None
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of the ids; ids beyond the vocabulary have none. Bytes that are no UTF-8 come out as U+FFFD."""
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token on its own, as logprobs show it."""
+        return self._backend.decode([token_id], skip_special_tokens=False)
+
+    def _ids_of(self, names: Iterable[str]) -> frozenset[int]:
+        texts = (self.special_tokens[name] for name in names if name in self.special_tokens)
+        ids = (self._backend.token_to_id(text) for text in texts)
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _not_utf8(text: str) -> str:
+    start = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+    return f"the text holds {text[start]!r} at character {start}: half of a surrogate pair, which is no character"
+
+
+def read_tokenizer_config(root: Path) -> TokenizerConfig:
+    config = _read_object(root / "tokenizer_config.json")
+    special_map = _read_object(root / "special_tokens_map.json")
+    return TokenizerConfig(
+        special_tokens=_special_tokens(special_map) | _special_tokens(config),
+        chat_templates=_chat_templates(root, config),
+        eos_token_ids=_eos_ids(root, "generation_config.json") or _eos_ids(root, "config.json"),
+    )
+
+
+def _missing(root: Path) -> str:
+    if not root.is_dir():
+        return f"{root} is not a folder"
+    if (root / "tokenizer.model").is_file():
+        return (
+            f"{root} has a tokenizer.model but no tokenizer.json; convert it once with "
+            "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return f"{root} has no tokenizer.json; copy it from the model's page, or give prompts as token ids"
+
+
+def _special_tokens(values: Mapping[str, object]) -> dict[str, str]:
+    tokens = {}
+    for name in _NAMED_TOKENS:
+        value = values.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            tokens[name] = text
+    return tokens
+
+
+def _chat_templates(root: Path, config: Mapping[str, object]) -> dict[str, str]:
+    templates = {}
+    value = config.get("chat_template")
+    if isinstance(value, str):
+        templates["default"] = value
+    elif isinstance(value, list):
+        entries = (entry for entry in value if isinstance(entry, dict))
+        pairs = ((entry.get("name"), entry.get("template")) for entry in entries)
+        templates = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+    path = root / "chat_template.jinja"
+    if path.is_file():
+        templates["default"] = _read_text(path)
+    return templates
+
+
+def _eos_ids(root: Path, file_name: str) -> frozenset[int]:
+    value = _read_object(root / file_name).get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    return frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    """The JSON object in the file; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    text = _read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read_bytes(path, MAX_CONFIG_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise TokenizerError(f"{path} has {size} bytes; at most {limit} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
