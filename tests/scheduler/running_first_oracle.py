@@ -1,6 +1,6 @@
 """The rules of the running-first policy once more, as plainly as they can be said, to compare the policy with.
 
-Nothing is shared with `runtime/sim/baselines/running_first.py` but its config: lists are searched, prefixes are compared
+Shares only the config with `runtime/sim/baselines/running_first.py`: lists are searched, and prefixes are compared
 token by token.
 """
 
