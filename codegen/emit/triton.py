@@ -8,8 +8,8 @@ from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.mask_range import mask_range
 from sageLLM.codegen.emit.reference import by_stem, parameters, result_type
+from sageLLM.codegen.emit.triton_gemm import gemm_view
 from sageLLM.codegen.emit.triton_launch import rows_view
-from sageLLM.codegen.emit.triton_product import product_view
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, walk
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
@@ -25,7 +25,7 @@ FOLDER = "kernels/triton"
 BASE = "sageLLM.generated.kernels.triton"
 REFERENCES = "sageLLM.generated.kernels.reference"
 MOVES_NOTHING = ("VIEW", "CONCAT")
-"""Op types for which torch has what is wanted: views without a copy, and a copy."""
+"""Op types that torch covers: views, which copy nothing, and a plain copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class TritonKernel:
 
     @property
     def references(self) -> list[OpDef]:
-        """Those whose references the launcher calls."""
+        """The ops that the launcher calls by their references."""
         candidates = [self.op, *([self.consumer] if self.consumer else [])]
         return [op for op in candidates if f"reference_{op.name}(" in self.text]
 
@@ -86,7 +86,7 @@ def _imports(kernels: Sequence[TritonKernel], specs: Specs) -> list[str]:
 
 
 def _kernel(op: OpDef, specs: Specs, renderer: Renderer) -> TritonKernel | None:
-    """From the op's template or from its equations; None where the reference is as good, or all that there is."""
+    """The kernel from the op's template or from its equations; None if the reference is as good or the only choice."""
     if op.triton is not None:
         return TritonKernel(op, _template_text(op, op.triton, renderer))
     fused = fused_epilogue_of(op, specs.ops)
@@ -105,41 +105,49 @@ def _kernel(op: OpDef, specs: Specs, renderer: Renderer) -> TritonKernel | None:
 
 
 def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
-    """The op's template, with its constants, its hooks, and what follows from them or from its equations."""
-    given: dict[str, object] = {"op": op.name, "attrs": parameters(op).partition("*, ")[2], **dict(template.params)}
+    """The op's template, filled with its constants, its hooks, and the views of its hooks or equations."""
+    view: dict[str, object] = {"op": op.name, "attrs": parameters(op).partition("*, ")[2], **dict(template.params)}
     hooks: tuple[Hook, ...] = ()
     if op.reference is not None:
         hooks = op.reference.hooks
-        given |= _attention_view(op.reference)
+        view |= _attention_view(op.reference)
     else:
-        given |= {"summary": op.summary, "parameters": parameters(op), **product_view(op)}
-    text = renderer.render(template.name, **given)
-    check_kernel(op, text, [str(given[hook.name]) for hook in hooks])
+        view |= {"summary": op.summary, "parameters": parameters(op), **gemm_view(op)}
+    text = renderer.render(template.name, **view)
+    check_kernel(op, text, [str(view[hook.name]) for hook in hooks])
     return text
 
 
 def _fused_text(op: OpDef, fused: FusedEpilogue, specs: Specs, renderer: Renderer) -> str | None:
     """The GEMM's template with the consumer in it; None without one, or if the GEMM is not an op by itself."""
     assert fused.consumer.reference is not None, "a consumer has a reference"
-    template = fused.consumer.reference.template.replace("reference/", "triton/product_")
+    template = fused.consumer.reference.template.replace("reference/", "triton/gemm_")
     constants = specs.ops[op.fuses[0].op].triton
     if constants is None or op.attrs or len(fused.producer.fuses) > 1 or not (TEMPLATES / template).is_file():
         return None
     roles = (*fused.consumer.inputs, *fused.consumer.outputs)
-    behind = {role.name: o.name if o else "None" for role, o in zip(roles, fused.operands, strict=True)}
-    view = product_view(replace(fused.producer, program=program_of(fused.producer, specs.ops)))
-    given = {"op": op.name, "summary": op.summary, "parameters": parameters(op), **dict(constants.params), **view}
-    text = renderer.render(template, behind=behind, results=", ".join(o.name for o in op.outputs), **given)
+    operands = {role.name: o.name if o else "None" for role, o in zip(roles, fused.operands, strict=True)}
+    view = gemm_view(replace(fused.producer, program=program_of(fused.producer, specs.ops)))
+    text = renderer.render(
+        template,
+        op=op.name,
+        summary=op.summary,
+        parameters=parameters(op),
+        results=", ".join(o.name for o in op.outputs),
+        **{fused.consumer.reference.template.removeprefix("reference/").partition(".")[0]: operands},
+        **dict(constants.params),
+        **view,
+    )
     check_kernel(op, text, [])
     return text
 
 
 def _attention_view(reference: Reference) -> dict[str, object]:
-    """The hooks as text, the attrs that they use, and the keys that the mask lets a row see."""
+    """The hooks as text, the attrs that they use, and the range of keys that the mask lets a row see."""
     values = {hook.name: hook.value for hook in reference.hooks}
     view: dict[str, object] = {name: hook_text(value) for name, value in values.items()}
-    own = {"score", "m", "n", "h"}
-    names = dict.fromkeys(name for value in values.values() for name in sorted(names_read(value) - own))
+    tiles = {"score", "m", "n", "h"}
+    names = dict.fromkeys(name for value in values.values() for name in sorted(names_read(value) - tiles))
     if "mask_mod" in values:
         keys = mask_range(values["mask_mod"])
         view |= {"first": keys.first, "stop": keys.stop, "unmasked": keys.unmasked}
@@ -149,7 +157,7 @@ def _attention_view(reference: Reference) -> dict[str, object]:
 
 
 def hook_text(value: Expr) -> str:
-    """A hook as Triton: its names are tiles of the template, which broadcast as they stand."""
+    """A hook as Triton: its names are tiles of the template, with shapes that broadcast."""
     text = tidy(TritonText(_hook_leaf)(value))
     return text if text.isidentifier() else f"({text})"
 
@@ -160,7 +168,7 @@ def _hook_leaf(expr: Expr) -> str:
 
 
 def plain_when(score_mod: Expr) -> str:
-    """When the hook leaves the scores alone: `softcap is None`, or "" if never."""
+    """The condition under which the hook returns the scores unchanged: `softcap is None`, or "" if never."""
     absent = []
     while isinstance(score_mod, IfPresent):
         absent.append(f"{score_mod.name} is None")
@@ -170,28 +178,28 @@ def plain_when(score_mod: Expr) -> str:
 
 
 def check_kernel(op: OpDef, text: str, hooks: Sequence[str]) -> None:
-    """The contract of a template: it parses, takes the op's inputs, has every hook, and stores every output once."""
+    """The contract of a template: it parses, takes the op's inputs, uses every hook, and stores every output once."""
     tree = ast.parse(text)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     launcher = next((node for node in functions if node.name == op.name), None)
     inputs = [operand.name for operand in op.inputs]
     if launcher is None or [arg.arg for arg in launcher.args.args] != inputs:
-        _refuse(op, f"the template takes other inputs than '{op.name}', which has {', '.join(inputs)}")
+        _refuse(op, f"the inputs of '{op.name}' must be those of the template, got {', '.join(inputs)}")
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for attr in op.attrs:
         if attr.name in stored:
             _refuse(op, f"the template has its own '{attr.name}', which the attr would shadow")
     for hook in hooks:
-        assert hook in text, f"{op.triton}: a hook is not filled in"
+        assert hook in text, f"{op.triton}: the template does not use a hook"
     for output in op.outputs:
         target = op.inplace.get(output.name, output.name)
         stores = [_stores(function, target) for function in functions if function is not launcher]
         if not any(stores) or max(stores) > 1:
-            _refuse(op, f"the template does not store '{output.name}' exactly once")
+            _refuse(op, f"the template must store '{output.name}' exactly once")
 
 
 def _stores(function: ast.FunctionDef, target: str) -> int:
-    """How often a kernel stores to the operand, each of the branches that exclude one another counted once."""
+    """The number of stores to the operand in the text of a kernel."""
     calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.store"]
     return sum(any(isinstance(n, ast.Name) and n.id == target for n in ast.walk(call.args[0])) for call in calls)
 

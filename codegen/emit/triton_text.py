@@ -27,7 +27,7 @@ _INTEGERS = ("bool", "i8", "i32", "i64")
 _EXACT = {"neg", "not", "abs", "relu", "floor", "round"}
 _FUNCTIONS = {"exp": "tl.exp({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})",
               "sigmoid": "tl.sigmoid({})", "tanh": "device.tanh({})", "erf": "tl.erf({})", "abs": "tl.abs({})",
-              "floor": "tl.floor({})", "round": "device.nearest({})", "neg": "(-{})", "not": "(not {})"}  # fmt: skip
+              "floor": "tl.floor({})", "round": "device.rint({})", "neg": "(-{})", "not": "(not {})"}  # fmt: skip
 
 
 def is_narrow(element: str) -> bool:

@@ -17,68 +17,6 @@ __all__ = [
 
 # specs/ops/attention.yaml: paged_prefill_attention
 @triton.jit
-def _paged_prefill_attention_tile(
-    rows,
-    acc,
-    peak,
-    total,
-    at,
-    stop,
-    m,
-    h,
-    is_row,
-    b,
-    kv_head,
-    k_cache,
-    v_cache,
-    block_table,
-    slopes,
-    scale,
-    softcap,
-    window,
-    k_page,
-    k_slot,
-    k_head,
-    v_page,
-    v_slot,
-    v_head,
-    table_row,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Takes the BLOCK_N keys from `at` on into the running softmax; a tile is FULL where every row sees all of them."""
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    place = at + tl.arange(0, BLOCK_N)
-    is_key = (place < stop) | FULL
-    page = tl.load(block_table + b * table_row + place // BS, mask=is_key, other=0).to(tl.int64)
-    slot = place % BS
-    key_rows = k_cache + page * k_page + slot * k_slot + kv_head * k_head
-    value_rows = v_cache + page * v_page + slot * v_slot + kv_head * v_head
-
-    keys = tl.load(key_rows[None, :] + d[:, None], mask=is_key[None, :] & (d < D)[:, None], other=0.0)
-    n = place[None, :]
-    score = tl.dot(rows, keys, input_precision="ieee")
-    if softcap is None and slopes is None:
-        score = score * (scale * device.LOG2E)
-    else:
-        score = score * scale
-        if slopes is not None:
-            score += tl.load(slopes + h, mask=is_row, other=0.0) * (n - m).to(tl.float32)
-        score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
-    if not FULL:
-        score = tl.where(
-            is_key[None, :] & ((n <= m) & (n > m - window if window is not None else True)), score, float("-inf")
-        )
-    values = tl.load(value_rows[:, None] + dv[None, :], mask=is_key[:, None] & (dv < DV)[None, :], other=0.0)
-    return device.softmax_tile(score, values, acc, peak, total)
-
-
-@triton.jit
 def _paged_prefill_attention_kernel(
     q,
     k_cache,
@@ -115,7 +53,7 @@ def _paged_prefill_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     TOKENS: tl.constexpr = BLOCK_M // BLOCK_G
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they go first
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they start first
     kv_head = tl.program_id(1)
     b = device.find_group(q_start, num_sequences, tile, TOKENS)
     begin = tl.load(q_start + b)
@@ -127,96 +65,52 @@ def _paged_prefill_attention_kernel(
     i, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     head = kv_head * G + i % BLOCK_G
     row = token + i // BLOCK_G
-    is_own = (row < num_tokens) & (i % BLOCK_G < G)
-    h, is_row = head[:, None], is_own[:, None]
+    is_query = (row < num_tokens) & (i % BLOCK_G < G)
+    h, is_row = head[:, None], is_query[:, None]
     m = (length - num_tokens + row)[:, None]
     m_first = length - num_tokens + token
     m_last = length - num_tokens + tl.minimum(token + TOKENS, num_tokens) - 1
-    at_row = (begin + row).to(tl.int64)[:, None]
-    rows = tl.load(q + at_row * q_row + h * q_head + d[None, :], mask=is_row & (d < D)[None, :], other=0.0)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    t = (begin + row).to(tl.int64)[:, None]
+    queries = tl.load(q + t * q_row + h * q_head + d[None, :], mask=is_row & (d < D)[None, :], other=0.0)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     stop = tl.minimum(m_last + 1, length)
-    start = (tl.maximum(m_first - window + 1, 0) if window is not None else 0) // BLOCK_N * BLOCK_N
-    masked_from = tl.maximum(start, tl.minimum(m_first + 1, length) // BLOCK_N * BLOCK_N) if window is None else start
-    for at in range(start, masked_from, BLOCK_N):
-        acc, peak, total = _paged_prefill_attention_tile(
-            rows,
-            acc,
-            peak,
-            total,
-            at,
-            stop,
-            m,
-            h,
-            is_row,
-            b,
-            kv_head,
-            k_cache,
-            v_cache,
-            block_table,
-            slopes,
-            scale,
-            softcap,
-            window,
-            k_page,
-            k_slot,
-            k_head,
-            v_page,
-            v_slot,
-            v_head,
-            table_row,
-            D,
-            DV,
-            BS,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            FULL=True,
-        )
-    for at in range(masked_from, stop, BLOCK_N):
-        acc, peak, total = _paged_prefill_attention_tile(
-            rows,
-            acc,
-            peak,
-            total,
-            at,
-            stop,
-            m,
-            h,
-            is_row,
-            b,
-            kv_head,
-            k_cache,
-            v_cache,
-            block_table,
-            slopes,
-            scale,
-            softcap,
-            window,
-            k_page,
-            k_slot,
-            k_head,
-            v_page,
-            v_slot,
-            v_head,
-            table_row,
-            D,
-            DV,
-            BS,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            FULL=False,
-        )
-    sink = device.sink_scores(sinks, head, is_own)
-    top = tl.maximum(peak, sink)
-    weight = device.share(peak, top)
-    acc = acc * weight[:, None]
-    total = total * weight + tl.where(total == 0.0, 0.0, device.share(sink, top))
-    result = device.divided(acc, total)
-    tl.store(o + at_row * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])
+    first = (tl.maximum(m_first - window + 1, 0) if window is not None else 0) // BLOCK_N * BLOCK_N
+    first_masked = tl.maximum(first, tl.minimum(m_first + 1, length) // BLOCK_N * BLOCK_N) if window is None else first
+    for MASKED in tl.static_range(2):  # first the tiles of keys that every row sees in full
+        for tile_start in range(first_masked if MASKED else first, stop if MASKED else first_masked, BLOCK_N):
+            position = tile_start + tl.arange(0, BLOCK_N)
+            is_key = (position < stop) | (not MASKED)
+            page = tl.load(block_table + b * table_row + position // BS, mask=is_key, other=0).to(tl.int64)
+            slot = position % BS
+            key_rows = k_cache + page * k_page + slot * k_slot + kv_head * k_head
+            value_rows = v_cache + page * v_page + slot * v_slot + kv_head * v_head
+            keys = tl.load(key_rows[None, :] + d[:, None], mask=is_key[None, :] & (d < D)[:, None], other=0.0)
+            n = position[None, :]
+            score = tl.dot(queries, keys, input_precision="ieee")
+            if softcap is None and slopes is None:
+                score = score * (scale * device.LOG2E)
+            else:
+                score = score * scale
+                if slopes is not None:
+                    score += tl.load(slopes + h, mask=is_row, other=0.0) * (n - m).to(tl.float32)
+                score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
+            if MASKED:
+                score = tl.where(
+                    is_key[None, :] & ((n <= m) & (n > m - window if window is not None else True)),
+                    score,
+                    float("-inf"),
+                )
+            values = tl.load(value_rows[:, None] + dv[None, :], mask=is_key[:, None] & (dv < DV)[None, :], other=0.0)
+            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
+    sink = device.sink_scores(sinks, head, is_query)
+    top = tl.maximum(row_max, sink)
+    scaling = device.exp2_difference(row_max, top)
+    acc = acc * scaling[:, None]
+    row_sum = row_sum * scaling + tl.where(row_sum == 0.0, 0.0, device.exp2_difference(sink, top))
+    result = device.normalized(acc, row_sum)
+    tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])
 
 
 def paged_prefill_attention(
@@ -235,7 +129,7 @@ def paged_prefill_attention(
 ) -> Tensor:
     """Softmax attention of q [T, Nq, D], the last rows of each sequence, over its cached keys.
 
-    Prompts, chunks of prompts and decodes go in one launch.
+    One launch takes prompts, chunks of prompts and decode steps.
     """
     T, Nq, D = q.shape
     BS, Nkv, Dv = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
@@ -325,27 +219,27 @@ def _paged_decode_attention_split(
     first = tl.maximum(m - window + 1, 0) if window is not None else 0
     start, stop = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, length)
     if ((start >= length) | (stop <= first)) & (NUM_SPLITS > 1):
-        return  # the merge leaves the split out too
+        return  # the merge skips the split too
     g, d, dv = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     head = kv_head * G + g
     is_head = g < G
     h = head[:, None]
-    rows = tl.load(q + b * q_row + h * q_head + d[None, :], mask=is_head[:, None] & (d < D)[None, :], other=0.0)
-    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
+    queries = tl.load(q + b * q_row + h * q_head + d[None, :], mask=is_head[:, None] & (d < D)[None, :], other=0.0)
+    row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
-    for at in range(tl.maximum(start, first // BLOCK_N * BLOCK_N), stop, BLOCK_N):
-        place = at + tl.arange(0, BLOCK_N)
-        is_key = place < stop
-        page = tl.load(block_table + b * table_row + place // BS, mask=is_key, other=0).to(tl.int64)
-        slot = place % BS
+    for tile_start in range(tl.maximum(start, first // BLOCK_N * BLOCK_N), stop, BLOCK_N):
+        position = tile_start + tl.arange(0, BLOCK_N)
+        is_key = position < stop
+        page = tl.load(block_table + b * table_row + position // BS, mask=is_key, other=0).to(tl.int64)
+        slot = position % BS
         keys = tl.load(
             k_cache + (page * k_page + slot * k_slot)[None, :] + kv_head * k_head + d[:, None],
             mask=is_key[None, :] & (d < D)[:, None],
             other=0.0,
         )
-        n = place[None, :]
-        score = tl.dot(rows, keys, input_precision="ieee")
+        n = position[None, :]
+        score = tl.dot(queries, keys, input_precision="ieee")
         if softcap is None and slopes is None:
             score = score * (scale * device.LOG2E)
         else:
@@ -361,15 +255,15 @@ def _paged_decode_attention_split(
             mask=is_key[:, None] & (dv < DV)[None, :],
             other=0.0,
         )
-        acc, peak, total = device.softmax_tile(score, values, acc, peak, total)
-    result = device.divided(acc, total)
-    lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(total))
+        acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
+    result = device.normalized(acc, row_sum)
+    lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
     is_result = is_head[:, None] & (dv < DV)[None, :]
     if NUM_SPLITS == 1:  # as the merge does it, to the bit
         sink = device.sink_scores(sinks, head, is_head)
         top = tl.maximum(lse, sink)
-        weight = device.share(lse, top)
-        result = device.divided(result * weight[:, None], weight + device.share(sink, top))
+        scaling = device.exp2_difference(lse, top)
+        result = device.normalized(result * scaling[:, None], scaling + device.exp2_difference(sink, top))
         tl.store(o + b * o_row + h * o_head + dv[None, :], result, mask=is_result)
     else:
         part = (b * tl.num_programs(1) * G + head) * NUM_SPLITS + split
@@ -403,13 +297,13 @@ def _paged_decode_attention_merge(
     lse = tl.load(part_lse + part + s, mask=(s >= start) & (s < stop), other=float("-inf"))
     sink = device.sink_scores(sinks, head, head >= 0)
     top = tl.maximum(sink, tl.max(lse, 0))
-    total = tl.zeros([1], tl.float32)
+    row_sum = tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_DV], tl.float32)
     for split in range(start, stop):
-        weight = device.share(tl.load(part_lse + part + split + tl.arange(0, 1)), top)
-        acc += weight[:, None] * tl.load(parts + (part + split) * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
-        total += weight
-    result = device.divided(acc, total + device.share(sink, top))
+        scaling = device.exp2_difference(tl.load(part_lse + part + split + tl.arange(0, 1)), top)
+        acc += scaling[:, None] * tl.load(parts + (part + split) * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
+        row_sum += scaling
+    result = device.normalized(acc, row_sum + device.exp2_difference(sink, top))
     tl.store(o + b * o_row + head[:, None] * o_head + dv[None, :], result, mask=(dv < DV)[None, :])
 
 

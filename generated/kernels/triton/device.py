@@ -7,14 +7,14 @@ import triton.language as tl
 
 __all__ = [
     "LOG2E",
-    "divided",
+    "exp2_difference",
     "find_group",
-    "first_of_largest",
-    "nearest",
+    "max_and_index",
+    "normalized",
+    "online_softmax",
+    "rint",
     "rounded",
-    "share",
     "sink_scores",
-    "softmax_tile",
     "tanh",
 ]
 
@@ -28,10 +28,10 @@ def rounded(x, E: tl.constexpr):
 
 
 @triton.jit
-def nearest(x):
-    """x, in float32, rounded to a whole number, halves to the even one."""
-    whole = (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum has no bits below 1
-    return tl.where(tl.abs(x) < 4194304.0, whole, tl.floor(x))
+def rint(x):
+    """x, in float32, rounded to an integer, halves to the even one."""
+    integer = (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits
+    return tl.where(tl.abs(x) < 4194304.0, integer, tl.floor(x))
 
 
 @triton.jit
@@ -47,9 +47,9 @@ def tanh(x):
 
 @triton.jit
 def find_group(starts, num_groups, tile, ROWS: tl.constexpr):
-    """The group whose rows the tile holds: groups of rows begin at `starts`, and each begins a new tile of ROWS rows.
+    """The group of rows that a tile of ROWS rows belongs to. Group g begins at row starts[g], with a new tile.
 
-    Group g has the tiles from starts[g] // ROWS + g on, and at most those up to where group g + 1 begins.
+    Its first tile is starts[g] // ROWS + g, and its last one comes before the first tile of group g + 1.
     """
     low = 0
     high = num_groups
@@ -63,49 +63,49 @@ def find_group(starts, num_groups, tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def first_of_largest(value, place, AXIS: tl.constexpr):
-    """The largest value, in float32, along an axis, and the least of the places that have it; both keep the axis.
+def max_and_index(value, index, AXIS: tl.constexpr):
+    """The largest value, in float32, along an axis, and the least of its indices; both keep the axis.
 
-    NaN is larger than everything, as in torch. A place that does not count holds -inf and a number beyond all others.
+    NaN is larger than everything, as in torch. A masked element is -inf and has an index larger than all others.
     """
     is_nan = value != value
     has_nan = tl.max(is_nan.to(tl.int32), AXIS, keep_dims=True) > 0
-    top = tl.max(tl.where(is_nan, float("inf"), value), AXIS, keep_dims=True)
-    is_best = tl.where(has_nan, is_nan, value == top)
-    first = tl.min(tl.where(is_best, place, 2147483647), AXIS, keep_dims=True)
-    return tl.where(has_nan, float("nan"), top), first
+    largest = tl.max(tl.where(is_nan, float("inf"), value), AXIS, keep_dims=True)
+    is_largest = tl.where(has_nan, is_nan, value == largest)
+    first = tl.min(tl.where(is_largest, index, 2147483647), AXIS, keep_dims=True)
+    return tl.where(has_nan, float("nan"), largest), first
 
 
 @triton.jit
-def softmax_tile(score, values, acc, peak, total):
-    """Takes one more tile of keys into a running softmax: score [M, N] in base 2, -inf where masked; values [N, D].
+def online_softmax(score, values, acc, row_max, row_sum):
+    """Adds a tile of keys to a running softmax: score [M, N] in base 2, -inf where masked; values [N, D].
 
-    acc [M, D] is the sum of the values, each times its weight 2 ** (score - peak); total [M] is the sum of the weights,
-    peak [M] the greatest score.
+    acc [M, D] is the sum of the values, each times its weight 2 ** (score - row_max); row_sum [M] is the sum of the
+    weights, row_max [M] the greatest score.
     """
-    top = tl.maximum(peak, tl.max(score, 1))
-    base = tl.where(top == float("-inf"), 0.0, top)  # -inf - -inf would be NaN
+    new_max = tl.maximum(row_max, tl.max(score, 1))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf would be NaN
     weight = tl.exp2(score - base[:, None])
-    kept = tl.exp2(peak - base)
-    total = total * kept + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(values.dtype), values, acc * kept[:, None], input_precision="ieee")
-    return acc, top, total
+    scaling = tl.exp2(row_max - base)
+    row_sum = row_sum * scaling + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(values.dtype), values, acc * scaling[:, None], input_precision="ieee")
+    return acc, new_max, row_sum
 
 
 @triton.jit
 def sink_scores(sinks, heads, is_head):
-    """The sinks of the heads as scores in base 2; -inf, which weighs nothing, where there are none."""
+    """The sinks of the heads as scores in base 2; -inf, which has no weight, if sinks is None."""
     none = tl.full(heads.shape, float("-inf"), tl.float32)
     return none if sinks is None else tl.load(sinks + heads, mask=is_head, other=none).to(tl.float32) * LOG2E
 
 
 @triton.jit
-def share(score, top):
-    """2 ** (score - top), and 0 where both are -inf."""
-    return tl.exp2(score - tl.where(top == float("-inf"), 0.0, top))
+def exp2_difference(score, base):
+    """2 ** (score - base), and 0 where both are -inf."""
+    return tl.exp2(score - tl.where(base == float("-inf"), 0.0, base))
 
 
 @triton.jit
-def divided(x, total):
-    """x [M, D] divided by total [M]; 0 in rows that have seen no key, whose total is 0."""
-    return x / tl.where(total == 0.0, 1.0, total)[:, None]
+def normalized(acc, row_sum):
+    """acc [M, D] divided by row_sum [M]; 0 in rows without a visible key, where row_sum is 0."""
+    return acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

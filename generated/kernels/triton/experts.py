@@ -44,13 +44,13 @@ def _router_logits_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     head = tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
-    x_at = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
+    x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN
-        rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
     result = acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc
     tl.store(logits + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
@@ -126,25 +126,25 @@ def _topk_router_kernel(
         choice += tl.load(bias + expert, mask=is_expert, other=0.0).to(tl.float32)
     choice = tl.where(is_expert, choice, float("-inf"))
     if GROUPS > 1:
-        of_group = tl.max(choice, 1)
+        group_choice = tl.max(choice, 1)
         if TOP2 and IN_GROUP > 1:
             best = tl.argmax(choice, 1, tie_break_left=True)
-            of_group += tl.max(tl.where(i[None, :] == best[:, None], float("-inf"), choice), 1)
+            group_choice += tl.max(tl.where(i[None, :] == best[:, None], float("-inf"), choice), 1)
         is_kept = g < 0
         for _ in range(TOP_GROUPS):
-            best_group = tl.argmax(tl.where(is_kept, float("-inf"), of_group), 0, tie_break_left=True)
+            best_group = tl.argmax(tl.where(is_kept, float("-inf"), group_choice), 0, tie_break_left=True)
             is_kept = is_kept | (g == best_group)
         choice = tl.where(is_kept[:, None], choice, float("-inf"))
     chosen = tl.zeros([BLOCK_A], tl.int32)
     weight = tl.zeros([BLOCK_A], tl.float32)
-    for place in range(A):
-        best_of = tl.max(choice, 1)
+    for rank in range(A):
+        group_max = tl.max(choice, 1)
         in_group = tl.argmax(choice, 1, tie_break_left=True)
-        group = tl.argmax(best_of, 0, tie_break_left=True)
+        group = tl.argmax(group_max, 0, tie_break_left=True)
         best = tl.sum(tl.where(g == group, g * IN_GROUP + in_group, 0), 0)
         is_best = expert == best
-        chosen = tl.where(a == place, best, chosen)
-        weight = tl.where(a == place, tl.sum(tl.sum(tl.where(is_best & is_expert, score, 0.0), 1), 0), weight)
+        chosen = tl.where(a == rank, best, chosen)
+        weight = tl.where(a == rank, tl.sum(tl.sum(tl.where(is_best & is_expert, score, 0.0), 1), 0), weight)
         choice = tl.where(is_best, float("-inf"), choice)
     if RENORMALIZE:
         weight = weight / (tl.sum(weight, 0) + 1e-20)  # sigmoids may all be 0
@@ -164,7 +164,7 @@ def topk_router(
     top_groups: int = 1,
     group_score: str = "max",
 ) -> tuple[Tensor, Tensor]:
-    """Experts and weights, both [T, A], for logits [T, X]; the doc of the op tells the steps."""
+    """Experts and weights, both [T, A], for logits [T, X]; see the doc of the op."""
     T, X = logits.shape
     experts = torch.empty(T, A, dtype=torch.int32, device=logits.device)
     weights = torch.empty(T, A, dtype=torch.float32, device=logits.device)
@@ -227,17 +227,17 @@ def _expert_linear_kernel(
         return
     i, n, k = first + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     is_row, is_column = i < count, n < N
-    place = tl.load(order + begin + i, mask=is_row, other=0)
-    x_at = x + (place // COPIES)[:, None] * x_row + k[None, :]
-    w_at = w + expert.to(tl.int64) * w_expert + n[None, :] * w_row + k[:, None]
+    pair = tl.load(order + begin + i, mask=is_row, other=0)
+    x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
+    w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :] * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for at in range(0, K, BLOCK_K):
-        rows = tl.load(x_at + at, mask=is_row[:, None] & (k < K - at)[None, :], other=0.0)
-        weights = tl.load(w_at + at, mask=is_column[None, :] & (k < K - at)[:, None], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        rows = tl.load(x_ptrs + start, mask=is_row[:, None] & (k < K - start)[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=is_column[None, :] & (k < K - start)[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
     if bias is not None:
         acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + place[:, None] * y_row + n[None, :], acc, mask=is_row[:, None] & is_column[None, :])
+    tl.store(y + pair[:, None] * y_row + n[None, :], acc, mask=is_row[:, None] & is_column[None, :])
 
 
 def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -310,17 +310,17 @@ def _expert_down_kernel(
         return
     i, n, k = first + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     is_row, is_column = i < count, n < N
-    place = tl.load(order + begin + i, mask=is_row, other=0)
-    x_at = x + (place // COPIES)[:, None] * x_row + k[None, :]
-    w_at = w + expert.to(tl.int64) * w_expert + n[None, :] * w_row + k[:, None]
+    pair = tl.load(order + begin + i, mask=is_row, other=0)
+    x_ptrs = x + (pair // COPIES)[:, None] * x_row + k[None, :]
+    w_ptrs = w + expert.to(tl.int64) * w_expert + n[None, :] * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for at in range(0, K, BLOCK_K):
-        rows = tl.load(x_at + at, mask=is_row[:, None] & (k < K - at)[None, :], other=0.0)
-        weights = tl.load(w_at + at, mask=is_column[None, :] & (k < K - at)[:, None], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        rows = tl.load(x_ptrs + start, mask=is_row[:, None] & (k < K - start)[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=is_column[None, :] & (k < K - start)[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
     if bias is not None:
         acc += tl.load(bias + expert * bias_row + n, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + place[:, None] * y_row + n[None, :], acc, mask=is_row[:, None] & is_column[None, :])
+    tl.store(y + pair[:, None] * y_row + n[None, :], acc, mask=is_row[:, None] & is_column[None, :])
 
 
 def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

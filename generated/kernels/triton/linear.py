@@ -47,13 +47,13 @@ def _linear_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     head = tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
-    x_at = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
+    x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN
-        rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
@@ -118,13 +118,13 @@ def _lm_head_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     head = tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
-    x_at = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
+    x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN
-        rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
@@ -188,13 +188,13 @@ def _head_linear_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     head = tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
-    x_at = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
+    x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN
-        rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
     result = device.rounded(acc, E)
     tl.store(y + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
@@ -238,8 +238,8 @@ def _lm_head_sample_kernel(
     w,
     bias,
     logits,
-    tops,
-    places,
+    block_max,
+    block_argmax,
     num_blocks,
     M,
     N,
@@ -259,38 +259,38 @@ def _lm_head_sample_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     head = tl.program_id(1).to(tl.int64)
     is_row, is_column = (m < M)[:, None], (n < N)[None, :]
-    x_at = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
-    w_at = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
+    x_ptrs = x + head * x_head + m[:, None].to(tl.int64) * x_row + k[None, :]
+    w_ptrs = w + head * w_head + n[None, :].to(tl.int64) * w_row + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for at in range(0, K, BLOCK_K):
-        is_k = (k < K - at) | EVEN
-        rows = tl.load(x_at + at, mask=is_row & is_k[None, :], other=0.0)
-        weights = tl.load(w_at + at, mask=is_column & is_k[:, None], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        is_k = (k < K - start) | EVEN
+        rows = tl.load(x_ptrs + start, mask=is_row & is_k[None, :], other=0.0)
+        weights = tl.load(w_ptrs + start, mask=is_column & is_k[:, None], other=0.0)
         acc = tl.dot(rows, weights, acc, input_precision="ieee")
     result = device.rounded(
         acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :] if bias is not None else acc, E
     )
     tl.store(logits + head * y_head + m[:, None].to(tl.int64) * y_row + n[None, :], result, mask=is_row & is_column)
     own = tl.where(is_column, result, float("-inf"))
-    top, place = device.first_of_largest(own, tl.where(is_column, n[None, :], 2147483647), 1)
-    at = m[:, None].to(tl.int64) * num_blocks + tl.program_id(0)
-    tl.store(tops + at, top, mask=is_row)
-    tl.store(places + at, place, mask=is_row)
+    best, index = device.max_and_index(own, tl.where(is_column, n[None, :], 2147483647), 1)
+    block = m[:, None].to(tl.int64) * num_blocks + tl.program_id(0)
+    tl.store(block_max + block, best, mask=is_row)
+    tl.store(block_argmax + block, index, mask=is_row)
 
 
 @triton.jit
-def _lm_head_sample_best(tops, places, tokens, num_blocks, BLOCK_B: tl.constexpr):
+def _lm_head_sample_merge(block_max, block_argmax, tokens, num_blocks, BLOCK_B: tl.constexpr):
     s = tl.program_id(0).to(tl.int64)
     b = tl.arange(0, BLOCK_B)
-    top, place = tl.full([BLOCK_B], float("-inf"), tl.float32), tl.full([BLOCK_B], 2147483647, tl.int32)
-    for at in range(0, num_blocks, BLOCK_B):
-        is_block = b < num_blocks - at
-        value = tl.load(tops + s * num_blocks + at + b, mask=is_block, other=float("-inf"))
-        first = tl.load(places + s * num_blocks + at + b, mask=is_block, other=2147483647)
-        is_better = (value > top) | ((value != value) & (top == top)) | (place == 2147483647)
-        top, place = tl.where(is_better, value, top), tl.where(is_better, first, place)
-    top, place = device.first_of_largest(top, place, 0)
-    tl.store(tokens + s + tl.arange(0, 1), place.to(tl.int64))
+    best, index = tl.full([BLOCK_B], float("-inf"), tl.float32), tl.full([BLOCK_B], 2147483647, tl.int32)
+    for start in range(0, num_blocks, BLOCK_B):
+        is_block = b < num_blocks - start
+        value = tl.load(block_max + s * num_blocks + start + b, mask=is_block, other=float("-inf"))
+        value_index = tl.load(block_argmax + s * num_blocks + start + b, mask=is_block, other=2147483647)
+        is_better = (value > best) | ((value != value) & (best == best)) | (index == 2147483647)
+        best, index = tl.where(is_better, value, best), tl.where(is_better, value_index, index)
+    best, index = device.max_and_index(best, index, 0)
+    tl.store(tokens + s + tl.arange(0, 1), index.to(tl.int64))
 
 
 def lm_head_sample(
@@ -309,15 +309,15 @@ def lm_head_sample(
         return reference_lm_head_sample(x, w, bias, temperature, top_k, top_p, min_p, noise)
     num_blocks = triton.cdiv(N, 16)
     logits = torch.empty(*x.shape[:-1], N, dtype=torch.float32, device=x.device)
-    tops = torch.empty(M, num_blocks, dtype=torch.float32, device=x.device)
-    places = torch.empty(M, num_blocks, dtype=torch.int32, device=x.device)
+    block_max = torch.empty(M, num_blocks, dtype=torch.float32, device=x.device)
+    block_argmax = torch.empty(M, num_blocks, dtype=torch.int32, device=x.device)
     _lm_head_sample_kernel[(num_blocks, 1)](
         x,
         w,
         bias,
         logits,
-        tops,
-        places,
+        block_max,
+        block_argmax,
         num_blocks,
         M,
         N,
@@ -340,14 +340,8 @@ def lm_head_sample(
         tokens = reference_sample(logits, temperature, top_k, top_p, min_p, noise)
         return logits, tokens
     tokens = torch.empty(M, dtype=torch.int64, device=x.device)
-    _lm_head_sample_best[(M,)](
-        tops,
-        places,
-        tokens,
-        num_blocks,
-        BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)),
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=False,
+    BLOCK_B = min(1024, triton.next_power_of_2(num_blocks))
+    _lm_head_sample_merge[(M,)](
+        block_max, block_argmax, tokens, num_blocks, BLOCK_B, num_warps=4, num_stages=1, enable_fp_fusion=False
     )
     return logits, tokens

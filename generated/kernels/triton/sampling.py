@@ -17,29 +17,29 @@ __all__ = [
 
 # specs/ops/sampling.yaml: sample
 @triton.jit
-def _sample_blocks(logits, tops, places, V, num_blocks, logits_row, BLOCK: tl.constexpr):
+def _sample_blocks(logits, block_max, block_argmax, V, num_blocks, logits_row, BLOCK: tl.constexpr):
     s, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + s * logits_row + v, mask=v < V, other=float("-inf"))
-    top, place = device.first_of_largest(value, tl.where(v < V, v, 2147483647), 0)
-    at = s * num_blocks + block + tl.arange(0, 1)
-    tl.store(tops + at, top)
-    tl.store(places + at, place)
+    best, index = device.max_and_index(value, tl.where(v < V, v, 2147483647), 0)
+    result = s * num_blocks + block + tl.arange(0, 1)
+    tl.store(block_max + result, best)
+    tl.store(block_argmax + result, index)
 
 
 @triton.jit
-def _sample_best(tops, places, tokens, num_blocks, BLOCK_B: tl.constexpr):
+def _sample_merge(block_max, block_argmax, tokens, num_blocks, BLOCK_B: tl.constexpr):
     s = tl.program_id(0).to(tl.int64)
     b = tl.arange(0, BLOCK_B)
-    top, place = tl.full([BLOCK_B], float("-inf"), tl.float32), tl.full([BLOCK_B], 2147483647, tl.int32)
-    for at in range(0, num_blocks, BLOCK_B):
-        is_block = b < num_blocks - at
-        value = tl.load(tops + s * num_blocks + at + b, mask=is_block, other=float("-inf"))
-        first = tl.load(places + s * num_blocks + at + b, mask=is_block, other=2147483647)
-        is_better = (value > top) | ((value != value) & (top == top)) | (place == 2147483647)
-        top, place = tl.where(is_better, value, top), tl.where(is_better, first, place)
-    top, place = device.first_of_largest(top, place, 0)
-    tl.store(tokens + s + tl.arange(0, 1), place.to(tl.int64))
+    best, index = tl.full([BLOCK_B], float("-inf"), tl.float32), tl.full([BLOCK_B], 2147483647, tl.int32)
+    for start in range(0, num_blocks, BLOCK_B):
+        is_block = b < num_blocks - start
+        value = tl.load(block_max + s * num_blocks + start + b, mask=is_block, other=float("-inf"))
+        value_index = tl.load(block_argmax + s * num_blocks + start + b, mask=is_block, other=2147483647)
+        is_better = (value > best) | ((value != value) & (best == best)) | (index == 2147483647)
+        best, index = tl.where(is_better, value, best), tl.where(is_better, value_index, index)
+    best, index = device.max_and_index(best, index, 0)
+    tl.store(tokens + s + tl.arange(0, 1), index.to(tl.int64))
 
 
 def sample(
@@ -50,20 +50,20 @@ def sample(
     min_p: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Next tokens [S] from logits [S, V]: the likeliest ones, unless there are a temperature and noise to draw with."""
+    """Next tokens [S] from logits [S, V]: the likeliest ones, or drawn ones if temperature and noise are passed."""
     if temperature is not None and noise is not None:
         return reference_sample(logits, temperature, top_k, top_p, min_p, noise)
     S, V = logits.shape
     num_blocks = triton.cdiv(V, 4096)
     tokens = torch.empty(S, dtype=torch.int64, device=logits.device)
-    tops = torch.empty(S, num_blocks, dtype=torch.float32, device=logits.device)
-    places = torch.empty(S, num_blocks, dtype=torch.int32, device=logits.device)
+    block_max = torch.empty(S, num_blocks, dtype=torch.float32, device=logits.device)
+    block_argmax = torch.empty(S, num_blocks, dtype=torch.int32, device=logits.device)
     if S == 0:
         return tokens
     _sample_blocks[(S, num_blocks)](
         logits,
-        tops,
-        places,
+        block_max,
+        block_argmax,
         V,
         num_blocks,
         logits.stride(0),
@@ -72,14 +72,8 @@ def sample(
         num_stages=1,
         enable_fp_fusion=False,
     )
-    _sample_best[(S,)](
-        tops,
-        places,
-        tokens,
-        num_blocks,
-        BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)),
-        num_warps=1,
-        num_stages=1,
-        enable_fp_fusion=False,
+    BLOCK_B = min(1024, triton.next_power_of_2(num_blocks))
+    _sample_merge[(S,)](
+        block_max, block_argmax, tokens, num_blocks, BLOCK_B, num_warps=1, num_stages=1, enable_fp_fusion=False
     )
     return tokens

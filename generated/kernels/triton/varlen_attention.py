@@ -16,62 +16,6 @@ __all__ = [
 
 # specs/ops/varlen_attention.yaml: varlen_attention
 @triton.jit
-def _varlen_attention_tile(
-    rows,
-    acc,
-    peak,
-    total,
-    at,
-    stop,
-    m,
-    h,
-    is_row,
-    b,
-    kv_head,
-    k,
-    v,
-    begin,
-    scale,
-    softcap,
-    causal,
-    window,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Takes the BLOCK_N keys from `at` on into the running softmax; a tile is FULL where every row sees all of them."""
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    place = at + tl.arange(0, BLOCK_N)
-    is_key = (place < stop) | FULL
-    key_rows = k + (begin + place).to(tl.int64) * k_row + kv_head * k_head
-    value_rows = v + (begin + place).to(tl.int64) * v_row + kv_head * v_head
-
-    keys = tl.load(key_rows[None, :] + d[:, None], mask=is_key[None, :] & (d < D)[:, None], other=0.0)
-    n = place[None, :]
-    score = tl.dot(rows, keys, input_precision="ieee")
-    if softcap is None:
-        score = score * (scale * device.LOG2E)
-    else:
-        score = score * scale
-        score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
-    if not FULL:
-        score = tl.where(
-            is_key[None, :] & (((n <= m) | (not causal)) & (tl.abs(m - n) < window if window is not None else True)),
-            score,
-            float("-inf"),
-        )
-    values = tl.load(value_rows[:, None] + dv[None, :], mask=is_key[:, None] & (dv < DV)[None, :], other=0.0)
-    return device.softmax_tile(score, values, acc, peak, total)
-
-
-@triton.jit
 def _varlen_attention_kernel(
     q,
     k,
@@ -101,7 +45,7 @@ def _varlen_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     TOKENS: tl.constexpr = BLOCK_M // BLOCK_G
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they go first
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens see the most keys, so they start first
     kv_head = tl.program_id(1)
     b = device.find_group(q_start, num_sequences, tile, TOKENS)
     begin = tl.load(q_start + b)
@@ -113,25 +57,25 @@ def _varlen_attention_kernel(
     i, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     head = kv_head * G + i % BLOCK_G
     row = token + i // BLOCK_G
-    is_own = (row < num_tokens) & (i % BLOCK_G < G)
-    h, is_row = head[:, None], is_own[:, None]
+    is_query = (row < num_tokens) & (i % BLOCK_G < G)
+    h, is_row = head[:, None], is_query[:, None]
     m = (length - num_tokens + row)[:, None]
     m_first = length - num_tokens + token
     m_last = length - num_tokens + tl.minimum(token + TOKENS, num_tokens) - 1
-    at_row = (begin + row).to(tl.int64)[:, None]
-    rows = tl.load(q + at_row * q_row + h * q_head + d[None, :], mask=is_row & (d < D)[None, :], other=0.0)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    t = (begin + row).to(tl.int64)[:, None]
+    queries = tl.load(q + t * q_row + h * q_head + d[None, :], mask=is_row & (d < D)[None, :], other=0.0)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     stop = (
         tl.minimum(m_last + window, (tl.minimum(m_last + 1, length) if causal else length))
         if window is not None
         else (tl.minimum(m_last + 1, length) if causal else length)
     )
-    start = (tl.maximum(m_first - window + 1, 0) if window is not None else 0) // BLOCK_N * BLOCK_N
-    masked_from = (
+    first = (tl.maximum(m_first - window + 1, 0) if window is not None else 0) // BLOCK_N * BLOCK_N
+    first_masked = (
         tl.maximum(
-            start,
+            first,
             (
                 tl.minimum(m_first + window, (tl.minimum(m_first + 1, length) if causal else length))
                 if window is not None
@@ -141,72 +85,33 @@ def _varlen_attention_kernel(
             * BLOCK_N,
         )
         if window is None
-        else start
+        else first
     )
-    for at in range(start, masked_from, BLOCK_N):
-        acc, peak, total = _varlen_attention_tile(
-            rows,
-            acc,
-            peak,
-            total,
-            at,
-            stop,
-            m,
-            h,
-            is_row,
-            b,
-            kv_head,
-            k,
-            v,
-            begin,
-            scale,
-            softcap,
-            causal,
-            window,
-            k_row,
-            k_head,
-            v_row,
-            v_head,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            FULL=True,
-        )
-    for at in range(masked_from, stop, BLOCK_N):
-        acc, peak, total = _varlen_attention_tile(
-            rows,
-            acc,
-            peak,
-            total,
-            at,
-            stop,
-            m,
-            h,
-            is_row,
-            b,
-            kv_head,
-            k,
-            v,
-            begin,
-            scale,
-            softcap,
-            causal,
-            window,
-            k_row,
-            k_head,
-            v_row,
-            v_head,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            FULL=False,
-        )
-    result = device.divided(acc, total)
-    tl.store(o + at_row * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])
+    for MASKED in tl.static_range(2):  # first the tiles of keys that every row sees in full
+        for tile_start in range(first_masked if MASKED else first, stop if MASKED else first_masked, BLOCK_N):
+            position = tile_start + tl.arange(0, BLOCK_N)
+            is_key = (position < stop) | (not MASKED)
+            key_rows = k + (begin + position).to(tl.int64) * k_row + kv_head * k_head
+            value_rows = v + (begin + position).to(tl.int64) * v_row + kv_head * v_head
+            keys = tl.load(key_rows[None, :] + d[:, None], mask=is_key[None, :] & (d < D)[:, None], other=0.0)
+            n = position[None, :]
+            score = tl.dot(queries, keys, input_precision="ieee")
+            if softcap is None:
+                score = score * (scale * device.LOG2E)
+            else:
+                score = score * scale
+                score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
+            if MASKED:
+                score = tl.where(
+                    is_key[None, :]
+                    & (((n <= m) | (not causal)) & (tl.abs(m - n) < window if window is not None else True)),
+                    score,
+                    float("-inf"),
+                )
+            values = tl.load(value_rows[:, None] + dv[None, :], mask=is_key[:, None] & (dv < DV)[None, :], other=0.0)
+            acc, row_max, row_sum = device.online_softmax(score, values, acc, row_max, row_sum)
+    result = device.normalized(acc, row_sum)
+    tl.store(o + t * o_row + h * o_head + dv[None, :], result, mask=is_row & (dv < DV)[None, :])
 
 
 def varlen_attention(
@@ -220,7 +125,7 @@ def varlen_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention of q [T, Nq, D] over k and v [T, Nkv, D], each sequence's rows over its own."""
+    """Softmax attention of q [T, Nq, D] over k and v [T, Nkv, D], each row over the keys of its sequence."""
     (T, Nq, D), Nkv = q.shape, k.shape[1]
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     G, B = Nq // Nkv, q_start.shape[0] - 1

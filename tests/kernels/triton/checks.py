@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sageLLM.generated.kernels.reference import KERNELS as REFERENCES
 from sageLLM.generated.kernels.triton import KERNELS
-from sageLLM.generated.kernels.triton.linear import _lm_head_sample_best
+from sageLLM.generated.kernels.triton.linear import _lm_head_sample_merge
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.tests.cases import CASES, Cases
 from sageLLM.generated.tests.op_checks import make_operands
@@ -297,7 +297,7 @@ def head_and_sample_findings(drawn: list[Any]) -> Iterator[Finding]:
     tops = torch.randint(0, 99, (3, 2500)).float()
     tops[1], tops[2, 2100], tops[2, 2200] = -torch.inf, torch.nan, torch.nan
     tokens, places = torch.empty(3, dtype=torch.int64, device=DEVICE), 16 * torch.arange(2500).int().repeat(3, 1)
-    _lm_head_sample_best[(3,)](tops.to(DEVICE), places.to(DEVICE), tokens, 2500, BLOCK_B=1024, enable_fp_fusion=False)
+    _lm_head_sample_merge[(3,)](tops.to(DEVICE), places.to(DEVICE), tokens, 2500, BLOCK_B=1024, enable_fp_fusion=False)
     is_right = torch.equal(tokens.cpu(), 16 * tops.argmax(-1))
     yield Finding("lm_head_sample", "many blocks", "f32", 0.0, "" if is_right else "other tokens")
 
