@@ -35,9 +35,10 @@ generate: $(RUN_READY) ## Turn specs/ into generated/
 accept: generate $(TEST_READY) ## Regenerate, rewrite the snapshots, show what changed
 	@status=0; $(PYTEST) --snapshot-update || status=$$?; git --no-pager diff --stat; exit $$status
 
-lint: $(TEST_READY) ## Check lint and format with ruff
+lint: $(TEST_READY) ## Check lint and format with ruff, and the wording of docs and messages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/repo/wording.py --check
 
 types: $(TEST_READY) ## Check types with mypy --strict
 	$(BIN)/mypy -p sageLLM

@@ -1,6 +1,8 @@
-"""Finds the words that the style guide bans, in docs, docstrings, comments and messages; also a command.
+"""Lint of the English in docs, docstrings, comments and messages; also a command.
 
-python tests/repo/wording.py [--list] [PATH ...]     counts per folder, or every hit as file:line
+python tests/repo/wording.py [PATH ...]            counts per pattern and folder, and the density of comments
+python tests/repo/wording.py --list [PATH ...]     every hit as file:line
+python tests/repo/wording.py --check [PATH ...]    headings, first sentences and messages only; exit code 1 on a hit
 """
 
 import argparse
@@ -11,26 +13,95 @@ import subprocess
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).parents[2]
 
-# Each pattern has a standard replacement: "returns", "requires", "without", "again", "next to", "is at".
+# Each pattern with what to write instead.
 PATTERNS = {
-    "give for return or pass": r"\b(gives?|given|gave|giving)\b",
-    "want": r"\b(wants?|wanted)\b",
-    "whose": r"\bwhose\b",
-    "who, nobody": r"\b(nobody|who|whom)\b",
-    "is no, has no": r"\b(is|are|has|have|there's) no\b(?! longer\b)",
-    "anew, beside, behind": r"\b(anew|beside|behind|lest)\b",
-    "of its own": r"\bof (its|their) own\b",
-    "lie, stand": r"\b(lies|lying|stands|standing)\b",
-    "question clause": r"^(What|Who|Whose|Where|Which|How)\b(?!.*\?$)",
+    "give": (r"\b(gives?|given|gave|giving)\b", "return, produce, pass, set"),
+    "want": (r"\b(wants?|wanted)\b", "expect, require, request"),
+    "whose": (r"\bwhose\b", "'with', 'of which', or two sentences"),
+    "who": (r"\b(nobody|who|whom)\b", "a noun"),
+    "is no": (r"\b(is|are|has|have|there's) no\b(?! longer\b)", "is not, without, expected X"),
+    "anew": (r"\b(anew|beside|behind|lest)\b", "again, next to, after, so that"),
+    "of its own": (r"\bof (its|their) own\b", "separate, its own"),
+    "lie, stand": (r"\b(lies|lying|stands|standing)\b", "is, is in, follows"),
+    "told": (r"\b(is|are) told\b|\bsits? out\b", "receives, is skipped"),
+    "question clause": (r"^(What|Who|Whose|Where|Which|How)\b(?!.*\?$)", "a noun phrase, or 'Verbs the X'"),
 }
-COMPILED = {name: re.compile(pattern) for name, pattern in PATTERNS.items()}
+COMPILED = {name: re.compile(pattern) for name, (pattern, _) in PATTERNS.items()}
+ANY = re.compile("|".join(f"(?:{pattern})" for pattern, _ in PATTERNS.values()))
+
+# Files and folders that --check skips until their text is rewritten. Only ever remove entries.
+NOT_YET_CLEAN: tuple[str, ...] = (
+    "_dev/sageLLM/",
+    "benchmarks/attention_cpu.py",
+    "benchmarks/engine_overhead.py",
+    "benchmarks/gpu_kernels.py",
+    "benchmarks/linear_cpu.py",
+    "benchmarks/models.py",
+    "benchmarks/peers/",
+    "benchmarks/policies.py",
+    "codegen/codes.py",
+    "codegen/commands.py",
+    "codegen/emit/",
+    "codegen/expectations.py",
+    "codegen/explain.py",
+    "codegen/expr/",
+    "codegen/kernel/",
+    "codegen/link/",
+    "codegen/load.py",
+    "codegen/model/",
+    "codegen/render.py",
+    "codegen/schema/",
+    "codegen/source.py",
+    "codegen/writer.py",
+    "docs/add-a-model.md",
+    "docs/add-a-pass.md",
+    "docs/add-an-op.md",
+    "docs/executor.md",
+    "docs/kernels-gpu.md",
+    "docs/linear-cpu.md",
+    "docs/passes.md",
+    "docs/scheduler.md",
+    "docs/simulate.md",
+    "docs/tour.md",
+    "examples/add_a_pass/",
+    "examples/train_tiny_model.py",
+    "runtime/cli/",
+    "runtime/core/",
+    "runtime/engine/",
+    "runtime/errors.py",
+    "runtime/execution_graph/",
+    "runtime/executor/",
+    "runtime/inspect/",
+    "runtime/kernels/",
+    "runtime/kv/",
+    "runtime/loader/",
+    "runtime/registry/",
+    "runtime/scheduler/",
+    "runtime/sim/",
+    "runtime/text/",
+    "specs/models/",
+    "specs/ops/",
+    "specs/passes/",
+    "tests/codegen/",
+    "tests/core/",
+    "tests/engine/",
+    "tests/executor/",
+    "tests/kernels/",
+    "tests/kv/",
+    "tests/models/",
+    "tests/passes/",
+    "tests/repo/",
+    "tests/scheduler/",
+    "tests/sim/",
+    "tests/unit/",
+)
 
 Kind = Literal["heading", "first sentence", "message", "prose"]
 STRICT: frozenset[Kind] = frozenset({"heading", "first sentence", "message"})
@@ -38,7 +109,7 @@ STRICT: frozenset[Kind] = frozenset({"heading", "first sentence", "message"})
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One stretch of English: where it starts, what it is, and its text."""
+    """A stretch of English: its first line, its kind and its text."""
 
     line: int
     kind: Kind
@@ -46,41 +117,53 @@ class Piece:
 
 
 def pieces_of(path: Path) -> Iterator[Piece]:
-    """The English in a file, by its suffix; nothing for files that hold none."""
+    """The English in a file, by its suffix; empty for other suffixes."""
     text = path.read_text(encoding="utf-8")
     match path.suffix:
         case ".py":
-            yield from _python(text)
+            yield from _docstrings_and_messages(text)
+            yield from _comments(text)
         case ".md":
             yield from _markdown(text)
-        case ".yaml" | ".toml":
-            yield from _lines(text, r"(?:^|\s)#\s(.*)|^\s*(?:summary|doc|help|about): (.*)")
+        case ".yaml":
+            yield from _summaries(text)
+            yield from _lines(text, r"(?:^|\s)#\s(.*)|^\s*(?:doc|help|about): (.*)")
         case ".h" | ".cpp":
             yield from _lines(text, r"//\s?(.*)|\*\s(.*)")
         case ".jinja":
             yield from _lines(text, r"(?:#|//)\s(.*)|\{#-?\s(.*)|\"\"\"(.*)")
 
 
-def _python(text: str) -> Iterator[Piece]:
-    docstrings = set()
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        match node:
-            case ast.Module(body=body) | ast.ClassDef(body=body) | ast.FunctionDef(body=body):
-                match body:
-                    case [ast.Expr(value=ast.Constant(value=str(docstring)) as constant), *_]:
-                        docstrings.add(id(constant))
-                        opening, _, rest = " ".join(docstring.split()).partition(". ")
-                        is_function = isinstance(node, ast.FunctionDef)
-                        yield Piece(constant.lineno, "prose" if is_function else "first sentence", opening)
-                        yield Piece(constant.lineno, "prose", rest)
-    for node in ast.walk(tree):
-        match node:
-            case ast.Constant(value=str(value)) if id(node) not in docstrings and value.count(" ") > 2:
-                yield Piece(node.lineno, "message", value)
+def _docstrings_and_messages(text: str) -> Iterator[Piece]:
+    nodes = [*ast.walk(ast.parse(text))]
+    seen = set()  # docstrings, and the constant parts of f-strings
+    for node in nodes:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            docstring = node.body[0].value if isinstance(node.body[0], ast.Expr) else None
+            if isinstance(docstring, ast.Constant) and isinstance(docstring.value, str):
+                seen.add(id(docstring))
+                opening, _, rest = " ".join(docstring.value.split()).partition(". ")
+                is_named = isinstance(node, ast.Module | ast.ClassDef)
+                yield Piece(docstring.lineno, "first sentence" if is_named else "prose", opening)
+                yield Piece(docstring.lineno, "prose", rest)
+        elif isinstance(node, ast.JoinedStr):
+            seen.update(id(part) for part in node.values)
+            parts = (str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            yield from _message(node.lineno, "".join(parts))
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in seen:
+            yield from _message(node.lineno, node.value)
+
+
+def _comments(text: str) -> Iterator[Piece]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield Piece(token.start[0], "prose", token.string.lstrip("# "))
+
+
+def _message(line: int, text: str) -> Iterator[Piece]:
+    if text.count(" ") > 1:  # else a name, a key or a word
+        yield Piece(line, "message", text)
 
 
 def _markdown(text: str) -> Iterator[Piece]:
@@ -93,49 +176,106 @@ def _markdown(text: str) -> Iterator[Piece]:
             yield Piece(number, "heading" if is_heading else "prose", re.sub(r"`[^`]*`", "`", line.lstrip("#-*| ")))
 
 
+def _summaries(text: str) -> Iterator[Piece]:
+    """The summaries of spec entries, which become docstrings of generated classes."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := re.search(r"^\s*summary: (.*)", line):
+            yield Piece(number, "first sentence", found[1])
+
+
 def _lines(text: str, pattern: str) -> Iterator[Piece]:
     for number, line in enumerate(text.splitlines(), 1):
         if found := re.search(pattern, line):
             yield Piece(number, "prose", next(group for group in found.groups() if group is not None))
 
 
-def hits_of(path: Path, kinds: frozenset[Kind] | None = None) -> Iterator[tuple[Piece, str]]:
-    """Every banned pattern of the file with its piece; `kinds` narrows the search."""
-    for piece in pieces_of(path):
-        if kinds is None or piece.kind in kinds:
+def hits_of(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, str]]:
+    """Every pattern found in the pieces, with its piece."""
+    for piece in pieces:
+        if ANY.search(piece.text):
             for name, pattern in COMPILED.items():
                 for _ in pattern.finditer(piece.text):
                     yield piece, name
 
 
-def hand_written_files(root: Path = ROOT) -> list[Path]:
+def strict_pieces(path: Path) -> Iterator[Piece]:
+    """Headings, first sentences and messages, which must be free of hits."""
+    readers = {".py": _docstrings_and_messages, ".md": _markdown, ".yaml": _summaries}
+    pieces = readers[path.suffix](path.read_text(encoding="utf-8"))
+    return (piece for piece in pieces if piece.kind in STRICT)
+
+
+def tracked_files(root: Path = ROOT) -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout
+    return listed.splitlines()
+
+
+def hand_written_files() -> list[str]:
     """The tracked text files that people write: no generated code, no fixtures of the generator."""
-    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    kept = [name for name in listed if not re.match(r"generated/|tests/codegen/cases/|_dev/sageLLM/\w+$", name)]
-    return [root / name for name in kept if name.endswith((".py", ".md", ".yaml", ".h", ".cpp", ".jinja"))]
+    skipped = re.compile(r"generated/|tests/codegen/cases/|_dev/sageLLM/\w+$")
+    suffixes = (".py", ".md", ".yaml", ".h", ".cpp", ".jinja")
+    return [name for name in tracked_files() if name.endswith(suffixes) and not skipped.match(name)]
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="*", type=Path, help="files or folders (default: all hand-written files)")
-    parser.add_argument("--list", action="store_true", help="print every hit instead of counts")
-    options = parser.parse_args(arguments)
-    chosen = [path.resolve() for path in options.paths]
+def checked_files() -> list[str]:
+    """The hand-written files with strict pieces, and the generated pages."""
+    pages = [name for name in tracked_files() if name.startswith("generated/docs/") and name.endswith(".md")]
+    return [name for name in hand_written_files() if name.endswith((".py", ".md", ".yaml"))] + pages
+
+
+def comment_density(names: Iterable[str]) -> float:
+    """Comments per 100 lines of code; a line of code is neither blank nor a comment."""
+    num_comments = num_lines = 0
+    for name in names:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        num_comments += sum(1 for _ in _comments(text))
+        num_lines += sum(1 for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+    return 100 * num_comments / num_lines
+
+
+def check(names: Iterable[str]) -> int:
+    """Prints every hit in a heading, first sentence or message; the number of hits."""
+    num_hits = 0
+    for name in names:
+        for piece, pattern in hits_of(strict_pieces(ROOT / name)):
+            num_hits += 1
+            print(f"{name}:{piece.line}: {piece.kind}: {piece.text.strip()[:100]!r}")
+            print(f"    = help: '{pattern}' is not standard here; write {PATTERNS[pattern][1]}")
+    return num_hits
+
+
+def count(names: Sequence[str], *, list_hits: bool) -> None:
+    """Prints the hits per pattern and top-level folder, and the density of comments."""
     counts: dict[str, Counter[str]] = {}
-    for path in hand_written_files():
-        if chosen and not any(path.is_relative_to(one) for one in chosen):
-            continue
-        name = path.relative_to(ROOT).as_posix()
-        for piece, pattern in hits_of(path):
+    for name in names:
+        for piece, pattern in hits_of(pieces_of(ROOT / name)):
             counts.setdefault(pattern, Counter())[name.split("/")[0]] += 1
-            if options.list:
+            if list_hits:
                 print(f"{name}:{piece.line}: {piece.kind}: {pattern}: {piece.text.strip()[:140]}")
     for pattern, folders in counts.items():
-        print(f"{folders.total():5}  {pattern:24} {', '.join(f'{k} {v}' for k, v in folders.most_common())}")
-    print(f"{sum(c.total() for c in counts.values()):5}  in all")
+        print(f"{folders.total():5}  {pattern:16} {', '.join(f'{k} {v}' for k, v in folders.most_common())}")
+    print(f"{sum(c.total() for c in counts.values()):5}  total")
+    code = [name for name in names if name.startswith(("codegen/", "runtime/")) and name.endswith(".py")]
+    if code:
+        print(f"{comment_density(code):5.2f}  comments per 100 lines of code in codegen/ and runtime/")
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, help="files or folders (default: all)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="print every hit, not only the counts")
+    mode.add_argument("--check", action="store_true", help="print the hits that may not be, and fail if there are any")
+    options = parser.parse_args(arguments)
+    chosen = [path.resolve() for path in options.paths]
+    names = checked_files() if options.check else hand_written_files()
+    if chosen:
+        names = [name for name in names if any((ROOT / name).is_relative_to(path) for path in chosen)]
+    if options.check:
+        return 1 if check(name for name in names if not name.startswith(NOT_YET_CLEAN)) else 0
+    count(names, list_hits=options.list)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""Tests of the wording lint on samples; `make lint` runs it on the repository."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def wording() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("wording", Path(__file__).with_name("wording.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.py", '"""What the scheduler does."""', ["question clause"]),
+        ("a.py", '"""Schedules steps."""\n\n\nclass A:\n    """A step whose batch is full."""', ["whose"]),
+        ("a.py", 'raise ValueError(f"{name} wants {what}")', ["want"]),
+        ("a.py", 'raise ValueError(f"{name} is " "no model of the registry")', ["is no"]),
+        ("a.md", "# Title\n\n## Who goes first\n", ["question clause"]),
+        ("a.yaml", "ops:\n  a:\n    summary: A norm with weights of its own.\n", ["of its own"]),
+    ],
+)
+def test_rejected(wording: ModuleType, tmp_path: Path, name: str, text: str, expected: list[str]) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert [pattern for _, pattern in wording.hits_of(wording.strict_pieces(path))] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.py", '"""Schedules steps."""\n\n\ndef f():\n    """Returns what is given."""\n    # whoever wants it\n'),
+        ("a.py", 'f"expected {a}, got {b}"\nNAME = "who wants"'),
+        ("a.md", "# Modes\n\n## Which mode is faster?\n"),
+        ("a.py", '"""Runs a step that is no longer pending."""'),
+        ("a.md", "# Scheduling order\n\nText that wants a rewrite.\n\n```\n# What now\n```\n"),
+    ],
+)
+def test_accepted(wording: ModuleType, tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert list(wording.hits_of(wording.strict_pieces(path))) == []
+
+
+def test_comment_density(wording: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("# reason\nx = 1  # unit\n\ny = 2\nz = '#'\nw = 3\n", encoding="utf-8")
+    assert wording.comment_density([tmp_path / "a.py"]) == 50.0
