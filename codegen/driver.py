@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sageLLM.codegen.diagnostics import Sink
-from sageLLM.codegen.emit import EMITTERS
+from sageLLM.codegen.emit import (
+    emit_device,
+    emit_model,
+    emit_op_docs,
+    emit_op_modules,
+    emit_pass_modules,
+    emit_support,
+    emit_tables,
+)
 from sageLLM.codegen.expectations import COUNTED, Count, check_expectations
 from sageLLM.codegen.link.models import link_models
 from sageLLM.codegen.link.ops import link_ops
@@ -37,8 +45,15 @@ def link(raw: RawSpecs) -> Specs:
 
 def emit(specs: Specs) -> list[Output]:
     """Every generated file, not yet formatted."""
-    renderer = Renderer()
-    return [output for emitter in EMITTERS for output in emitter(specs, renderer)]
+    renderer, own = Renderer(), specs.own()
+    modules = [output for ops in own.ops_by_stem.values() for output in emit_op_modules(ops, specs, renderer)]
+    models = [output for model in own.models for output in emit_model(model, specs, renderer)]
+    passes = emit_pass_modules(specs, renderer)
+    devices = [output for entry in own.devices for output in emit_device(entry, renderer)]
+    uses = [row for output in (*models, *passes) for row in output.rows]
+    pages = [output for ops in own.ops_by_stem.values() for output in emit_op_docs(ops, uses)]
+    tables = emit_tables(own.contents(modules), renderer)
+    return [*modules, *models, *passes, *devices, *pages, *emit_support(specs, renderer), *tables]
 
 
 def generate(

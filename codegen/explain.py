@@ -3,13 +3,14 @@
 import re
 from pathlib import Path, PurePosixPath
 
-from sageLLM.codegen import driver
 from sageLLM.codegen.codes import CODES
 from sageLLM.codegen.diagnostics import Span, did_you_mean
-from sageLLM.codegen.emit.docs import emit_docs
+from sageLLM.codegen.emit.builders import model_rows
+from sageLLM.codegen.emit.docs import Uses, model_section, op_section
+from sageLLM.codegen.emit.passes import rule_rows
 from sageLLM.codegen.model.rule import PassDef, RuleDef
 from sageLLM.codegen.model.specs import Specs
-from sageLLM.codegen.render import Output, Renderer
+from sageLLM.codegen.writer import read_manifest
 
 _LINE = re.compile(r"(.+\.(?:py|md|cpp)):(\d+)")
 _PROVENANCE = re.compile(r"(?:#|//)\s+(\S+\.yaml): (\w+)")
@@ -22,14 +23,13 @@ def explain(name: str, specs: Specs, out: Path) -> str:
         return f"{name}: {info.title}\n\n{info.explanation}"
     if place := _LINE.fullmatch(name):
         return _explain_line(Path(place[1]), int(place[2]), specs, out)
-    outputs = driver.emit(specs)
     for kind, table in (("op", specs.ops), ("model", specs.models)):
         if name in table:
             entry = table[name].entry
-            text = f"{kind} {name}, {entry.key_span()}\n\n{_doc_of(entry.ref, specs)}\n{_made_from(entry.ref, outputs)}"
+            text = f"{kind} {name}, {entry.key_span()}\n\n{_section(name, specs)}\n\n{_made_from(entry.ref, out)}"
             return "\n\n".join([text, *_rules_named(name, specs)])
     if name in specs.passes:
-        return _explain_pass(specs.passes[name], outputs)
+        return _explain_pass(specs.passes[name], out)
     if rules := _rules_named(name, specs):
         return "\n\n".join(rules)
     if name in specs.hardware:
@@ -49,29 +49,28 @@ def _unknown(name: str, specs: Specs) -> str:
     return f"nothing is named '{name}'" + (f"; {help}" if help else "; `sagellm lint` lists what there is")
 
 
-def _doc_of(ref: str, specs: Specs) -> str:
-    """The part of the docs page that is about the entry."""
-    name = ref.rpartition(": ")[2]
-    page = next((page for page in emit_docs(specs, Renderer()) if ref in page.entries), None)
-    if page is None:
-        return ""
-    parts = re.split(r"^(?=## )", page.text, flags=re.MULTILINE)
-    own = [part for part in parts if part.startswith(f"## {name}\n")]
-    return own[0] if own else page.text.partition("-->\n")[2]
+def _section(name: str, specs: Specs) -> str:
+    """What the docs page says about an op or a model. Rules and models of the base count, also with overlays."""
+    if name in specs.models:
+        return model_section(specs.models[name])
+    rows = [row for one in specs.passes.values() for row in rule_rows(one)]
+    rows += [row for model in specs.models.values() for row in model_rows(model)]
+    return op_section(specs.ops[name], Uses.of(name, rows))
 
 
-def _made_from(ref: str, outputs: list[Output]) -> str:
-    paths = [output.path for output in outputs if ref in output.entries]
-    return "generated: " + ", ".join(f"generated/{path}" for path in paths)
+def _made_from(ref: str, out: Path) -> str:
+    """The files of the tree at `out` that come from the entry."""
+    paths = [f"{out.name}/{path}" for path, file in read_manifest(out).items() if ref in file.get("entries", ())]
+    return f"generated: {', '.join(paths) or 'nothing yet; run `sagellm generate`'}"
 
 
-def _explain_pass(one: PassDef, outputs: list[Output]) -> str:
+def _explain_pass(one: PassDef, out: Path) -> str:
     spec = one.spec
     lines = [f"pass {one.name}, {one.entry.key_span()}", "", spec.summary, ""]
     lines.append(f"kind {spec.kind}, stage {spec.stage}, level {spec.level}, phases {', '.join(spec.phases)}")
     lines += [f"rule {rule.name}: {rule.algebra}" for rule in one.rules]
     lines += [f"expected to fire in {model}: {count}" for model, count in one.expect.items()]
-    return "\n".join([*lines, _made_from(one.ref, outputs)])
+    return "\n".join([*lines, _made_from(one.ref, out)])
 
 
 def _explain_rule(rule: RuleDef, one: PassDef) -> str:

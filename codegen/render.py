@@ -18,6 +18,7 @@ from jinja2 import StrictUndefined
 from jinja2.loaders import FileSystemLoader
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sageLLM.codegen.contents import Row
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
@@ -26,11 +27,15 @@ LINE_LENGTH = 120
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One generated file: its path below the generated folder, its text, and the spec entries behind it."""
+    """One generated file: its path below the generated folder, its text, and the spec entries that it comes from.
+
+    `rows` are the lines that the file contributes to tables of other files.
+    """
 
     path: str
     text: str
     entries: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
 
 
 class Renderer:

@@ -47,11 +47,11 @@ def _refuse_twice(outputs: list[Output]) -> None:
 
 
 def _reusable(outputs: list[Output], out: Path) -> dict[str, Output]:
-    files = _read_manifest(out)
+    files = read_manifest(out)
     reusable = {}
     for output in outputs:
         entry, path = files.get(output.path), out / output.path
-        if not isinstance(entry, dict) or entry.get("inputs") != _digest(output.text) or not path.is_file():
+        if entry is None or entry.get("inputs") != _digest(output.text) or not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         if _digest(text) == entry.get("output"):
@@ -59,12 +59,13 @@ def _reusable(outputs: list[Output], out: Path) -> dict[str, Output]:
     return reusable
 
 
-def _read_manifest(out: Path) -> Mapping[str, Any]:
+def read_manifest(out: Path) -> Mapping[str, Any]:
+    """The files that the manifest of `out` lists, by path; empty if it is missing or damaged."""
     try:
         files = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return files if isinstance(files, dict) else {}
+    return {path: file for path, file in files.items() if isinstance(file, dict)} if isinstance(files, dict) else {}
 
 
 def _manifest(rendered: list[Output], done: list[Output]) -> Output:
@@ -115,7 +116,7 @@ def _holds(path: Path, text: str) -> bool:
 
 def _generated_files(out: Path) -> set[str]:
     """Every file below `out` that is ours by its mark or by the manifest; caches are not counted."""
-    listed = set(_read_manifest(out))
+    listed = set(read_manifest(out))
     found = set()
     for path in out.rglob("*"):
         name = path.relative_to(out).as_posix()
@@ -130,7 +131,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def _refuse_handwritten(changed: list[Output], out: Path) -> None:
-    listed = set(_read_manifest(out)) | {MANIFEST}
+    listed = set(read_manifest(out)) | {MANIFEST}
     strangers = [o.path for o in changed if (out / o.path).exists() and not _is_ours(out / o.path, o.path in listed)]
     if strangers:
         message = f"not overwritten, since not generated: {', '.join(strangers)}"

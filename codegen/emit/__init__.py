@@ -1,33 +1,98 @@
-"""One emitter per output: each turns linked specs into generated files, not yet formatted."""
+"""Emitters by what they read: one ops file, one model, all passes, one device, the vocabulary, or rows of other files.
 
-from collections.abc import Callable
+Each function passes on to its emitters no more than that, so that a run after a small change can tell which files are
+up to date. The emitters are imported on first use: a change of one op needs neither those of models nor of passes.
+"""
 
-from sageLLM.codegen.emit.builders import emit_builders
-from sageLLM.codegen.emit.cpu import emit_cpu
-from sageLLM.codegen.emit.docs import emit_docs
-from sageLLM.codegen.emit.hardware import emit_hardware
-from sageLLM.codegen.emit.op_tests import emit_op_tests
-from sageLLM.codegen.emit.ops import emit_ops
-from sageLLM.codegen.emit.package import emit_package
-from sageLLM.codegen.emit.passes import emit_passes
-from sageLLM.codegen.emit.reference import emit_reference
-from sageLLM.codegen.emit.rule_tests import emit_rule_tests
-from sageLLM.codegen.emit.schemas import emit_schemas
-from sageLLM.codegen.emit.triton import emit_triton
-from sageLLM.codegen.model.specs import Specs
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sageLLM.codegen.contents import Contents, Row
 from sageLLM.codegen.render import Output, Renderer
 
-EMITTERS: tuple[Callable[[Specs, Renderer], list[Output]], ...] = (
-    emit_ops,
-    emit_reference,
-    emit_triton,
-    emit_cpu,
-    emit_builders,
-    emit_passes,
-    emit_hardware,
-    emit_op_tests,
-    emit_rule_tests,
-    emit_docs,
-    emit_schemas,
-    emit_package,
-)
+if TYPE_CHECKING:
+    from sageLLM.codegen.load import Entry
+    from sageLLM.codegen.model.layout import ModelDef
+    from sageLLM.codegen.model.op import OpDef
+    from sageLLM.codegen.model.specs import Specs
+    from sageLLM.codegen.schema.hardware import HardwareFile
+
+
+def emit_op_modules(ops: "Sequence[OpDef]", specs: "Specs", renderer: Renderer) -> list[Output]:
+    """Nodes, kernels and tests of the ops of one file. Reads these ops, the ops that they fuse, and the CPU's entry."""
+    from sageLLM.codegen.emit.cpu import emit_cpu
+    from sageLLM.codegen.emit.op_tests import emit_op_tests
+    from sageLLM.codegen.emit.ops import emit_ops
+    from sageLLM.codegen.emit.reference import emit_reference
+    from sageLLM.codegen.emit.triton import emit_triton
+
+    emitters = (emit_ops, emit_reference, emit_triton, emit_cpu, emit_op_tests)
+    return [output for emitter in emitters for output in emitter(ops, specs, renderer)]
+
+
+def emit_op_docs(ops: "Sequence[OpDef]", rows: Sequence[Row]) -> list[Output]:
+    """The page of one ops file. Reads these ops, and the rows of passes and models."""
+    from sageLLM.codegen.emit.docs import Uses, emit_op_page
+
+    return emit_op_page(ops, {op.name: Uses.of(op.name, rows) for op in ops})
+
+
+def emit_model(model: "ModelDef", specs: "Specs", renderer: Renderer) -> list[Output]:
+    """Builder and page of one model. Reads the model, and the interfaces of ops."""
+    from sageLLM.codegen.emit.builders import emit_builder
+    from sageLLM.codegen.emit.docs import emit_model_page
+
+    return [*emit_builder(model, specs, renderer), *emit_model_page(model)]
+
+
+def emit_pass_modules(specs: "Specs", renderer: Renderer) -> list[Output]:
+    """Modules, tests and table of all passes. Reads the passes, and the interfaces of ops."""
+    from sageLLM.codegen.emit.passes import emit_passes
+    from sageLLM.codegen.emit.rule_tests import emit_rule_tests
+
+    return [*emit_passes(specs, renderer), *emit_rule_tests(specs, renderer)]
+
+
+def emit_device(entry: "Entry[HardwareFile]", renderer: Renderer) -> list[Output]:
+    """The module of one device."""
+    from sageLLM.codegen.emit.hardware import emit_hardware
+
+    return emit_hardware(entry, renderer)
+
+
+def emit_support(specs: "Specs", renderer: Renderer) -> list[Output]:
+    """Files that depend on the vocabulary of the specs at most."""
+    from sageLLM.codegen.emit.docs import emit_language_page
+    from sageLLM.codegen.emit.op_tests import emit_op_checks
+    from sageLLM.codegen.emit.ops import emit_op_types
+    from sageLLM.codegen.emit.package import emit_package
+    from sageLLM.codegen.emit.reference import emit_reference_support
+    from sageLLM.codegen.emit.rule_tests import emit_rule_checks
+    from sageLLM.codegen.emit.schemas import emit_schemas
+    from sageLLM.codegen.emit.triton import emit_triton_support
+
+    emitters = (emit_op_types, emit_reference_support, emit_triton_support, emit_op_checks, emit_rule_checks)
+    rendered = [output for emitter in emitters for output in emitter(specs, renderer)]
+    return [*rendered, *emit_language_page(specs), *emit_schemas(specs), *emit_package()]
+
+
+def emit_tables(contents: Contents, renderer: Renderer) -> list[Output]:
+    """The tables of ops, kernels, cases, models and devices. Reads names, and the rows of other files."""
+    from sageLLM.codegen.emit.builders import emit_builder_table
+    from sageLLM.codegen.emit.cpu import emit_cpu_table
+    from sageLLM.codegen.emit.hardware import emit_device_table
+    from sageLLM.codegen.emit.op_tests import emit_case_table
+    from sageLLM.codegen.emit.ops import emit_op_table
+    from sageLLM.codegen.emit.reference import emit_reference_table
+    from sageLLM.codegen.emit.triton import emit_triton_table
+
+    emitters = (
+        emit_op_table,
+        emit_reference_table,
+        emit_triton_table,
+        emit_cpu_table,
+        emit_case_table,
+        emit_builder_table,
+        emit_device_table,
+    )
+    return [output for emitter in emitters for output in emitter(contents, renderer)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
+from sageLLM.codegen.contents import Contents, Row, class_name
 from sageLLM.codegen.emit.builder_views import (
     BodyView,
     BranchView,
@@ -37,13 +38,13 @@ from sageLLM.codegen.model.layout import (
     WeightDef,
     plain_statements,
 )
-from sageLLM.codegen.model.op import OpDef, class_name
+from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit
 
 
-def emit_builders(specs: Specs, renderer: Renderer) -> list[Output]:
-    """`builders/llama.py` for `specs/models/llama.yaml`, and the table of all in `builders/__init__.py`:
+def emit_builder(model: ModelDef, specs: Specs, renderer: Renderer) -> list[Output]:
+    """`builders/llama.py` for `specs/models/llama.yaml`:
 
     class LlamaConfig(ModelSizes): ...
     def weights(c: LlamaConfig) -> Iterator[WeightSpec]: ...
@@ -51,26 +52,24 @@ def emit_builders(specs: Specs, renderer: Renderer) -> list[Output]:
     def program(g: GraphWriter, c: LlamaConfig, stage: Stage) -> list[TensorRef]: ...
     LLAMA = ModelLayout(name="llama", ...)
     """
-    models = [model for model in specs.models.values() if not specs.raw.is_base(model.entry)]
-    return [_module(model, specs, renderer) for model in models] + [_registry(models, renderer)]
-
-
-def _module(model: ModelDef, specs: Specs, renderer: Renderer) -> Output:
     text = renderer.render("builder.py.jinja", view=BuilderView(model, specs))
     entries = (model.ref, *((model.base.ref,) if model.base else ()))
-    return Output(f"builders/{model.name}.py", header(model.entry.doc.file, model.name) + text, entries)
+    text = header(model.entry.doc.file, model.name) + text
+    return [Output(f"builders/{model.name}.py", text, entries, model_rows(model))]
 
 
-def _registry(models: Sequence[ModelDef], renderer: Renderer) -> Output:
-    names = [model.name for model in models]
-    return Output(
-        "builders/__init__.py",
-        header("specs/models", "models")
-        + renderer.render(
-            "builders_registry.py.jinja", names=names, exports=sorted([*(name.upper() for name in names), "MODELS"])
-        ),
-        tuple(model.ref for model in models),
-    )
+def model_rows(model: ModelDef) -> tuple[Row, ...]:
+    """The ops that a layout calls."""
+    return tuple({"op": name, "model": model.name} for name in model.ops_called)
+
+
+def emit_builder_table(contents: Contents, renderer: Renderer) -> list[Output]:
+    """`builders/__init__.py` with MODELS."""
+    names = [model.name for model in contents.models]
+    exports = sorted([*(name.upper() for name in names), "MODELS"])
+    text = renderer.render("builders_registry.py.jinja", names=names, exports=exports)
+    entries = tuple(model.ref for model in contents.models)
+    return [Output("builders/__init__.py", header("specs/models", "models") + text, entries)]
 
 
 Plain = OpCall | Attend | BlockCall

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sageLLM.codegen.contents import class_name
 from sageLLM.codegen.emit.cpp_arguments import declarations, stride_names
 from sageLLM.codegen.emit.cpp_text import CppText, cpp_name, size_text
 from sageLLM.codegen.emit.cpu_gemm import GemmText, fused_lines, gemm_lines, indented
@@ -11,7 +12,7 @@ from sageLLM.codegen.expr.types import INTEGERS
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm
 from sageLLM.codegen.kernel.rows import Fold, Index, Let, Loop, Nest, Reduction, RowProgram, Step, Store, Sweep
-from sageLLM.codegen.model.op import OpDef, class_name
+from sageLLM.codegen.model.op import OpDef
 
 _ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min"}
 _FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sageLLM.codegen.contents import Contents, Row, refs
 from sageLLM.codegen.emit.cpp_arguments import OperandText, declarations, sizes_of, stride_names
 from sageLLM.codegen.emit.cpp_rows import CppKernel
 from sageLLM.codegen.emit.cpp_text import CppText
 from sageLLM.codegen.emit.cpu_gemm import SEEN
 from sageLLM.codegen.emit.cpu_table import Unpacks, unpacks_of
-from sageLLM.codegen.emit.reference import by_stem
 from sageLLM.codegen.expr.size import Size, formula
 from sageLLM.codegen.expr.tree import Expr, IfPresent, Ref
 from sageLLM.codegen.expr.types import DTYPES
@@ -65,6 +65,13 @@ class CpuKernel:
         found = [size for part in (self.parts or {}).values() for size in _sizes_of_part(part)]
         return {symbol for size in found for symbol in size.symbols}
 
+    @property
+    def row(self) -> Row:
+        """The kernel as the table needs it."""
+        op = self.op
+        names = {"name": op.name, "class_name": op.class_name, "ref": op.ref}
+        return names | {"entry": self.entry, "symbols": sorted(self.symbols)}
+
 
 def _part_text(part: OutputPart) -> str:
     where = [f"({formula(a)}, {formula(b)})" for a, b in part.where]
@@ -81,22 +88,22 @@ def _sizes_of_part(part: OutputPart) -> list[Size]:
     return [part.offset, *part.strides, *(size for pair in part.where for size in pair)]
 
 
-def emit_cpu(specs: Specs, renderer: Renderer) -> list[Output]:
-    """`kernels/cpu/STEM.cpp` for every ops file that has a kernel, and `kernels/cpu/__init__.py` with KERNELS."""
-    own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
+def emit_cpu(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
+    """`kernels/cpu/STEM.cpp` for one ops file, if one of its ops has a kernel."""
     hardware = specs.hardware.get("cpu")
     has_products = hardware is not None and hardware.spec.products is not None
-    found = {
-        stem: cpu_kernels(ops, specs.ops, renderer, has_products=has_products) for stem, ops in by_stem(own).items()
-    }
-    modules = {stem: kernels for stem, kernels in found.items() if kernels}
-    outputs = [_source(stem, kernels, hardware, renderer) for stem, kernels in modules.items()]
-    every = [kernel for kernels in modules.values() for kernel in kernels]
-    symbols = sorted(set().union(*(kernel.symbols for kernel in every)))
-    has_parts = any("Part(" in kernel.entry for kernel in every)
+    kernels = cpu_kernels(ops, specs.ops, renderer, has_products=has_products)
+    return [_source(ops[0].stem, kernels, hardware, renderer)] if kernels else []
+
+
+def emit_cpu_table(contents: Contents, renderer: Renderer) -> list[Output]:
+    """`kernels/cpu/__init__.py` with KERNELS."""
+    modules = contents.rows_by_stem(f"{FOLDER}/{{}}.cpp")
+    every = [row for rows in modules.values() for row in rows]
+    symbols = sorted({symbol for row in every for symbol in row["symbols"]})
+    has_parts = any("Part(" in row["entry"] for row in every)
     text = renderer.render("cpu/registry.py.jinja", modules=modules, symbols=symbols, has_parts=has_parts)
-    entries = tuple(kernel.op.ref for kernel in every)
-    return [*outputs, Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, entries)]
+    return [Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, refs(every))]
 
 
 def cpu_kernels(
@@ -155,7 +162,8 @@ def _source(
         header=_header_of(kernels),
         hardware=hardware if any(kernel.packed for kernel in kernels) else None,
     )
-    return Output(f"{FOLDER}/{stem}.cpp", text, tuple(kernel.op.ref for kernel in kernels))
+    rows = tuple(kernel.row for kernel in kernels)
+    return Output(f"{FOLDER}/{stem}.cpp", text, refs(rows), rows)
 
 
 def _header_of(kernels: Sequence[CpuKernel]) -> str:

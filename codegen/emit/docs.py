@@ -1,30 +1,56 @@
 """Emits documentation: a page per op file and model, and the reference of the spec language from its schemas."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sageLLM.codegen.contents import Row
 from sageLLM.codegen.expr.check import FORMS, REDUCTIONS, UNARY
 from sageLLM.codegen.load import SCHEMAS
 from sageLLM.codegen.model.layout import ModelDef, WeightDef
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
-from sageLLM.codegen.render import Output, Renderer
+from sageLLM.codegen.render import Output
 from sageLLM.codegen.writer import MARK
 
 
-def emit_docs(specs: Specs, renderer: Renderer) -> list[Output]:
-    """`docs/ops/norm.md`, `docs/models/llama.md`, and for the package itself `docs/spec-language.md`."""
-    ops = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
-    models = [model for model in specs.models.values() if not specs.raw.is_base(model.entry)]
-    by_stem: dict[str, list[OpDef]] = {}
-    for op in ops:
-        by_stem.setdefault(op.stem, []).append(op)
-    pages = [_op_page(stem, group) for stem, group in by_stem.items()]
-    pages += [_model_page(model) for model in models]
-    return pages if specs.is_overlay else [*pages, _language_page(specs)]
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """The rewrite rules and models that refer to an op, as rows of the pass and builder modules."""
+
+    fused_by: tuple[Row, ...] = ()
+    produced_by: tuple[Row, ...] = ()
+    models: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, op: str, rows: Iterable[Row]) -> "Uses":
+        rows = list(rows)
+        rules = [row for row in rows if "rule" in row]
+        return cls(
+            tuple(row for row in rules if op in row["consumes"]),
+            tuple(row for row in rules if op in row["produces"]),
+            tuple(row["model"] for row in rows if row.get("op") == op),
+        )
+
+
+def emit_op_page(ops: Sequence[OpDef], uses: Mapping[str, Uses]) -> list[Output]:
+    """`docs/ops/norm.md` for one ops file."""
+    stem, parts = ops[0].stem, [op_section(op, uses[op.name]) for op in ops]
+    return [_page(f"docs/ops/{stem}.md", f"Ops: {stem}", ops[0].entry.doc.file, parts, [op.ref for op in ops])]
+
+
+def emit_model_page(model: ModelDef) -> list[Output]:
+    """`docs/models/llama.md`."""
+    path, title = f"docs/models/{model.name}.md", f"Model: {model.name}"
+    return [_page(path, title, model.entry.doc.file, [model_section(model)], [model.entry.ref])]
+
+
+def emit_language_page(specs: Specs) -> list[Output]:
+    """`docs/spec-language.md`; an overlay's specs are in the same language."""
+    return [] if specs.is_overlay else [_language_page(specs)]
 
 
 def _page(path: str, title: str, source: str, parts: Iterable[str], entries: Iterable[str] = ()) -> Output:
@@ -49,12 +75,8 @@ def _code(text: str) -> str:
 # ops
 
 
-def _op_page(stem: str, ops: list[OpDef]) -> Output:
-    parts = [part for op in ops for part in _op_parts(op)]
-    return _page(f"docs/ops/{stem}.md", f"Ops: {stem}", ops[0].entry.doc.file, parts, [op.ref for op in ops])
-
-
-def _op_parts(op: OpDef) -> list[str]:
+def op_section(op: OpDef, uses: Uses) -> str:
+    """Meaning, operands, attrs and cost of an op, and what refers to it."""
     operands = [("input", operand) for operand in op.inputs] + [("output", operand) for operand in op.outputs]
     parts = [f"## {op.name}", _cell(op.summary)]
     parts += [_cell(op.doc)] if op.doc else []
@@ -68,9 +90,17 @@ def _op_parts(op: OpDef) -> list[str]:
         ("flops", _code(str(op.cost.flops))),
         ("bytes moved", _code(str(op.cost.bytes))),
         ("symbols of the step", ", ".join(f"`{name}`: {text}" for name, text in op.cost.let.items()) or "none"),
-        ("rewritten by", f"pass `{op.rule.pass_}`" if op.rule else "no pass"),
+        ("fused by", ", ".join(map(_rule_words, uses.fused_by)) or "no rule"),
+        ("produced by", ", ".join(map(_rule_words, uses.produced_by)) or "no rule"),
+        ("used by", ", ".join(map(_code, uses.models)) or "no model"),
     ]
-    return [*parts, table(("", ""), facts)]
+    return "\n\n".join([*parts, table(("", ""), facts)])
+
+
+def _rule_words(row: Row) -> str:
+    """`rule` (pass `name`); a rule that does not have the name of the op that it produces also says which op it is."""
+    produced = "" if row["produces"] == [row["rule"]] else f" into {', '.join(map(_code, row['produces']))}"
+    return f"`{row['rule']}`{produced} (pass `{row['pass']}`)"
 
 
 def _operand_row(kind: str, operand: Operand, op: OpDef) -> tuple[str, ...]:
@@ -88,7 +118,8 @@ def _attr_row(attr: Attr) -> tuple[str, ...]:
 # models
 
 
-def _model_page(model: ModelDef) -> Output:
+def model_section(model: ModelDef) -> str:
+    """Config, weights and blocks of a layout."""
     names = [
         (_code(c.name), _code(", ".join(c.keys)) if c.keys else _code(str(c.value)), c.python_type, c.doc)
         for c in model.config.values()
@@ -101,7 +132,7 @@ def _model_page(model: ModelDef) -> Output:
     parts += ["## Weights", table(("weight", "shape", "checkpoint"), [_weight_row(w) for w in _all_weights(model)])]
     for block in model.blocks.values():
         parts += [f"## Block {block.name}", _cell(block.summary), "```\n" + "\n".join(block.lines) + "\n```"]
-    return _page(f"docs/models/{model.name}.md", f"Model: {model.name}", model.entry.doc.file, parts, [model.entry.ref])
+    return "\n\n".join(parts)
 
 
 def _all_weights(model: ModelDef) -> list[WeightDef]:

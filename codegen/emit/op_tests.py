@@ -1,9 +1,9 @@
 """Emits a test per op with `cases`: `tests/test_norm.py` checks inference and the reference kernel on each of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sageLLM.codegen.emit.reference import by_stem
+from sageLLM.codegen.contents import Contents, Row, refs
 from sageLLM.codegen.expr.size import formula
 from sageLLM.codegen.expr.tree import Expr, Gather, Ref, walk
 from sageLLM.codegen.model.op import Attr, OpDef
@@ -21,29 +21,41 @@ class TestView:
     attrs: Mapping[str, bool | int | float | str]
     limits: Mapping[str, str]
 
-
-def emit_op_tests(specs: Specs, renderer: Renderer) -> list[Output]:
-    """`tests/test_STEM.py` for every ops file that has cases, and the checks that they share."""
-    own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry) and op.cases]
-    outputs = [_module(ops, specs, renderer) for ops in by_stem(own).values()]
-    if not specs.is_overlay:
-        tests = [TestView(op, test_attrs(op), index_limits(op, specs.ops)) for op in own]
-        text = renderer.render("op_cases.py.jinja", tests=tests)
-        outputs.append(Output("tests/cases.py", header("specs/ops", "cases") + text, tuple(op.ref for op in own)))
-        text = renderer.render("op_checks.py.jinja")
-        outputs.append(Output("tests/op_checks.py", header("specs/ops", "op_checks") + text))
-        text = header("specs", "tests") + '"""Tests of the generated code."""\n'
-        outputs.append(Output("tests/__init__.py", text))
-    return outputs
+    @property
+    def row(self) -> Row:
+        """The test as the table of cases needs it."""
+        op = self.op
+        return {"name": op.name, "ref": op.ref, "cases": op.cases, "attrs": self.attrs, "limits": self.limits}
 
 
-def _module(ops: list[OpDef], specs: Specs, renderer: Renderer) -> Output:
-    tests = [TestView(op, test_attrs(op), index_limits(op, specs.ops)) for op in ops]
-    text = renderer.render("op_tests.py.jinja", tests=tests, source=ops[0].entry.doc.file,
-                           checks=f"{BASE}.tests" if specs.is_overlay else "")  # fmt: skip
-    return Output(
-        f"tests/test_{ops[0].stem}.py", header(ops[0].entry.doc.file, ops[0].name) + text, tuple(op.ref for op in ops)
-    )
+def emit_op_tests(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
+    """`tests/test_STEM.py` for one ops file, if one of its ops has cases."""
+    tests = [TestView(op, test_attrs(op), index_limits(op, specs.ops)) for op in ops if op.cases]
+    if not tests:
+        return []
+    source, checks = tests[0].op.entry.doc.file, f"{BASE}.tests" if specs.is_overlay else ""
+    text = header(source, tests[0].op.name)
+    text += renderer.render("op_tests.py.jinja", tests=tests, source=source, checks=checks)
+    rows = tuple(test.row for test in tests)
+    return [Output(f"tests/test_{ops[0].stem}.py", text, refs(rows), rows)]
+
+
+def emit_op_checks(specs: Specs, renderer: Renderer) -> list[Output]:
+    """The checks that the tests share; an overlay uses the package's."""
+    if specs.is_overlay:
+        return []
+    checks = header("specs/ops", "op_checks") + renderer.render("op_checks.py.jinja")
+    about = header("specs", "tests") + '"""Tests of the generated code."""\n'
+    return [Output("tests/op_checks.py", checks), Output("tests/__init__.py", about)]
+
+
+def emit_case_table(contents: Contents, renderer: Renderer) -> list[Output]:
+    """`tests/cases.py` with CASES; the tests of an overlay have no table."""
+    if contents.is_overlay:
+        return []
+    tests = [row for rows in contents.rows_by_stem("tests/test_{}.py").values() for row in rows]
+    text = header("specs/ops", "cases") + renderer.render("op_cases.py.jinja", tests=tests)
+    return [Output("tests/cases.py", text, refs(tests))]
 
 
 def test_attrs(op: OpDef) -> dict[str, bool | int | float | str]:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sageLLM.codegen.contents import Contents
 from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.python_text import python_text
-from sageLLM.codegen.emit.reference import by_stem
 from sageLLM.codegen.expr.size import formula
 from sageLLM.codegen.expr.types import DTYPES, ValueType
 from sageLLM.codegen.model.op import Attr, OpDef
@@ -34,24 +34,8 @@ class NodeView:
     optional: Sequence[str]
 
 
-def emit_ops(specs: Specs, renderer: Renderer) -> list[Output]:
-    """One module per ops file; the package's own run also emits `OpType`."""
-    own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
-    outputs = [_module(ops, specs, renderer) for ops in by_stem(own).values()]
-    types = {name: entry.spec for name, entry in specs.raw.op_types.items()}
-    if not specs.is_overlay:
-        text = renderer.render("op_types.py.jinja", types=types)
-        outputs.insert(
-            0, Output("ops/op_types.py", header("specs/op_types.yaml", "op_types") + text, ("specs/op_types.yaml",))
-        )
-    registry = renderer.render("op_registry.py.jinja", ops=own, modules=by_stem(own), has_types=not specs.is_overlay)
-    return [
-        *outputs,
-        Output("ops/__init__.py", header("specs/ops", "rms_norm") + registry, tuple(op.ref for op in own)),
-    ]
-
-
-def _module(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> Output:
+def emit_ops(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
+    """The module of one ops file."""
     nodes = [node_view(op) for op in ops]
     text = renderer.render(
         "ops.py.jinja",
@@ -61,9 +45,26 @@ def _module(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> Output:
         elements=_elements(ops),
         base=BASE if specs.is_overlay else "",
     )
-    return Output(
-        f"ops/{ops[0].stem}.py", header(ops[0].entry.doc.file, ops[0].name) + text, tuple(op.ref for op in ops)
+    source = header(ops[0].entry.doc.file, ops[0].name)
+    return [Output(f"ops/{ops[0].stem}.py", source + text, tuple(op.ref for op in ops))]
+
+
+def emit_op_types(specs: Specs, renderer: Renderer) -> list[Output]:
+    """`ops/op_types.py`; an overlay uses the package's."""
+    if specs.is_overlay:
+        return []
+    types = {name: entry.spec for name, entry in specs.raw.op_types.items()}
+    text = header("specs/op_types.yaml", "op_types") + renderer.render("op_types.py.jinja", types=types)
+    return [Output("ops/op_types.py", text, ("specs/op_types.yaml",))]
+
+
+def emit_op_table(contents: Contents, renderer: Renderer) -> list[Output]:
+    """`ops/__init__.py` with OPS."""
+    text = renderer.render(
+        "op_registry.py.jinja", ops=contents.ops, modules=contents.ops_by_stem, has_types=not contents.is_overlay
     )
+    entries = tuple(op.ref for op in contents.ops)
+    return [Output("ops/__init__.py", header("specs/ops", "rms_norm") + text, entries)]
 
 
 def _symbols(ops: Iterable[OpDef]) -> list[str]:

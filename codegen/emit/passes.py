@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from sageLLM.codegen.contents import Row
 from sageLLM.codegen.emit.pass_fields import ENGINES, OP_FIELDS, fields_of, function_of
 from sageLLM.codegen.emit.rule_conditions import asked_sizes, condition_text, negated
 from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
@@ -101,7 +102,22 @@ def _module(file: str, passes: list[PassDef], specs: Specs, renderer: Renderer) 
         function_modules=sorted({function_of(one)[0] for one in passes if one.spec.function is not None}),
         op_imports=_op_imports(passes, specs),
     )
-    return Output(f"passes/{_stem(file)}.py", header(file, passes[0].name) + text, tuple(p.ref for p in passes))
+    entries = tuple(one.ref for one in passes)
+    rows = tuple(row for one in passes for row in rule_rows(one))
+    return Output(f"passes/{_stem(file)}.py", header(file, passes[0].name) + text, entries, rows)
+
+
+def rule_rows(one: PassDef) -> list[Row]:
+    """For each rule of a pass the ops that it rewrites, and those that it puts in their place."""
+    return [
+        {
+            "rule": rule.name,
+            "pass": one.name,
+            "consumes": list(dict.fromkeys(call.op.name for call in rule.pattern)),
+            "produces": list(dict.fromkeys(call.op.name for call in rule.replacement)),
+        }
+        for rule in one.rules
+    ]
 
 
 def _registry(passes: list[PassDef], specs: Specs, renderer: Renderer) -> Output:

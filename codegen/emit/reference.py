@@ -2,9 +2,10 @@
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sageLLM.codegen.contents import Contents
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import dim_lines, tidy
 from sageLLM.codegen.emit.torch_text import Layout, Piece, TorchText, squeezed, view_text
@@ -31,38 +32,33 @@ class KernelView:
     text: str | None
 
 
-def emit_reference(specs: Specs, renderer: Renderer) -> list[Output]:
-    """`kernels/reference/STEM.py` for every ops file, and `kernels/reference/__init__.py` with KERNELS."""
-    own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
-    outputs = [_module(stem, ops, specs, renderer) for stem, ops in by_stem(own).items()]
-    registry = renderer.render("reference_registry.py.jinja", modules=by_stem(own))
-    outputs.append(
-        Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + registry, tuple(op.ref for op in own))
+def emit_reference(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
+    """`kernels/reference/STEM.py` for one ops file."""
+    source, stem = ops[0].entry.doc.file, ops[0].stem
+    text = renderer.render(
+        "reference.py.jinja",
+        kernels=[kernel_view(op, renderer) for op in ops],
+        base=BASE if specs.is_overlay else "",
+        imports=_imports(stem, ops, specs),
+        source=source,
     )
-    outputs.append(
-        Output("kernels/__init__.py", header("specs/ops", "rms_norm") + '"""The kernels of the ops, by target."""\n')
-    )
-    if not specs.is_overlay:
-        for name in ("precision", "process_groups"):
-            outputs.append(
-                Output(f"{FOLDER}/{name}.py", header("specs/ops", name) + renderer.render(f"reference_{name}.py.jinja"))
-            )
-    return outputs
+    return [Output(f"{FOLDER}/{stem}.py", header(source, ops[0].name) + text, tuple(op.ref for op in ops))]
 
 
-def by_stem(ops: Iterable[OpDef]) -> dict[str, list[OpDef]]:
-    """The ops by the spec file that they come from, in spec order."""
-    found: dict[str, list[OpDef]] = {}
-    for op in ops:
-        found.setdefault(op.stem, []).append(op)
-    return found
+def emit_reference_support(specs: Specs, renderer: Renderer) -> list[Output]:
+    """`kernels/__init__.py`, and the helpers that references import, which an overlay uses from the package."""
+    about = header("specs/ops", "rms_norm") + '"""The kernels of the ops, by target."""\n'
+    names = () if specs.is_overlay else ("precision", "process_groups")
+    texts = {name: header("specs/ops", name) + renderer.render(f"reference_{name}.py.jinja") for name in names}
+    helpers = [Output(f"{FOLDER}/{name}.py", text) for name, text in texts.items()]
+    return [Output("kernels/__init__.py", about), *helpers]
 
 
-def _module(stem: str, ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> Output:
-    kernels = [kernel_view(op, renderer) for op in ops]
-    text = renderer.render("reference.py.jinja", kernels=kernels, base=BASE if specs.is_overlay else "",
-                           imports=_imports(stem, ops, specs), source=ops[0].entry.doc.file)  # fmt: skip
-    return Output(f"{FOLDER}/{stem}.py", header(ops[0].entry.doc.file, ops[0].name) + text, tuple(op.ref for op in ops))
+def emit_reference_table(contents: Contents, renderer: Renderer) -> list[Output]:
+    """`kernels/reference/__init__.py` with KERNELS."""
+    text = renderer.render("reference_registry.py.jinja", modules=contents.ops_by_stem)
+    entries = tuple(op.ref for op in contents.ops)
+    return [Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, entries)]
 
 
 def _imports(stem: str, ops: Sequence[OpDef], specs: Specs) -> list[str]:

@@ -40,16 +40,20 @@ class RuleTestView:
 
 
 def emit_rule_tests(specs: Specs, renderer: Renderer) -> list[Output]:
-    """`tests/test_rules_STEM.py` for every pass file with rules, and the check that they share."""
+    """`tests/test_rules_STEM.py` for every pass file with rules."""
     by_file: dict[str, list[RuleTestView]] = {}
     for one in specs.passes.values():
         if not specs.raw.is_base(one.entry):
             by_file.setdefault(one.entry.doc.file, []).extend(_view(one, rule) for rule in one.rules)
-    outputs = [_module(file, tests, specs, renderer) for file, tests in by_file.items() if tests]
-    if not specs.is_overlay:
-        text = renderer.render("rule_checks.py.jinja")
-        outputs.append(Output("tests/rule_checks.py", header("specs/passes", "rule_checks") + text))
-    return outputs
+    return [_module(file, tests, specs, renderer) for file, tests in by_file.items() if tests]
+
+
+def emit_rule_checks(specs: Specs, renderer: Renderer) -> list[Output]:
+    """The checks that the tests share; an overlay uses the package's."""
+    if specs.is_overlay:
+        return []
+    text = header("specs/passes", "rule_checks") + renderer.render("rule_checks.py.jinja")
+    return [Output("tests/rule_checks.py", text)]
 
 
 def _module(file: str, tests: list[RuleTestView], specs: Specs, renderer: Renderer) -> Output:

@@ -4,11 +4,11 @@ import json
 
 from sageLLM.codegen.load import SCHEMAS
 from sageLLM.codegen.model.specs import Specs
-from sageLLM.codegen.render import Output, Renderer
+from sageLLM.codegen.render import Output
 from sageLLM.codegen.writer import MARK
 
 
-def emit_schemas(specs: Specs, renderer: Renderer) -> list[Output]:
+def emit_schemas(specs: Specs) -> list[Output]:
     """One `schema/KIND.schema.json` for each kind of spec file; an overlay uses the package's own."""
     if specs.is_overlay:
         return []

@@ -4,10 +4,11 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sageLLM.codegen.contents import Contents, refs
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.mask_range import mask_range
-from sageLLM.codegen.emit.reference import by_stem, parameters, result_type
+from sageLLM.codegen.emit.reference import parameters, result_type
 from sageLLM.codegen.emit.triton_gemm import gemm_view
 from sageLLM.codegen.emit.triton_launch import rows_view
 from sageLLM.codegen.emit.triton_text import TritonText
@@ -43,26 +44,11 @@ class TritonKernel:
         return [op for op in candidates if f"reference_{op.name}(" in self.text]
 
 
-def emit_triton(specs: Specs, renderer: Renderer) -> list[Output]:
-    """`kernels/triton/STEM.py` for every ops file with a kernel for GPUs, and the table of all, KERNELS."""
-    own = [op for op in specs.ops.values() if not specs.raw.is_base(op.entry)]
-    modules = {
-        stem: kernels
-        for stem, ops in by_stem(own).items()
-        if (kernels := [kernel for op in ops if (kernel := _kernel(op, specs, renderer))])
-    }
-    outputs = [_module(stem, kernels, specs, renderer) for stem, kernels in modules.items()]
-    ops = {stem: [kernel.op for kernel in kernels] for stem, kernels in modules.items()}
-    registry = header("specs/ops", "rms_norm") + renderer.render("triton_registry.py.jinja", modules=ops)
-    outputs.append(Output(f"{FOLDER}/__init__.py", registry, tuple(op.ref for group in ops.values() for op in group)))
-    if not specs.is_overlay:
-        for name in ("device", "tiles"):
-            text = header("specs/ops", name) + renderer.render(f"triton_{name}.py.jinja")
-            outputs.append(Output(f"{FOLDER}/{name}.py", text))
-    return outputs
-
-
-def _module(stem: str, kernels: Sequence[TritonKernel], specs: Specs, renderer: Renderer) -> Output:
+def emit_triton(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
+    """`kernels/triton/STEM.py` for one ops file, if one of its ops has a kernel for GPUs."""
+    kernels = [kernel for op in ops if (kernel := _kernel(op, specs, renderer))]
+    if not kernels:
+        return []
     source = kernels[0].op.entry.doc.file
     text = renderer.render(
         "triton.py.jinja",
@@ -71,8 +57,23 @@ def _module(stem: str, kernels: Sequence[TritonKernel], specs: Specs, renderer: 
         imports=_imports(kernels, specs),
         source=source,
     )
-    refs = tuple(kernel.op.ref for kernel in kernels)
-    return Output(f"{FOLDER}/{stem}.py", header(source, kernels[0].op.name) + text, refs)
+    rows = tuple({"name": kernel.op.name, "ref": kernel.op.ref} for kernel in kernels)
+    return [Output(f"{FOLDER}/{ops[0].stem}.py", header(source, kernels[0].op.name) + text, refs(rows), rows)]
+
+
+def emit_triton_support(specs: Specs, renderer: Renderer) -> list[Output]:
+    """The helpers that kernels import; an overlay uses the package's."""
+    names = () if specs.is_overlay else ("device", "tiles")
+    texts = {name: header("specs/ops", name) + renderer.render(f"triton_{name}.py.jinja") for name in names}
+    return [Output(f"{FOLDER}/{name}.py", text) for name, text in texts.items()]
+
+
+def emit_triton_table(contents: Contents, renderer: Renderer) -> list[Output]:
+    """`kernels/triton/__init__.py` with KERNELS."""
+    modules = contents.rows_by_stem(f"{FOLDER}/{{}}.py")
+    text = renderer.render("triton_registry.py.jinja", modules=modules)
+    entries = refs(row for rows in modules.values() for row in rows)
+    return [Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, entries)]
 
 
 def _imports(kernels: Sequence[TritonKernel], specs: Specs) -> list[str]:

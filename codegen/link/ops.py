@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from sageLLM.codegen.contents import class_name
 from sageLLM.codegen.diagnostics import Sink, Span, did_you_mean
 from sageLLM.codegen.expr.check import Checker, Scope
 from sageLLM.codegen.expr.cost import element_bytes, program_flops, program_reads, program_writes, tensor_bytes
@@ -23,7 +24,7 @@ from sageLLM.codegen.link.calls import fused_cost, link_calls
 from sageLLM.codegen.link.hooks import link_reference
 from sageLLM.codegen.link.templates import link_triton
 from sageLLM.codegen.load import Entry, RawSpecs
-from sageLLM.codegen.model.op import Attr, Call, Condition, Cost, OpDef, Operand, Reference, Rule, class_name
+from sageLLM.codegen.model.op import Attr, Call, Condition, Cost, OpDef, Operand, Reference, Rule
 from sageLLM.codegen.schema.ops import AttrSpec, InputSpec, KernelSpec, OpSpec
 
 DEFAULT_ELEMENTS = {"E": ("f16", "bf16", "f32", "f64")}

@@ -282,3 +282,23 @@ class ModelDef:
     @property
     def ref(self) -> str:
         return self.entry.ref
+
+    @property
+    def ops_called(self) -> list[str]:
+        """The ops that the program and its blocks call, in the order of their first call."""
+        bodies = [*(block.body for block in self.blocks.values()), self.program]
+        return list(dict.fromkeys(op.name for body in bodies for op in _ops_of(body)))
+
+
+def _ops_of(body: Iterable[Statement | Repeat]) -> Iterator[OpDef]:
+    for item in body:
+        match item:
+            case Repeat():
+                yield from _ops_of(item.body)
+            case Choose():
+                for branch in item.branches:
+                    yield from _ops_of(branch.body)
+            case Attend():
+                yield from (item.store.op, *(call.op for call in item.by_phase.values()))
+            case OpCall():
+                yield item.op

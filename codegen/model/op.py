@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from sageLLM.codegen.contents import class_name
 from sageLLM.codegen.diagnostics import Span
 from sageLLM.codegen.expr.size import LEADING, Size
 from sageLLM.codegen.expr.tree import Expr, Program
@@ -217,8 +218,3 @@ def written_order(size: Size) -> list[str]:
     text = size.text or ""
     words = "".join(c if c.isalnum() else " " for c in text).split()
     return [word for word in dict.fromkeys(words) if word in size.symbols]
-
-
-def class_name(op: str) -> str:
-    """`fused_add_rms_norm` -> `FusedAddRmsNorm`."""
-    return "".join(part.capitalize() for part in op.split("_"))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sageLLM.codegen.contents import class_name
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
 from sageLLM.codegen.schema.passes import PassSpec
@@ -130,4 +131,4 @@ class PassDef:
 
     @property
     def class_name(self) -> str:
-        return "".join(part.capitalize() for part in self.name.split("_"))
+        return class_name(self.name)

@@ -1,12 +1,15 @@
 """All specs after linking: what the emitters read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from sageLLM.codegen.contents import Contents, EntryName
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.layout import ModelDef
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.model.rule import PassDef
+from sageLLM.codegen.render import Output
 from sageLLM.codegen.schema.hardware import HardwareFile
 
 
@@ -24,3 +27,44 @@ class Specs:
     def is_overlay(self) -> bool:
         """Whether the package's own specs are only the base, and an overlay's code is generated."""
         return bool(self.raw.base_files)
+
+    def own(self) -> "OwnSpecs":
+        """The entries that code is generated from: all but the base's."""
+        return OwnSpecs(
+            self.is_overlay,
+            [op for op in self.ops.values() if not self.raw.is_base(op.entry)],
+            [model for model in self.models.values() if not self.raw.is_base(model.entry)],
+            [entry for entry in self.hardware.values() if not self.raw.is_base(entry)],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSpecs:
+    """The ops, models and devices that code is generated from, in spec order."""
+
+    is_overlay: bool
+    ops: list[OpDef]
+    models: list[ModelDef]
+    devices: list[Entry[HardwareFile]]
+
+    @property
+    def ops_by_stem(self) -> dict[str, list[OpDef]]:
+        """The ops by the spec file that they come from; its stem names the generated files."""
+        found: dict[str, list[OpDef]] = {}
+        for op in self.ops:
+            found.setdefault(op.stem, []).append(op)
+        return found
+
+    def contents(self, outputs: Iterable[Output]) -> Contents:
+        """What the tables are made of, with the rows of `outputs`."""
+        return Contents(
+            self.is_overlay,
+            tuple(_name_of(op.entry) for op in self.ops),
+            tuple(_name_of(model.entry) for model in self.models),
+            tuple(_name_of(entry) for entry in self.devices),
+            {output.path: output.rows for output in outputs if output.rows},
+        )
+
+
+def _name_of(entry: Entry[Any]) -> EntryName:
+    return EntryName(entry.name, entry.doc.file)
