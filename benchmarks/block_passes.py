@@ -17,9 +17,9 @@ from sageLLM.generated.passes.place import AfDisaggregation, DropUnread, NanoBat
 from sageLLM.generated.passes.schedule import NanoOverlap
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import ConfigError, HFConfig
+from sageLLM.runtime.core.passes.base import DeclaredPass, OptimizationPass
 from sageLLM.runtime.core.passes.lifetimes import Lifetimes
 from sageLLM.runtime.core.passes.memory import plan_memory
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass, OptimizationPass
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
     ExecutionGraphBuilder,

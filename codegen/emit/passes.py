@@ -25,11 +25,11 @@ from sageLLM.codegen.render import Output, Renderer, header, lit
 TAKEN = (
     "graph",
     "node",
-    "giver",
+    "consumer_of",
+    "describe_consumers",
+    "describe_producer",
     "has_default",
     "is_known",
-    "reader_of",
-    "readers",
     "size_of",
     "replacement",
     *(f"replacement_{i}" for i in range(1, 10)),
@@ -212,7 +212,7 @@ class RuleViewer:
                 self._check(
                     f"{text}.name != {self.values[name]}.name",
                     num_found,
-                    f"want {self.labels[name]} to be {self._label(index)}.{output.name}",
+                    f"expected {self.labels[name]} to be {self._label(index)}.{output.name}",
                 )
             self.values[name] = text
             self.labels.setdefault(name, f"{self._label(index)}.{output.name}")
@@ -230,26 +230,26 @@ class RuleViewer:
         call, text, label = self.rule.pattern[index], f"{self.vars[index]}.{operand}", self._label(index)
         declared = call.op.operand(operand)
         if value is None:
-            self._check(f"{text} is not None", num_found, f"want {label} without {operand}")
+            self._check(f"{text} is not None", num_found, f"expected {label} without {operand}")
             return
         may_be_absent = value in self.rule.optional
         if declared is not None and declared.optional and not may_be_absent:
-            self._check(f"{text} is None", num_found, f"want {label} with {operand}")
+            self._check(f"{text} is None", num_found, f"expected {label} with {operand}")
         if value in self.values:
             name = "" if may_be_absent else ".name"
             self._check(
                 f"{text}{name} != {self.values[value]}{name}",
                 num_found,
-                f"want {label}.{operand} to be {self.labels[value]}",
+                f"expected {label}.{operand} to be {self.labels[value]}",
             )
         self.values.setdefault(value, text)
         self.labels.setdefault(value, f"{label}.{operand}")
 
     def _bind_attr(self, text: str, attr: str, given: AttrName | Scalar | None, num_found: int) -> None:
         if not isinstance(given, AttrName):
-            self._check(f"{text} != {lit(given)}", num_found, f"want {attr} = {given}")
+            self._check(f"{text} != {lit(given)}", num_found, f"expected {attr} = {given}")
         elif given.name in self.attrs:
-            self._check(f"{text} != {self.attrs[given.name]}", num_found, f"want the same {given.name} twice")
+            self._check(f"{text} != {self.attrs[given.name]}", num_found, f"expected equal {given.name}")
         else:
             self.attrs[given.name] = text
 
@@ -262,7 +262,7 @@ class RuleViewer:
                 if attr.default is None
                 else f"{var}.{attr.name} != {lit(attr.default)}"
             )
-        self._check(test, num_found, f"want the default {attr.name}")
+        self._check(test, num_found, f"expected the default {attr.name}")
 
     def _check_conditions(self, num_found: int) -> None:
         """The rule's `where`. A size that is still symbolic is no reason to fire."""

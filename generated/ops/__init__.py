@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=rms_norm
 """The ops: a node class and a builder function each."""
 
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 
 from .activation import (
     ClampedSiluMul,

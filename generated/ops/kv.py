@@ -3,7 +3,8 @@
 """The ops of specs/ops/kv.yaml."""
 
 from sageLLM.runtime.core.ir.dims import dims
-from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import E, i32
 from sageLLM.runtime.core.ir.writer import GraphWriter
 

@@ -3,7 +3,8 @@
 """The ops of specs/ops/position.yaml."""
 
 from sageLLM.runtime.core.ir.dims import dims
-from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, TensorRef, Where
+from sageLLM.runtime.core.ir.nodes import AttrValue, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode, Where
 from sageLLM.runtime.core.ir.types import E, f32, i32
 from sageLLM.runtime.core.ir.writer import GraphWriter
 

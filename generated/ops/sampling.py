@@ -3,7 +3,8 @@
 """The ops of specs/ops/sampling.yaml."""
 
 from sageLLM.runtime.core.ir.dims import dims
-from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import f32, i32, i64
 from sageLLM.runtime.core.ir.writer import GraphWriter
 

@@ -5,7 +5,8 @@
 from typing import cast
 
 from sageLLM.runtime.core.ir.dims import dims
-from sageLLM.runtime.core.ir.nodes import AttrSpec, AttrValue, OpNode, TensorRef, Where
+from sageLLM.runtime.core.ir.nodes import AttrValue, TensorRef
+from sageLLM.runtime.core.ir.op_node import AttrSpec, OpNode, Where
 from sageLLM.runtime.core.ir.types import E, i32
 from sageLLM.runtime.core.ir.writer import GraphWriter
 

@@ -3,7 +3,8 @@
 """The ops of specs/ops/views.yaml."""
 
 from sageLLM.runtime.core.ir.dims import Dim, dims
-from sageLLM.runtime.core.ir.nodes import AttrSpec, AttrValue, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, TensorRef
+from sageLLM.runtime.core.ir.op_node import AttrSpec, OpNode
 from sageLLM.runtime.core.ir.types import E
 from sageLLM.runtime.core.ir.writer import GraphWriter
 

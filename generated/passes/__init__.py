@@ -2,7 +2,7 @@
 # Regenerate: make generate    Explain: make explain NAME=passes
 """All passes by name, in the order of the pipeline."""
 
-from sageLLM.runtime.core.rewrite.driver import OptimizationPass
+from sageLLM.runtime.core.passes.base import OptimizationPass
 
 from .comm import CommFusion
 from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseSampling

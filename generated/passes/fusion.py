@@ -3,16 +3,16 @@
 """The passes of specs/passes/fusion.yaml."""
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import OpNode
-from sageLLM.runtime.core.rewrite.driver import (
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.passes.rewrite import RewritePass
+from sageLLM.runtime.core.rewrite.rules import (
     NearMiss,
     NewCall,
     Rewrite,
-    RewritePass,
     Rule,
-    giver,
-    reader_of,
-    readers,
+    consumer_of,
+    describe_consumers,
+    describe_producer,
 )
 
 from ..ops.activation import Gelu, GeluMul, GeluTanh, GeluTanhMul, SiluMul
@@ -63,10 +63,10 @@ def allreduce_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | Nea
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "rms_norm.x comes from " + giver(add) + ", want add")
+        return NearMiss(1, "rms_norm.x comes from " + describe_producer(add) + ", expected add")
     all_reduce = graph.producer(add.y)
     if not isinstance(all_reduce, AllReduce):
-        return NearMiss(2, "add.y comes from " + giver(all_reduce) + ", want all_reduce")
+        return NearMiss(2, "add.y comes from " + describe_producer(all_reduce) + ", expected all_reduce")
     replacement = NewCall(
         AllreduceAddRmsNorm,
         {"x": add.x, "p": all_reduce.x, "w": node.w},
@@ -104,12 +104,12 @@ def fused_norm_add_norm_1p(graph: ExecutionGraph, node: OpNode) -> Rewrite | Nea
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "rms_norm_1p_2.x comes from " + giver(add) + ", want add")
+        return NearMiss(1, "rms_norm_1p_2.x comes from " + describe_producer(add) + ", expected add")
     rms_norm_1p = graph.producer(add.y)
     if not isinstance(rms_norm_1p, RmsNorm1p):
-        return NearMiss(2, "add.y comes from " + giver(rms_norm_1p) + ", want rms_norm_1p")
+        return NearMiss(2, "add.y comes from " + describe_producer(rms_norm_1p) + ", expected rms_norm_1p")
     if rms_norm_1p.eps != node.eps:
-        return NearMiss(3, "want the same eps twice")
+        return NearMiss(3, "expected equal eps")
     replacement = NewCall(
         FusedNormAddNorm1p,
         {"residual": add.x, "x": rms_norm_1p.x, "w_after": rms_norm_1p.w, "w_before": node.w},
@@ -132,7 +132,7 @@ def fused_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "rms_norm.x comes from " + giver(add) + ", want add")
+        return NearMiss(1, "rms_norm.x comes from " + describe_producer(add) + ", expected add")
     replacement = NewCall(
         FusedAddRmsNorm,
         {"x": add.x, "residual": add.y, "w": node.w},
@@ -155,7 +155,7 @@ def fused_add_rms_norm_wide(graph: ExecutionGraph, node: OpNode) -> Rewrite | Ne
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "rms_norm_wide.x comes from " + giver(add) + ", want add")
+        return NearMiss(1, "rms_norm_wide.x comes from " + describe_producer(add) + ", expected add")
     replacement = NewCall(
         FusedAddRmsNormWide,
         {"x": add.x, "residual": add.y, "w": node.w},
@@ -178,7 +178,7 @@ def fused_add_rms_norm_1p(graph: ExecutionGraph, node: OpNode) -> Rewrite | Near
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "rms_norm_1p.x comes from " + giver(add) + ", want add")
+        return NearMiss(1, "rms_norm_1p.x comes from " + describe_producer(add) + ", expected add")
     replacement = NewCall(
         FusedAddRmsNorm1p,
         {"x": add.x, "residual": add.y, "w": node.w},
@@ -201,7 +201,7 @@ def fused_rms_norm_wide_add(graph: ExecutionGraph, node: OpNode) -> Rewrite | Ne
         return None
     rms_norm_wide = graph.producer(node.y)
     if not isinstance(rms_norm_wide, RmsNormWide):
-        return NearMiss(1, "add.y comes from " + giver(rms_norm_wide) + ", want rms_norm_wide")
+        return NearMiss(1, "add.y comes from " + describe_producer(rms_norm_wide) + ", expected rms_norm_wide")
     replacement = NewCall(
         FusedRmsNormWideAdd,
         {"residual": node.x, "x": rms_norm_wide.x, "w": rms_norm_wide.w},
@@ -224,7 +224,7 @@ def fused_add_layer_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearM
         return None
     add = graph.producer(node.x)
     if not isinstance(add, Add):
-        return NearMiss(1, "layer_norm.x comes from " + giver(add) + ", want add")
+        return NearMiss(1, "layer_norm.x comes from " + describe_producer(add) + ", expected add")
     replacement = NewCall(
         FusedAddLayerNorm,
         {"x": add.x, "residual": add.y, "w": node.w, "bias": node.bias},
@@ -300,25 +300,25 @@ def qk_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return None
     rope_2 = graph.producer(node.k)
     if not isinstance(rope_2, Rope):
-        return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
+        return NearMiss(1, "kv_store.k comes from " + describe_producer(rope_2) + ", expected rope")
     split_qkv = graph.producer(rope_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(2, "rope_2.x comes from " + giver(split_qkv) + ", want split_qkv")
+        return NearMiss(2, "rope_2.x comes from " + describe_producer(split_qkv) + ", expected split_qkv")
     if split_qkv.k.name != rope_2.x.name:
-        return NearMiss(3, "want rope_2.x to be split_qkv.k")
+        return NearMiss(3, "expected rope_2.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
-        return NearMiss(3, "want kv_store.v to be split_qkv.v")
-    rope = reader_of(graph, split_qkv.q, Rope)
+        return NearMiss(3, "expected kv_store.v to be split_qkv.v")
+    rope = consumer_of(graph, split_qkv.q, Rope)
     if rope is None:
-        return NearMiss(3, "split_qkv.q goes to " + readers(graph, split_qkv.q) + ", want one rope")
+        return NearMiss(3, "split_qkv.q goes to " + describe_consumers(graph, split_qkv.q) + ", expected one rope")
     if rope.x.name != split_qkv.q.name:
-        return NearMiss(4, "want rope.x to be split_qkv.q")
+        return NearMiss(4, "expected rope.x to be split_qkv.q")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(4, "want rope.pos to be rope_2.pos")
+        return NearMiss(4, "expected rope.pos to be rope_2.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(4, "want rope.cos to be rope_2.cos")
+        return NearMiss(4, "expected rope.cos to be rope_2.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(4, "want rope.sin to be rope_2.sin")
+        return NearMiss(4, "expected rope.sin to be rope_2.sin")
     replacement = NewCall(
         QkRopeKvStore,
         {
@@ -351,25 +351,29 @@ def qk_rope_interleaved_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite
         return None
     rope_interleaved_2 = graph.producer(node.k)
     if not isinstance(rope_interleaved_2, RopeInterleaved):
-        return NearMiss(1, "kv_store.k comes from " + giver(rope_interleaved_2) + ", want rope_interleaved")
+        return NearMiss(
+            1, "kv_store.k comes from " + describe_producer(rope_interleaved_2) + ", expected rope_interleaved"
+        )
     split_qkv = graph.producer(rope_interleaved_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(2, "rope_interleaved_2.x comes from " + giver(split_qkv) + ", want split_qkv")
+        return NearMiss(2, "rope_interleaved_2.x comes from " + describe_producer(split_qkv) + ", expected split_qkv")
     if split_qkv.k.name != rope_interleaved_2.x.name:
-        return NearMiss(3, "want rope_interleaved_2.x to be split_qkv.k")
+        return NearMiss(3, "expected rope_interleaved_2.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
-        return NearMiss(3, "want kv_store.v to be split_qkv.v")
-    rope_interleaved = reader_of(graph, split_qkv.q, RopeInterleaved)
+        return NearMiss(3, "expected kv_store.v to be split_qkv.v")
+    rope_interleaved = consumer_of(graph, split_qkv.q, RopeInterleaved)
     if rope_interleaved is None:
-        return NearMiss(3, "split_qkv.q goes to " + readers(graph, split_qkv.q) + ", want one rope_interleaved")
+        return NearMiss(
+            3, "split_qkv.q goes to " + describe_consumers(graph, split_qkv.q) + ", expected one rope_interleaved"
+        )
     if rope_interleaved.x.name != split_qkv.q.name:
-        return NearMiss(4, "want rope_interleaved.x to be split_qkv.q")
+        return NearMiss(4, "expected rope_interleaved.x to be split_qkv.q")
     if rope_interleaved.pos.name != rope_interleaved_2.pos.name:
-        return NearMiss(4, "want rope_interleaved.pos to be rope_interleaved_2.pos")
+        return NearMiss(4, "expected rope_interleaved.pos to be rope_interleaved_2.pos")
     if rope_interleaved.cos.name != rope_interleaved_2.cos.name:
-        return NearMiss(4, "want rope_interleaved.cos to be rope_interleaved_2.cos")
+        return NearMiss(4, "expected rope_interleaved.cos to be rope_interleaved_2.cos")
     if rope_interleaved.sin.name != rope_interleaved_2.sin.name:
-        return NearMiss(4, "want rope_interleaved.sin to be rope_interleaved_2.sin")
+        return NearMiss(4, "expected rope_interleaved.sin to be rope_interleaved_2.sin")
     replacement = NewCall(
         QkRopeInterleavedKvStore,
         {
@@ -403,39 +407,39 @@ def qk_norm_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | Near
         return None
     rope_2 = graph.producer(node.k)
     if not isinstance(rope_2, Rope):
-        return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
+        return NearMiss(1, "kv_store.k comes from " + describe_producer(rope_2) + ", expected rope")
     rms_norm_2 = graph.producer(rope_2.x)
     if not isinstance(rms_norm_2, RmsNorm):
-        return NearMiss(2, "rope_2.x comes from " + giver(rms_norm_2) + ", want rms_norm")
+        return NearMiss(2, "rope_2.x comes from " + describe_producer(rms_norm_2) + ", expected rms_norm")
     if rms_norm_2.w is None:
-        return NearMiss(3, "want rms_norm_2 with w")
+        return NearMiss(3, "expected rms_norm_2 with w")
     split_qkv = graph.producer(rms_norm_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(3, "rms_norm_2.x comes from " + giver(split_qkv) + ", want split_qkv")
+        return NearMiss(3, "rms_norm_2.x comes from " + describe_producer(split_qkv) + ", expected split_qkv")
     if split_qkv.k.name != rms_norm_2.x.name:
-        return NearMiss(4, "want rms_norm_2.x to be split_qkv.k")
+        return NearMiss(4, "expected rms_norm_2.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
-        return NearMiss(4, "want kv_store.v to be split_qkv.v")
-    rms_norm = reader_of(graph, split_qkv.q, RmsNorm)
+        return NearMiss(4, "expected kv_store.v to be split_qkv.v")
+    rms_norm = consumer_of(graph, split_qkv.q, RmsNorm)
     if rms_norm is None:
-        return NearMiss(4, "split_qkv.q goes to " + readers(graph, split_qkv.q) + ", want one rms_norm")
+        return NearMiss(4, "split_qkv.q goes to " + describe_consumers(graph, split_qkv.q) + ", expected one rms_norm")
     if rms_norm.x.name != split_qkv.q.name:
-        return NearMiss(5, "want rms_norm.x to be split_qkv.q")
+        return NearMiss(5, "expected rms_norm.x to be split_qkv.q")
     if rms_norm.w is None:
-        return NearMiss(5, "want rms_norm with w")
+        return NearMiss(5, "expected rms_norm with w")
     if rms_norm.eps != rms_norm_2.eps:
-        return NearMiss(5, "want the same eps twice")
-    rope = reader_of(graph, rms_norm.y, Rope)
+        return NearMiss(5, "expected equal eps")
+    rope = consumer_of(graph, rms_norm.y, Rope)
     if rope is None:
-        return NearMiss(5, "rms_norm.y goes to " + readers(graph, rms_norm.y) + ", want one rope")
+        return NearMiss(5, "rms_norm.y goes to " + describe_consumers(graph, rms_norm.y) + ", expected one rope")
     if rope.x.name != rms_norm.y.name:
-        return NearMiss(6, "want rope.x to be rms_norm.y")
+        return NearMiss(6, "expected rope.x to be rms_norm.y")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(6, "want rope.pos to be rope_2.pos")
+        return NearMiss(6, "expected rope.pos to be rope_2.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(6, "want rope.cos to be rope_2.cos")
+        return NearMiss(6, "expected rope.cos to be rope_2.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(6, "want rope.sin to be rope_2.sin")
+        return NearMiss(6, "expected rope.sin to be rope_2.sin")
     replacement = NewCall(
         QkNormRopeKvStore,
         {
@@ -471,35 +475,37 @@ def qk_norm_1p_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | N
         return None
     rope_2 = graph.producer(node.k)
     if not isinstance(rope_2, Rope):
-        return NearMiss(1, "kv_store.k comes from " + giver(rope_2) + ", want rope")
+        return NearMiss(1, "kv_store.k comes from " + describe_producer(rope_2) + ", expected rope")
     rms_norm_1p_2 = graph.producer(rope_2.x)
     if not isinstance(rms_norm_1p_2, RmsNorm1p):
-        return NearMiss(2, "rope_2.x comes from " + giver(rms_norm_1p_2) + ", want rms_norm_1p")
+        return NearMiss(2, "rope_2.x comes from " + describe_producer(rms_norm_1p_2) + ", expected rms_norm_1p")
     split_qkv = graph.producer(rms_norm_1p_2.x)
     if not isinstance(split_qkv, SplitQkv):
-        return NearMiss(3, "rms_norm_1p_2.x comes from " + giver(split_qkv) + ", want split_qkv")
+        return NearMiss(3, "rms_norm_1p_2.x comes from " + describe_producer(split_qkv) + ", expected split_qkv")
     if split_qkv.k.name != rms_norm_1p_2.x.name:
-        return NearMiss(4, "want rms_norm_1p_2.x to be split_qkv.k")
+        return NearMiss(4, "expected rms_norm_1p_2.x to be split_qkv.k")
     if split_qkv.v.name != node.v.name:
-        return NearMiss(4, "want kv_store.v to be split_qkv.v")
-    rms_norm_1p = reader_of(graph, split_qkv.q, RmsNorm1p)
+        return NearMiss(4, "expected kv_store.v to be split_qkv.v")
+    rms_norm_1p = consumer_of(graph, split_qkv.q, RmsNorm1p)
     if rms_norm_1p is None:
-        return NearMiss(4, "split_qkv.q goes to " + readers(graph, split_qkv.q) + ", want one rms_norm_1p")
+        return NearMiss(
+            4, "split_qkv.q goes to " + describe_consumers(graph, split_qkv.q) + ", expected one rms_norm_1p"
+        )
     if rms_norm_1p.x.name != split_qkv.q.name:
-        return NearMiss(5, "want rms_norm_1p.x to be split_qkv.q")
+        return NearMiss(5, "expected rms_norm_1p.x to be split_qkv.q")
     if rms_norm_1p.eps != rms_norm_1p_2.eps:
-        return NearMiss(5, "want the same eps twice")
-    rope = reader_of(graph, rms_norm_1p.y, Rope)
+        return NearMiss(5, "expected equal eps")
+    rope = consumer_of(graph, rms_norm_1p.y, Rope)
     if rope is None:
-        return NearMiss(5, "rms_norm_1p.y goes to " + readers(graph, rms_norm_1p.y) + ", want one rope")
+        return NearMiss(5, "rms_norm_1p.y goes to " + describe_consumers(graph, rms_norm_1p.y) + ", expected one rope")
     if rope.x.name != rms_norm_1p.y.name:
-        return NearMiss(6, "want rope.x to be rms_norm_1p.y")
+        return NearMiss(6, "expected rope.x to be rms_norm_1p.y")
     if rope.pos.name != rope_2.pos.name:
-        return NearMiss(6, "want rope.pos to be rope_2.pos")
+        return NearMiss(6, "expected rope.pos to be rope_2.pos")
     if rope.cos.name != rope_2.cos.name:
-        return NearMiss(6, "want rope.cos to be rope_2.cos")
+        return NearMiss(6, "expected rope.cos to be rope_2.cos")
     if rope.sin.name != rope_2.sin.name:
-        return NearMiss(6, "want rope.sin to be rope_2.sin")
+        return NearMiss(6, "expected rope.sin to be rope_2.sin")
     replacement = NewCall(
         QkNorm1pRopeKvStore,
         {
@@ -574,7 +580,7 @@ def linear_silu_mul(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss |
         return None
     linear = graph.producer(node.gu)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "silu_mul.gu comes from " + giver(linear) + ", want linear")
+        return NearMiss(1, "silu_mul.gu comes from " + describe_producer(linear) + ", expected linear")
     replacement = NewCall(
         LinearSiluMul,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -597,7 +603,7 @@ def linear_gelu_mul(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss |
         return None
     linear = graph.producer(node.gu)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "gelu_mul.gu comes from " + giver(linear) + ", want linear")
+        return NearMiss(1, "gelu_mul.gu comes from " + describe_producer(linear) + ", expected linear")
     replacement = NewCall(
         LinearGeluMul,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -620,7 +626,7 @@ def linear_gelu_tanh_mul(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearM
         return None
     linear = graph.producer(node.gu)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "gelu_tanh_mul.gu comes from " + giver(linear) + ", want linear")
+        return NearMiss(1, "gelu_tanh_mul.gu comes from " + describe_producer(linear) + ", expected linear")
     replacement = NewCall(
         LinearGeluTanhMul,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -643,7 +649,7 @@ def linear_gelu(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | Non
         return None
     linear = graph.producer(node.x)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "gelu.x comes from " + giver(linear) + ", want linear")
+        return NearMiss(1, "gelu.x comes from " + describe_producer(linear) + ", expected linear")
     replacement = NewCall(
         LinearGelu,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -666,7 +672,7 @@ def linear_gelu_tanh(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return None
     linear = graph.producer(node.x)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "gelu_tanh.x comes from " + giver(linear) + ", want linear")
+        return NearMiss(1, "gelu_tanh.x comes from " + describe_producer(linear) + ", expected linear")
     replacement = NewCall(
         LinearGeluTanh,
         {"x": linear.x, "w": linear.w, "bias": linear.bias},
@@ -689,7 +695,7 @@ def linear_add(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None
         return None
     linear = graph.producer(node.y)
     if not isinstance(linear, Linear):
-        return NearMiss(1, "add.y comes from " + giver(linear) + ", want linear")
+        return NearMiss(1, "add.y comes from " + describe_producer(linear) + ", expected linear")
     replacement = NewCall(
         LinearAdd,
         {"x": linear.x, "w": linear.w, "residual": node.x, "bias": linear.bias},
@@ -712,7 +718,7 @@ def lm_head_scale(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | N
         return None
     lm_head = graph.producer(node.x)
     if not isinstance(lm_head, LmHead):
-        return NearMiss(1, "scale.x comes from " + giver(lm_head) + ", want lm_head")
+        return NearMiss(1, "scale.x comes from " + describe_producer(lm_head) + ", expected lm_head")
     replacement = NewCall(
         LmHeadScale,
         {"x": lm_head.x, "w": lm_head.w, "bias": lm_head.bias},
@@ -735,7 +741,7 @@ def lm_head_soft_cap(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return None
     lm_head = graph.producer(node.x)
     if not isinstance(lm_head, LmHead):
-        return NearMiss(1, "soft_cap.x comes from " + giver(lm_head) + ", want lm_head")
+        return NearMiss(1, "soft_cap.x comes from " + describe_producer(lm_head) + ", expected lm_head")
     replacement = NewCall(
         LmHeadSoftCap,
         {"x": lm_head.x, "w": lm_head.w, "bias": lm_head.bias},
@@ -804,7 +810,7 @@ def lm_head_sample(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | 
         return None
     lm_head = graph.producer(node.logits)
     if not isinstance(lm_head, LmHead):
-        return NearMiss(1, "sample.logits comes from " + giver(lm_head) + ", want lm_head")
+        return NearMiss(1, "sample.logits comes from " + describe_producer(lm_head) + ", expected lm_head")
     replacement = NewCall(
         LmHeadSample,
         {
@@ -838,7 +844,7 @@ def lm_head_scale_sample(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearM
         return None
     lm_head_scale = graph.producer(node.logits)
     if not isinstance(lm_head_scale, LmHeadScale):
-        return NearMiss(1, "sample.logits comes from " + giver(lm_head_scale) + ", want lm_head_scale")
+        return NearMiss(1, "sample.logits comes from " + describe_producer(lm_head_scale) + ", expected lm_head_scale")
     replacement = NewCall(
         LmHeadScaleSample,
         {
@@ -872,7 +878,9 @@ def lm_head_soft_cap_sample(graph: ExecutionGraph, node: OpNode) -> Rewrite | Ne
         return None
     lm_head_soft_cap = graph.producer(node.logits)
     if not isinstance(lm_head_soft_cap, LmHeadSoftCap):
-        return NearMiss(1, "sample.logits comes from " + giver(lm_head_soft_cap) + ", want lm_head_soft_cap")
+        return NearMiss(
+            1, "sample.logits comes from " + describe_producer(lm_head_soft_cap) + ", expected lm_head_soft_cap"
+        )
     replacement = NewCall(
         LmHeadSoftCapSample,
         {

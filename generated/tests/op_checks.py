@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.dims import evaluate
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import TensorType, TypePattern
 
 Kernel = Callable[..., Tensor | tuple[Tensor, ...]]

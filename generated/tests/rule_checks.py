@@ -12,10 +12,12 @@ from torch import Tensor
 from sageLLM.runtime.core.errors import TypeMismatch
 from sageLLM.runtime.core.ir.dims import free_symbols
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import TensorType, TypePattern, bind, instantiate
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.ir.writer import GraphWriter
-from sageLLM.runtime.core.rewrite.driver import RewritePass
+from sageLLM.runtime.core.passes.rewrite import RewritePass
 
 Kernels = Mapping[str, Callable[..., Tensor | tuple[Tensor, ...]]]
 Sizes = Mapping[str, Any]
@@ -64,7 +66,7 @@ def _check(
         if one.report.fired != 1:
             refused.append(str(one.report))
             continue
-        rewritten.verify()
+        verify(rewritten)
         for wanted, found in zip(_run(graph, kernels), _run(rewritten, kernels), strict=True):
             torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
             num_compared += 1

@@ -17,7 +17,7 @@ from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir.text import parse_text, to_text
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.core.rewrite.report import Change
+from sageLLM.runtime.core.rewrite.stats import Change
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
 from sageLLM.runtime.inspect.explain_node import explain_node

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.dims import Dim, evaluate, free_symbols, product
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, Inference, InferKey, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
 from sageLLM.runtime.core.ir.types import DTYPES
 
 Memo = MutableMapping[InferKey, Inference]

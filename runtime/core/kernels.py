@@ -1,12 +1,15 @@
 """What a generated kernel library declares of its kernels: all that a loader needs to call one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from sageLLM.runtime.core.ir.dims import Dim, Sym
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import TypePattern
+
+Kernel: TypeAlias = Callable[..., Any]
+"""A reference kernel: operands by position (None for an absent one), attributes by keyword, outputs in spec order."""
 
 
 def stride_names(operand: str, pattern: TypePattern) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.engine.block_copies import Migrator, TieredPool
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.outputs import Logprob, RequestMetrics, RequestOutput
-from sageLLM.runtime.engine.requests import resolve_max_tokens, validate_params, validate_prompt
+from sageLLM.runtime.engine.requests import resolve_max_tokens, stop_rules, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampler import SampledTokens, SamplingBatch, SequenceSampling, sample
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
@@ -29,7 +29,7 @@ from sageLLM.runtime.scheduler.auto import ForecastChooser
 from sageLLM.runtime.scheduler.base import Batch, Chunk, KVBudget, Request, ScheduleOutput
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
-from sageLLM.runtime.text.stop import SequenceText, StopRules
+from sageLLM.runtime.text.stop import SequenceText
 from sageLLM.runtime.text.tokenizer import Tokenizer
 
 
@@ -257,7 +257,7 @@ class Engine:
         metrics = RequestMetrics(arrival_time=time.monotonic())
         group = RequestGroup(group_id, prompt, tuple(token_ids), params, metrics)
         eos_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
-        rules = StopRules.of(params, eos_ids, len(token_ids), self.model.max_model_len)
+        rules = stop_rules(params, eos_ids, len(token_ids), self.model.max_model_len)
         first: Request | None = None
         for index in range(params.n):
             request = Request(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+from sageLLM.runtime.text.stop import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
+from sageLLM.runtime.text.stop import StopRules
 
 
 def validate_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, *, generates: bool = True) -> None:
@@ -42,6 +43,18 @@ def resolve_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: i
     """How many tokens the answer may have: `max_tokens`, cut to the positions that the prompt leaves."""
     room = max_model_len - prompt_len
     return room if params.max_tokens is None else min(params.max_tokens, room)
+
+
+def stop_rules(params: SamplingParams, eos_ids: frozenset[int], prompt_len: int, max_model_len: int) -> StopRules:
+    """The stop rules of one sequence under these parameters."""
+    return StopRules(
+        eos_ids=frozenset() if params.ignore_eos else eos_ids,
+        stop_ids=frozenset(params.stop_ids),
+        stop_strings=params.stop_strings,
+        keeps_stop=params.include_stop_str_in_output,
+        min_tokens=params.min_tokens,
+        max_tokens=resolve_max_tokens(params, prompt_len, max_model_len),
+    )
 
 
 def _check_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:

@@ -9,7 +9,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.core.model.layout import Block, ModelLayout
 from sageLLM.runtime.core.passes.events import WAITS

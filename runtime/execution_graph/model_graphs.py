@@ -5,17 +5,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.core.rewrite.driver import PassReport
+from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
-
-if TYPE_CHECKING:
-    from sageLLM.runtime.registry.plugins import Registry
+from sageLLM.runtime.registry.plugins import Registry
 
 
 class ModelGraphs(Rewriting):

@@ -13,8 +13,9 @@ from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.errors import VerifyError
 from sageLLM.runtime.core.ir.dims import Dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.verify import verify
+from sageLLM.runtime.core.passes.base import DeclaredPass, OptimizationPass, PassReport
 from sageLLM.runtime.core.passes.check import verify_schedule
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass, OptimizationPass, PassReport
 
 __all__ = [
     "PASSES",
@@ -82,7 +83,7 @@ class GraphOptimizer:
 
 def _check(graph: ExecutionGraph, pass_name: str) -> None:
     try:
-        graph.verify()
+        verify(graph)
         verify_schedule(graph)
     except VerifyError as error:
         raise VerifyError([f"after {pass_name}: {problem}" for problem in error.problems]) from None

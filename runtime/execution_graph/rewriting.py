@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Container, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Level
 from sageLLM.runtime.core.ir.text import to_text
-from sageLLM.runtime.core.rewrite.driver import OptimizationPass, PassReport, RewriteOptions, RewritePass
-
-if TYPE_CHECKING:
-    from sageLLM.runtime.registry.plugins import Registry
+from sageLLM.runtime.core.ir.verify import verify
+from sageLLM.runtime.core.passes.base import OptimizationPass, PassReport
+from sageLLM.runtime.core.passes.rewrite import RewriteOptions, RewritePass
+from sageLLM.runtime.registry.plugins import Registry
 
 ALL = "all"
 
@@ -62,7 +62,7 @@ class Rewriting:
         for one in self.rewrite_passes("kernel"):
             try:
                 after = one.apply(graph)
-                after.verify()
+                verify(after)
             except Exception as error:
                 error.add_note(_reproducer(one, graph, error))
                 raise

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from sageLLM.generated.ops import Recv, Send
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 
 
 def stage_of_layer(layer: int, num_layers: int, num_stages: int) -> int:

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from sageLLM.generated.passes import PASSES
 from sageLLM.runtime.core.cost import SECOND, Hardware, estimate, reach
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Level
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.core.rewrite.driver import RewritePass
+from sageLLM.runtime.core.passes.rewrite import RewritePass
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.scheduler.step_cost import StepWork

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.planner import TorchPlanner
-from sageLLM.runtime.executor.torch_plan import Kernel, Plan
+from sageLLM.runtime.executor.torch_plan import Plan
 
 Inputs = Mapping[str, Tensor | None]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from sageLLM.generated import ops
 from sageLLM.runtime.core.ir.dims import Dim, dims
@@ -17,9 +17,7 @@ from sageLLM.runtime.execution_graph.rewriting import Choice
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Planner, Runnable, TorchPlanner
-
-if TYPE_CHECKING:
-    from sageLLM.runtime.registry.plugins import Registry
+from sageLLM.runtime.registry.plugins import Registry
 
 
 class Pipeline(ModelGraphs):

@@ -9,10 +9,11 @@ from typing import Literal, Protocol, TypeAlias
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.native.weights import Weight, pack_weights
-from sageLLM.runtime.executor.torch_plan import Kernel, Plan
+from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 

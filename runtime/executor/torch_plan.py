@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode
-
-Kernel = Callable[..., Any]
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.kernels import Kernel
 
 _ABSENT = 0
 """The slot of an optional operand that a node does not have; it always holds None."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from sageLLM.runtime.core.ir.graph import Stage
 from sageLLM.runtime.core.model.hf_config import HFConfig
-from sageLLM.runtime.core.rewrite.driver import RewritePass
+from sageLLM.runtime.core.passes.rewrite import RewritePass
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.registry.plugins import Registry, load_registry, load_tree
 

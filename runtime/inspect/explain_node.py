@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode
-from sageLLM.runtime.core.rewrite.report import PassReport
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.inspect.summary import step_of
 

@@ -5,7 +5,8 @@ from time import perf_counter_ns
 from typing import Any
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.executor.torch_plan import Kernel, Plan
+from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.inspect.numerics import inputs_of
 
 RUNS = 20

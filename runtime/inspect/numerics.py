@@ -10,9 +10,10 @@ import torch
 from sageLLM.runtime.core.ir.dims import evaluate
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir.nodes import TensorRef
-from sageLLM.runtime.core.rewrite.report import Change
+from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.core.rewrite.stats import Change
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
-from sageLLM.runtime.executor.torch_plan import Kernel, Plan
+from sageLLM.runtime.executor.torch_plan import Plan
 
 SIZES = {"T": 6, "B": 2, "Td": 2, "Tp": 4, "S": 2, "PG": 5, "BS": 4, "MB": 2, "P": 8}
 """A step of two sequences: one token each in decode, else six tokens. The cache has 5 blocks of 4 slots."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, Inference, InferKey, OpNode
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
 from sageLLM.runtime.inspect.drawing import draw
 from sageLLM.runtime.inspect.gantt import draw_gantt
 

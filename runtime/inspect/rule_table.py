@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from sageLLM.runtime.core.ir.dims import Dim
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode
-from sageLLM.runtime.core.rewrite.report import PassReport, RuleStats
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.passes.base import PassReport
+from sageLLM.runtime.core.rewrite.stats import RuleStats
 
 HEAD: tuple[str, ...] = ("rule", "tried", "matched", "fired", "ms", "nodes", "kernels", "flops", "bytes")
 

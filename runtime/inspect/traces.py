@@ -7,7 +7,7 @@ from sageLLM.generated.passes.schedule import ComputeCommOverlap, KvPrefetch
 from sageLLM.runtime.core.cost import Hardware, annotate
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass
+from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.inspect.export import Step

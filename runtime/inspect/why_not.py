@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
-from sageLLM.runtime.core.rewrite.driver import RewritePass, Rule
-from sageLLM.runtime.core.rewrite.report import Change, PassReport
+from sageLLM.runtime.core.passes.base import PassReport
+from sageLLM.runtime.core.passes.rewrite import RewritePass
+from sageLLM.runtime.core.rewrite.rules import Rule
+from sageLLM.runtime.core.rewrite.stats import Change
 from sageLLM.runtime.execution_graph.rewriting import Rewriting
 
 

@@ -9,16 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.core.rewrite.driver import OptimizationPass
+from sageLLM.runtime.core.passes.base import OptimizationPass
 from sageLLM.runtime.errors import PluginError
 from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
-
-if TYPE_CHECKING:
-    from sageLLM.runtime.executor.torch_plan import Kernel
 
 
 @dataclass(frozen=True)

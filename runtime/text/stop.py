@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-from sageLLM.runtime.engine.outputs import FinishReason
-from sageLLM.runtime.engine.requests import resolve_max_tokens
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.text.detokenizer import Decoder, Detokenizer
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +21,6 @@ class StopRules:
     keeps_stop: bool
     min_tokens: int
     max_tokens: int
-
-    @classmethod
-    def of(cls, params: SamplingParams, eos_ids: frozenset[int], prompt_len: int, max_model_len: int) -> StopRules:
-        return cls(
-            eos_ids=frozenset() if params.ignore_eos else eos_ids,
-            stop_ids=frozenset(params.stop_ids),
-            stop_strings=params.stop_strings,
-            keeps_stop=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens,
-            max_tokens=resolve_max_tokens(params, prompt_len, max_model_len),
-        )
 
     @property
     def banned_before_min_tokens(self) -> tuple[int, ...]:

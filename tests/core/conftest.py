@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from sageLLM.runtime.core.ir.dims import dims
-from sageLLM.runtime.core.ir.nodes import AttrSpec, OpNode, OpTypeBase, Where
+from sageLLM.runtime.core.ir.nodes import OpTypeBase
+from sageLLM.runtime.core.ir.op_node import AttrSpec, OpNode, Where
 from sageLLM.runtime.core.ir.types import E, f32, i32
 
 K, N, T, D, M, P, KV = dims("K N T D M P KV")

@@ -68,7 +68,7 @@ def test_a_node_id_is_taken_once(node: Any) -> None:
 @pytest.mark.parametrize("edge", ["a>z", "z>a"])
 def test_an_edge_needs_both_ends(node: Any, edge: str) -> None:
     start, end = edge.split(">")
-    with pytest.raises(IRError, match=f"no edge '{start}' -> '{end}': graph 'g' has no node 'z'"):
+    with pytest.raises(IRError, match=f"edge '{start}' -> '{end}': unknown node 'z' in graph 'g'"):
         graph_of(node("a"), edges=edge)
 
 
@@ -185,7 +185,7 @@ def test_subgraph_leaves_the_original_alone(node: Any) -> None:
 
 
 def test_subgraph_of_unknown_nodes(node: Any) -> None:
-    with pytest.raises(IRError, match="graph 'g' has no node 'x', 'y'"):
+    with pytest.raises(IRError, match="graph 'g': unknown node 'x', 'y'"):
         graph_of(node("a")).get_subgraph(["a", "y", "x"])
 
 
@@ -283,7 +283,7 @@ def test_what_waited_for_a_removed_node_waits_for_what_that_waited_for(node: Any
         (["b", "c"], ["bc|x|q"], "replacing b, c would lose 'z', which d reads"),
         (["d"], ["a|z|out"], "graph 'g' already has a node 'a'"),
         (["b"], ["q|x|y", "q|x|y"], "graph 'g' already has a node 'q'"),
-        (["nope"], [], "graph 'g' has no node 'nope'"),
+        (["nope"], [], "graph 'g': unknown node 'nope'"),
     ],
 )
 def test_a_replacement_that_cannot_be_changes_nothing(node: Any, old: list[str], new: list[str], message: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from sageLLM.runtime.core.errors import TypeMismatch, VerifyError
 from sageLLM.runtime.core.ir.dims import Dim, dims
-from sageLLM.runtime.core.ir.nodes import REQUIRED, AttrSpec, AttrValue, ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import REQUIRED, AttrSpec
 from sageLLM.runtime.core.ir.types import TensorType
 
 T, KV, N = dims("T KV N")

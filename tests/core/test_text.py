@@ -12,6 +12,7 @@ from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.text import parse_text, to_text
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.inspect.export import from_json, to_json
 
@@ -134,7 +135,7 @@ return L0.ffn.a
 
 
 def test_text_is_compact(graph: ExecutionGraph, lib: SimpleNamespace) -> None:
-    graph.verify()
+    verify(graph)
     assert to_text(graph) == TEXT
     assert same(parse_text(TEXT, lib.OpType, lib.ops), graph)
 

@@ -10,6 +10,7 @@ from sageLLM.runtime.core.errors import VerifyError
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.ir.writer import GraphWriter
 
 (T,) = dims("T")
@@ -27,13 +28,13 @@ def graph(lib: SimpleNamespace) -> ExecutionGraph:
     (a,) = g.emit(lib.Linear, {"x": x, "w": w}, {}, ("a",))
     (b,) = g.emit(lib.Linear, {"x": a, "w": w}, {}, ("b",))
     graph = g.finish([b])
-    graph.verify()
+    verify(graph)
     return graph
 
 
 def problems(graph: ExecutionGraph) -> list[str]:
     with pytest.raises(VerifyError) as caught:
-        graph.verify()
+        verify(graph)
     return list(caught.value.problems)
 
 
@@ -79,7 +80,7 @@ def test_all_problems_are_told_together(graph: ExecutionGraph, lib: SimpleNamesp
     add(graph, lib, "c", [ref("q")], ref("b"))
     graph.nodes["a"].dependencies.add("ghost")
     with pytest.raises(VerifyError) as caught:
-        graph.verify()
+        verify(graph)
     assert str(caught.value) == (
         "a: depends on 'ghost', which does not exist\n"
         "c: writes 'b', which b gives already\n"
@@ -102,7 +103,7 @@ def test_a_reader_after_an_overwriting_node_is_a_hazard(lib: SimpleNamespace) ->
     graph = g.finish([s])
     assert problems(graph) == ["s: scale overwrites 'x', and late may read it later"]
     graph.add_edge("late", "s")
-    graph.verify()
+    verify(graph)
 
 
 def test_a_reader_ordered_before_is_no_hazard(lib: SimpleNamespace) -> None:
@@ -112,7 +113,7 @@ def test_a_reader_ordered_before_is_no_hazard(lib: SimpleNamespace) -> None:
     graph = g.finish([s])
     assert problems(graph) == ["s: scale overwrites 'x', and early may read it later"]
     graph.add_edge("early", "s")
-    graph.verify()
+    verify(graph)
 
 
 def test_views_share_memory_with_their_source_and_not_with_each_other(lib: SimpleNamespace) -> None:
@@ -120,7 +121,7 @@ def test_views_share_memory_with_their_source_and_not_with_each_other(lib: Simpl
     (s,) = g.emit(lib.Scale, {"x": left}, {}, ("s",))
     g.emit(lib.SiluMul, {"gu": g.graph.nodes["l"].outputs[1]}, {}, ("other_half",))
     graph = g.finish([s])
-    graph.verify()
+    verify(graph)
     g.emit(lib.SiluMul, {"gu": graph.inputs["x"]}, {}, ("whole",))
     assert problems(graph) == ["s: scale overwrites 'x', and whole may read it later"]
 

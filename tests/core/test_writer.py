@@ -11,6 +11,7 @@ from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.types import TensorType
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.ir.writer import GraphWriter
 
 (T,) = dims("T")
@@ -29,7 +30,7 @@ def test_scopes_name_and_mark_nodes(g: GraphWriter, lib: SimpleNamespace) -> Non
             (y,) = g.emit(lib.Linear, {"x": n, "w": w}, {}, ("y",))
     (out,) = g.emit(lib.Linear, {"x": y, "w": w}, {}, ("out",))
     graph = g.finish([out])
-    graph.verify()
+    verify(graph)
     facts = [(n.node_id, n.layer_id, n.block, n.origins) for n in graph.nodes.values()]
     assert facts == [("L3.n", 3, None, ()), ("L3.ffn.y", 3, "ffn", ("L3.ffn",)), ("out", None, None, ())]
     assert {(n.device_id, n.stream_id) for n in graph.nodes.values()} == {(1, 2)}

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sageLLM.runtime.engine.requests import stop_rules
 from sageLLM.runtime.engine.sampling_params import SamplingParams
-from sageLLM.runtime.text.stop import SequenceText, StopMatch, StopRules, find_stop, shown_len
+from sageLLM.runtime.text.stop import SequenceText, StopMatch, find_stop, shown_len
 
 
 class LetterTokenizer:
@@ -24,7 +25,7 @@ class LetterTokenizer:
 
 def run(texts, params, *, eos_after=None, prompt_len=1, max_model_len=1000):
     """Feeds the texts token by token until the sequence ends; gives the sequence and the deltas."""
-    rules = StopRules.of(params, frozenset({0}), prompt_len, max_model_len)
+    rules = stop_rules(params, frozenset({0}), prompt_len, max_model_len)
     sequence = SequenceText(LetterTokenizer(texts), rules, params.skip_special_tokens)
     ids = list(range(1, len(texts) + 1))
     if eos_after is not None:
@@ -122,16 +123,16 @@ def test_min_tokens_keeps_every_stop_away():
 
 
 def test_ids_banned_before_min_tokens():
-    rules = StopRules.of(SamplingParams(min_tokens=2, stop_token_ids=[9, 4]), frozenset({7}), 1, 10)
+    rules = stop_rules(SamplingParams(min_tokens=2, stop_token_ids=[9, 4]), frozenset({7}), 1, 10)
     assert rules.banned_before_min_tokens == (4, 7, 9)
-    assert StopRules.of(SamplingParams(stop_token_ids=[9]), frozenset({7}), 1, 10).banned_before_min_tokens == ()
+    assert stop_rules(SamplingParams(stop_token_ids=[9]), frozenset({7}), 1, 10).banned_before_min_tokens == ()
     ignoring = SamplingParams(min_tokens=2, ignore_eos=True)
-    assert StopRules.of(ignoring, frozenset({7}), 1, 10).banned_before_min_tokens == ()
+    assert stop_rules(ignoring, frozenset({7}), 1, 10).banned_before_min_tokens == ()
 
 
 def test_abort_keeps_what_was_said():
     params = SamplingParams(stop="bcd")
-    sequence = SequenceText(LetterTokenizer(["ab", "c"]), StopRules.of(params, frozenset(), 1, 10))
+    sequence = SequenceText(LetterTokenizer(["ab", "c"]), stop_rules(params, frozenset(), 1, 10))
     sequence.append(1)
     sequence.abort()
     sequence.abort()
@@ -141,7 +142,7 @@ def test_abort_keeps_what_was_said():
 
 
 def test_without_a_tokenizer_ids_and_length_still_stop():
-    sequence = SequenceText(None, StopRules.of(SamplingParams(stop_token_ids=[5]), frozenset(), 1, 10))
+    sequence = SequenceText(None, stop_rules(SamplingParams(stop_token_ids=[5]), frozenset(), 1, 10))
     assert [sequence.append(4), sequence.append(5)] == [None, "stop"]
     assert ending(sequence) == ("", "stop", 5)
 
@@ -150,7 +151,7 @@ def test_a_stop_string_in_bytes_that_waited_for_a_character_is_found(byte_level)
     """The last token is half a character behind the stop string: both were held until the end."""
     ids = byte_level.encode("a!", add_special_tokens=False)
     half = byte_level.encode("你", add_special_tokens=False)[:1]
-    sequence = SequenceText(byte_level, StopRules.of(SamplingParams(stop="!", max_tokens=9), frozenset(), 1, 99))
+    sequence = SequenceText(byte_level, stop_rules(SamplingParams(stop="!", max_tokens=9), frozenset(), 1, 99))
     for token_id in [*half, *ids]:
         if sequence.append(token_id):
             break

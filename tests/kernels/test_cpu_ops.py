@@ -14,7 +14,7 @@ from sageLLM.generated.kernels import cpu, reference
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.tests.op_checks import make_operands
 from sageLLM.runtime.core.errors import TypeMismatch
-from sageLLM.runtime.core.ir.nodes import REQUIRED, AttrSpec, OpNode
+from sageLLM.runtime.core.ir.op_node import REQUIRED, AttrSpec, OpNode
 from sageLLM.runtime.core.ir.types import TensorType
 
 SIZES = (1, 2, 3, 5, 16, 17, 33, 64, 130)

@@ -14,7 +14,7 @@ from sageLLM.generated.builders.llama import LLAMA
 from sageLLM.generated.kernels import cpu, reference
 from sageLLM.generated.ops import OPS
 from sageLLM.runtime.core.ir.dims import evaluate
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.executor.pipeline import Pipeline
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable

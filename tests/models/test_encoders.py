@@ -3,6 +3,7 @@
 import pytest
 
 from sageLLM.generated.builders import MODELS
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
@@ -56,7 +57,7 @@ def test_an_embedding_graph_has_no_more_than_it_needs() -> None:
     llama = MODELS["llama"]
     pipeline = Pipeline(llama, llama.read_config(HFConfig(llama.tiny)), load_registry(), dtype="f32")
     graph = pipeline.embedding_graph("last", normalize=True)
-    graph.verify()
+    verify(graph)
     assert "lm_head" not in graph.weights
     assert "temperature" not in graph.inputs
     assert [node.op for node in graph.nodes.values()][-2:] == ["pool_last", "l2_norm"]

@@ -11,7 +11,7 @@ from sageLLM.codegen import driver
 from sageLLM.generated.builders import GEMMA2, SMOLLM3
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.text import to_text
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout

@@ -16,6 +16,7 @@ from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.model.checkpoint import check_checkpoint
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
@@ -225,9 +226,9 @@ def test_tensors_are_those_of_transformers(make_checkpoint: Callable[..., Any]) 
 
 def expand_block(layout: ModelLayout, config: Any, stage: Stage, parallel: ParallelConfig) -> ExecutionGraph:
     graph = build_block_graph(layout, config, stage, parallel, dtype="f32")
-    graph.verify()
+    verify(graph)
     expanded = expand(graph, layout, graph.model_config)
-    expanded.verify()
+    verify(expanded)
     return expanded
 
 
@@ -254,9 +255,9 @@ def test_block_and_kernel_graph(name: str, stage: Stage, snapshot: SnapshotAsser
 def test_graphs_keep_the_rules_at_both_levels(layout: ModelLayout, stage: Stage, tp: int, pp: int) -> None:
     config = read(layout, attention_bias=True, mlp_bias=True)
     graph = build_block_graph(layout, config, stage, ParallelConfig(tp, pp))
-    graph.verify()
+    verify(graph)
     expanded = expand(graph, layout, graph.model_config)
-    expanded.verify()
+    verify(expanded)
     assert not [node for node in expanded.nodes.values() if node.block and not node.origins]
     assert {node.layer_id for node in expanded.nodes.values()} == {None, *range(config.L)}
     assert (

@@ -19,7 +19,7 @@ from torch import Tensor
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.kernels.reference.norm import rms_norm
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.verify import verify
 
 KINDS = [
     OpType.PREFILL_ATTN,
@@ -37,7 +38,7 @@ def block_graphs(draw: st.DrawFn, max_nodes: int = 24) -> ExecutionGraph:
         graph.add_node(node)
         values += outputs
     graph.outputs = [values[-1]]
-    graph.verify()
+    verify(graph)
     return graph
 
 

@@ -17,8 +17,9 @@ from sageLLM.generated.ops.norm import FusedAddRmsNorm
 from sageLLM.generated.ops.views import ConcatLast, ConcatRows, SplitHalves, SplitRows
 from sageLLM.runtime.core.ir.dims import Dim, evaluate
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
-from sageLLM.runtime.core.ir.verify import same_memory
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.ir.verify import same_memory, verify
 from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.memory import MemoryPlan
 from sageLLM.runtime.core.passes.order import lane
@@ -49,7 +50,7 @@ def op_graphs(draw: st.DrawFn, max_nodes: int = 16, num_streams: int = 1) -> Exe
         values = [ref for ref in values if ref.name not in gone] + node.outputs
     wanted = [ref for ref in values if ref.name != "x"]
     graph.outputs = wanted[-1:] + [ref for ref in wanted[:-1] if not graph.users(ref)]
-    graph.verify()
+    verify(graph)
     return graph
 
 

@@ -16,10 +16,11 @@ from sageLLM.generated.ops import OPS
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes import PASSES
 from sageLLM.runtime.core.ir.text import parse_text, to_text
+from sageLLM.runtime.core.ir.verify import verify
+from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.merge import MergePass
 from sageLLM.runtime.core.passes.place import PlacePass
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 CASES = sorted(path.parent for path in (Path(__file__).parent / "engine_cases").glob("*/*/before.txt"))
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
@@ -34,11 +35,11 @@ def new_pass(name: str) -> DeclaredPass:
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_before_and_after(folder: Path) -> None:
     before = parse_text((folder / "before.txt").read_text(encoding="utf-8"), OpType, OPS)
-    before.verify()
+    verify(before)
     text = to_text(before)
     one = new_pass(folder.parent.name)
     after = one.apply(before)
-    after.verify()
+    verify(after)
     verify_schedule(after)
     assert to_text(before) == text, "the given graph was changed"
     facts = [f"{name} {round(v, 3) if isinstance(v, float) else v}" for name, v in one.report.facts.items()]

@@ -8,8 +8,10 @@ from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.comm import CommFusion
 from sageLLM.generated.passes.schedule import KvPrefetch
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import E
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.passes.order import Reachability
 
 
@@ -54,7 +56,7 @@ def test_op_nodes_are_not_merged() -> None:
     graph = ExecutionGraph("g", level="kernel", inputs={"x": x})
     for name in "ab":
         graph.add_node(Reduce(name, Reduce.kind, [x], [TensorRef(name, (4,), "f32")]))
-    graph.verify()
+    verify(graph)
     assert [type(n) for n in CommFusion().apply(graph).nodes.values()] == [Reduce, Reduce]
 
 
@@ -69,7 +71,7 @@ def test_bounds_of_two_loads_close_no_circle() -> None:
     ):
         graph.add_node(one)
     result = KvPrefetch().apply(graph)
-    result.verify()
+    verify(result)
     assert (result.nodes["A"].dependencies, result.nodes["B"].dependencies) == ({"x"}, set())
 
 

@@ -14,6 +14,7 @@ from sageLLM.generated.passes.schedule import ComputeCommOverlap, KvPrefetch
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.passes.order import Reachability, lane
 
 from .conftest import ancestors, block_graphs, made
@@ -41,7 +42,7 @@ def graph_of(*nodes: ExecutionNode, returns: str = "") -> ExecutionGraph:
                 graph.inputs[value.name] = value
         graph.add_node(one)
     graph.outputs = [next(r for n in nodes for r in n.outputs if r.name == name) for name in returns.split()]
-    graph.verify()
+    verify(graph)
     return graph
 
 
@@ -52,7 +53,7 @@ def graph_of(*nodes: ExecutionNode, returns: str = "") -> ExecutionGraph:
 def test_merging_keeps_values_and_reachability(graph: ExecutionGraph) -> None:
     text, before = to_text(graph), ancestors(graph)
     merged = CommFusion().apply(graph)
-    merged.verify()
+    verify(merged)
     assert to_text(graph) == text, "the given graph was changed"
     assert made(merged) == made(graph)
     after = ancestors(merged)
@@ -104,7 +105,7 @@ def test_two_merges_do_not_close_a_circle() -> None:
     second[0].outputs, second[1].outputs = [ref("fa", 2048)], [ref("fc")]
     third = [node("d", kind, "fa", size=2048), node("b", kind, "fc")]
     merged = CommFusion().apply(graph_of(*first, *second, *third))
-    merged.verify()
+    verify(merged)
 
 
 def test_what_does_not_go_together_stays_apart() -> None:
@@ -134,7 +135,7 @@ def test_reachability_follows_merges() -> None:
 def test_overlap_is_never_slower_and_never_impossibly_fast(graph: ExecutionGraph) -> None:
     before = graph.estimate_total_time()
     scheduled = ComputeCommOverlap().apply(graph)
-    scheduled.verify()
+    verify(scheduled)
     after = scheduled.estimate_total_time()
     path = sum(one.estimated_time_us for one in scheduled.get_critical_path())
     work: dict[tuple[int, int], float] = {}
@@ -187,7 +188,7 @@ def test_the_next_layer_loads_while_this_one_computes() -> None:
     graph = decode_layers(4)
     one = KvPrefetch()
     ahead = one.apply(graph)
-    ahead.verify()
+    verify(ahead)
     assert (graph.estimate_total_time(), ahead.estimate_total_time()) == (56.0, 44.0)
     assert {n.stream_id for n in ahead.nodes.values() if n.op_type is OpType.KV_LOAD} == {1}
     assert one.report.facts["prefetched"] == 3

@@ -19,6 +19,7 @@ from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.events import plan_events
@@ -103,7 +104,7 @@ def test_live_values_never_overlap(graph: ExecutionGraph, use_streams: bool) -> 
     assert placed == set(made(graph)), "every value has its place"
     offsets = {r.name: o for n in result.nodes.values() for r, o in zip(n.outputs, n.metadata["offsets"], strict=True)}
     assert all(offset % 256 == 0 and offset == plan.offset(name) for name, offset in offsets.items())
-    result.verify()
+    verify(result)
     verify_schedule(result)
 
 

@@ -13,6 +13,7 @@ from sageLLM.generated.passes.comm import CommFusion
 from sageLLM.runtime.core.cost import Hardware, Link, annotate, latency_us
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.passes.check import verify_schedule
 
 from .conftest import ancestors
@@ -26,7 +27,7 @@ SLOW_LINK = Hardware("test", {"f64": 1e12}, 1e12, 1 << 30, 1.0, Link(1e9, 50.0),
 def test_merged_op_graphs_give_the_same_bits(graph: ExecutionGraph) -> None:
     annotate(graph, SLOW_LINK)
     merged = CommFusion(SLOW_LINK).apply(graph)
-    merged.verify()
+    verify(merged)
     verify_schedule(merged)
     values = random_values(graph)
     assert same_bits(run(merged, values), run(graph, values))

@@ -7,7 +7,7 @@ from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.cli.graph import GraphRequest, show_graph
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.registry.plugins import load_registry

@@ -14,8 +14,10 @@ from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.place import AfDisaggregation, DropUnread, NanoBatching
 from sageLLM.generated.passes.schedule import ComputeCommOverlap, NanoOverlap
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.text import to_text
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.events import WAITS
@@ -84,7 +86,7 @@ def test_every_row_is_computed_as_before(kind: type[NanoBatching | AfDisaggregat
     without_caches(graph)
     text = to_text(graph)
     placed = kind(parts, hardware=HARDWARE["h100"]).apply(graph)
-    placed.verify()
+    verify(placed)
     verify_schedule(placed)
     assert to_text(graph) == text, "the given graph was changed"
     assert rows_of(placed) == rows_of(graph)
@@ -160,7 +162,7 @@ def test_waits_of_a_block_graph_do_not_reach_its_kernels() -> None:
     scheduled = ComputeCommOverlap().apply(graph)
     assert any(WAITS in one.metadata for one in scheduled.nodes.values())
     kernels = expand(scheduled, layout, config)
-    kernels.verify()
+    verify(kernels)
     verify_schedule(kernels)
     assert not any(WAITS in one.metadata for one in kernels.nodes.values())
 
@@ -240,7 +242,7 @@ def disaggregated(layers: int, parts: int, ta: float, te: float, tc: float) -> E
     rows = 4 * parts
     graph = blocks(layers, {"a": (OpType.DECODE_ATTN, ta * parts), "f": (OpType.FFN, te * parts)}, rows)
     placed = AfDisaggregation(parts, part_time=Transfers(rows, tc)).apply(graph)
-    placed.verify()
+    verify(placed)
     verify_schedule(placed)
     return placed
 

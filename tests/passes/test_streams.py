@@ -13,6 +13,7 @@ from sageLLM.generated.passes.schedule import ComputeCommOverlap, KvPrefetch, Na
 from sageLLM.runtime.core.errors import VerifyError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.clocks import Clocks
 from sageLLM.runtime.core.passes.events import WAITS, plan_events
@@ -53,7 +54,7 @@ def test_waits_are_enough_and_none_is_too_much(graph: ExecutionGraph) -> None:
 @settings(max_examples=40, deadline=None)
 def test_scheduled_graphs_give_the_same_bits_in_any_interleaving(graph: ExecutionGraph, random: Random) -> None:
     scheduled = ComputeCommOverlap().apply(graph)
-    scheduled.verify()
+    verify(scheduled)
     verify_schedule(scheduled)
     values = random_values(graph)
     for _ in range(3):
@@ -123,7 +124,7 @@ def test_no_more_is_loaded_than_the_budget(layers: int, loads: int, ahead: int, 
     one = KvPrefetch(budget)
     one.__class__ = type("Ahead", (KvPrefetch,), {"ahead": ahead})
     result = one.apply(graph)
-    result.verify()
+    verify(result)
     verify_schedule(result)
     assert all(graph.nodes[i].dependencies <= n.dependencies for i, n in result.nodes.items())
     held = 0

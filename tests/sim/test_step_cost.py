@@ -8,7 +8,7 @@ from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.core.cost import estimate
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from sageLLM.generated.hardware import HARDWARE
+from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.execution_graph.builder import (
     DecodeBatch,
     ExecutionGraphBuilder,
@@ -123,7 +124,7 @@ class TestGraph:
         graph = graph_of(node("a"), node("b"))
         graph.add_edge("b", "a")
         assert graph.nodes["a"].dependencies == {"b"}
-        with pytest.raises(ValueError, match="graph 'test' has no node 'z'"):
+        with pytest.raises(ValueError, match="unknown node 'z' in graph 'test'"):
             graph.add_edge("a", "z")
 
     def test_topological_sort(self) -> None:
@@ -163,7 +164,7 @@ class TestGraph:
 class TestPrefill:
     def test_graph(self, builder: ExecutionGraphBuilder) -> None:
         graph = builder.build_prefill_graph(PREFILL)
-        graph.verify()
+        verify(graph)
         assert (graph.graph_id, graph.num_layers, graph.model_config) == ("prefill_32", 4, MODEL)
         assert graph.prefill_nodes == set(graph.nodes)
         assert graph.decode_nodes == graph.comm_nodes == set()
@@ -205,7 +206,7 @@ class TestPrefill:
 class TestDecode:
     def test_graph(self, builder: ExecutionGraphBuilder) -> None:
         graph = builder.build_decode_graph(DECODE)
-        graph.verify()
+        verify(graph)
         assert graph.graph_id == "decode_3"
         assert graph.decode_nodes == set(graph.nodes)
         assert graph.prefill_nodes == set()
@@ -231,7 +232,7 @@ class TestDecode:
 class TestHybrid:
     def test_graph(self, builder: ExecutionGraphBuilder) -> None:
         graph = builder.build_hybrid_graph(PREFILL, DECODE)
-        graph.verify()
+        verify(graph)
         assert graph.graph_id == "hybrid_32_3"
         prefills, decodes = ops(graph, OpType.PREFILL_ATTN), ops(graph, OpType.DECODE_ATTN)
         assert [each.layer_id for each in prefills] == [each.layer_id for each in decodes] == [0, 1, 2, 3]
@@ -253,7 +254,7 @@ class TestHybrid:
 class TestParallel:
     def test_tensor_parallel_layers_reduce_twice(self) -> None:
         graph = ExecutionGraphBuilder(MODEL, ParallelConfig(tensor_parallel_size=2)).build_prefill_graph(PREFILL)
-        graph.verify()
+        verify(graph)
         reduced = [each.layer_id for each in ops(graph, OpType.COMM_ALLREDUCE)]
         assert reduced == [None, 0, 0, 1, 1, 2, 2, 3, 3]
         assert len(ops(graph, OpType.COMM_ALLGATHER)) == 1
@@ -262,7 +263,7 @@ class TestParallel:
 
     def test_pipeline_stages_have_their_devices_and_send_at_the_borders(self) -> None:
         graph = ExecutionGraphBuilder(MODEL, ParallelConfig(pipeline_parallel_size=2)).build_decode_graph(DECODE)
-        graph.verify()
+        verify(graph)
         by_layer = {each.layer_id: each.device_id for each in ops(graph, OpType.FFN)}
         assert by_layer == {0: 0, 1: 0, 2: 1, 3: 1}
         (send,), (receive,) = ops(graph, OpType.COMM_SEND), ops(graph, OpType.COMM_RECV)
@@ -285,7 +286,7 @@ class TestParallel:
 
     def test_every_layout_builds(self) -> None:
         graph = ExecutionGraphBuilder(MODEL, ParallelConfig(2, 2), layout="qwen3").build_hybrid_graph(PREFILL, DECODE)
-        graph.verify()
+        verify(graph)
 
 
 class TestSingleNodes:
@@ -418,7 +419,7 @@ class TestDefaultPasses:
         graph = ExecutionGraphBuilder(MODEL, ParallelConfig(tensor_parallel_size=2)).build_prefill_graph(PREFILL)
         before = graph.estimate_total_time()
         done = ComputeCommOverlapPass().apply(graph)
-        done.verify()
+        verify(done)
         comm = {done.nodes[node_id].stream_id for node_id in done.comm_nodes}
         compute = {
             each.stream_id for each in done.nodes.values() if not each.op_type.is_comm and not each.op_type.is_kv
@@ -433,12 +434,12 @@ class TestDefaultPasses:
             load.estimated_time_us = 5.0
         before = graph.estimate_total_time()
         done = KVPrefetchPass().apply(graph)
-        done.verify()
+        verify(done)
         assert done.estimate_total_time() < before
 
     def test_memory_optimization_reuses_memory(self, builder: ExecutionGraphBuilder) -> None:
         pass_ = MemoryOptimizationPass()
-        pass_.apply(builder.build_prefill_graph(PREFILL)).verify()
+        verify(pass_.apply(builder.build_prefill_graph(PREFILL)))
         plan = pass_.plan
         assert plan.max_live_bytes <= plan.peak_bytes < plan.total_bytes
         placed = list(zip(plan.buffers, plan.offsets, strict=True))
@@ -455,7 +456,7 @@ class TestDefaultPasses:
         ):
             before = graph.estimate_total_time()
             done = GraphOptimizer().optimize(graph)
-            done.verify()
+            verify(done)
             assert done.estimate_total_time() <= before * 1.0001
             order = {each.node_id: i for i, each in enumerate(done.topological_sort())}
             chain = [each.node_id for each in done.get_critical_path()]

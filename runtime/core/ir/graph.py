@@ -1,4 +1,4 @@
-"""The execution graph: nodes, the values between them, and the questions that schedulers and passes ask of it."""
+"""Execution graph: the nodes of one step, the values between them, and the queries of schedulers and passes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
-from sageLLM.runtime.core.errors import IRError, VerifyError
+from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.dims import Dim, Expr, evaluate
+from sageLLM.runtime.core.ir.index import GraphIndex
 from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.order import critical_path, topological_order, total_time
-from sageLLM.runtime.core.ir.verify import find_problems
 
 Level: TypeAlias = Literal["block", "kernel"]
 Stage: TypeAlias = Literal["prefill", "decode", "hybrid"]
@@ -21,16 +21,16 @@ class ExecutionGraph:
     """One step of a model as a graph of nodes that read and write named values.
 
     `nodes` keeps insertion order. `inputs` (step inputs and caches) and `weights` are the values that no node writes;
-    `outputs` are what the step returns. A node depends on the writers of its inputs; further ordering is given by
-    `dependencies` or `add_edge`. Change a graph through its methods: a node whose tensors are edited in place needs
-    `reindex()` afterwards.
+    `outputs` are the values that the step returns. A node depends on the producers of its inputs; `dependencies` and
+    `add_edge` order nodes further. Change a graph through its methods: after editing a node's tensors in place, call
+    `reindex()`.
 
     Membership: COMM_* nodes are in `comm_nodes`. In a prefill graph all nodes are prefill nodes, in a decode graph all
-    are decode nodes. In a hybrid graph, and in one without a stage, `metadata["phase"]` decides where it is given;
-    else PREFILL_ATTN is prefill and DECODE_ATTN is decode; else in a block-level hybrid graph KV_STORE is prefill and
+    are decode nodes. In a hybrid graph, and in one without a stage, `metadata["phase"]` decides if it is set; else
+    PREFILL_ATTN is prefill and DECODE_ATTN is decode; else in a block-level hybrid graph KV_STORE is prefill and
     KV_LOAD is decode; every other node of a hybrid graph serves both, and of a graph without a stage neither.
 
-    `model_config` is the caller's own object; it is left out of comparisons and of the text and JSON forms.
+    `model_config` belongs to the caller; comparisons and the text and JSON forms ignore it.
     """
 
     graph_id: str
@@ -45,45 +45,42 @@ class ExecutionGraph:
     inputs: dict[str, TensorRef] = field(default_factory=dict)
     weights: dict[str, TensorRef] = field(default_factory=dict)
     outputs: list[TensorRef] = field(default_factory=list)
-    _writers: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _readers: dict[str, dict[str, None]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _followers: dict[str, set[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _index: GraphIndex = field(default_factory=GraphIndex, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.reindex()
 
     def add_node(self, node: ExecutionNode) -> None:
-        """Add a node, make it depend on the nodes added before that write its inputs, and enter it in its sets.
+        """Adds a node, with dependencies on the producers of its inputs that were added before, and its membership.
 
         Raises IRError if the id is taken.
         """
         if node.node_id in self.nodes:
             raise IRError(f"graph {self.graph_id!r} already has a node {node.node_id!r}")
         self.nodes[node.node_id] = node
-        self._index(node)
-        self._classify(node)
+        self._enter(node)
 
     def add_edge(self, from_node: str, to_node: str) -> None:
-        """Let `to_node` wait for `from_node`; IRError if either is unknown. A cycle shows when the graph is sorted."""
+        """Makes `to_node` wait for `from_node`; IRError if either is unknown. Cycles are found by sorting, not here."""
         for node_id in (from_node, to_node):
             if node_id not in self.nodes:
-                raise IRError(f"no edge {from_node!r} -> {to_node!r}: graph {self.graph_id!r} has no node {node_id!r}")
+                raise IRError(f"edge {from_node!r} -> {to_node!r}: unknown node {node_id!r} in graph {self.graph_id!r}")
         dependencies = self.nodes[to_node].dependencies
         if from_node not in dependencies:
             dependencies.add(from_node)
-            self._followers.setdefault(from_node, set()).add(to_node)
+            self._index.add_edge(from_node, to_node)
 
     def producer(self, value: TensorRef | str) -> ExecutionNode | None:
         """The node that writes a value (the last added, if several do); None for inputs, weights and unknown names."""
-        writers = self._writers.get(_name(value))
-        return self.nodes[writers[-1]] if writers else None
+        node_id = self._index.producer_of(_name(value))
+        return None if node_id is None else self.nodes[node_id]
 
     def users(self, value: TensorRef | str) -> list[ExecutionNode]:
-        """The nodes that read a value, in the order they came to read it."""
-        return [self.nodes[node_id] for node_id in self._readers.get(_name(value), ())]
+        """The nodes that read a value, in the order in which they became its users."""
+        return [self.nodes[node_id] for node_id in self._index.users_of(_name(value))]
 
     def topological_sort(self) -> list[ExecutionNode]:
-        """All nodes, dependencies first; among those that are ready, the one inserted first.
+        """All nodes, dependencies first; of several ready nodes the one inserted first, so the order is reproducible.
 
         Raises CycleError naming the nodes of one cycle in order, and IRError for an unknown dependency.
         """
@@ -92,12 +89,12 @@ class ExecutionGraph:
     def get_critical_path(self) -> list[ExecutionNode]:
         """The chain of dependent nodes with the largest sum of `estimated_time_us`, first to last.
 
-        Of equally long chains the one with more nodes. Streams and devices do not count. Empty for an empty graph.
+        Of equally long chains the one with more nodes. Streams and devices are ignored. Empty for an empty graph.
         """
         return critical_path(self.topological_sort())
 
     def estimate_total_time(self) -> float:
-        """Microseconds from the start to the last finish.
+        """Microseconds from the start of the step to the end of its last node.
 
         Nodes of one (device_id, stream_id) run one after another in topological order; different streams and devices
         overlap; each node starts after its dependencies have finished.
@@ -105,33 +102,33 @@ class ExecutionGraph:
         return total_time(self.topological_sort())
 
     def get_subgraph(self, node_ids: Iterable[str]) -> ExecutionGraph:
-        """A new graph with copies of the given nodes in this graph's order; this graph is not changed.
+        """A new graph with copies of the selected nodes in this graph's order; this graph is not changed.
 
-        Dependencies on nodes outside are dropped, and the sets hold only what was in them here. A value that is read
-        inside and written outside becomes an input; one that is written inside and is an output here, or is read
-        outside, becomes an output. Raises IRError for an unknown id.
+        Dependencies on nodes outside are dropped, and membership is kept. A value that is read inside and written
+        outside becomes an input; one that is written inside and is an output here, or is read outside, becomes an
+        output. Raises IRError for an unknown id.
         """
-        wanted = set(node_ids)
-        if unknown := sorted(wanted - self.nodes.keys()):
-            raise IRError(f"graph {self.graph_id!r} has no node {', '.join(map(repr, unknown))}")
-        nodes = {node_id: node.copy() for node_id, node in self.nodes.items() if node_id in wanted}
+        selected = set(node_ids)
+        if unknown := sorted(selected - self.nodes.keys()):
+            raise IRError(f"graph {self.graph_id!r}: unknown node {', '.join(map(repr, unknown))}")
+        nodes = {node_id: node.copy() for node_id, node in self.nodes.items() if node_id in selected}
         for node in nodes.values():
-            node.dependencies &= wanted
+            node.dependencies &= selected
         written = {ref.name for node in nodes.values() for ref in node.outputs}
         read = {ref.name: ref for node in nodes.values() for ref in node.inputs}
         return replace(
             self,
             nodes=nodes,
-            prefill_nodes=self.prefill_nodes & wanted,
-            decode_nodes=self.decode_nodes & wanted,
-            comm_nodes=self.comm_nodes & wanted,
+            prefill_nodes=self.prefill_nodes & selected,
+            decode_nodes=self.decode_nodes & selected,
+            comm_nodes=self.comm_nodes & selected,
             inputs={n: ref for n, ref in read.items() if n not in written and n not in self.weights},
             weights={n: ref for n, ref in self.weights.items() if n in read},
-            outputs=self._values_wanted_outside(nodes),
+            outputs=self._values_used_outside(nodes),
         )
 
     def bind(self, **symbols: Dim) -> ExecutionGraph:
-        """A new graph with sizes in place of symbols, e.g. `graph.bind(T=128, B=4)`; unused names are ignored."""
+        """A new graph with sizes for symbols, e.g. `graph.bind(T=128, B=4)`; names without a symbol are ignored."""
         bound: dict[TensorRef, TensorRef] = {}
 
         def concrete(ref: TensorRef) -> TensorRef:
@@ -157,7 +154,7 @@ class ExecutionGraph:
         )
 
     def copy(self) -> ExecutionGraph:
-        """A graph whose nodes and sets are its own."""
+        """A copy that shares no node, list or set with this graph."""
         return replace(
             self,
             nodes={node_id: node.copy() for node_id, node in self.nodes.items()},
@@ -175,79 +172,45 @@ class ExecutionGraph:
         new_nodes: Sequence[ExecutionNode],
         renames: Mapping[str, TensorRef | str] | None = None,
     ) -> None:
-        """Put new nodes in the place of the last old one, in this graph.
+        """Replaces nodes in place; the new nodes take the position of the last old one.
 
-        `renames` says which value readers of an old value get instead. Data dependencies are derived anew; what else
-        the old nodes waited for, the new ones wait for, and what waited for an old node waits for all new ones. It
-        costs O(1) in the size of the graph if there is one new node and it has the id of an old one. Raises IRError,
-        and changes nothing, if an id is unknown or taken, or if a value would be lost that is still wanted.
+        `renames` maps an old value to the one that its users read instead. Data dependencies are derived again; other
+        dependencies of the old nodes pass to the new ones, and nodes that waited for an old node wait for all new
+        ones. It costs O(1) in the size of the graph if there is one new node and it has the id of an old one. Raises
+        IRError, and changes nothing, if an id is unknown or taken, or if a value that is still used would be lost.
         """
+        index = self._index
         old = {_id(node): self._known(_id(node)) for node in old_nodes}
         renamed = dict(renames or {})
         self._check_replacement(old, new_nodes, renamed)
-        waits = {d for node in old.values() for d in node.dependencies - self._data_dependencies(node)} - old.keys()
-        followers = {f for node_id in old for f in self._followers.get(node_id, ())} - old.keys()
+        # Everything that depends on the old index entries is read before the first of them is removed.
+        waits = {d for node in old.values() for d in node.dependencies - index.data_dependencies(node)} - old.keys()
+        successors = {s for node_id in old for s in index.successors.get(node_id, ())} - old.keys()
         values = {ref.name for node in old.values() for ref in node.outputs} | renamed.keys()
-        readers = {r for name in values for r in self._readers.get(name, ())} - old.keys()
+        users = {user for name in values for user in index.users_of(name)} - old.keys()
         for node in old.values():
-            self._unindex(node)
+            self._leave(node)
         self._insert(old, new_nodes)
         for node in new_nodes:
             node.dependencies = (node.dependencies - old.keys()) | waits
-            self._index(node)
-            self._classify(node)
-        self._rename(renamed, readers)
-        for node_id in readers | followers:
+            self._enter(node)
+        self._rename(renamed, users)
+        for node_id in users | successors:
             node = self.nodes[node_id]
-            node.dependencies = (node.dependencies - old.keys()) | self._data_dependencies(node)
-        for node_id in followers:
+            node.dependencies = (node.dependencies - old.keys()) | index.data_dependencies(node)
+        for node_id in successors:
             for before in [node.node_id for node in new_nodes] or sorted(waits):
                 self.add_edge(before, node_id)
 
-    def verify(self) -> None:
-        """Raise VerifyError with all problems: see `sageLLM.runtime.core.ir.verify`."""
-        self.reindex()
-        if problems := find_problems(self):
-            raise VerifyError(problems)
-
     def reindex(self) -> None:
-        """Rebuild the lists of writers and readers after nodes were edited in place; dependencies stay as they are."""
-        self._writers, self._readers, self._followers = {}, {}, {}
+        """Rebuilds the producer and user tables after nodes were edited in place; dependencies are not changed."""
+        self._index = GraphIndex()
         for node in self.nodes.values():
-            self._index(node, derive=False)
+            self._index.add(node)
 
-    def _index(self, node: ExecutionNode, *, derive: bool = True) -> None:
-        """Enter a node's values; writers first seen now are those of nodes before it."""
-        data = self._data_dependencies(node)
-        for dependency in node.dependencies - data:
-            self._followers.setdefault(dependency, set()).add(node.node_id)
-        if derive:
-            node.dependencies |= data
-        for ref in node.inputs:
-            self._readers.setdefault(ref.name, {})[node.node_id] = None
-        for ref in node.outputs:
-            self._writers.setdefault(ref.name, []).append(node.node_id)
-
-    def _unindex(self, node: ExecutionNode) -> None:
-        for ref in node.inputs:
-            self._readers.get(ref.name, {}).pop(node.node_id, None)
-        for ref in node.outputs:
-            writers = self._writers.get(ref.name, [])
-            if node.node_id in writers:
-                writers.remove(node.node_id)
-        self._followers.pop(node.node_id, None)
-        for dependency in node.dependencies:
-            self._followers.get(dependency, set()).discard(node.node_id)
-        for members in (self.prefill_nodes, self.decode_nodes, self.comm_nodes):
-            members.discard(node.node_id)
-
-    def _data_dependencies(self, node: ExecutionNode) -> set[str]:
-        writers = self._writers
-        found = {writers[ref.name][-1] for ref in node.inputs if writers.get(ref.name)}
-        found.discard(node.node_id)
-        return found
-
-    def _classify(self, node: ExecutionNode) -> None:
+    def _enter(self, node: ExecutionNode) -> None:
+        """Adds a node to the tables and the membership sets, and derives its data dependencies."""
+        node.dependencies |= self._index.add(node)
         if node.op_type.is_comm:
             self.comm_nodes.add(node.node_id)
         phases = self.phases_of(node)
@@ -256,8 +219,13 @@ class ExecutionGraph:
         if "decode" in phases:
             self.decode_nodes.add(node.node_id)
 
+    def _leave(self, node: ExecutionNode) -> None:
+        self._index.remove(node)
+        for members in (self.prefill_nodes, self.decode_nodes, self.comm_nodes):
+            members.discard(node.node_id)
+
     def phases_of(self, node: ExecutionNode) -> tuple[str, ...]:
-        """Which of "prefill" and "decode" a node serves in this graph, by the rule of membership above."""
+        """The phases ("prefill", "decode") that a node serves in this graph, by the membership rule of the class."""
         if self.stage in ("prefill", "decode"):
             return (self.stage,)
         if "phase" in node.metadata:
@@ -271,13 +239,13 @@ class ExecutionGraph:
             return (_PHASE_OF_BLOCK[kind],)
         return ("prefill", "decode")
 
-    def _values_wanted_outside(self, nodes: Mapping[str, ExecutionNode]) -> list[TensorRef]:
+    def _values_used_outside(self, nodes: Mapping[str, ExecutionNode]) -> list[TensorRef]:
         kept = {ref.name for ref in self.outputs}
         return [
             ref
             for node in nodes.values()
             for ref in node.outputs
-            if ref.name in kept or any(user not in nodes for user in self._readers.get(ref.name, ()))
+            if ref.name in kept or any(user not in nodes for user in self._index.users_of(ref.name))
         ]
 
     def _check_replacement(
@@ -291,10 +259,10 @@ class ExecutionGraph:
         rewritten = {ref.name for node in new for ref in node.outputs} | renames.keys()
         returned = {ref.name for ref in self.outputs}
         for ref in (ref for node in old.values() for ref in node.outputs if ref.name not in rewritten):
-            readers = [r for r in self._readers.get(ref.name, ()) if r not in old]
-            if readers or ref.name in returned:
-                wanted_by = readers[0] if readers else "the graph's caller"
-                raise IRError(f"replacing {', '.join(old)} would lose {ref.name!r}, which {wanted_by} reads")
+            users = [user for user in self._index.users_of(ref.name) if user not in old]
+            if users or ref.name in returned:
+                user = users[0] if users else "the graph's caller"
+                raise IRError(f"replacing {', '.join(old)} would lose {ref.name!r}, which {user} reads")
 
     def _insert(self, old: Mapping[str, ExecutionNode], new: Sequence[ExecutionNode]) -> None:
         if len(new) == 1 and new[0].node_id in old:
@@ -314,30 +282,28 @@ class ExecutionGraph:
         self.nodes.clear()
         self.nodes.update(placed)
 
-    def _rename(self, renames: Mapping[str, TensorRef | str], readers: Iterable[str]) -> None:
+    def _rename(self, renames: Mapping[str, TensorRef | str], users: Iterable[str]) -> None:
         if not renames:
             return
         targets = {name: self._ref(target) for name, target in renames.items()}
-        for node in (self.nodes[r] for r in readers):
-            for name in {ref.name for ref in node.inputs} & targets.keys():
-                self._readers[name].pop(node.node_id, None)
-                self._readers.setdefault(targets[name].name, {})[node.node_id] = None
+        for node in (self.nodes[user] for user in users):
+            self._index.redirect(node, targets)
             node.inputs = [targets.get(ref.name, ref) for ref in node.inputs]
         self.outputs = [targets.get(ref.name, ref) for ref in self.outputs]
 
     def _ref(self, value: TensorRef | str) -> TensorRef:
         if isinstance(value, TensorRef):
             return value
-        writer = self.producer(value)
-        refs = writer.outputs if writer else [*self.inputs.values(), *self.weights.values()]
+        producer = self.producer(value)
+        refs = producer.outputs if producer else [*self.inputs.values(), *self.weights.values()]
         for ref in refs:
             if ref.name == value:
                 return ref
-        raise IRError(f"graph {self.graph_id!r} has no value {value!r}")
+        raise IRError(f"graph {self.graph_id!r}: unknown value {value!r}")
 
     def _known(self, node_id: str) -> ExecutionNode:
         if node_id not in self.nodes:
-            raise IRError(f"graph {self.graph_id!r} has no node {node_id!r}")
+            raise IRError(f"graph {self.graph_id!r}: unknown node {node_id!r}")
         return self.nodes[node_id]
 
 

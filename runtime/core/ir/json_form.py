@@ -10,7 +10,8 @@ from typing import Any
 from sageLLM.runtime.core.errors import IRError, ParseError
 from sageLLM.runtime.core.ir.dims import Dim, Expr, parse_dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 
 
 def to_json(graph: ExecutionGraph, *, indent: int | None = None) -> str:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from sageLLM.runtime.core.errors import IRError, ParseError
 from sageLLM.runtime.core.ir.dims import Dim, parse_dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 
 KEYWORDS = ("graph", "input", "weight", "return", "members")
 LEVELS = ("block", "kernel")

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator
 from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.dims import Expr
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.parse import KEYWORDS, parse_text
 
 __all__ = ["parse_text", "to_text"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
-from sageLLM.runtime.core.errors import CycleError
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, Inference, InferKey, OpNode, TensorRef
+from sageLLM.runtime.core.errors import CycleError, VerifyError
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
 
-if TYPE_CHECKING:
-    from sageLLM.runtime.core.ir.graph import ExecutionGraph
+
+def verify(graph: ExecutionGraph) -> None:
+    """Raises VerifyError with all problems of a graph: see `find_problems`."""
+    graph.reindex()
+    if problems := find_problems(graph):
+        raise VerifyError(problems)
 
 
 def find_problems(graph: ExecutionGraph) -> list[str]:

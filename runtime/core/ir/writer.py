@@ -9,16 +9,8 @@ from typing import Any
 from sageLLM.runtime.core.errors import IRError, TypeMismatch
 from sageLLM.runtime.core.ir.dims import Dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Level, Stage
-from sageLLM.runtime.core.ir.nodes import (
-    AttrValue,
-    ExecutionNode,
-    Inference,
-    InferKey,
-    OpNode,
-    OpTypeBase,
-    TensorRef,
-    infer_key,
-)
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode, infer_key
 from sageLLM.runtime.core.ir.types import TensorType
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.dims import Dim, dims
 from sageLLM.runtime.core.ir.graph import Stage as Stage
-from sageLLM.runtime.core.ir.nodes import AttrValue, OpNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import DTYPES, TensorType
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.core.model.hf_config import HFConfig, shown

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 
 
 def drop_unread(graph: ExecutionGraph) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, TypeAlias
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass
+from sageLLM.runtime.core.passes.base import DeclaredPass
 
 GraphFunction: TypeAlias = "staticmethod[[ExecutionGraph], int]"
 

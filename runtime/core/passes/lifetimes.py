@@ -8,7 +8,8 @@ from typing import NamedTuple
 from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.dims import Dim, evaluate, product
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.passes.clocks import Clocks
 from sageLLM.runtime.core.passes.order import is_on_device

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes, Sizes
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 OFFSETS = "offsets"
 """The key of a node's metadata under which the places of its outputs stand."""

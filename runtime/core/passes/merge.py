@@ -8,10 +8,11 @@ from typing import ClassVar
 from sageLLM.runtime.core.cost import Hardware, estimate, latency_us
 from sageLLM.runtime.core.ir.dims import Dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, OpNode
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.order import Reachability, put_in_order, take_over
 from sageLLM.runtime.core.passes.rows import PART, free_name, join_rows, new_node, split_rows
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 
 class MergePass(DeclaredPass):

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from sageLLM.runtime.core.ir.dims import Dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode, infer_key
 from sageLLM.runtime.core.passes.rows import PART, join_rows, split_rows
 
 COUNTS = ("flops", "bytes")

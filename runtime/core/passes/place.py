@@ -9,12 +9,13 @@ from sageLLM.runtime.core.cost import Hardware, Memo, estimate
 from sageLLM.runtime.core.errors import TypeMismatch
 from sageLLM.runtime.core.ir.dims import Dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, Inference, InferKey, OpNode
+from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
+from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.micro_batches import MicroBatches, entering, share_of, why_not_divisible
 from sageLLM.runtime.core.passes.order import put_in_order, take_over
 from sageLLM.runtime.core.passes.rows import PART
 from sageLLM.runtime.core.passes.transfers import move_nodes
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 PartTime = Callable[[ExecutionNode, int], float]
 """The microseconds of a node for a micro-batch of so many rows."""

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.events import plan_events
 from sageLLM.runtime.core.passes.order import Lane, Reachability, is_on_device, lane, order_cache_effects, put_in_order
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 
 class PrefetchPass(DeclaredPass):

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.events import plan_events
 from sageLLM.runtime.core.passes.order import (
     Lane,
@@ -18,7 +19,6 @@ from sageLLM.runtime.core.passes.order import (
     put_in_order,
 )
 from sageLLM.runtime.core.passes.sharing import Share, Span, simulate, time_spans
-from sageLLM.runtime.core.rewrite.driver import DeclaredPass
 
 
 class StreamPass(DeclaredPass):

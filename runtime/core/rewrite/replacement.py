@@ -7,7 +7,8 @@ from typing import TypeAlias
 
 from sageLLM.runtime.core.errors import IRError, TypeMismatch
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, Inference, InferKey, OpNode, TensorRef, infer_key
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode, infer_key
 from sageLLM.runtime.core.ir.verify import same_memory
 from sageLLM.runtime.core.rewrite.rules import NearMiss, NewCall, Rewrite
 

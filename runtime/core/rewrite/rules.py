@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 
 FLOATS = ("f16", "bf16", "f32", "f64")
 
@@ -74,13 +75,13 @@ class Rule:
 Reader = TypeVar("Reader", bound=OpNode)
 
 
-def reader_of(graph: ExecutionGraph, value: TensorRef, op: type[Reader]) -> Reader | None:
+def consumer_of(graph: ExecutionGraph, value: TensorRef, op: type[Reader]) -> Reader | None:
     """The one node of an op that reads a value; None if there is none, or more than one to choose from."""
     readers = [node for node in graph.users(value) if isinstance(node, op)]
     return readers[0] if len(readers) == 1 else None
 
 
-def giver(node: ExecutionNode | None) -> str:
+def describe_producer(node: ExecutionNode | None) -> str:
     """What a value comes from, for the reason of a near miss: `embedding`, `cast(f32->bf16)`, or `outside`."""
     if node is None:
         return "outside"
@@ -88,7 +89,7 @@ def giver(node: ExecutionNode | None) -> str:
     return f"{node.op}({kinds[0]}->{kinds[1]})" if len(set(kinds)) == 2 else node.op
 
 
-def readers(graph: ExecutionGraph, value: TensorRef) -> str:
+def describe_consumers(graph: ExecutionGraph, value: TensorRef) -> str:
     """What reads a value, for the reason of a near miss: `add, rope`, or `nothing`."""
     return ", ".join(sorted(user.op for user in graph.users(value))) or "nothing"
 

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from sageLLM.runtime.core.ir.dims import Dim, Expr
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import Inference, InferKey, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
 from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.executor.native.calls import CallList

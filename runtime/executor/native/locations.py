@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from sageLLM.runtime.core.ir.dims import Dim, evaluate
-from sageLLM.runtime.core.ir.nodes import ExecutionNode, Inference, OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.op_node import Inference, OpNode
 from sageLLM.runtime.core.ir.types import TypePattern
 from sageLLM.runtime.core.kernels import Part, stride_names
 

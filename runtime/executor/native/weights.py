@@ -10,7 +10,8 @@ from typing import TypeAlias
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import OpNode, TensorRef
+from sageLLM.runtime.core.ir.nodes import TensorRef
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.executor.native.locations import Place, contiguous
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner

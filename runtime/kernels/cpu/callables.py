@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.dims import Dim
-from sageLLM.runtime.core.ir.nodes import AttrSpec, AttrValue
+from sageLLM.runtime.core.ir.nodes import AttrValue
+from sageLLM.runtime.core.ir.op_node import AttrSpec
 from sageLLM.runtime.core.ir.types import TensorType, TypePattern
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, Symbol

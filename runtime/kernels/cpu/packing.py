@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.library import Library
 

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from sageLLM.generated.kernels.triton import KERNELS
 from sageLLM.generated.ops import OPS
 from sageLLM.runtime.core.ir.dims import evaluate
-from sageLLM.runtime.core.ir.nodes import REQUIRED, AttrSpec
+from sageLLM.runtime.core.ir.op_node import REQUIRED, AttrSpec
 from sageLLM.runtime.core.ir.types import TypePattern
 
 TARGETS = {

@@ -5,14 +5,14 @@
 from sageLLM.generated.ops.activation import Gelu
 from sageLLM.generated.ops.elementwise import Scale
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import OpNode
-from sageLLM.runtime.core.rewrite.driver import (
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.passes.rewrite import RewritePass
+from sageLLM.runtime.core.rewrite.rules import (
     NearMiss,
     NewCall,
     Rewrite,
-    RewritePass,
     Rule,
-    giver,
+    describe_producer,
     is_known,
     size_of,
 )
@@ -29,7 +29,7 @@ def small_and_narrow(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
         return None
     scale = graph.producer(node.x)
     if not isinstance(scale, Scale):
-        return NearMiss(1, "scale_2.x comes from " + giver(scale) + ", want scale")
+        return NearMiss(1, "scale_2.x comes from " + describe_producer(scale) + ", expected scale")
     if not is_known(scale.x):
         return NearMiss(2, "the sizes in bytes(x) <= 512 * 1024 are not known yet")
     if not scale.x.num_bytes <= 512 * 1024:

@@ -6,14 +6,14 @@ from sageLLM.generated.ops.comm import AllReduce
 from sageLLM.generated.ops.elementwise import Add
 from sageLLM.generated.ops.norm import FusedAddRmsNorm, RmsNorm
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import OpNode
-from sageLLM.runtime.core.rewrite.driver import (
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.passes.rewrite import RewritePass
+from sageLLM.runtime.core.rewrite.rules import (
     NearMiss,
     NewCall,
     Rewrite,
-    RewritePass,
     Rule,
-    giver,
+    describe_producer,
 )
 
 __all__ = ["Regroup"]
@@ -28,12 +28,12 @@ def sum_first(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
         return None
     add_2 = graph.producer(node.x)
     if not isinstance(add_2, Add):
-        return NearMiss(1, "rms_norm.x comes from " + giver(add_2) + ", want add")
+        return NearMiss(1, "rms_norm.x comes from " + describe_producer(add_2) + ", expected add")
     add = graph.producer(add_2.x)
     if not isinstance(add, Add):
-        return NearMiss(2, "add_2.x comes from " + giver(add) + ", want add")
+        return NearMiss(2, "add_2.x comes from " + describe_producer(add) + ", expected add")
     if add.y.name != add_2.y.name:
-        return NearMiss(3, "want add.y to be add_2.y")
+        return NearMiss(3, "expected add.y to be add_2.y")
     replacement_1 = NewCall(
         Add,
         {"x": add_2.y, "y": add_2.y},
@@ -61,12 +61,12 @@ def reduce_in_the_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMis
     if not isinstance(node, FusedAddRmsNorm):
         return None
     if node.eps != 1e-06:
-        return NearMiss(1, "want the default eps")
+        return NearMiss(1, "expected the default eps")
     all_reduce = graph.producer(node.x)
     if not isinstance(all_reduce, AllReduce):
-        return NearMiss(1, "fused_add_rms_norm.x comes from " + giver(all_reduce) + ", want all_reduce")
+        return NearMiss(1, "fused_add_rms_norm.x comes from " + describe_producer(all_reduce) + ", expected all_reduce")
     if all_reduce.group != "tp":
-        return NearMiss(2, "want group = tp")
+        return NearMiss(2, "expected group = tp")
     replacement = NewCall(
         FusedAddRmsNorm,
         {"x": all_reduce.x, "residual": node.residual, "w": node.w},

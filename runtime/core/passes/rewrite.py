@@ -1,106 +1,21 @@
-"""Passes over execution graphs, and the driver of rewrite rules: it runs them until none applies, and counts it all."""
+"""Rewrite passes: the driver that applies rewrite rules until none fires, and counts every attempt."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sageLLM.runtime.core.ir.graph import ExecutionGraph, Level, Stage
-from sageLLM.runtime.core.ir.nodes import OpNode
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.rewrite.replacement import Memo, apply_rewrite
-from sageLLM.runtime.core.rewrite.report import Change, PassReport, RuleStats
-from sageLLM.runtime.core.rewrite.rules import (
-    NearMiss,
-    NewCall,
-    Rewrite,
-    Rule,
-    giver,
-    has_default,
-    is_known,
-    reader_of,
-    readers,
-    size_of,
-)
-
-__all__ = [
-    "DeclaredPass",
-    "NearMiss",
-    "NewCall",
-    "OptimizationPass",
-    "PassReport",
-    "Rewrite",
-    "RewriteOptions",
-    "RewritePass",
-    "Rule",
-    "giver",
-    "has_default",
-    "is_known",
-    "reader_of",
-    "readers",
-    "size_of",
-]
+from sageLLM.runtime.core.rewrite.rules import NearMiss, Rewrite, Rule
+from sageLLM.runtime.core.rewrite.stats import Change, RuleStats
 
 MAX_ROUNDS = 8
 """Rounds over the graph. Rules are checked to shrink it, so a fixpoint is reached long before."""
-
-
-class OptimizationPass(ABC):
-    """A named transformation. `apply` returns a valid graph and leaves the one that it is given as it was.
-
-    `stage` and `level` say where in the pipeline it runs, `phases` on the graphs of which phases; `after` and `before`
-    name the passes between which it stands.
-    """
-
-    spec: ClassVar[str] = ""
-    stage: ClassVar[str] = "fuse"
-    level: ClassVar[Level] = "kernel"
-    phases: ClassVar[frozenset[Stage]] = frozenset({"prefill", "decode", "hybrid"})
-    after: ClassVar[tuple[str, ...]] = ()
-    before: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """How reports and switches call the pass."""
-
-    @abstractmethod
-    def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
-        """The transformed graph."""
-
-
-class DeclaredPass(OptimizationPass):
-    """A pass that a spec declares: generated subclasses hold the declaration, the engine classes above do the work."""
-
-    pass_name: ClassVar[str]
-
-    def __init__(self) -> None:
-        self.report = PassReport(self.pass_name, 0)
-
-    @property
-    def name(self) -> str:
-        return self.pass_name
-
-    def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
-        """A transformed copy; `report` tells what was done."""
-        result = graph.copy()
-        self.transform(result)
-        return result
-
-    def transform(self, graph: ExecutionGraph) -> None:
-        """Transforms the graph itself, for a caller that owns it; `report` tells what was done."""
-        start = time.perf_counter()
-        self.report = PassReport(self.pass_name, len(graph.nodes))
-        if graph.stage is None or graph.stage in self.phases:
-            self.run(graph)
-        self.report.nodes_after = len(graph.nodes)
-        self.report.seconds = time.perf_counter() - start
-
-    @abstractmethod
-    def run(self, graph: ExecutionGraph) -> None:
-        """Transforms the graph in place and fills in the report."""
 
 
 @dataclass(slots=True)

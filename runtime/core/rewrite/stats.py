@@ -63,25 +63,3 @@ class RuleStats:
             reason, count = self.reasons.most_common(1)[0]
             text += f"; {len(self.near_misses)} near misses, {count} of them: {reason}"
         return text
-
-
-@dataclass(slots=True)
-class PassReport:
-    """What a pass did to one graph. `facts` are its own figures, such as microseconds or bytes before and after."""
-
-    name: str
-    nodes_before: int
-    nodes_after: int = 0
-    seconds: float = 0.0
-    rules: dict[str, RuleStats] = field(default_factory=dict)
-    facts: dict[str, int | float | str] = field(default_factory=dict)
-
-    @property
-    def fired(self) -> int:
-        return sum(stats.fired for stats in self.rules.values())
-
-    def __str__(self) -> str:
-        head = f"{self.name}: {self.nodes_before} -> {self.nodes_after} nodes in {1e3 * self.seconds:.1f} ms"
-        rules = [f"{rule} {stats}" for rule, stats in self.rules.items() if stats.tried]
-        facts = [f"{name} {round(v, 2) if isinstance(v, float) else v}" for name, v in self.facts.items()]
-        return "; ".join([head, *rules, *facts])

@@ -79,7 +79,7 @@ def test_the_package_s_passes_keep_every_bit(model: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("rule", "node", "said"),
     [
-        ("fused_add_rms_norm", "L0.n", "matched 1 of 2 nodes: rms_norm.x comes from embedding, want add"),
+        ("fused_add_rms_norm", "L0.n", "matched 1 of 2 nodes: rms_norm.x comes from embedding, expected add"),
         ("linear_add", "L1.x_1", "did fire at L1.x_1: linear L1.ffn.f + add L1.x_1 -> linear_add L1.x_1"),
         ("linear_add", "L0.x_1", "L0.x_1 is gone before fuse_epilogue: fused_add_rms_norm of fuse_norm made "),
         ("linear_silu_mul", "L0.ffn.gu", "did fire at L0.ffn.m"),

@@ -1,0 +1,271 @@
+"""Nodes of declared ops: the base of the generated op classes, with shape inference and cost formulas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+
+from sageLLM.runtime.core.errors import TypeMismatch, VerifyError
+from sageLLM.runtime.core.ir.dims import Dim, Expr, evaluate, product
+from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpTypeBase, TensorRef
+from sageLLM.runtime.core.ir.types import DTYPES, TensorType, TypePattern, bind, instantiate
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+REQUIRED: Final = _Required()
+"""The default of an attribute that has none."""
+
+AttrDefault: TypeAlias = "AttrValue | _Required | Callable[[Mapping[str, Any]], AttrValue]"
+_ATTR_PYTHON: Mapping[str, tuple[type, ...]] = {
+    "f32": (float, int),
+    "i32": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "dim": (int, Expr),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AttrSpec:
+    """What an attribute may be. `default` may be a function of the op's dims; a default of None makes None a value."""
+
+    type: str
+    default: AttrDefault = REQUIRED
+    min: float | None = None
+    max: float | None = None
+    choices: tuple[AttrValue, ...] | None = None
+
+    def why_not(self, value: AttrValue) -> str | None:
+        """What is wrong with a value, or None."""
+        if value is None:
+            return None if self.default is None else f"want {self.type}"
+        if not isinstance(value, _ATTR_PYTHON[self.type]) or (isinstance(value, bool) and self.type != "bool"):
+            return f"want {self.type}"
+        if isinstance(value, (int, float)) and self.min is not None and not value >= self.min:
+            return f"want at least {self.min}"
+        if isinstance(value, (int, float)) and self.max is not None and not value <= self.max:
+            return f"want at most {self.max}"
+        if self.choices is not None and value not in self.choices:
+            return f"want one of {', '.join(map(str, self.choices))}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A condition on an op's sizes and attributes, such as `Nq % Nkv == 0`.
+
+    `test` gets dims, attributes and element types by name. It is put off while a name in `text` is symbolic.
+    """
+
+    text: str
+    test: Callable[[Mapping[str, Any]], bool]
+
+    def why_not(self, env: Mapping[str, Any]) -> str | None:
+        """What the condition wants and what it got, or None if it holds or cannot be told yet."""
+        names = [name for name in _names(self.text) if name in env]
+        if any(isinstance(env[name], Expr) for name in names) or self.test(env):
+            return None
+        return f"needs {self.text} ({', '.join(f'{name} = {env[name]}' for name in names)})"
+
+
+class Inference(NamedTuple):
+    """What an op's declarations say about one use: the output types, all attributes, and what every name stands for."""
+
+    outputs: tuple[TensorType, ...]
+    attrs: dict[str, AttrValue]
+    env: dict[str, Any]
+
+
+InferKey: TypeAlias = "tuple[Any, ...]"
+
+
+class OpNode(ExecutionNode):
+    """A node whose op is declared in the specs. Subclasses are generated; they hold declarations and typed accessors.
+
+    `inputs` holds the present operands in declared order. If one in the middle is absent, `metadata["operands"]` lists
+    the names of those present. The formulas may use the op's dims and dim attributes, `R` (the product of the leading
+    dims), `E_size` (bytes of an element of E), `has_NAME` (1 or 0 for an optional operand), and symbols of the step
+    such as KV, which the caller gives.
+    """
+
+    op: str  # a class attribute, and constant; not a ClassVar because it stands for a property of the base
+    spec: ClassVar[str] = ""
+    kind: ClassVar[OpTypeBase]
+    tags: ClassVar[frozenset[str]] = frozenset()
+    input_types: ClassVar[dict[str, TypePattern]]
+    optional_inputs: ClassVar[frozenset[str]] = frozenset()
+    output_types: ClassVar[dict[str, TypePattern]]
+    attr_types: ClassVar[dict[str, AttrSpec]] = {}
+    where: ClassVar[tuple[Where, ...]] = ()
+    inplace: ClassVar[dict[str, str]] = {}
+    flop_formula: ClassVar[Dim] = 0
+    byte_formula: ClassVar[Dim] = 0
+
+    @classmethod
+    def infer(cls, inputs: Mapping[str, TensorType], attrs: Mapping[str, AttrValue]) -> dict[str, TensorType]:
+        """Output types from operand types and attributes; TypeMismatch says what does not fit."""
+        return dict(zip(cls.output_types, cls.resolve(inputs, attrs).outputs, strict=True))
+
+    @classmethod
+    def resolve(cls, inputs: Mapping[str, TensorType], attrs: Mapping[str, AttrValue]) -> Inference:
+        """Like `infer`, with the defaults filled in and the bindings of all names."""
+        missing = [n for n in cls.input_types if n not in inputs and n not in cls.optional_inputs]
+        if missing:
+            raise TypeMismatch(f"{cls.op}: operand {missing[0]!r} is missing")
+        cls._check_attr_names(attrs)
+        env: dict[str, Any] = dict(cls._dim_attrs(attrs))
+        bind(cls.input_types, inputs, env, op=cls.op)
+        env["R"] = product(env.get("...", ()))
+        full = cls._complete_attrs(attrs, env)
+        named = full | env
+        for where in cls.where:
+            if (problem := where.why_not(named)) is not None:
+                raise TypeMismatch(f"{cls.op}: {problem}")
+        try:
+            outputs = tuple(instantiate(pattern, env) for pattern in cls.output_types.values())
+        except TypeMismatch as error:
+            raise TypeMismatch(f"{cls.op}: output {error}") from None
+        return Inference(outputs, full, env)
+
+    @classmethod
+    def _check_attr_names(cls, attrs: Mapping[str, AttrValue]) -> None:
+        for name in attrs:
+            if name not in cls.attr_types:
+                known = ", ".join(cls.attr_types) or "none"
+                raise TypeMismatch(f"{cls.op}: no attribute {name!r}, have {known}")
+
+    @classmethod
+    def _dim_attrs(cls, attrs: Mapping[str, AttrValue]) -> dict[str, Dim]:
+        """The attributes that dim formulas may use, where they are known before the operands are matched."""
+        values: dict[str, Dim] = {}
+        for name, spec in cls.attr_types.items():
+            value = attrs.get(name, spec.default if isinstance(spec.default, (int, Expr)) else None)
+            if spec.type == "dim" and isinstance(value, (int, Expr)):
+                values[name] = value
+        return values
+
+    @classmethod
+    def _complete_attrs(cls, attrs: Mapping[str, AttrValue], env: Mapping[str, Any]) -> dict[str, AttrValue]:
+        full: dict[str, AttrValue] = {}
+        for name, spec in cls.attr_types.items():
+            value = attrs.get(name, spec.default)
+            if isinstance(value, _Required):
+                raise TypeMismatch(f"{cls.op}: attribute {name!r} is missing")
+            full[name] = value(env) if callable(value) else value
+            if (problem := spec.why_not(full[name])) is not None:
+                raise TypeMismatch(f"{cls.op}: attribute {name!r} is {full[name]!r}, {problem}")
+        return full
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the outputs are parts or other shapes of the first input's memory: no work, no new bytes."""
+        return "view" in self.tags or self.kind.name == "VIEW"
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The names of the operands present, in the order of `inputs`."""
+        listed = self.metadata.get("operands")
+        return tuple(listed) if listed is not None else tuple(self.input_types)[: len(self.inputs)]
+
+    def input(self, name: str) -> TensorRef:
+        """The operand of that name; KeyError if it is absent."""
+        ref = self.optional_input(name)
+        if ref is None:
+            raise KeyError(f"{self.node_id}: {self.op} has no operand {name!r}")
+        return ref
+
+    def optional_input(self, name: str) -> TensorRef | None:
+        """The operand of that name, or None if it is absent; KeyError if the op declares no such operand."""
+        if name not in self.input_types:
+            raise KeyError(f"{self.op} declares no operand {name!r}")
+        operands = self.operands
+        return self.inputs[operands.index(name)] if name in operands else None
+
+    def output(self, name: str) -> TensorRef:
+        """The output of that name; KeyError if the op declares no such output."""
+        names = tuple(self.output_types)
+        if name not in names:
+            raise KeyError(f"{self.op} declares no output {name!r}")
+        return self.outputs[names.index(name)]
+
+    def inference(self, memo: MutableMapping[InferKey, Inference] | None = None) -> Inference:
+        """What the declarations say about this node's operands; `memo` saves the work for equal uses."""
+        names = self.operands
+        if memo is None:
+            return self.resolve({n: r.type for n, r in zip(names, self.inputs, strict=True)}, self.attrs)
+        key = infer_key(type(self), names, self.inputs, self.attrs)
+        if key not in memo:
+            memo[key] = self.resolve({n: r.type for n, r in zip(names, self.inputs, strict=True)}, self.attrs)
+        return memo[key]
+
+    def problems(self, memo: MutableMapping[InferKey, Inference] | None = None) -> list[str]:
+        """Every way in which the node breaks its op's declaration, a sentence each."""
+        if len(self.operands) != len(self.inputs):
+            return [f"{self.node_id}: {self.op} names {len(self.operands)} operands and has {len(self.inputs)}"]
+        try:
+            wanted = self.inference(memo).outputs
+        except TypeMismatch as error:
+            return [f"{self.node_id}: {error}"]
+        if len(wanted) != len(self.outputs):
+            return [f"{self.node_id}: {self.op} has {len(wanted)} outputs, not {len(self.outputs)}"]
+        return [
+            f"{self.node_id}: {self.op}: output {name!r} is {ref.type}, want {type_}"
+            for name, ref, type_ in zip(self.output_types, self.outputs, wanted, strict=True)
+            if ref.dtype != type_.dtype or ref.shape != type_.shape
+        ]
+
+    def verify(self) -> None:
+        """Raise VerifyError if operands, attributes or outputs do not fit the op's declaration."""
+        if problems := self.problems():
+            raise VerifyError(problems)
+
+    def dims(self) -> dict[str, Dim | str]:
+        """What the dims and element variables of the declaration stand for in this node; `R` is the leading size."""
+        return {name: value for name, value in self.inference().env.items() if not isinstance(value, tuple)}
+
+    def flops(self, env: Mapping[str, Dim] = {}, memo: MutableMapping[InferKey, Inference] | None = None) -> Dim:
+        """Floating-point operations, a formula while sizes are symbolic; env gives symbols of the step (KV, T, ...)."""
+        return self._cost(self.flop_formula, env, memo)
+
+    def bytes_moved(self, env: Mapping[str, Dim] = {}, memo: MutableMapping[InferKey, Inference] | None = None) -> Dim:
+        """Bytes read from and written to memory; env as in `flops`."""
+        return self._cost(self.byte_formula, env, memo)
+
+    def _cost(self, formula: Dim, env: Mapping[str, Dim], memo: MutableMapping[InferKey, Inference] | None) -> Dim:
+        if isinstance(formula, int):
+            return formula
+        return cost_of(type(self), formula, self.inference(memo), self.operands, env)
+
+
+def cost_of(
+    cls: type[OpNode], formula: Dim, inference: Inference, operands: tuple[str, ...], env: Mapping[str, Dim]
+) -> Dim:
+    """A cost formula of an op under one use of it: first the op's own names, then the symbols that env gives."""
+    names: dict[str, object] = {f"has_{name}": int(name in operands) for name in cls.optional_inputs}
+    for name, value in inference.env.items():
+        if isinstance(value, str):
+            names[f"{name}_size"] = DTYPES[value]
+        elif not isinstance(value, tuple):
+            names[name] = value
+    names.update((name, value) for name, value in env.items() if name not in names)
+    return evaluate(evaluate(formula, names), env)
+
+
+def infer_key(
+    cls: type[OpNode], names: tuple[str, ...], inputs: list[TensorRef], attrs: Mapping[str, AttrValue]
+) -> InferKey:
+    """Equal keys mean equal inferences. The types of the attributes count: 1, 1.0 and True are equal in Python."""
+    values = tuple(attrs.values())
+    return cls, names, tuple((r.dtype, r.shape) for r in inputs), tuple(attrs), values, tuple(map(type, values))
+
+
+@lru_cache(maxsize=512)
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", text)))

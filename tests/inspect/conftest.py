@@ -1,0 +1,5 @@
+"""Shares the hand-declared ops of tests/core."""
+
+from ..core.conftest import lib
+
+__all__ = ["lib"]
