@@ -336,10 +336,10 @@ CODES: dict[str, CodeInfo] = {
     "SAGE315": CodeInfo(
         "rule without its pass", "An op's `rule` names a pass that exists and lists the op with `from_op`."
     ),
-    "SAGE316": CodeInfo("unknown model", "`expect` counts per model of specs/models; `*` stands for all others."),
+    "SAGE316": CodeInfo("unknown model", "`expect` lists models of specs/models; `*` stands for all others."),
     "SAGE317": CodeInfo(
         "not a count",
-        "How often the rules fire is made of integer config names of the model, whole numbers and + - * //.",
+        "A formula under `expect` is made of integer config names that all of its models have, integers and + - * //.",
     ),
     "SAGE318": CodeInfo("unknown pass", "`after` and `before` name passes."),
     "SAGE319": CodeInfo("passes in a circle", "`after` and `before` must leave an order in which the passes can run."),
@@ -352,6 +352,10 @@ CODES: dict[str, CodeInfo] = {
         "not a condition of a rule",
         "A `where` of a rule compares numbers, texts and attrs that the pattern names. Of a value one may ask "
         "`bytes(x)`, `size(x, 0)`, `rank(x)` and `dtype(x)`.",
+    ),
+    "SAGE322": CodeInfo(
+        "model counted twice",
+        "A model is in one of the lists under `expect`, and its count is the formula before that list.",
     ),
     "SAGE331": CodeInfo(
         "op does not fit the pass",

@@ -1,6 +1,6 @@
-"""Turns passes that fire more or less often than their specs expect into findings.
+"""Reports passes that fire more or less often than their specs expect.
 
-Who counts is given from outside: counting runs generated code, which the generator itself never imports.
+The counting function is passed in, because counting runs generated code, which the generator never imports.
 """
 
 import tempfile
@@ -14,11 +14,11 @@ from sageLLM.codegen.render import Output
 from sageLLM.codegen.writer import write
 
 COUNTED = ("builders/", "ops/", "passes/")
-"""What decides how often a rule fires. Where nothing of it changed, the counts that held still hold."""
+"""Outputs that the counts depend on; while they are unchanged, counts that held still hold."""
 
 
 class Missed(Protocol):
-    """A pass and a model for which the count differs, in one stage, and why the rules did not fire elsewhere."""
+    """A pass and a model with another count than expected in one stage; the reasons why rules did not fire."""
 
     @property
     def pass_name(self) -> str: ...
@@ -35,11 +35,11 @@ class Missed(Protocol):
 
 
 Count = Callable[[Path, bool], Iterable[Missed]]
-"""Counts in a generated tree; the flag says whether it is an overlay, which needs the package's own tree beside it."""
+"""Counts in a generated tree; the flag is set for an overlay, which needs the package's own tree as well."""
 
 
 def check_expectations(specs: Specs, outputs: Iterable[Output], count: Count) -> None:
-    """Raises SpecErrors with a finding for every miss. The tree goes into a temporary folder to be counted."""
+    """Raises SpecErrors with a finding for every miss. The tree is written to a temporary folder and counted there."""
     with tempfile.TemporaryDirectory(prefix="sagellm-") as folder:
         write(outputs, Path(folder, "generated"))
         findings = [_finding(missed, specs) for missed in count(Path(folder, "generated"), specs.is_overlay)]
@@ -49,8 +49,8 @@ def check_expectations(specs: Specs, outputs: Iterable[Output], count: Count) ->
 
 def _finding(missed: Missed, specs: Specs) -> Diagnostic:
     one = specs.passes[missed.pass_name]
-    key = missed.model if missed.model in one.spec.expect else "*"
-    text = str(one.spec.expect[key])
-    wanted = text if text == str(missed.expected) else f"{text} = {missed.expected}"
-    message = f"'{one.name}' fires {missed.fired} times in the {missed.stage} graph of {missed.model}, not {wanted}"
-    return Diagnostic("SAGE340", message, one.entry.span("expect", key), "\n".join(missed.reasons) or None)
+    formula, index = one.spec.group_of(missed.model)
+    count = formula if formula == str(missed.expected) else f"{formula} = {missed.expected}"
+    where = f"in the {missed.stage} graph of {missed.model}"
+    message = f"expected '{one.name}' to fire {count} times {where}, got {missed.fired}"
+    return Diagnostic("SAGE340", message, one.entry.span("expect", formula, index), "\n".join(missed.reasons) or None)

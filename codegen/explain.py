@@ -69,7 +69,7 @@ def _explain_pass(one: PassDef, out: Path) -> str:
     lines = [f"pass {one.name}, {one.entry.key_span()}", "", spec.summary, ""]
     lines.append(f"kind {spec.kind}, stage {spec.stage}, level {spec.level}, phases {', '.join(spec.phases)}")
     lines += [f"rule {rule.name}: {rule.algebra}" for rule in one.rules]
-    lines += [f"expected to fire in {model}: {count}" for model, count in one.expect.items()]
+    lines += [f"expected to fire {count} times in {', '.join(models)}" for count, models in spec.expect.items()]
     return "\n".join([*lines, _made_from(one.ref, out)])
 
 
@@ -86,7 +86,8 @@ def _explain_rule(rule: RuleDef, one: PassDef) -> str:
         lines += [f"only where {call.op.name} is defined: {condition.text}" for condition in call.op.where]
     if rule.bounded is not None:
         lines.append(f"at most {rule.bounded} times in a graph")
-    lines += [f"the rules of {one.name} fire in {model}: {one.spec.expect[model]}" for model in one.expect]
+    counts = one.spec.expect.items()
+    lines += [f"the rules of {one.name} fire {count} times in {', '.join(models)}" for count, models in counts]
     stem = PurePosixPath(one.entry.doc.file).stem
     lines += ["", f"code: generated/passes/{stem}.py, {rule.name}"]
     lines.append(f"test: generated/tests/test_rules_{stem}.py, test_{rule.name}")

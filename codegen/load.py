@@ -40,6 +40,9 @@ class Entry(Generic[T]):
     def text_span(self, path: YamlPath, offset: int, width: int = 1) -> Span:
         return self.doc.text_span((*self.path, *path), offset, width)
 
+    def key_text_span(self, path: YamlPath, offset: int, width: int = 1) -> Span:
+        return self.doc.key_text_span((*self.path, *path), offset, width)
+
 
 @dataclass(slots=True)
 class RawSpecs:

@@ -61,6 +61,12 @@ class Document:
         indent = column
         return Span(self.file, line + before.count("\n"), indent + len(before) - before.rfind("\n") - 1, width)
 
+    def key_text_span(self, path: YamlPath, offset: int, width: int = 1) -> Span:
+        """A place inside the key at `path`, `offset` characters in."""
+        key = self.key_span(*path)
+        quote = int(key.width > len(str(path[-1])))
+        return Span(self.file, key.line, key.column + quote + offset, width)
+
     def _closest(self, table: Mapping[YamlPath, Span], path: YamlPath) -> Span:
         while path and path not in table:
             path = path[:-1]

@@ -54,6 +54,11 @@ class Text:
         """`value` as it stands in the entry's text at `path`, `start` characters in."""
         return cls(value, lambda offset, width: entry.text_span(path, start + offset, width), sink)
 
+    @classmethod
+    def of_key(cls, value: str, entry: Entry[Any], path: tuple[str | int, ...], sink: Sink) -> "Text":
+        """The key at the end of `path`."""
+        return cls(value, lambda offset, width: entry.key_text_span(path, offset, width), sink)
+
     def refuse(self, code: str, message: str, node: ast.AST | None = None, help: str | None = None) -> Refused:
         """Reports a finding at `node` (or at the whole text); raise what it returns."""
         self.sink.error(code, message, self.span(node), help)

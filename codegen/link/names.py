@@ -31,7 +31,7 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
         texts += [_ATTR_NAME.sub("", place.value) for place in plain_lines(body)]
         texts += [place.value for place in conditions(body)]
     for entry in passes:
-        texts += [str(count) for count in entry.spec.expect.values()]
+        texts += entry.spec.expect
     return _names_in(texts)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
-from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_expression, parse_statements
+from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
+from sageLLM.codegen.link.expectations import link_expectations
 from sageLLM.codegen.link.pass_ops import check_pass_names
 from sageLLM.codegen.link.rule_checks import check_rules, find_circle
 from sageLLM.codegen.link.rule_conditions import link_conditions
@@ -37,7 +38,7 @@ def _link_pass(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], 
             rules.append(_link_rule(rule, i, entry, ops, sink))
         except Refused:
             continue
-    return PassDef(entry.name, entry, tuple(rules), _link_expect(entry, raw, sink))
+    return PassDef(entry.name, entry, tuple(rules), link_expectations(entry, raw, sink))
 
 
 # rules
@@ -194,59 +195,7 @@ def _check_rule_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> N
             sink.error("SAGE315", f"the pass '{one.name}' does not list '{op.name}'", op.rule.span, help)
 
 
-# expectations and order
-
-
-def _link_expect(entry: Entry[PassSpec], raw: RawSpecs, sink: Sink) -> dict[str, str]:
-    expect = {}
-    for model, value in entry.spec.expect.items():
-        if model != "*" and model not in raw.models:
-            span = entry.key_span("expect", model)
-            sink.error("SAGE316", f"unknown model '{model}'", span, did_you_mean(model, raw.models))
-            continue
-        try:
-            expect[model] = _count_text(str(value), entry, ("expect", model), raw, sink)
-        except Refused:
-            continue
-    return expect
-
-
-def _count_text(value: str, entry: Entry[PassSpec], path: tuple[str, str], raw: RawSpecs, sink: Sink) -> str:
-    """`2*L - 1` as Python text over the config `c`."""
-    text = Text.of(value, entry, path, sink)
-    node = parse_expression(text)
-    known = _config_names(path[1], raw)
-    allowed = (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Name, ast.Load, ast.Constant)
-    for inner in ast.walk(node):
-        is_whole = not isinstance(inner, ast.Constant) or type(inner.value) is int
-        if not isinstance(inner, allowed) or not is_whole:
-            raise text.refuse("SAGE317", "a count is made of config names, whole numbers and + - * //", node)
-        if isinstance(inner, ast.Name) and inner.id not in known:
-            message = f"'{inner.id}' is no config name of '{path[1]}'"
-            raise text.refuse("SAGE317", message, inner, did_you_mean(inner.id, known))
-        if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.FloorDiv) and not _is_positive(inner.right):
-            raise text.refuse("SAGE317", "`//` divides by a number other than 0", node)
-    return ast.unparse(_OfConfig().visit(node))
-
-
-def _config_names(model: str, raw: RawSpecs) -> set[str]:
-    """The config names of a model, or for `*` those that all models have."""
-    if model == "*":
-        return set.intersection(*(_config_names(name, raw) for name in raw.models)) if raw.models else set()
-    spec = raw.models[model].spec
-    base = raw.models.get(spec.extends or "")
-    return {*spec.config, *(base.spec.config if base else ())}
-
-
-def _is_positive(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value > 0
-
-
-class _OfConfig(ast.NodeTransformer):
-    """Turns the name L into c.L."""
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Attribute(ast.Name("c", ast.Load()), node.id, ast.Load())
+# order
 
 
 def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:

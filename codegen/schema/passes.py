@@ -1,13 +1,24 @@
 """What a pass file may say: the stages of the pipeline, and passes of seven kinds with their rules and expectations."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sageLLM.codegen.schema.base import Strict
 
 Kind = Literal["rewrite", "insert", "schedule", "place", "merge", "allocate", "python"]
 PhaseName = Literal["prefill", "decode", "hybrid"]
+ALL_OTHERS = "*"
+"""In a list of models under `expect`: every model that no list names."""
+
+
+def _model_names(names: Any) -> Any:
+    if not isinstance(names, list) or not names:
+        raise ValueError("expected a list of models after their count, such as `2*L: [llama, bert]`")
+    return names
+
+
+ModelNames = Annotated[list[str], BeforeValidator(_model_names)]
 
 
 class RuleSpec(Strict):
@@ -55,8 +66,10 @@ class PassSpec(Strict):
     before: list[str] = Field(default=[], description="passes of the stage that run after this one")
     phases: list[PhaseName] = Field(default=["prefill", "decode", "hybrid"], min_length=1)
     rules: list[RuleSpec] = Field(default=[], description="rewrite: what to look for and what to put there")
-    expect: dict[str, str | int] = Field(
-        default={}, description="rewrite: how often the rules fire, per model, over its config; `*` for all others"
+    expect: dict[str, ModelNames] = Field(
+        default={},
+        description="rewrite: number of times that the rules fire, a formula over the config -> its models; "
+        "`*` for all models that no list names",
     )
     select: str | None = Field(default=None, description="merge, insert: the op type that it works on")
     limit_bytes: int | None = Field(default=None, gt=0, description="merge: the largest merged transfer")
@@ -78,6 +91,14 @@ class PassSpec(Strict):
         description="python: `package.module:name` of a function that changes a graph in place and counts its changes",
     )
     align: int | None = Field(default=None, gt=0, description="allocate: buffers start at multiples of this, in bytes")
+
+    def group_of(self, model: str) -> tuple[str, int]:
+        """The formula that counts for the model, and the index in its list; those of `*` if no list names the model."""
+        for name in (model, ALL_OTHERS):
+            for formula, models in self.expect.items():
+                if name in models:
+                    return formula, models.index(name)
+        raise KeyError(model)
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> Self:
