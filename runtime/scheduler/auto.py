@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
-from sageLLM.runtime.scheduler.modes import ModeChoice
-from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
+from sageLLM.runtime.scheduler.modes import ModeChoice, SchedulerView
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
 from sageLLM.runtime.scheduler.step_cost import StepCostModel
 
@@ -57,21 +56,21 @@ class ForecastChooser:
         self._seen.append(_Seen(request.arrival_time, request.num_prompt_tokens, request))
         self._num_new += 1
 
-    def choose(self, scheduler: PDScheduler) -> ModeChoice:
+    def choose(self, view: SchedulerView) -> ModeChoice:
         """The mode of the next step."""
         if self._rule is None:
-            self._rule = ModeChoice("hybrid", scheduler.config.prefill_chunk_size)
+            self._rule = ModeChoice("hybrid", view.config.prefill_chunk_size)
         if self._pending:
             self._advance()
         elif self._num_new * 4 >= len(self._seen) > 1:
-            self._begin(scheduler)
+            self._begin(view)
         return self._rule
 
-    def _begin(self, scheduler: PDScheduler) -> None:
+    def _begin(self, view: SchedulerView) -> None:
         self._num_new = 0
         requests = expected(self._seen, self._objective, self._window)
-        limits = limits_of(scheduler)
-        self._pending = [Forecast(rule, requests, self._cost, limits) for rule in rules(scheduler)]
+        limits = limits_of(view)
+        self._pending = [Forecast(rule, requests, self._cost, limits) for rule in rules(view)]
 
     def _advance(self) -> None:
         forecast = self._pending[-1]
@@ -86,18 +85,18 @@ class ForecastChooser:
             self._rule, self._best = self._best[1], None
 
 
-def rules(scheduler: PDScheduler) -> list[ModeChoice]:
+def rules(view: SchedulerView) -> list[ModeChoice]:
     """The rules to choose from: prefill first, alternating, and mixed steps of several sizes."""
-    most = scheduler.config.max_prefill_tokens
-    chunk_sizes = sorted({*(size for size in CHUNK_SIZES if size < most), scheduler.config.prefill_chunk_size, most})
+    most = view.config.max_prefill_tokens
+    chunk_sizes = sorted({*(size for size in CHUNK_SIZES if size < most), view.config.prefill_chunk_size, most})
     return [ModeChoice("prefill"), ModeChoice("time_share"), *(ModeChoice("hybrid", size) for size in chunk_sizes)]
 
 
-def limits_of(scheduler: PDScheduler) -> ServiceLimits:
+def limits_of(view: SchedulerView) -> ServiceLimits:
     """What bounds the scheduler's worker."""
-    config = scheduler.config
+    config = view.config
     return ServiceLimits(
-        config.max_prefill_tokens, config.max_consecutive_decodes, scheduler.max_batch_size, scheduler.kv.max_tokens
+        config.max_prefill_tokens, config.max_consecutive_decodes, view.max_batch_size, view.max_kv_tokens
     )
 
 

@@ -1,7 +1,7 @@
-"""What every scheduler promises, and the vocabulary shared with engine, KV runtime and metrics.
+"""Scheduler interface, and the types that it shares with the engine, the KV runtime and the metrics.
 
 One step is: `out = scheduler.schedule()`; the engine runs the batches and copies of `out` and appends one sampled
-token to each request whose chunk `is_last`; `scheduler.update_after_step(finished_ids)` commits the step.
+token to each request with an `is_last` chunk; `scheduler.update_after_step(finished_ids)` commits the step.
 """
 
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 
 from sageLLM.runtime.scheduler.batch import Batch, Chunk, KVBudget, KVMigration, ScheduleOutput, Stage
 from sageLLM.runtime.scheduler.policy import ByPriority, Policy
-from sageLLM.runtime.scheduler.queues import WaitingLine
+from sageLLM.runtime.scheduler.queues import WaitingQueue
 from sageLLM.runtime.scheduler.request import Rank, Request, RequestStatus
 
 __all__ = [
@@ -28,14 +28,14 @@ __all__ = [
 
 
 class SchedulerStalledError(RuntimeError):
-    """A step would compute nothing although requests wait and nothing is under way: a defect of the scheduler."""
+    """A step would compute nothing although requests wait and nothing is pending: a defect of the scheduler."""
 
 
 class BaseScheduler(ABC):
-    """A scheduler of at most `max_batch_size` running requests and `max_tokens` tokens a step.
+    """Scheduler of at most `max_batch_size` running requests and `max_tokens` tokens per step.
 
-    `waiting_queue` holds those without KV (new or preempted) by rank, `running_requests` those with KV by id, and
-    `preempted_requests` the part of the waiting ones that lost their KV, by id. `policy` ranks arrivals.
+    `waiting_queue` holds the requests without KV (new or preempted) by rank, `running_requests` those with KV by id,
+    and `preempted_requests` the waiting ones that lost their KV, by id. `policy` ranks arrivals.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class BaseScheduler(ABC):
         self.max_batch_size = max_batch_size
         self.max_tokens = max_tokens
         self.policy: Policy = ByPriority() if policy is None else policy
-        self.waiting_queue = WaitingLine(max_overtakes)
+        self.waiting_queue = WaitingQueue(max_overtakes)
         self.running_requests: dict[str, Request] = {}
         self.preempted_requests: dict[str, Request] = {}
         self._num_arrivals = 0
 
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises ValueError if it is empty, was used before, has a live one's id, or can never run."""
+        """Queue a request. Raises ValueError for an empty, used or duplicate one, and for one that can never run."""
         reason = self.why_not_acceptable(request)
         if reason is not None:
             raise ValueError(reason)
@@ -60,7 +60,7 @@ class BaseScheduler(ABC):
         self.waiting_queue.push(request)
 
     def why_not_acceptable(self, request: Request) -> str | None:
-        """The reason why `add_request` would refuse, or None."""
+        """The reason why `add_request` would refuse the request, or None."""
         name = f"request {request.request_id!r}"
         if request.request_id in self.waiting_queue or request.request_id in self.running_requests:
             return f"{name} is already being served; ids of live requests must differ"
@@ -74,7 +74,7 @@ class BaseScheduler(ABC):
 
     @abstractmethod
     def abort_request(self, request_id: str) -> bool:
-        """End a request in whatever state it is; False when no live request has this id."""
+        """End a request in any state; False when no live request has this id."""
 
     @abstractmethod
     def schedule(self) -> ScheduleOutput:
@@ -87,9 +87,9 @@ class BaseScheduler(ABC):
         """Commit the planned step, end the finished requests, and return the ids that the scheduler itself ended."""
 
     def get_num_waiting(self) -> int:
-        """Requests without KV: new ones and preempted ones."""
+        """Number of requests without KV, new and preempted."""
         return len(self.waiting_queue)
 
     def get_num_running(self) -> int:
-        """Requests that hold KV."""
+        """Number of requests with KV."""
         return len(self.running_requests)

@@ -1,4 +1,4 @@
-"""What a step computes and copies, as the scheduler tells the engine."""
+"""Types of a step as the engine sees it: chunks, batches, KV copies, and the output of `schedule`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ Stage = Literal["prefill", "decode", "hybrid", "idle"]
 
 @dataclass(slots=True)
 class Chunk:
-    """The part of one request that a step computes: tokens `start .. start + num_tokens - 1` of prompt + output.
+    """Part of a request that a step computes: tokens `start .. start + num_tokens - 1` of prompt + output.
 
     `is_last`: the logits of the chunk's last token yield the request's next token.
     """
@@ -24,9 +24,9 @@ class Chunk:
 
 
 class Batch:
-    """The requests that one phase computes in one step, with the chunk of each, in the same order.
+    """Requests that one phase computes in one step, with one chunk each, in the same order.
 
-    A batch made without chunks computes all that its requests still lack.
+    A batch constructed without chunks computes all remaining tokens of its requests.
     """
 
     __slots__ = ("_chunks", "batch_id", "requests")
@@ -51,22 +51,22 @@ class Batch:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that this step computes, not the lengths of the contexts."""
+        """Tokens that this step computes, not the context lengths."""
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     def _make_chunks(self) -> list[Chunk]:
-        return [_whole_rest(request) for request in self.requests]
+        return [_remaining(request) for request in self.requests]
 
 
-def _whole_rest(request: Request) -> Chunk:
+def _remaining(request: Request) -> Chunk:
     start = request.num_computed_tokens
     return Chunk(request, start, request.total_tokens - start, is_last=True)
 
 
 class DecodeStepBatch(Batch):
-    """One token of each request. The start of request i is `offsets[i] + tick`; chunks are made when they are read.
+    """One token of each request. Request i starts at `offsets[i] + tick`; chunks are built when they are read.
 
-    A steady decode step shares `requests` and `offsets` with the step before; neither list is ever changed in place.
+    A steady decode step shares `requests` and `offsets` with the step before; neither list is ever modified in place.
     """
 
     __slots__ = ("offsets", "tick")
@@ -88,12 +88,11 @@ class DecodeStepBatch(Batch):
 
 @dataclass(frozen=True, slots=True)
 class KVMigration:
-    """Copy the KV of `num_tokens` tokens from `source_blocks` of the prefill pool to `target_blocks` of the decode
-    pool.
+    """Copy of `num_tokens` tokens of KV from `source_blocks` of the prefill pool to `target_blocks` of the decode pool.
 
-    The two lists have one length: block i goes to block i. The tokens are `start .. start + num_tokens - 1` of the
-    request; `start` is the beginning of a block. `attempt` tells a copy from an earlier one of the same request that
-    was lost: whoever acknowledges a copy says which one.
+    Both lists have the same length: block i goes to block i. The tokens are `start .. start + num_tokens - 1` of the
+    request; `start` is a multiple of the block size. `attempt` is an epoch: it distinguishes the copy from an earlier,
+    lost one of the same tokens, and every acknowledgement names it.
     """
 
     request_id: str
@@ -106,10 +105,10 @@ class KVMigration:
 
 @dataclass(frozen=True, slots=True)
 class KVBudget:
-    """The size of the KV cache: `num_blocks` blocks of `block_size` tokens, in each pool.
+    """Size of the KV cache: `num_blocks` blocks of `block_size` tokens in each pool.
 
-    Strict mode has two pools; `num_prefill_blocks` sizes the prefill worker's one where it differs from the decode
-    worker's. `num_host_blocks` and `num_disk_blocks` size the tiers that `preemption_mode="swap"` moves victims to.
+    Strict mode has two pools; `num_prefill_blocks` sizes the prefill worker's pool where it differs from the decode
+    worker's. `num_host_blocks` and `num_disk_blocks` size the tiers for victims of `preemption_mode="swap"`.
     """
 
     num_blocks: int
@@ -121,23 +120,24 @@ class KVBudget:
 
 @dataclass(slots=True)
 class ScheduleOutput:
-    """What the engine does in one step.
+    """Work of the engine in one step.
 
     Blocks: apply `kv_blocks_to_free` (returned to the pool since the last output) before `kv_blocks_to_allocate` (new
     in this step, by request): a block may be in both. A request's whole table is `request.kv_block_ids`. In strict
-    mode both fields speak of the pool of the worker that the request runs on, the decode pool once it migrates, and
-    `prefill_blocks_to_free` holds the blocks returned to the prefill pool.
+    mode both fields refer to the pool of the worker that the request runs on, which is the decode pool once it
+    migrates, and `prefill_blocks_to_free` holds the blocks returned to the prefill pool.
 
-    `num_cached_tokens` says, for each request admitted in this step, how many leading tokens it found in the prefix
+    `num_cached_tokens` maps each request admitted in this step to its number of leading tokens found in the prefix
     cache; they are not computed.
 
     `block_copies`, then `tier_copies`, run before everything else of the step. A preempted request is swapped if a
-    copy takes its KV from the device, otherwise it is computed again. A copy between tiers counts as done when the step
-    is committed; report with `fail_swaps` those that failed.
+    copy takes its KV from the device, otherwise it is recomputed. A copy between tiers counts as done when the step is
+    committed; report failed ones with `fail_swaps`.
 
-    `kv_migrations` write no block that the step's batches touch, and read none that they write: copies and batches may
-    run in any order or at once. `migrations_to_cancel` were handed out earlier and not acknowledged in time; once they
-    are surely over, report them with `fail_migrations` (or `confirm_migrations`, if they arrived after all).
+    `kv_migrations` neither write a block that the step's batches touch nor read one that they write, so copies and
+    batches may run in any order or concurrently. `migrations_to_cancel` were handed out earlier and not acknowledged in
+    time; once they are known to have stopped, report them with `fail_migrations` (or with `confirm_migrations` if they
+    arrived after all).
     """
 
     prefill_batch: Batch | None = None
@@ -155,7 +155,7 @@ class ScheduleOutput:
 
     @property
     def stage(self) -> Stage:
-        """Which batches are there; both is "hybrid", though in strict mode the two run on workers of their own."""
+        """The batches that are present; both is "hybrid", although in strict mode they run on different workers."""
         if self.prefill_batch and self.decode_batch:
             return "hybrid"
         if self.prefill_batch:
@@ -171,7 +171,7 @@ class ScheduleOutput:
 
     @property
     def swapped_requests(self) -> list[Request]:
-        """Those of the preempted whose KV is kept in a tier."""
+        """The preempted requests with KV kept in a tier."""
         swapped = {copy.seq_id for copy in self.tier_copies if copy.source == "device"}
         return [request for request in self.preempted_requests if request.request_id in swapped]
 

@@ -1,4 +1,4 @@
-"""The settings of the PD scheduler, checked when they are made."""
+"""Configuration of the PD scheduler."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from sageLLM.runtime.scheduler.policy import PolicyName
 from sageLLM.runtime.scheduler.transfer import TransferConfig
 
-Mode = Literal["strict", "time_share", "hybrid", "auto"]
+ModeName = Literal["strict", "time_share", "hybrid", "auto"]
 PreemptionMode = Literal["swap", "recompute"]
 
 _COUNTS = (
@@ -21,37 +21,35 @@ _COUNTS = (
 
 @dataclass(slots=True)
 class PDSchedulerConfig:
-    """How prefill and decode share the devices.
+    """Mode, budgets, policy and preemption of `PDScheduler`; validated on construction.
 
-    - `strict`: prefill and decode run on workers of their own, both in the same step; KV migrates between two pools.
-    - `time_share`: one worker; a step is either prefill or decode. Decode is preferred, but after
+    - `strict`: prefill and decode run on different workers, both in the same step; KV migrates between two pools.
+    - `time_share`: one worker; a step is either prefill or decode. Decodes are preferred, but after
       `max_consecutive_decodes` decode steps a waiting prefill gets a step; 0 prefers prefill.
-    - `hybrid`: one worker; a step holds the decodes and, beside them, chunks of prefill (Sarathi-Serve, arXiv
-      2403.02310).
-    - `auto`: one worker; each step runs as time_share or as hybrid, as the scheduler's `mode_chooser` says.
+    - `hybrid`: one worker; a step holds the decodes and chunks of prefill (Sarathi-Serve, arXiv 2403.02310).
+    - `auto`: one worker; the scheduler's `mode_chooser` selects time_share or hybrid for each step.
 
-    Sizes are in tokens per step: a prefill step computes up to `max_prefill_tokens`; a hybrid step up to
-    `max_prefill_tokens` in all, of which at most `prefill_chunk_size` are prefill. Both are shared by the requests of
-    the step, first come first served; a prompt that exceeds what is left continues in the next step. Each decode is
-    one token.
+    Budgets are in tokens per step: a prefill step computes up to `max_prefill_tokens`; a hybrid step up to
+    `max_prefill_tokens` in total, of which at most `prefill_chunk_size` are prefill. The requests of the step share
+    them, first come first served; a prompt that exceeds the rest continues in the next step. Each decode is one token.
 
-    `max_decode_context_tokens` bounds the sum of the context lengths of a decode step, for kernels whose time grows
-    with it; the requests take turns, and one that exceeds the bound alone is served alone.
+    `max_decode_context_tokens` bounds the sum of the context lengths of a decode step, for kernels with a run time
+    that grows with it. The requests are then served round robin; one that exceeds the bound alone is served alone.
 
-    With `enable_preemption=False` a request is admitted only when its prompt and `max_new_tokens` fit, and all that is
-    reserved. `policy` orders the requests (see `policy.py`); whatever it says, a request is overtaken by at most
-    `max_overtakes` later arrivals once it waits longest.
+    With `enable_preemption=False` a request is admitted only when its prompt and `max_new_tokens` fit, and all of that
+    is reserved. `policy` orders the requests (see `policy.py`); under every policy a request is overtaken by at most
+    `max_overtakes` later arrivals once it is the longest-waiting one.
 
-    `preemption_mode="swap"` keeps the KV of a preempted decode in the tiers of `KVBudget`, and computes it again only
-    when they are full.
+    `preemption_mode="swap"` keeps the KV of a preempted decode in the tiers of `KVBudget`, and recomputes it only when
+    they are full.
 
-    With `enable_prefix_caching` a request does not compute the full blocks at its beginning that another request of the
-    same salt has computed before and that were not evicted since.
+    With `enable_prefix_caching` a request does not compute its leading full blocks if another request of the same salt
+    has computed them before and they were not evicted since.
     """
 
     prefill_device_ids: list[int] = field(default_factory=lambda: [0])
     decode_device_ids: list[int] = field(default_factory=lambda: [0])
-    mode: Mode = "time_share"
+    mode: ModeName = "time_share"
     max_prefill_batch_size: int = 32
     max_prefill_tokens: int = 4096
     prefill_chunk_size: int = 512
@@ -68,7 +66,7 @@ class PDSchedulerConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("mode", self.mode, get_args(Mode))
+        _check_choice("mode", self.mode, get_args(ModeName))
         _check_choice("preemption_mode", self.preemption_mode, get_args(PreemptionMode))
         _check_choice("policy", self.policy, get_args(PolicyName))
         for name in _COUNTS:
@@ -80,7 +78,8 @@ class PDSchedulerConfig:
             raise ValueError(f"max_decode_context_tokens must be at least 1, got {self.max_decode_context_tokens}")
         if self.mode in ("hybrid", "auto") and self.max_prefill_tokens < 2:
             raise ValueError(
-                f"{self.mode} mode needs max_prefill_tokens of at least 2: one for a decode, one for a prefill"
+                f"max_prefill_tokens must be at least 2 in {self.mode} mode (one decode and one prefill token), "
+                f"got {self.max_prefill_tokens}"
             )
 
     @property

@@ -1,14 +1,14 @@
-"""Requests that share another one's prompt (`n > 1`): they wait for its prefill and then go on from its KV."""
+"""Forks: requests that share the prompt of another request (`n > 1`) and reuse its prefill."""
 
 from sageLLM.runtime.scheduler.request import Request
 
 
-class ForkLine:
-    """The forks whose parent's prefill is not committed, by parent.
+class ForkTable:
+    """The forks of requests with an uncommitted prefill, by parent.
 
-    When the parent's last chunk is run the engine samples a first token for each of its forks too. With the commit the
-    forks share the parent's blocks and decode; one that finds no seat or block waits in line like a preempted request.
-    If the parent ends or is preempted before, its forks are requests like any other.
+    From the logits of the parent's last chunk the engine samples a first token for each fork too. On commit the forks
+    share the parent's blocks and decode; a fork for which there is no batch slot or block waits like a preempted
+    request. If the parent ends or is preempted earlier, its forks become ordinary requests.
     """
 
     def __init__(self) -> None:
@@ -22,18 +22,20 @@ class ForkLine:
         return request_id in self._by_id
 
     def get(self, request_id: str) -> Request | None:
+        """The fork with this id."""
         return self._by_id.get(request_id)
 
     def of(self, parent_id: str) -> list[Request]:
-        """The forks that wait for this parent, in order of arrival."""
+        """The forks of this parent, in order of arrival."""
         return list(self._by_parent.get(parent_id, {}).values())
 
     def add(self, request: Request, parent: Request) -> None:
+        """Let a request wait for its parent's prefill."""
         self._by_parent.setdefault(parent.request_id, {})[request.request_id] = request
         self._by_id[request.request_id] = request
 
     def remove(self, request: Request) -> None:
-        """A fork ends while it waits."""
+        """Remove a fork that ends while it waits."""
         del self._by_id[request.request_id]
         if request.fork_of is not None:
             siblings = self._by_parent[request.fork_of.request_id]
@@ -42,7 +44,7 @@ class ForkLine:
                 del self._by_parent[request.fork_of.request_id]
 
     def take(self, parent_id: str) -> list[Request]:
-        """The forks of this parent, which wait no longer."""
+        """Remove and return the forks of this parent."""
         forks = list(self._by_parent.pop(parent_id, {}).values())
         for fork in forks:
             del self._by_id[fork.request_id]

@@ -1,166 +1,269 @@
-"""The prefill/decode scheduler: continuous batching with chunked prefill over paged KV, in three modes.
+"""Prefill/decode scheduler: continuous batching with chunked prefill over paged KV, in four modes.
 
-A request goes waiting -> started (prefill) -> [migrating, in strict mode] -> decoding -> finished, and from any running
-state back to waiting when it is preempted. Nothing counts as computed before `update_after_step` commits the step; a
-step that was planned and not committed is rolled back by the next `schedule`, at no cost but the planning.
+`PDScheduler` is the interface; the work is done by the objects that it is composed of:
+
+- state (`state.py`): request table, KV placement, pending steps, decode queue, migrations, swaps;
+- planning: a `Mode` decides which phases a step runs; `PrefillPhase` admits requests (`Admission`) and adds chunks,
+  `DecodePhase` adds decodes and allocates their blocks (`Preemption`);
+- `StepCommit` counts executed steps as computed, `Recovery` undoes failed ones;
+- `Lifecycle` moves requests between their states for all of these.
+
+A request goes waiting -> prefilling -> [migrating, in strict mode] -> decoding -> finished, and from any running state
+back to waiting when it is preempted. Nothing counts as computed before `update_after_step` commits the step; a planned
+step that was not committed is rolled back by the next `schedule`.
 """
 
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 
-from sageLLM.runtime.scheduler.base import SchedulerStalledError
-from sageLLM.runtime.scheduler.batch import Chunk, ScheduleOutput
+from sageLLM.runtime.scheduler.admission import Admission
+from sageLLM.runtime.scheduler.base import BaseScheduler, SchedulerStalledError
+from sageLLM.runtime.scheduler.batch import KVBudget, ScheduleOutput
+from sageLLM.runtime.scheduler.commit import StepCommit
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
-from sageLLM.runtime.scheduler.plan import Flight, Role, StepPlan
+from sageLLM.runtime.scheduler.decode import DecodePhase
+from sageLLM.runtime.scheduler.decode_queue import DecodeQueue
+from sageLLM.runtime.scheduler.lifecycle import Lifecycle
+from sageLLM.runtime.scheduler.limits import SequenceLimits
+from sageLLM.runtime.scheduler.migration import Migration
+from sageLLM.runtime.scheduler.modes import ModeChooser, Phases, SchedulerView, make_mode
+from sageLLM.runtime.scheduler.placement import KVPlacement
+from sageLLM.runtime.scheduler.plan import Role
+from sageLLM.runtime.scheduler.policy import Policy, make_policy
+from sageLLM.runtime.scheduler.preemption import Preemption
+from sageLLM.runtime.scheduler.prefill import PrefillPhase
+from sageLLM.runtime.scheduler.queues import RoundRobinQueue
 from sageLLM.runtime.scheduler.recovery import Recovery
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
+from sageLLM.runtime.scheduler.state import SchedulerState
+from sageLLM.runtime.scheduler.stats import SchedulerCounters
+from sageLLM.runtime.scheduler.steps import StepQueue
+from sageLLM.runtime.scheduler.swaps import Swaps
+from sageLLM.runtime.scheduler.table import RequestTable
+from sageLLM.runtime.scheduler.transfer import TransferState
 
 __all__ = ["PDScheduler", "PDSchedulerConfig"]
 
 
-class PDScheduler(Recovery):
+class PDScheduler(BaseScheduler):
     """Schedules prefill and decode in the mode that the config names.
 
-    - `kv_budget` sizes the KV pool (in strict mode both pools). Without it blocks are numbered from 0 without limit,
-      reused as they come back: nothing is ever refused or preempted for space, and the engine must grow its cache
-      with the peak.
+    - `kv_budget` sizes the KV pool (in strict mode both pools). Without it blocks are numbered from 0 without limit and
+      reused as they are freed: nothing is refused or preempted for space, and the engine must grow its cache.
     - `max_model_len` bounds prompt + output of a request.
-    - `clock` gives the times stamped on requests, in seconds; no decision depends on it. Whoever passes one stamps
-      `arrival_time` with the same.
+    - `clock` returns the times stamped on requests, in seconds; no decision but the lease of a copy depends on it.
+      `Request.arrival_time` must come from the same clock.
+    - `mode_chooser` selects the mode of each step in mode `auto`.
 
     At most `max_batch_size` (the larger of the two batch sizes) requests hold KV at once.
 
-    Preemption recomputes: the victim, always the running request that ranks last, frees its blocks and goes back to the
-    waiting line at its old rank; later its prompt and the outputs so far are prefilled again, and the last chunk yields
-    the next token. The running request that ranks first is never a victim, so there is always progress.
+    Preemption recomputes by default: the victim, always the running request with the last rank, frees its blocks and
+    waits at its old rank; later its prompt and the outputs so far are prefilled again, and the last chunk yields the
+    next token. The running request with the first rank is never a victim, so there is always progress.
     """
+
+    def __init__(
+        self,
+        config: PDSchedulerConfig | None = None,
+        *,
+        kv_budget: KVBudget | None = None,
+        max_model_len: int | None = None,
+        clock: Callable[[], float] = time.time,
+        policy: Policy | None = None,
+        mode_chooser: ModeChooser | None = None,
+    ) -> None:
+        self.config = config = config or PDSchedulerConfig()
+        super().__init__(
+            max_batch_size=max(config.max_prefill_batch_size, config.max_decode_batch_size),
+            max_tokens=max(config.max_prefill_tokens, config.max_decode_tokens),
+            policy=policy or make_policy(config.policy, config.tenant_weights),
+            max_overtakes=config.max_overtakes,
+        )
+        self.kv = kv = KVPlacement(kv_budget, config.mode == "strict", config.enable_prefix_caching)
+        self.limits = SequenceLimits(
+            max_model_len, kv.max_tokens, kv.block_size, reserve_output=not config.enable_preemption
+        )
+        steps = StepQueue()
+        self._state = state = SchedulerState(
+            config=config,
+            clock=clock,
+            max_batch_size=self.max_batch_size,
+            limits=self.limits,
+            kv=kv,
+            table=RequestTable(self.waiting_queue, self.running_requests, self.preempted_requests),
+            steps=steps,
+            decodes=DecodeQueue(kv.block_size, self.limits),
+            migration=Migration(kv, config.transfer, clock),
+            swaps=Swaps(kv, steps),
+            counters=SchedulerCounters(),
+        )
+        self._lifecycle = Lifecycle(state)
+        self._admission = Admission(state, self._lifecycle)
+        self._commit = StepCommit(state, self._lifecycle)
+        self._recovery = Recovery(state, self._lifecycle)
+        preemption = Preemption(state, self._lifecycle)
+        phases = Phases(
+            config,
+            PrefillPhase(state.table, self._admission),
+            DecodePhase(state.decodes, kv, preemption, config.max_decode_context_tokens),
+        )
+        self.view = SchedulerView(config, self.max_batch_size, kv.max_tokens)
+        self._mode = make_mode(phases, mode_chooser, self.view)
+        self._mode_chooser = mode_chooser
+        self._table, self._steps, self._migration = state.table, state.steps, state.migration
+
+    # --- requests ---
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest prompt + output that any request can reach, in tokens; None when unbounded."""
+        return self.limits.max_seq_len
+
+    @property
+    def prefill_queue(self) -> list[Request]:
+        """All requests with prompt tokens to compute, waiting or started, by rank."""
+        return sorted([*self.waiting_queue, *self._table.prefilling.values()], key=lambda request: request.rank)
+
+    @property
+    def decode_queue(self) -> RoundRobinQueue[Request]:
+        """The decoding requests, the next one to be served first."""
+        return self._state.decodes.requests
+
+    def get_num_waiting(self) -> int:
+        """Number of requests without KV: new ones, preempted ones, and forks."""
+        return len(self.waiting_queue) + len(self._table.forks)
+
+    def why_not_acceptable(self, request: Request) -> str | None:
+        """The reason why `add_request` would refuse the request, or None."""
+        reason = super().why_not_acceptable(request)
+        if reason is not None:
+            return reason
+        request_id = request.request_id
+        if request_id in self._table.forks:
+            return f"request {request_id!r} is already being served; ids of live requests must differ"
+        if request_id in self._table.pending_free or request_id in self._state.swaps.copying:
+            return f"request {request_id!r} was aborted in a pending step; its id can be used again after that step"
+        return self.limits.why_too_long(request)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises ValueError for an empty, used or duplicate one, and for one that can never run."""
+        super().add_request(request)
+        if self._mode_chooser is not None:
+            self._mode_chooser.observe(request)
+        self.kv.track(request)
+        parent = request.fork_of
+        if parent is not None and self._can_fork(parent, request):
+            self.waiting_queue.remove(request)
+            self._table.forks.add(request, parent)
+
+    def _can_fork(self, parent: Request, fork: Request) -> bool:
+        is_live = self._table.find(parent.request_id) is parent
+        is_new = not parent.output_token_ids and parent.slot is None and parent.request_id not in self._table.forks
+        return is_live and is_new and not self.kv.is_split and parent.prompt_token_ids == fork.prompt_token_ids
+
+    def add_received(self, request: Request) -> None:
+        """Queue a request with a prompt computed elsewhere: it has its first output token, and decodes at once.
+
+        It gets blocks for all its tokens; the sender of its KV fills them when the step that announces them runs. After
+        a preemption it is recomputed here from its first token. Raises ValueError as `add_request` does.
+        """
+        if self.kv.is_split:
+            raise ValueError("add_received must not be called in strict mode, which has its own prefill worker")
+        num_tokens = request.total_tokens - 1
+        if not request.output_token_ids or request.num_computed_tokens != num_tokens:
+            raise ValueError(
+                f"expected all tokens of received request {request.request_id!r} but the newest output token to be "
+                f"computed, got {request.num_computed_tokens} of {request.total_tokens}"
+            )
+        self.add_request(request)
+        self.kv.forget(request)  # it must not share cached blocks: the sender writes to all of its blocks
+        self._table.received.add(request.request_id)
+
+    def forks_of(self, request_id: str) -> list[Request]:
+        """The forks waiting for this request's prefill; each gets a first token from the logits of its last chunk."""
+        return self._table.forks.of(request_id)
+
+    def abort_request(self, request_id: str) -> bool:
+        """End a request in any state; False when no live request has this id.
+
+        If a step is pending, the request's part of it is ignored, outputs included, and its blocks return to the pool
+        when the step ends.
+        """
+        request = self._table.find(request_id)
+        if request is None:
+            return False
+        self._lifecycle.end(request)
+        self._state.counters.total_aborted += 1
+        return True
+
+    def _finish(self, request: Request) -> None:
+        self._lifecycle.end(request)
+        self._state.counters.total_finished += 1
+
+    # --- planning ---
 
     def schedule(self, role: Role | None = None) -> ScheduleOutput:
         """Plan the next step. A planned step that was not committed is rolled back first.
 
-        In strict mode the two workers may step each at its own pace: `role` plans the next step of that worker alone,
-        while a step of the other one may be in flight. Commit with `update_after_step(..., step_id=output.step_id)`.
-        Copies are handed out with the prefill worker's steps. If a step fails after a later one of the other worker has
-        ended, the next output repeats the blocks that it had freed.
+        In strict mode each of the two workers may step at its own pace: `role` plans the next step of that worker
+        alone, while a step of the other one may be pending. Commit with `update_after_step(..., step_id=...)`. Copies
+        are handed out with the prefill worker's steps. If a step fails after a later one of the other worker has ended,
+        the next output repeats the blocks that the failed one freed.
         """
         if role is not None and not self.kv.is_split:
-            raise ValueError("only in strict mode do the workers have steps of their own: schedule() without a role")
-        if self._flights:
-            self._roll_back_flights(role)
+            raise ValueError(f"role must be None outside strict mode, got {role!r}")
+        if self._steps.pending:
+            self._recovery.roll_back(role)
         return self._plan_step(role)
 
     def plan_ahead(self) -> ScheduleOutput:
-        """Plan the step after the one in flight, which goes on; at most one step is planned ahead.
+        """Plan the step after the pending one, which continues; at most one step is planned ahead.
 
-        A request whose next token the step in flight computes is decoded again, one token further: the engine reads
-        that token where the step in flight leaves it. Requests that may end by length with the step in flight are left
-        out. One that ends otherwise (a stop token, an abort) has a chunk in the step planned ahead: its result does not
-        count, and its blocks are given to others only when that step is over. Roll back with `rollback_ahead`.
+        A request that gets a token from the pending step is decoded one token further: the engine takes that token from
+        the results of the pending step. Requests that may end by length with the pending step are skipped. One that
+        ends otherwise (a stop token, an abort) has a chunk in the step planned ahead: its result does not count, and
+        its blocks are reused only when that step is over. Roll back with `rollback_ahead`.
         """
-        if len(self._flights) > 1:
-            raise RuntimeError(
-                "a step is planned ahead already; commit the step in flight with update_after_step first"
-            )
-        if self._flights and not self.kv.is_split:
-            self._seat_those_in_flight()
+        steps = self._steps.pending
+        if len(steps) > 1:
+            raise RuntimeError("only one step can be planned ahead; commit the pending step with update_after_step")
+        if steps and not self.kv.is_split:
+            for chunk in steps[0].prefill_chunks:
+                request = chunk.request
+                is_live = request.request_id in self.running_requests and request.slot is None
+                if chunk.is_last and is_live and self.limits.num_outputs_left(request) > 1:
+                    self._lifecycle.start_decoding_ahead(request)
         return self._plan_step(None)
 
-    def _seat_those_in_flight(self) -> None:
-        """Whose last chunk of prefill is in flight decodes next, unless its one token is all that it may have."""
-        for chunk in self._flights[0].prefill_chunks:
-            request = chunk.request
-            is_live = request.request_id in self.running_requests and request.seat is None
-            if chunk.is_last and is_live and self.limits.num_outputs_left(request) > 1:
-                del self._prefill.started[request.request_id]
-                self._decode.join_ahead(request)
-
     def _plan_step(self, role: Role | None) -> ScheduleOutput:
-        self._cancel_out_unheard()
-        plan, self._next_plan = self._next_plan, StepPlan()
-        streak_before = self._num_consecutive_decodes
-        if (self._received or self.preempted_requests) and role != "prefill":
-            self._admit_ready(plan)
-        self._plan_batches(plan, role)
+        step = self._steps.begin(role)
+        if step.new_blocks:
+            step.cancel_unheard(self.running_requests, self.kv.freed)
+        if role != "prefill":
+            self._admission.admit_ready(step)
+        self._mode.fill(step)
         if self.kv.is_split and role != "decode":
-            now = self._clock() if self.config.transfer.lease_s is not None else 0.0
-            plan.to_cancel = self._migration.expire(now)
-            self._migration.plan(plan, now)
-        if plan.prefill:
-            self._num_consecutive_decodes = 0
-        elif plan.decode:
-            self._num_consecutive_decodes += 1
-        output = plan.to_output(self._num_steps)
-        output.kv_blocks_to_free, self.kv.freed = self.kv.freed, []
-        output.prefill_blocks_to_free, self.kv.freed_prefill = self.kv.freed_prefill, []
-        self._num_steps += 1
-        self._flights.append(Flight(output, plan.decode, streak_before, role, plan.block_copies))
-        self._counters.count_plan(output)
+            self._migration.add_to(step)
+        output = self._steps.hand_out(step, self.kv)
+        self._state.counters.count_plan(output)
         if output.is_empty and not self._may_idle(role):
             raise SchedulerStalledError(f"nothing planned although requests wait: {self.get_stats()}")
         return output
 
-    def _cancel_out_unheard(self) -> None:
-        """What was given to a request that left before the engine heard of it, and was freed since, needs no word."""
-        given, freed = self._next_plan.given, self.kv.freed
-        for request_id in [i for i in given if i not in self.running_requests]:
-            given[request_id] = [block for block in given[request_id] if not _remove_last(freed, block)]
-            if not given[request_id]:
-                del given[request_id]
-
-    def _plan_batches(self, plan: StepPlan, role: Role | None) -> None:
-        match self.config.mode:
-            case "time_share":
-                self._plan_time_share(plan, self.config.max_prefill_tokens)
-            case "hybrid":
-                self._plan_hybrid(plan, self.config.prefill_chunk_size)
-            case "auto":
-                self._plan_auto(plan)
-            case "strict":
-                if role != "prefill":
-                    self._decode.plan(plan, self.config.max_decodes, bool(self._flights) and role is None)
-                if role != "decode":
-                    self._prefill.plan(plan, self.config.max_prefill_tokens, self.config.max_prefill_batch_size)
-
-    def _plan_auto(self, plan: StepPlan) -> None:
-        assert self._mode_chooser is not None, "the constructor checks it"
-        choice = self._mode_chooser.choose(self)
-        most, num_tokens = self.config.max_prefill_tokens, choice.max_prefill_tokens
-        if choice.mode == "hybrid":
-            self._plan_hybrid(plan, self.config.prefill_chunk_size if num_tokens is None else num_tokens)
-        elif choice.mode == "time_share":
-            self._plan_time_share(plan, most if num_tokens is None else min(most, num_tokens))
-        else:
-            self._prefill.plan(
-                plan, most if num_tokens is None else min(most, num_tokens), self.config.max_prefill_batch_size
-            )
-            if not plan.prefill:
-                self._decode.plan(plan, self.config.max_decodes, bool(self._flights))
-
-    def _plan_time_share(self, plan: StepPlan, max_prefill_tokens: int) -> None:
-        is_prefill_due = self._num_consecutive_decodes >= self.config.max_consecutive_decodes
-        if self.decode_queue and not (is_prefill_due and self._prefill.has_work()):
-            self._decode.plan(plan, self.config.max_decodes, bool(self._flights))
-        if plan.decode is None:  # none there, not their turn, or all of them preempted
-            self._prefill.plan(plan, max_prefill_tokens, self.config.max_prefill_batch_size)
-
-    def _plan_hybrid(self, plan: StepPlan, chunk_size: int) -> None:
-        """One token budget: decodes first, but never so many that a prefill with a place cannot advance."""
-        budget = self.config.max_prefill_tokens
-        kept_for_prefill = min(chunk_size, budget // 2) if self._prefill.has_work() else 0
-        self._decode.plan(plan, min(self.config.max_decodes, budget - kept_for_prefill), bool(self._flights))
-        num_left = min(chunk_size, budget - plan.num_decodes)
-        self._prefill.plan(plan, num_left, self.config.max_prefill_batch_size)
-
     def _may_idle(self, role: Role | None) -> bool:
-        is_copying = bool(self._migration.copying or self._swapping or self._limbo)
-        if is_copying or any(not flight.output.is_empty for flight in self._flights):
+        """Whether an empty step is legitimate: there is no work, or it depends on something that is under way."""
+        is_copying = bool(self._migration.copying or self._state.swaps.copying or self._table.pending_free)
+        if is_copying or any(not step.output.is_empty for step in self._steps.pending):
             return True
         if not (self.running_requests or self.waiting_queue):
             return True
         if role == "decode":
             return not self.decode_queue
         head = self.waiting_queue.peek()
-        waits_for_decoder = bool(self.decode_queue) or (head is not None and self._is_ready(head))
+        waits_for_decoder = bool(self.decode_queue) or (head is not None and self._admission.needs_no_prefill(head))
         return role == "prefill" and waits_for_decoder
+
+    # --- commit ---
 
     def update_after_step(
         self,
@@ -168,128 +271,124 @@ class PDScheduler(Recovery):
         pending_migrations: Collection[str] = (),
         step_id: int | None = None,
     ) -> list[str]:
-        """Commit a step in flight, end the finished requests, and return the ids that the scheduler itself ended.
+        """Commit a pending step, end the finished requests, and return the ids that the scheduler itself ended.
 
-        The step is the one with this `step_id`, or the oldest.
+        The step is the one with this `step_id`, by default the oldest.
 
         The step's migrations count as done, except the ids in `pending_migrations`: those wait for
-        `confirm_migrations`. The scheduler ends a request, as a last resort, whose output has `max_new_tokens` tokens
-        or whose sequence has `max_seq_len`; an engine that stops there itself gets an empty list. Unknown finished
-        ids were aborted and are ignored.
+        `confirm_migrations`. As a last resort the scheduler ends requests with `max_new_tokens` output tokens or a
+        sequence of `max_seq_len`; an engine that stops there itself gets an empty list. Unknown finished ids were
+        aborted and are ignored.
         """
-        flight = self._take_flight(step_id)
-        ended: list[Request] = []
-        if flight is not None:
-            ended = self._commit(flight)
-            self._finish_swaps(flight.output)
-            if flight.output.kv_migrations:
-                for piece in flight.output.kv_migrations:
-                    if piece.request_id not in pending_migrations:
-                        self._receive(self._migration.arrive_piece(piece))
+        step = self._steps.take(step_id)
+        complete: list[Request] = []
+        if step is not None:
+            complete = self._commit.commit(step)
+            for piece in step.output.kv_migrations:
+                if piece.request_id not in pending_migrations:
+                    self._lifecycle.receive(self._migration.confirm_piece(piece))
         for request_id in finished_request_ids:
-            request = self._find(request_id)
+            request = self._table.find(request_id)
             if request is not None:
                 self._finish(request)
-        unexpected = [request for request in ended if request.status is not RequestStatus.FINISHED]
-        for request in unexpected:
-            self._finish(request)
-        if self._limbo:
-            self._empty_limbo()
-        return [request.request_id for request in unexpected]
-
-    def _finish_swaps(self, output: ScheduleOutput) -> None:
-        for copy in output.tier_copies:
-            self.kv.finish_swap(copy.seq_id)
-            self._swapping.pop(copy.seq_id, None)
-
-    def _take_flight(self, step_id: int | None) -> Flight | None:
-        if step_id is None:
-            return self._flights.popleft() if self._flights else None
-        for flight in self._flights:
-            if flight.step_id == step_id:
-                self._flights.remove(flight)
-                return flight
-        raise ValueError(f"step {step_id} is not in flight; it was committed or rolled back")
+        unexpected: list[str] = []
+        for request in complete:
+            if request.status is not RequestStatus.FINISHED:
+                self._finish(request)
+                unexpected.append(request.request_id)
+        self._lifecycle.free_ended()
+        return unexpected
 
     def prefill_to_decode(self, request_ids: Iterable[str]) -> None:
-        """Commit the last chunks of these requests' prefills now, before the step ends.
+        """Commit the last prefill chunks of these requests now, before the step ends.
 
-        Optional, as `update_after_step` does the same; it may be called any number of times. Requests whose prefill
-        is not complete with the step in flight, or is done already, stay as they are.
+        Optional, as `update_after_step` does the same; it may be called any number of times. Requests without a last
+        chunk in the oldest pending step, and those committed already, are ignored.
         """
-        if not self._flights:
-            return
-        flight = self._flights[0]
-        last = {chunk.request.request_id: chunk for chunk in flight.prefill_chunks if chunk.is_last}
+        if self._steps.pending:
+            self._commit.commit_prefills(self._steps.pending[0], request_ids)
+
+    # --- migration ---
+
+    def confirm_migrations(self, request_ids: Iterable[str]) -> None:
+        """The KV of these requests has arrived on the decode worker (on all of its ranks): they may decode."""
         for request_id in request_ids:
-            if request_id in last and request_id not in flight.void:
-                self._commit_prefill(last[request_id], self._clock())
-                flight.void.add(request_id)
+            self._lifecycle.receive(self._migration.confirm(request_id))
+        self._lifecycle.free_ended()
 
-    def _commit(self, flight: Flight) -> list[Request]:
-        """Count the step's tokens as computed; returns the requests that are as long as they may become."""
-        candidates: list[Request] = []
-        if flight.decode is not None:
-            candidates = self._decode.commit(flight.decode)
-        for request in flight.swapped.values():
-            if request.status is RequestStatus.PREEMPTED:
-                request.compute_up_to(request.num_computed_tokens + 1)
-        if flight.output.prefill_batch is not None:
-            now = self._clock()
-            chunks = flight.output.prefill_batch.chunks
-            for chunk in chunks:
-                self._commit_prefill(chunk, now, is_void=chunk.request.request_id in flight.void)
-            candidates = [*(chunk.request for chunk in chunks if chunk.is_last), *candidates]
-        is_full = self.limits.is_full
-        return [request for request in candidates if is_full(request)]
+    def acknowledge_migration(
+        self, request_id: str, start: int, attempt: int, rank: int = 0, layers: Iterable[int] | None = None
+    ) -> None:
+        """One rank of the decode worker has received some layers (None: all) of one piece of a request's KV.
 
-    def _commit_prefill(self, chunk: Chunk, now: float, is_void: bool = False) -> None:
-        request = chunk.request
-        if request.status is RequestStatus.FINISHED:
-            return
-        if chunk.is_last and request.first_token_time is None:
-            request.first_token_time = now
-        if is_void:
-            return
-        end = chunk.start + chunk.num_tokens
-        request.compute_up_to(end)
-        self.kv.publish(request)
-        if chunk.is_last:
-            self._start_forks(request, now)
+        `start` and `attempt` are those of the `KVMigration`. The request decodes once every piece is complete; a
+        repeated or late acknowledgement, or one of another attempt, changes nothing.
+        """
+        self._lifecycle.receive(self._migration.acknowledge(request_id, start, attempt, rank, layers))
+        self._lifecycle.free_ended()
+
+    def fail_migrations(self, request_ids: Iterable[str]) -> None:
+        """The copies of these requests have stopped and not arrived: they are handed out again.
+
+        Copies that have not begun are removed from the outputs of pending steps. After `max_attempts` failures the
+        request is requeued and recomputed from its first token.
+        """
+        self._recovery.fail_migrations(request_ids)
+
+    def transfer_state(self, request_id: str) -> TransferState | None:
+        """State of a request of strict mode; None when no live request has this id."""
+        if request_id in self.waiting_queue:
+            return TransferState.QUEUED
+        if request_id not in self.running_requests:
+            return None
+        transfer = self._migration.transfers.get(request_id)
+        return TransferState.DECODING if transfer is None else transfer.state
+
+    # --- recovery ---
+
+    def rollback_step(self) -> None:
+        """Forget the pending steps, for example because the device failed: their tokens and copies are planned again.
+
+        Admissions and preemptions remain; allocated and freed blocks are announced again by the next output.
+        """
+        self._recovery.roll_back(None)
+
+    def rollback_ahead(self) -> None:
+        """Forget the step planned ahead; the pending one before it continues."""
+        if len(self._steps.pending) > 1:
+            self._recovery.roll_back_newest()
+
+    def fail_swaps(self, request_ids: Iterable[str]) -> None:
+        """Copies between tiers of these requests failed: the requests are recomputed.
+
+        A pending step with these copies, or with chunks of these requests, must be rolled back first.
+        """
+        self._recovery.fail_swaps(request_ids)
+
+    def lose_kv(self, role: Role | None = None) -> None:
+        """A worker died and restarts with an empty KV cache: in strict mode one of the two, or both if None.
+
+        Its pending steps are rolled back, and no copy is in flight any more. The requests with KV on it are recomputed
+        at their old rank, without emitting a token twice; KV that was only to be sent to it is sent again.
+        """
+        self._recovery.lose_kv(role)
+
+    # --- reports ---
+
+    def get_stats(self) -> dict[str, int]:
+        """Counters since the start (`total_*`; batches and tokens as planned), and current queue and pool sizes."""
+        stats = self._state.counters.as_dict()
+        stats["prefill_queue_size"] = len(self.waiting_queue) + len(self._table.prefilling)
+        stats["decode_queue_size"] = len(self.decode_queue)
+        stats["migrating_size"] = self._migration.num_sending
+        stats["num_waiting"] = self.get_num_waiting()
+        stats["num_running"] = self.get_num_running()
+        stats["num_preempted"] = len(self.preempted_requests)
+        stats["kv_blocks_used"] = self.kv.decode.pool.num_used
         if self.kv.is_split:
-            self._migration.computed(request, chunk.is_last)
-        if not chunk.is_last:
-            return
-        if request.seat is not None:
-            self._decode.commit_prefill(request, end)
-            request.status = RequestStatus.DECODING
-            return
-        del self._prefill.started[request.request_id]
-        if not self.kv.is_split:
-            self._start_decoding(request)
+            stats["prefill_kv_blocks_used"] = self.kv.prefill.pool.num_used
+        return stats
 
-    def _start_forks(self, parent: Request, now: float) -> None:
-        """The parent's prompt is computed: its forks share it."""
-        for fork in self._forks.take(parent.request_id):
-            has_seat = fork.output_token_ids and len(self.running_requests) < self.max_batch_size
-            shared = self.kv.fork(parent, fork, self._num_tokens_reserved(fork)) if has_seat else None
-            if shared is None:
-                self._wait_in_line(fork)
-                continue
-            fork.first_token_time = now
-            fork.compute_up_to(parent.num_computed_tokens)
-            fork.plan_up_to(parent.num_computed_tokens)
-            self._enter(fork)
-            new_blocks, copies = shared
-            self._next_plan.give(fork, new_blocks)
-            self._next_plan.block_copies[fork.request_id] = copies
-            self._start_decoding(fork)
-
-
-def _remove_last(blocks: list[int], block: int) -> bool:
-    """Remove the last occurrence of a block; False if there is none."""
-    for index in range(len(blocks) - 1, -1, -1):
-        if blocks[index] == block:
-            del blocks[index]
-            return True
-    return False
+    def check_integrity(self) -> None:
+        """Check that every live request is in exactly one state, and that exactly the running ones hold blocks."""
+        self._lifecycle.check_integrity()

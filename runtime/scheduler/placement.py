@@ -1,32 +1,33 @@
-"""Where the KV of running requests lies: in one pool, or first in the prefill worker's and then in the decode worker's.
+"""Placement of the KV of running requests: one pool, or the prefill worker's pool and then the decode worker's.
 
-With two pools a request gets its blocks in both when it is admitted: those of the decode pool stay reserved until its
-KV is copied there, so prefill never runs ahead of what the decode worker can take, and a copy never waits for room.
+With two pools a request gets its blocks in both when it is admitted: those of the decode pool are a reservation until
+its KV is copied there. So prefill never runs ahead of the capacity of the decode worker, and a copy never waits for
+space (which could deadlock: both pools full, each waiting for the other).
 """
 
 from collections.abc import Collection
 
 from sageLLM.runtime.kv.copies import Admission, BlockCopy, TierCopy
 from sageLLM.runtime.kv.manager import DEFAULT_BLOCK_SIZE, PagedKVManager
-from sageLLM.runtime.scheduler.base import KVBudget, KVMigration, Request
+from sageLLM.runtime.scheduler.batch import KVBudget, KVMigration
+from sageLLM.runtime.scheduler.request import Request
 
 
 class KVPlacement:
-    """The block tables of all running requests, over one pool or (`is_split`) two.
+    """Block tables of all running requests, over one pool or (`is_split`) two.
 
-    `request.kv_block_ids` is always the live table in the pool of the worker that the request now runs on. Returned
-    blocks gather in `freed` and `freed_prefill` until they are announced to the engine.
+    `request.kv_block_ids` is always the live table in the pool of the worker that the request currently runs on.
+    Released blocks collect in `freed` and `freed_prefill` until they are announced to the engine.
     """
 
     def __init__(self, budget: KVBudget | None, is_split: bool, enable_prefix_caching: bool = False) -> None:
         num_blocks = budget.num_blocks if budget else None
         num_prefill_blocks = budget.num_prefill_blocks if budget else None
         block_size = budget.block_size if budget else DEFAULT_BLOCK_SIZE
-        caches_there = enable_prefix_caching and not is_split
         self.decode = PagedKVManager(
             num_blocks,
             block_size,
-            enable_prefix_caching=caches_there,
+            enable_prefix_caching=enable_prefix_caching and not is_split,
             host_blocks=budget.num_host_blocks if budget else 0,
             disk_blocks=budget.num_disk_blocks if budget else 0,
         )
@@ -38,12 +39,12 @@ class KVPlacement:
         self.block_size = block_size
         self.freed: list[int] = []
         self.freed_prefill: list[int] = []
-        # Reservations in the decode pool of which the engine has not heard yet.
-        self._silent: set[str] = set()
+        # Requests with a reservation in the decode pool that the engine has not heard of yet.
+        self._unannounced: set[str] = set()
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest sequence that fits in every pool when it is alone there; None when they are unbounded."""
+        """The longest sequence that fits every pool when it is alone; None when the pools are unbounded."""
         limits = [kv.max_tokens for kv in (self.prefill, self.decode) if kv.max_tokens is not None]
         return min(limits, default=None)
 
@@ -52,32 +53,32 @@ class KVPlacement:
         return self.decode.holds(request_id) or self.prefill.holds(request_id)
 
     def track(self, request: Request) -> None:
-        """Let the prefix cache know a request's tokens."""
+        """Register a request's tokens with the prefix cache."""
         self.prefill.track(request.request_id, request.prompt_token_ids, request.output_token_ids, request.salt)
 
     def forget(self, request: Request) -> None:
-        """A request has ended and holds no blocks any more."""
+        """Unregister a request that has ended and holds no blocks."""
         self.prefill.forget(request.request_id)
 
     def can_admit(self, request: Request, num_tokens: int, headroom: int) -> bool:
-        """Whether `admit` would succeed and leave `headroom` blocks to the running decodes."""
+        """Whether `admit` would succeed and leave `headroom` free blocks for the running decodes."""
         if not self.is_split:
             return self.decode.can_admit(request.request_id, num_tokens, headroom)
         has_room = self.prefill.can_admit(request.request_id, request.total_tokens)
         return has_room and self.decode.can_allocate(request.request_id, num_tokens, headroom)
 
     def admit(self, request: Request, num_tokens: int) -> Admission:
-        """Give a request blocks for its tokens, and for `num_tokens` where it will decode."""
+        """Allocate blocks for a request's tokens, and for `num_tokens` tokens on the worker that will decode it."""
         if self.is_split:
             self.decode.allocate(request.request_id, num_tokens)
-            self._silent.add(request.request_id)
+            self._unannounced.add(request.request_id)
             num_tokens = request.total_tokens
         admission = self.prefill.admit(request.request_id, num_tokens)
         request.kv_block_ids = self.prefill.block_table(request.request_id)
         return admission
 
     def publish(self, request: Request) -> None:
-        """Let others share the blocks that the request has filled, where it was prefilled."""
+        """Let other requests share the full computed blocks, in the pool where they were prefilled."""
         self.prefill.publish(request.request_id, request.num_computed_tokens)
 
     def can_extend(self, request: Request, num_tokens: int) -> bool:
@@ -89,15 +90,15 @@ class KVPlacement:
         return self.decode.allocate(request.request_id, num_tokens)
 
     def extend_each(self, request_ids: list[str]) -> list[int] | None:
-        """Give each of these decoding requests one block, in one go; None, and no change, if too few are free."""
+        """Allocate one block to each of these decoding requests; None, and no change, if too few are free."""
         return self.decode.append_blocks(request_ids)
 
     # --- forks and swaps, on the worker that decodes ---
 
     def fork(self, parent: Request, child: Request, num_reserved: int) -> tuple[list[int], list[BlockCopy]] | None:
-        """Give `child` the computed tokens of `parent`, in a table for `num_reserved` tokens.
+        """Share the computed tokens of `parent` with `child`, in a table for `num_reserved` tokens.
 
-        Returns the blocks that are new in it and the copies that it needs, or None when there are too few blocks.
+        Returns the blocks that are new in it and the copies that it needs, or None when too few blocks are free.
         """
         num_tokens = parent.num_computed_tokens
         num_missing = self.decode.blocks_for(num_reserved) - num_tokens // self.block_size
@@ -108,59 +109,59 @@ class KVPlacement:
         return fork.new_blocks + self.decode.allocate(child.request_id, num_reserved), fork.copies
 
     def swap_out(self, request: Request, num_tokens: int) -> TierCopy | None:
-        """Begin to copy the first `num_tokens` tokens of a decoding request to a tier; None when no tier has room."""
+        """Begin to copy the first `num_tokens` tokens of a decoding request to a tier; None when every tier is full."""
         return self.decode.begin_swap_out(request.request_id, num_tokens)
 
     def swap_in(self, request: Request, num_tokens: int) -> tuple[TierCopy, list[int]]:
-        """Begin to copy a request back, into a table for `num_tokens` tokens; returns the table as well."""
+        """Begin to copy a request back, into a table for `num_tokens` tokens; returns the copy and the table."""
         copy = self.decode.begin_swap_in(request.request_id, num_tokens)
         request.kv_block_ids = self.decode.block_table(request.request_id)
         return copy, list(request.kv_block_ids)
 
     def finish_swap(self, request_id: str) -> None:
-        """A copy between tiers has arrived."""
+        """Commit a copy between tiers: free its source blocks."""
         if self.decode.is_in_transfer(request_id):
             self.freed += self.decode.finish_swap(request_id)
 
     def abort_swap(self, request_id: str) -> list[int]:
-        """A copy between tiers has failed, or was never begun; returns the device blocks that nobody uses any more."""
+        """Undo a copy between tiers that failed or never began; returns the device blocks that become unused."""
         return self.decode.abort_swap(request_id) if self.decode.is_in_transfer(request_id) else []
 
     def release_swapped(self, request: Request) -> None:
-        """Give back what a waiting request has in a tier, or will have when the copy under way ends."""
+        """Free the blocks that a waiting request has in a tier, or will have when its copy ends."""
         self.freed += self.decode.free(request.request_id)
 
     # --- two pools ---
 
     def copy_of(self, request_id: str, start: int, num_tokens: int, attempt: int) -> KVMigration:
-        """The copy of these tokens to the decode pool; `start` is the beginning of a block."""
+        """The copy of these tokens to the decode pool; `start` is a multiple of the block size."""
         blocks = slice(start // self.block_size, self.decode.blocks_for(start + num_tokens))
         source = self.prefill.block_table(request_id)[blocks]
         return KVMigration(request_id, source, self.decode.block_table(request_id)[blocks], num_tokens, start, attempt)
 
-    def is_target_known(self, request_id: str) -> bool:
+    def is_target_announced(self, request_id: str) -> bool:
         """Whether the engine has heard of the request's blocks in the decode pool."""
-        return request_id not in self._silent
+        return request_id not in self._unannounced
 
     def announce_target(self, request_id: str) -> list[int]:
-        """The request's blocks in the decode pool, of which the engine hears now."""
-        self._silent.discard(request_id)
+        """The request's blocks in the decode pool, which count as announced from now on."""
+        self._unannounced.discard(request_id)
         return list(self.decode.block_table(request_id))
 
-    def forget_target(self, request_id: str) -> None:
-        """The engine has not heard of the blocks in the decode pool after all."""
-        self._silent.add(request_id)
+    def retract_target(self, request_id: str) -> None:
+        """Count the blocks in the decode pool as unannounced: the step that held them was rolled back."""
+        self._unannounced.add(request_id)
 
     def arrive(self, request: Request) -> None:
-        """The copy is complete: free the source and run on the decode pool."""
+        """Free the source of a complete copy and switch the request to the decode pool."""
         self.freed_prefill += self.prefill.free(request.request_id)
         request.kv_block_ids = self.decode.block_table(request.request_id)
 
     def release(self, request: Request, unannounced: Collection[int] = ()) -> list[int]:
-        """Return all blocks of a request; what it filled stays in the prefix cache.
+        """Free all blocks of a request; its full blocks stay in the prefix cache.
 
-        `unannounced` ones were given within the step that is being planned. Returns those of them that others use: they
-        are to be announced all the same.
+        `unannounced` blocks were allocated in the step being planned. Those of them that other requests share stay
+        allocated and must still be announced: they are returned.
         """
         request_id = request.request_id
         self.publish(request)
@@ -171,9 +172,9 @@ class KVPlacement:
             shared = [block for block in unannounced if block not in freed]
             unannounced = ()
         freed = self.decode.free(request_id)
-        if request_id not in self._silent:
+        if request_id not in self._unannounced:
             self.freed += [block for block in freed if block not in unannounced]
-        self._silent.discard(request_id)
+        self._unannounced.discard(request_id)
         request.kv_block_ids = []
         return shared or [block for block in unannounced if block not in freed]
 
@@ -182,4 +183,4 @@ class KVPlacement:
         self.decode.check_integrity(live)
         if self.is_split:
             self.prefill.check_integrity()
-            assert all(self.decode.holds(request_id) for request_id in self._silent), "a reservation without blocks"
+            assert all(self.decode.holds(i) for i in self._unannounced), "a reservation has no blocks"

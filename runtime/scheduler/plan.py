@@ -1,94 +1,113 @@
-"""The step being planned. Until it is handed out a request can be dropped from it, which gives its share back."""
+"""Step being planned, and the pending step that it becomes when it is handed out."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sageLLM.runtime.kv.copies import BlockCopy, TierCopy
 from sageLLM.runtime.scheduler.batch import Batch, Chunk, DecodeStepBatch, KVMigration, ScheduleOutput
-from sageLLM.runtime.scheduler.request import Request, Seat
+from sageLLM.runtime.scheduler.request import DecodeSlot, Request
 
 Role = Literal["prefill", "decode"]
 
 
 @dataclass(slots=True)
 class DecodePlan:
-    """The decodes of a step, the seats that sit it out, and, when the seats take turns, those that were served."""
+    """Decodes of a step, the slots that it skips, and, if it could not serve all, the requests served round robin."""
 
     batch: DecodeStepBatch
-    skipped: list[Seat]
-    served_in_turn: list[Request] = field(default_factory=list)
+    skipped: list[DecodeSlot]
+    served: list[Request] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """What a step will hold so far: chunks by request, blocks given, requests preempted, copies.
+    """Contents of a step so far: chunks, allocated blocks, preempted requests and copies, by request id.
 
-    Before a step is planned its plan gathers what the engine must hear next: what a rolled-back step had said, and the
-    blocks of forks. `num_sitting_out` counts the decodes that lack a block which copies under way will free.
+    Before planning starts the plan already collects announcements for the engine: those of a step that was rolled
+    back, and the blocks of forks.
 
-    The phases count what the plan holds against their budgets, so whatever leaves it is budget again at once.
+    The first three fields are the context of the step. `role` is the worker that it is for (None: all workers),
+    `is_ahead` says that another step is pending, and `num_consecutive_decodes` counts the decode-only steps before it.
+    `num_awaiting_blocks` counts the decodes skipped for lack of a block that copies in flight will free.
     """
 
+    role: Role | None = None
+    is_ahead: bool = False
+    num_consecutive_decodes: int = 0
     prefill: dict[str, Chunk] = field(default_factory=dict)
     decode: DecodePlan | None = None
-    given: dict[str, list[int]] = field(default_factory=dict)
+    new_blocks: dict[str, list[int]] = field(default_factory=dict)
     num_cached: dict[str, int] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
     migrations: list[KVMigration] = field(default_factory=list)
     to_cancel: list[KVMigration] = field(default_factory=list)
     block_copies: dict[str, list[BlockCopy]] = field(default_factory=dict)
     tier_copies: dict[str, TierCopy] = field(default_factory=dict)
-    num_sitting_out: int = 0
+    num_awaiting_blocks: int = 0
 
     @property
     def num_decodes(self) -> int:
         return 0 if self.decode is None else len(self.decode.batch.requests)
 
     def add_prefill(self, request: Request, num_tokens: int) -> None:
-        """Compute the next `num_tokens` tokens of a prompt (or of a replay)."""
+        """Compute the next `num_tokens` tokens of a prompt (or of a recomputed sequence)."""
         start = request.num_planned_tokens
         end = start + num_tokens
         self.prefill[request.request_id] = Chunk(request, start, num_tokens, end == request.total_tokens)
         request.plan_up_to(end)
 
-    def give(self, request: Request, blocks: list[int]) -> None:
-        """Note blocks that the request was given within this step."""
+    def add_blocks(self, request: Request, blocks: list[int]) -> None:
+        """Announce blocks allocated to the request."""
         if blocks:
-            self.given.setdefault(request.request_id, []).extend(blocks)
+            self.new_blocks.setdefault(request.request_id, []).extend(blocks)
 
     def drop(self, request: Request) -> list[int]:
-        """Take a preempted request out of the step; returns the blocks that it was given within it.
+        """Remove a preempted request; returns the blocks allocated to it within this step.
 
-        Decodes are filled in after all preemption, prefills after the decodes: there is no chunk to give back.
+        Preemption happens while decodes are added, before any chunk is: there is no chunk to remove.
         """
         self.forget(request)
-        return self.given.pop(request.request_id, [])
+        return self.new_blocks.pop(request.request_id, [])
 
     def forget(self, request: Request) -> None:
-        """Say nothing of what a request was to share or copy: it leaves."""
+        """Do not announce cache hits and block copies of a request that leaves."""
         self.num_cached.pop(request.request_id, None)
         self.block_copies.pop(request.request_id, None)
 
-    def to_output(self, step_id: int) -> ScheduleOutput:
+    def cancel_unheard(self, running: Container[str], freed: list[int]) -> None:
+        """Drop allocations of departed requests together with the matching entries of `freed`.
+
+        The engine has heard of neither the allocation nor the release, and needs to hear of neither.
+        """
+        for request_id in [i for i in self.new_blocks if i not in running]:
+            kept = [block for block in self.new_blocks[request_id] if not _remove_last(freed, block)]
+            if kept:
+                self.new_blocks[request_id] = kept
+            else:
+                del self.new_blocks[request_id]
+
+    def to_output(self, step_id: int, freed: list[int], freed_prefill: list[int]) -> ScheduleOutput:
         """The finished plan as the engine sees it."""
-        decode_batch = None
+        # Assigned one by one: keyword arguments would double the time, and this runs in every step.
+        output = ScheduleOutput(step_id=step_id)
+        if self.prefill:
+            output.prefill_batch = _prefill_batch(2 * step_id, self.prefill)
         if self.decode is not None:
-            decode_batch = self.decode.batch
-            decode_batch.batch_id = 2 * step_id + 1
-        return ScheduleOutput(
-            _prefill_batch(2 * step_id, self.prefill) if self.prefill else None,
-            decode_batch,
-            self.preempted,
-            self.given,
-            [],
-            self.migrations,
-            [],
-            step_id,
-            self.num_cached,
-            self.to_cancel,
-            [copy for copies in self.block_copies.values() for copy in copies] if self.block_copies else [],
-            list(self.tier_copies.values()) if self.tier_copies else [],
-        )
+            output.decode_batch = self.decode.batch
+            output.decode_batch.batch_id = 2 * step_id + 1
+        output.preempted_requests = self.preempted
+        output.kv_blocks_to_allocate = self.new_blocks
+        output.kv_blocks_to_free = freed
+        output.prefill_blocks_to_free = freed_prefill
+        output.num_cached_tokens = self.num_cached
+        output.kv_migrations = self.migrations
+        output.migrations_to_cancel = self.to_cancel
+        if self.block_copies:
+            output.block_copies = [copy for copies in self.block_copies.values() for copy in copies]
+        if self.tier_copies:
+            output.tier_copies = list(self.tier_copies.values())
+        return output
 
 
 def _prefill_batch(batch_id: int, chunks_by_id: dict[str, Chunk]) -> Batch:
@@ -96,26 +115,35 @@ def _prefill_batch(batch_id: int, chunks_by_id: dict[str, Chunk]) -> Batch:
     return Batch(batch_id, [chunk.request for chunk in chunks], chunks)
 
 
-@dataclass(slots=True)
-class Flight:
-    """A step that was handed out and neither committed nor rolled back.
+def _remove_last(blocks: list[int], block: int) -> bool:
+    """Remove the last occurrence of a block; False if it is not in the list."""
+    for index in range(len(blocks) - 1, -1, -1):
+        if blocks[index] == block:
+            del blocks[index]
+            return True
+    return False
 
-    `role` is the worker's whose step it is, None if it is everybody's. `void` holds the ids whose part of it no longer
-    counts: preempted since, or committed ahead of the step. `swapped` has those of them whose token will be among the
-    tokens that the swap keeps.
+
+@dataclass(slots=True, eq=False)
+class PendingStep:
+    """A step that was handed out and is neither committed nor rolled back.
+
+    `void` holds the ids for which the step no longer counts: preempted since, or committed ahead of the step.
+    `swapped` holds those of them with a token of this step among the tokens that the swap keeps.
     """
 
+    plan: StepPlan
     output: ScheduleOutput
-    decode: DecodePlan | None
-    streak_before: int
-    role: Role | None = None
-    block_copies: dict[str, list[BlockCopy]] = field(default_factory=dict)
     void: set[str] = field(default_factory=set)
     swapped: dict[str, Request] = field(default_factory=dict)
 
     @property
     def step_id(self) -> int:
         return self.output.step_id
+
+    @property
+    def role(self) -> Role | None:
+        return self.plan.role
 
     def computes(self, request: Request) -> bool:
         """Whether the step has a chunk of this request."""
@@ -124,7 +152,7 @@ class Flight:
 
     @property
     def prefill_chunks(self) -> list[Chunk]:
-        """The chunks of prefill that still count."""
+        """The prefill chunks that still count."""
         batch = self.output.prefill_batch
         if batch is None:
             return []

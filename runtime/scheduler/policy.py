@@ -1,7 +1,7 @@
-"""Who is served first: each policy ranks a request when it arrives, and the lower rank goes first.
+"""Scheduling policies: each ranks a request on arrival; the lowest rank is admitted first and preempted last.
 
-A rank never changes while a request waits, runs, is preempted and waits again; only a request that was overtaken too
-often is moved to the head (`WaitingLine` in `queues.py`), which bounds the wait under every policy.
+A rank is constant while a request waits, runs, is preempted and waits again. Only a request that was overtaken too
+often moves to the head (`WaitingQueue` in `queues.py`), which bounds the wait under every policy.
 """
 
 import math
@@ -14,7 +14,7 @@ PolicyName = Literal["fcfs", "priority", "deadline", "fair_share"]
 
 
 class Policy(Protocol):
-    """Ranks arriving requests. `head` is the request at the head of the waiting line, if anybody waits."""
+    """Ranks arriving requests. `head` is the head of the waiting queue, None if the queue is empty."""
 
     def rank(self, request: Request, head: Request | None) -> Rank: ...
 
@@ -27,14 +27,14 @@ class FirstCome:
 
 
 class ByPriority:
-    """The lower `priority` first, then the earlier arrival."""
+    """Lowest `priority` first, then earliest arrival."""
 
     def rank(self, request: Request, head: Request | None) -> Rank:
         return (request.priority, request.sequence_number)
 
 
 class ByDeadline:
-    """The earliest deadline first; requests without a deadline come last."""
+    """Earliest deadline first; requests without a deadline come last."""
 
     def rank(self, request: Request, head: Request | None) -> Rank:
         return (math.inf if request.deadline is None else request.deadline, request.sequence_number)
@@ -44,8 +44,8 @@ class FairShare:
     """Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) over tenants.
 
     A tenant with many requests does not delay those of the others: each tenant's requests are spread over a virtual
-    time that advances by their tokens (prompt and `max_new_tokens`) divided by the tenant's weight (1 unless
-    `weights` says otherwise). A tenant that was idle starts at the present virtual time, it saves no credit.
+    time that advances by their tokens (prompt and `max_new_tokens`) divided by the tenant's weight (default 1). A
+    tenant that was idle starts at the current virtual time; it accumulates no credit.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
@@ -62,17 +62,17 @@ class FairShare:
         cost = request.num_prompt_tokens + request.max_new_tokens
         self._finish[request.tenant] = start + cost / self.weights.get(request.tenant, 1.0)
         self._latest_start = max(self._latest_start, start)
-        self._forget_idle(now)
+        self._drop_idle_tenants(now)
         return (start, request.sequence_number)
 
-    def _forget_idle(self, now: float) -> None:
-        """A tenant whose last request is over in virtual time is as good as new; keeps the table small."""
+    def _drop_idle_tenants(self, now: float) -> None:
+        # A tenant with its last request over in virtual time ranks like a new one; dropping it bounds the table.
         if len(self._finish) > 1024:
             self._finish = {tenant: finish for tenant, finish in self._finish.items() if finish > now}
 
 
 def make_policy(name: PolicyName, tenant_weights: Mapping[str, float] | None = None) -> Policy:
-    """The policy of this name; the weights are those of "fair_share"."""
+    """Returns the policy of this name; `tenant_weights` are those of "fair_share"."""
     match name:
         case "fcfs":
             return FirstCome()

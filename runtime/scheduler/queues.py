@@ -1,6 +1,6 @@
-"""The orders in which requests stand in line: by rank (who is admitted next) and by turn (who decodes next).
+"""Request queues: by rank (order of admission) and round robin (order of decoding).
 
-All find a member by id in O(1); nothing here walks a line to remove from its middle.
+Both find and remove a member by id in O(1).
 """
 
 import heapq
@@ -22,10 +22,11 @@ def _age(request: Request) -> Rank:
 
 
 class RankedQueue(Generic[Member]):
-    """A line sorted by `key`, by default the rank. A member keeps the key with which it was pushed.
+    """Queue sorted by `key`, by default the rank. A member keeps the key with which it was pushed.
 
-    A binary heap with lazy deletion: `remove` only forgets the member; its entry goes when it reaches the top, or all
-    dead entries go together once they are the greater part. So all operations cost O(log n) amortised.
+    A binary heap with lazy deletion: `remove` only deletes the member; its heap entry is dropped when it reaches the
+    top, or together with all other dead entries once they outnumber the live ones. So every operation costs O(log n)
+    amortised.
     """
 
     def __init__(self, key: Callable[[Request], Rank] = _rank) -> None:
@@ -34,20 +35,20 @@ class RankedQueue(Generic[Member]):
         self._members: dict[str, tuple[Rank, Member]] = {}
 
     def push(self, member: Member) -> None:
-        """Put a member in line; keys are distinct among live members."""
-        assert member.request_id not in self._members, f"{member.request_id!r} is in line twice"
+        """Insert a member; keys of live members are distinct."""
+        assert member.request_id not in self._members, f"{member.request_id!r} is queued twice"
         key = self._key(member)
         self._members[member.request_id] = (key, member)
         heapq.heappush(self._heap, (key, member.request_id))
 
     def peek(self) -> Member | None:
-        """The member of the lowest key, which stays in line."""
+        """The member with the lowest key, which stays in the queue."""
         while self._heap and not self._is_live(self._heap[0]):
             heapq.heappop(self._heap)
         return self._members[self._heap[0][1]][1] if self._heap else None
 
     def remove(self, member: Member) -> None:
-        """Take a member out of line, wherever it stands."""
+        """Remove a member, wherever it is."""
         del self._members[member.request_id]
         if len(self._heap) > 2 * len(self._members) + 16:
             self._heap = [entry for entry in self._heap if self._is_live(entry)]
@@ -66,7 +67,7 @@ class RankedQueue(Generic[Member]):
         return len(self._members)
 
     def __iter__(self) -> Iterator[Member]:
-        """The members in order; sorts, so it is meant for reports and tests."""
+        """The members in order. Sorts, so it is meant for reports and tests."""
         for _, member in sorted(self._members.values(), key=lambda entry: entry[0]):
             yield member
 
@@ -74,11 +75,11 @@ class RankedQueue(Generic[Member]):
         return (member if isinstance(member, str) else getattr(member, "request_id", None)) in self._members
 
 
-class WaitingLine(RankedQueue[Request]):
-    """The requests that hold no KV, by rank, with a bound on how often a request is overtaken.
+class WaitingQueue(RankedQueue[Request]):
+    """Requests without KV by rank, with a bound on how often a request is overtaken.
 
-    After `max_overtakes` later arrivals were admitted before the one that waits longest, that one is moved to the head
-    for good: nobody overtakes it again, and it is not preempted for a later arrival. So a request with k older ones
+    After `max_overtakes` later arrivals were admitted before the longest-waiting request, that request moves to the
+    head for good: it is not overtaken again, and not preempted for a later arrival. So a request with k older ones
     before it is admitted after at most `(k + 1) * max_overtakes` later arrivals, whatever its rank.
     """
 
@@ -97,12 +98,13 @@ class WaitingLine(RankedQueue[Request]):
         self._by_age.remove(member)
 
     def admit(self, member: Request) -> None:
-        """Take the head out of line, and count whom it overtook."""
+        """Remove the head, and count the overtaking of the longest-waiting request."""
         oldest = self._by_age.peek()
         self.remove(member)
         if oldest is None or oldest is member:
             self._num_overtakes = 0
         elif member.rank[0] != -math.inf:
+            # A promoted member does not count: it was itself the longest-waiting request.
             self._num_overtakes += 1
             if self._num_overtakes >= self._max_overtakes:
                 self._promote(oldest)
@@ -114,27 +116,27 @@ class WaitingLine(RankedQueue[Request]):
         self._num_overtakes = 0
 
 
-class TurnQueue(Generic[Member]):
-    """A line in which whoever was served goes to the back, so that all take turns when not all are served at once."""
+class RoundRobinQueue(Generic[Member]):
+    """Queue in which served members move to the back, so that all progress when a step cannot serve all."""
 
     def __init__(self) -> None:
         self._members: dict[str, Member] = {}
 
     def append(self, member: Member) -> None:
-        """Join at the back."""
-        assert member.request_id not in self._members, f"{member.request_id!r} is in line twice"
+        """Insert a member at the back."""
+        assert member.request_id not in self._members, f"{member.request_id!r} is queued twice"
         self._members[member.request_id] = member
 
     def remove(self, member: Member) -> None:
-        """Leave the line."""
+        """Remove a member."""
         del self._members[member.request_id]
 
     def to_back(self, member: Member) -> None:
-        """Let everybody else go first."""
+        """Move a member to the back."""
         self._members[member.request_id] = self._members.pop(member.request_id)
 
     def to_front(self, members: Iterable[Member]) -> None:
-        """Let these members go before everybody else, in their order. Costs O(length of the line)."""
+        """Move these members to the front, in their order. Costs O(length of the queue)."""
         first = {member.request_id: member for member in members if member.request_id in self._members}
         self._members = first | self._members
 

@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it: what was asked for, what has come out, and how far its KV has got."""
+"""Requests as the scheduler sees them: parameters, output so far, and progress in the KV cache."""
 
 import time
 from enum import Enum
@@ -7,7 +7,7 @@ Rank = tuple[float, int]
 
 
 class RequestStatus(Enum):
-    """Where a request stands; FINISHED covers aborted ones too."""
+    """State of a request; FINISHED includes aborted ones."""
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
@@ -17,7 +17,7 @@ class RequestStatus(Enum):
 
 
 class DecodeClock:
-    """Counts the decode steps that were planned and those that were committed."""
+    """Number of decode steps planned and committed."""
 
     __slots__ = ("committed", "planned")
 
@@ -26,13 +26,13 @@ class DecodeClock:
         self.committed = 0
 
 
-class Seat:
-    """A decoding request's place in the decode line.
+class DecodeSlot:
+    """Entry of a request in the decode queue, with its token counts as offsets from the decode clock.
 
-    Every decode step takes each seat one token further, so the counts of all requests are kept as offsets from one
-    clock and a step costs the same however many decode. A seat that sits a step out is moved back by one.
+    Every decode step advances each slot by one token. With counts relative to one clock a step therefore costs the same
+    for any number of decodes; only a slot that the step skips is touched (moved back by one).
     `computed_offset` is None while the request's prefill is planned and not committed. `growth_tick` and `end_tick` are
-    the steps at which the request needs a block and at which it may be full.
+    the clock ticks at which the request needs a block and at which it may be complete.
     """
 
     __slots__ = ("clock", "computed_offset", "end_tick", "growth_tick", "planned_offset", "request")
@@ -45,20 +45,25 @@ class Seat:
         self.growth_tick = 0
         self.end_tick = 0
 
+    @property
+    def is_live(self) -> bool:
+        """False once the request has left the decode queue (it may have a new slot since)."""
+        return self.request.slot is self
+
 
 class Request:
-    """One sequence to be completed. Compared by identity; the scheduler changes it in place.
+    """One sequence to complete. Compared by identity; the scheduler changes it in place.
 
-    `top_k=-1` means no top-k limit. Times are seconds of the scheduler's clock. `priority`: the lower is served first.
-    `tenant` shares the service with the other tenants under the policy "fair_share"; `deadline`, a time of the
-    scheduler's clock, orders the requests under the policy "deadline".
+    `top_k=-1` disables top-k. Times are seconds of the scheduler's clock. A lower `priority` is served first.
+    `tenant` is the unit of sharing of the policy "fair_share"; `deadline`, a time of the scheduler's clock, is the sort
+    key of the policy "deadline".
 
-    Cached KV is shared among requests of one `salt`. `fork_of` names a request with the same prompt, queued
-    before and not yet prefilled: this one needs no prefill of its own (see `ForkLine`).
+    Cached KV is shared among requests of equal `salt`. `fork_of` names a request with the same prompt that was queued
+    earlier and is not prefilled yet: the fork reuses its prefill (see `ForkTable`).
 
-    `num_computed_tokens` counts the leading tokens of prompt + output whose KV is in the cache; a decoding request's
-    newest token is not among them. `num_planned_tokens` counts those of the steps in flight as well.
-    `sequence_number` is its place in the order of arrival and `rank` its place in line, both given by `add_request`.
+    `num_computed_tokens` counts the leading tokens of prompt + output with KV in the cache; the newest token of a
+    decoding request is not among them. `num_planned_tokens` includes those of the pending steps. `sequence_number` is
+    the order of arrival and `rank` the sort key of the waiting queue; `add_request` sets both.
     """
 
     __slots__ = (
@@ -78,8 +83,8 @@ class Request:
         "rank",
         "request_id",
         "salt",
-        "seat",
         "sequence_number",
+        "slot",
         "status",
         "temperature",
         "tenant",
@@ -130,7 +135,7 @@ class Request:
         self.salt = salt
         self.fork_of = fork_of
         self.rank: Rank = (priority, sequence_number)
-        self.seat: Seat | None = None
+        self.slot: DecodeSlot | None = None
         self._num_computed = num_computed_tokens
         self._num_planned = num_computed_tokens
 
@@ -153,33 +158,33 @@ class Request:
 
     @property
     def num_computed_tokens(self) -> int:
-        seat = self.seat
-        if seat is None or seat.computed_offset is None:
+        slot = self.slot
+        if slot is None or slot.computed_offset is None:
             return self._num_computed
-        return seat.computed_offset + seat.clock.committed
+        return slot.computed_offset + slot.clock.committed
 
     @property
     def num_planned_tokens(self) -> int:
-        seat = self.seat
-        return self._num_planned if seat is None else seat.planned_offset + seat.clock.planned
+        slot = self.slot
+        return self._num_planned if slot is None else slot.planned_offset + slot.clock.planned
 
     def plan_up_to(self, num_tokens: int) -> None:
-        """A step in flight computes the prefill up to this token."""
+        """Count the first `num_tokens` tokens of the prefill as planned."""
         self._num_planned = num_tokens
 
     def compute_up_to(self, num_tokens: int) -> None:
-        """The KV of the tokens up to this one is in the cache."""
+        """Count the first `num_tokens` tokens as computed."""
         self._num_computed = num_tokens
 
-    def take_seat(self, seat: Seat) -> None:
-        """From now on the decode line counts the request's tokens."""
-        self.seat = seat
+    def take_slot(self, slot: DecodeSlot) -> None:
+        """Let the decode clock count the tokens from now on."""
+        self.slot = slot
 
-    def leave_seat(self) -> None:
-        """Keep the counts that the decode line had."""
+    def leave_slot(self) -> None:
+        """Keep the counts that the slot had."""
         self._num_planned, self._num_computed = self.num_planned_tokens, self.num_computed_tokens
-        self.seat = None
+        self.slot = None
 
     def forget_progress(self) -> None:
-        """All KV is lost."""
+        """Count all KV as lost."""
         self._num_planned = self._num_computed = 0

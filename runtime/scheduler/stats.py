@@ -1,13 +1,13 @@
-"""Counts what the scheduler planned and what became of the requests."""
+"""Counters of the scheduler."""
 
 from dataclasses import asdict, dataclass
 
-from sageLLM.runtime.scheduler.base import ScheduleOutput
+from sageLLM.runtime.scheduler.batch import ScheduleOutput
 
 
 @dataclass(slots=True)
 class SchedulerCounters:
-    """Counters that only grow; steps, batches and tokens are counted when they are planned."""
+    """Counters that only increase; steps, batches and tokens are counted when they are planned."""
 
     total_steps: int = 0
     total_prefill_batches: int = 0
@@ -31,7 +31,7 @@ class SchedulerCounters:
             self.total_prefill_tokens += output.prefill_batch.total_tokens
         if output.decode_batch:
             self.total_decode_batches += 1
-            self.total_decode_tokens += output.decode_batch.batch_size
+            self.total_decode_tokens += len(output.decode_batch.requests)
 
     def as_dict(self) -> dict[str, int]:
         """The counters by name."""

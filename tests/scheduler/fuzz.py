@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from fake_engine import FakeEngine
 
 from sageLLM.runtime.scheduler.base import KVBudget, KVMigration, Request, RequestStatus, ScheduleOutput
-from sageLLM.runtime.scheduler.modes import ModeChoice
+from sageLLM.runtime.scheduler.modes import ModeChoice, SchedulerView
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.transfer import TransferConfig
 
@@ -38,7 +38,7 @@ class RandomChooser:
     def observe(self, request: Request) -> None:
         assert request.rank is not None
 
-    def choose(self, scheduler: PDScheduler) -> ModeChoice:
+    def choose(self, view: SchedulerView) -> ModeChoice:
         mode = self.rng.choice(["time_share", "hybrid", "prefill"])
         return ModeChoice(mode, self.rng.choice([None, 1, 3, 9]))
 
@@ -232,11 +232,11 @@ class World:
 
     def _step_ahead(self) -> None:
         """The step in flight (if any) ends after the next one is planned."""
-        flights = [flight.output for flight in self.scheduler._flights]
+        flights = [flight.output for flight in self.scheduler._steps.pending]
         if not flights:
             if self._plan() is None:
                 return
-            flights = [flight.output for flight in self.scheduler._flights]
+            flights = [flight.output for flight in self.scheduler._steps.pending]
         if self.rng.random() < 0.8 and self._plan(is_ahead=True) is None:
             return
         self._abort_some()
@@ -245,7 +245,7 @@ class World:
     def _step_apart(self) -> None:
         """One of the workers ends its step, the other one may take longer."""
         for role in ("prefill", "decode"):
-            flights = {flight.role: flight.output for flight in self.scheduler._flights}
+            flights = {flight.role: flight.output for flight in self.scheduler._steps.pending}
             if role in flights:
                 if self.rng.random() < 0.5:
                     self._finish(flights[role])

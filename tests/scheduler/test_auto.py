@@ -93,7 +93,7 @@ def scheduler(chooser: ForecastChooser) -> PDScheduler:
 def test_the_rules_are_within_the_limits() -> None:
     kinds = [
         (rule.mode, rule.max_prefill_tokens)
-        for rule in rules(scheduler(ForecastChooser(PerToken(), ServiceObjective())))
+        for rule in rules(scheduler(ForecastChooser(PerToken(), ServiceObjective())).view)
     ]
     chunks = [("hybrid", size) for size in (40, 256, 512, 600)]
     assert kinds == [("prefill", None), ("time_share", None), *chunks]
@@ -115,7 +115,7 @@ def test_the_objective_decides(objective: ServiceObjective, mode: str) -> None:
     for i in range(16):
         seen(chooser, 7.0 * i, 300, 20, is_over=True)
     one = scheduler(chooser)
-    choices = [chooser.choose(one) for _ in range(200)]
+    choices = [chooser.choose(one.view) for _ in range(200)]
     assert choices[0] == ModeChoice("hybrid", 40), "until there is a forecast, as the config says"
     assert choices[-1].mode == mode
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sageLLM.runtime.scheduler.admission import Admission
 from sageLLM.runtime.scheduler.base import (
     Batch,
     Chunk,
@@ -70,7 +71,7 @@ def test_the_protocol_of_the_first_design_still_works() -> None:
         ({"max_prefill_tokens": 0}, "max_prefill_tokens must be at least 1, got 0"),
         (
             {"mode": "hybrid", "max_prefill_tokens": 1},
-            "hybrid mode needs max_prefill_tokens of at least 2: one for a decode, one for a prefill",
+            "max_prefill_tokens must be at least 2 in hybrid mode (one decode and one prefill token), got 1",
         ),
     ],
 )
@@ -244,7 +245,7 @@ def test_an_aborted_request_keeps_its_blocks_and_id_until_the_step_ends(fake_eng
     assert engine.scheduler.get_stats()["kv_blocks_used"] == 2
     with pytest.raises(ValueError) as error:
         engine.scheduler.add_request(Request("a", [1]))
-    expected = "request 'a' was aborted in the step in flight; its id is free after that step"
+    expected = "request 'a' was aborted in a pending step; its id can be used again after that step"
     assert str(error.value) == expected
     request.output_token_ids.append(5)  # the engine was already running it
     engine.commit(out, [])
@@ -292,12 +293,12 @@ def test_a_victim_in_the_plan_gives_its_blocks_back(fake_engine) -> None:
 
 
 def test_a_preempting_step_admits_nobody(fake_engine) -> None:
-    engine = make(fake_engine, "hybrid", num_blocks=6)
+    bounds = {"max_prefill_batch_size": 2, "max_decode_batch_size": 2}  # no slot until the victim leaves
+    engine = make(fake_engine, "hybrid", num_blocks=6, **bounds)
     engine.add("first", 7, num_outputs=9)
     engine.add("second", 14, num_outputs=9)
     engine.step()
     small = engine.add("small", 2, priority=-1)
-    engine.scheduler.max_batch_size = 2  # no seat until the victim leaves
     while not engine.scheduler.preempted_requests:
         out = engine.step()
     assert out.preempted_requests == [engine.requests["second"]]
@@ -368,7 +369,7 @@ def test_a_failed_step_is_planned_again(fake_engine, mode) -> None:
 
 
 def test_a_step_that_plans_nothing_while_requests_wait_is_noticed(monkeypatch) -> None:
-    monkeypatch.setattr(PDScheduler, "_can_admit", lambda self, request: False)
+    monkeypatch.setattr(Admission, "can_admit", lambda self, request: False)
     scheduler = PDScheduler()
     assert scheduler.schedule().is_empty  # nobody waits
     scheduler.add_request(Request("a", [1]))
@@ -381,7 +382,7 @@ def test_the_integrity_check_notices_a_request_in_no_line(fake_engine) -> None:
     engine.add("a", 4)
     engine.step()
     engine.scheduler.decode_queue.remove(engine.requests["a"])
-    with pytest.raises(AssertionError, match=r"running requests in no line: \{'a'\}"):
+    with pytest.raises(AssertionError, match=r"running requests in no phase: \{'a'\}"):
         engine.scheduler.check_integrity()
 
 

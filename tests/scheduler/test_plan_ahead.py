@@ -108,7 +108,7 @@ def test_only_one_step_is_planned_ahead(fake_engine) -> None:
     engine.add("a", 5)
     engine.plan()
     engine.plan(is_ahead=True)
-    with pytest.raises(RuntimeError, match="a step is planned ahead already"):
+    with pytest.raises(RuntimeError, match="only one step can be planned ahead"):
         engine.scheduler.plan_ahead()
 
 
@@ -174,7 +174,7 @@ def test_a_step_is_committed_once() -> None:
     scheduler = PDScheduler(PDSchedulerConfig())
     with pytest.raises(ValueError) as error:
         scheduler.update_after_step([], step_id=3)
-    assert str(error.value) == "step 3 is not in flight; it was committed or rolled back"
+    assert str(error.value) == "step_id must be that of a pending step, got 3: committed or rolled back already"
 
 
 def test_a_received_request_decodes_at_once() -> None:
@@ -192,9 +192,7 @@ def test_a_received_request_must_lack_its_newest_token_only() -> None:
     scheduler = PDScheduler(PDSchedulerConfig())
     with pytest.raises(ValueError) as error:
         scheduler.add_received(Request("a", [1] * 6, output_token_ids=[5], num_computed_tokens=4))
-    expected = (
-        "request 'a' has 4 computed tokens; a received one has all its tokens computed but the newest output token"
-    )
+    expected = "expected all tokens of received request 'a' but the newest output token to be computed, got 4 of 7"
     assert str(error.value) == expected
 
 
@@ -225,7 +223,7 @@ class Alternate:
     def observe(self, request) -> None:
         self.seen.append(request)
 
-    def choose(self, scheduler) -> ModeChoice:
+    def choose(self, view) -> ModeChoice:
         self.num_asked += 1
         return ModeChoice("hybrid", 3) if self.num_asked % 2 else ModeChoice("time_share")
 
@@ -244,4 +242,4 @@ def test_auto_asks_for_every_step(fake_engine) -> None:
 def test_auto_needs_a_chooser() -> None:
     with pytest.raises(ValueError) as error:
         PDScheduler(PDSchedulerConfig(mode="auto"))
-    assert str(error.value) == "mode 'auto' needs a mode_chooser, and no other mode takes one"
+    assert str(error.value) == "mode_chooser must be passed with mode 'auto', and only then"

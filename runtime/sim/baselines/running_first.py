@@ -285,7 +285,7 @@ class RunningFirstScheduler(BaseScheduler):
                 if chunk.is_last:
                     request.status = RequestStatus.DECODING
                     last.append(request)
-        return [request for request in last if self.limits.is_full(request)]
+        return [request for request in last if self.limits.is_complete(request)]
 
     def _retire(self, request: Request) -> None:
         if request.request_id in self.waiting_queue:
