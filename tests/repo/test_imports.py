@@ -212,7 +212,6 @@ def package_graph(modules: nx.DiGraph[str]) -> nx.DiGraph[str]:
     return nx.DiGraph((package[a], package[b]) for a, b in modules.edges if package[a] != package[b])
 
 
-@pytest.mark.xfail(reason="PDScheduler is still spread over five modules", strict=False)
 def test_modules_import_in_no_circle() -> None:
     assert circles(import_graph(ROOT)) == []
 
