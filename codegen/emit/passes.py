@@ -18,7 +18,7 @@ from sageLLM.codegen.contents import Row
 from sageLLM.codegen.emit.pass_fields import ENGINES, OP_FIELDS, fields_of, function_of
 from sageLLM.codegen.emit.rule_conditions import asked_sizes, condition_text, negated
 from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
-from sageLLM.codegen.model.rule import Found, PassDef, PatternCall, RuleDef
+from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef, SearchStep
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit
 
@@ -198,10 +198,10 @@ class RuleViewer:
         count = len(self.rule.replacement)
         return ["replacement"] if count == 1 else [f"replacement_{i}" for i in range(1, count + 1)]
 
-    def _find(self, step: Found, num_found: int) -> None:
+    def _find(self, step: SearchStep, num_found: int) -> None:
         call, var = self.rule.pattern[step.position], self.vars[step.position]
-        is_reader = step.by not in call.targets
-        self.steps.append(FindView(var, call.op, self.values[step.by], self.labels[step.by], is_reader, num_found))
+        is_reader = step.via not in call.targets
+        self.steps.append(FindView(var, call.op, self.values[step.via], self.labels[step.via], is_reader, num_found))
 
     def _bind(self, index: int, num_found: int) -> None:
         """Gives the values and attrs of a node their text, and checks those that have one already."""

@@ -1,4 +1,4 @@
-"""Type-checks expressions: names, element types, named dims. What comes out is the typed tree of `tree`."""
+"""Type-checks expressions, with names, element types and named dims, and builds their typed trees."""
 
 import ast
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ _SCALAR_FUNCTIONS = ("exp", "log", "sqrt", "abs", "floor", "round")
 
 @dataclass(slots=True)
 class Scope:
-    """What an expression may name."""
+    """The names that an expression may use."""
 
     values: dict[str, ValueType] = field(default_factory=dict)
     attrs: dict[str, ValueType] = field(default_factory=dict)
@@ -65,14 +65,14 @@ class Scope:
 
 @dataclass(slots=True)
 class Checker:
-    """Checks one text against a scope; `given` are the optional names known to be present at this place."""
+    """Checks one text against a scope; `given` are the optional names known to be present at this point."""
 
     text: Text
     scope: Scope
-    given: frozenset[str] = frozenset()
+    present: frozenset[str] = frozenset()
 
     def expression(self, node: ast.expr) -> Expr:
-        """The typed tree of `node`; raises Refused after reporting what is wrong."""
+        """The typed tree of `node`; raises Refused after a finding."""
         check_grammar(self.text, node)
         return self._expr(node)
 
@@ -92,7 +92,7 @@ class Checker:
                 return self._comparison(node)
             case ast.Call(func=ast.Name(id=name)):
                 return self._call(node, name)
-        raise self.text.refuse("SAGE102", f"`{type(node).__name__}` cannot stand here", node)
+        raise self.text.refuse("SAGE102", f"`{type(node).__name__}` is not supported here", node)
 
     # names
 
@@ -100,8 +100,8 @@ class Checker:
         name, scope = node.id, self.scope
         if name in ("true", "false"):
             return Number(ValueType("truth"), name == "true")
-        if name in scope.optional and name not in self.given:
-            help = f"write optional({name}, with_it, without_it)"
+        if name in scope.optional and name not in self.present:
+            help = f"write optional({name}, value_if_present, value_if_absent)"
             raise self.text.refuse("SAGE131", f"'{name}' may be absent", node, help)
         if name in scope.values:
             return Ref(scope.values[name], name)
@@ -116,73 +116,67 @@ class Checker:
     def _unary_operator(self, node: ast.UnaryOp) -> Expr:
         x = self._expr(node.operand)
         if isinstance(node.op, ast.Not):
-            self._want_truth(x, node.operand)
+            self._require_condition(x, node.operand)
             return Unary(x.type, "not", x)
         if not isinstance(node.op, ast.USub):
-            raise self.text.refuse("SAGE102", f"`{type(node.op).__name__}` is not part of the language", node)
-        self._want_number(x, node.operand)
+            raise self.text.refuse("SAGE102", f"`{type(node.op).__name__}` is not supported", node)
+        self._require_number(x, node.operand)
         if isinstance(x, Number):
             return _number(-cast(float, x.value))
         return Unary(x.type, "neg", x)
 
     def _operator(self, node: ast.expr, operator: ast.operator, left: ast.expr, right: ast.expr) -> Expr:
         if type(operator) not in _OPERATORS:
-            raise self.text.refuse(
-                "SAGE102", f"the operator `{type(operator).__name__}` is not part of the language", node
-            )
+            raise self.text.refuse("SAGE102", f"the operator `{type(operator).__name__}` is not supported", node)
         a, b = self._expr(left), self._expr(right)
-        self._want_number(a, left)
-        self._want_number(b, right)
+        self._require_number(a, left)
+        self._require_number(b, right)
         op = _OPERATORS[type(operator)]
         type_ = self._join(a, b, node, op)
         if op == "/" and not self.scope.is_float(type_.element):
             if not type_.is_literal:
-                raise self.text.refuse(
-                    "SAGE107", f"`/` takes floats, not {type_.element}", node, "use // or cast: f32(...)"
-                )
+                message = f"`/`: expected floats, got {type_.element}"
+                raise self.text.refuse("SAGE107", message, node, "use `//`, or cast: f32(...)")
             type_ = ValueType("float")
         if op in ("//", "%") and not self.scope.is_integer(type_.element):
-            raise self.text.refuse("SAGE107", f"`{op}` takes integers, not {type_.element}", node)
+            raise self.text.refuse("SAGE107", f"`{op}`: expected integers, got {type_.element}", node)
         if op == "**" and not b.type.is_literal:
-            raise self.text.refuse("SAGE107", "an exponent is a literal or an attr", right)
+            raise self.text.refuse("SAGE107", "an exponent must be a literal or an attr", right)
         return Binary(type_, op, a, b)
 
     def _bool_operator(self, node: ast.BoolOp) -> Expr:
         op = _OPERATORS[type(node.op)]
-        given, result = self.given, self._truth(node.values[0])
+        present, result = self.present, self._truth(node.values[0])
         for value in node.values[1:]:
             other = self._truth(value)
             result = Binary(self._join(result, other, node, op), op, result, other)
-        self.given = given
+        self.present = present
         return result
 
     def _truth(self, node: ast.expr) -> Expr:
         value = self._expr(node)
-        self._want_truth(value, node)
+        self._require_condition(value, node)
         return value
 
     def _comparison(self, node: ast.Compare) -> Expr:
         if len(node.ops) > 1:
-            raise self.text.refuse("SAGE102", "comparisons cannot be chained", node, "write `a < b and b < c`")
+            raise self.text.refuse("SAGE102", "comparisons must not be chained", node, "write `a < b and b < c`")
         if type(node.ops[0]) not in _OPERATORS:
             operator = type(node.ops[0]).__name__
-            raise self.text.refuse(
-                "SAGE102", f"the comparison `{operator}` is not part of the language", node, "use == != < <= > >="
-            )
+            message = f"the comparison `{operator}` is not supported"
+            raise self.text.refuse("SAGE102", message, node, "use == != < <= > >=")
         a, b = self._expr(node.left), self._expr(node.comparators[0])
         joined = self._join(a, b, node, _OPERATORS[type(node.ops[0])])
         element = "truth" if joined.is_literal else "bool"
         return Binary(ValueType(element, joined.dims), _OPERATORS[type(node.ops[0])], a, b)
 
-    # types of two values that meet
+    # common type of two operands
 
     def _join(self, a: Expr, b: Expr, node: ast.expr, op: str) -> ValueType:
         element = self._joined_element(a, b)
         if element is None:
-            help = self._cast_help(a, b)
-            raise self.text.refuse(
-                "SAGE107", f"element types differ: {a.type.element} {op} {b.type.element}", node, help
-            )
+            message = f"`{op}`: operands must have one element type, got {a.type.element} and {b.type.element}"
+            raise self.text.refuse("SAGE107", message, node, self._cast_help(a, b))
         return ValueType(element, self._joined_dims(a.type.dims, b.type.dims, node))
 
     def _joined_element(self, a: Expr, b: Expr) -> str | None:
@@ -203,7 +197,7 @@ class Checker:
 
     def _cast_help(self, a: Expr, b: Expr) -> str:
         names = [expr.name for expr in (b, a) if isinstance(expr, Ref) and expr.type.element != "f32"]
-        return f"wrap one side: f32({names[0]})" if names else "wrap one side, e.g. f32(...)"
+        return f"cast one operand: f32({names[0]})" if names else "cast one operand: f32(...)"
 
     def _joined_dims(self, a: tuple[Size, ...], b: tuple[Size, ...], node: ast.expr) -> tuple[Size, ...]:
         if set(b) <= set(a):
@@ -215,25 +209,25 @@ class Checker:
             joined = (LEADING, *(dim for dim in joined if dim != LEADING))
         if {LEADING} < set(joined) and not (LEADING in a and LEADING in b):
             shown = " with ".join(f"[{', '.join(map(str, dims))}]" for dims in (a, b))
-            help = "only dims that the other side has may be missing; name the dims of `...` one by one"
+            help = "one operand must have all dims of the other one; name the dims of `...` one by one"
             raise self.text.refuse("SAGE113", f"cannot broadcast {shown} by name", node, help)
         return joined
 
-    def _want_number(self, x: Expr, node: ast.expr) -> None:
+    def _require_number(self, x: Expr, node: ast.expr) -> None:
         if x.type.element in ("bool", "truth", "str"):
-            raise self.text.refuse(
-                "SAGE107", f"a number is wanted, this is {_kind(x)}", node, "use where(condition, 1, 0)"
-            )
+            help = "use where(condition, 1, 0)" if x.type.element != "str" else None
+            raise self.text.refuse("SAGE107", f"expected a number, got {_kind(x)}", node, help)
 
-    def _want_truth(self, x: Expr, node: ast.expr) -> None:
+    def _require_condition(self, x: Expr, node: ast.expr) -> None:
         if x.type.element not in ("bool", "truth"):
-            raise self.text.refuse("SAGE107", f"a condition is wanted, this is {_kind(x)}", node, "compare it: ... > 0")
+            message = f"expected a condition, got {_kind(x)}"
+            raise self.text.refuse("SAGE107", message, node, "write a comparison: ... > 0")
 
     # calls
 
     def _call(self, node: ast.Call, name: str) -> Expr:
         if node.keywords:
-            raise self.text.refuse("SAGE106", f"{name} takes no keyword arguments", node.keywords[0])
+            raise self.text.refuse("SAGE106", f"{name}: keyword arguments are not supported", node.keywords[0])
         if name in self.scope.elements or name in DTYPES:
             return self._cast(node, name)
         if name in UNARY:
@@ -255,71 +249,69 @@ class Checker:
         return forms[name](node)
 
     def _arguments(self, node: ast.Call, form: str) -> list[ast.expr]:
-        wanted = form.count(",") + 1
-        if len(node.args) != wanted:
-            counted = f"{wanted} argument{'s' if wanted > 1 else ''}"
-            raise self.text.refuse("SAGE106", f"{form} takes {counted}, got {len(node.args)}", node)
+        count = form.count(",") + 1
+        if len(node.args) != count:
+            expected = f"{count} argument{'s' if count > 1 else ''}"
+            raise self.text.refuse("SAGE106", f"{form}: expected {expected}, got {len(node.args)}", node)
         return node.args
 
     def _cast(self, node: ast.Call, element: str) -> Expr:
         (argument,) = self._arguments(node, f"{element}(v)")
         x = self._expr(argument)
         if x.type.is_literal:
-            raise self.text.refuse(
-                "SAGE107", "a literal adapts to what it meets; do not cast it", argument, "remove the cast"
-            )
+            message = "a literal must not be cast; it adopts the element type of the other operand"
+            raise self.text.refuse("SAGE107", message, argument, "remove the cast")
         if x.type.element == "bool" or element == "bool":
-            raise self.text.refuse("SAGE107", "conditions are not numbers", argument, "use where(condition, 1, 0)")
+            help = "use where(condition, 1, 0)"
+            raise self.text.refuse("SAGE107", "conditions and numbers must not be cast to each other", argument, help)
         return Cast(ValueType(element, x.type.dims), x)
 
     def _unary_function(self, node: ast.Call, name: UnaryOp) -> Expr:
         (argument,) = self._arguments(node, f"{name}(v)")
         x = self._expr(argument)
-        self._want_number(x, argument)
+        self._require_number(x, argument)
         if x.type.is_literal:
             if name not in _SCALAR_FUNCTIONS:
-                raise self.text.refuse("SAGE107", f"{name} takes a tensor, this is {_kind(x)}", argument)
+                raise self.text.refuse("SAGE107", f"{name}: expected a tensor, got {_kind(x)}", argument)
             return Unary(ValueType("float"), name, x)
         if name not in ("abs", "relu") and not self.scope.is_float(x.type.element):
-            raise self.text.refuse(
-                "SAGE107", f"{name} takes floats, not {x.type.element}", argument, "cast it: f32(...)"
-            )
+            message = f"{name}: expected floats, got {x.type.element}"
+            raise self.text.refuse("SAGE107", message, argument, "cast it: f32(...)")
         return Unary(x.type, name, x)
 
     def _reduction(self, node: ast.Call, name: ReduceOp) -> Expr:
         argument, dim_node = self._arguments(node, f"{name}(v, DIM)")
         x, dim = self._expr(argument), self._dim(dim_node)
-        self._want_number(x, argument)
-        self._want_dim(x, dim, dim_node, name)
+        self._require_number(x, argument)
+        self._require_dim(x, dim, dim_node, name)
         if name in ("sum", "mean") and x.type.element not in ("f32", "f64", *INTEGERS):
-            raise self.text.refuse(
-                "SAGE107", f"{name} adds up {x.type.element}, which is narrow", argument, "add in f32(...)"
-            )
+            message = f"{name}: expected f32, f64 or integers, got {x.type.element}, which may be narrow"
+            raise self.text.refuse("SAGE107", message, argument, "accumulate in f32: f32(...)")
         if name == "mean" and x.type.element in INTEGERS:
-            raise self.text.refuse("SAGE107", f"mean takes floats, not {x.type.element}", argument, "cast it: f32(...)")
+            message = f"mean: expected floats, got {x.type.element}"
+            raise self.text.refuse("SAGE107", message, argument, "cast it: f32(...)")
         return Reduce(ValueType(x.type.element, _without(x.type.dims, dim)), name, x, dim)
 
     def _dim(self, node: ast.expr) -> Size:
         return size_of(node, self.text, self.scope.dims)
 
-    def _want_dim(self, x: Expr, dim: Size, node: ast.expr, what: str) -> None:
+    def _require_dim(self, x: Expr, dim: Size, node: ast.expr, function: str) -> None:
         if x.type.is_literal or dim not in x.type.dims:
             dims = ", ".join(map(str, x.type.dims))
-            raise self.text.refuse("SAGE108", f"{what} over {dim}, but the operand has the dims [{dims}]", node)
+            raise self.text.refuse("SAGE108", f"{function}: expected a dim of the operand, [{dims}], got {dim}", node)
 
     def _dot(self, node: ast.Call) -> Expr:
         left, right, dim_node = self._arguments(node, "dot(x, w, DIM)")
         x, w, dim = self._expr(left), self._expr(right), self._dim(dim_node)
         for operand, place in ((x, left), (w, right)):
-            self._want_dim(operand, dim, dim_node, "dot")
+            self._require_dim(operand, dim, dim_node, "dot")
             if not self.scope.is_float(operand.type.element):
-                raise self.text.refuse("SAGE107", f"dot takes floats, not {operand.type.element}", place)
+                raise self.text.refuse("SAGE107", f"dot: expected floats, got {operand.type.element}", place)
         if x.type.element != w.type.element:
-            raise self.text.refuse(
-                "SAGE107", f"element types differ: {x.type.element} and {w.type.element}", node, self._cast_help(x, w)
-            )
+            message = f"dot: operands must have one element type, got {x.type.element} and {w.type.element}"
+            raise self.text.refuse("SAGE107", message, node, self._cast_help(x, w))
         if LEADING in w.type.dims and LEADING not in x.type.dims:
-            raise self.text.refuse("SAGE113", "only the first operand of dot may have `...`", right, "swap them")
+            raise self.text.refuse("SAGE113", "dot: only the first operand may have `...`", right, "swap the operands")
         dims = (*x.type.dims, *(other for other in w.type.dims if other not in x.type.dims))
         element = "f64" if x.type.element == "f64" else "f32"
         return Dot(ValueType(element, _without(dims, dim)), x, w, dim)
@@ -327,12 +319,13 @@ class Checker:
     def _gather(self, node: ast.Call) -> Expr:
         left, dim_node, right = self._arguments(node, "gather(table, DIM, index)")
         table, dim, index = self._expr(left), self._dim(dim_node), self._expr(right)
-        self._want_dim(table, dim, dim_node, "gather")
+        self._require_dim(table, dim, dim_node, "gather")
         if index.type.element not in ("i32", "i64"):
-            raise self.text.refuse("SAGE107", f"an index is i32 or i64, this is {_kind(index)}", right)
+            raise self.text.refuse("SAGE107", f"gather: expected an index of i32 or i64, got {_kind(index)}", right)
         rest = _without(table.type.dims, dim)
         if set(rest) & set(index.type.dims) or LEADING in (*rest, *index.type.dims):
-            raise self.text.refuse("SAGE113", "table and index of gather share no dims and have no `...`", node)
+            message = "gather: table and index must not share dims or have `...`"
+            raise self.text.refuse("SAGE113", message, node)
         at = table.type.dims.index(dim)
         dims = (*table.type.dims[:at], *index.type.dims, *table.type.dims[at + 1 :])
         return Gather(ValueType(table.type.element, dims), table, dim, index)
@@ -342,8 +335,8 @@ class Checker:
         condition, a, b = self._truth(arguments[0]), self._expr(arguments[1]), self._expr(arguments[2])
         joined = self._join(a, b, node, "and")
         if joined.is_literal and not condition.type.is_literal:
-            message = "where chooses between two literals, which have no element type"
-            raise self.text.refuse("SAGE107", message, node, "let one side be a tensor")
+            message = "where: at least one value must be a tensor, because literals have no element type"
+            raise self.text.refuse("SAGE107", message, node)
         return Select(
             ValueType(joined.element, self._joined_dims(condition.type.dims, joined.dims, node)), condition, a, b
         )
@@ -352,25 +345,25 @@ class Checker:
         op = cast(BinaryOp, cast(ast.Name, node.func).id)
         left, right = self._arguments(node, f"{op}(a, b)")
         a, b = self._expr(left), self._expr(right)
-        self._want_number(a, left)
-        self._want_number(b, right)
+        self._require_number(a, left)
+        self._require_number(b, right)
         return Binary(self._join(a, b, node, op), op, a, b)
 
     def _optional(self, node: ast.Call) -> Expr:
         name_node, with_node, without_node = self._arguments(node, "optional(name, with, without)")
         name = self._optional_name(name_node)
-        outer = self.given
-        self.given = outer | {name}
+        outer = self.present
+        self.present = outer | {name}
         a = self._expr(with_node)
-        self.given = outer
+        self.present = outer
         b = self._expr(without_node)
         element = self._joined_element(a, b) or (
             "bool" if {a.type.element, b.type.element} == {"bool", "truth"} else None
         )
         both_literal = a.type.is_literal and b.type.is_literal
         if element is None or (a.type.dims != b.type.dims and not (both_literal or element == "bool")):
-            message = f"optional gives {a.type} with '{name}' and {b.type} without"
-            raise self.text.refuse("SAGE107", message, node, "give both the same type")
+            message = f"optional: both values must have one type, got {a.type} with '{name}' and {b.type} without"
+            raise self.text.refuse("SAGE107", message, node)
         return IfPresent(ValueType(element, a.type.dims or b.type.dims), name, a, b)
 
     def _present(self, node: ast.Call) -> Expr:
@@ -383,9 +376,9 @@ class Checker:
         if not isinstance(node, ast.Name) or node.id not in self.scope.optional:
             help = (
                 did_you_mean(getattr(node, "id", ""), self.scope.optional)
-                or "declare an input or attr with optional: true"
+                or "declare an input or attr with `optional: true`"
             )
-            raise self.text.refuse("SAGE131", "an optional input or attr is wanted here", node, help)
+            raise self.text.refuse("SAGE131", "expected an optional input or attr", node, help)
         return node.id
 
 

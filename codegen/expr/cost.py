@@ -1,6 +1,6 @@
 """Derives an op's work from its body: floating-point operations and bytes moved, as formulas of its dims.
 
-An element of a variable type E has `E_size` bytes; `has_NAME` is 1 if an optional input is there, else 0.
+An element of a variable type E has `E_size` bytes; `has_NAME` is 1 if an optional input is present, else 0.
 """
 
 from collections.abc import Iterable, Mapping
@@ -60,7 +60,7 @@ def _own_flops(expr: Expr) -> Size:
 
 
 def program_reads(program: Program, inputs: Mapping[str, ValueType], optional: frozenset[str]) -> dict[str, Size]:
-    """Bytes read of each input; one that no arithmetic reads has 0."""
+    """Bytes read of each input; 0 for an input that no arithmetic reads."""
     views = {view.name: view.base for view in program.views}
     aliases = _aliases(program)
     nodes = [node for s in program.statements if s.target not in aliases for node in walk(s.value)]
@@ -75,13 +75,13 @@ def program_reads(program: Program, inputs: Mapping[str, ValueType], optional: f
 
 
 def program_writes(program: Program, outputs: Mapping[str, ValueType]) -> dict[str, Size]:
-    """Bytes written of each output; one that is a view of an input has 0."""
+    """Bytes written of each output; 0 for an output that is a view of an input."""
     aliases = _aliases(program)
     return {name: ZERO if name in aliases else tensor_bytes(type_) for name, type_ in outputs.items()}
 
 
 def _aliases(program: Program) -> set[str]:
-    """Outputs that are a view of an input and so the same memory. A part of an output is a copy."""
+    """Outputs that are a view of an input and share its memory. Assigning to a view of an output is a copy."""
     views = {view.name for view in program.views}
     return {s.target for s in program.statements
             if isinstance(s.value, Ref) and s.value.name in views and s.target not in views}  # fmt: skip

@@ -25,7 +25,7 @@ _NODE = frozenset(
 )  # fmt: skip
 RESERVED = _PYTHON | _KERNEL
 RESERVED_FOR_OPERANDS = RESERVED | _NODE
-"""Names that generated code has for itself: keywords, builtins, modules; for operands also members of nodes."""
+"""Names that generated code uses itself: keywords, builtins, modules; for operands also members of nodes."""
 
 
 def parse_view(
@@ -37,23 +37,22 @@ def parse_view(
 ) -> View:
     """`gu[T, 0:I]`, `x[T, 1:D:2]` or `x[T, N, D] as [T, N*D]`; raises Refused otherwise.
 
-    `known` are sizes that the op's conditions keep from being negative: D - Dr, for `where: [Dr <= D]`.
+    `known` are sizes that the op's conditions guarantee to be non-negative: D - Dr, for `where: [Dr <= D]`.
     """
     base, inside, shape_text = _view_parts(text)
     if base.value not in operands:
-        raise base.refuse(
-            "SAGE117", f"a view of the unknown operand '{base.value}'", None, did_you_mean(base.value, operands)
-        )
+        raise base.refuse("SAGE117", f"unknown operand '{base.value}'", None, did_you_mean(base.value, operands))
     base_type = operands[base.value]
     parts = split_dims(inside)
     if len(parts) != len(base_type.dims):
-        message = f"'{base.value}' has {len(base_type.dims)} dims, the view names {len(parts)}"
-        raise text.refuse("SAGE117", message, None, f"it is {base_type}")
+        message = f"a view must name the {len(base_type.dims)} dims of '{base.value}': {base_type}, got {len(parts)}"
+        raise text.refuse("SAGE117", message, None)
     slices = tuple(_slice(part, dim, dims, known) for part, dim in zip(parts, base_type.dims, strict=True))
     sliced = tuple(part.length if part else dim for part, dim in zip(slices, base_type.dims, strict=True))
     shape = tuple(parse_dim(part, dims) for part in split_dims(shape_text)) if shape_text else None
     if shape is not None and volume(shape) != volume(sliced):
-        raise text.refuse("SAGE117", f"[{', '.join(map(str, sliced))}] cannot become [{', '.join(map(str, shape))}]")
+        shapes = " and ".join(f"[{', '.join(map(str, dims))}]" for dims in (sliced, shape))
+        raise text.refuse("SAGE117", f"a reshape must keep the number of elements, got {shapes}")
     return View(
         name, base.value, base_type, slices, shape, ValueType(base_type.element, sliced if shape is None else shape)
     )
@@ -65,7 +64,8 @@ def _view_parts(text: Text) -> tuple[Text, Text, Text | None]:
     rest = value[closing + 1 :].strip()
     is_reshaped = rest.startswith("as ") and rest.endswith("]") and rest[3:].lstrip().startswith("[")
     if opening < 1 or closing < opening or (rest and not is_reshaped):
-        raise text.refuse("SAGE117", f"'{value}' is not a view", None, 'write "x[T, 0:I]" or "x[T, N, D] as [T, N*D]"')
+        help = 'write for example "x[T, 0:I]" or "x[T, N, D] as [T, N*D]"'
+        raise text.refuse("SAGE117", f"expected a view, got '{value}'", None, help)
     shape = text.part(value.index("[", closing) + 1, value.rindex("]")) if rest else None
     return text.part(0, len(value[:opening].rstrip())), text.part(opening + 1, closing), shape
 
@@ -73,18 +73,16 @@ def _view_parts(text: Text) -> tuple[Text, Text, Text | None]:
 def _slice(part: Text, dim: Size, dims: Mapping[str, object], known: Collection[Size]) -> Slice | None:
     if ":" not in part.value:
         if parse_dim(part, dims) != dim:
-            raise part.refuse(
-                "SAGE117", f"the operand has the dim {dim} here", None, f"write {dim}, or a part a:b of it"
-            )
+            message = f"expected the dim {dim} of the operand or a slice of it, got {part.value}"
+            raise part.refuse("SAGE117", message, None, f"write {dim}, or a:b")
         return None
     cuts = [-1, *(i for i, letter in enumerate(part.value) if letter == ":"), len(part.value)]
     start, stop, *steps = (parse_dim(_trimmed(part, a + 1, b), dims) for a, b in pairwise(cuts))
     ends = (start, dim - stop, stop - start if not steps else Size.of(0))
     inside = all(_is_never_negative(size, known) for size in ends)
     if not inside or dim == LEADING:
-        raise part.refuse(
-            "SAGE117", f"the part {part.value} does not lie within {dim}", None, f"0 <= start <= stop <= {dim}"
-        )
+        message = f"the slice {part.value} must be inside the dim {dim}"
+        raise part.refuse("SAGE117", message, None, f"required: 0 <= start <= stop <= {dim}")
     return Slice(start, stop, _step(part, start, steps)) if steps else Slice(start, stop)
 
 
@@ -95,7 +93,8 @@ def _is_never_negative(size: Size, known: Collection[Size]) -> bool:
 def _step(part: Text, start: Size, steps: Sequence[Size]) -> int:
     step, first = steps[0].constant, start.constant
     if len(steps) != 1 or step is None or step < 2 or first is None or first >= step:
-        raise part.refuse("SAGE117", f"'{part.value}' has no usable step", None, "write a:b:step with numbers a < step")
+        message = f"a slice with a step must be a:b:step with numbers a < step, got {part.value}"
+        raise part.refuse("SAGE117", message)
     return step
 
 
@@ -106,7 +105,7 @@ def _trimmed(text: Text, start: int, end: int) -> Text:
 
 @dataclass(slots=True)
 class ProgramChecker:
-    """Goes through the statements of one block; a refused statement does not hide findings in the others."""
+    """Checks the statements of one `compute` in order; a refused statement does not hide findings in the others."""
 
     text: Text
     scope: Scope
@@ -146,7 +145,7 @@ class ProgramChecker:
 
     def _target(self, node: ast.stmt) -> ast.Name:
         if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
-            raise self.text.refuse("SAGE102", "only `name = expression` may stand here", node)
+            raise self.text.refuse("SAGE102", "a line must have the form `name = expression`", node)
         return node.targets[0]
 
     def _assign(self, name: ast.Name, value: ast.expr) -> None:
@@ -165,13 +164,10 @@ class ProgramChecker:
         target = name.id
         view = next((view for view in self.views if view.name == target), None)
         if target in self.inputs or (view and view.base in self.inputs):
-            raise self.text.refuse(
-                "SAGE112", f"'{target}' is an input; it cannot be assigned", name, "choose a new name"
-            )
+            raise self.text.refuse("SAGE112", f"the input '{target}' must not be assigned", name, "choose a new name")
         if target in self.written:
-            raise self.text.refuse(
-                "SAGE111", f"'{target}' is written twice", name, "every name is written once; choose a new one"
-            )
+            help = "every name is assigned once; choose a new name"
+            raise self.text.refuse("SAGE111", f"'{target}' is already defined", name, help)
         self.written[target] = name
         if target in self.outputs:
             return self.outputs[target]
@@ -184,32 +180,31 @@ class ProgramChecker:
         if why := why_not_a_value_name(name.id, self.scope):
             raise self.text.refuse("SAGE116", why, name, "choose another name")
 
-    def _check_value(self, name: ast.Name, node: ast.expr, result: Expr, wanted: ValueType | None) -> None:
-        if wanted is None:
+    def _check_value(self, name: ast.Name, node: ast.expr, result: Expr, declared: ValueType | None) -> None:
+        if declared is None:
             if result.type.is_literal:
-                message = f"'{name.id}' holds no tensor"
+                message = f"the value of '{name.id}' must be a tensor, got {result.type}"
                 raise self.text.refuse("SAGE107", message, node, "write the expression where it is used")
             return
-        if set(result.type.dims) != set(wanted.dims) and not (isinstance(result, Number)):
+        if set(result.type.dims) != set(declared.dims) and not (isinstance(result, Number)):
             dims = f"[{', '.join(map(str, result.type.dims))}]"
-            raise self.text.refuse("SAGE109", f"'{name.id}' is declared {wanted}, the value has the dims {dims}", node)
-        if result.type.element != wanted.element:
-            message = f"'{name.id}' is declared {wanted.element}, the value is {result.type.element}"
-            raise self.text.refuse(
-                "SAGE109", message, node, f"round it where it should be rounded: {wanted.element}(...)"
-            )
+            raise self.text.refuse("SAGE109", f"'{name.id}': expected {declared}, got the dims {dims}", node)
+        if result.type.element != declared.element:
+            message = f"'{name.id}': expected the element type {declared.element}, got {result.type.element}"
+            raise self.text.refuse("SAGE109", message, node, f"cast the value: {declared.element}(...)")
 
     def _check_outputs(self) -> None:
         for name in self.outputs:
             parts = [view for view in self.views if view.base == name and view.name in self.written]
             if name in self.written and parts:
-                message = f"'{name}' is written whole and by its view '{parts[0].name}'"
+                message = f"the output '{name}' must be assigned whole or by views, got both: '{parts[0].name}'"
                 self.text.sink.error("SAGE111", message, self.text.span(self.written[parts[0].name]))
             elif name not in self.written and not parts:
-                message, help = f"the output '{name}' is never written", f"add `{name} = ...`"
+                message, help = f"the output '{name}' is never assigned", f"add `{name} = ...`"
                 self.text.sink.error("SAGE110", message, self.text.span(), help)
             elif parts and not tiles(parts, self.outputs[name]):
-                message = f"the views {', '.join(view.name for view in parts)} do not cover '{name}' exactly once"
+                names = ", ".join(view.name for view in parts)
+                message = f"the assigned views must cover the output '{name}' exactly once, got {names}"
                 self.text.sink.error("SAGE110", message, self.text.span(self.written[parts[0].name]))
 
     def _check_uses(self) -> None:
@@ -221,7 +216,7 @@ class ProgramChecker:
 
 
 def tiles(parts: Sequence[View], whole: ValueType) -> bool:
-    """Whether the views, each a part along one and the same dim (or the whole), cover the tensor once."""
+    """Whether the views, all sliced along the same dim (or a single whole view), cover the tensor exactly once."""
     cut = tile_axis(parts)
     if cut is None:
         return len(parts) == 1 and not any(parts[0].slices)
@@ -237,18 +232,18 @@ def tiles(parts: Sequence[View], whole: ValueType) -> bool:
 
 
 def tile_axis(parts: Sequence[View]) -> int | None:
-    """The one dim along which the views are parts, or None."""
+    """The one dim along which the views are slices, or None."""
     cuts = {axis for part in parts for axis, cut in enumerate(part.slices) if cut is not None}
     return cuts.pop() if len(cuts) == 1 else None
 
 
 def grouped_parts(parts: Sequence[View], axis: int) -> list[list[View]]:
-    """The views from the first to the last, each beginning where another one stops; those with a step lie together."""
+    """The views in order along the axis, each starting where another one stops; those with a step form one group."""
     groups: dict[Size, list[View]] = {}
     stops: dict[Size, Size] = {}
     for part in parts:
         cut = part.slices[axis]
-        assert cut is not None, "a part along the axis has a slice there"
+        assert cut is not None, "every part must be sliced along the axis"
         start = Size.of(0) if cut.step > 1 else cut.start
         groups.setdefault(start, []).append(part)
         stops[start] = cut.stop
@@ -265,18 +260,18 @@ def _offset(part: View, axis: int) -> int:
 
 
 def why_not_a_value_name(name: str, scope: Scope, reserved: frozenset[str] = RESERVED) -> str | None:
-    """Why a value cannot have this name, or None."""
+    """Why a value must not have this name, or None."""
     if name in FUNCTIONS or name in scope.elements or name in ("true", "false"):
-        return f"'{name}' is a word of the language"
+        return f"'{name}' is a keyword of the compute language"
     if name in scope.dims or DIM_NAME.match(name):
-        return f"'{name}' reads like a dim; values begin with a small letter"
+        return f"the name of a value must begin with a lower-case letter, got '{name}'"
     if name in scope.values or name in scope.attrs:
-        return f"'{name}' shadows an operand, view or attr"
+        return f"'{name}' is already defined as an operand, view or attr"
     if name.startswith("_") or name in reserved:
         return f"'{name}' is reserved for generated code"
     return None
 
 
 def with_view_types(scope: Scope, inputs: Mapping[str, ValueType], views: Sequence[View]) -> Scope:
-    """The scope extended by the views of inputs; views of outputs cannot be read before they are written."""
+    """The scope extended by the views of inputs; views of outputs are added when they are assigned."""
     return replace(scope, values=scope.values | {view.name: view.type for view in views if view.base in inputs})

@@ -1,6 +1,7 @@
-"""Sizes: polynomials over named dims in a normal form, so that `2*I - I` and `I` are equal.
+"""Symbolic sizes: polynomials over named dims in a normal form, so that `2*I - I` and `I` are equal.
 
-Division is exact: `D/2` says that D is even. So sizes form a ring, and comparing two of them is comparing normal forms.
+Two sizes must compare equal exactly if they are equal for all dims; a normal form makes this a comparison of terms. It
+exists because division is exact (`D/2` states that D is even), so coefficients are rational and no floor is needed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ Monomial = tuple[str, ...]  # symbols in order, repeated for powers; () is the c
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A sum of monomials with rational coefficients. `text` is how the spec wrote it, if it did."""
+    """A sum of monomials with rational coefficients, sorted and without zeros. `text` is the spec's text, if any."""
 
     terms: tuple[tuple[Monomial, Fraction], ...]
     text: str | None = field(default=None, compare=False)
@@ -66,7 +67,7 @@ class Size:
 
     @property
     def name(self) -> str | None:
-        """The dim that this size is, if it is one dim and nothing else."""
+        """The dim, if the size is a single dim; else None."""
         if len(self.terms) != 1:
             return None
         monomial, factor = self.terms[0]
@@ -78,11 +79,12 @@ class Size:
 
     @property
     def is_never_negative(self) -> bool:
-        """Whether no term can make it negative, whatever the (positive) dims."""
+        """Whether all coefficients are positive, which suffices because dims are positive."""
         return all(factor > 0 for _, factor in self.terms)
 
     def substitute(self, env: Mapping[str, "Size"]) -> "Size":
-        """The size with the symbols of `env` replaced; those that it lacks stay."""
+        """The size with the symbols of `env` replaced; other symbols are kept."""
+        # Fast paths for the two common cases: nothing to replace, and a single symbol.
         if all(symbol not in env for monomial, _ in self.terms for symbol in monomial):
             return Size(self.terms)
         if len(self.terms) == 1 and len(self.terms[0][0]) == 1 and self.terms[0][1] == 1:
@@ -96,7 +98,7 @@ class Size:
         return total
 
     def solve(self, symbol: str, value: "Size") -> "Size | None":
-        """The size of `symbol` for which self == value, where it stands alone in one linear term; else None."""
+        """The size of `symbol` for which self == value, if its only term is linear; else None."""
         own = [(monomial, factor) for monomial, factor in self.terms if symbol in monomial]
         if len(own) != 1 or own[0][0] != (symbol,):
             return None
@@ -119,7 +121,7 @@ def _size(terms: Mapping[Monomial, Fraction]) -> Size:
 
 
 LEADING = Size(Size.symbol("R").terms, text="...")
-"""The dims that `...` stands for; in formulas R is their product."""
+"""The leading dims written `...`; in formulas R is their product."""
 
 
 def volume(dims: Iterable[Size]) -> Size:
@@ -128,7 +130,7 @@ def volume(dims: Iterable[Size]) -> Size:
 
 
 def formula(size: Size) -> str:
-    """The size as Python text: what is common to all terms is factored out, a denominator comes last."""
+    """The size as Python text, with common factors in front and the denominator at the end."""
     if not size.terms:
         return "0"
     denominator = lcm(*(factor.denominator for _, factor in size.terms))

@@ -1,6 +1,6 @@
-"""Parses spec expressions: Python's own parser, then a closed list of what may stand in the tree.
+"""Parses spec expressions with Python's own parser and an allowlist of syntax nodes.
 
-Nothing is ever evaluated. Length, depth and numbers are bounded before anything looks at the tree.
+Nothing is ever evaluated, so a spec cannot run code. Length, depth and numbers are bounded before the tree is used.
 """
 
 import ast
@@ -23,27 +23,27 @@ _ALLOWED = (
     ast.Tuple, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
 )  # fmt: skip
 _REFUSED_WORDS = {
-    ast.Attribute: "attributes are not part of the language",
-    ast.Subscript: "subscripts are not part of the language",
-    ast.Lambda: "functions cannot be defined here",
-    ast.IfExp: "`if` is not part of the language",
-    ast.Starred: "`*` before a name is not part of the language",
-    ast.JoinedStr: "text is not part of the language",
+    ast.Attribute: "attributes are not supported",
+    ast.Subscript: "subscripts are not supported",
+    ast.Lambda: "function definitions are not supported",
+    ast.IfExp: "`if` expressions are not supported",
+    ast.Starred: "starred names are not supported",
+    ast.JoinedStr: "f-strings are not supported",
 }
 _REMEDIES: dict[type[ast.AST], str] = {
     ast.Attribute: "call a named function, e.g. sum(v, H)",
-    ast.Subscript: "name the part under `views`",
+    ast.Subscript: "define the slice under `views`",
     ast.IfExp: "use where(condition, a, b), or optional(name, with, without)",
 }
 
 
 class Refused(Exception):
-    """The finding is reported; give up the statement that it is in."""
+    """Raised after a finding is reported, to give up the statement that contains it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of spec text: what it says, where it stands, and where its findings go."""
+    """A piece of spec text with its source location and the sink of its findings."""
 
     value: str
     locate: Callable[[int, int], Span]
@@ -51,7 +51,7 @@ class Text:
 
     @classmethod
     def of(cls, value: str, entry: Entry[Any], path: tuple[str | int, ...], sink: Sink, start: int = 0) -> "Text":
-        """`value` as it stands in the entry's text at `path`, `start` characters in."""
+        """`value`, located in the entry's text at `path`, `start` characters in."""
         return cls(value, lambda offset, width: entry.text_span(path, start + offset, width), sink)
 
     @classmethod
@@ -71,7 +71,7 @@ class Text:
         return self.locate(start, max(1, end - start))
 
     def offsets(self, node: ast.AST) -> tuple[int, int]:
-        """Where the node begins and ends, in characters; a node of several lines ends with its first."""
+        """The start and end of the node in characters; a node of several lines ends with its first line."""
         lines = self.value.split("\n")
         line, column = int(getattr(node, "lineno", 1)) - 1, int(getattr(node, "col_offset", 0))
         is_one_line = getattr(node, "end_lineno", 0) == line + 1
@@ -80,7 +80,7 @@ class Text:
         return before + column, before + end
 
     def part(self, start: int, end: int) -> "Text":
-        """The characters from `start` to `end`, as a text of their own."""
+        """The characters from `start` to `end` as a located text."""
         return Text(self.value[start:end], lambda offset, width: self.locate(start + offset, width), self.sink)
 
 
@@ -88,14 +88,16 @@ def parse_statements(text: Text) -> list[ast.stmt]:
     """The statements of a block; raises Refused when it does not parse."""
     tree = _parse(text, "exec")
     if not isinstance(tree, ast.Module) or not tree.body:
-        raise text.refuse("SAGE101", "there is nothing here", None, "write one `name = expression` per line")
+        raise text.refuse(
+            "SAGE101", "expected a statement, got nothing", None, "write one `name = expression` per line"
+        )
     return tree.body
 
 
 def parse_expression(text: Text, forms: tuple[type[ast.AST], ...] = ()) -> ast.expr:
-    """One expression; raises Refused when it does not parse or holds anything outside the grammar and `forms`."""
+    """One expression; raises Refused when it does not parse or contains nodes outside the grammar and `forms`."""
     tree = _parse(text, "eval")
-    assert isinstance(tree, ast.Expression), "mode eval gives an Expression"
+    assert isinstance(tree, ast.Expression), "mode eval returns an Expression"
     check_grammar(text, tree.body, forms)
     return tree.body
 
@@ -109,21 +111,23 @@ def _parse(text: Text, mode: Literal["exec", "eval"]) -> ast.AST:
     except SyntaxError as error:
         raise _syntax_error(text, error) from None
     except (ValueError, RecursionError, MemoryError):
-        raise text.refuse("SAGE103", "the expression is too deep", None, "split it over several lines") from None
+        raise text.refuse(
+            "SAGE103", "the expression is nested too deeply", None, "split it into several lines"
+        ) from None
 
 
 def _check_characters(text: Text) -> None:
     if len(text.value) > MAX_LENGTH:
-        raise text.refuse("SAGE103", f"the text has {len(text.value)} characters; {MAX_LENGTH} are allowed")
+        raise text.refuse("SAGE103", f"a text must have at most {MAX_LENGTH} characters, got {len(text.value)}")
     depth = 0
     for offset, character in enumerate(text.value):
         if not (character == "\n" or " " <= character <= "~"):
-            text.sink.error("SAGE101", "only plain ASCII characters may stand here", text.locate(offset, 1))
+            text.sink.error("SAGE101", "an expression must be printable ASCII", text.locate(offset, 1))
             raise Refused
         depth += (character in "([{") - (character in ")]}")
         if depth > MAX_DEPTH:
-            message = f"brackets are nested deeper than {MAX_DEPTH} levels"
-            text.sink.error("SAGE103", message, text.locate(offset, 1), "split it over several lines")
+            message = f"brackets must be nested at most {MAX_DEPTH} levels deep"
+            text.sink.error("SAGE103", message, text.locate(offset, 1), "split it into several lines")
             raise Refused
 
 
@@ -138,22 +142,23 @@ def _syntax_error(text: Text, error: SyntaxError) -> Refused:
 
 
 def check_grammar(text: Text, root: ast.AST, forms: tuple[type[ast.AST], ...] = ()) -> None:
-    """Refuses what the language does not have beside `forms`, and trees and numbers that are too large."""
+    """Refuses nodes outside the grammar and `forms`, and trees and numbers that are too large."""
     for node, depth in _walk(root):
         if depth > MAX_DEPTH:
-            raise text.refuse("SAGE103", f"the expression is deeper than {MAX_DEPTH} levels", root, "split it")
+            message = f"an expression must be nested at most {MAX_DEPTH} levels deep"
+            raise text.refuse("SAGE103", message, root, "split it into several lines")
         if not isinstance(node, (*_ALLOWED, *forms)):
-            words = _REFUSED_WORDS.get(type(node), f"`{type(node).__name__}` is not part of the language")
+            words = _REFUSED_WORDS.get(type(node), f"`{type(node).__name__}` is not supported")
             raise text.refuse("SAGE102", words, node, _REMEDIES.get(type(node)))
         if isinstance(node, ast.Constant):
             _check_constant(text, node)
         if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name):
             check_grammar(text, node.func)
-            raise text.refuse("SAGE102", "only named functions can be called", node.func)
+            raise text.refuse("SAGE102", "only named functions may be called", node.func)
 
 
 def _walk(root: ast.AST) -> Iterator[tuple[ast.AST, int]]:
-    """All nodes with their depth, outermost first, without recursion."""
+    """All nodes with their depth, outermost first. Iterative, so that no tree can exhaust Python's stack."""
     stack = [(root, 0)]
     while stack:
         node, depth = stack.pop()
@@ -164,8 +169,8 @@ def _walk(root: ast.AST) -> Iterator[tuple[ast.AST, int]]:
 def _check_constant(text: Text, node: ast.Constant) -> None:
     value = node.value
     if isinstance(value, complex | bytes | None | type(...)):
-        raise text.refuse("SAGE102", "only numbers and `true` or `false` may stand here", node)
+        raise text.refuse("SAGE102", "a constant must be a number, `true` or `false`", node)
     if isinstance(value, float) and not math.isfinite(value):
-        raise text.refuse("SAGE103", "the number does not fit a 64-bit float", node)
+        raise text.refuse("SAGE103", "a number must fit a 64-bit float", node)
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise text.refuse("SAGE103", "an integer may be at most 2**53", node)
+        raise text.refuse("SAGE103", "an integer must be at most 2**53", node)

@@ -1,4 +1,4 @@
-"""The typed expression tree that every kernel emitter reads. It says what is computed and names no target."""
+"""The typed, target-independent expression tree that every kernel emitter reads."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ ReduceOp = Literal["sum", "mean", "amax", "amin"]
 
 @dataclass(frozen=True, slots=True)
 class Expr:
-    """A value. Its dims are in the order in which a target may lay it out; broadcast is by dim, never by position."""
+    """A value. Its dims are in the default layout order; broadcasting is by dim name, never by position."""
 
     type: ValueType
 
@@ -32,7 +32,7 @@ class Ref(Expr):
 
 @dataclass(frozen=True, slots=True)
 class AttrRef(Expr):
-    """An attr of the op: known when the kernel is called."""
+    """An attr of the op, known when the kernel is called."""
 
     name: str
 
@@ -46,7 +46,7 @@ class DimRef(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Number(Expr):
-    """A literal; it takes the element type of what it meets."""
+    """A literal, which adopts the element type of the other operand."""
 
     value: bool | int | float | str
 
@@ -98,7 +98,7 @@ class Dot(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Gather(Expr):
-    """`table` at `index` along `dim`; the dims of `index` take the place of `dim`."""
+    """`table` at `index` along `dim`; the dims of `index` replace `dim`."""
 
     table: Expr
     dim: Size
@@ -107,7 +107,7 @@ class Gather(Expr):
 
 @dataclass(frozen=True, slots=True)
 class IfPresent(Expr):
-    """`a` where the optional input or attr `name` is given, else `b`; decided when the kernel is called."""
+    """`a` if the optional input or attr `name` is present, else `b`; decided when the kernel is called."""
 
     name: str
     a: Expr
@@ -116,7 +116,7 @@ class IfPresent(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The part of one dim from `start` to `stop`; with a `step`, every step-th component of it from `start` on."""
+    """The range of one dim from `start` to `stop`; with a `step`, every step-th component from `start` on."""
 
     start: Size
     stop: Size
@@ -134,7 +134,7 @@ class View:
     name: str
     base: str
     base_type: ValueType
-    slices: tuple[Slice | None, ...]  # one for each dim of the base; None takes all of it
+    slices: tuple[Slice | None, ...]  # one for each dim of the base; None is the whole dim
     shape: tuple[Size, ...] | None
     type: ValueType
 
@@ -149,7 +149,7 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The body of a `compute`: every output is written exactly once, whole or by views that tile it."""
+    """The body of a `compute`: every output is assigned exactly once, whole or by views that tile it."""
 
     views: tuple[View, ...]
     statements: tuple[Statement, ...]

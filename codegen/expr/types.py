@@ -1,4 +1,4 @@
-"""Types of values: an element type and named dims, and the text forms `E[T, 2*I]` and `2*I`."""
+"""Value types, an element type and named dims, with their text forms `E[T, 2*I]` and `2*I`."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ DIM_NAME = re.compile(r"[A-Z][A-Za-z0-9]{0,15}\Z")
 
 @dataclass(frozen=True, slots=True)
 class ValueType:
-    """An element type and dims. `bool`, `int` and `float` are the types of literals and attrs, which adapt."""
+    """An element type and dims. Literals and attrs have the types `LITERALS`, which adapt to the other operand."""
 
     element: str
     dims: tuple[Size, ...] = ()
@@ -41,7 +41,8 @@ def parse_type(text: Text, elements: Mapping[str, object], dims: Mapping[str, ob
     """`E[..., H]` with known elements and dims; raises Refused otherwise."""
     found = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]*)\]\s*", text.value)
     if not found:
-        raise text.refuse("SAGE114", f"'{text.value}' is not a type", None, 'write an element and dims: "E[T, H]"')
+        help = 'write an element type and dims, e.g. "E[T, H]"'
+        raise text.refuse("SAGE114", f"expected a type, got '{text.value}'", None, help)
     element = found[1]
     if element not in DTYPES and element not in elements:
         at = text.part(found.start(1), found.end(1))
@@ -54,14 +55,13 @@ def parse_type(text: Text, elements: Mapping[str, object], dims: Mapping[str, ob
 
 def _checked(text: Text, type_: ValueType) -> ValueType:
     if LEADING in type_.dims[1:]:
-        raise text.refuse("SAGE114", "`...` may only come first")
+        raise text.refuse("SAGE114", "`...` must be the first dim")
     if len(type_.dims) > MAX_RANK:
-        raise text.refuse("SAGE114", f"a tensor may have {MAX_RANK} dims")
+        raise text.refuse("SAGE114", f"a tensor must have at most {MAX_RANK} dims, got {len(type_.dims)}")
     if len(set(type_.dims)) < len(type_.dims):
         twice = next(dim for i, dim in enumerate(type_.dims) if dim in type_.dims[:i])
-        raise text.refuse(
-            "SAGE113", f"the dim {twice} stands twice, so it does not name one of them", None, "use two names"
-        )
+        message = f"dims are matched by name, so {twice} must appear only once in a type"
+        raise text.refuse("SAGE113", message, None, "use two names")
     return type_
 
 
@@ -96,7 +96,7 @@ def parse_dim(text: Text, dims: Mapping[str, object]) -> Size:
 
 
 def dim_text(node: ast.expr) -> str:
-    """The dim as Python text: exact division is written `//`."""
+    """The dim as Python text, with exact division written `//`."""
     for inner in ast.walk(node):
         if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Div):
             inner.op = ast.FloorDiv()
@@ -104,7 +104,7 @@ def dim_text(node: ast.expr) -> str:
 
 
 def size_of(node: ast.expr, text: Text, dims: Mapping[str, object], *, leading: bool = False) -> Size:
-    """The size that an expression of dims means; raises Refused for names and operators it does not have.
+    """The size of an expression of dims; raises Refused for unknown names and unsupported operators.
 
     `leading` allows R, the product of the dims of `...`.
     """
@@ -120,16 +120,16 @@ def size_of(node: ast.expr, text: Text, dims: Mapping[str, object], *, leading: 
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() as operator, right=right):
             a, b = size_of(left, text, dims, leading=leading), size_of(right, text, dims, leading=leading)
             if isinstance(operator, ast.Mult) and a.degree + b.degree > MAX_DEGREE:
-                raise text.refuse("SAGE114", f"more than {MAX_DEGREE} dims are multiplied", node)
+                raise text.refuse("SAGE114", f"a size must multiply at most {MAX_DEGREE} dims", node)
             return a + b if isinstance(operator, ast.Add) else a - b if isinstance(operator, ast.Sub) else a * b
-    raise text.refuse(
-        "SAGE114", f"'{ast.unparse(node)}' is not a size", node, "use dims, whole numbers, + - * and / by a number"
-    )
+    help = "use dims, whole numbers, + - * and / by a number"
+    raise text.refuse("SAGE114", f"expected a size, got '{ast.unparse(node)}'", node, help)
 
 
 def _symbol(name: str, node: ast.AST, text: Text, dims: Mapping[str, object]) -> Size:
     if name == "R":
-        raise text.refuse("SAGE115", "R is the product of the dims of `...`", node, "write `...` as the first dim")
+        message = "R is reserved for the product of the dims of `...`"
+        raise text.refuse("SAGE115", message, node, "write `...` as the first dim")
     if name not in dims:
         near = did_you_mean(name, [dim for dim in dims if dim != "R"])
         help = near if near and near.startswith("did") else "declare it in specs/dims.yaml, or under the op's `dims`"

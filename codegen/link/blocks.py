@@ -1,4 +1,4 @@
-"""Links the blocks of a layout: arguments, weights, statements, results, and the op type in each phase."""
+"""Links the blocks of a layout: arguments, weights, statements, results, and the op type of each phase."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings, Value, is_value_
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
 from sageLLM.codegen.link.weights import WeightLinker, link_block_weights
 from sageLLM.codegen.load import RawSpecs
-from sageLLM.codegen.model.layout import BlockDef, ConfigName, Phase
+from sageLLM.codegen.model.layout import PHASES, BlockDef, ConfigName, Phase
 
 _ATTEND = re.compile(r"[^=]*=\s*attend\s*\(")
 
@@ -27,7 +27,7 @@ def attends(block: FlatBlock) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BlockLinker:
-    """Links the blocks of one layout. `steps` are the dims of a step that no config name hides."""
+    """Links the blocks of one layout. `steps` are the step's dims that no config name shadows."""
 
     layout: str
     raw: RawSpecs
@@ -40,11 +40,13 @@ class BlockLinker:
         before = len(self.sink.diagnostics)
         taken = {*around.ops, *FUNCTIONS, self.layout}
         if not is_value_name(name) or name in taken or name.upper() in self.raw.dims:
-            remedy = "use small letters, digits and `_`, and no name of an op, a dim or the layout"
-            self.sink.error("SAGE204", f"'{name}' cannot name a block", block.place.key_span(), remedy)
+            message = (
+                f"a block name must be lower case and must not repeat the name of an op, dim or layout, got '{name}'"
+            )
+            self.sink.error("SAGE204", message, block.place.key_span(), "rename the block")
         for section, content in (("args", block.args), ("body", block.body), ("returns", block.returns)):
             if not content:
-                message = f"block '{name}' has no `{section}`"
+                message = f"block '{name}' must have `{section}`"
                 self.sink.error("SAGE203", message, block.place.key_span(), f"add `{section}`")
         weights = link_block_weights(self.weights, name, block)
         check_value_names(self.sink, {**block.args, **block.weights})
@@ -85,52 +87,54 @@ class BlockLinker:
         return args
 
     def _results(self, name: str, block: FlatBlock, body: BodyLinker) -> list[Value]:
-        """What the block returns; results are rows of the step."""
+        """The values that the block returns, each with one row per token of the step."""
         found: list[Value] = []
         for place in block.returns:
             value = body.values.get(place.value)
             if value is None or place.value not in body.assigned:
                 near = did_you_mean(place.value, body.assigned)
-                self.sink.error("SAGE228", f"'{place.value}' is no result of a statement", place.span(), near)
+                self.sink.error(
+                    "SAGE228", f"expected the result of a statement, got '{place.value}'", place.span(), near
+                )
                 continue
             type_ = value.type
             if type_ is not None and (
                 type_.element != "E" or len(type_.dims) != 2 or type_.dims[0] != Size.symbol("T")
             ):
-                message = f"block '{name}' returns '{place.value}', which is {type_}"
-                self.sink.error("SAGE228", message, place.span(), "a result has one row per token: E[T, ...]")
+                message = f"block '{name}' must return one row per token, E[T, ...], got '{place.value}': {type_}"
+                self.sink.error("SAGE228", message, place.span(), "return a value with the rows of the step")
             found.append(value)
         partial = {n for n, value in body.values.items() if value.is_partial and n not in body.handed_on}
         partial -= {place.value for place in block.returns}
         for place in plain_lines(block.body):
             target = place.value.partition("=")[0].strip()
             if target in partial:
-                message = f"'{target}' is a rank's part of a sum and is never summed"
-                self.sink.error("SAGE241", message, place.span(), "return it")
+                message = f"'{target}' is a partial sum over the ranks and is never reduced"
+                self.sink.error("SAGE241", message, place.span(), "return it, so that the program reduces it")
         return found
 
     def _op_types(self, name: str, block: FlatBlock, uses_kv: bool) -> dict[Phase, str]:
-        """The op type per phase; a block with attention is a pair in hybrid and has none there."""
+        """The op type of each phase. In a hybrid step a block with attention becomes two nodes, one per phase."""
         if block.op_type is None:
-            self.sink.error("SAGE203", f"block '{name}' has no `op_type`", block.place.key_span(), "add `op_type`")
+            self.sink.error("SAGE203", f"block '{name}' must have `op_type`", block.place.key_span(), "add `op_type`")
             return {}
-        given = block.op_type.value
+        declared = block.op_type.value
         by_phase: dict[str, str]
-        by_phase = {"prefill": given, "decode": given, "hybrid": given} if isinstance(given, str) else dict(given)
-        wanted: tuple[Phase, ...] = ("prefill", "decode") if uses_kv else self.phases
+        by_phase = dict.fromkeys(PHASES, declared) if isinstance(declared, str) else dict(declared)
+        required: tuple[Phase, ...] = ("prefill", "decode") if uses_kv else self.phases
         for op_type in dict.fromkeys(by_phase.values()):
             if op_type not in self.raw.op_types:
                 help = did_you_mean(op_type, self.raw.op_types)
                 self.sink.error("SAGE230", f"unknown op type '{op_type}'", block.op_type.span(), help)
-        if missing := [phase for phase in wanted if phase not in by_phase]:
-            message = f"block '{name}' has no op type for the phase '{missing[0]}'"
-            self.sink.error("SAGE229", message, block.op_type.span(), "map every phase, or give one name")
+        if missing := [phase for phase in required if phase not in by_phase]:
+            message = f"block '{name}' must have an op type for the phase '{missing[0]}'"
+            self.sink.error("SAGE229", message, block.op_type.span(), "map every phase, or write one op type for all")
             return {}
-        return {phase: by_phase[phase] for phase in wanted}
+        return {phase: by_phase[phase] for phase in required}
 
 
 def _source_lines(body: Iterable[FlatLine]) -> Iterator[str]:
-    """The statements as the layout writes them; those of a branch are indented below its condition."""
+    """The statements as written in the layout; those of a branch are indented below its condition."""
     for item in body:
         if isinstance(item, Placed):
             yield item.value

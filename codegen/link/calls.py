@@ -1,4 +1,4 @@
-"""Checks calls of ops with typed arguments: the lines of `fuses`, and the cost that follows from them."""
+"""Links the lines of `fuses`, which are typed calls of other ops, and derives the cost of the fused op."""
 
 import ast
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,48 +15,48 @@ from sageLLM.codegen.model.op import Attr, AttrName, Call, Cost, OpDef, Operand,
 from sageLLM.codegen.schema.ops import OpSpec
 
 
-class Misfit(Exception):
-    """An argument's type does not fit; the message says what is wanted."""
+class TypeMismatch(Exception):
+    """The type of an argument does not match the operand."""
 
 
 @dataclass(slots=True)
 class Binding:
-    """What a called op's element variables and dims stand for, in terms of the caller's."""
+    """Element variables and dims of a called op, bound to types and sizes of the caller."""
 
     elements: dict[str, str] = field(default_factory=dict)
     dims: dict[str, Size] = field(default_factory=dict)
     leading: tuple[Size, ...] | None = None
 
     def fix(self, op: OpDef, kwargs: Iterable[tuple[str, AttrName | Scalar | None]]) -> None:
-        """Binds the dims that are attrs of the called op, which operands need not tell."""
+        """Binds the dims that are attrs of the called op, since operands need not determine them."""
         for name, value in kwargs:
             attr = op.attr(name)
             if attr is not None and attr.type == "dim" and isinstance(value, AttrName | int):
                 self.dims[name] = Size.symbol(value.name) if isinstance(value, AttrName) else Size.of(value)
 
-    def match(self, wanted: ValueType, given: ValueType) -> None:
-        """Binds what is new and compares the rest; raises Misfit."""
-        self._match_element(wanted.element, given.element)
-        dims, sizes = list(wanted.dims), list(given.dims)
+    def match(self, declared: ValueType, actual: ValueType) -> None:
+        """Binds new dims and elements and compares known ones; raises TypeMismatch."""
+        self._match_element(declared.element, actual.element)
+        dims, sizes = list(declared.dims), list(actual.dims)
         if dims and dims[0] == LEADING:
             count = len(sizes) - len(dims) + 1
             if count < 0:
-                raise Misfit
+                raise TypeMismatch
             self._match_leading(tuple(sizes[:count]))
             dims, sizes = dims[1:], sizes[count:]
         if len(dims) != len(sizes):
-            raise Misfit
+            raise TypeMismatch
         for dim, size in zip(dims, sizes, strict=True):
             self._match_dim(dim, size)
 
-    def _match_element(self, wanted: str, given: str) -> None:
-        known = wanted if wanted in DTYPES else self.elements.setdefault(wanted, given)
-        if known != given:
-            raise Misfit
+    def _match_element(self, declared: str, actual: str) -> None:
+        known = declared if declared in DTYPES else self.elements.setdefault(declared, actual)
+        if known != actual:
+            raise TypeMismatch
 
     def _match_leading(self, dims: tuple[Size, ...]) -> None:
         if self.leading is not None and self.leading != dims:
-            raise Misfit
+            raise TypeMismatch
         self.leading = dims
 
     def _match_dim(self, dim: Size, size: Size) -> None:
@@ -65,10 +65,10 @@ class Binding:
         if len(unknown) == 1:
             solved = known.solve(unknown[0], size)
             if solved is None:
-                raise Misfit
+                raise TypeMismatch
             self.dims[unknown[0]] = solved
         elif unknown or known != size:
-            raise Misfit
+            raise TypeMismatch
 
     def apply(self, type_: ValueType) -> ValueType:
         """The called op's type in the caller's terms."""
@@ -95,7 +95,7 @@ def link_calls(
     ops: Mapping[str, OpDef],
     sink: Sink,
 ) -> tuple[Call, ...] | None:
-    """The typed lines of `fuses`, or None after reporting what is wrong with them."""
+    """The typed lines of `fuses`, or None after reporting findings."""
     before = len(sink.diagnostics)
     linker = CallLinker(entry, {o.name: o.type for o in inputs}, {o.name for o in inputs if o.optional},
                         {a.name: a for a in attrs}, ops, sink)  # fmt: skip
@@ -107,7 +107,7 @@ def link_calls(
 
 @dataclass(slots=True)
 class CallLinker:
-    """Goes through the lines of one `fuses`."""
+    """Links the lines of one `fuses` in order."""
 
     entry: Entry[OpSpec]
     values: dict[str, ValueType]
@@ -125,7 +125,7 @@ class CallLinker:
             match body:
                 case [ast.Assign(targets=[target], value=ast.Call(func=ast.Name()) as call)]:
                     return self._call(text, target, call)
-            raise text.refuse("SAGE102", "a line of fuses is `results = op(arguments)`")
+            raise text.refuse("SAGE102", "a line of `fuses` must have the form `results = op(arguments)`")
         except Refused:
             return None
 
@@ -133,7 +133,7 @@ class CallLinker:
         name = cast(ast.Name, node.func).id
         op = self.ops.get(name)
         if name == self.entry.name:
-            raise text.refuse("SAGE119", f"'{name}' is made of itself", node.func)
+            raise text.refuse("SAGE119", f"'{name}' must not call itself in `fuses`", node.func)
         if op is None:
             raise text.refuse("SAGE119", f"unknown op '{name}'", node.func, did_you_mean(name, self.ops))
         binding = Binding()
@@ -141,7 +141,7 @@ class CallLinker:
         binding.fix(op, kwargs)
         missing = [a.name for a in op.attrs if (a.is_required or a.formula) and a.name not in dict(kwargs)]
         if missing:
-            raise text.refuse("SAGE106", f"{name} needs the attr '{missing[0]}'", node, f"write {missing[0]}=...")
+            raise text.refuse("SAGE106", f"{name} requires the attr '{missing[0]}'", node, f"add {missing[0]}=...")
         args = self._arguments(text, op, node, binding)
         targets = self._targets(text, op, target, binding)
         return Call(targets, name, args, kwargs, text.value, text.span())
@@ -149,28 +149,31 @@ class CallLinker:
     def _arguments(self, text: Text, op: OpDef, node: ast.Call, binding: Binding) -> tuple[str | None, ...]:
         least = sum(not o.optional for o in op.inputs)
         if not least <= len(node.args) <= len(op.inputs):
-            wanted = str(least) if least == len(op.inputs) else f"{least} to {len(op.inputs)}"
-            raise text.refuse("SAGE106", f"{op.name} takes {wanted} inputs, got {len(node.args)}", node)
+            count = str(least) if least == len(op.inputs) else f"{least} to {len(op.inputs)}"
+            raise text.refuse("SAGE106", f"{op.name}: expected {count} inputs, got {len(node.args)}", node)
         return tuple(self._argument(text, op, o, arg, binding) for o, arg in zip(op.inputs, node.args, strict=False))
 
     def _argument(self, text: Text, op: OpDef, operand: Operand, node: ast.expr, binding: Binding) -> str:
         if not isinstance(node, ast.Name):
-            raise text.refuse("SAGE102", "an argument is the name of a value", node, "give the value its own line")
+            help = "assign the expression to a name on its own line"
+            raise text.refuse("SAGE102", "an argument must be the name of a value", node, help)
         if node.id not in self.values:
             raise text.refuse("SAGE104", f"unknown name '{node.id}'", node, did_you_mean(node.id, self.values))
         if node.id in self.optional and not operand.optional:
-            raise text.refuse("SAGE131", f"'{node.id}' may be absent, {op.name} needs its {operand.name}", node)
+            message = f"'{node.id}' may be absent, but {op.name} requires {operand.name}"
+            raise text.refuse("SAGE131", message, node)
         try:
             binding.match(operand.type, self.values[node.id])
-        except Misfit:
+        except TypeMismatch:
             bound = ", ".join(f"{dim} = {size}" for dim, size in binding.dims.items() if Size.symbol(dim) != size)
-            message = f"'{node.id}' is {self.values[node.id]}, but {op.name} takes {operand.name}: {operand.type}"
-            raise text.refuse("SAGE120", message + (f" with {bound}" if bound else ""), node) from None
+            expected = f"{operand.type}{f' with {bound}' if bound else ''}"
+            message = f"{op.name}.{operand.name}: expected {expected}, got '{node.id}': {self.values[node.id]}"
+            raise text.refuse("SAGE120", message, node) from None
         return node.id
 
     def _kwarg(self, text: Text, op: OpDef, node: ast.keyword) -> AttrName | Scalar | None:
-        wanted = op.attr(node.arg or "")
-        if wanted is None:
+        declared = op.attr(node.arg or "")
+        if declared is None:
             help = did_you_mean(node.arg or "", [a.name for a in op.attrs])
             raise text.refuse("SAGE106", f"{op.name} has no attr '{node.arg}'", node, help)
         match node.value:
@@ -179,25 +182,26 @@ class CallLinker:
             case ast.Name(id="true" | "false" as word):
                 return word == "true"
             case ast.Name(id=name) if name in self.attrs:
-                if self.attrs[name].type != wanted.type:
-                    message = f"'{name}' is {self.attrs[name].type}, but {op.name} takes {wanted.name}: {wanted.type}"
+                if self.attrs[name].type != declared.type:
+                    actual = f"'{name}': {self.attrs[name].type}"
+                    message = f"{op.name}.{declared.name}: expected {declared.type}, got {actual}"
                     raise text.refuse("SAGE120", message, node.value)
                 return AttrName(name)
             case ast.Name(id=name):
                 raise text.refuse("SAGE104", f"unknown attr '{name}'", node.value, did_you_mean(name, self.attrs))
-        raise text.refuse("SAGE102", "an attr is a literal or an attr of the op", node.value)
+        raise text.refuse("SAGE102", "an attr must be a literal or an attr of the op", node.value)
 
     def _targets(self, text: Text, op: OpDef, target: ast.expr, binding: Binding) -> tuple[str, ...]:
         nodes = target.elts if isinstance(target, ast.Tuple) else [target]
         if len(nodes) != len(op.outputs):
-            raise text.refuse("SAGE106", f"{op.name} gives {len(op.outputs)} results, {len(nodes)} are named", target)
+            message = f"{op.name} returns {len(op.outputs)} results, got {len(nodes)} names"
+            raise text.refuse("SAGE106", message, target)
         for node, output in zip(nodes, op.outputs, strict=True):
             if not isinstance(node, ast.Name):
-                raise text.refuse("SAGE102", "a result is a name", node)
+                raise text.refuse("SAGE102", "a result must be a name", node)
             if node.id in self.values or node.id in self.attrs:
-                raise text.refuse(
-                    "SAGE111", f"'{node.id}' is written twice", node, "every name is written once; choose a new one"
-                )
+                help = "every name is assigned once; choose a new name"
+                raise text.refuse("SAGE111", f"'{node.id}' is already defined", node, help)
             self.values[node.id] = binding.apply(output.type)
         return tuple(cast(ast.Name, node).id for node in nodes)
 
@@ -205,10 +209,10 @@ class CallLinker:
         written = {target for call in calls for target in call.targets}
         for output in outputs:
             if output.name not in written:
-                message = f"the output '{output.name}' is never written"
+                message = f"the output '{output.name}' is never assigned"
                 self.sink.error("SAGE110", message, self.entry.key_span("fuses"), f"add `{output.name} = ...`")
             elif self.values[output.name] != output.type:
-                message = f"'{output.name}' is declared {output.type}, the value is {self.values[output.name]}"
+                message = f"the output '{output.name}': expected {output.type}, got {self.values[output.name]}"
                 self.sink.error("SAGE109", message, self.entry.span("outputs", output.name))
         used = {arg for call in calls for arg in call.args} | {o.name for o in outputs}
         for index, call in enumerate(calls):
@@ -219,13 +223,13 @@ class CallLinker:
 def fused_cost(
     calls: Iterable[Call], inputs: Sequence[Operand], outputs: Sequence[Operand], ops: Mapping[str, OpDef]
 ) -> Cost:
-    """The calls' operations; of their bytes only what is read from outside, once, and what is an output."""
+    """The flops of all calls; of their bytes only inputs, read once each, and outputs: the rest stays on chip."""
     types = {o.name: o.type for o in inputs}
     flops = Size.of(0)
     reads: dict[str, Size] = {o.name: Size.of(0) for o in inputs}
     written: dict[str, Size] = {}
     hidden = Size.of(0)
-    parts: dict[str, str] = {}  # of an input: what a view of it is called
+    view_bases: dict[str, str] = {}  # view of an input -> the input
     let: dict[str, str] = {}
     for call in calls:
         op, binding = ops[call.op], Binding()
@@ -234,20 +238,20 @@ def fused_cost(
         for operand, arg in pairs:
             binding.match(operand.type, types[arg])
         optional = {o.name for o in inputs if o.optional}
-        given = {operand.name: arg for operand, arg in pairs}
+        args = {operand.name: arg for operand, arg in pairs}
         for operand in (o for o in op.inputs if o.optional):
-            passed = given.get(operand.name)
-            is_there = Size.symbol(f"has_{passed}") if passed in optional else Size.of(int(passed is not None))
-            binding.dims[f"has_{operand.name}"] = is_there
+            passed = args.get(operand.name)
+            is_present = Size.symbol(f"has_{passed}") if passed in optional else Size.of(int(passed is not None))
+            binding.dims[f"has_{operand.name}"] = is_present
         flops += binding.formula(op.cost.flops)
         let |= op.cost.let
         for operand, arg in pairs:
-            if (source := parts.get(arg, arg)) in reads:
+            if (source := view_bases.get(arg, arg)) in reads:
                 more = binding.formula(op.cost.read[operand.name])
                 is_again = more == reads[source] and source == arg
                 reads[source] = reads[source] if is_again else _merged(reads[source], more, tensor_bytes(types[source]))
         if op.is_view and pairs:
-            parts |= dict.fromkeys(call.targets, parts.get(pairs[0][1], pairs[0][1]))
+            view_bases |= dict.fromkeys(call.targets, view_bases.get(pairs[0][1], pairs[0][1]))
         for output, target in zip(op.outputs, call.targets, strict=True):
             types[target] = binding.apply(output.type)
             written[target] = binding.formula(op.cost.written[output.name])
@@ -257,7 +261,7 @@ def fused_cost(
 
 
 def _merged(known: Size, more: Size, whole: Size) -> Size:
-    """Reading all of an operand once covers every other use of it."""
+    """Reading a whole operand once accounts for every other use of it."""
     return whole if whole in (known, more) else known + more
 
 

@@ -1,4 +1,4 @@
-"""Conditions and attrs that are decided when a graph is built, as Python over the config `c` and the layer."""
+"""Links conditions and attrs that are evaluated when a graph is built, as Python over the config `c` and the layer."""
 
 import ast
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from sageLLM.codegen.render import lit
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The number of the layer: its name in the layout's text, and in the generated function."""
+    """The layer index: its name in the layout's text, and in the generated function."""
 
     name: str
     python: str
@@ -26,15 +26,18 @@ def link_condition(
     node = compile_expression(text, names, present)
     kind = kind_of(node, text, names, present)
     if kind.type != "bool":
-        message = f"'{text.value}' is {kind.type}, not a condition"
-        raise text.refuse("SAGE214", message, None, "name a boolean, or compare")
+        message = f"expected a condition, got '{text.value}': {kind.type}"
+        raise text.refuse("SAGE214", message, None, "use a boolean config name or a comparison")
     is_layers = index is not None and uses(node, index.name)
     python = expression_text(node, text.value, config, index)
     return Condition(text.value, python, index.python if index is not None and is_layers else None)
 
 
 def expression_text(node: ast.expr, source: str, config: Mapping[str, ConfigName], index: Index | None) -> str:
-    """An expression as Python over `c`; arithmetic that may fail is computed where a failure can be named."""
+    """An expression as Python over `c`.
+
+    Arithmetic that may fail is wrapped in `computed`, which reports the failure with the expression's source.
+    """
     python = python_text(node, lambda name: index.python if index and name == index.name else f"c.{name}")
     if not can_fail(node, config):
         return python

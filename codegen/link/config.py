@@ -1,4 +1,7 @@
-"""Links a layout's config section: names with types, defaults and checks as Python text that was built, not pasted."""
+"""Links a layout's config section: names with types, defaults and checks.
+
+Defaults and checks become Python text unparsed from a checked tree, so no text of a spec reaches generated code.
+"""
 
 import ast
 import keyword
@@ -35,19 +38,20 @@ _RESERVED = frozenset(
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")
 _KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 INDEX = "i"
-"""The number of the layer, in expressions of the config section and of weights, as in tensor names."""
+"""The layer index in expressions of the config section and of weights, as in tensor names."""
 _PYTHON: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
 def link_config(flat: FlatModel, sizes: set[str], taken: Iterable[str], sink: Sink) -> dict[str, ConfigName]:
-    """The config names in order. `sizes` are those that shapes use; `taken` are names with another meaning."""
+    """The config names in order. `sizes` are those that shapes use; `taken` are names reserved for dims of the step."""
     linked: dict[str, ConfigName] = {}
     dims = set(taken)
     for name, field in flat.config.items():
         if not _NAME.match(name) or keyword.iskeyword(name) or name in _RESERVED | dims:
-            is_taken = _NAME.match(name) is not None
-            help = "it has another meaning; choose another name" if is_taken else "use letters, digits and `_`"
-            sink.error("SAGE204", f"'{name}' cannot name a config value", field.key_span(), help)
+            is_reserved = _NAME.match(name) is not None
+            help = "choose another name" if is_reserved else "use letters, digits and `_`, at most 32 characters"
+            message = f"'{name}' is reserved" if is_reserved else f"expected a config name, got '{name}'"
+            sink.error("SAGE204", message, field.key_span(), help)
             continue
         try:
             found = _link_field(name, field, linked, sink)
@@ -58,30 +62,29 @@ def link_config(flat: FlatModel, sizes: set[str], taken: Iterable[str], sink: Si
         linked[name] = replace(found, type="size") if is_size else found
     for name in REQUIRED_NAMES:
         if name not in flat.config:
-            sink.error(
-                "SAGE207", f"the config has no '{name}', which the runtime reads", flat.span, "add it to `config`"
-            )
+            message = f"`config` must define '{name}', which the runtime reads"
+            sink.error("SAGE207", message, flat.span, f"add `{name}` to `config`")
     return linked
 
 
 def check_own_names_are_read(flat: FlatModel, words: Iterable[str], sink: Sink) -> None:
-    """A name that a layout adds to its parent's must be among `words`, the names that the whole layout reads.
+    """Reports config names that a layout adds to its parent's but that are not in `words`, the names it reads.
 
-    Otherwise a misspelt name would be a new one, and the parent's would silently stay as it is.
+    Such a name is most likely misspelt, and the parent's name would silently keep its value.
     """
     if flat.base is None:
         return
     inherited = flat.base.spec.config
     known = {*inherited, *words, *REQUIRED_NAMES}
     for name in (name for name in flat.entry.spec.config if name not in known):
-        message = f"the config name '{name}' is neither inherited from '{flat.base.name}' nor read by anything"
+        message = f"the config name '{name}' is unused and not inherited from '{flat.base.name}'"
         sink.error("SAGE208", message, flat.config[name].key_span(), did_you_mean(name, inherited))
 
 
 def link_checks(flat: FlatModel, config: Mapping[str, ConfigName], sink: Sink) -> list[Check]:
-    """The conditions, each also in words of config.json. A name that may be null is checked where it is not.
+    """The conditions, each also in terms of config.json keys. A condition on a name that is null holds.
 
-    A condition on the layer's number `i` is one for every layer.
+    A condition on the layer index `i` must hold for every layer.
     """
     checks = [_link_check(place, config, sink) for place in flat.checks]
     return [check for check in checks if check is not None]
@@ -95,12 +98,13 @@ def _link_check(place: Placed[str], config: Mapping[str, ConfigName], sink: Sink
     except Refused:
         return None
     if kind_of(node, text, names, nullable).type != "bool":
-        sink.error("SAGE206", f"'{place.value}' is not a condition", place.span(), "compare, e.g. `Nq % Nkv == 0`")
+        message = f"expected a condition, got '{place.value}'"
+        sink.error("SAGE206", message, place.span(), "write a comparison, e.g. `Nq % Nkv == 0`")
         return None
     read = tuple(config[name] for name in names_in(node, INDEX))
-    guarded = [name for name in read if name.is_optional and name.name not in _asked_for_null(node)]
+    guarded = [name for name in read if name.is_optional and name.name not in _compared_with_null(node)]
     if any(not name.keys and name.default == "None" for name in guarded):
-        return None  # fixed to null, so there is nothing to check
+        return None  # the name is fixed to null, so the condition always holds
     nulls = "".join(f"{name.name} is None or " for name in guarded)
     condition, rule = (
         nulls + python_text(node),
@@ -112,11 +116,11 @@ def _link_check(place: Placed[str], config: Mapping[str, ConfigName], sink: Sink
     return Check(condition, rule, read, formula)
 
 
-def _asked_for_null(node: ast.expr) -> set[str]:
+def _compared_with_null(node: ast.expr) -> set[str]:
     """The names that the condition itself compares with null."""
     tests = [inner for inner in ast.walk(node) if isinstance(inner, ast.Compare)]
-    asked = [test.left for test in tests if isinstance(test.ops[0], ast.Is | ast.IsNot)]
-    return {name.id for name in asked if isinstance(name, ast.Name)}
+    compared = [test.left for test in tests if isinstance(test.ops[0], ast.Is | ast.IsNot)]
+    return {name.id for name in compared if isinstance(name, ast.Name)}
 
 
 def _link_field(name: str, place: Placed[ConfigField], known: Mapping[str, ConfigName], sink: Sink) -> ConfigName:
@@ -124,42 +128,45 @@ def _link_field(name: str, place: Placed[ConfigField], known: Mapping[str, Confi
     keys = (field.hf,) if isinstance(field.hf, str) else tuple(field.hf or ())
     for key in keys:
         if not _KEY.match(key):
-            sink.error("SAGE206", f"'{key}' is not a key of config.json", place.span("hf"), "write key or outer.key")
+            sink.error(
+                "SAGE206", f"expected a key of config.json, got '{key}'", place.span("hf"), "write key or outer.key"
+            )
             raise Refused
     doc = field.doc or (f"HF {keys[0]}" if keys else "fixed by the family")
     origin = "value" if not keys else "default"
-    given = field.value if not keys else field.default
+    raw = field.value if not keys else field.default
     type_, items = _declared(field)
     if items is not None:
         return _link_list(name, place, known, sink, doc)
-    if isinstance(given, list):
-        sink.error("SAGE206", f"the {origin} is a list", place.span(origin), "declare `type: int[]` or `type: int[L]`")
+    if isinstance(raw, list):
+        help = "declare `type: int[]` or `type: int[L]`"
+        sink.error("SAGE206", f"the {origin} must be a single value, got a list", place.span(origin), help)
         raise Refused
     if origin not in field.model_fields_set:
         return ConfigName(name, keys, type_ or "int", False, None, None, doc)
-    if given is None and type_ not in (None, "int", "float"):
-        sink.error("SAGE206", f"a {type_} cannot be null", place.span(origin), "give a default that is not null")
+    if raw is None and type_ not in (None, "int", "float"):
+        sink.error("SAGE206", f"a {type_} must not be null", place.span(origin), "write a default that is not null")
         raise Refused
-    if given is None:
+    if raw is None:
         return ConfigName(name, keys, type_ or "int", True, "None", None, doc)
-    if isinstance(given, str) and type_ != "str":
-        text = place.text(given, sink, origin)
+    if isinstance(raw, str) and type_ != "str":
+        text = place.text(raw, sink, origin)
         node = compile_expression(text, Names(known))
         kind = kind_of(node, text, Names(known))
         if kind.type == "null":
             raise text.refuse("SAGE206", f"the {origin} is always null", None, "write `null` without quotes")
         refined = _refined(cast(ConfigType, kind.type), type_, place, origin, sink)
         if kind.is_optional and refined not in ("int", "float"):
-            raise text.refuse("SAGE206", f"a {refined} cannot be null", None, "give another value in place of null")
-        formula = given if can_fail(node, known) or refined == "float" else ""
+            raise text.refuse("SAGE206", f"a {refined} must not be null", None, "use another value in place of null")
+        formula = raw if can_fail(node, known) or refined == "float" else ""
         return ConfigName(name, keys, refined, kind.is_optional, python_text(node), None, doc, None, formula)
-    refined = _refined(_type_of_value(given), type_, place, origin, sink)
-    literal = repr(float(given)) if refined == "float" else repr(given)
-    return ConfigName(name, keys, refined, False, literal, given, doc)
+    refined = _refined(_type_of_value(raw), type_, place, origin, sink)
+    literal = repr(float(raw)) if refined == "float" else repr(raw)
+    return ConfigName(name, keys, refined, False, literal, raw, doc)
 
 
 def _declared(field: ConfigField) -> tuple[ConfigType | None, ListKind | None]:
-    """The type of one item, and of what the name is a list, if it is one."""
+    """The declared type of a value or of one list item, and the kind of list."""
     if field.type is None or "[" not in field.type:
         return cast(ConfigType | None, field.type), None
     base, _, length = field.type.rstrip("]").partition("[")
@@ -169,52 +176,48 @@ def _declared(field: ConfigField) -> tuple[ConfigType | None, ListKind | None]:
 def _link_list(
     name: str, place: Placed[ConfigField], known: Mapping[str, ConfigName], sink: Sink, doc: str
 ) -> ConfigName:
-    """A list: one value per layer, whose default may be an expression of the layer's number, or of any length."""
+    """A list: either of any length, or with one value per layer, where the default may depend on the layer index."""
     field = place.value
     type_, items = _declared(field)
     keys = (field.hf,) if isinstance(field.hf, str) else tuple(field.hf or ())
     origin = "value" if not keys else "default"
-    given = field.value if not keys else field.default
+    raw = field.value if not keys else field.default
     found = ConfigName(name, keys, type_ or "int", False, None, None, doc, items)
     if items == "layers" and "L" not in known:
-        sink.error(
-            "SAGE206",
-            f"'{name}' has one value per layer, but L is not known yet",
-            place.key_span(),
-            "declare L before it",
-        )
+        message = f"'{name}' has one value per layer, so L must be declared before it"
+        sink.error("SAGE206", message, place.key_span(), "move L up")
         raise Refused
     if origin not in field.model_fields_set:
         return found
-    if isinstance(given, list):
-        for item in given:
+    if isinstance(raw, list):
+        for item in raw:
             if isinstance(item, bool) != (type_ == "bool") or not isinstance(item, _PYTHON[str(type_)]):
-                sink.error("SAGE206", f"'{item}' is no {type_}", place.span(origin), "let all items have the type")
+                sink.error("SAGE206", f"list item: expected {type_}, got '{item}'", place.span(origin))
                 raise Refused
-        return replace(found, default=repr(tuple(given)))
-    if items == "list" or not isinstance(given, str):
-        help = "write a list, or an expression of `i`, the layer" if items == "layers" else "write a list, e.g. []"
-        sink.error("SAGE206", f"the {origin} of '{name}' is no list", place.span(origin), help)
+        return replace(found, default=repr(tuple(raw)))
+    if items == "list" or not isinstance(raw, str):
+        help = "write a list, or an expression of the layer index `i`" if items == "layers" else "write a list, e.g. []"
+        sink.error("SAGE206", f"the {origin} of '{name}' must be a list", place.span(origin), help)
         raise Refused
-    text, names = place.text(given, sink, origin), Names(known, INDEX)
+    text, names = place.text(raw, sink, origin), Names(known, INDEX)
     node = compile_expression(text, names)
     kind = kind_of(node, text, names)
     if kind.is_optional:
-        raise text.refuse("SAGE206", "an item of a list cannot be null", None, "give a value, e.g. 0 or -1")
+        raise text.refuse("SAGE206", "a list item must not be null", None, "use a number such as 0 or -1")
     _refined(cast(ConfigType, kind.type), type_, place, origin, sink)
-    return replace(found, default=python_text(node), formula=given)
+    return replace(found, default=python_text(node), formula=raw)
 
 
 def _refined(
     found: ConfigType, declared: ConfigType | None, place: Placed[ConfigField], origin: str, sink: Sink
 ) -> ConfigType:
-    wanted = declared or found
-    if wanted != found and not (wanted == "float" and found == "int"):
-        sink.error(
-            "SAGE206", f"the {origin} is {found}, but the type is {wanted}", place.span(origin), "make them agree"
-        )
+    """The declared type if a value of the type found is allowed there (an int counts as a float)."""
+    expected = declared or found
+    if expected != found and not (expected == "float" and found == "int"):
+        message = f"the {origin}: expected {expected}, got {found}"
+        sink.error("SAGE206", message, place.span(origin), f"change the {origin} or `type`")
         raise Refused
-    return wanted
+    return expected
 
 
 def _type_of_value(value: Scalar) -> ConfigType:

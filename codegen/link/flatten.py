@@ -1,6 +1,6 @@
-"""Makes a layout that extends another one complete: merges the sections and applies the patches.
+"""Flattens a layout that extends another one: merges the sections and applies drops and patches.
 
-Every piece keeps the file and the path it came from, so that later findings point to the right one of the two files.
+Every value keeps its file and path, so that later findings point to the right one of the two files.
 """
 
 import re
@@ -30,7 +30,7 @@ YamlPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Placed(Generic[T]):
-    """A piece of a spec and where it stands."""
+    """A value of a spec with its source location."""
 
     value: T
     entry: Entry[ModelFile]
@@ -48,7 +48,7 @@ class Placed(Generic[T]):
 
 @dataclass(slots=True)
 class FlatBlock:
-    """A block with everything it inherits; `place` is where its own file speaks of it."""
+    """A block with everything that it inherits; `place` is the location of its most derived definition."""
 
     place: Placed[BlockSpec]
     summary: str | None = None
@@ -62,7 +62,7 @@ class FlatBlock:
 
 @dataclass(slots=True)
 class FlatBranch:
-    """One way of a `choose`."""
+    """One branch of a `choose`."""
 
     when: Placed[str] | None
     body: "list[FlatLine]"
@@ -88,7 +88,7 @@ class FlatRepeat:
 
 
 def plain_lines(items: "Iterable[FlatLine | FlatRepeat]") -> Iterator[Placed[str]]:
-    """The statements of a body, those of loops and of all branches included."""
+    """The statements of a body, including those of loops and of all branches."""
     for item in items:
         if isinstance(item, Placed):
             yield item
@@ -113,7 +113,7 @@ def _inner_bodies(item: "FlatLine | FlatRepeat") -> "list[list[FlatLine]]":
 
 @dataclass(slots=True)
 class FlatModel:
-    """A layout with everything it inherits."""
+    """A layout with everything that it inherits."""
 
     entry: Entry[ModelFile]
     base: Entry[ModelFile] | None
@@ -148,7 +148,7 @@ class FlatModel:
 
 
 def flatten(entry: Entry[ModelFile], models: Mapping[str, Entry[ModelFile]], sink: Sink) -> FlatModel | None:
-    """The complete layout, or None after reporting that its base cannot be used."""
+    """The complete layout, or None if its base cannot be used."""
     name = entry.spec.extends
     if name is None:
         flat = FlatModel(entry, None)
@@ -160,8 +160,9 @@ def flatten(entry: Entry[ModelFile], models: Mapping[str, Entry[ModelFile]], sin
         sink.error("SAGE201", f"unknown layout '{name}'", entry.span("extends"), did_you_mean(name, others))
         return None
     if base.spec.extends is not None:
-        help = f"extend '{base.spec.extends}'" if base.name != entry.name else "name the layout it starts from"
-        sink.error("SAGE201", f"'{name}' itself extends '{base.spec.extends}'", entry.span("extends"), help)
+        help = f"extend '{base.spec.extends}' directly" if base.name != entry.name else "name another layout"
+        message = f"the base layout must not extend another one, but '{name}' extends '{base.spec.extends}'"
+        sink.error("SAGE201", message, entry.span("extends"), help)
         return None
     flat = FlatModel(entry, base)
     _merge(flat, base, sink)
@@ -171,7 +172,7 @@ def flatten(entry: Entry[ModelFile], models: Mapping[str, Entry[ModelFile]], sin
 
 
 def _drop(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
-    """Takes away what the layout says that it does without."""
+    """Removes the inherited entries listed under `drop`."""
     spec = entry.spec.drop
     if spec is None:
         return
@@ -180,7 +181,8 @@ def _drop(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     for block, content in spec.blocks.items():
         if block not in flat.blocks:
             help = did_you_mean(block, flat.blocks)
-            sink.error("SAGE209", f"no block '{block}' is inherited", entry.key_span("drop", "blocks", block), help)
+            span = entry.key_span("drop", "blocks", block)
+            sink.error("SAGE209", f"expected an inherited block, got '{block}'", span, help)
         elif content is None:
             del flat.blocks[block]
         else:
@@ -189,25 +191,23 @@ def _drop(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     for i, text in enumerate(spec.checks):
         found = [place for place in flat.checks if _words(place.value) == _words(text)]
         if not found:
-            inherited = "; ".join(place.value for place in flat.checks)
-            help = f"the checks are: {inherited}"
-            sink.error("SAGE209", f"no check '{text}' is inherited", entry.span("drop", "checks", i), help)
+            help = f"the inherited checks: {'; '.join(place.value for place in flat.checks)}"
+            message = f"expected an inherited check, got '{text}'"
+            sink.error("SAGE209", message, entry.span("drop", "checks", i), help)
         flat.checks = [place for place in flat.checks if place not in found]
 
 
 def _drop_names(table: dict[str, Any], names: Placed[list[str]], sink: Sink) -> None:
     for i, name in enumerate(names.value):
         if table.pop(name, None) is None:
-            sink.error("SAGE209", f"no '{name}' is inherited", names.span(i), did_you_mean(name, table))
+            sink.error("SAGE209", f"expected an inherited name, got '{name}'", names.span(i), did_you_mean(name, table))
 
 
 def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
-    """Lets a file's own words join (mappings, checks, ignored names) or replace (the rest) what is there."""
+    """Merges a file into the layout: mappings, checks and ignored names are extended, the rest is replaced."""
     spec = entry.spec
     if flat.base is None and spec.drop is not None:
-        sink.error(
-            "SAGE209", "`drop` without `extends`", entry.key_span("drop"), "a layout of its own has nothing to drop"
-        )
+        sink.error("SAGE209", "`drop` requires `extends`", entry.key_span("drop"), "remove `drop`, or add `extends`")
     flat.config = _joined_config(flat.config, spec.config, entry)
     _place_all(flat.weights, spec.weights, entry, ("weights",))
     flat.checks += _placed_list(spec.checks, entry, ("checks",))
@@ -230,7 +230,7 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
             else _line(item, entry, ("program", i))
             for i, item in enumerate(spec.program)
         ]
-        flat.hidden = None  # it names a value of the program that is replaced
+        flat.hidden = None  # it named a value of the replaced program
     if spec.hidden is not None:
         flat.hidden = Placed(spec.hidden, entry, ("hidden",))
     if spec.returns is not None:
@@ -247,8 +247,8 @@ def _merge_block(flat: FlatModel, name: str, place: Placed[BlockSpec], sink: Sin
     block.place = place
     block.summary = spec.summary or block.summary
     if spec.op_type is not None:
-        given = spec.op_type
-        op_type = given if isinstance(given, str) else {str(phase): name for phase, name in given.items()}
+        declared = spec.op_type
+        op_type = declared if isinstance(declared, str) else {str(phase): name for phase, name in declared.items()}
         block.op_type = Placed(op_type, entry, (*path, "op_type"))
     if spec.hf is not None:
         block.hf = Placed(spec.hf, entry, (*path, "hf"))
@@ -264,15 +264,18 @@ def _merge_block(flat: FlatModel, name: str, place: Placed[BlockSpec], sink: Sin
 
 
 def _apply(patch: Placed[PatchSpec], body: list[Any], sink: Sink) -> None:
-    """Edits the one statement that begins with the anchor, or reports that there is not exactly one."""
+    """Edits the one statement that begins with the anchor; reports an anchor that does not match exactly once.
+
+    A patch that matched twice, or not at all, would change the meaning of a layout silently when its base is edited.
+    """
     kind, anchor = _anchor(patch.value)
     texts = [(items, item, _anchor_text(item)) for items in _bodies(body) for item in items]
     found = [(items, item, text) for items, item, text in texts if _words(text).startswith(_words(anchor))]
     if len(found) != 1:
         candidates = [text for _, _, text in found or texts if text]
-        count = f"{len(found)} statements begin" if found else "no statement begins"
-        help = ("make it longer; it matches: " if found else "the statements are: ") + "; ".join(candidates)
-        sink.error("SAGE202", f"{count} with '{anchor}'", patch.span(kind), help)
+        message = f"a patch must match exactly one statement, but '{anchor}' matches {len(found) or 'none'}"
+        help = ("use a longer anchor; it matches: " if found else "the statements: ") + "; ".join(candidates)
+        sink.error("SAGE202", message, patch.span(kind), help)
         return
     items, item, _ = found[0]
     at = items.index(item)
@@ -283,7 +286,7 @@ def _apply(patch: Placed[PatchSpec], body: list[Any], sink: Sink) -> None:
 
 
 def _bodies(body: list[Any]) -> Iterator[list[Any]]:
-    """The list of statements, and those inside of its loops and branches."""
+    """The list of statements, and those inside its loops and branches."""
     yield body
     for item in body:
         for inner in _inner_bodies(item):
@@ -291,7 +294,7 @@ def _bodies(body: list[Any]) -> Iterator[list[Any]]:
 
 
 def _anchor_text(item: Any) -> str:
-    """What a patch finds a statement by: its text, or of a `choose` the first condition."""
+    """The text that patches match: that of a statement, or the first condition of a `choose`."""
     if isinstance(item, FlatChoose):
         when = item.branches[0].when
         return f"when {when.value}" if when is not None else ""
@@ -330,7 +333,8 @@ def _place_all(table: dict[str, Placed[T]], items: Mapping[str, T], entry: Entry
 def _joined_config(
     known: Mapping[str, Placed[ConfigField]], own: Mapping[str, ConfigField], entry: Entry[ModelFile]
 ) -> dict[str, Placed[ConfigField]]:
-    """Inherited names keep their places; new ones come last, or before the redefined one that reads them."""
+    """The config in definition order: inherited names keep their position; new names come last, or just before the
+    first redefined name that reads them, because an expression may only read earlier names."""
     joined: dict[str, Placed[ConfigField]] = {}
     waiting = {name: field_ for name, field_ in own.items() if name not in known}
 

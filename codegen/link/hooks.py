@@ -1,4 +1,4 @@
-"""Links `reference:` ops: the template by name, its parameters, and hook expressions with the names they may use."""
+"""Links ops with a `reference`: the template, its parameters, and its hook expressions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FOLDER = "reference"
 
 @dataclass(frozen=True, slots=True)
 class HookType:
-    """The names that a hook may use beside the op's attrs, and the element type of its result."""
+    """The names that a hook may use in addition to the op's attrs, and the element type of its result."""
 
     names: Mapping[str, str]
     result: str
@@ -31,7 +31,7 @@ HOOKS: Mapping[str, HookType] = {
 
 
 def link_reference(entry: Entry[OpSpec], scope: Scope, sink: Sink) -> Reference | None:
-    """The reference with its hooks, or None after reporting what is wrong."""
+    """The reference with its hooks, or None after a finding."""
     before = len(sink.diagnostics)
     kernel = entry.spec.kernel or KernelSpec()
     hooks = tuple(hook for name, text in kernel.hooks.items() if (hook := _hook(name, text, entry, scope, sink)))
@@ -48,14 +48,15 @@ def _hook(name: str, value: str, entry: Entry[OpSpec], scope: Scope, sink: Sink)
         sink.error("SAGE124", f"unknown hook '{name}'", entry.key_span(*path), did_you_mean(name, HOOKS))
         return None
     for known in scope.attrs.keys() & HOOKS[name].names.keys():
-        sink.error("SAGE124", f"the attr '{known}' has the name of a hook's value", entry.key_span("attrs", known))
+        message = f"the attr '{known}' must not have the name of a value of the hook '{name}'"
+        sink.error("SAGE124", message, entry.key_span("attrs", known), "rename the attr")
     hook, text = HOOKS[name], Text.of(value, entry, path, sink)
     values = {known: ValueType(element) for known, element in hook.names.items()}
     optional = frozenset(name for name in scope.optional if name in scope.attrs)
     try:
         checked = Checker(text, Scope(values, scope.attrs, {}, {}, optional)).expression(parse_expression(text))
         if checked.type.element not in (hook.result, "truth" if hook.result == "bool" else "float"):
-            message = f"{name} gives {hook.result}, this is {checked.type.element}"
+            message = f"{name}: expected {hook.result}, got {checked.type.element}"
             raise text.refuse("SAGE109", message)
     except Refused:
         return None

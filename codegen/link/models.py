@@ -1,4 +1,4 @@
-"""Links model entries: every name, shape, source and statement of a layout is checked and bound."""
+"""Links model entries: checks and binds every name, shape, source and statement of a layout."""
 
 import keyword
 import re
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.link.blocks import BlockLinker, attends
 from sageLLM.codegen.link.config import check_own_names_are_read, link_checks, link_config
+from sageLLM.codegen.link.config_uses import names_read, size_names
+from sageLLM.codegen.link.engine_inputs import EngineInputLinker, EngineInputs
 from sageLLM.codegen.link.flatten import FlatModel, flatten
-from sageLLM.codegen.link.given import Given, GivenLinker
-from sageLLM.codegen.link.names import names_read, size_names
 from sageLLM.codegen.link.program import ProgramLinker
 from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings
 from sageLLM.codegen.link.weights import WeightLinker, link_weights
@@ -38,15 +38,14 @@ _IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
 def link_models(
     raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink, names: Iterable[str] | None = None
 ) -> dict[str, ModelDef]:
-    """All layouts by name, or those of `names`. Findings go to the sink; a layout with findings is left out."""
+    """All layouts by name, or those in `names`. Findings go to the sink; a layout with findings is left out."""
     _check_architectures(raw, sink)
     linked: dict[str, ModelDef] = {}
     for name in raw.models if names is None else names:
         entry, own = raw.models[name], Sink()
         if not _is_name(name):
-            own.error(
-                "SAGE204", f"'{name}' cannot name a layout", entry.span("model"), "use small letters, digits and `_`"
-            )
+            help = "use lower-case letters, digits and `_`, at most 32 characters"
+            own.error("SAGE204", f"expected a layout name, got '{name}'", entry.span("model"), help)
         flat = flatten(entry, raw.models, own)
         model = ModelLinker(flat, raw, ops, own).link() if flat is not None else None
         for found in own.diagnostics:
@@ -66,12 +65,12 @@ def _check_architectures(raw: RawSpecs, sink: Sink) -> None:
         for i, architecture in enumerate(entry.spec.hf.architectures):
             span = entry.span("hf", "architectures", i)
             if not _ARCHITECTURE.match(architecture):
-                sink.error(
-                    "SAGE204", f"'{architecture}' cannot name an architecture", span, "use letters, digits and `_`"
-                )
+                message = f"expected the name of an architecture, got '{architecture}'"
+                sink.error("SAGE204", message, span, "use letters, digits and `_`")
             if architecture in owners:
                 first = (f"read by '{owners[architecture].name}'", owners[architecture].span("hf", "architectures"))
-                sink.error("SAGE231", f"'{architecture}' has two layouts", span, "name it in one of them", (first,))
+                message = f"the architecture '{architecture}' must be read by one layout only"
+                sink.error("SAGE231", message, span, "remove it from one of them", (first,))
             owners.setdefault(architecture, entry)
 
 
@@ -89,8 +88,8 @@ class ModelLinker:
         config = link_config(self.flat, size_names(self.flat), taken, self.sink)
         steps = [name for name in self.raw.dims if name not in config]
         divides = self._divides(config)
-        given = GivenLinker(self.flat, self.raw, config, self.sink).link(steps)
-        inputs = given.inputs
+        provided = EngineInputLinker(self.flat, self.raw, config, self.sink).link(steps)
+        inputs = provided.inputs
         linker = WeightLinker(config, divides, self.sink)
         own = link_weights(linker, self.flat.weights)
         phases = self._phases()
@@ -103,17 +102,17 @@ class ModelLinker:
         checks = tuple(link_checks(self.flat, config, self.sink))
         self._check_ignored()
         self._check_prefix([*own.values(), *(w for block in blocks.values() if block for w in block.weights)])
-        if not self.sink.diagnostics:  # a misspelt use would show its name as unread, too
+        if not self.sink.diagnostics:  # after a misspelt use, the name would also be reported as unused
             check_own_names_are_read(self.flat, names_read(self.flat, self.raw.passes.values()), self.sink)
         if self.sink.diagnostics:
             return None
-        return self._model(config, checks, given, divides, own, blocks, program, results, phases)
+        return self._model(config, checks, provided, divides, own, blocks, program, results, phases)
 
     def _model(
         self,
         config: Mapping[str, ConfigName],
         checks: tuple[Check, ...],
-        given: Given,
+        provided: EngineInputs,
         divides: tuple[str, ...],
         own: Mapping[str, WeightDef],
         blocks: Mapping[str, BlockDef | None],
@@ -132,9 +131,9 @@ class ModelLinker:
             prefix=spec.hf.prefix,
             config=config,
             checks=checks,
-            ropes=given.ropes,
-            alibi=given.alibi,
-            cache=given.cache,
+            ropes=provided.ropes,
+            alibi=provided.alibi,
+            cache=provided.cache,
             divides=divides,
             weights=tuple(own.values()),
             blocks=linked,
@@ -142,7 +141,7 @@ class ModelLinker:
             returns=tuple(place.value for place in flat.returns),
             results=results,
             phases=phases,
-            inputs=given.inputs,
+            inputs=provided.inputs,
             ignore=tuple(dict.fromkeys(place.value for place in flat.ignore)),
             tiny=flat.tiny | {"architectures": list(spec.hf.architectures[:1])},
             join=self.ops.get("concat_rows"),
@@ -153,11 +152,11 @@ class ModelLinker:
             if place.value not in config or config[place.value].type != "size":
                 sizes = [name for name, found in config.items() if found.type == "size"]
                 help = did_you_mean(place.value, sizes)
-                self.sink.error("SAGE210", f"'{place.value}' is not a size of this layout", place.span(), help)
+                self.sink.error("SAGE210", f"expected a size of this layout, got '{place.value}'", place.span(), help)
         return tuple(place.value for place in self.flat.divides)
 
     def _phases(self) -> tuple[Phase, ...]:
-        """The phases of a step; without a KV cache whole sequences are read at once, which is prefill."""
+        """The phases of a step; a layout without a KV cache reads whole sequences at once, which is prefill only."""
         return PHASES if any(attends(block) for block in self.flat.blocks.values()) else ("prefill",)
 
     def _attend_ops(self) -> dict[Phase, OpDef]:
@@ -166,14 +165,16 @@ class ModelLinker:
             place = self.flat.phases.get(phase)
             if place is None:
                 remedy = f"add `{phase}: {{attend: OP}}` under `phases`"
-                self.sink.error("SAGE229", f"the phase '{phase}' is not mapped", self.flat.span, remedy)
+                self.sink.error(
+                    "SAGE229", f"the phase '{phase}' must be mapped to an attention op", self.flat.span, remedy
+                )
             elif place.value not in self.ops:
                 help = did_you_mean(place.value, [op for op, d in self.ops.items() if d.op_type.endswith("_ATTN")])
                 self.sink.error("SAGE221", f"unknown op '{place.value}'", place.span(), help)
             elif phase not in self.ops[place.value].phases:
                 phases = ", ".join(self.ops[place.value].phases)
-                message = f"'{place.value}' does not serve the phase '{phase}'"
-                self.sink.error("SAGE229", message, place.span(), f"its phases are: {phases}")
+                message = f"expected an op for the phase '{phase}', got '{place.value}'"
+                self.sink.error("SAGE229", message, place.span(), f"the phases of '{place.value}': {phases}")
             else:
                 found[phase] = self.ops[place.value]
         return found
@@ -182,11 +183,11 @@ class ModelLinker:
         prefix = self.flat.entry.spec.hf.prefix
         if prefix and not any(part.hf.startswith(prefix) for weight in weights for part in weight.parts):
             span = self.flat.entry.span("hf", "prefix")
-            help = "write the first words of the names, with the dot: `prefix: model.`"
-            self.sink.error("SAGE212", f"no tensor's name begins with '{prefix}'", span, help)
+            help = "write the common beginning of the tensor names, with the dot: `prefix: model.`"
+            self.sink.error("SAGE212", f"no tensor name begins with the prefix '{prefix}'", span, help)
 
     def _check_ignored(self) -> None:
         for place in self.flat.ignore:
             if not _IGNORED.match(place.value):
-                help = "write a name, with `*` before or after it"
-                self.sink.error("SAGE212", f"'{place.value}' cannot name tensors", place.span(), help)
+                help = "write a tensor name, with an optional `*` at its start or end"
+                self.sink.error("SAGE212", f"expected a tensor name pattern, got '{place.value}'", place.span(), help)

@@ -1,4 +1,4 @@
-"""Links op entries: every text becomes a typed operand, expression or call, and costs are derived."""
+"""Links op entries: typed operands, expressions and calls, and derived costs."""
 
 import ast
 from collections.abc import Callable, Iterator, Mapping
@@ -45,12 +45,12 @@ def link_ops(raw: RawSpecs, sink: Sink) -> dict[str, OpDef]:
     while waiting:
         ready = [name for name, entry in waiting.items() if not _callees(entry) & waiting.keys()]
         if not ready:
-            _report_circle(waiting, sink)
+            _report_cycle(waiting, sink)
             break
         for name in ready:
             entry = waiting.pop(name)
             if (_callees(entry) & raw.ops.keys()) - linked.keys():
-                continue  # an op that it calls has findings
+                continue  # a called op has findings
             op = OpLinker(entry, raw, linked, sink).link()
             if op is not None:
                 linked[name] = op
@@ -58,15 +58,15 @@ def link_ops(raw: RawSpecs, sink: Sink) -> dict[str, OpDef]:
 
 
 def _callees(entry: Entry[OpSpec]) -> set[str]:
-    """Ops named in `fuses`; a line that does not parse names none here, and is refused when it is linked."""
+    """The ops called in `fuses`. A line that does not parse calls none; it is refused when it is linked."""
     names = {line.partition("=")[2].partition("(")[0].strip() for line in entry.spec.fuses or []}
     return names - {entry.name}
 
 
-def _report_circle(waiting: Mapping[str, Entry[OpSpec]], sink: Sink) -> None:
+def _report_cycle(waiting: Mapping[str, Entry[OpSpec]], sink: Sink) -> None:
     names = " and ".join(waiting)
     for entry in waiting.values():
-        sink.error("SAGE119", f"the fused ops {names} are made of each other", entry.key_span("fuses"))
+        sink.error("SAGE119", f"the fused ops {names} must not call each other in a cycle", entry.key_span("fuses"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class OpLinker:
         attrs = self._attrs()
         if len(self.sink.diagnostics) > before:
             return None
-        op = self._meaning(Signature(inputs, outputs, attrs))
+        op = self._semantics(Signature(inputs, outputs, attrs))
         return op if len(self.sink.diagnostics) == before else None
 
     def text(self, value: str, *path: str | int) -> Text:
@@ -123,7 +123,7 @@ class OpLinker:
 
     @contextmanager
     def refusable(self) -> Iterator[None]:
-        """A refused field is reported already; go on with the next one."""
+        """Continues with the next field after a refused one, which is already reported."""
         try:
             yield
         except Refused:
@@ -134,22 +134,20 @@ class OpLinker:
     def _declare(self) -> None:
         spec, entry = self.entry.spec, self.entry
         if not _is_op_name(entry.name):
-            self.sink.error(
-                "SAGE116",
-                f"'{entry.name}' is not a name for an op",
-                entry.key_span(),
-                "use small letters, digits and _",
-            )
+            message = f"expected an op name, got '{entry.name}'"
+            self.sink.error("SAGE116", message, entry.key_span(), "use lower-case letters, digits and `_`")
         self.dims = dict.fromkeys([*self.raw.dims, *spec.dims, *(n for n, a in spec.attrs.items() if a.type == "dim")])
         self.elements = DEFAULT_ELEMENTS | {name: tuple(types) for name, types in spec.types.items()}
         for name in (*spec.dims, *spec.types, *(n for n, a in spec.attrs.items() if a.type == "dim")):
             if not DIM_NAME.match(name):
-                message = f"'{name}' must begin with a capital letter and have letters and digits only"
+                message = f"'{name}' must begin with a capital letter and contain only letters and digits"
                 self.sink.error("SAGE116", message, self._declared_at(name))
         for name in self.elements.keys() & self.dims.keys():
-            self.sink.error("SAGE116", f"'{name}' is a dim and an element type", self._declared_at(name))
+            message = f"'{name}' must not be both a dim and an element type"
+            self.sink.error("SAGE116", message, self._declared_at(name))
         if class_name(entry.name) in self.dims:
-            self.sink.error("SAGE116", f"the class of '{entry.name}' would have the name of a dim", entry.key_span())
+            message = f"the class name of '{entry.name}' must not be the name of a dim"
+            self.sink.error("SAGE116", message, entry.key_span(), "rename the op")
         if spec.op_type is not None and spec.op_type not in self.raw.op_types:
             help = did_you_mean(spec.op_type, self.raw.op_types)
             self.sink.error("SAGE121", f"unknown op_type '{spec.op_type}'", entry.span("op_type"), help)
@@ -162,26 +160,27 @@ class OpLinker:
         return self.entry.key_span()
 
     def _take(self, name: str, type_: ValueType, *path: str) -> None:
-        """Notes an operand's name, or says why it cannot be one."""
+        """Registers the name of an operand or attr; reports a name that cannot be used."""
         why = why_not_a_value_name(name, self.taken, RESERVED_FOR_OPERANDS)
         if why is None and not _is_value_name(name):
-            why = f"'{name}' is not a name: use small letters, digits and _"
+            why = f"'{name}' must consist of lower-case letters, digits and `_`"
         if why:
             self.sink.error("SAGE116", why, self.entry.key_span(*path), "choose another name")
         self.taken.values[name] = type_
 
     def _operands(self, key: str, specs: Mapping[str, str | InputSpec]) -> tuple[Operand, ...]:
         found: list[Operand] = []
-        for name, given in specs.items():
-            spec = given if isinstance(given, InputSpec) else InputSpec(type=given)
-            is_long = isinstance(given, InputSpec) and key == "inputs"
+        for name, declared in specs.items():
+            spec = declared if isinstance(declared, InputSpec) else InputSpec(type=declared)
+            is_long = isinstance(declared, InputSpec) and key == "inputs"
             path = (key, name, "type") if is_long else (key, name)
             with self.refusable():
                 type_ = parse_type(self.text(spec.type, *path), self.elements, self.dims)
                 self._take(name, type_, key, name)
                 if found and found[-1].optional and not spec.optional:
                     span = self.entry.key_span(key, name)
-                    self.sink.error("SAGE130", f"'{name}' stands after an optional input", span, "put them last")
+                    message = f"the required input '{name}' must come before the optional ones"
+                    self.sink.error("SAGE130", message, span, "move the optional inputs to the end")
                 found.append(Operand(name, type_, spec.optional, spec.doc))
         return tuple(found)
 
@@ -202,7 +201,7 @@ class OpLinker:
         if default is not None:
             self._check_default(name, spec, default)
         if spec.optional and (default is not None or formula is not None):
-            raise self._refuse_attr(name, "an optional attr has no default", "default")
+            raise self._refuse_attr(name, "an optional attr must not have a default", "default")
         choices = tuple(spec.choices) if spec.choices else None
         value = float(default) if spec.type == "f32" and isinstance(default, int) else default
         return Attr(name, spec.type, value, formula, spec.optional, spec.min, spec.max, choices, spec.doc)
@@ -210,14 +209,14 @@ class OpLinker:
     def _check_default(self, name: str, spec: AttrSpec, value: object) -> None:
         wrong_bool = isinstance(value, bool) and spec.type != "bool"
         if not isinstance(value, _PYTHON[spec.type]) or wrong_bool:
-            raise self._refuse_attr(name, f"the default of '{name}' is not of the type {spec.type}", "default")
+            raise self._refuse_attr(name, f"the default of '{name}' must be of type {spec.type}", "default")
         low, high = spec.min, spec.max
         if isinstance(value, int | float) and (
             (low is not None and value < low) or (high is not None and value > high)
         ):
-            raise self._refuse_attr(name, f"the default of '{name}' is outside its own limits", "default")
+            raise self._refuse_attr(name, f"the default of '{name}' must be within `min` and `max`", "default")
         if spec.choices and value not in spec.choices:
-            raise self._refuse_attr(name, f"the default of '{name}' is none of its choices", "default")
+            raise self._refuse_attr(name, f"the default of '{name}' must be one of its choices", "default")
 
     def _refuse_attr(self, name: str, message: str, key: str) -> Refused:
         self.sink.error("SAGE125", message, self.entry.span("attrs", name, key))
@@ -226,17 +225,19 @@ class OpLinker:
     def _formula(self, text: Text) -> Expr:
         value = Checker(text, Scope(dims=self.dims, elements={})).expression(parse_expression(text))
         if value.type.element not in ("int", "float"):
-            raise text.refuse("SAGE125", "a default is a number or an expression of dims")
+            raise text.refuse("SAGE125", "a default must be a number or an expression of dims")
         return value
 
-    # meaning
+    # semantics
 
-    def _meaning(self, signature: Signature) -> OpDef | None:
+    def _semantics(self, signature: Signature) -> OpDef | None:
         spec, entry = self.entry.spec, self.entry
         sources = [key for key in ("compute", "fuses", "reference") if getattr(spec, key) is not None]
         if len(sources) != 1:
-            message = f"an op has one source of meaning, '{entry.name}' has {' and '.join(sources) or 'none'}"
-            self.sink.error("SAGE118", message, entry.key_span(), "give one of compute, fuses, reference")
+            found = " and ".join(f"`{key}`" for key in sources) or "none"
+            message = f"'{entry.name}' must have one of `compute`, `fuses` and `reference`, got {found}"
+            remedy = "keep one of them" if sources else "add one of them"
+            self.sink.error("SAGE118", message, entry.key_span(), remedy)
             return None
         self._check_determined(signature)
         self._check_inplace(signature)
@@ -252,26 +253,39 @@ class OpLinker:
 
     def _check_fields(self, source: str) -> None:
         spec = self.entry.spec
+        is_filled = _is_filled(spec.kernel)
+        remove, derived = "remove it", f"it is derived from `{source}`; remove it"
         wrong = [
-            (bool(spec.views) and source != "compute", "views", "views belong to a compute"),
+            (bool(spec.views) and source != "compute", "views", "`views` requires `compute`", remove),
             (
-                _is_filled(spec.kernel) and source != "reference",
+                is_filled and source != "reference",
                 "kernel",
-                "params, hooks and epilogue_of belong to a reference",
+                "`kernel.params`, `hooks` and `epilogue_of` require `reference`",
+                remove,
             ),
-            (spec.kernel is not None and source == "fuses", "kernel", "the kernel of this op is derived"),
-            (spec.rule is not None and source != "fuses", "rule", "a rule belongs to a fuses"),
-            (spec.op_type is None and source != "fuses", "summary", "the op_type is missing"),
-            (spec.cost is not None and source != "reference", "cost", "the cost of this op is derived"),
-            (spec.cost is None and source == "reference", "reference", "the cost of a reference has to be given"),
-            (spec.ranks is not None and source != "reference", "ranks", "what ranks make of this op is derived"),
+            (spec.kernel is not None and source == "fuses", "kernel", "`kernel` must not be set here", derived),
+            (spec.rule is not None and source != "fuses", "rule", "`rule` requires `fuses`", remove),
+            (
+                spec.op_type is None and source != "fuses",
+                "summary",
+                f"an op with `{source}` must have `op_type`",
+                "add it",
+            ),
+            (spec.cost is not None and source != "reference", "cost", "`cost` must not be set here", derived),
+            (
+                spec.cost is None and source == "reference",
+                "reference",
+                "an op with `reference` must have `cost`",
+                "add it",
+            ),
+            (spec.ranks is not None and source != "reference", "ranks", "`ranks` must not be set here", derived),
         ]
-        for is_wrong, key, message in wrong:
+        for is_wrong, key, message, remedy in wrong:
             if is_wrong:
-                self.sink.error("SAGE128", message, self.entry.key_span(key))
+                self.sink.error("SAGE128", message, self.entry.key_span(key), remedy)
 
     def _check_ranks(self, signature: Signature) -> None:
-        """The names under `ranks` are dims and inputs of the op."""
+        """Reports names under `ranks` that are not dims or inputs of the op."""
         spec = self.entry.spec.ranks
         if spec is None:
             return
@@ -280,26 +294,28 @@ class OpLinker:
         for path, names, known in [(("divides",), spec.divides, dims), (("sums",), spec.sums, dims), *groups]:
             for j, name in enumerate(names):
                 if name not in known:
-                    what = "an input" if path[0] == "linear_in" else "a dim of the inputs"
+                    expected = "an input" if path[0] == "linear_in" else "a dim of the inputs"
                     span = self.entry.span("ranks", *path, j)
-                    self.sink.error("SAGE133", f"'{name}' is not {what}", span, did_you_mean(name, known))
+                    self.sink.error("SAGE133", f"expected {expected}, got '{name}'", span, did_you_mean(name, known))
 
     def _check_cases(self, signature: Signature) -> None:
-        spec, wanted = self.entry.spec, _dims_of(signature)
+        spec, required = self.entry.spec, _dims_of(signature)
         for index, case in enumerate(spec.tests.cases if spec.tests else []):
-            if missing := [name for name in wanted if name not in case]:
-                message = f"the case has no size for {', '.join(missing)}"
-                help = f"every case gives {', '.join(wanted)}"
+            if missing := [name for name in required if name not in case]:
+                message = f"the case must have a size for {', '.join(missing)}"
+                help = f"a case has sizes for {', '.join(required)}"
                 self.sink.error("SAGE126", message, self.entry.span("tests", "cases", index), help)
             for name, value in case.items():
                 if name not in self.dims or (isinstance(value, list) and name != "R"):
-                    message = f"'{name}' is not a dim of the op" if name not in self.dims else f"{name} is one number"
+                    is_known = name in self.dims
+                    message = f"{name} must be one number" if is_known else f"expected a dim of the op, got '{name}'"
                     self.sink.error("SAGE126", message, self.entry.key_span("tests", "cases", index, name))
                 elif not 1 <= min(value if isinstance(value, list) else [value], default=1) <= 2**20:
-                    self.sink.error("SAGE126", "a size is 1 to 2**20", self.entry.span("tests", "cases", index, name))
+                    message = f"a size must be 1 to 2**20, got {value}"
+                    self.sink.error("SAGE126", message, self.entry.span("tests", "cases", index, name))
 
     def _check_determined(self, signature: Signature) -> None:
-        """Every dim and element variable of an output follows from inputs and attrs."""
+        """Reports dims and element variables of outputs that inputs and attrs do not determine."""
         required = [o.type for o in signature.inputs if not o.optional]
         known = {symbol for type_ in required for dim in type_.dims for symbol in dim.symbols} | signature.dim_attrs
         elements = {type_.element for type_ in required}
@@ -308,8 +324,8 @@ class OpLinker:
             if output.type.element in self.elements and output.type.element not in elements:
                 missing.append(output.type.element)
             for name in dict.fromkeys(missing):
-                message = f"{name} of the output '{output.name}' follows from no input"
-                help = f"make it an attr: {name}: {{type: dim}}" if name in self.dims else None
+                message = f"{name} of the output '{output.name}' must be determined by an input"
+                help = f"or make it an attr: `{name}: {{type: dim}}`" if name in self.dims else None
                 self.sink.error("SAGE132", message, self.entry.span("outputs", output.name), help)
 
     def _check_inplace(self, signature: Signature) -> None:
@@ -318,13 +334,14 @@ class OpLinker:
             if output is None:
                 help = did_you_mean(name, signature.output_types)
                 span = self.entry.key_span("inplace", name)
-                self.sink.error("SAGE122", f"inplace names the unknown output '{name}'", span, help)
+                self.sink.error("SAGE122", f"unknown output '{name}'", span, help)
             elif input_ is None:
                 help = did_you_mean(source, signature.input_types)
                 span = self.entry.span("inplace", name)
-                self.sink.error("SAGE122", f"inplace names the unknown input '{source}'", span, help)
+                self.sink.error("SAGE122", f"unknown input '{source}'", span, help)
             elif output != input_:
-                message = f"'{name}' is {output} and cannot take over the memory of '{source}', {input_}"
+                message = f"an in-place output must have the type of its input, got '{name}': {output}"
+                message += f" and '{source}': {input_}"
                 self.sink.error("SAGE122", message, self.entry.span("inplace", name))
 
     def _scope(self, signature: Signature) -> Scope:
@@ -376,14 +393,12 @@ class OpLinker:
         return self._op(signature, self.entry.spec.op_type or "", cost, reference=reference)
 
     def _check_epilogue_of(self, signature: Signature) -> None:
-        """`epilogue_of` must name a required input."""
+        """Reports a `kernel.epilogue_of` that is not a required input."""
         name = self.entry.spec.kernel.epilogue_of if self.entry.spec.kernel else None
         known = [o.name for o in signature.inputs if not o.optional]
         if name is not None and name not in known:
-            what = "may be absent" if name in signature.optional else "is not an input"
-            self.sink.error(
-                "SAGE134", f"'{name}' {what}", self.entry.span("kernel", "epilogue_of"), did_you_mean(name, known)
-            )
+            message = f"expected a required input, got {'the optional ' if name in signature.optional else ''}'{name}'"
+            self.sink.error("SAGE134", message, self.entry.span("kernel", "epilogue_of"), did_you_mean(name, known))
 
     def _declared_cost(self, signature: Signature) -> Cost | None:
         spec = self.entry.spec.cost
@@ -440,13 +455,14 @@ class OpLinker:
                 text = self.text(line, "where", index)
                 value = Checker(text, scope).expression(parse_expression(text))
                 if value.type.element != "truth":
-                    raise text.refuse("SAGE107", "a condition is wanted", None, "compare it: ... == 0")
+                    message = f"expected a condition, got {value.type.element}"
+                    raise text.refuse("SAGE107", message, None, "write a comparison: ... == 0")
                 found.append(Condition(line, value))
         return tuple(found)
 
 
 def never_negative(condition: Expr) -> Size | None:
-    """The size that a condition on two sizes keeps from being negative: D - Dr for `Dr <= D`."""
+    """The size that a condition on two sizes guarantees to be non-negative: D - Dr for `Dr <= D`."""
     match condition:
         case Binary(op="<=", a=DimRef(size=small), b=DimRef(size=large)):
             return large - small
@@ -456,7 +472,7 @@ def never_negative(condition: Expr) -> Size | None:
 
 
 def _dims_of(signature: Signature) -> list[str]:
-    """The dims that operands are made of, in order; `R` stands for `...`."""
+    """The dims of the operands and the dim attrs, in order; `R` stands for `...`."""
     types = [operand.type for operand in signature.inputs]
     symbols = [symbol for type_ in types for dim in type_.dims for symbol in dim.symbols]
     return list(dict.fromkeys([*symbols, *(attr.name for attr in signature.attrs if attr.type == "dim")]))
@@ -485,7 +501,7 @@ def _is_filled(kernel: KernelSpec | None) -> bool:
 
 
 _MODULES = ("torch", "math", "wide", "dims", "triton", "tl", "device")
-"""Names that the files of generated functions have for themselves."""
+"""Module names in the files of generated functions, which an op must not shadow."""
 
 
 def _is_op_name(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Checks what passes of kinds other than rewrite name: op types, the ops they put into graphs, and functions."""
+"""Checks the names in fields of passes: op types, the ops that passes insert into graphs, and Python functions."""
 
 from collections.abc import Mapping
 from keyword import iskeyword
@@ -9,16 +9,16 @@ from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.schema.passes import PassSpec
 
 SHAPES = {
-    "join": "two values of rows, and gives one",
-    "split": "one value and a number of rows (a dim attr), and gives two",
-    "send": "one value, and gives one",
-    "recv": "one value, and gives one",
+    "join": "two inputs and one output",
+    "split": "one input, one dim attr (a number of rows) and two outputs",
+    "send": "one input and one output",
+    "recv": "one input and one output",
 }
 CORE = "sageLLM.runtime.core.passes."
 
 
 def check_pass_names(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> None:
-    """Everything that the lower fields of a pass name exists and fits."""
+    """Reports names in the kind-specific fields of a pass that do not exist or do not fit."""
     spec = entry.spec
     for name, path in _op_types(spec):
         if name not in raw.op_types:
@@ -26,12 +26,13 @@ def check_pass_names(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, Op
             is_key = path[0] == "move"
             span = entry.key_span(*path) if is_key else entry.span(*path)
             sink.error("SAGE302", f"unknown op type '{name}'", span, help)
-    for field, what in SHAPES.items():
+    for field, expected in SHAPES.items():
         name = getattr(spec, field)
         if name is not None and name not in ops:
             sink.error("SAGE306", f"unknown op '{name}'", entry.span(field), did_you_mean(name, ops))
         elif name is not None and not _fits(field, ops[name]):
-            sink.error("SAGE331", f"'{field}' wants an op that takes {what}; '{name}' does not", entry.span(field))
+            message = f"`{field}` must be an op with {expected}, got '{name}'"
+            sink.error("SAGE331", message, entry.span(field))
     if spec.function is not None:
         _check_function(spec.function, entry, raw, sink)
 
@@ -52,7 +53,7 @@ def _fits(field: str, op: OpDef) -> bool:
 def _check_function(text: str, entry: Entry[PassSpec], raw: RawSpecs, sink: Sink) -> None:
     module, _, name = text.partition(":")
     if not all(word.isascii() and word.isidentifier() and not iskeyword(word) for word in (*module.split("."), name)):
-        sink.error("SAGE332", f"'{text}' is not `package.module:function`", entry.span("function"))
+        sink.error("SAGE332", f"expected `package.module:function`, got '{text}'", entry.span("function"))
     elif not raw.base_files and not module.startswith(CORE):
-        help = f"the package's own passes run functions of {CORE}*"
-        sink.error("SAGE332", f"'{module}' is not a module for passes", entry.span("function"), help)
+        message = f"a pass of the package must name a function of {CORE}*, got '{module}'"
+        sink.error("SAGE332", message, entry.span("function"), "move the function there")

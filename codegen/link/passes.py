@@ -1,4 +1,4 @@
-"""Links passes: rules against the ops they name, expectations against the models, and the order of the pipeline."""
+"""Links passes: their rules against the ops, their expectations against the models, and the order of the pipeline."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.link.expectations import link_expectations
 from sageLLM.codegen.link.pass_ops import check_pass_names
-from sageLLM.codegen.link.rule_checks import check_rules, find_circle
+from sageLLM.codegen.link.rule_checks import check_rules, find_cycle
 from sageLLM.codegen.link.rule_conditions import link_conditions
 from sageLLM.codegen.link.rule_types import check_types
 from sageLLM.codegen.load import Entry, RawSpecs
@@ -18,7 +18,7 @@ from sageLLM.codegen.schema.passes import PassSpec, RuleSpec
 
 
 def link_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> dict[str, PassDef]:
-    """All sound passes in the order of the pipeline; findings go to the sink."""
+    """All passes in the order of the pipeline; findings go to the sink."""
     linked = {name: _link_pass(entry, raw, ops, sink) for name, entry in raw.passes.items()}
     _check_rule_passes(raw, ops, sink)
     passes = {name: linked[name] for name in _pipeline(raw, sink) if name in linked}
@@ -62,13 +62,15 @@ def _derived_rule(
     op = ops.get(name)
     if op is None or not op.fuses or op.rule is None:
         known = [other.name for other in ops.values() if other.fuses and other.rule]
-        message = f"unknown op '{name}'" if op is None else f"'{name}' has no `fuses` with a `rule`"
+        expected = "an op with `fuses` and `rule`"
+        message = f"unknown op '{name}'" if op is None else f"expected {expected}, got '{name}'"
         sink.error("SAGE303", message, entry.span(*path, "from_op"), did_you_mean(name, known))
         raise Refused
     if op.rule.pass_ != entry.name:
-        message = f"'{name}' names the pass '{op.rule.pass_}', and stands in '{entry.name}'"
+        message = f"the rule of '{name}' belongs to the pass '{op.rule.pass_}', not to '{entry.name}'"
         related = (("its rule", op.rule.span),)
-        sink.error("SAGE304", message, entry.span(*path, "from_op"), "let the two agree", related)
+        help = "move the rule to that pass, or change the op's `rule`"
+        sink.error("SAGE304", message, entry.span(*path, "from_op"), help, related)
         raise Refused
     pattern = tuple(PatternCall(call.targets, ops[call.op], call.args, call.kwargs) for call in op.fuses)
     outputs = tuple(output.name for output in op.outputs)
@@ -90,7 +92,7 @@ def _call(text: Text, ops: Mapping[str, OpDef]) -> PatternCall:
         case [ast.Assign(targets=[target], value=ast.Call(func=ast.Name(id=name)) as call)]:
             check_grammar(text, statements[0])
         case _:
-            raise text.refuse("SAGE305", "a line is `values = op(values, attr=name)`", statements[0])
+            raise text.refuse("SAGE305", "a line must have the form `values = op(values, attr=name)`", statements[0])
     if name not in ops:
         raise text.refuse("SAGE306", f"unknown op '{name}'", call.func, did_you_mean(name, ops))
     op = ops[name]
@@ -101,10 +103,11 @@ def _targets(text: Text, node: ast.expr, op: OpDef) -> tuple[str, ...]:
     names = node.elts if isinstance(node, ast.Tuple) else [node]
     targets = [name.id for name in names if isinstance(name, ast.Name)]
     if len(targets) != len(names):
-        raise text.refuse("SAGE305", "only names may stand before `=`", node)
+        raise text.refuse("SAGE305", "the left side of `=` must consist of names", node)
     if len(targets) != len(op.outputs):
-        given = ", ".join(output.name for output in op.outputs)
-        raise text.refuse("SAGE307", f"{op.name} gives {len(op.outputs)} ({given}), not {len(targets)}", node)
+        outputs = ", ".join(output.name for output in op.outputs)
+        message = f"{op.name}: expected {_counted(len(op.outputs), 'result')} ({outputs}), got {len(targets)}"
+        raise text.refuse("SAGE307", message, node)
     return tuple(targets)
 
 
@@ -112,11 +115,16 @@ def _arguments(text: Text, call: ast.Call, op: OpDef) -> tuple[str, ...]:
     args = [arg.id for arg in call.args if isinstance(arg, ast.Name)]
     required = sum(not operand.optional for operand in op.inputs)
     if len(args) != len(call.args):
-        raise text.refuse("SAGE305", "an operand is a name", call)
+        raise text.refuse("SAGE305", "an operand must be a name", call)
     if not required <= len(args) <= len(op.inputs):
-        wanted = ", ".join(operand.name for operand in op.inputs)
-        raise text.refuse("SAGE307", f"{op.name} takes ({wanted}), got {len(args)} operands", call)
+        inputs = ", ".join(operand.name for operand in op.inputs)
+        message = f"{op.name}: expected the operands ({inputs}), got {_counted(len(args), 'operand')}"
+        raise text.refuse("SAGE307", message, call)
     return tuple(args)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _attributes(text: Text, call: ast.Call, op: OpDef) -> tuple[tuple[str, AttrName | Scalar | None], ...]:
@@ -132,56 +140,59 @@ def _attributes(text: Text, call: ast.Call, op: OpDef) -> tuple[tuple[str, AttrN
             case ast.Constant(value=bool() | int() | float() | str() as value):
                 attrs.append((name, value))
             case _:
-                raise text.refuse("SAGE305", "an attr is given a name or a constant", keyword.value)
+                raise text.refuse("SAGE305", "the value of an attr must be a name or a constant", keyword.value)
     return tuple(attrs)
 
 
 def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
-    """Every name of the replacement is bound by the pattern, and the replacement gives every kept value."""
+    """Reports names of the replacement that the pattern does not bind, and kept values that it does not produce."""
     path = rule.path
-    given = [target for call in rule.pattern for target in call.targets]
-    for name in sorted({name for name in given if given.count(name) > 1}):
-        sink.error("SAGE309", f"'{name}' is given twice by the pattern", entry.span(*path, "match"), "use two names")
-    values = {*given, *(arg for call in rule.pattern for arg in call.args if arg)}
+    produced = [target for call in rule.pattern for target in call.targets]
+    for name in sorted({name for name in produced if produced.count(name) > 1}):
+        message = f"'{name}' must be the result of one line of the pattern only"
+        sink.error("SAGE309", message, entry.span(*path, "match"), "use two names")
+    values = {*produced, *(arg for call in rule.pattern for arg in call.args if arg)}
     attrs = {value.name for call in rule.pattern for _, value in call.attrs if isinstance(value, AttrName)}
-    inner = set(given)
+    removed = set(produced)
     for i, call in enumerate(rule.replacement):
         for arg in call.args:
             if arg not in values:
                 place = entry.span(*path, "rewrite", i)
                 sink.error("SAGE310", f"'{arg}' is not bound by the pattern", place, did_you_mean(str(arg), values))
-            elif arg in inner:
-                message = f"'{arg}' is a value of the pattern, which the rewrite takes away"
-                sink.error("SAGE310", message, entry.span(*path, "rewrite", i), "read what the pattern reads")
+            elif arg in removed:
+                message = f"'{arg}' is computed by the pattern, which the rewrite removes"
+                sink.error("SAGE310", message, entry.span(*path, "rewrite", i), "read the inputs of the pattern")
         for _, value in call.attrs:
             if isinstance(value, AttrName) and value.name not in attrs:
                 place = entry.span(*path, "rewrite", i)
-                sink.error("SAGE310", f"attr '{value.name}' is not bound by the pattern", place)
-        inner -= set(call.targets)
+                sink.error("SAGE310", f"the attr '{value.name}' is not bound by the pattern", place)
+        removed -= set(call.targets)
         values |= set(call.targets)
     made = {target for call in rule.replacement for target in call.targets}
     for i, name in enumerate(rule.keep):
-        if name not in given or name not in made:
-            what = "a value of the pattern" if name not in given else "given by the rewrite"
-            sink.error("SAGE311", f"the kept '{name}' is not {what}", entry.span(*path, "keep", i))
+        if name not in produced or name not in made:
+            by = "pattern" if name not in produced else "rewrite"
+            sink.error("SAGE311", f"the kept value '{name}' must be a result of the {by}", entry.span(*path, "keep", i))
     missing = [name for name in rule.anchor.targets if name not in made]
     if missing:
-        message = f"the rewrite does not give '{missing[0]}', the result of the pattern"
+        message = f"the rewrite must produce '{missing[0]}', the result of the pattern"
         sink.error("SAGE311", message, entry.span(*path, "rewrite"))
     _check_connected(rule, entry, sink)
 
 
 def _check_connected(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
-    """Values lead from the last call of the pattern, where matching starts, to every other one."""
+    """Reports calls of the pattern that matching cannot reach along values from the last call, where it starts."""
     found = {len(rule.pattern) - 1, *(step.position for step in rule.search())}
     for i, call in enumerate(rule.pattern):
         if i not in found:
-            message = f"'{', '.join(call.targets)}' has no value in common with the lines that lead to the last one"
+            message = (
+                f"the line of '{', '.join(call.targets)}' must share a value with the lines connected to the last one"
+            )
             sink.error("SAGE312", message, entry.span(*rule.path, "match", i), "matching starts at the last line")
 
 
 def _check_rule_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> None:
-    """A `rule` of an op names a pass that lists it."""
+    """Reports rules of ops that the named pass does not list."""
     for op in ops.values():
         if op.rule is None:
             continue
@@ -192,14 +203,14 @@ def _check_rule_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> N
             )
         elif op.name not in [rule.from_op for rule in one.spec.rules]:
             help = f"add `{{from_op: {op.name}}}` to its rules"
-            sink.error("SAGE315", f"the pass '{one.name}' does not list '{op.name}'", op.rule.span, help)
+            sink.error("SAGE315", f"the pass '{one.name}' must list '{op.name}'", op.rule.span, help)
 
 
 # order
 
 
 def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:
-    """The passes by stage, and within a stage as `after` and `before` say, else in spec order."""
+    """The passes by stage; within a stage in spec order as far as `after` and `before` allow."""
     stages = list(raw.pass_stages)
     names = [name for stage in stages for name, entry in raw.passes.items() if entry.spec.stage == stage]
     edges: list[tuple[str, str]] = []
@@ -214,14 +225,14 @@ def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:
                     edges.append((other, name) if key == "after" else (name, other))
     order = _ordered(names, edges)
     if len(order) < len(names):
-        circle = [a for a, _ in find_circle(edges)]
-        path = " -> ".join([*circle, circle[0]])
-        sink.error("SAGE319", f"the order of passes is a circle: {path}", raw.passes[circle[0]].key_span())
+        cycle = [a for a, _ in find_cycle(edges)]
+        message = f"the order of passes must not be a cycle: {' -> '.join([*cycle, cycle[0]])}"
+        sink.error("SAGE319", message, raw.passes[cycle[0]].key_span(), "remove one `after` or `before`")
     return order
 
 
 def _ordered(names: list[str], edges: list[tuple[str, str]]) -> list[str]:
-    """Always the first name whose predecessors are all out; what stands in a circle is left out."""
+    """A topological order that keeps the order of `names` where it can; names in a cycle are left out."""
     order: list[str] = []
     waiting = list(names)
     while ready := [name for name in waiting if all(a in order for a, b in edges if b == name)]:

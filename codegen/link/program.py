@@ -1,4 +1,4 @@
-"""Links the program of a layout: its statements in order, the loop over the layers, and what is carried through it."""
+"""Links the program of a layout: its statements in order, the loop over the layers, and its carried values."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,10 +22,10 @@ class ProgramLinker:
     sink: Sink
 
     def link(self, own: Mapping[str, WeightDef], around: Surroundings) -> tuple[list[Statement | Repeat], Results]:
-        """The statements, and which of the results embeddings are made of."""
+        """The statements, and the roles of the results."""
         if not self.flat.program or not self.flat.returns:
             section = "program" if not self.flat.program else "returns"
-            self.sink.error("SAGE203", f"the layout has no `{section}`", self.flat.span, f"add `{section}`")
+            self.sink.error("SAGE203", f"the layout must have `{section}`", self.flat.span, f"add `{section}`")
             return [], Results(None, None)
         check_value_names(self.sink, self.flat.weights)
         values = {name: Value(None) for name in self.flat.weights if name not in own}
@@ -53,15 +53,17 @@ class ProgramLinker:
     ) -> Repeat | None:
         spec, place = item.place.value, item.place
         if spec.repeat != "L":
-            message = f"a program repeats L, the layers, not '{spec.repeat}'"
+            message = f"`repeat` must be L, the number of layers, got '{spec.repeat}'"
             self.sink.error("SAGE220", message, place.span("repeat"), "write `repeat: L`")
         if not is_value_name(spec.index):
-            self.sink.error("SAGE204", f"'{spec.index}' cannot name the index", place.span("index"), "write `index: i`")
+            message = f"expected a name for the layer index, got '{spec.index}'"
+            self.sink.error("SAGE204", message, place.span("index"), "write `index: i`")
         before = dict(body.values)
         for i, name in enumerate(spec.carry):
             if name not in before or name in own:
                 help = did_you_mean(name, body.assigned)
-                self.sink.error("SAGE227", f"'{name}' has no value before the loop", place.span("carry", i), help)
+                message = f"the carried value '{name}' must be assigned before the loop"
+                self.sink.error("SAGE227", message, place.span("carry", i), help)
         body.values |= {name: Value(weight.type, weight) for name, weight in per_layer.items()}
         count = len(body.assigned)
         body.index = Index(spec.index, spec.index)
@@ -72,9 +74,8 @@ class ProgramLinker:
             self._check_closes(name, before, body, place, i)
         for name in dict.fromkeys(changed):
             if name in before and name not in spec.carry:
-                self.sink.error(
-                    "SAGE227", f"'{name}' changes in the loop but is not carried", place.span("carry"), "carry it"
-                )
+                message = f"'{name}' is reassigned in the loop, so it must be carried"
+                self.sink.error("SAGE227", message, place.span("carry"), f"add '{name}' to `carry`, or rename it")
         body.values = before | {name: body.values[name] for name in spec.carry if name in body.values}
         calls = tuple(statement for statement in linked if statement is not None)
         self._check_called_once(calls, item)
@@ -85,24 +86,24 @@ class ProgramLinker:
     def _check_called_once(self, calls: Iterable[Statement], item: FlatRepeat) -> None:
         for name, count in _calls(calls).items():
             if count > 1:
-                message = f"block '{name}' is called {count} times in a layer"
-                self.sink.error("SAGE232", message, item.place.span("do"), "give the second call a block of its own")
+                message = f"block '{name}' must be called once per layer, got {count} calls"
+                self.sink.error("SAGE232", message, item.place.span("do"), "define another block for the second call")
 
     def _check_closes(
         self, name: str, before: Mapping[str, Value], body: BodyLinker, place: Placed[RepeatSpec], i: int
     ) -> None:
         first, last = before.get(name), body.values.get(name)
         if name in body.hidden:
-            message = f"'{name}' has no value after a turn: {body.hidden[name]}"
-            self.sink.error("SAGE227", message, place.span("carry", i), "let every branch give it")
+            message = f"the carried value '{name}' is undefined at the end of the loop: {body.hidden[name]}"
+            self.sink.error("SAGE227", message, place.span("carry", i), "assign it in every branch")
         if first is None or last is None or first.type is None or last.type is None or first.type == last.type:
             return
-        message = f"'{name}' is {first.type} before the loop and {last.type} after a turn"
-        self.sink.error("SAGE227", message, place.span("carry", i), "a carried value keeps its type")
+        message = f"the carried value '{name}' must keep its type: {first.type} before the loop, {last.type} at its end"
+        self.sink.error("SAGE227", message, place.span("carry", i))
 
 
 def _calls(body: Iterable[Statement]) -> Counter[str]:
-    """How often each block is called on the way that calls it most; a layer goes one way through a `choose`."""
+    """The largest number of calls of each block on any path; a layer takes one branch of each `choose`."""
     counts: Counter[str] = Counter()
     for statement in body:
         if isinstance(statement, BlockCall):

@@ -1,9 +1,9 @@
-"""Links `rearrange`: a tensor taken apart into axes and put together in another order, as einops writes it.
+"""Links `rearrange`: a tensor split into axes that are reordered and merged, in the notation of einops.
 
     {rearrange: "(Nkv g D) H -> (Nkv g D) H", of: query_key_value.weight, sizes: {g: G + 2}, take: {g: "0:G"}}
 
-An axis is a size of the config, or one of `sizes`; each side names every axis once, but an axis of which `take`
-reads one index is left out on the right.
+An axis is a config size or an entry of `sizes`. Each side names every axis once; an axis of which `take` reads a
+single index is omitted on the right.
 """
 
 import re
@@ -49,57 +49,56 @@ class _Rearrange:
             take=tuple((index[name], start, stop) for name, (start, stop) in take.items()),
         )
         if part.size != dims:
-            message = f"'{self.reader.name}' wants {_shape(dims)} here, but `rearrange` makes {_shape(part.size)}"
-            raise self._refuse(message, "name the axes of each dim in parentheses, outermost first", "SAGE211")
+            message = f"'{self.reader.name}': expected the shape {_shape(dims)}, got {_shape(part.size)}"
+            raise self._refuse(message, "group the axes of each dim in parentheses, outermost first", "SAGE211")
         return part
 
     @property
     def _taken(self) -> dict[str, str]:
-        return {name: str(given) for name, given in self.source.take.items()}
+        return {name: str(text) for name, text in self.source.take.items()}
 
     def _sides(self) -> tuple[Names, Names]:
         sides = str(self.source.rearrange).split("->")
         if len(sides) != 2 or not all(_SIDE.match(side) for side in sides):
-            message = f"'{self.source.rearrange}' is not a rearrangement"
-            raise self._refuse(message, 'write the axes before and after: "(n c d) h -> (c n d) h"')
+            message = f"expected axes before and after `->`, got '{self.source.rearrange}'"
+            raise self._refuse(message, 'write for example "(n c d) h -> (c n d) h"')
         left, right = (
             tuple(tuple(group.strip("()").split()) for group in re.findall(r"\w+|\([^)]*\)", side)) for side in sides
         )
         if sum(map(len, left)) > _MAX_AXES:
-            raise self._refuse(
-                f"a tensor is taken apart into at most {_MAX_AXES} axes", "merge those that stay together"
-            )
+            raise self._refuse(f"a tensor may be split into at most {_MAX_AXES} axes", "merge axes that stay adjacent")
         return left, right
 
     def _axis_size(self, name: str) -> Size:
         if name in self.source.sizes:
             if name in self.reader.config:
-                message = f"the axis '{name}' has the name of a config value"
-                raise self._refuse(message, "give it another name", "SAGE217", "sizes", name)
+                message = f"the axis '{name}' must not have the name of a config value"
+                raise self._refuse(message, "rename the axis", "SAGE217", "sizes", name)
             return self.reader.size(self.source.sizes[name], (*self.path, "sizes", name))
         if not self.reader.is_size(name):
             known = [*self.source.sizes, *(size for size in self.reader.config if self.reader.is_size(size))]
             near = did_you_mean(name, known) or ""
             help = near if near.startswith("did") else f"write `sizes: {{{name}: SIZE}}`, or use a size of the config"
-            raise self._refuse(f"the axis '{name}' has no size", help if _AXIS.match(name) else "give it a name")
+            message = f"the axis '{name}' must be a config size or have a size under `sizes`"
+            raise self._refuse(message, help if _AXIS.match(name) else "begin its name with a letter")
         return Size.symbol(name)
 
     def _range(self, name: str, text: str, sizes: Mapping[str, Size]) -> tuple[Size, Size]:
-        """[start, stop) of an axis, which is a part of it for every config."""
+        """The range [start, stop) of an axis, which must be inside the axis for every config."""
         if name not in sizes:
-            raise self._refuse(f"there is no axis '{name}' to take from", did_you_mean(name, sizes), "SAGE217", "take")
+            raise self._refuse(f"unknown axis '{name}'", did_you_mean(name, sizes), "SAGE217", "take")
         first, colon, last = text.partition(":")
         at = (*self.path, "take", name)
         start = self.reader.size(first.strip(), at)
         stop = self.reader.size(last.strip(), at) if colon else start + Size.of(1)
         is_inside = _is_at_least(start, 0) and _is_at_least(stop - start, 1) and _is_at_least(sizes[name] - stop, 0)
         if not is_inside:
-            message = f"'{text}' is not a part of the axis '{name}', whose size is {sizes[name]}"
-            raise self._refuse(message, "write start:stop in sizes of the config", "SAGE217", "take", name)
+            message = f"the range of the axis '{name}' must be inside [0, {sizes[name]}), got '{text}'"
+            raise self._refuse(message, "write start:stop in terms of config sizes", "SAGE217", "take", name)
         return start, stop
 
     def _check_names(self, axes: list[str], right: Names) -> None:
-        """Every axis once per side; those that `take` reads one index of are gone on the right."""
+        """Requires every axis once per side, except that single indices of `take` are omitted on the right."""
         after = [name for group in right for name in group]
         dropped = [name for name, text in self._taken.items() if ":" not in text]
         twice = [name for names in (axes, after) for name in names if names.count(name) > 1]
@@ -107,21 +106,21 @@ class _Rearrange:
         lost = [name for name in axes if name not in after and name not in dropped]
         unused = [name for name in self.source.sizes if name not in axes]
         findings = [
-            (twice, "stands twice on one side", "give the second one another name, and its size under `sizes`"),
-            (unknown, "is new on the right", "each side names every axis once"),
-            (lost, "is lost on the right", "name it there, or read one index of it by `take`"),
-            (unused, "has a size but is not on the left", "remove the size, or name the axis"),
+            (twice, "must appear once per side", "rename the second one, and add its size under `sizes`"),
+            (unknown, "must also appear on the left", "each side names every axis once"),
+            (lost, "must also appear on the right", "add it there, or read a single index of it with `take`"),
+            (unused, "has a size but does not appear on the left", "remove the size, or use the axis"),
         ]
-        for names, words, help in findings:
+        for names, problem, help in findings:
             if names:
-                raise self._refuse(f"the axis '{names[0]}' {words}", help)
+                raise self._refuse(f"the axis '{names[0]}' {problem}", help)
 
     def _refuse(self, message: str, help: str | None, code: str = "SAGE217", *path: str) -> Exception:
         return self.reader.refuse(message, (*self.path, *(path or ("rearrange",))), help, code)
 
 
 def _is_at_least(size: Size, least: int) -> bool:
-    """Whether a size is `least` or more for all config sizes: it only grows with them, and they are at least 1."""
+    """Whether a size is at least `least` for every config: it grows with the config sizes, which are at least 1."""
     grows = all(factor >= 0 for monomial, factor in size.terms if monomial)
     return grows and sum(factor for _, factor in size.terms) >= least
 

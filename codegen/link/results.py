@@ -1,4 +1,4 @@
-"""Links what a program returns: logits and tokens, or rows that are embeddings; their types tell which is which."""
+"""Links the results of a program: logits and tokens, or rows of embeddings, told apart by their types."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from sageLLM.codegen.link.scope import Value
 from sageLLM.codegen.link.statements import BodyLinker
 from sageLLM.codegen.model.layout import Results
 
-_TOKENS, _SEQUENCES, _WANTED = Size.symbol("T"), Size.symbol("B"), Size.symbol("S")
-_FORMS = "return E[T, ...], a row per token, or E[B, ...], a row per sequence"
+_TOKENS, _SEQUENCES, _SAMPLED = Size.symbol("T"), Size.symbol("B"), Size.symbol("S")
+_FORMS = "return E[T, ...], one row per token, or E[B, ...], one row per sequence"
 
 
 @dataclass(frozen=True, slots=True)
 class ResultLinker:
-    """Finds the roles of one program's results. `body` has linked all its statements."""
+    """Determines the roles of one program's results, after `body` has linked all its statements."""
 
     flat: FlatModel
     body: BodyLinker
@@ -36,35 +36,36 @@ class ResultLinker:
         if value is not None and place.value in self.body.assigned:
             return value
         near = did_you_mean(place.value, self.body.assigned)
-        self.sink.error("SAGE228", f"'{place.value}' is no result of a statement", place.span(), near)
+        self.sink.error("SAGE228", f"expected the result of a statement, got '{place.value}'", place.span(), near)
         return None
 
     def _check_embeds(self, returned: dict[str, Value], rows: set[str]) -> None:
-        """A layout that returns rows returns nothing else; one without `attend` cannot return anything else."""
+        """Reports results besides embeddings in a layout that returns embeddings, or that cannot generate text."""
         for place in self.flat.returns:
             value = returned.get(place.value)
             if value is not None and value.type is not None and place.value not in rows:
-                reason = "beside embeddings" if rows else "but no block attends, so nothing can be generated"
-                message = f"the layout returns '{place.value}', which is {value.type}, {reason}"
+                kind = "that returns embeddings" if rows else "without `attend`"
+                message = f"a layout {kind} must return embeddings only, got '{place.value}': {value.type}"
                 self.sink.error("SAGE228", message, place.span(), _FORMS)
 
     def _marked(self, returned: dict[str, Value]) -> str | None:
-        """The value that `hidden` names: rows made by one statement of the program, which its name then stands for."""
+        """The value that `hidden` names: rows that exactly one statement assigns, so that the name is unambiguous."""
         place = self.flat.hidden
-        assert place is not None, "asked of layouts with `hidden`"
+        assert place is not None, "called for layouts with `hidden` only"
         value = self._value(place)
         if value is None or value.type is None:
             return None
-        if not (_is_row_per(_WANTED, value) or _is_row_per(_TOKENS, value)):
-            message = f"`hidden` is '{place.value}', which is {value.type}"
-            self.sink.error("SAGE228", message, place.span(), "name rows of the width of the model: E[S, H]")
+        if not (_is_row_per(_SAMPLED, value) or _is_row_per(_TOKENS, value)):
+            message = f"`hidden`: expected rows E[S, ...] or E[T, ...], got '{place.value}': {value.type}"
+            self.sink.error("SAGE228", message, place.span(), "name the final hidden states: E[S, H]")
         elif self.body.assigned.count(place.value) > 1 and place.value not in returned:
-            message = f"'{place.value}' is given {self.body.assigned.count(place.value)} times"
-            self.sink.error("SAGE228", message, place.span(), "give the last one a name of its own")
+            message = f"`hidden` must name a value that is assigned once, got '{place.value}', which is assigned"
+            message += f" {self.body.assigned.count(place.value)} times"
+            self.sink.error("SAGE228", message, place.span(), "use another name for the last assignment")
         return place.value
 
 
-def _is_row_per(what: Size, value: Value) -> bool:
-    """Whether the value is a matrix of the model's element type with one row for each of them."""
+def _is_row_per(rows: Size, value: Value) -> bool:
+    """Whether the value is a matrix of the model's element type with this number of rows."""
     type_ = value.type
-    return type_ is not None and type_.element == "E" and len(type_.dims) == 2 and type_.dims[0] == what
+    return type_ is not None and type_.element == "E" and len(type_.dims) == 2 and type_.dims[0] == rows

@@ -1,55 +1,60 @@
-"""Checks over all rewrite rules: that rewriting ends, and that no rule always finds its nodes taken by another."""
+"""Checks all rewrite rules together: that rewriting terminates, and that no rule is shadowed by another one."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.model.op import AttrName, Scalar
-from sageLLM.codegen.model.rule import Found, PassDef, PatternCall, RuleDef
+from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef, SearchStep
 
 Located = tuple[PassDef, RuleDef]
 
 
 def check_rules(passes: Sequence[PassDef], sink: Sink) -> None:
-    """Findings about the rules of passes, which come in the order in which they run."""
+    """Reports rules that may not terminate or never fire. The passes come in pipeline order."""
     rules = [(one, rule) for one in passes for rule in sorted(one.rules, key=lambda rule: -rule.benefit)]
     _check_termination(rules, sink)
     for i, late in enumerate(rules):
-        taker = next((early for early in rules[:i] if _takes_first(early, late)), None) or next(
+        shadowing = next((early for early in rules[:i] if _shadows(early, late)), None) or next(
             (other for other in rules[i + 1 :] if other[0] is late[0] and _takes_part(other, late)), None
         )
-        if taker is not None:
-            _report_unreachable(late, taker, sink)
+        if shadowing is not None:
+            _report_unreachable(late, shadowing, sink)
 
 
 # termination
 
 
 def _check_termination(rules: Sequence[Located], sink: Sink) -> None:
-    """Rules that do not shrink the graph must not feed one another in a circle, unless one of them is bounded."""
-    feeds: dict[tuple[str, str], Located] = {}
+    """Reports a cycle of rules that produce each other's ops, none of which shrinks the graph or is bounded.
+
+    A rule enables another one by producing an op of its pattern. Rules that shrink the graph are left out: alone they
+    fire at most once per node. A larger rule that undoes a shrinking one is not found here; the driver stops after a
+    fixed number of rounds.
+    """
+    enables: dict[tuple[str, str], Located] = {}
     for one, rule in rules:
         if len(rule.replacement) < len(rule.pattern) or rule.bounded is not None:
             continue
         for old in rule.pattern:
             for new in rule.replacement:
-                feeds[old.op.name, new.op.name] = (one, rule)
-    circle = [(a, feeds[a, b]) for a, b in find_circle(feeds)]
-    if not circle:
+                enables[old.op.name, new.op.name] = (one, rule)
+    cycle = [(a, enables[a, b]) for a, b in find_cycle(enables)]
+    if not cycle:
         return
-    (start, (one, rule)), *others = circle
-    path = " -> ".join([*(name for name, _ in circle), start])
+    (start, (one, rule)), *others = cycle
+    path = " -> ".join([*(name for name, _ in cycle), start])
     related = tuple((f"rule '{r.name}'", p.entry.span(*r.path)) for _, (p, r) in others)
-    message = f"rewriting may never end: {path}, and no rule of the circle shrinks the graph"
-    help = "let a rule give fewer nodes, or say how often it may fire: `bounded: 1`"
+    message = f"rewriting may not terminate: no rule of the cycle {path} shrinks the graph"
+    help = "make one rule replace more nodes than it inserts, or limit it: `bounded: 1`"
     sink.error("SAGE314", message, one.entry.span(*rule.path), help, related)
 
 
-def find_circle(edges: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The edges of one circle, or none."""
+def find_cycle(edges: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The edges of one cycle, or none."""
     if not edges:
         return []
-    import networkx  # a third of the generator's start-up time, and hardly ever needed
+    import networkx  # imported here because it is a third of the generator's start-up time, and rarely needed
 
     try:
         return [(str(a), str(b)) for a, b in networkx.find_cycle(networkx.DiGraph(list(edges)))]
@@ -60,15 +65,18 @@ def find_circle(edges: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
 # rules that never fire
 
 
-def _takes_first(early: Located, late: Located) -> bool:
-    """Whether a rule that is tried before another fires wherever that one would."""
+def _shadows(early: Located, late: Located) -> bool:
+    """Whether a rule that is tried earlier fires wherever the later one would."""
     is_same_site = embed(early[1], late[1], len(late[1].pattern) - 1) is not None
     return _can_take(early, late) and (is_same_site or _takes_part(early, late))
 
 
 def _takes_part(other: Located, late: Located) -> bool:
-    """Whether a rule takes nodes from the midst of another's, in an earlier pass or in the same: nodes are visited in
-    graph order. One that puts in its anchor's op again may leave the other something."""
+    """Whether a rule always replaces an inner part of the other's pattern first.
+
+    In one pass nodes are visited in graph order, so an inner node is tried before the anchor, whatever the benefit.
+    A rule that inserts its anchor's op again may leave the other rule a match.
+    """
     rule, victim = other[1], late[1]
     leaves_anchor = rule.anchor.op.name in [call.op.name for call in rule.replacement]
     inner = range(len(victim.pattern) - 1)
@@ -76,23 +84,24 @@ def _takes_part(other: Located, late: Located) -> bool:
 
 
 def _can_take(first: Located, late: Located) -> bool:
-    """Whether nothing but its pattern keeps the first rule from firing in the graphs of the other."""
+    """Whether only its pattern limits where the first rule fires in the graphs of the other one."""
     (one, rule), (other, _) = first, late
     is_free = not rule.where and rule.bounded is None
     return is_free and one.spec.level == other.spec.level and {*other.spec.phases} <= {*one.spec.phases}
 
 
-def _report_unreachable(late: Located, taker: Located, sink: Sink) -> None:
-    (one, rule), (other, first) = late, taker
+def _report_unreachable(late: Located, shadowing: Located, sink: Sink) -> None:
+    (one, rule), (other, first) = late, shadowing
     is_same = len(rule.pattern) == len(first.pattern)
-    why = "has the same pattern and is tried first" if is_same else f"takes {first.anchor.op.name} before it"
+    why = "has the same pattern and is tried first" if is_same else f"replaces {first.anchor.op.name} first"
     message = f"rule '{rule.name}' never fires: '{first.name}' {why}"
-    related = (("the rule before it", other.entry.span(*first.path)),)
-    sink.error("SAGE313", message, one.entry.span(*rule.path), "remove one, or change a pattern or the order", related)
+    related = (("the rule that is tried first", other.entry.span(*first.path)),)
+    help = "remove one of them, or change a pattern or the order"
+    sink.error("SAGE313", message, one.entry.span(*rule.path), help, related)
 
 
 def embed(small: RuleDef, large: RuleDef, at: int) -> set[int] | None:
-    """The calls of the large pattern that the small one matches whenever the large one does, its anchor at `at`."""
+    """The calls of the large pattern that the small one, anchored at `at`, matches whenever the large one does."""
     return _Embedding(small, large).image(at)
 
 
@@ -113,16 +122,16 @@ class _Embedding:
             target = self._target(step)
             if target is None or not self._bind(step.position, target):
                 return None
-        return set(self.taken.values()) if self._hides_enough() else None
+        return set(self.taken.values()) if self._removes_only_its_own() else None
 
-    def _target(self, step: Found) -> int | None:
-        """The one call of the large pattern that stands where the small one's next call does."""
-        call, value = self.small.pattern[step.position], self.values[step.by]
-        gives = step.by in call.targets
+    def _target(self, step: SearchStep) -> int | None:
+        """The one call of the large pattern that corresponds to the small one's next call, if it is unambiguous."""
+        call, value = self.small.pattern[step.position], self.values[step.via]
+        is_producer = step.via in call.targets
         found = [
             i
             for i, other in enumerate(self.large.pattern)
-            if other.op is call.op and value in (other.targets if gives else other.reads)
+            if other.op is call.op and value in (other.targets if is_producer else other.reads)
         ]
         return found[0] if len(found) == 1 else None
 
@@ -142,15 +151,15 @@ class _Embedding:
         return self.values.setdefault(name, other) == other
 
     def _same_attr(self, mine: PatternCall, other: PatternCall, name: str) -> bool:
-        """Any value goes with a name; a constant, and a default that is not named, only with itself."""
+        """A name matches any value; a constant, or the default of an omitted attr, only itself."""
         default = getattr(mine.op.attr(name), "default", None)
-        wanted, given = dict(mine.attrs).get(name, default), dict(other.attrs).get(name, default)
-        if isinstance(wanted, AttrName):
-            return self.attrs.setdefault(wanted.name, given) == given
-        return wanted == given
+        expected, actual = dict(mine.attrs).get(name, default), dict(other.attrs).get(name, default)
+        if isinstance(expected, AttrName):
+            return self.attrs.setdefault(expected.name, actual) == actual
+        return expected == actual
 
-    def _hides_enough(self) -> bool:
-        """What the small rule takes away is read by nothing else in the large one, and not kept there."""
+    def _removes_only_its_own(self) -> bool:
+        """Whether the values that the small rule removes are neither kept nor read elsewhere in the large pattern."""
         taken = set(self.taken.values())
         inner = {t for call in self.small.pattern for t in call.targets} - {*self.small.keep}
         hidden = {self.values[name] for name in inner}

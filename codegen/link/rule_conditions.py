@@ -1,4 +1,4 @@
-"""Links the `where` of a rewrite rule: conditions on the sizes and element types of values, and on attrs."""
+"""Links the `where` of a rewrite rule: conditions on sizes and element types of values, and on attrs."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -14,30 +14,33 @@ from sageLLM.codegen.schema.passes import PassSpec
 
 Kind = Literal["number", "text", "truth"]
 _KINDS: Mapping[str, Kind] = {"f32": "number", "i32": "number", "dim": "number", "str": "text", "bool": "truth"}
+_WORDS: Mapping[Kind, str] = {"number": "number", "text": "string", "truth": "condition"}
 FUNCTIONS: Mapping[str, tuple[int, Kind]] = {
     "bytes": (1, "number"),
     "rank": (1, "number"),
     "size": (2, "number"),
     "dtype": (1, "text"),
 }
-"""Arguments and kind of what may be asked of a value: `size(x, 0)` is its first dim."""
+"""Number of arguments and kind of the result: `size(x, 0)` is the first dim of x."""
 
 
 def link_conditions(lines: list[str], rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> Iterator[RuleCondition]:
-    """The sound conditions of a rule; findings go to the sink."""
+    """The conditions of a rule; those with findings are left out."""
     attrs = {
-        given.name: attr
+        value.name: attr
         for call in rule.pattern
-        for name, given in call.attrs
-        if isinstance(given, AttrName) and (attr := call.op.attr(name)) is not None
+        for name, value in call.attrs
+        if isinstance(value, AttrName) and (attr := call.op.attr(name)) is not None
     }
     values = {name for call in rule.pattern for name in (*call.reads, *call.targets)}
     for i, line in enumerate(lines):
         text = Text.of(line, entry, (*rule.path, "where", i), sink)
         try:
             node = parse_expression(text)
-            if _Checker(text, attrs, values, rule.optional).kind(node) != "truth":
-                raise text.refuse("SAGE321", "a condition is wanted", None, "compare it: ... <= 4096")
+            if (kind := _Checker(text, attrs, values, rule.optional).kind(node)) != "truth":
+                raise text.refuse(
+                    "SAGE321", f"expected a condition, got a {_WORDS[kind]}", None, "write a comparison: ... <= 4096"
+                )
         except Refused:
             continue
         yield RuleCondition(line, node)
@@ -51,7 +54,7 @@ class _Checker:
     optional: set[str]
 
     def kind(self, node: ast.expr) -> Kind:
-        """What an expression is; refuses everything outside of the language of conditions."""
+        """The kind of an expression; raises Refused for everything outside the language of conditions."""
         match node:
             case ast.Constant(value=bool()):
                 return "truth"
@@ -75,19 +78,19 @@ class _Checker:
                 return self._all(parts, "truth", "truth")
             case ast.Compare(left=a, ops=ops, comparators=others):
                 if not all(isinstance(op, ast.Eq | ast.NotEq | ast.Lt | ast.LtE | ast.Gt | ast.GtE) for op in ops):
-                    raise self._refuse("only == != < <= > >= compare", node)
+                    raise self._refuse("a comparison must be one of == != < <= > >=", node)
                 return self._all([a, *others], self.kind(a), "truth")
-        raise self._refuse("this is not part of a condition", node)
+        raise self._refuse("not supported in a condition", node)
 
-    def _all(self, parts: list[ast.expr], wanted: Kind, gives: Kind) -> Kind:
+    def _all(self, parts: list[ast.expr], expected: Kind, result: Kind) -> Kind:
         for part in parts:
-            if (found := self.kind(part)) != wanted:
-                raise self._refuse(f"a {wanted} is wanted, and this is a {found}", part)
-        return gives
+            if (found := self.kind(part)) != expected:
+                raise self._refuse(f"expected a {_WORDS[expected]}, got a {_WORDS[found]}", part)
+        return result
 
     def _attr(self, name: str, node: ast.expr) -> Kind:
         if name not in self.attrs:
-            message = f"'{name}' is no attr that the pattern names"
+            message = f"expected an attr named in the pattern, got '{name}'"
             raise self.text.refuse("SAGE321", message, node, did_you_mean(name, self.attrs))
         if self.attrs[name].optional:
             raise self._refuse(f"'{name}' may be absent", node)
@@ -101,11 +104,12 @@ class _Checker:
             case [ast.Name(id=value), *rest] if len(args) == num_args and all(map(_is_index, rest)):
                 self._check_value(value, args[0])
                 return kind
-        raise self._refuse(f"{name} takes a value" + (" and the index of a dim" if num_args == 2 else ""), node)
+        expected = "a value" + (" and the index of a dim" if num_args == 2 else "")
+        raise self._refuse(f"the arguments of {name} must be {expected}", node)
 
     def _check_value(self, name: str, node: ast.expr) -> None:
         if name not in self.values:
-            message = f"'{name}' is no value of the pattern"
+            message = f"expected a value of the pattern, got '{name}'"
             raise self.text.refuse("SAGE321", message, node, did_you_mean(name, self.values))
         if name in self.optional:
             raise self._refuse(f"'{name}' may be absent", node)

@@ -1,8 +1,8 @@
-"""Whether the values of a rewrite rule can have one type each, in all lines of its pattern and its replacement.
+"""Checks that every value of a rewrite rule can have one type in all lines of its pattern and replacement.
 
-What counts is the number of dims and the element type. Both are unknowns, of which lines say that they are equal, or
-differ by a number: `E[..., H]` has one dim more than the call's leading dims. Sizes are left to the graph, where a
-rewrite that does not fit is refused with a reason.
+Only the number of dims and the element type are checked. Both are integer unknowns, and each line states that two of
+them are equal or differ by a constant: `E[..., H]` has one dim more than the line's leading dims. Sizes are checked
+when the rule is applied to a graph, where a rewrite that does not fit is refused with a reason.
 """
 
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ ZERO = ""
 
 @dataclass(slots=True)
 class Differences:
-    """Unknown whole numbers, of which some differ by known amounts. The one called ZERO is 0."""
+    """Integer unknowns with known differences, as a union-find with offsets. The unknown ZERO is 0."""
 
     _parents: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def tie(self, a: str, b: str, difference: int) -> bool:
-        """Takes over that a - b is the difference; False if that contradicts what is known."""
+        """Records that a - b is the difference; False if this contradicts earlier records."""
         (root_a, from_a), (root_b, from_b) = self._root(a), self._root(b)
         if root_a == root_b:
             return from_a - from_b == difference
@@ -40,15 +40,15 @@ class Differences:
 
 
 def check_types(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
-    """Reports the first line of a rule in which a value has a type that it cannot have in the lines before."""
+    """Reports the first line of a rule in which a value has a type that earlier lines exclude."""
     known = Differences()
     lines = [("match", i, call) for i, call in enumerate(rule.pattern)]
     lines += [("rewrite", i, call) for i, call in enumerate(rule.replacement)]
     for key, i, call in lines:
         for role, type_, value in _uses(call):
             if not _fits(known, f"{key} {i}", type_, value):
-                message = f"'{value}' is {type_} as {call.op.name}.{role}, which it cannot be in the lines before"
-                sink.error("SAGE320", message, entry.span(*rule.path, key, i), "such a rule never fires")
+                message = f"'{value}' is {type_} as {call.op.name}.{role}, which contradicts the lines before"
+                sink.error("SAGE320", message, entry.span(*rule.path, key, i), "as written, the rule never fires")
                 return
 
 

@@ -1,10 +1,10 @@
-"""What a layout's statements may refer to, and how a call's operands and attrs are looked up and typed there."""
+"""Name lookup for a layout's statements: values, operands and attrs, with their types."""
 
 import ast
-import keyword
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from keyword import iskeyword
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
@@ -44,21 +44,23 @@ FUNCTIONS = frozenset(
         *("math", "computed", "computed_in_layer"),
     }
 )
-"""Names of a generated module; layouts and blocks cannot take them."""
-_SECTION_OF = {name: f"a `rope` section gives {name}" for name in ("cos", "sin")} | {
-    "slopes": "an `alibi` section gives slopes"
+"""Names of a generated module, which layouts and blocks must not have."""
+_SECTION_OF = {
+    "cos": "a `rope` section defines cos",
+    "sin": "a `rope` section defines sin",
+    "slopes": "an `alibi` section defines slopes",
 }
 _FITS = {"f32": ("int", "float"), "i32": ("int", "size"), "dim": ("int", "size"), "bool": ("bool",), "str": ("str",)}
 
 
 def is_value_name(name: str) -> bool:
-    """Whether a layout's value may have the name; the others mean something in the generated function."""
-    return bool(_VALUE.match(name)) and not keyword.iskeyword(name) and name not in _RESERVED
+    """Whether a layout's value may have the name; reserved names are used by the generated function."""
+    return bool(_VALUE.match(name)) and not iskeyword(name) and name not in _RESERVED
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What a name stands for. The type is None after a finding, so that one mistake is reported once."""
+    """The value of a name. The type is None after a finding, so that one mistake is reported once."""
 
     type: ValueType | None
     weight: WeightDef | None = None
@@ -71,7 +73,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the statements of one layout may refer to."""
+    """Everything outside a body that the statements of one layout may refer to."""
 
     ops: Mapping[str, OpDef]
     config: Mapping[str, ConfigName]
@@ -84,9 +86,9 @@ class Surroundings:
 
 @dataclass(slots=True)
 class Scope:
-    """The values that are known at one place of a body; `values` grows with the results of its statements.
+    """The values defined at one point of a body; `values` grows with the results of its statements.
 
-    `hidden` names what only some branches of a `choose` gave, with the reason why it cannot be used.
+    `hidden` maps names that only some branches of a `choose` assign to the reason why they cannot be used.
     """
 
     around: Surroundings
@@ -95,39 +97,40 @@ class Scope:
     index: Index | None = None
     used_weights: set[tuple[str | None, str]] = field(default_factory=set)
     assigned: list[str] = field(default_factory=list)
-    handed_on: set[str] = field(default_factory=set)  # parts of sums that went into other parts
+    handed_on: set[str] = field(default_factory=set)  # partial sums that were passed on into other partial sums
     hidden: dict[str, str] = field(default_factory=dict)
-    present: frozenset[str] = frozenset()  # config names that are not null on this way
+    present: frozenset[str] = frozenset()  # config names that are not null on this path
 
     def operands(self, text: Text, call: ast.Call, op: OpDef) -> list[tuple[ast.expr, Operand]]:
-        needed = [operand for operand in op.inputs if not operand.optional]
-        if not len(needed) <= len(call.args) <= len(op.inputs):
+        """The arguments of the call with their operands; raises Refused if their number does not fit."""
+        required = [operand for operand in op.inputs if not operand.optional]
+        if not len(required) <= len(call.args) <= len(op.inputs):
             names = ", ".join(operand.name for operand in op.inputs)
-            message = f"{op.name} takes {count_words(len(needed), len(op.inputs))} ({names}), got {len(call.args)}"
-            raise text.refuse("SAGE222", message, call, f"see {op.ref}")
+            expected = f"{count_words(len(required), len(op.inputs))} ({names})"
+            raise text.refuse("SAGE222", f"{op.name}: expected {expected}, got {len(call.args)}", call, f"see {op.ref}")
         return list(zip(call.args, op.inputs, strict=False))
 
     def argument(self, text: Text, node: ast.expr, operand: Operand, *, may_be_part: bool = False) -> str:
+        """The name of the value passed to an operand; raises Refused if it cannot be passed there."""
         if not isinstance(node, ast.Name):
-            raise text.refuse(
-                "SAGE220", f"'{operand.name}' wants the name of a value", node, "give a result a name first"
-            )
+            message = f"the argument '{operand.name}' must be the name of a value"
+            raise text.refuse("SAGE220", message, node, "assign the expression to a name first")
         value = self.value(text, node, may_be_part=may_be_part)
         if value.is_optional and not operand.optional:
             assert value.weight is not None and value.weight.when is not None, "only weights with `when` are optional"
-            message = f"'{node.id}' is absent unless {value.weight.when.source}, but '{operand.name}' needs a value"
-            raise text.refuse("SAGE226", message, node, "give it to an optional operand, or drop its `when`")
+            message = f"'{operand.name}' requires a value, but '{node.id}' exists only when {value.weight.when.source}"
+            raise text.refuse("SAGE226", message, node, "pass it to an optional operand, or remove its `when`")
         return node.id
 
     def value(self, text: Text, node: ast.Name, *, may_be_part: bool = False) -> Value:
-        """What the name stands for; an input of the step counts as known."""
+        """The value of a name, which may be an input of the step; raises Refused if it is not defined."""
         found = self.values.get(node.id)
         if found is None and node.id in self.around.inputs:
-            given = self.around.inputs[node.id]
-            if not given.is_per_layer or self.is_block:
-                found = Value(given.type)
+            step_input = self.around.inputs[node.id]
+            if not step_input.is_per_layer or self.is_block:
+                found = Value(step_input.type)
         if found is None:
-            known = [*self.values, *(name for name, given in self.around.inputs.items() if not given.is_per_layer)]
+            known = [*self.values, *(name for name, one in self.around.inputs.items() if not one.is_per_layer)]
             section = _SECTION_OF.get(node.id.partition("_")[0])
             help = self.hidden.get(node.id) or section or did_you_mean(node.id, known)
             raise text.refuse("SAGE223", f"'{node.id}' is not defined here", node, help)
@@ -138,36 +141,33 @@ class Scope:
         return found
 
     def attrs(self, text: Text, call: ast.Call, op: OpDef, operands: Collection[str] = ()) -> list[tuple[str, str]]:
-        """The attrs as Python text over the config; `operands` are given by keyword, too."""
+        """The attrs as Python text over the config; `operands` are those that may be passed by keyword as well."""
         attrs: list[tuple[str, str]] = []
-        for given in call.keywords:
-            if given.arg in operands:
+        for keyword in call.keywords:
+            if keyword.arg in operands:
                 continue
-            attr = op.attr(given.arg or "")
+            attr = op.attr(keyword.arg or "")
             if attr is None:
-                help = did_you_mean(given.arg or "", [*(known.name for known in op.attrs), *operands])
-                raise text.refuse("SAGE225", f"{op.name} has no attr '{given.arg}'", given, help)
-            attrs.append((attr.name, self._attr(text, given.value, attr)))
+                help = did_you_mean(keyword.arg or "", [*(known.name for known in op.attrs), *operands])
+                raise text.refuse("SAGE225", f"{op.name} has no attr '{keyword.arg}'", keyword, help)
+            attrs.append((attr.name, self._attr(text, keyword.value, attr)))
         missing = [attr.name for attr in op.attrs if attr.is_required and attr.name not in dict(attrs)]
         if missing:
-            raise text.refuse("SAGE225", f"{op.name} needs the attr '{missing[0]}'", call, f"write {missing[0]}=...")
+            raise text.refuse("SAGE225", f"{op.name} requires the attr '{missing[0]}'", call, f"add {missing[0]}=...")
         return attrs
 
-    def _attr(self, text: Text, given: ast.expr, attr: Attr) -> str:
-        """An attr as Python text, after its type was compared with the declared one."""
-        part = text.part(*text.offsets(given))
+    def _attr(self, text: Text, value: ast.expr, attr: Attr) -> str:
+        """An attr as Python text, after its type is checked against the declared one."""
+        part = text.part(*text.offsets(value))
         node = compile_expression(part, self.names, self.present)
         kind, shown = kind_of(node, part, self.names, self.present), ast.unparse(node)
         if kind.type not in ("null", *_FITS[attr.type]):
-            raise text.refuse("SAGE225", f"'{attr.name}' wants {attr.type}, '{shown}' is {kind.type}", given)
+            raise text.refuse("SAGE225", f"{attr.name}: expected {attr.type}, got '{shown}': {kind.type}", value)
         if kind.is_optional and not attr.optional:
-            help = "give a value" if kind.type == "null" else f"write `{shown} if {shown} is not null else ...`"
-            help = (
-                f"give '{shown}' a default that is not null"
-                if isinstance(node, ast.Name) and kind.type != "null"
-                else help
-            )
-            raise text.refuse("SAGE225", f"'{shown}' may be null, but '{attr.name}' needs a value", given, help)
+            help = "pass a value" if kind.type == "null" else f"write `{shown} if {shown} is not null else ...`"
+            if isinstance(node, ast.Name) and kind.type != "null":
+                help = f"define a default for '{shown}' that is not null"
+            raise text.refuse("SAGE225", f"'{attr.name}' must not be null, but '{shown}' may be", value, help)
         return self.python(node, part)
 
     @property
@@ -175,7 +175,7 @@ class Scope:
         return Names(self.around.config, self.index.name if self.index else None)
 
     def python(self, node: ast.expr, text: Text) -> str:
-        """An expression as the generated function writes it; arithmetic that may fail says what failed."""
+        """An expression as Python text for the generated function."""
         return expression_text(node, text.value, self.around.config, self.index)
 
     def condition(self, place: Placed[str]) -> Condition:
@@ -184,12 +184,12 @@ class Scope:
         return link_condition(text, self.around.config, self.index, self.present)
 
     def dim_attrs(self, text: Text, op: OpDef, call: ast.Call) -> dict[str, Size]:
-        """The dims that the call gives."""
+        """The dim attrs of the call."""
         found: dict[str, Size] = {}
-        for given in call.keywords:
-            attr = op.attr(given.arg or "")
+        for keyword in call.keywords:
+            attr = op.attr(keyword.arg or "")
             if attr is not None and attr.type == "dim":
-                start, end = text.offsets(given.value)
+                start, end = text.offsets(keyword.value)
                 found[attr.name] = link_size(text.part(start, end), self.around.config)
         return found
 
@@ -202,7 +202,7 @@ class Scope:
         call: ast.Call,
         seen_as: Callable[[ValueType], ValueType],
     ) -> tuple[ValueType, ...]:
-        """The result types of an op; raises Refused where an operand does not fit."""
+        """The result types of an op; raises Refused where an operand does not fit. `seen_as` maps argument types."""
         match_ = Match(op, self.dim_attrs(text, op, call))
         for operand, name in zip(op.inputs, args, strict=True):
             type_ = self.type_of(name) if name is not None else None
@@ -210,12 +210,11 @@ class Scope:
                 continue
             if type_ is None:
                 raise Refused
-            problem = match_.why_not(operand, seen_as(type_))
-            if problem is not None:
+            expected = match_.bind(operand, seen_as(type_))
+            if expected is not None:
                 node = next((n for n in call.args if isinstance(n, ast.Name) and n.id == name), call)
-                raise text.refuse(
-                    "SAGE224", f"{op.name}: '{name}' is {seen_as(type_)}, {problem}", node, f"see {op.ref}"
-                )
+                message = f"{op.name}.{operand.name}: expected {expected}, got '{name}': {seen_as(type_)}"
+                raise text.refuse("SAGE224", message, node, f"see {op.ref}")
         return tuple(match_.result(operand.type) for operand in op.outputs)
 
     def type_of(self, name: str) -> ValueType | None:
@@ -228,7 +227,7 @@ class Scope:
         self, text: Text, targets: list[ast.Name], types: tuple[ValueType, ...], call: ast.Call, *, is_partial: bool
     ) -> None:
         if len(targets) != len(types):
-            raise text.refuse("SAGE222", f"the call gives {len(types)} results, {len(targets)} are named", call)
+            raise text.refuse("SAGE222", f"the call returns {len(types)} results, got {len(targets)} names", call)
         for target, type_ in zip(targets, types, strict=True):
             self.assign(target.id, Value(type_, is_partial=is_partial))
 
@@ -238,10 +237,10 @@ class Scope:
         self.assigned.append(name)
 
 
-def part_words(node: ast.Name, reason: str = "it needs the whole sum") -> tuple[str, ast.Name, str]:
-    """The finding about a part of a sum that is read too early."""
-    message = f"'{node.id}' is a rank's part of a sum and is used before the sum"
-    return message, node, f"{reason}; return '{node.id}', so that the program completes the sum first"
+def part_words(node: ast.Name, reason: str = "it requires the complete sum") -> tuple[str, ast.Name, str]:
+    """The finding about a partial sum that is read before it is reduced."""
+    message = f"'{node.id}' is a partial sum over the ranks and must be reduced before it is used here"
+    return message, node, f"{reason}; return '{node.id}' from the block, so that the program reduces it first"
 
 
 def count_words(least: int, most: int) -> str:

@@ -1,6 +1,7 @@
-"""The segments of a divided dim: runs such as q, k and v that every rank holds its share of.
+"""Derives the segments of a sharded dim: runs such as q, k and v, each of which is divided over the ranks separately.
 
-A dim that is put together from several sources, or rearranged with an outer axis that ranks do not divide, has several.
+A dim has several segments if it is concatenated from several sources, or rearranged with an outer axis that is not
+divided over the ranks.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,14 +13,14 @@ IsDivided = Callable[[Size], bool]
 
 
 def derived_segments(parts: Iterable[PartDef], dim: int, is_divided: IsDivided) -> tuple[Size, ...] | None:
-    """The segments that follow from the parts, or None where a packed tensor does not tell."""
-    by_place: dict[Size, tuple[Size, ...] | None] = {}
+    """The segments that follow from the parts, or None where a packed tensor does not determine them."""
+    by_offset: dict[Size, tuple[Size, ...] | None] = {}
     for part in parts:
         if part.stacked is not None and part.stacked_dim == dim:
             return (Size.symbol(part.stacked),)
-        by_place.setdefault(part.at[dim], _segments_of(part, dim, is_divided))
+        by_offset.setdefault(part.at[dim], _segments_of(part, dim, is_divided))
     found: list[Size] = []
-    for segments in by_place.values():
+    for segments in by_offset.values():
         if segments is None:
             return None
         found += segments
@@ -32,11 +33,11 @@ def _segments_of(part: PartDef, dim: int, is_divided: IsDivided) -> tuple[Size, 
     if first is None:
         return (part.size[dim],)
     count = part.group_size(group[:first]).constant
-    if count is None or not _is_one(part.lengths[group[first]]):
+    if count is None or not _is_single(part.lengths[group[first]]):
         return None
     return (part.group_size(group[first:]),) * count
 
 
-def _is_one(size: Size) -> bool:
-    """Whether a divided size is a product of dims, and so one thing; `2*I` and `Nq + Nkv` are several."""
+def _is_single(size: Size) -> bool:
+    """Whether a divided size is a plain product of dims and so one segment; `2*I` and `Nq + Nkv` may be several."""
     return len(size.terms) == 1 and size.terms[0][1] == 1

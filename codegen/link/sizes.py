@@ -1,4 +1,4 @@
-"""Sizes in a layout: expressions over config names, read with the place that they stand at."""
+"""Links sizes in a layout, which are expressions over config names."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -17,34 +17,34 @@ YamlPath = tuple[str | int, ...]
 
 
 def link_size(text: Text, config: Mapping[str, ConfigName], steps: Mapping[str, object] = {}) -> Size:
-    """A size over config names (and the dims of a step, where allowed); raises Refused."""
+    """A size over config names, and over dims of the step where these are allowed; raises Refused after a finding."""
     node = parse_expression(text)
     known = [name for name, found in config.items() if found.type == "size"]
     for inner in ast.walk(node):
         if isinstance(inner, ast.Name) and inner.id not in known and inner.id not in steps:
             help = did_you_mean(inner.id, [*known, *steps])
-            raise text.refuse("SAGE210", f"'{inner.id}' is not a size of this layout", inner, help)
+            raise text.refuse("SAGE210", f"expected a size of this layout, got '{inner.id}'", inner, help)
     size = size_of(node, text, dict.fromkeys([*known, *steps]))
     return Size(size.terms, text=dim_text(node))
 
 
 @dataclass(frozen=True, slots=True)
 class SizeReader:
-    """Reads the sizes of one weight; its findings point into the weight's own lines."""
+    """Links the sizes of one weight, with findings at the weight's lines."""
 
     name: str
     place: Placed[WeightSpec]
     config: Mapping[str, ConfigName]
     sink: Sink
 
-    def size(self, given: int | str, path: YamlPath) -> Size:
-        """A size of at least 1, or an expression; raises Refused."""
-        if isinstance(given, str):
-            return link_size(self.place.text(given, self.sink, *path), self.config)
-        if given < 1:
-            self.sink.error("SAGE210", f"{given} is not a size", self.place.span(*path), "sizes are at least 1")
+    def size(self, size: int | str, path: YamlPath) -> Size:
+        """A number of at least 1, or an expression; raises Refused after a finding."""
+        if isinstance(size, str):
+            return link_size(self.place.text(size, self.sink, *path), self.config)
+        if size < 1:
+            self.sink.error("SAGE210", f"a size must be at least 1, got {size}", self.place.span(*path))
             raise Refused
-        return Size.of(given)
+        return Size.of(size)
 
     def is_size(self, name: str) -> bool:
         return name in self.config and self.config[name].type == "size"
@@ -56,7 +56,7 @@ class SizeReader:
 
 
 def size_texts(weight: WeightSpec) -> list[str]:
-    """All texts of a weight that may name sizes; a word in them that is no size's name does no harm."""
+    """All texts of a weight that may name sizes; they may contain other names, which callers ignore."""
     segments = (weight.tp.segments if weight.tp else None) or []
     return [str(text) for text in (*weight.shape, *segments, *_source_texts(weight.hf))]
 

@@ -1,7 +1,7 @@
-"""Links where a weight comes from: a source is resolved to the checkpoint tensors and the places that they fill.
+"""Links the sources of weights: resolves each source to checkpoint tensors and the regions of the weight they fill.
 
-Sources nest: names, `concat`, `stack`, `transpose` and `rearrange` all become parts, each of which is one tensor that
-is reshaped, cut, permuted and put somewhere. Sizes are compared as polynomials, so what fits fits for every config.
+Sources nest: names, `concat`, `stack`, `transpose` and `rearrange` all become parts, each of which is one tensor,
+reshaped, sliced, permuted and placed at an offset. Sizes are compared symbolically, so a match holds for every config.
 """
 
 import re
@@ -20,13 +20,13 @@ _OVER = re.compile(r"e in ([A-Za-z][A-Za-z0-9_]*)\Z")
 
 @dataclass(frozen=True, slots=True)
 class SourceLinker:
-    """Resolves the source of one weight; `prefix` is the block's, for the names of its tensors."""
+    """Resolves the source of one weight; `prefix` is the block's prefix of tensor names."""
 
     reader: SizeReader
     prefix: str
 
     def parts(self, source: Source, dims: tuple[Size, ...], path: YamlPath) -> tuple[PartDef, ...]:
-        """The parts that make up a value of `dims`; raises Refused after a finding."""
+        """The parts that fill a value of `dims`; raises Refused after a finding."""
         if isinstance(source, str):
             return (PartDef.whole(self.prefix + source, dims),)
         if source.concat is not None:
@@ -40,13 +40,13 @@ class SourceLinker:
     def _concat(self, source: HfSource, dims: tuple[Size, ...], path: YamlPath) -> tuple[PartDef, ...]:
         name, dim = self.reader.name, source.dim
         if dim >= len(dims):
-            help = f"it has {len(dims)} dims, from 0"
-            raise self.reader.refuse(f"'{name}' has no dim {dim}", (*path, "dim"), help)
+            message = f"the dim of `concat` must be 0 to {len(dims) - 1} for '{name}', got {dim}"
+            raise self.reader.refuse(message, (*path, "dim"), None)
         pieces = list(self._pieces(source, path))
         total = sum((size for _, size, _ in pieces), Size.of(0))
         if total != dims[dim]:
-            message = f"the parts of '{name}' fill {total}, but dim {dim} is {dims[dim]}"
-            raise self.reader.refuse(message, (*path, "concat"), "let the sizes add up")
+            message = f"the sizes of `concat` must add up to dim {dim} of '{name}': expected {dims[dim]}, got {total}"
+            raise self.reader.refuse(message, (*path, "concat"), "change a size, or the shape")
         parts: list[PartDef] = []
         start = Size.of(0)
         for inner, size, inner_path in pieces:
@@ -56,7 +56,7 @@ class SourceLinker:
         return tuple(parts)
 
     def _pieces(self, source: HfSource, path: YamlPath) -> Iterator[tuple[Source, Size, YamlPath]]:
-        """(source, size, path) of what is put together."""
+        """(source, size, path) of each concatenated source."""
         if isinstance(source.concat, dict):
             for hf, size in source.concat.items():
                 yield hf, self.reader.size(size, (*path, "concat", hf)), (*path, "concat", hf)
@@ -72,19 +72,19 @@ class SourceLinker:
         unnamed = [part.hf for part in parts if "{e}" not in part.hf]
         if not self.reader.is_size(count) or unnamed:
             shown = unnamed[0] if unnamed else parts[0].hf
-            message = f"a stack runs `over: e in COUNT` on a name with {{e}}, got '{stack.over}' and '{shown}'"
+            message = f"`stack` must have `over: e in COUNT` and a name with {{e}}, got '{stack.over}' and '{shown}'"
             raise self.reader.refuse(message, path, did_you_mean(count, self.reader.config))
         if not dims or dims[0] != Size.symbol(count):
             name = self.reader.name
-            message = f"'{name}' stacks {count} tensors, but dim 0 is {dims[0] if dims else 'not there'}"
-            raise self.reader.refuse(message, ("shape", 0), f"write {count}")
+            message = f"dim 0 of '{name}' must be {count}, the number of stacked tensors"
+            raise self.reader.refuse(message + (f", got {dims[0]}" if dims else ""), ("shape", 0), f"write {count}")
         if any(part.stacked is not None for part in parts):
-            raise self.reader.refuse("a stack stands in a stack", path, "stack once, over one count")
+            raise self.reader.refuse("`stack` must not be nested", path, "stack once, over one count")
         return tuple(part.stacked_over(count) for part in parts)
 
     def _transpose(self, source: Source, dims: tuple[Size, ...], path: YamlPath) -> tuple[PartDef, ...]:
         if len(dims) < 2:
-            message = f"a transposed weight has 2 dims, '{self.reader.name}' has {len(dims)}"
-            raise self.reader.refuse(message, ("shape",), "give both sizes, or drop `transpose`")
+            message = f"a transposed weight must have at least 2 dims, got {len(dims)} for '{self.reader.name}'"
+            raise self.reader.refuse(message, ("shape",), "write both sizes, or remove `transpose`")
         inner = self.parts(source, (*dims[:-2], dims[-1], dims[-2]), path)
         return tuple(part.transposed() for part in inner)

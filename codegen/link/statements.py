@@ -1,4 +1,4 @@
-"""Links the statements of a layout: each is a call of an op, of a block, or of the form `attend`, with typed values."""
+"""Links the statements of a layout: typed calls of ops, of blocks, and of the `attend` form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.link.attend import link_attend
-from sageLLM.codegen.link.expressions import FORMS, present_where
+from sageLLM.codegen.link.expressions import FORMS, non_null_where
 from sageLLM.codegen.link.flatten import FlatBranch, FlatChoose, FlatLine, Placed
 from sageLLM.codegen.link.scope import Scope, Value, count_words, is_value_name
 from sageLLM.codegen.link.sharding import with_reduction
@@ -20,10 +20,10 @@ from sageLLM.codegen.schema.models import WeightSpec
 
 @dataclass(slots=True)
 class BodyLinker(Scope):
-    """Links statements in order."""
+    """Links the statements of one body in order."""
 
     def link(self, place: Placed[str]) -> Statement | None:
-        """The statement, or None after its findings; its targets are then of unknown type."""
+        """The statement, or None after a finding; its targets then have unknown types."""
         text = place.text(place.value, self.around.sink)
         targets: list[ast.Name] = []
         try:
@@ -40,23 +40,23 @@ class BodyLinker(Scope):
         return [self._choose(item) if isinstance(item, FlatChoose) else self.link(item) for item in items]
 
     def _choose(self, item: FlatChoose) -> Choose | None:
-        """Links each branch on the values from before; what comes out of all of them is known afterwards."""
+        """Links each branch with the values defined before; values that all branches assign are defined after it."""
         branches: list[Branch | None] = []
         passed: frozenset[str] = frozenset()
-        ends: list[BodyLinker] = []
+        scopes: list[BodyLinker] = []
         for flat in item.branches:
             inner = BodyLinker(self.around, dict(self.values), self.is_block, self.index, self.used_weights)
             inner.hidden, inner.present = dict(self.hidden), self.present | passed
             branches.append(inner.branch(flat))
             passed |= _present(flat, False) if branches[-1] is not None else frozenset()
             inner.handed_on = self.handed_on
-            ends.append(inner)
-        self._join(ends, has_all=item.branches[-1].when is None)
+            scopes.append(inner)
+        self._merge(scopes, is_exhaustive=item.branches[-1].when is None)
         found = tuple(branch for branch in branches if branch is not None)
         return Choose(found) if len(found) == len(branches) else None
 
     def branch(self, flat: FlatBranch) -> Branch | None:
-        """One way of a `choose`, or None after its findings; a name that its condition finds is not null there."""
+        """One branch of a `choose`, or None after a finding; names that its condition tests for null are not null."""
         when, is_refused = None, False
         try:
             when = self.condition(flat.when) if flat.when is not None else None
@@ -67,13 +67,14 @@ class BodyLinker(Scope):
         linked = tuple(statement for statement in statements if statement is not None and not is_refused)
         return Branch(when, linked) if len(linked) == len(statements) else None
 
-    def _join(self, ends: list[BodyLinker], *, has_all: bool) -> None:
-        for name in dict.fromkeys(name for end in ends for name in end.assigned):
-            values = [end.values.get(name) for end in ends] + ([] if has_all else [self.values.get(name)])
+    def _merge(self, scopes: list[BodyLinker], *, is_exhaustive: bool) -> None:
+        """Defines the values that every branch assigns with one type, and hides the others."""
+        for name in dict.fromkeys(name for scope in scopes for name in scope.assigned):
+            values = [scope.values.get(name) for scope in scopes]
+            values += [] if is_exhaustive else [self.values.get(name)]
             found = [value for value in values if value is not None]
-            reason = (
-                _why_hidden(found) if len(found) == len(values) else f"not every branch of the choose gives '{name}'"
-            )
+            is_everywhere = len(found) == len(values)
+            reason = _why_hidden(found) if is_everywhere else f"not every branch of the `choose` assigns '{name}'"
             if reason is None:
                 first = next((value for value in found if value.type is None), found[0])
                 self.assign(name, Value(first.type, is_partial=first.is_partial))
@@ -92,11 +93,11 @@ class BodyLinker(Scope):
             case [ast.Assign(targets=[ast.Tuple(elts=elements)], value=ast.Call() as value)]:
                 targets, call = [element for element in elements if isinstance(element, ast.Name)], value
         if call is None or not targets:
-            raise text.refuse("SAGE220", "a statement is `names = op(...)`", None, "write one call per line")
+            message = "a statement must have the form `names = op(...)`"
+            raise text.refuse("SAGE220", message, None, "write one call per line")
         for target in targets:
             if not is_value_name(target.id):
-                help = "use small letters, digits and `_`, beginning with a letter"
-                raise text.refuse("SAGE204", f"'{target.id}' cannot name a value", target, help)
+                raise text.refuse("SAGE204", *name_finding(target.id, target))
         return targets, call
 
     def _call(self, text: Text, targets: list[ast.Name], call: ast.Call) -> Statement:
@@ -112,8 +113,8 @@ class BodyLinker(Scope):
             raise text.refuse("SAGE221", f"unknown op '{name}'", call.func, near)
         op = self.around.ops[name]
         if op.op_type.startswith("COMM_"):
-            help = "remove it: what a weight's `tp` says decides where ranks talk"
-            raise text.refuse("SAGE243", f"a layout does not communicate, '{name}' does", call.func, help)
+            help = "remove it: collectives follow from `tp` of the weights"
+            raise text.refuse("SAGE243", f"a layout must not call collectives, got '{name}'", call.func, help)
         operands = self.operands(text, call, op)
         args = [self.argument(text, node, operand, may_be_part=True) for node, operand in operands]
         attrs = self.attrs(text, call, op)
@@ -124,14 +125,15 @@ class BodyLinker(Scope):
         return linked
 
     def _check_pairs(self, text: Text, op: OpDef, args: list[str], call: ast.Call) -> None:
-        """A rotation that pairs components in one way refuses tables for the other way."""
+        """Refuses rotary tables of one pairing of components in an op of the other pairing."""
         for node, name in zip(call.args, args, strict=True):
             table = self.around.inputs.get(name) if name not in self.values else None
             others = {"half", "interleaved"} & set(op.tags) - {table.pairs if table else None}
             if table is not None and table.pairs is not None and others:
-                message = f"'{name}' is a table for `layout: {table.pairs}`, {op.name} is for `{others.pop()}`"
-                right = [found.name for found in self.around.ops.values() if table.pairs in found.tags]
-                raise text.refuse("SAGE252", message, node, f"call {' or '.join(right)}, or change `rope.layout`")
+                expected = f"a table of `layout: {others.pop()}`"
+                message = f"{op.name}: expected {expected}, got '{name}' of `layout: {table.pairs}`"
+                matching = [found.name for found in self.around.ops.values() if table.pairs in found.tags]
+                raise text.refuse("SAGE252", message, node, f"call {' or '.join(matching)}, or change `rope.layout`")
 
     def _op_call(
         self,
@@ -142,29 +144,30 @@ class BodyLinker(Scope):
         attrs: list[tuple[str, str]],
         call: ast.Call,
     ) -> tuple[OpCall, tuple[str, ...]]:
-        """The call, and which of its targets are parts of a sum that the program completes."""
+        """The call, and its targets that are partial sums, which the program reduces after the block."""
         self._check_pairs(text, op, args, call)
         names = [*args, *[None] * (len(op.inputs) - len(args))]
         types = self.infer(text, op, names, dict(attrs), call, lambda type_: type_)
         linked = OpCall(targets, op, tuple(names), tuple(attrs), types)
         linked, parts = with_reduction(self, text, linked, call)
-        return linked, parts if self.is_block else ()  # the program's own calls complete their sums at once
+        return linked, parts if self.is_block else ()  # the program reduces the results of its own calls at once
 
     def _block_call(self, text: Text, targets: list[ast.Name], call: ast.Call, name: str) -> BlockCall:
         block = self.around.blocks[name]
         if block is None:
             raise Refused
         if call.keywords or len(call.args) != len(block.args):
-            message = f"block '{name}' takes {count_words(len(block.args), len(block.args))} ({', '.join(block.args)})"
+            expected = f"{count_words(len(block.args), len(block.args))} ({', '.join(block.args)})"
+            message = f"block '{name}': expected {expected}, got {len(call.args) + len(call.keywords)}"
             raise text.refuse("SAGE222", message, call)
         args: list[str] = []
-        for node, (arg, wanted) in zip(call.args, block.args.items(), strict=True):
-            args.append(self.argument(text, node, Operand(arg, wanted)))
+        for node, (arg, declared) in zip(call.args, block.args.items(), strict=True):
+            args.append(self.argument(text, node, Operand(arg, declared)))
             type_ = self.type_of(args[-1])
             if type_ is None:
                 raise Refused
-            if type_ != wanted:
-                message = f"block '{name}': '{args[-1]}' is {type_}, '{arg}' is {wanted}"
+            if type_ != declared:
+                message = f"block '{name}', argument '{arg}': expected {declared}, got '{args[-1]}': {type_}"
                 raise text.refuse("SAGE224", message, node)
         self.assign_all(text, targets, block.result_types, call, is_partial=False)
         names = tuple(target.id for target in targets)
@@ -173,30 +176,36 @@ class BodyLinker(Scope):
 
 
 def _present(branch: FlatBranch, is_taken: bool) -> frozenset[str]:
-    """The config names that are not null where a branch is taken, or is not."""
+    """The config names that are not null if a branch is taken, or if it is not taken."""
     try:
         tree = ast.parse(branch.when.value if branch.when is not None else "true", mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return frozenset()  # reported with the condition
-    return present_where(tree.body, is_taken)
+    return non_null_where(tree.body, is_taken)
 
 
 def _why_hidden(values: list[Value]) -> str | None:
-    """Why what the branches give is not one value, or None."""
+    """Why the values of the branches cannot be used as one value, or None."""
     types = list(dict.fromkeys(str(value.type) for value in values if value.type is not None))
     if len(types) > 1:
-        return f"the branches of the choose give {' and '.join(types)}"
+        return f"the branches of the `choose` assign different types: {' and '.join(types)}"
     if len({value.is_partial for value in values}) > 1 and all(value.type is not None for value in values):
-        return "it is a rank's part of a sum in some branches of the choose only"
+        return "it is a partial sum in some branches of the `choose` only"
     return None
+
+
+def name_finding(name: str, node: ast.Name | None = None) -> tuple[str, ast.Name | None, str]:
+    """The finding about a name that values cannot have."""
+    help = "use lower-case letters, digits and `_`, beginning with a letter; names of generated code are reserved"
+    return f"expected a value name, got '{name}'", node, help
 
 
 def check_value_names(sink: Sink, places: Mapping[str, Placed[str] | Placed[WeightSpec]]) -> None:
     """Reports names that values cannot have."""
     for name, place in places.items():
         if not is_value_name(name):
-            help = "use small letters, digits and `_`, beginning with a letter"
-            sink.error("SAGE204", f"'{name}' cannot name a value", place.key_span(), help)
+            message, _, help = name_finding(name)
+            sink.error("SAGE204", message, place.key_span(), help)
 
 
 def check_used(
@@ -209,4 +218,4 @@ def check_used(
     """Reports weights that no statement reads."""
     for name, place in places.items():
         if name in weights and (block, name) not in body.used_weights:
-            sink.error("SAGE215", f"the weight '{name}' is never used", place.key_span(), "use it, or remove it")
+            sink.error("SAGE215", f"the weight '{name}' is never used", place.key_span(), "use it or remove it")

@@ -1,4 +1,4 @@
-"""Checks that what an op fills into a template is what the template has holes for."""
+"""Checks that the holes of a template match the hooks and parameters of the op."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from sageLLM.codegen.schema.ops import OpSpec
 
 TRITON = "triton"
 PRODUCT = "linear"
-"""The template in templates/triton for a compute that is one product."""
+"""The template in templates/triton for a `compute` that is one matrix product."""
 
 _OF_HOOKS = frozenset({"names", "plain", "first", "stop", "unmasked"})
 _OF_EQUATIONS = frozenset(
@@ -25,11 +25,11 @@ STANDARD = {
     "reference": frozenset({"op", "attrs", "used", "plain"}),
     TRITON: _OF_HOOKS | _OF_EQUATIONS | {"op", "attrs"},
 }
-"""What the generator gives to the templates of a folder: names, parameters, what follows from hooks or equations."""
+"""Variables that the generator passes to all templates of a folder, besides the op's hooks and parameters."""
 
 
 def link_triton(entry: Entry[OpSpec], sink: Sink) -> Template | None:
-    """The op's Triton template, or None if it has none, or after reporting what is wrong with it."""
+    """The op's Triton template; None if the op has none, or after a finding."""
     spec = entry.spec
     if spec.kernel is None or spec.kernel.triton is None:
         return None
@@ -39,19 +39,21 @@ def link_triton(entry: Entry[OpSpec], sink: Sink) -> Template | None:
     for key, value in params.items():
         is_block = key.startswith("BLOCK")
         if not 1 <= value <= 2**16 or (is_block and value & (value - 1)):
-            message = f"{key} is a power of 2, at most 2**16" if is_block else f"{key} is 1 to 2**16"
-            sink.error("SAGE124", message, entry.span("kernel", "triton", key))
+            expected = "a power of 2, at most 2**16" if is_block else "1 to 2**16"
+            sink.error("SAGE124", f"{key} must be {expected}, got {value}", entry.span("kernel", "triton", key))
     return Template(f"{TRITON}/{name}.py.jinja", tuple(params.items()))
 
 
 def check_template(
     folder: str, name: str, filled: Mapping[str, tuple[str, str]], entry: Entry[OpSpec], span: Span, sink: Sink
 ) -> None:
-    """The template exists, and its holes are exactly what is `filled`, which tells by name the place under `kernel`."""
+    """Reports a missing template, and differences between its holes and `filled`: hole -> path under `kernel`."""
     path = TEMPLATES / folder / f"{name}.py.jinja"
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not path.is_file():
         known = [found.name.removesuffix(".py.jinja") for found in (TEMPLATES / folder).glob("[a-z]*.py.jinja")]
-        sink.error("SAGE123", f"no template '{name}' in templates/{folder}", span, did_you_mean(name, known))
+        sink.error(
+            "SAGE123", f"expected a template in templates/{folder}, got '{name}'", span, did_you_mean(name, known)
+        )
         return
     try:
         found = holes(path) - STANDARD[folder]
@@ -59,21 +61,21 @@ def check_template(
         sink.error("SAGE123", f"the template '{name}' does not parse: {error.message}", span)
         return
     for hole in sorted(found - filled.keys()):
-        where = "kernel.triton or kernel.hooks" if folder == TRITON else "kernel.params or kernel.hooks"
-        message = f"the template '{name}' has the hole '{hole}', which the op does not fill"
-        sink.error("SAGE124", message, span, f"add {hole} to {where}")
+        section = "kernel.triton or kernel.hooks" if folder == TRITON else "kernel.params or kernel.hooks"
+        message = f"the op must fill the hole '{hole}' of the template '{name}'"
+        sink.error("SAGE124", message, span, f"add {hole} to {section}")
     for extra in sorted(filled.keys() - found):
-        message = f"the template '{name}' has no hole '{extra}'"
+        message = f"unknown hole '{extra}' of the template '{name}'"
         sink.error("SAGE124", message, entry.key_span("kernel", *filled[extra]), did_you_mean(extra, found))
 
 
 def holes(path: Path) -> set[str]:
-    """The names that a template leaves open, those of the templates that it includes among them."""
+    """The undeclared variables of a template and of the templates that it includes."""
     tree = Renderer().env.parse(path.read_text("utf-8"))
     found = set(meta.find_undeclared_variables(tree))
-    given = {node.target.name for node in tree.find_all(nodes.AssignBlock) if isinstance(node.target, nodes.Name)}
-    given |= {node.target.name for node in tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name)}
+    declared = {node.target.name for node in tree.find_all(nodes.AssignBlock) if isinstance(node.target, nodes.Name)}
+    declared |= {node.target.name for node in tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name)}
     for included in meta.find_referenced_templates(tree):
-        assert included is not None, f"{path.name} includes a template whose name is not written out"
-        found |= holes(TEMPLATES / included) - given
+        assert included is not None, f"{path.name}: the name of an included template must be a literal"
+        found |= holes(TEMPLATES / included) - declared
     return found

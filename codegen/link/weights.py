@@ -1,4 +1,4 @@
-"""Links a layout's weights: shapes as sizes, sources that fill them exactly, and what tensor parallelism does."""
+"""Links a layout's weights: shapes, the checkpoint tensors that fill them exactly, and sharding."""
 
 import re
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.link.conditions import Index, link_condition
 from sageLLM.codegen.link.config import INDEX
-from sageLLM.codegen.link.covers import check_covers
 from sageLLM.codegen.link.flatten import FlatBlock, Placed
 from sageLLM.codegen.link.segments import derived_segments
 from sageLLM.codegen.link.sizes import SizeReader
 from sageLLM.codegen.link.sources import SourceLinker
+from sageLLM.codegen.link.tensor_coverage import check_tensor_coverage
 from sageLLM.codegen.model.layout import Condition, ConfigName, ShardDef, WeightDef
 from sageLLM.codegen.schema.models import ShardSpec, WeightSpec
 
@@ -54,17 +54,17 @@ class WeightLinker:
         for part in weight.parts:
             if not _TENSOR.match(part.hf) or ("{e}" in part.hf) != (part.stacked is not None):
                 help = "use letters, digits, `.`, `_`, `-`, and {i} for the layer"
-                self.sink.error("SAGE212", f"'{part.hf}' cannot name a tensor", place.span("hf"), help)
+                self.sink.error("SAGE212", f"expected a tensor name, got '{part.hf}'", place.span("hf"), help)
                 return None
         per_layer = {"{i}" in part.hf for part in weight.parts}
         if weight.block is not None and per_layer != {True}:
-            message = f"the tensors of '{weight.block}.{weight.name}' do not name their layer"
-            self.sink.error("SAGE212", message, place.span("hf"), "put {i} into the block's `hf`")
+            message = f"the tensor names of '{weight.block}.{weight.name}' must contain {{i}}, the layer"
+            self.sink.error("SAGE212", message, place.span("hf"), "add {i} to the block's `hf`")
             return None
         return replace(weight, is_per_layer=True in per_layer)
 
     def condition(self, place: Placed[WeightSpec], text: str | None, *path: str) -> Condition | None:
-        """The condition under which a weight is there (or tied): on the config, and on the layer if it has one."""
+        """The condition under which a weight exists (or is tied): on the config and, if per-layer, on the layer."""
         if text is None:
             return None
         try:
@@ -77,56 +77,59 @@ class WeightLinker:
         local = [i for i, dim in enumerate(weight.dims) if self._is_divided(dim)]
         if spec is None or spec.keep is not None:
             if local:
-                names = f"dim {local[0]} of '{weight.name}' is {weight.dims[local[0]]}"
-                message = f"{names}, which tensor parallelism divides, but `tp` does not say so"
+                dim = f"dim {local[0]} of '{weight.name}', {weight.dims[local[0]]},"
+                message = f"{dim} is divided by `tp.divides`, so the weight must be sharded along it"
                 self.sink.error("SAGE240", message, span, f"write `tp: {{shard: {local[0]}}}`")
             return ShardDef(0, "first", None) if spec is not None else None
-        assert spec.shard is not None, "the schema wants one of `shard` and `keep`"
+        assert spec.shard is not None, "the schema requires one of `shard` and `keep`"
         if spec.shard >= len(weight.dims):
-            self.sink.error("SAGE240", f"'{weight.name}' has no dim {spec.shard}", place.span("tp", "shard"))
+            message = f"`shard` must be a dim of '{weight.name}', 0 to {len(weight.dims) - 1}, got {spec.shard}"
+            self.sink.error("SAGE240", message, place.span("tp", "shard"))
             return None
-        wanted = [] if spec.kind == "vocab" else [spec.shard]
-        segments = self._segments(place, weight, spec) if local == wanted and wanted else ()
+        # The vocabulary size stays global in a rank's config, because token ids are global, so `tp.divides` omits it.
+        divided = [] if spec.kind == "vocab" else [spec.shard]
+        segments = self._segments(place, weight, spec) if local == divided and divided else ()
         if segments is None:
             return None
-        if local != wanted or not all(map(self._is_divided, segments)):
-            message = f"dim {spec.shard} of '{weight.name}' is not what `tp.divides` divides"
-            help = f"`tp.divides` makes these local: {', '.join(self.divides) or 'nothing'}"
+        if local != divided or not all(map(self._is_divided, segments)):
+            message = f"the sharded dim {spec.shard} of '{weight.name}' must be the one that `tp.divides` divides"
+            help = f"`tp.divides` lists: {', '.join(self.divides) or 'nothing'}"
             self.sink.error("SAGE240", message, place.span("tp", "shard"), help)
         return ShardDef(spec.shard, spec.kind, spec.then, segments if len(segments) > 1 else ())
 
     def _segments(self, place: Placed[WeightSpec], weight: WeightDef, spec: ShardSpec) -> tuple[Size, ...] | None:
-        """The runs of the divided dim that are divided each for itself; None after a finding."""
+        """The segments of the sharded dim, each of which is divided separately; None after a finding."""
         dim = spec.shard or 0
         if spec.segments is None:
             found = derived_segments(weight.parts, dim, self._is_divided)
             if found is None:
-                message = f"dim {dim} of '{weight.name}' is {weight.dims[dim]}, in which ranks cannot tell the pieces"
-                help = "write `segments: [SIZE, ...]`, the pieces in order, each of which the ranks divide"
+                message = f"the segments of dim {dim} of '{weight.name}', {weight.dims[dim]}, must be given"
+                help = "write `segments: [SIZE, ...]`, in order; each segment is divided over the ranks"
                 self.sink.error("SAGE240", message, place.span("tp"), help)
             return found
         reader = SizeReader(weight.name, place, self.config, self.sink)
         try:
-            given = [reader.size(size, ("tp", "segments", i)) for i, size in enumerate(spec.segments)]
+            segments = [reader.size(size, ("tp", "segments", i)) for i, size in enumerate(spec.segments)]
         except Refused:
             return None
-        total = sum(given, Size.of(0))
+        total = sum(segments, Size.of(0))
         if total != weight.dims[dim]:
-            message = f"the segments of '{weight.name}' fill {total}, but dim {dim} is {weight.dims[dim]}"
-            self.sink.error("SAGE240", message, place.span("tp", "segments"), "let the sizes add up")
+            name = f"dim {dim} of '{weight.name}'"
+            message = f"the segments must add up to {name}: expected {weight.dims[dim]}, got {total}"
+            self.sink.error("SAGE240", message, place.span("tp", "segments"))
             return None
-        return tuple(given)
+        return tuple(segments)
 
     def _is_divided(self, size: Size) -> bool:
         return bool(set(size.symbols) & set(self.divides))
 
 
 def link_weights(linker: WeightLinker, weights: Mapping[str, Placed[WeightSpec]]) -> dict[str, WeightDef]:
-    """The model's own weights; ties are checked once all are known."""
+    """The weights outside blocks; ties are checked after all are linked."""
     found = {name: linker.link(name, place, None, None) for name, place in weights.items()}
     linked = {name: weight for name, weight in found.items() if weight is not None}
     if len(linked) == len(found):
-        check_covers(linked.values(), weights, linker.sink)
+        check_tensor_coverage(linked.values(), weights, linker.sink)
     for name, place in weights.items():
         tied = place.value.tied
         if tied is None or name not in linked:
@@ -136,30 +139,26 @@ def link_weights(linker: WeightLinker, weights: Mapping[str, Placed[WeightSpec]]
         owner = linked.get(tied.to)
         if owner is None and tied.to not in weights:
             help = did_you_mean(tied.to, [other for other in weights if other != name])
-            linker.sink.error("SAGE213", f"'{name}' is tied to unknown '{tied.to}'", place.span("tied", "to"), help)
+            linker.sink.error("SAGE213", f"unknown weight '{tied.to}'", place.span("tied", "to"), help)
         elif owner is not None and (owner.tied_to is not None or owner.dims != linked[name].dims):
-            reason = "is itself tied" if owner.tied_to is not None else f"is {owner.type}"
-            message = f"'{name}' {linked[name].type} is tied to '{tied.to}', which {reason}"
-            linker.sink.error(
-                "SAGE213", message, place.span("tied", "to"), "a tied weight has one owner of its own shape"
-            )
+            problem = "which is itself tied" if owner.tied_to is not None else f"which is {owner.type}"
+            message = f"'{name}' must be tied to an untied weight {linked[name].type}, got '{tied.to}', {problem}"
+            linker.sink.error("SAGE213", message, place.span("tied", "to"))
     return linked
 
 
 def link_block_weights(linker: WeightLinker, name: str, block: FlatBlock) -> dict[str, WeightDef]:
     """The weights of a block, one set per layer."""
     if block.weights and block.hf is None:
-        linker.sink.error(
-            "SAGE203", f"block '{name}' has weights but no `hf` prefix", block.place.key_span(), "add `hf`"
-        )
+        message = f"block '{name}' has weights, so it must have an `hf` prefix"
+        linker.sink.error("SAGE203", message, block.place.key_span(), "add `hf`")
         return {}
     found = {w: linker.link(w, place, name, block.hf) for w, place in block.weights.items()}
     for w, place in block.weights.items():
         if place.value.tied is not None:
-            linker.sink.error(
-                "SAGE213", f"'{name}.{w}' is tied", place.span("tied"), "only the model's own weights can be"
-            )
+            message = f"only weights outside blocks may be tied, got '{name}.{w}'"
+            linker.sink.error("SAGE213", message, place.span("tied"))
     linked = {w: weight for w, weight in found.items() if weight is not None}
     if len(linked) == len(found):
-        check_covers(linked.values(), block.weights, linker.sink)
+        check_tensor_coverage(linked.values(), block.weights, linker.sink)
     return linked

@@ -1,4 +1,4 @@
-"""What a model means after linking: names with types, weights with their sources, statements bound to ops."""
+"""Linked layouts: config names with types, weights with their sources, statements bound to ops."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ ListKind = Literal["layers", "list"]
 
 @dataclass(frozen=True, slots=True)
 class ConfigName:
-    """A name of the config. `default` is Python text over earlier names, or None if the key must be there.
+    """A config name. `default` is Python text over earlier names, or None if the key is required.
 
-    `items` says that it is a list of `type`: one value per layer (then `default` is that of layer i), or of any length.
-    `formula` is the default as the layout writes it, where computing it may fail.
+    `items` makes it a list of `type`: with one value per layer (`default` is then that of layer i) or of any length.
+    `formula` is the default as written in the layout if evaluating it may fail, else empty.
     """
 
     name: str
@@ -44,15 +44,15 @@ class ConfigName:
 
     @property
     def words(self) -> str:
-        """How a user of config.json knows it: by its key, else by the layout's name."""
+        """The name for messages: the key of config.json, else the layout's name."""
         return self.keys[0] if self.keys else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A condition on the config: Python text over names, the same in words of config.json, and the names in it.
+    """A condition on the config: Python text over names, the same in terms of config.json keys, and the names in it.
 
-    `formula` is the condition as the layout writes it, where computing it may fail.
+    `formula` is the condition as written in the layout if evaluating it may fail, else empty.
     """
 
     text: str
@@ -63,9 +63,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A condition on the config and, in a layer, on its number: as the layout writes it, and as Python over `c`.
+    """A condition on the config and, in a layer, on its index: as written in the layout, and as Python over `c`.
 
-    `index` is the name that the layer's number has in the Python text, or None if the condition is the same for all.
+    `index` is the name of the layer index in the Python text, or None if the condition does not depend on the layer.
     """
 
     source: str
@@ -75,7 +75,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class RopeDef:
-    """A pair of rotary tables, cos and sin, or cos_NAME and sin_NAME; `keys` and `allow` are those of its scaling."""
+    """A pair of rotary tables, cos and sin, or cos_NAME and sin_NAME; `keys` and `allow` describe its scaling."""
 
     name: str
     layout: Literal["half", "interleaved"]
@@ -88,7 +88,7 @@ class RopeDef:
 
 @dataclass(frozen=True, slots=True)
 class ShardDef:
-    """What tensor parallelism does with a weight; see `sageLLM.runtime.core.model.weights.Shard`."""
+    """Sharding of a weight under tensor parallelism; see `Shard` in the runtime."""
 
     dim: int
     kind: Literal["rows", "vocab", "first"]
@@ -125,7 +125,7 @@ class AlibiDef:
 
 @dataclass(frozen=True, slots=True)
 class CacheDef:
-    """Heads and width of what a layer keeps of a token; with `is_shared` the value is the leading part of the key."""
+    """Heads and width of cached keys and values; with `is_shared` the value is the leading part of the key."""
 
     k: tuple[Size, Size]
     v: tuple[Size, Size]
@@ -134,9 +134,9 @@ class CacheDef:
 
 @dataclass(frozen=True, slots=True)
 class InputDef:
-    """A value that the engine gives: for every step, for every layer, or once (a table).
+    """A value that the engine provides: per step, per layer, or once (a table).
 
-    `pairs` says which components the rotary table that it is turns together.
+    `pairs` is the pairing of components that a rotary table is made for.
     """
 
     name: str
@@ -149,8 +149,8 @@ class InputDef:
 class OpCall:
     """`targets = op(args, attrs)`: args by operand position (None where absent), attrs as Python text over the config.
 
-    `reduce` is the collective that completes the result when the weights are divided over ranks; `shard_op` is the op
-    that takes the place of `op` there, for a table of which each rank has some rows.
+    `reduce` is the collective that completes the result when weights are sharded over ranks; `shard_op` replaces `op`
+    there, for a table of which each rank holds some rows.
     """
 
     targets: tuple[str, ...]
@@ -164,7 +164,7 @@ class OpCall:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """Attention over the cache: the store of the new keys and values, then the phase's op."""
+    """Attention over the KV cache: the store of the new keys and values, then the attention op of the phase."""
 
     target: str
     store: OpCall
@@ -188,7 +188,7 @@ class BlockCall:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Statements that stand for themselves where the condition holds; None is otherwise, the last one."""
+    """Statements that apply if the condition holds; the last branch may have none and then applies otherwise."""
 
     when: Condition | None
     body: "tuple[Statement, ...]"
@@ -196,7 +196,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Choose:
-    """The first of the branches whose condition holds; decided when the graph is built."""
+    """Alternatives: the first branch with a true condition applies, decided when the graph is built."""
 
     branches: tuple[Branch, ...]
 
@@ -205,7 +205,7 @@ Statement = OpCall | Attend | BlockCall | Choose
 
 
 def plain_statements(body: "Iterable[Statement]") -> "Iterator[OpCall | Attend | BlockCall]":
-    """The statements of a body, those of all branches included."""
+    """The statements of a body, including those of all branches."""
     for statement in body:
         if isinstance(statement, Choose):
             for branch in statement.branches:
@@ -216,7 +216,7 @@ def plain_statements(body: "Iterable[Statement]") -> "Iterator[OpCall | Attend |
 
 @dataclass(frozen=True, slots=True)
 class BlockDef:
-    """A block: its arguments, statements and results, and what they read from outside."""
+    """A block: its arguments, statements, results and weights."""
 
     name: str
     summary: str
@@ -246,7 +246,7 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What embeddings are made of, by the names of the program; see `sageLLM.runtime.core.model.layout.ModelLayout`."""
+    """The program's values that embeddings are computed from; see `ModelLayout` in the runtime."""
 
     hidden: str | None
     pooled: str | None
@@ -254,7 +254,7 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class ModelDef:
-    """One layout, linked; a layout that extends another is complete here."""
+    """One linked layout; a layout that extends another one is complete here."""
 
     name: str
     entry: Entry[ModelFile]

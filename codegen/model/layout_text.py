@@ -1,4 +1,4 @@
-"""Shows a linked layout as text: what is left once `extends`, patches and derived facts are worked in."""
+"""Prints a linked layout as text, with `extends`, patches and derived facts applied."""
 
 from collections.abc import Iterable, Iterator
 
@@ -19,7 +19,7 @@ from sageLLM.codegen.model.source import PartDef
 
 
 def layout_text(model: ModelDef) -> str:
-    """The complete layout, a line for every fact; stable, made for snapshots and reviews."""
+    """The complete layout, one line per fact, in a stable form for snapshots and reviews."""
     return "\n".join(_lines(model)) + "\n"
 
 
@@ -100,7 +100,7 @@ def _shard(shard: ShardDef) -> str:
 
 
 def _part(part: PartDef) -> str:
-    """`name[shape]`, how it is taken apart (`as [axes], cut, to [dims]`), and where it goes."""
+    """`name[shape]`, how it is rearranged (`as [axes], slices, to [dims]`), and its offset in the weight."""
     words = f"{part.hf}[{', '.join(map(str, part.shape))}]"
     if not part.is_plain:
         cut = "".join(f" {axis}={start}:{stop}" for axis, start, stop in part.take)

@@ -1,4 +1,4 @@
-"""What an op means after linking: its typed operands, its meaning, and the cost derived from it."""
+"""Linked ops: typed operands, semantics, and the cost derived from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Attr:
-    """A value fixed when the graph is built. `formula` is a default that depends on dims."""
+    """A value that is fixed when the graph is built. `formula` is a default that depends on dims."""
 
     name: str
     type: str
@@ -46,7 +46,7 @@ class Attr:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A `where` line: true of the dims and attrs of every use of the op."""
+    """A `where` line, which must hold for the dims and attrs of every use of the op."""
 
     text: str
     value: Expr
@@ -82,7 +82,7 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A hand-written torch function: a template, and what is filled into it."""
+    """A hand-written torch function: a template with its parameters and hooks."""
 
     template: str
     params: tuple[tuple[str, int | float | bool], ...]
@@ -99,7 +99,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The pass that rewrites the calls of `fuses` into the op; the greater benefit is tried first."""
+    """The pass that rewrites the calls of `fuses` into the op; rules with a greater benefit are tried first."""
 
     pass_: str
     benefit: int
@@ -108,23 +108,23 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Work as formulas of the op's dims, of `E_size` (bytes per element), and of `let`, which the step gives."""
+    """Work as formulas of the op's dims, of `E_size` (bytes per element), and of `let` (known at run time)."""
 
     flops: Size
     bytes: Size
     let: Mapping[str, str]
-    read: Mapping[str, Size]  # bytes by operand; what is gathered counts what it touches
+    read: Mapping[str, Size]  # bytes by operand; a gathered operand counts only the rows that are read
     written: Mapping[str, Size]
 
 
 @dataclass(frozen=True, slots=True)
 class OpDef:
-    """One op, linked. Exactly one of `program`, `fuses` and `reference` holds its meaning."""
+    """One linked op. Exactly one of `program`, `fuses` and `reference` defines its semantics."""
 
     name: str
     entry: Entry[OpSpec]
     op_type: str
-    elements: Mapping[str, tuple[str, ...]]  # element variables and the types they stand for
+    elements: Mapping[str, tuple[str, ...]]  # element variable -> element types
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     attrs: tuple[Attr, ...]
@@ -151,7 +151,7 @@ class OpDef:
 
     @property
     def is_view(self) -> bool:
-        """Whether its results are parts or other shapes of its first input's memory."""
+        """Whether its results alias its first input, as slices or reshapes."""
         return self.op_type == "VIEW" or "view" in self.tags
 
     @property
@@ -175,7 +175,7 @@ class OpDef:
 
     @property
     def stem(self) -> str:
-        """The spec file's stem, which names the generated files."""
+        """The stem of the spec file and of the generated files."""
         return PurePosixPath(self.entry.doc.file).stem
 
     @property
@@ -184,7 +184,7 @@ class OpDef:
 
     @property
     def equation(self) -> str:
-        """The meaning as text: equations, calls of other ops, or the name of the reference."""
+        """The semantics as text: equations, calls of other ops, or the name of the reference."""
         spec = self.entry.spec
         if spec.compute is not None:
             return spec.compute.strip()
@@ -192,14 +192,14 @@ class OpDef:
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """The dims of operands and dim attrs, in the order of their first use."""
+        """The dims of operands and dim attrs, in order of first use."""
         sizes = [dim for operand in (*self.inputs, *self.outputs) for dim in operand.type.dims if dim != LEADING]
         names = [symbol for size in sizes for symbol in (written_order(size) or size.symbols)]
         return tuple(dict.fromkeys([*names, *(attr.name for attr in self.attrs if attr.type == "dim")]))
 
     @property
     def element_inputs(self) -> Mapping[str, str]:
-        """For each element variable an input that has it."""
+        """An input of each element variable."""
         found: dict[str, str] = {}
         for operand in self.inputs:
             if operand.type.element not in DTYPES and not operand.optional:
@@ -214,7 +214,7 @@ class OpDef:
 
 
 def written_order(size: Size) -> list[str]:
-    """The symbols of a size in the order in which the spec wrote them."""
+    """The symbols of a size, in the order of the spec's text."""
     text = size.text or ""
     words = "".join(c if c.isalnum() else " " for c in text).split()
     return [word for word in dict.fromkeys(words) if word in size.symbols]

@@ -1,4 +1,4 @@
-"""What a pass means after linking: its place in the pipeline, and rules as patterns of op calls."""
+"""Linked passes: their position in the pipeline, and their rules as patterns of op calls."""
 
 import ast
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ class PatternCall:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The values that it reads."""
+        """The values that the call reads."""
         return tuple(arg for arg in self.args if arg is not None)
 
     @property
     def optional_reads(self) -> set[str]:
-        """Those of them that it could do without."""
+        """The values read by optional operands."""
         return {arg for operand, arg in zip(self.op.inputs, self.args, strict=False) if arg and operand.optional}
 
     def __str__(self) -> str:
@@ -42,16 +42,16 @@ class PatternCall:
         return f"{', '.join(self.targets)} = {self.op.name}({', '.join(words)})"
 
 
-class Found(NamedTuple):
-    """A call of the pattern by its position, and the value that leads to it: one that it gives, or else reads."""
+class SearchStep(NamedTuple):
+    """A call of the pattern by its position, and the known value `via` which it is found: a result or an operand."""
 
     position: int
-    by: str
+    via: str
 
 
 @dataclass(frozen=True, slots=True)
 class RuleCondition:
-    """A `where` line of a rule: its text, and the tree that it was checked as."""
+    """A `where` line of a rule: its text, and its checked tree."""
 
     text: str
     node: ast.expr = field(compare=False)
@@ -59,7 +59,7 @@ class RuleCondition:
 
 @dataclass(frozen=True, slots=True)
 class RuleDef:
-    """A rewrite rule. Matching starts at the last call, the anchor, and goes along values to the others."""
+    """A rewrite rule. Matching starts at the last call, the anchor, and follows values to the other calls."""
 
     name: str
     pattern: tuple[PatternCall, ...]
@@ -74,20 +74,20 @@ class RuleDef:
     def anchor(self) -> PatternCall:
         return self.pattern[-1]
 
-    def search(self) -> list[Found]:
-        """The calls besides the anchor in the order in which matching finds them, each by one value known by then.
+    def search(self) -> list[SearchStep]:
+        """The calls besides the anchor in the order in which matching finds them, each via one value known by then.
 
-        Best is a value that the call gives, since it has one writer; then one of the pattern that it reads; then any
-        that it reads. A call that nothing leads to is left out.
+        A value that the call produces is preferred, since a value has one producer but may have many consumers; then
+        a value produced by the pattern that it reads; then any value that it reads. An unreachable call is left out.
         """
         waiting = list(enumerate(self.pattern))[-2::-1]
-        known, given = {*self.anchor.reads, *self.anchor.targets}, set(self.anchor.targets)
-        found: list[Found] = []
+        known, produced = {*self.anchor.reads, *self.anchor.targets}, set(self.anchor.targets)
+        found: list[SearchStep] = []
         while waiting:
             steps = (
-                [Found(i, name) for i, call in waiting for name in call.targets if name in known],
-                [Found(i, name) for i, call in waiting for name in call.reads if name in given],
-                [Found(i, name) for i, call in waiting for name in call.reads if name in known],
+                [SearchStep(i, name) for i, call in waiting for name in call.targets if name in known],
+                [SearchStep(i, name) for i, call in waiting for name in call.reads if name in produced],
+                [SearchStep(i, name) for i, call in waiting for name in call.reads if name in known],
             )
             step = next((options[0] for options in steps if options), None)
             if step is None:
@@ -95,16 +95,16 @@ class RuleDef:
             found.append(step)
             call = self.pattern[step.position]
             known |= {*call.reads, *call.targets}
-            given |= {*call.targets}
+            produced |= {*call.targets}
             waiting = [(i, call) for i, call in waiting if i != step.position]
         return found
 
     @property
     def optional(self) -> set[str]:
-        """The values that may be absent: nothing in the pattern or in the replacement needs them."""
+        """The values that may be absent, because only optional operands of the pattern and replacement read them."""
         calls = [*self.pattern, *self.replacement]
-        needed = {name for call in calls for name in (*call.targets, *call.reads) if name not in call.optional_reads}
-        return {name for call in calls for name in call.reads} - needed
+        required = {name for call in calls for name in (*call.targets, *call.reads) if name not in call.optional_reads}
+        return {name for call in calls for name in call.reads} - required
 
     @property
     def algebra(self) -> str:
@@ -114,7 +114,7 @@ class RuleDef:
 
 @dataclass(frozen=True, slots=True)
 class PassDef:
-    """One pass, in the order of the pipeline. `expect` is Python text over the model's config `c`, by model."""
+    """One pass. `expect` maps models to Python text over their config `c`."""
 
     name: str
     entry: Entry[PassSpec]

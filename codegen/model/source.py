@@ -1,4 +1,4 @@
-"""Where a weight comes from, after linking: tensors of the checkpoint, taken apart and put in place."""
+"""Linked weight sources: checkpoint tensors, rearranged and placed in a weight."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +13,11 @@ Groups = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class PartDef:
-    """A checkpoint tensor (its name may hold `{i}` and `{e}`) and the place in the weight that it fills.
+    """A checkpoint tensor (its name may contain `{i}` and `{e}`) and the region of the weight that it fills.
 
     The tensor of `shape` is reshaped to `axes`; of each axis in `take` the range [start, stop) is read; every dim of
-    the weight is made of the axes in its group, outermost first, and the part lies `at` this index of it. `stacked`
-    is the count over which `{e}` runs: the part fills index e of dim `stacked_dim`.
+    the weight consists of the axes in its group, outermost first, and the part starts `at` this index. `stacked` is the
+    size that `{e}` ranges over: the part fills index e of dim `stacked_dim`.
     """
 
     hf: str
@@ -31,16 +31,16 @@ class PartDef:
 
     @classmethod
     def whole(cls, hf: str, dims: tuple[Size, ...]) -> "PartDef":
-        """A tensor that is taken as it is."""
+        """A tensor that fills the whole weight unchanged."""
         return cls(hf, dims, dims, tuple((axis,) for axis in range(len(dims))), (Size.of(0),) * len(dims))
 
     def moved(self, dim: int, by: Size) -> "PartDef":
-        """The part further along a dim."""
+        """The part, moved along a dim."""
         start = self.at[dim] + by if self.at[dim].terms else by
         return replace(self, at=(*self.at[:dim], start, *self.at[dim + 1 :]))
 
     def transposed(self) -> "PartDef":
-        """The part of a weight whose last two dims are swapped."""
+        """The part of the weight with its last two dims swapped."""
         last = len(self.groups) - 1
         stacked_dim = {last: last - 1, last - 1: last}.get(self.stacked_dim, self.stacked_dim)
         return replace(self, groups=_swapped(self.groups), at=_swapped(self.at), stacked_dim=stacked_dim)
@@ -51,19 +51,19 @@ class PartDef:
 
     @property
     def lengths(self) -> tuple[Size, ...]:
-        """How much of each axis is read."""
+        """The length that is read of each axis."""
         taken = {axis: stop - start for axis, start, stop in self.take}
         return tuple(taken.get(axis, size) for axis, size in enumerate(self.axes))
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The axes as they lie in the weight; those of which one index is read come last."""
+        """The axes in the order of the weight; those of which a single index is read come last."""
         grouped = [axis for group in self.groups for axis in group]
         return (*grouped, *(axis for axis in range(len(self.axes)) if axis not in grouped))
 
     @property
     def size(self) -> tuple[Size, ...]:
-        """How much of each dim of the weight the part fills."""
+        """The extent of the part in each dim of the weight."""
         return tuple(self.group_size(group) for group in self.groups)
 
     def group_size(self, group: Sequence[int]) -> Size:
@@ -72,7 +72,7 @@ class PartDef:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the tensor fills its place as it is; the dims that it lacks come first and have one index."""
+        """Whether the tensor is copied unchanged; missing dims of the weight come first and have one index."""
         missing = len(self.groups) - len(self.shape)
         in_order = self.groups == ((),) * missing + tuple((axis,) for axis in range(len(self.shape)))
         return self.axes == self.shape and not self.take and in_order

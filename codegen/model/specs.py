@@ -1,4 +1,4 @@
-"""All specs after linking: what the emitters read."""
+"""All linked specs, the input of the emitters."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sageLLM.codegen.schema.hardware import HardwareFile
 
 @dataclass(frozen=True, slots=True)
 class Specs:
-    """Every op, model, pass and device by name, in spec order; `raw` leads back to the text."""
+    """Every op, model, pass and device by name, in spec order; `raw` refers back to the text."""
 
     raw: RawSpecs
     ops: Mapping[str, OpDef]
@@ -25,7 +25,7 @@ class Specs:
 
     @property
     def is_overlay(self) -> bool:
-        """Whether the package's own specs are only the base, and an overlay's code is generated."""
+        """Whether code is generated for an overlay, with the package's own specs as its base."""
         return bool(self.raw.base_files)
 
     def own(self) -> "OwnSpecs":

@@ -1,9 +1,12 @@
-"""What an op makes of what one rank has of its operands: derived from its meaning, or declared for a reference."""
+"""Propagates partial sums through an op under tensor parallelism.
+
+The state of each result on one rank follows from an op's `compute` or `fuses`; for a `reference` the spec declares it.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sageLLM.codegen.expr.parts import NotLinear, PartChecker, Share
+from sageLLM.codegen.expr.partial_sums import NotLinear, PartialSumChecker, SumState
 from sageLLM.codegen.expr.size import LEADING, Size
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.operands import Match
@@ -13,28 +16,28 @@ from sageLLM.codegen.schema.ops import RanksSpec
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A value that is given to an operand: its type, what a rank has of it, and whether it is surely there."""
+    """A value passed to an operand: its type, its state on one rank, and whether it is always present."""
 
     type: ValueType
-    share: Share = Share.WHOLE
+    state: SumState = SumState.COMPLETE
     is_certain: bool = True
 
 
 Arguments = Mapping[str, Argument]
-"""The operands that are given, by name; the others are absent."""
+"""The values passed, by operand name; the other operands are absent."""
 
 
-def result_shares(
+def result_states(
     op: OpDef, arguments: Arguments, dims: Mapping[str, Size], divides: frozenset[str], ops: Mapping[str, OpDef]
-) -> tuple[Share, ...]:
-    """What a rank has of each result; `dims` are the op's dim attrs, `divides` the names of sizes that ranks share.
+) -> tuple[SumState, ...]:
+    """The state of each result on one rank; `dims` are the op's dim attrs, `divides` the sizes divided over ranks.
 
-    Raises NotLinear where a rank's results would neither be its share of the whole nor add up to it.
+    Raises NotLinear where a rank's results would be neither its shard of the result nor a summand of it.
     """
     match_ = Match(op, dict(dims))
     for operand in op.inputs:
         if operand.name in arguments:
-            match_.why_not(operand, arguments[operand.name].type)
+            match_.bind(operand, arguments[operand.name].type)
 
     def is_divided(size: Size) -> bool:
         bound = match_.leading or () if size == LEADING else (size.substitute(match_.dims),)
@@ -47,16 +50,17 @@ def result_shares(
     return _of_reference(op, arguments, is_divided)
 
 
-def _of_program(op: OpDef, arguments: Arguments, is_divided: Callable[[Size], bool]) -> tuple[Share, ...]:
-    assert op.program is not None, "asked of computed ops only"
+def _of_program(op: OpDef, arguments: Arguments, is_divided: Callable[[Size], bool]) -> tuple[SumState, ...]:
+    assert op.program is not None, "called for ops with `compute` only"
     optional = [operand.name for operand in op.inputs if operand.optional]
-    given = {name: _is_given(arguments.get(name)) for name in optional}
-    shares = {name: argument.share for name, argument in arguments.items()}
-    found = PartChecker(op.program, shares, is_divided, given).outputs(output.name for output in op.outputs)
+    present = {name: _is_present(arguments.get(name)) for name in optional}
+    states = {name: argument.state for name, argument in arguments.items()}
+    found = PartialSumChecker(op.program, states, is_divided, present).outputs(output.name for output in op.outputs)
     return tuple(found.values())
 
 
-def _is_given(argument: Argument | None) -> bool | None:
+def _is_present(argument: Argument | None) -> bool | None:
+    """Whether the argument is present; None where that depends on the config."""
     if argument is None:
         return False
     return True if argument.is_certain else None
@@ -64,8 +68,8 @@ def _is_given(argument: Argument | None) -> bool | None:
 
 def _of_calls(
     op: OpDef, arguments: Arguments, match_: Match, divides: frozenset[str], ops: Mapping[str, OpDef]
-) -> tuple[Share, ...]:
-    """The calls of a fused op one by one, with the types that the values have here."""
+) -> tuple[SumState, ...]:
+    """The states after the calls of a fused op, one by one, with the types of this call's arguments."""
     values = dict(arguments)
     for call in op.fuses:
         callee = ops[call.op]
@@ -74,32 +78,32 @@ def _of_calls(
         own = Match(callee)
         for operand in callee.inputs:
             if operand.name in inner:
-                own.why_not(operand, inner[operand.name].type)
-        shares = result_shares(callee, inner, {}, divides, ops)
-        for target, output, share in zip(call.targets, callee.outputs, shares, strict=True):
-            values[target] = Argument(own.result(output.type), share)
-    return tuple(values[output.name].share for output in op.outputs)
+                own.bind(operand, inner[operand.name].type)
+        states = result_states(callee, inner, {}, divides, ops)
+        for target, output, state in zip(call.targets, callee.outputs, states, strict=True):
+            values[target] = Argument(own.result(output.type), state)
+    return tuple(values[output.name].state for output in op.outputs)
 
 
-def _of_reference(op: OpDef, arguments: Arguments, is_divided: Callable[[Size], bool]) -> tuple[Share, ...]:
+def _of_reference(op: OpDef, arguments: Arguments, is_divided: Callable[[Size], bool]) -> tuple[SumState, ...]:
     spec = op.entry.spec.ranks or RanksSpec()
     for operand in op.inputs:
         for symbol in _symbols(operand) if operand.name in arguments else ():
             if is_divided(Size.symbol(symbol)) and symbol not in (*spec.divides, *spec.sums):
-                raise NotLinear(f"it needs all of {symbol}, of which a rank has a share")
-    parts = {name for name, argument in arguments.items() if argument.share is Share.PART}
+                raise NotLinear(f"it requires all of {symbol}, which is divided over the ranks")
+    partial = {name for name, argument in arguments.items() if argument.state is SumState.PARTIAL}
     summed = {
         operand.name for operand in op.inputs if operand.name in arguments and _is_summed(operand, spec, is_divided)
     }
-    if not parts and not summed:
-        return (Share.WHOLE,) * len(op.outputs)
+    if not partial and not summed:
+        return (SumState.COMPLETE,) * len(op.outputs)
     for group in spec.linear_in:
         present = {name for name in group if name in arguments}
-        if parts <= set(group) and (present & (parts | summed)) and parts | summed:
-            whole = present - parts - summed
-            if whole:
-                raise NotLinear("a whole value is added", whole)
-            return (Share.PART,) * len(op.outputs)
+        if partial <= set(group) and (present & (partial | summed)) and partial | summed:
+            complete = present - partial - summed
+            if complete:
+                raise NotLinear("a complete value is added to a partial sum", complete)
+            return (SumState.PARTIAL,) * len(op.outputs)
     raise NotLinear(f"`{op.name}` is not linear")
 
 

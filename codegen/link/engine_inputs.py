@@ -1,4 +1,4 @@
-"""Links what the engine gives to a layout: the step's inputs, rotary tables, ALiBi slopes, and the KV caches."""
+"""Links the values that the engine provides to a layout: step inputs, rotary tables, ALiBi slopes and KV caches."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,8 +20,8 @@ _DEFAULT_CACHE = (Size.symbol("Nkv"), Size.symbol("D"))
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """The sections, and the values by name that they and specs/inputs.yaml give."""
+class EngineInputs:
+    """The linked sections, and all provided values by name: those of the sections and of specs/inputs.yaml."""
 
     ropes: tuple[RopeDef, ...]
     alibi: AlibiDef | None
@@ -30,25 +30,25 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class GivenLinker:
-    """Links the sections of one layout; one with findings is left out."""
+class EngineInputLinker:
+    """Links the sections of one layout; a section with findings is left out."""
 
     flat: FlatModel
     raw: RawSpecs
     config: Mapping[str, ConfigName]
     sink: Sink
 
-    def link(self, steps: Iterable[str]) -> Given:
+    def link(self, steps: Iterable[str]) -> EngineInputs:
         linked = [self._rope(name, place) for name, place in self.flat.ropes.items()]
         ropes = tuple(rope for rope in linked if rope is not None)
         alibi = self._alibi(self.flat.alibi) if self.flat.alibi else None
         cache = self._cache(self.flat.cache) if self.flat.cache else None
         cache = cache or CacheDef(_DEFAULT_CACHE, _DEFAULT_CACHE, is_shared=False)
-        given = [*self._step_inputs(steps), *_tables(ropes, alibi), *_caches(cache)]
-        return Given(ropes, alibi, cache, {found.name: found for found in given})
+        inputs = [*self._step_inputs(steps), *_tables(ropes, alibi), *_caches(cache)]
+        return EngineInputs(ropes, alibi, cache, {found.name: found for found in inputs})
 
     def _step_inputs(self, steps: Iterable[str]) -> Iterable[InputDef]:
-        """Those of specs/inputs.yaml, typed in this layout's sizes; one that does not fit is not offered."""
+        """The inputs of specs/inputs.yaml, typed in this layout's sizes; those that cannot be typed are left out."""
         dims = dict.fromkeys([*steps, *(name for name, found in self.config.items() if found.type == "size")])
         for name, entry in self.raw.step_inputs.items():
             try:
@@ -60,12 +60,12 @@ class GivenLinker:
     def _rope(self, name: str, place: Placed[RopeSection]) -> RopeDef | None:
         spec, scaling = place.value, place.value.scaling
         if name and not _TABLE_NAME.match(name):
-            help = "use small letters, digits and `_`"
-            self.sink.error("SAGE204", f"'{name}' cannot name a pair of tables", place.key_span(), help)
+            help = "use lower-case letters, digits and `_`, at most 16 characters"
+            self.sink.error("SAGE204", f"expected a name for rotary tables, got '{name}'", place.key_span(), help)
             return None
         for key in (*spec.base.hf, *(scaling.hf if scaling else ())):
             if not _KEY.fullmatch(key):
-                message = f"'{key}' is not a key of config.json"
+                message = f"expected a key of config.json, got '{key}'"
                 self.sink.error("SAGE250", message, place.span(), "write key or outer.key")
         dim = self._size(place, spec.dim, "dim")
         if dim is None:
@@ -77,14 +77,14 @@ class GivenLinker:
         heads, bias = place.value.heads, place.value.max_bias
         sizes = [name for name, found in self.config.items() if found.type == "size"]
         if heads not in sizes:
-            message = f"'{heads}' is not a size of this layout"
+            message = f"expected a size of this layout, got '{heads}'"
             self.sink.error("SAGE210", message, place.span("heads"), did_you_mean(heads, sizes))
             return None
         if isinstance(bias, float):
             return AlibiDef(heads, repr(bias))
         numbers = [name for name, found in self.config.items() if found.type in ("size", "int", "float")]
         if bias not in numbers:
-            message = f"'{bias}' is no number of this layout's config"
+            message = f"expected a number or a numeric config name, got '{bias}'"
             self.sink.error("SAGE205", message, place.span("max_bias"), did_you_mean(bias, numbers))
             return None
         return AlibiDef(heads, bias)
@@ -96,29 +96,30 @@ class GivenLinker:
         match [*k, *v]:
             case [Size() as k_heads, Size() as k_width, Size() as v_heads, Size() as v_width]:
                 if spec.v_of and (k_heads != v_heads or not (k_width - v_width).is_never_negative):
-                    message = f"a value of [{v_heads}, {v_width}] is no leading part of a key of [{k_heads}, {k_width}]"
-                    help = "give both the same heads, and the value a width that the key's width contains"
+                    shapes = f"[{v_heads}, {v_width}] and [{k_heads}, {k_width}]"
+                    message = f"with `v_of: k` the value must be a leading part of the key, got {shapes}"
+                    help = "use the same number of heads, and a value width of at most the key's"
                     self.sink.error("SAGE253", message, place.span("v_of"), help)
                 return CacheDef((k_heads, k_width), (v_heads, v_width), spec.v_of is not None)
         return None
 
     def _size(
-        self, place: Placed[RopeSection] | Placed[CacheSection], given: int | str, *path: str | int
+        self, place: Placed[RopeSection] | Placed[CacheSection], size: int | str, *path: str | int
     ) -> Size | None:
         """The size, or None after a finding."""
-        if isinstance(given, int):
-            if given < 1:
-                self.sink.error("SAGE210", f"{given} is not a size", place.span(*path), "sizes are at least 1")
+        if isinstance(size, int):
+            if size < 1:
+                self.sink.error("SAGE210", f"a size must be at least 1, got {size}", place.span(*path))
                 return None
-            return Size.of(given)
+            return Size.of(size)
         try:
-            return link_size(place.text(given, self.sink, *path), self.config)
+            return link_size(place.text(size, self.sink, *path), self.config)
         except Refused:
             return None
 
 
 def _tables(ropes: Iterable[RopeDef], alibi: AlibiDef | None) -> Iterable[InputDef]:
-    """cos and sin f32[P, dim/2] of every rotary section, slopes f32[heads] of ALiBi."""
+    """`cos` and `sin` f32[P, dim/2] of every rotary section, `slopes` f32[heads] of ALiBi."""
     for rope in ropes:
         type_ = ValueType("f32", (Size.symbol("P"), rope.dim.divided_by(2)))
         for table in ("cos", "sin"):
@@ -129,7 +130,7 @@ def _tables(ropes: Iterable[RopeDef], alibi: AlibiDef | None) -> Iterable[InputD
 
 
 def _caches(cache: CacheDef) -> Iterable[InputDef]:
-    """k_cache and v_cache E[PG, BS, heads, width], one pair for every layer."""
+    """`k_cache` and `v_cache` E[PG, BS, heads, width], one pair per layer."""
     for name, shape in (("k_cache", cache.k), ("v_cache", cache.v)):
         type_ = ValueType("E", (Size.symbol("PG"), Size.symbol("BS"), *shape))
         yield InputDef(name, type_, is_per_layer=True)

@@ -1,6 +1,7 @@
-"""Checks that the weights of a block which each take a part of one tensor take all of it, and nothing twice.
+"""Checks that weights which share one checkpoint tensor read all of it, and no part twice.
 
-The chain of ranges is compared symbolically. What depends on conditions is checked when a checkpoint is loaded.
+The ranges are compared symbolically, so the check holds for every config. Tensors of conditional or tied weights are
+checked when a checkpoint is loaded, because only then is it known which of the weights exist.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,8 +16,8 @@ from sageLLM.codegen.schema.models import WeightSpec
 Read = tuple[WeightDef, PartDef]
 
 
-def check_covers(weights: Iterable[WeightDef], places: Mapping[str, Placed[WeightSpec]], sink: Sink) -> None:
-    """Reports each tensor that is cut and not read exactly once."""
+def check_tensor_coverage(weights: Iterable[WeightDef], places: Mapping[str, Placed[WeightSpec]], sink: Sink) -> None:
+    """Reports each tensor that is split among weights and not read exactly once."""
     reads: dict[str, list[Read]] = {}
     for weight in weights:
         for part in weight.parts:
@@ -27,21 +28,21 @@ def check_covers(weights: Iterable[WeightDef], places: Mapping[str, Placed[Weigh
         if is_cut and is_certain and (problem := _problem(found)):
             first = found[0][0]
             names = ", ".join(dict.fromkeys(weight.name for weight, _ in found))
-            help = f"it is read by: {names}; let the ranges of `take` follow each other to the end of the axis"
+            help = f"read by {names}; make the ranges of `take` cover the axis without gaps or overlaps"
             sink.error("SAGE218", f"'{hf}' {problem}", places[first.name].span("hf"), help)
 
 
 def _problem(reads: list[Read]) -> str | None:
-    """What is wrong with the reads of one tensor, or None if its parts lie end to end along one axis."""
+    """The problem with the reads of one tensor, or None if they cover one axis without gaps or overlaps."""
     parts = [part for _, part in reads]
     if any(part.axes != parts[0].axes for part in parts):
-        return "is taken apart into different axes"
+        return "must be split into the same axes wherever it is read"
     cut = sorted({axis for part in parts for axis, _, _ in part.take})
     if len(cut) > 1:
-        return "is cut along more than one axis"
+        return "must be split along one axis only"
     ranges = [(start, stop) for part in parts for _, start, stop in part.take]
     if len(ranges) < len(parts):
-        return "is read whole and in part"
+        return "is read both whole and in part"
     return _gap(ranges, parts[0].axes[cut[0]])
 
 
@@ -50,7 +51,7 @@ def _gap(ranges: list[tuple[Size, Size]], size: Size) -> str | None:
     while left:
         following = next((found for found in left if found[0] == at), None)
         if following is None:
-            return f"is not read from {at} on, or read twice there"
+            return f"is not read exactly once at index {at}"
         left.remove(following)
         at = following[1]
-    return None if at == size else f"is read up to {at} of {size}"
+    return None if at == size else f"is read only up to index {at} of {size}"

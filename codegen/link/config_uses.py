@@ -1,4 +1,7 @@
-"""Which config names a layout reads, and which of them are sizes."""
+"""Collects the config names that a layout reads, and those that are sizes.
+
+The texts are searched by pattern before they are linked, because the type of a config name depends on its uses.
+"""
 
 import re
 from collections.abc import Iterable
@@ -15,12 +18,12 @@ _ATTR_NAME = re.compile(r"\b\w+\s*=(?!=)")
 
 
 def size_names(flat: FlatModel) -> set[str]:
-    """Config names that must be at least 1: those in shapes, and those that the runtime counts with."""
+    """Config names that must be at least 1: those in shapes, and those that the runtime requires."""
     return _names_in(_size_texts(flat)) | set(REQUIRED_NAMES)
 
 
 def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
-    """The names in all texts that can read a config name."""
+    """The names in all texts that may read a config name."""
     texts = _size_texts(flat)
     texts += [place.value for place in flat.checks]
     texts += [str(flat.alibi.value.max_bias)] if flat.alibi else []
@@ -60,9 +63,9 @@ def _names_in(texts: Iterable[str]) -> set[str]:
 
 
 def _default_of(field: ConfigField) -> list[str]:
-    """The default or constant, if it is an expression."""
-    given = field.value if field.hf is None else field.default
-    return [given] if isinstance(given, str) and field.type != "str" else []
+    """The default or constant if it is an expression."""
+    raw = field.value if field.hf is None else field.default
+    return [raw] if isinstance(raw, str) and field.type != "str" else []
 
 
 def _conditions_of(weight: WeightSpec) -> list[str]:
