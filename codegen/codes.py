@@ -1,14 +1,14 @@
-"""Every diagnostic code, once: what it means and what to do. `sagellm explain SAGE006` prints an entry.
+"""Table of diagnostic codes with explanations and remedies. `sagellm explain SAGE006` prints an entry.
 
 Ranges: 0xx YAML and schema, 1xx ops and the compute language, 2xx models, 3xx passes, 5xx the generator itself.
-A code keeps its meaning for ever; a code that is no longer used is not given out again.
+A code never changes its meaning, and the code of a removed diagnostic is never reused.
 """
 
 from typing import NamedTuple
 
 
 class CodeInfo(NamedTuple):
-    """A code's title (a noun phrase) and its explanation (why it is refused, and the remedy)."""
+    """The title of a code (a noun phrase) and its explanation: the rule, the reason and the remedy."""
 
     title: str
     explanation: str
@@ -17,45 +17,75 @@ class CodeInfo(NamedTuple):
 CODES: dict[str, CodeInfo] = {
     # YAML and schema
     "SAGE001": CodeInfo(
-        "not valid YAML", "The file does not parse as UTF-8 YAML. The caret shows where reading stopped."
+        "invalid YAML",
+        "The file must parse as UTF-8 YAML. The caret shows where parsing stopped.",
     ),
-    "SAGE002": CodeInfo("unreadable file", "The operating system refused to read the file."),
+    "SAGE002": CodeInfo(
+        "unreadable file",
+        "The operating system refused to read the file.",
+    ),
     "SAGE003": CodeInfo(
         "too large or too deep",
-        "A spec file may have 256 kB and 64 levels of nesting, so that no input can exhaust the reader.",
+        "A spec file may have at most 256 kB and 64 levels of nesting, so that no input can exhaust the reader.",
     ),
-    "SAGE004": CodeInfo("not one document", "A spec file holds exactly one YAML document."),
+    "SAGE004": CodeInfo(
+        "not a single document",
+        "A spec file must contain exactly one YAML document.",
+    ),
     "SAGE005": CodeInfo(
         "anchor, alias or tag",
-        "Anchors, aliases and tags are refused: a value means what its text says. Write it out.",
+        "Anchors, aliases and tags are refused, so that a value is exactly its text. Write the value out.",
     ),
-    "SAGE006": CodeInfo("duplicate key", "A mapping names a key twice; most readers would silently keep the last one."),
-    "SAGE007": CodeInfo("odd key", "Keys are single-line text; lists, mappings and empty keys are refused."),
-    "SAGE008": CodeInfo("number out of range", "Integers have at most 18 digits, floats fit 64 bits."),
-    "SAGE010": CodeInfo("unknown field", "The schema has no such field here. The help names the nearest one it has."),
-    "SAGE011": CodeInfo("missing field", "The schema requires the field."),
+    "SAGE006": CodeInfo(
+        "duplicate key",
+        "A mapping has the same key twice. Most YAML readers would silently keep the last one.",
+    ),
+    "SAGE007": CodeInfo(
+        "invalid key",
+        "A key must be non-empty, single-line text; lists and mappings are refused.",
+    ),
+    "SAGE008": CodeInfo(
+        "number out of range",
+        "An integer must have at most 18 digits; a float must fit 64 bits.",
+    ),
+    "SAGE010": CodeInfo(
+        "unknown field",
+        "The schema has no such field here. The help names the most similar field.",
+    ),
+    "SAGE011": CodeInfo(
+        "missing field",
+        "The schema requires the field.",
+    ),
     "SAGE012": CodeInfo(
         "wrong type",
-        "The value has another type than the schema wants. Nothing is converted: `off` is text, not false.",
+        "The value has another type than the schema requires. Values are never converted: `off` is text, not false.",
     ),
-    "SAGE013": CodeInfo("value refused", "The value has the right type but breaks a rule of the schema."),
+    "SAGE013": CodeInfo(
+        "invalid value",
+        "The value has the right type but violates a rule of the schema.",
+    ),
     "SAGE014": CodeInfo(
-        "unknown kind of file", "The first line names the kind: `schema: ops/v1`, models/v1, passes/v1, ..."
+        "unknown kind of file",
+        "The first line must name the kind of the file: `schema: ops/v1`, models/v1, passes/v1, ...",
     ),
-    "SAGE015": CodeInfo("defined twice", "Two entries of one kind have the same name; both places are shown."),
+    "SAGE015": CodeInfo(
+        "duplicate definition",
+        "Two entries of one kind have the same name; both locations are shown.",
+    ),
     # ops and the compute language
     "SAGE101": CodeInfo(
-        "expression does not parse",
-        "Expressions are one line of Python's arithmetic in plain ASCII: names, numbers, operators and calls.",
+        "syntax error",
+        "An expression is one line of Python arithmetic in plain ASCII: names, numbers, operators and calls.",
     ),
     "SAGE102": CodeInfo(
-        "not part of the language",
-        "The language has assignments, arithmetic, comparisons and named functions. Attributes, "
-        "subscripts, loops and definitions are refused, so that a spec never runs code.",
+        "unsupported syntax",
+        "The language has assignments, arithmetic, comparisons and named functions. Attributes, subscripts, "
+        "loops and definitions are refused, so that a spec never runs code.",
     ),
     "SAGE103": CodeInfo(
-        "too long, too deep or too large",
-        "An expression has at most 4000 characters and 32 levels, an integer is at most 2**53, a float is finite.",
+        "expression too large",
+        "An expression may have at most 4000 characters and 32 levels; an integer must be at most 2**53, a "
+        "float must be finite.",
     ),
     "SAGE104": CodeInfo(
         "unknown name",
@@ -63,120 +93,123 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE105": CodeInfo(
         "unknown function",
-        "The language has no such function; the help names the nearest one, or all.",
+        "The language has no such function. The help names the most similar one, or lists all.",
     ),
     "SAGE106": CodeInfo(
         "wrong arguments",
-        "A function or op got another number of arguments than it takes, or an attr that it does not have.",
+        "A call has too many or too few arguments, or an attr that the op does not have.",
     ),
     "SAGE107": CodeInfo(
-        "element types do not fit",
-        "Values of different element types never mix: cast one side, so that every rounding is visible. "
-        "Literals and attrs adapt.",
+        "element type mismatch",
+        "Element types are never converted implicitly: cast one operand, so that every rounding is visible. "
+        "Literals and attrs adopt the type of the other operand.",
     ),
     "SAGE108": CodeInfo(
-        "no such dim in the operand",
-        "A reduction, dot or gather names a dim that its operand does not have.",
+        "unknown dim of the operand",
+        "A reduction, dot or gather must name a dim of its operand.",
     ),
     "SAGE109": CodeInfo(
-        "declared otherwise",
-        "A value has another type than the output, view or hook that it is given to.",
+        "type differs from the declaration",
+        "A value must have the type of the output, view or hook that it is assigned to.",
     ),
     "SAGE110": CodeInfo(
-        "output not written",
-        "Every output is written exactly once, whole or by views that cover it.",
+        "output not assigned",
+        "Every output must be assigned exactly once, whole or by views that cover it.",
     ),
     "SAGE111": CodeInfo(
-        "written twice",
-        "Every name is written once; choose a new name for a new value.",
+        "name assigned twice",
+        "Every name is assigned once. Choose a new name for a new value.",
     ),
     "SAGE112": CodeInfo(
         "assignment to an input",
-        "Inputs are read only. For an output in an input's memory use `inplace`.",
+        "Inputs are read-only. Use `inplace` for an output that overwrites an input.",
     ),
     "SAGE113": CodeInfo(
         "cannot broadcast by name",
-        "Dims are matched by name, never by position, so a dim may stand only once in a type, and `...` "
-        "must be on both sides or cover the other side's dims.",
+        "Dims are matched by name, never by position. A dim may appear only once in a type, and `...` must "
+        "be in both operands or cover the dims of the other one.",
     ),
     "SAGE114": CodeInfo(
-        "not a type or size",
-        "A type is an element and named dims, `E[T, 2*I]`; a size is made of dims, whole numbers, + - * "
-        "and / by a number.",
+        "invalid type or size",
+        "A type is an element type and named dims, `E[T, 2*I]`. A size consists of dims, whole numbers, + - "
+        "* and / by a number.",
     ),
     "SAGE115": CodeInfo(
         "undefined dim",
-        "Dims are declared in specs/dims.yaml, under the op's `dims`, or as attrs of type dim.",
+        "A dim must be declared in specs/dims.yaml, under the op's `dims`, or as an attr of type dim.",
     ),
     "SAGE116": CodeInfo(
-        "name not possible",
-        "A name is a word of the language, shadows another one, is kept for generated code, or has the "
-        "wrong case: values are small, dims begin with a capital.",
+        "invalid name",
+        "A name must not be a keyword of the language, shadow another name, or be reserved for generated "
+        "code. Values are lower case; dims begin with a capital letter.",
     ),
     "SAGE117": CodeInfo(
-        "not a view",
-        "A view names an operand with all its dims, of which some are parts a:b inside the dim, and "
-        "perhaps another shape with as many elements.",
+        "invalid view",
+        "A view names an operand with all its dims, of which some may be slices a:b inside the dim, and "
+        "optionally another shape with the same number of elements.",
     ),
     "SAGE118": CodeInfo(
-        "no single source of meaning",
-        "An op has exactly one of `compute`, `fuses` and `reference`.",
+        "ambiguous semantics",
+        "An op must have exactly one of `compute`, `fuses` and `reference`.",
     ),
     "SAGE119": CodeInfo(
-        "unknown op in fuses",
-        "`fuses` calls an op that does not exist, or ops that are made of each other.",
+        "invalid op in fuses",
+        "`fuses` must call existing ops, and ops must not call each other in a cycle.",
     ),
     "SAGE120": CodeInfo(
-        "argument does not fit",
-        "A call passes a value of another type than the op takes.",
+        "argument type mismatch",
+        "A call must pass values of the types that the op declares.",
     ),
     "SAGE121": CodeInfo(
         "unknown op_type",
-        "The member is not in specs/op_types.yaml.",
+        "The op type must be a member in specs/op_types.yaml.",
     ),
     "SAGE122": CodeInfo(
-        "wrong inplace",
-        "`inplace` maps an output to an input of the same type.",
+        "invalid inplace",
+        "`inplace` must map an output to an input of the same type.",
     ),
     "SAGE123": CodeInfo(
-        "template missing",
-        "`reference` names a file in templates/reference.",
+        "missing template",
+        "`reference` must name a file in templates/reference.",
     ),
     "SAGE124": CodeInfo(
-        "holes and fillings differ",
-        "The holes of a template are exactly the op's kernel.hooks and kernel.params (kernel.triton for Triton).",
+        "template mismatch",
+        "The holes of a template must be exactly the op's kernel.hooks and kernel.params (kernel.triton for Triton).",
     ),
     "SAGE125": CodeInfo(
-        "wrong default",
-        "A default has the attr's type and lies within its limits and choices.",
+        "invalid default",
+        "A default must have the attr's type and satisfy its limits and choices.",
     ),
     "SAGE126": CodeInfo(
-        "wrong test case",
-        "A case gives a size of 1 to 2**20 for every dim of the op's inputs and attrs; `R` gives the leading dims.",
+        "invalid test case",
+        "A case must have a size of 1 to 2**20 for every dim of the op's inputs and dim attrs; `R` is the "
+        "size of the leading dims.",
     ),
     "SAGE127": CodeInfo(
-        "value never used",
-        "A result is neither an output nor used by another line.",
+        "unused value",
+        "A result must be an output or be used by another line.",
     ),
     "SAGE128": CodeInfo(
-        "field does not belong here",
-        "Views belong to compute, hooks and cost to reference, a rule to fuses; all but fuses name an op_type.",
+        "misplaced field",
+        "`views` require `compute`, hooks and `cost` require `reference`, `rule` requires `fuses`; all ops "
+        "without `fuses` must have `op_type`.",
     ),
     "SAGE130": CodeInfo(
-        "optional input not last",
-        "Optional inputs come after the others.",
+        "optional input before a required one",
+        "Optional inputs must come after the required ones.",
     ),
     "SAGE131": CodeInfo(
-        "may be absent",
-        "An optional input or attr is used through `optional(name, with, without)` or `present(name)`.",
+        "value may be absent",
+        "An optional input or attr must be used through `optional(name, with, without)` or `present(name)`.",
     ),
     "SAGE132": CodeInfo(
-        "not determined",
+        "undetermined dim",
         "Dims and element types of outputs follow from inputs and attrs of type dim.",
     ),
     "SAGE133": CodeInfo(
         "unknown name under ranks",
-        "`ranks` says for a reference which dims of its inputs ranks may share, and in which inputs it is linear.",
+        "`ranks` lists for a reference the dims of its inputs that may be divided over the ranks, and the "
+        "inputs in which it is linear.",
     ),
     "SAGE134": CodeInfo(
         "unknown input under epilogue_of",
@@ -184,202 +217,306 @@ CODES: dict[str, CodeInfo] = {
     ),
     # models
     "SAGE201": CodeInfo(
-        "unusable base layout",
-        "`extends` names a layout that does not exist, or one that itself extends another. One level is allowed.",
+        "invalid base layout",
+        "`extends` must name an existing layout that does not extend another one. One level is allowed.",
     ),
     "SAGE202": CodeInfo(
-        "patch without its place",
-        "A patch's `before`, `after` or `replace` must begin exactly one inherited statement; spaces do not count.",
+        "ambiguous patch",
+        "The `before`, `after` or `replace` of a patch must be the beginning of exactly one inherited "
+        "statement; whitespace is ignored.",
     ),
     "SAGE203": CodeInfo(
         "incomplete layout",
-        "A layout needs a program and what it returns; a block needs args, a body, returns and an op type, and with "
-        "weights also `hf`.",
+        "A layout must have a program and returns; a block must have args, a body, returns and an op type, "
+        "and with weights also `hf`.",
     ),
     "SAGE204": CodeInfo(
-        "unusable name",
-        "Names become Python names in generated code; keywords and names that mean something are taken.",
+        "invalid name",
+        "Names become Python names in generated code, so keywords and names that generated code uses are reserved.",
     ),
-    "SAGE205": CodeInfo("unknown config name", "An expression may use names that stand before it under `config`."),
+    "SAGE205": CodeInfo(
+        "unknown config name",
+        "An expression may use the names that are defined before it under `config`.",
+    ),
     "SAGE206": CodeInfo(
-        "not a config expression",
-        "Config values, defaults, checks, conditions and attrs are plain values or expressions of config names, of the "
-        "declared type. What may be null is asked for with `is null` before it is used; lists are read by `name[i]`, "
-        "the layer, or with `in`.",
+        "invalid config expression",
+        "Config values, defaults, checks, conditions and attrs are constants or expressions of config names, "
+        "of the declared type. A value that may be null must be tested with `is null` before it is used; "
+        "lists are read by `name[i]`, where i is the layer, or with `in`.",
     ),
     "SAGE207": CodeInfo(
-        "missing config name", "The runtime reads H, L, Nq, Nkv, D, V and max_position of every layout."
+        "missing config name",
+        "Every layout must define H, L, Nq, Nkv, D, V and max_position, which the runtime reads.",
     ),
     "SAGE208": CodeInfo(
-        "config name that nothing reads",
-        "A layout with `extends` changes names of its parent, or adds names that weights, statements, checks or "
-        "defaults read. Any other name is a misspelt one, which would leave the parent's as it is.",
+        "unused config name",
+        "A layout with `extends` may redefine names of its parent, or add names that weights, statements, "
+        "checks or defaults read. Any other name is likely misspelt, and the parent's name would keep its "
+        "value.",
     ),
     "SAGE209": CodeInfo(
         "nothing to drop",
-        "`drop` takes away config names, weights and checks that are inherited, each named exactly.",
+        "`drop` removes inherited config names, weights and checks; each must be named exactly.",
     ),
-    "SAGE210": CodeInfo("unknown size", "Shapes are made of integer config names; `tp.divides` names such sizes."),
-    "SAGE211": CodeInfo("source does not fill", "The checkpoint tensors of a weight must fill its shape exactly."),
+    "SAGE210": CodeInfo(
+        "unknown size",
+        "Shapes consist of integer config names; `tp.divides` names such sizes.",
+    ),
+    "SAGE211": CodeInfo(
+        "source does not fill the weight",
+        "The checkpoint tensors of a weight must fill its shape exactly.",
+    ),
     "SAGE212": CodeInfo(
-        "not a tensor name", "Tensor names hold letters, digits, `.`, `_`, `-`, and `{i}` for the number of the layer."
+        "invalid tensor name",
+        "Tensor names may contain letters, digits, `.`, `_`, `-`, and `{i}` for the layer index.",
     ),
     "SAGE213": CodeInfo(
-        "broken tie", "A tied weight names one other weight of the same shape that is not tied itself."
+        "invalid tie",
+        "A tied weight must name another weight of the same shape that is not tied itself.",
     ),
     "SAGE214": CodeInfo(
-        "not a condition", "`when` is a condition on the config: a boolean name, a comparison, `and`, `or`, `not`."
+        "not a condition",
+        "`when` is a condition on the config: a boolean name, a comparison, `and`, `or`, `not`.",
     ),
-    "SAGE215": CodeInfo("unused weight", "A weight that no statement reads would be loaded for nothing."),
+    "SAGE215": CodeInfo(
+        "unused weight",
+        "Every weight must be read by a statement; otherwise it would be loaded without use.",
+    ),
     "SAGE217": CodeInfo(
-        "not a rearrangement",
-        "`rearrange` takes a tensor apart into axes and puts them together in another order, as in "
-        "`(Nq c D) H -> (c Nq D) H`; each side names every axis once.",
+        "invalid rearrangement",
+        "`rearrange` splits a tensor into axes and merges them in another order, as in `(Nq c D) H -> (c Nq "
+        "D) H`; each side names every axis once.",
     ),
     "SAGE218": CodeInfo(
         "tensor not read exactly once",
-        "Weights that each take a part of one tensor must take all of it, once.",
+        "Weights that read parts of one tensor must together read all of it, and no part twice.",
     ),
-    "SAGE220": CodeInfo("not a statement", "A statement is `names = op(values, attr=...)`; loops are `repeat: L`."),
-    "SAGE221": CodeInfo("unknown op", "A statement calls an op of specs/ops, a block, or in a block `attend`."),
-    "SAGE222": CodeInfo("wrong count", "The call has too few or too many values or results."),
+    "SAGE220": CodeInfo(
+        "invalid statement",
+        "A statement is `names = op(values, attr=...)`; the loop over the layers is `repeat: L`.",
+    ),
+    "SAGE221": CodeInfo(
+        "unknown op",
+        "A statement calls an op of specs/ops, a block or, in a block, `attend`.",
+    ),
+    "SAGE222": CodeInfo(
+        "wrong number of values",
+        "The call has too few or too many arguments or results.",
+    ),
     "SAGE223": CodeInfo(
-        "unbound name", "A value is a weight, an argument, an earlier result, or from specs/inputs.yaml."
+        "undefined name",
+        "A value must be a weight, an argument, an earlier result, or an input of specs/inputs.yaml.",
     ),
     "SAGE224": CodeInfo(
-        "operand does not fit", "The value's element type or sizes are not those that the op declares."
+        "operand type mismatch",
+        "The value must have the element type and sizes that the op declares.",
     ),
     "SAGE225": CodeInfo(
-        "attr does not fit", "The op has no such attr, needs one that is not given, or has another type."
+        "invalid attr",
+        "The op has no such attr, requires one that is missing, or declares another type.",
     ),
-    "SAGE226": CodeInfo("absent value", "A weight with `when` may be absent, so only an optional operand can take it."),
-    "SAGE227": CodeInfo("loop does not close", "A carried value has the same type before and after each turn."),
+    "SAGE226": CodeInfo(
+        "absent value",
+        "A weight with `when` may be absent, so it may only be passed to an optional operand.",
+    ),
+    "SAGE227": CodeInfo(
+        "loop does not close",
+        "A carried value must be assigned before the loop and keep its type in every iteration.",
+    ),
     "SAGE228": CodeInfo(
-        "wrong result",
-        "A result is made by a statement; a block's has one row per token. A program returns logits and tokens, or "
-        "rows that are embeddings: E[T, ...] or E[B, ...].",
+        "invalid result",
+        "A result must be assigned by a statement. A block returns one row per token. A program returns "
+        "logits and tokens, or rows of embeddings: E[T, ...] or E[B, ...].",
     ),
-    "SAGE229": CodeInfo("phase not mapped", "Every phase (prefill, decode, hybrid) needs an op that serves it."),
-    "SAGE230": CodeInfo("unknown op type", "A block's op type is a member of specs/op_types.yaml."),
-    "SAGE231": CodeInfo("architecture read twice", "One layout reads the checkpoints of an architecture."),
-    "SAGE232": CodeInfo("block called twice", "A block has one set of weights per layer, so a layer calls it once."),
+    "SAGE229": CodeInfo(
+        "phase not mapped",
+        "Every phase (prefill, decode, hybrid) must have an op that supports it.",
+    ),
+    "SAGE230": CodeInfo(
+        "unknown op type",
+        "The op type of a block must be a member in specs/op_types.yaml.",
+    ),
+    "SAGE231": CodeInfo(
+        "duplicate architecture",
+        "The checkpoints of an architecture must be read by one layout only.",
+    ),
+    "SAGE232": CodeInfo(
+        "block called twice",
+        "A block has one set of weights per layer, so a layer may call it only once.",
+    ),
     "SAGE240": CodeInfo(
-        "sharding does not fit",
-        "A weight's `tp` must divide the dim that `tp.divides` makes local, and say what completes the result.",
+        "invalid sharding",
+        "The `tp` of a weight must shard the dim that `tp.divides` divides, and name the collective that "
+        "completes the result.",
     ),
     "SAGE241": CodeInfo(
-        "unfinished sum",
-        "A rank's part of a sum over ranks is completed where the program calls the block. Before that it may only go "
-        "where an op is linear: parts add up to parts, a part times a whole value is a part.",
+        "unreduced partial sum",
+        "A partial sum over the ranks is reduced where the program calls the block. Before that it may only "
+        "be passed to operations that are linear in it: sums of partial sums, and products with complete "
+        "values.",
     ),
-    "SAGE242": CodeInfo("bias added per rank", "A bias of a sum over ranks is kept on the first rank only."),
-    "SAGE243": CodeInfo("communication in a layout", "Where ranks talk follows from the weights' `tp`."),
+    "SAGE242": CodeInfo(
+        "bias added per rank",
+        "The bias of a result that is summed over the ranks must be kept on the first rank only.",
+    ),
+    "SAGE243": CodeInfo(
+        "collective in a layout",
+        "Layouts do not call collectives: these follow from `tp` of the weights.",
+    ),
     "SAGE244": CodeInfo(
-        "op needs what ranks share",
-        "A rank has a share of the sizes in `tp.divides`; an op that goes over such a dim would see its share alone.",
+        "op on a sharded dim",
+        "The sizes in `tp.divides` are divided over the ranks. An op that reduces or indexes such a dim "
+        "would see only one rank's shard of it.",
     ),
-    "SAGE250": CodeInfo("unusable rope key", "The rope section names keys of config.json."),
+    "SAGE250": CodeInfo(
+        "invalid rope key",
+        "The `rope` section must name keys of config.json.",
+    ),
     "SAGE252": CodeInfo(
-        "tables for another rotation",
-        "`rope.layout` says which components are turned together: j and j + dim/2 (`half`, the op rope), or 2j and "
-        "2j + 1 (`interleaved`, the op rope_interleaved). The ops must agree with it.",
+        "rotary table mismatch",
+        "`rope.layout` sets the pairs of components that are rotated together: j and j + dim/2 (`half`, op "
+        "rope), or 2j and 2j + 1 (`interleaved`, op rope_interleaved). The ops must match it.",
     ),
     "SAGE253": CodeInfo(
         "value outside the key",
-        "With `v_of: k` a layer keeps keys only, and each value is the leading part of its key: it has the same heads "
-        "and is no wider.",
+        "With `v_of: k` a layer caches keys only, and each value is the leading part of its key: it must "
+        "have the same heads and be at most as wide.",
     ),
     # passes
-    "SAGE301": CodeInfo("unknown stage", "The stages of the pipeline stand in order in specs/passes/stages.yaml."),
-    "SAGE302": CodeInfo("unknown op type", "A pass selects nodes by a member of specs/op_types.yaml."),
+    "SAGE301": CodeInfo(
+        "unknown stage",
+        "The stages of the pipeline are listed in order in specs/passes/stages.yaml.",
+    ),
+    "SAGE302": CodeInfo(
+        "unknown op type",
+        "A pass selects nodes by a member of specs/op_types.yaml.",
+    ),
     "SAGE303": CodeInfo(
-        "no op to derive from", "`from_op` names an op that has `fuses`, which is the pattern, and a `rule`."
+        "no op to derive from",
+        "`from_op` must name an op with `fuses`, which is the pattern, and `rule`.",
     ),
     "SAGE304": CodeInfo(
-        "op of another pass", "The op's `rule` and the pass that lists it with `from_op` must name each other."
+        "op of another pass",
+        "The `rule` of an op and the pass that lists it with `from_op` must name each other.",
     ),
     "SAGE305": CodeInfo(
-        "not a line of a rule",
-        "A line of `match` or `rewrite` is `values = op(values, attr=name)`: operands are names, attrs are given names "
-        "or constants.",
+        "invalid line of a rule",
+        "A line of `match` or `rewrite` is `values = op(values, attr=name)`: operands are names, attrs are "
+        "names or constants.",
     ),
-    "SAGE306": CodeInfo("unknown op in a rule", "A line of `match` or `rewrite` calls an op of specs/ops."),
+    "SAGE306": CodeInfo(
+        "unknown op in a rule",
+        "A line of `match` or `rewrite` must call an op of specs/ops.",
+    ),
     "SAGE307": CodeInfo(
-        "wrong count in a rule",
-        "A line names every result of the op, and its operands in order; only optional ones may be left out.",
+        "wrong number of values in a rule",
+        "A line must name every result of the op, and its operands in order; only optional ones may be omitted.",
     ),
-    "SAGE308": CodeInfo("unknown attr in a rule", "A line gives an attr that the op does not have."),
-    "SAGE309": CodeInfo("value given twice", "Each result in a pattern has a name of its own."),
+    "SAGE308": CodeInfo(
+        "unknown attr in a rule",
+        "A line names an attr that the op does not have.",
+    ),
+    "SAGE309": CodeInfo(
+        "duplicate result",
+        "The results of a pattern must have distinct names.",
+    ),
     "SAGE310": CodeInfo(
         "unbound name in a rewrite",
-        "A rewrite reads what the pattern reads, and what its own earlier lines give. What the pattern computes is "
-        "taken out of the graph, so the rewrite must compute it itself before reading it.",
+        "A rewrite may read the inputs of the pattern and the results of its own earlier lines. The values "
+        "that the pattern computes are removed from the graph, so the rewrite must compute them itself "
+        "before it reads them.",
     ),
     "SAGE311": CodeInfo(
-        "kept value not given",
-        "The nodes behind the pattern go on reading its result and the values under `keep`, so the rewrite gives each "
-        "of them under the same name.",
+        "kept value not produced",
+        "Consumers of the pattern still read its result and the values under `keep`, so the rewrite must "
+        "produce each of them under the same name.",
     ),
     "SAGE312": CodeInfo(
         "disconnected pattern",
-        "Matching starts at the last line and goes from there along values: from a value to the node that gives it, or "
-        "to one that reads it. So every line has a value in common with lines that lead to the last one.",
+        "Matching starts at the last line and follows values: from a value to its producer, or to one of its "
+        "consumers. So every line must share a value with lines that are connected to the last one.",
     ),
     "SAGE313": CodeInfo(
         "rule never fires",
-        "Wherever its pattern stands, another rule that is tried before it takes a part of it. Rules are tried in the "
-        "order of their passes, then of their benefit, then as written; nodes are visited in the order of the graph.",
+        "Another rule that is tried first replaces a part of the pattern wherever it occurs. Rules are tried "
+        "in the order of their passes, then by benefit, then as written; nodes are visited in graph order.",
     ),
     "SAGE314": CodeInfo(
-        "rewriting may never end", "Rules that do not shrink the graph put in what each other look for, in a circle."
+        "rewriting may not terminate",
+        "Rules that do not shrink the graph produce each other's patterns in a cycle.",
     ),
     "SAGE315": CodeInfo(
-        "rule without its pass", "An op's `rule` names a pass that exists and lists the op with `from_op`."
+        "rule without its pass",
+        "The `rule` of an op must name an existing pass that lists the op with `from_op`.",
     ),
-    "SAGE316": CodeInfo("unknown model", "`expect` lists models of specs/models; `*` stands for all others."),
+    "SAGE316": CodeInfo(
+        "unknown model",
+        "`expect` must list models of specs/models; `*` applies to all others.",
+    ),
     "SAGE317": CodeInfo(
-        "not a count",
-        "A formula under `expect` is made of integer config names that all of its models have, integers and + - * //.",
+        "invalid count",
+        "A formula under `expect` consists of integer config names that all of its models have, integers and + - * //.",
     ),
-    "SAGE318": CodeInfo("unknown pass", "`after` and `before` name passes."),
-    "SAGE319": CodeInfo("passes in a circle", "`after` and `before` must leave an order in which the passes can run."),
+    "SAGE318": CodeInfo(
+        "unknown pass",
+        "`after` and `before` must name passes.",
+    ),
+    "SAGE319": CodeInfo(
+        "cycle of passes",
+        "`after` and `before` must allow an order of the passes.",
+    ),
     "SAGE320": CodeInfo(
-        "types that do not go together",
-        "A value of a rule has another number of dims, or another element type, in one line than in the lines before: "
-        "no graph has such a value.",
+        "contradictory types",
+        "A value of a rule has another number of dims, or another element type, than in the lines before, so "
+        "no graph can match.",
     ),
     "SAGE321": CodeInfo(
-        "not a condition of a rule",
-        "A `where` of a rule compares numbers, texts and attrs that the pattern names. Of a value one may ask "
-        "`bytes(x)`, `size(x, 0)`, `rank(x)` and `dtype(x)`.",
+        "invalid condition of a rule",
+        "A `where` of a rule compares numbers, strings and attrs that the pattern names. The functions of a "
+        "value are `bytes(x)`, `size(x, 0)`, `rank(x)` and `dtype(x)`.",
     ),
     "SAGE322": CodeInfo(
         "model counted twice",
-        "A model is in one of the lists under `expect`, and its count is the formula before that list.",
+        "A model must be in only one of the lists under `expect`; its count is the formula of that list.",
     ),
     "SAGE331": CodeInfo(
         "op does not fit the pass",
-        "A pass that cuts, joins or moves values puts ops into the graph: one that joins rows, one that gives the "
-        "first rows and the rest, one that sends and one that receives.",
+        "A pass that splits, joins or moves values inserts ops with a fixed signature: concatenation of "
+        "rows, split into the first rows and the rest, send, and receive.",
     ),
     "SAGE332": CodeInfo(
-        "no function for a pass",
-        "`function` names `package.module:function`. The package's own passes name functions of runtime/core/passes; "
-        "an overlay may name one of its own.",
+        "invalid function of a pass",
+        "`function` must be `package.module:function`. Passes of the package name functions of "
+        "runtime/core/passes; an overlay may name its own.",
     ),
     "SAGE340": CodeInfo(
         "expectation missed",
-        "The rules of a pass fire more or less often in a model's graph than `expect` says, on its tiny config. "
-        "The reasons say how far each rule got and what stood in its way. Mend the rule, or the count.",
+        "The rules of a pass fire more or less often in a model's graph than `expect` states, for its tiny "
+        "config. The near misses show how far each rule matched and what failed. Fix the rule or the count.",
     ),
     # the generator itself
-    "SAGE501": CodeInfo("not written", "The generated files could not be written; the tree was left as it was."),
-    "SAGE502": CodeInfo("no specs", "A spec folder holds no .yaml file, or does not exist."),
+    "SAGE501": CodeInfo(
+        "not written",
+        "The generated files could not be written; the tree is unchanged.",
+    ),
+    "SAGE502": CodeInfo(
+        "no specs",
+        "The spec folder does not exist or contains no .yaml file.",
+    ),
     "SAGE503": CodeInfo(
         "generated code does not parse",
-        "A template made text that is not Python. This is a fault of the template, not of a spec.",
+        "A template produced text that is not valid Python. This is a bug in the template, not in a spec.",
     ),
-    "SAGE504": CodeInfo("two files, one output", "Two spec files have the same stem, which names the generated file."),
-    "SAGE505": CodeInfo("file not ours", "A file stands where generated code would go and was not generated."),
-    "SAGE506": CodeInfo("drift", "The generated tree differs from what the specs say. Run `make generate`."),
+    "SAGE504": CodeInfo(
+        "duplicate stem",
+        "Two spec files have the same stem, which is the name of the generated file.",
+    ),
+    "SAGE505": CodeInfo(
+        "unmanaged file",
+        "The path of a generated file is occupied by a file that was not generated.",
+    ),
+    "SAGE506": CodeInfo(
+        "drift",
+        "The generated tree differs from the specs. Run `make generate`.",
+    ),
 }

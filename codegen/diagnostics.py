@@ -1,4 +1,4 @@
-"""Diagnostics: what a user reads when a spec is wrong, with the place, the sentence and the remedy."""
+"""Diagnostics of specs: a code, a sentence, a source location and a remedy."""
 
 import difflib
 import unicodedata
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
-    """A place in a spec file. Lines and columns are counted from 1, `width` is in characters."""
+    """A location in a spec file. Lines and columns are counted from 1, `width` is in characters."""
 
     file: str
     line: int
@@ -21,7 +21,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One finding: a stable code (see `codegen.codes`), a sentence, a place and, if known, the remedy."""
+    """One finding: a stable code (see `codegen.codes`), a sentence, a location and, if known, the remedy."""
 
     code: str
     message: str
@@ -49,7 +49,7 @@ def _position(diagnostic: Diagnostic) -> tuple[str, int, int, str, str]:
 
 @dataclass(slots=True)
 class Sink:
-    """Collects the findings of a stage, so that a user sees all of them at once."""
+    """Collects the findings of a stage, so that all of them are reported at once."""
 
     diagnostics: list[Diagnostic] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ class Sink:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """The help line for a misspelt name: the nearest known one, else the whole (short) list."""
+    """The help line for an unknown name: the nearest known one, else the whole list if it is short."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
@@ -84,7 +84,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
 def render(diagnostic: Diagnostic, read_line: Callable[[str, int], str | None]) -> str:
     """The finding as text: `file:line:column: error[CODE]: sentence`, the line, the caret, the help.
 
-    `read_line(file, line)` gives the source line, or None where it is not at hand.
+    `read_line(file, line)` returns the source line, or None where it is not available.
     """
     parts = [_visible(str(diagnostic))]
     if diagnostic.span:
@@ -106,5 +106,5 @@ def _excerpt(span: Span, read_line: Callable[[str, int], str | None]) -> list[st
 
 
 def _visible(text: str) -> str:
-    """Text safe to print: control and direction-changing characters are shown as `?`."""
+    """Text that is safe to print: control and bidirectional characters are replaced by `?`."""
     return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n" else c for c in text)

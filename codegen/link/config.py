@@ -50,7 +50,7 @@ def link_config(flat: FlatModel, sizes: set[str], taken: Iterable[str], sink: Si
         if not _NAME.match(name) or keyword.iskeyword(name) or name in _RESERVED | dims:
             is_reserved = _NAME.match(name) is not None
             help = "choose another name" if is_reserved else "use letters, digits and `_`, at most 32 characters"
-            message = f"'{name}' is reserved" if is_reserved else f"expected a config name, got '{name}'"
+            message = f"the name '{name}' is reserved" if is_reserved else f"expected a config name, got '{name}'"
             sink.error("SAGE204", message, field.key_span(), help)
             continue
         try:
@@ -214,7 +214,7 @@ def _refined(
     """The declared type if a value of the type found is allowed there (an int counts as a float)."""
     expected = declared or found
     if expected != found and not (expected == "float" and found == "int"):
-        message = f"the {origin}: expected {expected}, got {found}"
+        message = f"{origin}: expected {expected}, got {found}"
         sink.error("SAGE206", message, place.span(origin), f"change the {origin} or `type`")
         raise Refused
     return expected

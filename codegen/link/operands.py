@@ -36,7 +36,7 @@ class Match:
         for dim, size in zip(dims, sizes, strict=True):
             problem = self._dim(dim, size)
             if problem is not None:
-                return f"{declared} with {problem}"
+                return f"{declared} with {problem}" if problem else str(declared)
         return None
 
     def _element(self, declared: str, actual: str) -> str | None:
@@ -56,7 +56,9 @@ class Match:
         marked = declared.substitute({name: self.dims.get(name, Size.symbol(f".{name}")) for name in declared.symbols})
         unknown = [symbol for symbol in marked.symbols if symbol.startswith(".")]
         if not unknown:
-            return None if marked == size else f"{declared} = {_shown(marked)}"
+            if marked == size:
+                return None
+            return f"{declared} = {_shown(marked)}" if str(declared) != _shown(marked) else ""
         solved = marked.solve(unknown[0], size) if len(unknown) == 1 else None
         if solved is None:
             return f"a size {declared}"

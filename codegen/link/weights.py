@@ -103,7 +103,7 @@ class WeightLinker:
         if spec.segments is None:
             found = derived_segments(weight.parts, dim, self._is_divided)
             if found is None:
-                message = f"the segments of dim {dim} of '{weight.name}', {weight.dims[dim]}, must be given"
+                message = f"`tp` must list the segments of dim {dim} of '{weight.name}', {weight.dims[dim]}"
                 help = "write `segments: [SIZE, ...]`, in order; each segment is divided over the ranks"
                 self.sink.error("SAGE240", message, place.span("tp"), help)
             return found

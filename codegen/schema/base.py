@@ -1,4 +1,4 @@
-"""The strict base of every spec schema, and the words for what pydantic finds."""
+"""The strict base class of all spec schemas, and the diagnostics for schema violations."""
 
 from typing import Any, TypeVar, get_args
 
@@ -12,13 +12,13 @@ S = TypeVar("S", bound="Strict")
 
 
 class Strict(BaseModel):
-    """A mapping with known fields only, whose values are taken as they are, never converted."""
+    """A mapping with known fields only. Values are never converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
 def validate(schema: type[S], doc: Document, sink: Sink) -> S | None:
-    """The document's data as `schema`, or None after reporting every violation with its place."""
+    """The document's data as `schema`, or None after reporting every violation with its location."""
     try:
         return schema.model_validate(doc.data)
     except ValidationError as error:
@@ -43,7 +43,7 @@ def _report(detail: ErrorDetails, schema: type[Strict], doc: Document, sink: Sin
             sink.error("SAGE012", _wrong_type(detail, ".".join(map(str, path))), doc.span(*path))
 
 
-_WANTED = {
+_EXPECTED = {
     "string_type": "text",
     "int_type": "an integer",
     "float_type": "a number",
@@ -59,9 +59,9 @@ _WANTED = {
 def _wrong_type(detail: ErrorDetails, where: str) -> str:
     place = f"'{where}'" if where else "the file"
     if detail["type"] == "literal_error":
-        return f"{place} wants {detail['ctx']['expected']}, got {_shown(detail['input'])}"
-    if wanted := _WANTED.get(detail["type"]):
-        return f"{place} wants {wanted}, got {_shown(detail['input'])}"
+        return f"{place}: expected {detail['ctx']['expected']}, got {_shown(detail['input'])}"
+    if expected := _EXPECTED.get(detail["type"]):
+        return f"{place}: expected {expected}, got {_shown(detail['input'])}"
     return f"{place}: {detail['msg'][:1].lower()}{detail['msg'][1:]}, got {_shown(detail['input'])}"
 
 
@@ -82,7 +82,7 @@ def _shown(value: Any) -> str:
 
 
 def _data_path(loc: tuple[int | str, ...], doc: Document) -> YamlPath:
-    """The part of pydantic's location that exists in the data: names of union members are left out."""
+    """The part of pydantic's location that exists in the data, without the names of union members."""
     value: Any = doc.data
     path: list[str | int] = []
     for i, step in enumerate(loc):
@@ -99,7 +99,7 @@ def _has(value: Any, step: int | str) -> bool:
 
 
 def _fields_at(schema: type[Strict], path: YamlPath) -> list[str]:
-    """The fields that `schema` knows at `path`, for the did-you-mean line."""
+    """The fields of `schema` at `path`, for the did-you-mean line."""
     found: list[Any] = [schema]
     for step in path:
         found = [inner for kind in found for inner in _step_into(kind, step)]

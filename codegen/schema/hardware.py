@@ -1,4 +1,4 @@
-"""What a hardware file may say: the limits of one device, as the cost model reads them."""
+"""Schema of hardware files: the limits of one device, for the cost model."""
 
 from typing import Literal
 
@@ -15,35 +15,35 @@ class LinkSpec(Strict):
 
 
 class ProductsSpec(Strict):
-    """How matrix products are cut into blocks on a CPU. A block's sums have to fit into the registers."""
+    """Block sizes of CPU matrix products. The accumulators of a block must fit into the registers."""
 
-    rows: int = Field(ge=1, le=14, description="rows of a block, in registers of 16 float32 lanes")
-    panels: int = Field(ge=1, le=4, description="panels of 16 output features of a block, in such registers")
-    narrow_rows: int = Field(ge=1, le=14, description="rows of a block where registers are narrower")
-    narrow_panels: int = Field(ge=1, le=4, description="panels of a block where registers are narrower")
+    rows: int = Field(ge=1, le=14, description="rows of a block, with registers of 16 float32 lanes")
+    panels: int = Field(ge=1, le=4, description="panels of 16 output features per block, with such registers")
+    narrow_rows: int = Field(ge=1, le=14, description="rows of a block with narrower registers")
+    narrow_panels: int = Field(ge=1, le=4, description="panels of a block with narrower registers")
     prepared_bytes: int = Field(
-        ge=1024, description="bytes of input rows, in the kernel's form, that stay in the cache"
+        ge=1024, description="bytes of input rows, packed for the kernel, that stay in the cache"
     )
-    chunk_bytes: int = Field(ge=1024, description="bytes of a weight that stay in the cache while the rows pass")
+    chunk_bytes: int = Field(ge=1024, description="bytes of a weight that stay in the cache while all rows use it")
     rows_per_part: int = Field(
-        ge=1, description="rows that are worth a part of the work of their own; fewer share the weight"
+        ge=1, description="rows from which work is divided by rows; with fewer rows, by output features"
     )
-    ahead_bytes: int = Field(ge=0, description="of a panel, between what a block reads and what it fetches")
-    streams: int = Field(ge=1, le=16, description="pieces of memory that a core reads in turn when it fetches a weight")
+    ahead_bytes: int = Field(ge=0, description="prefetch distance within a panel")
+    streams: int = Field(ge=1, le=16, description="memory regions that a core reads in turn when it streams a weight")
 
 
 class HardwareFile(Strict):
     """`specs/hardware/NAME.yaml`: one device type."""
 
     schema_: Literal["hardware/v1"] = Field(alias="schema")
-    hardware: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="the name, as commands take it")
+    hardware: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="the name in commands")
     summary: str
-    source: str = Field(description="where the figures come from")
+    source: str = Field(description="the source of the figures")
     peak_flops: dict[Literal["f32", "bf16", "f16", "f64", "i8"], float] = Field(description="operations per second")
     memory_bandwidth: float = Field(gt=0, description="bytes per second")
     memory_bytes: int = Field(gt=0)
-    launch_overhead_us: float = Field(ge=0, description="time that each kernel costs besides its work")
+    launch_overhead_us: float = Field(ge=0, description="fixed time per kernel launch")
     link: LinkSpec
     host_link: LinkSpec
     products: ProductsSpec | None = Field(default=None, description="block sizes of CPU kernels for matrix products")
-    efficiency: dict[str, float] = Field(default={}, description="share of the limit reached, per op tag")
+    efficiency: dict[str, float] = Field(default={}, description="fraction of the limit reached, per op tag")

@@ -1,4 +1,4 @@
-"""What a model file may say: the layout of one decoder family, or what it changes in another one."""
+"""Schema of model files: the layout of one model family, complete or as changes to another one."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -25,11 +25,11 @@ OpTypes = Annotated[Text | Annotated[dict[PhaseName, str], Tag("mapping")], Disc
 
 
 class ArchitecturesSpec(Strict):
-    """The checkpoints that this layout reads: those whose config.json has one of these `architectures`."""
+    """The checkpoints that this layout reads, selected by `architectures` in config.json."""
 
     architectures: list[str] = Field(min_length=1)
     prefix: str = Field(
-        default="", description="begins the tensors' names; checkpoints of the bare model, which lack it, are read too"
+        default="", description="common prefix of tensor names; checkpoints of the bare model, without it, are read too"
     )
 
 
@@ -37,35 +37,35 @@ class ConfigField(Strict):
     """One name of the layout: read from config.json, or fixed by `value`."""
 
     hf: Keys | None = Field(
-        default=None, description="key of config.json, dotted for nested ones; a list gives fallbacks"
+        default=None, description="key of config.json, dotted for nested keys, or a list of keys tried in order"
     )
     default: Value = Field(
-        default=None, description="when the key is absent or null; text is an expression of earlier names"
+        default=None, description="value if the key is absent or null; a string is an expression of earlier names"
     )
-    value: Value = Field(default=None, description="what the family fixes: a constant, or text as in `default`")
+    value: Value = Field(default=None, description="value fixed by the family: a constant, or a string as in `default`")
     type: ConfigTypeName | None = Field(
-        default=None, description="inferred from the default; else int. `str[L]`: one per layer; `int[]`: any number"
+        default=None, description="inferred from the default, else int. `str[L]`: one per layer; `int[]`: any length"
     )
     doc: str | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if ("value" in self.model_fields_set) == (self.hf is not None):
-            raise ValueError("a config name takes `hf: KEY` or `value: CONSTANT`, one of the two")
+            raise ValueError("a config name must have either `hf: KEY` or `value: CONSTANT`")
         if self.hf is None and "default" in self.model_fields_set:
-            raise ValueError("`default` goes with `hf: KEY`; a constant needs none")
+            raise ValueError("`default` requires `hf: KEY`")
         return self
 
 
 class BaseFrequency(Strict):
-    """Where the rotary base frequency stands in config.json."""
+    """Keys of config.json for the rotary base frequency."""
 
     hf: list[str] = Field(min_length=1)
     default: float
 
 
 class ScalingSpec(Strict):
-    """Where the rotary scaling stands in config.json, and which types the runtime computes."""
+    """Keys of config.json for the rotary scaling, and the scaling types that the layout allows."""
 
     hf: list[str] = Field(min_length=1)
     allow: list[str] = Field(min_length=1)
@@ -75,10 +75,10 @@ class RopeSection(Strict):
     """Rotary position embedding (Su et al. 2021): the tables `cos` and `sin`, [P, dim/2]."""
 
     base: BaseFrequency
-    dim: DimText = Field(description="how many of a head's components are rotated; `rope` leaves the others")
+    dim: DimText = Field(description="number of rotated components per head; the others are unchanged")
     layout: Literal["half", "interleaved"] = Field(
         default="half",
-        description="component j is paired with j + dim/2 (op `rope`), or 2j with 2j + 1 (op `rope_interleaved`)",
+        description="pairs of components: j and j + dim/2 (op `rope`), or 2j and 2j + 1 (op `rope_interleaved`)",
     )
     scaling: ScalingSpec | None = None
 
@@ -99,79 +99,83 @@ RopeForm = Annotated[
 class AlibiSection(Strict):
     """ALiBi (Press et al. 2021): the table `slopes`, [heads]."""
 
-    heads: str = Field(description="the config name of the query heads")
+    heads: str = Field(description="config name of the number of query heads")
     max_bias: float | str = Field(
-        default=8.0, description="the slopes go down to 2 ** -max_bias; a number, or a config name"
+        default=8.0, description="the smallest slope is 2 ** -max_bias; a number or a config name"
     )
 
 
 class CacheSection(Strict):
-    """What one layer keeps of one token: `[heads, width]` of its key and of its value."""
+    """KV cache of one token in one layer: `[heads, width]` of its key and of its value."""
 
     k: list[DimText] = Field(default=["Nkv", "D"], min_length=2, max_length=2)
     v: list[DimText] = Field(default=["Nkv", "D"], min_length=2, max_length=2)
     v_of: Literal["k"] | None = Field(
-        default=None, description="the value is the leading part of the key and takes no memory of its own"
+        default=None, description="the value is the leading part of the key and is not stored separately"
     )
 
 
 class ShardSpec(Strict):
-    """What tensor parallelism does with a weight."""
+    """Sharding of a weight under tensor parallelism."""
 
     shard: int | None = Field(default=None, ge=0, description="the dim that is divided over the ranks")
     kind: Literal["rows", "vocab"] = "rows"
-    then: Literal["all_reduce", "all_gather"] | None = Field(default=None, description="what completes the result")
-    keep: Literal["first"] | None = Field(default=None, description="rank 0 alone holds it: a bias of a reduced sum")
+    then: Literal["all_reduce", "all_gather"] | None = Field(
+        default=None, description="collective that completes the result"
+    )
+    keep: Literal["first"] | None = Field(
+        default=None, description="held by rank 0 only, as the bias of a result that is summed over the ranks"
+    )
     segments: list[DimText] | None = Field(
         default=None,
         min_length=1,
-        description="sizes along the dim that are divided each for itself, such as q, k and v of one packed tensor",
+        description="sizes along the dim that are divided separately, such as q, k and v of a packed tensor",
     )
 
     @model_validator(mode="after")
-    def _one_way(self) -> Self:
+    def _one_form(self) -> Self:
         if (self.shard is None) == (self.keep is None):
-            raise ValueError("`tp` takes `shard: DIM` or `keep: first`, one of the two")
+            raise ValueError("`tp` must have either `shard: DIM` or `keep: first`")
         if self.segments is not None and (self.shard is None or self.kind != "rows"):
-            raise ValueError("`segments` go with `shard: DIM`")
+            raise ValueError("`segments` requires `shard: DIM`")
         return self
 
 
 class TiedSpec(Strict):
-    """The weight is another one under a condition, and then needs no tensor of its own."""
+    """A weight that equals another one, always or under a condition, and then has no tensor in the checkpoint."""
 
     to: str
     when: str | None = None
 
 
 class WeightSpec(Strict):
-    """One weight; a name of the checkpoint that holds `{i}` makes it one per layer."""
+    """One weight; it is per-layer if its checkpoint names contain `{i}`."""
 
     shape: list[DimText] = Field(max_length=4)
     hf: Source
     tp: ShardSpec | None = None
     tied: TiedSpec | None = None
-    when: str | None = Field(default=None, description="a condition on the config: without it the weight is absent")
+    when: str | None = Field(default=None, description="condition on the config under which the weight exists")
 
 
 class BranchSpec(Strict):
-    """One way of a `choose`; without `when` it is taken where no other was, and stands last."""
+    """One branch of a `choose`; the last branch may omit `when` and is then the default."""
 
-    when: str | None = Field(default=None, description="a condition on the config and, in a layer, on its index")
+    when: str | None = Field(default=None, description="condition on the config and, in a layer, on its index")
     do: list["Line"] = Field(min_length=1)
 
 
 class ChooseSpec(Strict):
-    """Statements that depend on the config or on the layer: the first branch whose condition holds."""
+    """Statements that depend on the config or on the layer: the first branch with a true condition applies."""
 
     choose: list[BranchSpec] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _otherwise_last(self) -> Self:
         if any(branch.when is None for branch in self.choose[:-1]):
-            raise ValueError("only the last branch of a `choose` may have no `when`")
+            raise ValueError("only the last branch of a `choose` may omit `when`")
         if self.choose[0].when is None:
-            raise ValueError("the first branch of a `choose` needs a `when`")
+            raise ValueError("the first branch of a `choose` must have `when`")
         return self
 
 
@@ -180,9 +184,9 @@ BranchSpec.model_rebuild()
 
 
 class PatchSpec(Strict):
-    """An edit of inherited statements, anchored on a text that must begin exactly one of them.
+    """An edit of inherited statements, anchored at the one statement that begins with a text.
 
-    A `choose` begins with `when` and its first condition.
+    The text of a `choose` is `when` and its first condition.
     """
 
     before: str | None = None
@@ -195,18 +199,18 @@ class PatchSpec(Strict):
     def _anchored(self) -> Self:
         anchors = [anchor for anchor in (self.before, self.after, self.replace) if anchor is not None]
         if len(anchors) != 1 or not anchors[0].strip():
-            raise ValueError("a patch takes one of `before: TEXT`, `after: TEXT`, `replace: TEXT`")
+            raise ValueError("a patch must have one of `before: TEXT`, `after: TEXT` and `replace: TEXT`")
         if (self.replace is not None, self.replace is None) != (self.with_ is not None, self.add is not None):
-            raise ValueError("`before` and `after` go with `add: [...]`, `replace` goes with `with: [...]`")
+            raise ValueError("`before` and `after` require `add: [...]`, `replace` requires `with: [...]`")
         return self
 
 
 class BlockSpec(Strict):
-    """A piece of a layer that is one node at block level; under `extends`, what is given joins or replaces."""
+    """A part of a layer that is one block-level node. With `extends`, weights are merged and the rest is replaced."""
 
     summary: str | None = None
     op_type: OpTypes | None = None
-    hf: str | None = Field(default=None, description="prefix of its checkpoint names")
+    hf: str | None = Field(default=None, description="prefix of the checkpoint names")
     weights: dict[str, WeightSpec] = Field(default={})
     args: dict[str, str] | None = None
     body: list[Line] | None = Field(default=None, min_length=1)
@@ -215,7 +219,7 @@ class BlockSpec(Strict):
 
 
 class RepeatSpec(Strict):
-    """A loop over the layers. The carried names must close: same type after each turn as before it."""
+    """The loop over the layers. A carried value must have the same type before and after each iteration."""
 
     repeat: str
     index: str
@@ -235,22 +239,22 @@ Statement = Annotated[
 
 
 class DropBlock(Strict):
-    """Names of an inherited block that this layout does without."""
+    """Weights of an inherited block that this layout removes."""
 
     weights: list[str] = Field(min_length=1)
 
 
 class DropSection(Strict):
-    """What of the inherited layout this one does without; each entry must be there."""
+    """Inherited entries that this layout removes; each one must exist."""
 
     config: list[str] = Field(default=[])
-    checks: list[str] = Field(default=[], description="the text of the check; spaces do not count")
+    checks: list[str] = Field(default=[], description="texts of checks; whitespace is ignored")
     weights: list[str] = Field(default=[])
     blocks: dict[str, DropBlock | None] = Field(default={}, description="`NAME: null` drops the whole block")
 
 
 class TpSection(Strict):
-    """Config sizes that become local, divided by the degree, under tensor parallelism."""
+    """Config sizes that are divided by the tensor parallel degree."""
 
     divides: list[str] = Field(default=[])
 
@@ -273,7 +277,7 @@ class ModelFile(Strict):
     schema_: Literal["models/v1"] = Field(alias="schema")
     model: str
     summary: str
-    extends: str | None = Field(default=None, description="a layout without `extends` that this one starts from")
+    extends: str | None = Field(default=None, description="the base layout, which must not extend another one")
     drop: DropSection | None = None
     hf: ArchitecturesSpec
     config: dict[str, ConfigField] = Field(default={})
@@ -290,10 +294,11 @@ class ModelFile(Strict):
     patch: list[PatchSpec] = Field(default=[], description="edits of the inherited program")
     returns: list[str] | None = None
     hidden: str | None = Field(
-        default=None, description="in a layout that generates: the program's value that embeddings are made of"
+        default=None,
+        description="in a layout that generates text: the value that embeddings are computed from",
     )
     phases: dict[PhaseName, dict[Literal["attend"], str]] = Field(
-        default={}, description="the attention op of each phase; a layout without `attend` has none of it"
+        default={}, description="the attention op of each phase, for layouts with `attend`"
     )
     ignore_hf: list[str] = Field(default=[])
     tests: ModelTests

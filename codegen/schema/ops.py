@@ -1,4 +1,4 @@
-"""What an ops file may say: kinds of node with their operands, their meaning and how they are tested."""
+"""Schema of ops files: ops with their operands, semantics, kernels and test cases."""
 
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ class InputSpec(Strict):
 
 
 class AttrSpec(Strict):
-    """A value fixed when the graph is built, passed by keyword."""
+    """A value that is fixed when the graph is built, passed by keyword."""
 
     type: AttrType = Field(description="`dim` is a size that operand types may use")
     default: Scalar | None = Field(default=None, description="for numbers also an expression of dims: `D ** -0.5`")
@@ -37,26 +37,26 @@ class AttrSpec(Strict):
 
 
 class CostSpec(Strict):
-    """The work of an op whose meaning is a hand-written reference; for the others it is derived."""
+    """The work of an op with a hand-written `reference`; for other ops it is derived."""
 
-    let: dict[str, str] = Field(default={}, description="sizes known only at run time, each with its meaning")
+    let: dict[str, str] = Field(default={}, description="sizes that are only known at run time, with descriptions")
     flops: str
-    bytes: str = Field(description="moved to and from memory; `sizeof(E)` is the size of an element")
+    bytes: str = Field(description="bytes moved to and from memory; `sizeof(E)` is the size of an element")
 
 
 class KernelSpec(Strict):
-    """What is filled into the op's templates."""
+    """Parameters and hooks for the op's templates."""
 
-    params: dict[str, int | float | bool] = Field(default={}, description="constants, by name")
-    hooks: dict[str, str] = Field(default={}, description="expressions over the tile: `score_mod`, `mask_mod`")
+    params: dict[str, int | float | bool] = Field(default={}, description="constants by name")
+    hooks: dict[str, str] = Field(default={}, description="expressions over a tile of scores: `score_mod`, `mask_mod`")
     epilogue_of: str | None = Field(
         default=None,
         description="an input that the kernel can read block by block, so that it fuses with the GEMM that produces it",
     )
     triton: dict[str, int] | None = Field(
         default=None,
-        description="constants of its template in templates/triton, which has the name of the reference, or `linear` "
-        "for a compute that is one product; without this, a GPU runs the reference",
+        description="constants of the template in templates/triton, named like the reference, or `linear` for a "
+        "`compute` that is one matrix product; without this field, a GPU runs the reference",
     )
 
 
@@ -64,23 +64,26 @@ class RuleSpec(Strict):
     """The pass that rewrites the ops of `fuses` into this op."""
 
     pass_: str = Field(alias="pass")
-    benefit: int = Field(default=1, ge=1, le=1000, description="rules with more benefit are tried first")
+    benefit: int = Field(default=1, ge=1, le=1000, description="rules with a greater benefit are tried first")
 
 
 class RanksSpec(Strict):
-    """What tensor parallelism may do with an op whose meaning is a `reference`; for the others it is derived."""
+    """Behaviour under tensor parallelism of an op with a `reference`; for other ops it is derived."""
 
-    divides: list[str] = Field(default=[], description="dims of which each rank may have its share, results as well")
+    divides: list[str] = Field(
+        default=[], description="dims that may be divided over the ranks, in operands and results alike"
+    )
     sums: list[str] = Field(
-        default=[], description="dims that are summed over: a share of them gives a part of the sum"
+        default=[], description="dims that are summed over, so that a rank's shard of them leads to a partial sum"
     )
     linear_in: list[list[str]] = Field(
-        default=[], description="inputs (each list: inputs together) in which the results are linear: parts give parts"
+        default=[],
+        description="groups of inputs in which the results are jointly linear, so that partial sums may pass through",
     )
 
 
 class TestsSpec(Strict):
-    """Sizes to test with: one generated test per case. `R` gives the leading dims of `...`."""
+    """Sizes to test with, one generated test per case. `R` is the size, or list of sizes, of the leading dims `...`."""
 
     cases: list[dict[str, int | list[int]]] = Field(min_length=1)
 
@@ -89,29 +92,29 @@ InputForm = Annotated[Annotated[str, Tag("text")] | Annotated[InputSpec, Tag("ma
 
 
 class OpSpec(Strict):
-    """One op. Its meaning has exactly one source: `compute`, `fuses` or `reference`."""
+    """One op. Its semantics are defined by exactly one of `compute`, `fuses` and `reference`."""
 
     summary: str = Field(min_length=1)
     doc: str | None = None
-    op_type: str | None = Field(default=None, description="member of OpType; a `fuses` op takes its last op's")
+    op_type: str | None = Field(default=None, description="member of OpType; by default a `fuses` op has its last op's")
     tags: list[str] = Field(default=[])
     phases: list[Phase] = Field(default=["prefill", "decode", "hybrid"], min_length=1)
     types: dict[str, list[ElementName]] = Field(
-        default={}, description="element-type variables; `E` is f16, bf16, f32 or f64 unless given here"
+        default={}, description="element-type variables; by default `E` is f16, bf16, f32 or f64"
     )
-    dims: dict[str, str] = Field(default={}, description="sizes of this op alone, beside those of specs/dims.yaml")
+    dims: dict[str, str] = Field(default={}, description="dims of this op only, in addition to specs/dims.yaml")
     inputs: dict[str, InputForm]
     outputs: dict[str, str] = Field(min_length=1)
     attrs: dict[str, AttrSpec] = Field(default={})
     where: list[str] = Field(default=[], description="conditions on dims and attrs: `Nq % Nkv == 0`")
     views: dict[str, str] = Field(
-        default={}, description='parts of operands by another name: "gu[T, 0:I]", "x[T, N, D] as [T, N*D]"'
+        default={}, description='named slices and reshapes of operands: "gu[T, 0:I]", "x[T, N, D] as [T, N*D]"'
     )
-    compute: str | None = Field(default=None, description="the meaning as equations, one per line")
-    fuses: list[str] | None = Field(default=None, min_length=1, description="the meaning as calls of other ops")
-    reference: str | None = Field(default=None, description="the meaning as a torch function: templates/reference/NAME")
-    ranks: RanksSpec | None = Field(default=None, description="what holds for a rank's share of an operand")
-    inplace: dict[str, str] = Field(default={}, description="output -> input whose memory it takes over")
+    compute: str | None = Field(default=None, description="semantics as equations, one per line")
+    fuses: list[str] | None = Field(default=None, min_length=1, description="semantics as calls of other ops")
+    reference: str | None = Field(default=None, description="semantics as a torch function: templates/reference/NAME")
+    ranks: RanksSpec | None = Field(default=None, description="behaviour under tensor parallelism, for a `reference`")
+    inplace: dict[str, str] = Field(default={}, description="output -> input that it overwrites in memory")
     cost: CostSpec | None = None
     kernel: KernelSpec | None = None
     rule: RuleSpec | None = None

@@ -1,4 +1,4 @@
-"""What a weight's `hf` may say: which checkpoint tensors it is made of, and how, reversibly."""
+"""Schema of a weight's `hf`: the checkpoint tensors that it is built from, reversibly."""
 
 from typing import Annotated, Any, Self
 
@@ -10,7 +10,7 @@ DimText = int | str
 
 
 def shape_of(value: Any) -> str:
-    """Which member of a union a value of YAML is meant to be."""
+    """The union member that a YAML value selects: by its form, so that findings concern one member only."""
     return "mapping" if isinstance(value, dict) else "list" if isinstance(value, list) else "text"
 
 
@@ -18,7 +18,7 @@ Text = Annotated[str, Tag("text")]
 
 
 class ConcatItem(Strict):
-    """One of several sources that are put together, and its size along `dim`."""
+    """One of several concatenated sources, and its size along `dim`."""
 
     size: DimText
     of: "Source"
@@ -32,7 +32,7 @@ class StackSpec(Strict):
 
 
 class HfSource(Strict):
-    """How a weight is made of checkpoint tensors, reversibly. Sources nest; a text is a tensor's name."""
+    """Construction of a weight from checkpoint tensors, reversibly. Sources nest; a string is the name of a tensor."""
 
     concat: (
         Annotated[
@@ -41,31 +41,31 @@ class HfSource(Strict):
         ]
         | None
     ) = Field(default=None, description="tensor name -> its size along `dim`, or a list of `{size: ..., of: SOURCE}`")
-    dim: int = Field(default=0, ge=0, description="the dim that `concat` puts its sources together on")
+    dim: int = Field(default=0, ge=0, description="the dim along which `concat` concatenates")
     stack: StackSpec | None = None
-    transpose: "Source | None" = Field(default=None, description="the source has its last two dims swapped")
+    transpose: "Source | None" = Field(default=None, description="the source, stored with its last two dims swapped")
     rearrange: str | None = Field(
         default=None,
-        description='the tensor `of`, taken apart and put together: "(Nq c D) H -> (c Nq D) H", outermost axis first',
+        description='reorders the axes of the tensor `of`: "(Nq c D) H -> (c Nq D) H", outermost axis first',
     )
     of: str | None = Field(default=None, description="the tensor that `rearrange` reads")
-    sizes: dict[str, DimText] = Field(default={}, description="sizes of the axes that are no config names")
+    sizes: dict[str, DimText] = Field(default={}, description="sizes of the axes that are not config names")
     take: dict[str, DimText] = Field(
-        default={}, description="axis -> the part of it that is read: `start:stop`, or one index, which drops the axis"
+        default={}, description="axis -> the range that is read: `start:stop`, or a single index, which drops the axis"
     )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        given = [kind for kind in ("concat", "stack", "transpose", "rearrange") if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise ValueError("a source is one of `concat`, `stack`, `transpose`, `rearrange`, or just a tensor's name")
+        kinds = [kind for kind in ("concat", "stack", "transpose", "rearrange") if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError("a source must be a tensor name or one of `concat`, `stack`, `transpose`, `rearrange`")
         if self.concat is not None and not self.concat:
-            raise ValueError("`concat` names no tensor")
+            raise ValueError("`concat` must name at least one tensor")
         for field, owner in (("dim", "concat"), ("of", "rearrange"), ("sizes", "rearrange"), ("take", "rearrange")):
-            if field in self.model_fields_set and owner not in given:
-                raise ValueError(f"`{field}` goes with `{owner}`")
+            if field in self.model_fields_set and owner not in kinds:
+                raise ValueError(f"`{field}` requires `{owner}`")
         if self.rearrange is not None and self.of is None:
-            raise ValueError("`rearrange` wants `of: TENSOR`, the tensor's name")
+            raise ValueError("`rearrange` requires `of: TENSOR`, the name of a tensor")
         return self
 
 

@@ -1,4 +1,4 @@
-"""What the vocabulary files may say: dims, op types, and the inputs that every step is given."""
+"""Schema of the vocabulary files: dims, op types, and step inputs."""
 
 from typing import Literal
 
@@ -8,14 +8,14 @@ from sageLLM.codegen.schema.base import Strict
 
 
 class DimsFile(Strict):
-    """`specs/dims.yaml`: the letters that stand for sizes, each with its meaning."""
+    """`specs/dims.yaml`: the named dims, each with a description."""
 
     schema_: Literal["dims/v1"] = Field(alias="schema")
     dims: dict[str, str]
 
 
 class OpTypesFile(Strict):
-    """`specs/op_types.yaml`: the members of `OpType`, in order, each with its meaning."""
+    """`specs/op_types.yaml`: the members of `OpType` in order, each with a description."""
 
     schema_: Literal["op_types/v1"] = Field(alias="schema")
     op_types: dict[str, str]
@@ -25,4 +25,4 @@ class InputsFile(Strict):
     """`specs/inputs.yaml`: values that a layout may use without defining them."""
 
     schema_: Literal["inputs/v1"] = Field(alias="schema")
-    step: dict[str, str] = Field(description="made by the engine for every step")
+    step: dict[str, str] = Field(description="inputs that the engine provides in every step")

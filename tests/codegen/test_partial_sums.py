@@ -102,7 +102,7 @@ REFUSED: list[tuple[str, dict[str, Argument], str, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "shares"), LINEAR)
+@pytest.mark.parametrize(("name", "arguments", "states"), LINEAR)
 def test_linear_ops_pass_partial_sums_on(
     ops: dict[str, OpDef], name: str, arguments: dict[str, Argument], states: tuple[SumState, ...]
 ) -> None:
