@@ -1,10 +1,10 @@
-"""Checks and times all Triton kernels and the engine on the GPU at hand, in one call, and writes one JSON file.
+"""Checks and times all Triton kernels and the engine on the local GPU, and writes one JSON file.
 
     python benchmarks/gpu.py --out out.json           on a machine with a GPU
-    python benchmarks/gpu.py --dry-run                in Triton's interpreter, with tiny sizes; figures mean nothing
+    python benchmarks/gpu.py --dry-run                in Triton's interpreter, on tiny sizes; times mean nothing
 
-It needs torch, triton, numpy, safetensors and tokenizers. Figures stand beside what the same run measures of copying,
-of a large matrix product, and of torch doing the same work.
+Requires torch, triton, numpy, safetensors and tokenizers. Each figure is reported next to the ceilings that the same
+run measures (a copy, a large GEMM) and to the same work done by torch.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="run in the interpreter, on tiny sizes")
     parser.add_argument("--skip", nargs="*", default=[], choices=["checks", "kernels", "engine"])
-    parser.add_argument("--out", type=Path, help="write the figures there as well")
+    parser.add_argument("--out", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     prepare(arguments.dry_run)  # before anything imports Triton
     parts: dict[str, Callable[[bool], Any]] = {"checks": check, "kernels": time_kernels, "engine": time_engine}
@@ -35,7 +35,7 @@ def main() -> None:
             report[name] = part(arguments.dry_run)
             text = json.dumps(report, indent=1)
             if arguments.out:
-                arguments.out.write_text(text + "\n")  # after each part, lest a later one is cut off
+                arguments.out.write_text(text + "\n")  # after each part, in case a later one is cut off
     print(text)
 
 
@@ -45,10 +45,10 @@ def prepare(dry_run: bool) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
         import numpy as np
 
-        from sageLLM.runtime.kernels.triton_interpreter import mend
+        from sageLLM.runtime.kernels.triton_interpreter import patch_bf16
 
         np.seterr(all="ignore")
-        mend()
+        patch_bf16()
 
 
 def machine() -> dict[str, Any]:
@@ -62,10 +62,10 @@ def machine() -> dict[str, Any]:
 
 
 def check(dry_run: bool) -> dict[str, Any]:
-    """Findings of all checks: how many there are, and those that should not be."""
+    """The number of checks, and those that failed."""
     import checks
 
-    found = list(checks.alone_findings() if dry_run else checks.findings())
+    found = list(checks.batch_invariance_findings() if dry_run else checks.findings())
     bad = [
         f"{one.op} {one.kind} {one.dtype}: error {one.error:.2f} {one.wrong}"
         for one in found
@@ -75,20 +75,20 @@ def check(dry_run: bool) -> dict[str, Any]:
 
 
 def time_kernels(dry_run: bool) -> dict[str, Any]:
-    """Microseconds of each call, and what share of the ceilings it reaches."""
+    """Microseconds of each call, and the share of the ceilings that it reaches."""
     import torch
     from gpu_kernels import TINY, Scale, works
 
     from sageLLM.generated.kernels.triton import KERNELS
 
     device = torch.device("cpu" if dry_run else "cuda")
-    copy, product = ceilings(dry_run, device)
-    table: dict[str, Any] = {"copy, TB/s": copy / 1e12, "bf16 product, TFLOP/s": product / 1e12}
+    copy, gemm = ceilings(dry_run, device)
+    table: dict[str, Any] = {"copy, TB/s": copy / 1e12, "bf16 GEMM, TFLOP/s": gemm / 1e12}
     for work in works(KERNELS, TINY if dry_run else Scale(), device):
         seconds = timed(work.ours, dry_run)
         row: dict[str, Any] = {"us": seconds * 1e6, "share of copy": work.bytes / seconds / copy}
         if work.flops:
-            row |= {"TFLOP/s": work.flops / seconds / 1e12, "share of product": work.flops / seconds / product}
+            row |= {"TFLOP/s": work.flops / seconds / 1e12, "share of GEMM": work.flops / seconds / gemm}
         for name, peer in work.peers.items():
             row[f"{name}, us"] = attempted(lambda peer=peer: timed(peer, dry_run) * 1e6)
         table[work.name] = row
@@ -96,7 +96,7 @@ def time_kernels(dry_run: bool) -> dict[str, Any]:
 
 
 def ceilings(dry_run: bool, device: Any) -> tuple[float, float]:
-    """Bytes per second, read and written, of a copy; operations per second of a large product in bf16."""
+    """Bytes per second, read and written, of a copy; operations per second of a large GEMM in bf16."""
     import torch
 
     count, side = (2**12, 64) if dry_run else (2**29, 8192)
@@ -107,7 +107,7 @@ def ceilings(dry_run: bool, device: Any) -> tuple[float, float]:
 
 
 def timed(call: Callable[[], Any], dry_run: bool) -> float:
-    """Seconds of a call, the median of many; launches are taken out of the time by a CUDA graph."""
+    """Median seconds of a call; a CUDA graph takes the launch overhead out of the time."""
     import torch
 
     call()
@@ -135,7 +135,7 @@ REPEATS = 5
 
 
 def attempted(measure: Callable[[], float]) -> float | str:
-    """A peer that does not run here is told of; ours has to run."""
+    """The figure, or the error of a peer that does not run here; our own kernels must run."""
     try:
         return measure()
     except Exception as error:

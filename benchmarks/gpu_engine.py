@@ -1,4 +1,4 @@
-"""A checkpoint of random weights, as large as asked for, and the speed of the engine on it."""
+"""Engine throughput on a checkpoint of random weights of a chosen size."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num
 
 
 def engine_figures(sizes: dict[str, int], device: str, batches: tuple[int, ...], new_tokens: int) -> dict[str, Any]:
-    """Output tokens per second by batch, of prompts of 128 tokens; the second of two runs, which compiles nothing."""
+    """Output tokens per second by batch size, for prompts of 128 tokens; from a second run, after compilation."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), sizes)
         llm = LLM(model=folder, device=device, dtype="bfloat16", kernels="triton")

@@ -1,4 +1,4 @@
-"""What `gpu.py` times: calls of our kernels, the same work done by torch, and the bytes and operations of it."""
+"""The workloads of `gpu.py`: calls of our kernels, the same work by torch, and their bytes and operations."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One row of the table. `flops` is 0 where memory is the limit."""
+    """One row of the table. `flops` is 0 for work that is limited by memory bandwidth."""
 
     name: str
     ours: Call
@@ -23,7 +23,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Sizes of the work: of a model of 8 billion parameters, or next to nothing for a dry run."""
+    """Sizes of the work: those of a model of 8 billion parameters, or tiny ones for a dry run."""
 
     rows: int = 8192
     hidden: int = 4096
@@ -87,7 +87,7 @@ def decode_work(
     random: Callable[..., torch.Tensor],
     device: torch.device,
 ) -> Work:
-    """The peer has keys and values one after the other, and no table of blocks to follow."""
+    """The peer reads contiguous keys and values, without a block table."""
     width = -(-context // 16)
     k, v = (random(batch * width, 16, s.kv_heads, s.width) for _ in range(2))
     table = torch.randperm(batch * width, device=device).view(batch, width).int()
@@ -152,7 +152,7 @@ def linear_work(kernels: Mapping[str, Call], s: Scale, rows: int, random: Callab
 def experts_work(
     kernels: Mapping[str, Call], s: Scale, random: Callable[..., torch.Tensor], device: torch.device
 ) -> Work:
-    """As many tokens as experts, so that nearly every expert's weight is read; the bytes count those that are."""
+    """As many tokens as experts, so that most expert weights are read; `bytes` counts only those."""
     x, w = random(s.experts, s.hidden), random(s.experts, s.inner // 8, s.hidden)
     chosen = torch.randint(0, s.experts, (s.experts, 2), device=device, dtype=torch.int32)
     read = chosen.unique().numel() * w[0].nbytes

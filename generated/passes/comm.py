@@ -11,7 +11,7 @@ __all__ = ["CommFusion"]
 
 # specs/passes/comm.yaml: comm_fusion
 class CommFusion(MergePass):
-    """Merges small all-reduces that do not wait for one another, which saves their latencies."""
+    """Merges small independent all-reduces, which saves their latencies."""
 
     pass_name = "comm_fusion"
     spec = "specs/passes/comm.yaml: comm_fusion"

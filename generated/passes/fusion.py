@@ -82,8 +82,8 @@ def allreduce_add_rms_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | Nea
 
 # specs/passes/fusion.yaml: fuse_collective
 class FuseCollective(RewritePass):
-    """Fuses an all-reduce with the residual addition and the norm behind it, so that its result is
-    read once."""
+    """Fuses an all-reduce with the residual addition and the norm after it, so that its result is read
+    once."""
 
     pass_name = "fuse_collective"
     spec = "specs/passes/fusion.yaml: fuse_collective"
@@ -240,8 +240,8 @@ def fused_add_layer_norm(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearM
 
 # specs/passes/fusion.yaml: fuse_norm
 class FuseNorm(RewritePass):
-    """Fuses a residual addition into the norm behind it, which saves a read and a write of the
-    residual stream."""
+    """Fuses a residual addition into the norm after it, which saves a read and a write of the residual
+    stream."""
 
     pass_name = "fuse_norm"
     spec = "specs/passes/fusion.yaml: fuse_norm"
@@ -536,8 +536,8 @@ def qk_norm_1p_rope_kv_store(graph: ExecutionGraph, node: OpNode) -> Rewrite | N
 
 # specs/passes/fusion.yaml: fuse_qk
 class FuseQk(RewritePass):
-    """Fuses what happens to queries and keys between their projection and attention into one pass over
-    a row."""
+    """Fuses the norms, rotations and cache stores between the QKV projection and attention into one
+    pass over a row."""
 
     pass_name = "fuse_qk"
     spec = "specs/passes/fusion.yaml: fuse_qk"
@@ -757,8 +757,8 @@ def lm_head_soft_cap(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss 
 
 # specs/passes/fusion.yaml: fuse_epilogue
 class FuseEpilogue(RewritePass):
-    """Fuses into a projection what its result goes through at once, which saves writing and reading
-    it."""
+    """Fuses the ops on the result of a projection into its epilogue, which saves a write and a read of
+    the result."""
 
     pass_name = "fuse_epilogue"
     spec = "specs/passes/fusion.yaml: fuse_epilogue"
@@ -905,8 +905,7 @@ def lm_head_soft_cap_sample(graph: ExecutionGraph, node: OpNode) -> Rewrite | Ne
 
 # specs/passes/fusion.yaml: fuse_sampling
 class FuseSampling(RewritePass):
-    """Fuses the choice of the next token into the projection that gives its logits, which are then
-    read no more."""
+    """Fuses sampling into the projection that computes the logits, which saves a read of them."""
 
     pass_name = "fuse_sampling"
     spec = "specs/passes/fusion.yaml: fuse_sampling"

@@ -9,7 +9,7 @@ __all__ = ["MemoryOpt"]
 
 # specs/passes/memory.yaml: memory_opt
 class MemoryOpt(MemoryPass):
-    """Gives values whose lifetimes do not meet the same memory."""
+    """Assigns the same memory to values with disjoint lifetimes."""
 
     pass_name = "memory_opt"
     spec = "specs/passes/memory.yaml: memory_opt"

@@ -14,7 +14,7 @@ __all__ = ["AfDisaggregation", "DropUnread", "NanoBatching"]
 
 # specs/passes/place.yaml: drop_unread
 class DropUnread(FunctionPass):
-    """Removes what nobody reads, before anything is placed."""
+    """Removes unused nodes before placement."""
 
     pass_name = "drop_unread"
     spec = "specs/passes/place.yaml: drop_unread"
@@ -26,7 +26,7 @@ class DropUnread(FunctionPass):
 
 # specs/passes/place.yaml: nano_batching
 class NanoBatching(PlacePass):
-    """Runs the layers for two micro-batches, so that one computes while the other communicates."""
+    """Runs the layers on two micro-batches, so that one computes while the other communicates."""
 
     pass_name = "nano_batching"
     spec = "specs/passes/place.yaml: nano_batching"
@@ -40,7 +40,7 @@ class NanoBatching(PlacePass):
 
 # specs/passes/place.yaml: af_disaggregation
 class AfDisaggregation(PlacePass):
-    """Runs the feed-forwards on devices of their own, with micro-batches that go to and fro."""
+    """Runs the feed-forwards on separate devices, and sends micro-batches between attention and them."""
 
     pass_name = "af_disaggregation"
     spec = "specs/passes/place.yaml: af_disaggregation"

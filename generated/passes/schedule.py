@@ -11,7 +11,7 @@ __all__ = ["ComputeCommOverlap", "KvPrefetch", "NanoOverlap"]
 
 # specs/passes/schedule.yaml: compute_comm_overlap
 class ComputeCommOverlap(StreamPass):
-    """Puts collectives and cache transfers on streams of their own, where that is not slower."""
+    """Puts collectives and cache transfers on separate streams, unless that is slower."""
 
     pass_name = "compute_comm_overlap"
     spec = "specs/passes/schedule.yaml: compute_comm_overlap"
@@ -28,8 +28,7 @@ class ComputeCommOverlap(StreamPass):
 
 # specs/passes/schedule.yaml: nano_overlap
 class NanoOverlap(StreamPass):
-    """Runs the micro-batches of nano_batching beside one another, where sharing the device makes that
-    faster."""
+    """Runs the micro-batches of nano_batching concurrently, if sharing the device makes that faster."""
 
     pass_name = "nano_overlap"
     spec = "specs/passes/schedule.yaml: nano_overlap"
@@ -42,7 +41,7 @@ class NanoOverlap(StreamPass):
 
 # specs/passes/schedule.yaml: kv_prefetch
 class KvPrefetch(PrefetchPass):
-    """Lets the next layer's keys and values be loaded while this layer computes, and not earlier."""
+    """Loads the keys and values of the next layer while this layer computes, and not earlier."""
 
     pass_name = "kv_prefetch"
     spec = "specs/passes/schedule.yaml: kv_prefetch"

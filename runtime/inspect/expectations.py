@@ -1,6 +1,6 @@
-"""Counts how often the rules of a generated tree fire in every model, and says where that is not what its specs expect.
+"""Compares the number of times that rules fire in every model with the counts that the specs expect.
 
-Runs without torch and without weights: builders and passes work on graphs of the models' tiny configs.
+Requires neither torch nor weights: builders and passes work on graphs of the models' tiny configs.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from sageLLM.runtime.registry.plugins import Registry, load_registry, load_tree
 
 @dataclass(frozen=True, slots=True)
 class MissedExpectation:
-    """A pass that fires more or less often than expected; `reasons` tell why its rules did not fire elsewhere."""
+    """A pass that fires more or less often than expected; `reasons` explain where it fired, or why it did not."""
 
     pass_name: str
     model: str
@@ -28,9 +28,9 @@ class MissedExpectation:
 
 
 def missed_expectations(tree: Path, is_overlay: bool = False) -> list[MissedExpectation]:
-    """One for each pass of the tree and model that differ, for the first stage in which they do.
+    """The misses of the tree's passes, for each model in the first stage that differs.
 
-    A tree that is no overlay stands alone. An overlay runs with the package's entries, whose counts it may change.
+    An overlay runs together with the package's entries, and may change their counts; any other tree runs alone.
     """
     registry = load_registry([tree]) if is_overlay else load_tree(tree)
     own = load_tree(tree).passes

@@ -1,4 +1,4 @@
-"""What the Triton kernels ask of the place where they run. Importing this needs no Triton."""
+"""Requirements of the Triton kernels. Importing this module does not import Triton."""
 
 import os
 from importlib.util import find_spec
@@ -11,5 +11,5 @@ def why_no_triton(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed: pip install 'sagellm[gpu]'"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "they are for GPUs; on a CPU set TRITON_INTERPRET=1 to interpret them, which is slow"
+        return "Triton kernels require a GPU; to interpret them on a CPU, which is slow, set TRITON_INTERPRET=1"
     return None

@@ -1,8 +1,8 @@
-"""Makes Triton's interpreter compute bf16 as a GPU does, for checks on machines without one.
+"""Makes Triton's interpreter compute bf16 as a GPU does, for checks on machines without a GPU.
 
-The interpreter holds bf16 as its 16 bits in a numpy integer. Up to version 3.9 it hands these integers to numpy's
-arithmetic as they are, and cuts float32 down to bf16 instead of rounding it. `mend` widens bf16 operands to float32,
-which is exact, lets the interpreter compute, and rounds to nearest even where the result is bf16.
+The interpreter stores bf16 as 16 bits in a numpy integer. Up to version 3.9 it passes these integers to numpy's
+arithmetic unchanged, and truncates float32 to bf16 instead of rounding. `patch_bf16` widens bf16 operands to float32,
+which is exact, lets the interpreter compute, and rounds bf16 results to nearest even.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 
 
 def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The bf16 numbers with these bits: the upper half of a float32."""
+    """The bf16 numbers with these bits, which are the upper half of a float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def narrowed(x: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
-    """The bits of the nearest bf16 numbers, of two equally near the even one; NaN stays NaN."""
+    """The bits of x rounded to bf16, to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     carry = ((bits >> 16) & 1) + np.uint32(0x7FFF)
     return np.where(np.isnan(x), np.uint16(0x7FC0), ((bits + carry) >> 16).astype(np.uint16))
 
 
-def mend() -> None:
-    """Replaces the builder's operations on numbers; call it once, after the first import of Triton."""
+def patch_bf16() -> None:
+    """Replaces the arithmetic of the interpreter's builder; call it once, after the first import of Triton."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -41,7 +41,7 @@ def mend() -> None:
         return handle(narrowed(x.data), tl.bfloat16) if x.data.dtype.kind == "f" else x
 
     def computed(name: str) -> Callable[..., Any]:
-        """The operation over float32, its result rounded if an operand was bf16; what compares gives no number."""
+        """The operation in float32, with a numeric result rounded if an operand was bf16; comparisons return bits."""
         original = getattr(builder, name)
 
         def operation(self: Any, *operands: Any) -> Any:
@@ -66,7 +66,7 @@ def mend() -> None:
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_with_index(tensor: Any, scope: Any) -> None:
-        """A number as the bound of a loop: Triton 3.6 hands numpy an array of one, which numpy 2.4 refuses."""
+        """Makes a scalar an integer loop bound: Triton 3.6 passes an array of one element, which numpy 2.4 rejects."""
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 

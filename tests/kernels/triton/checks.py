@@ -1,7 +1,7 @@
-"""Checks of the Triton kernels against the references, on the device that SAGELLM_CHECK_DEVICE names.
+"""Checks of the Triton kernels against the references, on the device in SAGELLM_CHECK_DEVICE.
 
-Operands lie within NaN and results within numbers that are no result, so that what is read or written outside its place
-shows. The arithmetic that is compared with is in float64, on the CPU.
+Operands and results are surrounded by NaN, or by an integer that no result has, so that accesses out of bounds are
+detected. The references compute in float64, on the CPU.
 """
 
 import os
@@ -33,7 +33,7 @@ Results = tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """How one call went: the greatest error, in units of what is allowed; "" or what else is wrong."""
+    """The outcome of one call: the greatest error relative to the tolerance, and "" or another failure."""
 
     op: str
     kind: str
@@ -43,7 +43,7 @@ class Finding:
 
 
 class Memory:
-    """Stands in for torch.empty: what it gives is full of poison and lies between guards."""
+    """Replaces torch.empty: a buffer is filled with poison and has guards on both sides."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, int]] = []
@@ -59,7 +59,7 @@ class Memory:
         return buffer[GUARD : GUARD + count].view(shape)
 
     def placed(self, x: Tensor) -> Tensor:
-        """A copy of x between guards, its rows as far apart as those of x."""
+        """A copy of x between guards, with the strides of x."""
         room = self.allocate(x.stride(0) * x.shape[0] if x.dim() else 1, dtype=x.dtype)
         return room.as_strided(x.shape, x.stride()).copy_(x)
 
@@ -67,7 +67,7 @@ class Memory:
         for buffer, count in self.buffers:
             outside = torch.cat((buffer[:GUARD], buffer[GUARD + count :]))
             if not (outside.isnan().all() if outside.is_floating_point() else (outside == POISON["i"]).all()):
-                return "it writes outside its memory"
+                return "a store out of bounds"
         return ""
 
 
@@ -77,7 +77,7 @@ def call(kernel: Callable[..., Any], operands: list[Any], attrs: Mapping[str, An
 
 
 def triton_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> tuple[Results, str]:
-    """What the kernel gives, and whether it kept to its memory and left alone what it has not to change."""
+    """The results of the kernel, and whether it stored out of bounds or changed an operand."""
     memory = Memory()
     placed = [None if x is None else memory.placed(x) if x.numel() else x.to(DEVICE) for x in operands]
     torch.empty = memory.allocate
@@ -90,12 +90,12 @@ def triton_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> tu
     placed = [None if x is None else x.cpu() for x in placed]
     for name, before, after in zip(OPS[op].input_types, operands, placed, strict=False):
         if name not in changed and before is not None and not torch.equal(before.nan_to_num(), after.nan_to_num()):
-            wrong = f"it changes {name}"
+            wrong = f"changes {name}"
     return tuple(x.cpu() for x in results), wrong
 
 
 def exact_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> Results:
-    """The reference in float64 arithmetic that rounds where the spec rounds."""
+    """The reference in float64 arithmetic, rounded wherever the spec rounds."""
     modules = [
         module
         for name, module in sys.modules.items()
@@ -112,13 +112,13 @@ def exact_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> Res
 
 
 def wide_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> Results:
-    """The reference on float64 operands, for kernels that add in another order than the library does."""
+    """The reference on float64 operands, for kernels with another order of summation than the library."""
     wide = [x.double() if x is not None and x.is_floating_point() else x for x in operands]
     return call(REFERENCES[op], [None if x is None else x.clone() for x in wide], attrs)
 
 
 def by_element(found: Tensor, wanted: Tensor) -> float:
-    """Of float32 1e-5, relative to the element and the greatest one; of narrow types 2 units in the last place."""
+    """Error over tolerance: 1e-5 of the element plus the greatest one in float32, 2 ulp in narrow types."""
     target = wanted.to(found.dtype).double()
     bits = {torch.float32: 0, torch.bfloat16: 8, torch.float16: 11}[found.dtype]
     allowed = 1e-5 * (wanted.abs() + wanted.abs().max()) if bits == 0 else 2.0 * ulp(target, bits, found.dtype)
@@ -132,7 +132,7 @@ def ulp(x: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
 
 def by_greatest(found: Tensor, wanted: Tensor, dtype: str) -> float:
-    """Of sums, relative to the greatest: rounding of weights and results adds up to 2 units in the last place of it."""
+    """Error over tolerance for sums: 2 ulp of the greatest element, since both weights and results are rounded."""
     allowed = {"f32": 1e-5, "bf16": 2**-7, "f16": 2**-10}[dtype] * wanted.abs().max().clamp(min=1e-9)
     return float((found.double() - wanted).abs().nan_to_num(torch.inf).max() / allowed)
 
@@ -140,26 +140,26 @@ def by_greatest(found: Tensor, wanted: Tensor, dtype: str) -> float:
 def compared(
     op: str, kind: str, dtype: str, operands: list[Any], attrs: Mapping[str, Any], *, is_sum: bool = False
 ) -> Finding:
-    """One call of the kernel against the reference; sums may be added in any order."""
+    """Compares one call of the kernel with the reference; `is_sum` allows any order of summation."""
     try:
         found, wrong = triton_results(op, operands, attrs)
-    except Exception as error:  # reported like any other finding, with what the interpreter says of it
+    except Exception as error:  # reported like any other finding, with the cause from the interpreter
         return Finding(op, kind, dtype, 0.0, repr(error.__cause__ or error)[:300])
     wanted = (wide_results if is_sum else exact_results)(op, operands, attrs)
     error = 0.0
     for one, other in zip(found, wanted, strict=True):
         if one.shape != other.shape:
-            wrong = f"shape {tuple(one.shape)}, want {tuple(other.shape)}"
+            wrong = f"expected shape {tuple(other.shape)}, got {tuple(one.shape)}"
         elif one.is_floating_point() and one.numel():
             wide = other.double()
             error = max(error, by_greatest(one, wide, dtype) if is_sum else by_element(one, wide))
         elif not torch.equal(one, other):
-            wrong = "other numbers"
+            wrong = "other integers"
     return Finding(op, kind, dtype, error, wrong)
 
 
 def special(op: str, operands: list[Any], attrs: Mapping[str, Any], dtype: str) -> Finding:
-    """Infinities, NaN, zeros and the smallest numbers come out as torch has them."""
+    """Compares infinities, NaN, zeros and subnormal numbers with the results of torch."""
     for x in operands:
         if x.is_floating_point() and x.numel() >= len(SPECIAL):
             x.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL).to(x.dtype)
@@ -171,7 +171,7 @@ def special(op: str, operands: list[Any], attrs: Mapping[str, Any], dtype: str) 
 
 
 def row_findings() -> Iterator[Finding]:
-    """Ops from equations: the spec's cases, rows that lie apart, no rows, rows that are too long for a tile."""
+    """Ops from equations: the cases of the spec, strided rows, no rows, rows longer than a tile."""
     for name in KERNELS.keys() & CASES.keys() - OF_TEMPLATES:
         sizes, attrs, limits = CASES[name]
         for kind, case, dtype in row_cases(name, CASES[name]):
@@ -179,7 +179,7 @@ def row_findings() -> Iterator[Finding]:
             operands = [*make_operands(OPS[name], case, limits, DTYPES[dtype]).values()]
             yield compared(name, kind, dtype, operands, attrs | dims)
             if kind == str(sizes[-1]) and dtype != "f16":
-                yield compared(name, "rows apart", dtype, [apart(x) for x in operands], attrs | dims)
+                yield compared(name, "strided rows", dtype, [strided(x) for x in operands], attrs | dims)
                 yield special(name, operands, attrs | dims, dtype)
 
 
@@ -197,8 +197,8 @@ def row_cases(name: str, cases: Cases) -> Iterator[tuple[str, dict[str, Any], st
         yield "no rows", {**last, **dict.fromkeys(rows - set(cases.limits.values()), 0)}, "f32"
 
 
-def apart(x: Tensor) -> Tensor:
-    """The same numbers, with room between rows."""
+def strided(x: Tensor) -> Tensor:
+    """The same numbers, with a gap between rows."""
     if x.dim() < 2:
         return x
     return torch.nn.functional.pad(x, (0, 3))[..., :-3]
@@ -206,7 +206,7 @@ def apart(x: Tensor) -> Tensor:
 
 def template_findings() -> Iterator[Finding]:
     yield from attention_findings()
-    yield from product_findings()
+    yield from gemm_findings()
     yield from other_findings()
     yield from query_key_findings()
 
@@ -230,7 +230,7 @@ def attention_findings() -> Iterator[Finding]:
 
 
 def paged(lengths: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """q for 50 rows of 6 heads, and a cache of 2 heads whose blocks lie anywhere; unused slots hold NaN."""
+    """q for 50 rows of 6 heads, and a cache of 2 heads with blocks in random order; unused slots hold NaN."""
     width = max(1, -(-max(lengths) // 16))
     table = torch.randperm(len(lengths) * width + 3)[: len(lengths) * width].view(len(lengths), width).int()
     k, v = (torch.full((len(lengths) * width + 3, 16, 2, d), torch.nan).to(dtype) for d in (24, 20))
@@ -241,7 +241,7 @@ def paged(lengths: list[int], dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(50, 6, 24).to(dtype), k, v, table, torch.tensor(lengths, dtype=torch.int32)]
 
 
-def product_findings() -> Iterator[Finding]:
+def gemm_findings() -> Iterator[Finding]:
     for dtype, M in (("f32", 1), ("f32", 19), ("bf16", 3), ("f16", 32), ("bf16", 40), ("f32", 0)):
 
         def numbers(*shape: int, kind: torch.dtype = DTYPES[dtype]) -> Tensor:
@@ -287,23 +287,25 @@ def other_findings() -> Iterator[Finding]:
 
 
 def head_and_sample_findings(drawn: list[Any]) -> Iterator[Finding]:
-    """Whole numbers, so that sums are exact and many logits equal; then more blocks of them than one step takes."""
+    """Small integers, so that sums are exact and many logits tie; then more blocks than one iteration of the merge."""
     for dtype, M, V in (("f32", 1, 37), ("bf16", 3, 600), ("f16", 19, 100), ("f32", 40, 70), ("bf16", 0, 70)):
         x, w, bias = (torch.randint(-1, 2, shape).to(DTYPES[dtype]) for shape in ((M, 70), (V, 70), (V,)))
         yield compared("lm_head_sample", f"M={M} V={V}", dtype, [x, w], {}, is_sum=True)
         yield compared("lm_head_sample", f"M={M} V={V} bias", dtype, [x, w, bias], {}, is_sum=True)
         if M == 3:
             yield compared("lm_head_sample", "drawn", dtype, [x, w, None, *drawn], {}, is_sum=True)
-    tops = torch.randint(0, 99, (3, 2500)).float()
-    tops[1], tops[2, 2100], tops[2, 2200] = -torch.inf, torch.nan, torch.nan
-    tokens, places = torch.empty(3, dtype=torch.int64, device=DEVICE), 16 * torch.arange(2500).int().repeat(3, 1)
-    _lm_head_sample_merge[(3,)](tops.to(DEVICE), places.to(DEVICE), tokens, 2500, BLOCK_B=1024, enable_fp_fusion=False)
-    is_right = torch.equal(tokens.cpu(), 16 * tops.argmax(-1))
+    block_max = torch.randint(0, 99, (3, 2500)).float()
+    block_max[1], block_max[2, 2100], block_max[2, 2200] = -torch.inf, torch.nan, torch.nan
+    tokens, block_argmax = torch.empty(3, dtype=torch.int64, device=DEVICE), 16 * torch.arange(2500).int().repeat(3, 1)
+    _lm_head_sample_merge[(3,)](
+        block_max.to(DEVICE), block_argmax.to(DEVICE), tokens, 2500, BLOCK_B=1024, enable_fp_fusion=False
+    )
+    is_right = torch.equal(tokens.cpu(), 16 * block_max.argmax(-1))
     yield Finding("lm_head_sample", "many blocks", "f32", 0.0, "" if is_right else "other tokens")
 
 
 def query_key_findings() -> Iterator[Finding]:
-    """Norm and rotation of heads, and the store to the cache, from one packed projection of 3 + 2 * 1 heads."""
+    """Norm and rotation of heads, and their store to the cache, from one packed projection of 3 + 2 * 1 heads."""
     for dtype, kind in DTYPES.items():
         caches = [torch.randn(4, 4, 1, 12).to(kind) for _ in range(2)]
         pos, slots = torch.tensor([4, 0, 8]).int(), torch.tensor([3, 9, 0]).int()
@@ -318,16 +320,16 @@ def query_key_findings() -> Iterator[Finding]:
             yield compared(op, "", dtype, [torch.randn(3, 60).to(kind), *norms, *rest], {"Nq": 3, "Nkv": 1, "D": 12})
 
 
-def alone_findings() -> Iterator[Finding]:
-    """What a row or a sequence gives is the same to the bit, whoever is beside it."""
-    for op, operands, attrs in neighbours():
+def batch_invariance_findings() -> Iterator[Finding]:
+    """The result of a row or a sequence is the same to the bit with and without others in the batch."""
+    for op, operands, attrs in batches():
         operands = [x.to(DEVICE) for x in operands]
         own = [first(x, name) for name, x in zip(OPS[op].input_types, operands, strict=False)]
         is_same = torch.equal(KERNELS[op](*operands, **attrs)[:1], KERNELS[op](*own, **attrs))
-        yield Finding(op, "alone", "f32", 0.0, "" if is_same else "other bits beside others")
+        yield Finding(op, "alone", "f32", 0.0, "" if is_same else "other bits than in a batch")
 
 
-def neighbours() -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
+def batches() -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
     yield "rms_norm", [torch.randn(20, 100), torch.randn(100)], {}
     yield "linear", [torch.randn(32, 300), torch.randn(37, 300)], {}
     q, *cache = paged([37, 600], torch.float32)
@@ -335,13 +337,13 @@ def neighbours() -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
 
 
 def first(x: Tensor, name: str) -> Tensor:
-    """The first row of what has rows; the first sequence's own part of the block table."""
+    """The operand for the first row or sequence alone; the shared ones unchanged."""
     is_shared = name in ("w", "k_cache", "v_cache")
     return x if is_shared else x[:1, :3] if name == "block_table" else x[:1]
 
 
 def findings() -> Iterator[Finding]:
-    """Every kernel that there is, in fresh random cases."""
+    """Every kernel, in new random cases."""
     yield from row_findings()
     yield from template_findings()
-    yield from alone_findings()
+    yield from batch_invariance_findings()

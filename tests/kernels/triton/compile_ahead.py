@@ -1,10 +1,10 @@
-"""A program: compiles every Triton kernel for GPUs that need not be there, and reports what each needs of them as JSON.
+"""Compiles Triton kernels for GPUs that need not be present, and prints the resources of each kernel as JSON.
 
     python compile_ahead.py all sm_90 gfx942
     python compile_ahead.py linear,rope sm_80
 
-The launchers run as they are, on tensors without data. A stub stands in for the driver, so that Triton's own JIT
-specialises the kernels to their arguments and compiles them; there a launch ends.
+The launchers run unchanged, on tensors without data. A stub replaces the driver, so that Triton's JIT specialises the
+kernels to their arguments and compiles them; then the launch ends.
 """
 
 import json
@@ -44,14 +44,14 @@ DISASSEMBLED |= {"_paged_decode_attention_split"}
 
 SIZES = {"R": 32, "T": 32, "B": 32, "S": 32, "H": 4096, "I": 14336, "V": 128256, "P": 8192, "Nq": 32, "Nkv": 8, "N": 32}
 SIZES |= {"K": 4096, "D": 128, "Dv": 128, "Dr": 128, "PG": 4096, "BS": 16, "MB": 256, "M": 64, "X": 64, "A": 8}
-"""A model of 8 billion parameters, with experts; rows of LONG do not fit in a program."""
+"""Sizes of a model of 8 billion parameters, with experts; rows of LONG do not fit in one tile."""
 LONG = SIZES | {"H": 32768, "I": 32768}
 
 TORCH = {"i32": torch.int32, "i64": torch.int64}
 
 
 class Stub(DriverBase):
-    """What the JIT asks of a driver before a launch. Kernels are kept by device id, so each target has its own."""
+    """The part of a driver that the JIT uses before a launch. Kernels are cached by device id: one for each target."""
 
     def __init__(self, target: GPUTarget, device: int) -> None:
         self.target, self.device = target, device
@@ -76,11 +76,11 @@ class Stub(DriverBase):
         return torch.device("meta")
 
     def get_benchmarker(self) -> Any:
-        raise RuntimeError("nothing can be timed without a device")
+        raise RuntimeError("benchmarking requires a device")
 
 
 def compile_op(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The kernels that one call of the op's launcher would start, by name."""
+    """The kernels that one call of the op's launcher would run, by name."""
     found: dict[str, Any] = {}
     original = JITFunction.run
 
@@ -97,7 +97,7 @@ def compile_op(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def operands(name: str, sizes: Mapping[str, int]) -> list[torch.Tensor | None]:
-    """Tensors without data; of optional operands the weights and biases."""
+    """Tensors without data; of the optional operands only weights and biases."""
     op = OPS[name]
     absent = op.optional_inputs - {"w", "bias"}
     return [None if key in absent else operand(pattern, sizes) for key, pattern in op.input_types.items()]
@@ -108,7 +108,7 @@ def operand(pattern: TypePattern, sizes: Mapping[str, int]) -> torch.Tensor:
     shape = [*leading, *(int(str(evaluate(dim, sizes))) for dim in pattern.trailing)]
     if pattern.is_variable or pattern.element == "f32":
         return torch.empty(shape, dtype=torch.bfloat16 if pattern.is_variable else torch.float32, device="meta")
-    return torch.zeros(shape, dtype=TORCH[pattern.element])  # launchers compute with integers
+    return torch.zeros(shape, dtype=TORCH[pattern.element])  # launchers read the values of integer operands
 
 
 def attrs(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def attrs(name: str, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def needs(name: str, kernel: Any, target: GPUTarget) -> dict[str, Any]:
-    """Registers of a thread, spilled ones (numbers on AMD, bytes on NVIDIA), bytes of shared memory, opcodes."""
+    """Registers per thread, spills (a count on AMD, bytes on NVIDIA), bytes of shared memory, opcodes."""
     if target.backend == "hip":
         found = amd_needs(kernel.asm["amdgcn"])
     else:
@@ -133,7 +133,7 @@ def needs(name: str, kernel: Any, target: GPUTarget) -> dict[str, Any]:
 
 
 def nvidia_needs(cubin: bytes) -> dict[str, Any]:
-    """From the section .nv.info of the ELF file: attributes, of which two forms have 4 and size + 4 bytes."""
+    """Reads the section .nv.info of the ELF file: attributes of 4 bytes, or of 4 + size bytes if they have a size."""
     at, size, count = struct.unpack_from("<Q10xHH", cubin, 0x28)
     sections = [struct.unpack_from("<IIQQQQ", cubin, at + number * size) for number in range(count)]
     names = sections[struct.unpack_from("<H", cubin, 0x3E)[0]][4]

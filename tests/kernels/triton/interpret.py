@@ -1,6 +1,6 @@
-"""A program: runs the checks of the Triton kernels in Triton's interpreter, and writes each finding as a line of JSON.
+"""Runs the checks of the Triton kernels in Triton's interpreter, and prints each finding as a line of JSON.
 
-It is a process of its own, because TRITON_INTERPRET has to be set before Triton is imported.
+Runs in a separate process, because TRITON_INTERPRET must be set before Triton is imported.
 """
 
 import json
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from sageLLM import LLM, SamplingParams
-from sageLLM.runtime.kernels.triton_interpreter import mend
+from sageLLM.runtime.kernels.triton_interpreter import patch_bf16
 
 MODEL = Path(__file__).parents[3] / "examples/tiny_python_model"
 
 
 def engine_findings() -> Iterator[checks.Finding]:
-    """The engine chooses the same tokens on Triton kernels as on the references, in bf16."""
+    """The engine generates the same tokens with Triton kernels as with the references, in bf16."""
     tokens = []
     for kernels in ("reference", "triton"):
         llm = LLM(model=MODEL, kernels=kernels)
@@ -35,7 +35,7 @@ def engine_findings() -> Iterator[checks.Finding]:
 def main() -> None:
     np.seterr(all="ignore")
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    mend()
+    patch_bf16()
     for finding in (*checks.findings(), *engine_findings()):
         json.dump(asdict(finding), sys.stdout)
         print()

@@ -1,7 +1,7 @@
-"""Every Triton kernel compiles for GPUs that are not here; what it needs of them stands in `needs/TARGET.txt`.
+"""Ahead-of-time compilation of the Triton kernels for GPUs; `needs/TARGET.txt` records the resources of each kernel.
 
-The suite compiles one kernel of every kind, for two targets; `make aot` all kernels for all targets, and
-`make aot SAGELLM_ACCEPT=1` writes the files anew. They hold for the version of Triton that they name.
+The suite compiles one kernel of every kind, for two targets; `make aot` compiles all kernels for all targets, and
+`make aot SAGELLM_ACCEPT=1` rewrites the files. They are valid for the version of Triton in their first line.
 """
 
 import json
@@ -29,7 +29,7 @@ Report = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Report]:
-    """By target and kernel: registers, what is spilled, shared memory, opcodes. Triton keeps what it compiled."""
+    """Registers, spills, shared memory and opcodes, by target and kernel. Triton caches the compiled kernels."""
     environ = {"TRITON_CACHE_DIR": str(ROOT / ".cache/triton"), **os.environ}
     command = [sys.executable, FOLDER / "compile_ahead.py", "all" if ALL else OF_EVERY_KIND, *TARGETS]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
@@ -60,11 +60,11 @@ def line(name: str, needs: dict[str, Any]) -> str:
     return f"{name}: {needs['registers']} registers{shared}{', '.join(['', *needs['opcodes']])}"
 
 
-def test_rows_move_16_bytes_at_a_time(report: dict[str, Report]) -> None:
+def test_row_kernels_load_and_store_16_bytes_at_a_time(report: dict[str, Report]) -> None:
     for name in ("_fused_add_rms_norm_rows", "_silu_mul_kernel"):
         assert {"LDG.E.128", "STG.E.128"} <= set(report["sm_90"][name]["opcodes"])
 
 
-def test_attention_of_prompts_uses_the_matrix_units_of_hopper(report: dict[str, Report]) -> None:
-    """wgmma, which needs tiles of 64 rows or more."""
+def test_prefill_attention_uses_the_tensor_cores_of_hopper(report: dict[str, Report]) -> None:
+    """wgmma, which requires tiles of at least 64 rows."""
     assert "HGMMA" in report["sm_90"]["_paged_prefill_attention_kernel"]["opcodes"]

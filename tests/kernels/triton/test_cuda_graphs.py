@@ -1,4 +1,4 @@
-"""Rounding a decode step up to the shape of a CUDA graph; the graphs themselves need a GPU."""
+"""Padding of decode steps to the shapes of CUDA graphs; the graphs themselves require a GPU."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +19,8 @@ def test_sizes_are_rounded_up_to_powers_of_2() -> None:
     assert [round_up(count) for count in (1, 2, 3, 8, 9, 200)] == [1, 2, 4, 8, 16, 256]
 
 
-def test_filled_steps_give_what_the_steps_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole engine on steps of 8 rows instead of 3, whose last rows store what the third one stores."""
+def test_padded_steps_return_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole engine on steps of 8 rows instead of 3: the padding rows repeat the third one."""
 
     def completed() -> list[list[int]]:
         llm = LLM(model=MODEL, kernels="reference")

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py as far as it goes without a GPU: the interpreter, next to no work, the same calls."""
+"""Dry run of benchmarks/gpu.py without a GPU: the same calls in the interpreter, on tiny sizes."""
 
 import json
 import subprocess

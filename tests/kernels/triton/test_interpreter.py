@@ -1,4 +1,4 @@
-"""The Triton kernels, in Triton's interpreter, against the references; all cases run in one process of their own."""
+"""Triton kernels in Triton's interpreter, compared with the references; all cases run in one separate process."""
 
 import json
 import os
@@ -25,12 +25,12 @@ def findings() -> list[Finding]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_results_are_those_of_the_references(findings: list[Finding]) -> None:
-    """Errors are in units of what is allowed."""
+def test_results_match_the_references(findings: list[Finding]) -> None:
+    """Errors are relative to the tolerance."""
     assert [one for one in findings if one["error"] > 1.0] == []
 
 
-def test_memory_shapes_special_values_and_neighbours(findings: list[Finding]) -> None:
+def test_memory_shapes_special_values_and_batch_invariance(findings: list[Finding]) -> None:
     assert [one for one in findings if one["wrong"]] == []
 
 
