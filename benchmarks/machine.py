@@ -2,6 +2,7 @@
 
 import os
 import platform
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, cores used, memory, and the versions that matter; nothing that identifies the machine."""
+    """The date, processor, cores used, memory and versions; nothing that identifies the machine."""
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),

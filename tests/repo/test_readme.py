@@ -1,4 +1,4 @@
-"""Keeps the README true: what it names exists, what it shows runs, and the Chinese one says the same."""
+"""Checks of the READMEs: their Python runs, their figures are those of benchmarks/results, translations are in step."""
 
 import os
 import re
@@ -10,26 +10,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-READMES = ("README.md", "README.zh-CN.md")
+TRANSLATED = ["README.md", "docs/tour.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FOLDERS = ("benchmarks", "codegen", "docs", "examples", "generated", "runtime", "specs", "templates", "tests")
 
 
-def text_of(readme: str) -> str:
-    return (ROOT / readme).read_text(encoding="utf-8")
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def translation_of(page: str) -> str:
+    return page.removesuffix(".md") + ".zh-CN.md"
 
 
 def structure(text: str) -> list[str]:
     """One line for each thing that a translation keeps: headings, code, links, figures, list items, table rows."""
     kept = [f"code {language}: {body}" for language, body in BLOCK.findall(text)]
     for line in BLOCK.sub("", text).splitlines():
-        if kind := re.match(r"#+ |\d+\. |- |\|", line):
+        if kind := re.match(r"#+ |\d+\. |- |\||<!-- .*|\*\*\d+\.", line):
             kept.append(kind[0].strip())
-        kept += sorted(f"inline {code}" for code in re.findall(r"`([^`]+)`", line))
-        kept += [f"link {target}" for target in re.findall(r"\]\(([^)]+)\)", line) if target not in READMES]
+        targets = re.findall(r"\]\(([^)]+)\)", line) + re.findall(r'src(?:set)?="([^"]+)"', line)
+        kept += [f"link {target.replace('.zh-CN.md', '.md')}" for target in targets]
         if line.startswith("|"):
+            kept += sorted(f"inline {code}" for code in re.findall(r"`([^`]+)`", line))
             kept += sorted(f"figure {figure}" for figure in re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"`.*?`", "", line)))
-    return kept
+    return kept + sorted(f"inline {code}" for code in set(re.findall(r"`([^`]+)`", BLOCK.sub("", text))))
 
 
 def differences(text: str, translation: str) -> list[tuple[str | None, str | None]]:
@@ -37,14 +41,16 @@ def differences(text: str, translation: str) -> list[tuple[str | None, str | Non
     return [(here, there) for here, there in pairs if here != there]
 
 
-def test_chinese_readme_is_in_step() -> None:
-    assert differences(text_of("README.md"), text_of("README.zh-CN.md")) == []
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_the_translation_is_in_step(page: str) -> None:
+    assert differences(text_of(page), text_of(translation_of(page))) == []
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_each_readme_links_to_the_other(readme: str) -> None:
-    [other] = set(READMES) - {readme}
-    assert f"]({other})" in text_of(readme)
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_a_page_and_its_translation_link_to_each_other(page: str) -> None:
+    other = translation_of(page)
+    assert f"]({Path(other).name})" in text_of(page)
+    assert f"]({Path(page).name})" in text_of(other)
 
 
 SAMPLE = "# A\n\nSee [b](b.md) and `make run`.\n\n| x | 3.5 ms |\n\n- one\n\n```\nmake run # 1\n```\n"
@@ -66,28 +72,6 @@ def test_a_translation_out_of_step_is_found(old: str, new: str) -> None:
     assert differences(SAMPLE, SAMPLE.replace(old, new)) != []
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_links_and_paths_exist(readme: str) -> None:
-    text = text_of(readme)
-    links = {target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target}
-    paths = set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w", text))
-    assert sorted(name for name in links | paths if not (ROOT / name).exists()) == []
-
-
-@pytest.mark.parametrize("readme", READMES)
-def test_make_targets_exist(readme: str) -> None:
-    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`|──)make ([a-z]+)", text_of(readme), re.MULTILINE))
-    assert named and named <= targets
-
-
-@pytest.mark.parametrize("readme", READMES)
-def test_commands_exist(readme: str) -> None:
-    named = set(re.findall(r"(?:^|`)sagellm ([a-z]+)", text_of(readme), re.MULTILINE))
-    listed = run_python("import sys; from sageLLM.runtime.cli.main import main; sys.exit(main())", "--help")
-    assert sorted(name for name in named if not re.search(rf"\b{name}\b", listed)) == []
-
-
 def test_python_blocks_run() -> None:
     blocks = [body for language, body in BLOCK.findall(text_of("README.md")) if language == "python"]
     assert blocks
@@ -95,9 +79,19 @@ def test_python_blocks_run() -> None:
         run_python(body)
 
 
-def run_python(code: str, *arguments: str) -> str:
+def run_python(code: str) -> None:
     environ = os.environ | {"PYTHONPATH": str(ROOT / "_dev")}
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def test_measured_figures_are_those_of_the_results() -> None:
+    """A row of the README's table starts as its entry in docs/images/measured.py and has the same numbers."""
+    command = [sys.executable, ROOT / "docs" / "images" / "measured.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text_of("README.md").splitlines()]
+    table = {name: figure for name, figure, _ in (row for row in rows if len(row) == 3)}
+    for name, figure in (re.split(r" {2,}", line) for line in printed):
+        [row] = [row for row in table if row.startswith(name)]
+        assert table[row].startswith(figure), f"{row!r}: expected {figure!r}, got {table[row]!r}"

@@ -1,0 +1,266 @@
+"""Checks of docs/ and the READMEs: excerpts are lines of their files, commands, flags, paths and links exist.
+
+A fence after `<!-- from PATH -->` shows lines of that file, and one after `<!-- output of: sagellm ... -->` shows lines
+of that command's output. A line `...` (or `# ...`, `// ...`) stands for lines left out.
+"""
+
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from sageLLM.runtime.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+IMAGES = ROOT / "docs" / "images"
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md"))]
+FOLDERS = ("benchmarks", "codegen", "docs", "examples", "generated", "runtime", "specs", "templates", "tests")
+MARKER = re.compile(r"<!-- (from|output of:) (.+) -->")
+ELISION = re.compile(r"\s*(?:#|//)?\s*\.\.\.\s*")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """A fenced block: its first line's number, the line before it, and its lines."""
+
+    line: int
+    before: str
+    lines: tuple[str, ...]
+
+
+def fences_of(text: str) -> Iterator[Fence]:
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("```")]
+    for start, end in zip(starts[::2], starts[1::2], strict=True):
+        before = next((line for line in reversed(lines[:start]) if line.strip()), "")
+        yield Fence(start + 2, before, tuple(lines[start + 1 : end]))
+
+
+def prose_of(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+# Excerpts
+
+
+def missing_lines(excerpt: Sequence[str], source: Sequence[str]) -> list[str]:
+    """The first stretch of the excerpt that is not in the source, in order and at any depth of indentation."""
+    position, stretch = 0, list[str]()
+    for line in [*excerpt, "..."]:
+        if not ELISION.fullmatch(line):
+            stretch.append(line)
+        elif stretch:
+            found = find(stretch, source, position)
+            if found is None:
+                return stretch
+            position, stretch = found + len(stretch), []
+    return []
+
+
+def find(stretch: Sequence[str], source: Sequence[str], start: int) -> int | None:
+    size, wanted = len(stretch), dedented(stretch)
+    return next((i for i in range(start, len(source) - size + 1) if dedented(source[i : i + size]) == wanted), None)
+
+
+def dedented(lines: Sequence[str]) -> list[str]:
+    depth = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    return [line[depth:].rstrip() for line in lines]
+
+
+@cache
+def output_of(command: str) -> str:
+    program, *arguments = shlex.split(command)
+    assert program == "sagellm", f"expected a sagellm command, got {command!r}"
+    return CliRunner().invoke(app, arguments).output
+
+
+@each_page
+def test_excerpts_are_lines_of_their_source(page: Path) -> None:
+    wrong = []
+    for fence in fences_of(page.read_text(encoding="utf-8")):
+        if marker := MARKER.fullmatch(fence.before.strip()):
+            kind, name = marker.groups()
+            source = (ROOT / name).read_text(encoding="utf-8") if kind == "from" else output_of(name)
+            if missing := missing_lines(fence.lines, source.splitlines()):
+                wrong.append(f"{page.name}:{fence.line}: not in {name}:\n" + "\n".join(missing))
+    assert not wrong, "\n\n".join(wrong)
+
+
+@each_page
+def test_excerpts_of_files_are_marked(page: Path) -> None:
+    """A fence after a sentence that ends with the name of a file has the marker that lets its text be checked."""
+    text = page.read_text(encoding="utf-8")
+    unmarked = [
+        f"{page.name}:{fence.line}: {found[1]}"
+        for fence in fences_of(text)
+        if (found := re.search(r"`([\w./-]+/[\w.-]+\.\w+)`[^`]*:$", fence.before)) and (ROOT / found[1]).exists()
+    ]
+    assert not unmarked, "write <!-- from PATH --> before these fences:\n" + "\n".join(unmarked)
+
+
+SOURCE = ["def f():", "    a = 1", "    b = 2", "", "    return a"]
+
+
+@pytest.mark.parametrize(
+    ("excerpt", "missing"),
+    [
+        (["a = 1", "b = 2"], []),
+        (["def f():", "    # ...", "    return a"], []),
+        (["def f():", "...", "    a = 1"], []),
+        (["a = 1", "return a"], ["a = 1", "return a"]),
+        (["return a", "...", "a = 1"], ["a = 1"]),
+        (["    a = 1", "  b = 2"], ["    a = 1", "  b = 2"]),
+        (["b = 3"], ["b = 3"]),
+    ],
+)
+def test_what_an_excerpt_may_leave_out(excerpt: list[str], missing: list[str]) -> None:
+    assert missing_lines(excerpt, SOURCE) == missing
+
+
+# Commands
+
+
+def commands_of(text: str) -> Iterator[list[str]]:
+    """The words of each command in a fence or in inline code, without prompts and comments."""
+    lines = [line for fence in fences_of(text) for line in fence.lines]
+    for line in lines + re.findall(r"`([^`\n]+)`", prose_of(text)):
+        if found := re.match(r"(?:\$ )?((?:sagellm|make|python) .*)", line.strip()):
+            yield re.sub(r"\s#.*| [>|] .*", "", found[1]).split()
+
+
+def problem_of(words: Sequence[str]) -> str | None:
+    """The reason why a command cannot be run as written; None if it can."""
+    program, *arguments = words
+    match program:
+        case "make":
+            unknown = [word for word in arguments if "=" not in word and word not in make_targets()]
+            return f"unknown make target: {unknown}" if unknown else None
+        case "sagellm":
+            return problem_of_sagellm(arguments)
+    return problem_of_script(arguments)
+
+
+def problem_of_sagellm(arguments: Sequence[str]) -> str | None:
+    name, *rest = arguments
+    if name.startswith("--") or not name.isalpha() or not name.islower():
+        return None
+    if name not in subcommands():
+        return f"unknown subcommand {name}"
+    unknown = [flag for flag in flags_of(rest) if flag not in subcommands()[name]]
+    return f"sagellm {name} has no {', '.join(unknown)}" if unknown else None
+
+
+def problem_of_script(arguments: Sequence[str]) -> str | None:
+    script = ROOT / arguments[0]
+    if arguments[0].startswith("-"):
+        return None
+    if not script.is_file():
+        return f"no file {arguments[0]}"
+    unknown = [flag for flag in flags_of(arguments) if flag not in script.read_text(encoding="utf-8")]
+    return f"{arguments[0]} has no {', '.join(unknown)}" if unknown else None
+
+
+def flags_of(words: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0].rstrip(".,;:") for word in words if word.startswith("--")]
+
+
+@cache
+def make_targets() -> frozenset[str]:
+    return frozenset(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@cache
+def subcommands() -> dict[str, set[str]]:
+    """The flags of each subcommand."""
+    group = typer.main.get_group(app)
+    return {
+        name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        | {"--help"}
+        for name, command in group.commands.items()
+    }
+
+
+@each_page
+def test_commands_and_flags_exist(page: Path) -> None:
+    found = [(words, problem_of(words)) for words in commands_of(page.read_text(encoding="utf-8"))]
+    assert [f"{' '.join(words)}: {problem}" for words, problem in found if problem] == []
+
+
+def test_the_readme_names_commands() -> None:
+    programs = {words[0] for words in commands_of((ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert programs >= {"make", "sagellm"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make tests",
+        "sagellm explode x",
+        "sagellm graph llama --levels block",
+        "python benchmarks/none.py",
+        "python benchmarks/run_all.py --nope",
+    ],
+)
+def test_a_wrong_command_is_found(command: str) -> None:
+    assert problem_of(command.split()) is not None
+
+
+# Links and paths
+
+
+@each_page
+def test_links_resolve(page: Path) -> None:
+    text = prose_of(page.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
+    broken = []
+    for target in (target for target in targets if "://" not in target):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors_of(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose_of(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_paths_exist(page: Path) -> None:
+    """Paths from the top-level folders in the prose; `*` and capitals stand for part of a name."""
+    text = prose_of(page.read_text(encoding="utf-8"))
+    paths = set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*]", text))
+    assert sorted(path for path in paths if not [*ROOT.glob(re.sub(r"[A-Z]{4,}", "*", path))]) == []
+
+
+# Pictures
+
+
+@pytest.fixture(scope="module")
+def make_images() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(IMAGES))
+    try:
+        spec = importlib.util.spec_from_file_location("make_images", IMAGES / "make_images.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(IMAGES))
+
+
+def test_svg_files_are_those_that_the_scripts_make(make_images: ModuleType) -> None:
+    stale = [path.name for path, text in make_images.svg_files().items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run python docs/images/make_images.py"
