@@ -16,7 +16,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: aot sanitize fuzz-scheduler help setup run test generate accept lint types drift explain graph bench bench-peers clean
+.PHONY: aot sanitize fuzz-scheduler help setup run test test-fast generate accept lint types drift explain graph bench bench-peers clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,18 @@ setup: $(TEST_READY) ## Create .venv with everything that running and testing ne
 
 run: $(RUN_READY) ## Serve a batch of prompts with the bundled tiny model
 	$(BIN)/python examples/serve_tiny.py
+
+# Files that test-fast leaves out: each takes more than a few seconds.
+SLOW := tests/codegen/test_canary.py tests/codegen/test_cases.py tests/codegen/test_fuzz.py tests/codegen/test_writer.py \
+	tests/engine/test_bad_checkpoints.py tests/engine/test_chat_template.py tests/engine/test_detokenizer.py tests/engine/test_oracle.py \
+	tests/engine/test_oracle_experts.py tests/examples tests/executor tests/kernels tests/models/test_families.py \
+	tests/passes/test_rule_validation.py tests/repo/test_commands.py tests/repo/test_packaging.py \
+	tests/scheduler/test_comparison.py tests/scheduler/test_determinism.py tests/scheduler/test_fuzz.py \
+	tests/scheduler/test_random_schedules.py tests/sim/test_auto.py tests/sim/test_sarathi.py \
+	tests/sim/test_simulate_command.py tests/sim/test_simulator.py generated/tests
+
+test-fast: $(TEST_READY) ## Run the fast part of the suite, in less than a minute
+	$(PYTEST) --numprocesses $(JOBS) --dist loadfile $(addprefix --ignore=,$(SLOW))
 
 test: lint types drift ## Run the whole suite: lint, types, drift of generated/, tests
 	$(PYTEST) --numprocesses $(JOBS) --dist loadscope

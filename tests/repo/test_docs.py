@@ -1,7 +1,7 @@
 """Checks of docs/ and the READMEs: excerpts are lines of their files, commands, flags, paths and links exist.
 
-A fence after `<!-- from PATH -->` shows lines of that file, and one after `<!-- output of: sagellm ... -->` shows lines
-of that command's output. A line `...` (or `# ...`, `// ...`) stands for lines left out.
+A fence after `<!-- from PATH, ... -->` shows lines of those files, and one after `<!-- output of: sagellm ... -->`
+lines of that command's output. A line `...` (or `# ...`, `// ...`) stands for lines left out.
 """
 
 import importlib.util
@@ -78,11 +78,15 @@ def dedented(lines: Sequence[str]) -> list[str]:
     return [line[depth:].rstrip() for line in lines]
 
 
+def lines_of(paths: str) -> list[str]:
+    return [line for path in paths.split(", ") for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+
+
 @cache
-def output_of(command: str) -> str:
+def output_of(command: str) -> list[str]:
     program, *arguments = shlex.split(command)
     assert program == "sagellm", f"expected a sagellm command, got {command!r}"
-    return CliRunner().invoke(app, arguments).output
+    return CliRunner().invoke(app, arguments).output.splitlines()
 
 
 @each_page
@@ -91,8 +95,8 @@ def test_excerpts_are_lines_of_their_source(page: Path) -> None:
     for fence in fences_of(page.read_text(encoding="utf-8")):
         if marker := MARKER.fullmatch(fence.before.strip()):
             kind, name = marker.groups()
-            source = (ROOT / name).read_text(encoding="utf-8") if kind == "from" else output_of(name)
-            if missing := missing_lines(fence.lines, source.splitlines()):
+            source = lines_of(name) if kind == "from" else output_of(name)
+            if missing := missing_lines(fence.lines, source):
                 wrong.append(f"{page.name}:{fence.line}: not in {name}:\n" + "\n".join(missing))
     assert not wrong, "\n\n".join(wrong)
 
