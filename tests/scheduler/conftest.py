@@ -1,4 +1,4 @@
-"""The stand-in for the engine, for all tests of the scheduler."""
+"""Fixture with the fake engine, for all tests of the scheduler."""
 
 import pytest
 from fake_engine import FakeEngine

@@ -1,4 +1,4 @@
-"""A stand-in for the engine: it runs what the scheduler plans on a KV cache of token numbers, and checks every step."""
+"""Fake engine: executes the scheduler's steps on a KV cache of token hashes, and checks every step."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 
 
 def next_token(tokens: list[int]) -> int:
-    """The "model": a token that depends on every token before it, so a wrong replay shows."""
+    """The "model": a token that depends on every token before it, so a wrong replay is detected."""
     value = 7
     for token in tokens:
         value = (value * 31 + token) % 1009
@@ -16,7 +16,7 @@ def next_token(tokens: list[int]) -> int:
 
 
 def chain(tokens: list[int], known: list[int]) -> list[int]:
-    """For each token a value that stands for it and all before it; `known` are the values that are there already."""
+    """A hash for each token of it and all tokens before it; `known` are the hashes computed so far."""
     values = known
     value = values[-1] if values else 0
     for token in tokens[len(values) :]:
@@ -30,10 +30,10 @@ Cache = dict[int, list[int | None]]
 
 @dataclass
 class FakeEngine:
-    """Runs a scheduler step by step, on caches that hold, for each slot of a block, the value of its token's `chain`.
+    """Runs a scheduler step by step, on caches that hold the `chain` hash of the token in each slot of a block.
 
-    So a token in the wrong place, of the wrong request or after another beginning shows when it is read. `computed` is
-    the engine's own count of each request's tokens in the cache, `ends` how often each was ended.
+    So a token at the wrong position, of the wrong request or after a different prefix is detected when it is read.
+    `computed` is the engine's own count of each request's tokens in the cache, `ends` how often each was ended.
     """
 
     scheduler: PDScheduler
@@ -65,7 +65,7 @@ class FakeEngine:
         salt: str = "",
         fork_of: Request | None = None,
     ) -> Request:
-        """Queue a request that stops after `num_outputs` tokens. Those of equal `first_token` have equal beginnings."""
+        """Queue a request that stops after `num_outputs` tokens. Requests of equal `first_token` share a prefix."""
         start = sum(map(ord, request_id)) if first_token is None else first_token
         prompt = [(start + i) % 1009 for i in range(prompt_len)]
         request = Request(
@@ -83,7 +83,7 @@ class FakeEngine:
         return request
 
     def plan(self, is_ahead: bool = False, role: str | None = None) -> ScheduleOutput:
-        """Plan a step, and note the block tables as they are: a device reads them when the step is launched."""
+        """Plan a step, and copy the block tables: a device reads them when the step is launched."""
         out = self.scheduler.plan_ahead() if is_ahead else self.scheduler.schedule(role)
         if self.checks_plans:
             self.scheduler.check_integrity()
@@ -106,7 +106,7 @@ class FakeEngine:
                 del self.victims[request_id]
         self.computed.update(out.num_cached_tokens)
         for request_id in out.num_cached_tokens:
-            if self.launching.get(request_id) == out.step_id:  # else a later step, planned already, admits it anew
+            if self.launching.get(request_id) == out.step_id:  # else a later step, planned already, admits it again
                 del self.launching[request_id]
         self._copy_blocks(out)
         is_strict = self.scheduler.config.mode == "strict"
@@ -130,7 +130,7 @@ class FakeEngine:
                 assert request.num_computed_tokens == num_computed, f"{request_id}: a gap or a repeat"
 
     def forget_waiting(self) -> None:
-        """Whose KV is lost starts again."""
+        """Reset the count of requests that lost their KV."""
         for request in self.scheduler.waiting_queue:
             if request.num_computed_tokens == 0:
                 self.computed[request.request_id] = 0
@@ -149,7 +149,7 @@ class FakeEngine:
         raise AssertionError(f"not done after {max_steps} steps: {self.scheduler.get_stats()}")
 
     def expected_output(self, request: Request) -> list[int]:
-        """What the request must have emitted by now, whatever preemption and migration did."""
+        """The tokens that the request must have emitted by now, whatever preemption and migration did."""
         tokens = list(request.prompt_token_ids)
         for _ in request.output_token_ids:
             tokens.append(next_token(tokens))
@@ -165,7 +165,7 @@ class FakeEngine:
         return finished
 
     def _run_chunk(self, step_id: int, chunk: Chunk, cache: Cache) -> list[str]:
-        """Computes a chunk; returns who has all its tokens now, the request and its forks."""
+        """Compute a chunk; returns the ids that have all their tokens now, of the request and its forks."""
         request = chunk.request
         request_id, end = request.request_id, chunk.start + chunk.num_tokens
         table = self.tables.pop((step_id, request_id))

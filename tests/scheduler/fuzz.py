@@ -1,9 +1,9 @@
-"""Plays random schedules and checks every step of them; one number, the seed, makes a schedule.
+"""Plays random schedules, each determined by its seed, and checks the invariants after every step.
 
-    PYTHONPATH=_dev python tests/scheduler/fuzz.py --seeds 0:100000 --jobs 2     # play these, name those that fail
+    PYTHONPATH=_dev python tests/scheduler/fuzz.py --seeds 0:100000 --jobs 2     # play these, list the failures
     PYTHONPATH=_dev python tests/scheduler/fuzz.py --seed 4711                   # play one again, with its traceback
 
-Pools are far too small on purpose. Requests come in bursts, with priorities, tenants, deadlines, shared beginnings and
+Pools are far too small on purpose. Requests arrive in bursts, with priorities, tenants, deadlines, shared prefixes and
 forks; they are aborted at any time; steps fail; workers die; copies between workers are late, lost, repeated and out of
 order; swaps fail; steps are planned ahead, or each worker steps at its own pace.
 """
@@ -26,11 +26,11 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfi
 from sageLLM.runtime.scheduler.transfer import TransferConfig
 
 MAX_STEPS = 4000
-CALM_AFTER = 200  # with a failure in every other step for ever, nothing would ever end
+CALM_AFTER = 200  # step after which nothing fails any more, so that every schedule ends
 
 
 class RandomChooser:
-    """The chooser of `auto`: any mode, any budget."""
+    """Mode chooser for `auto`: any mode, any budget."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -64,12 +64,12 @@ class Arrival:
 
 @dataclass
 class World:
-    """One random schedule: its scheduler, what happens to it, and what has been promised so far."""
+    """One random schedule: its scheduler, its events, and the state of the invariants."""
 
     seed: int
     rng: random.Random = field(init=False)
     clock: Clock = field(default_factory=Clock)
-    in_the_air: list[tuple[float, KVMigration]] = field(default_factory=list)
+    in_flight: list[tuple[float, KVMigration]] = field(default_factory=list)
     sent: list[KVMigration] = field(default_factory=list)
     num_restarts: int = 0
     aborts: dict[int, list[str]] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class World:
     def _budget(self) -> KVBudget:
         rng = self.rng
         size = rng.choice([1, 2, 4, 5])
-        least = -(-24 // size)  # the longest requests cannot have all their tokens
+        least = -(-24 // size)  # too few for all tokens of the longest requests
         num_blocks = rng.randint(least, 2 * least)
         tiers = {"num_host_blocks": rng.choice([0, 3, 40]), "num_disk_blocks": rng.choice([0, 0, 30])}
         return KVBudget(num_blocks, size, rng.choice([None, least, 3 * least]), **tiers)
@@ -143,7 +143,7 @@ class World:
             step, rng.randint(1, 20), rng.randint(1, 9), rng.choice([9, 1, 4]), fields, num_forks, abort_after
         )
 
-    # --- the course of events ---
+    # --- events ---
 
     def play(self) -> None:
         last_arrival = max(arrival.step for arrival in self.arrivals)
@@ -164,8 +164,8 @@ class World:
         self._check_end()
 
     def _is_settling(self) -> bool:
-        """Whether messages are on their way (a lost one is not), or blocks wait for a copy or a lease to end."""
-        is_expected = any(at < float("inf") for at, _ in self.in_the_air)
+        """Whether messages are in flight (lost ones excepted), or blocks wait for the end of a copy or lease."""
+        is_expected = any(at < float("inf") for at, _ in self.in_flight)
         stats = self.scheduler.get_stats()
         return is_expected or bool(stats["kv_blocks_used"] or stats.get("prefill_kv_blocks_used", 0))
 
@@ -197,7 +197,7 @@ class World:
                 self._finish(out)
 
     def _plan(self, is_ahead: bool = False, role: str | None = None) -> ScheduleOutput | None:
-        """Plan a step, which may fail before it starts; None if the worker dies instead."""
+        """Plan a step, which may fail before it starts; None if the worker dies."""
         while True:
             running_before = set(self.scheduler.running_requests)
             waiting_before = {r.request_id: r for r in self.scheduler.waiting_queue}
@@ -208,7 +208,7 @@ class World:
                 self._die(role)
                 return None
             if self.rng.random() >= self.failure_rate:
-                self._listen(out)
+                self._replay_announcements(out)
                 return out
             if is_ahead:
                 self.scheduler.rollback_ahead()
@@ -216,7 +216,7 @@ class World:
                 self.scheduler.rollback_step()
                 self._fail_swaps(out)
             else:
-                continue  # planning this worker's step again rolls the failed one back
+                continue  # planning this worker's step again rolls back the failed one
             self.scheduler.check_integrity()
 
     def _fail_swaps(self, out: ScheduleOutput) -> None:
@@ -231,24 +231,24 @@ class World:
         self.engine.commit(out, finished, pending=[piece.request_id for piece in out.kv_migrations])
 
     def _step_ahead(self) -> None:
-        """The step in flight (if any) ends after the next one is planned."""
-        flights = [flight.output for flight in self.scheduler._steps.pending]
-        if not flights:
+        """The pending step (if any) ends after the next one is planned."""
+        pending = [step.output for step in self.scheduler._steps.pending]
+        if not pending:
             if self._plan() is None:
                 return
-            flights = [flight.output for flight in self.scheduler._steps.pending]
+            pending = [step.output for step in self.scheduler._steps.pending]
         if self.rng.random() < 0.8 and self._plan(is_ahead=True) is None:
             return
         self._abort_some()
-        self._finish(flights[0])
+        self._finish(pending[0])
 
     def _step_apart(self) -> None:
-        """One of the workers ends its step, the other one may take longer."""
+        """Each worker plans and ends steps at its own pace."""
         for role in ("prefill", "decode"):
-            flights = {flight.role: flight.output for flight in self.scheduler._steps.pending}
-            if role in flights:
+            pending = {step.role: step.output for step in self.scheduler._steps.pending}
+            if role in pending:
                 if self.rng.random() < 0.5:
-                    self._finish(flights[role])
+                    self._finish(pending[role])
             else:
                 self._plan(role=role)
         self._abort_some()
@@ -271,42 +271,42 @@ class World:
             self.engine.decode_cache.clear()
             for tier in self.engine.tiers.values():
                 tier.clear()
-        self.in_the_air.clear()
+        self.in_flight.clear()
         self.engine.forget_waiting()
         self.scheduler.check_integrity()
 
-    # --- the transport between the workers ---
+    # --- transport between the workers ---
 
     def _send(self, pieces: list[KVMigration]) -> None:
         for piece in pieces:
-            self.in_the_air.append((self.clock.now + self.rng.randint(0, self.copy_delay), piece))
+            self.in_flight.append((self.clock.now + self.rng.randint(0, self.copy_delay), piece))
         self.sent += pieces
 
     def _deliver(self) -> None:
-        due = [entry for entry in self.in_the_air if entry[0] <= self.clock.now]
+        due = [entry for entry in self.in_flight if entry[0] <= self.clock.now]
         self._repeat_old_messages()
         self.rng.shuffle(due)
         for entry in due:
-            if entry not in self.in_the_air:
+            if entry not in self.in_flight:
                 continue
             piece = entry[1]
             if self.rng.random() < self.loss_rate:
                 if self.config.transfer.lease_s is None:
                     self._fail(piece.request_id)
                 else:
-                    self.in_the_air.remove(entry)
-                    self.in_the_air.append((float("inf"), piece))  # lost, and nobody says so
+                    self.in_flight.remove(entry)
+                    self.in_flight.append((float("inf"), piece))  # lost without a report
                 continue
-            self.in_the_air.remove(entry)
+            self.in_flight.remove(entry)
             self.engine.migrate(piece)
             self._acknowledge(piece)
         self.engine.forget_waiting()
 
     def _repeat_old_messages(self) -> None:
-        """Messages come again, of attempts that are over and of requests in an earlier life."""
-        is_in_the_air = [piece for _, piece in self.in_the_air]
+        """Repeat messages of earlier attempts, and from before a recomputation."""
+        in_flight = [piece for _, piece in self.in_flight]
         for piece in self.sent[-8:]:
-            if piece not in is_in_the_air and self.echo.random() < 0.3:
+            if piece not in in_flight and self.echo.random() < 0.3:
                 self.scheduler.acknowledge_migration(piece.request_id, piece.start, piece.attempt)
         self.scheduler.check_integrity()
 
@@ -317,7 +317,7 @@ class World:
         self.rng.shuffle(parts)
         for rank, layer in parts:
             self.scheduler.acknowledge_migration(piece.request_id, piece.start, piece.attempt, rank, [layer])
-        if self.rng.random() < 0.2:  # a message of an attempt that never was
+        if self.rng.random() < 0.2:  # a message of an unknown attempt
             self.scheduler.acknowledge_migration(piece.request_id, piece.start, piece.attempt + 7)
         self.scheduler.check_integrity()
 
@@ -326,12 +326,12 @@ class World:
             self._fail(request_id)
 
     def _fail(self, request_id: str) -> None:
-        self.in_the_air = [entry for entry in self.in_the_air if entry[1].request_id != request_id]
+        self.in_flight = [entry for entry in self.in_flight if entry[1].request_id != request_id]
         self.num_restarts += 1
         self.scheduler.fail_migrations([request_id])
         self.scheduler.check_integrity()
 
-    # --- what must hold ---
+    # --- invariants ---
 
     def _check_plan(self, out: ScheduleOutput, running_before: set[str], role: str | None) -> None:
         prefill = out.prefill_batch.chunks if out.prefill_batch else []
@@ -351,7 +351,7 @@ class World:
         self._check_budgets(prefill, decode)
         if role is not None:
             assert not (prefill if role == "decode" else decode), "the wrong worker's work"
-        self._check_turns(ids, decode)
+        self._check_round_robin(ids, decode)
 
     def _check_budgets(self, prefill: list, decode: list) -> None:
         config = self.config
@@ -369,8 +369,8 @@ class World:
         if config.mode == "time_share":
             assert not (prefill and decode)
 
-    def _check_turns(self, served: list[str], decode: list) -> None:
-        """Whoever decodes is served again within the steps that all the others need."""
+    def _check_round_robin(self, served: list[str], decode: list) -> None:
+        """Every decode is served again within the steps that all the others need."""
         if not decode:
             return
         queue = [r.request_id for r in self.scheduler.decode_queue]
@@ -378,7 +378,7 @@ class World:
         for request_id in queue:
             if request_id not in served:
                 self.starved[request_id] += 1
-                assert self.starved[request_id] <= 60, f"{request_id} decodes no more"
+                assert self.starved[request_id] <= 60, f"{request_id} starves"
 
     def _count_overtakes(self, waiting_before: dict[str, Request]) -> None:
         still = {r.request_id for r in self.scheduler.waiting_queue}
@@ -388,13 +388,13 @@ class World:
             self.overtaken[request_id] += sum(other > number for other in admitted)
             num_older = sum(r.sequence_number < number for r in waiting_before.values())
             bound = (self.config.max_overtakes + 1) * (num_older + 2 + len(self.arrivals) * 3)
-            bound += self.num_restarts  # whoever is computed again after a failure overtakes again
-            assert self.overtaken[request_id] <= bound, f"{request_id} is overtaken for ever"
+            bound += self.num_restarts  # a request recomputed after a failure overtakes again
+            assert self.overtaken[request_id] <= bound, f"{request_id} is overtaken without bound"
 
-    def _listen(self, out: ScheduleOutput) -> None:
-        """A KV runtime that only hears the outputs: what it believes of the decode pool makes sense."""
+    def _replay_announcements(self, out: ScheduleOutput) -> None:
+        """Check that a KV runtime that sees only the outputs has a consistent view of the decode pool."""
         freed = set(out.kv_blocks_to_free)
-        if self.pace == "roles":  # a step that fails after a later one of the other worker has ended says it again
+        if self.pace == "roles":  # a step that fails after a later one of the other worker repeats its blocks
             return
         assert len(freed) == len(out.kv_blocks_to_free), "a block is freed twice"
         if self.is_strict or self.pace != "sync":
@@ -422,9 +422,9 @@ class World:
             if request_id in self.aborted:
                 continue
             assert request.output_token_ids == engine.expected_output(request), f"{request_id}: wrong tokens"
-            wanted = min(engine.stop_after[request_id], request.max_new_tokens)
+            expected = min(engine.stop_after[request_id], request.max_new_tokens)
             most = scheduler.max_seq_len - request.num_prompt_tokens
-            assert request.num_output_tokens == min(wanted, most), f"{request_id}: {request.num_output_tokens} tokens"
+            assert request.num_output_tokens == min(expected, most), f"{request_id}: {request.num_output_tokens} tokens"
         stats, kv = scheduler.get_stats(), scheduler.kv.decode.stats()
         assert stats["kv_blocks_used"] == stats.get("prefill_kv_blocks_used", 0) == 0, "blocks leaked"
         assert (kv.num_host_used, kv.num_disk_used, kv.num_in_transfer) == (0, 0, 0), "tier blocks leaked"
@@ -435,16 +435,16 @@ class World:
 
 
 def play(seed: int) -> None:
-    """Play one schedule. Raises AssertionError (or what the scheduler raises) if a promise is broken."""
+    """Play one schedule. Raises AssertionError (or an error of the scheduler) if an invariant is violated."""
     World(seed).play()
 
 
 def failing_seeds(seeds: range) -> Iterator[tuple[int, str]]:
-    """Those of the seeds that fail, with the reason."""
+    """The failing seeds, with the reason."""
     for seed in seeds:
         try:
             play(seed)
-        except Exception as error:  # whatever it is, the seed is to be reported
+        except Exception as error:  # report the seed of any failure
             yield seed, f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -464,7 +464,7 @@ def main() -> int:
         except Exception:
             traceback.print_exc()
             return 1
-        print(f"seed {args.seed}: every promise kept")
+        print(f"seed {args.seed}: no violation")
         return 0
     return play_many(range(*map(int, args.seeds.split(":"))), args.jobs)
 
@@ -477,7 +477,7 @@ def play_many(seeds: range, jobs: int) -> int:
             for seed, reason in failed:
                 num_failed += 1
                 print(f"seed {seed}: {reason}", flush=True)
-            if number % 20 == 0:  # where to go on if this is interrupted
+            if number % 20 == 0:  # where to resume if this is interrupted
                 print(f"played up to {parts[number - 1][-1] + 1}", file=sys.stderr, flush=True)
     seconds = time.monotonic() - start
     print(f"{len(seeds)} schedules, {num_failed} failed, {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""The rules of the running-first policy once more, as plainly as they can be said, to compare the policy with.
+"""Reference implementation of the running-first policy, as simple as possible, to compare the policy with.
 
 Shares only the config with `runtime/sim/baselines/running_first.py`: lists are searched, and prefixes are compared
 token by token.
@@ -11,7 +11,7 @@ from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig
 
 @dataclass(eq=False)
 class Item:
-    """A request: its tokens known, how many of them were given to steps, its blocks."""
+    """A request: its known tokens, the number of them that steps have planned, and its blocks."""
 
     name: str
     tokens: list[int]
@@ -23,7 +23,7 @@ class Item:
 
 @dataclass
 class Decision:
-    """What a step does: tokens by request, victims in order, tokens found in the cache."""
+    """Decision of a step: tokens by request, victims in order, tokens found in the cache."""
 
     scheduled: dict[str, int] = field(default_factory=dict)
     preempted: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Oracle:
         """A running request has ended."""
         item = next(item for item in self.running if item.name == name)
         self.running.remove(item)
-        self._give_back(item)
+        self._release(item)
 
     def step(self) -> Decision:
         decision = Decision()
@@ -62,7 +62,7 @@ class Oracle:
 
     def _serve_running(self, decision: Decision, budget: int) -> int:
         for item in list(self.running):
-            num_tokens = min(self._wanted(item, item.num_planned), budget)
+            num_tokens = min(self._num_tokens(item, item.num_planned), budget)
             if item not in self.running or num_tokens == 0:
                 continue
             while not self._fits(item, [], item.num_planned + num_tokens):
@@ -75,12 +75,12 @@ class Oracle:
         return budget
 
     def _preempt(self, decision: Decision) -> int:
-        """Returns the tokens of this step that the victim gives back."""
+        """Preempt a victim; returns the tokens of this step that return to the budget."""
         victim = self.running[-1]
         if self.config.policy == "priority":
             victim = max(self.running, key=lambda item: (item.priority, item.arrival))
         self.running.remove(victim)
-        self._give_back(victim)
+        self._release(victim)
         victim.num_planned = 0
         self.waiting.insert(0, victim)
         self._sort()
@@ -92,7 +92,7 @@ class Oracle:
             item = self.waiting[0]
             hits = self._hits(item)
             num_cached = len(hits) * self.size
-            num_tokens = self._wanted(item, num_cached)
+            num_tokens = self._num_tokens(item, num_cached)
             if num_tokens > budget and not self.config.enable_chunked_prefill:
                 return
             num_tokens = min(num_tokens, budget)
@@ -106,7 +106,7 @@ class Oracle:
             decision.scheduled[item.name] = num_tokens
             budget -= num_tokens
 
-    def _wanted(self, item: Item, num_planned: int) -> int:
+    def _num_tokens(self, item: Item, num_planned: int) -> int:
         num_tokens = len(item.tokens) - num_planned
         threshold = self.config.long_prefill_token_threshold
         return min(num_tokens, threshold) if threshold else num_tokens
@@ -142,7 +142,7 @@ class Oracle:
             if block not in known:
                 self.contents.append((item.tokens[: (index + 1) * self.size], block))
 
-    def _give_back(self, item: Item) -> None:
+    def _release(self, item: Item) -> None:
         """The last block first; those that others use stay."""
         table, item.table = item.table, []
         used = {block for other in self.running for block in other.table}

@@ -1,4 +1,4 @@
-"""The mode `auto`: forecasts by hand, what the chooser makes of them, and what it leaves as it is."""
+"""Mode `auto`: forecasts computed by hand, and the choices that follow from them."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def forecast(rule: ModeChoice, *requests: ExpectedRequest, limits: ServiceLimits
         (PREFILL, Served(2.0, 10.0), Served(7.0, 8.0)),
         # after two decodes a step of prefill: 2-4 decodes, 4-6 prefill, 6-8 decodes (the first ends), 8-10 prefill
         (TIME_SHARE, Served(2.0, 8.0), Served(10.0, 11.0)),
-        # steps of 50 prompt tokens take 1.5 s, with a decode beside them
+        # steps of 50 prompt tokens and one decode take 1.5 s
         (ModeChoice("hybrid", 50), Served(3.0, 9.0), Served(9.0, 10.0)),
     ],
     ids=["prefill", "time_share", "hybrid"],
@@ -51,11 +51,11 @@ def test_forecasts_by_hand(rule: ModeChoice, first: Served, second: Served) -> N
     assert forecast(rule, FIRST, SECOND) == [pytest.approx(first), pytest.approx(second)]
 
 
-def test_a_forecast_keeps_to_seats_and_to_the_cache() -> None:
+def test_a_forecast_respects_batch_size_and_cache_size() -> None:
     both = ExpectedRequest(0.0, 50, 3), ExpectedRequest(0.0, 50, 3)
     assert [one.first_s for one in forecast(PREFILL, *both)] == [2.0, 2.0]
-    one_seat = ServiceLimits(100, 2, 1)
-    assert [one.first_s for one in forecast(PREFILL, *both, limits=one_seat)] == [1.5, 5.0]
+    one_slot = ServiceLimits(100, 2, 1)
+    assert [one.first_s for one in forecast(PREFILL, *both, limits=one_slot)] == [1.5, 5.0]
     small = ServiceLimits(100, 2, 8, max_kv_tokens=80)
     assert [one.first_s for one in forecast(PREFILL, *both, limits=small)] == [1.5, 5.0]
 
@@ -66,7 +66,7 @@ def seen(chooser: ForecastChooser, arrival: float, prompt: int, output: int, is_
     chooser.observe(request)
 
 
-def test_traffic_is_expected_to_go_on_as_it_was() -> None:
+def test_recent_traffic_is_expected_to_continue() -> None:
     objective = ServiceObjective(1.0, 0.001)
     chooser = ForecastChooser(PerToken(), objective, window=6)
     seen(chooser, 10.0, 100, 20, is_over=True)
@@ -78,7 +78,7 @@ def test_traffic_is_expected_to_go_on_as_it_was() -> None:
     assert expected(chooser._seen, objective, least=6) == [ExpectedRequest(*one) for one in once + again]
 
 
-def test_before_an_answer_has_ended_its_length_is_a_guess() -> None:
+def test_output_lengths_are_guessed_until_a_request_ends() -> None:
     objective = ServiceObjective()
     chooser = ForecastChooser(PerToken(), objective, window=4)
     seen(chooser, 1.0, 10, 3, is_over=False)
@@ -105,7 +105,7 @@ def test_the_rules_are_within_the_limits() -> None:
     ids=["first tokens matter", "pace matters"],
 )
 def test_the_objective_decides(objective: ServiceObjective, mode: str) -> None:
-    """With the first rule new prompts go first; with the other they may only take little time from the decodes."""
+    """With the first objective new prompts go first; with the other they may delay the decodes only a little."""
 
     class Cost:
         def step_s(self, work: StepWork) -> float:
@@ -116,11 +116,11 @@ def test_the_objective_decides(objective: ServiceObjective, mode: str) -> None:
         seen(chooser, 7.0 * i, 300, 20, is_over=True)
     one = scheduler(chooser)
     choices = [chooser.choose(one.view) for _ in range(200)]
-    assert choices[0] == ModeChoice("hybrid", 40), "until there is a forecast, as the config says"
+    assert choices[0] == ModeChoice("hybrid", 40), "as configured until there is a forecast"
     assert choices[-1].mode == mode
 
 
-def test_it_serves_requests_whatever_it_chooses(fake_engine) -> None:
+def test_requests_are_served_under_every_choice(fake_engine) -> None:
     engine = fake_engine(scheduler(ForecastChooser(PerToken(), ServiceObjective(5.0, 2.0), window=8)))
     requests = [engine.add(f"r{i}", 3 + 17 * i, num_outputs=6) for i in range(20)]
     engine.run_to_end()
@@ -129,7 +129,7 @@ def test_it_serves_requests_whatever_it_chooses(fake_engine) -> None:
 
 @pytest.mark.parametrize("name", ["ttft_s", "tpot_s"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_senseless_objective_is_refused(name: str, value: float) -> None:
+def test_an_invalid_objective_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError) as error:
         ServiceObjective(**{name: value})
     assert str(error.value) == f"{name} must be a positive number of seconds, got {value}"

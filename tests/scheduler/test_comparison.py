@@ -1,4 +1,4 @@
-"""On fixed loads hybrid mode serves at least as well as the running-first policy, by every figure."""
+"""Hybrid mode against the running-first policy on fixed loads: at least as good by every figure."""
 
 import importlib.util
 import sys

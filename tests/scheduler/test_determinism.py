@@ -1,4 +1,4 @@
-"""The same seed gives the same decisions, whatever order the interpreter gives to sets."""
+"""Decisions depend on the seed only, not on the iteration order of sets."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""One test for each defect of the first sketch of the PD scheduler, in the order of the design document's list."""
+"""Regression tests for each defect of the first sketch of the PD scheduler, in the order of the design document."""
 
 import time
 
@@ -31,7 +31,7 @@ def test_01_no_request_is_lost_between_prefill_and_decode(fake_engine, mode) -> 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_02_a_prompt_longer_than_a_step_is_chunked_and_blocks_nobody(fake_engine, mode) -> None:
+def test_02_a_prompt_longer_than_a_step_is_chunked_and_does_not_block_others(fake_engine, mode) -> None:
     engine = make(fake_engine, mode, max_prefill_tokens=100, prefill_chunk_size=64)
     engine.add("long", 350)
     engine.add("short", 10)
@@ -45,7 +45,7 @@ def test_02_a_prompt_longer_than_a_step_is_chunked_and_blocks_nobody(fake_engine
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_02_a_long_prompt_is_not_overtaken_for_ever_by_short_ones(fake_engine, mode) -> None:
+def test_02_a_long_prompt_is_not_starved_by_short_ones(fake_engine, mode) -> None:
     engine = make(fake_engine, mode, max_prefill_tokens=256, prefill_chunk_size=256)
     engine.add("first", 200)
     long = engine.add("long", 250)
@@ -110,7 +110,7 @@ def test_05_nothing_counts_as_computed_before_the_step_is_committed(fake_engine,
     assert [(c.start, c.num_tokens, c.is_last) for c in engine.plan().prefill_batch.chunks] == [(8, 4, True)]
 
 
-def test_06_total_tokens_are_those_of_the_step_not_of_the_contexts(fake_engine) -> None:
+def test_06_total_tokens_count_the_step_not_the_contexts(fake_engine) -> None:
     engine = make(fake_engine, "hybrid", prefill_chunk_size=64)
     engine.add("a", 100)
     assert engine.step().prefill_batch.total_tokens == 64
@@ -122,7 +122,7 @@ def test_06_total_tokens_are_those_of_the_step_not_of_the_contexts(fake_engine) 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_07_admission_keeps_the_kv_budget(fake_engine, mode) -> None:
+def test_07_admission_respects_the_kv_budget(fake_engine, mode) -> None:
     engine = make(fake_engine, mode, kv_budget=KVBudget(num_blocks=100, block_size=16), prefill_chunk_size=4096)
     for i in range(100):
         engine.add(f"r{i}", 500, num_outputs=3)
@@ -134,7 +134,7 @@ def test_07_admission_keeps_the_kv_budget(fake_engine, mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_08_decodes_beyond_the_batch_size_take_turns(fake_engine, mode) -> None:
+def test_08_decodes_beyond_the_batch_size_are_served_round_robin(fake_engine, mode) -> None:
     engine = make(fake_engine, mode, max_decode_batch_size=4)
     requests = [engine.add(f"r{i}", 8, num_outputs=200) for i in range(8)]
     for _ in range(60):
@@ -194,7 +194,7 @@ def test_11_finishing_many_requests_is_linear(mode) -> None:
     assert scheduler.get_num_running() == 0
 
 
-def test_11_a_long_waiting_line_costs_a_step_nothing() -> None:
+def test_11_a_long_waiting_queue_does_not_slow_a_step() -> None:
     scheduler = PDScheduler(PDSchedulerConfig(max_prefill_batch_size=1, max_decode_batch_size=1))
     for i in range(16_000):
         scheduler.add_request(Request(str(i), [1]))
@@ -209,7 +209,7 @@ def test_11_a_long_waiting_line_costs_a_step_nothing() -> None:
     assert time.process_time() - start < 1.0
 
 
-def test_12_hybrid_keeps_the_prefill_limits_and_one_token_budget(fake_engine) -> None:
+def test_12_hybrid_respects_the_prefill_limits_and_one_token_budget(fake_engine) -> None:
     engine = make(
         fake_engine,
         "hybrid",
@@ -230,7 +230,7 @@ def test_12_hybrid_keeps_the_prefill_limits_and_one_token_budget(fake_engine) ->
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_13_preemption_happens_when_enabled_and_never_when_not(fake_engine, mode) -> None:
+def test_13_preemption_happens_only_when_enabled(fake_engine, mode) -> None:
     budget = KVBudget(num_blocks=6, block_size=4)
     engine = make(fake_engine, mode, budget, enable_preemption=True)
     requests = [engine.add(f"r{i}", 6, num_outputs=10, max_new_tokens=10) for i in range(4)]
@@ -247,7 +247,7 @@ def test_13_preemption_happens_when_enabled_and_never_when_not(fake_engine, mode
     assert len(engine.ends) == 4
 
 
-def test_13_swap_keeps_what_is_computed(fake_engine) -> None:
+def test_13_swap_recomputes_nothing(fake_engine) -> None:
     budget = KVBudget(num_blocks=6, block_size=4, num_host_blocks=20)
     engine = make(fake_engine, "hybrid", budget, preemption_mode="swap")
     requests = [engine.add(f"r{i}", 6, num_outputs=10, max_new_tokens=10) for i in range(4)]
@@ -258,7 +258,7 @@ def test_13_swap_keeps_what_is_computed(fake_engine) -> None:
     assert all(r.output_token_ids == engine.expected_output(r) for r in requests)
 
 
-def test_14_the_head_of_the_line_gets_the_whole_chunk_budget(fake_engine) -> None:
+def test_14_the_head_of_the_queue_gets_the_whole_chunk_budget(fake_engine) -> None:
     engine = make(fake_engine, "hybrid", prefill_chunk_size=512)
     first = engine.add("first", 4096, num_outputs=100)
     second = engine.add("second", 4096)

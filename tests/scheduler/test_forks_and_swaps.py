@@ -1,4 +1,4 @@
-"""Forks that share their parent's prompt, and victims whose KV is kept in a tier."""
+"""Forks that share the prompt of their parent, and victims with KV kept in a tier."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_forks_emit_what_the_parent_emits(fake_engine, mode, num_blocks, prompt_
     check(engine, requests)
 
 
-def test_forks_of_a_parent_that_is_aborted_go_on_alone(fake_engine) -> None:
+def test_forks_of_an_aborted_parent_become_ordinary_requests(fake_engine) -> None:
     engine = make(fake_engine, max_prefill_tokens=6)
     parent, *forks = add_group(engine)
     engine.step()
@@ -67,7 +67,7 @@ def test_forks_of_a_parent_that_is_aborted_go_on_alone(fake_engine) -> None:
     assert parent.status is forks[1].status is RequestStatus.FINISHED
 
 
-def test_a_waiting_fork_can_be_aborted_and_its_id_is_taken_until_then(fake_engine) -> None:
+def test_a_waiting_fork_can_be_aborted_and_occupies_its_id_until_then(fake_engine) -> None:
     engine = make(fake_engine)
     _, fork = add_group(engine, n=2)
     with pytest.raises(ValueError, match="already being served"):
@@ -95,7 +95,7 @@ def test_a_copy_for_a_fork_is_announced_again_after_a_failed_step(fake_engine) -
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("host", "disk"), [(20, 0), (2, 20), (0, 20), (3, 0)])
-def test_swapped_victims_go_on_where_they_were(fake_engine, mode, host, disk) -> None:
+def test_swapped_victims_continue_without_recomputation(fake_engine, mode, host, disk) -> None:
     engine = make(fake_engine, mode, 7, host, disk, preemption_mode="swap")
     requests = [engine.add(f"r{i}", 5 + i, num_outputs=12, first_token=i) for i in range(5)]
     engine.run_to_end()
@@ -106,7 +106,7 @@ def test_swapped_victims_go_on_where_they_were(fake_engine, mode, host, disk) ->
     assert (kv.num_host_used, kv.num_disk_used) == (0, 0)
 
 
-def test_a_full_tier_means_computing_again(fake_engine) -> None:
+def test_victims_are_recomputed_when_the_tiers_are_full(fake_engine) -> None:
     engine = make(fake_engine, "hybrid", 7, 1, preemption_mode="swap")
     requests = [engine.add(f"r{i}", 6, num_outputs=12) for i in range(4)]
     engine.run_to_end()
@@ -124,7 +124,7 @@ def until_swap(engine, target: str):
 
 
 @pytest.mark.parametrize("target", ["host", "device"])
-def test_a_failed_swap_means_computing_again(fake_engine, target) -> None:
+def test_a_failed_swap_is_recomputed(fake_engine, target) -> None:
     engine = make(fake_engine, "hybrid", 7, 20, preemption_mode="swap")
     requests = [engine.add(f"r{i}", 6, num_outputs=12) for i in range(4)]
     out = until_swap(engine, target)
@@ -161,7 +161,7 @@ def test_abort_during_a_swap_leaks_nothing(fake_engine, target, when) -> None:
     assert (stats["kv_blocks_used"], kv.num_host_used, kv.num_in_transfer) == (0, 0, 0)
 
 
-def test_a_dead_worker_takes_the_tiers_with_it(fake_engine) -> None:
+def test_a_dead_worker_loses_the_tiers(fake_engine) -> None:
     engine = make(fake_engine, "hybrid", 7, 20, preemption_mode="swap")
     requests = [engine.add(f"r{i}", 6, num_outputs=12) for i in range(4)]
     out = until_swap(engine, "host")

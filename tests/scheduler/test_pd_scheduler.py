@@ -1,4 +1,4 @@
-"""What the PD scheduler promises beyond the old defects: interface, migration, preemption, limits, rollback."""
+"""Interface, migration, preemption, limits and roll-back of the PD scheduler."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def make(fake_engine, mode="time_share", num_blocks=None, block_size=4, max_mode
     return fake_engine(PDScheduler(config, kv_budget=budget, max_model_len=max_model_len))
 
 
-def test_the_promised_interface_holds() -> None:
+def test_the_public_interface() -> None:
     config = PDSchedulerConfig()
     assert (config.prefill_device_ids, config.decode_device_ids, config.mode) == ([0], [0], "time_share")
     assert (config.max_prefill_batch_size, config.max_prefill_tokens, config.prefill_chunk_size) == (32, 4096, 512)
@@ -51,7 +51,7 @@ def test_the_promised_interface_holds() -> None:
     assert (scheduler.get_num_waiting(), scheduler.get_num_running()) == (0, 1)
 
 
-def test_the_protocol_of_the_first_design_still_works() -> None:
+def test_the_original_protocol_still_works() -> None:
     scheduler = PDScheduler(PDSchedulerConfig())
     scheduler.add_request(Request("a", [1, 2]))
     assert scheduler.schedule().prefill_batch is not None
@@ -75,7 +75,7 @@ def test_the_protocol_of_the_first_design_still_works() -> None:
         ),
     ],
 )
-def test_a_wrong_config_is_refused(fields, message) -> None:
+def test_an_invalid_config_is_refused(fields, message) -> None:
     with pytest.raises(ValueError) as error:
         PDSchedulerConfig(**fields)
     assert str(error.value) == message
@@ -118,7 +118,7 @@ def test_the_longest_prompt_that_fits_yields_its_token(fake_engine, mode) -> Non
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_scheduler_ends_what_the_engine_forgets_to_end(fake_engine, mode) -> None:
+def test_the_scheduler_ends_complete_requests_that_the_engine_does_not(fake_engine, mode) -> None:
     engine = make(fake_engine, mode, num_blocks=4, max_model_len=14)
     full = engine.add("full", 5, num_outputs=99)
     engine.run_to_end()
@@ -162,7 +162,7 @@ def test_time_share_alternates_and_never_mixes(fake_engine) -> None:
     assert stages == ["prefill", "decode", "decode"] * 4 + ["prefill"]
 
 
-def test_hybrid_puts_a_chunk_beside_the_decodes(fake_engine) -> None:
+def test_hybrid_adds_a_chunk_to_the_decodes(fake_engine) -> None:
     engine = make(fake_engine, "hybrid", prefill_chunk_size=8)
     engine.add("a", 4, num_outputs=9)
     engine.step()
@@ -209,7 +209,7 @@ def test_strict_waits_for_a_copy_that_takes_several_steps(fake_engine) -> None:
     assert request.output_token_ids == engine.expected_output(request)
 
 
-def test_aborting_during_a_copy_keeps_both_ends_until_it_is_over(fake_engine) -> None:
+def test_abort_during_a_copy_keeps_both_block_tables_until_it_ends(fake_engine) -> None:
     engine = make(fake_engine, "strict", num_blocks=8)
     engine.add("a", 6)
     engine.step()
@@ -262,7 +262,7 @@ def test_a_preempted_request_keeps_its_rank_and_emits_nothing_twice(fake_engine)
     while not engine.scheduler.preempted_requests:
         out = engine.step()
     assert out.preempted_requests == [second]
-    assert out.prefill_batch is None  # nobody is admitted in a preempting step
+    assert out.prefill_batch is None  # a preempting step admits nothing
     assert (second.status, second.kv_block_ids, second.num_computed_tokens) == (RequestStatus.PREEMPTED, [], 0)
     assert list(engine.scheduler.waiting_queue) == [second, late]
     kept = list(second.output_token_ids)
@@ -276,8 +276,8 @@ def test_a_preempted_request_keeps_its_rank_and_emits_nothing_twice(fake_engine)
     assert (replay.start, replay.num_tokens, replay.is_last) == (4, 3 + len(kept), True)  # its first block is cached
 
 
-def test_a_victim_in_the_plan_gives_its_blocks_back(fake_engine) -> None:
-    """Both need a block in one step: `low` is first to take the last one, `high` takes it over."""
+def test_a_victim_in_the_plan_returns_its_blocks(fake_engine) -> None:
+    """Both need a block in one step: `low` takes the last one first, and `high` preempts it."""
     engine = make(fake_engine, num_blocks=7, max_consecutive_decodes=1)
     low = engine.add("low", 7, num_outputs=15, priority=1)
     engine.step()
@@ -292,7 +292,7 @@ def test_a_victim_in_the_plan_gives_its_blocks_back(fake_engine) -> None:
     engine.run_to_end()
 
 
-def test_a_preempting_step_admits_nobody(fake_engine) -> None:
+def test_a_preempting_step_admits_nothing(fake_engine) -> None:
     bounds = {"max_prefill_batch_size": 2, "max_decode_batch_size": 2}  # no slot until the victim leaves
     engine = make(fake_engine, "hybrid", num_blocks=6, **bounds)
     engine.add("first", 7, num_outputs=9)
@@ -307,8 +307,8 @@ def test_a_preempting_step_admits_nobody(fake_engine) -> None:
     assert small.status is not RequestStatus.WAITING
 
 
-def test_a_preempted_request_does_not_come_back_to_fall_again(fake_engine) -> None:
-    """`brief` ends as `victim` falls, which leaves just the room that `victim` needs; but `first` grows meanwhile."""
+def test_a_preempted_request_does_not_return_to_be_preempted_again(fake_engine) -> None:
+    """`brief` ends when `victim` is preempted, which leaves just enough blocks for it; but `first` still grows."""
     engine = make(fake_engine, "hybrid", num_blocks=5, prefill_chunk_size=2)
     engine.add("first", 7, num_outputs=9)
     engine.add("brief", 2, num_outputs=3)
@@ -318,7 +318,7 @@ def test_a_preempted_request_does_not_come_back_to_fall_again(fake_engine) -> No
     assert victim.output_token_ids == engine.expected_output(victim)
 
 
-def test_a_decode_sits_out_rather_than_fall_for_a_copy_of_lower_rank(fake_engine) -> None:
+def test_a_decode_is_skipped_rather_than_preempted_for_a_copy_of_lower_rank(fake_engine) -> None:
     engine = make(fake_engine, "strict", num_blocks=4)
     first = engine.add("first", 3, num_outputs=9)
     engine.step()
@@ -336,7 +336,7 @@ def test_a_decode_sits_out_rather_than_fall_for_a_copy_of_lower_rank(fake_engine
     assert engine.ends == {"first": 1, "copied": 1}
 
 
-def test_a_rolled_back_admission_that_migrates_next_announces_only_its_new_home(fake_engine) -> None:
+def test_a_rolled_back_admission_that_migrates_next_announces_only_its_target_blocks(fake_engine) -> None:
     engine = make(fake_engine, "strict", num_blocks=8)
     engine.add("other", 4)
     engine.add("a", 6)
@@ -371,13 +371,13 @@ def test_a_failed_step_is_planned_again(fake_engine, mode) -> None:
 def test_a_step_that_plans_nothing_while_requests_wait_is_noticed(monkeypatch) -> None:
     monkeypatch.setattr(Admission, "can_admit", lambda self, request: False)
     scheduler = PDScheduler()
-    assert scheduler.schedule().is_empty  # nobody waits
+    assert scheduler.schedule().is_empty  # no request waits
     scheduler.add_request(Request("a", [1]))
     with pytest.raises(SchedulerStalledError, match=r"^nothing planned although requests wait: "):
         scheduler.schedule()
 
 
-def test_the_integrity_check_notices_a_request_in_no_line(fake_engine) -> None:
+def test_the_integrity_check_notices_a_request_in_no_phase(fake_engine) -> None:
     engine = make(fake_engine)
     engine.add("a", 4)
     engine.step()
@@ -386,8 +386,8 @@ def test_the_integrity_check_notices_a_request_in_no_line(fake_engine) -> None:
         engine.scheduler.check_integrity()
 
 
-def test_a_decode_step_whose_decodes_are_all_preempted_goes_on_with_prefill(fake_engine) -> None:
-    """The lone decode outgrows the pool beside a prefill that ranks before it: the prefill gets the step."""
+def test_a_step_with_all_decodes_preempted_continues_with_prefill(fake_engine) -> None:
+    """The only decode outgrows the pool next to a prefill that ranks before it: the prefill gets the step."""
     engine = make(fake_engine, num_blocks=10, block_size=5, max_prefill_tokens=4, max_consecutive_decodes=1)
     victim = engine.add("victim", 20, num_outputs=7)
     for _ in range(7):

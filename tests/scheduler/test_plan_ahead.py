@@ -1,4 +1,4 @@
-"""Planning a step while the one before it runs, the two workers of strict mode at paces of their own, received KV."""
+"""Planning ahead, workers of strict mode that step at their own pace, and received KV."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def make(fake_engine, mode="time_share", num_blocks=None, block_size=4, **config
 
 
 def run_ahead(engine, max_steps=500) -> None:
-    """Each step is planned before the one before it has run."""
+    """Plan each step before the previous one has run."""
     out = engine.plan()
     for _ in range(max_steps):
         ahead = engine.plan(is_ahead=True)
@@ -29,7 +29,7 @@ def run_ahead(engine, max_steps=500) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("num_blocks", [None, 8])
-def test_steps_planned_ahead_give_the_same_tokens(fake_engine, mode, num_blocks) -> None:
+def test_steps_planned_ahead_produce_the_same_tokens(fake_engine, mode, num_blocks) -> None:
     engine = make(fake_engine, mode, num_blocks, max_prefill_tokens=12, prefill_chunk_size=8)
     requests = [engine.add(f"r{i}", 3 + 4 * i, num_outputs=1 + 2 * i) for i in range(5)]
     run_ahead(engine)
@@ -49,7 +49,7 @@ def test_a_decode_is_planned_before_its_token_is_known(fake_engine) -> None:
     assert (request.status, request.num_computed_tokens) == (RequestStatus.DECODING, 5)
 
 
-def test_who_ends_by_length_is_not_planned_ahead(fake_engine) -> None:
+def test_a_request_that_ends_by_length_is_not_planned_ahead(fake_engine) -> None:
     engine = make(fake_engine)
     engine.add("one", 5, num_outputs=1, max_new_tokens=1)
     engine.add("two", 5, num_outputs=2, max_new_tokens=2)
@@ -60,7 +60,7 @@ def test_who_ends_by_length_is_not_planned_ahead(fake_engine) -> None:
     assert engine.plan(is_ahead=True).is_empty
 
 
-def test_the_blocks_of_one_that_stopped_stay_until_the_step_planned_ahead_is_over(fake_engine) -> None:
+def test_blocks_of_a_stopped_request_are_freed_after_the_step_planned_ahead(fake_engine) -> None:
     engine = make(fake_engine, num_blocks=8)
     engine.add("a", 5, num_outputs=1)
     first = engine.plan()
@@ -73,7 +73,7 @@ def test_the_blocks_of_one_that_stopped_stay_until_the_step_planned_ahead_is_ove
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_step_planned_ahead_can_be_taken_back(fake_engine, mode) -> None:
+def test_the_step_planned_ahead_can_be_rolled_back(fake_engine, mode) -> None:
     engine = make(fake_engine, mode, 12, max_prefill_tokens=8, prefill_chunk_size=4)
     requests = [engine.add(f"r{i}", 3 + 3 * i, num_outputs=6) for i in range(4)]
     for _ in range(200):
@@ -89,7 +89,7 @@ def test_the_step_planned_ahead_can_be_taken_back(fake_engine, mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_failing_device_takes_both_steps_with_it(fake_engine, mode) -> None:
+def test_a_failing_device_rolls_back_both_steps(fake_engine, mode) -> None:
     engine = make(fake_engine, mode, 12, max_prefill_tokens=8, prefill_chunk_size=4)
     requests = [engine.add(f"r{i}", 3 + 3 * i, num_outputs=6) for i in range(4)]
     for _ in range(200):
@@ -152,7 +152,7 @@ def test_the_workers_of_strict_mode_step_at_their_own_pace(fake_engine) -> None:
     assert all(r.output_token_ids == engine.expected_output(r) for r in (a, long))
 
 
-def test_a_prefill_in_a_step_of_its_own_is_no_victim(fake_engine) -> None:
+def test_a_prefill_in_a_step_of_its_worker_is_not_a_victim(fake_engine) -> None:
     engine = make(fake_engine, "strict", 5)
     first = engine.add("first", 7, num_outputs=9)
     for role in ("prefill", "prefill"):
@@ -164,7 +164,7 @@ def test_a_prefill_in_a_step_of_its_own_is_no_victim(fake_engine) -> None:
         out = engine.plan(role="decode")
         assert not out.preempted_requests
         engine.commit(out, engine.run(out))
-    assert first.num_output_tokens < 9  # it sits out until the other one can be preempted
+    assert first.num_output_tokens < 9  # it is skipped until the other one can be preempted
     engine.commit(slow, engine.run(slow))
     engine.run_to_end()
     assert engine.ends == {"first": 1, "late": 1}
@@ -188,7 +188,7 @@ def test_a_received_request_decodes_at_once() -> None:
     assert request.num_computed_tokens == 7
 
 
-def test_a_received_request_must_lack_its_newest_token_only() -> None:
+def test_a_received_request_must_have_all_tokens_but_the_newest_computed() -> None:
     scheduler = PDScheduler(PDSchedulerConfig())
     with pytest.raises(ValueError) as error:
         scheduler.add_received(Request("a", [1] * 6, output_token_ids=[5], num_computed_tokens=4))
@@ -196,7 +196,7 @@ def test_a_received_request_must_lack_its_newest_token_only() -> None:
     assert str(error.value) == expected
 
 
-def test_decodes_keep_the_bound_on_context(fake_engine) -> None:
+def test_decodes_respect_the_bound_on_context(fake_engine) -> None:
     engine = make(fake_engine, max_decode_context_tokens=40)
     requests = [engine.add(f"r{i}", 15, num_outputs=12) for i in range(4)]
     while engine.scheduler.running_requests or engine.scheduler.waiting_queue:
@@ -214,7 +214,7 @@ def test_time_share_can_prefer_prefill(fake_engine) -> None:
 
 
 class Alternate:
-    """Hybrid and time_share by turns."""
+    """Chooses hybrid and time_share alternately."""
 
     def __init__(self) -> None:
         self.num_asked = 0
@@ -228,7 +228,7 @@ class Alternate:
         return ModeChoice("hybrid", 3) if self.num_asked % 2 else ModeChoice("time_share")
 
 
-def test_auto_asks_for_every_step(fake_engine) -> None:
+def test_auto_chooses_every_step(fake_engine) -> None:
     chooser = Alternate()
     config = PDSchedulerConfig(mode="auto", max_consecutive_decodes=1, max_prefill_tokens=8)
     engine = fake_engine(PDScheduler(config, kv_budget=KVBudget(30, 4), mode_chooser=chooser))

@@ -18,41 +18,37 @@ MAX_SCHEDULES = 400
 
 # Broken promises that short schedules cannot show, or show rarely.
 CAUGHT_BY_TEST: dict[str, Callable[[], None]] = {
-    "round robin does not rotate": lambda: first_sketch.test_08_decodes_beyond_the_batch_size_take_turns(
+    "round robin does not rotate": lambda: first_sketch.test_08_decodes_beyond_the_batch_size_are_served_round_robin(
         FakeEngine, "hybrid"
     ),
     "prefill waits for all decodes": lambda: first_sketch.test_03_a_new_request_does_not_wait_for_all_decodes_to_end(
         FakeEngine, "time_share"
     ),
     "blocks are freed before the pending step ends": lambda: (
-        test_plan_ahead.test_the_blocks_of_one_that_stopped_stay_until_the_step_planned_ahead_is_over(FakeEngine)
+        test_plan_ahead.test_blocks_of_a_stopped_request_are_freed_after_the_step_planned_ahead(FakeEngine)
     ),
     "blocks are freed during a copy": lambda: test_transfer.test_abort_in_every_state_leaks_nothing(
         FakeEngine, 3, "confirm"
     ),
     "a victim returns and is preempted again": lambda: (
-        test_pd_scheduler.test_a_preempted_request_does_not_come_back_to_fall_again(FakeEngine)
+        test_pd_scheduler.test_a_preempted_request_does_not_return_to_be_preempted_again(FakeEngine)
     ),
     "a migrating request is a victim": lambda: (
-        test_pd_scheduler.test_a_decode_sits_out_rather_than_fall_for_a_copy_of_lower_rank(FakeEngine)
+        test_pd_scheduler.test_a_decode_is_skipped_rather_than_preempted_for_a_copy_of_lower_rank(FakeEngine)
     ),
-    "a preempting step admits": lambda: test_pd_scheduler.test_a_preempting_step_admits_nobody(FakeEngine),
+    "a preempting step admits": lambda: test_pd_scheduler.test_a_preempting_step_admits_nothing(FakeEngine),
     "a rolled-back step loses its copies": lambda: test_forks_and_swaps.test_abort_during_a_swap_leaks_nothing(
         FakeEngine, "host", "rolled back"
     ),
-    "salts are ignored": lambda: test_prefix_caching.test_another_salt_shares_nothing_and_the_switch_turns_caching_off(
-        FakeEngine
-    ),
+    "salts are ignored": lambda: test_prefix_caching.test_salts_share_nothing_and_caching_can_be_disabled(FakeEngine),
     "one rank is enough": lambda: test_transfer.test_the_gate_opens_with_the_last_layer_of_the_last_rank_in_any_order(
         FakeEngine
     ),
     "attempts start again after a preemption": lambda: (
-        test_transfer.test_an_acknowledgement_of_an_earlier_life_counts_for_nothing(FakeEngine)
+        test_transfer.test_an_acknowledgement_from_before_a_recomputation_is_dropped(FakeEngine)
     ),
-    "a superseded copy is begun": lambda: test_transfer.test_a_failure_takes_back_the_copy_that_is_planned_ahead(
-        FakeEngine
-    ),
-    "overtaking is not bounded": lambda: test_policies.test_nobody_is_overtaken_for_ever("priority", {"priority": -1}),
+    "a superseded copy is begun": lambda: test_transfer.test_a_failure_withdraws_the_copy_planned_ahead(FakeEngine),
+    "overtaking is not bounded": lambda: test_policies.test_overtaking_is_bounded("priority", {"priority": -1}),
 }
 
 # The seed of a short schedule that catches the bug. The search starts there, and passes on to the next seeds when a
@@ -116,5 +112,5 @@ def test_a_planted_bug_is_caught(bug, monkeypatch) -> None:
     assert catch(bug) is not None, f"{bug.name}: no failure in {MAX_SCHEDULES} schedules"
 
 
-def test_there_are_bugs_enough() -> None:
+def test_there_are_enough_bugs() -> None:
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 25

@@ -1,4 +1,4 @@
-"""The policies: who goes first under each, and that nobody waits for ever under any."""
+"""Order of service under each policy, and bounded waits under all of them."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def add(scheduler: PDScheduler, name: str, prompt_len: int = 4, **fields) -> Req
 
 
 def order_of_service(scheduler: PDScheduler) -> list[str]:
-    """Runs all; every request yields one token and ends."""
+    """Run all requests; each yields one token and ends."""
     order = []
     while scheduler.running_requests or scheduler.waiting_queue:
         out = scheduler.schedule()
@@ -39,14 +39,14 @@ def test_fcfs_ignores_priorities() -> None:
     assert order_of_service(scheduler) == ["c", "a", "b"]
 
 
-def test_deadline_serves_the_earliest_and_last_those_without() -> None:
+def test_deadline_serves_requests_without_deadline_last() -> None:
     scheduler = one_at_a_time("deadline")
     for name, deadline in [("none", None), ("late", 9.0), ("soon", 1.0), ("late2", 9.0)]:
         add(scheduler, name, deadline=deadline)
     assert order_of_service(scheduler) == ["soon", "late", "late2", "none"]
 
 
-def test_fair_share_lets_a_small_tenant_through() -> None:
+def test_fair_share_does_not_delay_a_small_tenant() -> None:
     scheduler = one_at_a_time("fair_share")
     for i in range(4):
         add(scheduler, f"big{i}", tenant="big")
@@ -64,7 +64,7 @@ def test_fair_share_counts_tokens_and_weights() -> None:
     assert [name[:4] for name in first_half].count("paid") == 6  # 4 : 1, and both start with one
 
 
-def test_fair_share_gives_no_credit_for_idle_time() -> None:
+def test_fair_share_accumulates_no_credit_for_idle_time() -> None:
     scheduler = one_at_a_time("fair_share")
     for i in range(4):
         add(scheduler, f"early{i}", tenant="early")
@@ -92,7 +92,7 @@ def test_a_weight_must_be_positive() -> None:
         ("fcfs", {}),
     ],
 )
-def test_nobody_is_overtaken_for_ever(policy, late) -> None:
+def test_overtaking_is_bounded(policy, late) -> None:
     scheduler = one_at_a_time(policy, max_overtakes=5, tenant_weights={"other": 1e9})
     add(scheduler, "warm", tenant="")
     victim = add(scheduler, "victim", tenant="")
@@ -111,7 +111,7 @@ def test_nobody_is_overtaken_for_ever(policy, late) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_serves_everybody_in_a_tiny_pool(fake_engine, policy) -> None:
+def test_every_policy_serves_all_requests_in_a_tiny_pool(fake_engine, policy) -> None:
     config = PDSchedulerConfig(mode="hybrid", policy=policy, max_overtakes=3)
     engine = fake_engine(PDScheduler(config, kv_budget=KVBudget(7, 4)))
     for i in range(12):

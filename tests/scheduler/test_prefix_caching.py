@@ -1,4 +1,4 @@
-"""Prefix caching in the scheduler: cached tokens are not scheduled, in every mode, and outputs stay the same."""
+"""Prefix caching: in every mode cached tokens are not scheduled, and outputs stay the same."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_a_repeated_prompt_computes_only_what_is_not_cached(fake_engine, mode) -
     assert engine.scheduler.get_stats()["total_cached_tokens"] == 8
 
 
-def test_a_prompt_cached_as_a_whole_still_yields_its_token(fake_engine) -> None:
+def test_a_fully_cached_prompt_still_yields_its_token(fake_engine) -> None:
     engine = make(fake_engine)
     engine.add("a", 8, first_token=1)
     engine.run_to_end()
@@ -49,7 +49,7 @@ def test_a_running_prefill_shares_its_chunks_as_they_are_committed(fake_engine) 
     engine.run_to_end()
 
 
-def test_another_salt_shares_nothing_and_the_switch_turns_caching_off(fake_engine) -> None:
+def test_salts_share_nothing_and_caching_can_be_disabled(fake_engine) -> None:
     engine = make(fake_engine)
     engine.add("a", 10, first_token=1)
     engine.run_to_end()
@@ -76,7 +76,7 @@ def test_a_cached_prefix_leaves_room_for_more_requests(fake_engine) -> None:
     engine.run_to_end()
 
 
-def test_a_step_rolled_back_announces_its_hits_again(fake_engine) -> None:
+def test_a_rolled_back_step_announces_its_cache_hits_again(fake_engine) -> None:
     engine = make(fake_engine)
     engine.add("a", 10, first_token=1)
     engine.run_to_end()
@@ -91,7 +91,7 @@ def test_a_step_rolled_back_announces_its_hits_again(fake_engine) -> None:
     engine.run_to_end()
 
 
-def test_a_received_request_shares_no_block_that_its_sender_will_write(fake_engine) -> None:
+def test_a_received_request_shares_no_block_that_its_sender_writes(fake_engine) -> None:
     engine = make(fake_engine)
     engine.add("a", 10, num_outputs=8, first_token=1)
     engine.step()
@@ -105,7 +105,7 @@ def test_a_received_request_shares_no_block_that_its_sender_will_write(fake_engi
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_worker_that_dies_takes_its_cache_with_it(fake_engine, mode) -> None:
+def test_a_dead_worker_loses_its_cache(fake_engine, mode) -> None:
     engine = make(fake_engine, mode)
     engine.add("a", 10, num_outputs=8, first_token=1)
     engine.step()

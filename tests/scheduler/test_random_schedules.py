@@ -1,4 +1,4 @@
-"""Random arrivals, aborts, failures, tiny pools and slow copies: the invariants of scheduling hold after every step."""
+"""Invariants of scheduling under random arrivals, aborts, failures, tiny pools and slow copies."""
 
 import math
 from collections import Counter
@@ -38,7 +38,7 @@ budgets = st.builds(KVBudget, st.integers(7, 20), st.sampled_from([4, 5, 8]), st
 
 
 class Watch:
-    """Checks the promises that span several steps: order, roles, budgets and bounded waits."""
+    """Checks the invariants that span several steps: order, roles, budgets and bounded waits."""
 
     def __init__(self, engine) -> None:
         self.engine = engine
@@ -78,7 +78,7 @@ class Watch:
             assert not (prefill and decode)
 
     def check_waits(self, prefill, decode, preempts: bool) -> None:
-        """A prefill that has room even beside the decodes waits for few steps; so does every decode for its turn."""
+        """A prefill with room next to the decodes waits for few steps; so does every decode."""
         has_room = self.engine.scheduler._mode._phases.prefill.has_work() and not preempts
         self.streak = self.streak + 1 if has_room and not prefill else 0
         limit = self.config.max_consecutive_decodes if self.config.mode == "time_share" else 0
@@ -88,11 +88,11 @@ class Watch:
         for request_id in list(self.waits):
             if request_id not in queue or request_id in served:
                 del self.waits[request_id]
-        seats = min(self.config.max_decode_batch_size, max(1, self.config.max_prefill_tokens // 2))
+        num_served = min(self.config.max_decode_batch_size, max(1, self.config.max_prefill_tokens // 2))
         for request_id in queue:
             if request_id not in served:
                 self.waits[request_id] += 1
-                assert self.waits[request_id] <= 2 * math.ceil(self.engine.scheduler.max_batch_size / seats) + 2
+                assert self.waits[request_id] <= 2 * math.ceil(self.engine.scheduler.max_batch_size / num_served) + 2
 
     def check_outputs(self) -> None:
         for request_id, request in self.engine.requests.items():
@@ -102,7 +102,7 @@ class Watch:
 
 
 def announced_blocks_agree(engine) -> None:
-    """A KV runtime that only listens to the outputs holds the same blocks as the scheduler: replay all of them."""
+    """Replay all outputs: a KV runtime that sees only these holds the same blocks as the scheduler."""
     held: set[int] = set()
     is_split = engine.scheduler.kv.is_split
     for out in engine.steps:
@@ -120,7 +120,7 @@ def announced_blocks_agree(engine) -> None:
 
 
 @pytest.mark.parametrize("mode", ["time_share", "hybrid", "strict"])
-def test_random_schedules_keep_every_promise(fake_engine, mode) -> None:
+def test_random_schedules_violate_no_invariant(fake_engine, mode) -> None:
     @settings(
         max_examples=NUM_SCHEDULES_PER_MODE,
         deadline=None,
@@ -185,8 +185,8 @@ def check_end(engine, aborted: set[str]) -> None:
         assert request.status is RequestStatus.FINISHED
         assert request.output_token_ids == engine.expected_output(request)
         if request_id not in aborted:
-            wanted = min(engine.stop_after[request_id], request.max_new_tokens)
-            assert request.num_output_tokens == min(wanted, engine.scheduler.max_seq_len - request.num_prompt_tokens)
+            expected = min(engine.stop_after[request_id], request.max_new_tokens)
+            assert request.num_output_tokens == min(expected, engine.scheduler.max_seq_len - request.num_prompt_tokens)
     stats = engine.scheduler.get_stats()
     assert stats["kv_blocks_used"] == stats.get("prefill_kv_blocks_used", 0) == 0
     assert stats["total_finished"] + stats["total_aborted"] == len(engine.requests)

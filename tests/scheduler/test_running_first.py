@@ -1,4 +1,4 @@
-"""The running-first policy decides as vLLM's v1 scheduler does: budgets, victims, admission, prefix hits."""
+"""Running-first policy: budgets, victims, admission and prefix hits as in vLLM's v1 scheduler."""
 
 import random
 
@@ -22,7 +22,7 @@ def add(scheduler, name: str, prompt: int | list[int], **fields) -> Request:
 
 
 def finish_step(scheduler, out, finished=()) -> None:
-    """Gives a token to every request whose chunk is its last."""
+    """Append a token to every request with a last chunk, and commit."""
     for batch in (out.prefill_batch, out.decode_batch):
         for chunk in batch.chunks if batch else ():
             if chunk.is_last:
@@ -37,7 +37,7 @@ def step(scheduler):
     return out
 
 
-def test_the_budget_goes_to_the_running_in_order_and_the_threshold_caps_each() -> None:
+def test_running_requests_get_the_budget_in_order_up_to_the_threshold() -> None:
     scheduler = make(max_num_batched_tokens=1024, long_prefill_token_threshold=400, enable_prefix_caching=False)
     for name in "abc":
         add(scheduler, name, 800)
@@ -47,14 +47,14 @@ def test_the_budget_goes_to_the_running_in_order_and_the_threshold_caps_each() -
 
 
 @pytest.mark.parametrize(("is_chunked", "first"), [(True, {"a": 800, "b": 224}), (False, {"a": 800})])
-def test_without_chunks_a_prompt_beyond_the_budget_blocks_the_line(is_chunked, first) -> None:
+def test_without_chunking_a_prompt_beyond_the_budget_blocks_the_queue(is_chunked, first) -> None:
     scheduler = make(max_num_batched_tokens=1024, enable_chunked_prefill=is_chunked, enable_prefix_caching=False)
     for name, prompt in [("a", 800), ("b", 800), ("c", 10), ("d", 10)]:
         add(scheduler, name, prompt)
     assert step(scheduler).num_scheduled_tokens == first
 
 
-def test_the_seats_bound_admission() -> None:
+def test_max_num_seqs_bounds_admission() -> None:
     scheduler = make(max_num_seqs=2)
     for name in "abc":
         add(scheduler, name, 5)
@@ -79,7 +79,7 @@ def test_the_last_running_request_is_preempted_and_its_late_token_is_kept() -> N
     assert (second.status, first.num_output_tokens) == (RequestStatus.PREEMPTED, 1)
 
 
-def test_a_preempting_step_admits_nobody_and_victims_come_first() -> None:
+def test_a_preempting_step_admits_nothing_and_victims_come_first() -> None:
     scheduler = make(num_blocks=4, block_size=4, enable_prefix_caching=False)
     add(scheduler, "first", 8)
     second = add(scheduler, "second", 8)
@@ -91,7 +91,7 @@ def test_a_preempting_step_admits_nobody_and_victims_come_first() -> None:
     assert list(scheduler.waiting_queue) == [second, small]
 
 
-def test_priority_preempts_the_largest_priority_and_gives_its_tokens_back() -> None:
+def test_priority_preempts_the_largest_value_and_returns_its_tokens() -> None:
     scheduler = make(num_blocks=5, block_size=4, policy="priority", enable_prefix_caching=False)
     low = add(scheduler, "low", 5, priority=5)
     step(scheduler)
@@ -116,7 +116,7 @@ def test_a_request_that_preempts_itself_ends_the_phase() -> None:
     assert out.num_scheduled_tokens == {}
 
 
-def test_priority_orders_the_waiting() -> None:
+def test_priority_orders_the_waiting_queue() -> None:
     scheduler = make(policy="priority", max_num_seqs=1)
     for name, priority in [("c", 2), ("a", 0), ("b", 1)]:
         add(scheduler, name, 4, priority=priority, max_new_tokens=1)
@@ -176,7 +176,7 @@ def test_the_gate_admits_only_whole_sequences(must_fit, admitted) -> None:
     assert set(scheduler.schedule().num_scheduled_tokens) == admitted
 
 
-def test_a_head_that_does_not_fit_blocks_the_line() -> None:
+def test_a_head_that_does_not_fit_blocks_the_queue() -> None:
     scheduler = make(num_blocks=6, block_size=4, enable_prefix_caching=False)
     add(scheduler, "a", 16)
     step(scheduler)
@@ -192,7 +192,7 @@ def test_a_head_that_does_not_fit_blocks_the_line() -> None:
         ({"policy": "lifo"}, "policy must be one of fcfs, priority; got 'lifo'"),
     ],
 )
-def test_wrong_knobs_are_refused(knobs, message) -> None:
+def test_invalid_settings_are_refused(knobs, message) -> None:
     with pytest.raises(ValueError) as error:
         RunningFirstConfig(**knobs)
     assert str(error.value) == message
@@ -231,8 +231,8 @@ def random_knobs(rng: random.Random) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_decision_is_the_oracles(seed) -> None:
-    """Tokens, victims, hits, block tables and both lines, step by step."""
+def test_every_decision_matches_the_oracle(seed) -> None:
+    """Tokens, victims, hits, block tables and both queues, step by step."""
     rng = random.Random(seed)
     num_blocks, knobs = rng.randint(7, 14), random_knobs(rng)
     scheduler = make(num_blocks=num_blocks, block_size=4, **knobs)

@@ -1,4 +1,4 @@
-"""The way of a request's KV between the workers of strict mode: states, pieces, acknowledgements, failures, deaths."""
+"""KV transfer between the workers of strict mode: states, pieces, acknowledgements, failures, deaths."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_a_request_goes_through_the_states_in_order(fake_engine) -> None:
     assert states == ["queued", "prefilling", "sending", "sending", "decoding", None]
 
 
-def test_full_blocks_travel_while_later_chunks_are_computed(fake_engine) -> None:
+def test_full_blocks_are_sent_while_later_chunks_are_computed(fake_engine) -> None:
     engine = make(fake_engine, chunk=6)
     request = engine.add("a", 15, num_outputs=3)
     outs = [engine.step() for _ in range(4)]
@@ -60,7 +60,7 @@ def test_full_blocks_travel_while_later_chunks_are_computed(fake_engine) -> None
     assert request.output_token_ids == engine.expected_output(request)
 
 
-def test_without_streaming_all_travels_at_the_end(fake_engine) -> None:
+def test_without_streaming_all_blocks_are_sent_at_the_end(fake_engine) -> None:
     engine = make(fake_engine, chunk=6, stream=False)
     engine.add("a", 15)
     outs = [engine.step() for _ in range(4)]
@@ -86,7 +86,7 @@ def test_the_gate_opens_with_the_last_layer_of_the_last_rank_in_any_order(fake_e
     assert request.output_token_ids == engine.expected_output(request)
 
 
-def test_an_acknowledgement_of_an_earlier_attempt_counts_for_nothing(fake_engine) -> None:
+def test_an_acknowledgement_of_an_earlier_attempt_is_dropped(fake_engine) -> None:
     engine = make(fake_engine)
     request, scheduler = engine.add("a", 6), engine.scheduler
     for _ in range(2):
@@ -100,12 +100,12 @@ def test_an_acknowledgement_of_an_earlier_attempt_counts_for_nothing(fake_engine
     assert request.status is RequestStatus.DECODING
 
 
-def test_an_acknowledgement_of_an_earlier_life_counts_for_nothing(fake_engine) -> None:
+def test_an_acknowledgement_from_before_a_recomputation_is_dropped(fake_engine) -> None:
     engine = make(fake_engine, max_attempts=1)
     request, scheduler = engine.add("a", 6), engine.scheduler
     for _ in range(2):
         (lost,) = step_without_acknowledgement(engine).kv_migrations or [None]
-    scheduler.fail_migrations(["a"])  # once too often: computed again
+    scheduler.fail_migrations(["a"])  # the only attempt: recomputed
     engine.victims["a"] = 0
     for _ in range(2):
         (again,) = step_without_acknowledgement(engine).kv_migrations or [None]
@@ -116,8 +116,8 @@ def test_an_acknowledgement_of_an_earlier_life_counts_for_nothing(fake_engine) -
     assert request.status is RequestStatus.DECODING
 
 
-def test_a_failure_takes_back_the_copy_that_is_planned_ahead(fake_engine) -> None:
-    """Begun after its block was sent anew, it would write over a token that was decoded since."""
+def test_a_failure_withdraws_the_copy_planned_ahead(fake_engine) -> None:
+    """Begun after its block was sent again, it would overwrite a token decoded since."""
     engine = make(fake_engine, chunk=4)
     engine.add("a", 6)
     scheduler = engine.scheduler
@@ -134,7 +134,7 @@ def test_a_failure_takes_back_the_copy_that_is_planned_ahead(fake_engine) -> Non
     assert (again.start, again.num_tokens) == (0, 6)
 
 
-def test_the_death_of_the_decode_worker_takes_back_the_copies_of_a_step_in_flight(fake_engine) -> None:
+def test_the_death_of_the_decode_worker_withdraws_copies_of_a_pending_step(fake_engine) -> None:
     engine = make(fake_engine)
     engine.add("a", 6)
     scheduler = engine.scheduler
@@ -149,7 +149,7 @@ def test_the_death_of_the_decode_worker_takes_back_the_copies_of_a_step_in_fligh
     assert (again.start, again.num_tokens) == (0, 6)
 
 
-def test_after_too_many_failures_the_prompt_is_computed_again(fake_engine) -> None:
+def test_after_too_many_failures_the_prompt_is_recomputed(fake_engine) -> None:
     engine = make(fake_engine, max_attempts=2)
     request, scheduler = engine.add("a", 6, num_outputs=3), engine.scheduler
     for _ in range(2):
@@ -165,7 +165,7 @@ def test_after_too_many_failures_the_prompt_is_computed_again(fake_engine) -> No
     assert engine.ends == {"a": 1}
 
 
-def test_a_lease_that_runs_out_frees_nothing_before_the_transport_answers(fake_engine) -> None:
+def test_an_expired_lease_frees_nothing_before_the_transport_answers(fake_engine) -> None:
     clock = Clock()
     engine = make(fake_engine, clock, lease_s=5.0)
     request, scheduler = engine.add("a", 6, num_outputs=3), engine.scheduler
@@ -176,14 +176,14 @@ def test_a_lease_that_runs_out_frees_nothing_before_the_transport_answers(fake_e
     clock.now = 5.0
     (late,) = step_without_acknowledgement(engine).migrations_to_cancel
     assert (late.request_id, late.start, late.attempt) == ("a", 0, 0)
-    assert step_without_acknowledgement(engine).migrations_to_cancel == []  # asked for once
+    assert step_without_acknowledgement(engine).migrations_to_cancel == []  # reported once
     assert not is_empty(engine)
     scheduler.fail_migrations(["a"])
     engine.run_to_end()
     assert request.output_token_ids == engine.expected_output(request)
 
 
-def test_a_late_arrival_after_the_lease_is_welcome(fake_engine) -> None:
+def test_an_arrival_after_the_lease_is_accepted(fake_engine) -> None:
     clock = Clock()
     engine = make(fake_engine, clock, lease_s=5.0)
     request = engine.add("a", 6, num_outputs=3)
@@ -199,7 +199,7 @@ def test_a_late_arrival_after_the_lease_is_welcome(fake_engine) -> None:
 @pytest.mark.parametrize("num_steps", range(6))
 @pytest.mark.parametrize("transport", ["confirm", "fail"])
 def test_abort_in_every_state_leaks_nothing(fake_engine, num_steps, transport) -> None:
-    """After 0 steps it is queued, then prefilling (twice, with a piece in the air), sending, decoding."""
+    """After 0 steps it is queued, then prefilling (twice, with a piece in flight), sending, decoding."""
     engine = make(fake_engine)
     engine.add("a", 20, num_outputs=9)
     scheduler = engine.scheduler
@@ -207,10 +207,10 @@ def test_abort_in_every_state_leaks_nothing(fake_engine, num_steps, transport) -
         step_without_acknowledgement(engine)
         if step == 4:
             scheduler.confirm_migrations(["a"])
-    was_in_the_air = 2 <= num_steps < 5
+    was_in_flight = 2 <= num_steps < 5
     assert scheduler.abort_request("a")
     scheduler.check_integrity()
-    assert is_empty(engine) != was_in_the_air
+    assert is_empty(engine) != was_in_flight
     if transport == "confirm":
         scheduler.confirm_migrations(["a"])
     else:
@@ -223,7 +223,7 @@ def test_abort_in_every_state_leaks_nothing(fake_engine, num_steps, transport) -
 @pytest.mark.parametrize("num_steps", range(6))
 @pytest.mark.parametrize("ends_by", ["failure", "lease"])
 def test_failure_and_lease_in_every_state_cost_only_a_copy(fake_engine, num_steps, ends_by) -> None:
-    """After the same steps as above: what is in the air is sent again, anything else goes on as if nothing happened."""
+    """In the same states as above: pieces in flight are sent again, and nothing else changes."""
     clock = Clock()
     engine = make(fake_engine, clock, lease_s=5.0)
     request, scheduler = engine.add("a", 20, num_outputs=9), engine.scheduler
@@ -231,16 +231,16 @@ def test_failure_and_lease_in_every_state_cost_only_a_copy(fake_engine, num_step
         step_without_acknowledgement(engine)
         if step == 4:
             scheduler.confirm_migrations(["a"])
-    was_in_the_air = 2 <= num_steps < 5
+    was_in_flight = 2 <= num_steps < 5
     if ends_by == "lease":
         clock.now = 5.0
         late = step_without_acknowledgement(engine).migrations_to_cancel
-        assert bool(late) == was_in_the_air
+        assert bool(late) == was_in_flight
     scheduler.fail_migrations(["a"])
     scheduler.check_integrity()
     engine.run_to_end()
     attempts = {piece.attempt for out in engine.steps for piece in out.kv_migrations if piece.start == 0}
-    assert (1 in attempts) == (was_in_the_air or (ends_by == "lease" and num_steps == 1))
+    assert (1 in attempts) == (was_in_flight or (ends_by == "lease" and num_steps == 1))
     assert request.output_token_ids == engine.expected_output(request)
     assert (engine.ends, request.num_preemptions) == ({"a": 1}, 0)
     assert is_empty(engine)
@@ -248,7 +248,7 @@ def test_failure_and_lease_in_every_state_cost_only_a_copy(fake_engine, num_step
 
 @pytest.mark.parametrize("role", ["prefill", "decode", None])
 @pytest.mark.parametrize("num_steps", range(8))
-def test_a_dead_worker_costs_work_but_no_request(fake_engine, role, num_steps) -> None:
+def test_a_dead_worker_loses_work_but_no_request(fake_engine, role, num_steps) -> None:
     engine = make(fake_engine, num_blocks=30)
     requests = [engine.add(f"r{i}", 5 + 6 * i, num_outputs=4) for i in range(4)]
     scheduler = engine.scheduler
@@ -270,7 +270,7 @@ def test_a_dead_worker_costs_work_but_no_request(fake_engine, role, num_steps) -
 
 
 @pytest.mark.parametrize("mode", ["time_share", "hybrid"])
-def test_a_dead_worker_of_one_pool_computes_all_again(fake_engine, mode) -> None:
+def test_a_dead_worker_of_one_pool_recomputes_everything(fake_engine, mode) -> None:
     engine = fake_engine(PDScheduler(PDSchedulerConfig(mode=mode, max_prefill_tokens=8), kv_budget=KVBudget(30, 4)))
     requests = [engine.add(f"r{i}", 5 + 6 * i, num_outputs=4) for i in range(4)]
     for _ in range(5):
@@ -284,7 +284,7 @@ def test_a_dead_worker_of_one_pool_computes_all_again(fake_engine, mode) -> None
     assert all(r.output_token_ids == engine.expected_output(r) for r in requests)
 
 
-def test_decode_space_holds_prefill_back(fake_engine) -> None:
+def test_prefill_does_not_run_ahead_of_decode_space(fake_engine) -> None:
     engine = make(fake_engine, num_blocks=6)
     engine.add("a", 14, num_outputs=4)
     late = engine.add("b", 14, num_outputs=4)
@@ -295,7 +295,7 @@ def test_decode_space_holds_prefill_back(fake_engine) -> None:
     assert engine.ends == {"a": 1, "b": 1}
 
 
-def test_an_event_that_the_state_does_not_know_is_an_error() -> None:
+def test_an_event_not_allowed_in_the_state_is_an_error() -> None:
     transfer = Transfer(Request("a", [1]), attempt=0)
     with pytest.raises(RuntimeError) as error:
         transfer.on(TransferEvent.START)
@@ -309,7 +309,7 @@ def test_an_event_that_the_state_does_not_know_is_an_error() -> None:
         ({"max_attempts": 0}, "max_attempts must be at least 1, got 0"),
     ],
 )
-def test_a_wrong_transfer_config_is_refused(fields, message) -> None:
+def test_an_invalid_transfer_config_is_refused(fields, message) -> None:
     with pytest.raises(ValueError) as error:
         TransferConfig(**fields)
     assert str(error.value) == message

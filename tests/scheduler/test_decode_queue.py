@@ -1,11 +1,11 @@
-"""Requests that take turns, as more decode than a step can serve."""
+"""Decode queue with more requests than a step can serve."""
 
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.request import Request
 
 
-def test_the_calendar_of_growth_does_not_fill_up_with_turns() -> None:
-    """Entries that a turn made stale once came back with every later turn, and multiplied."""
+def test_the_growth_calendar_does_not_fill_up() -> None:
+    """Regression: stale entries were entered again in every round, and multiplied."""
     scheduler = PDScheduler(PDSchedulerConfig(max_prefill_batch_size=64, max_decode_batch_size=2))
     for number in range(40):
         scheduler.add_request(Request(str(number), [1] * 5, max_new_tokens=10_000))
