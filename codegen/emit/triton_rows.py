@@ -143,7 +143,7 @@ class RowKernel:
         reductions = [step for step in sweep.steps if isinstance(step, Reduction)]
         stored = {location.operand for location in _stored_before(self.nest, sweep)}
         if any(isinstance(one, Load) and one.location.operand in stored for one in _values(sweep)):
-            self._put("tl.debug_barrier()  # what other threads of the program have stored is read again")
+            self._put("tl.debug_barrier()  # the next loads read what other threads of the program stored")
         for one in reductions:
             self._put(f"{self._acc(one)} = tl.full([ROWS, {block_name(loop)}], {_EMPTY[one.op]}, tl.float32)")
         self.lines, self._done = [], set()

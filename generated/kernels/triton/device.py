@@ -30,7 +30,7 @@ def rounded(x, E: tl.constexpr):
 @triton.jit
 def rint(x):
     """x, in float32, rounded to an integer, halves to the even one."""
-    integer = (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits
+    integer = (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum is rounded to an integer
     return tl.where(tl.abs(x) < 4194304.0, integer, tl.floor(x))
 
 
@@ -94,7 +94,7 @@ def online_softmax(score, values, acc, row_max, row_sum):
 
 @triton.jit
 def sink_scores(sinks, heads, is_head):
-    """The sinks of the heads as scores in base 2; -inf, which has no weight, if sinks is None."""
+    """The sinks of the heads as scores in base 2; -inf, a weight of 0, if sinks is None."""
     none = tl.full(heads.shape, float("-inf"), tl.float32)
     return none if sinks is None else tl.load(sinks + heads, mask=is_head, other=none).to(tl.float32) * LOG2E
 
