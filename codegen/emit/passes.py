@@ -144,7 +144,7 @@ def _op_imports(passes: Iterable[PassDef], specs: Specs) -> list[tuple[str, list
 
 
 def op_module(op: OpDef, specs: Specs) -> str:
-    """Where a generated module finds an op: beside it, or for an overlay in the package."""
+    """The module of an op, as imported by a generated pass: relative, or absolute from an overlay into the package."""
     package = "sageLLM.generated.ops" if specs.is_overlay and specs.raw.is_base(op.entry) else "..ops"
     return f"{package}.{op.stem}"
 
@@ -177,7 +177,7 @@ class RuleViewer:
         )
 
     def _variables(self) -> list[str]:
-        """A variable per node: its op's name, numbered where an op stands twice; the anchor is `node`."""
+        """A variable per node: the name of its op, numbered if an op occurs twice; the anchor is `node`."""
         ops = [call.op.name for call in self.rule.pattern[:-1]]
         names: list[str] = []
         for i, op in enumerate(ops):
@@ -188,7 +188,7 @@ class RuleViewer:
         return [*names, "node"]
 
     def _label(self, index: int) -> str:
-        """How reasons call a node: by its op's name, numbered where the op stands twice."""
+        """The name of a node in near-miss reasons: that of its op, numbered if the op occurs twice."""
         ops = [call.op.name for call in self.rule.pattern]
         before = ops[:index].count(ops[index])
         return f"{ops[index]}_{before + 1}" if before else ops[index]
@@ -265,7 +265,7 @@ class RuleViewer:
         self._check(test, num_found, f"expected the default {attr.name}")
 
     def _check_conditions(self, num_found: int) -> None:
-        """The rule's `where`. A size that is still symbolic is no reason to fire."""
+        """The rule's `where`. The rule does not fire while a size in it is symbolic."""
         for condition in self.rule.where:
             for value, index in asked_sizes(condition.node):
                 asked = f"{self.values[value]}" + ("" if index is None else f", {index}")
