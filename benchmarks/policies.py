@@ -2,9 +2,9 @@
 
     python benchmarks/policies.py
 
-Nothing is computed: a step takes as long as any other, and every request yields a token when its chunk is its last.
-TTFT is counted in steps from arrival to the first token, TPOT in steps per further token. All have the same budget of
-tokens a step, the same seats, and the same KV pool.
+Nothing is computed: all steps take equally long, and a request yields a token with its last chunk. TTFT is counted in
+steps from arrival to the first token, TPOT in steps per further token. All schedulers have the same token budget per
+step, the same batch size and the same KV pool.
 """
 
 import random
@@ -19,7 +19,7 @@ from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, Runn
 
 @dataclass(frozen=True)
 class Load:
-    """Requests as (step of arrival, prompt tokens, output tokens), and the KV blocks of 16 tokens there are."""
+    """Requests as (step of arrival, prompt tokens, output tokens), and the number of KV blocks of 16 tokens."""
 
     arrivals: tuple[tuple[int, int, int], ...]
     num_blocks: int
@@ -29,7 +29,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Row:
-    """What a scheduler made of a load."""
+    """Result of a scheduler on a load."""
 
     steps: int
     ttft: float
@@ -64,7 +64,7 @@ def running_first(load: Load) -> RunningFirstScheduler:
 
 
 def pd(mode: str) -> Callable[[Load], PDScheduler]:
-    """A maker of a PD scheduler in this mode, with the load's budgets."""
+    """A factory of PD schedulers in this mode, with the load's budgets."""
 
     def make(load: Load) -> PDScheduler:
         config = PDSchedulerConfig(
@@ -88,7 +88,7 @@ SCHEDULERS: dict[str, Callable[[Load], RunningFirstScheduler | PDScheduler]] = {
 
 
 def play(scheduler: RunningFirstScheduler | PDScheduler, load: Load) -> Row:
-    """Serve the load to its end."""
+    """Serve the whole load."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     waiting = list(enumerate(load.arrivals))[::-1]

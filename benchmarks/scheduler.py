@@ -1,11 +1,11 @@
-"""Measures what the scheduler costs a step: schedule + update_after_step, in microseconds, without any engine.
+"""Measures the scheduler's time per step: schedule + update_after_step in microseconds, without an engine.
 
     python benchmarks/scheduler.py [--steps N] [--out FILE]
 
-Each case runs requests that decode without end (and, in the mixed cases, one prompt after another in chunks of 512
-tokens) for `--steps` steps after 200 of warming up. p5, p50 and p99 are given for both calls together, and p50 for
-each; `chunks` adds the reading of every chunk of the decode batch, which the scheduler makes only when asked. Tokens
-are appended to the requests between the two calls, untimed, as an engine would.
+Each case runs requests that decode indefinitely (and, in the mixed cases, one prompt after another in chunks of 512
+tokens) for `--steps` steps after 200 warm-up steps. It reports p5, p50 and p99 for both calls together, and p50 for
+each; `chunks` also reads every chunk of the decode batch, which the scheduler builds only on demand. Tokens are
+appended to the requests between the two calls, untimed, as an engine would.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SIZES = (1, 64, 256, 1024)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--out", type=Path, help="write the figures, with the machine's facts, there as well")
+    parser.add_argument("--out", type=Path, help="also write the figures and the machine's description to this file")
     args = parser.parse_args()
     figures = measure(args.steps)
     for name, row in figures.items():
@@ -55,7 +55,7 @@ def measure(steps: int) -> dict[str, dict[str, float]]:
 
 
 class Case:
-    """One load: `size` decodes, perhaps a prompt being prefilled, perhaps a long waiting line."""
+    """One load: `size` decodes, optionally with a prompt being prefilled or a long waiting queue."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Case:
             self.scheduler.add_request(Request(f"w{i}", [i % 101] * PROMPT, max_new_tokens=10**9))
 
     def measure(self, steps: int) -> dict[str, float]:
-        """p5, p50 and p99 of a step, p50 of its two halves."""
+        """Measure p5, p50 and p99 of a step, and p50 of both calls."""
         if self.is_ahead:
             self.scheduler.schedule()
         for _ in range(WARM_UP):
@@ -104,7 +104,7 @@ class Case:
         return row
 
     def _step(self) -> tuple[float, float]:
-        """Plans and commits one step; returns the microseconds of both."""
+        """Plan and commit one step; returns the microseconds of each call."""
         self._keep_a_prompt()
         begin = time.perf_counter()
         out = self.scheduler.plan_ahead() if self.is_ahead else self.scheduler.schedule()
@@ -119,11 +119,11 @@ class Case:
     def _keep_a_prompt(self) -> None:
         if self.is_mixed and not self.scheduler.get_stats()["prefill_queue_size"]:
             self.num_prompts += 1
-            prompt = [self.num_prompts * CHUNK + i for i in range(8 * CHUNK)]  # nothing of it is cached
+            prompt = [self.num_prompts * CHUNK + i for i in range(8 * CHUNK)]  # not cached
             self.scheduler.add_request(Request(f"p{self.num_prompts}", prompt))
 
     def _append_tokens(self, out: ScheduleOutput) -> list[str]:
-        """What the engine does between the two calls; long prompts end with their first token."""
+        """Do the engine's part between the two calls; long prompts end with their first token."""
         for request in out.decode_batch.requests if out.decode_batch else ():
             request.output_token_ids.append(1)
         last = [c.request for c in out.prefill_batch.chunks if c.is_last] if out.prefill_batch else []

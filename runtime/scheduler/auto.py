@@ -1,8 +1,8 @@
-"""Chooses how prefill and decode share a worker by the service that a cost model forecasts for the recent traffic.
+"""Mode chooser for mode `auto`: follows the rule with the best forecast for the recent traffic.
 
-No fixed mode is best for all traffic (docs/simulate.md has figures). The chooser remembers the last requests, plays
-them through several rules (`forecast.py`) now and then, and follows the rule under which most would have been served
-as promised.
+No fixed mode is best for all traffic (docs/simulate.md has figures). The chooser remembers the latest requests,
+forecasts their service under several rules (`forecast.py`) from time to time, and follows the rule under which most
+requests meet the objective.
 """
 
 from collections import deque
@@ -16,18 +16,18 @@ from sageLLM.runtime.scheduler.step_cost import StepCostModel
 
 CHUNK_SIZES = (256, 512, 1024, 2048)
 DEFAULT_OUTPUT_TOKENS = 128
-"""How long an answer is taken to be before the first one has ended."""
+"""Assumed output length until the first request has ended."""
 STEPS_PER_CHOICE = 512
-"""Coarse steps of a forecast that one choice takes the time for, some 10 us each."""
+"""Coarse forecast steps computed per choice, about 10 us each."""
 NUM_LIFETIMES = 4
-"""A forecast covers so many times as many requests as are served at once when all just meet the objective."""
+"""Requests in a forecast, as a multiple of those served concurrently when all just meet the objective."""
 
 
 Score = tuple[int, float]
 
 
 class _Seen(NamedTuple):
-    """A request that arrived, and whether the length of its answer is known."""
+    """A request that arrived; its output length is known once it has finished."""
 
     arrival_s: float
     num_prompt_tokens: int
@@ -35,10 +35,10 @@ class _Seen(NamedTuple):
 
 
 class ForecastChooser:
-    """Follows the rule with the best forecast for traffic like the last `window` requests.
+    """Follows the rule with the best forecast for traffic like the latest `window` requests.
 
-    New forecasts are due after a quarter as many arrivals as are remembered: often while little is known, seldom
-    later. They are made bit by bit, beside the steps that are chosen.
+    New forecasts are due when a quarter of the remembered requests are new: often at first, rarely later. They are
+    computed incrementally, a bounded amount of work per choice.
     """
 
     def __init__(self, cost: StepCostModel, objective: ServiceObjective, window: int = 128) -> None:
@@ -52,7 +52,7 @@ class ForecastChooser:
         self._best: tuple[Score, ModeChoice] | None = None
 
     def observe(self, request: Request) -> None:
-        """A request has arrived."""
+        """Remember a request."""
         self._seen.append(_Seen(request.arrival_time, request.num_prompt_tokens, request))
         self._num_new += 1
 
@@ -86,14 +86,14 @@ class ForecastChooser:
 
 
 def rules(view: SchedulerView) -> list[ModeChoice]:
-    """The rules to choose from: prefill first, alternating, and mixed steps of several sizes."""
+    """Candidate rules: prefill first, alternating, and mixed steps of several chunk sizes."""
     most = view.config.max_prefill_tokens
     chunk_sizes = sorted({*(size for size in CHUNK_SIZES if size < most), view.config.prefill_chunk_size, most})
     return [ModeChoice("prefill"), ModeChoice("time_share"), *(ModeChoice("hybrid", size) for size in chunk_sizes)]
 
 
 def limits_of(view: SchedulerView) -> ServiceLimits:
-    """What bounds the scheduler's worker."""
+    """Limits of the scheduler's worker."""
     config = view.config
     return ServiceLimits(
         config.max_prefill_tokens, config.max_consecutive_decodes, view.max_batch_size, view.max_kv_tokens
@@ -101,7 +101,7 @@ def limits_of(view: SchedulerView) -> ServiceLimits:
 
 
 def score(forecast: Forecast, objective: ServiceObjective) -> Score:
-    """How many requests were served as promised; among equals, how little of what is allowed they used."""
+    """Number of requests that met the objective; ties are broken by the total time relative to the objective."""
     num_good, used = 0, 0.0
     for request, one in zip(forecast.requests, forecast.served, strict=True):
         ttft = (one.first_s - request.arrival_s) / objective.ttft_s
@@ -112,11 +112,11 @@ def score(forecast: Forecast, objective: ServiceObjective) -> Score:
 
 
 def expected(seen: Sequence[_Seen], objective: ServiceObjective, least: int) -> list[ExpectedRequest]:
-    """The traffic if it goes on like this: the requests seen, as if they came again and again.
+    """Expected traffic: the requests seen, repeated periodically.
 
-    There are at least `least`, and several times as many as are served at once. An answer that has not ended is taken
-    to go on for the mean length, estimated as for any lifetimes of which some still go on: all tokens so far over the
-    number of answers that ended.
+    At least `least` requests, and several times as many as are served concurrently. A request that has not ended is
+    assumed to continue for the mean output length, which is estimated as for censored lifetimes: all output tokens so
+    far divided by the number of requests that ended.
     """
     lengths = [len(one.request.output_token_ids) for one in seen]
     has_ended = [one.request.status is RequestStatus.FINISHED for one in seen]

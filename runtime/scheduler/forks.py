@@ -7,7 +7,7 @@ class ForkTable:
     """The forks of requests with an uncommitted prefill, by parent.
 
     From the logits of the parent's last chunk the engine samples a first token for each fork too. On commit the forks
-    share the parent's blocks and decode; a fork for which there is no batch slot or block waits like a preempted
+    share the parent's blocks and decode; a fork that finds all batch slots or blocks in use waits like a preempted
     request. If the parent ends or is preempted earlier, its forks become ordinary requests.
     """
 

@@ -151,8 +151,7 @@ class Lifecycle:
         """Free the blocks of ended requests that no pending step and no copy may touch any more.
 
         A pending step writes KV into the blocks of its requests even if they have ended since (a stop token, an abort).
-        Freed now, a block could be allocated to another request whose prefill would run before, or concurrently with,
-        that write.
+        Freed now, a block could be allocated to another request, and that write could overwrite the KV of its prefill.
         """
         pending_free = self._table.pending_free
         if not pending_free:

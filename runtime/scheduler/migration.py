@@ -5,8 +5,8 @@ and the rest after the last chunk. The decode worker may start only when every l
 rank and the pieces add up to all tokens (the length gate).
 
 From hand-out to acknowledgement both block tables are pinned: the request is never a victim, and aborting it frees
-nothing yet, because the transport may still read the source and write the target. A copy with an expired lease is no
-exception; nothing is freed or sent again before the transport has answered the request to cancel it.
+nothing yet, because the transport may still read the source and write the target. The same holds for a copy with an
+expired lease: nothing is freed or sent again before the transport has answered the request to cancel it.
 """
 
 from collections.abc import Callable, Iterable
@@ -162,7 +162,7 @@ class Migration:
         """The copies of the request have stopped and not arrived: send them again.
 
         Pieces that arrived stay; those in flight are handed out again under a new attempt number. Returns the transfer
-        if it has no attempt left.
+        if its attempts are used up.
         """
         transfer = self.copying.get(request_id)
         if transfer is None:

@@ -44,7 +44,7 @@ class Phases:
 
 
 class TimeShare:
-    """One worker; a step is either prefill or decode. Decodes are preferred, but not for ever."""
+    """One worker; a step is either prefill or decode. Decodes are preferred, up to `max_consecutive_decodes` steps."""
 
     def __init__(self, phases: Phases) -> None:
         self._phases = phases

@@ -251,7 +251,7 @@ class PDScheduler(BaseScheduler):
         return output
 
     def _may_idle(self, role: Role | None) -> bool:
-        """Whether an empty step is legitimate: there is no work, or it depends on something that is under way."""
+        """Whether an empty step is legitimate: nothing to do, or the work depends on a copy or a pending step."""
         is_copying = bool(self._migration.copying or self._state.swaps.copying or self._table.pending_free)
         if is_copying or any(not step.output.is_empty for step in self._steps.pending):
             return True

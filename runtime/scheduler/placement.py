@@ -183,4 +183,4 @@ class KVPlacement:
         self.decode.check_integrity(live)
         if self.is_split:
             self.prefill.check_integrity()
-            assert all(self.decode.holds(i) for i in self._unannounced), "a reservation has no blocks"
+            assert all(self.decode.holds(i) for i in self._unannounced), "a reservation must hold blocks"

@@ -65,7 +65,7 @@ class StepPlan:
     def drop(self, request: Request) -> list[int]:
         """Remove a preempted request; returns the blocks allocated to it within this step.
 
-        Preemption happens while decodes are added, before any chunk is: there is no chunk to remove.
+        Preemption happens while decodes are added, before any chunk is, so the request cannot have one yet.
         """
         self.forget(request)
         return self.new_blocks.pop(request.request_id, [])

@@ -81,7 +81,7 @@ class Recovery:
     # --- copies ---
 
     def fail_migrations(self, request_ids: Iterable[str]) -> None:
-        """Send the copies of these requests again, or recompute the requests with no attempt left."""
+        """Send the copies of these requests again, or recompute the requests with their attempts used up."""
         for request_id in request_ids:
             given_up = self._migration.fail(request_id)
             if given_up is not None:

@@ -1,4 +1,4 @@
-"""How long one step of a model takes, as far as a scheduler or a simulation needs to know: work in, seconds out."""
+"""Cost model of one step, for the scheduler and the simulator: seconds as a function of the step's work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 
 class PromptChunk(NamedTuple):
-    """`num_tokens` tokens of a prompt, computed after `start` earlier ones whose KV is in the cache."""
+    """`num_tokens` tokens of a prompt; the KV of the `start` tokens before them is in the cache."""
 
     start: int
     num_tokens: int
@@ -14,9 +14,9 @@ class PromptChunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What a step computes: chunks of prompts, and one token for each of `num_decodes` requests.
+    """Work of a step: prompt chunks, and one token for each of `num_decodes` requests.
 
-    `num_context_tokens` sums, over the decodes, the tokens that each attends to, its own included.
+    `num_context_tokens` is the sum, over the decodes, of the tokens that each attends to (itself included).
     """
 
     prefill: Sequence[PromptChunk] = ()
@@ -37,17 +37,17 @@ class StepCostModel(Protocol):
     """Predicts the duration of a step."""
 
     def step_s(self, work: StepWork) -> float:
-        """Seconds that a worker takes for this work; 0 for no work."""
+        """Seconds that a worker takes for this work; 0 without work."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """The form of DistServe's fitted latencies (Zhong et al., arXiv 2401.09670, appendix A), in milliseconds.
+    """Coefficients of DistServe's latency fits (Zhong et al., arXiv 2401.09670, appendix A), in milliseconds.
 
     A batch of prompts of n_i tokens takes `prefill` = (a, b, c): a + b * sum(n_i) + c * sum(n_i^2). A step of k decodes
     over s context tokens takes (a, b, c): a + b * s + c * k, with `small_decode` below `threshold` decodes and
-    `large_decode` from there on. `overhead` = (a, b) is added to every step: a + b * (context tokens of all its
+    `large_decode` from `threshold` on. `overhead` = (a, b) is added to every step: a + b * (context tokens of all its
     requests).
     """
 
@@ -60,17 +60,17 @@ class Coefficients:
 
 
 class CoefficientCost:
-    """A step's duration from fitted coefficients.
+    """Duration of a step from fitted coefficients.
 
-    A chunk in the midst of a prompt costs the quadratic term that it adds to it. A step of both phases reads the
-    weights once, so the larger constant counts and the smaller does not.
+    A chunk inside a prompt costs the increase of the quadratic term from its start to its end. A step of both phases
+    reads the weights once, so only the larger of the two constants counts.
     """
 
     def __init__(self, coefficients: Coefficients) -> None:
         self.coefficients = coefficients
 
     def step_s(self, work: StepWork) -> float:
-        """Seconds that a worker takes for this work; 0 for no work."""
+        """Seconds that a worker takes for this work; 0 without work."""
         fixed_ms: list[float] = [0.0]
         growing_ms = 0.0
         if work.prefill:

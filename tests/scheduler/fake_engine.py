@@ -169,7 +169,7 @@ class FakeEngine:
         request = chunk.request
         request_id, end = request.request_id, chunk.start + chunk.num_tokens
         table = self.tables.pop((step_id, request_id))
-        if request.status is RequestStatus.FINISHED:  # aborted while the step was in flight
+        if request.status is RequestStatus.FINISHED:  # aborted while the step was pending
             return []
         if request.status is RequestStatus.PREEMPTED and not self.computed.get(request_id):  # its KV was lost meanwhile
             return []

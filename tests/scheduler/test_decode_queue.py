@@ -16,5 +16,5 @@ def test_the_growth_calendar_does_not_fill_up() -> None:
             for chunk in batch.chunks if batch else ():
                 chunk.request.output_token_ids.append(0)
         scheduler.update_after_step([])
-        most = max(most, *(len(seats) for seats in scheduler._state.decodes._growth.values()))
+        most = max(most, *(len(slots) for slots in scheduler._state.decodes._growth.values()))
     assert most <= 40 * 16, "each of 40 requests at most once per tick of a block"

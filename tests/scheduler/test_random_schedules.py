@@ -161,7 +161,7 @@ def play(engine, arrivals, failing_steps, copy_delay: int) -> None:
             running_before = set(scheduler.running_requests)
             out = engine.plan()
         watch.check_plan(out, running_before)
-        for request_id in aborts.get(step, ()):  # while the step is in flight
+        for request_id in aborts.get(step, ()):  # while the step is pending
             if scheduler.abort_request(request_id):
                 aborted.add(request_id)
         finished = engine.run(out)

@@ -9,9 +9,9 @@ from sageLLM.runtime.scheduler.base import KVBudget, Request, RequestStatus
 from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
 
 
-def make(num_blocks=1000, block_size=16, max_model_len=None, **knobs) -> RunningFirstScheduler:
+def make(num_blocks=1000, block_size=16, max_model_len=None, **settings) -> RunningFirstScheduler:
     budget = KVBudget(num_blocks, block_size)
-    return RunningFirstScheduler(RunningFirstConfig(**knobs), kv_budget=budget, max_model_len=max_model_len)
+    return RunningFirstScheduler(RunningFirstConfig(**settings), kv_budget=budget, max_model_len=max_model_len)
 
 
 def add(scheduler, name: str, prompt: int | list[int], **fields) -> Request:
@@ -186,15 +186,15 @@ def test_a_head_that_does_not_fit_blocks_the_queue() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("settings", "message"),
     [
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"policy": "lifo"}, "policy must be one of fcfs, priority; got 'lifo'"),
     ],
 )
-def test_invalid_settings_are_refused(knobs, message) -> None:
+def test_invalid_settings_are_refused(settings, message) -> None:
     with pytest.raises(ValueError) as error:
-        RunningFirstConfig(**knobs)
+        RunningFirstConfig(**settings)
     assert str(error.value) == message
 
 
@@ -209,8 +209,8 @@ def test_a_prompt_that_no_step_can_compute_is_refused() -> None:
 
 
 def test_the_threshold_caps_a_prompt_before_it_is_compared_with_the_budget() -> None:
-    knobs = {"max_num_batched_tokens": 10, "long_prefill_token_threshold": 6, "enable_chunked_prefill": False}
-    scheduler = make(**knobs, enable_prefix_caching=False)
+    settings = {"max_num_batched_tokens": 10, "long_prefill_token_threshold": 6, "enable_chunked_prefill": False}
+    scheduler = make(**settings, enable_prefix_caching=False)
     add(scheduler, "a", 15)
     add(scheduler, "b", 5)
     assert step(scheduler).num_scheduled_tokens == {"a": 6}
@@ -218,7 +218,7 @@ def test_the_threshold_caps_a_prompt_before_it_is_compared_with_the_budget() -> 
     assert step(scheduler).num_scheduled_tokens == {"a": 3, "b": 5}
 
 
-def random_knobs(rng: random.Random) -> dict[str, object]:
+def random_settings(rng: random.Random) -> dict[str, object]:
     return {
         "max_num_seqs": rng.randint(1, 6),
         "max_num_batched_tokens": rng.randint(16, 40),
@@ -234,8 +234,8 @@ def random_knobs(rng: random.Random) -> dict[str, object]:
 def test_every_decision_matches_the_oracle(seed) -> None:
     """Tokens, victims, hits, block tables and both queues, step by step."""
     rng = random.Random(seed)
-    num_blocks, knobs = rng.randint(7, 14), random_knobs(rng)
-    scheduler = make(num_blocks=num_blocks, block_size=4, **knobs)
+    num_blocks, settings = rng.randint(7, 14), random_settings(rng)
+    scheduler = make(num_blocks=num_blocks, block_size=4, **settings)
     oracle = Oracle(scheduler.config, num_blocks, 4)
     pairs: dict[str, tuple[Request, Item]] = {}
     for number in range(120):

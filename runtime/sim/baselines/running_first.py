@@ -1,10 +1,10 @@
-"""The running-first policy: the decisions of vLLM's v1 scheduler, for comparisons and simulations.
+"""Running-first policy: the decisions of vLLM's v1 scheduler, for comparisons and simulations.
 
-There are no phases. One token budget a step; the running requests, in order, take what they lack, then waiting ones
-are admitted while budget and seats last. What `PDScheduler` does otherwise: it bounds waits, admits a preempted
-request only when the others can still grow, gives prefills a part of a hybrid step, and shares blocks only once they
-are computed. It is not meant for serving: a block that is shared before it is computed is wrong if its owner is
-preempted in that very step.
+It has one token budget per step instead of phases: running requests are served first, in order, then waiting requests
+are admitted while the budget and `max_num_seqs` allow. `PDScheduler` differs: it bounds waits, admits a preempted
+request only when the others can still grow, reserves a part of a hybrid step for prefill, and shares blocks only once
+they are computed. This policy is not meant for serving: a block that is shared before it is computed has wrong content
+if its owner is preempted in the same step.
 """
 
 import time
@@ -23,13 +23,14 @@ from sageLLM.runtime.sim.baselines.running_first_blocks import SharedBlockPool
 
 @dataclass(frozen=True, slots=True)
 class RunningFirstConfig:
-    """The knobs, with vLLM's names.
+    """Settings, with vLLM's names.
 
-    - `max_num_batched_tokens` is the budget of a step, `max_num_seqs` the most requests that run.
+    - `max_num_batched_tokens` is the token budget of a step, `max_num_seqs` bounds the running requests.
     - `long_prefill_token_threshold` (0: none) caps the tokens of one request in a step.
-    - without `enable_chunked_prefill` a prompt that exceeds the rest of the budget waits, and so do those behind it.
-    - `policy`: "fcfs", or "priority", the lower `Request.priority` first, then the earlier arrival.
-    - `full_sequence_must_fit`: admit only who finds free blocks for all its known tokens, not just for its first chunk.
+    - Without `enable_chunked_prefill` a prompt that exceeds the rest of the budget waits, and so do those after it.
+    - `policy`: "fcfs", or "priority" (lowest `Request.priority` first, then earliest arrival).
+    - `full_sequence_must_fit`: admit a request only if blocks are free for all its known tokens, not just for its first
+      chunk.
     """
 
     max_num_seqs: int = 256
@@ -50,11 +51,11 @@ class RunningFirstConfig:
 
 @dataclass(slots=True)
 class _Step:
-    """The step being planned."""
+    """Step being planned."""
 
     budget: int
     chunks: dict[str, Chunk] = field(default_factory=dict)
-    given: dict[str, list[int]] = field(default_factory=dict)
+    new_blocks: dict[str, list[int]] = field(default_factory=dict)
     num_cached: dict[str, int] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
 
@@ -64,12 +65,12 @@ class _Step:
         self.chunks[request.request_id] = Chunk(request, start, num_tokens, end == request.total_tokens)
         self.budget -= num_tokens
         if new_blocks:
-            self.given[request.request_id] = new_blocks
+            self.new_blocks[request.request_id] = new_blocks
 
     def drop(self, request: Request) -> bool:
-        """Take a victim out; its tokens are budget again. True if it was in the step."""
+        """Remove a victim and return its tokens to the budget. True if it was in the step."""
         chunk = self.chunks.pop(request.request_id, None)
-        self.given.pop(request.request_id, None)
+        self.new_blocks.pop(request.request_id, None)
         if chunk is None:
             return False
         self.budget += chunk.num_tokens
@@ -77,8 +78,8 @@ class _Step:
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A step handed out and not committed; `void` holds the ids preempted since."""
+class _PendingStep:
+    """A step handed out and not committed; `void` holds the ids preempted since then."""
 
     output: ScheduleOutput
     void: set[str] = field(default_factory=set)
@@ -89,16 +90,17 @@ class RunningFirstScheduler(BaseScheduler):
 
     (vLLM keeps one block of its pool for padding; a recording of it with N blocks is N - 1 blocks here.)
 
-    1. RUNNING requests, in order of admission, take min(what they lack, budget). If one finds no block, the last
+    1. RUNNING requests, in order of admission, get min(remaining tokens, budget). If no block is free for one, the last
        running request (under "priority" the one with the largest (priority, arrival)) is preempted: its blocks are
-       freed, it goes to the front of the waiting line (under "priority" to its place), its tokens of this step are
-       budget again; and so on until the block is found or the request itself is the victim, which ends the phase.
-    2. WAITING requests are visited only if nobody was preempted in this step, while budget and `max_num_seqs` last.
-       A prefix of cached blocks counts as computed: a multiple of the block size, at most all tokens but one. The head
-       that does not fit blocks the line.
+       freed, it moves to the front of the waiting queue (under "priority" to its rank), and its tokens of this step
+       return to the budget. This repeats until the block is free or the request itself is the victim, which ends the
+       phase.
+    2. WAITING requests are visited only if this step preempts none, while budget and `max_num_seqs` allow. A prefix of
+       cached blocks counts as computed: a multiple of the block size, at most all tokens but one. A head that does not
+       fit blocks the queue.
 
     `schedule` counts the tokens as planned at once, so it may be called again before `update_after_step`, which
-    commits the oldest step. A token that comes for a request preempted meanwhile is kept.
+    commits the oldest step. A token that arrives for a request preempted since then is kept.
     """
 
     def __init__(
@@ -116,9 +118,9 @@ class RunningFirstScheduler(BaseScheduler):
         max_kv_tokens = kv_budget.num_blocks * kv_budget.block_size
         self.limits = SequenceLimits(max_model_len, max_kv_tokens, kv_budget.block_size)
         self._clock = clock
-        self._flights: deque[_Flight] = deque()
+        self._pending: deque[_PendingStep] = deque()
         self._freed: list[int] = []
-        self._limbo: list[tuple[Request, int]] = []
+        self._pending_free: list[tuple[Request, int]] = []
         self._num_steps = 0
         self._totals = dict.fromkeys(("total_prefill_batches", "total_decode_batches", "total_preemptions"), 0)
 
@@ -135,7 +137,7 @@ class RunningFirstScheduler(BaseScheduler):
         return reason
 
     def abort_request(self, request_id: str) -> bool:
-        """End a request; with a step in flight its blocks return when that is over."""
+        """End a request; if a step is pending its blocks are freed when that step ends."""
         request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
         if request is None:
             return False
@@ -153,13 +155,12 @@ class RunningFirstScheduler(BaseScheduler):
         for chunk in step.chunks.values():
             chunk.request.plan_up_to(chunk.start + chunk.num_tokens)
         output = self._output(step)
-        self._flights.append(_Flight(output))
+        self._pending.append(_PendingStep(output))
         self._num_steps += 1
         return output
 
     def _serve_running(self, step: _Step) -> None:
-        turn = list(self.running_requests.values())
-        for request in turn:
+        for request in list(self.running_requests.values()):
             if step.budget <= 0:
                 return
             if request.request_id not in self.running_requests:  # a victim
@@ -173,7 +174,7 @@ class RunningFirstScheduler(BaseScheduler):
             step.add(request, num_tokens, new_blocks)
 
     def _make_room(self, request: Request, num_tokens: int, step: _Step) -> bool:
-        """Preempt until the request has its blocks; False if it became a victim itself."""
+        """Preempt until enough blocks are free for the request; False if it became a victim itself."""
         while self.kv.num_needed(request.kv_block_ids, (), num_tokens) > self.kv.num_free:
             victim = self._victim()
             self._preempt(victim, step)
@@ -191,14 +192,14 @@ class RunningFirstScheduler(BaseScheduler):
         step.drop(request)
         step.preempted.append(request)
         del self.running_requests[request.request_id]
-        for flight in self._flights:
-            flight.void.add(request.request_id)
+        for pending in self._pending:
+            pending.void.add(request.request_id)
         self._freed += self.kv.release(request)
         request.forget_progress()
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         self._totals["total_preemptions"] += 1
-        if self.config.policy == "fcfs":  # before everybody, the latest victim first
+        if self.config.policy == "fcfs":  # before all others, the latest victim first
             request.rank = (-1, -self._totals["total_preemptions"])
         self.preempted_requests[request.request_id] = request
         self.waiting_queue.push(request)
@@ -246,7 +247,7 @@ class RunningFirstScheduler(BaseScheduler):
             prefill_batch=_batch(2 * self._num_steps, prefills),
             decode_batch=_batch(2 * self._num_steps + 1, decodes),
             preempted_requests=step.preempted,
-            kv_blocks_to_allocate=step.given,
+            kv_blocks_to_allocate=step.new_blocks,
             kv_blocks_to_free=freed,
             step_id=self._num_steps,
             num_cached_tokens=step.num_cached,
@@ -257,10 +258,10 @@ class RunningFirstScheduler(BaseScheduler):
     def update_after_step(
         self, finished_request_ids: Iterable[str], pending_migrations: Collection[str] = ()
     ) -> list[str]:
-        """Commit the oldest step in flight; returns the ids that the scheduler itself ended, as full."""
+        """Commit the oldest pending step; returns the ids that the scheduler itself ended."""
         ended: list[Request] = []
-        if self._flights:
-            ended = self._commit(self._flights.popleft())
+        if self._pending:
+            ended = self._commit(self._pending.popleft())
         for request_id in finished_request_ids:
             request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
             if request is not None:
@@ -268,18 +269,18 @@ class RunningFirstScheduler(BaseScheduler):
         unexpected = [request for request in ended if request.status is not RequestStatus.FINISHED]
         for request in unexpected:
             self._retire(request)
-        self._empty_limbo()
+        self._free_ended()
         return [request.request_id for request in unexpected]
 
-    def _commit(self, flight: _Flight) -> list[Request]:
+    def _commit(self, step: _PendingStep) -> list[Request]:
         now = self._clock()
         last: list[Request] = []
-        for batch in (flight.output.prefill_batch, flight.output.decode_batch):
+        for batch in (step.output.prefill_batch, step.output.decode_batch):
             for chunk in batch.chunks if batch else ():
                 request = chunk.request
                 if chunk.is_last and request.first_token_time is None:
                     request.first_token_time = now
-                if request.status is RequestStatus.FINISHED or request.request_id in flight.void:
+                if request.status is RequestStatus.FINISHED or request.request_id in step.void:
                     continue
                 request.compute_up_to(chunk.start + chunk.num_tokens)
                 if chunk.is_last:
@@ -295,23 +296,23 @@ class RunningFirstScheduler(BaseScheduler):
             del self.running_requests[request.request_id]
         request.status = RequestStatus.FINISHED
         request.finish_time = self._clock()
-        self._limbo.append((request, self._num_steps))
-        if not self._flights:
-            self._empty_limbo()
+        self._pending_free.append((request, self._num_steps))
+        if not self._pending:
+            self._free_ended()
 
-    def _empty_limbo(self) -> None:
-        """Free the blocks of ended requests that no step in flight may touch."""
-        oldest = self._flights[0].output.step_id if self._flights else self._num_steps
-        for request, num_steps in self._limbo:
+    def _free_ended(self) -> None:
+        """Free the blocks of ended requests that no pending step may touch."""
+        oldest = self._pending[0].output.step_id if self._pending else self._num_steps
+        for request, num_steps in self._pending_free:
             if num_steps <= oldest:
                 self._freed += self.kv.release(request)
                 self.kv.forget(request)
-        self._limbo = [(request, num_steps) for request, num_steps in self._limbo if num_steps > oldest]
+        self._pending_free = [(request, num_steps) for request, num_steps in self._pending_free if num_steps > oldest]
 
     # --- reports ---
 
     def get_stats(self) -> dict[str, int]:
-        """Counters (`total_*`) and sizes now, by the names that `PDScheduler` uses."""
+        """Counters (`total_*`) and current sizes, with the names of `PDScheduler`."""
         decoding = sum(r.status is RequestStatus.DECODING for r in self.running_requests.values())
         return self._totals | {
             "total_steps": self._num_steps,
@@ -325,7 +326,7 @@ class RunningFirstScheduler(BaseScheduler):
 
     def check_integrity(self) -> None:
         """Check that blocks and requests agree."""
-        held = [*self.running_requests.values(), *(request for request, _ in self._limbo)]
+        held = [*self.running_requests.values(), *(request for request, _ in self._pending_free)]
         self.kv.check_integrity(held)
         assert not any(r.request_id in self.running_requests for r in self.waiting_queue), "a request waits and runs"
 

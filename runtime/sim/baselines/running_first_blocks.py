@@ -1,7 +1,7 @@
-"""The KV block pool of the running-first policy: reference counts, and a prefix cache visible from allocation on.
+"""KV block pool of the running-first policy: reference counts, and a prefix cache that includes uncomputed blocks.
 
-It differs from `runtime/kv` on purpose, to decide as vLLM's v1 does: a full block can be shared from the moment it is
-scheduled (not only once it is computed), equal blocks are kept side by side, and free blocks are reused in the order
+It differs from `runtime/kv` on purpose, to make the decisions of vLLM's v1: a full block can be shared as soon as it is
+scheduled (not only once it is computed), equal blocks are kept as duplicates, and free blocks are reused in the order
 in which they became free, the last block of a sequence before its first.
 """
 
@@ -13,7 +13,7 @@ from sageLLM.runtime.scheduler.request import Request
 
 
 class SharedBlockPool:
-    """`num_blocks` blocks of `block_size` tokens. A block with no user is free; it keeps its content until reused."""
+    """Pool of `num_blocks` blocks of `block_size` tokens. An unused block is free and keeps its content until reuse."""
 
     def __init__(self, num_blocks: int, block_size: int, is_caching: bool) -> None:
         self.num_blocks = num_blocks
@@ -30,7 +30,7 @@ class SharedBlockPool:
         return len(self._free)
 
     def find_prefix(self, request: Request) -> list[int]:
-        """The cached blocks of the request's longest known prefix; at least one token is left to compute."""
+        """The cached blocks of the longest prefix of the request; at least one token is left to compute."""
         if not self.is_caching:
             return []
         blocks: list[int] = []
@@ -43,7 +43,7 @@ class SharedBlockPool:
         return blocks
 
     def num_needed(self, table: Sequence[int], hits: Sequence[int], num_tokens: int) -> int:
-        """Free blocks that it takes to cover `num_tokens` tokens: new ones, and hits that nobody uses now."""
+        """Number of free blocks needed to cover `num_tokens` tokens: new ones, and unused hits."""
         num_blocks = -(-num_tokens // self.block_size)
         return max(0, num_blocks - len(table) - len(hits)) + sum(not self.num_users[block] for block in hits)
 
@@ -62,7 +62,7 @@ class SharedBlockPool:
         return new_blocks
 
     def release(self, request: Request) -> list[int]:
-        """Give up the request's blocks, the last one first; returns those that nobody uses any more."""
+        """Release the request's blocks, the last one first; returns those that become free."""
         freed = []
         for block in reversed(request.kv_block_ids):
             self.num_users[block] -= 1
@@ -73,7 +73,7 @@ class SharedBlockPool:
         return freed
 
     def forget(self, request: Request) -> None:
-        """The request has ended: its hashes are not needed any more."""
+        """Drop the hashes of a request that has ended."""
         self._hashes.pop(request.request_id, None)
 
     def _take(self) -> int:
@@ -82,9 +82,9 @@ class SharedBlockPool:
         self.num_users[block] = 1
         block_hash = self._hash_of.pop(block, None)
         if block_hash is not None:
-            twins = self._blocks_of[block_hash]
-            del twins[block]
-            if not twins:
+            duplicates = self._blocks_of[block_hash]
+            del duplicates[block]
+            if not duplicates:
                 del self._blocks_of[block_hash]
         return block
 
@@ -99,7 +99,7 @@ class SharedBlockPool:
             self._blocks_of.setdefault(hashes[index], {})[block] = None
 
     def _hashes_up_to(self, request: Request, num_full: int) -> list[bytes]:
-        """SHA-256 of each block's tokens and the hash before it, for the first `num_full` blocks."""
+        """SHA-256 of each block's tokens chained with the previous hash, for the first `num_full` blocks."""
         hashes = self._hashes.setdefault(request.request_id, [])
         if len(hashes) < num_full:
             tokens = request.prompt_token_ids + request.output_token_ids
@@ -110,14 +110,14 @@ class SharedBlockPool:
         return hashes[:num_full]
 
     def check_integrity(self, running: Iterable[Request]) -> None:
-        """Check that users are counted right and that exactly the blocks without users are free."""
+        """Check the reference counts, and that exactly the unused blocks are free."""
         counts = [0] * self.num_blocks
         for request in running:
             for block in request.kv_block_ids:
                 counts[block] += 1
-        assert counts == self.num_users, "a block's users are miscounted"
+        assert counts == self.num_users, "wrong reference count of a block"
         assert self._free.keys() == {b for b, n in enumerate(counts) if n == 0}, (
-            "the free line is not the unused blocks"
+            "the free list must hold exactly the unused blocks"
         )
         for block, block_hash in self._hash_of.items():
-            assert block in self._blocks_of[block_hash], "a cached block that no lookup finds"
+            assert block in self._blocks_of[block_hash], "a cached block cannot be found by its hash"
