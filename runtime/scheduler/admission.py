@@ -74,7 +74,7 @@ class Admission:
             return False
         self._table.waiting.admit(request)
         self._allocate(request, step)
-        self._kv.track(request)
+        self._kv.track(request)  # only now: with cache hits the sender would write to shared blocks
         self._table.received.discard(request.request_id)
         return True
 

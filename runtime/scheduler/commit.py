@@ -29,6 +29,7 @@ class StepCommit:
         candidates: list[Request] = []
         if step.plan.decode is not None:
             candidates = self._decodes.commit(step.plan.decode)
+        # The copy to the tier runs after this step and includes its token.
         for request in step.swapped.values():
             if request.status is RequestStatus.PREEMPTED:
                 request.compute_up_to(request.num_computed_tokens + 1)
@@ -37,6 +38,7 @@ class StepCommit:
             chunks = step.output.prefill_batch.chunks
             for chunk in chunks:
                 self._commit_prefill(chunk, now, is_void=chunk.request.request_id in step.void)
+            # A request can be complete with its first token.
             candidates = [*(chunk.request for chunk in chunks if chunk.is_last), *candidates]
         if step.output.tier_copies:
             self._swaps.commit(step.output.tier_copies)
@@ -56,7 +58,7 @@ class StepCommit:
             return
         if chunk.is_last and request.first_token_time is None:
             request.first_token_time = now
-        if is_void:
+        if is_void:  # the token counts (the engine has appended it), the KV does not
             return
         end = chunk.start + chunk.num_tokens
         request.compute_up_to(end)

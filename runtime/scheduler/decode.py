@@ -38,7 +38,7 @@ class DecodePhase:
         full = queue.pop_full(skipped)
         if full and not self._grow_together(full, step):
             self._grow_one_by_one(full, step, skipped)
-        if step.preempted:
+        if step.preempted:  # a victim has left the queue, and its slot with it
             skipped = {request_id: slot for request_id, slot in skipped.items() if slot.is_live}
         step.decode = queue.advance(queue.roster(skipped), skipped)
 
@@ -102,6 +102,6 @@ class DecodePhase:
                     break
             if self._queue.has_room(slot) or self._preemption.grow(request, step):
                 served[request.request_id] = request
-            if step.preempted:
+            if step.preempted:  # a request chosen earlier in this loop may be a victim now
                 served = {request_id: r for request_id, r in served.items() if r.slot is not None}
         return served

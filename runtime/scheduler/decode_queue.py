@@ -37,11 +37,12 @@ class DecodeQueue:
         num_tokens = request.num_computed_tokens
         slot = self._add(request, num_tokens, self._limits.num_outputs_left(request))
         slot.computed_offset = num_tokens - self.clock.committed
-        for plan in pending:
+        for plan in pending:  # their commit and roll-back move the clock, so they must correct this slot
             plan.skipped.append(slot)
 
     def join_ahead(self, request: Request) -> None:
         """Add a request with its last prefill chunk in a pending step."""
+        # One output less is left: the pending chunk yields the first token.
         self._add(request, request.num_planned_tokens, self._limits.num_outputs_left(request) - 1)
 
     def _add(self, request: Request, num_tokens: int, num_left: int) -> DecodeSlot:
@@ -72,7 +73,7 @@ class DecodeQueue:
     def note_growth(self, slot: DecodeSlot) -> None:
         """Enter the tick at which the request's blocks are full."""
         due = len(slot.request.kv_block_ids) * self._block_size - slot.planned_offset
-        slot.growth_tick = max(due, self.clock.planned)
+        slot.growth_tick = max(due, self.clock.planned)  # a tick of the past would never be popped
         self._growth.setdefault(slot.growth_tick, []).append(slot)
 
     def enter_growth(self, slots: list[DecodeSlot]) -> int:
@@ -120,6 +121,7 @@ class DecodeQueue:
 
     def roster(self, skipped: dict[str, DecodeSlot]) -> Roster:
         """All requests but the skipped ones."""
+        # Always new lists: the batches of earlier steps still refer to the old ones.
         if skipped:
             return roster_of([request for request in self.requests if request.request_id not in skipped])
         if self._full_roster is None:

@@ -134,7 +134,8 @@ class Lifecycle:
         else:
             self._leave_running(request)
             self._migration.leave(request, TransferEvent.END)
-            table.pending_free[request_id] = (request, self._steps.num_planned - 1)
+            newest_step = self._steps.num_planned - 1  # later steps do not contain the request
+            table.pending_free[request_id] = (request, newest_step)
         request.status = RequestStatus.FINISHED
         request.finish_time = self._clock()
         if not self._steps.pending:

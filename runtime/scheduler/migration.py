@@ -69,7 +69,7 @@ class Migration:
     def add_to(self, step: StepPlan) -> None:
         """Add copies of all tokens that are ready, and cancellations of copies with an expired lease."""
         now = 0.0 if self._config.lease_s is None else self._clock()
-        step.to_cancel = self._expired(now)
+        step.to_cancel = self._expired(now)  # before hand-out, which starts new leases
         for transfer in self.ready.values():
             self._hand_out(transfer, step, now)
         self.ready = {}
@@ -78,7 +78,7 @@ class Migration:
         request, start = transfer.request, transfer.num_handed_out
         end = request.num_computed_tokens
         if transfer.state is not TransferState.SENDING:
-            end -= end % self._kv.block_size
+            end -= end % self._kv.block_size  # a partial block is still being written
         if end <= start:
             return
         if not self._kv.is_target_announced(request.request_id):

@@ -227,7 +227,7 @@ class PDScheduler(BaseScheduler):
         steps = self._steps.pending
         if len(steps) > 1:
             raise RuntimeError("only one step can be planned ahead; commit the pending step with update_after_step")
-        if steps and not self.kv.is_split:
+        if steps and not self.kv.is_split:  # in strict mode the KV must migrate before the first decode
             for chunk in steps[0].prefill_chunks:
                 request = chunk.request
                 is_live = request.request_id in self.running_requests and request.slot is None
@@ -254,7 +254,7 @@ class PDScheduler(BaseScheduler):
         """Whether an empty step is legitimate: nothing to do, or the work depends on a copy or a pending step."""
         is_copying = bool(self._migration.copying or self._state.swaps.copying or self._table.pending_free)
         if is_copying or any(not step.output.is_empty for step in self._steps.pending):
-            return True
+            return True  # their end will free blocks or make a request ready
         if not (self.running_requests or self.waiting_queue):
             return True
         if role == "decode":

@@ -27,7 +27,7 @@ class KVPlacement:
         self.decode = PagedKVManager(
             num_blocks,
             block_size,
-            enable_prefix_caching=enable_prefix_caching and not is_split,
+            enable_prefix_caching=enable_prefix_caching and not is_split,  # prompts are cached where they are computed
             host_blocks=budget.num_host_blocks if budget else 0,
             disk_blocks=budget.num_disk_blocks if budget else 0,
         )
@@ -101,6 +101,7 @@ class KVPlacement:
         Returns the blocks that are new in it and the copies that it needs, or None when too few blocks are free.
         """
         num_tokens = parent.num_computed_tokens
+        # Full blocks are shared; the last, partial one is copied, as both requests will write to it.
         num_missing = self.decode.blocks_for(num_reserved) - num_tokens // self.block_size
         if self.is_split or not self.decode.pool.can_take(num_missing):
             return None
@@ -170,7 +171,7 @@ class KVPlacement:
             freed = self.prefill.free(request_id)
             self.freed_prefill += [block for block in freed if block not in unannounced]
             shared = [block for block in unannounced if block not in freed]
-            unannounced = ()
+            unannounced = ()  # they are blocks of the prefill pool; the numbers mean others in the decode pool
         freed = self.decode.free(request_id)
         if request_id not in self._unannounced:
             self.freed += [block for block in freed if block not in unannounced]

@@ -43,10 +43,11 @@ class PrefillPhase:
         started = deque(sorted(unfinished, key=lambda request: request.rank))
         may_admit = not step.preempted
         while max_tokens > 0 and len(step.prefill) < max_requests:
+            # By rank across both: a started request of lower rank must not hold up a new one of higher rank.
             head = table.waiting.peek() if may_admit else None
             if head is not None and not (started and started[0].rank < head.rank):
                 if not self._admission.can_admit(head):
-                    may_admit = False
+                    may_admit = False  # the requests after it are not tried: they would overtake it again and again
                     continue
                 self._admission.admit(head, step)
                 request = head

@@ -110,7 +110,7 @@ class WaitingQueue(RankedQueue[Request]):
                 self._promote(oldest)
 
     def _promote(self, member: Request) -> None:
-        self.remove(member)
+        self.remove(member)  # a member keeps the key with which it was pushed, so it is pushed again
         member.rank = (-math.inf, member.sequence_number)
         self.push(member)
         self._num_overtakes = 0

@@ -41,6 +41,7 @@ class Recovery:
     def _roll_back(self, step: PendingStep) -> None:
         output = step.output
         for migration in output.kv_migrations:
+            # The target blocks are announced with the first piece, so the next hand-out must announce them again.
             was_announced = output.kv_blocks_to_allocate.pop(migration.request_id, None) is not None
             self._migration.take_back(migration, was_announced)
         self._migration.renew_cancellations(output.migrations_to_cancel)
@@ -63,6 +64,9 @@ class Recovery:
     def _announce_again(self, step: PendingStep) -> None:
         """Let the next step repeat the announcements of this one: the engine discards its output."""
         output, plan = step.output, self._steps.next_plan
+        # Ended requests are included while their blocks are in use: the release is announced later, and the engine must
+        # have heard of the allocation by then. With one pool the blocks of departed requests are repeated
+        # too, as others may share them; `StepPlan.cancel_unheard` drops those that were freed.
         live = self._table.running.keys() | self._table.pending_free.keys() | self._swaps.copying.keys()
         repeated = {i: list(b) for i, b in output.kv_blocks_to_allocate.items() if i in live or not self._kv.is_split}
         for request_id, blocks in plan.new_blocks.items():
@@ -75,6 +79,7 @@ class Recovery:
                 self._swaps.drop(copy.seq_id)
             else:
                 plan.tier_copies[copy.seq_id] = copy
+        # In front: the next output must list releases in the order in which they happened.
         self._kv.freed = output.kv_blocks_to_free + self._kv.freed
         self._kv.freed_prefill = output.prefill_blocks_to_free + self._kv.freed_prefill
 

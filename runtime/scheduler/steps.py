@@ -25,6 +25,8 @@ class StepQueue:
         """The plan of the next step, with its context set."""
         plan, self.next_plan = self.next_plan, StepPlan()
         plan.role = role
+        # A step of one worker is never ahead: its earlier step has ended or was rolled back, the other worker's step
+        # computes other requests.
         plan.is_ahead = role is None and bool(self.pending)
         plan.num_consecutive_decodes = self._num_consecutive_decodes
         return plan
