@@ -1,8 +1,8 @@
-# Set-up happens on demand in .venv: `make run` installs what running needs, the checks add the test extra.
+# .venv is set up on demand: `make run` installs the runtime dependencies, the checks add the test extra.
 PYTHON ?= python3
-# An index of CPU builds of torch, for machines whose default index would bring the CUDA build.
+# An index of CPU builds of torch, for machines where the default index provides the CUDA build.
 TORCH_INDEX ?=
-# Test processes; one thread each, so that they do not fight for the cores.
+# Test processes, with one thread each, as more threads would oversubscribe the cores.
 JOBS ?= 2
 STAGE ?= decode
 
@@ -16,12 +16,12 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: aot sanitize fuzz-scheduler help setup run test test-fast generate accept lint types drift explain graph bench bench-peers clean
+.PHONY: aot sanitize fuzz-scheduler help setup run test test-fast generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
-setup: $(TEST_READY) ## Create .venv with everything that running and testing need
+setup: $(TEST_READY) ## Create .venv with the dependencies of running and testing
 
 run: $(RUN_READY) ## Serve a batch of prompts with the bundled tiny model
 	$(BIN)/python examples/serve_tiny.py
@@ -41,10 +41,10 @@ test-fast: $(TEST_READY) ## Run the fast part of the suite, in less than a minut
 test: lint types drift ## Run the whole suite: lint, types, drift of generated/, tests
 	$(PYTEST) --numprocesses $(JOBS) --dist loadscope
 
-generate: $(RUN_READY) ## Turn specs/ into generated/
+generate: $(RUN_READY) ## Generate code from specs/ into generated/
 	$(BIN)/sagellm generate
 
-accept: generate $(TEST_READY) ## Regenerate, rewrite the snapshots, show what changed
+accept: generate $(TEST_READY) ## Regenerate, rewrite the snapshots, show the changes
 	@status=0; $(PYTEST) --snapshot-update || status=$$?; git --no-pager diff --stat; exit $$status
 
 lint: $(TEST_READY) ## Check lint and format with ruff, and the wording of docs and messages
@@ -55,7 +55,7 @@ lint: $(TEST_READY) ## Check lint and format with ruff, and the wording of docs 
 types: $(TEST_READY) ## Check types with mypy --strict
 	$(BIN)/mypy -p sageLLM
 
-sanitize: $(TEST_READY) ## Run the CPU kernels' tests on builds that check addresses and undefined behaviour
+sanitize: $(TEST_READY) ## Run the CPU kernels' tests with the address and undefined-behaviour sanitizers
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	SAGELLM_KERNEL_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
@@ -63,29 +63,32 @@ sanitize: $(TEST_READY) ## Run the CPU kernels' tests on builds that check addre
 
 PEER_PYTHON ?= $(BIN)/python
 SEEDS ?= 0:1000000
-fuzz-scheduler: $(TEST_READY) ## Play random schedules SEEDS=FROM:TO (a million of them); a failing one replays by its seed
+fuzz-scheduler: $(TEST_READY) ## Run random schedules SEEDS=FROM:TO (a million); a failing one can be replayed by its seed
 	PYTHONPATH=_dev $(BIN)/python tests/scheduler/fuzz.py --seeds $(SEEDS) --jobs $(JOBS)
 
-aot: $(TEST_READY) ## Compile all GPU kernels for all targets, without a GPU; SAGELLM_ACCEPT=1 takes over what they need
+aot: $(TEST_READY) ## Compile all GPU kernels for all targets, without a GPU; SAGELLM_ACCEPT=1 accepts new resource usage
 	SAGELLM_AOT=all $(PYTEST) tests/kernels/triton/test_compile_ahead.py
 
-drift: $(RUN_READY) ## Fail if generated/ is not what specs/ and templates/ give
+drift: $(RUN_READY) ## Fail if generated/ differs from what specs/ and templates/ produce
 	$(BIN)/sagellm generate --check
 
-explain: need-NAME $(RUN_READY) ## Tell all that is known of NAME=<op, model, pass, rule, error code>
+explain: need-NAME $(RUN_READY) ## Print everything known of NAME=<op, model, pass, rule, error code>
 	$(BIN)/sagellm explain "$(NAME)"
 
 graph: need-MODEL $(RUN_READY) ## Print the graph of MODEL=<layout> [STAGE=prefill|decode|hybrid]
 	$(BIN)/sagellm graph "$(MODEL)" --stage "$(STAGE)"
 
 need-%:
-	@test -n "$($*)" || { echo "$* is not set: say make $(MAKECMDGOALS) $*=..." >&2; exit 2; }
+	@test -n "$($*)" || { echo "$* is not set: run make $(MAKECMDGOALS) $*=..." >&2; exit 2; }
 
-bench: $(RUN_READY) ## Measure what the README claims
+bench: $(RUN_READY) ## Measure the figures of the README
 	$(BIN)/python benchmarks/run_all.py
 
-bench-peers: $(TEST_READY) ## Compare with other engines, those that PEER_PYTHON has besides transformers
+bench-peers: $(TEST_READY) ## Compare with transformers and the other engines installed for PEER_PYTHON
 	PYTHONPATH=_dev $(BIN)/python benchmarks/peers/run.py --peer-python "$(PEER_PYTHON)"
+
+images: $(RUN_READY) ## Make the pictures of the README; requires Chromium
+	$(BIN)/python docs/images/make_images.py
 
 clean: ## Remove .venv, caches and build outputs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
@@ -93,7 +96,7 @@ clean: ## Remove .venv, caches and build outputs
 
 $(RUN_READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "sageLLM needs Python 3.11 or newer, and '$(PYTHON)' is not: try make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	  echo "sageLLM requires Python 3.11 or newer, got '$(PYTHON)': run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up .venv (once; torch is about 200 MB as a CPU build)"
 	$(PYTHON) -m venv .venv
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch

@@ -1,4 +1,4 @@
-"""Serves eight prompts with the bundled tiny model in hybrid mode and shows what happened. This is `make run`.
+"""Serves eight prompts with the bundled tiny model in hybrid mode and prints completions and timings: `make run`.
 
 The model was trained on the Python standard library (see `train_tiny_model.py`); it completes Python code.
 """
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def show_progress(states: Iterable[RequestOutput], num_requests: int) -> list[RequestOutput]:
-    """Draws the stream on a terminal: one row a request, growing with its tokens. Returns the finished outputs."""
+    """Draws the stream on a terminal, one row per request. Returns the finished outputs."""
     latest: dict[str, RequestOutput] = {}
     for state in states:
         latest[state.request_id] = state
@@ -76,7 +76,7 @@ def print_latencies(outputs: Sequence[RequestOutput], seconds: float, num_steps:
 
 
 def print_passes(llm: LLM) -> None:
-    """What the passes made of each stage's graph; `sagellm graph llama --stats` tells all, near misses included."""
+    """The rewrites of each stage's graph; `sagellm graph llama --stats` also prints near misses."""
     print("\npasses over the graphs of this run")
     for stage, reports in llm.pipeline.reports.items():
         fired = [f"{rule} {stats.fired}" for report in reports for rule, stats in report.rules.items() if stats.fired]

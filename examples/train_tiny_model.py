@@ -1,8 +1,8 @@
 """Trains the model of `examples/tiny_python_model`, tokenizer and weights, from scratch on two CPU cores.
 
 The text is the standard library of the Python that runs this script. The model is a Llama: RMSNorm, rotary positions,
-grouped-query attention and a gated feed-forward. Its modules have the names that a Hugging Face checkpoint gives them,
-so `state_dict()` needs no renaming.
+grouped-query attention and a gated feed-forward. Its modules have the names of a Hugging Face checkpoint, so
+`state_dict()` needs no renaming.
 
     python examples/train_tiny_model.py --out examples/tiny_python_model
 """
@@ -33,7 +33,7 @@ END_OF_TEXT_ID = 0
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
-# A line break never shares a token with what follows it, nor a bracket or a dot with the name beside it, so that a
+# A line break never shares a token with the text after it, nor a bracket or a dot with the name next to it, so that a
 # prompt may end at any of them.
 TOKEN_PATTERN = r"\n+| {2,}| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z0-9_]+|\s"
 
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a Llama whose output matrix is its embedding."""
+    """The sizes of a Llama with tied embeddings."""
 
     vocab_size: int = 2048
     hidden_size: int = 192
@@ -64,10 +64,10 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """How long and how fast to learn.
+    """Length and learning rate of the training.
 
-    The windows hold `seq_len` tokens up to the share `long_from` of the schedule, then as many as the model's context.
-    `max_minutes` hastens the schedule on a machine that is slower than planned.
+    Windows hold `seq_len` tokens up to the share `long_from` of the schedule, then as many as the model's context.
+    `max_minutes` shortens the schedule on a machine that is slower than planned.
     """
 
     steps: int = 4000
@@ -105,7 +105,7 @@ def read_split(root: Path) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: any text can be encoded, and decoding gives it back exactly."""
+    """Byte-level BPE: any text can be encoded, and decoding restores it exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -261,7 +261,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder with its embedding as output matrix; `forward` gives the mean loss in nats per token."""
+    """The decoder with tied embeddings; `forward` returns the mean loss in nats per token."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -465,7 +465,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: ModelShape | TrainingPl
         parser.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     parser = argparse.ArgumentParser(
         description="Train the tiny Python-writing model on the standard library's sources."
@@ -477,11 +477,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     add_flags(parser, ModelShape())
     add_flags(parser, TrainingPlan())
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Trains and saves the model; without a command line, that of the process."""
+    arguments = parse_arguments(command_line)
     shape = ModelShape(**{field.name: getattr(arguments, field.name) for field in fields(ModelShape)})
     plan = TrainingPlan(**{field.name: getattr(arguments, field.name) for field in fields(TrainingPlan)})
     torch.set_num_threads(arguments.threads)

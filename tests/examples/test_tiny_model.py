@@ -1,9 +1,8 @@
-"""The bundled model and its training script: `transformers` loads both results, and the model has learnt Python."""
+"""Tests of the bundled model and its training script: `transformers` loads both results, and the model knows Python."""
 
 import ast
 import importlib.util
 import json
-import subprocess
 import sys
 import sysconfig
 from collections import Counter
@@ -21,7 +20,10 @@ MODEL = ROOT / "examples" / "tiny_python_model"
 SCRIPT = ROOT / "examples" / "train_tiny_model.py"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 MAX_FOLDER_BYTES = 4_000_000
-TINY = ["--vocab-size=300", "--hidden-size=32", "--intermediate-size=48", "--num-layers=2", "--num-heads=4"]
+TINY = [
+    *("--vocab-size=300", "--hidden-size=32", "--intermediate-size=48", "--num-layers=2", "--num-heads=4"),
+    *("--context-len=128", "--seq-len=64", "--batch-tokens=512", "--threads=1"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +59,6 @@ def loss_of(model: transformers.LlamaForCausalLM, ids: torch.Tensor) -> float:
         return model(ids, labels=ids).loss.item()
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
-
-
 def test_folder_is_small_and_complete() -> None:
     files = {path.name: path.stat().st_size for path in MODEL.iterdir()}
     assert sum(files.values()) <= MAX_FOLDER_BYTES
@@ -76,7 +74,7 @@ def test_transformers_reads_every_weight_and_invents_none() -> None:
     assert model.config.num_key_value_heads < model.config.num_attention_heads
 
 
-def test_tokenizer_gives_any_text_back(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+def test_tokenizer_restores_any_text(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     text = "def f(x):\n\tif  x:\r\n        return 'naïve', \"模型\", 3.14e-7  # 🐍\n\n\n"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0
@@ -95,14 +93,14 @@ def test_chat_template_joins_the_messages(tokenizer: transformers.PreTrainedToke
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "import os\ndef main("
 
 
-def test_loss_on_unseen_code_is_half_of_what_token_frequencies_give(
+def test_loss_on_unseen_code_is_half_of_the_unigram_entropy(
     model: transformers.LlamaForCausalLM, held_out_ids: torch.Tensor
 ) -> None:
     counts = Counter(held_out_ids.flatten().tolist())
     entropy = -sum(n * log(n / held_out_ids.numel()) for n in counts.values()) / held_out_ids.numel()
     loss = loss_of(model, held_out_ids)
     assert loss < 2.7  # nats per token; 2.45 over all held-out files
-    assert loss < entropy / 2  # `entropy` is the best that frequencies can do, counted on this very text
+    assert loss < entropy / 2  # the best loss of token frequencies alone, counted on this very text
 
 
 def test_the_order_of_the_tokens_matters(model: transformers.LlamaForCausalLM, held_out_ids: torch.Tensor) -> None:
@@ -149,10 +147,8 @@ def test_prompts_fit_the_model(tokenizer: transformers.PreTrainedTokenizerBase) 
     assert min(lengths) < 32 < 64 < max(lengths) <= 512 - 64  # some need several chunks, and all leave room to answer
 
 
-def test_script_trains_two_steps_and_transformers_loads_the_result(tmp_path: Path) -> None:
-    source = STDLIB / "asyncio"
-    done = run_script("--out", str(tmp_path), "--source", str(source), "--steps=2", "--threads=1", *TINY)
-    assert done.returncode == 0, done.stderr
+def test_script_trains_two_steps_and_transformers_loads_the_result(script: ModuleType, tmp_path: Path) -> None:
+    script.main(["--out", str(tmp_path), "--source", str(STDLIB / "asyncio"), "--steps=2", *TINY])
     model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     record = json.loads((tmp_path / "training.json").read_text())
@@ -161,8 +157,8 @@ def test_script_trains_two_steps_and_transformers_loads_the_result(tmp_path: Pat
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == 300
 
 
-def test_script_refuses_a_folder_without_python_files(tmp_path: Path) -> None:
-    done = run_script("--out", str(tmp_path / "out"), "--source", str(tmp_path))
-    assert done.returncode == 1
+def test_script_refuses_a_folder_without_python_files(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--out", str(tmp_path / "out"), "--source", str(tmp_path), *TINY])
     message = "needs at least one .py file to learn from and one to hold out; point --source elsewhere"
-    assert done.stderr.splitlines()[-1] == f"{tmp_path}: {message}"
+    assert stop.value.code == f"{tmp_path}: {message}"

@@ -1,7 +1,7 @@
 """Checks of docs/ and the READMEs: excerpts are lines of their files, commands, flags, paths and links exist.
 
 A fence after `<!-- from PATH, ... -->` shows lines of those files, and one after `<!-- output of: sagellm ... -->`
-lines of that command's output. A line `...` (or `# ...`, `// ...`) stands for lines left out.
+lines of that command's output. A line `...` (or `# ...`, `// ...`) marks lines left out.
 """
 
 import importlib.util
@@ -162,7 +162,7 @@ def problem_of_sagellm(arguments: Sequence[str]) -> str | None:
     if name not in subcommands():
         return f"unknown subcommand {name}"
     unknown = [flag for flag in flags_of(rest) if flag not in subcommands()[name]]
-    return f"sagellm {name} has no {', '.join(unknown)}" if unknown else None
+    return f"unknown flags of sagellm {name}: {', '.join(unknown)}" if unknown else None
 
 
 def problem_of_script(arguments: Sequence[str]) -> str | None:
@@ -172,7 +172,7 @@ def problem_of_script(arguments: Sequence[str]) -> str | None:
     if not script.is_file():
         return f"no file {arguments[0]}"
     unknown = [flag for flag in flags_of(arguments) if flag not in script.read_text(encoding="utf-8")]
-    return f"{arguments[0]} has no {', '.join(unknown)}" if unknown else None
+    return f"unknown flags of {arguments[0]}: {', '.join(unknown)}" if unknown else None
 
 
 def flags_of(words: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every spec file begins with the line by which an editor finds its JSON Schema."""
+"""Tests that every spec file begins with the modeline that points editors to its JSON Schema."""
 
 from pathlib import Path
 
