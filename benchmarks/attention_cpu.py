@@ -1,11 +1,11 @@
-"""Times attention on the CPU: our kernels over the paged cache and torch's own over keys side by side, in turn.
+"""Times attention on the CPU: our kernels over the paged cache and torch's over contiguous keys, in turn.
 
 python benchmarks/attention_cpu.py [--dtypes bf16,f32] [--part prefill] [--threads 1] [--seconds 0.5] [--json PATH]
 
-torch gets what it likes best before the clock starts: keys gathered from the pages, in a prefill one copy of them per
-query head, in a decode the query heads of a key head as rows of one product. Keys are cold in a decode, as they are in
-an engine, where the other layers' come between: each call takes the next of some copies. With one thread a time is the
-thread's own processor time; with several it is time on the wall. The best and the median of the calls are told.
+torch receives its fastest layout before the clock starts: keys gathered from the pages, in a prefill one copy of them
+per query head, in a decode the query heads of a key head as rows of one GEMM. Keys are cold in a decode, as in an
+engine, where the other layers' keys are read in between: each call takes the next of several copies. With one thread
+the time is the thread's processor time; with several it is wall time. The best and the median of the calls are printed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Call = Callable[[int], object]
 
 
 class Paged(NamedTuple):
-    """Sequences of one length in a cache whose pages are in no order."""
+    """Sequences of one length in a cache with shuffled pages."""
 
     k: Tensor
     v: Tensor

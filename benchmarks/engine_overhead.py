@@ -57,7 +57,7 @@ def _time_steps(batch: int, steps: int) -> tuple[float, float]:
 
 
 class PlanClock:
-    """Sums the time spent in a worker's decode plan, in whose place it stands."""
+    """Stand-in for a worker's decode plan that sums the time spent in it."""
 
     def __init__(self, worker: Worker) -> None:
         self.seconds = 0.0

@@ -3,12 +3,12 @@
 python benchmarks/linear_cpu.py [--dtypes bf16,f32] [--rows 1,16,1024] [--threads 1] [--seconds 0.5] [--json PATH]
 python benchmarks/linear_cpu.py --sampling [--rows 1,16,32] [--seconds 5]
 
-Weights are cold: each call takes the next of as many copies as the caches cannot hold. With one thread a time is the
-thread's own processor time, so that other processes disturb it little; with several it is time on the wall. The best
-of all calls counts, for both. `limit` is the larger of the times that reading the weight and the sums alone would
-take at the rates that the machine reaches in the same run: streaming from memory, oneDNN's product of large matrices.
+Weights are cold: each call takes the next of more copies than the caches can hold. With one thread the time is the
+thread's processor time, which other processes disturb little; with several it is wall time. The best of all calls
+counts, for both. `limit` is the larger of the times that reading the weight and the multiplications alone would take at
+the rates that the machine reaches in the same run: streaming from memory, oneDNN's GEMM of large matrices.
 
-With --sampling: the head of SmolLM-135M and then `sample`, beside the one kernel that is both, greedy. Medians count.
+With --sampling: the head of SmolLM-135M followed by `sample`, and the fused kernel of both, greedy. Medians count.
 """
 
 import argparse
@@ -48,7 +48,7 @@ MOST_ROWS_OF_HEAD = 32
 
 
 class Ceilings(NamedTuple):
-    """What the machine reaches, in bytes and operations per second."""
+    """Rates that the machine reaches, in bytes and operations per second."""
 
     read: float
     flops: dict[str, float]
@@ -88,7 +88,7 @@ class Ours:
         self._sizes = (ctypes.c_int64 * 6)(rows, inner, features, inner, inner, features)
 
     def __call__(self, x: Tensor, number: int) -> Tensor:
-        """The result is new memory, as oneDNN's is: what was freed just now, and lies in the cache."""
+        """The result is new memory, as oneDNN's is: a block that was just freed, and is in the cache."""
         w, y = self.packed[number % len(self.packed)], torch.empty(self._shape, dtype=x.dtype)
         self._function((ctypes.c_void_p * 4)(x.data_ptr(), w.data_ptr(), None, y.data_ptr()), self._sizes, None)
         return y

@@ -1,6 +1,6 @@
-"""What a layout costs and how exact it is: YAML lines beside transformers' Python lines, and the largest difference.
+"""Size and accuracy of layouts: YAML lines next to transformers' Python lines, and the largest difference.
 
-    python benchmarks/models.py                         # both tables, as they stand in docs/models.md
+    python benchmarks/models.py                         # both tables, as in docs/models.md
     python benchmarks/models.py --vllm FOLDER           # with the files of vllm/model_executor/models as a column
     python benchmarks/models.py --layouts gemma2,qwen3  # of some layouts only
 

@@ -133,7 +133,7 @@ def _native_step(graph: ExecutionGraph, registry: Registry) -> Callable[[], obje
 
 
 def print_rules() -> None:
-    """What every rule did in the decode graph of every model."""
+    """The rewrites of every rule in the decode graph of every model."""
     for name in load_registry().models:
         graphs = _small(name)
         stage = "decode" if "decode" in graphs.layout.phases else graphs.layout.phases[0]

@@ -1,4 +1,4 @@
-// How fast the machine reads: adds up 64-byte lines, one stream per thread, fetched ahead.
+// Memory read rate: adds up 64-byte lines, one prefetched stream per thread.
 #include "sage.h"
 
 namespace sage {

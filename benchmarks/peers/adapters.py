@@ -1,4 +1,4 @@
-"""One adapter per engine: how it is loaded, and how it answers requests of token ids greedily, all tokens to the end.
+"""One adapter per engine: loads it, and answers requests of token ids greedily, without stop tokens.
 
 An adapter imports its engine when it is called, so that a process holds one engine alone.
 """
@@ -10,7 +10,7 @@ from workloads import Ask, Complete
 
 
 def load_ours(folder: Path, threads: int) -> Complete:
-    """sageLLM with its own kernels, as `LLM(folder)` gives it."""
+    """sageLLM with its kernels, as `LLM(folder)` loads it."""
     from sageLLM import LLM, SamplingParams
 
     llm = LLM(folder, skip_tokenizer=True)

@@ -12,7 +12,7 @@ ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
 
 
 def write_gguf(folder: Path) -> None:
-    """Writes `model.gguf` beside the checkpoint, unless it is there."""
+    """Writes `model.gguf` next to the checkpoint, unless it exists."""
     target = folder / "model.gguf"
     if target.exists():
         return

@@ -64,7 +64,7 @@ class LlamaCpp:
     def _decode(self, places: list[int]) -> list[int]:
         """Runs the batch; the likeliest token after each of its places."""
         code = llama_cpp.llama_decode(self.context, self.batch)
-        assert code == 0, f"llama_decode gave {code}"
+        assert code == 0, f"llama_decode returned {code}"
         return [self._best(place) for place in places]
 
     def _best(self, place: int) -> int:
@@ -75,4 +75,4 @@ class LlamaCpp:
 
 @llama_cpp.llama_log_callback
 def _say_nothing(level: int, text: bytes, data: object) -> None:
-    """llama.cpp's log is not wanted."""
+    """Drops llama.cpp's log."""

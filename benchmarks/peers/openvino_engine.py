@@ -11,7 +11,7 @@ CACHE_GB = 2
 
 
 def export(folder: Path) -> None:
-    """Writes the model beside the checkpoint as OpenVINO's own form, weights in bfloat16, unless it is there."""
+    """Writes the model next to the checkpoint in OpenVINO's format, weights in bfloat16, unless it exists."""
     target = folder / "openvino"
     if (target / "openvino_model.xml").exists():
         return

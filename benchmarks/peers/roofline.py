@@ -1,8 +1,8 @@
-"""What the machine can do at most: how fast memory is read and bfloat16 matrices are multiplied, by torch.
+"""Peak rates of the machine: memory reads and bfloat16 GEMM, measured with torch.
 
     python benchmarks/peers/roofline.py THREADS
 
-Run in a process of its own, before and after the engines; prints JSON.
+Runs as a separate process before and after the engines; prints JSON.
 """
 
 import json

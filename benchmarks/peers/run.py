@@ -2,8 +2,9 @@
 
     python benchmarks/peers/run.py [--shapes 135m,0.6b] [--peers ours,transformers,...] [--pairs 3] [--out FILE.json]
 
-transformers is always there. llama.cpp (llama-cpp-python, gguf) and openvino (openvino-genai, optimum-intel) take part
-where `--peer-python` has them, by default the Python that runs this. Checkpoints are random and kept in `--cache`.
+transformers is always compared. llama.cpp (llama-cpp-python, gguf) and openvino (openvino-genai, optimum-intel) are
+compared if `--peer-python` has them installed, by default the Python that runs this. Checkpoints are random and kept in
+`--cache`.
 """
 
 import argparse
@@ -32,7 +33,7 @@ Figures = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What is compared and how often; `pythons` holds the interpreter of each peer."""
+    """Workloads and repetitions of a comparison; `pythons` contains the interpreter of each peer."""
 
     pythons: dict[str, str]
     threads: int

@@ -1,4 +1,4 @@
-"""Measures one engine on one workload in this process, which is started afresh for every figure.
+"""Measures one engine on one workload in this process, a new one for every figure.
 
     python benchmarks/peers/worker.py PEER WORKLOAD CHECKPOINT THREADS
 

@@ -1,4 +1,4 @@
-"""The fixed workloads: what every engine is asked, as token ids, and the figure that its times give."""
+"""The fixed workloads: requests as token ids, and the figure computed from their times."""
 
 import random
 import time
@@ -11,7 +11,7 @@ NUM_IDS = 40000
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A prompt and how many tokens are wanted after it, neither fewer nor more."""
+    """A prompt and the exact number of tokens to generate."""
 
     prompt: list[int]
     num_new: int
@@ -38,12 +38,12 @@ def prefill(complete: Complete) -> float:
 
 
 def serve_16(complete: Complete) -> float:
-    """New tokens per second over the whole time of 16 requests given at once."""
+    """New tokens per second over the whole time of 16 simultaneous requests."""
     return _serve(complete, 16)
 
 
 def serve_32(complete: Complete) -> float:
-    """New tokens per second over the whole time of 32 requests given at once."""
+    """New tokens per second over the whole time of 32 simultaneous requests."""
     return _serve(complete, 32)
 
 

@@ -44,7 +44,7 @@ def fragment(page: str) -> str:
     found = re.search(rf'id="t(\d+)"[^>]*>{STEP}<', trace)
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     if found is None:
-        sys.exit(f"the page has no step {STEP} under {TRACE}")
+        sys.exit(f"expected a step {STEP} under {TRACE} in the page")
     step = int(found[1])
     nodes = [node["node"] for node in data[step]]
     return f"#g{step}/{nodes.index(NODE) if NODE in nodes else 0}"
