@@ -59,7 +59,7 @@ sanitize: $(TEST_READY) ## Run the CPU kernels' tests with the address and undef
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	SAGELLM_KERNEL_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/kernels/test_cpu_team.py tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/kernels/test_cpu_thread_pool.py tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py
 
 PEER_PYTHON ?= $(BIN)/python
 SEEDS ?= 0:1000000

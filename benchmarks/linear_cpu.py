@@ -122,7 +122,7 @@ def native_library() -> Library:
     found = compiler.find_compiler()
     assert found is not None, "this needs a C++ compiler"
     library = Library(cpu.KERNELS, Path(cpu.__file__).parent, found)
-    library.use_threads_of_torch()
+    library.set_num_threads()
     return library
 
 

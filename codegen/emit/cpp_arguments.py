@@ -1,10 +1,11 @@
-"""The arguments of a C++ kernel by name: what `tensors`, `sizes` and `attrs` hold, in the order of the C signature."""
+"""Arguments of a C++ kernel by name: the contents of `tensors`, `sizes` and `attrs`, in the order of the signature."""
 
 import re
 from dataclasses import dataclass
 
 from sageLLM.codegen.emit.cpp_text import CPP_TYPES, cpp_name, size_text
-from sageLLM.codegen.expr.size import LEADING, Size
+from sageLLM.codegen.expr.size import LEADING
+from sageLLM.codegen.kernel.names import OwnNames, stride_name
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 
 _ATTR_TYPES = {"f32": "float", "i32": "int64_t", "bool": "bool", "str": "int64_t"}
@@ -34,44 +35,46 @@ def sizes_of(op: OpDef) -> tuple[str, ...]:
 
 
 def stride_names(operand: Operand) -> list[str]:
-    """`x_T`, `x_N` for E[T, N, D]; the stride of a compound dim has its place as its name."""
-    return [f"{operand.name}_{_stride_suffix(place, dim)}" for place, dim in enumerate(operand.type.dims[:-1])]
+    """`x_T`, `x_N` for E[T, N, D]."""
+    return [stride_name(operand, position) for position in range(len(operand.type.dims) - 1)]
 
 
-def _stride_suffix(place: int, dim: Size) -> str:
-    return "R" if dim == LEADING else dim.name or f"D{place}"
+def presence_name(attr: Attr, own: OwnNames) -> str:
+    """`has_window`: whether an optional attr is present."""
+    return own(f"has_{attr.name}")
 
 
-def declarations(op: OpDef, body: str, whole: str = "int64_t") -> list[str]:
-    """Names for those of the arguments that the body uses; whole-number attrs are of the type `whole`."""
+def declarations(op: OpDef, own: OwnNames, body: str, integer: str = "int64_t") -> list[str]:
+    """Declares those of the arguments that the body uses; `integer` is the type of integer attrs."""
     sizes = sizes_of(op)
-    lines = [f"const int64_t {name} = sizes[{place}];" for place, name in enumerate(sizes) if _mentions(body, name)]
+    lines = [f"const int64_t {name} = sizes[{i}];" for i, name in enumerate(sizes) if _mentions(body, name)]
     next_size = len(sizes)
     outputs = {o.name for o in op.outputs}
-    for place, operand in enumerate((*op.inputs, *op.outputs)):
+    for position, operand in enumerate((*op.inputs, *op.outputs)):
         type_ = CPP_TYPES.get(operand.type.element, operand.type.element)
         pointer = f"{type_}*" if operand.name in outputs else f"const {type_}*"
         if _mentions(body, cpp_name(operand.name)):
-            lines.append(f"{pointer} {cpp_name(operand.name)} = ({pointer})tensors[{place}];")
+            lines.append(f"{pointer} {cpp_name(operand.name)} = ({pointer})tensors[{position}];")
         for name in stride_names(operand):
             if _mentions(body, name):
                 lines.append(f"const int64_t {name} = sizes[{next_size}];")
             next_size += 1
-    for place, attr in enumerate(op.attrs):
-        lines += _attr_lines(attr, place, body, whole)
+    for position, attr in enumerate(op.attrs):
+        lines += _attr_lines(attr, position, own, body, integer)
     return lines
 
 
-def _attr_lines(attr: Attr, place: int, body: str, whole: str) -> list[str]:
-    """`windowGiven` tells whether an optional one is there; an absent one is NaN, which no integer can be."""
-    if attr.type == "dim" or not _mentions(body, f"(?:{cpp_name(attr.name)}|{attr.name}Given)"):
+def _attr_lines(attr: Attr, position: int, own: OwnNames, body: str, integer: str) -> list[str]:
+    """An absent attr is NaN, the only number that differs from itself."""
+    name, presence = cpp_name(attr.name), presence_name(attr, own)
+    if attr.type == "dim" or not _mentions(body, f"(?:{name}|{presence})"):
         return []
-    name, type_ = cpp_name(attr.name), _ATTR_TYPES[attr.type].replace("int64_t", whole)
+    type_ = _ATTR_TYPES[attr.type].replace("int64_t", integer)
     if not attr.optional:
-        return [f"const {type_} {name} = ({type_})attrs[{place}];"]
-    given = f"const bool {attr.name}Given = attrs[{place}] == attrs[{place}];"
-    value = [f"const {type_} {name} = {attr.name}Given ? ({type_})attrs[{place}] : 0;"]
-    return [given, *(value if _mentions(body, name) else [])]
+        return [f"const {type_} {name} = ({type_})attrs[{position}];"]
+    declared = f"const bool {presence} = attrs[{position}] == attrs[{position}];"
+    value = [f"const {type_} {name} = {presence} ? ({type_})attrs[{position}] : 0;"]
+    return [declared, *(value if _mentions(body, name) else [])]
 
 
 def _mentions(text: str, name: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sageLLM.codegen.contents import class_name
-from sageLLM.codegen.emit.cpp_arguments import declarations, stride_names
+from sageLLM.codegen.emit.cpp_arguments import declarations, presence_name, stride_names
 from sageLLM.codegen.emit.cpp_text import CppText, cpp_name, size_text
 from sageLLM.codegen.emit.cpu_gemm import GemmText, fused_lines, gemm_lines, indented
 from sageLLM.codegen.expr.size import Size, volume
@@ -11,13 +11,14 @@ from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.expr.types import INTEGERS
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm
+from sageLLM.codegen.kernel.names import own_names
 from sageLLM.codegen.kernel.rows import Fold, Index, Let, Loop, Nest, Reduction, RowProgram, Step, Store, Sweep
 from sageLLM.codegen.model.op import OpDef
 
 _ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min"}
 _FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),
-          "amax": ("lanes(-INFINITY)", "{0} = maximum({0}, {1})"),
-          "amin": ("lanes(INFINITY)", "{0} = minimum({0}, {1})")}  # fmt: skip
+          "amax": ("broadcast(-INFINITY)", "{0} = maximum({0}, {1})"),
+          "amin": ("broadcast(INFINITY)", "{0} = minimum({0}, {1})")}  # fmt: skip
 
 
 class CppKernel:
@@ -25,27 +26,28 @@ class CppKernel:
 
     def __init__(self, op: OpDef, program: RowProgram) -> None:
         self.op, self.program = op, program
+        self.own = own_names(op, program)
         self.operands = {o.name: stride_names(o) for o in (*op.inputs, *op.outputs)}
         self.optional = {o.name: cpp_name(o.name) for o in op.inputs if o.optional}
-        self.optional |= {attr.name: f"{attr.name}Given" for attr in op.attrs if attr.optional}
-        self.names = {o.name: f"{o.name}Value" for o in op.outputs}
+        self.optional |= {attr.name: presence_name(attr, self.own) for attr in op.attrs if attr.optional}
+        self.names = {o.name: self.own(f"{o.name}_value") for o in op.outputs}
 
     def lines(self) -> tuple[str, ...]:
         body = [line for nest in self.program.nests for line in self._nest(nest)]
-        return (*declarations(self.op, "\n".join(body)), *body)
+        return (*declarations(self.op, self.own, "\n".join(body)), *body)
 
     def gemm_lines(self, gemm: Gemm) -> tuple[str, ...]:
         """The function of an op that is a GEMM: the sweep along a row is the epilogue of a block of sums."""
         writer = self._gemm_text(gemm)
         body = gemm_lines(gemm, writer, self._epilogue(writer, gemm))
-        return (*declarations(self.op, "\n".join(body)), *body)
+        return (*declarations(self.op, self.own, "\n".join(body)), *body)
 
     def fused_lines(self, fused: FusedEpilogue, rest: Sequence[str]) -> tuple[str, ...]:
         """The function of a GEMM and its consumer; `rest` is the consumer's work when all rows are complete."""
-        gemm, epilogue = fused.gemm, f"{class_name(fused.consumer.entry.spec.reference or '')}Follower"
+        gemm, epilogue = fused.gemm, f"{class_name(fused.consumer.entry.spec.reference or '')}Epilogue"
         writer = self._gemm_text(gemm, fused.result.name)
         body = [*fused_lines(gemm, writer, self._epilogue(writer, gemm), epilogue), *rest]
-        return (*declarations(self.op, "\n".join(body)), *body)
+        return (*declarations(self.op, self.own, "\n".join(body)), *body)
 
     def _gemm_text(self, gemm: Gemm, consumed: str = "") -> GemmText:
         self.operands[SUMS] = [""] * (len(gemm.epilogue.rows))
@@ -64,9 +66,9 @@ class CppKernel:
         swept = dict.fromkeys(sweep.loop.extent for sweep in nest.sweeps)
         rows = [loop.extent for loop in nest.rows]
         elements = size_text(volume(rows) * (sum(swept, Size.of(0)) if swept else Size.of(1)))
-        name = nest.rows[0].variable if len(rows) == 1 else "iRow"
-        positions = [f"const int64_t {', '.join(_positions(nest.rows))};"] if len(rows) > 1 else []
-        start = f"each_row({size_text(volume(rows))}, {elements}, [&](int64_t {name}) {{"
+        name = nest.rows[0].variable if len(rows) == 1 else self.own("row")
+        positions = [f"const int64_t {', '.join(_positions(nest.rows, name))};"] if len(rows) > 1 else []
+        start = f"parallel_for_rows({size_text(volume(rows))}, {elements}, [&](int64_t {name}) {{"
         return [start, *indented([*positions, *inside]), "});"]
 
     def _step(self, step: Step) -> list[str]:
@@ -78,21 +80,24 @@ class CppKernel:
                 return [f"const {_row_type(value)} {self.names.get(name, cpp_name(name))} = {writer.text(value)};"]
             case Store(location=location, value=value):
                 at, _ = writer.address(location)
-                return [f"put({at}, {writer.text(value)});"]
+                return [f"store_element({at}, {writer.text(value)});"]
         return self._sweep(step)
 
     def _sweep(self, sweep: Sweep) -> list[str]:
         writer = self._text(sweep.loop, set())
         reductions = [step for step in sweep.steps if isinstance(step, Reduction)]
-        before = [f"{_ACCUMULATORS[one.op]} {one.name}All;" for one in reductions]
+        before = [f"{_ACCUMULATORS[one.op]} {self._acc(one)};" for one in reductions]
         after = [f"const float {one.name} = {self._total(one, sweep.loop)};" for one in reductions]
         inside = [line for step in sweep.steps for line in self._in_sweep(step, writer)]
         start = f"sweep({size_text(sweep.loop.extent)}, [&](auto {sweep.loop.variable}) {{"
         return [*before, start, *indented(inside), "});", *after]
 
     def _total(self, reduction: Reduction, loop: Loop) -> str:
-        total = f"{reduction.name}All.total()"
+        total = f"{self._acc(reduction)}.total()"
         return f"{total} / {_as_float(loop.extent)}" if reduction.op == "mean" else total
+
+    def _acc(self, reduction: Reduction) -> str:
+        return self.own(f"{reduction.name}_acc")
 
     def _in_sweep(self, step: Step | Fold | Reduction, writer: CppText) -> list[str]:
         match step:
@@ -101,13 +106,13 @@ class CppKernel:
                 if writer.is_lanes(value):
                     writer.lanes.add(name)
                 return [f"const auto {self.names.get(name, cpp_name(name))} = {text};"]
-            case Reduction(name=name, value=value):
-                return [f"{name}All.add({writer.text(value)}, {writer.loop.variable if writer.loop else ''});"]
+            case Reduction(value=value):
+                return [f"{self._acc(step)}.add({writer.text(value)}, {writer.loop.variable if writer.loop else ''});"]
             case Store(location=location, value=value):
                 at, by = writer.address(location)
                 where = f"{at}, {writer.loop.variable if writer.loop else ''}"
                 return [f"store({where}, {writer.stored(location, value)});" if by == "1" else
-                        f"store_every({by}, {where}, {writer.stored(location, value)});"]  # fmt: skip
+                        f"store_strided({by}, {where}, {writer.stored(location, value)});"]  # fmt: skip
             case Fold():
                 return self._fold(step, writer)
         raise AssertionError(f"a sweep holds no {type(step).__name__}")
@@ -125,12 +130,12 @@ class CppKernel:
         return [*lines, f"{fold.name} /= {_as_float(fold.loop.extent)};"] if fold.op == "mean" else lines
 
 
-def _positions(rows: Sequence[Loop]) -> list[str]:
-    """`iT = iRow / N`, `iN = iRow % N`."""
+def _positions(rows: Sequence[Loop], row: str) -> list[str]:
+    """`i_T = row / N`, `i_N = row % N`."""
     found = []
     for number, loop in enumerate(rows):
         inner = size_text(volume(other.extent for other in rows[number + 1 :]))
-        text = "iRow" if number == len(rows) - 1 else f"iRow / {inner if inner.isidentifier() else f'({inner})'}"
+        text = row if number == len(rows) - 1 else f"{row} / {inner if inner.isidentifier() else f'({inner})'}"
         extent = size_text(loop.extent)
         wraps = f" % {extent if extent.isidentifier() else f'({extent})'}" if number else ""
         found.append(f"{loop.variable} = {text}{wraps}")

@@ -37,15 +37,16 @@ _KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case 
     protected public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch
     template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t
     while xor xor_eq"""
-_HEADER = """abs attend attrs bf16 cuts each_row erf exp f16 f32 factors floor floor_divide floor_remainder fma inside
-    lanes load load_every log mask maximum minimum negation parts_of pow product product_by_part products put relu round
-    rsqrt sage scratch sigmoid sizes sqrt store store_every sums sweep tanh tensors to value where"""
+_HEADER = """abs active_lanes args attend attrs bf16 broadcast call epilogue erf exp exp2 f16 f32 filters floor
+    floor_divide floor_remainder fma gemm gemm_by_part gemm_parts grouped_gemm hooks keys load load_strided log
+    logical_not mask maximum minimum parallel_for_rows part part_epilogue parts pow relu round routes routing rsqrt sage
+    scratch sigmoid sizes sqrt store store_element store_strided sums sweep tanh tensors to where widen"""
 RESERVED = frozenset(f"{_KEYWORDS} {_HEADER}".split())
 
 
 def cpp_name(name: str) -> str:
-    """The name of a spec's value in C++: with a capital letter where the bare one means something else there."""
-    return f"{name}V" if name in RESERVED else name
+    """The name of a spec's value in C++, with a trailing underscore if the bare one has a meaning there."""
+    return f"{name}_" if name.rstrip("_") in RESERVED else name
 
 
 class Piece(NamedTuple):
@@ -132,7 +133,7 @@ class CppText:
         if expr.op == "neg":
             return Piece(f"-{self._wrapped(expr.x, _UNARY, is_float)}", _UNARY)
         if expr.op == "not":
-            return Piece(f"negation({self.text(expr.x)})")
+            return Piece(f"logical_not({self.text(expr.x)})")
         return self._rounded(expr, Piece(f"{expr.op}({self._piece(expr.x, is_float).text})"))
 
     def _binary(self, expr: Binary, is_float: bool) -> Piece:
@@ -185,8 +186,8 @@ class CppText:
     def _if_present(self, expr: IfPresent, is_float: bool) -> Piece:
         a, b = (self._piece(side, is_float).text for side in (expr.a, expr.b))
         if self.is_lanes(expr.a) != self.is_lanes(expr.b):
-            spread = "lanes" if is_float else "mask"
-            a, b = (text if self.is_lanes(side) else f"{spread}({text})" for text, side in ((a, expr.a), (b, expr.b)))
+            fill = "broadcast" if is_float else "mask"
+            a, b = (text if self.is_lanes(side) else f"{fill}({text})" for text, side in ((a, expr.a), (b, expr.b)))
         return Piece(f"{self.optional[expr.name]} ? {a} : {b}", _CONDITIONAL)
 
     # places
@@ -196,11 +197,11 @@ class CppText:
         if expr.type.element in (*INTEGERS, "bool"):
             return Piece(self._element(location))
         if step is None:
-            return Piece(f"value({self._element(location)})")
+            return Piece(f"widen({self._element(location)})")
         assert self.loop is not None, "only a sweep loads lanes"
         if step == "1":
             return Piece(f"load({at}, {self.loop.variable})")
-        return Piece(f"load_every({step}, {at}, {self.loop.variable})")
+        return Piece(f"load_strided({step}, {at}, {self.loop.variable})")
 
     def _element(self, location: Location) -> str:
         return f"{cpp_name(location.operand)}[{' + '.join(self._terms(location)) or '0'}]"

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sageLLM.codegen.contents import Contents, Row, refs
-from sageLLM.codegen.emit.cpp_arguments import OperandText, declarations, sizes_of, stride_names
+from sageLLM.codegen.emit.cpp_arguments import OperandText, declarations, presence_name, sizes_of, stride_names
 from sageLLM.codegen.emit.cpp_rows import CppKernel
-from sageLLM.codegen.emit.cpp_text import CppText
-from sageLLM.codegen.emit.cpu_gemm import SEEN
+from sageLLM.codegen.emit.cpp_text import CppText, cpp_name
+from sageLLM.codegen.emit.cpu_gemm import EPILOGUE
 from sageLLM.codegen.emit.cpu_table import Unpacks, unpacks_of
 from sageLLM.codegen.expr.size import Size, formula
 from sageLLM.codegen.expr.tree import Expr, IfPresent, Ref
@@ -17,6 +17,7 @@ from sageLLM.codegen.kernel.gemm import gemm_of
 from sageLLM.codegen.kernel.indexing import NotRows
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
+from sageLLM.codegen.kernel.names import own_names
 from sageLLM.codegen.kernel.parts import OutputPart, output_parts
 from sageLLM.codegen.kernel.rows import RowProgram
 from sageLLM.codegen.kernel.scatter import is_scattered
@@ -91,8 +92,8 @@ def _sizes_of_part(part: OutputPart) -> list[Size]:
 def emit_cpu(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
     """`kernels/cpu/STEM.cpp` for one ops file, if one of its ops has a kernel."""
     hardware = specs.hardware.get("cpu")
-    has_products = hardware is not None and hardware.spec.products is not None
-    kernels = cpu_kernels(ops, specs.ops, renderer, has_products=has_products)
+    has_gemm = hardware is not None and hardware.spec.gemm is not None
+    kernels = cpu_kernels(ops, specs.ops, renderer, has_gemm=has_gemm)
     return [_source(ops[0].stem, kernels, hardware, renderer)] if kernels else []
 
 
@@ -107,11 +108,11 @@ def emit_cpu_table(contents: Contents, renderer: Renderer) -> list[Output]:
 
 
 def cpu_kernels(
-    ops: Sequence[OpDef], every: Mapping[str, OpDef], renderer: Renderer, *, has_products: bool
+    ops: Sequence[OpDef], every: Mapping[str, OpDef], renderer: Renderer, *, has_gemm: bool
 ) -> list[CpuKernel]:
-    """The kernels of those of the ops that have one; products need the block sizes of a machine."""
+    """The kernels of those of the ops that have one; GEMMs need the block sizes of a machine."""
     found = [kernel for op in ops if (kernel := cpu_kernel(op, every, renderer))]
-    return [kernel for kernel in found if has_products or not kernel.packed]
+    return [kernel for kernel in found if has_gemm or not kernel.packed]
 
 
 def cpu_kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> CpuKernel | None:
@@ -141,7 +142,7 @@ def _unpacks(op: OpDef) -> Unpacks | None:
     found = unpacks_of(op)
     if found is None:
         return None
-    return Unpacks(found.table, (*declarations(op, "\n".join(found.lines)), *found.lines))
+    return Unpacks(found.table, (*declarations(op, own_names(op), "\n".join(found.lines)), *found.lines))
 
 
 def _parts(op: OpDef, program: RowProgram) -> dict[str, OutputPart] | None:
@@ -168,7 +169,7 @@ def _source(
 
 def _header_of(kernels: Sequence[CpuKernel]) -> str:
     if any(kernel.packed for kernel in kernels):
-        return "products.h"
+        return "gemm.h"
     return "packed.h" if any(kernel.unpacks for kernel in kernels) else "sage.h"
 
 
@@ -186,20 +187,22 @@ def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
     template = _template_of(op.reference)
     if template is None:
         return None
+    own = own_names(op)
     hooks = {hook.name: hook.value for hook in op.reference.hooks}
+    presence = {attr.name: presence_name(attr, own) for attr in op.attrs if attr.optional}
     bounds = mask_bounds(hooks["mask_mod"]) if "mask_mod" in hooks else None
     text = renderer.render(
         template,
         op=op,
         operands=[OperandText.of(o) for o in (*op.inputs, *op.outputs)],
-        bounds=_bound_lines(bounds) if bounds else [],
-        is_bounded="true" if bounds and bounds.is_exact else "false",
-        modifies=_modifies(hooks["score_mod"]) if "score_mod" in hooks else "false",
-        follower="",
-        **{name: hook_text(op, value) for name, value in hooks.items()},
+        bounds=_bound_lines(bounds, presence) if bounds else [],
+        is_range="true" if bounds and bounds.is_exact else "false",
+        modifies_scores=_modifies_scores(hooks["score_mod"], presence) if "score_mod" in hooks else "false",
+        epilogue="",
+        **{name: hook_text(presence, value) for name, value in hooks.items()},
     )
     body = [line for line in text.splitlines() if line.strip()]
-    return (*declarations(op, "\n".join(body), whole="int32_t"), *body)
+    return (*declarations(op, own, "\n".join(body), integer="int32_t"), *body)
 
 
 def _consumer_lines(fused: FusedEpilogue, renderer: Renderer) -> list[str]:
@@ -209,7 +212,7 @@ def _consumer_lines(fused: FusedEpilogue, renderer: Renderer) -> list[str]:
     if template is None:
         return []
     operands = [OperandText.of(o) if o else "nullptr" for o in fused.operands]
-    text = renderer.render(template, op=fused.consumer, operands=operands, follower=SEEN)
+    text = renderer.render(template, op=fused.consumer, operands=operands, epilogue=EPILOGUE)
     return [line for line in text.splitlines() if line.strip()]
 
 
@@ -218,32 +221,34 @@ def _template_of(reference: Reference) -> str | None:
     return template if (TEMPLATES / template).is_file() else None
 
 
-def hook_text(op: OpDef, value: Expr) -> str:
-    """A hook as C++: `score` and `n` have a lane per key, `m` and `h` are of the row."""
-    optional = {attr.name: f"{attr.name}Given" for attr in op.attrs if attr.optional}
-    writer = CppText({}, optional, {}, None, {"score", "n"})
+def hook_text(presence: Mapping[str, str], value: Expr) -> str:
+    """A hook as C++: `score` and `n` have a lane per key, `m` and `h` belong to the row."""
+    writer = CppText({}, presence, {}, None, {"score", "n"})
     text = writer.text(value)
-    return text if writer.is_lanes(value) else f"mask({text})" if not writer.is_float(value) else f"lanes({text})"
+    if writer.is_lanes(value):
+        return text
+    return f"broadcast({text})" if writer.is_float(value) else f"mask({text})"
 
 
-def _modifies(score_mod: Expr) -> str:
-    """The condition, in C++, under which a score becomes another one."""
+def _modifies_scores(score_mod: Expr, presence: Mapping[str, str]) -> str:
+    """The condition, in C++, under which the hook changes scores."""
     match score_mod:
         case Ref(name="score"):
             return "false"
         case IfPresent(name=name, b=Ref(name="score")):
-            return f"{name}Given"
+            return presence[name]
     return "true"
 
 
-def _bound_lines(bounds: MaskBounds) -> list[str]:
+def _bound_lines(bounds: MaskBounds, presence: Mapping[str, str]) -> list[str]:
     lines = []
     if bounds.is_causal:
         lines.append("keys.stop = minimum(keys.stop, last + 1);")
     if bounds.causal_attr:
-        lines.append(f"if ({bounds.causal_attr}) keys.stop = minimum(keys.stop, last + 1);")
+        lines.append(f"if ({cpp_name(bounds.causal_attr)}) keys.stop = minimum(keys.stop, last + 1);")
     for window in bounds.windows:
-        lines.append(f"if ({window.attr}Given) keys.first = maximum(keys.first, first - {window.attr} + 1);")
+        attr, condition = cpp_name(window.attr), presence[window.attr]
+        lines.append(f"if ({condition}) keys.first = maximum(keys.first, first - {attr} + 1);")
         if window.is_symmetric:
-            lines.append(f"if ({window.attr}Given) keys.stop = minimum(keys.stop, last + {window.attr});")
+            lines.append(f"if ({condition}) keys.stop = minimum(keys.stop, last + {attr});")
     return lines

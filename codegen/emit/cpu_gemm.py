@@ -1,23 +1,23 @@
-"""Emits GEMMs on the CPU: the blocked loops of `runtime/kernels/cpu/products.h`, around the op's own equations.
+"""Emits GEMMs on the CPU: the blocked loops of `runtime/kernels/cpu/gemm.h`, around the op's own equations.
 
-const Factors<E> factors = {R, K, N, 1, w};
-product(WAY, TUNING, factors, [&](int64_t iR) { return x + iR * x_R; }, [&](int64_t iR, auto iN, const float* sums) {
-    store(y + iR * y_R, iN, to<E>(load(sums, Block{0})));
-});
+const GemmArgs<E> args = {R, K, N, 1, w};
+gemm(MICROKERNEL, TUNING, args,
+     [&](int64_t i_R) { return x + i_R * x_R; },
+     [&](int64_t i_R, auto i_N, const float* sums) { store(y + i_R * y_R, i_N, to<E>(load(sums, Block{0}))); });
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sageLLM.codegen.emit.cpp_text import CppText, Piece, size_text
+from sageLLM.codegen.emit.cpp_text import CppText, Piece, cpp_name, size_text
 from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm
 from sageLLM.codegen.kernel.rows import Affine, Load, Location, Loop
 
-INNER = "iInner"
+INNER = "i_inner"
 """The variable along the summed dim, which addresses leave out."""
 
-SEEN = "allSeen"
+EPILOGUE = "epilogue"
 """The name of the object that reads the blocks of the result as they are computed."""
 
 
@@ -46,38 +46,38 @@ class GemmText(CppText):
         text = super(GemmText, self).stored(location, value)
         if location.operand != self.consumed or self.gemm is None:
             return text
-        return f"ownSeen.with({_rows(self.gemm).variable}, {self.gemm.sweep.loop.variable}, {text})"
+        return f"part_epilogue.observe({_rows(self.gemm).variable}, {self.gemm.sweep.loop.variable}, {text})"
 
 
 def gemm_lines(gemm: Gemm, writer: GemmText, inside: Sequence[str]) -> list[str]:
     """The call; `inside` are the lines of the sweep, which `writer` wrote."""
     groups = [loop for loop in gemm.epilogue.rows if loop.extent in gemm.groups]
-    start = ["product(WAY, TUNING, factors,"]
+    start = ["gemm(MICROKERNEL, TUNING, args,"]
     if groups:
         count, each = size_text(groups[0].extent), size_text(_rows(gemm).extent)
-        start = [f"products(WAY, TUNING, {count}, factors,", f"        [&](int64_t) {{ return {each}; }},"]
+        start = [f"grouped_gemm(MICROKERNEL, TUNING, {count}, args,", f"        [&](int64_t) {{ return {each}; }},"]
     epilogue = _epilogue_lines(gemm, "[&]", inside)
-    return [_factors_line(gemm), *start, _row_of(gemm, writer), *indented([*epilogue, "});"], 2)]
+    return [_args_line(gemm), *start, _row_of(gemm, writer), *indented([*epilogue, "});"], 2)]
 
 
 def fused_lines(gemm: Gemm, writer: GemmText, inside: Sequence[str], epilogue_class: str) -> list[str]:
     """The call, and an object of `epilogue_class` that reads the results, with a part for each part of the work.
 
-    const SampleFollower allSeen(S, allParts.columns);
-    product_by_part(WAY, TUNING, factors, allParts, ..., [&](int64_t iPart) {
-        return [&, ownSeen = allSeen.part(iPart)](int64_t iS, auto iV, const float* sums) {
-            store(logits + iS * logits_S, iV, ownSeen.with(iS, iV, to<E>(load(sums, Block{0}))));
+    const SampleEpilogue epilogue(S, parts.columns);
+    gemm_by_part(MICROKERNEL, TUNING, args, parts, ..., [&](int64_t part) {
+        return [&, part_epilogue = epilogue.part(part)](int64_t i_S, auto i_V, const float* sums) {
+            store(logits + i_S * logits_S, i_V, part_epilogue.observe(i_S, i_V, to<E>(load(sums, Block{0}))));
         };
     });
     """
-    epilogue = _epilogue_lines(gemm, f"return [&, ownSeen = {SEEN}.part(iPart)]", inside)
+    epilogue = _epilogue_lines(gemm, f"return [&, part_epilogue = {EPILOGUE}.part(part)]", inside)
     return [
-        _factors_line(gemm),
-        "const Parts allParts = parts_of(TUNING, factors);",
-        f"const {epilogue_class} {SEEN}({size_text(_rows(gemm).extent)}, allParts.columns);",
-        "product_by_part(WAY, TUNING, factors, allParts,",
+        _args_line(gemm),
+        "const GemmParts parts = gemm_parts(TUNING, args);",
+        f"const {epilogue_class} {EPILOGUE}({size_text(_rows(gemm).extent)}, parts.columns);",
+        "gemm_by_part(MICROKERNEL, TUNING, args, parts,",
         _row_of(gemm, writer),
-        *indented(["[&](int64_t iPart) {", *indented([*epilogue, "};"]), "});"], 2),
+        *indented(["[&](int64_t part) {", *indented([*epilogue, "};"]), "});"], 2),
     ]
 
 
@@ -88,15 +88,15 @@ def indented(lines: Sequence[str], by: int = 1) -> list[str]:
 def _rows(gemm: Gemm) -> Loop:
     rows = [loop for loop in gemm.epilogue.rows if loop.extent not in gemm.groups]
     is_known = len(rows) == 1 and len(gemm.epilogue.rows) == len(gemm.groups) + 1
-    assert is_known, "a product has one dim of rows beside its groups"
+    assert is_known, "a GEMM must have one dim of rows besides its groups"
     return rows[0]
 
 
-def _factors_line(gemm: Gemm) -> str:
-    """`const Factors<E> factors = {R, K, N, 1, w};`"""
+def _args_line(gemm: Gemm) -> str:
+    """`const GemmArgs<E> args = {R, K, N, 1, w};`"""
     extents = (_rows(gemm).extent, gemm.inner, gemm.sweep.loop.extent)
     sizes = ", ".join(map(size_text, extents))
-    return f"const Factors<{gemm.w.type.element}> factors = {{{sizes}, {gemm.gates}, {gemm.w.name}}};"
+    return f"const GemmArgs<{gemm.w.type.element}> args = {{{sizes}, {gemm.gates}, {cpp_name(gemm.w.name)}}};"
 
 
 def _epilogue_lines(gemm: Gemm, captures: str, inside: Sequence[str]) -> list[str]:
@@ -112,7 +112,7 @@ def _parameters(gemm: Gemm) -> str:
 
 
 def _row_of(gemm: Gemm, writer: GemmText) -> str:
-    """`[&](int64_t iR) { return x + iR * x_R; },`"""
+    """`[&](int64_t i_R) { return x + i_R * x_R; },`"""
     positions = {loop.extent: Affine.of(loop.variable) for loop in gemm.epilogue.rows}
     positions[gemm.inner] = Affine.of(INNER)
     location = Location(gemm.x.name, tuple(positions[dim] for dim in gemm.x.type.dims))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sageLLM.codegen.emit.cpp_text import cpp_name
 from sageLLM.codegen.expr.tree import Gather, Ref
 from sageLLM.codegen.expr.types import DTYPES
+from sageLLM.codegen.kernel.names import stride_name
 from sageLLM.codegen.model.op import OpDef
 
 
@@ -34,6 +35,8 @@ def unpacks_of(op: OpDef) -> Unpacks | None:
     rows, inner = index.type.dims[0].name, operand.type.dims[1].name
     if rows is None or inner is None or index.type.element != "i32":
         return None
-    place = f"{cpp_name(output.name)} + i{rows} * {output.name}_{rows}"
-    line = f"unpack_row({place}, {cpp_name(table)}, {cpp_name(ids)}[i{rows}], {inner});"
-    return Unpacks(table, (f"each_row({rows}, {rows} * {inner}, [&](int64_t i{rows}) {{", f"    {line}", "});"))
+    position = f"i_{rows}"
+    row = f"{cpp_name(output.name)} + {position} * {stride_name(output, 0)}"
+    line = f"unpack_row({row}, {cpp_name(table)}, {cpp_name(ids)}[{position}], {inner});"
+    start = f"parallel_for_rows({rows}, {rows} * {inner}, [&](int64_t {position}) {{"
+    return Unpacks(table, (start, f"    {line}", "});"))

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from sageLLM.codegen.contents import Contents, refs
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import tidy
-from sageLLM.codegen.emit.mask_range import mask_range
 from sageLLM.codegen.emit.reference import parameters, result_type
 from sageLLM.codegen.emit.triton_gemm import gemm_view
 from sageLLM.codegen.emit.triton_launch import rows_view
+from sageLLM.codegen.emit.triton_mask import MaskText
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, walk
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
 from sageLLM.codegen.kernel.indexing import NotRows
 from sageLLM.codegen.kernel.inline import program_of
 from sageLLM.codegen.kernel.lower import row_program
+from sageLLM.codegen.kernel.mask import mask_bounds
 from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.model.op import Hook, OpDef, Reference, Template
 from sageLLM.codegen.model.specs import Specs
@@ -150,7 +151,7 @@ def _attention_view(reference: Reference) -> dict[str, object]:
     tiles = {"score", "m", "n", "h"}
     names = dict.fromkeys(name for value in values.values() for name in sorted(names_read(value) - tiles))
     if "mask_mod" in values:
-        keys = mask_range(values["mask_mod"])
+        keys = MaskText(mask_bounds(values["mask_mod"]))
         view |= {"first": keys.first, "stop": keys.stop, "unmasked": keys.unmasked}
     if "score_mod" in values:
         view |= {"names": list(names), "plain": plain_when(values["score_mod"])}

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.emit.dim_text import dim_lines
 from sageLLM.codegen.emit.torch_text import TORCH_DTYPES
-from sageLLM.codegen.emit.triton_names import OwnNames, block_name, own_names
-from sageLLM.codegen.emit.triton_rows import RowKernel, size_text, stride_name
+from sageLLM.codegen.emit.triton_names import block_name
+from sageLLM.codegen.emit.triton_rows import RowKernel, size_text
 from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.expr.types import DTYPES
+from sageLLM.codegen.kernel.names import OwnNames, own_names, stride_name
 from sageLLM.codegen.kernel.rows import Nest, RowProgram
 from sageLLM.codegen.model.op import OpDef, Operand
 

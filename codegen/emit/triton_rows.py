@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 from sageLLM.codegen.emit.dim_text import tidy
-from sageLLM.codegen.emit.triton_names import OwnNames, block_name, index_name, inside_name
+from sageLLM.codegen.emit.triton_names import block_name, inside_name
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.size import LEADING, Size, formula
 from sageLLM.codegen.expr.tree import Expr, Ref, walk
 from sageLLM.codegen.expr.types import INTEGERS
+from sageLLM.codegen.kernel.names import OwnNames, stride_name
 from sageLLM.codegen.kernel.rows import (
     Affine,
     Fold,
@@ -33,7 +34,7 @@ from sageLLM.codegen.kernel.rows import (
     Store,
     Sweep,
 )
-from sageLLM.codegen.model.op import OpDef, Operand
+from sageLLM.codegen.model.op import OpDef
 
 _EMPTY = {"sum": "0.0", "mean": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
 _ROW_FORM = {"sum": "tl.sum", "mean": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
@@ -47,12 +48,6 @@ _JOIN = {
 
 def size_text(size: Size) -> str:
     return "R" if size == LEADING else formula(size)
-
-
-def stride_name(operand: Operand, axis: int) -> str:
-    """`x_T` for the first dim of E[T, N, D]; the stride of a compound dim is named by its axis."""
-    dim = operand.type.dims[axis]
-    return f"{operand.name}_{'R' if dim == LEADING else dim.name or f'D{axis}'}"
 
 
 class RowKernel:
@@ -94,7 +89,7 @@ class RowKernel:
         self.lines = [line for line in self.lines if not _is_unused(line, text)]
 
     def _rows(self) -> list[str]:
-        row = index_name(self.nest.rows[0].variable) if len(self.nest.rows) == 1 else self.own("row")
+        row = self.nest.rows[0].variable if len(self.nest.rows) == 1 else self.own("row")
         lines = [f"{row} = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]"]
         lines += [f"{self.own('is_row')} = {row} < {self.rows_text}"]
         if len(self.nest.rows) == 1:
@@ -102,7 +97,7 @@ class RowKernel:
         rest = row
         for number, loop in reversed(list(enumerate(self.nest.rows))):
             extent = _bracketed(size_text(loop.extent))
-            lines.append(f"{index_name(loop.variable)} = {rest if number == 0 else f'{rest} % {extent}'}")
+            lines.append(f"{loop.variable} = {rest if number == 0 else f'{rest} % {extent}'}")
             rest = f"{rest} // {extent}"
         return lines
 
@@ -110,7 +105,7 @@ class RowKernel:
         match step:
             case Index(variable=variable, value=value):
                 self._row_names.add(variable)
-                self._put(f"{index_name(variable)} = {tidy(f'({self._text(value)}).to(tl.int64)')}")
+                self._put(f"{variable} = {tidy(f'({self._text(value)}).to(tl.int64)')}")
             case Let(name=name, value=value):
                 self._put(f"{self._values.get(name, name)} = {tidy(self._text(value))}")
             case Store():
@@ -122,8 +117,8 @@ class RowKernel:
         loop, block = sweep.loop, block_name(sweep.loop)
         extent = size_text(loop.extent)
         columns = [
-            f"{index_name(loop.variable)} = {{}}tl.arange(0, {block})[None, :]",
-            f"{inside_name(loop)} = {index_name(loop.variable)} < {extent}",
+            f"{loop.variable} = {{}}tl.arange(0, {block})[None, :]",
+            f"{inside_name(loop)} = {loop.variable} < {extent}",
         ]
         if not self.has_reductions:
             self._put(columns[0].format(f"tl.program_id(1) * {block} + "), columns[1])
@@ -178,7 +173,7 @@ class RowKernel:
         extent = size_text(fold.loop.extent)
         joined = _JOIN[fold.op].format(fold.name, tidy(self._text(fold.value)))
         self._put(f"{fold.name} = tl.full([ROWS, {block_name(loop)}], {_EMPTY[fold.op]}, tl.float32)")
-        self._put(f"for {index_name(fold.loop.variable)} in range({extent}):", f"    {joined}")
+        self._put(f"for {fold.loop.variable} in range({extent}):", f"    {joined}")
         if fold.op == "mean":
             self._put(f"{fold.name} = {fold.name} / {_bracketed(extent)}")
 
@@ -229,8 +224,7 @@ class RowKernel:
 def _affine(at: Affine) -> str:
     parts = [] if at.offset == Size.of(0) else [size_text(at.offset)]
     for variable, factor in at.terms:
-        index = index_name(variable)
-        parts.append(index if factor == Size.of(1) else f"{_bracketed(size_text(factor))} * {index}")
+        parts.append(variable if factor == Size.of(1) else f"{_bracketed(size_text(factor))} * {variable}")
     return " + ".join(parts) or "0"
 
 

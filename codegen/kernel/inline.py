@@ -1,6 +1,6 @@
 """Makes one program of a fused op: its calls are replaced by the equations of what they call."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import count
 
@@ -40,7 +40,8 @@ def program_of(op: OpDef, ops: Mapping[str, OpDef]) -> Program | None:
     types = {o.name: o.type for o in op.inputs}
     views: list[View] = []
     statements: list[Statement] = []
-    taken = {o.name for o in (*op.inputs, *op.outputs)} | {target for call in op.fuses for target in call.targets}
+    taken = {one.name for one in (*op.inputs, *op.outputs)} | {attr.name for attr in op.attrs}
+    taken |= {target for call in op.fuses for target in call.targets}
     for call in op.fuses:
         callee = ops[call.op]
         body = program_of(callee, ops)
@@ -158,10 +159,14 @@ class _Inliner:
 
 
 def _fresh(name: str, taken: set[str]) -> str:
-    """The callee's name if it is free, else with a capital letter and a number, which users' names do not have."""
-    free = next(one for number in count(1) if (one := name if number == 1 else f"{name}V{number}") not in taken)
-    taken.add(free)
-    return free
+    """The callee's name if it is unused, else with a number; it is taken from now on."""
+    taken.add(fresh := unused_name(name, taken))
+    return fresh
+
+
+def unused_name(name: str, taken: Collection[str]) -> str:
+    """The name, or `name_2`, `name_3` ... if it is taken."""
+    return next(one for number in count(1) if (one := name if number == 1 else f"{name}_{number}") not in taken)
 
 
 def _literal(attr_type: str) -> str:

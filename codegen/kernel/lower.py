@@ -26,7 +26,7 @@ from sageLLM.codegen.expr.tree import (
 from sageLLM.codegen.expr.types import INTEGERS, ValueType
 from sageLLM.codegen.kernel.check import check_elements, check_inplace
 from sageLLM.codegen.kernel.indexing import NotRows, Positions, base_index, joined, merged_dims, position
-from sageLLM.codegen.kernel.inline import program_of
+from sageLLM.codegen.kernel.inline import program_of, unused_name
 from sageLLM.codegen.kernel.rows import (
     Affine,
     Fold,
@@ -263,10 +263,7 @@ class _NestBuilder:
 
     def variable(self, dim: Size) -> str:
         if dim not in self._variables:
-            name = loop_name(dim)
-            while name in self._variables.values():
-                name += "V"
-            self._variables[dim] = name
+            self._variables[dim] = unused_name(loop_name(dim), self._variables.values())
         return self._variables[dim]
 
     def _positions(self, swept: Iterable[Size]) -> Positions:
@@ -288,13 +285,11 @@ class _NestBuilder:
         return set(type_.dims) <= set(self.rows) and self.is_local(type_, here)
 
     def reduction_name(self, expr: Reduce | Dot) -> str:
-        """The statement's name if it is nothing else; a name of our own otherwise, like meanH."""
+        """The name of the statement that is the reduction and nothing else; otherwise a new one, like `mean_over_H`."""
         if expr not in self._reductions:
             op = expr.op if isinstance(expr, Reduce) else "dot"
-            name = f"{op}{loop_name(expr.dim)[1:]}"
-            while name in self._reductions.values():
-                name += "V"
-            self._reductions[expr] = name
+            name = f"{op}_over_{loop_name(expr.dim).removeprefix('i_')}"
+            self._reductions[expr] = unused_name(name, self._reductions.values())
         return self._reductions[expr]
 
     def index_variable(self, dim: Size, index: Expr, here: Positions) -> str:
@@ -303,9 +298,7 @@ class _NestBuilder:
             if not self.is_of_row(index.type, here):
                 raise NotRows("it gathers by an index that changes along the row")
             self._prepare(index, here)
-            name = loop_name(dim)
-            while name in self._indices.values() or name in self._variables.values():
-                name += "V"
+            name = unused_name(loop_name(dim), (*self._indices.values(), *self._variables.values()))
             self._steps.append(Index(name, _Writer(self, None, here).lower(index)))
             self._indices[index] = name
             self._known[name] = len(self._steps) - 1

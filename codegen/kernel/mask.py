@@ -1,8 +1,8 @@
-"""Reads off a mask which keys a row can see at all, so that an attention kernel visits no others.
+"""Bounds of the keys that a mask leaves visible, so that an attention kernel visits no others.
 
-`n <= m and optional(window, n > m - window, true)` says: up to m, and from m - window + 1 on if there is a window. What
-is not understood bounds nothing, and is evaluated for every pair of a query and a key. If all is understood, the bounds
-are the mask, and pairs that lie within them need no test.
+`n <= m and optional(window, n > m - window, true)` means: up to m, and from m - window + 1 on if a window is present. A
+conjunct of any other form bounds nothing, and is evaluated for every pair of a query and a key. If all conjuncts are
+bounds, the bounds are equivalent to the mask, and pairs within them need no test.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from sageLLM.codegen.expr.tree import AttrRef, Binary, Expr, IfPresent, Number, 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """`attr` bounds how far before a row its keys begin, and if `is_symmetric` how far behind it they end."""
+    """`attr` limits the distance to keys before the row and, if `is_symmetric`, to keys after it."""
 
     attr: str
     is_symmetric: bool
@@ -21,9 +21,9 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class MaskBounds:
-    """What bounds the keys: windows where they are given, and `n <= m`, always or where an attr says so.
+    """Windows, each if its attr is present, and causality `n <= m`, always or if an attr is true.
 
-    `is_exact`: the mask says nothing else.
+    `is_exact`: the bounds are equivalent to the mask.
     """
 
     windows: tuple[Window, ...]
@@ -33,7 +33,7 @@ class MaskBounds:
 
 
 def mask_bounds(mask: Expr) -> MaskBounds:
-    """What the conjuncts of the mask say, each by itself."""
+    """The bounds in the conjuncts of the mask."""
     windows: list[Window] = []
     is_causal, causal_attr, is_exact = False, None, True
     for part in _conjuncts(mask):
@@ -67,7 +67,7 @@ def _is_causal(condition: Expr) -> bool:
 
 
 def _window(condition: Expr, attr: str) -> bool | None:
-    """False for `n > m - attr`, True for `abs(m - n) < attr`, which bounds the keys on both sides; else None."""
+    """False for `n > m - attr`, True for `abs(m - n) < attr`, which bounds the keys on both sides; otherwise None."""
     match condition:
         case Binary(op=">", a=Ref(name="n"), b=Binary(op="-", a=Ref(name="m"), b=AttrRef(name=name))):
             return False if name == attr else None

@@ -1,8 +1,8 @@
 """Row programs: an op as loops over rows, with sweeps along them. They name no target; every kernel emitter reads them.
 
-    rms_norm:  rows iR
-                 sweep iH:  xf = f32(x[iR, iH]);  ms <- mean of xf * xf
-                 sweep iH:  xf = f32(x[iR, iH]);  n = E(xf * rsqrt(ms + eps));  y[iR, iH] := n * w[iH]
+    rms_norm:  rows i_R
+                 sweep i_H:  xf = f32(x[i_R, i_H]);  ms <- mean of xf * xf
+                 sweep i_H:  xf = f32(x[i_R, i_H]);  n = E(xf * rsqrt(ms + eps));  y[i_R, i_H] := n * w[i_H]
 
 Rows are independent. A sweep goes once over the elements of one inner dim; what it computes per element is gone at its
 end, apart from what it stored and what it reduced. A value that a later sweep needs is computed again, or loaded again
@@ -141,5 +141,5 @@ class RowProgram:
 
 
 def loop_name(extent: Size) -> str:
-    """`iH` for H, `iR` for the leading dims, `iDDr` for D - Dr: users' names have no capital letters."""
-    return "iR" if extent == LEADING else f"i{extent.name or ''.join(extent.symbols)}"
+    """`i_H` for H, `i_R` for the leading dims, `i_DDr` for D - Dr. Values of a spec have no capital letters."""
+    return "i_R" if extent == LEADING else f"i_{extent.name or ''.join(extent.symbols)}"

@@ -14,13 +14,13 @@ class LinkSpec(Strict):
     latency_us: float = Field(ge=0, description="microseconds until the first byte arrives")
 
 
-class ProductsSpec(Strict):
-    """Block sizes of CPU matrix products. The accumulators of a block must fit into the registers."""
+class GemmSpec(Strict):
+    """Block sizes of CPU GEMMs. The accumulators of a block must fit into the registers."""
 
     rows: int = Field(ge=1, le=14, description="rows of a block, with registers of 16 float32 lanes")
     panels: int = Field(ge=1, le=4, description="panels of 16 output features per block, with such registers")
-    narrow_rows: int = Field(ge=1, le=14, description="rows of a block with narrower registers")
-    narrow_panels: int = Field(ge=1, le=4, description="panels of a block with narrower registers")
+    short_rows: int = Field(ge=1, le=14, description="rows of a block with shorter registers")
+    short_panels: int = Field(ge=1, le=4, description="panels of a block with shorter registers")
     prepared_bytes: int = Field(
         ge=1024, description="bytes of input rows, packed for the kernel, that stay in the cache"
     )
@@ -28,7 +28,7 @@ class ProductsSpec(Strict):
     rows_per_part: int = Field(
         ge=1, description="rows from which work is divided by rows; with fewer rows, by output features"
     )
-    ahead_bytes: int = Field(ge=0, description="prefetch distance within a panel")
+    prefetch_bytes: int = Field(ge=0, description="prefetch distance within a panel")
     streams: int = Field(ge=1, le=16, description="memory regions that a core reads in turn when it streams a weight")
 
 
@@ -45,5 +45,5 @@ class HardwareFile(Strict):
     launch_overhead_us: float = Field(ge=0, description="fixed time per kernel launch")
     link: LinkSpec
     host_link: LinkSpec
-    products: ProductsSpec | None = Field(default=None, description="block sizes of CPU kernels for matrix products")
+    gemm: GemmSpec | None = Field(default=None, description="block sizes of the CPU's GEMM kernels")
     efficiency: dict[str, float] = Field(default={}, description="fraction of the limit reached, per op tag")

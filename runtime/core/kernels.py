@@ -15,7 +15,8 @@ Kernel: TypeAlias = Callable[..., Any]
 def stride_names(operand: str, pattern: TypePattern) -> tuple[str, ...]:
     """`x_R`, `x_N` for E[..., N, D]: the strides of all declared dims but the last. A compound dim has its place."""
     names = ["R" if dim is ... else str(dim) if isinstance(dim, Sym) else f"D{i}" for i, dim in enumerate(pattern.dims)]
-    return tuple(f"{operand}_{name}" for name in names[:-1])
+    prefix = "i_stride" if operand == "i" else operand  # `i_T` is an index
+    return tuple(f"{prefix}_{name}" for name in names[:-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,12 +93,13 @@ def test_gemms_are_found_by_their_equations(specs: Specs) -> None:
 def test_an_epilogue_reads_its_sums_and_its_own_row(specs: Specs) -> None:
     outputs = {output.path: output.text for output in driver.emit(specs)}
     text = outputs["kernels/cpu/own.cpp"]
-    assert '#include "products.h"' in text
+    assert '#include "gemm.h"' in text
     assert (
-        "store(y + iT * y_T, iN, to<E>(to<E>(tanh(load(sums, Block{0})) * factor) + load(r + iT * r_T, iN)));" in text
+        "store(y + i_T * y_T, i_N, to<E>(to<E>(tanh(load(sums, Block{0})) * factor) + load(r + i_T * r_T, i_N)));"
+        in text
     )
-    assert text.count("const Factors<E> factors") == 3
-    assert "const Factors<E> factors = {R, K, I, 2, w};" in text
+    assert text.count("const GemmArgs<E> args") == 3
+    assert "const GemmArgs<E> args = {R, K, I, 2, w};" in text
 
 
 def test_a_consumer_fuses_with_the_gemm_that_it_reads(specs: Specs) -> None:
@@ -107,8 +108,8 @@ def test_a_consumer_fuses_with_the_gemm_that_it_reads(specs: Specs) -> None:
     outputs = {output.path: output.text for output in driver.emit(specs)}
     text, launcher = outputs["kernels/cpu/own.cpp"], outputs["kernels/triton/own.py"]
     body = text[text.index("SAGE_KERNEL(greedy_head)") :]
-    assert "store(scores + iS * scores_S, iV, ownSeen.with(iS, iV, to<E>(acc)));" in body
-    assert "const Cuts cuts = {nullptr, nullptr, nullptr, nullptr, nullptr};" in body
+    assert "store(scores + i_S * scores_S, i_V, part_epilogue.observe(i_S, i_V, to<E>(acc)));" in body
+    assert "const CandidateFilters filters = {nullptr, nullptr, nullptr, nullptr, nullptr};" in body
     assert not {"SAGE_KERNEL(hidden_scores)", "SAGE_KERNEL(normed_head)"} & set(text.split())
     assert "def greedy_head(" in launcher and launcher.count("return best, scores") == 2
     assert "from sageLLM.generated.kernels.reference.sampling import sample as reference_sample" in launcher

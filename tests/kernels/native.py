@@ -1,4 +1,4 @@
-"""What the tests of native kernels share: the callables of one library, and distances between narrow numbers."""
+"""Shared helpers of the tests of native kernels: the callables of one library, and distances in ulps."""
 
 import platform
 import shutil
@@ -16,8 +16,8 @@ from sageLLM.runtime.kernels.cpu.library import Library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NARROW = ("-march=x86-64-v3",) if platform.machine() == "x86_64" else ()
-"""As on a machine whose registers hold 8 floats."""
-needs_compiler = pytest.mark.skipif(compiler.find_compiler() is None, reason="there is no C++ compiler")
+"""As on a machine with registers of 8 floats."""
+needs_compiler = pytest.mark.skipif(compiler.find_compiler() is None, reason="no C++ compiler")
 
 
 @lru_cache(maxsize=1)
@@ -28,7 +28,7 @@ def library() -> Library:
 
 
 class FreshLibrary(Library):
-    """Loads a copy of each library, which chooses its way anew."""
+    """Loads a copy of each library, which selects its instruction set again."""
 
     def __init__(self, folder: Path, flags: tuple[str, ...] = ()) -> None:
         found = compiler.find_compiler()
@@ -67,13 +67,13 @@ def assert_near(result: Tensor, narrow: Tensor, exact: Tensor, ulps: int = 1) ->
 
 
 def _ordered(x: Tensor) -> Tensor:
-    """Whole numbers in the order of the floats, neighbours one apart."""
+    """Integers in the order of the floats, adjacent floats one apart."""
     bits = x.view(torch.int16).to(torch.int64)
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
 def spread(x: Tensor) -> Tensor:
-    """The same values in rows that do not follow each other, with NaN between them."""
+    """The same values in rows with gaps, which hold NaN."""
     if not x.is_floating_point() or x.dim() < 2:
         return x
     shape = (*x.shape[:-2], 2 * x.shape[-2] + 1, x.shape[-1] + 3)

@@ -1,4 +1,4 @@
-"""Attention, the paged cache and pooling on the CPU: operands whose values have to fit together."""
+"""Attention, the paged cache and pooling on the CPU: ops with operands that must be consistent with each other."""
 
 from pathlib import Path
 from typing import Any
@@ -126,11 +126,11 @@ def test_a_row_does_not_depend_on_chunks_neighbours_or_threads(dtype: torch.dtyp
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("way", ["amx", "pairs", "floats", "narrow"])
-def test_every_way_of_multiplying(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole pages of whole rows are multiplied as they lie, others are packed; a decode's rows are a prefill's."""
-    monkeypatch.setenv("SAGELLM_LINEAR", "floats" if way == "narrow" else way)
-    library = FreshLibrary(tmp_path, NARROW if way == "narrow" else ())
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "fp32", "narrow"])
+def test_every_isa(isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full pages of full rows are multiplied in place, others are packed; a decode has the same bits as a prefill."""
+    monkeypatch.setenv("SAGELLM_CPU_ISA", "fp32" if isa == "narrow" else isa)
+    library = FreshLibrary(tmp_path, NARROW if isa == "narrow" else ())
     prefill, decode = (NativeCallable(cpu.KERNELS[op], library, reference.KERNELS[op]) for op in (PREFILL, DECODE))
     for heads, widths, page in (((6, 2), (64, 64), 16), ((6, 2), (64, 40), 12), ((2, 2), (24, 128), 64)):
         batch = Batch([300, 77], [300, 40], heads=heads, widths=widths, page=page, dtype=torch.bfloat16)
@@ -170,8 +170,8 @@ def test_storing_keys_and_values(dtype: torch.dtype) -> None:
     mine, theirs = ([cache.clone() for cache in caches] for _ in range(2))
     results = native("kv_store")(k, v, *mine, slots)
     reference.KERNELS["kv_store"](k, v, *theirs, slots)
-    for result, cache, wanted in zip(results, mine, theirs, strict=True):
-        assert result is cache and torch.equal(cache, wanted)
+    for result, cache, expected in zip(results, mine, theirs, strict=True):
+        assert result is cache and torch.equal(cache, expected)
 
 
 @pytest.mark.parametrize("op", ["kv_load", "kv_migrate"])
@@ -182,8 +182,8 @@ def test_copying_blocks(op: str) -> None:
     blocks = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([5, 0, 2], [1, 4, 0])]
     native(op)(*source, *mine, *blocks)
     reference.KERNELS[op](*source, *theirs, *blocks)
-    for cache, wanted in zip(mine, theirs, strict=True):
-        assert torch.equal(cache, wanted)
+    for cache, expected in zip(mine, theirs, strict=True):
+        assert torch.equal(cache, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,7 +207,7 @@ FUSED = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", FUSED)
 def test_queries_and_keys_in_one_pass(op: str, dtype: torch.dtype) -> None:
-    """The rotation is of whole heads and of parts; the caches are the operands' own memory."""
+    """Whole heads are rotated, and parts of heads; the outputs are the memory of the caches."""
     for heads, width, rotated in (((4, 2), 20, 20), ((3, 1), 64, 16), ((2, 2), 2, 2)):
         qkv = torch.randn(7, (heads[0] + 2 * heads[1]) * width).to(dtype)
         norms = [torch.randn(width).to(dtype) for _ in range(2)] if "norm" in op else []
@@ -217,9 +217,9 @@ def test_queries_and_keys_in_one_pass(op: str, dtype: torch.dtype) -> None:
         results = []
         for kernel, wide in ((native(op), False), (reference.KERNELS[op], False), (reference.KERNELS[op], True)):
             floats = [x.double() if wide else x for x in (qkv, *norms)]
-            turned = [x.double() if wide else x for x in tables]
+            wide_tables = [x.double() if wide else x for x in tables]
             caches = [torch.ones(6, 4, heads[1], width, dtype=floats[0].dtype) for _ in range(2)]
-            outputs = kernel(*floats, pos, *turned, *caches, slots, **attrs)
+            outputs = kernel(*floats, pos, *wide_tables, *caches, slots, **attrs)
             assert wide or all(output is cache for output, cache in zip(outputs[1:], caches, strict=True))
             results.append(outputs)
         for result, narrow, oracle in zip(*results, strict=True):

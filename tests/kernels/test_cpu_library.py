@@ -1,4 +1,4 @@
-"""The loader of native kernels: one op from its spec entry to torch, through a compiler that runs once."""
+"""Loader of native kernels: one op from its spec entry to torch, compiled once."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sageLLM.runtime.kernels.cpu.library import Library
 
 SOURCES = Path(cpu.__file__).parent
 found = compiler.find_compiler()
-needs_compiler = pytest.mark.skipif(found is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(found is None, reason="no C++ compiler")
 
 
 def rms_norm() -> NativeCallable:
@@ -64,7 +64,7 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_compiler
-def test_what_the_compiler_refuses_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_compiler_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGELLM_CACHE_DIR", str(tmp_path))
     source = tmp_path / "bad.cpp"
     source.write_text("int answer = ;\n")
@@ -74,7 +74,7 @@ def test_what_the_compiler_refuses_is_shown(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "kernels").glob("*.so"))
 
 
-def test_no_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compiler.find_compiler() is None
 
@@ -90,7 +90,7 @@ def test_no_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ((4,), (1,), [0]),
     ],
 )
-def test_leading_dims_become_rows_where_one_stride_tells_them(
+def test_leading_dims_become_rows_if_one_stride_describes_them(
     shape: tuple[int, ...], strides: tuple[int, ...], rows: list[int] | None
 ) -> None:
     pattern = cpu.KERNELS["rms_norm"].op.input_types["x"]

@@ -35,7 +35,7 @@ def dim_names(cls: type[OpNode]) -> list[str]:
 
 
 def cases(name: str) -> Iterator[dict[str, Any]]:
-    """Random sizes that the op's conditions allow, then no rows."""
+    """Random sizes that the op's conditions allow, then zero rows."""
     cls, random, found = OPS[name], Random(name), 0
     while found < 6:
         case: dict[str, Any] = {dim: random.choice(SIZES) for dim in dim_names(cls)}
@@ -89,13 +89,13 @@ def check(name: str, operands: list[Tensor | None], attrs: Mapping[str, Any]) ->
     """All three agree: the kernel, the reference in the same types, and in float64."""
     results = as_tuple(native(name)(*copied(operands), **attrs))
     narrow = as_tuple(reference.KERNELS[name](*copied(operands), **attrs))
-    exact = as_tuple(reference.KERNELS[name](*map(widened, operands), **attrs))
+    exact = as_tuple(reference.KERNELS[name](*map(widen_operand, operands), **attrs))
     for result, rounded, oracle in zip(results, narrow, exact, strict=True):
         assert (result.dtype, result.shape) == (rounded.dtype, rounded.shape)
         assert_near(result, rounded, oracle)
 
 
-def widened(x: Tensor | None) -> Tensor | None:
+def widen_operand(x: Tensor | None) -> Tensor | None:
     return x.double() if x is not None and x.is_floating_point() else x
 
 
@@ -106,7 +106,7 @@ def copied(operands: list[Tensor | None]) -> list[Tensor | None]:
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Fresh memory is NaN, so that an element that is not written shows."""
+    """New memory is NaN, so that an element that was not written is detected."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -127,53 +127,55 @@ def test_sizes_and_layouts(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_special_values(name: str) -> None:
-    """Where the reference gives infinities and NaN, so does the kernel."""
+    """The kernel returns infinities and NaN for the same elements as the reference."""
     case = next(cases(name))
     cls, random = OPS[name], Random(name)
     operands = operands_of(cls, case, torch.float32)
     for x in operands.values():
         if x.is_floating_point():
-            for place in range(0, x.numel(), 3):
-                x.view(-1)[place] = random.choice(SPECIAL)
+            for i in range(0, x.numel(), 3):
+                x.view(-1)[i] = random.choice(SPECIAL)
     results = as_tuple(native(name)(*operands.values(), **attrs_of(cls, case)))
-    wanted = as_tuple(reference.KERNELS[name](*operands.values(), **attrs_of(cls, case)))
-    for result, oracle in zip(results, wanted, strict=True):
+    expected = as_tuple(reference.KERNELS[name](*operands.values(), **attrs_of(cls, case)))
+    for result, oracle in zip(results, expected, strict=True):
         torch.testing.assert_close(result, oracle, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", [name for name in COMPUTED if OPS[name].inplace])
-def test_outputs_may_take_over_their_inputs_memory(name: str) -> None:
-    """As the native executor does it: the same pointer as input and output."""
+def test_outputs_may_reuse_the_memory_of_inputs(name: str) -> None:
+    """The same pointer as input and output, as the native executor passes it."""
     cls, case = OPS[name], next(cases(name))
     operands, attrs = operands_of(cls, case, torch.bfloat16), attrs_of(cls, case)
-    wanted = as_tuple(native(name)(*operands.values(), **attrs))
+    expected = as_tuple(native(name)(*operands.values(), **attrs))
     kernel = native(name)
     [(output, source)] = cls.inplace.items()
-    place, original = list(cls.output_types).index(output), operands[source].clone()
-    results = run_inplace(kernel, list(operands.values()), attrs, list(cls.input_types).index(source), place)
-    for result, oracle in zip(results, wanted, strict=True):
+    position, original = list(cls.output_types).index(output), operands[source].clone()
+    results = run_inplace(kernel, list(operands.values()), attrs, list(cls.input_types).index(source), position)
+    for result, oracle in zip(results, expected, strict=True):
         assert torch.equal(result, oracle)
     assert not torch.equal(operands[source], original)
 
 
-def run_inplace(kernel: Any, operands: list[Tensor], attrs: Mapping[str, Any], source: int, place: int) -> list[Tensor]:
+def run_inplace(
+    kernel: Any, operands: list[Tensor], attrs: Mapping[str, Any], source: int, position: int
+) -> list[Tensor]:
     signature = kernel._prepared(tuple(operands), attrs)
     outputs = [torch.empty(shape, dtype=dtype) for shape, dtype in signature.outputs]
-    outputs[place] = operands[source]
+    outputs[position] = operands[source]
     pointers = [x.data_ptr() for x in (*operands, *outputs)]
     signature.function((ctypes.c_void_p * len(pointers))(*pointers), signature.sizes, signature.attrs)
     return outputs
 
 
-def test_greedy_tokens_are_the_first_of_the_likeliest() -> None:
+def test_greedy_tokens_are_the_first_of_the_most_probable() -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0, 2.0], [float("nan"), 9.0, 1.0, 1.0], [-1.0, -2.0, -float("inf"), -1.0]])
     assert native("sample")(logits).tolist() == [1, 0, 0] == reference.KERNELS["sample"](logits).tolist()
 
 
-@pytest.mark.parametrize("cuts", [(), ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p")], ids=str)
-def test_drawn_tokens(cuts: tuple[str, ...]) -> None:
-    """As the reference draws them, in 200 rows of all kinds; a draw on the edge of two tokens may fall to either."""
-    generator = torch.Generator().manual_seed(len(cuts))
+@pytest.mark.parametrize("filters", [(), ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p")], ids=str)
+def test_drawn_tokens(filters: tuple[str, ...]) -> None:
+    """The same tokens as the reference in 200 varied rows; a draw on the border of two tokens may choose either."""
+    generator = torch.Generator().manual_seed(len(filters))
     rows, tokens = 200, 37
     uniform = [torch.rand(rows, generator=generator) for _ in range(4)]
     logits = 3 * torch.randn(rows, tokens, generator=generator)
@@ -184,6 +186,6 @@ def test_drawn_tokens(cuts: tuple[str, ...]) -> None:
         "min_p": uniform[2] / 4,
         "noise": uniform[3],
     }
-    operands = [given[name] if name in ("temperature", "noise", *cuts) else None for name in given]
+    operands = [given[name] if name in ("temperature", "noise", *filters) else None for name in given]
     results = [kernel(logits, *operands) for kernel in (native("sample"), reference.KERNELS["sample"])]
     assert int((results[0] != results[1]).sum()) <= 1

@@ -1,4 +1,4 @@
-"""Equations as loops: what is a row, what is swept how often, what is stored when, and why an op is none."""
+"""Row programs of ops: rows, sweeps and stores, and the reasons of ops that have none."""
 
 import pytest
 
@@ -18,74 +18,74 @@ from sageLLM.codegen.model.specs import Specs
 
 PROGRAMS = {
     "rms_norm": """
-rows iR < R
-  sweep iH < H
-    xf = f32(x[iR, iH])
+rows i_R < R
+  sweep i_H < H
+    xf = f32(x[i_R, i_H])
     ms <- mean of (xf * xf)
-  sweep iH < H
-    xf = f32(x[iR, iH])
+  sweep i_H < H
+    xf = f32(x[i_R, i_H])
     n = E((xf * rsqrt((ms + eps))))
-    y[iR, iH] := ((n * w[iH]) if w else n)
+    y[i_R, i_H] := ((n * w[i_H]) if w else n)
 """,
     "fused_add_rms_norm": """
-rows iT < T
-  sweep iH < H
-    h = (x[iT, iH] + residual[iT, iH])
+rows i_T < T
+  sweep i_H < H
+    h = (x[i_T, i_H] + residual[i_T, i_H])
     xf = f32(h)
     ms <- mean of (xf * xf)
-    h[iT, iH] := h
-  sweep iH < H
-    h = h[iT, iH]
+    h[i_T, i_H] := h
+  sweep i_H < H
+    h = h[i_T, i_H]
     xf = f32(h)
     n = E((xf * rsqrt((ms + eps))))
-    y[iT, iH] := ((n * w[iH]) if w else n)
+    y[i_T, i_H] := ((n * w[i_H]) if w else n)
 """,
     "rope_interleaved": """
-rows iT < T, iN < N
-  iP = pos[iT]
-  sweep iDr < Dr // 2
-    c = cos[iP, iDr]
-    s = sin[iP, iDr]
-    a = f32(x[iT, iN, 2*iDr])
-    b = f32(x[iT, iN, 1 + 2*iDr])
+rows i_T < T, i_N < N
+  i_P = pos[i_T]
+  sweep i_Dr < Dr // 2
+    c = cos[i_P, i_Dr]
+    s = sin[i_P, i_Dr]
+    a = f32(x[i_T, i_N, 2*i_Dr])
+    b = f32(x[i_T, i_N, 1 + 2*i_Dr])
     y1 = E(((a * c) - (b * s)))
     y2 = E(((b * c) + (a * s)))
-    y[iT, iN, 2*iDr] := y1
-    y[iT, iN, 1 + 2*iDr] := y2
-  sweep iDDr < D - Dr
-    same = x[iT, iN, Dr + iDDr]
-    y[iT, iN, Dr + iDDr] := same
+    y[i_T, i_N, 2*i_Dr] := y1
+    y[i_T, i_N, 1 + 2*i_Dr] := y2
+  sweep i_DDr < D - Dr
+    same = x[i_T, i_N, Dr + i_DDr]
+    y[i_T, i_N, Dr + i_DDr] := same
 """,
     "combine_experts": """
-rows iT < T
-  sweep iH < H
-    sumA = sum over iA < A of (f32(x[iT, iA, iH]) * weights[iT, iA])
-    y[iT, iH] := E(sumA)
+rows i_T < T
+  sweep i_H < H
+    sum_over_A = sum over i_A < A of (f32(x[i_T, i_A, i_H]) * weights[i_T, i_A])
+    y[i_T, i_H] := E(sum_over_A)
 """,
     "router_logits": """
-rows iT < T, iX < X
-  sweep iK < K
-    acc <- sum of (f32(x[iT, iK]) * f32(w[iX, iK]))
-  logits[iT, iX] := ((acc + f32(bias[iX])) if bias else acc)
+rows i_T < T, i_X < X
+  sweep i_K < K
+    acc <- sum of (f32(x[i_T, i_K]) * f32(w[i_X, i_K]))
+  logits[i_T, i_X] := ((acc + f32(bias[i_X])) if bias else acc)
 """,
     "concat_rows": """
-rows iTa < Ta
-  sweep iH < H
-    first = a[iTa, iH]
-    y[iTa, iH] := first
-rows iTb < Tb
-  sweep iH < H
-    rest = b[iTb, iH]
-    y[Ta + iTb, iH] := rest
+rows i_Ta < Ta
+  sweep i_H < H
+    first = a[i_Ta, i_H]
+    y[i_Ta, i_H] := first
+rows i_Tb < Tb
+  sweep i_H < H
+    rest = b[i_Tb, i_H]
+    y[Ta + i_Tb, i_H] := rest
 """,
     "kv_store": """
-rows iT < T, iNkv < Nkv
-  iPG = (slots[iT] // BS)
-  iBS = (slots[iT] % BS)
-  sweep iD < D
-    k_out[iPG, iBS, iNkv, iD] := k[iT, iNkv, iD]
-  sweep iDv < Dv
-    v_out[iPG, iBS, iNkv, iDv] := v[iT, iNkv, iDv]
+rows i_T < T, i_Nkv < Nkv
+  i_PG = (slots[i_T] // BS)
+  i_BS = (slots[i_T] % BS)
+  sweep i_D < D
+    k_out[i_PG, i_BS, i_Nkv, i_D] := k[i_T, i_Nkv, i_D]
+  sweep i_Dv < Dv
+    v_out[i_PG, i_BS, i_Nkv, i_Dv] := v[i_T, i_Nkv, i_Dv]
 """,
 }
 PARTS = {
@@ -113,14 +113,14 @@ def test_programs(name: str, specs: Specs) -> None:
 
 
 def test_a_fused_op_is_all_its_calls(specs: Specs) -> None:
-    """Norm, rotation and store of queries and keys: one nest for either, and nothing between that is written."""
+    """Norm, rotation and store of queries and keys: one nest each, without intermediate results in memory."""
     program = row_program(specs.ops["qk_norm_rope_kv_store"], specs.ops)
-    stored = [{place.operand for place in places(nest)} for nest in program.nests]
+    stored = [{location.operand for location in stored_locations(nest)} for nest in program.nests]
     assert stored == [{"q"}, {"k_out", "v_out"}]
     assert [len(nest.sweeps) for nest in program.nests] == [3, 3]
 
 
-def places(nest: Nest) -> list[Location]:
+def stored_locations(nest: Nest) -> list[Location]:
     return [step.location for sweep in nest.sweeps for step in sweep.steps if isinstance(step, Store)]
 
 
@@ -141,7 +141,7 @@ def test_outputs_that_are_parts_of_inputs(name: str, specs: Specs) -> None:
     assert shown == PARTS[name]
 
 
-def test_an_op_that_is_no_row_program_says_why(specs: Specs) -> None:
+def test_an_op_without_a_row_program_has_a_reason(specs: Specs) -> None:
     assert why_no_rows(specs.ops["rms_norm"], specs.ops) is None
     assert why_no_rows(specs.ops["sample"], specs.ops) == "its meaning is a reference, not equations"
 
@@ -149,16 +149,16 @@ def test_an_op_that_is_no_row_program_says_why(specs: Specs) -> None:
 @pytest.mark.parametrize(
     ("index", "why"),
     [
-        (("iT",), None),
-        (("iV",), "other rows read"),
+        (("i_T",), None),
+        (("i_V",), "other rows read"),
         ((), "other rows read"),
     ],
 )
-def test_an_output_may_not_overwrite_what_other_rows_read(index: tuple[str, ...], why: str | None) -> None:
+def test_an_output_may_not_overwrite_elements_that_other_rows_read(index: tuple[str, ...], why: str | None) -> None:
     f32 = ValueType("f32")
-    read = Location("x", (*(Affine.of(name) for name in index), Affine.of("iH")))
-    store = Store(Location("y", (Affine.of("iT"), Affine.of("iH"))), Load(f32, read))
-    nest = Nest((Loop("iT", Size.symbol("T")),), (Sweep(Loop("iH", Size.symbol("H")), (store,)),))
+    read = Location("x", (*(Affine.of(name) for name in index), Affine.of("i_H")))
+    store = Store(Location("y", (Affine.of("i_T"), Affine.of("i_H"))), Load(f32, read))
+    nest = Nest((Loop("i_T", Size.symbol("T")),), (Sweep(Loop("i_H", Size.symbol("H")), (store,)),))
     if why is None:
         check_inplace(RowProgram((nest,)), {"y": "x"})
         return
@@ -166,13 +166,13 @@ def test_an_output_may_not_overwrite_what_other_rows_read(index: tuple[str, ...]
         check_inplace(RowProgram((nest,)), {"y": "x"})
 
 
-def test_an_output_may_not_overwrite_what_a_later_sweep_reads() -> None:
-    f32, h, other = ValueType("f32"), Affine.of("iH"), Affine(Size.of(1), (("iH", Size.of(1)),))
-    first = Store(Location("y", (Affine.of("iT"), h)), Number(f32, 1.0))
-    again = Store(Location("z", (Affine.of("iT"), h)), Load(f32, Location("x", (Affine.of("iT"), other))))
-    sweeps = tuple(Sweep(Loop("iH", Size.symbol("H")), (store,)) for store in (first, again))
+def test_an_output_may_not_overwrite_elements_that_a_later_sweep_reads() -> None:
+    f32, h, other = ValueType("f32"), Affine.of("i_H"), Affine(Size.of(1), (("i_H", Size.of(1)),))
+    first = Store(Location("y", (Affine.of("i_T"), h)), Number(f32, 1.0))
+    again = Store(Location("z", (Affine.of("i_T"), h)), Load(f32, Location("x", (Affine.of("i_T"), other))))
+    sweeps = tuple(Sweep(Loop("i_H", Size.symbol("H")), (store,)) for store in (first, again))
     with pytest.raises(NotRows, match="read after it is written"):
-        check_inplace(RowProgram((Nest((Loop("iT", Size.symbol("T")),), sweeps),)), {"y": "x"})
+        check_inplace(RowProgram((Nest((Loop("i_T", Size.symbol("T")),), sweeps),)), {"y": "x"})
 
 
 def test_bounds_of_masks(specs: Specs) -> None:
@@ -186,6 +186,8 @@ def test_bounds_of_masks(specs: Specs) -> None:
     assert not varlen.is_causal and varlen.causal_attr == "causal"
     assert [(w.attr, w.is_symmetric) for w in varlen.windows] == [("window", True)]
     assert paged.is_exact and varlen.is_exact
-    nothing = mask_bounds(Ref(ValueType("bool"), "somewhere"))
-    assert not nothing.is_causal and not nothing.windows and nothing.causal_attr is None
-    assert not nothing.is_exact
+    other = mask_bounds(Ref(ValueType("bool"), "somewhere"))
+    assert not other.is_causal and not other.windows and other.causal_attr is None
+    assert not other.is_exact
+    everything = mask_bounds(Number(ValueType("bool"), True))
+    assert everything.is_exact and not everything.is_causal and not everything.windows

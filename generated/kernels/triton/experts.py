@@ -372,12 +372,12 @@ def _combine_experts_kernel(
     is_row = i_T < T
     i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
-    sumA = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    sum_over_A = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for i_A in range(A):
-        sumA += tl.load(x + i_T * x_T + i_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32) * tl.load(
+        sum_over_A += tl.load(x + i_T * x_T + i_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32) * tl.load(
             weights + i_T * weights_T + i_A, mask=is_row, other=0
         )
-    tl.store(y + i_T * y_T + i_H, device.rounded(sumA, E), mask=is_row & in_H)
+    tl.store(y + i_T * y_T + i_H, device.rounded(sum_over_A, E), mask=is_row & in_H)
 
 
 def combine_experts(x: Tensor, weights: Tensor) -> Tensor:

@@ -205,10 +205,10 @@ def _layer_norm_rows(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLO
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
     xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-    meanH = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
-    d = xf - meanH
-    meanHV = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
-    n = d * tl.rsqrt(meanHV + eps)
+    mean_over_H = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
+    d = xf - mean_over_H
+    mean_over_H_2 = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
+    n = d * tl.rsqrt(mean_over_H_2 + eps)
     s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
     tl.store(
         y + i_R * y_R + i_H,
@@ -222,27 +222,27 @@ def _layer_norm_long(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLO
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
-    meanH_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    mean_over_H_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-        meanH_acc += tl.where(in_H, xf, 0.0)
-    meanH = tl.sum(meanH_acc, 1)[:, None] / H
-    meanHV_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+        mean_over_H_acc += tl.where(in_H, xf, 0.0)
+    mean_over_H = tl.sum(mean_over_H_acc, 1)[:, None] / H
+    mean_over_H_2_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-        d = xf - meanH
-        meanHV_acc += tl.where(in_H, d * d, 0.0)
-    meanHV = tl.sum(meanHV_acc, 1)[:, None] / H
+        d = xf - mean_over_H
+        mean_over_H_2_acc += tl.where(in_H, d * d, 0.0)
+    mean_over_H_2 = tl.sum(mean_over_H_2_acc, 1)[:, None] / H
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-        d = xf - meanH
-        n = d * tl.rsqrt(meanHV + eps)
+        d = xf - mean_over_H
+        n = d * tl.rsqrt(mean_over_H_2 + eps)
         s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
         tl.store(
             y + i_R * y_R + i_H,
@@ -278,13 +278,16 @@ def _head_layer_norm_rows(x, w, y, eps, T, N, D, x_T, x_N, w_N, y_T, y_N, ROWS: 
     i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-    meanD = tl.sum(tl.where(in_D, xf, 0.0), 1)[:, None] / D
-    d = xf - meanD
-    meanDV = tl.sum(tl.where(in_D, d * d, 0.0), 1)[:, None] / D
+    mean_over_D = tl.sum(tl.where(in_D, xf, 0.0), 1)[:, None] / D
+    d = xf - mean_over_D
+    mean_over_D_2 = tl.sum(tl.where(in_D, d * d, 0.0), 1)[:, None] / D
     tl.store(
         y + i_T * y_T + i_N * y_N + i_D,
         device.rounded(
-            d * tl.rsqrt(meanDV + eps) * tl.load(w + i_N * w_N + i_D, mask=is_row & in_D, other=0).to(tl.float32), E
+            d
+            * tl.rsqrt(mean_over_D_2 + eps)
+            * tl.load(w + i_N * w_N + i_D, mask=is_row & in_D, other=0).to(tl.float32),
+            E,
         ),
         mask=is_row & in_D,
     )
@@ -297,30 +300,33 @@ def _head_layer_norm_long(x, w, y, eps, T, N, D, x_T, x_N, w_N, y_T, y_N, ROWS: 
     is_row = row < T * N
     i_N = row % N
     i_T = row // N
-    meanD_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    mean_over_D_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
     for start in range(0, D, BLOCK_D):
         i_D = start + tl.arange(0, BLOCK_D)[None, :]
         in_D = i_D < D
         xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        meanD_acc += tl.where(in_D, xf, 0.0)
-    meanD = tl.sum(meanD_acc, 1)[:, None] / D
-    meanDV_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+        mean_over_D_acc += tl.where(in_D, xf, 0.0)
+    mean_over_D = tl.sum(mean_over_D_acc, 1)[:, None] / D
+    mean_over_D_2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
     for start in range(0, D, BLOCK_D):
         i_D = start + tl.arange(0, BLOCK_D)[None, :]
         in_D = i_D < D
         xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        d = xf - meanD
-        meanDV_acc += tl.where(in_D, d * d, 0.0)
-    meanDV = tl.sum(meanDV_acc, 1)[:, None] / D
+        d = xf - mean_over_D
+        mean_over_D_2_acc += tl.where(in_D, d * d, 0.0)
+    mean_over_D_2 = tl.sum(mean_over_D_2_acc, 1)[:, None] / D
     for start in range(0, D, BLOCK_D):
         i_D = start + tl.arange(0, BLOCK_D)[None, :]
         in_D = i_D < D
         xf = tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        d = xf - meanD
+        d = xf - mean_over_D
         tl.store(
             y + i_T * y_T + i_N * y_N + i_D,
             device.rounded(
-                d * tl.rsqrt(meanDV + eps) * tl.load(w + i_N * w_N + i_D, mask=is_row & in_D, other=0).to(tl.float32), E
+                d
+                * tl.rsqrt(mean_over_D_2 + eps)
+                * tl.load(w + i_N * w_N + i_D, mask=is_row & in_D, other=0).to(tl.float32),
+                E,
             ),
             mask=is_row & in_D,
         )
@@ -363,10 +369,10 @@ def _layer_norm_1p_rows(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, 
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
     xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-    meanH = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
-    d = xf - meanH
-    meanHV = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
-    s = d * tl.rsqrt(meanHV + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32))
+    mean_over_H = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
+    d = xf - mean_over_H
+    mean_over_H_2 = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
+    s = d * tl.rsqrt(mean_over_H_2 + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32))
     tl.store(
         y + i_R * y_R + i_H,
         device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
@@ -379,27 +385,27 @@ def _layer_norm_1p_long(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, 
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
-    meanH_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    mean_over_H_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-        meanH_acc += tl.where(in_H, xf, 0.0)
-    meanH = tl.sum(meanH_acc, 1)[:, None] / H
-    meanHV_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+        mean_over_H_acc += tl.where(in_H, xf, 0.0)
+    mean_over_H = tl.sum(mean_over_H_acc, 1)[:, None] / H
+    mean_over_H_2_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-        d = xf - meanH
-        meanHV_acc += tl.where(in_H, d * d, 0.0)
-    meanHV = tl.sum(meanHV_acc, 1)[:, None] / H
+        d = xf - mean_over_H
+        mean_over_H_2_acc += tl.where(in_H, d * d, 0.0)
+    mean_over_H_2 = tl.sum(mean_over_H_2_acc, 1)[:, None] / H
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-        d = xf - meanH
-        s = d * tl.rsqrt(meanHV + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32))
+        d = xf - mean_over_H
+        s = d * tl.rsqrt(mean_over_H_2 + eps) * (1.0 + tl.load(w + i_H, mask=in_H, other=0).to(tl.float32))
         tl.store(
             y + i_R * y_R + i_H,
             device.rounded(s + tl.load(bias + i_H, mask=in_H, other=0).to(tl.float32) if bias is not None else s, E),
@@ -529,11 +535,11 @@ def _fused_add_layer_norm_rows(
         E,
     )
     xf = h_value
-    meanH = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
+    mean_over_H = tl.sum(tl.where(in_H, xf, 0.0), 1)[:, None] / H
     tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
-    d = xf - meanH
-    meanHV = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
-    n = d * tl.rsqrt(meanHV + eps)
+    d = xf - mean_over_H
+    mean_over_H_2 = tl.sum(tl.where(in_H, d * d, 0.0), 1)[:, None] / H
+    n = d * tl.rsqrt(mean_over_H_2 + eps)
     s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
     tl.store(
         y + i_T * y_T + i_H,
@@ -549,7 +555,7 @@ def _fused_add_layer_norm_long(
     E: tl.constexpr = x.dtype.element_ty
     i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_T < T
-    meanH_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    mean_over_H_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
@@ -559,27 +565,27 @@ def _fused_add_layer_norm_long(
             E,
         )
         xf = h_value
-        meanH_acc += tl.where(in_H, xf, 0.0)
+        mean_over_H_acc += tl.where(in_H, xf, 0.0)
         tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
-    meanH = tl.sum(meanH_acc, 1)[:, None] / H
+    mean_over_H = tl.sum(mean_over_H_acc, 1)[:, None] / H
     tl.debug_barrier()  # the next loads read what other threads of the program stored
-    meanHV_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    mean_over_H_2_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         xf = h_value
-        d = xf - meanH
-        meanHV_acc += tl.where(in_H, d * d, 0.0)
-    meanHV = tl.sum(meanHV_acc, 1)[:, None] / H
+        d = xf - mean_over_H
+        mean_over_H_2_acc += tl.where(in_H, d * d, 0.0)
+    mean_over_H_2 = tl.sum(mean_over_H_2_acc, 1)[:, None] / H
     tl.debug_barrier()  # the next loads read what other threads of the program stored
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         xf = h_value
-        d = xf - meanH
-        n = d * tl.rsqrt(meanHV + eps)
+        d = xf - mean_over_H
+        n = d * tl.rsqrt(mean_over_H_2 + eps)
         s = n * tl.load(w + i_H, mask=in_H, other=0).to(tl.float32) if w is not None else n
         tl.store(
             y + i_T * y_T + i_H,
@@ -883,13 +889,13 @@ def _fused_norm_add_norm_1p_rows(
     h_value = device.rounded(
         tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32) + n, E
     )
-    xfV2 = h_value
-    msV2 = tl.sum(tl.where(in_H, xfV2 * xfV2, 0.0), 1)[:, None] / H
+    xf_2 = h_value
+    ms_2 = tl.sum(tl.where(in_H, xf_2 * xf_2, 0.0), 1)[:, None] / H
     tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
     tl.store(
         y + i_T * y_T + i_H,
         device.rounded(
-            xfV2 * tl.rsqrt(msV2 + eps) * (1.0 + tl.load(w_before + i_H, mask=in_H, other=0).to(tl.float32)), E
+            xf_2 * tl.rsqrt(ms_2 + eps) * (1.0 + tl.load(w_before + i_H, mask=in_H, other=0).to(tl.float32)), E
         ),
         mask=is_row & in_H,
     )
@@ -923,7 +929,7 @@ def _fused_norm_add_norm_1p_long(
         xf = tl.load(x + i_T * x_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
         ms_acc += tl.where(in_H, xf * xf, 0.0)
     ms = tl.sum(ms_acc, 1)[:, None] / H
-    msV2_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    ms_2_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
@@ -934,20 +940,20 @@ def _fused_norm_add_norm_1p_long(
         h_value = device.rounded(
             tl.load(residual + i_T * residual_T + i_H, mask=is_row & in_H, other=0).to(tl.float32) + n, E
         )
-        xfV2 = h_value
-        msV2_acc += tl.where(in_H, xfV2 * xfV2, 0.0)
+        xf_2 = h_value
+        ms_2_acc += tl.where(in_H, xf_2 * xf_2, 0.0)
         tl.store(h + i_T * h_T + i_H, h_value, mask=is_row & in_H)
-    msV2 = tl.sum(msV2_acc, 1)[:, None] / H
+    ms_2 = tl.sum(ms_2_acc, 1)[:, None] / H
     tl.debug_barrier()  # the next loads read what other threads of the program stored
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         h_value = tl.load(h + i_T * h_T + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-        xfV2 = h_value
+        xf_2 = h_value
         tl.store(
             y + i_T * y_T + i_H,
             device.rounded(
-                xfV2 * tl.rsqrt(msV2 + eps) * (1.0 + tl.load(w_before + i_H, mask=in_H, other=0).to(tl.float32)), E
+                xf_2 * tl.rsqrt(ms_2 + eps) * (1.0 + tl.load(w_before + i_H, mask=in_H, other=0).to(tl.float32)), E
             ),
             mask=is_row & in_H,
         )

@@ -78,8 +78,8 @@ def _l2_norm_rows(x, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.con
     i_H = tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
     xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-    sumH = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None]
-    length = tl.sqrt(sumH)
+    sum_over_H = tl.sum(tl.where(in_H, xf * xf, 0.0), 1)[:, None]
+    length = tl.sqrt(sum_over_H)
     tl.store(
         y + i_R * y_R + i_H,
         device.rounded(xf / tl.maximum(length, eps, propagate_nan=tl.PropagateNan.ALL), E),
@@ -92,14 +92,14 @@ def _l2_norm_long(x, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.con
     E: tl.constexpr = x.dtype.element_ty
     i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = i_R < R
-    sumH_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    sum_over_H_acc = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H
         xf = tl.load(x + i_R * x_R + i_H, mask=is_row & in_H, other=0).to(tl.float32)
-        sumH_acc += tl.where(in_H, xf * xf, 0.0)
-    sumH = tl.sum(sumH_acc, 1)[:, None]
-    length = tl.sqrt(sumH)
+        sum_over_H_acc += tl.where(in_H, xf * xf, 0.0)
+    sum_over_H = tl.sum(sum_over_H_acc, 1)[:, None]
+    length = tl.sqrt(sum_over_H)
     for start in range(0, H, BLOCK_H):
         i_H = start + tl.arange(0, BLOCK_H)[None, :]
         in_H = i_H < H

@@ -100,20 +100,20 @@ def _qk_rope_kv_store_kernel1(
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
-    cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-    sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-    aV2 = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-    bV2 = tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
+    c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    a_2 = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    b_2 = tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
         tl.float32
     )
-    y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
-    y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr)
+    y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
+    y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr)
     i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
-    sameV2 = tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr)
+    same_2 = tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
     i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
@@ -278,18 +278,18 @@ def _qk_rope_interleaved_kv_store_kernel1(
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.program_id(1) * BLOCK_Dr + tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
-    cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-    sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-    aV2 = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-    bV2 = tl.load(qkv + i_T * qkv_T + D * Nq + 1 + D * i_Nkv + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-    y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
-    y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 2 * i_Dr, y1V2, mask=is_row & in_Dr)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 1 + 2 * i_Dr, y2V2, mask=is_row & in_Dr)
+    c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    a_2 = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    b_2 = tl.load(qkv + i_T * qkv_T + D * Nq + 1 + D * i_Nkv + 2 * i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
+    y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
+    y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 2 * i_Dr, y1_2, mask=is_row & in_Dr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + 1 + 2 * i_Dr, y2_2, mask=is_row & in_Dr)
     i_DDr = tl.program_id(1) * BLOCK_DDr + tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
-    sameV2 = tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr)
+    same_2 = tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
     i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
@@ -567,51 +567,51 @@ def _qk_norm_rope_kv_store_rows1(
     i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-    xfV2 = kh
-    msV2 = tl.sum(tl.where(in_D, xfV2 * xfV2, 0.0), 1)[:, None] / D
+    xf_2 = kh
+    ms_2 = tl.sum(tl.where(in_D, xf_2 * xf_2, 0.0), 1)[:, None] / D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
     tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
-    cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-    sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-    aV2 = device.rounded(
+    c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    a_2 = device.rounded(
         device.rounded(
             tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-            * tl.rsqrt(msV2 + eps),
+            * tl.rsqrt(ms_2 + eps),
             E,
         )
         * tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
         E,
     )
-    bV2 = device.rounded(
+    b_2 = device.rounded(
         device.rounded(
             tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
                 tl.float32
             )
-            * tl.rsqrt(msV2 + eps),
+            * tl.rsqrt(ms_2 + eps),
             E,
         )
         * tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
         E,
     )
-    y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
-    y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr)
+    y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
+    y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr)
     i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
-    sameV2 = device.rounded(
+    same_2 = device.rounded(
         device.rounded(
             tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-            * tl.rsqrt(msV2 + eps),
+            * tl.rsqrt(ms_2 + eps),
             E,
         )
         * tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
         E,
     )
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -652,64 +652,64 @@ def _qk_norm_rope_kv_store_long1(
     i_T = row // Nkv
     i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
     i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
-    msV2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    ms_2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
     for start in range(0, D, BLOCK_D):
         i_D = start + tl.arange(0, BLOCK_D)[None, :]
         in_D = i_D < D
         kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        xfV2 = kh
-        msV2_acc += tl.where(in_D, xfV2 * xfV2, 0.0)
+        xf_2 = kh
+        ms_2_acc += tl.where(in_D, xf_2 * xf_2, 0.0)
         v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
         tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
-    msV2 = tl.sum(msV2_acc, 1)[:, None] / D
+    ms_2 = tl.sum(ms_2_acc, 1)[:, None] / D
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     for start in range(0, Dr // 2, BLOCK_Dr):
         i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
         in_Dr = i_Dr < Dr // 2
-        cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-        sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-        aV2 = device.rounded(
+        c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+        s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+        a_2 = device.rounded(
             device.rounded(
                 tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-                * tl.rsqrt(msV2 + eps),
+                * tl.rsqrt(ms_2 + eps),
                 E,
             )
             * tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32),
             E,
         )
-        bV2 = device.rounded(
+        b_2 = device.rounded(
             device.rounded(
                 tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
                     tl.float32
                 )
-                * tl.rsqrt(msV2 + eps),
+                * tl.rsqrt(ms_2 + eps),
                 E,
             )
             * tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32),
             E,
         )
-        y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
-        y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
+        y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
+        y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
+        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
         tl.store(
-            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr
         )
     for start in range(0, D - Dr, BLOCK_DDr):
         i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
         in_DDr = i_DDr < D - Dr
-        sameV2 = device.rounded(
+        same_2 = device.rounded(
             device.rounded(
                 tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(
                     tl.float32
                 )
-                * tl.rsqrt(msV2 + eps),
+                * tl.rsqrt(ms_2 + eps),
                 E,
             )
             * tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32),
             E,
         )
         tl.store(
-            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr
         )
 
 
@@ -976,42 +976,42 @@ def _qk_norm_1p_rope_kv_store_rows1(
     i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-    xfV2 = kh
-    msV2 = tl.sum(tl.where(in_D, xfV2 * xfV2, 0.0), 1)[:, None] / D
+    xf_2 = kh
+    ms_2 = tl.sum(tl.where(in_D, xf_2 * xf_2, 0.0), 1)[:, None] / D
     v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
     tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     i_Dr = tl.arange(0, BLOCK_Dr)[None, :]
     in_Dr = i_Dr < Dr // 2
-    cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-    sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-    aV2 = device.rounded(
+    c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+    s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+    a_2 = device.rounded(
         tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-        * tl.rsqrt(msV2 + eps)
+        * tl.rsqrt(ms_2 + eps)
         * (1.0 + tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
         E,
     )
-    bV2 = device.rounded(
+    b_2 = device.rounded(
         tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
             tl.float32
         )
-        * tl.rsqrt(msV2 + eps)
+        * tl.rsqrt(ms_2 + eps)
         * (1.0 + tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
         E,
     )
-    y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
-    y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr)
+    y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
+    y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr)
     i_DDr = tl.arange(0, BLOCK_DDr)[None, :]
     in_DDr = i_DDr < D - Dr
-    sameV2 = device.rounded(
+    same_2 = device.rounded(
         tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-        * tl.rsqrt(msV2 + eps)
+        * tl.rsqrt(ms_2 + eps)
         * (1.0 + tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
         E,
     )
-    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr)
+    tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr)
 
 
 @triton.jit
@@ -1052,53 +1052,53 @@ def _qk_norm_1p_rope_kv_store_long1(
     i_T = row // Nkv
     i_PG = (tl.load(slots + i_T, mask=is_row, other=0) // BS).to(tl.int64)
     i_BS = (tl.load(slots + i_T, mask=is_row, other=0) % BS).to(tl.int64)
-    msV2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    ms_2_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
     for start in range(0, D, BLOCK_D):
         i_D = start + tl.arange(0, BLOCK_D)[None, :]
         in_D = i_D < D
         kh = tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
-        xfV2 = kh
-        msV2_acc += tl.where(in_D, xfV2 * xfV2, 0.0)
+        xf_2 = kh
+        ms_2_acc += tl.where(in_D, xf_2 * xf_2, 0.0)
         v = tl.load(qkv + i_T * qkv_T + D * (Nkv + Nq) + D * i_Nkv + i_D, mask=is_row & in_D, other=0).to(tl.float32)
         tl.store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv + i_D, v, mask=is_row & in_D)
-    msV2 = tl.sum(msV2_acc, 1)[:, None] / D
+    ms_2 = tl.sum(ms_2_acc, 1)[:, None] / D
     i_P = tl.load(pos + i_T, mask=is_row, other=0).to(tl.int64)
     for start in range(0, Dr // 2, BLOCK_Dr):
         i_Dr = start + tl.arange(0, BLOCK_Dr)[None, :]
         in_Dr = i_Dr < Dr // 2
-        cV2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
-        sV2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
-        aV2 = device.rounded(
+        c_2 = tl.load(cos + i_P * cos_P + i_Dr, mask=is_row & in_Dr, other=0)
+        s_2 = tl.load(sin + i_P * sin_P + i_Dr, mask=is_row & in_Dr, other=0)
+        a_2 = device.rounded(
             tl.load(qkv + i_T * qkv_T + D * Nq + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(tl.float32)
-            * tl.rsqrt(msV2 + eps)
+            * tl.rsqrt(ms_2 + eps)
             * (1.0 + tl.load(k_norm + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
             E,
         )
-        bV2 = device.rounded(
+        b_2 = device.rounded(
             tl.load(qkv + i_T * qkv_T + (2 * D * Nq + Dr) // 2 + D * i_Nkv + i_Dr, mask=is_row & in_Dr, other=0).to(
                 tl.float32
             )
-            * tl.rsqrt(msV2 + eps)
+            * tl.rsqrt(ms_2 + eps)
             * (1.0 + tl.load(k_norm + Dr // 2 + i_Dr, mask=in_Dr, other=0).to(tl.float32)),
             E,
         )
-        y1V2 = device.rounded(aV2 * cV2 - bV2 * sV2, E)
-        y2V2 = device.rounded(bV2 * cV2 + aV2 * sV2, E)
-        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1V2, mask=is_row & in_Dr)
+        y1_2 = device.rounded(a_2 * c_2 - b_2 * s_2, E)
+        y2_2 = device.rounded(b_2 * c_2 + a_2 * s_2, E)
+        tl.store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + i_Dr, y1_2, mask=is_row & in_Dr)
         tl.store(
-            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2V2, mask=is_row & in_Dr
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr // 2 + i_Dr, y2_2, mask=is_row & in_Dr
         )
     for start in range(0, D - Dr, BLOCK_DDr):
         i_DDr = start + tl.arange(0, BLOCK_DDr)[None, :]
         in_DDr = i_DDr < D - Dr
-        sameV2 = device.rounded(
+        same_2 = device.rounded(
             tl.load(qkv + i_T * qkv_T + D * Nq + Dr + D * i_Nkv + i_DDr, mask=is_row & in_DDr, other=0).to(tl.float32)
-            * tl.rsqrt(msV2 + eps)
+            * tl.rsqrt(ms_2 + eps)
             * (1.0 + tl.load(k_norm + Dr + i_DDr, mask=in_DDr, other=0).to(tl.float32)),
             E,
         )
         tl.store(
-            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, sameV2, mask=is_row & in_DDr
+            k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr + i_DDr, same_2, mask=is_row & in_DDr
         )
 
 

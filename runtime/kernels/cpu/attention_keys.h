@@ -1,20 +1,20 @@
-// Where the keys, values and query rows of attention lie.
+// Memory layouts of the keys, values and query rows of attention: paged or contiguous.
 #pragma once
 
 #include "loops.h"
 
 namespace sage {
 
-// Keys first <= n < stop, what a mask leaves over of a sequence.
+// Keys first <= n < stop: those of a sequence that a mask leaves visible.
 struct KeyRange {
     int64_t first;
     int64_t stop;
 
-    bool meets(KeyRange other) const { return first < other.stop && other.first < stop; }
-    bool holds(KeyRange other) const { return first <= other.first && other.stop <= stop; }
+    bool overlaps(KeyRange other) const { return first < other.stop && other.first < stop; }
+    bool contains(KeyRange other) const { return first <= other.first && other.stop <= stop; }
 };
 
-// In a paged cache: a sequence's query rows are its last positions.
+// A paged cache: the query rows of a sequence are its last positions.
 template <class E>
 struct PagedKeys {
     const E* k;
@@ -24,7 +24,7 @@ struct PagedKeys {
     const int32_t* block_table;
     int64_t table_row, block_size;
     const int32_t* seq_lens;
-    const int32_t* q_start;  // null where every sequence has one row
+    const int32_t* q_start;  // null if every sequence has one row
 
     int64_t length(int64_t b) const { return seq_lens[b]; }
     int64_t queries(int64_t b) const { return q_start ? q_start[b + 1] - q_start[b] : 1; }
@@ -42,9 +42,9 @@ struct PagedKeys {
     }
 };
 
-// Side by side: the keys of a sequence are the rows of its queries.
+// Contiguous keys: those of a sequence are the rows of its queries.
 template <class E>
-struct OwnKeys {
+struct ContiguousKeys {
     const E* k;
     int64_t k_row, k_head;
     const E* v;

@@ -1,34 +1,34 @@
-// A tile of attention: the query heads of one key head, times some query positions, go over their keys 64 at a time.
+// One tile of attention: the query heads of one key head, times some query positions, over its keys 64 at a time.
 //
-// A step's keys and values are packed once for all rows of the tile (Dao et al. 2022). Rows are computed in blocks of 16;
-// blocks that see no key of a step are passed over, and masks are looked at only where not all of a block's pairs count.
+// The keys and values of a step are packed once for all rows of the tile (Dao et al. 2022). Rows are computed in blocks of
+// 16; blocks that see no key of a step are skipped, and masks are evaluated only if not all pairs of a block are visible.
 #pragma once
 
+#include "attention_gemm_bf16.h"
+#include "attention_gemm_f32.h"
 #include "attention_keys.h"
-#include "attention_pairs.h"
-#include "attention_products.h"
-#include "attention_seen.h"
+#include "softmax_state.h"
 
 namespace sage {
 
-// The op's own part of attention: what becomes of a score, which pairs count, and which keys that leaves.
+// The hooks of an attention op: how scores are modified, which pairs are visible, and the range of keys that follows.
 template <class Score, class Mask, class Range>
 struct AttentionHooks {
     Score score_mod;
     Mask mask_mod;
     Range range;
-    bool modifies;    // score_mod does anything
-    bool is_bounded;  // mask_mod says nothing but the range
+    bool modifies_scores;
+    bool is_range;  // the mask is equivalent to the range
 
-    KeyRange seen_by_any(int64_t first, int64_t last, int64_t length) const { return range(first, last, length); }
-    KeyRange seen_by_all(int64_t first, int64_t last, int64_t length) const {
-        return is_bounded ? range(last, first, length) : KeyRange{0, 0};
+    KeyRange visible_to_any(int64_t first, int64_t last, int64_t length) const { return range(first, last, length); }
+    KeyRange visible_to_all(int64_t first, int64_t last, int64_t length) const {
+        return is_range ? range(last, first, length) : KeyRange{0, 0};
     }
 };
 template <class Score, class Mask, class Range>
 AttentionHooks(Score, Mask, Range, bool, bool) -> AttentionHooks<Score, Mask, Range>;
 
-// The sizes of one call. Query position i of sequence b is row row_of(b, i) of q and o.
+// The sizes and tensors of one call. Query position i of sequence b is row keys.row(b, i) of q and o.
 template <class E>
 struct AttentionCall {
     int64_t sequences, query_heads, key_heads, key_width, value_width;
@@ -44,17 +44,18 @@ struct AttentionCall {
 };
 
 struct AttentionTile {
-    int64_t sequence, key_head, position, positions;  // positions of the sequence's query rows
+    int64_t sequence, key_head, position, positions;  // first position and number of positions among the query rows
 };
 
-// The keys that any row of a tile sees.
+// The keys that are visible to any row of a tile.
 template <class Keys, class Hooks>
 inline KeyRange tile_range(const Keys& keys, const Hooks& hooks, const AttentionTile& tile) {
     int64_t first = keys.position(tile.sequence, tile.position), length = keys.length(tile.sequence);
-    return hooks.seen_by_any(first, first + tile.positions - 1, length);
+    return hooks.visible_to_any(first, first + tile.positions - 1, length);
 }
 
-// Up to 64 keys and values from a multiple of 64 on. Rows that are not seen are rows of zeros.
+// Up to 64 keys and values from a multiple of 64 on, so that all tiles and chunks of a prompt accumulate in the same steps.
+// Invisible keys and values point to rows of zeros.
 template <class E>
 struct KeyStep {
     KeyRange range;
@@ -62,9 +63,9 @@ struct KeyStep {
     const E* value[KEYS];
 
     template <class Keys>
-    void find(const Keys& keys, const AttentionTile& tile, KeyRange seen, int64_t first, const E* zeros) {
-        range = {first, maximum(first, minimum(first + KEYS, seen.stop))};
-        const int64_t to = range.stop - first, from = minimum(to, maximum(seen.first - first, (int64_t)0));
+    void find(const Keys& keys, const AttentionTile& tile, KeyRange visible, int64_t first, const E* zeros) {
+        range = {first, maximum(first, minimum(first + KEYS, visible.stop))};
+        const int64_t to = range.stop - first, from = minimum(to, maximum(visible.first - first, (int64_t)0));
         keys.find(tile.sequence, tile.key_head, first + from, first + to, key + from, value + from);
         for (int64_t n = 0; n < from; ++n) key[n] = value[n] = zeros;
         for (int64_t n = to; n < KEYS; ++n) key[n] = value[n] = zeros;
@@ -74,167 +75,175 @@ struct KeyStep {
 inline int64_t step_of(int64_t key) { return key / KEYS * KEYS; }
 
 template <class Element>
-inline void fetch_rows(const Element* const* row, int64_t width) {
+inline void prefetch_rows(const Element* const* row, int64_t width) {
     for (int64_t r = 0; r < KEYS; ++r)
         for (int64_t at = 0; at < width; at += 64 / (int64_t)sizeof(Element)) __builtin_prefetch(row[r] + at);
 }
 
-// One tile's keys from `range.first` to `range.stop`, at most a part.
-template <class Products, class E, class Keys, class Hooks>
+// Computes one tile over ranges of at most KEYS_PER_PART keys.
+template <class Gemms, class E, class Keys, class Hooks>
 class TileWorker {
-   public:
+  public:
     TileWorker(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks, const AttentionTile& tile)
-        : call(call), keys(keys), hooks(hooks), tile(tile), group(call.group()), rows(tile.positions * group),
-          width(round_up(call.value_width, LANES)), modifies(hooks.modifies || call.slopes || call.scale <= 0),
-          factor(LOG2_E * (modifies ? 1.0f : call.scale)), products(rows, call.key_width, call.value_width) {
-        blocks = scratch<RowBlock>(0, rows / BLOCK + 1);
-        zeros = scratch<E>(5, maximum(call.key_width, call.value_width));
-        memset((void*)zeros, 0, maximum(call.key_width, call.value_width) * sizeof(E));
-        const E** row = scratch<const E*>(1, rows);
-        for (int64_t r = 0; r < rows; ++r) row[r] = call.q + row_of(r) * call.q_row + head(r) * call.q_head;
-        products.take_queries(row);
+        : call_(call), keys_(keys), hooks_(hooks), tile_(tile), group_(call.group()), rows_(tile.positions * group_),
+          width_(round_up(call.value_width, LANES)),
+          modifies_scores_(hooks.modifies_scores || call.slopes || call.scale <= 0),
+          factor_(LOG2_E * (modifies_scores_ ? 1.0f : call.scale)), gemms_(rows_, call.key_width, call.value_width) {
+        blocks_ = scratch<RowBlock>(0, rows_ / BLOCK + 1);
+        zeros_ = scratch<E>(5, maximum(call.key_width, call.value_width));
+        memset((void*)zeros_, 0, maximum(call.key_width, call.value_width) * sizeof(E));
+        const E** row = scratch<const E*>(1, rows_);
+        for (int64_t r = 0; r < rows_; ++r) row[r] = call.q + row_of(r) * call.q_row + head(r) * call.q_head;
+        gemms_.pack_queries(row);
     }
 
-    // What comes next is fetched meanwhile: the rows of the next step, or the first ones that follow, of this tile or another.
-    void see(KeyRange range, Seen seen, const AttentionTile& following, KeyRange range_following) {
-        seen.clear(rows, width);
+    // Computes the softmax state over a range of keys. Meanwhile the rows that are read next are prefetched: those of the next
+    // step, or the first ones of `next_tile`, which may be another tile or the next part of this one.
+    void attend_range(KeyRange range, SoftmaxState state, const AttentionTile& next_tile, KeyRange next_range) {
+        state.reset(rows_, width_);
         if (range.first >= range.stop) return;
         KeyStep<E> steps[2], *step = steps, *next = steps + 1;
         int64_t first = step_of(range.first);
-        step->find(keys, tile, range, first, zeros);
+        step->find(keys_, tile_, range, first, zeros_);
         for (; first < range.stop; first += KEYS) {
             const bool is_last = first + KEYS >= range.stop;
-            const KeyRange other = is_last ? range_following : range;
-            next->find(keys, is_last ? following : tile, other, is_last ? step_of(other.first) : first + KEYS, zeros);
-            fetch_rows(next->key, call.key_width);
-            products.take_keys(step->key);
-            fetch_rows(next->value, call.value_width);
-            products.take_values(step->value);
-            see_step(step->range, seen);
+            const KeyRange other = is_last ? next_range : range;
+            next->find(keys_, is_last ? next_tile : tile_, other, is_last ? step_of(other.first) : first + KEYS, zeros_);
+            prefetch_rows(next->key, call_.key_width);
+            gemms_.pack_keys(step->key);
+            prefetch_rows(next->value, call_.value_width);
+            gemms_.pack_values(step->value);
+            attend_step(step->range, state);
             std::swap(step, next);
         }
     }
 
-    // Divides by the sums, to which a sink adds its power, and rounds; a row that saw no key is 0.
-    void finish(Seen seen) {
-        for (int64_t r = 0; r < rows; ++r) {
-            E* row = call.o + row_of(r) * call.o_row + head(r) * call.o_head;
-            const float total = sum_of_lanes(load(seen.total + r * LANES, Block{0}));
-            const float sink = call.sinks ? power(value(call.sinks[head(r)]) * LOG2_E - seen.maximum[r]) : 0.0f;
-            const float share = total == 0.0f ? 0.0f : 1.0f / (total + sink);
-            sweep(call.value_width, [&](auto i) { store(row, i, to<E>(load(seen.values + r * width, i) * share)); });
+    // Normalises the rows by their sums, to which a sink adds its power, and rounds once to the element type. A row without
+    // visible keys is 0.
+    void store_rows(SoftmaxState state) {
+        for (int64_t r = 0; r < rows_; ++r) {
+            E* row = call_.o + row_of(r) * call_.o_row + head(r) * call_.o_head;
+            const float total = reduce_sum(load(state.total + r * LANES, Block{0}));
+            const float sink = call_.sinks ? exp2(widen(call_.sinks[head(r)]) * LOG2_E - state.maximum[r]) : 0.0f;
+            const float scale = total == 0.0f ? 0.0f : 1.0f / (total + sink);
+            sweep(call_.value_width, [&](auto i) { store(row, i, to<E>(load(state.values + r * width_, i) * scale)); });
         }
     }
 
-    int64_t num_rows() const { return rows; }
+    int64_t num_rows() const { return rows_; }
 
-   private:
-    const AttentionCall<E>& call;
-    const Keys& keys;
-    const Hooks& hooks;
-    const AttentionTile& tile;
-    const int64_t group, rows, width;
-    const bool modifies;
-    const float factor;  // makes a score an exponent of two
-    Products products;
+  private:
+    const AttentionCall<E>& call_;
+    const Keys& keys_;
+    const Hooks& hooks_;
+    const AttentionTile& tile_;
+    const int64_t group_, rows_, width_;
+    const bool modifies_scores_;
+    const float factor_;  // converts a score to an exponent of two
+    Gemms gemms_;
 
-    int64_t position(int64_t r) const { return keys.position(tile.sequence, tile.position + r / group); }
-    int64_t row_of(int64_t r) const { return keys.row(tile.sequence, tile.position + r / group); }
-    int64_t head(int64_t r) const { return tile.key_head * group + r % group; }
+    int64_t position(int64_t r) const { return keys_.position(tile_.sequence, tile_.position + r / group_); }
+    int64_t row_of(int64_t r) const { return keys_.row(tile_.sequence, tile_.position + r / group_); }
+    int64_t head(int64_t r) const { return tile_.key_head * group_ + r % group_; }
 
-    // Up to 16 rows from `first` on: whether all of them see all keys of a step, and what is left of what they saw before.
+    // Up to 16 rows from `first` on: whether all keys of the step are visible to all of them, and the factors that rescale
+    // their state to the new maxima.
     struct RowBlock {
         int64_t first, count;
         bool is_whole;
-        Floats fade;
+        Floats rescale;
     };
-    RowBlock* blocks;
-    E* zeros;
+    RowBlock* blocks_;
+    E* zeros_;
 
-    // All rows see the keys of a step. Blocks overlap: while vectors weigh one, tiles multiply the keys of the next one and
-    // the values of the last one.
-    void see_step(KeyRange step, Seen seen) {
+    // Adds the keys of a step to the state of all rows. The blocks form a pipeline: while vector units compute the weights of
+    // one block, AMX multiplies the keys of the next block and the values of the previous one.
+    void attend_step(KeyRange step, SoftmaxState state) {
         const int64_t count = find_blocks(step);
         for (int64_t i = 0; i < count + 2; ++i) {
-            if (i < count) products.multiply_keys(i, blocks[i].first, blocks[i].count);
+            if (i < count) gemms_.multiply_keys(i, blocks_[i].first, blocks_[i].count);
             if (i >= 2) {
-                const RowBlock& last = blocks[i - 2];
-                products.add_values(i - 2, last.count, last.fade, seen.values + last.first * width);
+                const RowBlock& last = blocks_[i - 2];
+                gemms_.add_values(i - 2, last.count, last.rescale, state.values + last.first * width_);
             }
-            if (i >= 1 && i <= count) weigh(i - 1, step, seen);
+            if (i >= 1 && i <= count) update_softmax(i - 1, step, state);
         }
     }
 
-    // The blocks of rows of which any sees any key of a step.
+    // Finds the blocks of rows to which any key of the step is visible.
     int64_t find_blocks(KeyRange step) {
-        const int64_t length = keys.length(tile.sequence);
+        const int64_t length = keys_.length(tile_.sequence);
         int64_t found = 0;
-        for (int64_t r = 0; r < rows; r += BLOCK) {
-            const int64_t count = rows - r < BLOCK ? rows - r : BLOCK, first = position(r), last = position(r + count - 1);
-            if (!step.meets(hooks.seen_by_any(first, last, length))) continue;
-            const bool is_whole = step.stop - step.first == KEYS && hooks.seen_by_all(first, last, length).holds(step);
-            blocks[found++] = {r, count, is_whole, Floats{}};
+        for (int64_t r = 0; r < rows_; r += BLOCK) {
+            const int64_t count = rows_ - r < BLOCK ? rows_ - r : BLOCK;
+            const int64_t first = position(r), last = position(r + count - 1);
+            if (!step.overlaps(hooks_.visible_to_any(first, last, length))) continue;
+            const bool is_whole =
+                step.stop - step.first == KEYS && hooks_.visible_to_all(first, last, length).contains(step);
+            blocks_[found++] = {r, count, is_whole, Floats{}};
         }
         return found;
     }
 
-    // Scores become weights under the new maxima.
-    void weigh(int64_t number, KeyRange step, Seen seen) {
-        RowBlock& block = blocks[number];
-        alignas(64) float shift[BLOCK], fade[BLOCK];
+    // Replaces the scores of a block by weights under the new maxima, and adds the weights to the totals.
+    void update_softmax(int64_t number, KeyRange step, SoftmaxState state) {
+        RowBlock& block = blocks_[number];
+        alignas(64) float shift[BLOCK], rescale[BLOCK];
         Floats top[BLOCK];
         for (int64_t i = 0; i < BLOCK; ++i)
-            top[i] = i >= block.count ? lanes(-INFINITY)
-                     : modifies || !block.is_whole ? score_row(number, i, step) : largest_score(number, i);
-        const Floats before = load(seen.maximum + block.first, Block{0});
-        const Floats now = larger(largest_of_rows(top) * factor, before);
-        block.fade = power(before - shift_of(now));
-        store(seen.maximum + block.first, Block{0}, now);
+            top[i] = i >= block.count                       ? broadcast(-INFINITY)
+                     : modifies_scores_ || !block.is_whole ? modify_scores(number, i, step)
+                                                           : max_score(number, i);
+        const Floats before = load(state.maximum + block.first, Block{0});
+        const Floats now = hardware_max(max_of_rows(top) * factor_, before);
+        block.rescale = exp2(before - shift_of(now));
+        store(state.maximum + block.first, Block{0}, now);
         store(shift, Block{0}, shift_of(now));
-        store(fade, Block{0}, block.fade);
+        store(rescale, Block{0}, block.rescale);
         for (int64_t i = 0; i < block.count; ++i) {
-            float* total = seen.total + (block.first + i) * LANES;
-            store(total, Block{0}, fma(load(total, Block{0}), lanes(fade[i]), weigh_row(number, i, shift[i])));
+            float* total = state.total + (block.first + i) * LANES;
+            store(total, Block{0}, fma(load(total, Block{0}), broadcast(rescale[i]), exponentiate(number, i, shift[i])));
         }
     }
 
-    Floats largest_score(int64_t number, int64_t i) const {
-        const float* row = products.scores_of(number) + i * KEYS;
+    // The largest score of a row, by lane.
+    Floats max_score(int64_t number, int64_t i) const {
+        const float* row = gemms_.scores_of(number) + i * KEYS;
         Floats top = load(row, Block{0});
-        for (int v = LANES; v < KEYS; v += LANES) top = larger(load(row, Block{v}), top);
+        for (int v = LANES; v < KEYS; v += LANES) top = hardware_max(load(row, Block{v}), top);
         return top;
     }
 
-    // Products become scores, of keys that the row sees.
-    Floats score_row(int64_t number, int64_t i, KeyRange step) const {
-        const int32_t m = (int32_t)position(blocks[number].first + i), h = (int32_t)head(blocks[number].first + i);
-        float* row = products.scores_of(number) + i * KEYS;
-        Floats top = lanes(-INFINITY);
+    // Applies the scale and the hooks to the scores of a row, -inf for invisible keys; returns the largest by lane.
+    Floats modify_scores(int64_t number, int64_t i, KeyRange step) const {
+        const int32_t m = (int32_t)position(blocks_[number].first + i), h = (int32_t)head(blocks_[number].first + i);
+        float* row = gemms_.scores_of(number) + i * KEYS;
+        Floats top = broadcast(-INFINITY);
         for (int v = 0; v < KEYS; v += LANES) {
             const Ints n = LANE_NUMBERS + (int32_t)(step.first + v);
             Floats score = load(row, Block{v});
-            if (modifies) {
-                score *= call.scale;
-                if (call.slopes) score += call.slopes[h] * __builtin_convertvector(n - m, Floats);
-                score = hooks.score_mod(score, m, n, h);
+            if (modifies_scores_) {
+                score *= call_.scale;
+                if (call_.slopes) score += call_.slopes[h] * __builtin_convertvector(n - m, Floats);
+                score = hooks_.score_mod(score, m, n, h);
             }
-            const Ints is_seen = hooks.mask_mod(m, n, h) & (n < (int32_t)step.stop);
-            score = is_seen ? score : lanes(-INFINITY);
+            const Ints is_visible = hooks_.mask_mod(m, n, h) & (n < (int32_t)step.stop);
+            score = is_visible ? score : broadcast(-INFINITY);
             store(row, Block{v}, score);
-            top = larger(score, top);
+            top = hardware_max(score, top);
         }
         return top;
     }
 
-    // Scores become weights; the result is their sums by lane.
-    Floats weigh_row(int64_t number, int64_t i, float shift) {
-        const float* row = products.scores_of(number) + i * KEYS;
+    // Replaces the scores of a row by their weights; returns the sums of the weights by lane.
+    Floats exponentiate(int64_t number, int64_t i, float shift) {
+        const float* row = gemms_.scores_of(number) + i * KEYS;
         Floats sum = {};
         for (int v = 0; v < KEYS; v += 2 * LANES) {
-            const Floats weight = power(fma(load(row, Block{v}), lanes(factor), lanes(-shift)));
-            const Floats next = power(fma(load(row, Block{v + LANES}), lanes(factor), lanes(-shift)));
+            const Floats weight = exp2(fma(load(row, Block{v}), broadcast(factor_), broadcast(-shift)));
+            const Floats next = exp2(fma(load(row, Block{v + LANES}), broadcast(factor_), broadcast(-shift)));
             sum += weight + next;
-            products.put_weights(number, i, v, weight, next);
+            gemms_.store_weights(number, i, v, weight, next);
         }
         return sum;
     }

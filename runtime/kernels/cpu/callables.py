@@ -79,7 +79,7 @@ class NativeCallable:
         outputs = [operands[o] if isinstance(o, int) else torch.empty(o[0], dtype=o[1]) for o in signature.outputs]
         operands += [None] * (len(self.kernel.op.input_types) - len(operands))
         pointers = [x.data_ptr() if x is not None else None for x in (*operands, *outputs)]
-        self._library.use_threads_of_torch()
+        self._library.set_num_threads()
         signature.function((ctypes.c_void_p * len(pointers))(*pointers), signature.sizes, signature.attrs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

@@ -1,4 +1,4 @@
-// Element types, and 16 lanes of them: loading widens to float32, `to` rounds to nearest even, storing drops what is zero.
+// Element types, and vectors of 16 of them: a load widens to float32, `to` rounds to nearest even, a store narrows.
 #pragma once
 
 #include <math.h>
@@ -28,7 +28,7 @@ struct f16 {
 
 template <class To, class From>
 inline To bits_of(From value) {
-    static_assert(sizeof(To) == sizeof(From), "a bit pattern keeps its size");
+    static_assert(sizeof(To) == sizeof(From), "the two types must have the same size");
     To result;
     memcpy(&result, &value, sizeof(To));
     return result;
@@ -36,44 +36,44 @@ inline To bits_of(From value) {
 
 const Ints LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-inline Floats lanes(float value) { return Floats{} + value; }
+inline Floats broadcast(float value) { return Floats{} + value; }
 
-// bf16: the upper half of a float32
+// bf16: the upper half of a float32.
 
 #if defined(__AVX512F__)
-inline Bits spread(Halves bits) { return (Bits)_mm512_cvtepu16_epi32((__m256i)bits); }
+inline Bits zero_extend(Halves bits) { return (Bits)_mm512_cvtepu16_epi32((__m256i)bits); }
 #else
-inline Bits spread(Halves bits) { return __builtin_convertvector(bits, Bits); }
+inline Bits zero_extend(Halves bits) { return __builtin_convertvector(bits, Bits); }
 #endif
 
-inline Floats widened(Halves bits, bf16) { return bits_of<Floats>(spread(bits) << 16); }
+inline Floats widen(Halves bits, bf16) { return bits_of<Floats>(zero_extend(bits) << 16); }
 
-inline Halves narrowed(Floats value, bf16) {
+inline Halves narrow(Floats value, bf16) {
     Bits bits = bits_of<Bits>(value);
     Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     Bits quiet = (bits >> 16) | 0x40;  // a NaN must not round to infinity
     return __builtin_convertvector(value == value ? rounded : quiet, Halves);
 }
 
-// f16: by the processor where it can, else by integer arithmetic
+// f16: by the processor if it has the instructions, else by integer arithmetic.
 
 #if defined(__AVX512F__)
-inline Floats widened(Halves bits, f16) { return (Floats)_mm512_cvtph_ps((__m256i)bits); }
-inline Halves narrowed(Floats value, f16) {
+inline Floats widen(Halves bits, f16) { return (Floats)_mm512_cvtph_ps((__m256i)bits); }
+inline Halves narrow(Floats value, f16) {
     return (Halves)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-inline Floats widened(Halves bits, f16) {
+inline Floats widen(Halves bits, f16) {
     Bits wide = __builtin_convertvector(bits, Bits);
     Bits sign = (wide & 0x8000) << 16, rest = (wide & 0x7fff) << 13;
-    Floats scaled = bits_of<Floats>(rest) * 0x1p112f;  // the exponents' biases differ by 112; subnormals come out right
+    Floats scaled = bits_of<Floats>(rest) * 0x1p112f;  // the exponent biases differ by 112; exact for subnormals too
     Bits special = rest | 0x7f800000;
     return bits_of<Floats>(sign | (rest >= (0x7c00u << 13) ? special : bits_of<Bits>(scaled)));
 }
-inline Halves narrowed(Floats value, f16) {
+inline Halves narrow(Floats value, f16) {
     Bits bits = bits_of<Bits>(value), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
     Bits normal = (size + 0xc8000fff + ((size >> 13) & 1)) >> 13;  // 0xc8000000 is -112 << 23
-    Bits subnormal = bits_of<Bits>(bits_of<Floats>(size) + 0.5f) - 0x3f000000;  // the sum's last place is 2^-24
+    Bits subnormal = bits_of<Bits>(bits_of<Floats>(size) + 0.5f) - 0x3f000000;  // the last place of the sum is 2^-24, so the adder rounds
     Bits result = size < 0x38800000u ? subnormal : normal;
     result = size >= 0x47800000u ? (Bits{} + 0x7c00) : result;
     result = size > 0x7f800000u ? (Bits{} + 0x7e00) : result;
@@ -81,7 +81,7 @@ inline Halves narrowed(Floats value, f16) {
 }
 #endif
 
-// A place in a row: 16 elements, or what is left of them at the end.
+// A position in a row: a block of 16 elements, or the tail at its end.
 
 struct Block {
     int64_t at;
@@ -91,14 +91,14 @@ struct Tail {
     int64_t count;
 };
 
-inline Ints inside(Block) { return ~Ints{}; }
-inline Ints inside(Tail i) { return LANE_NUMBERS < (int32_t)i.count; }
+inline Ints active_lanes(Block) { return ~Ints{}; }
+inline Ints active_lanes(Tail i) { return LANE_NUMBERS < (int32_t)i.count; }
 
-// Rounding to an element type, as a float32 again.
+// Rounding to an element type; the result is a float32 that is exact in it.
 
 template <class Element>
 inline Floats to(Floats value) {
-    return widened(narrowed(value, Element{}), Element{});
+    return widen(narrow(value, Element{}), Element{});
 }
 template <>
 inline Floats to<f32>(Floats value) {
@@ -112,16 +112,17 @@ inline Floats to<bf16>(Floats value) {
 }
 template <class Element>
 inline float to(float value) {
-    return to<Element>(lanes(value))[0];
+    return to<Element>(broadcast(value))[0];
 }
 
-// Loading and storing. What is stored has been rounded to the element type, or is exact in it.
+// Loads and stores. A stored value must have been rounded to the element type by `to`, or be exact in it: this is where
+// the bf16 store saves its rounding.
 
 template <class Element>
 inline Floats load(const Element* row, Block i) {
     Halves bits;
     memcpy(&bits, row + i.at, sizeof bits);
-    return widened(bits, Element{});
+    return widen(bits, Element{});
 }
 template <>
 inline Floats load(const f32* row, Block i) {
@@ -138,7 +139,7 @@ inline Floats load(const Element* row, Tail i) {
 
 template <class Element>
 inline void store(Element* row, Block i, Floats value) {
-    Halves bits = narrowed(value, Element{});
+    Halves bits = narrow(value, Element{});
     memcpy(row + i.at, &bits, sizeof bits);
 }
 template <>
@@ -156,45 +157,45 @@ inline void store(Element* row, Tail i, Floats value) {
     store(padded, Block{0}, value);
     for (int64_t lane = 0; lane < i.count; ++lane) row[i.at + lane] = padded[lane];
 }
-template <class Element, class Place>
-inline void store(Element* row, Place i, float value) {
-    store(row, i, lanes(value));
+template <class Element, class Position>
+inline void store(Element* row, Position i, float value) {
+    store(row, i, broadcast(value));
 }
 
-// Every `step`-th element of a row, from the first on: component i of the part is element i * step of the row.
+// Every `step`-th element of a row: element i of the vector is element i * step of the row.
 
 template <class Element>
-inline Floats load_every(int64_t step, const Element* row, Tail i) {
+inline Floats load_strided(int64_t step, const Element* row, Tail i) {
     Element padded[LANES] = {};
     for (int64_t lane = 0; lane < i.count; ++lane) padded[lane] = row[(i.at + lane) * step];
     return load(padded, Block{0});
 }
 template <class Element>
-inline Floats load_every(int64_t step, const Element* row, Block i) {
-    return load_every(step, row, Tail{i.at, LANES});
+inline Floats load_strided(int64_t step, const Element* row, Block i) {
+    return load_strided(step, row, Tail{i.at, LANES});
 }
 template <class Element>
-inline void store_every(int64_t step, Element* row, Tail i, Floats value) {
+inline void store_strided(int64_t step, Element* row, Tail i, Floats value) {
     Element padded[LANES];
     store(padded, Block{0}, value);
     for (int64_t lane = 0; lane < i.count; ++lane) row[(i.at + lane) * step] = padded[lane];
 }
 template <class Element>
-inline void store_every(int64_t step, Element* row, Block i, Floats value) {
-    store_every(step, row, Tail{i.at, LANES}, value);
+inline void store_strided(int64_t step, Element* row, Block i, Floats value) {
+    store_strided(step, row, Tail{i.at, LANES}, value);
 }
 
-// One element.
+// Single elements.
 
-inline float value(f32 element) { return element; }
+inline float widen(f32 element) { return element; }
 template <class Element>
-inline float value(Element element) {
+inline float widen(Element element) {
     Halves bits = {element.bits};
-    return widened(bits, Element{})[0];
+    return widen(bits, Element{})[0];
 }
 template <class Element>
-inline void put(Element* place, float value) {
-    store(place, Tail{0, 1}, lanes(value));
+inline void store_element(Element* target, float value) {
+    store(target, Tail{0, 1}, broadcast(value));
 }
 
 }  // namespace sage

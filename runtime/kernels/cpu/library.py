@@ -8,7 +8,7 @@ from typing import Any
 
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler, build
-from sageLLM.runtime.kernels.cpu.team import load_team, use_threads_of_torch
+from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool, set_num_threads
 
 ELEMENTS = ("f32", "bf16", "f16")
 """The element types that a generated file can be compiled for."""
@@ -36,9 +36,9 @@ class Library:
         function = getattr(self._file(kernel.source, self._element(kernel, element)), symbol)
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
-    def use_threads_of_torch(self) -> None:
+    def set_num_threads(self) -> None:
         """A function called by itself takes as many threads as torch does; a plan sees to that on its own."""
-        use_threads_of_torch(load_team(self._compiler))
+        set_num_threads(load_thread_pool(self._compiler))
 
     def helper(self, source: str, name: str, element: str) -> Any:
         """A function of a hand-written source beside this file."""
@@ -60,6 +60,6 @@ class Library:
     def _file(self, source: str, element: str) -> ctypes.CDLL:
         key = source, element
         if key not in self._loaded:
-            load_team(self._compiler)
+            load_thread_pool(self._compiler)
             self._loaded[key] = ctypes.CDLL(str(self._built(source, element)))
         return self._loaded[key]

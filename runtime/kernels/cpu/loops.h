@@ -1,12 +1,12 @@
-// Loops over rows and along them, reductions, and memory that is kept between calls.
+// Loops over rows and along them, reductions, and scratch memory.
 #pragma once
 
 #include "functions.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace sage {
 
-constexpr int64_t PARALLEL_WORK = 32 * 1024;  // elements below which a second thread costs more than it helps
+constexpr int64_t PARALLEL_WORK = 32 * 1024;  // elements below which waking a second thread costs more than it saves
 
 struct Range {
     int64_t first, last;
@@ -15,23 +15,24 @@ struct Range {
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Part `i` of `parts` of `count` things, which come in multiples of `step`.
-inline Range share(int64_t count, int64_t step, int64_t i, int64_t parts) {
+// Part `i` of `parts` of the range 0 to `count`, cut at multiples of `step`.
+inline Range split_range(int64_t count, int64_t step, int64_t i, int64_t parts) {
     const int64_t steps = (count + step - 1) / step;
     return {minimum(count, steps * i / parts * step), minimum(count, steps * (i + 1) / parts * step)};
 }
 
-// Rows, shared out between threads; each is computed by one thread in one order, so results do not depend on their number.
+// Calls body(row) for all rows, in parallel. A row is computed by one thread in one order, so that results do not depend on
+// the number of threads.
 template <class Body>
-inline void each_row(int64_t rows, int64_t elements, Body&& body) {
+inline void parallel_for_rows(int64_t rows, int64_t elements, Body&& body) {
     const int64_t parts = num_parts(rows, elements / (PARALLEL_WORK / 2));
-    each_part(parts, [&](int64_t part) {
-        const Range own = share(rows, 1, part, parts);
-        for (int64_t row = own.first; row < own.last; ++row) body(row);
+    parallel_for(parts, [&](int64_t part) {
+        const Range range = split_range(rows, 1, part, parts);
+        for (int64_t row = range.first; row < range.last; ++row) body(row);
     });
 }
 
-// Along a row: the body is called with whole blocks, then with the tail if there is one.
+// One pass along a row: calls the body with all full blocks, then with the tail if there is one.
 template <class Body>
 inline void sweep(int64_t length, Body&& body) {
     int64_t at = 0;
@@ -39,19 +40,19 @@ inline void sweep(int64_t length, Body&& body) {
     if (at < length) body(Tail{at, length - at});
 }
 
-// The lanes of one vector, in a tree.
+// Reductions of the lanes of one vector, as a tree. Both sides of an exchange compute the same sum, so every lane has it.
 
-inline Floats turned(Floats value, int by) {
+inline Floats swap_lanes(Floats value, int distance) {
 #if defined(__AVX512F__)
-    return (Floats)_mm512_permutexvar_ps((__m512i)(LANE_NUMBERS ^ by), (__m512)value);
+    return (Floats)_mm512_permutexvar_ps((__m512i)(LANE_NUMBERS ^ distance), (__m512)value);
 #else
     Floats result;
-    for (int lane = 0; lane < LANES; ++lane) result[lane] = value[lane ^ by];
+    for (int lane = 0; lane < LANES; ++lane) result[lane] = value[lane ^ distance];
     return result;
 #endif
 }
-inline float sum_of_lanes(Floats value) {
-    for (int by = LANES / 2; by > 0; by /= 2) value += turned(value, by);
+inline float reduce_sum(Floats value) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) value += swap_lanes(value, distance);
     return value[0];
 }
 inline bool any(Ints condition) {
@@ -63,36 +64,37 @@ inline bool any(Ints condition) {
     return found != 0;
 #endif
 }
-inline float largest_lane(Floats value) {
-    for (int by = LANES / 2; by > 0; by /= 2) value = maximum(value, turned(value, by));
+inline float reduce_max(Floats value) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) value = maximum(value, swap_lanes(value, distance));
     return value[0];
 }
 
-// Reductions add up lane by lane, and the lanes in a tree at the end: the order depends on the row's length alone.
+// Reductions along a row: lane by lane, then over the lanes as a tree. Floating-point addition is not associative, so the
+// order is fixed by the row's length alone: a request's result must not change with its batch or the number of threads.
 
 struct Sum {
-    Floats of_lanes = {};
-    void add(Floats value, Block) { of_lanes += value; }
-    void add(Floats value, Tail i) { of_lanes += inside(i) ? value : Floats{}; }
-    template <class Place>
-    void add(float value, Place i) {
-        add(lanes(value), i);
+    Floats by_lane = {};
+    void add(Floats value, Block) { by_lane += value; }
+    void add(Floats value, Tail i) { by_lane += active_lanes(i) ? value : Floats{}; }
+    template <class Position>
+    void add(float value, Position i) {
+        add(broadcast(value), i);
     }
-    float total() const { return sum_of_lanes(of_lanes); }
+    float total() const { return reduce_sum(by_lane); }
 };
 
 struct Max {
-    Floats of_lanes = lanes(-INFINITY);
-    void add(Floats value, Block) { of_lanes = maximum(of_lanes, value); }
-    void add(Floats value, Tail i) { of_lanes = inside(i) ? maximum(of_lanes, value) : of_lanes; }
-    float total() const { return largest_lane(of_lanes); }
+    Floats by_lane = broadcast(-INFINITY);
+    void add(Floats value, Block) { by_lane = maximum(by_lane, value); }
+    void add(Floats value, Tail i) { by_lane = active_lanes(i) ? maximum(by_lane, value) : by_lane; }
+    float total() const { return reduce_max(by_lane); }
 };
 
 struct Min {
-    Floats of_lanes = lanes(INFINITY);
-    void add(Floats value, Block) { of_lanes = minimum(of_lanes, value); }
-    void add(Floats value, Tail i) { of_lanes = inside(i) ? minimum(of_lanes, value) : of_lanes; }
-    float total() const { return -largest_lane(-of_lanes); }
+    Floats by_lane = broadcast(INFINITY);
+    void add(Floats value, Block) { by_lane = minimum(by_lane, value); }
+    void add(Floats value, Tail i) { by_lane = active_lanes(i) ? minimum(by_lane, value) : by_lane; }
+    float total() const { return -reduce_max(-by_lane); }
 };
 
 // Memory of this thread for `count` values, aligned to a cache line. It grows and is kept; `purpose` tells uses apart.

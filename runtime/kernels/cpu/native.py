@@ -9,7 +9,7 @@ import torch
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.compiler import Compiler, build
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library
-from sageLLM.runtime.kernels.cpu.team import load_team
+from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool
 
 RUNNER = Path(__file__).parent / "runner.cpp"
 
@@ -22,7 +22,7 @@ class NativeRunner:
         self.library = libraries[0]
         self._homes = {op: library for library in libraries for op in library.kernels}
         self.kernels: Mapping[str, NativeKernel] = {op: home.kernels[op] for op, home in self._homes.items()}
-        load_team(compiler)
+        load_thread_pool(compiler)
         own = ctypes.CDLL(str(build(RUNNER, ELEMENTS[0], compiler)))
         self._run = own.sage_run
         self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None

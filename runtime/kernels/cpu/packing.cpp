@@ -1,11 +1,11 @@
-// Weights into packed form and rows of them back out, for the loader and for tables that serve as embedding and as head.
+// Packing of weights for the loader, and unpacking of rows for tables that are both embedding and head.
 #include "packed.h"
 
 namespace sage {
 
 using E = SAGE_ELEMENT;
 
-// w [groups][gates * N][K], each group's rows `stride` elements apart -> packed
+// w [groups][gates * N][K], with a row stride of `stride` elements -> packed
 SAGE_KERNEL(pack) {
     const E* w = (const E*)tensors[0];
     E* packed = (E*)tensors[1];
@@ -20,7 +20,7 @@ SAGE_KERNEL(unpack_rows) {
     const E* packed = (const E*)tensors[1];
     E* rows = (E*)tensors[2];
     const int64_t T = sizes[0], K = sizes[1], stride = sizes[2];
-    each_row(T, T * K, [&](int64_t row) { unpack_row(rows + row * stride, packed, ids[row], K); });
+    parallel_for_rows(T, T * K, [&](int64_t row) { unpack_row(rows + row * stride, packed, ids[row], K); });
 }
 
 }  // namespace sage

@@ -116,7 +116,7 @@ def call(library: Library, name: str, tensors: tuple[Tensor, ...], sizes: tuple[
     """Calls a function of `packing.cpp`, compiled for the element type of the second tensor."""
     function = library.helper("packing.cpp", name, DTYPE_NAMES[tensors[1].dtype])
     pointers = [tensor.data_ptr() for tensor in tensors]
-    library.use_threads_of_torch()
+    library.set_num_threads()
     function((ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_int64 * len(sizes))(*sizes), None)
 
 

@@ -1,4 +1,4 @@
-// Tokens by expert: which rows an expert has, so that each expert that is asked for is one product.
+// Tokens grouped by expert: the rows of an expert form one GEMM.
 #pragma once
 
 #include "loops.h"
@@ -9,7 +9,7 @@ struct Route {
     int64_t token, choice;
 };
 
-// A counting sort, stable, so that an expert's rows are in the order of their tokens. Lives in this thread's memory.
+// A stable counting sort: the rows of an expert are in the order of their tokens. Uses scratch memory of this thread.
 class Routes {
   public:
     Routes(const int32_t* experts, int64_t stride, int64_t tokens, int64_t choices, int64_t num_experts)
@@ -18,7 +18,7 @@ class Routes {
         for (int64_t i = 0; i < tokens * choices; ++i) ++first_[experts[i / choices * stride + i % choices] + 1];
         for (int64_t e = 0; e < num_experts; ++e) first_[e + 1] += first_[e];
         for (int64_t i = 0; i < tokens * choices; ++i) order_[first_[experts[i / choices * stride + i % choices]]++] = i;
-        for (int64_t e = num_experts; e > 0; --e) first_[e] = first_[e - 1];  // each had moved on to the next one's
+        for (int64_t e = num_experts; e > 0; --e) first_[e] = first_[e - 1];  // each has advanced to the start of the next expert
         first_[0] = 0;
     }
 

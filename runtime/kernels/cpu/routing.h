@@ -1,4 +1,4 @@
-// The experts of one token: scores, the groups that may be chosen from, the best of them, and their weights.
+// Expert routing of one token: scores, group selection, the top experts and their weights.
 #pragma once
 
 #include "loops.h"
@@ -26,8 +26,9 @@ inline void score_experts(float* scores, int64_t count, bool is_softmax) {
     sweep(count, [&](auto i) { store(scores, i, load(scores, i) / sum.total()); });
 }
 
-// The place of the largest that is not taken yet, of equals the first; NaN is larger than all, as where torch sorts.
-inline int64_t take_best(const float* values, bool* is_taken, int64_t count) {
+// The index of the largest value that is not taken yet, the first of equal ones. NaN is larger than everything, as in
+// torch.topk.
+inline int64_t take_largest(const float* values, bool* is_taken, int64_t count) {
     int64_t best = -1;
     for (int64_t at = 0; at < count; ++at) {
         if (is_taken[at]) continue;
@@ -38,23 +39,24 @@ inline int64_t take_best(const float* values, bool* is_taken, int64_t count) {
     return best;
 }
 
-// Only the experts of the best groups stay.
+// Masks the experts outside of the best groups.
 inline void keep_groups(float* choice, bool* is_taken, int64_t count, const Routing& routing) {
     const int64_t width = count / routing.groups;
-    float* of_group = scratch<float>(1, routing.groups);
+    float* group_scores = scratch<float>(1, routing.groups);
     memset(is_taken, 0, count);
     for (int64_t g = 0; g < routing.groups; ++g) {
-        of_group[g] = 0;
+        group_scores[g] = 0;
         for (int64_t i = 0; i < routing.scores_per_group && i < width; ++i)
-            of_group[g] += choice[g * width + take_best(choice + g * width, is_taken + g * width, width)];
+            group_scores[g] += choice[g * width + take_largest(choice + g * width, is_taken + g * width, width)];
     }
     memset(is_taken, 0, count);
-    for (int64_t kept = 0; kept < routing.top_groups; ++kept) take_best(of_group, is_taken, routing.groups);
+    for (int64_t kept = 0; kept < routing.top_groups; ++kept) take_largest(group_scores, is_taken, routing.groups);
     for (int64_t g = 0; g < routing.groups; ++g)
         for (int64_t i = 0; !is_taken[g] && i < width; ++i) choice[g * width + i] = -INFINITY;
 }
 
-// `choice` comes with the bias in it, `scores` as logits.
+// On entry `scores` has the logits and `choice` the bias; `choice` then has the biased scores, which select the experts,
+// whereas their weights come from the scores without the bias.
 inline void route(float* scores, float* choice, int64_t count, const Routing& routing, int32_t* experts, float* weights) {
     bool* is_taken = scratch<bool>(0, count);
     score_experts(scores, count, routing.is_softmax);
@@ -63,7 +65,7 @@ inline void route(float* scores, float* choice, int64_t count, const Routing& ro
     memset(is_taken, 0, count);
     float sum = 0;
     for (int64_t a = 0; a < routing.chosen; ++a) {
-        const int64_t best = take_best(choice, is_taken, count);
+        const int64_t best = take_largest(choice, is_taken, count);
         experts[a] = (int32_t)best;
         weights[a] = scores[best];
         sum += scores[best];

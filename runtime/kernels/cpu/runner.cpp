@@ -1,8 +1,8 @@
-// Runs a step: every kernel of a plan in turn, without a way back to Python in between.
+// Runner of a step: calls the kernels of a plan one after another, without returning to Python between them.
 #include <cstdint>
 #include <cstring>
 
-extern "C" void sage_use_threads(int64_t count);  // of team.cpp
+extern "C" void sage_set_num_threads(int64_t count);  // of thread_pool.cpp
 
 namespace {
 
@@ -19,11 +19,11 @@ struct Call {
 
 extern "C" __attribute__((visibility("default"))) void sage_run(
     const Call* calls, int64_t num_calls, int64_t num_threads) {
-    sage_use_threads(num_threads);
+    sage_set_num_threads(num_threads);
     for (int64_t i = 0; i < num_calls; ++i) calls[i].kernel(calls[i].tensors, calls[i].sizes, calls[i].attrs);
 }
 
-// Copies a tensor of up to four dims to contiguous memory. Sizes: bytes of an element, the dims, their strides.
+// Copies a tensor of up to four dims to contiguous memory. sizes: bytes per element, the four dims, their strides.
 extern "C" __attribute__((visibility("default"))) void sage_gather_rows(
     void* const* tensors, const int64_t* sizes, const double*) {
     const int64_t width = sizes[0];

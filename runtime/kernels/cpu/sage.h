@@ -1,7 +1,7 @@
-// What the generated CPU kernels stand on. A kernel reads like its spec: `load` gives float32 lanes, `to<E>` rounds.
+// The support library of the generated CPU kernels. A kernel reads like its spec: `load` returns float32, `to<E>` rounds.
 //
-// Everything lives in namespace sage, kernels included, so that exp or tanh of a scalar means the ones here and not libm's.
-// Nothing here depends on the compiler's idea of fast math: loops are vectorised by hand over 16 lanes.
+// Everything is in namespace sage, kernels included, so that exp and tanh of a scalar are the functions here and not libm's.
+// Nothing depends on fast-math flags: loops are vectorised by hand over vectors of 16.
 #pragma once
 
 #include "attention.h"

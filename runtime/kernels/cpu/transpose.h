@@ -1,68 +1,68 @@
-// Sixteen vectors at once: with rows and columns swapped, or each folded to one number, by rounds that halve distances.
+// Operations on 16 vectors at once: a transpose, and the maximum of each, in log2(16) rounds of exchanges.
 #pragma once
 
 #include "loops.h"
 
 namespace sage {
 
-// Of two vectors, by bit WIDTH of the lane: `a` has the lanes without it of both, the second one's where they have it;
-// `b` has what `a` lacks.
-struct Halved {
-    Floats a, b;
+// One exchange between two vectors: `low` has the lanes of both whose number lacks bit WIDTH, those of `upper` in the places
+// that have it; `high` has the other lanes.
+struct LanePair {
+    Floats low, high;
 };
 template <int WIDTH>
-inline Halved halved(Floats lower, Floats upper) {
+inline LanePair exchange(Floats lower, Floats upper) {
     const Ints is_upper = (LANE_NUMBERS & WIDTH) != 0, other = LANE_NUMBERS ^ WIDTH;
-    const Ints low = is_upper ? other + LANES : LANE_NUMBERS, high = is_upper ? LANE_NUMBERS + LANES : other;
+    const Ints low_lanes = is_upper ? other + LANES : LANE_NUMBERS, high_lanes = is_upper ? LANE_NUMBERS + LANES : other;
 #if defined(__AVX512F__)
-    return {(Floats)_mm512_permutex2var_ps((__m512)lower, (__m512i)low, (__m512)upper),
-            (Floats)_mm512_permutex2var_ps((__m512)lower, (__m512i)high, (__m512)upper)};
+    return {(Floats)_mm512_permutex2var_ps((__m512)lower, (__m512i)low_lanes, (__m512)upper),
+            (Floats)_mm512_permutex2var_ps((__m512)lower, (__m512i)high_lanes, (__m512)upper)};
 #else
-    Halved result;
+    LanePair result;
     for (int lane = 0; lane < LANES; ++lane) {
-        result.a[lane] = low[lane] < LANES ? lower[low[lane]] : upper[low[lane] - LANES];
-        result.b[lane] = high[lane] < LANES ? lower[high[lane]] : upper[high[lane] - LANES];
+        result.low[lane] = low_lanes[lane] < LANES ? lower[low_lanes[lane]] : upper[low_lanes[lane] - LANES];
+        result.high[lane] = high_lanes[lane] < LANES ? lower[high_lanes[lane]] : upper[high_lanes[lane] - LANES];
     }
     return result;
 #endif
 }
 
 template <int WIDTH>
-inline void swap_halves(Floats* row) {
+inline void exchange_rows(Floats* row) {
     for (int i = 0; i < LANES; ++i) {
         if (i & WIDTH) continue;
-        const Halved pair = halved<WIDTH>(row[i], row[i + WIDTH]);
-        row[i] = pair.a;
-        row[i + WIDTH] = pair.b;
+        const LanePair pair = exchange<WIDTH>(row[i], row[i + WIDTH]);
+        row[i] = pair.low;
+        row[i + WIDTH] = pair.high;
     }
 }
 inline void transpose(Floats* row) {
-    swap_halves<8>(row);
-    swap_halves<4>(row);
-    swap_halves<2>(row);
-    swap_halves<1>(row);
+    exchange_rows<8>(row);
+    exchange_rows<4>(row);
+    exchange_rows<2>(row);
+    exchange_rows<1>(row);
 }
 
-// The larger of two, the second one if either is NaN: one instruction.
+// The maximum as one instruction: returns the second operand if either is NaN.
 #if defined(__AVX512F__)
-inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats hardware_max(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 #else
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats hardware_max(Floats a, Floats b) { return a > b ? a : b; }
 #endif
 
 template <int WIDTH>
-inline void fold_halves(Floats* row) {
+inline void fold_rows(Floats* row) {
     for (int i = 0; i < WIDTH; ++i) {
-        const Halved pair = halved<WIDTH>(row[i], row[i + WIDTH]);
-        row[i] = larger(pair.a, pair.b);
+        const LanePair pair = exchange<WIDTH>(row[i], row[i + WIDTH]);
+        row[i] = hardware_max(pair.low, pair.high);
     }
 }
-// The largest lane of each row; overwrites them.
-inline Floats largest_of_rows(Floats* row) {
-    fold_halves<8>(row);
-    fold_halves<4>(row);
-    fold_halves<2>(row);
-    fold_halves<1>(row);
+// The largest lane of each of the 16 rows, which it overwrites.
+inline Floats max_of_rows(Floats* row) {
+    fold_rows<8>(row);
+    fold_rows<4>(row);
+    fold_rows<2>(row);
+    fold_rows<1>(row);
     return row[0];
 }
 

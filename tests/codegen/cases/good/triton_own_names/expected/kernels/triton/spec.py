@@ -41,11 +41,11 @@ def _own_names_rows(
     i_D = tl.arange(0, BLOCK_D)[None, :]
     in_D = i_D < D
     is_row = tl.load(row + i_T * row_T + i_N * row_N + i_D, mask=is_row_ & in_D, other=0).to(tl.float32) * columns
-    meanD = tl.sum(tl.where(in_D, is_row * is_row, 0.0), 1)[:, None] / D
+    mean_over_D = tl.sum(tl.where(in_D, is_row * is_row, 0.0), 1)[:, None] / D
     tl.store(
         kernel + i_T * kernel_T + i_N * kernel_N + i_D,
         device.rounded(
-            is_row / meanD + tl.load(start + i_T * start_T + i_D, mask=is_row_ & in_D, other=0).to(tl.float32), E
+            is_row / mean_over_D + tl.load(start + i_T * start_T + i_D, mask=is_row_ & in_D, other=0).to(tl.float32), E
         ),
         mask=is_row_ & in_D,
     )
@@ -73,13 +73,13 @@ def _own_names_long(
     is_row_ = row_ < T * N
     i_N = row_ % N
     i_T = row_ // N
-    meanD_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
+    mean_over_D_acc = tl.full([ROWS, BLOCK_D], 0.0, tl.float32)
     for start_ in range(0, D, BLOCK_D):
         i_D = start_ + tl.arange(0, BLOCK_D)[None, :]
         in_D = i_D < D
         is_row = tl.load(row + i_T * row_T + i_N * row_N + i_D, mask=is_row_ & in_D, other=0).to(tl.float32) * columns
-        meanD_acc += tl.where(in_D, is_row * is_row, 0.0)
-    meanD = tl.sum(meanD_acc, 1)[:, None] / D
+        mean_over_D_acc += tl.where(in_D, is_row * is_row, 0.0)
+    mean_over_D = tl.sum(mean_over_D_acc, 1)[:, None] / D
     for start_ in range(0, D, BLOCK_D):
         i_D = start_ + tl.arange(0, BLOCK_D)[None, :]
         in_D = i_D < D
@@ -87,7 +87,9 @@ def _own_names_long(
         tl.store(
             kernel + i_T * kernel_T + i_N * kernel_N + i_D,
             device.rounded(
-                is_row / meanD + tl.load(start + i_T * start_T + i_D, mask=is_row_ & in_D, other=0).to(tl.float32), E
+                is_row / mean_over_D
+                + tl.load(start + i_T * start_T + i_D, mask=is_row_ & in_D, other=0).to(tl.float32),
+                E,
             ),
             mask=is_row_ & in_D,
         )

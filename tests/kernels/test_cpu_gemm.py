@@ -1,4 +1,4 @@
-"""Products on the CPU: every way of multiplying, against float64; a row's result depends on nothing but the row."""
+"""GEMMs on the CPU: every instruction set against float64; the result of a row depends on nothing but the row."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -30,12 +30,12 @@ from sageLLM.runtime.kernels.cpu.packing import (
 from sageLLM.runtime.registry.plugins import load_registry
 
 pytestmark = needs_compiler
-WAYS = [
-    (torch.float32, "floats", ()),
-    (torch.float16, "floats", ()),
-    (torch.bfloat16, "floats", ()),
-    (torch.bfloat16, "floats", NARROW),
-    (torch.bfloat16, "pairs", ()),
+ISAS = [
+    (torch.float32, "fp32", ()),
+    (torch.float16, "fp32", ()),
+    (torch.bfloat16, "fp32", ()),
+    (torch.bfloat16, "fp32", NARROW),
+    (torch.bfloat16, "avx512_bf16", ()),
     (torch.bfloat16, "amx", ()),
 ]
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -43,19 +43,19 @@ ROWS = (0, 1, 2, 3, 5, 16, 17, 64, 100)
 Linear = Callable[..., Tensor]
 
 
-@pytest.fixture(params=WAYS, ids=[f"{str(dtype)[6:]}-{'narrow' if flags else name}" for dtype, name, flags in WAYS])
-def way(
+@pytest.fixture(params=ISAS, ids=[f"{str(dtype)[6:]}-{'narrow' if flags else name}" for dtype, name, flags in ISAS])
+def isa(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[torch.dtype, FreshLibrary]:
     dtype, name, flags = request.param
-    monkeypatch.setenv("SAGELLM_LINEAR", name)
+    monkeypatch.setenv("SAGELLM_CPU_ISA", name)
     library = FreshLibrary(tmp_path, flags)
     library.address("linear", DTYPE_NAMES[dtype])
     return dtype, library
 
 
 def linear(library: Library, x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """Calls the kernel on a poisoned result with a margin, which has to stay as it was."""
+    """Calls the kernel on a poisoned result with a margin, which must stay unchanged."""
     (rows, inner), features = x.shape, w.shape[-2]
     framed = torch.full((rows + 1, features + 5), torch.nan, dtype=x.dtype)
     y = framed[:rows, 2 : 2 + features]
@@ -68,7 +68,7 @@ def linear(library: Library, x: Tensor, w: PackedWeight, bias: Tensor | None = N
 
 
 def assert_near(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
-    """Within one rounding to the stored type of a float32 sum, whose error grows with what was summed."""
+    """Within one rounding to the stored type of a float32 sum; the error of the sum grows with its terms."""
     exact = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
     size = x.double().abs() @ w.double().abs().T + (0 if bias is None else bias.double().abs())
     bound = ROUNDING[y.dtype] * exact.abs() + 1e-5 * size + 1e-30
@@ -76,8 +76,8 @@ def assert_near(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> 
 
 
 @pytest.mark.parametrize(("inner", "features"), [(1, 1), (31, 17), (33, 80), (100, 65), (320, 144)])
-def test_every_way_is_exact_to_rounding(way: tuple[torch.dtype, Library], inner: int, features: int) -> None:
-    dtype, library = way
+def test_every_isa_is_exact_to_rounding(isa: tuple[torch.dtype, Library], inner: int, features: int) -> None:
+    dtype, library = isa
     w, bias = torch.randn(features, inner).to(dtype), torch.randn(features).to(dtype)
     packed = pack(w, 1, library)
     for rows in ROWS:
@@ -94,8 +94,8 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_a_row_depends_on_nothing_but_the_row(way: tuple[torch.dtype, Library], two_threads: None) -> None:
-    dtype, library = way
+def test_a_row_depends_on_nothing_but_the_row(isa: tuple[torch.dtype, Library], two_threads: None) -> None:
+    dtype, library = isa
     x, packed = torch.randn(300, 96).to(dtype), pack(torch.randn(400, 96).to(dtype), 1, library)
     whole = linear(library, x, packed)
     for first, rows in [(0, 1), (299, 1), (7, 2), (50, 5), (13, 17), (100, 33), (40, 150)]:
@@ -104,8 +104,8 @@ def test_a_row_depends_on_nothing_but_the_row(way: tuple[torch.dtype, Library], 
     assert torch.equal(linear(library, x, packed), whole)
 
 
-def test_infinities_and_nans_stay_in_their_row_and_feature(way: tuple[torch.dtype, Library]) -> None:
-    dtype, library = way
+def test_infinities_and_nans_stay_in_their_row_and_feature(isa: tuple[torch.dtype, Library]) -> None:
+    dtype, library = isa
     x, w = torch.randn(20, 40).to(dtype), torch.randn(33, 40).to(dtype)
     x[3, 5], x[7, 1], w[11, 2] = torch.inf, torch.nan, torch.nan
     y, exact = linear(library, x, pack(w, 1, library)), torch.nn.functional.linear(x.double(), w.double())
@@ -114,24 +114,24 @@ def test_infinities_and_nans_stay_in_their_row_and_feature(way: tuple[torch.dtyp
     assert torch.equal(y.isinf(), exact.isinf())
 
 
-def test_large_values_are_summed_in_float32(way: tuple[torch.dtype, Library]) -> None:
+def test_large_values_are_summed_in_float32(isa: tuple[torch.dtype, Library]) -> None:
     """2^14 * 2^14 is more than f16 holds; the sum is not."""
-    dtype, library = way
+    dtype, library = isa
     x = torch.tensor([[2.0**14, 0.0, 2.0**14, 0.0, 1.0]]).to(dtype)
     w = torch.tensor([[2.0**14, 0.0, -(2.0**14), 0.0, 3.0]]).to(dtype)
     assert linear(library, x, pack(w, 1, library)).item() == 3.0
 
 
-FOLLOWED = [op for op in cpu.KERNELS if op.startswith("lm_head") and op.endswith("_sample")]
-PRODUCTS = [op for op, k in cpu.KERNELS.items() if k.packed and not op.startswith("expert_") and op not in FOLLOWED]
+SAMPLED = [op for op in cpu.KERNELS if op.startswith("lm_head") and op.endswith("_sample")]
+GEMMS = [op for op, k in cpu.KERNELS.items() if k.packed and not op.startswith("expert_") and op not in SAMPLED]
 SIZES = {"R": 5, "S": 5, "T": 5, "K": 70, "H": 70, "N": 37, "V": 37, "X": 37, "I": 37, "M": 21}
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("op", PRODUCTS)
-def test_products_agree_with_their_reference(op: str, dtype: torch.dtype, with_bias: bool, tmp_path: Path) -> None:
-    """Bit for bit what the reference rounds, up to sums in another order, which may turn a rounding."""
+@pytest.mark.parametrize("op", GEMMS)
+def test_gemms_agree_with_their_reference(op: str, dtype: torch.dtype, with_bias: bool, tmp_path: Path) -> None:
+    """The same roundings as the reference; its sums have another order, which may change a rounding."""
     kernel = cpu.KERNELS[op]
     operands: list[Tensor | None] = []
     for name, pattern in kernel.op.input_types.items():
@@ -145,19 +145,21 @@ def test_products_agree_with_their_reference(op: str, dtype: torch.dtype, with_b
     torch.testing.assert_close(run(*operands, **attrs), expected, rtol=4 * rounding, atol=40 * rounding + 1e-5)
 
 
-def in_two_calls(op: str, library: Library, operands: list[Tensor], cuts: list[Tensor | None], **attrs: float) -> Any:
-    """The logits, and the tokens that the op behind gives when it reads them."""
-    head, behind = (NativeCallable(cpu.KERNELS[name], library, reference.KERNELS[name]) for name in (op[:-7], "sample"))
+def in_two_calls(
+    op: str, library: Library, operands: list[Tensor], filters: list[Tensor | None], **attrs: float
+) -> Any:
+    """The logits, and the tokens of `sample` when it reads them."""
+    head, sample = (NativeCallable(cpu.KERNELS[name], library, reference.KERNELS[name]) for name in (op[:-7], "sample"))
     logits = head(*operands, **attrs)
-    return logits, behind(logits, *cuts)
+    return logits, sample(logits, *filters)
 
 
-@pytest.mark.parametrize("op", FOLLOWED)
-def test_tokens_are_found_while_logits_are_made(
-    op: str, way: tuple[torch.dtype, FreshLibrary], two_threads: None
+@pytest.mark.parametrize("op", SAMPLED)
+def test_sampling_as_an_epilogue_returns_the_same_tokens(
+    op: str, isa: tuple[torch.dtype, FreshLibrary], two_threads: None
 ) -> None:
-    """The same bits as the projection and then `sample`. Whole numbers make equal logits, of which the first wins."""
-    dtype, library = way
+    """The same bits as the projection and then `sample`. Integer operands produce ties, of which the first wins."""
+    dtype, library = isa
     fused, attrs = NativeCallable(cpu.KERNELS[op], library, reference.KERNELS[op]), {}
     if OPS[op].attr_types:
         attrs = dict.fromkeys(OPS[op].attr_types, 1.25)
@@ -166,25 +168,25 @@ def test_tokens_are_found_while_logits_are_made(
         w, bias = torch.randint(-1, 2, (vocab, inner)).to(dtype), torch.randint(-1, 2, (vocab,)).to(dtype)
         packed = pack(w, 1, library)
         drawn = [torch.rand(rows).round(), torch.full((rows,), 9).int(), None, None, torch.rand(rows)]
-        for cuts in ([None] * 5, drawn):
-            wanted = in_two_calls(op, library, [x, packed, bias], cuts, **attrs)
+        for filters in ([None] * 5, drawn):
+            expected = in_two_calls(op, library, [x, packed, bias], filters, **attrs)
             for threads in (2, 1):
                 torch.set_num_threads(threads)
-                assert all(map(torch.equal, fused(x, packed, bias, *cuts, **attrs), wanted))
+                assert all(map(torch.equal, fused(x, packed, bias, *filters, **attrs), expected))
 
 
-def test_the_first_of_the_largest_logits_wherever_it_is(
-    way: tuple[torch.dtype, FreshLibrary], two_threads: None
+def test_the_first_of_the_largest_logits_at_every_position(
+    isa: tuple[torch.dtype, FreshLibrary], two_threads: None
 ) -> None:
-    """In every lane and both threads' parts; a NaN is larger than everything, and minus infinity may be the largest."""
-    dtype, library = way
+    """In every lane and in the parts of both threads; NaN is larger than everything, and -inf may be the largest."""
+    dtype, library = isa
     fused = NativeCallable(cpu.KERNELS["lm_head_sample"], library, reference.KERNELS["lm_head_sample"])
     x, packed = torch.ones(1, 1).to(dtype), pack(torch.zeros(3001, 1).to(dtype), 1, library)
 
     def token(**values: float) -> int:
         bias = torch.full((3001,), values.pop("rest", -1.0)).to(dtype)
-        for place, value in values.items():
-            bias[int(place[1:])] = value
+        for name, value in values.items():
+            bias[int(name[1:])] = value
         (found,) = fused(x, packed, bias)[1].tolist()
         return int(found)
 
@@ -197,7 +199,7 @@ def test_the_first_of_the_largest_logits_wherever_it_is(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("features", "inner"), [(1, 1), (16, 32), (31, 33), (50, 7)])
-def test_rows_come_back_out_of_a_packed_table(dtype: torch.dtype, features: int, inner: int, tmp_path: Path) -> None:
+def test_rows_of_a_packed_table_are_unpacked(dtype: torch.dtype, features: int, inner: int, tmp_path: Path) -> None:
     library = FreshLibrary(tmp_path)
     table = torch.randn(features, inner + 2).to(dtype)[:, 1:-1]
     ids = torch.arange(features, dtype=torch.int32).flip(0)
@@ -215,8 +217,8 @@ def test_a_packed_table_is_embedding_and_head_at_once(tmp_path: Path) -> None:
     assert torch.equal(head(table[ids], packed), head(table[ids], table))
 
 
-def test_weights_are_packed_where_all_readers_agree() -> None:
-    """Gate and up of a fused feed-forward layer alternate; a tied table is one weight; a norm's is no product's."""
+def test_weights_are_packed_if_all_consumers_agree() -> None:
+    """Gate and up of a fused feed-forward layer alternate; a tied table is one weight; norm weights are not packed."""
     config = LLAMA.read_config(HFConfig(LLAMA.tiny))
     graph = Pipeline(LLAMA, config, load_registry(), dtype="f32", kernels=cpu.KERNELS).kernel_graph("decode")
     nodes = [node for node in graph.nodes.values() if isinstance(node, OpNode)]
@@ -226,7 +228,7 @@ def test_weights_are_packed_where_all_readers_agree() -> None:
     assert "embed" not in gates_by_weight(nodes, cpu.KERNELS, {})
 
 
-def test_gates_lie_panel_by_panel_and_groups_one_after_the_other(tmp_path: Path) -> None:
+def test_the_layout_of_gates_alternates_panels_within_a_group(tmp_path: Path) -> None:
     library = FreshLibrary(tmp_path)
     weight = torch.randn(3, 2 * 20, 5)
     one = [pack(weight[g, h * 20 : h * 20 + 20], 1, library).values.reshape(2, -1) for g in range(3) for h in range(2)]

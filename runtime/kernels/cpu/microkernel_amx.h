@@ -1,9 +1,9 @@
-// Blocks by AMX tiles: 16x16 sums from 16 rows of x and 16 columns of a panel, 32 elements of K at a time.
+// Microkernel on AMX tiles: 16x16 sums from 16 rows of x and 16 columns of a panel, 32 elements of K at a time.
 //
-// Prepared x: [ceil(rows/16)][K/32] tiles of [16][32], so that a tile is 1 KB of memory and rows beyond the last are zero.
+// Prepared x: [ceil(rows/16)][K/32] tiles of [16][32], each 1 KB of contiguous memory; rows beyond the last are zero.
 #pragma once
 
-#include "tiles.h"
+#include "microkernel.h"
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define SAGE_AMX 1
@@ -16,13 +16,14 @@ namespace amx {
 
 constexpr int64_t ROWS = 16, TILE = ROWS * DEPTH;
 
-// The kernel hands out the tiles' 8 KB of state to processes that ask for it.
+// Linux grants the 8 KB of tile state to processes that request it.
 inline bool is_permitted() {
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-// All tiles alike: 16 rows of 64 bytes. It is constant memory, as the compiler does not know that the instruction reads it.
+// The configuration of all tiles: 16 rows of 64 bytes. A constant, because the compiler does not know that the instruction
+// reads it and would drop stores to a local one.
 struct alignas(64) Config {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -37,25 +38,26 @@ inline void end() { _tile_release(); }
 inline void prepare(void* prepared, const bf16* const* x, int64_t rows, int64_t K) {
     const int64_t steps = round_up(K, DEPTH) / DEPTH, whole = K / DEPTH;
     for (int64_t row = 0; row < round_up(rows, ROWS); ++row) {
-        bf16* place = (bf16*)prepared + row / ROWS * steps * TILE + row % ROWS * DEPTH;
+        bf16* tile = (bf16*)prepared + row / ROWS * steps * TILE + row % ROWS * DEPTH;
         for (int64_t s = 0; s < steps; ++s) {
             const int64_t count = row >= rows ? 0 : s < whole ? DEPTH : K - whole * DEPTH;
-            if (count < DEPTH) memset((void*)(place + s * TILE), 0, DEPTH * sizeof(bf16));
-            if (count > 0) memcpy((void*)(place + s * TILE), x[row] + s * DEPTH, count * sizeof(bf16));
+            if (count < DEPTH) memset((void*)(tile + s * TILE), 0, DEPTH * sizeof(bf16));
+            if (count > 0) memcpy((void*)(tile + s * TILE), x[row] + s * DEPTH, count * sizeof(bf16));
         }
     }
 }
 
-// 16 rows by up to four panels
+// 16 rows by up to four panels: four of the eight tiles hold sums, one x and three weights, so that loads of weights, which
+// limit a GEMM with few rows, overlap with the products.
 template <int PANELS>
-inline void few(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead ahead) {
+inline void gemm_narrow(float* sums, const bf16* x, int64_t steps, const bf16* w, Prefetch prefetch) {
     const int64_t panel = steps * TILE;
     _tile_zero(0);
     if constexpr (PANELS > 1) _tile_zero(1);
     if constexpr (PANELS > 2) _tile_zero(2);
     if constexpr (PANELS > 3) _tile_zero(3);
     for (int64_t s = 0; s < steps; ++s, x += TILE, w += TILE) {
-        fetch(ahead);
+        prefetch_step(prefetch);
         _tile_loadd(4, x, 64);
         _tile_loadd(5, w, 64);
         _tile_dpbf16ps(0, 4, 5);
@@ -79,16 +81,17 @@ inline void few(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead 
     if constexpr (PANELS > 3) _tile_stored(3, sums + 3 * PANEL, STRIDE);
 }
 
-// 32 rows by up to two panels. The weights pass the nearest cache by, as it is to keep the rows: the next block wants them.
+// 32 rows by up to two panels: each weight tile is used twice, which halves the loads per product. Streaming loads keep the
+// weights out of the L1 cache: a block uses them once, whereas the next block reads the rows again.
 template <int PANELS>
-inline void many(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead ahead) {
+inline void gemm_wide(float* sums, const bf16* x, int64_t steps, const bf16* w, Prefetch prefetch) {
     const int64_t panel = steps * TILE;
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (PANELS > 1) _tile_zero(2);
     if constexpr (PANELS > 1) _tile_zero(3);
     for (int64_t s = 0; s < steps; ++s, x += TILE, w += TILE) {
-        fetch(ahead);
+        prefetch_step(prefetch);
         _tile_loadd(4, x, 64);
         _tile_stream_loadd(6, w, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -108,20 +111,20 @@ inline void many(float* sums, const bf16* x, int64_t steps, const bf16* w, Ahead
 }
 
 inline void block(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K, const bf16* w,
-                  int64_t panels, Ahead ahead) {
+                  int64_t panels, Prefetch prefetch) {
     int64_t steps = round_up(K, DEPTH) / DEPTH;
     const bf16* x = (const bf16*)prepared + first * steps * DEPTH;
-    if (rows > ROWS) return panels > 1 ? many<2>(sums, x, steps, w, ahead) : many<1>(sums, x, steps, w, ahead);
+    if (rows > ROWS) return panels > 1 ? gemm_wide<2>(sums, x, steps, w, prefetch) : gemm_wide<1>(sums, x, steps, w, prefetch);
     switch (panels) {
-        case 1: return few<1>(sums, x, steps, w, ahead);
-        case 2: return few<2>(sums, x, steps, w, ahead);
-        case 3: return few<3>(sums, x, steps, w, ahead);
-        default: return few<4>(sums, x, steps, w, ahead);
+        case 1: return gemm_narrow<1>(sums, x, steps, w, prefetch);
+        case 2: return gemm_narrow<2>(sums, x, steps, w, prefetch);
+        case 3: return gemm_narrow<3>(sums, x, steps, w, prefetch);
+        default: return gemm_narrow<4>(sums, x, steps, w, prefetch);
     }
 }
 
-// What attention needs besides: 16 rows as they lie in memory, `stride` elements apart, by one panel; K fills whole tiles.
-inline void rows_as_they_lie(float* sums, const bf16* x, int64_t stride, int64_t K, const bf16* w) {
+// For attention: 16 rows in place, `stride` elements apart, by one panel; K must be a multiple of DEPTH.
+inline void gemm_strided(float* sums, const bf16* x, int64_t stride, int64_t K, const bf16* w) {
     _tile_zero(0);
     for (int64_t k = 0; k < K; k += DEPTH) {
         _tile_loadd(4, x + k, stride * sizeof(bf16));
@@ -131,10 +134,10 @@ inline void rows_as_they_lie(float* sums, const bf16* x, int64_t stride, int64_t
     _tile_stored(0, sums, 64);
 }
 
-// And two times 16 prepared rows, the upper and the lower halves of numbers, by up to four panels, added to sums whose rows
-// are `stride` apart.
+// For attention: 16 prepared rows of numbers that are split into two bf16 each, `upper` and `lower`, by up to four panels,
+// added to sums with a row stride of `stride`.
 template <int PANELS>
-inline void add_halves_of(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps, const bf16* w) {
+inline void add_split_panels(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps, const bf16* w) {
     const int64_t panel = steps * TILE, bytes = stride * sizeof(float);
     _tile_loadd(0, sums, bytes);
     if constexpr (PANELS > 1) _tile_loadd(1, sums + PANEL, bytes);
@@ -168,17 +171,17 @@ inline void add_halves_of(float* sums, int64_t stride, const bf16* upper, const 
     if constexpr (PANELS > 3) _tile_stored(3, sums + 3 * PANEL, bytes);
 }
 
-inline void add_halves(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps, const bf16* w,
+inline void add_split(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps, const bf16* w,
                        int64_t panels) {
     switch (panels) {
-        case 1: return add_halves_of<1>(sums, stride, upper, lower, steps, w);
-        case 2: return add_halves_of<2>(sums, stride, upper, lower, steps, w);
-        case 3: return add_halves_of<3>(sums, stride, upper, lower, steps, w);
-        default: return add_halves_of<4>(sums, stride, upper, lower, steps, w);
+        case 1: return add_split_panels<1>(sums, stride, upper, lower, steps, w);
+        case 2: return add_split_panels<2>(sums, stride, upper, lower, steps, w);
+        case 3: return add_split_panels<3>(sums, stride, upper, lower, steps, w);
+        default: return add_split_panels<4>(sums, stride, upper, lower, steps, w);
     }
 }
 
-constexpr Way<bf16> WAY = {2 * ROWS, 2, ROWS, 4, ROWS, sizeof(bf16), begin, end, prepare, block};
+constexpr Microkernel<bf16> MICROKERNEL = {2 * ROWS, 2, ROWS, 4, ROWS, sizeof(bf16), begin, end, prepare, block};
 
 }  // namespace amx
 }  // namespace sage

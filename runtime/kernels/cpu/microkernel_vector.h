@@ -1,12 +1,12 @@
-// Blocks in vector registers: for each step along K, a few vectors of the panels times one broadcast value per row.
+// Microkernels in vector registers: for each step along K, a few vectors of the panels times one broadcast value per row.
 //
-// bf16 pairs are multiplied by AVX512_BF16 where it is. Else everything is a float32 multiply-add: f16 and bf16 are widened
-// on the way, x once when it is prepared, which is exact. Prepared x: [rows][K], K padded with zeros.
+// AVX512_BF16 multiplies pairs of bf16. Without it everything is a float32 multiply-add: f16 and bf16 are widened, weights as
+// they are read and x once when it is prepared; widening is exact. Prepared x: [rows][K], K padded with zeros.
 #pragma once
 
 #include <utility>
 
-#include "tiles.h"
+#include "microkernel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,7 +17,7 @@
 namespace sage {
 namespace vectors {
 
-// Floats of one register, which is narrower than 16 lanes on some machines.
+// Floats of one register, which is shorter than 16 lanes on some machines.
 #if defined(__AVX512F__)
 constexpr int64_t WIDTH = 16;
 #elif defined(__AVX__)
@@ -52,7 +52,7 @@ inline Reg broadcast(const float* x) {
 #endif
 }
 
-// One step along K: how GROUP elements of a panel become floats.
+// One step along K: reads GROUP elements of a panel as floats.
 
 template <class Element>
 struct Step;
@@ -71,7 +71,7 @@ struct Step<f16> {
 #elif defined(__F16C__)
         w[0] = (Reg)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)panel));
 #else
-        for (int64_t lane = 0; lane < WIDTH; ++lane) w[0][lane] = value(panel[lane]);
+        for (int64_t lane = 0; lane < WIDTH; ++lane) w[0][lane] = widen(panel[lane]);
 #endif
     }
 };
@@ -97,13 +97,13 @@ inline void prepare(void* prepared, const Element* const* x, int64_t rows, int64
 }
 
 template <class Element, int ROWS, int PANELS>
-__attribute__((noinline)) void block_of(float* sums, const float* x, int64_t K, const Element* w, Ahead ahead) {
+__attribute__((noinline)) void float_block(float* sums, const float* x, int64_t K, const Element* w, Prefetch prefetch) {
     using S = Step<Element>;
     constexpr int64_t REGS = PANELS * PANEL / WIDTH, PARTS = PANEL / WIDTH;
     const int64_t panel = K * PANEL;
     Reg sum[ROWS][REGS] = {};
     for (int64_t k = 0; k < K; k += S::GROUP, w += PANEL * S::GROUP) {
-        if (k % DEPTH == 0) fetch(ahead);
+        if (k % DEPTH == 0) prefetch_step(prefetch);
         Reg read[REGS][S::GROUP];
 #pragma GCC unroll 16
         for (int64_t r = 0; r < REGS; ++r) S::read(read[r], w + r / PARTS * panel + r % PARTS * WIDTH * S::GROUP);
@@ -130,11 +130,11 @@ inline void prepare_pairs(void* prepared, const bf16* const* x, int64_t rows, in
 }
 
 template <int ROWS, int PANELS>
-__attribute__((noinline)) void block_of_pairs(float* sums, const bf16* x, int64_t K, const bf16* w, Ahead ahead) {
+__attribute__((noinline)) void pair_block(float* sums, const bf16* x, int64_t K, const bf16* w, Prefetch prefetch) {
     const int64_t panel = K * PANEL;
     __m512 sum[ROWS][PANELS] = {};
     for (int64_t k = 0; k < K; k += 2, w += PANEL * 2) {
-        if (k % DEPTH == 0) fetch(ahead);
+        if (k % DEPTH == 0) prefetch_step(prefetch);
         __m512bh read[PANELS];
 #pragma GCC unroll 4
         for (int64_t p = 0; p < PANELS; ++p) read[p] = (__m512bh)_mm512_loadu_si512(w + p * panel);
@@ -151,21 +151,21 @@ __attribute__((noinline)) void block_of_pairs(float* sums, const bf16* x, int64_
 }
 #endif
 
-// A function per number of rows and panels, so that a block's sums stay in registers.
+// One function per number of rows and panels: all loop bounds are constants, so the sums of a block stay in registers.
 
 template <class Element, class X>
-using BlockOf = void (*)(float*, const X*, int64_t, const Element*, Ahead);
+using BlockFunction = void (*)(float*, const X*, int64_t, const Element*, Prefetch);
 
 template <class Element, int ROWS, int PANELS>
-struct Floating {
+struct FloatBlock {
     using X = float;
-    static constexpr BlockOf<Element, X> of = block_of<Element, ROWS, PANELS>;
+    static constexpr BlockFunction<Element, X> function = float_block<Element, ROWS, PANELS>;
 };
 #if defined(__AVX512BF16__)
 template <class Element, int ROWS, int PANELS>
-struct Paired {
+struct PairBlock {
     using X = bf16;
-    static constexpr BlockOf<Element, X> of = block_of_pairs<ROWS, PANELS>;
+    static constexpr BlockFunction<Element, X> function = pair_block<ROWS, PANELS>;
 };
 #endif
 
@@ -174,25 +174,25 @@ struct Blocks {
     using X = typename Kind<Element, 1, 1>::X;
 
     template <size_t... I>
-    static BlockOf<Element, X> at(int64_t place, std::index_sequence<I...>) {
-        static constexpr BlockOf<Element, X> table[] = {Kind<Element, I / PANELS + 1, I % PANELS + 1>::of...};
-        return table[place];
+    static BlockFunction<Element, X> at(int64_t index, std::index_sequence<I...>) {
+        static constexpr BlockFunction<Element, X> table[] = {Kind<Element, I / PANELS + 1, I % PANELS + 1>::function...};
+        return table[index];
     }
     static void block(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K, const Element* w,
-                      int64_t panels, Ahead ahead) {
+                      int64_t panels, Prefetch prefetch) {
         int64_t padded = round_up(K, DEPTH);
         auto function = at((rows - 1) * PANELS + panels - 1, std::make_index_sequence<ROWS * PANELS>{});
-        function(sums, (const X*)prepared + first * padded, padded, w, ahead);
+        function(sums, (const X*)prepared + first * padded, padded, w, prefetch);
     }
 };
 
 template <class Element, int ROWS, int PANELS>
-constexpr Way<Element> FLOATING = {ROWS, PANELS, ROWS, PANELS, 1, sizeof(float), nothing, nothing, prepare<Element>,
-                                   Blocks<Element, Floating, ROWS, PANELS>::block};
+constexpr Microkernel<Element> FLOAT_MICROKERNEL = {ROWS, PANELS, ROWS, PANELS, 1, sizeof(float), do_nothing, do_nothing, prepare<Element>,
+                                   Blocks<Element, FloatBlock, ROWS, PANELS>::block};
 #if defined(__AVX512BF16__)
 template <int ROWS, int PANELS>
-constexpr Way<bf16> PAIRED = {ROWS, PANELS, ROWS, PANELS, 1, sizeof(bf16), nothing, nothing, prepare_pairs,
-                              Blocks<bf16, Paired, ROWS, PANELS>::block};
+constexpr Microkernel<bf16> PAIR_MICROKERNEL = {ROWS, PANELS, ROWS, PANELS, 1, sizeof(bf16), do_nothing, do_nothing, prepare_pairs,
+                              Blocks<bf16, PairBlock, ROWS, PANELS>::block};
 #endif
 
 }  // namespace vectors

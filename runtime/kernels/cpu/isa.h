@@ -1,0 +1,44 @@
+// Selection of the microkernel by instruction set: AMX tiles, else AVX512_BF16, else float32 multiply-adds.
+//
+// SAGELLM_CPU_ISA (amx, avx512_bf16, fp32) requests another one, for tests; what the machine lacks is skipped.
+#pragma once
+
+#include "microkernel_amx.h"
+#include "microkernel_vector.h"
+
+namespace sage {
+
+inline bool allows(const char* name) {
+    const char* requested = getenv("SAGELLM_CPU_ISA");
+    return !requested || !*requested || !strcmp(requested, name);
+}
+
+template <class Element, int ROWS, int PANELS>
+struct MicrokernelFor {
+    static const Microkernel<Element>& select() { return vectors::FLOAT_MICROKERNEL<Element, ROWS, PANELS>; }
+};
+
+template <int ROWS, int PANELS>
+struct MicrokernelFor<bf16, ROWS, PANELS> {
+    static const Microkernel<bf16>& select() {
+#if defined(SAGE_AMX)
+        if (allows("amx") && amx::is_permitted()) return amx::MICROKERNEL;
+#endif
+#if defined(__AVX512BF16__)
+        if (allows("amx") || allows("avx512_bf16")) return vectors::PAIR_MICROKERNEL<ROWS, PANELS>;
+#endif
+        return vectors::FLOAT_MICROKERNEL<bf16, ROWS, PANELS>;
+    }
+};
+
+// The microkernel of this machine, selected once per library. A block is ROWS by PANELS in registers of 16 floats, and
+// SHORT_ROWS by SHORT_PANELS in shorter ones: all its sums have to fit into the registers.
+template <class Element, int ROWS, int PANELS, int SHORT_ROWS, int SHORT_PANELS>
+inline const Microkernel<Element>& select_microkernel() {
+    constexpr bool IS_FULL = vectors::WIDTH == PANEL;
+    static const Microkernel<Element>& selected =
+        MicrokernelFor<Element, IS_FULL ? ROWS : SHORT_ROWS, IS_FULL ? PANELS : SHORT_PANELS>::select();
+    return selected;
+}
+
+}  // namespace sage

@@ -1,0 +1,50 @@
+// Interface of the GEMM microkernels, which compute one block of sums. One is selected per machine (isa.h), for all batches.
+//
+// Each element of a result is one chain of additions along K, in the order of K. The chain does not depend on the block, the
+// batch or the number of threads, so the result of a row depends on nothing but the row.
+#pragma once
+
+#include "packed.h"
+
+namespace sage {
+
+constexpr int64_t MAX_SUMS = 32 * 2 * PANEL;  // of a block, over all microkernels
+
+// Weights to prefetch while a block is computed: for every DEPTH elements of K, `lines` cache lines of each of `streams`
+// streams, which are `stride` bytes apart. A core reads several streams faster than one. Panels that this block itself
+// reads go into the L1 cache; those of a later block go into L2 only, so that they do not evict the rows of x.
+struct Prefetch {
+    const char* from;
+    int64_t lines, streams, stride;
+    bool into_l1;
+};
+
+inline void prefetch_step(Prefetch& prefetch) {
+    for (int64_t s = 0; s < prefetch.streams; ++s)
+        for (int64_t i = 0; i < prefetch.lines; ++i) {
+            const char* line = prefetch.from + s * prefetch.stride + i * 64;
+            if (prefetch.into_l1)
+                __builtin_prefetch(line, 0, 3);
+            else
+                __builtin_prefetch(line, 0, 2);
+        }
+    prefetch.from += prefetch.lines * 64;
+}
+
+template <class Element>
+struct Microkernel {
+    int64_t rows, panels;                // of a block, at most
+    int64_t narrow_rows, narrow_panels;  // of a block of a GEMM with at most `narrow_rows` rows
+    int64_t row_step;                    // prepared x is padded to a multiple of this many rows
+    int64_t x_element_size;              // bytes per element of prepared x
+    void (*begin)();                     // called by each thread before its first block
+    void (*end)();                       // and after its last
+    void (*prepare)(void* prepared, const Element* const* x, int64_t rows, int64_t K);
+    // sums[rows][panels][PANEL] of the prepared rows from `first` on, and of the panels from w on
+    void (*block)(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K, const Element* w,
+                  int64_t panels, Prefetch prefetch);
+};
+
+inline void do_nothing() {}
+
+}  // namespace sage
