@@ -7,12 +7,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors, render
-from sageLLM.codegen.expectations import Count
-from sageLLM.codegen.explain import explain
-from sageLLM.codegen.scaffold import scaffold
+
+if TYPE_CHECKING:
+    from sageLLM.codegen.expectations import Count
 
 FINE, FAILED, USAGE, FINDINGS = 0, 1, 2, 100
 
@@ -21,7 +22,7 @@ class Generate:
     """`sagellm generate` and `lint`, over the package's specs and the overlays given; `count` counts rewrites."""
 
     def __init__(
-        self, overlays: Sequence[Path], out: Path | None, *, as_json: bool = False, count: Count | None = None
+        self, overlays: Sequence[Path], out: Path | None, *, as_json: bool = False, count: "Count | None" = None
     ) -> None:
         self.overlays = list(overlays)
         self.out = out
@@ -126,6 +127,7 @@ class LineReader:
 
 def explain_name(name: str, overlays: Sequence[Path], out: Path | None) -> int:
     """Prints what is known of a name; an unknown name is an error that suggests near ones."""
+    from sageLLM.codegen.explain import explain
 
     def run() -> int:
         text = explain(name, driver.load_and_link(overlays), out or driver.BASE_OUT)
@@ -141,6 +143,8 @@ def explain_name(name: str, overlays: Sequence[Path], out: Path | None) -> int:
 
 def new_entry(kind: str, name: str, specs: Path | None) -> int:
     """Writes the scaffold of an op, model or pass and says how to go on."""
+    from sageLLM.codegen.scaffold import scaffold
+
     folder = specs or driver.BASE_SPECS
     try:
         paths = scaffold(kind, name, folder)

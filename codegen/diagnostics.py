@@ -1,6 +1,5 @@
 """Diagnostics of specs: a code, a sentence, a source location and a remedy."""
 
-import difflib
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +71,8 @@ class Sink:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """The help line for an unknown name: the nearest known one, else the whole list if it is short."""
+    import difflib  # imported here, since only mistakes need it
+
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:

@@ -1,18 +1,21 @@
 """Loads spec folders: every YAML file by its `schema:` line, validated, each entry with its place."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sageLLM.codegen.diagnostics import Sink, Span, SpecErrors, did_you_mean
+from sageLLM.codegen.facts import VOCABULARY, spec_paths
 from sageLLM.codegen.schema.base import Strict, validate
-from sageLLM.codegen.schema.hardware import HardwareFile
-from sageLLM.codegen.schema.models import ModelFile
-from sageLLM.codegen.schema.ops import OpsFile, OpSpec
-from sageLLM.codegen.schema.passes import PassesFile, PassSpec
-from sageLLM.codegen.schema.vocabulary import DimsFile, InputsFile, OpTypesFile
 from sageLLM.codegen.source import Document, YamlPath, load_document
+
+if TYPE_CHECKING:
+    from sageLLM.codegen.schema.hardware import HardwareFile
+    from sageLLM.codegen.schema.models import ModelFile
+    from sageLLM.codegen.schema.ops import OpSpec
+    from sageLLM.codegen.schema.passes import PassSpec
 
 T = TypeVar("T")
 
@@ -44,34 +47,57 @@ class Entry(Generic[T]):
         return self.doc.key_text_span((*self.path, *path), offset, width)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RawSpecs:
     """What the folders say, before linking. Entries keep the order of files (by name) and of lines."""
 
-    ops: dict[str, Entry[OpSpec]] = field(default_factory=dict)
-    models: dict[str, Entry[ModelFile]] = field(default_factory=dict)
-    passes: dict[str, Entry[PassSpec]] = field(default_factory=dict)
-    pass_stages: dict[str, Entry[str]] = field(default_factory=dict)
-    hardware: dict[str, Entry[HardwareFile]] = field(default_factory=dict)
-    dims: dict[str, Entry[str]] = field(default_factory=dict)
-    op_types: dict[str, Entry[str]] = field(default_factory=dict)
-    step_inputs: dict[str, Entry[str]] = field(default_factory=dict)
+    ops: "Mapping[str, Entry[OpSpec]]" = field(default_factory=dict)
+    models: "Mapping[str, Entry[ModelFile]]" = field(default_factory=dict)
+    passes: "Mapping[str, Entry[PassSpec]]" = field(default_factory=dict)
+    pass_stages: Mapping[str, Entry[str]] = field(default_factory=dict)
+    hardware: "Mapping[str, Entry[HardwareFile]]" = field(default_factory=dict)
+    dims: Mapping[str, Entry[str]] = field(default_factory=dict)
+    op_types: Mapping[str, Entry[str]] = field(default_factory=dict)
+    step_inputs: Mapping[str, Entry[str]] = field(default_factory=dict)
     base_files: frozenset[str] = frozenset()
-    documents: dict[str, Document] = field(default_factory=dict)
 
     def is_base(self, entry: Entry[Any]) -> bool:
         """Whether the entry belongs to the package's own specs, whose code is generated there."""
         return entry.doc.file in self.base_files
 
+    def vocabulary(self) -> "RawSpecs":
+        """The dims, op types and step inputs alone, which every op and model may name."""
+        words = {kind: getattr(self, kind) for kind in VOCABULARY}
+        return RawSpecs(**words, base_files=self.base_files)
 
-SCHEMAS: dict[str, type[Strict]] = {
-    "ops/v1": OpsFile,
-    "models/v1": ModelFile,
-    "passes/v1": PassesFile,
-    "hardware/v1": HardwareFile,
-    "dims/v1": DimsFile,
-    "op_types/v1": OpTypesFile,
-    "inputs/v1": InputsFile,
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """A kind of spec file: its class below `codegen/schema`, and the entries that it has.
+
+    `tables` maps a field of RawSpecs to the field of the file that holds such entries by name. A file that is one entry
+    as a whole has None there; its name is then in the field called `key`.
+    """
+
+    module: str
+    class_name: str
+    tables: Mapping[str, str | None]
+    key: str = ""
+
+    def load(self) -> type[Strict]:
+        """The class, imported on first use: defining all of them takes longer than reading a file."""
+        found: type[Strict] = getattr(import_module(f"sageLLM.codegen.schema.{self.module}"), self.class_name)
+        return found
+
+
+SCHEMAS: dict[str, Schema] = {
+    "ops/v1": Schema("ops", "OpsFile", {"ops": "ops"}),
+    "models/v1": Schema("models", "ModelFile", {"models": None}, "model"),
+    "passes/v1": Schema("passes", "PassesFile", {"passes": "passes", "pass_stages": "stages"}),
+    "hardware/v1": Schema("hardware", "HardwareFile", {"hardware": None}, "hardware"),
+    "dims/v1": Schema("vocabulary", "DimsFile", {"dims": "dims"}),
+    "op_types/v1": Schema("vocabulary", "OpTypesFile", {"op_types": "op_types"}),
+    "inputs/v1": Schema("vocabulary", "InputsFile", {"step_inputs": "step"}),
 }
 
 
@@ -97,39 +123,44 @@ def load_specs(folders: Sequence[Path]) -> RawSpecs:
 
 
 def _read_folder(folder: Path, sink: Sink) -> list[SpecFile]:
-    paths = sorted(folder.rglob("*.yaml"), key=lambda path: path.relative_to(folder).as_posix())
+    paths = spec_paths(folder)
     if not paths:
         sink.error("SAGE502", f"the spec folder '{folder.name}' holds no .yaml file", None, "check --specs")
-    files = []
-    for path in paths:
-        display = f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}"
-        try:
-            doc = load_document(path, display=display)
-        except SpecErrors as errors:
-            sink.diagnostics += errors.diagnostics
-            continue
-        if file := check_file(doc, sink):
-            files.append(file)
-    return files
+    files = [load_file(path, display, sink) for display, path in paths]
+    return [file for file in files if file is not None]
+
+
+def load_file(path: Path, display: str, sink: Sink) -> SpecFile | None:
+    """One spec file, or None after reporting what is wrong with it."""
+    try:
+        doc = load_document(path, display=display)
+    except SpecErrors as errors:
+        sink.diagnostics += errors.diagnostics
+        return None
+    return check_file(doc, sink)
 
 
 def check_file(doc: Document, sink: Sink) -> SpecFile | None:
     """The document against the schema that its first line names; None after reporting what does not fit."""
     schema = _schema_of(doc, sink)
-    spec = validate(schema, doc, sink) if schema else None
+    spec = validate(schema.load(), doc, sink) if schema else None
     return SpecFile(doc, spec) if spec else None
 
 
 def assemble(files: Sequence[SpecFile], base: frozenset[str], sink: Sink) -> RawSpecs:
     """The entries of all files, by kind and name; a name that is used twice is reported."""
-    raw = RawSpecs(base_files=base)
+    tables: dict[str, dict[str, Entry[Any]]] = {}
     for file in files:
-        raw.documents[file.doc.file] = file.doc
-        _add_entries(file.spec, file.doc, raw, sink)
-    return raw
+        for kind, entry in entries_of(file):
+            table = tables.setdefault(kind, {})
+            if entry.name in table:
+                first = ("first defined here", table[entry.name].key_span())
+                sink.error("SAGE015", f"'{entry.name}' is defined twice", entry.key_span(), "rename one", (first,))
+            table.setdefault(entry.name, entry)
+    return RawSpecs(**tables, base_files=base)
 
 
-def _schema_of(doc: Document, sink: Sink) -> type[Strict] | None:
+def _schema_of(doc: Document, sink: Sink) -> Schema | None:
     if not isinstance(doc.data, dict):
         sink.error("SAGE014", "a spec file is a mapping", doc.span(), "begin with `schema: ops/v1`")
         return None
@@ -143,29 +174,20 @@ def _schema_of(doc: Document, sink: Sink) -> type[Strict] | None:
     return SCHEMAS[name]
 
 
-def _add_entries(spec: Strict, doc: Document, raw: RawSpecs, sink: Sink) -> None:
-    def add(table: dict[str, Entry[T]], items: Iterable[tuple[str, T]], locate: Callable[[str], YamlPath]) -> None:
-        for name, value in items:
-            entry = Entry(name, value, doc, locate(name))
-            if name in table:
-                first = ("first defined here", table[name].key_span())
-                sink.error("SAGE015", f"'{name}' is defined twice", entry.key_span(), "rename one", (first,))
-                continue
-            table[name] = entry
+def entries_of(file: SpecFile) -> list[tuple[str, Entry[Any]]]:
+    """The entries of a file in order, each with its kind: a field of RawSpecs."""
+    schema = SCHEMAS[file.doc.data["schema"]]
+    found: list[tuple[str, Entry[Any]]] = []
+    for kind, key in schema.tables.items():
+        if key is None:
+            found.append((kind, Entry(getattr(file.spec, schema.key), file.spec, file.doc, ())))
+        else:
+            items = getattr(file.spec, key).items()
+            found += [(kind, Entry(name, value, file.doc, (key, name))) for name, value in items]
+    return found
 
-    match spec:
-        case OpsFile():
-            add(raw.ops, spec.ops.items(), lambda name: ("ops", name))
-        case ModelFile():
-            add(raw.models, [(spec.model, spec)], lambda _: ())
-        case PassesFile():
-            add(raw.passes, spec.passes.items(), lambda name: ("passes", name))
-            add(raw.pass_stages, spec.stages.items(), lambda name: ("stages", name))
-        case HardwareFile():
-            add(raw.hardware, [(spec.hardware, spec)], lambda _: ())
-        case DimsFile():
-            add(raw.dims, spec.dims.items(), lambda name: ("dims", name))
-        case OpTypesFile():
-            add(raw.op_types, spec.op_types.items(), lambda name: ("op_types", name))
-        case InputsFile():
-            add(raw.step_inputs, spec.step.items(), lambda name: ("step", name))
+
+def fused_names(entry: "Entry[OpSpec]") -> set[str]:
+    """The ops called in `fuses`. A line that does not parse calls none; it is refused when it is linked."""
+    names = {line.partition("=")[2].partition("(")[0].strip() for line in entry.spec.fuses or []}
+    return names - {entry.name}

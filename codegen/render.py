@@ -5,6 +5,7 @@ import keyword
 import os
 import re
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import textwrap
@@ -14,12 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined
-from jinja2.loaders import FileSystemLoader
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from sageLLM.codegen.contents import Row
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
+from sageLLM.codegen.state import cache_folder
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 LINE_LENGTH = 120
@@ -42,18 +40,36 @@ class Renderer:
     """The template environment. A missing name is an error; `ident`, `lit` and `doc` guard every hole."""
 
     def __init__(self, folder: Path = TEMPLATES) -> None:
+        # Imported here, since a run that finds everything up to date renders nothing.
+        from jinja2 import StrictUndefined
+        from jinja2.bccache import FileSystemBytecodeCache
+        from jinja2.loaders import FileSystemLoader
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
         self.env = ImmutableSandboxedEnvironment(
             loader=FileSystemLoader(folder),
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=True,
+            auto_reload=False,
+            bytecode_cache=FileSystemBytecodeCache(str(cache)) if (cache := _template_cache()) else None,
         )
         self.env.filters |= {"ident": ident, "lit": lit, "doc": doc, "comment": comment, "wrap": wrap}
         self.env.filters["cpp_comment"] = cpp_comment
 
     def render(self, template: str, **view: Any) -> str:
         return self.env.get_template(template).render(**view)
+
+
+def _template_cache() -> Path | None:
+    """Where compiled templates are kept, since compiling takes as long as rendering; None if there is no place."""
+    folder = cache_folder() / "templates"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def header(source: str, explain: str) -> str:
@@ -117,8 +133,15 @@ def format_python(outputs: Iterable[Output]) -> list[Output]:
 _FORMATTER_OPTIONS = ("--isolated", "--no-cache", "--quiet", "--target-version=py311")
 
 
+def _formatter() -> Path:
+    """The formatter that was installed with this package."""
+    name = "ruff.exe" if os.name == "nt" else "ruff"
+    beside = Path(sys.executable).with_name(name)
+    return beside if beside.is_file() else Path(sysconfig.get_path("scripts"), name)
+
+
 def _run_formatter(folder: Path) -> None:
-    ruff = Path(sysconfig.get_path("scripts"), "ruff" + sysconfig.get_config_var("EXE"))
+    ruff = _formatter()
     line = f"line-length={LINE_LENGTH}"
     # Triton is named because a file in kernels/triton would count it as its own package.
     isort = 'lint.isort={known-first-party=["sageLLM"], known-third-party=["triton"]}'

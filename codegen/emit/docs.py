@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -10,11 +10,13 @@ from pydantic.fields import FieldInfo
 from sageLLM.codegen.contents import Row
 from sageLLM.codegen.expr.check import FORMS, REDUCTIONS, UNARY
 from sageLLM.codegen.load import SCHEMAS
-from sageLLM.codegen.model.layout import ModelDef, WeightDef
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output
 from sageLLM.codegen.writer import MARK
+
+if TYPE_CHECKING:
+    from sageLLM.codegen.model.layout import ModelDef, WeightDef
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def emit_op_page(ops: Sequence[OpDef], uses: Mapping[str, Uses]) -> list[Output]
     return [_page(f"docs/ops/{stem}.md", f"Ops: {stem}", ops[0].entry.doc.file, parts, [op.ref for op in ops])]
 
 
-def emit_model_page(model: ModelDef) -> list[Output]:
+def emit_model_page(model: "ModelDef") -> list[Output]:
     """`docs/models/llama.md`."""
     path, title = f"docs/models/{model.name}.md", f"Model: {model.name}"
     return [_page(path, title, model.entry.doc.file, [model_section(model)], [model.entry.ref])]
@@ -118,7 +120,7 @@ def _attr_row(attr: Attr) -> tuple[str, ...]:
 # models
 
 
-def model_section(model: ModelDef) -> str:
+def model_section(model: "ModelDef") -> str:
     """Config, weights and blocks of a layout."""
     names = [
         (_code(c.name), _code(", ".join(c.keys)) if c.keys else _code(str(c.value)), c.python_type, c.doc)
@@ -135,11 +137,11 @@ def model_section(model: ModelDef) -> str:
     return "\n\n".join(parts)
 
 
-def _all_weights(model: ModelDef) -> list[WeightDef]:
+def _all_weights(model: "ModelDef") -> "list[WeightDef]":
     return [*model.weights, *(weight for block in model.blocks.values() for weight in block.weights)]
 
 
-def _weight_row(weight: WeightDef) -> tuple[str, ...]:
+def _weight_row(weight: "WeightDef") -> tuple[str, ...]:
     name = f"{weight.block}.{weight.name}" if weight.block else weight.name
     shape = f"[{', '.join(map(str, weight.dims))}]"
     condition = f" (when {weight.when.source})" if weight.when else ""
@@ -159,7 +161,7 @@ def _language_page(specs: Specs) -> Output:
     ]
     parts += ["## The compute language", _compute_language()]
     for name, schema in SCHEMAS.items():
-        parts += [f"## `schema: {name}`", *_schema_parts(schema, set())]
+        parts += [f"## `schema: {name}`", *_schema_parts(schema.load(), set())]
     parts += ["## Dims", table(("dim", "meaning"), [(_code(n), entry.spec) for n, entry in specs.raw.dims.items()])]
     return _page("docs/spec-language.md", "The spec language", "codegen/schema", parts)
 

@@ -16,6 +16,6 @@ def emit_schemas(specs: Specs) -> list[Output]:
 
 
 def _text(name: str) -> str:
-    schema = SCHEMAS[name].model_json_schema(by_alias=True)
+    schema = SCHEMAS[name].load().model_json_schema(by_alias=True)
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$comment": f"Code {MARK}. DO NOT EDIT."}
     return json.dumps(about | schema, indent=1, ensure_ascii=True) + "\n"

@@ -38,8 +38,8 @@ class BlockLinker:
 
     def link(self, name: str, block: FlatBlock, around: Surroundings) -> BlockDef | None:
         before = len(self.sink.diagnostics)
-        taken = {*around.ops, *FUNCTIONS, self.layout}
-        if not is_value_name(name) or name in taken or name.upper() in self.raw.dims:
+        is_taken = name in around.ops or name in FUNCTIONS or name == self.layout
+        if not is_value_name(name) or is_taken or name.upper() in self.raw.dims:
             message = (
                 f"a block name must be lower case and must not repeat the name of an op, dim or layout, got '{name}'"
             )

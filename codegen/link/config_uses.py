@@ -6,6 +6,7 @@ The texts are searched by pattern before they are linked, because the type of a 
 import re
 from collections.abc import Iterable
 
+from sageLLM.codegen.facts import words_of
 from sageLLM.codegen.link.config import REQUIRED_NAMES
 from sageLLM.codegen.link.flatten import FlatLine, FlatModel, FlatRepeat, conditions, plain_lines
 from sageLLM.codegen.link.sizes import size_texts
@@ -19,7 +20,7 @@ _ATTR_NAME = re.compile(r"\b\w+\s*=(?!=)")
 
 def size_names(flat: FlatModel) -> set[str]:
     """Config names that must be at least 1: those in shapes, and those that the runtime requires."""
-    return _names_in(_size_texts(flat)) | set(REQUIRED_NAMES)
+    return words_of(_size_texts(flat)) | set(REQUIRED_NAMES)
 
 
 def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
@@ -35,7 +36,7 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
         texts += [place.value for place in conditions(body)]
     for entry in passes:
         texts += entry.spec.expect
-    return _names_in(texts)
+    return words_of(texts)
 
 
 def _size_texts(flat: FlatModel) -> list[str]:
@@ -56,10 +57,6 @@ def _all_weights(flat: FlatModel) -> Iterable[WeightSpec]:
     yield from (place.value for place in flat.weights.values())
     for block in flat.blocks.values():
         yield from (place.value for place in block.weights.values())
-
-
-def _names_in(texts: Iterable[str]) -> set[str]:
-    return {word for text in texts for word in re.findall(r"[A-Za-z]\w*", text)}
 
 
 def _default_of(field: ConfigField) -> list[str]:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.facts import ARCHITECTURE
 from sageLLM.codegen.link.blocks import BlockLinker, attends
 from sageLLM.codegen.link.config import check_own_names_are_read, link_checks, link_config
 from sageLLM.codegen.link.config_uses import names_read, size_names
 from sageLLM.codegen.link.engine_inputs import EngineInputLinker, EngineInputs
 from sageLLM.codegen.link.flatten import FlatModel, flatten
+from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.program import ProgramLinker
 from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings
 from sageLLM.codegen.link.weights import WeightLinker, link_weights
@@ -31,7 +33,6 @@ from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.schema.models import ModelFile
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
-_ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
 _IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
 
 
@@ -40,19 +41,23 @@ def link_models(
 ) -> dict[str, ModelDef]:
     """All layouts by name, or those in `names`. Findings go to the sink; a layout with findings is left out."""
     _check_architectures(raw, sink)
-    linked: dict[str, ModelDef] = {}
-    for name in raw.models if names is None else names:
-        entry, own = raw.models[name], Sink()
-        if not _is_name(name):
-            help = "use lower-case letters, digits and `_`, at most 32 characters"
-            own.error("SAGE204", f"expected a layout name, got '{name}'", entry.span("model"), help)
-        flat = flatten(entry, raw.models, own)
-        model = ModelLinker(flat, raw, ops, own).link() if flat is not None else None
-        for found in own.diagnostics:
-            sink.error(found.code, found.message, found.span, found.help, found.related)
-        if model is not None and not own.diagnostics:
-            linked[name] = model
-    return linked
+    views: dict[str, OpDef] = {}
+    chosen = raw.models if names is None else names
+    found = {name: link_model(name, raw, Interfaces(ops, views), sink) for name in chosen}
+    return {name: model for name, model in found.items() if model is not None}
+
+
+def link_model(name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDef | None:
+    """One layout. Reads the vocabulary, its own and its base's entry, and the names in the expectations of passes."""
+    entry, own = raw.models[name], Sink()
+    if not _is_name(name):
+        help = "use lower-case letters, digits and `_`, at most 32 characters"
+        own.error("SAGE204", f"expected a layout name, got '{name}'", entry.span("model"), help)
+    flat = flatten(entry, raw.models, own)
+    model = ModelLinker(flat, raw, ops, own).link() if flat is not None else None
+    for found in own.diagnostics:
+        sink.error(found.code, found.message, found.span, found.help, found.related)
+    return model if not own.diagnostics else None
 
 
 def _is_name(name: str) -> bool:
@@ -60,11 +65,12 @@ def _is_name(name: str) -> bool:
 
 
 def _check_architectures(raw: RawSpecs, sink: Sink) -> None:
+    """Every architecture has one layout."""
     owners: dict[str, Entry[ModelFile]] = {}
     for entry in raw.models.values():
         for i, architecture in enumerate(entry.spec.hf.architectures):
             span = entry.span("hf", "architectures", i)
-            if not _ARCHITECTURE.match(architecture):
+            if not ARCHITECTURE.match(architecture):
                 message = f"expected the name of an architecture, got '{architecture}'"
                 sink.error("SAGE204", message, span, "use letters, digits and `_`")
             if architecture in owners:
@@ -80,7 +86,7 @@ class ModelLinker:
 
     flat: FlatModel
     raw: RawSpecs
-    ops: Mapping[str, OpDef]
+    ops: Interfaces
     sink: Sink
 
     def link(self) -> ModelDef | None:

@@ -23,7 +23,7 @@ from sageLLM.codegen.expr.types import DIM_NAME, DTYPES, ValueType, parse_type, 
 from sageLLM.codegen.link.calls import fused_cost, link_calls
 from sageLLM.codegen.link.hooks import link_reference
 from sageLLM.codegen.link.templates import link_triton
-from sageLLM.codegen.load import Entry, RawSpecs
+from sageLLM.codegen.load import Entry, RawSpecs, fused_names
 from sageLLM.codegen.model.op import Attr, Call, Condition, Cost, OpDef, Operand, Reference, Rule
 from sageLLM.codegen.schema.ops import AttrSpec, InputSpec, KernelSpec, OpSpec
 
@@ -43,24 +43,18 @@ def link_ops(raw: RawSpecs, sink: Sink) -> dict[str, OpDef]:
     linked: dict[str, OpDef] = {}
     waiting = dict(raw.ops)
     while waiting:
-        ready = [name for name, entry in waiting.items() if not _callees(entry) & waiting.keys()]
+        ready = [name for name, entry in waiting.items() if not fused_names(entry) & waiting.keys()]
         if not ready:
             _report_cycle(waiting, sink)
             break
         for name in ready:
             entry = waiting.pop(name)
-            if (_callees(entry) & raw.ops.keys()) - linked.keys():
+            if (fused_names(entry) & raw.ops.keys()) - linked.keys():
                 continue  # a called op has findings
             op = OpLinker(entry, raw, linked, sink).link()
             if op is not None:
                 linked[name] = op
     return {name: linked[name] for name in raw.ops if name in linked}
-
-
-def _callees(entry: Entry[OpSpec]) -> set[str]:
-    """The ops called in `fuses`. A line that does not parse calls none; it is refused when it is linked."""
-    names = {line.partition("=")[2].partition("(")[0].strip() for line in entry.spec.fuses or []}
-    return names - {entry.name}
 
 
 def _report_cycle(waiting: Mapping[str, Entry[OpSpec]], sink: Sink) -> None:

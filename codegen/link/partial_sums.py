@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sageLLM.codegen.expr.partial_sums import NotLinear, PartialSumChecker, SumState
-from sageLLM.codegen.expr.size import LEADING, Size
+from sageLLM.codegen.expr.size import LEADING, Size, formula
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.operands import Match
 from sageLLM.codegen.model.op import OpDef, Operand
@@ -28,11 +28,17 @@ Arguments = Mapping[str, Argument]
 
 
 def result_states(
-    op: OpDef, arguments: Arguments, dims: Mapping[str, Size], divides: frozenset[str], ops: Mapping[str, OpDef]
+    op: OpDef,
+    arguments: Arguments,
+    dims: Mapping[str, Size],
+    divides: frozenset[str],
+    ops: Mapping[str, OpDef],
+    divided: dict[str, bool] | None = None,
 ) -> tuple[SumState, ...]:
     """The state of each result on one rank; `dims` are the op's dim attrs, `divides` the sizes divided over ranks.
 
-    Raises NotLinear where a rank's results would be neither its shard of the result nor a summand of it.
+    Raises NotLinear where a rank's results would be neither its shard of the result nor a summand of it. Records in
+    `divided` which sizes of the op the result depends on, and whether ranks divide them.
     """
     match_ = Match(op, dict(dims))
     for operand in op.inputs:
@@ -41,13 +47,37 @@ def result_states(
 
     def is_divided(size: Size) -> bool:
         bound = match_.leading or () if size == LEADING else (size.substitute(match_.dims),)
-        return any(set(dim.symbols) & divides for dim in bound)
+        is_shared = any(set(dim.symbols) & divides for dim in bound)
+        if divided is not None:
+            divided[formula(size)] = is_shared
+        return is_shared
 
     if op.program is not None:
         return _of_program(op, arguments, is_divided)
     if op.fuses:
         return _of_calls(op, arguments, match_, divides, ops)
     return _of_reference(op, arguments, is_divided)
+
+
+def known_states(
+    op: OpDef, states: Mapping[str, tuple[str, bool]], divided: Mapping[str, bool]
+) -> tuple[SumState, ...] | None:
+    """What `result_states` returns now for arguments that it was called with before, or None if it would refuse them.
+
+    `states` are the state and the certainty of each argument, `divided` is what that call recorded. Also None for a
+    fused op, whose states follow from those of the ops that it calls.
+    """
+    arguments = {name: Argument(_ANY_TYPE, SumState(state), is_certain) for name, (state, is_certain) in states.items()}
+    if op.fuses:
+        return None
+    of_op = _of_program if op.program is not None else _of_reference
+    try:
+        return of_op(op, arguments, lambda size: divided[formula(size)])
+    except (NotLinear, KeyError):
+        return None
+
+
+_ANY_TYPE = ValueType("", ())
 
 
 def _of_program(op: OpDef, arguments: Arguments, is_divided: Callable[[Size], bool]) -> tuple[SumState, ...]:

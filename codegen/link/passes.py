@@ -7,6 +7,7 @@ from dataclasses import replace
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.link.expectations import link_expectations
+from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.pass_ops import check_pass_names
 from sageLLM.codegen.link.rule_checks import check_rules, find_cycle
 from sageLLM.codegen.link.rule_conditions import link_conditions
@@ -17,10 +18,13 @@ from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
 from sageLLM.codegen.schema.passes import PassSpec, RuleSpec
 
 
-def link_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> dict[str, PassDef]:
-    """All passes in the order of the pipeline; findings go to the sink."""
+def link_passes(raw: RawSpecs, ops: Interfaces, sink: Sink) -> dict[str, PassDef]:
+    """All passes in the order of the pipeline; findings go to the sink.
+
+    Reads the passes and their stages, the op types, the config names of models, and the `rule` of every op's entry.
+    """
     linked = {name: _link_pass(entry, raw, ops, sink) for name, entry in raw.passes.items()}
-    _check_rule_passes(raw, ops, sink)
+    _check_rule_passes(raw, sink)
     passes = {name: linked[name] for name in _pipeline(raw, sink) if name in linked}
     check_rules(list(passes.values()), sink)
     return passes
@@ -191,19 +195,18 @@ def _check_connected(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
             sink.error("SAGE312", message, entry.span(*rule.path, "match", i), "matching starts at the last line")
 
 
-def _check_rule_passes(raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink) -> None:
+def _check_rule_passes(raw: RawSpecs, sink: Sink) -> None:
     """Reports rules of ops that the named pass does not list."""
-    for op in ops.values():
-        if op.rule is None:
+    for name, entry in raw.ops.items():
+        if entry.spec.rule is None:
             continue
-        one = raw.passes.get(op.rule.pass_)
+        pass_, span = entry.spec.rule.pass_, entry.span("rule", "pass")
+        one = raw.passes.get(pass_)
         if one is None:
-            sink.error(
-                "SAGE315", f"unknown pass '{op.rule.pass_}'", op.rule.span, did_you_mean(op.rule.pass_, raw.passes)
-            )
-        elif op.name not in [rule.from_op for rule in one.spec.rules]:
-            help = f"add `{{from_op: {op.name}}}` to its rules"
-            sink.error("SAGE315", f"the pass '{one.name}' must list '{op.name}'", op.rule.span, help)
+            sink.error("SAGE315", f"unknown pass '{pass_}'", span, did_you_mean(pass_, raw.passes))
+        elif name not in [rule.from_op for rule in one.spec.rules]:
+            help = f"add `{{from_op: {name}}}` to its rules"
+            sink.error("SAGE315", f"the pass '{pass_}' must list '{name}'", span, help)
 
 
 # order

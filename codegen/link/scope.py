@@ -13,6 +13,7 @@ from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.conditions import Index, expression_text, link_condition
 from sageLLM.codegen.link.expressions import Names, compile_expression, kind_of
 from sageLLM.codegen.link.flatten import Placed
+from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.operands import Match
 from sageLLM.codegen.link.sizes import link_size
 from sageLLM.codegen.model.layout import BlockDef, Condition, ConfigName, InputDef, Phase, WeightDef
@@ -75,7 +76,7 @@ class Value:
 class Surroundings:
     """Everything outside a body that the statements of one layout may refer to."""
 
-    ops: Mapping[str, OpDef]
+    ops: Interfaces
     config: Mapping[str, ConfigName]
     inputs: Mapping[str, InputDef]
     attend: Mapping[Phase, OpDef]

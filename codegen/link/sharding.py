@@ -6,7 +6,7 @@ from typing import Literal
 
 from sageLLM.codegen.expr.partial_sums import NotLinear, SumState
 from sageLLM.codegen.expr.syntax import Refused, Text
-from sageLLM.codegen.link.partial_sums import Argument, result_states
+from sageLLM.codegen.link.partial_sums import Argument
 from sageLLM.codegen.link.scope import Scope, Value, part_words
 from sageLLM.codegen.model.layout import OpCall, ShardDef, WeightDef
 from sageLLM.codegen.model.op import OpDef, Operand
@@ -50,7 +50,7 @@ def checked_states(
     arguments = _arguments(scope, linked)
     dims = scope.dim_attrs(text, linked.op, call)
     try:
-        return result_states(linked.op, arguments, dims, scope.around.divides, scope.around.ops)
+        return scope.around.ops.result_states(linked.op.name, arguments, dims, scope.around.divides)
     except NotLinear as problem:
         raise _refused(scope, text, linked, arguments, call, problem, reduce_) from None
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sageLLM.codegen.contents import Contents, EntryName
 from sageLLM.codegen.load import Entry, RawSpecs
-from sageLLM.codegen.model.layout import ModelDef
-from sageLLM.codegen.model.op import OpDef
-from sageLLM.codegen.model.rule import PassDef
 from sageLLM.codegen.render import Output
-from sageLLM.codegen.schema.hardware import HardwareFile
+
+if TYPE_CHECKING:  # a run that reaches no model need not import what models are made of
+    from sageLLM.codegen.model.layout import ModelDef
+    from sageLLM.codegen.model.op import OpDef
+    from sageLLM.codegen.model.rule import PassDef
+    from sageLLM.codegen.schema.hardware import HardwareFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +20,10 @@ class Specs:
     """Every op, model, pass and device by name, in spec order; `raw` refers back to the text."""
 
     raw: RawSpecs
-    ops: Mapping[str, OpDef]
-    models: Mapping[str, ModelDef]
-    passes: Mapping[str, PassDef]
-    hardware: Mapping[str, Entry[HardwareFile]]
+    ops: "Mapping[str, OpDef]"
+    models: "Mapping[str, ModelDef]"
+    passes: "Mapping[str, PassDef]"
+    hardware: "Mapping[str, Entry[HardwareFile]]"
 
     @property
     def is_overlay(self) -> bool:
@@ -43,12 +45,12 @@ class OwnSpecs:
     """The ops, models and devices that code is generated from, in spec order."""
 
     is_overlay: bool
-    ops: list[OpDef]
-    models: list[ModelDef]
-    devices: list[Entry[HardwareFile]]
+    ops: "list[OpDef]"
+    models: "list[ModelDef]"
+    devices: "list[Entry[HardwareFile]]"
 
     @property
-    def ops_by_stem(self) -> dict[str, list[OpDef]]:
+    def ops_by_stem(self) -> "dict[str, list[OpDef]]":
         """The ops by the spec file that they come from; its stem names the generated files."""
         found: dict[str, list[OpDef]] = {}
         for op in self.ops:

@@ -14,7 +14,8 @@ S = TypeVar("S", bound="Strict")
 class Strict(BaseModel):
     """A mapping with known fields only. Values are never converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    # A run validates few kinds of file, so each schema is built when it is first used.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, defer_build=True)
 
 
 def validate(schema: type[S], doc: Document, sink: Sink) -> S | None:

@@ -136,6 +136,7 @@ def test_generating_writes_its_output_and_runs_its_formatter_only(tmp_path: Path
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "TMPDIR": str(tmp_path),
+        "SAGELLM_CACHE_DIR": str(tmp_path / "cache"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run([sys.executable, "-c", AUDIT, str(out)], capture_output=True, text=True, check=True, env=env)

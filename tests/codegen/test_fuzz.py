@@ -10,6 +10,7 @@ import pytest
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import Sink, SpecErrors, render
+from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.models import link_models
 from sageLLM.codegen.link.ops import link_ops
 from sageLLM.codegen.link.passes import link_passes
@@ -102,7 +103,7 @@ def compile_with(victim: SpecFile, text: str, rng: random.Random) -> None:
     ops = ops_with(victim, raw, rng, sink)
     sink.raise_if_any()
     link_models(raw, ops, sink, layouts_with(victim, raw, rng))
-    link_passes(raw, ops, sink)
+    link_passes(raw, Interfaces(ops), sink)
     sink.raise_if_any()
 
 

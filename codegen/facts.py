@@ -1,0 +1,126 @@
+"""Facts about spec files that are kept between runs: which entries they define, and what an entry refers to.
+
+With them a run knows without parsing a file again what is in it, and which other entries a change reaches.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = ("dims", "op_types", "step_inputs")
+"""The kinds of entry that every op and model may name."""
+
+ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
+"""The names that a checkpoint's config.json may give its architecture."""
+
+
+def digest(value: Any) -> str:
+    """The digest of a JSON value. The order of keys counts, since that of spec entries does."""
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+def spec_paths(folder: Path) -> list[tuple[str, Path]]:
+    """The YAML files of a spec folder in order, each with the name that diagnostics and headers use for it."""
+    found = [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.yaml")]
+    root = folder.resolve().name
+    return [(f"{root}/{name}", path) for name, path in sorted(found)]
+
+
+def words_of(texts: Iterable[str]) -> set[str]:
+    """The names in texts."""
+    return {word for text in texts for word in re.findall(r"[A-Za-z]\w*", text)}
+
+
+class Undeclared(Exception):
+    """Something was read that the reader had not declared, so that only a run from scratch is surely right."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFacts:
+    """One entry: its kind (a field of RawSpecs), a digest of its data, and the names in it that others ask for."""
+
+    kind: str
+    name: str
+    file: str
+    digest: str
+    names: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """One spec file: a digest of its bytes, and its entries in order."""
+
+    digest: str
+    entries: tuple[EntryFacts, ...]
+
+    def to_json(self) -> list[Any]:
+        return [self.digest, [[one.kind, one.name, one.digest, one.names] for one in self.entries]]
+
+    @classmethod
+    def from_json(cls, file: str, data: list[Any]) -> "FileFacts":
+        entries = (EntryFacts(kind, name, file, digest, names) for kind, name, digest, names in data[1])
+        return cls(data[0], tuple(entries))
+
+
+@dataclass(frozen=True)
+class SpecFacts:
+    """The facts of all files of a run; `base` names the files of the package where an overlay is generated."""
+
+    files: Mapping[str, FileFacts]
+    base: frozenset[str]
+
+    def __iter__(self) -> Iterator[EntryFacts]:
+        for file in self.files.values():
+            yield from file.entries
+
+    @cached_property
+    def tables(self) -> Mapping[str, Mapping[str, EntryFacts]]:
+        """The entries by kind and name, in spec order."""
+        tables: dict[str, dict[str, EntryFacts]] = {}
+        for entry in self:
+            tables.setdefault(entry.kind, {})[entry.name] = entry
+        return tables
+
+    def table(self, kind: str) -> Mapping[str, EntryFacts]:
+        return self.tables.get(kind, {})
+
+    def own(self, kind: str) -> list[EntryFacts]:
+        """The entries that code is generated from."""
+        return [entry for entry in self.table(kind).values() if entry.file not in self.base]
+
+    @property
+    def is_overlay(self) -> bool:
+        return bool(self.base)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """A digest of the dims, op types and step inputs."""
+        return self.digest_of(*VOCABULARY)
+
+    def digest_of(self, *kinds: str) -> str:
+        """A digest of all entries of some kinds."""
+        return digest([[kind, one.name, one.file, one.digest] for kind in kinds for one in self.table(kind).values()])
+
+    @cached_property
+    def repeated_names(self) -> list[str]:
+        """Names that two entries of a kind have."""
+        seen: set[tuple[str, str]] = set()
+        repeated = []
+        for entry in self:
+            repeated += [entry.name] if (entry.kind, entry.name) in seen else []
+            seen.add((entry.kind, entry.name))
+        return repeated
+
+
+def read_files(folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
+    """Path and digest of every spec file, by its display name."""
+    return {
+        name: (path, hashlib.sha256(path.read_bytes()).hexdigest()[:32])
+        for folder in folders
+        for name, path in spec_paths(folder)
+    }

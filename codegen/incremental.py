@@ -1,0 +1,290 @@
+"""Brings a generated tree up to date after a change: links, renders and formats only what the change can reach.
+
+Files that are made together are a unit: those of an ops file, of a model, of all passes. The key of a unit is a digest
+of all that its emitters can read, since they are given nothing else. Where key and files are as the last run left them,
+the unit is skipped. An op, a model or the passes that linked without findings do so again while their own keys hold.
+
+A finding, or a read of something that no key covers, ends such a run; the caller then starts again from scratch.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from sageLLM.codegen.contents import Contents, EntryName, Row
+from sageLLM.codegen.diagnostics import Sink
+from sageLLM.codegen.emit import (
+    emit_device,
+    emit_model,
+    emit_op_docs,
+    emit_op_modules,
+    emit_pass_modules,
+    emit_support,
+    emit_tables,
+)
+from sageLLM.codegen.facts import ARCHITECTURE, VOCABULARY, EntryFacts, Undeclared, digest
+from sageLLM.codegen.link.interfaces import Interfaces, has_same_results, interface_digest
+from sageLLM.codegen.link.linked import LinkedOps, Only
+from sageLLM.codegen.load import RawSpecs
+from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer
+from sageLLM.codegen.spec_files import SpecFiles
+from sageLLM.codegen.state import LinkRecord, State, UnitRecord
+
+NOTHING: Only[Any] = Only({}, ())
+Emit = Callable[[], list[Output]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A unit that was rendered again, and its key."""
+
+    key: str
+    files: list[Output]
+
+
+class Incremental:
+    """One run. `units` are all units in spec order, those that still hold as they were recorded.
+
+    `is_intact` says whether the files of a unit are as the last run left them.
+    """
+
+    def __init__(self, files: SpecFiles, old: State, is_intact: Callable[[UnitRecord], bool]) -> None:
+        self.facts, self.raw = files.facts, files.raw
+        self.old, self.is_intact = old, is_intact
+        self.units: dict[str, UnitRecord | Rendered] = {}
+        self.links: dict[str, LinkRecord] = {}
+        self.sink = Sink()
+        self.vocabulary = self.raw.vocabulary()
+        fused = {op.name: op.names["fuses"] for op in self.facts.table("ops").values()}
+        self.ops = LinkedOps(self.raw, fused, self.sink)
+        self._views: dict[str, OpDef] = {}
+        self._meanings: dict[str, str] = {}
+        self._interfaces: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Goes through all units; raises SpecErrors or Undeclared where only a run from scratch can tell the result."""
+        self._check_names()
+        for name in self.ops:
+            self.interface(name)
+        for stem, names in self._op_files.items():
+            self._op_modules(stem, names)
+        for model in self.facts.table("models").values():
+            self._model(model)
+        self._passes()
+        for device in self.facts.own("hardware"):
+            key = digest([device.file, device.digest])
+            self._unit(f"device {device.name}", key, partial(self._device, device.name))
+        for stem, names in self._op_files.items():
+            self._op_docs(stem, names)
+        key = digest([self.facts.vocabulary, self.facts.is_overlay])
+        self._unit("support", key, lambda: emit_support(self._specs(), self._renderer))
+        self._tables()
+
+    @cached_property
+    def outline(self) -> RawSpecs:
+        """Other models, ops and passes as far as facts tell, which is all that linking one of them may read."""
+        from sageLLM.codegen.spec_files import outline
+
+        return outline(self.facts)
+
+    @property
+    def op_records(self) -> dict[str, tuple[str, str]]:
+        return {name: (self.meaning(name), self.interface(name)) for name in self.ops}
+
+    # ops
+
+    def meaning(self, name: str) -> str:
+        """A digest of all that an op is linked from: its entry, those of the ops that it fuses, and the vocabulary."""
+        if name not in self._meanings:
+            self._meanings[name] = ""  # of an op that is made of itself; linking it is refused
+            op = self.facts.table("ops")[name]
+            fused = [[callee, self._meaning_or_none(callee)] for callee in op.names["fuses"]]
+            self._meanings[name] = digest([op.file, op.digest, self.facts.vocabulary, fused])
+        return self._meanings[name]
+
+    def _meaning_or_none(self, name: str) -> str | None:
+        return self.meaning(name) if name in self.facts.table("ops") else None
+
+    def interface(self, name: str) -> str:
+        """A digest of what models and passes see of an op, which is linked unless it is known for this meaning."""
+        if name not in self._interfaces:
+            meaning, known = self.meaning(name), self.old.ops.get(name)
+            is_known = known is not None and known[0] == meaning
+            self._interfaces[name] = known[1] if known and is_known else interface_digest(self.ops[name])
+        return self._interfaces[name]
+
+    @cached_property
+    def _op_files(self) -> dict[str, list[str]]:
+        """The ops by the stem of their spec file, which names the generated files."""
+        found: dict[str, list[str]] = {}
+        for op in self.facts.own("ops"):
+            found.setdefault(EntryName(op.name, op.file).stem, []).append(op.name)
+        return found
+
+    def _op_modules(self, stem: str, names: list[str]) -> None:
+        reached = self._fused_by(names)
+        cpu = self.facts.table("hardware").get("cpu")
+        base = [name for name in reached if self._is_base(self.facts.table("ops")[name])]
+        meanings = [[name, self.meaning(name)] for name in names]
+        key = digest([meanings, base, self.facts.is_overlay, cpu.digest if cpu else None])
+        specs = self._specs(ops=Only(self.ops, reached), hardware=Only(self.raw.hardware, ["cpu"]))
+        self._unit(f"ops {stem}", key, lambda: emit_op_modules([self.ops[n] for n in names], specs, self._renderer))
+
+    def _fused_by(self, names: Iterable[str]) -> list[str]:
+        """The ops, and all that they are made of."""
+        table, pending = self.facts.table("ops"), list(names)
+        found: dict[str, None] = {}
+        while pending:
+            name = pending.pop()
+            if name not in found and name in table:
+                found[name] = None
+                pending += table[name].names["fuses"]
+        return sorted(found)
+
+    def _op_docs(self, stem: str, names: list[str]) -> None:
+        by_path = self._rows_by_path("model ", "passes")
+        rows = [row for rows in by_path.values() for row in rows if _mentions(row, set(names))]
+        key = digest([[[name, self.meaning(name)] for name in names], rows])
+        self._unit(f"docs {stem}", key, lambda: emit_op_docs([self.ops[name] for name in names], rows))
+
+    # models and passes
+
+    def _model(self, model: EntryFacts) -> None:
+        base = self.facts.table("models").get(model.names["extends"] or "")
+        words = [one.names["words"] for one in self.facts.table("passes").values()]
+        entries = [[one.name, one.file, one.digest] for one in (model, base) if one is not None]
+        key = digest([entries, model.names["extends"], self.facts.vocabulary, sorted({w for ws in words for w in ws})])
+        names = [model.name, model.names["extends"] or model.name]
+
+        def link(ops: Interfaces) -> list[Output]:
+            from sageLLM.codegen.link.models import link_model
+
+            raw = self._vocabulary_with(models=Only(self.raw.models, names), passes=self.outline.passes)
+            linked = link_model(model.name, raw, ops, self.sink)
+            self.sink.raise_if_any()
+            if linked is None or self._is_base(model):
+                return []
+            return emit_model(linked, self._specs(ops=ops), self._renderer)
+
+        self._linked_unit(f"model {model.name}", key, link)
+
+    def _passes(self) -> None:
+        models, ops = self.facts.table("models").values(), self.facts.table("ops").values()
+        passes = self.facts.table("passes").values()
+        key = digest(
+            [
+                self.facts.digest_of("passes", "pass_stages", "op_types"),
+                [self.facts.is_overlay, [one.name for one in passes if self._is_base(one)]],
+                [[model.name, model.names["extends"], model.names["config"]] for model in models],
+                [[op.name, op.names["rule"]] for op in ops if op.names["rule"] is not None],
+            ]
+        )
+
+        def link(ops: Interfaces) -> list[Output]:
+            from sageLLM.codegen.link.passes import link_passes
+
+            own, others = self.raw, self.outline
+            raw = self._vocabulary_with(
+                ops=others.ops, models=others.models, passes=own.passes, pass_stages=own.pass_stages
+            )
+            linked = link_passes(raw, ops, self.sink)
+            self.sink.raise_if_any()
+            return emit_pass_modules(self._specs(ops=ops, passes=linked), self._renderer)
+
+        self._linked_unit("passes", key, link)
+
+    def _linked_unit(self, name: str, key: str, link: Callable[[Interfaces], list[Output]]) -> None:
+        """A unit whose text depends on the interfaces that linking it reads, which are known once it was linked."""
+        old = self.old.links.get(name)
+        if old is not None and old.key == key and self._holds(old):
+            self.links[name] = old
+            if name.startswith("model ") and self._is_base(self.facts.table("models")[name.removeprefix("model ")]):
+                return
+            unit = self.old.units.get(name)
+            if unit is not None and unit.key == self._emission_key(old) and self.is_intact(unit):
+                self.units[name] = unit
+                return
+        ops = Interfaces(self.ops, self._views)
+        outputs = link(ops)
+        if ops.is_listed:
+            raise Undeclared(f"{name} depends on the names of all ops")
+        reads = {op: self.interface(op) if op in self.ops else None for op in sorted(ops.names)}
+        record = self.links[name] = LinkRecord(key, reads, tuple(ops.states))
+        self.units[name] = Rendered(self._emission_key(record), outputs)
+
+    def _holds(self, link: LinkRecord) -> bool:
+        """Whether all ops that were read have the same interfaces, and recorded calls the same result states."""
+        if any(seen != (self.interface(op) if op in self.ops else None) for op, seen in link.reads.items()):
+            return False
+        changed = {op for op in link.reads if op in self.ops and self.old.ops.get(op, ("",))[0] != self.meaning(op)}
+        return all(has_same_results(self.ops[call[0]], call) for call in link.states if call[0] in changed)
+
+    def _emission_key(self, link: LinkRecord) -> str:
+        table = self.facts.table("ops")
+        base = [op for op in link.reads if op in table and self._is_base(table[op])]
+        return digest([link.key, link.reads, base, self.facts.is_overlay])
+
+    # the rest
+
+    def _device(self, name: str) -> list[Output]:
+        return emit_device(self.raw.hardware[name], self._renderer)
+
+    def _tables(self) -> None:
+        names = {
+            kind: tuple(EntryName(entry.name, entry.file) for entry in self.facts.own(kind))
+            for kind in ("ops", "models", "hardware")
+        }
+        rows = self._rows_by_path("ops ")
+        contents = Contents(self.facts.is_overlay, names["ops"], names["models"], names["hardware"], rows)
+        key = digest([contents.is_overlay, {kind: [one.ref for one in names[kind]] for kind in names}, rows])
+        self._unit("tables", key, lambda: emit_tables(contents, self._renderer))
+
+    def _unit(self, name: str, key: str, emit: Emit) -> None:
+        """Keeps a unit if its key and its files are as they were, else renders it."""
+        old = self.old.units.get(name)
+        if old is not None and old.key == key and self.is_intact(old):
+            self.units[name] = old
+            return
+        outputs = emit()
+        self.sink.raise_if_any()
+        self.units[name] = Rendered(key, outputs)
+
+    def _rows_by_path(self, *prefixes: str) -> dict[str, tuple[Row, ...]]:
+        """The rows of the files of some units, in spec order."""
+        units = [unit for name, unit in self.units.items() if name.startswith(prefixes)]
+        return {file.path: file.rows for unit in units for file in unit.files if file.rows}
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer()
+
+    def _is_base(self, entry: EntryFacts) -> bool:
+        return entry.file in self.facts.base
+
+    def _vocabulary_with(self, **tables: Mapping[str, Any]) -> RawSpecs:
+        words = {kind: getattr(self.raw, kind) for kind in VOCABULARY}
+        return RawSpecs(**words, **tables, base_files=self.facts.base)
+
+    def _specs(
+        self,
+        ops: Mapping[str, OpDef] = NOTHING,
+        passes: Mapping[str, Any] = NOTHING,
+        hardware: Mapping[str, Any] = NOTHING,
+    ) -> Specs:
+        """Specs with what an emitter has declared to read, and nothing else."""
+        return Specs(self.vocabulary, ops, NOTHING, passes, hardware)
+
+    def _check_names(self) -> None:
+        """What linking checks over all files, on the facts alone: names, and the architectures of models."""
+        architectures = [name for model in self.facts.table("models").values() for name in model.names["architectures"]]
+        if self.facts.repeated_names or len(set(architectures)) < len(architectures):
+            raise Undeclared("a name is defined twice")
+        if not all(ARCHITECTURE.match(name) for name in architectures):
+            raise Undeclared("not a name of an architecture")
+
+
+def _mentions(row: Row, ops: set[str]) -> bool:
+    return not ops.isdisjoint([row.get("op"), *row.get("consumes", ()), *row.get("produces", ())])

@@ -1,0 +1,170 @@
+"""What a run leaves for the next one, in `.cache` of the generated tree: digests of all that its files were made from.
+
+The state only lets work be skipped. It is trusted as far as its digests agree with the specs, the generator and the
+tree; without it, or with a damaged one, everything is generated again. It is not part of the tree: `generate --check`
+never reads it, and git ignores it.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sageLLM.codegen.contents import Row
+from sageLLM.codegen.facts import FileFacts
+
+FOLDER = ".cache"
+FILE = "generate.json"
+TOOLS = ("jinja2", "markupsafe", "pydantic", "pydantic-core", "pyyaml", "ruff")
+"""The packages that generated text depends on."""
+
+Reads = Mapping[str, str | None]
+"""The ops that were looked up by name, each with a digest of its interface, or None if there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One generated file: digests of its text before and after formatting, its entries and its rows for tables."""
+
+    path: str
+    entries: tuple[str, ...]
+    inputs: str
+    output: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRecord:
+    """Files that are generated together, and a digest of all that they were made from."""
+
+    key: str
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRecord:
+    """A model, or all passes, linked without findings: its own digest, and what it read of ops.
+
+    `states` are the calls of ops for which states on a rank were derived, see `link.interfaces.Interfaces`.
+    """
+
+    key: str
+    reads: Reads
+    states: tuple[Any, ...] = ()
+
+
+@dataclass(slots=True)
+class State:
+    """All records of a tree."""
+
+    generator: str = ""
+    formatter: str = ""
+    base: tuple[str, ...] = ()
+    files: dict[str, FileFacts] = field(default_factory=dict)
+    ops: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Digests of each op's meaning and of its interface."""
+    links: dict[str, LinkRecord] = field(default_factory=dict)
+    units: dict[str, UnitRecord] = field(default_factory=dict)
+    manifest: str = ""
+
+    @property
+    def outputs(self) -> dict[str, FileRecord]:
+        return {file.path: file for unit in self.units.values() for file in unit.files}
+
+
+def load_state(out: Path) -> State:
+    """The state of the tree at `out`; an empty one if it is missing or damaged."""
+    try:
+        return _from_json(json.loads((out / FOLDER / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return State()
+
+
+def save_state(state: State, out: Path) -> None:
+    """Leaves the state in the tree. Where that is not possible the next run starts from nothing, which is no error."""
+    folder = out / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+        draft = folder / f"{FILE}.{os.getpid()}"
+        draft.write_text(json.dumps(_to_json(state), separators=(",", ":")), encoding="utf-8")
+        draft.replace(folder / FILE)
+    except OSError:
+        return
+
+
+def _to_json(state: State) -> dict[str, Any]:
+    return {
+        "generator": state.generator,
+        "formatter": state.formatter,
+        "base": state.base,
+        "files": {name: facts.to_json() for name, facts in state.files.items()},
+        "ops": state.ops,
+        "links": {name: [link.key, link.reads, link.states] for name, link in state.links.items()},
+        "units": {
+            name: [unit.key, [[f.path, f.entries, f.inputs, f.output, f.rows] for f in unit.files]]
+            for name, unit in state.units.items()
+        },
+        "manifest": state.manifest,
+    }
+
+
+def _from_json(data: dict[str, Any]) -> State:
+    return State(
+        generator=data["generator"],
+        formatter=data["formatter"],
+        base=tuple(data["base"]),
+        files={name: FileFacts.from_json(name, facts) for name, facts in data["files"].items()},
+        ops={name: (meaning, interface) for name, (meaning, interface) in data["ops"].items()},
+        links={name: LinkRecord(key, reads, tuple(states)) for name, (key, reads, states) in data["links"].items()},
+        units={
+            name: UnitRecord(
+                key, tuple(FileRecord(path, tuple(e), raw, done, tuple(rows)) for path, e, raw, done, rows in files)
+            )
+            for name, (key, files) in data["units"].items()
+        },
+        manifest=data["manifest"],
+    )
+
+
+def generator_key(package: Path) -> str:
+    """A digest of the generator: its sources, its templates, and the versions of the tools that it uses."""
+    seen = hashlib.sha256(repr((sys.version_info, [_version(name) for name in TOOLS])).encode())
+    for folder, pattern in (("codegen", "*.py"), ("templates", "*.jinja")):
+        for path in sorted((package / folder).rglob(pattern)):
+            text = path.read_bytes()
+            seen.update(f"{path.relative_to(package).as_posix()} {len(text)}\n".encode() + text)
+    return seen.hexdigest()[:32]
+
+
+def formatter_key() -> str:
+    """The version of the formatter, whose result is kept as long as the unformatted text is the same."""
+    return _version("ruff")
+
+
+def _version(name: str) -> str:
+    """The installed version, by the name of the folder that describes it: asking importlib takes ten times longer."""
+    places = [Path(place) for place in sys.path if place.endswith("-packages")]
+    found = [path.name for place in places for path in place.glob(f"{name.replace('-', '_')}-*.dist-info")]
+    return found[0] if len(found) == 1 else _version_by_import(name)
+
+
+def _version_by_import(name: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def cache_folder() -> Path:
+    """SAGELLM_CACHE_DIR, else sagellm below XDG_CACHE_HOME or ~/.cache: the user's own cache, which is trusted."""
+    if chosen := os.environ.get("SAGELLM_CACHE_DIR"):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "sagellm"

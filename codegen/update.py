@@ -1,0 +1,144 @@
+"""Updates a generated tree: nothing at all if nothing changed, else what `codegen.incremental` finds to be reached.
+
+The modules that link and render are imported only if something changed, since importing them takes longer than finding
+out that nothing did.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sageLLM.codegen.facts import Undeclared, read_files
+from sageLLM.codegen.render import Output, format_python
+from sageLLM.codegen.state import FileRecord, State, UnitRecord, formatter_key, generator_key, load_state, save_state
+from sageLLM.codegen.writer import (
+    MANIFEST,
+    ManifestLine,
+    Tree,
+    Written,
+    generated_files,
+    manifest_of,
+    refuse_twice,
+    replace_files,
+    text_digest,
+)
+
+if TYPE_CHECKING:
+    from sageLLM.codegen.expectations import Count
+    from sageLLM.codegen.incremental import Incremental
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def update(folders: Sequence[Path], out: Path, package_out: Path, count: "Count | None" = None) -> Written:
+    """Brings the tree at `out` up to date with the spec folders, of which the first is the package's.
+
+    With `count`, expectations are checked where code changed that counts depend on. What is known of the package's own
+    entries, for an overlay, comes from the state of `package_out`. Raises SpecErrors or Undeclared where only a run
+    from scratch can tell the result; the tree is then as it was.
+    """
+    groups = [read_files([folder]) for folder in folders]
+    if not all(groups):
+        raise Undeclared("a spec folder holds no .yaml file")
+    files = {name: file for group in groups for name, file in group.items()}
+    if len(files) < sum(map(len, groups)):
+        raise Undeclared("two spec folders have the same name")
+    base = frozenset(groups[0] if len(groups) > 1 else ())
+    tree, state, generator = Tree(out), load_state(out), generator_key(PACKAGE)
+    if state.generator == generator and _is_up_to_date(state, files, base, tree):
+        return Written((), (), len(state.outputs) + 1)
+    from sageLLM.codegen.incremental import Incremental
+    from sageLLM.codegen.spec_files import SpecFiles
+
+    old = _known(state, generator, package_out if base else None)
+    run = Incremental(SpecFiles(files, base, old.files), old, lambda unit: _is_intact(unit, tree))
+    run.run()
+    # The formatter does not depend on the generator: its results hold after a change of a template, too.
+    formatted = state.outputs if state.formatter == formatter_key() else {}
+    return _finish(run, generator, formatted, tree, count)
+
+
+def _known(state: State, generator: str, package_out: Path | None) -> State:
+    """What still tells something: all of a state of this generator, else of an overlay what its package's state has."""
+    if state.generator == generator:
+        return state
+    package = load_state(package_out) if package_out is not None else State()
+    return (
+        State(files=package.files, ops=package.ops, links=package.links) if package.generator == generator else State()
+    )
+
+
+def _is_up_to_date(state: State, files: Mapping[str, tuple[Path, str]], base: frozenset[str], tree: Tree) -> bool:
+    seen = [(name, digest) for name, (_, digest) in files.items()]
+    if [(name, facts.digest) for name, facts in state.files.items()] != seen or frozenset(state.base) != base:
+        return False
+    are_intact = all(_is_intact(unit, tree) for unit in state.units.values()) and tree.holds(MANIFEST, state.manifest)
+    return are_intact and generated_files(tree.out) == {*state.outputs, MANIFEST}
+
+
+def _is_intact(unit: UnitRecord, tree: Tree) -> bool:
+    return all(tree.holds(file.path, file.output) for file in unit.files)
+
+
+def _finish(
+    run: "Incremental", generator: str, formatted: Mapping[str, FileRecord], tree: Tree, count: "Count | None"
+) -> Written:
+    """Formats what was rendered, checks expectations, and writes the files and the state."""
+    rendered = [file for unit in run.units.values() for file in unit.files if isinstance(file, Output)]
+    refuse_twice(file.path for unit in run.units.values() for file in unit.files)
+    texts = _formatted(rendered, formatted, tree)
+    units = {name: UnitRecord(unit.key, tuple(_record(file, texts) for file in unit.files))
+             for name, unit in run.units.items()}  # fmt: skip
+    records = [file for unit in units.values() for file in unit.files]
+    manifest = manifest_of(ManifestLine(file.path, file.entries, file.inputs, file.output) for file in records)
+    outputs = [Output(file.path, texts.get(file.path) or tree.text(file.path) or "") for file in records] + [manifest]
+    changed = [output for output in outputs if output.text != tree.text(output.path)]
+    if count is not None and _is_counted_again(changed, tree):
+        from sageLLM.codegen.expectations import check_expectations
+
+        check_expectations(run.raw, outputs, count)
+    written = replace_files(changed, {output.path for output in outputs}, tree.out)
+    state = State(
+        generator=generator,
+        formatter=formatter_key(),
+        base=tuple(sorted(run.facts.base)),
+        files=dict(run.facts.files),
+        ops=run.op_records,
+        links=run.links,
+        units=units,
+        manifest=text_digest(manifest.text),
+    )
+    save_state(state, tree.out)
+    return written
+
+
+def _formatted(rendered: Iterable[Output], known: Mapping[str, FileRecord], tree: Tree) -> dict[str, str]:
+    """The final texts by path. A file whose unformatted text is as before is taken from the tree."""
+    texts: dict[str, str] = {}
+    pending: list[Output] = []
+    for output in rendered:
+        record, text = known.get(output.path), tree.text(output.path)
+        is_same = record is not None and record.inputs == text_digest(output.text)
+        if record is not None and is_same and text is not None and tree.holds(output.path, record.output):
+            texts[output.path] = text
+        else:
+            pending.append(output)
+    return texts | {output.path: output.text for output in format_python(pending)}
+
+
+def _record(file: Output | FileRecord, texts: Mapping[str, str]) -> FileRecord:
+    if isinstance(file, FileRecord):
+        return file
+    return FileRecord(file.path, file.entries, text_digest(file.text), text_digest(texts[file.path]), file.rows)
+
+
+def _is_counted_again(changed: Iterable[Output], tree: Tree) -> bool:
+    """Whether code changed that counts depend on; prose in it does not count."""
+    from sageLLM.codegen.expectations import COUNTED, is_same_code
+
+    for output in changed:
+        if output.path.startswith(COUNTED):
+            before = tree.text(output.path)
+            if before is None or not is_same_code(before, output.text):
+                return True
+    return False
