@@ -1,20 +1,10 @@
-"""What templates/builder.py.jinja shows of a layout's statements, weights and inputs, as Python text."""
+"""Views of a layout's statements, weights and inputs for templates/builder.py.jinja, as Python text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sageLLM.codegen.emit.weights import WeightView
 from sageLLM.codegen.model.layout import BlockCall, Phase
-
-
-@dataclass(frozen=True, slots=True)
-class FieldView:
-    """A field of the config class, and the call that reads it."""
-
-    name: str
-    type: str
-    doc: str
-    read: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +29,7 @@ class CallView:
 
 @dataclass(frozen=True, slots=True)
 class BranchView:
-    """The attention of some phases: the inputs that only it reads, and its call. The last branch has no condition."""
+    """The attention of some phases: the inputs that only it reads, and its call. The last branch is the `else`."""
 
     phases: tuple[Phase, ...]
     inputs: tuple[InputView, ...]
@@ -48,7 +38,7 @@ class BranchView:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceView:
-    """One way of a `choose`; the last may have no condition."""
+    """One branch of a `choose`; the last one may have no condition."""
 
     condition: str | None
     body: "BodyView"
@@ -56,7 +46,7 @@ class ChoiceView:
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """One statement: calls in order; `sharded` takes the place of `call` when tables are divided over ranks."""
+    """One statement: calls in order; `sharded` replaces `call` when tables are sharded over ranks."""
 
     call: CallView | None = None
     sharded: CallView | None = None
@@ -69,21 +59,21 @@ class StepView:
 
 @dataclass(frozen=True, slots=True)
 class BodyView:
-    """Statements with what they read from outside, and do not find declared around them."""
+    """Statements with the weights and inputs that they read and that are not declared outside."""
 
     weights: tuple[WeightView, ...]
     inputs: tuple[InputView, ...]
     steps: tuple[StepView, ...]
 
     def all_inputs(self) -> Iterator[InputView]:
-        """The inputs that the body declares, those of its branches included."""
+        """The inputs that the body declares, including those of its branches."""
         yield from self.inputs
         for step in self.steps:
-            yield from (given for branch in step.branches for given in branch.inputs)
+            yield from (one for branch in step.branches for one in branch.inputs)
             for choice in step.choices:
                 yield from choice.body.all_inputs()
 
     @property
     def needs_rows(self) -> bool:
         """Whether an input has one row per token."""
-        return any("T" in text.split() for given in self.all_inputs() for text in given.shape)
+        return any("T" in text.split() for one in self.all_inputs() for text in one.shape)

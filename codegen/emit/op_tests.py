@@ -15,7 +15,7 @@ BASE = "sageLLM.generated"
 
 @dataclass(frozen=True, slots=True)
 class TestView:
-    """One op to test: values for its attrs, and below which dim each index input has to stay."""
+    """One op to test: values for its attrs, and the dim that bounds each index input."""
 
     op: OpDef
     attrs: Mapping[str, bool | int | float | str]
@@ -59,7 +59,7 @@ def emit_case_table(contents: Contents, renderer: Renderer) -> list[Output]:
 
 
 def test_attrs(op: OpDef) -> dict[str, bool | int | float | str]:
-    """A value for every attr that has no default of its own; dims come from the case."""
+    """A value for every required attr; dims come from the case."""
     return {attr.name: _value(attr) for attr in op.attrs if attr.is_required and attr.type != "dim"}
 
 
@@ -67,7 +67,7 @@ def _value(attr: Attr) -> bool | int | float | str:
     if attr.choices:
         return attr.choices[0]
     if attr.type == "i32" and attr.default is not None:
-        return attr.default  # an index that is moved stays within its table
+        return attr.default  # an offset other than the default might leave its table
     low, high = attr.min, attr.max
     number = 1.0 if low is None and high is None else low + 1 if low is not None and high is None else high or 0
     in_range = min(number, high) if high is not None else number
@@ -81,7 +81,7 @@ def _value(attr: Attr) -> bool | int | float | str:
 
 
 def index_limits(op: OpDef, ops: Mapping[str, OpDef]) -> dict[str, str]:
-    """For each integer input that indexes a table: the dim that it has to stay below."""
+    """The dim that bounds the values of each integer input that indexes a table."""
     found: dict[str, str] = {}
     for statement in op.program.statements if op.program else ():
         for node in walk(statement.value):

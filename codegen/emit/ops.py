@@ -19,7 +19,7 @@ _PYTHON = {"f32": "float", "i32": "int", "bool": "bool", "str": "str", "dim": "D
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """What the template needs of one op beyond its definition, as text of names, literals and formulas."""
+    """The view of one op: its definition, and Python text of its types, attrs, conditions and costs."""
 
     op: OpDef
     patterns: Mapping[str, str]
@@ -29,8 +29,8 @@ class NodeView:
     bytes: str
     attr_types: Mapping[str, str]
     parameters: str
-    given: Sequence[str]  # attrs passed as they are
-    filled: Sequence[str]  # attrs whose default is worked out from dims, when None
+    passed: Sequence[str]  # attrs that are passed on unchanged
+    computed: Sequence[str]  # attrs that default to a formula of dims when None
     optional: Sequence[str]
 
 
@@ -68,7 +68,7 @@ def emit_op_table(contents: Contents, renderer: Renderer) -> list[Output]:
 
 
 def _symbols(ops: Iterable[OpDef]) -> list[str]:
-    """Every dim and cost symbol of the file, in the order of first use."""
+    """Every dim and cost symbol of the file, in order of first use."""
     found: dict[str, None] = {}
     for op in ops:
         found |= dict.fromkeys(op.symbols)
@@ -78,7 +78,7 @@ def _symbols(ops: Iterable[OpDef]) -> list[str]:
 
 
 def _elements(ops: Iterable[OpDef]) -> tuple[list[str], list[str]]:
-    """Element types that the core library has, and variables to declare."""
+    """The element types to import from the core library, and the variables to declare."""
     used = dict.fromkeys(o.type.element for op in ops for o in (*op.inputs, *op.outputs))
     return [CORE_ELEMENTS[name] for name in used if name in CORE_ELEMENTS], [n for n in used if n not in CORE_ELEMENTS]
 

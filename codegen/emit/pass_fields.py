@@ -1,4 +1,4 @@
-"""What a pass of another kind than rewrite declares, as the class attributes of its generated class."""
+"""Writes the fields of passes other than rewrites as class attributes of the generated classes."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from sageLLM.codegen.render import lit
 
 
 class Engine(NamedTuple):
-    """The hand-written base class of a kind of pass, and the module of `runtime/core/passes` that has it."""
+    """The hand-written base class of a kind of pass, and its module in `runtime/core/passes`."""
 
     module: str
     name: str

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from sageLLM.codegen.contents import Row
 from sageLLM.codegen.emit.pass_fields import ENGINES, OP_FIELDS, fields_of, function_of
-from sageLLM.codegen.emit.rule_conditions import asked_sizes, condition_text, negated
+from sageLLM.codegen.emit.rule_conditions import condition_text, negated, required_sizes
 from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
 from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef, SearchStep
 from sageLLM.codegen.model.specs import Specs
@@ -38,13 +38,13 @@ TAKEN = (
 
 @dataclass(frozen=True, slots=True)
 class FindView:
-    """A node of the pattern, found as the giver, or as a reader, of a value that is known already."""
+    """A node of the pattern, found as the producer or a consumer of a known value."""
 
     var: str
     op: OpDef
     value: str
     label: str
-    is_reader: bool
+    is_consumer: bool
     num_found: int
 
 
@@ -59,7 +59,7 @@ class CheckView:
 
 @dataclass(frozen=True, slots=True)
 class NewCallView:
-    """An op that is put in: Python text for each operand, attribute and output."""
+    """An inserted op: Python text for each operand, attribute and output."""
 
     var: str
     op: OpDef
@@ -70,7 +70,7 @@ class NewCallView:
 
 @dataclass(frozen=True, slots=True)
 class RuleView:
-    """One rule, as its function tells it."""
+    """One rule as the steps of its generated function."""
 
     rule: RuleDef
     anchor: str
@@ -150,7 +150,7 @@ def op_module(op: OpDef, specs: Specs) -> str:
 
 
 class RuleViewer:
-    """Turns a rule into the steps of its function, from the anchor along the values: to their givers, else readers."""
+    """Translates a rule to the steps of its function, from the anchor along values to producers and consumers."""
 
     def __init__(self, rule: RuleDef) -> None:
         self.rule = rule
@@ -194,17 +194,17 @@ class RuleViewer:
         return f"{ops[index]}_{before + 1}" if before else ops[index]
 
     def _replacements(self) -> list[str]:
-        """A variable per op that is put in."""
+        """A variable per inserted op."""
         count = len(self.rule.replacement)
         return ["replacement"] if count == 1 else [f"replacement_{i}" for i in range(1, count + 1)]
 
     def _find(self, step: SearchStep, num_found: int) -> None:
         call, var = self.rule.pattern[step.position], self.vars[step.position]
-        is_reader = step.via not in call.targets
-        self.steps.append(FindView(var, call.op, self.values[step.via], self.labels[step.via], is_reader, num_found))
+        is_consumer = step.via not in call.targets
+        self.steps.append(FindView(var, call.op, self.values[step.via], self.labels[step.via], is_consumer, num_found))
 
     def _bind(self, index: int, num_found: int) -> None:
-        """Gives the values and attrs of a node their text, and checks those that have one already."""
+        """Binds the values and attrs of a node to Python text, and checks those that are bound already."""
         call, var = self.rule.pattern[index], self.vars[index]
         for name, output in zip(call.targets, call.op.outputs, strict=True):
             text = f"{var}.{output.name}"
@@ -254,7 +254,7 @@ class RuleViewer:
             self.attrs[given.name] = text
 
     def _check_default(self, attr: Attr, var: str, num_found: int) -> None:
-        """A pattern that does not name an attribute means the op with its default."""
+        """A pattern that omits an attribute matches only its default."""
         test = f"not has_default({var}, {lit(attr.name)})"
         if attr.formula is None:
             test = (
@@ -267,7 +267,7 @@ class RuleViewer:
     def _check_conditions(self, num_found: int) -> None:
         """The rule's `where`. The rule does not fire while a size in it is symbolic."""
         for condition in self.rule.where:
-            for value, index in asked_sizes(condition.node):
+            for value, index in required_sizes(condition.node):
                 asked = f"{self.values[value]}" + ("" if index is None else f", {index}")
                 self._check(f"not is_known({asked})", num_found, f"the sizes in {condition.text} are not known yet")
             test = condition_text(negated(condition.node), self.values, self.attrs)

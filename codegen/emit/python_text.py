@@ -1,4 +1,4 @@
-"""Writes what is known when a graph is built, conditions and defaults, as Python over a mapping of names."""
+"""Writes expressions that are known when a graph is built, such as conditions and defaults, as Python."""
 
 import ast
 from collections.abc import Callable

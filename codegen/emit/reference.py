@@ -23,7 +23,7 @@ ATTR_TYPES = {"f32": "float", "i32": "int", "bool": "bool", "str": "str", "dim":
 
 @dataclass(frozen=True, slots=True)
 class KernelView:
-    """One function of the module: its text is written here, or rendered from the op's own template."""
+    """One function of the module: lines of generated code, or the text rendered from the op's template."""
 
     op: OpDef
     parameters: str
@@ -97,7 +97,7 @@ def _parameter(attr: Attr) -> str:
 
 
 def _template_text(op: OpDef, renderer: Renderer) -> str:
-    """The hand-written function with its hooks spliced in."""
+    """The hand-written function with its hooks filled in."""
     assert op.reference is not None, "only ops with a reference have a template"
     hooks = {hook.name: hook_text(hook.value) for hook in op.reference.hooks}
     params = {name: lit(value) for name, value in op.reference.params}
@@ -110,31 +110,34 @@ def _template_text(op: OpDef, renderer: Renderer) -> str:
 
 
 def _check_function(op: OpDef, text: str) -> None:
-    """A rendered template is one function with the op's operands, which leaves the op's attrs alone."""
+    """Reports a rendered template that is not one function of the op's operands, or that assigns to its attrs."""
     span = op.entry.span("reference")
     tree = ast.parse(text)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     if len(tree.body) != 1 or not functions or len(functions[0].args.args) != len(op.inputs):
-        message = f"the template takes other inputs than the {len(op.inputs)} of '{op.name}'"
+        message = f"the template must be a function of the {len(op.inputs)} inputs of '{op.name}'"
         taken = ", ".join(argument.arg for argument in functions[0].args.args) if functions else ""
         raise SpecErrors([Diagnostic("SAGE124", message, span, f"its inputs are: {taken}")])
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for attr in op.attrs:
         if attr.name in stored | {argument.arg for argument in functions[0].args.args}:
-            message = f"the template has its own '{attr.name}', which the attr would shadow"
+            message = f"the attr '{attr.name}' must not have the name of a variable of the template"
             raise SpecErrors([Diagnostic("SAGE124", message, op.entry.key_span("attrs", attr.name), "rename the attr")])
 
 
 def hook_text(value: Expr) -> str:
-    """A hook as torch: its names are tensors of the template, which broadcast as they stand."""
+    """A hook as torch; its names are tensors of the template, which have matching shapes."""
     layouts: dict[str, Layout] = dict.fromkeys(names_read(value), ())
     text = tidy(TorchText(layouts, {}, {}).piece(value).text)
     return text if text.isidentifier() else f"({text})"
 
 
 def plain_when(op: OpDef) -> str:
-    """When an attention's scores are products of queries and keys alone: `cap is None and sinks is None`, or ""."""
-    assert op.reference is not None, "asked of ops with a reference"
+    """The condition under which scores are plain products of queries and keys, as Python, or "" if there is none.
+
+    For example `softcap is None and sinks is None`: torch's fused attention can then be used.
+    """
+    assert op.reference is not None, "called for ops with a reference only"
     absent = [operand.name for operand in op.inputs if operand.optional]
     value = next((hook.value for hook in op.reference.hooks if hook.name == "score_mod"), None)
     while isinstance(value, IfPresent):
@@ -159,13 +162,13 @@ def _call_line(call: Call) -> str:
 
 @dataclass(slots=True)
 class KernelWriter:
-    """Writes the body of one computed op."""
+    """Writes the body of the reference of one op with `compute`."""
 
     op: OpDef
     program: Program
 
     def lines(self) -> list[str]:
-        """Sizes, views, statements, then what is returned."""
+        """Sizes, views, statements and the return."""
         body = self._body()
         text = "\n".join(body)
         views = [
@@ -180,7 +183,7 @@ class KernelWriter:
         return any(o.name == name for o in self.op.inputs)
 
     def _wide_operand(self) -> str:
-        """The operand whose type says how wide f32 is: float64 operands compute in float64."""
+        """The operand that selects the type of f32: for float64 operands it is float64."""
         found = [o.name for o in self.op.inputs if o.name in self.op.element_inputs.values()]
         found += [o.name for o in self.op.inputs if o.type.element == "f32" and not o.optional]
         return [*found, self.op.inputs[0].name][0]
@@ -198,13 +201,13 @@ class KernelWriter:
         return self._arranged(pieces)
 
     def _placed(self, statement: Statement, piece: Piece) -> Piece:
-        """Outputs and their views have the declared axes; other values keep theirs."""
+        """The value with the declared axes of an output or view; other values keep their axes."""
         output, view = self.op.operand(statement.target), self.program.view(statement.target)
-        wanted = output.type.dims if output else view.type.dims if view else None
-        return squeezed(piece, wanted) if wanted is not None else piece
+        declared = output.type.dims if output else view.type.dims if view else None
+        return squeezed(piece, declared) if declared is not None else piece
 
     def _arranged(self, pieces: dict[str, Piece]) -> list[str]:
-        """Assignments of what is still used, then the return; one output is returned as an expression."""
+        """Assignments of the values that are used, and the return; a single output is returned as an expression."""
         texts = {target: tidy(piece.text) for target, piece in pieces.items()}
         for statement in self.program.statements:
             self._inline_view(statement, texts)
@@ -218,7 +221,7 @@ class KernelWriter:
         return [*lines, f"return {', '.join(results)}"]
 
     def _inline_view(self, statement: Statement, texts: dict[str, str]) -> None:
-        """`q = qkv[...]` instead of a view's name, where the statement is nothing else."""
+        """Replaces a statement's value by the text of a view, `q = qkv[...]`, if it is only the name of the view."""
         value = statement.value
         view = self.program.view(value.name) if isinstance(value, Ref) else None
         if view is not None and self._is_input(view.base) and texts[statement.target] == view.name:
@@ -234,11 +237,11 @@ class KernelWriter:
         if axis is None:
             return f"{parts[0].name}.reshape({', '.join(map(str, output.type.dims))})"
         position = axis - len(output.type.dims) if LEADING in output.type.dims else axis
-        names = [self._woven(group, texts, position) for group in grouped_parts(parts, axis)]
+        names = [self._interleaved(group, texts, position) for group in grouped_parts(parts, axis)]
         return f"torch.cat(({', '.join(names)}), {position})" if len(names) > 1 else names[0]
 
-    def _woven(self, group: Sequence[View], texts: dict[str, str], position: int) -> str:
-        """A part; parts with a step are put together component by component."""
+    def _interleaved(self, group: Sequence[View], texts: dict[str, str], position: int) -> str:
+        """A part of an output; parts with a step are interleaved component by component."""
         names = [self._part_name(part, texts) for part in group]
         if len(names) == 1:
             return names[0]
@@ -246,11 +249,11 @@ class KernelWriter:
         return f"torch.stack(({', '.join(names)}), {new}).flatten({new - 1}, {new})"
 
     def _part_name(self, part: View, texts: dict[str, str]) -> str:
-        """The operand itself, where a part is nothing else."""
+        """The name of a part, or of the operand if the part is an unchanged operand."""
         return texts.pop(part.name) if self._is_input(texts[part.name]) else part.name
 
     def _sizes(self, text: str) -> list[str]:
-        """`T = x.shape[0]`, `I = gu.shape[-1] // 2` for the dims that the text names."""
+        """`T = x.shape[0]`, `I = gu.shape[-1] // 2` for the dims that the text uses."""
         return dim_lines(self.op, [symbol for symbol in self.op.symbols if _mentions(text, symbol)])
 
 

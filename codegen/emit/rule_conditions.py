@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 _OF_VALUE = {"bytes": "{}.num_bytes", "rank": "len({}.shape)", "dtype": "{}.dtype", "size": "size_of({}, {})"}
 
 
-def asked_sizes(node: ast.expr) -> Iterator[tuple[str, int | None]]:
-    """The values whose sizes a condition needs, and which one; None is all of them."""
+def required_sizes(node: ast.expr) -> Iterator[tuple[str, int | None]]:
+    """The sizes that a condition reads: value and dim, or None for all dims."""
     for call in ast.walk(node):
         match call:
             case ast.Call(func=ast.Name(id="bytes"), args=[ast.Name(id=value)]):
@@ -18,11 +18,11 @@ def asked_sizes(node: ast.expr) -> Iterator[tuple[str, int | None]]:
 
 def condition_text(node: ast.expr, values: Mapping[str, str], attrs: Mapping[str, str]) -> str:
     """`all_reduce.x.num_bytes <= 512 * 1024`, from the texts of values and attrs by name."""
-    return ast.unparse(_OverNodes(values, attrs).visit(ast.parse(ast.unparse(node), mode="eval").body))
+    return ast.unparse(_Substitution(values, attrs).visit(ast.parse(ast.unparse(node), mode="eval").body))
 
 
 def negated(node: ast.expr) -> ast.expr:
-    """What holds where a condition does not."""
+    """The negated condition."""
     match node:
         case ast.UnaryOp(op=ast.Not(), operand=inner):
             return inner
@@ -33,8 +33,8 @@ def negated(node: ast.expr) -> ast.expr:
     return ast.UnaryOp(ast.Not(), node)
 
 
-class _OverNodes(ast.NodeTransformer):
-    """Puts the text of a value or attr in the place of its name."""
+class _Substitution(ast.NodeTransformer):
+    """Replaces the name of a value or attr by its text."""
 
     def __init__(self, values: Mapping[str, str], attrs: Mapping[str, str]) -> None:
         self.values, self.attrs = values, attrs
@@ -43,7 +43,7 @@ class _OverNodes(ast.NodeTransformer):
         return _parsed(self.attrs[node.id])
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        assert isinstance(node.func, ast.Name), "the checker lets only named functions through"
+        assert isinstance(node.func, ast.Name), "the linker accepts only named functions"
         value, *index = [ast.unparse(arg) for arg in node.args]
         return _parsed(_OF_VALUE[node.func.id].format(self.values[value], *index))
 

@@ -19,7 +19,7 @@ from sageLLM.codegen.render import Output, Renderer, header
 
 @dataclass(frozen=True, slots=True)
 class CallView:
-    """A line of the pattern: operands and results by name, values for attributes, dims for those that are sizes."""
+    """A line of the pattern: operands and results by name, values of attributes, and dims of size attributes."""
 
     op: OpDef
     operands: tuple[tuple[str, str], ...]
@@ -30,7 +30,7 @@ class CallView:
 
 @dataclass(frozen=True, slots=True)
 class RuleTestView:
-    """One rule to test, with the sizes of the first op that it puts in."""
+    """One rule to test, with the test cases of the first op that it inserts."""
 
     one: PassDef
     rule: RuleDef
@@ -76,7 +76,7 @@ def _view(one: PassDef, rule: RuleDef) -> RuleTestView:
 
 
 def _call(call: PatternCall, captured: dict[str, Scalar | None]) -> CallView:
-    """A name that captures an attribute stands for one value in the whole pattern."""
+    """The view of a line; a name that captures an attribute has one value in the whole pattern."""
     attrs: dict[str, Scalar | None] = dict(test_attrs(call.op))
     sizes = {attr.name: attr.name for attr in call.op.attrs if attr.type == "dim" and attr.is_required}
     for name, given in call.attrs:
@@ -93,7 +93,7 @@ def _call(call: PatternCall, captured: dict[str, Scalar | None]) -> CallView:
 
 
 def _sample(attr: Attr, required: Mapping[str, Scalar | None]) -> Scalar | None:
-    """A value that is allowed and, where possible, not the default, so that a rule that drops it is found out."""
+    """An allowed value that differs from the default if possible, so that a rule that drops the attr fails."""
     if attr.name in required:
         return required[attr.name]
     if attr.choices:

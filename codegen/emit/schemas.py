@@ -1,4 +1,4 @@
-"""Emits JSON Schemas, by which an editor completes and checks spec files."""
+"""Emits JSON Schemas, with which editors complete and check spec files."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Writes typed expressions as torch: one readable line per statement, broadcast spelled out only where torch needs it.
+"""Writes typed expressions as torch: one line per statement, with reshapes only where torch needs them.
 
-A piece of text carries its layout: which dim each axis of the tensor is, or None for an axis of size 1. Reductions keep
+A piece of text carries its layout: the dim of each axis of the tensor, or None for an axis of size 1. Reductions keep
 their axis, so that the next line broadcasts without a reshape.
 """
 
@@ -37,7 +37,7 @@ _TENSOR = {"not": "torch.logical_not"}
 
 
 class Piece(NamedTuple):
-    """Text of a value, and the dims of its axes; a number that is not a tensor has no axes."""
+    """The text of a value with the dims of its axes; a Python number has no axes."""
 
     text: str
     layout: Layout
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 @dataclass(slots=True)
 class TorchText:
-    """Writes expressions of one kernel. `elements` maps an element variable to an operand that has it."""
+    """Writes the expressions of one kernel. `elements` maps an element variable to an operand of this type."""
 
     layouts: dict[str, Layout]
     elements: Mapping[str, str]
@@ -77,7 +77,7 @@ class TorchText:
                 return self._gather(expr)
             case IfPresent(name=name, a=a, b=b):
                 return self._if_present(name, a, b, expr)
-        raise AssertionError(f"no torch text for {type(expr).__name__}")
+        raise AssertionError(f"{type(expr).__name__} must have a case above")
 
     # element by element
 
@@ -149,7 +149,7 @@ class TorchText:
         return Piece(f"({x.text}).to({self.dtype(element)})", x.layout)
 
     def dtype(self, element: str) -> str:
-        """The torch dtype as text: of the operand that has the variable, `f32` for the wide float, else by name."""
+        """The torch dtype as text: `x.dtype` for a variable, `f32` for the wide float, else `torch.NAME`."""
         if element in self.elements:
             return f"{self.elements[element]}.dtype"
         return "f32" if element == "f32" else f"torch.{TORCH_DTYPES[element]}"
@@ -157,7 +157,7 @@ class TorchText:
     # products
 
     def _linear(self, expr: Cast) -> Piece | None:
-        """E(dot(x, w, K)), with or without a bias, is one library call: it accumulates in float32 and rounds once."""
+        """E(dot(x, w, K)), with or without a bias, as one library call that accumulates in float32 and rounds once."""
         bias, inner = self._bias_and_product(self._resolved(expr.x))
         if not isinstance(inner, Dot) or inner.x.type.element != expr.type.element:
             return None
@@ -225,7 +225,7 @@ def _widened(operand: Expr, element: str) -> Expr:
 
 
 def merged(a: Layout, b: Layout) -> Layout | None:
-    """The layout that torch's broadcast gives, or None where it would not go by dims."""
+    """The layout after broadcasting in torch, or None if broadcasting by position would not match dims."""
     length = max(len(a), len(b))
     full_a, full_b = ((None,) * (length - len(side)) + side for side in (a, b))
     if LEADING in (*full_a[1:], *full_b[1:]):
@@ -241,14 +241,14 @@ def merged(a: Layout, b: Layout) -> Layout | None:
 
 
 def aligned(piece: Piece, dims: Iterable[Size]) -> Piece:
-    """The piece with one axis for each of `dims`, in that order, of size 1 where it lacks the dim."""
-    wanted = tuple(dims)
+    """The piece with one axis per dim of `dims`, in that order, of size 1 for a dim that it does not have."""
+    ordered = tuple(dims)
     have = tuple(dim for dim in piece.layout if dim is not None)
-    target = tuple(dim if dim in have else None for dim in wanted)
+    target = tuple(dim if dim in have else None for dim in ordered)
     first = next((i for i, dim in enumerate(target) if dim is not None), len(target))
     if piece.layout in (target, target[first:]) or not piece.layout:
         return piece
-    order = tuple(dim for dim in wanted if dim in have)
+    order = tuple(dim for dim in ordered if dim in have)
     text = f"({piece.text})"
     if None in piece.layout:
         text += _index(0 if dim is None else dim for dim in piece.layout)
@@ -268,8 +268,8 @@ def _index(axes: Iterable[Size | int | None]) -> str:
 
 def squeezed(piece: Piece, dims: Iterable[Size]) -> Piece:
     """The piece with exactly the axes of `dims`."""
-    wanted = tuple(dims)
-    return piece if piece.layout == wanted else aligned(piece, wanted)
+    target = tuple(dims)
+    return piece if piece.layout == target else aligned(piece, target)
 
 
 def view_text(view: View) -> str:

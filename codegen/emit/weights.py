@@ -1,10 +1,10 @@
-"""The weights of a layout as Python text: `WeightSpec(...)` with its parts, and `g.weight(...)` with a rank's shape."""
+"""Writes the weights of a layout: `WeightSpec(...)` with its parts, and `g.weight(...)` with the shape on one rank."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from sageLLM.codegen.emit.presence import text_of
+from sageLLM.codegen.emit.layer_conditions import text_of
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.model.layout import WeightDef
 from sageLLM.codegen.model.source import PartDef
@@ -15,7 +15,7 @@ ShowSize = Callable[[Size], str]
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
-    """A weight as `WeightSpec(...)` and as `g.weight(...)`; texts are Python, names in quotes included.
+    """A weight for `WeightSpec(...)` and `g.weight(...)`; all texts are Python, with names in quotes.
 
     `when` is the condition of an optional operand; `exists` is that of the checkpoint's tensors, in layer i.
     """
@@ -32,7 +32,7 @@ class WeightView:
 
 @dataclass(frozen=True, slots=True)
 class WeightText:
-    """Writes weights; `show` makes Python text of a size, `words` is how config.json calls a name."""
+    """Writes weights; `show` returns a size as Python text, `words` the key of a name in config.json."""
 
     show: ShowSize
     words: Callable[[str], str]
@@ -94,7 +94,7 @@ class WeightText:
         return tuple_text(map(self.show, sizes))
 
     def _options(self, weight: WeightDef) -> Iterator[tuple[str, str]]:
-        """Keyword arguments of WeightSpec besides name, shape and parts, where they are not the default."""
+        """Keyword arguments of WeightSpec besides name, shape and parts that differ from the defaults."""
         if weight.shard:
             yield "shard", self._shard(weight)
         if weight.tied_to:
@@ -103,7 +103,7 @@ class WeightText:
 
     def _shard(self, weight: WeightDef) -> str:
         shard = weight.shard
-        assert shard is not None, "asked of divided weights only"
+        assert shard is not None, "called for sharded weights only"
         kind = [f"kind={lit(shard.kind)}"] if shard.kind != "rows" else []
         then = [f"then={lit(shard.then)}"] if shard.then else []
         segments = [f"segments={self._dims(shard.segments)}"] if shard.segments else []
@@ -111,7 +111,7 @@ class WeightText:
 
 
 def _share(text: str, dim: int, weight: WeightDef) -> str:
-    """A rank's share of a size: the divided config names are local already, a vocabulary is not."""
+    """The size on one rank: divided config names are local already in a rank's config, a vocabulary size is not."""
     is_vocab = weight.shard is not None and weight.shard.kind == "vocab" and weight.shard.dim == dim
     return f"{text} // c.tp" if is_vocab else text
 

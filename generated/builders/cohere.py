@@ -61,7 +61,7 @@ class CohereConfig(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     window: int | None
-    """How many of the last positions a token sees; null means all."""
+    """Sliding window in tokens; null means full attention."""
     qkv_bias: bool
     """Whether the q, k and v projections have a bias."""
     o_bias: bool
@@ -69,13 +69,13 @@ class CohereConfig(ModelSizes):
     mlp_bias: bool
     """Whether the feed-forward projections have a bias."""
     head_norms: bool
-    """Whether query and key heads are normed."""
+    """Whether query and key heads are normalized."""
     logit_scale: float
     """Factor on the logits."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> CohereConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -135,7 +135,7 @@ class CohereConfig(ModelSizes):
 
 
 def shard_config(c: CohereConfig, tp: int) -> CohereConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -147,12 +147,12 @@ def shard_config(c: CohereConfig, tp: int) -> CohereConfig:
 
 
 def cache(c: CohereConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: CohereConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),

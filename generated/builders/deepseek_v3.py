@@ -48,9 +48,9 @@ class DeepseekV3Config(ModelSizes):
     Nkv: int
     """Heads in the cache: all query heads read the same latent."""
     Dn: int
-    """Width of a head's part without positions."""
+    """Width of the unrotated part of a head."""
     Dr: int
-    """Width of a head's rotated part."""
+    """Width of the rotated part of a head."""
     D: int
     """Width of one query head."""
     Dv: int
@@ -58,7 +58,7 @@ class DeepseekV3Config(ModelSizes):
     q_rank: int | None
     """Width of the compressed queries; null if they are not compressed."""
     Rq: int
-    """The same as a size."""
+    """Q_rank as a size."""
     Rkv: int
     """Width of the compressed keys and values."""
     I: int
@@ -68,9 +68,9 @@ class DeepseekV3Config(ModelSizes):
     X: int
     """Experts of a sparse layer."""
     A: int
-    """Experts that one token goes through."""
+    """Experts per token."""
     Ns: int
-    """Experts that all tokens share."""
+    """Shared experts."""
     V: int
     """Tokens in the vocabulary."""
     max_position: int
@@ -82,31 +82,31 @@ class DeepseekV3Config(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     bias: bool
-    """Whether the compressions and the output projection have a bias."""
+    """Whether the down-projections and the output projection have a bias."""
     interleaved: bool
-    """Whether rotated pairs are neighbours."""
+    """Whether rotated pairs are adjacent components."""
     num_dense: int
-    """Layers at the bottom that are dense."""
+    """Number of leading dense layers."""
     groups: int
-    """Groups of experts."""
+    """Number of expert groups."""
     top_groups: int
-    """Groups that a token's experts may come from."""
+    """Number of expert groups that a token may use."""
     renormalize: bool
-    """Whether the weights of a token's experts are divided by their sum."""
+    """Whether the weights of a token's experts are normalized to sum to 1."""
     routed_scale: float
     """Factor on the experts' weights."""
     yarn: float
-    """How much longer sequences became."""
+    """YaRN scaling factor."""
     mscale: float
-    """How much the scores grow with longer sequences."""
+    """YaRN coefficient of the attention scale."""
     stretch: float
-    """Its root."""
+    """Square root of the YaRN attention scale."""
     scale: float
     """Factor on the scores."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> DeepseekV3Config:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -219,7 +219,7 @@ class DeepseekV3Config(ModelSizes):
 
 
 def shard_config(c: DeepseekV3Config, tp: int) -> DeepseekV3Config:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -231,12 +231,12 @@ def shard_config(c: DeepseekV3Config, tp: int) -> DeepseekV3Config:
 
 
 def cache(c: DeepseekV3Config) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((1, c.Rkv + c.Dr), (1, c.Rkv), is_shared=True)
 
 
 def weights(c: DeepseekV3Config) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),
@@ -405,7 +405,7 @@ def weights(c: DeepseekV3Config) -> Iterator[WeightSpec]:
 
 
 def attention(g: GraphWriter, c: DeepseekV3Config, stage: Stage, layer: int, n: TensorRef) -> tuple[TensorRef, ...]:
-    """Latent attention (DeepSeek-AI 2024) whose queries go into the latent, the key and value of all heads.
+    """Latent attention (DeepSeek-AI 2024), with queries projected into the latent that is key and value of all heads.
 
     when q_rank is not null:
         qa = linear(n, wqa, bqa)
@@ -500,7 +500,7 @@ def ffn(g: GraphWriter, c: DeepseekV3Config, stage: Stage, layer: int, n: Tensor
 
 
 def moe(g: GraphWriter, c: DeepseekV3Config, stage: Stage, layer: int, n: TensorRef) -> tuple[TensorRef, ...]:
-    """Gated SiLU feed-forwards, of which a token goes through A from a few groups, and some for all tokens.
+    """Mixture of gated SiLU feed-forwards, A per token from a few groups, with shared experts.
 
     logits = router_logits(n, router)
     experts, scores = topk_router(

@@ -68,7 +68,7 @@ class GemmaConfig(ModelSizes):
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> GemmaConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -124,7 +124,7 @@ class GemmaConfig(ModelSizes):
 
 
 def shard_config(c: GemmaConfig, tp: int) -> GemmaConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -136,12 +136,12 @@ def shard_config(c: GemmaConfig, tp: int) -> GemmaConfig:
 
 
 def cache(c: GemmaConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: GemmaConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),

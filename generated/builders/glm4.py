@@ -66,13 +66,13 @@ class Glm4Config(ModelSizes):
     o_bias: bool
     """Whether the attention's output projection has a bias."""
     part: float
-    """Share of a head that is rotated."""
+    """Rotated fraction of a head."""
     Dr: int
-    """Components of a head that are rotated."""
+    """Rotated components per head."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Glm4Config:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -128,7 +128,7 @@ class Glm4Config(ModelSizes):
 
 
 def shard_config(c: Glm4Config, tp: int) -> Glm4Config:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -140,12 +140,12 @@ def shard_config(c: Glm4Config, tp: int) -> Glm4Config:
 
 
 def cache(c: Glm4Config) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: Glm4Config) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),

@@ -63,13 +63,13 @@ class Gpt2Config(ModelSizes):
     scaled: bool
     """Whether scores are divided by the square root of the head's width."""
     by_layer: bool
-    """Whether scores are divided by the layer's number."""
+    """Whether scores are divided by the layer index plus 1."""
     crossed: bool
-    """Whether layers attend to an encoder."""
+    """Whether layers have cross-attention to an encoder."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Gpt2Config:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("n_embd", default=768)
         L = hf.size("n_layer", default=12)
         Nq = hf.size("n_head", default=12)
@@ -111,7 +111,7 @@ class Gpt2Config(ModelSizes):
 
 
 def shard_config(c: Gpt2Config, tp: int) -> Gpt2Config:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -123,12 +123,12 @@ def shard_config(c: Gpt2Config, tp: int) -> Gpt2Config:
 
 
 def cache(c: Gpt2Config) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: Gpt2Config) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),
@@ -210,7 +210,7 @@ def weights(c: Gpt2Config) -> Iterator[WeightSpec]:
 
 
 def attention(g: GraphWriter, c: Gpt2Config, stage: Stage, layer: int, n: TensorRef) -> tuple[TensorRef, ...]:
-    """Self-attention whose projections are stored inputs first, with q, k and v in one tensor.
+    """Self-attention; the checkpoint stores projections transposed, with q, k and v in one tensor.
 
     qkv = linear(n, wqkv, bqkv)
     q, k, v = split_qkv(qkv, Nq=Nq, Nkv=Nkv, D=D)

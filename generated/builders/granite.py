@@ -61,7 +61,7 @@ class GraniteConfig(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     window: int | None
-    """How many of the last positions a token sees; null means all."""
+    """Sliding window in tokens; null means full attention."""
     qkv_bias: bool
     """Whether the q, k and v projections have a bias."""
     o_bias: bool
@@ -71,7 +71,7 @@ class GraniteConfig(ModelSizes):
     embedding_factor: float
     """Factor on the embeddings."""
     residual_factor: float
-    """Factor on what a block adds to the residual stream."""
+    """Factor on the output of a block before the residual add."""
     score_factor: float
     """Factor on the attention scores."""
     logits_scaling: float
@@ -79,7 +79,7 @@ class GraniteConfig(ModelSizes):
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> GraniteConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -144,7 +144,7 @@ class GraniteConfig(ModelSizes):
 
 
 def shard_config(c: GraniteConfig, tp: int) -> GraniteConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -156,12 +156,12 @@ def shard_config(c: GraniteConfig, tp: int) -> GraniteConfig:
 
 
 def cache(c: GraniteConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: GraniteConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),

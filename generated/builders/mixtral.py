@@ -61,7 +61,7 @@ class MixtralConfig(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     window: int | None
-    """How many of the last positions a token sees; null means all."""
+    """Sliding window in tokens; null means full attention."""
     qkv_bias: bool
     """Whether the q, k and v projections have a bias."""
     o_bias: bool
@@ -69,11 +69,11 @@ class MixtralConfig(ModelSizes):
     X: int
     """Experts of a layer."""
     A: int
-    """Experts that one token goes through."""
+    """Experts per token."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> MixtralConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -135,7 +135,7 @@ class MixtralConfig(ModelSizes):
 
 
 def shard_config(c: MixtralConfig, tp: int) -> MixtralConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -147,12 +147,12 @@ def shard_config(c: MixtralConfig, tp: int) -> MixtralConfig:
 
 
 def cache(c: MixtralConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: MixtralConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),
@@ -273,7 +273,7 @@ def attention(g: GraphWriter, c: MixtralConfig, stage: Stage, layer: int, n: Ten
 
 
 def ffn(g: GraphWriter, c: MixtralConfig, stage: Stage, layer: int, n: TensorRef) -> tuple[TensorRef, ...]:
-    """Gated SiLU feed-forwards, of which a token goes through A; the router's weights for them add up to 1.
+    """Mixture of gated SiLU feed-forwards, A per token; the router weights of a token sum to 1.
 
     logits = linear(n, router)
     experts, scores = topk_router(logits, A=A)

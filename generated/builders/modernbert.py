@@ -64,15 +64,15 @@ class ModernbertConfig(ModelSizes):
     mlp_bias: bool
     """Whether the feed-forward projections have a bias."""
     local: int
-    """Tokens that a local layer sees, half of them on each side."""
+    """Window of local layers in tokens, half of them on each side."""
     every: int
-    """Every how many layers one sees all tokens, in older files."""
+    """Interval of full-attention layers, in older files."""
     layer_types: tuple[str, ...]
-    """Whether a layer sees all tokens or those nearby."""
+    """Attention type of each layer."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> ModernbertConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -146,7 +146,7 @@ class ModernbertConfig(ModelSizes):
 
 
 def shard_config(c: ModernbertConfig, tp: int) -> ModernbertConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -158,12 +158,12 @@ def shard_config(c: ModernbertConfig, tp: int) -> ModernbertConfig:
 
 
 def cache(c: ModernbertConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: ModernbertConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),
@@ -236,7 +236,7 @@ def weights(c: ModernbertConfig) -> Iterator[WeightSpec]:
 
 
 def attention(g: GraphWriter, c: ModernbertConfig, stage: Stage, layer: int, n: TensorRef) -> tuple[TensorRef, ...]:
-    """Self-attention with rotary positions over the whole sequence, or over the tokens nearby.
+    """Self-attention with rotary positions, over the whole sequence or a local window.
 
     qkv = linear(n, wqkv, bqkv)
     q, k, v = split_qkv(qkv, Nq=Nq, Nkv=Nq, D=D)

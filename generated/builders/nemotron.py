@@ -62,7 +62,7 @@ class NemotronConfig(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     window: int | None
-    """How many of the last positions a token sees; null means all."""
+    """Sliding window in tokens; null means full attention."""
     qkv_bias: bool
     """Whether the q, k and v projections have a bias."""
     o_bias: bool
@@ -70,13 +70,13 @@ class NemotronConfig(ModelSizes):
     mlp_bias: bool
     """Whether the feed-forward projections have a bias."""
     part: float
-    """Share of a head that is rotated."""
+    """Rotated fraction of a head."""
     Dr: int
-    """Components of a head that are rotated."""
+    """Rotated components per head."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> NemotronConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -136,7 +136,7 @@ class NemotronConfig(ModelSizes):
 
 
 def shard_config(c: NemotronConfig, tp: int) -> NemotronConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -148,12 +148,12 @@ def shard_config(c: NemotronConfig, tp: int) -> NemotronConfig:
 
 
 def cache(c: NemotronConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: NemotronConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),

@@ -64,15 +64,15 @@ class OptConfig(ModelSizes):
     bias: bool
     """Whether the projections have a bias."""
     norm_first: bool
-    """Whether norms stand before the blocks."""
+    """Whether norms come before the blocks."""
     no_last_norm: bool
-    """Whether nothing is normed after the layers."""
+    """Whether the final norm is omitted."""
     affine: bool
     """Whether norms have weights."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> OptConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -124,7 +124,7 @@ class OptConfig(ModelSizes):
 
 
 def shard_config(c: OptConfig, tp: int) -> OptConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -136,12 +136,12 @@ def shard_config(c: OptConfig, tp: int) -> OptConfig:
 
 
 def cache(c: OptConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: OptConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     if c.Pe == c.H:
         yield WeightSpec(
             "embed",

@@ -61,7 +61,7 @@ class Qwen2Config(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     window: int | None
-    """How many of the last positions a token sees; null means all."""
+    """Sliding window in tokens; null means full attention."""
     qkv_bias: bool
     """Whether the q, k and v projections have a bias."""
     o_bias: bool
@@ -73,11 +73,11 @@ class Qwen2Config(ModelSizes):
     first_window: int
     """The first layer with a window."""
     layer_types: tuple[str, ...]
-    """What each layer attends to."""
+    """Attention type of each layer."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Qwen2Config:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -160,7 +160,7 @@ class Qwen2Config(ModelSizes):
 
 
 def shard_config(c: Qwen2Config, tp: int) -> Qwen2Config:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -172,12 +172,12 @@ def shard_config(c: Qwen2Config, tp: int) -> Qwen2Config:
 
 
 def cache(c: Qwen2Config) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: Qwen2Config) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),

@@ -61,7 +61,7 @@ class Qwen3MoeConfig(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     window: int | None
-    """How many of the last positions a token sees; null means all."""
+    """Sliding window in tokens; null means full attention."""
     qkv_bias: bool
     """Whether the q, k and v projections have a bias."""
     o_bias: bool
@@ -69,23 +69,23 @@ class Qwen3MoeConfig(ModelSizes):
     X: int
     """Experts of a sparse layer."""
     A: int
-    """Experts that one token goes through."""
+    """Experts per token."""
     F: int
     """Width inside one expert."""
     sparse_step: int
-    """Every so many layers one is sparse, the last of them."""
+    """Interval of sparse layers; the last layer of each interval is sparse."""
     dense_layers: tuple[int, ...]
-    """Layers that are dense in any case."""
+    """Layers that are always dense."""
     is_sparse: tuple[bool, ...]
     """Whether the layer has experts."""
     renormalize: bool
-    """Whether the weights of a token's experts add up to 1."""
+    """Whether the weights of a token's experts are normalized to sum to 1."""
     sliding: bool
     """Whether the window is used."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Qwen3MoeConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -168,7 +168,7 @@ class Qwen3MoeConfig(ModelSizes):
 
 
 def shard_config(c: Qwen3MoeConfig, tp: int) -> Qwen3MoeConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -181,12 +181,12 @@ def shard_config(c: Qwen3MoeConfig, tp: int) -> Qwen3MoeConfig:
 
 
 def cache(c: Qwen3MoeConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: Qwen3MoeConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),
@@ -356,7 +356,7 @@ def ffn(g: GraphWriter, c: Qwen3MoeConfig, stage: Stage, layer: int, n: TensorRe
 
 
 def moe(g: GraphWriter, c: Qwen3MoeConfig, stage: Stage, layer: int, n: TensorRef) -> tuple[TensorRef, ...]:
-    """Gated SiLU feed-forwards, of which a token goes through A.
+    """Mixture of gated SiLU feed-forwards, A per token.
 
     logits = linear(n, router)
     experts, scores = topk_router(logits, A=A, renormalize=renormalize)

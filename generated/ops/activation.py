@@ -74,7 +74,7 @@ class SiluMul(OpNode):
 
 
 def silu_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a silu_mul node and gives its result."""
+    """Adds a silu_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(SiluMul, inputs, attrs, (name,))
@@ -107,7 +107,7 @@ class GeluMul(OpNode):
 
 
 def gelu_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a gelu_mul node and gives its result."""
+    """Adds a gelu_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(GeluMul, inputs, attrs, (name,))
@@ -141,7 +141,7 @@ class GeluTanhMul(OpNode):
 
 
 def gelu_tanh_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a gelu_tanh_mul node and gives its result."""
+    """Adds a gelu_tanh_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(GeluTanhMul, inputs, attrs, (name,))
@@ -173,7 +173,7 @@ class ReluMul(OpNode):
 
 
 def relu_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a relu_mul node and gives its result."""
+    """Adds a relu_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(ReluMul, inputs, attrs, (name,))
@@ -206,7 +206,7 @@ class ReluSquaredMul(OpNode):
 
 
 def relu_squared_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a relu_squared_mul node and gives its result."""
+    """Adds a relu_squared_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(ReluSquaredMul, inputs, attrs, (name,))
@@ -238,7 +238,7 @@ class SigmoidMul(OpNode):
 
 
 def sigmoid_mul(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a sigmoid_mul node and gives its result."""
+    """Adds a sigmoid_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(SigmoidMul, inputs, attrs, (name,))
@@ -283,7 +283,7 @@ class ClampedSiluMul(OpNode):
 def clamped_silu_mul(
     g: GraphWriter, gu: TensorRef, *, alpha: float = 1.702, limit: float = 7.0, name: str = "y"
 ) -> TensorRef:
-    """Writes a clamped_silu_mul node and gives its result."""
+    """Adds a clamped_silu_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {"alpha": alpha, "limit": limit}
     (y,) = g.emit(ClampedSiluMul, inputs, attrs, (name,))
@@ -316,7 +316,7 @@ class Gelu(OpNode):
 
 
 def gelu(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a gelu node and gives its result."""
+    """Adds a gelu node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Gelu, inputs, attrs, (name,))
@@ -350,7 +350,7 @@ class GeluTanh(OpNode):
 
 
 def gelu_tanh(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a gelu_tanh node and gives its result."""
+    """Adds a gelu_tanh node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(GeluTanh, inputs, attrs, (name,))
@@ -383,7 +383,7 @@ class QuickGelu(OpNode):
 
 
 def quick_gelu(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a quick_gelu node and gives its result."""
+    """Adds a quick_gelu node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(QuickGelu, inputs, attrs, (name,))
@@ -416,7 +416,7 @@ class Silu(OpNode):
 
 
 def silu(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a silu node and gives its result."""
+    """Adds a silu node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Silu, inputs, attrs, (name,))
@@ -448,7 +448,7 @@ class Relu(OpNode):
 
 
 def relu(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a relu node and gives its result."""
+    """Adds a relu node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Relu, inputs, attrs, (name,))
@@ -481,7 +481,7 @@ class ReluSquared(OpNode):
 
 
 def relu_squared(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a relu_squared node and gives its result."""
+    """Adds a relu_squared node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(ReluSquared, inputs, attrs, (name,))
@@ -513,7 +513,7 @@ class Sigmoid(OpNode):
 
 
 def sigmoid(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a sigmoid node and gives its result."""
+    """Adds a sigmoid node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Sigmoid, inputs, attrs, (name,))
@@ -545,7 +545,7 @@ class Tanh(OpNode):
 
 
 def tanh(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a tanh node and gives its result."""
+    """Adds a tanh node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Tanh, inputs, attrs, (name,))

@@ -24,7 +24,7 @@ T, Nq, D, PG, BS, Nkv, Dv, B, MB, QK, E_size, KV = dims("T Nq D PG BS Nkv Dv B M
 
 # specs/ops/attention.yaml: paged_prefill_attention
 class PagedPrefillAttention(OpNode):
-    """Causal attention of the last tokens of several sequences, of any lengths, over the paged KV cache.
+    """Causal attention of the last tokens of several sequences of any lengths over the paged KV cache.
 
     see kernels/reference: paged_prefill
     """
@@ -119,7 +119,7 @@ def paged_prefill_attention(
     softcap: float | None = None,
     name: str = "o",
 ) -> TensorRef:
-    """Writes a paged_prefill_attention node and gives its result."""
+    """Adds a paged_prefill_attention node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {
         "q": q,
         "k_cache": k_cache,
@@ -228,7 +228,7 @@ def paged_decode_attention(
     softcap: float | None = None,
     name: str = "o",
 ) -> TensorRef:
-    """Writes a paged_decode_attention node and gives its result."""
+    """Adds a paged_decode_attention node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {
         "q": q,
         "k_cache": k_cache,

@@ -30,7 +30,7 @@ H, N, W, T, R, E_size, has_w = dims("H N W T R E_size has_w")
 
 # specs/ops/comm.yaml: all_reduce
 class AllReduce(OpNode):
-    """Sum over the ranks of a group, given to all of them.
+    """Sum over the ranks of a group, returned on all of them.
 
     see kernels/reference: all_reduce
     """
@@ -59,7 +59,7 @@ class AllReduce(OpNode):
 
 
 def all_reduce(g: GraphWriter, x: TensorRef, *, group: str = "tp", name: str = "y") -> TensorRef:
-    """Writes a all_reduce node and gives its result."""
+    """Adds a all_reduce node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"group": group}
     (y,) = g.emit(AllReduce, inputs, attrs, (name,))
@@ -68,7 +68,7 @@ def all_reduce(g: GraphWriter, x: TensorRef, *, group: str = "tp", name: str = "
 
 # specs/ops/comm.yaml: all_gather
 class AllGather(OpNode):
-    """The last dim put together from the ranks of a group, given to all of them.
+    """Concatenation along the last dim over the ranks of a group, returned on all of them.
 
     see kernels/reference: all_gather
     """
@@ -97,7 +97,7 @@ class AllGather(OpNode):
 
 
 def all_gather(g: GraphWriter, x: TensorRef, *, W: Dim, group: str = "tp", name: str = "y") -> TensorRef:
-    """Writes a all_gather node and gives its result."""
+    """Adds a all_gather node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"W": W, "group": group}
     (y,) = g.emit(AllGather, inputs, attrs, (name,))
@@ -106,7 +106,7 @@ def all_gather(g: GraphWriter, x: TensorRef, *, W: Dim, group: str = "tp", name:
 
 # specs/ops/comm.yaml: send
 class Send(OpNode):
-    """Gives a tensor to another rank and hands it on unchanged.
+    """Sends a tensor to another rank and returns it unchanged.
 
     see kernels/reference: send
     """
@@ -139,7 +139,7 @@ class Send(OpNode):
 
 
 def send(g: GraphWriter, x: TensorRef, *, peer: int, group: str = "pp", name: str = "y") -> TensorRef:
-    """Writes a send node and gives its result."""
+    """Adds a send node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"peer": peer, "group": group}
     (y,) = g.emit(Send, inputs, attrs, (name,))
@@ -148,7 +148,7 @@ def send(g: GraphWriter, x: TensorRef, *, peer: int, group: str = "pp", name: st
 
 # specs/ops/comm.yaml: recv
 class Recv(OpNode):
-    """Takes a tensor from another rank into a buffer of its type.
+    """Receives a tensor from another rank into a buffer of its type.
 
     see kernels/reference: recv
     """
@@ -182,7 +182,7 @@ class Recv(OpNode):
 
 
 def recv(g: GraphWriter, buffer: TensorRef, *, peer: int, group: str = "pp", name: str = "y") -> TensorRef:
-    """Writes a recv node and gives its result."""
+    """Adds a recv node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"buffer": buffer}
     attrs: dict[str, AttrValue] = {"peer": peer, "group": group}
     (y,) = g.emit(Recv, inputs, attrs, (name,))
@@ -191,7 +191,7 @@ def recv(g: GraphWriter, buffer: TensorRef, *, peer: int, group: str = "pp", nam
 
 # specs/ops/comm.yaml: allreduce_add_rms_norm
 class AllreduceAddRmsNorm(OpNode):
-    """Sum over the ranks of a group, residual add and rms_norm, which read what arrives at once.
+    """All-reduce, residual add and rms_norm in one pass; returns the norm and the new residual.
 
     r = all_reduce(p, group=group)
     h = add(x, r)
@@ -249,7 +249,7 @@ def allreduce_add_rms_norm(
     group: str = "tp",
     names: tuple[str, str] = ("y", "h"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a allreduce_add_rms_norm node and gives its results."""
+    """Adds a allreduce_add_rms_norm node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"x": x, "p": p, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps, "group": group}
     y, h = g.emit(AllreduceAddRmsNorm, inputs, attrs, names)

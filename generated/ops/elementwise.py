@@ -63,7 +63,7 @@ class Add(OpNode):
 
 
 def add(g: GraphWriter, x: TensorRef, y: TensorRef, *, name: str = "z") -> TensorRef:
-    """Writes a add node and gives its result."""
+    """Adds a add node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "y": y}
     attrs: dict[str, AttrValue] = {}
     (z,) = g.emit(Add, inputs, attrs, (name,))
@@ -99,7 +99,7 @@ class Mul(OpNode):
 
 
 def mul(g: GraphWriter, x: TensorRef, y: TensorRef, *, name: str = "z") -> TensorRef:
-    """Writes a mul node and gives its result."""
+    """Adds a mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "y": y}
     attrs: dict[str, AttrValue] = {}
     (z,) = g.emit(Mul, inputs, attrs, (name,))
@@ -108,7 +108,7 @@ def mul(g: GraphWriter, x: TensorRef, y: TensorRef, *, name: str = "z") -> Tenso
 
 # specs/ops/elementwise.yaml: mul_weight
 class MulWeight(OpNode):
-    """Product of every row and a vector, as a layer scale or a learned gain (Touvron et al. 2021).
+    """Product of every row and a vector, as in layer scale or a learned gain (Touvron et al. 2021).
 
     y = x * w
     """
@@ -135,7 +135,7 @@ class MulWeight(OpNode):
 
 
 def mul_weight(g: GraphWriter, x: TensorRef, w: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a mul_weight node and gives its result."""
+    """Adds a mul_weight node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(MulWeight, inputs, attrs, (name,))
@@ -171,7 +171,7 @@ class AddBias(OpNode):
 
 
 def add_bias(g: GraphWriter, x: TensorRef, bias: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a add_bias node and gives its result."""
+    """Adds a add_bias node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(AddBias, inputs, attrs, (name,))
@@ -180,7 +180,7 @@ def add_bias(g: GraphWriter, x: TensorRef, bias: TensorRef, *, name: str = "y") 
 
 # specs/ops/elementwise.yaml: mul_rows
 class MulRows(OpNode):
-    """Every row times its own number, as a shared expert's gate.
+    """Every row scaled by its gate value, as for a shared expert.
 
     y = x * per_row
     """
@@ -207,7 +207,7 @@ class MulRows(OpNode):
 
 
 def mul_rows(g: GraphWriter, x: TensorRef, gate: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a mul_rows node and gives its result."""
+    """Adds a mul_rows node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "gate": gate}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(MulRows, inputs, attrs, (name,))
@@ -216,7 +216,7 @@ def mul_rows(g: GraphWriter, x: TensorRef, gate: TensorRef, *, name: str = "y") 
 
 # specs/ops/elementwise.yaml: scale
 class Scale(OpNode):
-    """A tensor times a number, as embedding, residual, attention and logit multipliers.
+    """A tensor times a scalar, as embedding, residual, attention and logit multipliers.
 
     y = x * factor
     """
@@ -244,7 +244,7 @@ class Scale(OpNode):
 
 
 def scale(g: GraphWriter, x: TensorRef, *, factor: float, name: str = "y") -> TensorRef:
-    """Writes a scale node and gives its result."""
+    """Adds a scale node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"factor": factor}
     (y,) = g.emit(Scale, inputs, attrs, (name,))
@@ -253,7 +253,7 @@ def scale(g: GraphWriter, x: TensorRef, *, factor: float, name: str = "y") -> Te
 
 # specs/ops/elementwise.yaml: soft_cap
 class SoftCap(OpNode):
-    """Values held between -cap and cap by cap * tanh(x / cap), as Gemma 2 caps its logits.
+    """Soft cap of values at -cap and cap by cap * tanh(x / cap), as of the logits of Gemma 2.
 
     y = E(tanh(f32(x) / cap) * cap)
     """
@@ -282,7 +282,7 @@ class SoftCap(OpNode):
 
 
 def soft_cap(g: GraphWriter, x: TensorRef, *, cap: float, name: str = "y") -> TensorRef:
-    """Writes a soft_cap node and gives its result."""
+    """Adds a soft_cap node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"cap": cap}
     (y,) = g.emit(SoftCap, inputs, attrs, (name,))
@@ -291,7 +291,7 @@ def soft_cap(g: GraphWriter, x: TensorRef, *, cap: float, name: str = "y") -> Te
 
 # specs/ops/elementwise.yaml: clip
 class Clip(OpNode):
-    """Values cut off at -limit and limit, as OLMo and DBRX clip queries, keys and values.
+    """Values clipped to -limit and limit, as queries, keys and values in OLMo and DBRX.
 
     y = max(min(x, limit), 0.0 - limit)
     """
@@ -319,7 +319,7 @@ class Clip(OpNode):
 
 
 def clip(g: GraphWriter, x: TensorRef, *, limit: float, name: str = "y") -> TensorRef:
-    """Writes a clip node and gives its result."""
+    """Adds a clip node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"limit": limit}
     (y,) = g.emit(Clip, inputs, attrs, (name,))

@@ -55,7 +55,7 @@ class Embedding(OpNode):
 
 
 def embedding(g: GraphWriter, ids: TensorRef, table: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a embedding node and gives its result."""
+    """Adds a embedding node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"ids": ids, "table": table}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Embedding, inputs, attrs, (name,))
@@ -64,7 +64,7 @@ def embedding(g: GraphWriter, ids: TensorRef, table: TensorRef, *, name: str = "
 
 # specs/ops/embedding.yaml: embedding_shard
 class EmbeddingShard(OpNode):
-    """embedding over the rows of the table that this rank holds; zero for the others' tokens, so that ranks add up.
+    """embedding over the table rows of this rank; zero for tokens of other ranks, so that the ranks sum to the result.
 
     row = ids - first
     held = row >= 0 and row < V
@@ -98,7 +98,7 @@ class EmbeddingShard(OpNode):
 
 
 def embedding_shard(g: GraphWriter, ids: TensorRef, table: TensorRef, *, first: int, name: str = "y") -> TensorRef:
-    """Writes a embedding_shard node and gives its result."""
+    """Adds a embedding_shard node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"ids": ids, "table": table}
     attrs: dict[str, AttrValue] = {"first": first}
     (y,) = g.emit(EmbeddingShard, inputs, attrs, (name,))
@@ -141,7 +141,7 @@ class PositionEmbedding(OpNode):
 def position_embedding(
     g: GraphWriter, pos: TensorRef, table: TensorRef, *, offset: int = 0, name: str = "y"
 ) -> TensorRef:
-    """Writes a position_embedding node and gives its result."""
+    """Adds a position_embedding node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"pos": pos, "table": table}
     attrs: dict[str, AttrValue] = {"offset": offset}
     (y,) = g.emit(PositionEmbedding, inputs, attrs, (name,))
@@ -150,7 +150,7 @@ def position_embedding(
 
 # specs/ops/embedding.yaml: select_rows
 class SelectRows(OpNode):
-    """The rows whose logits are wanted.
+    """The rows that need logits.
 
     y = gather(x, T, rows)
     """
@@ -177,7 +177,7 @@ class SelectRows(OpNode):
 
 
 def select_rows(g: GraphWriter, x: TensorRef, rows: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a select_rows node and gives its result."""
+    """Adds a select_rows node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "rows": rows}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(SelectRows, inputs, attrs, (name,))

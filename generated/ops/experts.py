@@ -31,7 +31,7 @@ G = ElementType("G")
 
 # specs/ops/experts.yaml: router_logits
 class RouterLogits(OpNode):
-    """A score per expert for every token, computed and kept in float32, as DeepSeek V3 does.
+    """A score per expert for every token, computed and returned in float32, as in DeepSeek V3.
 
     acc = dot(x, w, K)
     logits = optional(bias, acc + f32(bias), acc)
@@ -66,7 +66,7 @@ class RouterLogits(OpNode):
 def router_logits(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "logits"
 ) -> TensorRef:
-    """Writes a router_logits node and gives its result."""
+    """Adds a router_logits node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (logits,) = g.emit(RouterLogits, inputs, attrs, (name,))
@@ -159,7 +159,7 @@ def topk_router(
     group_score: str = "max",
     names: tuple[str, str] = ("experts", "weights"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a topk_router node and gives its results."""
+    """Adds a topk_router node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"logits": logits, "bias": bias}
     attrs: dict[str, AttrValue] = {
         "A": A,
@@ -176,7 +176,7 @@ def topk_router(
 
 # specs/ops/experts.yaml: expert_linear
 class ExpertLinear(OpNode):
-    """Every token projected by each of its experts, whose weights are stacked; a bias per expert is optional.
+    """Every token projected by each of its experts, with stacked weights and an optional bias per expert.
 
     see kernels/reference: expert_linear
     """
@@ -214,7 +214,7 @@ class ExpertLinear(OpNode):
 def expert_linear(
     g: GraphWriter, x: TensorRef, experts: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a expert_linear node and gives its result."""
+    """Adds a expert_linear node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "experts": experts, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(ExpertLinear, inputs, attrs, (name,))
@@ -261,7 +261,7 @@ class ExpertDown(OpNode):
 def expert_down(
     g: GraphWriter, x: TensorRef, experts: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a expert_down node and gives its result."""
+    """Adds a expert_down node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "experts": experts, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(ExpertDown, inputs, attrs, (name,))
@@ -297,7 +297,7 @@ class CombineExperts(OpNode):
 
 
 def combine_experts(g: GraphWriter, x: TensorRef, weights: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a combine_experts node and gives its result."""
+    """Adds a combine_experts node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "weights": weights}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(CombineExperts, inputs, attrs, (name,))

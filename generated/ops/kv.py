@@ -84,7 +84,7 @@ def kv_store(
     *,
     names: tuple[str, str] = ("k_out", "v_out"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a kv_store node and gives its results."""
+    """Adds a kv_store node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": slots}
     attrs: dict[str, AttrValue] = {}
     k_out, v_out = g.emit(KvStore, inputs, attrs, names)
@@ -159,7 +159,7 @@ def kv_load(
     *,
     names: tuple[str, str] = ("k_out", "v_out"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a kv_load node and gives its results."""
+    """Adds a kv_load node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "tier_k": tier_k,
         "tier_v": tier_v,
@@ -241,7 +241,7 @@ def kv_migrate(
     *,
     names: tuple[str, str] = ("dst_k_out", "dst_v_out"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a kv_migrate node and gives its results."""
+    """Adds a kv_migrate node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "src_k": src_k,
         "src_v": src_v,

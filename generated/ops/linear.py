@@ -81,7 +81,7 @@ class Linear(OpNode):
 
 
 def linear(g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y") -> TensorRef:
-    """Writes a linear node and gives its result."""
+    """Adds a linear node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Linear, inputs, attrs, (name,))
@@ -125,7 +125,7 @@ class LmHead(OpNode):
 def lm_head(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "logits"
 ) -> TensorRef:
-    """Writes a lm_head node and gives its result."""
+    """Adds a lm_head node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (logits,) = g.emit(LmHead, inputs, attrs, (name,))
@@ -134,7 +134,7 @@ def lm_head(
 
 # specs/ops/linear.yaml: head_linear
 class HeadLinear(OpNode):
-    """Projection of every head by a weight of its own.
+    """Projection of every head by a separate weight.
 
     y = E(dot(x, w, K))
     """
@@ -161,7 +161,7 @@ class HeadLinear(OpNode):
 
 
 def head_linear(g: GraphWriter, x: TensorRef, w: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a head_linear node and gives its result."""
+    """Adds a head_linear node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(HeadLinear, inputs, attrs, (name,))
@@ -205,7 +205,7 @@ class LinearSiluMul(OpNode):
 def linear_silu_mul(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a linear_silu_mul node and gives its result."""
+    """Adds a linear_silu_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(LinearSiluMul, inputs, attrs, (name,))
@@ -249,7 +249,7 @@ class LinearGeluMul(OpNode):
 def linear_gelu_mul(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a linear_gelu_mul node and gives its result."""
+    """Adds a linear_gelu_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(LinearGeluMul, inputs, attrs, (name,))
@@ -293,7 +293,7 @@ class LinearGeluTanhMul(OpNode):
 def linear_gelu_tanh_mul(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a linear_gelu_tanh_mul node and gives its result."""
+    """Adds a linear_gelu_tanh_mul node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(LinearGeluTanhMul, inputs, attrs, (name,))
@@ -337,7 +337,7 @@ class LinearGelu(OpNode):
 def linear_gelu(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a linear_gelu node and gives its result."""
+    """Adds a linear_gelu node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(LinearGelu, inputs, attrs, (name,))
@@ -381,7 +381,7 @@ class LinearGeluTanh(OpNode):
 def linear_gelu_tanh(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a linear_gelu_tanh node and gives its result."""
+    """Adds a linear_gelu_tanh node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(LinearGeluTanh, inputs, attrs, (name,))
@@ -430,7 +430,7 @@ class LinearAdd(OpNode):
 def linear_add(
     g: GraphWriter, x: TensorRef, w: TensorRef, residual: TensorRef, bias: TensorRef | None = None, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a linear_add node and gives its result."""
+    """Adds a linear_add node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "residual": residual, "bias": bias}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(LinearAdd, inputs, attrs, (name,))
@@ -439,7 +439,7 @@ def linear_add(
 
 # specs/ops/linear.yaml: lm_head_scale
 class LmHeadScale(OpNode):
-    """Logits and their multiplier, as Granite and Cohere have.
+    """Logits with a multiplier, as in Granite and Cohere.
 
     raw = lm_head(x, w, bias)
     logits = scale(raw, factor=factor)
@@ -479,7 +479,7 @@ class LmHeadScale(OpNode):
 def lm_head_scale(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, factor: float, name: str = "logits"
 ) -> TensorRef:
-    """Writes a lm_head_scale node and gives its result."""
+    """Adds a lm_head_scale node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {"factor": factor}
     (logits,) = g.emit(LmHeadScale, inputs, attrs, (name,))
@@ -488,7 +488,7 @@ def lm_head_scale(
 
 # specs/ops/linear.yaml: lm_head_soft_cap
 class LmHeadSoftCap(OpNode):
-    """Logits held between two bounds, as Gemma 2 does.
+    """Logits with a soft cap, as in Gemma 2.
 
     raw = lm_head(x, w, bias)
     logits = soft_cap(raw, cap=cap)
@@ -529,7 +529,7 @@ class LmHeadSoftCap(OpNode):
 def lm_head_soft_cap(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, cap: float, name: str = "logits"
 ) -> TensorRef:
-    """Writes a lm_head_soft_cap node and gives its result."""
+    """Adds a lm_head_soft_cap node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {"cap": cap}
     (logits,) = g.emit(LmHeadSoftCap, inputs, attrs, (name,))
@@ -538,7 +538,7 @@ def lm_head_soft_cap(
 
 # specs/ops/linear.yaml: lm_head_sample
 class LmHeadSample(OpNode):
-    """Logits and the next token of every sequence, whose likeliest one is found while its logits are made.
+    """Logits and the next token of every sequence, with the argmax in the epilogue of the projection.
 
     logits = lm_head(x, w, bias)
     tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
@@ -616,7 +616,7 @@ def lm_head_sample(
     *,
     names: tuple[str, str] = ("logits", "tokens"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a lm_head_sample node and gives its results."""
+    """Adds a lm_head_sample node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "x": x,
         "w": w,
@@ -718,7 +718,7 @@ def lm_head_scale_sample(
     factor: float,
     names: tuple[str, str] = ("logits", "tokens"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a lm_head_scale_sample node and gives its results."""
+    """Adds a lm_head_scale_sample node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "x": x,
         "w": w,
@@ -736,7 +736,7 @@ def lm_head_scale_sample(
 
 # specs/ops/linear.yaml: lm_head_soft_cap_sample
 class LmHeadSoftCapSample(OpNode):
-    """Logits held between two bounds, and the next token of every sequence.
+    """Logits with a soft cap, and the next token of every sequence.
 
     logits = lm_head_soft_cap(x, w, bias, cap=cap)
     tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
@@ -821,7 +821,7 @@ def lm_head_soft_cap_sample(
     cap: float,
     names: tuple[str, str] = ("logits", "tokens"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a lm_head_soft_cap_sample node and gives its results."""
+    """Adds a lm_head_soft_cap_sample node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "x": x,
         "w": w,

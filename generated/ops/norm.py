@@ -44,7 +44,7 @@ H, T, N, D, R, has_w, E_size, has_bias = dims("H T N D R has_w E_size has_bias")
 
 # specs/ops/norm.yaml: rms_norm
 class RmsNorm(OpNode):
-    """Root-mean-square norm over the hidden dim, scaled by a weight if there is one (Zhang & Sennrich 2019).
+    """Root-mean-square norm over the hidden dim, scaled by an optional weight (Zhang & Sennrich 2019).
 
     xf = f32(x)
     ms = mean(xf * xf, H)
@@ -82,7 +82,7 @@ class RmsNorm(OpNode):
 def rms_norm(
     g: GraphWriter, x: TensorRef, w: TensorRef | None = None, *, eps: float = 1e-06, name: str = "y"
 ) -> TensorRef:
-    """Writes a rms_norm node and gives its result."""
+    """Adds a rms_norm node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(RmsNorm, inputs, attrs, (name,))
@@ -91,7 +91,7 @@ def rms_norm(
 
 # specs/ops/norm.yaml: rms_norm_wide
 class RmsNormWide(OpNode):
-    """rms_norm that is scaled in float32 and rounded once, as OLMo 2 and gpt-oss do.
+    """rms_norm that is scaled in float32 and rounded once, as in OLMo 2 and gpt-oss.
 
     xf = f32(x)
     ms = mean(xf * xf, H)
@@ -125,7 +125,7 @@ class RmsNormWide(OpNode):
 
 
 def rms_norm_wide(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e-06, name: str = "y") -> TensorRef:
-    """Writes a rms_norm_wide node and gives its result."""
+    """Adds a rms_norm_wide node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(RmsNormWide, inputs, attrs, (name,))
@@ -134,7 +134,7 @@ def rms_norm_wide(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e
 
 # specs/ops/norm.yaml: rms_norm_1p
 class RmsNorm1p(OpNode):
-    """rms_norm scaled by 1 + w, in float32, as Gemma does.
+    """rms_norm scaled by 1 + w in float32, as in Gemma.
 
     xf = f32(x)
     ms = mean(xf * xf, H)
@@ -168,7 +168,7 @@ class RmsNorm1p(OpNode):
 
 
 def rms_norm_1p(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e-06, name: str = "y") -> TensorRef:
-    """Writes a rms_norm_1p node and gives its result."""
+    """Adds a rms_norm_1p node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(RmsNorm1p, inputs, attrs, (name,))
@@ -177,7 +177,7 @@ def rms_norm_1p(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e-0
 
 # specs/ops/norm.yaml: layer_norm
 class LayerNorm(OpNode):
-    """Norm by mean and variance over the hidden dim, with a weight and a bias if there are any (Ba et al. 2016).
+    """Layer norm over the hidden dim, with optional weight and bias (Ba et al. 2016).
 
     xf = f32(x)
     d = xf - mean(xf, H)
@@ -226,7 +226,7 @@ def layer_norm(
     eps: float = 1e-05,
     name: str = "y",
 ) -> TensorRef:
-    """Writes a layer_norm node and gives its result."""
+    """Adds a layer_norm node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(LayerNorm, inputs, attrs, (name,))
@@ -235,7 +235,7 @@ def layer_norm(
 
 # specs/ops/norm.yaml: head_layer_norm
 class HeadLayerNorm(OpNode):
-    """layer_norm of every head, scaled by a weight of its own, as Command R+ norms queries and keys.
+    """layer_norm of every head with a per-head weight, as of queries and keys in Command R+.
 
     xf = f32(x)
     d = xf - mean(xf, D)
@@ -269,7 +269,7 @@ class HeadLayerNorm(OpNode):
 
 
 def head_layer_norm(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 1e-05, name: str = "y") -> TensorRef:
-    """Writes a head_layer_norm node and gives its result."""
+    """Adds a head_layer_norm node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(HeadLayerNorm, inputs, attrs, (name,))
@@ -278,7 +278,7 @@ def head_layer_norm(g: GraphWriter, x: TensorRef, w: TensorRef, *, eps: float = 
 
 # specs/ops/norm.yaml: layer_norm_1p
 class LayerNorm1p(OpNode):
-    """layer_norm scaled by 1 + w, as Nemotron does.
+    """layer_norm scaled by 1 + w, as in Nemotron.
 
     xf = f32(x)
     d = xf - mean(xf, H)
@@ -320,7 +320,7 @@ class LayerNorm1p(OpNode):
 def layer_norm_1p(
     g: GraphWriter, x: TensorRef, w: TensorRef, bias: TensorRef | None = None, *, eps: float = 1e-05, name: str = "y"
 ) -> TensorRef:
-    """Writes a layer_norm_1p node and gives its result."""
+    """Adds a layer_norm_1p node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(LayerNorm1p, inputs, attrs, (name,))
@@ -380,7 +380,7 @@ def fused_add_rms_norm(
     eps: float = 1e-06,
     names: tuple[str, str] = ("y", "h"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a fused_add_rms_norm node and gives its results."""
+    """Adds a fused_add_rms_norm node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     y, h = g.emit(FusedAddRmsNorm, inputs, attrs, names)
@@ -445,7 +445,7 @@ def fused_add_layer_norm(
     eps: float = 1e-05,
     names: tuple[str, str] = ("y", "h"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a fused_add_layer_norm node and gives its results."""
+    """Adds a fused_add_layer_norm node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w, "bias": bias}
     attrs: dict[str, AttrValue] = {"eps": eps}
     y, h = g.emit(FusedAddLayerNorm, inputs, attrs, names)
@@ -504,7 +504,7 @@ def fused_add_rms_norm_wide(
     eps: float = 1e-06,
     names: tuple[str, str] = ("y", "h"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a fused_add_rms_norm_wide node and gives its results."""
+    """Adds a fused_add_rms_norm_wide node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     y, h = g.emit(FusedAddRmsNormWide, inputs, attrs, names)
@@ -513,7 +513,7 @@ def fused_add_rms_norm_wide(
 
 # specs/ops/norm.yaml: fused_rms_norm_wide_add
 class FusedRmsNormWideAdd(OpNode):
-    """rms_norm_wide of what a block gives, and the residual add behind it, as in OLMo 2.
+    """rms_norm_wide of the output of a block, then the residual add, as in OLMo 2.
 
     n = rms_norm_wide(x, w, eps=eps)
     h = add(residual, n)
@@ -553,7 +553,7 @@ class FusedRmsNormWideAdd(OpNode):
 def fused_rms_norm_wide_add(
     g: GraphWriter, residual: TensorRef, x: TensorRef, w: TensorRef, *, eps: float = 1e-06, name: str = "h"
 ) -> TensorRef:
-    """Writes a fused_rms_norm_wide_add node and gives its result."""
+    """Adds a fused_rms_norm_wide_add node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"residual": residual, "x": x, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (h,) = g.emit(FusedRmsNormWideAdd, inputs, attrs, (name,))
@@ -612,7 +612,7 @@ def fused_add_rms_norm_1p(
     eps: float = 1e-06,
     names: tuple[str, str] = ("y", "h"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a fused_add_rms_norm_1p node and gives its results."""
+    """Adds a fused_add_rms_norm_1p node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"x": x, "residual": residual, "w": w}
     attrs: dict[str, AttrValue] = {"eps": eps}
     y, h = g.emit(FusedAddRmsNorm1p, inputs, attrs, names)
@@ -621,7 +621,7 @@ def fused_add_rms_norm_1p(
 
 # specs/ops/norm.yaml: fused_norm_add_norm_1p
 class FusedNormAddNorm1p(OpNode):
-    """Norm of what a block gives, the residual add, and the norm before the next block, as in Gemma 2.
+    """Norm of the output of a block, the residual add, and the norm before the next block, as in Gemma 2.
 
     n = rms_norm_1p(x, w_after, eps=eps)
     h = add(residual, n)
@@ -677,7 +677,7 @@ def fused_norm_add_norm_1p(
     eps: float = 1e-06,
     names: tuple[str, str] = ("y", "h"),
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a fused_norm_add_norm_1p node and gives its results."""
+    """Adds a fused_norm_add_norm_1p node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"residual": residual, "x": x, "w_after": w_after, "w_before": w_before}
     attrs: dict[str, AttrValue] = {"eps": eps}
     y, h = g.emit(FusedNormAddNorm1p, inputs, attrs, names)

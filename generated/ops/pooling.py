@@ -28,7 +28,7 @@ T, H, B, E_size, R = dims("T H B E_size R")
 
 # specs/ops/pooling.yaml: pool_first
 class PoolFirst(OpNode):
-    """First row of every sequence, such as that of BERT's [CLS] token.
+    """First row of every sequence, e.g. that of BERT's [CLS] token.
 
     y = gather(x, T, starts)
     """
@@ -55,7 +55,7 @@ class PoolFirst(OpNode):
 
 
 def pool_first(g: GraphWriter, x: TensorRef, q_start: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a pool_first node and gives its result."""
+    """Adds a pool_first node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "q_start": q_start}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(PoolFirst, inputs, attrs, (name,))
@@ -64,7 +64,7 @@ def pool_first(g: GraphWriter, x: TensorRef, q_start: TensorRef, *, name: str = 
 
 # specs/ops/pooling.yaml: pool_last
 class PoolLast(OpNode):
-    """Last row of every sequence, as decoders that embed take it.
+    """Last row of every sequence, as in embedding models based on decoders.
 
     y = gather(x, T, ends - 1)
     """
@@ -91,7 +91,7 @@ class PoolLast(OpNode):
 
 
 def pool_last(g: GraphWriter, x: TensorRef, q_start: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a pool_last node and gives its result."""
+    """Adds a pool_last node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "q_start": q_start}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(PoolLast, inputs, attrs, (name,))
@@ -127,7 +127,7 @@ class PoolMean(OpNode):
 
 
 def pool_mean(g: GraphWriter, x: TensorRef, q_start: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a pool_mean node and gives its result."""
+    """Adds a pool_mean node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "q_start": q_start}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(PoolMean, inputs, attrs, (name,))
@@ -136,7 +136,7 @@ def pool_mean(g: GraphWriter, x: TensorRef, q_start: TensorRef, *, name: str = "
 
 # specs/ops/pooling.yaml: l2_norm
 class L2Norm(OpNode):
-    """Every row divided by its Euclidean length, so that the dot product of two is the cosine of their angle.
+    """Every row divided by its Euclidean norm, so that the dot product of two rows is their cosine similarity.
 
     xf = f32(x)
     length = sqrt(sum(xf * xf, H))
@@ -166,7 +166,7 @@ class L2Norm(OpNode):
 
 
 def l2_norm(g: GraphWriter, x: TensorRef, *, eps: float = 1e-12, name: str = "y") -> TensorRef:
-    """Writes a l2_norm node and gives its result."""
+    """Adds a l2_norm node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(L2Norm, inputs, attrs, (name,))

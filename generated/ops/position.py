@@ -66,7 +66,7 @@ class Rope(OpNode):
 
 
 def rope(g: GraphWriter, x: TensorRef, pos: TensorRef, cos: TensorRef, sin: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a rope node and gives its result."""
+    """Adds a rope node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "pos": pos, "cos": cos, "sin": sin}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Rope, inputs, attrs, (name,))
@@ -121,7 +121,7 @@ class RopeInterleaved(OpNode):
 def rope_interleaved(
     g: GraphWriter, x: TensorRef, pos: TensorRef, cos: TensorRef, sin: TensorRef, *, name: str = "y"
 ) -> TensorRef:
-    """Writes a rope_interleaved node and gives its result."""
+    """Adds a rope_interleaved node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "pos": pos, "cos": cos, "sin": sin}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(RopeInterleaved, inputs, attrs, (name,))

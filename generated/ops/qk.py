@@ -111,7 +111,7 @@ def qk_rope_kv_store(
     D: Dim,
     names: tuple[str, str, str] = ("q", "k_out", "v_out"),
 ) -> tuple[TensorRef, TensorRef, TensorRef]:
-    """Writes a qk_rope_kv_store node and gives its results."""
+    """Adds a qk_rope_kv_store node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "qkv": qkv,
         "pos": pos,
@@ -211,7 +211,7 @@ def qk_rope_interleaved_kv_store(
     D: Dim,
     names: tuple[str, str, str] = ("q", "k_out", "v_out"),
 ) -> tuple[TensorRef, TensorRef, TensorRef]:
-    """Writes a qk_rope_interleaved_kv_store node and gives its results."""
+    """Adds a qk_rope_interleaved_kv_store node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "qkv": qkv,
         "pos": pos,
@@ -228,7 +228,7 @@ def qk_rope_interleaved_kv_store(
 
 # specs/ops/qk.yaml: qk_norm_rope_kv_store
 class QkNormRopeKvStore(OpNode):
-    """qk_rope_kv_store with an rms_norm of every head before its rotation, as Qwen3 does.
+    """qk_rope_kv_store with an rms_norm of every head before the rotation, as in Qwen3.
 
     qh, kh, v = split_qkv(qkv, Nq=Nq, Nkv=Nkv, D=D)
     qn = rms_norm(qh, q_norm, eps=eps)
@@ -335,7 +335,7 @@ def qk_norm_rope_kv_store(
     eps: float = 1e-06,
     names: tuple[str, str, str] = ("q", "k_out", "v_out"),
 ) -> tuple[TensorRef, TensorRef, TensorRef]:
-    """Writes a qk_norm_rope_kv_store node and gives its results."""
+    """Adds a qk_norm_rope_kv_store node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "qkv": qkv,
         "q_norm": q_norm,
@@ -354,7 +354,7 @@ def qk_norm_rope_kv_store(
 
 # specs/ops/qk.yaml: qk_norm_1p_rope_kv_store
 class QkNorm1pRopeKvStore(OpNode):
-    """qk_rope_kv_store with an rms_norm_1p of every head before its rotation, as Gemma 3 does.
+    """qk_rope_kv_store with an rms_norm_1p of every head before the rotation, as in Gemma 3.
 
     qh, kh, v = split_qkv(qkv, Nq=Nq, Nkv=Nkv, D=D)
     qn = rms_norm_1p(qh, q_norm, eps=eps)
@@ -463,7 +463,7 @@ def qk_norm_1p_rope_kv_store(
     eps: float = 1e-06,
     names: tuple[str, str, str] = ("q", "k_out", "v_out"),
 ) -> tuple[TensorRef, TensorRef, TensorRef]:
-    """Writes a qk_norm_1p_rope_kv_store node and gives its results."""
+    """Adds a qk_norm_1p_rope_kv_store node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {
         "qkv": qkv,
         "q_norm": q_norm,

@@ -81,7 +81,7 @@ def sample(
     *,
     name: str = "tokens",
 ) -> TensorRef:
-    """Writes a sample node and gives its result."""
+    """Adds a sample node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {
         "logits": logits,
         "temperature": temperature,

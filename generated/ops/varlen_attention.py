@@ -22,7 +22,7 @@ T, Nq, D, Nkv, B, LL, E_size = dims("T Nq D Nkv B LL E_size")
 
 # specs/ops/varlen_attention.yaml: varlen_attention
 class VarlenAttention(OpNode):
-    """Attention of the tokens of several sequences, of any lengths, each over its own sequence and without a KV cache.
+    """Attention within several sequences of any lengths, without a KV cache.
 
     see kernels/reference: varlen
     """
@@ -93,7 +93,7 @@ def varlen_attention(
     softcap: float | None = None,
     name: str = "o",
 ) -> TensorRef:
-    """Writes a varlen_attention node and gives its result."""
+    """Adds a varlen_attention node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"q": q, "k": k, "v": v, "q_start": q_start}
     attrs: dict[str, AttrValue] = {"causal": causal, "window": window, "softcap": softcap}
     if scale is not None:

@@ -70,7 +70,7 @@ class SplitQkv(OpNode):
 def split_qkv(
     g: GraphWriter, qkv: TensorRef, *, Nq: Dim, Nkv: Dim, D: Dim, names: tuple[str, str, str] = ("q", "k", "v")
 ) -> tuple[TensorRef, TensorRef, TensorRef]:
-    """Writes a split_qkv node and gives its results."""
+    """Adds a split_qkv node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"qkv": qkv}
     attrs: dict[str, AttrValue] = {"Nq": Nq, "Nkv": Nkv, "D": D}
     q, k, v = g.emit(SplitQkv, inputs, attrs, names)
@@ -79,7 +79,7 @@ def split_qkv(
 
 # specs/ops/views.yaml: merge_heads
 class MergeHeads(OpNode):
-    """The heads of every row, side by side.
+    """The heads of every row, concatenated.
 
     y = flat
     """
@@ -102,7 +102,7 @@ class MergeHeads(OpNode):
 
 
 def merge_heads(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a merge_heads node and gives its result."""
+    """Adds a merge_heads node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(MergeHeads, inputs, attrs, (name,))
@@ -135,7 +135,7 @@ class SplitHeads(OpNode):
 
 
 def split_heads(g: GraphWriter, x: TensorRef, *, N: Dim, D: Dim, name: str = "y") -> TensorRef:
-    """Writes a split_heads node and gives its result."""
+    """Adds a split_heads node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"N": N, "D": D}
     (y,) = g.emit(SplitHeads, inputs, attrs, (name,))
@@ -144,7 +144,7 @@ def split_heads(g: GraphWriter, x: TensorRef, *, N: Dim, D: Dim, name: str = "y"
 
 # specs/ops/views.yaml: split_halves
 class SplitHalves(OpNode):
-    """The two halves of the last dim, as of a packed gate|up projection.
+    """The two halves of the last dim, e.g. of a packed gate|up projection.
 
     a = first
     b = second
@@ -172,7 +172,7 @@ class SplitHalves(OpNode):
 
 
 def split_halves(g: GraphWriter, x: TensorRef, *, names: tuple[str, str] = ("a", "b")) -> tuple[TensorRef, TensorRef]:
-    """Writes a split_halves node and gives its results."""
+    """Adds a split_halves node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     a, b = g.emit(SplitHalves, inputs, attrs, names)
@@ -181,7 +181,7 @@ def split_halves(g: GraphWriter, x: TensorRef, *, names: tuple[str, str] = ("a",
 
 # specs/ops/views.yaml: split_last
 class SplitLast(OpNode):
-    """The first Na features of the last dim and the other ones.
+    """The first Na features of the last dim, and the rest.
 
     a = first
     b = rest
@@ -212,7 +212,7 @@ class SplitLast(OpNode):
 def split_last(
     g: GraphWriter, x: TensorRef, *, Na: Dim, names: tuple[str, str] = ("a", "b")
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a split_last node and gives its results."""
+    """Adds a split_last node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"Na": Na}
     a, b = g.emit(SplitLast, inputs, attrs, names)
@@ -221,7 +221,7 @@ def split_last(
 
 # specs/ops/views.yaml: concat_last
 class ConcatLast(OpNode):
-    """The features of two tensors, one after the other in the last dim.
+    """Two tensors concatenated along the last dim.
 
     first = a
     rest = b
@@ -249,7 +249,7 @@ class ConcatLast(OpNode):
 
 
 def concat_last(g: GraphWriter, a: TensorRef, b: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a concat_last node and gives its result."""
+    """Adds a concat_last node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"a": a, "b": b}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(ConcatLast, inputs, attrs, (name,))
@@ -258,7 +258,7 @@ def concat_last(g: GraphWriter, a: TensorRef, b: TensorRef, *, name: str = "y") 
 
 # specs/ops/views.yaml: split_rows
 class SplitRows(OpNode):
-    """The first rows and the other ones.
+    """The first Ta rows, and the rest.
 
     a = first
     b = rest
@@ -289,7 +289,7 @@ class SplitRows(OpNode):
 def split_rows(
     g: GraphWriter, x: TensorRef, *, Ta: Dim, names: tuple[str, str] = ("a", "b")
 ) -> tuple[TensorRef, TensorRef]:
-    """Writes a split_rows node and gives its results."""
+    """Adds a split_rows node to the graph and returns its results."""
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {"Ta": Ta}
     a, b = g.emit(SplitRows, inputs, attrs, names)
@@ -298,7 +298,7 @@ def split_rows(
 
 # specs/ops/views.yaml: concat_rows
 class ConcatRows(OpNode):
-    """The rows of two tensors, one after the other.
+    """Two tensors concatenated along their rows.
 
     first = a
     rest = b
@@ -326,7 +326,7 @@ class ConcatRows(OpNode):
 
 
 def concat_rows(g: GraphWriter, a: TensorRef, b: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a concat_rows node and gives its result."""
+    """Adds a concat_rows node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"a": a, "b": b}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(ConcatRows, inputs, attrs, (name,))

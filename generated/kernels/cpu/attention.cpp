@@ -9,7 +9,7 @@ namespace sage {
 using E = SAGE_ELEMENT;
 
 // specs/ops/attention.yaml: paged_prefill_attention
-// Causal attention of the last tokens of several sequences, of any lengths, over the paged KV cache.
+// Causal attention of the last tokens of several sequences of any lengths over the paged KV cache.
 //
 //     see kernels/reference: paged_prefill
 SAGE_KERNEL(paged_prefill_attention) {

@@ -49,7 +49,7 @@ SAGE_KERNEL(mul) {
 }
 
 // specs/ops/elementwise.yaml: mul_weight
-// Product of every row and a vector, as a layer scale or a learned gain (Touvron et al. 2021).
+// Product of every row and a vector, as in layer scale or a learned gain (Touvron et al. 2021).
 //
 //     y = x * w
 SAGE_KERNEL(mul_weight) {
@@ -87,7 +87,7 @@ SAGE_KERNEL(add_bias) {
 }
 
 // specs/ops/elementwise.yaml: mul_rows
-// Every row times its own number, as a shared expert's gate.
+// Every row scaled by its gate value, as for a shared expert.
 //
 //     y = x * per_row
 SAGE_KERNEL(mul_rows) {
@@ -107,7 +107,7 @@ SAGE_KERNEL(mul_rows) {
 }
 
 // specs/ops/elementwise.yaml: scale
-// A tensor times a number, as embedding, residual, attention and logit multipliers.
+// A tensor times a scalar, as embedding, residual, attention and logit multipliers.
 //
 //     y = x * factor
 SAGE_KERNEL(scale) {
@@ -126,7 +126,7 @@ SAGE_KERNEL(scale) {
 }
 
 // specs/ops/elementwise.yaml: soft_cap
-// Values held between -cap and cap by cap * tanh(x / cap), as Gemma 2 caps its logits.
+// Soft cap of values at -cap and cap by cap * tanh(x / cap), as of the logits of Gemma 2.
 //
 //     y = E(tanh(f32(x) / cap) * cap)
 SAGE_KERNEL(soft_cap) {
@@ -145,7 +145,7 @@ SAGE_KERNEL(soft_cap) {
 }
 
 // specs/ops/elementwise.yaml: clip
-// Values cut off at -limit and limit, as OLMo and DBRX clip queries, keys and values.
+// Values clipped to -limit and limit, as queries, keys and values in OLMo and DBRX.
 //
 //     y = max(min(x, limit), 0.0 - limit)
 SAGE_KERNEL(clip) {

@@ -43,7 +43,7 @@ SAGE_KERNEL(embedding_packed) {
 }
 
 // specs/ops/embedding.yaml: embedding_shard
-// embedding over the rows of the table that this rank holds; zero for the others' tokens, so that ranks add up.
+// embedding over the table rows of this rank; zero for tokens of other ranks, so that the ranks sum to the result.
 //
 //     row = ids - first
 //     held = row >= 0 and row < V
@@ -90,7 +90,7 @@ SAGE_KERNEL(position_embedding) {
 }
 
 // specs/ops/embedding.yaml: select_rows
-// The rows whose logits are wanted.
+// The rows that need logits.
 //
 //     y = gather(x, T, rows)
 SAGE_KERNEL(select_rows) {

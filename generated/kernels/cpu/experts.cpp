@@ -16,7 +16,7 @@ static const Microkernel<SAGE_ELEMENT>& MICROKERNEL =
 constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
 
 // specs/ops/experts.yaml: router_logits
-// A score per expert for every token, computed and kept in float32, as DeepSeek V3 does.
+// A score per expert for every token, computed and returned in float32, as in DeepSeek V3.
 //
 //     acc = dot(x, w, K)
 //     logits = optional(bias, acc + f32(bias), acc)
@@ -72,7 +72,7 @@ SAGE_KERNEL(topk_router) {
 }
 
 // specs/ops/experts.yaml: expert_linear
-// Every token projected by each of its experts, whose weights are stacked; a bias per expert is optional.
+// Every token projected by each of its experts, with stacked weights and an optional bias per expert.
 //
 //     see kernels/reference: expert_linear
 SAGE_KERNEL(expert_linear) {

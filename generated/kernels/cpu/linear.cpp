@@ -63,7 +63,7 @@ SAGE_KERNEL(lm_head) {
 }
 
 // specs/ops/linear.yaml: head_linear
-// Projection of every head by a weight of its own.
+// Projection of every head by a separate weight.
 //
 //     y = E(dot(x, w, K))
 SAGE_KERNEL(head_linear) {
@@ -241,7 +241,7 @@ SAGE_KERNEL(linear_add) {
 }
 
 // specs/ops/linear.yaml: lm_head_scale
-// Logits and their multiplier, as Granite and Cohere have.
+// Logits with a multiplier, as in Granite and Cohere.
 //
 //     raw = lm_head(x, w, bias)
 //     logits = scale(raw, factor=factor)
@@ -267,7 +267,7 @@ SAGE_KERNEL(lm_head_scale) {
 }
 
 // specs/ops/linear.yaml: lm_head_soft_cap
-// Logits held between two bounds, as Gemma 2 does.
+// Logits with a soft cap, as in Gemma 2.
 //
 //     raw = lm_head(x, w, bias)
 //     logits = soft_cap(raw, cap=cap)
@@ -293,7 +293,7 @@ SAGE_KERNEL(lm_head_soft_cap) {
 }
 
 // specs/ops/linear.yaml: lm_head_sample
-// Logits and the next token of every sequence, whose likeliest one is found while its logits are made.
+// Logits and the next token of every sequence, with the argmax in the epilogue of the projection.
 //
 //     logits = lm_head(x, w, bias)
 //     tokens = sample(logits, temperature, top_k, top_p, min_p, noise)
@@ -373,7 +373,7 @@ SAGE_KERNEL(lm_head_scale_sample) {
 }
 
 // specs/ops/linear.yaml: lm_head_soft_cap_sample
-// Logits held between two bounds, and the next token of every sequence.
+// Logits with a soft cap, and the next token of every sequence.
 //
 //     logits = lm_head_soft_cap(x, w, bias, cap=cap)
 //     tokens = sample(logits, temperature, top_k, top_p, min_p, noise)

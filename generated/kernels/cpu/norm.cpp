@@ -9,7 +9,7 @@ namespace sage {
 using E = SAGE_ELEMENT;
 
 // specs/ops/norm.yaml: rms_norm
-// Root-mean-square norm over the hidden dim, scaled by a weight if there is one (Zhang & Sennrich 2019).
+// Root-mean-square norm over the hidden dim, scaled by an optional weight (Zhang & Sennrich 2019).
 //
 //     xf = f32(x)
 //     ms = mean(xf * xf, H)
@@ -40,7 +40,7 @@ SAGE_KERNEL(rms_norm) {
 }
 
 // specs/ops/norm.yaml: rms_norm_wide
-// rms_norm that is scaled in float32 and rounded once, as OLMo 2 and gpt-oss do.
+// rms_norm that is scaled in float32 and rounded once, as in OLMo 2 and gpt-oss.
 //
 //     xf = f32(x)
 //     ms = mean(xf * xf, H)
@@ -69,7 +69,7 @@ SAGE_KERNEL(rms_norm_wide) {
 }
 
 // specs/ops/norm.yaml: rms_norm_1p
-// rms_norm scaled by 1 + w, in float32, as Gemma does.
+// rms_norm scaled by 1 + w in float32, as in Gemma.
 //
 //     xf = f32(x)
 //     ms = mean(xf * xf, H)
@@ -98,7 +98,7 @@ SAGE_KERNEL(rms_norm_1p) {
 }
 
 // specs/ops/norm.yaml: layer_norm
-// Norm by mean and variance over the hidden dim, with a weight and a bias if there are any (Ba et al. 2016).
+// Layer norm over the hidden dim, with optional weight and bias (Ba et al. 2016).
 //
 //     xf = f32(x)
 //     d = xf - mean(xf, H)
@@ -140,7 +140,7 @@ SAGE_KERNEL(layer_norm) {
 }
 
 // specs/ops/norm.yaml: head_layer_norm
-// layer_norm of every head, scaled by a weight of its own, as Command R+ norms queries and keys.
+// layer_norm of every head with a per-head weight, as of queries and keys in Command R+.
 //
 //     xf = f32(x)
 //     d = xf - mean(xf, D)
@@ -182,7 +182,7 @@ SAGE_KERNEL(head_layer_norm) {
 }
 
 // specs/ops/norm.yaml: layer_norm_1p
-// layer_norm scaled by 1 + w, as Nemotron does.
+// layer_norm scaled by 1 + w, as in Nemotron.
 //
 //     xf = f32(x)
 //     d = xf - mean(xf, H)
@@ -340,7 +340,7 @@ SAGE_KERNEL(fused_add_rms_norm_wide) {
 }
 
 // specs/ops/norm.yaml: fused_rms_norm_wide_add
-// rms_norm_wide of what a block gives, and the residual add behind it, as in OLMo 2.
+// rms_norm_wide of the output of a block, then the residual add, as in OLMo 2.
 //
 //     n = rms_norm_wide(x, w, eps=eps)
 //     h = add(residual, n)
@@ -406,7 +406,7 @@ SAGE_KERNEL(fused_add_rms_norm_1p) {
 }
 
 // specs/ops/norm.yaml: fused_norm_add_norm_1p
-// Norm of what a block gives, the residual add, and the norm before the next block, as in Gemma 2.
+// Norm of the output of a block, the residual add, and the norm before the next block, as in Gemma 2.
 //
 //     n = rms_norm_1p(x, w_after, eps=eps)
 //     h = add(residual, n)

@@ -9,7 +9,7 @@ namespace sage {
 using E = SAGE_ELEMENT;
 
 // specs/ops/pooling.yaml: pool_first
-// First row of every sequence, such as that of BERT's [CLS] token.
+// First row of every sequence, e.g. that of BERT's [CLS] token.
 //
 //     y = gather(x, T, starts)
 SAGE_KERNEL(pool_first) {
@@ -29,7 +29,7 @@ SAGE_KERNEL(pool_first) {
 }
 
 // specs/ops/pooling.yaml: pool_last
-// Last row of every sequence, as decoders that embed take it.
+// Last row of every sequence, as in embedding models based on decoders.
 //
 //     y = gather(x, T, ends - 1)
 SAGE_KERNEL(pool_last) {
@@ -72,7 +72,7 @@ SAGE_KERNEL(pool_mean) {
 }
 
 // specs/ops/pooling.yaml: l2_norm
-// Every row divided by its Euclidean length, so that the dot product of two is the cosine of their angle.
+// Every row divided by its Euclidean norm, so that the dot product of two rows is their cosine similarity.
 //
 //     xf = f32(x)
 //     length = sqrt(sum(xf * xf, H))

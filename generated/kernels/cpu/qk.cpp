@@ -163,7 +163,7 @@ SAGE_KERNEL(qk_rope_interleaved_kv_store) {
 }
 
 // specs/ops/qk.yaml: qk_norm_rope_kv_store
-// qk_rope_kv_store with an rms_norm of every head before its rotation, as Qwen3 does.
+// qk_rope_kv_store with an rms_norm of every head before the rotation, as in Qwen3.
 //
 //     qh, kh, v = split_qkv(qkv, Nq=Nq, Nkv=Nkv, D=D)
 //     qn = rms_norm(qh, q_norm, eps=eps)
@@ -257,7 +257,7 @@ SAGE_KERNEL(qk_norm_rope_kv_store) {
 }
 
 // specs/ops/qk.yaml: qk_norm_1p_rope_kv_store
-// qk_rope_kv_store with an rms_norm_1p of every head before its rotation, as Gemma 3 does.
+// qk_rope_kv_store with an rms_norm_1p of every head before the rotation, as in Gemma 3.
 //
 //     qh, kh, v = split_qkv(qkv, Nq=Nq, Nkv=Nkv, D=D)
 //     qn = rms_norm_1p(qh, q_norm, eps=eps)

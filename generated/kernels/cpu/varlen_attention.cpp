@@ -9,7 +9,7 @@ namespace sage {
 using E = SAGE_ELEMENT;
 
 // specs/ops/varlen_attention.yaml: varlen_attention
-// Attention of the tokens of several sequences, of any lengths, each over its own sequence and without a KV cache.
+// Attention within several sequences of any lengths, without a KV cache.
 //
 //     see kernels/reference: varlen
 SAGE_KERNEL(varlen_attention) {

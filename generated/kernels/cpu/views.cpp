@@ -46,7 +46,7 @@ SAGE_KERNEL(split_qkv) {
 }
 
 // specs/ops/views.yaml: merge_heads
-// The heads of every row, side by side.
+// The heads of every row, concatenated.
 //
 //     y = flat
 SAGE_KERNEL(merge_heads) {
@@ -88,7 +88,7 @@ SAGE_KERNEL(split_heads) {
 }
 
 // specs/ops/views.yaml: split_halves
-// The two halves of the last dim, as of a packed gate|up projection.
+// The two halves of the last dim, e.g. of a packed gate|up projection.
 //
 //     a = first
 //     b = second
@@ -110,7 +110,7 @@ SAGE_KERNEL(split_halves) {
 }
 
 // specs/ops/views.yaml: split_last
-// The first Na features of the last dim and the other ones.
+// The first Na features of the last dim, and the rest.
 //
 //     a = first
 //     b = rest
@@ -135,7 +135,7 @@ SAGE_KERNEL(split_last) {
 }
 
 // specs/ops/views.yaml: concat_last
-// The features of two tensors, one after the other in the last dim.
+// Two tensors concatenated along the last dim.
 //
 //     first = a
 //     rest = b
@@ -162,7 +162,7 @@ SAGE_KERNEL(concat_last) {
 }
 
 // specs/ops/views.yaml: split_rows
-// The first rows and the other ones.
+// The first Ta rows, and the rest.
 //
 //     a = first
 //     b = rest
@@ -189,7 +189,7 @@ SAGE_KERNEL(split_rows) {
 }
 
 // specs/ops/views.yaml: concat_rows
-// The rows of two tensors, one after the other.
+// Two tensors concatenated along their rows.
 //
 //     first = a
 //     rest = b

@@ -130,7 +130,7 @@ def _mul_weight_kernel(x, w, y, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.
 
 
 def mul_weight(x: Tensor, w: Tensor) -> Tensor:
-    """Product of every row and a vector, as a layer scale or a learned gain (Touvron et al. 2021)."""
+    """Product of every row and a vector, as in layer scale or a learned gain (Touvron et al. 2021)."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -198,7 +198,7 @@ def _mul_rows_kernel(x, gate, y, H, R, x_R, gate_R, y_R, ROWS: tl.constexpr, BLO
 
 
 def mul_rows(x: Tensor, gate: Tensor) -> Tensor:
-    """Every row times its own number, as a shared expert's gate."""
+    """Every row scaled by its gate value, as for a shared expert."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -238,7 +238,7 @@ def _scale_kernel(x, y, factor, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.
 
 
 def scale(x: Tensor, *, factor: float) -> Tensor:
-    """A tensor times a number, as embedding, residual, attention and logit multipliers."""
+    """A tensor times a scalar, as embedding, residual, attention and logit multipliers."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -270,7 +270,7 @@ def _soft_cap_kernel(x, y, cap, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.
 
 
 def soft_cap(x: Tensor, *, cap: float) -> Tensor:
-    """Values held between -cap and cap by cap * tanh(x / cap), as Gemma 2 caps its logits."""
+    """Soft cap of values at -cap and cap by cap * tanh(x / cap), as of the logits of Gemma 2."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -307,7 +307,7 @@ def _clip_kernel(x, y, limit, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.co
 
 
 def clip(x: Tensor, *, limit: float) -> Tensor:
-    """Values cut off at -limit and limit, as OLMo and DBRX clip queries, keys and values."""
+    """Values clipped to -limit and limit, as queries, keys and values in OLMo and DBRX."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)

@@ -63,7 +63,7 @@ def _embedding_shard_kernel(ids, table, y, first, T, V, H, table_V, y_T, ROWS: t
 
 
 def embedding_shard(ids: Tensor, table: Tensor, *, first: int) -> Tensor:
-    """embedding over the rows of the table that this rank holds; zero for the others' tokens, so that ranks add up."""
+    """embedding over the table rows of this rank; zero for tokens of other ranks, so that the ranks sum to the result."""
     T = ids.shape[0]
     V = table.shape[0]
     H = table.shape[1]
@@ -120,7 +120,7 @@ def _select_rows_kernel(x, rows, y, H, S, x_T, y_S, ROWS: tl.constexpr, BLOCK_H:
 
 
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """The rows whose logits are wanted."""
+    """The rows that need logits."""
     H = x.shape[1]
     S = rows.shape[0]
     y = torch.empty(S, H, dtype=x.dtype, device=x.device)

@@ -57,7 +57,7 @@ def _router_logits_kernel(
 
 
 def router_logits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A score per expert for every token, computed and kept in float32, as DeepSeek V3 does."""
+    """A score per expert for every token, computed and returned in float32, as in DeepSeek V3."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
     if M > 32 or M == 0:
         return reference_router_logits(x, w, bias)

@@ -201,7 +201,7 @@ def _head_linear_kernel(
 
 
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
-    """Projection of every head by a weight of its own."""
+    """Projection of every head by a separate weight."""
     M, N, K = x.shape[0], w.shape[-2], w.shape[-1]
     if M > 32 or M == 0:
         return reference_head_linear(x, w)
@@ -303,7 +303,7 @@ def lm_head_sample(
     min_p: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits and the next token of every sequence, whose likeliest one is found while its logits are made."""
+    """Logits and the next token of every sequence, with the argmax in the epilogue of the projection."""
     M, N, K = x.shape[:-1].numel(), w.shape[-2], w.shape[-1]
     if M > 32 or M == 0:
         return reference_lm_head_sample(x, w, bias, temperature, top_k, top_p, min_p, noise)

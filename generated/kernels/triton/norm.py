@@ -69,7 +69,7 @@ def _rms_norm_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl
 
 
 def rms_norm(x: Tensor, w: Tensor | None = None, *, eps: float = 1e-06) -> Tensor:
-    """Root-mean-square norm over the hidden dim, scaled by a weight if there is one (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm over the hidden dim, scaled by an optional weight (Zhang & Sennrich 2019)."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -125,7 +125,7 @@ def _rms_norm_wide_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_
 
 
 def rms_norm_wide(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
-    """rms_norm that is scaled in float32 and rounded once, as OLMo 2 and gpt-oss do."""
+    """rms_norm that is scaled in float32 and rounded once, as in OLMo 2 and gpt-oss."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -181,7 +181,7 @@ def _rms_norm_1p_long(x, w, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H:
 
 
 def rms_norm_1p(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
-    """rms_norm scaled by 1 + w, in float32, as Gemma does."""
+    """rms_norm scaled by 1 + w in float32, as in Gemma."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -252,7 +252,7 @@ def _layer_norm_long(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLO
 
 
 def layer_norm(x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-05) -> Tensor:
-    """Norm by mean and variance over the hidden dim, with a weight and a bias if there are any (Ba et al. 2016)."""
+    """Layer norm over the hidden dim, with optional weight and bias (Ba et al. 2016)."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -333,7 +333,7 @@ def _head_layer_norm_long(x, w, y, eps, T, N, D, x_T, x_N, w_N, y_T, y_N, ROWS: 
 
 
 def head_layer_norm(x: Tensor, w: Tensor, *, eps: float = 1e-05) -> Tensor:
-    """layer_norm of every head, scaled by a weight of its own, as Command R+ norms queries and keys."""
+    """layer_norm of every head with a per-head weight, as of queries and keys in Command R+."""
     T = x.shape[0]
     N = x.shape[1]
     D = x.shape[2]
@@ -414,7 +414,7 @@ def _layer_norm_1p_long(x, w, bias, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, 
 
 
 def layer_norm_1p(x: Tensor, w: Tensor, bias: Tensor | None = None, *, eps: float = 1e-05) -> Tensor:
-    """layer_norm scaled by 1 + w, as Nemotron does."""
+    """layer_norm scaled by 1 + w, as in Nemotron."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
@@ -760,7 +760,7 @@ def _fused_rms_norm_wide_add_long(
 
 
 def fused_rms_norm_wide_add(residual: Tensor, x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
-    """rms_norm_wide of what a block gives, and the residual add behind it, as in OLMo 2."""
+    """rms_norm_wide of the output of a block, then the residual add, as in OLMo 2."""
     T = residual.shape[0]
     H = residual.shape[1]
     h = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
@@ -962,7 +962,7 @@ def _fused_norm_add_norm_1p_long(
 def fused_norm_add_norm_1p(
     residual: Tensor, x: Tensor, w_after: Tensor, w_before: Tensor, *, eps: float = 1e-06
 ) -> tuple[Tensor, Tensor]:
-    """Norm of what a block gives, the residual add, and the norm before the next block, as in Gemma 2."""
+    """Norm of the output of a block, the residual add, and the norm before the next block, as in Gemma 2."""
     T = residual.shape[0]
     H = residual.shape[1]
     y = torch.empty(T, H, dtype=residual.dtype, device=residual.device)

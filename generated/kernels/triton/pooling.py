@@ -33,7 +33,7 @@ def _pool_first_kernel(x, q_start, y, H, B, x_T, y_B, ROWS: tl.constexpr, BLOCK_
 
 
 def pool_first(x: Tensor, q_start: Tensor) -> Tensor:
-    """First row of every sequence, such as that of BERT's [CLS] token."""
+    """First row of every sequence, e.g. that of BERT's [CLS] token."""
     H = x.shape[1]
     B = q_start.shape[0] - 1
     y = torch.empty(B, H, dtype=x.dtype, device=x.device)
@@ -59,7 +59,7 @@ def _pool_last_kernel(x, q_start, y, H, B, x_T, y_B, ROWS: tl.constexpr, BLOCK_H
 
 
 def pool_last(x: Tensor, q_start: Tensor) -> Tensor:
-    """Last row of every sequence, as decoders that embed take it."""
+    """Last row of every sequence, as in embedding models based on decoders."""
     H = x.shape[1]
     B = q_start.shape[0] - 1
     y = torch.empty(B, H, dtype=x.dtype, device=x.device)
@@ -112,7 +112,7 @@ def _l2_norm_long(x, y, eps, H, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_H: tl.con
 
 
 def l2_norm(x: Tensor, *, eps: float = 1e-12) -> Tensor:
-    """Every row divided by its Euclidean length, so that the dot product of two is the cosine of their angle."""
+    """Every row divided by its Euclidean norm, so that the dot product of two rows is their cosine similarity."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)

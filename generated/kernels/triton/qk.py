@@ -729,7 +729,7 @@ def qk_norm_rope_kv_store(
     D: int,
     eps: float = 1e-06,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qk_rope_kv_store with an rms_norm of every head before its rotation, as Qwen3 does."""
+    """qk_rope_kv_store with an rms_norm of every head before the rotation, as in Qwen3."""
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
@@ -1118,7 +1118,7 @@ def qk_norm_1p_rope_kv_store(
     D: int,
     eps: float = 1e-06,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qk_rope_kv_store with an rms_norm_1p of every head before its rotation, as Gemma 3 does."""
+    """qk_rope_kv_store with an rms_norm_1p of every head before the rotation, as in Gemma 3."""
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]

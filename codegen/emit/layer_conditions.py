@@ -1,4 +1,4 @@
-"""In which layers a weight exists: those whose way through the `choose` forms of a layout reads it."""
+"""Derives the layers in which a weight exists: those with a path through the `choose` forms that reads it."""
 
 import ast
 from collections.abc import Callable, Iterable
@@ -18,51 +18,51 @@ from sageLLM.codegen.model.layout import (
     WeightDef,
 )
 
-Presence = bool | str
-"""Always, never, or a condition: Python text over `c` and the layer's number `i`."""
+LayerCondition = bool | str
+"""Always, never, or Python text over `c` and the layer index `i`."""
 
 
 def layer_condition(model: ModelDef, weight: WeightDef) -> str | None:
-    """The condition for the weight to exist in layer i, or None where it always does."""
+    """The condition under which the weight exists in layer i, or None if it always does."""
     here = _in_program(model, lambda statement: _reads(statement, weight))
     if weight.block is not None:
         called = _in_program(model, lambda statement: _is_call(statement, weight.block))
-        here = _both(called, _presence(model.blocks[weight.block].body, lambda s: _reads(s, weight)))
+        here = _both(called, _condition_of(model.blocks[weight.block].body, lambda s: _reads(s, weight)))
     texts = [here] if isinstance(here, str) else []
     texts += [text_of(weight.when)] if weight.when is not None else []
     return " and ".join(f"({text})" if len(texts) > 1 else text for text in texts) or None
 
 
 def text_of(condition: Condition, index: str = INDEX) -> str:
-    """The condition as Python, with the layer's number under another name."""
+    """The condition as Python, with `index` as the name of the layer index."""
     return renamed(condition.python, condition.index, index) if condition.index else condition.python
 
 
-def _in_program(model: ModelDef, reads: Callable[[OpCall | Attend | BlockCall], bool]) -> Presence:
-    found: Presence = False
+def _in_program(model: ModelDef, reads: Callable[[OpCall | Attend | BlockCall], bool]) -> LayerCondition:
+    found: LayerCondition = False
     for item in model.program:
-        inner = _presence(item.body if isinstance(item, Repeat) else (item,), reads)
+        inner = _condition_of(item.body if isinstance(item, Repeat) else (item,), reads)
         found = _either(found, inner)
     return found
 
 
-def _presence(body: Iterable[Statement], reads: Callable[[OpCall | Attend | BlockCall], bool]) -> Presence:
-    found: Presence = False
+def _condition_of(body: Iterable[Statement], reads: Callable[[OpCall | Attend | BlockCall], bool]) -> LayerCondition:
+    found: LayerCondition = False
     for statement in body:
         inner = _of_choose(statement.branches, reads) if isinstance(statement, Choose) else reads(statement)
         found = _either(found, inner)
     return found
 
 
-def _of_choose(branches: Iterable[Branch], reads: Callable[[OpCall | Attend | BlockCall], bool]) -> Presence:
-    """Any of the branches that are taken; a branch is reached where those before it are not."""
-    found: Presence = False
-    passed: Presence = True
+def _of_choose(branches: Iterable[Branch], reads: Callable[[OpCall | Attend | BlockCall], bool]) -> LayerCondition:
+    """Whether a branch that reads the weight is taken; a branch is taken only if those before it are not."""
+    found: LayerCondition = False
+    passed: LayerCondition = True
     for branch in branches:
-        inner = _presence(branch.body, reads)
-        taken: Presence = text_of(branch.when) if branch.when is not None else True
+        inner = _condition_of(branch.body, reads)
+        taken: LayerCondition = text_of(branch.when) if branch.when is not None else True
         found = _either(found, _both(passed, _both(taken, inner)))
-        if inner is not True:  # where it is read, "or" makes what follows independent of this branch
+        if inner is not True:  # after a branch that always reads, `or` makes the negated condition redundant
             passed = _both(passed, _negated(taken))
     return found
 
@@ -78,13 +78,13 @@ def _is_call(statement: OpCall | Attend | BlockCall, block: str | None) -> bool:
     return isinstance(statement, BlockCall) and statement.block == block
 
 
-def _either(a: Presence, b: Presence) -> Presence:
+def _either(a: LayerCondition, b: LayerCondition) -> LayerCondition:
     if isinstance(a, str) and isinstance(b, str):
         return a if a == b else f"({a}) or ({b})"
     return a or b if isinstance(a, bool) else (True if b is True else a)
 
 
-def _both(a: Presence, b: Presence) -> Presence:
+def _both(a: LayerCondition, b: LayerCondition) -> LayerCondition:
     if isinstance(a, str) and isinstance(b, str):
         return f"({a}) and ({b})"
     if a is False or b is False:
@@ -92,7 +92,7 @@ def _both(a: Presence, b: Presence) -> Presence:
     return b if a is True else a
 
 
-def _negated(condition: Presence) -> Presence:
+def _negated(condition: LayerCondition) -> LayerCondition:
     if isinstance(condition, bool):
         return not condition
     node = ast.parse(condition, mode="eval").body
