@@ -64,7 +64,7 @@ def embedding(g: GraphWriter, ids: TensorRef, table: TensorRef, *, name: str = "
 
 # specs/ops/embedding.yaml: embedding_shard
 class EmbeddingShard(OpNode):
-    """embedding over the table rows of this rank; zero for tokens of other ranks, so that the ranks sum to the result.
+    """embedding over the table rows of this rank; zero for tokens of other ranks, so that ranks add up.
 
     row = ids - first
     held = row >= 0 and row < V

@@ -43,7 +43,7 @@ SAGE_KERNEL(embedding_packed) {
 }
 
 // specs/ops/embedding.yaml: embedding_shard
-// embedding over the table rows of this rank; zero for tokens of other ranks, so that the ranks sum to the result.
+// embedding over the table rows of this rank; zero for tokens of other ranks, so that ranks add up.
 //
 //     row = ids - first
 //     held = row >= 0 and row < V

@@ -21,7 +21,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 
 # specs/ops/embedding.yaml: embedding_shard
 def embedding_shard(ids: Tensor, table: Tensor, *, first: int) -> Tensor:
-    """embedding over the table rows of this rank; zero for tokens of other ranks, so that the ranks sum to the result."""
+    """embedding over the table rows of this rank; zero for tokens of other ranks, so that ranks add up."""
     V = table.shape[0]
     row = ids - first
     held = (row >= 0) & (row < V)

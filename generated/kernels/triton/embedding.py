@@ -63,7 +63,7 @@ def _embedding_shard_kernel(ids, table, y, first, T, V, H, table_V, y_T, ROWS: t
 
 
 def embedding_shard(ids: Tensor, table: Tensor, *, first: int) -> Tensor:
-    """embedding over the table rows of this rank; zero for tokens of other ranks, so that the ranks sum to the result."""
+    """embedding over the table rows of this rank; zero for tokens of other ranks, so that ranks add up."""
     T = ids.shape[0]
     V = table.shape[0]
     H = table.shape[1]

@@ -72,7 +72,7 @@ def fused_linear_norm(
     eps: float = 1e-06,
     name: str = "y",
 ) -> TensorRef:
-    """Writes a fused_linear_norm node and gives its result."""
+    """Adds a fused_linear_norm node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "g_weight": g_weight, "b": b}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(FusedLinearNorm, inputs, attrs, (name,))

@@ -44,7 +44,7 @@ class GeluGate(OpNode):
 
 
 def gelu_gate(g: GraphWriter, gu: TensorRef, *, name: str = "y") -> TensorRef:
-    """Writes a gelu_gate node and gives its result."""
+    """Adds a gelu_gate node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"gu": gu}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(GeluGate, inputs, attrs, (name,))

@@ -63,7 +63,7 @@ class MeanNorm(OpNode):
 def mean_norm(
     g: GraphWriter, x: TensorRef, w: TensorRef, b: TensorRef | None = None, *, eps: float = 1e-05, name: str = "y"
 ) -> TensorRef:
-    """Writes a mean_norm node and gives its result."""
+    """Adds a mean_norm node to the graph and returns its result."""
     inputs: dict[str, TensorRef | None] = {"x": x, "w": w, "b": b}
     attrs: dict[str, AttrValue] = {"eps": eps}
     (y,) = g.emit(MeanNorm, inputs, attrs, (name,))

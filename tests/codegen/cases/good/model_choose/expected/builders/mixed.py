@@ -61,13 +61,13 @@ class MixedConfig(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     window: int | None
-    """How many of the last positions a token sees; null means all."""
+    """Sliding window in tokens; null means full attention."""
     qkv_bias: bool
     """Whether the q, k and v projections have a bias."""
     o_bias: bool
     """Whether the attention's output projection has a bias."""
     layer_types: tuple[str, ...]
-    """What each layer attends to."""
+    """Attention type of each layer."""
     plain_layers: tuple[int, ...]
     """Layers whose feed-forward has no gate."""
     power: float
@@ -79,7 +79,7 @@ class MixedConfig(ModelSizes):
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> MixedConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -163,7 +163,7 @@ class MixedConfig(ModelSizes):
 
 
 def shard_config(c: MixedConfig, tp: int) -> MixedConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -175,12 +175,12 @@ def shard_config(c: MixedConfig, tp: int) -> MixedConfig:
 
 
 def cache(c: MixedConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: MixedConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),

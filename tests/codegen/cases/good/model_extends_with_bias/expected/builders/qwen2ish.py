@@ -60,7 +60,7 @@ class Qwen2ishConfig(ModelSizes):
     tie: bool
     """Whether lm_head is the embedding table."""
     window: int | None
-    """How many of the last positions a token sees; null means all."""
+    """Sliding window in tokens; null means full attention."""
     qkv_bias: bool
     """Fixed by the family."""
     o_bias: bool
@@ -70,7 +70,7 @@ class Qwen2ishConfig(ModelSizes):
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Qwen2ishConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size")
         L = hf.size("num_hidden_layers")
         Nq = hf.size("num_attention_heads")
@@ -127,7 +127,7 @@ class Qwen2ishConfig(ModelSizes):
 
 
 def shard_config(c: Qwen2ishConfig, tp: int) -> Qwen2ishConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     divided("vocab_size", c.V, tp)
     return replace(
         c,
@@ -139,12 +139,12 @@ def shard_config(c: Qwen2ishConfig, tp: int) -> Qwen2ishConfig:
 
 
 def cache(c: Qwen2ishConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: Qwen2ishConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec(
         "embed",
         (c.V, c.H),

@@ -60,7 +60,7 @@ class PostNormConfig(ModelSizes):
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> PostNormConfig:
-        """Read and check a config.json; ConfigError names the key and what is wrong with it."""
+        """Reads and checks a config.json; raises ConfigError with the key and the problem."""
         H = hf.size("hidden_size", "n_embd")
         L = hf.size("n_layer")
         Nq = hf.size("n_head")
@@ -89,7 +89,7 @@ class PostNormConfig(ModelSizes):
 
 
 def shard_config(c: PostNormConfig, tp: int) -> PostNormConfig:
-    """The config of one of `tp` ranks, with its share of the sizes; ConfigError if one does not divide."""
+    """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
     return replace(
         c,
         tp=tp,
@@ -97,12 +97,12 @@ def shard_config(c: PostNormConfig, tp: int) -> PostNormConfig:
 
 
 def cache(c: PostNormConfig) -> KvShape:
-    """What a layer keeps of a token."""
+    """The shape of the keys and values that a layer caches for one token."""
     return KvShape((c.Nkv, c.D), (c.Nkv, c.D))
 
 
 def weights(c: PostNormConfig) -> Iterator[WeightSpec]:
-    """Every weight in layout order, whole, with the checkpoint tensors that fill it."""
+    """Every weight in layout order, unsharded, with the checkpoint tensors that fill it."""
     yield WeightSpec("embed", (c.V, c.H), (Part("wte.weight", (c.V, c.H)),))
     for i in range(c.L):
         yield WeightSpec(f"layers.{i}.norms", (c.H,), (Part(f"h.{i}.ln.weight", (c.H,)),))
