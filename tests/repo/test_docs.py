@@ -1,7 +1,9 @@
 """Checks of docs/ and the READMEs: excerpts are lines of their files, commands, flags, paths and links exist.
 
 A fence after `<!-- from PATH, ... -->` shows lines of those files, and one after `<!-- output of: sagellm ... -->`
-lines of that command's output. A line `...` (or `# ...`, `// ...`) marks lines left out.
+lines of that command's output. A fence that begins with `$ sagellm ...` is a transcript: its commands run one after
+the other in an empty folder with a link to examples/, unless `<!-- not run -->` precedes it. A line `...` (or `# ...`,
+`// ...`) marks lines left out; times may differ.
 """
 
 import importlib.util
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md"))]
 FOLDERS = ("benchmarks", "codegen", "docs", "examples", "generated", "runtime", "specs", "templates", "tests")
-MARKER = re.compile(r"<!-- (from|output of:) (.+) -->")
+MARKER = re.compile(r"<!-- (from|output of:|not run) ?(.*) -->")
 ELISION = re.compile(r"\s*(?:#|//)?\s*\.\.\.\s*")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -75,28 +78,45 @@ def find(stretch: Sequence[str], source: Sequence[str], start: int) -> int | Non
 
 def dedented(lines: Sequence[str]) -> list[str]:
     depth = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
-    return [line[depth:].rstrip() for line in lines]
+    return [re.sub(r"(?<=\S) +", " ", re.sub(r"\d+\.\d+\b", "0.0", line[depth:].rstrip())) for line in lines]
 
 
 def lines_of(paths: str) -> list[str]:
-    return [line for path in paths.split(", ") for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+    """The lines of files of the repository, or of folders that a transcript of the page has generated."""
+    found = [path if (path := ROOT / name).exists() else Path(name) for name in paths.split(", ")]
+    return [line for path in found for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@cache
 def output_of(command: str) -> list[str]:
-    program, *arguments = shlex.split(command)
+    program, *arguments = shlex.split(re.sub(r" +[|#] .*", "", command))
     assert program == "sagellm", f"expected a sagellm command, got {command!r}"
     return CliRunner().invoke(app, arguments).output.splitlines()
 
 
+def excerpts_of(fence: Fence) -> Iterator[tuple[str, Sequence[str], list[str]]]:
+    """The name of each source that the fence quotes, the quoted lines, and the lines of the source."""
+    marker = MARKER.fullmatch(fence.before.strip())
+    match marker.groups() if marker else None:
+        case ("from", paths):
+            yield paths, fence.lines, lines_of(paths)
+        case ("output of:", command):
+            yield command, fence.lines, output_of(command)
+        case None if fence.lines and fence.lines[0].startswith("$ sagellm "):
+            starts = [i for i, line in enumerate(fence.lines) if line.startswith("$ ")]
+            for start, end in pairwise([*starts, len(fence.lines)]):
+                command = fence.lines[start].removeprefix("$ ")
+                if command.startswith("sagellm ") and "CHECKPOINT" not in command:
+                    yield command, fence.lines[start + 1 : end], output_of(command)
+
+
 @each_page
-def test_excerpts_are_lines_of_their_source(page: Path) -> None:
+def test_excerpts_are_lines_of_their_source(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
     wrong = []
     for fence in fences_of(page.read_text(encoding="utf-8")):
-        if marker := MARKER.fullmatch(fence.before.strip()):
-            kind, name = marker.groups()
-            source = lines_of(name) if kind == "from" else output_of(name)
-            if missing := missing_lines(fence.lines, source):
+        for name, lines, source in excerpts_of(fence):
+            if missing := missing_lines(lines, source):
                 wrong.append(f"{page.name}:{fence.line}: not in {name}:\n" + "\n".join(missing))
     assert not wrong, "\n\n".join(wrong)
 
@@ -108,7 +128,8 @@ def test_excerpts_of_files_are_marked(page: Path) -> None:
     unmarked = [
         f"{page.name}:{fence.line}: {found[1]}"
         for fence in fences_of(text)
-        if (found := re.search(r"`([\w./-]+/[\w.-]+\.\w+)`[^`]*:$", fence.before)) and (ROOT / found[1]).exists()
+        if (found := re.search(r"`([\w./-]+/[\w.-]+\.\w+)`[^`]*:$", fence.before))
+        and ((ROOT / found[1]).exists() or found[1].startswith(("my_generated/", "my_models/", "my_passes/")))
     ]
     assert not unmarked, "write <!-- from PATH --> before these fences:\n" + "\n".join(unmarked)
 

@@ -53,7 +53,7 @@ def errors_with(file: str, line: int, source: str, tmp_path: Path) -> list[str]:
     base, overlays = (copy, []) if folder == driver.BASE_SPECS else (driver.BASE_SPECS, [copy])
     with pytest.raises(SpecErrors) as caught:
         specs = driver.load_and_link(overlays, base)
-        check_expectations(specs, driver.emit(specs), missed_expectations)
+        check_expectations(specs.raw, driver.emit(specs), missed_expectations)
     return [render(diagnostic, LineReader([copy])) for diagnostic in caught.value.diagnostics]
 
 
