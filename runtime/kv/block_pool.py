@@ -1,11 +1,11 @@
-"""Hands out the numbers of KV blocks, counts who shares them, and keeps labelled ones until their room is needed.
+"""Pool of KV block numbers with reference counts and an LRU cache of labelled blocks.
 
-A pool knows nothing of requests or tokens; `manager.py` keeps the block tables. Blocks are numbered from 0, so a
-number is an index into the first axis of the cache tensors. Every operation costs O(blocks moved), whatever the pool's
-size.
+A pool is independent of requests and tokens; `manager.py` keeps the block tables. Blocks are numbered from 0, so a
+number is an index into the first axis of the cache tensors. Every operation costs O(blocks moved), whatever the size of
+the pool.
 
-A block is free, used (it has one owner or several), or idle: without an owner, but labelled with what it holds, so that
-it can be found again. Idle blocks are taken, the least recently used first, when no free one is left.
+A block is free, used (by one or more owners), or idle: without an owner, but labelled with its contents, so that it can
+be found again. When no free block is left, idle blocks are taken, the least recently used first.
 """
 
 from collections import OrderedDict, deque
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """A pool of `num_blocks` KV blocks, or of as many as are asked for when `num_blocks` is None.
+    """A pool of `num_blocks` KV blocks; unbounded if `num_blocks` is None.
 
-    Returned blocks are given out again in the order of their return, before any block that was never used. An unbounded
-    pool takes idle blocks before new ones too, so it never numbers a block above its peak use.
+    Released blocks are taken again in the order of their release, before blocks that were never used. An unbounded pool
+    also takes idle blocks before new ones, so its block numbers stay below its peak use.
     """
 
     def __init__(self, num_blocks: int | None = None) -> None:
@@ -24,7 +24,7 @@ class BlockPool:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         self.num_blocks = num_blocks
         self.total_evictions = 0
-        # Changes whenever a label comes or goes: whoever remembers what `find` said asks again then.
+        # Changes with every label that is added or dropped, and so invalidates remembered results of `find`.
         self.labels_version = 0
         self._returned: deque[int] = deque()
         self._num_touched = 0
@@ -36,17 +36,17 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
-        """Blocks that have an owner."""
+        """The number of blocks with an owner."""
         return len(self._used)
 
     @property
     def num_idle(self) -> int:
-        """Blocks without an owner that can be found by their label."""
+        """The number of blocks without an owner that can be found by their label."""
         return len(self._idle)
 
     @property
     def num_free(self) -> int | None:
-        """Blocks that can still be taken, the idle ones among them; None when the pool is unbounded."""
+        """The number of blocks that can be taken, idle ones included; None if the pool is unbounded."""
         return None if self.num_blocks is None else self.num_blocks - len(self._used)
 
     def can_take(self, num: int) -> bool:
@@ -54,8 +54,8 @@ class BlockPool:
         return self.num_blocks is None or num <= self.num_blocks - len(self._used)
 
     def take(self, num: int) -> list[int]:
-        """Take `num` blocks, as their only owner; ask `can_take` first."""
-        assert self.can_take(num), f"{num} blocks taken from a pool with {self.num_free} free: ask can_take first"
+        """Takes `num` blocks as their only owner; `can_take(num)` must be true."""
+        assert self.can_take(num), f"{num} blocks taken from a pool with {self.num_free} free: check can_take first"
         returned = self._returned
         if num <= len(returned):
             blocks = [returned.popleft() for _ in range(num)]
@@ -83,7 +83,7 @@ class BlockPool:
         return block
 
     def share(self, blocks: Iterable[int]) -> list[int]:
-        """Become one more owner of blocks that are used or idle; returns those that were idle."""
+        """Adds an owner to blocks that are used or idle; returns those that were idle."""
         used, idle, others = self._used, self._idle, self._num_other_owners
         revived = []
         for block in blocks:
@@ -96,13 +96,14 @@ class BlockPool:
                 revived.append(block)
         return revived
 
-    def give_back(self, blocks: Sequence[int]) -> list[int]:
-        """Stop owning these blocks; returns those that nobody owns now.
+    def release(self, blocks: Sequence[int]) -> list[int]:
+        """Removes one owner of these blocks; returns those without an owner now.
 
-        The last of them is the first to be evicted: the beginning of a sequence is worth more than its end. A block
-        that is not out of the pool is a double free.
+        The last of them is evicted first: a prefix is only found from its beginning on, so evicting the beginning would
+        make the rest useless. Releasing a block without an owner is a double free.
         """
         ownerless = self._disown(blocks) if self._num_other_owners else list(blocks)
+        # A double free is detected by the count: set difference ignores blocks that are not in the set.
         before = len(self._used)
         self._used.difference_update(ownerless)
         assert before - len(self._used) == len(ownerless), f"a block of {list(blocks)} is freed twice"
@@ -115,7 +116,7 @@ class BlockPool:
         return ownerless
 
     def _disown(self, blocks: Iterable[int]) -> list[int]:
-        """Count one owner less for each block; returns those that had only one."""
+        """Subtracts one owner from each block; returns those that had only one."""
         others, last = self._num_other_owners, []
         for block in blocks:
             num_others = others.get(block, 0)
@@ -128,11 +129,11 @@ class BlockPool:
         return last
 
     def num_owners(self, block: int) -> int:
-        """How many own the block."""
+        """The number of owners of the block."""
         return 1 + self._num_other_owners.get(block, 0) if block in self._used else 0
 
     def count_idle(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks are idle."""
+        """The number of idle blocks among these."""
         return sum(map(self._idle.__contains__, blocks))
 
     # --- labels ---
@@ -142,16 +143,19 @@ class BlockPool:
         return self._by_label.get(label)
 
     def label(self, block: int, label: bytes) -> None:
-        """Let a used block be found by what it holds. One block of several with the same contents bears the label."""
+        """Labels a used block with its contents, so that `find` returns it.
+
+        Of several blocks with the same contents only the first gets the label; the others become free when released.
+        """
         if label in self._by_label or block in self._label_of:
             return
-        assert block in self._used, f"block {block} is labelled although nobody owns it"
+        assert block in self._used, f"block {block} is labelled without an owner"
         self._by_label[label] = block
         self._label_of[block] = label
         self.labels_version += 1
 
     def forget_labels(self) -> None:
-        """Let no block be found any more; the idle ones become free."""
+        """Drops all labels; idle blocks become free."""
         self._returned.extend(self._idle)
         self._idle.clear()
         self._label_of.clear()
@@ -163,16 +167,16 @@ class BlockPool:
         self.labels_version += 1
 
     def check_integrity(self) -> None:
-        """Check that every block is free, used or idle and in only one of these states, and that labels agree."""
+        """Checks that every block is in exactly one state (free, used or idle), and that labels are consistent."""
         returned = set(self._returned)
-        assert len(returned) == len(self._returned), "a block is in the free line twice"
+        assert len(returned) == len(self._returned), "a block is in the free queue twice"
         assert returned.isdisjoint(self._used), f"blocks both free and used: {sorted(returned & self._used)}"
-        assert self._idle.keys().isdisjoint(self._used | returned), "an idle block is free or used as well"
+        assert self._idle.keys().isdisjoint(self._used | returned), "an idle block is also free or used"
         known = returned | self._used | self._idle.keys()
         assert known == set(range(self._num_touched)), "a block is neither free nor used nor idle"
-        assert self.num_blocks is None or self._num_touched <= self.num_blocks, "a block beyond the pool was given out"
+        assert self.num_blocks is None or self._num_touched <= self.num_blocks, "a block beyond the pool was taken"
         assert self._idle.keys() <= self._label_of.keys(), "an idle block cannot be found"
         assert returned.isdisjoint(self._label_of), "a free block can be found"
-        assert {label: block for block, label in self._label_of.items()} == self._by_label, "labels are torn"
+        assert {label: block for block, label in self._label_of.items()} == self._by_label, "labels are inconsistent"
         assert self._num_other_owners.keys() <= self._used, "an unused block has owners"
         assert all(num > 0 for num in self._num_other_owners.values()), "a share count is not positive"

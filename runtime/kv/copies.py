@@ -1,4 +1,4 @@
-"""What the KV manager asks the engine to copy, and what it tells of itself."""
+"""Records that the KV manager returns: block copies for the engine, tables of admitted sequences, statistics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Tier = Literal["device", "host", "disk"]
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy one block of the device pool to another, before the step writes to either."""
+    """A copy of one block of the device pool to another, before the step writes to either."""
 
     source: int
     target: int
@@ -17,9 +17,9 @@ class BlockCopy:
 
 @dataclass(frozen=True, slots=True)
 class TierCopy:
-    """Copy the KV of a sequence's first `num_tokens` tokens from one tier to another: block i to block i.
+    """A copy of the KV of a sequence's first `num_tokens` tokens from one tier to another: block i to block i.
 
-    A copy to the device runs before the batches of its step. The blocks of both sides stay pinned until it is finished
+    A copy to the device runs before the batches of its step. The blocks on both sides stay pinned until it is finished
     or aborted.
     """
 
@@ -32,9 +32,9 @@ class TierCopy:
 
 
 class Admission(NamedTuple):
-    """The table of an admitted sequence, `hit_blocks` then `new_blocks`; `num_cached_tokens` need no computing.
+    """The table of an admitted sequence, `hit_blocks` then `new_blocks`; `num_cached_tokens` are not computed again.
 
-    `taken_blocks` are those of the table that nobody used before: idle hits and new blocks.
+    `taken_blocks` are the blocks of the table without an owner before: idle hits and new blocks.
     """
 
     num_cached_tokens: int
@@ -44,7 +44,7 @@ class Admission(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """The blocks that are new in a fork's table, and the copies (at most one) that it needs."""
+    """The new blocks in a fork's table, and the copies (at most one) that it requires."""
 
     new_blocks: list[int]
     copies: list[BlockCopy]
@@ -54,7 +54,7 @@ class Fork(NamedTuple):
 class KVStats:
     """Sizes now (`num_*`, in blocks) and counters since the start.
 
-    `num_free` + `num_used` + `num_cached` + `num_in_transfer` is `num_blocks`; the first and the last are None when
+    `num_free` + `num_used` + `num_cached` + `num_in_transfer` == `num_blocks`; `num_free` and `num_blocks` are None if
     the pool is unbounded.
     """
 

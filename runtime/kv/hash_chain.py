@@ -1,8 +1,10 @@
-"""Names full blocks of tokens by a hash over everything before them, so that equal prefixes have equal names.
+"""Hash chain over full blocks of tokens: equal prefixes have equal block names.
 
-The name of block i is SHA-256(name of block i - 1, the tokens of block i), and block -1 is the hash of the salt. Equal
-names therefore mean equal tokens from the start of the sequence on, under the same salt; a salt (a tenant, an adapter)
-keeps sequences apart whose KV must not be shared.
+    name(i) = SHA-256(name(i - 1), tokens of block i),   name(-1) = SHA-256(salt)
+
+Equal names therefore mean equal tokens from the start of the sequence and an equal salt. A salt (a tenant, an adapter)
+separates sequences that must not share KV. The hash is cryptographic because a collision, which a user could
+construct for a weak hash, would serve one user's KV to another.
 """
 
 import struct
@@ -11,9 +13,9 @@ from hashlib import sha256
 
 
 class HashChain:
-    """The names of one sequence's full blocks, each computed when it is first asked for.
+    """The names of one sequence's full blocks, each computed on first use.
 
-    The token lists are the live ones: outputs may grow at their end, nothing else may change.
+    The token lists are live: outputs may grow at the end, and nothing else may change.
     """
 
     __slots__ = ("_block_size", "_names", "_outputs", "_pack", "_prompt", "_root")
@@ -32,7 +34,7 @@ class HashChain:
         return len(self._prompt) + len(self._outputs)
 
     def name(self, index: int) -> bytes:
-        """The name of block `index`, all of whose tokens must be there."""
+        """The name of block `index`, which must be full."""
         names = self._names
         while len(names) <= index:
             parent = names[-1] if names else self._root

@@ -1,10 +1,10 @@
-"""Keeps the block table of every sequence in one paged KV pool (PagedAttention, arXiv 2309.06180).
+"""Block tables of all sequences in one paged KV pool (PagedAttention, arXiv 2309.06180).
 
-The protocol is `can_admit` -> `admit` -> `allocate` or `append_blocks` (again and again while the sequence grows) ->
-`free`. A sequence is any string id; the scheduler uses request ids. Tables are owned here and only read elsewhere.
+The protocol is `can_admit` -> `admit` -> `allocate` or `append_blocks` (repeated while the sequence grows) -> `free`. A
+sequence is any string id; the scheduler uses request ids. Tables are owned by the manager and only read elsewhere.
 
-Blocks are shared where sequences have equal beginnings: by the prefix cache (`track`, `publish`) and by `fork`. Only
-full blocks are shared, and nobody writes to a full block. Sequences can be moved to the tiers of a swap space and back.
+Sequences with equal beginnings share blocks, by the prefix cache (`track`, `publish`) and by `fork`. Only full blocks
+are shared, and full blocks are never written to. Sequences can be swapped to the tiers below the device and back.
 """
 
 from collections import Counter, deque
@@ -21,7 +21,7 @@ DEFAULT_BLOCK_SIZE = 16
 class PagedKVManager:
     """Block tables over a pool of `num_blocks` (None: unbounded) blocks of `block_size` tokens.
 
-    `host_blocks` and `disk_blocks` are the sizes of the tiers that sequences can be swapped to.
+    `host_blocks` and `disk_blocks` are the sizes of the swap tiers.
     """
 
     def __init__(
@@ -41,36 +41,36 @@ class PagedKVManager:
         self._tables: dict[str, list[int]] = {}
         self._prefixes = PrefixCache(self.pool, block_size)
         self._swap = SwapSpace(host_blocks, disk_blocks)
-        # Freed blocks that a step in flight may still touch, with that step, the oldest first.
-        self._deferred: deque[tuple[int, list[int]]] = deque()
+        # Freed blocks that a pending step may still read or write, with the number of that step, oldest first.
+        self._pending_free: deque[tuple[int, list[int]]] = deque()
         self._total_forks = 0
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens that the empty pool holds; None when it is unbounded."""
+        """The number of tokens that the pool holds; None if it is unbounded."""
         return None if self.pool.num_blocks is None else self.pool.num_blocks * self.block_size
 
     @property
     def num_available(self) -> int | None:
-        """Blocks that can be allocated now, cached ones that nobody uses among them; None when unbounded."""
+        """The number of blocks that can be allocated now, idle cached ones included; None if the pool is unbounded."""
         return self.pool.num_free
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens of one sequence fill, the last one perhaps in part."""
+        """The number of blocks for `num_tokens` tokens of one sequence; the last block may be partial."""
         return -(-num_tokens // self.block_size)
 
     def holds(self, seq_id: str) -> bool:
-        """Whether the sequence has a table here."""
+        """Whether the sequence has a table."""
         return seq_id in self._tables
 
     def block_table(self, seq_id: str) -> list[int]:
-        """The live table of a sequence: token `t` lies in block `table[t // block_size]`. Read it, do not change it."""
+        """The live table of a sequence, read-only for the caller: token `t` is in block `table[t // block_size]`."""
         return self._tables[seq_id]
 
     # --- growing ---
 
     def num_missing_blocks(self, seq_id: str, num_tokens: int) -> int:
-        """Blocks to add before the sequence's table covers `num_tokens` tokens."""
+        """The number of blocks to add until the sequence's table covers `num_tokens` tokens."""
         return max(0, self.blocks_for(num_tokens) - len(self._tables.get(seq_id, ())))
 
     def can_allocate(self, seq_id: str, num_tokens: int, headroom: int = 0) -> bool:
@@ -78,15 +78,13 @@ class PagedKVManager:
         return self.pool.can_take(self.num_missing_blocks(seq_id, num_tokens) + headroom)
 
     def allocate(self, seq_id: str, num_tokens: int) -> list[int]:
-        """Extend the sequence's table to cover `num_tokens` tokens and return the blocks that are new in it."""
+        """Extends the sequence's table to cover `num_tokens` tokens; returns the new blocks."""
         new_blocks = self.pool.take(self.num_missing_blocks(seq_id, num_tokens))
         self._tables.setdefault(seq_id, []).extend(new_blocks)
         return new_blocks
 
     def append_blocks(self, seq_ids: Sequence[str]) -> list[int] | None:
-        """Extend the table of each of these sequences by one block, in one go; None, and no change, if too few are
-        free.
-        """
+        """Extends the table of each of these sequences by one block; None, without a change, if too few are free."""
         if not self.pool.can_take(len(seq_ids)):
             return None
         blocks = self.pool.take(len(seq_ids))
@@ -97,21 +95,21 @@ class PagedKVManager:
     # --- the prefix cache ---
 
     def track(self, seq_id: str, prompt: Sequence[int], outputs: Sequence[int], salt: str = "") -> None:
-        """Tell the prefix cache a sequence's tokens, as live lists that may only grow at the end.
+        """Registers a sequence's live token lists with the prefix cache; they may only grow at the end.
 
-        Costs nothing until the sequence is matched or published. Sequences of different `salt` share nothing.
+        Nothing is hashed until the sequence is matched or published. Sequences with different salts share no blocks.
         """
         if self.enable_prefix_caching:
             self._prefixes.track(seq_id, prompt, outputs, salt)
 
     def forget(self, seq_id: str) -> None:
-        """End what `track` began. The sequence's published blocks stay findable."""
+        """Ends `track`. The sequence's published blocks can still be found."""
         self._prefixes.forget(seq_id)
 
     def num_cached_tokens(self, seq_id: str) -> int:
-        """Tokens of the sequence's beginning that `admit` would find cached now.
+        """The number of leading tokens that `admit` would find cached now.
 
-        A multiple of the block size and less than the sequence's length, as its last token is always computed.
+        It is a multiple of the block size and less than the sequence's length: the last token is always computed.
         """
         return len(self._prefixes.match(seq_id)) * self.block_size
 
@@ -122,7 +120,7 @@ class PagedKVManager:
         return self.pool.can_take(num_taken + headroom)
 
     def admit(self, seq_id: str, num_tokens: int) -> Admission:
-        """Give a sequence a table for `num_tokens` tokens, which begins with the blocks that the cache has of it."""
+        """Creates a sequence's table for `num_tokens` tokens, beginning with its blocks in the prefix cache."""
         assert seq_id not in self._tables, f"{seq_id!r} is admitted twice"
         hits = list(self._hits(seq_id, num_tokens))
         taken_hits = self.pool.share(hits)
@@ -135,55 +133,58 @@ class PagedKVManager:
         return self._prefixes.match(seq_id)[: self.blocks_for(num_tokens)]
 
     def publish(self, seq_id: str, num_computed_tokens: int) -> None:
-        """Let other sequences find the blocks that the first `num_computed_tokens` tokens fill.
+        """Makes the full blocks of the first `num_computed_tokens` tokens visible to other sequences.
 
-        Costs O(blocks filled since the last call), so it belongs to the end of a prefill chunk and of a sequence; a
-        decode that stays within its block needs none.
+        Costs O(blocks filled since the last call). Call it after a prefill chunk and at the end of a sequence, not in
+        every decode step. Never call it for tokens of a step that is not committed: a hit would read unwritten KV.
         """
         table = self._tables.get(seq_id)
         if table is not None:
             self._prefixes.publish(seq_id, table, num_computed_tokens)
 
     def reset_prefix_cache(self) -> None:
-        """Let nothing computed so far be found any more, say because the weights changed."""
+        """Empties the prefix cache, for example because the weights changed."""
         self.pool.forget_labels()
 
     # --- leaving ---
 
     def free(self, seq_id: str, until_step: int | None = None) -> list[int]:
-        """Forget the sequence's table; returns the blocks that nobody uses any more.
+        """Drops the sequence's table; returns the blocks without an owner now.
 
-        With `until_step` the blocks stay in use until `end_step` of that step, for a step in flight may touch them. A
-        swapped sequence gives back its room in the tier; one that is being copied gives back everything when the copy
-        ends (`finish_swap` or `abort_swap`). A sequence that is not known frees nothing.
+        With `until_step` the blocks stay in use until `end_step` of that step, because a pending step may still write
+        to them. A swapped sequence releases its tier blocks; one that is being copied releases everything when the copy
+        ends (`finish_swap` or `abort_swap`). An unknown sequence frees nothing.
         """
         is_pinned = self._swap.forget(seq_id)
         blocks = self._tables.pop(seq_id, [])
-        self._prefixes.lose_table(seq_id)
+        self._prefixes.drop_table(seq_id)
         if is_pinned or not blocks:
             return []
         if until_step is None:
-            return self.pool.give_back(blocks)
-        assert not self._deferred or self._deferred[-1][0] <= until_step, "deferred frees come in the order of steps"
-        self._deferred.append((until_step, blocks))
+            return self.pool.release(blocks)
+        assert not self._pending_free or self._pending_free[-1][0] <= until_step, (
+            "pending frees must be added in the order of steps"
+        )
+        self._pending_free.append((until_step, blocks))
         return []
 
     def end_step(self, step_id: int) -> list[int]:
-        """Step `step_id` and those before it are over: give back what was freed until then."""
+        """Releases the blocks whose free was pending until step `step_id` or an earlier one."""
         ownerless: list[int] = []
-        while self._deferred and self._deferred[0][0] <= step_id:
-            ownerless += self.pool.give_back(self._deferred.popleft()[1])
+        while self._pending_free and self._pending_free[0][0] <= step_id:
+            ownerless += self.pool.release(self._pending_free.popleft()[1])
         return ownerless
 
     # --- forking ---
 
     def can_fork(self, parent_id: str, num_tokens: int) -> bool:
-        """Whether `fork` would find the block for the tokens after the last full block."""
+        """Whether the parent has a table and the pool a block for the tokens after the last full block."""
         return parent_id in self._tables and self.pool.can_take(int(num_tokens % self.block_size > 0))
 
     def fork(self, parent_id: str, child_id: str, num_tokens: int) -> Fork:
-        """Give `child_id` a table with the parent's first `num_tokens` tokens: full blocks are shared, a last block
-        that is filled in part is copied.
+        """Creates a table for `child_id` with the parent's first `num_tokens` tokens.
+
+        Full blocks are shared. A partial last block is copied, because both sequences will write to it.
         """
         assert child_id not in self._tables, f"{child_id!r} has a table already"
         parent = self._tables[parent_id]
@@ -197,54 +198,57 @@ class PagedKVManager:
     # --- swapping ---
 
     @property
-    def num_promised_blocks(self) -> int:
-        """Blocks that will be free when the copies out and the steps under way end."""
+    def num_pending_free_blocks(self) -> int:
+        """The number of blocks that become free when the pending copies out and the pending steps end."""
         transfers = self._swap.transfers.values()
         leaving = [t.device_blocks for t in transfers if t.direction == "out" or t.is_orphan]
-        leaving += [blocks for _, blocks in self._deferred]
+        leaving += [blocks for _, blocks in self._pending_free]
         return sum(self.pool.num_owners(block) == 1 for blocks in leaving for block in blocks)
 
     def is_swapped(self, seq_id: str) -> bool:
-        """Whether the sequence's KV rests in a tier, complete, with no copy under way."""
-        return seq_id in self._swap.resting
+        """Whether the sequence's KV is in a tier, complete and without a pending copy."""
+        return seq_id in self._swap.swapped
 
     def is_in_transfer(self, seq_id: str) -> bool:
-        """Whether a copy of the sequence is under way."""
+        """Whether a copy of the sequence is pending."""
         return seq_id in self._swap.transfers
 
     def begin_swap_out(self, seq_id: str, num_computed_tokens: int) -> TierCopy | None:
-        """Reserve room in a tier for the sequence's computed tokens; None when there is none, or nothing to keep."""
+        """Reserves tier blocks for the sequence's computed tokens; None if no tier has room or nothing is computed."""
         num_blocks = self.blocks_for(num_computed_tokens)
         return self._swap.begin_out(seq_id, self._tables[seq_id], num_blocks, num_computed_tokens)
 
     def can_swap_in(self, seq_id: str, num_tokens: int, headroom: int = 0) -> bool:
-        """Whether the sequence is swapped and `begin_swap_in` would leave `headroom` blocks free."""
+        """Whether the sequence is swapped and `begin_swap_in` would leave at least `headroom` blocks free."""
         return self.is_swapped(seq_id) and self.pool.can_take(self.blocks_for(num_tokens) + headroom)
 
     def begin_swap_in(self, seq_id: str, num_tokens: int) -> TierCopy:
-        """Give a swapped sequence a table for `num_tokens` tokens, at least as many as were kept, to be filled."""
+        """Creates a table for `num_tokens` tokens of a swapped sequence and starts the copy into it.
+
+        `num_tokens` is at least the number of swapped tokens.
+        """
         assert seq_id not in self._tables, f"{seq_id!r} has a table already"
-        assert num_tokens >= self._swap.resting[seq_id].num_tokens, "a table too short for what was kept"
+        assert num_tokens >= self._swap.swapped[seq_id].num_tokens, "the table is too short for the swapped tokens"
         self._tables[seq_id] = self.pool.take(self.blocks_for(num_tokens))
         return self._swap.begin_in(seq_id, self._tables[seq_id])
 
     def finish_swap(self, seq_id: str) -> list[int]:
-        """The copy has arrived: release its source. Returns the device blocks that nobody uses any more."""
+        """Commits a copy that has arrived: releases its source. Returns the device blocks without an owner now."""
         return self._end_swap(seq_id, arrived=True)
 
     def abort_swap(self, seq_id: str) -> list[int]:
-        """The copy failed: release its target; the sequence is where it was. Returns the device blocks given back."""
+        """Rolls back a copy that failed: releases its target. Returns the device blocks without an owner now."""
         return self._end_swap(seq_id, arrived=False)
 
     def _end_swap(self, seq_id: str, arrived: bool) -> list[int]:
         transfer = self._swap.end(seq_id, arrived)
         stays_on_device = arrived == (transfer.direction == "in")
         if transfer.is_orphan:
-            return self.pool.give_back(transfer.device_blocks)
+            return self.pool.release(transfer.device_blocks)
         if stays_on_device:
             return []
-        self._prefixes.lose_table(seq_id)
-        return self.pool.give_back(self._tables.pop(seq_id))
+        self._prefixes.drop_table(seq_id)
+        return self.pool.release(self._tables.pop(seq_id))
 
     # --- reports ---
 
@@ -269,9 +273,9 @@ class PagedKVManager:
         )
 
     def check_integrity(self, live: Iterable[str] | None = None) -> None:
-        """Check that tables, pool and tiers agree and tables share nothing but beginnings.
+        """Checks that tables, pool and tiers are consistent, and that tables share prefixes only.
 
-        `live`, if given, names all sequences that have a table.
+        `live`, if passed, names all sequences with a table.
         """
         self.pool.check_integrity()
         self._swap.check_integrity()
@@ -291,18 +295,18 @@ class PagedKVManager:
 
     def _all_owned(self) -> list[list[int]]:
         orphans = [t.device_blocks for t in self._swap.transfers.values() if t.is_orphan]
-        return [*self._tables.values(), *orphans, *(blocks for _, blocks in self._deferred)]
+        return [*self._tables.values(), *orphans, *(blocks for _, blocks in self._pending_free)]
 
     def _check_sharing(self, num_owners: Counter[int]) -> None:
-        """A shared block stands at one place in all its tables: it is a piece of equal beginnings.
+        """Checks that a shared block has the same index in all its tables, as part of a common prefix.
 
-        The blocks before it may differ where two sequences computed the same tokens at once, each for itself.
+        The blocks before it can differ: two sequences may have computed equal tokens concurrently, in separate blocks.
         """
-        place: dict[int, int] = {}
+        index_of: dict[int, int] = {}
         for table in self._all_owned():
             for index, block in enumerate(table):
                 if num_owners[block] > 1:
-                    assert place.setdefault(block, index) == index, f"block {block} is shared beyond a prefix"
+                    assert index_of.setdefault(block, index) == index, f"block {block} is shared beyond a prefix"
 
     def _strays(self, live: Iterable[str]) -> list[str]:
         return sorted(self._tables.keys() ^ set(live))

@@ -1,4 +1,4 @@
-"""Finds the blocks that already hold the beginning of a sequence, and makes filled blocks findable."""
+"""Prefix cache: matches the beginning of a sequence with blocks that already hold its KV."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from sageLLM.runtime.kv.hash_chain import HashChain
 
 
 class TrackedSequence:
-    """A sequence that the cache knows: its names, how many blocks of its table are published, and the last match."""
+    """A tracked sequence: its block names, the number of published blocks of its table, and its last match."""
 
     __slots__ = ("chain", "match", "match_key", "num_published")
 
@@ -21,9 +21,9 @@ class TrackedSequence:
 class PrefixCache:
     """Matches sequences with the labelled blocks of a pool.
 
-    A match is a run of full blocks from the start and leaves at least the last token of the sequence to be computed,
-    as its logits are wanted: a sequence that is cached as a whole matches a block less. Only published blocks match,
-    and a block is published when it is filled.
+    A match is a run of full blocks from the start of the sequence. At least the last token is always computed, because
+    its logits are required, so a sequence that is cached as a whole matches one block less. Only published blocks
+    match, and a block is published when it is full.
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
@@ -34,15 +34,18 @@ class PrefixCache:
         self.total_hit_tokens = 0
 
     def track(self, seq_id: str, prompt: Sequence[int], outputs: Sequence[int], salt: str) -> None:
-        """Learn a sequence's tokens, as live lists that may only grow at the end."""
+        """Starts to track a sequence by its live token lists, which may only grow at the end."""
         self._sequences[seq_id] = TrackedSequence(HashChain(self._block_size, prompt, outputs, salt))
 
     def forget(self, seq_id: str) -> None:
-        """Forget a sequence, not its blocks."""
+        """Stops tracking a sequence; its published blocks can still be found."""
         self._sequences.pop(seq_id, None)
 
     def match(self, seq_id: str) -> list[int]:
-        """The blocks that hold the beginning of the sequence. Remembered until a label comes or goes."""
+        """The blocks that hold the beginning of the sequence.
+
+        The match is remembered until a label is added or dropped, since a waiting request is matched in every step.
+        """
         sequence = self._sequences.get(seq_id)
         if sequence is None:
             return []
@@ -62,7 +65,7 @@ class PrefixCache:
         return blocks
 
     def count_query(self, seq_id: str, num_hit_blocks: int) -> None:
-        """Note how much of an admitted sequence was found, and that these blocks of its table are published."""
+        """Counts the hits of an admitted sequence, and marks these blocks of its table as published."""
         sequence = self._sequences.get(seq_id)
         if sequence is not None:
             sequence.num_published = num_hit_blocks
@@ -70,7 +73,7 @@ class PrefixCache:
             self.total_hit_tokens += num_hit_blocks * self._block_size
 
     def publish(self, seq_id: str, table: Sequence[int], num_computed_tokens: int) -> None:
-        """Make the blocks that are filled findable."""
+        """Labels the full blocks of the table, so that other sequences find them."""
         sequence = self._sequences.get(seq_id)
         if sequence is None:
             return
@@ -79,8 +82,8 @@ class PrefixCache:
             self._pool.label(table[index], sequence.chain.name(index))
         sequence.num_published = max(sequence.num_published, num_full)
 
-    def lose_table(self, seq_id: str) -> None:
-        """The sequence has no blocks any more: those of its next table are published anew."""
+    def drop_table(self, seq_id: str) -> None:
+        """Forgets what was published of a sequence that has lost its blocks: its next table is published again."""
         sequence = self._sequences.get(seq_id)
         if sequence is not None:
             sequence.num_published = 0

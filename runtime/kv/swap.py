@@ -1,7 +1,8 @@
-"""Moves sequences between the device pool and the host and disk tiers, in two phases.
+"""Two-phase swapping of sequences between the device pool and the host and disk tiers.
 
-`begin_*` reserves the target and pins the source; the copy is announced to the engine; `finish` releases the source,
-`abort` the target. So a block is never reused while a copy may still read or write it, whatever becomes of the copy.
+`begin_out` and `begin_in` reserve the target blocks, pin the source blocks, and return the copy for the engine. `end`
+releases the source if the copy has arrived, else the target. A block is therefore never reused while a copy may still
+read or write it, whether the copy succeeds, fails, or is overtaken by an abort of its request.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from sageLLM.runtime.kv.block_pool import BlockPool
 from sageLLM.runtime.kv.copies import Tier, TierCopy
 
 
-class Resting(NamedTuple):
+class SwappedKV(NamedTuple):
     """A sequence's KV in a tier."""
 
     tier: Tier
@@ -21,81 +22,84 @@ class Resting(NamedTuple):
 
 @dataclass(slots=True)
 class Transfer:
-    """A copy under way between a device table and a tier. `is_orphan`: its sequence was freed in the meantime."""
+    """A pending copy between a device table and a tier. `is_orphan`: its sequence was freed in the meantime."""
 
     direction: Literal["out", "in"]
     device_blocks: list[int]
-    resting: Resting
+    swapped: SwappedKV
     is_orphan: bool = False
 
 
 class SwapSpace:
-    """The tiers below the device, tried in their order, and the copies under way."""
+    """The tiers below the device, in the order in which they are tried, and the pending copies."""
 
     def __init__(self, host_blocks: int, disk_blocks: int) -> None:
         if host_blocks < 0 or disk_blocks < 0:
-            raise ValueError(f"a tier has at least 0 blocks, got {host_blocks} on the host and {disk_blocks} on disk")
+            raise ValueError(
+                f"tiers must have at least 0 blocks, got {host_blocks} on the host and {disk_blocks} on disk"
+            )
         sizes: dict[Tier, int] = {"host": host_blocks, "disk": disk_blocks}
         self.pools = {tier: BlockPool(size) for tier, size in sizes.items() if size}
-        self.resting: dict[str, Resting] = {}
+        self.swapped: dict[str, SwappedKV] = {}
         self.transfers: dict[str, Transfer] = {}
         self.total_out = 0
         self.total_in = 0
 
     def num_used(self, tier: Tier) -> int:
-        """Blocks in use in a tier."""
+        """The number of blocks in use in a tier."""
         return self.pools[tier].num_used if tier in self.pools else 0
 
     def begin_out(self, seq_id: str, table: list[int], num_blocks: int, num_tokens: int) -> TierCopy | None:
-        """Reserve room for the first `num_blocks` blocks of a device table; None when no tier has it."""
-        assert seq_id not in self.transfers and seq_id not in self.resting, f"{seq_id!r} is swapped twice"
+        """Reserves tier blocks for the first `num_blocks` blocks of a device table; None if no tier has room."""
+        assert seq_id not in self.transfers and seq_id not in self.swapped, f"{seq_id!r} is swapped twice"
         tier = next((tier for tier, pool in self.pools.items() if pool.can_take(num_blocks)), None)
         if tier is None or num_blocks == 0:
             return None
-        resting = Resting(tier, self.pools[tier].take(num_blocks), num_tokens)
-        self.transfers[seq_id] = Transfer("out", table, resting)
-        return TierCopy(seq_id, "device", tier, table[:num_blocks], list(resting.blocks), num_tokens)
+        swapped = SwappedKV(tier, self.pools[tier].take(num_blocks), num_tokens)
+        self.transfers[seq_id] = Transfer("out", table, swapped)
+        return TierCopy(seq_id, "device", tier, table[:num_blocks], list(swapped.blocks), num_tokens)
 
     def begin_in(self, seq_id: str, table: list[int]) -> TierCopy:
-        """Announce the copy of a resting sequence into a device table."""
-        assert seq_id not in self.transfers, f"{seq_id!r} is copied already"
-        resting = self.resting.pop(seq_id)
-        self.transfers[seq_id] = Transfer("in", table, resting)
-        targets = table[: len(resting.blocks)]
-        return TierCopy(seq_id, resting.tier, "device", list(resting.blocks), targets, resting.num_tokens)
+        """Starts the copy of a swapped sequence into a device table."""
+        assert seq_id not in self.transfers, f"{seq_id!r} is being copied already"
+        swapped = self.swapped.pop(seq_id)
+        self.transfers[seq_id] = Transfer("in", table, swapped)
+        targets = table[: len(swapped.blocks)]
+        return TierCopy(seq_id, swapped.tier, "device", list(swapped.blocks), targets, swapped.num_tokens)
 
     def end(self, seq_id: str, arrived: bool) -> Transfer:
-        """Settle the tier's side of a transfer; the caller settles the device's side."""
+        """Ends a transfer on the tier's side; the caller releases the blocks on the device's side."""
         transfer = self.transfers.pop(seq_id)
-        rests = arrived == (transfer.direction == "out") and not transfer.is_orphan
-        if rests:
-            self.resting[seq_id] = transfer.resting
+        # KV stays in the tier after a copy out that arrived or a copy in that failed, if its sequence still exists.
+        stays = arrived == (transfer.direction == "out") and not transfer.is_orphan
+        if stays:
+            self.swapped[seq_id] = transfer.swapped
         else:
-            self._release(transfer.resting)
+            self._release(transfer.swapped)
         if arrived:
             self.total_out += transfer.direction == "out"
             self.total_in += transfer.direction == "in"
         return transfer
 
     def forget(self, seq_id: str) -> bool:
-        """Drop a sequence; True when a copy still pins its device blocks, which then go back when that ends."""
+        """Drops a sequence. True if a pending copy pins its device blocks; they are then released when it ends."""
         if seq_id in self.transfers:
             self.transfers[seq_id].is_orphan = True
             return True
-        if seq_id in self.resting:
-            self._release(self.resting.pop(seq_id))
+        if seq_id in self.swapped:
+            self._release(self.swapped.pop(seq_id))
         return False
 
-    def _release(self, resting: Resting) -> None:
-        self.pools[resting.tier].give_back(resting.blocks)
+    def _release(self, swapped: SwappedKV) -> None:
+        self.pools[swapped.tier].release(swapped.blocks)
 
     def check_integrity(self) -> None:
-        """Check that every tier's used blocks belong to just one resting or moving sequence."""
+        """Checks that every used block of a tier belongs to exactly one swapped or moving sequence."""
         owned: dict[Tier, list[int]] = {tier: [] for tier in self.pools}
-        for resting in [*self.resting.values(), *(transfer.resting for transfer in self.transfers.values())]:
-            owned[resting.tier] += resting.blocks
+        for swapped in [*self.swapped.values(), *(transfer.swapped for transfer in self.transfers.values())]:
+            owned[swapped.tier] += swapped.blocks
         for tier, pool in self.pools.items():
             pool.check_integrity()
             assert len(set(owned[tier])) == len(owned[tier]), f"a block of the {tier} tier has two owners"
-            assert len(owned[tier]) == pool.num_used, f"a block of the {tier} tier is used and has no owner"
-        assert self.resting.keys().isdisjoint(self.transfers), "a sequence rests and moves"
+            assert len(owned[tier]) == pool.num_used, f"a block of the {tier} tier is used without an owner"
+        assert self.swapped.keys().isdisjoint(self.transfers), "a sequence is both swapped and in transfer"

@@ -34,7 +34,7 @@ class Preemption:
         num_tokens = request.num_planned_tokens + 1
         while not self._kv.can_extend(request, num_tokens):
             # Copies to a tier free their blocks when they end; one such block per waiting decode saves a preemption.
-            if self._kv.decode.num_promised_blocks > step.num_awaiting_blocks:
+            if self._kv.decode.num_pending_free_blocks > step.num_awaiting_blocks:
                 step.num_awaiting_blocks += 1
                 return False
             pinned = self._pinned()

@@ -84,7 +84,7 @@ def test_a_block_freed_while_a_step_runs_is_not_reused_before_its_end() -> None:
     kv.allocate("a", 8)
     assert kv.free("a", until_step=7) == []
     assert not kv.can_allocate("b", 1)
-    assert kv.num_promised_blocks == 2
+    assert kv.num_pending_free_blocks == 2
     kv.check_integrity([])
     assert kv.end_step(6) == []
     assert kv.end_step(7) == [0, 1]
@@ -92,7 +92,7 @@ def test_a_block_freed_while_a_step_runs_is_not_reused_before_its_end() -> None:
     kv.check_integrity([])
 
 
-def test_a_cached_block_is_found_while_its_free_is_deferred() -> None:
+def test_a_cached_block_is_found_while_its_free_is_pending_free() -> None:
     kv = PagedKVManager(3, 4, enable_prefix_caching=True)
     tokens = list(range(5))
     kv.track("a", tokens, [])
@@ -116,7 +116,7 @@ def test_a_swap_out_pins_its_blocks_until_the_copy_has_arrived() -> None:
     assert kv.is_in_transfer("a")
     assert not kv.is_swapped("a")
     assert not kv.can_allocate("c", 1)
-    assert kv.num_promised_blocks == 2
+    assert kv.num_pending_free_blocks == 2
     assert (kv.stats().num_in_transfer, kv.stats().num_used) == (2, 2)
     kv.check_integrity(["a", "b"])
     assert kv.finish_swap("a") == [0, 1]
@@ -163,7 +163,7 @@ def test_a_shared_block_stays_with_its_other_owner() -> None:
     kv.allocate("a", 8)
     kv.fork("a", "b", 8)
     kv.begin_swap_out("a", 8)
-    assert kv.num_promised_blocks == 0
+    assert kv.num_pending_free_blocks == 0
     assert kv.finish_swap("a") == []
     kv.check_integrity(["b"])
     kv.begin_swap_in("a", 8)
@@ -191,7 +191,7 @@ def test_a_swap_in_fills_a_new_table_and_then_frees_the_tier() -> None:
     copy = kv.begin_swap_in("a", 8)
     assert copy == TierCopy("a", "host", "device", [0, 1], kv.block_table("a"), 7)
     assert kv.stats().num_host_used == 2
-    assert kv.num_promised_blocks == 0
+    assert kv.num_pending_free_blocks == 0
     kv.check_integrity(["a", "b"])
     assert kv.finish_swap("a") == []
     assert kv.stats().num_host_used == 0
@@ -225,7 +225,7 @@ def test_a_sequence_freed_while_it_is_copied_gives_everything_back_at_the_end(di
         kv.begin_swap_in("a", 8)
     assert kv.free("a") == []
     assert not kv.holds("a")
-    assert kv.num_promised_blocks == 2
+    assert kv.num_pending_free_blocks == 2
     assert not kv.can_allocate("c", 1)
     kv.check_integrity(["b"])
     assert kv.finish_swap("a") == [0, 1] if arrived else kv.abort_swap("a") == [0, 1]
@@ -242,5 +242,5 @@ def test_freeing_a_swapped_sequence_empties_the_tier() -> None:
 
 
 def test_a_tier_cannot_have_less_than_nothing() -> None:
-    with pytest.raises(ValueError, match="a tier has at least 0 blocks, got -1 on the host and 0 on disk"):
+    with pytest.raises(ValueError, match="tiers must have at least 0 blocks, got -1 on the host and 0 on disk"):
         PagedKVManager(4, 4, host_blocks=-1)

@@ -56,14 +56,14 @@ def test_an_unbounded_pool_never_numbers_above_its_peak() -> None:
 def test_a_double_free_and_an_overdraft_are_noticed() -> None:
     pool = BlockPool(2)
     blocks = pool.take(2)
-    with pytest.raises(AssertionError, match="1 blocks taken from a pool with 0 free: ask can_take first"):
+    with pytest.raises(AssertionError, match="1 blocks taken from a pool with 0 free: check can_take first"):
         pool.take(1)
-    pool.give_back(blocks)
+    pool.release(blocks)
     with pytest.raises(AssertionError, match=r"a block of \[0\] is freed twice"):
-        pool.give_back([0])
+        pool.release([0])
     pool.label(pool.take(1)[0], b"something")
     with pytest.raises(AssertionError, match=r"a block of \[1\] is freed twice"):
-        pool.give_back([1])
+        pool.release([1])
 
 
 def test_the_integrity_check_notices_a_shared_block_and_a_leak() -> None:
