@@ -1,9 +1,10 @@
-"""Reads model.safetensors.index.json: which tensors a checkpoint has, and the file of each."""
+"""Reads model.safetensors.index.json: the tensors of a sharded checkpoint and the file of each."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -11,32 +12,32 @@ MAX_INDEX_BYTES = 256 * 2**20
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name; CheckpointError where the index says nothing of the kind."""
+    """Maps tensor names to file names. Raises CheckpointError if the index is damaged or has no such map."""
     try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index} has more than {MAX_INDEX_BYTES} bytes")
+        if (size := index.stat().st_size) > MAX_INDEX_BYTES:
+            raise CheckpointError(f"{index} must have at most {MAX_INDEX_BYTES} bytes, got {size}; download it again")
         content = json_object(index, index.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
     found = content.get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names")
+        raise CheckpointError(f"{index} must have a 'weight_map' from tensor names to file names; download it again")
     for name, file_name in found.items():
         if not isinstance(file_name, str):
-            raise CheckpointError(f"{index}: the file of the tensor {name!r} must be a string")
+            raise CheckpointError(f"{index}: the file of the tensor {name!r} must be a string, got {shown(file_name)}")
     return found
 
 
 def json_object(path: Path, data: bytes) -> dict[str, Any]:
-    """The JSON object in the bytes of a checkpoint's file."""
+    """The JSON object in the bytes of a checkpoint's file. Raises CheckpointError for anything else."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(damaged(path, f"its JSON cannot be read ({error})")) from None
     if not isinstance(value, dict):
-        raise CheckpointError(damaged(path, "its JSON is no object"))
+        raise CheckpointError(damaged(path, f"expected a JSON object, got {shown(value)}"))
     return value
 
 
-def damaged(path: Path, why: str) -> str:
-    return f"{path} is damaged: {why}; download it again"
+def damaged(path: Path, reason: str) -> str:
+    return f"{path} is damaged: {reason}; download it again"

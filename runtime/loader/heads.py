@@ -1,4 +1,4 @@
-"""Checkpoints without a head: hidden states need neither the projection to the vocabulary nor a pooler."""
+"""Checkpoints without a head: embedding models often lack the projection to the vocabulary or the pooler."""
 
 from collections.abc import Iterator, Set
 from dataclasses import replace
@@ -11,7 +11,11 @@ from sageLLM.runtime.execution_graph.expand import expand
 
 
 def absent_head(layout: ModelLayout, config: Any, tensors: Set[str]) -> tuple[str, ...]:
-    """The weights beside those that hidden states need, if the checkpoint has none of their tensors; else nothing."""
+    """The weights of the head, if the checkpoint has none of their tensors; else an empty tuple.
+
+    The head is every weight that the hidden states do not depend on. A checkpoint with a part of it is not accepted as
+    headless, so that a missing tensor is reported.
+    """
     if layout.hidden is None:
         return ()
     specs = list(layout.weights(config))
@@ -25,7 +29,7 @@ def absent_head(layout: ModelLayout, config: Any, tensors: Set[str]) -> tuple[st
 
 
 def without_weights(layout: ModelLayout, names: tuple[str, ...]) -> ModelLayout:
-    """The layout of a checkpoint that lacks these weights of its head."""
+    """The layout without these weights of the head."""
 
     def weights(config: Any) -> Iterator[WeightSpec]:
         return (spec for spec in layout.weights(config) if spec.name not in names)

@@ -1,4 +1,4 @@
-"""A model ready to run: its layout, its configuration, and its weights and tables on one device."""
+"""Loads a model: its layout, its configuration, and its weights and tables on one device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from sageLLM.runtime.loader.weights import load_weights
 from sageLLM.runtime.registry.plugins import Registry
 
 MAX_POSITIONS = 2**24
-"""A bound on the positions of a config.json, for which tables are made; the longest published has ten million."""
+"""A bound on the positions in a config.json, which size the rope tables. The longest published is ten million."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 MAX_SHOWN_PROBLEMS = 20
@@ -30,11 +30,10 @@ MAX_SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Weights and tables by the names that graphs use, the weights in the form that the kernels read.
+    """A loaded model: weights and tables by their names in graphs, the weights in the form that the kernels read.
 
-    `max_model_len` is the longest sequence, prompt and answer.
-
-    `absent` are the weights of a head that the checkpoint does not have: such a model can only embed.
+    `max_model_len` is the length of the longest sequence, prompt and answer. `absent` are the weights of a head that
+    the checkpoint lacks; such a model can only compute embeddings.
     """
 
     layout: ModelLayout
@@ -48,22 +47,22 @@ class Model:
 
     @property
     def generates(self) -> bool:
-        """Whether it gives logits and tokens."""
+        """Whether the model computes logits and tokens."""
         return self.layout.generates and not self.absent
 
     @property
     def short_dtype(self) -> str:
-        """The element type as graphs write it: f32, bf16, f16."""
+        """The element type as graphs spell it: f32, bf16, f16."""
         return SHORT_NAMES[self.dtype]
 
     @property
     def num_parameters(self) -> int:
-        """Parameters held; a tied weight counts once."""
+        """The number of parameters in memory; a tied weight counts once."""
         return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights.values()}.values())
 
     @property
     def ties(self) -> dict[str, str]:
-        """For a weight that is another one, the other's name."""
+        """Maps each tied weight to the name of the weight that it shares."""
         return {spec.name: spec.tied_to for spec in self.layout.weights(self.config) if spec.tied_to is not None}
 
     def bound_tensors(self) -> dict[str, Weight]:
@@ -75,8 +74,8 @@ def load_model(
 ) -> Model:
     """Loads a Hugging Face checkpoint folder.
 
-    Raises CheckpointError for an architecture without a layout, a config that the layout refuses, and tensors that are
-    missing, of another shape, or read by nobody.
+    Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
+    missing, unused, or of a different shape.
     """
     path = folder / "config.json"
     data = read_config_file(path)
@@ -98,26 +97,35 @@ def load_model(
         weights: dict[str, Weight] = dict(load_weights(layout.weights(config), checkpoint, kind, device))
     finally:
         checkpoint.close()
-    return Model(layout, config, kind, device, length, weights, tables, head)
+    return Model(
+        layout=layout,
+        config=config,
+        dtype=kind,
+        device=device,
+        max_model_len=length,
+        weights=weights,
+        tables=tables,
+        absent=head,
+    )
 
 
-def _model_len(trained: int, asked: int | None, path: Path) -> int:
-    """The longest sequence: what is asked for, else all positions that the model was trained on."""
+def _model_len(trained: int, requested: int | None, path: Path) -> int:
+    """The longest sequence: the requested length, or by default all positions that the model was trained on."""
     if not 1 < trained <= MAX_POSITIONS:
-        raise CheckpointError(f"{path}: the model has {trained} positions; 2 to {MAX_POSITIONS} can be served")
-    if asked is None:
+        raise CheckpointError(f"{path}: the model's positions must be from 2 to {MAX_POSITIONS}, got {trained}")
+    if requested is None:
         return trained
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 1 < asked <= trained:
+    if isinstance(requested, bool) or not isinstance(requested, int) or not 1 < requested <= trained:
         raise CheckpointError(
-            f"max_model_len is {shown(asked)}; this model takes 2 to {trained} positions, as {path} says"
+            f"max_model_len must be an integer from 2 to {trained}, the positions in {path}, got {shown(requested)}"
         )
-    return asked
+    return requested
 
 
 def _dtype(name: str, data: Mapping[str, Any], path: Path) -> torch.dtype:
     if name != "auto":
         if name not in DTYPES:
-            raise CheckpointError(f"dtype is {shown(name)}; use auto, {', '.join(DTYPES)}")
+            raise CheckpointError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
         return DTYPES[name]
     key = "dtype" if data.get("dtype") is not None else "torch_dtype"
     named = data.get(key)
@@ -125,7 +133,7 @@ def _dtype(name: str, data: Mapping[str, Any], path: Path) -> torch.dtype:
         return torch.float32
     if not isinstance(named, str) or named not in DTYPES:
         raise CheckpointError(
-            f"{path}: '{key}' is {shown(named)}, which is not supported; choose one by dtype=: {', '.join(DTYPES)}"
+            f"{path}: '{key}' must be one of {', '.join(DTYPES)}, got {shown(named)}; choose one with dtype="
         )
     return DTYPES[named]
 
@@ -143,9 +151,10 @@ def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:
     problems = check_checkpoint(layout, config, shapes)
     if not problems:
         return
-    shown = "\n".join(f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS])
+    lines = "\n".join(f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS])
+    # check_checkpoint stops at MAX_PROBLEMS, so a config with absurdly many layers does not list them all.
     least = "at least " if len(problems) == MAX_PROBLEMS else ""
     more = f"\n  and {least}{len(problems) - MAX_SHOWN_PROBLEMS} more" if len(problems) > MAX_SHOWN_PROBLEMS else ""
     raise CheckpointError(
-        f"{checkpoint.folder} does not fit the layout '{layout.name}' ({layout.spec}):\n{shown}{more}"
+        f"{checkpoint.folder} does not match the layout '{layout.name}' ({layout.spec}):\n{lines}{more}"
     )

@@ -1,8 +1,9 @@
-"""The cos and sin tables of rotary position embeddings (Su et al. 2021), with the scalings that checkpoints use.
+"""Cos and sin tables of rotary position embeddings (RoPE, arXiv 2104.09864), with the scalings of checkpoints.
 
     angle[p, j] = p * frequency[j],   frequency[j] = base ** (-2j / dim),   j < dim / 2
 
-A scaling changes the frequencies and may multiply both tables by one factor. All is float32, as checkpoints expect.
+A scaling changes the frequencies, and may multiply both tables by one factor. Everything is computed in float32, as in
+the training code of the checkpoints: more exact angles would give other logits at large positions.
 """
 
 import math
@@ -18,7 +19,7 @@ from sageLLM.runtime.errors import CheckpointError
 
 
 class RopeTables(NamedTuple):
-    """cos f32[P, dim/2] and sin f32[P, dim/2] for positions 0 .. P-1."""
+    """cos f32[P, dim/2] and sin f32[P, dim/2] of positions 0 .. P-1."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -34,12 +35,12 @@ class _Frequencies(NamedTuple):
 def rope_tables(rope: RopeSpec, num_positions: int) -> RopeTables:
     """The tables for a model that serves sequences of up to `num_positions` tokens.
 
-    Raises CheckpointError for a scaling that is unknown, lacks a parameter, or does not reach that far.
+    Raises CheckpointError for a scaling that is unknown, lacks a parameter, or does not support that length.
     """
     scaling = rope.scaling or {}
     name = scaling.get("rope_type", scaling.get("type", "default"))
     if name not in _SCALINGS:
-        raise CheckpointError(f"rope scaling '{name}' is not supported; known are {', '.join(sorted(_SCALINGS))}")
+        raise CheckpointError(f"the rope scaling must be one of {', '.join(sorted(_SCALINGS))}, got '{name}'")
     try:
         frequencies = _SCALINGS[name](rope, _Parameters(name, scaling), num_positions)
     except (ArithmeticError, ValueError, RuntimeError) as error:
@@ -53,11 +54,11 @@ def rope_tables(rope: RopeSpec, num_positions: int) -> RopeTables:
 
 
 def _no_frequencies(name: str, base: float) -> str:
-    return f"rope scaling '{name}' with the base {base:g} has parameters that give no finite frequencies"
+    return f"the parameters of rope scaling '{name}' with base {base:g} must produce finite frequencies"
 
 
 class _Parameters:
-    """Reads the numbers of a scaling, with an error that names the missing one."""
+    """Reads the numeric parameters of a scaling. Raises CheckpointError with the name of an invalid one."""
 
     def __init__(self, scaling_name: str, values: Mapping[str, Any]) -> None:
         self.scaling_name = scaling_name
@@ -68,17 +69,22 @@ class _Parameters:
         if value is None:
             value = default
         if not _is_positive(value):
-            raise CheckpointError(f"rope scaling '{self.scaling_name}' wants a positive number '{key}', {_got(value)}")
+            raise CheckpointError(
+                f"'{key}' of rope scaling '{self.scaling_name}' must be a positive number, got {_got(value)}"
+            )
         return float(value)
 
     def numbers(self, key: str, length: int) -> list[float]:
         values = self.values.get(key)
         if not isinstance(values, list) or len(values) != length:
-            raise CheckpointError(f"rope scaling '{self.scaling_name}' wants {length} numbers in '{key}'")
-        for place, value in enumerate(values):
+            raise CheckpointError(
+                f"'{key}' of rope scaling '{self.scaling_name}' must be a list of {length} numbers, got "
+                + (f"{len(values)}" if isinstance(values, list) else _got(values))
+            )
+        for index, value in enumerate(values):
             if not _is_positive(value):
                 raise CheckpointError(
-                    f"rope scaling '{self.scaling_name}' wants positive numbers in '{key}', {_got(value)} at {place}"
+                    f"{key}[{index}] of rope scaling '{self.scaling_name}' must be a positive number, got {_got(value)}"
                 )
         return [float(value) for value in values]
 
@@ -88,7 +94,7 @@ def _is_positive(value: object) -> TypeGuard[int | float]:
 
 
 def _got(value: object) -> str:
-    return "which is missing" if value is None else f"got {shown(value)}"
+    return "nothing" if value is None else shown(value)
 
 
 def _plain(rope: RopeSpec) -> torch.Tensor:
@@ -101,34 +107,40 @@ def _default(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Fr
 
 
 def _linear(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequencies:
-    """Position interpolation (Chen et al. 2023): positions are divided by the factor."""
+    """Position interpolation (arXiv 2306.15595): positions are divided by the factor."""
     return _Frequencies(_plain(rope) / parameters.number("factor"))
 
 
 def _dynamic(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequencies:
-    """Dynamic NTK: unscaled within the trained length. Beyond it every new length would need the cached keys to be
-    rotated anew, which no paged cache does, so longer sequences are refused."""
+    """Dynamic NTK: unscaled within the trained length.
+
+    Beyond it the frequencies change with every new length, so all cached keys would have to be rotated again. A paged
+    cache does not do that, so longer sequences are rejected.
+    """
     if num_positions > rope.max_position:
         raise CheckpointError(
-            f"rope scaling 'dynamic' serves up to {rope.max_position} positions here, not {num_positions}; "
+            f"rope scaling 'dynamic' supports at most {rope.max_position} positions, got {num_positions}; "
             "lower max_model_len"
         )
     return _Frequencies(_plain(rope))
 
 
 def _llama3(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequencies:
-    """Llama 3.1: long waves are slowed by the factor, short ones kept, those between are blended."""
+    """Llama 3.1: low frequencies are divided by the factor, high ones kept, those between are interpolated."""
     factor = parameters.number("factor")
     low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
     original = parameters.number("original_max_position_embeddings")
     radians = _plain(rope)
-    waves = original * radians / (2 * math.pi)  # how often each frequency turns within the trained length
-    blend = ((waves - low) / (high - low)).clamp(0.0, 1.0)
+    turns = original * radians / (2 * math.pi)  # full turns of each frequency within the trained length
+    blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return _Frequencies((1 - blend) * radians / factor + blend * radians)
 
 
 def _yarn(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequencies:
-    """YaRN (Peng et al. 2023): like llama3 with a ramp over the dims, and a factor on the attention's temperature."""
+    """YaRN (arXiv 2309.00071): interpolates like llama3, by a ramp over the dims, and scales the attention logits.
+
+    The scale is applied as a factor on both tables, that is, its square on the logits.
+    """
     factor = parameters.number("factor")
     original = parameters.number("original_max_position_embeddings", rope.max_position)
     fast, slow = parameters.number("beta_fast", 32.0), parameters.number("beta_slow", 1.0)
@@ -136,6 +148,7 @@ def _yarn(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequ
     def dim_of(turns: float) -> float:
         return rope.dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
 
+    # dim_of inverts frequency[j]: the dim that makes `turns` full turns within the original length.
     first, last = dim_of(fast), dim_of(slow)
     if parameters.values.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
@@ -150,8 +163,7 @@ def _yarn_factor(parameters: _Parameters, factor: float) -> float:
     def magnitude(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
-    given = parameters.values.get("attention_factor")
-    if given is not None:
+    if parameters.values.get("attention_factor") is not None:
         return parameters.number("attention_factor")
     if parameters.values.get("mscale") and parameters.values.get("mscale_all_dim"):
         return magnitude(parameters.number("mscale")) / magnitude(parameters.number("mscale_all_dim"))
@@ -159,9 +171,9 @@ def _yarn_factor(parameters: _Parameters, factor: float) -> float:
 
 
 def _longrope(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequencies:
-    """LongRoPE (Ding et al. 2024): a factor per dim; the long set if the engine serves beyond the trained length.
+    """LongRoPE (arXiv 2402.13753): one factor per dim, from the long set if sequences can exceed the trained length.
 
-    One set serves all sequences of an engine, since cached keys cannot change their rotation.
+    One set applies to all sequences of an engine, because the rotation of cached keys cannot change.
     """
     original = parameters.number("original_max_position_embeddings", rope.max_position)
     key = "long_factor" if num_positions > original else "short_factor"
@@ -172,10 +184,10 @@ def _longrope(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _F
 
 
 def _proportional(rope: RopeSpec, parameters: _Parameters, num_positions: int) -> _Frequencies:
-    """Gemma 4: tables over the whole head, of which a share turns, the fastest frequencies first; the rest stand."""
-    turning = int(parameters.number("partial_rotary_factor", 1.0) * rope.dim // 2)
+    """Gemma 4: tables over the whole head; only the highest frequencies rotate, and the others are 0."""
+    num_rotated = int(parameters.number("partial_rotary_factor", 1.0) * rope.dim // 2)
     radians = _plain(rope) / parameters.number("factor", 1.0)
-    radians[turning:] = 0.0
+    radians[num_rotated:] = 0.0
     return _Frequencies(radians)
 
 
@@ -187,5 +199,5 @@ _SCALINGS: dict[str, Callable[[RopeSpec, _Parameters, int], _Frequencies]] = {
     "yarn": _yarn,
     "longrope": _longrope,
     "proportional": _proportional,
-    "su": _longrope,  # its first name, in early checkpoints of Phi-3
+    "su": _longrope,  # the original name, in early checkpoints of Phi-3
 }

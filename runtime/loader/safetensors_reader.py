@@ -1,7 +1,7 @@
-"""Reads the tensors of a Hugging Face checkpoint folder: safetensors only, headers first, data memory-mapped.
+"""Reads the tensors of a Hugging Face checkpoint folder: safetensors files, headers first, data memory-mapped.
 
-The file format: 8 bytes of header length (little endian), a JSON header of {name: {dtype, shape, data_offsets}},
-then the data (https://huggingface.co/docs/safetensors). Pickled checkpoints are refused, as loading one runs code.
+File format: 8 bytes of header length (little endian), a JSON header of {name: {dtype, shape, data_offsets}}, then the
+data (https://huggingface.co/docs/safetensors). Pickled checkpoints are rejected, because loading one can run code.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, damaged, json_object, weight_map
 
@@ -41,7 +42,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as its file's header describes it."""
+    """A tensor's entry in the header of its file."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +55,11 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint by name. `open` reads headers only; `read` maps the file and copies what is asked."""
+    """The tensors of a checkpoint by name. `open` reads headers only; `read` maps the file that it needs.
+
+    Tensors that `read` returns may share the mapping, which lives as long as they do: `close` only drops this object's
+    reference.
+    """
 
     def __init__(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:
         self.folder = folder
@@ -66,7 +71,7 @@ class Checkpoint:
         """Raises `CheckpointError` for a missing, incomplete, damaged or pickled checkpoint."""
         root = Path(folder)
         if not root.is_dir():
-            raise CheckpointError(f"{root} is not a folder; give the folder of a Hugging Face checkpoint")
+            raise CheckpointError(f"{root} is not a folder; pass the folder of a Hugging Face checkpoint")
         if (root / INDEX_FILE).is_file():
             return cls(root, _read_shards(root))
         if (root / SINGLE_FILE).is_file():
@@ -88,7 +93,7 @@ class Checkpoint:
         return self._infos[name]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor, or rows[start:stop] of its first dimension; only these bytes are touched."""
+        """The tensor, or rows[start:stop] of its first dimension. Only these bytes of the file are read."""
         info = self.info(name)
         try:
             file = self._file(info.file)
@@ -100,11 +105,11 @@ class Checkpoint:
             raise CheckpointError(f"{info.file} cannot be read: {error}; download it again") from None
 
     def with_prefix(self, prefix: str) -> Checkpoint:
-        """The same tensors under names that begin with `prefix`."""
+        """The same tensors with `prefix` before each name."""
         return Checkpoint(self.folder, {prefix + name: info for name, info in self._infos.items()})
 
     def close(self) -> None:
-        """Unmaps the files; a later `read` maps them again."""
+        """Closes the files; a later `read` opens them again."""
         self._files.clear()
 
     def _file(self, path: Path) -> Any:
@@ -115,18 +120,21 @@ class Checkpoint:
 
 def _tensor(value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise AssertionError("safetensors gave no torch tensor")
+        raise AssertionError("safetensors must return torch tensors")
     return value
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file says it has, in file order, checked against the file's length."""
+    """The tensors in a file's header, in file order, checked against the length of the file.
+
+    The checks come before the library sees the file, so that a truncated download is reported as such.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             header_len = int.from_bytes(file.read(8), "little")
             if size < 8 or header_len > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(damaged(path, f"its {size} bytes do not hold a header"))
+                raise CheckpointError(damaged(path, f"its {size} bytes do not contain a header"))
             header = json_object(path, file.read(header_len))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -146,20 +154,20 @@ def _read_shards(root: Path) -> dict[str, TensorInfo]:
         if file_name not in shards:
             shards[file_name] = read_header(_shard_path(index, file_name))
         if name not in shards[file_name]:
-            raise CheckpointError(f"{index} puts the tensor {name!r} in {file_name}, which does not have it")
+            raise CheckpointError(f"{index} lists the tensor {name!r} in {file_name}, which does not contain it")
         infos[name] = shards[file_name][name]
     return infos
 
 
 def _shard_path(index: Path, file_name: str) -> Path:
-    """The shard beside the index. A name with a folder in it could read any file of the machine and is refused."""
+    """The path of a shard. Names with a folder are rejected: they could read any file of the machine."""
     if file_name in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
-        raise CheckpointError(f"{index} names the file {file_name!r}; shards lie beside the index, without a folder")
+        raise CheckpointError(f"{index}: shards must be in the folder of the index, got the file {file_name!r}")
     if not file_name.endswith(".safetensors"):
-        raise CheckpointError(f"{index} names the file {file_name!r}; only .safetensors files are read")
+        raise CheckpointError(f"{index}: shards must be .safetensors files, got the file {file_name!r}")
     path = index.parent / file_name
     if not path.is_file():
-        raise CheckpointError(f"{index} names the file {file_name!r}, which is missing; download it again")
+        raise CheckpointError(f"{index} lists the file {file_name!r}, which is missing; download it again")
     return path
 
 
@@ -167,7 +175,7 @@ def _no_safetensors(root: Path) -> str:
     pickles = sorted(path.name for path in root.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         return (
-            f"{root} holds pickled weights only ({pickles[0]}), which may run code when loaded; convert them once with "
+            f"{root} has only pickled weights ({pickles[0]}), which can run code when loaded; convert them once with "
             "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     others = sorted(path.name for path in root.glob("*.safetensors"))
@@ -177,17 +185,17 @@ def _no_safetensors(root: Path) -> str:
 
 def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise CheckpointError(damaged(path, f"the header entry of {name!r} is no object"))
+        raise CheckpointError(damaged(path, f"the header entry of {name!r} must be an object, got {shown(entry)}"))
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if shape is None or not _is_sizes(shape):
-        raise CheckpointError(damaged(path, f"the shape of {name!r} is no list of sizes"))
+        raise CheckpointError(damaged(path, f"the shape of {name!r} must be a list of sizes, got {shown(shape)}"))
     if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         known = ", ".join(TORCH_DTYPES)
-        raise CheckpointError(f"{path}: the tensor {name!r} has the dtype {dtype!r}; known are {known}")
+        raise CheckpointError(f"{path}: the dtype of {name!r} must be one of {known}, got {shown(dtype)}")
     info = TensorInfo(name, tuple(shape), TORCH_DTYPES[dtype], path)
     start, end = _offsets(path, name, entry)
     if end - start != info.num_bytes:
-        raise CheckpointError(damaged(path, f"{name!r} needs {info.num_bytes} bytes and has {end - start}"))
+        raise CheckpointError(damaged(path, f"expected {info.num_bytes} bytes for {name!r}, got {end - start}"))
     return info
 
 
@@ -198,7 +206,7 @@ def _is_sizes(value: object) -> bool:
 def _offsets(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
     offsets = entry.get("data_offsets")
     if offsets is None or not _is_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(damaged(path, f"the data_offsets of {name!r} are no two offsets"))
+        raise CheckpointError(damaged(path, f"the data_offsets of {name!r} must be two offsets, got {shown(offsets)}"))
     return offsets[0], offsets[1]
 
 

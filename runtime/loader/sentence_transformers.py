@@ -1,6 +1,5 @@
-"""Reads how a checkpoint folder of the sentence-transformers library pools and normalises."""
+"""Reads pooling and normalisation from a checkpoint folder of the sentence-transformers library."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.execution_graph.embedding import Pooling
+from sageLLM.runtime.loader.json_files import read_json
 
 _MODES: Mapping[str, Pooling] = {"cls": "first", "mean": "mean", "lasttoken": "last"}
 _FLAGS: Mapping[str, Pooling] = {
@@ -20,7 +20,7 @@ _FLAGS: Mapping[str, Pooling] = {
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRecipe:
-    """What the folder says; `pooling` is None where it says nothing, `refusal` names what is not computed here."""
+    """The folder's settings: `pooling` is None if it has none; `refusal` is the reason if a setting is unsupported."""
 
     pooling: Pooling | None = None
     normalize: bool = False
@@ -28,43 +28,37 @@ class EmbeddingRecipe:
 
 
 def read_recipe(folder: Path) -> EmbeddingRecipe:
-    """The recipe in modules.json and the config.json of its Pooling module; an empty one if there is none.
+    """The recipe in modules.json and the config.json of its Pooling module; an empty one without modules.json.
 
-    Raises CheckpointError for a file that cannot be read as what it should be.
+    Raises CheckpointError for a damaged file.
     """
     path = folder / "modules.json"
     if not path.is_file():
         return EmbeddingRecipe()
-    modules = _load(path)
+    modules = read_json(path)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{path} must hold a list of modules, not {shown(modules)}; download it again")
+        raise CheckpointError(f"{path} must hold a list of modules, got {shown(modules)}; download it again")
     kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
     unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
     if unknown:
-        return EmbeddingRecipe(refusal=f"{path} names the module {unknown[0]}, which is not computed here")
+        return EmbeddingRecipe(refusal=f"{path} names the module {unknown[0]}, which is not supported")
     if "Pooling" not in kinds:
         return EmbeddingRecipe(normalize="Normalize" in kinds)
-    place = folder / str(kinds["Pooling"].get("path", "")) / "config.json"
-    pooling = _pooling(_load(place))
+    config = folder / str(kinds["Pooling"].get("path", "")) / "config.json"
+    pooling = _pooling(read_json(config))
     if pooling is None:
-        return EmbeddingRecipe(refusal=f"{place} asks for a pooling that is not computed here")
+        return EmbeddingRecipe(refusal=f"{config} requests a pooling that is not supported")
     return EmbeddingRecipe(pooling, "Normalize" in kinds)
 
 
 def _pooling(config: Any) -> Pooling | None:
-    """The one pooling that a config.json of the Pooling module asks for; both forms of that file are read."""
+    """The pooling in a config.json of the Pooling module, in its old (flags) or new (one name) form.
+
+    None if it is unsupported, or if several are combined.
+    """
     if not isinstance(config, dict):
         return None
     if "pooling_mode" in config:
         return _MODES.get(str(config["pooling_mode"]))
-    asked = [name for name, wanted in config.items() if name.startswith("pooling_mode_") and wanted is True]
-    return _FLAGS.get(asked[0]) if len(asked) == 1 else None
-
-
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; download it again") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from None
+    enabled = [name for name, flag in config.items() if name.startswith("pooling_mode_") and flag is True]
+    return _FLAGS.get(enabled[0]) if len(enabled) == 1 else None

@@ -1,4 +1,4 @@
-"""The tables that a layout reads beside its weights: rotary cos and sin by name, and ALiBi's slopes."""
+"""Constant tables of a layout: cos and sin of rotary embeddings by name, and ALiBi slopes."""
 
 import math
 from typing import Any
@@ -10,9 +10,9 @@ from sageLLM.runtime.loader.rope import rope_tables
 
 
 def make_tables(config: Any, num_positions: int) -> dict[str, Tensor]:
-    """Every table by the name that graphs use, for sequences of up to `num_positions` tokens.
+    """Every table by its name in graphs, for sequences of up to `num_positions` tokens.
 
-    Raises CheckpointError for a rotary scaling that cannot be computed.
+    Raises CheckpointError for a rope scaling that cannot be computed.
     """
     tables: dict[str, Tensor] = {}
     for name, rope in config.rope.items():
@@ -26,10 +26,10 @@ def make_tables(config: Any, num_positions: int) -> dict[str, Tensor]:
 
 
 def alibi_slopes(num_heads: int, max_bias: float) -> Tensor:
-    """f32[num_heads]: 2 ** (-max_bias * k / n) for k = 1 .. n, where n is a power of two (Press et al. 2021).
+    """ALiBi slopes f32[num_heads]: 2 ** (-max_bias * k / n) for k = 1 .. n, for n = 2^m heads (arXiv 2108.12409).
 
-    Of another number of heads, the first n (the power of two below) have these slopes, and the others every second one
-    of those for 2n heads.
+    For other numbers of heads, n is the next lower power of two: the first n heads have these slopes, and the others
+    have every second slope of 2n heads.
     """
     n = 2 ** math.floor(math.log2(num_heads))
     first = [2.0 ** (-max_bias * k / n) for k in range(1, n + 1)]

@@ -1,6 +1,7 @@
-"""Streams a checkpoint's tensors into the layout's own weights: fused, stacked, taken apart, tied as the layout says.
+"""Loads a checkpoint's tensors into the layout's weights: fused, stacked, split or tied as the layout declares.
 
-Each element is copied once, straight from the mapped file into its place; nothing is held twice.
+Each element is copied once, from the mapped file straight to its final position, so the peak memory is one copy of the
+weights.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 def load_weights(
     specs: Iterable[WeightSpec], checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """The weights by the names that graphs use. The checkpoint must have been checked against `specs` before."""
+    """The weights by their names in graphs. `check_checkpoint` must have passed before: shapes are not checked here."""
     weights: dict[str, Tensor] = {}
     ties: list[WeightSpec] = []
     for spec in specs:
@@ -27,7 +28,7 @@ def load_weights(
 
 
 def rank_share(spec: WeightSpec, weight: Tensor, rank: int, tp: int) -> Tensor:
-    """What rank `rank` of `tp` holds of a whole weight; ConfigError if it does not come out even."""
+    """The shard of a whole weight on rank `rank` of `tp`. Raises ConfigError if the weight does not divide evenly."""
     if spec.shard is None or tp == 1:
         return weight
     if spec.shard.kind == "first":
@@ -46,6 +47,6 @@ def _load(spec: WeightSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: 
 
 
 def _apply(view: View, source: Tensor) -> Tensor:
-    """The tensor taken apart; a copy only where the merged axes no longer lie one after another."""
-    taken = source.reshape(view.axes)[tuple(slice(start, stop) for start, stop in view.ranges)]
-    return taken.permute(view.order).reshape(view.size)
+    """The part of the tensor that the view selects; a copy only if the merged axes are not adjacent in memory."""
+    part = source.reshape(view.axes)[tuple(slice(start, stop) for start, stop in view.ranges)]
+    return part.permute(view.order).reshape(view.size)

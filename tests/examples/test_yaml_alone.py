@@ -82,7 +82,7 @@ def test_a_new_pass(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
     fused = LLM(folder, dtype="float32", skip_tokenizer=True, plugins=[out])
     answers = [[o.outputs[0].token_ids for o in llm.generate(prompts, params)] for llm in (plain, fused)]
     assert answers[0] == answers[1]
-    ops = [node.op for node in fused.pipeline.kernel_graph("decode").nodes.values()]
+    ops = [node.op for node in fused.compiler.kernel_graph("decode").nodes.values()]
     assert ops.count("gated_linear") == fused.model.config.L
     assert "silu_mul" not in ops
     run_generated_tests(out)
@@ -94,7 +94,8 @@ def test_an_unknown_architecture_says_what_to_do(make_checkpoint: MakeCheckpoint
         LLM(folder, skip_tokenizer=True)
     known = sorted(name for layout in MODELS.values() for name in layout.architectures)
     assert str(caught.value) == (
-        f"{folder}/config.json: no layout reads SeedOssForCausalLM; known are {', '.join(known)}. "
+        f"{folder}/config.json: expected an architecture with a layout, got SeedOssForCausalLM; "
+        f"known are {', '.join(known)}. "
         "To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
     )
 

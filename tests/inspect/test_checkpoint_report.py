@@ -167,7 +167,12 @@ def test_names_of_the_bare_model_lack_the_prefix(lint: Callable[..., tuple[int, 
 REFUSED = [
     ("nope", None, None, "error: 'nope' is no layout; write `model`, or one of "),
     ("model", None, None, "error: give the config.json to check: `sagellm lint model --config FILE`\n"),
-    ("model", {**LLAMA_3_1_8B, "architectures": ["T5"]}, None, "error: FOLDER/config.json: no layout reads T5; known"),
+    (
+        "model",
+        {**LLAMA_3_1_8B, "architectures": ["T5"]},
+        None,
+        "error: FOLDER/config.json: expected an architecture with a layout, got T5; known",
+    ),
     ("model", LLAMA_3_1_8B, "2,x", "error: --tp is '2,x'; give degrees by commas, such as 1,2,4\n"),
     ("model", LLAMA_3_1_8B, "0", "error: --tp is '0'; a degree is at least 1\n"),
     (

@@ -90,7 +90,7 @@ def test_unknown_tensor(single):
 
 def test_missing_and_empty_folder(tmp_path):
     assert refusal(tmp_path) == "F has neither model.safetensors nor model.safetensors.index.json"
-    assert refusal(tmp_path / "no") == "F is not a folder; give the folder of a Hugging Face checkpoint"
+    assert refusal(tmp_path / "no") == "F is not a folder; pass the folder of a Hugging Face checkpoint"
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     assert refusal(tmp_path) == (
         "F has neither model.safetensors nor model.safetensors.index.json; found other.safetensors"
@@ -100,7 +100,7 @@ def test_missing_and_empty_folder(tmp_path):
 def test_pickle_checkpoint_is_refused_unread(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     assert refusal(tmp_path) == (
-        "F holds pickled weights only (pytorch_model.bin), which may run code when loaded; convert them once with "
+        "F has only pickled weights (pytorch_model.bin), which can run code when loaded; convert them once with "
         "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
     )
 
@@ -108,16 +108,16 @@ def test_pickle_checkpoint_is_refused_unread(tmp_path):
 def test_bad_indexes(sharded):
     index = "F/model.safetensors.index.json"
     (sharded / "model-1.safetensors").unlink()
-    missing = f"{index} names the file 'model-1.safetensors', which is missing; download it again"
+    missing = f"{index} lists the file 'model-1.safetensors', which is missing; download it again"
     assert refusal(sharded) == missing
     point_to(sharded, "model-0.safetensors", "ghost")
-    assert refusal(sharded) == f"{index} puts the tensor 'ghost' in model-0.safetensors, which does not have it"
+    assert refusal(sharded) == f"{index} lists the tensor 'ghost' in model-0.safetensors, which does not contain it"
     point_to(sharded, "pytorch_model.bin")
-    assert refusal(sharded) == f"{index} names the file 'pytorch_model.bin'; only .safetensors files are read"
+    assert refusal(sharded) == f"{index}: shards must be .safetensors files, got the file 'pytorch_model.bin'"
     point_to(sharded, 3)
-    assert refusal(sharded) == f"{index}: the file of the tensor 'embed' must be a string"
+    assert refusal(sharded) == f"{index}: the file of the tensor 'embed' must be a string, got 3"
     write_index(sharded, {"weights": {}})
-    assert refusal(sharded) == f"{index} has no 'weight_map' from tensor names to file names"
+    assert refusal(sharded) == f"{index} must have a 'weight_map' from tensor names to file names; download it again"
     (sharded / "model.safetensors.index.json").write_text("{")
     assert refusal(sharded).startswith(f"{index} is damaged: its JSON cannot be read (Expecting")
 
@@ -126,7 +126,7 @@ def test_bad_indexes(sharded):
 def test_index_that_leaves_the_folder(sharded, name):
     point_to(sharded, name)
     assert refusal(sharded) == (
-        f"F/model.safetensors.index.json names the file {name!r}; shards lie beside the index, without a folder"
+        f"F/model.safetensors.index.json: shards must be in the folder of the index, got the file {name!r}"
     )
 
 
@@ -144,9 +144,11 @@ def test_truncated_file(single):
         f"F/model.safetensors is damaged: it is cut off after {len(data) - 10} of {len(data)} bytes; download it again"
     )
     path.write_bytes(data[:30])
-    assert refusal(single) == ("F/model.safetensors is damaged: its 30 bytes do not hold a header; download it again")
+    assert refusal(single) == (
+        "F/model.safetensors is damaged: its 30 bytes do not contain a header; download it again"
+    )
     path.write_bytes(b"")
-    assert refusal(single) == "F/model.safetensors is damaged: its 0 bytes do not hold a header; download it again"
+    assert refusal(single) == "F/model.safetensors is damaged: its 0 bytes do not contain a header; download it again"
 
 
 def entry(**changes):
@@ -154,12 +156,12 @@ def entry(**changes):
 
 
 BAD_HEADERS = [
-    (entry(shape=[3]), "is damaged: 'x' needs 12 bytes and has 8; download it again"),
-    (entry(shape=[-2]), "is damaged: the shape of 'x' is no list of sizes; download it again"),
-    (entry(shape=[2.0]), "is damaged: the shape of 'x' is no list of sizes; download it again"),
-    (entry(data_offsets=[0]), "is damaged: the data_offsets of 'x' are no two offsets; download it again"),
-    ({"x": 3}, "is damaged: the header entry of 'x' is no object; download it again"),
-    ([], "is damaged: its JSON is no object; download it again"),
+    (entry(shape=[3]), "is damaged: expected 12 bytes for 'x', got 8; download it again"),
+    (entry(shape=[-2]), "is damaged: the shape of 'x' must be a list of sizes, got a list; download it again"),
+    (entry(shape=[2.0]), "is damaged: the shape of 'x' must be a list of sizes, got a list; download it again"),
+    (entry(data_offsets=[0]), "is damaged: the data_offsets of 'x' must be two offsets, got a list; download it again"),
+    ({"x": 3}, "is damaged: the header entry of 'x' must be an object, got 3; download it again"),
+    ([], "is damaged: expected a JSON object, got a list; download it again"),
 ]
 
 
@@ -171,14 +173,16 @@ def test_bad_headers(tmp_path, header, message):
 
 def test_unknown_dtype(tmp_path):
     write_raw(tmp_path, entry(dtype="F4"), b"\0" * 8)
-    assert refusal(tmp_path).startswith("F/model.safetensors: the tensor 'x' has the dtype 'F4'; known are BOOL, U8,")
+    assert refusal(tmp_path).startswith("F/model.safetensors: the dtype of 'x' must be one of BOOL, U8,")
 
 
 def test_nested_header_and_huge_length(tmp_path):
     write_raw(tmp_path, b"[" * 100_000)
     assert refusal(tmp_path).startswith("F/model.safetensors is damaged: its JSON cannot be read (maximum recursion")
     write_raw(tmp_path, {}, header_len=2**63)
-    assert refusal(tmp_path) == "F/model.safetensors is damaged: its 10 bytes do not hold a header; download it again"
+    assert (
+        refusal(tmp_path) == "F/model.safetensors is damaged: its 10 bytes do not contain a header; download it again"
+    )
 
 
 def test_a_file_that_is_damaged_behind_our_back(tmp_path):

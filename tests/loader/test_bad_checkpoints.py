@@ -63,9 +63,9 @@ def refusal(folder: Path, kind: type[SageError] = CheckpointError, **arguments: 
 
 def test_a_folder_without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
-    assert refusal(folder) == f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
+    assert refusal(folder) == f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint"
     missing = folder / "elsewhere"
-    assert refusal(missing) == f"{missing} has no config.json; give the folder of a Hugging Face checkpoint"
+    assert refusal(missing) == f"{missing} has no config.json; pass the folder of a Hugging Face checkpoint"
     assert refusal(missing, TokenizerError, skip_tokenizer=False) == f"{missing} is not a folder"
 
 
@@ -89,7 +89,7 @@ def test_config_nested_beyond_reason(folder: Path) -> None:
 def test_config_that_is_a_list_or_a_folder(folder: Path) -> None:
     path = folder / "config.json"
     path.write_text("[1]")
-    assert refusal(folder) == f"{path} must hold a JSON object, not a list"
+    assert refusal(folder) == f"{path} must hold a JSON object, got a list"
     path.unlink()
     path.mkdir()
     assert refusal(folder) == f"{path} cannot be read: Is a directory"
@@ -100,9 +100,9 @@ ADD_ONE = (
     f"known are {', '.join(KNOWN)}. To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
 )
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["NobodysModel"]}, f"no layout reads NobodysModel; {ADD_ONE}"),
-    ({"architectures": None}, f"no layout reads a checkpoint without `architectures`; {ADD_ONE}"),
-    ({"architectures": {"a": 1}}, f"no layout reads a checkpoint without `architectures`; {ADD_ONE}"),
+    ({"architectures": ["NobodysModel"]}, f"expected an architecture with a layout, got NobodysModel; {ADD_ONE}"),
+    ({"architectures": None}, f"expected an architecture with a layout, got none; {ADD_ONE}"),
+    ({"architectures": {"a": 1}}, f"expected an architecture with a layout, got none; {ADD_ONE}"),
     ({"hidden_size": None}, "the key 'hidden_size' is missing, want an integer"),
     ({"hidden_size": "64"}, "'hidden_size' wants an integer, got '64'"),
     ({"num_hidden_layers": 0}, "'num_hidden_layers' wants a size of 1 to 2147483647, got 0"),
@@ -127,32 +127,32 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"rope_parameters": {"rope_type": "linear"}},
-        "rope scaling 'linear' wants a positive number 'factor', which is missing",
+        "'factor' of rope scaling 'linear' must be a positive number, got nothing",
     ),
     (
         {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
-        "rope scaling 'linear' wants a positive number 'factor', got 'two'",
+        "'factor' of rope scaling 'linear' must be a positive number, got 'two'",
     ),
     (
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7, "factor": 2.0}},
-        "rope scaling 'longrope' wants 8 numbers in 'short_factor'",
+        "'short_factor' of rope scaling 'longrope' must be a list of 8 numbers, got 7",
     ),
     (
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7 + [None], "factor": 2.0}},
-        "rope scaling 'longrope' wants positive numbers in 'short_factor', which is missing at 7",
+        "short_factor[7] of rope scaling 'longrope' must be a positive number, got nothing",
     ),
     (
         {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
-        "rope scaling 'default' with the base -1 has parameters that give no finite frequencies",
+        "the parameters of rope scaling 'default' with base -1 must produce finite frequencies",
     ),
-    ({"max_position_embeddings": 2**31 - 1}, "the model has 2147483647 positions; 2 to 16777216 can be served"),
+    ({"max_position_embeddings": 2**31 - 1}, "the model's positions must be from 2 to 16777216, got 2147483647"),
     (
         {"dtype": "int4"},
-        "'dtype' is 'int4', which is not supported; choose one by dtype=: float32, bfloat16, float16",
+        "'dtype' must be one of float32, bfloat16, float16, got 'int4'; choose one with dtype=",
     ),
     (
         {"dtype": None, "torch_dtype": {"a": 1}},
-        "'torch_dtype' is an object, which is not supported; choose one by dtype=: float32, bfloat16, float16",
+        "'torch_dtype' must be one of float32, bfloat16, float16, got an object; choose one with dtype=",
     ),
 ]
 
@@ -221,7 +221,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 def misfit(folder: Path, *problems: str) -> str:
     lines = "".join(f"\n  {problem}" for problem in problems)
-    return f"{folder} does not fit the layout 'llama' (specs/models/llama.yaml: llama):{lines}"
+    return f"{folder} does not match the layout 'llama' (specs/models/llama.yaml: llama):{lines}"
 
 
 def test_a_missing_tensor(folder: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_config_that_claims_more_layers_than_there_are(folder: Path) -> None:
 def test_only_a_pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert refusal(folder) == (
-        f"{folder} holds pickled weights only (pytorch_model.bin), which may run code when loaded; convert them once "
+        f"{folder} has only pickled weights (pytorch_model.bin), which can run code when loaded; convert them once "
         "with transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
     )
 
@@ -276,7 +276,7 @@ def test_an_index_without_one_of_its_shards(make_checkpoint: MakeCheckpoint, tmp
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.unlink()
     index = folder / "model.safetensors.index.json"
-    assert refusal(folder) == f"{index} names the file '{shard.name}', which is missing; download it again"
+    assert refusal(folder) == f"{index} lists the file '{shard.name}', which is missing; download it again"
 
 
 def test_nothing_of_a_refused_checkpoint_stays(folder: Path) -> None:
@@ -294,20 +294,20 @@ def test_nothing_of_a_refused_checkpoint_stays(folder: Path) -> None:
 
 @pytest.mark.parametrize(("length", "shown"), [(65, "65"), (1, "1"), (-3, "-3"), ("8", "'8'"), (8.0, "8.0")])
 def test_max_model_len_beyond_the_model(length: Any, shown: str, folder: Path) -> None:
-    message = f"max_model_len is {shown}; this model takes 2 to 64 positions, as {folder / 'config.json'} says"
+    message = f"max_model_len must be an integer from 2 to 64, the positions in {folder / 'config.json'}, got {shown}"
     assert refusal(folder, max_model_len=length) == message
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8'; use auto, float32, bfloat16, float16"),
-        ({"device": "abacus"}, "device is 'abacus'; use cpu, or cuda where there is a GPU"),
-        ({"block_size": 0}, "block_size is 0; it must be an integer of at least 1"),
-        ({"num_kv_blocks": 2.5}, "num_kv_blocks is 2.5; it must be an integer of at least 1"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"device": "abacus"}, "device must be cpu, or cuda on a machine with a GPU, got 'abacus'"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
+        ({"num_kv_blocks": 2.5}, "num_kv_blocks must be an integer of at least 1, got 2.5"),
         (
             {"disable_passes": ["fuse_norms"]},
-            f"disable_passes names 'fuse_norms'; known are {', '.join(PASSES)}, all",
+            f"disable_passes must name passes of {', '.join(PASSES)}, all, got 'fuse_norms'",
         ),
     ],
 )
@@ -351,7 +351,7 @@ def test_a_plugin_that_was_damaged_and_made_anew(folder: Path, tmp_path: Path) -
 
 
 def test_no_tokenizer(folder: Path) -> None:
-    message = f"{folder} has no tokenizer.json; copy it from the model's page, or give prompts as token ids"
+    message = f"{folder} has no tokenizer.json; copy it from the model's page, or pass prompts as token ids"
     assert refusal(folder, TokenizerError, skip_tokenizer=False) == message
 
 
@@ -359,7 +359,7 @@ def test_text_for_a_model_that_was_loaded_without_tokenizer(llm: LLM) -> None:
     with pytest.raises(TokenizerError) as caught:
         llm.generate("hello", GREEDY)
     assert str(caught.value) == (
-        "a text prompt needs the tokenizer; load the model without skip_tokenizer, or give token ids"
+        "a text prompt requires the tokenizer; load the model without skip_tokenizer, or pass token ids"
     )
     assert not llm.engine.has_work
 
@@ -367,16 +367,16 @@ def test_text_for_a_model_that_was_loaded_without_tokenizer(llm: LLM) -> None:
 # requests
 
 BAD_REQUESTS: list[tuple[Any, str]] = [
-    ([], "no prompt was given; give a text, a list of token ids, or a list of these"),
-    ([[]], "the prompt is empty; give at least one token"),
-    ([[1, 199]], "prompt token 1 is 199; token ids of this model run from 0 to 198"),
-    ([-1], "prompt token 0 is -1; token ids of this model run from 0 to 198"),
-    ([[1, 2.0]], "prompt token 1 is a float; token ids are integers"),
-    ([1, 2.0], "a prompt is 1; give a text or a list of token ids"),
-    ([[3], None], "a prompt is null; give a text or a list of token ids"),
+    ([], "expected at least one prompt: a text, a list of token ids, or a list of these"),
+    ([[]], "the prompt must have at least one token"),
+    ([[1, 199]], "prompt token 1 must be from 0 to 198 for this model, got 199"),
+    ([-1], "prompt token 0 must be from 0 to 198 for this model, got -1"),
+    ([[1, 2.0]], "prompt token 1 must be an integer, got a float"),
+    ([1, 2.0], "a prompt must be a text or a list of token ids, got 1"),
+    ([[3], None], "a prompt must be a text or a list of token ids, got null"),
     (
         [[1] * 64],
-        "the prompt has 64 tokens; this model takes at most 63, as its 64 positions must hold at least one new token",
+        "the prompt must have at most 63 tokens for this model, one less than its 64 positions, got 64",
     ),
 ]
 
@@ -391,7 +391,7 @@ def test_a_bad_prompt_is_refused_and_nothing_is_queued(prompts: Any, message: st
 
 @pytest.mark.parametrize("mode", ["generate", "stream"])
 def test_one_bad_prompt_in_a_list_adds_nothing(mode: str, llm: LLM) -> None:
-    with pytest.raises(PromptError, match=r"^prompt token 0 is 500; token ids of this model run from 0 to 198$"):
+    with pytest.raises(PromptError, match=r"^prompt token 0 must be from 0 to 198 for this model, got 500$"):
         list(getattr(llm, mode)([[1, 2], [3], [500], [4]], GREEDY))
     assert not llm.engine.has_work
     assert llm.engine.scheduler.get_num_waiting() == 0
@@ -403,7 +403,7 @@ def test_a_prompt_that_the_kv_cache_cannot_hold(folder: Path) -> None:
     with pytest.raises(PromptError) as caught:
         llm.generate([[1, 2], [5] * 12], GREEDY)
     assert str(caught.value) == (
-        "the prompt has 12 tokens; the KV cache holds 12, of which one is for a new token; raise num_kv_blocks"
+        "the prompt must have at most 11 tokens, one less than the KV cache holds, got 12; raise num_kv_blocks"
     )
     assert not llm.engine.has_work
     assert len(llm.generate([5] * 11, GREEDY)[0].outputs[0].token_ids) == 1
@@ -412,27 +412,27 @@ def test_a_prompt_that_the_kv_cache_cannot_hold(folder: Path) -> None:
 def test_another_number_of_params_than_prompts(llm: LLM) -> None:
     with pytest.raises(SamplingParamsError) as caught:
         llm.generate([[1], [2], [3]], [GREEDY, GREEDY])
-    assert str(caught.value) == ("2 sampling parameters were given for 3 prompts; give one for all, or one for each")
+    assert str(caught.value) == ("expected one SamplingParams, or one per prompt, got 2 for 3 prompts")
     assert not llm.engine.has_work
 
 
 def test_params_beyond_the_vocabulary(llm: LLM) -> None:
     with pytest.raises(SamplingParamsError) as caught:
         llm.generate([1], SamplingParams(stop_token_ids=[199]))
-    assert str(caught.value) == "stop_token_ids holds 199; token ids of this model run from 0 to 198"
+    assert str(caught.value) == "stop_token_ids must hold token ids from 0 to 198 for this model, got 199"
     assert not llm.engine.has_work
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": float("nan")}, "temperature is nan; it must be a number from 0 to 100"),
-        ({"temperature": -0.5}, "temperature is -0.5; it must be a number from 0 to 100"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0 to 100, got nan"),
+        ({"temperature": -0.5}, "temperature must be a number from 0 to 100, got -0.5"),
         (
             {"n": 2, "temperature": 0.0},
-            "n is 2; it must be 1 when temperature is 0, as greedy answers are all the same",
+            "n must be 1 when temperature is 0, as all greedy answers are the same, got 2",
         ),
-        ({"n": 0}, "n is 0; it must be an integer from 1 to 128"),
+        ({"n": 0}, "n must be an integer from 1 to 128, got 0"),
     ],
 )
 def test_bad_sampling_params(values: dict[str, Any], message: str) -> None:
