@@ -1,7 +1,7 @@
 """sageLLM: specs in YAML, generated graphs and kernels, and a thin runtime that serves them.
 
-The package is made of the repository's top-level folders (`codegen`, `generated`, `runtime`, `specs`,
-`templates`). The names below are resolved on first use, so `import sageLLM` stays cheap.
+The package consists of the repository's top-level folders (`codegen`, `generated`, `runtime`, `specs`, `templates`).
+The names below are imported on first use, so that `import sageLLM` does not import torch.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LLM", "PDSchedulerConfig", "SamplingParams", "__version__"]
 
-_HOMES = {
+_MODULES = {
     "LLM": "sageLLM.runtime.engine.llm",
     "PDSchedulerConfig": "sageLLM.runtime.scheduler.pd_scheduler",
     "SamplingParams": "sageLLM.runtime.engine.sampling_params",
@@ -23,6 +23,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

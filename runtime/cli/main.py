@@ -1,6 +1,6 @@
 """The `sagellm` command. Each subcommand is imported when it runs, so that `sagellm --help` stays fast.
 
-stdout is data, stderr is log. Exit codes: 0 fine, 1 failed, 2 wrong usage, 100 findings (lint, generate --check).
+Data goes to stdout, logs to stderr. Exit codes: 0 success, 1 failure, 2 usage error, 100 findings (lint, drift).
 """
 
 from pathlib import Path
@@ -13,27 +13,29 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Specs = Annotated[
-    list[Path] | None, typer.Option("--specs", help="An overlay spec folder; may be given several times.")
-]
+Specs = Annotated[list[Path] | None, typer.Option("--specs", help="An overlay spec folder; can be repeated.")]
 Kernels = Annotated[
     Literal["auto", "reference", "cpu", "triton"],
-    typer.Option(help="What runs: the device's generated kernels, or the torch references."),
+    typer.Option(help="The generated kernels of a device, or the torch references."),
 ]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="An additional generated folder; can be repeated.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @app.command()
 def generate(
     specs: Specs = None,
-    out: Annotated[Path | None, typer.Option(help="Where the generated tree goes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the generated tree.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; report drift, exit 100 if any.")] = False,
-    diff: Annotated[bool, typer.Option("--diff", help="Write nothing; show what changes per model and stage.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Write nothing; show the changes per model and stage.")] = False,
     json: Json = False,
 ) -> None:
     """Generate code from the specs: ops, builders, kernels, passes, docs, tests.
 
-    Passes are held to the counts that their specs expect: a tree that misses one is not written.
+    A tree is not written if a pass misses a count that its spec expects.
     """
     from sageLLM.codegen.commands import Generate
 
@@ -52,15 +54,17 @@ def generate(
 
 @app.command()
 def lint(
-    what: Annotated[str | None, typer.Argument(help="'model' or a layout's name: check a checkpoint's config.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="'model' or a layout's name, to check a checkpoint's config.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json, or the checkpoint folder that holds it.")] = None,
     index: Annotated[Path | None, typer.Option(help="A model.safetensors.index.json to compare with.")] = None,
-    tp: Annotated[str | None, typer.Option(help="Tensor-parallel degrees that must divide, by commas.")] = None,
-    plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
+    tp: Annotated[str | None, typer.Option(help="Tensor-parallel degrees to check, separated by commas.")] = None,
+    plugins: Plugins = None,
     specs: Specs = None,
     json: Json = False,
 ) -> None:
-    """Check the specs, or what a checkpoint's config says: tensors, parameters, memory, degrees. Reads no weights."""
+    """Check the specs, or a checkpoint's config (tensors, parameters, memory, tp degrees) without reading weights."""
     if what is None and config is None:
         from sageLLM.codegen.commands import Generate
 
@@ -72,11 +76,11 @@ def lint(
 
 @app.command()
 def new(
-    kind: Annotated[Literal["op", "model", "pass"], typer.Argument(help="What to add.")],
+    kind: Annotated[Literal["op", "model", "pass"], typer.Argument(help="The kind of the new entry.")],
     name: Annotated[str, typer.Argument(help="Its name, in snake_case.")],
-    specs: Annotated[Path | None, typer.Option(help="The spec folder to put it in (default: the package's).")] = None,
+    specs: Annotated[Path | None, typer.Option(help="The spec folder for it (default: the package's).")] = None,
 ) -> None:
-    """Start a new op, model or pass: an entry that already generates and passes its tests."""
+    """Add a new op, model or pass: an entry that generates and passes its tests."""
     from sageLLM.codegen.commands import new_entry
 
     raise typer.Exit(new_entry(kind, name, specs))
@@ -88,12 +92,12 @@ def explain(
         str, typer.Argument(help="An op, model, pass, rule, error code, generated file:line, or model:node.")
     ],
     stage: Annotated[
-        Literal["prefill", "decode", "hybrid"], typer.Option(help="In which graph a node is looked for.")
+        Literal["prefill", "decode", "hybrid"], typer.Option(help="The stage of the graph, for model:node.")
     ] = "decode",
     specs: Specs = None,
     out: Annotated[Path | None, typer.Option(help="The generated tree that file:line refers to.")] = None,
 ) -> None:
-    """Tell everything known of an op, model, pass, rule, error code, line of generated code or node of a graph."""
+    """Explain an op, model, pass, rule, error code, line of generated code or node of a graph."""
     model, _, node = name.partition(":")
     if model.isidentifier() and node and not node.isdigit():
         from sageLLM.runtime.cli.graph import show_node
@@ -107,56 +111,58 @@ def explain(
 @app.command()
 def graph(
     model: Annotated[
-        str, typer.Argument(help="A model layout (its tiny config), a checkpoint folder, or a graph in a .txt file.")
+        str,
+        typer.Argument(help="A layout's name (for its tiny config), a checkpoint folder, or a graph in a .txt file."),
     ],
     stage: Annotated[
         Literal["prefill", "decode", "hybrid"] | None,
-        typer.Option(help="Which graph (default: decode if there is one)."),
+        typer.Option(help="The stage of the graph (default: decode if the model has it)."),
     ] = None,
     level: Annotated[Literal["block", "kernel"], typer.Option(help="Before or after expansion.")] = "kernel",
-    only: Annotated[str | None, typer.Option(help="Only these passes and rules, by commas; '' for none.")] = None,
-    disable: Annotated[str, typer.Option(help="Leave these passes and rules out, by commas.")] = "",
-    rewrite_limit: Annotated[int | None, typer.Option(min=0, help="Stop after so many rewrites.")] = None,
+    only: Annotated[str | None, typer.Option(help="Passes and rules to run, separated by commas; '' for none.")] = None,
+    disable: Annotated[str, typer.Option(help="Passes and rules to skip, separated by commas.")] = "",
+    rewrite_limit: Annotated[int | None, typer.Option(min=0, help="Stop after this number of rewrites.")] = None,
     print_ir_after: Annotated[str | None, typer.Option(help="Print the graph after this pass, or after 'all'.")] = None,
-    diff: Annotated[bool, typer.Option("--diff", help="Show what the passes changed, line by line.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Count what each rule did, and why it did not.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show the changes of the passes, line by line.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Count the rewrites and near misses of each rule.")] = False,
     verify_numerics: Annotated[
-        bool, typer.Option("--verify-numerics", help="Run the graph in float64 between passes; exit 1 if one differs.")
+        bool,
+        typer.Option("--verify-numerics", help="Run the graph in float64 after every pass; exit 1 on a difference."),
     ] = False,
     bisect: Annotated[bool, typer.Option("--bisect", help="Find the first rewrite that changes a result.")] = False,
     why_not: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="RULE NODE", help="Say why a rule did not fire at a node.")
+        tuple[str, str] | None, typer.Option(metavar="RULE NODE", help="Show why a rule did not fire at a node.")
     ] = None,
     format: Annotated[
         Literal["text", "json", "dot", "mermaid", "html", "trace"],
-        typer.Option(help="html is a page with every pass of every stage, trace is for Perfetto."),
+        typer.Option(help="html: a page with every pass of every stage; trace: for Perfetto."),
     ] = "text",
     hardware: Annotated[str, typer.Option(help="A device of specs/hardware, for estimated times.")] = "h100",
     measure: Annotated[
-        bool, typer.Option("--measure", help="In a trace, measured times beside the estimates.")
+        bool, typer.Option("--measure", help="In a trace, measured times next to the estimates.")
     ] = False,
-    plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
+    plugins: Plugins = None,
 ) -> None:
-    """Print a model's execution graph, and what its passes do to it."""
+    """Print a model's execution graph and the effect of its passes."""
     from sageLLM.runtime.cli.graph import GraphRequest, show_graph
 
     request = GraphRequest(
-        model,
-        stage,
-        level,
-        only,
-        disable,
-        rewrite_limit,
-        print_ir_after,
-        diff,
-        stats,
-        verify_numerics,
-        bisect,
-        why_not,
-        format,
-        hardware,
-        measure,
-        plugins or [],
+        model=model,
+        stage=stage,
+        level=level,
+        only=only,
+        disable=disable,
+        rewrite_limit=rewrite_limit,
+        print_ir_after=print_ir_after,
+        diff=diff,
+        stats=stats,
+        verify_numerics=verify_numerics,
+        bisect=bisect,
+        why_not=why_not,
+        format=format,
+        hardware=hardware,
+        measure=measure,
+        plugins=plugins or [],
     )
     raise typer.Exit(show_graph(request))
 
@@ -164,24 +170,35 @@ def graph(
 @app.command()
 def run(
     model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
-    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="A prompt; can be repeated.")],
+    max_tokens: Annotated[int, typer.Option(help="Length of the longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler, for reproducible answers.")] = None,
     pd: Annotated[
-        Literal["strict", "time_share", "hybrid", "auto"], typer.Option(help="How prefill and decode share.")
+        Literal["strict", "time_share", "hybrid", "auto"],
+        typer.Option(help="The mode of the prefill/decode scheduler."),
     ] = "hybrid",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     kernels: Kernels = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
-    plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Length of the longest sequence, in tokens.")] = None,
+    plugins: Plugins = None,
     json: Json = False,
 ) -> None:
     """Complete prompts with a checkpoint."""
     from sageLLM.runtime.cli.run import RunRequest, run_prompts
 
     request = RunRequest(
-        model, prompt, max_tokens, temperature, seed, pd, dtype, kernels, max_model_len, plugins or [], as_json=json
+        model=model,
+        prompts=prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        pd=pd,
+        dtype=dtype,
+        kernels=kernels,
+        max_model_len=max_model_len,
+        plugins=plugins or [],
+        as_json=json,
     )
     raise typer.Exit(run_prompts(request))
 
@@ -191,58 +208,66 @@ def simulate(
     trace: Annotated[Path | None, typer.Option(help="Azure csv, Mooncake jsonl, or JSON pairs of lengths.")] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="strict, time_share, hybrid, vllm, auto; may be repeated. Without it, all."),
+        typer.Option(help="strict, time_share, hybrid, vllm or auto; can be repeated (default: all)."),
     ] = None,
     model: Annotated[str, typer.Option(help="A config.json, or the name of a model in --profile.")] = "config.json",
     hardware: Annotated[str, typer.Option(help="A device of specs/hardware.")] = "h100",
-    tp: Annotated[int, typer.Option(min=1, help="Devices that one worker spans.")] = 1,
-    profile: Annotated[Path | None, typer.Option(help="Measured latencies instead of the roofline.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Requests per second, Poisson; else the trace's times.")] = None,
-    num_requests: Annotated[int | None, typer.Option(min=1, help="The first so many of the trace.")] = None,
-    prompt: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of prompts.")] = (
+    tp: Annotated[int, typer.Option(min=1, help="Devices per worker (tensor parallelism).")] = 1,
+    profile: Annotated[Path | None, typer.Option(help="Measured latencies to use instead of the roofline.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second of a Poisson process (default: the trace's times).")
+    ] = None,
+    num_requests: Annotated[int | None, typer.Option(min=1, help="Number of requests, from the first one.")] = None,
+    prompt: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of prompt lengths.")] = (
         1020,
         2734,
     ),
-    output: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of answers.")] = (
+    output: Annotated[tuple[float, float], typer.Option(help="Without a trace: median and p90 of answer lengths.")] = (
         129,
         424,
     ),
-    seed: Annotated[int, typer.Option(help="Of the arrivals and the drawn lengths.")] = 0,
-    slo_ttft: Annotated[float, typer.Option(help="Objective for the first token, seconds.")] = 1.0,
-    slo_tpot: Annotated[float, typer.Option(help="Objective for each token after it, seconds.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals and lengths.")] = 0,
+    slo_ttft: Annotated[float, typer.Option(help="Objective for the time to first token, in seconds.")] = 1.0,
+    slo_tpot: Annotated[
+        float, typer.Option(help="Objective for the time per output token after it, in seconds.")
+    ] = 0.1,
     prefill_workers: Annotated[int, typer.Option(min=1, help="Prefill workers of strict mode.")] = 1,
-    decode_workers: Annotated[int, typer.Option(min=0, help="Its decode workers; other modes use the sum.")] = 1,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Prompt tokens of a hybrid step.")] = 512,
-    max_prefill_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prefill step.")] = 4096,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests in a step.")] = 256,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV block.")] = 16,
-    num_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks of a worker; else what fits.")] = None,
+    decode_workers: Annotated[
+        int, typer.Option(min=0, help="Decode workers of strict mode; the other modes use the total.")
+    ] = 1,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Prompt tokens per hybrid step.")] = 512,
+    max_prefill_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prefill step.")] = 4096,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests per step.")] = 256,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
+    num_blocks: Annotated[
+        int | None, typer.Option(min=1, help="KV blocks per worker (default: all that fit the device).")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Play a trace of requests through the scheduler and compare its modes; needs no device and no weights."""
+    """Simulate a trace of requests in the scheduler's modes and compare them; requires no device and no weights."""
     from sageLLM.runtime.cli.simulate import SimulateRequest, run_simulation
     from sageLLM.runtime.sim.metrics import Slo
 
     request = SimulateRequest(
-        trace,
-        mode or [],
-        model,
-        hardware,
-        tp,
-        profile,
-        rate,
-        num_requests,
-        prompt,
-        output,
-        seed,
-        Slo(slo_ttft, slo_tpot),
-        prefill_workers,
-        decode_workers,
-        chunk_size,
-        max_prefill_tokens,
-        max_batch_size,
-        block_size,
-        num_blocks,
+        trace=trace,
+        modes=mode or [],
+        model=model,
+        hardware=hardware,
+        tensor_parallel_size=tp,
+        profile=profile,
+        rate=rate,
+        num_requests=num_requests,
+        prompt=prompt,
+        output=output,
+        seed=seed,
+        slo=Slo(slo_ttft, slo_tpot),
+        num_prefill=prefill_workers,
+        num_decode=decode_workers,
+        chunk_size=chunk_size,
+        max_prefill_tokens=max_prefill_tokens,
+        max_batch_size=max_batch_size,
+        block_size=block_size,
+        num_blocks=num_blocks,
         as_json=json,
     )
     raise typer.Exit(run_simulation(request))
@@ -251,21 +276,32 @@ def simulate(
 @app.command()
 def embed(
     model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
-    prompt: Annotated[list[str], typer.Option(help="A text; may be given several times.")],
+    prompt: Annotated[list[str], typer.Option(help="A text; can be repeated.")],
     pooling: Annotated[
         Literal["model", "first", "last", "mean", "none"] | None,
-        typer.Option(help="Which vector stands for a text (default: what the folder or the layout says)."),
+        typer.Option(help="How token vectors become a text's vector (default: as in the folder or the layout)."),
     ] = None,
-    normalize: Annotated[bool | None, typer.Option(help="Divide by the length, so that products are cosines.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    normalize: Annotated[
+        bool | None, typer.Option(help="Scale to unit length, so that dot products are cosine similarities.")
+    ] = None,
+    dtype: Dtype = "auto",
     kernels: Kernels = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest text, in tokens.")] = None,
-    plugins: Annotated[list[Path] | None, typer.Option("--plugin", help="A generated folder to use as well.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Length of the longest text, in tokens.")] = None,
+    plugins: Plugins = None,
 ) -> None:
-    """Print the embeddings of texts, a JSON line each."""
+    """Print the embeddings of texts, one JSON line each."""
     from sageLLM.runtime.cli.run import EmbedRequest, embed_prompts
 
-    request = EmbedRequest(model, prompt, pooling, normalize, dtype, kernels, max_model_len, plugins or [])
+    request = EmbedRequest(
+        model=model,
+        prompts=prompt,
+        pooling=pooling,
+        normalize=normalize,
+        dtype=dtype,
+        kernels=kernels,
+        max_model_len=max_model_len,
+        plugins=plugins or [],
+    )
     raise typer.Exit(embed_prompts(request))
 
 

@@ -16,7 +16,7 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """The command's arguments."""
+    """The arguments of `sagellm run`."""
 
     model: Path
     prompts: Sequence[str]
@@ -32,7 +32,7 @@ class RunRequest:
 
 
 def run_prompts(request: RunRequest) -> int:
-    """Prints the completions to stdout; a refusal goes to stderr, with exit code 1."""
+    """Prints the completions to stdout; an error goes to stderr, with exit code 1."""
     try:
         params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
         llm = LLM(
@@ -66,7 +66,7 @@ def _as_data(output: RequestOutput) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """The arguments of `sagellm embed`; pooling and normalize are the folder's own if they are None."""
+    """The arguments of `sagellm embed`; `pooling` and `normalize` default to the checkpoint's settings."""
 
     model: Path
     prompts: Sequence[str]
@@ -79,7 +79,7 @@ class EmbedRequest:
 
 
 def embed_prompts(request: EmbedRequest) -> int:
-    """Prints a JSON line for each prompt to stdout; a refusal goes to stderr, with exit code 1."""
+    """Prints one JSON line per prompt to stdout; an error goes to stderr, with exit code 1."""
     try:
         llm = LLM(
             request.model,

@@ -1,9 +1,9 @@
-"""`sagellm simulate`: plays a trace through the scheduler's modes and compares what the requests get."""
+"""`sagellm simulate`: replays a trace in the scheduler's modes and compares the service of the requests."""
 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
+from sageLLM.runtime.loader.config_file import layout_of, read_config_file
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
@@ -30,9 +31,10 @@ MAX_SEQ_LEN = 2**20
 
 @dataclass(frozen=True, slots=True)
 class SimulateRequest:
-    """The command's arguments; no `modes` are all.
+    """The arguments of `sagellm simulate`; empty `modes` means all.
 
-    Without `trace` one is drawn: `num_requests`, of prompts and answers with these medians and 90th percentiles.
+    Without a `trace` one is generated: `num_requests` requests with prompt and answer lengths of these medians and
+    90th percentiles.
     """
 
     trace: Path | None
@@ -58,7 +60,7 @@ class SimulateRequest:
 
 
 def run_simulation(request: SimulateRequest) -> int:
-    """Prints a table, or JSON, to stdout; a refusal goes to stderr, with exit code 1."""
+    """Prints a table, or JSON, to stdout; an error goes to stderr, with exit code 1."""
     try:
         modes = _modes(request)
         trace = _trace(request)
@@ -76,14 +78,14 @@ def run_simulation(request: SimulateRequest) -> int:
 
 
 def _modes(request: SimulateRequest) -> list[SimMode]:
-    """Those asked for, or all that the workers allow."""
+    """The requested modes, or all modes that the numbers of workers allow."""
     known: tuple[SimMode, ...] = get_args(SimMode)
     for name in request.modes:
         if name not in known:
-            raise ValueError(f"no mode named {name}; known are {', '.join(known)}")
+            raise ValueError(f"--mode must be one of {', '.join(known)}, got {name}")
     if not request.num_decode:
         if "strict" in request.modes:
-            raise ValueError("strict mode needs at least one of --decode-workers")
+            raise ValueError("strict mode requires at least one decode worker, got --decode-workers 0")
         known = known[1:]
     return [mode for mode in known if mode in request.modes or not request.modes]
 
@@ -95,27 +97,26 @@ def _simulated(mode: SimMode, setup: Setup, trace: Sequence[TraceRequest], reque
     seconds = time.perf_counter() - started
     print(f"{mode}: {simulation.num_steps} steps simulated in {seconds:.1f} s", file=sys.stderr)
     for number, reason in list(simulation.refusals.items())[:1]:
-        print(f"{mode}: request {number} and {len(simulation.refusals) - 1} more refused: {reason}", file=sys.stderr)
+        print(f"{mode}: request {number} and {len(simulation.refusals) - 1} more rejected: {reason}", file=sys.stderr)
     return Summary.of(timelines, request.slo, simulation.num_steps)
 
 
 def _trace(request: SimulateRequest) -> list[TraceRequest]:
-    """The trace's first requests, at its own times or at the rate asked for."""
+    """The first requests of the trace, at their original times or at the requested rate."""
     if request.trace is None:
         if request.rate is None or request.num_requests is None:
-            raise ValueError("without --trace, give --rate and --num-requests to draw one")
+            raise ValueError("pass --trace, or --rate and --num-requests to generate one")
         prompt, output = Lengths(*request.prompt, MAX_SEQ_LEN), Lengths(*request.output, MAX_SEQ_LEN)
         return synthetic(request.num_requests, request.rate, prompt, output, request.seed)
     trace = read_trace(request.trace)[: request.num_requests]
     if request.rate is not None:
         return at_rate(trace, request.rate, request.seed)
     if len(trace) > 1 and trace[-1].arrival_s == 0:
-        raise ValueError(f"{request.trace} has no arrival times: give --rate")
+        raise ValueError(f"{request.trace} has no arrival times; pass --rate")
     return trace
 
 
 def _setup(request: SimulateRequest) -> Setup:
-    workers = request.num_prefill, request.num_decode
     scheduler = PDSchedulerConfig(
         max_prefill_batch_size=request.max_batch_size,
         max_prefill_tokens=request.max_prefill_tokens,
@@ -124,23 +125,35 @@ def _setup(request: SimulateRequest) -> Setup:
     )
     if request.profile is not None:
         budget = None if request.num_blocks is None else KVBudget(request.num_blocks, request.block_size)
-        return Setup(_measured(request.profile, request), _at_once, budget, *workers, scheduler)
-    roofline = _roofline(request)
-    num_blocks = request.num_blocks or roofline.num_kv_blocks(request.block_size)
-    if not num_blocks:
-        gigabytes = roofline.weight_bytes / 1e9
-        raise ValueError(f"{request.model}: {gigabytes:.1f} GB of weights do not fit {request.hardware}; raise --tp")
-    budget = KVBudget(num_blocks, request.block_size)
-    return Setup(roofline, roofline.transfer_s, budget, *workers, scheduler)
+        cost: StepCostModel = _measured(request.profile, request)
+        transfer_s: Callable[[int], float] = _no_transfer
+    else:
+        roofline = _roofline(request)
+        num_blocks = request.num_blocks or roofline.num_kv_blocks(request.block_size)
+        if not num_blocks:
+            gigabytes = roofline.weight_bytes / 1e9
+            raise ValueError(
+                f"{request.model}: {gigabytes:.1f} GB of weights do not fit {request.hardware}; raise --tp"
+            )
+        budget = KVBudget(num_blocks, request.block_size)
+        cost, transfer_s = roofline, roofline.transfer_s
+    return Setup(
+        cost,
+        transfer_s,
+        budget,
+        num_prefill=request.num_prefill,
+        num_decode=request.num_decode,
+        scheduler=scheduler,
+    )
 
 
-def _at_once(num_tokens: int) -> float:
-    """The transfer time of KV where nothing is known of links."""
+def _no_transfer(num_tokens: int) -> float:
+    """The KV transfer time for measured profiles, which do not describe links: 0 seconds."""
     return 0.0
 
 
 def _measured(profile: Path, request: SimulateRequest) -> StepCostModel:
-    """A folder holds op latencies by layer, a file fitted coefficients by model name."""
+    """The cost model of a profile: a folder of op latencies by layer, or a file of coefficients by model name."""
     if profile.is_dir():
         _, config = _layout_and_config(request.model)
         return LayerProfileCost(profile, config.L)
@@ -149,7 +162,7 @@ def _measured(profile: Path, request: SimulateRequest) -> StepCostModel:
 
 def _roofline(request: SimulateRequest) -> RooflineStepCost:
     if request.hardware not in HARDWARE:
-        raise ValueError(f"no hardware named {request.hardware}; known are {', '.join(HARDWARE)}")
+        raise ValueError(f"--hardware must be one of {', '.join(HARDWARE)}, got {request.hardware}")
     layout, config = _layout_and_config(request.model)
     device = HARDWARE[request.hardware]
     return RooflineStepCost(layout, config, device, tensor_parallel_size=request.tensor_parallel_size)
@@ -158,11 +171,6 @@ def _roofline(request: SimulateRequest) -> RooflineStepCost:
 def _layout_and_config(model: str) -> tuple[ModelLayout, Any]:
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{model} is neither a config.json nor a folder with one")
-    data = json.loads(path.read_bytes())
-    architecture = str((data.get("architectures") or [""])[0])
-    layout = next((one for one in MODELS.values() if architecture in one.architectures), None)
-    if layout is None:
-        raise ValueError(f"{path}: no layout reads {data.get('architectures')}")
+    data = read_config_file(path)
+    layout = layout_of(data, path, MODELS)
     return layout, layout.read_config(HFConfig(data, str(path)))

@@ -1,4 +1,4 @@
-"""Reads DistServe's published latency profiles, with which its own simulator can be repeated."""
+"""Reads DistServe's published latency profiles (arXiv 2401.09670), to reproduce the results of its simulator."""
 
 import json
 from collections.abc import Mapping
@@ -10,23 +10,23 @@ from sageLLM.runtime.sim.trace import TraceError
 
 PREFILL_STAGE_MS = 1.0
 RAY_OVERHEAD_MS = (2.0, 1e-4)
-"""What DistServe's simulator adds to every step, constant and per context token, for the calls between processes."""
+"""The constant and per-token overhead of inter-process calls that DistServe's simulator adds to every step."""
 
 
 def read_profile(path: Path, model: str, tensor_parallel_size: int = 1) -> CoefficientCost:
     """The cost model of a DistServe profile (`{model: {tp: {prefill, decoding_smallbs, ...}}}`, milliseconds).
 
-    Its simulator counts the tokens before a decode without the new one in the overhead, so a decode's share is taken
-    off its per-request term. Raises TraceError naming what the file lacks.
+    The overhead of its simulator counts the context of a decode without the new token. Ours counts it, so one token's
+    overhead is subtracted from the per-request term of decodes. Raises TraceError with the entry that is missing.
     """
     try:
         profile: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         fitted = profile[model][str(tensor_parallel_size)]
         return CoefficientCost(_coefficients(fitted))
     except KeyError as error:
-        raise TraceError(f"{path}: has no {error} for model {model}, tp {tensor_parallel_size}") from None
+        raise TraceError(f"{path}: expected an entry {error} for model {model}, tp {tensor_parallel_size}") from None
     except (ValueError, TypeError) as error:
-        raise TraceError(f"{path}: is not a latency profile: {error}") from None
+        raise TraceError(f"{path}: expected a latency profile: {error}") from None
 
 
 def _coefficients(fitted: Mapping[str, Any]) -> Coefficients:

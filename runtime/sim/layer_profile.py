@@ -1,8 +1,8 @@
-"""Predicts the duration of a step from op latencies that were measured on a device, layer by layer.
+"""Predicts step durations from op latencies measured on a device, layer by layer.
 
-The tables are those of LLMServingSim's profiler (casys-kaist/LLMServingSim, MIT): dense ops by tokens of the step,
-ops per sequence, and attention by the tokens of a prompt chunk, the KV before it, the number of decodes and the KV of
-each. Between the points of a table times are interpolated, beyond them extrapolated, linearly.
+The tables are those of LLMServingSim's profiler (casys-kaist/LLMServingSim, MIT): dense ops by the tokens of the step,
+ops per sequence, and attention by the tokens of a prompt chunk, its context, the number of decodes and the context of
+each. Times are linearly interpolated between the points of a table and extrapolated beyond them.
 """
 
 import csv
@@ -21,7 +21,7 @@ TWICE_A_LAYER = "layernorm"
 
 
 class Grid:
-    """Values over a full grid of points, linear between and beyond them."""
+    """Values over a full grid of points, with multilinear interpolation and extrapolation."""
 
     def __init__(self, axes: Sequence[Sequence[float]], values: Table) -> None:
         self._axes = [list(axis) for axis in axes]
@@ -38,11 +38,11 @@ class Grid:
 
 
 class LayerProfileCost:
-    """The duration of a step of a model of `num_layers` layers.
+    """The duration of a step of a model with `num_layers` layers.
 
-    `request_s` is what a step takes besides its ops for each of its requests: the scheduler's time, where the device
-    waits for it. Of several prompt chunks the largest is looked up beside the decodes, the others by themselves.
-    Raises TraceError if the tables are incomplete.
+    `request_s` is the time per request besides the ops, such as the scheduler's where the device waits for it. The
+    tables have at most one prompt chunk per step, so of several chunks the largest is looked up together with the
+    decodes, and the others alone. Raises TraceError if the tables are incomplete.
     """
 
     def __init__(self, folder: Path, num_layers: int, request_s: float = 0.0) -> None:
@@ -50,7 +50,7 @@ class LayerProfileCost:
         per_sequence = _read_lines(folder / "profile_per_sequence.csv", "sequences")
         missing = sorted({*PER_STEP, TWICE_A_LAYER} - dense.keys())
         if missing:
-            raise TraceError(f"{folder / 'profile_dense.csv'}: lacks {', '.join(missing)}")
+            raise TraceError(f"{folder / 'profile_dense.csv'}: expected rows for {', '.join(missing)}, got none")
         self._num_layers = num_layers
         self._request_s = request_s
         self._step = [dense[layer] for layer in PER_STEP]
@@ -60,7 +60,7 @@ class LayerProfileCost:
         self._attention = _Attention(folder / "profile_attention.csv")
 
     def step_s(self, work: StepWork) -> float:
-        """Seconds that a worker takes for this work; 0 for no work."""
+        """The seconds of a step with this work; 0 for no work."""
         num_tokens = work.num_tokens
         if not num_tokens:
             return 0.0
@@ -71,7 +71,7 @@ class LayerProfileCost:
 
 
 class _Attention:
-    """Attention of one layer: decodes alone, a chunk alone, and a chunk beside decodes."""
+    """Attention latencies of one layer: decodes alone, a chunk alone, and a chunk together with decodes."""
 
     def __init__(self, path: Path) -> None:
         rows = {(c, k, n, d): time for c, k, n, d, time in _read_numbers(path) if all(map(_doubles, (c, k, n, d)))}
@@ -80,7 +80,7 @@ class _Attention:
         self._both = _grid({point: t for point, t in rows.items() if point[0] and point[2]}, path)
 
     def layer_us(self, work: StepWork) -> float:
-        """Microseconds for the step."""
+        """The microseconds of attention in one layer of the step."""
         chunks = sorted(work.prefill, key=lambda chunk: chunk.num_tokens)
         largest = chunks.pop() if chunks else None
         return self._largest_us(largest, work) + sum(self._chunk.at(n, start) for start, n in chunks)
@@ -95,19 +95,19 @@ class _Attention:
 
 
 def _doubles(value: float) -> bool:
-    """Whether a value is of the part of the grid that is full, where each step doubles."""
+    """Whether a value is 0 or a power of two: at these values the profiler's grid is complete."""
     return int(value) & (int(value) - 1) == 0
 
 
 def _grid(times: Mapping[tuple[float, ...], float], path: Path) -> Grid:
     if len(times) < 2:
-        raise TraceError(f"{path}: has {len(times)} points of a grid, want at least two")
+        raise TraceError(f"{path}: expected at least two grid points, got {len(times)}")
     axes = [sorted({point[i] for point in times}) for i in range(len(next(iter(times))))]
     shape = [len(axis) for axis in axes]
     try:
         values = np.array([times[point] for point in _product(axes)])
     except KeyError as error:
-        raise TraceError(f"{path}: the grid lacks the point {error}") from None
+        raise TraceError(f"{path}: expected a full grid, got none at the point {error}") from None
     return Grid(axes, values.reshape(shape))
 
 
@@ -117,7 +117,7 @@ def _product(axes: Sequence[Sequence[float]]) -> Iterable[tuple[float, ...]]:
 
 
 def _read_lines(path: Path, axis: str) -> dict[str, Grid]:
-    """A line of times per layer name."""
+    """A one-dimensional grid of times per layer name."""
     times: dict[str, dict[tuple[float, ...], float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):

@@ -1,4 +1,4 @@
-"""What became of the requests of a simulation, in the figures that serving is judged by."""
+"""Serving metrics of a simulation: TTFT, TPOT, SLO attainment and goodput."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(slots=True)
 class Timeline:
-    """One request's moments in seconds: arrival, first token, last token, and the gaps between its tokens."""
+    """Times of one request in seconds: arrival, first token, last token, and the gaps between its tokens."""
 
     number: int
     arrival_s: float
@@ -26,7 +26,7 @@ class Timeline:
 
     @property
     def ttft_s(self) -> float:
-        """Time to first token; infinite if there was none."""
+        """Time to first token; infinite without a token."""
         return np.inf if self.first_token_s is None else self.first_token_s - self.arrival_s
 
     @property
@@ -45,22 +45,22 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a request was promised, in seconds: time to first token, and mean time per output token after it."""
+    """A service level objective in seconds: time to first token, and mean time per output token after it."""
 
     ttft_s: float
     tpot_s: float
 
     def is_met(self, timeline: Timeline) -> bool:
-        """Whether the request got both."""
+        """Whether the request met both."""
         return timeline.ttft_s <= self.ttft_s and timeline.tpot_s <= self.tpot_s
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A simulation in figures. Times in seconds by percentile; rates per second of the simulated time.
+    """Metrics of a simulation. Times are in seconds by percentile, rates per second of simulated time.
 
-    `attainment` is the share of all requests that met the objective, `goodput` those requests per second. `tbt`, time
-    between tokens, is over all gaps between two tokens of a request.
+    `attainment` is the share of all requests that met the objective, `goodput` the number of those per second. `tbt`
+    (time between tokens) is over all gaps between consecutive tokens of a request.
     """
 
     num_requests: int
@@ -81,7 +81,7 @@ class Summary:
 
     @classmethod
     def of(cls, timelines: Sequence[Timeline], slo: Slo, num_steps: int) -> Summary:
-        """Sums up the timelines of all requests, those never served included."""
+        """The metrics of all requests, including those that were never served."""
         done = [one for one in timelines if one.last_token_s is not None]
         duration = max((one.last_token_s or 0.0 for one in done), default=0.0)
         num_good = sum(slo.is_met(one) for one in timelines)
@@ -107,7 +107,7 @@ class Summary:
 
 
 def percentiles(values: Sequence[float]) -> dict[int, float]:
-    """The PERCENTILES of the values, interpolated; of none, 0."""
+    """The PERCENTILES of the values, interpolated; 0 without values."""
     if not values:
         return dict.fromkeys(PERCENTILES, 0.0)
     return {p: float(q) for p, q in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}

@@ -1,4 +1,4 @@
-"""The ways to serve a trace that `sagellm simulate` compares: a scheduler's mode on a number of devices."""
+"""Deployments that `sagellm simulate` compares: a scheduler mode on a number of workers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,15 +16,15 @@ from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
 
 SimMode = Literal["strict", "time_share", "hybrid", "vllm", "auto"]
 AMPLE_KV = KVBudget(num_blocks=2**18)
-"""For the running-first scheduler, which always has a bound."""
+"""The budget of the running-first scheduler, which cannot be unbounded, if none is set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all modes share: the cost of a step, KV per worker, and how many workers there are.
+    """Settings common to all modes: the cost of a step, the KV of a worker, and the number of workers.
 
-    Strict mode puts `num_prefill` workers to prefill and `num_decode` to decode; the others run as many workers in
-    all, each with a share of the requests. `costs` may name a cost model of its own for "prefill" or "decode" workers.
+    Strict mode has `num_prefill` prefill workers and `num_decode` decode workers; the other modes have the same total,
+    each worker with a share of the requests. `costs` can override the cost model of "prefill" or "decode" workers.
     """
 
     cost: StepCostModel
@@ -43,7 +43,7 @@ class Setup:
 
 
 def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
-    """The workers of a mode, ready to be put into a simulation."""
+    """A factory of the mode's workers, for a simulation."""
     setup = replace(setup, scheduler=replace(setup.scheduler, enable_prefix_caching=setup.enable_prefix_caching))
     if mode == "strict":
         return lambda events: _strict(events, setup)
@@ -62,7 +62,7 @@ def _colocated(make_scheduler: MakeScheduler, setup: Setup) -> MakeCluster:
 
 
 def _strict(events: EventQueue, setup: Setup) -> Cluster:
-    """Pairs under one scheduler each where the numbers are equal, else workers that hand requests over."""
+    """One scheduler per pair of workers if the numbers are equal, else one per worker, with requests handed over."""
     costs = setup.costs.get("prefill", setup.cost), setup.costs.get("decode", setup.cost)
     if setup.num_prefill == setup.num_decode:
         strict = _pd_scheduler(replace(setup.scheduler, mode="strict"), setup.kv_budget)
@@ -82,7 +82,7 @@ def _pd_scheduler(config: PDSchedulerConfig, budget: KVBudget | None) -> Callabl
 
 
 def _running_first(setup: Setup) -> MakeScheduler:
-    """vLLM's policy with the same limits: one budget of tokens a step, for prompts and decodes."""
+    """vLLM's policy with the same limits: one token budget per step for prompts and decodes."""
     limits = setup.scheduler
     config = RunningFirstConfig(
         limits.max_decode_batch_size,
@@ -98,7 +98,7 @@ def _running_first(setup: Setup) -> MakeScheduler:
 
 
 def _auto(setup: Setup) -> MakeScheduler:
-    """Every worker chooses for itself, by the traffic that it sees."""
+    """A scheduler per worker that selects its mode by the worker's own traffic."""
     config = replace(setup.scheduler, mode="auto")
 
     def make(clock: VirtualClock) -> BaseScheduler:

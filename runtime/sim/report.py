@@ -1,4 +1,4 @@
-"""Prints simulations for people and for programs, and says which way of serving pays."""
+"""Reports of simulations as a table and as data, with a verdict on disaggregation."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -7,11 +7,12 @@ from typing import Any
 from sageLLM.runtime.sim.metrics import PERCENTILES, Slo, Summary
 
 Results = Mapping[str, Summary]
-WORTH_MENTIONING = 0.02
+MIN_GAIN = 0.02
+"""The relative gain in goodput from which disaggregation counts as worthwhile."""
 
 
 def as_table(results: Results, slo: Slo) -> str:
-    """A line per mode: percentiles in milliseconds, attainment, requests per second within the objective."""
+    """One line per mode: latency percentiles, SLO attainment, goodput and throughput."""
     points = "/".join(f"p{p}" for p in PERCENTILES)
     header = ["mode", f"TTFT ms {points}", f"TPOT ms {points}", f"E2E s {points}", "SLO %", "goodput/s", "tok/s"]
     rows = [[*header, "preempted", "refused"]]
@@ -33,7 +34,7 @@ def as_table(results: Results, slo: Slo) -> str:
 
 
 def verdict(results: Results, slo: Slo) -> list[str]:
-    """Which mode meets the objective most often, and whether it pays to keep prefill and decode apart."""
+    """The mode with the best goodput, and whether disaggregating prefill and decode pays off."""
     best = max(results, key=lambda mode: results[mode].goodput)
     objective = f"TTFT <= {1e3 * slo.ttft_s:g} ms and TPOT <= {1e3 * slo.tpot_s:g} ms"
     lines = [f"Best for {objective}: {best}, {results[best].goodput:.2f} requests/s within it."]
@@ -43,7 +44,7 @@ def verdict(results: Results, slo: Slo) -> list[str]:
     rival = max(together, key=lambda mode: together[mode].goodput)
     ours, theirs = results["strict"].goodput, together[rival].goodput
     gain = ours / theirs - 1 if theirs else (1.0 if ours else 0.0)
-    if gain > WORTH_MENTIONING:
+    if gain > MIN_GAIN:
         lines.append(f"Disaggregation pays here: strict has {gain:+.0%} goodput against {rival} on as many devices.")
     else:
         lines.append(
@@ -53,7 +54,7 @@ def verdict(results: Results, slo: Slo) -> list[str]:
 
 
 def as_data(results: Results, slo: Slo) -> dict[str, Any]:
-    """The same as JSON data, times in seconds."""
+    """The report as JSON data, with times in seconds."""
     modes = {mode: asdict(one) for mode, one in results.items()}
     return {"slo": asdict(slo), "modes": modes, "verdict": verdict(results, slo)}
 

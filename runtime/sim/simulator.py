@@ -1,7 +1,7 @@
-"""Plays a trace through schedulers and cost models: a discrete-event simulation, the same for the same trace.
+"""Discrete-event simulation of a trace with the engine's schedulers and a cost model.
 
-The schedulers are those that the engine runs. Time is virtual: it jumps from event to event, and no decision depends on
-the machine that simulates.
+Time is virtual and jumps from event to event. No decision depends on the machine that simulates, so the same trace
+always produces the same result.
 """
 
 import heapq
@@ -21,7 +21,7 @@ TransferTime = Callable[[int], float]
 
 
 class EventQueue:
-    """Events by time; those of one instant in the order in which they were put."""
+    """Events in order of time; simultaneous events in the order in which they were added."""
 
     def __init__(self) -> None:
         self.clock = VirtualClock()
@@ -29,19 +29,19 @@ class EventQueue:
         self._num_put = 0
 
     def put(self, when: float, event: Event) -> None:
-        """Let the event happen at that time, which is not before now."""
+        """Adds an event at a time that is not in the past."""
         heapq.heappush(self._heap, (when, self._num_put, event))
         self._num_put += 1
 
     def run(self) -> None:
-        """Let all events happen, and those that they bring about."""
+        """Runs all events, including those that they add."""
         while self._heap:
             self.clock.now, _, event = heapq.heappop(self._heap)
             event()
 
 
 class Cluster(ABC):
-    """Workers, and the way that a request takes through them."""
+    """Workers and the routing of requests through them."""
 
     def __init__(self, events: EventQueue) -> None:
         self.workers: list[Worker] = []
@@ -49,15 +49,15 @@ class Cluster(ABC):
 
     @abstractmethod
     def accept(self, timeline: Timeline, prompt: list[int]) -> None:
-        """Start to serve a request that arrives now. Raises ValueError if it can never be served."""
+        """Starts to serve a request that arrives now. Raises ValueError if it can never be served."""
 
     @property
     def num_live(self) -> int:
-        """Requests that are being served."""
+        """The number of requests that are being served."""
         return sum(worker.num_live for worker in self.workers)
 
     def _drive(self, worker: Worker) -> None:
-        """Let an idle worker step; when its step ends, whoever may go on goes on."""
+        """Starts a step on an idle worker, and adds the event of its end."""
         if worker.is_busy:
             return
         duration = worker.start_step()
@@ -69,15 +69,15 @@ class Cluster(ABC):
     def _end(self, worker: Worker) -> None:
         for live in worker.end_step():
             self._leave(worker, live)
-        for one in self._concerned(worker):
+        for one in self._affected(worker):
             self._drive(one)
 
-    def _concerned(self, worker: Worker) -> Sequence[Worker]:
-        """Who may have something to do when this worker's step has ended."""
+    def _affected(self, worker: Worker) -> Sequence[Worker]:
+        """The workers that may have new work after a step of this worker."""
         return (worker,)
 
     def _leave(self, worker: Worker, live: Live) -> None:
-        """A request has all its tokens from this worker."""
+        """Ends a request that has all its tokens from this worker."""
         live.timeline.last_token_s = live.last_token_s
 
     def _copy(self, worker: Worker, copy: KVMigration) -> None:
@@ -88,7 +88,7 @@ MakeCluster = Callable[[EventQueue], Cluster]
 
 
 class Colocated(Cluster):
-    """Workers that each do prefill and decode; a request goes to the one with the fewest."""
+    """Workers that each do prefill and decode; a request goes to the worker with the fewest requests."""
 
     def __init__(
         self, events: EventQueue, make_scheduler: MakeScheduler, cost: StepCostModel, num_workers: int
@@ -98,17 +98,17 @@ class Colocated(Cluster):
         self.workers = [Worker(make_scheduler(clock), cost, clock) for _ in range(num_workers)]
 
     def accept(self, timeline: Timeline, prompt: list[int]) -> None:
-        """Start to serve a request that arrives now. Raises ValueError if it can never be served."""
+        """Starts to serve a request that arrives now. Raises ValueError if it can never be served."""
         worker = _least_loaded(self.workers)
         worker.submit(_live(timeline, prompt, timeline.num_output_tokens))
         self._drive(worker)
 
 
 class Paired(Cluster):
-    """Pairs of a prefill and a decode worker under one scheduler in strict mode, each worker at its own pace.
+    """Pairs of a prefill and a decode worker, each pair under one scheduler in strict mode.
 
-    A prompt is only admitted when the decode worker has room for it. Its KV arrives `transfer_s(tokens)` seconds after
-    the prefill worker has computed it.
+    The two workers of a pair step independently. A prompt is only admitted when the decode worker has room for it, and
+    its KV arrives `transfer_s(tokens)` seconds after the prefill worker has computed it.
     """
 
     def __init__(
@@ -132,16 +132,16 @@ class Paired(Cluster):
 
     @property
     def num_live(self) -> int:
-        """Requests that are being served; the workers of a pair have them in common."""
+        """The number of requests that are being served; both workers of a pair count each of theirs."""
         return super().num_live // 2
 
     def accept(self, timeline: Timeline, prompt: list[int]) -> None:
-        """Start to serve a request that arrives now. Raises ValueError if it can never be served."""
+        """Starts to serve a request that arrives now. Raises ValueError if it can never be served."""
         prefill = _least_loaded(self.workers[::2])
         prefill.submit(_live(timeline, prompt, timeline.num_output_tokens))
         self._drive(prefill)
 
-    def _concerned(self, worker: Worker) -> Sequence[Worker]:
+    def _affected(self, worker: Worker) -> Sequence[Worker]:
         return self._pairs[worker]
 
     def _copy(self, worker: Worker, copy: KVMigration) -> None:
@@ -156,11 +156,11 @@ class Paired(Cluster):
 
 
 class Disaggregated(Cluster):
-    """Any number of prefill and of decode workers, each with a scheduler of its own (DistServe, arXiv 2401.09670).
+    """Any numbers of prefill and decode workers, each with its own scheduler (DistServe, arXiv 2401.09670).
 
-    A prefill worker computes a prompt and its first token; `transfer_s(tokens)` seconds later its KV is at the decode
-    worker with the fewest requests, which computes the rest. KV that waits for room there costs the prefill worker
-    nothing, as if it waited in host memory.
+    A prefill worker computes a prompt and its first token; `transfer_s(tokens)` seconds later the KV is on the decode
+    worker with the fewest requests, which computes the rest. KV that waits for room there occupies no memory of the
+    prefill worker, as if it waited in host memory.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Disaggregated(Cluster):
         self.workers = self._prefill + self._decode
 
     def accept(self, timeline: Timeline, prompt: list[int]) -> None:
-        """Start to serve a request that arrives now. Raises ValueError if it can never be served."""
+        """Starts to serve a request that arrives now. Raises ValueError if it can never be served."""
         worker = _least_loaded(self._prefill)
         worker.submit(_live(timeline, prompt, 1))
         self._drive(worker)
@@ -204,7 +204,7 @@ class Disaggregated(Cluster):
             num_computed_tokens=len(prompt),
         )
         worker = _least_loaded(self._decode)
-        if worker.scheduler.why_not_acceptable(request) is not None:  # with its first token it is as long as it can be
+        if worker.scheduler.why_not_acceptable(request) is not None:  # its first token fills the maximum length
             timeline.num_output_tokens = 1
             super()._leave(worker, live)
             return
@@ -222,7 +222,7 @@ def _live(timeline: Timeline, prompt: list[int], num_left: int) -> Live:
 
 
 class Simulation:
-    """One run of a trace through a cluster."""
+    """One run of a trace on a cluster."""
 
     def __init__(self, make_cluster: MakeCluster) -> None:
         self._events = EventQueue()
@@ -231,13 +231,13 @@ class Simulation:
 
     @property
     def num_steps(self) -> int:
-        """Steps of all workers."""
+        """The number of steps of all workers."""
         return sum(worker.num_steps for worker in self.cluster.workers)
 
     def run(self, trace: Trace) -> list[Timeline]:
-        """Serves the trace to its end; the timelines are in its order, those of refused requests without tokens.
+        """Serves the trace to its end; returns the timelines in its order, those of rejected requests without tokens.
 
-        Raises RuntimeError if requests are left that nothing will ever serve, which is a scheduler's mistake.
+        Raises RuntimeError if requests are left without any worker to serve them, which is a scheduler bug.
         """
         timelines = [
             Timeline(number, one.arrival_s, one.num_prompt_tokens, one.num_output_tokens)
@@ -251,7 +251,7 @@ class Simulation:
         return timelines
 
     def _put_arrival(self, trace: Trace, timelines: list[Timeline], number: int) -> None:
-        """Each arrival brings the next one about, so that prompts exist only while they are served."""
+        """Adds the event of an arrival, which adds the next one, so that prompts exist only while they are served."""
         if number == len(trace):
             return
 

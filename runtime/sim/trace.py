@@ -1,4 +1,4 @@
-"""Traces: who asks when, with how long a prompt, for how long an answer; read from files or drawn by a seed."""
+"""Request traces: arrival times with prompt and answer lengths, read from files or generated from a seed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ MOONCAKE_BLOCK = 512
 
 
 class TraceError(ValueError):
-    """A trace file that cannot be read; the message names file and line."""
+    """A trace file is invalid; the message has the file and the line."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request: arrival in seconds since the trace began, tokens of its prompt and of its answer (at least 1 each).
+    """One request: arrival in seconds since the start of the trace, and prompt and answer tokens (at least 1 each).
 
-    `block_hashes` name the contents of the prompt, block by block of `hash_block` tokens: requests that begin with the
-    same names share that prefix. Without them a prompt shares nothing.
+    `block_hashes` identify the contents of the prompt in blocks of `hash_block` tokens: requests that begin with the
+    same hashes share that prefix. Without them a prompt shares no prefix.
     """
 
     arrival_s: float
@@ -34,7 +34,7 @@ class TraceRequest:
     hash_block: int = MOONCAKE_BLOCK
 
     def prompt_token_ids(self, number: int) -> list[int]:
-        """A prompt of that length: tokens stand for the blocks' contents, or for the request's `number`."""
+        """A prompt of this length: each token is the hash of its block, or the request's `number` without hashes."""
         if not self.block_hashes:
             return [number] * self.num_prompt_tokens
         tokens: list[int] = []
@@ -48,16 +48,16 @@ Trace = Sequence[TraceRequest]
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
-    """Reads a trace by the look of its file: Azure's csv, Mooncake's jsonl, or JSON pairs of prompt and output lengths.
+    """Reads a trace by the file's suffix: Azure's csv, Mooncake's jsonl, or JSON pairs of prompt and output lengths.
 
-    Pairs come without times: all arrive at 0 until `at_rate` spreads them. Raises TraceError.
+    Pairs have no times: all arrive at 0 until `at_rate` spreads them. Raises TraceError for an invalid file.
     """
     readers = {".csv": _read_azure, ".jsonl": _read_jsonl, ".json": _read_pairs}
     if path.suffix not in readers:
-        raise TraceError(f"{path}: a trace ends in {', '.join(readers)}")
+        raise TraceError(f"{path}: the suffix of a trace must be one of {', '.join(readers)}")
     trace = readers[path.suffix](path)
     if not trace:
-        raise TraceError(f"{path}: holds no requests")
+        raise TraceError(f"{path}: expected at least one request, got none")
     return trace
 
 
@@ -65,9 +65,9 @@ def _read_azure(path: Path) -> list[TraceRequest]:
     """Azure's LLM inference traces: TIMESTAMP, ContextTokens, GeneratedTokens."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
-        wanted = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
-        if not wanted <= set(rows.fieldnames or ()):
-            raise TraceError(f"{path}:1: wants the columns {', '.join(sorted(wanted))}")
+        columns = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
+        if not columns <= set(rows.fieldnames or ()):
+            raise TraceError(f"{path}:1: expected the columns {', '.join(sorted(columns))}")
         found = [_azure_request(path, number, row) for number, row in enumerate(rows, start=2)]
     return _from_zero(found)
 
@@ -81,7 +81,7 @@ def _azure_request(path: Path, line: int, row: dict[str, str]) -> TraceRequest:
 
 
 def _read_jsonl(path: Path) -> list[TraceRequest]:
-    """A request a line: Mooncake's (timestamp in ms, input_length, ...) or a serving timeline's (arrival_time in s)."""
+    """One request per line: Mooncake's (timestamp in ms) or that of a serving timeline (arrival_time in seconds)."""
     with path.open(encoding="utf-8") as file:
         found = [_jsonl_request(path, number, line) for number, line in enumerate(file, start=1) if line.strip()]
     return _from_zero(found)
@@ -105,28 +105,28 @@ def _read_pairs(path: Path) -> list[TraceRequest]:
         pairs = json.loads(path.read_text(encoding="utf-8"))
         return [_request(0.0, int(prompt), int(output)) for prompt, output in pairs]
     except (ValueError, TypeError) as error:
-        raise TraceError(f"{path}: wants a list of [prompt tokens, output tokens]: {error}") from None
+        raise TraceError(f"{path}: expected a list of [prompt tokens, output tokens]: {error}") from None
 
 
 def _request(when: float, prompt: int, output: int, names: tuple[int, ...] = ()) -> TraceRequest:
     if prompt < 1 or output < 1:
-        raise ValueError(f"{prompt} prompt and {output} output tokens, want at least one of each")
+        raise ValueError(f"expected at least one prompt and one output token, got {prompt} and {output}")
     return TraceRequest(when, prompt, output, names)
 
 
 def _from_zero(trace: list[TraceRequest]) -> list[TraceRequest]:
-    """The requests in order of arrival, the first at 0."""
+    """The requests in order of arrival, with times relative to the first."""
     ordered = sorted(trace, key=lambda request: request.arrival_s)
     return [replace(request, arrival_s=request.arrival_s - ordered[0].arrival_s) for request in ordered]
 
 
 def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
-    """Arrival times in seconds of a Poisson process of `rate` requests a second; the first comes at 0.
+    """Arrival times in seconds of a Poisson process of `rate` requests per second; the first is 0.
 
-    The gaps come from numpy's RandomState, whose stream is frozen, so that a seed means the same everywhere.
+    The gaps come from NumPy's RandomState, which has a frozen stream, so a seed means the same trace in every version.
     """
     if rate <= 0:
-        raise ValueError(f"a rate of {rate} requests per second: want more than 0")
+        raise ValueError(f"the rate must be more than 0 requests per second, got {rate}")
     gaps = np.random.RandomState(seed).exponential(1 / rate, size=max(num_requests - 1, 0))
     return [0.0, *(float(time) for time in np.cumsum(gaps))][:num_requests]
 
@@ -140,14 +140,14 @@ def at_rate(trace: Iterable[TraceRequest], rate: float, seed: int) -> list[Trace
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Log-normal lengths in tokens, by median and 90th percentile, cut to 1 .. `limit`."""
+    """Log-normal lengths in tokens, by median and 90th percentile, clipped to 1 .. `limit`."""
 
     p50: float
     p90: float
     limit: int
 
     def draw(self, random: np.random.RandomState, num: int) -> list[int]:
-        """`num` lengths."""
+        """Draws `num` lengths."""
         z90 = 1.2815515655446004  # the 90th percentile of a standard normal
         sigma = np.log(self.p90 / self.p50) / z90
         drawn = random.lognormal(np.log(self.p50), sigma, size=num)
@@ -155,7 +155,7 @@ class Lengths:
 
 
 def synthetic(num_requests: int, rate: float, prompt: Lengths, output: Lengths, seed: int) -> list[TraceRequest]:
-    """Requests with drawn lengths, arriving as a Poisson process; the same for the same seed."""
+    """Requests with random lengths that arrive as a Poisson process, determined by the seed."""
     random = np.random.RandomState(seed)
     prompts, outputs = prompt.draw(random, num_requests), output.draw(random, num_requests)
     times = poisson_arrivals(num_requests, rate, seed)

@@ -1,4 +1,4 @@
-"""One simulated worker: a real scheduler, and a cost model in the place of a device."""
+"""A simulated worker: the engine's scheduler with a cost model in place of a device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sageLLM.runtime.sim.metrics import Timeline
 
 
 class VirtualClock:
-    """Simulated time in seconds; it moves when the simulation says so."""
+    """Simulated time in seconds, advanced by the event queue."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -27,7 +27,7 @@ MakeScheduler = Callable[[VirtualClock], BaseScheduler]
 
 @dataclass(slots=True)
 class Live:
-    """A request that a worker serves. It leaves the worker after `num_left` more tokens."""
+    """A request on a worker, which it leaves after `num_left` more tokens."""
 
     timeline: Timeline
     request: Request
@@ -36,7 +36,7 @@ class Live:
 
 
 class Worker:
-    """Runs the steps that its scheduler plans. Every token is 0: how long answers are is for the trace to say."""
+    """Runs the steps that its scheduler plans. All tokens are 0, as the trace determines the lengths of answers."""
 
     def __init__(self, scheduler: BaseScheduler, cost: StepCostModel, clock: VirtualClock) -> None:
         self.scheduler = scheduler
@@ -49,27 +49,27 @@ class Worker:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a step runs."""
+        """Whether a step is running."""
         return self._step is not None
 
     @property
     def num_live(self) -> int:
-        """Requests that have been submitted and not left."""
+        """The number of requests on this worker."""
         return len(self._live)
 
     def submit(self, live: Live) -> None:
-        """Queue a request. Raises ValueError if the scheduler refuses it."""
+        """Queues a request. Raises ValueError if the scheduler rejects it."""
         self.scheduler.add_request(live.request)
         self._live[live.request.request_id] = live
 
     def receive(self, live: Live) -> None:
-        """Queue a request whose KV arrives from another worker. Raises ValueError if the scheduler refuses it."""
-        assert isinstance(self.scheduler, PDScheduler), "no other scheduler takes requests with their KV"
+        """Queues a request with KV from another worker. Raises ValueError if the scheduler rejects it."""
+        assert isinstance(self.scheduler, PDScheduler), "only PDScheduler accepts requests with KV"
         self.scheduler.add_received(live.request)
         self._live[live.request.request_id] = live
 
     def start_step(self) -> float | None:
-        """Plan a step; returns its duration in seconds, or None when there is nothing to compute."""
+        """Plans and starts a step; returns its duration in seconds, or None if it computes nothing."""
         step = self._plan()
         for request in step.preempted_requests:
             self._live[request.request_id].timeline.num_preemptions += 1
@@ -82,27 +82,27 @@ class Worker:
         return self._cost.step_s(work_of(step))
 
     def take_copies(self) -> list[KVMigration]:
-        """The copies handed out since they were last taken."""
+        """The copies planned since the last call."""
         copies, self._copies = self._copies, []
         return copies
 
     def end_step(self) -> list[Live]:
-        """Commit the step that ran; returns the requests that left the worker with it.
+        """Commits the running step; returns the requests that leave the worker with it.
 
-        Among them are those that the scheduler cut short, as they became too long for the KV pool.
+        These include requests that the scheduler ended early because they became too long for the KV pool.
         """
         step, self._step = self._step, None
         assert step is not None, "a step ended that never started"
         left: list[Live] = []
-        for request in _yielding(step):
+        for request in _requests_with_token(step):
             live = self._live[request.request_id]
             request.output_token_ids.append(0)
-            _note_token(live, self._clock.now)
+            _record_token(live, self._clock.now)
             live.num_left -= 1
             if not live.num_left:
                 left.append(live)
-        cut_short = self._commit(step, [live.request.request_id for live in left])
-        left += [self._live[request_id] for request_id in cut_short]
+        ended_early = self._commit(step, [live.request.request_id for live in left])
+        left += [self._live[request_id] for request_id in ended_early]
         for live in left:
             live.timeline.num_output_tokens -= live.num_left
             del self._live[live.request.request_id]
@@ -116,7 +116,7 @@ class Worker:
 
 
 class RoleWorker(Worker):
-    """One of the two workers that a scheduler in strict mode plans for; it steps at its own pace."""
+    """One of the two workers of a scheduler in strict mode, with its own steps."""
 
     scheduler: PDScheduler
 
@@ -125,7 +125,7 @@ class RoleWorker(Worker):
         self._role: Role = role
 
     def share_requests(self, other: "RoleWorker") -> None:
-        """The two workers serve the same requests, one after the other."""
+        """Shares the request table with the other worker of the pair: they serve the same requests in turn."""
         self._live = other._live
 
     def _plan(self) -> ScheduleOutput:
@@ -136,14 +136,14 @@ class RoleWorker(Worker):
         return self.scheduler.update_after_step(finished, pending, step.step_id)
 
 
-def _yielding(step: ScheduleOutput) -> list[Request]:
-    """The requests that get a token from the step."""
+def _requests_with_token(step: ScheduleOutput) -> list[Request]:
+    """The requests that get a token in the step: those with their last prompt chunk, and the decodes."""
     prefill = step.prefill_batch.chunks if step.prefill_batch else []
     decode = step.decode_batch.requests if step.decode_batch else []
     return [chunk.request for chunk in prefill if chunk.is_last] + list(decode)
 
 
-def _note_token(live: Live, now: float) -> None:
+def _record_token(live: Live, now: float) -> None:
     timeline = live.timeline
     if timeline.first_token_s is None:
         timeline.first_token_s = now
@@ -153,7 +153,7 @@ def _note_token(live: Live, now: float) -> None:
 
 
 def work_of(step: ScheduleOutput) -> StepWork:
-    """What the step computes."""
+    """The work of a step, as the cost models see it."""
     chunks = step.prefill_batch.chunks if step.prefill_batch else ()
     prompts = [PromptChunk(chunk.start, chunk.num_tokens) for chunk in chunks]
     decodes = step.decode_batch

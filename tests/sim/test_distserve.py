@@ -89,8 +89,8 @@ def test_a_profile_becomes_a_cost_with_the_simulators_overheads(tmp_path: Path) 
 def test_a_bad_profile_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(PROFILE)
-    with pytest.raises(TraceError, match="has no '4' for model m, tp 4"):
+    with pytest.raises(TraceError, match="expected an entry '4' for model m, tp 4"):
         read_profile(path, "m", 4)
     path.write_text("[]")
-    with pytest.raises(TraceError, match="is not a latency profile"):
+    with pytest.raises(TraceError, match="expected a latency profile"):
         read_profile(path, "m")

@@ -72,15 +72,15 @@ def test_a_step_adds_its_ops(tmp_path: Path, work: StepWork, attention: float) -
         (
             "profile_dense.csv",
             "layer,tokens,time_us\nmlp,1,1\nmlp,2,1",
-            ": lacks embedding, final_layernorm, layernorm",
+            ": expected rows for embedding, final_layernorm, layernorm, got none",
         ),
         ("profile_dense.csv", "layer,tokens,time_us\nmlp,one,1", ":2: could not convert string to float: 'one'"),
         ("profile_attention.csv", "c,k,n,d,t\n0,0,1,x,1", ":2: could not convert string to float: 'x'"),
-        ("profile_attention.csv", "c,k,n,d,t\n0,0,1,16,1", ": has 1 points of a grid, want at least two"),
+        ("profile_attention.csv", "c,k,n,d,t\n0,0,1,16,1", ": expected at least two grid points, got 1"),
         (
             "profile_attention.csv",
             "c,k,n,d,t\n0,0,1,16,1\n0,0,2,16,1\n0,0,1,32,1",
-            ": the grid lacks the point (2.0, 32.0)",
+            ": expected a full grid, got none at the point (2.0, 32.0)",
         ),
     ],
 )

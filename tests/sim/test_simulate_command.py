@@ -66,13 +66,13 @@ def test_two_devices_for_a_worker_are_faster_than_one(model: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "without --trace, give --rate and --num-requests to draw one"),
-        ((*SYNTHETIC, "--mode", "both"), "no mode named both; known are strict, time_share, hybrid, vllm, auto"),
+        ((), "pass --trace, or --rate and --num-requests to generate one"),
+        ((*SYNTHETIC, "--mode", "both"), "--mode must be one of strict, time_share, hybrid, vllm, auto, got both"),
         (
             (*SYNTHETIC, "--mode", "strict", "--decode-workers", "0"),
-            "strict mode needs at least one of --decode-workers",
+            "strict mode requires at least one decode worker, got --decode-workers 0",
         ),
-        ((*SYNTHETIC, "--hardware", "abacus"), "no hardware named abacus; known are a100, cpu, h100"),
+        ((*SYNTHETIC, "--hardware", "abacus"), "--hardware must be one of a100, cpu, h100, got abacus"),
         (("--trace", "gone.csv"), "[Errno 2] No such file or directory: 'gone.csv'"),
     ],
 )
@@ -99,6 +99,6 @@ def test_pairs_of_lengths_need_a_rate(model: str, tmp_path: Path) -> None:
     pairs = tmp_path / "lengths.json"
     pairs.write_text("[[100, 10], [200, 20]]")
     assert simulate("--model", model, "--trace", str(pairs)).stderr == (
-        f"error: {pairs} has no arrival times: give --rate\n"
+        f"error: {pairs} has no arrival times; pass --rate\n"
     )
     assert simulate("--model", model, "--trace", str(pairs), "--rate", "3").exit_code == 0

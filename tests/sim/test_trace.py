@@ -59,17 +59,17 @@ def test_prompts_without_hashes_share_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.txt", "", "x.txt: a trace ends in .csv, .jsonl, .json"),
-        ("x.csv", "a,b\n", "x.csv:1: wants the columns ContextTokens, GeneratedTokens, TIMESTAMP"),
-        ("x.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "x.csv: holds no requests"),
+        ("x.txt", "", "x.txt: the suffix of a trace must be one of .csv, .jsonl, .json"),
+        ("x.csv", "a,b\n", "x.csv:1: expected the columns ContextTokens, GeneratedTokens, TIMESTAMP"),
+        ("x.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "x.csv: expected at least one request, got none"),
         (
             "x.csv",
             "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,0,4\n",
-            "x.csv:2: 0 prompt and 4 output tokens, want at least one of each",
+            "x.csv:2: expected at least one prompt and one output token, got 0 and 4",
         ),
         ("x.jsonl", '\n{"timestamp": 1}\n', "x.jsonl:2: the key 'input_length' is missing"),
         ("x.jsonl", "[1]\n", "x.jsonl:1: "),
-        ("x.json", "[[1]]", "x.json: wants a list of [prompt tokens, output tokens]: not enough values to unpack"),
+        ("x.json", "[[1]]", "x.json: expected a list of [prompt tokens, output tokens]: not enough values to unpack"),
     ],
 )
 def test_a_bad_trace_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -85,7 +85,7 @@ def test_poisson_arrivals_have_the_rate_and_repeat_by_seed() -> None:
     assert np.mean(gaps) == pytest.approx(0.25, rel=0.03) and np.std(gaps) == pytest.approx(0.25, rel=0.03)
     assert times == poisson_arrivals(20_000, rate=4.0, seed=1) != poisson_arrivals(20_000, rate=4.0, seed=2)
     assert at_rate([TraceRequest(9.0, 1, 1)] * 3, 4.0, 1)[2].arrival_s == times[2]
-    with pytest.raises(ValueError, match="a rate of 0 requests per second: want more than 0"):
+    with pytest.raises(ValueError, match="the rate must be more than 0 requests per second, got 0"):
         poisson_arrivals(2, rate=0, seed=0)
 
 
