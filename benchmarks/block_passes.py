@@ -29,7 +29,7 @@ from sageLLM.runtime.execution_graph.builder import (
 )
 from sageLLM.runtime.execution_graph.optimizer import GraphOptimizer, default_passes
 from sageLLM.runtime.execution_graph.part_times import PartTimes
-from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.registry.plugins import load_registry
 
 H100 = HARDWARE["h100"]
@@ -90,8 +90,8 @@ def plan_times(runs: int) -> dict[str, float]:
     """Milliseconds to find the lifetimes of a kernel graph, once, and to plan its memory for the sizes of a step."""
     registry = load_registry()
     layout = registry.models["llama"]
-    pipeline = Pipeline(layout, layout.read_config(HFConfig(LLAMA_70B, "70b")), registry, dtype="bf16")
-    graph = pipeline.kernel_graph("decode")
+    compiler = ModelCompiler(layout, layout.read_config(HFConfig(LLAMA_70B, "70b")), registry, dtype="bf16")
+    graph = compiler.kernel_graph("decode")
     lifetimes, plan = [], []
     for _ in range(runs):
         start = time.process_time()
@@ -154,8 +154,8 @@ def model_memory() -> dict[str, str]:
     registry = load_registry()
     found = {}
     for name, layout in registry.models.items():
-        pipeline = Pipeline(layout, layout.read_config(HFConfig(layout.tiny, name)), registry, dtype="bf16")
-        plans = {stage: plan_memory(pipeline.kernel_graph(stage), STEP) for stage in layout.phases}
+        compiler = ModelCompiler(layout, layout.read_config(HFConfig(layout.tiny, name)), registry, dtype="bf16")
+        plans = {stage: plan_memory(compiler.kernel_graph(stage), STEP) for stage in layout.phases}
         ratios = [f"{stage} {p.peak_bytes / p.max_live_bytes:.3f} x{p.reuse_ratio:.1f}" for stage, p in plans.items()]
         found[name] = ", ".join(ratios)
     return found

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from sageLLM.runtime.core.model.hf_config import HFConfig
-from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.registry.plugins import load_registry
 
 LLAMA_70B = {
@@ -37,11 +37,11 @@ def measure(runs: int) -> dict[str, Any]:
     config = layout.read_config(HFConfig(LLAMA_70B, "llama-3-70b"))
     build, optimise, num_nodes, num_kernels = [], [], 0, 0
     for _ in range(runs + 1):  # the first run imports and warms up
-        pipeline = Pipeline(layout, config, registry, dtype="bf16")
+        compiler = ModelCompiler(layout, config, registry, dtype="bf16")
         start = time.perf_counter()
-        graph = pipeline.expanded_graph("decode")
+        graph = compiler.expanded_graph("decode")
         middle = time.perf_counter()
-        optimised = pipeline.kernel_graph("decode")
+        optimised = compiler.kernel_graph("decode")
         end = time.perf_counter()
         build.append(1e3 * (middle - start))
         optimise.append(1e3 * (end - start))

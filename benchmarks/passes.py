@@ -18,8 +18,8 @@ from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.core.cost import annotate
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import HFConfig
-from sageLLM.runtime.engine.kernel_choice import choose_planner
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs, paused_gc
+from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.inspect.numerics import SIZES, inputs_of
 from sageLLM.runtime.inspect.rule_table import rule_table, work
@@ -127,7 +127,7 @@ def _native_step(graph: ExecutionGraph, registry: Registry) -> Callable[[], obje
     values = inputs_of(graph)
     planner = choose_planner("auto", registry, torch.device("cpu"), "f32")
     weights: dict[str, Weight] = {name: values[name] for name in graph.weights}
-    planner.hold(weights, {}, [graph])
+    planner.prepare_weights(weights, {}, [graph])
     plan = planner.plan(graph, weights)
     return partial(plan.run, {name: values.get(name) for name in graph.inputs})
 

@@ -78,7 +78,7 @@ def print_latencies(outputs: Sequence[RequestOutput], seconds: float, num_steps:
 def print_passes(llm: LLM) -> None:
     """The rewrites of each stage's graph; `sagellm graph llama --stats` also prints near misses."""
     print("\npasses over the graphs of this run")
-    for stage, reports in llm.pipeline.reports.items():
+    for stage, reports in llm.compiler.reports.items():
         fired = [f"{rule} {stats.fired}" for report in reports for rule, stats in report.rules.items() if stats.fired]
         nodes = f"{reports[0].nodes_before} -> {reports[-1].nodes_after} nodes"
         print(f"  {stage:<8} {nodes} in {1e3 * sum(r.seconds for r in reports):.1f} ms: {', '.join(fired)}")
@@ -88,8 +88,8 @@ def view_of(llm: LLM) -> str:
     """One self-contained HTML page with the block graph and the optimised kernel graph of each stage."""
     graphs = {}
     for stage in ("prefill", "decode", "hybrid"):
-        graphs[f"{stage}: blocks"] = llm.pipeline.block_graph(stage)
-        graphs[f"{stage}: kernels"] = llm.pipeline.kernel_graph(stage)
+        graphs[f"{stage}: blocks"] = llm.compiler.block_graph(stage)
+        graphs[f"{stage}: kernels"] = llm.compiler.kernel_graph(stage)
     return to_html(graphs, title=f"{llm.model.layout.name}: execution graphs")
 
 

@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: a step is rounded up to one of few shapes, each of which is recorded once and replayed.
+"""Decode steps as CUDA graphs: a step is padded to one of a few shapes, each captured once and then replayed.
 
-A bucket is a number of rows and a width of the block table, both powers of 2. The rows that fill it up repeat the last
-row of the step: what they compute and store is what that row computes and stores, to the bit, so they change nothing.
-No GPU was at hand when this was written; on a CPU only the rounding up is tested.
+A captured graph has fixed shapes and addresses, so a bucket is a number of rows and a width of the block table, both
+powers of 2. Padding repeats the last row of the step: its copies compute and store the same bits at the same slot, so
+they change nothing.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from sageLLM.runtime.executor.torch_plan import Plan
 
 Inputs = Mapping[str, Tensor | None]
 
-MOST_ROWS = 256
-"""Rows of the largest step that is recorded."""
+MAX_ROWS = 256
+"""Rows of the largest step that is captured: every bucket costs memory, and launches matter less in larger steps."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """One bucket: the graph, and the memory that it reads its inputs from and leaves its outputs in."""
+class CapturedGraph:
+    """One bucket: the graph, the memory of its inputs, and the memory of its outputs."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Mapping[str, Tensor]
@@ -40,7 +40,7 @@ class Recorded:
 
 
 class GpuPlanner(TorchPlanner):
-    """`kernels` are launchers of Triton kernels, and references where there are none."""
+    """Plans for a GPU; `kernels` are launchers of Triton kernels, and references for ops without one."""
 
     def __init__(self, kernels: Mapping[str, Kernel], device: torch.device) -> None:
         super().__init__(kernels, "triton")
@@ -54,34 +54,35 @@ class GpuPlanner(TorchPlanner):
 
 
 class GraphedPlan(Plan):
-    """A plan of the decode stage that runs by replay; steps of more than MOST_ROWS rows run call by call."""
+    """A plan of the decode stage that replays CUDA graphs; steps of more than MAX_ROWS rows run call by call."""
 
     def __init__(self, graph: ExecutionGraph, kernels: Mapping[str, Kernel], bound: Mapping[str, Tensor]) -> None:
         super().__init__(graph, kernels, bound)
-        self._recorded: dict[tuple[int, int], Recorded] = {}
+        self._captured: dict[tuple[int, int], CapturedGraph] = {}
+        # One memory pool for all buckets: only one graph runs at a time, so they can share their intermediates.
         self._memory = torch.cuda.graph_pool_handle()
 
     def run(self, inputs: Inputs) -> list[Tensor]:
-        """The outputs of the step; they are overwritten by the next step of the same bucket."""
-        given = {name: x for name, x in inputs.items() if x is not None}
-        num_rows, width = given["block_table"].shape
-        if not 0 < num_rows <= MOST_ROWS or len(given["rows"]) != num_rows:
+        """The outputs of the step; the next step of the same bucket overwrites them."""
+        present = {name: x for name, x in inputs.items() if x is not None}
+        num_rows, width = present["block_table"].shape
+        if not 0 < num_rows <= MAX_ROWS or len(present["rows"]) != num_rows:
             return super().run(inputs)
         bucket = round_up(num_rows), round_up(width)
-        filled = fill(given, *bucket)
-        if bucket not in self._recorded:
-            self._recorded[bucket] = self._record(filled)
-        return [x[:num_rows] for x in self._recorded[bucket].replay(filled)]
+        padded = pad_inputs(present, *bucket)
+        if bucket not in self._captured:
+            self._captured[bucket] = self._capture(padded)
+        return [x[:num_rows] for x in self._captured[bucket].replay(padded)]
 
-    def _record(self, inputs: Mapping[str, Tensor]) -> Recorded:
-        """Runs the plan twice: once as it is, which compiles what has to be, and once into the graph."""
-        own = {name: x.clone() for name, x in inputs.items()}
-        super().run(own)
+    def _capture(self, inputs: Mapping[str, Tensor]) -> CapturedGraph:
+        """Runs the plan twice: once eagerly, as kernels cannot be compiled during capture, and once into the graph."""
+        static_inputs = {name: x.clone() for name, x in inputs.items()}
+        super().run(static_inputs)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            outputs = super().run(own)
-        return Recorded(graph, own, outputs)
+            outputs = super().run(static_inputs)
+        return CapturedGraph(graph, static_inputs, outputs)
 
 
 def round_up(count: int) -> int:
@@ -89,16 +90,16 @@ def round_up(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def fill(inputs: Mapping[str, Tensor], num_rows: int, width: int) -> dict[str, Tensor]:
-    """The inputs of a decode step, [B, ...] each, with the last row repeated up to `num_rows` and a wider block table.
+def pad_inputs(inputs: Mapping[str, Tensor], num_rows: int, width: int) -> dict[str, Tensor]:
+    """Pads the inputs [B, ...] of a decode step to `num_rows` rows, and the block table to `width` columns.
 
-    `q_start`, which counts the rows, counts on; `rows` lists all rows.
+    The new rows repeat the last one, except in `q_start` [B + 1], which continues to count rows.
     """
     more = num_rows - len(inputs["block_table"])
-    filled = {name: torch.cat((x, x[-1:].expand(more, *x.shape[1:]))) for name, x in inputs.items()}
-    filled["block_table"] = torch.nn.functional.pad(filled["block_table"], (0, width - filled["block_table"].shape[1]))
+    padded = {name: torch.cat((x, x[-1:].expand(more, *x.shape[1:]))) for name, x in inputs.items()}
+    padded["block_table"] = torch.nn.functional.pad(padded["block_table"], (0, width - padded["block_table"].shape[1]))
     if "q_start" in inputs:
         start = inputs["q_start"]
         counted = torch.arange(1, more + 1, dtype=start.dtype, device=start.device)
-        filled["q_start"] = torch.cat((start, start[-1:] + counted))
-    return filled
+        padded["q_start"] = torch.cat((start, start[-1:] + counted))
+    return padded

@@ -1,4 +1,4 @@
-"""Makes plans of kernel graphs: on which kernels a model runs, and what is said where they are not those asked for."""
+"""Planners bind kernel graphs to kernels, and fall back to the torch references where kernels cannot be built."""
 
 import logging
 from collections import Counter
@@ -32,7 +32,7 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KernelStats:
-    """What a graph runs on: calls of native kernels, and calls in Python by op, with the reason why."""
+    """The kernels of a graph: the number of native calls, and the Python calls by op with their number and reason."""
 
     graph: str
     num_native: int
@@ -40,31 +40,31 @@ class KernelStats:
 
 
 class Planner(Protocol):
-    """Binds graphs to kernels. Plans that share an arena run one after another."""
+    """Binds graphs to kernels. Plans that share an arena must run one after another."""
 
     name: str
     stats: list[KernelStats]
 
-    def hold(
+    def prepare_weights(
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
     ) -> None:
-        """Brings a model's weights into the form that the kernels of these graphs read, in place of the one given."""
+        """Replaces a model's weights by the form that the kernels of these graphs read."""
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable: ...
 
 
 class TorchPlanner:
-    """Every kernel is a torch callable, called from Python: the references, or launchers of GPU kernels."""
+    """Plans of torch callables, called from Python: the references, or launchers of GPU kernels."""
 
     def __init__(self, kernels: Mapping[str, Kernel], name: str = "reference") -> None:
         self.name = name
         self.stats: list[KernelStats] = []
         self._kernels = kernels
 
-    def hold(
+    def prepare_weights(
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
     ) -> None:
-        """Torch reads weights as they are."""
+        """Does nothing: torch reads weights in their declared form."""
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Plan:
         ops = Counter(node.op for node in graph.nodes.values())
@@ -74,7 +74,10 @@ class TorchPlanner:
 
 
 class NativePlanner:
-    """Native kernels on the CPU. Where they cannot be built, `reference` plans instead, which is said once."""
+    """Plans of native kernels on the CPU.
+
+    If the kernels cannot be built, one warning is logged and all plans run on the `reference` kernels.
+    """
 
     name = "cpu"
 
@@ -82,41 +85,44 @@ class NativePlanner:
         self.stats: list[KernelStats] = []
         self._make_runner, self._kernels, self._dtype = make_runner, reference, dtype
         self._runner: NativeRunner | None = None
-        self._instead: TorchPlanner | None = None
+        self._fallback: TorchPlanner | None = None
 
-    def hold(
+    def prepare_weights(
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
     ) -> None:
-        """Builds all that the graphs need, then packs the weights."""
+        """Builds the kernels of the graphs, then packs the weights.
+
+        The order matters: a compiler that fails must leave the weights in the form that the references read.
+        """
         try:
-            runner = self._ready_runner(node.op for graph in graphs for node in graph.nodes.values())
+            runner = self._built_runner(node.op for graph in graphs for node in graph.nodes.values())
             pack_weights(weights, ties, graphs, runner)
         except CompileError as error:
-            self._give_up(error)
+            self._fall_back(error)
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
-        if self._instead is None:
+        if self._fallback is None:
             try:
                 return self._native_plan(graph, bound, arena)
             except CompileError as error:
-                self._give_up(error)
-        assert self._instead is not None, "it has just been given up"
-        return self._instead.plan(graph, bound)
+                self._fall_back(error)
+        assert self._fallback is not None, "_fall_back sets the fallback planner"
+        return self._fallback.plan(graph, bound)
 
-    def _give_up(self, error: CompileError) -> None:
-        LOG.warning("the CPU kernels are not used, the slower torch references are: %s", error)
-        self._instead = TorchPlanner(self._kernels)
-        self._instead.stats, self.name = self.stats, self._instead.name
+    def _fall_back(self, error: CompileError) -> None:
+        LOG.warning("the slower torch references run instead of the CPU kernels: %s", error)
+        self._fallback = TorchPlanner(self._kernels)
+        self._fallback.stats, self.name = self.stats, self._fallback.name
 
-    def _ready_runner(self, ops: Iterable[str]) -> NativeRunner:
-        """The runner, with everything built that the ops need."""
+    def _built_runner(self, ops: Iterable[str]) -> NativeRunner:
+        """The runner, with the kernels of these ops built."""
         if self._runner is None:
             self._runner = self._make_runner()
         self._runner.prepare(dict.fromkeys(ops), self._dtype)
         return self._runner
 
     def _native_plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None) -> NativePlan:
-        runner = self._ready_runner(node.op for node in graph.nodes.values())
+        runner = self._built_runner(node.op for node in graph.nodes.values())
         plan = NativePlan(graph, runner, self._kernels, bound, arena)
         self.stats.append(KernelStats(graph.graph_id, plan.num_native_calls, plan.python_calls))
         return plan

@@ -1,4 +1,4 @@
-"""Turns a kernel-level graph into a plan: a flat list of kernel calls over numbered slots, run step after step."""
+"""Runs a kernel-level graph in Python, as a flat list of kernel calls over numbered slots."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,12 +12,12 @@ from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
 
 _ABSENT = 0
-"""The slot of an optional operand that a node does not have; it always holds None."""
+"""The slot of an absent optional operand; it always holds None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel call: operands and results by slot, and the slots whose value is not needed afterwards."""
+    """One kernel call: operands and results by slot, and the slots `dead` after it, whose memory can be freed."""
 
     node_id: str
     kernel: Kernel
@@ -30,12 +30,12 @@ class Call:
 class Plan:
     """A graph ready to run: `run(inputs)` returns its outputs in order.
 
-    Weights, tables and caches are bound once; the other inputs come with every run. Kernels follow one convention:
-    operands by position (None where an optional one is absent), attributes by keyword, outputs in spec order.
+    Weights, tables and caches are bound once; the other inputs come with every run. Kernels take operands by position
+    (None for an absent optional one) and attributes by keyword, and return outputs in spec order.
     """
 
     def __init__(self, graph: ExecutionGraph, kernels: Mapping[str, Kernel], bound: Mapping[str, torch.Tensor]) -> None:
-        """Raises KeyError where `bound` lacks a weight of the graph or `kernels` an op."""
+        """Raises KeyError if `bound` lacks a weight of the graph or `kernels` lacks an op."""
         self.graph = graph
         self._slots: dict[str, int] = {}
         self._values: list[torch.Tensor | None] = [None]
@@ -48,7 +48,7 @@ class Plan:
         self._outputs = [self._slots[ref.name] for ref in graph.outputs]
 
     def run(self, inputs: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor]:
-        """Runs every call; an input that is not given is None, which only an optional operand may be."""
+        """Runs every call; a missing input is None, which is valid for optional operands only."""
         values = self._values.copy()
         for name, slot in self._free_inputs:
             values[slot] = inputs.get(name)
@@ -64,7 +64,7 @@ class Plan:
         return [_present(values[slot]) for slot in self._outputs]
 
     def wrap_kernels(self, wrap: Callable[[Kernel], Kernel]) -> None:
-        """Replaces every kernel by wrap(kernel), to time or to check calls."""
+        """Replaces every kernel by wrap(kernel), for example to time or check calls."""
         self._calls = [replace(call, kernel=wrap(call.kernel)) for call in self._calls]
 
     def _bind(self, name: str, value: torch.Tensor | None) -> None:
@@ -80,7 +80,7 @@ class Plan:
         return [self._call(node, kernels, last_use.get(node.node_id, ())) for node in nodes]
 
     def _last_uses(self, nodes: list[ExecutionNode]) -> dict[str, tuple[int, ...]]:
-        """By node, the slots whose last reader it is; outputs and bound values live on."""
+        """The slots that are dead after each node. Outputs, weights and inputs of the graph are never dead."""
         kept = {ref.name for ref in self.graph.outputs} | set(self.graph.weights) | set(self.graph.inputs)
         reader: dict[str, str] = {}
         for node in nodes:

@@ -12,7 +12,7 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs
-from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.loader.tables import make_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import Chunk, Request
@@ -29,7 +29,7 @@ class TinyModel:
     layout: ModelLayout
     config: Any
     dtype: str
-    pipeline: Pipeline
+    compiler: ModelCompiler
     weights: dict[str, Tensor]
 
     def bound(self) -> dict[str, Tensor]:
@@ -75,4 +75,4 @@ def _tiny(layout: ModelLayout, dtype: str, registry: Registry) -> TinyModel:
         noise = torch.randn(spec.shape, generator=generator)
         made = noise * spec.shape[-1] ** -0.5 if len(spec.shape) > 1 else 1 + 0.3 * noise
         weights[spec.name] = made.to(DTYPES[dtype]) if spec.tied_to is None else weights[spec.tied_to]
-    return TinyModel(layout, config, dtype, Pipeline(layout, config, registry, dtype=dtype), weights)
+    return TinyModel(layout, config, dtype, ModelCompiler(layout, config, registry, dtype=dtype), weights)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.kernels import NativeKernel
-from sageLLM.runtime.engine.kernel_choice import make_runner
+from sageLLM.runtime.executor.kernel_choice import make_runner
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan, Runner
 from sageLLM.runtime.executor.torch_plan import Plan
@@ -43,7 +43,7 @@ def both_ways(tiny: Any, runner: Runner) -> list[tuple[list[Tensor], list[Tensor
     bound, expected = tiny.bound(), tiny.bound()
     arena, natives, plains, found = Arena(), {}, {}, []
     for stage, inputs in tiny.steps():
-        graph = tiny.pipeline.kernel_graph(stage)
+        graph = tiny.compiler.kernel_graph(stage)
         if stage not in natives:
             natives[stage] = NativePlan(graph, runner, REGISTRY.kernels, bound, arena, poison=True)
             plains[stage] = Plan(graph, REGISTRY.kernels, expected)

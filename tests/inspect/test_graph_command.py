@@ -17,7 +17,7 @@ from sageLLM.generated.passes.fusion import FuseNorm
 from sageLLM.runtime.cli.graph import GraphRequest, show_graph
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import HFConfig
-from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 
 WRONG = """schema: passes/v1
@@ -127,9 +127,9 @@ def crash_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     base = load_registry()
     registry = Registry(base.packages, base.ops, base.models, {**PASSES, "fuse_norm": Crash})
     layout = MODELS["llama"]
-    pipeline = Pipeline(layout, layout.read_config(HFConfig(layout.tiny)), registry, dtype="f32")
+    compiler = ModelCompiler(layout, layout.read_config(HFConfig(layout.tiny)), registry, dtype="f32")
     with pytest.raises(RuntimeError, match="out of") as caught:
-        pipeline.kernel_graph("decode")
+        compiler.kernel_graph("decode")
     (note,) = caught.value.__notes__
     yield note
 

@@ -16,7 +16,7 @@ from sageLLM.generated.ops import OPS
 from sageLLM.runtime.core.ir.dims import evaluate
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
-from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.library import Library, Symbol
 from sageLLM.runtime.kernels.cpu.packing import (
@@ -220,7 +220,7 @@ def test_a_packed_table_is_embedding_and_head_at_once(tmp_path: Path) -> None:
 def test_weights_are_packed_if_all_consumers_agree() -> None:
     """Gate and up of a fused feed-forward layer alternate; a tied table is one weight; norm weights are not packed."""
     config = LLAMA.read_config(HFConfig(LLAMA.tiny))
-    graph = Pipeline(LLAMA, config, load_registry(), dtype="f32", kernels=cpu.KERNELS).kernel_graph("decode")
+    graph = ModelCompiler(LLAMA, config, load_registry(), dtype="f32", kernels=cpu.KERNELS).kernel_graph("decode")
     nodes = [node for node in graph.nodes.values() if isinstance(node, OpNode)]
     gates = gates_by_weight(nodes, cpu.KERNELS, {"lm_head": "embed"})
     layer = {name.removeprefix("layers.0."): gates[name] for name in gates if not name.startswith("layers.1.")}

@@ -13,7 +13,7 @@ from sageLLM.runtime.execution_graph.builder import (
     build_block_graph,
 )
 from sageLLM.runtime.execution_graph.embedding import build_embedding_graph, poolings_of
-from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.registry.plugins import load_registry
 
 BERT = MODELS["bert"]
@@ -55,8 +55,8 @@ def test_the_time_of_attention_grows_with_the_squares_of_the_lengths() -> None:
 
 def test_an_embedding_graph_has_no_more_than_it_needs() -> None:
     llama = MODELS["llama"]
-    pipeline = Pipeline(llama, llama.read_config(HFConfig(llama.tiny)), load_registry(), dtype="f32")
-    graph = pipeline.embedding_graph("last", normalize=True)
+    compiler = ModelCompiler(llama, llama.read_config(HFConfig(llama.tiny)), load_registry(), dtype="f32")
+    graph = compiler.embedding_graph("last", normalize=True)
     verify(graph)
     assert "lm_head" not in graph.weights
     assert "temperature" not in graph.inputs
@@ -65,5 +65,5 @@ def test_an_embedding_graph_has_no_more_than_it_needs() -> None:
     hidden = build_embedding_graph(BERT, TINY, "none", normalize=False, dtype="f32")
     assert "pooler" not in hidden.weights
     with pytest.raises(ValueError) as caught:
-        build_embedding_graph(llama, pipeline.config, "model", normalize=False, dtype="f32")
+        build_embedding_graph(llama, compiler.config, "model", normalize=False, dtype="f32")
     assert str(caught.value) == "layout 'llama' has no pooling 'model'; it has first, last, mean, none"

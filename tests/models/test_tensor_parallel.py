@@ -23,7 +23,7 @@ from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.loader.tables import make_tables
 from sageLLM.runtime.loader.weights import rank_share
@@ -105,12 +105,12 @@ class Rank:
         self.bound = {**weights, **{name: table.double() for name, table in make_tables(config, 64).items()}}
         for i, keys, values in pool.layers():
             self.bound |= {f"layers.{i}.k_cache": keys, f"layers.{i}.v_cache": values}
-        self.pipeline = Pipeline(layout, config, registry, dtype="f64")
+        self.compiler = ModelCompiler(layout, config, registry, dtype="f64")
         self.kernels = {**registry.kernels, **kernels}
         self.collectives = set(kernels)
 
     def run(self, stage: Stage, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        graph = self.pipeline.kernel_graph(stage)
+        graph = self.compiler.kernel_graph(stage)
         nodes = [node for node in graph.nodes.values() if isinstance(node, OpNode)]
         alone = {node.op for node in nodes if "collective" in node.tags} - self.collectives
         assert not alone, f"every rank would run {alone} for itself"

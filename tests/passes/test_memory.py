@@ -25,14 +25,14 @@ from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.events import plan_events
 from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes
 from sageLLM.runtime.core.passes.memory import MemoryPlan, find_beside, place, plan_buffers, plan_memory
-from sageLLM.runtime.executor.pipeline import Pipeline
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.inspect.numerics import SIZES as STEP
 from sageLLM.runtime.inspect.numerics import inputs_of
 
 from .conftest import block_graphs, made
 from .op_graphs import Arena, op_graphs, random_order, random_values, run, same_bits
 from .test_engines import graph_of, node
-from .test_expect import CASES, REGISTRY, pipeline_of
+from .test_expect import CASES, REGISTRY, compiler_of
 
 SIZES = [{**STEP, "T": rows, "Td": rows // 3, "Tp": rows - rows // 3, "B": 3, "S": 3} for rows in (3, 37, 512)]
 RUN = ["bert", "deepseek_v2", "gemma2", "gpt2", "gpt_oss", "llama", "phi", "qwen2_moe", "qwen3"]
@@ -43,7 +43,7 @@ def test_plans_of_models_reach_the_lower_bound(model: str, stage: Stage) -> None
     layout = REGISTRY.models[model]
     config = layout.read_config(HFConfig(layout.tiny, f"{model}: tests.tiny"))
     for dtype in ("bf16", "f32"):
-        lifetimes = Lifetimes(Pipeline(layout, config, REGISTRY, dtype=dtype).kernel_graph(stage))
+        lifetimes = Lifetimes(ModelCompiler(layout, config, REGISTRY, dtype=dtype).kernel_graph(stage))
         for sizes in SIZES:
             plan = plan_memory(lifetimes, sizes)
             plan.check_integrity()
@@ -57,7 +57,7 @@ def test_a_model_runs_in_its_arena(model: str, stage: Stage) -> None:
     if stage not in layout.phases:
         pytest.skip("an encoder has no decode step")
     config = layout.read_config(HFConfig(layout.tiny, f"{model}: tests.tiny"))
-    graph = Pipeline(layout, config, REGISTRY, dtype="f32").kernel_graph(stage)
+    graph = ModelCompiler(layout, config, REGISTRY, dtype="f32").kernel_graph(stage)
     values = inputs_of(graph)
     expected = run(graph, {name: value.clone() for name, value in values.items()}, REGISTRY.kernels)
     arena = Arena(graph, plan_memory(graph, STEP), values, STEP)
@@ -124,14 +124,14 @@ def peak(buffers: list[Buffer], offsets: list[int]) -> int:
 
 def test_a_plan_for_the_largest_step_serves_smaller_ones() -> None:
     """The places stay; each buffer only shrinks."""
-    lifetimes = Lifetimes(pipeline_of("llama").kernel_graph("decode"))
+    lifetimes = Lifetimes(compiler_of("llama").kernel_graph("decode"))
     large = plan_memory(lifetimes, {**STEP, "B": 64, "S": 64})
     small = lifetimes.buffers({**STEP, "B": 3, "S": 3}, 256)
     MemoryPlan(tuple(small), large.offsets).check_integrity()
 
 
 def test_a_size_that_is_missing_is_named() -> None:
-    graph = pipeline_of("llama").kernel_graph("decode")
+    graph = compiler_of("llama").kernel_graph("decode")
     with pytest.raises(IRError, match=r"has no size: bind "):
         plan_memory(graph, {"S": 3})
 
@@ -164,7 +164,7 @@ def test_values_made_in_place_share_their_memory() -> None:
 
 
 def test_views_and_caches_take_no_memory_of_their_own() -> None:
-    plan = plan_memory(pipeline_of("llama").expanded_graph("decode"), STEP)
+    plan = plan_memory(compiler_of("llama").expanded_graph("decode"), STEP)
     shared = next(buffer.names for buffer in plan.buffers if "L0.attention.qkv" in buffer.names)
     assert {"L0.attention.q", "L0.attention.q_1"} <= set(shared)
     assert plan.offset("L0.attention.kc") is None, "it lies in the cache"

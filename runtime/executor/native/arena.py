@@ -1,4 +1,4 @@
-"""The memory in which a worker's plans keep what they compute: one block, which grows; one step uses it at a time."""
+"""Memory of a worker's intermediate tensors: one growing allocation, used by one step at a time."""
 
 from math import prod
 
@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 POISON = 0xFF
-"""This byte everywhere is NaN in every float type, and -1 in every integer type."""
+"""A fill byte that reads as NaN in every float type and as -1 in every integer type."""
 
 
 class Arena:
-    """Growing moves the memory: plans compare `address` with the one that they have written into their calls."""
+    """One allocation shared by all plans of a worker, whose steps run one after another.
+
+    Growing allocates a new block, so every address into the old one is stale. A plan therefore compares `address` with
+    the address that it has written into its calls, and writes them again when the two differ.
+    """
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -24,12 +28,12 @@ class Arena:
         return self._bytes.numel()
 
     def reserve(self, num_bytes: int) -> None:
-        """Makes the memory at least so large; what was in it is lost."""
+        """Grows the memory to at least `num_bytes`. The contents are not kept: no value outlives its step."""
         if num_bytes > self.num_bytes:
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
 
     def view(self, start: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-        """A tensor over the memory that begins at byte `start`."""
+        """A tensor over the memory from byte `start` on."""
         return (
             self._bytes[start:].view(dtype).as_strided(shape, strides)
             if prod(shape)
@@ -37,5 +41,5 @@ class Arena:
         )
 
     def poison(self, start: int, num_bytes: int) -> None:
-        """Fills a part with what shows in any result that it gets into."""
+        """Fills a range with NaN, which then shows in any result computed from it."""
         self._bytes[start : start + num_bytes] = POISON

@@ -1,4 +1,4 @@
-"""The native calls of a plan as flat arrays: sizes and addresses are written anew only when the step's sizes change."""
+"""Native calls of a plan as flat arrays, filled again only when the sizes or addresses of a step change."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,35 +7,35 @@ import numpy.typing as npt
 
 from sageLLM.runtime.core.ir.dims import Dim, evaluate
 from sageLLM.runtime.core.ir.types import DTYPES
-from sageLLM.runtime.executor.native.locations import Place
+from sageLLM.runtime.executor.native.locations import Location
 
 Numbers = npt.NDArray[np.int64]
 
 
 class Formulas:
-    """Formulas of the step's sizes, each once: a small table of numbers that calls index."""
+    """Distinct formulas of the step's sizes: a small table of numbers that calls index."""
 
     def __init__(self) -> None:
         self._index: dict[Dim, int] = {}
 
     def index(self, dim: Dim) -> int:
-        """The formula's place in the table."""
+        """The index of the formula in the table."""
         return self._index.setdefault(dim, len(self._index))
 
     def values(self, sizes: Mapping[str, int]) -> Numbers:
-        """The table for these sizes."""
+        """The table i64[number of formulas] for these sizes."""
         return np.array([number_of(dim, sizes) for dim in self._index], dtype=np.int64)
 
 
 def number_of(dim: Dim, sizes: Mapping[str, int]) -> int:
-    """The formula's value; every symbol of a graph gets one from the tensors of the step."""
+    """The formula's value; the tensors of a step determine every symbol of its graph."""
     number = evaluate(dim, sizes)
-    assert isinstance(number, int), f"no tensor of the step tells {number}"
+    assert isinstance(number, int), f"{number} is not determined by any tensor of the step"
     return number
 
 
 class CallList:
-    """Calls are added while a plan is made; `finish` lays them out in memory, and `fill` writes a step's numbers.
+    """The call table that `sage_run` reads: `add` while a plan is made, `finish` once, `fill` for each new step.
 
     A tensor is the address of a base plus an offset; an absent one has no base and the address 0. In memory a call is
     four addresses: of the kernel, its tensors, its sizes and its attrs (`Call` in runner.cpp).
@@ -53,17 +53,19 @@ class CallList:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def add(self, function: int, tensors: Sequence[Place | None], sizes: Sequence[Dim], attrs: Sequence[float]) -> None:
-        """Appends a call of the function at this address."""
+    def add(
+        self, function: int, tensors: Sequence[Location | None], sizes: Sequence[Dim], attrs: Sequence[float]
+    ) -> None:
+        """Appends a call of the function at the address `function`."""
         self._calls.append((function, len(self._bases), len(self._sizes), len(self._attrs)))
-        for place in tensors:
-            self._bases.append(-1 if place is None else self.base(place.base))
-            self._offsets.append(self.formulas.index(0 if place is None else place.offset * DTYPES[place.dtype]))
+        for tensor in tensors:
+            self._bases.append(-1 if tensor is None else self.base(tensor.base))
+            self._offsets.append(self.formulas.index(0 if tensor is None else tensor.offset * DTYPES[tensor.dtype]))
         self._sizes += [self.formulas.index(size) for size in sizes]
         self._attrs += attrs
 
     def base(self, name: str) -> int:
-        """The number of a base."""
+        """The index of a base, added if it is new."""
         return self._base_index.setdefault(name, len(self._base_index))
 
     @property
@@ -71,7 +73,7 @@ class CallList:
         return tuple(self._base_index)
 
     def finish(self) -> None:
-        """Lays out what was added; nothing is added afterwards, as the calls hold addresses of these arrays."""
+        """Lays out the calls. Call it once: the table holds addresses of these arrays, so they must not move again."""
         self._size_index = np.array(self._sizes, dtype=np.intp)
         self._base_of = np.array(self._bases, dtype=np.intp)
         self._offset_of = np.array(self._offsets, dtype=np.intp)
@@ -79,15 +81,16 @@ class CallList:
         self._size_array = np.zeros(len(self._sizes), dtype=np.int64)
         self._tensor_array = np.zeros(len(self._bases), dtype=np.int64)
         firsts = np.array(self._calls, dtype=np.int64).reshape(-1, 4)
+        # From indices to addresses: a column's index times its element size, plus the address of the column's array.
         starts = [0, *(array.ctypes.data for array in (self._tensor_array, self._size_array, self._attr_array))]
         self._table = firsts * np.array([1, 8, 8, 8]) + np.array(starts)
 
     def fill(self, values: Numbers, addresses: Sequence[int]) -> None:
-        """Writes sizes, from the table of formulas, and tensors, given the address of every base in `base_names`."""
+        """Writes the sizes, from the table of formulas, and the tensors, from the address of each of `base_names`."""
         np.take(values, self._size_index, out=self._size_array)
-        bases = np.array([*addresses, 0], dtype=np.int64)
+        bases = np.array([*addresses, 0], dtype=np.int64)  # the last entry is base -1, of absent tensors
         np.add(bases[self._base_of], values[self._offset_of], out=self._tensor_array)
 
     def address(self, first: int) -> int:
-        """Where call number `first` stands; the others follow it."""
+        """The address of call number `first`; the later calls follow it in memory."""
         return int(self._table.ctypes.data + first * self._table.strides[0])

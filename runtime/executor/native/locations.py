@@ -1,7 +1,7 @@
-"""Where every value of a graph lies: in which memory, from which element on, and with which strides.
+"""Locations of a graph's values: base memory, offset and strides, as formulas of the step's sizes.
 
-Offsets and strides are formulas of the step's sizes. Views and what is made in place lie in another value's memory, so
-they cost no call: only their addresses and strides differ.
+Views and values computed in place share another value's memory, so they need no call: only their offsets and strides
+differ.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +16,11 @@ from sageLLM.runtime.core.kernels import Part, stride_names
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """`offset` and `strides` count elements. `base` names memory: a weight, an input, or the value first made there."""
+class Location:
+    """A strided view of the memory `base`: a weight, an input, or the value that was first written there.
+
+    `offset` and `strides` count elements.
+    """
 
     base: str
     dtype: str
@@ -26,9 +29,9 @@ class Place:
     offset: Dim = 0
 
 
-def contiguous(base: str, dtype: str, shape: tuple[Dim, ...]) -> Place:
-    """Row after row, from the beginning of the memory."""
-    return Place(base, dtype, shape, row_major(shape))
+def contiguous(base: str, dtype: str, shape: tuple[Dim, ...]) -> Location:
+    """A row-major location from the beginning of the memory."""
+    return Location(base, dtype, shape, row_major(shape))
 
 
 def row_major(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -41,23 +44,26 @@ def row_major(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return tuple(strides)
 
 
-def row_strides(pattern: TypePattern, place: Place) -> tuple[Dim, ...] | None:
-    """Strides of all declared dims but the last, leading dims as one; None if a kernel cannot be told the layout so."""
-    if not place.shape:
+def row_strides(pattern: TypePattern, location: Location) -> tuple[Dim, ...] | None:
+    """Strides of all declared dims but the last, with the leading dims merged into one.
+
+    None if a kernel cannot read the layout so: its innermost stride is not 1, or the leading dims do not merge.
+    """
+    if not location.shape:
         return ()
-    if place.shape[-1] != 1 and place.strides[-1] != 1:
+    if location.shape[-1] != 1 and location.strides[-1] != 1:
         return None
-    num_leading = len(place.shape) - len(pattern.trailing)
+    num_leading = len(location.shape) - len(pattern.trailing)
     if not pattern.has_leading:
-        return place.strides[:-1]
-    rows = _one_stride(place.shape[:num_leading], place.strides[:num_leading])
+        return location.strides[:-1]
+    rows = _one_stride(location.shape[:num_leading], location.strides[:num_leading])
     if rows is None:
         return None
-    return (rows, *place.strides[num_leading:-1]) if pattern.trailing else ()
+    return (rows, *location.strides[num_leading:-1]) if pattern.trailing else ()
 
 
 def _one_stride(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> Dim | None:
-    """The stride of leading dims taken as one; None if their rows do not lie at equal distances."""
+    """The stride of the leading dims merged into one; None if their rows are not equidistant."""
     sized = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
     for (_, outer), (size, inner) in pairwise(sized):
         if outer != size * inner:
@@ -66,7 +72,7 @@ def _one_stride(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> Dim | None:
 
 
 class Aliases:
-    """Which values share memory, and until when each is read, so that nothing is overwritten that is still wanted."""
+    """Values that share memory and the last read of each, so that no value is overwritten before its last read."""
 
     def __init__(self, order: Sequence[ExecutionNode], outputs: Iterable[TensorRef]) -> None:
         self._last_read = {ref.name: i for i, node in enumerate(order) for ref in node.inputs}
@@ -75,12 +81,15 @@ class Aliases:
         self._children: dict[str, list[str]] = {}
 
     def note(self, name: str, source: str) -> None:
-        """The value lies in the memory of another one, or in a part of it."""
+        """Records that the value shares the memory of `source`, or a part of it."""
         self._parent[name] = source
         self._children.setdefault(source, []).append(name)
 
     def is_read_after(self, name: str, position: int) -> bool:
-        """Whether a later node reads the value, what it is a part of, or a part of it. Its sisters are other parts."""
+        """Whether a later node reads the value, a value that contains it, or a part of it.
+
+        Sibling parts of the same source do not count: they are disjoint from this value.
+        """
         return any(self._last_read.get(one, -1) > position for one in self._family(name))
 
     def _family(self, name: str) -> Iterator[str]:
@@ -95,8 +104,8 @@ class Aliases:
             below += self._children.get(one, ())
 
 
-def part_place(node: OpNode, inference: Inference, part: Part, ref: TensorRef, base: Place) -> Place | None:
-    """Where an output lies that is a part of the operand at `base`; None if the operand's strides do not allow that."""
+def part_location(node: OpNode, inference: Inference, part: Part, ref: TensorRef, base: Location) -> Location | None:
+    """The location of an output that is a part of the operand at `base`; None if the operand's strides forbid it."""
     pattern = node.input_types[part.base]
     rows = row_strides(pattern, base)
     if rows is None:
@@ -105,7 +114,7 @@ def part_place(node: OpNode, inference: Inference, part: Part, ref: TensorRef, b
     if any(evaluate(a, env) != evaluate(b, env) for a, b in part.where):
         return None
     strides = tuple(evaluate(stride, env) for stride in part.strides)
-    if pattern.has_leading:  # they stand as one in the formulas; in the graph they are the operand's
+    if pattern.has_leading:  # the formulas have the leading dims merged; the graph has those of the operand
         num_leading = len(base.shape) - len(pattern.trailing)
         strides = (*base.strides[:num_leading], *strides[1:])
-    return Place(base.base, ref.dtype, ref.shape, strides, base.offset + evaluate(part.offset, env))
+    return Location(base.base, ref.dtype, ref.shape, strides, base.offset + evaluate(part.offset, env))

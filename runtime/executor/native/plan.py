@@ -1,8 +1,8 @@
-"""A graph as one native call list: `NativePlan` runs a step without Python between its kernels.
+"""Runs a kernel graph as one native call list, without Python between the kernels.
 
-Intermediates lie in an arena by the memory plan for the largest step so far, views are arithmetic on addresses, weights
-and caches are bound once, and a step whose sizes and inputs are those of the step before writes nothing before it runs.
-An op that has no native kernel is called in Python between two runs of native calls.
+Intermediates are in an arena, laid out by the memory plan for the largest step so far; views are address arithmetic;
+weights and caches are bound once. A step with the sizes and inputs of the previous step runs without any preparation.
+An op without a native kernel is called in Python between two runs of native calls.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,19 +21,20 @@ from sageLLM.runtime.core.passes.memory import MemoryPlan, plan_memory
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.native.flatten import Functions, PythonCall, flatten
-from sageLLM.runtime.executor.native.locations import Place, contiguous
+from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.executor.native.weights import Weight, WeightForms
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.kernels.cpu.library import Library
 
 ALIGN = 256
+"""Alignment of values in the arena in bytes: four cache lines, so that threads never share a line of two values."""
 Kernel = Callable[..., Any]
 Inputs = Mapping[str, Tensor | None]
 Sizes = Mapping[str, int]
 
 
 class Runner(Functions, Protocol):
-    """Native functions, the one that calls them in turn, and what packs weights for them."""
+    """Native functions, the call loop `run`, and the library that packs weights for them."""
 
     @property
     def library(self) -> Library | None: ...
@@ -44,9 +45,9 @@ class Runner(Functions, Protocol):
 class NativePlan:
     """A graph ready to run on the CPU: `run(inputs)` returns its outputs in order.
 
-    The outputs lie in the arena: they are to be read before the next step of any plan that shares it. `kernels` are the
-    torch callables for ops without a native kernel. With `poison`, memory is filled with NaN before a call makes a
-    value in it, so that what is read too early, or overwritten too early, shows.
+    The outputs are in the arena: read them before the next step of any plan that shares it. `kernels` are the torch
+    callables for ops without a native kernel. With `poison`, the memory of a value is filled with NaN before the call
+    that writes it, so that a read too early, or an overwrite too early, shows in the outputs.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class NativePlan:
         *,
         poison: bool = False,
     ) -> None:
-        """Raises KeyError where `bound` lacks a weight of the graph, or `kernels` an op without a native kernel."""
+        """Raises KeyError if `bound` lacks a weight of the graph, or `kernels` an op without a native kernel."""
         self.graph = graph
         self._runner, self._kernels = runner, kernels
         self._weights = WeightForms({name: bound[name] for name in graph.weights}, runner.library)
@@ -83,24 +84,27 @@ class NativePlan:
 
     @property
     def python_calls(self) -> Mapping[str, tuple[int, str]]:
-        """The ops that run in Python: how many nodes, and why."""
+        """The ops that run in Python, with the number of their nodes and the reason."""
         found: dict[str, tuple[int, str]] = {}
         for call in self._flat.python_calls:
             found[call.node.op] = found.get(call.node.op, (0, ""))[0] + 1, call.reason
         return found
 
     def run(self, inputs: Inputs) -> list[Tensor]:
-        """Runs the step; an input that is not given is None, which only an optional operand may be."""
-        given = [inputs.get(ref.name) for ref in self._free]
-        state = (self._arena.address, *[None if x is None else (x.data_ptr(), x.shape) for x in given])
-        if state != self._state:
-            self._lay_out(given)
+        """Runs the step; a missing input is None, which is valid for optional operands only."""
+        values = [inputs.get(ref.name) for ref in self._free]
+        if self._state_of(values) != self._state:
+            self._lay_out(values)
         for step in self._steps:
             step()
         return self._outputs
 
+    def _state_of(self, values: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """Everything that the call table depends on. Another plan may have moved the shared arena in the meantime."""
+        return (self._arena.address, *[None if x is None else (x.data_ptr(), x.shape) for x in values])
+
     def time_ops(self, inputs: Inputs) -> dict[str, float]:
-        """Runs the step call by call; the seconds that each op took, all its calls together."""
+        """Runs the step call by call; returns the total seconds of each op."""
         self.run(inputs)
         seconds: dict[str, float] = {}
         for step, calls in zip(self._flat.steps, self._steps, strict=True):
@@ -114,36 +118,39 @@ class NativePlan:
     def _single_calls(self, calls: range) -> list[tuple[str, Callable[[], None]]]:
         return [(self._flat.ops[i], self._native_step(i, 1)) for i in calls]
 
-    def _inputs(self) -> Iterator[tuple[str, Place]]:
-        """The places of inputs; a bound tensor's are its own strides."""
+    def _inputs(self) -> Iterator[tuple[str, Location]]:
+        """The locations of all inputs: bound tensors with their actual strides, others contiguous."""
         for name, ref in self.graph.inputs.items():
             bound = self._bound.get(name)
             if bound is None:
                 yield name, contiguous(name, ref.dtype, ref.shape)
             else:
-                yield name, Place(name, ref.dtype, tuple(bound.shape), tuple(bound.stride()))
+                yield name, Location(name, ref.dtype, tuple(bound.shape), tuple(bound.stride()))
 
-    def _lay_out(self, given: Sequence[Tensor | None]) -> None:
-        """Writes the sizes and addresses of a step that differs from the one before."""
-        sizes = self._step_sizes(given)
+    def _lay_out(self, values: Sequence[Tensor | None]) -> None:
+        """Fills the call table with the sizes and addresses of a step that differs from the previous one."""
+        sizes = self._step_sizes(values)
         self._reserve(sizes)
-        tensors = {ref.name: x for ref, x in zip(self._free, given, strict=True)}
+        tensors = {ref.name: x for ref, x in zip(self._free, values, strict=True)}
         calls = self._flat.calls
         calls.fill(calls.formulas.values(sizes), [self._address(name, tensors) for name in calls.base_names])
-        self._outputs = [self._tensor(self._flat.places[ref.name], sizes, tensors) for ref in self.graph.outputs]
+        self._outputs = [self._tensor(self._flat.locations[ref.name], sizes, tensors) for ref in self.graph.outputs]
         self._steps = list(self._make_steps(sizes, tensors))
-        self._state = (self._arena.address, *[None if x is None else (x.data_ptr(), x.shape) for x in given])
+        self._state = self._state_of(values)
 
-    def _step_sizes(self, given: Sequence[Tensor | None]) -> dict[str, int]:
+    def _step_sizes(self, values: Sequence[Tensor | None]) -> dict[str, int]:
         sizes = dict(self._fixed)
-        for ref, tensor in zip(self._free, given, strict=True):
+        for ref, tensor in zip(self._free, values, strict=True):
             if tensor is not None:
                 _check_input(ref, tensor)
                 _solve(ref, tensor.shape, sizes)
         return sizes
 
     def _reserve(self, sizes: Sizes) -> None:
-        """Plans the memory anew, with room to grow, if the step is larger than any before."""
+        """Plans the memory again, with room to grow, if the step is larger than all previous ones.
+
+        A plan for larger sizes is valid for smaller ones, so memory is planned a logarithmic number of times.
+        """
         step = {name: size for name, size in sizes.items() if name not in self._fixed}
         if any(size > self._capacity.get(name, -1) for name, size in step.items()):
             self._capacity = {name: _rounded(max(size, self._capacity.get(name, 0))) for name, size in step.items()}
@@ -151,14 +158,14 @@ class NativePlan:
             self._memory = plan_memory(self._lifetimes, largest, ALIGN)
             self._extra: dict[str, int] = {}
             end = self._memory.peak_bytes
-            for name, place in self._flat.extra.items():
+            for name, location in self._flat.extra.items():
                 self._extra[name] = end
-                end += -(-_num_bytes(place, largest) // ALIGN) * ALIGN
+                end += -(-_num_bytes(location, largest) // ALIGN) * ALIGN
             self._num_bytes = end
         self._arena.reserve(self._num_bytes)
 
     def _offset(self, base: str) -> int | None:
-        """Where memory begins in the arena; None for a weight or an input."""
+        """The offset of a base in the arena, in bytes; None for a weight or an input."""
         return self._extra[base] if base in self._extra else self._memory.offset(base)
 
     def _address(self, base: str, tensors: Inputs) -> int:
@@ -170,17 +177,19 @@ class NativePlan:
         tensor = self._bound[base] if base in self._bound else tensors[base]
         return 0 if tensor is None else tensor.data_ptr()
 
-    def _tensor(self, place: Place, sizes: Sizes, tensors: Inputs) -> Tensor:
+    def _tensor(self, location: Location, sizes: Sizes, tensors: Inputs) -> Tensor:
         """A torch view of a value."""
-        offset = number_of(place.offset, sizes)
-        shape = tuple(number_of(dim, sizes) for dim in place.shape)
-        strides = tuple(number_of(dim, sizes) for dim in place.strides)
-        start = self._offset(place.base)
+        offset = number_of(location.offset, sizes)
+        shape = tuple(number_of(dim, sizes) for dim in location.shape)
+        strides = tuple(number_of(dim, sizes) for dim in location.strides)
+        start = self._offset(location.base)
         if start is not None:
-            return self._arena.view(start + offset * DTYPES[place.dtype], TORCH_DTYPES[place.dtype], shape, strides)
-        tensor = self._weights[place.base] if place.base in self._weights else self._bound.get(place.base)
-        tensor = tensors[place.base] if tensor is None else tensor
-        assert isinstance(tensor, Tensor), f"{place.base} is not given as a tensor"
+            return self._arena.view(
+                start + offset * DTYPES[location.dtype], TORCH_DTYPES[location.dtype], shape, strides
+            )
+        tensor = self._weights[location.base] if location.base in self._weights else self._bound.get(location.base)
+        tensor = tensors[location.base] if tensor is None else tensor
+        assert isinstance(tensor, Tensor), f"{location.base} must be a tensor"
         return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
     def _make_steps(self, sizes: Sizes, tensors: Inputs) -> Iterator[Callable[[], None]]:
@@ -200,14 +209,14 @@ class NativePlan:
         return partial(self._runner.run, self._flat.calls.address(first), num_calls)
 
     def _python_step(self, call: PythonCall, sizes: Sizes, tensors: Inputs) -> Callable[[], None]:
-        def is_absent(place: Place | None) -> bool:
-            return place is None or (place.base in tensors and tensors[place.base] is None)
+        def is_absent(location: Location | None) -> bool:
+            return location is None or (location.base in tensors and tensors[location.base] is None)
 
         operands = [
-            None if place is None or is_absent(place) else self._tensor(place, sizes, tensors)
-            for place in call.operands
+            None if location is None or is_absent(location) else self._tensor(location, sizes, tensors)
+            for location in call.operands
         ]
-        outputs = [self._tensor(place, sizes, tensors) for place in call.outputs]
+        outputs = [self._tensor(location, sizes, tensors) for location in call.outputs]
         kernel, attrs = self._python[id(call)], call.attrs
 
         def run() -> None:
@@ -218,15 +227,15 @@ class NativePlan:
 
         return run
 
-    def _poisonings(self, places: Sequence[Place], sizes: Sizes) -> Iterator[Callable[[], None]]:
-        for place in places:
-            start, num_bytes = self._offset(place.base), _num_bytes(place, sizes)
+    def _poisonings(self, locations: Sequence[Location], sizes: Sizes) -> Iterator[Callable[[], None]]:
+        for location in locations:
+            start, num_bytes = self._offset(location.base), _num_bytes(location, sizes)
             if start is not None:
                 yield partial(self._arena.poison, start, num_bytes)
 
 
 def _fixed_sizes(graph: ExecutionGraph, bound: Mapping[str, Weight]) -> dict[str, int]:
-    """The sizes that bound tensors have: of caches and tables, which stay while the plan lives."""
+    """The sizes of bound tensors (weights, caches, tables), which do not change during the life of the plan."""
     sizes: dict[str, int] = {}
     for name, ref in (*graph.weights.items(), *graph.inputs.items()):
         if name in bound:
@@ -235,8 +244,10 @@ def _fixed_sizes(graph: ExecutionGraph, bound: Mapping[str, Weight]) -> dict[str
 
 
 def _solve(ref: TensorRef, shape: Sequence[int], sizes: dict[str, int]) -> None:
-    """Adds the symbols of a declared shape, as the tensor's shape has them. Of a sum of two unknown symbols, as the
-    decode and prefill tokens of a step are, the first takes all. ValueError if the shapes do not agree.
+    """Solves the symbols of a declared shape from a tensor's shape and adds them to `sizes`.
+
+    A dim can be a sum of two unknown symbols, such as the decode and prefill tokens of a step. Kernels only use the
+    sum, so the first symbol takes the whole size and the other is 0. Raises ValueError if the shapes do not agree.
     """
     for dim, size in zip(ref.shape, shape, strict=True):
         unknown = sorted(free_symbols(dim) - sizes.keys())
@@ -244,18 +255,20 @@ def _solve(ref: TensorRef, shape: Sequence[int], sizes: dict[str, int]) -> None:
         if unknown:
             sizes[unknown[0]] = size - number_of(dim, sizes)
         if evaluate(dim, sizes) != size:
-            raise ValueError(f"{ref} is given a tensor of {list(shape)}; {dim} is {evaluate(dim, sizes)} in this step")
+            raise ValueError(f"expected {dim} == {evaluate(dim, sizes)} in this step for {ref}, got {list(shape)}")
 
 
 def _check_input(ref: TensorRef, tensor: Tensor) -> None:
     if tensor.dtype != TORCH_DTYPES[ref.dtype] or not tensor.is_contiguous() or tensor.dim() != len(ref.shape):
-        raise ValueError(f"{ref} is given a {tensor.dtype} of {list(tensor.shape)}, strides {tensor.stride()}")
+        raise ValueError(
+            f"expected a contiguous tensor {ref}, got {tensor.dtype} of {list(tensor.shape)}, strides {tensor.stride()}"
+        )
 
 
-def _num_bytes(place: Place, sizes: Sizes) -> int:
-    return number_of(product(place.shape), sizes) * DTYPES[place.dtype]
+def _num_bytes(location: Location, sizes: Sizes) -> int:
+    return number_of(product(location.shape), sizes) * DTYPES[location.dtype]
 
 
 def _rounded(size: int) -> int:
-    """The next power of two, so that the memory is planned anew a few times only."""
+    """The next power of two."""
     return 1 << max(size - 1, 0).bit_length()

@@ -1,7 +1,7 @@
-"""The weights of a native plan in the forms that its kernels read: as they were declared, or packed.
+"""Weights of a native plan in the forms that its kernels read: as declared, or packed.
 
-Weights are packed once, when a model is loaded, and then held in that form alone. What a plan's kernel wants in another
-form than the one held is made for that plan.
+Weights are packed once, when a model is loaded, and only the packed form is kept, so that memory holds one copy. A form
+other than the one in memory is made for the plan that requires it.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -12,7 +12,7 @@ from torch import Tensor
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
-from sageLLM.runtime.executor.native.locations import Place, contiguous
+from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.kernels.cpu.packing import PackedWeight, WeightMemory, gates_by_weight, pack, unpack
@@ -26,9 +26,9 @@ def pack_weights(
     graphs: Iterable[ExecutionGraph],
     runner: NativeRunner,
 ) -> None:
-    """Replaces, one after another, the weights that the graphs' products read by their packed form.
+    """Replaces the weights that the graphs' GEMMs read by their packed form, one at a time to bound the peak memory.
 
-    `ties` names, for a weight that is another one, that other. Raises CompileError, and then changes nothing.
+    `ties` maps a tied weight to the weight that it shares. Raises CompileError, and then changes nothing.
     """
     nodes = [node for graph in graphs for node in graph.nodes.values() if isinstance(node, OpNode)]
     memory = WeightMemory()
@@ -40,7 +40,7 @@ def pack_weights(
 
 
 class WeightForms:
-    """A plan's weights by the names of their forms. `bound` holds them as the model does."""
+    """A plan's weights by the names of their forms. `bound` has them in the form that the model keeps."""
 
     def __init__(self, bound: Mapping[str, Weight], library: Library | None) -> None:
         self._bound, self._library = bound, library
@@ -53,30 +53,33 @@ class WeightForms:
         return self._forms[base]
 
     def is_packed(self, name: str) -> bool:
-        """Whether the weight is held in packed form."""
+        """Whether the model keeps the weight in packed form."""
         return isinstance(self._bound[name], PackedWeight)
 
-    def place_as_held(self, ref: TensorRef) -> Place:
-        """The weight in whatever form it is held."""
-        return self._noted(ref, f"{ref.name} as held", self._bound[ref.name])
+    def location_as_held(self, ref: TensorRef) -> Location:
+        """The location of the weight in the form that the model keeps."""
+        return self._located(ref, f"{ref.name} as held", self._bound[ref.name])
 
-    def place(self, ref: TensorRef, gates: int | None) -> Place:
-        """The weight packed with so many gates, or (None) as it was declared; KeyError if it is not bound."""
+    def location(self, ref: TensorRef, gates: int | None) -> Location:
+        """The location of the weight packed with `gates` gates, or (None) in its declared form.
+
+        Raises KeyError if the weight is not bound.
+        """
         held = self._bound[ref.name]
         base = ref.name if gates is None else f"{ref.name} packed by {gates}"
         if base in self._forms:
-            return self._noted(ref, base, self._forms[base])
+            return self._located(ref, base, self._forms[base])
         if gates is None:
-            return self._noted(ref, base, held if isinstance(held, Tensor) else unpack(held))
+            return self._located(ref, base, held if isinstance(held, Tensor) else unpack(held))
         if isinstance(held, PackedWeight):
             if held.gates == gates:
-                return self._noted(ref, base, held)
+                return self._located(ref, base, held)
             held = unpack(held)
-        assert self._library is not None, "only a library of kernels asks for packed weights"
-        return self._noted(ref, base, pack(held, gates, self._library))
+        assert self._library is not None, "only the kernels of a library read packed weights"
+        return self._located(ref, base, pack(held, gates, self._library))
 
-    def _noted(self, ref: TensorRef, base: str, weight: Weight) -> Place:
+    def _located(self, ref: TensorRef, base: str, weight: Weight) -> Location:
         self._forms[base] = weight
         if isinstance(weight, PackedWeight):
             return contiguous(base, ref.dtype, tuple(weight.shape))
-        return Place(base, ref.dtype, tuple(weight.shape), tuple(weight.stride()))
+        return Location(base, ref.dtype, tuple(weight.shape), tuple(weight.stride()))

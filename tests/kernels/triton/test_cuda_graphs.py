@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sageLLM import LLM, SamplingParams
-from sageLLM.runtime.executor.cuda_graphs import fill, round_up
+from sageLLM.runtime.executor.cuda_graphs import pad_inputs, round_up
 from sageLLM.runtime.executor.torch_plan import Plan
 
 MODEL = Path(__file__).parents[3] / "examples/tiny_python_model"
@@ -32,10 +32,10 @@ def test_padded_steps_return_the_same_tokens(monkeypatch: pytest.MonkeyPatch) ->
         num_rows, width = given["block_table"].shape
         if plan.graph.stage != "decode":
             return run(plan, inputs)
-        filled = fill(given, 8, round_up(width + 1))
-        assert {len(x) for name, x in filled.items() if name != "q_start"} == {8}
+        padded = pad_inputs(given, 8, round_up(width + 1))
+        assert {len(x) for name, x in padded.items() if name != "q_start"} == {8}
         steps.append(num_rows)
-        return [x[:num_rows] for x in run(plan, filled)]
+        return [x[:num_rows] for x in run(plan, padded)]
 
     wanted, run, steps = completed(), Plan.run, list[int]()
     monkeypatch.setattr(Plan, "run", run_filled)

@@ -1,4 +1,4 @@
-"""Turns `LLM(kernels=...)` into what makes plans: the generated kernels of the device, or the torch references."""
+"""Selects the planner for `LLM(kernels=...)`: the generated kernels of the device, or the torch references."""
 
 from pathlib import Path
 
@@ -17,25 +17,28 @@ from sageLLM.runtime.registry.trees import native_tables, triton_table
 
 
 def choose_planner(choice: str, registry: Registry, device: torch.device, dtype: str) -> Planner:
-    """`auto` is what fits the device. SageError for a choice that is unknown or does not fit."""
+    """The planner for a choice of KERNEL_CHOICES; `auto` selects the best kernels of the device.
+
+    Raises SageError for a choice that is unknown or that the device does not support.
+    """
     if choice not in KERNEL_CHOICES:
-        raise SageError(f"kernels is {shown(choice)}; use {', '.join(KERNEL_CHOICES)}")
+        raise SageError(f"kernels must be one of {', '.join(KERNEL_CHOICES)}, got {shown(choice)}")
     why_not = why_no_triton(device)
     if choice == "triton" and why_not:
-        raise SageError(f"kernels is 'triton', and {why_not}")
+        raise SageError(f"kernels must not be 'triton' here: {why_not}; use auto")
     if choice == "triton" or (choice == "auto" and device.type == "cuda" and why_not is None):
         return GpuPlanner({**registry.kernels, **triton_table(registry.packages)}, device)
     if choice == "cpu" and device.type != "cpu":
-        raise SageError(f"kernels is 'cpu' and device is {device.type!r}; use auto")
+        raise SageError(f"kernels 'cpu' requires device 'cpu', got {device.type!r}; use auto")
     if choice == "reference" or device.type != "cpu":
         return TorchPlanner(registry.kernels)
     return NativePlanner(lambda: make_runner(registry), registry.kernels, dtype)
 
 
 def make_runner(registry: Registry) -> NativeRunner:
-    """The native kernels of the package and of plugins. Raises CompileError if there is no compiler."""
+    """The runner of the native kernels of the package and of plugins. Raises CompileError without a compiler."""
     compiler = find_compiler()
     if compiler is None:
-        raise CompileError("there is no C++ compiler; install g++ or clang++, or name one in CXX")
+        raise CompileError("no C++ compiler found; install g++ or clang++, or set CXX to one")
     tables = native_tables(registry.packages)
     return NativeRunner([Library(kernels, Path(folder), compiler) for folder, kernels in tables], compiler)

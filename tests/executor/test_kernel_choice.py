@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sageLLM import LLM, SamplingParams
-from sageLLM.runtime.engine import kernel_choice
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.executor import kernel_choice
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
@@ -62,13 +62,17 @@ def test_without_a_compiler_the_references_run_and_that_is_said_once(
     with caplog.at_level(logging.WARNING, logger="sagellm"):
         assert tokens(llm) == wanted
     (message,) = [record.getMessage() for record in caplog.records if record.name == "sagellm"]
-    assert "there is no C++ compiler" in message
-    assert llm.pipeline.planner.name == "reference"
+    assert "no C++ compiler found" in message
+    assert llm.compiler.planner.name == "reference"
     assert all(stats.num_native == 0 for stats in llm.kernel_stats())
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"), [("fast", "kernels is 'fast'; use auto"), ("triton", "kernels is 'triton', and ")]
+    ("choice", "message"),
+    [
+        ("fast", "kernels must be one of auto, reference, cpu, triton, got 'fast'"),
+        ("triton", "kernels must not be 'triton' here: "),
+    ],
 )
 def test_what_cannot_be_chosen_is_refused(choice: str, message: str) -> None:
     with pytest.raises(SageError, match=message):

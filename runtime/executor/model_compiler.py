@@ -1,4 +1,4 @@
-"""The graphs of a model and what runs them: its own graphs, those of embeddings, and those that copy KV blocks."""
+"""Compiles a model: builds its graphs, those of embeddings and of KV block copies, and binds them to kernels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,8 @@ from sageLLM.runtime.executor.planner import Planner, Runnable, TorchPlanner
 from sageLLM.runtime.registry.plugins import Registry
 
 
-class Pipeline(ModelGraphs):
-    """The graphs of one model, and the planner that binds them to kernels, by default to the references.
-
-    Native plans place their memory by themselves.
-    """
+class ModelCompiler(ModelGraphs):
+    """The graphs of one model, and the planner that turns them into plans, by default on the torch references."""
 
     def __init__(
         self,
@@ -41,15 +38,15 @@ class Pipeline(ModelGraphs):
 
     @property
     def kernels(self) -> Mapping[str, Any]:
-        """By op the function that is its reference."""
+        """The reference kernel of each op."""
         return self.registry.kernels
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
-        """The graph ready to run on the chosen kernels. Plans that share an arena run one after another."""
+        """Binds a kernel-level graph to kernels and tensors. Plans that share an arena must run one after another."""
         return self.planner.plan(graph, bound, arena)
 
     def embedding_graph(self, pooling: Pooling, *, normalize: bool) -> ExecutionGraph:
-        """The optimised kernel-level graph of a step that gives embeddings; see `build_embedding_graph`."""
+        """The optimised kernel-level graph of a step that computes embeddings; see `build_embedding_graph`."""
         with paused_gc():
             graph = build_embedding_graph(self.layout, self.config, pooling, normalize=normalize, dtype=self.dtype)
             graph = self.expanded(graph)
@@ -57,11 +54,15 @@ class Pipeline(ModelGraphs):
             return graph
 
     def migrate_graph(self) -> ExecutionGraph:
-        """Copies KV blocks between two pools: a KV_MIGRATE node per layer, over `source.` and `target.` caches."""
+        """A graph that copies KV blocks between two pools: a KV_MIGRATE node per layer.
+
+        Its inputs are the caches of both pools under the prefixes `source.` and `target.`, and the block numbers
+        `src_blocks` and `dst_blocks`, i32[M] each.
+        """
         return self._copy_graph("migrate", ops.kv_migrate, "SPG")
 
     def load_graph(self) -> ExecutionGraph:
-        """Copies KV blocks from a storage tier: a KV_LOAD node per layer, over `source.` and `target.` caches."""
+        """A graph that copies KV blocks from a storage tier: a KV_LOAD node per layer; inputs as in `migrate_graph`."""
         return self._copy_graph("load", ops.kv_load, "TPG")
 
     def _copy_graph(self, name: str, copy: Callable[..., Iterable[TensorRef]], source_pages: str) -> ExecutionGraph:
