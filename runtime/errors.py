@@ -1,10 +1,10 @@
-"""The exceptions that a user of the engine can meet, each one naming the place and the remedy."""
+"""Exceptions for a user's mistakes. Each message names the location, the rule and the remedy."""
 
 from __future__ import annotations
 
 
 class SageError(ValueError):
-    """Something the user gave cannot be used; the message says what, where, and what to do."""
+    """Base class: an input of the user is invalid."""
 
 
 class CheckpointError(SageError):
@@ -12,7 +12,7 @@ class CheckpointError(SageError):
 
 
 class PluginError(SageError):
-    """A plugin folder cannot be imported, or hides a name of the package or of another plugin."""
+    """A plugin folder cannot be imported, or redefines a name of the package or of another plugin."""
 
 
 class TokenizerError(SageError):
@@ -20,11 +20,11 @@ class TokenizerError(SageError):
 
 
 class ChatTemplateError(SageError):
-    """A chat template cannot be compiled, refuses the messages, or breaks one of its limits."""
+    """A chat template cannot be compiled, rejects the messages, or exceeds one of its limits."""
 
 
 class RequestError(SageError):
-    """One request is refused; the others go on. `param` names the field at fault, as OpenAI's error body does."""
+    """One request is invalid; the others continue. `param` names the invalid field, as in OpenAI's error body."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -32,8 +32,8 @@ class RequestError(SageError):
 
 
 class SamplingParamsError(RequestError):
-    """A sampling parameter has the wrong type or lies outside its range."""
+    """A sampling parameter has the wrong type or is out of range."""
 
 
 class PromptError(RequestError):
-    """A prompt is empty, too long for the model, or holds an id that is no token."""
+    """A prompt is empty, too long for the model, or contains an invalid token id."""

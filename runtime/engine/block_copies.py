@@ -1,6 +1,6 @@
-"""Moves KV blocks: within a pool (forks), between the pools of two workers, and between a pool and its tiers.
+"""Copies KV blocks: within a pool (forks), between the pools of two workers, and between a pool and its tiers.
 
-A copy is a graph of KV_MIGRATE nodes, or KV_LOAD nodes from a tier, one per layer.
+A copy is a graph of KV_MIGRATE nodes, or of KV_LOAD nodes from a tier, one per layer.
 """
 
 import tempfile
@@ -13,13 +13,13 @@ import torch
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.executor.pipeline import Pipeline
-from sageLLM.runtime.executor.torch_plan import Plan
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.executor.torch_plan import Kernel, Plan
 from sageLLM.runtime.kv.copies import BlockCopy, Tier, TierCopy
 
 
 class CopyOfBlocks(Protocol):
-    """Block i of the source goes to block i of the target."""
+    """A copy of each `source_blocks[i]` to `target_blocks[i]`."""
 
     @property
     def source_blocks(self) -> Sequence[int]: ...
@@ -29,38 +29,41 @@ class CopyOfBlocks(Protocol):
 
 
 class Migrator:
-    """Copies KV blocks from one pool to another, or to other blocks of the same one."""
+    """Copies KV blocks from one pool to another, or to other blocks of the same one.
 
-    def __init__(self, source: KVPool, target: KVPool, graph: ExecutionGraph, pipeline: Pipeline) -> None:
+    `graph` has the caches of both pools as inputs, under the prefixes `source.` and `target.`.
+    """
+
+    def __init__(self, source: KVPool, target: KVPool, graph: ExecutionGraph, kernels: Mapping[str, Kernel]) -> None:
         bound = {f"source.{name}": tensor for name, tensor in source.named_tensors().items()}
         bound |= {f"target.{name}": tensor for name, tensor in target.named_tensors().items()}
-        self._plan = Plan(graph, pipeline.registry.kernels, bound)
+        self._plan = Plan(graph, kernels, bound)
         self._device = target.device
 
     def run(self, copies: Sequence[CopyOfBlocks]) -> None:
-        """Makes all these copies at once: no block may be read and written, or written twice."""
+        """Makes all these copies in one operation: no block may be both read and written, or written twice."""
         sources = [block for copy in copies for block in copy.source_blocks]
         targets = [block for copy in copies for block in copy.target_blocks]
         self.copy(sources, targets)
 
     @torch.inference_mode()
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies block `sources[i]` to block `targets[i]`, for all i."""
+        """Copies block `sources[i]` to block `targets[i]` for all i, in every layer."""
         blocks = torch.tensor([sources, targets], dtype=torch.int32, device=self._device)
         self._plan.run({"src_blocks": blocks[0], "dst_blocks": blocks[1]})
 
 
 class TieredPool:
-    """A worker's pool with the tiers below it: host memory and files on disk, each a pool of its own size.
+    """A worker's pool with its tiers: separate pools in host memory and in files on disk.
 
-    `disk_folder` None is the system's folder for temporary files.
+    `disk_folder` None means the system's folder for temporary files.
     """
 
     def __init__(
         self,
         device_pool: KVPool,
         tier_sizes: Mapping[Tier, int],
-        pipeline: Pipeline,
+        compiler: ModelCompiler,
         disk_folder: Path | None = None,
     ) -> None:
         self.pools: dict[Tier, KVPool] = {"device": device_pool}
@@ -68,10 +71,10 @@ class TieredPool:
             if num_blocks:
                 folder = Path(disk_folder or tempfile.gettempdir()) if tier == "disk" else None
                 self.pools[tier] = device_pool.like(num_blocks, torch.device("cpu"), folder)
-        self._pipeline = pipeline
+        self._compiler = compiler
         self._migrators: dict[tuple[Tier, Tier], Migrator] = {}
-        self._mover = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-tiers")
-        self._under_way: Future[None] | None = None
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-tiers")
+        self._pending: Future[None] | None = None
         self._stream = _side_stream(device_pool.device)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
@@ -79,35 +82,36 @@ class TieredPool:
         self._migrator("device", "device").copy([c.source for c in copies], [c.target for c in copies])
 
     def start(self, copies: Sequence[TierCopy]) -> None:
-        """Makes the copies into the device pool, and begins those out of it, which go on until `wait`.
+        """Makes the copies into the device pool, and starts those out of it in the background, until `wait`.
 
-        What comes in is decoded in the same step. What goes out is pinned until the step is committed: nothing that
-        runs in the step touches it, so the copy may run beside.
+        KV that comes in is decoded in the same step, so its copy is complete on return. Blocks that go out are pinned
+        until the step is committed, and no batch of the step reads or writes them, so their copy runs concurrently.
         """
         self.wait()
         outgoing = [copy for copy in copies if copy.source == "device"]
         if outgoing:
             written = None if self._stream is None else torch.cuda.current_stream().record_event()
-            self._under_way = self._mover.submit(self._copy_beside, outgoing, written)
+            self._pending = self._copier.submit(self._copy_in_background, outgoing, written)
         self.copy_tiers([copy for copy in copies if copy.source != "device"])
 
     def wait(self) -> None:
-        """Returns when the copies under way, if any, are complete. Raises what made them fail."""
-        if self._under_way is not None:
-            copies, self._under_way = self._under_way, None
+        """Waits for the background copies, if any. Raises the error of a failed one."""
+        if self._pending is not None:
+            copies, self._pending = self._pending, None
             copies.result()
 
-    def _copy_beside(self, copies: Sequence[TierCopy], written: torch.cuda.Event | None) -> None:
+    def _copy_in_background(self, copies: Sequence[TierCopy], written: torch.cuda.Event | None) -> None:
         if self._stream is None or written is None:
             self.copy_tiers(copies)
             return
+        # The KV to copy may still be in the making on the compute stream: `written` marks the end of that work.
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(written)
             self.copy_tiers(copies)
         self._stream.synchronize()
 
     def copy_tiers(self, copies: Sequence[TierCopy]) -> None:
-        """Makes copies between tiers; those of one direction at once."""
+        """Makes copies between tiers, with one operation per direction."""
         directions = dict.fromkeys((copy.source, copy.target) for copy in copies)
         for source, target in directions:
             same = [copy for copy in copies if (copy.source, copy.target) == (source, target)]
@@ -117,13 +121,13 @@ class TieredPool:
         key = (source, target)
         if key not in self._migrators:
             is_load = source != "device"
-            graph = self._pipeline.load_graph() if is_load else self._pipeline.migrate_graph()
-            self._migrators[key] = Migrator(self.pools[source], self.pools[target], graph, self._pipeline)
+            graph = self._compiler.load_graph() if is_load else self._compiler.migrate_graph()
+            self._migrators[key] = Migrator(self.pools[source], self.pools[target], graph, self._compiler.kernels)
         return self._migrators[key]
 
 
 def _side_stream(device: torch.device) -> "torch.cuda.Stream | None":
-    """A stream for copies beside the computation; other devices than GPUs have none."""
+    """A stream for copies concurrent with computation; None for devices other than GPUs."""
     if device.type != "cuda":
         return None
     new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream

@@ -1,4 +1,4 @@
-"""Embeddings: whole prompts in, vectors out. Prompts of any lengths share steps of a bounded number of tokens."""
+"""Embeddings: whole prompts in, vectors out. Prompts of any length share steps of a bounded number of tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import shown
-from sageLLM.runtime.engine.engine import make_pool
-from sageLLM.runtime.engine.kv_pool import KVPool
+from sageLLM.runtime.engine.kv_pool import KVPool, make_pool
 from sageLLM.runtime.engine.requests import validate_prompt
 from sageLLM.runtime.engine.step_inputs import StepInputs
 from sageLLM.runtime.errors import PromptError
 from sageLLM.runtime.execution_graph.embedding import Pooling
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.weights import Weight
-from sageLLM.runtime.executor.pipeline import Pipeline
 from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import Chunk, Request
@@ -25,7 +24,7 @@ from sageLLM.runtime.scheduler.base import Chunk, Request
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOutput:
-    """The embedding of one prompt: f32[H], or f32[n, H] with one row per token where nothing is pooled."""
+    """The embedding of one prompt: f32[H], or f32[n, H] with one row per token if pooling is "none"."""
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
@@ -34,7 +33,7 @@ class EmbeddingOutput:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingInput:
-    """One prompt, and the kind of each of its tokens for models that tell kinds apart (BERT's segments)."""
+    """One prompt, with the type id of each token for models that have token types (BERT's segments)."""
 
     token_ids: Sequence[int]
     type_ids: Sequence[int] | None = None
@@ -43,12 +42,12 @@ class EmbeddingInput:
 class Embedder:
     """Computes embeddings with one model. A step has up to `max_tokens` tokens, or one prompt that is longer.
 
-    A layout with a KV cache gets a pool of its own, as large as the largest step so far, so that embedding does not
-    disturb what the engine generates.
+    A layout with a KV cache gets a separate pool, as large as the largest step so far, so that embedding does not
+    affect the engine's requests.
     """
 
-    def __init__(self, model: Model, pipeline: Pipeline, *, max_tokens: int, block_size: int) -> None:
-        self.model, self.pipeline = model, pipeline
+    def __init__(self, model: Model, compiler: ModelCompiler, *, max_tokens: int, block_size: int) -> None:
+        self.model, self.compiler = model, compiler
         self.max_tokens, self.block_size = max_tokens, block_size
         max_blocks = -(-model.max_model_len // block_size)
         self._inputs = StepInputs(block_size, max_blocks, model.device)
@@ -57,51 +56,54 @@ class Embedder:
         self._plans: dict[tuple[Pooling, bool], Runnable] = {}
 
     def check(self, prompt: EmbeddingInput) -> None:
-        """Raises PromptError for a prompt that the model cannot read."""
+        """Raises PromptError for a prompt that the model cannot read; see also `embed` for the range of type ids."""
         validate_prompt(prompt.token_ids, self.model.config.V, self.model.max_model_len, generates=False)
         if prompt.type_ids is None:
             return
         if len(prompt.type_ids) != len(prompt.token_ids):
-            counts = f"{len(prompt.type_ids)} type ids for {len(prompt.token_ids)} tokens"
-            raise PromptError(f"the prompt has {counts}; give one for each", "type_ids")
+            counts = f"{len(prompt.type_ids)} for {len(prompt.token_ids)} tokens"
+            raise PromptError(f"expected one type id per token, got {counts}", "type_ids")
         for one in prompt.type_ids:
             if isinstance(one, bool) or not isinstance(one, int) or one < 0:
-                raise PromptError(f"a type id is {shown(one)}; type ids are integers of at least 0", "type_ids")
+                raise PromptError(f"type ids must be integers of at least 0, got {shown(one)}", "type_ids")
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[EmbeddingInput], pooling: Pooling, *, normalize: bool) -> list[Tensor]:
-        """The embeddings of checked prompts, in float32 on the CPU; the others in a step do not enter into one."""
+        """The embeddings of checked prompts, in float32 on the CPU, independent of the other prompts of a step.
+
+        Raises PromptError for type ids beyond the model's.
+        """
         graph = self._graph(pooling, normalize)
         for prompt in prompts:
             self._check_types(prompt, graph)
-        found: list[Tensor] = []
+        vectors: list[Tensor] = []
         for step in self._steps(prompts):
             rows = self._run((pooling, normalize), step).to("cpu", torch.float32, copy=True)
             lengths = [len(prompt.token_ids) for prompt in step]
-            found += torch.split(rows, lengths) if pooling == "none" else rows.unbind()
-        return found
+            vectors += torch.split(rows, lengths) if pooling == "none" else rows.unbind()
+        return vectors
 
     def _graph(self, pooling: Pooling, normalize: bool) -> ExecutionGraph:
         key = (pooling, normalize)
         if key not in self._graphs:
-            self._graphs[key] = self.pipeline.embedding_graph(pooling, normalize=normalize)
+            self._graphs[key] = self.compiler.embedding_graph(pooling, normalize=normalize)
         return self._graphs[key]
 
     def _check_types(self, prompt: EmbeddingInput, graph: ExecutionGraph) -> None:
-        """The type ids must be rows of the tables that the graph looks them up in."""
+        """Raises PromptError unless the type ids are rows of every table that the graph looks them up in."""
         if prompt.type_ids is None:
             return
         sizes = [ref.shape[0] for node in graph.users("type_ids") for ref in node.inputs if ref.name in graph.weights]
         if not sizes:
             name = self.model.layout.name
-            raise PromptError(f"type ids were given, but {name} does not tell kinds of tokens apart", "type_ids")
-        least = min(int(str(size)) for size in sizes)
-        if max(prompt.type_ids) >= least:
-            message = f"a type id is {max(prompt.type_ids)}; those of this model run from 0 to {least - 1}"
+            raise PromptError(f"type_ids must be None for {name}, which has no token types", "type_ids")
+        num_types = min(int(str(size)) for size in sizes)
+        if max(prompt.type_ids) >= num_types:
+            message = f"type ids must be from 0 to {num_types - 1} for this model, got {max(prompt.type_ids)}"
             raise PromptError(message, "type_ids")
 
     def _steps(self, prompts: Sequence[EmbeddingInput]) -> Iterator[list[EmbeddingInput]]:
-        """The prompts in order, as many in a step as fit."""
+        """Yields the prompts in order, as many per step as fit in `max_tokens`."""
         step: list[EmbeddingInput] = []
         count = 0
         for prompt in prompts:
@@ -117,7 +119,7 @@ class Embedder:
         chunks, num_blocks = self._chunks(step)
         self._grow_pool(num_blocks)
         if key not in self._plans:
-            self._plans[key] = self.pipeline.plan(self._graphs[key], self._bound())
+            self._plans[key] = self.compiler.plan(self._graphs[key], self._bound())
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         device = self.model.device
         inputs = self._inputs.make(None, chunks, range(num_tokens))
@@ -126,7 +128,7 @@ class Embedder:
         return self._plans[key].run(inputs)[0]
 
     def _chunks(self, step: Sequence[EmbeddingInput]) -> tuple[list[Chunk], int]:
-        """Every prompt as one chunk with blocks of its own, and how many blocks these are."""
+        """Every prompt as one chunk with separate blocks, and the number of blocks in all."""
         chunks: list[Chunk] = []
         first = 0
         for number, prompt in enumerate(step):
@@ -138,7 +140,7 @@ class Embedder:
         return chunks, first
 
     def _grow_pool(self, num_blocks: int) -> None:
-        """Makes the pool large enough; plans are bound to a pool, so they are made anew with it."""
+        """Grows the pool to `num_blocks`. Plans are bound to the pool's tensors, so a new pool drops them."""
         if "decode" in self.model.layout.phases and (self._pool is None or self._pool.num_blocks < num_blocks):
             self._pool = make_pool(self.model, num_blocks, self.block_size)
             self._plans.clear()

@@ -1,4 +1,4 @@
-"""The memory of a paged KV cache: per layer, one key and one value tensor of fixed-size blocks (Kwon et al. 2023)."""
+"""Memory of a paged KV cache: one key and one value tensor of fixed-size blocks per layer (arXiv 2309.06180)."""
 
 import math
 import os
@@ -10,15 +10,18 @@ import numpy as np
 import torch
 
 from sageLLM.runtime.core.model.layout import KvShape
+from sageLLM.runtime.loader.model import Model
 
 CACHE_LINE = 64
+"""Alignment of a pool in bytes, so that vector loads of keys and values do not straddle cache lines."""
 
 
 class KVPool:
-    """Keys and values [PG, BS, heads, width] for each layer: PG blocks of BS tokens.
+    """Keys and values [PG, BS, heads, width] of each layer: PG blocks of BS tokens.
 
-    Where the layout keeps values as the leading part of keys, they are views of that memory. With a `folder` the
-    memory is a file there, mapped; it has no name any more, so the system takes it back when the process ends.
+    If the layout stores values as the leading part of keys, they are views of the keys' memory. With a `folder` the
+    memory is an unlinked file there, mapped into the process: the system frees it when the process ends, however it
+    ends.
     """
 
     def __init__(
@@ -45,9 +48,9 @@ class KVPool:
         self.values = [keys[..., : shape.v[1]] for keys in self.keys] if shape.is_shared else zeros(shape.v)
 
     def like(self, num_blocks: int, device: torch.device, folder: Path | None = None) -> "KVPool":
-        """Another pool for the same KV, of `num_blocks` blocks."""
+        """A new pool of `num_blocks` blocks with this pool's layers, block size, shape and element type."""
         dtype = self.keys[0].dtype
-        return KVPool(self.num_layers, num_blocks, self.block_size, self.shape, dtype, device, folder)
+        return KVPool(self.num_layers, num_blocks, self.block_size, self.shape, dtype, device, folder=folder)
 
     @property
     def device(self) -> torch.device:
@@ -58,12 +61,12 @@ class KVPool:
         return sum(tensor.nbytes for tensor in (*self.keys, *(() if self.shape.is_shared else self.values)))
 
     def layers(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Every layer's number, keys and values."""
+        """Yields the number, the keys and the values of every layer."""
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             yield layer, keys, values
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
-        """The caches by the names that graphs use for them."""
+        """The caches by their names in graphs."""
         tensors = {}
         for layer, keys, values in self.layers():
             tensors[f"layers.{layer}.k_cache"] = keys
@@ -71,8 +74,18 @@ class KVPool:
         return tensors
 
 
+def make_pool(model: Model, num_blocks: int, block_size: int) -> KVPool:
+    """An empty pool for the model's KV, on the model's device."""
+    shape = model.layout.cache(model.config)
+    return KVPool(model.config.L, num_blocks, block_size, shape, model.dtype, model.device)
+
+
 def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On the CPU the system gives a page of zeros when it is first touched: a pool costs what is used of it."""
+    """A tensor of zeros; on the CPU its pages are allocated on first use.
+
+    NumPy's zeros come from calloc, which maps zero pages lazily, so a pool occupies only the memory that is in use.
+    torch.zeros writes every page.
+    """
     if device.type != "cpu":
         return torch.zeros(sizes, dtype=dtype, device=device)
     num_bytes = math.prod(sizes) * dtype.itemsize
@@ -82,7 +95,9 @@ def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _mapped(folder: Path, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros over a nameless file in the folder. Raises OSError where the disk has no room for it."""
+    """A tensor of zeros over an unlinked file in the folder. Raises OSError if the disk has too little room."""
+    # The mapping keeps the file alive after its name is removed. posix_fallocate reserves the room now: with a sparse
+    # file a full disk would show as SIGBUS in the middle of a copy.
     with tempfile.NamedTemporaryFile(dir=folder, prefix="kv-") as file:
         os.posix_fallocate(file.fileno(), 0, math.prod(sizes) * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=math.prod(sizes), dtype=dtype).view(sizes)

@@ -1,4 +1,4 @@
-"""What the engine gives back for a request, under vLLM's names."""
+"""Outputs of the engine for a request, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sageLLM.runtime.text.stop import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """The natural-log probability of one token; `rank` 1 is the likeliest token of the vocabulary."""
+    """The natural logarithm of one token's probability; `rank` 1 is the likeliest token of the vocabulary."""
 
     logprob: float
     rank: int
@@ -19,7 +19,7 @@ class Logprob:
 
 
 TokenLogprobs: TypeAlias = Mapping[int, Logprob]
-"""One position: the token that stands there, and the likeliest ones, by token id."""
+"""The log-probabilities at one position by token id: of the token there, and of the likeliest ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class RequestMetrics:
 
     @property
     def ttft(self) -> float | None:
-        """Time to first token in seconds; None before it has come."""
+        """Time to first token in seconds; None before the first token."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
     @property
@@ -75,9 +75,9 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request's state as far as it has come; `prompt_logprobs[0]` is None, as nothing precedes the first token.
+    """The output of a request so far; `prompt_logprobs[0]` is None, as nothing precedes the first token.
 
-    `num_cached_tokens` of the prompt were found in the prefix cache and not computed.
+    `num_cached_tokens` counts the prompt tokens that the prefix cache held, so that they were not computed.
     """
 
     request_id: str

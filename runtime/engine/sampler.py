@@ -1,12 +1,12 @@
-"""Chooses the next token of every sequence in a batch from its logits.
+"""Samples the next token of every sequence in a batch from its logits.
 
-Letters in names: B sequences, V vocabulary entries, K likeliest tokens reported. The order of the steps is vLLM's:
-banned ids and biases, penalties, then for greedy rows the argmax, for the others temperature, min-p, top-k, top-p and
-a draw. Logprobs are those of the raw logits, before all of that.
+Dimensions in names: B sequences, R random or scored rows, V vocabulary entries, K likeliest tokens reported. The steps
+have vLLM's order: banned ids and biases, penalties, then the argmax for greedy rows, and temperature, min-p, top-k,
+top-p and a draw for the others. Log-probabilities are those of the raw logits, before all of these steps.
 
 The draw inverts the cumulative distribution at one uniform number, which is a hash of (seed, answer index, position).
-So it needs no generator state, is the same on every device, does not see the neighbours in the batch, and a sequence
-that is preempted and replayed draws the same tokens again. (A Gumbel draw would need V random numbers a row.)
+It therefore requires no generator state, is the same on every device and in every batch, and a sequence that is
+preempted and replayed draws the same tokens again. (Gumbel sampling would need V random numbers per row.)
 """
 
 from __future__ import annotations
@@ -26,17 +26,22 @@ from sageLLM.runtime.engine.outputs import Logprob
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 
 NUM_TOP_P_CANDIDATES = 1024
-"""Top-p looks at this many likeliest tokens first and sorts the whole vocabulary only if they carry less than p."""
+"""Top-p takes this many likeliest tokens first, and sorts the whole vocabulary only if their mass is less than p.
+
+A topk of 1024 is several times faster than a sort of 128k entries, and trained models rarely need more for p < 1.
+"""
 
 DRAW_BLOCK_LEN = 256
+"""Tokens per block of the two-level search in `invert_cdf`."""
 
 
 @dataclass(slots=True)
 class SequenceSampling:
-    """What the sampler knows of one sequence; the engine owns the two lists and appends each new token.
+    """Sampling state of one sequence. The engine owns both token lists and appends each new token.
 
-    `stop_ids` are the ids that may not come before `params.min_tokens` tokens are out: stop ids and, unless they are
-    ignored, the end-of-sequence ids. `answer_index` tells the `n` answers of one request apart.
+    `stop_ids` are banned until `params.min_tokens` tokens are generated: stop ids and, unless they are ignored, the
+    end-of-sequence ids. `answer_index` distinguishes the `n` answers of one request, so that they draw differently from
+    the same seed.
     """
 
     params: SamplingParams
@@ -46,7 +51,7 @@ class SequenceSampling:
     answer_index: int = 0
     seed: int = field(init=False)
     is_plain_greedy: bool = field(init=False)
-    """The likeliest token is the answer: nothing adjusts the logits, no log-probabilities are wanted."""
+    """Whether the graph's argmax is the answer: the logits are not adjusted and no log-probabilities are requested."""
 
     def __post_init__(self) -> None:
         params = self.params
@@ -62,14 +67,14 @@ class SequenceSampling:
         """The number in [0, 1) that decides the next token."""
         key = struct.pack("<qqq", self.seed, self.answer_index, len(self.output_token_ids))
         bits = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        return (bits >> 11) * 2.0**-53
+        return (bits >> 11) * 2.0**-53  # a float64 holds 53 bits exactly, so the result cannot round up to 1
 
 
 class SamplingBatch:
-    """The sequences of one sampling step, row by row, with their constant parameters as tensors.
+    """The sequences of one sampling step, one per row, with their constant parameters as tensors.
 
-    A batch may be used again while the same sequences stay in it: positions and penalties are read from the
-    sequences at each `sample`.
+    A batch can be reused while it holds the same sequences: positions and penalties are read from the sequences at
+    each `sample`.
     """
 
     def __init__(self, sequences: Iterable[SequenceSampling], device: torch.device | str = "cpu") -> None:
@@ -95,7 +100,7 @@ class SamplingBatch:
 
 
 class ScoredTokens(NamedTuple):
-    """R tokens with their raw log-probabilities and ranks, and the K likeliest tokens beside each."""
+    """R tokens with their raw log-probabilities and ranks, and the K likeliest tokens of each row."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -104,14 +109,14 @@ class ScoredTokens(NamedTuple):
     top_logprobs: list[list[float]]
 
     def row(self, i: int) -> ScoredTokens:
-        """Row i on its own."""
+        """Row i alone."""
         s = slice(i, i + 1)
         return ScoredTokens(self.token_ids[s], self.logprobs[s], self.ranks[s], self.top_ids[s], self.top_logprobs[s])
 
     def as_dict(self, row: int, num_top: int, decode: Callable[[int], str]) -> dict[int, Logprob]:
-        """The row's own token first, then the `num_top` likeliest, each with `decode(token_id)` as its text."""
-        own = self.token_ids[row]
-        entries = {own: Logprob(self.logprobs[row], self.ranks[row], decode(own))}
+        """The row's token, then the `num_top` likeliest ones, each with `decode(token_id)` as its text."""
+        token = self.token_ids[row]
+        entries = {token: Logprob(self.logprobs[row], self.ranks[row], decode(token))}
         tops = zip(self.top_ids[row][:num_top], self.top_logprobs[row][:num_top], strict=True)
         for rank, (token_id, logprob) in enumerate(tops, start=1):
             entries.setdefault(token_id, Logprob(logprob, rank, decode(token_id)))
@@ -121,8 +126,8 @@ class ScoredTokens(NamedTuple):
 class SampledTokens(NamedTuple):
     """The result of one step.
 
-    token_ids i64[B]; logprobs: one `ScoredTokens` of one row for each batch row that asks for it, keyed by batch row;
-    failed: rows whose logits hold NaN or no finite maximum: their token id means nothing and the request must end.
+    token_ids i64[B]; logprobs: a `ScoredTokens` of one row for each batch row that requests it, keyed by batch row;
+    failed: rows with a NaN or without a finite maximum. Their token id is meaningless and their request must end.
     """
 
     token_ids: Tensor
@@ -131,9 +136,9 @@ class SampledTokens(NamedTuple):
 
 
 def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampledTokens:
-    """One token for every row of logits f32[B, V]; the logits are left as they are."""
+    """Samples one token for every row of logits f32[B, V]; the logits are not changed."""
     if logits_BV.shape[0] != len(batch):
-        raise AssertionError(f"sample: {logits_BV.shape[0]} rows of logits for {len(batch)} sequences")
+        raise AssertionError(f"sample: expected {len(batch)} rows of logits, got {logits_BV.shape[0]}")
     raw = logits_BV.float()
     adjusted = adjust_logits(raw, batch) if batch.adjusts else raw
     highest, token_ids = adjusted.max(dim=-1)
@@ -158,29 +163,34 @@ def adjust_logits(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _apply_penalties(logits_V: Tensor, sequence: SequenceSampling) -> None:
-    """In place. Repetition (CTRL, arXiv 1909.05858) sees prompt and answer; frequency and presence see the answer."""
+    """Applies the penalties in place.
+
+    Repetition (CTRL, arXiv 1909.05858) counts prompt and answer, frequency and presence (OpenAI) the answer only.
+    """
     params, vocab_size = sequence.params, logits_V.shape[0]
     if params.repetition_penalty != 1.0:
-        seen = _rows([*set(sequence.prompt_token_ids), *set(sequence.output_token_ids)], logits_V)
-        values = logits_V[seen]
+        used = _rows([*set(sequence.prompt_token_ids), *set(sequence.output_token_ids)], logits_V)
+        values = logits_V[used]
         factor = params.repetition_penalty
-        logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
+        # Dividing a negative logit would raise it, so the factor is applied towards lower values on both sides of 0.
+        logits_V[used] = torch.where(values > 0, values / factor, values * factor)
     if sequence.output_token_ids:
         counts = torch.bincount(_rows(sequence.output_token_ids, logits_V), minlength=vocab_size)
         logits_V -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
 
 def draw_tokens(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
-    """Tokens i64[R] drawn for the batch's random rows from their adjusted logits f32[R, V]."""
+    """Draws tokens i64[R] for the batch's random rows from their adjusted logits f32[R, V]."""
     kept = filter_logits(scale_by_temperature(logits_RV, batch.temperature), batch)
     uniforms = [batch.sequences[i].uniform() for i in batch.random_rows]
     return invert_cdf(kept.exp(), torch.tensor(uniforms, dtype=torch.float64, device=kept.device))
 
 
 def invert_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-    """For each row the first token whose cumulative weight is above uniform * total; sums are float64.
+    """The first token of each row with a cumulative weight above uniform * total, i64[R].
 
-    In two levels, blocks of tokens and tokens of one block, as a cumulative sum over a whole row is slow.
+    Sums are float64: in float32 the total of 128k weights is off by more than a rare token's weight. The search has two
+    levels, blocks of tokens and tokens of one block, because a cumulative sum over a whole row is slow.
     """
     num_rows, vocab_size = weights_RV.shape
     blocks = pad(weights_RV, (0, -vocab_size % DRAW_BLOCK_LEN)).view(num_rows, -1, DRAW_BLOCK_LEN)
@@ -195,7 +205,7 @@ def invert_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
 
 def _first_above(cdf_RC: Tensor, target_R1: Tensor) -> tuple[Tensor, Tensor]:
     """The first index with cdf > target, i64[R], and the sum before it, f64[R, 1]."""
-    # Just below the total at most, or rounding could step past the last entry that has any weight.
+    # The target is kept just below the total: rounding could otherwise step past the last entry with any weight.
     total = cdf_RC[:, -1:]
     target = torch.minimum(target_R1, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cdf_RC, target, right=True).clamp_(max=cdf_RC.shape[1] - 1)
@@ -204,18 +214,18 @@ def _first_above(cdf_RC: Tensor, target_R1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_by_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
-    """(logits - max) / temperature: the maximum comes out as 0, so no temperature, however small, makes a NaN."""
+    """(logits - max) / temperature, f32[R, V]. The maximum becomes 0, so even a tiny temperature cannot make a NaN."""
     return (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R.unsqueeze(1)
 
 
 def filter_logits(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
-    """Puts at -inf what min-p, top-k and top-p exclude, given logits whose maximum in each row is 0.
+    """Sets the logits that min-p, top-k and top-p exclude to -inf; the maximum of each row must be 0.
 
-    Tokens of equal logit are kept or excluded together. The likeliest token is always kept.
+    Tokens of equal logits are kept or excluded together. The likeliest token is always kept.
     """
     kept = logits_RV
     if batch.uses_min_p:
-        # p < min_p * p_max; both sides over p_max, which is exp(0).
+        # p < min_p * p_max, both sides divided by p_max; the largest weight is exp(0) = 1.
         kept = kept.masked_fill(kept.exp() < batch.min_p.unsqueeze(1), -torch.inf)
     if batch.max_top_k:
         kept = kept.masked_fill(kept < _top_k_threshold(kept, batch), -torch.inf)
@@ -233,7 +243,11 @@ def _top_k_threshold(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _top_p_threshold(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
-    """The lowest kept logit, [R, 1]: a token stays if the likelier ones carry less than p (arXiv 1904.09751)."""
+    """The lowest kept logit, [R, 1]: a token stays if the mass of the likelier ones is less than p (arXiv 1904.09751).
+
+    For a row with top-k the candidates are the kept tokens; for the others NUM_TOP_P_CANDIDATES. Only rows in which
+    these do not reach p are sorted.
+    """
     total = logits_RV.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
     num_candidates = min(batch.max_top_k if batch.all_top_k else NUM_TOP_P_CANDIDATES, logits_RV.shape[1])
     highest = torch.topk(logits_RV, num_candidates, dim=-1).values
@@ -246,33 +260,33 @@ def _top_p_threshold(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _nucleus(highest_RC: Tensor, total_R1: Tensor, top_p_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest kept value [R, 1] among descending logits, and whether they reach p, bool[R]."""
+    """The lowest kept value [R, 1] among descending logits, and whether their mass reaches p, bool[R]."""
     probs = highest_RC.exp().double() / total_R1
-    carried = probs.cumsum(dim=-1)
-    kept = carried - probs < top_p_R.unsqueeze(1)
+    mass = probs.cumsum(dim=-1)
+    kept = mass - probs < top_p_R.unsqueeze(1)
     kept[:, 0] = True
     threshold = highest_RC.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)
-    return threshold, carried[:, -1] >= top_p_R
+    return threshold, mass[:, -1] >= top_p_R
 
 
 def score_tokens(logits_RV: Tensor, token_ids: Tensor, num_top: int) -> ScoredTokens:
     """Raw log-probabilities of token_ids i64[R] and of the `num_top` likeliest tokens under logits [R, V]."""
     logprobs = torch.log_softmax(logits_RV.float(), dim=-1)
-    own = logprobs.gather(1, token_ids.unsqueeze(1))
-    ranks = (logprobs > own).sum(dim=-1) + 1
+    of_tokens = logprobs.gather(1, token_ids.unsqueeze(1))
+    ranks = (logprobs > of_tokens).sum(dim=-1) + 1
     top = torch.topk(logprobs, min(num_top, logprobs.shape[1]), dim=-1)
     return ScoredTokens(
-        token_ids.tolist(), own.squeeze(1).tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist()
+        token_ids.tolist(), of_tokens.squeeze(1).tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist()
     )
 
 
 def prompt_logprobs(
     logits_RV: Tensor, next_token_ids: Sequence[int], num_top: int, decode: Callable[[int], str]
 ) -> list[dict[int, Logprob]]:
-    """One entry for each row: what the model expected there, given `next_token_ids[r]`, the prompt token after row r.
+    """The log-probabilities at each row, given `next_token_ids[r]`, the prompt token after row r.
 
-    A whole prompt of P tokens gives P-1 rows; the caller puts None before them for the first token. Chunks of a
-    prompt may be scored one after the other.
+    A whole prompt of P tokens has P-1 rows; the caller puts None before them for the first token. Chunks of a prompt
+    can be scored one after another.
     """
     scored = score_tokens(logits_RV, _rows(next_token_ids, logits_RV), num_top)
     return [scored.as_dict(row, num_top, decode) for row in range(len(next_token_ids))]

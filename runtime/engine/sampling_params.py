@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen: vLLM's `SamplingParams`, with every field checked on creation."""
+"""Sampling parameters of a request: vLLM's `SamplingParams`, with every field checked on creation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS_ENTRIES = 1024
 MAX_LOGIT_BIAS = 100.0
 GREEDY_BELOW = 1e-5
-"""A temperature below this means greedy sampling (vLLM's `_SAMPLING_EPS`)."""
+"""The temperature below which sampling is greedy (vLLM's `_SAMPLING_EPS`)."""
 
 _SHOWN_LEN = 60
 
@@ -32,8 +32,8 @@ _SHOWN_LEN = 60
 class SamplingParams:
     """One request's sampling parameters; names, defaults and meanings are vLLM's.
 
-    Raises `SamplingParamsError` naming the field, the value and the allowed range. `top_k` 0 and -1 both mean off
-    and are kept as 0; `seed` -1 means None; `stop` and `stop_token_ids` are kept as tuples.
+    Raises `SamplingParamsError` with the field, the allowed range and the value. `top_k` 0 and -1 both mean off and are
+    stored as 0; `seed` -1 means None; `stop` and `stop_token_ids` are stored as tuples.
     """
 
     n: int = 1
@@ -65,11 +65,11 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _refusal("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
         if self.is_greedy and self.n > 1:
-            raise _refusal("n", self.n, "1 when temperature is 0, as greedy answers are all the same")
+            raise _refusal("n", self.n, "1 when temperature is 0, as all greedy answers are the same")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> SamplingParams:
-        """The parameters named in a request's body; an unknown name is refused by name."""
+        """The parameters in a request's body. Raises SamplingParamsError for an unknown name."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
@@ -98,11 +98,11 @@ _Check = Callable[[str, object], object]
 
 
 def _refusal(name: str, value: object, must: str) -> SamplingParamsError:
-    return SamplingParamsError(f"{name} is {_show(value)}; it must be {must}", param=name.partition("[")[0])
+    return SamplingParamsError(f"{name} must be {must}, got {_show(value)}", param=name.partition("[")[0])
 
 
 def _show(value: object) -> str:
-    # Python refuses to print an int of more than 4300 digits, so a long one is described, not printed.
+    # Python raises ValueError on printing an int of more than 4300 digits.
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str | int | float | None):
@@ -139,7 +139,7 @@ def _as_float(value: Real) -> float:
 
 
 def _integer(low: int, high: int, also: Mapping[int, int | None] | None = None) -> _Check:
-    """Checks the range; `also` lists further values that are accepted, with what each one is kept as."""
+    """Checks the range; `also` maps further accepted values to the value that is stored for each."""
     accepted = also or {}
     extra = "".join(f", or {value}" for value in accepted if not low <= value <= high)
 
@@ -171,7 +171,7 @@ def _stop_strings(name: str, value: object) -> tuple[str, ...]:
         return ()
     strings: Sequence[object] = (value,) if isinstance(value, str) else _sequence(name, value, "a string or a list")
     if len(strings) > MAX_STOP_STRINGS:
-        raise SamplingParamsError(f"{name} has {len(strings)} strings; at most {MAX_STOP_STRINGS} are allowed", name)
+        raise SamplingParamsError(f"{name} must have at most {MAX_STOP_STRINGS} strings, got {len(strings)}", name)
     return tuple(_stop_string(f"{name}[{i}]", string) for i, string in enumerate(strings))
 
 
@@ -187,7 +187,7 @@ def _stop_token_ids(name: str, value: object) -> tuple[int, ...]:
         return ()
     ids = _sequence(name, value, "a list of token ids")
     if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise SamplingParamsError(f"{name} has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed", name)
+        raise SamplingParamsError(f"{name} must have at most {MAX_STOP_TOKEN_IDS} ids, got {len(ids)}", name)
     return tuple(_token_id(f"{name}[{i}]", token_id) for i, token_id in enumerate(ids))
 
 
@@ -210,9 +210,7 @@ def _logit_bias(name: str, value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise _refusal(name, value, "a mapping from token id to number")
     if len(value) > MAX_LOGIT_BIAS_ENTRIES:
-        raise SamplingParamsError(
-            f"{name} has {len(value)} entries; at most {MAX_LOGIT_BIAS_ENTRIES} are allowed", name
-        )
+        raise SamplingParamsError(f"{name} must have at most {MAX_LOGIT_BIAS_ENTRIES} entries, got {len(value)}", name)
     biases = {}
     for token_id, bias in value.items():
         key = _token_id(f"{name}[{_show(token_id)}]", token_id)

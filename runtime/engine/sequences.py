@@ -1,5 +1,6 @@
-"""What the engine remembers of a request beside its place in the scheduler: sampling, text, log-probabilities."""
+"""The engine's state of a request besides the scheduler's: sampling, text and log-probabilities of each answer."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,14 +10,15 @@ from sageLLM.runtime.engine.outputs import CompletionOutput, Logprob, RequestMet
 from sageLLM.runtime.engine.sampler import SequenceSampling, prompt_logprobs
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import Chunk, Request
-from sageLLM.runtime.text.stop import SequenceText
+from sageLLM.runtime.text.detokenizer import Decoder
+from sageLLM.runtime.text.stop import SequenceText, StopRules
 
 TokenText = Callable[[int], str]
 
 
 @dataclass(slots=True)
 class Sequence:
-    """One of a request's `n` answers: the scheduler's request, and how its tokens are chosen and shown."""
+    """One of the `n` answers to a request: the scheduler's request with its sampling state and its text."""
 
     index: int
     group: "RequestGroup" = field(repr=False)
@@ -30,20 +32,20 @@ class Sequence:
         return self.text.finish_reason is not None
 
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
-        """Takes the step's new token; `is_finished` may be true afterwards."""
+        """Appends the step's new token; `is_finished` may be true afterwards."""
         self.request.output_token_ids.append(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         self.text.append(token_id)
 
     def output(self) -> CompletionOutput:
-        wants = self.sampling.params.logprobs is not None
+        has_logprobs = self.sampling.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
             text=self.text.text,
             token_ids=tuple(self.request.output_token_ids),
-            cumulative_logprob=self._cumulative_logprob() if wants else None,
-            logprobs=tuple(self.logprobs) if wants else None,
+            cumulative_logprob=self._cumulative_logprob() if has_logprobs else None,
+            logprobs=tuple(self.logprobs) if has_logprobs else None,
             finish_reason=self.text.finish_reason,
             stop_reason=self.text.stop_reason,
         )
@@ -55,7 +57,7 @@ class Sequence:
 
 @dataclass(slots=True)
 class RequestGroup:
-    """A request as the user made it: one prompt, `n` sequences, one output."""
+    """A user's request: one prompt, `n` sequences, one output."""
 
     request_id: str
     prompt: str | None
@@ -71,9 +73,10 @@ class RequestGroup:
         return all(sequence.is_finished for sequence in self.sequences)
 
     def rows_to_score(self, chunk: Chunk) -> list[int]:
-        """The prompt positions in the chunk whose logits are still wanted for `prompt_logprobs`.
+        """The prompt positions of the chunk with logits that `prompt_logprobs` still requires.
 
-        Only the first sequence scores, and a chunk that is computed again after a preemption is not scored again.
+        Only the first sequence scores the prompt. A chunk that is computed again after a preemption is not scored
+        again.
         """
         if self.params.prompt_logprobs is None or chunk.request is not self.sequences[0].request:
             return []
@@ -81,7 +84,7 @@ class RequestGroup:
         return [position for position in range(chunk.start, end) if position + 1 not in self.scored]
 
     def score_prompt(self, positions: list[int], logits_RV: Tensor, token_text: TokenText) -> None:
-        """Notes what the model expected after each prompt position, given its rows of logits."""
+        """Records the log-probabilities of the prompt tokens after `positions`, from the logits of those positions."""
         following = [self.prompt_token_ids[position + 1] for position in positions]
         entries = prompt_logprobs(logits_RV, following, self.params.prompt_logprobs or 0, token_text)
         self.scored |= {position + 1: entry for position, entry in zip(positions, entries, strict=True)}
@@ -100,3 +103,36 @@ class RequestGroup:
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
         )
+
+
+def make_group(
+    group_id: str,
+    prompt: str | None,
+    token_ids: list[int],
+    params: SamplingParams,
+    rules: StopRules,
+    decoder: Decoder | None,
+) -> RequestGroup:
+    """The group of a checked request with its `n` sequences; all but the first are forks of the first."""
+    group = RequestGroup(group_id, prompt, tuple(token_ids), params, RequestMetrics(arrival_time=time.monotonic()))
+    first: Request | None = None
+    for index in range(params.n):
+        scores_prompt = index == 0 and params.prompt_logprobs is not None
+        request = Request(
+            request_id=f"{group_id}/{index}",
+            prompt_token_ids=token_ids,
+            max_new_tokens=rules.max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k or -1,
+            arrival_time=group.metrics.arrival_time,
+            # Scoring needs the logits of every prompt position. A unique salt prevents prefix cache hits, which would
+            # skip them.
+            salt=f"prompt_logprobs {group_id}" if scores_prompt else "",
+            fork_of=first,
+        )
+        first = first or request
+        sampling = SequenceSampling(params, token_ids, request.output_token_ids, rules.banned_before_min_tokens, index)
+        text = SequenceText(decoder, rules, params.skip_special_tokens)
+        group.sequences.append(Sequence(index, group, request, sampling, text))
+    return group

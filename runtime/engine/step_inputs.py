@@ -1,8 +1,8 @@
-"""Makes the tensors that a step's graph reads from what the scheduler planned, in buffers that are kept.
+"""Builds the input tensors of a step's graph from the scheduler's plan, in buffers that are reused.
 
-Rows are tokens: the decodes first, then the chunks' tokens one after another. Names and types are those of
-`specs/inputs.yaml`. A steady decode step computes positions and slots from arrays: while the same requests decode,
-their block tables stay, and only who begins a block gets it entered.
+Rows are tokens: the decodes first, then the tokens of each chunk. Names and types are those of `specs/inputs.yaml`.
+While the same requests decode, positions and slots are computed as arrays and block tables are kept; only a request
+that begins a block gets a new entry.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,10 @@ MAX_KEPT_VIEWS = 256
 
 
 class StepInputs:
-    """The inputs of one worker's steps. What `make` gives is valid until it is called again.
+    """The inputs of one worker's steps. The tensors that `make` returns are valid until its next call.
 
-    `max_blocks` is the length of the longest block table, and of every row here, so that the tables keep their shape.
+    `max_blocks` is the length of the longest possible block table and the width of every row, so that the table's shape
+    depends on the number of sequences only: plans and CUDA graphs are reused as contexts grow.
     """
 
     def __init__(self, block_size: int, max_blocks: int, device: torch.device) -> None:
@@ -36,16 +37,16 @@ class StepInputs:
         self._reserve(1, 1)
 
     def make(self, decodes: Batch | None, chunks: Sequence[Chunk], rows: Sequence[int]) -> Inputs:
-        """`rows` are the token rows whose logits are wanted."""
+        """The inputs of a step with these decodes and chunks; `rows` are the token rows that need logits."""
         num_decodes = 0 if decodes is None else len(decodes.requests)
         num_tokens = num_decodes + sum(chunk.num_tokens for chunk in chunks)
         num_sequences = num_decodes + len(chunks)
         self._reserve(max(num_tokens, len(rows)), num_sequences)
         if decodes is not None:
-            assert isinstance(decodes, DecodeStepBatch), "the scheduler plans decodes as one roster"
+            assert isinstance(decodes, DecodeStepBatch), "the scheduler plans decodes as one DecodeStepBatch"
             self._put_decodes(decodes)
         else:
-            self._offsets = None  # the chunks take the rows of the decodes before
+            self._offsets = None  # the chunks overwrite the rows of the last decodes
         token = num_decodes
         for sequence, chunk in enumerate(chunks, start=num_decodes):
             self._put_chunk(chunk, sequence, token)
@@ -55,19 +56,20 @@ class StepInputs:
 
     def _put_decodes(self, batch: DecodeStepBatch) -> None:
         n, size = len(batch.requests), self._block_size
+        # The scheduler keeps one list of offsets while the same requests decode, so its identity is the test for that.
         if batch.offsets is not self._offsets:
-            self._take_roster(batch)
+            self._start_decodes(batch)
         positions = np.add(self._first, batch.tick, out=self._pos[:n])
-        blocks, places = np.divmod(positions, size)
-        for i in np.flatnonzero(places == 0).tolist():
+        blocks, offsets = np.divmod(positions, size)
+        for i in np.flatnonzero(offsets == 0).tolist():
             self._block_table[i, blocks[i]] = batch.requests[i].kv_block_ids[blocks[i]]
         self._ids[:n] = [_last_token(request) for request in batch.requests]
-        self._slots[:n] = self._block_table[self._counts[:n], blocks] * size + places
+        self._slots[:n] = self._block_table[self._counts[:n], blocks] * size + offsets
         np.add(positions, 1, out=self._seq_lens[:n])
         self._q_start[: n + 1] = self._counts[: n + 1]
 
-    def _take_roster(self, batch: DecodeStepBatch) -> None:
-        """Other requests decode than in the step before."""
+    def _start_decodes(self, batch: DecodeStepBatch) -> None:
+        """Takes positions and block tables of requests that differ from those of the last decode step."""
         self._offsets = batch.offsets
         self._first = np.array(batch.offsets, np.int32)
         for i, request in enumerate(batch.requests):
@@ -81,18 +83,22 @@ class StepInputs:
         self._seq_lens[sequence] = last
         self._q_start[sequence : sequence + 2] = token, end
         self._put_table(sequence, chunk.request)
-        blocks, places = np.divmod(self._pos[token:end], size)
-        self._slots[token:end] = self._block_table[sequence, blocks] * size + places
+        blocks, offsets = np.divmod(self._pos[token:end], size)
+        self._slots[token:end] = self._block_table[sequence, blocks] * size + offsets
 
     def _put_table(self, sequence: int, request: Request) -> None:
-        """The rest of the row keeps blocks of others, which masking keeps from being read."""
+        """Writes a row of the block table.
+
+        The rest of the row keeps block numbers of earlier sequences. Kernels never read them: they stop at seq_lens.
+        """
         blocks = request.kv_block_ids
         self._block_table[sequence, : len(blocks)] = blocks
 
     def _reserve(self, num_tokens: int, num_sequences: int) -> None:
-        """Makes the buffers large enough. Those of sequences have a row more than there are sequences, for q_start."""
+        """Grows the buffers to at least these sizes; those per sequence have one more row, for q_start."""
         if num_tokens <= self._num_tokens and num_sequences <= self._num_sequences:
             return
+        # Doubling keeps the number of reallocations, each of which changes the addresses in every plan, logarithmic.
         self._num_tokens = max(num_tokens, 2 * self._num_tokens)
         self._num_sequences = max(num_sequences, 2 * self._num_sequences)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(TOKEN_COLUMNS, (self._num_tokens,))
@@ -108,7 +114,10 @@ class StepInputs:
         self._views.clear()
 
     def _inputs(self, num_tokens: int, num_sequences: int, num_rows: int) -> Inputs:
-        """The parts of the buffers that the step uses; on another device, copies of them."""
+        """Views of the buffers in the sizes of the step; for another device, copies of them.
+
+        Views are kept, because slicing every tensor in each step costs several microseconds.
+        """
         key = num_tokens, num_sequences, num_rows
         inputs = self._views.get(key)
         if inputs is None:
@@ -124,7 +133,7 @@ class StepInputs:
 
 
 def chunk_tokens(chunk: Chunk) -> list[int]:
-    """The token ids of a chunk, out of the request's prompt followed by its outputs."""
+    """The token ids of a chunk: a range of the request's prompt followed by its outputs."""
     request, end = chunk.request, chunk.start + chunk.num_tokens
     split = request.num_prompt_tokens
     outputs = request.output_token_ids[max(0, chunk.start - split) : max(0, end - split)]

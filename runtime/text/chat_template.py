@@ -1,9 +1,9 @@
-"""Renders chat messages to a prompt with the checkpoint's Jinja template, in a process of its own with hard limits.
+"""Renders chat messages to a prompt with the checkpoint's Jinja template, in a child process with hard limits.
 
-The plain Jinja sandbox lets a template use all memory and time (`'a' * 10**8`, doubling a string in a loop, nested
-loops), inside single calls that no in-process watch can end. So the template runs in a child process whose memory is
-bounded, whose output is counted, and which is ended at a deadline. The child starts with the first rendering and is
-kept. Templates come from the checkpoint only: there is no way to pass one with a request.
+The Jinja sandbox alone lets a template use all memory and time (`'a' * 10**8`, doubling a string in a loop, nested
+loops), within single calls that a watchdog in the same process cannot interrupt. So the template runs in a child
+process with limited memory and output, which the parent kills at a deadline. The child starts with the first rendering
+and is kept. Templates come from the checkpoint only; a request cannot pass one.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ Message = Mapping[str, Any]
 MAX_TEMPLATE_LEN = 2**20
 START_SECONDS = 60.0
 _WORKER = Path(__file__).with_name("chat_template_worker.py")
-# The child gets what Python needs to start and the time zone, and none of the secrets that an environment may hold.
+# The variables that Python needs to start, and the time zone. An environment may hold secrets, which a template from a
+# checkpoint must not see.
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG")
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
-    """max_chars of output, max_bytes of the child's address space, seconds for one rendering."""
+    """Limits of one rendering: characters of output, bytes of the child's address space, seconds."""
 
     max_chars: int = 1_000_000
     max_bytes: int = 512 * 2**20
@@ -40,14 +41,17 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """One template, ready to render; threads may share it. `close` ends the child process, as does the end of ours."""
+    """One template, ready to render; threads can share it.
+
+    The child process ends with `close`, or with this process, whose end closes the child's stdin.
+    """
 
     def __init__(
         self, source: str, special_tokens: Mapping[str, str] | None = None, limits: TemplateLimits | None = None
     ) -> None:
         if len(source) > MAX_TEMPLATE_LEN:
             raise ChatTemplateError(
-                f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_LEN} are read"
+                f"the chat template must have at most {MAX_TEMPLATE_LEN} characters, got {len(source)}"
             )
         self._source = source
         self._special_tokens = dict(special_tokens or {})
@@ -61,7 +65,7 @@ class ChatTemplate:
             known = ", ".join(sorted(tokenizer.chat_templates)) or "none"
             raise ChatTemplateError(
                 f"the checkpoint has no chat template {name!r} (it has: {known}); "
-                "give a plain prompt, or add chat_template.jinja to the checkpoint"
+                "pass a plain prompt, or add chat_template.jinja to the checkpoint"
             )
         return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)
 
@@ -74,8 +78,11 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text; encode it with add_special_tokens=False. `variables` are further names for the template,
-        such as enable_thinking. All values must be JSON. Raises `ChatTemplateError`."""
+        """The prompt text; encode it with add_special_tokens=False.
+
+        `variables` are further names for the template, such as enable_thinking. All values must be JSON. Raises
+        ChatTemplateError if the template fails, rejects the messages, or exceeds a limit.
+        """
         values = {
             **self._special_tokens,
             **(variables or {}),
@@ -87,7 +94,7 @@ class ChatTemplate:
         try:
             line = json.dumps(values, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ChatTemplateError(f"the chat messages are not JSON: {error}") from None
+            raise ChatTemplateError(f"the chat messages must be JSON: {error}") from None
         return self._render_line(line)
 
     def _render_line(self, line: str) -> str:
@@ -122,15 +129,15 @@ def _explain(reply: Mapping[str, str], limits: TemplateLimits) -> str:
         case "too long":
             return f"the chat template wrote more than {limits.max_chars} characters"
         case "memory":
-            return f"the chat template needs more than {limits.max_bytes // 2**20} MiB of memory"
+            return f"the chat template requires more than {limits.max_bytes // 2**20} MiB of memory"
         case "refused":
-            return f"the chat template refuses these messages: {reply.get('message')}"
+            return f"the chat template rejects these messages: {reply.get('message')}"
         case _:
             return f"the chat template failed with {reply.get('message')}"
 
 
 class _ChildGoneError(Exception):
-    """The child was ended at its deadline, or ended itself."""
+    """The child was killed at its deadline, or exited."""
 
 
 class _Child:
@@ -142,7 +149,7 @@ class _Child:
     @classmethod
     def start(cls, source: str, limits: TemplateLimits) -> _Child:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        # -P: the folder of the script must not come first on the path, where a file of ours could hide a library's.
+        # -P keeps the script's folder off sys.path, where a module of this package could shadow a library.
         child = cls(
             subprocess.Popen(
                 [sys.executable, "-P", "-X", "utf8", str(_WORKER)],
@@ -174,7 +181,7 @@ class _Child:
             raise ChatTemplateError(_explain(reply, limits))
 
     def ask(self, line: str, seconds: float) -> dict[str, str]:
-        """Sends a line (none if empty) and gives the reply; a child that takes longer is killed."""
+        """Sends a line (none if empty) and returns the reply; kills a child that takes more than `seconds`."""
         if self._process.stdin is None or self._process.stdout is None:
             raise AssertionError("chat template child: no pipes")
         late = threading.Event()
@@ -196,8 +203,8 @@ class _Child:
         finally:
             timer.cancel()
         if not answer.endswith("\n"):
-            why = f"took longer than {seconds:g} s" if late.is_set() else "ended its process"
-            raise _ChildGoneError(f"the chat template {why}")
+            reason = f"took longer than {seconds:g} s" if late.is_set() else "ended its process"
+            raise _ChildGoneError(f"the chat template {reason}")
         reply: dict[str, str] = json.loads(answer)
         return reply
 

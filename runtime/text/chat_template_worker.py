@@ -1,7 +1,7 @@
-"""The process that renders a chat template: run as a script by `chat_template.py`, one JSON line in, one out.
+"""Child process that renders a chat template: a script of `chat_template.py`, one JSON line in, one out.
 
-A template is a program from a checkpoint. The sandbox keeps it from reaching Python; that it cannot take the memory
-or the time of the engine is seen to here by the limits of the process, and by the parent, which ends it when late.
+A template is a program from a checkpoint. The sandbox keeps it away from Python's internals, and the limits of this
+process keep it from taking the engine's memory; the parent enforces the deadline.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training; here it just shows them."""
+    """`{% generation %}...{% endgeneration %}`, which marks the assistant's text for training; rendered unchanged."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
@@ -35,7 +35,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 class SafeNamespace(jinja2.utils.Namespace):
-    """A namespace that takes no underscored name, so that nothing internal to Python can be put in place."""
+    """A namespace that rejects names with a leading underscore, so that a template cannot set Python's internals."""
 
     def __setitem__(self, name: str, value: object) -> None:
         if name.startswith("_"):
@@ -44,7 +44,7 @@ class SafeNamespace(jinja2.utils.Namespace):
 
 
 class OutputTooLongError(Exception):
-    """The rendered text has passed its limit."""
+    """The rendered text exceeds its limit."""
 
 
 class RefusedError(Exception):
@@ -66,7 +66,7 @@ def tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON; Jinja's own filter escapes HTML characters, which a prompt must not have."""
+    """Plain JSON. Jinja's built-in filter escapes HTML characters, which would change the prompt."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -92,7 +92,7 @@ def render(template: jinja2.Template, variables: dict[str, Any], max_chars: int)
 
 
 def describe(error: BaseException) -> dict[str, str]:
-    """The error as the reply that the parent turns into its own exception."""
+    """The reply for an error, which the parent turns into an exception."""
     if isinstance(error, OutputTooLongError):
         return {"error": "too long"}
     if isinstance(error, MemoryError):
@@ -100,12 +100,12 @@ def describe(error: BaseException) -> dict[str, str]:
     if isinstance(error, RefusedError):
         return {"error": "refused", "message": str(error)}
     line = getattr(error, "lineno", None)
-    place = f" (line {line})" if line else ""
-    return {"error": "failed", "message": f"{type(error).__name__}: {error}{place}"}
+    location = f" (line {line})" if line else ""
+    return {"error": "failed", "message": f"{type(error).__name__}: {error}{location}"}
 
 
 def limit_memory(max_bytes: int) -> None:
-    """No more address space than this; systems without `resource` (Windows) have the limits of time and output only."""
+    """Limits the address space. Systems without `resource` (Windows) only have the limits of time and output."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -114,7 +114,7 @@ def limit_memory(max_bytes: int) -> None:
 
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
-    """First line: template, max_chars, max_bytes. Each further line: the variables of one rendering."""
+    """Serves renderings. The first line has template, max_chars and max_bytes, each later one the variables."""
 
     def reply(value: object) -> None:
         replies.write(json.dumps(value) + "\n")

@@ -1,4 +1,4 @@
-"""Turns a growing list of token ids into growing text, without ever showing half a character."""
+"""Incremental detokenisation: decodes a growing list of token ids without emitting incomplete characters."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 16
-"""So many tokens may wait for a character to become whole (UTF-8 needs 4 bytes); then they are no character."""
+"""The most tokens that wait for a complete character. UTF-8 needs at most 4, so longer waits are invalid bytes."""
 MAX_UTF8_BYTES = 4
 
 
 class Decoder(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that detokenisation requires."""
 
     @property
     def special_ids(self) -> Set[int]: ...
@@ -21,12 +21,14 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    """The text of one sequence, token by token: the increments joined are the decoded whole.
+    """The text of one sequence, token by token: the increments joined are the text of all tokens decoded at once.
 
-    A token's text depends on its left neighbours (a leading space is dropped at the start, bytes join to characters),
-    so each step decodes a short window: `_ids[_context:_done]` has been given out already and is only there as left
-    context, `_ids[_done:]` is waiting. The one exception to the rule above: in a sentencepiece vocabulary with byte
-    fallback, bytes that turn out to be no UTF-8 after whole characters were given out do not take these back.
+    A token's text depends on its left neighbours: a leading space is dropped at the start of a text, and the bytes of a
+    character may be split over tokens. So each step decodes a short window. `_ids[_context:_done]` has been emitted and
+    serves as left context only; `_ids[_done:]` is pending. Decoding everything again for each token would be quadratic.
+
+    One exception to the first sentence: in a sentencepiece vocabulary with byte fallback, bytes that prove to be
+    invalid UTF-8 after complete characters were emitted do not change these characters any more.
     """
 
     def __init__(self, decoder: Decoder, skip_special_tokens: bool = True) -> None:
@@ -38,35 +40,37 @@ class Detokenizer:
         self._context_len = 0
 
     def append(self, token_id: int) -> str:
-        """The text that has become certain with this token, often "" while a character is incomplete."""
+        """The text that this token makes final, often "" while a character is incomplete."""
         if token_id in self._skipped:
             return ""
         self._ids.append(token_id)
         text = self._decode(self._context, len(self._ids))
+        # The library decodes an incomplete character as U+FFFD, so a text that ends with it may still change.
         if len(text) > self._context_len and not text.endswith(REPLACEMENT):
-            return self._give_out(text, len(self._ids))
+            return self._emit(text, len(self._ids))
         if len(self._ids) - self._done < MAX_HELD_TOKENS:
             return ""
         end = self._clean_end(text)
-        return self._give_out(self._decode(self._context, end), end)
+        return self._emit(self._decode(self._context, end), end)
 
     def extend(self, token_ids: Iterable[int]) -> str:
-        """What `append` gives for all these tokens; they are decoded in one go if that ends with a whole character."""
+        """The text of `append` for all these tokens, decoded in one call if they end with a complete character."""
         new = [token_id for token_id in token_ids if token_id not in self._skipped]
         text = self._decoder.decode(self._ids[self._context :] + new, skip_special_tokens=False)
         if len(text) <= self._context_len or text.endswith(REPLACEMENT):
             return "".join(map(self.append, new))
         self._ids += new
-        return self._give_out(text, len(self._ids))
+        return self._emit(text, len(self._ids))
 
     def flush(self) -> str:
-        """What is still held back, at the end of the sequence: an incomplete character comes out as U+FFFD."""
-        return self._give_out(self._decode(self._context, len(self._ids)), len(self._ids))
+        """The pending text at the end of the sequence; an incomplete character becomes U+FFFD."""
+        return self._emit(self._decode(self._context, len(self._ids)), len(self._ids))
 
     def _decode(self, start: int, end: int) -> str:
         return self._decoder.decode(self._ids[start:end], skip_special_tokens=False) if end > start else ""
 
-    def _give_out(self, text: str, end: int) -> str:
+    def _emit(self, text: str, end: int) -> str:
+        """Returns the new part of the decoded window, and makes `_ids[_done:end]` the left context of the next one."""
         new = text[self._context_len :]
         del self._ids[: self._done]
         self._context, self._done = 0, end - self._done
@@ -74,7 +78,10 @@ class Detokenizer:
         return new
 
     def _clean_end(self, text: str) -> int:
-        """The last place in the waiting tokens where no character is cut, leaving a tail that may yet become one."""
+        """The last position in the pending tokens that does not split a character.
+
+        The tokens after it, at most 3, may still be the beginning of a valid character.
+        """
         end = len(self._ids)
         for cut in range(end - 1, end - MAX_UTF8_BYTES, -1):
             if self._decode(self._context, cut) + self._decode(cut, end) == text:

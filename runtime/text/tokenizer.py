@@ -1,6 +1,6 @@
-"""Text to token ids and back, from the tokenizer files of a Hugging Face checkpoint folder.
+"""Converts text to token ids and back, with the tokenizer files of a Hugging Face checkpoint folder.
 
-Only JSON and plain text files are read; Python code or pickles that a checkpoint may hold beside them never are.
+Only JSON and plain text files are read, never Python code or pickles of the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from sageLLM.runtime.errors import TokenizerError
 MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_TEXT_LEN = 16 * 2**20
-"""Longest text, in characters, that `encode` takes."""
+"""The longest text, in characters, that `encode` accepts."""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerConfig:
-    """What the files beside tokenizer.json say.
+    """Settings from the files next to tokenizer.json.
 
-    special_tokens maps names such as "bos_token" to text; chat_templates maps names to Jinja sources, the usual one
-    being "default".
+    `special_tokens` maps names such as "bos_token" to text; `chat_templates` maps names to Jinja sources, the usual
+    name being "default".
     """
 
     special_tokens: Mapping[str, str]
@@ -38,11 +38,11 @@ class TokenizerConfig:
 class Tokenizer:
     """A tokenizer.json with its special tokens; `encode` and `decode` are those of the `tokenizers` library.
 
-    Whether `encode` adds a begin-of-sequence token is what the file's own post-processor says.
+    The file's post-processor decides whether `encode` adds a begin-of-sequence token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
-        # A checkpoint may ask for truncation or padding, which are for training: a prompt is never cut in silence.
+        # A checkpoint may configure truncation or padding, which are for training. A prompt must not be cut silently.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -55,8 +55,9 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, and what is there of tokenizer_config.json, special_tokens_map.json,
-        chat_template.jinja, generation_config.json and config.json. Raises `TokenizerError`."""
+        """Reads tokenizer.json and, if present, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
+        generation_config.json and config.json. Raises TokenizerError for a missing or damaged file.
+        """
         root = Path(folder)
         path = root / "tokenizer.json"
         if not path.is_file():
@@ -70,24 +71,24 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, added tokens included; the model's vocabulary may be padded beyond it."""
+        """The number of ids, added tokens included. The model's vocabulary may be larger (padded)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of the text; a rendered chat template wants add_special_tokens=False, as it writes its own."""
+        """The token ids of the text. Use add_special_tokens=False for a rendered chat template, which has its own."""
         if len(text) > MAX_TEXT_LEN:
-            raise TokenizerError(f"the text has {len(text)} characters; at most {MAX_TEXT_LEN} can be encoded")
+            raise TokenizerError(f"the text must have at most {MAX_TEXT_LEN} characters, got {len(text)}")
         try:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except (TypeError, UnicodeEncodeError):  # the library's two ways to refuse what UTF-8 cannot express
             raise TokenizerError(_not_utf8(text)) from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of the ids; ids beyond the vocabulary have none. Bytes that are no UTF-8 come out as U+FFFD."""
+        """The text of the ids; ids beyond the vocabulary have no text. Invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """One token on its own, as logprobs show it."""
+        """The text of one token alone, as in logprobs."""
         return self._backend.decode([token_id], skip_special_tokens=False)
 
     def _ids_of(self, names: Iterable[str]) -> frozenset[int]:
@@ -98,7 +99,7 @@ class Tokenizer:
 
 def _not_utf8(text: str) -> str:
     start = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
-    return f"the text holds {text[start]!r} at character {start}: half of a surrogate pair, which is no character"
+    return f"the text must be valid Unicode, got half of a surrogate pair ({text[start]!r}) at character {start}"
 
 
 def read_tokenizer_config(root: Path) -> TokenizerConfig:
@@ -119,7 +120,7 @@ def _missing(root: Path) -> str:
             f"{root} has a tokenizer.model but no tokenizer.json; convert it once with "
             "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    return f"{root} has no tokenizer.json; copy it from the model's page, or give prompts as token ids"
+    return f"{root} has no tokenizer.json; copy it from the model's page, or pass prompts as token ids"
 
 
 def _special_tokens(values: Mapping[str, object]) -> dict[str, str]:
@@ -154,7 +155,7 @@ def _eos_ids(root: Path, file_name: str) -> frozenset[int]:
 
 
 def _read_object(path: Path) -> dict[str, object]:
-    """The JSON object in the file; {} where there is no such file."""
+    """The JSON object in the file; {} if the file does not exist."""
     if not path.is_file():
         return {}
     text = _read_text(path)
@@ -163,7 +164,7 @@ def _read_object(path: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise TokenizerError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
 
 
@@ -178,7 +179,7 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise TokenizerError(f"{path} has {size} bytes; at most {limit} are read")
+            raise TokenizerError(f"{path} must have at most {limit} bytes, got {size}")
         return path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,10 @@ def test_token_types_are_looked_up(make_checkpoint: MakeCheckpoint) -> None:
         wanted = expected(folder, prompt, token_type_ids=torch.tensor([kind]))
         assert_close(row, wanted.last_hidden_state[0].mean(0))
     for wrong, message in (
-        ([[0]] * len(PROMPTS), "the prompt has 1 type ids for 5 tokens; give one for each"),
-        ([[2] * len(p) for p in PROMPTS], "a type id is 2; those of this model run from 0 to 1"),
-        ([[-1] * len(p) for p in PROMPTS], "a type id is -1; type ids are integers of at least 0"),
-        ([[0]], "1 lists of type ids for 6 prompts; give one for each"),
+        ([[0]] * len(PROMPTS), "expected one type id per token, got 1 for 5 tokens"),
+        ([[2] * len(p) for p in PROMPTS], "type ids must be from 0 to 1 for this model, got 2"),
+        ([[-1] * len(p) for p in PROMPTS], "type ids must be integers of at least 0, got -1"),
+        ([[0]], "expected one list of type ids per prompt, got 1 lists for 6 prompts"),
     ):
         with pytest.raises(PromptError) as caught:
             llm.embed(PROMPTS, type_ids=wrong)
@@ -158,7 +159,7 @@ def test_a_sentence_transformers_folder_says_how_to_pool(make_checkpoint: MakeCh
     with pytest.raises(SageError) as caught:
         load(tmp_path).embed([PROMPTS[3]])
     assert str(caught.value) == (
-        f"{config} asks for a pooling that is not computed here; choose by pooling=: model, first, last, mean, none"
+        f"{config} requests a pooling that is not supported; choose one with pooling=: model, first, last, mean, none"
     )
     (found,) = vectors(load(tmp_path), [PROMPTS[3]], pooling="first", normalize=False)
     assert_close(found, states[0])
@@ -169,22 +170,32 @@ def test_an_encoder_does_not_generate_and_says_so(make_checkpoint: MakeCheckpoin
     with pytest.raises(SageError) as caught:
         llm.generate([PROMPTS[0]])
     assert (
-        str(caught.value) == "bert gives embeddings, not text; call embed() instead of generate(), stream() or chat()"
+        str(caught.value)
+        == "bert computes embeddings, not text; call embed() instead of generate(), stream() or chat()"
     )
+
+
+UNKNOWN_POOLING = "pooling must be one of model, first, last, mean, none for bert, got 'max'"
 
 
 def test_what_cannot_be_embedded_is_refused(make_checkpoint: MakeCheckpoint) -> None:
     encoder, decoder = load(make_checkpoint("BertModel")), load(make_checkpoint("Llama"))
     assert len(vectors(encoder, [[5] * 256])) == 1, "all positions can be used, since nothing is generated"
     for call, message in (
-        (lambda: encoder.embed([[5] * 257]), "the prompt has 257 tokens; this model takes at most 256"),
-        (lambda: encoder.embed([[]]), "the prompt is empty; give at least one token"),
-        (lambda: encoder.embed([[199]]), "prompt token 0 is 199; token ids of this model run from 0 to 198"),
-        (lambda: encoder.embed([[5]], pooling="max"), "pooling is 'max'; bert has model, first, last, mean, none"),
-        (lambda: decoder.embed([[5]], pooling="model"), "pooling is 'model'; llama has first, last, mean, none"),
+        (lambda: encoder.embed([[5] * 257]), "the prompt must have at most 256 tokens for this model, got 257"),
+        (lambda: encoder.embed([[]]), "the prompt must have at least one token"),
+        (lambda: encoder.embed([[199]]), "prompt token 0 must be from 0 to 198 for this model, got 199"),
+        (
+            lambda: encoder.embed([[5]], pooling="max"),
+            "pooling must be one of model, first, last, mean, none for bert, got 'max'",
+        ),
+        (
+            lambda: decoder.embed([[5]], pooling="model"),
+            "pooling must be one of first, last, mean, none for llama, got 'model'",
+        ),
         (
             lambda: decoder.embed([[5]], type_ids=[[0]]),
-            "type ids were given, but llama does not tell kinds of tokens apart",
+            "type_ids must be None for llama, which has no token types",
         ),
     ):
         with pytest.raises(SageError) as caught:
@@ -200,7 +211,7 @@ def test_a_bare_decoder_embeds_and_does_not_generate(family: str, make_checkpoin
     assert llm.model.absent == ("lm_head",)
     for row, prompt in zip(vectors(llm, PROMPTS), PROMPTS, strict=True):
         assert_close(row, expected(folder, prompt).last_hidden_state[0, -1])
-    with pytest.raises(SageError, match=r"^\w+ without lm_head gives embeddings, not text; call embed"):
+    with pytest.raises(SageError, match=r"^\w+ without lm_head computes embeddings, not text; call embed"):
         llm.generate([PROMPTS[0]])
 
 
@@ -220,7 +231,7 @@ def test_an_encoder_may_lack_its_pooler_but_not_half_of_it(make_checkpoint: Make
     assert_close(found, expected(source, PROMPTS[4]).last_hidden_state[0].mean(0))
     with pytest.raises(SageError) as caught:
         llm.embed([PROMPTS[4]], pooling="model")
-    assert str(caught.value) == "pooling is 'model'; bert has first, last, mean, none"
+    assert str(caught.value) == "pooling must be one of first, last, mean, none for bert, got 'model'"
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -241,12 +252,23 @@ def test_the_command_prints_a_line_for_each_text(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     write_tokenizer(tmp_path)
     texts = ["a text", "another text texts"]
-    request = EmbedRequest(tmp_path, texts, "mean", True, "float32", "reference", None, ())
+    request = EmbedRequest(
+        model=tmp_path,
+        prompts=texts,
+        pooling="mean",
+        normalize=True,
+        dtype="float32",
+        kernels="reference",
+        max_model_len=None,
+        plugins=(),
+    )
     assert embed_prompts(request) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in lines] == texts
     for line, ids in zip(lines, ([2, 4, 5, 3], [2, 6, 5, 5, 7, 3]), strict=True):
         row = expected(source, ids).last_hidden_state[0].mean(0)
         assert_close(torch.tensor(line["embedding"]), torch.nn.functional.normalize(row, dim=0))
-    assert embed_prompts(EmbedRequest(tmp_path, texts, "max", None, "auto", "auto", None, ())) == 1
-    assert capsys.readouterr().err.endswith("pooling is 'max'; bert has model, first, last, mean, none\n")
+    assert embed_prompts(replace(request, pooling="max")) == 1
+    assert capsys.readouterr().err.endswith(
+        "pooling must be one of model, first, last, mean, none for bert, got 'max'\n"
+    )

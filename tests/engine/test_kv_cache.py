@@ -156,9 +156,12 @@ def test_a_tier_that_is_too_small_falls_back_to_recompute(plain: list[tuple[int,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"swap_space": -1}, "swap_space is -1; it must be a number of GiB, at least 0"),
-        ({"disk_space": "2"}, "disk_space is '2'; it must be a number of GiB, at least 0"),
-        ({"swap_space": 1e-9}, "swap_space is 1e-09 GiB, and one KV block takes 8192 bytes; give more, or 0 for none"),
+        ({"swap_space": -1}, "swap_space must be a number of GiB, at least 0, got -1"),
+        ({"disk_space": "2"}, "disk_space must be a number of GiB, at least 0, got '2'"),
+        (
+            {"swap_space": 1e-9},
+            "swap_space must hold at least one KV block of 8192 bytes, got 1e-09 GiB; raise it, or pass 0",
+        ),
     ],
 )
 def test_sizes_of_tiers_are_checked(options: dict[str, object], message: str) -> None:
@@ -168,7 +171,7 @@ def test_sizes_of_tiers_are_checked(options: dict[str, object], message: str) ->
 
 
 def test_swapping_wants_a_place() -> None:
-    with pytest.raises(SageError, match="there is nowhere to swap to; give swap_space or disk_space"):
+    with pytest.raises(SageError, match="requires a tier to swap to; set swap_space or disk_space"):
         LLM(MODEL, scheduler=PDSchedulerConfig(preemption_mode="swap"))
 
 
@@ -187,7 +190,7 @@ def test_blocks_survive_a_trip_through_every_tier(is_shared: bool, tmp_path: Pat
         keys.normal_()
         values.normal_()
     before = [keys.clone() for keys in pool.keys], [values.clone() for values in pool.values]
-    tiers = TieredPool(pool, {"host": 3, "disk": 2}, llm.pipeline, tmp_path)
+    tiers = TieredPool(pool, {"host": 3, "disk": 2}, llm.compiler, tmp_path)
     tiers.copy_tiers([TierCopy("a", "device", "host", [1, 3], [2, 0], 8), TierCopy("b", "device", "disk", [4], [1], 4)])
     for tensor in (*pool.keys, *pool.values):
         tensor.zero_()
@@ -204,7 +207,7 @@ def test_copies_between_tiers_run_beside_the_computation_and_tell_when_they_fail
     pool = KVPool(
         llm.model.config.L, 3, 4, llm.model.layout.cache(llm.model.config), torch.float32, torch.device("cpu")
     )
-    tiers = TieredPool(pool, {"host": 2}, llm.pipeline)
+    tiers = TieredPool(pool, {"host": 2}, llm.compiler)
     pool.keys[0].fill_(3)
     tiers.start([TierCopy("a", "device", "host", [1], [0], 4)])
     tiers.wait()

@@ -9,16 +9,16 @@ from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
 
 BAD_PROMPTS = [
-    ([], "the prompt is empty; give at least one token"),
-    ([1, 100], "prompt token 1 is 100; token ids of this model run from 0 to 99"),
-    ([-1], "prompt token 0 is -1; token ids of this model run from 0 to 99"),
-    ([2**63], "prompt token 0 is 9223372036854775808; token ids of this model run from 0 to 99"),
-    ([10**5000], "prompt token 0 is an integer of 16610 bits; token ids of this model run from 0 to 99"),
-    ([1, 2.0], "prompt token 1 is a float; token ids are integers"),
-    ([True], "prompt token 0 is a bool; token ids are integers"),
+    ([], "the prompt must have at least one token"),
+    ([1, 100], "prompt token 1 must be from 0 to 99 for this model, got 100"),
+    ([-1], "prompt token 0 must be from 0 to 99 for this model, got -1"),
+    ([2**63], "prompt token 0 must be from 0 to 99 for this model, got 9223372036854775808"),
+    ([10**5000], "prompt token 0 must be from 0 to 99 for this model, got an integer of 16610 bits"),
+    ([1, 2.0], "prompt token 1 must be an integer, got a float"),
+    ([True], "prompt token 0 must be an integer, got a bool"),
     (
         [1] * 8,
-        "the prompt has 8 tokens; this model takes at most 7, as its 8 positions must hold at least one new token",
+        "the prompt must have at most 7 tokens for this model, one less than its 8 positions, got 8",
     ),
 ]
 
@@ -38,8 +38,11 @@ def test_longest_prompt_and_outermost_ids_are_accepted():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (SamplingParams(stop_token_ids=[100]), "stop_token_ids holds 100; token ids of this model run from 0 to 99"),
-        (SamplingParams(logit_bias={100: 1.0}), "logit_bias holds 100; token ids of this model run from 0 to 99"),
+        (
+            SamplingParams(stop_token_ids=[100]),
+            "stop_token_ids must hold token ids from 0 to 99 for this model, got 100",
+        ),
+        (SamplingParams(logit_bias={100: 1.0}), "logit_bias must hold token ids from 0 to 99 for this model, got 100"),
     ],
 )
 def test_ids_beyond_the_vocabulary_are_refused(params, message):

@@ -38,59 +38,59 @@ def test_defaults_are_those_of_vllm():
 
 
 BAD_VALUES = [
-    ("n", 0, "n is 0; it must be an integer from 1 to 128"),
-    ("n", True, "n is True; it must be an integer from 1 to 128"),
-    ("n", 2**63, "n is 9223372036854775808; it must be an integer from 1 to 128"),
-    ("n", 10**5000, "n is an integer of 16610 bits; it must be an integer from 1 to 128"),
-    ("temperature", math.nan, "temperature is nan; it must be a number from 0 to 100"),
-    ("temperature", math.inf, "temperature is inf; it must be a number from 0 to 100"),
-    ("temperature", -0.1, "temperature is -0.1; it must be a number from 0 to 100"),
-    ("temperature", "hot", "temperature is 'hot'; it must be a number from 0 to 100"),
-    ("temperature", 10**400, "temperature is an integer of 1329 bits; it must be a number from 0 to 100"),
-    ("temperature", None, "temperature is None; it must be a number from 0 to 100"),
-    ("top_p", 0.0, "top_p is 0.0; it must be a number above 0 and at most 1"),
-    ("top_p", 1.5, "top_p is 1.5; it must be a number above 0 and at most 1"),
-    ("top_p", math.nan, "top_p is nan; it must be a number above 0 and at most 1"),
-    ("top_k", -2, "top_k is -2; it must be an integer from 0 to 2147483647, or -1"),
-    ("top_k", 1.0, "top_k is 1.0; it must be an integer from 0 to 2147483647, or -1"),
-    ("min_p", -0.5, "min_p is -0.5; it must be a number from 0 to 1"),
-    ("min_p", math.nan, "min_p is nan; it must be a number from 0 to 1"),
+    ("n", 0, "n must be an integer from 1 to 128, got 0"),
+    ("n", True, "n must be an integer from 1 to 128, got True"),
+    ("n", 2**63, "n must be an integer from 1 to 128, got 9223372036854775808"),
+    ("n", 10**5000, "n must be an integer from 1 to 128, got an integer of 16610 bits"),
+    ("temperature", math.nan, "temperature must be a number from 0 to 100, got nan"),
+    ("temperature", math.inf, "temperature must be a number from 0 to 100, got inf"),
+    ("temperature", -0.1, "temperature must be a number from 0 to 100, got -0.1"),
+    ("temperature", "hot", "temperature must be a number from 0 to 100, got 'hot'"),
+    ("temperature", 10**400, "temperature must be a number from 0 to 100, got an integer of 1329 bits"),
+    ("temperature", None, "temperature must be a number from 0 to 100, got None"),
+    ("top_p", 0.0, "top_p must be a number above 0 and at most 1, got 0.0"),
+    ("top_p", 1.5, "top_p must be a number above 0 and at most 1, got 1.5"),
+    ("top_p", math.nan, "top_p must be a number above 0 and at most 1, got nan"),
+    ("top_k", -2, "top_k must be an integer from 0 to 2147483647, or -1, got -2"),
+    ("top_k", 1.0, "top_k must be an integer from 0 to 2147483647, or -1, got 1.0"),
+    ("min_p", -0.5, "min_p must be a number from 0 to 1, got -0.5"),
+    ("min_p", math.nan, "min_p must be a number from 0 to 1, got nan"),
     (
         "seed",
         2**63,
-        "seed is 9223372036854775808; it must be an integer from -9223372036854775808 to 9223372036854775807",
+        "seed must be an integer from -9223372036854775808 to 9223372036854775807, got 9223372036854775808",
     ),
-    ("max_tokens", 0, "max_tokens is 0; it must be an integer from 1 to 2147483647"),
-    ("max_tokens", -1, "max_tokens is -1; it must be an integer from 1 to 2147483647"),
-    ("min_tokens", -1, "min_tokens is -1; it must be an integer from 0 to 2147483647"),
-    ("min_tokens", 17, "min_tokens is 17; it must be at most max_tokens, which is 16"),
-    ("stop", "", "stop[0] is ''; it must be a string of 1 to 1024 characters"),
-    ("stop", ["a", ""], "stop[1] is ''; it must be a string of 1 to 1024 characters"),
-    ("stop", ["a", 3], "stop[1] is 3; it must be a string of 1 to 1024 characters"),
+    ("max_tokens", 0, "max_tokens must be an integer from 1 to 2147483647, got 0"),
+    ("max_tokens", -1, "max_tokens must be an integer from 1 to 2147483647, got -1"),
+    ("min_tokens", -1, "min_tokens must be an integer from 0 to 2147483647, got -1"),
+    ("min_tokens", 17, "min_tokens must be at most max_tokens, which is 16, got 17"),
+    ("stop", "", "stop[0] must be a string of 1 to 1024 characters, got ''"),
+    ("stop", ["a", ""], "stop[1] must be a string of 1 to 1024 characters, got ''"),
+    ("stop", ["a", 3], "stop[1] must be a string of 1 to 1024 characters, got 3"),
     (
         "stop",
         "x" * 1025,
-        "stop[0] is '" + "x" * 59 + "...; it must be a string of 1 to 1024 characters",
+        "stop[0] must be a string of 1 to 1024 characters, got '" + "x" * 59 + "...",
     ),
-    ("stop", ["a"] * 65, "stop has 65 strings; at most 64 are allowed"),
-    ("stop", {"a": 1}, "stop is a dict; it must be a string or a list"),
-    ("stop_token_ids", [1, -1], "stop_token_ids[1] is -1; it must be an integer from 0 to 2147483647"),
-    ("stop_token_ids", [0] * 1025, "stop_token_ids has 1025 ids; at most 1024 are allowed"),
-    ("stop_token_ids", "12", "stop_token_ids is '12'; it must be a list of token ids"),
-    ("ignore_eos", 1, "ignore_eos is 1; it must be True or False"),
-    ("logprobs", 21, "logprobs is 21; it must be an integer from 0 to 20"),
-    ("logprobs", True, "logprobs is True; it must be an integer from 0 to 20"),
-    ("prompt_logprobs", -1, "prompt_logprobs is -1; it must be an integer from 0 to 20"),
-    ("include_stop_str_in_output", None, "include_stop_str_in_output is None; it must be True or False"),
-    ("skip_special_tokens", "no", "skip_special_tokens is 'no'; it must be True or False"),
-    ("presence_penalty", 2.1, "presence_penalty is 2.1; it must be a number from -2 to 2"),
-    ("frequency_penalty", -math.inf, "frequency_penalty is -inf; it must be a number from -2 to 2"),
-    ("repetition_penalty", 0, "repetition_penalty is 0; it must be a number above 0 and at most 100"),
-    ("repetition_penalty", math.nan, "repetition_penalty is nan; it must be a number above 0 and at most 100"),
-    ("logit_bias", [1], "logit_bias is a list; it must be a mapping from token id to number"),
-    ("logit_bias", {-1: 1.0}, "logit_bias[-1] is -1; it must be an integer from 0 to 2147483647"),
-    ("logit_bias", {5: math.nan}, "logit_bias[5] is nan; it must be a number from -100 to 100"),
-    ("logit_bias", dict.fromkeys(range(1025), 1.0), "logit_bias has 1025 entries; at most 1024 are allowed"),
+    ("stop", ["a"] * 65, "stop must have at most 64 strings, got 65"),
+    ("stop", {"a": 1}, "stop must be a string or a list, got a dict"),
+    ("stop_token_ids", [1, -1], "stop_token_ids[1] must be an integer from 0 to 2147483647, got -1"),
+    ("stop_token_ids", [0] * 1025, "stop_token_ids must have at most 1024 ids, got 1025"),
+    ("stop_token_ids", "12", "stop_token_ids must be a list of token ids, got '12'"),
+    ("ignore_eos", 1, "ignore_eos must be True or False, got 1"),
+    ("logprobs", 21, "logprobs must be an integer from 0 to 20, got 21"),
+    ("logprobs", True, "logprobs must be an integer from 0 to 20, got True"),
+    ("prompt_logprobs", -1, "prompt_logprobs must be an integer from 0 to 20, got -1"),
+    ("include_stop_str_in_output", None, "include_stop_str_in_output must be True or False, got None"),
+    ("skip_special_tokens", "no", "skip_special_tokens must be True or False, got 'no'"),
+    ("presence_penalty", 2.1, "presence_penalty must be a number from -2 to 2, got 2.1"),
+    ("frequency_penalty", -math.inf, "frequency_penalty must be a number from -2 to 2, got -inf"),
+    ("repetition_penalty", 0, "repetition_penalty must be a number above 0 and at most 100, got 0"),
+    ("repetition_penalty", math.nan, "repetition_penalty must be a number above 0 and at most 100, got nan"),
+    ("logit_bias", [1], "logit_bias must be a mapping from token id to number, got a list"),
+    ("logit_bias", {-1: 1.0}, "logit_bias[-1] must be an integer from 0 to 2147483647, got -1"),
+    ("logit_bias", {5: math.nan}, "logit_bias[5] must be a number from -100 to 100, got nan"),
+    ("logit_bias", dict.fromkeys(range(1025), 1.0), "logit_bias must have at most 1024 entries, got 1025"),
 ]
 
 
@@ -107,7 +107,7 @@ def test_bad_value_is_refused_with_field_value_and_range(field, value, message):
 def test_greedy_with_several_answers_is_refused():
     with pytest.raises(ValueError) as caught:
         SamplingParams(n=4, temperature=0.0)
-    assert str(caught.value) == "n is 4; it must be 1 when temperature is 0, as greedy answers are all the same"
+    assert str(caught.value) == "n must be 1 when temperature is 0, as all greedy answers are the same, got 4"
 
 
 def test_unknown_name_is_refused_with_the_nearest_known_one():
@@ -125,7 +125,7 @@ def test_unknown_name_without_a_near_one_lists_the_known():
 
 def test_from_mapping_builds_and_checks():
     assert SamplingParams.from_mapping({"n": 2, "stop": "x"}) == SamplingParams(n=2, stop=["x"])
-    with pytest.raises(SamplingParamsError, match="n is 0"):
+    with pytest.raises(SamplingParamsError, match="n must be an integer from 1 to 128, got 0"):
         SamplingParams.from_mapping({"n": 0})
 
 

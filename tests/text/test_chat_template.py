@@ -129,7 +129,7 @@ def refusal(source, messages=(), **limits) -> str:
 
 TOO_LONG = "the chat template wrote more than 1000 characters"
 TOO_LATE = "the chat template took longer than 1.5 s"
-TOO_LARGE = "the chat template needs more than 256 MiB of memory"
+TOO_LARGE = "the chat template requires more than 256 MiB of memory"
 GROWING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 LOOPS = "{% set r = range(100000) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
 TREE = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}"
@@ -175,7 +175,7 @@ HOSTILE = [
         "Expected an expression, got 'end of statement block' (line 2)",
     ),
     ("{{ nothing.there }}", "the chat template failed with UndefinedError: 'nothing' is undefined"),
-    ("{{ raise_exception('only users') }}", "the chat template refuses these messages: only users"),
+    ("{{ raise_exception('only users') }}", "the chat template rejects these messages: only users"),
     ("{{ range(10**6) }}", None),
     (TREE, None),
 ]
@@ -187,7 +187,7 @@ def test_hostile_template_is_refused(source, message):
     text = refusal(source, ["ab"], max_chars=1000, max_bytes=256 * 2**20, seconds=seconds)
     if message is None:  # which of the limits is met first depends on the machine
         assert text.startswith(
-            ("the chat template took", "the chat template needs", "the chat template failed with Ov")
+            ("the chat template took", "the chat template requires", "the chat template failed with Ov")
         )
     else:
         assert text.removesuffix(" while calling a Python object").removesuffix(" in comparison") == message
@@ -198,7 +198,7 @@ def test_the_template_serves_on_after_an_error_and_after_a_kill():
     source += LOOPS + "{% endif %}{{ messages[0] }}"
     template = ChatTemplate(source, limits=TemplateLimits(seconds=1.5))
     for _ in range(2):
-        for messages, expected in ((["bad"], "refuses these messages: no"), (["slow"], "took longer than 1.5 s")):
+        for messages, expected in ((["bad"], "rejects these messages: no"), (["slow"], "took longer than 1.5 s")):
             with pytest.raises(ChatTemplateError, match=expected):
                 template.render(messages)
             assert template.render(["fine"]) == "fine"
@@ -243,9 +243,9 @@ def test_the_child_gets_no_secrets_of_the_environment(monkeypatch):
 
 def test_messages_that_are_not_json():
     assert refusal("", [{"content": {1, 2}}]) == (
-        "the chat messages are not JSON: Object of type set is not JSON serializable"
+        "the chat messages must be JSON: Object of type set is not JSON serializable"
     )
-    assert refusal("", [float("nan")]).startswith("the chat messages are not JSON: Out of range float values")
+    assert refusal("", [float("nan")]).startswith("the chat messages must be JSON: Out of range float values")
 
 
 def test_half_a_surrogate_passes_through_to_the_tokenizer():
@@ -257,7 +257,7 @@ def test_half_a_surrogate_passes_through_to_the_tokenizer():
 def test_too_long_a_template():
     with pytest.raises(ChatTemplateError) as caught:
         ChatTemplate(" " * (2**20 + 1))
-    assert str(caught.value) == "the chat template has 1048577 characters; at most 1048576 are read"
+    assert str(caught.value) == "the chat template must have at most 1048576 characters, got 1048577"
 
 
 def test_from_tokenizer(byte_level):
@@ -270,5 +270,5 @@ def test_from_tokenizer(byte_level):
         ChatTemplate.from_tokenizer(tokenizer)
     assert str(caught.value) == (
         "the checkpoint has no chat template 'default' (it has: tool_use); "
-        "give a plain prompt, or add chat_template.jinja to the checkpoint"
+        "pass a plain prompt, or add chat_template.jinja to the checkpoint"
     )

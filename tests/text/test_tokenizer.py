@@ -92,7 +92,7 @@ def refusal(folder) -> str:
 
 
 def test_missing_tokenizer(tmp_path):
-    assert refusal(tmp_path) == ("F has no tokenizer.json; copy it from the model's page, or give prompts as token ids")
+    assert refusal(tmp_path) == ("F has no tokenizer.json; copy it from the model's page, or pass prompts as token ids")
     (tmp_path / "tokenizer.model").write_bytes(b"\0")
     assert refusal(tmp_path) == (
         "F has a tokenizer.model but no tokenizer.json; convert it once with "
@@ -103,7 +103,7 @@ def test_missing_tokenizer(tmp_path):
 
 def test_damaged_files(folder):
     write(folder / "tokenizer_config.json", "[1]")
-    assert refusal(folder) == "F/tokenizer_config.json must hold a JSON object, not a list"
+    assert refusal(folder) == "F/tokenizer_config.json must hold a JSON object, got a list"
     write(folder / "tokenizer_config.json", "{")
     assert refusal(folder).startswith("F/tokenizer_config.json is not JSON: Expecting property name")
     write(folder / "tokenizer_config.json", "[" * 100_000)
@@ -117,16 +117,16 @@ def test_damaged_files(folder):
 def test_too_large_a_file_is_not_read(folder, monkeypatch):
     monkeypatch.setattr(module, "MAX_CONFIG_BYTES", 3)
     write(folder / "tokenizer_config.json", "{  }")
-    assert refusal(folder) == "F/tokenizer_config.json has 4 bytes; at most 3 are read"
+    assert refusal(folder) == "F/tokenizer_config.json must have at most 3 bytes, got 4"
 
 
 def test_text_limits(folder, monkeypatch):
     tokenizer = Tokenizer.from_folder(folder)
     with pytest.raises(TokenizerError) as caught:
         tokenizer.encode("ab\ud800")
-    message = "the text holds '\\ud800' at character 2: half of a surrogate pair, which is no character"
+    message = "the text must be valid Unicode, got half of a surrogate pair ('\\ud800') at character 2"
     assert str(caught.value) == message
     monkeypatch.setattr(module, "MAX_TEXT_LEN", 3)
     with pytest.raises(TokenizerError) as caught:
         tokenizer.encode("abcd")
-    assert str(caught.value) == "the text has 4 characters; at most 3 can be encoded"
+    assert str(caught.value) == "the text must have at most 3 characters, got 4"
