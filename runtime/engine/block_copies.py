@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
-from sageLLM.runtime.executor.torch_plan import Kernel, Plan
+from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kv.copies import BlockCopy, Tier, TierCopy
 
 

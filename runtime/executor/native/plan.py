@@ -16,6 +16,7 @@ from sageLLM.runtime.core.ir.dims import evaluate, free_symbols, product
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.types import DTYPES
+from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.passes.lifetimes import Lifetimes
 from sageLLM.runtime.core.passes.memory import MemoryPlan, plan_memory
 from sageLLM.runtime.executor.native.arena import Arena
@@ -28,7 +29,6 @@ from sageLLM.runtime.kernels.cpu.library import Library
 
 ALIGN = 256
 """Alignment of values in the arena in bytes: four cache lines, so that threads never share a line of two values."""
-Kernel = Callable[..., Any]
 Inputs = Mapping[str, Tensor | None]
 Sizes = Mapping[str, int]
 
