@@ -244,8 +244,7 @@ def test_a_wrong_command_is_found(command: str) -> None:
 # Links and paths
 
 
-@each_page
-def test_links_resolve(page: Path) -> None:
+def broken_links(page: Path) -> list[str]:
     text = prose_of(page.read_text(encoding="utf-8"))
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
     broken = []
@@ -253,8 +252,19 @@ def test_links_resolve(page: Path) -> None:
         path, _, anchor = target.partition("#")
         file = page.parent / path if path else page
         if not file.exists() or (anchor and anchor not in anchors_of(file)):
-            broken.append(target)
-    assert broken == []
+            broken.append(f"{page.name}: {target}")
+    return broken
+
+
+@each_page
+def test_links_resolve(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_links_of_generated_pages_resolve() -> None:
+    pages = [*ROOT.glob("generated/docs/**/*.md")]
+    assert pages
+    assert [link for page in pages for link in broken_links(page)] == []
 
 
 def anchors_of(page: Path) -> set[str]:

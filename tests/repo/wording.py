@@ -1,4 +1,4 @@
-"""Lint of the English in docs, docstrings, comments and messages; also a command.
+"""Lint of the English in docs, docstrings, comments and messages, by docs/style.md; also a command.
 
 python tests/repo/wording.py [PATH ...]            counts per pattern and folder, and the density of comments
 python tests/repo/wording.py --list [PATH ...]     every hit as file:line
