@@ -1,4 +1,4 @@
-"""`sagellm graph` and `sagellm generate --diff`: graphs for people to look at, and what a spec change does to them."""
+"""Commands `sagellm graph` and `sagellm generate --diff`: views of graphs, and the effect of a spec change on them."""
 
 import dataclasses
 import difflib
@@ -31,10 +31,10 @@ from sageLLM.runtime.registry.plugins import Registry, load_registry, load_tree
 
 @dataclass(frozen=True, slots=True)
 class GraphRequest:
-    """The arguments of `sagellm graph`. `only` and `disable` are names of passes and rules by commas; None is all.
+    """The arguments of `sagellm graph`. `only` and `disable` list passes and rules by commas; None means all.
 
-    Without a stage it is decode, or prefill for a layout that has no other; on a web page, all. `model` may be a file
-    with a graph as text. `hardware` is the device that times are estimated for.
+    The default stage is decode, or prefill for a layout without decode; a web page shows all stages. `model` may be a
+    file with a graph as text. `hardware` is the device for estimated times.
     """
 
     model: str
@@ -56,9 +56,9 @@ class GraphRequest:
 
 
 def show_graph(request: GraphRequest) -> int:
-    """Prints the graph, or what is asked about its passes, to stdout. An unknown name is an error that lists them.
+    """Prints the graph, or the requested report on its passes, to stdout. An error for an unknown name lists the known.
 
-    1: an error, or a pass that changes results.
+    Exit code 1: an error, or a pass that changes results.
     """
     try:
         text, is_right = _Inspection(request).answer()
@@ -70,7 +70,7 @@ def show_graph(request: GraphRequest) -> int:
 
 
 def show_node(model: str, stage: Stage, node_id: str) -> int:
-    """Prints what is known of a node of a layout's graph, on its small config."""
+    """Prints the explanation of a node of a layout's graph, on its small config."""
     try:
         registry = load_registry()
         layout, config = _layout(model, registry)
@@ -109,7 +109,7 @@ class _Inspection:
             self.before = self.graphs.expanded_graph(self.stage)
 
     def answer(self) -> tuple[str, bool]:
-        """The text to print, and whether all is well."""
+        """The text to print, and whether all checks passed."""
         request = self.request
         if request.format == "html" and self.graphs is not None:
             stages = (request.stage,) if request.stage else self.graphs.layout.phases
@@ -135,14 +135,14 @@ class _Inspection:
             return _formatted(request, states)
         last = request.print_ir_after or list(states)[-1]
         if last not in states:
-            raise ValueError(f"no pass named {last} ran; those that ran are {', '.join(states)}")
+            raise ValueError(f"pass {last} did not run; those that ran are {', '.join(states)}")
         if request.format == "trace":
             return self._trace(states[last])
         return _formatted(request, {last: states[last]})
 
     def _trace(self, graph: ExecutionGraph) -> str:
         if self.graphs is None:
-            raise ValueError("a trace needs a model: the times of a graph as text are its own")
+            raise ValueError("a trace requires a model, got a graph as text, which includes its own times")
         annotate(graph, self._hardware(), step_of(self.stage, self.graphs.config))
         runs: dict[str, tuple[ExecutionGraph, Mapping[str, float] | None]] = {
             f"estimated on {self.request.hardware}": (graph, None)
@@ -155,20 +155,20 @@ class _Inspection:
 
     def _hardware(self) -> Hardware:
         if self.request.hardware not in HARDWARE:
-            raise ValueError(f"no device named {self.request.hardware}; known are {', '.join(HARDWARE)}")
+            raise ValueError(f"unknown device {self.request.hardware}; known are {', '.join(HARDWARE)}")
         return HARDWARE[self.request.hardware]
 
     def _numerics(self) -> tuple[str, bool]:
         from sageLLM.runtime.inspect.numerics import find_bad_rewrite, verify_numerics  # torch, only for these
 
         if self.graphs is None:
-            raise ValueError("numbers need a model: a graph as text has no reference inputs")
+            raise ValueError("the numerical check requires a model, got a graph as text, which lacks reference inputs")
         if self.request.bisect:
             found = find_bad_rewrite(self.graphs, self.stage)
-            return ("no rewrite changes a result", True) if found is None else (_blame(*found), False)
+            return ("no rewrite changes a result", True) if found is None else (_report_bad(*found), False)
         verdicts = list(verify_numerics(self.graphs, self.stage))
         lines = [
-            f"{v.pass_name}: {v.wrong or ('every bit is kept' if v.difference == 0 else f'within {v.difference:.1e}')}"
+            f"{v.pass_name}: {v.wrong or ('bitwise equal' if v.difference == 0 else f'within {v.difference:.1e}')}"
             for v in verdicts
         ]
         wrong = next((v.pass_name for v in verdicts if v.wrong), None)
@@ -177,10 +177,10 @@ class _Inspection:
         return "\n".join(lines), wrong is None
 
 
-def _blame(number: int, rule: str, change: Change) -> str:
+def _report_bad(number: int, rule: str, change: Change) -> str:
     old, new = (", ".join(f"{node.op} {node.node_id}" for node in nodes) for nodes in change)
     return (
-        f"rewrite {number} is the first that changes a result: {rule} makes {new} of {old}\n"
+        f"rewrite {number} is the first that changes a result: {rule} replaces {old} by {new}\n"
         f"before: --rewrite-limit {number - 1}; with it: --rewrite-limit {number}; without the rule: --disable {rule}"
     )
 
@@ -190,7 +190,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _layout(model: str, registry: Registry) -> tuple[ModelLayout, HFConfig]:
-    """A layout by its name, with its small config, or the one that reads the config of a checkpoint folder."""
+    """A layout by name, with its small config, or the layout of a checkpoint folder with the folder's config."""
     path = Path(model) / "config.json"
     if model in registry.models:
         layout = registry.models[model]
@@ -201,7 +201,7 @@ def _layout(model: str, registry: Registry) -> tuple[ModelLayout, HFConfig]:
     data = json.loads(path.read_bytes())
     found = registry.layout_of(str((data.get("architectures") or [""])[0]))
     if found is None:
-        raise ValueError(f"{path}: no layout reads {data.get('architectures')}")
+        raise ValueError(f"{path}: unsupported architecture {data.get('architectures')}")
     return found, HFConfig(data, str(path))
 
 
@@ -215,7 +215,7 @@ def _formatted(request: GraphRequest, graphs: dict[str, ExecutionGraph]) -> str:
 
 
 def _changes(states: list[tuple[str, ExecutionGraph]]) -> str:
-    """A unified diff of the graph's text for each pass that changed something."""
+    """A unified diff of the graph's text for each pass that changed it."""
     parts: list[str] = []
     for (before_name, before), (after_name, after) in pairwise(states):
         lines = difflib.unified_diff(
@@ -226,9 +226,9 @@ def _changes(states: list[tuple[str, ExecutionGraph]]) -> str:
 
 
 def show_spec_diff(old: Path, new: Path, as_json: bool) -> int:
-    """What the specs as they stand would change in the generated tree, and so in every model's graphs."""
+    """Prints the changes of the current specs to the generated tree, and to the graphs of every model."""
     if not (old / "__init__.py").is_file():
-        print(f"error: {old} is not a generated folder, so there is nothing to compare with", file=sys.stderr)
+        print(f"error: expected a generated folder to compare with, got {old}", file=sys.stderr)
         return 1
     before, after = (summarise(load_tree(tree)) for tree in (old, new))
     lines = diff_lines(before, after)
@@ -253,9 +253,9 @@ def _changed_files(old: Path, new: Path) -> list[str]:
     marks = {(True, False): "removed", (False, True): "new"}
     lines = []
     for name in sorted(names):
-        there = ((old / name).is_file(), (new / name).is_file())
-        if there != (True, True):
-            lines.append(f"{marks[there]}: {name}")
+        exists = ((old / name).is_file(), (new / name).is_file())
+        if exists != (True, True):
+            lines.append(f"{marks[exists]}: {name}")
         elif not filecmp.cmp(old / name, new / name, shallow=False):
             lines.append(f"changed: {name}")
     return lines

@@ -1,4 +1,4 @@
-"""`sagellm lint model`: checks a checkpoint's config, and its index if there is one, without weights or a GPU."""
+"""Command `sagellm lint model`: checks a checkpoint's config, and its index if present, without weights or a GPU."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ MAX_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class LintRequest:
-    """The command's arguments. `what` is "model" or a layout's name; `tp` lists degrees, None the usual ones."""
+    """The command's arguments. `what` is "model" or a layout's name; `tp` lists degrees, None means the usual ones."""
 
     what: str
     config: Path | None
@@ -33,7 +33,7 @@ class LintRequest:
 
 
 def lint_checkpoint(request: LintRequest) -> int:
-    """Prints the report. 1: nothing can be said; 100: the index does not fit, or an asked degree does not divide."""
+    """Prints the report. Exit code 1: an error; 100: the index differs, or a requested degree does not divide."""
     try:
         report = _report(request)
     except (SageError, ConfigError, OSError) as error:
@@ -49,27 +49,27 @@ def _report(request: LintRequest) -> Report:
         [BASE, *(import_folder(plugin) for plugin in request.plugins)], "builders", "MODELS"
     )
     layout, data, path = _config(request, layouts)
-    index = request.index or _index_beside(request.config)
+    index = request.index or _index_of(request.config)
     names = list(weight_map(index)) if index is not None else None
     return lint_model(layout, layout.read_config(HFConfig(data, path)), path, _degrees(request.tp), names)
 
 
 def _config(request: LintRequest, layouts: Mapping[str, ModelLayout]) -> tuple[ModelLayout, Mapping[str, Any], str]:
-    """The layout, and the config that it is to read: the file's, or the layout's own small one."""
+    """The layout, its config, and the name of the config: from the file, or the layout's own small one."""
     layout = layouts.get(request.what)
     if layout is None and request.what != "model":
-        raise SageError(f"'{request.what}' is no layout; write `model`, or one of {', '.join(layouts)}")
+        raise SageError(f"unknown layout '{request.what}'; use `model`, or one of {', '.join(layouts)}")
     if request.config is None:
         if layout is None:
-            raise SageError("give the config.json to check: `sagellm lint model --config FILE`")
+            raise SageError("the config.json is missing; use `sagellm lint model --config FILE`")
         return layout, layout.tiny, f"{layout.name}: tests.tiny"
     path = request.config / "config.json" if request.config.is_dir() else request.config
     data = read_config_file(path)
     return layout or layout_of(data, path, layouts), data, str(path)
 
 
-def _index_beside(config: Path | None) -> Path | None:
-    """The index of a checkpoint folder, if the config was given as a folder that has one."""
+def _index_of(config: Path | None) -> Path | None:
+    """The index file of a checkpoint folder, if `config` is a folder with one."""
     index = config / INDEX_FILE if config is not None else None
     return index if index is not None and index.is_file() else None
 
@@ -80,9 +80,9 @@ def _degrees(text: str | None) -> tuple[int, ...]:
     try:
         degrees = tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise SageError(f"--tp is '{text[:40]}'; give degrees by commas, such as 1,2,4") from None
+        raise SageError(f"--tp: expected degrees by commas, such as 1,2,4, got '{text[:40]}'") from None
     if any(degree < 1 for degree in degrees):
-        raise SageError(f"--tp is '{text[:40]}'; a degree is at least 1")
+        raise SageError(f"--tp: degrees must be at least 1, got '{text[:40]}'")
     return degrees
 
 
@@ -98,7 +98,7 @@ def _lines(report: Report) -> Iterator[str]:
     if not report.index:
         yield f"  index         {report.index_tensors:,} tensors, exactly those of the layout"
         return
-    yield f"  index         {report.index_tensors:,} tensors, which do not fit:"
+    yield f"  index         {report.index_tensors:,} tensors, which differ from the layout:"
     yield from (f"    {problem}" for problem in report.index[:MAX_SHOWN])
     if len(report.index) > MAX_SHOWN:
         yield f"    and {len(report.index) - MAX_SHOWN} more"
@@ -109,4 +109,4 @@ def _by_dtype(numbers: Mapping[str, int]) -> str:
 
 
 def _degree_words(degree: Degree) -> str:
-    return f"divides; {degree.parameters:,} parameters a rank" if degree.problem is None else f"no: {degree.problem}"
+    return f"divides; {degree.parameters:,} parameters per rank" if degree.problem is None else f"no: {degree.problem}"

@@ -1,4 +1,4 @@
-"""Estimates of time and memory traffic: a roofline for kernels, ring formulas for collectives, links for transfers.
+"""Cost model for time and memory traffic: roofline for kernels, ring formulas for collectives, links for transfers.
 
 A kernel takes as long as the slower of its arithmetic and its memory traffic, plus a launch (the roofline model of
 Williams, Waterman and Patterson, CACM 52(4), 2009). A ring all-reduce over n ranks sends 2 (n - 1) / n of the data
@@ -7,7 +7,7 @@ over each link in 2 (n - 1) steps; an all-gather half of that (Thakur, Rabenseif
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,32 +15,31 @@ from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.dims import Dim, evaluate, free_symbols, product
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
-from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
+from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.core.ir.types import DTYPES
 
-Memo = MutableMapping[InferKey, Inference]
 SECOND = 1e6  # microseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A connection: bytes per second in one direction, and microseconds until the first byte arrives."""
+    """A connection: bandwidth in bytes per second in one direction, latency in microseconds to the first byte."""
 
     bandwidth: float
     latency_us: float
 
     def time_us(self, num_bytes: float, steps: int = 1) -> float:
-        """Microseconds to send so many bytes in so many steps that wait for each other."""
+        """Microseconds to send `num_bytes` in total over `steps` transfers, one after another."""
         return num_bytes / self.bandwidth * SECOND + steps * self.latency_us
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The limits of one device.
+    """Limits of one device.
 
-    `peak_flops` is in operations per second by dtype, `memory_bandwidth` in bytes per second. `link` joins devices,
-    `host_link` leads to host memory (the KV tiers). `efficiency` is the share of the limit that an op reaches, by op
-    name, op type in lower case, or tag; what it does not name reaches all of it.
+    `peak_flops` is in operations per second by dtype, `memory_bandwidth` in bytes per second. `link` connects devices,
+    `host_link` connects to host memory (the KV tiers). `efficiency` is the fraction of the limit that an op reaches,
+    by op name, op type in lower case, or tag; the default is 1.
     """
 
     name: str
@@ -53,11 +52,11 @@ class Hardware:
     efficiency: Mapping[str, float] = field(default_factory=dict)
 
     def peak_of(self, dtype: str) -> float:
-        """Operations per second; the slowest known arithmetic stands in for a dtype without a figure."""
+        """Operations per second for a dtype; for one without a figure, the slowest known rate."""
         return self.peak_flops.get(dtype) or min(self.peak_flops.values())
 
     def roofline_us(self, flops: int, num_bytes: int, dtype: str, efficiency: float = 1.0) -> float:
-        """Microseconds of a kernel."""
+        """Microseconds of a kernel: the slower of arithmetic and memory traffic, plus the launch."""
         limit = max(flops / self.peak_of(dtype), num_bytes / self.memory_bandwidth)
         return limit / efficiency * SECOND + self.launch_overhead_us
 
@@ -73,12 +72,12 @@ class Cost(NamedTuple):
 def estimate(
     node: ExecutionNode, hardware: Hardware, env: Mapping[str, Dim] | None = None, memo: Memo | None = None
 ) -> Cost:
-    """The cost of a node. env gives the sizes that are still symbolic, those of the step (KV, ...) and of the groups.
+    """The cost of a node. `env` binds the sizes that are still symbolic: those of the step (KV, ...) and group sizes.
 
-    An op node's work comes from its formulas; a plain node's from `attrs["flops"]` and `attrs["bytes"]` where given,
-    else it moves its inputs and outputs. A view costs nothing. The ranks of a collective are its attribute `W`, its
-    `metadata["ranks"]`, or env's value for its group, and two if nothing says more. A KV transfer uses the host link
-    if `metadata["tier"]` is not "device". Raises IRError naming the sizes that are missing.
+    The work of an op node follows from its formulas; that of a plain node from `attrs["flops"]` and `attrs["bytes"]`,
+    by default 0 operations and the bytes of its inputs and outputs. A view costs nothing. The number of ranks of a
+    collective is its attribute `W`, its `metadata["ranks"]`, or `env[group]`; the default is 2. A KV transfer uses the
+    host link if `metadata["tier"]` is not "device". Raises IRError naming the missing sizes.
     """
     env = env or {}
     if isinstance(node, OpNode) and node.is_view:
@@ -87,44 +86,45 @@ def estimate(
     if node.op_type.is_comm:
         return Cost(flops, num_bytes, hardware.launch_overhead_us + _comm_us(node, hardware, env))
     if node.op_type.is_kv and (link := _kv_link(node, hardware)) is not None:
+        # Bytes moved count the read and the write; each byte crosses the link once.
         return Cost(flops, num_bytes, hardware.launch_overhead_us + link.time_us(num_bytes / 2))
     time_us = hardware.roofline_us(flops, num_bytes, _dtype(node, hardware), _efficiency(node, hardware))
     return Cost(flops, num_bytes, time_us)
 
 
 def reach(node: ExecutionNode, hardware: Hardware) -> tuple[float, float]:
-    """The operations and the bytes per second that a kernel gets out of the device, at its efficiency."""
+    """The operations and the bytes per second that a kernel reaches on the device, at its efficiency."""
     peak = hardware.peak_of(_dtype(node, hardware))
     efficiency = _efficiency(node, hardware)
     return peak * efficiency, hardware.memory_bandwidth * efficiency
 
 
 def latency_us(node: ExecutionNode, hardware: Hardware, env: Mapping[str, Dim] | None = None) -> float:
-    """The part of a transfer's time that does not grow with its size: the launch, and the steps over the link."""
+    """Microseconds of a transfer that are independent of its size: the launch, and the steps over the link."""
     hops = max(_ranks(node, env or {}) - 1, 0)
     steps = {"COMM_ALLREDUCE": 2 * hops, "COMM_ALLGATHER": hops}.get(node.op_type.name, 1)
     return hardware.launch_overhead_us + hardware.link.time_us(0, steps)
 
 
 def annotate(graph: ExecutionGraph, hardware: Hardware, env: Mapping[str, Dim] | None = None) -> None:
-    """Fill in `estimated_time_us` and `memory_bytes` (the bytes of the outputs) of every node, in place."""
-    memo: dict[InferKey, Inference] = {}
+    """Sets `estimated_time_us` and `memory_bytes` (the bytes of the outputs) of every node, in place."""
+    memo: Memo = {}
     for node in graph.nodes.values():
         node.estimated_time_us = estimate(node, hardware, env, memo).time_us
         node.memory_bytes = _number(node, _num_bytes(node.outputs), env or {})
 
 
 def _work(node: ExecutionNode, env: Mapping[str, Dim], memo: Memo | None) -> tuple[Dim, Dim]:
-    """Flops and bytes moved."""
+    """Operations and bytes moved."""
     if isinstance(node, OpNode):
         return node.flops(env, memo), node.bytes_moved(env, memo)
-    return _given(node, "flops", 0), _given(node, "bytes", _num_bytes([*node.inputs, *node.outputs]))
+    return _size_attr(node, "flops", 0), _size_attr(node, "bytes", _num_bytes([*node.inputs, *node.outputs]))
 
 
-def _given(node: ExecutionNode, name: str, default: Dim) -> Dim:
+def _size_attr(node: ExecutionNode, name: str, default: Dim) -> Dim:
     value = node.attrs.get(name, default)
     if value is None or isinstance(value, (str, float, tuple)):
-        raise IRError(f"{node.node_id}: attribute {name!r} is {value!r}, want a size")
+        raise IRError(f"{node.node_id}: attribute {name!r}: expected a size, got {value!r}")
     return value
 
 
@@ -132,7 +132,7 @@ def _num_bytes(refs: list[TensorRef]) -> Dim:
     total: Dim = 0
     for ref in refs:
         if ref.dtype not in DTYPES:
-            raise IRError(f"{ref} has an unknown element type, want one of {', '.join(DTYPES)}")
+            raise IRError(f"{ref}: unknown element type, expected one of {', '.join(DTYPES)}")
         total = total + product(ref.shape) * DTYPES[ref.dtype]
     return total
 
@@ -140,7 +140,7 @@ def _num_bytes(refs: list[TensorRef]) -> Dim:
 def _number(node: ExecutionNode, size: Dim, env: Mapping[str, Dim]) -> int:
     value = evaluate(size, env)
     if not isinstance(value, int):
-        raise IRError(f"{node.node_id}: no estimate without {', '.join(sorted(free_symbols(value)))}")
+        raise IRError(f"{node.node_id}: the estimate requires {', '.join(sorted(free_symbols(value)))}")
     return value
 
 
@@ -169,7 +169,7 @@ def _kv_link(node: ExecutionNode, hardware: Hardware) -> Link | None:
 
 
 def _dtype(node: ExecutionNode, hardware: Hardware) -> str:
-    """The element type that the arithmetic runs in: that of the first operand for which the device has a figure."""
+    """The element type of the arithmetic: that of the first operand for which the device has a figure."""
     return next((ref.dtype for ref in [*node.inputs, *node.outputs] if ref.dtype in hardware.peak_flops), "")
 
 

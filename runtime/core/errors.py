@@ -1,4 +1,4 @@
-"""The errors of the graph library; all are IRError, so one except clause catches what a bad graph can raise."""
+"""Errors of the graph library; all derive from IRError, so one except clause catches those of any bad graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class IRError(ValueError):
 
 
 class CycleError(IRError):
-    """The dependencies run in a circle; `node_ids` names the nodes of one circle in order."""
+    """The dependencies form a cycle; `node_ids` names the nodes of one cycle in order."""
 
     def __init__(self, node_ids: Sequence[str]) -> None:
         self.node_ids = tuple(node_ids)
@@ -18,7 +18,7 @@ class CycleError(IRError):
 
 
 class VerifyError(IRError):
-    """A graph or a node breaks rules of the IR; `problems` holds one sentence for each."""
+    """A graph or a node breaks rules of the IR; `problems` contains one sentence for each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -30,7 +30,7 @@ class TypeMismatch(IRError):
 
 
 class ParseError(IRError):
-    """Text is not in the graph language; `line` and `column` count from 1."""
+    """A text is not in the graph language; `line` and `column` count from 1."""
 
     def __init__(self, message: str, line: int = 1, column: int = 1) -> None:
         self.message, self.line, self.column = message, line, column
@@ -38,4 +38,4 @@ class ParseError(IRError):
 
 
 class ConfigError(IRError):
-    """A model's config file lacks a value or holds an unusable one."""
+    """A model's config file lacks a value or contains an invalid one."""

@@ -1,4 +1,4 @@
-"""What a generated kernel library declares of its kernels: all that a loader needs to call one."""
+"""Declarations of kernels: the calling convention of the references, and the records of the native library."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,10 @@ Kernel: TypeAlias = Callable[..., Any]
 
 
 def stride_names(operand: str, pattern: TypePattern) -> tuple[str, ...]:
-    """`x_R`, `x_N` for E[..., N, D]: the strides of all declared dims but the last. A compound dim has its place."""
+    """Stride names of an operand, e.g. `x_R`, `x_N` for E[..., N, D]: one per declared dim but the last.
+
+    A compound dim is named by its position (`x_D1`). The last dim is contiguous, so its stride is not passed.
+    """
     names = ["R" if dim is ... else str(dim) if isinstance(dim, Sym) else f"D{i}" for i, dim in enumerate(pattern.dims)]
     prefix = "i_stride" if operand == "i" else operand  # `i_T` is an index
     return tuple(f"{prefix}_{name}" for name in names[:-1])
@@ -21,10 +24,10 @@ def stride_names(operand: str, pattern: TypePattern) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """An output that is a part of an input's memory: where it begins there, and its strides, all in elements.
+    """An output that is part of an input's memory: its offset in the input and its strides, in elements.
 
-    The formulas may use the op's dims and the base's own strides, as `stride_names` writes them. `where` are pairs of
-    formulas that have to be equal: of merged dims, the outer stride and what the inner dim spans.
+    The formulas may use the op's dims and the strides of the base, as named by `stride_names`. `where` contains pairs
+    of formulas that must be equal: for merged dims, the outer stride and the extent of the inner dim.
     """
 
     base: str
@@ -35,13 +38,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class NativeKernel:
-    """One function of a native library, with the C signature that `runtime/kernels/cpu/sage.h` describes.
+    """One function of a native library, with the C signature described in `runtime/kernels/cpu/sage.h`.
 
-    `sizes` are the names of the leading sizes: R if there are leading dims, then the op's dims. `parts` holds an entry
-    for each output if the op moves no data. An op that `updates` its in-place outputs writes parts of them only, so
-    they have to be the inputs' memory; for other ops that is allowed and not needed. `packed` are weights that the
-    kernel takes in the packed form of `runtime/kernels/cpu/packed.h`, each with its number of gates;
-    the table that it `unpacks` may come packed, and is then read by a function of its own.
+    `sizes` names the leading size arguments: R if there are leading dims, then the op's dims. `parts` has an entry for
+    each output if the op moves no data. An op that `updates` its in-place outputs writes only parts of them, so they
+    must share the inputs' memory; for other in-place ops sharing is optional. `packed` maps each weight that the
+    kernel reads in the packed form of `runtime/kernels/cpu/packed.h` to its number of gates; the table named by
+    `unpacks` may be packed too, and a separate function then reads it.
     """
 
     op: type[OpNode]
@@ -58,14 +61,15 @@ class NativeKernel:
 
     @property
     def element(self) -> str | None:
-        """The element variable of the op, for which the file is compiled once per type; None if there is none."""
+        """The op's element variable, or None; the file is compiled once for each type that the variable takes."""
         patterns = (*self.op.input_types.values(), *self.op.output_types.values())
         return next((pattern.element for pattern in patterns if pattern.is_variable), None)
 
     def element_in(self, env: Mapping[str, Any]) -> str | None:
-        """The element type of one use, by what the op's names stand for in it; of several that differ, all of them.
+        """The element type of one use, from the bindings of the op's names; several types are joined by "and".
 
-        A file is compiled for one type, which all variables stand for: there is no function for "f32 and bf16".
+        A file is compiled for a single type that all element variables share, so "f32 and bf16" never has a function:
+        the name serves in the message that says so.
         """
         patterns = (*self.op.input_types.values(), *self.op.output_types.values())
         names = dict.fromkeys(pattern.element for pattern in patterns if pattern.is_variable)

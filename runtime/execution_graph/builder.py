@@ -1,4 +1,4 @@
-"""Builds block-level execution graphs: symbolic ones for the engine, and concrete ones for a given batch."""
+"""Builder of block-level execution graphs: symbolic ones for the engine, and concrete ones for a batch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Over how many devices a model runs. Data parallelism copies the graph, so it does not show in it."""
+    """The degrees of parallelism of a model. Data parallelism copies the graph, so the graph does not show it."""
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -57,7 +57,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a parallel degree is at least 1")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass
@@ -71,7 +71,7 @@ class PrefillBatch:
 
 @dataclass
 class DecodeBatch:
-    """Requests that get one token each; a context length counts the tokens in the cache, the new one included."""
+    """Requests that generate one token each; a context length counts the tokens in the cache and the new one."""
 
     request_ids: list[str]
     context_lengths: list[int]
@@ -83,11 +83,14 @@ def build_block_graph(
 ) -> ExecutionGraph:
     """The block graph of one step with symbolic sizes (T, B, S...), from a config of the whole model or of one rank.
 
-    The graph's `model_config` is the config that it was written with: a rank's share, under tensor parallelism. Raises
+    The graph's `model_config` is the config with which it was built: a rank's share, under tensor parallelism. Raises
     ConfigError, a ValueError, if a degree does not divide the sizes.
     """
     if stage not in layout.phases:
-        raise ValueError(f"layout '{layout.name}' has no {stage} step: it has no KV cache and reads whole sequences")
+        raise ValueError(
+            f"layout '{layout.name}' has only the stage {', '.join(layout.phases)}, got {stage}: without a KV cache it "
+            "reads whole sequences"
+        )
     parallel = parallel or ParallelConfig()
     local = config if config.tp > 1 else layout.shard_config(config, parallel.tensor_parallel_size)
     writer = GraphWriter(f"{layout.name}_{stage}", level="block", stage=stage, dtype=dtype)
@@ -102,7 +105,7 @@ class ExecutionGraphBuilder:
     """Builds concrete graphs for batches: bound shapes, estimated times and bytes, devices by pipeline stage.
 
     `layout` is a layout or the name of a generated one; `hardware` defaults to the generated "cpu". Every method raises
-    ValueError for a batch or a degree that cannot be, with the place and the remedy.
+    ValueError for an invalid batch or degree, with the field and the remedy.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class ExecutionGraphBuilder:
         self._symbolic: dict[Stage, ExecutionGraph] = {}
 
     def build_prefill_graph(self, batch: PrefillBatch) -> ExecutionGraph:
-        """One step over whole prompts: writes all their KV, and samples each request's next token."""
+        """One step over whole prompts: stores all their KV, and samples each request's next token."""
         self._check_prefill(batch)
         sizes = self._sizes(prefill=batch)
         return self._build("prefill", f"prefill_{batch.total_tokens}", sizes, {"prefill": sizes})
@@ -135,7 +138,7 @@ class ExecutionGraphBuilder:
         return self._build("decode", f"decode_{batch.batch_size}", sizes, {"decode": sizes})
 
     def build_hybrid_graph(self, prefill_batch: PrefillBatch, decode_batch: DecodeBatch) -> ExecutionGraph:
-        """One step of prompt chunks beside decodes; the decodes' rows come first."""
+        """One step of prompt chunks and decodes; the rows of the decodes come first."""
         self._check_prefill(prefill_batch)
         self._check_decode(decode_batch)
         sizes = self._sizes(prefill_batch, decode_batch)
@@ -150,21 +153,21 @@ class ExecutionGraphBuilder:
     def _build_attention_node(
         self, layer_id: int, is_prefill: bool, batch_info: PrefillBatch | DecodeBatch
     ) -> ExecutionNode:
-        """The attention node of a layer, as it stands in the graph of the batch."""
+        """The attention node of a layer, as in the graph of the batch."""
         if is_prefill != isinstance(batch_info, PrefillBatch):
-            wanted = "a PrefillBatch" if is_prefill else "a DecodeBatch"
-            raise ValueError(f"is_prefill={is_prefill} goes with {wanted}, got a {type(batch_info).__name__}")
+            expected = "PrefillBatch" if is_prefill else "DecodeBatch"
+            raise ValueError(f"is_prefill={is_prefill}: expected a {expected}, got a {type(batch_info).__name__}")
         kind = OpType.PREFILL_ATTN if is_prefill else OpType.DECODE_ATTN
         return self._node_of_layer(self._build_any(batch_info), layer_id, kind)
 
     def _build_ffn_node(self, layer_id: int, batch_info: PrefillBatch | DecodeBatch) -> ExecutionNode:
-        """The feed-forward node of a layer, as it stands in the graph of the batch."""
+        """The feed-forward node of a layer, as in the graph of the batch."""
         return self._node_of_layer(self._build_any(batch_info), layer_id, OpType.FFN)
 
     def _build_comm_node(self, layer_id: int, comm_type: OpType) -> ExecutionNode:
-        """The first node of a layer that communicates so, with symbolic sizes; ValueError if the layer has none."""
+        """The first node of this type in a layer, with symbolic sizes; ValueError for a layer without one."""
         if not comm_type.is_comm:
-            raise ValueError(f"{comm_type.name} does not communicate; give one of the COMM_ op types")
+            raise ValueError(f"expected a COMM_ op type, got {comm_type.name}")
         return self._node_of_layer(self._symbolic_graph("prefill"), layer_id, comm_type).copy()
 
     def _build_any(self, batch: PrefillBatch | DecodeBatch) -> ExecutionGraph:
@@ -174,12 +177,13 @@ class ExecutionGraphBuilder:
 
     def _node_of_layer(self, graph: ExecutionGraph, layer_id: int, kind: OpType) -> ExecutionNode:
         if not 0 <= layer_id < self.model_config.num_layers:
-            raise ValueError(f"layer_id={layer_id}: the model has layers 0 to {self.model_config.num_layers - 1}")
+            raise ValueError(f"layer_id must be 0 to {self.model_config.num_layers - 1}, got {layer_id}")
         found = [node for node in graph.nodes.values() if node.layer_id == layer_id and node.op_type is kind]
         if not found:
             degrees = self.parallel_config
             raise ValueError(
-                f"layer {layer_id} has no {kind.name} node with tensor_parallel_size={degrees.tensor_parallel_size} "
+                f"expected a {kind.name} node in layer {layer_id}, got none with "
+                f"tensor_parallel_size={degrees.tensor_parallel_size} "
                 f"and pipeline_parallel_size={degrees.pipeline_parallel_size}"
             )
         return found[0]
@@ -208,7 +212,11 @@ class ExecutionGraphBuilder:
         parts: Mapping[Stage, Mapping[str, Dim]],
         times: dict[tuple[str, Stage, Hashable], float],
     ) -> None:
-        """A block takes the time of its ops. Keys and values that are on the device need no load."""
+        """Sets a block's time to that of its ops, and to 0 for a load of keys and values already on the device.
+
+        The roofline of the block's inputs and outputs alone would miss the weights. Layers of one variant take the
+        same time, so each variant is estimated once per phase.
+        """
         if node.op_type is OpType.KV_LOAD and node.metadata.get("tier") == "device":
             node.estimated_time_us = 0.0
         if node.block is None or node.op_type not in self.layout.blocks[node.block].op_type.values():
@@ -221,7 +229,7 @@ class ExecutionGraphBuilder:
         node.estimated_time_us = times[key]
 
     def _body_time(self, block: str, layer: int, phase: Stage, config: Any, sizes: Mapping[str, Dim]) -> float:
-        """Microseconds of a block's own ops in a layer; in prefill the store of the KV is a node beside it."""
+        """Microseconds of a block's ops in a layer, without the KV store in prefill, which is a separate node."""
         writer = GraphWriter(block, level="kernel", stage=phase, dtype=self.dtype)
         self.layout.blocks[block].body(writer, config, phase, layer, *self._block_args(block, phase))
         nodes = writer.graph.nodes.values()
@@ -229,16 +237,16 @@ class ExecutionGraphBuilder:
         return sum(estimate(node, self.hardware, sizes).time_us for node in nodes if node.op_type is not apart)
 
     def _block_args(self, block: str, phase: Stage) -> Sequence[Any]:
-        """What the block's first call reads besides loaded keys and values."""
+        """The operands of the block's first call, without loaded keys and values."""
         graph = self._symbolic_graph(phase)
         call = next(node for node in graph.nodes.values() if node.block == block and not node.op_type.is_kv)
         loaded = {ref.name for node in graph.nodes.values() if node.op_type.is_kv for ref in node.outputs}
         return [ref for ref in call.inputs if ref.name not in loaded]
 
     def _sizes(self, prefill: PrefillBatch | None = None, decode: DecodeBatch | None = None) -> dict[str, Dim]:
-        """What the symbols of a step stand for. QK counts the pairs of a query and a key that it sees.
+        """The values of the symbols of a step. QK counts the pairs of a query and a key that it attends to.
 
-        EX counts the experts that read their weights: at most all of them, and at most one for each choice of a token.
+        EX counts the experts with weights to read: at most all of them, and at most one per token and routing choice.
         """
         prompts = prefill.input_lengths if prefill else []
         contexts = decode.context_lengths if decode else []
@@ -269,27 +277,31 @@ class ExecutionGraphBuilder:
         self._check_lengths("prefill", "input_lengths", batch.request_ids, batch.input_lengths)
         if batch.total_tokens != sum(batch.input_lengths):
             total = sum(batch.input_lengths)
-            raise ValueError(f"prefill batch: total_tokens is {batch.total_tokens}, but input_lengths sum to {total}")
+            raise ValueError(
+                f"prefill batch: total_tokens must be {total}, the sum of input_lengths, got {batch.total_tokens}"
+            )
 
     def _check_decode(self, batch: DecodeBatch) -> None:
         self._check_lengths("decode", "context_lengths", batch.request_ids, batch.context_lengths)
         if batch.batch_size != len(batch.request_ids):
             count = len(batch.request_ids)
-            raise ValueError(f"decode batch: batch_size is {batch.batch_size}, but there are {count} request_ids")
+            raise ValueError(
+                f"decode batch: batch_size must be {count}, the number of request_ids, got {batch.batch_size}"
+            )
 
     def _check_lengths(self, kind: str, field: str, ids: Sequence[str], lengths: Sequence[int]) -> None:
         if not ids:
-            raise ValueError(f"{kind} batch: it is empty; give at least one request")
+            raise ValueError(f"{kind} batch: expected at least one request, got an empty batch")
         if len(ids) != len(lengths):
-            raise ValueError(f"{kind} batch: {len(ids)} request_ids and {len(lengths)} {field}; give one of each")
+            raise ValueError(f"{kind} batch: expected one of {field} per request, got {len(lengths)} for {len(ids)}")
         longest = self.model_config.max_seq_len
         for i, length in enumerate(lengths):
             if not 1 <= length <= longest:
-                raise ValueError(f"{kind} batch: {field}[{i}] is {length}; lengths are 1 to max_seq_len={longest}")
+                raise ValueError(f"{kind} batch: {field}[{i}] must be 1 to max_seq_len={longest}, got {length}")
 
 
 def _phase_of(node: ExecutionNode, stage: Stage) -> Stage:
-    """For whose rows a block node works: in hybrid its attention nodes have their own, the others have all."""
+    """The phase with the rows of a block node: in hybrid, attention nodes have those of one phase, others all."""
     if node.op_type is OpType.PREFILL_ATTN:
         return "prefill"
     return "decode" if node.op_type is OpType.DECODE_ATTN else stage
@@ -297,5 +309,5 @@ def _phase_of(node: ExecutionNode, stage: Stage) -> Stage:
 
 def _known_layout(name: str) -> ModelLayout:
     if name not in MODELS:
-        raise ValueError(f"no layout '{name}'; known are {', '.join(MODELS)}")
+        raise ValueError(f"unknown layout '{name}'; known are {', '.join(MODELS)}")
     return MODELS[name]

@@ -1,4 +1,4 @@
-"""The graph of a step that gives embeddings: a layout's program up to its hidden states, pooled and normalised."""
+"""Graph of an embedding step: a layout's program up to its hidden states, pooled and normalised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.core.model.layout import ModelLayout
 
 Pooling: TypeAlias = Literal["model", "first", "last", "mean", "none"]
-"""Which vector stands for a sequence: the layout's own, its first, last or mean hidden state, or each of them."""
+"""The vector of a sequence: the layout's own, the first, last or mean hidden state, or every hidden state."""
 
 POOLINGS: tuple[Pooling, ...] = ("model", "first", "last", "mean", "none")
 _POOL: Mapping[str, Callable[..., TensorRef]] = {
@@ -24,7 +24,7 @@ _POOL: Mapping[str, Callable[..., TensorRef]] = {
 
 
 def poolings_of(layout: ModelLayout) -> tuple[Pooling, ...]:
-    """The poolings that the layout has a value for."""
+    """The poolings that the layout supports."""
     return tuple(name for name in POOLINGS if (layout.pooled if name == "model" else layout.hidden) is not None)
 
 
@@ -33,10 +33,12 @@ def build_embedding_graph(
 ) -> ExecutionGraph:
     """The block graph of one step over whole prompts. Its output has a row per prompt, or per token for "none".
 
-    Raises ValueError for a pooling that the layout has no value for.
+    Raises ValueError for a pooling that the layout does not support.
     """
     if pooling not in poolings_of(layout):
-        raise ValueError(f"layout '{layout.name}' has no pooling '{pooling}'; it has {', '.join(poolings_of(layout))}")
+        raise ValueError(
+            f"layout '{layout.name}': expected one of the poolings {', '.join(poolings_of(layout))}, got '{pooling}'"
+        )
     writer = GraphWriter(f"{layout.name}_embed", level="block", stage="prefill", dtype=dtype)
     returned = dict(zip(layout.returns, layout.program(writer, config, "prefill"), strict=True))
     name = str(layout.pooled if pooling == "model" else layout.hidden)
@@ -52,21 +54,21 @@ def build_embedding_graph(
 
 
 def _named(graph: ExecutionGraph, name: str) -> TensorRef:
-    """The value of that name; a layout marks one that is made once, so that its name is its own."""
-    writer = graph.producer(name)
-    assert writer is not None, "the generator has checked what `hidden` names"
-    return next(ref for ref in writer.outputs if ref.name == name)
+    """The value of that name; the generator checks that `hidden` names a value that is produced once."""
+    producer = graph.producer(name)
+    assert producer is not None, "`hidden` must name a value of the program"
+    return next(ref for ref in producer.outputs if ref.name == name)
 
 
 def _needed_for(graph: ExecutionGraph) -> ExecutionGraph:
-    """The graph without the nodes that its outputs do not need, such as the projection to the vocabulary."""
+    """The graph without the nodes that its outputs do not depend on, such as the projection to the vocabulary."""
     needed: set[str] = set()
-    wanted = [writer for ref in graph.outputs if (writer := graph.producer(ref)) is not None]
-    while wanted:
-        node = wanted.pop()
+    pending = [producer for ref in graph.outputs if (producer := graph.producer(ref)) is not None]
+    while pending:
+        node = pending.pop()
         if node.node_id not in needed:
             needed.add(node.node_id)
-            wanted += [writer for ref in node.inputs if (writer := graph.producer(ref)) is not None]
+            pending += [producer for ref in node.inputs if (producer := graph.producer(ref)) is not None]
     stores = {node_id for node_id, node in graph.nodes.items() if not node.outputs}
     kept = graph.get_subgraph(needed | stores)
     kept.outputs = graph.outputs

@@ -1,4 +1,4 @@
-"""Goes from block level to kernel level: every call of a block is replaced by the block's own ops."""
+"""Expansion of a block graph to a kernel graph: every call of a block is replaced by the ops of its body."""
 
 from __future__ import annotations
 
@@ -20,22 +20,20 @@ from sageLLM.runtime.core.passes.rows import PART
 def expand(graph: ExecutionGraph, layout: ModelLayout, config: Any) -> ExecutionGraph:
     """The kernel graph of a block graph; `config` is the one that the graph was built with (a rank's share, under tp).
 
-    Nodes keep their layer, device and stream; those of a block name the block-level nodes that they come from. The two
-    halves of a hybrid step are one call of the body. KV loads from a slower tier stay; all other KV nodes of the block
-    level disappear, since the body stores its own keys and values. Noted waits are left out, as they name block nodes.
-    Raises ValueError for a graph without a stage or of kernel level, and for one that is cut into micro-batches.
+    Nodes keep their layer, device and stream; those of a block have its block-level nodes as origins. The two halves
+    of a hybrid step are one call of the body. KV loads from a slower tier stay; all other KV nodes of the block level
+    disappear, since the body stores its own keys and values. Planned waits are dropped, since they name block nodes.
+    Raises ValueError for a graph without a stage or of kernel level, and for one that is split into micro-batches.
     """
     if graph.level != "block" or graph.stage is None:
-        raise ValueError(f"graph {graph.graph_id!r} is not a block-level graph with a stage, so it cannot be expanded")
+        raise ValueError(f"graph {graph.graph_id!r}: expected a block-level graph with a stage")
     if any(PART in node.metadata for node in graph.nodes.values()):
-        raise ValueError(
-            f"graph {graph.graph_id!r} is cut into micro-batches, whose blocks have no bodies of their own"
-        )
+        raise ValueError(f"graph {graph.graph_id!r}: expected a graph without micro-batches, which cannot be expanded")
     return _Expansion(graph, graph.stage, layout, config).run()
 
 
 class _Op(NamedTuple):
-    """A node of a pattern: its operands by the names they have there, its results without the layer's prefix."""
+    """A node of a pattern: its operands by their names in the pattern, its results without the layer's prefix."""
 
     node: ExecutionNode
     operands: list[str]
@@ -44,7 +42,11 @@ class _Op(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Pattern:
-    """A block's body as one layer wrote it. Bodies use their layer in names alone, so it serves all layers."""
+    """A block's body as written for one layer.
+
+    Bodies use the layer number in names only, so the pattern is copied for the other layers of the variant, which
+    avoids running the body and its shape inference again.
+    """
 
     device_id: int
     args: list[TensorRef]
@@ -63,7 +65,7 @@ class _Pattern:
         results: tuple[TensorRef, ...],
         graph: ExecutionGraph,
     ) -> _Pattern:
-        """Sorts what the nodes read into this layer's own weights and caches, and what all layers share."""
+        """Sorts the operands into this layer's own weights and caches, and the values that all layers share."""
         prefix, folder = f"L{layer}.", f"layers.{layer}."
         read = {ref.name: ref for node in nodes for ref in node.inputs}
         own = {name: (name.removeprefix(folder), ref) for name, ref in read.items() if name.startswith(folder)}
@@ -88,8 +90,8 @@ class _Expansion:
     def __init__(self, graph: ExecutionGraph, stage: Stage, layout: ModelLayout, config: Any) -> None:
         self.source, self.stage, self.layout, self.config = graph, stage, layout, config
         self.writer = GraphWriter(graph.graph_id, level="kernel", stage=stage, dtype=_model_dtype(graph))
-        self.written: dict[str, TensorRef] = {}  # block-level value -> the kernel-level value that takes its place
-        self.made: dict[str, tuple[str, ...]] = {}  # block-level node -> the first kernel-level nodes made of it
+        self.written: dict[str, TensorRef] = {}  # block-level value -> the kernel-level value that replaces it
+        self.made: dict[str, tuple[str, ...]] = {}  # block-level node -> the kernel-level nodes that wait for it
         self.waiting: dict[str, list[ExecutionNode]] = {}  # call -> its nodes so far
         self.sizes = _call_sizes(graph)
         self.patterns: dict[tuple[str, Hashable], _Pattern] = {}
@@ -97,9 +99,9 @@ class _Expansion:
     def run(self) -> ExecutionGraph:
         for node in self.source.topological_sort():
             call = node.metadata.get("call")
-            if call is None:
+            if call is None or _is_slow_load(node):
                 self._copy(node)
-            elif not self._is_silent(node):
+            elif not node.op_type.is_kv:  # the body itself stores and loads keys and values on the device
                 members = self.waiting.setdefault(call, [])
                 members.append(node)
                 if len(members) == self.sizes[call]:
@@ -108,16 +110,8 @@ class _Expansion:
         graph.num_layers, graph.model_config = self.source.num_layers, self.source.model_config
         return self._with_declared(graph)
 
-    def _is_silent(self, node: ExecutionNode) -> bool:
-        """Whether a node says at block level what the body does by itself."""
-        if not node.op_type.is_kv:
-            return False
-        if node.metadata.get("tier", "device") != "device":
-            self._copy(node)
-        return True
-
     def _copy(self, node: ExecutionNode) -> None:
-        """Takes over a node that is not a block: its values keep their names, its inputs follow the expansion."""
+        """Copies a node that is not part of a block: its values keep their names, its inputs follow the expansion."""
         inputs = [self._current(ref) for ref in node.inputs]
         copied = replace(node, inputs=inputs, outputs=list(node.outputs), dependencies=self._control(node))
         copied.attrs = node.attrs.copy()
@@ -126,7 +120,7 @@ class _Expansion:
         self.made[node.node_id] = (copied.node_id,)
 
     def _inline(self, members: list[ExecutionNode]) -> None:
-        """Writes the body of the block that the nodes of one call stand for."""
+        """Writes the body of the block that the nodes of one call represent."""
         first, last = members[0], members[-1]
         block = self._block(first)
         layer = first.layer_id
@@ -157,7 +151,7 @@ class _Expansion:
     def _repeat(
         self, pattern: _Pattern, block_node: ExecutionNode, layer: int, args: list[TensorRef]
     ) -> tuple[list[ExecutionNode], tuple[TensorRef, ...]]:
-        """The pattern's nodes for another layer, which have other names and nothing else."""
+        """The pattern's nodes for another layer, which differ in names only."""
         writer, device, stream, block = self.writer, block_node.device_id, block_node.stream_id, block_node.block
         refs = {**pattern.shared, **{old.name: new for old, new in zip(pattern.args, args, strict=True)}}
         for name, ref in pattern.own_weights:
@@ -188,19 +182,19 @@ class _Expansion:
 
     def _block(self, node: ExecutionNode) -> Block:
         if node.block is None or node.block not in self.layout.blocks:
-            raise ValueError(f"{node.node_id}: layout '{self.layout.name}' has no block '{node.block}'")
+            raise ValueError(f"{node.node_id}: unknown block '{node.block}' in layout '{self.layout.name}'")
         return self.layout.blocks[node.block]
 
     def _is_cache_value(self, ref: TensorRef) -> bool:
-        """Whether a value is what a KV load gives: the body reads the cache itself."""
-        writer = self.source.producer(ref)
-        return writer is not None and writer.op_type.is_kv and not isinstance(writer, OpNode)
+        """Whether a value is the result of a block-level KV load: the body reads the cache itself."""
+        producer = self.source.producer(ref)
+        return producer is not None and producer.op_type.is_kv and not isinstance(producer, OpNode)
 
     def _control(self, node: ExecutionNode) -> set[str]:
-        """What the node waits for besides the writers of its inputs, in terms of kernel-level nodes."""
+        """The kernel-level nodes of a node's dependencies other than the producers of its inputs."""
         if not node.dependencies:
             return set()
-        data = {writer.node_id for ref in node.inputs if (writer := self.source.producer(ref)) is not None}
+        data = {producer.node_id for ref in node.inputs if (producer := self.source.producer(ref)) is not None}
         loads = {d for d in data if self.source.nodes[d].op_type.is_kv}
         return {new for d in (node.dependencies - data) | loads for new in self.made.get(d, ())}
 
@@ -217,8 +211,13 @@ class _Expansion:
         return {name: ref for name, ref in declared.items() if graph.users(name)}
 
 
+def _is_slow_load(node: ExecutionNode) -> bool:
+    """Whether a KV node accesses a tier other than the device, which the body does not do."""
+    return node.op_type.is_kv and node.metadata.get("tier", "device") != "device"
+
+
 def _call_sizes(graph: ExecutionGraph) -> dict[str, int]:
-    """How many nodes each call of a block has, KV nodes aside."""
+    """The number of nodes of each call of a block, without KV nodes."""
     sizes: dict[str, int] = {}
     for node in graph.nodes.values():
         call = node.metadata.get("call")
@@ -228,5 +227,5 @@ def _call_sizes(graph: ExecutionGraph) -> dict[str, int]:
 
 
 def _model_dtype(graph: ExecutionGraph) -> str:
-    """The model's element type, which all weights have."""
+    """The model's element type, that of all weights."""
     return next((ref.dtype for ref in graph.weights.values()), "f32")

@@ -1,4 +1,4 @@
-"""The execution graph's types under their public names: what backends, schedulers and benchmarks import."""
+"""Public names of the execution graph's types, for backends, schedulers and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a layout to graphs: build, block passes, expand, kernel passes; each once per stage. Needs no torch."""
+"""Pipeline from a layout to graphs: build, block passes, expand, kernel passes; once per stage, without torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sageLLM.runtime.registry.plugins import Registry
 class ModelGraphs(Rewriting):
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    `choice` names the passes and rules that take part, as in `Rewriting`. Only rewrite passes run here: what the others
-    (streams, prefetch, memory places) decide is read by schedules and simulations.
+    `choice` selects passes and rules as in `Rewriting`. Only rewrite passes run here: the other kinds (streams,
+    prefetch, memory offsets) require concrete sizes, and serve schedules and simulations.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class ModelGraphs(Rewriting):
         self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
 
     def block_graph(self, stage: Stage) -> ExecutionGraph:
-        """The graph of blocks, as placement and simulation see it."""
+        """The block-level graph, as placement and simulation use it."""
         return build_block_graph(self.layout, self.config, stage, dtype=self.dtype)
 
     def expanded_graph(self, stage: Stage) -> ExecutionGraph:
-        """The kernel-level graph before its passes; those that rewrite the block graph have run."""
+        """The kernel-level graph before its passes, after those of the block graph."""
         with paused_gc():
             return self.expanded(self.block_graph(stage))
 
     def expanded(self, graph: ExecutionGraph) -> ExecutionGraph:
-        """The kernel-level graph of a block graph, which is changed by the passes of its level."""
+        """The kernel-level graph of a block graph, to which the block-level passes are applied in place."""
         for one in self.rewrite_passes("block"):
             one.transform(graph)
         return expand(graph, self.layout, self.config)
@@ -56,7 +56,8 @@ class ModelGraphs(Rewriting):
                 with paused_gc():
                     self.reports[stage] = self.rewrite(graph)
             except Exception:
-                list(self.steps(self.expanded_graph(stage)))  # fails again, and keeps the graph on which it does
+                # Runs again pass by pass: it fails at the same point, and writes the graph there as a reproducer.
+                list(self.steps(self.expanded_graph(stage)))
                 raise
             self._kernel_graphs[stage] = graph
         return self._kernel_graphs[stage]
@@ -64,7 +65,10 @@ class ModelGraphs(Rewriting):
 
 @contextmanager
 def paused_gc() -> Iterator[None]:
-    """Building a graph makes many objects that all stay: collecting in between finds nothing and doubles the time."""
+    """Disables garbage collection: building a graph allocates many objects that all live on.
+
+    Collections in between free nothing and double the time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The optimizer: runs passes over a graph in order. Generated passes and hand-written ones mix freely."""
+"""Graph optimizer: runs generated and hand-written passes over a graph, in order."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -32,8 +32,8 @@ __all__ = [
 def default_passes(hardware: Hardware | None = None, sizes: Mapping[str, Dim] | None = None) -> list[OptimizationPass]:
     """comm_fusion, compute_comm_overlap, kv_prefetch and memory_opt, in this order.
 
-    `hardware`, by default the generated "cpu", gives the latency that merging transfers saves; `sizes` has the ranks of
-    the groups, such as {"tp": 8}.
+    `hardware`, by default the generated "cpu", defines the latency that merging transfers saves; `sizes` binds the
+    ranks of the groups, such as {"tp": 8}.
     """
     return [
         CommunicationFusionPass(hardware or HARDWARE["cpu"], sizes),
@@ -44,10 +44,10 @@ def default_passes(hardware: Hardware | None = None, sizes: Mapping[str, Dim] | 
 
 
 class GraphOptimizer:
-    """Runs passes one after another; the graph that is given stays as it was.
+    """Runs passes one after another on a copy of the graph.
 
-    Without `passes` these are `default_passes()`. The last of them needs concrete sizes: give it a bound graph. With
-    `verify` the graph is checked after every pass. `report` tells what each pass of the last run did.
+    `passes` defaults to `default_passes()`, of which memory_opt requires a graph with bound sizes. With `verify` the
+    graph is checked after every pass. `report` contains the report of each pass of the last run.
     """
 
     def __init__(self, passes: Iterable[OptimizationPass] | None = None, *, verify: bool = False) -> None:
@@ -56,7 +56,7 @@ class GraphOptimizer:
         self.report: list[PassReport] = []
 
     def add_pass(self, pass_: OptimizationPass) -> None:
-        """Appends a pass; it runs after those that are there."""
+        """Appends a pass; it runs last."""
         self.passes.append(pass_)
 
     def optimize(self, graph: ExecutionGraph) -> ExecutionGraph:
@@ -70,7 +70,7 @@ class GraphOptimizer:
         return result
 
     def _run(self, one: OptimizationPass, graph: ExecutionGraph) -> ExecutionGraph:
-        """The graph after a pass. One that a spec declares changes the graph itself, which is a copy already."""
+        """The graph after a pass. A declared pass works in place, since the graph is already a copy."""
         if isinstance(one, DeclaredPass):
             one.transform(graph)
             self.report.append(one.report)

@@ -1,4 +1,4 @@
-"""How long the nodes of a step take for a part of its batch, by the cost model of the builder."""
+"""Node times for a part of a batch, by the cost model of the builder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from sageLLM.runtime.execution_graph.builder import DecodeBatch, ExecutionGraphB
 
 
 class PartTimes:
-    """Times for passes that cut a step into micro-batches: every part reads all weights, and launches all kernels.
+    """Times for passes that split a step into micro-batches: every part reads all weights, and launches all kernels.
 
-    A part of a decode batch has its first requests; a part of a prefill batch its first tokens, in as many prompts as
-    they reach into.
+    A part of a decode batch consists of its first requests; a part of a prefill batch of its first tokens, of as many
+    prompts as these cover.
     """
 
     def __init__(self, builder: ExecutionGraphBuilder, batch: PrefillBatch | DecodeBatch) -> None:
@@ -20,7 +20,7 @@ class PartTimes:
         self._times: dict[int, Mapping[str, float]] = {}
 
     def __call__(self, node: ExecutionNode, num_rows: int) -> float:
-        """Microseconds of a node of the batch's graph for so many rows."""
+        """Microseconds of a node of the batch's graph for `num_rows` rows."""
         if num_rows not in self._times:
             self._times[num_rows] = self._times_of(num_rows)
         return self._times[num_rows].get(node.node_id, 0.0)

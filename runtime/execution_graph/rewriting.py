@@ -1,4 +1,4 @@
-"""The rewrite passes of a registry, chosen by name, run one after another over any graph."""
+"""Rewrite passes of a registry, selected by name and run over any graph."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ALL = "all"
 
 
 class Choice(TypedDict, total=False):
-    """Which passes and rules take part, and how far they go.
+    """Selection of passes and rules, and limits of rewriting.
 
-    `disable` names passes and rules that are left out, "all" every one; `only`, where given, names all that stay.
-    `kernels` names the ops that the device has a kernel for, where fusing others would gain nothing, and `limit` is the
-    number of rewrites after which no more happen.
+    `disable` lists passes and rules to skip, "all" for every one; `only`, if set, lists the enabled ones. `kernels`
+    lists the ops with a kernel on the device: fusing into other ops would gain nothing. `limit` is the maximum number
+    of rewrites.
     """
 
     disable: Collection[str]
@@ -32,14 +32,14 @@ class Choice(TypedDict, total=False):
 
 
 class Rewriting:
-    """The enabled rewrite passes, in order. ValueError for a name that is not known."""
+    """The enabled rewrite passes, in order. Raises ValueError for an unknown name."""
 
     def __init__(self, registry: Registry, **choice: Unpack[Choice]) -> None:
         disable, only = choice.get("disable", ()), choice.get("only")
         rules = {name: _rules(one) for name, one in registry.passes.items()}
         known = dict.fromkeys([*rules, *(rule for names in rules.values() for rule in names)])
         if unknown := sorted({*disable, *(only or ())} - known.keys() - {ALL}):
-            raise ValueError(f"no pass or rule named {', '.join(unknown)}; known are {', '.join(known)}")
+            raise ValueError(f"unknown pass or rule {', '.join(unknown)}; known are {', '.join(known)}")
         self.registry = registry
         if only is not None:
             only = {*only, *(rule for name in only for rule in rules.get(name, ()))}
@@ -55,9 +55,9 @@ class Rewriting:
         return [one(self.options) for one in self.passes if one.level == level and issubclass(one, RewritePass)]
 
     def steps(self, graph: ExecutionGraph) -> Iterator[tuple[RewritePass, ExecutionGraph]]:
-        """Runs the kernel-level passes one after another; gives each pass with the graph that it left.
+        """Runs the kernel-level passes one after another; yields each pass with the graph after it.
 
-        The graph is verified after every pass. An error carries a note that names a file with the graph before it.
+        The graph is verified after every pass. An error has a note that names a file with the graph before the pass.
         """
         for one in self.rewrite_passes("kernel"):
             try:
@@ -70,7 +70,7 @@ class Rewriting:
             yield one, graph
 
     def rewrite(self, graph: ExecutionGraph) -> list[PassReport]:
-        """Runs the kernel-level passes over a graph of the caller's, in place."""
+        """Runs the kernel-level passes over a graph in place; returns their reports."""
         passes = self.rewrite_passes("kernel")
         for one in passes:
             one.transform(graph)
@@ -82,9 +82,9 @@ def _rules(one: type[OptimizationPass]) -> list[str]:
 
 
 def _reproducer(one: RewritePass, graph: ExecutionGraph, error: Exception) -> str:
-    """Writes the graph on which a pass failed, and says where it is and how to run the pass on it again."""
+    """Writes the graph on which a pass failed to a file; returns a message with its path and the command to replay."""
     path = Path(tempfile.gettempdir(), f"sagellm-{one.name}-{graph.graph_id}.txt")
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     replay = f"sagellm graph {path} --only {one.name}"
     path.write_text(f"# {one.name} fails on this graph: {reason}\n# {replay}\n{to_text(graph)}", encoding="utf-8")
-    return f"{one.name} fails on the graph in {path}; to see it again: {replay}"
+    return f"{one.name} fails on the graph in {path}; to reproduce: {replay}"

@@ -1,8 +1,8 @@
-"""Predicts the duration of a step from the model's own kernel graph and the roofline of a device.
+"""Prediction of step durations from the model's kernel graph and the roofline of a device.
 
-The graph of a hybrid step covers every step: one without prompts is its case of no prompt tokens. Its kernels' work is
-affine in the sizes of the step, so it is read off the graph once, and a prediction is two small matrix products. The
-experts of a mixture are not: all of them count as read in every step, which holds from some dozens of tokens on.
+The graph of a hybrid step covers every step: one without prompts has no prompt tokens. The work of its kernels is
+affine in the sizes of the step, so the coefficients are computed once, and a prediction is two small matrix products.
+The experts of a mixture are not affine: all count as read in every step, which is accurate from some dozens of tokens.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from sageLLM.runtime.scheduler.step_cost import StepWork
 
 Sizes = Mapping[str, int]
 SIZES = ("Td", "Tp", "S", "KV", "QK")
-"""Decode tokens, prompt tokens, sequences, tokens in the cache that are read, pairs of a query and a key it sees."""
+"""Decode tokens, prompt tokens, sequences, cached tokens that are read, pairs of a query and a key it attends to."""
 
 
 class RooflineStepCost:
@@ -56,20 +56,20 @@ class RooflineStepCost:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that a token's keys and values fill on one device, in all layers."""
+        """Bytes of a token's keys and values on one device, in all layers."""
         return int(self.config.L * self._kept_per_layer * DTYPES[self.dtype])
 
     def num_kv_blocks(self, block_size: int, memory_share: float = 0.9) -> int:
-        """KV blocks that fit beside the weights in that share of the device's memory; 0 if not even the weights do."""
+        """KV blocks that fit next to the weights in a share of the device's memory; 0 if the weights do not fit."""
         room = self.hardware.memory_bytes * memory_share - self.weight_bytes
         return max(0, int(room // (self.kv_bytes_per_token * block_size)))
 
     def transfer_s(self, num_tokens: int) -> float:
-        """Seconds until the KV of so many tokens is on another device."""
+        """Seconds to transfer the KV of `num_tokens` tokens to another device."""
         return self.hardware.link.time_us(num_tokens * self.kv_bytes_per_token) / SECOND
 
     def step_s(self, work: StepWork) -> float:
-        """Seconds that a worker takes for this work; 0 for no work."""
+        """Seconds of a step with this work; 0 without work."""
         if not work.num_tokens:
             return 0.0
         sizes = np.array((1, *_sizes(work)), dtype=np.float64)
@@ -101,9 +101,9 @@ def _rewrite(graph: ExecutionGraph, level: Level) -> None:
 
 
 class _Kernels:
-    """The different kernels of a graph, and how often each is there.
+    """The distinct kernels of a graph with their counts.
 
-    A row of a table holds the seconds of one kernel: those that it always takes, then those per unit of each of SIZES.
+    A row of a table contains the seconds of one kernel: a constant, then those per unit of each of SIZES.
     """
 
     def __init__(self, graph: ExecutionGraph, hardware: Hardware, fixed: Sizes) -> None:
@@ -116,7 +116,7 @@ class _Kernels:
         self.num_launches = len(ops)
 
     def tables(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """By arithmetic and by memory, a row a kernel; and one row for all that is sent over links."""
+        """The tables by arithmetic and by memory, a row per kernel, and one row for all transfers over links."""
         flop_s, byte_s, link_s = [], [], np.zeros(len(SIZES) + 1)
         for text, node in self._ops.items():
             count = self._counts[text]
@@ -130,7 +130,7 @@ class _Kernels:
         return np.array(flop_s), np.array(byte_s), link_s
 
     def _affine(self, node: OpNode, field: int) -> npt.NDArray[np.float64]:
-        """The constant and the slopes of one field of the node's cost, measured between one unit of a size and 1025."""
+        """The constant and the slopes of one field of the node's cost, measured at 1 and 1025 units of each size."""
         base = dict.fromkeys(SIZES, 1)
         at_base = self._cost(node, field, base)
         slopes = [(self._cost(node, field, base | {size: 1025}) - at_base) / 1024 for size in SIZES]

@@ -1,4 +1,4 @@
-"""What can be said of a checkpoint from its config alone: sizes, memory, parallel degrees, and whether names fit."""
+"""Report on a checkpoint from its config alone: sizes, memory, parallel degrees, and the match of tensor names."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ FLOATS = ("f32", "bf16", "f16")
 
 @dataclass(frozen=True, slots=True)
 class Degree:
-    """A degree of tensor parallelism: the parameters that rank 0 holds, or what stands against the degree."""
+    """A degree of tensor parallelism: the number of parameters on rank 0, or the reason why the degree is invalid."""
 
     tp: int
     parameters: int | None
@@ -30,9 +30,9 @@ class Degree:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Counts of a model whose weights nobody has seen. Tied weights count once; KV is the cache of one token.
+    """Counts of a model without its weights. Tied weights count once; KV is the cache of one token.
 
-    `index` are the differences from an index file, empty if there are none, None if no index was given.
+    `index` lists the differences from an index file; it is empty for a match and None without an index.
     """
 
     layout: str
@@ -50,12 +50,12 @@ class Report:
 def lint_model(
     layout: ModelLayout, config: Any, path: str, degrees: Iterable[int], names: Iterable[str] | None
 ) -> Report:
-    """Everything known from the config, and, with the names of an index, whether these are the layout's tensors.
+    """The report on a config, and on the tensor `names` of an index if there is one.
 
-    Raises ConfigError for a config whose weights cannot be, such as a stack without end.
+    Raises ConfigError for a config with impossible weights, such as an unbounded stack.
     """
     if config.L > MAX_LAYERS:
-        raise ConfigError(f"{path}: {config.L} layers are more than any model has; {MAX_LAYERS} can be checked")
+        raise ConfigError(f"{path}: expected at most {MAX_LAYERS} layers, got {config.L}")
     tensors, parameters = _counts(layout, config)
     values = _cached_values(layout, config)
     found = None if names is None else _renamed(layout, list(names))
@@ -79,7 +79,7 @@ def _renamed(layout: ModelLayout, names: list[str]) -> dict[str, None]:
 
 
 def _counts(layout: ModelLayout, config: Any) -> tuple[int, int]:
-    """How many tensors a checkpoint of the layout has, and how many parameters are in them."""
+    """The numbers of tensors and of parameters in a checkpoint of the layout."""
     names: set[str] = set()
     parameters = 0
     for weight in layout.weights(config):
@@ -96,13 +96,13 @@ def _kernel_graph(layout: ModelLayout, config: Any, tp: int) -> ExecutionGraph:
 
 
 def _cached_values(layout: ModelLayout, config: Any) -> int:
-    """How many values the caches keep of one token, in all layers that attend to earlier ones."""
+    """The number of cached values per token, over all layers with a KV cache."""
     layers = [name for name in _kernel_graph(layout, config, 1).inputs if name.endswith(".k_cache")]
     return len(layers) * layout.cache(config).num_elements
 
 
 def _degree(layout: ModelLayout, config: Any, tp: int) -> Degree:
-    """Whether the sizes divide, and the ranks' graphs want just the shapes that their shares have."""
+    """A degree, checked twice: the sizes divide, and the shapes in a rank's graph are those of its shares."""
     try:
         graph = _kernel_graph(layout, config, tp)
         shapes = {weight.name: share_shape(weight, tp) for weight in layout.weights(config)}
@@ -110,6 +110,6 @@ def _degree(layout: ModelLayout, config: Any, tp: int) -> Degree:
         return Degree(tp, None, str(error))
     for name, ref in graph.weights.items():
         if ref.shape != shapes[name]:
-            return Degree(tp, None, f"the graph reads {name} as {list(ref.shape)}, a rank holds {list(shapes[name])}")
-    held = sum(prod(shapes[weight.name]) for weight in layout.weights(config) if weight.tied_to is None)
-    return Degree(tp, held)
+            return Degree(tp, None, f"{name}: the graph expects {list(ref.shape)}, a rank has {list(shapes[name])}")
+    parameters = sum(prod(shapes[weight.name]) for weight in layout.weights(config) if weight.tied_to is None)
+    return Degree(tp, parameters)

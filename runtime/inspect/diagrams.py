@@ -1,4 +1,4 @@
-"""Execution graphs as Mermaid and DOT text, for documents and for Graphviz."""
+"""Export of execution graphs as Mermaid for documents and as DOT for Graphviz."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def to_dot(graph: ExecutionGraph) -> str:
 
 
 def _by_layer(graph: ExecutionGraph) -> Iterator[tuple[int | None, list[ExecutionNode]]]:
-    """Runs of nodes of one layer, in the graph's order."""
+    """Runs of consecutive nodes of one layer, in the graph's order."""
     run: list[ExecutionNode] = []
     for node in graph.nodes.values():
         if run and run[0].layer_id != node.layer_id:
@@ -57,7 +57,7 @@ def _edges(graph: ExecutionGraph) -> Iterator[tuple[str, str]]:
 
 
 def _mermaid(text: str) -> str:
-    """Anything but letters, digits and a few signs as an entity code, which Mermaid shows as the sign itself."""
+    """Text with all characters but letters, digits and a few signs as entity codes, which Mermaid displays."""
     return "".join(c if c.isascii() and (c.isalnum() or c in " ._-") else f"#{ord(c)};" for c in text)
 
 

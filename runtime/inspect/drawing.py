@@ -1,8 +1,8 @@
-"""A layered drawing of a few nodes: who stands in which row and column, and the SVG that shows it.
+"""Layered drawing of a few nodes: their rows and columns, and the SVG.
 
-Rows are by longest path from the top; within a row nodes stand by the mean column of what they depend on (the
+Rows are by longest path from the top; within a row nodes are sorted by the mean column of their dependencies (the
 barycentre method of Sugiyama, Tagawa and Toda, IEEE Transactions on Systems, Man, and Cybernetics 11(2), 1981). An
-edge over several rows has a slot of its own in each, so that it passes beside the boxes.
+edge over several rows has a slot in each, so that it passes between the boxes.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 190, 40, 20, 30, 12
 SLOT_WIDTH = 6  # of a passing edge
 MAX_TEXT = 24
 
-Slot: TypeAlias = tuple[str, int]  # a node id and a row: the node's box, or in a later row the passage of its edges
+Slot: TypeAlias = tuple[str, int]  # a node id and a row: the node's box, or its passing edges in a later row
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Rows by node id, and the middle of every slot across, in pixels from the left."""
+    """Rows by node id, and the horizontal centre of every slot, in pixels from the left."""
 
     row: Mapping[str, int]
-    middle: Mapping[Slot, float]
+    center: Mapping[Slot, float]
 
     def corner(self, node_id: str) -> tuple[float, float]:
         """The upper left corner of a node's box."""
         row = self.row[node_id]
-        return self.middle[node_id, row] - BOX_WIDTH / 2, top_of(row)
+        return self.center[node_id, row] - BOX_WIDTH / 2, top_of(row)
 
 
 def top_of(row: int) -> float:
@@ -54,24 +54,23 @@ def category(node: ExecutionNode) -> str:
     return "io" if kind in ("EMBEDDING", "SAMPLE") else "other"
 
 
-def draw(nodes: Sequence[ExecutionNode], index: Mapping[str, int], lit: Collection[str] = ()) -> str:
-    """An SVG of nodes in topological order. `index` numbers the nodes of the whole graph for the page's script; those
-    in `lit` stand out.
+def draw(nodes: Sequence[ExecutionNode], index: Mapping[str, int], highlighted: Collection[str] = ()) -> str:
+    """An SVG of nodes in topological order. `index` numbers the nodes of the whole graph for the page's script.
 
-    A node that waits for nodes outside has a stub at its top; one that nodes outside wait for is told by the page.
+    A node with dependencies outside the drawing has a stub at its top; users outside are listed on the page only.
     """
     plan = layout(nodes)
-    width = max(plan.middle.values()) + BOX_WIDTH / 2 + MARGIN
+    width = max(plan.center.values()) + BOX_WIDTH / 2 + MARGIN
     height = top_of(max(plan.row.values())) + BOX_HEIGHT + MARGIN
     edges = [_edge(plan, d, n.node_id) for n in nodes for d in sorted(n.dependencies) if d in plan.row]
     stubs = [_stub(plan.corner(n.node_id)) for n in nodes if not n.dependencies <= plan.row.keys()]
-    boxes = [_box(n, plan.corner(n.node_id), index[n.node_id], is_lit=n.node_id in lit) for n in nodes]
+    boxes = [_box(n, plan.corner(n.node_id), index[n.node_id], is_highlighted=n.node_id in highlighted) for n in nodes]
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     return f"<svg {size}>{''.join(edges)}{''.join(stubs)}{''.join(boxes)}</svg>"
 
 
 def layout(nodes: Sequence[ExecutionNode]) -> Layout:
-    """Where each node stands; nodes come in topological order, and dependencies outside do not count."""
+    """The layout of topologically sorted nodes; dependencies outside are ignored."""
     row: dict[str, int] = {}
     above: dict[Slot, list[Slot]] = {}
     rows: list[list[Slot]] = []
@@ -87,33 +86,34 @@ def layout(nodes: Sequence[ExecutionNode]) -> Layout:
             if slot not in above:
                 above[slot] = [(slot[0], slot[1] - 1)]
                 rows[slot[1]].append(slot)
-    middle: dict[Slot, float] = {}
+    center: dict[Slot, float] = {}
     for slots in rows:
-        _arrange(slots, row, above, middle)
-    shift = MARGIN + BOX_WIDTH / 2 - min(middle.values(), default=0.0)
-    return Layout(row, {slot: x + shift for slot, x in middle.items()})
+        _arrange(slots, row, above, center)
+    shift = MARGIN + BOX_WIDTH / 2 - min(center.values(), default=0.0)
+    return Layout(row, {slot: x + shift for slot, x in center.items()})
 
 
 def _arrange(
-    slots: list[Slot], row: Mapping[str, int], above: Mapping[Slot, list[Slot]], middle: dict[Slot, float]
+    slots: list[Slot], row: Mapping[str, int], above: Mapping[Slot, list[Slot]], center: dict[Slot, float]
 ) -> None:
-    """Put the slots of one row side by side around 0, in the order of the means of what stands above them."""
+    """Places the slots of one row side by side around 0, ordered by the mean position of the slots above them."""
 
     def barycentre(slot: Slot) -> float:
-        return sum(middle[s] for s in above[slot]) / len(above[slot]) if above[slot] else 0.0
+        return sum(center[s] for s in above[slot]) / len(above[slot]) if above[slot] else 0.0
 
     widths = {slot: BOX_WIDTH if row[slot[0]] == slot[1] else SLOT_WIDTH for slot in slots}
     x = -(sum(widths.values()) + GAP_X * (len(slots) - 1)) / 2
     for slot in sorted(slots, key=barycentre):
-        middle[slot] = x + widths[slot] / 2
+        center[slot] = x + widths[slot] / 2
         x += widths[slot] + GAP_X
 
 
-def _box(node: ExecutionNode, place: tuple[float, float], index: int, *, is_lit: bool) -> str:
-    x, y = place
+def _box(node: ExecutionNode, corner: tuple[float, float], index: int, *, is_highlighted: bool) -> str:
+    x, y = corner
     name = node.node_id.removeprefix(f"L{node.layer_id}.")
+    css = f"node {category(node)}{' highlighted' if is_highlighted else ''}"
     return (
-        f'<g class="node {category(node)}{" lit" if is_lit else ""}" data-i="{index}" tabindex="0" role="button" '
+        f'<g class="{css}" data-i="{index}" tabindex="0" role="button" '
         f'transform="translate({x:.0f} {y:.0f})"><title>{escape(_hover(node))}</title>'
         f'<rect width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
         f'<text class="op" x="10" y="17">{escape(_clip(node.op))}</text>'
@@ -127,11 +127,11 @@ def _hover(node: ExecutionNode) -> str:
 
 
 def _edge(plan: Layout, start: str, end: str) -> str:
-    """A curve from box to box, straight beside the boxes that it passes."""
-    x, y = plan.middle[start, plan.row[start]], top_of(plan.row[start]) + BOX_HEIGHT
+    """A curve from box to box, straight between the boxes of the rows that it passes."""
+    x, y = plan.center[start, plan.row[start]], top_of(plan.row[start]) + BOX_HEIGHT
     path = f"M{x:.0f} {y:.0f}"
     for row in range(plan.row[start] + 1, plan.row[end] + 1):
-        x_next = plan.middle[end if row == plan.row[end] else start, row]
+        x_next = plan.center[end if row == plan.row[end] else start, row]
         y_next = top_of(row)
         bend = (y + y_next) / 2
         path += f"C{x:.0f} {bend:.0f} {x_next:.0f} {bend:.0f} {x_next:.0f} {y_next:.0f}"
@@ -140,8 +140,8 @@ def _edge(plan: Layout, start: str, end: str) -> str:
     return f'<path class="edge" d="{path}"/>'
 
 
-def _stub(place: tuple[float, float]) -> str:
-    x, y = place[0] + BOX_WIDTH / 2, place[1]
+def _stub(corner: tuple[float, float]) -> str:
+    x, y = corner[0] + BOX_WIDTH / 2, corner[1]
     return f'<path class="edge stub" d="M{x:.0f} {y - 9:.0f}V{y:.0f}"/>'
 
 

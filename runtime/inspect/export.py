@@ -1,4 +1,4 @@
-"""Execution graphs for other eyes: Mermaid and DOT for documents, JSON for programs, traces for Perfetto, web pages."""
+"""Exports of execution graphs: Mermaid and DOT for documents, JSON for programs, traces for Perfetto, web pages."""
 
 from __future__ import annotations
 

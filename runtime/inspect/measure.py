@@ -1,4 +1,4 @@
-"""Measures how long each node of a graph takes on this machine, on its reference kernels and one small step."""
+"""Measurement of node times on this machine, with the reference kernels and one small step."""
 
 from collections.abc import Callable, Mapping
 from time import perf_counter_ns
@@ -13,7 +13,7 @@ RUNS = 20
 
 
 def measured_times(graph: ExecutionGraph, kernels: Mapping[str, Kernel], runs: int = RUNS) -> dict[str, float]:
-    """Microseconds by node id, the shortest of several runs; views count as what calling them costs."""
+    """Microseconds by node id, the shortest of several runs; a view takes the time of its call."""
     values = inputs_of(graph)
     spent: list[float] = []
     timed = {op: _timed(kernel, spent) for op, kernel in kernels.items()}

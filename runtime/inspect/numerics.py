@@ -1,4 +1,4 @@
-"""Runs a model's graph on random numbers in float64, between its passes: which of them changes a result?"""
+"""Numerical check of passes: runs a graph on random numbers in float64 after each pass, and bisects rewrites."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SIZES = {"T": 6, "B": 2, "Td": 2, "Tp": 4, "S": 2, "PG": 5, "BS": 4, "MB": 2, "P
 LENGTHS: Mapping[Stage, tuple[int, int]] = {"prefill": (2, 4), "decode": (1, 1), "hybrid": (1, 5)}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 TOLERANCE = 1e-9
-"""Rules written out may round in another order; those that `fuses` gives keep every bit."""
+"""Written-out rules may round in another order; rules from `fuses` are bitwise equal."""
 
 
 class Verdict(NamedTuple):
-    """What a pass did to the results: the largest difference, relative to the values, and where it is too large."""
+    """The effect of a pass on the results: the largest relative difference, and the value where it is too large."""
 
     pass_name: str
     difference: float
@@ -33,29 +33,29 @@ class Verdict(NamedTuple):
 
 
 def verify_numerics(graphs: ModelGraphs, stage: Stage) -> Iterator[Verdict]:
-    """A verdict for each kernel-level pass. The graphs' element type is f64."""
+    """A verdict for each kernel-level pass. The graphs must be built with element type f64."""
     graph = graphs.expanded_graph(stage)
-    wanted = run_once(graph, graphs.registry.kernels)
+    expected = run_once(graph, graphs.registry.kernels)
     for one, after in graphs.steps(graph):
         found = run_once(after, graphs.registry.kernels)
-        yield Verdict(one.name, *_compare(wanted, found))
-        wanted = found
+        yield Verdict(one.name, *_compare(expected, found))
+        expected = found
 
 
 def find_bad_rewrite(graphs: ModelGraphs, stage: Stage) -> tuple[int, str, Change] | None:
-    """The first rewrite that changes a result: its number, counted over all passes, its rule, and what it did.
+    """The first rewrite that changes a result: its number over all passes, its rule, and the nodes it replaced.
 
-    None if all rewrites together change nothing. Found by bisection: each try runs the passes up to a limit.
+    None if all rewrites together change nothing. Bisection runs the passes up to a limit of rewrites in each step.
     """
     graph = graphs.expanded_graph(stage)
-    wanted = run_once(graph, graphs.registry.kernels)
+    expected = run_once(graph, graphs.registry.kernels)
 
     def rewritten(limit: int | None) -> tuple[dict[str, list[Change]], bool]:
         graphs.options.limit = limit
         copy = graph.copy()
         reports = graphs.rewrite(copy)
         changes = {name: stats.changes for report in reports for name, stats in report.rules.items()}
-        return changes, _compare(wanted, run_once(copy, graphs.registry.kernels))[1] is None
+        return changes, _compare(expected, run_once(copy, graphs.registry.kernels))[1] is None
 
     changes, is_right = rewritten(graphs.options.limit)
     if is_right:
@@ -70,7 +70,7 @@ def find_bad_rewrite(graphs: ModelGraphs, stage: Stage) -> tuple[int, str, Chang
 
 
 def run_once(graph: ExecutionGraph, kernels: Mapping[str, Kernel]) -> dict[str, torch.Tensor]:
-    """What the graph returns for one small step on random weights, and what it leaves in the caches."""
+    """The outputs and the caches after one small step on random weights, by name."""
     values = inputs_of(graph)
     bound = {name: values[name] for name in graph.weights}
     outputs = Plan(graph, kernels, bound).run({name: values.get(name) for name in graph.inputs})
@@ -79,12 +79,12 @@ def run_once(graph: ExecutionGraph, kernels: Mapping[str, Kernel]) -> dict[str, 
 
 
 def inputs_of(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
-    """A value for every weight and input of a small step, apart from what only sampling takes."""
+    """A value for every weight and input of a small step, except inputs of sampling, which default to greedy."""
     return _random_values(graph) | _step(graph.stage or "prefill")
 
 
 def _random_values(graph: ExecutionGraph) -> dict[str, torch.Tensor]:
-    """The same for every graph of a model: by name, in alphabetical order. What only sampling takes stays away."""
+    """Random values in alphabetical order of the names, so that all graphs of a model receive the same."""
     generator = torch.Generator().manual_seed(0)
     inputs = {name: ref for name, ref in graph.inputs.items() if not _is_of_sampling(ref, graph)}
     return {name: _random(ref, generator) for name, ref in sorted({**graph.weights, **inputs}.items())}
@@ -96,13 +96,13 @@ def _random(ref: TensorRef, generator: torch.Generator) -> torch.Tensor:
 
 
 def _is_of_sampling(ref: TensorRef, graph: ExecutionGraph) -> bool:
-    """Whether an input goes to nodes that choose tokens, alone or as the last of what they fuse, and to no others."""
+    """Whether an input is read only by nodes that sample tokens, plain or fused."""
     users = graph.users(ref)
     return bool(users) and all(user.op_type.name == "SAMPLE" for user in users)
 
 
 def _step(stage: Stage) -> dict[str, torch.Tensor]:
-    """The inputs that are not random: ids, positions, slots, and the tables of a step of two sequences."""
+    """The inputs that must be valid indices: ids, positions, slots, and the tables of a step of two sequences."""
     lengths = LENGTHS[stage]
     starts = [0, lengths[0], sum(lengths)]
     positions = [p for length in lengths for p in range(length)]
@@ -113,9 +113,9 @@ def _step(stage: Stage) -> dict[str, torch.Tensor]:
     return step | {"block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)}
 
 
-def _compare(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> tuple[float, str | None]:
+def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> tuple[float, str | None]:
     largest = 0.0
-    for name, value in wanted.items():
+    for name, value in expected.items():
         if value.shape != found[name].shape:
             return float("inf"), f"{name} has another shape"
         difference = _difference(value.double(), found[name].double())
@@ -126,7 +126,7 @@ def _compare(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tenso
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value; where both are not a number there is none."""
+    """The largest difference, relative to the largest value; NaNs in the same position are equal."""
     same = (a == b) | (a.isnan() & b.isnan())
     gap = torch.where(same, torch.zeros_like(a), (a - b).abs()).max()
     return float(gap / a[a.isfinite()].abs().max().clamp(min=1e-300)) if float(gap) else float(gap)

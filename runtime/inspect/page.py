@@ -1,4 +1,4 @@
-"""The page that shows execution graphs in a browser: one file, no network, readable in light and dark."""
+"""Self-contained HTML page of execution graphs: one file, without network access, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
-from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
+from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.inspect.drawing import draw
 from sageLLM.runtime.inspect.gantt import draw_gantt
 
@@ -25,13 +25,13 @@ CATEGORIES = {
     "kv": "KV cache",
     "other": "other",
 }
-OPEN_SECTIONS = 3  # the first ones: what comes before the layers, and a layer or two
-MAX_GONE = 200  # nodes that a step took away, as far as they are listed
+OPEN_SECTIONS = 3  # the nodes before the layers and the first two layers
+MAX_REMOVED = 200  # removed nodes that are listed
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A graph to show: after a pass, say. What differs from `before` is lit; `note` tells what was done."""
+    """A graph to show, e.g. after a pass. Changes from `before` are highlighted; `note` describes the step."""
 
     name: str
     graph: ExecutionGraph
@@ -40,22 +40,21 @@ class Step:
 
 
 def to_html(graphs: Sequence[ExecutionGraph] | Mapping[str, ExecutionGraph], title: str = "Execution graphs") -> str:
-    """One self-contained HTML page with each graph, by its title or its graph_id. IRError if there is none."""
+    """One HTML page with each graph, titled by its key or its graph_id. IRError for an empty collection."""
     named = list(graphs.items()) if isinstance(graphs, Mapping) else [(g.graph_id, g) for g in graphs]
     return to_page({"graphs": [Step(name, graph) for name, graph in named]}, title)
 
 
 def to_page(traces: Mapping[str, Sequence[Step]], title: str) -> str:
-    """One self-contained HTML page: the steps of each trace on the left, their graph beside them.
+    """One HTML page: the steps of each trace on the left, the graph of the selected step next to them.
 
-    A graph is drawn in sections, one for each layer, to fold and unfold, and if its nodes take time, as a chart of its
-    streams. What a step changed is lit. A click on a node shows its types, attributes, cost, origins, spec entry, layer
-    and stream. The address `#g2/5` opens step 2 and node 5. Every name is escaped. IRError if there is no graph, or one
-    has a cycle.
+    A graph is drawn in foldable sections, one per layer, and as a chart of its streams if its nodes have times. Changed
+    nodes are highlighted. A click on a node shows its types, attributes, cost, origins, spec entry, layer and stream.
+    The address `#g2/5` opens step 2 and node 5. Every name is escaped. IRError for an empty collection or a cycle.
     """
     steps = [step for trace in traces.values() for step in trace]
     if not steps:
-        raise IRError("no graph to show")
+        raise IRError("expected at least one graph to show")
     numbers = iter(range(len(steps)))
     tabs = "".join(
         f"<h2>{escape(name)}</h2>{''.join(_tab(next(numbers), step) for step in trace)}"
@@ -72,37 +71,38 @@ def to_page(traces: Mapping[str, Sequence[Step]], title: str) -> str:
         f"<title>{escape(title)}</title><style>{style}</style></head>\n<body><header><h1>{escape(title)}</h1>"
         f'<ul class="legend">{legend}</ul></header>\n'
         f'<nav role="tablist" aria-orientation="vertical">{tabs}</nav>\n<main>{panels}</main>\n'
-        '<aside aria-live="polite"><p>Click a node to see what it is.</p></aside>\n'
+        '<aside aria-live="polite"><p>Click a node to show its details.</p></aside>\n'
         f'<script type="application/json" id="data">{inert}</script>\n<script>{script}</script></body></html>\n'
     )
 
 
 def _tab(i: int, step: Step) -> str:
     selected = "true" if i == 0 else "false"
-    gone, lit = _gone(step), changed_nodes(step)
-    mark = f'<span class="changes">+{len(lit)} −{len(gone)}</span>' if lit or gone else ""
+    removed, changed = _removed_nodes(step), changed_nodes(step)
+    mark = f'<span class="changes">+{len(changed)} −{len(removed)}</span>' if changed or removed else ""
     role = f'role="tab" id="t{i}" aria-controls="g{i}" aria-selected="{selected}"'
     return f"<button {role}>{escape(step.name)}{mark}</button>"
 
 
 def _panel(i: int, step: Step) -> str:
-    graph, lit = step.graph, changed_nodes(step)
+    graph, highlighted = step.graph, changed_nodes(step)
     order = graph.topological_sort()
     index = {node.node_id: k for k, node in enumerate(graph.nodes.values())}
     sections = "".join(
-        _section(name, nodes, index, lit, is_open=k < OPEN_SECTIONS) for k, (name, nodes) in enumerate(_sections(order))
+        _section(name, nodes, index, highlighted, is_open=k < OPEN_SECTIONS)
+        for k, (name, nodes) in enumerate(_sections(order))
     )
     note = f'<p class="note">{escape(step.note)}</p>' if step.note else ""
     hidden = "" if i == 0 else " hidden"
     return (
         f'<section class="graph" id="g{i}" role="tabpanel" aria-labelledby="t{i}"{hidden}>'
-        f"<p>{escape(_summary(graph))}</p>{note}{_chart(graph, index, lit)}{_removed(step)}{sections}</section>\n"
+        f"<p>{escape(_summary(graph))}</p>{note}{_chart(graph, index, highlighted)}{_removed(step)}{sections}"
+        "</section>\n"
     )
 
 
 def changed_nodes(step: Step) -> set[str]:
-    """The nodes that the graph before has not, or has otherwise: as to op, values, attributes, lane, or what they wait
-    for besides their operands."""
+    """The nodes that are new or differ in op, values, attributes, lane, or dependencies other than their operands."""
     if step.before is None:
         return set()
     old = {node_id: _identity(node, step.before) for node_id, node in step.before.nodes.items()}
@@ -110,27 +110,26 @@ def changed_nodes(step: Step) -> set[str]:
 
 
 def _identity(node: ExecutionNode, graph: ExecutionGraph) -> tuple[Any, ...]:
-    givers = {giver.node_id for ref in node.inputs if (giver := graph.producer(ref)) is not None}
+    producers = {producer.node_id for ref in node.inputs if (producer := graph.producer(ref)) is not None}
     values = (tuple(node.inputs), tuple(node.outputs), tuple(node.attrs.items()))
-    return node.op, *values, node.device_id, node.stream_id, frozenset(node.dependencies - givers)
+    return node.op, *values, node.device_id, node.stream_id, frozenset(node.dependencies - producers)
 
 
-def _gone(step: Step) -> list[ExecutionNode]:
-    return (
-        [node for node_id, node in step.before.nodes.items() if node_id not in step.graph.nodes] if step.before else []
-    )
+def _removed_nodes(step: Step) -> list[ExecutionNode]:
+    old = step.before.nodes if step.before is not None else {}
+    return [node for node_id, node in old.items() if node_id not in step.graph.nodes]
 
 
 def _removed(step: Step) -> str:
-    gone = _gone(step)
-    if not gone:
+    nodes = _removed_nodes(step)
+    if not nodes:
         return ""
-    listed = "".join(f"<li>{escape(node.op)} <b>{escape(node.node_id)}</b></li>" for node in gone[:MAX_GONE])
-    return f"<details><summary><b>taken away</b> <span>{len(gone)} nodes</span></summary><ul>{listed}</ul></details>"
+    listed = "".join(f"<li>{escape(node.op)} <b>{escape(node.node_id)}</b></li>" for node in nodes[:MAX_REMOVED])
+    return f"<details><summary><b>removed</b> <span>{len(nodes)} nodes</span></summary><ul>{listed}</ul></details>"
 
 
-def _chart(graph: ExecutionGraph, index: Mapping[str, int], lit: Collection[str]) -> str:
-    drawing = draw_gantt(graph, index, lit)
+def _chart(graph: ExecutionGraph, index: Mapping[str, int], highlighted: Collection[str]) -> str:
+    drawing = draw_gantt(graph, index, highlighted)
     if not drawing:
         return ""
     return f'<details open><summary><b>time</b></summary><div class="drawing">{drawing}</div></details>'
@@ -144,19 +143,19 @@ def _summary(graph: ExecutionGraph) -> str:
 
 
 def _section(
-    name: str, nodes: Sequence[ExecutionNode], index: Mapping[str, int], lit: Collection[str], *, is_open: bool
+    name: str, nodes: Sequence[ExecutionNode], index: Mapping[str, int], highlighted: Collection[str], *, is_open: bool
 ) -> str:
     time_us = sum(node.estimated_time_us for node in nodes)
     facts = ("1 node" if len(nodes) == 1 else f"{len(nodes)} nodes") + (f", {time_us:,.1f} us" if time_us else "")
     opened = " open" if is_open else ""
     return (
         f"<details{opened}><summary><b>{escape(name)}</b> <span>{facts}</span></summary>"
-        f'<div class="drawing">{draw(nodes, index, lit)}</div></details>\n'
+        f'<div class="drawing">{draw(nodes, index, highlighted)}</div></details>\n'
     )
 
 
 def _sections(order: Sequence[ExecutionNode]) -> Iterator[tuple[str, list[ExecutionNode]]]:
-    """The nodes by layer; those of no layer stand before the layers or after, by where the first layer begins."""
+    """The nodes by layer; nodes outside of layers are in a first or a last section, before or after layer 0 starts."""
     layers: dict[int | None, list[ExecutionNode]] = {}
     before: list[ExecutionNode] = []
     for node in order:
@@ -173,12 +172,12 @@ def _sections(order: Sequence[ExecutionNode]) -> Iterator[tuple[str, list[Execut
 
 
 def _details(graph: ExecutionGraph) -> list[dict[str, Any]]:
-    memo: dict[InferKey, Inference] = {}
+    memo: Memo = {}
     return [_node_details(node, graph, memo) for node in graph.nodes.values()]
 
 
-def _node_details(node: ExecutionNode, graph: ExecutionGraph, memo: dict[InferKey, Inference]) -> dict[str, Any]:
-    """What a click shows, as label -> text or list of texts; empty entries are left out by the script."""
+def _node_details(node: ExecutionNode, graph: ExecutionGraph, memo: Memo) -> dict[str, Any]:
+    """The details of a node as label -> text or list of texts; the script omits empty entries."""
     return {
         "node": node.node_id,
         "op": f"{node.op} ({node.op_type.name})",
@@ -194,12 +193,12 @@ def _node_details(node: ExecutionNode, graph: ExecutionGraph, memo: dict[InferKe
         "waits for": sorted(node.dependencies),
         "read by": sorted({user.node_id for ref in node.outputs for user in graph.users(ref)}),
         "spec": node.spec if isinstance(node, OpNode) else "",
-        "made from": list(node.origins),
+        "origins": list(node.origins),
         "metadata": json.dumps(node.metadata, default=str) if node.metadata else "",
     }
 
 
-def _work(node: ExecutionNode, memo: dict[InferKey, Inference]) -> list[str]:
+def _work(node: ExecutionNode, memo: Memo) -> list[str]:
     if not isinstance(node, OpNode):
         return []
     try:

@@ -1,4 +1,4 @@
-"""What each rewrite rule did to a graph, as a table: tried, matched, fired, and what that saves."""
+"""Table of rewrite rules on one graph: tried, matched, fired, and the savings."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -14,7 +14,7 @@ HEAD: tuple[str, ...] = ("rule", "tried", "matched", "fired", "ms", "nodes", "ke
 def rule_table(reports: Iterable[PassReport], step: Mapping[str, Dim]) -> str:
     """A row for each rule that was tried, with the change in nodes, kernels, operations and bytes moved in one step.
 
-    Below stand the reasons for which rules did not fire, and those that refused a whole match.
+    The reasons of near misses and refused matches follow the table.
     """
     reports = list(reports)
     rows = [HEAD]
@@ -44,7 +44,7 @@ def _reasons(reports: list[PassReport]) -> Iterator[str]:
 
 
 def work(nodes: Iterable[ExecutionNode], step: Mapping[str, Dim]) -> tuple[int, int, int, int]:
-    """Nodes, kernels (views are none), operations and bytes moved; ValueError for a size that the step lacks."""
+    """Nodes, kernels (nodes but views), operations and bytes moved; ValueError for a size missing in `step`."""
     nodes = list(nodes)
     kernels = [node for node in nodes if isinstance(node, OpNode) and not node.is_view]
     flops = sum(_number(node.flops(step), node) for node in kernels)
@@ -53,5 +53,5 @@ def work(nodes: Iterable[ExecutionNode], step: Mapping[str, Dim]) -> tuple[int, 
 
 def _number(amount: Dim, node: ExecutionNode) -> int:
     if not isinstance(amount, int):
-        raise ValueError(f"{node.node_id}: the step gives no number for {amount}")
+        raise ValueError(f"{node.node_id}: the step does not bind {amount}")
     return amount

@@ -1,4 +1,4 @@
-"""Counts what a step of each model costs (nodes, kernels, flops, bytes), so that a spec change's effect can be read.
+"""Summary of each model's step (nodes, kernels, flops, bytes), to show the effect of a spec change.
 
 The graphs are those of the layouts' tiny configs, bound to one small step, so the figures are exact and comparable.
 """
@@ -19,12 +19,12 @@ STEP: Mapping[str, int] = {
     "T": 64, "B": 4, "S": 4, "Td": 3, "Tp": 61, "PG": 32, "BS": 16, "MB": 8, "P": 128,
     "KV": 256, "KVd": 192, "QK": 1024, "LL": 1024, "EX": 4,
 }  # fmt: skip
-"""One step of 64 tokens in 4 sequences; in decode one token of each. They choose 4 experts."""
+"""One step of 64 tokens in 4 sequences; in decode one token of each. The tokens are routed to 4 experts."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageSummary:
-    """One graph in numbers: block-level nodes, kernels (views are none), operations, bytes moved."""
+    """Counts of one graph: block-level nodes, kernels (nodes that are not views), operations, bytes moved."""
 
     nodes: int
     kernels: int
@@ -33,7 +33,7 @@ class StageSummary:
 
 
 def summarise(registry: Registry) -> dict[str, dict[str, StageSummary]]:
-    """By model and stage."""
+    """The summaries of all models, by model and stage."""
     return {name: _of_model(layout, registry) for name, layout in registry.models.items()}
 
 
@@ -56,9 +56,9 @@ def step_of(stage: Stage | None, config: Any) -> Mapping[str, int]:
 def diff_lines(
     old: Mapping[str, Mapping[str, StageSummary]], new: Mapping[str, Mapping[str, StageSummary]]
 ) -> list[str]:
-    """A line per model and stage that changed, with the old and new figures; models that came or went by name."""
+    """A line per changed model and stage, with the old and new figures, and per added or removed model."""
     lines = [f"model {name}: new" for name in new if name not in old]
-    lines += [f"model {name}: gone" for name in old if name not in new]
+    lines += [f"model {name}: removed" for name in old if name not in new]
     for name in (name for name in new if name in old):
         for stage, after in new[name].items():
             if (before := old[name][stage]) != after:
@@ -68,8 +68,8 @@ def diff_lines(
 
 def _changes(before: StageSummary, after: StageSummary) -> str:
     words = []
-    for what in ("nodes", "kernels", "flops", "bytes"):
-        a, b = getattr(before, what), getattr(after, what)
+    for name in ("nodes", "kernels", "flops", "bytes"):
+        a, b = getattr(before, name), getattr(after, name)
         if a != b:
-            words.append(f"{what} {a:,} -> {b:,}" + (f" ({(b - a) / a:+.1%})" if a else ""))
+            words.append(f"{name} {a:,} -> {b:,}" + (f" ({(b - a) / a:+.1%})" if a else ""))
     return ", ".join(words)

@@ -1,4 +1,4 @@
-"""What to look at in a model: its graphs after each pass, with estimated times, and its streams on two devices."""
+"""Traces of a model for the HTML page: its graphs after each pass, with estimated times, and two-device streams."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,11 +14,11 @@ from sageLLM.runtime.inspect.export import Step
 from sageLLM.runtime.inspect.summary import step_of
 
 RANKS = 2
-"""Tensor-parallel degree of the streams that are shown: on one device nothing communicates."""
+"""Tensor-parallel degree of the stream traces: a single device does not communicate."""
 
 
 def traces_of(graphs: ModelGraphs, hardware: Hardware, stages: Sequence[Stage]) -> dict[str, list[Step]]:
-    """For each stage the kernel-level passes, and where the model divides among two ranks, the passes over streams."""
+    """For each stage the kernel-level passes, and the passes over streams if two ranks divide the model's sizes."""
     found: dict[str, list[Step]] = {}
     for stage in stages:
         found[stage] = _kernel_trace(graphs, hardware, stage)
@@ -38,7 +38,7 @@ def _kernel_trace(graphs: ModelGraphs, hardware: Hardware, stage: Stage) -> list
 
 
 def _stream_trace(graphs: ModelGraphs, hardware: Hardware, stage: Stage) -> list[Step]:
-    """Nothing if the model does not divide."""
+    """The stream passes over the block graph; empty if the model cannot be divided."""
     try:
         parallel = ParallelConfig(RANKS)
         graph = build_block_graph(graphs.layout, graphs.config, stage, parallel, graphs.dtype)

@@ -1,4 +1,4 @@
-"""Says why a rewrite rule did not fire at a node of a graph, or that it did."""
+"""Explanation why a rewrite rule did not fire at a node of a graph, or where it did."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from sageLLM.runtime.execution_graph.rewriting import Rewriting
 
 
 def why_not(rewriting: Rewriting, graph: ExecutionGraph, rule_name: str, node_id: str) -> str:
-    """The answer for a rule and a node of the graph before or after passes; ValueError if there is none of that name.
+    """The answer for a rule and a node of the graph before or after passes; ValueError for an unknown name.
 
-    A node that is not of the op at which the rule starts is answered for the nearest nodes behind it that are.
+    For a node of another op than the rule's anchor, the answer is about the nearest downstream anchors.
     """
     earlier: list[PassReport] = []
     known = set(graph.nodes)
@@ -24,22 +24,23 @@ def why_not(rewriting: Rewriting, graph: ExecutionGraph, rule_name: str, node_id
             return _answer(one, rule, graph, node_id, earlier, known)
         earlier.append(one.report)
         graph, known = after, known | set(after.nodes)
-    raise ValueError(f"no rule named {rule_name} takes part")
+    raise ValueError(f"unknown or disabled rule {rule_name}")
 
 
 def _answer(
     one: RewritePass, rule: Rule, graph: ExecutionGraph, node_id: str, earlier: list[PassReport], known: set[str]
 ) -> str:
     if node_id not in graph.nodes:
-        if (taken := _taker(node_id, earlier)) is not None:
-            return f"{node_id} is gone before {one.name}: {taken}"
+        if (replaced := _replaced_by(node_id, earlier)) is not None:
+            return f"{node_id} was replaced before {one.name}: {replaced}"
         if node_id not in known:
-            raise ValueError(f"no node {node_id}; `sagellm graph MODEL --only ''` lists them")
+            raise ValueError(f"unknown node {node_id}; `sagellm graph MODEL --only ''` lists them")
     if rule.name not in one.report.rules:
-        return f"{rule.name} is left out"
+        return f"{rule.name} is disabled"
     anchors = _anchors(graph, graph.nodes[node_id], rule)
     if not anchors:
-        return f"{rule.name} starts at {rule.anchor.op}; {node_id} is {graph.nodes[node_id].op}, and none is behind it"
+        op = graph.nodes[node_id].op
+        return f"{rule.name} starts at {rule.anchor.op}; {node_id} is {op}, without a {rule.anchor.op} downstream"
     return "\n".join(_at(anchor, one.report, rule) for anchor in anchors)
 
 
@@ -48,13 +49,13 @@ def _at(anchor: ExecutionNode, report: PassReport, rule: Rule) -> str:
     if (miss := stats.near_misses.get(anchor.node_id)) is not None:
         return f"{rule.name} at {anchor.node_id} matched {miss.num_matched} of {rule.num_nodes} nodes: {miss.reason}"
     if (change := _change_of(anchor.node_id, stats.changes)) is not None:
-        return f"{rule.name} did fire at {anchor.node_id}: {_describe(change)}"
-    taken = _taker(anchor.node_id, [report])
-    return f"{rule.name} at {anchor.node_id} came too late: {taken or 'the node was never reached'}"
+        return f"{rule.name} fired at {anchor.node_id}: {_describe(change)}"
+    replaced = _replaced_by(anchor.node_id, [report])
+    return f"{rule.name} at {anchor.node_id} was too late: {replaced or 'the node was not reached'}"
 
 
 def _anchors(graph: ExecutionGraph, node: ExecutionNode, rule: Rule, depth: int = 4) -> Sequence[ExecutionNode]:
-    """The node itself, or the nearest ones that read what it gives, where the rule's pattern ends."""
+    """The node itself, or its nearest downstream nodes of the rule's anchor op."""
     layer: dict[str, ExecutionNode] = {node.node_id: node}
     for _ in range(depth):
         if found := [one for one in layer.values() if type(one) is rule.anchor]:
@@ -63,7 +64,7 @@ def _anchors(graph: ExecutionGraph, node: ExecutionNode, rule: Rule, depth: int 
     return []
 
 
-def _taker(node_id: str, reports: list[PassReport]) -> str | None:
+def _replaced_by(node_id: str, reports: list[PassReport]) -> str | None:
     for report in reports:
         for name, stats in report.rules.items():
             if (change := _change_of(node_id, stats.changes)) is not None:

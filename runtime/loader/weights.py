@@ -41,7 +41,7 @@ def _load(spec: WeightSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: 
     weight = torch.empty(spec.shape, dtype=dtype, device=device)
     for part in spec.parts:
         source = checkpoint.read(part.name)
-        target = weight[tuple(slice(start, stop) for start, stop in part.place(len(spec.shape)))]
+        target = weight[tuple(slice(start, stop) for start, stop in part.region(len(spec.shape)))]
         target.copy_(source if part.view is None else _apply(part.view, source))
     return weight
 

@@ -1,6 +1,6 @@
-"""What can be run: the package's generated ops, kernels, models and passes, and those of plugins.
+"""Registry of generated ops, kernels, models and passes: those of the package and those of plugins.
 
-A plugin is a folder that `sagellm generate --specs MY_SPECS --out FOLDER` made. It is imported from where it stands.
+A plugin is a folder written by `sagellm generate --specs MY_SPECS --out FOLDER`; it is imported in place.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything generated, by name; a plugin's entry may not hide one of the package. Passes come in order.
+    """All generated entries by name; passes in pipeline order. `packages` are the Python packages of the trees.
 
-    `packages` are the trees.
+    A plugin must not redefine an entry of the package: graphs name ops, so a plugin would silently change all models.
     """
 
     packages: tuple[str, ...]
@@ -32,24 +32,24 @@ class Registry:
 
     @cached_property
     def kernels(self) -> Mapping[str, Kernel]:
-        """The reference kernels; torch is imported when they are first asked for."""
+        """The reference kernels; torch is imported at the first access."""
         return read_table(self.packages, "kernels.reference", "KERNELS")
 
     def layout_of(self, architecture: str) -> ModelLayout | None:
-        """The layout that reads checkpoints of this Hugging Face architecture."""
+        """The layout for checkpoints of a Hugging Face architecture, or None."""
         return next((layout for layout in self.models.values() if architecture in layout.architectures), None)
 
 
 def load_registry(plugins: Iterable[str | Path] = ()) -> Registry:
-    """The package's own entries and the plugins'.
+    """The entries of the package and the plugins.
 
-    Raises PluginError for a folder that was not generated or cannot be imported, and for a name that is taken.
+    Raises PluginError for a folder that was not generated or cannot be imported, and for a duplicate name.
     """
     return _registry([BASE, *(import_folder(Path(plugin)) for plugin in plugins)])
 
 
 def load_tree(folder: Path) -> Registry:
-    """The entries of a generated tree alone, which stands for the package's own, as when two of them are compared."""
+    """The entries of a generated tree alone, instead of the package's own, e.g. to compare two trees."""
     return _registry([import_folder(folder)])
 
 
@@ -63,16 +63,17 @@ def _registry(packages: list[str]) -> Registry:
 
 
 def _in_order(passes: Mapping[str, type[OptimizationPass]]) -> dict[str, type[OptimizationPass]]:
-    """Each pass behind those that it names in `after` and those that name it in `before`, else as they come.
+    """Each pass after those that it names in `after` and those that name it in `before`, else in table order.
 
-    One tree is in order; a plugin's passes may have to stand among the package's. Raises PluginError for a circle.
+    A single tree is already in order; a plugin's passes may have to run among the package's. Raises PluginError if the
+    order is cyclic.
     """
     order: dict[str, type[OptimizationPass]] = {}
     waiting = dict(passes)
     while waiting:
         free = next((name for name in waiting if not _waits_for(name, waiting)), None)
         if free is None:
-            raise PluginError(f"the order of passes is a circle: {', '.join(waiting)}")
+            raise PluginError(f"the order of the passes is cyclic: {', '.join(waiting)}")
         order[free] = waiting.pop(free)
     return order
 

@@ -1,4 +1,4 @@
-"""Imports generated trees: the package's own, and the folders of plugins from where they stand."""
+"""Import of generated trees: the package's own, and the folders of plugins in place."""
 
 import importlib.util
 import sys
@@ -18,37 +18,37 @@ TRITON = "kernels.triton"
 
 
 def read_table(packages: Iterable[str], module: str, table: str) -> dict[str, Any]:
-    """The entries of a table in all packages, by name; PluginError for a name that two of them have."""
+    """The entries of a table in all packages, by name; PluginError for a duplicate name."""
     merged: dict[str, Any] = {}
     for package in packages:
         entries = _entries(package, module, table)
         taken = sorted(merged.keys() & entries.keys())
         if taken:
             raise PluginError(
-                f"plugin {_folder(package)}: {table} has {', '.join(taken)} already; rename in your specs"
+                f"plugin {_folder(package)}: {table} already contains {', '.join(taken)}; rename it in your specs"
             )
         merged |= entries
     return merged
 
 
 def native_tables(packages: Iterable[str]) -> list[tuple[Path, dict[str, NativeKernel]]]:
-    """The native kernels of each package, by op, with the folder of their sources; PluginError for a name taken."""
+    """The native kernels of each package, by op, with the folder of their sources; PluginError for a duplicate."""
     packages = list(packages)
     read_table(packages, NATIVE, "KERNELS")
     return [(Path(_folder(f"{package}.{NATIVE}")), _entries(package, NATIVE, "KERNELS")) for package in packages]
 
 
 def triton_table(packages: Iterable[str]) -> dict[str, Any]:
-    """The launchers of Triton kernels by op; PluginError for a name taken. Imports Triton."""
+    """The launchers of Triton kernels by op; PluginError for a duplicate. Imports Triton."""
     return read_table(list(packages), TRITON, "KERNELS")
 
 
 def import_folder(folder: Path) -> str:
-    """Imports a generated tree as a package of its own and returns the package's name."""
+    """Imports a generated tree as a separate package and returns the package's name."""
     start = folder / "__init__.py"
     if not start.is_file():
         raise PluginError(
-            f"plugin {folder} is not a generated folder; make one with `sagellm generate --specs MY_SPECS --out FOLDER`"
+            f"plugin {folder} is not a generated folder; run `sagellm generate --specs MY_SPECS --out FOLDER`"
         )
     name = f"sagellm_plugin_{sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
@@ -77,13 +77,13 @@ def _entries(package: str, module: str, table: str) -> dict[str, Any]:
 
 
 def _forget(package: str) -> None:
-    """Takes a package and its modules out of Python's table, so that the next import reads the files anew."""
+    """Removes a package and its modules from `sys.modules`, so that the next import reads the files again."""
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         del sys.modules[name]
 
 
 def _unusable(folder: str | Path, error: Exception) -> str:
-    return f"plugin {folder} cannot be imported ({type(error).__name__}: {error}); generate it anew"
+    return f"plugin {folder} cannot be imported ({type(error).__name__}: {error}); generate it again"
 
 
 def _folder(package: str) -> str:

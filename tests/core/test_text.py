@@ -140,43 +140,43 @@ def test_text_is_compact(graph: ExecutionGraph, lib: SimpleNamespace) -> None:
     assert same(parse_text(TEXT, lib.OpType, lib.ops), graph)
 
 
-FACTS = "id, type, layer, block, device, stream, time_us, bytes, origins, after, needs, meta"
+KEYS = "id, type, layer, block, device, stream, time_us, bytes, origins, after, needs, meta"
 HEAD = "graph g level=kernel\ninput x: f32[T]\n"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "1:1: no graph: the text is empty"),
-        ("grph g", "1:1: want 'graph ', got 'grph g'"),
-        ("graph g level=high", "1:15: 'high' is no level, want block, kernel"),
-        ("graph g size=3", "1:9: 'size' is no fact, want level, stage, layers"),
-        (HEAD + "input x: f32[T]", "3:7: 'x' is declared twice"),
-        (HEAD + "y: f32[T] = gelu(x)", "3:13: no op 'gelu'"),
-        (HEAD + "y: f32[T] = GELU(x)", "3:13: no op type 'GELU'"),
+        ("", "1:1: expected a graph, got an empty text"),
+        ("grph g", "1:1: expected 'graph ', got 'grph g'"),
+        ("graph g level=high", "1:15: level: expected one of block, kernel, got 'high'"),
+        ("graph g size=3", "1:9: key: expected one of level, stage, layers, got 'size'"),
+        (HEAD + "input x: f32[T]", "3:7: 'x' is already declared"),
+        (HEAD + "y: f32[T] = gelu(x)", "3:13: unknown op 'gelu'"),
+        (HEAD + "y: f32[T] = GELU(x)", "3:13: unknown op type 'GELU'"),
         (HEAD + "y: f32[T = FFN(x)", "3:8: 'T = FFN(x)' is not a dim formula"),
         (HEAD + "y: f32[T, 2 ** T] = FFN(x)", "3:10: '2 ** T' is not a dim formula"),
-        (HEAD + "y: f32[T] = FFN(z)", "3:17: 'z' needs a type here"),
-        (HEAD + "y = FFN(x)", "3:3: want ':', got '= FFN(x)'"),
-        (HEAD + "y: f32[T] = FFN(x", "3:18: want ',', got the end of the line"),
-        (HEAD + "y: f32[T] = FFN(x) {k=3", "3:24: want ',', got the end of the line"),
-        (HEAD + "y: f32[T] = FFN(x) {k=what}", "3:23: want a number, got 'what}'"),
-        (HEAD + "y: f32[T] = FFN(x) {k=`T}", "3:24: a dim formula that does not end"),
-        (HEAD + 'y: f32[T] = FFN(x) {k="a}', "3:23: a string that does not end or holds a bad escape"),
-        (HEAD + "y: f32[T] = FFN(x) @layer=a", "3:27: want a number, got 'a'"),
-        (HEAD + "y: f32[T] = FFN(x) @layer=1.5", "3:27: want an integer"),
-        (HEAD + "y: f32[T] = FFN(x) @colour=1", f"3:21: 'colour' is no fact, want {FACTS}"),
+        (HEAD + "y: f32[T] = FFN(z)", "3:17: the first use of 'z' must have a type"),
+        (HEAD + "y = FFN(x)", "3:3: expected ':', got '= FFN(x)'"),
+        (HEAD + "y: f32[T] = FFN(x", "3:18: expected ',', got the end of the line"),
+        (HEAD + "y: f32[T] = FFN(x) {k=3", "3:24: expected ',', got the end of the line"),
+        (HEAD + "y: f32[T] = FFN(x) {k=what}", "3:23: expected a number, got 'what}'"),
+        (HEAD + "y: f32[T] = FFN(x) {k=`T}", "3:24: the dim formula must end with `"),
+        (HEAD + 'y: f32[T] = FFN(x) {k="a}', "3:23: the string is not terminated or contains an invalid escape"),
+        (HEAD + "y: f32[T] = FFN(x) @layer=a", "3:27: expected a number, got 'a'"),
+        (HEAD + "y: f32[T] = FFN(x) @layer=1.5", "3:27: expected an integer, got 1.5"),
+        (HEAD + "y: f32[T] = FFN(x) @colour=1", f"3:21: key: expected one of {KEYS}, got 'colour'"),
         (HEAD + "y: f32[T] = FFN(x) @meta={", "3:26: metadata is not JSON"),
         (HEAD + "y: f32[T] = FFN(x) @meta=3", "3:27: metadata is not a JSON object"),
-        (HEAD + "y: f32[T] = FFN(x) more", "3:20: nothing more belongs to a node, got 'more'"),
-        (HEAD + "() = FFN(x)", "3:1: a node without outputs needs an id"),
+        (HEAD + "y: f32[T] = FFN(x) more", "3:20: expected the end of the node, got 'more'"),
+        (HEAD + "() = FFN(x)", "3:1: a node without outputs must have an id"),
         (HEAD + "y: f32[T] = FFN(x)\ny: f32[T] = FFN(x)", "4:1: graph 'g' already has a node 'y'"),
-        (HEAD + "return q", "3:8: 'q' needs a type here"),
-        (HEAD + "return x y", "3:10: nothing more belongs to the return line"),
-        (HEAD + "members late []", "3:9: 'late' is no set, want prefill, decode, comm"),
+        (HEAD + "return q", "3:8: the first use of 'q' must have a type"),
+        (HEAD + "return x y", "3:10: expected the end of the return line, got 'y'"),
+        (HEAD + "members late []", "3:9: set: expected one of prefill, decode, comm, got 'late'"),
     ],
 )  # fmt: skip
-def test_what_is_no_graph_text_is_refused_with_its_place(lib: SimpleNamespace, text: str, message: str) -> None:
+def test_parse_errors_have_positions(lib: SimpleNamespace, text: str, message: str) -> None:
     with pytest.raises(ParseError) as caught:
         parse_text(text, lib.OpType, lib.ops)
     assert str(caught.value) == message
@@ -184,7 +184,7 @@ def test_what_is_no_graph_text_is_refused_with_its_place(lib: SimpleNamespace, t
 
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
-def test_damaged_text_gives_only_a_parse_error(lib: SimpleNamespace, data: st.DataObject) -> None:
+def test_damaged_text_raises_only_parse_errors(lib: SimpleNamespace, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(TEXT) - 1))
     until = data.draw(st.integers(at, min(at + 4, len(TEXT))))
     damaged = TEXT[:at] + data.draw(st.text(max_size=3)) + TEXT[until:]

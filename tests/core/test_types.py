@@ -56,46 +56,50 @@ def test_names_of_the_graph_are_not_captured() -> None:
         (
             LINEAR,
             {"x": t("f32", T, 48), "w": t("f32", 64, 32)},
-            "linear: operand 'w' is f32[64, 32], want E[N, K] with K = 48 (from x)",
+            "linear: operand 'w': expected E[N, K], got f32[64, 32] with K = 48 (from x)",
         ),
         (
             LINEAR,
             {"x": t("f32", T, 48), "w": t("bf16", 64, 32)},
-            "linear: operand 'w' is bf16[64, 32], want E[N, K] with E = f32 (from x), K = 48 (from x)",
+            "linear: operand 'w': expected E[N, K], got bf16[64, 32] with E = f32 (from x), K = 48 (from x)",
         ),
         (
             LINEAR,
             {"x": t("f32", 48), "w": t("f32", 48)},
-            "linear: operand 'w' is f32[48], want E[N, K] of 2 dims",
+            "linear: operand 'w': expected E[N, K], got f32[48] of 2 dims",
         ),
-        (LINEAR, {"x": t("f32")}, "linear: operand 'x' is f32[], want E[..., K] of at least 1 dims"),
-        (LINEAR, {"z": t("f32")}, "linear: no operand 'z', have x, w"),
+        (LINEAR, {"x": t("f32")}, "linear: operand 'x': expected E[..., K], got f32[] of at least 1 dims"),
+        (LINEAR, {"z": t("f32")}, "linear: unknown operand 'z', expected x, w"),
         (
             ROPE,
             {"x": t("f32", T, 4, 16), "pos": t("i64", T)},
-            "linear: operand 'pos' is i64[T], want i32[T]",
+            "linear: operand 'pos': expected i32[T], got i64[T]",
         ),
         (
             ROPE,
             {"x": t("f32", T, 4, 16), "cos": t("f32", 99, 16)},
-            "linear: operand 'cos' is f32[99, 16], want f32[P, D//2] with D//2 = 8, as D = 16 (from x)",
+            "linear: operand 'cos': expected f32[P, D//2], got f32[99, 16] with D//2 = 8, as D = 16 (from x)",
         ),
         (
             {"gu": E[T, 2 * I]},
             {"gu": t("f32", T, 7)},
-            "linear: operand 'gu' is f32[T, 7], want E[T, 2*I]; no I gives 2*I = 7",
+            "linear: operand 'gu': expected E[T, 2*I], got f32[T, 7]; no I satisfies 2*I = 7",
         ),
         (
             {"x": E[T, N * D]},
             {"x": t("f32", T, 64)},
-            "linear: operand 'x' is f32[T, 64], want E[T, D*N]; D*N does not tell D and N apart",
+            "linear: operand 'x': expected E[T, D*N], got f32[T, 64]; D*N does not determine D and N",
         ),
-        ({"x": E[H % 4,]}, {"x": t("f32", 3)}, "linear: operand 'x' is f32[3], want E[H%4]; no H gives H%4 = 3"),
-        ({"x": E[T, 128]}, {"x": t("f32", T, 64)}, "linear: operand 'x' is f32[T, 64], want E[T, 128]"),
+        (
+            {"x": E[H % 4,]},
+            {"x": t("f32", 3)},
+            "linear: operand 'x': expected E[H%4], got f32[3]; no H satisfies H%4 = 3",
+        ),
+        ({"x": E[T, 128]}, {"x": t("f32", T, 64)}, "linear: operand 'x': expected E[T, 128], got f32[T, 64]"),
         (
             {"x": E[..., H], "y": E[..., H]},
             {"x": t("f32", B, T, 8), "y": t("f32", T, 8)},
-            "linear: operand 'y' is f32[T, 8], want E[..., H] with ... = (B, T) (from x)",
+            "linear: operand 'y': expected E[..., H], got f32[T, 8] with ... = (B, T) (from x)",
         ),
     ],
 )
@@ -107,17 +111,17 @@ def test_mismatches_say_what_and_why(
     assert str(caught.value) == message
 
 
-def test_a_size_given_beforehand_is_called_so() -> None:
-    with pytest.raises(TypeMismatch, match=r"want E\[N\] with N = 3 \(given\)"):
+def test_an_attribute_that_binds_a_size_is_named() -> None:
+    with pytest.raises(TypeMismatch, match=r"expected E\[N\], got f32\[4\] with N = 3 \(from an attribute\)"):
         bind({"x": E[N,]}, {"x": t("f32", 4)}, {"N": 3}, op="op")
 
 
 def test_an_unbound_name_cannot_be_instantiated() -> None:
     with pytest.raises(TypeMismatch) as caught:
         instantiate(E[..., N], {"E": "f32"})
-    assert str(caught.value) == "E[..., N] needs ..., N, which no operand or attribute gives"
+    assert str(caught.value) == "E[..., N] requires ..., N, which no operand or attribute binds"
 
 
 def test_leading_dims_come_first() -> None:
-    with pytest.raises(IRError, match=r"E\[H, ...\]: '...' stands for leading dims, so it can only come first"):
+    with pytest.raises(IRError, match=r"E\[H, ...\]: '...' must come first: it matches the leading dims"):
         E[H, ...]

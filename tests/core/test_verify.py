@@ -43,48 +43,46 @@ def add(graph: ExecutionGraph, lib: SimpleNamespace, node_id: str, reads: list[T
 
 
 BREAKS: list[tuple[Callable[[ExecutionGraph, SimpleNamespace], object], str]] = [
-    (lambda g, lib: g.nodes["a"].dependencies.add("ghost"), "a: depends on 'ghost', which does not exist"),
+    (lambda g, lib: g.nodes["a"].dependencies.add("ghost"), "a: unknown dependency 'ghost'"),
     (lambda g, lib: g.add_edge("b", "a"), "dependency cycle: a -> b -> a"),
-    (lambda g, lib: add(g, lib, "c", [], ref("b")), "c: writes 'b', which b gives already"),
-    (lambda g, lib: add(g, lib, "c", [], ref("x")), "c: writes 'x', which the graph's inputs gives already"),
+    (lambda g, lib: add(g, lib, "c", [], ref("b")), "c: writes 'b', which is already an output of b"),
+    (lambda g, lib: add(g, lib, "c", [], ref("x")), "c: writes 'x', which is already an input of the graph"),
     (lambda g, lib: g.weights.update(x=ref("x")), "'x' is both an input and a weight"),
     (lambda g, lib: g.inputs.update(y=ref("z")), "'y' is declared as 'z'"),
     (lambda g, lib: add(g, lib, "c", [ref("x", 3)]), "c: 'x' is f32[3], but f32[T, 8] in the inputs"),
-    (lambda g, lib: add(g, lib, "c", [ref("q")]), "c: reads 'q', which nothing gives"),
-    (lambda g, lib: g.outputs.append(ref("q")), "the graph returns 'q', which nothing gives"),
+    (lambda g, lib: add(g, lib, "c", [ref("q")]), "c: reads the unknown value 'q'"),
+    (lambda g, lib: g.outputs.append(ref("q")), "the graph returns the unknown value 'q'"),
     (lambda g, lib: g.nodes["b"].dependencies.clear(), "b: reads 'a' without waiting for a"),
-    (lambda g, lib: g.nodes["b"].attrs.update(alpha=-1), "b: linear: attribute 'alpha' is -1, want at least 0.0"),
-    (lambda g, lib: g.decode_nodes.add("ghost"), "decode_nodes names 'ghost', which does not exist"),
+    (lambda g, lib: g.nodes["b"].attrs.update(alpha=-1), "b: linear: attribute 'alpha': expected at least 0.0, got -1"),
+    (lambda g, lib: g.decode_nodes.add("ghost"), "decode_nodes names the unknown node 'ghost'"),
     (
         lambda g, lib: g.nodes["b"].metadata.update(k=(1, 2)),
-        "b: metadata holds a tuple, want plain JSON data",
+        "b: metadata must be plain JSON data, got a tuple",
     ),
     (
         lambda g, lib: g.nodes["b"].metadata.update(k=[{1: 2}]),
-        "b: metadata holds the key 1, want plain JSON data",
+        "b: metadata must be plain JSON data, got the key 1",
     ),
     (
         lambda g, lib: g.nodes.update(c=ExecutionNode("d", lib.OpType.FFN, [], [])),
-        "c: the node calls itself 'd'",
+        "c: the node's own id is 'd'",
     ),
 ]
 
 
 @pytest.mark.parametrize(("damage", "message"), BREAKS, ids=[message for _, message in BREAKS])
-def test_a_broken_rule_is_told(graph: ExecutionGraph, lib: SimpleNamespace, damage: Any, message: str) -> None:
+def test_a_broken_rule_is_reported(graph: ExecutionGraph, lib: SimpleNamespace, damage: Any, message: str) -> None:
     damage(graph, lib)
     assert problems(graph) == [message]
 
 
-def test_all_problems_are_told_together(graph: ExecutionGraph, lib: SimpleNamespace) -> None:
+def test_all_problems_are_reported_together(graph: ExecutionGraph, lib: SimpleNamespace) -> None:
     add(graph, lib, "c", [ref("q")], ref("b"))
     graph.nodes["a"].dependencies.add("ghost")
     with pytest.raises(VerifyError) as caught:
         verify(graph)
     assert str(caught.value) == (
-        "a: depends on 'ghost', which does not exist\n"
-        "c: writes 'b', which b gives already\n"
-        "c: reads 'q', which nothing gives"
+        "a: unknown dependency 'ghost'\nc: writes 'b', which is already an output of b\nc: reads the unknown value 'q'"
     )
 
 

@@ -125,8 +125,8 @@ def test_llama_3_1_8b(lint: Callable[..., tuple[int, str, str]]) -> None:
         "  parameters    8,030,261,248\n"
         "  bytes         f32 32,121,044,992  bf16 16,060,522,496  f16 16,060,522,496\n"
         "  KV per token  f32 262,144  bf16 131,072  f16 131,072\n"
-        "  tp 1          divides; 8,030,261,248 parameters a rank\n"
-        "  tp 2          divides; 4,015,263,744 parameters a rank\n"
+        "  tp 1          divides; 8,030,261,248 parameters per rank\n"
+        "  tp 2          divides; 4,015,263,744 parameters per rank\n"
         "  tp 16         no: tensor_parallel_size=16 does not divide num_key_value_heads=8; use a divisor of 8\n"
         "  tp 3          no: tensor_parallel_size=3 does not divide num_attention_heads=32; use a divisor of 32\n"
     )
@@ -150,9 +150,9 @@ def test_an_index_is_compared_by_names(lint: Callable[..., tuple[int, str, str]]
     code, out, _ = lint("model", config, index=[*names[1:], "model.layers.0.self_attn.q_norm.weight"])
     assert code == 100
     assert out.splitlines()[-3:] == [
-        "  index         12 tensors, which do not fit:",
+        "  index         12 tensors, which differ from the layout:",
         "    missing tensor 'model.embed_tokens.weight' [128, 64], which fills embed",
-        "    tensor 'model.layers.0.self_attn.q_norm.weight' is read by nothing in the layout",
+        "    tensor 'model.layers.0.self_attn.q_norm.weight' is unused by the layout",
     ]
 
 
@@ -165,21 +165,21 @@ def test_names_of_the_bare_model_lack_the_prefix(lint: Callable[..., tuple[int, 
 
 
 REFUSED = [
-    ("nope", None, None, "error: 'nope' is no layout; write `model`, or one of "),
-    ("model", None, None, "error: give the config.json to check: `sagellm lint model --config FILE`\n"),
+    ("nope", None, None, "error: unknown layout 'nope'; use `model`, or one of "),
+    ("model", None, None, "error: the config.json is missing; use `sagellm lint model --config FILE`\n"),
     (
         "model",
         {**LLAMA_3_1_8B, "architectures": ["T5"]},
         None,
         "error: FOLDER/config.json: expected an architecture with a layout, got T5; known",
     ),
-    ("model", LLAMA_3_1_8B, "2,x", "error: --tp is '2,x'; give degrees by commas, such as 1,2,4\n"),
-    ("model", LLAMA_3_1_8B, "0", "error: --tp is '0'; a degree is at least 1\n"),
+    ("model", LLAMA_3_1_8B, "2,x", "error: --tp: expected degrees by commas, such as 1,2,4, got '2,x'\n"),
+    ("model", LLAMA_3_1_8B, "0", "error: --tp: degrees must be at least 1, got '0'\n"),
     (
         "llama",
         {**LLAMA_3_1_8B, "num_hidden_layers": 2**31 - 1},
         None,
-        "error: FOLDER/config.json: 2147483647 layers are more than any model has; 2048 can be checked\n",
+        "error: FOLDER/config.json: expected at most 2048 layers, got 2147483647\n",
     ),
 ]
 

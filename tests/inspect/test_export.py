@@ -15,6 +15,7 @@ from sageLLM.runtime.core.errors import IRError, ParseError
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.order import time_spans
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.inspect.drawing import BOX_WIDTH, category, draw, layout
 from sageLLM.runtime.inspect.export import (
@@ -28,7 +29,6 @@ from sageLLM.runtime.inspect.export import (
     to_page,
 )
 from sageLLM.runtime.inspect.page import CATEGORIES
-from sageLLM.runtime.inspect.timeline import timeline
 
 (T,) = dims("T")
 EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'&'
@@ -134,7 +134,7 @@ def test_a_large_graph_folds_its_layers(graph: ExecutionGraph) -> None:
 
 
 def test_no_graph_no_page() -> None:
-    with pytest.raises(IRError, match="no graph to show"):
+    with pytest.raises(IRError, match="expected at least one graph to show"):
         to_html([])
 
 
@@ -146,8 +146,8 @@ def test_an_empty_graph_has_a_page() -> None:
     ("text", "message"),
     [
         ("{", "1:2: Expecting property name enclosed in double quotes"),
-        ("{}", "this JSON is no graph: KeyError 'nodes'"),
-        ("3", "this JSON is no graph: TypeError 'int' object is not subscriptable"),
+        ("{}", "expected the JSON form of a graph: KeyError 'nodes'"),
+        ("3", "expected the JSON form of a graph: TypeError 'int' object is not subscriptable"),
     ],
 )
 def test_json_that_is_no_graph(lib: SimpleNamespace, text: str, message: str) -> None:
@@ -174,7 +174,7 @@ def test_a_drawing_keeps_boxes_apart_and_edges_beside_them(lib: SimpleNamespace)
     assert plan.row == {"a": 0, "b": 1, "c": 2, "d": 3}
     for node_id, row in (("b", 1), ("c", 2)):
         left, _ = plan.corner(node_id)
-        assert not left <= plan.middle["a", row] <= left + BOX_WIDTH
+        assert not left <= plan.center["a", row] <= left + BOX_WIDTH
     assert draw(chain, {n: i for i, n in enumerate("abcd")}).count('class="edge"') == 4
 
 
@@ -205,10 +205,10 @@ def timed(lib: SimpleNamespace) -> ExecutionGraph:
 
 
 def test_a_timeline_runs_lanes_beside_each_other(timed: ExecutionGraph) -> None:
-    found = timeline(timed)
+    found = time_spans(timed.topological_sort())
     assert found == {"a": (0.0, 4.0), "send": (4.0, 7.0), "b": (4.0, 9.0), "c": (9.0, 10.0)}
-    assert max(interval.end for interval in found.values()) == timed.estimate_total_time()
-    assert timeline(timed, {"send": 7.0})["c"] == (11.0, 12.0)
+    assert max(interval.end_us for interval in found.values()) == timed.estimate_total_time()
+    assert time_spans(timed.topological_sort(), {"send": 7.0})["c"] == (11.0, 12.0)
 
 
 def test_a_trace_for_perfetto_has_a_track_for_each_stream(timed: ExecutionGraph) -> None:
@@ -228,9 +228,11 @@ def test_a_page_lights_what_a_step_changed(timed: ExecutionGraph) -> None:
     del after.nodes["send"]
     after.reindex()
     page = Page(to_page({"decode": [Step("first", timed), Step("second", after, timed, "what was done")]}, "Steps"))
-    lit = [attrs["data-i"] for tag, attrs in page.tags if tag == "g" and "lit" in (attrs["class"] or "")]
-    assert sorted(lit) == ["1", "1", "2", "2"], "b and c, in the chart and in the drawing"
-    for text in ("second+2 −1", "what was done", "taken away", "device 0, stream 2"):
+    highlighted = [
+        attrs["data-i"] for tag, attrs in page.tags if tag == "g" and "highlighted" in (attrs["class"] or "")
+    ]
+    assert sorted(highlighted) == ["1", "1", "2", "2"], "b and c, in the chart and in the drawing"
+    for text in ("second+2 −1", "what was done", "removed", "device 0, stream 2"):
         assert text in page.text
 
 

@@ -103,27 +103,28 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["NobodysModel"]}, f"expected an architecture with a layout, got NobodysModel; {ADD_ONE}"),
     ({"architectures": None}, f"expected an architecture with a layout, got none; {ADD_ONE}"),
     ({"architectures": {"a": 1}}, f"expected an architecture with a layout, got none; {ADD_ONE}"),
-    ({"hidden_size": None}, "the key 'hidden_size' is missing, want an integer"),
-    ({"hidden_size": "64"}, "'hidden_size' wants an integer, got '64'"),
-    ({"num_hidden_layers": 0}, "'num_hidden_layers' wants a size of 1 to 2147483647, got 0"),
-    ({"num_attention_heads": True}, "'num_attention_heads' wants an integer, got true"),
+    ({"hidden_size": None}, "the key 'hidden_size' is missing, expected an integer"),
+    ({"hidden_size": "64"}, "'hidden_size': expected an integer, got '64'"),
+    ({"num_hidden_layers": 0}, "'num_hidden_layers': expected a size of 1 to 2147483647, got 0"),
+    ({"num_attention_heads": True}, "'num_attention_heads': expected an integer, got true"),
     (
         {"num_key_value_heads": 3},
-        "needs num_attention_heads % num_key_value_heads == 0, but num_attention_heads is 4, num_key_value_heads is 3",
+        "requires num_attention_heads % num_key_value_heads == 0, "
+        "but num_attention_heads is 4, num_key_value_heads is 3",
     ),
-    ({"rms_norm_eps": [1]}, "'rms_norm_eps' wants a finite number, got a list"),
-    ({"rms_norm_eps": -1e-6}, "needs rms_norm_eps >= 0, but rms_norm_eps is -1e-06"),
-    ({"sliding_window": 0}, "needs sliding_window >= 1, but sliding_window is 0"),
-    ({"sliding_window": -5}, "needs sliding_window >= 1, but sliding_window is -5"),
-    ({"rms_norm_eps": 10**400}, f"'rms_norm_eps' wants a finite number, got 1{'0' * 39}"),
-    ({"rope_parameters": [1]}, "'rope_parameters' wants an object, got a list"),
+    ({"rms_norm_eps": [1]}, "'rms_norm_eps': expected a finite number, got a list"),
+    ({"rms_norm_eps": -1e-6}, "requires rms_norm_eps >= 0, but rms_norm_eps is -1e-06"),
+    ({"sliding_window": 0}, "requires sliding_window >= 1, but sliding_window is 0"),
+    ({"sliding_window": -5}, "requires sliding_window >= 1, but sliding_window is -5"),
+    ({"rms_norm_eps": 10**400}, f"'rms_norm_eps': expected a finite number, got 1{'0' * 39}"),
+    ({"rope_parameters": [1]}, "'rope_parameters': expected an object, got a list"),
     (
         {"rope_parameters": {"rope_type": "su", "factor": 2.0}},
         "rope scaling 'su' is not supported; known are default, linear, dynamic, yarn, llama3, longrope",
     ),
     (
         {"rope_parameters": {"rope_type": ["linear"]}},
-        "the type of the rope scaling wants text, got a list",
+        "the type of the rope scaling must be text, got a list",
     ),
     (
         {"rope_parameters": {"rope_type": "linear"}},
@@ -232,12 +233,12 @@ def test_a_missing_tensor(folder: Path) -> None:
 
 def test_a_tensor_that_nobody_reads(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"model.extra": torch.ones(2, 3)}))
-    assert refusal(folder) == misfit(folder, "tensor 'model.extra' [2, 3] is read by nothing in the layout")
+    assert refusal(folder) == misfit(folder, "tensor 'model.extra' [2, 3] is unused by the layout")
 
 
 def test_a_tensor_of_another_shape(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)}))
-    assert refusal(folder) == misfit(folder, "tensor 'model.norm.weight' is [63], want [64] for norm")
+    assert refusal(folder) == misfit(folder, "tensor 'model.norm.weight': expected [64] for norm, got [63]")
 
 
 def test_a_config_that_claims_more_layers_than_there_are(folder: Path) -> None:
@@ -283,8 +284,10 @@ def test_nothing_of_a_refused_checkpoint_stays(folder: Path) -> None:
     """The same folder, repaired, is served in the same process."""
     sound = (folder / "config.json").read_text()
     edit_config(folder, vocab_size=200)
-    embed = "tensor 'model.embed_tokens.weight' is [199, 64], want [200, 64] for embed"
-    assert refusal(folder) == misfit(folder, embed, "tensor 'lm_head.weight' is [199, 64], want [200, 64] for lm_head")
+    embed = "tensor 'model.embed_tokens.weight': expected [200, 64] for embed, got [199, 64]"
+    assert refusal(folder) == misfit(
+        folder, embed, "tensor 'lm_head.weight': expected [200, 64] for lm_head, got [199, 64]"
+    )
     (folder / "config.json").write_text(sound)
     assert len(LLM(folder, skip_tokenizer=True).generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 3
 
@@ -320,9 +323,7 @@ def test_argument_that_cannot_be_used(arguments: dict[str, Any], message: str, f
 
 
 def test_a_plugin_that_was_not_generated(folder: Path, tmp_path: Path) -> None:
-    message = (
-        f"plugin {tmp_path} is not a generated folder; make one with `sagellm generate --specs MY_SPECS --out FOLDER`"
-    )
+    message = f"plugin {tmp_path} is not a generated folder; run `sagellm generate --specs MY_SPECS --out FOLDER`"
     assert refusal(folder, PluginError, plugins=[tmp_path]) == message
 
 
@@ -330,7 +331,7 @@ def test_a_plugin_that_hides_a_name(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "plugin"
     driver.generate([Path(driver.PACKAGE, "examples", "add_an_op", "specs")], out=out)
     again = Path(shutil.copytree(out, tmp_path / "again"))
-    message = f"plugin {again}: OPS has mish_mul already; rename in your specs"
+    message = f"plugin {again}: OPS already contains mish_mul; rename it in your specs"
     assert refusal(folder, PluginError, plugins=[out, again]) == message
 
 
@@ -341,7 +342,7 @@ def test_a_plugin_that_was_damaged_and_made_anew(folder: Path, tmp_path: Path) -
     sound = registry.read_text()
     registry.write_text("OPS = missing\n")
     why = "NameError: name 'missing' is not defined"
-    message = f"plugin {out} cannot be imported ({why}); generate it anew"
+    message = f"plugin {out} cannot be imported ({why}); generate it again"
     assert refusal(folder, PluginError, plugins=[out]) == message
     registry.write_text(sound)
     LLM(folder, skip_tokenizer=True, plugins=[out])

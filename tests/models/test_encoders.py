@@ -34,7 +34,7 @@ def test_an_encoder_has_one_phase_and_decoders_have_three() -> None:
 
 
 def test_other_phases_are_refused() -> None:
-    wanted = "layout 'bert' has no decode step: it has no KV cache and reads whole sequences"
+    wanted = "layout 'bert' has only the stage prefill, got decode: without a KV cache it reads whole sequences"
     with pytest.raises(ValueError) as caught:
         build_block_graph(BERT, TINY, "decode")
     assert str(caught.value) == wanted
@@ -66,4 +66,4 @@ def test_an_embedding_graph_has_no_more_than_it_needs() -> None:
     assert "pooler" not in hidden.weights
     with pytest.raises(ValueError) as caught:
         build_embedding_graph(llama, compiler.config, "model", normalize=False, dtype="f32")
-    assert str(caught.value) == "layout 'llama' has no pooling 'model'; it has first, last, mean, none"
+    assert str(caught.value) == "layout 'llama': expected one of the poolings first, last, mean, none, got 'model'"

@@ -91,21 +91,21 @@ def test_the_estimate_knows_the_layers() -> None:
 
 
 WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
-    "length": ({"layer_types": ["full_attention"]}, "'layer_types' has 1 items, want one for each of 2 layers"),
-    "no list": ({"layer_types": "full_attention"}, "'layer_types' wants a list, got 'full_attention'"),
-    "item": ({"layer_types": ["full_attention", 3]}, "'layer_types[1]' wants text, got 3"),
-    "bool": ({"plain_layers": [True]}, "'plain_layers[0]' wants an integer, got true"),
+    "length": ({"layer_types": ["full_attention"]}, "'layer_types': expected 2 items, one per layer, got 1"),
+    "no list": ({"layer_types": "full_attention"}, "'layer_types': expected a list, got 'full_attention'"),
+    "item": ({"layer_types": ["full_attention", 3]}, "'layer_types[1]': expected text, got 3"),
+    "bool": ({"plain_layers": [True]}, "'plain_layers[0]': expected an integer, got true"),
     "value": (
         {"layer_types": ["full_attention", "chunked"]},
-        "needs layer_types[i] in ['sliding_attention', 'full_attention'] for every layer i, "
+        "requires layer_types[i] in ['sliding_attention', 'full_attention'] for every layer i, "
         "but layer_types is ['full_attention', 'chunked']",
     ),
     "null": (
         {"sliding_window": None},
-        "needs sliding_window is not null or 'sliding_attention' not in layer_types, "
+        "requires sliding_window is not null or 'sliding_attention' not in layer_types, "
         "but sliding_window is null, layer_types is ['sliding_attention', 'full_attention']",
     ),
-    "layers": ({"num_hidden_layers": 2_000_000_000}, "2000000000 layers; at most 100000 are supported"),
+    "layers": ({"num_hidden_layers": 2_000_000_000}, "expected at most 100000 layers, got 2000000000"),
 }
 
 
@@ -125,14 +125,14 @@ def test_arithmetic_that_fails_names_its_formula(mixed: ModelLayout) -> None:
     for formula, message in [
         (lambda: 1 // 0, "'K' = 1 // 0 cannot be computed: "),
         (lambda: (1, 2)[5], "'K' = 1 // 0 cannot be computed: "),
-        (lambda: 1e308 * 10.0, "'K' = 1 // 0 is no finite number"),
+        (lambda: 1e308 * 10.0, "'K' = 1 // 0 must be finite"),
     ]:
         with pytest.raises(ConfigError) as caught:
             hf.computed("K", "1 // 0", formula)
         assert str(caught.value).startswith(f"x.json: {message}")
-    with pytest.raises(ConfigError, match=r"^x.json: 'K' comes to 0, want a size of 1 to 2147483647$"):
+    with pytest.raises(ConfigError, match=r"^x.json: 'K': expected a size of 1 to 2147483647, got 0$"):
         hf.sized("K", 0)
-    with pytest.raises(ConfigError, match=r"^x.json: 'K' has 2 items by default, but there are 3 layers$"):
+    with pytest.raises(ConfigError, match=r"^x.json: the default of 'K': expected 3 items, one per layer, got 2$"):
         hf.one_per_layer("K", (1, 2), 3)
 
 
@@ -140,7 +140,7 @@ def test_lists_take_their_type() -> None:
     hf = HFConfig({"a": [1, 2.5], "b": [], "c": None}, "x.json")
     assert (hf.items("a", kind=float), hf.items("c", "b", kind=int)) == ((1.0, 2.5), ())
     assert (hf.has("c"), hf.has("c", "b")) == (False, True)
-    with pytest.raises(ConfigError, match=r"^x.json: the key 'c' is missing, want a list$"):
+    with pytest.raises(ConfigError, match=r"^x.json: the key 'c' is missing, expected a list$"):
         hf.items("c", kind=int)
 
 
@@ -149,5 +149,5 @@ def test_gemma2_caps_only_where_the_config_says() -> None:
     assert [node.attrs["softcap"] for node in graph.nodes.values() if node.op_type.name == "PREFILL_ATTN"] == [20.0] * 2
     without = kernels(GEMMA2, attn_logit_softcapping=None, final_logit_softcapping=None)
     assert not any(isinstance(node, OpNode) and node.op == "soft_cap" for node in without.nodes.values())
-    with pytest.raises(ConfigError, match=r"^config.json: needs attn_logit_softcapping > 0, but .* is -1\.0$"):
+    with pytest.raises(ConfigError, match=r"^config.json: requires attn_logit_softcapping > 0, but .* is -1\.0$"):
         read(GEMMA2, attn_logit_softcapping=-1.0)

@@ -98,18 +98,18 @@ def test_rope_is_found_in_both_forms() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"num_key_value_heads": 3},
-        "config.json: needs num_attention_heads % num_key_value_heads == 0, but num_attention_heads is 4, "
+        "config.json: requires num_attention_heads % num_key_value_heads == 0, but num_attention_heads is 4, "
         "num_key_value_heads is 3",
     ),
-    ({"head_dim": 5}, "config.json: needs head_dim % 2 == 0, but head_dim is 5"),
-    ({"hidden_act": "gelu"}, "config.json: needs hidden_act == 'silu', but hidden_act is 'gelu'"),
-    ({"hidden_size": None}, "config.json: the key 'hidden_size' is missing, want an integer"),
-    ({"hidden_size": "64"}, "config.json: 'hidden_size' wants an integer, got '64'"),
-    ({"hidden_size": True}, "config.json: 'hidden_size' wants an integer, got true"),
-    ({"num_hidden_layers": -1}, "config.json: 'num_hidden_layers' wants a size of 1 to 2147483647, got -1"),
-    ({"rms_norm_eps": float("nan")}, "config.json: 'rms_norm_eps' wants a finite number, got nan"),
-    ({"tie_word_embeddings": 1}, "config.json: 'tie_word_embeddings' wants true or false, got 1"),
-    ({"rope_scaling": [1]}, "config.json: 'rope_scaling' wants an object, got a list"),
+    ({"head_dim": 5}, "config.json: requires head_dim % 2 == 0, but head_dim is 5"),
+    ({"hidden_act": "gelu"}, "config.json: requires hidden_act == 'silu', but hidden_act is 'gelu'"),
+    ({"hidden_size": None}, "config.json: the key 'hidden_size' is missing, expected an integer"),
+    ({"hidden_size": "64"}, "config.json: 'hidden_size': expected an integer, got '64'"),
+    ({"hidden_size": True}, "config.json: 'hidden_size': expected an integer, got true"),
+    ({"num_hidden_layers": -1}, "config.json: 'num_hidden_layers': expected a size of 1 to 2147483647, got -1"),
+    ({"rms_norm_eps": float("nan")}, "config.json: 'rms_norm_eps': expected a finite number, got nan"),
+    ({"tie_word_embeddings": 1}, "config.json: 'tie_word_embeddings': expected true or false, got 1"),
+    ({"rope_scaling": [1]}, "config.json: 'rope_scaling': expected an object, got a list"),
     (
         {"rope_scaling": {"type": "su", "factor": 2.0}},
         "config.json: rope scaling 'su' is not supported; known are default, linear, dynamic, yarn, llama3, longrope",
@@ -127,7 +127,7 @@ def test_a_config_that_cannot_be_is_refused_by_its_keys(changes: dict[str, Any],
 def test_qwen3_refuses_windows_without_a_width() -> None:
     with pytest.raises(ConfigError) as caught:
         read(QWEN3, use_sliding_window=True)
-    rule = "needs not use_sliding_window or sliding_window is not null"
+    rule = "requires not use_sliding_window or sliding_window is not null"
     assert str(caught.value) == f"config.json: {rule}, but use_sliding_window is true, sliding_window is null"
 
 
@@ -136,10 +136,10 @@ def test_config_reader_takes_lists_texts_and_optional_numbers() -> None:
     assert (hf.list("a"), hf.str("b"), hf.opt_float("c.d"), hf.opt_float("c.e")) == ([1], "x", 2.5, None)
     assert (hf.int("n", "m", default=3), hf.float("f", default=1), hf.list("z"), hf.mapping("z")) == (3, 1, None, None)
     for wrong, message in [
-        (lambda: hf.list("b"), "x.json: 'b' wants a list, got 'x'"),
-        (lambda: hf.int("c.d"), "x.json: 'c.d' wants an integer, got 2.5"),
-        (lambda: hf.int("n", "m"), "x.json: the key 'n' is missing, want an integer (also looked for m)"),
-        (lambda: hf.bool("c"), "x.json: 'c' wants true or false, got an object"),
+        (lambda: hf.list("b"), "x.json: 'b': expected a list, got 'x'"),
+        (lambda: hf.int("c.d"), "x.json: 'c.d': expected an integer, got 2.5"),
+        (lambda: hf.int("n", "m"), "x.json: the key 'n' is missing, expected an integer (also looked for m)"),
+        (lambda: hf.bool("c"), "x.json: 'c': expected true or false, got an object"),
     ]:
         with pytest.raises(ConfigError) as caught:
             wrong()
@@ -206,8 +206,8 @@ def test_every_problem_of_a_checkpoint_is_reported_at_once() -> None:
     shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (8,)
     assert check_checkpoint(LLAMA, config, shapes) == [
         "missing tensor 'model.layers.1.self_attn.k_proj.weight' [32, 64], which fills layers.1.attention.wqkv",
-        "tensor 'model.norm.weight' is [65], want [64] for norm",
-        "tensor 'model.layers.0.self_attn.q_proj.bias' [64] is read by nothing in the layout",
+        "tensor 'model.norm.weight': expected [64] for norm, got [65]",
+        "tensor 'model.layers.0.self_attn.q_proj.bias' [64] is unused by the layout",
     ]
 
 
@@ -295,9 +295,9 @@ def test_expand_keeps_order_and_loads_that_passes_gave() -> None:
 def test_expand_refuses_a_kernel_graph() -> None:
     graph = build_block_graph(LLAMA, read(LLAMA), "decode")
     kernels = expand(graph, LLAMA, graph.model_config)
-    with pytest.raises(ValueError, match=r"graph 'llama_decode' is not a block-level graph with a stage"):
+    with pytest.raises(ValueError, match=r"graph 'llama_decode': expected a block-level graph with a stage"):
         expand(kernels, LLAMA, graph.model_config)
-    with pytest.raises(ValueError, match=r"L0\.a: layout 'llama' has no block 'mixer'"):
+    with pytest.raises(ValueError, match=r"L0\.a: unknown block 'mixer' in layout 'llama'"):
         graph.nodes["L0.a"].block = "mixer"
         expand(graph, LLAMA, graph.model_config)
 

@@ -243,12 +243,12 @@ def part(start: int, stop: int, axes: tuple[int, ...] = (6, 4)) -> tuple[Part, .
 COVERS = [
     ([part(0, 2), part(2, 6)], []),
     ([part(0, 2), part(1, 6)], ["tensor 't' is read by both w0 and w1; tie one to the other"]),
-    ([part(0, 2), part(3, 6)], ["tensor 't': 4 of its elements are read by nothing in the layout"]),
-    ([part(0, 2), part(2, 8, (12, 2))], ["tensor 't' is taken apart as [6, 4] for w0, but as [12, 2] for w1"]),
+    ([part(0, 2), part(3, 6)], ["tensor 't': 4 elements are unused by the layout"]),
+    ([part(0, 2), part(2, 8, (12, 2))], ["tensor 't' is reshaped to [6, 4] for w0, but to [12, 2] for w1"]),
     ([part(0, 2), (Part("t", (6, 4)),)], ["tensor 't' is read by both w1 and w0; tie one to the other"]),
     ([(Part("t", (6, 4)),)] * 2, ["tensor 't' is read by both w0 and w1; tie one to the other"]),
-    ([(*part(0, 3), *part(0, 3))], ["tensor 't' fills two places of w0"]),
-    ([part(0, 5, (5, 4))], ["tensor 't' [6, 4] cannot be taken apart as [5, 4] for w0"]),
+    ([(*part(0, 3), *part(0, 3))], ["tensor 't' is read twice by w0"]),
+    ([part(0, 5, (5, 4))], ["tensor 't' [6, 4] cannot be reshaped to [5, 4] for w0"]),
 ]
 
 
@@ -262,7 +262,7 @@ def test_names_are_compared_where_shapes_are_not_known() -> None:
     specs = {"w": WeightSpec("w", (6, 4), (Part("t", (6, 4)), Part("u", (6, 4))))}
     assert problems(specs, {"t": None, "x": None}) == [
         "missing tensor 'u' [6, 4], which fills w",
-        "tensor 'x' is read by nothing in the layout",
+        "tensor 'x' is unused by the layout",
     ]
 
 
@@ -284,4 +284,4 @@ def test_a_share_that_does_not_come_out_even_is_refused() -> None:
 def test_a_config_cannot_ask_for_a_stack_without_end() -> None:
     with pytest.raises(ConfigError) as caught:
         stacked("num_experts", MAX_STACKED + 1)
-    assert str(caught.value) == "num_experts is 65537; stacks hold at most 65536 tensors"
+    assert str(caught.value) == "num_experts: expected at most 65536 stacked tensors, got 65537"

@@ -19,10 +19,10 @@ from sageLLM.runtime.core.ir.dims import Dim, evaluate
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.ir.order import lane
 from sageLLM.runtime.core.ir.verify import same_memory, verify
 from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.memory import MemoryPlan
-from sageLLM.runtime.core.passes.order import lane
 from sageLLM.runtime.core.passes.rows import new_node
 from sageLLM.runtime.executor.torch_plan import Plan
 

@@ -10,9 +10,9 @@ from sageLLM.generated.passes.schedule import KvPrefetch
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.ir.reachability import Reachability
 from sageLLM.runtime.core.ir.types import E
 from sageLLM.runtime.core.ir.verify import verify
-from sageLLM.runtime.core.passes.order import Reachability
 
 
 def node(name: str, kind: OpType, reads: str = "", *, layer: int | None = None) -> ExecutionNode:
@@ -79,7 +79,7 @@ def test_reachability_follows_edges() -> None:
     graph = ExecutionGraph("g")
     for one in (node("a", OpType.FFN), node("b", OpType.FFN, "a"), node("c", OpType.FFN), node("d", OpType.FFN, "c")):
         graph.add_node(one)
-    reach = Reachability(graph)
+    reach = Reachability(graph.topological_sort())
     reach.add_edge("b", "c")
     assert reach.waits_for("d", "a")
     assert not reach.waits_for("a", "d")

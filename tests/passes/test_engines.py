@@ -13,9 +13,10 @@ from sageLLM.generated.passes.comm import CommFusion
 from sageLLM.generated.passes.schedule import ComputeCommOverlap, KvPrefetch
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
+from sageLLM.runtime.core.ir.order import lane
+from sageLLM.runtime.core.ir.reachability import Reachability
 from sageLLM.runtime.core.ir.text import to_text
 from sageLLM.runtime.core.ir.verify import verify
-from sageLLM.runtime.core.passes.order import Reachability, lane
 
 from .conftest import ancestors, block_graphs, made
 
@@ -121,7 +122,7 @@ def test_what_does_not_go_together_stays_apart() -> None:
 
 def test_reachability_follows_merges() -> None:
     graph = graph_of(*(node(a, OpType.FFN, b) for a, b in ("ax", "ba", "cy", "dc")))
-    reach = Reachability(graph)
+    reach = Reachability(graph.topological_sort())
     assert reach.are_independent("b", "d")
     reach.tie(["b", "c"])
     assert reach.waits_for("d", "a")

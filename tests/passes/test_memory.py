@@ -24,7 +24,7 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.core.passes.events import plan_events
 from sageLLM.runtime.core.passes.lifetimes import Buffer, Lifetimes
-from sageLLM.runtime.core.passes.memory import MemoryPlan, find_beside, place, plan_buffers, plan_memory
+from sageLLM.runtime.core.passes.memory import MemoryPlan, assign_offsets, find_interference, plan_buffers, plan_memory
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.inspect.numerics import SIZES as STEP
 from sageLLM.runtime.inspect.numerics import inputs_of
@@ -112,9 +112,9 @@ def test_live_values_never_overlap(graph: ExecutionGraph, use_streams: bool) -> 
 def test_plans_of_few_buffers_are_optimal(facts: list[tuple[int, int, int]]) -> None:
     """The optimum by trying all orders: first fit in the best order of placing is optimal."""
     buffers = [Buffer((f"v{i}",), 0, 256 * size, first, first + more) for i, (size, first, more) in enumerate(facts)]
-    beside = find_beside(buffers)
+    interference = find_interference(buffers)
     orders = permutations(range(len(buffers)))
-    best = min(peak(buffers, place(buffers, beside, order)) for order in orders)
+    best = min(peak(buffers, assign_offsets(buffers, interference, order)) for order in orders)
     assert plan_buffers(buffers).peak_bytes == best
 
 
@@ -132,7 +132,7 @@ def test_a_plan_for_the_largest_step_serves_smaller_ones() -> None:
 
 def test_a_size_that_is_missing_is_named() -> None:
     graph = compiler_of("llama").kernel_graph("decode")
-    with pytest.raises(IRError, match=r"has no size: bind "):
+    with pytest.raises(IRError, match=r"is symbolic; bind "):
         plan_memory(graph, {"S": 3})
 
 
@@ -148,8 +148,8 @@ def test_a_value_on_another_stream_is_free_when_its_reader_is_known_to_be_done()
     graph = graph_of(*(node(name, OpType.FFN, reads) for name, reads in ("ax", "ba", "cx", "db")), returns="c d")
     graph.nodes["b"].stream_id = 1
     buffers = {buffer.names[0]: buffer for buffer in Lifetimes(graph).buffers({}, 256)}
-    assert buffers["a"].meets(buffers["c"])
-    assert not buffers["a"].meets(buffers["d"])
+    assert buffers["a"].interferes_with(buffers["c"])
+    assert not buffers["a"].interferes_with(buffers["d"])
 
 
 def test_values_made_in_place_share_their_memory() -> None:
@@ -176,7 +176,7 @@ def test_a_symbolic_graph_is_left_as_it_is() -> None:
     graph.add_node(ExecutionNode("a", OpType.FFN, [], [TensorRef("a", (T, 8), "f32")]))
     one = MemoryOpt()
     assert to_text(one.apply(graph)) == to_text(graph)
-    assert one.report.facts == {"left": "the size of a: f32[T, 8] is symbolic"}
+    assert one.report.facts == {"skipped": "the size of a: f32[T, 8] is symbolic"}
 
 
 def test_overlapping_buffers_are_found() -> None:

@@ -132,7 +132,7 @@ def test_placed_graphs_go_through_the_other_passes(kind: type[NanoBatching], ind
     ("change", "reason"),
     [
         (lambda graph: setattr(graph.nodes["L0.a"], "op_type", OpType.ENCODER_ATTN), "attention over whole sequences"),
-        (lambda graph: [setattr(one, "layer_id", None) for one in graph.nodes.values()], "the graph has no layers"),
+        (lambda graph: [setattr(one, "layer_id", None) for one in graph.nodes.values()], "the graph is without layers"),
         (lambda graph: setattr(graph, "stage", "hybrid"), ""),
     ],
 )
@@ -142,14 +142,14 @@ def test_what_cannot_be_cut_is_left(change: object, reason: str) -> None:
     change(graph)
     one = NanoBatching()
     assert to_text(one.apply(graph)) == to_text(graph)
-    assert str(one.report.facts.get("left", "")).startswith(reason)
+    assert str(one.report.facts.get("skipped", "")).startswith(reason)
 
 
 def test_a_graph_in_micro_batches_is_not_expanded() -> None:
     layout = MODELS["llama"]
     config = layout.read_config(HFConfig(layout.tiny, "tiny"))
     graph = build_block_graph(layout, config, "prefill").bind(T=6, B=2, S=2, PG=4, BS=4)
-    with pytest.raises(ValueError, match=r"is cut into micro-batches"):
+    with pytest.raises(ValueError, match=r"expected a graph without micro-batches"):
         expand(NanoBatching().apply(graph), layout, config)
 
 
@@ -171,7 +171,7 @@ def test_too_few_rows_are_left() -> None:
     builder = ExecutionGraphBuilder(MODEL)
     one = NanoBatching(4)
     graph = one.apply(builder.build_decode_graph(DecodeBatch(["a", "b"], [3, 4], 2)))
-    assert one.report.facts["left"] == "2 rows are too few for 4 micro-batches"
+    assert one.report.facts["skipped"] == "2 rows are too few for 4 micro-batches"
     assert all("part" not in n.metadata for n in graph.nodes.values())
 
 

@@ -123,7 +123,7 @@ def test_a_replacement_that_reads_what_it_takes_away_is_refused() -> None:
     one = pass_of(Rule("drop_first", Add, drop_first, 2))
     after = one.apply(parse(CHAIN[: CHAIN.index("c:")].replace("add(a, x)", "add(a, a)") + "return b\n"))
     verify(after)
-    reason = "the replacement reads a, which it takes away"
+    reason = "the replacement reads a, which it removes"
     assert one.report.rules["drop_first"].reasons == {"no add before it": 1, reason: 1}
 
 
@@ -147,7 +147,7 @@ def test_a_replacement_that_would_wait_for_itself_is_refused() -> None:
     verify(graph)
     after = one.apply(graph)
     assert after.nodes.keys() == graph.nodes.keys()
-    assert one.report.rules["fuse"].reasons == {"an operand waits for a value of the pattern itself": 1}
+    assert one.report.rules["fuse"].reasons == {"an operand depends on a value of the pattern itself": 1}
 
 
 def like(ref: Any, name: str) -> Any:
@@ -190,7 +190,7 @@ def test_a_rule_waits_until_the_device_has_a_kernel_for_what_it_puts_in() -> Non
         assert one.report.fired == fired
     one = made(RewriteOptions(kernels=()))
     one.apply(parse(CHAIN))
-    assert one.report.rules["drop_first"].reasons["the device has no kernel for add"] == 3
+    assert one.report.rules["drop_first"].reasons["the device lacks a kernel for add"] == 3
 
 
 def test_rules_are_chosen_and_counted() -> None:

@@ -51,10 +51,10 @@ def test_explain_knows_rules_and_nodes() -> None:
         assert line in rule
     node = sagellm("explain", "llama:L0.ffn.m")
     assert "spec       specs/ops/linear.yaml: linear_silu_mul" in node.stdout
-    assert "fuse_epilogue: linear_silu_mul made linear_silu_mul L0.ffn.m of linear L0.ffn.gu + silu_mul" in node.stdout
+    assert "fuse_epilogue: linear_silu_mul replaced linear L0.ffn.gu + silu_mul L0.ffn.m" in node.stdout
     missing = sagellm("explain", "llama:L9.n")
     assert (missing.exit_code, missing.stdout) == (1, "")
-    assert missing.stderr == "error: llama has no node L9.n in decode; `sagellm graph` lists them\n"
+    assert missing.stderr == "error: unknown node L9.n in the decode graph of llama; `sagellm graph` lists them\n"
 
 
 def test_explain_helps_with_a_misspelt_name() -> None:

@@ -304,14 +304,14 @@ class TestSingleNodes:
         assert builder._build_comm_node(1, OpType.COMM_SEND).attrs == {"peer": 1, "group": "pp"}
 
     def test_what_is_not_there_is_refused(self, builder: ExecutionGraphBuilder) -> None:
-        with pytest.raises(ValueError, match=r"layer_id=4: the model has layers 0 to 3"):
+        with pytest.raises(ValueError, match=r"layer_id must be 0 to 3, got 4"):
             builder._build_ffn_node(4, PREFILL)
-        with pytest.raises(ValueError, match="is_prefill=True goes with a PrefillBatch, got a DecodeBatch"):
+        with pytest.raises(ValueError, match="is_prefill=True: expected a PrefillBatch, got a DecodeBatch"):
             builder._build_attention_node(0, True, DECODE)
-        with pytest.raises(ValueError, match="FFN does not communicate; give one of the COMM_ op types"):
+        with pytest.raises(ValueError, match="expected a COMM_ op type, got FFN"):
             builder._build_comm_node(0, OpType.FFN)
-        wanted = "layer 0 has no COMM_ALLREDUCE node with tensor_parallel_size=1 and pipeline_parallel_size=1"
-        with pytest.raises(ValueError, match=wanted):
+        message = "expected a COMM_ALLREDUCE node in layer 0, got none with tensor_parallel_size=1"
+        with pytest.raises(ValueError, match=message):
             builder._build_comm_node(0, OpType.COMM_ALLREDUCE)
 
 
@@ -319,14 +319,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("batch", "message"),
         [
-            (PrefillBatch([], [], 0), "prefill batch: it is empty; give at least one request"),
-            (PrefillBatch(["a"], [1, 2], 3), "prefill batch: 1 request_ids and 2 input_lengths; give one of each"),
-            (PrefillBatch(["a"], [-3], -3), "prefill batch: input_lengths[0] is -3; lengths are 1 to max_seq_len=512"),
+            (PrefillBatch([], [], 0), "prefill batch: expected at least one request, got an empty batch"),
+            (PrefillBatch(["a"], [1, 2], 3), "prefill batch: expected one of input_lengths per request, got 2 for 1"),
+            (PrefillBatch(["a"], [-3], -3), "prefill batch: input_lengths[0] must be 1 to max_seq_len=512, got -3"),
             (
                 PrefillBatch(["a"], [513], 513),
-                "prefill batch: input_lengths[0] is 513; lengths are 1 to max_seq_len=512",
+                "prefill batch: input_lengths[0] must be 1 to max_seq_len=512, got 513",
             ),
-            (PrefillBatch(["a"], [4], 5), "prefill batch: total_tokens is 5, but input_lengths sum to 4"),
+            (PrefillBatch(["a"], [4], 5), "prefill batch: total_tokens must be 4, the sum of input_lengths, got 5"),
         ],
     )
     def test_prefill(self, builder: ExecutionGraphBuilder, batch: PrefillBatch, message: str) -> None:
@@ -337,9 +337,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("batch", "message"),
         [
-            (DecodeBatch([], [], 0), "decode batch: it is empty; give at least one request"),
-            (DecodeBatch(["a"], [4], 2), "decode batch: batch_size is 2, but there are 1 request_ids"),
-            (DecodeBatch(["a"], [0], 1), "decode batch: context_lengths[0] is 0; lengths are 1 to max_seq_len=512"),
+            (DecodeBatch([], [], 0), "decode batch: expected at least one request, got an empty batch"),
+            (DecodeBatch(["a"], [4], 2), "decode batch: batch_size must be 1, the number of request_ids, got 2"),
+            (DecodeBatch(["a"], [0], 1), "decode batch: context_lengths[0] must be 1 to max_seq_len=512, got 0"),
         ],
     )
     def test_decode(self, builder: ExecutionGraphBuilder, batch: DecodeBatch, message: str) -> None:
@@ -351,7 +351,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("parallel", "message"),
         [
-            ({"tensor_parallel_size": 0}, "tensor_parallel_size=0: a parallel degree is at least 1"),
+            ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, got 0"),
             (
                 {"tensor_parallel_size": 3},
                 "tensor_parallel_size=3 does not divide vocab_size=128; use a divisor of 128",
@@ -369,11 +369,11 @@ class TestBadInput:
         assert str(caught.value) == message
 
     def test_unknown_layout(self) -> None:
-        with pytest.raises(ValueError, match=r"^no layout 'gpt5'; known are .*\bllama, .*\bqwen3\b"):
+        with pytest.raises(ValueError, match=r"^unknown layout 'gpt5'; known are .*\bllama, .*\bqwen3\b"):
             ExecutionGraphBuilder(MODEL, layout="gpt5")
 
     def test_sizes_that_cannot_be(self) -> None:
-        with pytest.raises(ValueError, match="ModelConfig: 'num_hidden_layers' wants a size of 1 to"):
+        with pytest.raises(ValueError, match="ModelConfig: 'num_hidden_layers': expected a size of 1 to"):
             ExecutionGraphBuilder(ModelConfig(0, 64, 8, 4, 96, 128))
 
 
@@ -445,7 +445,7 @@ class TestDefaultPasses:
         placed = list(zip(plan.buffers, plan.offsets, strict=True))
         for i, (one, at) in enumerate(placed):
             for other, there in placed[:i]:
-                assert not one.meets(other) or at + one.size <= there or there + other.size <= at
+                assert not one.interferes_with(other) or at + one.size <= there or there + other.size <= at
 
     def test_all_four_keep_the_graph_right_and_make_it_no_slower(self) -> None:
         builder = ExecutionGraphBuilder(MODEL, ParallelConfig(2, 2))

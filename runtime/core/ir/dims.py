@@ -1,8 +1,12 @@
-"""Symbolic sizes: integer formulas over named dims, kept in one canonical form so that equal sizes compare equal.
+"""Symbolic sizes: integer formulas over named dims, in one canonical form so that equal sizes compare equal.
 
 A `Dim` is an int or an `Expr`. An Expr is a symbol, a floor quotient, a remainder, or a polynomial over these; the
-operators fold to an int as soon as nothing symbolic is left. Two formulas are equal exactly if their texts are.
-Symbols stand for sizes: a division assumes that its divisor is not zero.
+operators fold to an int as soon as no symbol is left. Symbols are sizes: a division assumes a divisor other than zero.
+
+The canonical form makes comparison a string comparison: shapes are compared, hashed and memoized far more often than
+they are built, and shape inference needs `2*I == I + I` without a solver. Polynomials are multiplied out, their terms
+sorted, and a quotient or remainder keeps only what does not divide exactly. Equality is sound but not complete:
+`a // b * b` and `a - a % b` are the same number and compare unequal.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import TypeAlias
 from sageLLM.runtime.core.errors import IRError, ParseError
 
 MAX_TERMS = 4096  # a formula that multiplies out to more is a mistake, not a size
-MAX_TEXT = 2000
+MAX_TEXT = 2000  # of a formula in a graph file, which may come from anyone
 MAX_DEPTH = 64
 
 _Atoms: TypeAlias = "tuple[Expr, ...]"  # a product of symbols, quotients and remainders, sorted by text
@@ -42,7 +46,7 @@ class Expr:
         return self is other or (isinstance(other, Expr) and self._text == other._text)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a dim formula cannot be changed (setting {name!r} of {self})")
+        raise AttributeError(f"dim formulas are immutable (setting {name!r} of {self})")
 
     def __add__(self, other: Dim) -> Dim:
         return _add(self, other) if isinstance(other, (int, Expr)) else NotImplemented
@@ -91,7 +95,7 @@ class Sym(Expr):
 
     def __init__(self, name: str) -> None:
         if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
-            raise IRError(f"{name!r} cannot name a dim: want an ASCII identifier")
+            raise IRError(f"{name!r} cannot name a dim: expected an ASCII identifier")
         object.__setattr__(self, "_text", name)
 
     @property
@@ -100,7 +104,7 @@ class Sym(Expr):
 
 
 class Quotient(Expr):
-    """num // den, rounded down, that does not simplify."""
+    """num // den, rounded down, in a form that does not simplify."""
 
     __slots__ = ("den", "num")
     num: Dim
@@ -111,7 +115,7 @@ class Quotient(Expr):
 
 
 class Remainder(Expr):
-    """num % den, with the sign of den, that does not simplify."""
+    """num % den, with the sign of den, in a form that does not simplify."""
 
     __slots__ = ("den", "num")
     num: Dim
@@ -122,7 +126,7 @@ class Remainder(Expr):
 
 
 class Poly(Expr):
-    """A sum of integer multiples of products; `terms` runs by falling degree, then by text."""
+    """A sum of integer multiples of products; `terms` is sorted by falling degree, then by text."""
 
     __slots__ = ("terms",)
     terms: tuple[tuple[_Atoms, int], ...]
@@ -150,9 +154,9 @@ def free_symbols(dim: Dim) -> frozenset[str]:
 
 
 def evaluate(dim: Dim, env: Mapping[str, object]) -> Dim:
-    """Replace symbols by their values in env, all at once; an int if every symbol has an int, else a smaller formula.
+    """Replaces symbols by their values in env, all at once: an int if every symbol has an int, else a formula.
 
-    Symbols that env lacks stay. A value that is no Dim raises TypeError; a zero divisor raises ZeroDivisionError.
+    Symbols that env lacks stay. A value that is not a Dim raises TypeError; a zero divisor raises ZeroDivisionError.
     """
     if isinstance(dim, int):
         return dim
@@ -195,7 +199,7 @@ def parse_dim(text: str) -> Dim:
 
 
 def split_linear(dim: Dim, symbol: Expr) -> tuple[Expr, Dim, Dim] | None:
-    """(a, c, rest) with dim == c * a + rest, where only the atom `a` holds the symbol; None if that is impossible."""
+    """(a, c, rest) with dim == c * a + rest, where only the atom `a` contains the symbol; None if not of that form."""
     name = str(symbol)
     holders = {atom for atoms, _ in _terms(dim).items() for atom in atoms if name in free_symbols(atom)}
     if len(holders) != 1:
@@ -231,7 +235,7 @@ def _sum_text(terms: tuple[tuple[_Atoms, int], ...]) -> str:
         if size != 1 or not atoms:
             factors.insert(0, str(size))
         elif sign == "-" and not parts:
-            factors[0] = _bracket(atoms[0])  # -(a // b), which is not (-a) // b
+            factors[0] = _bracket(atoms[0])  # -(a // b), not (-a) // b
         parts.append(f" {sign} {'*'.join(factors)}" if parts else f"{sign.strip('+')}{'*'.join(factors)}")
     return "".join(parts)
 
@@ -291,7 +295,11 @@ def _mod(a: Dim, b: Dim) -> Dim:
 
 
 def _divide(a: Dim, b: Dim) -> tuple[Dim, Dim]:
-    """(q, r) with a == q * b + r, where q takes every term of a that b divides; floor((q*b + r) / b) == q + r // b."""
+    """(q, r) with a == q * b + r, where q has every term of a that b divides; floor((q*b + r) / b) == q + r // b.
+
+    Only divisors of one term are tried: polynomial division would need an order of the symbols, and sizes are divided
+    by constants and products.
+    """
     if b == 0:
         raise ZeroDivisionError(f"dim {a} divided by zero")
     if a == b:
@@ -312,7 +320,7 @@ def _divide(a: Dim, b: Dim) -> tuple[Dim, Dim]:
 
 
 def _without(atoms: _Atoms, divisor: _Atoms) -> _Atoms | None:
-    """The product atoms / divisor, or None if it is not a product."""
+    """The product atoms / divisor, or None if the divisor does not divide it."""
     if not divisor:
         return atoms
     counts = Counter(atoms)
@@ -325,7 +333,7 @@ def _without(atoms: _Atoms, divisor: _Atoms) -> _Atoms | None:
 def _lookup(sym: Sym, env: Mapping[str, object]) -> Dim:
     value = env.get(sym.name, sym)
     if not isinstance(value, (int, Expr)):
-        raise TypeError(f"dim {sym} is bound to {value!r}, want a size")
+        raise TypeError(f"dim {sym}: expected a size, got {value!r}")
     return value
 
 
@@ -349,4 +357,4 @@ def _from_ast(node: ast.expr, text: str, depth: int) -> Dim:
                 return left // right
             case ast.Mod():
                 return left % right
-    raise ParseError(f"{text!r} is not a dim formula: want names, ints and + - * // %", 1, node.col_offset + 1)
+    raise ParseError(f"{text!r} is not a dim formula: expected names, ints and + - * // %", 1, node.col_offset + 1)

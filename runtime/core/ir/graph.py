@@ -10,7 +10,7 @@ from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.dims import Dim, Expr, evaluate
 from sageLLM.runtime.core.ir.index import GraphIndex
 from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
-from sageLLM.runtime.core.ir.order import critical_path, topological_order, total_time
+from sageLLM.runtime.core.ir.order import critical_path, end_of, time_spans, topological_order
 
 Level: TypeAlias = Literal["block", "kernel"]
 Stage: TypeAlias = Literal["prefill", "decode", "hybrid"]
@@ -99,7 +99,7 @@ class ExecutionGraph:
         Nodes of one (device_id, stream_id) run one after another in topological order; different streams and devices
         overlap; each node starts after its dependencies have finished.
         """
-        return total_time(self.topological_sort())
+        return end_of(time_spans(self.topological_sort()))
 
     def get_subgraph(self, node_ids: Iterable[str]) -> ExecutionGraph:
         """A new graph with copies of the selected nodes in this graph's order; this graph is not changed.

@@ -1,4 +1,4 @@
-"""The JSON form of execution graphs, for other programs: all that the text form holds, and as exact."""
+"""JSON form of execution graphs for other programs: the content of the text form, also without loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def from_json(text: str, op_types: type[OpTypeBase], ops: Mapping[str, type[OpNo
     try:
         return _graph(data, op_types, ops)
     except (KeyError, TypeError, AttributeError) as error:
-        raise IRError(f"this JSON is no graph: {type(error).__name__} {error}") from None
+        raise IRError(f"expected the JSON form of a graph: {type(error).__name__} {error}") from None
 
 
 def graph_data(graph: ExecutionGraph) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def graph_data(graph: ExecutionGraph) -> dict[str, Any]:
 
 
 def node_data(node: ExecutionNode) -> dict[str, Any]:
-    """A node as plain data; `op` only for op nodes."""
+    """A node as plain data; `op` is set for op nodes only."""
     return {
         "id": node.node_id,
         "op": node.op if isinstance(node, OpNode) else None,
@@ -83,7 +83,7 @@ def _dim_data(dim: Dim) -> int | str:
 
 
 def _attr_data(value: AttrValue) -> Any:
-    """What JSON lacks is an object with one key: a formula, a tuple, an infinite float."""
+    """An attribute; values that JSON lacks (formulas, tuples, infinite floats) become objects with one key."""
     if isinstance(value, Expr):
         return {"dim": str(value)}
     if isinstance(value, tuple):

@@ -20,7 +20,7 @@ class _Required:
 
 
 REQUIRED: Final = _Required()
-"""The default of an attribute that has none."""
+"""The default of a required attribute."""
 
 AttrDefault: TypeAlias = "AttrValue | _Required | Callable[[Mapping[str, Any]], AttrValue]"
 _ATTR_PYTHON: Mapping[str, tuple[type, ...]] = {
@@ -34,7 +34,7 @@ _ATTR_PYTHON: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class AttrSpec:
-    """What an attribute may be. `default` may be a function of the op's dims; a default of None makes None a value."""
+    """Type, default and range of an attribute. `default` may be a function of the op's dims; None allows None."""
 
     type: str
     default: AttrDefault = REQUIRED
@@ -42,18 +42,18 @@ class AttrSpec:
     max: float | None = None
     choices: tuple[AttrValue, ...] | None = None
 
-    def why_not(self, value: AttrValue) -> str | None:
-        """What is wrong with a value, or None."""
+    def broken_rule(self, value: AttrValue) -> str | None:
+        """The expectation that a value fails, such as "at least 1"; None for a valid one."""
         if value is None:
-            return None if self.default is None else f"want {self.type}"
+            return None if self.default is None else self.type
         if not isinstance(value, _ATTR_PYTHON[self.type]) or (isinstance(value, bool) and self.type != "bool"):
-            return f"want {self.type}"
+            return self.type
         if isinstance(value, (int, float)) and self.min is not None and not value >= self.min:
-            return f"want at least {self.min}"
+            return f"at least {self.min}"
         if isinstance(value, (int, float)) and self.max is not None and not value <= self.max:
-            return f"want at most {self.max}"
+            return f"at most {self.max}"
         if self.choices is not None and value not in self.choices:
-            return f"want one of {', '.join(map(str, self.choices))}"
+            return f"one of {', '.join(map(str, self.choices))}"
         return None
 
 
@@ -61,22 +61,22 @@ class AttrSpec:
 class Where:
     """A condition on an op's sizes and attributes, such as `Nq % Nkv == 0`.
 
-    `test` gets dims, attributes and element types by name. It is put off while a name in `text` is symbolic.
+    `test` receives dims, attributes and element types by name. It is deferred while a name in `text` is symbolic.
     """
 
     text: str
     test: Callable[[Mapping[str, Any]], bool]
 
     def why_not(self, env: Mapping[str, Any]) -> str | None:
-        """What the condition wants and what it got, or None if it holds or cannot be told yet."""
+        """The broken condition with the values of its names, or None if it holds or cannot be decided yet."""
         names = [name for name in _names(self.text) if name in env]
         if any(isinstance(env[name], Expr) for name in names) or self.test(env):
             return None
-        return f"needs {self.text} ({', '.join(f'{name} = {env[name]}' for name in names)})"
+        return f"requires {self.text} ({', '.join(f'{name} = {env[name]}' for name in names)})"
 
 
 class Inference(NamedTuple):
-    """What an op's declarations say about one use: the output types, all attributes, and what every name stands for."""
+    """The result of inference for one use of an op: output types, all attributes, and the bindings of all names."""
 
     outputs: tuple[TensorType, ...]
     attrs: dict[str, AttrValue]
@@ -84,18 +84,20 @@ class Inference(NamedTuple):
 
 
 InferKey: TypeAlias = "tuple[Any, ...]"
+Memo: TypeAlias = "MutableMapping[InferKey, Inference]"
+"""Inferences by use. The layers of a model use each op alike, so a memo per graph saves most of the work."""
 
 
 class OpNode(ExecutionNode):
-    """A node whose op is declared in the specs. Subclasses are generated; they hold declarations and typed accessors.
+    """A node of an op declared in the specs. Subclasses are generated: declarations and typed accessors.
 
-    `inputs` holds the present operands in declared order. If one in the middle is absent, `metadata["operands"]` lists
-    the names of those present. The formulas may use the op's dims and dim attributes, `R` (the product of the leading
-    dims), `E_size` (bytes of an element of E), `has_NAME` (1 or 0 for an optional operand), and symbols of the step
-    such as KV, which the caller gives.
+    `inputs` contains the present operands in declared order. If one in the middle is absent, `metadata["operands"]`
+    lists the names of those present. The formulas may use the op's dims and dim attributes, `R` (the product of the
+    leading dims), `E_size` (bytes of an element of E), `has_NAME` (1 or 0 for an optional operand), and symbols of the
+    step such as KV, which the caller passes.
     """
 
-    op: str  # a class attribute, and constant; not a ClassVar because it stands for a property of the base
+    op: str  # a constant class attribute; not a ClassVar because it overrides a property of the base
     spec: ClassVar[str] = ""
     kind: ClassVar[OpTypeBase]
     tags: ClassVar[frozenset[str]] = frozenset()
@@ -110,12 +112,12 @@ class OpNode(ExecutionNode):
 
     @classmethod
     def infer(cls, inputs: Mapping[str, TensorType], attrs: Mapping[str, AttrValue]) -> dict[str, TensorType]:
-        """Output types from operand types and attributes; TypeMismatch says what does not fit."""
+        """Output types from operand types and attributes; TypeMismatch if these do not fit the declaration."""
         return dict(zip(cls.output_types, cls.resolve(inputs, attrs).outputs, strict=True))
 
     @classmethod
     def resolve(cls, inputs: Mapping[str, TensorType], attrs: Mapping[str, AttrValue]) -> Inference:
-        """Like `infer`, with the defaults filled in and the bindings of all names."""
+        """Output types, attributes with their defaults, and the bindings of all names; errors as in `infer`."""
         missing = [n for n in cls.input_types if n not in inputs and n not in cls.optional_inputs]
         if missing:
             raise TypeMismatch(f"{cls.op}: operand {missing[0]!r} is missing")
@@ -135,15 +137,27 @@ class OpNode(ExecutionNode):
         return Inference(outputs, full, env)
 
     @classmethod
+    def resolve_refs(
+        cls, refs: Mapping[str, TensorRef], attrs: Mapping[str, AttrValue], memo: Memo | None = None
+    ) -> Inference:
+        """The inference for the present operands, in declared order; `memo` shares the work among equal uses."""
+        if memo is None:
+            return cls.resolve({name: ref.type for name, ref in refs.items()}, attrs)
+        key = _infer_key(cls, refs, attrs)
+        if key not in memo:
+            memo[key] = cls.resolve({name: ref.type for name, ref in refs.items()}, attrs)
+        return memo[key]
+
+    @classmethod
     def _check_attr_names(cls, attrs: Mapping[str, AttrValue]) -> None:
         for name in attrs:
             if name not in cls.attr_types:
                 known = ", ".join(cls.attr_types) or "none"
-                raise TypeMismatch(f"{cls.op}: no attribute {name!r}, have {known}")
+                raise TypeMismatch(f"{cls.op}: unknown attribute {name!r}, expected {known}")
 
     @classmethod
     def _dim_attrs(cls, attrs: Mapping[str, AttrValue]) -> dict[str, Dim]:
-        """The attributes that dim formulas may use, where they are known before the operands are matched."""
+        """The attributes that dim formulas may use, as far as they are known before the operands are matched."""
         values: dict[str, Dim] = {}
         for name, spec in cls.attr_types.items():
             value = attrs.get(name, spec.default if isinstance(spec.default, (int, Expr)) else None)
@@ -159,18 +173,18 @@ class OpNode(ExecutionNode):
             if isinstance(value, _Required):
                 raise TypeMismatch(f"{cls.op}: attribute {name!r} is missing")
             full[name] = value(env) if callable(value) else value
-            if (problem := spec.why_not(full[name])) is not None:
-                raise TypeMismatch(f"{cls.op}: attribute {name!r} is {full[name]!r}, {problem}")
+            if (expected := spec.broken_rule(full[name])) is not None:
+                raise TypeMismatch(f"{cls.op}: attribute {name!r}: expected {expected}, got {full[name]!r}")
         return full
 
     @property
     def is_view(self) -> bool:
-        """Whether the outputs are parts or other shapes of the first input's memory: no work, no new bytes."""
+        """Whether the outputs are parts or reshapes of the first input's memory: no work, no new bytes."""
         return "view" in self.tags or self.kind.name == "VIEW"
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """The names of the operands present, in the order of `inputs`."""
+        """The names of the present operands, in the order of `inputs`."""
         listed = self.metadata.get("operands")
         return tuple(listed) if listed is not None else tuple(self.input_types)[: len(self.inputs)]
 
@@ -178,13 +192,13 @@ class OpNode(ExecutionNode):
         """The operand of that name; KeyError if it is absent."""
         ref = self.optional_input(name)
         if ref is None:
-            raise KeyError(f"{self.node_id}: {self.op} has no operand {name!r}")
+            raise KeyError(f"{self.node_id}: operand {name!r} of {self.op} is absent")
         return ref
 
     def optional_input(self, name: str) -> TensorRef | None:
         """The operand of that name, or None if it is absent; KeyError if the op declares no such operand."""
         if name not in self.input_types:
-            raise KeyError(f"{self.op} declares no operand {name!r}")
+            raise KeyError(f"{self.op}: unknown operand {name!r}")
         operands = self.operands
         return self.inputs[operands.index(name)] if name in operands else None
 
@@ -192,53 +206,47 @@ class OpNode(ExecutionNode):
         """The output of that name; KeyError if the op declares no such output."""
         names = tuple(self.output_types)
         if name not in names:
-            raise KeyError(f"{self.op} declares no output {name!r}")
+            raise KeyError(f"{self.op}: unknown output {name!r}")
         return self.outputs[names.index(name)]
 
-    def inference(self, memo: MutableMapping[InferKey, Inference] | None = None) -> Inference:
-        """What the declarations say about this node's operands; `memo` saves the work for equal uses."""
-        names = self.operands
-        if memo is None:
-            return self.resolve({n: r.type for n, r in zip(names, self.inputs, strict=True)}, self.attrs)
-        key = infer_key(type(self), names, self.inputs, self.attrs)
-        if key not in memo:
-            memo[key] = self.resolve({n: r.type for n, r in zip(names, self.inputs, strict=True)}, self.attrs)
-        return memo[key]
+    def inference(self, memo: Memo | None = None) -> Inference:
+        """The inference for this node's operands."""
+        return self.resolve_refs(dict(zip(self.operands, self.inputs, strict=True)), self.attrs, memo)
 
-    def problems(self, memo: MutableMapping[InferKey, Inference] | None = None) -> list[str]:
-        """Every way in which the node breaks its op's declaration, a sentence each."""
+    def problems(self, memo: Memo | None = None) -> list[str]:
+        """The mismatches between the node and its op's declaration, a sentence each."""
         if len(self.operands) != len(self.inputs):
-            return [f"{self.node_id}: {self.op} names {len(self.operands)} operands and has {len(self.inputs)}"]
+            return [f"{self.node_id}: {self.op}: expected {len(self.operands)} operands, got {len(self.inputs)}"]
         try:
-            wanted = self.inference(memo).outputs
+            expected = self.inference(memo).outputs
         except TypeMismatch as error:
             return [f"{self.node_id}: {error}"]
-        if len(wanted) != len(self.outputs):
-            return [f"{self.node_id}: {self.op} has {len(wanted)} outputs, not {len(self.outputs)}"]
+        if len(expected) != len(self.outputs):
+            return [f"{self.node_id}: {self.op}: expected {len(expected)} outputs, got {len(self.outputs)}"]
         return [
-            f"{self.node_id}: {self.op}: output {name!r} is {ref.type}, want {type_}"
-            for name, ref, type_ in zip(self.output_types, self.outputs, wanted, strict=True)
+            f"{self.node_id}: {self.op}: output {name!r}: expected {type_}, got {ref.type}"
+            for name, ref, type_ in zip(self.output_types, self.outputs, expected, strict=True)
             if ref.dtype != type_.dtype or ref.shape != type_.shape
         ]
 
     def verify(self) -> None:
-        """Raise VerifyError if operands, attributes or outputs do not fit the op's declaration."""
+        """Raises VerifyError if operands, attributes or outputs do not fit the op's declaration."""
         if problems := self.problems():
             raise VerifyError(problems)
 
     def dims(self) -> dict[str, Dim | str]:
-        """What the dims and element variables of the declaration stand for in this node; `R` is the leading size."""
+        """The bindings of the declaration's dims and element variables in this node; `R` is the leading size."""
         return {name: value for name, value in self.inference().env.items() if not isinstance(value, tuple)}
 
-    def flops(self, env: Mapping[str, Dim] = {}, memo: MutableMapping[InferKey, Inference] | None = None) -> Dim:
-        """Floating-point operations, a formula while sizes are symbolic; env gives symbols of the step (KV, T, ...)."""
+    def flops(self, env: Mapping[str, Dim] = {}, memo: Memo | None = None) -> Dim:
+        """Floating-point operations, a formula while sizes are symbolic; env binds symbols of the step (KV, T, ...)."""
         return self._cost(self.flop_formula, env, memo)
 
-    def bytes_moved(self, env: Mapping[str, Dim] = {}, memo: MutableMapping[InferKey, Inference] | None = None) -> Dim:
+    def bytes_moved(self, env: Mapping[str, Dim] = {}, memo: Memo | None = None) -> Dim:
         """Bytes read from and written to memory; env as in `flops`."""
         return self._cost(self.byte_formula, env, memo)
 
-    def _cost(self, formula: Dim, env: Mapping[str, Dim], memo: MutableMapping[InferKey, Inference] | None) -> Dim:
+    def _cost(self, formula: Dim, env: Mapping[str, Dim], memo: Memo | None) -> Dim:
         if isinstance(formula, int):
             return formula
         return cost_of(type(self), formula, self.inference(memo), self.operands, env)
@@ -247,7 +255,10 @@ class OpNode(ExecutionNode):
 def cost_of(
     cls: type[OpNode], formula: Dim, inference: Inference, operands: tuple[str, ...], env: Mapping[str, Dim]
 ) -> Dim:
-    """A cost formula of an op under one use of it: first the op's own names, then the symbols that env gives."""
+    """The value of a cost formula for one use of an op: the op's own names are bound first, then those of env.
+
+    Two passes, because a dim of the op may be bound to a formula over symbols of the step: `T` of an op is `Td + Tp`.
+    """
     names: dict[str, object] = {f"has_{name}": int(name in operands) for name in cls.optional_inputs}
     for name, value in inference.env.items():
         if isinstance(value, str):
@@ -258,12 +269,13 @@ def cost_of(
     return evaluate(evaluate(formula, names), env)
 
 
-def infer_key(
-    cls: type[OpNode], names: tuple[str, ...], inputs: list[TensorRef], attrs: Mapping[str, AttrValue]
-) -> InferKey:
-    """Equal keys mean equal inferences. The types of the attributes count: 1, 1.0 and True are equal in Python."""
-    values = tuple(attrs.values())
-    return cls, names, tuple((r.dtype, r.shape) for r in inputs), tuple(attrs), values, tuple(map(type, values))
+def _infer_key(cls: type[OpNode], refs: Mapping[str, TensorRef], attrs: Mapping[str, AttrValue]) -> InferKey:
+    """The memo key of an inference; equal keys mean equal inferences.
+
+    It includes the Python types of the attributes, since 1, 1.0 and True compare equal.
+    """
+    types, values = tuple((ref.dtype, ref.shape) for ref in refs.values()), tuple(attrs.values())
+    return cls, tuple(refs), types, tuple(attrs), values, tuple(map(type, values))
 
 
 @lru_cache(maxsize=512)

@@ -1,18 +1,32 @@
-"""The order of a graph's nodes: sorted by what depends on what, and how long that takes at least."""
+"""Topological order, lanes, critical path and time spans of a graph's nodes."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from sageLLM.runtime.core.errors import CycleError, IRError
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
 
 Nodes = Mapping[str, ExecutionNode]
+Lane = tuple[int, int]
+"""A device and a stream of it; the nodes of a lane run one after another."""
+
+
+class Span(NamedTuple):
+    """The run of a node, in microseconds from the start of the step."""
+
+    start_us: float
+    end_us: float
+
+
+def lane(node: ExecutionNode) -> Lane:
+    return node.device_id, node.stream_id
 
 
 def topological_order(nodes: Nodes, graph_id: str) -> list[ExecutionNode]:
-    """All nodes, dependencies first; among those that are ready, the one inserted first (Kahn 1962).
+    """All nodes, dependencies first; of several ready nodes the one inserted first (Kahn, CACM 5(11), 1962).
 
     Raises CycleError naming the nodes of one cycle in order, and IRError for an unknown dependency.
     """
@@ -20,7 +34,8 @@ def topological_order(nodes: Nodes, graph_id: str) -> list[ExecutionNode]:
     for node in nodes.values():
         unknown = next((d for d in node.dependencies if d not in position), None)
         if unknown is not None:
-            raise IRError(f"{node.node_id} depends on {unknown!r}, which graph {graph_id!r} does not have")
+            raise IRError(f"{node.node_id}: unknown dependency {unknown!r} in graph {graph_id!r}")
+    # Builders and passes leave nodes in a valid order, so the common case is a check without a heap.
     if all(position[d] < position[node_id] for node_id, node in nodes.items() for d in node.dependencies):
         return list(nodes.values())
     return _sorted(nodes, position)
@@ -32,11 +47,11 @@ def _sorted(nodes: Nodes, position: Mapping[str, int]) -> list[ExecutionNode]:
     for node_id, node in nodes.items():
         for dependency in node.dependencies:
             successors.setdefault(dependency, []).append(node_id)
-    in_place = list(nodes.values())
+    by_position = list(nodes.values())
     ready = [position[node_id] for node_id, count in waiting_for.items() if count == 0]
     order: list[ExecutionNode] = []
     while ready:
-        node = in_place[heapq.heappop(ready)]
+        node = by_position[heapq.heappop(ready)]
         order.append(node)
         for node_id in successors.get(node.node_id, ()):
             waiting_for[node_id] -= 1
@@ -48,7 +63,7 @@ def _sorted(nodes: Nodes, position: Mapping[str, int]) -> list[ExecutionNode]:
 
 
 def _find_cycle(nodes: Nodes, blocked: set[str], position: Mapping[str, int]) -> list[str]:
-    """Walk back from a blocked node; each has a blocked dependency, so the walk closes a circle."""
+    """Walks back from a blocked node; each has a blocked dependency, so the walk closes a cycle."""
     walk: dict[str, None] = {}
     node_id = min(blocked, key=position.__getitem__)
     while node_id not in walk:
@@ -60,7 +75,10 @@ def _find_cycle(nodes: Nodes, blocked: set[str], position: Mapping[str, int]) ->
 
 
 def critical_path(order: Sequence[ExecutionNode]) -> list[ExecutionNode]:
-    """Of sorted nodes the chain of the largest `estimated_time_us`; of equally long ones that with more nodes."""
+    """The chain of dependent nodes with the largest total `estimated_time_us`; among equals, that with more nodes.
+
+    `order` is topologically sorted. Zero-time nodes such as views tie often: the longer chain is the informative one.
+    """
     longest: dict[str, tuple[float, int]] = {}
     before: dict[str, str | None] = {}
     for node in order:
@@ -77,12 +95,22 @@ def critical_path(order: Sequence[ExecutionNode]) -> list[ExecutionNode]:
     return path[::-1]
 
 
-def total_time(order: Sequence[ExecutionNode]) -> float:
-    """Microseconds from the start to the last finish of sorted nodes, lane by lane: see `estimate_total_time`."""
-    finish: dict[str, float] = {}
-    free_at: dict[tuple[int, int], float] = {}
+def time_spans(order: Sequence[ExecutionNode], times_us: Mapping[str, float] | None = None) -> dict[str, Span]:
+    """The spans of sorted nodes: each starts when its lane is free and its dependencies have ended.
+
+    Lanes do not slow down each other. `times_us` are measured durations by node id; the estimate replaces missing ones.
+    """
+    times = times_us or {}
+    spans: dict[str, Span] = {}
+    free_at: dict[Lane, float] = {}
     for node in order:
-        lane = (node.device_id, node.stream_id)
-        start = max([free_at.get(lane, 0.0), *(finish[d] for d in node.dependencies)])
-        finish[node.node_id] = free_at[lane] = start + node.estimated_time_us
-    return max(finish.values(), default=0.0)
+        own = lane(node)
+        start = max([free_at.get(own, 0.0), *(spans[d].end_us for d in node.dependencies)])
+        end = free_at[own] = start + times.get(node.node_id, node.estimated_time_us)
+        spans[node.node_id] = Span(start, end)
+    return spans
+
+
+def end_of(spans: Mapping[str, Span]) -> float:
+    """The end of the last span in microseconds; 0 without spans."""
+    return max((span.end_us for span in spans.values()), default=0.0)

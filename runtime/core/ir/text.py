@@ -1,4 +1,4 @@
-"""The text form of execution graphs: one line a node, small, stable, made for snapshots, and read back exactly.
+"""Text form of execution graphs: one line per node, compact and stable for snapshots, parsed back without loss.
 
     graph decode_4 level=kernel stage=decode layers=2
     input x: f32[T, 64]
@@ -6,9 +6,9 @@
     L0.y: f32[T, 128] = linear(x, layers.0.w) {scale=0.5}  @layer=0 block=ffn origins=[L0.ffn]
     return L0.y
 
-A name that is no dotted identifier is written as a JSON string. An op node is called by its op's name, a plain node by
-its op type in capitals. The first mention of a value carries its type, and `@1` if it is on device 1. Only what differs
-from the defaults is written; dependencies that follow from names are left out. `model_config` is not part of the text.
+A name that is not a dotted identifier is written as a JSON string. An op node is written with its op's name, a plain
+node with its op type in capitals. The first mention of a value includes its type, and `@1` if it is on device 1. Only
+fields that differ from the defaults are written; dependencies that follow from names are omitted, as is `model_config`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
 
 def to_text(graph: ExecutionGraph) -> str:
-    """The graph as text; `parse_text` gives it back. IRError for a name that the form cannot hold."""
+    """The graph as text, the inverse of `parse_text`. IRError for an op name that the form cannot express."""
     return "".join(f"{line}\n" for line in _Printer().lines(graph))
 
 
@@ -89,7 +89,7 @@ class _Printer:
             yield f"meta={json.dumps(node.metadata)}"
 
     def _ref(self, ref: TensorRef) -> str:
-        """A value that is read: its name, with the type where it is news."""
+        """An operand: its name, with the type at the first mention and where it changed."""
         return _name(ref.name) if self.known.get(ref.name) == ref else self._declared(ref)
 
     def _declared(self, ref: TensorRef) -> str:
@@ -105,7 +105,7 @@ def _header(graph: ExecutionGraph) -> str:
 
 
 def _members(graph: ExecutionGraph) -> Iterator[str]:
-    """The membership sets that differ from what the graph would have entered by itself."""
+    """The membership sets that differ from those that `add_node` would derive."""
     nodes = graph.nodes.values()
     for word, members in (("prefill", graph.prefill_nodes), ("decode", graph.decode_nodes)):
         if members != {node.node_id for node in nodes if word in graph.phases_of(node)}:
@@ -118,14 +118,14 @@ def _callee(node: ExecutionNode) -> str:
     if not isinstance(node, OpNode):
         return _op_type(node)
     if not _PLAIN_NAME.fullmatch(node.op) or node.op.isupper():
-        raise IRError(f"{node.op!r} cannot name an op in text: want a name that is not all capitals")
+        raise IRError(f"op name {node.op!r}: expected an identifier that is not all capitals")
     return node.op
 
 
 def _op_type(node: ExecutionNode) -> str:
     name = node.op_type.name
     if not _PLAIN_NAME.fullmatch(name) or not name.isupper():
-        raise IRError(f"{name!r} cannot name an op type in text: want capitals")
+        raise IRError(f"op type name {name!r}: expected an identifier in capitals")
     return name
 
 

@@ -1,4 +1,4 @@
-"""Tensor types, the patterns that ops declare for their operands, and the matching of the one against the other."""
+"""Tensor types, the type patterns that ops declare for their operands, and the matching of types against patterns."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sageLLM.runtime.core.errors import IRError, TypeMismatch
 from sageLLM.runtime.core.ir.dims import Dim, Expr, Quotient, Sym, evaluate, free_symbols, split_linear
 
 DTYPES: Mapping[str, int] = {"bool": 1, "i8": 1, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
-"""Element types and the bytes that one element takes."""
+"""Element types and the bytes per element."""
 
 Binding: TypeAlias = "Dim | str | tuple[Dim, ...]"
-"""What a name in a pattern stands for: a size, an element type, or (for `...`) the leading sizes."""
+"""The value of a name in a pattern: a size, an element type, or (for `...`) the leading sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class TypePattern:
-    """A declared type: an element type or a variable for one, and dims that may hold symbols; `...` comes first."""
+    """A declared type: an element type or element variable, and dims that may contain symbols; `...` comes first."""
 
     element: str
     dims: tuple[Dim | EllipsisType, ...]
 
     def __post_init__(self) -> None:
         if ... in self.dims[1:]:
-            raise IRError(f"{self}: '...' stands for leading dims, so it can only come first")
+            raise IRError(f"{self}: '...' must come first: it matches the leading dims")
 
     def __str__(self) -> str:
         return f"{self.element}[{', '.join('...' if d is ... else str(d) for d in self.dims)}]"
@@ -58,7 +58,7 @@ class TypePattern:
 
 @dataclass(frozen=True, slots=True)
 class ElementType:
-    """Subscript it to write a pattern: `E[..., H]`, `f32[P, D // 2]`. A name that is no dtype is a variable."""
+    """Notation for patterns by subscript: `E[..., H]`, `f32[P, D // 2]`. A name that is not a dtype is a variable."""
 
     name: str
 
@@ -74,36 +74,36 @@ f16, bf16, f32, f64 = ElementType("f16"), ElementType("bf16"), ElementType("f32"
 def bind(
     patterns: Mapping[str, TypePattern], types: Mapping[str, TensorType], env: dict[str, Any], *, op: str = "op"
 ) -> None:
-    """Match operand types against an op's patterns and add what the names stand for to env (values: `Binding`).
+    """Matches operand types against an op's patterns and adds the bindings of their names to env (values: `Binding`).
 
-    A symbol binds on first sight and must agree after that. A compound dim is compared once its symbols are known; with
-    one unknown, linear symbol (`2*I`, `D//2`) it is solved exactly. Operands that `types` lacks are skipped.
-    Raises TypeMismatch naming op, operand, both types and where the conflicting size came from.
+    The first occurrence of a symbol binds it, and later ones must agree. A compound dim is compared once its symbols
+    are bound; with one unknown, linear symbol (`2*I`, `D//2`) it is solved exactly. Operands that `types` lacks are
+    skipped. Raises TypeMismatch naming op, operand, both types and the operand that bound the conflicting size.
     """
     matcher = _Matcher(op, env)
     for operand, actual in types.items():
         if operand not in patterns:
-            raise TypeMismatch(f"{op}: no operand {operand!r}, have {', '.join(patterns)}")
+            raise TypeMismatch(f"{op}: unknown operand {operand!r}, expected {', '.join(patterns)}")
         matcher.match(operand, patterns[operand], actual)
     matcher.solve_compounds()
 
 
 def instantiate(pattern: TypePattern, env: Mapping[str, Any]) -> TensorType:
-    """The type that a pattern stands for under env; TypeMismatch if a name of the pattern is unbound."""
+    """The type of a pattern under the bindings of env; TypeMismatch if a name of the pattern is unbound."""
     unbound = {s for d in pattern.trailing for s in free_symbols(d) if s not in env}
     if pattern.is_variable and pattern.element not in env:
         unbound.add(pattern.element)
     if pattern.has_leading and "..." not in env:
         unbound.add("...")
     if unbound:
-        raise TypeMismatch(f"{pattern} needs {', '.join(sorted(unbound))}, which no operand or attribute gives")
+        raise TypeMismatch(f"{pattern} requires {', '.join(sorted(unbound))}, which no operand or attribute binds")
     leading = env["..."] if pattern.has_leading else ()
     element = env[pattern.element] if pattern.is_variable else pattern.element
     return TensorType(element, (*leading, *(evaluate(d, env) for d in pattern.trailing)))
 
 
 class _Compound:
-    """A dim such as `2*I` that waits until the plain symbols are bound."""
+    """A dim such as `2*I` that is matched after the plain symbols are bound."""
 
     __slots__ = ("actual", "dim", "operand", "pattern", "size")
 
@@ -142,7 +142,7 @@ class _Matcher:
             stuck = [compound for compound in waiting if not self._settle(compound)]
             if len(stuck) == len(waiting):
                 unknown = sorted(free_symbols(stuck[0].dim) - self.env.keys())
-                raise self._compound_mismatch(stuck[0], f"; {stuck[0].dim} does not tell {' and '.join(unknown)} apart")
+                raise self._compound_mismatch(stuck[0], f"; {stuck[0].dim} does not determine {' and '.join(unknown)}")
             waiting = stuck
 
     def _match_element(self, operand: str, pattern: TypePattern, actual: TensorType) -> list[str]:
@@ -153,7 +153,7 @@ class _Matcher:
         return []
 
     def _bind(self, name: str, value: Binding, operand: str) -> list[str]:
-        """Bind or compare; what contradicts comes back as text."""
+        """Binds the name or compares its value; returns a conflict as text."""
         if name not in self.env:
             self.env[name] = value
             self.sources[name] = operand
@@ -161,14 +161,14 @@ class _Matcher:
         return [] if self.env[name] == value else [self._known(name)]
 
     def _settle(self, compound: _Compound) -> bool:
-        """Compare the dim, or solve it for its only unknown; False if more than one is unknown."""
+        """Compares the dim, or solves it for its only unknown; False if several are unknown."""
         unknown = sorted(free_symbols(compound.dim) - self.env.keys())
         if len(unknown) > 1:
             return False
         if unknown:
             value = _solve(compound.dim, unknown[0], self.env, compound.size)
             if value is None:
-                raise self._compound_mismatch(compound, f"; no {unknown[0]} gives {compound.dim} = {compound.size}")
+                raise self._compound_mismatch(compound, f"; no {unknown[0]} satisfies {compound.dim} = {compound.size}")
             self._bind(unknown[0], value, compound.operand)
             return True
         expected = evaluate(compound.dim, self.env)
@@ -180,17 +180,17 @@ class _Matcher:
     def _known(self, name: str) -> str:
         value = self.env[name]
         shown = f"({', '.join(map(str, value))})" if isinstance(value, tuple) else str(value)
-        return f"{name} = {shown} (from {self.sources[name]})" if name in self.sources else f"{name} = {shown} (given)"
+        return f"{name} = {shown} (from {self.sources.get(name, 'an attribute')})"
 
     def _compound_mismatch(self, compound: _Compound, why: str) -> TypeMismatch:
         return self._mismatch(compound.operand, compound.pattern, compound.actual, why)
 
     def _mismatch(self, operand: str, pattern: TypePattern, actual: TensorType, why: str) -> TypeMismatch:
-        return TypeMismatch(f"{self.op}: operand {operand!r} is {actual}, want {pattern}{why}")
+        return TypeMismatch(f"{self.op}: operand {operand!r}: expected {pattern}, got {actual}{why}")
 
 
 class _Unknown(Sym):
-    """A symbol whose name no formula can hold, so that solving never captures a symbol of the graph."""
+    """A symbol with a name that formulas cannot contain, so that solving never captures a symbol of the graph."""
 
     __slots__ = ()
 
@@ -199,7 +199,7 @@ class _Unknown(Sym):
 
 
 def _solve(dim: Dim, symbol: str, env: Mapping[str, Any], size: Dim) -> Dim | None:
-    """The value of the symbol for which dim is size, exactly; None if there is none or the formula is not linear."""
+    """The value of the symbol for which dim equals size, exactly; None without a solution or for a non-linear dim."""
     unknown = _Unknown()
     substituted = evaluate(dim, {**env, symbol: unknown})
     value = _solve_for(substituted, unknown, size)

@@ -1,13 +1,14 @@
-"""The rules that every execution graph keeps, checked all at once; passes and builders are tested against them."""
+"""Verifier of execution graphs: the invariants that builders and passes must keep, all checked at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from sageLLM.runtime.core.errors import CycleError, VerifyError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
-from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
+from sageLLM.runtime.core.ir.op_node import Memo, OpNode
+from sageLLM.runtime.core.ir.reachability import Reachability
 
 
 def verify(graph: ExecutionGraph) -> None:
@@ -20,28 +21,29 @@ def verify(graph: ExecutionGraph) -> None:
 def find_problems(graph: ExecutionGraph) -> list[str]:
     """A sentence for each broken rule.
 
-    Dependencies exist and form no cycle; every value has one writer and one type, is known, and its reader waits for
-    its writer; op nodes fit their declarations; an op that overwrites a value runs after the value's other readers;
-    metadata is plain JSON data; the membership sets name nodes.
+    Dependencies exist and form no cycle; every value has one producer and one type, is declared or produced, and its
+    users wait for its producer; op nodes fit their declarations; an op that overwrites a value runs after the value's
+    other users; metadata is plain JSON data; the membership sets name existing nodes.
     """
     problems = [
         *_check_dependencies(graph),
-        *_check_writers(graph),
+        *_check_producers(graph),
         *_check_types(graph),
-        *_check_reads(graph),
+        *_check_uses(graph),
         *_check_ops(graph),
         *_check_metadata(graph),
         *_check_membership(graph),
     ]
+    # The check for cycles needs known dependencies, and the check of in-place ops needs a topological order.
     return problems or [*_check_cycles(graph)] or [*_check_inplace(graph)]
 
 
 def _check_dependencies(graph: ExecutionGraph) -> Iterator[str]:
     for node_id, node in graph.nodes.items():
         if node_id != node.node_id:
-            yield f"{node_id}: the node calls itself {node.node_id!r}"
+            yield f"{node_id}: the node's own id is {node.node_id!r}"
         for dependency in sorted(node.dependencies - graph.nodes.keys()):
-            yield f"{node_id}: depends on {dependency!r}, which does not exist"
+            yield f"{node_id}: unknown dependency {dependency!r}"
 
 
 def _check_cycles(graph: ExecutionGraph) -> Iterator[str]:
@@ -51,25 +53,25 @@ def _check_cycles(graph: ExecutionGraph) -> Iterator[str]:
         yield str(error)
 
 
-def _check_writers(graph: ExecutionGraph) -> Iterator[str]:
-    writer: dict[str, str] = dict.fromkeys(graph.inputs, "the graph's inputs")
+def _check_producers(graph: ExecutionGraph) -> Iterator[str]:
+    source: dict[str, str] = dict.fromkeys(graph.inputs, "an input of the graph")
     for name in graph.weights:
-        if name in writer:
+        if name in source:
             yield f"{name!r} is both an input and a weight"
-        writer[name] = "the graph's weights"
+        source[name] = "a weight of the graph"
     for node in graph.nodes.values():
         for ref in node.outputs:
-            if ref.name in writer:
-                yield f"{node.node_id}: writes {ref.name!r}, which {writer[ref.name]} gives already"
-            writer.setdefault(ref.name, node.node_id)
+            if ref.name in source:
+                yield f"{node.node_id}: writes {ref.name!r}, which is already {source[ref.name]}"
+            source.setdefault(ref.name, f"an output of {node.node_id}")
 
 
 def _check_types(graph: ExecutionGraph) -> Iterator[str]:
     seen: dict[str, tuple[TensorRef, str]] = {}
-    for place, ref in _refs(graph):
-        first, where = seen.setdefault(ref.name, (ref, place))
+    for owner, ref in _refs(graph):
+        first, first_owner = seen.setdefault(ref.name, (ref, owner))
         if first.shape != ref.shape or first.dtype != ref.dtype:
-            yield f"{place}: {ref.name!r} is {ref.type}, but {first.type} in {where}"
+            yield f"{owner}: {ref.name!r} is {ref.type}, but {first.type} in {first_owner}"
 
 
 def _refs(graph: ExecutionGraph) -> Iterator[tuple[str, TensorRef]]:
@@ -82,27 +84,27 @@ def _refs(graph: ExecutionGraph) -> Iterator[tuple[str, TensorRef]]:
     yield from (("the outputs", ref) for ref in graph.outputs)
 
 
-def _check_reads(graph: ExecutionGraph) -> Iterator[str]:
+def _check_uses(graph: ExecutionGraph) -> Iterator[str]:
     for name, ref in [*graph.inputs.items(), *graph.weights.items()]:
         if name != ref.name:
             yield f"{name!r} is declared as {ref.name!r}"
-    given = graph.inputs.keys() | graph.weights.keys()
+    declared = graph.inputs.keys() | graph.weights.keys()
     for node in graph.nodes.values():
         for ref in node.inputs:
-            writer = graph.producer(ref)
-            if ref.name in given:
+            producer = graph.producer(ref)
+            if ref.name in declared:
                 continue
-            if writer is None:
-                yield f"{node.node_id}: reads {ref.name!r}, which nothing gives"
-            elif writer is not node and writer.node_id not in node.dependencies:
-                yield f"{node.node_id}: reads {ref.name!r} without waiting for {writer.node_id}"
+            if producer is None:
+                yield f"{node.node_id}: reads the unknown value {ref.name!r}"
+            elif producer is not node and producer.node_id not in node.dependencies:
+                yield f"{node.node_id}: reads {ref.name!r} without waiting for {producer.node_id}"
     for ref in graph.outputs:
-        if graph.producer(ref) is None and ref.name not in given:
-            yield f"the graph returns {ref.name!r}, which nothing gives"
+        if graph.producer(ref) is None and ref.name not in declared:
+            yield f"the graph returns the unknown value {ref.name!r}"
 
 
 def _check_ops(graph: ExecutionGraph) -> Iterator[str]:
-    memo: dict[InferKey, Inference] = {}
+    memo: Memo = {}
     for node in graph.nodes.values():
         if isinstance(node, OpNode):
             yield from node.problems(memo)
@@ -111,11 +113,11 @@ def _check_ops(graph: ExecutionGraph) -> Iterator[str]:
 def _check_metadata(graph: ExecutionGraph) -> Iterator[str]:
     for node in graph.nodes.values():
         if node.metadata and (problem := why_not_plain(node.metadata)) is not None:
-            yield f"{node.node_id}: metadata holds {problem}, want plain JSON data"
+            yield f"{node.node_id}: metadata must be plain JSON data, got {problem}"
 
 
 def why_not_plain(data: object) -> str | None:
-    """What in some data JSON cannot give back as it was, or None."""
+    """The first part of some data that does not survive a JSON round trip, or None."""
     if data is None or isinstance(data, (bool, int, float, str)):
         return None
     if isinstance(data, list):
@@ -131,38 +133,43 @@ def why_not_plain(data: object) -> str | None:
 def _check_membership(graph: ExecutionGraph) -> Iterator[str]:
     for name in ("prefill_nodes", "decode_nodes", "comm_nodes"):
         for node_id in sorted(getattr(graph, name) - graph.nodes.keys()):
-            yield f"{name} names {node_id!r}, which does not exist"
+            yield f"{name} names the unknown node {node_id!r}"
 
 
 def _check_inplace(graph: ExecutionGraph) -> Iterator[str]:
-    writers = [n for n in graph.nodes.values() if isinstance(n, OpNode) and n.inplace]
-    if not writers:
+    """In-place ops destroy their operand, so every other user of its memory must surely run before them.
+
+    "Surely" means a path of dependencies: the order of the nodes is not enough, since streams may run in parallel.
+    """
+    overwriting = [n for n in graph.nodes.values() if isinstance(n, OpNode) and n.inplace]
+    if not overwriting:
         return
-    bit = {node_id: 1 << i for i, node_id in enumerate(graph.nodes)}
-    before = _ancestors(graph, bit)
+    reach = Reachability(graph.topological_sort())
     returned = {ref.name for ref in graph.outputs}
-    for node in writers:
+    for node in overwriting:
         for name in _overwritten(graph, node):
-            what = f"{node.node_id}: {node.op} overwrites"
+            action = f"{node.node_id}: {node.op} overwrites"
             if name in graph.weights:
-                yield f"{what} the weight {name!r}"
+                yield f"{action} the weight {name!r}"
             if name in returned:
-                yield f"{what} {name!r}, which the graph returns"
-            for reader in graph.users(name):
-                is_first = before[node.node_id] & bit[reader.node_id]
-                if reader is not node and not is_first and not _is_view(reader):
-                    yield f"{what} {name!r}, and {reader.node_id} may read it later"
+                yield f"{action} {name!r}, which the graph returns"
+            for user in graph.users(name):
+                if user is not node and not reach.waits_for(node.node_id, user.node_id) and not _is_view(user):
+                    yield f"{action} {name!r}, and {user.node_id} may read it later"
 
 
 def _overwritten(graph: ExecutionGraph, node: OpNode) -> Iterator[str]:
-    """The names of all values that share memory with an operand that the node writes over."""
+    """The names of all values that share memory with an operand that the node overwrites."""
     for operand in node.inplace.values():
         if (ref := node.optional_input(operand)) is not None:
             yield from same_memory(graph, ref.name)
 
 
 def same_memory(graph: ExecutionGraph, name: str) -> list[str]:
-    """A value, the values it is a view of, and the views of it. Views beside it hold other elements, by convention."""
+    """A value, the values of which it is a view, and its own views.
+
+    Sibling views are left out: by convention the views that one op returns contain different elements.
+    """
     found = [name]
     source = graph.producer(name)
     while source is not None and _is_view(source) and source.inputs:
@@ -178,14 +185,3 @@ def same_memory(graph: ExecutionGraph, name: str) -> list[str]:
 
 def _is_view(node: ExecutionNode) -> bool:
     return isinstance(node, OpNode) and node.is_view
-
-
-def _ancestors(graph: ExecutionGraph, bit: Mapping[str, int]) -> dict[str, int]:
-    """For each node the set of all nodes that must run before it, as a union of their bits."""
-    before: dict[str, int] = {}
-    for node in graph.topological_sort():
-        mask = 0
-        for dependency in node.dependencies:
-            mask |= before[dependency] | bit[dependency]
-        before[node.node_id] = mask
-    return before

@@ -1,4 +1,4 @@
-"""Builds a graph node by node: what generated builders call, with names, types, layers and origins filled in."""
+"""Graph writer that generated builders call: adds nodes with unique names, inferred types, layers and origins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sageLLM.runtime.core.errors import IRError, TypeMismatch
 from sageLLM.runtime.core.ir.dims import Dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Level, Stage
 from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, OpTypeBase, TensorRef
-from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode, infer_key
+from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.core.ir.types import TensorType
 
 
 class GraphWriter:
-    """Writes one graph. `dtype` is the model's element type, for builders to declare inputs and weights with."""
+    """Writes one graph. `dtype` is the model's element type, with which builders declare inputs and weights."""
 
     def __init__(
         self, graph_id: str, *, level: Level, stage: Stage | None, dtype: str, device_id: int = 0, stream_id: int = 0
@@ -23,8 +23,8 @@ class GraphWriter:
         self.graph = ExecutionGraph(graph_id, level=level, stage=stage)
         self.level, self.stage, self.dtype = level, stage, dtype
         self.device_id, self.stream_id = device_id, stream_id
-        self._memo: dict[InferKey, Inference] = {}
-        self._taken: dict[str, int] = {}  # value name -> the last number given to it
+        self._memo: Memo = {}
+        self._taken: dict[str, int] = {}  # value name -> the last number appended to it
         self._layers: set[int] = set()
         self._layer_id: int | None = None
         self._block: str | None = None
@@ -32,16 +32,16 @@ class GraphWriter:
         self._prefix = ""
 
     def input(self, name: str, dtype: str, *shape: Dim) -> TensorRef:
-        """A step input or a cache, declared once; the same ref after that. IRError if it was declared otherwise."""
+        """A step input or a cache; later calls return the same ref. IRError if it was declared with another type."""
         return self._declare(self.graph.inputs, name, dtype, shape)
 
     def weight(self, name: str, dtype: str, *shape: Dim) -> TensorRef:
-        """A weight of the model, declared once; the same ref after that. IRError if it was declared otherwise."""
+        """A weight of the model; later calls return the same ref. IRError if it was declared with another type."""
         return self._declare(self.graph.weights, name, dtype, shape)
 
     @contextmanager
     def layer(self, i: int | None) -> Iterator[None]:
-        """Nodes written inside belong to layer i, and their names start with `L{i}.`; None for outside of layers."""
+        """Nodes written inside belong to layer i, and their names start with `L{i}.`; None means outside of layers."""
         saved = self._layer_id, self._prefix
         self._layer_id = i
         if i is not None:
@@ -54,7 +54,7 @@ class GraphWriter:
 
     @contextmanager
     def block_scope(self, block: str, origin: str) -> Iterator[None]:
-        """Nodes written inside come from the block node `origin`; their names continue with the block's name."""
+        """Nodes written inside have the block node `origin` as origin and the block's name in their names."""
         saved = self._block, self._origins, self._prefix
         self._block, self._origins, self._prefix = block, (origin,), f"{self._prefix}{block}."
         try:
@@ -69,16 +69,16 @@ class GraphWriter:
         attrs: Mapping[str, AttrValue],
         names: tuple[str, ...],
     ) -> tuple[TensorRef, ...]:
-        """Write an op node; its outputs come back, named prefix + name, made unique by `_1`, `_2`...
+        """Writes an op node and returns its outputs, named prefix + name, made unique by `_1`, `_2`...
 
-        Output types are inferred; attributes that are not given take their defaults. Raises TypeMismatch if operands
-        or attributes do not fit the op's declaration.
+        Output types are inferred; missing attributes take their defaults. Raises TypeMismatch if operands or
+        attributes do not fit the op's declaration.
         """
         refs = {name: ref for name in cls.input_types if (ref := inputs.get(name)) is not None}
         for name in inputs.keys() - cls.input_types.keys():
-            raise TypeMismatch(f"{cls.op}: no operand {name!r}, have {', '.join(cls.input_types)}")
+            raise TypeMismatch(f"{cls.op}: unknown operand {name!r}, expected {', '.join(cls.input_types)}")
         operands = tuple(refs)
-        inference = self._infer(cls, refs, attrs)
+        inference = cls.resolve_refs(refs, attrs, self._memo)
         outputs = self._new_refs(names, inference.outputs, cls.op)
         is_prefix = operands == tuple(cls.input_types)[: len(operands)]
         node = cls(
@@ -105,13 +105,13 @@ class GraphWriter:
         metadata: Mapping[str, Any] | None = None,
         dependencies: Sequence[str] = (),
     ) -> tuple[TensorRef, ...]:
-        """Write a block-level node; its outputs come back. The id is the first output's name, or else prefix + node_id.
+        """Writes a block-level node and returns its outputs. Its id is prefix + node_id, by default the first output.
 
-        A node without outputs (a send, a cache store) needs `node_id`; IRError otherwise.
+        Raises IRError for a node without outputs (a send, a cache store) and without `node_id`.
         """
         outputs = self._new_refs(tuple(names), tuple(types), block or op_type.name)
         if node_id is None and not outputs:
-            raise IRError(f"{block or op_type.name}: a node without outputs needs a node_id")
+            raise IRError(f"{block or op_type.name}: a node without outputs must have a node_id")
         full_id = self._unique(node_id) if node_id is not None else outputs[0].name
         node = ExecutionNode(full_id, op_type, list(inputs), list(outputs), set(dependencies))
         node.attrs, node.metadata = dict(attrs or {}), dict(metadata or {})
@@ -121,11 +121,11 @@ class GraphWriter:
         return outputs
 
     def finish(self, outputs: Sequence[TensorRef]) -> ExecutionGraph:
-        """The graph, returning `outputs`; IRError if one is not a value of it."""
+        """The finished graph with these outputs; IRError if one is not a value of the graph."""
         for ref in outputs:
             known = self.graph.producer(ref) or ref.name in self.graph.inputs or ref.name in self.graph.weights
             if not known:
-                raise IRError(f"graph {self.graph.graph_id!r} returns {ref.name!r}, which nothing gives")
+                raise IRError(f"graph {self.graph.graph_id!r} returns the unknown value {ref.name!r}")
         self.graph.outputs = list(outputs)
         self.graph.num_layers = len(self._layers)
         return self.graph
@@ -134,23 +134,16 @@ class GraphWriter:
         declared = table.get(name)
         if declared is None:
             if name in self._taken:
-                raise IRError(f"{name!r} cannot be declared: a value of that name exists")
+                raise IRError(f"{name!r} is already the name of another value")
             self._taken[name] = 0
             declared = table[name] = TensorRef(name, shape, dtype, self.device_id)
         elif declared.shape != shape or declared.dtype != dtype:
-            raise IRError(f"{name!r} is declared as {declared.type} and as {TensorType(dtype, shape)}")
+            raise IRError(f"{name!r} is already declared as {declared.type}, got {TensorType(dtype, shape)}")
         return declared
-
-    def _infer(self, cls: type[OpNode], refs: Mapping[str, TensorRef], attrs: Mapping[str, AttrValue]) -> Inference:
-        key = infer_key(cls, tuple(refs), list(refs.values()), attrs)
-        known = self._memo.get(key)
-        if known is None:
-            known = self._memo[key] = cls.resolve({name: ref.type for name, ref in refs.items()}, attrs)
-        return known
 
     def _new_refs(self, names: tuple[str, ...], types: tuple[TensorType, ...], what: str) -> tuple[TensorRef, ...]:
         if len(names) != len(types):
-            raise IRError(f"{what}: {len(types)} outputs, but {len(names)} names: {', '.join(names)}")
+            raise IRError(f"{what}: expected {len(types)} output names, got {len(names)}: {', '.join(names)}")
         return tuple(
             TensorRef(self._unique(name), type_.shape, type_.dtype, self.device_id)
             for name, type_ in zip(names, types, strict=True)

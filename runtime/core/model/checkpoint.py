@@ -1,4 +1,4 @@
-"""Compares a checkpoint's tensors with those that a layout reads: names, shapes, and that each element is read once."""
+"""Comparison of a checkpoint's tensors with those that a layout reads: names, shapes, each element exactly once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 class ReadsWeights(Protocol):
-    """What the comparison needs of a layout."""
+    """The part of a layout that the comparison uses."""
 
     @property
     def ignore(self) -> tuple[str, ...]: ...
@@ -24,11 +24,10 @@ class ReadsWeights(Protocol):
 
 
 def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Shape | None]) -> list[str]:
-    """Every way in which a checkpoint's tensors (name -> shape) are not exactly what the layout reads.
+    """The differences between a checkpoint's tensors (name -> shape) and those that the layout reads, a sentence each.
 
-    A tensor may be absent if its weight is tied; it may be there unread if the layout ignores its name. A shape that
-    is None is not known, as in an index file. The list ends after MAX_PROBLEMS, since a config may claim any number
-    of layers.
+    A tensor may be missing if its weight is tied, and unread if the layout ignores its name. A shape of None is
+    unknown, as in an index file. The list ends after MAX_PROBLEMS, since a config may claim any number of layers.
     """
     reads = _Reads(shapes)
     for weight in layout.weights(config):
@@ -38,18 +37,18 @@ def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Sha
     problems = [*reads.problems, *reads.wrong_covers()]
     for name, shape in shapes.items():
         if name not in reads.names and not any(_matches(name, pattern) for pattern in layout.ignore):
-            problems.append(f"tensor '{name}'{_dims(shape)} is read by nothing in the layout")
+            problems.append(f"tensor '{name}'{_dims(shape)} is unused by the layout")
     return problems[:MAX_PROBLEMS]
 
 
 def missing_prefix(prefix: str, names: Iterable[str]) -> str:
-    """The prefix if no name has it, as in a checkpoint of the bare model, which lacks a head; else nothing."""
+    """The prefix to add if no name has it, as in a checkpoint of the bare model without a head; else empty."""
     return "" if any(name.startswith(prefix) for name in names) else prefix
 
 
 @dataclass(slots=True)
 class _Reads:
-    """Who reads which tensor; only reads that may clash are kept, since checkpoints have many tensors."""
+    """The weights that read each tensor; only reads that may conflict are kept, since checkpoints have many tensors."""
 
     shapes: Mapping[str, Shape | None]
     problems: list[str] = field(default_factory=list)
@@ -73,10 +72,10 @@ class _Reads:
         got = self.shapes[part.name]
         if got is not None and tuple(got) != part.shape:
             self.problems.append(
-                f"tensor '{part.name}' is{_dims(tuple(got))}, want{_dims(part.shape)} for {weight.name}"
+                f"tensor '{part.name}': expected{_dims(part.shape)} for {weight.name}, got{_dims(tuple(got))}"
             )
         elif part.view is not None and prod(part.view.axes) != prod(part.shape):
-            axes = f"cannot be taken apart as{_dims(part.view.axes)} for {weight.name}"
+            axes = f"cannot be reshaped to{_dims(part.view.axes)} for {weight.name}"
             self.problems.append(f"tensor '{part.name}'{_dims(part.shape)} {axes}")
 
     def _note(self, weight: WeightSpec, part: Part) -> None:
@@ -88,7 +87,7 @@ class _Reads:
             self.whole[part.name] = weight.name
 
     def wrong_covers(self) -> Iterator[str]:
-        """Tensors of which some elements are read twice, or by nothing."""
+        """Problems of tensors with elements that are read twice or not at all."""
         for name, reads in self.partial.items():
             if name in self.whole:
                 yield _twice(name, self.whole[name], reads[0][0])
@@ -100,7 +99,7 @@ def _wrong_cover(name: str, reads: list[tuple[str, Part]]) -> Iterator[str]:
     views = [(weight, part.view) for weight, part in reads if part.view is not None]
     for (first, a), (second, b) in combinations(views, 2):
         if a.axes != b.axes:
-            yield f"tensor '{name}' is taken apart as{_dims(a.axes)} for {first}, but as{_dims(b.axes)} for {second}"
+            yield f"tensor '{name}' is reshaped to{_dims(a.axes)} for {first}, but to{_dims(b.axes)} for {second}"
             return
         if _overlap(a, b):
             yield _twice(name, first, second)
@@ -108,7 +107,7 @@ def _wrong_cover(name: str, reads: list[tuple[str, Part]]) -> Iterator[str]:
     count = sum(prod(stop - start for start, stop in view.ranges) for _, view in views)
     missing = prod(views[0][1].axes) - count
     if missing:
-        yield f"tensor '{name}': {missing} of its elements are read by nothing in the layout"
+        yield f"tensor '{name}': {missing} elements are unused by the layout"
 
 
 def _overlap(a: View, b: View) -> bool:
@@ -117,7 +116,7 @@ def _overlap(a: View, b: View) -> bool:
 
 def _twice(name: str, first: str, second: str) -> str:
     if first == second:
-        return f"tensor '{name}' fills two places of {first}"
+        return f"tensor '{name}' is read twice by {first}"
     return f"tensor '{name}' is read by both {first} and {second}; tie one to the other"
 
 
@@ -126,7 +125,7 @@ def _dims(shape: Shape | None) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a name is the pattern, where a leading or trailing `*` stands for anything."""
+    """Whether a name matches a pattern with an optional leading and trailing `*`."""
     core = pattern.strip("*")
     if pattern.startswith("*") and pattern.endswith("*"):
         return core in name

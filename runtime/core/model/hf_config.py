@@ -1,6 +1,6 @@
-"""Reads a Hugging Face config.json with types, fallbacks and errors that name the file, the key and the value.
+"""Typed access to a Hugging Face config.json, with fallback keys and errors that name the file, key and value.
 
-A null value counts as absent, as checkpoints write it for "use the default". Keys may be dotted:
+A null value counts as absent, since checkpoints write it for "use the default". Keys may be dotted:
 `rope_parameters.rope_theta` is `rope_theta` inside `rope_parameters`.
 """
 
@@ -20,17 +20,17 @@ V = TypeVar("V")
 
 
 class _Required:
-    """The default of a key that has none."""
+    """The default of a required key."""
 
 
 REQUIRED: Final = _Required()
 
 
-_WANTED: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_EXPECTED: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 class HFConfig:
-    """The JSON object of a config file; `path` is how errors name the file."""
+    """The JSON object of a config file; `path` names the file in errors."""
 
     def __init__(self, data: Mapping[builtins.str, Any], path: builtins.str = "config.json") -> None:
         self.data, self.path = data, path
@@ -38,7 +38,7 @@ class HFConfig:
     def size(
         self, key: builtins.str, *fallbacks: builtins.str, default: builtins.int | _Required = REQUIRED
     ) -> builtins.int:
-        """A number of things: an integer of at least 1."""
+        """A size: an integer of at least 1."""
         value = self.int(key, *fallbacks, default=default)
         if not 1 <= value <= MAX_SIZE:
             raise self._error(self._key_read(key, fallbacks), f"a size of 1 to {MAX_SIZE}", value)
@@ -47,13 +47,13 @@ class HFConfig:
     def int(
         self, key: builtins.str, *fallbacks: builtins.str, default: builtins.int | _Required = REQUIRED
     ) -> builtins.int:
-        """An integer; true and false are none."""
+        """An integer; true and false are rejected."""
         return self._read((key, *fallbacks), default, builtins.int, "an integer")
 
     def float(
         self, key: builtins.str, *fallbacks: builtins.str, default: builtins.float | _Required = REQUIRED
     ) -> builtins.float:
-        """A finite number; integers are taken too."""
+        """A finite number; integers are accepted."""
         found = self._find((key, *fallbacks))
         if found is None:
             return self._default((key, *fallbacks), default, "a number")
@@ -98,13 +98,13 @@ class HFConfig:
         return None if found is None else found[1]
 
     def has(self, *keys: builtins.str) -> builtins.bool:
-        """Whether one of the keys is there and not null."""
+        """Whether one of the keys is present and not null."""
         return self._find(keys) is not None
 
     def items(
         self, key: builtins.str, *fallbacks: builtins.str, kind: type[V], length: builtins.int | None = None
     ) -> tuple[V, ...]:
-        """A list of values of one type; with `length` one for each layer."""
+        """A list of values of one type; `length` is the expected number, one per layer."""
         keys = (key, *fallbacks)
         found = self._find(keys)
         if found is None:
@@ -113,56 +113,58 @@ class HFConfig:
         if not isinstance(values, builtins.list):
             raise self._error(name, "a list", values)
         if length is not None and len(values) != length:
-            raise ConfigError(f"{self.path}: '{name}' has {len(values)} items, want one for each of {length} layers")
+            raise ConfigError(f"{self.path}: '{name}': expected {length} items, one per layer, got {len(values)}")
         return tuple(self._item(name, i, value, kind) for i, value in enumerate(values))
 
-    def _item(self, key: builtins.str, place: builtins.int, value: Any, kind: type[V]) -> V:
+    def _item(self, key: builtins.str, index: builtins.int, value: Any, kind: type[V]) -> V:
         if kind is builtins.float and isinstance(value, builtins.int) and not isinstance(value, builtins.bool):
             value = builtins.float(value) if _fits_float(value) else value
         is_bool = isinstance(value, builtins.bool)
         if not isinstance(value, kind) or is_bool != (kind is builtins.bool):
-            raise self._error(f"{key}[{place}]", _WANTED[kind], value)
+            raise self._error(f"{key}[{index}]", _EXPECTED[kind], value)
         return value
 
     def layers(self, count: builtins.int) -> range:
-        """The numbers of the layers; ConfigError for more than any model has."""
+        """The layer numbers; ConfigError for more than MAX_LAYERS, which no model has."""
         if count > MAX_LAYERS:
-            raise ConfigError(f"{self.path}: {count} layers; at most {MAX_LAYERS} are supported")
+            raise ConfigError(f"{self.path}: expected at most {MAX_LAYERS} layers, got {count}")
         return range(count)
 
     def per_layer(
         self, name: builtins.str, text: builtins.str, count: builtins.int, formula: Callable[[builtins.int], V]
     ) -> tuple[V, ...]:
-        """One value for each layer, computed from the layer's number; `text` is the formula in the layout's words."""
+        """One value per layer, computed from the layer number; `text` is the formula as the layout writes it."""
         return tuple(self.computed(name, text, functools.partial(formula, i)) for i in self.layers(count))
 
     def one_per_layer(self, name: builtins.str, values: tuple[V, ...], count: builtins.int) -> tuple[V, ...]:
-        """The layout's own list, which must have a value for each layer."""
+        """The layout's default list, checked to have a value per layer."""
         if len(values) != count:
-            raise ConfigError(f"{self.path}: '{name}' has {len(values)} items by default, but there are {count} layers")
+            raise ConfigError(
+                f"{self.path}: the default of '{name}': expected {count} items, one per layer, got {len(values)}"
+            )
         return values
 
     def computed(self, name: builtins.str, text: builtins.str, formula: Callable[[], V]) -> V:
-        """A value of config names; ConfigError naming it and its formula where the arithmetic fails."""
+        """A value computed from config values; ConfigError naming it and its formula if the arithmetic fails."""
         try:
             return computed(f"'{name}' = {text}", formula)
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {error}") from None
 
     def sized(self, name: builtins.str, value: builtins.int) -> builtins.int:
-        """A computed number of things: at least 1."""
+        """A computed size: at least 1."""
         if not 1 <= value <= MAX_SIZE:
-            raise ConfigError(f"{self.path}: '{name}' comes to {shown(value)}, want a size of 1 to {MAX_SIZE}")
+            raise ConfigError(f"{self.path}: '{name}': expected a size of 1 to {MAX_SIZE}, got {shown(value)}")
         return value
 
     def require(self, holds: builtins.bool, rule: builtins.str, *values: tuple[builtins.str, object]) -> None:
-        """Raise ConfigError unless `holds`; `rule` and `values` (key and value) are in words of the config file."""
+        """Raises ConfigError unless `holds`; `rule` and `values` (key and value) use the names of the config file."""
         if not holds:
             got = ", ".join(f"{name} is {shown(value)}" for name, value in values)
-            raise ConfigError(f"{self.path}: needs {rule}, but {got}")
+            raise ConfigError(f"{self.path}: requires {rule}, but {got}")
 
     def _find(self, keys: Sequence[builtins.str]) -> tuple[builtins.str, Any] | None:
-        """The first of the keys that is there and not null, with its value."""
+        """The first of the keys that is present and not null, with its value."""
         for key in keys:
             value: Any = self.data
             for step in key.split("."):
@@ -171,54 +173,54 @@ class HFConfig:
                 return key, value
         return None
 
-    def _read(self, keys: Sequence[builtins.str], default: V | _Required, kind: type[V], wanted: builtins.str) -> V:
+    def _read(self, keys: Sequence[builtins.str], default: V | _Required, kind: type[V], expected: builtins.str) -> V:
         found = self._find(keys)
         if found is None:
-            return self._default(keys, default, wanted)
+            return self._default(keys, default, expected)
         name, value = found
         if not isinstance(value, kind) or (isinstance(value, builtins.bool) and kind is not builtins.bool):
-            raise self._error(name, wanted, value)
+            raise self._error(name, expected, value)
         return value
 
-    def _default(self, keys: Sequence[builtins.str], default: V | _Required, wanted: builtins.str) -> V:
+    def _default(self, keys: Sequence[builtins.str], default: V | _Required, expected: builtins.str) -> V:
         if isinstance(default, _Required):
             also = f" (also looked for {', '.join(keys[1:])})" if len(keys) > 1 else ""
-            raise ConfigError(f"{self.path}: the key '{keys[0]}' is missing, want {wanted}{also}")
+            raise ConfigError(f"{self.path}: the key '{keys[0]}' is missing, expected {expected}{also}")
         return default
 
     def _key_read(self, key: builtins.str, fallbacks: Sequence[builtins.str]) -> builtins.str:
         found = self._find((key, *fallbacks))
         return found[0] if found else key
 
-    def _error(self, key: builtins.str, wanted: builtins.str, got: object) -> ConfigError:
-        return ConfigError(f"{self.path}: '{key}' wants {wanted}, got {shown(got)}")
+    def _error(self, key: builtins.str, expected: builtins.str, got: object) -> ConfigError:
+        return ConfigError(f"{self.path}: '{key}': expected {expected}, got {shown(got)}")
 
 
 def computed(what: str, formula: Callable[[], V]) -> V:
-    """The value of a layout's formula; ConfigError if the arithmetic fails or leaves the finite numbers."""
+    """The value of a layout's formula; ConfigError if the arithmetic fails or the result is not finite."""
     try:
         value = formula()
     except (ArithmeticError, ValueError, IndexError) as error:
         raise ConfigError(f"{what} cannot be computed: {error}") from None
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{what} is no finite number")
+        raise ConfigError(f"{what} must be finite, got {value}")
     return value
 
 
 def computed_in_layer(layer: int, what: str, formula: Callable[[int], V]) -> V:
-    """As `computed`, for a formula that reads the layer's number."""
+    """As `computed`, for a formula of the layer number."""
     return computed(f"{what} in layer {layer}", functools.partial(formula, layer))
 
 
 def _fits_float(value: builtins.int | builtins.float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
+    except OverflowError:  # an integer larger than the largest float
         return False
 
 
 def shown(value: object) -> str:
-    """A value as JSON would write it, cut to a line."""
+    """A value in JSON notation, shortened to one line."""
     match value:
         case None:
             return "null"

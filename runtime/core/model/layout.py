@@ -1,4 +1,4 @@
-"""What a generated model file declares: its sizes, its weights, its blocks and the program that calls them."""
+"""Declaration of a model family in generated code: sizes, weights, blocks and the program that calls them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T, B, Td, Tp, PG, BS, KV, KVd = dims("T B Td Tp PG BS KV KVd")
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """A pair of rotary tables [P, dim/2] (Su et al. 2021), for ops that turn `dim` components of a head.
+    """A pair of rotary tables [P, dim/2] for ops that rotate `dim` components of a head (Su et al., arXiv 2104.09864).
 
-    `scaling` is the checkpoint's own description with its type under `rope_type`, or None.
+    `scaling` is the section of the checkpoint's config, with its type under `rope_type`, or None.
     """
 
     base: float
@@ -35,7 +35,7 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class AlibiSpec:
-    """ALiBi's slopes (Press et al. 2021) for all heads of the model, down to 2 ** -max_bias."""
+    """ALiBi slopes for all heads of the model, down to 2 ** -max_bias (Press et al., arXiv 2108.12409)."""
 
     heads: int
     max_bias: float
@@ -43,9 +43,9 @@ class AlibiSpec:
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """What a layer keeps of a token: [heads, width] of the key and of the value.
+    """The KV cache entry of one token in one layer: [heads, width] of the key and of the value.
 
-    With `is_shared` the value is the leading part of the key and takes no memory of its own.
+    With `is_shared` the value is the leading part of the key and takes no extra memory, as in latent attention.
     """
 
     k: tuple[int, int]
@@ -58,7 +58,7 @@ class KvShape:
 
     @property
     def row(self) -> tuple[int, ...]:
-        """The shape of what is kept: [2, heads, width] where key and value are alike."""
+        """The shape of an entry: [2, heads, width] if key and value have equal shapes."""
         if self.is_shared:
             return self.k
         return (2, *self.k) if self.k == self.v else (self.num_elements,)
@@ -66,9 +66,9 @@ class KvShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """What every generated config has; the other names are the layout's own.
+    """The fields that every generated config has; further fields belong to the layout.
 
-    Under tensor parallelism `tp` is the degree, `rank` this rank, and the sizes that are divided are a rank's share.
+    Under tensor parallelism `tp` is the degree, `rank` this rank, and divided sizes are a rank's share.
     """
 
     H: int
@@ -79,7 +79,7 @@ class ModelSizes:
     V: int
     max_position: int
     rope: Mapping[str, RopeSpec] = field(default_factory=dict)
-    """By the name of the tables, which is "" where there is one pair."""
+    """By the name of the tables, which is "" for a single pair."""
     alibi: AlibiSpec | None = None
     tp: int = 1
     rank: int = 0
@@ -87,9 +87,9 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True)
 class KvNodes:
-    """What stands around a block that uses the KV cache, and joins its two halves in a hybrid step.
+    """The ops around a block that uses the KV cache: load, store, and the join of its halves in a hybrid step.
 
-    `shape(config)` is what a layer keeps of a token.
+    `shape(config)` is the cache entry of a token in a layer.
     """
 
     load: OpTypeBase
@@ -102,9 +102,9 @@ class KvNodes:
 class Block:
     """A part of a layer that is one node at block level.
 
-    `body(g, config, stage, layer, *args)` emits its ops and returns its results. A block with `kv` has no op type for
-    the hybrid stage: there it is a pair of its prefill and its decode node. `variant(config, layer)` is what the body
-    depends on besides the config: layers of one variant have the same body. Without it all layers have.
+    `body(g, config, stage, layer, *args)` emits its ops and returns its results. A block with `kv` lacks an op type
+    for the hybrid stage, where it is a pair of its prefill and its decode node. `variant(config, layer)` is the layer
+    condition on which the body depends: layers of one variant share the body. Without it all layers share one.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Block:
     variant: Callable[[Any, int], Hashable] | None = None
 
     def variant_of(self, config: Any, layer: int) -> Hashable:
-        """Equal for layers whose bodies are the same."""
+        """A key that is equal for layers with equal bodies."""
         return self.variant(config, layer) if self.variant is not None else None
 
     @property
@@ -124,11 +124,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """One family. `spec` names the entry it was generated from, `tiny` is an HF config for tests.
+    """A model family. `spec` names the spec entry, `tiny` is an HF config for tests.
 
-    `program` gives the values that `returns` names: logits and tokens, or embeddings. Those are made of the value
-    `hidden`, which has a row per token (per wanted row in a layout that generates), or are the value `pooled`, which
-    has a row per sequence. A layout without a KV cache reads whole sequences at once: its only phase is prefill.
+    `program` returns the values named in `returns`: logits and tokens, or embeddings. An embedding is computed from
+    the value `hidden`, with a row per token (per sampled row in a layout that generates), or is the value `pooled`,
+    with a row per sequence. A layout without a KV cache reads whole sequences at once: its only phase is prefill.
     """
 
     name: str
@@ -150,7 +150,7 @@ class ModelLayout:
 
     @property
     def generates(self) -> bool:
-        """Whether the program gives logits and tokens."""
+        """Whether the program returns logits and tokens."""
         return self.pooled is None and self.hidden not in self.returns
 
 
@@ -162,7 +162,7 @@ def num_rows(stage: Stage) -> Dim:
 def call_block(
     g: GraphWriter, c: ModelSizes, block: Block, stage: Stage, layer: int, *args: TensorRef, **results: int
 ) -> tuple[TensorRef, ...]:
-    """Write the block-level nodes of one call. `results` gives the name and the row width of each result."""
+    """Writes the block-level nodes of one call. `results` maps the name of each result to its row width."""
     call = {"call": f"L{layer}.{block.name}"}
     if block.kv is None:
         types = [TensorType(g.dtype, (num_rows(stage), width)) for width in results.values()]
@@ -193,21 +193,21 @@ class _KvCall:
     call: dict[str, str]
 
     def prefill(self, results: Mapping[str, int], rows: Dim) -> tuple[TensorRef, ...]:
-        """The attention node, which makes keys and values kv_new [rows, ...], and the node that stores them."""
+        """The attention node, which returns keys and values kv_new [rows, ...], and the node that stores them."""
         types = [TensorType(self.g.dtype, (rows, width)) for width in results.values()]
         types.append(TensorType(self.g.dtype, (rows, *self.shape.row)))
         kind = self.block.op_type["prefill"]
         *outputs, kv_new = self.g.call_block(
             self.block.name, kind, self.args, (*results, "kv_new"), types, metadata=self.call
         )
-        about = {"op": "kv_store", "tier": "device", **self.call}
+        metadata = {"op": "kv_store", "tier": "device", **self.call}
         sources, moved = [kv_new, *self.caches], self._moved(rows)
-        self.g.call_block(self.block.name, self.kv.store, sources, (), (), moved, node_id="kv_store", metadata=about)
+        self.g.call_block(self.block.name, self.kv.store, sources, (), (), moved, node_id="kv_store", metadata=metadata)
         return tuple(outputs)
 
     def decode(self, results: Mapping[str, int], rows: Dim, keys: Dim) -> tuple[TensorRef, ...]:
         """The node that loads keys and values kv [keys, ...], and the attention node that reads them."""
-        about = {"op": "kv_load", "tier": "device", **self.call}
+        metadata = {"op": "kv_load", "tier": "device", **self.call}
         kv_type = TensorType(self.g.dtype, (keys, *self.shape.row))
         loaded = self.g.call_block(
             self.block.name,
@@ -217,7 +217,7 @@ class _KvCall:
             (kv_type,),
             self._moved(keys),
             node_id="kv_load",
-            metadata=about,
+            metadata=metadata,
         )
         types = [TensorType(self.g.dtype, (rows, width)) for width in results.values()]
         kind = self.block.op_type["decode"]
@@ -226,11 +226,11 @@ class _KvCall:
         )
 
     def _moved(self, tokens: Dim) -> dict[str, AttrValue]:
-        """Bytes read and written when the keys and values of so many tokens move."""
+        """The bytes read and written to move the keys and values of `tokens` tokens."""
         return {"bytes": tokens * (2 * self.shape.num_elements * DTYPES[self.g.dtype])}
 
     def hybrid(self, results: Mapping[str, int]) -> tuple[TensorRef, ...]:
-        """Both nodes on the same rows, of which the decode node takes the first Td, and their results joined."""
+        """Both nodes on the same rows, of which the decode node uses the first Td, and the join of their results."""
         decoded = self.decode({f"{name}_decode": width for name, width in results.items()}, Td, KVd)
         prefilled = self.prefill({f"{name}_prefill": width for name, width in results.items()}, Tp)
         return tuple(self._join(name, a, b) for name, a, b in zip(results, decoded, prefilled, strict=True))
@@ -250,25 +250,25 @@ def read_rope(
 ) -> RopeSpec:
     """A rotary section of a config; ConfigError for an odd `dim`, or a scaling type that is not in `allow`."""
     if dim % 2:
-        raise ConfigError(f"{hf.path}: {dim} components of a head are rotated, but pairs of them want an even number")
+        raise ConfigError(f"{hf.path}: the number of rotated components of a head must be even, got {dim}")
     found = hf.mapping(*keys) if keys else None
     if found is None:
         return RopeSpec(base, dim, max_position)
-    given = found.get("rope_type")
-    kind = given if given is not None else found.get("type", "default")
+    named = found.get("rope_type")
+    kind = named if named is not None else found.get("type", "default")
     if not isinstance(kind, str):
-        raise ConfigError(f"{hf.path}: the type of the rope scaling wants text, got {shown(kind)}")
+        raise ConfigError(f"{hf.path}: the type of the rope scaling must be text, got {shown(kind)}")
     if kind not in allow:
         raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
     if kind == "default":
         return RopeSpec(base, dim, max_position)
-    trained = hf.opt_int("original_max_position_embeddings")  # Phi-3 has it beside the scaling, and means this one
+    trained = hf.opt_int("original_max_position_embeddings")  # Phi-3 has it next to the scaling; it takes precedence
     original = {} if trained is None else {"original_max_position_embeddings": trained}
     return RopeSpec(base, dim, max_position, {**found, **original, "rope_type": kind})
 
 
 def divided(name: str, size: int, tp: int) -> int:
-    """A rank's share of a size; ConfigError if it does not come out even."""
+    """A rank's share of a size; ConfigError if `tp` does not divide it."""
     if size % tp:
         raise ConfigError(f"tensor_parallel_size={tp} does not divide {name}={size}; use a divisor of {size}")
     return size // tp

@@ -1,4 +1,4 @@
-"""What a layout's weights are made of: checkpoint tensors, taken apart and put in place, and each rank's share."""
+"""Weights of a layout: the checkpoint tensors that fill them, reshaped and sliced, and the share of each rank."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ MAX_STACKED = 2**16
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A tensor taken apart: reshaped to the finer `axes`, cut, permuted, and merged to `size`.
+    """A view of a tensor: `reshape(axes)[take].permute(order).reshape(size)` fills the weight.
 
-    `take` lists (axis, start, stop), an axis without an entry is kept whole; `order` names the axes as they stand
-    after the permutation, so `reshape(axes)[take].permute(order).reshape(size)` fills the weight.
+    `take` lists (axis, start, stop); an axis without an entry is kept whole. `order` is the permutation of the axes.
     """
 
     axes: tuple[int, ...]
@@ -26,16 +25,16 @@ class View:
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
-        """For each axis, the first index that is read and the one after the last."""
+        """For each axis, the range (start, stop) that is read."""
         taken = {axis: (start, stop) for axis, start, stop in self.take}
         return tuple(taken.get(axis, (0, size)) for axis, size in enumerate(self.axes))
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A checkpoint tensor of `shape`, and the place in the weight that it fills, which begins at `at`.
+    """A checkpoint tensor of `shape`, and the region of the weight that it fills, which starts at `at`.
 
-    What `at` does not name begins at 0. A tensor of fewer dims than the weight fills one index of the first dims.
+    Dims that `at` does not list start at 0. A tensor with fewer dims than the weight fills one index of the first dims.
     """
 
     name: str
@@ -43,7 +42,7 @@ class Part:
     at: tuple[int, ...] = ()
     view: View | None = None
 
-    def place(self, rank: int) -> tuple[tuple[int, int], ...]:
+    def region(self, rank: int) -> tuple[tuple[int, int], ...]:
         """(start, stop) along each of the weight's `rank` dims."""
         size = self.view.size if self.view is not None else self.shape
         size = (1,) * (rank - len(size)) + size
@@ -53,11 +52,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What tensor parallelism does with a weight.
+    """Sharding of a weight under tensor parallelism.
 
-    "rows" and "vocab" divide `dim` over the ranks; "first" keeps the weight on rank 0 and leaves zeros on the others,
-    for a bias that joins a sum over ranks. `then` is the collective that completes the result. `segments` are the
-    sizes along `dim` that are divided each for itself, such as q, k and v; none means that the dim is one.
+    "rows" and "vocab" divide `dim` over the ranks; "first" keeps the weight on rank 0 and zeros on the others, for a
+    bias that is added before a sum over ranks. `then` is the collective that completes the result. `segments` are the
+    sizes along `dim` that are divided separately, such as q, k and v; empty for a single segment.
     """
 
     dim: int = 0
@@ -68,9 +67,9 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """A weight as graphs use it, whole, and the checkpoint tensors that fill it, each element once.
+    """An unsharded weight of a graph, and the checkpoint tensors that fill it, each element once.
 
-    A weight with `tied_to` shares that weight's memory.
+    A weight with `tied_to` shares the memory of that weight.
     """
 
     name: str
@@ -85,16 +84,16 @@ class WeightSpec:
 
 
 def stacked(key: str, count: int) -> range:
-    """The places of a stack; ConfigError for more than any checkpoint has, since a config may claim any number."""
+    """The indices of a stack; ConfigError for more than MAX_STACKED, since a config may claim any number."""
     if count > MAX_STACKED:
-        raise ConfigError(f"{key} is {count}; stacks hold at most {MAX_STACKED} tensors")
+        raise ConfigError(f"{key}: expected at most {MAX_STACKED} stacked tensors, got {count}")
     return range(count)
 
 
 def share_runs(spec: WeightSpec, rank: int, tp: int) -> tuple[tuple[int, int], ...]:
-    """(start, size) of each run along the divided dim that rank `rank` of `tp` holds, in order.
+    """(start, size) of each run along the divided dim on rank `rank` of `tp`, in order.
 
-    A weight that is not divided is one whole run of dim 0. ConfigError if a segment does not come out even.
+    A weight that is not divided is one run over all of dim 0. ConfigError if `tp` does not divide a segment.
     """
     shard = spec.shard
     if shard is None or shard.kind == "first" or tp == 1:
@@ -112,6 +111,6 @@ def share_runs(spec: WeightSpec, rank: int, tp: int) -> tuple[tuple[int, int], .
 
 
 def share_shape(spec: WeightSpec, tp: int) -> tuple[int, ...]:
-    """The shape of a rank's share, which is the same on all ranks."""
+    """The shape of a rank's share, equal on all ranks."""
     dim = spec.shard.dim if spec.shard is not None else 0
     return (*spec.shape[:dim], sum(size for _, size in share_runs(spec, 0, tp)), *spec.shape[dim + 1 :])

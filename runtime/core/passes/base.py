@@ -13,7 +13,7 @@ from sageLLM.runtime.core.rewrite.stats import RuleStats
 
 @dataclass(slots=True)
 class PassReport:
-    """What a pass did to one graph. `facts` are its own figures, such as microseconds or bytes before and after."""
+    """The result of one run of a pass. `facts` are figures of the pass, such as microseconds before and after."""
 
     name: str
     nodes_before: int
@@ -34,10 +34,10 @@ class PassReport:
 
 
 class OptimizationPass(ABC):
-    """A named transformation. `apply` returns a valid graph and leaves the one that it is given as it was.
+    """A named transformation. `apply` returns a valid graph and does not change its argument.
 
-    `stage` and `level` say where in the pipeline it runs, `phases` on the graphs of which phases; `after` and `before`
-    name the passes between which it stands.
+    `stage` and `level` are its position in the pipeline, `phases` the phases of the graphs on which it runs; `after`
+    and `before` name passes that must precede and follow it.
     """
 
     spec: ClassVar[str] = ""
@@ -50,7 +50,7 @@ class OptimizationPass(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """How reports and switches call the pass."""
+        """The name of the pass in reports and options."""
 
     @abstractmethod
     def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
@@ -58,7 +58,7 @@ class OptimizationPass(ABC):
 
 
 class DeclaredPass(OptimizationPass):
-    """A pass that a spec declares: generated subclasses hold the declaration, the engine classes above do the work."""
+    """A pass that a spec declares: a generated subclass has the declaration, its engine class implements `run`."""
 
     pass_name: ClassVar[str]
 
@@ -70,13 +70,13 @@ class DeclaredPass(OptimizationPass):
         return self.pass_name
 
     def apply(self, graph: ExecutionGraph) -> ExecutionGraph:
-        """A transformed copy; `report` tells what was done."""
+        """A transformed copy; sets `report`."""
         result = graph.copy()
         self.transform(result)
         return result
 
     def transform(self, graph: ExecutionGraph) -> None:
-        """Transforms the graph itself, for a caller that owns it; `report` tells what was done."""
+        """Transforms the graph in place, for a caller that owns it; sets `report`."""
         start = time.perf_counter()
         self.report = PassReport(self.pass_name, len(graph.nodes))
         if graph.stage is None or graph.stage in self.phases:

@@ -1,4 +1,4 @@
-"""Takes away what nobody needs."""
+"""Dead code elimination."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from sageLLM.runtime.core.ir.op_node import OpNode
 
 
 def drop_unread(graph: ExecutionGraph) -> int:
-    """Removes the nodes whose results are neither read nor returned; gives their number.
+    """Removes the nodes with results that are neither read nor returned; returns their number.
 
-    What communicates, or changes a cache, stays. What waited for a removed node waits for what that one waited for.
+    Nodes that communicate or write a cache stay: their effect is not a value, so an unused result proves nothing.
+    Nodes that waited for a removed node wait for its dependencies.
     """
     returned = {ref.name for ref in graph.outputs}
     num_nodes = len(graph.nodes)
@@ -21,7 +22,7 @@ def drop_unread(graph: ExecutionGraph) -> int:
 
 
 def _has_effect(graph: ExecutionGraph, node: ExecutionNode) -> bool:
-    """Whether a node does more than give its results: it talks to others, or writes memory that is not its own."""
+    """Whether a node has an effect besides its results: it communicates, or writes memory of other values."""
     if node.op_type.is_comm or not node.outputs:
         return True
     return node.op_type.is_kv or (isinstance(node, OpNode) and bool(node.inplace))

@@ -1,4 +1,4 @@
-"""What surely runs after what, when every lane runs its nodes in order and lanes meet at dependencies alone."""
+"""Happens-before relation of nodes: each lane runs its nodes in order, and dependencies synchronize the lanes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
-from sageLLM.runtime.core.passes.order import Lane, lane
+from sageLLM.runtime.core.ir.order import Lane, lane
 
 
 class Clocks:
     """For each node of an order, and each lane, the first node of that lane that surely runs after it.
 
-    These are vector clocks (Mattern, 1989) seen from the end. `dependencies` of a node may be given otherwise than in
-    the node: an executor waits for events, which are fewer.
+    These are vector clocks (Mattern, Virtual Time and Global States of Distributed Systems, 1989), computed from the
+    end. `dependencies` replaces the nodes' own: an executor waits for events, of which there are fewer.
     """
 
     def __init__(self, order: list[ExecutionNode], dependencies: Sequence[Collection[str]] | None = None) -> None:
@@ -33,12 +33,12 @@ class Clocks:
         return later >= self.after[earlier][self.lane_of[later]]
 
     def after_all(self, positions: Iterable[int]) -> tuple[int, ...]:
-        """By lane, the first position that surely runs after all of the given ones; `never` if there is none."""
+        """By lane, the first position that surely runs after all of `positions`, or `never`."""
         clocks = [self.after[i] for i in positions]
         return tuple(clocks[0]) if len(clocks) == 1 else tuple(map(max, zip(*clocks, strict=True)))
 
-    def last_beside(self, after: tuple[int, ...]) -> int:
-        """The last position that may run before `after` of its lane."""
+    def last_concurrent(self, after: tuple[int, ...]) -> int:
+        """The last position, over all lanes, before the lane's position in `after`."""
         found = 0
         for members, first in zip(self.lanes.values(), after, strict=True):
             count = bisect_left(members, first)
@@ -63,7 +63,7 @@ class Clocks:
 
 
 def _join(clock: list[int], known: list[int], later: int, lane_number: int) -> None:
-    """What runs after `later`, and `later` itself, run after the node of the clock, too."""
+    """Merges into `clock` the clock of a later node and that node itself."""
     for k, first in enumerate(known):
         if first < clock[k]:
             clock[k] = first

@@ -1,4 +1,4 @@
-"""Runs a function as a pass: the way out for what no kind of pass can say."""
+"""Function passes: an arbitrary function as a pass, for transformations that no declared kind can express."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GraphFunction: TypeAlias = "staticmethod[[ExecutionGraph], int]"
 
 
 class FunctionPass(DeclaredPass):
-    """Calls `function` with the graph, which it changes in place; it gives the number of its changes for the report."""
+    """Calls `function`, which changes the graph in place and returns the number of changes for the report."""
 
     function: ClassVar[GraphFunction]
 

@@ -1,4 +1,4 @@
-"""When the values of a graph need memory: buffers, which may be shared in place or by views, and their lifetimes."""
+"""Lifetimes of values: the buffers of a graph, shared by in-place ops and views, and when each is in use."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.passes.clocks import Clocks
-from sageLLM.runtime.core.passes.order import is_on_device
+from sageLLM.runtime.core.passes.effects import is_on_device
 
 Sizes = Mapping[str, Dim]
 
 
 class Buffer(NamedTuple):
-    """Memory that one value, or several that share it, hold from the position `first` to `last` of the order.
+    """Memory of one value, or of several that share it, from the position `first` to `last` of the order.
 
-    The positions count every node that may run at the same time as one that needs the values, on any lane. Where there
-    are several lanes, `lane` is the number of the first node's, and `after` says for each lane from which position on
-    its nodes surely run when the buffer is free again.
+    The range includes every node that may run at the same time as a node that uses the values, on any lane. With
+    several lanes, `lane` is the lane number of the first node, and `after` has for each lane the first position from
+    which nodes surely run after the buffer is released.
     """
 
     names: tuple[str, ...]
@@ -33,8 +33,8 @@ class Buffer(NamedTuple):
     lane: int = 0
     after: tuple[int, ...] = ()
 
-    def meets(self, other: Buffer) -> bool:
-        """Whether both may be wanted at the same time on one device."""
+    def interferes_with(self, other: Buffer) -> bool:
+        """Whether both may be live at the same time on one device, so that they must not share memory."""
         if self.device_id != other.device_id or self.first > other.last or other.first > self.last:
             return False
         return not (self._is_free_before(other) or other._is_free_before(self))
@@ -44,7 +44,7 @@ class Buffer(NamedTuple):
 
 
 class Lifetimes:
-    """The buffers of a graph. They are found once; `buffers(sizes)` gives them with the sizes of a step."""
+    """The buffers of a graph, computed once; `buffers(sizes)` returns them with the sizes of a step."""
 
     def __init__(self, graph: ExecutionGraph) -> None:
         order = graph.topological_sort()
@@ -52,12 +52,12 @@ class Lifetimes:
         self._types: list[tuple[tuple[str, tuple[Dim, ...]], ...]] = []
         self._buffers: list[Buffer] = []
         clocks = Clocks(order)
-        wanted_at = _positions(order)
+        used_at = _positions(order)
         returned = {ref.name for ref in graph.outputs}
         for refs in self._groups(order):
             self._types.append(tuple(dict.fromkeys((ref.dtype, ref.shape) for ref in refs)))
             names = tuple(ref.name for ref in refs)
-            positions = [i for name in names for i in wanted_at[name]]
+            positions = [i for name in names for i in used_at[name]]
             is_returned = not returned.isdisjoint(names)
             self._buffers.append(_buffer(names, refs[0].device_id, positions, clocks, is_returned=is_returned))
 
@@ -74,7 +74,7 @@ class Lifetimes:
         return found
 
     def _groups(self, order: list[ExecutionNode]) -> Iterator[list[TensorRef]]:
-        """The values that nodes make, together where they lie in the same memory; not those in the caller's memory."""
+        """The values that nodes produce, grouped by memory, without those in the caller's memory."""
         home: dict[str, str] = {}
         groups: dict[str, list[TensorRef]] = {}
         for node in order:
@@ -86,9 +86,9 @@ class Lifetimes:
 
 
 def find_sources(order: list[ExecutionNode]) -> dict[str, str]:
-    """For each value that lies in the memory of another, as a view of it or made in place, the name of that other.
+    """Maps each value in the memory of another (a view of it, or computed in place) to the name of that other value.
 
-    Keys and values that a block loads from the device's own tier lie in the cache.
+    Keys and values that a block loads from the device's own tier are in the cache itself.
     """
     sources: dict[str, str] = {}
     for node in order:
@@ -99,13 +99,13 @@ def find_sources(order: list[ExecutionNode]) -> dict[str, str]:
         if node.is_view:
             sources |= {ref.name: node.inputs[0].name for ref in node.outputs}
         for output, operand in node.inplace.items():
-            if (given := node.optional_input(operand)) is not None:
-                sources[node.output(output).name] = given.name
+            if (ref := node.optional_input(operand)) is not None:
+                sources[node.output(output).name] = ref.name
     return sources
 
 
 def _positions(order: list[ExecutionNode]) -> dict[str, list[int]]:
-    """Where each value that a node makes is made and read."""
+    """The positions at which each value that a node produces is produced and read."""
     found: dict[str, list[int]] = {}
     for i, node in enumerate(order):
         for ref in node.inputs:
@@ -126,12 +126,12 @@ def _buffer(
     if len(clocks.lanes) == 1:
         return Buffer(names, device_id, 0, first, max(positions))
     after = clocks.after_all(positions)
-    last = max(*positions, clocks.last_beside(after))
+    last = max(*positions, clocks.last_concurrent(after))
     return Buffer(names, device_id, 0, first, last, lane, after)
 
 
 def _num_bytes(dtype: str, shape: tuple[Dim, ...], sizes: Sizes) -> int:
     size = evaluate(product(shape), sizes)
     if not isinstance(size, int):
-        raise IRError(f"a value of {dtype}{list(shape)} has no size: bind {size}")
+        raise IRError(f"the size of a value {dtype}{list(shape)} is symbolic; bind {size}")
     return size * DTYPES[dtype]

@@ -1,4 +1,4 @@
-"""Merges collectives that do not wait for one another into one, which pays the latency once."""
+"""Merging of independent collectives into one, which pays the latency once."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from sageLLM.runtime.core.ir.dims import Dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.ir.reachability import Reachability
 from sageLLM.runtime.core.passes.base import DeclaredPass
-from sageLLM.runtime.core.passes.order import Reachability, put_in_order, take_over
+from sageLLM.runtime.core.passes.order import reorder, replace_contents
 from sageLLM.runtime.core.passes.rows import PART, free_name, join_rows, new_node, split_rows
 
 
 class MergePass(DeclaredPass):
-    """Merges nodes of the op types `select` that are alike, up to `limit_bytes`.
+    """Merges compatible nodes of the op types `select`, up to `limit_bytes`.
 
-    Alike are nodes with equal attributes, group and ranks (also where the metadata give them), dtype, device, stream
-    and micro-batch. Only nodes that are independent by transitive reachability are merged, and no merge closes a circle
-    with another one; the order of merging follows from the graph alone, so every rank merges alike. Sizes must be
-    bound: a symbolic transfer is left as it is.
+    Compatible nodes have equal attributes, group and ranks (attributes or metadata), dtype, device, stream and
+    micro-batch. Only nodes that are independent by transitive reachability are merged, and no two merges form a cycle.
+    The order of merging depends on the graph alone: ranks that merged differently would wait for each other forever.
+    Sizes must be bound: a symbolic transfer is skipped.
 
     A merged plain node reads and writes the tensors of all its parts, in their order. An op takes one tensor: `join`
-    puts the rows of all parts after one another, and views by `split` give every part its own again. That needs
-    `hardware`, and is done where the copies cost less than the latencies that are saved.
+    concatenates the rows of all parts, and views by `split` recover those of each part. That requires `hardware`, and
+    is done only where the copies cost less than the latencies that are saved.
 
-    The estimated time is the sum of the parts' times less the saved latencies of the link; `sizes` gives the ranks of
-    the groups, two by default. Without `hardware` the latency follows from parts of different sizes. Where merging
-    would make the graph slower, because a part comes late, nothing is merged.
+    The estimated time is the sum of the parts' times less the saved latencies of the link; `sizes` binds the ranks of
+    the groups, two by default. Without `hardware` the latency is derived from parts of different sizes. If merging
+    would make the graph slower, because one part is ready late, nothing is merged.
     """
 
     select: ClassVar[frozenset[str]] = frozenset()
@@ -48,17 +49,18 @@ class MergePass(DeclaredPass):
         if batches:
             trial = graph.copy()
             num_merged = sum(self._merge(trial, node_ids) for node_ids in batches)
-            put_in_order(trial)
+            reorder(trial)
             if trial.estimate_total_time() > graph.estimate_total_time():
                 num_merged = 0
             if num_merged:
-                take_over(graph, trial)
+                replace_contents(graph, trial)
         self.report.facts = {"merged": num_merged, "us_before": time_before, "us_after": self._comm_us(graph)}
 
     def _comm_us(self, graph: ExecutionGraph) -> float:
         return sum(node.estimated_time_us for node in graph.nodes.values() if node.op_type.name in self.select)
 
-    def _alike(self, graph: ExecutionGraph) -> list[list[str]]:
+    def _compatible(self, graph: ExecutionGraph) -> list[list[str]]:
+        """Groups of two or more nodes that one collective can serve, independent or not."""
         groups: dict[Hashable, list[str]] = {}
         for node in graph.topological_sort():
             if node.op_type.name in self.select and _num_bytes(node) is not None:
@@ -67,9 +69,9 @@ class MergePass(DeclaredPass):
         return [node_ids for node_ids in groups.values() if len(node_ids) > 1]
 
     def _batches(self, graph: ExecutionGraph) -> list[list[str]]:
-        """Which nodes go together: two or more of a kind that do not wait for one another, nor for other batches."""
-        groups = self._alike(graph)
-        reach = Reachability(graph) if groups else None
+        """The nodes to merge: two or more compatible ones that depend neither on one another nor on other batches."""
+        groups = self._compatible(graph)
+        reach = Reachability(graph.topological_sort()) if groups else None
         batches: list[list[str]] = []
         for node_ids in groups:
             waiting = [graph.nodes[node_id] for node_id in node_ids]
@@ -91,7 +93,7 @@ class MergePass(DeclaredPass):
     def _next_batch(
         self, nodes: list[ExecutionNode], reach: Reachability
     ) -> tuple[list[ExecutionNode], list[ExecutionNode]]:
-        """The first node with those that may go with it, as far as the limit lets them; and the rest."""
+        """The first node with those that can be merged with it, within the byte limit; and the rest."""
         batch, rest, size = [nodes[0]], [], _size(nodes[0])
         inside, before = reach.bit[nodes[0].node_id], reach.before[nodes[0].node_id]
         for node in nodes[1:]:
@@ -105,7 +107,7 @@ class MergePass(DeclaredPass):
         return batch, rest
 
     def _merged(self, graph: ExecutionGraph, parts: list[ExecutionNode]) -> list[ExecutionNode]:
-        """What takes the place of the parts; nothing if that would not pay."""
+        """The nodes that replace the parts; empty if that would not save time."""
         origins = tuple(dict.fromkeys(origin for node in parts for origin in (node.origins or (node.node_id,))))
         nodes = self._joined(graph, parts) if isinstance(parts[0], OpNode) else [self._plain(parts)]
         old_us, new_us = (sum(node.estimated_time_us for node in some) for some in (parts, nodes))
@@ -145,9 +147,10 @@ class MergePass(DeclaredPass):
         return max(sum(times) - saved, *times)
 
     def _latency_us(self, parts: list[ExecutionNode]) -> float:
-        """The part of a transfer's time that does not grow with its size."""
+        """Microseconds of a transfer that are independent of its size."""
         if self.hardware is not None:
             return latency_us(parts[0], self.hardware, self.sizes)
+        # Without a device: the intercept of the line through the smallest and the largest part.
         small, large = (pick(parts, key=_size) for pick in (min, max))
         if _size(small) == _size(large):
             return 0.0
@@ -156,7 +159,7 @@ class MergePass(DeclaredPass):
 
 
 def _kind(node: ExecutionNode) -> Hashable:
-    """Equal for nodes that one collective can serve."""
+    """A key that is equal for nodes that one collective can serve."""
     attrs = tuple(sorted((name, str(value)) for name, value in node.attrs.items()))
     peers = tuple(str(node.metadata.get(key)) for key in ("group", "ranks", PART))
     types = frozenset(ref.dtype for ref in node.inputs)
@@ -169,7 +172,7 @@ def _size(node: ExecutionNode) -> int:
 
 
 def _num_bytes(node: ExecutionNode) -> int | None:
-    """The bytes that a rank gives, or None while a size is symbolic."""
-    if not all(isinstance(size, int) for ref in node.inputs for size in ref.shape):
+    """The bytes that a rank contributes, or None while a size is symbolic."""
+    if not all(ref.is_bound for ref in node.inputs):
         return None
     return sum(ref.num_bytes for ref in node.inputs)

@@ -1,4 +1,4 @@
-"""Writes the nodes of all layers once for each micro-batch, over a share of the rows."""
+"""Splitting of a graph's layers into micro-batches, each over a share of the rows."""
 
 from __future__ import annotations
 
@@ -7,53 +7,53 @@ from dataclasses import replace
 from sageLLM.runtime.core.ir.dims import Dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
-from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode, infer_key
+from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.core.passes.rows import PART, join_rows, split_rows
 
 COUNTS = ("flops", "bytes")
-"""Attributes of plain nodes that count work, and so shrink with the rows."""
+"""Attributes of plain nodes that count work, which is proportional to the rows."""
 
 
 def why_not_divisible(graph: ExecutionGraph, parts: int) -> str | None:
-    """Why a graph cannot be run in micro-batches; None if it can."""
+    """The reason why a graph cannot be split into micro-batches, or None."""
     if graph.stage == "hybrid":
         return "a hybrid step has rows of two phases"
     if not any(node.layer_id is not None for node in graph.nodes.values()):
-        return "the graph has no layers"
+        return "the graph is without layers"
     if any(node.op_type.name == "ENCODER_ATTN" for node in graph.nodes.values()):
-        return "attention over whole sequences cannot be cut"
+        return "attention over whole sequences cannot be split"
     refs = [ref for node in graph.nodes.values() for ref in (*node.inputs, *node.outputs)]
-    symbolic = next((ref for ref in refs if not all(isinstance(size, int) for size in ref.shape)), None)
+    symbolic = next((ref for ref in refs if not ref.is_bound), None)
     if symbolic is not None:
         return f"the size of {symbolic} is symbolic"
     rows = [ref.shape[0] for ref in entering(graph)]
     if not rows:
         return "no value enters the layers"
     if len(set(rows)) > 1:
-        return "the values that enter the layers differ in rows"
+        return "the values that enter the layers have different numbers of rows"
     return f"{rows[0]} rows are too few for {parts} micro-batches" if int(str(rows[0])) < parts else None
 
 
 def entering(graph: ExecutionGraph) -> list[TensorRef]:
-    """The values from outside the layers, caches and weights aside, that nodes of layers read."""
+    """The values from outside the layers, except caches and weights, that nodes of layers read."""
     found: dict[str, TensorRef] = {}
     for node in graph.nodes.values():
         if node.layer_id is not None and not node.op_type.is_kv:
             for ref in node.inputs:
-                writer = graph.producer(ref)
-                if ref.name not in graph.weights and (writer is None or writer.layer_id is None):
+                producer = graph.producer(ref)
+                if ref.name not in graph.weights and (producer is None or producer.layer_id is None):
                     found.setdefault(ref.name, ref)
     return list(found.values())
 
 
 def share_of(whole: Dim, part: int, parts: int) -> int:
-    """The size of one of so many parts, which differ by one at most."""
+    """The size of part number `part` of `parts`; sizes differ by at most one and sum to the whole."""
     assert isinstance(whole, int), "sizes are bound"
     return whole * (part + 1) // parts - whole * part // parts
 
 
 class MicroBatches:
-    """One graph in the making: what stands for an old value in each micro-batch, and the nodes written so far."""
+    """Builder of the split graph: the value of each micro-batch for an old value, and the nodes written so far."""
 
     def __init__(self, graph: ExecutionGraph, parts: int, split: type[OpNode], join: type[OpNode]) -> None:
         self.source, self.parts, self.split, self.join = graph, parts, split, join
@@ -63,14 +63,14 @@ class MicroBatches:
         self.values: dict[str, list[TensorRef]] = {}
         self.entering = {ref.name for ref in entering(graph)}
         self.joined: set[str] = set()
-        self.memo: dict[InferKey, Inference] = {}
+        self.memo: Memo = {}
 
     def build(self) -> ExecutionGraph:
-        """The graph with all layers in parts; TypeMismatch if an op does not take a share of its rows."""
+        """The graph with all layers split; TypeMismatch if an op does not accept a share of its rows."""
         for node in self.source.topological_sort():
             if node.layer_id is None:
                 self._join_for(node.inputs, node)
-                self._take(node)
+                self._copy(node)
             else:
                 self._split_for(node)
                 for part in range(self.parts):
@@ -79,16 +79,16 @@ class MicroBatches:
         self._order_stores()
         return self.result
 
-    def _take(self, node: ExecutionNode) -> None:
+    def _copy(self, node: ExecutionNode) -> None:
         copied = node.copy()
-        copied.dependencies = {new for old in self._control(node) for new in self._now(old)}
+        copied.dependencies = {new for old in self._control(node) for new in self._replacements(old)}
         self.result.add_node(copied)
 
     def _write(self, node: ExecutionNode, part: int) -> None:
         inputs = [self.values[ref.name][part] if ref.name in self.values else ref for ref in node.inputs]
         copied = node.copy()
         copied.node_id, copied.inputs = f"{node.node_id}.p{part}", inputs
-        copied.dependencies = {new for old in self._control(node) for new in self._now(old, part)}
+        copied.dependencies = {new for old in self._control(node) for new in self._replacements(old, part)}
         copied.metadata[PART] = part
         copied.origins = (node.node_id,)
         copied.outputs = self._outputs(node, inputs, part)
@@ -103,16 +103,10 @@ class MicroBatches:
             (share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) if ref.shape else () for ref in node.outputs
         ]
         if isinstance(node, OpNode):
-            shapes = [type_.shape for type_ in self._infer(node, inputs).outputs]
+            refs = dict(zip(node.operands, inputs, strict=True))
+            shapes = [type_.shape for type_ in node.resolve_refs(refs, node.attrs, self.memo).outputs]
         named = zip(node.outputs, shapes, strict=True)
         return [replace(ref, name=f"{ref.name}.p{part}", shape=shape) for ref, shape in named]
-
-    def _infer(self, node: OpNode, inputs: list[TensorRef]) -> Inference:
-        key = infer_key(type(node), node.operands, inputs, node.attrs)
-        if key not in self.memo:
-            types = {name: ref.type for name, ref in zip(node.operands, inputs, strict=True)}
-            self.memo[key] = node.resolve(types, node.attrs)
-        return self.memo[key]
 
     def _attr(self, name: str, value: AttrValue, node: ExecutionNode, part: int) -> AttrValue:
         is_count = name in COUNTS and not isinstance(node, OpNode) and isinstance(value, int)
@@ -128,7 +122,7 @@ class MicroBatches:
                 self.values[ref.name] = parts
 
     def _join_for(self, refs: list[TensorRef], like: ExecutionNode) -> None:
-        """Puts the parts of values that leave the layers together, under their old names."""
+        """Joins the parts of values that leave the layers, under their old names."""
         for ref in refs:
             if ref.name in self.values and ref.name not in self.entering | self.joined:
                 self.joined.add(ref.name)
@@ -136,22 +130,25 @@ class MicroBatches:
                     self.result.add_node(new)
 
     def _control(self, node: ExecutionNode) -> set[str]:
-        """What a node waits for besides the writers of its inputs."""
-        writers = [self.source.producer(ref) for ref in node.inputs]
-        return node.dependencies - {writer.node_id for writer in writers if writer is not None}
+        """The dependencies of a node other than the producers of its inputs."""
+        producers = [self.source.producer(ref) for ref in node.inputs]
+        return node.dependencies - {producer.node_id for producer in producers if producer is not None}
 
-    def _now(self, node_id: str, part: int | None = None) -> list[str]:
-        """The nodes in the place of an old one; those of one micro-batch, if it is given."""
+    def _replacements(self, node_id: str, part: int | None = None) -> list[str]:
+        """The new nodes of an old one, of all micro-batches or of one."""
         if self.source.nodes[node_id].layer_id is None:
             return [node_id]
         return [f"{node_id}.p{i}" for i in range(self.parts) if part is None or i == part]
 
     def _order_stores(self) -> None:
-        """Rows of one sequence may be in two micro-batches: the later ones read what the earlier ones store."""
+        """Orders the KV stores of a micro-batch before the attention of the next one.
+
+        Rows of one sequence may be in two micro-batches: the later rows attend to keys that the earlier ones store.
+        """
         stores = [node for node in self.source.nodes.values() if node.op_type.is_kv and not node.outputs]
         for store in (node for node in stores if node.layer_id is not None):
-            writers = [self.source.producer(ref) for ref in store.inputs]
-            makers = sorted({w.node_id for w in writers if w is not None and w.layer_id is not None})
+            producers = [self.source.producer(ref) for ref in store.inputs]
+            node_ids = sorted({p.node_id for p in producers if p is not None and p.layer_id is not None})
             for part in range(1, self.parts):
-                for maker in makers:
-                    self.result.add_edge(f"{store.node_id}.p{part - 1}", f"{maker}.p{part}")
+                for node_id in node_ids:
+                    self.result.add_edge(f"{store.node_id}.p{part - 1}", f"{node_id}.p{part}")

@@ -1,4 +1,4 @@
-"""Lets loads of keys and values start some layers ahead of their use, on a stream of their own."""
+"""Prefetch of keys and values: loads start some layers before their use, on a transfer stream."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from typing import ClassVar
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.order import Lane, lane
+from sageLLM.runtime.core.ir.reachability import Reachability
 from sageLLM.runtime.core.passes.base import DeclaredPass
+from sageLLM.runtime.core.passes.effects import is_on_device, order_cache_effects
 from sageLLM.runtime.core.passes.events import plan_events
-from sageLLM.runtime.core.passes.order import Lane, Reachability, is_on_device, lane, order_cache_effects, put_in_order
+from sageLLM.runtime.core.passes.order import reorder
 
 
 class PrefetchPass(DeclaredPass):
-    """Nodes of the op types `select` of layer i may start when layer i - `ahead` does, and not earlier.
+    """Lets nodes of the op types `select` of layer i start when layer i - `ahead` starts, and not earlier.
 
-    They run beside the computation, on the transfer stream that they are on already or else on a new one. What is
-    loaded in advance is bounded twice, by edges: from the last node of the layer before i - `ahead`, and from the
-    readers of earlier loads where otherwise more than `budget_bytes` would be loaded and not yet read (a load that is
-    larger waits until it is alone, and symbolic sizes bound nothing). No dependency is taken away, and a load stays
-    behind every store to its cache that stands before it. A load of what is on the device already is none.
+    They run in parallel to the computation, on their current transfer stream or else on a new one. Two sets of edges
+    bound the memory of prefetched values: from the last node of the layer before i - `ahead`, and from the users of
+    earlier loads, so that at most `budget_bytes` are loaded and unused (a larger load runs alone; symbolic sizes are
+    not counted). No dependency is removed, and a load follows every earlier store to its cache. Loads from the device's
+    own tier are skipped, since they transfer nothing.
     """
 
     select: ClassVar[frozenset[str]] = frozenset()
@@ -26,7 +29,7 @@ class PrefetchPass(DeclaredPass):
     budget_bytes: int = 0
 
     def __init__(self, budget_bytes: int | None = None) -> None:
-        """A budget other than the declared one, as for the memory that a device has left."""
+        """`budget_bytes` overrides the declared budget, e.g. by the free memory of a device."""
         super().__init__()
         if budget_bytes is not None:
             self.budget_bytes = budget_bytes
@@ -38,7 +41,7 @@ class PrefetchPass(DeclaredPass):
             order_cache_effects(graph)
             self._move(graph, loads)
             self._bound(graph, loads)
-            put_in_order(graph)
+            reorder(graph)
             plan_events(graph)
         early = sum(1 for node in loads if node.layer_id)
         self.report.facts = {"prefetched": early, "us_before": before, "us_after": graph.estimate_total_time()}
@@ -47,16 +50,16 @@ class PrefetchPass(DeclaredPass):
         return node.op_type.name in self.select and node.layer_id is not None and not is_on_device(node)
 
     def _move(self, graph: ExecutionGraph, loads: list[ExecutionNode]) -> None:
-        """From a stream with computation to one of their own."""
+        """Moves the loads from streams with computation to a new stream."""
         taken = {node.stream_id for node in graph.nodes.values() if node.op_type.name not in self.select}
         computing = {n.stream_id for n in graph.nodes.values() if not n.op_type.is_kv and not n.op_type.is_comm}
-        own = max(taken, default=0) + 1
+        load_stream = max(taken, default=0) + 1
         for node in loads:
             if node.stream_id in computing:
-                node.stream_id = own
+                node.stream_id = load_stream
 
     def _bound(self, graph: ExecutionGraph, loads: list[ExecutionNode]) -> None:
-        reach = Reachability(graph)
+        reach = Reachability(graph.topological_sort())
         last = {node.layer_id: node for node in graph.topological_sort() if not node.op_type.is_kv}
         for node in loads:
             fence = last.get((node.layer_id or 0) - self.ahead - 1)
@@ -68,14 +71,17 @@ class PrefetchPass(DeclaredPass):
             self._keep_budget(graph, reach, queue)
 
     def _keep_budget(self, graph: ExecutionGraph, reach: Reachability, queue: list[ExecutionNode]) -> None:
-        """Loads of a lane run in order, so each has to wait for the readers of those alone that leave the window."""
-        held, first = 0, 0
+        """Bounds the unused bytes of a lane by a sliding window over its loads.
+
+        Loads of a lane run in order, so each waits only for the users of the loads that leave the window.
+        """
+        num_bytes, first = 0, 0
         for i, node in enumerate(queue):
-            held += _num_bytes(node)
-            while held > self.budget_bytes and first < i:
-                held -= _num_bytes(queue[first])
-                readers = [user for ref in queue[first].outputs for user in graph.users(ref)]
-                self._wait(graph, reach, node, readers)
+            num_bytes += _num_bytes(node)
+            while num_bytes > self.budget_bytes and first < i:
+                num_bytes -= _num_bytes(queue[first])
+                users = [user for ref in queue[first].outputs for user in graph.users(ref)]
+                self._wait(graph, reach, node, users)
                 first += 1
 
     def _wait(
@@ -88,6 +94,6 @@ class PrefetchPass(DeclaredPass):
 
 
 def _num_bytes(node: ExecutionNode) -> int:
-    """The bytes that a load brings; 0 while they are symbolic, which bounds nothing."""
-    is_bound = all(isinstance(size, int) for ref in node.outputs for size in ref.shape)
+    """The bytes that a load transfers; 0 while they are symbolic."""
+    is_bound = all(ref.is_bound for ref in node.outputs)
     return sum(ref.num_bytes for ref in node.outputs) if is_bound else 0

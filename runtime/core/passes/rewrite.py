@@ -1,4 +1,4 @@
-"""Rewrite passes: the driver that applies rewrite rules until none fires, and counts every attempt."""
+"""Rewrite passes: the driver applies rewrite rules until none fires, and counts every attempt."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.core.passes.base import DeclaredPass
-from sageLLM.runtime.core.rewrite.replacement import Memo, apply_rewrite
+from sageLLM.runtime.core.rewrite.replacement import apply_rewrite
 from sageLLM.runtime.core.rewrite.rules import NearMiss, Rewrite, Rule
 from sageLLM.runtime.core.rewrite.stats import Change, RuleStats
 
 MAX_ROUNDS = 8
-"""Rounds over the graph. Rules are checked to shrink it, so a fixpoint is reached long before."""
+"""Rounds over the graph. The generator checks that rules shrink it, so a fixpoint is reached much earlier."""
 
 
 @dataclass(slots=True)
 class RewriteOptions:
-    """What rewriting is held to.
+    """Restrictions on rewriting.
 
-    With `kernels`, the ops that the device has a kernel for, a rule that puts in another op does not fire: the parts of
-    a fused op run one by one, as they do without the rule. Rules in `disable` are left out; `only`, where given, names
-    all that stay. `limit` is how many rewrites may still happen, over all passes that share the options.
+    `kernels` are the ops with a kernel on the device: a rule that inserts another op does not fire, since a fused op
+    without a kernel would run as its parts anyway. Rules in `disable` are skipped; `only`, if set, lists the enabled
+    ones. `limit` is the number of rewrites left, over all passes that share the options; bisection lowers it.
     """
 
     kernels: Container[str] | None = None
@@ -33,21 +33,21 @@ class RewriteOptions:
     limit: int | None = None
 
     def allow(self, rule: Rule) -> bool:
-        """Whether a rule takes part."""
+        """Whether a rule is enabled."""
         return rule.name not in self.disable and (self.only is None or rule.name in self.only)
 
     def why_not(self, rewrite: Rewrite) -> str | None:
-        """Why a rewrite that a rule found is not to be done, or None."""
+        """The restriction that forbids a rewrite, or None."""
         if self.limit is not None and self.limit <= 0:
             return "the limit of rewrites is reached"
-        lacking = [call.op.op for call in rewrite.calls if self.kernels is not None and call.op.op not in self.kernels]
-        return f"the device has no kernel for {lacking[0]}" if lacking else None
+        missing = [call.op.op for call in rewrite.calls if self.kernels is not None and call.op.op not in self.kernels]
+        return f"the device lacks a kernel for {missing[0]}" if missing else None
 
 
 class RewritePass(DeclaredPass):
     """A pass of rewrite rules.
 
-    `expect` gives, per model name (or `*`), how often the rules fire in all, as a function of the model's config.
+    `expect` maps a model name (or `*`) to the expected number of rewrites, as a function of the model's config.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = ()
@@ -65,14 +65,14 @@ class RewritePass(DeclaredPass):
         memo: Memo = {}
         for _ in range(MAX_ROUNDS):
             for stats in self.report.rules.values():
-                stats.near_misses.clear()  # the last round has the final word
+                stats.near_misses.clear()  # only the last round, which fires nothing, explains the final graph
             position = {node_id: i for i, node_id in enumerate(graph.nodes)}
             anchors = [node for node in graph.nodes.values() if isinstance(node, OpNode) and type(node) in by_anchor]
             if not sum(self._try_rules(graph, node, by_anchor[type(node)], position, memo) for node in anchors):
                 return
 
     def why_not_expected(self, model: str, config: Any) -> str | None:
-        """How the last run differs from what the spec expects of the model, with near misses; None if it does not."""
+        """The difference between the last run and the spec's expectation for the model, with near misses, or None."""
         count = self.expect.get(model, self.expect.get("*"))
         if count is None or count(config) == self.report.fired:
             return None
@@ -86,7 +86,7 @@ class RewritePass(DeclaredPass):
     ) -> bool:
         for rule in rules:
             if graph.nodes.get(node.node_id) is not node:
-                return False  # an earlier rewrite of this round took it
+                return False  # an earlier rewrite of this round replaced it
             stats = self.report.rules[rule.name]
             start = time.perf_counter()
             found = self._apply(rule, graph, node, position, memo)

@@ -1,4 +1,4 @@
-"""Puts the rows of several values after one another for an op, and takes the results apart again."""
+"""Nodes that join the rows of several values into one and split them again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
 
 PART = "part"
-"""The key of a node's metadata under which the number of its micro-batch stands."""
+"""Key of a node's metadata: the number of its micro-batch."""
 
 
 def new_node(
@@ -27,7 +27,7 @@ def new_node(
 
 
 def join_rows(join: type[OpNode], like: ExecutionNode, refs: Sequence[TensorRef], name: str) -> list[OpNode]:
-    """Nodes of the op `join`, which takes two values; the last one gives all rows, in order, as the value `name`."""
+    """Nodes of the op `join`, which takes two values; the last one produces all rows, in order, as the value `name`."""
     nodes: list[OpNode] = []
     joined = refs[0]
     for i, ref in enumerate(refs[1:], start=1):
@@ -38,7 +38,7 @@ def join_rows(join: type[OpNode], like: ExecutionNode, refs: Sequence[TensorRef]
 
 
 def split_rows(split: type[OpNode], like: ExecutionNode, ref: TensorRef, parts: Sequence[TensorRef]) -> list[OpNode]:
-    """Nodes of the op `split`, which gives the first rows and the rest: each of `parts` gets its rows, in order."""
+    """Nodes of the op `split`, which returns the first rows and the rest; together they produce `parts`, in order."""
     attr = next(iter(split.attr_types))
     nodes: list[OpNode] = []
     rest = ref

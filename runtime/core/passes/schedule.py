@@ -1,4 +1,4 @@
-"""Puts transfers on streams of their own, so that they run beside the computation, and orders the nodes anew."""
+"""Stream assignment: moves transfers to separate streams, in parallel to computation, and reorders the nodes."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ from typing import ClassVar
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.order import Lane, Span, end_of, lane, time_spans
 from sageLLM.runtime.core.passes.base import DeclaredPass
+from sageLLM.runtime.core.passes.effects import is_on_device, order_cache_effects
 from sageLLM.runtime.core.passes.events import plan_events
-from sageLLM.runtime.core.passes.order import (
-    Lane,
-    bottom_levels,
-    is_on_device,
-    lane,
-    order_cache_effects,
-    put_in_order,
-)
-from sageLLM.runtime.core.passes.sharing import Share, Span, simulate, time_spans
+from sageLLM.runtime.core.passes.order import bottom_levels, reorder
+from sageLLM.runtime.core.passes.sharing import Share, simulate
 
 
 class StreamPass(DeclaredPass):
-    """Moves nodes by op type to the streams that `streams` names (numbered from 1), and list-schedules the graph.
+    """Moves nodes by op type to the streams in `streams` (numbered from 1), and list-schedules the graph.
 
-    Nodes that no entry selects stay where they are, and so do loads of what is on the device already. Of the old order
-    and the one that favours the longest remaining path (list scheduling; Graham, SIAM J. Appl. Math. 17(2), 1969) the
-    faster is taken. A graph that neither would make faster stays as it was. The waits between lanes are noted in the
-    nodes; see `plan_events`.
+    Nodes that no entry selects keep their stream, and so do loads from the device's own tier. The faster of two orders
+    is taken: the old one, and list scheduling by the longest remaining path (Graham, SIAM J. Appl. Math. 17(2), 1969).
+    Both are needed: list scheduling is greedy and can be slower than the program order. If neither is faster than the
+    graph as it was, nothing changes. `plan_events` writes the waits between lanes to the nodes.
 
-    Streams that `shares` names share the device with the others: nodes that run at the same time slow down, and their
-    estimated times become what `simulate` says. Without shares streams do not slow down one another.
+    Streams in `shares` share the device with the others: concurrent nodes slow down, and their estimated times become
+    those of `simulate`. Without shares, streams do not slow down each other.
     """
 
     streams: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -43,10 +38,10 @@ class StreamPass(DeclaredPass):
         order_cache_effects(graph)
         orders = (graph.topological_sort(), list_schedule(graph))
         timed = [(self._spans(graph, order), order) for order in orders]
-        spans, best = min(timed, key=lambda item: _end_us(item[0]))
-        after = _end_us(spans)
+        spans, best = min(timed, key=lambda item: end_of(item[0]))
+        after = end_of(spans)
         if after < before:
-            put_in_order(graph, best)
+            reorder(graph, best)
             for node in graph.nodes.values() if self.shares else ():
                 node.estimated_time_us = spans[node.node_id].end_us - spans[node.node_id].start_us
         else:
@@ -56,12 +51,12 @@ class StreamPass(DeclaredPass):
         self.report.facts = {**facts}
 
     def _spans(self, graph: ExecutionGraph, order: list[ExecutionNode]) -> Mapping[str, Span]:
-        put_in_order(graph, order)
+        reorder(graph, order)
         shares = {i: self.shares[name] for i, name in enumerate(self.streams, start=1) if name in self.shares}
-        return simulate(graph, shares) if shares else time_spans(graph)
+        return simulate(graph, shares) if shares else time_spans(order)
 
     def _assign(self, graph: ExecutionGraph) -> dict[str, int]:
-        """Sets the streams; gives those that the nodes had."""
+        """Sets the streams; returns the previous ones."""
         stream_of = {name: i for i, names in enumerate(self.streams.values(), start=1) for name in names}
         old = {node.node_id: node.stream_id for node in graph.nodes.values()}
         for node in graph.nodes.values():
@@ -79,27 +74,27 @@ class StreamPass(DeclaredPass):
         for node in nodes:
             node.stream_id = streams[node.node_id]
             node.dependencies = edges[node.node_id]
-        put_in_order(graph, nodes)
+        reorder(graph, nodes)
         graph.reindex()
 
 
-def _end_us(spans: Mapping[str, Span]) -> float:
-    return max((span.end_us for span in spans.values()), default=0.0)
-
-
 def list_schedule(graph: ExecutionGraph) -> list[ExecutionNode]:
-    """The nodes by start time, when every lane always takes the ready node with the longest path to the end."""
+    """The nodes by start time if every free lane starts its ready node with the longest path to the end.
+
+    Ties go to the node that is first in the graph, so that the order, and with it the plan of every rank, is the same
+    in every process.
+    """
     levels = bottom_levels(graph)
-    place = {node_id: i for i, node_id in enumerate(graph.nodes)}
-    followers: dict[str, list[str]] = {}
+    position = {node_id: i for i, node_id in enumerate(graph.nodes)}
+    successors: dict[str, list[str]] = {}
     for node in graph.nodes.values():
         for dependency in node.dependencies:
-            followers.setdefault(dependency, []).append(node.node_id)
+            successors.setdefault(dependency, []).append(node.node_id)
     waiting_for = {node.node_id: len(node.dependencies) for node in graph.nodes.values()}
     ready: dict[Lane, list[tuple[float, int, str]]] = {lane(node): [] for node in graph.nodes.values()}
     for node in graph.nodes.values():
         if not node.dependencies:
-            heapq.heappush(ready[lane(node)], (-levels[node.node_id], place[node.node_id], node.node_id))
+            heapq.heappush(ready[lane(node)], (-levels[node.node_id], position[node.node_id], node.node_id))
     running: list[tuple[float, int, str]] = []
     busy: set[Lane] = set()
     order: list[ExecutionNode] = []
@@ -109,11 +104,11 @@ def list_schedule(graph: ExecutionGraph) -> list[ExecutionNode]:
             node = graph.nodes[heapq.heappop(ready[free])[2]]
             order.append(node)
             busy.add(free)
-            heapq.heappush(running, (now + node.estimated_time_us, place[node.node_id], node.node_id))
+            heapq.heappush(running, (now + node.estimated_time_us, position[node.node_id], node.node_id))
         now, _, done = heapq.heappop(running)
         busy.discard(lane(graph.nodes[done]))
-        for node_id in followers.get(done, ()):
+        for node_id in successors.get(done, ()):
             waiting_for[node_id] -= 1
             if not waiting_for[node_id]:
-                heapq.heappush(ready[lane(graph.nodes[node_id])], (-levels[node_id], place[node_id], node_id))
+                heapq.heappush(ready[lane(graph.nodes[node_id])], (-levels[node_id], position[node_id], node_id))
     return order

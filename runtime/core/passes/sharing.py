@@ -1,4 +1,4 @@
-"""Estimates when the nodes of a step run, also where streams share a device and slow down one another."""
+"""Simulation of a step on streams that share a device and slow down each other."""
 
 from __future__ import annotations
 
@@ -7,47 +7,28 @@ from typing import NamedTuple
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
-from sageLLM.runtime.core.passes.order import Lane, lane
+from sageLLM.runtime.core.ir.order import Lane, Span, lane
 
 
 class Share(NamedTuple):
-    """What a stream takes of the device while others run too: a part of its units, and the speed it has with them."""
+    """The resources of a stream while others run too: the part of the device's units, and its speed on that part."""
 
     part: float
     speed: float
 
 
-class Span(NamedTuple):
-    """When a node runs, in microseconds from the start of the step."""
-
-    start_us: float
-    end_us: float
-
-
-def time_spans(graph: ExecutionGraph) -> dict[str, Span]:
-    """When each node runs, lanes in order, if lanes do not slow down one another: see `estimate_total_time`."""
-    spans: dict[str, Span] = {}
-    free_at: dict[Lane, float] = {}
-    for node in graph.topological_sort():
-        one = lane(node)
-        start = max([free_at.get(one, 0.0), *(spans[d].end_us for d in node.dependencies)])
-        spans[node.node_id] = Span(start, start + node.estimated_time_us)
-        free_at[one] = spans[node.node_id].end_us
-    return spans
-
-
 def simulate(graph: ExecutionGraph, shares: Mapping[int, Share]) -> dict[str, Span]:
-    """When each node runs, lanes in order, if streams with a share slow down those without, and the other way round.
+    """The time spans of the nodes, each lane in order, if streams with and without a share slow down each other.
 
-    Alone on its device a node takes its estimated time. Beside others, one on a stream with a share has the share's
-    speed, and one on another stream has what the parts of the shares leave (the resource model of NanoFlow, arXiv
-    2408.12757, section 4).
+    Alone on its device a node takes its estimated time. Concurrent to others, a node on a stream with a share runs at
+    the share's speed, and a node on another stream with the units that the shares leave (the resource model of
+    NanoFlow, arXiv 2408.12757, section 4).
     """
     return _Simulation(graph, shares).run()
 
 
 class _Simulation:
-    """The state between two events: how much work of each running node is left."""
+    """The state between two events: the remaining work of each running node."""
 
     def __init__(self, graph: ExecutionGraph, shares: Mapping[int, Share]) -> None:
         self.shares = shares
@@ -76,7 +57,7 @@ class _Simulation:
         return self.spans
 
     def _start(self, now: float) -> bool:
-        """Starts the first node of every free lane whose dependencies are done."""
+        """Starts the first node of every free lane if its dependencies are done."""
         ready = [
             one
             for one, queue in self.queues.items()
@@ -89,7 +70,7 @@ class _Simulation:
         return bool(ready)
 
     def _speed(self, one: Lane) -> float:
-        beside = [other for other in self.running if other[0] == one[0] and other != one and self.left[other] > 0.0]
+        concurrent = [o for o in self.running if o[0] == one[0] and o != one and self.left[o] > 0.0]
         if one[1] in self.shares:
-            return self.shares[one[1]].speed if beside else 1.0
-        return 1.0 - sum(self.shares[other[1]].part for other in beside if other[1] in self.shares)
+            return self.shares[one[1]].speed if concurrent else 1.0
+        return 1.0 - sum(self.shares[other[1]].part for other in concurrent if other[1] in self.shares)

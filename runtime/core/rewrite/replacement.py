@@ -1,27 +1,24 @@
-"""Puts what a rule wants into a graph, or says why that cannot be."""
+"""Applies the rewrite that a rule returned to a graph, or states why the graph does not allow it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from typing import TypeAlias
+from collections.abc import Mapping
 
 from sageLLM.runtime.core.errors import IRError, TypeMismatch
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
-from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode, infer_key
+from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.core.ir.verify import same_memory
 from sageLLM.runtime.core.rewrite.rules import NearMiss, NewCall, Rewrite
-
-Memo: TypeAlias = "MutableMapping[InferKey, Inference]"
 
 
 def apply_rewrite(
     graph: ExecutionGraph, rewrite: Rewrite, position: Mapping[str, int], memo: Memo | None = None
 ) -> list[ExecutionNode] | NearMiss:
-    """Puts the calls in the place of the matched nodes, in this graph, and gives the new nodes; or why that cannot be.
+    """Replaces the matched nodes by the calls, in this graph, and returns the new nodes, or the reason why not.
 
-    Refused are values that others still read, types that do not fit the new ops, and a place that does not exist: the
-    new nodes would have to stand behind something that itself waits for a matched node.
+    A rewrite is refused if other nodes still read a value that it removes, if types do not fit the new ops, or if the
+    new nodes have no valid position: an operand would itself depend on a matched node, which makes a cycle.
     """
     if (reason := _why_not_replaceable(graph, rewrite, position)) is not None:
         return NearMiss(len(rewrite.matched), reason)
@@ -46,30 +43,35 @@ def _why_not_replaceable(graph: ExecutionGraph, rewrite: Rewrite, position: Mapp
             if ref.name not in kept and (others or ref.name in returned):
                 return f"{ref.name} is also read by {others[0] if others else 'the caller'}"
     if (lost := _lost_operand(rewrite)) is not None:
-        return f"the replacement reads {lost}, which it takes away"
-    return _why_no_place(graph, rewrite, matched, position) or _why_not_overwritable(graph, rewrite, matched, position)
+        return f"the replacement reads {lost}, which it removes"
+    return _why_no_position(graph, rewrite, matched, position) or _why_not_inplace(graph, rewrite, matched, position)
 
 
-def _why_not_overwritable(
+def _why_not_inplace(
     graph: ExecutionGraph, rewrite: Rewrite, matched: set[str], position: Mapping[str, int]
 ) -> str | None:
-    """Whether a new op that works in place would destroy what is wanted afterwards."""
+    """The value that a new in-place op would overwrite while it is still used; the same rule as in the verifier."""
     returned = {ref.name for ref in graph.outputs}
     for call in rewrite.calls:
         for operand in call.op.inplace.values():
             ref = call.inputs.get(operand)
             for name in same_memory(graph, ref.name) if isinstance(ref, TensorRef) else ():
                 if name in graph.weights or name in returned:
-                    what = "a weight" if name in graph.weights else "returned"
-                    return f"{call.op.op} overwrites {name}, which is {what}"
-                for reader in graph.users(name):
-                    if reader.node_id not in matched and not _runs_before(graph, reader, matched, position):
-                        return f"{call.op.op} overwrites {name}, which {reader.node_id} may read later"
+                    role = "a weight" if name in graph.weights else "returned"
+                    return f"{call.op.op} overwrites {name}, which is {role}"
+                for user in graph.users(name):
+                    if user.node_id not in matched and not _runs_before(graph, user, matched, position):
+                        return f"{call.op.op} overwrites {name}, which {user.node_id} may read later"
     return None
 
 
 def _runs_before(graph: ExecutionGraph, node: ExecutionNode, matched: set[str], position: Mapping[str, int]) -> bool:
-    """Whether a matched node waits for the node, or the node is a view, which reads nothing itself."""
+    """Whether a matched node waits for the node, or the node is a view, which reads nothing itself.
+
+    `position` is the order at the start of the round. It bounds the search: dependencies point to earlier positions,
+    so a path cannot return from a position before the node. Nodes that are newer than the round have none and are
+    always followed.
+    """
     if isinstance(node, OpNode) and node.is_view:
         return True
     first = position.get(node.node_id, 0)
@@ -86,28 +88,28 @@ def _runs_before(graph: ExecutionGraph, node: ExecutionNode, matched: set[str], 
 
 
 def _lost_operand(rewrite: Rewrite) -> str | None:
-    """A value of the pattern that a new op reads before one has given it again."""
+    """A value of the pattern that a new op reads although no earlier new op produces it again."""
     gone = {ref.name for node in rewrite.matched for ref in node.outputs}
     for call in rewrite.calls:
         for ref in call.inputs.values():
             if isinstance(ref, TensorRef) and ref.name in gone:
                 return ref.name
-        gone -= {wanted if isinstance(wanted, str) else wanted.name for wanted in call.outputs}
+        gone -= {output if isinstance(output, str) else output.name for output in call.outputs}
     return None
 
 
-def _why_no_place(
+def _why_no_position(
     graph: ExecutionGraph, rewrite: Rewrite, matched: set[str], position: Mapping[str, int]
 ) -> str | None:
-    """Whether an operand from outside waits for a matched node: then the replacement would wait for itself."""
+    """The refusal if an operand from outside waits for a matched node: the replacement would wait for itself."""
     first = min(position.get(node_id, 0) for node_id in matched)
     pending = [d for node in rewrite.matched for d in node.dependencies if d not in matched]
     seen: set[str] = set()
     while pending:
         node_id = pending.pop()
         if node_id in matched:
-            return "an operand waits for a value of the pattern itself"
-        if node_id not in seen and position.get(node_id, first) >= first:  # what stands before cannot wait for it
+            return "an operand depends on a value of the pattern itself"
+        if node_id not in seen and position.get(node_id, first) >= first:  # earlier nodes cannot depend on the match
             seen.add(node_id)
             pending += graph.nodes[node_id].dependencies
     return None
@@ -117,41 +119,34 @@ def _new_nodes(graph: ExecutionGraph, rewrite: Rewrite, memo: Memo) -> list[Exec
     anchor = rewrite.matched[-1]
     old = {ref.name: ref for node in rewrite.matched for ref in node.outputs}
     origins = tuple(dict.fromkeys(o for node in rewrite.matched for o in (node.origins or (node.node_id,))))
-    made: dict[str, TensorRef] = {}
+    produced: dict[str, TensorRef] = {}
     nodes: list[ExecutionNode] = []
     for call in rewrite.calls:
-        inputs = {name: _made(ref, made) for name, ref in call.inputs.items() if ref is not None}
-        inference = _infer(call, inputs, memo)
+        inputs = {name: _operand(ref, produced) for name, ref in call.inputs.items() if ref is not None}
+        inference = call.op.resolve_refs(inputs, call.attrs, memo)
         outputs = []
-        for wanted, type_ in zip(call.outputs, inference.outputs, strict=True):
-            name = wanted.name if isinstance(wanted, TensorRef) else _new_name(graph, f"{anchor.node_id}.{wanted}")
+        for output, type_ in zip(call.outputs, inference.outputs, strict=True):
+            name = output.name if isinstance(output, TensorRef) else _new_name(graph, f"{anchor.node_id}.{output}")
             ref = TensorRef(name, type_.shape, type_.dtype, anchor.device_id)
             if name in old and old[name].type != type_:
-                raise TypeMismatch(f"{call.op.op} gives {ref}, want {old[name].type}")
-            made[wanted if isinstance(wanted, str) else name] = ref
+                raise TypeMismatch(f"{call.op.op} produces {ref}, expected {old[name].type}")
+            produced[output if isinstance(output, str) else name] = ref
             outputs.append(ref)
         nodes.append(_node(call, anchor, inputs, outputs, inference.attrs, origins))
     if all(node.node_id != anchor.node_id for node in nodes):
-        nodes[-1].node_id = anchor.node_id
+        nodes[-1].node_id = anchor.node_id  # a node that keeps its id makes `graph.replace` local
     return nodes
 
 
-def _made(ref: TensorRef | str, made: Mapping[str, TensorRef]) -> TensorRef:
-    """An operand: a value that an earlier call makes (anew), or one of the graph."""
-    return made[ref] if isinstance(ref, str) else made.get(ref.name, ref)
+def _operand(ref: TensorRef | str, produced: Mapping[str, TensorRef]) -> TensorRef:
+    """An operand: a value that an earlier call produces, or one of the graph."""
+    return produced[ref] if isinstance(ref, str) else produced.get(ref.name, ref)
 
 
 def _new_name(graph: ExecutionGraph, name: str) -> str:
     while graph.producer(name) is not None or name in graph.inputs or name in graph.weights:
         name += "_"
     return name
-
-
-def _infer(call: NewCall, inputs: Mapping[str, TensorRef], memo: Memo) -> Inference:
-    key = infer_key(call.op, tuple(inputs), list(inputs.values()), call.attrs)
-    if key not in memo:
-        memo[key] = call.op.resolve({name: ref.type for name, ref in inputs.items()}, call.attrs)
-    return memo[key]
 
 
 def _node(

@@ -1,7 +1,7 @@
-"""Rewrite rules, and what generated ones are written in.
+"""Rewrite rules, their results, and the helpers that generated rules call.
 
-A rule is a function of a graph and a node: it returns a `Rewrite` (what to replace by what), a `NearMiss` (it matched
-in part, and why it went no further), or None.
+A rule is a function of a graph and a node: it returns a `Rewrite` (the nodes to replace and their replacement), a
+`NearMiss` (a partial match, with the reason why it went no further), or None.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FLOATS = ("f16", "bf16", "f32", "f64")
 
 @dataclass(frozen=True, slots=True)
 class NewCall:
-    """An op that a rewrite puts in: its operands, its attributes, and its outputs in order.
+    """An op that a rewrite inserts: its operands, its attributes, and its outputs in order.
 
-    An output that is a value of the pattern takes that value's place. A text names a new value, for the operands of the
-    calls after it; in the graph it gets a name of its own.
+    An output that is a value of the pattern replaces that value. A text names a new value, to which the operands of
+    later calls may refer; in the graph it receives a unique name.
     """
 
     op: type[OpNode]
@@ -33,9 +33,9 @@ class NewCall:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """What a rule found and wants: `matched` nodes, the anchor last, are replaced by `calls`.
+    """The result of a match: the `matched` nodes, the anchor last, are replaced by `calls`.
 
-    `kept` are the values of the matched nodes that others may go on reading, since a call gives them again.
+    `kept` are the values of the matched nodes that other nodes may still read, since a call produces them again.
     """
 
     matched: tuple[OpNode, ...]
@@ -45,9 +45,9 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class NearMiss:
-    """A rule that matched in part: how many of its nodes, and what stands where another one is wanted.
+    """A rule that did not fire: how many of its nodes matched, and the reason, such as another op than expected.
 
-    A rule that found all of its nodes and does not fire was refused: by a condition, or as there is no place for it.
+    If all nodes matched, the rewrite was refused by a condition or because the graph has no valid position for it.
     """
 
     num_matched: int
@@ -61,7 +61,7 @@ RuleFunction: TypeAlias = "Callable[[ExecutionGraph, OpNode], Rewrite | NearMiss
 class Rule:
     """A rewrite rule: `anchor` is the op of the pattern's last node, where matching starts.
 
-    The greater benefit is tried first. A bounded rule fires at most so often in one graph.
+    Rules are tried by falling benefit. A bounded rule fires at most `bounded` times in one graph.
     """
 
     name: str
@@ -72,17 +72,17 @@ class Rule:
     bounded: int | None = None
 
 
-Reader = TypeVar("Reader", bound=OpNode)
+Consumer = TypeVar("Consumer", bound=OpNode)
 
 
-def consumer_of(graph: ExecutionGraph, value: TensorRef, op: type[Reader]) -> Reader | None:
-    """The one node of an op that reads a value; None if there is none, or more than one to choose from."""
-    readers = [node for node in graph.users(value) if isinstance(node, op)]
-    return readers[0] if len(readers) == 1 else None
+def consumer_of(graph: ExecutionGraph, value: TensorRef, op: type[Consumer]) -> Consumer | None:
+    """The only node of an op that reads a value; None for several, since a match must not depend on a choice."""
+    consumers = [node for node in graph.users(value) if isinstance(node, op)]
+    return consumers[0] if len(consumers) == 1 else None
 
 
 def describe_producer(node: ExecutionNode | None) -> str:
-    """What a value comes from, for the reason of a near miss: `embedding`, `cast(f32->bf16)`, or `outside`."""
+    """The producer of a value in the reason of a near miss: `embedding`, `cast(f32->bf16)`, or `outside`."""
     if node is None:
         return "outside"
     kinds = [refs[0].dtype for refs in (node.inputs, node.outputs) if refs and refs[0].dtype in FLOATS]
@@ -90,12 +90,12 @@ def describe_producer(node: ExecutionNode | None) -> str:
 
 
 def describe_consumers(graph: ExecutionGraph, value: TensorRef) -> str:
-    """What reads a value, for the reason of a near miss: `add, rope`, or `nothing`."""
+    """The consumers of a value in the reason of a near miss: `add, rope`, or `nothing`."""
     return ", ".join(sorted(user.op for user in graph.users(value))) or "nothing"
 
 
 def has_default(node: OpNode, attr: str) -> bool:
-    """Whether an attribute has the value that the op's declaration gives it, which may depend on the operands."""
+    """Whether an attribute has its declared default, which may depend on the operands."""
     others = {name: value for name, value in node.attrs.items() if name != attr}
     types = {name: ref.type for name, ref in zip(node.operands, node.inputs, strict=True)}
     return node.attrs.get(attr) in (None, node.resolve(types, others).attrs[attr])
@@ -110,5 +110,5 @@ def is_known(value: TensorRef, index: int | None = None) -> bool:
 def size_of(value: TensorRef, index: int) -> int:
     """The size of a dim that `is_known`."""
     size = value.shape[index]
-    assert isinstance(size, int), f"dim {index} of {value} has no number yet"
+    assert isinstance(size, int), f"dim {index} of {value} is symbolic"
     return size

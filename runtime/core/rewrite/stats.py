@@ -1,4 +1,4 @@
-"""What a pass did to a graph: how long it took, how often each rule fired, and why it did not elsewhere."""
+"""Statistics of rewrite rules: how often each one fired, and the reasons why it did not fire elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sageLLM.runtime.core.rewrite.rules import NearMiss
 
 
 class Change(NamedTuple):
-    """One rewrite: the nodes that went and those that came."""
+    """One rewrite: the nodes that were replaced and those that replaced them."""
 
     old: tuple[ExecutionNode, ...]
     new: tuple[ExecutionNode, ...]
@@ -20,9 +20,9 @@ class Change(NamedTuple):
 
 @dataclass(slots=True)
 class RuleStats:
-    """What a rule of `num_nodes` nodes changed, in order, and why not where its anchor was left standing.
+    """The changes of a rule with a pattern of `num_nodes` nodes, in order, and its near misses by anchor id.
 
-    `near_misses` are by the id of the anchor. The seconds are those of matching and replacing.
+    `seconds` counts matching and replacing.
     """
 
     num_nodes: int
@@ -36,25 +36,25 @@ class RuleStats:
 
     @property
     def tried(self) -> int:
-        """The sites where it could have fired."""
+        """The number of anchors at which the rule fired or nearly matched."""
         return self.fired + len(self.near_misses)
 
     @property
     def matched(self) -> int:
-        """The sites where all nodes of the pattern were found."""
+        """The number of anchors at which all nodes of the pattern matched."""
         return self.fired + sum(miss.num_matched == self.num_nodes for miss in self.near_misses.values())
 
     @property
     def reasons(self) -> Counter[str]:
-        """How often each reason kept it from firing."""
+        """The reasons of the near misses with their counts."""
         return Counter(miss.reason for miss in self.near_misses.values())
 
     def explain_near_misses(self) -> Iterator[str]:
-        """A line for each reason, the most frequent first, with a place to look at."""
-        places = {(miss.num_matched, miss.reason): node_id for node_id, miss in reversed(self.near_misses.items())}
+        """A line for each reason, the most frequent first, with the first anchor as an example."""
+        examples = {(miss.num_matched, miss.reason): node_id for node_id, miss in reversed(self.near_misses.items())}
         counts = Counter((miss.num_matched, miss.reason) for miss in self.near_misses.values())
         for (num_matched, reason), count in counts.most_common():
-            where = f"at {places[num_matched, reason]}" + (f" and {count - 1} more" if count > 1 else "")
+            where = f"at {examples[num_matched, reason]}" + (f" and {count - 1} more" if count > 1 else "")
             yield f"matched {num_matched} of {self.num_nodes} nodes {where}: {reason}"
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from sageLLM.runtime.core.ir.dims import Dim, Expr
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
-from sageLLM.runtime.core.ir.op_node import Inference, InferKey, OpNode
+from sageLLM.runtime.core.ir.op_node import Inference, Memo, OpNode
 from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.executor.native.calls import CallList
@@ -95,7 +95,7 @@ class _Flattener:
         self._given = {*inputs, *graph.weights}
         self._names = graph.weights
         self._functions, self._weights = functions, weights
-        self._memo: dict[InferKey, Inference] = {}
+        self._memo: Memo = {}
         self._out = Flattened(locations=dict(inputs))
 
     def run(self) -> Flattened:
