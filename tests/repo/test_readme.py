@@ -95,3 +95,8 @@ def test_measured_figures_are_those_of_the_results() -> None:
     for name, figure in (re.split(r" {2,}", line) for line in printed):
         [row] = [row for row in table if row.startswith(name)]
         assert table[row].startswith(figure), f"{row!r}: expected {figure!r}, got {table[row]!r}"
+
+
+@pytest.mark.parametrize(("page", "layouts"), [("README.md", "[{} layouts]"), ("README.zh-CN.md", "[{} 份布局]")])
+def test_the_number_of_layouts(page: str, layouts: str) -> None:
+    assert layouts.format(len([*ROOT.glob("specs/models/*.yaml")])) in text_of(page)
