@@ -177,7 +177,7 @@ class Incremental:
         key = digest(
             [
                 self.facts.digest_of("passes", "pass_stages", "op_types"),
-                [self.facts.is_overlay, [one.name for one in passes if self._is_base(one)]],
+                [one.name for one in passes if self._is_packaged(one)],
                 [[model.name, model.names["extends"], model.names["config"]] for model in models],
                 [[op.name, op.names["rule"]] for op in ops if op.names["rule"] is not None],
             ]
@@ -194,6 +194,13 @@ class Incremental:
             self.sink.raise_if_any()
             return emit_pass_modules(self._specs(ops=ops, passes=linked), self._renderer)
 
+        old = self.old.links.get("passes")
+        if not self.facts.own("passes") and old is not None and old.key == key and self._holds(old):
+            # An overlay without passes has an empty table of them, which needs no pass of the base.
+            self.links["passes"] = old
+            none = self._specs(passes=dict[str, Any]())
+            self._unit("passes", digest(["no passes"]), lambda: emit_pass_modules(none, self._renderer))
+            return
         self._linked_unit("passes", key, link)
 
     def _linked_unit(self, name: str, key: str, link: Callable[[Interfaces], list[Output]]) -> None:
@@ -263,6 +270,10 @@ class Incremental:
 
     def _is_base(self, entry: EntryFacts) -> bool:
         return entry.file in self.facts.base
+
+    def _is_packaged(self, entry: EntryFacts) -> bool:
+        """Whether an entry is the package's own, in this run or as the base of an overlay."""
+        return self._is_base(entry) or not self.facts.is_overlay
 
     def _vocabulary_with(self, **tables: Mapping[str, Any]) -> RawSpecs:
         words = {kind: getattr(self.raw, kind) for kind in VOCABULARY}

@@ -49,13 +49,13 @@ class LinkedOps(Mapping[str, OpDef]):
         self._vocabulary = raw.vocabulary()
         self._callees = callees
         self._sink = sink
-        self._linked: dict[str, OpDef] = {}
+        self.linked: dict[str, OpDef] = {}
         self._pending: set[str] = set()
 
     def __getitem__(self, name: str) -> OpDef:
-        if name not in self._linked:
-            self._linked[name] = self._link(name, self._raw.ops[name])
-        return self._linked[name]
+        if name not in self.linked:
+            self.linked[name] = self._link(name, self._raw.ops[name])
+        return self.linked[name]
 
     def _link(self, name: str, entry: Entry[OpSpec]) -> OpDef:
         if name in self._pending:

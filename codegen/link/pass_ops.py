@@ -54,6 +54,6 @@ def _check_function(text: str, entry: Entry[PassSpec], raw: RawSpecs, sink: Sink
     module, _, name = text.partition(":")
     if not all(word.isascii() and word.isidentifier() and not iskeyword(word) for word in (*module.split("."), name)):
         sink.error("SAGE332", f"expected `package.module:function`, got '{text}'", entry.span("function"))
-    elif not raw.base_files and not module.startswith(CORE):
+    elif (raw.is_base(entry) or not raw.base_files) and not module.startswith(CORE):
         message = f"a pass of the package must name a function of {CORE}*, got '{module}'"
         sink.error("SAGE332", message, entry.span("function"), "move the function there")
