@@ -15,6 +15,7 @@ from sageLLM.codegen.writer import Written, changes, drift, finish, write
 
 if TYPE_CHECKING:
     from sageLLM.codegen.expectations import Count
+    from sageLLM.codegen.link.memo import LinkMemo
     from sageLLM.codegen.load import RawSpecs
     from sageLLM.codegen.model.specs import Specs
 
@@ -23,25 +24,25 @@ BASE_SPECS = PACKAGE / "specs"
 BASE_OUT = PACKAGE / "generated"
 
 
-def load_and_link(overlays: Sequence[Path] = (), base: Path = BASE_SPECS) -> "Specs":
+def load_and_link(overlays: Sequence[Path] = (), base: Path = BASE_SPECS, memo: "LinkMemo | None" = None) -> "Specs":
     """The linked specs; raises SpecErrors with every finding of the first stage that has one."""
     from sageLLM.codegen.load import load_specs
 
-    return link(load_specs([base, *overlays]))
+    return link(load_specs([base, *overlays], memo.load_file if memo else None), memo)
 
 
-def link(raw: "RawSpecs") -> "Specs":
-    """What the entries mean together."""
+def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
+    """What the entries mean together. With `memo`, what earlier calls linked without findings is not linked again."""
     from sageLLM.codegen.link.interfaces import Interfaces
     from sageLLM.codegen.link.models import link_models
-    from sageLLM.codegen.link.ops import link_ops
+    from sageLLM.codegen.link.ops import link_op, link_ops
     from sageLLM.codegen.link.passes import link_passes
     from sageLLM.codegen.model.specs import Specs
 
     sink = Sink()
-    ops = link_ops(raw, sink)
+    ops = link_ops(raw, sink, memo.link_op if memo else link_op)
     sink.raise_if_any()
-    models = link_models(raw, ops, sink)
+    models = link_models(raw, ops, sink, link=memo.link_model if memo else None)
     passes = link_passes(raw, Interfaces(ops), sink)
     sink.raise_if_any()
     return Specs(raw, ops, models, passes, raw.hardware)

@@ -1,6 +1,6 @@
 """Loads spec folders: every YAML file by its `schema:` line, validated, each entry with its place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -109,24 +109,27 @@ class SpecFile:
     spec: Strict
 
 
-def load_specs(folders: Sequence[Path]) -> RawSpecs:
+LoadFile = Callable[[Path, str, Sink], SpecFile | None]
+
+
+def load_specs(folders: Sequence[Path], load: "LoadFile | None" = None) -> RawSpecs:
     """Reads the package's spec folder (the first) and overlays; raises SpecErrors with all findings.
 
     With one folder nothing is base: its own code is what gets generated.
     """
     sink = Sink()
-    files = [_read_folder(folder, sink) for folder in folders]
+    files = [_read_folder(folder, sink, load or load_file) for folder in folders]
     base = frozenset(file.doc.file for file in files[0]) if len(folders) > 1 else frozenset[str]()
     raw = assemble([file for group in files for file in group], base, sink)
     sink.raise_if_any()
     return raw
 
 
-def _read_folder(folder: Path, sink: Sink) -> list[SpecFile]:
+def _read_folder(folder: Path, sink: Sink, load: LoadFile) -> list[SpecFile]:
     paths = spec_paths(folder)
     if not paths:
         sink.error("SAGE502", f"the spec folder '{folder.name}' holds no .yaml file", None, "check --specs")
-    files = [load_file(path, display, sink) for display, path in paths]
+    files = [load(path, display, sink) for display, path in paths]
     return [file for file in files if file is not None]
 
 

@@ -91,6 +91,14 @@ class Interfaces(Mapping[str, OpDef]):
         self.is_listed = True
         return len(self._ops)
 
+    def is_still(self, name: str, op: OpDef | None) -> bool:
+        """Whether a name stands for the op, or for none, as it did in another table."""
+        return self._ops.get(name) is op
+
+    def looked_up(self) -> dict[str, OpDef | None]:
+        """The ops that were looked up; None where there was none."""
+        return {name: self._ops.get(name) for name in self.names}
+
     def result_states(
         self, name: str, arguments: Arguments, dims: Mapping[str, Size], divides: frozenset[str]
     ) -> tuple[SumState, ...]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from sageLLM.codegen.diagnostics import Sink, SpecErrors
 from sageLLM.codegen.facts import Undeclared
-from sageLLM.codegen.link.ops import OpLinker
+from sageLLM.codegen.link.ops import link_op
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.schema.ops import OpSpec
@@ -61,7 +61,7 @@ class LinkedOps(Mapping[str, OpDef]):
         if name in self._pending:
             raise Undeclared(f"'{name}' is made of itself")
         self._pending.add(name)
-        op = OpLinker(entry, self._vocabulary, Only(self, self._callees[name]), self._sink).link()
+        op = link_op(entry, self._vocabulary, Only(self, self._callees[name]), self._sink)
         self._pending.discard(name)
         if op is None:
             raise SpecErrors(self._sink.diagnostics)

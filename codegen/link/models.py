@@ -2,7 +2,7 @@
 
 import keyword
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
@@ -37,14 +37,21 @@ _IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
 
 
 def link_models(
-    raw: RawSpecs, ops: Mapping[str, OpDef], sink: Sink, names: Iterable[str] | None = None
+    raw: RawSpecs,
+    ops: Mapping[str, OpDef],
+    sink: Sink,
+    names: Iterable[str] | None = None,
+    link: "LinkModel | None" = None,
 ) -> dict[str, ModelDef]:
     """All layouts by name, or those in `names`. Findings go to the sink; a layout with findings is left out."""
     _check_architectures(raw, sink)
     views: dict[str, OpDef] = {}
     chosen = raw.models if names is None else names
-    found = {name: link_model(name, raw, Interfaces(ops, views), sink) for name in chosen}
+    found = {name: (link or link_model)(name, raw, Interfaces(ops, views), sink) for name in chosen}
     return {name: model for name, model in found.items() if model is not None}
+
+
+LinkModel = Callable[[str, RawSpecs, Interfaces, Sink], ModelDef | None]
 
 
 def link_model(name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDef | None:

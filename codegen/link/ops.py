@@ -38,7 +38,15 @@ _PYTHON: dict[str, tuple[type, ...]] = {
 }
 
 
-def link_ops(raw: RawSpecs, sink: Sink) -> dict[str, OpDef]:
+LinkOp = Callable[[Entry[OpSpec], RawSpecs, Mapping[str, OpDef], Sink], OpDef | None]
+
+
+def link_op(entry: Entry[OpSpec], raw: RawSpecs, linked: Mapping[str, OpDef], sink: Sink) -> OpDef | None:
+    """One op, or None after findings. Reads the vocabulary, its entry, and of `linked` the ops that it fuses."""
+    return OpLinker(entry, raw, linked, sink).link()
+
+
+def link_ops(raw: RawSpecs, sink: Sink, link: LinkOp = link_op) -> dict[str, OpDef]:
     """All ops by name, in spec order. Findings go to the sink; an op with findings is left out."""
     linked: dict[str, OpDef] = {}
     waiting = dict(raw.ops)
@@ -51,7 +59,7 @@ def link_ops(raw: RawSpecs, sink: Sink) -> dict[str, OpDef]:
             entry = waiting.pop(name)
             if (fused_names(entry) & raw.ops.keys()) - linked.keys():
                 continue  # a called op has findings
-            op = OpLinker(entry, raw, linked, sink).link()
+            op = link(entry, raw, linked, sink)
             if op is not None:
                 linked[name] = op
     return {name: linked[name] for name in raw.ops if name in linked}

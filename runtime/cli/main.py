@@ -4,12 +4,9 @@ Data goes to stdout, logs to stderr. Exit codes: 0 success, 1 failure, 2 usage e
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from sageLLM.runtime.inspect.expectations import MissedExpectation
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -38,13 +35,9 @@ def generate(
     A tree is not written if a pass misses a count that its spec expects.
     """
     from sageLLM.codegen.commands import Generate
+    from sageLLM.runtime.cli.counting import missed_expectations
 
-    def count(tree: Path, is_overlay: bool) -> "list[MissedExpectation]":
-        from sageLLM.runtime.inspect.expectations import missed_expectations
-
-        return missed_expectations(tree, is_overlay)
-
-    command = Generate(specs or [], out, as_json=json, count=count)
+    command = Generate(specs or [], out, as_json=json, count=missed_expectations)
     if diff:
         from sageLLM.runtime.cli.graph import show_spec_diff
 

@@ -4,12 +4,13 @@ import pytest
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.explain import explain
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.model.specs import Specs
 
 
 @pytest.fixture(scope="module")
-def specs() -> Specs:
-    return driver.load_and_link()
+def specs(memo: LinkMemo) -> Specs:
+    return driver.load_and_link(memo=memo)
 
 
 def facts(op: str, specs: Specs) -> dict[str, str]:

@@ -7,6 +7,7 @@ import pytest
 from sageLLM.codegen import driver
 from sageLLM.codegen.kernel.epilogue import fused_epilogue_of
 from sageLLM.codegen.kernel.gemm import gemm_of
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.model.specs import Specs
 
 OWN_OPS = """schema: ops/v1
@@ -73,10 +74,10 @@ ops:
 
 
 @pytest.fixture(scope="module")
-def specs(tmp_path_factory: pytest.TempPathFactory) -> Specs:
+def specs(tmp_path_factory: pytest.TempPathFactory, memo: LinkMemo) -> Specs:
     folder = tmp_path_factory.mktemp("specs")
     Path(folder, "own.yaml").write_text(OWN_OPS)
-    return driver.load_and_link([folder])
+    return driver.load_and_link([folder], memo=memo)
 
 
 def test_gemms_are_found_by_their_equations(specs: Specs) -> None:

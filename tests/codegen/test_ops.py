@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.expr.size import formula
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.generated.kernels.reference import KERNELS
 from sageLLM.generated.ops import OPS
@@ -23,8 +24,8 @@ torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
-def ops() -> dict[str, OpDef]:
-    return dict(driver.load_and_link().ops)
+def ops(memo: LinkMemo) -> dict[str, OpDef]:
+    return dict(driver.load_and_link(memo=memo).ops)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from sageLLM.codegen import driver
 from sageLLM.codegen.expr.partial_sums import NotLinear, SumState
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.link.partial_sums import Argument, result_states
 from sageLLM.codegen.model.op import OpDef
 
@@ -15,8 +16,8 @@ COMPLETE, PARTIAL = SumState.COMPLETE, SumState.PARTIAL
 
 
 @pytest.fixture(scope="module")
-def ops() -> dict[str, OpDef]:
-    return dict(driver.load_and_link().ops)
+def ops(memo: LinkMemo) -> dict[str, OpDef]:
+    return dict(driver.load_and_link(memo=memo).ops)
 
 
 def rows(width: Size, state: SumState = COMPLETE) -> Argument:

@@ -65,6 +65,7 @@ LAYERS = {
     "runtime/inspect/checkpoint_report.py": runtime_layer("registry", "execution_graph"),
     "runtime/cli": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
     # The command joins the generator and the runtime; each subcommand imports its side when it runs.
+    "runtime/cli/entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/main.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen"), others=frozenset({"typer"})),
     "runtime": Layer(ours=()),
 }

@@ -1,0 +1,63 @@
+"""Links many overlays on one base in a process: what was linked without findings is linked once.
+
+A result is reused where everything that it was made from is the same: its entry, the ops that it uses, the vocabulary.
+The entries of a file are the same as long as its text is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sageLLM.codegen.diagnostics import Sink
+from sageLLM.codegen.facts import words_of
+from sageLLM.codegen.link.interfaces import Interfaces
+from sageLLM.codegen.link.models import link_model
+from sageLLM.codegen.link.ops import link_op
+from sageLLM.codegen.load import Entry, RawSpecs, SpecFile, fused_names, load_file
+from sageLLM.codegen.model.layout import ModelDef
+from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.schema.ops import OpSpec
+
+Key = tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class LinkMemo:
+    """Files, ops and models without findings. Keys hold identities of objects, all of which the memo keeps alive."""
+
+    _files: dict[tuple[str, bytes], SpecFile] = field(default_factory=dict)
+    _ops: dict[Key, OpDef] = field(default_factory=dict)
+    _models: dict[Key, list[tuple[dict[str, OpDef | None], ModelDef]]] = field(default_factory=dict)
+
+    def load_file(self, path: Path, display: str, sink: Sink) -> SpecFile | None:
+        """See `sageLLM.codegen.load.load_file`."""
+        key = (display, path.read_bytes())
+        file = self._files.get(key) or load_file(path, display, sink)
+        if file is not None:
+            self._files[key] = file
+        return file
+
+    def link_op(self, entry: Entry[OpSpec], raw: RawSpecs, linked: Mapping[str, OpDef], sink: Sink) -> OpDef | None:
+        """See `sageLLM.codegen.link.ops.link_op`."""
+        fused = [id(linked[name]) for name in sorted(fused_names(entry)) if name in linked]
+        key = (entry.name, id(entry.doc), tuple(raw.dims), tuple(raw.op_types), *fused)
+        op = self._ops.get(key) or link_op(entry, raw, linked, sink)
+        if op is not None:
+            self._ops[key] = op
+        return op
+
+    def link_model(self, name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDef | None:
+        """See `sageLLM.codegen.link.models.link_model`."""
+        entry = raw.models[name]
+        base = raw.models.get(entry.spec.extends or "")
+        words = sorted({word for one in raw.passes.values() for word in words_of(one.spec.expect)})
+        inputs = [(one.name, one.spec) for one in raw.step_inputs.values()]
+        key = (name, id(entry.doc), id(base and base.doc), tuple(raw.dims), tuple(raw.op_types), *inputs, *words)
+        for read, model in self._models.setdefault(key, []):
+            if all(ops.is_still(name, op) for name, op in read.items()):
+                return model
+        model_or_none = link_model(name, raw, ops, sink)
+        if model_or_none is not None and not ops.is_listed:
+            self._models[key].append((ops.looked_up(), model_or_none))
+        return model_or_none
