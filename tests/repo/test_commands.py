@@ -21,6 +21,14 @@ def sagellm(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
+@pytest.fixture
+def linked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links the package's specs once for all commands of a test."""
+    specs = driver.load_and_link()
+    monkeypatch.setattr(driver, "load_and_link", lambda overlays: specs)
+
+
+@pytest.mark.usefixtures("linked_once")
 def test_explain_knows_ops_models_passes_rules_codes_and_lines() -> None:
     line = next(
         i
