@@ -26,14 +26,16 @@ setup: $(TEST_READY) ## Create .venv with the dependencies of running and testin
 run: $(RUN_READY) ## Serve a batch of prompts with the bundled tiny model
 	$(BIN)/python examples/serve_tiny.py
 
-# Files that test-fast leaves out: each takes more than a few seconds.
-SLOW := tests/codegen/test_canary.py tests/codegen/test_cases.py tests/codegen/test_fuzz.py tests/codegen/test_writer.py \
-	tests/engine/test_bad_checkpoints.py tests/engine/test_chat_template.py tests/engine/test_detokenizer.py tests/engine/test_oracle.py \
-	tests/engine/test_oracle_experts.py tests/examples tests/executor tests/kernels tests/models/test_families.py \
-	tests/passes/test_rule_validation.py tests/repo/test_commands.py tests/repo/test_packaging.py \
+# Files that test-fast skips: those that compile kernels, run thousands of random inputs or start processes.
+SLOW := tests/codegen/test_canary.py tests/codegen/test_cases.py tests/codegen/test_fuzz.py tests/codegen/test_ops.py \
+	tests/codegen/test_writer.py tests/core/test_text.py tests/engine/test_embed.py tests/engine/test_oracle.py \
+	tests/engine/test_oracle_experts.py tests/examples tests/executor tests/kernels tests/loader/test_bad_checkpoints.py \
+	tests/models/test_families.py tests/passes/test_rule_validation.py tests/repo/test_commands.py tests/repo/test_docs.py \
+	tests/repo/test_packaging.py tests/repo/test_quoted_errors.py tests/repo/test_readme.py \
 	tests/scheduler/test_comparison.py tests/scheduler/test_determinism.py tests/scheduler/test_fuzz.py \
 	tests/scheduler/test_random_schedules.py tests/sim/test_auto.py tests/sim/test_sarathi.py \
-	tests/sim/test_simulate_command.py tests/sim/test_simulator.py generated/tests
+	tests/sim/test_simulate_command.py tests/sim/test_simulator.py tests/text/test_chat_template.py tests/text/test_detokenizer.py \
+	generated/tests
 
 test-fast: $(TEST_READY) ## Run the fast part of the suite, in less than a minute
 	$(PYTEST) --numprocesses $(JOBS) --dist loadfile $(addprefix --ignore=,$(SLOW))

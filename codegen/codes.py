@@ -50,7 +50,7 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE010": CodeInfo(
         "unknown field",
-        "The schema has no such field here. The help names the most similar field.",
+        "The schema does not define this field. The help names the most similar one.",
     ),
     "SAGE011": CodeInfo(
         "missing field",
@@ -93,7 +93,7 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE105": CodeInfo(
         "unknown function",
-        "The language has no such function. The help names the most similar one, or lists all.",
+        "The language does not define this function. The help names the most similar one, or lists all.",
     ),
     "SAGE106": CodeInfo(
         "wrong arguments",
@@ -207,8 +207,8 @@ CODES: dict[str, CodeInfo] = {
         "Dims and element types of outputs follow from inputs and attrs of type dim.",
     ),
     "SAGE133": CodeInfo(
-        "unknown name under ranks",
-        "`ranks` lists for a reference the dims of its inputs that may be divided over the ranks, and the "
+        "unknown name under tp",
+        "`tp` lists for a reference the dims of its inputs that may be divided over the ranks, and the "
         "inputs in which it is linear.",
     ),
     "SAGE134": CodeInfo(
@@ -313,7 +313,7 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE225": CodeInfo(
         "invalid attr",
-        "The op has no such attr, requires one that is missing, or declares another type.",
+        "The op does not define this attr, requires one that is missing, or declares another type.",
     ),
     "SAGE226": CodeInfo(
         "absent value",
@@ -422,8 +422,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE310": CodeInfo(
         "unbound name in a rewrite",
-        "A rewrite may read the inputs of the pattern and the results of its own earlier lines. The values "
-        "that the pattern computes are removed from the graph, so the rewrite must compute them itself "
+        "A rewrite may read the inputs of the pattern and the results of earlier lines of the rewrite. The "
+        "values that the pattern computes are removed from the graph, so the rewrite must compute them itself "
         "before it reads them.",
     ),
     "SAGE311": CodeInfo(

@@ -38,7 +38,7 @@ class BranchView:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceView:
-    """One branch of a `choose`; the last one may have no condition."""
+    """One branch of a `choose`; only the last one may omit the condition."""
 
     condition: str | None
     body: "BodyView"

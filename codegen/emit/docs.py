@@ -108,7 +108,7 @@ def _rule_words(row: Row) -> str:
 def _operand_row(kind: str, operand: Operand, op: OpDef) -> tuple[str, ...]:
     words = [operand.doc or "", "optional" if operand.optional else ""]
     if operand.name in op.inplace:
-        words.append(f"takes over the memory of `{op.inplace[operand.name]}`")
+        words.append(f"overwrites `{op.inplace[operand.name]}`")
     return (_code(operand.name), kind, _code(str(operand.type)), "; ".join(word for word in words if word))
 
 
@@ -153,11 +153,11 @@ def _weight_row(weight: "WeightDef") -> tuple[str, ...]:
 
 def _language_page(specs: Specs) -> Output:
     parts = [
-        "Every spec file is one YAML mapping whose first line names its kind. Unknown fields are errors, values are "
-        "never converted, and every error shows its line. `sagellm lint` checks; editors complete by the schemas in "
-        "`generated/schema`.",
-        "The dims, the op types and the values that a layout may use come from `specs/dims.yaml`, "
-        "`specs/op_types.yaml` and `specs/inputs.yaml`.",
+        "Every spec file is one YAML mapping; its first line names its kind. Unknown fields are errors, values are "
+        "never converted, and every error shows its line. `sagellm lint` checks spec files; editors complete them with "
+        "the schemas in `generated/schema`.",
+        "Dims, op types and step inputs are defined in `specs/dims.yaml`, `specs/op_types.yaml` and "
+        "`specs/inputs.yaml`.",
     ]
     parts += ["## The compute language", _compute_language()]
     for name, schema in SCHEMAS.items():
@@ -170,13 +170,13 @@ def _compute_language() -> str:
     return table(
         ("form", "meaning"),
         [
-            ("`name = expression`", "one statement a line; every output is written once"),
-            ("`a + b`, `- * / // % **`, comparisons, `and or not`", "element by element; dims meet by name"),
-            (", ".join(_code(f"{name}(v)") for name in UNARY), "element by element"),
-            (", ".join(_code(f"{name}(v, H)") for name in REDUCTIONS), "over the dim that is named"),
+            ("`name = expression`", "one statement per line; every name is assigned once"),
+            ("`a + b`, `- * / // % **`, comparisons, `and or not`", "elementwise; dims are matched by name"),
+            (", ".join(_code(f"{name}(v)") for name in UNARY), "elementwise"),
+            (", ".join(_code(f"{name}(v, H)") for name in REDUCTIONS), "reduction of the named dim"),
             (", ".join(map(_code, FORMS)), "`dot(x, w, K)`, `gather(table, V, ids)`, `where(c, a, b)`, `min(a, b)`, "
              "`optional(name, with, without)`, `present(name)`"),
-            ("`f32(v)`, `E(v)`, ...", "cast; the only places where a value is rounded or widened"),
+            ("`f32(v)`, `E(v)`, ...", "cast; values are rounded or widened only here"),
         ],
     )  # fmt: skip
 

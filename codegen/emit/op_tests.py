@@ -50,7 +50,7 @@ def emit_op_checks(specs: Specs, renderer: Renderer) -> list[Output]:
 
 
 def emit_case_table(contents: Contents, renderer: Renderer) -> list[Output]:
-    """`tests/cases.py` with CASES; the tests of an overlay have no table."""
+    """`tests/cases.py` with CASES; not emitted for an overlay."""
     if contents.is_overlay:
         return []
     tests = [row for rows in contents.rows_by_stem("tests/test_{}.py").values() for row in rows]

@@ -37,7 +37,7 @@ _TENSOR = {"not": "torch.logical_not"}
 
 
 class Piece(NamedTuple):
-    """The text of a value with the dims of its axes; a Python number has no axes."""
+    """The text of a value with the dims of its axes; the layout of a Python number is empty."""
 
     text: str
     layout: Layout

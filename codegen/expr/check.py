@@ -65,7 +65,7 @@ class Scope:
 
 @dataclass(slots=True)
 class Checker:
-    """Checks one text against a scope; `given` are the optional names known to be present at this point."""
+    """Checks one text against a scope; `present` are the optional names known to be present at this point."""
 
     text: Text
     scope: Scope
@@ -335,7 +335,7 @@ class Checker:
         condition, a, b = self._truth(arguments[0]), self._expr(arguments[1]), self._expr(arguments[2])
         joined = self._join(a, b, node, "and")
         if joined.is_literal and not condition.type.is_literal:
-            message = "where: at least one value must be a tensor, because literals have no element type"
+            message = "where: at least one value must be a tensor, because it determines the element type"
             raise self.text.refuse("SAGE107", message, node)
         return Select(
             ValueType(joined.element, self._joined_dims(condition.type.dims, joined.dims, node)), condition, a, b

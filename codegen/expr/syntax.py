@@ -38,7 +38,7 @@ _REMEDIES: dict[type[ast.AST], str] = {
 
 
 class Refused(Exception):
-    """Raised after a finding is reported, to give up the statement that contains it."""
+    """Raised after a finding is reported, to abandon the statement that contains it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Part of an operand, in another shape if `shape` is given. Moves no data."""
+    """A slice of an operand, reshaped if `shape` is not None. Moves no data."""
 
     name: str
     base: str

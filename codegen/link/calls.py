@@ -175,7 +175,7 @@ class CallLinker:
         declared = op.attr(node.arg or "")
         if declared is None:
             help = did_you_mean(node.arg or "", [a.name for a in op.attrs])
-            raise text.refuse("SAGE106", f"{op.name} has no attr '{node.arg}'", node, help)
+            raise text.refuse("SAGE106", f"unknown attr '{node.arg}' of {op.name}", node, help)
         match node.value:
             case ast.Constant(value=bool() | int() | float() | str() as value):
                 return value

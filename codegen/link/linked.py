@@ -1,6 +1,6 @@
-"""Ops that are linked when they are asked for, and views of them that show no more than was declared.
+"""Ops that are linked on first use, and views that expose only declared entries.
 
-What a view does not show cannot have an influence, so a digest of what it shows tells whether a result still holds.
+Entries that a view hides cannot influence a result, so a digest of the exposed ones tells whether the result is valid.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -42,7 +42,7 @@ class Only(Mapping[str, T]):
 
 
 class LinkedOps(Mapping[str, OpDef]):
-    """The ops, each linked when it is first read. A finding ends the run, which then starts again from scratch."""
+    """The ops, each linked on first use. A finding ends the run, which then starts again from scratch."""
 
     def __init__(self, raw: RawSpecs, callees: Mapping[str, Collection[str]], sink: Sink) -> None:
         self._raw = raw

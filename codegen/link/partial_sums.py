@@ -11,7 +11,7 @@ from sageLLM.codegen.expr.size import LEADING, Size, formula
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.operands import Match
 from sageLLM.codegen.model.op import OpDef, Operand
-from sageLLM.codegen.schema.ops import RanksSpec
+from sageLLM.codegen.schema.ops import OpShardingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,10 @@ def result_states(
 def known_states(
     op: OpDef, states: Mapping[str, tuple[str, bool]], divided: Mapping[str, bool]
 ) -> tuple[SumState, ...] | None:
-    """What `result_states` returns now for arguments that it was called with before, or None if it would refuse them.
+    """The result of `result_states` for the recorded arguments of an earlier call, or None if it would refuse them.
 
-    `states` are the state and the certainty of each argument, `divided` is what that call recorded. Also None for a
-    fused op, whose states follow from those of the ops that it calls.
+    `states` are the state and the certainty of each argument, `divided` the recorded answers about sizes. Also None for
+    a fused op: its states follow from those of the ops that it calls.
     """
     arguments = {name: Argument(_ANY_TYPE, SumState(state), is_certain) for name, (state, is_certain) in states.items()}
     if op.fuses:
@@ -116,7 +116,7 @@ def _of_calls(
 
 
 def _of_reference(op: OpDef, arguments: Arguments, is_divided: Callable[[Size], bool]) -> tuple[SumState, ...]:
-    spec = op.entry.spec.ranks or RanksSpec()
+    spec = op.entry.spec.tp or OpShardingSpec()
     for operand in op.inputs:
         for symbol in _symbols(operand) if operand.name in arguments else ():
             if is_divided(Size.symbol(symbol)) and symbol not in (*spec.divides, *spec.sums):
@@ -137,7 +137,7 @@ def _of_reference(op: OpDef, arguments: Arguments, is_divided: Callable[[Size], 
     raise NotLinear(f"`{op.name}` is not linear")
 
 
-def _is_summed(operand: Operand, spec: RanksSpec, is_divided: Callable[[Size], bool]) -> bool:
+def _is_summed(operand: Operand, spec: OpShardingSpec, is_divided: Callable[[Size], bool]) -> bool:
     return any(symbol in spec.sums and is_divided(Size.symbol(symbol)) for symbol in _symbols(operand))
 
 

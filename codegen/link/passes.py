@@ -137,7 +137,7 @@ def _attributes(text: Text, call: ast.Call, op: OpDef) -> tuple[tuple[str, AttrN
         name = keyword.arg or "**"
         if op.attr(name) is None:
             known = [attr.name for attr in op.attrs]
-            raise text.refuse("SAGE308", f"{op.name} has no attr '{name}'", keyword, did_you_mean(name, known))
+            raise text.refuse("SAGE308", f"unknown attr '{name}' of {op.name}", keyword, did_you_mean(name, known))
         match keyword.value:
             case ast.Name(id=value):
                 attrs.append((name, AttrName(value)))

@@ -150,7 +150,7 @@ class Scope:
             attr = op.attr(keyword.arg or "")
             if attr is None:
                 help = did_you_mean(keyword.arg or "", [*(known.name for known in op.attrs), *operands])
-                raise text.refuse("SAGE225", f"{op.name} has no attr '{keyword.arg}'", keyword, help)
+                raise text.refuse("SAGE225", f"unknown attr '{keyword.arg}' of {op.name}", keyword, help)
             attrs.append((attr.name, self._attr(text, keyword.value, attr)))
         missing = [attr.name for attr in op.attrs if attr.is_required and attr.name not in dict(attrs)]
         if missing:

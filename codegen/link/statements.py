@@ -150,7 +150,7 @@ class BodyLinker(Scope):
         types = self.infer(text, op, names, dict(attrs), call, lambda type_: type_)
         linked = OpCall(targets, op, tuple(names), tuple(attrs), types)
         linked, parts = with_reduction(self, text, linked, call)
-        return linked, parts if self.is_block else ()  # the program reduces the results of its own calls at once
+        return linked, parts if self.is_block else ()  # results of calls in the program are reduced at once
 
     def _block_call(self, text: Text, targets: list[ast.Name], call: ast.Call, name: str) -> BlockCall:
         block = self.around.blocks[name]

@@ -58,7 +58,7 @@ class OwnSpecs:
         return found
 
     def contents(self, outputs: Iterable[Output]) -> Contents:
-        """What the tables are made of, with the rows of `outputs`."""
+        """The contents of the tables, with the rows of `outputs`."""
         return Contents(
             self.is_overlay,
             tuple(_name_of(op.entry) for op in self.ops),

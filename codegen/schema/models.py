@@ -142,7 +142,7 @@ class ShardSpec(Strict):
 
 
 class TiedSpec(Strict):
-    """A weight that equals another one, always or under a condition, and then has no tensor in the checkpoint."""
+    """A weight that equals another one, always or under a condition; the checkpoint may then omit its tensor."""
 
     to: str
     when: str | None = None

@@ -67,7 +67,7 @@ class RuleSpec(Strict):
     benefit: int = Field(default=1, ge=1, le=1000, description="rules with a greater benefit are tried first")
 
 
-class RanksSpec(Strict):
+class OpShardingSpec(Strict):
     """Behaviour under tensor parallelism of an op with a `reference`; for other ops it is derived."""
 
     divides: list[str] = Field(
@@ -113,7 +113,7 @@ class OpSpec(Strict):
     compute: str | None = Field(default=None, description="semantics as equations, one per line")
     fuses: list[str] | None = Field(default=None, min_length=1, description="semantics as calls of other ops")
     reference: str | None = Field(default=None, description="semantics as a torch function: templates/reference/NAME")
-    ranks: RanksSpec | None = Field(default=None, description="behaviour under tensor parallelism, for a `reference`")
+    tp: OpShardingSpec | None = Field(default=None, description="behaviour under tensor parallelism, for a `reference`")
     inplace: dict[str, str] = Field(default={}, description="output -> input that it overwrites in memory")
     cost: CostSpec | None = None
     kernel: KernelSpec | None = None

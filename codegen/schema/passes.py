@@ -71,7 +71,7 @@ class PassSpec(Strict):
     expect: dict[str, ModelNames] = Field(
         default={},
         description="rewrite: number of rewrites, as a formula over the config -> the models with this number; "
-        "`*` stands for all models that no list names",
+        "`*` is all models that no list names",
     )
     select: str | None = Field(default=None, description="merge, insert: the op type that it works on")
     limit_bytes: int | None = Field(default=None, gt=0, description="merge: maximum size of a merged transfer")

@@ -1,7 +1,7 @@
 """Pairs of text: a spec in, code out (`cases/good`); a bad spec in, the exact error out (`cases/bad`).
 
 A case is a folder. Its YAML files are an overlay on the package's specs. A good case has the expected files under
-`expected/`, by their path in the generated tree; a bad one has `error.txt`. `SAGELLM_ACCEPT=1` writes both anew.
+`expected/`, by their path in the generated tree; a bad one has `error.txt`. `SAGELLM_ACCEPT=1` rewrites both.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Tests of the compute language's core: sizes, typed trees, and that no text makes it raise anything of its own."""
+"""Tests of the compute language: sizes, typed trees, and that no text raises anything but a diagnostic."""
 
 import ast
 import random

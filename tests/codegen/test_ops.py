@@ -30,7 +30,7 @@ def ops(memo: LinkMemo) -> dict[str, OpDef]:
 
 @pytest.fixture
 def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[..., Tensor]]:
-    """Generates a good case's op from its YAML, and gives its reference kernel."""
+    """Generates a good case's op from its YAML, and returns its reference kernel."""
 
     def kernel(case: str) -> Callable[..., Tensor]:
         package = f"generated_{case}"

@@ -1,4 +1,4 @@
-"""The YAML border: what is read, where it stands, and what is refused with which words."""
+"""The YAML loader: values, their locations, and the diagnostics of refused files."""
 
 import pytest
 
