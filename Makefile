@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --disable-pip-version-check -qq --no-compile --constraint constraints.txt
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+CPP := $(wildcard runtime/kernels/cpu/*.h runtime/kernels/cpu/*.cpp generated/kernels/cpu/*.cpp benchmarks/*.cpp)
 RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
@@ -49,9 +50,10 @@ generate: $(RUN_READY) ## Generate code from specs/ into generated/
 accept: generate $(TEST_READY) ## Regenerate, rewrite the snapshots, show the changes
 	@status=0; $(PYTEST) --snapshot-update || status=$$?; git --no-pager diff --stat; exit $$status
 
-lint: $(TEST_READY) ## Check lint and format with ruff, and the wording of docs and messages
+lint: $(TEST_READY) ## Check lint and format with ruff and clang-format, and the wording of docs and messages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python tests/repo/wording.py --check
 
 types: $(TEST_READY) ## Check types with mypy --strict

@@ -27,7 +27,7 @@ from torch import Tensor
 from sageLLM.generated.kernels import cpu, reference
 from sageLLM.runtime.kernels.cpu import compiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
-from sageLLM.runtime.kernels.cpu.library import Library, Symbol
+from sageLLM.runtime.kernels.cpu.library import Library, kernel_function
 from sageLLM.runtime.kernels.cpu.packing import DTYPE_NAMES, WeightMemory, pack
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -83,7 +83,7 @@ class Ours:
         dtype, (features, inner) = weights[0].dtype, weights[0].shape
         memory = WeightMemory()
         self.packed = [pack(weight, 1, library, memory) for weight in weights]
-        self._function = Symbol(library.address("linear", DTYPE_NAMES[dtype]))
+        self._function = kernel_function(library.address("linear", DTYPE_NAMES[dtype]))
         self._shape = rows, features
         self._sizes = (ctypes.c_int64 * 6)(rows, inner, features, inner, inner, features)
 

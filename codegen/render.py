@@ -10,14 +10,14 @@ import sysconfig
 import tempfile
 import textwrap
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sageLLM.codegen.contents import Row
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
-from sageLLM.codegen.state import cache_folder
+from sageLLM.codegen.state import CPP_STYLE, cache_folder
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 LINE_LENGTH = 120
@@ -116,16 +116,18 @@ def wrap(text: str, width: int = 100, indent: int = 4) -> str:
     return ("\n" + " " * indent).join(lines)
 
 
-def format_python(outputs: Iterable[Output]) -> list[Output]:
-    """All outputs, the Python ones formatted by the pinned formatter in a single call."""
+def format_sources(outputs: Iterable[Output]) -> list[Output]:
+    """All outputs, the Python and C++ ones formatted by the pinned formatters in one call each."""
     outputs = list(outputs)
-    sources = [output for output in outputs if output.path.endswith(".py")]
+    sources = [output for output in outputs if output.path.endswith((".py", ".cpp"))]
     with tempfile.TemporaryDirectory(prefix="sagellm-") as folder:
         paths = {output.path: Path(folder, output.path) for output in sources}
         for output in sources:
             paths[output.path].parent.mkdir(parents=True, exist_ok=True)
             paths[output.path].write_text(output.text, encoding="utf-8")
-        _run_formatter(Path(folder))
+        _format_cpp([path for path in paths.values() if path.suffix == ".cpp"])
+        if any(path.suffix == ".py" for path in paths.values()):
+            _format_python(Path(folder))
         texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     return [replace(output, text=texts.get(output.path, output.text)) for output in outputs]
 
@@ -133,15 +135,25 @@ def format_python(outputs: Iterable[Output]) -> list[Output]:
 _FORMATTER_OPTIONS = ("--isolated", "--no-cache", "--quiet", "--target-version=py311")
 
 
-def _formatter() -> Path:
-    """The formatter that was installed with this package."""
-    name = "ruff.exe" if os.name == "nt" else "ruff"
+def _tool(name: str) -> Path:
+    """A formatter that was installed with this package."""
+    name = f"{name}.exe" if os.name == "nt" else name
     beside = Path(sys.executable).with_name(name)
     return beside if beside.is_file() else Path(sysconfig.get_path("scripts"), name)
 
 
-def _run_formatter(folder: Path) -> None:
-    ruff = _formatter()
+def _format_cpp(paths: Sequence[Path]) -> None:
+    """Formats the files in place. clang-format accepts any text, so this finds no errors in the C++."""
+    if paths:
+        import clang_format  # here, as most runs format no C++
+
+        # The script of this name in `bin` would start a second Python.
+        program = clang_format.get_executable("clang-format")
+        subprocess.run([program, f"--style=file:{CPP_STYLE}", "-i", *paths], check=True)
+
+
+def _format_python(folder: Path) -> None:
+    ruff = _tool("ruff")
     line = f"line-length={LINE_LENGTH}"
     # Triton is named because a file in kernels/triton would count it as its own package.
     isort = 'lint.isort={known-first-party=["sageLLM"], known-third-party=["triton"]}'

@@ -19,7 +19,8 @@ from sageLLM.codegen.facts import FileFacts
 
 FOLDER = ".cache"
 FILE = "generate.json"
-TOOLS = ("jinja2", "markupsafe", "pydantic", "pydantic-core", "pyyaml", "ruff")
+CPP_STYLE = Path(__file__).resolve().parent.parent / "templates" / "cpu" / ".clang-format"
+TOOLS = ("clang-format", "jinja2", "markupsafe", "pydantic", "pydantic-core", "pyyaml", "ruff")
 """The packages that generated text depends on."""
 
 Reads = Mapping[str, str | None]
@@ -142,8 +143,8 @@ def generator_key(package: Path) -> str:
 
 
 def formatter_key() -> str:
-    """The version of the formatter, whose result is kept as long as the unformatted text is the same."""
-    return _version("ruff")
+    """The formatters: their results are kept as long as this key and the unformatted text are the same."""
+    return f"{_version('ruff')} {_version('clang-format')} {CPP_STYLE.read_text(encoding='utf-8')}"
 
 
 def _version(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sageLLM.codegen.facts import Undeclared, read_files
-from sageLLM.codegen.render import Output, format_python
+from sageLLM.codegen.render import Output, format_sources
 from sageLLM.codegen.state import FileRecord, State, UnitRecord, formatter_key, generator_key, load_state, save_state
 from sageLLM.codegen.writer import (
     MANIFEST,
@@ -123,7 +123,7 @@ def _formatted(rendered: Iterable[Output], known: Mapping[str, FileRecord], tree
             texts[output.path] = text
         else:
             pending.append(output)
-    return texts | {output.path: output.text for output in format_python(pending)}
+    return texts | {output.path: output.text for output in format_sources(pending)}
 
 
 def _record(file: Output | FileRecord, texts: Mapping[str, str]) -> FileRecord:

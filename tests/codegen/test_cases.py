@@ -16,7 +16,7 @@ from sageLLM.codegen.codes import CODES
 from sageLLM.codegen.diagnostics import SpecErrors, render
 from sageLLM.codegen.expectations import check_expectations
 from sageLLM.codegen.link.memo import LinkMemo
-from sageLLM.codegen.render import format_python
+from sageLLM.codegen.render import format_sources
 from sageLLM.runtime.inspect.expectations import missed_expectations
 
 CASES = Path(__file__).parent / "cases"
@@ -56,7 +56,7 @@ def test_good(folder: Path, memo: LinkMemo) -> None:
     assert expected, "a good case has a file under expected/"
     outputs = {output.path: output for output in driver.emit(driver.load_and_link([folder], memo=memo))}
     names = [path.relative_to(folder / "expected").as_posix() for path in expected]
-    made = {output.path: output.text for output in format_python(outputs[name] for name in names)}
+    made = {output.path: output.text for output in format_sources(outputs[name] for name in names)}
     for name, path in zip(names, expected, strict=True):
         if ACCEPT:
             path.write_text(made[name], encoding="utf-8")

@@ -18,7 +18,7 @@ from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
-from sageLLM.runtime.kernels.cpu.library import Library, Symbol
+from sageLLM.runtime.kernels.cpu.library import Library, kernel_function
 from sageLLM.runtime.kernels.cpu.packing import (
     DTYPE_NAMES,
     PackedWeight,
@@ -61,7 +61,7 @@ def linear(library: Library, x: Tensor, w: PackedWeight, bias: Tensor | None = N
     y = framed[:rows, 2 : 2 + features]
     pointers = [x.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()]
     sizes = [rows, inner, features, x.stride(0), inner, framed.stride(0)]
-    function = Symbol(library.address("linear", DTYPE_NAMES[x.dtype]))
+    function = kernel_function(library.address("linear", DTYPE_NAMES[x.dtype]))
     function((ctypes.c_void_p * 4)(*pointers), (ctypes.c_int64 * len(sizes))(*sizes), None)
     assert framed[:, :2].isnan().all() and framed[:, 2 + features :].isnan().all() and framed[rows].isnan().all()
     return y

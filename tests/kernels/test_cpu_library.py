@@ -1,5 +1,6 @@
 """Loader of native kernels: one op from its spec entry to torch, compiled once."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from sageLLM.generated.kernels import cpu, reference
 from sageLLM.runtime.kernels.cpu import compiler
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable, row_strides
-from sageLLM.runtime.kernels.cpu.library import Library
+from sageLLM.runtime.kernels.cpu.library import KernelError, Library
+from sageLLM.runtime.kernels.cpu.native import NativeRunner
 
 SOURCES = Path(cpu.__file__).parent
 found = compiler.find_compiler()
@@ -61,6 +63,55 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert compiler.build(source, "bf16", found) != first
     source.write_text(source.read_text().replace("{1}", "{2}"))
     assert compiler.build(source, "f32", found) != first
+
+
+FAILING = """#include "sage.h"
+using namespace sage;
+SAGE_KERNEL(huge) {
+    parallel_for(sizes[0], [&](int64_t part) { scratch<char>(Scratch::PREPARED_ROWS, part % 2 ? 64 : sizes[1]); });
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("parts", [1, 10])
+def test_a_kernel_that_fails_raises(tmp_path: Path, num_threads: int, parts: int) -> None:
+    """An allocation that fails, in the caller or in a part of a parallel loop; the next call works."""
+    assert found is not None
+    source = tmp_path / "huge.cpp"
+    source.write_text(FAILING)
+    kernels = Library({}, tmp_path, found)
+    huge, before = kernels.helper(str(source), "huge", "f32"), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        kernels.set_num_threads()
+        for _ in range(3):
+            with pytest.raises(KernelError, match=r"^huge: cannot allocate \d{19} bytes of scratch memory$"):
+                huge(None, (ctypes.c_int64 * 2)(parts, 2**60), None)
+            assert huge(None, (ctypes.c_int64 * 2)(parts, 1000), None) is None
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_a_failing_call_ends_the_step() -> None:
+    """The error of a kernel in a list of calls becomes an exception of the runner."""
+    assert found is not None
+    runner = NativeRunner([Library(cpu.KERNELS, SOURCES, found)], found)
+    calls = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    def record(*arguments: int) -> int | None:
+        calls.append(arguments)
+        return ctypes.addressof(message) if len(calls) == 2 else None
+
+    message = ctypes.create_string_buffer(b"second: broken")
+    address = ctypes.cast(record, ctypes.c_void_p).value or 0
+    table = (ctypes.c_int64 * 12)(*[address, 0, 0, 0] * 3)
+    with pytest.raises(KernelError, match=r"^second: broken$"):
+        runner.run(ctypes.addressof(table), 3)
+    assert len(calls) == 2
 
 
 @needs_compiler

@@ -37,7 +37,9 @@ BELOW_ENGINE = ("kv", "scheduler", "registry", "execution_graph", "kernels", "ex
 LAYERS = {
     "codegen": Layer(
         ours=("sageLLM.codegen", "sageLLM.__version__"),
-        others=frozenset({"jinja2", "networkx", "pydantic", "pydantic_core", "ruamel", "typer", "yaml"}),
+        others=frozenset(
+            {"clang_format", "jinja2", "networkx", "pydantic", "pydantic_core", "ruamel", "typer", "yaml"}
+        ),
     ),
     "generated": Layer(ours=("sageLLM.generated", "sageLLM.runtime.core")),
     "generated/kernels": Layer(

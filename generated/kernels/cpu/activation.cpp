@@ -43,7 +43,8 @@ SAGE_KERNEL(gelu_mul) {
     parallel_for_rows(R, I * R, [&](int64_t i_R) {
         sweep(I, [&](auto i_I) {
             const auto g = load(gu + i_R * gu_R, i_I);
-            store(y + i_R * y_R, i_I, to<E>(to<E>(0.5f * g * (1.0f + erf(g * 0.7071067811865476f))) * load(gu + i_R * gu_R + I, i_I)));
+            store(y + i_R * y_R, i_I,
+                  to<E>(to<E>(0.5f * g * (1.0f + erf(g * 0.7071067811865476f))) * load(gu + i_R * gu_R + I, i_I)));
         });
     });
 }
@@ -121,7 +122,8 @@ SAGE_KERNEL(sigmoid_mul) {
     const int64_t y_R = sizes[3];
     parallel_for_rows(R, I * R, [&](int64_t i_R) {
         sweep(I, [&](auto i_I) {
-            store(y + i_R * y_R, i_I, to<E>(to<E>(sigmoid(load(gu + i_R * gu_R, i_I))) * load(gu + i_R * gu_R + I, i_I)));
+            store(y + i_R * y_R, i_I,
+                  to<E>(to<E>(sigmoid(load(gu + i_R * gu_R, i_I))) * load(gu + i_R * gu_R + I, i_I)));
         });
     });
 }
@@ -244,9 +246,7 @@ SAGE_KERNEL(relu) {
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
     parallel_for_rows(R, I * R, [&](int64_t i_R) {
-        sweep(I, [&](auto i_I) {
-            store(y + i_R * y_R, i_I, relu(load(x + i_R * x_R, i_I)));
-        });
+        sweep(I, [&](auto i_I) { store(y + i_R * y_R, i_I, relu(load(x + i_R * x_R, i_I))); });
     });
 }
 
@@ -282,9 +282,7 @@ SAGE_KERNEL(sigmoid) {
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
     parallel_for_rows(R, I * R, [&](int64_t i_R) {
-        sweep(I, [&](auto i_I) {
-            store(y + i_R * y_R, i_I, to<E>(sigmoid(load(x + i_R * x_R, i_I))));
-        });
+        sweep(I, [&](auto i_I) { store(y + i_R * y_R, i_I, to<E>(sigmoid(load(x + i_R * x_R, i_I)))); });
     });
 }
 
@@ -300,9 +298,7 @@ SAGE_KERNEL(tanh) {
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[3];
     parallel_for_rows(R, I * R, [&](int64_t i_R) {
-        sweep(I, [&](auto i_I) {
-            store(y + i_R * y_R, i_I, to<E>(tanh(load(x + i_R * x_R, i_I))));
-        });
+        sweep(I, [&](auto i_I) { store(y + i_R * y_R, i_I, to<E>(tanh(load(x + i_R * x_R, i_I)))); });
     });
 }
 

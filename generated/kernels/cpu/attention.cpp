@@ -45,7 +45,8 @@ SAGE_KERNEL(paged_prefill_attention) {
     const bool has_softcap = attrs[2] == attrs[2];
     const float softcap = has_softcap ? (float)attrs[2] : 0;
     // score: 16 scaled products; m: the position of the query; n: those of the keys; h: the query head
-    const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
+    const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n,
+                               [[maybe_unused]] int32_t h) {
         return has_softcap ? softcap * tanh(score / softcap) : score;
     };
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
@@ -61,13 +62,11 @@ SAGE_KERNEL(paged_prefill_attention) {
     const bool modifies_scores = has_softcap, is_range = true;  // is_range: the mask is equivalent to the range
     const AttentionHooks hooks = {score_mod, mask_mod, range, modifies_scores, is_range};
     const PagedKeys<E> keys = {
-        k_cache, k_cache_PG, k_cache_BS, k_cache_Nkv, v_cache, v_cache_PG, v_cache_BS, v_cache_Nkv,
-        block_table, block_table_B, BS, seq_lens, q_start,
+        k_cache,     k_cache_PG,  k_cache_BS,    k_cache_Nkv, v_cache,  v_cache_PG, v_cache_BS,
+        v_cache_Nkv, block_table, block_table_B, BS,          seq_lens, q_start,
     };
     const AttentionCall<E> call = {
-        B, Nq, Nkv, D, Dv,
-        q, q_T, q_Nq, o, o_T, o_Nq,
-        sinks, slopes, scale,
+        B, Nq, Nkv, D, Dv, q, q_T, q_Nq, o, o_T, o_Nq, sinks, slopes, scale,
     };
     attend(call, keys, hooks);
 }
@@ -108,7 +107,8 @@ SAGE_KERNEL(paged_decode_attention) {
     const bool has_softcap = attrs[2] == attrs[2];
     const float softcap = has_softcap ? (float)attrs[2] : 0;
     // score: 16 scaled products; m: the position of the query; n: those of the keys; h: the query head
-    const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
+    const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n,
+                               [[maybe_unused]] int32_t h) {
         return has_softcap ? softcap * tanh(score / softcap) : score;
     };
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
@@ -124,13 +124,11 @@ SAGE_KERNEL(paged_decode_attention) {
     const bool modifies_scores = has_softcap, is_range = true;  // is_range: the mask is equivalent to the range
     const AttentionHooks hooks = {score_mod, mask_mod, range, modifies_scores, is_range};
     const PagedKeys<E> keys = {
-        k_cache, k_cache_PG, k_cache_BS, k_cache_Nkv, v_cache, v_cache_PG, v_cache_BS, v_cache_Nkv,
-        block_table, block_table_B, BS, seq_lens, nullptr,
+        k_cache,     k_cache_PG,  k_cache_BS,    k_cache_Nkv, v_cache,  v_cache_PG, v_cache_BS,
+        v_cache_Nkv, block_table, block_table_B, BS,          seq_lens, nullptr,
     };
     const AttentionCall<E> call = {
-        B, Nq, Nkv, D, Dv,
-        q, q_B, q_Nq, o, o_B, o_Nq,
-        sinks, slopes, scale,
+        B, Nq, Nkv, D, Dv, q, q_B, q_Nq, o, o_B, o_Nq, sinks, slopes, scale,
     };
     attend(call, keys, hooks);
 }

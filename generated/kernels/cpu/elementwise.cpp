@@ -22,9 +22,8 @@ SAGE_KERNEL(add) {
     E* z = (E*)tensors[2];
     const int64_t z_R = sizes[4];
     parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        sweep(H, [&](auto i_H) {
-            store(z + i_R * z_R, i_H, to<E>(load(x + i_R * x_R, i_H) + load(y + i_R * y_R, i_H)));
-        });
+        sweep(H,
+              [&](auto i_H) { store(z + i_R * z_R, i_H, to<E>(load(x + i_R * x_R, i_H) + load(y + i_R * y_R, i_H))); });
     });
 }
 
@@ -42,9 +41,8 @@ SAGE_KERNEL(mul) {
     E* z = (E*)tensors[2];
     const int64_t z_R = sizes[4];
     parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        sweep(H, [&](auto i_H) {
-            store(z + i_R * z_R, i_H, to<E>(load(x + i_R * x_R, i_H) * load(y + i_R * y_R, i_H)));
-        });
+        sweep(H,
+              [&](auto i_H) { store(z + i_R * z_R, i_H, to<E>(load(x + i_R * x_R, i_H) * load(y + i_R * y_R, i_H))); });
     });
 }
 
@@ -61,9 +59,7 @@ SAGE_KERNEL(mul_weight) {
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[3];
     parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        sweep(H, [&](auto i_H) {
-            store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) * load(w, i_H)));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) * load(w, i_H))); });
     });
 }
 
@@ -80,9 +76,7 @@ SAGE_KERNEL(add_bias) {
     E* y = (E*)tensors[2];
     const int64_t y_R = sizes[3];
     parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        sweep(H, [&](auto i_H) {
-            store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) + load(bias, i_H)));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) + load(bias, i_H))); });
     });
 }
 
@@ -119,9 +113,7 @@ SAGE_KERNEL(scale) {
     const int64_t y_R = sizes[3];
     const float factor = (float)attrs[0];
     parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        sweep(H, [&](auto i_H) {
-            store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) * factor));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_R * y_R, i_H, to<E>(load(x + i_R * x_R, i_H) * factor)); });
     });
 }
 
@@ -138,9 +130,7 @@ SAGE_KERNEL(soft_cap) {
     const int64_t y_R = sizes[3];
     const float cap = (float)attrs[0];
     parallel_for_rows(R, H * R, [&](int64_t i_R) {
-        sweep(H, [&](auto i_H) {
-            store(y + i_R * y_R, i_H, to<E>(tanh(load(x + i_R * x_R, i_H) / cap) * cap));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_R * y_R, i_H, to<E>(tanh(load(x + i_R * x_R, i_H) / cap) * cap)); });
     });
 }
 

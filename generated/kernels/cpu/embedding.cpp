@@ -23,9 +23,7 @@ SAGE_KERNEL(embedding) {
     const int64_t y_T = sizes[4];
     parallel_for_rows(T, H * T, [&](int64_t i_T) {
         const int64_t i_V = ids[i_T];
-        sweep(H, [&](auto i_H) {
-            store(y + i_T * y_T, i_H, load(table + i_V * table_V, i_H));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_T * y_T, i_H, load(table + i_V * table_V, i_H)); });
     });
 }
 
@@ -37,9 +35,7 @@ SAGE_KERNEL(embedding_packed) {
     const E* table = (const E*)tensors[1];
     E* y = (E*)tensors[2];
     const int64_t y_T = sizes[4];
-    parallel_for_rows(T, T * H, [&](int64_t i_T) {
-        unpack_row(y + i_T * y_T, table, ids[i_T], H);
-    });
+    parallel_for_rows(T, T * H, [&](int64_t i_T) { unpack_row(y + i_T * y_T, table, ids[i_T], H); });
 }
 
 // specs/ops/embedding.yaml: embedding_shard
@@ -62,9 +58,7 @@ SAGE_KERNEL(embedding_shard) {
         const int64_t row = ids[i_T] - first;
         const bool held = row >= 0 & row < V;
         const int64_t i_V = minimum(maximum(row, 0), V - 1);
-        sweep(H, [&](auto i_H) {
-            store(y + i_T * y_T, i_H, where(held, load(table + i_V * table_V, i_H), 0.0f));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_T * y_T, i_H, where(held, load(table + i_V * table_V, i_H), 0.0f)); });
     });
 }
 
@@ -83,9 +77,7 @@ SAGE_KERNEL(position_embedding) {
     const int64_t offset = (int64_t)attrs[0];
     parallel_for_rows(T, H * T, [&](int64_t i_T) {
         const int64_t i_P = pos[i_T] + offset;
-        sweep(H, [&](auto i_H) {
-            store(y + i_T * y_T, i_H, load(table + i_P * table_P, i_H));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_T * y_T, i_H, load(table + i_P * table_P, i_H)); });
     });
 }
 
@@ -103,9 +95,7 @@ SAGE_KERNEL(select_rows) {
     const int64_t y_S = sizes[4];
     parallel_for_rows(S, H * S, [&](int64_t i_S) {
         const int64_t i_T = rows[i_S];
-        sweep(H, [&](auto i_H) {
-            store(y + i_S * y_S, i_H, load(x + i_T * x_T, i_H));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_S * y_S, i_H, load(x + i_T * x_T, i_H)); });
     });
 }
 

@@ -11,8 +11,7 @@ using E = SAGE_ELEMENT;
 using G = SAGE_ELEMENT;
 
 // specs/hardware/cpu.yaml: cpu, gemm
-static const Microkernel<SAGE_ELEMENT>& MICROKERNEL =
-    select_microkernel<SAGE_ELEMENT, 6, 4, 6, 1>();
+static const Microkernel<SAGE_ELEMENT>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, 6, 4, 6, 1>();
 constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
 
 // specs/ops/experts.yaml: router_logits
@@ -31,12 +30,12 @@ SAGE_KERNEL(router_logits) {
     float* logits = (float*)tensors[3];
     const int64_t logits_T = sizes[5];
     const GemmArgs<E> args = {T, K, X, 1, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_T) { return x + i_T * x_T; },
-            [&](int64_t i_T, auto i_X, const float* sums) {
-                const auto acc = load(sums, Block{0});
-                store(logits + i_T * logits_T, i_X, bias ? acc + load(bias, i_X) : acc);
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_T) { return x + i_T * x_T; },
+        [&](int64_t i_T, auto i_X, const float* sums) {
+            const auto acc = load(sums, Block{0});
+            store(logits + i_T * logits_T, i_X, bias ? acc + load(bias, i_X) : acc);
+        });
 }
 
 // specs/ops/experts.yaml: topk_router
@@ -63,11 +62,11 @@ SAGE_KERNEL(topk_router) {
     const Routing routing = {A, scoring == 0, renormalize, factor, groups, top_groups, group_score == 1 ? 2 : 1};
     parallel_for_rows(T, T * X, [&](int64_t row) {
         const int64_t count = X;
-        float* expert_scores = scratch<float>(0, 2 * count);
+        float* expert_scores = scratch<float>(Scratch::EXPERT_SCORES, 2 * count);
         sweep(count, [&](auto i) { store(expert_scores, i, load(logits + row * logits_T, i)); });
         sweep(count, [&](auto i) { store(expert_scores + count, i, bias ? load(bias, i) : Floats{}); });
-        route(expert_scores, expert_scores + count, count, routing,
-              experts + row * experts_T, weights + row * weights_T);
+        route(expert_scores, expert_scores + count, count, routing, experts + row * experts_T,
+              weights + row * weights_T);
     });
 }
 
@@ -93,17 +92,18 @@ SAGE_KERNEL(expert_linear) {
     const int64_t y_A = sizes[11];
     const Routes routes(experts, experts_T, T, A, X);
     const GemmArgs<E> args = {0, K, N, 1, w};
-    grouped_gemm(MICROKERNEL, TUNING, X, args,
-            [&](int64_t i_X) { return routes.rows(i_X); },
-            [&](int64_t i_X, int64_t row) {
-                const Route route = routes.at(i_X, row);
-                return x + route.token * x_T;
-            },
-            [&](int64_t i_X, int64_t row, auto i_N, const float* sums) {
-                const Route route = routes.at(i_X, row);
-                const Floats acc = load(sums, Block{0});
-                store(y + route.token * y_T + route.choice * y_A, i_N, to<E>(bias ? acc + load(bias + i_X * bias_X, i_N) : acc));
-            });
+    grouped_gemm(
+        MICROKERNEL, TUNING, X, args, [&](int64_t i_X) { return routes.rows(i_X); },
+        [&](int64_t i_X, int64_t row) {
+            const Route route = routes.at(i_X, row);
+            return x + route.token * x_T;
+        },
+        [&](int64_t i_X, int64_t row, auto i_N, const float* sums) {
+            const Route route = routes.at(i_X, row);
+            const Floats acc = load(sums, Block{0});
+            store(y + route.token * y_T + route.choice * y_A, i_N,
+                  to<E>(bias ? acc + load(bias + i_X * bias_X, i_N) : acc));
+        });
 }
 
 // specs/ops/experts.yaml: expert_down
@@ -129,17 +129,18 @@ SAGE_KERNEL(expert_down) {
     const int64_t y_A = sizes[12];
     const Routes routes(experts, experts_T, T, A, X);
     const GemmArgs<E> args = {0, K, N, 1, w};
-    grouped_gemm(MICROKERNEL, TUNING, X, args,
-            [&](int64_t i_X) { return routes.rows(i_X); },
-            [&](int64_t i_X, int64_t row) {
-                const Route route = routes.at(i_X, row);
-                return x + route.token * x_T + route.choice * x_A;
-            },
-            [&](int64_t i_X, int64_t row, auto i_N, const float* sums) {
-                const Route route = routes.at(i_X, row);
-                const Floats acc = load(sums, Block{0});
-                store(y + route.token * y_T + route.choice * y_A, i_N, to<E>(bias ? acc + load(bias + i_X * bias_X, i_N) : acc));
-            });
+    grouped_gemm(
+        MICROKERNEL, TUNING, X, args, [&](int64_t i_X) { return routes.rows(i_X); },
+        [&](int64_t i_X, int64_t row) {
+            const Route route = routes.at(i_X, row);
+            return x + route.token * x_T + route.choice * x_A;
+        },
+        [&](int64_t i_X, int64_t row, auto i_N, const float* sums) {
+            const Route route = routes.at(i_X, row);
+            const Floats acc = load(sums, Block{0});
+            store(y + route.token * y_T + route.choice * y_A, i_N,
+                  to<E>(bias ? acc + load(bias + i_X * bias_X, i_N) : acc));
+        });
 }
 
 // specs/ops/experts.yaml: combine_experts

@@ -38,10 +38,12 @@ SAGE_KERNEL(kv_store) {
         const int64_t i_PG = floor_divide(slots[i_T], BS);
         const int64_t i_BS = floor_remainder(slots[i_T], BS);
         sweep(D, [&](auto i_D) {
-            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_D, load(k + i_T * k_T + i_Nkv * k_Nkv, i_D));
+            store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_D,
+                  load(k + i_T * k_T + i_Nkv * k_Nkv, i_D));
         });
         sweep(Dv, [&](auto i_Dv) {
-            store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_Dv, load(v + i_T * v_T + i_Nkv * v_Nkv, i_Dv));
+            store(v_out + i_PG * v_out_PG + i_BS * v_out_BS + i_Nkv * v_out_Nkv, i_Dv,
+                  load(v + i_T * v_T + i_Nkv * v_Nkv, i_Dv));
         });
     });
 }

@@ -10,8 +10,7 @@ namespace sage {
 using E = SAGE_ELEMENT;
 
 // specs/hardware/cpu.yaml: cpu, gemm
-static const Microkernel<SAGE_ELEMENT>& MICROKERNEL =
-    select_microkernel<SAGE_ELEMENT, 6, 4, 6, 1>();
+static const Microkernel<SAGE_ELEMENT>& MICROKERNEL = select_microkernel<SAGE_ELEMENT, 6, 4, 6, 1>();
 constexpr Tuning TUNING = {655360, 262144, 128, 1024, 4};
 
 // specs/ops/linear.yaml: linear
@@ -30,12 +29,12 @@ SAGE_KERNEL(linear) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
     const GemmArgs<E> args = {R, K, N, 1, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_R) { return x + i_R * x_R; },
-            [&](int64_t i_R, auto i_N, const float* sums) {
-                const auto acc = load(sums, Block{0});
-                store(y + i_R * y_R, i_N, to<E>(bias ? acc + load(bias, i_N) : acc));
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
+        [&](int64_t i_R, auto i_N, const float* sums) {
+            const auto acc = load(sums, Block{0});
+            store(y + i_R * y_R, i_N, to<E>(bias ? acc + load(bias, i_N) : acc));
+        });
 }
 
 // specs/ops/linear.yaml: lm_head
@@ -54,12 +53,12 @@ SAGE_KERNEL(lm_head) {
     float* logits = (float*)tensors[3];
     const int64_t logits_S = sizes[5];
     const GemmArgs<E> args = {S, H, V, 1, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_S) { return x + i_S * x_S; },
-            [&](int64_t i_S, auto i_V, const float* sums) {
-                const auto acc = load(sums, Block{0});
-                store(logits + i_S * logits_S, i_V, to<E>(bias ? acc + load(bias, i_V) : acc));
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_S) { return x + i_S * x_S; },
+        [&](int64_t i_S, auto i_V, const float* sums) {
+            const auto acc = load(sums, Block{0});
+            store(logits + i_S * logits_S, i_V, to<E>(bias ? acc + load(bias, i_V) : acc));
+        });
 }
 
 // specs/ops/linear.yaml: head_linear
@@ -79,12 +78,12 @@ SAGE_KERNEL(head_linear) {
     const int64_t y_T = sizes[8];
     const int64_t y_N = sizes[9];
     const GemmArgs<E> args = {T, K, M, 1, w};
-    grouped_gemm(MICROKERNEL, TUNING, N, args,
-            [&](int64_t) { return T; },
-            [&](int64_t i_N, int64_t i_T) { return x + i_T * x_T + i_N * x_N; },
-            [&](int64_t i_N, int64_t i_T, auto i_M, const float* sums) {
-                store(y + i_T * y_T + i_N * y_N, i_M, to<E>(load(sums, Block{0})));
-            });
+    grouped_gemm(
+        MICROKERNEL, TUNING, N, args, [&](int64_t) { return T; },
+        [&](int64_t i_N, int64_t i_T) { return x + i_T * x_T + i_N * x_N; },
+        [&](int64_t i_N, int64_t i_T, auto i_M, const float* sums) {
+            store(y + i_T * y_T + i_N * y_N, i_M, to<E>(load(sums, Block{0})));
+        });
 }
 
 // specs/ops/linear.yaml: linear_silu_mul
@@ -103,12 +102,14 @@ SAGE_KERNEL(linear_silu_mul) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
     const GemmArgs<E> args = {R, K, I, 2, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_R) { return x + i_R * x_R; },
-            [&](int64_t i_R, auto i_I, const float* sums) {
-                const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, i_I) : load(sums, Block{0}));
-                store(y + i_R * y_R, i_I, to<E>(to<E>(g * sigmoid(g)) * to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, i_I) : load(sums, Block{1 * PANEL}))));
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
+        [&](int64_t i_R, auto i_I, const float* sums) {
+            const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, i_I) : load(sums, Block{0}));
+            store(y + i_R * y_R, i_I,
+                  to<E>(to<E>(g * sigmoid(g)) * to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, i_I)
+                                                           : load(sums, Block{1 * PANEL}))));
+        });
 }
 
 // specs/ops/linear.yaml: linear_gelu_mul
@@ -127,12 +128,15 @@ SAGE_KERNEL(linear_gelu_mul) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
     const GemmArgs<E> args = {R, K, I, 2, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_R) { return x + i_R * x_R; },
-            [&](int64_t i_R, auto i_I, const float* sums) {
-                const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, i_I) : load(sums, Block{0}));
-                store(y + i_R * y_R, i_I, to<E>(to<E>(0.5f * g * (1.0f + erf(g * 0.7071067811865476f))) * to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, i_I) : load(sums, Block{1 * PANEL}))));
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
+        [&](int64_t i_R, auto i_I, const float* sums) {
+            const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, i_I) : load(sums, Block{0}));
+            store(
+                y + i_R * y_R, i_I,
+                to<E>(to<E>(0.5f * g * (1.0f + erf(g * 0.7071067811865476f))) *
+                      to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, i_I) : load(sums, Block{1 * PANEL}))));
+        });
 }
 
 // specs/ops/linear.yaml: linear_gelu_tanh_mul
@@ -151,13 +155,16 @@ SAGE_KERNEL(linear_gelu_tanh_mul) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
     const GemmArgs<E> args = {R, K, I, 2, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_R) { return x + i_R * x_R; },
-            [&](int64_t i_R, auto i_I, const float* sums) {
-                const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, i_I) : load(sums, Block{0}));
-                const auto inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
-                store(y + i_R * y_R, i_I, to<E>(to<E>(0.5f * g * (1.0f + tanh(inner))) * to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, i_I) : load(sums, Block{1 * PANEL}))));
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
+        [&](int64_t i_R, auto i_I, const float* sums) {
+            const auto g = to<E>(bias ? load(sums, Block{0}) + load(bias, i_I) : load(sums, Block{0}));
+            const auto inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+            store(
+                y + i_R * y_R, i_I,
+                to<E>(to<E>(0.5f * g * (1.0f + tanh(inner))) *
+                      to<E>(bias ? load(sums, Block{1 * PANEL}) + load(bias + I, i_I) : load(sums, Block{1 * PANEL}))));
+        });
 }
 
 // specs/ops/linear.yaml: linear_gelu
@@ -176,14 +183,14 @@ SAGE_KERNEL(linear_gelu) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
     const GemmArgs<E> args = {R, K, N, 1, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_R) { return x + i_R * x_R; },
-            [&](int64_t i_R, auto i_N, const float* sums) {
-                const auto acc = load(sums, Block{0});
-                const auto h = to<E>(bias ? acc + load(bias, i_N) : acc);
-                const auto v = h;
-                store(y + i_R * y_R, i_N, to<E>(0.5f * v * (1.0f + erf(v * 0.7071067811865476f))));
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
+        [&](int64_t i_R, auto i_N, const float* sums) {
+            const auto acc = load(sums, Block{0});
+            const auto h = to<E>(bias ? acc + load(bias, i_N) : acc);
+            const auto v = h;
+            store(y + i_R * y_R, i_N, to<E>(0.5f * v * (1.0f + erf(v * 0.7071067811865476f))));
+        });
 }
 
 // specs/ops/linear.yaml: linear_gelu_tanh
@@ -202,15 +209,15 @@ SAGE_KERNEL(linear_gelu_tanh) {
     E* y = (E*)tensors[3];
     const int64_t y_R = sizes[5];
     const GemmArgs<E> args = {R, K, N, 1, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_R) { return x + i_R * x_R; },
-            [&](int64_t i_R, auto i_N, const float* sums) {
-                const auto acc = load(sums, Block{0});
-                const auto h = to<E>(bias ? acc + load(bias, i_N) : acc);
-                const auto v = h;
-                const auto inner = 0.7978845608028654f * (v + 0.044715f * v * v * v);
-                store(y + i_R * y_R, i_N, to<E>(0.5f * v * (1.0f + tanh(inner))));
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
+        [&](int64_t i_R, auto i_N, const float* sums) {
+            const auto acc = load(sums, Block{0});
+            const auto h = to<E>(bias ? acc + load(bias, i_N) : acc);
+            const auto v = h;
+            const auto inner = 0.7978845608028654f * (v + 0.044715f * v * v * v);
+            store(y + i_R * y_R, i_N, to<E>(0.5f * v * (1.0f + tanh(inner))));
+        });
 }
 
 // specs/ops/linear.yaml: linear_add
@@ -231,13 +238,13 @@ SAGE_KERNEL(linear_add) {
     E* y = (E*)tensors[4];
     const int64_t y_R = sizes[6];
     const GemmArgs<E> args = {R, K, N, 1, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_R) { return x + i_R * x_R; },
-            [&](int64_t i_R, auto i_N, const float* sums) {
-                const auto acc = load(sums, Block{0});
-                const auto h = to<E>(bias ? acc + load(bias, i_N) : acc);
-                store(y + i_R * y_R, i_N, to<E>(load(residual + i_R * residual_R, i_N) + h));
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_R) { return x + i_R * x_R; },
+        [&](int64_t i_R, auto i_N, const float* sums) {
+            const auto acc = load(sums, Block{0});
+            const auto h = to<E>(bias ? acc + load(bias, i_N) : acc);
+            store(y + i_R * y_R, i_N, to<E>(load(residual + i_R * residual_R, i_N) + h));
+        });
 }
 
 // specs/ops/linear.yaml: lm_head_scale
@@ -257,13 +264,13 @@ SAGE_KERNEL(lm_head_scale) {
     const int64_t logits_S = sizes[5];
     const float factor = (float)attrs[0];
     const GemmArgs<E> args = {S, H, V, 1, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_S) { return x + i_S * x_S; },
-            [&](int64_t i_S, auto i_V, const float* sums) {
-                const auto acc = load(sums, Block{0});
-                const auto raw = to<E>(bias ? acc + load(bias, i_V) : acc);
-                store(logits + i_S * logits_S, i_V, raw * factor);
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_S) { return x + i_S * x_S; },
+        [&](int64_t i_S, auto i_V, const float* sums) {
+            const auto acc = load(sums, Block{0});
+            const auto raw = to<E>(bias ? acc + load(bias, i_V) : acc);
+            store(logits + i_S * logits_S, i_V, raw * factor);
+        });
 }
 
 // specs/ops/linear.yaml: lm_head_soft_cap
@@ -283,13 +290,13 @@ SAGE_KERNEL(lm_head_soft_cap) {
     const int64_t logits_S = sizes[5];
     const float cap = (float)attrs[0];
     const GemmArgs<E> args = {S, H, V, 1, w};
-    gemm(MICROKERNEL, TUNING, args,
-            [&](int64_t i_S) { return x + i_S * x_S; },
-            [&](int64_t i_S, auto i_V, const float* sums) {
-                const auto acc = load(sums, Block{0});
-                const auto raw = to<E>(bias ? acc + load(bias, i_V) : acc);
-                store(logits + i_S * logits_S, i_V, tanh(raw / cap) * cap);
-            });
+    gemm(
+        MICROKERNEL, TUNING, args, [&](int64_t i_S) { return x + i_S * x_S; },
+        [&](int64_t i_S, auto i_V, const float* sums) {
+            const auto acc = load(sums, Block{0});
+            const auto raw = to<E>(bias ? acc + load(bias, i_V) : acc);
+            store(logits + i_S * logits_S, i_V, tanh(raw / cap) * cap);
+        });
 }
 
 // specs/ops/linear.yaml: lm_head_sample
@@ -316,14 +323,15 @@ SAGE_KERNEL(lm_head_sample) {
     const GemmArgs<E> args = {S, H, V, 1, w};
     const GemmParts parts = gemm_parts(TUNING, args);
     const SampleEpilogue epilogue(S, parts.columns);
-    gemm_by_part(MICROKERNEL, TUNING, args, parts,
-            [&](int64_t i_S) { return x + i_S * x_S; },
-            [&](int64_t part) {
-                return [&, part_epilogue = epilogue.part(part)](int64_t i_S, auto i_V, const float* sums) {
-                    const auto acc = load(sums, Block{0});
-                    store(logits + i_S * logits_S, i_V, part_epilogue.observe(i_S, i_V, to<E>(bias ? acc + load(bias, i_V) : acc)));
-                };
-            });
+    gemm_by_part(
+        MICROKERNEL, TUNING, args, parts, [&](int64_t i_S) { return x + i_S * x_S; },
+        [&](int64_t part) {
+            return [&, part_epilogue = epilogue.part(part)](int64_t i_S, auto i_V, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                store(logits + i_S * logits_S, i_V,
+                      part_epilogue.observe(i_S, i_V, to<E>(bias ? acc + load(bias, i_V) : acc)));
+            };
+        });
     const CandidateFilters filters = {temperature, top_k, top_p, min_p, noise};
     parallel_for_rows(S, filters.may_draw() ? S * V : S, [&](int64_t row) {
         const float* row_logits = logits + row * logits_S;
@@ -356,15 +364,15 @@ SAGE_KERNEL(lm_head_scale_sample) {
     const GemmArgs<E> args = {S, H, V, 1, w};
     const GemmParts parts = gemm_parts(TUNING, args);
     const SampleEpilogue epilogue(S, parts.columns);
-    gemm_by_part(MICROKERNEL, TUNING, args, parts,
-            [&](int64_t i_S) { return x + i_S * x_S; },
-            [&](int64_t part) {
-                return [&, part_epilogue = epilogue.part(part)](int64_t i_S, auto i_V, const float* sums) {
-                    const auto acc = load(sums, Block{0});
-                    const auto raw = to<E>(bias ? acc + load(bias, i_V) : acc);
-                    store(logits + i_S * logits_S, i_V, part_epilogue.observe(i_S, i_V, raw * factor));
-                };
-            });
+    gemm_by_part(
+        MICROKERNEL, TUNING, args, parts, [&](int64_t i_S) { return x + i_S * x_S; },
+        [&](int64_t part) {
+            return [&, part_epilogue = epilogue.part(part)](int64_t i_S, auto i_V, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                const auto raw = to<E>(bias ? acc + load(bias, i_V) : acc);
+                store(logits + i_S * logits_S, i_V, part_epilogue.observe(i_S, i_V, raw * factor));
+            };
+        });
     const CandidateFilters filters = {temperature, top_k, top_p, min_p, noise};
     parallel_for_rows(S, filters.may_draw() ? S * V : S, [&](int64_t row) {
         const float* row_logits = logits + row * logits_S;
@@ -397,15 +405,15 @@ SAGE_KERNEL(lm_head_soft_cap_sample) {
     const GemmArgs<E> args = {S, H, V, 1, w};
     const GemmParts parts = gemm_parts(TUNING, args);
     const SampleEpilogue epilogue(S, parts.columns);
-    gemm_by_part(MICROKERNEL, TUNING, args, parts,
-            [&](int64_t i_S) { return x + i_S * x_S; },
-            [&](int64_t part) {
-                return [&, part_epilogue = epilogue.part(part)](int64_t i_S, auto i_V, const float* sums) {
-                    const auto acc = load(sums, Block{0});
-                    const auto raw = to<E>(bias ? acc + load(bias, i_V) : acc);
-                    store(logits + i_S * logits_S, i_V, part_epilogue.observe(i_S, i_V, tanh(raw / cap) * cap));
-                };
-            });
+    gemm_by_part(
+        MICROKERNEL, TUNING, args, parts, [&](int64_t i_S) { return x + i_S * x_S; },
+        [&](int64_t part) {
+            return [&, part_epilogue = epilogue.part(part)](int64_t i_S, auto i_V, const float* sums) {
+                const auto acc = load(sums, Block{0});
+                const auto raw = to<E>(bias ? acc + load(bias, i_V) : acc);
+                store(logits + i_S * logits_S, i_V, part_epilogue.observe(i_S, i_V, tanh(raw / cap) * cap));
+            };
+        });
     const CandidateFilters filters = {temperature, top_k, top_p, min_p, noise};
     parallel_for_rows(S, filters.may_draw() ? S * V : S, [&](int64_t row) {
         const float* row_logits = logits + row * logits_S;

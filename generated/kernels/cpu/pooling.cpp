@@ -22,9 +22,7 @@ SAGE_KERNEL(pool_first) {
     const int64_t y_B = sizes[4];
     parallel_for_rows(B, B * H, [&](int64_t i_B) {
         const int64_t i_T = q_start[i_B];
-        sweep(H, [&](auto i_H) {
-            store(y + i_B * y_B, i_H, load(x + i_T * x_T, i_H));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_B * y_B, i_H, load(x + i_T * x_T, i_H)); });
     });
 }
 
@@ -42,9 +40,7 @@ SAGE_KERNEL(pool_last) {
     const int64_t y_B = sizes[4];
     parallel_for_rows(B, B * H, [&](int64_t i_B) {
         const int64_t i_T = q_start[i_B + 1] - 1;
-        sweep(H, [&](auto i_H) {
-            store(y + i_B * y_B, i_H, load(x + i_T * x_T, i_H));
-        });
+        sweep(H, [&](auto i_H) { store(y + i_B * y_B, i_H, load(x + i_T * x_T, i_H)); });
     });
 }
 

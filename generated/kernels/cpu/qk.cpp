@@ -213,15 +213,18 @@ SAGE_KERNEL(qk_norm_rope_kv_store) {
         sweep(Dr / 2, [&](auto i_Dr) {
             const auto c = load(cos + i_P * cos_P, i_Dr);
             const auto s = load(sin + i_P * sin_P, i_Dr);
-            const auto a = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D, i_Dr) * rsqrt(ms + eps)) * load(q_norm, i_Dr));
-            const auto b = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr / 2, i_Dr) * rsqrt(ms + eps)) * load(q_norm + Dr / 2, i_Dr));
+            const auto a =
+                to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D, i_Dr) * rsqrt(ms + eps)) * load(q_norm, i_Dr));
+            const auto b = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr / 2, i_Dr) * rsqrt(ms + eps)) *
+                                 load(q_norm + Dr / 2, i_Dr));
             const auto y1 = to<E>(a * c - b * s);
             const auto y2 = to<E>(b * c + a * s);
             store(q + i_T * q_T + i_Nq * q_Nq, i_Dr, y1);
             store(q + i_T * q_T + i_Nq * q_Nq + Dr / 2, i_Dr, y2);
         });
         sweep(D - Dr, [&](auto i_DDr) {
-            const auto same = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr, i_DDr) * rsqrt(ms + eps)) * load(q_norm + Dr, i_DDr));
+            const auto same = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr, i_DDr) * rsqrt(ms + eps)) *
+                                    load(q_norm + Dr, i_DDr));
             store(q + i_T * q_T + i_Nq * q_Nq + Dr, i_DDr, same);
         });
     });
@@ -242,15 +245,20 @@ SAGE_KERNEL(qk_norm_rope_kv_store) {
         sweep(Dr / 2, [&](auto i_Dr) {
             const auto c_2 = load(cos + i_P * cos_P, i_Dr);
             const auto s_2 = load(sin + i_P * sin_P, i_Dr);
-            const auto a_2 = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_Dr) * rsqrt(ms_2 + eps)) * load(k_norm, i_Dr));
-            const auto b_2 = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr) * rsqrt(ms_2 + eps)) * load(k_norm + Dr / 2, i_Dr));
+            const auto a_2 = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_Dr) * rsqrt(ms_2 + eps)) *
+                                   load(k_norm, i_Dr));
+            const auto b_2 =
+                to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr) * rsqrt(ms_2 + eps)) *
+                      load(k_norm + Dr / 2, i_Dr));
             const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
             const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
             store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_Dr, y1_2);
             store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr / 2, i_Dr, y2_2);
         });
         sweep(D - Dr, [&](auto i_DDr) {
-            const auto same_2 = to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps)) * load(k_norm + Dr, i_DDr));
+            const auto same_2 =
+                to<E>(to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps)) *
+                      load(k_norm + Dr, i_DDr));
             store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr, i_DDr, same_2);
         });
     });
@@ -307,15 +315,18 @@ SAGE_KERNEL(qk_norm_1p_rope_kv_store) {
         sweep(Dr / 2, [&](auto i_Dr) {
             const auto c = load(cos + i_P * cos_P, i_Dr);
             const auto s = load(sin + i_P * sin_P, i_Dr);
-            const auto a = to<E>(load(qkv + i_T * qkv_T + i_Nq * D, i_Dr) * rsqrt(ms + eps) * (1.0f + load(q_norm, i_Dr)));
-            const auto b = to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr / 2, i_Dr) * rsqrt(ms + eps) * (1.0f + load(q_norm + Dr / 2, i_Dr)));
+            const auto a =
+                to<E>(load(qkv + i_T * qkv_T + i_Nq * D, i_Dr) * rsqrt(ms + eps) * (1.0f + load(q_norm, i_Dr)));
+            const auto b = to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr / 2, i_Dr) * rsqrt(ms + eps) *
+                                 (1.0f + load(q_norm + Dr / 2, i_Dr)));
             const auto y1 = to<E>(a * c - b * s);
             const auto y2 = to<E>(b * c + a * s);
             store(q + i_T * q_T + i_Nq * q_Nq, i_Dr, y1);
             store(q + i_T * q_T + i_Nq * q_Nq + Dr / 2, i_Dr, y2);
         });
         sweep(D - Dr, [&](auto i_DDr) {
-            const auto same = to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr, i_DDr) * rsqrt(ms + eps) * (1.0f + load(q_norm + Dr, i_DDr)));
+            const auto same = to<E>(load(qkv + i_T * qkv_T + i_Nq * D + Dr, i_DDr) * rsqrt(ms + eps) *
+                                    (1.0f + load(q_norm + Dr, i_DDr)));
             store(q + i_T * q_T + i_Nq * q_Nq + Dr, i_DDr, same);
         });
     });
@@ -336,15 +347,18 @@ SAGE_KERNEL(qk_norm_1p_rope_kv_store) {
         sweep(Dr / 2, [&](auto i_Dr) {
             const auto c_2 = load(cos + i_P * cos_P, i_Dr);
             const auto s_2 = load(sin + i_P * sin_P, i_Dr);
-            const auto a_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_Dr) * rsqrt(ms_2 + eps) * (1.0f + load(k_norm, i_Dr)));
-            const auto b_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr) * rsqrt(ms_2 + eps) * (1.0f + load(k_norm + Dr / 2, i_Dr)));
+            const auto a_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq, i_Dr) * rsqrt(ms_2 + eps) *
+                                   (1.0f + load(k_norm, i_Dr)));
+            const auto b_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + (2 * D * Nq + Dr) / 2, i_Dr) *
+                                   rsqrt(ms_2 + eps) * (1.0f + load(k_norm + Dr / 2, i_Dr)));
             const auto y1_2 = to<E>(a_2 * c_2 - b_2 * s_2);
             const auto y2_2 = to<E>(b_2 * c_2 + a_2 * s_2);
             store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv, i_Dr, y1_2);
             store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr / 2, i_Dr, y2_2);
         });
         sweep(D - Dr, [&](auto i_DDr) {
-            const auto same_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps) * (1.0f + load(k_norm + Dr, i_DDr)));
+            const auto same_2 = to<E>(load(qkv + i_T * qkv_T + i_Nkv * D + D * Nq + Dr, i_DDr) * rsqrt(ms_2 + eps) *
+                                      (1.0f + load(k_norm + Dr, i_DDr)));
             store(k_out + i_PG * k_out_PG + i_BS * k_out_BS + i_Nkv * k_out_Nkv + Dr, i_DDr, same_2);
         });
     });

@@ -6,7 +6,6 @@
 
 namespace sage {
 
-
 // specs/ops/sampling.yaml: sample
 // The next token of every sequence from its logits.
 //

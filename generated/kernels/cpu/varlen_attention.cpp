@@ -37,7 +37,8 @@ SAGE_KERNEL(varlen_attention) {
     const bool has_softcap = attrs[3] == attrs[3];
     const float softcap = has_softcap ? (float)attrs[3] : 0;
     // score: 16 scaled products; m: the position of the query; n: those of the keys; h: the query head
-    const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
+    const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n,
+                               [[maybe_unused]] int32_t h) {
         return has_softcap ? softcap * tanh(score / softcap) : score;
     };
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
@@ -53,12 +54,10 @@ SAGE_KERNEL(varlen_attention) {
     };
     const bool modifies_scores = has_softcap, is_range = true;  // is_range: the mask is equivalent to the range
     const AttentionHooks hooks = {score_mod, mask_mod, range, modifies_scores, is_range};
-    const ContiguousKeys<E> keys = { k, k_T, k_Nkv, v, v_T, v_Nkv, q_start};
+    const ContiguousKeys<E> keys = {k, k_T, k_Nkv, v, v_T, v_Nkv, q_start};
     const int64_t sequences = (B + 1) - 1;
     const AttentionCall<E> call = {
-        sequences, Nq, Nkv, D, D,
-        q, q_T, q_Nq, o, o_T, o_Nq,
-        nullptr, nullptr, scale,
+        sequences, Nq, Nkv, D, D, q, q_T, q_Nq, o, o_T, o_Nq, nullptr, nullptr, scale,
     };
     attend(call, keys, hooks);
 }

@@ -32,9 +32,7 @@ SAGE_KERNEL(split_qkv) {
     const int64_t v_Nkv = sizes[10];
     parallel_for_rows(Nq * T, D * Nq * T, [&](int64_t row) {
         const int64_t i_T = row / Nq, i_Nq = row % Nq;
-        sweep(D, [&](auto i_D) {
-            store(q + i_T * q_T + i_Nq * q_Nq, i_D, load(qkv + i_T * qkv_T + i_Nq * D, i_D));
-        });
+        sweep(D, [&](auto i_D) { store(q + i_T * q_T + i_Nq * q_Nq, i_D, load(qkv + i_T * qkv_T + i_Nq * D, i_D)); });
     });
     parallel_for_rows(Nkv * T, D * Nkv * T, [&](int64_t row) {
         const int64_t i_T = row / Nkv, i_Nkv = row % Nkv;
@@ -60,9 +58,7 @@ SAGE_KERNEL(merge_heads) {
     const int64_t y_T = sizes[5];
     parallel_for_rows(N * T, D * N * T, [&](int64_t row) {
         const int64_t i_T = row / N, i_N = row % N;
-        sweep(D, [&](auto i_D) {
-            store(y + i_T * y_T + i_N * D, i_D, load(x + i_T * x_T + i_N * x_N, i_D));
-        });
+        sweep(D, [&](auto i_D) { store(y + i_T * y_T + i_N * D, i_D, load(x + i_T * x_T + i_N * x_N, i_D)); });
     });
 }
 
@@ -81,9 +77,7 @@ SAGE_KERNEL(split_heads) {
     const int64_t y_N = sizes[5];
     parallel_for_rows(N * T, D * N * T, [&](int64_t row) {
         const int64_t i_T = row / N, i_N = row % N;
-        sweep(D, [&](auto i_D) {
-            store(y + i_T * y_T + i_N * y_N, i_D, load(x + i_T * x_T + i_N * D, i_D));
-        });
+        sweep(D, [&](auto i_D) { store(y + i_T * y_T + i_N * y_N, i_D, load(x + i_T * x_T + i_N * D, i_D)); });
     });
 }
 
@@ -125,12 +119,8 @@ SAGE_KERNEL(split_last) {
     E* b = (E*)tensors[2];
     const int64_t b_R = sizes[5];
     parallel_for_rows(R, R * (Na + Nb), [&](int64_t i_R) {
-        sweep(Na, [&](auto i_Na) {
-            store(a + i_R * a_R, i_Na, load(x + i_R * x_R, i_Na));
-        });
-        sweep(Nb, [&](auto i_Nb) {
-            store(b + i_R * b_R, i_Nb, load(x + i_R * x_R + Na, i_Nb));
-        });
+        sweep(Na, [&](auto i_Na) { store(a + i_R * a_R, i_Na, load(x + i_R * x_R, i_Na)); });
+        sweep(Nb, [&](auto i_Nb) { store(b + i_R * b_R, i_Nb, load(x + i_R * x_R + Na, i_Nb)); });
     });
 }
 
@@ -177,14 +167,10 @@ SAGE_KERNEL(split_rows) {
     E* b = (E*)tensors[2];
     const int64_t b_Tb = sizes[5];
     parallel_for_rows(Ta, H * Ta, [&](int64_t i_Ta) {
-        sweep(H, [&](auto i_H) {
-            store(a + i_Ta * a_Ta, i_H, load(x + i_Ta * x_D0, i_H));
-        });
+        sweep(H, [&](auto i_H) { store(a + i_Ta * a_Ta, i_H, load(x + i_Ta * x_D0, i_H)); });
     });
     parallel_for_rows(Tb, H * Tb, [&](int64_t i_Tb) {
-        sweep(H, [&](auto i_H) {
-            store(b + i_Tb * b_Tb, i_H, load(x + (i_Tb + Ta) * x_D0, i_H));
-        });
+        sweep(H, [&](auto i_H) { store(b + i_Tb * b_Tb, i_H, load(x + (i_Tb + Ta) * x_D0, i_H)); });
     });
 }
 

@@ -1,8 +1,9 @@
 // Softmax attention over keys in any layout, paged or contiguous, for one query row per sequence or thousands.
 //
-// The query heads of one key head, times some query positions, are the rows of a tile (attention_tile.h). The keys of a tile
-// are split into parts of 1024, whose softmax states are merged in order. The arithmetic of a row depends on its position and
-// its keys alone: not on other rows, on the chunks that a prompt was split into, nor on the number of threads.
+// The query heads of one key head, times some query positions, are the rows of a tile (attention_tile.h). The keys of a
+// tile are split into parts of 1024, whose softmax states are merged in order. The arithmetic of a row depends on its
+// position and its keys alone: not on other rows, on the chunks that a prompt was split into, nor on the number of
+// threads.
 #pragma once
 
 #include "attention_tile.h"
@@ -10,8 +11,8 @@
 namespace sage {
 
 constexpr int64_t KEYS_PER_PART = 1024;  // a part may be computed by another thread
-// More rows share the packed keys and values of a step, but fewer tiles leave threads without work, and the state of more
-// rows leaves the L2 cache.
+// More rows share the packed keys and values of a step, but fewer tiles leave threads without work, and the state of
+// more rows leaves the L2 cache.
 constexpr int64_t MIN_TILE_ROWS = 128, MAX_TILE_ROWS = 512;
 
 // The tiles of a call, and the amount of work.
@@ -34,15 +35,15 @@ inline int64_t positions_per_tile(const AttentionCall<E>& call, const Keys& keys
     return maximum((int64_t)BLOCK, rows / call.group() / BLOCK * BLOCK);
 }
 
-// Splits a call into tiles. The last positions of a prompt come first: they see the most keys, and a long tile at the end
-// would leave the other threads idle.
+// Splits a call into tiles. The last positions of a prompt come first: they see the most keys, and a long tile at the
+// end would leave the other threads idle.
 template <class E, class Keys, class Hooks>
 inline AttentionTiles split_tiles(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks,
                                   int64_t positions) {
     int64_t count = 0;
     for (int64_t b = 0; b < call.sequences; ++b)
         count += round_up(keys.queries(b), positions) / positions * call.key_heads;
-    AttentionTiles tiles = {scratch<AttentionTile>(4, count + 1), 0, 1, 1, 0};
+    AttentionTiles tiles = {scratch<AttentionTile>(Scratch::ATTENTION_TILES, count + 1), 0, 1, 1, 0};
     for (int64_t b = 0; b < call.sequences; ++b)
         for (int64_t start = round_up(keys.queries(b), positions) - positions; start >= 0; start -= positions)
             for (int64_t g = 0; g < call.key_heads; ++g) {
@@ -63,7 +64,7 @@ inline void attend_tiles(const AttentionCall<E>& call, const Keys& keys, const H
     const int64_t width = round_up(call.value_width, LANES), floats = SoftmaxState::floats(tiles.max_rows, width);
     const auto attend_tile = [&](int64_t t, int64_t next_tile) {
         TileWorker<Gemms, E, Keys, Hooks> worker(call, keys, hooks, tiles.tile[t]);
-        float* memory = scratch<float>(2, 2 * floats);
+        float* memory = scratch<float>(Scratch::ATTENTION_STATES, 2 * floats);
         SoftmaxState state = SoftmaxState::at(memory, tiles.max_rows);
         SoftmaxState part = SoftmaxState::at(memory + floats, tiles.max_rows);
         const KeyRange range = tile_range(keys, hooks, tiles.tile[t]);
@@ -92,7 +93,7 @@ template <class Gemms, class E, class Keys, class Hooks>
 inline void attend_parts(const AttentionCall<E>& call, const Keys& keys, const Hooks& hooks,
                          const AttentionTiles& tiles) {
     const int64_t width = round_up(call.value_width, LANES), floats = SoftmaxState::floats(tiles.max_rows, width);
-    float* memory = scratch<float>(3, tiles.count * tiles.max_parts * floats);
+    float* memory = scratch<float>(Scratch::PART_STATES, tiles.count * tiles.max_parts * floats);
     const auto state_of = [&](int64_t t, int64_t p) {
         return SoftmaxState::at(memory + (t * tiles.max_parts + p) * floats, tiles.max_rows);
     };

@@ -1,8 +1,9 @@
 // The two GEMMs of attention in bf16, on AMX or AVX512_BF16, whose operands are packed as weights are (packed.h).
 //
-// A weight of attention is split into the sum of two bf16: 16 bits of mantissa, so that rounding the weights costs next to
-// no accuracy. With few rows, AMX multiplies the keys in place by the packed queries, which is the transposed product: the
-// queries are packed once, whereas packing keys for one row costs more than the product. The sums are the same.
+// A weight of attention is split into the sum of two bf16: 16 bits of mantissa, so that rounding the weights costs next
+// to no accuracy. With few rows, AMX multiplies the keys in place by the packed queries, which is the transposed
+// product: the queries are packed once, whereas packing keys for one row costs more than the product. The sums are the
+// same.
 #pragma once
 
 #include "attention_gemm_f32.h"
@@ -37,21 +38,20 @@ inline int64_t uniform_stride(const bf16* const* row) {
 class PairGemms {
   public:
     PairGemms(int64_t rows, int64_t key_width, int64_t value_width)
-        : microkernel_(select_microkernel<bf16, 6, 4, 4, 2>()), rows_(rows), key_width_(key_width),
-          value_width_(value_width), depth_(round_up(key_width, DEPTH)), panels_(round_up(value_width, PANEL) / PANEL),
-          is_tiled_(microkernel_.row_step == BLOCK), uses_keys_in_place_(is_tiled_ && rows <= BLOCK),
-          weight_row_(is_tiled_ ? DEPTH : KEYS), weight_step_(is_tiled_ ? BLOCK : 1) {
+        : microkernel_(select_microkernel<bf16, 6, 4, 4, 2>()), scope_(microkernel_), rows_(rows),
+          key_width_(key_width), value_width_(value_width), depth_(round_up(key_width, DEPTH)),
+          panels_(round_up(value_width, PANEL) / PANEL), is_tiled_(microkernel_.row_step == BLOCK),
+          uses_keys_in_place_(is_tiled_ && rows <= BLOCK), weight_row_(is_tiled_ ? DEPTH : KEYS),
+          weight_step_(is_tiled_ ? BLOCK : 1) {
         const int64_t padded = round_up(rows, BLOCK);
-        scores_ = scratch<float>(0, 2 * BLOCK * KEYS + 2 * MAX_SUMS);
+        scores_ = scratch<float>(Scratch::ATTENTION_FLOATS, 2 * BLOCK * KEYS + 2 * MAX_SUMS);
         block_sums_ = scores_ + 2 * BLOCK * KEYS;
-        queries_ = scratch<bf16>(0, (padded + KEYS) * depth_ + 4 * BLOCK * KEYS + KEYS * round_up(panels_, 2) * PANEL);
+        const int64_t pairs = (padded + KEYS) * depth_ + 4 * BLOCK * KEYS + KEYS * round_up(panels_, 2) * PANEL;
+        queries_ = scratch<bf16>(Scratch::ATTENTION_PAIRS, pairs);
         packed_keys_ = queries_ + padded * depth_;
         weights_ = packed_keys_ + KEYS * depth_;
         packed_values_ = weights_ + 4 * BLOCK * KEYS;
-        microkernel_.begin();
     }
-    ~PairGemms() { microkernel_.end(); }
-    PairGemms(const PairGemms&) = delete;
 
     float* scores_of(int64_t block) const { return scores_ + block % 2 * BLOCK * KEYS; }
 
@@ -122,6 +122,7 @@ class PairGemms {
     };
 
     const Microkernel<bf16>& microkernel_;
+    const MicrokernelScope<bf16> scope_;
     const int64_t rows_, key_width_, value_width_, depth_, panels_;
     const bool is_tiled_, uses_keys_in_place_;
     const int64_t weight_row_, weight_step_;  // the layout of prepared weights, which depends on the microkernel
@@ -172,7 +173,8 @@ class PairGemms {
         multiply(block_sums_, upper, 0, count, KEYS, w, panels);
         multiply(lower_sums, lower, 0, count, KEYS, w, panels);
         for (int64_t r = 0; r < count; ++r)
-            for (int64_t at = r * panels * PANEL, to = r * width; at < (r + 1) * panels * PANEL; at += LANES, to += LANES)
+            for (int64_t at = r * panels * PANEL, to = r * width; at < (r + 1) * panels * PANEL;
+                 at += LANES, to += LANES)
                 store(sums, Block{to},
                       load(sums, Block{to}) + load(block_sums_, Block{at}) + load(lower_sums, Block{at}));
     }

@@ -1,9 +1,10 @@
-// The two GEMMs of attention in float32: queries times 64 keys, and their weights times 64 values, for 16 query rows at a time.
+// The two GEMMs of attention in float32: queries times 64 keys, and their weights times 64 values, for 16 query rows at
+// a time.
 //
-// A class of GEMMs has the packed queries of a tile and the packed keys and values of one step, which all row blocks of the
-// tile use. `multiply_keys` computes scores [BLOCK, KEYS]; `store_weights` replaces them by weights, and `add_values` reads
-// those. Rows of keys and values are passed as pointers. The result of a row depends neither on the other rows nor on their
-// number. attention_gemm_bf16.h has the same interface for processors that multiply bf16.
+// A class of GEMMs has the packed queries of a tile and the packed keys and values of one step, which all row blocks of
+// the tile use. `multiply_keys` computes scores [BLOCK, KEYS]; `store_weights` replaces them by weights, and
+// `add_values` reads those. Rows of keys and values are passed as pointers. The result of a row depends neither on the
+// other rows nor on their number. attention_gemm_bf16.h has the same interface for processors that multiply bf16.
 #pragma once
 
 #include "isa.h"
@@ -32,8 +33,7 @@ inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_
                            int64_t depth, bool accumulate) {
     Floats sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v)
-            sum[r][v] = accumulate ? load(c + r * c_row + v * LANES, Block{0}) : Floats{};
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = accumulate ? load(c + r * c_row + v * LANES, Block{0}) : Floats{};
     for (int64_t k = 0; k < depth; ++k) {
         Floats b_vectors[VECTORS];
         for (int v = 0; v < VECTORS; ++v) b_vectors[v] = load(b + k * b_row + v * LANES, Block{0});
@@ -58,8 +58,8 @@ inline void multiply_columns(const float* a, int64_t a_row, const float* b, int6
 }
 
 // `columns` must be a multiple of LANES.
-inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
-                     int64_t columns, int64_t depth, bool accumulate) {
+inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row,
+                     int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
     int64_t at = 0;
     for (; at + 4 * LANES <= columns; at += 4 * LANES)
         multiply_columns<4>(a, a_row, b + at, b_row, c + at, c_row, rows, depth, accumulate);
@@ -73,7 +73,8 @@ class FloatGemms {
     FloatGemms(int64_t rows, int64_t key_width, int64_t value_width)
         : rows_(rows), key_width_(key_width), value_width_(value_width), depth_(round_up(key_width, LANES)),
           width_(round_up(value_width, LANES)) {
-        queries_ = scratch<float>(0, rows_ * depth_ + depth_ * KEYS + KEYS * width_ + 3 * BLOCK * KEYS);
+        const int64_t floats = rows_ * depth_ + depth_ * KEYS + KEYS * width_ + 3 * BLOCK * KEYS;
+        queries_ = scratch<float>(Scratch::ATTENTION_FLOATS, floats);
         packed_keys_ = queries_ + rows_ * depth_;
         packed_values_ = packed_keys_ + depth_ * KEYS;
         scores_ = packed_values_ + KEYS * width_;

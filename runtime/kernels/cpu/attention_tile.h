@@ -1,7 +1,8 @@
 // One tile of attention: the query heads of one key head, times some query positions, over its keys 64 at a time.
 //
-// The keys and values of a step are packed once for all rows of the tile (Dao et al. 2022). Rows are computed in blocks of
-// 16; blocks that see no key of a step are skipped, and masks are evaluated only if not all pairs of a block are visible.
+// The keys and values of a step are packed once for all rows of the tile (Dao et al. 2022). Rows are computed in blocks
+// of 16; blocks that see no key of a step are skipped, and masks are evaluated only if not all pairs of a block are
+// visible.
 #pragma once
 
 #include "attention_gemm_bf16.h"
@@ -54,8 +55,8 @@ inline KeyRange tile_range(const Keys& keys, const Hooks& hooks, const Attention
     return hooks.visible_to_any(first, first + tile.positions - 1, length);
 }
 
-// Up to 64 keys and values from a multiple of 64 on, so that all tiles and chunks of a prompt accumulate in the same steps.
-// Invisible keys and values point to rows of zeros.
+// Up to 64 keys and values from a multiple of 64 on, so that all tiles and chunks of a prompt accumulate in the same
+// steps. Invisible keys and values point to rows of zeros.
 template <class E>
 struct KeyStep {
     KeyRange range;
@@ -89,16 +90,16 @@ class TileWorker {
           width_(round_up(call.value_width, LANES)),
           modifies_scores_(hooks.modifies_scores || call.slopes || call.scale <= 0),
           factor_(LOG2_E * (modifies_scores_ ? 1.0f : call.scale)), gemms_(rows_, call.key_width, call.value_width) {
-        blocks_ = scratch<RowBlock>(0, rows_ / BLOCK + 1);
-        zeros_ = scratch<E>(5, maximum(call.key_width, call.value_width));
+        blocks_ = scratch<RowBlock>(Scratch::ROW_BLOCKS, rows_ / BLOCK + 1);
+        zeros_ = scratch<E>(Scratch::ZERO_ROW, maximum(call.key_width, call.value_width));
         memset((void*)zeros_, 0, maximum(call.key_width, call.value_width) * sizeof(E));
-        const E** row = scratch<const E*>(1, rows_);
+        const E** row = scratch<const E*>(Scratch::QUERY_ROWS, rows_);
         for (int64_t r = 0; r < rows_; ++r) row[r] = call.q + row_of(r) * call.q_row + head(r) * call.q_head;
         gemms_.pack_queries(row);
     }
 
-    // Computes the softmax state over a range of keys. Meanwhile the rows that are read next are prefetched: those of the next
-    // step, or the first ones of `next_tile`, which may be another tile or the next part of this one.
+    // Computes the softmax state over a range of keys. Meanwhile the rows that are read next are prefetched: those of
+    // the next step, or the first ones of `next_tile`, which may be another tile or the next part of this one.
     void attend_range(KeyRange range, SoftmaxState state, const AttentionTile& next_tile, KeyRange next_range) {
         state.reset(rows_, width_);
         if (range.first >= range.stop) return;
@@ -108,7 +109,8 @@ class TileWorker {
         for (; first < range.stop; first += KEYS) {
             const bool is_last = first + KEYS >= range.stop;
             const KeyRange other = is_last ? next_range : range;
-            next->find(keys_, is_last ? next_tile : tile_, other, is_last ? step_of(other.first) : first + KEYS, zeros_);
+            next->find(keys_, is_last ? next_tile : tile_, other, is_last ? step_of(other.first) : first + KEYS,
+                       zeros_);
             prefetch_rows(next->key, call_.key_width);
             gemms_.pack_keys(step->key);
             prefetch_rows(next->value, call_.value_width);
@@ -118,8 +120,8 @@ class TileWorker {
         }
     }
 
-    // Normalises the rows by their sums, to which a sink adds its power, and rounds once to the element type. A row without
-    // visible keys is 0.
+    // Normalises the rows by their sums, to which a sink adds its power, and rounds once to the element type. A row
+    // without visible keys is 0.
     void store_rows(SoftmaxState state) {
         for (int64_t r = 0; r < rows_; ++r) {
             E* row = call_.o + row_of(r) * call_.o_row + head(r) * call_.o_head;
@@ -146,8 +148,8 @@ class TileWorker {
     int64_t row_of(int64_t r) const { return keys_.row(tile_.sequence, tile_.position + r / group_); }
     int64_t head(int64_t r) const { return tile_.key_head * group_ + r % group_; }
 
-    // Up to 16 rows from `first` on: whether all keys of the step are visible to all of them, and the factors that rescale
-    // their state to the new maxima.
+    // Up to 16 rows from `first` on: whether all keys of the step are visible to all of them, and the factors that
+    // rescale their state to the new maxima.
     struct RowBlock {
         int64_t first, count;
         bool is_whole;
@@ -156,8 +158,8 @@ class TileWorker {
     RowBlock* blocks_;
     E* zeros_;
 
-    // Adds the keys of a step to the state of all rows. The blocks form a pipeline: while vector units compute the weights of
-    // one block, AMX multiplies the keys of the next block and the values of the previous one.
+    // Adds the keys of a step to the state of all rows. The blocks form a pipeline: while vector units compute the
+    // weights of one block, AMX multiplies the keys of the next block and the values of the previous one.
     void attend_step(KeyRange step, SoftmaxState state) {
         const int64_t count = find_blocks(step);
         for (int64_t i = 0; i < count + 2; ++i) {
@@ -191,7 +193,7 @@ class TileWorker {
         alignas(64) float shift[BLOCK], rescale[BLOCK];
         Floats top[BLOCK];
         for (int64_t i = 0; i < BLOCK; ++i)
-            top[i] = i >= block.count                       ? broadcast(-INFINITY)
+            top[i] = i >= block.count                      ? broadcast(-INFINITY)
                      : modifies_scores_ || !block.is_whole ? modify_scores(number, i, step)
                                                            : max_score(number, i);
         const Floats before = load(state.maximum + block.first, Block{0});
@@ -202,7 +204,8 @@ class TileWorker {
         store(rescale, Block{0}, block.rescale);
         for (int64_t i = 0; i < block.count; ++i) {
             float* total = state.total + (block.first + i) * LANES;
-            store(total, Block{0}, fma(load(total, Block{0}), broadcast(rescale[i]), exponentiate(number, i, shift[i])));
+            store(total, Block{0},
+                  fma(load(total, Block{0}), broadcast(rescale[i]), exponentiate(number, i, shift[i])));
         }
     }
 

@@ -15,7 +15,7 @@ from sageLLM.runtime.core.ir.nodes import AttrValue
 from sageLLM.runtime.core.ir.op_node import AttrSpec
 from sageLLM.runtime.core.ir.types import TensorType, TypePattern
 from sageLLM.runtime.core.kernels import NativeKernel
-from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, Symbol
+from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, kernel_function
 from sageLLM.runtime.kernels.cpu.packing import PackedWeight, pack
 
 TORCH_DTYPES = {"bool": torch.bool, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64, "f16": torch.float16,
@@ -110,7 +110,7 @@ class NativeCallable:
         numbers = [number(op.attr_types[name], value) for name, value in known.attrs.items() if name in op.attr_types]
         element = self.kernel.element_in(known.env) or ELEMENTS[0]
         unpacks = isinstance(given.get(self.kernel.unpacks or ""), PackedWeight)
-        function = Symbol(self._library.address(op.op, element, unpacks=unpacks))
+        function = kernel_function(self._library.address(op.op, element, unpacks=unpacks))
         return Signature(
             function, (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_double * len(numbers))(*numbers), copied, outputs
         )

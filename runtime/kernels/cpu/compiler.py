@@ -13,7 +13,7 @@ from pathlib import Path
 HEADERS = Path(__file__).parent
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-psabi",
+    "-ffp-contract=off", "-fvisibility=hidden", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
 """No -ffast-math: masks are infinities. No contraction: an op rounds alike wherever its equations stand."""
 

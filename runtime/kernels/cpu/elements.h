@@ -73,7 +73,8 @@ inline Floats widen(Halves bits, f16) {
 inline Halves narrow(Floats value, f16) {
     Bits bits = bits_of<Bits>(value), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
     Bits normal = (size + 0xc8000fff + ((size >> 13) & 1)) >> 13;  // 0xc8000000 is -112 << 23
-    Bits subnormal = bits_of<Bits>(bits_of<Floats>(size) + 0.5f) - 0x3f000000;  // the last place of the sum is 2^-24, so the adder rounds
+    // The last place of a sum with 0.5 is 2^-24, that of f16's subnormals, so that the addition rounds.
+    Bits subnormal = bits_of<Bits>(bits_of<Floats>(size) + 0.5f) - 0x3f000000;
     Bits result = size < 0x38800000u ? subnormal : normal;
     result = size >= 0x47800000u ? (Bits{} + 0x7c00) : result;
     result = size > 0x7f800000u ? (Bits{} + 0x7e00) : result;

@@ -1,7 +1,8 @@
-// The functions of the compute language on vectors of 16 float32: branch-free, accurate to about 2 units in the last place.
+// The functions of the compute language on vectors of 16 float32: branch-free, accurate to about 2 units in the last
+// place.
 //
-// NaN propagates; overflow and underflow follow IEEE 754. The minimax polynomials are our own fits, with a relative error
-// below 3e-8. No function comes from libm: results must not depend on the installed version of it.
+// NaN propagates; overflow and underflow follow IEEE 754. The minimax polynomials are our own fits, with a relative
+// error below 3e-8. No function comes from libm: results must not depend on the installed version of it.
 #pragma once
 
 #include "elements.h"

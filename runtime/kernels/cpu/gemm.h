@@ -1,9 +1,9 @@
 // GEMMs of rows with a packed weight: how the work is split into parts for threads, and a part into blocks.
 //
-// A part prepares its rows of x, then goes through its columns of the weight in chunks that stay in the L2 cache while all
-// of its rows pass; the next chunk is prefetched meanwhile. With few rows reading the weight is the work, so parts split
-// its columns; with many rows they split the rows. Neither changes a result: the sum along K belongs to one part and has
-// one order, as splitting K would make results depend on the number of threads.
+// A part prepares its rows of x, then goes through its columns of the weight in chunks that stay in the L2 cache while
+// all of its rows pass; the next chunk is prefetched meanwhile. With few rows reading the weight is the work, so parts
+// split its columns; with many rows they split the rows. Neither changes a result: the sum along K belongs to one part
+// and has one order, as splitting K would make results depend on the number of threads.
 #pragma once
 
 #include "isa.h"
@@ -100,9 +100,10 @@ inline void gemm_range(const Microkernel<Element>& microkernel, const Tuning& tu
     const int64_t parts = (rows.count() + fitting - 1) / fitting;
     for (int64_t part = 0; part < parts; ++part) {
         const Range range = split_range(rows.count(), microkernel.row_step, part, parts);
-        const Element** x = scratch<const Element*>(6, range.count());
+        const Element** x = scratch<const Element*>(Scratch::GEMM_ROWS, range.count());
         for (int64_t row = 0; row < range.count(); ++row) x[row] = row_of(rows.first + range.first + row);
-        void* prepared = scratch<char>(7, round_up(range.count(), microkernel.row_step) * row_bytes);
+        void* prepared =
+            scratch<char>(Scratch::PREPARED_ROWS, round_up(range.count(), microkernel.row_step) * row_bytes);
         microkernel.prepare(prepared, x, range.count(), args.K);
         const Range numbers = {rows.first + range.first, rows.first + range.last};
         gemm_prepared(microkernel, tuning, args, prepared, numbers, columns, epilogue);
@@ -134,11 +135,10 @@ inline void gemm_by_part(const Microkernel<Element>& microkernel, const Tuning& 
     if (!args.rows || !args.N) return;
     parallel_for(parts.rows * parts.columns, [&](int64_t part) {
         auto&& epilogue = epilogue_of(part % parts.columns);
-        microkernel.begin();
+        const MicrokernelScope scope(microkernel);
         gemm_range(microkernel, tuning, args,
                    split_range(args.rows, microkernel.row_step, part / parts.columns, parts.rows),
                    split_range(args.columns(), 1, part % parts.columns, parts.columns), row_of, epilogue);
-        microkernel.end();
     });
 }
 
@@ -164,12 +164,11 @@ inline void grouped_gemm(const Microkernel<Element>& microkernel, const Tuning& 
         GemmArgs<Element> args = each;
         args.rows = rows_of(group);
         args.w += group * columns * size;
-        microkernel.begin();
+        const MicrokernelScope scope(microkernel);
         gemm_range(
             microkernel, tuning, args, {0, args.rows}, split_range(columns, 1, part % parts, parts),
             [&](int64_t row) { return row_of(group, row); },
             [&](int64_t row, auto features, const float* sums) { epilogue(group, row, features, sums); });
-        microkernel.end();
     };
     if (num_gemm_parts(groups * each.N * each.K, 1) > 1) return parallel_for(groups * parts, compute);
     for (int64_t part = 0; part < groups * parts; ++part) compute(part);

@@ -36,8 +36,8 @@ struct MicrokernelFor<bf16, ROWS, PANELS> {
 template <class Element, int ROWS, int PANELS, int SHORT_ROWS, int SHORT_PANELS>
 inline const Microkernel<Element>& select_microkernel() {
     constexpr bool IS_FULL = vectors::WIDTH == PANEL;
-    static const Microkernel<Element>& selected =
-        MicrokernelFor<Element, IS_FULL ? ROWS : SHORT_ROWS, IS_FULL ? PANELS : SHORT_PANELS>::select();
+    constexpr int MAX_ROWS = IS_FULL ? ROWS : SHORT_ROWS, MAX_PANELS = IS_FULL ? PANELS : SHORT_PANELS;
+    static const Microkernel<Element>& selected = MicrokernelFor<Element, MAX_ROWS, MAX_PANELS>::select();
     return selected;
 }
 

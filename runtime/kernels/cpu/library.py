@@ -1,4 +1,4 @@
-"""Loads generated C++ kernels: each file is built when one of its ops is first asked for, per element type."""
+"""Loading of generated C++ kernels: a file is built when one of its ops is first used, per element type."""
 
 import ctypes
 from collections.abc import Iterable, Mapping
@@ -13,11 +13,28 @@ from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool, set_num_th
 ELEMENTS = ("f32", "bf16", "f16")
 """The element types that a generated file can be compiled for."""
 
-Symbol = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+_Signature = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class KernelError(RuntimeError):
+    """A kernel failed; the message names the kernel and the broken rule."""
+
+
+def kernel_function(address: int) -> Any:
+    """The kernel at an address as a function of `tensors`, `sizes` and `attrs`, which raises KernelError."""
+    function = _Signature(address)
+    function.errcheck = raise_error  # type: ignore[assignment]
+    return function
+
+
+def raise_error(message: bytes | None, function: Any = None, arguments: Any = None) -> None:
+    """Raises KernelError if a native function returned a message; as `errcheck` of a ctypes function."""
+    if message is not None:
+        raise KernelError(message.decode())
 
 
 class Library:
-    """The kernels of one generated tree. `folder` holds the sources that the table names."""
+    """The kernels of one generated tree. `folder` contains the sources that the table names."""
 
     def __init__(
         self, kernels: Mapping[str, NativeKernel], folder: Path, compiler: Compiler, flags: tuple[str, ...] = ()
@@ -27,32 +44,34 @@ class Library:
         self._loaded: dict[tuple[str, str], ctypes.CDLL] = {}
 
     def address(self, op: str, element: str, *, unpacks: bool = False) -> int:
-        """Where the op's function lies, for calls from native code; built and loaded first. May raise CompileError.
+        """The address of the op's function, for calls from native code; built and loaded first. Raises CompileError.
 
         With `unpacks` it is the function that reads the op's table packed.
         """
         kernel = self.kernels[op]
         symbol = f"{kernel.symbol}_packed" if unpacks else kernel.symbol
-        function = getattr(self._file(kernel.source, self._element(kernel, element)), symbol)
-        return ctypes.cast(function, ctypes.c_void_p).value or 0
+        return self._address(kernel.source, self._element(kernel, element), symbol)
 
     def set_num_threads(self) -> None:
-        """A function called by itself takes as many threads as torch does; a plan sees to that on its own."""
+        """Makes a kernel that is called by itself use as many threads as torch does; the step runner does so too."""
         set_num_threads(load_thread_pool(self._compiler))
 
     def helper(self, source: str, name: str, element: str) -> Any:
-        """A function of a hand-written source beside this file."""
-        return Symbol((f"sage_{name}", self._file(str(HEADERS / source), element)))
+        """A function of a hand-written source in the folder of this file."""
+        return kernel_function(self._address(str(HEADERS / source), element, f"sage_{name}"))
 
     def prepare(self, ops: Iterable[str], element: str) -> None:
-        """Builds what the ops need, two files at a time."""
+        """Builds the files of the ops, two at a time."""
         kernels = [self.kernels[op] for op in ops if op in self.kernels]
-        wanted = dict.fromkeys((kernel.source, self._element(kernel, element)) for kernel in kernels)
+        files = dict.fromkeys((kernel.source, self._element(kernel, element)) for kernel in kernels)
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda one: self._built(*one), wanted))
+            list(pool.map(lambda file: self._built(*file), files))
 
     def _element(self, kernel: NativeKernel, element: str) -> str:
         return element if kernel.element else ELEMENTS[0]
+
+    def _address(self, source: str, element: str, symbol: str) -> int:
+        return ctypes.cast(getattr(self._file(source, element), symbol), ctypes.c_void_p).value or 0
 
     def _built(self, source: str, element: str) -> Path:
         return build(self._folder / source, element, self._compiler, self._flags)

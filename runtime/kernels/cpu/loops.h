@@ -1,7 +1,8 @@
-// Loops over rows and along them, reductions, and scratch memory.
+// Loops over rows and along them, and reductions.
 #pragma once
 
 #include "functions.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace sage {
@@ -21,8 +22,8 @@ inline Range split_range(int64_t count, int64_t step, int64_t i, int64_t parts) 
     return {minimum(count, steps * i / parts * step), minimum(count, steps * (i + 1) / parts * step)};
 }
 
-// Calls body(row) for all rows, in parallel. A row is computed by one thread in one order, so that results do not depend on
-// the number of threads.
+// Calls body(row) for all rows, in parallel. A row is computed by one thread in one order, so that results do not
+// depend on the number of threads.
 template <class Body>
 inline void parallel_for_rows(int64_t rows, int64_t elements, Body&& body) {
     const int64_t parts = num_parts(rows, elements / (PARALLEL_WORK / 2));
@@ -40,7 +41,8 @@ inline void sweep(int64_t length, Body&& body) {
     if (at < length) body(Tail{at, length - at});
 }
 
-// Reductions of the lanes of one vector, as a tree. Both sides of an exchange compute the same sum, so every lane has it.
+// Reductions of the lanes of one vector, as a tree. Both sides of an exchange compute the same sum, so every lane has
+// it.
 
 inline Floats swap_lanes(Floats value, int distance) {
 #if defined(__AVX512F__)
@@ -69,8 +71,9 @@ inline float reduce_max(Floats value) {
     return value[0];
 }
 
-// Reductions along a row: lane by lane, then over the lanes as a tree. Floating-point addition is not associative, so the
-// order is fixed by the row's length alone: a request's result must not change with its batch or the number of threads.
+// Reductions along a row: lane by lane, then over the lanes as a tree. Floating-point addition is not associative, so
+// the order is fixed by the row's length alone: a request's result must not change with its batch or the number of
+// threads.
 
 struct Sum {
     Floats by_lane = {};
@@ -96,20 +99,5 @@ struct Min {
     void add(Floats value, Tail i) { by_lane = active_lanes(i) ? minimum(by_lane, value) : by_lane; }
     float total() const { return -reduce_max(-by_lane); }
 };
-
-// Memory of this thread for `count` values, aligned to a cache line. It grows and is kept; `purpose` tells uses apart.
-template <class T>
-inline T* scratch(int purpose, int64_t count) {
-    static thread_local void* kept[8];
-    static thread_local size_t capacity[8];
-    size_t wanted = ((size_t)count * sizeof(T) + 63) / 64 * 64;
-    if (wanted > capacity[purpose]) {
-        free(kept[purpose]);
-        kept[purpose] = aligned_alloc(64, wanted);
-        if (!kept[purpose]) abort();
-        capacity[purpose] = wanted;
-    }
-    return (T*)kept[purpose];
-}
 
 }  // namespace sage

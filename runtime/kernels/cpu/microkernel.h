@@ -1,7 +1,8 @@
-// Interface of the GEMM microkernels, which compute one block of sums. One is selected per machine (isa.h), for all batches.
+// Interface of the GEMM microkernels, which compute one block of sums. One is selected per machine (isa.h), for all
+// batches.
 //
-// Each element of a result is one chain of additions along K, in the order of K. The chain does not depend on the block, the
-// batch or the number of threads, so the result of a row depends on nothing but the row.
+// Each element of a result is one chain of additions along K, in the order of K. The chain does not depend on the
+// block, the batch or the number of threads, so the result of a row depends on nothing but the row.
 #pragma once
 
 #include "packed.h"
@@ -10,9 +11,10 @@ namespace sage {
 
 constexpr int64_t MAX_SUMS = 32 * 2 * PANEL;  // of a block, over all microkernels
 
-// Weights to prefetch while a block is computed: for every DEPTH elements of K, `lines` cache lines of each of `streams`
-// streams, which are `stride` bytes apart. A core reads several streams faster than one. Panels that this block itself
-// reads go into the L1 cache; those of a later block go into L2 only, so that they do not evict the rows of x.
+// Weights to prefetch while a block is computed: for every DEPTH elements of K, `lines` cache lines of each of
+// `streams` streams, which are `stride` bytes apart. A core reads several streams faster than one. Panels that this
+// block itself reads go into the L1 cache; those of a later block go into L2 only, so that they do not evict the rows
+// of x.
 struct Prefetch {
     const char* from;
     int64_t lines, streams, stride;
@@ -46,5 +48,19 @@ struct Microkernel {
 };
 
 inline void do_nothing() {}
+
+// Calls `begin`, and `end` when it leaves its scope, also by an exception.
+template <class Element>
+class MicrokernelScope {
+  public:
+    explicit MicrokernelScope(const Microkernel<Element>& microkernel) : microkernel_(microkernel) {
+        microkernel_.begin();
+    }
+    ~MicrokernelScope() { microkernel_.end(); }
+    MicrokernelScope(const MicrokernelScope&) = delete;
+
+  private:
+    const Microkernel<Element>& microkernel_;
+};
 
 }  // namespace sage

@@ -22,8 +22,8 @@ inline bool is_permitted() {
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-// The configuration of all tiles: 16 rows of 64 bytes. A constant, because the compiler does not know that the instruction
-// reads it and would drop stores to a local one.
+// The configuration of all tiles: 16 rows of 64 bytes. A constant, because the compiler does not know that the
+// instruction reads it and would drop stores to a local one.
 struct alignas(64) Config {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -47,8 +47,8 @@ inline void prepare(void* prepared, const bf16* const* x, int64_t rows, int64_t 
     }
 }
 
-// 16 rows by up to four panels: four of the eight tiles hold sums, one x and three weights, so that loads of weights, which
-// limit a GEMM with few rows, overlap with the products.
+// 16 rows by up to four panels: four of the eight tiles hold sums, one x and three weights, so that loads of weights,
+// which limit a GEMM with few rows, overlap with the products.
 template <int PANELS>
 inline void gemm_narrow(float* sums, const bf16* x, int64_t steps, const bf16* w, Prefetch prefetch) {
     const int64_t panel = steps * TILE;
@@ -81,8 +81,8 @@ inline void gemm_narrow(float* sums, const bf16* x, int64_t steps, const bf16* w
     if constexpr (PANELS > 3) _tile_stored(3, sums + 3 * PANEL, STRIDE);
 }
 
-// 32 rows by up to two panels: each weight tile is used twice, which halves the loads per product. Streaming loads keep the
-// weights out of the L1 cache: a block uses them once, whereas the next block reads the rows again.
+// 32 rows by up to two panels: each weight tile is used twice, which halves the loads per product. Streaming loads keep
+// the weights out of the L1 cache: a block uses them once, whereas the next block reads the rows again.
 template <int PANELS>
 inline void gemm_wide(float* sums, const bf16* x, int64_t steps, const bf16* w, Prefetch prefetch) {
     const int64_t panel = steps * TILE;
@@ -114,7 +114,8 @@ inline void block(float* sums, const void* prepared, int64_t first, int64_t rows
                   int64_t panels, Prefetch prefetch) {
     int64_t steps = round_up(K, DEPTH) / DEPTH;
     const bf16* x = (const bf16*)prepared + first * steps * DEPTH;
-    if (rows > ROWS) return panels > 1 ? gemm_wide<2>(sums, x, steps, w, prefetch) : gemm_wide<1>(sums, x, steps, w, prefetch);
+    if (rows > ROWS)
+        return panels > 1 ? gemm_wide<2>(sums, x, steps, w, prefetch) : gemm_wide<1>(sums, x, steps, w, prefetch);
     switch (panels) {
         case 1: return gemm_narrow<1>(sums, x, steps, w, prefetch);
         case 2: return gemm_narrow<2>(sums, x, steps, w, prefetch);
@@ -134,10 +135,11 @@ inline void gemm_strided(float* sums, const bf16* x, int64_t stride, int64_t K, 
     _tile_stored(0, sums, 64);
 }
 
-// For attention: 16 prepared rows of numbers that are split into two bf16 each, `upper` and `lower`, by up to four panels,
-// added to sums with a row stride of `stride`.
+// For attention: 16 prepared rows of numbers that are split into two bf16 each, `upper` and `lower`, by up to four
+// panels, added to sums with a row stride of `stride`.
 template <int PANELS>
-inline void add_split_panels(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps, const bf16* w) {
+inline void add_split_panels(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps,
+                             const bf16* w) {
     const int64_t panel = steps * TILE, bytes = stride * sizeof(float);
     _tile_loadd(0, sums, bytes);
     if constexpr (PANELS > 1) _tile_loadd(1, sums + PANEL, bytes);
@@ -172,7 +174,7 @@ inline void add_split_panels(float* sums, int64_t stride, const bf16* upper, con
 }
 
 inline void add_split(float* sums, int64_t stride, const bf16* upper, const bf16* lower, int64_t steps, const bf16* w,
-                       int64_t panels) {
+                      int64_t panels) {
     switch (panels) {
         case 1: return add_split_panels<1>(sums, stride, upper, lower, steps, w);
         case 2: return add_split_panels<2>(sums, stride, upper, lower, steps, w);

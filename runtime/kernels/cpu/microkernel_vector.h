@@ -1,7 +1,9 @@
-// Microkernels in vector registers: for each step along K, a few vectors of the panels times one broadcast value per row.
+// Microkernels in vector registers: for each step along K, a few vectors of the panels times one broadcast value per
+// row.
 //
-// AVX512_BF16 multiplies pairs of bf16. Without it everything is a float32 multiply-add: f16 and bf16 are widened, weights as
-// they are read and x once when it is prepared; widening is exact. Prepared x: [rows][K], K padded with zeros.
+// AVX512_BF16 multiplies pairs of bf16. Without it everything is a float32 multiply-add: f16 and bf16 are widened,
+// weights as they are read and x once when it is prepared; widening is exact. Prepared x: [rows][K], K padded with
+// zeros.
 #pragma once
 
 #include <utility>
@@ -97,7 +99,8 @@ inline void prepare(void* prepared, const Element* const* x, int64_t rows, int64
 }
 
 template <class Element, int ROWS, int PANELS>
-__attribute__((noinline)) void float_block(float* sums, const float* x, int64_t K, const Element* w, Prefetch prefetch) {
+__attribute__((noinline)) void float_block(float* sums, const float* x, int64_t K, const Element* w,
+                                           Prefetch prefetch) {
     using S = Step<Element>;
     constexpr int64_t REGS = PANELS * PANEL / WIDTH, PARTS = PANEL / WIDTH;
     const int64_t panel = K * PANEL;
@@ -175,7 +178,8 @@ struct Blocks {
 
     template <size_t... I>
     static BlockFunction<Element, X> at(int64_t index, std::index_sequence<I...>) {
-        static constexpr BlockFunction<Element, X> table[] = {Kind<Element, I / PANELS + 1, I % PANELS + 1>::function...};
+        static constexpr BlockFunction<Element, X> table[] = {
+            Kind<Element, I / PANELS + 1, I % PANELS + 1>::function...};
         return table[index];
     }
     static void block(float* sums, const void* prepared, int64_t first, int64_t rows, int64_t K, const Element* w,
@@ -186,13 +190,18 @@ struct Blocks {
     }
 };
 
+template <class Element, class Prepare, class Block>
+constexpr Microkernel<Element> vector_microkernel(int rows, int panels, size_t x_size, Prepare prepare, Block block) {
+    return {rows, panels, rows, panels, 1, (int64_t)x_size, do_nothing, do_nothing, prepare, block};
+}
+
 template <class Element, int ROWS, int PANELS>
-constexpr Microkernel<Element> FLOAT_MICROKERNEL = {ROWS, PANELS, ROWS, PANELS, 1, sizeof(float), do_nothing, do_nothing, prepare<Element>,
-                                   Blocks<Element, FloatBlock, ROWS, PANELS>::block};
+constexpr Microkernel<Element> FLOAT_MICROKERNEL = vector_microkernel<Element>(
+    ROWS, PANELS, sizeof(float), prepare<Element>, Blocks<Element, FloatBlock, ROWS, PANELS>::block);
 #if defined(__AVX512BF16__)
 template <int ROWS, int PANELS>
-constexpr Microkernel<bf16> PAIR_MICROKERNEL = {ROWS, PANELS, ROWS, PANELS, 1, sizeof(bf16), do_nothing, do_nothing, prepare_pairs,
-                              Blocks<bf16, PairBlock, ROWS, PANELS>::block};
+constexpr Microkernel<bf16> PAIR_MICROKERNEL =
+    vector_microkernel<bf16>(ROWS, PANELS, sizeof(bf16), prepare_pairs, Blocks<bf16, PairBlock, ROWS, PANELS>::block);
 #endif
 
 }  // namespace vectors

@@ -1,4 +1,4 @@
-"""The native functions of a process: generated kernels and the step runner, built with the machine's compiler."""
+"""Native functions of a process: generated kernels and the step runner, built with the machine's compiler."""
 
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,45 +8,46 @@ import torch
 
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.compiler import Compiler, build
-from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library
+from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, raise_error
 from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool
 
 RUNNER = Path(__file__).parent / "runner.cpp"
 
 
 class NativeRunner:
-    """What `NativePlan` needs: addresses of kernels, and the function that calls them one after another."""
+    """Addresses of kernels, and the function that calls them one after another, for `NativePlan`."""
 
     def __init__(self, libraries: Sequence[Library], compiler: Compiler) -> None:
-        """The libraries, of the package and then of plugins, have no op in common. Raises CompileError."""
+        """The libraries, of the package and then of plugins, must have disjoint ops. Raises CompileError."""
         self.library = libraries[0]
         self._homes = {op: library for library in libraries for op in library.kernels}
         self.kernels: Mapping[str, NativeKernel] = {op: home.kernels[op] for op, home in self._homes.items()}
         load_thread_pool(compiler)
-        own = ctypes.CDLL(str(build(RUNNER, ELEMENTS[0], compiler)))
-        self._run = own.sage_run
-        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
-        self.copy_address = ctypes.cast(own.sage_gather_rows, ctypes.c_void_p).value or 0
+        runner = ctypes.CDLL(str(build(RUNNER, ELEMENTS[0], compiler)))
+        self._run = runner.sage_run
+        self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._run.restype = ctypes.c_char_p
+        self.copy_address = ctypes.cast(runner.sage_gather_rows, ctypes.c_void_p).value or 0
 
     def prepare(self, ops: Iterable[str], element: str) -> None:
-        """Builds what the ops need, several files at a time. Raises CompileError."""
+        """Builds the files of the ops, several at a time. Raises CompileError."""
         if element not in ELEMENTS:
             return
-        wanted: dict[int, tuple[Library, list[str]]] = {}
+        by_library: dict[int, tuple[Library, list[str]]] = {}
         for op in ops:
             if (home := self._homes.get(op)) is not None:
-                wanted.setdefault(id(home), (home, []))[1].append(op)
-        for home, own in wanted.values():
+                by_library.setdefault(id(home), (home, []))[1].append(op)
+        for home, own in by_library.values():
             home.prepare(own, element)
 
     def why_not(self, op: str, element: str | None) -> str | None:
-        """Why the op has no function for an element type, or None."""
+        """The reason why the op has no function for an element type, or None."""
         return None if element is None or element in ELEMENTS else f"no kernel is compiled for {element}"
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
-        """Where the op's function lies, or the one that reads its table packed. May raise CompileError."""
+        """The address of the op's function, or of the one that reads its table packed. May raise CompileError."""
         return self._homes[op].address(op, element or ELEMENTS[0], unpacks=unpacks)
 
     def run(self, calls: int, num_calls: int) -> None:
-        """Makes the calls that lie at this address, on as many threads as torch takes."""
-        self._run(calls, num_calls, torch.get_num_threads())
+        """Makes the calls stored at this address, on as many threads as torch uses. Raises KernelError."""
+        raise_error(self._run(calls, num_calls, torch.get_num_threads()))

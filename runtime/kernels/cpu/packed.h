@@ -3,8 +3,8 @@
 //   f32, f16   [ceil(N/16)][ceil(K/32)][32][16]
 //   bf16       [ceil(N/16)][ceil(K/32)][16][16][2]   pairs along K, the operands of both AMX tiles and AVX512_BF16
 //
-// Padding beyond N or K is zero. A weight of G gates (gate and up of a feed-forward layer, [G*N][K]) alternates the panels
-// of its gates, so that one block of results contains all gates of its features.
+// Padding beyond N or K is zero. A weight of G gates (gate and up of a feed-forward layer, [G*N][K]) alternates the
+// panels of its gates, so that one block of results contains all gates of its features.
 #pragma once
 
 #include "kernel.h"

@@ -9,7 +9,8 @@ using E = SAGE_ELEMENT;
 SAGE_KERNEL(pack) {
     const E* w = (const E*)tensors[0];
     E* packed = (E*)tensors[1];
-    const int64_t groups = sizes[0], gates = sizes[1], N = sizes[2], K = sizes[3], group_stride = sizes[4], stride = sizes[5];
+    const int64_t groups = sizes[0], gates = sizes[1], N = sizes[2], K = sizes[3], group_stride = sizes[4],
+                  stride = sizes[5];
     for (int64_t group = 0; group < groups; ++group)
         pack(packed + group * packed_size(gates, N, K), w + group * group_stride, stride, gates, N, K);
 }

@@ -32,7 +32,8 @@ inline int64_t take_largest(const float* values, bool* is_taken, int64_t count) 
     int64_t best = -1;
     for (int64_t at = 0; at < count; ++at) {
         if (is_taken[at]) continue;
-        const bool is_better = best < 0 || values[at] > values[best] || (values[at] != values[at] && values[best] == values[best]);
+        const bool is_better =
+            best < 0 || values[at] > values[best] || (values[at] != values[at] && values[best] == values[best]);
         best = is_better ? at : best;
     }
     is_taken[best] = true;
@@ -42,7 +43,7 @@ inline int64_t take_largest(const float* values, bool* is_taken, int64_t count) 
 // Masks the experts outside of the best groups.
 inline void keep_groups(float* choice, bool* is_taken, int64_t count, const Routing& routing) {
     const int64_t width = count / routing.groups;
-    float* group_scores = scratch<float>(1, routing.groups);
+    float* group_scores = scratch<float>(Scratch::EXPERT_GROUP_SCORES, routing.groups);
     memset(is_taken, 0, count);
     for (int64_t g = 0; g < routing.groups; ++g) {
         group_scores[g] = 0;
@@ -55,10 +56,11 @@ inline void keep_groups(float* choice, bool* is_taken, int64_t count, const Rout
         for (int64_t i = 0; !is_taken[g] && i < width; ++i) choice[g * width + i] = -INFINITY;
 }
 
-// On entry `scores` has the logits and `choice` the bias; `choice` then has the biased scores, which select the experts,
-// whereas their weights come from the scores without the bias.
-inline void route(float* scores, float* choice, int64_t count, const Routing& routing, int32_t* experts, float* weights) {
-    bool* is_taken = scratch<bool>(0, count);
+// On entry `scores` has the logits and `choice` the bias; `choice` then has the biased scores, which select the
+// experts, whereas their weights come from the scores without the bias.
+inline void route(float* scores, float* choice, int64_t count, const Routing& routing, int32_t* experts,
+                  float* weights) {
+    bool* is_taken = scratch<bool>(Scratch::EXPERTS_TAKEN, count);
     score_experts(scores, count, routing.is_softmax);
     sweep(count, [&](auto i) { store(choice, i, load(scores, i) + load(choice, i)); });
     if (routing.groups > 1) keep_groups(choice, is_taken, count, routing);

@@ -40,8 +40,8 @@ inline ArgMax argmax(const float* logits, int64_t length) {
 
 // Finds the argmax of every row as the epilogue of the GEMM that computes the logits, block by block.
 //
-// A part of the GEMM passes the blocks of a row in order, so that among equal logits of a lane the first is kept; parts are
-// merged in order, and lanes by a total order. The result therefore depends on the logits alone, not on the split.
+// A part of the GEMM passes the blocks of a row in order, so that among equal logits of a lane the first is kept; parts
+// are merged in order, and lanes by a total order. The result therefore depends on the logits alone, not on the split.
 class SampleEpilogue {
     struct LaneArgMax {
         Floats logit = broadcast(-INFINITY);
@@ -74,7 +74,7 @@ class SampleEpilogue {
     };
 
     SampleEpilogue(int64_t rows, int64_t parts)
-        : rows_(rows), parts_(parts), lanes_(scratch<LaneArgMax>(0, parts * rows)) {
+        : rows_(rows), parts_(parts), lanes_(scratch<LaneArgMax>(Scratch::SAMPLE_LANES, parts * rows)) {
         for (int64_t i = 0; i < parts * rows; ++i) lanes_[i] = LaneArgMax();
     }
 
@@ -114,9 +114,10 @@ inline void sort_by_probability(int32_t* order, int32_t* buffer, const float* pr
     }
 }
 
-// Zeroes the probabilities of the tokens that min_p, top_k and then top_p, on the rest renormalised, filter out. The most
-// probable token is always kept.
-inline void apply_filters(float* probability, const int32_t* order, int64_t length, int64_t row, const CandidateFilters& filters) {
+// Zeroes the probabilities of the tokens that min_p, top_k and then top_p, on the rest renormalised, filter out. The
+// most probable token is always kept.
+inline void apply_filters(float* probability, const int32_t* order, int64_t length, int64_t row,
+                          const CandidateFilters& filters) {
     const float least = filters.min_p ? probability[order[0]] * filters.min_p[row] : 0.0f;
     const int64_t most = filters.top_k && filters.top_k[row] > 0 ? filters.top_k[row] : length;
     float kept = 0;
@@ -135,9 +136,10 @@ inline void apply_filters(float* probability, const int32_t* order, int64_t leng
     }
 }
 
-inline int64_t draw_token(const float* logits, int64_t length, int64_t row, const CandidateFilters& filters, float largest) {
-    float* probability = scratch<float>(0, length);
-    int32_t* order = scratch<int32_t>(0, 2 * length);
+inline int64_t draw_token(const float* logits, int64_t length, int64_t row, const CandidateFilters& filters,
+                          float largest) {
+    float* probability = scratch<float>(Scratch::PROBABILITIES, length);
+    int32_t* order = scratch<int32_t>(Scratch::TOKEN_ORDER, 2 * length);
     Sum sum;
     sweep(length, [&](auto i) {
         const Floats weight = exp((load(logits, i) - largest) / filters.temperature[row]);
@@ -161,7 +163,8 @@ inline int64_t draw_token(const float* logits, int64_t length, int64_t row, cons
 }
 
 // `best` is the argmax of the row.
-inline int64_t sample_token(const float* logits, int64_t length, int64_t row, const CandidateFilters& filters, ArgMax best) {
+inline int64_t sample_token(const float* logits, int64_t length, int64_t row, const CandidateFilters& filters,
+                            ArgMax best) {
     return filters.draws(row) ? draw_token(logits, length, row, filters, best.logit) : best.token;
 }
 

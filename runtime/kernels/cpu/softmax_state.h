@@ -7,8 +7,8 @@ namespace sage {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// 2^x, to a relative error below 1.5e-7; 2^0 is exactly 1. Subnormal results are 0, as are those of masked keys: the weights
-// are too small to matter, and processors take long over subnormals.
+// 2^x, to a relative error below 1.5e-7; 2^0 is exactly 1. Subnormal results are 0, as are those of masked keys: the
+// weights are too small to matter, and processors take long over subnormals.
 inline Floats exp2(Floats x) {
 #if defined(__AVX512F__)
     const Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -29,11 +29,12 @@ inline Floats exp2(Floats x) {
 }
 inline float exp2(float x) { return exp2(broadcast(x))[0]; }
 
-// The shift that is subtracted from scores under a maximum. A row without visible keys so far has 0, because -inf - -inf
-// is NaN whereas 2^-inf is 0.
+// The shift that is subtracted from scores under a maximum. A row without visible keys so far has 0, because -inf -
+// -inf is NaN whereas 2^-inf is 0.
 inline Floats shift_of(Floats maximum) { return maximum == -INFINITY ? Floats{} : maximum; }
 
-// Per row the largest exponent, the sum of the powers in 16 lanes, and the weighted sum of the values; in blocks of 16 rows.
+// Per row the largest exponent, the sum of the powers in 16 lanes, and the weighted sum of the values; in blocks of 16
+// rows.
 struct SoftmaxState {
     float* maximum;
     float* total;   // [rows, LANES]

@@ -1,16 +1,18 @@
 // The thread pool that all kernels of a process share; see thread_pool.h.
 //
-// A job is published in one word, `open_`: its number, and how many of its parts have not been taken. Taking a part is one
-// compare-exchange of that word, which fails if the job has changed meanwhile, so a thread that wakes late does no harm.
-// Idle threads poll the word for some microseconds, because the kernels of a step follow each other closely, then sleep.
+// A job is published in one word, `open_`: its number, and how many of its parts have not been taken. Taking a part is
+// one compare-exchange of that word, which fails if the job has changed meanwhile, so a thread that wakes late does no
+// harm. Idle threads poll the word for some microseconds, because the kernels of a step follow each other closely, then
+// sleep.
 #include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <new>
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
+#include "error.h"
 
 namespace {
 
@@ -77,8 +79,7 @@ class ThreadPool {
             num_active_.store(num_active);
             is_activated_.notify_all();
         }
-        while (num_workers_ < num_active && start_worker()) {
-        }
+        while (num_workers_ < num_active && start_worker()) {}
     }
 
     struct Worker {
@@ -87,9 +88,9 @@ class ThreadPool {
     };
 
     bool start_worker() {
-        Worker* worker = new Worker{this, num_workers_};
+        Worker* worker = new (std::nothrow) Worker{this, num_workers_};
         pthread_t thread;
-        if (pthread_create(&thread, nullptr, worker_main, worker)) {
+        if (!worker || pthread_create(&thread, nullptr, worker_main, worker)) {
             delete worker;
             return false;
         }
@@ -120,8 +121,8 @@ class ThreadPool {
         is_activated_.wait(lock, [&] { return number < num_active_.load(); });
     }
 
-    // Takes part after part of the open job. The acquire load of `open_` makes the job's fields visible. They belong to that
-    // word if the exchange succeeds: a new job is published only when all parts of the old one have been taken.
+    // Takes part after part of the open job. The acquire load of `open_` makes the job's fields visible. They belong to
+    // that word if the exchange succeeds: a new job is published only when all parts of the old one have been taken.
     void take_parts(int64_t number) {
         uint64_t open = open_.load(std::memory_order_acquire);
         while (remaining(open) > 0 && number < num_active_.load(std::memory_order_relaxed)) {
@@ -131,8 +132,8 @@ class ThreadPool {
             if (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acq_rel, std::memory_order_acquire))
                 continue;
             body(state, part);
-            // Sequentially consistent, as is the owner's store to `owner_sleeps_` before its check of `unfinished_`: of the
-            // two threads, at least one sees the other's write, so the last notification is not lost.
+            // Sequentially consistent, as is the owner's store to `owner_sleeps_` before its check of `unfinished_`: of
+            // the two threads, at least one sees the other's write, so the last notification is not lost.
             if (unfinished_.fetch_sub(1) == 1 && owner_sleeps_.load()) {
                 std::lock_guard<std::mutex> lock(sleep_);
                 is_done_.notify_one();
@@ -141,8 +142,8 @@ class ThreadPool {
         }
     }
 
-    // The sequentially consistent store to `open_` comes first, and a worker counts itself as sleeping before it checks the
-    // word again: either the count is seen here, or the worker sees the job.
+    // The sequentially consistent store to `open_` comes first, and a worker counts itself as sleeping before it checks
+    // the word again: either the count is seen here, or the worker sees the job.
     void wake() {
         if (!num_sleeping_.load()) return;
         // A worker between its check and its wait holds the lock; after this it waits, or it has seen the job.
@@ -168,13 +169,13 @@ void create_pool() { pool = new ThreadPool; }
 
 }  // namespace
 
-EXPORTED void sage_set_num_threads(int64_t count) {
+SAGE_EXPORT void sage_set_num_threads(int64_t count) {
     num_threads.store(count > 1 ? count : 1, std::memory_order_relaxed);
 }
 
-EXPORTED int64_t sage_num_threads() { return is_inside ? 1 : num_threads.load(std::memory_order_relaxed); }
+SAGE_EXPORT int64_t sage_num_threads() { return is_inside ? 1 : num_threads.load(std::memory_order_relaxed); }
 
-EXPORTED void sage_parallel_for(int64_t parts, Body body, void* state) {
+SAGE_EXPORT void sage_parallel_for(int64_t parts, Body body, void* state) {
     if (parts <= 0) return;
     std::call_once(is_created, [] {
         create_pool();

@@ -5,15 +5,16 @@
 
 namespace sage {
 
-// One exchange between two vectors: `low` has the lanes of both whose number lacks bit WIDTH, those of `upper` in the places
-// that have it; `high` has the other lanes.
+// One exchange between two vectors: `low` has the lanes of both whose number lacks bit WIDTH, those of `upper` in the
+// places that have it; `high` has the other lanes.
 struct LanePair {
     Floats low, high;
 };
 template <int WIDTH>
 inline LanePair exchange(Floats lower, Floats upper) {
     const Ints is_upper = (LANE_NUMBERS & WIDTH) != 0, other = LANE_NUMBERS ^ WIDTH;
-    const Ints low_lanes = is_upper ? other + LANES : LANE_NUMBERS, high_lanes = is_upper ? LANE_NUMBERS + LANES : other;
+    const Ints low_lanes = is_upper ? other + LANES : LANE_NUMBERS,
+               high_lanes = is_upper ? LANE_NUMBERS + LANES : other;
 #if defined(__AVX512F__)
     return {(Floats)_mm512_permutex2var_ps((__m512)lower, (__m512i)low_lanes, (__m512)upper),
             (Floats)_mm512_permutex2var_ps((__m512)lower, (__m512i)high_lanes, (__m512)upper)};

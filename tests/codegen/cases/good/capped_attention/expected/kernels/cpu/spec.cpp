@@ -43,9 +43,8 @@ SAGE_KERNEL(capped_attention) {
     const bool has_window = attrs[2] == attrs[2];
     const int32_t window = has_window ? (int32_t)attrs[2] : 0;
     // score: 16 scaled products; m: the position of the query; n: those of the keys; h: the query head
-    const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
-        return cap * tanh(score / cap);
-    };
+    const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n,
+                               [[maybe_unused]] int32_t h) { return cap * tanh(score / cap); };
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
         return n <= m & (has_window ? n > m - window : mask(true));
     };
@@ -59,13 +58,11 @@ SAGE_KERNEL(capped_attention) {
     const bool modifies_scores = true, is_range = true;  // is_range: the mask is equivalent to the range
     const AttentionHooks hooks = {score_mod, mask_mod, range, modifies_scores, is_range};
     const PagedKeys<E> keys = {
-        k_cache, k_cache_PG, k_cache_BS, k_cache_Nkv, v_cache, v_cache_PG, v_cache_BS, v_cache_Nkv,
-        block_table, block_table_B, BS, seq_lens, nullptr,
+        k_cache,     k_cache_PG,  k_cache_BS,    k_cache_Nkv, v_cache,  v_cache_PG, v_cache_BS,
+        v_cache_Nkv, block_table, block_table_B, BS,          seq_lens, nullptr,
     };
     const AttentionCall<E> call = {
-        B, Nq, Nkv, D, Dv,
-        q, q_B, q_Nq, o, o_B, o_Nq,
-        sinks, slopes, scale,
+        B, Nq, Nkv, D, Dv, q, q_B, q_Nq, o, o_B, o_Nq, sinks, slopes, scale,
     };
     attend(call, keys, hooks);
 }
