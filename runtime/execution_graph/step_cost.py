@@ -1,6 +1,6 @@
 """Prediction of step durations from the model's kernel graph and the roofline of a device.
 
-The graph of a hybrid step covers every step: one without prompts has no prompt tokens. The work of its kernels is
+The graph of a hybrid step covers every step: one without prompts has 0 prompt tokens. The work of its kernels is
 affine in the sizes of the step, so the coefficients are computed once, and a prediction is two small matrix products.
 The experts of a mixture are not affine: all count as read in every step, which is accurate from some dozens of tokens.
 """

@@ -1,4 +1,4 @@
-"""Declares a few ops by hand, as generated code does, for the tests of the graph library."""
+"""Hand-written op declarations, in the form of generated code, for the tests of the graph library."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The cost model, against figures worked out by hand."""
+"""Tests of the cost model against figures computed by hand."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +47,7 @@ def test_a_kernel_is_bound_by_memory_or_by_arithmetic(lib: SimpleNamespace) -> N
     assert estimate(linear(lib, 10**6), fast_memory).time_us == pytest.approx(2e6)
 
 
-def test_symbols_are_given_or_asked_for(lib: SimpleNamespace) -> None:
+def test_symbols_are_bound_or_named_in_the_error(lib: SimpleNamespace) -> None:
     assert estimate(linear(lib, T), MACHINE, {"T": 1}) == estimate(linear(lib, 1), MACHINE)
     with pytest.raises(IRError, match="n: the estimate requires T"):
         estimate(linear(lib, T), MACHINE)
@@ -57,7 +57,7 @@ def test_symbols_are_given_or_asked_for(lib: SimpleNamespace) -> None:
         estimate(node, MACHINE)
 
 
-def test_a_plain_node_moves_its_tensors_or_says_what_it_does(lib: SimpleNamespace) -> None:
+def test_a_plain_node_moves_its_tensors_or_declares_its_work(lib: SimpleNamespace) -> None:
     node = ExecutionNode("n", lib.OpType.FFN, [ref("x", T, 10)], [ref("y", T, 10)])
     assert estimate(node, MACHINE, {"T": 2}) == Cost(0, 160, pytest.approx(1.6 + 2))
     node.attrs = {"flops": 10**6 * T, "bytes": 0}
@@ -113,7 +113,7 @@ def test_annotate_fills_in_times_and_bytes(lib: SimpleNamespace) -> None:
     assert graph.estimate_total_time() == pytest.approx(3 * expected)
 
 
-def test_an_unknown_element_type_has_no_size(lib: SimpleNamespace) -> None:
+def test_an_unknown_element_type_is_an_error(lib: SimpleNamespace) -> None:
     node = ExecutionNode("n", lib.OpType.FFN, [], [ref("y", 1, dtype="f8")])
     with pytest.raises(IRError, match=r"y: f8\[1\]: unknown element type, expected one of bool, i8"):
         estimate(node, MACHINE)

@@ -1,4 +1,4 @@
-"""Sizes: the canonical form agrees with integer arithmetic, and the text form with the size."""
+"""Tests of symbolic sizes: the canonical form against integer arithmetic, and the text form against the size."""
 
 import copy
 import pickle
@@ -45,7 +45,7 @@ def test_formula_evaluates_as_its_integers_do(tree: object, sizes: dict[str, int
 
 @given(TREES)
 @settings(max_examples=500)
-def test_text_gives_the_formula_back(tree: object) -> None:
+def test_text_round_trip(tree: object) -> None:
     try:
         formula = build(tree, Sym)
     except ZeroDivisionError:
@@ -85,7 +85,7 @@ def test_text_is_canonical(formula: Dim, text: str) -> None:
     assert str(formula) == text
 
 
-def test_what_is_no_formula_folds_to_an_int() -> None:
+def test_constant_formulas_fold_to_ints() -> None:
     assert T - T == 0
     assert type(T - T) is int
     assert (4 * T) % 2 == 0
@@ -148,13 +148,13 @@ def test_names_are_ascii_identifiers(name: str) -> None:
         ("T+" * 1500 + "T", "1:1: a dim formula of 3001 characters is too long (at most 2000)"),
     ],
 )
-def test_text_that_is_no_formula(text: str, message: str) -> None:
+def test_invalid_formula_text(text: str, message: str) -> None:
     with pytest.raises(ParseError) as caught:
         parse_dim(text)
     assert str(caught.value) == message
 
 
-def test_a_formula_that_multiplies_out_without_end_is_refused() -> None:
+def test_a_formula_with_too_many_terms_is_rejected() -> None:
     factor = "*".join(["(a+b+c+d+e+f+g+h)"] * 8)
     with pytest.raises(IRError, match=r"a dim formula multiplies out to \d+ terms"):
         parse_dim(factor)

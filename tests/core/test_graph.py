@@ -1,4 +1,4 @@
-"""The graph: order, cycles, times, subgraphs, binding and replacement."""
+"""Tests of the graph: order, cycles, times, subgraphs, binding and replacement."""
 
 import itertools
 import random
@@ -149,7 +149,7 @@ def test_nodes_of_one_stream_wait_for_each_other_without_dependencies(node: Any)
 
 
 @given(st.integers(0, 10**6))
-def test_total_time_lies_between_the_critical_path_and_the_sum(lib: SimpleNamespace, seed: int) -> None:
+def test_total_time_is_between_the_critical_path_and_the_sum(lib: SimpleNamespace, seed: int) -> None:
     rng = random.Random(seed)
     graph = ExecutionGraph("g")
     for i in range(8):
@@ -189,7 +189,7 @@ def test_subgraph_of_unknown_nodes(node: Any) -> None:
         graph_of(node("a")).get_subgraph(["a", "y", "x"])
 
 
-def test_bind_gives_a_new_graph_with_sizes(lib: SimpleNamespace, node: Any) -> None:
+def test_bind_returns_a_new_graph_with_sizes(lib: SimpleNamespace, node: Any) -> None:
     graph = graph_of(node("a", "in", "x", attrs={"n": 2 * T, "pair": (T, "T"), "k": 1.5}))
     graph.inputs["in"] = TensorRef("in", (T, 8), "f32")
     graph.outputs = graph.nodes["a"].outputs[:]
@@ -239,7 +239,7 @@ def chain(node: Any) -> ExecutionGraph:
 
 
 @pytest.mark.parametrize("new_id", ["b", "c", "bc"])
-def test_replace_puts_new_nodes_in_the_place_of_the_old(node: Any, new_id: str) -> None:
+def test_replace_inserts_new_nodes_at_the_position_of_the_old(node: Any, new_id: str) -> None:
     graph = chain(node)
     graph.replace(["b", "c"], [node(new_id, "x", "z")])
     graph.nodes["d"].inputs.pop()
@@ -251,7 +251,7 @@ def test_replace_puts_new_nodes_in_the_place_of_the_old(node: Any, new_id: str) 
     assert ids(graph.users("x")) == new_id
 
 
-def test_replace_renames_values_for_their_readers(node: Any) -> None:
+def test_replace_renames_values_for_their_users(node: Any) -> None:
     graph = chain(node)
     graph.replace([graph.nodes["c"]], [node("e", "y", "u"), node("f", "u", "v")], {"z": "v"})
     assert [r.name for r in graph.nodes["d"].inputs] == ["v", "y2"]
@@ -263,7 +263,7 @@ def test_replace_renames_values_for_their_readers(node: Any) -> None:
     assert graph.users("z") == []
 
 
-def test_replace_by_nothing_passes_waiting_on(node: Any) -> None:
+def test_replace_by_nothing_forwards_dependencies(node: Any) -> None:
     graph = chain(node)
     graph.replace(["b"], [], {"y": TensorRef("x", (T, 8), "f32")})
     assert "b" not in graph.nodes
@@ -271,7 +271,7 @@ def test_replace_by_nothing_passes_waiting_on(node: Any) -> None:
     assert "b" not in graph.prefill_nodes
 
 
-def test_what_waited_for_a_removed_node_waits_for_what_that_waited_for(node: Any) -> None:
+def test_successors_of_a_removed_node_wait_for_its_dependencies(node: Any) -> None:
     graph = graph_of(*map(node, "abc"), edges="a>b b>c")
     graph.replace(["b"], [])
     assert graph.nodes["c"].dependencies == {"a"}

@@ -1,4 +1,4 @@
-"""Nodes: what an op's declaration says about operands, attributes, outputs and costs."""
+"""Tests of op nodes: operands, attributes, outputs and costs by an op's declaration."""
 
 import re
 from types import SimpleNamespace
@@ -91,7 +91,7 @@ def test_inference_fills_in_defaults(lib: SimpleNamespace) -> None:
         ("attention", {"q": t(T, 3, 16), "k": t(9, 2, 16)}, {}, "attention: requires N % K == 0 (N = 3, K = 2)"),
     ],
 )
-def test_what_does_not_fit_a_declaration(
+def test_mismatches_with_a_declaration(
     lib: SimpleNamespace, op: str, types: dict[str, TensorType], attrs: dict[str, AttrValue], message: str
 ) -> None:
     with pytest.raises(TypeMismatch) as caught:

@@ -1,4 +1,4 @@
-"""What other modules import, and what the library itself needs: the standard library."""
+"""Tests of the public names, and that the graph library imports the standard library only."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The text and JSON forms give every graph back exactly, and refuse anything else with a place."""
+"""Tests of the text and JSON forms: exact round trips, and errors with a position."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Matching of operand types against patterns, and the sentences that say what does not fit."""
+"""Tests of matching operand types against patterns, and of the messages for mismatches."""
 
 from typing import Any
 
@@ -103,9 +103,7 @@ def test_names_of_the_graph_are_not_captured() -> None:
         ),
     ],
 )
-def test_mismatches_say_what_and_why(
-    patterns: dict[str, TypePattern], types: dict[str, TensorType], message: str
-) -> None:
+def test_mismatch_messages(patterns: dict[str, TypePattern], types: dict[str, TensorType], message: str) -> None:
     with pytest.raises(TypeMismatch) as caught:
         bind(patterns, types, {}, op="linear")
     assert str(caught.value) == message

@@ -1,4 +1,4 @@
-"""Every rule of the verifier, broken once, and all problems reported together."""
+"""Tests of the verifier: every rule is broken once, and all problems are reported together."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -87,14 +87,14 @@ def test_all_problems_are_reported_together(graph: ExecutionGraph, lib: SimpleNa
 
 
 def inplace_graph(lib: SimpleNamespace, *, of: str) -> tuple[GraphWriter, TensorRef]:
-    """A graph whose node `s` overwrites an input, a weight, or a view of a value."""
+    """A graph with a node `s` that overwrites an input, a weight, or a view of a value."""
     g = GraphWriter("g", level="kernel", stage="decode", dtype="f32")
     x = g.weight("x", "f32", T, 8) if of == "weight" else g.input("x", "f32", T, 8)
     source = g.emit(lib.Halves, {"x": x}, {}, ("l", "r"))[0] if of == "view" else x
     return g, source
 
 
-def test_a_reader_after_an_overwriting_node_is_a_hazard(lib: SimpleNamespace) -> None:
+def test_a_user_after_an_overwriting_node_is_a_hazard(lib: SimpleNamespace) -> None:
     g, x = inplace_graph(lib, of="input")
     (s,) = g.emit(lib.Scale, {"x": x}, {}, ("s",))
     g.emit(lib.SiluMul, {"gu": x}, {}, ("late",))
@@ -104,7 +104,7 @@ def test_a_reader_after_an_overwriting_node_is_a_hazard(lib: SimpleNamespace) ->
     verify(graph)
 
 
-def test_a_reader_ordered_before_is_no_hazard(lib: SimpleNamespace) -> None:
+def test_a_user_ordered_before_is_safe(lib: SimpleNamespace) -> None:
     g, x = inplace_graph(lib, of="input")
     g.emit(lib.SiluMul, {"gu": x}, {}, ("early",))
     (s,) = g.emit(lib.Scale, {"x": x}, {}, ("s",))

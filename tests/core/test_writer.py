@@ -1,4 +1,4 @@
-"""The graph writer: names, scopes, declarations, and the time that a large graph takes."""
+"""Tests of the graph writer: names, scopes, declarations, and the time for a large graph."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""`sagellm lint model`: counts, degrees and the comparison with an index, from the config alone."""
+"""Tests of `sagellm lint model`: counts, degrees and the comparison with an index, from the config alone."""
 
 import json
 import subprocess
@@ -185,7 +185,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("what", "config", "tp", "message"), REFUSED)
-def test_what_cannot_be_checked(
+def test_invalid_arguments(
     what: str, config: dict[str, Any] | None, tp: str | None, message: str, lint: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, out, err = lint(what, config, tp=tp)
@@ -199,7 +199,7 @@ def test_lint_model_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layout_gives_ranks_the_shapes_that_their_graphs_read(name: str) -> None:
+def test_shares_of_every_layout_match_the_graphs_of_ranks(name: str) -> None:
     layout = MODELS[name]
     config = layout.read_config(HFConfig(layout.tiny))
     graph = build_block_graph(layout, config, "prefill", ParallelConfig(tensor_parallel_size=2))

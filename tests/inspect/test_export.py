@@ -1,4 +1,4 @@
-"""What leaves the library for documents, programs and browsers: complete, and inert whatever the names hold."""
+"""Tests of exports for documents, programs and browsers: complete, and safe for any names."""
 
 import itertools
 import json
@@ -150,7 +150,7 @@ def test_an_empty_graph_has_a_page() -> None:
         ("3", "expected the JSON form of a graph: TypeError 'int' object is not subscriptable"),
     ],
 )
-def test_json_that_is_no_graph(lib: SimpleNamespace, text: str, message: str) -> None:
+def test_json_of_something_else(lib: SimpleNamespace, text: str, message: str) -> None:
     with pytest.raises(IRError) as caught:
         from_json(text, lib.OpType, lib.ops)
     assert str(caught.value) == message
@@ -164,7 +164,7 @@ def test_json_is_for_other_programs(graph: ExecutionGraph) -> None:
     assert data["decode_nodes"] == ["L0.y"]
 
 
-def test_a_drawing_keeps_boxes_apart_and_edges_beside_them(lib: SimpleNamespace) -> None:
+def test_boxes_and_edges_of_a_drawing_do_not_overlap(lib: SimpleNamespace) -> None:
     """a -> b -> c -> d with a shortcut a -> d, which passes b and c."""
     chain = [
         ExecutionNode(n, lib.OpType.FFN, [], [], set(before))
@@ -194,7 +194,7 @@ def test_every_op_type_has_a_colour(lib: SimpleNamespace) -> None:
 
 @pytest.fixture
 def timed(lib: SimpleNamespace) -> ExecutionGraph:
-    """A transfer beside a computation, and one node that waits for both."""
+    """A transfer parallel to a computation, and a node that waits for both."""
     graph = ExecutionGraph("timed")
     for name, stream, us, needs in (("a", 0, 4.0, ()), ("send", 1, 3.0, ("a",)), ("b", 0, 5.0, ("a",)),
                                     ("c", 0, 1.0, ("send", "b"))):  # fmt: skip
@@ -204,7 +204,7 @@ def timed(lib: SimpleNamespace) -> ExecutionGraph:
     return graph
 
 
-def test_a_timeline_runs_lanes_beside_each_other(timed: ExecutionGraph) -> None:
+def test_lanes_of_a_timeline_run_in_parallel(timed: ExecutionGraph) -> None:
     found = time_spans(timed.topological_sort())
     assert found == {"a": (0.0, 4.0), "send": (4.0, 7.0), "b": (4.0, 9.0), "c": (9.0, 10.0)}
     assert max(interval.end_us for interval in found.values()) == timed.estimate_total_time()
@@ -221,7 +221,7 @@ def test_a_trace_for_perfetto_has_a_track_for_each_stream(timed: ExecutionGraph)
     assert spans[1, "b"] == (0, 1.0, 5.0)
 
 
-def test_a_page_lights_what_a_step_changed(timed: ExecutionGraph) -> None:
+def test_a_page_highlights_changes(timed: ExecutionGraph) -> None:
     after = timed.copy()
     after.nodes["b"].stream_id = 2
     after.nodes["c"].dependencies.discard("send")

@@ -1,4 +1,4 @@
-"""The tools for passes: what they say of a rule that is wrong or does not fire, and of a pass that crashes."""
+"""Tests of `sagellm graph`: reports on wrong rules, rules that do not fire, and passes that crash."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_rules_are_chosen_and_limited(capsys: pytest.CaptureFixture[str]) -> Non
     assert ops(rewrite_limit=2).count("fused_add_rms_norm") == 2
 
 
-def test_statistics_count_what_is_saved(capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_count_the_savings(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split() for line in answer(capsys, stats=True)]
     row = next(words for words in lines if words[0] == "qk_rope_kv_store")
     assert (row[1:4], row[5:8]) == (["2", "2", "2"], ["-6", "-4", "0"])

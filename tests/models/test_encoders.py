@@ -1,4 +1,4 @@
-"""Encoder layouts: one phase, what their programs return, and the graphs that embeddings come from."""
+"""Tests of encoder layouts: their phase, the returns of their programs, and the graphs of embeddings."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_the_time_of_attention_grows_with_the_squares_of_the_lengths() -> None:
     assert one.nodes["L0.f"].estimated_time_us == two.nodes["L0.f"].estimated_time_us
 
 
-def test_an_embedding_graph_has_no_more_than_it_needs() -> None:
+def test_an_embedding_graph_contains_only_needed_nodes() -> None:
     llama = MODELS["llama"]
     compiler = ModelCompiler(llama, llama.read_config(HFConfig(llama.tiny)), load_registry(), dtype="f32")
     graph = compiler.embedding_graph("last", normalize=True)

@@ -1,4 +1,4 @@
-"""Every layout: its flattened text and its graphs on the tiny config, one snapshot file each."""
+"""Snapshots of every layout: its flattened text and its graphs on the tiny config, one file each."""
 
 import pytest
 from syrupy.assertion import SnapshotAssertion
@@ -16,7 +16,7 @@ FAMILIES = [name for name in MODELS if name not in ("llama", "qwen3")]  # these 
 
 
 class TextFile(SingleFileSnapshotExtension):
-    """A snapshot as a text file of its own, so that layouts can be added side by side."""
+    """A snapshot in a separate text file, so that parallel branches can add layouts."""
 
     _write_mode = WriteMode.TEXT
     file_extension = "txt"

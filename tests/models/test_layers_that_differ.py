@@ -1,4 +1,4 @@
-"""Layouts whose layers differ: config lists, computed values, branches, and the weights and graphs that follow."""
+"""Tests of per-layer values and conditions: config lists, computed values, branches, and their weights and graphs."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -44,7 +44,7 @@ def ops_of(graph: ExecutionGraph, layer: int, block: str) -> list[str]:
     return [node.op for node in nodes if isinstance(node, OpNode)]
 
 
-def test_each_layer_has_the_body_of_its_own(mixed: ModelLayout) -> None:
+def test_each_layer_has_the_body_of_its_variant(mixed: ModelLayout) -> None:
     graph = kernels(mixed, num_hidden_layers=4, hidden_act="gelu_tanh", plain_layers=[2])
     feed_forward = [ops_of(graph, i, "ffn") + ops_of(graph, i, "plain") for i in range(4)]
     assert feed_forward == [

@@ -1,4 +1,4 @@
-"""Layouts: what configs read and refuse, how weights map to checkpoints, and the graphs of tiny models."""
+"""Tests of layouts: reading and rejecting configs, mapping of weights to checkpoints, and graphs of tiny models."""
 
 import json
 import time
@@ -50,7 +50,7 @@ def read(layout: ModelLayout, **changes: Any) -> Any:
 
 
 def checkpoint(layout: ModelLayout, config: Any) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes as the layout wants them."""
+    """Tensor names and shapes as the layout expects them."""
     return {part.name: part.shape for w in layout.weights(config) for part in w.parts if w.tied_to is None}
 
 
@@ -168,7 +168,7 @@ def test_a_degree_that_does_not_divide_is_refused(tp: int, changes: dict[str, An
 
 
 @pytest.mark.parametrize("layout", MODELS.values(), ids=lambda layout: layout.name)
-def test_sharded_weights_are_what_the_graph_of_a_rank_declares(layout: ModelLayout) -> None:
+def test_sharded_weights_match_the_graph_of_a_rank(layout: ModelLayout) -> None:
     config = read(layout, attention_bias=True)
     local = expand_block(layout, config, layout.phases[0], ParallelConfig(tensor_parallel_size=2)).weights
     for weight in layout.weights(config):
@@ -188,7 +188,7 @@ def test_every_result_that_is_partial_is_reduced_once() -> None:
 # checkpoints
 
 
-def test_a_matching_checkpoint_has_no_problems_with_or_without_a_tied_head() -> None:
+def test_a_matching_checkpoint_with_or_without_a_tied_head() -> None:
     tied = read(LLAMA, tie_word_embeddings=True)
     shapes = checkpoint(LLAMA, tied)
     assert "lm_head.weight" not in shapes
@@ -265,7 +265,7 @@ def test_graphs_keep_the_rules_at_both_levels(layout: ModelLayout, stage: Stage,
     )
 
 
-def test_expansion_gives_each_layer_what_its_body_writes() -> None:
+def test_expansion_writes_the_body_of_each_layer() -> None:
     """Later layers are stamped from the first; they must be what the body itself would have written."""
     graph = build_block_graph(QWEN3, read(QWEN3), "prefill", dtype="f32")
     nodes = expand(graph, QWEN3, graph.model_config).nodes.values()

@@ -1,4 +1,4 @@
-"""What layouts say of positions and caches, as the engine makes it."""
+"""Tests of the position tables and caches that layouts declare, as created by the engine."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_a_rank_has_the_slopes_of_its_heads() -> None:
     assert make_tables(both, 1)["slopes"].tolist() == make_tables(whole, 1)["slopes"].tolist()[: whole.Nq // 2]
 
 
-def test_what_is_kept_of_a_token() -> None:
+def test_cache_entry_of_a_token() -> None:
     assert (KvShape((2, 8), (2, 8)).num_elements, KvShape((2, 8), (2, 8)).row) == (32, (2, 2, 8))
     assert (KvShape((2, 8), (2, 4)).num_elements, KvShape((2, 8), (2, 4)).row) == (24, (24,))
     assert (KvShape((1, 8), (1, 6), is_shared=True).num_elements, KvShape((1, 8), (1, 6), is_shared=True).row) == (

@@ -1,7 +1,7 @@
-"""Tensor parallelism: the graphs of all ranks, run in lockstep in one process, give the logits of one rank alone.
+"""Tests of tensor parallelism: the graphs of all ranks, run in lockstep in one process, compute one rank's logits.
 
-Each rank is a thread with its share of the weights, its own caches and the plan of its own graph. Collectives meet at a
-barrier. Everything is in float64, so that a wrong sum cannot hide behind rounding.
+Each rank is a thread with its share of the weights, its caches and its plan. Collectives meet at a barrier. Everything
+is in float64, so that rounding cannot mask a wrong sum.
 """
 
 import re
@@ -63,7 +63,7 @@ def random_weights(layout: ModelLayout, config: Any) -> dict[str, Tensor]:
 
 
 class Meeting:
-    """Where the ranks exchange what a collective needs; all of them must come, and for the same collective."""
+    """Exchange of operands between the ranks; all of them must take part, and in the same collective."""
 
     def __init__(self, tp: int) -> None:
         self.barrier = threading.Barrier(tp, timeout=60)
@@ -118,7 +118,7 @@ class Rank:
 
 
 def slots_of(blocks: list[int], start: int, num_tokens: int) -> list[int]:
-    """Where tokens start .. start + num_tokens - 1 of a sequence stand in the pool."""
+    """The pool slots of the tokens start .. start + num_tokens - 1 of a sequence."""
     return [blocks[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for t in range(start, start + num_tokens)]
 
 

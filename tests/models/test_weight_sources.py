@@ -1,4 +1,4 @@
-"""Weights from YAML lines to loaded tensors: every way of packing, against the same thing written in torch."""
+"""Tests of weights from YAML lines to loaded tensors: every packing against its torch equivalent."""
 
 import textwrap
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from sageLLM.runtime.loader.weights import load_weights, rank_share
 LAYOUT = """
 schema: models/v1
 model: packed
-summary: A layout whose weights are a test's.
+summary: A layout with the weights of a test.
 extends: llama
 hf: {{architectures: [PackedForCausalLM]}}
 config: {{{config}}}
@@ -158,7 +158,7 @@ PACKED: dict[str, tuple[str, Callable[..., Tensor]]] = {
         'w: {shape: [X, 2*I, H], hf: {rearrange: "X H (I c) -> X (c I) H", of: a, sizes: {c: 2}}, tp: {shard: 1}}',
         lambda t: torch.cat([t["a"][:, :, 0::2], t["a"][:, :, 1::2]], 2).transpose(1, 2),
     ),
-    "Llama: rotary pairs next to each other, wanted in halves": (
+    "Llama: rotary pairs next to each other, expected in halves": (
         """w:
              shape: [Nq*D, H]
              hf: {rearrange: "(Nq j c) H -> (Nq c j) H", of: a, sizes: {j: D/2, c: 2}}
@@ -196,7 +196,7 @@ SEGMENTS = {
     "Falcon: queries, key and value next to each other in every group": (24, 12, 12),
     "Mixtral: an expert's gate and up, stacked over the experts": (8, 8),
     "gpt-oss: all experts in one tensor, gate and up in alternating columns": (8, 8),
-    "Llama: rotary pairs next to each other, wanted in halves": (),
+    "Llama: rotary pairs next to each other, expected in halves": (),
     "a stack of transposed experts": (),
 }
 

@@ -1,4 +1,4 @@
-"""Random block-like graphs, and what a pass must not lose of them."""
+"""Random block-like graphs, and the properties that passes must preserve."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def ancestors(graph: ExecutionGraph) -> dict[str, set[str]]:
     """For every value the values that it comes from, by plain search: an oracle for reachability."""
     found: dict[str, set[str]] = {name: set() for name in [*graph.inputs, *graph.weights]}
     for node in graph.topological_sort():
-        behind = {ref.name for ref in node.inputs}.union(*(found[ref.name] for ref in node.inputs))
-        found |= {ref.name: behind for ref in node.outputs}
+        sources = {ref.name for ref in node.inputs}.union(*(found[ref.name] for ref in node.inputs))
+        found |= {ref.name: sources for ref in node.outputs}
     return found
 
 

@@ -1,4 +1,4 @@
-"""Random graphs of real ops, and two ways to run them: by the executor, and inside the places of a memory plan."""
+"""Random graphs of real ops, run by the executor or inside the arena of a memory plan."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def random_values(graph: ExecutionGraph, seed: int = 0) -> dict[str, torch.Tenso
 
 
 def run(graph: ExecutionGraph, values: Mapping[str, torch.Tensor], kernels: Kernels = TWO_RANKS) -> list[torch.Tensor]:
-    """What the graph returns, by the executor."""
+    """The outputs of the graph, by the executor."""
     bound = {name: values[name] for name in graph.weights}
     return Plan(graph, kernels, bound).run({name: values.get(name) for name in graph.inputs})
 
@@ -149,7 +149,7 @@ class Arena:
 
     def _place(self, name: str, like: torch.Tensor) -> torch.Tensor:
         offset = self.plan.offset(name)
-        assert offset is not None, f"{name} has no place"
+        assert offset is not None, f"{name} must have an offset"
         return self.bytes[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
     def _read(self, name: str) -> None:

@@ -1,7 +1,7 @@
-"""Passes of every kind as pairs of text: a graph before, the graph after, and what the pass reports.
+"""Text cases of passes of every kind: a graph before, the graph after, and the report of the pass.
 
-`engine_cases/PASS/CASE` holds `before.txt`; `after.txt` and `report.txt` are what is expected. SAGELLM_ACCEPT=1 writes
-both anew.
+`engine_cases/PASS/CASE` holds `before.txt`; `after.txt` and `report.txt` are expected. SAGELLM_ACCEPT=1 rewrites
+both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def test_before_and_after(folder: Path) -> None:
     after = one.apply(before)
     verify(after)
     verify_schedule(after)
-    assert to_text(before) == text, "the given graph was changed"
+    assert to_text(before) == text, "the argument was changed"
     facts = [f"{name} {round(v, 3) if isinstance(v, float) else v}" for name, v in one.report.facts.items()]
     counts = f"nodes {one.report.nodes_before} -> {one.report.nodes_after}"
     found = {"after.txt": to_text(after), "report.txt": "\n".join([counts, *facts]) + "\n"}

@@ -1,4 +1,4 @@
-"""Graphs that the engines of passes must leave alone: merges and edges that would be wrong."""
+"""Tests of graphs that passes must not change: merges and edges that would be wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the merge, schedule, prefetch and memory engines, on random graphs and on small ones made for a point."""
+"""Tests of the merge, schedule, prefetch and memory passes, on random graphs and on small constructed ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_merging_keeps_values_and_reachability(graph: ExecutionGraph) -> None:
     text, before = to_text(graph), ancestors(graph)
     merged = CommFusion().apply(graph)
     verify(merged)
-    assert to_text(graph) == text, "the given graph was changed"
+    assert to_text(graph) == text, "the argument was changed"
     assert made(merged) == made(graph)
     after = ancestors(merged)
     assert all(before[name] <= after[name] for name in before)
@@ -109,7 +109,7 @@ def test_two_merges_do_not_close_a_circle() -> None:
     verify(merged)
 
 
-def test_what_does_not_go_together_stays_apart() -> None:
+def test_incompatible_nodes_are_not_merged() -> None:
     kind = OpType.COMM_ALLREDUCE
     nodes = [node(name, kind, f"x{name}") for name in "abcd"]
     nodes[1].attrs["group"] = "dp"
@@ -157,7 +157,7 @@ def test_scheduling_twice_changes_nothing_more(graph: ExecutionGraph) -> None:
     assert {i: n.stream_id for i, n in once.nodes.items()} == {i: n.stream_id for i, n in twice.nodes.items()}
 
 
-def test_a_transfer_runs_beside_computation() -> None:
+def test_a_transfer_runs_in_parallel_to_computation() -> None:
     graph = graph_of(
         node("f", OpType.FFN, "x", us=10.0),
         node("r", OpType.COMM_ALLREDUCE, "f", us=8.0),
@@ -198,8 +198,8 @@ def test_the_next_layer_loads_while_this_one_computes() -> None:
     assert ahead.nodes["kv3"].dependencies == {"f1"}
 
 
-def test_a_load_stays_behind_the_store_before_it() -> None:
-    """The long node beside them is there for the scheduling pass to gain something."""
+def test_a_load_follows_the_earlier_store() -> None:
+    """The long node runs in parallel, so that the scheduling pass can save time."""
     store = ExecutionNode("s", OpType.KV_STORE, [ref("new"), ref("cache")], [], estimated_time_us=9.0, layer_id=0)
     load = node("kv", OpType.KV_LOAD, "cache", us=2.0, layer=1)
     rest = [node("a", OpType.DECODE_ATTN, "kv", layer=1), node("f", OpType.FFN, "x", us=9.0)]

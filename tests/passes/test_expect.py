@@ -1,4 +1,4 @@
-"""Every pass fires as often as its spec expects, in every model and stage, and never changes what a graph means."""
+"""Tests that every pass fires as often as its spec expects, in every model and stage, and preserves the results."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_a_value_that_others_read_is_not_fused_away() -> None:
     assert all(graph.users(ref) for ref in sums)
 
 
-def test_near_misses_say_what_stands_in_the_way() -> None:
+def test_near_misses_name_the_obstacle() -> None:
     compiler = compiler_of("llama")
     graph = compiler.expanded_graph("decode")
     norm = next(node for node in graph.nodes.values() if node.op == "rms_norm")

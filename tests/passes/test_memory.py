@@ -1,4 +1,4 @@
-"""Tests of memory plans: on random graphs run in their arena, on the graphs of all models, and against the optimum."""
+"""Tests of memory plans: random graphs run in their arena, the graphs of all models, and optimal plans."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_plans_of_models_reach_the_lower_bound(model: str, stage: Stage) -> None
 def test_a_model_runs_in_its_arena(model: str, stage: Stage) -> None:
     layout = REGISTRY.models[model]
     if stage not in layout.phases:
-        pytest.skip("an encoder has no decode step")
+        pytest.skip("encoders are without a decode step")
     config = layout.read_config(HFConfig(layout.tiny, f"{model}: tests.tiny"))
     graph = ModelCompiler(layout, config, REGISTRY, dtype="f32").kernel_graph(stage)
     values = inputs_of(graph)
@@ -76,7 +76,7 @@ def test_no_interleaving_of_streams_destroys_a_value(graph: ExecutionGraph, rand
         assert same_bits(Arena(graph, plan, values).run(random_order(graph, random)), run(graph, values))
 
 
-def test_a_plan_with_an_overlap_gives_wrong_results() -> None:
+def test_a_plan_with_an_overlap_computes_wrong_results() -> None:
     """The oracle above can fail: with all buffers at one place it does."""
     x = TensorRef("x", (4, 8), "f64")
     graph = ExecutionGraph("g", level="kernel", inputs={"x": x})
@@ -144,7 +144,7 @@ def test_a_chain_needs_two_buffers() -> None:
 
 
 def test_a_value_on_another_stream_is_free_when_its_reader_is_known_to_be_done() -> None:
-    """b runs on a stream of its own; c does not wait for it and d does, so the memory of a is free for d and not c."""
+    """b runs on a separate stream; c does not wait for it and d does, so the memory of a is free for d and not c."""
     graph = graph_of(*(node(name, OpType.FFN, reads) for name, reads in ("ax", "ba", "cx", "db")), returns="c d")
     graph.nodes["b"].stream_id = 1
     buffers = {buffer.names[0]: buffer for buffer in Lifetimes(graph).buffers({}, 256)}
@@ -152,7 +152,7 @@ def test_a_value_on_another_stream_is_free_when_its_reader_is_known_to_be_done()
     assert not buffers["a"].interferes_with(buffers["d"])
 
 
-def test_values_made_in_place_share_their_memory() -> None:
+def test_values_computed_in_place_share_memory() -> None:
     x, w = TensorRef("x", (4, 64), "f32"), TensorRef("w", (64,), "f32")
     a, y, h = (TensorRef(name, (4, 64), "f32") for name in "ayh")
     graph = ExecutionGraph("g", level="kernel", inputs={"x": x}, weights={"w": w}, outputs=[y, h])
@@ -167,7 +167,7 @@ def test_views_and_caches_take_no_memory_of_their_own() -> None:
     plan = plan_memory(compiler_of("llama").expanded_graph("decode"), STEP)
     shared = next(buffer.names for buffer in plan.buffers if "L0.attention.qkv" in buffer.names)
     assert {"L0.attention.q", "L0.attention.q_1"} <= set(shared)
-    assert plan.offset("L0.attention.kc") is None, "it lies in the cache"
+    assert plan.offset("L0.attention.kc") is None, "it is in the cache"
 
 
 def test_a_symbolic_graph_is_left_as_it_is() -> None:

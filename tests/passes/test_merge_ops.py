@@ -1,4 +1,4 @@
-"""Merging of op nodes: bits, counts, cost from the link, and real models with attention beside the feed-forward."""
+"""Tests of merging op nodes: bits, counts, cost from the link, and models with parallel attention and feed-forward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLOW_LINK = Hardware("test", {"f64": 1e12}, 1e12, 1 << 30, 1.0, Link(1e9, 50.0),
 
 @given(op_graphs())
 @settings(max_examples=40, deadline=None)
-def test_merged_op_graphs_give_the_same_bits(graph: ExecutionGraph) -> None:
+def test_merged_op_graphs_compute_the_same_bits(graph: ExecutionGraph) -> None:
     annotate(graph, SLOW_LINK)
     merged = CommFusion(SLOW_LINK).apply(graph)
     verify(merged)

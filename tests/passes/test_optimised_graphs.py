@@ -1,4 +1,4 @@
-"""What passes leave of every model, as text: the rules that fired, and the ops of each stage's graph by layer."""
+"""Snapshots of every model after the passes: the rules that fired, and the ops of each stage's graph by layer."""
 
 import pytest
 from syrupy.assertion import SnapshotAssertion
@@ -16,7 +16,7 @@ REGISTRY = load_registry()
 
 
 class TextFile(SingleFileSnapshotExtension):
-    """A snapshot as a text file of its own, so that layouts can be added side by side."""
+    """A snapshot in a separate text file, so that parallel branches can add layouts."""
 
     _write_mode = WriteMode.TEXT
     file_extension = "txt"

@@ -1,4 +1,4 @@
-"""The seed's optimizer: its names and defaults, its order, and passes written by hand among generated ones."""
+"""Tests of the optimizer: public names and defaults, order, and hand-written passes among generated ones."""
 
 from __future__ import annotations
 

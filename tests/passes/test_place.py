@@ -1,4 +1,4 @@
-"""Micro-batches and moved blocks: every row is computed as before, and the times are those that others published."""
+"""Tests of micro-batches and moved blocks: every row is computed as before, and times match published figures."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Rows = tuple[str, ...]
 
 
 def rows_of(graph: ExecutionGraph) -> list[Rows]:
-    """What the graph returns, if every node works row by row; loads and stores of a cache are its row's own."""
+    """The outputs of the graph if every node works row by row, and loads and stores access the cache of their row."""
     values: dict[str, Rows] = {}
     for one in graph.topological_sort():
         count = one.outputs[0].shape[0] if one.outputs else 0
@@ -88,12 +88,12 @@ def test_every_row_is_computed_as_before(kind: type[NanoBatching | AfDisaggregat
     placed = kind(parts, hardware=HARDWARE["h100"]).apply(graph)
     verify(placed)
     verify_schedule(placed)
-    assert to_text(graph) == text, "the given graph was changed"
+    assert to_text(graph) == text, "the argument was changed"
     assert rows_of(placed) == rows_of(graph)
 
 
 def without_caches(graph: ExecutionGraph) -> None:
-    """A load gives rows of the cache, not of the batch: for a comparison by rows it goes."""
+    """Removes the loads, since their rows are those of the cache, not of the batch."""
     loads = [one for one in graph.nodes.values() if one.op_type is OpType.KV_LOAD]
     gone = {ref.name for load in loads for ref in load.outputs}
     for one in graph.nodes.values():
@@ -136,7 +136,7 @@ def test_placed_graphs_go_through_the_other_passes(kind: type[NanoBatching], ind
         (lambda graph: setattr(graph, "stage", "hybrid"), ""),
     ],
 )
-def test_what_cannot_be_cut_is_left(change: object, reason: str) -> None:
+def test_graphs_that_cannot_be_split_are_skipped(change: object, reason: str) -> None:
     graph = graphs()[0]
     assert callable(change)
     change(graph)
@@ -252,7 +252,7 @@ TIMES = st.integers(1, 20).map(float)
 
 @given(st.integers(1, 6), st.integers(1, 5), TIMES, TIMES, st.floats(0.0, 1.0))
 @settings(max_examples=40, deadline=None)
-def test_a_ping_pong_pipeline_takes_what_the_formula_says(
+def test_the_time_of_a_ping_pong_pipeline_matches_the_formula(
     layers: int, parts: int, ta: float, te: float, share: float
 ) -> None:
     tc = share * max(ta, te)
@@ -289,7 +289,7 @@ def tokens_per_s(graph: ExecutionGraph) -> float:
 
 
 def nanoflow(parts: int) -> tuple[ExecutionGraph, ExecutionGraph]:
-    """The serial step, and the same in nano-batches, whose kernels take 1 / (1 - 13.2 %) as long together."""
+    """The serial step, and the same in nano-batches, with kernels that take 1 / (1 - 13.2 %) as long in total."""
     times = {name: (kind, 1e3 * ms / LAYERS) for name, (kind, ms) in NANOFLOW_MS.items()}
     graph = blocks(LAYERS, times, ROWS)
     return graph, NanoBatching(parts, part_time=by_rows(ROWS, 1 / (1 - 0.132))).apply(graph)
@@ -302,7 +302,7 @@ def test_nano_batches_alone_are_a_loss() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
-def test_what_was_measured_lies_between_full_interference_and_none(parts: int) -> None:
+def test_measured_times_are_between_full_interference_and_none(parts: int) -> None:
     """Streams that do not disturb one another are faster than NanoFlow was, and slower than the GEMMs alone.
 
     With one published share for a whole stream they are slower than it was: it chose one for every operation.
@@ -316,4 +316,4 @@ def test_what_was_measured_lies_between_full_interference_and_none(parts: int) -
     assert WITHOUT_OVERLAP < shared < MEASURED[1]
     assert MEASURED[1] < free < GEMMS_ALONE
     overlap = tokens_per_s(ComputeCommOverlap().apply(cut))
-    assert WITHOUT_OVERLAP < overlap < free, "with transfers alone beside the computation there is less to gain"
+    assert WITHOUT_OVERLAP < overlap < free, "with only transfers in parallel to the computation the gain is smaller"

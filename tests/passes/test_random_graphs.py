@@ -1,4 +1,4 @@
-"""Random kernel graphs, run before and after every rewrite pass: the same values, bit for bit, in the reference."""
+"""Tests of rewrite passes on random kernel graphs: the reference computes the same bits before and after."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REGISTRY = load_registry()
 
 
 class RandomGraph:
-    """Writes nodes whose operands are random; values are rows of WIDTH features, or twice that for gates."""
+    """Writes nodes with random operands; values are rows of WIDTH features, or twice that for gates."""
 
     def __init__(self, random: Random) -> None:
         self.random = random

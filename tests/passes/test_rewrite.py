@@ -1,7 +1,7 @@
-"""Rewriting as pairs of text: a graph before, the graph after, and what the pass reports.
+"""Text cases of rewriting: a graph before, the graph after, and the report of the pass.
 
-A case is a folder of `cases/PASS` with `before.txt`; `after.txt` and `report.txt` hold what is expected. With
-SAGELLM_ACCEPT=1 both are written anew. The rest of the file tests the driver with rules made for a point.
+A case is a folder of `cases/PASS` with `before.txt`; `after.txt` and `report.txt` are expected. SAGELLM_ACCEPT=1
+rewrites both. The rest of the file tests the driver with constructed rules.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def rewrite_and_compare(one: RewritePass, folder: Path) -> None:
     text = to_text(before)
     after = one.apply(before)
     verify(after)
-    assert to_text(before) == text, "the given graph was changed"
+    assert to_text(before) == text, "the argument was changed"
     found = {
         "after.txt": to_text(after),
         "report.txt": "".join(f"{rule} {stats}\n" for rule, stats in one.report.rules.items() if stats.tried),
@@ -90,7 +90,7 @@ def pass_of(*rules: Rule) -> RewritePass:
     return made()
 
 
-def test_rules_run_until_none_applies() -> None:
+def test_rules_run_until_none_fires() -> None:
     one = pass_of(Rule("drop_first", Add, drop_first, 2))
     after = one.apply(parse(CHAIN))
     verify(after)
@@ -119,7 +119,7 @@ def test_a_value_that_is_not_kept_and_read_elsewhere_refuses_the_rule() -> None:
     assert one.report.rules["drop_first"].reasons == {"no add before it": 1, "b is also read by the caller": 1}
 
 
-def test_a_replacement_that_reads_what_it_takes_away_is_refused() -> None:
+def test_a_replacement_that_reads_a_removed_value_is_refused() -> None:
     one = pass_of(Rule("drop_first", Add, drop_first, 2))
     after = one.apply(parse(CHAIN[: CHAIN.index("c:")].replace("add(a, x)", "add(a, a)") + "return b\n"))
     verify(after)
@@ -128,7 +128,7 @@ def test_a_replacement_that_reads_what_it_takes_away_is_refused() -> None:
 
 
 def test_a_replacement_that_would_wait_for_itself_is_refused() -> None:
-    """y's norm has a weight that comes from h: the fused op would need the weight before it gives h."""
+    """The weight of y's norm depends on h: the fused op would read the weight before it produces h."""
 
     def fuse(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
         add = graph.producer(node.input("x"))
@@ -181,7 +181,7 @@ def test_phases_and_expectations() -> None:
     assert one.why_not_expected("llama", 3) == "fuse_norm fired 1 times on llama, expected 6"
 
 
-def test_a_rule_waits_until_the_device_has_a_kernel_for_what_it_puts_in() -> None:
+def test_a_rule_requires_kernels_for_its_new_ops() -> None:
     rule = Rule("drop_first", Add, drop_first, 2)
     made: type[RewritePass] = type("MadeHere", (RewritePass,), {"pass_name": "made_here", "rules": (rule,)})
     for kernels, fired in ((("rms_norm",), 0), (("add",), 3), (None, 3)):
@@ -205,7 +205,7 @@ def test_rules_are_chosen_and_counted() -> None:
     assert options[2].limit == 0
 
 
-def test_statistics_tell_what_changed_and_explain_what_did_not() -> None:
+def test_statistics_list_changes_and_near_misses() -> None:
     one = pass_of(Rule("drop_first", Add, drop_first, 2))
     one.apply(parse(CHAIN.replace("return d", "return d, b")))
     stats = one.report.rules["drop_first"]

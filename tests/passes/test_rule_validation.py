@@ -1,4 +1,4 @@
-"""The generated rule tests, for rules that YAML alone adds: a right one passes, and wrong ones are found out."""
+"""Tests of the generated rule tests, for rules added in YAML: a correct one passes, and wrong ones fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams and events: the minimal waits, what they keep, bounds of the estimated time, and the budget of prefetch."""
+"""Tests of streams and events: minimal waits, enforced dependencies, bounds of the estimated time, prefetch budget."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_waits_are_enough_and_none_is_too_much(graph: ExecutionGraph) -> None:
 
 @given(op_graphs(num_streams=3), st.randoms(use_true_random=False))
 @settings(max_examples=40, deadline=None)
-def test_scheduled_graphs_give_the_same_bits_in_any_interleaving(graph: ExecutionGraph, random: Random) -> None:
+def test_scheduled_graphs_compute_the_same_bits_in_any_interleaving(graph: ExecutionGraph, random: Random) -> None:
     scheduled = ComputeCommOverlap().apply(graph)
     verify(scheduled)
     verify_schedule(scheduled)
@@ -96,7 +96,7 @@ def test_without_shares_a_simulation_is_the_estimate(graph: ExecutionGraph) -> N
     assert max(span.end_us for span in spans.values()) == graph.estimate_total_time()
 
 
-def test_what_runs_beside_something_else_runs_slower() -> None:
+def test_concurrent_nodes_run_slower() -> None:
     """8 us of transfer at half speed take 16; meanwhile 10 us of computation at 0.8 are done after 12.5."""
     graph = graph_of(node("f", OpType.FFN, "x", us=10.0), node("r", OpType.COMM_ALLREDUCE, "y", us=8.0))
     graph.nodes["r"].stream_id = 1
@@ -109,7 +109,7 @@ def test_shared_streams_stretch_the_nodes_that_run_together() -> None:
     graph = graph_of(node("f", OpType.FFN, "x", us=10.0), node("r", OpType.COMM_ALLREDUCE, "y", us=8.0))
     scheduled = NanoOverlap().apply(graph)
     assert scheduled.estimate_total_time() == pytest.approx(14.25)
-    assert scheduled.nodes["r"].estimated_time_us == pytest.approx(14.25), "what it takes beside f"
+    assert scheduled.nodes["r"].estimated_time_us == pytest.approx(14.25), "its time while f runs"
 
 
 # prefetch
@@ -195,7 +195,7 @@ def test_transfers_out_of_order_are_found() -> None:
     assert "device 0 sends to 1 ['s1', 's2'], which receives ['s2', 's1']" in problem_of(graph)
 
 
-def test_places_that_overlap_are_found() -> None:
+def test_overlapping_offsets_are_found() -> None:
     graph = two_streams()
     for one in graph.nodes.values():
         one.metadata["offsets"] = [0]

@@ -1,4 +1,4 @@
-"""The acceptance test of the execution graph: its types, the builder for each kind of step, and the default passes."""
+"""Acceptance tests of the execution graph: its types, the builder for each kind of step, and the default passes."""
 
 from dataclasses import MISSING, fields
 from itertools import pairwise
@@ -43,7 +43,7 @@ def builder() -> ExecutionGraphBuilder:
 
 
 def node(name: str, *needs: str, time: float = 1.0, device: int = 0, stream: int = 0) -> ExecutionNode:
-    """A node that reads the outputs of `needs` and writes a value of its own name."""
+    """A node that reads the outputs of `needs` and writes a value with the node's name."""
     inputs = [TensorRef(need, (2, 3), "f32") for need in needs]
     return ExecutionNode(
         node_id=name,
@@ -303,7 +303,7 @@ class TestSingleNodes:
         assert (reduce_.op_type, reduce_.layer_id, reduce_.attrs["group"]) == (OpType.COMM_ALLREDUCE, 1, "tp")
         assert builder._build_comm_node(1, OpType.COMM_SEND).attrs == {"peer": 1, "group": "pp"}
 
-    def test_what_is_not_there_is_refused(self, builder: ExecutionGraphBuilder) -> None:
+    def test_missing_nodes_are_errors(self, builder: ExecutionGraphBuilder) -> None:
         with pytest.raises(ValueError, match=r"layer_id must be 0 to 3, got 4"):
             builder._build_ffn_node(4, PREFILL)
         with pytest.raises(ValueError, match="is_prefill=True: expected a PrefillBatch, got a DecodeBatch"):
@@ -415,7 +415,7 @@ class TestDefaultPasses:
         assert len(ops(fused, OpType.COMM_ALLREDUCE)) == 1
         assert len(fused.comm_nodes) == 1
 
-    def test_overlap_moves_communication_to_a_stream_of_its_own(self) -> None:
+    def test_overlap_moves_communication_to_a_separate_stream(self) -> None:
         graph = ExecutionGraphBuilder(MODEL, ParallelConfig(tensor_parallel_size=2)).build_prefill_graph(PREFILL)
         before = graph.estimate_total_time()
         done = ComputeCommOverlapPass().apply(graph)

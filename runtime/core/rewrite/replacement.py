@@ -18,7 +18,7 @@ def apply_rewrite(
     """Replaces the matched nodes by the calls, in this graph, and returns the new nodes, or the reason why not.
 
     A rewrite is refused if other nodes still read a value that it removes, if types do not fit the new ops, or if the
-    new nodes have no valid position: an operand would itself depend on a matched node, which makes a cycle.
+    new nodes lack a valid position: an operand would itself depend on a matched node, which makes a cycle.
     """
     if (reason := _why_not_replaceable(graph, rewrite, position)) is not None:
         return NearMiss(len(rewrite.matched), reason)

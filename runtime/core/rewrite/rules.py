@@ -47,7 +47,7 @@ class Rewrite:
 class NearMiss:
     """A rule that did not fire: how many of its nodes matched, and the reason, such as another op than expected.
 
-    If all nodes matched, the rewrite was refused by a condition or because the graph has no valid position for it.
+    If all nodes matched, the rewrite was refused by a condition or because the graph lacks a valid position for it.
     """
 
     num_matched: int
