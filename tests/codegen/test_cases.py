@@ -81,7 +81,7 @@ def test_a_process_generates_what_a_good_case_expects(name: str, tmp_path: Path)
         assert (tmp_path / "out" / path.relative_to(expected)).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["op_defined_twice", "model_norm_over_a_share", "pass_expectation_missed"])
+@pytest.mark.parametrize("name", ["op_defined_twice", "model_norm_over_a_sharded_dim", "pass_expectation_missed"])
 def test_a_process_reports_what_a_bad_case_expects(name: str, tmp_path: Path) -> None:
     done = sagellm_generate(CASES / "bad" / name, tmp_path / "out")
     assert (done.returncode, done.stdout) == (100, (CASES / "bad" / name / "error.txt").read_text(encoding="utf-8"))
