@@ -10,7 +10,7 @@ from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.expr.types import ValueType, parse_type
 from sageLLM.codegen.link.conditions import Index
 from sageLLM.codegen.link.config import INDEX
-from sageLLM.codegen.link.flatten import FlatBlock, FlatLine, Placed, plain_lines
+from sageLLM.codegen.link.flat_layout import FlatBlock, FlatLine, Placed, plain_lines
 from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings, Value, is_value_name
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
 from sageLLM.codegen.link.weights import WeightLinker, link_block_weights

@@ -22,7 +22,7 @@ from sageLLM.codegen.link.expressions import (
     uses,
     words,
 )
-from sageLLM.codegen.link.flatten import FlatModel, Placed
+from sageLLM.codegen.link.flat_layout import FlatModel, Placed
 from sageLLM.codegen.model.layout import Check, ConfigName, ConfigType, ListKind
 from sageLLM.codegen.schema.models import ConfigField, Scalar
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from sageLLM.codegen.facts import words_of
 from sageLLM.codegen.link.config import REQUIRED_NAMES
-from sageLLM.codegen.link.flatten import FlatLine, FlatModel, FlatRepeat, conditions, plain_lines
+from sageLLM.codegen.link.flat_layout import FlatLine, FlatModel, FlatRepeat, conditions, plain_lines
 from sageLLM.codegen.link.sizes import size_texts
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.schema.models import ConfigField, WeightSpec

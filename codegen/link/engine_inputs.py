@@ -8,7 +8,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType, parse_type
-from sageLLM.codegen.link.flatten import FlatModel, Placed
+from sageLLM.codegen.link.flat_layout import FlatModel, Placed
 from sageLLM.codegen.link.sizes import link_size
 from sageLLM.codegen.load import RawSpecs
 from sageLLM.codegen.model.layout import AlibiDef, CacheDef, ConfigName, InputDef, RopeDef

@@ -11,7 +11,8 @@ from sageLLM.codegen.link.blocks import BlockLinker, attends
 from sageLLM.codegen.link.config import check_own_names_are_read, link_checks, link_config
 from sageLLM.codegen.link.config_uses import names_read, size_names
 from sageLLM.codegen.link.engine_inputs import EngineInputLinker, EngineInputs
-from sageLLM.codegen.link.flatten import FlatModel, flatten
+from sageLLM.codegen.link.flat_layout import FlatModel
+from sageLLM.codegen.link.flatten import flatten
 from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.program import ProgramLinker
 from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings

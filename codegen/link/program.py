@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.link.conditions import Index
-from sageLLM.codegen.link.flatten import FlatModel, FlatRepeat, Placed
+from sageLLM.codegen.link.flat_layout import FlatModel, FlatRepeat, Placed
 from sageLLM.codegen.link.results import ResultLinker
 from sageLLM.codegen.link.scope import Surroundings, Value, is_value_name
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names

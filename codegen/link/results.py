@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.link.blocks import attends
-from sageLLM.codegen.link.flatten import FlatModel, Placed
+from sageLLM.codegen.link.flat_layout import FlatModel, Placed
 from sageLLM.codegen.link.scope import Value
 from sageLLM.codegen.link.statements import BodyLinker
 from sageLLM.codegen.model.layout import Results

@@ -12,7 +12,7 @@ from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.conditions import Index, expression_text, link_condition
 from sageLLM.codegen.link.expressions import Names, compile_expression, kind_of
-from sageLLM.codegen.link.flatten import Placed
+from sageLLM.codegen.link.flat_layout import Placed
 from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.operands import Match
 from sageLLM.codegen.link.sizes import link_size

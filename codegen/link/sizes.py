@@ -8,7 +8,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.types import dim_text, size_of
-from sageLLM.codegen.link.flatten import Placed
+from sageLLM.codegen.link.flat_layout import Placed
 from sageLLM.codegen.model.layout import ConfigName
 from sageLLM.codegen.schema.models import WeightSpec
 from sageLLM.codegen.schema.sources import Source

@@ -10,7 +10,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.link.attend import link_attend
 from sageLLM.codegen.link.expressions import FORMS, non_null_where
-from sageLLM.codegen.link.flatten import FlatBranch, FlatChoose, FlatLine, Placed
+from sageLLM.codegen.link.flat_layout import FlatBranch, FlatChoose, FlatLine, Placed
 from sageLLM.codegen.link.scope import Scope, Value, count_words, is_value_name
 from sageLLM.codegen.link.sharding import with_reduction
 from sageLLM.codegen.model.layout import BlockCall, Branch, Choose, OpCall, Statement, WeightDef

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.link.flatten import Placed
+from sageLLM.codegen.link.flat_layout import Placed
 from sageLLM.codegen.model.layout import WeightDef
 from sageLLM.codegen.model.source import PartDef
 from sageLLM.codegen.schema.models import WeightSpec

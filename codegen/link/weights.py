@@ -9,7 +9,7 @@ from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.link.conditions import Index, link_condition
 from sageLLM.codegen.link.config import INDEX
-from sageLLM.codegen.link.flatten import FlatBlock, Placed
+from sageLLM.codegen.link.flat_layout import FlatBlock, Placed
 from sageLLM.codegen.link.segments import derived_segments
 from sageLLM.codegen.link.sizes import SizeReader
 from sageLLM.codegen.link.sources import SourceLinker
