@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sageLLM.codegen.contents import Row
-from sageLLM.codegen.expr.check import FORMS, REDUCTIONS, UNARY
+from sageLLM.codegen.expr.functions import FORMS, REDUCTIONS, UNARY
 from sageLLM.codegen.load import SCHEMAS
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs

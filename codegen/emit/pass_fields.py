@@ -26,9 +26,9 @@ OP_FIELDS = ("join", "split", "send", "recv")
 PLAIN_FIELDS = ("limit_bytes", "ahead", "budget_bytes", "align", "parts", "move")
 
 
-def fields_of(one: PassDef, specs: Specs) -> list[tuple[str, str]]:
+def fields_of(pass_: PassDef, specs: Specs) -> list[tuple[str, str]]:
     """Name and Python text of each attribute, in the order of the schema."""
-    spec = one.spec
+    spec = pass_.spec
     fields: list[tuple[str, str]] = []
     if spec.select is not None:
         fields.append(("select", _names([spec.select])))
@@ -41,13 +41,13 @@ def fields_of(one: PassDef, specs: Specs) -> list[tuple[str, str]]:
         shares = [f"{lit(name)}: Share(part={share.part}, speed={share.speed})" for name, share in spec.shares.items()]
         fields.append(("shares", f"{{{', '.join(shares)}}}"))
     if spec.function is not None:
-        fields.append(("function", f"staticmethod({'.'.join(function_of(one))})"))
+        fields.append(("function", f"staticmethod({'.'.join(function_of(pass_))})"))
     return fields
 
 
-def function_of(one: PassDef) -> tuple[str, str]:
+def function_of(pass_: PassDef) -> tuple[str, str]:
     """The module and the name of the function that a pass of kind python runs."""
-    module, _, name = (one.spec.function or "").partition(":")
+    module, _, name = (pass_.spec.function or "").partition(":")
     return module, name
 
 

@@ -82,48 +82,48 @@ class RuleView:
 
 def emit_passes(specs: Specs, renderer: Renderer) -> list[Output]:
     """`passes/fusion.py` for `specs/passes/fusion.yaml`, and `passes/__init__.py`."""
-    own = [one for one in specs.passes.values() if not specs.raw.is_base(one.entry)]
+    own = [pass_ for pass_ in specs.passes.values() if not specs.raw.is_base(pass_.entry)]
     by_file: dict[str, list[PassDef]] = {}
-    for one in own:
-        by_file.setdefault(one.entry.doc.file, []).append(one)
+    for pass_ in own:
+        by_file.setdefault(pass_.entry.doc.file, []).append(pass_)
     outputs = [_module(file, passes, specs, renderer) for file, passes in by_file.items()]
     return [*outputs, _registry(own, specs, renderer)]
 
 
 def _module(file: str, passes: list[PassDef], specs: Specs, renderer: Renderer) -> Output:
-    rules = {one.name: [RuleViewer(rule).view() for rule in one.rules] for one in passes}
+    rules = {pass_.name: [RuleViewer(rule).view() for rule in pass_.rules] for pass_ in passes}
     text = renderer.render(
         "passes.py.jinja",
         source=file,
         passes=passes,
         rules=rules,
-        fields={one.name: fields_of(one, specs) for one in passes},
+        fields={pass_.name: fields_of(pass_, specs) for pass_ in passes},
         engines=ENGINES,
-        function_modules=sorted({function_of(one)[0] for one in passes if one.spec.function is not None}),
+        function_modules=sorted({function_of(pass_)[0] for pass_ in passes if pass_.spec.function is not None}),
         op_imports=_op_imports(passes, specs),
     )
-    entries = tuple(one.ref for one in passes)
-    rows = tuple(row for one in passes for row in rule_rows(one))
+    entries = tuple(pass_.ref for pass_ in passes)
+    rows = tuple(row for pass_ in passes for row in rule_rows(pass_))
     return Output(f"passes/{_stem(file)}.py", header(file, passes[0].name) + text, entries, rows)
 
 
-def rule_rows(one: PassDef) -> list[Row]:
+def rule_rows(pass_: PassDef) -> list[Row]:
     """For each rule of a pass the ops that it rewrites, and those that it puts in their place."""
     return [
         {
             "rule": rule.name,
-            "pass": one.name,
+            "pass": pass_.name,
             "consumes": list(dict.fromkeys(call.op.name for call in rule.pattern)),
             "produces": list(dict.fromkeys(call.op.name for call in rule.replacement)),
         }
-        for rule in one.rules
+        for rule in pass_.rules
     ]
 
 
 def _registry(passes: list[PassDef], specs: Specs, renderer: Renderer) -> Output:
     modules: dict[str, list[str]] = {}
-    for one in passes:
-        modules.setdefault(_stem(one.entry.doc.file), []).append(one.class_name)
+    for pass_ in passes:
+        modules.setdefault(_stem(pass_.entry.doc.file), []).append(pass_.class_name)
     text = renderer.render("passes_registry.py.jinja", passes=passes, modules=sorted(modules.items()))
     return Output("passes/__init__.py", header("specs/passes", "passes") + text)
 
@@ -135,10 +135,10 @@ def _stem(file: str) -> str:
 def _op_imports(passes: Iterable[PassDef], specs: Specs) -> list[tuple[str, list[str]]]:
     """The node classes that rules and fields name, by module."""
     modules: dict[str, set[str]] = {}
-    for rule in (rule for one in passes for rule in one.rules):
+    for rule in (rule for pass_ in passes for rule in pass_.rules):
         for call in (*rule.pattern, *rule.replacement):
             modules.setdefault(op_module(call.op, specs), set()).add(call.op.class_name)
-    for name in (name for one in passes for field in OP_FIELDS if (name := getattr(one.spec, field)) is not None):
+    for name in (name for pass_ in passes for field in OP_FIELDS if (name := getattr(pass_.spec, field)) is not None):
         modules.setdefault(op_module(specs.ops[name], specs), set()).add(specs.ops[name].class_name)
     return [(module, sorted(names)) for module, names in sorted(modules.items())]
 

@@ -32,7 +32,7 @@ class CallView:
 class RuleTestView:
     """One rule to test, with the test cases of the first op that it inserts."""
 
-    one: PassDef
+    pass_: PassDef
     rule: RuleDef
     calls: tuple[CallView, ...]
     cases: list[dict[str, int | list[int]]]
@@ -42,9 +42,9 @@ class RuleTestView:
 def emit_rule_tests(specs: Specs, renderer: Renderer) -> list[Output]:
     """`tests/test_rules_STEM.py` for every pass file with rules."""
     by_file: dict[str, list[RuleTestView]] = {}
-    for one in specs.passes.values():
-        if not specs.raw.is_base(one.entry):
-            by_file.setdefault(one.entry.doc.file, []).extend(_view(one, rule) for rule in one.rules)
+    for pass_ in specs.passes.values():
+        if not specs.raw.is_base(pass_.entry):
+            by_file.setdefault(pass_.entry.doc.file, []).extend(_view(pass_, rule) for rule in pass_.rules)
     return [_module(file, tests, specs, renderer) for file, tests in by_file.items() if tests]
 
 
@@ -58,21 +58,21 @@ def emit_rule_checks(specs: Specs, renderer: Renderer) -> list[Output]:
 
 def _module(file: str, tests: list[RuleTestView], specs: Specs, renderer: Renderer) -> Output:
     stem = PurePosixPath(file).stem
-    modules: dict[str, set[str]] = {f"..passes.{stem}": {test.one.class_name for test in tests}}
+    modules: dict[str, set[str]] = {f"..passes.{stem}": {test.pass_.class_name for test in tests}}
     for op in (call.op for test in tests for call in test.calls):
         modules.setdefault(op_module(op, specs), set()).add(op.class_name)
     imports = [(module, sorted(names)) for module, names in sorted(modules.items())]
     base = BASE if specs.is_overlay else ""
     text = renderer.render("rule_tests.py.jinja", source=file, tests=tests, imports=imports, base=base)
-    refs = tuple(dict.fromkeys(test.one.ref for test in tests))
-    return Output(f"tests/test_rules_{stem}.py", header(file, tests[0].one.name) + text, refs)
+    refs = tuple(dict.fromkeys(test.pass_.ref for test in tests))
+    return Output(f"tests/test_rules_{stem}.py", header(file, tests[0].pass_.name) + text, refs)
 
 
-def _view(one: PassDef, rule: RuleDef) -> RuleTestView:
+def _view(pass_: PassDef, rule: RuleDef) -> RuleTestView:
     captured: dict[str, Scalar | None] = {}
     calls = tuple(_call(call, captured) for call in rule.pattern)
-    is_derived = one.spec.rules[int(rule.path[1])].from_op is not None
-    return RuleTestView(one, rule, calls, rule.replacement[0].op.cases, is_derived)
+    is_derived = pass_.spec.rules[int(rule.path[1])].from_op is not None
+    return RuleTestView(pass_, rule, calls, rule.replacement[0].op.cases, is_derived)
 
 
 def _call(call: PatternCall, captured: dict[str, Scalar | None]) -> CallView:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from sageLLM.codegen.diagnostics import did_you_mean
-from sageLLM.codegen.expr.check import FUNCTIONS, Checker, Scope
+from sageLLM.codegen.expr.check import Checker
+from sageLLM.codegen.expr.functions import FUNCTIONS
+from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.size import LEADING, Size, volume
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.expr.tree import Expr, Number, Program, Slice, Statement, View, names_read

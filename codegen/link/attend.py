@@ -19,10 +19,10 @@ def link_attend(scope: Scope, text: Text, targets: list[ast.Name], call: ast.Cal
     if len(targets) != 1 or len(call.args) != 3:
         help = "pass optional operands and attrs of the attention op by keyword"
         raise text.refuse("SAGE222", "attend must have the form `o = attend(q, k, v)`", call, help)
-    store_op = scope.around.ops.get("kv_store")
-    if store_op is None or set(scope.around.attend) != set(PHASES):
+    store_op = scope.context.ops.get("kv_store")
+    if store_op is None or set(scope.context.attend) != set(PHASES):
         raise Refused  # reported with the phases
-    if "slots" not in scope.around.inputs:
+    if "slots" not in scope.context.inputs:
         message = "attend requires the step input 'slots', which specs/inputs.yaml does not declare"
         raise text.refuse("SAGE222", message, call, "declare it in specs/inputs.yaml")
     names = [scope.argument(text, node, store_op.inputs[0]) for node in call.args]
@@ -32,7 +32,7 @@ def link_attend(scope: Scope, text: Text, targets: list[ast.Name], call: ast.Cal
     checked_states(scope, text, store, call)
     by_phase: dict[Phase, OpCall] = {}
     for phase in PHASES:
-        op = scope.around.attend[phase]
+        op = scope.context.attend[phase]
         named = {operand.name: operand for operand in op.inputs if operand.optional}
         attrs = scope.attrs(text, call, op, named)
         passed = {k.arg: scope.argument(text, k.value, named[k.arg]) for k in call.keywords if k.arg in named}
@@ -50,7 +50,7 @@ def link_attend(scope: Scope, text: Text, targets: list[ast.Name], call: ast.Cal
 
 def _attention_args(scope: Scope, text: Text, op: OpDef, passed: Mapping[str, str], call: ast.Call) -> list[str | None]:
     """The arguments that the statement passes, completed by the step inputs; optional operands are never filled in."""
-    inputs = scope.around.inputs
+    inputs = scope.context.inputs
     for operand in op.inputs:
         if operand.name not in {*passed, *inputs} and not operand.optional:
             message = f"{op.name} requires the input '{operand.name}', which specs/inputs.yaml does not declare"

@@ -10,8 +10,8 @@ from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.expr.types import ValueType, parse_type
 from sageLLM.codegen.link.conditions import Index
 from sageLLM.codegen.link.config import INDEX
-from sageLLM.codegen.link.flat_layout import FlatBlock, FlatLine, Placed, plain_lines
-from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings, Value, is_value_name
+from sageLLM.codegen.link.flat_layout import FlatBlock, FlatLine, Located, plain_lines
+from sageLLM.codegen.link.scope import FUNCTIONS, LayoutContext, Value, is_value_name
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
 from sageLLM.codegen.link.weights import WeightLinker, link_block_weights
 from sageLLM.codegen.load import RawSpecs
@@ -22,7 +22,7 @@ _ATTEND = re.compile(r"[^=]*=\s*attend\s*\(")
 
 def attends(block: FlatBlock) -> bool:
     """Whether the block reads the KV cache."""
-    return any(_ATTEND.match(place.value) for place in plain_lines(block.body))
+    return any(_ATTEND.match(located.value) for located in plain_lines(block.body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +36,25 @@ class BlockLinker:
     phases: tuple[Phase, ...]
     sink: Sink
 
-    def link(self, name: str, block: FlatBlock, around: Surroundings) -> BlockDef | None:
+    def link(self, name: str, block: FlatBlock, context: LayoutContext) -> BlockDef | None:
         before = len(self.sink.diagnostics)
-        is_taken = name in around.ops or name in FUNCTIONS or name == self.layout
+        is_taken = name in context.ops or name in FUNCTIONS or name == self.layout
         if not is_value_name(name) or is_taken or name.upper() in self.raw.dims:
             message = (
                 f"a block name must be lower case and must not repeat the name of an op, dim or layout, got '{name}'"
             )
-            self.sink.error("SAGE204", message, block.place.key_span(), "rename the block")
+            self.sink.error("SAGE204", message, block.located.key_span(), "rename the block")
         for section, content in (("args", block.args), ("body", block.body), ("returns", block.returns)):
             if not content:
                 message = f"block '{name}' must have `{section}`"
-                self.sink.error("SAGE203", message, block.place.key_span(), f"add `{section}`")
+                self.sink.error("SAGE203", message, block.located.key_span(), f"add `{section}`")
         weights = link_block_weights(self.weights, name, block)
         check_value_names(self.sink, {**block.args, **block.weights})
-        args = self._args(block, around.config)
+        args = self._args(block, context.config)
         values = {w: Value(weight.type, weight) for w, weight in weights.items()}
         values |= {arg: Value(args.get(arg)) for arg in block.args}
         values |= {w: Value(None) for w in block.weights if w not in weights}
-        body = BodyLinker(around, values, is_block=True, index=Index(INDEX, "layer"))
+        body = BodyLinker(context, values, is_block=True, index=Index(INDEX, "layer"))
         linked = body.link_all(block.body)
         statements = tuple(statement for statement in linked if statement is not None)
         results = self._results(name, block, body)
@@ -69,7 +69,7 @@ class BlockLinker:
             op_types=op_types,
             args=args,
             body=statements,
-            returns=tuple(place.value for place in block.returns),
+            returns=tuple(located.value for located in block.returns),
             result_types=tuple(value.type for value in results if value.type is not None),
             partial=tuple(value.is_partial for value in results),
             weights=tuple(weights.values()),
@@ -79,9 +79,9 @@ class BlockLinker:
     def _args(self, block: FlatBlock, config: Mapping[str, ConfigName]) -> dict[str, ValueType]:
         dims = dict.fromkeys([*self.steps, *(name for name, found in config.items() if found.type == "size")])
         args: dict[str, ValueType] = {}
-        for name, place in block.args.items():
+        for name, located in block.args.items():
             try:
-                args[name] = parse_type(place.text(place.value, self.sink), {"E": None}, dims)
+                args[name] = parse_type(located.text(located.value, self.sink), {"E": None}, dims)
             except Refused:
                 continue
         return args
@@ -89,34 +89,34 @@ class BlockLinker:
     def _results(self, name: str, block: FlatBlock, body: BodyLinker) -> list[Value]:
         """The values that the block returns, each with one row per token of the step."""
         found: list[Value] = []
-        for place in block.returns:
-            value = body.values.get(place.value)
-            if value is None or place.value not in body.assigned:
-                near = did_you_mean(place.value, body.assigned)
+        for located in block.returns:
+            value = body.values.get(located.value)
+            if value is None or located.value not in body.assigned:
+                near = did_you_mean(located.value, body.assigned)
                 self.sink.error(
-                    "SAGE228", f"expected the result of a statement, got '{place.value}'", place.span(), near
+                    "SAGE228", f"expected the result of a statement, got '{located.value}'", located.span(), near
                 )
                 continue
             type_ = value.type
             if type_ is not None and (
                 type_.element != "E" or len(type_.dims) != 2 or type_.dims[0] != Size.symbol("T")
             ):
-                message = f"block '{name}' must return one row per token, E[T, ...], got '{place.value}': {type_}"
-                self.sink.error("SAGE228", message, place.span(), "return a value with the rows of the step")
+                message = f"block '{name}' must return one row per token, E[T, ...], got '{located.value}': {type_}"
+                self.sink.error("SAGE228", message, located.span(), "return a value with the rows of the step")
             found.append(value)
-        partial = {n for n, value in body.values.items() if value.is_partial and n not in body.handed_on}
-        partial -= {place.value for place in block.returns}
-        for place in plain_lines(block.body):
-            target = place.value.partition("=")[0].strip()
+        partial = {n for n, value in body.values.items() if value.is_partial and n not in body.passed_on}
+        partial -= {located.value for located in block.returns}
+        for located in plain_lines(block.body):
+            target = located.value.partition("=")[0].strip()
             if target in partial:
                 message = f"'{target}' is a partial sum over the ranks and is never reduced"
-                self.sink.error("SAGE241", message, place.span(), "return it, so that the program reduces it")
+                self.sink.error("SAGE241", message, located.span(), "return it, so that the program reduces it")
         return found
 
     def _op_types(self, name: str, block: FlatBlock, uses_kv: bool) -> dict[Phase, str]:
         """The op type of each phase. In a hybrid step a block with attention becomes two nodes, one per phase."""
         if block.op_type is None:
-            self.sink.error("SAGE203", f"block '{name}' must have `op_type`", block.place.key_span(), "add `op_type`")
+            self.sink.error("SAGE203", f"block '{name}' must have `op_type`", block.located.key_span(), "add `op_type`")
             return {}
         declared = block.op_type.value
         by_phase: dict[str, str]
@@ -136,7 +136,7 @@ class BlockLinker:
 def _source_lines(body: Iterable[FlatLine]) -> Iterator[str]:
     """The statements as written in the layout; those of a branch are indented below its condition."""
     for item in body:
-        if isinstance(item, Placed):
+        if isinstance(item, Located):
             yield item.value
             continue
         for branch in item.branches:

@@ -22,7 +22,7 @@ from sageLLM.codegen.link.expressions import (
     uses,
     words,
 )
-from sageLLM.codegen.link.flat_layout import FlatModel, Placed
+from sageLLM.codegen.link.flat_layout import FlatModel, Located
 from sageLLM.codegen.model.layout import Check, ConfigName, ConfigType, ListKind
 from sageLLM.codegen.schema.models import ConfigField, Scalar
 
@@ -86,20 +86,20 @@ def link_checks(flat: FlatModel, config: Mapping[str, ConfigName], sink: Sink) -
 
     A condition on the layer index `i` must hold for every layer.
     """
-    checks = [_link_check(place, config, sink) for place in flat.checks]
+    checks = [_link_check(located, config, sink) for located in flat.checks]
     return [check for check in checks if check is not None]
 
 
-def _link_check(place: Placed[str], config: Mapping[str, ConfigName], sink: Sink) -> Check | None:
-    text, names = place.text(place.value, sink), Names(config, INDEX)
+def _link_check(located: Located[str], config: Mapping[str, ConfigName], sink: Sink) -> Check | None:
+    text, names = located.text(located.value, sink), Names(config, INDEX)
     nullable = frozenset(name for name, found in config.items() if found.is_optional)
     try:
         node = compile_expression(text, names, nullable)
     except Refused:
         return None
     if kind_of(node, text, names, nullable).type != "bool":
-        message = f"expected a condition, got '{place.value}'"
-        sink.error("SAGE206", message, place.span(), "write a comparison, e.g. `Nq % Nkv == 0`")
+        message = f"expected a condition, got '{located.value}'"
+        sink.error("SAGE206", message, located.span(), "write a comparison, e.g. `Nq % Nkv == 0`")
         return None
     read = tuple(config[name] for name in names_in(node, INDEX))
     guarded = [name for name in read if name.is_optional and name.name not in _compared_with_null(node)]
@@ -112,7 +112,7 @@ def _link_check(place: Placed[str], config: Mapping[str, ConfigName], sink: Sink
     )
     if uses(node, INDEX):
         condition, rule = f"all({condition} for {INDEX} in hf.layers(L))", f"{rule} for every layer {INDEX}"
-    formula = place.value if can_fail(node, config) else ""
+    formula = located.value if can_fail(node, config) else ""
     return Check(condition, rule, read, formula)
 
 
@@ -123,13 +123,13 @@ def _compared_with_null(node: ast.expr) -> set[str]:
     return {name.id for name in compared if isinstance(name, ast.Name)}
 
 
-def _link_field(name: str, place: Placed[ConfigField], known: Mapping[str, ConfigName], sink: Sink) -> ConfigName:
-    field = place.value
+def _link_field(name: str, located: Located[ConfigField], known: Mapping[str, ConfigName], sink: Sink) -> ConfigName:
+    field = located.value
     keys = (field.hf,) if isinstance(field.hf, str) else tuple(field.hf or ())
     for key in keys:
         if not _KEY.match(key):
             sink.error(
-                "SAGE206", f"expected a key of config.json, got '{key}'", place.span("hf"), "write key or outer.key"
+                "SAGE206", f"expected a key of config.json, got '{key}'", located.span("hf"), "write key or outer.key"
             )
             raise Refused
     doc = field.doc or (f"HF {keys[0]}" if keys else "fixed by the family")
@@ -137,30 +137,30 @@ def _link_field(name: str, place: Placed[ConfigField], known: Mapping[str, Confi
     raw = field.value if not keys else field.default
     type_, items = _declared(field)
     if items is not None:
-        return _link_list(name, place, known, sink, doc)
+        return _link_list(name, located, known, sink, doc)
     if isinstance(raw, list):
         help = "declare `type: int[]` or `type: int[L]`"
-        sink.error("SAGE206", f"the {origin} must be a single value, got a list", place.span(origin), help)
+        sink.error("SAGE206", f"the {origin} must be a single value, got a list", located.span(origin), help)
         raise Refused
     if origin not in field.model_fields_set:
         return ConfigName(name, keys, type_ or "int", False, None, None, doc)
     if raw is None and type_ not in (None, "int", "float"):
-        sink.error("SAGE206", f"a {type_} must not be null", place.span(origin), "write a default that is not null")
+        sink.error("SAGE206", f"a {type_} must not be null", located.span(origin), "write a default that is not null")
         raise Refused
     if raw is None:
         return ConfigName(name, keys, type_ or "int", True, "None", None, doc)
     if isinstance(raw, str) and type_ != "str":
-        text = place.text(raw, sink, origin)
+        text = located.text(raw, sink, origin)
         node = compile_expression(text, Names(known))
         kind = kind_of(node, text, Names(known))
         if kind.type == "null":
             raise text.refuse("SAGE206", f"the {origin} is always null", None, "write `null` without quotes")
-        refined = _refined(cast(ConfigType, kind.type), type_, place, origin, sink)
+        refined = _refined(cast(ConfigType, kind.type), type_, located, origin, sink)
         if kind.is_optional and refined not in ("int", "float"):
             raise text.refuse("SAGE206", f"a {refined} must not be null", None, "use another value in place of null")
         formula = raw if can_fail(node, known) or refined == "float" else ""
         return ConfigName(name, keys, refined, kind.is_optional, python_text(node), None, doc, None, formula)
-    refined = _refined(_type_of_value(raw), type_, place, origin, sink)
+    refined = _refined(_type_of_value(raw), type_, located, origin, sink)
     literal = repr(float(raw)) if refined == "float" else repr(raw)
     return ConfigName(name, keys, refined, False, literal, raw, doc)
 
@@ -174,10 +174,10 @@ def _declared(field: ConfigField) -> tuple[ConfigType | None, ListKind | None]:
 
 
 def _link_list(
-    name: str, place: Placed[ConfigField], known: Mapping[str, ConfigName], sink: Sink, doc: str
+    name: str, located: Located[ConfigField], known: Mapping[str, ConfigName], sink: Sink, doc: str
 ) -> ConfigName:
     """A list: either of any length, or with one value per layer, where the default may depend on the layer index."""
-    field = place.value
+    field = located.value
     type_, items = _declared(field)
     keys = (field.hf,) if isinstance(field.hf, str) else tuple(field.hf or ())
     origin = "value" if not keys else "default"
@@ -185,37 +185,37 @@ def _link_list(
     found = ConfigName(name, keys, type_ or "int", False, None, None, doc, items)
     if items == "layers" and "L" not in known:
         message = f"'{name}' has one value per layer, so L must be declared before it"
-        sink.error("SAGE206", message, place.key_span(), "move L up")
+        sink.error("SAGE206", message, located.key_span(), "move L up")
         raise Refused
     if origin not in field.model_fields_set:
         return found
     if isinstance(raw, list):
         for item in raw:
             if isinstance(item, bool) != (type_ == "bool") or not isinstance(item, _PYTHON[str(type_)]):
-                sink.error("SAGE206", f"list item: expected {type_}, got '{item}'", place.span(origin))
+                sink.error("SAGE206", f"list item: expected {type_}, got '{item}'", located.span(origin))
                 raise Refused
         return replace(found, default=repr(tuple(raw)))
     if items == "list" or not isinstance(raw, str):
         help = "write a list, or an expression of the layer index `i`" if items == "layers" else "write a list, e.g. []"
-        sink.error("SAGE206", f"the {origin} of '{name}' must be a list", place.span(origin), help)
+        sink.error("SAGE206", f"the {origin} of '{name}' must be a list", located.span(origin), help)
         raise Refused
-    text, names = place.text(raw, sink, origin), Names(known, INDEX)
+    text, names = located.text(raw, sink, origin), Names(known, INDEX)
     node = compile_expression(text, names)
     kind = kind_of(node, text, names)
     if kind.is_optional:
         raise text.refuse("SAGE206", "a list item must not be null", None, "use a number such as 0 or -1")
-    _refined(cast(ConfigType, kind.type), type_, place, origin, sink)
+    _refined(cast(ConfigType, kind.type), type_, located, origin, sink)
     return replace(found, default=python_text(node), formula=raw)
 
 
 def _refined(
-    found: ConfigType, declared: ConfigType | None, place: Placed[ConfigField], origin: str, sink: Sink
+    found: ConfigType, declared: ConfigType | None, located: Located[ConfigField], origin: str, sink: Sink
 ) -> ConfigType:
     """The declared type if a value of the type found is allowed there (an int counts as a float)."""
     expected = declared or found
     if expected != found and not (expected == "float" and found == "int"):
         message = f"{origin}: expected {expected}, got {found}"
-        sink.error("SAGE206", message, place.span(origin), f"change the {origin} or `type`")
+        sink.error("SAGE206", message, located.span(origin), f"change the {origin} or `type`")
         raise Refused
     return expected
 

@@ -26,37 +26,37 @@ def size_names(flat: FlatModel) -> set[str]:
 def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
     """The names in all texts that may read a config name."""
     texts = _size_texts(flat)
-    texts += [place.value for place in flat.checks]
+    texts += [located.value for located in flat.checks]
     texts += [str(flat.alibi.value.max_bias)] if flat.alibi else []
-    texts += [text for place in flat.config.values() for text in _default_of(place.value)]
+    texts += [text for located in flat.config.values() for text in _default_of(located.value)]
     texts += [text for weight in _all_weights(flat) for text in _conditions_of(weight)]
     bodies: list[list[FlatLine | FlatRepeat]] = [[*block.body] for block in flat.blocks.values()]
     for body in (*bodies, flat.program):
-        texts += [_ATTR_NAME.sub("", place.value) for place in plain_lines(body)]
-        texts += [place.value for place in conditions(body)]
+        texts += [_ATTR_NAME.sub("", located.value) for located in plain_lines(body)]
+        texts += [located.value for located in conditions(body)]
     for entry in passes:
         texts += entry.spec.expect
     return words_of(texts)
 
 
 def _size_texts(flat: FlatModel) -> list[str]:
-    texts = [place.value for place in flat.divides]
-    texts += [item.place.value.repeat for item in flat.program if isinstance(item, FlatRepeat)]
+    texts = [located.value for located in flat.divides]
+    texts += [item.located.value.repeat for item in flat.program if isinstance(item, FlatRepeat)]
     texts += [text for weight in _all_weights(flat) for text in size_texts(weight)]
-    texts += [place.value for block in flat.blocks.values() for place in block.args.values()]
-    texts += [str(place.value.dim) for place in flat.ropes.values()]
+    texts += [located.value for block in flat.blocks.values() for located in block.args.values()]
+    texts += [str(located.value.dim) for located in flat.ropes.values()]
     texts += [flat.alibi.value.heads] if flat.alibi else []
     texts += [str(size) for size in (*flat.cache.value.k, *flat.cache.value.v)] if flat.cache else []
     bodies: list[list[FlatLine | FlatRepeat]] = [[*block.body] for block in flat.blocks.values()]
     for body in (*bodies, flat.program):
-        texts += [size for place in plain_lines(body) for size in _DIM_ATTR.findall(place.value)]
+        texts += [size for located in plain_lines(body) for size in _DIM_ATTR.findall(located.value)]
     return texts
 
 
 def _all_weights(flat: FlatModel) -> Iterable[WeightSpec]:
-    yield from (place.value for place in flat.weights.values())
+    yield from (located.value for located in flat.weights.values())
     for block in flat.blocks.values():
-        yield from (place.value for place in block.weights.values())
+        yield from (located.value for located in block.weights.values())
 
 
 def _default_of(field: ConfigField) -> list[str]:

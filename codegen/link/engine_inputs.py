@@ -8,7 +8,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType, parse_type
-from sageLLM.codegen.link.flat_layout import FlatModel, Placed
+from sageLLM.codegen.link.flat_layout import FlatModel, Located
 from sageLLM.codegen.link.sizes import link_size
 from sageLLM.codegen.load import RawSpecs
 from sageLLM.codegen.model.layout import AlibiDef, CacheDef, ConfigName, InputDef, RopeDef
@@ -39,7 +39,7 @@ class EngineInputLinker:
     sink: Sink
 
     def link(self, steps: Iterable[str]) -> EngineInputs:
-        linked = [self._rope(name, place) for name, place in self.flat.ropes.items()]
+        linked = [self._rope(name, located) for name, located in self.flat.ropes.items()]
         ropes = tuple(rope for rope in linked if rope is not None)
         alibi = self._alibi(self.flat.alibi) if self.flat.alibi else None
         cache = self._cache(self.flat.cache) if self.flat.cache else None
@@ -57,63 +57,63 @@ class EngineInputLinker:
                 continue
             yield InputDef(name, type_, is_per_layer=False)
 
-    def _rope(self, name: str, place: Placed[RopeSection]) -> RopeDef | None:
-        spec, scaling = place.value, place.value.scaling
+    def _rope(self, name: str, located: Located[RopeSection]) -> RopeDef | None:
+        spec, scaling = located.value, located.value.scaling
         if name and not _TABLE_NAME.match(name):
             help = "use lower-case letters, digits and `_`, at most 16 characters"
-            self.sink.error("SAGE204", f"expected a name for rotary tables, got '{name}'", place.key_span(), help)
+            self.sink.error("SAGE204", f"expected a name for rotary tables, got '{name}'", located.key_span(), help)
             return None
         for key in (*spec.base.hf, *(scaling.hf if scaling else ())):
             if not _KEY.fullmatch(key):
                 message = f"expected a key of config.json, got '{key}'"
-                self.sink.error("SAGE250", message, place.span(), "write key or outer.key")
-        dim = self._size(place, spec.dim, "dim")
+                self.sink.error("SAGE250", message, located.span(), "write key or outer.key")
+        dim = self._size(located, spec.dim, "dim")
         if dim is None:
             return None
         keys, allow = (tuple(scaling.hf), tuple(scaling.allow)) if scaling else ((), ())
         return RopeDef(name, spec.layout, tuple(spec.base.hf), spec.base.default, dim, keys, allow)
 
-    def _alibi(self, place: Placed[AlibiSection]) -> AlibiDef | None:
-        heads, bias = place.value.heads, place.value.max_bias
+    def _alibi(self, located: Located[AlibiSection]) -> AlibiDef | None:
+        heads, bias = located.value.heads, located.value.max_bias
         sizes = [name for name, found in self.config.items() if found.type == "size"]
         if heads not in sizes:
             message = f"expected a size of this layout, got '{heads}'"
-            self.sink.error("SAGE210", message, place.span("heads"), did_you_mean(heads, sizes))
+            self.sink.error("SAGE210", message, located.span("heads"), did_you_mean(heads, sizes))
             return None
         if isinstance(bias, float):
             return AlibiDef(heads, repr(bias))
         numbers = [name for name, found in self.config.items() if found.type in ("size", "int", "float")]
         if bias not in numbers:
             message = f"expected a number or a numeric config name, got '{bias}'"
-            self.sink.error("SAGE205", message, place.span("max_bias"), did_you_mean(bias, numbers))
+            self.sink.error("SAGE205", message, located.span("max_bias"), did_you_mean(bias, numbers))
             return None
         return AlibiDef(heads, bias)
 
-    def _cache(self, place: Placed[CacheSection]) -> CacheDef | None:
-        spec = place.value
-        k = [self._size(place, size, "k", i) for i, size in enumerate(spec.k)]
-        v = [self._size(place, size, "v", i) for i, size in enumerate(spec.v)]
+    def _cache(self, located: Located[CacheSection]) -> CacheDef | None:
+        spec = located.value
+        k = [self._size(located, size, "k", i) for i, size in enumerate(spec.k)]
+        v = [self._size(located, size, "v", i) for i, size in enumerate(spec.v)]
         match [*k, *v]:
             case [Size() as k_heads, Size() as k_width, Size() as v_heads, Size() as v_width]:
                 if spec.v_of and (k_heads != v_heads or not (k_width - v_width).is_never_negative):
                     shapes = f"[{v_heads}, {v_width}] and [{k_heads}, {k_width}]"
                     message = f"with `v_of: k` the value must be a leading part of the key, got {shapes}"
                     help = "use the same number of heads, and a value width of at most the key's"
-                    self.sink.error("SAGE253", message, place.span("v_of"), help)
+                    self.sink.error("SAGE253", message, located.span("v_of"), help)
                 return CacheDef((k_heads, k_width), (v_heads, v_width), spec.v_of is not None)
         return None
 
     def _size(
-        self, place: Placed[RopeSection] | Placed[CacheSection], size: int | str, *path: str | int
+        self, located: Located[RopeSection] | Located[CacheSection], size: int | str, *path: str | int
     ) -> Size | None:
         """The size, or None after a finding."""
         if isinstance(size, int):
             if size < 1:
-                self.sink.error("SAGE210", f"a size must be at least 1, got {size}", place.span(*path))
+                self.sink.error("SAGE210", f"a size must be at least 1, got {size}", located.span(*path))
                 return None
             return Size.of(size)
         try:
-            return link_size(place.text(size, self.sink, *path), self.config)
+            return link_size(located.text(size, self.sink, *path), self.config)
         except Refused:
             return None
 

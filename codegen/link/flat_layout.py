@@ -27,7 +27,7 @@ YamlPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed(Generic[T]):
+class Located(Generic[T]):
     """A value of a spec with its source location."""
 
     value: T
@@ -46,23 +46,23 @@ class Placed(Generic[T]):
 
 @dataclass(slots=True)
 class FlatBlock:
-    """A block with everything that it inherits; `place` is the location of its most derived definition."""
+    """A block with everything that it inherits; `located` is its most derived definition."""
 
-    place: Placed[BlockSpec]
+    located: Located[BlockSpec]
     summary: str | None = None
-    op_type: Placed[str | Mapping[str, str]] | None = None
-    hf: Placed[str] | None = None
-    weights: dict[str, Placed[WeightSpec]] = field(default_factory=dict)
-    args: dict[str, Placed[str]] = field(default_factory=dict)
+    op_type: Located[str | Mapping[str, str]] | None = None
+    hf: Located[str] | None = None
+    weights: dict[str, Located[WeightSpec]] = field(default_factory=dict)
+    args: dict[str, Located[str]] = field(default_factory=dict)
     body: "list[FlatLine]" = field(default_factory=list)
-    returns: list[Placed[str]] = field(default_factory=list)
+    returns: list[Located[str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class FlatBranch:
     """One branch of a `choose`."""
 
-    when: Placed[str] | None
+    when: Located[str] | None
     body: "list[FlatLine]"
 
 
@@ -70,31 +70,31 @@ class FlatBranch:
 class FlatChoose:
     """Statements that depend on the config or the layer."""
 
-    place: Placed[ChooseSpec]
+    located: Located[ChooseSpec]
     branches: list[FlatBranch]
 
 
-FlatLine = Placed[str] | FlatChoose
+FlatLine = Located[str] | FlatChoose
 
 
 @dataclass(slots=True)
 class FlatRepeat:
     """The loop of a program."""
 
-    place: Placed[RepeatSpec]
+    located: Located[RepeatSpec]
     body: list[FlatLine]
 
 
-def plain_lines(items: "Iterable[FlatLine | FlatRepeat]") -> Iterator[Placed[str]]:
+def plain_lines(items: "Iterable[FlatLine | FlatRepeat]") -> Iterator[Located[str]]:
     """The statements of a body, including those of loops and of all branches."""
     for item in items:
-        if isinstance(item, Placed):
+        if isinstance(item, Located):
             yield item
         for body in inner_bodies(item):
             yield from plain_lines(body)
 
 
-def conditions(items: "Iterable[FlatLine | FlatRepeat]") -> Iterator[Placed[str]]:
+def conditions(items: "Iterable[FlatLine | FlatRepeat]") -> Iterator[Located[str]]:
     """The conditions of all branches of a body."""
     for item in items:
         if isinstance(item, FlatChoose):
@@ -116,19 +116,19 @@ class FlatModel:
 
     entry: Entry[ModelFile]
     base: Entry[ModelFile] | None
-    config: dict[str, Placed[ConfigField]] = field(default_factory=dict)
-    checks: list[Placed[str]] = field(default_factory=list)
-    rope: Placed[RopeSection | dict[str, RopeSection]] | None = None
-    alibi: Placed[AlibiSection] | None = None
-    cache: Placed[CacheSection] | None = None
-    divides: list[Placed[str]] = field(default_factory=list)
-    weights: dict[str, Placed[WeightSpec]] = field(default_factory=dict)
+    config: dict[str, Located[ConfigField]] = field(default_factory=dict)
+    checks: list[Located[str]] = field(default_factory=list)
+    rope: Located[RopeSection | dict[str, RopeSection]] | None = None
+    alibi: Located[AlibiSection] | None = None
+    cache: Located[CacheSection] | None = None
+    divides: list[Located[str]] = field(default_factory=list)
+    weights: dict[str, Located[WeightSpec]] = field(default_factory=dict)
     blocks: dict[str, FlatBlock] = field(default_factory=dict)
     program: list[FlatLine | FlatRepeat] = field(default_factory=list)
-    returns: list[Placed[str]] = field(default_factory=list)
-    hidden: Placed[str] | None = None
-    phases: dict[str, Placed[str]] = field(default_factory=dict)
-    ignore: list[Placed[str]] = field(default_factory=list)
+    returns: list[Located[str]] = field(default_factory=list)
+    hidden: Located[str] | None = None
+    phases: dict[str, Located[str]] = field(default_factory=dict)
+    ignore: list[Located[str]] = field(default_factory=list)
     tiny: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -136,14 +136,14 @@ class FlatModel:
         return self.entry.span("model")
 
     @property
-    def ropes(self) -> dict[str, Placed[RopeSection]]:
+    def ropes(self) -> dict[str, Located[RopeSection]]:
         """The rotary tables by name; a single pair has the name ""."""
         if self.rope is None:
             return {}
         entry, path, value = self.rope.entry, self.rope.path, self.rope.value
         if isinstance(value, RopeSection):
-            return {"": Placed(value, entry, path)}
-        return {name: Placed(section, entry, (*path, name)) for name, section in value.items()}
+            return {"": Located(value, entry, path)}
+        return {name: Located(section, entry, (*path, name)) for name, section in value.items()}
 
 
 def flat_lines(items: Iterable[str | ChooseSpec], entry: Entry[ModelFile], path: YamlPath) -> list[FlatLine]:
@@ -154,10 +154,10 @@ def flat_lines(items: Iterable[str | ChooseSpec], entry: Entry[ModelFile], path:
 def flat_line(item: str | ChooseSpec, entry: Entry[ModelFile], path: YamlPath) -> FlatLine:
     """A statement, or a `choose` with its branches, with their locations."""
     if isinstance(item, str):
-        return Placed(item, entry, path)
+        return Located(item, entry, path)
     branches: list[FlatBranch] = []
     for i, branch in enumerate(item.choose):
         here = (*path, "choose", i)
-        when = Placed(branch.when, entry, (*here, "when")) if branch.when is not None else None
+        when = Located(branch.when, entry, (*here, "when")) if branch.when is not None else None
         branches.append(FlatBranch(when, flat_lines(branch.do, entry, (*here, "do"))))
-    return FlatChoose(Placed(item, entry, path), branches)
+    return FlatChoose(Located(item, entry, path), branches)

@@ -9,7 +9,7 @@ from sageLLM.codegen.link.flat_layout import (
     FlatBlock,
     FlatModel,
     FlatRepeat,
-    Placed,
+    Located,
     T,
     YamlPath,
     flat_line,
@@ -50,7 +50,7 @@ def _drop(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     if spec is None:
         return
     for section, names, table in (("config", spec.config, flat.config), ("weights", spec.weights, flat.weights)):
-        _drop_names(table, Placed(names, entry, ("drop", section)), sink)
+        _drop_names(table, Located(names, entry, ("drop", section)), sink)
     for block, content in spec.blocks.items():
         if block not in flat.blocks:
             help = did_you_mean(block, flat.blocks)
@@ -59,18 +59,18 @@ def _drop(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
         elif content is None:
             del flat.blocks[block]
         else:
-            place = Placed(content.weights, entry, ("drop", "blocks", block, "weights"))
-            _drop_names(flat.blocks[block].weights, place, sink)
+            located = Located(content.weights, entry, ("drop", "blocks", block, "weights"))
+            _drop_names(flat.blocks[block].weights, located, sink)
     for i, text in enumerate(spec.checks):
-        found = [place for place in flat.checks if normalized(place.value) == normalized(text)]
+        found = [located for located in flat.checks if normalized(located.value) == normalized(text)]
         if not found:
-            help = f"the inherited checks: {'; '.join(place.value for place in flat.checks)}"
+            help = f"the inherited checks: {'; '.join(located.value for located in flat.checks)}"
             message = f"expected an inherited check, got '{text}'"
             sink.error("SAGE209", message, entry.span("drop", "checks", i), help)
-        flat.checks = [place for place in flat.checks if place not in found]
+        flat.checks = [located for located in flat.checks if located not in found]
 
 
-def _drop_names(table: dict[str, Any], names: Placed[list[str]], sink: Sink) -> None:
+def _drop_names(table: dict[str, Any], names: Located[list[str]], sink: Sink) -> None:
     for i, name in enumerate(names.value):
         if table.pop(name, None) is None:
             sink.error("SAGE209", f"expected an inherited name, got '{name}'", names.span(i), did_you_mean(name, table))
@@ -82,89 +82,89 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
     if flat.base is None and spec.drop is not None:
         sink.error("SAGE209", "`drop` requires `extends`", entry.key_span("drop"), "remove `drop`, or add `extends`")
     flat.config = _joined_config(flat.config, spec.config, entry)
-    _place_all(flat.weights, spec.weights, entry, ("weights",))
-    flat.checks += _placed_list(spec.checks, entry, ("checks",))
-    flat.ignore += _placed_list(spec.ignore_hf, entry, ("ignore_hf",))
+    _locate_all(flat.weights, spec.weights, entry, ("weights",))
+    flat.checks += _located_list(spec.checks, entry, ("checks",))
+    flat.ignore += _located_list(spec.ignore_hf, entry, ("ignore_hf",))
     flat.tiny |= spec.tests.tiny
     for phase, ops in spec.phases.items():
-        flat.phases.update((phase, Placed(op, entry, ("phases", phase, form))) for form, op in ops.items())
+        flat.phases.update((phase, Located(op, entry, ("phases", phase, form))) for form, op in ops.items())
     if "rope" in spec.model_fields_set:
-        flat.rope = Placed(spec.rope, entry, ("rope",)) if spec.rope is not None else None
+        flat.rope = Located(spec.rope, entry, ("rope",)) if spec.rope is not None else None
     if spec.alibi is not None:
-        flat.alibi = Placed(spec.alibi, entry, ("alibi",))
+        flat.alibi = Located(spec.alibi, entry, ("alibi",))
     if spec.cache is not None:
-        flat.cache = Placed(spec.cache, entry, ("cache",))
+        flat.cache = Located(spec.cache, entry, ("cache",))
     if spec.tp is not None:
-        flat.divides = _placed_list(spec.tp.divides, entry, ("tp", "divides"))
+        flat.divides = _located_list(spec.tp.divides, entry, ("tp", "divides"))
     if spec.program is not None:
         flat.program = [
-            FlatRepeat(Placed(item, entry, ("program", i)), flat_lines(item.do, entry, ("program", i, "do")))
+            FlatRepeat(Located(item, entry, ("program", i)), flat_lines(item.do, entry, ("program", i, "do")))
             if isinstance(item, RepeatSpec)
             else flat_line(item, entry, ("program", i))
             for i, item in enumerate(spec.program)
         ]
         flat.hidden = None  # it named a value of the replaced program
     if spec.hidden is not None:
-        flat.hidden = Placed(spec.hidden, entry, ("hidden",))
+        flat.hidden = Located(spec.hidden, entry, ("hidden",))
     if spec.returns is not None:
-        flat.returns = _placed_list(spec.returns, entry, ("returns",))
+        flat.returns = _located_list(spec.returns, entry, ("returns",))
     for name, block in spec.blocks.items():
-        _merge_block(flat, name, Placed(block, entry, ("blocks", name)), sink)
-    for patch in _placed_list(spec.patch, entry, ("patch",)):
+        _merge_block(flat, name, Located(block, entry, ("blocks", name)), sink)
+    for patch in _located_list(spec.patch, entry, ("patch",)):
         apply_patch(patch, flat.program, sink)
 
 
-def _merge_block(flat: FlatModel, name: str, place: Placed[BlockSpec], sink: Sink) -> None:
-    spec, entry, path = place.value, place.entry, place.path
-    block = flat.blocks.setdefault(name, FlatBlock(place))
-    block.place = place
+def _merge_block(flat: FlatModel, name: str, located: Located[BlockSpec], sink: Sink) -> None:
+    spec, entry, path = located.value, located.entry, located.path
+    block = flat.blocks.setdefault(name, FlatBlock(located))
+    block.located = located
     block.summary = spec.summary or block.summary
     if spec.op_type is not None:
         declared = spec.op_type
         op_type = declared if isinstance(declared, str) else {str(phase): name for phase, name in declared.items()}
-        block.op_type = Placed(op_type, entry, (*path, "op_type"))
+        block.op_type = Located(op_type, entry, (*path, "op_type"))
     if spec.hf is not None:
-        block.hf = Placed(spec.hf, entry, (*path, "hf"))
-    _place_all(block.weights, spec.weights, entry, (*path, "weights"))
+        block.hf = Located(spec.hf, entry, (*path, "hf"))
+    _locate_all(block.weights, spec.weights, entry, (*path, "weights"))
     if spec.args is not None:
-        block.args = {arg: Placed(type_, entry, (*path, "args", arg)) for arg, type_ in spec.args.items()}
+        block.args = {arg: Located(type_, entry, (*path, "args", arg)) for arg, type_ in spec.args.items()}
     if spec.body is not None:
         block.body = flat_lines(spec.body, entry, (*path, "body"))
     if spec.returns is not None:
-        block.returns = _placed_list(spec.returns, entry, (*path, "returns"))
-    for patch in _placed_list(spec.patch, entry, (*path, "patch")):
+        block.returns = _located_list(spec.returns, entry, (*path, "returns"))
+    for patch in _located_list(spec.patch, entry, (*path, "patch")):
         apply_patch(patch, block.body, sink)
 
 
-def _place_all(table: dict[str, Placed[T]], items: Mapping[str, T], entry: Entry[ModelFile], path: YamlPath) -> None:
+def _locate_all(table: dict[str, Located[T]], items: Mapping[str, T], entry: Entry[ModelFile], path: YamlPath) -> None:
     for name, value in items.items():
-        table[name] = Placed(value, entry, (*path, name))
+        table[name] = Located(value, entry, (*path, name))
 
 
 def _joined_config(
-    known: Mapping[str, Placed[ConfigField]], own: Mapping[str, ConfigField], entry: Entry[ModelFile]
-) -> dict[str, Placed[ConfigField]]:
+    known: Mapping[str, Located[ConfigField]], own: Mapping[str, ConfigField], entry: Entry[ModelFile]
+) -> dict[str, Located[ConfigField]]:
     """The config in definition order: inherited names keep their position; new names come last, or just before the
     first redefined name that reads them, because an expression may only read earlier names."""
-    joined: dict[str, Placed[ConfigField]] = {}
-    waiting = {name: field_ for name, field_ in own.items() if name not in known}
+    joined: dict[str, Located[ConfigField]] = {}
+    pending = {name: field_ for name, field_ in own.items() if name not in known}
 
-    def place(name: str, field_: ConfigField) -> None:
+    def add(name: str, field_: ConfigField) -> None:
         for word in re.findall(r"[A-Za-z]\w*", f"{field_.value} {field_.default}"):
-            if word in waiting:
-                place(word, waiting.pop(word))
-        joined[name] = Placed(field_, entry, ("config", name))
+            if word in pending:
+                add(word, pending.pop(word))
+        joined[name] = Located(field_, entry, ("config", name))
 
     for name, inherited in known.items():
         if name in own:
-            place(name, own[name])
+            add(name, own[name])
         else:
             joined[name] = inherited
-    while waiting:
-        name = next(iter(waiting))
-        place(name, waiting.pop(name))
+    while pending:
+        name = next(iter(pending))
+        add(name, pending.pop(name))
     return joined
 
 
-def _placed_list(values: Iterable[T], entry: Entry[ModelFile], path: YamlPath) -> list[Placed[T]]:
-    return [Placed(value, entry, (*path, i)) for i, value in enumerate(values)]
+def _located_list(values: Iterable[T], entry: Entry[ModelFile], path: YamlPath) -> list[Located[T]]:
+    return [Located(value, entry, (*path, i)) for i, value in enumerate(values)]

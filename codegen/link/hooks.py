@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
-from sageLLM.codegen.expr.check import Checker, Scope
+from sageLLM.codegen.expr.check import Checker
+from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.templates import check_template

@@ -15,7 +15,7 @@ from sageLLM.codegen.link.flat_layout import FlatModel
 from sageLLM.codegen.link.flatten import flatten
 from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.program import ProgramLinker
-from sageLLM.codegen.link.scope import FUNCTIONS, Surroundings
+from sageLLM.codegen.link.scope import FUNCTIONS, LayoutContext
 from sageLLM.codegen.link.weights import WeightLinker, link_weights
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.layout import (
@@ -108,11 +108,11 @@ class ModelLinker:
         own = link_weights(linker, self.flat.weights)
         phases = self._phases()
         attend = self._attend_ops() if phases == PHASES else {}
-        around = Surroundings(self.ops, config, inputs, attend, {}, self.sink, frozenset(divides))
+        context = LayoutContext(self.ops, config, inputs, attend, {}, self.sink, frozenset(divides))
         block_linker = BlockLinker(self.flat.entry.name, self.raw, tuple(steps), linker, phases, self.sink)
-        blocks = {name: block_linker.link(name, block, around) for name, block in self.flat.blocks.items()}
-        around = replace(around, blocks=blocks)
-        program, results = ProgramLinker(self.flat, self.sink).link(own, around)
+        blocks = {name: block_linker.link(name, block, context) for name, block in self.flat.blocks.items()}
+        context = replace(context, blocks=blocks)
+        program, results = ProgramLinker(self.flat, self.sink).link(own, context)
         checks = tuple(link_checks(self.flat, config, self.sink))
         self._check_ignored()
         self._check_prefix([*own.values(), *(w for block in blocks.values() if block for w in block.weights)])
@@ -152,22 +152,24 @@ class ModelLinker:
             weights=tuple(own.values()),
             blocks=linked,
             program=tuple(program),
-            returns=tuple(place.value for place in flat.returns),
+            returns=tuple(located.value for located in flat.returns),
             results=results,
             phases=phases,
             inputs=provided.inputs,
-            ignore=tuple(dict.fromkeys(place.value for place in flat.ignore)),
+            ignore=tuple(dict.fromkeys(located.value for located in flat.ignore)),
             tiny=flat.tiny | {"architectures": list(spec.hf.architectures[:1])},
             join=self.ops.get("concat_rows"),
         )
 
     def _divides(self, config: Mapping[str, ConfigName]) -> tuple[str, ...]:
-        for place in self.flat.divides:
-            if place.value not in config or config[place.value].type != "size":
+        for located in self.flat.divides:
+            if located.value not in config or config[located.value].type != "size":
                 sizes = [name for name, found in config.items() if found.type == "size"]
-                help = did_you_mean(place.value, sizes)
-                self.sink.error("SAGE210", f"expected a size of this layout, got '{place.value}'", place.span(), help)
-        return tuple(place.value for place in self.flat.divides)
+                help = did_you_mean(located.value, sizes)
+                self.sink.error(
+                    "SAGE210", f"expected a size of this layout, got '{located.value}'", located.span(), help
+                )
+        return tuple(located.value for located in self.flat.divides)
 
     def _phases(self) -> tuple[Phase, ...]:
         """The phases of a step; a layout without a KV cache reads whole sequences at once, which is prefill only."""
@@ -176,21 +178,21 @@ class ModelLinker:
     def _attend_ops(self) -> dict[Phase, OpDef]:
         found: dict[Phase, OpDef] = {}
         for phase in PHASES:
-            place = self.flat.phases.get(phase)
-            if place is None:
+            located = self.flat.phases.get(phase)
+            if located is None:
                 remedy = f"add `{phase}: {{attend: OP}}` under `phases`"
                 self.sink.error(
                     "SAGE229", f"the phase '{phase}' must be mapped to an attention op", self.flat.span, remedy
                 )
-            elif place.value not in self.ops:
-                help = did_you_mean(place.value, [op for op, d in self.ops.items() if d.op_type.endswith("_ATTN")])
-                self.sink.error("SAGE221", f"unknown op '{place.value}'", place.span(), help)
-            elif phase not in self.ops[place.value].phases:
-                phases = ", ".join(self.ops[place.value].phases)
-                message = f"expected an op for the phase '{phase}', got '{place.value}'"
-                self.sink.error("SAGE229", message, place.span(), f"the phases of '{place.value}': {phases}")
+            elif located.value not in self.ops:
+                help = did_you_mean(located.value, [op for op, d in self.ops.items() if d.op_type.endswith("_ATTN")])
+                self.sink.error("SAGE221", f"unknown op '{located.value}'", located.span(), help)
+            elif phase not in self.ops[located.value].phases:
+                phases = ", ".join(self.ops[located.value].phases)
+                message = f"expected an op for the phase '{phase}', got '{located.value}'"
+                self.sink.error("SAGE229", message, located.span(), f"the phases of '{located.value}': {phases}")
             else:
-                found[phase] = self.ops[place.value]
+                found[phase] = self.ops[located.value]
         return found
 
     def _check_prefix(self, weights: Iterable[WeightDef]) -> None:
@@ -201,7 +203,9 @@ class ModelLinker:
             self.sink.error("SAGE212", f"no tensor name begins with the prefix '{prefix}'", span, help)
 
     def _check_ignored(self) -> None:
-        for place in self.flat.ignore:
-            if not _IGNORED.match(place.value):
+        for located in self.flat.ignore:
+            if not _IGNORED.match(located.value):
                 help = "write a tensor name, with an optional `*` at its start or end"
-                self.sink.error("SAGE212", f"expected a tensor name pattern, got '{place.value}'", place.span(), help)
+                self.sink.error(
+                    "SAGE212", f"expected a tensor name pattern, got '{located.value}'", located.span(), help
+                )

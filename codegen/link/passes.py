@@ -161,15 +161,15 @@ def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
     for i, call in enumerate(rule.replacement):
         for arg in call.args:
             if arg not in values:
-                place = entry.span(*path, "rewrite", i)
-                sink.error("SAGE310", f"'{arg}' is not bound by the pattern", place, did_you_mean(str(arg), values))
+                located = entry.span(*path, "rewrite", i)
+                sink.error("SAGE310", f"'{arg}' is not bound by the pattern", located, did_you_mean(str(arg), values))
             elif arg in removed:
                 message = f"'{arg}' is computed by the pattern, which the rewrite removes"
                 sink.error("SAGE310", message, entry.span(*path, "rewrite", i), "read the inputs of the pattern")
         for _, value in call.attrs:
             if isinstance(value, AttrName) and value.name not in attrs:
-                place = entry.span(*path, "rewrite", i)
-                sink.error("SAGE310", f"the attr '{value.name}' is not bound by the pattern", place)
+                located = entry.span(*path, "rewrite", i)
+                sink.error("SAGE310", f"the attr '{value.name}' is not bound by the pattern", located)
         removed -= set(call.targets)
         values |= set(call.targets)
     made = {target for call in rule.replacement for target in call.targets}
@@ -200,13 +200,13 @@ def _check_rule_passes(raw: RawSpecs, sink: Sink) -> None:
     for name, entry in raw.ops.items():
         if entry.spec.rule is None:
             continue
-        pass_, span = entry.spec.rule.pass_, entry.span("rule", "pass")
-        one = raw.passes.get(pass_)
-        if one is None:
-            sink.error("SAGE315", f"unknown pass '{pass_}'", span, did_you_mean(pass_, raw.passes))
-        elif name not in [rule.from_op for rule in one.spec.rules]:
+        pass_name, span = entry.spec.rule.pass_, entry.span("rule", "pass")
+        pass_ = raw.passes.get(pass_name)
+        if pass_ is None:
+            sink.error("SAGE315", f"unknown pass '{pass_name}'", span, did_you_mean(pass_name, raw.passes))
+        elif name not in [rule.from_op for rule in pass_.spec.rules]:
             help = f"add `{{from_op: {name}}}` to its rules"
-            sink.error("SAGE315", f"the pass '{pass_}' must list '{name}'", span, help)
+            sink.error("SAGE315", f"the pass '{pass_name}' must list '{name}'", span, help)
 
 
 # order

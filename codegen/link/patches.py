@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from sageLLM.codegen.diagnostics import Sink
-from sageLLM.codegen.link.flat_layout import FlatChoose, Placed, flat_lines, inner_bodies
+from sageLLM.codegen.link.flat_layout import FlatChoose, Located, flat_lines, inner_bodies
 from sageLLM.codegen.schema.models import PatchSpec
 
 
-def apply_patch(patch: Placed[PatchSpec], body: list[Any], sink: Sink) -> None:
+def apply_patch(patch: Located[PatchSpec], body: list[Any], sink: Sink) -> None:
     """Edits the one statement that begins with the anchor; reports an anchor that does not match exactly once.
 
     A patch that matched twice, or not at all, would change the meaning of a layout silently when its base is edited.
@@ -43,7 +43,7 @@ def _anchor_text(item: Any) -> str:
     if isinstance(item, FlatChoose):
         when = item.branches[0].when
         return f"when {when.value}" if when is not None else ""
-    return item.value if isinstance(item, Placed) else ""
+    return item.value if isinstance(item, Located) else ""
 
 
 def _anchor(patch: PatchSpec) -> tuple[str, str]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.link.conditions import Index
-from sageLLM.codegen.link.flat_layout import FlatModel, FlatRepeat, Placed
+from sageLLM.codegen.link.flat_layout import FlatModel, FlatRepeat, Located
 from sageLLM.codegen.link.results import ResultLinker
-from sageLLM.codegen.link.scope import Surroundings, Value, is_value_name
+from sageLLM.codegen.link.scope import LayoutContext, Value, is_value_name
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names
 from sageLLM.codegen.model.layout import BlockCall, Choose, Repeat, Results, Statement, WeightDef
 from sageLLM.codegen.schema.models import RepeatSpec
@@ -21,7 +21,7 @@ class ProgramLinker:
     flat: FlatModel
     sink: Sink
 
-    def link(self, own: Mapping[str, WeightDef], around: Surroundings) -> tuple[list[Statement | Repeat], Results]:
+    def link(self, own: Mapping[str, WeightDef], context: LayoutContext) -> tuple[list[Statement | Repeat], Results]:
         """The statements, and the roles of the results."""
         if not self.flat.program or not self.flat.returns:
             section = "program" if not self.flat.program else "returns"
@@ -30,7 +30,7 @@ class ProgramLinker:
         check_value_names(self.sink, self.flat.weights)
         values = {name: Value(None) for name in self.flat.weights if name not in own}
         values |= {name: Value(weight.type, weight) for name, weight in own.items() if not weight.is_per_layer}
-        body = BodyLinker(around, values, is_block=False)
+        body = BodyLinker(context, values, is_block=False)
         per_layer = {name: weight for name, weight in own.items() if weight.is_per_layer}
         program: list[Statement | Repeat] = []
         has_failed = False
@@ -51,19 +51,19 @@ class ProgramLinker:
     def _repeat(
         self, item: FlatRepeat, body: BodyLinker, per_layer: Mapping[str, WeightDef], own: Mapping[str, WeightDef]
     ) -> Repeat | None:
-        spec, place = item.place.value, item.place
+        spec, located = item.located.value, item.located
         if spec.repeat != "L":
             message = f"`repeat` must be L, the number of layers, got '{spec.repeat}'"
-            self.sink.error("SAGE220", message, place.span("repeat"), "write `repeat: L`")
+            self.sink.error("SAGE220", message, located.span("repeat"), "write `repeat: L`")
         if not is_value_name(spec.index):
             message = f"expected a name for the layer index, got '{spec.index}'"
-            self.sink.error("SAGE204", message, place.span("index"), "write `index: i`")
+            self.sink.error("SAGE204", message, located.span("index"), "write `index: i`")
         before = dict(body.values)
         for i, name in enumerate(spec.carry):
             if name not in before or name in own:
                 help = did_you_mean(name, body.assigned)
                 message = f"the carried value '{name}' must be assigned before the loop"
-                self.sink.error("SAGE227", message, place.span("carry", i), help)
+                self.sink.error("SAGE227", message, located.span("carry", i), help)
         body.values |= {name: Value(weight.type, weight) for name, weight in per_layer.items()}
         count = len(body.assigned)
         body.index = Index(spec.index, spec.index)
@@ -71,11 +71,11 @@ class ProgramLinker:
         body.index = None
         changed = body.assigned[count:]
         for i, name in enumerate(spec.carry):
-            self._check_closes(name, before, body, place, i)
+            self._check_closes(name, before, body, located, i)
         for name in dict.fromkeys(changed):
             if name in before and name not in spec.carry:
                 message = f"'{name}' is reassigned in the loop, so it must be carried"
-                self.sink.error("SAGE227", message, place.span("carry"), f"add '{name}' to `carry`, or rename it")
+                self.sink.error("SAGE227", message, located.span("carry"), f"add '{name}' to `carry`, or rename it")
         body.values = before | {name: body.values[name] for name in spec.carry if name in body.values}
         calls = tuple(statement for statement in linked if statement is not None)
         self._check_called_once(calls, item)
@@ -87,19 +87,19 @@ class ProgramLinker:
         for name, count in _calls(calls).items():
             if count > 1:
                 message = f"block '{name}' must be called once per layer, got {count} calls"
-                self.sink.error("SAGE232", message, item.place.span("do"), "define another block for the second call")
+                self.sink.error("SAGE232", message, item.located.span("do"), "define another block for the second call")
 
     def _check_closes(
-        self, name: str, before: Mapping[str, Value], body: BodyLinker, place: Placed[RepeatSpec], i: int
+        self, name: str, before: Mapping[str, Value], body: BodyLinker, located: Located[RepeatSpec], i: int
     ) -> None:
         first, last = before.get(name), body.values.get(name)
-        if name in body.hidden:
-            message = f"the carried value '{name}' is undefined at the end of the loop: {body.hidden[name]}"
-            self.sink.error("SAGE227", message, place.span("carry", i), "assign it in every branch")
+        if name in body.undefined:
+            message = f"the carried value '{name}' is undefined at the end of the loop: {body.undefined[name]}"
+            self.sink.error("SAGE227", message, located.span("carry", i), "assign it in every branch")
         if first is None or last is None or first.type is None or last.type is None or first.type == last.type:
             return
         message = f"the carried value '{name}' must keep its type: {first.type} before the loop, {last.type} at its end"
-        self.sink.error("SAGE227", message, place.span("carry", i))
+        self.sink.error("SAGE227", message, located.span("carry", i))
 
 
 def _calls(body: Iterable[Statement]) -> Counter[str]:

@@ -12,7 +12,7 @@ Located = tuple[PassDef, RuleDef]
 
 def check_rules(passes: Sequence[PassDef], sink: Sink) -> None:
     """Reports rules that may not terminate or never fire. The passes come in pipeline order."""
-    rules = [(one, rule) for one in passes for rule in sorted(one.rules, key=lambda rule: -rule.benefit)]
+    rules = [(pass_, rule) for pass_ in passes for rule in sorted(pass_.rules, key=lambda rule: -rule.benefit)]
     _check_termination(rules, sink)
     for i, late in enumerate(rules):
         shadowing = next((early for early in rules[:i] if _shadows(early, late)), None) or next(
@@ -33,21 +33,21 @@ def _check_termination(rules: Sequence[Located], sink: Sink) -> None:
     fixed number of rounds.
     """
     enables: dict[tuple[str, str], Located] = {}
-    for one, rule in rules:
+    for pass_, rule in rules:
         if len(rule.replacement) < len(rule.pattern) or rule.bounded is not None:
             continue
         for old in rule.pattern:
             for new in rule.replacement:
-                enables[old.op.name, new.op.name] = (one, rule)
+                enables[old.op.name, new.op.name] = (pass_, rule)
     cycle = [(a, enables[a, b]) for a, b in find_cycle(enables)]
     if not cycle:
         return
-    (start, (one, rule)), *others = cycle
+    (start, (pass_, rule)), *others = cycle
     path = " -> ".join([*(name for name, _ in cycle), start])
     related = tuple((f"rule '{r.name}'", p.entry.span(*r.path)) for _, (p, r) in others)
     message = f"rewriting may not terminate: no rule of the cycle {path} shrinks the graph"
     help = "make one rule replace more nodes than it inserts, or limit it: `bounded: 1`"
-    sink.error("SAGE314", message, one.entry.span(*rule.path), help, related)
+    sink.error("SAGE314", message, pass_.entry.span(*rule.path), help, related)
 
 
 def find_cycle(edges: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -85,19 +85,19 @@ def _takes_part(other: Located, late: Located) -> bool:
 
 def _can_take(first: Located, late: Located) -> bool:
     """Whether only its pattern limits where the first rule fires in the graphs of the other one."""
-    (one, rule), (other, _) = first, late
+    (pass_, rule), (other, _) = first, late
     is_free = not rule.where and rule.bounded is None
-    return is_free and one.spec.level == other.spec.level and {*other.spec.phases} <= {*one.spec.phases}
+    return is_free and pass_.spec.level == other.spec.level and {*other.spec.phases} <= {*pass_.spec.phases}
 
 
 def _report_unreachable(late: Located, shadowing: Located, sink: Sink) -> None:
-    (one, rule), (other, first) = late, shadowing
+    (pass_, rule), (other, first) = late, shadowing
     is_same = len(rule.pattern) == len(first.pattern)
     why = "has the same pattern and is tried first" if is_same else f"replaces {first.anchor.op.name} first"
     message = f"rule '{rule.name}' never fires: '{first.name}' {why}"
     related = (("the rule that is tried first", other.entry.span(*first.path)),)
     help = "remove one of them, or change a pattern or the order"
-    sink.error("SAGE313", message, one.entry.span(*rule.path), help, related)
+    sink.error("SAGE313", message, pass_.entry.span(*rule.path), help, related)
 
 
 def embed(small: RuleDef, large: RuleDef, at: int) -> set[int] | None:

@@ -12,7 +12,7 @@ from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.conditions import Index, expression_text, link_condition
 from sageLLM.codegen.link.expressions import Names, compile_expression, kind_of
-from sageLLM.codegen.link.flat_layout import Placed
+from sageLLM.codegen.link.flat_layout import Located
 from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.operands import Match
 from sageLLM.codegen.link.sizes import link_size
@@ -73,7 +73,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class LayoutContext:
     """Everything outside a body that the statements of one layout may refer to."""
 
     ops: Interfaces
@@ -89,17 +89,17 @@ class Surroundings:
 class Scope:
     """The values defined at one point of a body; `values` grows with the results of its statements.
 
-    `hidden` maps names that only some branches of a `choose` assign to the reason why they cannot be used.
+    `undefined` maps names that only some branches of a `choose` assign to the reason why they cannot be used.
     """
 
-    around: Surroundings
+    context: LayoutContext
     values: dict[str, Value]
     is_block: bool
     index: Index | None = None
     used_weights: set[tuple[str | None, str]] = field(default_factory=set)
     assigned: list[str] = field(default_factory=list)
-    handed_on: set[str] = field(default_factory=set)  # partial sums that were passed on into other partial sums
-    hidden: dict[str, str] = field(default_factory=dict)
+    passed_on: set[str] = field(default_factory=set)  # partial sums that were passed on into other partial sums
+    undefined: dict[str, str] = field(default_factory=dict)
     present: frozenset[str] = frozenset()  # config names that are not null on this path
 
     def operands(self, text: Text, call: ast.Call, op: OpDef) -> list[tuple[ast.expr, Operand]]:
@@ -111,32 +111,32 @@ class Scope:
             raise text.refuse("SAGE222", f"{op.name}: expected {expected}, got {len(call.args)}", call, f"see {op.ref}")
         return list(zip(call.args, op.inputs, strict=False))
 
-    def argument(self, text: Text, node: ast.expr, operand: Operand, *, may_be_part: bool = False) -> str:
+    def argument(self, text: Text, node: ast.expr, operand: Operand, *, may_be_partial: bool = False) -> str:
         """The name of the value passed to an operand; raises Refused if it cannot be passed there."""
         if not isinstance(node, ast.Name):
             message = f"the argument '{operand.name}' must be the name of a value"
             raise text.refuse("SAGE220", message, node, "assign the expression to a name first")
-        value = self.value(text, node, may_be_part=may_be_part)
+        value = self.value(text, node, may_be_partial=may_be_partial)
         if value.is_optional and not operand.optional:
             assert value.weight is not None and value.weight.when is not None, "only weights with `when` are optional"
             message = f"'{operand.name}' requires a value, but '{node.id}' exists only when {value.weight.when.source}"
             raise text.refuse("SAGE226", message, node, "pass it to an optional operand, or remove its `when`")
         return node.id
 
-    def value(self, text: Text, node: ast.Name, *, may_be_part: bool = False) -> Value:
+    def value(self, text: Text, node: ast.Name, *, may_be_partial: bool = False) -> Value:
         """The value of a name, which may be an input of the step; raises Refused if it is not defined."""
         found = self.values.get(node.id)
-        if found is None and node.id in self.around.inputs:
-            step_input = self.around.inputs[node.id]
+        if found is None and node.id in self.context.inputs:
+            step_input = self.context.inputs[node.id]
             if not step_input.is_per_layer or self.is_block:
                 found = Value(step_input.type)
         if found is None:
-            known = [*self.values, *(name for name, one in self.around.inputs.items() if not one.is_per_layer)]
+            known = [*self.values, *(name for name, one in self.context.inputs.items() if not one.is_per_layer)]
             section = _SECTION_OF.get(node.id.partition("_")[0])
-            help = self.hidden.get(node.id) or section or did_you_mean(node.id, known)
+            help = self.undefined.get(node.id) or section or did_you_mean(node.id, known)
             raise text.refuse("SAGE223", f"'{node.id}' is not defined here", node, help)
-        if found.is_partial and not may_be_part:
-            raise text.refuse("SAGE241", *part_words(node))
+        if found.is_partial and not may_be_partial:
+            raise text.refuse("SAGE241", *partial_sum_finding(node))
         if found.weight is not None:
             self.used_weights.add((found.weight.block, found.weight.name))
         return found
@@ -173,16 +173,16 @@ class Scope:
 
     @property
     def names(self) -> Names:
-        return Names(self.around.config, self.index.name if self.index else None)
+        return Names(self.context.config, self.index.name if self.index else None)
 
     def python(self, node: ast.expr, text: Text) -> str:
         """An expression as Python text for the generated function."""
-        return expression_text(node, text.value, self.around.config, self.index)
+        return expression_text(node, text.value, self.context.config, self.index)
 
-    def condition(self, place: Placed[str]) -> Condition:
+    def condition(self, located: Located[str]) -> Condition:
         """The condition of a branch; raises Refused."""
-        text = place.text(place.value, self.around.sink)
-        return link_condition(text, self.around.config, self.index, self.present)
+        text = located.text(located.value, self.context.sink)
+        return link_condition(text, self.context.config, self.index, self.present)
 
     def dim_attrs(self, text: Text, op: OpDef, call: ast.Call) -> dict[str, Size]:
         """The dim attrs of the call."""
@@ -191,7 +191,7 @@ class Scope:
             attr = op.attr(keyword.arg or "")
             if attr is not None and attr.type == "dim":
                 start, end = text.offsets(keyword.value)
-                found[attr.name] = link_size(text.part(start, end), self.around.config)
+                found[attr.name] = link_size(text.part(start, end), self.context.config)
         return found
 
     def infer(
@@ -201,7 +201,7 @@ class Scope:
         args: list[str | None],
         attrs: Mapping[str, str],
         call: ast.Call,
-        seen_as: Callable[[ValueType], ValueType],
+        convert: Callable[[ValueType], ValueType],
     ) -> tuple[ValueType, ...]:
         """The result types of an op; raises Refused where an operand does not fit. `seen_as` maps argument types."""
         match_ = Match(op, self.dim_attrs(text, op, call))
@@ -211,17 +211,17 @@ class Scope:
                 continue
             if type_ is None:
                 raise Refused
-            expected = match_.bind(operand, seen_as(type_))
+            expected = match_.bind(operand, convert(type_))
             if expected is not None:
                 node = next((n for n in call.args if isinstance(n, ast.Name) and n.id == name), call)
-                message = f"{op.name}.{operand.name}: expected {expected}, got '{name}': {seen_as(type_)}"
+                message = f"{op.name}.{operand.name}: expected {expected}, got '{name}': {convert(type_)}"
                 raise text.refuse("SAGE224", message, node, f"see {op.ref}")
         return tuple(match_.result(operand.type) for operand in op.outputs)
 
     def type_of(self, name: str) -> ValueType | None:
         if name in self.values:
             return self.values[name].type
-        found = self.around.inputs.get(name)
+        found = self.context.inputs.get(name)
         return found.type if found else None
 
     def assign_all(
@@ -233,12 +233,12 @@ class Scope:
             self.assign(target.id, Value(type_, is_partial=is_partial))
 
     def assign(self, name: str, value: Value) -> None:
-        self.hidden.pop(name, None)
+        self.undefined.pop(name, None)
         self.values[name] = value
         self.assigned.append(name)
 
 
-def part_words(node: ast.Name, reason: str = "it requires the complete sum") -> tuple[str, ast.Name, str]:
+def partial_sum_finding(node: ast.Name, reason: str = "it requires the complete sum") -> tuple[str, ast.Name, str]:
     """The finding about a partial sum that is read before it is reduced."""
     message = f"'{node.id}' is a partial sum over the ranks and must be reduced before it is used here"
     return message, node, f"{reason}; return '{node.id}' from the block, so that the program reduces it first"

@@ -7,7 +7,7 @@ from typing import Literal
 from sageLLM.codegen.expr.partial_sums import NotLinear, SumState
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.link.partial_sums import Argument
-from sageLLM.codegen.link.scope import Scope, Value, part_words
+from sageLLM.codegen.link.scope import Scope, Value, partial_sum_finding
 from sageLLM.codegen.model.layout import OpCall, ShardDef, WeightDef
 from sageLLM.codegen.model.op import OpDef, Operand
 
@@ -34,7 +34,7 @@ def with_reduction(scope: Scope, text: Text, linked: OpCall, call: ast.Call) -> 
     states = checked_states(scope, text, linked, call, reduce_)
     parts = tuple(target for target, state in zip(linked.targets, states, strict=False) if state is SumState.PARTIAL)
     partial_args = {name for name in linked.args if name in scope.values and scope.values[name].is_partial}
-    scope.handed_on |= {name for name in partial_args if name is not None}
+    scope.passed_on |= {name for name in partial_args if name is not None}
     if parts and not partial_args:
         reduce_ = "all_reduce"
     if reduce_ == "all_reduce" and parts != linked.targets and not scope.is_block:
@@ -50,7 +50,7 @@ def checked_states(
     arguments = _arguments(scope, linked)
     dims = scope.dim_attrs(text, linked.op, call)
     try:
-        return scope.around.ops.result_states(linked.op.name, arguments, dims, scope.around.divides)
+        return scope.context.ops.result_states(linked.op.name, arguments, dims, scope.context.divides)
     except NotLinear as problem:
         raise _refused(scope, text, linked, arguments, call, problem, reduce_) from None
 
@@ -111,9 +111,9 @@ def _refused(
     nodes = [node for node in call.args if isinstance(node, ast.Name) and node.id in parts and node.id not in first]
     if nodes:
         reason = f"'{added[0]}' would be added once per rank" if added else f"in {linked.op.name} {problem}"
-        return text.refuse("SAGE241", *part_words(nodes[0], reason))
+        return text.refuse("SAGE241", *partial_sum_finding(nodes[0], reason))
     local = sorted({symbol for argument in arguments.values() for dim in argument.type.dims for symbol in dim.symbols})
-    divided = ", ".join(symbol for symbol in local if symbol in scope.around.divides)
+    divided = ", ".join(symbol for symbol in local if symbol in scope.context.divides)
     message = f"{linked.op.name} must not run on sharded operands: {problem}"
     return text.refuse(
         "SAGE244", message, call, f"remove {divided} from `tp.divides`, so that every rank has all of it"
@@ -135,7 +135,7 @@ def _collective(op: OpDef, operand: Operand, shard: ShardDef) -> Collective | No
 
 
 def _shard_op(scope: Scope, text: Text, op: OpDef, call: ast.Call) -> OpDef:
-    found = scope.around.ops.get(f"{op.name}_shard")
+    found = scope.context.ops.get(f"{op.name}_shard")
     if found is None or found.attr("first") is None:
         message = f"a lookup in a sharded table requires an op '{op.name}_shard' with an attr 'first'"
         raise text.refuse("SAGE240", message, call, "add this op, or do not shard the table")

@@ -8,7 +8,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.types import dim_text, size_of
-from sageLLM.codegen.link.flat_layout import Placed
+from sageLLM.codegen.link.flat_layout import Located
 from sageLLM.codegen.model.layout import ConfigName
 from sageLLM.codegen.schema.models import WeightSpec
 from sageLLM.codegen.schema.sources import Source
@@ -33,16 +33,16 @@ class SizeReader:
     """Links the sizes of one weight, with findings at the weight's lines."""
 
     name: str
-    place: Placed[WeightSpec]
+    located: Located[WeightSpec]
     config: Mapping[str, ConfigName]
     sink: Sink
 
     def size(self, size: int | str, path: YamlPath) -> Size:
         """A number of at least 1, or an expression; raises Refused after a finding."""
         if isinstance(size, str):
-            return link_size(self.place.text(size, self.sink, *path), self.config)
+            return link_size(self.located.text(size, self.sink, *path), self.config)
         if size < 1:
-            self.sink.error("SAGE210", f"a size must be at least 1, got {size}", self.place.span(*path))
+            self.sink.error("SAGE210", f"a size must be at least 1, got {size}", self.located.span(*path))
             raise Refused
         return Size.of(size)
 
@@ -51,7 +51,7 @@ class SizeReader:
 
     def refuse(self, message: str, path: YamlPath, help: str | None, code: str = "SAGE211") -> Refused:
         """Reports a finding; raise what it returns."""
-        self.sink.error(code, message, self.place.span(*path), help)
+        self.sink.error(code, message, self.located.span(*path), help)
         return Refused(message)
 
 

@@ -10,7 +10,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.link.attend import link_attend
 from sageLLM.codegen.link.expressions import FORMS, non_null_where
-from sageLLM.codegen.link.flat_layout import FlatBranch, FlatChoose, FlatLine, Placed
+from sageLLM.codegen.link.flat_layout import FlatBranch, FlatChoose, FlatLine, Located
 from sageLLM.codegen.link.scope import Scope, Value, count_words, is_value_name
 from sageLLM.codegen.link.sharding import with_reduction
 from sageLLM.codegen.model.layout import BlockCall, Branch, Choose, OpCall, Statement, WeightDef
@@ -22,9 +22,9 @@ from sageLLM.codegen.schema.models import WeightSpec
 class BodyLinker(Scope):
     """Links the statements of one body in order."""
 
-    def link(self, place: Placed[str]) -> Statement | None:
+    def link(self, located: Located[str]) -> Statement | None:
         """The statement, or None after a finding; its targets then have unknown types."""
-        text = place.text(place.value, self.around.sink)
+        text = located.text(located.value, self.context.sink)
         targets: list[ast.Name] = []
         try:
             targets, call = self._parse(text)
@@ -45,11 +45,11 @@ class BodyLinker(Scope):
         passed: frozenset[str] = frozenset()
         scopes: list[BodyLinker] = []
         for flat in item.branches:
-            inner = BodyLinker(self.around, dict(self.values), self.is_block, self.index, self.used_weights)
-            inner.hidden, inner.present = dict(self.hidden), self.present | passed
+            inner = BodyLinker(self.context, dict(self.values), self.is_block, self.index, self.used_weights)
+            inner.undefined, inner.present = dict(self.undefined), self.present | passed
             branches.append(inner.branch(flat))
             passed |= _present(flat, False) if branches[-1] is not None else frozenset()
-            inner.handed_on = self.handed_on
+            inner.passed_on = self.passed_on
             scopes.append(inner)
         self._merge(scopes, is_exhaustive=item.branches[-1].when is None)
         found = tuple(branch for branch in branches if branch is not None)
@@ -74,13 +74,13 @@ class BodyLinker(Scope):
             values += [] if is_exhaustive else [self.values.get(name)]
             found = [value for value in values if value is not None]
             is_everywhere = len(found) == len(values)
-            reason = _why_hidden(found) if is_everywhere else f"not every branch of the `choose` assigns '{name}'"
+            reason = _why_undefined(found) if is_everywhere else f"not every branch of the `choose` assigns '{name}'"
             if reason is None:
                 first = next((value for value in found if value.type is None), found[0])
                 self.assign(name, Value(first.type, is_partial=first.is_partial))
             else:
                 self.values.pop(name, None)
-                self.hidden[name] = reason
+                self.undefined[name] = reason
 
     def _parse(self, text: Text) -> tuple[list[ast.Name], ast.Call]:
         nodes = parse_statements(text)
@@ -105,18 +105,18 @@ class BodyLinker(Scope):
         name = call.func.id
         if name == "attend" and self.is_block:
             return link_attend(self, text, targets, call)
-        if name in self.around.blocks and not self.is_block:
+        if name in self.context.blocks and not self.is_block:
             return self._block_call(text, targets, call, name)
-        if name not in self.around.ops:
-            known = [*self.around.ops, *(["attend"] if self.is_block else self.around.blocks)]
+        if name not in self.context.ops:
+            known = [*self.context.ops, *(["attend"] if self.is_block else self.context.blocks)]
             near = did_you_mean(name, known)
             raise text.refuse("SAGE221", f"unknown op '{name}'", call.func, near)
-        op = self.around.ops[name]
+        op = self.context.ops[name]
         if op.op_type.startswith("COMM_"):
             help = "remove it: collectives follow from `tp` of the weights"
             raise text.refuse("SAGE243", f"a layout must not call collectives, got '{name}'", call.func, help)
         operands = self.operands(text, call, op)
-        args = [self.argument(text, node, operand, may_be_part=True) for node, operand in operands]
+        args = [self.argument(text, node, operand, may_be_partial=True) for node, operand in operands]
         attrs = self.attrs(text, call, op)
         linked, parts = self._op_call(text, tuple(target.id for target in targets), op, args, attrs, call)
         self.assign_all(text, targets, linked.types, call, is_partial=False)
@@ -127,12 +127,12 @@ class BodyLinker(Scope):
     def _check_pairs(self, text: Text, op: OpDef, args: list[str], call: ast.Call) -> None:
         """Refuses rotary tables of one pairing of components in an op of the other pairing."""
         for node, name in zip(call.args, args, strict=True):
-            table = self.around.inputs.get(name) if name not in self.values else None
+            table = self.context.inputs.get(name) if name not in self.values else None
             others = {"half", "interleaved"} & set(op.tags) - {table.pairs if table else None}
             if table is not None and table.pairs is not None and others:
                 expected = f"a table of `layout: {others.pop()}`"
                 message = f"{op.name}: expected {expected}, got '{name}' of `layout: {table.pairs}`"
-                matching = [found.name for found in self.around.ops.values() if table.pairs in found.tags]
+                matching = [found.name for found in self.context.ops.values() if table.pairs in found.tags]
                 raise text.refuse("SAGE252", message, node, f"call {' or '.join(matching)}, or change `rope.layout`")
 
     def _op_call(
@@ -153,7 +153,7 @@ class BodyLinker(Scope):
         return linked, parts if self.is_block else ()  # results of calls in the program are reduced at once
 
     def _block_call(self, text: Text, targets: list[ast.Name], call: ast.Call, name: str) -> BlockCall:
-        block = self.around.blocks[name]
+        block = self.context.blocks[name]
         if block is None:
             raise Refused
         if call.keywords or len(call.args) != len(block.args):
@@ -184,7 +184,7 @@ def _present(branch: FlatBranch, is_taken: bool) -> frozenset[str]:
     return non_null_where(tree.body, is_taken)
 
 
-def _why_hidden(values: list[Value]) -> str | None:
+def _why_undefined(values: list[Value]) -> str | None:
     """Why the values of the branches cannot be used as one value, or None."""
     types = list(dict.fromkeys(str(value.type) for value in values if value.type is not None))
     if len(types) > 1:
@@ -200,22 +200,22 @@ def name_finding(name: str, node: ast.Name | None = None) -> tuple[str, ast.Name
     return f"expected a value name, got '{name}'", node, help
 
 
-def check_value_names(sink: Sink, places: Mapping[str, Placed[str] | Placed[WeightSpec]]) -> None:
+def check_value_names(sink: Sink, specs: Mapping[str, Located[str] | Located[WeightSpec]]) -> None:
     """Reports names that values cannot have."""
-    for name, place in places.items():
+    for name, located in specs.items():
         if not is_value_name(name):
             message, _, help = name_finding(name)
-            sink.error("SAGE204", message, place.key_span(), help)
+            sink.error("SAGE204", message, located.key_span(), help)
 
 
 def check_used(
     sink: Sink,
     block: str | None,
-    places: Mapping[str, Placed[WeightSpec]],
+    specs: Mapping[str, Located[WeightSpec]],
     weights: Mapping[str, WeightDef],
     body: BodyLinker,
 ) -> None:
     """Reports weights that no statement reads."""
-    for name, place in places.items():
+    for name, located in specs.items():
         if name in weights and (block, name) not in body.used_weights:
-            sink.error("SAGE215", f"the weight '{name}' is never used", place.key_span(), "use it or remove it")
+            sink.error("SAGE215", f"the weight '{name}' is never used", located.key_span(), "use it or remove it")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.link.flat_layout import Placed
+from sageLLM.codegen.link.flat_layout import Located
 from sageLLM.codegen.model.layout import WeightDef
 from sageLLM.codegen.model.source import PartDef
 from sageLLM.codegen.schema.models import WeightSpec
@@ -16,7 +16,7 @@ from sageLLM.codegen.schema.models import WeightSpec
 Read = tuple[WeightDef, PartDef]
 
 
-def check_tensor_coverage(weights: Iterable[WeightDef], places: Mapping[str, Placed[WeightSpec]], sink: Sink) -> None:
+def check_tensor_coverage(weights: Iterable[WeightDef], specs: Mapping[str, Located[WeightSpec]], sink: Sink) -> None:
     """Reports each tensor that is split among weights and not read exactly once."""
     reads: dict[str, list[Read]] = {}
     for weight in weights:
@@ -29,7 +29,7 @@ def check_tensor_coverage(weights: Iterable[WeightDef], places: Mapping[str, Pla
             first = found[0][0]
             names = ", ".join(dict.fromkeys(weight.name for weight, _ in found))
             help = f"read by {names}; make the ranges of `take` cover the axis without gaps or overlaps"
-            sink.error("SAGE218", f"'{hf}' {problem}", places[first.name].span("hf"), help)
+            sink.error("SAGE218", f"'{hf}' {problem}", specs[first.name].span("hf"), help)
 
 
 def _problem(reads: list[Read]) -> str | None:

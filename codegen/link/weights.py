@@ -9,7 +9,7 @@ from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.link.conditions import Index, link_condition
 from sageLLM.codegen.link.config import INDEX
-from sageLLM.codegen.link.flat_layout import FlatBlock, Placed
+from sageLLM.codegen.link.flat_layout import FlatBlock, Located
 from sageLLM.codegen.link.segments import derived_segments
 from sageLLM.codegen.link.sizes import SizeReader
 from sageLLM.codegen.link.sources import SourceLinker
@@ -29,51 +29,53 @@ class WeightLinker:
     sink: Sink
 
     def link(
-        self, name: str, place: Placed[WeightSpec], block: str | None, prefix: Placed[str] | None
+        self, name: str, located: Located[WeightSpec], block: str | None, prefix: Located[str] | None
     ) -> WeightDef | None:
         before = len(self.sink.diagnostics)
         try:
-            reader = SizeReader(name, place, self.config, self.sink)
-            dims = tuple(reader.size(dim, ("shape", i)) for i, dim in enumerate(place.value.shape))
-            weight = self._source(place, reader, block, dims, f"{prefix.value}." if prefix else "")
+            reader = SizeReader(name, located, self.config, self.sink)
+            dims = tuple(reader.size(dim, ("shape", i)) for i, dim in enumerate(located.value.shape))
+            weight = self._source(located, reader, block, dims, f"{prefix.value}." if prefix else "")
         except Refused:
             return None
         if weight is None:
             return None
-        weight = replace(weight, shard=self._shard(place, weight), when=self.condition(place, place.value.when, "when"))
+        weight = replace(
+            weight, shard=self._shard(located, weight), when=self.condition(located, located.value.when, "when")
+        )
         return weight if len(self.sink.diagnostics) == before else None
 
     def _source(
-        self, place: Placed[WeightSpec], reader: SizeReader, block: str | None, dims: tuple[Size, ...], prefix: str
+        self, located: Located[WeightSpec], reader: SizeReader, block: str | None, dims: tuple[Size, ...], prefix: str
     ) -> WeightDef | None:
-        parts = SourceLinker(reader, prefix).parts(place.value.hf, dims, ("hf",))
-        tied = place.value.tied.to if place.value.tied is not None else None
-        return self._named(place, WeightDef(reader.name, block, False, dims, parts, tied_to=tied))
+        parts = SourceLinker(reader, prefix).parts(located.value.hf, dims, ("hf",))
+        tied = located.value.tied.to if located.value.tied is not None else None
+        return self._named(located, WeightDef(reader.name, block, False, dims, parts, tied_to=tied))
 
-    def _named(self, place: Placed[WeightSpec], weight: WeightDef) -> WeightDef | None:
+    def _named(self, located: Located[WeightSpec], weight: WeightDef) -> WeightDef | None:
         for part in weight.parts:
             if not _TENSOR.match(part.hf) or ("{e}" in part.hf) != (part.stacked is not None):
                 help = "use letters, digits, `.`, `_`, `-`, and {i} for the layer"
-                self.sink.error("SAGE212", f"expected a tensor name, got '{part.hf}'", place.span("hf"), help)
+                self.sink.error("SAGE212", f"expected a tensor name, got '{part.hf}'", located.span("hf"), help)
                 return None
         per_layer = {"{i}" in part.hf for part in weight.parts}
         if weight.block is not None and per_layer != {True}:
             message = f"the tensor names of '{weight.block}.{weight.name}' must contain {{i}}, the layer"
-            self.sink.error("SAGE212", message, place.span("hf"), "add {i} to the block's `hf`")
+            self.sink.error("SAGE212", message, located.span("hf"), "add {i} to the block's `hf`")
             return None
         return replace(weight, is_per_layer=True in per_layer)
 
-    def condition(self, place: Placed[WeightSpec], text: str | None, *path: str) -> Condition | None:
+    def condition(self, located: Located[WeightSpec], text: str | None, *path: str) -> Condition | None:
         """The condition under which a weight exists (or is tied): on the config and, if per-layer, on the layer."""
         if text is None:
             return None
         try:
-            return link_condition(place.text(text, self.sink, *path), self.config, Index(INDEX, INDEX))
+            return link_condition(located.text(text, self.sink, *path), self.config, Index(INDEX, INDEX))
         except Refused:
             return None
 
-    def _shard(self, place: Placed[WeightSpec], weight: WeightDef) -> ShardDef | None:
-        spec, span = place.value.tp, place.span("tp") if place.value.tp else place.key_span()
+    def _shard(self, located: Located[WeightSpec], weight: WeightDef) -> ShardDef | None:
+        spec, span = located.value.tp, located.span("tp") if located.value.tp else located.key_span()
         local = [i for i, dim in enumerate(weight.dims) if self._is_divided(dim)]
         if spec is None or spec.keep is not None:
             if local:
@@ -84,20 +86,20 @@ class WeightLinker:
         assert spec.shard is not None, "the schema requires one of `shard` and `keep`"
         if spec.shard >= len(weight.dims):
             message = f"`shard` must be a dim of '{weight.name}', 0 to {len(weight.dims) - 1}, got {spec.shard}"
-            self.sink.error("SAGE240", message, place.span("tp", "shard"))
+            self.sink.error("SAGE240", message, located.span("tp", "shard"))
             return None
         # The vocabulary size stays global in a rank's config, because token ids are global, so `tp.divides` omits it.
         divided = [] if spec.kind == "vocab" else [spec.shard]
-        segments = self._segments(place, weight, spec) if local == divided and divided else ()
+        segments = self._segments(located, weight, spec) if local == divided and divided else ()
         if segments is None:
             return None
         if local != divided or not all(map(self._is_divided, segments)):
             message = f"the sharded dim {spec.shard} of '{weight.name}' must be the one that `tp.divides` divides"
             help = f"`tp.divides` lists: {', '.join(self.divides) or 'nothing'}"
-            self.sink.error("SAGE240", message, place.span("tp", "shard"), help)
+            self.sink.error("SAGE240", message, located.span("tp", "shard"), help)
         return ShardDef(spec.shard, spec.kind, spec.then, segments if len(segments) > 1 else ())
 
-    def _segments(self, place: Placed[WeightSpec], weight: WeightDef, spec: ShardSpec) -> tuple[Size, ...] | None:
+    def _segments(self, located: Located[WeightSpec], weight: WeightDef, spec: ShardSpec) -> tuple[Size, ...] | None:
         """The segments of the sharded dim, each of which is divided separately; None after a finding."""
         dim = spec.shard or 0
         if spec.segments is None:
@@ -105,9 +107,9 @@ class WeightLinker:
             if found is None:
                 message = f"`tp` must list the segments of dim {dim} of '{weight.name}', {weight.dims[dim]}"
                 help = "write `segments: [SIZE, ...]`, in order; each segment is divided over the ranks"
-                self.sink.error("SAGE240", message, place.span("tp"), help)
+                self.sink.error("SAGE240", message, located.span("tp"), help)
             return found
-        reader = SizeReader(weight.name, place, self.config, self.sink)
+        reader = SizeReader(weight.name, located, self.config, self.sink)
         try:
             segments = [reader.size(size, ("tp", "segments", i)) for i, size in enumerate(spec.segments)]
         except Refused:
@@ -116,7 +118,7 @@ class WeightLinker:
         if total != weight.dims[dim]:
             name = f"dim {dim} of '{weight.name}'"
             message = f"the segments must add up to {name}: expected {weight.dims[dim]}, got {total}"
-            self.sink.error("SAGE240", message, place.span("tp", "segments"))
+            self.sink.error("SAGE240", message, located.span("tp", "segments"))
             return None
         return tuple(segments)
 
@@ -124,26 +126,26 @@ class WeightLinker:
         return bool(set(size.symbols) & set(self.divides))
 
 
-def link_weights(linker: WeightLinker, weights: Mapping[str, Placed[WeightSpec]]) -> dict[str, WeightDef]:
+def link_weights(linker: WeightLinker, weights: Mapping[str, Located[WeightSpec]]) -> dict[str, WeightDef]:
     """The weights outside blocks; ties are checked after all are linked."""
-    found = {name: linker.link(name, place, None, None) for name, place in weights.items()}
+    found = {name: linker.link(name, located, None, None) for name, located in weights.items()}
     linked = {name: weight for name, weight in found.items() if weight is not None}
     if len(linked) == len(found):
         check_tensor_coverage(linked.values(), weights, linker.sink)
-    for name, place in weights.items():
-        tied = place.value.tied
+    for name, located in weights.items():
+        tied = located.value.tied
         if tied is None or name not in linked:
             continue
-        when = linker.condition(place, tied.when, "tied", "when")
+        when = linker.condition(located, tied.when, "tied", "when")
         linked[name] = replace(linked[name], tied_when=when)
         owner = linked.get(tied.to)
         if owner is None and tied.to not in weights:
             help = did_you_mean(tied.to, [other for other in weights if other != name])
-            linker.sink.error("SAGE213", f"unknown weight '{tied.to}'", place.span("tied", "to"), help)
+            linker.sink.error("SAGE213", f"unknown weight '{tied.to}'", located.span("tied", "to"), help)
         elif owner is not None and (owner.tied_to is not None or owner.dims != linked[name].dims):
             problem = "which is itself tied" if owner.tied_to is not None else f"which is {owner.type}"
             message = f"'{name}' must be tied to an untied weight {linked[name].type}, got '{tied.to}', {problem}"
-            linker.sink.error("SAGE213", message, place.span("tied", "to"))
+            linker.sink.error("SAGE213", message, located.span("tied", "to"))
     return linked
 
 
@@ -151,13 +153,13 @@ def link_block_weights(linker: WeightLinker, name: str, block: FlatBlock) -> dic
     """The weights of a block, one set per layer."""
     if block.weights and block.hf is None:
         message = f"block '{name}' has weights, so it must have an `hf` prefix"
-        linker.sink.error("SAGE203", message, block.place.key_span(), "add `hf`")
+        linker.sink.error("SAGE203", message, block.located.key_span(), "add `hf`")
         return {}
-    found = {w: linker.link(w, place, name, block.hf) for w, place in block.weights.items()}
-    for w, place in block.weights.items():
-        if place.value.tied is not None:
+    found = {w: linker.link(w, located, name, block.hf) for w, located in block.weights.items()}
+    for w, located in block.weights.items():
+        if located.value.tied is not None:
             message = f"only weights outside blocks may be tied, got '{name}.{w}'"
-            linker.sink.error("SAGE213", message, place.span("tied"))
+            linker.sink.error("SAGE213", message, located.span("tied"))
     linked = {w: weight for w, weight in found.items() if weight is not None}
     if len(linked) == len(found):
         check_tensor_coverage(linked.values(), block.weights, linker.sink)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sageLLM.codegen.diagnostics import Sink, Span
-from sageLLM.codegen.expr.check import Checker, Scope
+from sageLLM.codegen.expr.check import Checker
 from sageLLM.codegen.expr.cost import ELEMENT_BYTES
+from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.size import LEADING, Size, formula, volume
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.tree import Binary, Expr, Gather, IfPresent, Reduce, walk

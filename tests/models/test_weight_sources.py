@@ -48,7 +48,7 @@ def weight_specs(folder: Path, weights: str, sizes: Mapping[str, int] = SIZES) -
     raw, sink = load_specs([driver.BASE_SPECS, folder]), Sink()
     flat = flatten(raw.models["packed"], raw.models, sink)
     assert flat is not None
-    own = {name: place for name, place in flat.weights.items() if place.entry is flat.entry}
+    own = {name: located for name, located in flat.weights.items() if located.entry is flat.entry}
     linker = WeightLinker(link_config(flat, set(flat.config), (), sink), ("Nq", "Nkv", "I"), sink)
     found = link_weights(linker, own)
     if sink.diagnostics:
