@@ -38,16 +38,13 @@ ANY = re.compile("|".join(f"(?:{pattern})" for pattern, _ in PATTERNS.values()))
 
 # Files and folders that --check skips until their text is rewritten. Only ever remove entries.
 NOT_YET_CLEAN: tuple[str, ...] = (
-    "codegen/codes.py",
     "codegen/commands.py",
-    "codegen/emit/",
+    "codegen/emit/cpu.py",
+    "codegen/emit/cpp_text.py",
     "codegen/explain.py",
-    "codegen/expr/",
     "codegen/facts.py",
     "codegen/kernel/",
-    "codegen/link/",
     "codegen/load.py",
-    "codegen/schema/",
     "codegen/source.py",
     "codegen/state.py",
     "codegen/writer.py",
