@@ -65,8 +65,8 @@ def exactness_table(layouts: Iterable[str], mode: str) -> Iterator[str]:
             family, config = cases[case]
             with tempfile.TemporaryDirectory() as folder:
                 save_random_model(Path(folder), family, 0, "5GB", SMALL | config)
-                wanted = test_oracle.expected(Path(folder), test_oracle.PROMPTS)
                 found = test_oracle.serve(Path(folder), test_oracle.PROMPTS, mode)
+                wanted = test_oracle.expected(Path(folder), test_oracle.PROMPTS, found)
             tokens = "equal" if all(a[0] == b[0] for a, b in zip(found, wanted, strict=True)) else "differ"
             pairs = [pair for a, b in zip(found, wanted, strict=True) for pair in zip(a[1], b[1], strict=True)]
             yield f"| {name} | {case} | {tokens} | {max(abs(ours - theirs) for ours, theirs in pairs):.1e} |"

@@ -272,7 +272,7 @@ def embed(
     prompt: Annotated[list[str], typer.Option(help="A text; can be repeated.")],
     pooling: Annotated[
         Literal["model", "first", "last", "mean", "none"] | None,
-        typer.Option(help="How token vectors become a text's vector (default: as in the folder or the layout)."),
+        typer.Option(help="Pooling of token vectors to one vector (default: that of the folder or layout)."),
     ] = None,
     normalize: Annotated[
         bool | None, typer.Option(help="Scale to unit length, so that dot products are cosine similarities.")

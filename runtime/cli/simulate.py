@@ -112,7 +112,7 @@ def _trace(request: SimulateRequest) -> list[TraceRequest]:
     if request.rate is not None:
         return at_rate(trace, request.rate, request.seed)
     if len(trace) > 1 and trace[-1].arrival_s == 0:
-        raise ValueError(f"{request.trace} has no arrival times; pass --rate")
+        raise ValueError(f"expected arrival times in {request.trace}; pass --rate")
     return trace
 
 

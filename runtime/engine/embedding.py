@@ -96,7 +96,7 @@ class Embedder:
         sizes = [ref.shape[0] for node in graph.users("type_ids") for ref in node.inputs if ref.name in graph.weights]
         if not sizes:
             name = self.model.layout.name
-            raise PromptError(f"type_ids must be None for {name}, which has no token types", "type_ids")
+            raise PromptError(f"type_ids must be None for {name}, which does not use token types", "type_ids")
         num_types = min(int(str(size)) for size in sizes)
         if max(prompt.type_ids) >= num_types:
             message = f"type ids must be from 0 to {num_types - 1} for this model, got {max(prompt.type_ids)}"

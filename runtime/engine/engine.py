@@ -276,7 +276,7 @@ class Engine:
 
 
 def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
-    """The graph's argmax in the sampler's form; rows whose highest logit is not finite have failed."""
+    """The graph's argmax in the sampler's form; rows without a finite maximum have failed."""
     best = logits_BV.gather(1, token_ids_B[:, None]).flatten().isfinite()
     failed = () if best.all() else tuple((~best).nonzero().flatten().tolist())
     return SampledTokens(token_ids_B, {}, failed)

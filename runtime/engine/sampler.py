@@ -283,7 +283,7 @@ def score_tokens(logits_RV: Tensor, token_ids: Tensor, num_top: int) -> ScoredTo
 def prompt_logprobs(
     logits_RV: Tensor, next_token_ids: Sequence[int], num_top: int, decode: Callable[[int], str]
 ) -> list[dict[int, Logprob]]:
-    """The log-probabilities at each row, given `next_token_ids[r]`, the prompt token after row r.
+    """The log-probabilities at each row; `next_token_ids[r]` is the prompt token after row r.
 
     A whole prompt of P tokens has P-1 rows; the caller puts None before them for the first token. Chunks of a prompt
     can be scored one after another.

@@ -17,7 +17,7 @@ _ABSENT = 0
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel call: operands and results by slot, and the slots `dead` after it, whose memory can be freed."""
+    """One kernel call: operands and results by slot, and the slots that are `dead` after it and can be freed."""
 
     node_id: str
     kernel: Kernel

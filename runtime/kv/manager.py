@@ -169,7 +169,7 @@ class PagedKVManager:
         return []
 
     def end_step(self, step_id: int) -> list[int]:
-        """Releases the blocks whose free was pending until step `step_id` or an earlier one."""
+        """Releases the blocks with a free pending until step `step_id` or an earlier one."""
         ownerless: list[int] = []
         while self._pending_free and self._pending_free[0][0] <= step_id:
             ownerless += self.pool.release(self._pending_free.popleft()[1])

@@ -12,7 +12,7 @@ MAX_INDEX_BYTES = 256 * 2**20
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Maps tensor names to file names. Raises CheckpointError if the index is damaged or has no such map."""
+    """Maps tensor names to file names. Raises CheckpointError if the index is damaged or lacks the map."""
     try:
         if (size := index.stat().st_size) > MAX_INDEX_BYTES:
             raise CheckpointError(f"{index} must have at most {MAX_INDEX_BYTES} bytes, got {size}; download it again")

@@ -3,7 +3,7 @@
     angle[p, j] = p * frequency[j],   frequency[j] = base ** (-2j / dim),   j < dim / 2
 
 A scaling changes the frequencies, and may multiply both tables by one factor. Everything is computed in float32, as in
-the training code of the checkpoints: more exact angles would give other logits at large positions.
+the training code of the checkpoints: more exact angles would change the logits at large positions.
 """
 
 import math

@@ -89,7 +89,7 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         if name not in self._infos:
-            raise CheckpointError(f"{self.folder} has no tensor {name!r}")
+            raise CheckpointError(f"expected the tensor {name!r} in {self.folder}")
         return self._infos[name]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:

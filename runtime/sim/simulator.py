@@ -81,7 +81,7 @@ class Cluster(ABC):
         live.timeline.last_token_s = live.last_token_s
 
     def _copy(self, worker: Worker, copy: KVMigration) -> None:
-        raise AssertionError(f"{type(self).__name__} has no second KV pool to copy to")
+        raise AssertionError(f"{type(self).__name__} does not copy KV between workers")
 
 
 MakeCluster = Callable[[EventQueue], Cluster]

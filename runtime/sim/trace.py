@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 MOONCAKE_BLOCK = 512
-"""Tokens that one entry of `hash_ids` stands for in a Mooncake trace."""
+"""Tokens per entry of `hash_ids` in a Mooncake trace."""
 
 
 class TraceError(ValueError):
@@ -50,7 +50,7 @@ Trace = Sequence[TraceRequest]
 def read_trace(path: Path) -> list[TraceRequest]:
     """Reads a trace by the file's suffix: Azure's csv, Mooncake's jsonl, or JSON pairs of prompt and output lengths.
 
-    Pairs have no times: all arrive at 0 until `at_rate` spreads them. Raises TraceError for an invalid file.
+    Pairs lack times: all arrive at 0 until `at_rate` spreads them. Raises TraceError for an invalid file.
     """
     readers = {".csv": _read_azure, ".jsonl": _read_jsonl, ".json": _read_pairs}
     if path.suffix not in readers:

@@ -43,7 +43,7 @@ class TemplateLimits:
 class ChatTemplate:
     """One template, ready to render; threads can share it.
 
-    The child process ends with `close`, or with this process, whose end closes the child's stdin.
+    The child process ends with `close`, or at the end of this process, which closes the child's stdin.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ChatTemplate:
         if name not in tokenizer.chat_templates:
             known = ", ".join(sorted(tokenizer.chat_templates)) or "none"
             raise ChatTemplateError(
-                f"the checkpoint has no chat template {name!r} (it has: {known}); "
+                f"expected a chat template {name!r} in the checkpoint, got {known}; "
                 "pass a plain prompt, or add chat_template.jinja to the checkpoint"
             )
         return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)

@@ -84,7 +84,7 @@ class Tokenizer:
             raise TokenizerError(_not_utf8(text)) from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of the ids; ids beyond the vocabulary have no text. Invalid UTF-8 becomes U+FFFD."""
+        """The text of the ids; ids beyond the vocabulary are skipped. Invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
@@ -117,10 +117,10 @@ def _missing(root: Path) -> str:
         return f"{root} is not a folder"
     if (root / "tokenizer.model").is_file():
         return (
-            f"{root} has a tokenizer.model but no tokenizer.json; convert it once with "
+            f"expected tokenizer.json in {root}, got tokenizer.model; convert it once with "
             "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    return f"{root} has no tokenizer.json; copy it from the model's page, or pass prompts as token ids"
+    return f"expected tokenizer.json in {root}; copy it from the model's page, or pass prompts as token ids"
 
 
 def _special_tokens(values: Mapping[str, object]) -> dict[str, str]:

@@ -112,7 +112,7 @@ def test_token_types_are_looked_up(make_checkpoint: MakeCheckpoint) -> None:
 
 
 @pytest.mark.parametrize("family", ["BertModel", "Qwen3"])
-def test_the_others_in_a_step_do_not_matter(family: str, make_checkpoint: MakeCheckpoint) -> None:
+def test_the_other_prompts_of_a_step_do_not_matter(family: str, make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint(family)
     whole = load(folder)
     small = load(folder, scheduler=PDSchedulerConfig(max_prefill_tokens=20), block_size=4)
@@ -137,7 +137,7 @@ def test_a_decoder_embeds_by_its_last_hidden_state(family: str, make_checkpoint:
     assert [o.outputs for o in llm.generate(PROMPTS, params)] == [o.outputs for o in before]
 
 
-def test_a_sentence_transformers_folder_says_how_to_pool(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_sentence_transformers_folder_sets_the_pooling(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("BertModel")
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -165,7 +165,7 @@ def test_a_sentence_transformers_folder_says_how_to_pool(make_checkpoint: MakeCh
     assert_close(found, states[0])
 
 
-def test_an_encoder_does_not_generate_and_says_so(make_checkpoint: MakeCheckpoint) -> None:
+def test_generating_with_an_encoder_is_an_error(make_checkpoint: MakeCheckpoint) -> None:
     llm = load(make_checkpoint("BertModel"))
     with pytest.raises(SageError) as caught:
         llm.generate([PROMPTS[0]])
@@ -178,7 +178,7 @@ def test_an_encoder_does_not_generate_and_says_so(make_checkpoint: MakeCheckpoin
 UNKNOWN_POOLING = "pooling must be one of model, first, last, mean, none for bert, got 'max'"
 
 
-def test_what_cannot_be_embedded_is_refused(make_checkpoint: MakeCheckpoint) -> None:
+def test_prompts_that_cannot_be_embedded_are_errors(make_checkpoint: MakeCheckpoint) -> None:
     encoder, decoder = load(make_checkpoint("BertModel")), load(make_checkpoint("Llama"))
     assert len(vectors(encoder, [[5] * 256])) == 1, "all positions can be used, since nothing is generated"
     for call, message in (
@@ -195,7 +195,7 @@ def test_what_cannot_be_embedded_is_refused(make_checkpoint: MakeCheckpoint) -> 
         ),
         (
             lambda: decoder.embed([[5]], type_ids=[[0]]),
-            "type_ids must be None for llama, which has no token types",
+            "type_ids must be None for llama, which does not use token types",
         ),
     ):
         with pytest.raises(SageError) as caught:
@@ -244,7 +244,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"sep_token": "[SEP]", "cls_token": "[CLS]"}))
 
 
-def test_the_command_prints_a_line_for_each_text(
+def test_the_command_prints_one_line_per_text(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = make_checkpoint("BertModel")

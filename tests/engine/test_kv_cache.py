@@ -1,4 +1,4 @@
-"""The KV cache as a user meets it: shared prefixes, forks and tiers change what is computed and not the answers."""
+"""The KV cache through the public `LLM`: shared prefixes, forks and tiers change the work, not the answers."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def answers(llm: LLM, params: SamplingParams = GREEDY) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def plain() -> list[tuple[int, ...]]:
-    """The answers without any of it."""
+    """The answers without prefix caching, forks or tiers."""
     llm = load(enable_prefix_caching=False)
     found = answers(llm)
     assert all(stats.total_hit_tokens == 0 for stats in llm.engine.kv_stats().values())
@@ -44,7 +44,7 @@ def plain() -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_cached_prefixes_leave_the_answers_alone(mode: str, plain: list[tuple[int, ...]]) -> None:
+def test_cached_prefixes_do_not_change_the_answers(mode: str, plain: list[tuple[int, ...]]) -> None:
     llm = load(mode)
     assert answers(llm) == plain
     computed = llm.engine.scheduler.get_stats()["total_prefill_tokens"]
@@ -53,7 +53,7 @@ def test_cached_prefixes_leave_the_answers_alone(mode: str, plain: list[tuple[in
     assert again <= 4 * len(PROMPTS), "the second time only the last tokens of each prompt are computed"
 
 
-def test_an_output_tells_what_was_cached() -> None:
+def test_an_output_reports_its_cached_tokens() -> None:
     llm = load()
     first, second = (llm.generate(PROMPTS[0], GREEDY)[0] for _ in range(2))
     assert first.num_cached_tokens == 0
@@ -84,7 +84,7 @@ def test_the_second_turn_of_a_conversation_finds_prompt_and_answer() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_n_answers_are_those_of_n_requests_of_their_own(mode: str) -> None:
+def test_n_answers_equal_those_of_n_separate_requests(mode: str) -> None:
     llm = load(mode, enable_prefix_caching=False)
     params = SamplingParams(n=3, max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
     together = llm.generate(PROMPTS, params)
@@ -101,7 +101,7 @@ def test_n_answers_are_those_of_n_requests_of_their_own(mode: str) -> None:
 
 
 @pytest.mark.parametrize("num_kv_blocks", [24, 40])
-def test_forks_in_a_small_pool_end_alike(num_kv_blocks: int) -> None:
+def test_forks_in_a_small_pool_have_the_same_answers(num_kv_blocks: int) -> None:
     params = SamplingParams(n=4, max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
     tight = load(num_kv_blocks=num_kv_blocks, swap_space=1 * MIB)
     found = tight.generate(PROMPTS, params)
@@ -117,7 +117,7 @@ def test_forks_that_end_with_their_first_token_end() -> None:
     assert llm.engine.kv_stats()["worker"].num_used == 0
 
 
-def test_an_aborted_request_takes_its_forks_along() -> None:
+def test_aborting_a_request_aborts_its_forks() -> None:
     llm = load()
     for num_steps in (0, 1, 3):
         llm.engine.add("a", None, list(range(3, 40)), SamplingParams(n=3, max_tokens=12))
@@ -134,7 +134,9 @@ def test_an_aborted_request_takes_its_forks_along() -> None:
 
 @pytest.mark.parametrize("tier", ["swap_space", "disk_space"])
 @pytest.mark.parametrize("mode", MODES)
-def test_swapped_requests_answer_alike(mode: str, tier: str, plain: list[tuple[int, ...]], tmp_path: Path) -> None:
+def test_swapped_requests_have_the_same_answers(
+    mode: str, tier: str, plain: list[tuple[int, ...]], tmp_path: Path
+) -> None:
     llm = load(mode, num_kv_blocks=24, disk_folder=tmp_path, **{tier: 1 * MIB})
     assert answers(llm) == plain
     stats = llm.engine.kv_stats()["decode" if mode == "strict" else "worker"]
@@ -142,7 +144,7 @@ def test_swapped_requests_answer_alike(mode: str, tier: str, plain: list[tuple[i
     assert stats.total_swaps_in == stats.total_swaps_out
     assert stats.num_host_used == stats.num_disk_used == 0
     assert llm.engine.scheduler.get_stats()["total_recomputed_tokens"] == 0
-    assert list(tmp_path.iterdir()) == [], "the files have no name"
+    assert list(tmp_path.iterdir()) == [], "the files are unlinked"
 
 
 def test_a_tier_that_is_too_small_falls_back_to_recompute(plain: list[tuple[int, ...]]) -> None:
@@ -170,7 +172,7 @@ def test_sizes_of_tiers_are_checked(options: dict[str, object], message: str) ->
     assert str(caught.value) == message
 
 
-def test_swapping_wants_a_place() -> None:
+def test_swapping_requires_a_tier() -> None:
     with pytest.raises(SageError, match="requires a tier to swap to; set swap_space or disk_space"):
         LLM(MODEL, scheduler=PDSchedulerConfig(preemption_mode="swap"))
 
@@ -202,7 +204,7 @@ def test_blocks_survive_a_trip_through_every_tier(is_shared: bool, tmp_path: Pat
             assert not tensor[4].any()
 
 
-def test_copies_between_tiers_run_beside_the_computation_and_tell_when_they_fail() -> None:
+def test_copies_to_a_tier_run_in_the_background_and_report_failures() -> None:
     llm = load()
     pool = KVPool(
         llm.model.config.L, 3, 4, llm.model.layout.cache(llm.model.config), torch.float32, torch.device("cpu")

@@ -1,4 +1,4 @@
-"""`LLM` as a user meets it, on the bundled tiny model: sampling, log-probabilities, stops, streams, chat, n answers."""
+"""The public `LLM` on the bundled tiny model: sampling, log-probabilities, stops, streams, chat, n answers."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ def llm() -> LLM:
     return LLM(MODEL, dtype="float32", scheduler=PDSchedulerConfig(mode="hybrid", prefill_chunk_size=8))
 
 
-def test_the_text_is_what_transformers_writes(llm: LLM) -> None:
+def test_the_text_equals_that_of_transformers(llm: LLM) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     for prompt, output in zip(
@@ -71,7 +71,7 @@ def test_n_answers_differ_and_come_in_one_output(llm: LLM) -> None:
     assert output.finished and all(answer.finish_reason for answer in output.outputs)
 
 
-def test_a_stop_string_ends_the_text_before_itself(llm: LLM) -> None:
+def test_the_text_ends_before_a_stop_string(llm: LLM) -> None:
     free = llm.generate(PROMPTS[2], SamplingParams(max_tokens=40, temperature=0))[0].outputs[0].text
     stop = free[7:11]
     answer = llm.generate(PROMPTS[2], SamplingParams(max_tokens=40, temperature=0, stop=stop))[0].outputs[0]
@@ -101,14 +101,14 @@ def test_a_stream_grows_and_ends_as_generate_does(llm: LLM) -> None:
         assert texts[-1] == wanted[prompt]
 
 
-def test_metrics_tell_first_token_and_pace(llm: LLM) -> None:
+def test_metrics_have_ttft_and_tpot(llm: LLM) -> None:
     metrics = llm.generate(PROMPTS[0], SamplingParams(max_tokens=8, temperature=0))[0].metrics
     assert metrics is not None and metrics.ttft is not None and metrics.tpot is not None
     assert 0 < metrics.ttft < 60
     assert metrics.num_generated_tokens == 8
 
 
-def test_chat_puts_messages_through_the_checkpoints_template(llm: LLM) -> None:
+def test_chat_renders_messages_with_the_checkpoints_template(llm: LLM) -> None:
     answer = llm.chat([{"role": "user", "content": "import os"}], SamplingParams(max_tokens=4, temperature=0))
     assert llm.tokenizer is not None
     assert "import os" in llm.tokenizer.decode(list(answer.prompt_token_ids))

@@ -11,10 +11,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine.engine import Engine
+from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.scheduler.base import KVBudget
 
-MODES = ("time_share", "hybrid", "strict", "auto")
+FIXED_MODES = ("time_share", "hybrid", "strict")
+MODES = (*FIXED_MODES, "auto")
 LOGPROB_TOLERANCE = 1e-4
 NUM_NEW = 12
+GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
+Answers = list[tuple[list[int], list[float]]]
+"""For each prompt: the generated tokens, and the log-probability of each prompt token after the first."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -85,7 +92,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2 unscaled, with relu": ("GPT2", {"scale_attn_weights": False, "activation_function": "relu"}),
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5}),
-    "gpt_neox one after the other": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt_neox, sequential residual": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "gpt_neox tied, without attention biases": ("GPTNeoX", {"tie_word_embeddings": True, "attention_bias": False}),
     "falcon 40b: grouped, two norms": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon 11b: grouped, one norm": (
@@ -130,7 +137,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma": ("Gemma", {"head_dim": 16}),
     "opt": ("OPT", {"ffn_dim": 96}),
-    "opt, norms behind, narrow embeddings": (
+    "opt, post-norms, narrow embeddings": (
         "OPT",
         {"ffn_dim": 96, "do_layer_norm_before": False, "word_embed_proj_dim": 32, "activation_function": "gelu"},
     ),
@@ -181,76 +188,107 @@ PROMPTS = random_prompts(199, (1, 5, 16, 17, 33, 70))
 
 
 @torch.inference_mode()
-def expected(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """For each prompt: transformers' greedy tokens, and the log-probability of each prompt token after the first."""
+def expected(folder: Path, prompts: list[list[int]], answers: Answers) -> Answers:
+    """The answers of transformers: the argmax after each prompt and after each token of `answers`.
+
+    If these equal the tokens of `answers`, they are transformers' greedy tokens, by induction over the positions. One
+    forward pass per prompt decides that, where generation would take a pass per token.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        new = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=None
-        )
-        logprobs = model(ids).logits[0].log_softmax(-1)
+    found = []
+    for prompt, (tokens, _) in zip(prompts, answers, strict=True):
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0]
+        logprobs = logits[: len(prompt)].log_softmax(-1)
         of_prompt = [logprobs[i, token].item() for i, token in enumerate(prompt[1:])]
-        answers.append((new[0, len(prompt) :].tolist(), of_prompt))
-    return answers
+        found.append((logits[len(prompt) - 1 : -1].argmax(-1).tolist(), of_prompt))
+    return found
 
 
-def serve(folder: Path, prompts: list[list[int]], mode: str, **settings: Any) -> list[tuple[list[int], list[float]]]:
-    """The engine's answers in the same form as `expected`."""
-    scheduler = settings.pop("scheduler", {})
-    config = PDSchedulerConfig(mode=mode, **{"prefill_chunk_size": 8, "max_prefill_tokens": 24} | scheduler)
-    llm = LLM(folder, dtype="float32", skip_tokenizer=True, scheduler=config, **settings)
-    params = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
+def serve(folder: Path, prompts: list[list[int]], mode: str, **settings: Any) -> Answers:
+    """The engine's answers."""
+    llm = load(folder, mode, **settings)
+    found = answers_of(prompts, llm.generate(prompts, GREEDY))
+    llm.engine.scheduler.check_integrity()
+    return found
+
+
+def load(folder: Path, mode: str, **settings: Any) -> LLM:
+    config = scheduler_config(mode, **settings.pop("scheduler", {}))
+    return LLM(folder, dtype="float32", skip_tokenizer=True, scheduler=config, **settings)
+
+
+def scheduler_config(mode: str, **limits: Any) -> PDSchedulerConfig:
+    return PDSchedulerConfig(mode=mode, **{"prefill_chunk_size": 8, "max_prefill_tokens": 24} | limits)
+
+
+def answers_of(prompts: list[list[int]], outputs: list[RequestOutput]) -> Answers:
     answers = []
-    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+    for prompt, output in zip(prompts, outputs, strict=True):
         scored = output.prompt_logprobs or ()
         of_prompt = [entry[token].logprob for entry, token in zip(scored[1:], prompt[1:], strict=True) if entry]
         answers.append((list(output.outputs[0].token_ids), of_prompt))
-    llm.engine.scheduler.check_integrity()
     return answers
 
 
-def assert_same(found: list[tuple[list[int], list[float]]], wanted: list[tuple[list[int], list[float]]]) -> None:
+def serve_in_modes(llm: LLM, prompts: list[list[int]], modes: tuple[str, ...]) -> dict[str, Answers]:
+    """The answers in each mode, by one engine per mode on the same model and the same optimised graphs."""
+    found = {}
+    for mode in modes:
+        engine = Engine(llm.model, None, llm.compiler, scheduler_config(mode), KVBudget(256))
+        for i, prompt in enumerate(prompts):
+            engine.add(str(i), None, prompt, GREEDY)
+        outputs: dict[str, RequestOutput] = {}
+        while engine.has_work:
+            outputs |= {output.request_id: output for output in engine.step(only_finished=True)}
+        engine.scheduler.check_integrity()
+        found[mode] = answers_of(prompts, [outputs[str(i)] for i in range(len(prompts))])
+    return found
+
+
+def assert_same(found: Answers, wanted: Answers) -> None:
     for (tokens, logprobs), (wanted_tokens, wanted_logprobs) in zip(found, wanted, strict=True):
         assert tokens == wanted_tokens
         assert logprobs == pytest.approx(wanted_logprobs, abs=LOGPROB_TOLERANCE)
 
 
+def check_all_modes(folder: Path, modes: tuple[str, ...] = FIXED_MODES, **settings: Any) -> None:
+    """The engine's answers to PROMPTS equal those of transformers in each mode."""
+    found = serve_in_modes(load(folder, modes[0], **settings), PROMPTS, modes)
+    wanted = expected(folder, PROMPTS, found[modes[0]])
+    for mode in modes:
+        assert_same(found[mode], wanted)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_engine_equals_transformers_in_every_mode(case: str, make_checkpoint: MakeCheckpoint) -> None:
+    """In all fixed modes, and for one family in mode `auto`, which runs the same graphs in another order."""
     family, config = CASES[case]
-    folder = make_checkpoint(family, **config)
-    wanted = expected(folder, PROMPTS)
-    for mode in MODES:
-        assert_same(serve(folder, PROMPTS, mode), wanted)
+    check_all_modes(make_checkpoint(family, **config), MODES if case == "llama" else FIXED_MODES)
 
 
 def test_longrope_with_its_short_factors(make_checkpoint: MakeCheckpoint) -> None:
-    """Within the trained length; an engine that serves beyond it uses the long factors for all sequences."""
+    """Within the trained length; an engine that serves longer sequences uses the long factors for all of them."""
     factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
-    folder = make_checkpoint("Llama", rope_parameters=rope)
-    wanted = expected(folder, PROMPTS)
-    for mode in MODES:
-        assert_same(serve(folder, PROMPTS, mode, max_model_len=128), wanted)
+    check_all_modes(make_checkpoint("Llama", rope_parameters=rope), max_model_len=128)
 
 
 @pytest.mark.parametrize(("original", "length"), [(96, 96), (24, 256)])
 def test_phi3_with_longrope(original: int, length: int, make_checkpoint: MakeCheckpoint) -> None:
-    """The trained length stands beside the scaling; serving beyond it takes the long factors."""
+    """Phi-3 has the trained length next to the scaling, not in it; longer sequences use the long factors."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
     rope |= {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
     folder = make_checkpoint("Phi3", rope_parameters=rope, original_max_position_embeddings=original)
     prompts = [prompt for prompt in PROMPTS if (len(prompt) > original) == (length > original)]
-    assert_same(serve(folder, prompts, "hybrid", max_model_len=length), expected(folder, prompts))
+    found = serve(folder, prompts, "hybrid", max_model_len=length)
+    assert_same(found, expected(folder, prompts, found))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_batched_equals_alone(mode: str, make_checkpoint: MakeCheckpoint) -> None:
-    folder = make_checkpoint("Llama")
-    together = serve(folder, PROMPTS, mode)
-    alone = [serve(folder, [prompt], mode)[0] for prompt in PROMPTS]
+    llm = load(make_checkpoint("Llama"), mode, enable_prefix_caching=False)
+    together = answers_of(PROMPTS, llm.generate(PROMPTS, GREEDY))
+    alone = [answers_of([prompt], llm.generate([prompt], GREEDY))[0] for prompt in PROMPTS]
     assert_same(together, alone)
 
 
@@ -263,19 +301,13 @@ def test_chunked_equals_unchunked(mode: str, make_checkpoint: MakeCheckpoint) ->
 
 @pytest.mark.parametrize("mode", ("time_share", "hybrid"))
 def test_preempted_equals_undisturbed(mode: str, make_checkpoint: MakeCheckpoint) -> None:
-    """A pool that holds about two of the sequences forces preemptions; nothing in the answers tells of them."""
+    """A pool that holds about two of the sequences forces preemptions, which do not show in the answers."""
     folder = make_checkpoint("Llama")
     config = PDSchedulerConfig(mode=mode)
     llm = LLM(folder, dtype="float32", skip_tokenizer=True, scheduler=config, block_size=4, num_kv_blocks=22)
-    params = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
-    outputs = llm.generate(PROMPTS, params)
+    found = answers_of(PROMPTS, llm.generate(PROMPTS, GREEDY))
     assert llm.engine.scheduler.get_stats()["total_preemptions"] > 0, "the pool was meant to be too small"
-    wanted = expected(folder, PROMPTS)
-    for output, (tokens, logprobs), prompt in zip(outputs, wanted, PROMPTS, strict=True):
-        scored = output.prompt_logprobs or ()
-        assert list(output.outputs[0].token_ids) == tokens
-        found = [entry[token].logprob for entry, token in zip(scored[1:], prompt[1:], strict=True) if entry]
-        assert found == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
+    assert_same(found, expected(folder, PROMPTS, found))
 
 
 def test_a_sharded_checkpoint_is_read_through_its_index(make_checkpoint: MakeCheckpoint) -> None:
@@ -285,7 +317,7 @@ def test_a_sharded_checkpoint_is_read_through_its_index(make_checkpoint: MakeChe
 
 
 def test_a_checkpoint_of_the_bare_model_lacks_the_prefix(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """As the hub's gpt2 has it: no prefix, and buffers that hold the causal mask."""
+    """Like gpt2 on the hub: names without the prefix, and buffers with the causal mask."""
     folder = make_checkpoint("GPT2", n_inner=96)
     tensors = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
@@ -300,7 +332,7 @@ def test_passes_do_not_change_the_answers(make_checkpoint: MakeCheckpoint) -> No
 
 
 def test_strict_migrates_the_kv_cache(make_checkpoint: MakeCheckpoint) -> None:
-    """The decode worker's pool receives what the prefill worker computed, bit for bit: copied, not computed again."""
+    """The decode worker's pool receives the prefill worker's KV bit for bit: copied, not computed again."""
     folder = make_checkpoint("Llama")
     config = PDSchedulerConfig(mode="strict")
     llm = LLM(folder, dtype="float32", skip_tokenizer=True, scheduler=config, block_size=4)

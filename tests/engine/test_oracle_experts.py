@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .test_oracle import MODES, PROMPTS, assert_same, expected, serve
+from .test_oracle import check_all_modes
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
 LATENT = {
@@ -101,7 +101,4 @@ MakeCheckpoint = Callable[..., Path]
 @pytest.mark.parametrize("case", CASES)
 def test_engine_equals_transformers_in_every_mode(case: str, make_checkpoint: MakeCheckpoint) -> None:
     family, config = CASES[case]
-    folder = make_checkpoint(family, **config)
-    wanted = expected(folder, PROMPTS)
-    for mode in MODES:
-        assert_same(serve(folder, PROMPTS, mode), wanted)
+    check_all_modes(make_checkpoint(family, **config))

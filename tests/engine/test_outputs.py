@@ -1,4 +1,4 @@
-"""The timing figures that a request's metrics derive."""
+"""Latencies derived from a request's recorded times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts and parameters against a model: the exact message for each bad one."""
+"""Validation of prompts and parameters against a model, with the exact message of each error."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_ids_beyond_the_vocabulary_are_refused(params, message):
     assert str(caught.value) == message
 
 
-def test_max_tokens_is_cut_to_the_room_behind_the_prompt():
+def test_max_tokens_is_limited_to_the_positions_after_the_prompt():
     assert resolve_max_tokens(SamplingParams(max_tokens=5), prompt_len=4, max_model_len=8) == 4
     assert resolve_max_tokens(SamplingParams(max_tokens=3), prompt_len=4, max_model_len=8) == 3
     assert resolve_max_tokens(SamplingParams(max_tokens=None), prompt_len=4, max_model_len=8) == 4

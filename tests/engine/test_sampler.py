@@ -1,4 +1,4 @@
-"""The sampler against plain loops in float64, chi-square, and itself in other company."""
+"""The sampler compared with plain loops in float64, with a chi-square test, and with itself in other batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seeded_logits(*shape: int, seed: int = 0, scale: float = 2.0) -> torch.Tenso
 
 
 def kept_by_loops(logits: list[float], params: SamplingParams) -> set[int]:
-    """What vLLM's order leaves: min-p on the tempered probabilities, then top-k, then top-p."""
+    """The tokens that remain in vLLM's order: min-p on the tempered probabilities, then top-k, then top-p."""
     alive = dict(enumerate(logit / params.temperature for logit in logits))
     highest = max(alive.values())
     alive = {i: v for i, v in alive.items() if math.exp(v - highest) >= params.min_p}
@@ -68,14 +68,14 @@ def test_the_support_is_that_of_the_loops(logits, params):
 
 @pytest.mark.parametrize("top_k", [0, 3000])
 def test_top_p_beyond_its_candidates_sorts_the_whole_row(top_k):
-    """A flat distribution over 5,000 tokens: the 1,024 candidates carry far less than p."""
+    """A flat distribution over 5,000 tokens, in which the 1,024 candidates have far less mass than p."""
     params = SamplingParams(top_p=0.95, top_k=top_k)
     logits = seeded_logits(1, 5000, scale=0.05)
     batch = batch_of(params)
     kept = filter_logits(scale_by_temperature(logits, batch.temperature), batch)[0].isfinite()
     reference = kept_by_loops(logits[0].tolist(), params)
     assert len(reference) > 2500
-    assert len(set(kept.nonzero().flatten().tolist()) ^ reference) <= 1  # float32 may place one border token
+    assert len(set(kept.nonzero().flatten().tolist()) ^ reference) <= 1  # float32 may move one border token
 
 
 def test_each_row_of_a_batch_has_its_own_filters():
@@ -108,7 +108,7 @@ def test_greedy_and_random_rows_mix():
     assert torch.equal(sample(logits, batch).token_ids, logits.argmax(-1))
 
 
-def test_logits_are_left_as_they_are():
+def test_logits_are_not_changed():
     logits = seeded_logits(2, 30)
     before = logits.clone()
     params = SamplingParams(logit_bias={3: 5.0}, presence_penalty=1.0, repetition_penalty=1.5, min_tokens=1, top_k=4)
@@ -143,7 +143,7 @@ def test_draws_follow_the_distribution():
     assert chi_square(counts, torch.softmax(logits / 0.8, -1)) < 27.9
 
 
-def test_inverted_cdf_gives_each_token_its_share_across_block_borders():
+def test_the_inverted_cdf_returns_each_token_in_proportion_across_block_borders():
     """Equally spaced uniforms hit every token in proportion to its weight, also with more than one block."""
     weights = torch.rand(1, 700, generator=torch.Generator().manual_seed(1)) + 0.1
     weights[0, 250:300] = 0.0
@@ -174,7 +174,7 @@ def test_a_seed_gives_the_same_draws_again_and_another_seed_others():
 
 
 def test_known_seed_gives_known_tokens():
-    """Pins the mix of seed, answer and position: a seed that users noted must mean the same in later versions."""
+    """Pins the hash of seed, answer and position: a user's seed must mean the same in later versions."""
     sequence = SequenceSampling(SamplingParams(seed=1234), [0])
     first = sequence.uniform()
     sequence.output_token_ids.append(5)

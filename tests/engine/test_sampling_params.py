@@ -1,4 +1,4 @@
-"""Sampling parameters: defaults, what is kept, and the exact message for each bad value."""
+"""Sampling parameters: defaults, normalised values, and the exact message of each error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inputs kept from step to step are those that would be made afresh, whoever joins, leaves or is preempted."""
+"""Reused step inputs equal freshly computed ones while requests join, leave and are preempted."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +51,7 @@ class Checked:
 
 
 @pytest.mark.parametrize("mode", ["time_share", "hybrid", "strict"])
-def test_kept_inputs_are_those_made_afresh(mode: str) -> None:
+def test_reused_inputs_equal_fresh_ones(mode: str) -> None:
     config = PDSchedulerConfig(mode=mode, max_prefill_tokens=24, prefill_chunk_size=8, max_decode_batch_size=6)
     llm = LLM(MODEL, scheduler=config, block_size=BLOCK_SIZE, num_kv_blocks=40, max_model_len=96, skip_tokenizer=True)
     workers = {id(worker): worker for worker in (llm.engine.prefiller, llm.engine.decoder)}.values()

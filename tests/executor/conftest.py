@@ -1,4 +1,4 @@
-"""A layout's tiny model with random weights, its KV pool, and steps to run."""
+"""Fixtures: a layout's tiny model with random weights, its KV pool, and steps to run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 4, 12, 48
 
 @dataclass
 class TinyModel:
-    """`bound()` gives the same random weights and caches each time, the caches in memory of their own."""
+    """A tiny model; each `bound()` returns the same random weights and new copies of the same random caches."""
 
     layout: ModelLayout
     config: Any
@@ -43,7 +43,7 @@ class TinyModel:
         return {**self.weights, **make_tables(self.config, MAX_LEN), **pool.named_tensors()}
 
     def steps(self) -> Iterator[tuple[Stage, Inputs]]:
-        """Steps of all stages, larger and smaller ones, each to be run before the next is asked for."""
+        """Yields steps of all stages and of several sizes; run each before requesting the next."""
         inputs = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, torch.device("cpu"))
         one = Request("one", [5, 6, 7, 8, 9], kv_block_ids=[2, 3, 11], output_token_ids=[3])
         two = Request("two", [*range(1, 10)], kv_block_ids=[0, 1, 4])

@@ -1,4 +1,4 @@
-"""LLM(kernels=...): what is asked for, what fits the device, and what happens without a compiler."""
+"""LLM(kernels=...): explicit choices, the default for a device, and the fallback without a compiler."""
 
 import logging
 from pathlib import Path
@@ -25,23 +25,23 @@ def wanted() -> list[tuple[int, ...]]:
     return tokens(LLM(MODEL, dtype="float32", kernels="reference", skip_tokenizer=True))
 
 
-@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
-def test_native_kernels_give_the_tokens_of_the_references(wanted: list[tuple[int, ...]]) -> None:
+@pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
+def test_native_kernels_produce_the_tokens_of_the_references(wanted: list[tuple[int, ...]]) -> None:
     llm = LLM(MODEL, dtype="float32", kernels="cpu", skip_tokenizer=True)
     assert tokens(llm) == wanted
     assert [stats.num_native > 0 for stats in llm.kernel_stats()] == [True, True]
 
 
-@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_neighbours_in_the_batch_change_nothing(dtype: str) -> None:
+def test_answers_do_not_depend_on_the_batch(dtype: str) -> None:
     together = LLM(MODEL, dtype=dtype, kernels="cpu", skip_tokenizer=True)
     alone = LLM(MODEL, dtype=dtype, kernels="cpu", skip_tokenizer=True, enable_prefix_caching=False)
     assert tokens(together) == [tokens(alone, [prompt])[0] for prompt in PROMPTS]
 
 
-@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
-def test_the_number_of_threads_changes_nothing() -> None:
+@pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
+def test_answers_do_not_depend_on_the_number_of_threads() -> None:
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=0)
     before, found = torch.get_num_threads(), []
     try:
@@ -54,7 +54,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert found[0] == found[1]
 
 
-def test_without_a_compiler_the_references_run_and_that_is_said_once(
+def test_without_a_compiler_the_references_run_with_one_warning(
     wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernel_choice, "find_compiler", lambda: None)
@@ -74,6 +74,6 @@ def test_without_a_compiler_the_references_run_and_that_is_said_once(
         ("triton", "kernels must not be 'triton' here: "),
     ],
 )
-def test_what_cannot_be_chosen_is_refused(choice: str, message: str) -> None:
+def test_an_invalid_choice_is_an_error(choice: str, message: str) -> None:
     with pytest.raises(SageError, match=message):
         LLM(MODEL, kernels=choice, skip_tokenizer=True)  # type: ignore[arg-type]

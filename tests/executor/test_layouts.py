@@ -1,4 +1,4 @@
-"""Native plans of every layout give what the plan in Python gives: its places, its memory, and its kernels."""
+"""Native plans of every layout compared with plans in Python: locations, memory and kernels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,24 +22,24 @@ TOLERANCES = {"f32": 2e-5, "bf16": 4e-2}
 
 
 class NoKernels:
-    """Native functions of which there are none: every node runs in Python."""
+    """A runner without native functions, so that every node runs in Python."""
 
     kernels: Mapping[str, NativeKernel] = {}
     copy_address = 0
     library = None
 
     def why_not(self, op: str, element: str | None) -> str | None:
-        raise AssertionError("asked only about kernels that are there")
+        raise AssertionError("only called for ops with a kernel")
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
-        raise AssertionError("asked only about kernels that are there")
+        raise AssertionError("only called for ops with a kernel")
 
     def run(self, calls: int, num_calls: int) -> None:
-        raise AssertionError("there is nothing to run")
+        raise AssertionError("only called for native calls")
 
 
 def both_ways(tiny: Any, runner: Runner) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """The outputs and caches after every step, of the native plans and of those in Python."""
+    """The outputs and caches after every step, of the native plans and of the plans in Python."""
     bound, expected = tiny.bound(), tiny.bound()
     arena, natives, plains, found = Arena(), {}, {}, []
     for stage, inputs in tiny.steps():
@@ -57,14 +57,14 @@ def both_ways(tiny: Any, runner: Runner) -> list[tuple[list[Tensor], list[Tensor
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_places_and_memory(name: str, dtype: str, make_tiny: Any) -> None:
-    """With the same kernels the results are the same to the bit, though memory is shared and poisoned."""
+def test_locations_and_memory(name: str, dtype: str, make_tiny: Any) -> None:
+    """On the same kernels the results are equal bit for bit, although memory is shared and poisoned."""
     with torch.inference_mode():
         for found, wanted in both_ways(make_tiny(MODELS[name], dtype), NoKernels()):
             assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
-@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_native_kernels(name: str, dtype: str, make_tiny: Any) -> None:

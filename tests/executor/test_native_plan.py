@@ -1,4 +1,4 @@
-"""Native plans of a few nodes: what shares memory, what is copied, what runs in Python, and what a new size changes."""
+"""Native plans of a few nodes: shared memory, copies, calls in Python, and changes of size."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.registry.plugins import load_registry
 
-pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
 (T,) = dims("T")
 
 
@@ -41,7 +41,7 @@ def check(
     return plan
 
 
-def test_what_is_read_later_is_not_overwritten(runner: NativeRunner) -> None:
+def test_a_value_is_not_overwritten_before_its_last_read(runner: NativeRunner) -> None:
     g = writer()
     x, r, w = g.input("x", "f32", T, 24), g.input("r", "f32", T, 24), g.weight("w", "f32", 24)
     residual = ops.add(g, x, r)
@@ -53,11 +53,11 @@ def test_what_is_read_later_is_not_overwritten(runner: NativeRunner) -> None:
     assert all(torch.equal(tensors[name], x) for name, x in kept.items()), "inputs are the caller's"
 
 
-def test_views_cost_no_memory_and_odd_layouts_are_copied(runner: NativeRunner) -> None:
+def test_views_share_memory_and_irregular_layouts_are_copied(runner: NativeRunner) -> None:
     g = writer()
     qkv, w = g.input("qkv", "f32", T, 6 * 8), g.weight("w", "f32", 8)
     q, k, v = ops.split_qkv(g, qkv, Nq=4, Nkv=1, D=8)
-    normed = ops.rms_norm(g, q, w, eps=1e-6)  # rows of q lie at two distances
+    normed = ops.rms_norm(g, q, w, eps=1e-6)  # the rows of q are not equidistant
     flat = ops.merge_heads(g, normed)
     a, b = ops.split_halves(g, flat)
     graph = g.finish([ops.mul(g, a, b), ops.add(g, k, v)])
@@ -76,7 +76,7 @@ def test_an_op_without_a_kernel_runs_in_python_between_native_calls(runner: Nati
 
 
 class WithoutKernel(NativeRunner):
-    """Another runner's functions but one."""
+    """The functions of another runner except one."""
 
     def __init__(self, runner: NativeRunner, op: str) -> None:
         self.__dict__.update(runner.__dict__)
@@ -94,7 +94,7 @@ def test_sizes_grow_and_shrink(runner: NativeRunner) -> None:
         torch.testing.assert_close(plan.run({"x": rows})[0], plain.run({"x": rows})[0])
 
 
-def test_a_steady_step_changes_numbers_alone(runner: NativeRunner) -> None:
+def test_a_steady_step_returns_the_same_tensors(runner: NativeRunner) -> None:
     g = writer()
     x = g.input("x", "f32", T, 32)
     plan = NativePlan(g.finish([ops.add(g, x, x)]), runner, KERNELS, {})
@@ -107,7 +107,7 @@ def test_a_steady_step_changes_numbers_alone(runner: NativeRunner) -> None:
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 16), torch.zeros(3, 32).double(), torch.zeros(32, 3).t()])
-def test_an_input_that_is_not_as_declared_is_refused(runner: NativeRunner, wrong: Tensor) -> None:
+def test_an_input_of_another_type_or_layout_is_an_error(runner: NativeRunner, wrong: Tensor) -> None:
     g = writer()
     x = g.input("x", "f32", T, 32)
     plan = NativePlan(g.finish([ops.add(g, x, x)]), runner, KERNELS, {})

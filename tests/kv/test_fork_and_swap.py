@@ -1,4 +1,4 @@
-"""Forks, deferred frees and the two phases of a swap: who owns which block in every state, and after every end."""
+"""Forks, pending frees and two-phase swaps: the owners of every block in each state and after each outcome."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from sageLLM.runtime.kv.manager import PagedKVManager
 
 
 def swapping(host_blocks: int = 4, disk_blocks: int = 0) -> PagedKVManager:
-    """A pool of four blocks, all of them held by `a` (7 tokens computed of 8) and `b`."""
+    """A pool of four blocks, all used by `a` (7 of 8 tokens computed) and `b`."""
     kv = PagedKVManager(4, 4, host_blocks=host_blocks, disk_blocks=disk_blocks)
     kv.allocate("a", 8)
     kv.allocate("b", 8)
@@ -47,11 +47,11 @@ def test_a_fork_does_not_take_blocks_that_the_parent_reserved_further_on() -> No
     assert kv.block_table("b") == [0, 3]
 
 
-def test_a_fork_wants_room_for_its_last_block_and_a_parent() -> None:
+def test_a_fork_requires_a_parent_and_a_block_for_its_tail() -> None:
     kv = PagedKVManager(2, 4)
     kv.allocate("a", 8)
     assert not kv.can_fork("a", 7)
-    assert not kv.can_fork("nobody", 8)
+    assert not kv.can_fork("unknown", 8)
 
 
 def test_five_forks_count_five_owners() -> None:
@@ -76,7 +76,7 @@ def test_the_integrity_check_notices_sharing_beyond_a_prefix() -> None:
         kv.check_integrity(["a", "b"])
 
 
-# --- deferred frees ---
+# --- pending frees ---
 
 
 def test_a_block_freed_while_a_step_runs_is_not_reused_before_its_end() -> None:
@@ -92,7 +92,7 @@ def test_a_block_freed_while_a_step_runs_is_not_reused_before_its_end() -> None:
     kv.check_integrity([])
 
 
-def test_a_cached_block_is_found_while_its_free_is_pending_free() -> None:
+def test_a_cached_block_is_found_while_its_free_is_pending() -> None:
     kv = PagedKVManager(3, 4, enable_prefix_caching=True)
     tokens = list(range(5))
     kv.track("a", tokens, [])
@@ -200,7 +200,7 @@ def test_a_swap_in_fills_a_new_table_and_then_frees_the_tier() -> None:
     assert (kv.stats().total_swaps_out, kv.stats().total_swaps_in) == (1, 1)
 
 
-def test_an_aborted_swap_in_gives_the_device_blocks_back_and_can_be_tried_again() -> None:
+def test_an_aborted_swap_in_releases_the_device_blocks_and_can_be_repeated() -> None:
     kv = swapped()
     kv.begin_swap_in("a", 8)
     assert kv.abort_swap("a") == [0, 1]
@@ -217,7 +217,7 @@ def test_an_aborted_swap_in_gives_the_device_blocks_back_and_can_be_tried_again(
 
 @pytest.mark.parametrize("arrived", [True, False])
 @pytest.mark.parametrize("direction", ["out", "in"])
-def test_a_sequence_freed_while_it_is_copied_gives_everything_back_at_the_end(direction: str, arrived: bool) -> None:
+def test_a_sequence_freed_during_a_copy_releases_its_blocks_after_the_copy(direction: str, arrived: bool) -> None:
     kv = swapping() if direction == "out" else swapped()
     if direction == "out":
         kv.begin_swap_out("a", 7)
@@ -241,6 +241,6 @@ def test_freeing_a_swapped_sequence_empties_the_tier() -> None:
     kv.check_integrity(["b"])
 
 
-def test_a_tier_cannot_have_less_than_nothing() -> None:
+def test_a_tier_of_negative_size_is_an_error() -> None:
     with pytest.raises(ValueError, match="tiers must have at least 0 blocks, got -1 on the host and 0 on disk"):
         PagedKVManager(4, 4, host_blocks=-1)

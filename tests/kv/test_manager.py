@@ -1,4 +1,4 @@
-"""Block pool and block tables: what is given out, what comes back, and what the integrity check notices."""
+"""Block pool and block tables: allocation, release, and the errors that the integrity check detects."""
 
 import random
 
@@ -27,7 +27,7 @@ def test_can_allocate_counts_only_missing_blocks_and_headroom() -> None:
     assert not kv.can_allocate("b", 4, headroom=1)
 
 
-def test_freed_blocks_are_given_out_again_in_the_order_of_their_return() -> None:
+def test_freed_blocks_are_reused_in_the_order_of_their_release() -> None:
     kv = PagedKVManager(num_blocks=4, block_size=1)
     kv.allocate("a", 2)
     kv.allocate("b", 2)
@@ -38,7 +38,7 @@ def test_freed_blocks_are_given_out_again_in_the_order_of_their_return() -> None
 
 
 def test_freeing_an_unknown_sequence_frees_nothing() -> None:
-    assert PagedKVManager(num_blocks=1).free("nobody") == []
+    assert PagedKVManager(num_blocks=1).free("unknown") == []
 
 
 def test_an_unbounded_pool_never_numbers_above_its_peak() -> None:
@@ -53,7 +53,7 @@ def test_an_unbounded_pool_never_numbers_above_its_peak() -> None:
     assert kv.pool.num_free is None
 
 
-def test_a_double_free_and_an_overdraft_are_noticed() -> None:
+def test_a_double_free_and_an_overdraft_are_detected() -> None:
     pool = BlockPool(2)
     blocks = pool.take(2)
     with pytest.raises(AssertionError, match="1 blocks taken from a pool with 0 free: check can_take first"):
@@ -66,7 +66,7 @@ def test_a_double_free_and_an_overdraft_are_noticed() -> None:
         pool.release([1])
 
 
-def test_the_integrity_check_notices_a_shared_block_and_a_leak() -> None:
+def test_the_integrity_check_detects_a_shared_block_and_a_leak() -> None:
     kv = PagedKVManager(num_blocks=4, block_size=1)
     kv.allocate("a", 1)
     kv.allocate("b", 1)

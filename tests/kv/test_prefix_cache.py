@@ -1,4 +1,4 @@
-"""The prefix cache: what is found, when it becomes visible, what it costs, and what is evicted first."""
+"""The prefix cache: hits, visibility, cost and eviction order."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ def caching(num_blocks: int | None = 8, block_size: int = 4) -> PagedKVManager:
 
 
 def run(kv: PagedKVManager, seq_id: str, tokens: list[int], salt: str = "") -> int:
-    """Admit, compute and end a sequence; returns how many of its tokens were cached."""
+    """Admits, computes and ends a sequence; returns the number of its cached tokens."""
     kv.track(seq_id, tokens, [], salt)
     admission = kv.admit(seq_id, len(tokens))
     kv.publish(seq_id, len(tokens))
@@ -104,7 +104,7 @@ def test_running_sequences_share_blocks_and_the_last_one_out_leaves_them_cached(
     kv.check_integrity([])
 
 
-def test_of_two_that_compute_the_same_block_one_is_kept() -> None:
+def test_of_two_blocks_with_the_same_contents_one_is_cached() -> None:
     kv = caching()
     tokens = list(range(9))
     for seq_id in "ab":  # both admitted before either has filled a block
@@ -118,7 +118,7 @@ def test_of_two_that_compute_the_same_block_one_is_kept() -> None:
     assert kv.stats().num_free == 6
 
 
-def test_a_hit_costs_room_only_where_nobody_uses_the_block() -> None:
+def test_a_hit_needs_a_free_block_only_if_it_is_idle() -> None:
     kv = caching(num_blocks=3)
     tokens = list(range(12))
     kv.track("a", tokens, [])
@@ -191,13 +191,13 @@ def test_a_replay_publishes_its_new_table() -> None:
     assert kv.num_cached_tokens("a") == 8
 
 
-def test_without_caching_nothing_is_kept() -> None:
+def test_without_caching_no_block_is_kept() -> None:
     kv = PagedKVManager(8, 4)
     assert run(kv, "a", list(range(9))) == run(kv, "b", list(range(9))) == 0
     assert kv.stats().num_cached == kv.stats().total_queried_tokens == 0
 
 
-def test_the_statistics_count_what_was_asked_and_found() -> None:
+def test_the_statistics_count_queries_and_hits() -> None:
     kv = caching()
     run(kv, "a", list(range(9)))
     run(kv, "b", list(range(9)))

@@ -1,7 +1,7 @@
-"""Random sequences on tiny pools: whatever the order of operations, every block holds what its owners believe.
+"""Random operations on tiny pools: after any sequence of operations, every block has the contents its owners expect.
 
-Beside the manager runs a memory of tokens. Computing writes to it, copies copy it; a sequence that is admitted with a
-hit, forked or swapped in must find its own tokens there.
+A model of the memory holds a token per slot. Computing writes to it and copies copy it; a sequence that is admitted
+with a hit, forked or swapped in must find its tokens there.
 """
 
 import random
@@ -18,7 +18,7 @@ Memory = dict[tuple[str, int, int], int]
 
 @dataclass
 class Living:
-    """A sequence: its tokens, and how many of them are in the memory."""
+    """A sequence: its tokens, and the number of them in the memory."""
 
     tokens: list[int]
     num_computed: int = 0

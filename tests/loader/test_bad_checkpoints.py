@@ -1,4 +1,4 @@
-"""Damaged checkpoints, wrong arguments and bad requests through the public `LLM`: the exact message for each."""
+"""Damaged checkpoints, invalid arguments and invalid requests through the public `LLM`: the exact messages."""
 
 import json
 import random
@@ -31,7 +31,7 @@ GREEDY = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
 
 @pytest.fixture
 def folder(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
-    """A copy of a sound checkpoint, to be damaged."""
+    """A copy of a valid checkpoint, to be damaged."""
     return Path(shutil.copytree(make_checkpoint("Llama", **ONE_LAYER), tmp_path / "model"))
 
 
@@ -63,9 +63,9 @@ def refusal(folder: Path, kind: type[SageError] = CheckpointError, **arguments: 
 
 def test_a_folder_without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
-    assert refusal(folder) == f"{folder} has no config.json; pass the folder of a Hugging Face checkpoint"
+    assert refusal(folder) == f"expected config.json in {folder}; pass the folder of a Hugging Face checkpoint"
     missing = folder / "elsewhere"
-    assert refusal(missing) == f"{missing} has no config.json; pass the folder of a Hugging Face checkpoint"
+    assert refusal(missing) == f"expected config.json in {missing}; pass the folder of a Hugging Face checkpoint"
     assert refusal(missing, TokenizerError, skip_tokenizer=False) == f"{missing} is not a folder"
 
 
@@ -182,7 +182,7 @@ ROPES: list[dict[str, Any]] = [
 
 
 def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """The config with one to three values replaced or taken away, of the rope section as often as of the rest."""
+    """The config with one to three values replaced or removed, half of them in the rope section."""
     config = json.loads(json.dumps(config))
     config["rope_parameters"] = {"rope_theta": 10000.0, **rng.choice(ROPES)}
     for _ in range(rng.randint(1, 3)):
@@ -197,8 +197,8 @@ def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return config
 
 
-def test_five_hundred_damaged_configs_are_served_or_refused_in_words(folder: Path) -> None:
-    """Nothing but SageError comes out; a huge number neither exhausts the memory nor takes for ever."""
+def test_five_hundred_damaged_configs_are_served_or_rejected_with_a_message(folder: Path) -> None:
+    """Only SageError is raised, and a huge number neither exhausts the memory nor takes forever."""
     rng = random.Random(0)
     sound = json.loads((folder / "config.json").read_text())
     num_refused = 0
@@ -231,7 +231,7 @@ def test_a_missing_tensor(folder: Path) -> None:
     assert refusal(folder) == misfit(folder, problem)
 
 
-def test_a_tensor_that_nobody_reads(folder: Path) -> None:
+def test_an_unused_tensor(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"model.extra": torch.ones(2, 3)}))
     assert refusal(folder) == misfit(folder, "tensor 'model.extra' [2, 3] is unused by the layout")
 
@@ -280,8 +280,8 @@ def test_an_index_without_one_of_its_shards(make_checkpoint: MakeCheckpoint, tmp
     assert refusal(folder) == f"{index} lists the file '{shard.name}', which is missing; download it again"
 
 
-def test_nothing_of_a_refused_checkpoint_stays(folder: Path) -> None:
-    """The same folder, repaired, is served in the same process."""
+def test_a_rejected_checkpoint_leaves_no_state(folder: Path) -> None:
+    """The same folder is served in the same process once it is repaired."""
     sound = (folder / "config.json").read_text()
     edit_config(folder, vocab_size=200)
     embed = "tensor 'model.embed_tokens.weight': expected [200, 64] for embed, got [199, 64]"
@@ -352,7 +352,7 @@ def test_a_plugin_that_was_damaged_and_made_anew(folder: Path, tmp_path: Path) -
 
 
 def test_no_tokenizer(folder: Path) -> None:
-    message = f"{folder} has no tokenizer.json; copy it from the model's page, or pass prompts as token ids"
+    message = f"expected tokenizer.json in {folder}; copy it from the model's page, or pass prompts as token ids"
     assert refusal(folder, TokenizerError, skip_tokenizer=False) == message
 
 

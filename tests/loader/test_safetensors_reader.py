@@ -85,7 +85,7 @@ def test_a_closed_checkpoint_opens_again(single):
 def test_unknown_tensor(single):
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(single).info("nope")
-    assert str(caught.value) == f"{single} has no tensor 'nope'"
+    assert str(caught.value) == f"expected the tensor 'nope' in {single}"
 
 
 def test_missing_and_empty_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""Tables of positions that no layout of ours reads yet, against transformers."""
+"""Rope tables that no layout reads yet, compared with transformers."""
 
 import pytest
 import torch

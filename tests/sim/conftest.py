@@ -1,4 +1,4 @@
-"""The folder with public traces and measurements, which is not part of the product: tests skip what is not there."""
+"""Folder of public traces and measurements, which are not part of the repository; tests that need it are skipped."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder that the environment variable SAGELLM_DATA names (docs/simulate.md says what lies in it)."""
+    """The folder in the environment variable SAGELLM_DATA (docs/simulate.md lists its contents)."""
     folder = os.environ.get("SAGELLM_DATA")
     if not folder or not Path(folder).is_dir():
         pytest.skip("SAGELLM_DATA does not name a folder with traces")

@@ -1,4 +1,4 @@
-"""Mode `auto` against the fixed modes, over loads and objectives of which none suits a fixed mode alone."""
+"""Mode `auto` compared with the fixed modes, over loads and objectives that favour different fixed modes."""
 
 from functools import cache
 
@@ -48,7 +48,16 @@ def attainment(
 ) -> float:
     objective = ServiceObjective(slo.ttft_s, slo.tpot_s)
     config = PDSchedulerConfig(max_prefill_batch_size=256, max_decode_batch_size=256, **limits)
-    setup = Setup(cost, lambda tokens: 0.0, budget, 1, 0, config, {}, False, objective)
+    setup = Setup(
+        cost,
+        lambda tokens: 0.0,
+        budget,
+        num_prefill=1,
+        num_decode=0,
+        scheduler=config,
+        enable_prefix_caching=False,
+        objective=objective,
+    )
     simulation = Simulation(make_cluster(mode, setup))
     return Summary.of(simulation.run(trace), slo, simulation.num_steps).attainment
 
@@ -64,12 +73,12 @@ def attainment(
         ("yi", ARXIV, 0.5, Slo(3.0, 0.05)),
     ],
 )
-def test_auto_is_about_as_good_as_the_best_fixed_mode(
+def test_auto_is_within_2_points_of_the_best_fixed_mode(
     model: str, lengths: tuple[Lengths, Lengths], rate: float, slo: Slo
 ) -> None:
     cost: StepCostModel = OPT_13B if model == "opt" else yi_34b()
     budget = None if model == "opt" else KVBudget(yi_34b().num_kv_blocks(16))
-    trace = synthetic(300, rate, *lengths, seed=0)
+    trace = synthetic(150, rate, *lengths, seed=0)
     fixed = {
         "prefill first": attainment("time_share", cost, budget, trace, slo, max_consecutive_decodes=0),
         "time_share": attainment("time_share", cost, budget, trace, slo),
@@ -80,10 +89,10 @@ def test_auto_is_about_as_good_as_the_best_fixed_mode(
     assert auto >= max(fixed.values()) - 0.02, fixed
 
 
-def test_the_forecast_tells_what_the_simulator_finds() -> None:
-    """The sketch of the scheduler that the chooser uses, against the scheduler itself."""
+def test_the_forecast_agrees_with_the_simulator() -> None:
+    """The simplified scheduler of the chooser compared with the real one."""
     slo = Slo(3.0, 0.05)
-    trace = synthetic(200, 0.5, *ARXIV, seed=0)
+    trace = synthetic(100, 0.5, *ARXIV, seed=0)
     cost, budget = yi_34b(), KVBudget(yi_34b().num_kv_blocks(16))
     limits = ServiceLimits(4096, 4, 256, budget.num_blocks * 16)
     requests = [ExpectedRequest(one.arrival_s, one.num_prompt_tokens, one.num_output_tokens) for one in trace]

@@ -1,8 +1,8 @@
-"""DistServe's own simulator, repeated: its coefficients, its lengths, its seed, our scheduler.
+"""DistServe's simulator reproduced: its coefficients, its lengths, its seed, our scheduler.
 
 The figures are SLO attainments in percent, for OPT-13B with TTFT 250 ms and TPOT 100 ms, by requests per second and
-GPU. Ours may differ by one request of the 300: where contexts exceed what a decode step may read, requests take turns,
-and theirs lets whoever arrives during a step go before those whom it serves.
+GPU. Ours may differ by one request of 300: where contexts exceed the limit of a decode step, requests take turns, and
+in DistServe's order requests that arrive during a step precede those that the step serves.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ def no_transfer(num_tokens: int) -> float:
 
 
 def limits(max_prefill_tokens: int) -> PDSchedulerConfig:
-    """Prefill comes first, batches are unlimited but for memory, and a decode step reads at most 50,000 tokens."""
+    """Prefill first, batches limited by memory only, and at most 50,000 context tokens in a decode step."""
     return PDSchedulerConfig(
         max_prefill_batch_size=10**7,
         max_prefill_tokens=max_prefill_tokens,
@@ -67,7 +67,7 @@ def test_a_prefill_worker_of_two_gpus_and_a_decode_gpu(
 @pytest.mark.parametrize(("rate", "theirs"), list(zip(RATES, VLLM_STYLE, strict=True)))
 def test_one_gpu_that_prefers_prefill(data: Path, trace: list[TraceRequest], rate: float, theirs: float) -> None:
     cost = read_profile(data / "distserve" / "profiler-a100-80g.vllm.json", MODEL, 1)
-    setup = Setup(cost, no_transfer, None, 1, 0, limits(66_144))
+    setup = Setup(cost, no_transfer, num_prefill=1, num_decode=0, scheduler=limits(66_144))
     assert attainment("time_share", setup, at_rate(trace, rate, seed=0)) == pytest.approx(theirs, abs=ONE_REQUEST)
 
 

@@ -1,4 +1,4 @@
-"""Steps timed by measured op tables: look-ups by hand, and a run of a real engine."""
+"""Step durations from measured op tables: lookups computed by hand, and a run of a real engine."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from sageLLM.runtime.sim.trace import TraceError, read_trace
 
 RUN = "serving_timelines/RTXPRO6000_Llama-3.1-8B"
 VLLM_SCHEDULER_S = 1840e-6 / 256
-"""The time of vLLM 0.19's scheduler per running request, measured apart from this run: 1,840 us at 256."""
+"""The time of vLLM 0.19's scheduler per running request, from a separate measurement: 1,840 us at 256 requests."""
 
 
 def test_a_grid_is_linear_between_and_beyond_its_points() -> None:
@@ -57,7 +57,7 @@ def profile(folder: Path) -> Path:
     ],
 )
 def test_a_step_adds_its_ops(tmp_path: Path, work: StepWork, attention: float) -> None:
-    """Embedding and last norm 1 and 2 us a token; per layer two norms of 3 and a feed-forward of 4; 101 a sequence."""
+    """Per token 1 us of embedding, 2 of the last norm, and per layer two norms of 3 and an MLP of 4 us."""
     tokens, sequences = work.num_tokens, work.num_decodes + len(work.prefill)
     expected = 3 * tokens + 2 * ((3 + 3 + 4) * tokens + attention) + 101 * sequences
     assert LayerProfileCost(profile(tmp_path), 2).step_s(work) == pytest.approx(expected / 1e6)
@@ -102,7 +102,7 @@ def measured(data: Path) -> list[dict[str, Any]]:
 def simulated(data: Path) -> list[Timeline]:
     cost = LayerProfileCost(data / RUN, num_layers=32, request_s=VLLM_SCHEDULER_S)
     limits = PDSchedulerConfig(max_decode_batch_size=128, max_prefill_tokens=2048)
-    setup = Setup(cost, lambda tokens: 0.0, None, 1, 0, limits, enable_prefix_caching=False)
+    setup = Setup(cost, lambda tokens: 0.0, num_prefill=1, num_decode=0, scheduler=limits, enable_prefix_caching=False)
     return Simulation(make_cluster("vllm", setup)).run(read_trace(data / RUN / "requests.jsonl"))
 
 
@@ -120,7 +120,7 @@ def test_a_real_engine_gave_tokens_as_fast(measured: list[dict[str, Any]], simul
 
 
 def test_a_real_engine_let_requests_wait_as_long(measured: list[dict[str, Any]], simulated: list[Timeline]) -> None:
-    """The queue adds up what the throughput is off by, so the median is off by more."""
+    """Waiting times accumulate the error of the throughput, so the median has a larger error."""
     clock = measured[0]["queued_ts"] - measured[0]["arrival_time"]
     real = [row["first_token_ts"] - clock - row["arrival_time"] for row in measured]
     ours = [one.ttft_s for one in simulated]

@@ -1,4 +1,4 @@
-"""`sagellm simulate`: what it prints, for people and for programs, and how it refuses."""
+"""`sagellm simulate`: its table, its JSON, and its error messages."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from sageLLM.runtime.cli.main import app
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
-    "num_hidden_layers": 32,
+    "num_hidden_layers": 4,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "intermediate_size": 14336,
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
 }
-SYNTHETIC = ("--rate", "20", "--num-requests", "60")
+SYNTHETIC = ("--rate", "100", "--num-requests", "24", "--prompt", "200", "400", "--output", "20", "40")
 
 
 def simulate(*arguments: str) -> Result:
@@ -53,7 +53,7 @@ def figures(model: str, *arguments: str) -> dict[str, Any]:
 def test_json_is_the_same_every_time_and_follows_the_seed(model: str) -> None:
     first = figures(model, "--mode", "hybrid", "--mode", "strict")
     assert list(first["modes"]) == ["strict", "hybrid"]
-    assert first["modes"]["hybrid"]["num_finished"] == 60
+    assert first["modes"]["hybrid"]["num_finished"] == 24
     assert first == figures(model, "--mode", "hybrid", "--mode", "strict")
     assert first != figures(model, "--mode", "hybrid", "--mode", "strict", "--seed", "1")
 
@@ -76,7 +76,7 @@ def test_two_devices_for_a_worker_are_faster_than_one(model: str) -> None:
         (("--trace", "gone.csv"), "[Errno 2] No such file or directory: 'gone.csv'"),
     ],
 )
-def test_a_refusal_names_the_remedy(model: str, arguments: tuple[str, ...], message: str) -> None:
+def test_an_error_names_the_rule_and_the_value(model: str, arguments: tuple[str, ...], message: str) -> None:
     done = simulate("--model", model, *arguments)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {message}")
@@ -88,17 +88,17 @@ def test_one_worker_serves_in_every_mode_but_strict(model: str) -> None:
     assert one["hybrid"]["mean_tpot"] > figures(model, "--mode", "hybrid")["modes"]["hybrid"]["mean_tpot"]
 
 
-def test_weights_that_do_not_fit_are_refused(model: str, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_an_error(model: str, tmp_path: Path) -> None:
     huge = tmp_path / "config.json"
-    huge.write_text(json.dumps(CONFIG | {"num_hidden_layers": 300}))
+    huge.write_text(json.dumps(CONFIG | {"intermediate_size": 2**20}))
     done = simulate("--model", str(huge), *SYNTHETIC)
-    assert done.stderr == f"error: {huge}: 133.0 GB of weights do not fit h100; raise --tp\n"
+    assert done.stderr == f"error: {huge}: 105.5 GB of weights do not fit h100; raise --tp\n"
 
 
-def test_pairs_of_lengths_need_a_rate(model: str, tmp_path: Path) -> None:
+def test_pairs_of_lengths_require_a_rate(model: str, tmp_path: Path) -> None:
     pairs = tmp_path / "lengths.json"
     pairs.write_text("[[100, 10], [200, 20]]")
     assert simulate("--model", model, "--trace", str(pairs)).stderr == (
-        f"error: {pairs} has no arrival times; pass --rate\n"
+        f"error: expected arrival times in {pairs}; pass --rate\n"
     )
     assert simulate("--model", model, "--trace", str(pairs), "--rate", "3").exit_code == 0

@@ -1,4 +1,4 @@
-"""Predicted durations of steps: coefficients by hand, the roofline against the graph's own nodes added up."""
+"""Predicted step durations: coefficients computed by hand, and the roofline against the sum over the graph's nodes."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def test_overhead_counts_the_whole_context() -> None:
 
 
 def summed(work: StepWork, cost: RooflineStepCost, tp: int) -> float:
-    """Seconds of every node of the fused graph for this step, one by one."""
+    """The seconds of the step, summed over the nodes of the fused graph."""
     chunks = work.prefill
     env = {
         "Td": work.num_decodes,

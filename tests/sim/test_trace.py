@@ -51,7 +51,7 @@ def test_a_serving_timeline_is_a_trace(tmp_path: Path) -> None:
     assert read_trace(written(tmp_path, "t.jsonl", text)) == [TraceRequest(0.0, 10, 3)]
 
 
-def test_prompts_without_hashes_share_nothing() -> None:
+def test_prompts_without_hashes_share_no_prefix() -> None:
     request = TraceRequest(0.0, 40, 1)
     assert request.prompt_token_ids(3)[:16] != request.prompt_token_ids(4)[:16]
 
@@ -72,7 +72,7 @@ def test_prompts_without_hashes_share_nothing() -> None:
         ("x.json", "[[1]]", "x.json: expected a list of [prompt tokens, output tokens]: not enough values to unpack"),
     ],
 )
-def test_a_bad_trace_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_a_bad_trace_is_an_error_with_file_and_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(TraceError) as caught:
         read_trace(written(tmp_path, name, text))
     assert str(caught.value).startswith(f"{tmp_path}/{message}")
@@ -89,7 +89,7 @@ def test_poisson_arrivals_have_the_rate_and_repeat_by_seed() -> None:
         poisson_arrivals(2, rate=0, seed=0)
 
 
-def test_drawn_lengths_have_the_percentiles_asked_for() -> None:
+def test_random_lengths_have_the_requested_percentiles() -> None:
     trace = synthetic(20_000, 1.0, Lengths(1730, 5696, 8192), Lengths(415, 834, 8192), seed=3)
     prompts = [one.num_prompt_tokens for one in trace]
     assert np.percentile(prompts, 50) == pytest.approx(1730, rel=0.03)

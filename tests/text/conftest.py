@@ -1,4 +1,4 @@
-"""Small tokenizers of the two families, made on the spot."""
+"""Small tokenizers of the two families, trained or built by the fixtures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS = [
 
 
 def train_byte_level() -> Tokenizer:
-    """As Llama 3, Qwen and GPT-2 have it: pieces are bytes, so characters may be split between tokens."""
+    """Like Llama 3, Qwen and GPT-2: pieces are bytes, so a character may be split over tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def train_byte_level() -> Tokenizer:
 
 
 def make_sentencepiece_like() -> Tokenizer:
-    """As Llama 2 has it: pieces with a mark for the space, unknown characters as byte pieces."""
+    """Like Llama 2: pieces with a mark for the space, unknown characters as byte pieces."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     letters = sorted({char for text in TEXTS[:1] for char in text.replace(" ", "▁")} | set("▁etaoinshr,."))
     vocab = {piece: i for i, piece in enumerate([*pieces, *letters, "▁a", "▁t", "th", "▁th"])}

@@ -1,4 +1,4 @@
-"""Chat templates: equal to transformers on realistic ones, bounded and refused with exact messages on hostile ones."""
+"""Chat templates: realistic ones render as in transformers, hostile ones are bounded and rejected with a message."""
 
 from __future__ import annotations
 
@@ -92,7 +92,6 @@ WITH_TOOLS = [
 WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
-@pytest.mark.parametrize("generate", [True, False])
 @pytest.mark.parametrize(
     ("source", "messages", "tools"),
     [
@@ -104,19 +103,22 @@ WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"
         (NAMESPACE_AND_CONTROLS, CHAT, None),
     ],
 )
-def test_equal_to_transformers(source, messages, tools, generate):
+def test_equal_to_transformers(source, messages, tools):
     template = ChatTemplate(source, SPECIAL)
-    ours = template.render(messages, tools=tools, add_generation_prompt=generate, variables={"enable_thinking": False})
+    for add_prompt in (True, False):
+        ours = template.render(
+            messages, tools=tools, add_generation_prompt=add_prompt, variables={"enable_thinking": False}
+        )
+        theirs, _ = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=source,
+            add_generation_prompt=add_prompt,
+            enable_thinking=False,
+            **SPECIAL,
+        )
+        assert ours == theirs[0]
     template.close()
-    theirs, _ = render_jinja_template(
-        [messages],
-        tools=tools,
-        chat_template=source,
-        add_generation_prompt=generate,
-        enable_thinking=False,
-        **SPECIAL,
-    )
-    assert ours == theirs[0]
 
 
 def refusal(source, messages=(), **limits) -> str:
@@ -128,7 +130,7 @@ def refusal(source, messages=(), **limits) -> str:
 
 
 TOO_LONG = "the chat template wrote more than 1000 characters"
-TOO_LATE = "the chat template took longer than 1.5 s"
+TOO_LATE = "the chat template took longer than 0.5 s"
 TOO_LARGE = "the chat template requires more than 256 MiB of memory"
 GROWING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 LOOPS = "{% set r = range(100000) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
@@ -182,10 +184,10 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("source", "message"), HOSTILE)
-def test_hostile_template_is_refused(source, message):
-    seconds = 1.5 if message in (TOO_LATE, None) else 60.0  # where another limit is meant, a slow machine gets time
+def test_a_hostile_template_is_rejected(source, message):
+    seconds = 0.5 if message in (TOO_LATE, None) else 60.0  # a slow machine must meet the limit under test first
     text = refusal(source, ["ab"], max_chars=1000, max_bytes=256 * 2**20, seconds=seconds)
-    if message is None:  # which of the limits is met first depends on the machine
+    if message is None:  # the machine decides which limit comes first
         assert text.startswith(
             ("the chat template took", "the chat template requires", "the chat template failed with Ov")
         )
@@ -193,12 +195,12 @@ def test_hostile_template_is_refused(source, message):
         assert text.removesuffix(" while calling a Python object").removesuffix(" in comparison") == message
 
 
-def test_the_template_serves_on_after_an_error_and_after_a_kill():
+def test_the_template_still_works_after_an_error_and_after_a_kill():
     source = "{% if messages[0] == 'bad' %}{{ raise_exception('no') }}{% elif messages[0] == 'slow' %}"
     source += LOOPS + "{% endif %}{{ messages[0] }}"
-    template = ChatTemplate(source, limits=TemplateLimits(seconds=1.5))
+    template = ChatTemplate(source, limits=TemplateLimits(seconds=1.0))
     for _ in range(2):
-        for messages, expected in ((["bad"], "rejects these messages: no"), (["slow"], "took longer than 1.5 s")):
+        for messages, expected in ((["bad"], "rejects these messages: no"), (["slow"], "took longer than 1 s")):
             with pytest.raises(ChatTemplateError, match=expected):
                 template.render(messages)
             assert template.render(["fine"]) == "fine"
@@ -223,7 +225,7 @@ def test_threads_share_a_template():
     assert results == {i: f"m{i}" for i in range(16)}
 
 
-def test_nothing_stays_from_one_rendering_to_the_next():
+def test_renderings_are_independent():
     template = ChatTemplate("{{ leak is defined }}{% set leak = 1 %}")
     assert [template.render([], variables={"leak": 1}), template.render([])] == ["True", "False"]
     template.close()
@@ -254,7 +256,7 @@ def test_half_a_surrogate_passes_through_to_the_tokenizer():
     template.close()
 
 
-def test_too_long_a_template():
+def test_a_template_that_is_too_long():
     with pytest.raises(ChatTemplateError) as caught:
         ChatTemplate(" " * (2**20 + 1))
     assert str(caught.value) == "the chat template must have at most 1048576 characters, got 1048577"
@@ -269,6 +271,6 @@ def test_from_tokenizer(byte_level):
     with pytest.raises(ChatTemplateError) as caught:
         ChatTemplate.from_tokenizer(tokenizer)
     assert str(caught.value) == (
-        "the checkpoint has no chat template 'default' (it has: tool_use); "
+        "expected a chat template 'default' in the checkpoint, got tool_use; "
         "pass a plain prompt, or add chat_template.jinja to the checkpoint"
     )

@@ -1,4 +1,4 @@
-"""The end of a sequence: which rule ends it, what text remains, and that no stop string is ever streamed."""
+"""Ends of sequences: the rule, the remaining text, and that a stop string is never streamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sageLLM.runtime.text.stop import SequenceText, StopMatch, find_stop, shown_
 
 
 class LetterTokenizer:
-    """Token i is the i-th text of a list, so that a test says which texts come as tokens."""
+    """A tokenizer in which token i is the i-th text of a list, so that a test chooses the texts of tokens."""
 
     special_ids = frozenset({0})
 
@@ -24,7 +24,7 @@ class LetterTokenizer:
 
 
 def run(texts, params, *, eos_after=None, prompt_len=1, max_model_len=1000):
-    """Feeds the texts token by token until the sequence ends; gives the sequence and the deltas."""
+    """Feeds the texts token by token until the sequence ends; returns the sequence and the deltas."""
     rules = stop_rules(params, frozenset({0}), prompt_len, max_model_len)
     sequence = SequenceText(LetterTokenizer(texts), rules, params.skip_special_tokens)
     ids = list(range(1, len(texts) + 1))
@@ -148,7 +148,7 @@ def test_without_a_tokenizer_ids_and_length_still_stop():
 
 
 def test_a_stop_string_in_bytes_that_waited_for_a_character_is_found(byte_level):
-    """The last token is half a character behind the stop string: both were held until the end."""
+    """The last token is half a character after the stop string; both are held until the end."""
     ids = byte_level.encode("a!", add_special_tokens=False)
     half = byte_level.encode("你", add_special_tokens=False)[:1]
     sequence = SequenceText(byte_level, stop_rules(SamplingParams(stop="!", max_tokens=9), frozenset(), 1, 99))

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint folder: what it reads, and the exact message for each bad folder."""
+"""The tokenizer of a checkpoint folder: the files that it reads, and the exact message of each error."""
 
 from __future__ import annotations
 
@@ -92,10 +92,12 @@ def refusal(folder) -> str:
 
 
 def test_missing_tokenizer(tmp_path):
-    assert refusal(tmp_path) == ("F has no tokenizer.json; copy it from the model's page, or pass prompts as token ids")
+    assert refusal(tmp_path) == (
+        "expected tokenizer.json in F; copy it from the model's page, or pass prompts as token ids"
+    )
     (tmp_path / "tokenizer.model").write_bytes(b"\0")
     assert refusal(tmp_path) == (
-        "F has a tokenizer.model but no tokenizer.json; convert it once with "
+        "expected tokenizer.json in F, got tokenizer.model; convert it once with "
         "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
     )
     assert refusal(tmp_path / "none") == "F is not a folder"

@@ -10,7 +10,7 @@ POISON = 0xFF
 
 
 class Arena:
-    """One allocation shared by all plans of a worker, whose steps run one after another.
+    """One allocation shared by all plans of a worker, which run one after another.
 
     Growing allocates a new block, so every address into the old one is stale. A plan therefore compares `address` with
     the address that it has written into its calls, and writes them again when the two differ.

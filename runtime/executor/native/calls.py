@@ -37,7 +37,7 @@ def number_of(dim: Dim, sizes: Mapping[str, int]) -> int:
 class CallList:
     """The call table that `sage_run` reads: `add` while a plan is made, `finish` once, `fill` for each new step.
 
-    A tensor is the address of a base plus an offset; an absent one has no base and the address 0. In memory a call is
+    A tensor is the address of a base plus an offset; an absent one has base -1 and the address 0. In memory a call is
     four addresses: of the kernel, its tensors, its sizes and its attrs (`Call` in runner.cpp).
     """
 

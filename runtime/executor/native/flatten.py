@@ -24,7 +24,7 @@ class Functions(Protocol):
     def kernels(self) -> Mapping[str, NativeKernel]: ...
 
     def why_not(self, op: str, element: str | None) -> str | None:
-        """The reason why the op has no function for this element type, or None."""
+        """The reason if the op lacks a function for this element type, else None."""
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int: ...
 
