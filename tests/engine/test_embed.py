@@ -59,9 +59,9 @@ def vectors(llm: LLM, prompts: list[list[int]], **settings: Any) -> list[Tensor]
     return [output.embedding for output in llm.embed(prompts, **settings)]
 
 
-def assert_close(found: Tensor, wanted: Tensor) -> None:
-    assert found.shape == wanted.shape
-    assert (found - wanted).norm() <= TOLERANCE * wanted.norm()
+def assert_close(found: Tensor, reference: Tensor) -> None:
+    assert found.shape == reference.shape
+    assert (found - reference).norm() <= TOLERANCE * reference.norm()
 
 
 @pytest.mark.parametrize("case", ENCODERS)
@@ -71,21 +71,23 @@ def test_hidden_states_and_pooled_output_are_those_of_transformers(case: str, ma
     llm = load(folder)
     tokens, pooled = vectors(llm, PROMPTS, pooling="none"), vectors(llm, PROMPTS)
     for prompt, rows, row in zip(PROMPTS, tokens, pooled, strict=True):
-        wanted = expected(folder, prompt)
-        assert_close(rows, wanted.last_hidden_state[0])
-        assert_close(row, wanted.pooler_output[0] if "pooler_output" in wanted else wanted.last_hidden_state[0].mean(0))
+        reference = expected(folder, prompt)
+        assert_close(rows, reference.last_hidden_state[0])
+        assert_close(
+            row, reference.pooler_output[0] if "pooler_output" in reference else reference.last_hidden_state[0].mean(0)
+        )
 
 
 def test_every_pooling_is_made_of_the_hidden_states(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint("BertModel")
     llm = load(folder)
     states = [expected(folder, prompt).last_hidden_state[0] for prompt in PROMPTS]
-    wanted = {
+    reference = {
         "first": [rows[0] for rows in states],
         "last": [rows[-1] for rows in states],
         "mean": [rows.mean(0) for rows in states],
     }
-    for pooling, rows in wanted.items():
+    for pooling, rows in reference.items():
         for found, row in zip(vectors(llm, PROMPTS, pooling=pooling), rows, strict=True):
             assert_close(found, row)
         for found, row in zip(vectors(llm, PROMPTS, pooling=pooling, normalize=True), rows, strict=True):
@@ -98,8 +100,8 @@ def test_token_types_are_looked_up(make_checkpoint: MakeCheckpoint) -> None:
     llm = load(folder)
     found = vectors(llm, PROMPTS, pooling="mean", type_ids=kinds)
     for row, prompt, kind in zip(found, PROMPTS, kinds, strict=True):
-        wanted = expected(folder, prompt, token_type_ids=torch.tensor([kind]))
-        assert_close(row, wanted.last_hidden_state[0].mean(0))
+        reference = expected(folder, prompt, token_type_ids=torch.tensor([kind]))
+        assert_close(row, reference.last_hidden_state[0].mean(0))
     for wrong, message in (
         ([[0]] * len(PROMPTS), "expected one type id per token, got 1 for 5 tokens"),
         ([[2] * len(p) for p in PROMPTS], "type ids must be from 0 to 1 for this model, got 2"),
@@ -132,8 +134,8 @@ def test_a_decoder_embeds_by_its_last_hidden_state(family: str, make_checkpoint:
     before = llm.generate(PROMPTS, params)
     found = vectors(llm, PROMPTS, normalize=True)
     for row, prompt in zip(found, PROMPTS, strict=True):
-        wanted = expected(folder, prompt).last_hidden_state[0, -1]
-        assert_close(row, torch.nn.functional.normalize(wanted, dim=0))
+        reference = expected(folder, prompt).last_hidden_state[0, -1]
+        assert_close(row, torch.nn.functional.normalize(reference, dim=0))
     assert [o.outputs for o in llm.generate(PROMPTS, params)] == [o.outputs for o in before]
 
 

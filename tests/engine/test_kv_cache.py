@@ -89,8 +89,8 @@ def test_n_answers_equal_those_of_n_separate_requests(mode: str) -> None:
     params = SamplingParams(n=3, max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
     together = llm.generate(PROMPTS, params)
     llm.engine.scheduler.check_integrity()
-    wanted = load("time_share").generate(PROMPTS, params)
-    assert [o.outputs for o in together] == [o.outputs for o in wanted]
+    expected = load("time_share").generate(PROMPTS, params)
+    assert [o.outputs for o in together] == [o.outputs for o in expected]
     num_prompt_tokens = sum(len(output.prompt_token_ids) for output in together)
     computed = llm.engine.scheduler.get_stats()["total_prefill_tokens"]
     if mode == "strict":

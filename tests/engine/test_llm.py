@@ -39,9 +39,9 @@ def test_logprobs_are_those_of_the_raw_distribution(llm: LLM) -> None:
     answer = output.outputs[0]
     ids = torch.tensor([[*output.prompt_token_ids, *answer.token_ids]])
     with torch.inference_mode():
-        wanted = model(ids).logits[0].log_softmax(-1)[len(output.prompt_token_ids) - 1 :]
+        expected = model(ids).logits[0].log_softmax(-1)[len(output.prompt_token_ids) - 1 :]
     assert answer.logprobs is not None and answer.cumulative_logprob is not None
-    for row, entries, token in zip(wanted, answer.logprobs, answer.token_ids, strict=False):
+    for row, entries, token in zip(expected, answer.logprobs, answer.token_ids, strict=False):
         assert entries[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
         assert entries[token].rank == 1 + int((row > row[token]).sum())
         assert set(row.topk(4).indices.tolist()) <= set(entries)
@@ -91,14 +91,14 @@ def test_a_stop_id_and_max_tokens_end_the_answer(llm: LLM) -> None:
 
 def test_a_stream_grows_and_ends_as_generate_does(llm: LLM) -> None:
     params = SamplingParams(max_tokens=20, temperature=0)
-    wanted = {output.prompt: output.outputs[0].text for output in llm.generate(PROMPTS, params)}
+    expected = {output.prompt: output.outputs[0].text for output in llm.generate(PROMPTS, params)}
     seen: dict[str, list[str]] = {prompt: [] for prompt in PROMPTS}
     for state in llm.stream(PROMPTS, params):
         seen[str(state.prompt)].append(state.outputs[0].text)
     for prompt, texts in seen.items():
         assert len(texts) > 5
         assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
-        assert texts[-1] == wanted[prompt]
+        assert texts[-1] == expected[prompt]
 
 
 def test_metrics_have_ttft_and_tpot(llm: LLM) -> None:
@@ -117,7 +117,7 @@ def test_chat_renders_messages_with_the_checkpoints_template(llm: LLM) -> None:
 
 def test_an_aborted_request_frees_its_blocks_and_leaves_the_others_alone(llm: LLM) -> None:
     params = SamplingParams(max_tokens=12, temperature=0)
-    wanted = llm.generate(PROMPTS[0], params)[0].outputs[0].token_ids
+    expected = llm.generate(PROMPTS[0], params)[0].outputs[0].token_ids
     tokenizer = llm.tokenizer
     assert tokenizer is not None
     llm.engine.add("stays", PROMPTS[0], tokenizer.encode(PROMPTS[0]), params)
@@ -130,6 +130,6 @@ def test_an_aborted_request_frees_its_blocks_and_leaves_the_others_alone(llm: LL
     while llm.engine.has_work:
         done += [output for output in llm.engine.step() if output.finished]
     assert [output.request_id for output in done] == ["stays"]
-    assert done[0].outputs[0].token_ids == wanted
+    assert done[0].outputs[0].token_ids == expected
     llm.engine.scheduler.check_integrity()
     assert llm.engine.scheduler.get_num_running() == 0

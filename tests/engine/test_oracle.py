@@ -245,18 +245,18 @@ def serve_in_modes(llm: LLM, prompts: list[list[int]], modes: tuple[str, ...]) -
     return found
 
 
-def assert_same(found: Answers, wanted: Answers) -> None:
-    for (tokens, logprobs), (wanted_tokens, wanted_logprobs) in zip(found, wanted, strict=True):
-        assert tokens == wanted_tokens
-        assert logprobs == pytest.approx(wanted_logprobs, abs=LOGPROB_TOLERANCE)
+def assert_same(found: Answers, reference: Answers) -> None:
+    for (tokens, logprobs), (reference_tokens, reference_logprobs) in zip(found, reference, strict=True):
+        assert tokens == reference_tokens
+        assert logprobs == pytest.approx(reference_logprobs, abs=LOGPROB_TOLERANCE)
 
 
 def check_all_modes(folder: Path, modes: tuple[str, ...] = FIXED_MODES, **settings: Any) -> None:
     """The engine's answers to PROMPTS equal those of transformers in each mode."""
     found = serve_in_modes(load(folder, modes[0], **settings), PROMPTS, modes)
-    wanted = expected(folder, PROMPTS, found[modes[0]])
+    reference = expected(folder, PROMPTS, found[modes[0]])
     for mode in modes:
-        assert_same(found[mode], wanted)
+        assert_same(found[mode], reference)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -40,11 +41,11 @@ def kept_by_loops(logits: list[float], params: SamplingParams) -> set[int]:
         kth = sorted(alive.values(), reverse=True)[: params.top_k][-1]
         alive = {i: v for i, v in alive.items() if v >= kth}
     total = math.fsum(math.exp(v - highest) for v in alive.values())
-
-    def carried_by_likelier(value: float) -> float:
-        return math.fsum(math.exp(v - highest) for v in alive.values() if v > value) / total
-
-    return {i for i, v in alive.items() if params.top_p >= 1.0 or carried_by_likelier(v) < params.top_p}
+    mass_of_likelier, mass = {}, 0.0
+    for value, group in itertools.groupby(sorted(alive.values(), reverse=True)):
+        mass_of_likelier[value] = mass / total
+        mass += math.fsum(math.exp(v - highest) for v in group)
+    return {i for i, v in alive.items() if params.top_p >= 1.0 or mass_of_likelier[v] < params.top_p}
 
 
 logit_lists = st.lists(st.integers(-40, 40).map(lambda i: i / 4), min_size=1, max_size=40)
@@ -279,6 +280,6 @@ def test_prompt_logprobs_of_one_token_prompt_are_empty():
     assert prompt_logprobs(torch.empty(0, 30), [], 2, text_of) == []
 
 
-def test_wrong_number_of_rows_is_our_mistake():
-    with pytest.raises(AssertionError, match="sample: 2 rows of logits for 1 sequences"):
+def test_a_wrong_number_of_rows_is_an_assertion():
+    with pytest.raises(AssertionError, match="expected 1 rows of logits, got 2"):
         sample(seeded_logits(2, 5), batch_of(SamplingParams()))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs
+from sageLLM.runtime.executor.kernel_choice import make_runner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.loader.tables import make_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import Chunk, Request
@@ -57,14 +60,20 @@ class TinyModel:
         yield "decode", inputs.make(DecodeStepBatch(0, [one], [5], 1), [], [0])
 
 
-MakeTiny = Callable[[ModelLayout, str], TinyModel]
+@pytest.fixture(scope="session")
+def runner() -> NativeRunner:
+    """The native kernels of the package; tests that use it require a C++ compiler."""
+    return make_runner(load_registry())
+
+
+MakeTiny = Callable[[str, str], TinyModel]
 
 
 @pytest.fixture(scope="session")
 def make_tiny() -> MakeTiny:
-    """make_tiny(layout, "f32") -> the layout's tiny model."""
+    """make_tiny("llama", "f32") -> the layout's tiny model; equal arguments return the same one, with its graphs."""
     registry = load_registry()
-    return lambda layout, dtype: _tiny(layout, dtype, registry)
+    return cache(lambda name, dtype: _tiny(registry.models[name], dtype, registry))
 
 
 def _tiny(layout: ModelLayout, dtype: str, registry: Registry) -> TinyModel:

@@ -21,14 +21,14 @@ def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
-def wanted() -> list[tuple[int, ...]]:
+def expected() -> list[tuple[int, ...]]:
     return tokens(LLM(MODEL, dtype="float32", kernels="reference", skip_tokenizer=True))
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
-def test_native_kernels_produce_the_tokens_of_the_references(wanted: list[tuple[int, ...]]) -> None:
+def test_native_kernels_produce_the_tokens_of_the_references(expected: list[tuple[int, ...]]) -> None:
     llm = LLM(MODEL, dtype="float32", kernels="cpu", skip_tokenizer=True)
-    assert tokens(llm) == wanted
+    assert tokens(llm) == expected
     assert [stats.num_native > 0 for stats in llm.kernel_stats()] == [True, True]
 
 
@@ -55,12 +55,12 @@ def test_answers_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_without_a_compiler_the_references_run_with_one_warning(
-    wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernel_choice, "find_compiler", lambda: None)
     llm = LLM(MODEL, dtype="float32", skip_tokenizer=True)
     with caplog.at_level(logging.WARNING, logger="sagellm"):
-        assert tokens(llm) == wanted
+        assert tokens(llm) == expected
     (message,) = [record.getMessage() for record in caplog.records if record.name == "sagellm"]
     assert "no C++ compiler found" in message
     assert llm.compiler.planner.name == "reference"

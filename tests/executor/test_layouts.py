@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.kernels import NativeKernel
-from sageLLM.runtime.executor.kernel_choice import make_runner
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan, Runner
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
+from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.registry.plugins import load_registry
 
 REGISTRY = load_registry()
@@ -48,9 +48,9 @@ def both_ways(tiny: Any, runner: Runner) -> list[tuple[list[Tensor], list[Tensor
             natives[stage] = NativePlan(graph, runner, REGISTRY.kernels, bound, arena, poison=True)
             plains[stage] = Plan(graph, REGISTRY.kernels, expected)
         caches = [name for name in bound if name.endswith("_cache")]
-        wanted = [*plains[stage].run(inputs), *(expected[name].clone() for name in caches)]
+        reference = [*plains[stage].run(inputs), *(expected[name].clone() for name in caches)]
         found.append(
-            ([*(x.clone() for x in natives[stage].run(inputs)), *(bound[name].clone() for name in caches)], wanted)
+            ([*(x.clone() for x in natives[stage].run(inputs)), *(bound[name].clone() for name in caches)], reference)
         )
     return found
 
@@ -60,20 +60,20 @@ def both_ways(tiny: Any, runner: Runner) -> list[tuple[list[Tensor], list[Tensor
 def test_locations_and_memory(name: str, dtype: str, make_tiny: Any) -> None:
     """On the same kernels the results are equal bit for bit, although memory is shared and poisoned."""
     with torch.inference_mode():
-        for found, wanted in both_ways(make_tiny(MODELS[name], dtype), NoKernels()):
-            assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+        for found, reference in both_ways(make_tiny(name, dtype), NoKernels()):
+            assert all(torch.equal(x, y) for x, y in zip(found, reference, strict=True))
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_native_kernels(name: str, dtype: str, make_tiny: Any) -> None:
+def test_native_kernels(name: str, dtype: str, make_tiny: Any, runner: NativeRunner) -> None:
     bound = TOLERANCES[dtype]
     with torch.inference_mode():
-        for found, wanted in both_ways(make_tiny(MODELS[name], dtype), make_runner(REGISTRY)):
-            (logits, tokens, *caches), (logits_wanted, tokens_wanted, *caches_wanted) = found, wanted
-            for x, y in zip([logits, *caches], [logits_wanted, *caches_wanted], strict=True):
+        for found, reference in both_ways(make_tiny(name, dtype), runner):
+            (logits, tokens, *caches), (logits_reference, tokens_reference, *caches_reference) = found, reference
+            for x, y in zip([logits, *caches], [logits_reference, *caches_reference], strict=True):
                 largest = float(y.abs().max()) if y.numel() else 0.0
                 torch.testing.assert_close(x, y, rtol=bound, atol=bound * largest)
             if dtype == "f32":
-                assert torch.equal(tokens, tokens_wanted)
+                assert torch.equal(tokens, tokens_reference)

@@ -9,20 +9,13 @@ from sageLLM.generated.kernels.reference import KERNELS
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.writer import GraphWriter
-from sageLLM.runtime.executor.kernel_choice import make_runner
 from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.registry.plugins import load_registry
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
 (T,) = dims("T")
-
-
-@pytest.fixture(scope="module")
-def runner() -> NativeRunner:
-    return make_runner(load_registry())
 
 
 def writer() -> GraphWriter:
@@ -33,10 +26,10 @@ def check(
     graph: ExecutionGraph, runner: NativeRunner, inputs: dict[str, Tensor], bound: dict[str, Tensor]
 ) -> NativePlan:
     """Runs the graph both ways, with memory poisoned and not, and compares."""
-    wanted = Plan(graph, KERNELS, bound).run({name: x.clone() for name, x in inputs.items()})
+    expected = Plan(graph, KERNELS, bound).run({name: x.clone() for name, x in inputs.items()})
     for poison in (True, False):
         plan = NativePlan(graph, runner, KERNELS, bound, poison=poison)
-        for found, one in zip(plan.run(inputs), wanted, strict=True):
+        for found, one in zip(plan.run(inputs), expected, strict=True):
             torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-6)
     return plan
 

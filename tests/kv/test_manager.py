@@ -90,13 +90,13 @@ def test_random_use_keeps_free_plus_used_equal_to_total() -> None:
     lengths: dict[str, int] = {}
     for _ in range(3000):
         seq_id = str(rng.randrange(12))
-        wanted = lengths.get(seq_id, 0) + rng.randrange(1, 20)
+        length = lengths.get(seq_id, 0) + rng.randrange(1, 20)
         if rng.random() < 0.3:
             kv.free(seq_id)
             lengths.pop(seq_id, None)
-        elif kv.can_allocate(seq_id, wanted):
-            kv.allocate(seq_id, wanted)
-            lengths[seq_id] = wanted
+        elif kv.can_allocate(seq_id, length):
+            kv.allocate(seq_id, length)
+            lengths[seq_id] = length
         kv.check_integrity(lengths)
         assert kv.pool.num_used == sum(kv.blocks_for(length) for length in lengths.values())
         assert kv.pool.num_free == 40 - kv.pool.num_used

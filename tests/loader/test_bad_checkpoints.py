@@ -327,17 +327,23 @@ def test_a_plugin_that_was_not_generated(folder: Path, tmp_path: Path) -> None:
     assert refusal(folder, PluginError, plugins=[tmp_path]) == message
 
 
-def test_a_plugin_that_hides_a_name(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "plugin"
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated folder, to be copied."""
+    out = tmp_path_factory.mktemp("generated") / "plugin"
     driver.generate([Path(driver.PACKAGE, "examples", "add_an_op", "specs")], out=out)
-    again = Path(shutil.copytree(out, tmp_path / "again"))
+    return out
+
+
+def test_a_plugin_that_redefines_a_name(folder: Path, generated: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(generated, tmp_path / "plugin"))
+    again = Path(shutil.copytree(generated, tmp_path / "again"))
     message = f"plugin {again}: OPS already contains mish_mul; rename it in your specs"
     assert refusal(folder, PluginError, plugins=[out, again]) == message
 
 
-def test_a_plugin_that_was_damaged_and_made_anew(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "plugin"
-    driver.generate([Path(driver.PACKAGE, "examples", "add_an_op", "specs")], out=out)
+def test_a_plugin_that_was_damaged_and_repaired(folder: Path, generated: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(generated, tmp_path / "plugin"))
     registry = out / "ops" / "__init__.py"
     sound = registry.read_text()
     registry.write_text("OPS = missing\n")

@@ -15,9 +15,9 @@ from sageLLM.runtime.loader.rope import rope_tables
 def test_proportional_rotation(share: float) -> None:
     scaling = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": share, "factor": 2.0}
     config = LlamaConfig(hidden_size=128, num_attention_heads=4, rope_parameters=scaling)
-    wanted, factor = ROPE_INIT_FUNCTIONS["proportional"](config, torch.device("cpu"))
+    expected, factor = ROPE_INIT_FUNCTIONS["proportional"](config, torch.device("cpu"))
     tables = rope_tables(RopeSpec(1e4, 32, 256, scaling), 50)
-    angles = torch.outer(torch.arange(50.0), wanted)
+    angles = torch.outer(torch.arange(50.0), expected)
     torch.testing.assert_close(tables.cos, angles.cos() * factor)
     torch.testing.assert_close(tables.sin, angles.sin() * factor)
 

@@ -1,13 +1,7 @@
 """Mode `auto` compared with the fixed modes, over loads and objectives that favour different fixed modes."""
 
-from functools import cache
-
 import pytest
 
-from sageLLM.generated.builders import MODELS
-from sageLLM.generated.hardware import HARDWARE
-from sageLLM.runtime.core.model.hf_config import HFConfig
-from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
 from sageLLM.runtime.scheduler.modes import ModeChoice
@@ -18,29 +12,14 @@ from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import Lengths, TraceRequest, synthetic
 
+from .workloads import ARXIV, SHAREGPT, yi_34b
+
 CHAT = Lengths(700, 1400, 1800), Lengths(180, 480, 1000)
-SHAREGPT = Lengths(1730, 5696, 8192), Lengths(415, 834, 8192)
-ARXIV = Lengths(7059, 12985, 16384), Lengths(208, 371, 16384)
 OVERHEAD = (2.0, 1e-4)
 OPT_13B = CoefficientCost(
     Coefficients((23.1, 0.1405, 8.08e-6), (23.5, 5.93e-4, 0.0607), (20.2, 4.91e-4, 0.12), 95, OVERHEAD, OVERHEAD)
 )
 """Rounded from DistServe's profile of vLLM on an A100."""
-YI_34B = {
-    "hidden_size": 7168,
-    "num_hidden_layers": 60,
-    "num_attention_heads": 56,
-    "num_key_value_heads": 8,
-    "intermediate_size": 20480,
-    "vocab_size": 64000,
-    "max_position_embeddings": 32768,
-}
-
-
-@cache
-def yi_34b() -> RooflineStepCost:
-    layout = MODELS["llama"]
-    return RooflineStepCost(layout, layout.read_config(HFConfig(YI_34B)), HARDWARE["a100"], tensor_parallel_size=2)
 
 
 def attainment(
