@@ -23,5 +23,5 @@ def test_proportional_rotation(share: float) -> None:
 
 
 def test_an_odd_number_of_rotated_components_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"config.json: the number of rotated components of a head must be even, got 5"):
+    with pytest.raises(ConfigError, match="number of rotated components of a head must be even, got 5"):
         read_rope(HFConfig({}), base=1e4, dim=5, max_position=8, keys=(), allow=())
