@@ -149,9 +149,9 @@ def _comm_us(node: ExecutionNode, hardware: Hardware, env: Mapping[str, Dim]) ->
     num_bytes = _number(node, _num_bytes(refs), env)
     hops = max(_ranks(node, env) - 1, 0)
     match node.op_type.name:
-        case "COMM_ALLREDUCE":
+        case "COMM_ALLREDUCE":  # a reduce-scatter and an all-gather, each of (n - 1) / n of the data
             return hardware.link.time_us(2 * hops / (hops + 1) * num_bytes, 2 * hops)
-        case "COMM_ALLGATHER":
+        case "COMM_ALLGATHER":  # the output counts, of which a rank already has 1 / n
             return hardware.link.time_us(hops / (hops + 1) * num_bytes, hops)
     return hardware.link.time_us(num_bytes)
 
@@ -163,6 +163,7 @@ def _ranks(node: ExecutionNode, env: Mapping[str, Dim]) -> int:
 
 
 def _kv_link(node: ExecutionNode, hardware: Hardware) -> Link | None:
+    """The link that a KV node uses; None for one within the device, which is memory traffic of the roofline."""
     if node.metadata.get("tier", "device") != "device":
         return hardware.host_link
     return hardware.link if node.op_type.name == "KV_MIGRATE" else None
@@ -174,7 +175,7 @@ def _dtype(node: ExecutionNode, hardware: Hardware) -> str:
 
 
 def _efficiency(node: ExecutionNode, hardware: Hardware) -> float:
-    tags = sorted(node.tags) if isinstance(node, OpNode) else []
+    tags = sorted(node.tags) if isinstance(node, OpNode) else []  # sets are unordered
     for name in (node.op, node.op_type.name.lower(), *tags):
         if name in hardware.efficiency:
             return hardware.efficiency[name]

@@ -196,7 +196,7 @@ class ExecutionGraphBuilder:
     def _build(
         self, stage: Stage, graph_id: str, sizes: Mapping[str, Dim], parts: Mapping[Stage, Mapping[str, Dim]]
     ) -> ExecutionGraph:
-        symbolic = self._symbolic_graph(stage)
+        symbolic = self._symbolic_graph(stage)  # built once per stage; a batch only binds its sizes
         graph = replace(symbolic.bind(**sizes), graph_id=graph_id, model_config=self.model_config)
         annotate(graph, self.hardware, sizes)
         times: dict[tuple[str, Stage, Hashable], float] = {}
@@ -233,8 +233,8 @@ class ExecutionGraphBuilder:
         writer = GraphWriter(block, level="kernel", stage=phase, dtype=self.dtype)
         self.layout.blocks[block].body(writer, config, phase, layer, *self._block_args(block, phase))
         nodes = writer.graph.nodes.values()
-        apart = OpType.KV_STORE if phase == "prefill" else None
-        return sum(estimate(node, self.hardware, sizes).time_us for node in nodes if node.op_type is not apart)
+        excluded = OpType.KV_STORE if phase == "prefill" else None
+        return sum(estimate(node, self.hardware, sizes).time_us for node in nodes if node.op_type is not excluded)
 
     def _block_args(self, block: str, phase: Stage) -> Sequence[Any]:
         """The operands of the block's first call, without loaded keys and values."""

@@ -91,7 +91,7 @@ class _Expansion:
         self.source, self.stage, self.layout, self.config = graph, stage, layout, config
         self.writer = GraphWriter(graph.graph_id, level="kernel", stage=stage, dtype=_model_dtype(graph))
         self.written: dict[str, TensorRef] = {}  # block-level value -> the kernel-level value that replaces it
-        self.made: dict[str, tuple[str, ...]] = {}  # block-level node -> the kernel-level nodes that wait for it
+        self.made: dict[str, tuple[str, ...]] = {}  # block-level node -> the kernel-level nodes that end it
         self.waiting: dict[str, list[ExecutionNode]] = {}  # call -> its nodes so far
         self.sizes = _call_sizes(graph)
         self.patterns: dict[tuple[str, Hashable], _Pattern] = {}
@@ -125,10 +125,11 @@ class _Expansion:
         block = self._block(first)
         layer = first.layer_id
         assert layer is not None, f"block node {first.node_id} belongs to no layer"
+        # In a hybrid step both members have the same arguments, and the last one's outputs are the joined values.
         args = [self._current(ref) for ref in first.inputs if not self._is_cache_value(ref)]
         key = (block.name, block.variant_of(self.config, layer))
         pattern = self.patterns.get(key)
-        if pattern is None or pattern.device_id != first.device_id:
+        if pattern is None or pattern.device_id != first.device_id:  # refs of a pattern contain its device
             made, results = self._write_body(block, first, layer, args)
             self.patterns[key] = _Pattern.of(layer, args, made, results, self.writer.graph)
         else:
@@ -165,6 +166,7 @@ class _Expansion:
             for (_, ref), output in zip(results, outputs, strict=True):
                 refs[ref.name] = output
             inputs = [refs[name] for name in operands]
+            # Copied without `emit`: types are those of the pattern, and inference would dominate the time.
             node = type(old)(outputs[0].name, old.op_type, inputs, outputs, set(), device, stream)
             node.layer_id, node.block, node.attrs, node.metadata = layer, block, old.attrs.copy(), old.metadata.copy()
             writer.graph.add_node(node)

@@ -21,7 +21,7 @@ class PartTimes:
 
     def __call__(self, node: ExecutionNode, num_rows: int) -> float:
         """Microseconds of a node of the batch's graph for `num_rows` rows."""
-        if num_rows not in self._times:
+        if num_rows not in self._times:  # one graph per size serves all nodes of the step
             self._times[num_rows] = self._times_of(num_rows)
         return self._times[num_rows].get(node.node_id, 0.0)
 

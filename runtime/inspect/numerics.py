@@ -60,6 +60,7 @@ def find_bad_rewrite(graphs: ModelGraphs, stage: Stage) -> tuple[int, str, Chang
     changes, is_right = rewritten(graphs.options.limit)
     if is_right:
         return None
+    # Rewrites run in a fixed order; bisection assumes that a wrong result stays wrong with further rewrites.
     good, bad = 0, sum(map(len, changes.values()))
     while bad - good > 1:
         middle = (good + bad) // 2

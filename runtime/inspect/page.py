@@ -62,6 +62,7 @@ def to_page(traces: Mapping[str, Sequence[Step]], title: str) -> str:
     )
     panels = "".join(_panel(i, step) for i, step in enumerate(steps))
     data = json.dumps([_details(step.graph) for step in steps], separators=(",", ":"))
+    # Inside a script element only these characters could end the element or start a comment.
     inert = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     legend = "".join(f'<li class="{name}">{text}</li>' for name, text in CATEGORIES.items())
     style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))

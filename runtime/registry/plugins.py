@@ -69,7 +69,7 @@ def _in_order(passes: Mapping[str, type[OptimizationPass]]) -> dict[str, type[Op
     order is cyclic.
     """
     order: dict[str, type[OptimizationPass]] = {}
-    waiting = dict(passes)
+    waiting = dict(passes)  # of several ready passes the first is taken, so that a plugin cannot reorder the package's
     while waiting:
         free = next((name for name in waiting if not _waits_for(name, waiting)), None)
         if free is None:

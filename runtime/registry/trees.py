@@ -50,6 +50,7 @@ def import_folder(folder: Path) -> str:
         raise PluginError(
             f"plugin {folder} is not a generated folder; run `sagellm generate --specs MY_SPECS --out FOLDER`"
         )
+    # Named by its path: two plugins with folders of the same name must not share modules.
     name = f"sagellm_plugin_{sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, start, submodule_search_locations=[str(folder)])

@@ -82,7 +82,7 @@ class Expr:
         return _mod(other, self) if isinstance(other, (int, Expr)) else NotImplemented
 
     def __reduce__(self) -> tuple[object, ...]:
-        return parse_dim, (self._text,)
+        return parse_dim, (self._text,)  # immutable slots cannot be restored attribute by attribute
 
 
 Dim: TypeAlias = int | Expr
@@ -257,9 +257,11 @@ def _build(terms: Mapping[_Atoms, int]) -> Dim:
     ((atoms, coefficient),) = kept.items()
     if not atoms:
         return coefficient
+    # A lone atom is not wrapped: `T + 0` must be the symbol T itself, or it would have two forms.
     return atoms[0] if len(atoms) == 1 and coefficient == 1 else Poly(kept)
 
 
+# The arithmetic is cached because builders and passes apply the same few formulas to every layer.
 @lru_cache(maxsize=1 << 14)
 def _add(a: Dim, b: Dim) -> Dim:
     terms = _terms(a)
@@ -283,7 +285,7 @@ def _floordiv(a: Dim, b: Dim) -> Dim:
     whole, rest = _divide(a, b)
     if isinstance(rest, int) and (rest == 0 or isinstance(b, int)):
         return whole + (rest // b if rest else 0)
-    return whole + Quotient(rest, b)
+    return whole + Quotient(rest, b)  # exact, since floor(q + r / b) == q + floor(r / b) for an integer q
 
 
 @lru_cache(maxsize=1 << 12)
@@ -312,7 +314,7 @@ def _divide(a: Dim, b: Dim) -> tuple[Dim, Dim]:
     rest: dict[_Atoms, int] = {}
     for term, factor in _terms(a).items():
         left = _without(term, atoms)
-        if left is None or factor % coefficient:
+        if left is None or factor % coefficient:  # 3*T // 2 keeps 3*T: 1*T + T // 2 would be a second form
             rest[term] = factor
         else:
             whole[left] = factor // coefficient

@@ -256,15 +256,17 @@ class ExecutionGraph:
             if node.node_id in added or (node.node_id in self.nodes and node.node_id not in old):
                 raise IRError(f"graph {self.graph_id!r} already has a node {node.node_id!r}")
             added.add(node.node_id)
-        rewritten = {ref.name for node in new for ref in node.outputs} | renames.keys()
+        replaced = {ref.name for node in new for ref in node.outputs} | renames.keys()
         returned = {ref.name for ref in self.outputs}
-        for ref in (ref for node in old.values() for ref in node.outputs if ref.name not in rewritten):
+        for ref in (ref for node in old.values() for ref in node.outputs if ref.name not in replaced):
             users = [user for user in self._index.users_of(ref.name) if user not in old]
             if users or ref.name in returned:
                 user = users[0] if users else "the graph's caller"
                 raise IRError(f"replacing {', '.join(old)} would lose {ref.name!r}, which {user} reads")
 
     def _insert(self, old: Mapping[str, ExecutionNode], new: Sequence[ExecutionNode]) -> None:
+        # A dict keeps the position of a key that is assigned again. Any other insertion rebuilds the dict, which
+        # would make a pass of n rewrites quadratic.
         if len(new) == 1 and new[0].node_id in old:
             for node_id in old.keys() - {new[0].node_id}:
                 del self.nodes[node_id]
@@ -279,7 +281,7 @@ class ExecutionGraph:
                 placed.update((n.node_id, n) for n in new)
         if last is None:
             placed.update((n.node_id, n) for n in new)
-        self.nodes.clear()
+        self.nodes.clear()  # in place, since callers may hold the dict
         self.nodes.update(placed)
 
     def _rename(self, renames: Mapping[str, TensorRef | str], users: Iterable[str]) -> None:

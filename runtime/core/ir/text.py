@@ -37,7 +37,7 @@ def to_text(graph: ExecutionGraph) -> str:
 class _Printer:
     def __init__(self) -> None:
         self.known: dict[str, TensorRef] = {}
-        self.writers: dict[str, str] = {}
+        self.producers: dict[str, str] = {}
 
     def lines(self, graph: ExecutionGraph) -> Iterator[str]:
         yield _header(graph)
@@ -57,7 +57,7 @@ class _Printer:
         results = ", ".join(map(self._declared, node.outputs)) or "()"
         attrs = ", ".join(f"{_name(key)}={_value(value)}" for key, value in node.attrs.items())
         facts = " ".join(self._facts(node))
-        self.writers.update((ref.name, node.node_id) for ref in node.outputs)
+        self.producers.update((ref.name, node.node_id) for ref in node.outputs)
         tail = (f" {{{attrs}}}" if attrs else "") + (f"  @{facts}" if facts else "")
         return f"{results} = {_callee(node)}({operands}){tail}"
 
@@ -80,12 +80,13 @@ class _Printer:
             yield f"bytes={node.memory_bytes}"
         if node.origins:
             yield f"origins={_names(node.origins)}"
-        data = {self.writers[ref.name] for ref in node.inputs if ref.name in self.writers}
+        data = {self.producers[ref.name] for ref in node.inputs if ref.name in self.producers}
+        # The parser derives data dependencies: `after` adds to them, `needs` replaces them in a graph that lacks some.
         if not data <= node.dependencies:
             yield f"needs={_names(sorted(node.dependencies))}"
         elif node.dependencies - data:
             yield f"after={_names(sorted(node.dependencies - data))}"
-        if node.metadata:
+        if node.metadata:  # last, since JSON may contain any of the separators
             yield f"meta={json.dumps(node.metadata)}"
 
     def _ref(self, ref: TensorRef) -> str:

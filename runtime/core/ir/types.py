@@ -137,6 +137,7 @@ class _Matcher:
             raise self._mismatch(operand, pattern, actual, f" with {', '.join(conflicts)}")
 
     def solve_compounds(self) -> None:
+        """Settles the compound dims; each solved symbol may make another one solvable, so it iterates to a fixpoint."""
         waiting = self.compounds
         while waiting:
             stuck = [compound for compound in waiting if not self._settle(compound)]
@@ -203,6 +204,7 @@ def _solve(dim: Dim, symbol: str, env: Mapping[str, Any], size: Dim) -> Dim | No
     unknown = _Unknown()
     substituted = evaluate(dim, {**env, symbol: unknown})
     value = _solve_for(substituted, unknown, size)
+    # Floor division may lose a remainder on the way, so the solution must reproduce the size.
     if value is None or evaluate(substituted, {"?": value}) != size:
         return None
     return value

@@ -154,6 +154,7 @@ class GraphWriter:
         if full not in self._taken:
             self._taken[full] = 0
             return full
+        # Starts at the last number used: a search from 1 would be quadratic in the number of equal names.
         number = self._taken[full] + 1
         while f"{full}_{number}" in self._taken:
             number += 1

@@ -31,7 +31,7 @@ def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Sha
     """
     reads = _Reads(shapes)
     for weight in layout.weights(config):
-        if len(reads.problems) >= MAX_PROBLEMS:
+        if len(reads.problems) >= MAX_PROBLEMS:  # checked in the loop: `weights` may be a generator without end
             return reads.problems[:MAX_PROBLEMS]
         reads.add(weight)
     problems = [*reads.problems, *reads.wrong_covers()]
@@ -96,6 +96,7 @@ class _Reads:
 
 
 def _wrong_cover(name: str, reads: list[tuple[str, Part]]) -> Iterator[str]:
+    # Disjoint parts that sum to the size of the tensor cover it, so no element needs to be marked.
     views = [(weight, part.view) for weight, part in reads if part.view is not None]
     for (first, a), (second, b) in combinations(views, 2):
         if a.axes != b.axes:

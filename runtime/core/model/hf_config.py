@@ -30,7 +30,10 @@ _EXPECTED: dict[type, str] = {bool: "true or false", int: "an integer", float: "
 
 
 class HFConfig:
-    """The JSON object of a config file; `path` names the file in errors."""
+    """The JSON object of a config file; `path` names the file in errors.
+
+    Methods are named after the types that layouts use, which hides the builtins inside the class.
+    """
 
     def __init__(self, data: Mapping[builtins.str, Any], path: builtins.str = "config.json") -> None:
         self.data, self.path = data, path

@@ -231,6 +231,7 @@ class _KvCall:
 
     def hybrid(self, results: Mapping[str, int]) -> tuple[TensorRef, ...]:
         """Both nodes on the same rows, of which the decode node uses the first Td, and the join of their results."""
+        # Decode first, as its rows come first in the batch.
         decoded = self.decode({f"{name}_decode": width for name, width in results.items()}, Td, KVd)
         prefilled = self.prefill({f"{name}_prefill": width for name, width in results.items()}, Tp)
         return tuple(self._join(name, a, b) for name, a, b in zip(results, decoded, prefilled, strict=True))

@@ -50,6 +50,8 @@ class Clocks:
         return [[i + 1] for i in range(self.never)]
 
     def _many_lanes(self, waits: Sequence[Collection[str]]) -> list[list[int]]:
+        # From the end, so that the clocks of all later nodes are complete. A node precedes its successor in the lane
+        # and the nodes that wait for it, and all that these precede.
         after = [[self.never] * len(self.lanes) for _ in self.order]
         next_in_lane = [self.never] * len(self.lanes)
         for i in range(self.never - 1, -1, -1):

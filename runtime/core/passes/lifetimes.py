@@ -69,7 +69,7 @@ class Lifetimes:
             for type_ in types:
                 if type_ not in known:
                     known[type_] = -(-_num_bytes(*type_, sizes) // align) * align
-            size = max(known[type_] for type_ in types)
+            size = max(known[type_] for type_ in types)  # values that share memory may be views of different sizes
             found.append(buffer._replace(size=size))
         return found
 
@@ -82,6 +82,7 @@ class Lifetimes:
                 source = self.source.get(ref.name)
                 home[ref.name] = ref.name if source is None else home.get(source, source)
                 groups.setdefault(home[ref.name], []).append(ref)
+        # A group with a source that no node produces is in the memory of an input or a weight.
         return (refs for name, refs in groups.items() if name == refs[0].name)
 
 
@@ -112,7 +113,7 @@ def _positions(order: list[ExecutionNode]) -> dict[str, list[int]]:
             if ref.name in found:
                 found[ref.name].append(i)
         for ref in node.outputs:
-            found[ref.name] = [i]
+            found[ref.name] = [i]  # an unused result needs memory as well, while its node runs
     return found
 
 
@@ -123,7 +124,7 @@ def _buffer(
     lane = clocks.lane_of[first]
     if is_returned:
         return Buffer(names, device_id, 0, first, clocks.never, lane)
-    if len(clocks.lanes) == 1:
+    if len(clocks.lanes) == 1:  # positions are times, so clocks are not needed
         return Buffer(names, device_id, 0, first, max(positions))
     after = clocks.after_all(positions)
     last = max(*positions, clocks.last_concurrent(after))

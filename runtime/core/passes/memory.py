@@ -140,11 +140,11 @@ def assign_offsets(buffers: Sequence[Buffer], interference: Sequence[Sequence[in
 
     Without a gap that fits it follows the last of them.
     """
-    offsets = [-1] * len(buffers)
+    placed: dict[int, int] = {}
     for i in order:
-        taken = sorted((offsets[j], buffers[j].size) for j in interference[i] if offsets[j] >= 0)
-        offsets[i] = _best_gap(buffers[i].size, taken)
-    return offsets
+        taken = sorted((placed[j], buffers[j].size) for j in interference[i] if j in placed)
+        placed[i] = _best_gap(buffers[i].size, taken)
+    return [placed[i] for i in range(len(buffers))]
 
 
 def find_interference(buffers: Sequence[Buffer]) -> list[list[int]]:
@@ -152,6 +152,7 @@ def find_interference(buffers: Sequence[Buffer]) -> list[list[int]]:
     interference: list[list[int]] = [[] for _ in buffers]
     live: list[int] = []
     for i in sorted(range(len(buffers)), key=lambda i: buffers[i].first):
+        # `interferes_with` written out: this loop is quadratic in the live buffers and dominates planning.
         _, device_id, _, first, _, lane, _ = buffers[i]
         live = [j for j in live if buffers[j].last >= first]
         for j in live:
@@ -203,13 +204,18 @@ def _interfering_bytes(buffers: list[Buffer]) -> int:
 
 
 def _best_gap(size: int, taken: list[tuple[int, int]]) -> int:
-    best, room, end = -1, 0, 0
+    """The start of the smallest gap for `size` bytes between sorted (offset, size) pairs, or the end of the last.
+
+    Best fit rather than first fit: it leaves the large gaps to large buffers.
+    """
+    best: int | None = None
+    best_gap, end = 0, 0
     for offset, other_size in taken:
         gap = offset - end
-        if gap >= size and (best < 0 or gap < room):
-            best, room = end, gap
+        if gap >= size and (best is None or gap < best_gap):
+            best, best_gap = end, gap
         end = max(end, offset + other_size)
-    return best if best >= 0 else end
+    return end if best is None else best
 
 
 def _by_size(buffers: Sequence[Buffer]) -> list[int]:

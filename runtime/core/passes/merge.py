@@ -47,6 +47,7 @@ class MergePass(DeclaredPass):
         time_before, num_merged = self._comm_us(graph), 0
         batches = self._batches(graph)
         if batches:
+            # Merged on a copy: whether a late part delays the step shows only when all merges are done.
             trial = graph.copy()
             num_merged = sum(self._merge(trial, node_ids) for node_ids in batches)
             reorder(trial)
@@ -79,7 +80,7 @@ class MergePass(DeclaredPass):
                 batch, waiting = self._next_batch(waiting, reach)
                 if len(batch) > 1:
                     batches.append([node.node_id for node in batch])
-                    reach.tie(batches[-1])
+                    reach.tie(batches[-1])  # without it a later batch could both precede and follow this one
         return batches
 
     def _merge(self, graph: ExecutionGraph, node_ids: list[str]) -> int:
@@ -144,7 +145,7 @@ class MergePass(DeclaredPass):
     def _time_us(self, parts: list[ExecutionNode]) -> float:
         times = [node.estimated_time_us for node in parts]
         saved = (len(parts) - 1) * min(self._latency_us(parts), *times)
-        return max(sum(times) - saved, *times)
+        return max(sum(times) - saved, *times)  # a merged transfer is never faster than its largest part
 
     def _latency_us(self, parts: list[ExecutionNode]) -> float:
         """Microseconds of a transfer that are independent of its size."""

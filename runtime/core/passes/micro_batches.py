@@ -102,7 +102,7 @@ class MicroBatches:
         shapes = [
             (share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) if ref.shape else () for ref in node.outputs
         ]
-        if isinstance(node, OpNode):
+        if isinstance(node, OpNode):  # inferred, since not every op returns a row per row of its input
             refs = dict(zip(node.operands, inputs, strict=True))
             shapes = [type_.shape for type_ in node.resolve_refs(refs, node.attrs, self.memo).outputs]
         named = zip(node.outputs, shapes, strict=True)
@@ -113,6 +113,7 @@ class MicroBatches:
         return share_of(value, part, self.parts) if is_count and isinstance(value, int) else value
 
     def _split_for(self, node: ExecutionNode) -> None:
+        """Splits the values from outside the layers before their first use."""
         for ref in node.inputs:
             if ref.name in self.entering and ref.name not in self.values:
                 shapes = [(share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) for part in range(self.parts)]

@@ -87,7 +87,9 @@ class PlacePass(DeclaredPass):
         memo: Memo = {}
         rows = entering(old)[0].shape[0]
         for node in new.nodes.values():
-            if type(old.nodes.get(node.node_id)) is not type(node):  # a joined value keeps its name, not its op
+            # Nodes that were only copied keep their times. The type is compared, too: the join of a value takes its
+            # name, and so the id of the node that produced it.
+            if type(old.nodes.get(node.node_id)) is not type(node):
                 origin = old.nodes.get(node.origins[0]) if node.origins else None
                 count = share_of(rows, node.metadata[PART], self.parts) if origin else node.outputs[0].shape[0]
                 node.estimated_time_us = self._time_us(node, origin, int(str(count)), memo)

@@ -61,6 +61,7 @@ class PrefetchPass(DeclaredPass):
     def _bound(self, graph: ExecutionGraph, loads: list[ExecutionNode]) -> None:
         reach = Reachability(graph.topological_sort())
         last = {node.layer_id: node for node in graph.topological_sort() if not node.op_type.is_kv}
+        # The fence is the last node of the layer before i - ahead; when it ends, layer i - ahead may start.
         for node in loads:
             fence = last.get((node.layer_id or 0) - self.ahead - 1)
             self._wait(graph, reach, node, [] if fence is None else [fence])
@@ -88,7 +89,7 @@ class PrefetchPass(DeclaredPass):
         self, graph: ExecutionGraph, reach: Reachability, load: ExecutionNode, fences: list[ExecutionNode]
     ) -> None:
         for fence in fences:
-            if reach.are_independent(load.node_id, fence.node_id):
+            if reach.are_independent(load.node_id, fence.node_id):  # implied otherwise, or it would make a cycle
                 graph.add_edge(fence.node_id, load.node_id)
                 reach.add_edge(fence.node_id, load.node_id)
 

@@ -59,6 +59,7 @@ class RewritePass(DeclaredPass):
 
     def run(self, graph: ExecutionGraph) -> None:
         by_anchor: dict[type[OpNode], list[Rule]] = {}
+        # The sort is stable: rules of equal benefit keep the order of the spec.
         for rule in sorted(filter(self.options.allow, self.rules), key=lambda rule: -rule.benefit):
             by_anchor.setdefault(rule.anchor, []).append(rule)
             self.report.rules[rule.name] = RuleStats(rule.num_nodes)
@@ -66,6 +67,7 @@ class RewritePass(DeclaredPass):
         for _ in range(MAX_ROUNDS):
             for stats in self.report.rules.values():
                 stats.near_misses.clear()  # only the last round, which fires nothing, explains the final graph
+            # Computed once per round: rewrites keep the relative order of the other nodes.
             position = {node_id: i for i, node_id in enumerate(graph.nodes)}
             anchors = [node for node in graph.nodes.values() if isinstance(node, OpNode) and type(node) in by_anchor]
             if not sum(self._try_rules(graph, node, by_anchor[type(node)], position, memo) for node in anchors):

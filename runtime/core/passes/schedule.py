@@ -36,7 +36,7 @@ class StreamPass(DeclaredPass):
         old_nodes, old_streams = list(graph.nodes.values()), self._assign(graph)
         old_edges = {node.node_id: set(node.dependencies) for node in old_nodes}
         order_cache_effects(graph)
-        orders = (graph.topological_sort(), list_schedule(graph))
+        orders = (graph.topological_sort(), list_schedule(graph))  # of equally fast ones the old order wins
         timed = [(self._spans(graph, order), order) for order in orders]
         spans, best = min(timed, key=lambda item: end_of(item[0]))
         after = end_of(spans)
@@ -44,7 +44,7 @@ class StreamPass(DeclaredPass):
             reorder(graph, best)
             for node in graph.nodes.values() if self.shares else ():
                 node.estimated_time_us = spans[node.node_id].end_us - spans[node.node_id].start_us
-        else:
+        else:  # without a gain the extra streams and cache edges would only cost events
             self._undo(graph, old_nodes, old_streams, old_edges)
         moved = sum(node.stream_id != old_streams[node.node_id] for node in graph.nodes.values())
         facts = {"moved": moved, "waits": plan_events(graph), "us_before": before, "us_after": min(before, after)}

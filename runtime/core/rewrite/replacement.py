@@ -42,6 +42,7 @@ def _why_not_replaceable(graph: ExecutionGraph, rewrite: Rewrite, position: Mapp
             others = [user.node_id for user in graph.users(ref) if user.node_id not in matched]
             if ref.name not in kept and (others or ref.name in returned):
                 return f"{ref.name} is also read by {others[0] if others else 'the caller'}"
+    # A rule may list calls in an order that destroys a value of the pattern before a later call reads it.
     if (lost := _lost_operand(rewrite)) is not None:
         return f"the replacement reads {lost}, which it removes"
     return _why_no_position(graph, rewrite, matched, position) or _why_not_inplace(graph, rewrite, matched, position)
@@ -158,6 +159,7 @@ def _node(
     origins: tuple[str, ...],
 ) -> OpNode:
     names = [name for name in call.op.input_types if name in inputs]
+    # The operands need naming only if an absent one precedes a present one.
     is_prefix = names == list(call.op.input_types)[: len(names)]
     return call.op(
         outputs[0].name,
