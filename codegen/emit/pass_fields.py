@@ -23,7 +23,7 @@ ENGINES = {
     "python": Engine("function", "FunctionPass"),
 }
 OP_FIELDS = ("join", "split", "send", "recv")
-PLAIN_FIELDS = ("limit_bytes", "ahead", "budget_bytes", "align", "parts", "move")
+PLAIN_FIELDS = ("limit_bytes", "prefetch_layers", "budget_bytes", "align", "micro_batches", "move")
 
 
 def fields_of(pass_: PassDef, specs: Specs) -> list[tuple[str, str]]:

@@ -216,12 +216,12 @@ class RuleViewer:
                 )
             self.values[name] = text
             self.labels.setdefault(name, f"{self._label(index)}.{output.name}")
-        for operand, value in call.operands.items():
-            self._bind_operand(index, operand, value, num_found)
-        for attr, given in call.attrs:
+        for operand, read in call.operands.items():
+            self._bind_operand(index, operand, read, num_found)
+        for attr, value in call.attrs:
             declared = call.op.attr(attr)
             is_dim = declared is not None and declared.type == "dim"
-            self._bind_attr(f"{var}.attrs[{lit(attr)}]" if is_dim else f"{var}.{attr}", attr, given, num_found)
+            self._bind_attr(f"{var}.attrs[{lit(attr)}]" if is_dim else f"{var}.{attr}", attr, value, num_found)
         for unnamed in call.op.attrs:
             if unnamed.name not in dict(call.attrs) and not unnamed.is_required:
                 self._check_default(unnamed, var, num_found)
@@ -245,13 +245,13 @@ class RuleViewer:
         self.values.setdefault(value, text)
         self.labels.setdefault(value, f"{label}.{operand}")
 
-    def _bind_attr(self, text: str, attr: str, given: AttrName | Scalar | None, num_found: int) -> None:
-        if not isinstance(given, AttrName):
-            self._check(f"{text} != {lit(given)}", num_found, f"expected {attr} = {given}")
-        elif given.name in self.attrs:
-            self._check(f"{text} != {self.attrs[given.name]}", num_found, f"expected equal {given.name}")
+    def _bind_attr(self, text: str, attr: str, value: AttrName | Scalar | None, num_found: int) -> None:
+        if not isinstance(value, AttrName):
+            self._check(f"{text} != {lit(value)}", num_found, f"expected {attr} = {value}")
+        elif value.name in self.attrs:
+            self._check(f"{text} != {self.attrs[value.name]}", num_found, f"expected equal {value.name}")
         else:
-            self.attrs[given.name] = text
+            self.attrs[value.name] = text
 
     def _check_default(self, attr: Attr, var: str, num_found: int) -> None:
         """A pattern that omits an attribute matches only its default."""

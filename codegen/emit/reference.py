@@ -103,8 +103,8 @@ def _template_text(op: OpDef, renderer: Renderer) -> str:
     params = {name: lit(value) for name, value in op.reference.params}
     used = {name for hook in op.reference.hooks for name in names_read(hook.value)}
     attrs = ", ".join(_parameter(attr) for attr in op.attrs)
-    given = {"op": op.name, "attrs": attrs, "used": used, "plain": plain_when(op)}
-    text = renderer.render(op.reference.template, **given, **params, **hooks)
+    context = {"op": op.name, "attrs": attrs, "used": used, "plain": plain_when(op)}
+    text = renderer.render(op.reference.template, **context, **params, **hooks)
     _check_function(op, text)
     return text
 

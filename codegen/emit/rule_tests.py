@@ -79,15 +79,15 @@ def _call(call: PatternCall, captured: dict[str, Scalar | None]) -> CallView:
     """The view of a line; a name that captures an attribute has one value in the whole pattern."""
     attrs: dict[str, Scalar | None] = dict(test_attrs(call.op))
     sizes = {attr.name: attr.name for attr in call.op.attrs if attr.type == "dim" and attr.is_required}
-    for name, given in call.attrs:
+    for name, value in call.attrs:
         attr = call.op.attr(name)
-        if attr is not None and isinstance(given, AttrName) and attr.type == "dim":
-            sizes[name] = given.name
-        elif attr is not None and isinstance(given, AttrName):
-            attrs[name] = captured.setdefault(given.name, _sample(attr, attrs))
+        if attr is not None and isinstance(value, AttrName) and attr.type == "dim":
+            sizes[name] = value.name
+        elif attr is not None and isinstance(value, AttrName):
+            attrs[name] = captured.setdefault(value.name, _sample(attr, attrs))
         else:
             sizes.pop(name, None)
-            attrs[name] = given if not isinstance(given, AttrName) else None
+            attrs[name] = value if not isinstance(value, AttrName) else None
     operands = tuple((name, value) for name, value in call.operands.items() if value is not None)
     return CallView(call.op, operands, call.targets, tuple(attrs.items()), tuple(sizes.items()))
 

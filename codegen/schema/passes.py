@@ -79,9 +79,9 @@ class PassSpec(Strict):
     shares: dict[str, ShareSpec] = Field(
         default={}, description="schedule: stream -> its share of the device, if streams slow each other down"
     )
-    ahead: int | None = Field(default=None, gt=0, description="insert: prefetch distance of loads in layers")
+    prefetch_layers: int | None = Field(default=None, gt=0, description="insert: prefetch distance of loads in layers")
     budget_bytes: int | None = Field(default=None, gt=0, description="insert: maximum size of loaded, unread values")
-    parts: int | None = Field(default=None, ge=1, le=16, description="place: number of micro-batches")
+    micro_batches: int | None = Field(default=None, ge=1, le=16, description="place: number of micro-batches")
     move: dict[str, int] = Field(default={}, description="place: op type -> the device that runs its nodes")
     join: str | None = Field(default=None, description="merge, place: the op that concatenates rows")
     split: str | None = Field(default=None, description="merge, place: the op that splits off the first rows")
@@ -127,8 +127,8 @@ FIELDS_OF_KIND: dict[str, tuple[str, ...]] = {
     "rewrite": ("rules", "expect"),
     "merge": ("select", "limit_bytes", "join", "split"),
     "schedule": ("streams", "shares"),
-    "insert": ("select", "ahead", "budget_bytes"),
-    "place": ("parts", "join", "split", "move", "send", "recv"),
+    "insert": ("select", "prefetch_layers", "budget_bytes"),
+    "place": ("micro_batches", "join", "split", "move", "send", "recv"),
     "allocate": ("align",),
     "python": ("function",),
 }

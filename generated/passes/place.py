@@ -33,7 +33,7 @@ class NanoBatching(PlacePass):
     stage = "place"
     level = "block"
     phases = frozenset({"decode", "prefill"})
-    parts = 2
+    micro_batches = 2
     join = ConcatRows
     split = SplitRows
 
@@ -47,7 +47,7 @@ class AfDisaggregation(PlacePass):
     stage = "place"
     level = "block"
     phases = frozenset({"decode", "prefill"})
-    parts = 3
+    micro_batches = 3
     move = {"FFN": 1}
     join = ConcatRows
     split = SplitRows

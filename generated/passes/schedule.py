@@ -50,5 +50,5 @@ class KvPrefetch(PrefetchPass):
     phases = frozenset({"decode", "hybrid"})
     after = ("compute_comm_overlap",)
     select = frozenset({"KV_LOAD"})
-    ahead = 1
+    prefetch_layers = 1
     budget_bytes = 4294967296

@@ -121,7 +121,7 @@ def test_placed_graphs_go_through_the_other_passes(kind: type[NanoBatching], ind
     graph = graphs()[index]
     optimizer = GraphOptimizer(passes, verify=True)
     result = optimizer.optimize(graph)
-    placed = next(report for report in optimizer.report if "parts" in report.facts)
+    placed = next(report for report in optimizer.report if "micro_batches" in report.facts)
     assert result.estimate_total_time() <= float(placed.facts["us_after"])
     devices = {n.device_id for n in result.nodes.values()}
     assert devices == ({0, 1} if kind is AfDisaggregation else {0})

@@ -122,7 +122,7 @@ def test_no_more_is_loaded_than_the_budget(layers: int, loads: int, ahead: int, 
     graph = decode_layers(layers)
     budget = loads * 1024
     one = KvPrefetch(budget)
-    one.__class__ = type("Ahead", (KvPrefetch,), {"ahead": ahead})
+    one.__class__ = type("Ahead", (KvPrefetch,), {"prefetch_layers": ahead})
     result = one.apply(graph)
     verify(result)
     verify_schedule(result)

@@ -22,7 +22,7 @@ PartTime = Callable[[ExecutionNode, int], float]
 
 
 class PlacePass(DeclaredPass):
-    """Runs the layers for `parts` micro-batches, and the op types in `move` on other devices.
+    """Runs the layers for a number of `micro_batches`, and the op types in `move` on other devices.
 
     With one device this is nano-batching (Zhu et al., NanoFlow, arXiv 2408.12757): the transfers of one micro-batch run
     while another one computes. With the feed-forwards on a separate device it is attention-FFN disaggregation with a
@@ -40,7 +40,7 @@ class PlacePass(DeclaredPass):
     bound, and a hybrid step is not changed: its rows belong to two phases.
     """
 
-    parts: int = 1
+    micro_batches: int = 1
     move: ClassVar[Mapping[str, int]] = {}
     split: ClassVar[type[OpNode]]
     join: ClassVar[type[OpNode]]
@@ -49,24 +49,24 @@ class PlacePass(DeclaredPass):
 
     def __init__(
         self,
-        parts: int | None = None,
+        micro_batches: int | None = None,
         *,
         hardware: Hardware | None = None,
         sizes: Mapping[str, Dim] | None = None,
         part_time: PartTime | None = None,
     ) -> None:
-        """`parts` overrides the declared number; `sizes` binds the ranks of the groups, for the time of collectives."""
+        """`micro_batches` overrides the declared number; `sizes` binds the ranks of groups for collectives."""
         super().__init__()
-        self.parts = self.parts if parts is None else parts
+        self.micro_batches = self.micro_batches if micro_batches is None else micro_batches
         self.hardware, self.sizes, self.part_time = hardware, sizes or {}, part_time
 
     def run(self, graph: ExecutionGraph) -> None:
         before = graph.estimate_total_time()
-        if (reason := why_not_divisible(graph, self.parts)) is not None:
+        if (reason := why_not_divisible(graph, self.micro_batches)) is not None:
             self.report.facts = {"skipped": reason}
             return
         try:
-            result = MicroBatches(graph, self.parts, self.split, self.join).build() if self.parts > 1 else graph.copy()
+            result = self._split(graph)
         except TypeMismatch as error:
             self.report.facts = {"skipped": str(error)}
             return
@@ -75,7 +75,13 @@ class PlacePass(DeclaredPass):
         reorder(result)
         replace_contents(graph, result)
         after = graph.estimate_total_time()
-        self.report.facts = {"parts": self.parts, "moved": num_moved, "us_before": before, "us_after": after}
+        facts = {"micro_batches": self.micro_batches, "moved": num_moved}
+        self.report.facts = {**facts, "us_before": before, "us_after": after}
+
+    def _split(self, graph: ExecutionGraph) -> ExecutionGraph:
+        if self.micro_batches == 1:
+            return graph.copy()
+        return MicroBatches(graph, self.micro_batches, self.split, self.join).build()
 
     def _move(self, graph: ExecutionGraph) -> int:
         if not self.move:
@@ -91,7 +97,7 @@ class PlacePass(DeclaredPass):
             # name, and so the id of the node that produced it.
             if type(old.nodes.get(node.node_id)) is not type(node):
                 origin = old.nodes.get(node.origins[0]) if node.origins else None
-                count = share_of(rows, node.metadata[PART], self.parts) if origin else node.outputs[0].shape[0]
+                count = share_of(rows, node.metadata[PART], self.micro_batches) if origin else node.outputs[0].shape[0]
                 node.estimated_time_us = self._time_us(node, origin, int(str(count)), memo)
 
     def _time_us(self, node: ExecutionNode, origin: ExecutionNode | None, num_rows: int, memo: Memo) -> float:

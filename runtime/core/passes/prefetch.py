@@ -15,17 +15,17 @@ from sageLLM.runtime.core.passes.order import reorder
 
 
 class PrefetchPass(DeclaredPass):
-    """Lets nodes of the op types `select` of layer i start when layer i - `ahead` starts, and not earlier.
+    """Lets nodes of the op types `select` of layer i start when layer i - `prefetch_layers` starts, and not earlier.
 
     They run in parallel to the computation, on their current transfer stream or else on a new one. Two sets of edges
-    bound the memory of prefetched values: from the last node of the layer before i - `ahead`, and from the users of
-    earlier loads, so that at most `budget_bytes` are loaded and unused (a larger load runs alone; symbolic sizes are
-    not counted). No dependency is removed, and a load follows every earlier store to its cache. Loads from the device's
-    own tier are skipped, since they transfer nothing.
+    bound the memory of prefetched values: from the last node of the layer before i - `prefetch_layers`, and from the
+    users of earlier loads, so that at most `budget_bytes` are loaded and unused (a larger load runs alone; symbolic
+    sizes are not counted). No dependency is removed, and a load follows every earlier store to its cache. Loads from
+    the device's own tier are skipped, since they transfer nothing.
     """
 
     select: ClassVar[frozenset[str]] = frozenset()
-    ahead: ClassVar[int] = 1
+    prefetch_layers: ClassVar[int] = 1
     budget_bytes: int = 0
 
     def __init__(self, budget_bytes: int | None = None) -> None:
@@ -63,7 +63,7 @@ class PrefetchPass(DeclaredPass):
         last = {node.layer_id: node for node in graph.topological_sort() if not node.op_type.is_kv}
         # The fence is the last node of the layer before i - ahead; when it ends, layer i - ahead may start.
         for node in loads:
-            fence = last.get((node.layer_id or 0) - self.ahead - 1)
+            fence = last.get((node.layer_id or 0) - self.prefetch_layers - 1)
             self._wait(graph, reach, node, [] if fence is None else [fence])
         by_lane: dict[Lane, list[ExecutionNode]] = {}
         for node in loads:

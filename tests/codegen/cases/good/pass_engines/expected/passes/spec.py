@@ -26,7 +26,7 @@ class Cut(PlacePass):
     stage = "place"
     level = "block"
     phases = frozenset({"decode"})
-    parts = 4
+    micro_batches = 4
     move = {"FFN": 1}
     join = ConcatRows
     split = SplitRows
@@ -77,7 +77,7 @@ class Beside(StreamPass):
 
 # pass_engines/spec.yaml: load_early
 class LoadEarly(PrefetchPass):
-    """Loads two layers ahead."""
+    """Prefetches two layers ahead."""
 
     pass_name = "load_early"
     spec = "pass_engines/spec.yaml: load_early"
@@ -85,7 +85,7 @@ class LoadEarly(PrefetchPass):
     level = "block"
     phases = frozenset({"decode", "hybrid", "prefill"})
     select = frozenset({"KV_LOAD"})
-    ahead = 2
+    prefetch_layers = 2
     budget_bytes = 1048576
 
 
