@@ -25,9 +25,16 @@ def emit_op_modules(ops: "Sequence[OpDef]", specs: "Specs", renderer: Renderer) 
     from sageLLM.codegen.emit.ops import emit_ops
     from sageLLM.codegen.emit.reference import emit_reference
     from sageLLM.codegen.emit.triton import emit_triton
+    from sageLLM.codegen.kernel.inline import Programs
 
-    emitters = (emit_ops, emit_reference, emit_triton, emit_cpu, emit_op_tests)
-    return [output for emitter in emitters for output in emitter(ops, specs, renderer)]
+    programs = Programs(specs.ops)
+    return [
+        *emit_ops(ops, specs, renderer),
+        *emit_reference(ops, specs, renderer),
+        *emit_triton(ops, specs, renderer, programs),
+        *emit_cpu(ops, specs, renderer, programs),
+        *emit_op_tests(ops, specs, renderer),
+    ]
 
 
 def emit_op_docs(ops: "Sequence[OpDef]", rows: Sequence[Row]) -> list[Output]:

@@ -10,8 +10,8 @@ from sageLLM.codegen.emit.builder_views import BodyView, BranchView, CallView, C
 from sageLLM.codegen.emit.layer_conditions import layer_condition
 from sageLLM.codegen.emit.python_text import mentions
 from sageLLM.codegen.emit.weights import WeightText, WeightView, tuple_text
+from sageLLM.codegen.expr.config_text import python_text as render_names
 from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.link.expressions import python_text as render_names
 from sageLLM.codegen.model.layout import (
     Attend,
     BlockCall,

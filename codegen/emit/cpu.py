@@ -15,6 +15,7 @@ from sageLLM.codegen.expr.types import DTYPES
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
 from sageLLM.codegen.kernel.gemm import gemm_of
 from sageLLM.codegen.kernel.indexing import NotRows
+from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
 from sageLLM.codegen.kernel.names import own_names
@@ -89,11 +90,11 @@ def _sizes_of_part(part: OutputPart) -> list[Size]:
     return [part.offset, *part.strides, *(size for pair in part.where for size in pair)]
 
 
-def emit_cpu(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
+def emit_cpu(ops: Sequence[OpDef], specs: Specs, renderer: Renderer, programs: Programs) -> list[Output]:
     """`kernels/cpu/STEM.cpp` for one ops file, if one of its ops has a kernel."""
     hardware = specs.hardware.get("cpu")
     has_gemm = hardware is not None and hardware.spec.gemm is not None
-    kernels = cpu_kernels(ops, specs.ops, renderer, has_gemm=has_gemm)
+    kernels = cpu_kernels(ops, programs, renderer, has_gemm=has_gemm)
     return [_source(ops[0].stem, kernels, hardware, renderer)] if kernels else []
 
 
@@ -107,33 +108,31 @@ def emit_cpu_table(contents: Contents, renderer: Renderer) -> list[Output]:
     return [Output(f"{FOLDER}/__init__.py", header("specs/ops", "rms_norm") + text, refs(every))]
 
 
-def cpu_kernels(
-    ops: Sequence[OpDef], every: Mapping[str, OpDef], renderer: Renderer, *, has_gemm: bool
-) -> list[CpuKernel]:
+def cpu_kernels(ops: Sequence[OpDef], programs: Programs, renderer: Renderer, *, has_gemm: bool) -> list[CpuKernel]:
     """The kernels of those of the ops that have one; GEMMs need the block sizes of a machine."""
-    found = [kernel for op in ops if (kernel := cpu_kernel(op, every, renderer))]
+    found = [kernel for op in ops if (kernel := cpu_kernel(op, programs, renderer))]
     return [kernel for kernel in found if has_gemm or not kernel.packed]
 
 
-def cpu_kernel(op: OpDef, every: Mapping[str, OpDef], renderer: Renderer) -> CpuKernel | None:
+def cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> CpuKernel | None:
     """From the template of its reference, or from the op's equations; None where there is neither."""
     lines = _template_lines(op, renderer) if op.reference is not None else None
     if lines is not None:
         packed = PACKED_OF_TEMPLATES.get(op.entry.spec.reference or "", {})
         return CpuKernel(op, lines, sizes_of(op), updates=bool(op.inplace), packed=packed)
-    fused = fused_epilogue_of(op, every)
+    fused = fused_epilogue_of(op, programs)
     if fused is not None and (rest := _consumer_lines(fused, renderer)):
         lines = CppKernel(op, RowProgram((fused.gemm.epilogue,))).fused_lines(fused, rest)
         return CpuKernel(op, lines, sizes_of(op), packed={fused.gemm.w.name: fused.gemm.gates})
-    gemm = gemm_of(op, every)
+    gemm = gemm_of(op, programs)
     if gemm is not None:
         lines = CppKernel(op, RowProgram((gemm.epilogue,))).gemm_lines(gemm)
         return CpuKernel(op, lines, sizes_of(op), packed={gemm.w.name: gemm.gates})
     try:
-        program = row_program(op, every)
+        program = row_program(op, programs)
     except NotRows:
         return None
-    updates, parts = is_scattered(op, every), _parts(op, program)
+    updates, parts = is_scattered(op, programs.ops), _parts(op, program)
     lines = CppKernel(op, program).lines()
     return CpuKernel(op, lines, sizes_of(op), updates=updates, parts=parts, unpacks=_unpacks(op))
 

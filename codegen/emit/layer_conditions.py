@@ -4,7 +4,7 @@ import ast
 from collections.abc import Callable, Iterable
 
 from sageLLM.codegen.emit.python_text import renamed
-from sageLLM.codegen.link.config import INDEX
+from sageLLM.codegen.expr.config_text import INDEX
 from sageLLM.codegen.model.layout import (
     Attend,
     BlockCall,

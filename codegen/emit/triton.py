@@ -15,7 +15,7 @@ from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, walk
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
 from sageLLM.codegen.kernel.indexing import NotRows
-from sageLLM.codegen.kernel.inline import program_of
+from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import mask_bounds
 from sageLLM.codegen.kernel.scatter import is_scattered
@@ -45,9 +45,9 @@ class TritonKernel:
         return [op for op in candidates if f"reference_{op.name}(" in self.text]
 
 
-def emit_triton(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
+def emit_triton(ops: Sequence[OpDef], specs: Specs, renderer: Renderer, programs: Programs) -> list[Output]:
     """`kernels/triton/STEM.py` for one ops file, if one of its ops has a kernel for GPUs."""
-    kernels = [kernel for op in ops if (kernel := _kernel(op, specs, renderer))]
+    kernels = [kernel for op in ops if (kernel := _kernel(op, programs, renderer))]
     if not kernels:
         return []
     source = kernels[0].op.entry.doc.file
@@ -87,19 +87,19 @@ def _imports(kernels: Sequence[TritonKernel], specs: Specs) -> list[str]:
     return lines
 
 
-def _kernel(op: OpDef, specs: Specs, renderer: Renderer) -> TritonKernel | None:
+def _kernel(op: OpDef, programs: Programs, renderer: Renderer) -> TritonKernel | None:
     """The kernel from the op's template or from its equations; None if the reference is as good or the only choice."""
     if op.triton is not None:
         return TritonKernel(op, _template_text(op, op.triton, renderer))
-    fused = fused_epilogue_of(op, specs.ops)
+    fused = fused_epilogue_of(op, programs)
     if fused is not None:
-        text = _fused_text(op, fused, specs, renderer)
+        text = _fused_text(op, fused, programs, renderer)
         return TritonKernel(op, text, fused.consumer) if text else None
-    program = None if op.op_type in MOVES_NOTHING else program_of(op, specs.ops)
+    program = None if op.op_type in MOVES_NOTHING else programs.of(op)
     if program is None or any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
         return None
     try:
-        rows = rows_view(op, row_program(op, specs.ops), updates=is_scattered(op, specs.ops))
+        rows = rows_view(op, row_program(op, programs), updates=is_scattered(op, programs.ops))
     except NotRows:
         return None
     view = {"parameters": parameters(op), "result": result_type(op)}
@@ -120,16 +120,16 @@ def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
     return text
 
 
-def _fused_text(op: OpDef, fused: FusedEpilogue, specs: Specs, renderer: Renderer) -> str | None:
+def _fused_text(op: OpDef, fused: FusedEpilogue, programs: Programs, renderer: Renderer) -> str | None:
     """The GEMM's template with the consumer in it; None without one, or if the GEMM is not an op by itself."""
     assert fused.consumer.reference is not None, "a consumer has a reference"
     template = fused.consumer.reference.template.replace("reference/", "triton/gemm_")
-    constants = specs.ops[op.fuses[0].op].triton
+    constants = programs.ops[op.fuses[0].op].triton
     if constants is None or op.attrs or len(fused.producer.fuses) > 1 or not (TEMPLATES / template).is_file():
         return None
     roles = (*fused.consumer.inputs, *fused.consumer.outputs)
     operands = {role.name: o.name if o else "None" for role, o in zip(roles, fused.operands, strict=True)}
-    view = gemm_view(replace(fused.producer, program=program_of(fused.producer, specs.ops)))
+    view = gemm_view(replace(fused.producer, program=programs.of(fused.producer)))
     text = renderer.render(
         template,
         op=op.name,

@@ -7,10 +7,10 @@
 template for the work that is left when all rows are complete.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.kernel.gemm import Gemm, gemm_of
+from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.model.op import OpDef, Operand
 
 
@@ -29,12 +29,12 @@ class FusedEpilogue:
     operands: tuple[Operand | None, ...]
 
 
-def fused_epilogue_of(op: OpDef, ops: Mapping[str, OpDef]) -> FusedEpilogue | None:
+def fused_epilogue_of(op: OpDef, programs: Programs) -> FusedEpilogue | None:
     """The op as a GEMM and its consumer, or None for any other op."""
     if len(op.fuses) < 2:
         return None
     *before, last = op.fuses
-    consumer = ops[last.op]
+    consumer = programs.ops[last.op]
     if consumer.epilogue_of is None or consumer.attrs:
         return None
     args = dict(zip((o.name for o in consumer.inputs), last.args, strict=False))
@@ -45,5 +45,5 @@ def fused_epilogue_of(op: OpDef, ops: Mapping[str, OpDef]) -> FusedEpilogue | No
     if result is None or outputs != (result,) or any(name and not o for name, o in zip(names, operands, strict=True)):
         return None
     producer = replace(op, fuses=tuple(before), outputs=outputs)
-    gemm = gemm_of(producer, ops)
+    gemm = gemm_of(producer, programs)
     return FusedEpilogue(producer, gemm, result, consumer, operands) if gemm and not gemm.groups else None

@@ -7,7 +7,7 @@ All equations after the dot product become the GEMM's epilogue, provided that an
 elements; no intermediate result is written. A target has to multiply, and to write a row program.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.tree import Dot, Expr, Program, Ref, Statement, walk
 from sageLLM.codegen.expr.types import DTYPES
 from sageLLM.codegen.kernel.indexing import NotRows
-from sageLLM.codegen.kernel.inline import program_of
+from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.rows import Affine, Load, Nest, Sweep
 from sageLLM.codegen.model.op import OpDef, Operand
@@ -50,9 +50,9 @@ class Gemm:
         return _gate(load.location.index[-1], self.sweep)
 
 
-def gemm_of(op: OpDef, ops: Mapping[str, OpDef]) -> Gemm | None:
+def gemm_of(op: OpDef, programs: Programs) -> Gemm | None:
     """The op as a GEMM, or None for any other op."""
-    program = program_of(op, ops)
+    program = programs.of(op)
     dots = {one for s in program.statements for one in walk(s.value) if isinstance(one, Dot)} if program else set()
     if program is None or len(dots) != 1:
         return None
@@ -61,7 +61,7 @@ def gemm_of(op: OpDef, ops: Mapping[str, OpDef]) -> Gemm | None:
     if x is None or w is None or not _is_weight(w, x, dot):
         return None
     try:
-        nest = _epilogue(op, program, dot, ops)
+        nest = _epilogue(op, program, dot, programs)
     except NotRows:
         return None
     return _gemm(x, w, dot, nest)
@@ -77,7 +77,7 @@ def _is_weight(w: Operand, x: Operand, dot: Dot) -> bool:
     )
 
 
-def _epilogue(op: OpDef, program: Program, dot: Dot, ops: Mapping[str, OpDef]) -> Nest:
+def _epilogue(op: OpDef, program: Program, dot: Dot, programs: Programs) -> Nest:
     """The row program after the dot product: the same op with the sums as an operand."""
     statements = tuple(Statement(s.target, _with_sums(s.value, dot)) for s in program.statements)
     rest = replace(
@@ -86,7 +86,7 @@ def _epilogue(op: OpDef, program: Program, dot: Dot, ops: Mapping[str, OpDef]) -
         program=Program(program.views, statements),
         fuses=(),
     )
-    nests = row_program(rest, ops).nests
+    nests = row_program(rest, programs).nests
     if len(nests) != 1 or len(nests[0].steps) != 1 or len(nests[0].sweeps) != 1:
         raise NotRows("the epilogue must be one sweep along a row")
     return nests[0]

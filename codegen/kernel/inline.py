@@ -1,4 +1,4 @@
-"""Makes one program of a fused op: its calls are replaced by the equations of what they call."""
+"""Inlining of fused ops: one program, with each call replaced by the equations of the op that it calls."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -26,35 +26,49 @@ from sageLLM.codegen.expr.tree import (
 )
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.kernel.scatter import Scatter, kv_store_program
-from sageLLM.codegen.link.calls import Binding
+from sageLLM.codegen.model.binding import Binding
 from sageLLM.codegen.model.op import AttrName, Call, OpDef
 
 
-def program_of(op: OpDef, ops: Mapping[str, OpDef]) -> Program | None:
-    """The op's equations, those of its calls put in place; None if one of them is given by a reference.
+class Programs:
+    """The equations of ops, with those of the ops that they fuse inlined. Each op is inlined once for all emitters."""
 
-    Of the references one has equations too: storing keys and values, which fused ops end with.
-    """
-    if op.program is not None or not op.fuses:
-        return op.program or kv_store_program(op)
-    types = {o.name: o.type for o in op.inputs}
-    views: list[View] = []
-    statements: list[Statement] = []
-    taken = {one.name for one in (*op.inputs, *op.outputs)} | {attr.name for attr in op.attrs}
-    taken |= {target for call in op.fuses for target in call.targets}
-    for call in op.fuses:
-        callee = ops[call.op]
-        body = program_of(callee, ops)
-        if body is None:
-            return None
-        inlined = _Inliner(op, call, callee, body, types, taken).program()
-        views += inlined.views
-        statements += inlined.statements
-    return Program(tuple(views), tuple(statements))
+    def __init__(self, ops: Mapping[str, OpDef]) -> None:
+        self.ops = ops
+        self._known: dict[str, Program | None] = {}
+
+    def of(self, op: OpDef) -> Program | None:
+        """The program of an op, or of a variant of one; None if it has a reference, or fuses an op that has one.
+
+        One reference has equations too: the store of keys and values, which fused ops end with.
+        """
+        if op.program is not None or not op.fuses:
+            return op.program or kv_store_program(op)
+        if self.ops.get(op.name) is not op:  # a variant, such as a GEMM without its consumer
+            return self._inlined(op)
+        if op.name not in self._known:
+            self._known[op.name] = self._inlined(op)
+        return self._known[op.name]
+
+    def _inlined(self, op: OpDef) -> Program | None:
+        types = {o.name: o.type for o in op.inputs}
+        views: list[View] = []
+        statements: list[Statement] = []
+        taken = {one.name for one in (*op.inputs, *op.outputs)} | {attr.name for attr in op.attrs}
+        taken |= {target for call in op.fuses for target in call.targets}
+        for call in op.fuses:
+            callee = self.ops[call.op]
+            body = self.of(callee)
+            if body is None:
+                return None
+            inlined = _Inliner(op, call, callee, body, types, taken).program()
+            views += inlined.views
+            statements += inlined.statements
+        return Program(tuple(views), tuple(statements))
 
 
 class _Inliner:
-    """Rewrites the equations of one callee in the caller's names, dims and element types."""
+    """Rewrites the equations of one callee in terms of the caller's names, dims and element types."""
 
     def __init__(
         self, op: OpDef, call: Call, callee: OpDef, body: Program, types: dict[str, ValueType], taken: set[str]
@@ -120,7 +134,7 @@ class _Inliner:
                 return Ref(type_, self._names[name])
             case AttrRef(name=name):
                 value = self._attrs[name]
-                assert value is not None, f"the linker let through the absent attr {name}"
+                assert value is not None, f"the attr {name} must be present: the linker checks that"
                 return value
             case DimRef(size=size):
                 return DimRef(type_, self._size(size))
@@ -143,7 +157,7 @@ class _Inliner:
         return replace(expr, type=type_)
 
     def _if_present(self, expr: IfPresent, type_: ValueType) -> Expr:
-        """Decided now, unless what the call passes on may itself be absent."""
+        """Decided here, unless the argument of the call is itself optional."""
         passed = self._passed(expr.name)
         if passed is None:
             return self._expr(expr.b)

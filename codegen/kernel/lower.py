@@ -26,7 +26,7 @@ from sageLLM.codegen.expr.tree import (
 from sageLLM.codegen.expr.types import INTEGERS, ValueType
 from sageLLM.codegen.kernel.check import check_elements, check_inplace
 from sageLLM.codegen.kernel.indexing import NotRows, Positions, base_index, joined, merged_dims, position
-from sageLLM.codegen.kernel.inline import program_of, unused_name
+from sageLLM.codegen.kernel.inline import Programs, unused_name
 from sageLLM.codegen.kernel.rows import (
     Affine,
     Fold,
@@ -48,18 +48,18 @@ from sageLLM.codegen.kernel.scatter import Scatter
 from sageLLM.codegen.model.op import OpDef
 
 
-def row_program(op: OpDef, ops: Mapping[str, OpDef]) -> RowProgram:
-    """The op as loops; raises NotRows with the reason for an op that is none."""
-    program = program_of(op, ops)
+def row_program(op: OpDef, programs: Programs) -> RowProgram:
+    """The op as loops. Raises NotRows with the reason for an op that has no row program."""
+    program = programs.of(op)
     if program is None:
-        raise NotRows("its meaning is a reference, not equations")
+        raise NotRows("it is defined by a reference, not by equations")
     return _Lowering(op, program).lower()
 
 
-def why_no_rows(op: OpDef, ops: Mapping[str, OpDef]) -> str | None:
-    """Why the op has no row program, or None if it has one."""
+def why_no_rows(op: OpDef, programs: Programs) -> str | None:
+    """The reason why the op has no row program, or None if it has one."""
     try:
-        row_program(op, ops)
+        row_program(op, programs)
     except NotRows as why:
         return str(why)
     return None

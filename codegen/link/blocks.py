@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.config_text import INDEX
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.expr.types import ValueType, parse_type
 from sageLLM.codegen.link.conditions import Index
-from sageLLM.codegen.link.config import INDEX
 from sageLLM.codegen.link.flat_layout import FlatBlock, FlatLine, Located, plain_lines
 from sageLLM.codegen.link.scope import FUNCTIONS, LayoutContext, Value, is_value_name
 from sageLLM.codegen.link.statements import BodyLinker, check_used, check_value_names

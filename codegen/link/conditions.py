@@ -4,8 +4,9 @@ import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sageLLM.codegen.expr.config_text import python_text
 from sageLLM.codegen.expr.syntax import Text
-from sageLLM.codegen.link.expressions import Names, can_fail, compile_expression, kind_of, python_text, uses
+from sageLLM.codegen.link.expressions import Names, can_fail, compile_expression, kind_of, uses
 from sageLLM.codegen.model.layout import Condition, ConfigName
 from sageLLM.codegen.render import lit
 

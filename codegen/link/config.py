@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import cast
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.config_text import INDEX, python_text
 from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.link.expressions import (
     Names,
@@ -18,7 +19,6 @@ from sageLLM.codegen.link.expressions import (
     compile_expression,
     kind_of,
     names_in,
-    python_text,
     uses,
     words,
 )
@@ -37,8 +37,6 @@ _RESERVED = frozenset(
 )
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")
 _KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
-INDEX = "i"
-"""The layer index in expressions of the config section and of weights, as in tensor names."""
 _PYTHON: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.config_text import INDEX
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.link.conditions import Index, link_condition
-from sageLLM.codegen.link.config import INDEX
 from sageLLM.codegen.link.flat_layout import FlatBlock, Located
 from sageLLM.codegen.link.segments import derived_segments
 from sageLLM.codegen.link.sizes import SizeReader

@@ -7,6 +7,7 @@ import pytest
 from sageLLM.codegen import driver
 from sageLLM.codegen.kernel.epilogue import fused_epilogue_of
 from sageLLM.codegen.kernel.gemm import gemm_of
+from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.model.specs import Specs
 
@@ -81,7 +82,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory, memo: LinkMemo) -> Specs:
 
 
 def test_gemms_are_found_by_their_equations(specs: Specs) -> None:
-    found = {name: gemm_of(op, specs.ops) for name, op in specs.ops.items()}
+    found = {name: gemm_of(op, Programs(specs.ops)) for name, op in specs.ops.items()}
     gates = {name: gemm.gates for name, gemm in found.items() if gemm}
     base = {"linear", "lm_head", "head_linear", "router_logits", "linear_silu_mul", "linear_add", "lm_head_soft_cap"}
     assert base <= gates.keys()
@@ -104,7 +105,7 @@ def test_an_epilogue_reads_its_sums_and_its_own_row(specs: Specs) -> None:
 
 
 def test_a_consumer_fuses_with_the_gemm_that_it_reads(specs: Specs) -> None:
-    found = {name for name, op in specs.ops.items() if fused_epilogue_of(op, specs.ops)}
+    found = {name for name, op in specs.ops.items() if fused_epilogue_of(op, Programs(specs.ops))}
     assert found == {"lm_head_sample", "lm_head_scale_sample", "lm_head_soft_cap_sample", "greedy_head"}
     outputs = {output.path: output.text for output in driver.emit(specs)}
     text, launcher = outputs["kernels/cpu/own.cpp"], outputs["kernels/triton/own.py"]

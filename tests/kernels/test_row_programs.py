@@ -9,6 +9,7 @@ from sageLLM.codegen.expr.tree import Number, Ref
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.kernel.check import check_inplace
 from sageLLM.codegen.kernel.indexing import NotRows
+from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.kernel.lower import row_program, why_no_rows
 from sageLLM.codegen.kernel.mask import mask_bounds
 from sageLLM.codegen.kernel.parts import output_parts
@@ -109,12 +110,12 @@ def specs() -> Specs:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str, specs: Specs) -> None:
-    assert row_text(row_program(specs.ops[name], specs.ops)) == PROGRAMS[name].lstrip()
+    assert row_text(row_program(specs.ops[name], Programs(specs.ops))) == PROGRAMS[name].lstrip()
 
 
 def test_a_fused_op_is_all_its_calls(specs: Specs) -> None:
     """Norm, rotation and store of queries and keys: one nest each, without intermediate results in memory."""
-    program = row_program(specs.ops["qk_norm_rope_kv_store"], specs.ops)
+    program = row_program(specs.ops["qk_norm_rope_kv_store"], Programs(specs.ops))
     stored = [{location.operand for location in stored_locations(nest)} for nest in program.nests]
     assert stored == [{"q"}, {"k_out", "v_out"}]
     assert [len(nest.sweeps) for nest in program.nests] == [3, 3]
@@ -128,7 +129,7 @@ def stored_locations(nest: Nest) -> list[Location]:
 def test_outputs_that_are_parts_of_inputs(name: str, specs: Specs) -> None:
     op = specs.ops[name]
     strides = {o.name: (*map(Size.symbol, stride_names(o)), Size.of(1)) for o in (*op.inputs, *op.outputs)}
-    found = output_parts(row_program(op, specs.ops), strides)
+    found = output_parts(row_program(op, Programs(specs.ops)), strides)
     shown = found and {
         output: (
             part.base,
@@ -142,8 +143,8 @@ def test_outputs_that_are_parts_of_inputs(name: str, specs: Specs) -> None:
 
 
 def test_an_op_without_a_row_program_has_a_reason(specs: Specs) -> None:
-    assert why_no_rows(specs.ops["rms_norm"], specs.ops) is None
-    assert why_no_rows(specs.ops["sample"], specs.ops) == "its meaning is a reference, not equations"
+    assert why_no_rows(specs.ops["rms_norm"], Programs(specs.ops)) is None
+    assert why_no_rows(specs.ops["sample"], Programs(specs.ops)) == "it is defined by a reference, not by equations"
 
 
 @pytest.mark.parametrize(

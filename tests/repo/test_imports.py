@@ -143,6 +143,70 @@ def test_imports_point_one_way() -> None:
     assert broken_rules(ROOT) == []
 
 
+# The layers of codegen from the bottom up. A module imports its own folder and the layers below its own.
+CODEGEN_LAYERS = (
+    {"codes", "contents", "diagnostics", "facts"},
+    {"source", "state"},
+    {"schema"},
+    {"load", "render"},
+    {"expr", "spec_files", "writer"},
+    {"model"},
+    {"link", "kernel"},
+    {"emit"},
+    {"expectations", "explain", "incremental", "scaffold"},
+    {"update"},
+    {"driver"},
+    {"commands", "__init__"},
+)
+# Emitters read the linked model, so that a change of the linker that leaves the model alone changes no output.
+NOT_IMPORTED = {("emit", "link")}
+
+
+def codegen_layer(name: str) -> int:
+    return next(level for level, names in enumerate(CODEGEN_LAYERS) if name in names)
+
+
+def why_not_below(importer: str, imported: str) -> str | None:
+    """The rule that an import between two parts of codegen breaks, or None."""
+    if importer == imported:
+        return None
+    if (importer, imported) in NOT_IMPORTED or codegen_layer(imported) >= codegen_layer(importer):
+        return f"{importer} may not import {imported}"
+    return None
+
+
+def broken_codegen_layers(root: Path) -> list[str]:
+    found = []
+    for path in sorted((root / "codegen").rglob("*.py")):
+        importer = path.relative_to(root / "codegen").parts[0].removesuffix(".py")
+        for imported in imports_of(path, root):
+            top, _, rest = imported.name.partition("sageLLM.codegen.")
+            part = rest.split(".")[0]
+            if not top and rest and (why := why_not_below(importer, part)):
+                found.append(f"{path.relative_to(root).as_posix()}:{imported.line}: {why}")
+    return found
+
+
+def test_layers_of_codegen_point_one_way() -> None:
+    assert broken_codegen_layers(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("codegen/kernel/lower.py", "from sageLLM.codegen.link import calls"),
+        ("codegen/emit/cpu.py", "def f():\n    from sageLLM.codegen.link.config import INDEX"),
+        ("codegen/model/op.py", "from ..emit import cpu"),
+        ("codegen/load.py", "import sageLLM.codegen.model.op"),
+    ],
+)
+def test_an_import_of_a_higher_layer_is_found(tmp_path: Path, module: str, line: str) -> None:
+    path = tmp_path / module
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert len(broken_codegen_layers(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("module", "line", "rule"),
     [
