@@ -1,4 +1,4 @@
-"""What the tests of the generator share in a process: the package's specs, linked once."""
+"""Fixtures of the generator's tests: the package's specs, linked once per process."""
 
 import pytest
 

@@ -172,7 +172,7 @@ def add_file(workspace: Workspace, rng: random.Random) -> None:
 
 
 def tamper(workspace: Workspace, rng: random.Random) -> None:
-    """Generated files that were edited, removed or left behind."""
+    """Generated files that were edited, removed or orphaned."""
     path = rng.choice(
         [path for path in sorted(workspace.out.rglob("*.*")) if path.is_file() and FOLDER not in str(path)]
     )

@@ -50,7 +50,6 @@ NOT_YET_CLEAN: tuple[str, ...] = (
     "codegen/writer.py",
     "docs/linear-cpu.md",
     "runtime/kernels/",
-    "tests/codegen/",
     "tests/kernels/",
     "tests/repo/",
 )

@@ -137,7 +137,7 @@ def weights(c: PostNormConfig) -> Iterator[WeightSpec]:
 
 
 def mix(g: GraphWriter, c: PostNormConfig, stage: Stage, layer: int, x: TensorRef) -> tuple[TensorRef, ...]:
-    """Attention whose experts' biases are stacked.
+    """Attention with stacked biases of experts.
 
     qkv = linear(x, wqkv)
     q, k, v = split_qkv(qkv, Nq=Nq, Nkv=Nkv, D=D)
@@ -167,7 +167,7 @@ def mix(g: GraphWriter, c: PostNormConfig, stage: Stage, layer: int, x: TensorRe
 
 
 def experts(g: GraphWriter, c: PostNormConfig, stage: Stage, layer: int, x: TensorRef) -> tuple[TensorRef, ...]:
-    """The experts' rows put side by side, as one wide layer.
+    """The rows of the experts concatenated, as one wide layer.
 
     h = linear(x, w)
     y = linear(h, back)

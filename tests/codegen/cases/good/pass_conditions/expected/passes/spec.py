@@ -77,7 +77,7 @@ def again(graph: ExecutionGraph, node: OpNode) -> Rewrite | NearMiss | None:
 
 # pass_conditions/spec.yaml: tidy
 class Tidy(RewritePass):
-    """A rule with conditions, and one that may fire once although it feeds itself."""
+    """A rule with conditions, and one that is bounded because it matches its own result."""
 
     pass_name = "tidy"
     spec = "pass_conditions/spec.yaml: tidy"

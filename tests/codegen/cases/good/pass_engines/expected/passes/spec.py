@@ -14,12 +14,12 @@ from sageLLM.runtime.core.passes.prefetch import PrefetchPass
 from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.core.passes.sharing import Share
 
-__all__ = ["Beside", "Cut", "JoinSums", "LoadEarly", "PutInPlace", "Tidy"]
+__all__ = ["Cut", "JoinSums", "LoadEarly", "Overlap", "PutInPlace", "Tidy"]
 
 
 # pass_engines/spec.yaml: cut
 class Cut(PlacePass):
-    """Runs the layers for four micro-batches, with the feed-forwards elsewhere."""
+    """Runs the layers for four micro-batches, with the feed-forwards on another device."""
 
     pass_name = "cut"
     spec = "pass_engines/spec.yaml: cut"
@@ -62,12 +62,12 @@ class JoinSums(MergePass):
     split = SplitRows
 
 
-# pass_engines/spec.yaml: beside
-class Beside(StreamPass):
-    """Runs transfers beside the computation."""
+# pass_engines/spec.yaml: overlap
+class Overlap(StreamPass):
+    """Runs transfers in parallel with the computation."""
 
-    pass_name = "beside"
-    spec = "pass_engines/spec.yaml: beside"
+    pass_name = "overlap"
+    spec = "pass_engines/spec.yaml: overlap"
     stage = "schedule"
     level = "block"
     phases = frozenset({"decode", "hybrid", "prefill"})
@@ -91,7 +91,7 @@ class LoadEarly(PrefetchPass):
 
 # pass_engines/spec.yaml: put_in_place
 class PutInPlace(MemoryPass):
-    """Gives values their places."""
+    """Assigns memory to values."""
 
     pass_name = "put_in_place"
     spec = "pass_engines/spec.yaml: put_in_place"

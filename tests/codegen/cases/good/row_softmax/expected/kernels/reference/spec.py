@@ -14,7 +14,7 @@ __all__ = [
 
 # row_softmax/spec.yaml: row_softmax
 def row_softmax(x: Tensor, w: Tensor) -> Tensor:
-    """Softmax over a dim that is not the last, of a table with other rows."""
+    """Softmax over an inner dim."""
     f32 = wide(x)
     a = x.to(f32) * w.to(f32)[:, None]
     e = torch.exp(a - a.amax(-2, keepdim=True))

@@ -12,5 +12,5 @@ __all__ = [
 
 # soft_bound/spec.yaml: soft_bound
 def soft_bound(x: Tensor, *, cap: float) -> Tensor:
-    """Logits kept below a cap by tanh."""
+    """Logits with a soft cap by tanh."""
     return cap * torch.tanh(x / cap)

@@ -96,7 +96,7 @@ def _own_names_long(
 
 
 def own_names(row: Tensor, start: Tensor, *, columns: float = 1.0) -> Tensor:
-    """Mean norm of rows whose names are those that the generated Triton would use itself."""
+    """Mean norm with names that the generated Triton uses itself."""
     T = row.shape[0]
     N = row.shape[1]
     D = row.shape[2]

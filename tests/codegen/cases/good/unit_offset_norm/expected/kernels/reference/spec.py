@@ -14,7 +14,7 @@ __all__ = [
 
 # unit_offset_norm/spec.yaml: unit_offset_norm
 def unit_offset_norm(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
-    """rms_norm whose weight is stored as its distance from 1."""
+    """rms_norm with a weight that is stored as the offset from 1."""
     f32 = wide(x)
     xf = x.to(f32)
     return (xf * torch.rsqrt((xf * xf).mean(-1, keepdim=True) + eps) * (1 + w.to(f32))).to(x.dtype)
