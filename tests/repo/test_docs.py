@@ -6,10 +6,13 @@ the other in an empty folder with a link to examples/, unless `<!-- not run -->`
 `// ...`) marks lines left out; times may differ.
 """
 
+import ast
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +24,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import sageLLM
 from sageLLM.runtime.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +155,43 @@ SOURCE = ["def f():", "    a = 1", "    b = 2", "", "    return a"]
 )
 def test_what_an_excerpt_may_leave_out(excerpt: list[str], missing: list[str]) -> None:
     assert missing_lines(excerpt, SOURCE) == missing
+
+
+# Python
+
+
+def problems_of_python(code: str) -> list[str]:
+    """Imports that fail, and keywords that a function or class of the package does not take."""
+    tree = ast.parse(code)
+    known = {name: getattr(sageLLM, name) for name in sageLLM.__all__}
+    problems = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sageLLM"):
+            module = importlib.import_module(node.module or "")
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            problems += [f"unknown names in {node.module}: {missing}" for _ in missing[:1]]
+            known |= {alias.name: getattr(module, alias.name) for alias in node.names if alias.name not in missing}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in known:
+            taken = inspect.signature(known[node.func.id]).parameters
+            unknown = [keyword.arg for keyword in node.keywords if keyword.arg not in {None, *taken}]
+            problems += [f"{node.func.id} does not take {unknown}" for _ in unknown[:1]]
+    return problems
+
+
+@each_page
+def test_python_in_docs_uses_existing_names(page: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = [problem for block in blocks for problem in problems_of_python(textwrap.dedent(block))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["from sageLLM.runtime.core.ir.graph import Grph", "LLM('folder', kernel='cpu')", "SamplingParams(max_token=3)"],
+)
+def test_a_wrong_name_in_python_is_found(code: str) -> None:
+    assert len(problems_of_python(code)) == 1
 
 
 # Commands
