@@ -86,7 +86,7 @@ def _modes(request: SimulateRequest) -> list[SimMode]:
     if not request.num_decode:
         if "strict" in request.modes:
             raise ValueError("strict mode requires at least one decode worker, got --decode-workers 0")
-        known = known[1:]
+        known = known[1:]  # without strict, the first mode
     return [mode for mode in known if mode in request.modes or not request.modes]
 
 

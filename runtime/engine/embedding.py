@@ -78,6 +78,7 @@ class Embedder:
             self._check_types(prompt, graph)
         vectors: list[Tensor] = []
         for step in self._steps(prompts):
+            # A copy, because the outputs are in the arena, which the next step overwrites.
             rows = self._run((pooling, normalize), step).to("cpu", torch.float32, copy=True)
             lengths = [len(prompt.token_ids) for prompt in step]
             vectors += torch.split(rows, lengths) if pooling == "none" else rows.unbind()
@@ -133,6 +134,7 @@ class Embedder:
         first = 0
         for number, prompt in enumerate(step):
             count = len(prompt.token_ids)
+            # The request is never scheduled; it only carries the tokens and the block table to StepInputs.
             request = Request(str(number), list(prompt.token_ids), max_new_tokens=1)
             request.kv_block_ids = list(range(first, first + -(-count // self.block_size)))
             first += len(request.kv_block_ids)

@@ -16,6 +16,7 @@ def default_num_blocks(model: Model, config: PDSchedulerConfig, block_size: int)
 
     At least one sequence of the full model length always fits.
     """
+    # Never less than one sequence of full length: otherwise a request that the model accepts could never be scheduled.
     longest = -(-model.max_model_len // block_size)
     affordable: int = KV_CACHE_BYTES // bytes_per_block(model, block_size)
     return max(longest, min(affordable, longest * config.max_decode_batch_size))

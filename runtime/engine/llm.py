@@ -91,6 +91,7 @@ class LLM:
             disable=disable_passes,
             planner=choose_planner(kernels, registry, torch_device, self.model.short_dtype),
         )
+        # Packing replaces entries of `weights`, so it comes before any plan binds them.
         self.compiler.planner.prepare_weights(self.model.weights, self.model.ties, self._graphs())
         config = scheduler or PDSchedulerConfig()
         budget = KVBudget(

@@ -23,7 +23,7 @@ def validate_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: in
             f"the prompt must have at most {longest} tokens for this model{reason}, got {len(token_ids)}", "prompt"
         )
     for position, token_id in enumerate(token_ids):
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
+        if isinstance(token_id, bool) or not isinstance(token_id, int):  # True is an int in Python, not a token id
             kind = type(token_id).__name__
             raise PromptError(f"prompt token {position} must be an integer, got a {kind}", "prompt")
         if not 0 <= token_id < vocab_size:

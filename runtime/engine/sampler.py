@@ -142,6 +142,7 @@ def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampledTokens:
     raw = logits_BV.float()
     adjusted = adjust_logits(raw, batch) if batch.adjusts else raw
     highest, token_ids = adjusted.max(dim=-1)
+    # max propagates NaN, so this detects NaN, inf, and rows in which every token is banned.
     failed = (~highest.isfinite()).nonzero().flatten().tolist()
     if batch.random_rows:
         rows = _rows(batch.random_rows, raw)
@@ -153,6 +154,7 @@ def adjust_logits(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     """A copy of the logits with banned stop ids at -inf, biases added, and penalties applied."""
     adjusted = logits_BV.clone()
     for row, sequence in enumerate(batch.sequences):
+        # Bans come before biases and penalties, so that no finite adjustment can lift a banned id from -inf.
         if sequence.bans_stop_ids:
             adjusted[row, _rows(sequence.stop_ids, adjusted)] = -torch.inf
         if bias := sequence.params.logit_bias:

@@ -80,6 +80,7 @@ class RequestGroup:
         """
         if self.params.prompt_logprobs is None or chunk.request is not self.sequences[0].request:
             return []
+        # The last prompt position predicts the first new token, which is not a prompt token.
         end = min(chunk.start + chunk.num_tokens, len(self.prompt_token_ids) - 1)
         return [position for position in range(chunk.start, end) if position + 1 not in self.scored]
 
@@ -124,7 +125,7 @@ def make_group(
             max_new_tokens=rules.max_tokens,
             temperature=params.temperature,
             top_p=params.top_p,
-            top_k=params.top_k or -1,
+            top_k=params.top_k or -1,  # the scheduler's request has -1 for off
             arrival_time=group.metrics.arrival_time,
             # Scoring needs the logits of every prompt position. A unique salt prevents prefix cache hits, which would
             # skip them.

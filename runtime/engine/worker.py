@@ -34,6 +34,7 @@ class Worker:
         self.pool = pool
         self.compiler = compiler
         self._bound = {**model.bound_tensors(), **pool.named_tensors()}
+        # As wide as the longest sequence even if the pool is smaller, so that the table's width never changes.
         max_blocks = -(-model.max_model_len // pool.block_size)
         self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device)
         self._arena = Arena()

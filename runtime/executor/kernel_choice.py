@@ -32,6 +32,7 @@ def choose_planner(choice: str, registry: Registry, device: torch.device, dtype:
         raise SageError(f"kernels 'cpu' requires device 'cpu', got {device.type!r}; use auto")
     if choice == "reference" or device.type != "cpu":
         return TorchPlanner(registry.kernels)
+    # The runner is made on first use: finding a compiler takes time, and a model may need no native kernel.
     return NativePlanner(lambda: make_runner(registry), registry.kernels, dtype)
 
 

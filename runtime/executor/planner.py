@@ -112,6 +112,7 @@ class NativePlanner:
     def _fall_back(self, error: CompileError) -> None:
         LOG.warning("the slower torch references run instead of the CPU kernels: %s", error)
         self._fallback = TorchPlanner(self._kernels)
+        # The statistics list is shared: plans made before the failure keep their entries.
         self._fallback.stats, self.name = self.stats, self._fallback.name
 
     def _built_runner(self, ops: Iterable[str]) -> NativeRunner:

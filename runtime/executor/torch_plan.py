@@ -49,7 +49,7 @@ class Plan:
 
     def run(self, inputs: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor]:
         """Runs every call; a missing input is None, which is valid for optional operands only."""
-        values = self._values.copy()
+        values = self._values.copy()  # bound tensors stay in the plan; intermediates die with this list
         for name, slot in self._free_inputs:
             values[slot] = inputs.get(name)
         for call in self._calls:
@@ -59,6 +59,7 @@ class Plan:
             else:
                 for slot, value in zip(call.results, result, strict=True):
                     values[slot] = value
+            # Dropping the last reference lets torch reuse the memory for the next results.
             for slot in call.dead:
                 values[slot] = None
         return [_present(values[slot]) for slot in self._outputs]

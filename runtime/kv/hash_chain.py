@@ -24,7 +24,7 @@ class HashChain:
         self._block_size = block_size
         self._prompt = prompt
         self._outputs = outputs
-        self._pack = struct.Struct(f"<{block_size}q").pack
+        self._pack = struct.Struct(f"<{block_size}q").pack  # fixed width: [1, 23] and [12, 3] must differ
         self._names: list[bytes] = []
         self._root = sha256(salt.encode()).digest()
 

@@ -57,7 +57,7 @@ class PrefixCache:
 
     def _walk(self, chain: HashChain) -> list[int]:
         blocks = []
-        for index in range((chain.num_tokens - 1) // self._block_size):
+        for index in range((chain.num_tokens - 1) // self._block_size):  # without the last token, which is computed
             block = self._pool.find(chain.name(index))
             if block is None:
                 break
@@ -77,6 +77,7 @@ class PrefixCache:
         sequence = self._sequences.get(seq_id)
         if sequence is None:
             return
+        # A step in flight may have computed a token that is not in the lists yet; its block has no name.
         num_full = min(num_computed_tokens, sequence.chain.num_tokens) // self._block_size
         for index in range(sequence.num_published, num_full):
             self._pool.label(table[index], sequence.chain.name(index))

@@ -52,6 +52,7 @@ class SwapSpace:
     def begin_out(self, seq_id: str, table: list[int], num_blocks: int, num_tokens: int) -> TierCopy | None:
         """Reserves tier blocks for the first `num_blocks` blocks of a device table; None if no tier has room."""
         assert seq_id not in self.transfers and seq_id not in self.swapped, f"{seq_id!r} is swapped twice"
+        # A sequence goes to one tier as a whole: splitting it would need two copies with a common end.
         tier = next((tier for tier, pool in self.pools.items() if pool.can_take(num_blocks)), None)
         if tier is None or num_blocks == 0:
             return None

@@ -90,10 +90,11 @@ def load_model(
     prefix = missing_prefix(layout.prefix, found)
     checkpoint = found.with_prefix(prefix)
     try:
+        # Only checkpoints of the bare model (names without the prefix) and encoders may lack their head.
         head = absent_head(layout, config, set(checkpoint)) if prefix or not layout.generates else ()
         layout = without_weights(layout, head) if head else layout
         _check(layout, config, checkpoint)
-        tables = _tables(config, length, device, path)
+        tables = _tables(config, length, device, path)  # before the weights, as it can fail and is fast
         weights: dict[str, Weight] = dict(load_weights(layout.weights(config), checkpoint, kind, device))
     finally:
         checkpoint.close()

@@ -133,12 +133,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as file:
             header_len = int.from_bytes(file.read(8), "little")
+            # A damaged length could request exabytes; the library has the same limit on headers.
             if size < 8 or header_len > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(damaged(path, f"its {size} bytes do not contain a header"))
             header = json_object(path, file.read(header_len))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    header.pop("__metadata__", None)
+    header.pop("__metadata__", None)  # free text, not a tensor
     infos = {name: _tensor_info(path, name, entry) for name, entry in header.items()}
     needed = 8 + header_len + max((_end_of(path, name, entry) for name, entry in header.items()), default=0)
     if size < needed:

@@ -20,6 +20,7 @@ def make_tables(config: Any, num_positions: int) -> dict[str, Tensor]:
         made = rope_tables(rope, num_positions)
         tables |= {f"cos{suffix}": made.cos, f"sin{suffix}": made.sin}
     if config.alibi is not None:
+        # Slopes depend on the number of heads of the whole model; a rank has a contiguous part of the heads.
         slopes = alibi_slopes(config.alibi.heads, config.alibi.max_bias)
         tables["slopes"] = slopes.chunk(config.tp)[config.rank]
     return tables

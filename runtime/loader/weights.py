@@ -38,6 +38,7 @@ def rank_share(spec: WeightSpec, weight: Tensor, rank: int, tp: int) -> Tensor:
 
 
 def _load(spec: WeightSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # One part at a time, converted by copy_: neither the whole checkpoint nor a second copy in its dtype is in memory.
     weight = torch.empty(spec.shape, dtype=dtype, device=device)
     for part in spec.parts:
         source = checkpoint.read(part.name)

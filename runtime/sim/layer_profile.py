@@ -31,6 +31,7 @@ class Grid:
         """The value at a point, at least 0."""
         values = self._values
         for axis, x in zip(self._axes, point, strict=True):
+            # The cell of x, or the outermost one for a point beyond the grid, which extrapolates it.
             i = min(max(int(np.searchsorted(axis, x)) - 1, 0), len(axis) - 2)
             share = (x - axis[i]) / (axis[i + 1] - axis[i])
             values = values[i] + share * (values[i + 1] - values[i])

@@ -30,6 +30,7 @@ class EventQueue:
 
     def put(self, when: float, event: Event) -> None:
         """Adds an event at a time that is not in the past."""
+        # The counter makes simultaneous events first in, first out, and keeps events themselves from being compared.
         heapq.heappush(self._heap, (when, self._num_put, event))
         self._num_put += 1
 
@@ -137,7 +138,7 @@ class Paired(Cluster):
 
     def accept(self, timeline: Timeline, prompt: list[int]) -> None:
         """Starts to serve a request that arrives now. Raises ValueError if it can never be served."""
-        prefill = _least_loaded(self.workers[::2])
+        prefill = _least_loaded(self.workers[::2])  # every second worker is a pair's prefill worker
         prefill.submit(_live(timeline, prompt, timeline.num_output_tokens))
         self._drive(prefill)
 

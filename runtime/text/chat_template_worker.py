@@ -82,6 +82,7 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 
 def render(template: jinja2.Template, variables: dict[str, Any], max_chars: int) -> str:
+    # Piece by piece, so that a template that writes without end is stopped at the limit and not at the deadline.
     pieces, num_chars = [], 0
     for piece in template.generate(variables):
         num_chars += len(piece)
@@ -120,6 +121,7 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
         replies.write(json.dumps(value) + "\n")
         replies.flush()
 
+    # The imports are done, which can take seconds: from here on the parent's deadline for each line applies.
     reply({"ready": True})
     settings = json.loads(requests.readline())
     limit_memory(settings["max_bytes"])

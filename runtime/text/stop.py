@@ -100,6 +100,7 @@ class SequenceText:
             raise AssertionError("SequenceText: a token was appended to a finished sequence")
         self.token_ids.append(token_id)
         ends = self._may_stop and (token_id in self.rules.eos_ids or token_id in self.rules.stop_ids)
+        # The token that ends the answer is not part of its text, unless the rules keep it.
         if not ends or self.rules.keeps_stop:
             self._unread.append(token_id)
             if self.rules.stop_strings:

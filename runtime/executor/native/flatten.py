@@ -15,6 +15,7 @@ from sageLLM.runtime.executor.native.locations import Aliases, Location, contigu
 from sageLLM.runtime.kernels.cpu.callables import number
 
 MAX_COPY_DIMS = 4
+"""The number of dims of `sage_gather_rows` in runner.cpp."""
 
 
 class Functions(Protocol):
@@ -92,9 +93,10 @@ class _Flattener:
     ) -> None:
         self._order = graph.topological_sort()
         self._aliases = Aliases(self._order, graph.outputs)
-        self._given = {*inputs, *graph.weights}
+        self._external = {*inputs, *graph.weights}
         self._names = graph.weights
         self._functions, self._weights = functions, weights
+        # The layers of a model have equal types, so they share their inference.
         self._memo: Memo = {}
         self._out = Flattened(locations=dict(inputs))
 
@@ -119,6 +121,7 @@ class _Flattener:
     def _why_not_native(self, kernel: NativeKernel | None, inference: Inference) -> str | None:
         if kernel is None:
             return "no kernel"
+        # Attributes are written into the call table once, by `finish`, so they cannot depend on the step's sizes.
         symbolic = [name for name, value in inference.attrs.items() if isinstance(value, Expr)]
         if symbolic:
             return f"{symbolic[0]} is only known at run time"
@@ -135,7 +138,8 @@ class _Flattener:
                 location = part_location(node, inference, part, ref, self._copy(base, ref.name))
                 assert location is not None, f"{node.node_id}: {name} cannot be a part of a contiguous operand"
             else:
-                self._aliases.note(ref.name, source.name)
+                # A part of the copy is not an alias: the source can be overwritten while the part is still read.
+                self._aliases.record(ref.name, source.name)
             self._out.locations[ref.name] = location
 
     def _add_native(self, position: int, node: OpNode, inference: Inference, kernel: NativeKernel) -> None:
@@ -146,6 +150,7 @@ class _Flattener:
         sizes = [inference.env[name] for name in kernel.sizes]
         patterns = (*node.input_types.values(), *node.output_types.values())
         for pattern, location in zip(patterns, (*operands, *outputs), strict=True):
+            # An absent operand has strides too, since the kernel's signature has a fixed number of sizes.
             strides = row_strides(pattern, location) if location is not None else (0,) * max(len(pattern.dims) - 1, 0)
             assert strides is not None, f"{node.node_id}: {pattern} has a layout without row strides"
             sizes += strides
@@ -190,7 +195,7 @@ class _Flattener:
         )
         target = contiguous(f"copy of {name}", location.dtype, location.shape)
         self._out.extra[target.base] = target
-        missing = MAX_COPY_DIMS - len(location.shape)
+        missing = MAX_COPY_DIMS - len(location.shape)  # leading dims of size 1 and stride 0
         sizes = [DTYPES[location.dtype], *(1,) * missing, *location.shape, *(0,) * missing, *location.strides]
         self._append("copy", self._functions.copy_address, [location, target], sizes, [], (target,))
         return target
@@ -205,10 +210,12 @@ class _Flattener:
         for name, ref in zip(node.output_types, node.outputs, strict=True):
             source = node.optional_input(node.inplace[name]) if name in node.inplace else None
             if source is not None and self._goes_in_place(source, position, updates):
-                self._aliases.note(ref.name, source.name)
+                self._aliases.record(ref.name, source.name)
                 location = self._out.locations[source.name]
             else:
                 location = contiguous(ref.name, ref.dtype, ref.shape)
+                # The memory plan treats in-place results and views as aliases without memory. This one turned out to
+                # need memory, which is appended after the planned values.
                 if source is not None or node.is_view:
                     self._out.extra[ref.name] = location
             self._out.locations[ref.name] = location
@@ -216,7 +223,7 @@ class _Flattener:
         return locations
 
     def _goes_in_place(self, source: TensorRef, position: int, updates: bool | None) -> bool:
-        is_given = self._out.locations[source.name].base in self._given
+        is_given = self._out.locations[source.name].base in self._external
         if updates or is_given:
             return updates is not False
         return not self._aliases.is_read_after(source.name, position)
@@ -233,6 +240,7 @@ class _Flattener:
         self._out.calls.add(function, tensors, sizes, attrs)
         self._out.ops.append(op)
         self._out.made.append(made)
+        # Consecutive native calls become one run, that is, one call from Python.
         steps, end = self._out.steps, len(self._out.calls)
         if steps and isinstance(steps[-1], range):
             steps[-1] = range(steps[-1].start, end)

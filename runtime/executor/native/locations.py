@@ -80,7 +80,7 @@ class Aliases:
         self._parent: dict[str, str] = {}
         self._children: dict[str, list[str]] = {}
 
-    def note(self, name: str, source: str) -> None:
+    def record(self, name: str, source: str) -> None:
         """Records that the value shares the memory of `source`, or a part of it."""
         self._parent[name] = source
         self._children.setdefault(source, []).append(name)

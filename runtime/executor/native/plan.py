@@ -67,9 +67,11 @@ class NativePlan:
         self._bound = {name: x for name in graph.inputs if isinstance(x := bound.get(name), Tensor)}
         self._arena = Arena() if arena is None else arena
         self._poison = poison
+        # Sizes of bound tensors are known now; those of the other inputs come with each step.
         self._fixed = _fixed_sizes(graph, bound)
         self._free = [ref for name, ref in graph.inputs.items() if name not in bound]
         self._flat = flatten(graph, runner, dict(self._inputs()), self._weights)
+        # Looked up now, so that an op without any kernel fails when the plan is made and not in a step.
         self._python = {id(call): kernels[call.node.op] for call in self._flat.python_calls}
         self._lifetimes = Lifetimes(graph)
         self._capacity: dict[str, int] = {}
@@ -130,7 +132,7 @@ class NativePlan:
     def _lay_out(self, values: Sequence[Tensor | None]) -> None:
         """Fills the call table with the sizes and addresses of a step that differs from the previous one."""
         sizes = self._step_sizes(values)
-        self._reserve(sizes)
+        self._reserve(sizes)  # before any address is written: growing moves the arena
         tensors = {ref.name: x for ref, x in zip(self._free, values, strict=True)}
         calls = self._flat.calls
         calls.fill(calls.formulas.values(sizes), [self._address(name, tensors) for name in calls.base_names])
@@ -158,6 +160,7 @@ class NativePlan:
             self._memory = plan_memory(self._lifetimes, largest, ALIGN)
             self._extra: dict[str, int] = {}
             end = self._memory.peak_bytes
+            # Values outside the memory plan are few and small; they get separate memory for the whole step.
             for name, location in self._flat.extra.items():
                 self._extra[name] = end
                 end += -(-_num_bytes(location, largest) // ALIGN) * ALIGN
@@ -198,7 +201,7 @@ class NativePlan:
                 if self._poison:
                     yield from self._poisonings(step.fresh, sizes)
                 yield self._python_step(step, sizes, tensors)
-            elif self._poison:
+            elif self._poison:  # one call at a time: the memory is poisoned between them
                 for i in step:
                     yield from self._poisonings(self._flat.made[i], sizes)
                     yield self._native_step(i, 1)
@@ -221,6 +224,7 @@ class NativePlan:
 
         def run() -> None:
             results = kernel(*operands, **attrs)
+            # A torch kernel allocates its results; later native calls read them at their planned locations.
             for output, result in zip(outputs, (results,) if len(outputs) == 1 else results, strict=True):
                 if output.data_ptr() != result.data_ptr():
                     output.copy_(result)

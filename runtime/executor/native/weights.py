@@ -35,6 +35,7 @@ def pack_weights(
     for name, gates in gates_by_weight(nodes, runner.kernels, ties).items():
         held = weights.get(name)
         if isinstance(held, Tensor):
+            # All names of a tied weight must get the same packed object, or both forms would stay in memory.
             packed = pack(held, gates, runner.library, memory)
             weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), packed))
 
