@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
+from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -22,9 +24,21 @@ SMALL: dict[str, Any] = {
 }
 
 
+class TextFile(SingleFileSnapshotExtension):
+    """A snapshot in a separate text file, so that parallel branches can add layouts."""
+
+    _write_mode = WriteMode.TEXT
+    file_extension = "txt"
+
+
+@pytest.fixture
+def text_file(snapshot: SnapshotAssertion) -> SnapshotAssertion:
+    return snapshot.use_extension(TextFile)
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """make_checkpoint("Llama", **config) -> folder. Equal arguments give the same folder."""
+    """make_checkpoint("Llama", **config) -> folder. Equal arguments return the same folder."""
     made: dict[str, Path] = {}
 
     def make(family: str, *, seed: int = 0, max_shard_size: str = "5GB", **config: Any) -> Path:

@@ -22,9 +22,9 @@ MAX_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class LintRequest:
-    """The command's arguments. `what` is "model" or a layout's name; `tp` lists degrees, None means the usual ones."""
+    """The command's arguments. `target` is "model" or a layout's name; `tp` lists degrees, None for the usual."""
 
-    what: str
+    target: str
     config: Path | None
     index: Path | None
     tp: str | None
@@ -56,9 +56,9 @@ def _report(request: LintRequest) -> Report:
 
 def _config(request: LintRequest, layouts: Mapping[str, ModelLayout]) -> tuple[ModelLayout, Mapping[str, Any], str]:
     """The layout, its config, and the name of the config: from the file, or the layout's own small one."""
-    layout = layouts.get(request.what)
-    if layout is None and request.what != "model":
-        raise SageError(f"unknown layout '{request.what}'; use `model`, or one of {', '.join(layouts)}")
+    layout = layouts.get(request.target)
+    if layout is None and request.target != "model":
+        raise SageError(f"unknown layout '{request.target}'; use `model`, or one of {', '.join(layouts)}")
     if request.config is None:
         if layout is None:
             raise SageError("the config.json is missing; use `sagellm lint model --config FILE`")

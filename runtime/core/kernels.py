@@ -66,10 +66,10 @@ class NativeKernel:
         return next((pattern.element for pattern in patterns if pattern.is_variable), None)
 
     def element_in(self, env: Mapping[str, Any]) -> str | None:
-        """The element type of one use, from the bindings of the op's names; several types are joined by "and".
+        """The element type of one use, from the bindings of the op's names.
 
-        A file is compiled for a single type that all element variables share, so "f32 and bf16" never has a function:
-        the name serves in the message that says so.
+        A file is compiled for a single type that all element variables share. For several types they are joined by
+        "and", which names no function, for use in messages.
         """
         patterns = (*self.op.input_types.values(), *self.op.output_types.values())
         names = dict.fromkeys(pattern.element for pattern in patterns if pattern.is_variable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from sageLLM.generated.builders import MODELS
@@ -16,66 +16,18 @@ from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.execution_graph.batch import DecodeBatch, PrefillBatch, step_sizes
+from sageLLM.runtime.execution_graph.config import ModelConfig, ParallelConfig
 from sageLLM.runtime.execution_graph.stages import split_stages
 
-BLOCK_SIZE = 16  # token slots per KV block, for the sizes of concrete graphs
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The sizes of a model, independent of its family."""
-
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    vocab_size: int
-    max_seq_len: int = 4096
-
-    def to_hf(self) -> dict[str, int]:
-        """The same sizes under the keys of a Hugging Face config.json."""
-        return {
-            "num_hidden_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "intermediate_size": self.intermediate_size,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.max_seq_len,
-        }
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """The degrees of parallelism of a model. Data parallelism copies the graph, so the graph does not show it."""
-
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    data_parallel_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass
-class PrefillBatch:
-    """Prompts, or chunks of prompts, computed in one step; `total_tokens` is the sum of the lengths."""
-
-    request_ids: list[str]
-    input_lengths: list[int]
-    total_tokens: int
-
-
-@dataclass
-class DecodeBatch:
-    """Requests that generate one token each; a context length counts the tokens in the cache and the new one."""
-
-    request_ids: list[str]
-    context_lengths: list[int]
-    batch_size: int
+__all__ = [
+    "DecodeBatch",
+    "ExecutionGraphBuilder",
+    "ModelConfig",
+    "ParallelConfig",
+    "PrefillBatch",
+    "build_block_graph",
+]
 
 
 def build_block_graph(
@@ -127,20 +79,20 @@ class ExecutionGraphBuilder:
 
     def build_prefill_graph(self, batch: PrefillBatch) -> ExecutionGraph:
         """One step over whole prompts: stores all their KV, and samples each request's next token."""
-        self._check_prefill(batch)
+        batch.check(self.model_config.max_seq_len)
         sizes = self._sizes(prefill=batch)
         return self._build("prefill", f"prefill_{batch.total_tokens}", sizes, {"prefill": sizes})
 
     def build_decode_graph(self, batch: DecodeBatch) -> ExecutionGraph:
         """One step of one token per request, each reading its own KV."""
-        self._check_decode(batch)
+        batch.check(self.model_config.max_seq_len)
         sizes = self._sizes(decode=batch)
         return self._build("decode", f"decode_{batch.batch_size}", sizes, {"decode": sizes})
 
     def build_hybrid_graph(self, prefill_batch: PrefillBatch, decode_batch: DecodeBatch) -> ExecutionGraph:
         """One step of prompt chunks and decodes; the rows of the decodes come first."""
-        self._check_prefill(prefill_batch)
-        self._check_decode(decode_batch)
+        prefill_batch.check(self.model_config.max_seq_len)
+        decode_batch.check(self.model_config.max_seq_len)
         sizes = self._sizes(prefill_batch, decode_batch)
         parts: dict[Stage, Mapping[str, Dim]] = {
             "prefill": self._sizes(prefill=prefill_batch),
@@ -244,60 +196,19 @@ class ExecutionGraphBuilder:
         return [ref for ref in call.inputs if ref.name not in loaded]
 
     def _sizes(self, prefill: PrefillBatch | None = None, decode: DecodeBatch | None = None) -> dict[str, Dim]:
-        """The values of the symbols of a step. QK counts the pairs of a query and a key that it attends to.
+        """The values of the symbols of a step.
 
         EX counts the experts with weights to read: at most all of them, and at most one per token and routing choice.
         """
-        prompts = prefill.input_lengths if prefill else []
-        contexts = decode.context_lengths if decode else []
-        lengths = [*contexts, *prompts]
-        blocks = [-(-length // BLOCK_SIZE) for length in lengths]
-        num_decodes, num_prompt_tokens = len(contexts), sum(prompts)
+        sizes = step_sizes(prefill, decode)
         experts, per_token = getattr(self.config, "X", 0), getattr(self.config, "A", 0)
         return {
-            "T": num_decodes + num_prompt_tokens,
-            "Td": num_decodes,
-            "Tp": num_prompt_tokens,
-            "B": len(lengths),
-            "S": len(lengths),
-            "PG": sum(blocks),
-            "BS": BLOCK_SIZE,
-            "MB": max(blocks),
+            **sizes,
             "P": self.model_config.max_seq_len,
-            "KV": sum(lengths),
-            "KVd": sum(contexts),
-            "LL": sum(length * length for length in lengths),
-            "QK": sum(contexts) + sum(length * (length + 1) // 2 for length in prompts),
-            "EX": min(experts, (num_decodes + num_prompt_tokens) * per_token),
+            "EX": min(experts, sizes["T"] * per_token),
             "tp": self.parallel_config.tensor_parallel_size,
             "pp": self.parallel_config.pipeline_parallel_size,
         }
-
-    def _check_prefill(self, batch: PrefillBatch) -> None:
-        self._check_lengths("prefill", "input_lengths", batch.request_ids, batch.input_lengths)
-        if batch.total_tokens != sum(batch.input_lengths):
-            total = sum(batch.input_lengths)
-            raise ValueError(
-                f"prefill batch: total_tokens must be {total}, the sum of input_lengths, got {batch.total_tokens}"
-            )
-
-    def _check_decode(self, batch: DecodeBatch) -> None:
-        self._check_lengths("decode", "context_lengths", batch.request_ids, batch.context_lengths)
-        if batch.batch_size != len(batch.request_ids):
-            count = len(batch.request_ids)
-            raise ValueError(
-                f"decode batch: batch_size must be {count}, the number of request_ids, got {batch.batch_size}"
-            )
-
-    def _check_lengths(self, kind: str, field: str, ids: Sequence[str], lengths: Sequence[int]) -> None:
-        if not ids:
-            raise ValueError(f"{kind} batch: expected at least one request, got an empty batch")
-        if len(ids) != len(lengths):
-            raise ValueError(f"{kind} batch: expected one of {field} per request, got {len(lengths)} for {len(ids)}")
-        longest = self.model_config.max_seq_len
-        for i, length in enumerate(lengths):
-            if not 1 <= length <= longest:
-                raise ValueError(f"{kind} batch: {field}[{i}] must be 1 to max_seq_len={longest}, got {length}")
 
 
 def _phase_of(node: ExecutionNode, stage: Stage) -> Stage:

@@ -2,7 +2,6 @@
 
 import pytest
 from syrupy.assertion import SnapshotAssertion
-from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.model.layout_text import layout_text
@@ -13,18 +12,6 @@ from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 
 FAMILIES = [name for name in MODELS if name not in ("llama", "qwen3")]  # these two are in test_layout.py
-
-
-class TextFile(SingleFileSnapshotExtension):
-    """A snapshot in a separate text file, so that parallel branches can add layouts."""
-
-    _write_mode = WriteMode.TEXT
-    file_extension = "txt"
-
-
-@pytest.fixture
-def text_file(snapshot: SnapshotAssertion) -> SnapshotAssertion:
-    return snapshot.use_extension(TextFile)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

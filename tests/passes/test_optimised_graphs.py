@@ -2,7 +2,6 @@
 
 import pytest
 from syrupy.assertion import SnapshotAssertion
-from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.cli.graph import GraphRequest, show_graph
@@ -13,18 +12,6 @@ from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.registry.plugins import load_registry
 
 REGISTRY = load_registry()
-
-
-class TextFile(SingleFileSnapshotExtension):
-    """A snapshot in a separate text file, so that parallel branches can add layouts."""
-
-    _write_mode = WriteMode.TEXT
-    file_extension = "txt"
-
-
-@pytest.fixture
-def text_file(snapshot: SnapshotAssertion) -> SnapshotAssertion:
-    return snapshot.use_extension(TextFile)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -319,8 +319,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("batch", "message"),
         [
-            (PrefillBatch([], [], 0), "prefill batch: expected at least one request, got an empty batch"),
-            (PrefillBatch(["a"], [1, 2], 3), "prefill batch: expected one of input_lengths per request, got 2 for 1"),
+            (
+                PrefillBatch([], [], 0),
+                "prefill batch: input_lengths: expected at least one request, got an empty batch",
+            ),
+            (
+                PrefillBatch(["a"], [1, 2], 3),
+                "prefill batch: input_lengths: expected one length per request, got 2 for 1",
+            ),
             (PrefillBatch(["a"], [-3], -3), "prefill batch: input_lengths[0] must be 1 to max_seq_len=512, got -3"),
             (
                 PrefillBatch(["a"], [513], 513),
@@ -337,7 +343,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("batch", "message"),
         [
-            (DecodeBatch([], [], 0), "decode batch: expected at least one request, got an empty batch"),
+            (
+                DecodeBatch([], [], 0),
+                "decode batch: context_lengths: expected at least one request, got an empty batch",
+            ),
             (DecodeBatch(["a"], [4], 2), "decode batch: batch_size must be 1, the number of request_ids, got 2"),
             (DecodeBatch(["a"], [0], 1), "decode batch: context_lengths[0] must be 1 to max_seq_len=512, got 0"),
         ],

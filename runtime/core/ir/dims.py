@@ -21,7 +21,7 @@ from typing import TypeAlias
 from sageLLM.runtime.core.errors import IRError, ParseError
 
 MAX_TERMS = 4096  # a formula that multiplies out to more is a mistake, not a size
-MAX_TEXT = 2000  # of a formula in a graph file, which may come from anyone
+MAX_TEXT = 2000  # of a formula in a graph file, which is untrusted input
 MAX_DEPTH = 64
 
 _Atoms: TypeAlias = "tuple[Expr, ...]"  # a product of symbols, quotients and remainders, sorted by text

@@ -85,7 +85,7 @@ class Inference(NamedTuple):
 
 InferKey: TypeAlias = "tuple[Any, ...]"
 Memo: TypeAlias = "MutableMapping[InferKey, Inference]"
-"""Inferences by use. The layers of a model use each op alike, so a memo per graph saves most of the work."""
+"""Inferences by use. Layers repeat the same uses of an op, so a memo per graph saves most of the work."""
 
 
 class OpNode(ExecutionNode):

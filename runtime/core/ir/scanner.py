@@ -57,15 +57,15 @@ class Scanner:
         self.skip()
         return self.at == len(self.line)
 
-    def word(self, what: str) -> str:
+    def word(self, expected: str) -> str:
         found = self.match(WORD)
         if found is None:
-            raise self.error(f"expected {what}, got {self.rest()}")
+            raise self.error(f"expected {expected}, got {self.rest()}")
         self.at += len(found)
         return found
 
-    def name(self, what: str) -> str:
-        return self.string() if self.line.startswith('"', self.at) else self.word(what)
+    def name(self, expected: str) -> str:
+        return self.string() if self.line.startswith('"', self.at) else self.word(expected)
 
     def string(self) -> str:
         found = self.match(_STRING)
@@ -90,11 +90,11 @@ class Scanner:
             raise self.error(f"expected an integer, got {value}", start)
         return value
 
-    def choice(self, what: str, choices: tuple[str, ...]) -> str:
+    def choice(self, label: str, choices: tuple[str, ...]) -> str:
         start = self.at
-        found = self.word(what)
+        found = self.word(label)
         if found not in choices:
-            raise self.error(f"{what}: expected one of {', '.join(choices)}, got {found!r}", start)
+            raise self.error(f"{label}: expected one of {', '.join(choices)}, got {found!r}", start)
         return found
 
     def items(self, item: Callable[[], _Item], close: str) -> list[_Item]:

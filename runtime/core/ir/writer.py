@@ -141,9 +141,9 @@ class GraphWriter:
             raise IRError(f"{name!r} is already declared as {declared.type}, got {TensorType(dtype, shape)}")
         return declared
 
-    def _new_refs(self, names: tuple[str, ...], types: tuple[TensorType, ...], what: str) -> tuple[TensorRef, ...]:
+    def _new_refs(self, names: tuple[str, ...], types: tuple[TensorType, ...], owner: str) -> tuple[TensorRef, ...]:
         if len(names) != len(types):
-            raise IRError(f"{what}: expected {len(types)} output names, got {len(names)}: {', '.join(names)}")
+            raise IRError(f"{owner}: expected {len(types)} output names, got {len(names)}: {', '.join(names)}")
         return tuple(
             TensorRef(self._unique(name), type_.shape, type_.dtype, self.device_id)
             for name, type_ in zip(names, types, strict=True)

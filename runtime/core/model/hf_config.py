@@ -199,20 +199,20 @@ class HFConfig:
         return ConfigError(f"{self.path}: '{key}': expected {expected}, got {shown(got)}")
 
 
-def computed(what: str, formula: Callable[[], V]) -> V:
+def computed(label: str, formula: Callable[[], V]) -> V:
     """The value of a layout's formula; ConfigError if the arithmetic fails or the result is not finite."""
     try:
         value = formula()
     except (ArithmeticError, ValueError, IndexError) as error:
-        raise ConfigError(f"{what} cannot be computed: {error}") from None
+        raise ConfigError(f"{label} cannot be computed: {error}") from None
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{what} must be finite, got {value}")
+        raise ConfigError(f"{label} must be finite, got {value}")
     return value
 
 
-def computed_in_layer(layer: int, what: str, formula: Callable[[int], V]) -> V:
+def computed_in_layer(layer: int, label: str, formula: Callable[[int], V]) -> V:
     """As `computed`, for a formula of the layer number."""
-    return computed(f"{what} in layer {layer}", functools.partial(formula, layer))
+    return computed(f"{label} in layer {layer}", functools.partial(formula, layer))
 
 
 def _fits_float(value: builtins.int | builtins.float) -> bool:
