@@ -1,21 +1,9 @@
 """Tests of the wording lint on samples; `make lint` runs it on the repository."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def wording() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("wording", Path(__file__).with_name("wording.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+import wording
 
 
 @pytest.mark.parametrize(
@@ -29,7 +17,7 @@ def wording() -> ModuleType:
         ("a.yaml", "ops:\n  a:\n    summary: A norm with weights of its own.\n", ["of its own"]),
     ],
 )
-def test_rejected(wording: ModuleType, tmp_path: Path, name: str, text: str, expected: list[str]) -> None:
+def test_rejected(tmp_path: Path, name: str, text: str, expected: list[str]) -> None:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     assert [pattern for _, pattern in wording.hits_of(wording.strict_pieces(path))] == expected
@@ -45,12 +33,12 @@ def test_rejected(wording: ModuleType, tmp_path: Path, name: str, text: str, exp
         ("a.md", "# Scheduling order\n\nText that wants a rewrite.\n\n```\n# What now\n```\n"),
     ],
 )
-def test_accepted(wording: ModuleType, tmp_path: Path, name: str, text: str) -> None:
+def test_accepted(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     assert list(wording.hits_of(wording.strict_pieces(path))) == []
 
 
-def test_comment_density(wording: ModuleType, tmp_path: Path) -> None:
+def test_comment_density(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("# reason\nx = 1  # unit\n\ny = 2\nz = '#'\nw = 3\n", encoding="utf-8")
     assert wording.comment_density([tmp_path / "a.py"]) == 50.0
