@@ -1,5 +1,6 @@
 """Emits documentation: a page per op file and model, and the reference of the spec language from its schemas."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -192,17 +193,17 @@ def _schema_parts(schema: type[BaseModel], seen: set[type[BaseModel]]) -> list[s
 
 
 def _field_row(name: str, field: FieldInfo) -> tuple[str, ...]:
-    default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+    default = "required" if field.is_required() else _code(json.dumps(field.get_default(call_default_factory=True)))
     return (_code(name), _code(_type_words(field.annotation)), default, field.description or "")
 
 
 def _type_words(annotation: Any) -> str:
     arguments = get_args(annotation)
     origin = getattr(annotation, "__origin__", None)
-    if isinstance(annotation, type) and not arguments:
-        return annotation.__name__
     if annotation is type(None):
         return "null"
+    if isinstance(annotation, type) and not arguments:
+        return annotation.__name__
     if origin in (dict, list):
         return f"{origin.__name__} of {' to '.join(_type_words(argument) for argument in arguments)}"
     if origin is not None and hasattr(annotation, "__metadata__"):

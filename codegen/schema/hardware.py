@@ -35,15 +35,15 @@ class GemmSpec(Strict):
 class HardwareFile(Strict):
     """`specs/hardware/NAME.yaml`: one device type."""
 
-    schema_: Literal["hardware/v1"] = Field(alias="schema")
+    schema_: Literal["hardware/v1"] = Field(alias="schema", description="kind and version of the file")
     hardware: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="the name in commands")
-    summary: str
+    summary: str = Field(description="one sentence")
     source: str = Field(description="the source of the figures")
     peak_flops: dict[Literal["f32", "bf16", "f16", "f64", "i8"], float] = Field(description="operations per second")
     memory_bandwidth: float = Field(gt=0, description="bytes per second")
-    memory_bytes: int = Field(gt=0)
+    memory_bytes: int = Field(gt=0, description="size of the memory")
     launch_overhead_us: float = Field(ge=0, description="fixed time per kernel launch")
-    link: LinkSpec
-    host_link: LinkSpec
+    link: LinkSpec = Field(description="connection to other devices")
+    host_link: LinkSpec = Field(description="connection to host memory")
     gemm: GemmSpec | None = Field(default=None, description="block sizes of the CPU's GEMM kernels")
     efficiency: dict[str, float] = Field(default={}, description="fraction of the limit reached, per op tag")

@@ -27,7 +27,7 @@ OpTypes = Annotated[Text | Annotated[dict[PhaseName, str], Tag("mapping")], Disc
 class ArchitecturesSpec(Strict):
     """The checkpoints that this layout reads, selected by `architectures` in config.json."""
 
-    architectures: list[str] = Field(min_length=1)
+    architectures: list[str] = Field(min_length=1, description="values of `architectures` in config.json")
     prefix: str = Field(
         default="", description="common prefix of tensor names; checkpoints of the bare model, without it, are read too"
     )
@@ -46,7 +46,7 @@ class ConfigField(Strict):
     type: ConfigTypeName | None = Field(
         default=None, description="inferred from the default, else int. `str[L]`: one per layer; `int[]`: any length"
     )
-    doc: str | None = None
+    doc: str | None = Field(default=None, description="one line for the docs")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -60,27 +60,27 @@ class ConfigField(Strict):
 class BaseFrequency(Strict):
     """Keys of config.json for the rotary base frequency."""
 
-    hf: list[str] = Field(min_length=1)
-    default: float
+    hf: list[str] = Field(min_length=1, description="keys, tried in order")
+    default: float = Field(description="value if no key is present")
 
 
 class ScalingSpec(Strict):
     """Keys of config.json for the rotary scaling, and the scaling types that the layout allows."""
 
-    hf: list[str] = Field(min_length=1)
-    allow: list[str] = Field(min_length=1)
+    hf: list[str] = Field(min_length=1, description="keys of the scaling section, tried in order")
+    allow: list[str] = Field(min_length=1, description="scaling types that the layout accepts, such as yarn")
 
 
 class RopeSection(Strict):
     """Rotary position embedding (Su et al. 2021): the tables `cos` and `sin`, [P, dim/2]."""
 
-    base: BaseFrequency
+    base: BaseFrequency = Field(description="base frequency (theta)")
     dim: DimText = Field(description="number of rotated components per head; the others are unchanged")
     layout: Literal["half", "interleaved"] = Field(
         default="half",
         description="pairs of components: j and j + dim/2 (op `rope`), or 2j and 2j + 1 (op `rope_interleaved`)",
     )
-    scaling: ScalingSpec | None = None
+    scaling: ScalingSpec | None = Field(default=None, description="scaling for longer sequences")
 
 
 def _rope_form(value: Any) -> str:
@@ -108,8 +108,8 @@ class AlibiSection(Strict):
 class CacheSection(Strict):
     """KV cache of one token in one layer: `[heads, width]` of its key and of its value."""
 
-    k: list[DimText] = Field(default=["Nkv", "D"], min_length=2, max_length=2)
-    v: list[DimText] = Field(default=["Nkv", "D"], min_length=2, max_length=2)
+    k: list[DimText] = Field(default=["Nkv", "D"], min_length=2, max_length=2, description="[heads, width] of a key")
+    v: list[DimText] = Field(default=["Nkv", "D"], min_length=2, max_length=2, description="[heads, width] of a value")
     v_of: Literal["k"] | None = Field(
         default=None, description="the value is the leading part of the key and is not stored separately"
     )
@@ -119,7 +119,9 @@ class ShardSpec(Strict):
     """Sharding of a weight under tensor parallelism."""
 
     shard: int | None = Field(default=None, ge=0, description="the dim that is divided over the ranks")
-    kind: Literal["rows", "vocab"] = "rows"
+    kind: Literal["rows", "vocab"] = Field(
+        default="rows", description="`vocab`: a table of tokens, with sizes that stay global"
+    )
     then: Literal["all_reduce", "all_gather"] | None = Field(
         default=None, description="collective that completes the result"
     )
@@ -144,17 +146,17 @@ class ShardSpec(Strict):
 class TiedSpec(Strict):
     """A weight that equals another one, always or under a condition; the checkpoint may then omit its tensor."""
 
-    to: str
-    when: str | None = None
+    to: str = Field(description="the weight that it equals")
+    when: str | None = Field(default=None, description="condition on the config under which it is tied")
 
 
 class WeightSpec(Strict):
     """One weight; it is per-layer if its checkpoint names contain `{i}`."""
 
-    shape: list[DimText] = Field(max_length=4)
-    hf: Source
-    tp: ShardSpec | None = None
-    tied: TiedSpec | None = None
+    shape: list[DimText] = Field(max_length=4, description="sizes, as expressions of config names")
+    hf: Source = Field(description="tensor name, or how the weight is built from several tensors")
+    tp: ShardSpec | None = Field(default=None, description="sharding under tensor parallelism")
+    tied: TiedSpec | None = Field(default=None, description="the weight equals another one")
     when: str | None = Field(default=None, description="condition on the config under which the weight exists")
 
 
@@ -162,13 +164,13 @@ class BranchSpec(Strict):
     """One branch of a `choose`; the last branch may omit `when` and is then the default."""
 
     when: str | None = Field(default=None, description="condition on the config and, in a layer, on its index")
-    do: list["Line"] = Field(min_length=1)
+    do: list["Line"] = Field(min_length=1, description="statements")
 
 
 class ChooseSpec(Strict):
     """Statements that depend on the config or on the layer: the first branch with a true condition applies."""
 
-    choose: list[BranchSpec] = Field(min_length=1)
+    choose: list[BranchSpec] = Field(min_length=1, description="branches in order")
 
     @model_validator(mode="after")
     def _otherwise_last(self) -> Self:
@@ -189,11 +191,11 @@ class PatchSpec(Strict):
     The text of a `choose` is `when` and its first condition.
     """
 
-    before: str | None = None
-    after: str | None = None
-    replace: str | None = None
-    add: list[Line] | None = None
-    with_: list[Line] | None = Field(default=None, alias="with")
+    before: str | None = Field(default=None, description="beginning of the statement to insert before")
+    after: str | None = Field(default=None, description="beginning of the statement to insert after")
+    replace: str | None = Field(default=None, description="beginning of the statement to replace")
+    add: list[Line] | None = Field(default=None, description="statements to insert")
+    with_: list[Line] | None = Field(default=None, alias="with", description="statements that replace it")
 
     @model_validator(mode="after")
     def _anchored(self) -> Self:
@@ -208,23 +210,23 @@ class PatchSpec(Strict):
 class BlockSpec(Strict):
     """A part of a layer that is one block-level node. With `extends`, weights are merged and the rest is replaced."""
 
-    summary: str | None = None
-    op_type: OpTypes | None = None
+    summary: str | None = Field(default=None, description="one sentence for the docs")
+    op_type: OpTypes | None = Field(default=None, description="op type of the node, or one per phase")
     hf: str | None = Field(default=None, description="prefix of the checkpoint names")
-    weights: dict[str, WeightSpec] = Field(default={})
-    args: dict[str, str] | None = None
-    body: list[Line] | None = Field(default=None, min_length=1)
-    returns: list[str] | None = Field(default=None, min_length=1)
-    patch: list[PatchSpec] = Field(default=[])
+    weights: dict[str, WeightSpec] = Field(default={}, description="one set of weights per layer")
+    args: dict[str, str] | None = Field(default=None, description="name -> type, in order of the arguments")
+    body: list[Line] | None = Field(default=None, min_length=1, description="statements `names = op(values, attr=...)`")
+    returns: list[str] | None = Field(default=None, min_length=1, description="values with one row per token")
+    patch: list[PatchSpec] = Field(default=[], description="edits of the inherited body")
 
 
 class RepeatSpec(Strict):
     """The loop over the layers. A carried value must have the same type before and after each iteration."""
 
-    repeat: str
-    index: str
-    carry: list[str] = Field(min_length=1)
-    do: list[Line] = Field(min_length=1)
+    repeat: str = Field(description="number of iterations: L, the layers")
+    index: str = Field(description="name of the layer index")
+    carry: list[str] = Field(min_length=1, description="values that one iteration passes to the next")
+    do: list[Line] = Field(min_length=1, description="statements of one layer")
 
 
 def _statement_kind(value: Any) -> str:
@@ -241,22 +243,22 @@ Statement = Annotated[
 class DropBlock(Strict):
     """Weights of an inherited block that this layout removes."""
 
-    weights: list[str] = Field(min_length=1)
+    weights: list[str] = Field(min_length=1, description="names of weights")
 
 
 class DropSection(Strict):
     """Inherited entries that this layout removes; each one must exist."""
 
-    config: list[str] = Field(default=[])
+    config: list[str] = Field(default=[], description="config names")
     checks: list[str] = Field(default=[], description="texts of checks; whitespace is ignored")
-    weights: list[str] = Field(default=[])
+    weights: list[str] = Field(default=[], description="weights outside blocks")
     blocks: dict[str, DropBlock | None] = Field(default={}, description="`NAME: null` drops the whole block")
 
 
 class TpSection(Strict):
     """Config sizes that are divided by the tensor parallel degree."""
 
-    divides: list[str] = Field(default=[])
+    divides: list[str] = Field(default=[], description="sizes such as the numbers of heads")
 
 
 Tiny = Annotated[
@@ -268,31 +270,33 @@ Tiny = Annotated[
 class ModelTests(Strict):
     """`tiny`: an HF config small enough to build, run and snapshot in tests."""
 
-    tiny: dict[str, Tiny]
+    tiny: dict[str, Tiny] = Field(description="keys of config.json")
 
 
 class ModelFile(Strict):
     """`specs/models/NAME.yaml`: one layout."""
 
-    schema_: Literal["models/v1"] = Field(alias="schema")
-    model: str
-    summary: str
+    schema_: Literal["models/v1"] = Field(alias="schema", description="kind and version of the file")
+    model: str = Field(description="name of the layout")
+    summary: str = Field(description="one sentence, with the publication")
     extends: str | None = Field(default=None, description="the base layout, which must not extend another one")
-    drop: DropSection | None = None
-    hf: ArchitecturesSpec
-    config: dict[str, ConfigField] = Field(default={})
-    checks: list[str] = Field(default=[])
+    drop: DropSection | None = Field(default=None, description="inherited entries to remove")
+    hf: ArchitecturesSpec = Field(description="the checkpoints that the layout reads")
+    config: dict[str, ConfigField] = Field(default={}, description="config names, in order of definition")
+    checks: list[str] = Field(default=[], description="conditions that config.json must satisfy: `Nq % Nkv == 0`")
     rope: RopeForm | None = Field(
         default=None, description="one pair of tables, `cos` and `sin`, or several by name: `cos_NAME`, `sin_NAME`"
     )
-    alibi: AlibiSection | None = None
-    cache: CacheSection | None = None
-    tp: TpSection | None = None
-    weights: dict[str, WeightSpec] = Field(default={})
-    blocks: dict[str, BlockSpec] = Field(default={})
-    program: list[Statement] | None = None
+    alibi: AlibiSection | None = Field(default=None, description="ALiBi slopes")
+    cache: CacheSection | None = Field(default=None, description="shape of cached keys and values")
+    tp: TpSection | None = Field(default=None, description="sizes that tensor parallelism divides")
+    weights: dict[str, WeightSpec] = Field(default={}, description="weights outside blocks")
+    blocks: dict[str, BlockSpec] = Field(default={}, description="blocks by name, called like ops")
+    program: list[Statement] | None = Field(
+        default=None, description="statements of one step, from token ids to results"
+    )
     patch: list[PatchSpec] = Field(default=[], description="edits of the inherited program")
-    returns: list[str] | None = None
+    returns: list[str] | None = Field(default=None, description="results: logits and tokens, or rows of embeddings")
     hidden: str | None = Field(
         default=None,
         description="in a layout that generates text: the value that embeddings are computed from",
@@ -300,5 +304,7 @@ class ModelFile(Strict):
     phases: dict[PhaseName, dict[Literal["attend"], str]] = Field(
         default={}, description="the attention op of each phase, for layouts with `attend`"
     )
-    ignore_hf: list[str] = Field(default=[])
-    tests: ModelTests
+    ignore_hf: list[str] = Field(
+        default=[], description="checkpoint tensors that are not read; `*` at an end is a wildcard"
+    )
+    tests: ModelTests = Field(description="test config")

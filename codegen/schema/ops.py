@@ -21,7 +21,7 @@ class InputSpec(Strict):
 
     type: str = Field(description='element type and named dims: "E[T, H]", "f32[..., D/2]", "i32[B + 1]"')
     optional: bool = Field(default=False, description="may be absent; optional inputs come after the others")
-    doc: str | None = None
+    doc: str | None = Field(default=None, description="one line for the docs")
 
 
 class AttrSpec(Strict):
@@ -30,17 +30,17 @@ class AttrSpec(Strict):
     type: AttrType = Field(description="`dim` is a size that operand types may use")
     default: Scalar | None = Field(default=None, description="for numbers also an expression of dims: `D ** -0.5`")
     optional: bool = Field(default=False, description="may be absent (None); see `optional` in the compute language")
-    min: int | float | None = None
-    max: int | float | None = None
-    choices: list[Scalar] | None = Field(default=None, min_length=1)
-    doc: str | None = None
+    min: int | float | None = Field(default=None, description="smallest allowed value")
+    max: int | float | None = Field(default=None, description="largest allowed value")
+    choices: list[Scalar] | None = Field(default=None, min_length=1, description="allowed values")
+    doc: str | None = Field(default=None, description="one line for the docs")
 
 
 class CostSpec(Strict):
     """The work of an op with a hand-written `reference`; for other ops it is derived."""
 
     let: dict[str, str] = Field(default={}, description="sizes that are only known at run time, with descriptions")
-    flops: str
+    flops: str = Field(description="floating-point operations, as a formula of dims and `let`")
     bytes: str = Field(description="bytes moved to and from memory; `sizeof(E)` is the size of an element")
 
 
@@ -63,7 +63,7 @@ class KernelSpec(Strict):
 class RuleSpec(Strict):
     """The pass that rewrites the ops of `fuses` into this op."""
 
-    pass_: str = Field(alias="pass")
+    pass_: str = Field(alias="pass", description="the pass, which lists the op with `from_op`")
     benefit: int = Field(default=1, ge=1, le=1000, description="rules with a greater benefit are tried first")
 
 
@@ -85,7 +85,7 @@ class OpShardingSpec(Strict):
 class TestsSpec(Strict):
     """Sizes to test with, one generated test per case. `R` is the size, or list of sizes, of the leading dims `...`."""
 
-    cases: list[dict[str, int | list[int]]] = Field(min_length=1)
+    cases: list[dict[str, int | list[int]]] = Field(min_length=1, description="dim -> size")
 
 
 InputForm = Annotated[Annotated[str, Tag("text")] | Annotated[InputSpec, Tag("mapping")], Discriminator(_form)]
@@ -94,18 +94,20 @@ InputForm = Annotated[Annotated[str, Tag("text")] | Annotated[InputSpec, Tag("ma
 class OpSpec(Strict):
     """One op. Its semantics are defined by exactly one of `compute`, `fuses` and `reference`."""
 
-    summary: str = Field(min_length=1)
-    doc: str | None = None
+    summary: str = Field(min_length=1, description="one sentence, with the publication if there is one")
+    doc: str | None = Field(default=None, description="details for the docs")
     op_type: str | None = Field(default=None, description="member of OpType; by default a `fuses` op has its last op's")
-    tags: list[str] = Field(default=[])
-    phases: list[Phase] = Field(default=["prefill", "decode", "hybrid"], min_length=1)
+    tags: list[str] = Field(default=[], description="labels for passes, costs and kernels")
+    phases: list[Phase] = Field(
+        default=["prefill", "decode", "hybrid"], min_length=1, description="phases that the op supports"
+    )
     types: dict[str, list[ElementName]] = Field(
         default={}, description="element-type variables; by default `E` is f16, bf16, f32 or f64"
     )
     dims: dict[str, str] = Field(default={}, description="dims of this op only, in addition to specs/dims.yaml")
-    inputs: dict[str, InputForm]
-    outputs: dict[str, str] = Field(min_length=1)
-    attrs: dict[str, AttrSpec] = Field(default={})
+    inputs: dict[str, InputForm] = Field(description='name -> type, such as "E[T, H]"; in order of the arguments')
+    outputs: dict[str, str] = Field(min_length=1, description="name -> type, in order of the results")
+    attrs: dict[str, AttrSpec] = Field(default={}, description="values that are fixed when the graph is built")
     where: list[str] = Field(default=[], description="conditions on dims and attrs: `Nq % Nkv == 0`")
     views: dict[str, str] = Field(
         default={}, description='named slices and reshapes of operands: "gu[T, 0:I]", "x[T, N, D] as [T, N*D]"'
@@ -115,14 +117,14 @@ class OpSpec(Strict):
     reference: str | None = Field(default=None, description="semantics as a torch function: templates/reference/NAME")
     tp: OpShardingSpec | None = Field(default=None, description="behaviour under tensor parallelism, for a `reference`")
     inplace: dict[str, str] = Field(default={}, description="output -> input that it overwrites in memory")
-    cost: CostSpec | None = None
-    kernel: KernelSpec | None = None
-    rule: RuleSpec | None = None
-    tests: TestsSpec | None = None
+    cost: CostSpec | None = Field(default=None, description="work of a `reference`; derived for other ops")
+    kernel: KernelSpec | None = Field(default=None, description="parameters of the op's kernel templates")
+    rule: RuleSpec | None = Field(default=None, description="the rewrite rule that is derived from `fuses`")
+    tests: TestsSpec | None = Field(default=None, description="sizes of the generated tests")
 
 
 class OpsFile(Strict):
     """`specs/ops/*.yaml`."""
 
-    schema_: Literal["ops/v1"] = Field(alias="schema")
-    ops: dict[str, OpSpec]
+    schema_: Literal["ops/v1"] = Field(alias="schema", description="kind and version of the file")
+    ops: dict[str, OpSpec] = Field(description="ops by name, which is the name of the function in graphs and kernels")

@@ -60,13 +60,15 @@ class ShareSpec(Strict):
 class PassSpec(Strict):
     """One pass. The fields from `rules` on depend on its kind."""
 
-    summary: str = Field(min_length=1)
-    kind: Kind
+    summary: str = Field(min_length=1, description="one sentence: the change and its benefit")
+    kind: Kind = Field(description="implementation of the pass, which determines its fields")
     stage: str = Field(description="stage of the pipeline, see `stages`")
     level: Literal["block", "kernel"] = Field(description="level of the graphs that it works on")
     after: list[str] = Field(default=[], description="passes of the stage that run before this one")
     before: list[str] = Field(default=[], description="passes of the stage that run after this one")
-    phases: list[PhaseName] = Field(default=["prefill", "decode", "hybrid"], min_length=1)
+    phases: list[PhaseName] = Field(
+        default=["prefill", "decode", "hybrid"], min_length=1, description="phases of the graphs that it works on"
+    )
     rules: list[RuleSpec] = Field(default=[], description="rewrite: patterns and replacements")
     expect: dict[str, ModelNames] = Field(
         default={},
@@ -139,6 +141,6 @@ FIELDS_TOGETHER = (("join", "split"), ("move", "send", "recv"))
 class PassesFile(Strict):
     """`specs/passes/*.yaml`."""
 
-    schema_: Literal["passes/v1"] = Field(alias="schema")
+    schema_: Literal["passes/v1"] = Field(alias="schema", description="kind and version of the file")
     stages: dict[str, str] = Field(default={}, description="the pipeline's stages in order, each with its purpose")
-    passes: dict[str, PassSpec] = {}
+    passes: dict[str, PassSpec] = Field(default={}, description="passes by name")

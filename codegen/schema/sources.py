@@ -20,15 +20,15 @@ Text = Annotated[str, Tag("text")]
 class ConcatItem(Strict):
     """One of several concatenated sources, and its size along `dim`."""
 
-    size: DimText
-    of: "Source"
+    size: DimText = Field(description="size along `dim`")
+    of: "Source" = Field(description="source of this part")
 
 
 class StackSpec(Strict):
     """Equal sources stacked along a new first dim: `over: e in X`, `of: experts.{e}.w.weight`."""
 
-    over: str
-    of: "Source"
+    over: str = Field(description="`e in SIZE`: the index and the number of sources")
+    of: "Source" = Field(description="source with `{e}` in its tensor names")
 
 
 class HfSource(Strict):
@@ -42,7 +42,7 @@ class HfSource(Strict):
         | None
     ) = Field(default=None, description="tensor name -> its size along `dim`, or a list of `{size: ..., of: SOURCE}`")
     dim: int = Field(default=0, ge=0, description="the dim along which `concat` concatenates")
-    stack: StackSpec | None = None
+    stack: StackSpec | None = Field(default=None, description="equal sources, stacked along a new first dim")
     transpose: "Source | None" = Field(default=None, description="the source, stored with its last two dims swapped")
     rearrange: str | None = Field(
         default=None,
