@@ -1,8 +1,6 @@
-"""Commands `sagellm graph` and `sagellm generate --diff`: views of graphs, and the effect of a spec change on them."""
+"""Commands `sagellm graph` and `sagellm explain MODEL:NODE`: views of graphs and of the passes over them."""
 
-import dataclasses
 import difflib
-import filecmp
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,10 +21,10 @@ from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
 from sageLLM.runtime.inspect.explain_node import explain_node
 from sageLLM.runtime.inspect.export import to_chrome_trace, to_dot, to_html, to_json, to_mermaid, to_page
 from sageLLM.runtime.inspect.rule_table import rule_table
-from sageLLM.runtime.inspect.summary import STEP, diff_lines, step_of, summarise
+from sageLLM.runtime.inspect.summary import STEP, step_of
 from sageLLM.runtime.inspect.traces import traces_of
 from sageLLM.runtime.inspect.why_not import why_not
-from sageLLM.runtime.registry.plugins import Registry, load_registry, load_tree
+from sageLLM.runtime.registry.plugins import Registry, load_registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,39 +221,3 @@ def _changes(states: list[tuple[str, ExecutionGraph]]) -> str:
         )
         parts += lines
     return "\n".join(parts) or "no pass changed the graph"
-
-
-def show_spec_diff(old: Path, new: Path, as_json: bool) -> int:
-    """Prints the changes of the current specs to the generated tree, and to the graphs of every model."""
-    if not (old / "__init__.py").is_file():
-        print(f"error: expected a generated folder to compare with, got {old}", file=sys.stderr)
-        return 1
-    before, after = (summarise(load_tree(tree)) for tree in (old, new))
-    lines = diff_lines(before, after)
-    files = _changed_files(old, new)
-    if as_json:
-        data = {name: {s: dataclasses.asdict(one) for s, one in stages.items()} for name, stages in after.items()}
-        print(json.dumps({"files": files, "changes": lines, "after": data}))
-        return 0
-    for file in files:
-        print(file)
-    print("\n".join(lines) or "no graph changes")
-    return 0
-
-
-def _changed_files(old: Path, new: Path) -> list[str]:
-    names = {
-        path.relative_to(tree).as_posix()
-        for tree in (old, new)
-        for path in tree.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.name != "MANIFEST.json"
-    }
-    marks = {(True, False): "removed", (False, True): "new"}
-    lines = []
-    for name in sorted(names):
-        exists = ((old / name).is_file(), (new / name).is_file())
-        if exists != (True, True):
-            lines.append(f"{marks[exists]}: {name}")
-        elif not filecmp.cmp(old / name, new / name, shallow=False):
-            lines.append(f"changed: {name}")
-    return lines

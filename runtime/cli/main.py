@@ -39,7 +39,7 @@ def generate(
 
     command = Generate(specs or [], out, as_json=json, count=missed_expectations)
     if diff:
-        from sageLLM.runtime.cli.graph import show_spec_diff
+        from sageLLM.runtime.cli.spec_diff import show_spec_diff
 
         raise typer.Exit(command.with_fresh_tree(show_spec_diff))
     raise typer.Exit(command.check() if check else command.write())

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from sageLLM.codegen import driver
 from sageLLM.generated.builders import MODELS
-from sageLLM.runtime.cli.graph import show_spec_diff
 from sageLLM.runtime.cli.main import app
+from sageLLM.runtime.cli.spec_diff import show_spec_diff
 
 
 def sagellm(*arguments: str) -> Result:
