@@ -73,7 +73,7 @@ def generate(
     try:
         return update([base, *overlays], out, BASE_OUT, count)
     except (SpecErrors, Undeclared):
-        pass  # a run from scratch finds all mistakes, not only those that the change reaches, in the order of the stages
+        pass  # a run from scratch finds all mistakes, not only those that the change reaches, stage by stage
     return generate_from_scratch(overlays, out, base, count)
 
 

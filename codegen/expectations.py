@@ -57,17 +57,29 @@ def _finding(missed: Missed, raw: RawSpecs) -> Diagnostic:
     return Diagnostic("SAGE340", message, one.span("expect", formula, index), "\n".join(missed.reasons) or None)
 
 
-def is_same_code(before: str, after: str) -> bool:
-    """Whether two Python files differ in docstrings, comments and layout at most."""
+COSTS = {"flop_formula", "byte_formula"}
+"""Fields of op classes that no rule reads: conditions of rules are about sizes and types."""
+
+
+def counts_alike(before: str, after: str) -> bool:
+    """Whether two Python files differ at most in prose, layout and costs, so that rules fire as often with both."""
     try:
-        return _without_docstrings(before) == _without_docstrings(after)
+        return _counted_code(before) == _counted_code(after)
     except SyntaxError:
         return False
 
 
-def _without_docstrings(text: str) -> str:
+def _counted_code(text: str) -> str:
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, False) is not None:
-            node.body = node.body[1:]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            has_docstring = ast.get_docstring(node, clean=False) is not None
+            node.body = [inner for inner in node.body[has_docstring:] if not _is_cost(inner)]
     return ast.dump(tree)
+
+
+def _is_cost(node: ast.stmt) -> bool:
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name)]):
+            return name in COSTS
+    return False

@@ -133,12 +133,12 @@ def _record(file: Output | FileRecord, texts: Mapping[str, str]) -> FileRecord:
 
 
 def _is_counted_again(changed: Iterable[Output], tree: Tree) -> bool:
-    """Whether code changed that counts depend on; prose in it does not count."""
-    from sageLLM.codegen.expectations import COUNTED, is_same_code
+    """Whether code changed that counts depend on."""
+    from sageLLM.codegen.expectations import COUNTED, counts_alike
 
     for output in changed:
         if output.path.startswith(COUNTED):
             before = tree.text(output.path)
-            if before is None or not is_same_code(before, output.text):
+            if before is None or not counts_alike(before, output.text):
                 return True
     return False

@@ -11,29 +11,30 @@ from functools import lru_cache, reduce
 from math import gcd, lcm
 
 Monomial = tuple[str, ...]  # symbols in order, repeated for powers; () is the constant
+Coefficient = int | Fraction  # an int if it is whole: nearly all are, and fractions compute ten times slower
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
     """A sum of monomials with rational coefficients, sorted and without zeros. `text` is the spec's text, if any."""
 
-    terms: tuple[tuple[Monomial, Fraction], ...]
+    terms: tuple[tuple[Monomial, Coefficient], ...]
     text: str | None = field(default=None, compare=False)
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def of(value: int) -> "Size":
-        return _size({(): Fraction(value)})
+        return _size({(): value})
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def symbol(name: str) -> "Size":
-        return Size((((name,), Fraction(1)),))
+        return Size((((name,), 1),))
 
     def __add__(self, other: "Size") -> "Size":
         total = dict(self.terms)
         for monomial, factor in other.terms:
-            total[monomial] = total.get(monomial, Fraction(0)) + factor
+            total[monomial] = total.get(monomial, 0) + factor
         return _size(total)
 
     def __neg__(self) -> "Size":
@@ -43,15 +44,15 @@ class Size:
         return self + -other
 
     def __mul__(self, other: "Size") -> "Size":
-        total: dict[Monomial, Fraction] = {}
+        total: dict[Monomial, Coefficient] = {}
         for left, a in self.terms:
             for right, b in other.terms:
                 monomial = tuple(sorted(left + right))
-                total[monomial] = total.get(monomial, Fraction(0)) + a * b
+                total[monomial] = total.get(monomial, 0) + a * b
         return _size(total)
 
     def divided_by(self, divisor: int) -> "Size":
-        return _size({monomial: factor / divisor for monomial, factor in self.terms})
+        return _size({monomial: Fraction(factor, divisor) for monomial, factor in self.terms})
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -62,7 +63,7 @@ class Size:
         """The value of a size without symbols, or None."""
         if self.symbols:
             return None
-        value = self.terms[0][1] if self.terms else Fraction(0)
+        value = self.terms[0][1] if self.terms else 0
         return int(value) if value.denominator == 1 else None
 
     @property
@@ -103,7 +104,7 @@ class Size:
         if len(own) != 1 or own[0][0] != (symbol,):
             return None
         rest = value - (self - _size(dict(own)))
-        return _size({monomial: factor / own[0][1] for monomial, factor in rest.terms})
+        return _size({monomial: Fraction(factor) / own[0][1] for monomial, factor in rest.terms})
 
     def evaluate(self, env: Mapping[str, int]) -> Fraction:
         total = Fraction(0)
@@ -115,9 +116,13 @@ class Size:
         return self.text if self.text is not None else formula(self)
 
 
-def _size(terms: Mapping[Monomial, Fraction]) -> Size:
-    kept = {monomial: factor for monomial, factor in terms.items() if factor}
+def _size(terms: Mapping[Monomial, Coefficient]) -> Size:
+    kept = {monomial: _normal(factor) for monomial, factor in terms.items() if factor}
     return Size(tuple(sorted(kept.items(), key=lambda item: (-len(item[0]), item[0]))))
+
+
+def _normal(factor: Coefficient) -> Coefficient:
+    return factor.numerator if factor.denominator == 1 else factor
 
 
 LEADING = Size(Size.symbol("R").terms, text="...")

@@ -25,6 +25,7 @@ from sageLLM.codegen.expr.tree import (
     View,
 )
 from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.kernel.rows import RowProgram
 from sageLLM.codegen.kernel.scatter import Scatter, kv_store_program
 from sageLLM.codegen.model.binding import Binding
 from sageLLM.codegen.model.op import AttrName, Call, OpDef
@@ -36,6 +37,8 @@ class Programs:
     def __init__(self, ops: Mapping[str, OpDef]) -> None:
         self.ops = ops
         self._known: dict[str, Program | None] = {}
+        self.row_programs: dict[str, RowProgram] = {}
+        """The loops of ops, once `kernel.lower` has made them for the first target that asks."""
 
     def of(self, op: OpDef) -> Program | None:
         """The program of an op, or of a variant of one; None if it has a reference, or fuses an op that has one.
@@ -44,11 +47,15 @@ class Programs:
         """
         if op.program is not None or not op.fuses:
             return op.program or kv_store_program(op)
-        if self.ops.get(op.name) is not op:  # a variant, such as a GEMM without its consumer
+        if self.is_variant(op):
             return self._inlined(op)
         if op.name not in self._known:
             self._known[op.name] = self._inlined(op)
         return self._known[op.name]
+
+    def is_variant(self, op: OpDef) -> bool:
+        """Whether an op has the name of one of the ops, but other contents: a GEMM without its consumer, for example."""
+        return self.ops.get(op.name) is not op
 
     def _inlined(self, op: OpDef) -> Program | None:
         types = {o.name: o.type for o in op.inputs}

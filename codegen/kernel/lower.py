@@ -50,10 +50,16 @@ from sageLLM.codegen.model.op import OpDef
 
 def row_program(op: OpDef, programs: Programs) -> RowProgram:
     """The op as loops. Raises NotRows with the reason for an op that has no row program."""
+    known = programs.row_programs.get(op.name)
+    if known is not None and not programs.is_variant(op):
+        return known
     program = programs.of(op)
     if program is None:
         raise NotRows("it is defined by a reference, not by equations")
-    return _Lowering(op, program).lower()
+    rows = _Lowering(op, program).lower()
+    if not programs.is_variant(op):
+        programs.row_programs[op.name] = rows
+    return rows
 
 
 def why_no_rows(op: OpDef, programs: Programs) -> str | None:

@@ -17,6 +17,7 @@ import pytest
 
 from sageLLM.codegen import driver, update
 from sageLLM.codegen.diagnostics import SpecErrors
+from sageLLM.codegen.expectations import Missed
 from sageLLM.codegen.facts import Undeclared
 from sageLLM.codegen.incremental import Incremental, Rendered
 from sageLLM.codegen.state import FILE, FOLDER
@@ -126,13 +127,16 @@ def entries_of(text: str) -> list[str]:
 def remove_entry(workspace: Workspace, rng: random.Random) -> None:
     path = rng.choice(workspace.files("ops/*.yaml") + workspace.files("passes/*.yaml"))
     head, *entries = entries_of(path.read_text(encoding="utf-8"))
-    entries.pop(rng.randrange(len(entries)))
+    if entries:
+        entries.pop(rng.randrange(len(entries)))
     path.write_text("".join([head, *entries]), encoding="utf-8")
 
 
 def copy_entry(workspace: Workspace, rng: random.Random) -> None:
     path = rng.choice(workspace.files("ops/*.yaml"))
     head, *entries = entries_of(path.read_text(encoding="utf-8"))
+    if not entries:
+        return
     copied = re.sub(r"^  (\w+):", r"  \1_again:", rng.choice(entries))
     copied = re.sub(r"^    rule: .*\n", "", copied, flags=re.MULTILINE)
     path.write_text("".join([head, *entries, copied]), encoding="utf-8")
@@ -148,7 +152,8 @@ def swap_entries(workspace: Workspace, rng: random.Random) -> None:
 def rename_op(workspace: Workspace, rng: random.Random) -> None:
     """Everywhere, so that the specs stay sound."""
     path = rng.choice(workspace.files("ops/*.yaml"))
-    name = rng.choice(re.findall(r"^  (\w+):$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    names = re.findall(r"^  (\w+):$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    name = rng.choice(names or ["rms_norm"])
     for other in workspace.files():
         text = other.read_text(encoding="utf-8")
         other.write_text(re.sub(rf"\b{name}\b", f"{name}_x", text), encoding="utf-8")
@@ -269,6 +274,26 @@ def test_an_operand_reaches_the_models_that_use_the_op(workspace: Workspace, mon
     units, _ = reached(workspace, monkeypatch)
     assert "model llama" in units and "model gpt2" not in units
     assert workspace.drift() == []
+
+
+def test_counts_are_checked_again_where_rules_may_fire_otherwise(workspace: Workspace) -> None:
+    counted: list[Path] = []
+
+    def count(tree: Path, is_overlay: bool) -> list[Missed]:
+        counted.append(tree)
+        return []
+
+    def generate_with_counts() -> int:
+        generate([workspace.specs], workspace.out, driver.BASE_OUT, count)
+        return len(counted)
+
+    assert generate_with_counts() == 0
+    workspace.edit("ops/activation.yaml", "* sigmoid(g)", "* sigmoid(g) * 1.0")  # another docstring, and another cost
+    assert generate_with_counts() == 0
+    workspace.edit("ops/norm.yaml", "default: 1.0e-6", "default: 1.0e-5")
+    assert generate_with_counts() == 1
+    workspace.edit("models/llama.yaml", "eps=eps", "eps=0.001")
+    assert generate_with_counts() == 2
 
 
 # trees and states that are not as the last run left them
