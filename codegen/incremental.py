@@ -117,6 +117,12 @@ class Incremental:
         return self._interfaces[name]
 
     @cached_property
+    def paths_of_equal_interfaces(self) -> set[str]:
+        """Modules of ops with the interfaces that they had: they differ in docstrings and costs at most."""
+        equal = {name for name in self.ops if self.old.ops.get(name, ("", ""))[1] == self.interface(name)}
+        return {f"ops/{stem}.py" for stem, names in self._op_files.items() if equal.issuperset(names)}
+
+    @cached_property
     def _op_files(self) -> dict[str, list[str]]:
         """The ops by the stem of their spec file, which names the generated files."""
         found: dict[str, list[str]] = {}

@@ -54,7 +54,7 @@ class Programs:
         return self._known[op.name]
 
     def is_variant(self, op: OpDef) -> bool:
-        """Whether an op has the name of one of the ops, but other contents: a GEMM without its consumer, for example."""
+        """Whether an op differs from the one of its name, as a GEMM without its consumer does."""
         return self.ops.get(op.name) is not op
 
     def _inlined(self, op: OpDef) -> Program | None:
