@@ -1,4 +1,4 @@
-"""Checks of the READMEs: their Python runs, their figures are those of benchmarks/results, translations are in step."""
+"""Checks of the READMEs and docs/models.md: Python runs, figures and counts are current, translations are in step."""
 
 import os
 import re
@@ -100,3 +100,17 @@ def test_measured_figures_are_those_of_the_results() -> None:
 @pytest.mark.parametrize(("page", "layouts"), [("README.md", "[{} layouts]"), ("README.zh-CN.md", "[{} 份布局]")])
 def test_the_number_of_layouts(page: str, layouts: str) -> None:
     assert layouts.format(len([*ROOT.glob("specs/models/*.yaml")])) in text_of(page)
+
+
+def test_the_models_page_counts_the_lines_of_every_layout() -> None:
+    rows = re.findall(r"^\| (\w+) \| \w* ?\| (\d+) \| \d+ \|", text_of("docs/models.md"), re.MULTILINE)
+    lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in ROOT.glob("specs/models/*.yaml")}
+    counts = {name: sum(1 for line in text if line.strip() and line.lstrip()[0] != "#") for name, text in lines.items()}
+    assert {name: int(count) for name, count in rows} == counts
+
+
+def test_the_models_page_names_cases_of_the_oracle_tests() -> None:
+    cases = re.findall(r"^\| \w+ \| (.+?) \| equal \|", text_of("docs/models.md"), re.MULTILINE)
+    oracles = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/engine/test_oracle*.py"))
+    assert cases
+    assert [case for case in cases if f'"{case}"' not in oracles] == []

@@ -48,7 +48,6 @@ NOT_YET_CLEAN: tuple[str, ...] = (
     "codegen/source.py",
     "codegen/state.py",
     "codegen/writer.py",
-    "docs/linear-cpu.md",
     "runtime/kernels/",
     "tests/kernels/",
     "tests/repo/",
