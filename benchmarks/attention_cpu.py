@@ -49,7 +49,7 @@ class Paged(NamedTuple):
         table = torch.randperm(sequences * pages).view(sequences, pages).to(torch.int32)
         return cls(k, v, table, torch.full((sequences,), length, dtype=torch.int32))
 
-    def side_by_side(self) -> tuple[Tensor, Tensor]:
+    def contiguous(self) -> tuple[Tensor, Tensor]:
         """Keys and values as [sequences, heads, length, width]."""
         length = int(self.lengths[0])
         k, v = (x[self.table.long()].flatten(1, 2)[:, :length].transpose(1, 2).contiguous() for x in (self.k, self.v))
@@ -103,7 +103,7 @@ def prefills(
     """A whole prompt, causal."""
     keys = Paged.of(1, length, key_heads, width, dtype)
     q, start = torch.randn(length, heads, width).to(dtype), torch.tensor([0, length], dtype=torch.int32)
-    dense = [x.repeat_interleave(heads // key_heads, 1) for x in keys.side_by_side()]
+    dense = [x.repeat_interleave(heads // key_heads, 1) for x in keys.contiguous()]
     rows = q.transpose(0, 1)[None].contiguous()
     return (
         lambda _: kernel(q, *keys, start, scale=width**-0.5),
@@ -117,7 +117,7 @@ def decodes(
     """A row per sequence, over as many caches in turn as the processor's own cannot hold."""
     size = 2 * batch * length * key_heads * width * dtype.itemsize
     copies = [Paged.of(batch, length, key_heads, width, dtype) for _ in range(-(-COLD_BYTES // size))]
-    dense = [copy.side_by_side() for copy in copies]
+    dense = [copy.contiguous() for copy in copies]
     q = torch.randn(batch, heads, width).to(dtype)
     rows = q.view(batch, key_heads, heads // key_heads, width)
     return (

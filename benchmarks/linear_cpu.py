@@ -44,7 +44,7 @@ SHAPES = {
     "Qwen3-0.6B head": (1024, 151936),
 }
 COLD_BYTES = 160_000_000
-MOST_ROWS_OF_HEAD = 32
+MAX_ROWS_OF_HEAD = 32
 
 
 class Ceilings(NamedTuple):
@@ -55,7 +55,7 @@ class Ceilings(NamedTuple):
 
 
 class Timer:
-    """Times of calls made in turn."""
+    """Times of alternating calls."""
 
     def __init__(self, threads: int, seconds: float) -> None:
         self._clock = time.thread_time if threads == 1 else time.perf_counter
@@ -88,7 +88,7 @@ class Ours:
         self._sizes = (ctypes.c_int64 * 6)(rows, inner, features, inner, inner, features)
 
     def __call__(self, x: Tensor, number: int) -> Tensor:
-        """The result is new memory, as oneDNN's is: a block that was just freed, and is in the cache."""
+        """Returns new memory, as oneDNN does: a block that was just freed and is in the cache."""
         w, y = self.packed[number % len(self.packed)], torch.empty(self._shape, dtype=x.dtype)
         self._function((ctypes.c_void_p * 4)(x.data_ptr(), w.data_ptr(), None, y.data_ptr()), self._sizes, None)
         return y
@@ -98,11 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", default="bf16,f32")
     parser.add_argument("--rows", default="1,4,16,32,128,1024")
-    parser.add_argument("--shapes", default="", help="a part of the names of the shapes to time")
+    parser.add_argument("--shapes", default="", help="a part of the names of the shapes to measure")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each line of the table")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--sampling", action="store_true", help="the head and the choice of a token instead")
+    parser.add_argument("--sampling", action="store_true", help="measure the head and the choice of a token instead")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.sampling:
@@ -139,7 +139,7 @@ def measure(dtypes: list[str], rows: list[int], part: str, timer: Timer, threads
                 count = max(2, COLD_BYTES // (inner * features * DTYPES[dtype].itemsize))
                 weights = [torch.randn(features, inner).to(DTYPES[dtype]) for _ in range(count)]
                 for m in rows:
-                    if "head" not in name or m <= MOST_ROWS_OF_HEAD:
+                    if "head" not in name or m <= MAX_ROWS_OF_HEAD:
                         yield {"dtype": dtype, "shape": name} | compared(m, weights, library, timer, ceilings)
 
 
@@ -179,7 +179,7 @@ def compared(rows: int, weights: list[Tensor], library: Library, timer: Timer, c
 
 
 def print_sampling(rows: int, timer: Timer) -> None:
-    """Each call takes the next copy of the weight, so that none finds it where the last one left it."""
+    """Each call reads the next copy of the weight, so that no call finds it in a cache."""
     library = native_library()
     head, sample, fused = (
         NativeCallable(cpu.KERNELS[op], library, reference.KERNELS[op])
@@ -190,13 +190,13 @@ def print_sampling(rows: int, timer: Timer) -> None:
     weight = torch.randn(features, inner).bfloat16()
     copies = [pack(weight, 1, library, memory) for _ in range(COLD_BYTES // weight.nbytes + 2)]
 
-    def next_of(number: int, place: int) -> Any:
-        return copies[(3 * number + place) % len(copies)]
+    def next_copy(number: int, call: int) -> Any:
+        return copies[(3 * number + call) % len(copies)]
 
     times = timer.all(
-        lambda number: head(x, next_of(number, 0)),
-        lambda number: sample(head(x, next_of(number, 1))),
-        lambda number: fused(x, next_of(number, 2)),
+        lambda number: head(x, next_copy(number, 0)),
+        lambda number: sample(head(x, next_copy(number, 1))),
+        lambda number: fused(x, next_copy(number, 2)),
     )
     figures = [f"{name} {median(one) * 1e6:.0f} ({min(one) * 1e6:.0f}) us" for name, one in
                zip(("lm_head", "lm_head, sample", "lm_head_sample"), times, strict=True)]  # fmt: skip

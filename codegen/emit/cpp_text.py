@@ -28,7 +28,7 @@ _PRECEDENCE = {"or": 1, "and": 2, "|": 1, "&": 2, "==": 3, "!=": 3, "<": 4, "<="
 _ATOM, _UNARY, _CONDITIONAL = 9, 8, 0
 _CALLS = {"//": "floor_divide", "%": "floor_remainder", "**": "pow", "min": "minimum", "max": "maximum"}
 _EXACT = ("min", "max", "neg", "abs", "relu", "floor", "round")
-"""Operations whose result is an element again, so that nothing has to be rounded."""
+"""Operations that return an exact element, so that no rounding is needed."""
 
 
 _KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
@@ -50,21 +50,21 @@ def cpp_name(name: str) -> str:
 
 
 class Piece(NamedTuple):
-    """C++ text, and how tightly its outermost operator binds."""
+    """C++ text, and the precedence of its outermost operator."""
 
     text: str
     precedence: int = _ATOM
 
 
 def size_text(size: Size) -> str:
-    """`Dr / 2`: sizes are whole, and so are their divisions."""
+    """`Dr / 2`: sizes are integers, so that `/` divides them exactly as `//` does."""
     return formula(size).replace("//", "/")
 
 
 def number_text(value: object, *, is_float: bool) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    assert isinstance(value, int | float), f"{value!r} is no number"
+    assert isinstance(value, int | float), f"expected a number, got {value!r}"
     return f"{float(value)!r}f" if is_float else str(value)
 
 
@@ -72,8 +72,8 @@ def number_text(value: object, *, is_float: bool) -> str:
 class CppText:
     """Expressions at one point of a kernel: in a sweep over `loop`, or (without one) for the row.
 
-    `operands` maps each operand to the names of its strides, `optional` what may be absent to its condition; `names`
-    renames values that an operand's pointer hides, and `lanes` are the values that have a lane per element.
+    `operands` maps each operand to the names of its strides, `optional` each optional operand or attr to the condition
+    that it is present. `names` renames values that have the name of an operand, and `lanes` are the vector values.
     """
 
     operands: Mapping[str, Sequence[str]]
@@ -86,7 +86,7 @@ class CppText:
         return self._piece(expr, self.is_float(expr)).text
 
     def stored(self, location: Location, value: Expr) -> str:
-        """What is written to a location."""
+        """The value that is written to a location."""
         return self.text(value)
 
     def is_float(self, expr: Expr) -> bool:
@@ -151,11 +151,6 @@ class CppText:
         left, right = self._wrapped(expr.a, binds, inside), self._wrapped(expr.b, binds + 1, inside)
         return self._rounded(expr, Piece(f"{left} {op} {right}", binds))
 
-    def _mixed_condition(self, expr: Binary) -> Piece:
-        """Of a condition with a lane per element and one of the row."""
-        sides = [self._wrapped(s, 3, False) if self.is_lanes(s) else f"mask({self.text(s)})" for s in (expr.a, expr.b)]
-        return Piece({"and": " & ", "or": " | "}[expr.op].join(sides), _PRECEDENCE[expr.op])
-
     def _compares_floats(self, expr: Binary) -> bool:
         return self.is_float(expr.a) or self.is_float(expr.b)
 
@@ -190,7 +185,7 @@ class CppText:
             a, b = (text if self.is_lanes(side) else f"{fill}({text})" for text, side in ((a, expr.a), (b, expr.b)))
         return Piece(f"{self.optional[expr.name]} ? {a} : {b}", _CONDITIONAL)
 
-    # places
+    # locations
 
     def _load(self, location: Location, expr: Load) -> Piece:
         at, step = self.address(location)
@@ -207,7 +202,7 @@ class CppText:
         return f"{cpp_name(location.operand)}[{' + '.join(self._terms(location)) or '0'}]"
 
     def address(self, location: Location) -> tuple[str, str | None]:
-        """`x + iR * x_R`, and by how much a step of the sweep moves it: "1", another size, or None for not at all."""
+        """`x + i_R * x_R`, and its stride along the sweep: "1", another size, or None if the sweep does not move it."""
         return " + ".join([cpp_name(location.operand), *self._terms(location, without=self._variable)]), self._step(
             location
         )
@@ -235,7 +230,7 @@ class CppText:
 
 
 def affine_text(at: Affine, without: str | None, *, bare: bool) -> str:
-    """`iN * D + Dr / 2`, without one variable; in parentheses unless it may stand bare."""
+    """`i_N * D + Dr / 2`, without one variable; in parentheses unless `bare` allows a sum."""
     terms = [name if size == Size.of(1) else _product(name, size) for name, size in at.terms if name != without]
     if at.offset != Size.of(0):
         terms.append(size_text(at.offset))

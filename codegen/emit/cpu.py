@@ -1,4 +1,4 @@
-"""Emits the CPU kernels: `kernels/cpu/norm.cpp` with one C++ function per op, and the table that a loader needs."""
+"""Emits the CPU kernels: `kernels/cpu/norm.cpp` with one C++ function per op, and the table for the loader."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,15 +30,15 @@ from sageLLM.codegen.schema.hardware import HardwareFile
 
 FOLDER = "kernels/cpu"
 PACKED_OF_TEMPLATES: Mapping[str, Mapping[str, int]] = {"expert_linear": {"w": 1}}
-"""The references whose C++ template reads weights packed, and those weights with their gates."""
+"""References with a C++ template that reads weights packed, and those weights with their gates."""
 
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """One op: its C++ function, the sizes that its call begins with, and what else a loader has to know.
+    """The C++ function of an op, the leading sizes of its call, and the facts that the loader needs.
 
-    `packed` holds the gates of weights that it reads packed, `parts` its outputs if they are parts of inputs. `unpacks`
-    is a second function, for a table that is packed as it is also the weight of a GEMM.
+    `packed` has the gates of the weights that it reads packed, `parts` its outputs if they are parts of inputs.
+    `unpacks` is a second function, for a table that is packed because it is also the weight of a GEMM.
     """
 
     op: OpDef
@@ -51,7 +51,7 @@ class CpuKernel:
 
     @property
     def entry(self) -> str:
-        """`NativeKernel(RmsNorm, "norm.cpp", ("R", "H"))`, as the table holds it."""
+        """`NativeKernel(RmsNorm, "norm.cpp", ("R", "H"))`, as in the table."""
         arguments = [self.op.class_name, lit(f"{self.op.stem}.cpp"), lit(self.sizes)]
         arguments += ["updates=True"] if self.updates else []
         arguments += [f"packed={lit(dict(self.packed))}"] if self.packed else []
@@ -69,7 +69,7 @@ class CpuKernel:
 
     @property
     def row(self) -> Row:
-        """The kernel as the table needs it."""
+        """The facts for the table."""
         op = self.op
         names = {"name": op.name, "class_name": op.class_name, "ref": op.ref}
         return names | {"entry": self.entry, "symbols": sorted(self.symbols)}
@@ -115,7 +115,7 @@ def cpu_kernels(ops: Sequence[OpDef], programs: Programs, renderer: Renderer, *,
 
 
 def cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> CpuKernel | None:
-    """From the template of its reference, or from the op's equations; None where there is neither."""
+    """The kernel from the template of its reference, or from its equations; None without either."""
     lines = _template_lines(op, renderer) if op.reference is not None else None
     if lines is not None:
         packed = PACKED_OF_TEMPLATES.get(op.entry.spec.reference or "", {})
@@ -177,11 +177,11 @@ def _variables(op: OpDef) -> list[str]:
     return [o.type.element for o in (*op.inputs, *op.outputs) if o.type.element not in DTYPES]
 
 
-# ops whose meaning is a reference
+# ops that are defined by a reference
 
 
 def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
-    """The op's template with its operands and hooks filled in, or None if there is none for the CPU."""
+    """The op's template with its operands and hooks filled in, or None without a template for the CPU."""
     assert op.reference is not None, "only ops with a reference have a template"
     template = _template_of(op.reference)
     if template is None:

@@ -25,7 +25,7 @@ EPILOGUE = "epilogue"
 class GemmText(CppText):
     """Expressions of an epilogue: the sums are in registers, one block for each gate.
 
-    `consumed` is the output whose blocks the fused consumer reads, if there is one.
+    `consumed` is the output that the fused consumer reads block by block, if there is one.
     """
 
     gemm: Gemm | None = None

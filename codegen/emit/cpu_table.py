@@ -1,4 +1,4 @@
-"""Emits the gather of rows from a packed table, for tables that are embedding and head at once and are held once."""
+"""Emits the gather of rows from a packed table: a table that is both embedding and head is stored once."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from sageLLM.codegen.model.op import OpDef
 
 @dataclass(frozen=True, slots=True)
 class Unpacks:
-    """The table that may be packed, and the lines that then stand for the kernel's own."""
+    """The table that may be packed, and the lines of the kernel in that case."""
 
     table: str
     lines: tuple[str, ...]
 
 
 def unpacks_of(op: OpDef) -> Unpacks | None:
-    """For an op that is nothing but `y = gather(table, V, ids)`, whole rows of a table by a list of ids."""
+    """The kernel of an op that is `y = gather(table, V, ids)`, rows of a table by a list of ids; None for other ops."""
     if op.op_type != "EMBEDDING" or op.program is None or len(op.program.statements) != 1 or op.program.views:
         return None
     (statement,) = op.program.statements

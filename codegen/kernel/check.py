@@ -1,4 +1,4 @@
-"""What holds of every row program that is handed out: element types that lanes can hold, and safe in-place outputs."""
+"""Checks of every row program: element types that fit in lanes, and safe in-place outputs."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,7 +9,7 @@ from sageLLM.codegen.kernel.rows import Load, Nest, RowProgram, Step, Store, Swe
 
 
 def check_elements(program: RowProgram) -> None:
-    """Along a row only floats are computed, in float32; whole numbers and conditions are values of the row."""
+    """Along a row only floats are computed, in float32; integers and conditions must be values of the whole row."""
     for nest in program.nests:
         for sweep in nest.sweeps:
             for load in _loads(sweep):
@@ -22,7 +22,7 @@ def check_elements(program: RowProgram) -> None:
 
 
 def check_inplace(program: RowProgram, inplace: Mapping[str, str]) -> None:
-    """An output may lie in an input's memory: nothing is read there after it was overwritten."""
+    """An output may share the memory of an input if nothing is read there after it has been overwritten."""
     for output, input_ in inplace.items():
         for nest in program.nests:
             _check_nest(nest, output, input_)
@@ -41,9 +41,9 @@ def _check_nest(nest: Nest, output: str, input_: str) -> None:
             if load.location.operand != input_:
                 continue
             if [at for at in load.location.index if at.variables & row_variables] != rows:
-                raise NotRows(f"'{output}' takes over the memory of '{input_}', which other rows read")
+                raise NotRows(f"'{output}' reuses the memory of '{input_}', which other rows read")
             if is_written and load.location.index not in written:
-                raise NotRows(f"'{output}' takes over the memory of '{input_}', which is read after it is written")
+                raise NotRows(f"'{output}' reuses the memory of '{input_}', which is read after it is written")
         is_written = is_written or bool(written)
 
 

@@ -1,4 +1,4 @@
-"""GEMMs: ops that multiply rows by a weight, and compute each element of the result from the sums of its own row.
+"""GEMMs: ops that multiply rows by a weight, and compute each element of the result from the sums of the same row.
 
     linear:           sums of x and w;       y[R, N] = E(acc + f32(bias[N]))
     linear_silu_mul:  sums of two gates;     y[R, I] = E(g * sigmoid(g)) * u
@@ -21,7 +21,7 @@ from sageLLM.codegen.kernel.rows import Affine, Load, Nest, Sweep
 from sageLLM.codegen.model.op import OpDef, Operand
 
 SUMS = "_sums"
-"""The operand that stands for the sums in the equations of the epilogue."""
+"""The operand that represents the sums in the equations of the epilogue."""
 MAX_GATES = 2
 """Sums that one element of an output may read: gate and up."""
 

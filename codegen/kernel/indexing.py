@@ -11,7 +11,7 @@ Positions = Mapping[Size, Affine]
 
 
 class NotRows(Exception):
-    """Raised for an op that has no row program; the message is the reason."""
+    """Raised for an op without a row program; the message is the reason."""
 
 
 def position(dim: Size, positions: Positions) -> Affine:

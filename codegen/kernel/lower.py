@@ -1,4 +1,4 @@
-"""Lowers the equations of an op to a row program: which dims are rows, what is swept how often, what is stored when."""
+"""Lowers the equations of an op to a row program: chooses rows, sweeps, and the order of stores."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,7 +49,7 @@ from sageLLM.codegen.model.op import OpDef
 
 
 def row_program(op: OpDef, programs: Programs) -> RowProgram:
-    """The op as loops. Raises NotRows with the reason for an op that has no row program."""
+    """The op as loops. Raises NotRows with the reason for an op that cannot be lowered."""
     known = programs.row_programs.get(op.name)
     if known is not None and not programs.is_variant(op):
         return known
@@ -63,7 +63,7 @@ def row_program(op: OpDef, programs: Programs) -> RowProgram:
 
 
 def why_no_rows(op: OpDef, programs: Programs) -> str | None:
-    """The reason why the op has no row program, or None if it has one."""
+    """The reason why the op cannot be lowered to a row program, or None if it can."""
     try:
         row_program(op, programs)
     except NotRows as why:
@@ -73,7 +73,7 @@ def why_no_rows(op: OpDef, programs: Programs) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Domain:
-    """The dims of one stored statement: those of its rows, and the one that is swept (None: a value per row)."""
+    """The dims of a stored statement: those of its rows, and the swept one (None: one value per row)."""
 
     rows: tuple[Size, ...]
     inner: Size | None
@@ -81,7 +81,7 @@ class _Domain:
 
 
 class _Lowering:
-    """One op. Statements that store are grouped into nests; others are computed where they are needed."""
+    """The lowering of one op. Statements that store are grouped into nests; others are computed at their uses."""
 
     def __init__(self, op: OpDef, program: Program) -> None:
         self.op, self.program = op, program
@@ -110,7 +110,7 @@ class _Lowering:
         return target in self.outputs or (target in self.views and self.views[target].base in self.outputs)
 
     def _parts_of(self, statement: Statement) -> list[Statement]:
-        """The statement, or one per part if its value was put together of parts: each is stored where it belongs."""
+        """The statement, or one per part if its value combines parts: each part has its own positions."""
         value = statement.value
         if not isinstance(value, Ref) or value.name in self.values or value.name in self.inputs:
             return [statement]
@@ -127,7 +127,7 @@ class _Lowering:
         merged = self._merged(statement.value)
         dims = tuple(part for dim in type_.dims for part in merged.get(dim, (dim,)))
         if not dims:
-            raise NotRows("an output without dims has no rows")
+            raise NotRows("an output must have at least one dim")
         inner = dims[-1]
         if any(self._prefers(one, inner) for one in self._below(statement.value) if isinstance(one, Reduce | Dot)):
             return _Domain(dims, None, merged)
@@ -141,14 +141,14 @@ class _Lowering:
         return found
 
     def _below(self, value: Expr) -> Iterator[Expr]:
-        """The expression and all that it is computed from."""
+        """The expression and all expressions that it depends on."""
         for one in walk(value):
             yield one
             if isinstance(one, Ref) and one.name in self.values:
                 yield from self._below(self.values[one.name])
 
     def _prefers(self, reduction: Reduce | Dot, inner: Size) -> bool:
-        """Whether to sweep the reduced dim, with a row per element of `inner`: operands are contiguous that way."""
+        """Whether to sweep the reduced dim, with a row per element of `inner`: operands are contiguous along it."""
         if inner not in reduction.type.dims:
             return False
         operands = [reduction.x] if isinstance(reduction, Reduce) else [reduction.x, reduction.w]
@@ -165,7 +165,7 @@ class _SweepBuilder:
     stores: list[Store] = field(default_factory=list)
 
     def sweep(self, order: Mapping[str, int]) -> Sweep:
-        """Lets in the spec's order as far as others do not stand between them; stores come last, after every load."""
+        """Runs of lets in the order of the spec. Stores come last: an output may share the memory of an input."""
         runs = (list(run) for _, run in groupby(self.steps, key=type))
         lets = (sorted(run, key=lambda step: order.get(getattr(step, "name", ""), 0)) for run in runs)
         return Sweep(self.loop, (*chain.from_iterable(lets), *self.stores))
@@ -183,7 +183,7 @@ class _NestBuilder:
         self._variables: dict[Size, str] = {}
         self._loops = tuple(Loop(self.variable(dim), dim) for dim in rows)
         self._steps: list[Step | _SweepBuilder] = []
-        self._known: dict[str, int] = {}  # values of the row, and after which step they are there
+        self._known: dict[str, int] = {}  # values of the row, each with the step that computes it
         self._reductions: dict[Expr, str] = {}
         self._indices: dict[Expr, str] = {}
         self._stored: dict[str, tuple[int, Location]] = {}
@@ -195,11 +195,11 @@ class _NestBuilder:
         return Nest(self._loops, tuple(steps))
 
     def store(self, statement: Statement, domain: _Domain) -> None:
-        """Adds the store of one output or part of one, after all that it needs."""
+        """Adds the store of an output or of a part of one, after the steps that it depends on."""
         self._merged = domain.merged
         swept = (domain.inner,) if domain.inner is not None else ()
         here = self._positions(swept)
-        location = self._location(statement, here)  # first, so that what it needs of the row is there from the start
+        location = self._location(statement, here)  # first, as it may add indices of the row
         found = [self._known[name] for at in location.index for name in at.variables if name in self._known]
         after = max([self._prepare(statement.value, here), *found])
         if domain.inner is None:
@@ -217,7 +217,7 @@ class _NestBuilder:
     # scheduling
 
     def _prepare(self, expr: Expr, here: Positions) -> int:
-        """Schedules every value of the row that `expr` needs; the step after which they are all there."""
+        """Schedules all values of the row that `expr` needs; returns the last step that computes one."""
         match expr:
             case Ref(name=name) if name in self.lowering.values:
                 return self._prepare_name(name, expr, here)
@@ -234,7 +234,7 @@ class _NestBuilder:
 
     def _prepare_name(self, name: str, ref: Ref, here: Positions) -> int:
         if name in self._stored and self.is_local(ref.type, here):
-            return self._stored[name][0] - 1  # in the same sweep, or loaded again in a later one
+            return self._stored[name][0] - 1  # in the same sweep, or reloaded in a later one
         value = self.lowering.values[name]
         if not self.is_of_row(ref.type, here):
             return self._prepare(value, here)
@@ -257,7 +257,7 @@ class _NestBuilder:
         return self._known[name]
 
     def _sweep(self, dim: Size, after: int) -> tuple[int, _SweepBuilder]:
-        """The first sweep of the dim behind step `after`; a new one if there is none."""
+        """The first sweep over the dim after step `after`, or a new one."""
         for at, step in enumerate(self._steps):
             if at > after and isinstance(step, _SweepBuilder) and step.dim == dim:
                 return at, step
@@ -283,11 +283,11 @@ class _NestBuilder:
         return {**here, expr.dim: Affine.of(self.variable(expr.dim))} if isinstance(expr, Reduce | Dot) else here
 
     def is_local(self, type_: ValueType, here: Positions) -> bool:
-        """Whether a value's element at `here` is the one of the loops' own position."""
+        """Whether the element of a value at `here` is the one at the positions of the loops."""
         return all(dim in here and here[dim] == Affine.of(self.variable(dim)) for dim in type_.dims)
 
     def is_of_row(self, type_: ValueType, here: Positions) -> bool:
-        """Whether it is one value for the whole row."""
+        """Whether a value is the same for the whole row."""
         return set(type_.dims) <= set(self.rows) and self.is_local(type_, here)
 
     def reduction_name(self, expr: Reduce | Dot) -> str:
@@ -299,7 +299,7 @@ class _NestBuilder:
         return self._reductions[expr]
 
     def index_variable(self, dim: Size, index: Expr, here: Positions) -> str:
-        """The variable that holds a location along the dim that data tells; scheduled on first use."""
+        """The variable of an index from data along the dim; scheduled on first use."""
         if index not in self._indices:
             if not self.is_of_row(index.type, here):
                 raise NotRows("it gathers by an index that changes along the row")
@@ -315,7 +315,7 @@ class _NestBuilder:
         if view is not None:
             return Location(view.base, base_index(view, here))
         part = self.lowering.views.get(statement.value.name) if isinstance(statement.value, Ref) else None
-        if part is not None and part.base not in self.lowering.inputs:  # put together of parts: this is one of them
+        if part is not None and part.base not in self.lowering.inputs:  # one part of a combined value
             here = {**here, **dict(zip(part.base_type.dims, base_index(part, here), strict=True))}
         if isinstance(statement, Scatter):
             found = {dim: Affine.of(self.index_variable(dim, at, here)) for dim, at in statement.index}
@@ -324,7 +324,7 @@ class _NestBuilder:
         return Location(statement.target, tuple(position(dim, here) for dim in dims))
 
     def reload(self, name: str, sweep: _SweepBuilder | None) -> Location | None:
-        """Where an output of an earlier sweep lies; None for one of this sweep, or no output."""
+        """The location of an output that an earlier sweep stored, otherwise None."""
         if name not in self._stored:
             return None
         at, location = self._stored[name]
@@ -383,14 +383,14 @@ class _Writer:
         inside = dict(zip(view.base_type.dims, index, strict=True))
         value = self.nest.lowering.values.get(view.base)
         if value is None:
-            raise NotRows(f"it views '{view.base}', which is put together of parts")
+            raise NotRows(f"it views '{view.base}', which combines several parts")
         return _Writer(self.nest, self.sweep, inside).lower(value)
 
     def _reduce(self, expr: Reduce | Dot) -> Expr:
         if self.nest.is_of_row(expr.type, self.here):
             return Ref(expr.type, self.nest.reduction_name(expr))
         if self.sweep is None:
-            raise NotRows(f"it reduces {expr.dim} at a location that the loops do not reach")
+            raise NotRows(f"it reduces {expr.dim} outside the loops")
         reduction = as_reduce(expr)
         loop = Loop(self.nest.variable(expr.dim), expr.dim)
         name = self.nest.reduction_name(expr)
@@ -403,7 +403,7 @@ class _Writer:
 
 
 def as_reduce(expr: Reduce | Dot) -> Reduce:
-    """A dot product as the sum that it is."""
+    """A dot product as a sum of products."""
     if isinstance(expr, Reduce):
         return expr
     x, w = (_widened(operand, expr.type.element) for operand in (expr.x, expr.w))

@@ -1,4 +1,4 @@
-"""Ops that move no data: each output is part of an input's memory, told by an offset and strides."""
+"""Ops that move no data: each output is a part of an input's memory, described by an offset and strides."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Strides = Mapping[str, tuple[Size, ...]]
 
 @dataclass(frozen=True, slots=True)
 class OutputPart:
-    """An output as part of `base`, in elements; pairs of `where` have to be equal, of dims that are merged."""
+    """An output as a part of `base`, in elements. The pairs of `where` must be equal; they belong to merged dims."""
 
     base: str
     offset: Size
@@ -21,7 +21,7 @@ class OutputPart:
 
 
 def output_parts(program: RowProgram, strides: Strides) -> dict[str, OutputPart] | None:
-    """The outputs as parts of inputs, or None for an op that computes, or that puts an output together."""
+    """The outputs as parts of inputs, or None for an op that computes, or that combines several parts."""
     found: dict[str, OutputPart] = {}
     for nest in program.nests:
         for store in _stores(nest):
@@ -33,13 +33,13 @@ def output_parts(program: RowProgram, strides: Strides) -> dict[str, OutputPart]
 
 
 def _stores(nest: Nest) -> list[Store | None]:
-    """Stores of loaded elements; None stands for anything else."""
+    """Stores of loaded elements, and None for any other step."""
     steps = [one for step in nest.steps for one in (step.steps if isinstance(step, Sweep) else (step,))]
     return [step if isinstance(step, Store) and isinstance(step.value, Load) else None for step in steps]
 
 
 def _part(store: Store, strides: Strides) -> OutputPart | None:
-    assert isinstance(store.value, Load), "asked of stores of loaded elements"
+    assert isinstance(store.value, Load), "the store must be of a loaded element"
     factors = _factors(store.value.location, strides)
     offset = factors.pop("", Size.of(0))
     own: list[Size] = []
@@ -56,7 +56,7 @@ def _part(store: Store, strides: Strides) -> OutputPart | None:
 
 
 def _factors(location: Location, strides: Strides) -> dict[str, Size]:
-    """By how many elements a step of each variable moves the location; "" has what stays."""
+    """The number of elements by which a step of each variable moves the location; "" has the constant part."""
     found: dict[str, Size] = {}
     for at, stride in zip(location.index, strides[location.operand], strict=True):
         for name, size in _terms(at):

@@ -1,12 +1,12 @@
-"""Row programs: an op as loops over rows, with sweeps along them. They name no target; every kernel emitter reads them.
+"""Row programs: an op as loops over rows, with sweeps along them, independent of the target.
 
     rms_norm:  rows i_R
                  sweep i_H:  xf = f32(x[i_R, i_H]);  ms <- mean of xf * xf
                  sweep i_H:  xf = f32(x[i_R, i_H]);  n = E(xf * rsqrt(ms + eps));  y[i_R, i_H] := n * w[i_H]
 
-Rows are independent. A sweep goes once over the elements of one inner dim; what it computes per element is gone at its
-end, apart from what it stored and what it reduced. A value that a later sweep needs is computed again, or loaded again
-if it is an output. A target that keeps a whole row in registers can do the sweeps of one dim as one, in order.
+Rows are independent. A sweep is one pass over the elements of one inner dim; of its values per element, only stores and
+reductions outlive it. A value that a later sweep needs is computed again, or reloaded if it is an output. A target that
+keeps a whole row in registers can merge the sweeps of one dim, in order.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from sageLLM.codegen.expr.tree import Expr, ReduceOp
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """A position along a dim: offset + the sum of coefficient * variable. Variables are those of loops and indices."""
+    """A position along a dim: offset + the sum of coefficient * variable, with the variables of loops and indices."""
 
     offset: Size
     terms: tuple[tuple[str, Size], ...] = ()
@@ -58,7 +58,7 @@ class Load(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A loop variable and how far it counts from 0."""
+    """A loop variable, which counts from 0 to the extent."""
 
     variable: str
     extent: Size
@@ -74,7 +74,7 @@ class Let:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A whole number of the row that places use as a variable: where a gather reads along a dim."""
+    """An integer of the row that locations use as a variable: the position of a gather along a dim."""
 
     variable: str
     value: Expr
@@ -82,7 +82,7 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A reduction over a dim that is not swept, done for each element in turn: `name` = op over `loop` of `value`."""
+    """A reduction over a dim that is not swept, for each element separately: `name` = op over `loop` of `value`."""
 
     name: str
     op: ReduceOp
@@ -112,7 +112,7 @@ InSweep: TypeAlias = Let | Fold | Reduction | Store
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Once along a row. The steps are in order; each may use the names of those before it."""
+    """One pass along a row. The steps are in order; each may use the names of earlier ones."""
 
     loop: Loop
     steps: tuple[InSweep, ...]
@@ -123,7 +123,7 @@ Step: TypeAlias = Index | Let | Sweep | Store
 
 @dataclass(frozen=True, slots=True)
 class Nest:
-    """Independent rows, one for each combination of the loop variables, and what is done for one of them."""
+    """Independent rows, one for each combination of the loop variables, and the steps of one row."""
 
     rows: tuple[Loop, ...]
     steps: tuple[Step, ...]
@@ -135,11 +135,11 @@ class Nest:
 
 @dataclass(frozen=True, slots=True)
 class RowProgram:
-    """All of an op. Where there are several nests, they write different outputs, or different rows of one."""
+    """A whole op. Several nests write different outputs, or different rows of one output."""
 
     nests: tuple[Nest, ...]
 
 
 def loop_name(extent: Size) -> str:
-    """`i_H` for H, `i_R` for the leading dims, `i_DDr` for D - Dr. Values of a spec have no capital letters."""
+    """`i_H` for H, `i_R` for the leading dims, `i_DDr` for D - Dr. Values of a spec are in small letters."""
     return "i_R" if extent == LEADING else f"i_{extent.name or ''.join(extent.symbols)}"

@@ -1,4 +1,4 @@
-"""Writing to places that a step's data tells, which the compute language has no word for: the paged KV store."""
+"""Stores at positions from data, which the compute language cannot express: the paged KV store."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ KV_STORE = "reference/kv_store.py.jinja"
 
 @dataclass(frozen=True, slots=True)
 class Scatter(Statement):
-    """`target[index, ...] = value`: `index` tells the position along some dims of the target; the rest of it stays."""
+    """`target[index, ...] = value`: `index` has the positions along some dims; other elements stay."""
 
     index: tuple[tuple[Size, Expr], ...] = ()
 
 
 def kv_store_program(op: OpDef) -> Program | None:
-    """What `templates/reference/kv_store` means, as equations: slot = block * BS + offset. None for other ops."""
+    """The equations of `templates/reference/kv_store`: slot = block * BS + offset. None for other ops."""
     if op.reference is None or op.reference.template != KV_STORE:
         return None
     k, v, _, _, slots = op.inputs
@@ -31,5 +31,5 @@ def kv_store_program(op: OpDef) -> Program | None:
 
 
 def is_scattered(op: OpDef, ops: Mapping[str, OpDef]) -> bool:
-    """Whether the op writes parts of its in-place outputs only, so that they have to be the inputs' memory."""
+    """Whether the op writes only parts of its in-place outputs, so that they must be the memory of the inputs."""
     return kv_store_program(op) is not None or any(is_scattered(ops[call.op], ops) for call in op.fuses)

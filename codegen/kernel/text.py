@@ -1,4 +1,4 @@
-"""Row programs as text, for people and for tests."""
+"""Row programs as text, for reading and for tests."""
 
 from collections.abc import Iterator
 
@@ -31,7 +31,7 @@ from sageLLM.codegen.kernel.rows import (
 
 
 def row_text(program: RowProgram) -> str:
-    """The nests one after the other, each as its rows and what is done for one of them."""
+    """All nests in order, each as its rows and the steps of one row."""
     return "\n".join(line for nest in program.nests for line in [_rows(nest.rows), *_steps(nest.steps, "  ")]) + "\n"
 
 

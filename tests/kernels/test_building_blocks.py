@@ -1,4 +1,4 @@
-"""Ops with a formula of their own against torch's functions of the same meaning, in float64."""
+"""Ops defined by equations against the equivalent functions of torch, in float64."""
 
 from collections.abc import Callable
 

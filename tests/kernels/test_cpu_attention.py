@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Batch:
-    """Sequences in a paged cache whose unused slots hold NaN; `new` of each one's positions are queries."""
+    """Sequences in a paged cache with NaN in unused slots; the last `new` positions of each are queries."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from sageLLM.runtime.core.ir.types import TensorType
 SIZES = (1, 2, 3, 5, 16, 17, 33, 64, 130)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, 3e38, -3e38, 65504.0, 88.8, -104.0, 6e-8)
 INDEXED = {"ids": ("V",), "pos": ("P",), "rows": ("T",), "q_start": (), "slots": ()}
-BATCHED = {"q_start", "block_table"}  # operands whose values have to fit together: see test_cpu_attention.py
+BATCHED = {"q_start", "block_table"}  # operands that depend on each other: see test_cpu_attention.py
 COMPUTED = [
     name
     for name, kernel in cpu.KERNELS.items()
@@ -63,7 +63,7 @@ def type_of(x: Tensor) -> TensorType:
 
 
 def attrs_of(cls: type[OpNode], case: Mapping[str, Any]) -> dict[str, Any]:
-    """The case's dims, and a value for each attr that has no default."""
+    """The dims of the case, and a value for each required attr."""
     attrs = {name: case[name] for name, spec in cls.attr_types.items() if spec.type == "dim"}
     missing = {name: spec for name, spec in cls.attr_types.items() if spec.default is REQUIRED and name not in attrs}
     return attrs | {name: some_value(spec) for name, spec in missing.items()}

@@ -1,4 +1,4 @@
-"""Attention within sequences against torch's own, one sequence at a time, and against the rule that a mask states."""
+"""Attention within sequences against torch, one sequence at a time, and against the rule of the mask."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attrs: dict[str, fl
     score = q @ k.transpose(1, 2) * 0.3
     if "softcap" in attrs:
         score = attrs["softcap"] * (score / attrs["softcap"]).tanh()
-    place = torch.arange(q.shape[1])
-    distance = place[:, None] - place
+    position = torch.arange(q.shape[1])
+    distance = position[:, None] - position
     if attrs.get("causal"):
         score = score.masked_fill(distance < 0, -torch.inf)
     if "window" in attrs:

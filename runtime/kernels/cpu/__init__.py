@@ -1,1 +1,1 @@
-"""The generated C++ kernels on the CPU: the header they stand on, the compiler and the library of built ones."""
+"""CPU kernels: the C++ support library, the compiler and the loader of compiled kernels."""

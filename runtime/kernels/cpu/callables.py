@@ -29,17 +29,17 @@ Operand = Tensor | PackedWeight | None
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """All of a call that follows from shapes and attrs, in the form in which the kernel takes it."""
+    """The parts of a call that depend only on shapes, strides and attrs, as ctypes arrays."""
 
     function: Any
     sizes: Any
     attrs: Any
-    copied: tuple[int, ...]  # operands whose layout the kernel cannot read
-    outputs: tuple[tuple[tuple[int, ...], torch.dtype] | int, ...]  # new memory, or the operand that is updated
+    copied: tuple[int, ...]  # operands with a layout that the kernel cannot read
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype] | int, ...]  # new memory, or the number of the updated operand
 
 
 class NativeCallable:
-    """One op. Element types that no kernel is compiled for, and other devices, go to the reference."""
+    """The kernel of one op. Other element types and devices fall back to the reference."""
 
     def __init__(self, kernel: NativeKernel, library: Library, reference: Kernel) -> None:
         self.kernel = kernel
@@ -63,7 +63,7 @@ class NativeCallable:
         return self._run(signature, list(operands))
 
     def _packed(self, operands: tuple[Operand, ...]) -> tuple[Operand, ...]:
-        """The operands, weights packed now if they have not been when they were loaded."""
+        """The operands, with weights that were not packed at load time packed now."""
         if not self._is_supported(operands):
             return operands
         gates = [self.kernel.packed.get(name) for name in self.kernel.op.input_types]
@@ -123,7 +123,7 @@ class NativeCallable:
         for name, type_ in zip(op.output_types, types, strict=True):
             if self.kernel.updates and name in op.inplace:
                 place = list(op.input_types).index(op.inplace[name])
-                assert place not in copied, f"{op.op} updates {op.inplace[name]!r}, whose rows have to be contiguous"
+                assert place not in copied, f"{op.op} updates {op.inplace[name]!r}, which must have contiguous rows"
                 found.append(place)
             else:
                 found.append((tuple(map(_whole, type_.shape)), TORCH_DTYPES[type_.dtype]))
@@ -140,7 +140,7 @@ class NativeCallable:
 
 
 def row_strides(pattern: TypePattern, shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int] | None:
-    """Strides of all declared dims but the last, leading dims as one; None if the layout cannot be told this way."""
+    """Strides of all declared dims but the last, leading dims as one; None if strides cannot describe the layout."""
     if not shape:
         return []
     if shape[-1] > 1 and strides[-1] != 1:
@@ -157,15 +157,15 @@ def row_strides(pattern: TypePattern, shape: tuple[int, ...], strides: tuple[int
 
 
 def _whole(dim: Dim) -> int:
-    assert isinstance(dim, int), f"the size {dim} of a running kernel is known"
+    assert isinstance(dim, int), f"the size {dim} of a kernel call must be known"
     return dim
 
 
 def number(spec: AttrSpec, value: AttrValue) -> float:
-    """An attr as the kernel takes it: NaN for None, the index among its choices for a text."""
+    """An attr as a number: NaN for None, the index among its choices for a string."""
     if value is None:
         return math.nan
     if isinstance(value, str):
         return float(spec.choices.index(value)) if spec.choices else math.nan
-    assert isinstance(value, bool | int | float), f"an attr of a running kernel is a number or text, not {value!r}"
+    assert isinstance(value, bool | int | float), f"an attr must be a number or a string, got {value!r}"
     return float(value)

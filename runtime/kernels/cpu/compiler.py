@@ -1,4 +1,4 @@
-"""Builds the generated C++ with the machine's own compiler, once: libraries are cached by everything that went in."""
+"""Builds generated C++ with the machine's compiler; libraries are cached under a hash of all inputs."""
 
 import hashlib
 import os
@@ -15,28 +15,28 @@ FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=off", "-fvisibility=hidden", "-fno-rtti", "-Wno-psabi",
 )  # fmt: skip
-"""No -ffast-math: masks are infinities. No contraction: an op rounds alike wherever its equations stand."""
+"""No -ffast-math: masks are infinities. No contraction: an equation rounds the same way in every kernel."""
 
 
 class CompileError(RuntimeError):
-    """The compiler refused a generated file, or could not be run; the message holds its first complaints."""
+    """The compiler rejected a generated file or could not be run; the message has its first errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A C++ compiler, and its version as it tells it."""
+    """A C++ compiler and the version that it reports."""
 
     path: str
     version: str
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What every file is compiled with; SAGELLM_KERNEL_FLAGS adds to it, as for sanitizers."""
+        """The flags of every file; SAGELLM_KERNEL_FLAGS adds to them, as for sanitizers."""
         return (*FLAGS, *os.environ.get("SAGELLM_KERNEL_FLAGS", "").split())
 
 
 def find_compiler() -> Compiler | None:
-    """The compiler that CXX names, else g++, clang++ or c++ from the path; None if there is none."""
+    """The compiler that CXX names, else g++, clang++ or c++ from the path; None without any."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     path = next((found for name in names if (found := shutil.which(name))), None)
     return _described(path) if path else None
@@ -57,9 +57,9 @@ def cache_folder() -> Path:
 
 
 def build(source: Path, element: str, compiler: Compiler, flags: tuple[str, ...] = ()) -> Path:
-    """The shared library of a generated file for one element type; compiled if the cache does not hold it.
+    """The shared library of a generated file for one element type; compiled unless it is cached.
 
-    Raises CompileError. Several processes may build the same library: each writes a file of its own and renames it.
+    Raises CompileError. Several processes may build the same library: each writes to a temporary file and renames it.
     """
     library = cache_folder() / "kernels" / f"{source.stem}-{element}-{_key(source, element, compiler, flags)}.so"
     if not library.is_file():
@@ -82,7 +82,7 @@ def _key(source: Path, element: str, compiler: Compiler, flags: tuple[str, ...])
 
 @lru_cache(maxsize=1)
 def _processor() -> str:
-    """What -march=native depends on: a cache may be shared by machines that differ."""
+    """The processor features that -march=native depends on: different machines may share a cache."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return sys.platform
@@ -90,7 +90,7 @@ def _processor() -> str:
 
 
 def _compile(source: Path, element: str, compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
-    """Names that only `team.cpp` has are found when the library is loaded."""
+    """Symbols of `thread_pool.cpp` are resolved when the library is loaded."""
     later = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     _run([compiler.path, "-shared", *compiler.flags, *flags, f"-DSAGE_ELEMENT={element}", f"-I{HEADERS}", str(source),
           *later, "-o", str(library)], source)  # fmt: skip
@@ -99,5 +99,5 @@ def _compile(source: Path, element: str, compiler: Compiler, flags: tuple[str, .
 def _run(command: list[str], source: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        complaints = "\n".join(done.stderr.strip().splitlines()[:12])
-        raise CompileError(f"{command[0]} could not build {source.name}:\n{complaints}")
+        errors = "\n".join(done.stderr.strip().splitlines()[:12])
+        raise CompileError(f"{command[0]} could not build {source.name}:\n{errors}")

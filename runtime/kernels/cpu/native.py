@@ -41,7 +41,7 @@ class NativeRunner:
             home.prepare(own, element)
 
     def why_not(self, op: str, element: str | None) -> str | None:
-        """The reason why the op has no function for an element type, or None."""
+        """The reason why an element type is not supported, or None."""
         return None if element is None or element in ELEMENTS else f"no kernel is compiled for {element}"
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:

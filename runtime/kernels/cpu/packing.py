@@ -1,4 +1,4 @@
-"""Weights in the form that the CPU's products read, made once at load: see `packed.h`. A later format fits in here."""
+"""Packed weights of the CPU's GEMM kernels, made once when a model is loaded; see `packed.h` for the layout."""
 
 import ctypes
 import mmap
@@ -14,17 +14,17 @@ from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.library import Library
 
 PANEL, DEPTH = 16, 32
-"""Output features of a panel, and what K is filled up to a multiple of: as in `packed.h`."""
+"""Output features per panel, and the multiple that K is padded to, as in `packed.h`."""
 
 LINE, LARGE_PAGE, RESERVE = 64, 2**21, 2**28
-"""Bytes: of a cache line, of a large page, and of what `WeightMemory` reserves at a time."""
+"""Sizes in bytes of a cache line, a large page, and a reservation of `WeightMemory`."""
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight [gates * N, K], or [groups, gates * N, K]. It has of a tensor what a kernel call asks for."""
+    """A weight [gates * N, K], or [groups, gates * N, K]. It has the tensor methods that a kernel call uses."""
 
     values: Tensor
     shape: torch.Size
@@ -39,7 +39,7 @@ class PackedWeight:
         return self.values.device
 
     def stride(self) -> tuple[int, ...]:
-        """As if it were contiguous; a kernel that reads packed weights needs none."""
+        """The strides of a contiguous weight; kernels that read packed weights ignore them."""
         return tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
 
     def data_ptr(self) -> int:
@@ -50,7 +50,7 @@ class PackedWeight:
 
 
 class WeightMemory:
-    """Memory for packed weights in large pages, handed out piece by piece, from cache lines on.
+    """Memory for packed weights in large pages, allocated in pieces that are aligned to cache lines.
 
     Reading a weight page by page of 4 KB takes a sixth longer. What is not handed out is reserved, not used.
     """
@@ -60,7 +60,7 @@ class WeightMemory:
         self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """A piece for `count` elements. It lives on when this object is gone."""
+        """A piece for `count` elements, which outlives this object."""
         size = count * dtype.itemsize
         if self._used + size > len(self._block):
             self._block, self._used = _large_pages(max(size, self._reserve)), 0
@@ -70,7 +70,7 @@ class WeightMemory:
 
 
 def _large_pages(size: int) -> Tensor:
-    """At least `size` bytes that begin at a large page, in large pages if the system has any to give."""
+    """At least `size` bytes aligned to a large page, in large pages if the system provides them."""
     memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % LARGE_PAGE :]
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -79,7 +79,7 @@ def _large_pages(size: int) -> Tensor:
 
 
 def pack(weight: Tensor, gates: int, library: Library, memory: WeightMemory | None = None) -> PackedWeight:
-    """The weight in packed form, a copy; in `memory` if it is to stay. Its rows are copied first if they have gaps."""
+    """A packed copy of the weight, in `memory` if it is to stay. Rows with gaps are made contiguous first."""
     weight = weight if weight.stride(-1) == 1 or weight.shape[-1] <= 1 else weight.contiguous()
     groups = weight.shape[0] if weight.dim() == 3 else 1
     features, inner = weight.shape[-2] // gates, weight.shape[-1]
@@ -94,7 +94,7 @@ def pack(weight: Tensor, gates: int, library: Library, memory: WeightMemory | No
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    """The weight as it was, a copy: for an op that has no kernel which reads it packed."""
+    """An unpacked copy of the weight, for an op without a kernel that reads it packed."""
     groups = packed.shape[0] if len(packed.shape) == 3 else 1
     features, inner = packed.shape[-2] // packed.gates, packed.shape[-1]
     pair = 2 if packed.dtype == torch.bfloat16 else 1
@@ -123,9 +123,9 @@ def call(library: Library, name: str, tensors: tuple[Tensor, ...], sizes: tuple[
 def gates_by_weight(
     nodes: Iterable[OpNode], kernels: Mapping[str, NativeKernel], ties: Mapping[str, str]
 ) -> dict[str, int]:
-    """The weights that products read, each with its gates, where all readers take it in the same form.
+    """The weights of GEMMs, each with its gates, for which all consumers agree on the layout.
 
-    `ties` are names of weights that are others. A gather of rows takes a table as it is or packed, but without gates.
+    `ties` maps tied weights to the weight that they share. A gather reads a table unpacked or packed without gates.
     """
     forms: dict[str, set[int | None]] = {}
     gathered: set[str] = set()

@@ -8,7 +8,7 @@
 
 namespace sage {
 
-// Uses that are alive at the same time on one thread have slots of their own.
+// Uses that are alive at the same time on one thread must have different slots.
 enum class Scratch {
     GEMM_ROWS,            // pointers to the rows of x
     PREPARED_ROWS,        // the same rows, prepared

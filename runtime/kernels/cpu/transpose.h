@@ -5,8 +5,8 @@
 
 namespace sage {
 
-// One exchange between two vectors: `low` has the lanes of both whose number lacks bit WIDTH, those of `upper` in the
-// places that have it; `high` has the other lanes.
+// One exchange between two vectors: `low` has the lanes without bit WIDTH in their number, of `lower` at the same lanes
+// and of `upper` at the lanes with that bit; `high` has the other lanes.
 struct LanePair {
     Floats low, high;
 };
