@@ -17,6 +17,7 @@ from sageLLM import LLM, SamplingParams
 
 ROOT = Path(__file__).parents[2]
 HATCH = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+CACHES = {"__pycache__", ".cache"}
 FOLDERS = sorted(folder for folder in HATCH["targets"]["wheel"]["sources"] if folder != "_dev/sageLLM")
 
 
@@ -84,7 +85,7 @@ def wheel_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shipped() -> dict[str, int]:
     """Size of each file of the package, by its path inside it."""
     found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
-    files = {path.relative_to(ROOT).as_posix(): path for path in found if "__pycache__" not in path.parts}
+    files = {path.relative_to(ROOT).as_posix(): path for path in found if not CACHES.intersection(path.parts)}
     files |= {path.name: path for path in (ROOT / "_dev/sageLLM").iterdir() if path.is_file()}
     return {name: path.stat().st_size for name, path in files.items()}
 
