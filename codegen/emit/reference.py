@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from sageLLM.codegen.contents import Contents
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import dim_lines, tidy
-from sageLLM.codegen.emit.torch_text import Layout, Piece, TorchText, squeezed, view_text
-from sageLLM.codegen.expr.program import grouped_parts, tile_axis
+from sageLLM.codegen.emit.torch_layout import Layout, Piece, squeezed
+from sageLLM.codegen.emit.torch_text import TorchText, view_text
 from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Program, Ref, Statement, View, names_read
+from sageLLM.codegen.expr.views import grouped_parts, tile_axis
 from sageLLM.codegen.model.op import Attr, AttrName, Call, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit

@@ -83,6 +83,13 @@ class Text:
         """The characters from `start` to `end` as a located text."""
         return Text(self.value[start:end], lambda offset, width: self.locate(start + offset, width), self.sink)
 
+    def trimmed_part(self, start: int, end: int) -> "Text":
+        """The characters from `start` to `end` without surrounding spaces."""
+        raw = self.value[start:end]
+        if not raw.strip():
+            return self.part(start, end)
+        return self.part(start + len(raw) - len(raw.lstrip()), start + len(raw.rstrip()))
+
 
 def parse_statements(text: Text) -> list[ast.stmt]:
     """The statements of a block; raises Refused when it does not parse."""

@@ -74,16 +74,7 @@ def split_dims(text: Text) -> list[Text]:
         depth += (character == "(") - (character == ")")
         if character == "," and depth == 0:
             cuts.append(offset)
-    return [_stripped(text, a + 1, b) for a, b in zip(cuts, [*cuts[1:], len(text.value)], strict=True)]
-
-
-def _stripped(text: Text, start: int, end: int) -> Text:
-    raw = text.value[start:end]
-    return (
-        text.part(start + len(raw) - len(raw.lstrip()), start + len(raw.rstrip()))
-        if raw.strip()
-        else text.part(start, end)
-    )
+    return [text.trimmed_part(a + 1, b) for a, b in zip(cuts, [*cuts[1:], len(text.value)], strict=True)]
 
 
 def parse_dim(text: Text, dims: Mapping[str, object]) -> Size:

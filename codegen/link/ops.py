@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.expr.check import Checker
 from sageLLM.codegen.expr.cost import program_flops, program_reads, program_writes
-from sageLLM.codegen.expr.program import ProgramChecker, parse_view, with_view_types
+from sageLLM.codegen.expr.program import ProgramChecker, with_view_types
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.tree import Binary, DimRef, Expr, Program, View
+from sageLLM.codegen.expr.views import parse_view
 from sageLLM.codegen.link.calls import fused_cost, link_calls
 from sageLLM.codegen.link.declared_cost import declared_cost
 from sageLLM.codegen.link.hooks import link_reference

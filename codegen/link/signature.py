@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from sageLLM.codegen.contents import class_name
 from sageLLM.codegen.diagnostics import Sink, Span, did_you_mean
 from sageLLM.codegen.expr.check import Checker
-from sageLLM.codegen.expr.program import RESERVED_FOR_OPERANDS, why_not_a_value_name
 from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_type
+from sageLLM.codegen.expr.value_names import RESERVED_FOR_OPERANDS, why_not_a_value_name
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import Attr, Operand
 from sageLLM.codegen.schema.ops import AttrSpec, InputSpec, OpSpec

@@ -1,0 +1,124 @@
+"""Views of operands: their text form, and whether views of an output tile it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+
+from sageLLM.codegen.diagnostics import did_you_mean
+from sageLLM.codegen.expr.size import LEADING, Size, volume
+from sageLLM.codegen.expr.syntax import Text
+from sageLLM.codegen.expr.tree import Slice, View
+from sageLLM.codegen.expr.types import ValueType, parse_dim, split_dims
+
+
+def parse_view(
+    text: Text,
+    name: str,
+    operands: Mapping[str, ValueType],
+    dims: Mapping[str, object],
+    known: Collection[Size] = (),
+) -> View:
+    """`gu[T, 0:I]`, `x[T, 1:D:2]` or `x[T, N, D] as [T, N*D]`; raises Refused otherwise.
+
+    `known` are sizes that the op's conditions guarantee to be non-negative: D - Dr, for `where: [Dr <= D]`.
+    """
+    base, inside, shape_text = _view_parts(text)
+    if base.value not in operands:
+        raise base.refuse("SAGE117", f"unknown operand '{base.value}'", None, did_you_mean(base.value, operands))
+    base_type = operands[base.value]
+    parts = split_dims(inside)
+    if len(parts) != len(base_type.dims):
+        message = f"a view must name the {len(base_type.dims)} dims of '{base.value}': {base_type}, got {len(parts)}"
+        raise text.refuse("SAGE117", message, None)
+    slices = tuple(_slice(part, dim, dims, known) for part, dim in zip(parts, base_type.dims, strict=True))
+    sliced = tuple(part.length if part else dim for part, dim in zip(slices, base_type.dims, strict=True))
+    shape = tuple(parse_dim(part, dims) for part in split_dims(shape_text)) if shape_text else None
+    if shape is not None and volume(shape) != volume(sliced):
+        shapes = " and ".join(f"[{', '.join(map(str, dims))}]" for dims in (sliced, shape))
+        raise text.refuse("SAGE117", f"a reshape must keep the number of elements, got {shapes}")
+    return View(
+        name, base.value, base_type, slices, shape, ValueType(base_type.element, sliced if shape is None else shape)
+    )
+
+
+def _view_parts(text: Text) -> tuple[Text, Text, Text | None]:
+    value = text.value
+    opening, closing = value.find("["), value.find("]")
+    rest = value[closing + 1 :].strip()
+    is_reshaped = rest.startswith("as ") and rest.endswith("]") and rest[3:].lstrip().startswith("[")
+    if opening < 1 or closing < opening or (rest and not is_reshaped):
+        help = 'write for example "x[T, 0:I]" or "x[T, N, D] as [T, N*D]"'
+        raise text.refuse("SAGE117", f"expected a view, got '{value}'", None, help)
+    shape = text.part(value.index("[", closing) + 1, value.rindex("]")) if rest else None
+    return text.part(0, len(value[:opening].rstrip())), text.part(opening + 1, closing), shape
+
+
+def _slice(part: Text, dim: Size, dims: Mapping[str, object], known: Collection[Size]) -> Slice | None:
+    if ":" not in part.value:
+        if parse_dim(part, dims) != dim:
+            message = f"expected the dim {dim} of the operand or a slice of it, got {part.value}"
+            raise part.refuse("SAGE117", message, None, f"write {dim}, or a:b")
+        return None
+    cuts = [-1, *(i for i, letter in enumerate(part.value) if letter == ":"), len(part.value)]
+    start, stop, *steps = (parse_dim(part.trimmed_part(a + 1, b), dims) for a, b in pairwise(cuts))
+    ends = (start, dim - stop, stop - start if not steps else Size.of(0))
+    inside = all(_is_never_negative(size, known) for size in ends)
+    if not inside or dim == LEADING:
+        message = f"the slice {part.value} must be inside the dim {dim}"
+        raise part.refuse("SAGE117", message, None, f"required: 0 <= start <= stop <= {dim}")
+    return Slice(start, stop, _step(part, start, steps)) if steps else Slice(start, stop)
+
+
+def _is_never_negative(size: Size, known: Collection[Size]) -> bool:
+    return size.is_never_negative or any((size - other).is_never_negative for other in known)
+
+
+def _step(part: Text, start: Size, steps: Sequence[Size]) -> int:
+    step, first = steps[0].constant, start.constant
+    if len(steps) != 1 or step is None or step < 2 or first is None or first >= step:
+        message = f"a slice with a step must be a:b:step with numbers a < step, got {part.value}"
+        raise part.refuse("SAGE117", message)
+    return step
+
+
+def tiles(parts: Sequence[View], whole: ValueType) -> bool:
+    """Whether the views, all sliced along the same dim (or a single whole view), cover the tensor exactly once."""
+    cut = tile_axis(parts)
+    if cut is None:
+        return len(parts) == 1 and not any(parts[0].slices)
+    at = Size.of(0)
+    for group in grouped_parts(parts, cut):
+        found = [part.slices[cut] for part in group]
+        first = found[0]
+        starts = [one.start for one in found if one is not None]
+        if first is None or starts != [at + Size.of(i) for i in range(first.step)]:
+            return False
+        at = first.stop
+    return at == whole.dims[cut]
+
+
+def tile_axis(parts: Sequence[View]) -> int | None:
+    """The one dim along which the views are slices, or None."""
+    cuts = {axis for part in parts for axis, cut in enumerate(part.slices) if cut is not None}
+    return cuts.pop() if len(cuts) == 1 else None
+
+
+def grouped_parts(parts: Sequence[View], axis: int) -> list[list[View]]:
+    """The views in order along the axis, each starting where another one stops; those with a step form one group."""
+    groups: dict[Size, list[View]] = {}
+    stops: dict[Size, Size] = {}
+    for part in parts:
+        cut = part.slices[axis]
+        assert cut is not None, "every part must be sliced along the axis"
+        start = Size.of(0) if cut.step > 1 else cut.start
+        groups.setdefault(start, []).append(part)
+        stops[start] = cut.stop
+    ordered, at = [], Size.of(0)
+    while at in groups:
+        ordered.append(sorted(groups.pop(at), key=lambda part: _offset(part, axis)))
+        at = stops[at]
+    return ordered if not groups else [[part] for part in parts]
+
+
+def _offset(part: View, axis: int) -> int:
+    cut = part.slices[axis]
+    return (cut.start.constant or 0) if cut is not None and cut.step > 1 else 0
