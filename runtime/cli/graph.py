@@ -24,6 +24,7 @@ from sageLLM.runtime.inspect.rule_table import rule_table
 from sageLLM.runtime.inspect.summary import STEP, step_of
 from sageLLM.runtime.inspect.traces import traces_of
 from sageLLM.runtime.inspect.why_not import why_not
+from sageLLM.runtime.loader.config_file import layout_of, read_config_file
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 
 
@@ -196,11 +197,8 @@ def _layout(model: str, registry: Registry) -> tuple[ModelLayout, HFConfig]:
     if not path.is_file():
         known = ", ".join(registry.models)
         raise ValueError(f"'{model}' is neither a model ({known}) nor a folder with a config.json")
-    data = json.loads(path.read_bytes())
-    found = registry.layout_of(str((data.get("architectures") or [""])[0]))
-    if found is None:
-        raise ValueError(f"{path}: unsupported architecture {data.get('architectures')}")
-    return found, HFConfig(data, str(path))
+    data = read_config_file(path)
+    return layout_of(data, path, registry.models), HFConfig(data, str(path))
 
 
 def _formatted(request: GraphRequest, graphs: dict[str, ExecutionGraph]) -> str:

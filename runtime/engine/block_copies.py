@@ -19,7 +19,7 @@ from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kv.copies import BlockCopy, Tier, TierCopy
 
 
-class CopyOfBlocks(Protocol):
+class BlockCopies(Protocol):
     """A copy of each `source_blocks[i]` to `target_blocks[i]`."""
 
     @property
@@ -41,7 +41,7 @@ class Migrator:
         self._plan = Plan(graph, kernels, bound)
         self._device = target.device
 
-    def run(self, copies: Sequence[CopyOfBlocks]) -> None:
+    def run(self, copies: Sequence[BlockCopies]) -> None:
         """Makes all these copies in one operation: no block may be both read and written, or written twice."""
         sources = [block for copy in copies for block in copy.source_blocks]
         targets = [block for copy in copies for block in copy.target_blocks]

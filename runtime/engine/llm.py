@@ -185,8 +185,8 @@ class LLM:
                 f"the layout '{layout.name}' does not name a value to embed with; "
                 f"add `hidden: NAME` to {layout.spec} (docs/add-a-model.md)"
             )
-        if requested is None and self._recipe.refusal is not None:
-            raise SageError(f"{self._recipe.refusal}; choose one with pooling=: {', '.join(supported)}")
+        if requested is None and self._recipe.unsupported is not None:
+            raise SageError(f"{self._recipe.unsupported}; choose one with pooling=: {', '.join(supported)}")
         default: Pooling = "model" if layout.pooled else "last" if layout.generates else "mean"
         chosen = requested or self._recipe.pooling or default
         if chosen not in supported:

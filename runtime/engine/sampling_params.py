@@ -63,9 +63,9 @@ class SamplingParams:
 
     def _check_fields_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _refusal("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
+            raise _error("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
         if self.is_greedy and self.n > 1:
-            raise _refusal("n", self.n, "1 when temperature is 0, as all greedy answers are the same")
+            raise _error("n", self.n, "1 when temperature is 0, as all greedy answers are the same")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> SamplingParams:
@@ -97,7 +97,7 @@ class SamplingParams:
 _Check = Callable[[str, object], object]
 
 
-def _refusal(name: str, value: object, must: str) -> SamplingParamsError:
+def _error(name: str, value: object, must: str) -> SamplingParamsError:
     return SamplingParamsError(f"{name} must be {must}, got {_show(value)}", param=name.partition("[")[0])
 
 
@@ -122,10 +122,10 @@ def _number(low: float, high: float, *, open_low: bool = False) -> _Check:
 
     def check(name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise _refusal(name, value, must)
+            raise _error(name, value, must)
         number = _as_float(value)
         if math.isnan(number) or not low <= number <= high or (open_low and number == low):
-            raise _refusal(name, value if isinstance(value, int) else number, must)
+            raise _error(name, value if isinstance(value, int) else number, must)
         return number
 
     return check
@@ -145,12 +145,12 @@ def _integer(low: int, high: int, also: Mapping[int, int | None] | None = None) 
 
     def check(name: str, value: object) -> int | None:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise _refusal(name, value, f"an integer from {low} to {high}{extra}")
+            raise _error(name, value, f"an integer from {low} to {high}{extra}")
         number = int(value)
         if number in accepted:
             return accepted[number]
         if not low <= number <= high:
-            raise _refusal(name, number, f"an integer from {low} to {high}{extra}")
+            raise _error(name, number, f"an integer from {low} to {high}{extra}")
         return number
 
     return check
@@ -162,7 +162,7 @@ def _optional(check: _Check) -> _Check:
 
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise _refusal(name, value, "True or False")
+        raise _error(name, value, "True or False")
     return value
 
 
@@ -178,7 +178,7 @@ def _stop_strings(name: str, value: object) -> tuple[str, ...]:
 def _stop_string(name: str, value: object) -> str:
     must = f"a string of 1 to {MAX_STOP_STRING_LEN} characters"
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_STOP_STRING_LEN:
-        raise _refusal(name, value, must)
+        raise _error(name, value, must)
     return value
 
 
@@ -193,13 +193,13 @@ def _stop_token_ids(name: str, value: object) -> tuple[int, ...]:
 
 def _token_id(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= INT32_MAX:
-        raise _refusal(name, value, f"an integer from 0 to {INT32_MAX}")
+        raise _error(name, value, f"an integer from 0 to {INT32_MAX}")
     return int(value)
 
 
 def _sequence(name: str, value: object, must: str) -> Sequence[object]:
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise _refusal(name, value, must)
+        raise _error(name, value, must)
     return value
 
 
@@ -208,7 +208,7 @@ _bias_value = _number(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
 
 def _logit_bias(name: str, value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise _refusal(name, value, "a mapping from token id to number")
+        raise _error(name, value, "a mapping from token id to number")
     if len(value) > MAX_LOGIT_BIAS_ENTRIES:
         raise SamplingParamsError(f"{name} must have at most {MAX_LOGIT_BIAS_ENTRIES} entries, got {len(value)}", name)
     biases = {}

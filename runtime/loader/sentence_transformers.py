@@ -20,11 +20,11 @@ _FLAGS: Mapping[str, Pooling] = {
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRecipe:
-    """The folder's settings: `pooling` is None if it has none; `refusal` is the reason if a setting is unsupported."""
+    """The folder's settings: `pooling` is None if it has none; `unsupported` names a setting that is not supported."""
 
     pooling: Pooling | None = None
     normalize: bool = False
-    refusal: str | None = None
+    unsupported: str | None = None
 
 
 def read_recipe(folder: Path) -> EmbeddingRecipe:
@@ -41,13 +41,13 @@ def read_recipe(folder: Path) -> EmbeddingRecipe:
     kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
     unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
     if unknown:
-        return EmbeddingRecipe(refusal=f"{path} names the module {unknown[0]}, which is not supported")
+        return EmbeddingRecipe(unsupported=f"{path} names the module {unknown[0]}, which is not supported")
     if "Pooling" not in kinds:
         return EmbeddingRecipe(normalize="Normalize" in kinds)
     config = folder / str(kinds["Pooling"].get("path", "")) / "config.json"
     pooling = _pooling(read_json(config))
     if pooling is None:
-        return EmbeddingRecipe(refusal=f"{config} requests a pooling that is not supported")
+        return EmbeddingRecipe(unsupported=f"{config} requests a pooling that is not supported")
     return EmbeddingRecipe(pooling, "Normalize" in kinds)
 
 

@@ -27,7 +27,7 @@ def load_weights(
     return weights | {spec.name: weights[str(spec.tied_to)] for spec in ties}
 
 
-def rank_share(spec: WeightSpec, weight: Tensor, rank: int, tp: int) -> Tensor:
+def rank_shard(spec: WeightSpec, weight: Tensor, rank: int, tp: int) -> Tensor:
     """The shard of a whole weight on rank `rank` of `tp`. Raises ConfigError if the weight does not divide evenly."""
     if spec.shard is None or tp == 1:
         return weight

@@ -35,10 +35,6 @@ class Registry:
         """The reference kernels; torch is imported at the first access."""
         return read_table(self.packages, "kernels.reference", "KERNELS")
 
-    def layout_of(self, architecture: str) -> ModelLayout | None:
-        """The layout for checkpoints of a Hugging Face architecture, or None."""
-        return next((layout for layout in self.models.values() if architecture in layout.architectures), None)
-
 
 def load_registry(plugins: Iterable[str | Path] = ()) -> Registry:
     """The entries of the package and the plugins.

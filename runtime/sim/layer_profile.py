@@ -17,7 +17,7 @@ from sageLLM.runtime.sim.trace import TraceError
 
 Table = npt.NDArray[np.float64]
 PER_STEP = ("embedding", "final_layernorm")
-TWICE_A_LAYER = "layernorm"
+TWICE_PER_LAYER = "layernorm"
 
 
 class Grid:
@@ -49,14 +49,14 @@ class LayerProfileCost:
     def __init__(self, folder: Path, num_layers: int, request_s: float = 0.0) -> None:
         dense = _read_lines(folder / "profile_dense.csv", "tokens")
         per_sequence = _read_lines(folder / "profile_per_sequence.csv", "sequences")
-        missing = sorted({*PER_STEP, TWICE_A_LAYER} - dense.keys())
+        missing = sorted({*PER_STEP, TWICE_PER_LAYER} - dense.keys())
         if missing:
             raise TraceError(f"{folder / 'profile_dense.csv'}: expected rows for {', '.join(missing)}, got none")
         self._num_layers = num_layers
         self._request_s = request_s
         self._step = [dense[layer] for layer in PER_STEP]
         self._layer = [grid for layer, grid in dense.items() if layer not in PER_STEP]
-        self._layer.append(dense[TWICE_A_LAYER])
+        self._layer.append(dense[TWICE_PER_LAYER])
         self._sequence = list(per_sequence.values())
         self._attention = _Attention(folder / "profile_attention.csv")
 
@@ -75,7 +75,8 @@ class _Attention:
     """Attention latencies of one layer: decodes alone, a chunk alone, and a chunk together with decodes."""
 
     def __init__(self, path: Path) -> None:
-        rows = {(c, k, n, d): time for c, k, n, d, time in _read_numbers(path) if all(map(_doubles, (c, k, n, d)))}
+        numbers = ((tuple(point), time) for *point, time in _read_numbers(path))
+        rows = {point: time for point, time in numbers if all(map(_is_zero_or_power_of_2, point))}
         self._decodes = _grid({(n, d): t for (c, k, n, d), t in rows.items() if not c}, path)
         self._chunk = _grid({(c, k): t for (c, k, n, d), t in rows.items() if not n}, path)
         self._both = _grid({point: t for point, t in rows.items() if point[0] and point[2]}, path)
@@ -95,7 +96,7 @@ class _Attention:
         return self._both.at(chunk.num_tokens, chunk.start, work.num_decodes, mean_context)
 
 
-def _doubles(value: float) -> bool:
+def _is_zero_or_power_of_2(value: float) -> bool:
     """Whether a value is 0 or a power of two: at these values the profiler's grid is complete."""
     return int(value) & (int(value) - 1) == 0
 

@@ -15,7 +15,7 @@ from sageLLM.runtime.sim.simulator import Cluster, Colocated, Disaggregated, Eve
 from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
 
 SimMode = Literal["strict", "time_share", "hybrid", "vllm", "auto"]
-AMPLE_KV = KVBudget(num_blocks=2**18)
+DEFAULT_KV = KVBudget(num_blocks=2**18)
 """The budget of the running-first scheduler, which cannot be unbounded, if none is set."""
 
 
@@ -89,7 +89,7 @@ def _running_first(setup: Setup) -> MakeScheduler:
         limits.max_prefill_tokens,
         enable_prefix_caching=setup.enable_prefix_caching,
     )
-    budget = setup.kv_budget or AMPLE_KV
+    budget = setup.kv_budget or DEFAULT_KV
 
     def make(clock: VirtualClock) -> BaseScheduler:
         return RunningFirstScheduler(config, kv_budget=budget, clock=clock)

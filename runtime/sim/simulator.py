@@ -14,7 +14,7 @@ from sageLLM.runtime.scheduler.request import Request
 from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.metrics import Timeline
 from sageLLM.runtime.sim.trace import Trace
-from sageLLM.runtime.sim.worker import Live, MakeScheduler, RoleWorker, VirtualClock, Worker
+from sageLLM.runtime.sim.worker import LiveRequest, MakeScheduler, RoleWorker, VirtualClock, Worker
 
 Event = Callable[[], None]
 TransferTime = Callable[[int], float]
@@ -77,7 +77,7 @@ class Cluster(ABC):
         """The workers that may have new work after a step of this worker."""
         return (worker,)
 
-    def _leave(self, worker: Worker, live: Live) -> None:
+    def _leave(self, worker: Worker, live: LiveRequest) -> None:
         """Ends a request that has all its tokens from this worker."""
         live.timeline.last_token_s = live.last_token_s
 
@@ -186,7 +186,7 @@ class Disaggregated(Cluster):
         worker.submit(_live(timeline, prompt, 1))
         self._drive(worker)
 
-    def _leave(self, worker: Worker, live: Live) -> None:
+    def _leave(self, worker: Worker, live: LiveRequest) -> None:
         timeline = live.timeline
         if timeline.num_output_tokens == 1 or worker in self._decode:
             super()._leave(worker, live)
@@ -194,7 +194,7 @@ class Disaggregated(Cluster):
         arrival = self._events.clock.now + self._transfer_s(timeline.num_prompt_tokens)
         self._events.put(arrival, lambda: self._receive(live))
 
-    def _receive(self, live: Live) -> None:
+    def _receive(self, live: LiveRequest) -> None:
         timeline, prompt = live.timeline, live.request.prompt_token_ids
         request = Request(
             live.request.request_id,
@@ -209,7 +209,7 @@ class Disaggregated(Cluster):
             timeline.num_output_tokens = 1
             super()._leave(worker, live)
             return
-        worker.receive(Live(timeline, request, timeline.num_output_tokens - 1, live.last_token_s))
+        worker.receive(LiveRequest(timeline, request, timeline.num_output_tokens - 1, live.last_token_s))
         self._drive(worker)
 
 
@@ -217,9 +217,9 @@ def _least_loaded(workers: Sequence[Worker]) -> Worker:
     return min(workers, key=lambda worker: worker.num_live)
 
 
-def _live(timeline: Timeline, prompt: list[int], num_left: int) -> Live:
+def _live(timeline: Timeline, prompt: list[int], num_left: int) -> LiveRequest:
     request = Request(str(timeline.number), prompt, num_left, arrival_time=timeline.arrival_s)
-    return Live(timeline, request, num_left, timeline.arrival_s)
+    return LiveRequest(timeline, request, num_left, timeline.arrival_s)
 
 
 class Simulation:

@@ -26,7 +26,7 @@ MakeScheduler = Callable[[VirtualClock], BaseScheduler]
 
 
 @dataclass(slots=True)
-class Live:
+class LiveRequest:
     """A request on a worker, which it leaves after `num_left` more tokens."""
 
     timeline: Timeline
@@ -43,7 +43,7 @@ class Worker:
         self.num_steps = 0
         self._cost = cost
         self._clock = clock
-        self._live: dict[str, Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._step: ScheduleOutput | None = None
         self._copies: list[KVMigration] = []
 
@@ -57,12 +57,12 @@ class Worker:
         """The number of requests on this worker."""
         return len(self._live)
 
-    def submit(self, live: Live) -> None:
+    def submit(self, live: LiveRequest) -> None:
         """Queues a request. Raises ValueError if the scheduler rejects it."""
         self.scheduler.add_request(live.request)
         self._live[live.request.request_id] = live
 
-    def receive(self, live: Live) -> None:
+    def receive(self, live: LiveRequest) -> None:
         """Queues a request with KV from another worker. Raises ValueError if the scheduler rejects it."""
         assert isinstance(self.scheduler, PDScheduler), "only PDScheduler accepts requests with KV"
         self.scheduler.add_received(live.request)
@@ -86,14 +86,14 @@ class Worker:
         copies, self._copies = self._copies, []
         return copies
 
-    def end_step(self) -> list[Live]:
+    def end_step(self) -> list[LiveRequest]:
         """Commits the running step; returns the requests that leave the worker with it.
 
         These include requests that the scheduler ended early because they became too long for the KV pool.
         """
         step, self._step = self._step, None
         assert step is not None, "a step ended that never started"
-        left: list[Live] = []
+        left: list[LiveRequest] = []
         for request in _requests_with_token(step):
             live = self._live[request.request_id]
             request.output_token_ids.append(0)
@@ -143,7 +143,7 @@ def _requests_with_token(step: ScheduleOutput) -> list[Request]:
     return [chunk.request for chunk in prefill if chunk.is_last] + list(decode)
 
 
-def _record_token(live: Live, now: float) -> None:
+def _record_token(live: LiveRequest, now: float) -> None:
     timeline = live.timeline
     if timeline.first_token_s is None:
         timeline.first_token_s = now

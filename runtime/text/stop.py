@@ -50,7 +50,7 @@ def find_stop(text: str, stops: Sequence[str], num_seen: int) -> StopMatch | Non
     return min(matches, key=lambda m: (m.start, -len(m.stop)), default=None)
 
 
-def shown_len(text: str, stops: Sequence[str]) -> int:
+def visible_len(text: str, stops: Sequence[str]) -> int:
     """The length of the text that can be shown: all but the longest suffix that is a prefix of a stop string."""
     longest = max(map(len, stops), default=1) - 1
     for start in range(max(0, len(text) - longest), len(text)):
@@ -137,7 +137,7 @@ class SequenceText:
             self._show(text[: match.start + (len(match.stop) if self.rules.keeps_stop else 0)])
             self._end("stop", match.stop)
             return
-        num_final = shown_len(text, stops)
+        num_final = visible_len(text, stops)
         self._show(text[:num_final])
         self._held = text[num_final:]
 

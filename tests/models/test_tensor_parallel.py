@@ -26,7 +26,7 @@ from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.loader.tables import make_tables
-from sageLLM.runtime.loader.weights import rank_share
+from sageLLM.runtime.loader.weights import rank_shard
 from sageLLM.runtime.registry.plugins import load_registry
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 16
@@ -157,7 +157,7 @@ def logits(layout: ModelLayout, config: Any, weights: Mapping[str, Tensor], tp: 
     ranks = []
     for rank in range(tp):
         own = replace(layout.shard_config(config, tp), rank=rank) if tp > 1 else config
-        share = {spec.name: rank_share(spec, weights[spec.name], rank, tp) for spec in specs}
+        share = {spec.name: rank_shard(spec, weights[spec.name], rank, tp) for spec in specs}
         ranks.append(Rank(layout, own, share, meeting.kernels(rank)))
 
     def run(rank: Rank) -> list[Tensor]:

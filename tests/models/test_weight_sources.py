@@ -22,7 +22,7 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.checkpoint import check_checkpoint
 from sageLLM.runtime.core.model.weights import MAX_STACKED, Part, Shard, View, WeightSpec, share_runs, stacked
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
-from sageLLM.runtime.loader.weights import load_weights, rank_share
+from sageLLM.runtime.loader.weights import load_weights, rank_shard
 
 LAYOUT = """
 schema: models/v1
@@ -184,9 +184,9 @@ def test_the_ranks_shares_are_the_whole_weight(case: str, tmp_path: Path) -> Non
     assert spec.shard is not None
     dim, segments = spec.shard.dim, spec.shard.segments or (spec.shape[spec.shard.dim],)
     whole = torch.randn(spec.shape)
-    shares = [rank_share(spec, whole, rank, 2).split([size // 2 for size in segments], dim) for rank in range(2)]
+    shares = [rank_shard(spec, whole, rank, 2).split([size // 2 for size in segments], dim) for rank in range(2)]
     assert torch.equal(torch.cat([share[n] for n in range(len(segments)) for share in shares], dim), whole)
-    assert {share.shape[dim] for share in (rank_share(spec, whole, rank, 2) for rank in range(2))} == {
+    assert {share.shape[dim] for share in (rank_shard(spec, whole, rank, 2) for rank in range(2))} == {
         spec.shape[dim] // 2
     }
 
@@ -269,15 +269,15 @@ def test_names_are_compared_where_shapes_are_not_known() -> None:
 def test_a_bias_of_a_sum_is_whole_on_the_first_rank() -> None:
     spec = WeightSpec("b", (4,), (Part("b", (4,)),), shard=Shard(0, kind="first"))
     whole = torch.randn(4)
-    assert torch.equal(rank_share(spec, whole, 0, 2), whole)
-    assert not rank_share(spec, whole, 1, 2).any()
+    assert torch.equal(rank_shard(spec, whole, 0, 2), whole)
+    assert not rank_shard(spec, whole, 1, 2).any()
     assert share_runs(spec, 1, 2) == ((0, 4),)
 
 
 def test_a_share_that_does_not_come_out_even_is_refused() -> None:
     spec = WeightSpec("w", (9, 4), (Part("w", (9, 4)),), shard=Shard(0, segments=(6, 3)))
     with pytest.raises(ConfigError) as caught:
-        rank_share(spec, torch.zeros(9, 4), 0, 2)
+        rank_shard(spec, torch.zeros(9, 4), 0, 2)
     assert str(caught.value) == "tensor_parallel_size=2 does not divide 3 rows of w"
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sageLLM.runtime.engine.requests import stop_rules
 from sageLLM.runtime.engine.sampling_params import SamplingParams
-from sageLLM.runtime.text.stop import SequenceText, StopMatch, find_stop, shown_len
+from sageLLM.runtime.text.stop import SequenceText, StopMatch, find_stop, visible_len
 
 
 class LetterTokenizer:
@@ -75,10 +75,10 @@ def test_the_earliest_stop_string_wins_then_the_longest():
 
 
 def test_the_longest_beginning_of_a_stop_string_is_held():
-    assert shown_len("xaab", ["aabc", "b!"]) == 1
-    assert shown_len("xaab", ["b!"]) == 3
-    assert shown_len("xaab", []) == 4
-    assert shown_len("aba", ["aba"]) == 2
+    assert visible_len("xaab", ["aabc", "b!"]) == 1
+    assert visible_len("xaab", ["b!"]) == 3
+    assert visible_len("xaab", []) == 4
+    assert visible_len("aba", ["aba"]) == 2
 
 
 def test_eos_ends_without_reason_and_without_text():
