@@ -1,7 +1,6 @@
 """Commands `sagellm graph` and `sagellm explain MODEL:NODE`: views of graphs and of the passes over them."""
 
 import difflib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
