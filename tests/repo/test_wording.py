@@ -14,6 +14,8 @@ import wording
         ("a.py", 'raise ValueError(f"{name} wants {what}")', ["want"]),
         ("a.py", 'raise ValueError(f"{name} is " "no model of the registry")', ["is no"]),
         ("a.md", "# Title\n\n## Who goes first\n", ["question clause"]),
+        ("a.h", "// What all kernels need.\n#pragma once\n// what, whose\n", ["question clause"]),
+        ("a.cpp.jinja", "{#- view: RowView; the kernel whose rows are independent. -#}\n// anew\n", ["whose"]),
         ("a.yaml", "ops:\n  a:\n    summary: A norm with weights of its own.\n", ["of its own"]),
     ],
 )
