@@ -95,7 +95,7 @@ def test_concurrent_callers_get_all_their_parts(pool) -> None:
     assert computed == [Counter(dict.fromkeys(range(6), 50))] * 2
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not support fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_its_own_threads(pool) -> None:
     parallel_for(pool, 4, lambda part: None)

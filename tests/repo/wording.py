@@ -46,8 +46,6 @@ NOT_YET_CLEAN: tuple[str, ...] = (
     "codegen/source.py",
     "codegen/state.py",
     "codegen/writer.py",
-    "runtime/kernels/",
-    "tests/kernels/",
     "tests/repo/",
 )
 

@@ -1,9 +1,8 @@
 // Softmax attention over keys in any layout, paged or contiguous, for one query row per sequence or thousands.
 //
 // The query heads of one key head, times some query positions, are the rows of a tile (attention_tile.h). The keys of a
-// tile are split into parts of 1024, whose softmax states are merged in order. The arithmetic of a row depends on its
-// position and its keys alone: not on other rows, on the chunks that a prompt was split into, nor on the number of
-// threads.
+// tile are split into parts of 1024, and the softmax states of the parts are merged in order. The arithmetic of a row
+// depends on its position and its keys alone: not on other rows, on the chunks of its prompt, or on the thread count.
 #pragma once
 
 #include "attention_tile.h"

@@ -1,8 +1,8 @@
-// The two GEMMs of attention in bf16, on AMX or AVX512_BF16, whose operands are packed as weights are (packed.h).
+// The two GEMMs of attention in bf16, on AMX or AVX512_BF16. Keys and values are packed like weights (packed.h).
 //
-// A weight of attention is split into the sum of two bf16: 16 bits of mantissa, so that rounding the weights costs next
-// to no accuracy. With few rows, AMX multiplies the keys in place by the packed queries, which is the transposed
-// product: the queries are packed once, whereas packing keys for one row costs more than the product. The sums are the
+// A weight of attention is split into the sum of two bf16: 16 bits of mantissa, so that rounding the weights costs
+// almost no accuracy. With few rows, AMX computes the transposed product, keys in place times packed queries: the
+// queries are packed once, whereas packing the keys for a single row would cost more than the product. The sums are the
 // same.
 #pragma once
 
@@ -37,6 +37,7 @@ inline int64_t uniform_stride(const bf16* const* row) {
 
 class PairGemms {
   public:
+    // Without AMX, blocks of 6 rows by 4 panels: 24 sums, 4 weights and a broadcast value fit into 32 registers.
     PairGemms(int64_t rows, int64_t key_width, int64_t value_width)
         : microkernel_(select_microkernel<bf16, 6, 4, 4, 2>()), scope_(microkernel_), rows_(rows),
           key_width_(key_width), value_width_(value_width), depth_(round_up(key_width, DEPTH)),
