@@ -1,4 +1,4 @@
-"""The generator's subcommands: each prints what it found or did and returns the exit code."""
+"""Subcommands of the generator. Each prints its result and returns the exit code."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ FINE, FAILED, USAGE, FINDINGS = 0, 1, 2, 100
 
 
 class Generate:
-    """`sagellm generate` and `lint`, over the package's specs and the overlays given; `count` counts rewrites."""
+    """`sagellm generate` and `lint` for the package's specs and overlays; `count` counts rewrites."""
 
     def __init__(
         self, overlays: Sequence[Path], out: Path | None, *, as_json: bool = False, count: "Count | None" = None
@@ -30,13 +30,13 @@ class Generate:
         self.count = count
 
     def write(self) -> int:
-        """Brings the tree up to date and says what changed."""
+        """Updates the tree and prints the changed files."""
         if self._lacks_out():
             return USAGE
         return self._guarded(self._write)
 
     def check(self) -> int:
-        """Reports drift between specs and tree. Whatever goes wrong is a failure, never a pass."""
+        """Reports drift between specs and tree. Any other error also fails."""
         if self._lacks_out():
             return USAGE
         return self._guarded(self._check)
@@ -90,7 +90,7 @@ class Generate:
 
     def _lacks_out(self) -> bool:
         if self.overlays and self.out is None:
-            _log("give --out FOLDER with --specs: an overlay's code goes into a folder of its own")
+            _log("--specs requires --out FOLDER: an overlay is generated into a separate folder")
             return True
         return False
 
@@ -111,7 +111,7 @@ class Generate:
 
 
 class LineReader:
-    """Finds the source line of a diagnostic, whose file name begins with its spec folder's name."""
+    """Reads the source line of a diagnostic; its file name starts with the name of its spec folder."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = {folder.resolve().name: folder for folder in folders}
@@ -126,7 +126,7 @@ class LineReader:
 
 
 def explain_name(name: str, overlays: Sequence[Path], out: Path | None) -> int:
-    """Prints what is known of a name; an unknown name is an error that suggests near ones."""
+    """Prints the explanation of a name; an unknown name is an error that suggests similar ones."""
     from sageLLM.codegen.explain import explain
 
     def run() -> int:
@@ -142,7 +142,7 @@ def explain_name(name: str, overlays: Sequence[Path], out: Path | None) -> int:
 
 
 def new_entry(kind: str, name: str, specs: Path | None) -> int:
-    """Writes the scaffold of an op, model or pass and says how to go on."""
+    """Writes the scaffold of an op, model or pass and prints the next step."""
     from sageLLM.codegen.scaffold import scaffold
 
     folder = specs or driver.BASE_SPECS

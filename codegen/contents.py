@@ -1,4 +1,4 @@
-"""Facts about a generated tree that its tables are made of: names in spec order, and rows of its modules."""
+"""Contents of a generated tree that its tables are made of: names in spec order, and rows of its modules."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 Row = Mapping[str, Any]
-"""One line of a table, as JSON values only, so that it can be kept between runs."""
+"""One line of a table, as JSON values, so that it can be kept between runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class EntryName:
-    """The name of a spec entry and the file that defines it."""
+    """The name of a spec entry, and the file that defines it."""
 
     name: str
     file: str
@@ -32,7 +32,7 @@ class EntryName:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The entries that a tree is generated from, and the rows of its files by path."""
+    """The entries of a generated tree, and the rows of its files by path."""
 
     is_overlay: bool
     ops: tuple[EntryName, ...]
@@ -48,7 +48,7 @@ class Contents:
         return found
 
     def rows_by_stem(self, path: str) -> dict[str, tuple[Row, ...]]:
-        """The rows of `path`, which names a file of each stem (`tests/test_{}.py`), for the stems that have some."""
+        """The rows of the files `path` by stem (`tests/test_{}.py`), for stems with rows."""
         found = {stem: self.rows.get(path.format(stem), ()) for stem in self.ops_by_stem}
         return {stem: rows for stem, rows in found.items() if rows}
 

@@ -1,6 +1,6 @@
-"""The generator as one pipeline: load, link, emit, format, write.
+"""The generator pipeline: load, link, emit, format, write.
 
-`generate` first tries `codegen.update`, which does only what a change makes necessary; the functions here do all of it.
+`generate` first tries an incremental update (`codegen.update`). The other functions always run every stage in full.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ BASE_OUT = PACKAGE / "generated"
 
 
 def load_and_link(overlays: Sequence[Path] = (), base: Path = BASE_SPECS, memo: "LinkMemo | None" = None) -> "Specs":
-    """The linked specs; raises SpecErrors with every finding of the first stage that has one."""
+    """The linked specs. Raises SpecErrors with all findings of the first stage that has any."""
     from sageLLM.codegen.load import load_specs
 
     return link(load_specs([base, *overlays], memo.load_file if memo else None), memo)
 
 
 def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
-    """What the entries mean together. With `memo`, what earlier calls linked without findings is not linked again."""
+    """Links all entries. With `memo`, entries that earlier calls linked without findings are reused."""
     from sageLLM.codegen.link.interfaces import Interfaces
     from sageLLM.codegen.link.models import link_models
     from sageLLM.codegen.link.ops import link_op, link_ops
@@ -49,7 +49,7 @@ def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
 
 
 def emit(specs: "Specs") -> list[Output]:
-    """Every generated file, not yet formatted."""
+    """Every generated file, before formatting."""
     from sageLLM.codegen import emit as emitters
 
     renderer, own = Renderer(), specs.own()
@@ -66,21 +66,21 @@ def emit(specs: "Specs") -> list[Output]:
 def generate(
     overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS, count: "Count | None" = None
 ) -> Written:
-    """Brings the tree at `out` up to date with the specs.
+    """Updates the tree at `out` after changes of the specs.
 
-    With `count`, a tree whose passes do not fire as often as expected is not written; SpecErrors says where.
+    With `count`, passes must fire as often as their specs expect; otherwise SpecErrors is raised, and no file written.
     """
     try:
         return update([base, *overlays], out, BASE_OUT, count)
     except (SpecErrors, Undeclared):
-        pass  # a run from scratch finds all mistakes, not only those that the change reaches, stage by stage
+        pass  # a run from scratch reports all findings of a stage, not only those that the change causes
     return generate_from_scratch(overlays, out, base, count)
 
 
 def generate_from_scratch(
     overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS, count: "Count | None" = None
 ) -> Written:
-    """What `generate` does where nothing is known from an earlier run, without leaving anything for the next one."""
+    """Generates everything without reading or leaving the state of incremental updates."""
     from sageLLM.codegen.expectations import COUNTED, check_expectations
 
     specs = load_and_link(overlays, base)
@@ -93,7 +93,7 @@ def generate_from_scratch(
 def check(
     overlays: Sequence[Path] = (), out: Path = BASE_OUT, base: Path = BASE_SPECS, count: "Count | None" = None
 ) -> list[str]:
-    """How `out` differs from what the specs generate, from scratch: nothing that an earlier run left is read."""
+    """The drift between `out` and the specs. Everything is generated from scratch; no state of earlier runs is read."""
     specs = load_and_link(overlays, base)
     outputs = finish(emit(specs))
     if count is not None:

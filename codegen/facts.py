@@ -1,6 +1,6 @@
-"""Facts about spec files that are kept between runs: which entries they define, and what an entry refers to.
+"""Facts about spec files that are kept between runs: their entries, and the names that entries refer to.
 
-With them a run knows without parsing a file again what is in it, and which other entries a change reaches.
+With them a run knows the contents of an unchanged file without parsing it, and which entries a change affects.
 """
 
 import hashlib
@@ -13,36 +13,36 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = ("dims", "op_types", "step_inputs")
-"""The kinds of entry that every op and model may name."""
+"""The kinds of entry that every op and model can refer to."""
 
 ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
-"""The names that a checkpoint's config.json may give its architecture."""
+"""Valid names of an architecture in the config.json of a checkpoint."""
 
 
 def digest(value: Any) -> str:
-    """The digest of a JSON value. The order of keys counts, since that of spec entries does."""
+    """The digest of a JSON value, including the order of keys, which is that of spec entries."""
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
 def spec_paths(folder: Path) -> list[tuple[str, Path]]:
-    """The YAML files of a spec folder in order, each with the name that diagnostics and headers use for it."""
+    """The YAML files of a spec folder in order, each with its name in diagnostics and headers."""
     found = [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.yaml")]
     root = folder.resolve().name
     return [(f"{root}/{name}", path) for name, path in sorted(found)]
 
 
 def words_of(texts: Iterable[str]) -> set[str]:
-    """The names in texts."""
+    """The identifiers in texts."""
     return {word for text in texts for word in re.findall(r"[A-Za-z]\w*", text)}
 
 
 class Undeclared(Exception):
-    """Something was read that the reader had not declared, so that only a run from scratch is surely right."""
+    """A dependency that no key covers. Only a run from scratch is then known to be right."""
 
 
 @dataclass(frozen=True, slots=True)
 class EntryFacts:
-    """One entry: its kind (a field of RawSpecs), a digest of its data, and the names in it that others ask for."""
+    """One entry: its kind (a field of RawSpecs), a digest of its data, and its names that other entries depend on."""
 
     kind: str
     name: str
@@ -69,7 +69,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class SpecFacts:
-    """The facts of all files of a run; `base` names the files of the package where an overlay is generated."""
+    """Facts of all files of a run; `base` are the files of the package if an overlay is generated."""
 
     files: Mapping[str, FileFacts]
     base: frozenset[str]
@@ -90,7 +90,7 @@ class SpecFacts:
         return self.tables.get(kind, {})
 
     def own(self, kind: str) -> list[EntryFacts]:
-        """The entries that code is generated from."""
+        """The entries that code is generated for."""
         return [entry for entry in self.table(kind).values() if entry.file not in self.base]
 
     @property
@@ -108,7 +108,7 @@ class SpecFacts:
 
     @cached_property
     def repeated_names(self) -> list[str]:
-        """Names that two entries of a kind have."""
+        """Duplicate names of entries of one kind."""
         seen: set[tuple[str, str]] = set()
         repeated = []
         for entry in self:

@@ -1,10 +1,11 @@
-"""Brings a generated tree up to date after a change: links, renders and formats only what the change can reach.
+"""Incremental generation: links and renders only what a change of the specs can affect.
 
-Files that are made together are a unit: those of an ops file, of a model, of all passes. The key of a unit is a digest
-of all that its emitters can read, since they are given nothing else. Where key and files are as the last run left them,
-the unit is skipped. An op, a model or the passes that linked without findings do so again while their own keys hold.
+Files that are made together form a unit: those of an ops file, of a model, of all passes. The key of a unit is a digest
+of everything that its emitters can read, which is enforced: they receive tables that contain nothing else. A unit is
+skipped if its key and its files are those of the last run. Likewise, an op, a model or the passes are not linked again
+while the key with which they were linked without findings is the same.
 
-A finding, or a read of something that no key covers, ends such a run; the caller then starts again from scratch.
+A finding, or a read that no key covers, ends the run; the caller then generates from scratch.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -39,16 +40,16 @@ Emit = Callable[[], list[Output]]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A unit that was rendered again, and its key."""
+    """A unit that was rendered, with its key."""
 
     key: str
     files: list[Output]
 
 
 class Incremental:
-    """One run. `units` are all units in spec order, those that still hold as they were recorded.
+    """One run. `units` are all units in spec order; skipped ones are the records of the last run.
 
-    `is_intact` says whether the files of a unit are as the last run left them.
+    `is_intact` tells whether the files of a unit are those of the last run.
     """
 
     def __init__(self, files: SpecFiles, old: State, is_intact: Callable[[UnitRecord], bool]) -> None:
@@ -65,7 +66,7 @@ class Incremental:
         self._interfaces: dict[str, str] = {}
 
     def run(self) -> None:
-        """Goes through all units; raises SpecErrors or Undeclared where only a run from scratch can tell the result."""
+        """Processes all units. Raises SpecErrors or Undeclared if only a run from scratch can produce the result."""
         self._check_names()
         for name in self.ops:
             self.interface(name)
@@ -85,7 +86,7 @@ class Incremental:
 
     @cached_property
     def outline(self) -> RawSpecs:
-        """Other models, ops and passes as far as facts tell, which is all that linking one of them may read."""
+        """The facts about models, ops and passes that linking another one of them can read."""
         from sageLLM.codegen.spec_files import outline
 
         return outline(self.facts)
@@ -97,9 +98,9 @@ class Incremental:
     # ops
 
     def meaning(self, name: str) -> str:
-        """A digest of all that an op is linked from: its entry, those of the ops that it fuses, and the vocabulary."""
+        """A digest of everything that an op is linked from: its entry, the ops that it fuses, and the vocabulary."""
         if name not in self._meanings:
-            self._meanings[name] = ""  # of an op that is made of itself; linking it is refused
+            self._meanings[name] = ""  # read by an op that fuses itself, which linking refuses
             op = self.facts.table("ops")[name]
             fused = [[callee, self._meaning_or_none(callee)] for callee in op.names["fuses"]]
             self._meanings[name] = digest([op.file, op.digest, self.facts.vocabulary, fused])
@@ -109,7 +110,7 @@ class Incremental:
         return self.meaning(name) if name in self.facts.table("ops") else None
 
     def interface(self, name: str) -> str:
-        """A digest of what models and passes see of an op, which is linked unless it is known for this meaning."""
+        """A digest of the op as models and passes see it; the op is linked if no digest is known for its meaning."""
         if name not in self._interfaces:
             meaning, known = self.meaning(name), self.old.ops.get(name)
             is_known = known is not None and known[0] == meaning
@@ -118,13 +119,13 @@ class Incremental:
 
     @cached_property
     def paths_of_equal_interfaces(self) -> set[str]:
-        """Modules of ops with the interfaces that they had: they differ in docstrings and costs at most."""
+        """Modules of ops with unchanged interfaces, which differ at most in docstrings and costs."""
         equal = {name for name in self.ops if self.old.ops.get(name, ("", ""))[1] == self.interface(name)}
         return {f"ops/{stem}.py" for stem, names in self._op_files.items() if equal.issuperset(names)}
 
     @cached_property
     def _op_files(self) -> dict[str, list[str]]:
-        """The ops by the stem of their spec file, which names the generated files."""
+        """The own ops by the stem of the spec file, which is also that of the generated files."""
         found: dict[str, list[str]] = {}
         for op in self.facts.own("ops"):
             found.setdefault(EntryName(op.name, op.file).stem, []).append(op.name)
@@ -140,7 +141,7 @@ class Incremental:
         self._unit(f"ops {stem}", key, lambda: emit_op_modules([self.ops[n] for n in names], specs, self._renderer))
 
     def _fused_by(self, names: Iterable[str]) -> list[str]:
-        """The ops, and all that they are made of."""
+        """The ops and, transitively, the ops that they fuse."""
         table, pending = self.facts.table("ops"), list(names)
         found: dict[str, None] = {}
         while pending:
@@ -202,7 +203,7 @@ class Incremental:
 
         old = self.old.links.get("passes")
         if not self.facts.own("passes") and old is not None and old.key == key and self._holds(old):
-            # An overlay without passes has an empty table of them, which needs no pass of the base.
+            # An overlay without passes gets an empty table of passes, for which the base need not be linked.
             self.links["passes"] = old
             none = self._specs(passes=dict[str, Any]())
             self._unit("passes", digest(["no passes"]), lambda: emit_pass_modules(none, self._renderer))
@@ -210,7 +211,7 @@ class Incremental:
         self._linked_unit("passes", key, link)
 
     def _linked_unit(self, name: str, key: str, link: Callable[[Interfaces], list[Output]]) -> None:
-        """A unit whose text depends on the interfaces that linking it reads, which are known once it was linked."""
+        """A model or the passes: the key includes the interfaces that linking reads, as recorded by the last run."""
         old = self.old.links.get(name)
         if old is not None and old.key == key and self._holds(old):
             self.links[name] = old
@@ -229,7 +230,7 @@ class Incremental:
         self.units[name] = Rendered(self._emission_key(record), outputs)
 
     def _holds(self, link: LinkRecord) -> bool:
-        """Whether all ops that were read have the same interfaces, and recorded calls the same result states."""
+        """Whether the ops that were read have the same interfaces, and recorded calls the same result states."""
         if any(seen != (self.interface(op) if op in self.ops else None) for op, seen in link.reads.items()):
             return False
         changed = {op for op in link.reads if op in self.ops and self.old.ops.get(op, ("",))[0] != self.meaning(op)}
@@ -256,7 +257,7 @@ class Incremental:
         self._unit("tables", key, lambda: emit_tables(contents, self._renderer))
 
     def _unit(self, name: str, key: str, emit: Emit) -> None:
-        """Keeps a unit if its key and its files are as they were, else renders it."""
+        """Skips a unit with the same key and files as before, else renders it."""
         old = self.old.units.get(name)
         if old is not None and old.key == key and self.is_intact(old):
             self.units[name] = old
@@ -266,7 +267,7 @@ class Incremental:
         self.units[name] = Rendered(key, outputs)
 
     def _rows_by_path(self, *prefixes: str) -> dict[str, tuple[Row, ...]]:
-        """The rows of the files of some units, in spec order."""
+        """The rows of files of some units, in spec order."""
         units = [unit for name, unit in self.units.items() if name.startswith(prefixes)]
         return {file.path: file.rows for unit in units for file in unit.files if file.rows}
 
@@ -278,7 +279,7 @@ class Incremental:
         return entry.file in self.facts.base
 
     def _is_packaged(self, entry: EntryFacts) -> bool:
-        """Whether an entry is the package's own, in this run or as the base of an overlay."""
+        """Whether an entry belongs to the package, as its own spec or as the base of an overlay."""
         return self._is_base(entry) or not self.facts.is_overlay
 
     def _vocabulary_with(self, **tables: Mapping[str, Any]) -> RawSpecs:
@@ -291,16 +292,16 @@ class Incremental:
         passes: Mapping[str, Any] = NOTHING,
         hardware: Mapping[str, Any] = NOTHING,
     ) -> Specs:
-        """Specs with what an emitter has declared to read, and nothing else."""
+        """Specs that contain only what an emitter declares to read."""
         return Specs(self.vocabulary, ops, NOTHING, passes, hardware)
 
     def _check_names(self) -> None:
-        """What linking checks over all files, on the facts alone: names, and the architectures of models."""
+        """Checks across files, on the facts alone: names, and the architectures of models."""
         architectures = [name for model in self.facts.table("models").values() for name in model.names["architectures"]]
         if self.facts.repeated_names or len(set(architectures)) < len(architectures):
-            raise Undeclared("a name is defined twice")
+            raise Undeclared("duplicate names")
         if not all(ARCHITECTURE.match(name) for name in architectures):
-            raise Undeclared("not a name of an architecture")
+            raise Undeclared("invalid name of an architecture")
 
 
 def _mentions(row: Row, ops: set[str]) -> bool:

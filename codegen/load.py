@@ -1,4 +1,4 @@
-"""Loads spec folders: every YAML file by its `schema:` line, validated, each entry with its place."""
+"""Loads spec folders: each YAML file is validated against the schema that it names, and split into entries."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Entry(Generic[T]):
-    """One named thing of a spec file, with the way back to its text."""
+    """One named entry of a spec file, with its location in the text."""
 
     name: str
     spec: T
@@ -31,7 +31,7 @@ class Entry(Generic[T]):
 
     @property
     def ref(self) -> str:
-        """How generated code names its origin: `specs/ops/norm.yaml: rms_norm`."""
+        """The name of the entry in generated code: `specs/ops/norm.yaml: rms_norm`."""
         return f"{self.doc.file}: {self.name}"
 
     def span(self, *path: str | int) -> Span:
@@ -49,7 +49,7 @@ class Entry(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class RawSpecs:
-    """What the folders say, before linking. Entries keep the order of files (by name) and of lines."""
+    """The entries of all spec files before linking, by kind and name, in the order of files (by name) and lines."""
 
     ops: "Mapping[str, Entry[OpSpec]]" = field(default_factory=dict)
     models: "Mapping[str, Entry[ModelFile]]" = field(default_factory=dict)
@@ -62,21 +62,21 @@ class RawSpecs:
     base_files: frozenset[str] = frozenset()
 
     def is_base(self, entry: Entry[Any]) -> bool:
-        """Whether the entry belongs to the package's own specs, whose code is generated there."""
+        """Whether the entry belongs to the package's own specs while an overlay is generated."""
         return entry.doc.file in self.base_files
 
     def vocabulary(self) -> "RawSpecs":
-        """The dims, op types and step inputs alone, which every op and model may name."""
+        """Only the dims, op types and step inputs, which every op and model can refer to."""
         words = {kind: getattr(self, kind) for kind in VOCABULARY}
         return RawSpecs(**words, base_files=self.base_files)
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A kind of spec file: its class below `codegen/schema`, and the entries that it has.
+    """A kind of spec file: its class in `codegen/schema`, and the kinds of entry that it defines.
 
-    `tables` maps a field of RawSpecs to the field of the file that holds such entries by name. A file that is one entry
-    as a whole has None there; its name is then in the field called `key`.
+    `tables` maps a field of RawSpecs to the field of the file that holds these entries by name, or to None for a file
+    that is one entry; the name of that entry is in the field `key`.
     """
 
     module: str
@@ -85,7 +85,7 @@ class Schema:
     key: str = ""
 
     def load(self) -> type[Strict]:
-        """The class, imported on first use: defining all of them takes longer than reading a file."""
+        """The class, imported on first use, because defining all schemas takes longer than reading a file."""
         found: type[Strict] = getattr(import_module(f"sageLLM.codegen.schema.{self.module}"), self.class_name)
         return found
 
@@ -103,7 +103,7 @@ SCHEMAS: dict[str, Schema] = {
 
 @dataclass(frozen=True, slots=True)
 class SpecFile:
-    """One file that was read and fits its schema."""
+    """One file that matches its schema."""
 
     doc: Document
     spec: Strict
@@ -115,7 +115,7 @@ LoadFile = Callable[[Path, str, Sink], SpecFile | None]
 def load_specs(folders: Sequence[Path], load: "LoadFile | None" = None) -> RawSpecs:
     """Reads the package's spec folder (the first) and overlays; raises SpecErrors with all findings.
 
-    With one folder nothing is base: its own code is what gets generated.
+    With one folder no entry is base: code is generated for all of them.
     """
     sink = Sink()
     files = [_read_folder(folder, sink, load or load_file) for folder in folders]
@@ -128,13 +128,13 @@ def load_specs(folders: Sequence[Path], load: "LoadFile | None" = None) -> RawSp
 def _read_folder(folder: Path, sink: Sink, load: LoadFile) -> list[SpecFile]:
     paths = spec_paths(folder)
     if not paths:
-        sink.error("SAGE502", f"the spec folder '{folder.name}' holds no .yaml file", None, "check --specs")
+        sink.error("SAGE502", f"a spec folder must contain .yaml files, got '{folder.name}'", None, "check --specs")
     files = [load(path, display, sink) for display, path in paths]
     return [file for file in files if file is not None]
 
 
 def load_file(path: Path, display: str, sink: Sink) -> SpecFile | None:
-    """One spec file, or None after reporting what is wrong with it."""
+    """One spec file, or None after reporting its errors."""
     try:
         doc = load_document(path, display=display)
     except SpecErrors as errors:
@@ -144,14 +144,14 @@ def load_file(path: Path, display: str, sink: Sink) -> SpecFile | None:
 
 
 def check_file(doc: Document, sink: Sink) -> SpecFile | None:
-    """The document against the schema that its first line names; None after reporting what does not fit."""
+    """Validates a document against the schema that it names; None after reporting its errors."""
     schema = _schema_of(doc, sink)
     spec = validate(schema.load(), doc, sink) if schema else None
     return SpecFile(doc, spec) if spec else None
 
 
 def assemble(files: Sequence[SpecFile], base: frozenset[str], sink: Sink) -> RawSpecs:
-    """The entries of all files, by kind and name; a name that is used twice is reported."""
+    """The entries of all files by kind and name; duplicate names are reported."""
     tables: dict[str, dict[str, Entry[Any]]] = {}
     for file in files:
         for kind, entry in entries_of(file):
@@ -165,7 +165,7 @@ def assemble(files: Sequence[SpecFile], base: frozenset[str], sink: Sink) -> Raw
 
 def _schema_of(doc: Document, sink: Sink) -> Schema | None:
     if not isinstance(doc.data, dict):
-        sink.error("SAGE014", "a spec file is a mapping", doc.span(), "begin with `schema: ops/v1`")
+        sink.error("SAGE014", "a spec file must be a mapping", doc.span(), "begin with `schema: ops/v1`")
         return None
     name = doc.data.get("schema")
     if name is None:

@@ -1,4 +1,4 @@
-"""Renders templates: data in, text out. Values reach a template through filters that cannot smuggle code."""
+"""Renders templates. Values pass through filters that cannot inject code."""
 
 import json
 import keyword
@@ -25,9 +25,9 @@ LINE_LENGTH = 120
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One generated file: its path below the generated folder, its text, and the spec entries that it comes from.
+    """One generated file: path relative to the generated folder, text, and the spec entries that it comes from.
 
-    `rows` are the lines that the file contributes to tables of other files.
+    `rows` are its contributions to the tables of other files.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Output:
 
 
 class Renderer:
-    """The template environment. A missing name is an error; `ident`, `lit` and `doc` guard every hole."""
+    """The template environment. A missing name is an error; every value passes through `ident`, `lit` or `doc`."""
 
     def __init__(self, folder: Path = TEMPLATES) -> None:
         # Imported here, since a run that finds everything up to date renders nothing.
@@ -63,7 +63,7 @@ class Renderer:
 
 
 def _template_cache() -> Path | None:
-    """Where compiled templates are kept, since compiling takes as long as rendering; None if there is no place."""
+    """The folder of compiled templates, which save half of the time of a render; None if it is not writable."""
     folder = cache_folder() / "templates"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -81,19 +81,19 @@ def header(source: str, explain: str) -> str:
 
 
 def ident(name: str) -> str:
-    """A Python identifier, or an error: nothing else may stand where code expects a name."""
+    """A Python identifier; anything else raises ValueError, so that no text can become code."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or keyword.iskeyword(name):
-        raise ValueError(f"{name!r} is not an identifier")
+        raise ValueError(f"expected an identifier, got {name!r}")
     return name
 
 
 def lit(value: Any) -> str:
-    """A Python literal. Text is written with ASCII escapes, so that no odd character reaches a source file."""
+    """A Python literal. Text is escaped to ASCII, so that no control character reaches a source file."""
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def doc(text: str, indent: int = 4) -> str:
-    """Text for the inside of a triple-quoted docstring: no quote run, escape or control character survives."""
+    """Text for a triple-quoted docstring, without quote runs, escapes and control characters."""
     safe = "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "?" for c in text)
     safe = safe.replace("\\", "\\\\").replace('"""', "'''")
     safe = safe[:-1] + "'" if safe.endswith('"') else safe
@@ -106,12 +106,12 @@ def comment(text: str) -> str:
 
 
 def cpp_comment(text: str) -> str:
-    """Text for one `//` line; a backslash at its end would make the next line of code part of it."""
+    """Text for one `//` line. A trailing backslash is replaced, because it would continue the comment."""
     return comment(text).replace("\\", "/")
 
 
 def wrap(text: str, width: int = 100, indent: int = 4) -> str:
-    """Prose folded to `width` columns, the following lines indented."""
+    """Prose wrapped at `width` columns, continuation lines indented."""
     lines = textwrap.wrap(" ".join(text.split()), width=width - indent)
     return ("\n" + " " * indent).join(lines)
 

@@ -1,4 +1,4 @@
-"""Starts a new op, model or pass: a spec file that generates and passes as it is, ready to be edited."""
+"""Scaffolds of a new op, model or pass: spec files that generate and pass their tests before any edit."""
 
 from pathlib import Path
 
@@ -9,20 +9,20 @@ _FILES = {
     "model": {"models": "model"},
     "pass": {"passes": "pass", "ops": "pass_op"},
 }
-"""For each kind the folders that get a file, and the template of the file."""
+"""Folders that get a file, with the template of the file, by kind of entry."""
 
 
 def scaffold(kind: str, name: str, specs: Path) -> list[Path]:
-    """Writes `specs/ops/NAME.yaml` (or models, or passes with the op that the pass puts in) and returns the paths.
+    """Writes `specs/ops/NAME.yaml` (or models, or passes with the op that the pass inserts) and returns the paths.
 
-    Raises ValueError for a name that is not an identifier, FileExistsError rather than overwrite a file.
+    Raises ValueError for a name that is not an identifier, and FileExistsError instead of overwriting a file.
     """
     if ident(name) != name.lower():
-        raise ValueError(f"{name!r} should be snake_case, as names of ops, models and passes are")
+        raise ValueError(f"a name must be snake_case, got {name!r}")
     paths = {specs / folder / f"{name}.yaml": template for folder, template in _FILES[kind].items()}
     for path in paths:
         if path.exists():
-            raise FileExistsError(f"{path} is there already; choose another name, or edit it")
+            raise FileExistsError(f"{path} already exists; choose another name, or edit it")
     for path, template in paths.items():
         text = Renderer().render(f"scaffold/{template}.yaml.jinja", name=name, schema=_schema_path(specs))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,5 +31,5 @@ def scaffold(kind: str, name: str, specs: Path) -> list[Path]:
 
 
 def _schema_path(specs: Path) -> str | None:
-    """Where an editor finds the JSON Schemas from the new file: known for the package's own folder only."""
+    """The path from the new file to the JSON Schemas; None outside the package's own spec folder."""
     return "../../generated/schema" if (specs.parent / "generated" / "schema").is_dir() else None

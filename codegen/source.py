@@ -1,7 +1,7 @@
-"""Reads YAML strictly: a small, safe subset whose every value keeps its file, line and column.
+"""Strict YAML reader: a small, safe subset in which every value keeps its file, line and column.
 
-The values are built from the parser's events by our own rules, since the usual loaders turn `off` into False, `010`
-into 8 and `1e-6` into text, keep the last of two equal keys, follow aliases, and raise errors of many kinds.
+Values are built from parser events by our own rules, because the usual loaders turn `off` into False, `010` into 8 and
+`1e-6` into text, keep the last of two equal keys, follow aliases, and raise errors of many kinds.
 """
 
 import re
@@ -28,7 +28,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One spec file: plain data, and where each value and each key stands."""
+    """One spec file: plain data, and the location of every value and key."""
 
     file: str
     text: str
@@ -38,15 +38,15 @@ class Document:
     text_starts: Mapping[YamlPath, tuple[int, int]] = field(repr=False)
 
     def span(self, *path: str | int) -> Span:
-        """The value at `path`, or the closest value around it."""
+        """The location of the value at `path`, or of the closest value around it."""
         return self._closest(self.spans, path)
 
     def key_span(self, *path: str | int) -> Span:
-        """The key at `path` (for a list item: the item), or the closest one around it."""
+        """The location of the key at `path` (of the item in a list), or of the closest value around it."""
         return self.key_spans[path] if path in self.key_spans else self._closest(self.spans, path)
 
     def text_span(self, path: YamlPath, offset: int, width: int = 1) -> Span:
-        """A place inside the text value at `path`; `offset` counts characters of the value."""
+        """The location of a part of the text value at `path`; `offset` counts characters of the value."""
         start = self.text_starts.get(path)
         if start is None:
             return self.span(*path)
@@ -74,12 +74,12 @@ class Document:
 
 
 def load_document(path: Path, *, display: str) -> Document:
-    """Reads one spec file. `display` is the name that diagnostics and generated headers use."""
+    """Reads one spec file. `display` is its name in diagnostics and generated headers."""
     return parse_document(_read_text(path, display), display=display)
 
 
 def parse_document(text: str, *, display: str) -> Document:
-    """Reads spec text; raises SpecErrors on anything outside the subset."""
+    """Reads spec text. Raises SpecErrors on anything outside the subset."""
     builder = _Builder(text, display)
     try:
         data = builder.document(yaml.parse(text, Loader=_LOADER))
@@ -93,7 +93,7 @@ def parse_document(text: str, *, display: str) -> Document:
 
 
 def _mark_span(mark: Any, text: str, file: str) -> Span:
-    """Where the parser stopped; behind the end of the text it means the end of the last line."""
+    """The location at which the parser stopped; past the end of the text, the end of the last line."""
     lines = text.split("\n")
     if mark is None:
         return Span(file, 1, 1)
@@ -109,7 +109,9 @@ def _read_text(path: Path, display: str) -> str:
     except OSError as error:
         raise _failure("SAGE002", f"cannot be read: {error.strerror}", start) from None
     if len(raw) > MAX_BYTES:
-        raise _failure("SAGE003", f"has {len(raw)} bytes; a spec file may have {MAX_BYTES}", start, "split the file")
+        raise _failure(
+            "SAGE003", f"a spec file must have at most {MAX_BYTES} bytes, got {len(raw)}", start, "split the file"
+        )
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -122,7 +124,7 @@ def _failure(code: str, message: str, span: Span, help: str | None = None) -> Sp
 
 
 class _Builder:
-    """Turns parser events into plain data and notes where each value stands."""
+    """Builds plain data from parser events and records the location of each value."""
 
     def __init__(self, text: str, file: str) -> None:
         self.lines = text.split("\n")
@@ -139,14 +141,14 @@ class _Builder:
         next(events)  # the document ends
         after = next(events)
         if not isinstance(after, yaml.StreamEndEvent):
-            raise _failure("SAGE004", "a second document begins", self._span(after), "use one file per document")
+            raise _failure("SAGE004", "a spec file must be one document", self._span(after), "split the file")
         return data
 
     def _node(self, event: Any, events: Iterator[Any], path: YamlPath) -> Any:
         span = self._span(event)
         self.spans[path] = span
         if len(path) > MAX_DEPTH:
-            raise _failure("SAGE003", f"nested deeper than {MAX_DEPTH} levels", span)
+            raise _failure("SAGE003", f"values must be nested at most {MAX_DEPTH} levels deep", span)
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise _failure("SAGE005", "anchors and aliases are not allowed", span, "write the value out")
         if event.tag is not None:
@@ -198,7 +200,7 @@ class _Builder:
             return _CONSTANTS[text]
         if _INT.match(text):
             if len(text) > MAX_DIGITS:
-                raise _failure("SAGE008", f"an integer may have {MAX_DIGITS} digits", self._span(event))
+                raise _failure("SAGE008", f"an integer must have at most {MAX_DIGITS} digits", self._span(event))
             return int(text)
         if _FLOAT.match(text):
             return self._float(text, event)
@@ -207,7 +209,7 @@ class _Builder:
     def _float(self, text: str, event: Any) -> float:
         value = float(text) if len(text) <= 40 else float("inf")
         if value in (float("inf"), float("-inf")):
-            raise _failure("SAGE008", "the number does not fit a 64-bit float", self._span(event))
+            raise _failure("SAGE008", "a number must fit a 64-bit float", self._span(event))
         return value
 
     def _text_start(self, event: Any) -> tuple[int, int]:

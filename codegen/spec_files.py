@@ -1,4 +1,4 @@
-"""Spec files that are parsed when one of their entries is read, or when no facts about them are known."""
+"""Spec files that are parsed lazily: when an entry is read, or when no facts about the file are known."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class LazyTable(Mapping[str, Entry[Any]]):
-    """The entries of one kind; reading one loads its file."""
+    """The entries of one kind. Reading an entry loads its file."""
 
     def __init__(self, facts: Mapping[str, EntryFacts], load: Callable[[EntryFacts], Entry[Any]]) -> None:
         self._facts = facts
@@ -33,9 +33,9 @@ class LazyTable(Mapping[str, Entry[Any]]):
 
 
 class SpecFiles:
-    """The spec files of a run, by display name with path and digest; `known` are facts about them from an earlier run.
+    """The spec files of a run, by display name with path and digest; `known` are facts of an earlier run.
 
-    Raises SpecErrors if a file that has to be parsed does not fit its schema.
+    Raises SpecErrors if a file that must be parsed does not match its schema.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ def _data_of(entry: Entry[Any]) -> Any:
 
 
 def _names_in(kind: str, entry: Entry[Any]) -> dict[str, Any]:
-    """The names in an entry by which others depend on it, or it on others."""
+    """The names by which an entry depends on others, or others on it."""
     spec = entry.spec
     match kind:
         case "ops":
@@ -94,9 +94,9 @@ def _names_in(kind: str, entry: Entry[Any]) -> dict[str, Any]:
 
 
 def outline(facts: SpecFacts) -> RawSpecs:
-    """The specs as far as facts tell: rules of ops, config names of models, names in the expectations of passes.
+    """Specs made from facts: rules of ops, config names of models, names in the expectations of passes.
 
-    What links models and passes sees other models, other ops and other passes as this outline only.
+    Linking a model or the passes sees other models, ops and passes only through this outline.
     """
     from sageLLM.codegen.schema.models import ModelFile
     from sageLLM.codegen.schema.ops import OpSpec, RuleSpec

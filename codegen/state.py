@@ -1,8 +1,7 @@
-"""What a run leaves for the next one, in `.cache` of the generated tree: digests of all that its files were made from.
+"""State of incremental updates, in `.cache` of the generated tree: digests of everything that files are made from.
 
-The state only lets work be skipped. It is trusted as far as its digests agree with the specs, the generator and the
-tree; without it, or with a damaged one, everything is generated again. It is not part of the tree: `generate --check`
-never reads it, and git ignores it.
+It only allows a run to skip work, where its digests match the specs, the generator and the tree. If it is missing or
+damaged, everything is generated again. `generate --check` never reads it, and git ignores it.
 """
 
 import hashlib
@@ -21,15 +20,15 @@ FOLDER = ".cache"
 FILE = "generate.json"
 CPP_STYLE = Path(__file__).resolve().parent.parent / "templates" / "cpu" / ".clang-format"
 TOOLS = ("clang-format", "jinja2", "markupsafe", "pydantic", "pydantic-core", "pyyaml", "ruff")
-"""The packages that generated text depends on."""
+"""Packages that generated text depends on."""
 
 Reads = Mapping[str, str | None]
-"""The ops that were looked up by name, each with a digest of its interface, or None if there was none."""
+"""Ops looked up by name, with a digest of the interface, or None for an unknown name."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One generated file: digests of its text before and after formatting, its entries and its rows for tables."""
+    """One generated file: its entries, digests of its text before and after formatting, and its rows for tables."""
 
     path: str
     entries: tuple[str, ...]
@@ -40,7 +39,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
-    """Files that are generated together, and a digest of all that they were made from."""
+    """Files that are generated together, and a digest of everything that they are made from."""
 
     key: str
     files: tuple[FileRecord, ...]
@@ -48,7 +47,7 @@ class UnitRecord:
 
 @dataclass(frozen=True, slots=True)
 class LinkRecord:
-    """A model, or all passes, linked without findings: its own digest, and what it read of ops.
+    """A model, or all passes, linked without findings: a digest of the entries, and the ops that were read.
 
     `states` are the calls of ops for which states on a rank were derived, see `link.interfaces.Interfaces`.
     """
@@ -60,14 +59,14 @@ class LinkRecord:
 
 @dataclass(slots=True)
 class State:
-    """All records of a tree."""
+    """The records of a tree."""
 
     generator: str = ""
     formatter: str = ""
     base: tuple[str, ...] = ()
     files: dict[str, FileFacts] = field(default_factory=dict)
     ops: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Digests of each op's meaning and of its interface."""
+    """Digests of the meaning and of the interface of each op."""
     links: dict[str, LinkRecord] = field(default_factory=dict)
     units: dict[str, UnitRecord] = field(default_factory=dict)
     manifest: str = ""
@@ -78,7 +77,7 @@ class State:
 
 
 def load_state(out: Path) -> State:
-    """The state of the tree at `out`; an empty one if it is missing or damaged."""
+    """The state of the tree at `out`; empty if it is missing or damaged."""
     try:
         return _from_json(json.loads((out / FOLDER / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -86,7 +85,7 @@ def load_state(out: Path) -> State:
 
 
 def save_state(state: State, out: Path) -> None:
-    """Leaves the state in the tree. Where that is not possible the next run starts from nothing, which is no error."""
+    """Stores the state in the tree. A failure is ignored: the next run then starts from scratch."""
     folder = out / FOLDER
     try:
         folder.mkdir(exist_ok=True)
@@ -133,7 +132,7 @@ def _from_json(data: dict[str, Any]) -> State:
 
 
 def generator_key(package: Path) -> str:
-    """A digest of the generator: its sources, its templates, and the versions of the tools that it uses."""
+    """A digest of the generator: sources, templates, and versions of the tools."""
     seen = hashlib.sha256(repr((sys.version_info, [_version(name) for name in TOOLS])).encode())
     for folder, pattern in (("codegen", "*.py"), ("templates", "*.jinja")):
         for path in sorted((package / folder).rglob(pattern)):
@@ -148,7 +147,7 @@ def formatter_key() -> str:
 
 
 def _version(name: str) -> str:
-    """The installed version, by the name of the folder that describes it: asking importlib takes ten times longer."""
+    """The installed version, from the name of its metadata folder: importlib takes ten times longer."""
     places = [Path(place) for place in sys.path if place.endswith("-packages")]
     found = [path.name for place in places for path in place.glob(f"{name.replace('-', '_')}-*.dist-info")]
     return found[0] if len(found) == 1 else _version_by_import(name)
@@ -164,7 +163,7 @@ def _version_by_import(name: str) -> str:
 
 
 def cache_folder() -> Path:
-    """SAGELLM_CACHE_DIR, else sagellm below XDG_CACHE_HOME or ~/.cache: the user's own cache, which is trusted."""
+    """SAGELLM_CACHE_DIR, else `sagellm` in XDG_CACHE_HOME or ~/.cache. The cache of the user is trusted."""
     if chosen := os.environ.get("SAGELLM_CACHE_DIR"):
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME")

@@ -1,7 +1,6 @@
-"""Updates a generated tree: nothing at all if nothing changed, else what `codegen.incremental` finds to be reached.
+"""Incremental update of a generated tree.
 
-The modules that link and render are imported only if something changed, since importing them takes longer than finding
-out that nothing did.
+Modules that link and render are imported only if something changed, because the imports take longer than the check.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,18 +30,18 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def update(folders: Sequence[Path], out: Path, package_out: Path, count: "Count | None" = None) -> Written:
-    """Brings the tree at `out` up to date with the spec folders, of which the first is the package's.
+    """Updates the tree at `out` for the spec folders; the first is the package's.
 
-    With `count`, expectations are checked where code changed that counts depend on. What is known of the package's own
-    entries, for an overlay, comes from the state of `package_out`. Raises SpecErrors or Undeclared where only a run
-    from scratch can tell the result; the tree is then as it was.
+    With `count`, expectations are checked if code changed that counts depend on. For an overlay, the state of
+    `package_out` tells which entries of the package are known to be sound. Raises SpecErrors or Undeclared, with the
+    tree unchanged, if only a run from scratch can produce the result.
     """
     groups = [read_files([folder]) for folder in folders]
     if not all(groups):
-        raise Undeclared("a spec folder holds no .yaml file")
+        raise Undeclared("a spec folder without .yaml files")
     files = {name: file for group in groups for name, file in group.items()}
     if len(files) < sum(map(len, groups)):
-        raise Undeclared("two spec folders have the same name")
+        raise Undeclared("two spec folders of the same name")
     base = frozenset(groups[0] if len(groups) > 1 else ())
     tree, state, generator = Tree(out), load_state(out), generator_key(PACKAGE)
     if state.generator == generator and _is_up_to_date(state, files, base, tree):
@@ -53,13 +52,13 @@ def update(folders: Sequence[Path], out: Path, package_out: Path, count: "Count 
     old = _known(state, generator, package_out if base else None)
     run = Incremental(SpecFiles(files, base, old.files), old, lambda unit: _is_intact(unit, tree))
     run.run()
-    # The formatter does not depend on the generator: its results hold after a change of a template, too.
+    # Formatting does not depend on the generator, so that its results also hold after a change of a template.
     formatted = state.outputs if state.formatter == formatter_key() else {}
     return _finish(run, generator, formatted, tree, count)
 
 
 def _known(state: State, generator: str, package_out: Path | None) -> State:
-    """What still tells something: all of a state of this generator, else of an overlay what its package's state has."""
+    """The part of the state that holds for this generator; for a new overlay, link records of the package."""
     if state.generator == generator:
         return state
     package = load_state(package_out) if package_out is not None else State()
@@ -83,7 +82,7 @@ def _is_intact(unit: UnitRecord, tree: Tree) -> bool:
 def _finish(
     run: "Incremental", generator: str, formatted: Mapping[str, FileRecord], tree: Tree, count: "Count | None"
 ) -> Written:
-    """Formats what was rendered, checks expectations, and writes the files and the state."""
+    """Formats the rendered files, checks expectations, and writes files and state."""
     rendered = [file for unit in run.units.values() for file in unit.files if isinstance(file, Output)]
     refuse_twice(file.path for unit in run.units.values() for file in unit.files)
     texts = _formatted(rendered, formatted, tree)
@@ -114,7 +113,7 @@ def _finish(
 
 
 def _formatted(rendered: Iterable[Output], known: Mapping[str, FileRecord], tree: Tree) -> dict[str, str]:
-    """The final texts by path. A file whose unformatted text is as before is taken from the tree."""
+    """The final texts by path. A file with the same unformatted text as before is taken from the tree."""
     texts: dict[str, str] = {}
     pending: list[Output] = []
     for output in rendered:
@@ -134,7 +133,7 @@ def _record(file: Output | FileRecord, texts: Mapping[str, str]) -> FileRecord:
 
 
 def _is_counted_again(changed: Iterable[Output], tree: Tree) -> bool:
-    """Whether code changed that counts depend on."""
+    """Whether code changed on which counts depend."""
     from sageLLM.codegen.expectations import COUNTED, counts_alike
 
     for output in changed:

@@ -1,7 +1,7 @@
-"""Emitters by what they read: one ops file, one model, all passes, one device, the vocabulary, or rows of other files.
+"""Emitters, grouped by their inputs: an ops file, a model, all passes, a device, the vocabulary, rows of other files.
 
-Each function passes on to its emitters no more than that, so that a run after a small change can tell which files are
-up to date. The emitters are imported on first use: a change of one op needs neither those of models nor of passes.
+The groups are the units of incremental generation, so that the docstrings here are contracts: a function must read
+nothing else. Emitters are imported on first use, because a change of an op needs no emitter of models or passes.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""Ops as models and passes see them: without the equations and references that only kernels are made from.
+"""Interfaces of ops: ops as models and passes see them, without equations and references.
 
-So a model need not be linked again when the equations of its ops change. Models use one thing that equations decide:
-the state of the results on one rank of a tensor-parallel group. Such calls are recorded with their results.
+A model need not be linked again if only the equations of its ops changed. Linking uses one property that depends on
+equations, the state of results on one rank of a tensor-parallel group; these calls are recorded with their results.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ from sageLLM.codegen.model.op import Cost, OpDef
 from sageLLM.codegen.schema.ops import OpSpec
 
 VISIBLE = ("phases", "tags", "tests")
-"""The fields of an entry that stay; the others are linked, or are the concern of kernels and docs."""
+"""Fields of an entry that stay visible. The others are linked, or concern kernels and docs only."""
 
 NO_COST = Cost(Size.of(0), Size.of(0), {}, {}, {})
 
 
 def interface_of(op: OpDef) -> OpDef:
-    """The op without equations, cost, reference, kernels and prose; what it fuses stays, since rules are made of it."""
+    """The op without equations, cost, reference, kernels and prose. `fuses` stays: rules are derived from it."""
     visible = OpSpec.model_construct(**{name: getattr(op.entry.spec, name) for name in VISIBLE})
     return replace(
         op,
@@ -41,7 +41,7 @@ def interface_of(op: OpDef) -> OpDef:
 
 
 def interface_digest(op: OpDef) -> str:
-    """A digest of everything that `interface_of` shows, places in the text aside."""
+    """A digest of everything visible in `interface_of`, except locations in the text."""
     view = interface_of(op)
     spec, shown = view.entry.spec, [field.name for field in fields(view) if field.name != "entry"]
     facts = [view.entry.doc.file, spec.phases, spec.tags, spec.tests.cases if spec.tests else None]
@@ -63,7 +63,7 @@ def plain(value: Any) -> Any:
 
 
 class Interfaces(Mapping[str, OpDef]):
-    """The interfaces of ops by name, for one reader. Records the names that are looked up, found or not, and states."""
+    """Interfaces of ops by name, for one reader. Records every lookup, found or not, and every derived state."""
 
     def __init__(self, ops: Mapping[str, OpDef], views: dict[str, OpDef] | None = None) -> None:
         self._ops = ops
@@ -71,7 +71,7 @@ class Interfaces(Mapping[str, OpDef]):
         self.names: set[str] = set()
         self.is_listed = False
         self.states: list[Any] = []
-        """[op, states of arguments, divided sizes, states of results] of every call; [op] for a fused op."""
+        """[op, states of arguments, divided sizes, states of results] per call; [op] for a fused op."""
 
     def __getitem__(self, name: str) -> OpDef:
         self.names.add(name)
@@ -92,11 +92,11 @@ class Interfaces(Mapping[str, OpDef]):
         return len(self._ops)
 
     def is_still(self, name: str, op: OpDef | None) -> bool:
-        """Whether a name stands for the op, or for none, as it did in another table."""
+        """Whether a name refers to the same op, or to none, as in another table."""
         return self._ops.get(name) is op
 
     def looked_up(self) -> dict[str, OpDef | None]:
-        """The ops that were looked up; None where there was none."""
+        """The ops that were looked up; None for unknown names."""
         return {name: self._ops.get(name) for name in self.names}
 
     def result_states(
@@ -114,7 +114,7 @@ class Interfaces(Mapping[str, OpDef]):
 
 
 def has_same_results(op: OpDef, call: Sequence[Any]) -> bool:
-    """Whether a recorded call has the same result states although the meaning of the op may have changed."""
+    """Whether a recorded call has the same result states after a change of the op."""
     if len(call) == 1:
         return False
     _, states, divided, results = call

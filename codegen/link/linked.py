@@ -19,19 +19,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Only(Mapping[str, T]):
-    """The part of a table that a reader has declared; the rest must not be read."""
+    """The declared part of a table. Reading another name raises Undeclared."""
 
     table: Mapping[str, T]
     names: Collection[str]
 
     def __getitem__(self, name: str) -> T:
         if name not in self.names:
-            raise Undeclared(f"'{name}' is read, but was not declared")
+            raise Undeclared(f"undeclared read of '{name}'")
         return self.table[name]
 
     def __contains__(self, name: object) -> bool:
         if name not in self.names:
-            raise Undeclared(f"'{name}' is looked up, but was not declared")
+            raise Undeclared(f"undeclared lookup of '{name}'")
         return name in self.table
 
     def __iter__(self) -> Iterator[str]:
@@ -59,7 +59,7 @@ class LinkedOps(Mapping[str, OpDef]):
 
     def _link(self, name: str, entry: Entry[OpSpec]) -> OpDef:
         if name in self._pending:
-            raise Undeclared(f"'{name}' is made of itself")
+            raise Undeclared(f"'{name}' fuses itself")
         self._pending.add(name)
         op = link_op(entry, self._vocabulary, Only(self, self._callees[name]), self._sink)
         self._pending.discard(name)

@@ -1,7 +1,7 @@
-"""Links many overlays on one base in a process: what was linked without findings is linked once.
+"""Memo for linking many overlays on one base in a process.
 
-A result is reused where everything that it was made from is the same: its entry, the ops that it uses, the vocabulary.
-The entries of a file are the same as long as its text is.
+A result without findings is reused while its inputs are the same: the text of its file, the ops that it uses, and the
+vocabulary.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ Key = tuple[Any, ...]
 
 @dataclass(slots=True)
 class LinkMemo:
-    """Files, ops and models without findings. Keys hold identities of objects, all of which the memo keeps alive."""
+    """Files, ops and models without findings. Keys contain identities of objects that the memo keeps alive."""
 
     _files: dict[tuple[str, bytes], SpecFile] = field(default_factory=dict)
     _ops: dict[Key, OpDef] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Entry point of the `sagellm` command.
 
-`sagellm generate` without options runs after every edit of a spec. It starts without Typer, whose import takes as long
-as a run in which nothing changed.
+`sagellm generate` without options runs after every edit of a spec. It starts without Typer, because the import takes as
+long as a run in which nothing changed.
 """
 
 import gc
@@ -20,7 +20,7 @@ def _generate() -> int:
     from sageLLM.codegen.commands import Generate
     from sageLLM.runtime.cli.counting import missed_expectations
 
-    gc.disable()  # the process is short, and what it allocates is used to the end: collecting takes a tenth of its time
+    gc.disable()  # a tenth of the time of a short process that frees little
     return Generate([], None, count=missed_expectations).write()
 
 

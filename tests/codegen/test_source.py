@@ -44,11 +44,11 @@ REFUSED = {
         "s.yaml:1:4: error[SAGE005]: the tag 'tag:yaml.org,2002:python/object:os.system' is not allowed"
     ),
     "[a]: 1": "s.yaml:1:1: error[SAGE007]: a key must be plain text",
-    "a: 1\n---\nb: 2": "s.yaml:2:1: error[SAGE004]: a second document begins",
+    "a: 1\n---\nb: 2": "s.yaml:2:1: error[SAGE004]: a spec file must be one document",
     "": "s.yaml:1:1: error[SAGE004]: the file is empty",
-    "a: " + "9" * 19: "s.yaml:1:4: error[SAGE008]: an integer may have 18 digits",
-    "a: 1e999": "s.yaml:1:4: error[SAGE008]: the number does not fit a 64-bit float",
-    "[" * 100_000: "s.yaml:1:66: error[SAGE003]: nested deeper than 64 levels",
+    "a: " + "9" * 19: "s.yaml:1:4: error[SAGE008]: an integer must have at most 18 digits",
+    "a: 1e999": "s.yaml:1:4: error[SAGE008]: a number must fit a 64-bit float",
+    "[" * 100_000: "s.yaml:1:66: error[SAGE003]: values must be nested at most 64 levels deep",
     'a: "\\uD800"': "s.yaml:1:7: error[SAGE001]: not valid YAML: found invalid Unicode character escape code",
     "a: [1": "s.yaml:1:6: error[SAGE001]: not valid YAML: did not find expected ',' or ']'",
 }

@@ -43,7 +43,7 @@ def test_an_orphan_is_removed_and_a_stranger_is_kept(tmp_path: Path) -> None:
 
 def test_a_handwritten_file_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("precious = True\n")
-    with pytest.raises(SpecErrors, match=r"error\[SAGE505\]: not overwritten, since not generated: a.py"):
+    with pytest.raises(SpecErrors, match=r"error\[SAGE505\]: cannot overwrite files that were not generated: a.py"):
         write(outputs(a="x = 1\n"), tmp_path)
     assert tree(tmp_path) == {"a.py": b"precious = True\n"}
 
@@ -64,7 +64,7 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SpecErrors) as caught:
         write(outputs(a="x = 3\n", c="z = 4\n"), tmp_path)
     assert str(caught.value) == (
-        "error[SAGE501]: the generated files could not be written: No space left on device; the tree is as it was"
+        "error[SAGE501]: the generated files could not be written: No space left on device; the tree is unchanged"
     )
     assert tree(tmp_path) == before
 
