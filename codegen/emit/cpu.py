@@ -14,7 +14,7 @@ from sageLLM.codegen.expr.tree import Expr, IfPresent, Ref
 from sageLLM.codegen.expr.types import DTYPES
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
 from sageLLM.codegen.kernel.gemm import gemm_of
-from sageLLM.codegen.kernel.indexing import NotRows
+from sageLLM.codegen.kernel.indexing import LoweringError
 from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
@@ -130,7 +130,7 @@ def cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> CpuKernel |
         return CpuKernel(op, lines, sizes_of(op), packed={gemm.w.name: gemm.gates})
     try:
         program = row_program(op, programs)
-    except NotRows:
+    except LoweringError:
         return None
     updates, parts = is_scattered(op, programs.ops), _parts(op, program)
     lines = CppKernel(op, program).lines()

@@ -14,7 +14,7 @@ from sageLLM.codegen.emit.triton_mask import MaskText
 from sageLLM.codegen.emit.triton_text import TritonText
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, walk
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
-from sageLLM.codegen.kernel.indexing import NotRows
+from sageLLM.codegen.kernel.indexing import LoweringError
 from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.mask import mask_bounds
@@ -100,7 +100,7 @@ def _kernel(op: OpDef, programs: Programs, renderer: Renderer) -> TritonKernel |
         return None
     try:
         rows = rows_view(op, row_program(op, programs), updates=is_scattered(op, programs.ops))
-    except NotRows:
+    except LoweringError:
         return None
     view = {"parameters": parameters(op), "result": result_type(op)}
     return TritonKernel(op, renderer.render("triton_rows.py.jinja", rows=rows, **view))

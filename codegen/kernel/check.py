@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from sageLLM.codegen.expr.tree import Expr, walk
 from sageLLM.codegen.expr.types import INTEGERS
-from sageLLM.codegen.kernel.indexing import NotRows
+from sageLLM.codegen.kernel.indexing import LoweringError
 from sageLLM.codegen.kernel.rows import Load, Nest, RowProgram, Step, Store, Sweep
 
 
@@ -15,10 +15,10 @@ def check_elements(program: RowProgram) -> None:
             for load in _loads(sweep):
                 moves = any(sweep.loop.variable in at.variables for at in load.location.index)
                 if moves and load.type.element in (*INTEGERS, "bool"):
-                    raise NotRows(f"it computes with {load.type.element} along the row")
+                    raise LoweringError(f"it computes with {load.type.element} along the row")
         for step in nest.steps:
             if any(one.type.element == "f64" for expr in _values(step) for one in walk(expr)):
-                raise NotRows("it computes in f64")
+                raise LoweringError("it computes in f64")
 
 
 def check_inplace(program: RowProgram, inplace: Mapping[str, str]) -> None:
@@ -41,9 +41,9 @@ def _check_nest(nest: Nest, output: str, input_: str) -> None:
             if load.location.operand != input_:
                 continue
             if [at for at in load.location.index if at.variables & row_variables] != rows:
-                raise NotRows(f"'{output}' reuses the memory of '{input_}', which other rows read")
+                raise LoweringError(f"'{output}' reuses the memory of '{input_}', which other rows read")
             if is_written and load.location.index not in written:
-                raise NotRows(f"'{output}' reuses the memory of '{input_}', which is read after it is written")
+                raise LoweringError(f"'{output}' reuses the memory of '{input_}', which is read after it is written")
         is_written = is_written or bool(written)
 
 

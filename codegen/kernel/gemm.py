@@ -14,7 +14,7 @@ from typing import Any
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.tree import Dot, Expr, Program, Ref, Statement, walk
 from sageLLM.codegen.expr.types import DTYPES
-from sageLLM.codegen.kernel.indexing import NotRows
+from sageLLM.codegen.kernel.indexing import LoweringError
 from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.kernel.lower import row_program
 from sageLLM.codegen.kernel.rows import Affine, Load, Nest, Sweep
@@ -62,7 +62,7 @@ def gemm_of(op: OpDef, programs: Programs) -> Gemm | None:
         return None
     try:
         nest = _epilogue(op, program, dot, programs)
-    except NotRows:
+    except LoweringError:
         return None
     return _gemm(x, w, dot, nest)
 
@@ -88,7 +88,7 @@ def _epilogue(op: OpDef, program: Program, dot: Dot, programs: Programs) -> Nest
     )
     nests = row_program(rest, programs).nests
     if len(nests) != 1 or len(nests[0].steps) != 1 or len(nests[0].sweeps) != 1:
-        raise NotRows("the epilogue must be one sweep along a row")
+        raise LoweringError("the epilogue must be one sweep along a row")
     return nests[0]
 
 

@@ -10,7 +10,7 @@ Positions = Mapping[Size, Affine]
 """The position along each dim that is in scope."""
 
 
-class NotRows(Exception):
+class LoweringError(Exception):
     """Raised for an op without a row program; the message is the reason."""
 
 
@@ -19,7 +19,7 @@ def position(dim: Size, positions: Positions) -> Affine:
         return positions[dim]
     if dim == Size.of(1):
         return Affine(Size.of(0))
-    raise NotRows(f"no loop iterates over {dim}")
+    raise LoweringError(f"no loop iterates over {dim}")
 
 
 def base_index(view: View, positions: Positions) -> tuple[Affine, ...]:
@@ -65,7 +65,7 @@ def _shortest_run(sliced: Sequence[Size], shape: Sequence[Size]) -> tuple[int, i
     for i, j in sorted(runs, key=lambda run: (run[0] + run[1] == 1, run[0] + run[1])):
         if volume(sliced[:i]) == volume(shape[:j]) and (i == 1 or j <= 1):
             return i, j
-    raise NotRows("a view splits and merges the same dims at once")
+    raise LoweringError("a view splits and merges the same dims at once")
 
 
 def joined(dims: Sequence[tuple[Size, Affine]]) -> Affine:

@@ -25,7 +25,7 @@ from sageLLM.codegen.expr.tree import (
 )
 from sageLLM.codegen.expr.types import INTEGERS, ValueType
 from sageLLM.codegen.kernel.check import check_elements, check_inplace
-from sageLLM.codegen.kernel.indexing import NotRows, Positions, base_index, joined, merged_dims, position
+from sageLLM.codegen.kernel.indexing import LoweringError, Positions, base_index, joined, merged_dims, position
 from sageLLM.codegen.kernel.inline import Programs, unused_name
 from sageLLM.codegen.kernel.rows import (
     Affine,
@@ -49,25 +49,25 @@ from sageLLM.codegen.model.op import OpDef
 
 
 def row_program(op: OpDef, programs: Programs) -> RowProgram:
-    """The op as loops. Raises NotRows with the reason for an op that cannot be lowered."""
+    """The op as loops. Raises LoweringError with the reason for an op that cannot be lowered."""
     known = programs.row_programs.get(op.name)
     if known is not None and not programs.is_variant(op):
         return known
     program = programs.of(op)
     if program is None:
-        raise NotRows("it is defined by a reference, not by equations")
+        raise LoweringError("it is defined by a reference, not by equations")
     rows = _Lowering(op, program).lower()
     if not programs.is_variant(op):
         programs.row_programs[op.name] = rows
     return rows
 
 
-def why_no_rows(op: OpDef, programs: Programs) -> str | None:
+def why_not_lowered(op: OpDef, programs: Programs) -> str | None:
     """The reason why the op cannot be lowered to a row program, or None if it can."""
     try:
         row_program(op, programs)
-    except NotRows as why:
-        return str(why)
+    except LoweringError as error:
+        return str(error)
     return None
 
 
@@ -123,11 +123,11 @@ class _Lowering:
     def _domain(self, statement: Statement) -> _Domain:
         type_ = statement.value.type if isinstance(statement, Scatter) else self.target_type(statement.target)
         if type_.element in INTEGERS or type_.element in ("bool", "f64"):
-            raise NotRows(f"it stores {type_.element}")
+            raise LoweringError(f"it stores {type_.element}")
         merged = self._merged(statement.value)
         dims = tuple(part for dim in type_.dims for part in merged.get(dim, (dim,)))
         if not dims:
-            raise NotRows("an output must have at least one dim")
+            raise LoweringError("an output must have at least one dim")
         inner = dims[-1]
         if any(self._prefers(one, inner) for one in self._below(statement.value) if isinstance(one, Reduce | Dot)):
             return _Domain(dims, None, merged)
@@ -302,7 +302,7 @@ class _NestBuilder:
         """The variable of an index from data along the dim; scheduled on first use."""
         if index not in self._indices:
             if not self.is_of_row(index.type, here):
-                raise NotRows("it gathers by an index that changes along the row")
+                raise LoweringError("it gathers by an index that changes along the row")
             self._prepare(index, here)
             name = unused_name(loop_name(dim), (*self._indices.values(), *self._variables.values()))
             self._steps.append(Index(name, _Writer(self, None, here).lower(index)))
@@ -383,14 +383,14 @@ class _Writer:
         inside = dict(zip(view.base_type.dims, index, strict=True))
         value = self.nest.lowering.values.get(view.base)
         if value is None:
-            raise NotRows(f"it views '{view.base}', which combines several parts")
+            raise LoweringError(f"it views '{view.base}', which combines several parts")
         return _Writer(self.nest, self.sweep, inside).lower(value)
 
     def _reduce(self, expr: Reduce | Dot) -> Expr:
         if self.nest.is_of_row(expr.type, self.here):
             return Ref(expr.type, self.nest.reduction_name(expr))
         if self.sweep is None:
-            raise NotRows(f"it reduces {expr.dim} outside the loops")
+            raise LoweringError(f"it reduces {expr.dim} outside the loops")
         reduction = as_reduce(expr)
         loop = Loop(self.nest.variable(expr.dim), expr.dim)
         name = self.nest.reduction_name(expr)

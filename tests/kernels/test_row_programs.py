@@ -8,9 +8,9 @@ from sageLLM.codegen.expr.size import Size, formula
 from sageLLM.codegen.expr.tree import Number, Ref
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.kernel.check import check_inplace
-from sageLLM.codegen.kernel.indexing import NotRows
+from sageLLM.codegen.kernel.indexing import LoweringError
 from sageLLM.codegen.kernel.inline import Programs
-from sageLLM.codegen.kernel.lower import row_program, why_no_rows
+from sageLLM.codegen.kernel.lower import row_program, why_not_lowered
 from sageLLM.codegen.kernel.mask import mask_bounds
 from sageLLM.codegen.kernel.parts import output_parts
 from sageLLM.codegen.kernel.rows import Affine, Load, Location, Loop, Nest, RowProgram, Store, Sweep
@@ -143,8 +143,8 @@ def test_outputs_that_are_parts_of_inputs(name: str, specs: Specs) -> None:
 
 
 def test_an_op_without_a_row_program_has_a_reason(specs: Specs) -> None:
-    assert why_no_rows(specs.ops["rms_norm"], Programs(specs.ops)) is None
-    assert why_no_rows(specs.ops["sample"], Programs(specs.ops)) == "it is defined by a reference, not by equations"
+    assert why_not_lowered(specs.ops["rms_norm"], Programs(specs.ops)) is None
+    assert why_not_lowered(specs.ops["sample"], Programs(specs.ops)) == "it is defined by a reference, not by equations"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_an_output_may_not_overwrite_elements_that_other_rows_read(index: tuple[
     if why is None:
         check_inplace(RowProgram((nest,)), {"y": "x"})
         return
-    with pytest.raises(NotRows, match=why):
+    with pytest.raises(LoweringError, match=why):
         check_inplace(RowProgram((nest,)), {"y": "x"})
 
 
@@ -172,7 +172,7 @@ def test_an_output_may_not_overwrite_elements_that_a_later_sweep_reads() -> None
     first = Store(Location("y", (Affine.of("i_T"), h)), Number(f32, 1.0))
     again = Store(Location("z", (Affine.of("i_T"), h)), Load(f32, Location("x", (Affine.of("i_T"), other))))
     sweeps = tuple(Sweep(Loop("i_H", Size.symbol("H")), (store,)) for store in (first, again))
-    with pytest.raises(NotRows, match="read after it is written"):
+    with pytest.raises(LoweringError, match="read after it is written"):
         check_inplace(RowProgram((Nest((Loop("i_T", Size.symbol("T")),), sweeps),)), {"y": "x"})
 
 
