@@ -137,7 +137,7 @@ class BodyWriter:
 
     def _call(self, call: OpCall) -> CallView:
         args = [name if name is not None else "None" for name in call.args]
-        while args and args[-1] == "None":
+        while args and args[-1] == "None":  # trailing optional operands default to None
             args.pop()
         targets = [lit(target) for target in call.targets]
         names = ("name", targets[0]) if len(targets) == 1 else ("names", tuple_text(targets))

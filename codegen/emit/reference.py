@@ -215,6 +215,7 @@ class KernelWriter:
         results = [self._result(output, texts) for output in self.op.outputs]
         used = "\n".join(results)
         lines: list[str] = []
+        # From the last to the first: an assignment is kept if a later kept line uses it.
         for target, text in reversed(texts.items()):
             if _mentions(used, target):
                 lines.insert(0, f"{target} = {text}")

@@ -53,6 +53,7 @@ class WeightText:
         )
 
     def _parts(self, weight: WeightDef) -> str:
+        # Stacked parts become a generator expression over `e`, so that 256 experts are one line.
         groups = [(count, list(parts)) for count, parts in groupby(weight.parts, key=lambda part: part.stacked)]
         if len(groups) == 1 and groups[0][0] is not None:
             return f"tuple({self._stack(groups[0][0], groups[0][1])})"

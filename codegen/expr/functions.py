@@ -104,6 +104,7 @@ class FunctionChecker:
         x, dim = self.expr(argument), self._dim(dim_node)
         self.types.require_number(x, argument)
         self._require_dim(x, dim, dim_node, name)
+        # A sum of f16 or bf16 would round after every addition, in an order that differs between targets.
         if name in ("sum", "mean") and x.type.element not in ("f32", "f64", *INTEGERS):
             message = f"{name}: expected f32, f64 or integers, got {x.type.element}, which may be narrow"
             raise self.text.refuse("SAGE107", message, argument, "accumulate in f32: f32(...)")
@@ -133,6 +134,7 @@ class FunctionChecker:
         if LEADING in w.type.dims and LEADING not in x.type.dims:
             raise self.text.refuse("SAGE113", "dot: only the first operand may have `...`", right, "swap the operands")
         dims = (*x.type.dims, *(other for other in w.type.dims if other not in x.type.dims))
+        # Every target accumulates in float32 at least, so the result has that type and a cast shows the rounding.
         element = "f64" if x.type.element == "f64" else "f32"
         return Dot(ValueType(element, _without(dims, dim)), x, w, dim)
 

@@ -117,6 +117,7 @@ class Size:
 
 
 def _size(terms: Mapping[Monomial, Coefficient]) -> Size:
+    """The normal form: without zeros, sorted by falling degree, so that equal polynomials have equal terms."""
     kept = {monomial: _normal(factor) for monomial, factor in terms.items() if factor}
     return Size(tuple(sorted(kept.items(), key=lambda item: (-len(item[0]), item[0]))))
 

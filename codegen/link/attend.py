@@ -31,6 +31,7 @@ def link_attend(scope: Scope, text: Text, targets: list[ast.Name], call: ast.Cal
     store = OpCall(("kc", "vc"), store_op, tuple(store_args), (), store_types)
     checked_states(scope, text, store, call)
     by_phase: dict[Phase, OpCall] = {}
+    # Phases may use different ops, so operands and attrs are checked against each of them.
     for phase in PHASES:
         op = scope.context.attend[phase]
         named = {operand.name: operand for operand in op.inputs if operand.optional}

@@ -28,13 +28,11 @@ from sageLLM.codegen.schema.models import ConfigField, Scalar
 
 REQUIRED_NAMES = ("H", "L", "Nq", "Nkv", "D", "V", "max_position")
 _RESERVED = frozenset(
-    {
-        *("tp", "rank", "rope", "alibi", "hf", "cls", "self", "true", "false", "from_hf"),
-        *("replace", "divided", "read_rope"),
-        *("int", "float", "bool", "str", "range", "tuple", "list", "math", "null", "i"),
-        *("min", "max", "abs", "sqrt", "log", "floor", "ceil", "all", "computed", "computed_in_layer"),
-    }
-)
+    {"tp", "rank", "rope", "alibi", "hf", "cls", "self", "from_hf", "replace", "divided", "read_rope"}
+    | {"int", "float", "bool", "str", "range", "tuple", "list", "math", "all", "computed", "computed_in_layer"}
+    | {"min", "max", "abs", "sqrt", "log", "floor", "ceil", "true", "false", "null", "i"}
+)  # fmt: skip
+"""Names of the generated config class and of `from_hf`, and words of expressions."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")
 _KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 _PYTHON: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}

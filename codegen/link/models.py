@@ -35,6 +35,8 @@ from sageLLM.codegen.schema.models import ModelFile
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
+_STEP_DIMS = frozenset({"T", "B", "S", "PG", "BS", "MB", "P", "R", "KV"})
+"""Dims that differ from step to step, which config names must not shadow."""
 
 
 def link_models(
@@ -63,6 +65,7 @@ def link_model(name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDe
         own.error("SAGE204", f"expected a layout name, got '{name}'", entry.span("model"), help)
     flat = flatten(entry, raw.models, own)
     model = ModelLinker(flat, raw, ops, own).link() if flat is not None else None
+    # A separate sink, because parts of a layout are left out as soon as this layout has findings, whatever others have.
     for found in own.diagnostics:
         sink.error(found.code, found.message, found.span, found.help, found.related)
     return model if not own.diagnostics else None
@@ -73,7 +76,7 @@ def _is_name(name: str) -> bool:
 
 
 def _check_architectures(raw: RawSpecs, sink: Sink) -> None:
-    """Every architecture has one layout."""
+    """Reports architectures that several layouts read: the layout of a checkpoint must be unambiguous."""
     owners: dict[str, Entry[ModelFile]] = {}
     for entry in raw.models.values():
         for i, architecture in enumerate(entry.spec.hf.architectures):
@@ -98,8 +101,7 @@ class ModelLinker:
     sink: Sink
 
     def link(self) -> ModelDef | None:
-        taken = {name for name in self.raw.dims if name in {"T", "B", "S", "PG", "BS", "MB", "P", "R", "KV"}}
-        config = link_config(self.flat, size_names(self.flat), taken, self.sink)
+        config = link_config(self.flat, size_names(self.flat), _STEP_DIMS & self.raw.dims.keys(), self.sink)
         steps = [name for name in self.raw.dims if name not in config]
         divides = self._divides(config)
         provided = EngineInputLinker(self.flat, self.raw, config, self.sink).link(steps)
@@ -120,10 +122,21 @@ class ModelLinker:
             check_own_names_are_read(self.flat, names_read(self.flat, self.raw.passes.values()), self.sink)
         if self.sink.diagnostics:
             return None
-        return self._model(config, checks, provided, divides, own, blocks, program, results, phases)
+        return self._model(
+            config=config,
+            checks=checks,
+            provided=provided,
+            divides=divides,
+            own=own,
+            blocks=blocks,
+            program=program,
+            results=results,
+            phases=phases,
+        )
 
     def _model(
         self,
+        *,
         config: Mapping[str, ConfigName],
         checks: tuple[Check, ...],
         provided: EngineInputs,

@@ -76,6 +76,7 @@ class ProgramLinker:
             if name in before and name not in spec.carry:
                 message = f"'{name}' is reassigned in the loop, so it must be carried"
                 self.sink.error("SAGE227", message, located.span("carry"), f"add '{name}' to `carry`, or rename it")
+        # Only carried values leave the loop: the others would be those of the last layer.
         body.values = before | {name: body.values[name] for name in spec.carry if name in body.values}
         calls = tuple(statement for statement in linked if statement is not None)
         self._check_called_once(calls, item)

@@ -68,6 +68,7 @@ class _Checker:
                 return self._function(name, args, node)
             case ast.BinOp(left=a, op=ast.Add() | ast.Sub() | ast.Mult(), right=b):
                 return self._all([a, b], "number", "number")
+            # Only constant divisors, so that evaluating a condition never raises.
             case ast.BinOp(left=a, op=ast.FloorDiv() | ast.Mod(), right=ast.Constant(value=int() as b)) if b > 0:
                 return self._all([a], "number", "number")
             case ast.UnaryOp(op=ast.USub(), operand=a):

@@ -21,29 +21,14 @@ from sageLLM.codegen.model.op import Attr, OpDef, Operand
 
 _VALUE = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _RESERVED = frozenset(
-    {
-        *("g", "c", "stage", "layer", "block", "kc", "vc", "ops", "own_ops", "dims", "true", "false"),
-        *(
-            "range",
-            "tuple",
-            "num_rows",
-            "call_block",
-            "math",
-            "computed",
-            "computed_in_layer",
-            "min",
-            "max",
-            "abs",
-            "any",
-            "null",
-        ),
-    }
-)
+    {"g", "c", "stage", "layer", "block", "kc", "vc", "ops", "own_ops", "dims", "num_rows", "call_block"}
+    | {"math", "range", "tuple", "min", "max", "abs", "any", "computed", "computed_in_layer"}
+    | {"true", "false", "null"}
+)  # fmt: skip
+"""Names of the generated function: its parameters, the modules and functions that it uses; and words of expressions."""
 FUNCTIONS = frozenset(
-    {
-        *("models", "program", "weights", "cache", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"),
-        *("math", "computed", "computed_in_layer"),
-    }
+    {"models", "program", "weights", "cache", "shard_config", "ops", "own_ops", "dims", "num_rows", "call_block"}
+    | {"math", "computed", "computed_in_layer"}
 )
 """Names of a generated module, which layouts and blocks must not have."""
 _SECTION_OF = {

@@ -42,7 +42,7 @@ class BodyLinker(Scope):
     def _choose(self, item: FlatChoose) -> Choose | None:
         """Links each branch with the values defined before; values that all branches assign are defined after it."""
         branches: list[Branch | None] = []
-        passed: frozenset[str] = frozenset()
+        passed: frozenset[str] = frozenset()  # names that are not null because no earlier branch is taken
         scopes: list[BodyLinker] = []
         for flat in item.branches:
             inner = BodyLinker(self.context, dict(self.values), self.is_block, self.index, self.used_weights)

@@ -37,7 +37,7 @@ def link_triton(entry: Entry[OpSpec], sink: Sink) -> Template | None:
     filled = {name: ("triton", name) for name in params} | {name: ("hooks", name) for name in spec.kernel.hooks}
     check_template(TRITON, name, filled, entry, entry.key_span("kernel", "triton"), sink)
     for key, value in params.items():
-        is_block = key.startswith("BLOCK")
+        is_block = key.startswith("BLOCK")  # a tile size, which Triton requires to be a power of 2
         if not 1 <= value <= 2**16 or (is_block and value & (value - 1)):
             expected = "a power of 2, at most 2**16" if is_block else "1 to 2**16"
             sink.error("SAGE124", f"{key} must be {expected}, got {value}", entry.span("kernel", "triton", key))

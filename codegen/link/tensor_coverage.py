@@ -47,6 +47,7 @@ def _problem(reads: list[Read]) -> str | None:
 
 
 def _gap(ranges: list[tuple[Size, Size]], size: Size) -> str | None:
+    # The ranges are chained from 0 instead of sorted, because symbolic sizes have no order.
     at, left = Size.of(0), list(ranges)
     while left:
         following = next((found for found in left if found[0] == at), None)

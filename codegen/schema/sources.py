@@ -69,6 +69,7 @@ class HfSource(Strict):
         return self
 
 
+# A discriminator, because pydantic would report the errors of all members of a plain union.
 Source = Annotated[Text | Annotated[HfSource, Tag("mapping")], Discriminator(shape_of)]
 for _schema in (ConcatItem, StackSpec, HfSource):
     _schema.model_rebuild()
