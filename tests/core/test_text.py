@@ -1,5 +1,6 @@
 """Tests of the text and JSON forms: exact round trips, and errors with a position."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.inspect.export import from_json, to_json
 
+SCALE = int(os.environ.get("SAGELLM_TEXT_SCALE", "1"))  # `make fuzz-text` multiplies the numbers of random inputs
 T, H = dims("T H")
 NAMES = st.one_of(
     st.sampled_from(["x", "y", "L0.n", "L1.attention.qkv", "layers.0.w", "input", "graph", "members", "a b", "é", ""]),
@@ -95,7 +97,7 @@ def sorted_sets(graph: ExecutionGraph) -> list[Any]:
 
 
 @given(data=st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120 * SCALE, deadline=None)
 def test_text_round_trip_is_exact(lib: SimpleNamespace, data: st.DataObject) -> None:
     graph = data.draw(graphs(lib))
     text = to_text(graph)
@@ -105,7 +107,7 @@ def test_text_round_trip_is_exact(lib: SimpleNamespace, data: st.DataObject) -> 
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60 * SCALE, deadline=None)
 def test_json_round_trip_is_exact(lib: SimpleNamespace, data: st.DataObject) -> None:
     graph = data.draw(graphs(lib))
     assert same(from_json(to_json(graph), lib.OpType, lib.ops), graph)
@@ -183,7 +185,7 @@ def test_parse_errors_have_positions(lib: SimpleNamespace, text: str, message: s
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150 * SCALE, deadline=None)
 def test_damaged_text_raises_only_parse_errors(lib: SimpleNamespace, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(TEXT) - 1))
     until = data.draw(st.integers(at, min(at + 4, len(TEXT))))
