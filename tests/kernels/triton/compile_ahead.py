@@ -1,7 +1,7 @@
 """Compiles Triton kernels for GPUs that need not be present, and prints the resources of each kernel as JSON.
 
-    python compile_ahead.py all sm_90 gfx942
-    python compile_ahead.py linear,rope sm_80
+    python compile_ahead.py sm_90:all
+    python compile_ahead.py sm_80:linear,rope gfx942:linear
 
 The launchers run unchanged, on tensors without data. A stub replaces the driver, so that Triton's JIT specialises the
 kernels to their arguments and compiles them; then the launch ends.
@@ -152,7 +152,7 @@ def opcodes(cubin: bytes) -> list[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        code = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([NVDISASM, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
     return sorted(set(re.findall(OPCODES, code)))
 
 
@@ -163,12 +163,13 @@ def amd_needs(assembly: str) -> dict[str, Any]:
     return {"registers": registers, "spilled": spilled, "opcodes": ["MFMA"] if "v_mfma" in assembly else []}
 
 
-def main(ops: str, targets: list[str]) -> None:
+def main(requests: list[str]) -> None:
+    """Each request is a target and its ops, or all of them, as in sm_80:linear,rope."""
     report: dict[str, dict[str, Any]] = {}
-    names = [*KERNELS] if ops == "all" else ops.split(",")
-    for device, target in enumerate(targets):
+    for device, (target, ops) in enumerate(request.split(":") for request in requests):
         driver.set_active(Stub(TARGETS[target], device))
         found = report.setdefault(target, {})
+        names = [*KERNELS] if ops == "all" else ops.split(",")
         for name, sizes in ((name, sizes) for name in names for sizes in (SIZES, LONG)):
             for kernel_name, kernel in compile_op(name, sizes).items():
                 if kernel_name not in found:
@@ -177,4 +178,4 @@ def main(ops: str, targets: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1:])
