@@ -17,7 +17,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: aot sanitize fuzz-scheduler help setup run test test-fast generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: aot interpret fuzz-text sanitize fuzz-scheduler help setup run test test-fast generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,12 @@ PEER_PYTHON ?= $(BIN)/python
 SEEDS ?= 0:1000000
 fuzz-scheduler: $(TEST_READY) ## Run random schedules SEEDS=FROM:TO (a million); a failing one can be replayed by its seed
 	PYTHONPATH=_dev $(BIN)/python tests/scheduler/fuzz.py --seeds $(SEEDS) --jobs $(JOBS)
+
+fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
+	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py
+
+interpret: $(TEST_READY) ## Run all checks of the GPU kernels in Triton's interpreter, without a GPU; the suite runs a sample
+	SAGELLM_INTERPRET=all $(PYTEST) tests/kernels/triton/test_interpreter.py
 
 aot: $(TEST_READY) ## Compile all GPU kernels for all targets, without a GPU; SAGELLM_ACCEPT=1 accepts new resource usage
 	SAGELLM_AOT=all $(PYTEST) tests/kernels/triton/test_compile_ahead.py

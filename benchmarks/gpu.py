@@ -43,12 +43,9 @@ def prepare(dry_run: bool) -> None:
     os.environ["SAGELLM_CHECK_DEVICE"] = "cpu" if dry_run else "cuda"
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
-        import numpy as np
+        from sageLLM.runtime.kernels.triton_interpreter import patch_interpreter
 
-        from sageLLM.runtime.kernels.triton_interpreter import patch_bf16
-
-        np.seterr(all="ignore")
-        patch_bf16()
+        patch_interpreter()
 
 
 def machine() -> dict[str, Any]:

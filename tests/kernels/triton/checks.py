@@ -1,200 +1,101 @@
-"""Checks of the Triton kernels against the references, on the device in SAGELLM_CHECK_DEVICE.
+"""Cases of the Triton kernels: every kernel is compared with its reference, on random operands.
 
-Operands and results are surrounded by NaN, or by an integer that no result has, so that accesses out of bounds are
-detected. The references compute in float64, on the CPU.
+`findings(everything=True)` runs all combinations of options, sizes and element types. Without it a random sample is
+drawn that still runs every kernel, every variant (looped rows, blocks of columns, splits) and every pair of options.
 """
 
-import os
+import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import combinations, product
 from typing import Any
 
 import torch
+import triton
+from compare import DEVICE, DTYPES, Finding, compared, special
 from torch import Tensor
 
-from sageLLM.generated.kernels.reference import KERNELS as REFERENCES
 from sageLLM.generated.kernels.triton import KERNELS
 from sageLLM.generated.kernels.triton.linear import _lm_head_sample_merge
+from sageLLM.generated.kernels.triton.tiles import Tile
 from sageLLM.generated.ops import OPS
-from sageLLM.generated.tests.cases import CASES, Cases
+from sageLLM.generated.tests.cases import CASES
 from sageLLM.generated.tests.op_checks import make_operands
 
-DEVICE = torch.device(os.environ.get("SAGELLM_CHECK_DEVICE", "cpu"))
-GUARD = 64
-POISON = {"f": float("nan"), "i": -7777777}
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-OF_TEMPLATES = {"linear", "lm_head", "head_linear", "router_logits", "topk_router", "expert_linear", "expert_down"}
-SPECIAL = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e-40, 6e4, -6e4]
-
-Results = tuple[Tensor, ...]
+OF_TEMPLATES = {"linear", "lm_head", "lm_head_sample", "head_linear", "router_logits", "topk_router"}
+OF_TEMPLATES |= {"expert_linear", "expert_down"}
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The outcome of one call: the greatest error relative to the tolerance, and "" or another failure."""
-
-    op: str
-    kind: str
-    dtype: str
-    error: float
-    wrong: str
-
-
-class Memory:
-    """Replaces torch.empty: a buffer is filled with poison and has guards on both sides."""
-
-    def __init__(self) -> None:
-        self.buffers: list[tuple[Tensor, int]] = []
-        self.empty = torch.empty
-
-    def allocate(self, *sizes: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
-        shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-        count = prod(shape)
-        buffer = torch.full(
-            (count + 2 * GUARD,), POISON["f" if dtype.is_floating_point else "i"], dtype=dtype, device=device or DEVICE
-        )
-        self.buffers.append((buffer, count))
-        return buffer[GUARD : GUARD + count].view(shape)
-
-    def placed(self, x: Tensor) -> Tensor:
-        """A copy of x between guards, with the strides of x."""
-        room = self.allocate(x.stride(0) * x.shape[0] if x.dim() else 1, dtype=x.dtype)
-        return room.as_strided(x.shape, x.stride()).copy_(x)
-
-    def why_broken(self) -> str:
-        for buffer, count in self.buffers:
-            outside = torch.cat((buffer[:GUARD], buffer[GUARD + count :]))
-            if not (outside.isnan().all() if outside.is_floating_point() else (outside == POISON["i"]).all()):
-                return "a store out of bounds"
-        return ""
+def findings(everything: bool = True) -> Iterator[Finding]:
+    yield from row_findings(everything)
+    yield from attention_findings(everything)
+    yield from gemm_findings(everything)
+    yield from router_findings(everything)
+    yield from sample_findings()
+    yield from head_and_sample_findings(everything)
+    yield from cache_and_pool_findings()
+    yield from query_key_findings(everything)
+    yield from batch_invariance_findings()
 
 
-def call(kernel: Callable[..., Any], operands: list[Any], attrs: Mapping[str, Any]) -> Results:
-    results = kernel(*operands, **attrs)
-    return results if isinstance(results, tuple) else (results,)
+def row_findings(everything: bool) -> Iterator[Finding]:
+    """Ops from equations."""
+    for name in sorted(KERNELS.keys() & CASES.keys() - OF_TEMPLATES):
+        for kind, sizes, dtype in row_runs(name, everything):
+            yield row_finding(name, kind, sizes, dtype)
 
 
-def triton_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> tuple[Results, str]:
-    """The results of the kernel, and whether it stored out of bounds or changed an operand."""
-    memory = Memory()
-    placed = [None if x is None else memory.placed(x) if x.numel() else x.to(DEVICE) for x in operands]
-    torch.empty = memory.allocate
-    try:
-        results = call(KERNELS[op], placed, attrs)
-    finally:
-        torch.empty = memory.empty
-    changed = set(OPS[op].inplace.values())
-    wrong = memory.why_broken()
-    placed = [None if x is None else x.cpu() for x in placed]
-    for name, before, after in zip(OPS[op].input_types, operands, placed, strict=False):
-        if name not in changed and before is not None and not torch.equal(before.nan_to_num(), after.nan_to_num()):
-            wrong = f"changes {name}"
-    return tuple(x.cpu() for x in results), wrong
-
-
-def exact_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> Results:
-    """The reference in float64 arithmetic, rounded wherever the spec rounds."""
-    modules = [
-        module
-        for name, module in sys.modules.items()
-        if name.startswith(REFERENCES["add"].__module__.rsplit(".", 1)[0])
-    ]
-    widths = [(module, module.wide) for module in modules if hasattr(module, "wide")]
-    for module, _ in widths:
-        module.wide = lambda x: torch.float64
-    try:
-        return call(REFERENCES[op], [None if x is None else x.clone() for x in operands], attrs)
-    finally:
-        for module, wide in widths:
-            module.wide = wide
-
-
-def wide_results(op: str, operands: list[Any], attrs: Mapping[str, Any]) -> Results:
-    """The reference on float64 operands, for kernels with another order of summation than the library."""
-    wide = [x.double() if x is not None and x.is_floating_point() else x for x in operands]
-    return call(REFERENCES[op], [None if x is None else x.clone() for x in wide], attrs)
-
-
-def by_element(found: Tensor, wanted: Tensor) -> float:
-    """Error over tolerance: 1e-5 of the element plus the greatest one in float32, 2 ulp in narrow types."""
-    target = wanted.to(found.dtype).double()
-    bits = {torch.float32: 0, torch.bfloat16: 8, torch.float16: 11}[found.dtype]
-    allowed = 1e-5 * (wanted.abs() + wanted.abs().max()) if bits == 0 else 2.0 * ulp(target, bits, found.dtype)
-    return float(((found.double() - target).abs() / allowed.clamp(min=1e-300)).nan_to_num(torch.inf).max())
-
-
-def ulp(x: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    return (
-        torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=torch.finfo(dtype).tiny)))) * 2.0 ** (1 - bits)
-    ).double()
-
-
-def by_greatest(found: Tensor, wanted: Tensor, dtype: str) -> float:
-    """Error over tolerance for sums: 2 ulp of the greatest element, since both weights and results are rounded."""
-    allowed = {"f32": 1e-5, "bf16": 2**-7, "f16": 2**-10}[dtype] * wanted.abs().max().clamp(min=1e-9)
-    return float((found.double() - wanted).abs().nan_to_num(torch.inf).max() / allowed)
-
-
-def compared(
-    op: str, kind: str, dtype: str, operands: list[Any], attrs: Mapping[str, Any], *, is_sum: bool = False
-) -> Finding:
-    """Compares one call of the kernel with the reference; `is_sum` allows any order of summation."""
-    try:
-        found, wrong = triton_results(op, operands, attrs)
-    except Exception as error:  # reported like any other finding, with the cause from the interpreter
-        return Finding(op, kind, dtype, 0.0, repr(error.__cause__ or error)[:300])
-    wanted = (wide_results if is_sum else exact_results)(op, operands, attrs)
-    error = 0.0
-    for one, other in zip(found, wanted, strict=True):
-        if one.shape != other.shape:
-            wrong = f"expected shape {tuple(other.shape)}, got {tuple(one.shape)}"
-        elif one.is_floating_point() and one.numel():
-            wide = other.double()
-            error = max(error, by_greatest(one, wide, dtype) if is_sum else by_element(one, wide))
-        elif not torch.equal(one, other):
-            wrong = "other integers"
-    return Finding(op, kind, dtype, error, wrong)
-
-
-def special(op: str, operands: list[Any], attrs: Mapping[str, Any], dtype: str) -> Finding:
-    """Compares infinities, NaN, zeros and subnormal numbers with the results of torch."""
-    for x in operands:
-        if x.is_floating_point() and x.numel() >= len(SPECIAL):
-            x.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL).to(x.dtype)
-    found, wrong = triton_results(op, operands, attrs)
-    for one, other in zip(found, call(REFERENCES[op], operands, attrs), strict=True):
-        if one.is_floating_point() and not torch.allclose(one.double(), other.double(), 2e-2, 1e-5, equal_nan=True):
-            wrong = "other special values"
-    return Finding(op, "special values", dtype, 0.0, wrong)
-
-
-def row_findings() -> Iterator[Finding]:
-    """Ops from equations: the cases of the spec, strided rows, no rows, rows longer than a tile."""
-    for name in KERNELS.keys() & CASES.keys() - OF_TEMPLATES:
-        sizes, attrs, limits = CASES[name]
-        for kind, case, dtype in row_cases(name, CASES[name]):
-            dims = {key: case[key] for key, spec in OPS[name].attr_types.items() if spec.type == "dim"}
-            operands = [*make_operands(OPS[name], case, limits, DTYPES[dtype]).values()]
-            yield compared(name, kind, dtype, operands, attrs | dims)
-            if kind == str(sizes[-1]) and dtype != "f16":
-                yield compared(name, "strided rows", dtype, [strided(x) for x in operands], attrs | dims)
-                yield special(name, operands, attrs | dims, dtype)
-
-
-def row_cases(name: str, cases: Cases) -> Iterator[tuple[str, dict[str, Any], str]]:
-    yield from ((str(case), case, dtype) for case in cases.sizes for dtype in ("f32", "bf16"))
-    last = cases.sizes[-1]
-    yield str(last), last, "f16"
-    rows = {"R", "T"} & last.keys()
+def row_runs(name: str, everything: bool) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Kind, sizes and element type: the cases of the spec, and variants of the last one."""
+    *others, last = CASES[name].sizes
+    rows, columns = {"R", "T"} & last.keys(), {"H", "I"} & last.keys()
     few = {**last, **dict.fromkeys(rows, 2)}
-    if {"H", "I"} & last.keys():
-        yield "more than a block", {**few, **dict.fromkeys({"H", "I"} & last.keys(), 1500)}, "bf16"
-    if hasattr(sys.modules[KERNELS[name].__module__], f"_{name}_long") and "H" in last:
+    for dtype in ("f32", "bf16") if everything else random.sample(("f32", "bf16"), 1):
+        yield from (("a case of the spec", case, dtype) for case in others)
+        yield "special values", last, dtype
+    for dtype in ("f32", "bf16", "f16") if everything else () if columns else ("bf16",):
+        yield "a case of the spec", last, dtype
+    for dtype in ("f32", "bf16") if everything else ("f32",):
+        yield "strided rows", last, dtype
+    if columns:
+        yield "more than a block", {**few, **dict.fromkeys(columns, 1500)}, "bf16"
+    if is_looped(name):
+        long = {**few, **dict.fromkeys({"H", "D"} & last.keys(), 65)}  # a block of 64 columns, and one of 1
+        yield from (("looped rows", long, dtype) for dtype in ("f32", "bf16"))
+    if is_looped(name) and "H" in last and (everything or name == "rms_norm"):
         yield "longer than a tile", {**few, "H": 16500}, "f32"
-    if not rows <= set(cases.limits.values()):
-        yield "no rows", {**last, **dict.fromkeys(rows - set(cases.limits.values()), 0)}, "f32"
+    if not rows <= set(CASES[name].limits.values()):
+        yield "no rows", {**last, **dict.fromkeys(rows - set(CASES[name].limits.values()), 0)}, "f32"
+
+
+def row_finding(name: str, kind: str, sizes: Mapping[str, Any], dtype: str) -> Finding:
+    _, attrs, limits = CASES[name]
+    attrs = {key: 0.7 if value == 1.0 else value for key, value in attrs.items()}  # a factor of 1 hides mistakes
+    attrs |= {key: sizes[key] for key, spec in OPS[name].attr_types.items() if spec.type == "dim"}
+    operands = [*make_operands(OPS[name], sizes, limits, DTYPES[dtype]).values()]
+    if kind == "special values":
+        return special(name, operands, attrs, dtype)
+    if kind == "strided rows":
+        operands = [strided(x) for x in operands]
+    with looped_rows(name) if kind == "looped rows" else nullcontext():
+        return compared(name, f"{kind} {sizes}", dtype, operands, attrs)
+
+
+def is_looped(name: str) -> bool:
+    return hasattr(sys.modules[KERNELS[name].__module__], f"_{name}_long")
+
+
+@contextmanager
+def looped_rows(name: str) -> Iterator[None]:
+    """Makes the op's rows longer than a tile, which is read in two blocks."""
+    module = sys.modules[KERNELS[name].__module__]
+    original = module.row_tile
+    module.row_tile = lambda columns: Tile(1, max(1, triton.next_power_of_2(columns) // 2), 4, is_looped=True)
+    try:
+        yield
+    finally:
+        module.row_tile = original
 
 
 def strided(x: Tensor) -> Tensor:
@@ -204,29 +105,61 @@ def strided(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 3))[..., :-3]
 
 
-def template_findings() -> Iterator[Finding]:
-    yield from attention_findings()
-    yield from gemm_findings()
-    yield from other_findings()
-    yield from query_key_findings()
+def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A few random combinations in which every pair of values of two factors occurs: the fewest of several choices."""
+    pairs = [(one, set(combinations(one.items(), 2))) for one in all_of(factors)]
+    return min((greedy_cover(random.sample(pairs, len(pairs))) for _ in range(20)), key=len)
 
 
-def attention_findings() -> Iterator[Finding]:
-    variants: list[dict[str, Any]] = [{}, {"window": 5}, {"softcap": 3.0}, {"window": 40, "softcap": 2.0}]
+def greedy_cover(candidates: list[tuple[dict[str, Any], set[Any]]]) -> list[dict[str, Any]]:
+    """Always takes the candidate with the most elements that are missing."""
+    found, missing = [], set().union(*(elements for _, elements in candidates))
+    while missing:
+        one, elements = max(candidates, key=lambda candidate: len(candidate[1] & missing))
+        found.append(one)
+        missing -= elements
+    return found
+
+
+def all_of(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
+
+
+ATTENTION = {"window": (None, 5, 40), "softcap": (None, 3.0)}
+PAGED = {**ATTENTION, "sinks": (False, True), "slopes": (False, True)}
+DECODE = {**PAGED, "longest": (50, 530)}  # one split of the keys, and two
+VARLEN = {**ATTENTION, "causal": (False, True)}
+
+
+def attention_findings(everything: bool) -> Iterator[Finding]:
+    """Options in float32; one combination of them in each narrow type."""
     starts = torch.tensor([0, 1, 41, 41, 50], dtype=torch.int32)
-    for dtype, attrs in [*(("f32", one) for one in variants), ("bf16", {}), ("f16", {"window": 40})]:
-        kind, given = DTYPES[dtype], {"scale": 0.3, **attrs}
-        sinks, slopes = torch.randn(6).to(kind), torch.rand(6)
-        for extra in ((None, None), (sinks, None), (None, slopes)) if dtype == "f32" else ((sinks, slopes),):
-            label = f"{attrs}{' sinks' if extra[0] is not None else ''}{' slopes' if extra[1] is not None else ''}"
-            q, *cache = paged([1, 530, 0, 37], kind)
-            yield compared("paged_decode_attention", label, dtype, [q[:4], *cache, *extra], given, is_sum=True)
-            q, *cache = paged([1, 70, 0, 37], kind)
-            yield compared("paged_prefill_attention", label, dtype, [q, *cache, starts, *extra], given, is_sum=True)
-        operands = [*(torch.randn(50, heads, 24).to(kind) for heads in (6, 2, 2)), starts]
-        for causal in (False, True):
-            label = f"{attrs} causal={causal}"
-            yield compared("varlen_attention", label, dtype, operands, {"causal": causal, **given}, is_sum=True)
+    for dtype, one in with_dtypes(DECODE, everything):
+        q, *operands = paged([1, one["longest"], 0, 37], DTYPES[dtype])
+        yield attention("paged_decode_attention", dtype, one, [q[:4], *operands])
+    for dtype, one in with_dtypes(PAGED, everything):
+        operands = [*paged([1, 70, 0, 37], DTYPES[dtype]), starts]
+        yield attention("paged_prefill_attention", dtype, one, operands)
+    for dtype, one in with_dtypes(VARLEN, everything):
+        q, k, v = (torch.randn(50, heads, 24).to(DTYPES[dtype]) for heads in (6, 2, 2))
+        operands = [strided(q), strided(k), v, starts]
+        yield attention("varlen_attention", dtype, one, operands)
+
+
+def with_dtypes(factors: Mapping[str, Sequence[Any]], everything: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    for dtype in DTYPES:
+        chosen = all_of(factors)
+        if not everything:
+            chosen = covering(factors) if dtype == "f32" else random.sample(chosen, 1)
+        yield from ((dtype, one) for one in chosen)
+
+
+def attention(op: str, dtype: str, one: dict[str, Any], operands: list[Any]) -> Finding:
+    if "sinks" in one:
+        operands.append(torch.randn(6).to(DTYPES[dtype]) if one["sinks"] else None)
+        operands.append(torch.rand(6) if one["slopes"] else None)
+    attrs = {key: value for key, value in one.items() if key in ("window", "softcap", "causal")}
+    return compared(op, str(one), dtype, operands, {"scale": 0.3, **attrs}, is_sum=True)
 
 
 def paged(lengths: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -241,59 +174,65 @@ def paged(lengths: list[int], dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(50, 6, 24).to(dtype), k, v, table, torch.tensor(lengths, dtype=torch.int32)]
 
 
-def gemm_findings() -> Iterator[Finding]:
-    for dtype, M in (("f32", 1), ("f32", 19), ("bf16", 3), ("f16", 32), ("bf16", 40), ("f32", 0)):
+def gemm_findings(everything: bool) -> Iterator[Finding]:
+    """Rows that fill a tile or not, and none; blocks of K that are full or not; more than 32 rows use the reference."""
+    some = [("f32", 19, 300), ("bf16", 3, 512), ("f16", 32, 300), ("f32", 0, 300)]
+    for dtype, M, K in [*some, ("f32", 1, 300), ("bf16", 40, 300), ("f16", 60, 100)] if everything else some:
 
         def numbers(*shape: int, kind: torch.dtype = DTYPES[dtype]) -> Tensor:
-            return torch.randn(shape).to(kind)
+            return strided(torch.randn(shape).to(kind))
 
-        experts, stacked = torch.randint(0, 5, (M, 3)).int(), numbers(5, 70, 33)
+        num_experts = 2 if M == 32 else 5  # 2 experts have more than 32 rows each, and larger tiles
+        experts, stacked = torch.randint(0, num_experts, (M, 3)).int(), numbers(num_experts, 70, 100)
         calls: list[tuple[str, list[Any]]] = [
-            ("linear", [numbers(M, 300), numbers(37, 300)]),
-            ("lm_head", [numbers(M, 300), numbers(37, 300), numbers(37)]),
-            ("linear", [numbers(2, M, 300), numbers(37, 300), numbers(37)]),
-            ("router_logits", [numbers(M, 300), numbers(37, 300), None]),
+            ("linear", [numbers(M, K), numbers(37, K)]),
+            ("lm_head", [numbers(M, K), numbers(37, K), numbers(37)]),
+            ("linear", [numbers(2, M, K), numbers(37, K), numbers(37)]),
+            ("router_logits", [numbers(M, K), numbers(37, K), numbers(37) if dtype == "f32" else None]),
             ("head_linear", [numbers(M, 3, 33), numbers(3, 10, 33)]),
-            ("expert_linear", [numbers(M, 33), experts, stacked, numbers(5, 70)]),
-            ("expert_down", [numbers(M, 3, 33), experts, stacked, None]),
+            ("expert_linear", [numbers(M, 100), experts, stacked, numbers(num_experts, 70)]),
+            ("expert_down", [numbers(M, 3, 100), experts, stacked, None]),
         ]
         yield from (compared(op, f"M={M}", dtype, operands, {}, is_sum=True) for op, operands in calls)
 
 
-def other_findings() -> Iterator[Finding]:
+def router_findings(everything: bool) -> Iterator[Finding]:
     groups = {"scoring": "sigmoid", "groups": 4, "top_groups": 2, "group_score": "top2"}
-    for attrs in ({}, groups, {"groups": 3, "top_groups": 2, "renormalize": False, "factor": 2.5}):
-        for dtype, bias in (("f32", None), ("bf16", torch.randn(12).bfloat16())):
-            logits = torch.randn(9, 12).to(DTYPES[dtype])
+    for number, attrs in enumerate(({}, groups, {"groups": 3, "top_groups": 2, "renormalize": False, "factor": 2.5})):
+        both = [("f32", None), ("bf16", torch.randn(12).bfloat16())]
+        for dtype, bias in both if everything else [both[number % 2]]:
+            logits = torch.randn(5, 12).to(DTYPES[dtype])
             yield compared("topk_router", str(attrs), dtype, [logits, bias], {"A": 4, **attrs}, is_sum=True)
+
+
+DRAWN = [torch.tensor([0.0, 1.0, 0.7]), None, torch.tensor([0.9] * 3), None, torch.rand(3)]
+
+
+def sample_findings() -> Iterator[Finding]:
     logits = torch.randn(5, 9000)
     logits[1, 77] = logits[1, 8000] = 50.0
+    logits[2, 8999] = 50.0
     logits[3] = -torch.inf
     logits[4, 8100] = logits[4, 4500] = torch.nan
-    yield compared("sample", "greedy: a tie, nothing finite, NaN", "f32", [logits], {})
-    drawn = [torch.tensor([0.0, 1.0, 0.7]), None, torch.tensor([0.9] * 3), None, torch.rand(3)]
-    yield compared("sample", "drawn", "f32", [logits[:3], *drawn], {})
-    yield from head_and_sample_findings(drawn)
-    starts, slots = torch.tensor([0, 1, 4, 9]).int(), torch.tensor([3, 9, 0, 15, 7]).int()
-    for dtype, kind in DTYPES.items():
-        k, v, *caches = (
-            torch.randn(shape).to(kind) for shape in ((5, 3, 20), (5, 3, 12), (4, 4, 3, 20), (4, 4, 3, 12))
-        )
-        yield compared("kv_store", "", dtype, [k, v, *caches, slots], {})
-        rows = torch.randn(9, 20).to(kind)
-        yield compared("pool_first", "", dtype, [rows, starts], {})
-        yield compared("pool_last", "", dtype, [rows, starts], {})
-        yield compared("embedding_shard", "", dtype, [torch.tensor([0, 7, 12, 30]).int(), rows], {"first": 5})
+    yield compared("sample", "greedy: a tie, the last one, nothing finite, NaN", "f32", [logits], {})
+    yield compared("sample", "drawn", "f32", [logits[:3], *DRAWN], {})
 
 
-def head_and_sample_findings(drawn: list[Any]) -> Iterator[Finding]:
+def head_and_sample_findings(everything: bool) -> Iterator[Finding]:
     """Small integers, so that sums are exact and many logits tie; then more blocks than one iteration of the merge."""
-    for dtype, M, V in (("f32", 1, 37), ("bf16", 3, 600), ("f16", 19, 100), ("f32", 40, 70), ("bf16", 0, 70)):
-        x, w, bias = (torch.randint(-1, 2, shape).to(DTYPES[dtype]) for shape in ((M, 70), (V, 70), (V,)))
-        yield compared("lm_head_sample", f"M={M} V={V}", dtype, [x, w], {}, is_sum=True)
-        yield compared("lm_head_sample", f"M={M} V={V} bias", dtype, [x, w, bias], {}, is_sum=True)
+    some = [("f32", 1, 37), ("bf16", 3, 100), ("f16", 19, 70)]
+    for dtype, M, V in [*some, ("bf16", 3, 600), ("f32", 40, 70), ("bf16", 0, 70)] if everything else some:
+        x, w, bias = (torch.randint(-1, 2, shape).to(DTYPES[dtype]) for shape in ((M, 300), (V, 300), (V,)))
+        for one in (None, bias) if everything else (bias if dtype == "bf16" else None,):
+            operands = [strided(x), strided(w), one]
+            yield compared("lm_head_sample", f"M={M} V={V}", dtype, operands, {}, is_sum=True)
         if M == 3:
-            yield compared("lm_head_sample", "drawn", dtype, [x, w, None, *drawn], {}, is_sum=True)
+            yield compared("lm_head_sample", "drawn", dtype, [x, w, None, *DRAWN], {}, is_sum=True)
+            yield special("lm_head_sample", [x, w], {}, dtype)
+    yield merge_finding()
+
+
+def merge_finding() -> Finding:
     block_max = torch.randint(0, 99, (3, 2500)).float()
     block_max[1], block_max[2, 2100], block_max[2, 2200] = -torch.inf, torch.nan, torch.nan
     tokens, block_argmax = torch.empty(3, dtype=torch.int64, device=DEVICE), 16 * torch.arange(2500).int().repeat(3, 1)
@@ -301,23 +240,37 @@ def head_and_sample_findings(drawn: list[Any]) -> Iterator[Finding]:
         block_max.to(DEVICE), block_argmax.to(DEVICE), tokens, 2500, BLOCK_B=1024, enable_fp_fusion=False
     )
     is_right = torch.equal(tokens.cpu(), 16 * block_max.argmax(-1))
-    yield Finding("lm_head_sample", "many blocks", "f32", 0.0, "" if is_right else "other tokens")
+    return Finding("lm_head_sample", "many blocks", "f32", 0.0, "" if is_right else "other tokens")
 
 
-def query_key_findings() -> Iterator[Finding]:
-    """Norm and rotation of heads, and their store to the cache, from one packed projection of 3 + 2 * 1 heads."""
+def cache_and_pool_findings() -> Iterator[Finding]:
+    starts, slots = torch.tensor([0, 1, 4, 9]).int(), torch.tensor([3, 9, 0, 15, 7]).int()
     for dtype, kind in DTYPES.items():
-        caches = [torch.randn(4, 4, 1, 12).to(kind) for _ in range(2)]
-        pos, slots = torch.tensor([4, 0, 8]).int(), torch.tensor([3, 9, 0]).int()
-        rest = [pos, torch.randn(9, 5), torch.randn(9, 5), *caches, slots]
-        for op in (
-            "qk_rope_kv_store",
-            "qk_rope_interleaved_kv_store",
-            "qk_norm_rope_kv_store",
-            "qk_norm_1p_rope_kv_store",
-        ):
-            norms = [torch.randn(12).to(kind) for _ in range(2)] if "norm" in op else []
-            yield compared(op, "", dtype, [torch.randn(3, 60).to(kind), *norms, *rest], {"Nq": 3, "Nkv": 1, "D": 12})
+        k, v, *caches = (
+            torch.randn(shape).to(kind) for shape in ((5, 3, 20), (5, 3, 12), (4, 4, 3, 20), (4, 4, 3, 12))
+        )
+        yield compared("kv_store", "", dtype, [strided(k), strided(v), *caches, slots], {})
+        rows = strided(torch.randn(9, 20).to(kind))
+        yield compared("pool_first", "", dtype, [rows, starts], {})
+        yield compared("pool_last", "", dtype, [rows, starts], {})
+        yield compared("embedding_shard", "", dtype, [torch.tensor([0, 7, 12, 30]).int(), rows], {"first": 5})
+
+
+def query_key_findings(everything: bool) -> Iterator[Finding]:
+    """Norm and rotation of heads, and their store to the cache, from one packed projection of 4 + 2 * 2 heads."""
+    attrs = {"Nq": 4, "Nkv": 2, "D": 12}
+    for dtype in ("f32", "bf16", "f16") if everything else ("f32", "bf16"):
+        kind = DTYPES[dtype]
+        caches = [torch.randn(4, 4, 2, 12).to(kind) for _ in range(2)]
+        pos, slots = torch.tensor([4, 8]).int(), torch.tensor([3, 9]).int()
+        rest = [pos, strided(torch.randn(9, 5)), strided(torch.randn(9, 5)), *caches, slots]
+        qkv, norms = strided(torch.randn(2, 96).to(kind)), [torch.randn(12).to(kind) for _ in range(2)]
+        for op in ("qk_rope_kv_store", "qk_rope_interleaved_kv_store"):
+            yield compared(op, "", dtype, [qkv, *rest], attrs)
+        for op in ("qk_norm_rope_kv_store", "qk_norm_1p_rope_kv_store"):
+            yield compared(op, "", dtype, [qkv, *norms, *rest], attrs)
+            with looped_rows(op):
+                yield compared(op, "looped rows", dtype, [qkv, *norms, *rest], attrs)
 
 
 def batch_invariance_findings() -> Iterator[Finding]:
@@ -340,10 +293,3 @@ def first(x: Tensor, name: str) -> Tensor:
     """The operand for the first row or sequence alone; the shared ones unchanged."""
     is_shared = name in ("w", "k_cache", "v_cache")
     return x if is_shared else x[:1, :3] if name == "block_table" else x[:1]
-
-
-def findings() -> Iterator[Finding]:
-    """Every kernel, in new random cases."""
-    yield from row_findings()
-    yield from template_findings()
-    yield from batch_invariance_findings()

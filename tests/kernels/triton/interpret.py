@@ -1,45 +1,79 @@
-"""Runs the checks of the Triton kernels in Triton's interpreter, and prints each finding as a line of JSON.
+"""Runs everything that needs Triton's interpreter in one process, and prints each finding as a line of JSON.
 
-Runs in a separate process, because TRITON_INTERPRET must be set before Triton is imported.
+    python interpret.py sample 1234        a random sample of the checks, with the seed 1234
+    python interpret.py everything         all of them, with a new seed
+
+The process is separate, because TRITON_INTERPRET must be set before Triton is imported.
 """
 
+import io
 import json
 import os
+import random
+import runpy
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import checks
-import numpy as np
 import torch
+from compare import Finding
 
 from sageLLM import LLM, SamplingParams
-from sageLLM.runtime.kernels.triton_interpreter import patch_bf16
+from sageLLM.generated.kernels.triton import KERNELS
+from sageLLM.runtime.kernels.triton_interpreter import patch_interpreter
 
-MODEL = Path(__file__).parents[3] / "examples/tiny_python_model"
+ROOT = Path(__file__).parents[3]
+MODEL = ROOT / "examples/tiny_python_model"
+BENCHMARK = ROOT / "benchmarks/gpu.py"
 
 
-def engine_findings() -> Iterator[checks.Finding]:
+def findings(everything: bool) -> Iterator[Finding]:
+    run = set()
+    for finding in checks.findings(everything):
+        run.add(finding.op)
+        yield finding
+    yield from (Finding(op, "", "", 0.0, "was not run") for op in KERNELS if op not in run)
+    yield engine_finding(3 if everything else 2)
+    yield benchmark_finding(everything)
+
+
+def engine_finding(num_tokens: int) -> Finding:
     """The engine generates the same tokens with Triton kernels as with the references, in bf16."""
     tokens = []
     for kernels in ("reference", "triton"):
         llm = LLM(model=MODEL, kernels=kernels)
-        [request] = llm.generate(["import os\nimport "], SamplingParams(max_tokens=3, temperature=0.0))
+        [request] = llm.generate(["import os\nimport "], SamplingParams(max_tokens=num_tokens, temperature=0.0))
         tokens.append(request.outputs[0].token_ids)
-    yield checks.Finding("engine", str(tokens), "bf16", 0.0, "" if tokens[0] == tokens[1] else "other tokens")
+    return Finding("engine", str(tokens), "bf16", 0.0, "" if tokens[0] == tokens[1] else "other tokens")
 
 
-def main() -> None:
-    np.seterr(all="ignore")
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    patch_bf16()
-    for finding in (*checks.findings(), *engine_findings()):
+def benchmark_finding(everything: bool) -> Finding:
+    """A dry run of benchmarks/gpu.py: the same calls as on a GPU, on tiny sizes."""
+    with tempfile.NamedTemporaryFile() as file, redirect_stdout(io.StringIO()):
+        sys.argv = [str(BENCHMARK), "--dry-run", "--out", file.name, *([] if everything else ["--skip", "engine"])]
+        sys.path.append(str(BENCHMARK.parent))
+        runpy.run_path(str(BENCHMARK), run_name="__main__")
+        report = json.loads(Path(file.name).read_text())
+    times = [row["us"] for row in report["kernels"].values() if isinstance(row, dict)]
+    is_complete = report["checks"]["checked"] > 0 and len(times) >= 9 and min(times) > 0
+    wrong = str(report["checks"]["failed"] or ("" if is_complete else f"checks or times are missing: {report}"))
+    return Finding("benchmarks/gpu.py", "dry run", "bf16", 0.0, wrong)
+
+
+def main(extent: str, seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    patch_interpreter()
+    for finding in findings(extent == "everything"):
         json.dump(asdict(finding), sys.stdout)
         print()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else random.getrandbits(32))
