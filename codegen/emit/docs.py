@@ -17,7 +17,7 @@ from sageLLM.codegen.render import Output
 from sageLLM.codegen.writer import MARK
 
 if TYPE_CHECKING:
-    from sageLLM.codegen.model.layout import ModelDef, WeightDef
+    from sageLLM.codegen.model.layout import ConfigName, ModelDef, WeightDef
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +123,23 @@ def _attr_row(attr: Attr) -> tuple[str, ...]:
 
 def model_section(model: "ModelDef") -> str:
     """Config, weights and blocks of a layout."""
-    names = [
-        (_code(c.name), _code(", ".join(c.keys)) if c.keys else _code(str(c.value)), c.python_type, c.doc)
-        for c in model.config.values()
-    ]
+    names = [(_code(name.name), _code(_origin_of(name)), name.python_type, name.doc) for name in model.config.values()]
     parts = [_cell(model.summary), f"Reads {', '.join(map(_code, model.architectures))}."]
     parts += [f"Extends `{model.base.name}`; this page shows the whole layout."] if model.base else []
-    parts += ["## Config", table(("name", "config.json", "type", "meaning"), names)]
+    parts += ["## Config", table(("name", "key or value", "type", "meaning"), names)]
     if model.checks:
         parts.append("Checked: " + ", ".join(_code(check.words) for check in model.checks) + ".")
     parts += ["## Weights", table(("weight", "shape", "checkpoint"), [_weight_row(w) for w in _all_weights(model)])]
     for block in model.blocks.values():
         parts += [f"## Block {block.name}", _cell(block.summary), "```\n" + "\n".join(block.lines) + "\n```"]
     return "\n\n".join(parts)
+
+
+def _origin_of(name: "ConfigName") -> str:
+    """The keys of config.json, or the constant or expression that defines a name without a key."""
+    if name.keys:
+        return ", ".join(name.keys)
+    return str(name.value) if name.value is not None else str(name.formula or name.default)
 
 
 def _all_weights(model: "ModelDef") -> "list[WeightDef]":

@@ -8,7 +8,7 @@ from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.schema.passes import PassSpec
 
-SHAPES = {
+SIGNATURES = {
     "join": "two inputs and one output",
     "split": "one input, one dim attr (a number of rows) and two outputs",
     "send": "one input and one output",
@@ -26,7 +26,7 @@ def check_pass_names(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, Op
             is_key = path[0] == "move"
             span = entry.key_span(*path) if is_key else entry.span(*path)
             sink.error("SAGE302", f"unknown op type '{name}'", span, help)
-    for field, expected in SHAPES.items():
+    for field, expected in SIGNATURES.items():
         name = getattr(spec, field)
         if name is not None and name not in ops:
             sink.error("SAGE306", f"unknown op '{name}'", entry.span(field), did_you_mean(name, ops))

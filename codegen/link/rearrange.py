@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import did_you_mean
 from sageLLM.codegen.expr.size import Size, volume
-from sageLLM.codegen.link.sizes import SizeReader, YamlPath
+from sageLLM.codegen.link.sizes import SizeLinker, YamlPath
 from sageLLM.codegen.model.source import PartDef
 from sageLLM.codegen.schema.sources import HfSource
 
@@ -22,14 +22,14 @@ _MAX_AXES = 8
 Names = tuple[tuple[str, ...], ...]
 
 
-def link_rearrange(reader: SizeReader, source: HfSource, dims: tuple[Size, ...], hf: str, path: YamlPath) -> PartDef:
+def link_rearrange(linker: SizeLinker, source: HfSource, dims: tuple[Size, ...], hf: str, path: YamlPath) -> PartDef:
     """The part that fills `dims`; raises Refused after a finding."""
-    return _Rearrange(reader, source, path).link(dims, hf)
+    return _Rearrange(linker, source, path).link(dims, hf)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rearrange:
-    reader: SizeReader
+    linker: SizeLinker
     source: HfSource
     path: YamlPath
 
@@ -49,7 +49,7 @@ class _Rearrange:
             take=tuple((index[name], start, stop) for name, (start, stop) in take.items()),
         )
         if part.size != dims:
-            message = f"'{self.reader.name}': expected the shape {_shape(dims)}, got {_shape(part.size)}"
+            message = f"'{self.linker.name}': expected the shape {_shape(dims)}, got {_shape(part.size)}"
             raise self._refuse(message, "group the axes of each dim in parentheses, outermost first", "SAGE211")
         return part
 
@@ -71,12 +71,12 @@ class _Rearrange:
 
     def _axis_size(self, name: str) -> Size:
         if name in self.source.sizes:
-            if name in self.reader.config:
+            if name in self.linker.config:
                 message = f"the axis '{name}' must not have the name of a config value"
                 raise self._refuse(message, "rename the axis", "SAGE217", "sizes", name)
-            return self.reader.size(self.source.sizes[name], (*self.path, "sizes", name))
-        if not self.reader.is_size(name):
-            known = [*self.source.sizes, *(size for size in self.reader.config if self.reader.is_size(size))]
+            return self.linker.size(self.source.sizes[name], (*self.path, "sizes", name))
+        if not self.linker.is_size(name):
+            known = [*self.source.sizes, *(size for size in self.linker.config if self.linker.is_size(size))]
             near = did_you_mean(name, known) or ""
             help = near if near.startswith("did") else f"write `sizes: {{{name}: SIZE}}`, or use a size of the config"
             message = f"the axis '{name}' must be a config size or have a size under `sizes`"
@@ -89,8 +89,8 @@ class _Rearrange:
             raise self._refuse(f"unknown axis '{name}'", did_you_mean(name, sizes), "SAGE217", "take")
         first, colon, last = text.partition(":")
         at = (*self.path, "take", name)
-        start = self.reader.size(first.strip(), at)
-        stop = self.reader.size(last.strip(), at) if colon else start + Size.of(1)
+        start = self.linker.size(first.strip(), at)
+        stop = self.linker.size(last.strip(), at) if colon else start + Size.of(1)
         is_inside = _is_at_least(start, 0) and _is_at_least(stop - start, 1) and _is_at_least(sizes[name] - stop, 0)
         if not is_inside:
             message = f"the range of the axis '{name}' must be inside [0, {sizes[name]}), got '{text}'"
@@ -116,7 +116,7 @@ class _Rearrange:
                 raise self._refuse(f"the axis '{names[0]}' {problem}", help)
 
     def _refuse(self, message: str, help: str | None, code: str = "SAGE217", *path: str) -> Exception:
-        return self.reader.refuse(message, (*self.path, *(path or ("rearrange",))), help, code)
+        return self.linker.refuse(message, (*self.path, *(path or ("rearrange",))), help, code)
 
 
 def _is_at_least(size: Size, least: int) -> bool:

@@ -29,7 +29,7 @@ def link_size(text: Text, config: Mapping[str, ConfigName], steps: Mapping[str, 
 
 
 @dataclass(frozen=True, slots=True)
-class SizeReader:
+class SizeLinker:
     """Links the sizes of one weight, with findings at the weight's lines."""
 
     name: str

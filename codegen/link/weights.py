@@ -11,7 +11,7 @@ from sageLLM.codegen.expr.syntax import Refused
 from sageLLM.codegen.link.conditions import Index, link_condition
 from sageLLM.codegen.link.flat_layout import FlatBlock, Located
 from sageLLM.codegen.link.segments import derived_segments
-from sageLLM.codegen.link.sizes import SizeReader
+from sageLLM.codegen.link.sizes import SizeLinker
 from sageLLM.codegen.link.sources import SourceLinker
 from sageLLM.codegen.link.tensor_coverage import check_tensor_coverage
 from sageLLM.codegen.model.layout import Condition, ConfigName, ShardDef, WeightDef
@@ -33,9 +33,9 @@ class WeightLinker:
     ) -> WeightDef | None:
         before = len(self.sink.diagnostics)
         try:
-            reader = SizeReader(name, located, self.config, self.sink)
-            dims = tuple(reader.size(dim, ("shape", i)) for i, dim in enumerate(located.value.shape))
-            weight = self._source(located, reader, block, dims, f"{prefix.value}." if prefix else "")
+            linker = SizeLinker(name, located, self.config, self.sink)
+            dims = tuple(linker.size(dim, ("shape", i)) for i, dim in enumerate(located.value.shape))
+            weight = self._source(located, linker, block, dims, f"{prefix.value}." if prefix else "")
         except Refused:
             return None
         if weight is None:
@@ -46,11 +46,11 @@ class WeightLinker:
         return weight if len(self.sink.diagnostics) == before else None
 
     def _source(
-        self, located: Located[WeightSpec], reader: SizeReader, block: str | None, dims: tuple[Size, ...], prefix: str
+        self, located: Located[WeightSpec], linker: SizeLinker, block: str | None, dims: tuple[Size, ...], prefix: str
     ) -> WeightDef | None:
-        parts = SourceLinker(reader, prefix).parts(located.value.hf, dims, ("hf",))
+        parts = SourceLinker(linker, prefix).parts(located.value.hf, dims, ("hf",))
         tied = located.value.tied.to if located.value.tied is not None else None
-        return self._named(located, WeightDef(reader.name, block, False, dims, parts, tied_to=tied))
+        return self._named(located, WeightDef(linker.name, block, False, dims, parts, tied_to=tied))
 
     def _named(self, located: Located[WeightSpec], weight: WeightDef) -> WeightDef | None:
         for part in weight.parts:
@@ -109,9 +109,9 @@ class WeightLinker:
                 help = "write `segments: [SIZE, ...]`, in order; each segment is divided over the ranks"
                 self.sink.error("SAGE240", message, located.span("tp"), help)
             return found
-        reader = SizeReader(weight.name, located, self.config, self.sink)
+        linker = SizeLinker(weight.name, located, self.config, self.sink)
         try:
-            segments = [reader.size(size, ("tp", "segments", i)) for i, size in enumerate(spec.segments)]
+            segments = [linker.size(size, ("tp", "segments", i)) for i, size in enumerate(spec.segments)]
         except Refused:
             return None
         total = sum(segments, Size.of(0))
