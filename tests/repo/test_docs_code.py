@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -49,6 +50,30 @@ def test_python_in_docs_uses_existing_names(page: Path) -> None:
 )
 def test_a_wrong_name_in_python_is_found(code: str) -> None:
     assert len(problems_of_python(code)) == 1
+
+
+# Names in the docs that are not of this repository, or only examples of a form.
+FOREIGN_NAMES = {"GGML_NATIVE", "boundary_check", "num_x", "q_TNH", "x_len"}
+
+
+@cache
+def words_of_the_code() -> frozenset[str]:
+    """Every word of the tracked code, and of the names of its files."""
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    suffixes = (".py", ".h", ".cpp", ".yaml", ".jinja", ".toml", ".json", ".css", ".js", "Makefile")
+    files = [name for name in names if name.endswith(suffixes) and not name.startswith("tests/codegen/cases/")]
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in files)
+    return frozenset(re.findall(r"\w+", text)) | frozenset(re.split(r"[/.\n]", "\n".join(names)))
+
+
+@each_page
+def test_names_in_docs_exist(page: Path) -> None:
+    """Identifiers in inline code occur in the code: a renamed function is renamed in the docs too."""
+    spans = re.findall(r"`([A-Za-z_][\w.]*\w)(?:\(\))?`", prose_of(page.read_text(encoding="utf-8")))
+    names = {name for span in spans for name in span.split(".") if re.search(r"_|[a-z][A-Z]", name)}
+    assert sorted(names - words_of_the_code() - FOREIGN_NAMES) == []
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
