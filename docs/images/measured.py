@@ -1,6 +1,6 @@
 """Draws the comparison with other engines and prints the README's figures, both from benchmarks/results/*.json.
 
-python docs/images/measured.py      prints each figure of the README's table
+python docs/images/measured.py      prints each figure of the README's table, and the dates
 """
 
 from __future__ import annotations
@@ -108,6 +108,17 @@ def table_figures() -> dict[str, str]:
     }
 
 
+def dates() -> list[str]:
+    """The days on which the figures of the table and the plot were measured."""
+    names = [
+        "foundation",
+        "scheduler",
+        *(f"peers_{shape}_{load}" for shape in SHAPES for load in ("single", "serving")),
+    ]
+    return sorted({machine_facts(name)["date"] for name in names})
+
+
 if __name__ == "__main__":
     for row, figure in table_figures().items():
         print(f"{row:<22} {figure}")
+    print(f"{'measured on':<22} {', '.join(dates())}")

@@ -87,11 +87,13 @@ def run_python(code: str) -> None:
 
 
 def test_measured_figures_are_those_of_the_results() -> None:
-    """A row of the README's table starts as its entry in docs/images/measured.py and has the same numbers."""
+    """A row of the README's table starts like its line of docs/images/measured.py and has the same figures."""
     command = [sys.executable, ROOT / "docs" / "images" / "measured.py"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text_of("README.md").splitlines()]
     table = {name: figure for name, figure, _ in (row for row in rows if len(row) == 3)}
+    dates = re.split(r" {2,}", printed.pop())[1]
+    assert all(date in text_of(page) for page in ("README.md", "README.zh-CN.md") for date in dates.split(", ")), dates
     for name, figure in (re.split(r" {2,}", line) for line in printed):
         [row] = [row for row in table if row.startswith(name)]
         assert table[row].startswith(figure), f"{row!r}: expected {figure!r}, got {table[row]!r}"
