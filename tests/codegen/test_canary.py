@@ -162,7 +162,7 @@ for kind, what in seen:
 """
 
 
-def test_generating_writes_its_output_and_runs_its_formatter_only(tmp_path: Path) -> None:
+def test_generating_writes_its_output_and_runs_its_formatters_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -175,4 +175,4 @@ def test_generating_writes_its_output_and_runs_its_formatter_only(tmp_path: Path
     assert {kind for kind, _ in events} == {"write", "run"}
     outside = [what for kind, what in events if kind == "write" and not what.startswith(str(tmp_path))]
     assert [what for what in outside if what != os.devnull] == []
-    assert {Path(what).name for kind, what in events if kind == "run"} == {"ruff"}
+    assert {Path(what).name for kind, what in events if kind == "run"} == {"clang-format", "ruff"}
