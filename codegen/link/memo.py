@@ -29,6 +29,7 @@ class LinkMemo:
     _files: dict[tuple[str, bytes], SpecFile] = field(default_factory=dict)
     _ops: dict[Key, OpDef] = field(default_factory=dict)
     _models: dict[Key, list[tuple[dict[str, OpDef | None], ModelDef]]] = field(default_factory=dict)
+    _alive: list[Any] = field(default_factory=list)  # an identity is a key only as long as its object exists
 
     def load_file(self, path: Path, display: str, sink: Sink) -> SpecFile | None:
         """See `sageLLM.codegen.load.load_file`."""
@@ -40,11 +41,14 @@ class LinkMemo:
 
     def link_op(self, entry: Entry[OpSpec], raw: RawSpecs, linked: Mapping[str, OpDef], sink: Sink) -> OpDef | None:
         """See `sageLLM.codegen.link.ops.link_op`."""
-        fused = [id(linked[name]) for name in sorted(fused_names(entry)) if name in linked]
-        key = (entry.name, id(entry.doc), tuple(raw.dims), tuple(raw.op_types), *fused)
-        op = self._ops.get(key) or link_op(entry, raw, linked, sink)
+        fused = [linked[name] for name in sorted(fused_names(entry)) if name in linked]
+        key = (entry.name, id(entry.doc), tuple(raw.dims), tuple(raw.op_types), *map(id, fused))
+        if key in self._ops:
+            return self._ops[key]
+        op = link_op(entry, raw, linked, sink)
         if op is not None:
             self._ops[key] = op
+            self._alive += [entry.doc, *fused]
         return op
 
     def link_model(self, name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDef | None:
@@ -60,4 +64,5 @@ class LinkMemo:
         model_or_none = link_model(name, raw, ops, sink)
         if model_or_none is not None and not ops.is_listed:
             self._models[key].append((ops.looked_up(), model_or_none))
+            self._alive += [entry.doc, base and base.doc]
         return model_or_none

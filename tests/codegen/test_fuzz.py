@@ -11,6 +11,7 @@ import pytest
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import Sink, SpecErrors, render
 from sageLLM.codegen.link.interfaces import Interfaces
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.link.models import link_models
 from sageLLM.codegen.link.ops import link_ops
 from sageLLM.codegen.link.passes import link_passes
@@ -43,6 +44,8 @@ def package_files() -> list[SpecFile]:
 
 
 FILES = package_files()
+MEMO = LinkMemo()
+"""Layouts that were linked with the same ops and the same text."""
 LAYOUTS = ("llama", "bert", "bloom", "deepseek_v3", "gemma3", "gpt_oss", "qwen2_moe", "smollm3")
 """Between them they use every construct of the layout language."""
 
@@ -102,7 +105,7 @@ def compile_with(victim: SpecFile, text: str, rng: random.Random) -> None:
     sink.raise_if_any()
     ops = ops_with(victim, raw, rng, sink)
     sink.raise_if_any()
-    link_models(raw, ops, sink, layouts_with(victim, raw, rng))
+    link_models(raw, ops, sink, layouts_with(victim, raw, rng), MEMO.link_model)
     link_passes(raw, Interfaces(ops), sink)
     sink.raise_if_any()
 

@@ -24,7 +24,7 @@ from sageLLM.codegen.state import FILE, FOLDER
 from sageLLM.codegen.update import update as generate
 from sageLLM.codegen.writer import MANIFEST
 
-SEEDS = range(*map(int, os.environ.get("SAGELLM_EDIT_SEEDS", "0:3").split(":")))
+SEEDS = range(*map(int, os.environ.get("SAGELLM_EDIT_SEEDS", "0:2").split(":")))
 NUM_ROUNDS = 2
 """Comparisons of a sequence; up to three edits come before each."""
 
