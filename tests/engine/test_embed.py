@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,15 @@ def random_prompts(lengths: tuple[int, ...], vocab_size: int = 199) -> list[list
 PROMPTS = random_prompts((1, 5, 16, 17, 33, 70))
 
 
+@lru_cache(maxsize=2)
+def transformers_model(folder: Path) -> Any:
+    """The model of a folder, loaded once for the prompts of a test."""
+    return transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+
+
 @torch.inference_mode()
 def expected(folder: Path, prompt: list[int], **inputs: Tensor) -> Any:
-    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
-    return model(torch.tensor([prompt]), **inputs)
+    return transformers_model(folder)(torch.tensor([prompt]), **inputs)
 
 
 def load(folder: Path, **settings: Any) -> LLM:
