@@ -142,6 +142,12 @@ def test_text_is_compact(graph: ExecutionGraph, lib: SimpleNamespace) -> None:
     assert same(parse_text(TEXT, lib.OpType, lib.ops), graph)
 
 
+def test_a_missing_data_dependency_stays_missing(graph: ExecutionGraph, lib: SimpleNamespace) -> None:
+    for node in graph.nodes.values():
+        node.dependencies = set()
+    assert same(parse_text(to_text(graph), lib.OpType, lib.ops), graph)
+
+
 KEYS = "id, type, layer, block, device, stream, time_us, bytes, origins, after, needs, meta"
 HEAD = "graph g level=kernel\ninput x: f32[T]\n"
 

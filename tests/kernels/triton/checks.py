@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sageLLM.generated.kernels.triton import KERNELS
 from sageLLM.generated.kernels.triton.linear import _lm_head_sample_merge
+from sageLLM.generated.kernels.triton.sampling import _sample_merge
 from sageLLM.generated.kernels.triton.tiles import Tile
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.tests.cases import CASES
@@ -34,6 +35,7 @@ def findings(everything: bool = True) -> Iterator[Finding]:
     yield from router_findings(everything)
     yield from sample_findings()
     yield from head_and_sample_findings(everything)
+    yield from merge_findings()
     yield from cache_and_pool_findings()
     yield from query_key_findings(everything)
     yield from batch_invariance_findings()
@@ -219,7 +221,7 @@ def sample_findings() -> Iterator[Finding]:
 
 
 def head_and_sample_findings(everything: bool) -> Iterator[Finding]:
-    """Small integers, so that sums are exact and many logits tie; then more blocks than one iteration of the merge."""
+    """Small integers, so that sums are exact and many logits tie."""
     some = [("f32", 1, 37), ("bf16", 3, 100), ("f16", 19, 70)]
     for dtype, M, V in [*some, ("bf16", 3, 600), ("f32", 40, 70), ("bf16", 0, 70)] if everything else some:
         x, w, bias = (torch.randint(-1, 2, shape).to(DTYPES[dtype]) for shape in ((M, 300), (V, 300), (V,)))
@@ -229,18 +231,19 @@ def head_and_sample_findings(everything: bool) -> Iterator[Finding]:
         if M == 3:
             yield compared("lm_head_sample", "drawn", dtype, [x, w, None, *DRAWN], {}, is_sum=True)
             yield special("lm_head_sample", [x, w], {}, dtype)
-    yield merge_finding()
 
 
-def merge_finding() -> Finding:
+def merge_findings() -> Iterator[Finding]:
+    """More blocks than one iteration of the merges takes."""
     block_max = torch.randint(0, 99, (3, 2500)).float()
     block_max[1], block_max[2, 2100], block_max[2, 2200] = -torch.inf, torch.nan, torch.nan
-    tokens, block_argmax = torch.empty(3, dtype=torch.int64, device=DEVICE), 16 * torch.arange(2500).int().repeat(3, 1)
-    _lm_head_sample_merge[(3,)](
-        block_max.to(DEVICE), block_argmax.to(DEVICE), tokens, 2500, BLOCK_B=1024, enable_fp_fusion=False
-    )
-    is_right = torch.equal(tokens.cpu(), 16 * block_max.argmax(-1))
-    return Finding("lm_head_sample", "many blocks", "f32", 0.0, "" if is_right else "other tokens")
+    block_argmax = 16 * torch.arange(2500).int().repeat(3, 1)
+    for op, merge in (("lm_head_sample", _lm_head_sample_merge), ("sample", _sample_merge)):
+        tokens = torch.empty(3, dtype=torch.int64, device=DEVICE)
+        operands = (block_max.to(DEVICE), block_argmax.to(DEVICE), tokens, 2500)
+        merge[(3,)](*operands, BLOCK_B=1024, enable_fp_fusion=False)
+        is_right = torch.equal(tokens.cpu(), 16 * block_max.argmax(-1))
+        yield Finding(op, "many blocks", "f32", 0.0, "" if is_right else "other tokens")
 
 
 def cache_and_pool_findings() -> Iterator[Finding]:
