@@ -34,7 +34,15 @@ from sageLLM.runtime.registry.plugins import load_registry
 
 H100 = HARDWARE["h100"]
 TP = 8
-LARGE = ModelConfig(80, 8192, 64, 8, 28672, 128256, 8192)
+LARGE = ModelConfig(
+    num_layers=80,
+    hidden_size=8192,
+    num_attention_heads=64,
+    num_kv_heads=8,
+    intermediate_size=28672,
+    vocab_size=128256,
+    max_seq_len=8192,
+)
 PREFILL = PrefillBatch(["a"], [2048], 2048)
 DECODE = DecodeBatch([str(i) for i in range(256)], [1024] * 256, 256)
 STEP = {"T": 512, "Td": 12, "Tp": 500, "B": 13, "S": 13, "PG": 64, "BS": 16, "MB": 8, "P": 8192}
@@ -125,7 +133,15 @@ def placed_steps() -> dict[str, str]:
 
 def model_steps() -> dict[str, str]:
     """The default passes over two layers' worth of every layout that these sizes are enough for, on two ranks."""
-    small = ModelConfig(2, 4096, 32, 8, 14336, 32000, 4096)
+    small = ModelConfig(
+        num_layers=2,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_kv_heads=8,
+        intermediate_size=14336,
+        vocab_size=32000,
+        max_seq_len=4096,
+    )
     found = {}
     for name in load_registry().models:
         try:

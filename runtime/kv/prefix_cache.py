@@ -77,7 +77,7 @@ class PrefixCache:
         sequence = self._sequences.get(seq_id)
         if sequence is None:
             return
-        # A step in flight may have computed a token that is not in the lists yet; its block has no name.
+        # A step in flight may have computed a token that is not in the lists yet; its block is not named yet.
         num_full = min(num_computed_tokens, sequence.chain.num_tokens) // self._block_size
         for index in range(sequence.num_published, num_full):
             self._pool.label(table[index], sequence.chain.name(index))

@@ -184,7 +184,7 @@ class _Child:
         """Sends a line (none if empty) and returns the reply; kills a child that takes more than `seconds`."""
         if self._process.stdin is None or self._process.stdout is None:
             raise AssertionError("chat template child: no pipes")
-        # A thread kills the child at the deadline, because readline on a pipe has no timeout. The flag distinguishes a
+        # A thread kills the child at the deadline, because readline on a pipe cannot time out. The flag distinguishes a
         # late child from one that exited.
         late = threading.Event()
 
