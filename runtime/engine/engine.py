@@ -6,6 +6,8 @@ prefill worker's pool to the decode worker's.
 
 import itertools
 import time
+from collections.abc import Sequence as PySequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -244,7 +246,9 @@ class Engine:
 
     def _logprobs(self, sequence: Sequence, row: int, sampled: SampledTokens) -> dict[int, Logprob] | None:
         scored, num_top = sampled.logprobs.get(row), sequence.sampling.params.logprobs
-        return scored.as_dict(0, num_top, self._token_text) if scored and num_top is not None else None
+        if scored is None or num_top is None:
+            return None
+        return scored.as_dict(0, num_top, partial(self._token_text, before=sequence.last_token_ids))
 
     def _update(self, finished_ids: list[str]) -> list[Sequence]:
         """Commits the step; returns the sequences that the scheduler had to end because the KV pool is full."""
@@ -271,8 +275,8 @@ class Engine:
         for sequence in group.sequences:
             del self._sequences[sequence.request.request_id]
 
-    def _token_text(self, token_id: int) -> str:
-        return self.tokenizer.token_text(token_id) if self.tokenizer else ""
+    def _token_text(self, token_id: int, before: PySequence[int]) -> str:
+        return self.tokenizer.token_text(token_id, before) if self.tokenizer else ""
 
 
 def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:

@@ -283,15 +283,17 @@ def score_tokens(logits_RV: Tensor, token_ids: Tensor, num_top: int) -> ScoredTo
 
 
 def prompt_logprobs(
-    logits_RV: Tensor, next_token_ids: Sequence[int], num_top: int, decode: Callable[[int], str]
+    logits_RV: Tensor, next_token_ids: Sequence[int], num_top: int, decodes: Sequence[Callable[[int], str]]
 ) -> list[dict[int, Logprob]]:
     """The log-probabilities at each row; `next_token_ids[r]` is the prompt token after row r.
+
+    `decodes[r]` returns the text of a token after row r.
 
     A whole prompt of P tokens has P-1 rows; the caller puts None before them for the first token. Chunks of a prompt
     can be scored one after another.
     """
     scored = score_tokens(logits_RV, _rows(next_token_ids, logits_RV), num_top)
-    return [scored.as_dict(row, num_top, decode) for row in range(len(next_token_ids))]
+    return [scored.as_dict(row, num_top, decode) for row, decode in enumerate(decodes)]
 
 
 def _score_sampled(raw_BV: Tensor, token_ids_B: Tensor, batch: SamplingBatch) -> dict[int, ScoredTokens]:

@@ -1,8 +1,10 @@
 """The engine's state of a request besides the scheduler's: sampling, text and log-probabilities of each answer."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence as PySequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,7 +15,14 @@ from sageLLM.runtime.scheduler.base import Chunk, Request
 from sageLLM.runtime.text.detokenizer import Decoder
 from sageLLM.runtime.text.stop import SequenceText, StopRules
 
-TokenText = Callable[[int], str]
+NUM_LAST_TOKENS = 3
+"""Tokens to the left of a token that can hold the first bytes of its character."""
+
+
+class TokenText(Protocol):
+    """Returns the text of a token that follows the tokens `before`."""
+
+    def __call__(self, token_id: int, before: PySequence[int]) -> str: ...
 
 
 @dataclass(slots=True)
@@ -30,6 +39,13 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.text.finish_reason is not None
+
+    @property
+    def last_token_ids(self) -> list[int]:
+        """The tokens to the left of the next one, as far as its text depends on them."""
+        ids = self.request.output_token_ids[-NUM_LAST_TOKENS:]
+        missing = NUM_LAST_TOKENS - len(ids)
+        return [*self.request.prompt_token_ids[-missing:], *ids] if missing else ids
 
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Appends the step's new token; `is_finished` may be true afterwards."""
@@ -86,8 +102,10 @@ class RequestGroup:
 
     def score_prompt(self, positions: list[int], logits_RV: Tensor, token_text: TokenText) -> None:
         """Records the log-probabilities of the prompt tokens after `positions`, from the logits of those positions."""
-        following = [self.prompt_token_ids[position + 1] for position in positions]
-        entries = prompt_logprobs(logits_RV, following, self.params.prompt_logprobs or 0, token_text)
+        ids, num_top = self.prompt_token_ids, self.params.prompt_logprobs or 0
+        following = [ids[position + 1] for position in positions]
+        lefts = (ids[max(0, position + 1 - NUM_LAST_TOKENS) : position + 1] for position in positions)
+        entries = prompt_logprobs(logits_RV, following, num_top, [partial(token_text, before=left) for left in lefts])
         self.scored |= {position + 1: entry for position, entry in zip(positions, entries, strict=True)}
 
     def output(self) -> RequestOutput:
@@ -134,6 +152,6 @@ def make_group(
         )
         first = first or request
         sampling = SequenceSampling(params, token_ids, request.output_token_ids, rules.banned_before_min_tokens, index)
-        text = SequenceText(decoder, rules, params.skip_special_tokens)
+        text = SequenceText(decoder, rules, params.skip_special_tokens, token_ids)
         group.sequences.append(Sequence(index, group, request, sampling, text))
     return group

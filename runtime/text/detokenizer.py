@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+import itertools
+from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 16
 """The most tokens that wait for a complete character. UTF-8 needs at most 4, so longer waits are invalid bytes."""
 MAX_UTF8_BYTES = 4
+NUM_PROMPT_TOKENS = 8
+"""Prompt tokens that are the left context of an answer. One with text suffices; special ids can be without text."""
 
 
 class Decoder(Protocol):
@@ -20,24 +23,62 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
-class Detokenizer:
-    """The text of one sequence, token by token: the increments joined are the text of all tokens decoded at once.
+def common_prefix_len(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-    A token's text depends on its left neighbours: a leading space is dropped at the start of a text, and the bytes of a
-    character may be split over tokens. So each step decodes a short window. `_ids[_context:_done]` has been emitted and
-    serves as left context only; `_ids[_done:]` is pending. Decoding everything again for each token would be quadratic.
+
+class Detokenizer:
+    """The text of one answer, token by token: decode(prompt + answer) minus decode(prompt).
+
+    A token's text depends on its left neighbours: sentencepiece-style decoders drop a leading space at the start of a
+    text, and the bytes of a character may be split over tokens. So each step decodes a short window.
+    `_ids[_context:_done]` has been emitted and serves as left context only; `_ids[_done:]` is pending. Decoding
+    everything again for each token would be quadratic. The first window begins with the last tokens of the prompt.
+
+    A prompt that ends within a character leaves its incomplete bytes pending, so the answer's text has the character
+    once it is complete.
 
     One exception to the first sentence: in a sentencepiece vocabulary with byte fallback, bytes that prove to be
     invalid UTF-8 after complete characters were emitted do not change these characters any more.
     """
 
-    def __init__(self, decoder: Decoder, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, decoder: Decoder, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
+    ) -> None:
         self._decoder = decoder
         self._skipped = decoder.special_ids if skip_special_tokens else frozenset[int]()
-        self._ids: list[int] = []
+        self._ids = self._last_of(prompt_token_ids)
         self._context = 0
         self._done = 0
         self._context_len = 0
+        # The text of a prompt that ends within a character; "" once text was emitted.
+        self._incomplete_prompt = ""
+        if self._ids:
+            self._start_after_prompt()
+
+    def _last_of(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The last prompt tokens that are not skipped, with room to begin the context at a character."""
+        shown = (token_id for token_id in reversed(prompt_token_ids) if token_id not in self._skipped)
+        return list(itertools.islice(shown, NUM_PROMPT_TOKENS + MAX_UTF8_BYTES - 1))[::-1]
+
+    def _start_after_prompt(self) -> None:
+        """Makes the complete characters at the end of the prompt the context, and the tokens after them pending.
+
+        A window that begins or ends within a character has U+FFFD there, so it begins up to 3 tokens earlier and leaves
+        up to 3 tokens pending. If no window is clean, the prompt has invalid bytes, and the whole window is context.
+        """
+        num_ids, shifts = len(self._ids), range(MAX_UTF8_BYTES)
+        for num_pending, shift in itertools.product(shifts, shifts):
+            start, end = max(0, num_ids - NUM_PROMPT_TOKENS - shift), num_ids - num_pending
+            text = self._decode(start, end)
+            if not text.startswith(REPLACEMENT) and not text.endswith(REPLACEMENT):
+                break
+        else:
+            start, end = 0, num_ids
+            text = self._decode(start, end)
+        if end < num_ids:
+            self._incomplete_prompt = self._decode(start, num_ids)
+        self._ids, self._done, self._context_len = self._ids[start:], end - start, len(text)
 
     def append(self, token_id: int) -> str:
         """The text that this token makes final, often "" while a character is incomplete."""
@@ -71,7 +112,8 @@ class Detokenizer:
 
     def _emit(self, text: str, end: int) -> str:
         """Returns the new part of the decoded window, and makes `_ids[_done:end]` the left context of the next one."""
-        new = text[self._context_len :]
+        new = text[max(self._context_len, common_prefix_len(self._incomplete_prompt, text)) :]
+        self._incomplete_prompt = ""
         del self._ids[: self._done]
         self._context, self._done = 0, end - self._done
         self._context_len = len(self._decode(0, self._done))

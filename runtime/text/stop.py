@@ -67,13 +67,22 @@ class SequenceText:
     suffix that may be the beginning of a stop string is held back until the next tokens decide.
     """
 
-    def __init__(self, decoder: Decoder | None, rules: StopRules, skip_special_tokens: bool = True) -> None:
-        """Without a decoder (a checkpoint without tokenizer) the text stays empty, and only ids and length stop."""
+    def __init__(
+        self,
+        decoder: Decoder | None,
+        rules: StopRules,
+        skip_special_tokens: bool = True,
+        prompt_token_ids: Sequence[int] = (),
+    ) -> None:
+        """The text continues that of the prompt, so its first token keeps a leading space.
+
+        Without a decoder (a checkpoint without tokenizer) the text stays empty, and only ids and length stop.
+        """
         self.rules = rules
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self._detokenizer = None if decoder is None else Detokenizer(decoder, skip_special_tokens)
+        self._detokenizer = None if decoder is None else Detokenizer(decoder, skip_special_tokens, prompt_token_ids)
         # Tokens that are not decoded yet. Without stop strings no decision depends on the text, so decoding waits until
         # the text is read, and `generate` decodes an answer in one call.
         self._unread: list[int] = []

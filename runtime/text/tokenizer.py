@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from sageLLM.runtime.errors import TokenizerError
+from sageLLM.runtime.text.token_text import TokenText
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -52,6 +53,7 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.eos_token_ids = config.eos_token_ids | self._ids_of(["eos_token"])
         self.bos_token_id = next(iter(self._ids_of(["bos_token"])), None)
+        self._token_text = TokenText(self, backend.encode("a", add_special_tokens=False).ids)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -87,9 +89,9 @@ class Tokenizer:
         """The text of the ids; ids beyond the vocabulary are skipped. Invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token alone, as in logprobs."""
-        return self._backend.decode([token_id], skip_special_tokens=False)
+    def token_text(self, token_id: int, before: Sequence[int] = ()) -> str:
+        """The text of one token after the tokens `before`, as in logprobs; see `TokenText`."""
+        return self._token_text(token_id, before)
 
     def _ids_of(self, names: Iterable[str]) -> frozenset[int]:
         texts = (self.special_tokens[name] for name in names if name in self.special_tokens)

@@ -267,8 +267,9 @@ def test_more_logprobs_than_tokens_gives_all():
 def test_prompt_logprobs_in_chunks_are_those_of_the_whole():
     logits = seeded_logits(9, 30)
     targets = [3, 1, 4, 1, 5, 9, 2, 6, 5]
-    whole = prompt_logprobs(logits, targets, 2, text_of)
-    parts = prompt_logprobs(logits[:4], targets[:4], 2, text_of) + prompt_logprobs(logits[4:], targets[4:], 2, text_of)
+    whole = prompt_logprobs(logits, targets, 2, [text_of] * 9)
+    first = prompt_logprobs(logits[:4], targets[:4], 2, [text_of] * 4)
+    parts = first + prompt_logprobs(logits[4:], targets[4:], 2, [text_of] * 5)
     assert whole == parts
     expected = torch.log_softmax(logits.double(), -1)
     for row, target in enumerate(targets):
@@ -277,7 +278,7 @@ def test_prompt_logprobs_in_chunks_are_those_of_the_whole():
 
 
 def test_prompt_logprobs_of_one_token_prompt_are_empty():
-    assert prompt_logprobs(torch.empty(0, 30), [], 2, text_of) == []
+    assert prompt_logprobs(torch.empty(0, 30), [], 2, []) == []
 
 
 def test_a_wrong_number_of_rows_is_an_assertion():

@@ -43,6 +43,23 @@ def make_sentencepiece_like() -> Tokenizer:
     return backend
 
 
+def make_metaspace() -> Tokenizer:
+    """Like T5 and Gemma's older files: the decoder, not a Strip step, drops the first token's space."""
+    backend = make_sentencepiece_like()
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    return backend
+
+
+def make_word_piece() -> Tokenizer:
+    """Like BERT: the decoder writes a space before a token unless it continues a word."""
+    pieces = ["[UNK]", "[CLS]", "[SEP]", "a", "the", "##s", "##e", "t", "##h", ".", ",", "n", "'"]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    backend.add_special_tokens([AddedToken(text, special=True) for text in pieces[:3]])
+    return backend
+
+
 def wrap(backend: Tokenizer, eos_token: str) -> engine_tokenizer.Tokenizer:
     config = engine_tokenizer.TokenizerConfig({"eos_token": eos_token}, {}, frozenset())
     return engine_tokenizer.Tokenizer(backend, config)
@@ -56,3 +73,23 @@ def byte_level() -> engine_tokenizer.Tokenizer:
 @pytest.fixture(scope="session")
 def sentencepiece_like() -> engine_tokenizer.Tokenizer:
     return wrap(make_sentencepiece_like(), "</s>")
+
+
+@pytest.fixture(scope="session")
+def metaspace() -> engine_tokenizer.Tokenizer:
+    return wrap(make_metaspace(), "</s>")
+
+
+@pytest.fixture(scope="session")
+def word_piece() -> engine_tokenizer.Tokenizer:
+    return wrap(make_word_piece(), "[SEP]")
+
+
+@pytest.fixture(scope="session")
+def families(byte_level, sentencepiece_like, metaspace, word_piece) -> dict[str, engine_tokenizer.Tokenizer]:
+    return {
+        "byte_level": byte_level,
+        "sentencepiece_like": sentencepiece_like,
+        "metaspace": metaspace,
+        "word_piece": word_piece,
+    }

@@ -5,14 +5,24 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
-from sageLLM.runtime.text.detokenizer import MAX_HELD_TOKENS, REPLACEMENT, Detokenizer
+from sageLLM.runtime.text.detokenizer import (
+    MAX_HELD_TOKENS,
+    NUM_PROMPT_TOKENS,
+    REPLACEMENT,
+    Detokenizer,
+    common_prefix_len,
+)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text("你好👩‍é a\n", max_size=40)
 
 
-def increments(tokenizer, token_ids, skip_special_tokens=True):
-    detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+FAMILIES = ["byte_level", "sentencepiece_like", "metaspace", "word_piece"]
+
+
+def increments(tokenizer, token_ids, skip_special_tokens=True, prompt=()):
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens, prompt)
     return [*(detokenizer.append(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
@@ -92,3 +102,58 @@ def test_the_window_stays_short_whatever_comes(byte_level):
         for _ in range(500):
             detokenizer.append(token_id)
         assert len(detokenizer._ids) <= 2 * MAX_HELD_TOKENS
+
+
+def minus_prompt(tokenizer, prompt, answer, skip=True) -> str:
+    """decode(prompt + answer) minus decode(prompt), with the decode of transformers."""
+    reference = PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend)
+    options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
+    before, both = reference.decode(prompt, **options), reference.decode([*prompt, *answer], **options)
+    assert both.startswith(before)
+    return both[len(before) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), skip=st.booleans())
+def test_the_answer_is_what_it_adds_to_the_prompt(families, family, data, skip):
+    """Any tokens without split characters, cut anywhere into prompt and answer."""
+    tokenizer = families[family]
+    whole = [i for i in range(tokenizer.vocab_size) if REPLACEMENT not in tokenizer.decode([i], False)]
+    if family == "sentencepiece_like":
+        whole = [i for i in whole if not 3 <= i < 259]
+    prompt, answer = (data.draw(st.lists(st.sampled_from(whole), max_size=30)) for _ in range(2))
+    expected = minus_prompt(tokenizer, prompt, answer, skip)
+    assert "".join(increments(tokenizer, answer, skip, prompt)) == expected
+    detokenizer = Detokenizer(tokenizer, skip, prompt)
+    assert detokenizer.extend(answer) + detokenizer.flush() == expected
+
+
+@pytest.mark.parametrize("family", ["byte_level", "sentencepiece_like"])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_text_cut_at_any_token_goes_on_where_the_prompt_ends(families, family, data):
+    """A character that the cut splits belongs to the answer, in which its last byte is."""
+    tokenizer = families[family]
+    text = data.draw(texts.filter(lambda text: REPLACEMENT not in text))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    cut = data.draw(st.integers(0, len(ids)))
+    whole = tokenizer.decode(ids)
+    prompt_len = max(common_prefix_len(whole, tokenizer.decode(ids[:end])) for end in range(max(0, cut - 3), cut + 1))
+    assert "".join(increments(tokenizer, ids[cut:], prompt=ids[:cut])) == whole[prompt_len:]
+
+
+def test_invalid_bytes_of_the_prompt_are_not_part_of_the_answer(byte_level):
+    broken = next(i for i in range(byte_level.vocab_size) if byte_level.decode([i]) == REPLACEMENT)
+    prompt = [*byte_level.encode("ab", add_special_tokens=False), broken]
+    answer = byte_level.encode("c", add_special_tokens=False)
+    assert increments(byte_level, answer, prompt=prompt) == ["c", ""]
+    assert increments(byte_level, [], prompt=prompt) == [""]
+    assert increments(byte_level, answer, prompt=[broken] * 40) == ["c", ""]
+
+
+def test_only_the_end_of_the_prompt_is_decoded(sentencepiece_like):
+    detokenizer = Detokenizer(sentencepiece_like, True, [1] * 10**5)
+    assert detokenizer._ids == []
+    prompt = sentencepiece_like.encode("the " * 1000, add_special_tokens=False)
+    assert len(Detokenizer(sentencepiece_like, True, prompt)._ids) == NUM_PROMPT_TOKENS

@@ -1,0 +1,78 @@
+"""Texts of `LLM` on a checkpoint with a sentencepiece-style tokenizer, which drops the space that begins a text."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import transformers
+
+from sageLLM import LLM, SamplingParams
+from sageLLM.runtime.text.tokenizer import Tokenizer
+
+PROMPT = "the tree"
+NEW = ["▁th", "th", "▁a"]
+
+
+@pytest.fixture(scope="module")
+def llm(make_checkpoint, sentencepiece_like) -> LLM:
+    folder = make_checkpoint("Llama", vocab_size=320)
+    sentencepiece_like._backend.save(str(folder / "tokenizer.json"))
+    return LLM(folder, dtype="float32")
+
+
+def tokenizer_of(llm: LLM) -> Tokenizer:
+    assert llm.tokenizer is not None
+    return llm.tokenizer
+
+
+def answer_with(llm: LLM, pieces: list[str], **params) -> SamplingParams:
+    """Greedy parameters for which the answer consists of the pieces in any order, each once."""
+    backend = tokenizer_of(llm)._backend
+    bias = {backend.token_to_id(piece): 100.0 for piece in pieces}
+    return SamplingParams(temperature=0, logit_bias=bias, max_tokens=len(pieces), frequency_penalty=2.0, **params)
+
+
+def expected_text(llm: LLM, output) -> str:
+    """decode(prompt + answer) minus decode(prompt), with the tokenizer of transformers."""
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(llm)._backend)
+    prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    both = tokenizer.decode(prompt + answer, skip_special_tokens=True)
+    assert both.startswith(before)
+    return both[len(before) :]
+
+
+def test_the_first_token_keeps_its_space(llm):
+    output = llm.generate(PROMPT, answer_with(llm, ["▁th"], logprobs=0, prompt_logprobs=0))[0]
+    answer = output.outputs[0]
+    assert answer.text == " th" == expected_text(llm, output)
+    assert [entry.decoded_token for entries in answer.logprobs for entry in entries.values()] == [" th"]
+    prompt = [
+        entries[token].decoded_token
+        for entries, token in zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
+        if entries
+    ]
+    assert "".join(prompt) == tokenizer_of(llm).decode(output.prompt_token_ids)[len("th") :]
+
+
+def test_streams_and_stop_strings_see_the_space(llm):
+    params = answer_with(llm, NEW, logprobs=2)
+    streamed = [output.outputs[0].text for output in llm.stream(PROMPT, params)]
+    output = llm.generate(PROMPT, params)[0]
+    answer = output.outputs[0]
+    assert streamed[-1] == answer.text == expected_text(llm, output)
+    assert all(later.startswith(text) for text, later in pairwise(streamed))
+    chosen = [entries[token] for entries, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+    assert "".join(entry.decoded_token for entry in chosen) == answer.text
+    stopped = llm.generate(PROMPT, answer_with(llm, ["▁th"], stop=[" th"]))[0].outputs[0]
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("", "stop", " th")
+
+
+def test_a_character_that_the_prompt_begins_is_in_the_answer(llm):
+    tokenizer = tokenizer_of(llm)
+    *prompt, last = tokenizer.encode("a 你好")
+    params = SamplingParams(temperature=0, logit_bias={last: 100.0}, max_tokens=1, logprobs=0)
+    answer = llm.generate([prompt], params)[0].outputs[0]
+    assert answer.text == "好"
+    assert answer.logprobs[0][last].decoded_token == "好"
