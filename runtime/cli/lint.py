@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, lint_model
-from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, weight_map
+from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, SINGLE_FILE, StoredTensor, weight_map
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
+from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, why_not_loaded
 from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
 
 FINDINGS = 100
@@ -33,7 +34,9 @@ class LintRequest:
 
 
 def lint_checkpoint(request: LintRequest) -> int:
-    """Prints the report. Exit code 1: an error; 100: the index differs, or a requested degree does not divide."""
+    """Prints the report. Exit code 1: an error; 100: the checkpoint is quantised, its tensors differ from those of the
+    layout, or a requested degree does not divide.
+    """
     try:
         report = _report(request)
     except (SageError, ConfigError, OSError) as error:
@@ -41,7 +44,7 @@ def lint_checkpoint(request: LintRequest) -> int:
         return 1
     print(json.dumps(asdict(report)) if request.as_json else "\n".join(_lines(report)))
     refused = request.tp is not None and any(degree.problem for degree in report.degrees)
-    return FINDINGS if report.index or refused else 0
+    return FINDINGS if report.quantization or report.index or refused else 0
 
 
 def _report(request: LintRequest) -> Report:
@@ -49,9 +52,17 @@ def _report(request: LintRequest) -> Report:
         [BASE, *(import_folder(plugin) for plugin in request.plugins)], "builders", "MODELS"
     )
     layout, data, path = _config(request, layouts)
-    index = request.index or _index_of(request.config)
-    names = list(weight_map(index)) if index is not None else None
-    return lint_model(layout, layout.read_config(HFConfig(data, path)), path, _degrees(request.tp), names)
+    config = layout.read_config(HFConfig(data, path))
+    folder = request.config if request.config is None or request.config.is_dir() else request.config.parent
+    found = find_in_config(data, folder)
+    tensors = _tensors(request) if found is None else None
+    shapes = None if tensors is None else {name: tensor.shape for name, tensor in tensors.items()}
+    report = lint_model(layout, config, path, _degrees(request.tp), shapes)
+    if tensors is not None:
+        found = find_in_tensors(layout, tensors, matches=not report.index)
+    if found is None or (reason := why_not_loaded(found)) is None:
+        return report
+    return replace(report, quantization=reason, index=None, index_tensors=None)
 
 
 def _config(request: LintRequest, layouts: Mapping[str, ModelLayout]) -> tuple[ModelLayout, Mapping[str, Any], str]:
@@ -68,10 +79,20 @@ def _config(request: LintRequest, layouts: Mapping[str, ModelLayout]) -> tuple[M
     return layout or layout_of(data, path, layouts), data, str(path)
 
 
-def _index_of(config: Path | None) -> Path | None:
-    """The index file of a checkpoint folder, if `config` is a folder with one."""
-    index = config / INDEX_FILE if config is not None else None
-    return index if index is not None and index.is_file() else None
+def _tensors(request: LintRequest) -> Mapping[str, StoredTensor] | None:
+    """The tensors in the index of the request, else those in the folder of the config; None without either."""
+    if request.index is not None:
+        return dict.fromkeys(weight_map(request.index), StoredTensor())
+    if request.config is None or not request.config.is_dir():
+        return None
+    index = request.config / INDEX_FILE
+    if index.is_file() and not all((request.config / file).is_file() for file in set(weight_map(index).values())):
+        return dict.fromkeys(weight_map(index), StoredTensor())
+    if index.is_file() or (request.config / SINGLE_FILE).is_file():
+        from sageLLM.runtime.loader.safetensors_reader import Checkpoint  # torch, only for headers
+
+        return Checkpoint.open(request.config).stored()
+    return None
 
 
 def _degrees(text: str | None) -> tuple[int, ...]:
@@ -90,7 +111,10 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"{report.config}: {report.layout} ({report.spec})"
     yield f"  tensors       {report.tensors:,}"
     yield f"  parameters    {report.parameters:,}"
-    yield f"  bytes         {_by_dtype(report.bytes)}"
+    if report.quantization is not None:
+        yield f"  quantised     {report.quantization}"
+    else:
+        yield f"  bytes         {_by_dtype(report.bytes)}"
     yield f"  KV per token  {_by_dtype(report.kv_bytes_per_token)}"
     yield from (f"  tp {degree.tp:<11}{_degree_words(degree)}" for degree in report.degrees)
     if report.index is None:

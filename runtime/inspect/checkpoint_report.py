@@ -8,7 +8,7 @@ from typing import Any
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.types import DTYPES
-from sageLLM.runtime.core.model.checkpoint import check_checkpoint, missing_prefix
+from sageLLM.runtime.core.model.checkpoint import Shape, check_checkpoint, missing_prefix
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.weights import share_shape
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
@@ -32,7 +32,8 @@ class Degree:
 class Report:
     """Counts of a model without its weights. Tied weights count once; KV is the cache of one token.
 
-    `index` lists the differences from an index file; it is empty for a match and None without an index.
+    `index` lists the differences from the checkpoint's tensors; it is empty for a match and None if they are unknown.
+    `quantization` is the reason to refuse a quantised checkpoint; the counts are then those of the unquantised model.
     """
 
     layout: str
@@ -45,12 +46,13 @@ class Report:
     degrees: tuple[Degree, ...]
     index: tuple[str, ...] | None
     index_tensors: int | None
+    quantization: str | None = None
 
 
 def lint_model(
-    layout: ModelLayout, config: Any, path: str, degrees: Iterable[int], names: Iterable[str] | None
+    layout: ModelLayout, config: Any, path: str, degrees: Iterable[int], shapes: Mapping[str, Shape | None] | None
 ) -> Report:
-    """The report on a config, and on the tensor `names` of an index if there is one.
+    """The report on a config, and on the checkpoint's tensors if they are known; a shape of None is unknown.
 
     Raises ConfigError for a config with impossible weights, such as an unbounded stack.
     """
@@ -58,7 +60,7 @@ def lint_model(
         raise ConfigError(f"{path}: expected at most {MAX_LAYERS} layers, got {config.L}")
     tensors, parameters = _counts(layout, config)
     values = _cached_values(layout, config)
-    found = None if names is None else _renamed(layout, list(names))
+    found = None if shapes is None else _renamed(layout, shapes)
     return Report(
         layout=layout.name,
         spec=layout.spec,
@@ -73,9 +75,9 @@ def lint_model(
     )
 
 
-def _renamed(layout: ModelLayout, names: list[str]) -> dict[str, None]:
-    prefix = missing_prefix(layout.prefix, names)
-    return {prefix + name: None for name in names}
+def _renamed(layout: ModelLayout, shapes: Mapping[str, Shape | None]) -> dict[str, Shape | None]:
+    prefix = missing_prefix(layout.prefix, shapes)
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def _counts(layout: ModelLayout, config: Any) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Reads model.safetensors.index.json: the tensors of a sharded checkpoint and the file of each."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,16 @@ from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 MAX_INDEX_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a checkpoint: its shape, and its element type as torch spells it; None if unknown, as in an index."""
+
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
 
 
 def weight_map(index: Path) -> dict[str, str]:

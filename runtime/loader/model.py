@@ -16,6 +16,7 @@ from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
 from sageLLM.runtime.loader.heads import absent_head, without_weights
+from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 from sageLLM.runtime.loader.tables import make_tables
 from sageLLM.runtime.loader.weights import load_weights
@@ -80,6 +81,7 @@ def load_model(
     path = folder / "config.json"
     data = read_config_file(path)
     layout = layout_of(data, path, registry.models)
+    refuse_unsupported(find_in_config(data, folder), folder)
     try:
         config = layout.read_config(HFConfig(data, str(path)))
     except ConfigError as error:
@@ -148,8 +150,9 @@ def _tables(config: Any, length: int, device: torch.device, path: Path) -> dict[
 
 
 def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:
-    shapes = {name: checkpoint.info(name).shape for name in checkpoint}
-    problems = check_checkpoint(layout, config, shapes)
+    tensors = checkpoint.stored()
+    problems = check_checkpoint(layout, config, {name: tensor.shape for name, tensor in tensors.items()})
+    refuse_unsupported(find_in_tensors(layout, tensors, matches=not problems), checkpoint.folder)
     if not problems:
         return
     lines = "\n".join(f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS])

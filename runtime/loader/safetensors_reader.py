@@ -18,9 +18,15 @@ from torch import Tensor
 
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import CheckpointError
-from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, damaged, json_object, weight_map
+from sageLLM.runtime.loader.checkpoint_index import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    damaged,
+    json_object,
+    weight_map,
+)
 
-SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -91,6 +97,12 @@ class Checkpoint:
         if name not in self._infos:
             raise CheckpointError(f"expected the tensor {name!r} in {self.folder}")
         return self._infos[name]
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """The shapes and element types of the tensors by name."""
+        return {
+            name: StoredTensor(info.shape, str(info.dtype).removeprefix("torch.")) for name, info in self._infos.items()
+        }
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor, or rows[start:stop] of its first dimension. Only these bytes of the file are read."""
@@ -178,6 +190,11 @@ def _no_safetensors(root: Path) -> str:
         return (
             f"{root} has only pickled weights ({pickles[0]}), which can run code when loaded; convert them once with "
             "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    if ggufs := sorted(path.name for path in root.glob("*.gguf")):
+        return (
+            f"{root} has only GGUF weights ({ggufs[0]}), which are not supported; "
+            "use a checkpoint with float32, bfloat16 or float16 weights in safetensors files"
         )
     others = sorted(path.name for path in root.glob("*.safetensors"))
     found = f"; found {', '.join(others[:3])}" if others else ""

@@ -36,9 +36,14 @@ def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Sha
         reads.add(weight)
     problems = [*reads.problems, *reads.wrong_covers()]
     for name, shape in shapes.items():
-        if name not in reads.names and not any(_matches(name, pattern) for pattern in layout.ignore):
+        if name not in reads.names and not is_ignored(layout, name):
             problems.append(f"tensor '{name}'{_dims(shape)} is unused by the layout")
     return problems[:MAX_PROBLEMS]
+
+
+def is_ignored(layout: ReadsWeights, name: str) -> bool:
+    """Whether the layout lists the tensor as one that it does not read."""
+    return any(_matches(name, pattern) for pattern in layout.ignore)
 
 
 def missing_prefix(prefix: str, names: Iterable[str]) -> str:
