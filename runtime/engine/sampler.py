@@ -2,7 +2,8 @@
 
 Dimensions in names: B sequences, R random or scored rows, V vocabulary entries, K likeliest tokens reported. The steps
 have vLLM's order: banned ids and biases, penalties, then the argmax for greedy rows, and temperature, min-p, top-k,
-top-p and a draw for the others. Log-probabilities are those of the raw logits, before all of these steps.
+top-p and a draw for the others. Of equal logits the lowest id is the likeliest token, in the argmax and in the filters.
+Log-probabilities are those of the raw logits, before all of these steps.
 
 The draw inverts the cumulative distribution at one uniform number, which is a hash of (seed, answer index, position).
 It therefore requires no generator state, is the same on every device and in every batch, and a sequence that is
@@ -223,29 +224,53 @@ def scale_by_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
 def filter_logits(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
     """Sets the logits that min-p, top-k and top-p exclude to -inf; the maximum of each row must be 0.
 
-    Tokens of equal logits are kept or excluded together. The likeliest token is always kept.
+    Top-k and top-p keep the first tokens in the order of descending logits, equal logits by ascending id. So top-k
+    keeps exactly k tokens, and a filter that keeps one token keeps the greedy one. Logits of bf16 are often equal.
     """
     kept = logits_RV
     if batch.uses_min_p:
         # p < min_p * p_max, both sides divided by p_max; the largest weight is exp(0) = 1.
         kept = kept.masked_fill(kept.exp() < batch.min_p.unsqueeze(1), -torch.inf)
     if batch.max_top_k:
-        kept = kept.masked_fill(kept < _top_k_threshold(kept, batch), -torch.inf)
+        kept = _keep_first(kept, _top_k_cut(kept, batch))
     if batch.uses_top_p:
-        kept = kept.masked_fill(kept < _top_p_threshold(kept, batch), -torch.inf)
+        kept = _keep_first(kept, _top_p_cut(kept, batch))
     return kept
 
 
-def _top_k_threshold(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
-    """The k-th highest logit of each row, [R, 1]; -inf where top-k is off."""
+class Cut(NamedTuple):
+    """The last kept logit of each row, [R, 1], and the number of kept tokens, i64[R].
+
+    The logit is -inf, and the number unused, in a row that keeps all tokens.
+    """
+
+    threshold: Tensor
+    num_kept: Tensor
+
+
+def _keep_first(logits_RV: Tensor, cut: Cut) -> Tensor:
+    """Sets all but the first `num_kept` logits to -inf; of the logits equal to the threshold the lowest ids stay."""
+    below = logits_RV < cut.threshold
+    kept = logits_RV.masked_fill(below, -torch.inf)
+    num_surplus = logits_RV.shape[1] - below.sum(dim=-1) - cut.num_kept
+    rows = ((num_surplus > 0) & cut.threshold.squeeze(1).isfinite()).nonzero().flatten()
+    if len(rows):
+        tied = kept[rows] == cut.threshold[rows]
+        num_kept_ties = tied.sum(dim=-1, keepdim=True) - num_surplus[rows].unsqueeze(1)
+        kept[rows] = kept[rows].masked_fill(tied & (tied.cumsum(dim=-1) > num_kept_ties), -torch.inf)
+    return kept
+
+
+def _top_k_cut(logits_RV: Tensor, batch: SamplingBatch) -> Cut:
+    """The k-th highest logit of each row, and k."""
     top_k = batch.top_k.clamp(max=logits_RV.shape[1])
     highest = torch.topk(logits_RV, min(batch.max_top_k, logits_RV.shape[1]), dim=-1).values
     threshold = highest.gather(1, (top_k - 1).clamp(min=0).unsqueeze(1))
-    return threshold.masked_fill(top_k.unsqueeze(1) == 0, -torch.inf)
+    return Cut(threshold.masked_fill(top_k.unsqueeze(1) == 0, -torch.inf), top_k)
 
 
-def _top_p_threshold(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
-    """The lowest kept logit, [R, 1]: a token stays if the mass of the likelier ones is less than p (arXiv 1904.09751).
+def _top_p_cut(logits_RV: Tensor, batch: SamplingBatch) -> Cut:
+    """The cut of top-p: a token stays if the mass of the tokens before it is less than p (arXiv 1904.09751).
 
     For a row with top-k the candidates are the kept tokens; for the others NUM_TOP_P_CANDIDATES. Only rows in which
     these do not reach p are sorted.
@@ -253,22 +278,22 @@ def _top_p_threshold(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
     total = logits_RV.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
     num_candidates = min(batch.max_top_k if batch.all_top_k else NUM_TOP_P_CANDIDATES, logits_RV.shape[1])
     highest = torch.topk(logits_RV, num_candidates, dim=-1).values
-    threshold, covered = _nucleus(highest, total, batch.top_p)
+    (threshold, num_kept), covered = _nucleus(highest, total, batch.top_p)
     short = (~covered & (batch.top_p < 1.0)).nonzero().flatten()
     if len(short) and num_candidates < logits_RV.shape[1]:
         in_order = torch.sort(logits_RV[short], dim=-1, descending=True).values
-        threshold[short] = _nucleus(in_order, total[short], batch.top_p[short])[0]
-    return threshold.masked_fill(batch.top_p.unsqueeze(1) >= 1.0, -torch.inf)
+        (threshold[short], num_kept[short]), _ = _nucleus(in_order, total[short], batch.top_p[short])
+    return Cut(threshold.masked_fill(batch.top_p.unsqueeze(1) >= 1.0, -torch.inf), num_kept)
 
 
-def _nucleus(highest_RC: Tensor, total_R1: Tensor, top_p_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest kept value [R, 1] among descending logits, and whether their mass reaches p, bool[R]."""
+def _nucleus(highest_RC: Tensor, total_R1: Tensor, top_p_R: Tensor) -> tuple[Cut, Tensor]:
+    """The cut among descending logits, and whether their mass reaches p, bool[R]."""
     probs = highest_RC.exp().double() / total_R1
     mass = probs.cumsum(dim=-1)
     kept = mass - probs < top_p_R.unsqueeze(1)
     kept[:, 0] = True
     threshold = highest_RC.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)
-    return threshold, mass[:, -1] >= top_p_R
+    return Cut(threshold, kept.sum(dim=-1)), mass[:, -1] >= top_p_R
 
 
 def score_tokens(logits_RV: Tensor, token_ids: Tensor, num_top: int) -> ScoredTokens:

@@ -22,8 +22,10 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS_ENTRIES = 1024
 MAX_LOGIT_BIAS = 100.0
-GREEDY_BELOW = 1e-5
-"""The temperature below which sampling is greedy (vLLM's `_SAMPLING_EPS`)."""
+ZERO_TEMPERATURE = 1e-5
+"""Temperatures below this one count as 0 (vLLM's `_SAMPLING_EPS`)."""
+MAX_GREEDY_TEMPERATURE = 0.01
+"""The highest temperature that is greedy. Dividing by less amplifies rounding, and users mean greedy by it."""
 
 _SHOWN_LEN = 60
 
@@ -64,7 +66,7 @@ class SamplingParams:
     def _check_fields_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _error("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
-        if self.is_greedy and self.n > 1:
+        if self.temperature < ZERO_TEMPERATURE and self.n > 1:
             raise _error("n", self.n, "1 when temperature is 0, as all greedy answers are the same")
 
     @classmethod
@@ -79,7 +81,8 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW
+        """Whether every token is the likeliest one, also where several have the same logit: no draw decides."""
+        return self.temperature <= MAX_GREEDY_TEMPERATURE or self.top_k == 1 or self.min_p == 1.0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

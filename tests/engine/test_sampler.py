@@ -33,19 +33,18 @@ def seeded_logits(*shape: int, seed: int = 0, scale: float = 2.0) -> torch.Tenso
 
 
 def kept_by_loops(logits: list[float], params: SamplingParams) -> set[int]:
-    """The tokens that remain in vLLM's order: min-p on the tempered probabilities, then top-k, then top-p."""
-    alive = dict(enumerate(logit / params.temperature for logit in logits))
-    highest = max(alive.values())
-    alive = {i: v for i, v in alive.items() if math.exp(v - highest) >= params.min_p}
-    if params.top_k:
-        kth = sorted(alive.values(), reverse=True)[: params.top_k][-1]
-        alive = {i: v for i, v in alive.items() if v >= kth}
-    total = math.fsum(math.exp(v - highest) for v in alive.values())
-    mass_of_likelier, mass = {}, 0.0
-    for value, group in itertools.groupby(sorted(alive.values(), reverse=True)):
-        mass_of_likelier[value] = mass / total
-        mass += math.fsum(math.exp(v - highest) for v in group)
-    return {i for i, v in alive.items() if params.top_p >= 1.0 or mass_of_likelier[v] < params.top_p}
+    """The tokens that remain in vLLM's order: min-p on the tempered probabilities, then top-k, then top-p.
+
+    Of equal logits the lower ids come first, as in the op `sample` (specs/ops/sampling.yaml).
+    """
+    scaled = [logit / params.temperature for logit in logits]
+    highest = max(scaled)
+    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    order = [i for i in order if math.exp(scaled[i] - highest) >= params.min_p]
+    order = order[: params.top_k or None]
+    weights = [math.exp(scaled[i] - highest) for i in order]
+    before = [mass / math.fsum(weights) for mass in itertools.accumulate(weights, initial=0.0)]
+    return {i for i, mass in zip(order, before, strict=False) if params.top_p >= 1.0 or mass < params.top_p}
 
 
 logit_lists = st.lists(st.integers(-40, 40).map(lambda i: i / 4), min_size=1, max_size=40)
@@ -54,8 +53,8 @@ filters = st.builds(
     temperature=st.sampled_from([0.25, 0.5, 1.0, 2.0]),
     top_k=st.integers(0, 45),
     top_p=st.sampled_from([0.013, 0.1, 0.317, 0.5003, 0.9007, 0.99, 1.0]),
-    min_p=st.sampled_from([0.0, 0.013, 0.1007, 0.5003, 1.0]),
-)
+    min_p=st.sampled_from([0.0, 0.013, 0.1007, 0.5003, 0.9999]),
+).filter(lambda params: not params.is_greedy)
 
 
 @settings(max_examples=300, deadline=None)
@@ -100,6 +99,52 @@ def test_greedy_rows_are_the_argmax_with_the_lowest_id_on_ties():
     assert sample(logits, batch).token_ids.tolist() == [1, 0]
     random = seeded_logits(64, 999)
     assert torch.equal(sample(random, batch_of(*[SamplingParams(temperature=0.0)] * 64)).token_ids, random.argmax(-1))
+
+
+ONE_TOKEN = [
+    SamplingParams(top_k=1),
+    SamplingParams(top_p=1e-9),
+    SamplingParams(top_p=1e-300, top_k=5),
+    SamplingParams(min_p=1.0),
+    SamplingParams(temperature=0.01),
+    SamplingParams(temperature=1e-4, top_p=0.9),
+    SamplingParams(temperature=100.0, top_k=1),
+    SamplingParams(top_k=1, frequency_penalty=1e-3, logit_bias={900: 0.0}),
+]
+
+
+@pytest.mark.parametrize("params", ONE_TOKEN)
+def test_parameters_that_leave_one_token_are_greedy_among_equal_logits(params):
+    """Logits of bf16, of which every one occurs twice, and rows in which all are equal."""
+    logits = seeded_logits(40, 1500).bfloat16().float().repeat(1, 2)
+    logits[::4] = 1.0
+    greedy = sample(logits, batch_of(*[SamplingParams(temperature=0.0)] * 40)).token_ids
+    assert torch.equal(sample(logits, batch_of(*[params] * 40)).token_ids, greedy)
+
+
+def test_equal_logits_are_drawn_equally_without_a_filter():
+    num, logits = 4000, torch.tensor([[1.0, 1.0, -math.inf, 1.0]])
+    batch = SamplingBatch([SequenceSampling(SamplingParams(seed=i), [0]) for i in range(num)])
+    counts = torch.bincount(sample(logits.expand(num, -1), batch).token_ids, minlength=4)
+    assert counts[2] == 0
+    assert chi_square(counts[[0, 1, 3]], torch.full((3,), 1 / 3)) < 13.8  # the 99.9 % quantile, 2 degrees of freedom
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(top_k=2), [1, 3]),
+        (SamplingParams(top_k=4), [0, 1, 3, 4]),
+        (SamplingParams(top_k=6), [0, 1, 2, 3, 4, 5]),
+        (SamplingParams(top_p=0.1), [1]),
+        (SamplingParams(top_p=0.5, top_k=3), [1, 3]),
+    ],
+)
+def test_a_filter_keeps_the_lower_ids_of_equal_logits(params, kept):
+    logits = torch.tensor([[1.0, 2.0, -1.0, 2.0, 1.0, 1.0, -math.inf]])
+    batch = batch_of(params)
+    finite = filter_logits(scale_by_temperature(logits, batch.temperature), batch)[0].isfinite()
+    assert finite.nonzero().flatten().tolist() == kept
 
 
 def test_greedy_and_random_rows_mix():

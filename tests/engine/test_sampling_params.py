@@ -144,10 +144,15 @@ def test_numpy_numbers_become_plain_ones():
     assert (type(params.top_k), params.top_k) == (int, 7)
 
 
-def test_greedy_starts_below_the_epsilon_of_vllm():
+def test_greedy_parameters():
     assert SamplingParams(temperature=0.0).is_greedy
-    assert SamplingParams(temperature=9e-6).is_greedy
-    assert not SamplingParams(temperature=1e-5).is_greedy
+    assert SamplingParams(temperature=0.01).is_greedy
+    assert not SamplingParams(temperature=0.011).is_greedy
+    assert SamplingParams(top_k=1).is_greedy
+    assert not SamplingParams(top_k=2).is_greedy
+    assert SamplingParams(min_p=1.0).is_greedy
+    assert not SamplingParams(min_p=0.999).is_greedy
+    assert SamplingParams(temperature=1.0, top_k=1, n=2).n == 2  # accepted, as in vLLM
 
 
 def test_parameters_cannot_change():
