@@ -48,7 +48,7 @@ generate: $(RUN_READY) ## Generate code from specs/ into generated/
 	$(BIN)/sagellm generate
 
 accept: generate $(TEST_READY) ## Regenerate, rewrite the snapshots, show the changes
-	@status=0; $(PYTEST) --snapshot-update || status=$$?; git --no-pager diff --stat; exit $$status
+	@status=0; SAGELLM_ACCEPT=1 $(PYTEST) --snapshot-update || status=$$?; git --no-pager diff --stat; exit $$status
 
 lint: $(TEST_READY) ## Check lint and format with ruff and clang-format, and the wording of docs and messages
 	$(BIN)/ruff check .

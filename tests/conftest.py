@@ -1,4 +1,4 @@
-"""Checkpoints for tests, made by transformers with random weights: every parameter is drawn, norms and biases too."""
+"""Fixtures for all tests: random checkpoints made by transformers, linked specs, snapshots in text files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from syrupy.assertion import SnapshotAssertion
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
+
+from sageLLM.codegen.link.memo import LinkMemo
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -37,8 +39,17 @@ def text_file(snapshot: SnapshotAssertion) -> SnapshotAssertion:
 
 
 @pytest.fixture(scope="session")
+def memo() -> LinkMemo:
+    """An argument of `driver.load_and_link`, which then links only what earlier tests have not linked."""
+    return LinkMemo()
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """make_checkpoint("Llama", **config) -> folder. Equal arguments return the same folder."""
+    """make_checkpoint("Llama", **config) -> folder; every parameter is drawn, norms and biases too.
+
+    Equal arguments return the same folder.
+    """
     made: dict[str, Path] = {}
 
     def make(family: str, *, seed: int = 0, max_shard_size: str = "5GB", **config: Any) -> Path:

@@ -15,6 +15,7 @@ from sageLLM.codegen.kernel.mask import mask_bounds
 from sageLLM.codegen.kernel.parts import output_parts
 from sageLLM.codegen.kernel.rows import Affine, Load, Location, Loop, Nest, RowProgram, Store, Sweep
 from sageLLM.codegen.kernel.text import row_text
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.model.specs import Specs
 
 PROGRAMS = {
@@ -104,8 +105,8 @@ PARTS = {
 
 
 @pytest.fixture(scope="module")
-def specs() -> Specs:
-    return load_and_link()
+def specs(memo: LinkMemo) -> Specs:
+    return load_and_link(memo=memo)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

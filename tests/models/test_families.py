@@ -4,6 +4,7 @@ import pytest
 from syrupy.assertion import SnapshotAssertion
 
 from sageLLM.codegen import driver
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.model.layout_text import layout_text
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.ir.text import to_text
@@ -15,8 +16,8 @@ FAMILIES = [name for name in MODELS if name not in ("llama", "qwen3")]  # these 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_flattened_layout(name: str, text_file: SnapshotAssertion) -> None:
-    assert layout_text(driver.load_and_link().models[name]) == text_file
+def test_flattened_layout(name: str, text_file: SnapshotAssertion, memo: LinkMemo) -> None:
+    assert layout_text(driver.load_and_link(memo=memo).models[name]) == text_file
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from syrupy.assertion import SnapshotAssertion
 
 from sageLLM.codegen import driver
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.model.layout_text import layout_text
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.errors import ConfigError
@@ -233,8 +234,8 @@ def expand_block(layout: ModelLayout, config: Any, stage: Stage, parallel: Paral
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_flattened_layout(name: str, snapshot: SnapshotAssertion) -> None:
-    assert layout_text(driver.load_and_link().models[name]) == snapshot
+def test_flattened_layout(name: str, snapshot: SnapshotAssertion, memo: LinkMemo) -> None:
+    assert layout_text(driver.load_and_link(memo=memo).models[name]) == snapshot
 
 
 @pytest.mark.parametrize("stage", STAGES)
