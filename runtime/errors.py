@@ -1,4 +1,4 @@
-"""Exceptions for a user's mistakes. Each message names the location, the rule and the remedy."""
+"""Exceptions for a user's mistakes, with the location, the rule and the remedy, and for failures of the engine."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class RequestError(SageError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class EngineError(RuntimeError):
+    """A step failed for a reason that belongs to no single request; all requests in it have ended."""
 
 
 class SamplingParamsError(RequestError):

@@ -8,14 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sageLLM.runtime.engine.async_llm import AsyncLLM
     from sageLLM.runtime.engine.llm import LLM
     from sageLLM.runtime.engine.sampling_params import SamplingParams
     from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "PDSchedulerConfig", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "PDSchedulerConfig", "SamplingParams", "__version__"]
 
 _MODULES = {
+    "AsyncLLM": "sageLLM.runtime.engine.async_llm",
     "LLM": "sageLLM.runtime.engine.llm",
     "PDSchedulerConfig": "sageLLM.runtime.scheduler.pd_scheduler",
     "SamplingParams": "sageLLM.runtime.engine.sampling_params",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.engine.faults import NOT_FINITE_REMEDY
 from sageLLM.runtime.engine.kv_pool import KVPool, make_pool
 from sageLLM.runtime.engine.requests import validate_prompt
 from sageLLM.runtime.engine.step_inputs import StepInputs
@@ -46,7 +48,17 @@ class Embedder:
     affect the engine's requests.
     """
 
-    def __init__(self, model: Model, compiler: ModelCompiler, *, max_tokens: int, block_size: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        compiler: ModelCompiler,
+        *,
+        max_tokens: int,
+        block_size: int,
+        exclusive: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`exclusive` is held during every step, as steps share buffers with each other and with the engine's."""
+        self._exclusive = exclusive
         self.model, self.compiler = model, compiler
         self.max_tokens, self.block_size = max_tokens, block_size
         max_blocks = -(-model.max_model_len // block_size)
@@ -71,17 +83,24 @@ class Embedder:
     def embed(self, prompts: Sequence[EmbeddingInput], pooling: Pooling, *, normalize: bool) -> list[Tensor]:
         """The embeddings of checked prompts, in float32 on the CPU, independent of the other prompts of a step.
 
-        Raises PromptError for type ids beyond the model's.
+        Raises PromptError for type ids beyond the model's, and for a prompt with an embedding that is not finite.
         """
-        graph = self._graph(pooling, normalize)
+        with self._exclusive():
+            graph = self._graph(pooling, normalize)
         for prompt in prompts:
             self._check_types(prompt, graph)
         vectors: list[Tensor] = []
         for step in self._steps(prompts):
-            # A copy, because the outputs are in the arena, which the next step overwrites.
-            rows = self._run((pooling, normalize), step).to("cpu", torch.float32, copy=True)
+            with self._exclusive():
+                # A copy, because the outputs are in the arena, which the next step overwrites.
+                rows = self._run((pooling, normalize), step).to("cpu", torch.float32, copy=True)
             lengths = [len(prompt.token_ids) for prompt in step]
             vectors += torch.split(rows, lengths) if pooling == "none" else rows.unbind()
+        for number, vector in enumerate(vectors):
+            if not vector.isfinite().all():
+                raise PromptError(
+                    f"the embedding of prompt {number} is not finite (NaN or infinity); {NOT_FINITE_REMEDY}", "prompt"
+                )
         return vectors
 
     def _graph(self, pooling: Pooling, normalize: bool) -> ExecutionGraph:

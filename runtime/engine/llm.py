@@ -1,21 +1,24 @@
 """`LLM`: vLLM's offline interface to the engine, for a Hugging Face checkpoint folder."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import torch
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.engine.calls import SharedEngine
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.kv_budget import default_num_blocks, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.prompts import ParsedPrompt, Prompt, Prompts, params_per_prompt, parse_prompts, token_ids
 from sageLLM.runtime.engine.sampling_params import SamplingParams
-from sageLLM.runtime.errors import PromptError, SageError, SamplingParamsError, TokenizerError
+from sageLLM.runtime.engine.sequences import RequestGroup
+from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
 from sageLLM.runtime.execution_graph.rewriting import ALL
 from sageLLM.runtime.executor.kernel_choice import choose_planner
@@ -29,8 +32,6 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_template import ChatTemplate
 from sageLLM.runtime.text.tokenizer import Tokenizer
-
-Prompt: TypeAlias = str | Sequence[int]
 
 
 class LLM:
@@ -47,6 +48,9 @@ class LLM:
     KV cache: `enable_prefix_caching` reuses the KV of equal prompt prefixes. `swap_space` and `disk_space` are GiB of
     host memory and of files in `disk_folder` (None: the system's folder for temporary files); requests that are
     preempted when the pool of `num_kv_blocks` is full are swapped there and need not be computed again.
+
+    Threads can share an `LLM`, and streams can be interleaved or dropped half-way: each call owns its requests
+    (docs/engine.md). `AsyncLLM` has the interface for asyncio. Only `engine` is not safe to use next to other calls.
 
     `objective` is the service level that the scheduler's mode "auto" optimises for.
 
@@ -112,8 +116,13 @@ class LLM:
                 disk_folder=None if disk_folder is None else Path(disk_folder),
                 objective=objective,
             )
+        self.shared = SharedEngine(self._engine)
         self._embedder = Embedder(
-            self.model, self.compiler, max_tokens=config.max_prefill_tokens, block_size=block_size
+            self.model,
+            self.compiler,
+            max_tokens=config.max_prefill_tokens,
+            block_size=block_size,
+            exclusive=self.shared.exclusive,
         )
         self._recipe = read_recipe(folder)
         self._ids = itertools.count()
@@ -144,35 +153,38 @@ class LLM:
 
     def embed(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         *,
         pooling: Pooling | None = None,
         normalize: bool | None = None,
         type_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[EmbeddingOutput]:
-        """Embeds all prompts (text or token ids) and returns their embeddings in order.
+        """Embeds all prompts (see `prompts.py` for their forms) and returns their embeddings in order.
 
         `pooling` is one of POOLINGS; `normalize` scales to unit length. By default both come from the folder's
         modules.json (sentence-transformers); without that file the pooling is the layout's, else "last" for a
         generative model, else "mean", and vectors are not normalised. `type_ids` are the token type ids of each prompt,
         zeros by default. Raises SageError for a pooling that the model does not support, and RequestError for an
-        invalid prompt.
+        invalid prompt, and for one with an embedding that is not finite.
         """
-        items = _as_list(prompts)
+        items = parse_prompts(prompts)
         types: Sequence[Sequence[int] | None] = [None] * len(items) if type_ids is None else type_ids
         if len(types) != len(items):
             raise PromptError(
                 f"expected one list of type ids per prompt, got {len(types)} lists for {len(items)} prompts", "type_ids"
             )
         chosen = self._pooling(pooling)
-        inputs = [EmbeddingInput(self._token_ids(item), type_) for item, type_ in zip(items, types, strict=True)]
+        inputs = [
+            EmbeddingInput(self._token_ids(item), None if type_ is None else token_ids(type_))
+            for item, type_ in zip(items, types, strict=True)
+        ]
         for one in inputs:
             self._embedder.check(one)
         vectors = self._embedder.embed(
             inputs, chosen, normalize=self._recipe.normalize if normalize is None else normalize
         )
         return [
-            EmbeddingOutput(item if isinstance(item, str) else None, tuple(one.token_ids), vector)
+            EmbeddingOutput(item.text, tuple(one.token_ids), vector)
             for item, one, vector in zip(items, inputs, vectors, strict=True)
         ]
 
@@ -194,26 +206,34 @@ class LLM:
         return chosen
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """Completes all prompts (text or token ids) and returns their outputs in order.
+        """Completes all prompts and returns their outputs in order.
 
+        A prompt is a text, a list, array or tensor of token ids, or a dict with "prompt" or "prompt_token_ids".
         `params` apply to all prompts, or there is one per prompt. Nothing runs if one request is invalid; RequestError
-        then names the field and the rule.
+        then names the field and the rule. A request that fails later ends with `finish_reason` "abort" and the cause as
+        `stop_reason`; the others continue.
         """
-        order = self._add_all(prompts, params)
-        done: dict[str, RequestOutput] = {}
-        while self.engine.has_work:
-            done |= {output.request_id: output for output in self.engine.step(only_finished=True)}
-        return [done[request_id] for request_id in order]
+        groups = self._prepare_all(prompts, params)
+        for group in groups:
+            group.is_streamed = False
+        done = {output.request_id: output for output in self.shared.outputs(groups)}
+        return [done[group.request_id] for group in groups]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[RequestOutput]:
-        """Like `generate`, but yields a request's output so far whenever it has new tokens."""
-        self._add_all(prompts, params)
-        while self.engine.has_work:
-            yield from self.engine.step()
+        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Generator[RequestOutput, None, None]:
+        """Like `generate`, but yields a request's output so far whenever it has new tokens.
+
+        Requests are checked by the call and queued by the first `next`. Closing the iterator, dropping it, or an
+        exception in its consumer aborts those that are not finished.
+        """
+        return self.shared.outputs(self._prepare_all(prompts, params))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its call gets the output so far, with `finish_reason` "abort". An unknown id is ignored."""
+        self.shared.abort(request_id)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
         """Answers a conversation of {"role", "content"} messages, rendered by the checkpoint's chat template."""
@@ -223,27 +243,32 @@ class LLM:
         text = self._chat_template.render(messages, add_generation_prompt=True)
         return self.generate([tokenizer.encode(text, add_special_tokens=False)], params)[0]
 
-    def _add_all(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[str]:
-        """Prepares every request before it queues the first, so that an invalid one queues nothing; returns the ids."""
-        items = _as_list(prompts)
-        groups = [
-            self.engine.prepare(
-                str(next(self._ids)), item if isinstance(item, str) else None, self._token_ids(item), one
-            )
-            for item, one in zip(items, _params_for(items, params), strict=True)
-        ]
-        for group in groups:
-            self.engine.submit(group)
-        return [group.request_id for group in groups]
+    def prepare_one(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> RequestGroup:
+        """Checks one request without queueing it; without an id it gets a new one. Raises RequestError."""
+        items = parse_prompts(prompt)
+        if len(items) != 1:
+            raise PromptError(f"expected one prompt, got {len(items)}; make one call for each", "prompt")
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise RequestError(f"request_id must be a text that is not empty, got {shown(request_id)}", "request_id")
+        return self._prepare(items[0], params_per_prompt(1, params)[0], request_id)
 
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self._required_tokenizer("a text prompt").encode(prompt)
-        if not hasattr(prompt, "__iter__"):
-            raise PromptError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}", "prompt")
-        return list(prompt)
+    def _prepare_all(
+        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestGroup]:
+        """Prepares every request before the first is queued, so that an invalid one queues nothing."""
+        items = parse_prompts(prompts)
+        per_prompt = params_per_prompt(len(items), params)
+        return [self._prepare(item, one) for item, one in zip(items, per_prompt, strict=True)]
+
+    def _prepare(self, prompt: ParsedPrompt, params: SamplingParams, request_id: str | None = None) -> RequestGroup:
+        if request_id is None:
+            request_id = next(new for new in map(str, self._ids) if not self.shared.is_live(new))
+        return self.engine.prepare(request_id, prompt.text, self._token_ids(prompt), params)
+
+    def _token_ids(self, prompt: ParsedPrompt) -> list[int]:
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        return self._required_tokenizer("a text prompt").encode(prompt.text or "")
 
     def _required_tokenizer(self, use: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -284,25 +309,3 @@ def _with_kv_options(config: PDSchedulerConfig, budget: KVBudget, enable_prefix_
         enable_prefix_caching=config.enable_prefix_caching and enable_prefix_caching,
         preemption_mode="swap" if has_tier else "recompute",
     )
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not prompts:
-        raise PromptError("expected at least one prompt: a text, a list of token ids, or a list of these", "prompt")
-    if all(isinstance(item, int) for item in prompts):
-        return [cast(Prompt, list(prompts))]
-    return cast(list[Prompt], list(prompts))
-
-
-def _params_for(
-    prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-        raise SamplingParamsError(
-            f"expected one SamplingParams, or one per prompt, got {len(params)} for {len(prompts)} prompts"
-        )
-    return list(params)

@@ -26,8 +26,8 @@ TokenLogprobs: TypeAlias = Mapping[int, Logprob]
 class CompletionOutput:
     """One of the `n` answers to a prompt.
 
-    `stop_reason` is the stop string or the stop token id that ended the answer; it is None for the model's own
-    end-of-sequence token and for every `finish_reason` other than "stop".
+    `stop_reason` is the stop string or the stop token id that ended the answer, None for the model's own
+    end-of-sequence token, and None if `finish_reason` is "length". For "abort" it is a sentence with the cause.
     """
 
     index: int

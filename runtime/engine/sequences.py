@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sageLLM.runtime.engine.faults import reraise_unless_attributable
 from sageLLM.runtime.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sageLLM.runtime.engine.sampler import SequenceSampling, prompt_logprobs
 from sageLLM.runtime.engine.sampling_params import SamplingParams
@@ -47,6 +48,14 @@ class Sequence:
         missing = NUM_LAST_TOKENS - len(ids)
         return [*self.request.prompt_token_ids[-missing:], *ids] if missing else ids
 
+    def abort(self, reason: str) -> None:
+        """Ends the answer with the tokens and the text so far."""
+        try:
+            self.text.abort(reason)
+        except BaseException as error:
+            reraise_unless_attributable(error)
+            self.text.abort(reason)  # without the tokens that cannot be decoded
+
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Appends the step's new token; `is_finished` may be true afterwards."""
         self.request.output_token_ids.append(token_id)
@@ -82,6 +91,7 @@ class RequestGroup:
     metrics: RequestMetrics
     sequences: list[Sequence] = field(default_factory=list)
     scored: dict[int, dict[int, Logprob]] = field(default_factory=dict)
+    is_streamed: bool = True  # whether the caller takes outputs before the end
     num_cached_tokens: int = 0
 
     @property

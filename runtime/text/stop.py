@@ -120,12 +120,16 @@ class SequenceText:
             self._finish("length", None)
         return self.finish_reason
 
-    def abort(self) -> None:
-        """Ends the sequence from outside and keeps its text so far. A finished sequence does not change."""
+    def abort(self, reason: str | None = None) -> None:
+        """Ends the sequence from outside and keeps its text so far; `reason` becomes its `stop_reason`.
+
+        A finished sequence does not change.
+        """
         if self.finish_reason is None:
             self._read()
+        if self.finish_reason is None:  # the text read last may have completed a stop string
             self._show(self._held)
-            self._end("abort", None)
+            self._end("abort", reason)
 
     @property
     def _may_stop(self) -> bool:

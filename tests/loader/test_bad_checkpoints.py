@@ -374,13 +374,15 @@ def test_text_for_a_model_that_was_loaded_without_tokenizer(llm: LLM) -> None:
 # requests
 
 BAD_REQUESTS: list[tuple[Any, str]] = [
-    ([], "expected at least one prompt: a text, a list of token ids, or a list of these"),
     ([[]], "the prompt must have at least one token"),
     ([[1, 199]], "prompt token 1 must be from 0 to 198 for this model, got 199"),
     ([-1], "prompt token 0 must be from 0 to 198 for this model, got -1"),
     ([[1, 2.0]], "prompt token 1 must be an integer, got a float"),
-    ([1, 2.0], "a prompt must be a text or a list of token ids, got 1"),
-    ([[3], None], "a prompt must be a text or a list of token ids, got null"),
+    ([1, 2.0], "a prompt must be a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids', got 1"),
+    (
+        [[3], None],
+        "a prompt must be a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids', got null",
+    ),
     (
         [[1] * 64],
         "the prompt must have at most 63 tokens for this model, one less than its 64 positions, got 64",
@@ -413,7 +415,7 @@ def test_a_prompt_that_the_kv_cache_cannot_hold(folder: Path) -> None:
         "the prompt must have at most 11 tokens, one less than the KV cache holds, got 12; raise num_kv_blocks"
     )
     assert not llm.engine.has_work
-    assert len(llm.generate([5] * 11, GREEDY)[0].outputs[0].token_ids) == 1
+    assert len(llm.generate([5] * 11, SamplingParams(max_tokens=1))[0].outputs[0].token_ids) == 1
 
 
 def test_another_number_of_params_than_prompts(llm: LLM) -> None:

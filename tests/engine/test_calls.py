@@ -1,0 +1,211 @@
+"""One `LLM` with several callers: interleaved and dropped streams, nested calls, threads, Ctrl-C, failed steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.codegen.driver import PACKAGE
+from sageLLM.runtime.engine.calls import Call, deferred_interrupt
+from sageLLM.runtime.engine.outputs import CompletionOutput, RequestOutput
+from sageLLM.runtime.errors import EngineError, PromptError
+
+MODEL = Path(PACKAGE, "examples", "tiny_python_model")
+A, B = [10, 11, 12], [20, 21]
+
+
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def shared_llm() -> LLM:
+    return LLM(MODEL, dtype="float32", scheduler=PDSchedulerConfig(mode="hybrid"), max_model_len=128)
+
+
+@pytest.fixture
+def llm(shared_llm: LLM) -> Iterator[LLM]:
+    """The LLM of the module; after each test its engine must be idle and consistent."""
+    yield shared_llm
+    assert not shared_llm.engine.has_work
+    shared_llm.engine.scheduler.check_integrity()
+    assert shared_llm.engine.scheduler.get_num_running() == shared_llm.engine.scheduler.get_num_waiting() == 0
+
+
+def tokens(llm: LLM, prompt: list[int], num_tokens: int) -> tuple[int, ...]:
+    return llm.generate([prompt], greedy(num_tokens))[0].outputs[0].token_ids
+
+
+def test_interleaved_streams_get_their_own_outputs(llm: LLM) -> None:
+    expected = [tokens(llm, A, 5), tokens(llm, B, 5)]
+    first, second = llm.stream([A], greedy(5)), llm.stream([B], greedy(5))
+    pairs = list(zip(first, second, strict=True))
+    assert len(pairs) == 5
+    assert len({output.request_id for output, _ in pairs}) == len({output.request_id for _, output in pairs}) == 1
+    assert [output.outputs[0].token_ids for output in pairs[-1]] == expected
+
+
+def test_generate_inside_a_stream_takes_nothing_from_it(llm: LLM) -> None:
+    expected = tokens(llm, A, 5)
+    seen = []
+    for output in llm.stream([A], greedy(5)):
+        seen.append(output)
+        if len(seen) == 1:
+            assert len(tokens(llm, B, 8)) == 8
+    assert [output.finished for output in seen] == [False, False, False, False, True]
+    assert [output.outputs[0].token_ids for output in seen] == [expected[: n + 1] for n in range(5)]
+
+
+def test_a_closed_stream_costs_no_further_steps(llm: LLM) -> None:
+    stream = llm.stream([A, B], greedy(100))
+    next(stream)
+    stream.close()
+    assert not llm.engine.has_work
+    before = llm.engine.num_steps
+    llm.generate([B], greedy(2))
+    assert llm.engine.num_steps - before == 2
+
+
+def test_an_exception_in_the_consumer_aborts_the_stream(llm: LLM) -> None:
+    def consume() -> None:
+        for _ in llm.stream([A], greedy(100)):
+            raise KeyError("consumer")
+
+    with pytest.raises(KeyError, match="consumer"):
+        consume()
+    assert not llm.engine.has_work
+
+
+def test_a_stream_that_was_never_read_queues_nothing(llm: LLM) -> None:
+    stream = llm.stream([A], greedy(100))
+    assert not llm.engine.has_work
+    del stream
+    with pytest.raises(PromptError):
+        llm.stream([[10**6]], greedy(1))  # the call itself checks the requests
+
+
+def test_threads_get_the_answers_of_single_calls(llm: LLM) -> None:
+    prompts = [[5 + i, 6 + i] for i in range(6)]
+    expected = [tokens(llm, prompt, 20) for prompt in prompts]
+    wrong: list[object] = []
+
+    def work(i: int) -> None:
+        try:
+            found = (
+                tokens(llm, prompts[i], 20)
+                if i % 2
+                else [output.outputs[0].token_ids for output in llm.stream([prompts[i]], greedy(20))][-1]
+            )
+            if found != expected[i]:
+                wrong.append((i, found))
+            llm.embed([prompts[i]])
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+def test_a_stream_closed_in_another_thread_is_aborted(llm: LLM) -> None:
+    stream = llm.stream([A], greedy(100))
+    next(stream)
+    thread = threading.Thread(target=stream.close)
+    thread.start()
+    thread.join(60)
+    assert not llm.engine.has_work
+
+
+def test_ctrl_c_takes_effect_between_steps_and_aborts_the_call(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tokens(llm, A, 6)
+    run = type(llm.engine.decoder).run
+
+    def interrupted(*args: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return run(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(llm.engine.decoder), "run", interrupted)
+    before = llm.engine.num_steps
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([A, B], greedy(100))
+    monkeypatch.undo()
+    assert llm.engine.num_steps == before + 1  # the step was completed
+    assert not llm.engine.has_work
+    assert tokens(llm, A, 6) == expected
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_takes_effect_at_once() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(1)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(2)
+    assert reached == [1]
+
+
+def test_an_abort_ends_one_request_with_a_reason(llm: LLM) -> None:
+    expected = tokens(llm, B, 6)
+    last: dict[str, CompletionOutput] = {}
+    for output in llm.stream([A, B], greedy(6)):
+        if not last:
+            llm.abort(output.request_id)
+        last[output.request_id] = output.outputs[0]
+    aborted, other = last.values()
+    assert (aborted.finish_reason, aborted.stop_reason) == ("abort", "aborted by the caller")
+    assert 0 < len(aborted.token_ids) < 6
+    assert (other.finish_reason, other.token_ids) == ("length", expected)
+    llm.abort("unknown")
+
+
+def test_a_failed_step_ends_all_calls_and_later_calls_work(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tokens(llm, A, 6)
+    stream = llm.stream([B], greedy(6))
+    next(stream)
+
+    def broken(plan: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(llm.engine, "_copy_blocks", broken)
+    with pytest.raises(EngineError, match="OSError: no space left"):
+        llm.generate([A], greedy(6))
+    monkeypatch.undo()
+    with pytest.raises(EngineError, match="no space left"):
+        next(stream)
+    assert tokens(llm, A, 6) == expected
+
+
+def test_outputs_taken_by_a_direct_step_are_an_error_and_no_hang(llm: LLM) -> None:
+    stream = llm.stream([A], greedy(2))
+    next(stream)
+    llm.engine.step()
+    with pytest.raises(EngineError, match=r"direct use of LLM\.engine"):
+        next(stream)
+
+
+def test_a_late_reader_gets_the_newest_output_of_each_request() -> None:
+    class Group:
+        def __init__(self, request_id: str) -> None:
+            self.request_id = request_id
+
+    call = Call([Group("a"), Group("b")], max_queued=10)  # type: ignore[list-item]
+    for number in range(100):
+        for name in "ab":
+            text = CompletionOutput(0, str(number), ())
+            call.push(RequestOutput(name, None, (), None, [text], finished=number == 99))
+    taken = []
+    while (output := call.take()) is not None:
+        taken.append(output)
+    assert len(taken) < 16
+    assert {output.request_id for output in taken if output.finished} == {"a", "b"}
+    assert call.is_ended
