@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from sageLLM.runtime.core.printable import printable
+
+MAX_MESSAGE_LEN = 10_000
+
 
 class SageError(ValueError):
-    """Base class: an input of the user is invalid."""
+    """Base class: an input of the user is invalid.
+
+    Messages quote names and values of checkpoints and requests, so they are made safe to print here, in one place.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, MAX_MESSAGE_LEN))
 
 
 class CheckpointError(SageError):

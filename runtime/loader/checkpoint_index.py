@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.files import read_regular_file
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MAX_INDEX_BYTES = 256 * 2**20
+MAX_INDEX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +25,15 @@ class StoredTensor:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Maps tensor names to file names. Raises CheckpointError if the index is damaged or lacks the map."""
-    try:
-        if (size := index.stat().st_size) > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index} must have at most {MAX_INDEX_BYTES} bytes, got {size}; download it again")
-        content = json_object(index, index.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
+    content = json_object(index, read_regular_file(index, MAX_INDEX_BYTES))
     found = content.get("weight_map")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{index} must have a 'weight_map' from tensor names to file names; download it again")
     for name, file_name in found.items():
         if not isinstance(file_name, str):
-            raise CheckpointError(f"{index}: the file of the tensor {name!r} must be a string, got {shown(file_name)}")
+            raise CheckpointError(
+                f"{index}: the file of the tensor {quoted(name)} must be a string, got {shown(file_name)}"
+            )
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.printable import printable
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.json_files import read_json
 
@@ -28,7 +29,7 @@ def layout_of(data: Mapping[str, Any], path: Path, layouts: Mapping[str, ModelLa
         for layout in layouts.values():
             if architecture in layout.architectures:
                 return layout
-    got = ", ".join(name[:60] for name in architectures) or "none"
+    got = ", ".join(printable(name, 60) for name in architectures[:8]) or "none"
     known = sorted(name for layout in layouts.values() for name in layout.architectures)
     raise CheckpointError(
         f"{path}: expected an architecture with a layout, got {got}; known are {', '.join(known)}. "

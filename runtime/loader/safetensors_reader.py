@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.checkpoint_index import (
     INDEX_FILE,
@@ -27,7 +28,13 @@ from sageLLM.runtime.loader.checkpoint_index import (
     weight_map,
 )
 
-MAX_HEADER_BYTES = 100_000_000
+# Bounds on a file's header, well above those of published checkpoints (30 MB and 200,000 tensors for 10^12 parameters
+# in one file, 5 dimensions). The format allows 100 MB, from which Python would build gigabytes of objects.
+MAX_HEADER_BYTES = 48 * 2**20
+MAX_TENSORS = 2**18
+MAX_DIMS = 16
+MAX_SIZE = 2**63 - 1
+MAX_FILE_NAME_LEN = 255
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -95,7 +102,7 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         if name not in self._infos:
-            raise CheckpointError(f"expected the tensor {name!r} in {self.folder}")
+            raise CheckpointError(f"expected the tensor {quoted(name)} in {self.folder}")
         return self._infos[name]
 
     def stored(self) -> dict[str, StoredTensor]:
@@ -145,13 +152,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as file:
             header_len = int.from_bytes(file.read(8), "little")
-            # A damaged length could request exabytes; the library has the same limit on headers.
-            if size < 8 or header_len > min(size - 8, MAX_HEADER_BYTES):
+            if size < 8 or header_len > size - 8:  # a damaged length could request exabytes
                 raise CheckpointError(damaged(path, f"its {size} bytes do not contain a header"))
+            if header_len > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: the header must have at most {MAX_HEADER_BYTES} bytes, got {header_len}; "
+                    "split the checkpoint into shards"
+                )
             header = json_object(path, file.read(header_len))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     header.pop("__metadata__", None)  # free text, not a tensor
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path} must have at most {MAX_TENSORS} tensors, got {len(header)}; split the checkpoint into shards"
+        )
     infos = {name: _tensor_info(path, name, entry) for name, entry in header.items()}
     needed = 8 + header_len + max((_end_of(path, name, entry) for name, entry in header.items()), default=0)
     if size < needed:
@@ -167,7 +182,7 @@ def _read_shards(root: Path) -> dict[str, TensorInfo]:
         if file_name not in shards:
             shards[file_name] = read_header(_shard_path(index, file_name))
         if name not in shards[file_name]:
-            raise CheckpointError(f"{index} lists the tensor {name!r} in {file_name}, which does not contain it")
+            raise CheckpointError(f"{index} lists the tensor {quoted(name)} in {file_name}, which does not contain it")
         infos[name] = shards[file_name][name]
     return infos
 
@@ -175,12 +190,13 @@ def _read_shards(root: Path) -> dict[str, TensorInfo]:
 def _shard_path(index: Path, file_name: str) -> Path:
     """The path of a shard. Names with a folder are rejected: they could read any file of the machine."""
     if file_name in ("", ".", "..") or "/" in file_name or "\\" in file_name or "\0" in file_name:
-        raise CheckpointError(f"{index}: shards must be in the folder of the index, got the file {file_name!r}")
+        raise CheckpointError(f"{index}: shards must be in the folder of the index, got the file {quoted(file_name)}")
     if not file_name.endswith(".safetensors"):
-        raise CheckpointError(f"{index}: shards must be .safetensors files, got the file {file_name!r}")
+        raise CheckpointError(f"{index}: shards must be .safetensors files, got the file {quoted(file_name)}")
     path = index.parent / file_name
-    if not path.is_file():
-        raise CheckpointError(f"{index} lists the file {file_name!r}, which is missing; download it again")
+    # A name that is longer than file systems allow raises OSError in is_file.
+    if len(file_name.encode(errors="replace")) > MAX_FILE_NAME_LEN or not path.is_file():
+        raise CheckpointError(f"{index} lists the file {quoted(file_name)}, which is missing; download it again")
     return path
 
 
@@ -203,28 +219,34 @@ def _no_safetensors(root: Path) -> str:
 
 def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise CheckpointError(damaged(path, f"the header entry of {name!r} must be an object, got {shown(entry)}"))
+        raise CheckpointError(
+            damaged(path, f"the header entry of {quoted(name)} must be an object, got {shown(entry)}")
+        )
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if shape is None or not _is_sizes(shape):
-        raise CheckpointError(damaged(path, f"the shape of {name!r} must be a list of sizes, got {shown(shape)}"))
+        raise CheckpointError(damaged(path, f"the shape of {quoted(name)} must be a list of sizes, got {shown(shape)}"))
+    if len(shape) > MAX_DIMS:
+        raise CheckpointError(f"{path}: the tensor {quoted(name)} must have at most {MAX_DIMS} dims, got {len(shape)}")
     if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         known = ", ".join(TORCH_DTYPES)
-        raise CheckpointError(f"{path}: the dtype of {name!r} must be one of {known}, got {shown(dtype)}")
+        raise CheckpointError(f"{path}: the dtype of {quoted(name)} must be one of {known}, got {shown(dtype)}")
     info = TensorInfo(name, tuple(shape), TORCH_DTYPES[dtype], path)
     start, end = _offsets(path, name, entry)
     if end - start != info.num_bytes:
-        raise CheckpointError(damaged(path, f"expected {info.num_bytes} bytes for {name!r}, got {end - start}"))
+        raise CheckpointError(damaged(path, f"expected {info.num_bytes} bytes for {quoted(name)}, got {end - start}"))
     return info
 
 
 def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_SIZE for v in value)
 
 
 def _offsets(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
     offsets = entry.get("data_offsets")
     if offsets is None or not _is_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(damaged(path, f"the data_offsets of {name!r} must be two offsets, got {shown(offsets)}"))
+        raise CheckpointError(
+            damaged(path, f"the data_offsets of {quoted(name)} must be two offsets, got {shown(offsets)}")
+        )
     return offsets[0], offsets[1]
 
 

@@ -33,7 +33,7 @@ def read_recipe(folder: Path) -> EmbeddingRecipe:
     Raises CheckpointError for a damaged file.
     """
     path = folder / "modules.json"
-    if not path.is_file():
+    if not path.exists():
         return EmbeddingRecipe()
     modules = read_json(path)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
@@ -44,11 +44,19 @@ def read_recipe(folder: Path) -> EmbeddingRecipe:
         return EmbeddingRecipe(unsupported=f"{path} names the module {unknown[0]}, which is not supported")
     if "Pooling" not in kinds:
         return EmbeddingRecipe(normalize="Normalize" in kinds)
-    config = folder / str(kinds["Pooling"].get("path", "")) / "config.json"
+    config = _module_folder(path, kinds["Pooling"].get("path", "")) / "config.json"
     pooling = _pooling(read_json(config))
     if pooling is None:
         return EmbeddingRecipe(unsupported=f"{config} requests a pooling that is not supported")
     return EmbeddingRecipe(pooling, "Normalize" in kinds)
+
+
+def _module_folder(path: Path, name: object) -> Path:
+    """The folder of a module. Names outside the folder of modules.json are rejected: they could read any file."""
+    parts = name.replace("\\", "/").split("/") if isinstance(name, str) else None
+    if parts is None or not isinstance(name, str) or ".." in parts or (name and not parts[0]) or ":" in parts[0]:
+        raise CheckpointError(f"{path}: the path of a module must be a folder inside {path.parent}, got {shown(name)}")
+    return path.parent / name
 
 
 def _pooling(config: Any) -> Pooling | None:

@@ -6,15 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.rope import rope_tables
+
+MAX_TABLE_BYTES = 768 * 2**20
+"""A bound on the rope tables, which are computed for all positions. A million positions of a head of 128 use half."""
 
 
 def make_tables(config: Any, num_positions: int) -> dict[str, Tensor]:
     """Every table by its name in graphs, for sequences of up to `num_positions` tokens.
 
-    Raises CheckpointError for a rope scaling that cannot be computed.
+    Raises CheckpointError for a rope scaling that cannot be computed, and for tables that are too large.
     """
     tables: dict[str, Tensor] = {}
+    num_bytes = sum(4 * num_positions * rope.dim for rope in config.rope.values())  # cos and sin, half of the dims each
+    if num_bytes > MAX_TABLE_BYTES:
+        raise CheckpointError(
+            f"the rope tables of {num_positions} positions must have at most {MAX_TABLE_BYTES >> 20} MiB, "
+            f"got {num_bytes >> 20}; pass a lower max_model_len"
+        )
     for name, rope in config.rope.items():
         suffix = f"_{name}" if name else ""
         made = rope_tables(rope, num_positions)

@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from sageLLM.runtime.errors import TokenizerError
+from sageLLM.runtime.files import read_regular_file
 from sageLLM.runtime.text.token_text import TokenText
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
@@ -62,7 +63,7 @@ class Tokenizer:
         """
         root = Path(folder)
         path = root / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise TokenizerError(_missing(root))
         data = _read_bytes(path, MAX_TOKENIZER_BYTES)
         try:
@@ -145,7 +146,7 @@ def _chat_templates(root: Path, config: Mapping[str, object]) -> dict[str, str]:
         pairs = ((entry.get("name"), entry.get("template")) for entry in entries)
         templates = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
     path = root / "chat_template.jinja"
-    if path.is_file():
+    if path.exists():
         templates["default"] = _read_text(path)
     return templates
 
@@ -158,7 +159,7 @@ def _eos_ids(root: Path, file_name: str) -> frozenset[int]:
 
 def _read_object(path: Path) -> dict[str, object]:
     """The JSON object in the file; {} if the file does not exist."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     text = _read_text(path)
     try:
@@ -178,10 +179,4 @@ def _read_text(path: Path) -> str:
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise TokenizerError(f"{path} must have at most {limit} bytes, got {size}")
-        return path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    return read_regular_file(path, limit, TokenizerError)

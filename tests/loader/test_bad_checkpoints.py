@@ -1,6 +1,7 @@
 """Damaged checkpoints, invalid arguments and invalid requests through the public `LLM`: the exact messages."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -79,6 +80,52 @@ def test_a_folder_without_config(folder: Path) -> None:
 def test_config_that_is_not_json(text: str, why: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
     assert refusal(folder) == f"{folder / 'config.json'} {why}download it again"
+
+
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "model.safetensors"])
+def test_a_fifo_or_device_in_the_place_of_a_file(name: str, folder: Path) -> None:
+    """Reading one would wait for a writer, or never end."""
+    (folder / name).unlink(missing_ok=True)
+    missing = f"{folder} has neither model.safetensors nor model.safetensors.index.json; found model.safetensors"
+    os.mkfifo(folder / name)
+    assert refusal(folder) == (f"{folder / name} must be a regular file, got a FIFO" if "json" in name else missing)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert refusal(folder) == (f"{folder / name} must be a regular file, got a device" if "json" in name else missing)
+
+
+def test_a_config_of_a_hundred_megabytes(folder: Path) -> None:
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(100_000_000)
+    assert refusal(folder) == f"{folder / 'config.json'} must have at most 4194304 bytes, got 100000000"
+
+
+@pytest.mark.parametrize("outside", ["/etc", "../other", "1_Pooling/../..", "C:\\x", "..\\x", 7])
+def test_a_module_outside_the_folder(outside: Any, folder: Path) -> None:
+    modules = [{"type": "Transformer", "path": ""}, {"type": "sentence_transformers.models.Pooling", "path": outside}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    shown = outside if isinstance(outside, int) else f"'{outside}'"
+    assert refusal(folder) == (
+        f"{folder / 'modules.json'}: the path of a module must be a folder inside {folder}, got {shown}"
+    )
+
+
+def test_rope_tables_of_more_positions_than_the_memory_holds(folder: Path) -> None:
+    edit_config(folder, max_position_embeddings=2**24)
+    assert refusal(folder) == (
+        f"{folder / 'config.json'}: the rope tables of 16777216 positions must have at most 768 MiB, got 1024; "
+        "pass a lower max_model_len"
+    )
+    assert len(LLM(folder, skip_tokenizer=True, max_model_len=64).generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 3
+
+
+@pytest.mark.parametrize("key", ["architectures", "dtype", "hidden_size", "rope_parameters"])
+def test_escape_sequences_in_values_are_not_printed(key: str, folder: Path) -> None:
+    evil = "\x1b]0;owned\x07\u202e\r\n\ud800"
+    edit_config(folder, **{key: [evil] if key == "architectures" else {"rope_type": evil} if "rope" in key else evil})
+    message = refusal(folder)
+    assert "\\x1b]0;owned\\x07\\u202e\\r" in message
+    assert all(char.isprintable() or char == "\n" for char in message)
 
 
 def test_config_nested_beyond_reason(folder: Path) -> None:
@@ -229,6 +276,24 @@ def test_a_missing_tensor(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop(Q_PROJ))
     problem = f"missing tensor '{Q_PROJ}' [64, 64], which fills layers.0.attention.wqkv"
     assert refusal(folder) == misfit(folder, problem)
+
+
+def test_an_unused_tensor_with_escape_sequences_or_without_end(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"\x1b[2J\n": torch.ones(2)}))
+    assert refusal(folder) == misfit(folder, "tensor '\\x1b[2J\\n' [2] is unused by the layout")
+    edit_tensors(folder, lambda tensors: (tensors.popitem(), tensors.update({"x" * 100_000: torch.ones(2)})))
+    assert len(refusal(folder)) < 2000
+
+
+def test_a_hundred_thousand_empty_tensors(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({f"e{i}": torch.ones(0) for i in range(100_000)}))
+    assert refusal(folder).endswith("and at least 980 more")
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.bool])
+def test_weights_that_are_integers(dtype: torch.dtype, folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(dtype)}))
+    assert "is quantised" in refusal(folder)
 
 
 def test_an_unused_tensor(folder: Path) -> None:

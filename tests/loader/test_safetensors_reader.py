@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sageLLM.runtime.core.printable import quoted
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 
@@ -126,8 +127,18 @@ def test_bad_indexes(sharded):
 def test_index_that_leaves_the_folder(sharded, name):
     point_to(sharded, name)
     assert refusal(sharded) == (
-        f"F/model.safetensors.index.json: shards must be in the folder of the index, got the file {name!r}"
+        f"F/model.safetensors.index.json: shards must be in the folder of the index, got the file {quoted(name)}"
     )
+
+
+def test_index_with_file_names_that_no_file_system_allows(sharded):
+    index = "F/model.safetensors.index.json"
+    for stem in ("x" * 1_000_000, "\u00e9" * 200, "\x1b[31m", "\ud800"):
+        name = stem + ".safetensors"
+        point_to(sharded, name)
+        shown = quoted(name)
+        assert len(shown) < 300
+        assert refusal(sharded) == f"{index} lists the file {shown}, which is missing; download it again"
 
 
 def write_raw(folder, header, data=b"", header_len=None):
@@ -169,6 +180,31 @@ BAD_HEADERS = [
 def test_bad_headers(tmp_path, header, message):
     write_raw(tmp_path, header, b"\0" * 8)
     assert refusal(tmp_path) == f"F/model.safetensors {message}"
+
+
+@pytest.mark.parametrize("num_dims", [17, 500, 100_000])
+def test_too_many_dims(num_dims, tmp_path):
+    write_raw(tmp_path, entry(shape=[1] * num_dims, data_offsets=[0, 4]), b"\0" * 8)
+    assert refusal(tmp_path) == f"F/model.safetensors: the tensor 'x' must have at most 16 dims, got {num_dims}"
+
+
+def test_sizes_beyond_64_bits(tmp_path):
+    write_raw(tmp_path, entry(shape=[0, 2**63], data_offsets=[0, 0]))
+    assert refusal(tmp_path).startswith("F/model.safetensors is damaged: the shape of 'x' must be a list of sizes")
+
+
+def test_headers_beyond_the_bounds(tmp_path):
+    write_raw(tmp_path, {f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(2**18 + 1)})
+    assert refusal(tmp_path) == (
+        "F/model.safetensors must have at most 262144 tensors, got 262145; split the checkpoint into shards"
+    )
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write((60_000_000).to_bytes(8, "little"))
+        file.truncate(60_000_008)
+    assert refusal(tmp_path) == (
+        "F/model.safetensors: the header must have at most 50331648 bytes, got 60000000; "
+        "split the checkpoint into shards"
+    )
 
 
 def test_unknown_dtype(tmp_path):

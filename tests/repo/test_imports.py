@@ -26,8 +26,8 @@ class Layer:
 
 
 def runtime_layer(*packages: str, others: str = "", lazily: str = "") -> Layer:
-    """A package of the runtime that may import `packages`, the core, the errors and the generated code."""
-    ours = [f"sageLLM.runtime.{name}" for name in ("core", "errors", *packages)]
+    """A package of the runtime that may import `packages`, the core, errors, files and the generated code."""
+    ours = [f"sageLLM.runtime.{name}" for name in ("core", "errors", "files", *packages)]
     return Layer((*ours, "sageLLM.generated"), frozenset(others.split()), frozenset(lazily.split()))
 
 
@@ -46,7 +46,8 @@ LAYERS = {
         ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"torch", "triton"})
     ),
     "generated/tests": Layer(ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"pytest", "torch"})),
-    "runtime/errors.py": Layer(ours=()),
+    "runtime/errors.py": Layer(ours=("sageLLM.runtime.core.printable",)),
+    "runtime/files.py": Layer(ours=("sageLLM.runtime.errors",)),
     "runtime/core": Layer(ours=("sageLLM.runtime.core",)),
     "runtime/kv": runtime_layer("kv"),
     "runtime/scheduler": runtime_layer("kv", "scheduler"),

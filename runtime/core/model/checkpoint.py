@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, Protocol
 
 from sageLLM.runtime.core.model.weights import Part, View, WeightSpec
+from sageLLM.runtime.core.printable import quoted
 
 MAX_PROBLEMS = 1000
 Shape = tuple[int, ...]
@@ -37,7 +38,9 @@ def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Sha
     problems = [*reads.problems, *reads.wrong_covers()]
     for name, shape in shapes.items():
         if name not in reads.names and not is_ignored(layout, name):
-            problems.append(f"tensor '{name}'{_dims(shape)} is unused by the layout")
+            problems.append(f"tensor {quoted(name)}{_dims(shape)} is unused by the layout")
+            if len(problems) >= MAX_PROBLEMS:
+                break
     return problems[:MAX_PROBLEMS]
 
 

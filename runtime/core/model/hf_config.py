@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.printable import quoted
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 100_000
@@ -230,7 +231,7 @@ def shown(value: object) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            return f"'{value[:40]}'"
+            return quoted(value, 40)
         case Mapping():
             return "an object"
         case list():
