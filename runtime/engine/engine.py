@@ -70,9 +70,14 @@ class Engine:
         *,
         disk_folder: Path | None = None,
         objective: ServiceObjective | None = None,
+        eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """`eos_token_ids` end an answer in addition to the tokenizer's."""
         self.model = model
         self.tokenizer = tokenizer
+        eos_ids = eos_token_ids | (tokenizer.eos_token_ids if tokenizer else frozenset[int]())
+        # A file may name ids that the model cannot produce; the sampler could not ban them.
+        self._eos_ids = frozenset(token_id for token_id in eos_ids if token_id < model.config.V)
         self.is_strict = config.mode == "strict"
 
         def make_scheduler() -> PDScheduler:
@@ -124,10 +129,7 @@ class Engine:
         validate_prompt(token_ids, self.model.config.V, self.model.max_model_len)
         validate_params(params, self.model.config.V)
         self._check_kv_room(params, len(token_ids))
-        eos_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
-        # A config may name ids that the model cannot produce; the sampler could not ban them.
-        eos_ids = frozenset(token_id for token_id in eos_ids if token_id < self.model.config.V)
-        rules = stop_rules(params, eos_ids, len(token_ids), self._max_seq_len)
+        rules = stop_rules(params, self._eos_ids, len(token_ids), self._max_seq_len)
         return make_group(group_id, prompt, token_ids, params, rules, self.tokenizer)
 
     @property

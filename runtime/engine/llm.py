@@ -31,7 +31,7 @@ from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_template import ChatTemplate
-from sageLLM.runtime.text.tokenizer import Tokenizer
+from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids
 
 
 class LLM:
@@ -115,6 +115,7 @@ class LLM:
                 budget,
                 disk_folder=None if disk_folder is None else Path(disk_folder),
                 objective=objective,
+                eos_token_ids=read_eos_ids(folder),
             )
         self.shared = SharedEngine(self._engine)
         self._embedder = Embedder(

@@ -14,14 +14,13 @@ import tokenizers
 
 from sageLLM.runtime.errors import TokenizerError
 from sageLLM.runtime.files import read_regular_file
+from sageLLM.runtime.text.added_tokens import add_missing_tokens, special_tokens
 from sageLLM.runtime.text.token_text import TokenText
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_TEXT_LEN = 16 * 2**20
 """The longest text, in characters, that `encode` accepts."""
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Reads tokenizer.json and, if present, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
-        generation_config.json and config.json. Raises TokenizerError for a missing or damaged file.
+        """Reads tokenizer.json and, if present, tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+        chat_template.jinja, generation_config.json and config.json.
+
+        Raises TokenizerError for a missing or damaged file.
         """
         root = Path(folder)
         path = root / "tokenizer.json"
@@ -70,6 +71,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exceptions
             raise TokenizerError(f"{path} is not a tokenizer: {error}") from None
+        config, special_map = _read_object(root / "tokenizer_config.json"), _read_special_map(root)
+        added = _read_object(root / "added_tokens.json")
+        add_missing_tokens(backend, config, special_map, added, root / "tokenizer_config.json")
         return cls(backend, read_tokenizer_config(root))
 
     @property
@@ -107,12 +111,21 @@ def _not_utf8(text: str) -> str:
 
 def read_tokenizer_config(root: Path) -> TokenizerConfig:
     config = _read_object(root / "tokenizer_config.json")
-    special_map = _read_object(root / "special_tokens_map.json")
     return TokenizerConfig(
-        special_tokens=_special_tokens(special_map) | _special_tokens(config),
+        special_tokens=special_tokens(config, _read_special_map(root)),
         chat_templates=_chat_templates(root, config),
-        eos_token_ids=_eos_ids(root, "generation_config.json") or _eos_ids(root, "config.json"),
+        eos_token_ids=read_eos_ids(root),
     )
+
+
+def read_eos_ids(root: Path) -> frozenset[int]:
+    """The end-of-sequence ids of generation_config.json, else of config.json, which need no tokenizer."""
+    generation, config = _read_object(root / "generation_config.json"), _read_object(root / "config.json")
+    return _eos_ids(generation) or _eos_ids(config) or _eos_ids(config.get("text_config"))
+
+
+def _read_special_map(root: Path) -> dict[str, object]:
+    return _read_object(root / "special_tokens_map.json")
 
 
 def _missing(root: Path) -> str:
@@ -124,16 +137,6 @@ def _missing(root: Path) -> str:
             "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     return f"expected tokenizer.json in {root}; copy it from the model's page, or pass prompts as token ids"
-
-
-def _special_tokens(values: Mapping[str, object]) -> dict[str, str]:
-    tokens = {}
-    for name in _NAMED_TOKENS:
-        value = values.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            tokens[name] = text
-    return tokens
 
 
 def _chat_templates(root: Path, config: Mapping[str, object]) -> dict[str, str]:
@@ -151,8 +154,8 @@ def _chat_templates(root: Path, config: Mapping[str, object]) -> dict[str, str]:
     return templates
 
 
-def _eos_ids(root: Path, file_name: str) -> frozenset[int]:
-    value = _read_object(root / file_name).get("eos_token_id")
+def _eos_ids(config: object) -> frozenset[int]:
+    value = config.get("eos_token_id") if isinstance(config, dict) else None
     ids = value if isinstance(value, list) else [value]
     return frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
 

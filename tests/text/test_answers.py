@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -76,3 +77,29 @@ def test_a_character_that_the_prompt_begins_is_in_the_answer(llm):
     answer = llm.generate([prompt], params)[0].outputs[0]
     assert answer.text == "好"
     assert answer.logprobs[0][last].decoded_token == "好"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("generation_config.json", {"eos_token_id": [7, 9]}),
+        ("config.json", {"eos_token_id": 9}),
+        ("generation_config.json", {"eos_token_id": [9, 10**6]}),
+    ],
+)
+def test_the_end_of_sequence_ids_need_no_tokenizer(make_checkpoint, tmp_path, name, values):
+    for path in make_checkpoint("Llama", vocab_size=320).iterdir():
+        if path.suffix == ".safetensors" or path.name == "config.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    llm = LLM(tmp_path, dtype="float32", skip_tokenizer=True)
+    params = [
+        SamplingParams(temperature=0, max_tokens=5, logit_bias={9: 100.0}, **more)
+        for more in ({}, {"ignore_eos": True}, {"min_tokens": 2})
+    ]
+    answers = [output.outputs[0] for output in llm.generate([[3, 4]] * 3, params)]
+    assert (answers[0].token_ids, answers[0].finish_reason, answers[0].stop_reason) == ((9,), "stop", None)
+    assert answers[1].token_ids == (9,) * 5
+    assert answers[2].token_ids[2:] == (9,)
+    assert 9 not in answers[2].token_ids[:2]
