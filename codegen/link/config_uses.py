@@ -27,6 +27,7 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
     """The names in all texts that may read a config name."""
     texts = _size_texts(flat)
     texts += [located.value for located in flat.checks]
+    texts += [name for located in flat.ignore for name in braced_names(located.value)]
     texts += [str(flat.alibi.value.max_bias)] if flat.alibi else []
     texts += [text for located in flat.config.values() for text in _default_of(located.value)]
     texts += [text for weight in _all_weights(flat) for text in _conditions_of(weight)]
@@ -37,6 +38,11 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
     for entry in passes:
         texts += entry.spec.expect
     return words_of(texts)
+
+
+def braced_names(pattern: str) -> list[str]:
+    """The config names in a pattern of ignored tensors, such as `model.layers.{L}.*`."""
+    return re.findall(r"\{(\w+)\}", pattern)
 
 
 def _size_texts(flat: FlatModel) -> list[str]:

@@ -9,7 +9,7 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.facts import ARCHITECTURE
 from sageLLM.codegen.link.blocks import BlockLinker, attends
 from sageLLM.codegen.link.config import check_own_names_are_read, link_checks, link_config
-from sageLLM.codegen.link.config_uses import names_read, size_names
+from sageLLM.codegen.link.config_uses import braced_names, names_read, size_names
 from sageLLM.codegen.link.engine_inputs import EngineInputLinker, EngineInputs
 from sageLLM.codegen.link.flat_layout import FlatModel
 from sageLLM.codegen.link.flatten import flatten
@@ -34,7 +34,7 @@ from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.schema.models import ModelFile
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
-_IGNORED = re.compile(r"\*?[A-Za-z0-9_.-]+\*?\Z")
+_IGNORED = re.compile(r"\*?(?:[A-Za-z0-9_.-]|\{[A-Za-z]\w*\})+\*?\Z")
 _STEP_DIMS = frozenset({"T", "B", "S", "PG", "BS", "MB", "P", "R", "KV"})
 """Dims that differ from step to step, which config names must not shadow."""
 
@@ -69,6 +69,20 @@ def link_model(name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDe
     for found in own.diagnostics:
         sink.error(found.code, found.message, found.span, found.help, found.related)
     return model if not own.diagnostics else None
+
+
+def _shared_prefix(own: Iterable[WeightDef], blocks: Iterable[BlockDef]) -> str:
+    """The first component that the tensor names of all blocks share with a weight outside the layers, as `model.`.
+
+    It is the name of the module without the head, whose own checkpoints lack it.
+    """
+    in_layers = {_first_component(part.hf) for block in blocks for weight in block.weights for part in weight.parts}
+    outside = {_first_component(part.hf) for weight in own if not weight.is_per_layer for part in weight.parts}
+    return next(iter(in_layers)) if len(in_layers) == 1 and in_layers <= outside else ""
+
+
+def _first_component(name: str) -> str:
+    return "".join(name.partition(".")[:2])
 
 
 def _is_name(name: str) -> bool:
@@ -116,8 +130,8 @@ class ModelLinker:
         context = replace(context, blocks=blocks)
         program, results = ProgramLinker(self.flat, self.sink).link(own, context)
         checks = tuple(link_checks(self.flat, config, self.sink))
-        self._check_ignored()
-        self._check_prefix([*own.values(), *(w for block in blocks.values() if block for w in block.weights)])
+        self._check_ignored(config)
+        self._check_prefixes([*own.values(), *(w for block in blocks.values() if block for w in block.weights)])
         if not self.sink.diagnostics:  # after a misspelt use, the name would also be reported as unused
             check_own_names_are_read(self.flat, names_read(self.flat, self.raw.passes.values()), self.sink)
         if self.sink.diagnostics:
@@ -155,7 +169,8 @@ class ModelLinker:
             base=flat.base,
             summary=spec.summary,
             architectures=tuple(spec.hf.architectures),
-            prefix=spec.hf.prefix,
+            prefix=spec.hf.prefix or _shared_prefix(own.values(), linked.values()),
+            outer_prefix=spec.hf.outer_prefix,
             config=config,
             checks=checks,
             ropes=provided.ropes,
@@ -208,17 +223,22 @@ class ModelLinker:
                 found[phase] = self.ops[located.value]
         return found
 
-    def _check_prefix(self, weights: Iterable[WeightDef]) -> None:
+    def _check_prefixes(self, weights: Iterable[WeightDef]) -> None:
         prefix = self.flat.entry.spec.hf.prefix
         if prefix and not any(part.hf.startswith(prefix) for weight in weights for part in weight.parts):
             span = self.flat.entry.span("hf", "prefix")
             help = "write the common beginning of the tensor names, with the dot: `prefix: model.`"
             self.sink.error("SAGE212", f"no tensor name begins with the prefix '{prefix}'", span, help)
 
-    def _check_ignored(self) -> None:
+    def _check_ignored(self, config: Mapping[str, ConfigName]) -> None:
         for located in self.flat.ignore:
             if not _IGNORED.match(located.value):
-                help = "write a tensor name, with an optional `*` at its start or end"
+                help = "write a tensor name, with an optional `*` at its start or end, and config names in braces"
                 self.sink.error(
                     "SAGE212", f"expected a tensor name pattern, got '{located.value}'", located.span(), help
                 )
+            for name in braced_names(located.value):
+                if name not in config or config[name].type not in ("size", "int") or config[name].items is not None:
+                    near = did_you_mean(name, [one for one, found in config.items() if found.type in ("size", "int")])
+                    message = f"expected an integer of this layout in braces, got '{name}'"
+                    self.sink.error("SAGE210", message, located.span(), near)

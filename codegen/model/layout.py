@@ -262,6 +262,7 @@ class ModelDef:
     summary: str
     architectures: tuple[str, ...]
     prefix: str
+    outer_prefix: str
     config: Mapping[str, ConfigName]
     checks: tuple[Check, ...]
     ropes: tuple[RopeDef, ...]

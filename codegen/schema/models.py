@@ -29,7 +29,12 @@ class ArchitecturesSpec(Strict):
 
     architectures: list[str] = Field(min_length=1, description="values of `architectures` in config.json")
     prefix: str = Field(
-        default="", description="common prefix of tensor names; checkpoints of the bare model, without it, are read too"
+        default="",
+        description="prefix of tensor names that checkpoints of the bare model lack; by default the first component "
+        "that the names of all blocks share with a weight outside the layers",
+    )
+    outer_prefix: str = Field(
+        default="", description="for layouts of bare models: prefix of the tensor names in checkpoints with a head"
     )
 
 
@@ -305,6 +310,7 @@ class ModelFile(Strict):
         default={}, description="the attention op of each phase, for layouts with `attend`"
     )
     ignore_hf: list[str] = Field(
-        default=[], description="checkpoint tensors that are not read; `*` at an end is a wildcard"
+        default=[],
+        description="checkpoint tensors that are not read; `*` at an end is a wildcard, `{L}` the value of config L",
     )
     tests: ModelTests = Field(description="test config")

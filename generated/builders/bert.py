@@ -324,7 +324,8 @@ def program(g: GraphWriter, c: BertConfig, stage: Stage) -> list[TensorRef]:
 BERT = ModelLayout(
     name="bert",
     spec="specs/models/bert.yaml: bert",
-    architectures=("BertModel",),
+    architectures=("BertModel", "BertForMaskedLM", "BertForPreTraining"),
+    outer_prefix="bert.",
     read_config=BertConfig.from_hf,
     shard_config=shard_config,
     weights=weights,
@@ -335,7 +336,7 @@ BERT = ModelLayout(
     phases=("prefill",),
     hidden="x",
     pooled="pooled",
-    ignore=("*position_ids",),
+    ignore=("*position_ids", "cls.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

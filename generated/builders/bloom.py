@@ -318,6 +318,7 @@ BLOOM = ModelLayout(
     name="bloom",
     spec="specs/models/bloom.yaml: bloom",
     architectures=("BloomForCausalLM",),
+    prefix="transformer.",
     read_config=BloomConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

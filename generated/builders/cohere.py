@@ -374,6 +374,7 @@ COHERE = ModelLayout(
     name="cohere",
     spec="specs/models/cohere.yaml: cohere",
     architectures=("CohereForCausalLM",),
+    prefix="model.",
     read_config=CohereConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

@@ -83,6 +83,10 @@ class DeepseekV2Config(ModelSizes):
     """Whether lm_head is the embedding table."""
     bias: bool
     """Whether the down-projections and the output projection have a bias."""
+    num_mtp: int
+    """Layers after the last that predict further tokens, of which this family has none."""
+    mtp_layer: int
+    """Index of the first such layer in the checkpoint."""
     num_dense: int
     """Number of leading dense layers."""
     groups: int
@@ -129,6 +133,8 @@ class DeepseekV2Config(ModelSizes):
         act = hf.str("hidden_act", default="silu")
         tie = hf.bool("tie_word_embeddings", default=False)
         bias = hf.bool("attention_bias", default=False)
+        num_mtp = 0
+        mtp_layer = L if num_mtp > 0 else -1
         num_dense = hf.int("first_k_dense_replace", default=0)
         groups = hf.int("n_group", default=1)
         top_groups = hf.int("topk_group", default=1)
@@ -209,6 +215,8 @@ class DeepseekV2Config(ModelSizes):
             act=act,
             tie=tie,
             bias=bias,
+            num_mtp=num_mtp,
+            mtp_layer=mtp_layer,
             num_dense=num_dense,
             groups=groups,
             top_groups=top_groups,
@@ -613,6 +621,7 @@ DEEPSEEK_V2 = ModelLayout(
     name="deepseek_v2",
     spec="specs/models/deepseek_v2.yaml: deepseek_v2",
     architectures=("DeepseekV2ForCausalLM",),
+    prefix="model.",
     read_config=DeepseekV2Config.from_hf,
     shard_config=shard_config,
     weights=weights,
@@ -621,7 +630,7 @@ DEEPSEEK_V2 = ModelLayout(
     blocks={"attention": ATTENTION, "ffn": FFN, "moe": MOE},
     returns=("logits", "tokens"),
     hidden="y",
-    ignore=("*.rotary_emb.inv_freq", "model.layers.61.*"),
+    ignore=("*.rotary_emb.inv_freq", "model.layers.{mtp_layer}.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

@@ -85,6 +85,10 @@ class DeepseekV3Config(ModelSizes):
     """Whether the down-projections and the output projection have a bias."""
     interleaved: bool
     """Whether rotated pairs are adjacent components."""
+    num_mtp: int
+    """Layers after the last that predict further tokens, which are not read."""
+    mtp_layer: int
+    """Index of the first such layer in the checkpoint."""
     num_dense: int
     """Number of leading dense layers."""
     groups: int
@@ -130,6 +134,8 @@ class DeepseekV3Config(ModelSizes):
         tie = hf.bool("tie_word_embeddings", default=False)
         bias = hf.bool("attention_bias", default=False)
         interleaved = hf.bool("rope_interleave", default=True)
+        num_mtp = hf.int("num_nextn_predict_layers", default=1)
+        mtp_layer = L if num_mtp > 0 else -1
         num_dense = hf.int("first_k_dense_replace", default=3)
         groups = hf.int("n_group", default=8)
         top_groups = hf.int("topk_group", default=4)
@@ -205,6 +211,8 @@ class DeepseekV3Config(ModelSizes):
             tie=tie,
             bias=bias,
             interleaved=interleaved,
+            num_mtp=num_mtp,
+            mtp_layer=mtp_layer,
             num_dense=num_dense,
             groups=groups,
             top_groups=top_groups,
@@ -616,6 +624,7 @@ DEEPSEEK_V3 = ModelLayout(
     name="deepseek_v3",
     spec="specs/models/deepseek_v3.yaml: deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
+    prefix="model.",
     read_config=DeepseekV3Config.from_hf,
     shard_config=shard_config,
     weights=weights,
@@ -624,7 +633,7 @@ DEEPSEEK_V3 = ModelLayout(
     blocks={"attention": ATTENTION, "ffn": FFN, "moe": MOE},
     returns=("logits", "tokens"),
     hidden="y",
-    ignore=("*.rotary_emb.inv_freq", "model.layers.61.*"),
+    ignore=("*.rotary_emb.inv_freq", "model.layers.{mtp_layer}.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

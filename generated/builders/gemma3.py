@@ -456,6 +456,7 @@ GEMMA3 = ModelLayout(
     name="gemma3",
     spec="specs/models/gemma3.yaml: gemma3",
     architectures=("Gemma3ForCausalLM",),
+    prefix="model.",
     read_config=Gemma3Config.from_hf,
     shard_config=shard_config,
     weights=weights,

@@ -428,6 +428,7 @@ GPT_OSS = ModelLayout(
     name="gpt_oss",
     spec="specs/models/gpt_oss.yaml: gpt_oss",
     architectures=("GptOssForCausalLM",),
+    prefix="model.",
     read_config=GptOssConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

@@ -304,6 +304,7 @@ GPTJ = ModelLayout(
     name="gptj",
     spec="specs/models/gptj.yaml: gptj",
     architectures=("GPTJForCausalLM",),
+    prefix="transformer.",
     read_config=GptjConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

@@ -354,6 +354,7 @@ MIXTRAL = ModelLayout(
     name="mixtral",
     spec="specs/models/mixtral.yaml: mixtral",
     architectures=("MixtralForCausalLM",),
+    prefix="model.",
     read_config=MixtralConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

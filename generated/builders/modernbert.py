@@ -358,7 +358,8 @@ def program(g: GraphWriter, c: ModernbertConfig, stage: Stage) -> list[TensorRef
 MODERNBERT = ModelLayout(
     name="modernbert",
     spec="specs/models/modernbert.yaml: modernbert",
-    architectures=("ModernBertModel",),
+    architectures=("ModernBertModel", "ModernBertForMaskedLM"),
+    outer_prefix="model.",
     read_config=ModernbertConfig.from_hf,
     shard_config=shard_config,
     weights=weights,
@@ -368,7 +369,7 @@ MODERNBERT = ModelLayout(
     returns=("x",),
     phases=("prefill",),
     hidden="x",
-    ignore=(),
+    ignore=("head.*", "decoder.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 4,

@@ -352,6 +352,7 @@ PHI = ModelLayout(
     name="phi",
     spec="specs/models/phi.yaml: phi",
     architectures=("PhiForCausalLM",),
+    prefix="model.",
     read_config=PhiConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

@@ -510,6 +510,7 @@ QWEN2_MOE = ModelLayout(
     name="qwen2_moe",
     spec="specs/models/qwen2_moe.yaml: qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
+    prefix="model.",
     read_config=Qwen2MoeConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

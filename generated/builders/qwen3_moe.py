@@ -447,6 +447,7 @@ QWEN3_MOE = ModelLayout(
     name="qwen3_moe",
     spec="specs/models/qwen3_moe.yaml: qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
+    prefix="model.",
     read_config=Qwen3MoeConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

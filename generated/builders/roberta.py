@@ -331,7 +331,15 @@ def program(g: GraphWriter, c: RobertaConfig, stage: Stage) -> list[TensorRef]:
 ROBERTA = ModelLayout(
     name="roberta",
     spec="specs/models/roberta.yaml: roberta",
-    architectures=("RobertaModel", "XLMRobertaModel", "CamembertModel"),
+    architectures=(
+        "RobertaModel",
+        "XLMRobertaModel",
+        "CamembertModel",
+        "RobertaForMaskedLM",
+        "XLMRobertaForMaskedLM",
+        "CamembertForMaskedLM",
+    ),
+    outer_prefix="roberta.",
     read_config=RobertaConfig.from_hf,
     shard_config=shard_config,
     weights=weights,
@@ -342,7 +350,7 @@ ROBERTA = ModelLayout(
     phases=("prefill",),
     hidden="x",
     pooled="pooled",
-    ignore=("*position_ids",),
+    ignore=("*position_ids", "cls.*", "lm_head.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

@@ -377,6 +377,7 @@ STABLELM = ModelLayout(
     name="stablelm",
     spec="specs/models/stablelm.yaml: stablelm",
     architectures=("StableLmForCausalLM",),
+    prefix="model.",
     read_config=StablelmConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

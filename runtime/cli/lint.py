@@ -10,6 +10,7 @@ from typing import Any
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.model.stored import with_stored_names, with_stored_ties
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, lint_model
 from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, SINGLE_FILE, StoredTensor, weight_map
@@ -57,9 +58,11 @@ def _report(request: LintRequest) -> Report:
     found = find_in_config(data, folder)
     tensors = _tensors(request) if found is None else None
     shapes = None if tensors is None else {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes is not None:
+        layout = with_stored_ties(with_stored_names(layout, shapes), config, shapes, lambda owner, spec: True)
     report = lint_model(layout, config, path, _degrees(request.tp), shapes)
     if tensors is not None:
-        found = find_in_tensors(layout, tensors, matches=not report.index)
+        found = find_in_tensors(layout, config, tensors, matches=not report.index)
     if found is None or (reason := why_not_loaded(found)) is None:
         return report
     return replace(report, quantization=reason, index=None, index_tensors=None)

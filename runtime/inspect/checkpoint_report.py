@@ -8,7 +8,7 @@ from typing import Any
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.types import DTYPES
-from sageLLM.runtime.core.model.checkpoint import Shape, check_checkpoint, missing_prefix
+from sageLLM.runtime.core.model.checkpoint import Shape, check_checkpoint
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.weights import share_shape
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
@@ -60,7 +60,6 @@ def lint_model(
         raise ConfigError(f"{path}: expected at most {MAX_LAYERS} layers, got {config.L}")
     tensors, parameters = _counts(layout, config)
     values = _cached_values(layout, config)
-    found = None if shapes is None else _renamed(layout, shapes)
     return Report(
         layout=layout.name,
         spec=layout.spec,
@@ -70,14 +69,9 @@ def lint_model(
         bytes={dtype: parameters * DTYPES[dtype] for dtype in FLOATS},
         kv_bytes_per_token={dtype: values * DTYPES[dtype] for dtype in FLOATS},
         degrees=tuple(_degree(layout, config, tp) for tp in degrees),
-        index=None if found is None else tuple(check_checkpoint(layout, config, found)),
-        index_tensors=None if found is None else len(found),
+        index=None if shapes is None else tuple(check_checkpoint(layout, config, shapes)),
+        index_tensors=None if shapes is None else len(shapes),
     )
-
-
-def _renamed(layout: ModelLayout, shapes: Mapping[str, Shape | None]) -> dict[str, Shape | None]:
-    prefix = missing_prefix(layout.prefix, shapes)
-    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def _counts(layout: ModelLayout, config: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint, missing_prefix
+from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint
 from sageLLM.runtime.core.model.hf_config import HFConfig, shown
 from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_ties
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
@@ -19,7 +21,7 @@ from sageLLM.runtime.loader.heads import absent_head, without_weights
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 from sageLLM.runtime.loader.tables import make_tables
-from sageLLM.runtime.loader.weights import load_weights
+from sageLLM.runtime.loader.weights import have_equal_values, load_weights
 from sageLLM.runtime.registry.plugins import Registry
 
 MAX_POSITIONS = 2**24
@@ -88,12 +90,13 @@ def load_model(
         raise CheckpointError(str(error)) from None
     length = _model_len(config.max_position, max_model_len, path)
     kind = _dtype(dtype, data, path)
-    found = Checkpoint.open(folder)
-    prefix = missing_prefix(layout.prefix, found)
-    checkpoint = found.with_prefix(prefix)
+    checkpoint = Checkpoint.open(folder)
+    names = checkpoint.names
+    may_lack_head = is_bare(layout, names) or not layout.generates
     try:
-        # Only checkpoints of the bare model (names without the prefix) and encoders may lack their head.
-        head = absent_head(layout, config, set(checkpoint)) if prefix or not layout.generates else ()
+        layout = with_stored_names(layout, names)
+        layout = with_stored_ties(layout, config, names, partial(have_equal_values, checkpoint, kind))
+        head = absent_head(layout, config, names) if may_lack_head else ()
         layout = without_weights(layout, head) if head else layout
         _check(layout, config, checkpoint)
         tables = _tables(config, length, device, path)  # before the weights, as it can fail and is fast
@@ -152,7 +155,7 @@ def _tables(config: Any, length: int, device: torch.device, path: Path) -> dict[
 def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:
     tensors = checkpoint.stored()
     problems = check_checkpoint(layout, config, {name: tensor.shape for name, tensor in tensors.items()})
-    refuse_unsupported(find_in_tensors(layout, tensors, matches=not problems), checkpoint.folder)
+    refuse_unsupported(find_in_tensors(layout, config, tensors, matches=not problems), checkpoint.folder)
     if not problems:
         return
     lines = "\n".join(f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS])

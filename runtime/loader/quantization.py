@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sageLLM.runtime.core.model.checkpoint import is_ignored
+from sageLLM.runtime.core.model.checkpoint import ignore_patterns, is_ignored
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.errors import CheckpointError
@@ -87,9 +87,12 @@ def find_in_config(config: Mapping[str, Any], folder: Path | None) -> Quantizati
     return None
 
 
-def find_in_tensors(layout: ModelLayout, tensors: Mapping[str, StoredTensor], *, matches: bool) -> Quantization | None:
+def find_in_tensors(
+    layout: ModelLayout, config: Any, tensors: Mapping[str, StoredTensor], *, matches: bool
+) -> Quantization | None:
     """The format that the tensors show: by their names unless they match the layout, else by their element types."""
-    read = {name: tensor for name, tensor in tensors.items() if not is_ignored(layout, name)}
+    patterns = ignore_patterns(layout, config)
+    read = {name: tensor for name, tensor in tensors.items() if not is_ignored(name, patterns)}
     return (None if matches else _in_names(read)) or _in_dtypes(read, matches)
 
 

@@ -7,7 +7,7 @@ data (https://huggingface.co/docs/safetensors). Pickled checkpoints are rejected
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,10 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self._infos)
 
+    @property
+    def names(self) -> Set[str]:
+        return self._infos.keys()
+
     def info(self, name: str) -> TensorInfo:
         if name not in self._infos:
             raise CheckpointError(f"expected the tensor {quoted(name)} in {self.folder}")
@@ -122,10 +126,6 @@ class Checkpoint:
             return _tensor(file.get_slice(info.name)[start:stop])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file} cannot be read: {error}; download it again") from None
-
-    def with_prefix(self, prefix: str) -> Checkpoint:
-        """The same tensors with `prefix` before each name."""
-        return Checkpoint(self.folder, {prefix + name: info for name, info in self._infos.items()})
 
     def close(self) -> None:
         """Closes the files; a later `read` opens them again."""

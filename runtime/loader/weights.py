@@ -27,6 +27,16 @@ def load_weights(
     return weights | {spec.name: weights[str(spec.tied_to)] for spec in ties}
 
 
+def have_equal_values(checkpoint: Checkpoint, dtype: torch.dtype, one: WeightSpec, other: WeightSpec) -> bool:
+    """Whether two weights of the checkpoint are equal when loaded as `dtype`, part by part."""
+    if len(one.parts) != len(other.parts) or any(a.view != b.view for a, b in zip(one.parts, other.parts, strict=True)):
+        return False
+    if not all(part.name in checkpoint for part in (*one.parts, *other.parts)):
+        return True  # one is incomplete; `check_checkpoint` reports its missing tensors
+    pairs = ((checkpoint.read(a.name), checkpoint.read(b.name)) for a, b in zip(one.parts, other.parts, strict=True))
+    return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
+
+
 def rank_shard(spec: WeightSpec, weight: Tensor, rank: int, tp: int) -> Tensor:
     """The shard of a whole weight on rank `rank` of `tp`. Raises ConfigError if the weight does not divide evenly."""
     if spec.shard is None or tp == 1:

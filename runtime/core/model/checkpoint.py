@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -36,22 +37,22 @@ def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Sha
             return reads.problems[:MAX_PROBLEMS]
         reads.add(weight)
     problems = [*reads.problems, *reads.wrong_covers()]
+    patterns = ignore_patterns(layout, config)
     for name, shape in shapes.items():
-        if name not in reads.names and not is_ignored(layout, name):
+        if name not in reads.names and not is_ignored(name, patterns):
             problems.append(f"tensor {quoted(name)}{_dims(shape)} is unused by the layout")
             if len(problems) >= MAX_PROBLEMS:
                 break
     return problems[:MAX_PROBLEMS]
 
 
-def is_ignored(layout: ReadsWeights, name: str) -> bool:
-    """Whether the layout lists the tensor as one that it does not read."""
-    return any(_matches(name, pattern) for pattern in layout.ignore)
+def ignore_patterns(layout: ReadsWeights, config: Any) -> tuple[str, ...]:
+    """The patterns of tensors that the layout knows and does not read; `{L}` is replaced by the config's L."""
+    return tuple(re.sub(r"\{(\w+)\}", lambda found: str(getattr(config, found[1])), text) for text in layout.ignore)
 
 
-def missing_prefix(prefix: str, names: Iterable[str]) -> str:
-    """The prefix to add if no name has it, as in a checkpoint of the bare model without a head; else empty."""
-    return "" if any(name.startswith(prefix) for name in names) else prefix
+def is_ignored(name: str, patterns: Iterable[str]) -> bool:
+    return any(_matches(name, pattern) for pattern in patterns)
 
 
 @dataclass(slots=True)

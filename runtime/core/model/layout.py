@@ -143,6 +143,7 @@ class ModelLayout:
     ignore: tuple[str, ...]
     tiny: Mapping[str, Any]
     prefix: str = ""
+    outer_prefix: str = ""
     returns: tuple[str, ...] = ("logits", "tokens")
     phases: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
     hidden: str | None = None
