@@ -65,13 +65,19 @@ class Renderer:
 
 
 def _template_cache() -> Path | None:
-    """The folder of compiled templates, which save half of the time of a render; None if it is not writable."""
-    folder = cache_folder() / "templates"
+    """The folder of compiled templates, which save half of the time of a render; None if it cannot be used.
+
+    Loading a compiled template runs its code, so other users must not be able to write to the folder.
+    """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+        folder = cache_folder() / "templates"
+        for path in (*reversed(folder.parents), folder):
+            path.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    is_private = not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+    return folder if is_private and os.access(folder, os.W_OK) else None
 
 
 def header(source: str, explain: str) -> str:

@@ -163,8 +163,8 @@ def _version_by_import(name: str) -> str:
 
 
 def cache_folder() -> Path:
-    """SAGELLM_CACHE_DIR, else `sagellm` in XDG_CACHE_HOME or ~/.cache. The cache of the user is trusted."""
+    """SAGELLM_CACHE_DIR, else `sagellm` in XDG_CACHE_HOME or ~/.cache. Raises RuntimeError without a home folder."""
     if chosen := os.environ.get("SAGELLM_CACHE_DIR"):
         return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "sagellm"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (caches if caches.is_absolute() else Path.home() / ".cache") / "sagellm"

@@ -8,7 +8,7 @@ from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor.cuda_graphs import GpuPlanner
 from sageLLM.runtime.executor.planner import KERNEL_CHOICES, NativePlanner, Planner, TorchPlanner
-from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
+from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.kernels.triton import why_no_triton
@@ -37,9 +37,10 @@ def choose_planner(choice: str, registry: Registry, device: torch.device, dtype:
 
 
 def make_runner(registry: Registry) -> NativeRunner:
-    """The runner of the native kernels of the package and of plugins. Raises CompileError without a compiler."""
+    """The runner of the native kernels of the package and of plugins.
+
+    Raises CompileError without a compiler, unless the kernels are cached.
+    """
     compiler = find_compiler()
-    if compiler is None:
-        raise CompileError("no C++ compiler found; install g++ or clang++, or set CXX to one")
     tables = native_tables(registry.packages)
     return NativeRunner([Library(kernels, Path(folder), compiler) for folder, kernels in tables], compiler)

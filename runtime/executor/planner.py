@@ -16,6 +16,7 @@ from sageLLM.runtime.executor.native.weights import Weight, pack_weights
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight, unpack
 
 KernelChoice: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 KERNEL_CHOICES: tuple[KernelChoice, ...] = ("auto", "reference", "cpu", "triton")
@@ -76,7 +77,7 @@ class TorchPlanner:
 class NativePlanner:
     """Plans of native kernels on the CPU.
 
-    If the kernels cannot be built, one warning is logged and all plans run on the `reference` kernels.
+    If the kernels cannot be built or loaded, one warning is logged and further plans run on the `reference` kernels.
     """
 
     name = "cpu"
@@ -94,6 +95,8 @@ class NativePlanner:
 
         The order matters: a compiler that fails must leave the weights in the form that the references read.
         """
+        if self._fallback is not None:
+            return
         try:
             runner = self._built_runner(node.op for graph in graphs for node in graph.nodes.values())
             pack_weights(weights, ties, graphs, runner)
@@ -107,7 +110,9 @@ class NativePlanner:
             except CompileError as error:
                 self._fall_back(error)
         assert self._fallback is not None, "_fall_back sets the fallback planner"
-        return self._fallback.plan(graph, bound)
+        # The weights are packed already if the first kernel that fails belongs to a graph made after loading.
+        packed = {name: x for name in graph.weights if isinstance(x := bound[name], PackedWeight)}
+        return self._fallback.plan(graph, {**bound, **{name: unpack(x) for name, x in packed.items()}})
 
     def _fall_back(self, error: CompileError) -> None:
         LOG.warning("the slower torch references run instead of the CPU kernels: %s", error)

@@ -8,8 +8,9 @@ import torch
 
 from sageLLM import LLM, SamplingParams
 from sageLLM.runtime.errors import SageError
-from sageLLM.runtime.executor import kernel_choice
-from sageLLM.runtime.kernels.cpu.compiler import find_compiler
+from sageLLM.runtime.executor import kernel_choice, planner
+from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 PROMPTS = [[5, 7, 11], [31, 8], [40, 41, 42, 43, 44]]
@@ -55,16 +56,70 @@ def test_answers_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_without_a_compiler_the_references_run_with_one_warning(
-    expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    expected: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setenv("SAGELLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "find_compiler", lambda: None)
-    llm = LLM(MODEL, dtype="float32", skip_tokenizer=True)
     with caplog.at_level(logging.WARNING, logger="sagellm"):
+        llm = LLM(MODEL, dtype="float32", skip_tokenizer=True)
         assert tokens(llm) == expected
+    check_fallback(llm, caplog, "no C++ compiler found")
+
+
+def check_fallback(llm: LLM, caplog: pytest.LogCaptureFixture, reason: str) -> None:
     (message,) = [record.getMessage() for record in caplog.records if record.name == "sagellm"]
-    assert "no C++ compiler found" in message
+    assert reason in message
     assert llm.compiler.planner.name == "reference"
     assert all(stats.num_native == 0 for stats in llm.kernel_stats())
+
+
+@pytest.mark.parametrize(
+    ("settings", "commands", "reason"),
+    [
+        ({"SAGELLM_CACHE_DIR": "/dev/null"}, "", "cannot use the kernel cache: "),
+        ({"SAGELLM_COMPILE_TIMEOUT": "0.5"}, "sleep 60", "was stopped after 0.5 s"),
+        ({}, 'while test "$1" != -o; do shift; done; echo text > "$2"', "cannot load "),
+        ({}, "exit 1", "could not build thread_pool.cpp"),
+    ],
+)
+def test_kernels_that_cannot_be_made_are_no_error(
+    expected: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    settings: dict[str, str], commands: str, reason: str,
+) -> None:  # fmt: skip
+    script = tmp_path / "cxx"
+    script.write_text(f'#!/bin/sh\nif test "$1" = --version; then echo 1.0; exit; fi\n{commands}\n')
+    script.chmod(0o755)
+    for name, value in {"SAGELLM_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(script), **settings}.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.WARNING, logger="sagellm"):
+        llm = LLM(MODEL, dtype="float32", skip_tokenizer=True)
+        assert tokens(llm) == expected
+    check_fallback(llm, caplog, reason)
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
+def test_cached_kernels_run_without_a_compiler(
+    expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    LLM(MODEL, dtype="float32", kernels="cpu", skip_tokenizer=True)
+    monkeypatch.setattr(kernel_choice, "find_compiler", lambda: None)
+    llm = LLM(MODEL, dtype="float32", kernels="cpu", skip_tokenizer=True)
+    assert tokens(llm) == expected and llm.compiler.planner.name == "cpu"
+    assert not caplog.records
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
+def test_a_failure_after_packing_falls_back_with_unpacked_weights(
+    expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise CompileError("no space left")
+
+    monkeypatch.setattr(planner, "NativePlan", fail)
+    llm = LLM(MODEL, dtype="float32", kernels="cpu", skip_tokenizer=True)
+    assert any(isinstance(weight, PackedWeight) for weight in llm.model.weights.values())
+    assert tokens(llm) == expected
+    check_fallback(llm, caplog, "no space left")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import platform
 import shutil
 from functools import lru_cache
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ class FreshLibrary(Library):
         super().__init__(cpu.KERNELS, Path(cpu.__file__).parent, found, flags)
         self._copies = folder
 
-    def _built(self, source: str, element: str) -> Path:
-        return Path(shutil.copy(super()._built(source, element), self._copies))
+    def _built(self, source: str, element: str, stop: Event | None = None) -> Path:
+        return Path(shutil.copy(super()._built(source, element, stop), self._copies))
 
 
 @lru_cache(maxsize=256)

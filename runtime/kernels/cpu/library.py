@@ -4,10 +4,12 @@ import ctypes
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from sageLLM.runtime.core.kernels import NativeKernel
-from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler, build
+from sageLLM.runtime.kernels.cpu.build import build, load, symbol
+from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler
 from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool, set_num_threads
 
 ELEMENTS = ("f32", "bf16", "f16")
@@ -34,10 +36,13 @@ def raise_error(message: bytes | None, function: Any = None, arguments: Any = No
 
 
 class Library:
-    """The kernels of one generated tree. `folder` contains the sources that the table names."""
+    """The kernels of one generated tree. `folder` contains the sources that the table names.
+
+    Without a compiler, libraries that were built before are used.
+    """
 
     def __init__(
-        self, kernels: Mapping[str, NativeKernel], folder: Path, compiler: Compiler, flags: tuple[str, ...] = ()
+        self, kernels: Mapping[str, NativeKernel], folder: Path, compiler: Compiler | None, flags: tuple[str, ...] = ()
     ) -> None:
         self.kernels = kernels
         self._folder, self._compiler, self._flags = folder, compiler, flags
@@ -49,8 +54,8 @@ class Library:
         With `unpacks` it is the function that reads the op's table packed.
         """
         kernel = self.kernels[op]
-        symbol = f"{kernel.symbol}_packed" if unpacks else kernel.symbol
-        return self._address(kernel.source, self._element(kernel, element), symbol)
+        name = f"{kernel.symbol}_packed" if unpacks else kernel.symbol
+        return self._address(kernel.source, self._element(kernel, element), name)
 
     def set_num_threads(self) -> None:
         """Makes a kernel that is called by itself use as many threads as torch does; the step runner does so too."""
@@ -61,24 +66,28 @@ class Library:
         return kernel_function(self._address(str(HEADERS / source), element, f"sage_{name}"))
 
     def prepare(self, ops: Iterable[str], element: str) -> None:
-        """Builds the files of the ops, two at a time."""
+        """Builds the files of the ops, two at a time; an error or Ctrl-C stops all compilers. Raises CompileError."""
         kernels = [self.kernels[op] for op in ops if op in self.kernels]
         files = dict.fromkeys((kernel.source, self._element(kernel, element)) for kernel in kernels)
+        stop = Event()
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda file: self._built(*file), files))
+            try:
+                list(pool.map(lambda file: self._built(file[0], file[1], stop), files))
+            finally:
+                stop.set()
 
     def _element(self, kernel: NativeKernel, element: str) -> str:
         return element if kernel.element else ELEMENTS[0]
 
-    def _address(self, source: str, element: str, symbol: str) -> int:
-        return ctypes.cast(getattr(self._file(source, element), symbol), ctypes.c_void_p).value or 0
+    def _address(self, source: str, element: str, name: str) -> int:
+        return ctypes.cast(symbol(self._file(source, element), name), ctypes.c_void_p).value or 0
 
-    def _built(self, source: str, element: str) -> Path:
-        return build(self._folder / source, element, self._compiler, self._flags)
+    def _built(self, source: str, element: str, stop: Event | None = None) -> Path:
+        return build(self._folder / source, element, self._compiler, self._flags, stop)
 
     def _file(self, source: str, element: str) -> ctypes.CDLL:
         key = source, element
         if key not in self._loaded:
             load_thread_pool(self._compiler)
-            self._loaded[key] = ctypes.CDLL(str(self._built(source, element)))
+            self._loaded[key] = load(self._built(source, element))
         return self._loaded[key]

@@ -1,4 +1,4 @@
-"""Native functions of a process: generated kernels and the step runner, built with the machine's compiler."""
+"""Native functions of a process: generated kernels and the step runner."""
 
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from sageLLM.runtime.core.kernels import NativeKernel
-from sageLLM.runtime.kernels.cpu.compiler import Compiler, build
+from sageLLM.runtime.kernels.cpu.build import build, load, symbol
+from sageLLM.runtime.kernels.cpu.compiler import Compiler
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, raise_error
 from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool
 
@@ -17,17 +18,18 @@ RUNNER = Path(__file__).parent / "runner.cpp"
 class NativeRunner:
     """Addresses of kernels, and the function that calls them one after another, for `NativePlan`."""
 
-    def __init__(self, libraries: Sequence[Library], compiler: Compiler) -> None:
-        """The libraries, of the package and then of plugins, must have disjoint ops. Raises CompileError."""
+    def __init__(self, libraries: Sequence[Library], compiler: Compiler | None) -> None:
+        """The libraries, of the package and then of plugins, must have disjoint ops. Without a compiler, libraries that
+        were built before are used. Raises CompileError."""
         self.library = libraries[0]
         self._homes = {op: library for library in libraries for op in library.kernels}
         self.kernels: Mapping[str, NativeKernel] = {op: home.kernels[op] for op, home in self._homes.items()}
         load_thread_pool(compiler)
-        runner = ctypes.CDLL(str(build(RUNNER, ELEMENTS[0], compiler)))
-        self._run = runner.sage_run
+        runner = load(build(RUNNER, ELEMENTS[0], compiler))
+        self._run = symbol(runner, "sage_run")
         self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._run.restype = ctypes.c_char_p
-        self.copy_address = ctypes.cast(runner.sage_gather_rows, ctypes.c_void_p).value or 0
+        self.copy_address = ctypes.cast(symbol(runner, "sage_gather_rows"), ctypes.c_void_p).value or 0
 
     def prepare(self, ops: Iterable[str], element: str) -> None:
         """Builds the files of the ops, several at a time. Raises CompileError."""

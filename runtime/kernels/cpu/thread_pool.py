@@ -6,15 +6,16 @@ from pathlib import Path
 
 import torch
 
-from sageLLM.runtime.kernels.cpu.compiler import Compiler, build
+from sageLLM.runtime.kernels.cpu.build import build, load
+from sageLLM.runtime.kernels.cpu.compiler import Compiler
 
 SOURCE = Path(__file__).parent / "thread_pool.cpp"
 
 
 @lru_cache(maxsize=1)
-def load_thread_pool(compiler: Compiler) -> ctypes.CDLL:
+def load_thread_pool(compiler: Compiler | None) -> ctypes.CDLL:
     """The library, loaded once before the first kernel, with symbols visible to all kernels. Raises CompileError."""
-    return ctypes.CDLL(str(build(SOURCE, "f32", compiler)), mode=ctypes.RTLD_GLOBAL)
+    return load(build(SOURCE, "f32", compiler), mode=ctypes.RTLD_GLOBAL)
 
 
 def set_num_threads(pool: ctypes.CDLL) -> None:
