@@ -10,7 +10,7 @@ from typing import Any
 from sageLLM.runtime.engine.llm import LLM
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sampling_params import SamplingParams
-from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.errors import EngineError, SageError
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
 
@@ -32,7 +32,7 @@ class RunRequest:
 
 
 def run_prompts(request: RunRequest) -> int:
-    """Prints the completions to stdout; an error goes to stderr, with exit code 1."""
+    """Prints the completions to stdout. Errors go to stderr, with exit code 1, also if only one prompt has failed."""
     try:
         params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
         llm = LLM(
@@ -43,13 +43,26 @@ def run_prompts(request: RunRequest) -> int:
             max_model_len=request.max_model_len,
             plugins=request.plugins,
         )
+        print(llm.kv_cache_size, file=sys.stderr)
         outputs = llm.generate(list(request.prompts), params)
-    except (SageError, OSError) as error:
+    except (SageError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for output in outputs:
-        print(json.dumps(_as_data(output)) if request.as_json else f"{output.prompt}{output.outputs[0].text}")
-    return 0
+        if request.as_json:
+            print(json.dumps(_as_data(output)))
+        elif output.outputs[0].text or output.outputs[0].finish_reason != "abort":
+            print(f"{output.prompt}{output.outputs[0].text}")
+    return _report_aborted(outputs)
+
+
+def _report_aborted(outputs: Sequence[RequestOutput]) -> int:
+    """Prints the reasons of prompts without a complete answer to stderr; returns the exit code."""
+    aborted = [(number, output.outputs[0]) for number, output in enumerate(outputs, start=1)]
+    aborted = [(number, answer) for number, answer in aborted if answer.finish_reason == "abort"]
+    for number, answer in aborted:
+        print(f"error: prompt {number} was aborted: {answer.stop_reason}", file=sys.stderr)
+    return 1 if aborted else 0
 
 
 def _as_data(output: RequestOutput) -> dict[str, Any]:
@@ -59,6 +72,7 @@ def _as_data(output: RequestOutput) -> dict[str, Any]:
         "text": answer.text,
         "token_ids": list(answer.token_ids),
         "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
         "ttft_s": metrics.ttft if metrics else None,
         "tpot_s": metrics.tpot if metrics else None,
     }
@@ -89,7 +103,7 @@ def embed_prompts(request: EmbedRequest) -> int:
             plugins=request.plugins,
         )
         outputs = llm.embed(list(request.prompts), pooling=request.pooling, normalize=request.normalize)
-    except (SageError, OSError) as error:
+    except (SageError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for output in outputs:

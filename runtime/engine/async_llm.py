@@ -32,7 +32,7 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path | LLM, **options: Any) -> None:
         if isinstance(model, LLM) and options:
-            raise TypeError(f"options must be given to the LLM itself, got {', '.join(options)}")
+            raise TypeError(f"options must be passed to the LLM itself, got {', '.join(options)}")
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._driver = Driver(self.llm.shared)
         self._mailbox: _Mailbox | None = None

@@ -246,7 +246,7 @@ class SharedEngine:
             return
         try:
             call.notify()
-        except RuntimeError:  # the call's event loop is closed, so nobody can take its outputs
+        except RuntimeError:  # the call's event loop is closed, so its outputs cannot be taken
             self._inbox.extend(partial(self._remove, request_id) for request_id in call.close())
 
     def _apply_inbox(self) -> None:

@@ -10,7 +10,8 @@ NOT_FINITE = f"the logits are not finite (NaN or infinity); {NOT_FINITE_REMEDY}"
 def reraise_unless_attributable(error: BaseException) -> None:
     """Raises the error again if it is about the process and not about a request.
 
-    Other errors that are no `Exception` end a request: the tokenizers library raises its panics as BaseException.
+    Any other error ends a request, also one that is not an `Exception`: the tokenizers library raises its panics as
+    BaseException.
     """
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         raise error

@@ -1,6 +1,7 @@
 """Sizes of a model's KV cache: bytes per block, blocks of the pool, blocks of the swap tiers."""
 
 import math
+from dataclasses import dataclass
 
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import SageError
@@ -8,18 +9,64 @@ from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
 KV_CACHE_BYTES = 2**30
-"""The default size of a KV pool; it is made smaller if the scheduler can never use that much."""
+"""The default size of the KV cache, over all pools; it is made smaller if the scheduler can never use that much."""
 
 
-def default_num_blocks(model: Model, config: PDSchedulerConfig, block_size: int) -> int:
-    """The number of blocks that fit in KV_CACHE_BYTES, at most what a full batch of the longest sequences uses.
+@dataclass(frozen=True, slots=True)
+class KVCacheSize:
+    """The size of the KV cache: `num_pools` pools of `num_blocks` blocks, and the reason for it.
 
-    At least one sequence of the full model length always fits.
+    On a CPU a pool occupies memory only as its blocks are used for the first time.
     """
-    # Never less than one sequence of full length: otherwise a request that the model accepts could never be scheduled.
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    num_pools: int
+    reason: str
+    exceeds_default: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_pools * self.num_blocks * self.block_bytes
+
+    def __str__(self) -> str:
+        num_tokens = self.num_blocks * self.block_size
+        pools = f" in each of {self.num_pools} pools" if self.num_pools > 1 else ""
+        size = f"{self.num_blocks} blocks of {self.block_size} tokens ({num_tokens} tokens){pools}"
+        return f"KV cache: {size}, {_shown_bytes(self.num_bytes)}; {self.reason}"
+
+
+def choose_kv_cache_size(
+    model: Model, config: PDSchedulerConfig, block_size: int, num_blocks: int | None
+) -> KVCacheSize:
+    """The size that the user has chosen, or else as many blocks as fit in KV_CACHE_BYTES.
+
+    The default is at most what a full batch of the longest sequences uses, and at least one sequence of the full model
+    length: otherwise a request that the model accepts could never be scheduled. The pools of the two workers of strict
+    mode share the default, so that it does not depend on the mode.
+    """
+    num_pools = 2 if config.mode == "strict" else 1
+    block_bytes = bytes_per_block(model, block_size)
+    if num_blocks is not None:
+        return KVCacheSize(num_blocks, block_size, block_bytes, num_pools, "set by num_kv_blocks")
     longest = -(-model.max_model_len // block_size)
-    affordable: int = KV_CACHE_BYTES // bytes_per_block(model, block_size)
-    return max(longest, min(affordable, longest * config.max_decode_batch_size))
+    full_batch = longest * config.max_decode_batch_size
+    affordable: int = KV_CACHE_BYTES // num_pools // block_bytes
+    default = f"the default size of {_shown_bytes(KV_CACHE_BYTES)}"
+    sequence = f"of max_model_len={model.max_model_len} tokens"
+    if affordable < longest:
+        reason = f"room for one sequence {sequence}, which takes more than {default}; lower max_model_len for less"
+        return KVCacheSize(longest, block_size, block_bytes, num_pools, reason, exceeds_default=True)
+    if affordable < full_batch:
+        return KVCacheSize(affordable, block_size, block_bytes, num_pools, f"{default}; num_kv_blocks changes it")
+    reason = f"room for max_decode_batch_size={config.max_decode_batch_size} sequences {sequence}"
+    return KVCacheSize(full_batch, block_size, block_bytes, num_pools, reason)
+
+
+def _shown_bytes(num_bytes: int) -> str:
+    """A size in GiB, or in MiB if it is less than one GiB."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def bytes_per_block(model: Model, block_size: int) -> int:

@@ -1,6 +1,7 @@
 """`LLM`: vLLM's offline interface to the engine, for a Hugging Face checkpoint folder."""
 
 import itertools
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.engine.calls import SharedEngine
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.kv_budget import default_num_blocks, num_tier_blocks
+from sageLLM.runtime.engine.faults import LOG
+from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.prompts import ParsedPrompt, Prompt, Prompts, params_per_prompt, parse_prompts, token_ids
 from sageLLM.runtime.engine.sampling_params import SamplingParams
@@ -45,9 +47,11 @@ class LLM:
     run. `kernel_stats()` reports the kernels in use. `plugins` are folders made by
     `sagellm generate --specs ... --out FOLDER`. `disable_passes` names graph passes to skip.
 
-    KV cache: `enable_prefix_caching` reuses the KV of equal prompt prefixes. `swap_space` and `disk_space` are GiB of
-    host memory and of files in `disk_folder` (None: the system's folder for temporary files); requests that are
-    preempted when the pool of `num_kv_blocks` is full are swapped there and need not be computed again.
+    KV cache: `num_kv_blocks` blocks in each pool (strict mode has two); by default 1 GiB in total, more only if the
+    longest sequence needs it. `kv_cache_size` states the size and its reason. `enable_prefix_caching` reuses the KV of
+    equal prompt prefixes. `swap_space` and `disk_space` are GiB of host memory and of files in `disk_folder` (None: the
+    system's folder for temporary files); requests that are preempted when the pool is full are swapped there and need
+    not be computed again.
 
     Threads can share an `LLM`, and streams can be interleaved or dropped half-way: each call owns its requests
     (docs/engine.md). `AsyncLLM` has the interface for asyncio. Only `engine` is not safe to use next to other calls.
@@ -98,8 +102,9 @@ class LLM:
         # Packing replaces entries of `weights`, so it comes before any plan binds them.
         self.compiler.planner.prepare_weights(self.model.weights, self.model.ties, self._graphs())
         config = scheduler or PDSchedulerConfig()
+        self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks)
         budget = KVBudget(
-            num_kv_blocks or default_num_blocks(self.model, config, block_size),
+            self.kv_cache_size.num_blocks,
             block_size,
             num_host_blocks=num_tier_blocks(self.model, "swap_space", swap_space, block_size),
             num_disk_blocks=num_tier_blocks(self.model, "disk_space", disk_space, block_size),
@@ -107,6 +112,7 @@ class LLM:
         config = _with_kv_options(config, budget, enable_prefix_caching)
         self._engine: Engine | None = None
         if self.model.generates:
+            LOG.log(logging.WARNING if self.kv_cache_size.exceeds_default else logging.INFO, "%s", self.kv_cache_size)
             self._engine = Engine(
                 self.model,
                 self.tokenizer,

@@ -119,5 +119,5 @@ def test_embeddings_equal_those_of_the_synchronous_call(llm: AsyncLLM) -> None:
 
 
 def test_options_belong_to_the_llm() -> None:
-    with pytest.raises(TypeError, match="options must be given to the LLM itself"):
+    with pytest.raises(TypeError, match="options must be passed to the LLM itself"):
         AsyncLLM(LLM.__new__(LLM), dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
+from sageLLM.runtime.cli.run import RunRequest, run_prompts
 from sageLLM.runtime.engine import engine as engine_module
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
@@ -210,6 +212,38 @@ def test_logits_that_are_not_finite_end_only_their_request(tmp_path: Path, caplo
     assert any("the logits are not finite" in message for message in caplog.messages)
     with pytest.raises(PromptError, match="the embedding of prompt 1 is not finite"):
         llm.embed(PROMPTS)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_reports_an_aborted_prompt(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Worker, *args: object) -> None:
+        raise IndexError("slot")
+
+    monkeypatch.setattr(Worker, "run", fail)
+    request = RunRequest(
+        model=MODEL,
+        prompts=["def main("],
+        max_tokens=4,
+        temperature=0.0,
+        seed=None,
+        pd="hybrid",
+        dtype="float32",
+        kernels="auto",
+        max_model_len=128,
+        plugins=[],
+        as_json=as_json,
+    )
+    assert run_prompts(request) == 1
+    out, err = capsys.readouterr()
+    reason = "the request failed: IndexError: slot"
+    assert err.splitlines()[-1] == f"error: prompt 1 was aborted: {reason}"
+    assert err.startswith("KV cache: ")
+    if as_json:
+        assert (json.loads(out)["finish_reason"], json.loads(out)["stop_reason"]) == ("abort", reason)
+    else:
+        assert out == ""
 
 
 def test_a_request_that_cannot_finish_in_the_pool_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Forms of prompts and parameters: those of vLLM are accepted, all others are refused with the form to give."""
+"""Forms of prompts and parameters: those of vLLM are accepted, all others are refused by name."""
 
 from __future__ import annotations
 
