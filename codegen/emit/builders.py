@@ -14,6 +14,7 @@ from sageLLM.codegen.emit.weights import WeightView, tuple_text
 from sageLLM.codegen.model.layout import BlockDef, ModelDef, Repeat, WeightDef
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit
+from sageLLM.codegen.schema.models import Scalar
 
 WeightGroup = tuple[str | None, list[WeightView]]
 """Weights with the condition under which they exist."""
@@ -71,6 +72,10 @@ class BuilderView:
     def quoted(self, items: Iterable[str]) -> str:
         """A tuple of text literals."""
         return tuple_text(map(lit, items))
+
+    def mapping(self, items: Iterable[tuple[str, Scalar]]) -> str:
+        """A dict of literals."""
+        return "{" + ", ".join(f"{lit(key)}: {lit(value)}" for key, value in items) + "}"
 
     @property
     def alibi(self) -> str:

@@ -1,6 +1,6 @@
 """Writes the fields of a layout's config class, and the expressions that read them from config.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sageLLM.codegen.model.layout import ConfigName, ModelDef
 from sageLLM.codegen.render import lit
@@ -30,15 +30,21 @@ def _read(name: ConfigName) -> str:
     if not name.keys:
         return _default(name) if name.default is not None else "None"
     keys = ", ".join(map(lit, name.keys))
+    if name.if_null is None:
+        return _read_key(name, keys)
+    return f"{_default(name.if_null)} if hf.is_null({keys}) else {_read_key(replace(name, if_null=None), keys)}"
+
+
+def _read_key(name: ConfigName, keys: str) -> str:
     if name.items is not None:
         length = ", length=L" if name.items == "layers" else ""
         read = f"hf.items({keys}, kind={name.type}{length})"
         return read if name.default is None else f"{read} if hf.has({keys}) else {_default(name)}"
-    if name.default is not None and (name.formula or (name.is_optional and name.default != "None")):
+    if name.default == "None":
+        return f"hf.opt_{name.type}({keys})"
+    if name.default is not None and name.value is None:
         # Evaluated only when the key is absent: the default of a present key may be undefined.
         return f"hf.{name.type}({keys}) if hf.has({keys}) else {_default(name)}"
-    if name.is_optional:
-        return f"hf.opt_{name.type}({keys})"
     default = f", default={name.default}" if name.default is not None else ""
     return f"hf.{name.type}({keys}{default})"
 

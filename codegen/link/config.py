@@ -120,6 +120,23 @@ def _compared_with_null(node: ast.expr) -> set[str]:
 
 
 def _link_field(name: str, located: Located[ConfigField], known: Mapping[str, ConfigName], sink: Sink) -> ConfigName:
+    found = _link_origin(name, located, known, sink, "value" if located.value.hf is None else "default")
+    if "if_null" not in located.value.model_fields_set:
+        return found
+    if_null = _link_origin(name, located, known, sink, "if_null")
+    if {found.type, if_null.type} == {"int", "float"} and located.value.type is None:
+        if_null = replace(if_null, type=found.type)
+    if if_null.type != found.type:
+        message = f"if_null: expected {found.type}, got {if_null.type}"
+        sink.error("SAGE206", message, located.span("if_null"), "change `if_null` or `type`")
+        raise Refused
+    return replace(found, is_optional=found.is_optional or if_null.is_optional, if_null=if_null)
+
+
+def _link_origin(
+    name: str, located: Located[ConfigField], known: Mapping[str, ConfigName], sink: Sink, origin: str
+) -> ConfigName:
+    """The name with the value of its field `origin`: value, default or if_null."""
     field = located.value
     keys = (field.hf,) if isinstance(field.hf, str) else tuple(field.hf or ())
     for key in keys:
@@ -129,8 +146,7 @@ def _link_field(name: str, located: Located[ConfigField], known: Mapping[str, Co
             )
             raise Refused
     doc = field.doc or (f"HF {keys[0]}" if keys else "fixed by the family")
-    origin = "value" if not keys else "default"
-    raw = field.value if not keys else field.default
+    raw = getattr(field, origin)
     type_, items = _declared(field)
     if items is not None:
         return _link_list(name, located, known, sink, doc)

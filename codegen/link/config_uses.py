@@ -66,9 +66,9 @@ def _all_weights(flat: FlatModel) -> Iterable[WeightSpec]:
 
 
 def _default_of(field: ConfigField) -> list[str]:
-    """The default or constant if it is an expression."""
-    raw = field.value if field.hf is None else field.default
-    return [raw] if isinstance(raw, str) and field.type != "str" else []
+    """The default, the value of a null key, and the constant, as far as they are expressions."""
+    raws = (field.value, field.default, field.if_null)
+    return [raw for raw in raws if isinstance(raw, str) and field.type != "str"]
 
 
 def _conditions_of(weight: WeightSpec) -> list[str]:

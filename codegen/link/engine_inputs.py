@@ -71,7 +71,21 @@ class EngineInputLinker:
         if dim is None:
             return None
         keys, allow = (tuple(scaling.hf), tuple(scaling.allow)) if scaling else ((), ())
-        return RopeDef(name, spec.layout, tuple(spec.base.hf), spec.base.default, dim, keys, allow)
+        default = tuple(scaling.default.items()) if scaling and scaling.default else ()
+        original = scaling.original if scaling else None
+        read = {key.rpartition(".")[2] for found in self.config.values() for key in found.keys}
+        return RopeDef(
+            name,
+            spec.layout,
+            tuple(spec.base.hf),
+            spec.base.default,
+            dim,
+            keys,
+            allow,
+            default,
+            original,
+            is_partial="partial_rotary_factor" in read,
+        )
 
     def _alibi(self, located: Located[AlibiSection]) -> AlibiDef | None:
         heads, bias = located.value.heads, located.value.max_bias

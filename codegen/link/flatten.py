@@ -150,7 +150,7 @@ def _joined_config(
     pending = {name: field_ for name, field_ in own.items() if name not in known}
 
     def add(name: str, field_: ConfigField) -> None:
-        for word in re.findall(r"[A-Za-z]\w*", f"{field_.value} {field_.default}"):
+        for word in re.findall(r"[A-Za-z]\w*", f"{field_.value} {field_.default} {field_.if_null}"):
             if word in pending:
                 add(word, pending.pop(word))
         joined[name] = Located(field_, entry, ("config", name))

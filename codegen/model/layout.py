@@ -22,7 +22,8 @@ class ConfigName:
     """A config name. `default` is Python text over earlier names, or None if the key is required.
 
     `items` makes it a list of `type`: with one value per layer (`default` is then that of layer i) or of any length.
-    `formula` is the default as written in the layout if evaluating it may fail, else empty.
+    `formula` is the default as written in the layout if evaluating it may fail, else empty. `if_null` is the value of a
+    null key if it is not the default.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ConfigName:
     doc: str
     items: ListKind | None = None
     formula: str = ""
+    if_null: "ConfigName | None" = None
 
     @property
     def python_type(self) -> str:
@@ -75,7 +77,11 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class RopeDef:
-    """A pair of rotary tables, cos and sin, or cos_NAME and sin_NAME; `keys` and `allow` describe its scaling."""
+    """A pair of rotary tables, cos and sin, or cos_NAME and sin_NAME; `keys` and `allow` describe its scaling.
+
+    `default` is the scaling section of a config without one, and `original` its trained length. With `is_partial`, the
+    layout reads `partial_rotary_factor`; other layouts reject it.
+    """
 
     name: str
     layout: Literal["half", "interleaved"]
@@ -84,6 +90,9 @@ class RopeDef:
     dim: Size
     keys: tuple[str, ...]
     allow: tuple[str, ...]
+    default: tuple[tuple[str, Scalar], ...] = ()
+    original: int | None = None
+    is_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)

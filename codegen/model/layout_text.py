@@ -28,12 +28,15 @@ def _lines(model: ModelDef) -> Iterator[str]:
     for one in model.config.values():
         source = " or ".join(one.keys) or "constant"
         default = f" = {one.default}" if one.default is not None else ""
+        if_null = f", null = {one.if_null.default}" if one.if_null is not None else ""
         list_ = {"layers": "[L]", "list": "[]", None: ""}[one.items]
-        yield f"config {one.name}: {one.type}{list_}{'?' if one.is_optional else ''} from {source}{default}"
+        yield f"config {one.name}: {one.type}{list_}{'?' if one.is_optional else ''} from {source}{default}{if_null}"
     yield from (f"check {check.text}" for check in model.checks)
     for rope in model.ropes:
         suffix = f" {rope.name}" if rope.name else ""
         yield f"rope{suffix} dim={rope.dim} {rope.layout} scaling={', '.join(rope.allow)}"
+        yield from (f"rope{suffix} default {key} = {value}" for key, value in rope.default)
+        yield from ((f"rope{suffix} original = {rope.original}",) if rope.original is not None else ())
     if model.alibi:
         yield f"alibi heads={model.alibi.heads} max_bias={model.alibi.max_bias}"
     shapes = [f"{name}=[{', '.join(map(str, shape))}]" for name, shape in (("k", model.cache.k), ("v", model.cache.v))]

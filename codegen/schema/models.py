@@ -45,7 +45,12 @@ class ConfigField(Strict):
         default=None, description="key of config.json, dotted for nested keys, or a list of keys tried in order"
     )
     default: Value = Field(
-        default=None, description="value if the key is absent or null; a string is an expression of earlier names"
+        default=None,
+        description="value if the key is absent: the default of the checkpoint's config class; a string is an "
+        "expression of earlier names",
+    )
+    if_null: Value = Field(
+        default=None, description="value if the key is present but null; as `default` if that is null or an expression"
     )
     value: Value = Field(default=None, description="value fixed by the family: a constant, or a string as in `default`")
     type: ConfigTypeName | None = Field(
@@ -59,6 +64,10 @@ class ConfigField(Strict):
             raise ValueError("a config name must have either `hf: KEY` or `value: CONSTANT`")
         if self.hf is None and "default" in self.model_fields_set:
             raise ValueError("`default` requires `hf: KEY`")
+        if "if_null" in self.model_fields_set and "default" not in self.model_fields_set:
+            raise ValueError("`if_null` requires `default`")
+        if "if_null" in self.model_fields_set and (isinstance(self.if_null, list) or "[" in (self.type or "")):
+            raise ValueError("`if_null` must be a single value")
         return self
 
 
@@ -74,6 +83,12 @@ class ScalingSpec(Strict):
 
     hf: list[str] = Field(min_length=1, description="keys of the scaling section, tried in order")
     allow: list[str] = Field(min_length=1, description="scaling types that the layout accepts, such as yarn")
+    default: dict[str, bool | int | float | str] | None = Field(
+        default=None, description="the section if config.json has none"
+    )
+    original: int | None = Field(
+        default=None, ge=1, description="`original_max_position_embeddings` if config.json has none at its top level"
+    )
 
 
 class RopeSection(Strict):

@@ -21,6 +21,7 @@ from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .granite import GRANITE
 from .llama import LLAMA
+from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .modernbert import MODERNBERT
 from .nemotron import NEMOTRON
@@ -55,6 +56,7 @@ __all__ = [
     "GPT_OSS",
     "GRANITE",
     "LLAMA",
+    "MISTRAL",
     "MIXTRAL",
     "MODELS",
     "MODERNBERT",
@@ -91,6 +93,7 @@ MODELS: dict[str, ModelLayout] = {
     "gptj": GPTJ,
     "granite": GRANITE,
     "llama": LLAMA,
+    "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "modernbert": MODERNBERT,
     "nemotron": NEMOTRON,

@@ -66,13 +66,13 @@ class BertConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> BertConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_attention_heads")
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        H = hf.size("hidden_size", default=768)
+        L = hf.size("num_hidden_layers", default=12)
+        Nq = hf.size("num_attention_heads", default=12)
+        Nkv = hf.sized("Nkv", Nq)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("intermediate_size", default=3072)
+        V = hf.size("vocab_size", default=30522)
         max_position = hf.size("max_position_embeddings", default=512)
         types = hf.size("type_vocab_size", default=2)
         eps = hf.float("layer_norm_eps", default=1e-12)
@@ -116,7 +116,7 @@ def shard_config(c: BertConfig, tp: int) -> BertConfig:
         c,
         tp=tp,
         Nq=divided("num_attention_heads", c.Nq, tp),
-        Nkv=divided("num_attention_heads", c.Nkv, tp),
+        Nkv=divided("Nkv", c.Nkv, tp),
         I=divided("intermediate_size", c.I, tp),
     )
 

@@ -21,8 +21,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -76,13 +76,13 @@ class CohereConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> CohereConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        H = hf.size("hidden_size", default=8192)
+        L = hf.size("num_hidden_layers", default=40)
+        Nq = hf.size("num_attention_heads", default=64)
+        Nkv = hf.size("num_key_value_heads") if hf.has("num_key_value_heads") else hf.sized("Nkv", Nq)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("intermediate_size", default=22528)
+        V = hf.size("vocab_size", default=256000)
         max_position = hf.size("model_max_length", "max_position_embeddings", default=8192)
         eps = hf.float("layer_norm_eps", default=1e-05)
         act = hf.str("hidden_act", default="silu")
@@ -91,7 +91,7 @@ class CohereConfig(ModelSizes):
         qkv_bias = hf.bool("attention_bias", default=False)
         o_bias = hf.bool("attention_bias", default=False)
         mlp_bias = False
-        head_norms = hf.bool("use_qk_norm", default=False)
+        head_norms = False if hf.is_null("use_qk_norm") else hf.bool("use_qk_norm", default=False)
         logit_scale = hf.float("logit_scale", default=0.0625)
         hf.require(
             Nq % Nkv == 0,

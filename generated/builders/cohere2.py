@@ -21,8 +21,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -76,13 +76,13 @@ class Cohere2Config(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Cohere2Config:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        H = hf.size("hidden_size", default=8192)
+        L = hf.size("num_hidden_layers", default=40)
+        Nq = hf.size("num_attention_heads", default=64)
+        Nkv = hf.size("num_key_value_heads") if hf.has("num_key_value_heads") else hf.sized("Nkv", Nq)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("intermediate_size", default=22528)
+        V = hf.size("vocab_size", default=256000)
         max_position = hf.size("max_position_embeddings", default=8192)
         eps = hf.float("layer_norm_eps", default=1e-05)
         act = hf.str("hidden_act", default="silu")

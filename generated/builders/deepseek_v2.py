@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec, stacked
 
 from .. import ops
@@ -62,7 +62,7 @@ class DeepseekV2Config(ModelSizes):
     Rkv: int
     """Width of the compressed keys and values."""
     I: int
-    """Width inside the feed-forward of dense layers."""
+    """Width inside the feed-forward."""
     F: int
     """Width inside one expert."""
     X: int
@@ -111,23 +111,23 @@ class DeepseekV2Config(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> DeepseekV2Config:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
+        H = hf.size("hidden_size", default=4096)
+        L = hf.size("num_hidden_layers", default=32)
+        Nq = hf.size("num_attention_heads", default=32)
         Nkv = 1
         Dn = hf.size("qk_nope_head_dim", default=128)
         Dr = hf.size("qk_rope_head_dim", default=64)
-        D = hf.size("qk_head_dim", default=Dn + Dr)
+        D = hf.size("qk_head_dim") if hf.has("qk_head_dim") else hf.sized("D", Dn + Dr)
         Dv = hf.size("v_head_dim", default=128)
-        q_rank = hf.opt_int("q_lora_rank")
+        q_rank = None if hf.is_null("q_lora_rank") else hf.int("q_lora_rank", default=1536)
         Rq = hf.sized("Rq", q_rank if q_rank is not None else 1)
         Rkv = hf.size("kv_lora_rank", default=512)
-        I = hf.size("intermediate_size")
+        I = hf.size("intermediate_size", default=11008)
         F = hf.size("moe_intermediate_size", default=1407)
         X = hf.size("n_routed_experts", "num_local_experts", default=64)
-        A = hf.size("num_experts_per_tok", default=8)
+        A = hf.size("num_experts_per_tok")
         Ns = hf.size("n_shared_experts", default=2)
-        V = hf.size("vocab_size")
+        V = hf.size("vocab_size", default=102400)
         max_position = hf.size("max_position_embeddings", default=2048)
         eps = hf.float("rms_norm_eps", default=1e-06)
         act = hf.str("hidden_act", default="silu")
@@ -136,9 +136,9 @@ class DeepseekV2Config(ModelSizes):
         num_mtp = 0
         mtp_layer = L if num_mtp > 0 else -1
         num_dense = hf.int("first_k_dense_replace", default=0)
-        groups = hf.int("n_group", default=1)
-        top_groups = hf.int("topk_group", default=1)
-        renormalize = hf.bool("norm_topk_prob", default=False)
+        groups = 1 if hf.is_null("n_group") else hf.int("n_group", default=1)
+        top_groups = 1 if hf.is_null("topk_group") else hf.int("topk_group", default=1)
+        renormalize = False if hf.is_null("norm_topk_prob") else hf.bool("norm_topk_prob", default=False)
         routed_scale = hf.float("routed_scaling_factor", default=1.0)
         yarn = hf.float("rope_parameters.factor", "rope_scaling.factor", default=1.0)
         mscale = hf.float("rope_parameters.mscale_all_dim", "rope_scaling.mscale_all_dim", default=0.0)

@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec, stacked
 
 from .. import ops
@@ -111,23 +111,23 @@ class DeepseekV3Config(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> DeepseekV3Config:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
+        H = hf.size("hidden_size", default=7168)
+        L = hf.size("num_hidden_layers", default=61)
+        Nq = hf.size("num_attention_heads", default=128)
         Nkv = 1
         Dn = hf.size("qk_nope_head_dim", default=128)
         Dr = hf.size("qk_rope_head_dim", default=64)
-        D = hf.size("qk_head_dim", default=Dn + Dr)
+        D = hf.size("qk_head_dim") if hf.has("qk_head_dim") else hf.sized("D", Dn + Dr)
         Dv = hf.size("v_head_dim", default=128)
-        q_rank = hf.opt_int("q_lora_rank")
+        q_rank = None if hf.is_null("q_lora_rank") else hf.int("q_lora_rank", default=1536)
         Rq = hf.sized("Rq", q_rank if q_rank is not None else 1)
         Rkv = hf.size("kv_lora_rank", default=512)
-        I = hf.size("intermediate_size")
+        I = hf.size("intermediate_size", default=18432)
         F = hf.size("moe_intermediate_size", default=2048)
         X = hf.size("n_routed_experts", "num_local_experts", default=256)
         A = hf.size("num_experts_per_tok", default=8)
         Ns = hf.size("n_shared_experts", default=1)
-        V = hf.size("vocab_size")
+        V = hf.size("vocab_size", default=129280)
         max_position = hf.size("max_position_embeddings", default=4096)
         eps = hf.float("rms_norm_eps", default=1e-06)
         act = hf.str("hidden_act", default="silu")

@@ -21,8 +21,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec
 
 from .. import ops
@@ -85,18 +85,18 @@ class FalconConfig(ModelSizes):
         Nq = hf.size("num_attention_heads", "n_head", default=71)
         grouped = hf.bool("new_decoder_architecture", default=False)
         single = hf.bool("multi_query", default=True)
-        groups = hf.int("num_kv_heads", "n_head_kv", default=Nq)
+        groups = hf.int("num_kv_heads", "n_head_kv") if hf.has("num_kv_heads", "n_head_kv") else Nq
         Nkv = hf.sized("Nkv", groups if grouped else 1 if single else Nq)
         G = hf.sized("G", Nq // Nkv)
         D = hf.sized("D", H // Nq)
-        I = hf.size("ffn_hidden_size", default=4 * H)
+        I = hf.size("ffn_hidden_size") if hf.has("ffn_hidden_size") else hf.sized("I", 4 * H)
         V = hf.size("vocab_size", default=65024)
         max_position = hf.size("max_position_embeddings", default=2048)
         eps = hf.float("layer_norm_epsilon", default=1e-05)
         act = hf.str("activation", default="gelu")
         biased = hf.bool("alibi", default=False)
         parallel = hf.bool("parallel_attn", default=True)
-        norms = hf.int("num_ln_in_parallel_attn", default=2 if grouped else 1)
+        norms = hf.int("num_ln_in_parallel_attn") if hf.has("num_ln_in_parallel_attn") else 2 if grouped else 1
         bias = hf.bool("bias", default=False)
         tie = hf.bool("tie_word_embeddings", default=True)
         hf.require(

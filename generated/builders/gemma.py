@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -65,23 +65,34 @@ class GemmaConfig(ModelSizes):
     """Whether the attention's output projection has a bias."""
     gate: str
     """Activation of the feed-forward."""
+    bidirectional: bool
+    """Whether attention is bidirectional."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> GemmaConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
+        H = hf.size("hidden_size", default=3072)
+        L = hf.size("num_hidden_layers", default=28)
+        Nq = hf.size("num_attention_heads", default=16)
+        Nkv = Nq if hf.is_null("num_key_value_heads") else hf.size("num_key_value_heads", default=16)
         D = hf.size("head_dim", default=256)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        I = hf.size("intermediate_size", default=24576)
+        V = hf.size("vocab_size", default=256000)
         max_position = hf.size("max_position_embeddings", default=8192)
         eps = hf.float("rms_norm_eps", default=1e-06)
         tie = hf.bool("tie_word_embeddings", default=True)
         qkv_bias = hf.bool("attention_bias", default=False)
         o_bias = hf.bool("attention_bias", default=False)
-        gate = hf.str("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+        gate = (
+            "gelu_pytorch_tanh"
+            if hf.is_null("hidden_activation", "hidden_act")
+            else hf.str("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+        )
+        bidirectional = (
+            False
+            if hf.is_null("use_bidirectional_attention")
+            else hf.bool("use_bidirectional_attention", default=False)
+        )
         hf.require(
             Nq % Nkv == 0,
             "num_attention_heads % num_key_value_heads == 0",
@@ -90,6 +101,7 @@ class GemmaConfig(ModelSizes):
         )
         hf.require(D % 2 == 0, "head_dim % 2 == 0", ("head_dim", D))
         hf.require(eps >= 0, "rms_norm_eps >= 0", ("rms_norm_eps", eps))
+        hf.require(not bidirectional, "not use_bidirectional_attention", ("use_bidirectional_attention", bidirectional))
         hf.require(
             gate in ("gelu_pytorch_tanh", "gelu_tanh", "gelu"),
             "hidden_activation in ['gelu_pytorch_tanh', 'gelu_tanh', 'gelu']",
@@ -119,6 +131,7 @@ class GemmaConfig(ModelSizes):
             qkv_bias=qkv_bias,
             o_bias=o_bias,
             gate=gate,
+            bidirectional=bidirectional,
             rope=rope,
         )
 

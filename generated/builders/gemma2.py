@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -81,23 +81,27 @@ class Gemma2Config(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Gemma2Config:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
+        H = hf.size("hidden_size", default=2304)
+        L = hf.size("num_hidden_layers", default=26)
+        Nq = hf.size("num_attention_heads", default=8)
+        Nkv = Nq if hf.is_null("num_key_value_heads") else hf.size("num_key_value_heads", default=4)
         D = hf.size("head_dim", default=256)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        I = hf.size("intermediate_size", default=9216)
+        V = hf.size("vocab_size", default=256000)
         max_position = hf.size("max_position_embeddings", default=8192)
         eps = hf.float("rms_norm_eps", default=1e-06)
         tie = hf.bool("tie_word_embeddings", default=True)
-        window = hf.opt_int("sliding_window")
+        window = None if hf.is_null("sliding_window") else hf.int("sliding_window", default=4096)
         qkv_bias = hf.bool("attention_bias", default=False)
         o_bias = hf.bool("attention_bias", default=False)
-        gate = hf.str("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+        gate = (
+            "gelu_pytorch_tanh"
+            if hf.is_null("hidden_activation", "hidden_act")
+            else hf.str("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+        )
         query_scalar = hf.float("query_pre_attn_scalar", default=256.0)
-        score_cap = hf.opt_float("attn_logit_softcapping")
-        logit_cap = hf.opt_float("final_logit_softcapping")
+        score_cap = None if hf.is_null("attn_logit_softcapping") else hf.float("attn_logit_softcapping", default=50.0)
+        logit_cap = None if hf.is_null("final_logit_softcapping") else hf.float("final_logit_softcapping", default=30.0)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
             if hf.has("layer_types")
@@ -108,7 +112,11 @@ class Gemma2Config(ModelSizes):
                 lambda i: "sliding_attention" if i % 2 == 0 else "full_attention",
             )
         )
-        bidirectional = hf.bool("use_bidirectional_attention", default=False)
+        bidirectional = (
+            False
+            if hf.is_null("use_bidirectional_attention")
+            else hf.bool("use_bidirectional_attention", default=False)
+        )
         hf.require(
             Nq % Nkv == 0,
             "num_attention_heads % num_key_value_heads == 0",

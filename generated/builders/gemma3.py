@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -79,19 +79,21 @@ class Gemma3Config(ModelSizes):
     """Bound on the logits; null means none."""
     bound: float
     """The cap as a number."""
+    score_cap: float | None
+    """Bound on the attention scores."""
     both_ways: bool
     """Whether attention is bidirectional."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Gemma3Config:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
+        H = hf.size("hidden_size", default=2304)
+        L = hf.size("num_hidden_layers", default=26)
+        Nq = hf.size("num_attention_heads", default=8)
+        Nkv = Nq if hf.is_null("num_key_value_heads") else hf.size("num_key_value_heads", default=4)
         D = hf.size("head_dim", default=256)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        I = hf.size("intermediate_size", default=9216)
+        V = hf.size("vocab_size", default=262208)
         max_position = hf.size("max_position_embeddings", default=131072)
         eps = hf.float("rms_norm_eps", default=1e-06)
         act = hf.str("hidden_activation", default="gelu_pytorch_tanh")
@@ -114,7 +116,12 @@ class Gemma3Config(ModelSizes):
         query_scale = hf.float("query_pre_attn_scalar", default=256.0)
         cap = hf.opt_float("final_logit_softcapping")
         bound = hf.computed("bound", "cap if cap is not null else 1.0", lambda: cap if cap is not None else 1.0)
-        both_ways = hf.bool("use_bidirectional_attention", default=False)
+        score_cap = hf.opt_float("attn_logit_softcapping")
+        both_ways = (
+            False
+            if hf.is_null("use_bidirectional_attention")
+            else hf.bool("use_bidirectional_attention", default=False)
+        )
         hf.require(
             Nq % Nkv == 0,
             "num_attention_heads % num_key_value_heads == 0",
@@ -126,6 +133,7 @@ class Gemma3Config(ModelSizes):
         hf.require(window >= 1, "sliding_window >= 1", ("sliding_window", window))
         hf.require(act == "gelu_pytorch_tanh", "hidden_activation == 'gelu_pytorch_tanh'", ("hidden_activation", act))
         hf.require(not both_ways, "not use_bidirectional_attention", ("use_bidirectional_attention", both_ways))
+        hf.require(score_cap is None, "attn_logit_softcapping is null", ("attn_logit_softcapping", score_cap))
         hf.require(query_scale > 0, "query_pre_attn_scalar > 0", ("query_pre_attn_scalar", query_scale))
         rope = {
             "local": read_rope(
@@ -166,6 +174,7 @@ class Gemma3Config(ModelSizes):
             query_scale=query_scale,
             cap=cap,
             bound=bound,
+            score_cap=score_cap,
             both_ways=both_ways,
             rope=rope,
         )

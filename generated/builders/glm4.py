@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -73,13 +73,13 @@ class Glm4Config(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Glm4Config:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
+        H = hf.size("hidden_size", default=4096)
+        L = hf.size("num_hidden_layers", default=40)
+        Nq = hf.size("num_attention_heads", default=32)
+        Nkv = Nq if hf.is_null("num_key_value_heads") else hf.size("num_key_value_heads", default=2)
         D = hf.size("head_dim", default=128)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        I = hf.size("intermediate_size", default=13696)
+        V = hf.size("vocab_size", default=151552)
         max_position = hf.size("max_position_embeddings", default=131072)
         eps = hf.float("rms_norm_eps", default=1.5625e-07)
         act = hf.str("hidden_act", default="silu")
@@ -105,6 +105,7 @@ class Glm4Config(ModelSizes):
                 max_position=max_position,
                 keys=("rope_parameters", "rope_scaling"),
                 allow=("default", "linear", "dynamic", "yarn"),
+                is_partial=True,
             ),
         }
         return cls(

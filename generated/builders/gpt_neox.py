@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec
 
 from .. import ops
@@ -109,6 +109,7 @@ class GptNeoxConfig(ModelSizes):
                 max_position=max_position,
                 keys=("rope_parameters", "rope_scaling"),
                 allow=("default", "linear", "dynamic", "yarn", "llama3"),
+                is_partial=True,
             ),
         }
         return cls(

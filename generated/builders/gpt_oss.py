@@ -21,8 +21,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec
 
 from .. import ops
@@ -80,13 +80,13 @@ class GptOssConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> GptOssConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
+        H = hf.size("hidden_size", default=2880)
+        L = hf.size("num_hidden_layers", default=36)
+        Nq = hf.size("num_attention_heads", default=64)
+        Nkv = Nq if hf.is_null("num_key_value_heads") else hf.size("num_key_value_heads", default=8)
         D = hf.size("head_dim", default=64)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        I = hf.size("intermediate_size", default=2880)
+        V = hf.size("vocab_size", default=201088)
         max_position = hf.size("max_position_embeddings", default=131072)
         eps = hf.float("rms_norm_eps", default=1e-05)
         act = hf.str("hidden_act", default="silu")
@@ -129,6 +129,14 @@ class GptOssConfig(ModelSizes):
                 max_position=max_position,
                 keys=("rope_parameters", "rope_scaling"),
                 allow=("default", "yarn"),
+                default={
+                    "rope_type": "yarn",
+                    "factor": 32.0,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "truncate": False,
+                    "original_max_position_embeddings": 4096,
+                },
             ),
         }
         return cls(

@@ -21,8 +21,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -72,7 +72,7 @@ class GptjConfig(ModelSizes):
         Nkv = hf.sized("Nkv", Nq)
         D = hf.sized("D", H // Nq)
         Dr = hf.size("rotary_dim", default=64)
-        I = hf.size("n_inner", default=4 * H)
+        I = hf.size("n_inner") if hf.has("n_inner") else hf.sized("I", 4 * H)
         V = hf.size("vocab_size", default=50400)
         max_position = hf.size("n_positions", default=2048)
         eps = hf.float("layer_norm_epsilon", default=1e-05)

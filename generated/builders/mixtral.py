@@ -21,8 +21,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec, stacked
 
 from .. import ops
@@ -74,13 +74,13 @@ class MixtralConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> MixtralConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        H = hf.size("hidden_size", default=4096)
+        L = hf.size("num_hidden_layers", default=32)
+        Nq = hf.size("num_attention_heads", default=32)
+        Nkv = Nq if hf.is_null("num_key_value_heads") else hf.size("num_key_value_heads", default=8)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("intermediate_size", default=14336)
+        V = hf.size("vocab_size", default=32000)
         max_position = hf.size("max_position_embeddings", default=131072)
         eps = hf.float("rms_norm_eps", default=1e-05)
         act = hf.str("hidden_act", default="silu")
@@ -106,7 +106,7 @@ class MixtralConfig(ModelSizes):
         rope = {
             "": read_rope(
                 hf,
-                base=hf.float("rope_parameters.rope_theta", "rope_theta", default=10000.0),
+                base=hf.float("rope_parameters.rope_theta", "rope_theta", default=1000000.0),
                 dim=D,
                 max_position=max_position,
                 keys=("rope_parameters", "rope_scaling"),

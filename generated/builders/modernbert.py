@@ -20,8 +20,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -73,13 +73,13 @@ class ModernbertConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> ModernbertConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
+        H = hf.size("hidden_size", default=768)
+        L = hf.size("num_hidden_layers", default=22)
+        Nq = hf.size("num_attention_heads", default=12)
         Nkv = hf.sized("Nkv", Nq)
         D = hf.sized("D", H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        I = hf.size("intermediate_size", default=1152)
+        V = hf.size("vocab_size", default=50368)
         max_position = hf.size("max_position_embeddings", default=8192)
         eps = hf.float("norm_eps", default=1e-05)
         act = hf.str("hidden_activation", default="gelu")

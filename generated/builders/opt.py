@@ -73,18 +73,18 @@ class OptConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> OptConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
+        H = hf.size("hidden_size", default=768)
+        L = hf.size("num_hidden_layers", default=12)
+        Nq = hf.size("num_attention_heads", default=12)
         Nkv = hf.sized("Nkv", Nq)
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("ffn_dim")
-        V = hf.size("vocab_size", default=50257)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("ffn_dim", default=3072)
+        V = hf.size("vocab_size", default=50272)
         max_position = hf.size("max_position_embeddings", default=2048)
         eps = 1e-05
         act = hf.str("activation_function", default="relu")
         tie = hf.bool("tie_word_embeddings", default=True)
-        Pe = hf.size("word_embed_proj_dim", default=H)
+        Pe = hf.size("word_embed_proj_dim") if hf.has("word_embed_proj_dim") else hf.sized("Pe", H)
         bias = hf.bool("enable_bias", default=True)
         norm_first = hf.bool("do_layer_norm_before", default=True)
         no_last_norm = hf.bool("_remove_final_layer_norm", default=False)

@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -77,13 +77,13 @@ class PhiConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> PhiConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
+        H = hf.size("hidden_size", default=2048)
+        L = hf.size("num_hidden_layers", default=24)
+        Nq = hf.size("num_attention_heads", default=32)
+        Nkv = hf.size("num_key_value_heads") if hf.has("num_key_value_heads") else hf.sized("Nkv", Nq)
         D = hf.sized("D", H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        I = hf.size("intermediate_size", default=8192)
+        V = hf.size("vocab_size", default=51200)
         max_position = hf.size("max_position_embeddings", default=2048)
         eps = hf.float("layer_norm_eps", default=1e-05)
         act = hf.str("hidden_act", default="gelu_new")
@@ -116,6 +116,7 @@ class PhiConfig(ModelSizes):
                 max_position=max_position,
                 keys=("rope_parameters", "rope_scaling"),
                 allow=("default", "linear", "dynamic"),
+                is_partial=True,
             ),
         }
         return cls(

@@ -22,8 +22,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 from .. import ops
@@ -77,13 +77,13 @@ class Phi3Config(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Phi3Config:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        H = hf.size("hidden_size", default=3072)
+        L = hf.size("num_hidden_layers", default=32)
+        Nq = hf.size("num_attention_heads", default=32)
+        Nkv = hf.size("num_key_value_heads") if hf.has("num_key_value_heads") else hf.sized("Nkv", Nq)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("intermediate_size", default=8192)
+        V = hf.size("vocab_size", default=32064)
         max_position = hf.size("max_position_embeddings", default=4096)
         eps = hf.float("rms_norm_eps", default=1e-05)
         act = hf.str("hidden_act", default="silu")
@@ -112,6 +112,8 @@ class Phi3Config(ModelSizes):
                 max_position=max_position,
                 keys=("rope_parameters", "rope_scaling"),
                 allow=("default", "longrope", "su"),
+                is_partial=True,
+                original=4096,
             ),
         }
         return cls(

@@ -21,8 +21,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec, stacked
 
 from .. import ops
@@ -86,18 +86,18 @@ class Qwen3MoeConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Qwen3MoeConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        H = hf.size("hidden_size", default=2048)
+        L = hf.size("num_hidden_layers", default=24)
+        Nq = hf.size("num_attention_heads", default=32)
+        Nkv = Nq if hf.is_null("num_key_value_heads") else hf.size("num_key_value_heads", default=4)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("intermediate_size", default=6144)
+        V = hf.size("vocab_size", default=151936)
         max_position = hf.size("max_position_embeddings", default=32768)
         eps = hf.float("rms_norm_eps", default=1e-06)
         act = hf.str("hidden_act", default="silu")
         tie = hf.bool("tie_word_embeddings", default=False)
-        window = hf.opt_int("sliding_window")
+        window = None if hf.is_null("sliding_window") else hf.int("sliding_window", default=4096)
         qkv_bias = hf.bool("attention_bias", default=False)
         o_bias = hf.bool("attention_bias", default=False)
         X = hf.size("num_experts", "num_local_experts", default=128)

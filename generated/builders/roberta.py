@@ -70,14 +70,14 @@ class RobertaConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> RobertaConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_attention_heads")
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("intermediate_size")
+        H = hf.size("hidden_size", default=768)
+        L = hf.size("num_hidden_layers", default=12)
+        Nq = hf.size("num_attention_heads", default=12)
+        Nkv = hf.sized("Nkv", Nq)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("intermediate_size", default=3072)
         V = hf.size("vocab_size")
-        rows = hf.size("max_position_embeddings", default=514)
+        rows = hf.size("max_position_embeddings", default=512)
         pad = hf.int("pad_token_id", default=1)
         max_position = hf.sized("max_position", rows - pad - 1)
         types = hf.size("type_vocab_size", default=2)
@@ -125,7 +125,7 @@ def shard_config(c: RobertaConfig, tp: int) -> RobertaConfig:
         c,
         tp=tp,
         Nq=divided("num_attention_heads", c.Nq, tp),
-        Nkv=divided("num_attention_heads", c.Nkv, tp),
+        Nkv=divided("Nkv", c.Nkv, tp),
         I=divided("intermediate_size", c.I, tp),
     )
 

@@ -146,11 +146,12 @@ KNOWN = sorted(name for layout in MODELS.values() for name in layout.architectur
 ADD_ONE = (
     f"known are {', '.join(KNOWN)}. To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
 )
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["NobodysModel"]}, f"expected an architecture with a layout, got NobodysModel; {ADD_ONE}"),
     ({"architectures": None}, f"expected an architecture with a layout, got none; {ADD_ONE}"),
     ({"architectures": {"a": 1}}, f"expected an architecture with a layout, got none; {ADD_ONE}"),
-    ({"hidden_size": None}, "the key 'hidden_size' is missing, expected an integer"),
+    ({"hidden_size": None}, "'hidden_size': expected an integer, got null"),
     ({"hidden_size": "64"}, "'hidden_size': expected an integer, got '64'"),
     ({"num_hidden_layers": 0}, "'num_hidden_layers': expected a size of 1 to 2147483647, got 0"),
     ({"num_attention_heads": True}, "'num_attention_heads': expected an integer, got true"),
@@ -161,8 +162,8 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"rms_norm_eps": [1]}, "'rms_norm_eps': expected a finite number, got a list"),
     ({"rms_norm_eps": -1e-6}, "requires rms_norm_eps >= 0, but rms_norm_eps is -1e-06"),
-    ({"sliding_window": 0}, "requires sliding_window >= 1, but sliding_window is 0"),
-    ({"sliding_window": -5}, "requires sliding_window >= 1, but sliding_window is -5"),
+    ({**MISTRAL, "sliding_window": 0}, "requires sliding_window >= 1, but sliding_window is 0"),
+    ({**MISTRAL, "sliding_window": -5}, "requires sliding_window >= 1, but sliding_window is -5"),
     ({"rms_norm_eps": 10**400}, f"'rms_norm_eps': expected a finite number, got 1{'0' * 39}"),
     ({"rope_parameters": [1]}, "'rope_parameters': expected an object, got a list"),
     (
@@ -182,11 +183,11 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
         "'factor' of rope scaling 'linear' must be a positive number, got 'two'",
     ),
     (
-        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7, "long_factor": [1.0] * 8}},
         "'short_factor' of rope scaling 'longrope' must be a list of 8 numbers, got 7",
     ),
     (
-        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7 + [None], "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7 + [None], "long_factor": [1.0] * 8}},
         "short_factor[7] of rope scaling 'longrope' must be a positive number, got nothing",
     ),
     (

@@ -7,7 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
-from sageLLM.runtime.core.model.layout import RopeSpec, read_rope
+from sageLLM.runtime.core.model.rope import RopeSpec, read_rope
 from sageLLM.runtime.loader.rope import rope_tables
 
 

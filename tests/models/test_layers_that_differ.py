@@ -140,7 +140,7 @@ def test_lists_take_their_type() -> None:
     hf = HFConfig({"a": [1, 2.5], "b": [], "c": None}, "x.json")
     assert (hf.items("a", kind=float), hf.items("c", "b", kind=int)) == ((1.0, 2.5), ())
     assert (hf.has("c"), hf.has("c", "b")) == (False, True)
-    with pytest.raises(ConfigError, match=r"^x.json: the key 'c' is missing, expected a list$"):
+    with pytest.raises(ConfigError, match=r"^x.json: 'c': expected a list, got null$"):
         hf.items("c", kind=int)
 
 

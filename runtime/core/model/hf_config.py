@@ -1,7 +1,8 @@
 """Typed access to a Hugging Face config.json, with fallback keys and errors that name the file, key and value.
 
-A null value counts as absent, since checkpoints write it for "use the default". Keys may be dotted:
-`rope_parameters.rope_theta` is `rope_theta` inside `rope_parameters`.
+An absent key has the default of the checkpoint's config class. A null key is null where the class allows it, and
+refused elsewhere. Keys may be dotted: `rope_parameters.rope_theta` is `rope_theta` inside `rope_parameters`; a null
+inside an object counts as absent.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sageLLM.runtime.core.printable import quoted
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 100_000
+_NEW_ROPE, _OLD_ROPE = "rope_parameters", "rope_scaling"
 V = TypeVar("V")
 
 
@@ -65,6 +67,7 @@ class HFConfig:
         is_number = isinstance(value, (builtins.int, builtins.float)) and not isinstance(value, builtins.bool)
         if not is_number or not _fits_float(value):
             raise self._error(name, "a finite number", value)
+        self._require_equal(name, value, [other for other in fallbacks if other != name], default)
         return builtins.float(value)
 
     def bool(
@@ -104,6 +107,13 @@ class HFConfig:
     def has(self, *keys: builtins.str) -> builtins.bool:
         """Whether one of the keys is present and not null."""
         return self._find(keys) is not None
+
+    def is_null(self, *keys: builtins.str) -> builtins.bool:
+        """Whether one of the keys is null, and the others are absent or null."""
+        return not self.has(*keys) and self._null_key(keys) is not None
+
+    def _null_key(self, keys: Sequence[builtins.str]) -> builtins.str | None:
+        return next((key for key in keys if key in self.data), None)
 
     def items(
         self, key: builtins.str, *fallbacks: builtins.str, kind: type[V], length: builtins.int | None = None
@@ -170,12 +180,39 @@ class HFConfig:
     def _find(self, keys: Sequence[builtins.str]) -> tuple[builtins.str, Any] | None:
         """The first of the keys that is present and not null, with its value."""
         for key in keys:
-            value: Any = self.data
-            for step in key.split("."):
-                value = value.get(step) if isinstance(value, Mapping) else None
+            name = self._replaced_by(key) or key
+            value = self._value(name)
             if value is not None:
-                return key, value
+                return name, value
         return None
+
+    def _value(self, key: builtins.str) -> Any:
+        value: Any = self.data
+        for step in key.split("."):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        return value
+
+    def _replaced_by(self, key: builtins.str) -> builtins.str | None:
+        """The key in `rope_scaling` that is read instead of one in `rope_parameters`, as in transformers."""
+        section, _, name = key.rpartition(".")
+        replacing = f"{_OLD_ROPE}.{name}"
+        return replacing if section == _NEW_ROPE and self._value(replacing) is not None else None
+
+    def _require_equal(
+        self, key: builtins.str, value: builtins.float, others: Sequence[builtins.str], default: object
+    ) -> None:
+        """Refuses a value in `rope_parameters` that transformers drops because the config has `rope_scaling` too."""
+        scaling = self.data.get(_OLD_ROPE)
+        if key.rpartition(".")[0] != _NEW_ROPE or not isinstance(scaling, Mapping) or not scaling:
+            return
+        found = self._find(others)
+        instead = found[1] if found is not None else default
+        if value != instead:
+            name = key.rpartition(".")[2]
+            raise ConfigError(
+                f"{self.path}: '{key}' is {shown(value)}, but '{_OLD_ROPE}' replaces '{_NEW_ROPE}' and lacks "
+                f"'{name}'; add it there, or merge the two into '{_NEW_ROPE}'"
+            )
 
     def _read(self, keys: Sequence[builtins.str], default: V | _Required, kind: type[V], expected: builtins.str) -> V:
         found = self._find(keys)
@@ -187,6 +224,9 @@ class HFConfig:
         return value
 
     def _default(self, keys: Sequence[builtins.str], default: V | _Required, expected: builtins.str) -> V:
+        null = self._null_key(keys)
+        if null is not None:
+            raise self._error(null, expected, None)
         if isinstance(default, _Required):
             also = f" (also looked for {', '.join(keys[1:])})" if len(keys) > 1 else ""
             raise ConfigError(f"{self.path}: the key '{keys[0]}' is missing, expected {expected}{also}")

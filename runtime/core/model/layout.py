@@ -14,23 +14,11 @@ from sageLLM.runtime.core.ir.nodes import AttrValue, OpTypeBase, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.types import DTYPES, TensorType
 from sageLLM.runtime.core.ir.writer import GraphWriter
-from sageLLM.runtime.core.model.hf_config import HFConfig, shown
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.rope import RopeSpec
 from sageLLM.runtime.core.model.weights import WeightSpec
 
 T, B, Td, Tp, PG, BS, KV, KVd = dims("T B Td Tp PG BS KV KVd")
-
-
-@dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """A pair of rotary tables [P, dim/2] for ops that rotate `dim` components of a head (Su et al., arXiv 2104.09864).
-
-    `scaling` is the section of the checkpoint's config, with its type under `rope_type`, or None.
-    """
-
-    base: float
-    dim: int
-    max_position: int
-    scaling: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,28 +233,6 @@ class _KvCall:
         node.metadata.update(self.call)
         node.block = self.block.name
         return joined
-
-
-def read_rope(
-    hf: HFConfig, *, base: float, dim: int, max_position: int, keys: tuple[str, ...], allow: tuple[str, ...]
-) -> RopeSpec:
-    """A rotary section of a config; ConfigError for an odd `dim`, or a scaling type that is not in `allow`."""
-    if dim % 2:
-        raise ConfigError(f"{hf.path}: the number of rotated components of a head must be even, got {dim}")
-    found = hf.mapping(*keys) if keys else None
-    if found is None:
-        return RopeSpec(base, dim, max_position)
-    named = found.get("rope_type")
-    kind = named if named is not None else found.get("type", "default")
-    if not isinstance(kind, str):
-        raise ConfigError(f"{hf.path}: the type of the rope scaling must be text, got {shown(kind)}")
-    if kind not in allow:
-        raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
-    if kind == "default":
-        return RopeSpec(base, dim, max_position)
-    trained = hf.opt_int("original_max_position_embeddings")  # Phi-3 has it next to the scaling; it takes precedence
-    original = {} if trained is None else {"original_max_position_embeddings": trained}
-    return RopeSpec(base, dim, max_position, {**found, **original, "rope_type": kind})
 
 
 def divided(name: str, size: int, tp: int) -> int:

@@ -23,8 +23,8 @@ from sageLLM.runtime.core.model.layout import (
     call_block,
     divided,
     num_rows,
-    read_rope,
 )
+from sageLLM.runtime.core.model.rope import read_rope
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
 
 __all__ = ["QWEN2ISH", "Qwen2ishConfig"]
@@ -71,18 +71,18 @@ class Qwen2ishConfig(ModelSizes):
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Qwen2ishConfig:
         """Reads and checks a config.json; raises ConfigError with the key and the problem."""
-        H = hf.size("hidden_size")
-        L = hf.size("num_hidden_layers")
-        Nq = hf.size("num_attention_heads")
-        Nkv = hf.size("num_key_value_heads", default=Nq)
-        D = hf.size("head_dim", default=H // Nq)
-        I = hf.size("intermediate_size")
-        V = hf.size("vocab_size")
+        H = hf.size("hidden_size", default=4096)
+        L = hf.size("num_hidden_layers", default=32)
+        Nq = hf.size("num_attention_heads", default=32)
+        Nkv = hf.size("num_key_value_heads") if hf.has("num_key_value_heads") else hf.sized("Nkv", Nq)
+        D = hf.size("head_dim") if hf.has("head_dim") else hf.sized("D", H // Nq)
+        I = hf.size("intermediate_size", default=11008)
+        V = hf.size("vocab_size", default=32000)
         max_position = hf.size("max_position_embeddings", default=2048)
         eps = hf.float("rms_norm_eps", default=1e-06)
         act = hf.str("hidden_act", default="silu")
         tie = hf.bool("tie_word_embeddings", default=False)
-        window = hf.opt_int("sliding_window")
+        window = None
         qkv_bias = True
         o_bias = False
         mlp_bias = hf.bool("mlp_bias", default=False)
@@ -95,7 +95,6 @@ class Qwen2ishConfig(ModelSizes):
         hf.require(D % 2 == 0, "head_dim % 2 == 0", ("head_dim", D))
         hf.require(act == "silu", "hidden_act == 'silu'", ("hidden_act", act))
         hf.require(eps >= 0, "rms_norm_eps >= 0", ("rms_norm_eps", eps))
-        hf.require(window is None or window >= 1, "sliding_window >= 1", ("sliding_window", window))
         rope = {
             "": read_rope(
                 hf,

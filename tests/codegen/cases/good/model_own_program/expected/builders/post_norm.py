@@ -66,12 +66,12 @@ class PostNormConfig(ModelSizes):
         Nq = hf.size("n_head")
         Nkv = hf.size("n_head")
         D = 64
-        I = hf.int("n_inner", default=4 * H)
+        I = hf.int("n_inner") if hf.has("n_inner") else 4 * H
         V = hf.size("vocab_size")
         X = hf.size("experts", default=2)
         max_position = hf.size("n_positions")
         eps = 1e-05
-        double = hf.bool("doubled", default=H > 4096 and (not X > 8))
+        double = hf.bool("doubled") if hf.has("doubled") else H > 4096 and (not X > 8)
         hf.require(H % 2 == 0 or double, "hidden_size % 2 == 0 or doubled", ("doubled", double), ("hidden_size", H))
         return cls(
             H=H,

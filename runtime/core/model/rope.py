@@ -1,0 +1,243 @@
+"""Rotary sections of a config: the base frequency, and the scaling with its parameters checked.
+
+A config.json has the section as `rope_parameters` (transformers 5), as `rope_scaling` (before), or as both, where
+`rope_scaling` wins as in transformers. Each scaling type accepts a closed list of keys: a key that the type does not
+have might change the model, so it is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.model.hf_config import HFConfig, shown
+
+Kind = Literal["positive", "number", "bool", "numbers"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """A pair of rotary tables [P, dim/2] for ops that rotate `dim` components of a head (Su et al., arXiv 2104.09864).
+
+    `scaling` has the parameters of the scaling, with its type under `rope_type`, or is None.
+    """
+
+    base: float
+    dim: int
+    max_position: int
+    scaling: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """The keys of a scaling type with the kinds of their values."""
+
+    required: Mapping[str, Kind]
+    optional: Mapping[str, Kind]
+
+
+_FACTOR: Mapping[str, Kind] = {"factor": "positive"}
+_LONGROPE = _Parameters(
+    {"short_factor": "numbers", "long_factor": "numbers"},
+    {"original_max_position_embeddings": "positive", "attention_factor": "positive", **_FACTOR},
+)
+SCALINGS: Mapping[str, _Parameters] = {
+    "default": _Parameters({}, {}),
+    "linear": _Parameters(_FACTOR, {}),
+    "dynamic": _Parameters(_FACTOR, {}),
+    "llama3": _Parameters(
+        {**_FACTOR, "low_freq_factor": "positive", "high_freq_factor": "positive"},
+        {"original_max_position_embeddings": "positive"},
+    ),
+    "yarn": _Parameters(
+        _FACTOR,
+        {
+            "original_max_position_embeddings": "positive",
+            "attention_factor": "positive",
+            "beta_fast": "positive",
+            "beta_slow": "positive",
+            "mscale": "number",
+            "mscale_all_dim": "number",
+            "truncate": "bool",
+        },
+    ),
+    "longrope": _LONGROPE,
+    "su": _LONGROPE,  # the original name, in early checkpoints of Phi-3
+}
+_NO_EFFECT: Mapping[tuple[str, str], tuple[object, ...]] = {
+    ("yarn", "finetuned"): (True, False),  # in the YaRN checkpoints of Llama 2; only their own training code reads it
+    ("yarn", "attn_factor"): (1, 1.0),
+    ("yarn", "extrapolation_factor"): (1, 1.0),
+}
+"""Keys that published checkpoints have, with the values for which they change nothing."""
+_READ_ELSEWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def read_rope(
+    hf: HFConfig,
+    *,
+    base: float,
+    dim: int,
+    max_position: int,
+    keys: tuple[str, ...],
+    allow: tuple[str, ...],
+    is_partial: bool = False,
+    default: Mapping[str, Any] | None = None,
+    original: int | None = None,
+) -> RopeSpec:
+    """A rotary section of a config, from `keys`, or `default` without one.
+
+    `is_partial` tells that `dim` follows the config's `partial_rotary_factor`; `original` is the trained length where
+    the architecture has a default for it. Raises ConfigError for an odd `dim`, a scaling type that is not in `allow`,
+    and a key or value that the type does not have.
+    """
+    if dim % 2:
+        raise ConfigError(f"{hf.path}: the number of rotated components of a head must be even, got {dim}")
+    if not is_partial:
+        _require_whole_heads(hf, "partial_rotary_factor", hf.data.get("partial_rotary_factor"))
+    name, section = _section(hf, keys)
+    if section is None and default is not None:
+        name, section = "the default rope section", default
+    if section is None:
+        return RopeSpec(base, dim, max_position)
+    kind = _type_of(hf, name, section)
+    if kind not in allow:
+        raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
+    if section.get("rope_theta") not in (None, base):
+        raise ConfigError(
+            f"{hf.path}: '{name}.rope_theta' must equal the base frequency {base:g}, "
+            f"got {shown(section['rope_theta'])}; remove one of the two"
+        )
+    if not is_partial:
+        _require_whole_heads(hf, f"{name}.partial_rotary_factor", section.get("partial_rotary_factor"))
+    scaling = _checked(hf, name, kind, section, dim)
+    if kind == "default":
+        return RopeSpec(base, dim, max_position)
+    if "original_max_position_embeddings" in SCALINGS[kind].optional:
+        # Phi-3 has it next to the scaling; there it takes precedence.
+        trained = hf.opt_int("original_max_position_embeddings")
+        trained = trained if trained is not None else original
+        if trained is not None:
+            _check_value(hf, "original_max_position_embeddings", kind, trained, "positive", dim)
+            scaling["original_max_position_embeddings"] = float(trained)
+    return RopeSpec(base, dim, max_position, {**scaling, "rope_type": kind})
+
+
+def _section(hf: HFConfig, keys: tuple[str, ...]) -> tuple[str, Mapping[str, Any] | None]:
+    """The name of the section and the section, merged if the config has both forms."""
+    if not keys:
+        return "", None
+    *new, old = keys if keys[-1] == "rope_scaling" else (*keys, "")
+    scaling = hf.mapping(old) if old else None
+    found = hf.mapping(*new) if new else None
+    if new and "." in new[0]:
+        _require_nested(hf, new[0].split(".")[0])
+    name = next((key for key in new if hf.has(key)), "")
+    if not scaling:  # transformers takes an empty `rope_scaling` for an absent one
+        return (name, found) if found is not None else (old, scaling)
+    if not found:
+        return old, scaling
+    if "." in name:  # one section per layer type, which rope_scaling updates
+        return old, {**_without_type(found), **scaling}
+    theirs, ours = _parameters_of(hf, name, found), _parameters_of(hf, old, scaling)
+    if theirs != {"rope_type": "default"} and theirs != ours:
+        raise ConfigError(
+            f"{hf.path}: '{name}' and '{old}' are two different rope scalings; remove the one that is not meant"
+        )
+    return old, scaling
+
+
+def _parameters_of(hf: HFConfig, name: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    values = {key: value for key, value in section.items() if key not in _READ_ELSEWHERE and value is not None}
+    return {**values, "rope_type": _type_of(hf, name, section)}
+
+
+def _without_type(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in ("rope_type", "type")}
+
+
+def _require_nested(hf: HFConfig, name: str) -> None:
+    """Refuses parameters outside the sections of the layer types, which would be read by none of them."""
+    for key, value in (hf.mapping(name) or {}).items():
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{hf.path}: '{name}.{shown(key)[1:-1]}': expected an object for a layer type, got {shown(value)}; "
+                "move the parameters into the sections of the layer types"
+            )
+
+
+def _type_of(hf: HFConfig, name: str, section: Mapping[str, Any]) -> str:
+    named, older = section.get("rope_type"), section.get("type")
+    kind = named if named is not None else older if older is not None else "default"
+    if not isinstance(kind, str):
+        raise ConfigError(f"{hf.path}: the type of the rope scaling must be text, got {shown(kind)}")
+    if older is not None and older != kind:
+        raise ConfigError(
+            f"{hf.path}: '{name}.rope_type' is {shown(kind)}, but '{name}.type' is {shown(older)}; remove one of them"
+        )
+    return kind
+
+
+def _require_whole_heads(hf: HFConfig, name: str, value: object) -> None:
+    """Refuses a partial rotation, for layouts that rotate whole heads."""
+    if value is not None and (isinstance(value, bool) or value != 1):
+        raise ConfigError(f"{hf.path}: '{name}' must be absent or 1.0 for this architecture, got {shown(value)}")
+
+
+def _checked(hf: HFConfig, name: str, kind: str, section: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """The parameters of the scaling. Raises ConfigError for an unknown key, and for a value of the wrong kind."""
+    known = {**SCALINGS[kind].required, **SCALINGS[kind].optional}
+    for key, value in section.items():
+        no_effect = _NO_EFFECT.get((kind, key), ())
+        if key not in known and key not in _READ_ELSEWHERE and value is not None and value not in no_effect:
+            expected = ", ".join(known) or "none"
+            raise ConfigError(
+                f"{hf.path}: '{name}.{shown(key)[1:-1]}' is not a parameter of rope scaling '{kind}', which might "
+                f"change the model; known are {expected}"
+            )
+    for key, expects in known.items():
+        if section.get(key) is not None or key in SCALINGS[kind].required:
+            _check_value(hf, key, kind, section.get(key), expects, dim)
+    found = {key: section[key] for key in known if section.get(key) is not None}
+    return {key: _as_floats(value) for key, value in found.items()}
+
+
+def _as_floats(value: Any) -> Any:
+    if isinstance(value, list):
+        return [float(item) for item in value]
+    return value if isinstance(value, bool) else float(value)
+
+
+def _check_value(hf: HFConfig, key: str, kind: str, value: object, expects: Kind, dim: int) -> None:
+    label = f"{hf.path}: '{key}' of rope scaling '{kind}'"
+    match expects:
+        case "bool":
+            if not isinstance(value, bool):
+                raise ConfigError(f"{label} must be true or false, got {_got(value)}")
+        case "number":
+            if not (_is_positive(value) or (not isinstance(value, bool) and value == 0)):
+                raise ConfigError(f"{label} must be a number of at least 0, got {_got(value)}")
+        case "positive":
+            if not _is_positive(value):
+                raise ConfigError(f"{label} must be a positive number, got {_got(value)}")
+        case "numbers":
+            if not isinstance(value, list) or len(value) != dim // 2:
+                got = f"{len(value)}" if isinstance(value, list) else _got(value)
+                raise ConfigError(f"{label} must be a list of {dim // 2} numbers, got {got}")
+            for index, item in enumerate(value):
+                if not _is_positive(item):
+                    raise ConfigError(
+                        f"{hf.path}: {key}[{index}] of rope scaling '{kind}' must be a positive number, "
+                        f"got {_got(item)}"
+                    )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _got(value: object) -> str:
+    return "nothing" if value is None else shown(value)

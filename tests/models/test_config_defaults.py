@@ -1,0 +1,116 @@
+"""Config defaults of every layout, compared with the config classes of transformers."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from sageLLM.generated.builders import MODELS
+from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.model.hf_config import HFConfig
+
+TABLES = (
+    modeling_auto.MODEL_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+)
+MODEL_TYPES = {
+    name: model_type
+    for table in TABLES
+    for model_type, names in table.items()
+    for name in ([names] if isinstance(names, str) else names)
+}
+ARCHITECTURES = [(layout, name) for layout in MODELS for name in MODELS[layout].architectures]
+REQUIRED = {"roberta": ("vocab_size",), "deepseek_v2": ("num_experts_per_tok",)}
+"""Keys without a default: three classes share roberta and differ in it; that of DeepSeek V2 is null."""
+WITH_ROPE = [name for name in MODELS if MODELS[name].read_config(HFConfig(MODELS[name].tiny)).rope]
+
+
+def class_config(architecture: str) -> dict[str, Any]:
+    """The config with all defaults, with every key written out."""
+    cls = getattr(transformers, CONFIG_MAPPING_NAMES[MODEL_TYPES[architecture]])
+    return {"num_experts_per_tok": 6, **{key: value for key, value in cls().to_dict().items() if value is not None}}
+
+
+def read(layout: str, data: dict[str, Any]) -> Any:
+    """The config, without the sliding window where the config switches it off."""
+    config = MODELS[layout].read_config(HFConfig(data))
+    return config if getattr(config, "sliding", True) else replace(config, window=None)
+
+
+@pytest.mark.parametrize(("name", "architecture"), ARCHITECTURES)
+def test_absent_keys_have_the_defaults_of_the_config_class(name: str, architecture: str) -> None:
+    """Stripped of all its keys, the config of the class reads as it does with every key written out."""
+    written = class_config(architecture)
+    stripped = {key: written[key] for key in REQUIRED.get(name, ())}
+    assert read(name, stripped) == read(name, written)
+
+
+@pytest.mark.parametrize(("name", "architecture"), ARCHITECTURES)
+def test_null_keys_are_null_or_refused(name: str, architecture: str) -> None:
+    """A key that is null has the value that the config class computes, unless the class or the layout refuses null."""
+    written = class_config(architecture)
+    cls = getattr(transformers, CONFIG_MAPPING_NAMES[MODEL_TYPES[architecture]])
+    for key in written:
+        try:
+            found = read(name, {**written, key: None})
+        except ConfigError as error:
+            assert f"'{key}': expected" in str(error) or "requires" in str(error)
+            continue
+        try:
+            expected = cls.from_dict({**written, key: None}).to_dict()
+        except Exception:  # the class refuses null with an error of any type
+            continue
+        assert found == read(name, {k: v for k, v in expected.items() if v is not None or k == key}), key
+
+
+CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("alpha", {"rope_type": "linear", "factor": 2.0, "alpha": 1000.0}),
+    ("llama_4_scaling_beta", {"rope_type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}),
+    ("factr", {"rope_type": "default", "factr": 2.0}),
+    ("attention_factor", {"rope_type": "linear", "factor": 2.0, "attention_factor": 0.5}),
+    ("low_freq_factor", {"type": "yarn", "factor": 2.0, "low_freq_factor": 1.0}),
+    ("factor", {"rope_type": "default", "factor": 2.0}),
+]
+
+
+@pytest.mark.parametrize("name", WITH_ROPE)
+@pytest.mark.parametrize(("key", "scaling"), CHANGES, ids=[key for key, _ in CHANGES])
+def test_a_key_that_changes_the_rotation_is_refused(name: str, key: str, scaling: dict[str, Any]) -> None:
+    layout = MODELS[name]
+    if name == "gptj":
+        pytest.skip("transformers reads no rope section for GPT-J")
+    for section in ("rope_scaling", "rope_parameters"):
+        nested = (
+            {"full_attention": scaling, "sliding_attention": scaling} if "full" in name_of_tables(name) else scaling
+        )
+        value = nested if section == "rope_parameters" else scaling
+        with pytest.raises(ConfigError) as caught:
+            layout.read_config(HFConfig({**layout.tiny, section: value}))
+        assert f".{key}' is not a parameter of rope scaling" in str(caught.value) or "is not supported" in str(
+            caught.value
+        )
+
+
+def name_of_tables(name: str) -> tuple[str, ...]:
+    return tuple(MODELS[name].read_config(HFConfig(MODELS[name].tiny)).rope)
+
+
+WHOLE = [name for name in WITH_ROPE if name not in ("glm4", "gpt_neox", "nemotron", "phi", "phi3", "stablelm", "gptj")]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_partial_rotation_of_a_layout_without_one_is_refused(name: str) -> None:
+    layout = MODELS[name]
+    with pytest.raises(ConfigError, match=r"'partial_rotary_factor' must be absent or 1\.0"):
+        layout.read_config(HFConfig({**layout.tiny, "partial_rotary_factor": 0.5}))
+    assert layout.read_config(HFConfig({**layout.tiny, "partial_rotary_factor": 1.0})).rope
+    tables = name_of_tables(name)
+    section: dict[str, Any] = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    nested = {"full_attention": section} if "full" in tables else section
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor' must be absent or 1\.0"):
+        layout.read_config(HFConfig({**layout.tiny, "rope_parameters": nested}))
