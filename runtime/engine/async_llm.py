@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sageLLM.runtime.engine.llm import LLM
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.prompts import Prompt
 from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.text.chat_messages import Conversation
 
 
 class AsyncLLM:
@@ -59,9 +60,12 @@ class AsyncLLM:
         finally:
             shared.close(call)
 
-    async def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
-        """`LLM.chat` in a thread. A cancelled task does not wait for the answer, which is completed nevertheless."""
-        return await asyncio.to_thread(self.llm.chat, messages, params)
+    async def chat(self, messages: Conversation, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
+        """`LLM.chat` in a thread, for one conversation and with its options.
+
+        A cancelled task does not wait for the answer, which is completed nevertheless.
+        """
+        return await asyncio.to_thread(lambda: self.llm.chat(messages, params, **options))
 
     async def embed(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[EmbeddingOutput]:
         """`LLM.embed` in a thread, with its options."""

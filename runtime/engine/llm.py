@@ -5,7 +5,7 @@ import logging
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -32,6 +32,7 @@ from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.text.chat_messages import Conversation, as_conversations, check_template_options, normalize
 from sageLLM.runtime.text.chat_template import ChatTemplate
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids
 
@@ -133,7 +134,7 @@ class LLM:
         )
         self._recipe = read_recipe(folder)
         self._ids = itertools.count()
-        self._chat_template: ChatTemplate | None = None
+        self._chat_templates: dict[str, ChatTemplate] = {}
 
     @property
     def engine(self) -> Engine:
@@ -242,13 +243,69 @@ class LLM:
         """Ends a request; its call gets the output so far, with `finish_reason` "abort". An unknown id is ignored."""
         self.shared.abort(request_id)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
-        """Answers a conversation of {"role", "content"} messages, rendered by the checkpoint's chat template."""
+    @overload
+    def chat(
+        self,
+        messages: Conversation,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> RequestOutput: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]: ...
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answers a conversation of {"role", "content"} messages, rendered by the checkpoint's chat template.
+
+        For a list of conversations it returns a list. A content is a text or a list of text parts. `tools` are the
+        functions that the model can call, in OpenAI's form; `chat_template_kwargs` are further variables of the
+        template, such as enable_thinking. Raises ChatTemplateError for a template that rejects the messages, and
+        RequestError for an invalid argument.
+        """
+        conversations, is_batch = as_conversations(messages)
+        check_template_options(tools, chat_template_kwargs)
+        template = self._chat_template("default" if tools is None else "tool_use")
+        prompts = []
+        for i, conversation in enumerate(conversations):
+            place = f"messages[{i}]" if is_batch else "messages"
+            text = template.render(
+                normalize(conversation, template.content_form, place),
+                tools=tools,
+                variables=chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+            )
+            ids = self._required_tokenizer("chat").encode(text, add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": ids})
+        outputs = self.generate(prompts, params)
+        return outputs if is_batch else outputs[0]
+
+    def _chat_template(self, name: str) -> ChatTemplate:
+        """The template of the name if the checkpoint has it, else the default one."""
         tokenizer = self._required_tokenizer("chat")
-        if self._chat_template is None:
-            self._chat_template = ChatTemplate.from_tokenizer(tokenizer)
-        text = self._chat_template.render(messages, add_generation_prompt=True)
-        return self.generate([tokenizer.encode(text, add_special_tokens=False)], params)[0]
+        name = name if name in tokenizer.chat_templates else "default"
+        if name not in self._chat_templates:
+            # Threads may both get here; the process of a template starts with its first use only.
+            self._chat_templates.setdefault(name, ChatTemplate.from_tokenizer(tokenizer, name))
+        return self._chat_templates[name]
 
     def prepare_one(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> RequestGroup:
         """Checks one request without queueing it; without an id it gets a new one. Raises RequestError."""

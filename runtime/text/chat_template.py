@@ -13,15 +13,16 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from sageLLM.runtime.errors import ChatTemplateError
+from sageLLM.runtime.text.chat_messages import ContentForm, Message
 from sageLLM.runtime.text.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
+T = TypeVar("T")
 
 MAX_TEMPLATE_LEN = 2**20
 START_SECONDS = 60.0
@@ -84,11 +85,11 @@ class ChatTemplate:
         ChatTemplateError if the template fails, rejects the messages, or exceeds a limit.
         """
         values = {
+            "documents": None if documents is None else list(documents),
             **self._special_tokens,
             **(variables or {}),
             "messages": list(messages),
             "tools": None if tools is None else list(tools),
-            "documents": None if documents is None else list(documents),
             "add_generation_prompt": add_generation_prompt,
         }
         try:
@@ -98,15 +99,22 @@ class ChatTemplate:
         return self._render_line(line)
 
     def _render_line(self, line: str) -> str:
+        return self._text_of(self._with_child(lambda child: child.ask(line, self._limits.seconds)))
+
+    @property
+    def content_form(self) -> ContentForm:
+        """The contents of messages that the template reads. Raises ChatTemplateError if it cannot be compiled."""
+        return self._with_child(lambda child: child.content_form)
+
+    def _with_child(self, use: Callable[[_Child], T]) -> T:
         with self._lock:
             try:
                 if self._child is None:
                     self._child = _Child.start(self._source, self._limits)
-                reply = self._child.ask(line, self._limits.seconds)
+                return use(self._child)
             except _ChildGoneError as error:
                 self._drop_child()
                 raise ChatTemplateError(str(error)) from None
-        return self._text_of(reply)
 
     def _text_of(self, reply: Mapping[str, str]) -> str:
         text = reply.get("text")
@@ -145,6 +153,7 @@ class _Child:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+        self.content_form: ContentForm = "any"
 
     @classmethod
     def start(cls, source: str, limits: TemplateLimits) -> _Child:
@@ -179,6 +188,7 @@ class _Child:
         reply = self.ask(json.dumps(settings), limits.seconds)
         if "compiled" not in reply:
             raise ChatTemplateError(_explain(reply, limits))
+        self.content_form = cast(ContentForm, reply["compiled"])
 
     def ask(self, line: str, seconds: float) -> dict[str, str]:
         """Sends a line (none if empty) and returns the reply; kills a child that takes more than `seconds`."""

@@ -92,6 +92,43 @@ def render(template: jinja2.Template, variables: dict[str, Any], max_chars: int)
     return "".join(pieces)
 
 
+def content_form(tree: nodes.Template) -> str:
+    """The contents of messages that a template reads: "text", "parts" (a list), or "any".
+
+    Reads parts: a loop over the content, or a filter over its items. A template that also tests the type of the content
+    reads both.
+    """
+    contents = {"content"}
+
+    def is_content(node: nodes.Node | None) -> bool:
+        match node:
+            case nodes.Name():
+                return node.name in contents
+            case nodes.Getattr():
+                return node.attr == "content"
+            case nodes.Getitem():
+                return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+            case nodes.Filter() | nodes.Not() | nodes.Test():
+                return is_content(node.node)
+            case nodes.CondExpr():
+                return is_content(node.expr1) or is_content(node.expr2)
+            case nodes.And() | nodes.Or():
+                return is_content(node.left) or is_content(node.right)
+            case _:
+                return False
+
+    assigns = list(tree.find_all(nodes.Assign))
+    contents |= {a.target.name for a in assigns if isinstance(a.target, nodes.Name) and is_content(a.node)}
+    loops = any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
+    maps = any(
+        f.name in ("map", "selectattr", "rejectattr") and is_content(f.node) for f in tree.find_all(nodes.Filter)
+    )
+    if not loops and not maps:
+        return "text"
+    types = ("string", "sequence", "iterable", "mapping")
+    return "any" if any(t.name in types and is_content(t.node) for t in tree.find_all(nodes.Test)) else "parts"
+
+
 def describe(error: BaseException) -> dict[str, str]:
     """The reply for an error, which the parent turns into an exception."""
     if isinstance(error, OutputTooLongError):
@@ -126,11 +163,13 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
     settings = json.loads(requests.readline())
     limit_memory(settings["max_bytes"])
     try:
-        template = make_environment().from_string(settings["template"])
+        environment = make_environment()
+        template = environment.from_string(settings["template"])
+        form = content_form(environment.parse(settings["template"]))
     except (Exception, MemoryError) as error:
         reply(describe(error))
         return
-    reply({"compiled": True})
+    reply({"compiled": form})
     for line in requests:
         try:
             answer: dict[str, str] = {"text": render(template, json.loads(line), settings["max_chars"])}
