@@ -54,7 +54,7 @@ def check_template_options(tools: object, template_kwargs: object) -> None:
     if not isinstance(template_kwargs, Mapping) or not all(isinstance(key, str) for key in template_kwargs):
         raise PromptError(f"{name} must map names to values, got {_kind(template_kwargs)}", name)
     if reserved := sorted(_RESERVED & template_kwargs.keys()):
-        raise PromptError(f"{name} must not contain {reserved[0]!r}; it has a meaning of its own", name)
+        raise PromptError(f"{name} must not contain {reserved[0]!r}, which chat sets itself", name)
 
 
 def normalize(conversation: Conversation, form: ContentForm, place: str = "messages") -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def test_errors_name_the_place(messages, message):
         ([{}, print], None, "tools[1] must be an object such as a JSON schema, got a builtin_function_or_method"),
         (None, [1], "chat_template_kwargs must map names to values, got a list"),
         (None, {1: 2}, "chat_template_kwargs must map names to values, got a dict"),
-        (None, {"messages": []}, "chat_template_kwargs must not contain 'messages'; it has a meaning of its own"),
+        (None, {"messages": []}, "chat_template_kwargs must not contain 'messages', which chat sets itself"),
     ],
 )
 def test_errors_of_options(tools, variables, message):
