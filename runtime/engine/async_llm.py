@@ -11,6 +11,7 @@ from typing import Any
 
 from sageLLM.runtime.engine.calls import Call, SharedEngine
 from sageLLM.runtime.engine.embedding import EmbeddingOutput
+from sageLLM.runtime.engine.interrupts import held_interrupts
 from sageLLM.runtime.engine.llm import LLM
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.prompts import Prompt
@@ -108,8 +109,9 @@ class Driver:
             raise
 
     def _complete(self, call: Call) -> None:
-        while not call.is_ended:
-            self._shared.advance(lambda: call.is_ended)
+        with held_interrupts() as interrupts:  # does nothing here, as this is never the main thread
+            while not call.is_ended:
+                self._shared.advance(lambda: call.is_ended, interrupts)
 
     def _oldest(self) -> Call | None:
         """The oldest call that has not ended; None ends the thread."""

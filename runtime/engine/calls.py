@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 
 from sageLLM.runtime.engine.engine import Engine
+from sageLLM.runtime.engine.interrupts import Interrupts, held_interrupts
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sequences import RequestGroup
 from sageLLM.runtime.errors import EngineError, RequestError
@@ -140,25 +139,29 @@ class SharedEngine:
     def is_live(self, request_id: str) -> bool:
         return request_id in self._calls
 
-    def advance(self, is_done: Callable[[], bool]) -> None:
-        """Runs one step, or waits while another thread does; returns early once `is_done`."""
+    def advance(self, is_done: Callable[[], bool], interrupts: Interrupts) -> None:
+        """Runs one step, or waits while another thread does; returns early once `is_done`.
+
+        Ctrl-C interrupts the wait, and is held back during the step.
+        """
         with self._changed:
             while (self._is_busy or self._num_exclusive) and not is_done():
                 self._changed.wait()
         if is_done():
             return
-        with deferred_interrupt():
-            if self._take_turn():
-                try:
-                    self._step()
-                finally:
-                    self._end_turn()
-                    self._drain()
+        interrupts.hold()
+        if self._take_turn():
+            try:
+                self._step()
+            finally:
+                self._end_turn()
+                self._drain()
+        interrupts.release()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Keeps steps from running in the block, for other work on the model; waits for the step that is running."""
-        with deferred_interrupt():
+        with held_interrupts():
             with self._changed:
                 self._num_exclusive += 1  # takes precedence over a caller that runs one step after another
                 while self._is_busy:
@@ -174,8 +177,11 @@ class SharedEngine:
     # --- turns ---
 
     def _next(self, call: Call) -> RequestOutput | None:
-        while not call.is_ready:
-            self.advance(lambda: call.is_ready)
+        if not call.is_ready:
+            with held_interrupts() as interrupts:
+                interrupts.release()
+                while not call.is_ready:
+                    self.advance(lambda: call.is_ready, interrupts)
         return call.take()
 
     def _take_turn(self) -> bool:
@@ -193,7 +199,7 @@ class SharedEngine:
     def _drain(self) -> None:
         """Empties the inbox, unless a step is running: its thread does so at the end of the step."""
         while self._inbox:
-            with deferred_interrupt():
+            with held_interrupts():
                 if not self._take_turn():
                     return
                 try:
@@ -276,29 +282,3 @@ class SharedEngine:
         output = self.engine.abort(request_id, ABORTED)
         if output is not None:
             self._deliver([output])
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block, so that it cannot tear a step; a second one takes effect at once.
-
-    Only the main thread receives signals; elsewhere, and with a handler that is not Python's, this does nothing.
-    """
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
-    received: list[tuple[int, FrameType | None]] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        if received:
-            previous(number, frame)
-        received.append((number, frame))
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if received:
-        previous(*received[0])

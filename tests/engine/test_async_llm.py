@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_a_generator_that_is_left_half_way_aborts_its_request(llm: AsyncLLM) -> 
             break
 
     asyncio.run(main())
+
+
+def test_a_request_of_a_closed_loop_is_aborted(llm: AsyncLLM) -> None:
+    loop = asyncio.new_event_loop()
+    generator = llm.generate(PROMPTS[0], greedy(120))
+    assert not loop.run_until_complete(anext(generator)).finished
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+    while llm.llm.engine.has_work:  # the thread notices it after its next step
+        time.sleep(0.01)
 
 
 def test_an_abort_yields_the_output_so_far_with_the_reason(llm: AsyncLLM) -> None:

@@ -7,12 +7,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
-from sageLLM.runtime.engine.calls import Call, deferred_interrupt
+from sageLLM.runtime.engine.calls import Call
+from sageLLM.runtime.engine.interrupts import held_interrupts
 from sageLLM.runtime.engine.outputs import CompletionOutput, RequestOutput
 from sageLLM.runtime.errors import EngineError, PromptError
 
@@ -146,12 +148,50 @@ def test_ctrl_c_takes_effect_between_steps_and_aborts_the_call(llm: LLM, monkeyp
 
 def test_a_second_ctrl_c_takes_effect_at_once() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+    with pytest.raises(KeyboardInterrupt), held_interrupts():
         signal.raise_signal(signal.SIGINT)
         reached.append(1)
         signal.raise_signal(signal.SIGINT)
         reached.append(2)
     assert reached == [1]
+
+
+def test_ctrl_c_takes_effect_at_once_outside_of_a_step() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), held_interrupts() as interrupts:
+        interrupts.release()
+        reached.append(1)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(2)
+    assert reached == [1]
+    with pytest.raises(KeyboardInterrupt), held_interrupts(), held_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(3)
+    assert reached == [1, 3]
+
+
+def test_ctrl_c_ends_the_wait_for_another_thread(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread waits for a step of another thread, which does not end before the main thread has given up."""
+    run = type(llm.engine.decoder).run
+    is_running, may_end = threading.Event(), threading.Event()
+
+    def slow(*args: object) -> object:
+        is_running.set()
+        assert may_end.wait(60)
+        return run(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(llm.engine.decoder), "run", slow)
+    found: list[tuple[int, ...]] = []
+    thread = threading.Thread(target=lambda: found.append(tokens(llm, A, 4)))
+    thread.start()
+    assert is_running.wait(60)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        tokens(llm, B, 4)
+    may_end.set()
+    thread.join(60)
+    monkeypatch.undo()
+    assert found == [tokens(llm, A, 4)]
 
 
 def test_an_abort_ends_one_request_with_a_reason(llm: LLM) -> None:
@@ -209,3 +249,50 @@ def test_a_late_reader_gets_the_newest_output_of_each_request() -> None:
     assert len(taken) < 16
     assert {output.request_id for output in taken if output.finished} == {"a", "b"}
     assert call.is_ended
+
+
+def test_random_callers_get_right_answers_and_leave_nothing_behind() -> None:
+    """Threads that generate, read streams to the end, drop and abort them, and embed, on a pool that preempts."""
+    config = PDSchedulerConfig(mode="hybrid", prefill_chunk_size=8)
+    llm = LLM(MODEL, dtype="float32", scheduler=config, max_model_len=128, block_size=4, num_kv_blocks=48)
+    prompts = [[5 + i, 6 + i, 7 + i] for i in range(6)]
+    expected = [tokens(llm, prompt, 24) for prompt in prompts]
+    wrong: list[object] = []
+
+    def act(random: Random) -> None:
+        i, num_tokens = random.randrange(len(prompts)), random.randrange(1, 25)
+        match random.randrange(4):
+            case 0:
+                found = tokens(llm, prompts[i], num_tokens)
+                if found != expected[i][:num_tokens]:
+                    wrong.append((i, found))
+            case 1:
+                stream = llm.stream([prompts[i], prompts[i - 1]], greedy(num_tokens))
+                next(stream)
+            case 2:
+                for output in llm.stream([prompts[i]], greedy(num_tokens)):
+                    if random.random() < 0.2:
+                        llm.abort(output.request_id)
+                    if output.outputs[0].token_ids != expected[i][: len(output.outputs[0].token_ids)]:
+                        wrong.append((i, output))
+            case _:
+                llm.embed([prompts[i]])
+
+    def work(seed: int) -> None:
+        random = Random(seed)
+        try:
+            for _ in range(15):
+                act(random)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not wrong
+    assert not any(thread.is_alive() for thread in threads)
+    assert not llm.engine.has_work
+    llm.engine.scheduler.check_integrity()
+    assert llm.engine.scheduler.get_stats()["kv_blocks_used"] == 0
