@@ -13,7 +13,7 @@ from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.stored import with_stored_names, with_stored_ties
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, lint_model
-from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, SINGLE_FILE, StoredTensor, weight_map
+from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, StoredTensor, has_single_file, weight_map
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, why_not_loaded
 from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
@@ -89,13 +89,15 @@ def _tensors(request: LintRequest) -> Mapping[str, StoredTensor] | None:
     if request.config is None or not request.config.is_dir():
         return None
     index = request.config / INDEX_FILE
-    if index.is_file() and not all((request.config / file).is_file() for file in set(weight_map(index).values())):
-        return dict.fromkeys(weight_map(index), StoredTensor())
-    if index.is_file() or (request.config / SINGLE_FILE).is_file():
-        from sageLLM.runtime.loader.safetensors_reader import Checkpoint  # torch, only for headers
+    if not has_single_file(request.config):
+        if not index.is_file():
+            return None
+        files = weight_map(index)
+        if not all((request.config / file).is_file() for file in set(files.values())):
+            return dict.fromkeys(files, StoredTensor())
+    from sageLLM.runtime.loader.safetensors_reader import Checkpoint  # torch, only for headers
 
-        return Checkpoint.open(request.config).stored()
-    return None
+    return Checkpoint.open(request.config).stored()
 
 
 def _degrees(text: str | None) -> tuple[int, ...]:

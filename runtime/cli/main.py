@@ -277,6 +277,9 @@ def embed(
     normalize: Annotated[
         bool | None, typer.Option(help="Scale to unit length, so that dot products are cosine similarities.")
     ] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="Prompt of the folder before each text (default: the folder's; '' for none).")
+    ] = None,
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Length of the longest text, in tokens.")] = None,
@@ -290,6 +293,7 @@ def embed(
         prompts=prompt,
         pooling=pooling,
         normalize=normalize,
+        prompt_name=prompt_name,
         dtype=dtype,
         kernels=kernels,
         max_model_len=max_model_len,

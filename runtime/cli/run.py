@@ -86,6 +86,7 @@ class EmbedRequest:
     prompts: Sequence[str]
     pooling: Any
     normalize: bool | None
+    prompt_name: str | None
     dtype: str
     kernels: Any
     max_model_len: int | None
@@ -102,7 +103,12 @@ def embed_prompts(request: EmbedRequest) -> int:
             max_model_len=request.max_model_len,
             plugins=request.plugins,
         )
-        outputs = llm.embed(list(request.prompts), pooling=request.pooling, normalize=request.normalize)
+        outputs = llm.embed(
+            list(request.prompts),
+            pooling=request.pooling,
+            normalize=request.normalize,
+            prompt_name=request.prompt_name,
+        )
     except (SageError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

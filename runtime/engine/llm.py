@@ -13,11 +13,13 @@ from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.engine.calls import SharedEngine
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
+from sageLLM.runtime.engine.embedding_text import embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.faults import LOG
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.prompts import ParsedPrompt, Prompt, Prompts, params_per_prompt, parse_prompts, token_ids
+from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
@@ -57,6 +59,10 @@ class LLM:
     Threads can share an `LLM`, and streams can be interleaved or dropped half-way: each call owns its requests
     (docs/engine.md). `AsyncLLM` has the interface for asyncio. Only `engine` is not safe to use next to other calls.
 
+    `generation_config`: calls without `params` take the temperature, top_k, top_p, min_p, repetition_penalty and
+    max_new_tokens of the checkpoint's generation_config.json, as in vLLM; "vllm" takes the defaults of SamplingParams,
+    and a folder the file there.
+
     `objective` is the service level that the scheduler's mode "auto" optimises for.
 
     Raises CheckpointError, TokenizerError or PluginError for a folder that cannot be served, with the file and the
@@ -82,8 +88,10 @@ class LLM:
         plugins: Sequence[str | Path] = (),
         disable_passes: Sequence[str] = (),
         skip_tokenizer: bool = False,
+        generation_config: str | Path = "auto",
     ) -> None:
         folder = Path(model)
+        self._sampling_defaults = sampling_defaults(folder, generation_config)
         torch_device = _device(device)
         _check_count("block_size", block_size)
         if num_kv_blocks is not None:
@@ -166,14 +174,17 @@ class LLM:
         pooling: Pooling | None = None,
         normalize: bool | None = None,
         type_ids: Sequence[Sequence[int]] | None = None,
+        prompt_name: str | None = None,
     ) -> list[EmbeddingOutput]:
         """Embeds all prompts (see `prompts.py` for their forms) and returns their embeddings in order.
 
         `pooling` is one of POOLINGS; `normalize` scales to unit length. By default both come from the folder's
         modules.json (sentence-transformers); without that file the pooling is the layout's, else "last" for a
         generative model, else "mean", and vectors are not normalised. `type_ids` are the token type ids of each prompt,
-        zeros by default. Raises SageError for a pooling that the model does not support, and RequestError for an
-        invalid prompt, and for one with an embedding that is not finite.
+        zeros by default. In a folder of sentence-transformers, texts follow the folder's prompt of the name
+        `prompt_name` (None: its default, "": none), and are cut to its `max_seq_length`, or to the model's length.
+        Raises SageError for a pooling that the model does not support, and RequestError for an invalid prompt, and for
+        one with an embedding that is not finite.
         """
         items = parse_prompts(prompts)
         types: Sequence[Sequence[int] | None] = [None] * len(items) if type_ids is None else type_ids
@@ -183,7 +194,7 @@ class LLM:
             )
         chosen = self._pooling(pooling)
         inputs = [
-            EmbeddingInput(self._token_ids(item), None if type_ is None else token_ids(type_))
+            EmbeddingInput(self._embedding_ids(item, prompt_name), None if type_ is None else token_ids(type_))
             for item, type_ in zip(items, types, strict=True)
         ]
         for one in inputs:
@@ -238,6 +249,10 @@ class LLM:
         exception in its consumer aborts those that are not finished.
         """
         return self.shared.outputs(self._prepare_all(prompts, params))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of calls without `params`."""
+        return self._sampling_defaults
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its call gets the output so far, with `finish_reason` "abort". An unknown id is ignored."""
@@ -314,14 +329,14 @@ class LLM:
             raise PromptError(f"expected one prompt, got {len(items)}; make one call for each", "prompt")
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise RequestError(f"request_id must be a text that is not empty, got {shown(request_id)}", "request_id")
-        return self._prepare(items[0], params_per_prompt(1, params)[0], request_id)
+        return self._prepare(items[0], params_per_prompt(1, params, self._sampling_defaults)[0], request_id)
 
     def _prepare_all(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[RequestGroup]:
         """Prepares every request before the first is queued, so that an invalid one queues nothing."""
         items = parse_prompts(prompts)
-        per_prompt = params_per_prompt(len(items), params)
+        per_prompt = params_per_prompt(len(items), params, self._sampling_defaults)
         return [self._prepare(item, one) for item, one in zip(items, per_prompt, strict=True)]
 
     def _prepare(self, prompt: ParsedPrompt, params: SamplingParams, request_id: str | None = None) -> RequestGroup:
@@ -333,6 +348,13 @@ class LLM:
         if prompt.token_ids is not None:
             return prompt.token_ids
         return self._required_tokenizer("a text prompt").encode(prompt.text or "")
+
+    def _embedding_ids(self, prompt: ParsedPrompt, prompt_name: str | None) -> list[int]:
+        prompt_text(prompt_name, self._recipe)  # an unknown name is an error for token ids too
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        tokenizer = self._required_tokenizer("a text prompt")
+        return embedding_ids(prompt.text or "", prompt_name, self._recipe, tokenizer, self.model.max_model_len)
 
     def _required_tokenizer(self, use: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -61,10 +61,10 @@ def token_ids(values: object) -> list[int]:
     return [int(v) if isinstance(v, Integral) and not isinstance(v, bool) else v for v in values]
 
 
-def params_per_prompt(num_prompts: int, params: object) -> list[SamplingParams]:
-    """One SamplingParams per prompt. Raises SamplingParamsError for another type or number."""
+def params_per_prompt(num_prompts: int, params: object, default: SamplingParams | None = None) -> list[SamplingParams]:
+    """One SamplingParams per prompt, `default` for None. Raises SamplingParamsError for another type or number."""
     if params is None:
-        return [SamplingParams()] * num_prompts
+        return [default or SamplingParams()] * num_prompts
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     if isinstance(params, Mapping):

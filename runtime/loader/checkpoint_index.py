@@ -23,6 +23,16 @@ class StoredTensor:
     dtype: str | None = None
 
 
+def has_single_file(folder: Path) -> bool:
+    """Whether all tensors are in one file. An index next to it is then stale, unless the file is one of its shards."""
+    if not (folder / SINGLE_FILE).is_file():
+        return False
+    try:
+        return set(weight_map(folder / INDEX_FILE).values()).isdisjoint({SINGLE_FILE})
+    except CheckpointError:  # no index, or a damaged one, which is not needed
+        return True
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Maps tensor names to file names. Raises CheckpointError if the index is damaged or lacks the map."""
     content = json_object(index, read_regular_file(index, MAX_INDEX_BYTES))

@@ -1,8 +1,10 @@
 """Loads a model: its layout, its configuration, and its weights and tables on one device."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,8 @@ def load_model(
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     length = _model_len(config.max_position, max_model_len, path)
-    kind = _dtype(dtype, data, path)
     checkpoint = Checkpoint.open(folder)
+    kind = _dtype(dtype, data, path, checkpoint)
     names = checkpoint.names
     may_lack_head = is_bare(layout, names) or not layout.generates
     try:
@@ -128,7 +130,8 @@ def _model_len(trained: int, requested: int | None, path: Path) -> int:
     return requested
 
 
-def _dtype(name: str, data: Mapping[str, Any], path: Path) -> torch.dtype:
+def _dtype(name: str, data: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> torch.dtype:
+    """The requested element type, or by default that of the config, or else that of most of the weights."""
     if name != "auto":
         if name not in DTYPES:
             raise CheckpointError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
@@ -136,12 +139,22 @@ def _dtype(name: str, data: Mapping[str, Any], path: Path) -> torch.dtype:
     key = "dtype" if data.get("dtype") is not None else "torch_dtype"
     named = data.get(key)
     if named is None:
-        return torch.float32
+        return _commonest_dtype(checkpoint)
     if not isinstance(named, str) or named not in DTYPES:
         raise CheckpointError(
             f"{path}: '{key}' must be one of {', '.join(DTYPES)}, got {shown(named)}; choose one with dtype="
         )
     return DTYPES[named]
+
+
+def _commonest_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The element type of most numbers in the checkpoint; float32 if it is none of the types that are computed with."""
+    counts: Counter[torch.dtype] = Counter()
+    for name in checkpoint:
+        info = checkpoint.info(name)
+        counts[info.dtype] += prod(info.shape) if info.dtype.is_floating_point else 0
+    found = max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+    return found if found in DTYPES.values() else torch.float32
 
 
 def _tables(config: Any, length: int, device: torch.device, path: Path) -> dict[str, Tensor]:

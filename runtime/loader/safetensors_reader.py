@@ -24,6 +24,7 @@ from sageLLM.runtime.loader.checkpoint_index import (
     SINGLE_FILE,
     StoredTensor,
     damaged,
+    has_single_file,
     json_object,
     weight_map,
 )
@@ -44,8 +45,12 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -85,10 +90,10 @@ class Checkpoint:
         root = Path(folder)
         if not root.is_dir():
             raise CheckpointError(f"{root} is not a folder; pass the folder of a Hugging Face checkpoint")
+        if has_single_file(root):
+            return cls(root, read_header(root / SINGLE_FILE))
         if (root / INDEX_FILE).is_file():
             return cls(root, _read_shards(root))
-        if (root / SINGLE_FILE).is_file():
-            return cls(root, read_header(root / SINGLE_FILE))
         raise CheckpointError(_no_safetensors(root))
 
     def __contains__(self, name: object) -> bool:

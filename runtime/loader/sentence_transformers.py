@@ -1,7 +1,7 @@
-"""Reads pooling and normalisation from a checkpoint folder of the sentence-transformers library."""
+"""Reads the settings of embeddings from a checkpoint folder of the sentence-transformers library."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,38 @@ _FLAGS: Mapping[str, Pooling] = {
 }
 
 
+PROMPTS_FILE = "config_sentence_transformers.json"
+# The file of the Transformer module; the library still reads the old names.
+TRANSFORMER_FILES = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_camembert_config.json",
+    "sentence_xlm-roberta_config.json",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class EmbeddingRecipe:
-    """The folder's settings: `pooling` is None if it has none; `unsupported` names a setting that is not supported."""
+    """The folder's settings: `pooling` is None if it has none; `unsupported` names a setting that is not supported.
+
+    `truncates`: texts are cut to `max_seq_length` tokens, or without one to the length of the model. `prompts` are
+    texts by name that are written before each text to embed, `default_prompt` the name of the one for calls without a
+    name. Without `includes_prompt`, the pooling excludes the tokens of the prompt.
+    """
 
     pooling: Pooling | None = None
     normalize: bool = False
     unsupported: str | None = None
+    truncates: bool = False
+    max_seq_length: int | None = None
+    lower_case: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    includes_prompt: bool = True
 
 
 def read_recipe(folder: Path) -> EmbeddingRecipe:
-    """The recipe in modules.json and the config.json of its Pooling module; an empty one without modules.json.
+    """The recipe in modules.json and the files of its modules; an empty one without modules.json.
 
     Raises CheckpointError for a damaged file.
     """
@@ -39,16 +60,58 @@ def read_recipe(folder: Path) -> EmbeddingRecipe:
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{path} must hold a list of modules, got {shown(modules)}; download it again")
     kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
+    transformer = _module_folder(path, kinds.get("Transformer", {}).get("path", ""))
+    recipe = _with_prompts(_with_limits(EmbeddingRecipe(truncates=True), transformer), folder)
     unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
     if unknown:
-        return EmbeddingRecipe(unsupported=f"{path} names the module {unknown[0]}, which is not supported")
+        return replace(recipe, unsupported=f"{path} names the module {unknown[0]}, which is not supported")
     if "Pooling" not in kinds:
-        return EmbeddingRecipe(normalize="Normalize" in kinds)
+        return replace(recipe, normalize="Normalize" in kinds)
     config = _module_folder(path, kinds["Pooling"].get("path", "")) / "config.json"
-    pooling = _pooling(read_json(config))
+    settings = read_json(config)
+    pooling = _pooling(settings)
     if pooling is None:
-        return EmbeddingRecipe(unsupported=f"{config} requests a pooling that is not supported")
-    return EmbeddingRecipe(pooling, "Normalize" in kinds)
+        return replace(recipe, unsupported=f"{config} requests a pooling that is not supported")
+    includes_prompt = settings.get("include_prompt") is not False
+    return replace(recipe, pooling=pooling, normalize="Normalize" in kinds, includes_prompt=includes_prompt)
+
+
+def _with_limits(recipe: EmbeddingRecipe, transformer: Path) -> EmbeddingRecipe:
+    """The recipe with the settings of the Transformer module."""
+    path = next((transformer / name for name in TRANSFORMER_FILES if (transformer / name).exists()), None)
+    settings = {} if path is None else _object(path)
+    length, lower_case = settings.get("max_seq_length"), settings.get("do_lower_case")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise CheckpointError(f"{path}: 'max_seq_length' must be an integer of at least 1, got {shown(length)}")
+    if length is None:  # the library then takes the tokenizer's length
+        path = transformer / "tokenizer_config.json"
+        found = _object(path).get("model_max_length") if path.exists() else None
+        length = found if isinstance(found, int) and not isinstance(found, bool) and found >= 1 else None
+    return replace(recipe, max_seq_length=length, lower_case=lower_case is True)
+
+
+def _with_prompts(recipe: EmbeddingRecipe, folder: Path) -> EmbeddingRecipe:
+    path = folder / PROMPTS_FILE
+    if not path.exists():
+        return recipe
+    settings = _object(path)
+    prompts, default = settings.get("prompts"), settings.get("default_prompt_name")
+    prompts = {} if prompts is None else prompts
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise CheckpointError(f"{path}: 'prompts' must be an object of texts, got {shown(prompts)}")
+    if default is not None and (not isinstance(default, str) or default not in prompts):
+        known = ", ".join(map(shown, prompts)) or "it has none"
+        raise CheckpointError(
+            f"{path}: 'default_prompt_name' must be one of its prompts ({known}), got {shown(default)}"
+        )
+    return replace(recipe, prompts=prompts, default_prompt=default)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {shown(value)}; download it again")
+    return value
 
 
 def _module_folder(path: Path, name: object) -> Path:

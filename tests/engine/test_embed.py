@@ -265,6 +265,7 @@ def test_the_command_prints_one_line_per_text(
         prompts=texts,
         pooling="mean",
         normalize=True,
+        prompt_name=None,
         dtype="float32",
         kernels="reference",
         max_model_len=None,
