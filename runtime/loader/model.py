@@ -90,7 +90,7 @@ def load_model(
         config = layout.read_config(HFConfig(data, str(path)))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    length = _model_len(config.max_position, max_model_len, path)
+    length = _model_len(config.longest, max_model_len, path)
     checkpoint = Checkpoint.open(folder)
     kind = _dtype(dtype, data, path, checkpoint)
     names = checkpoint.names
@@ -117,15 +117,15 @@ def load_model(
     )
 
 
-def _model_len(trained: int, requested: int | None, path: Path) -> int:
-    """The longest sequence: the requested length, or by default all positions that the model was trained on."""
-    if not 1 < trained <= MAX_POSITIONS:
-        raise CheckpointError(f"{path}: the model's positions must be from 2 to {MAX_POSITIONS}, got {trained}")
+def _model_len(longest: int, requested: int | None, path: Path) -> int:
+    """The longest sequence: the requested length, or by default all positions of the model, its scaling included."""
+    if not 1 < longest <= MAX_POSITIONS:
+        raise CheckpointError(f"{path}: the model's positions must be from 2 to {MAX_POSITIONS}, got {longest}")
     if requested is None:
-        return trained
-    if isinstance(requested, bool) or not isinstance(requested, int) or not 1 < requested <= trained:
+        return longest
+    if isinstance(requested, bool) or not isinstance(requested, int) or not 1 < requested <= longest:
         raise CheckpointError(
-            f"max_model_len must be an integer from 2 to {trained}, the positions in {path}, got {shown(requested)}"
+            f"max_model_len must be an integer from 2 to {longest}, the positions in {path}, got {shown(requested)}"
         )
     return requested
 

@@ -266,6 +266,20 @@ def test_engine_equals_transformers_in_every_mode(case: str, make_checkpoint: Ma
     check_all_modes(make_checkpoint(family, **config), MODES if case == "llama" else FIXED_MODES)
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_scaling_serves_sequences_beyond_the_positions_of_the_config(
+    kind: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """The frequencies of both are independent of the length, so the reference is the same forward pass."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 32} if kind == "yarn" else {}
+    folder = make_checkpoint("Llama", rope_parameters=rope, max_position_embeddings=32)
+    llm = load(folder, "hybrid")
+    assert llm.model.max_model_len == 128
+    found = answers_of(PROMPTS, llm.generate(PROMPTS, GREEDY))
+    assert_same(found, expected(folder, PROMPTS, found))
+
+
 def test_longrope_with_its_short_factors(make_checkpoint: MakeCheckpoint) -> None:
     """Within the trained length; an engine that serves longer sequences uses the long factors for all of them."""
     factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}

@@ -117,3 +117,26 @@ def test_rope_sections_that_the_config_class_fills_in() -> None:
     factors = {"short_factor": [1.0] * (config.Dr // 2), "long_factor": [2.0] * (config.Dr // 2)}
     rope = read("phi3", rope_scaling={"type": "su", **factors}).rope[""]
     assert rope.scaling["original_max_position_embeddings"] == 4096
+
+
+LENGTHS: list[tuple[dict[str, Any], int]] = [
+    ({}, 256),
+    ({"rope_scaling": {**YARN, "factor": 8.0}}, 512),
+    ({"rope_scaling": YARN}, 256),  # the config's own positions include the scaling
+    ({"rope_scaling": {"type": "yarn", "factor": 2.5}}, 640),
+    ({"rope_scaling": LINEAR}, 512),
+    ({"rope_scaling": {**LINEAR, "factor": 0.5}}, 256),
+    ({"rope_scaling": {**LINEAR, "factor": 1e300}}, 2**31 - 1),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 256),
+    ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}, 256),
+]
+
+
+@pytest.mark.parametrize(("changes", "longest"), LENGTHS)
+def test_a_scaling_extends_the_longest_sequence(changes: dict[str, Any], longest: int) -> None:
+    assert read("llama", max_position_embeddings=256, **changes).longest == longest
+
+
+def test_tables_per_layer_type_keep_the_longest_sequence() -> None:
+    scaled = read("gemma3", max_position_embeddings=256, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert scaled.longest == 256

@@ -72,6 +72,11 @@ class ModelSizes:
     tp: int = 1
     rank: int = 0
 
+    @property
+    def longest(self) -> int:
+        """The length of the longest sequence. With tables per layer type, it is `max_position`."""
+        return self.rope[""].longest if "" in self.rope else self.max_position
+
 
 @dataclass(frozen=True, slots=True)
 class KvNodes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sageLLM.runtime.core.errors import ConfigError
-from sageLLM.runtime.core.model.hf_config import HFConfig, shown
+from sageLLM.runtime.core.model.hf_config import MAX_SIZE, HFConfig, shown
 
 Kind = Literal["positive", "number", "bool", "numbers"]
 
@@ -29,6 +29,19 @@ class RopeSpec:
     dim: int
     max_position: int
     scaling: Mapping[str, Any] | None = None
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest sequence: `max_position`, which yarn and linear scaling extend, as in vLLM.
+
+        With the other types, `max_position` includes the scaling, or (dynamic) the rotation of cached keys would have
+        to change beyond it.
+        """
+        scaling = self.scaling or {}
+        if scaling.get("rope_type") not in ("yarn", "linear"):
+            return self.max_position
+        trained = scaling.get("original_max_position_embeddings", self.max_position)
+        return max(self.max_position, int(min(trained * scaling["factor"], MAX_SIZE)))
 
 
 @dataclass(frozen=True, slots=True)
