@@ -17,6 +17,9 @@ from sageLLM.runtime.errors import TokenizerError
 Values = Mapping[str, object]
 
 STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_ADDED_TOKENS = 2**16
+"""Tokens that the library adds in about a second; checkpoints have hundreds."""
+
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -56,10 +59,15 @@ def add_missing_tokens(
         known_tokens = set(map(repr, known))
         listed = [token for token in _listed(decoder, special, config_path) if repr(token) not in known_tokens]
     else:
-        by_id = sorted((token_id, text) for text, token_id in added.items() if isinstance(token_id, int))
+        by_id = sorted((i, text) for text, i in added.items() if isinstance(i, int) and _content(text))
         listed = [_token(text, special=text in special) for _, text in by_id if text not in known_texts]
     known_texts.update(token.content for token in listed)
     named = [_token(text, special=True) for text in dict.fromkeys(special) if text not in known_texts]
+    if len(listed) + len(named) > MAX_ADDED_TOKENS:
+        raise TokenizerError(
+            f"{config_path.parent} must name at most {MAX_ADDED_TOKENS} tokens that tokenizer.json lacks, "
+            f"got {len(listed) + len(named)}"
+        )
     backend.add_tokens([*listed, *named])
 
 
@@ -91,6 +99,11 @@ def _token(text: str, *, special: bool) -> tokenizers.AddedToken:
 
 
 def _content(value: object) -> str | None:
-    """The text of a token, which is a string or an object; None for anything else, and for an empty text."""
+    """The text of a token, which is a string or an object; None for anything else.
+
+    A text that is empty or has half of a surrogate pair cannot occur in a prompt, so it is None as well.
+    """
     text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) and text else None
+    if not isinstance(text, str) or not text or any("\ud800" <= char <= "\udfff" for char in text):
+        return None
+    return text

@@ -20,6 +20,11 @@ class Decoder(Protocol):
     @property
     def special_ids(self) -> Set[int]: ...
 
+    @property
+    def byte_ids(self) -> Set[int]:
+        """Tokens of single bytes in a vocabulary with byte fallback; a run of them is decoded as a whole."""
+        ...
+
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
@@ -38,14 +43,17 @@ class Detokenizer:
     A prompt that ends within a character leaves its incomplete bytes pending, so the answer's text has the character
     once it is complete.
 
-    One exception to the first sentence: in a sentencepiece vocabulary with byte fallback, bytes that prove to be
-    invalid UTF-8 after complete characters were emitted do not change these characters any more.
+    With byte fallback, a run of byte tokens is valid UTF-8 as a whole, or every byte of it becomes U+FFFD. So a run is
+    pending until it ends. One exception to the first sentence: of a run of more than MAX_HELD_TOKENS, complete
+    characters are emitted, and bytes that follow and prove to be invalid do not change them any more.
     """
 
     def __init__(
         self, decoder: Decoder, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
     ) -> None:
         self._decoder = decoder
+        self._byte_ids = frozenset(decoder.byte_ids)
+        self._in_run = False
         self._skipped = decoder.special_ids if skip_special_tokens else frozenset[int]()
         self._ids = self._last_of(prompt_token_ids)
         self._context = 0
@@ -86,8 +94,9 @@ class Detokenizer:
             return ""
         self._ids.append(token_id)
         text = self._decode(self._context, len(self._ids))
-        # The library decodes an incomplete character as U+FFFD, so a text that ends with it may still change.
-        if len(text) > self._context_len and not text.endswith(REPLACEMENT):
+        # An id without text does not end a run.
+        self._in_run = token_id in self._byte_ids or (self._in_run and not self._decoder.decode([token_id], False))
+        if not self._in_run and self._is_final(text):
             return self._emit(text, len(self._ids))
         if len(self._ids) - self._done < MAX_HELD_TOKENS:
             return ""
@@ -98,14 +107,22 @@ class Detokenizer:
         """The text of `append` for all these tokens, decoded in one call if they end with a complete character."""
         new = [token_id for token_id in token_ids if token_id not in self._skipped]
         text = self._decoder.decode(self._ids[self._context :] + new, skip_special_tokens=False)
-        if len(text) <= self._context_len or text.endswith(REPLACEMENT):
+        if self._in_run or not self._byte_ids.isdisjoint(new) or not self._is_final(text):
             return "".join(map(self.append, new))
         self._ids += new
         return self._emit(text, len(self._ids))
 
-    def flush(self) -> str:
-        """The pending text at the end of the sequence; an incomplete character becomes U+FFFD."""
+    def flush(self, token_ids: Iterable[int] = ()) -> str:
+        """The pending text and that of the last tokens; an incomplete character becomes U+FFFD."""
+        self._ids += [token_id for token_id in token_ids if token_id not in self._skipped]
         return self._emit(self._decode(self._context, len(self._ids)), len(self._ids))
+
+    def _is_final(self, text: str) -> bool:
+        """Whether the window has new text that later tokens do not change, outside of a run of byte tokens.
+
+        The library decodes an incomplete character as U+FFFD.
+        """
+        return len(text) > self._context_len and not text.endswith(REPLACEMENT)
 
     def _decode(self, start: int, end: int) -> str:
         return self._decoder.decode(self._ids[start:end], skip_special_tokens=False) if end > start else ""
@@ -125,6 +142,9 @@ class Detokenizer:
         The tokens after it, at most 3, may still be the beginning of a valid character.
         """
         end = len(self._ids)
+        if self._in_run:
+            complete = (cut for cut in range(end, end - MAX_UTF8_BYTES, -1) if self._is_final(self._decode(0, cut)))
+            return next(complete, end)
         for cut in range(end - 1, end - MAX_UTF8_BYTES, -1):
             if self._decode(self._context, cut) + self._decode(cut, end) == text:
                 return cut

@@ -159,8 +159,8 @@ class SequenceText:
 
         In that case `_grow` has ended it, with the stop string as the reason.
         """
-        self._read()
-        self._grow("" if self._detokenizer is None else self._detokenizer.flush())
+        tokens, self._unread = self._unread, []
+        self._grow("" if self._detokenizer is None else self._detokenizer.flush(tokens))
         if self.finish_reason is None:
             self._show(self._held)
             self._end(reason, stop_reason)

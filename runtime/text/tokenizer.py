@@ -51,6 +51,7 @@ class Tokenizer:
         self.chat_templates = config.chat_templates
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.byte_ids = _byte_ids(backend)
         self.eos_token_ids = config.eos_token_ids | self._ids_of(["eos_token"])
         self.bos_token_id = next(iter(self._ids_of(["bos_token"])), None)
         self._token_text = TokenText(self, backend.encode("a", add_special_tokens=False).ids)
@@ -102,6 +103,15 @@ class Tokenizer:
         texts = (self.special_tokens[name] for name in names if name in self.special_tokens)
         ids = (self._backend.token_to_id(text) for text in texts)
         return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _byte_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    """The ids of the pieces <0x00> to <0xFF>, if the decoder turns them into bytes."""
+    letter = backend.token_to_id("<0x41>")
+    if letter is None or backend.decode([letter]) != "A":
+        return frozenset()
+    ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 def _not_utf8(text: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sageLLM.runtime.errors import TokenizerError
+from sageLLM.runtime.text.added_tokens import MAX_ADDED_TOKENS
 from sageLLM.runtime.text.tokenizer import Tokenizer
 
 TEXT = "def <|im_end|> add<eot>(a,<extra> b) <image>\n</s><other>"
@@ -72,6 +73,25 @@ def test_a_complete_tokenizer_is_not_changed(tmp_path, byte_level):
     config = {"added_tokens_decoder": {"0": token("<|begin|>", special=True)}, "eos_token": "<|end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer.from_folder(tmp_path)._backend.to_str() == byte_level._backend.to_str()
+
+
+def test_texts_that_no_prompt_contains_are_ignored(tmp_path, byte_level):
+    byte_level._backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "a\ud800", "pad_token": "", "extra_special_tokens": ["\udfff", 3, {"content": None}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"\ud800": 1, "": 2, "x": "3"}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.vocab_size == byte_level.vocab_size
+    assert (tokenizer.eos_token_ids, dict(tokenizer.special_tokens)) == (frozenset(), {})
+
+
+def test_the_number_of_new_tokens_is_limited(tmp_path, byte_level):
+    byte_level._backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"extra_special_tokens": [f"<{i}>" for i in range(MAX_ADDED_TOKENS + 1)]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert str(caught.value) == f"{tmp_path} must name at most 65536 tokens that tokenizer.json lacks, got 65537"
 
 
 @pytest.mark.parametrize("decoder", [{"x": token("<eot>")}, {"4": "<eot>"}, {"4": {"content": 3}}, {"-1": token("a")}])

@@ -70,6 +70,19 @@ def test_streams_and_stop_strings_see_the_space(llm):
     assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("", "stop", " th")
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_random_tokens_have_the_text_of_the_definition_in_calls_and_streams(llm, skip):
+    """Most of the vocabulary are bytes, which are rarely valid UTF-8, and ids that the tokenizer lacks."""
+    params = SamplingParams(n=4, max_tokens=14, temperature=1.5, seed=3, ignore_eos=True, skip_special_tokens=skip)
+    *_, streamed = llm.stream(PROMPT, params)
+    output = llm.generate(PROMPT, params)[0]
+    backend, prompt = tokenizer_of(llm)._backend, list(output.prompt_token_ids)
+    before = backend.decode(prompt, skip_special_tokens=skip)
+    for answer, same in zip(output.outputs, streamed.outputs, strict=True):
+        both = backend.decode([*prompt, *answer.token_ids], skip_special_tokens=skip)
+        assert same.text == answer.text == both.removeprefix(before)
+
+
 def test_a_character_that_the_prompt_begins_is_in_the_answer(llm):
     tokenizer = tokenizer_of(llm)
     *prompt, last = tokenizer.encode("a 你好")

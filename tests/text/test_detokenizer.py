@@ -56,11 +56,17 @@ def test_increments_of_real_text_are_whole_characters(byte_level, sentencepiece_
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_sentencepiece_random_tokens_join_to_the_whole(sentencepiece_like, data, skip):
-    """Valid UTF-8 is exact; invalid byte runs keep the characters that were complete (see `Detokenizer`)."""
-    pieces = st.integers(0, sentencepiece_like.vocab_size - 1).filter(lambda i: not 3 <= i < 259)
-    words = texts.map(lambda text: sentencepiece_like.encode(text, add_special_tokens=False))
-    ids = [i for part in data.draw(st.lists(pieces.map(lambda i: [i]) | words, max_size=20)) for i in part]
-    assert "".join(increments(sentencepiece_like, ids, skip)) == sentencepiece_like.decode(ids, skip)
+    """Runs of bytes, valid and invalid, of up to the number of tokens that are held; ids without text among them."""
+    bytes_ = st.lists(st.integers(3, 258) | st.just(10**6), max_size=MAX_HELD_TOKENS - 1)
+    pieces = st.integers(259, sentencepiece_like.vocab_size - 1).map(lambda i: [i])
+    words = st.text("你👩é", max_size=4).map(lambda text: sentencepiece_like.encode(text, add_special_tokens=False))
+    parts = data.draw(st.lists(st.tuples(bytes_ | words, pieces), max_size=10))
+    ids = [i for run, piece in parts for i in (*run, *piece)]
+    expected = sentencepiece_like.decode(ids, skip)
+    assert "".join(increments(sentencepiece_like, ids, skip)) == expected
+    cut = data.draw(st.integers(0, len(ids)))
+    detokenizer = Detokenizer(sentencepiece_like, skip)
+    assert detokenizer.extend(ids[:cut]) + detokenizer.flush(ids[cut:]) == expected
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,6 +15,7 @@ class LetterTokenizer:
     """A tokenizer in which token i is the i-th text of a list, so that a test chooses the texts of tokens."""
 
     special_ids = frozenset({0})
+    byte_ids = frozenset()
 
     def __init__(self, texts):
         self.texts = ["<eos>", *texts]
