@@ -6,6 +6,7 @@ A scaling changes the frequencies, and may multiply both tables by one factor. E
 the training code of the checkpoints: more exact angles would change the logits at large positions.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from sageLLM.runtime.core.model.rope import RopeSpec
 from sageLLM.runtime.errors import CheckpointError
 
+LOG = logging.getLogger("sagellm")
 Scaling = Mapping[str, Any]
 """The parameters of a scaling, as `read_rope` has checked them."""
 
@@ -136,6 +138,12 @@ def _longrope(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequenc
     """
     original = scaling.get("original_max_position_embeddings", rope.max_position)
     key = "long_factor" if num_positions > original else "short_factor"
+    if key == "long_factor" and scaling["long_factor"] != scaling["short_factor"]:
+        LOG.warning(
+            "rope scaling 'longrope': the long factors are used for sequences of all lengths, because max_model_len=%d "
+            "exceeds the trained length of %d; set max_model_len=%d if no sequence is longer than that",
+            *(num_positions, original, original),
+        )
     factors = torch.tensor(scaling[key], dtype=torch.float32)
     stretch = scaling.get("factor", rope.max_position / original)
     default = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))

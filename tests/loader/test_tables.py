@@ -25,3 +25,16 @@ def test_proportional_rotation(share: float) -> None:
 def test_an_odd_number_of_rotated_components_is_refused() -> None:
     with pytest.raises(ConfigError, match="number of rotated components of a head must be even, got 5"):
         read_rope(HFConfig({}), base=1e4, dim=5, max_position=8, keys=(), allow=())
+
+
+def test_longrope_warns_if_short_sequences_use_the_long_factors(caplog: pytest.LogCaptureFixture) -> None:
+    factors = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 16.0, **factors}
+    short = rope_tables(RopeSpec(1e4, 4, 64, scaling), 16)
+    assert not caplog.records
+    long = rope_tables(RopeSpec(1e4, 4, 64, scaling), 17)
+    assert "max_model_len=17 exceeds the trained length of 16; set max_model_len=16" in caplog.text
+    assert not torch.equal(short.sin[:16], long.sin[:16])
+    caplog.clear()
+    rope_tables(RopeSpec(1e4, 4, 64, {**scaling, "long_factor": factors["short_factor"]}), 17)
+    assert not caplog.records
