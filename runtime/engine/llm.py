@@ -18,7 +18,14 @@ from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.faults import LOG
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.engine.prompts import ParsedPrompt, Prompt, Prompts, params_per_prompt, parse_prompts, token_ids
+from sageLLM.runtime.engine.prompts import (
+    ParsedPrompt,
+    Prompt,
+    Prompts,
+    params_per_prompt,
+    parse_prompts,
+    type_ids_per_prompt,
+)
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup
@@ -187,14 +194,10 @@ class LLM:
         one with an embedding that is not finite.
         """
         items = parse_prompts(prompts)
-        types: Sequence[Sequence[int] | None] = [None] * len(items) if type_ids is None else type_ids
-        if len(types) != len(items):
-            raise PromptError(
-                f"expected one list of type ids per prompt, got {len(types)} lists for {len(items)} prompts", "type_ids"
-            )
+        types = type_ids_per_prompt(len(items), type_ids)
         chosen = self._pooling(pooling)
         inputs = [
-            EmbeddingInput(self._embedding_ids(item, prompt_name), None if type_ is None else token_ids(type_))
+            EmbeddingInput(self._embedding_ids(item, prompt_name), type_)
             for item, type_ in zip(items, types, strict=True)
         ]
         for one in inputs:

@@ -61,6 +61,29 @@ def token_ids(values: object) -> list[int]:
     return [int(v) if isinstance(v, Integral) and not isinstance(v, bool) else v for v in values]
 
 
+def type_ids_per_prompt(num_prompts: int, type_ids: object) -> Sequence[list[int] | None]:
+    """The token type ids of each prompt, None where there are none. Raises PromptError for another type or number."""
+    if type_ids is None:
+        return [None] * num_prompts
+    if isinstance(type_ids, np.ndarray | torch.Tensor):
+        type_ids = type_ids.tolist()
+    if not isinstance(type_ids, list | tuple):
+        raise PromptError(f"type_ids must be a list with one list per prompt, got {_kind(type_ids)}", "type_ids")
+    if len(type_ids) != num_prompts:
+        raise PromptError(
+            f"expected one list of type ids per prompt, got {len(type_ids)} lists for {num_prompts} prompts", "type_ids"
+        )
+    return [None if ids is None else _type_ids(ids) for ids in type_ids]
+
+
+def _type_ids(values: object) -> list[int]:
+    try:
+        return token_ids(values)
+    except PromptError:
+        kind = _kind(values)
+        raise PromptError(f"the type ids of a prompt must be a list of integers, got {kind}", "type_ids") from None
+
+
 def params_per_prompt(num_prompts: int, params: object, default: SamplingParams | None = None) -> list[SamplingParams]:
     """One SamplingParams per prompt, `default` for None. Raises SamplingParamsError for another type or number."""
     if params is None:

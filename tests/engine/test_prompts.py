@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sageLLM.runtime.engine.prompts import ParsedPrompt, params_per_prompt, parse_prompts
+from sageLLM.runtime.engine.prompts import ParsedPrompt, params_per_prompt, parse_prompts, type_ids_per_prompt
 from sageLLM.runtime.engine.requests import validate_prompt
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
@@ -95,6 +95,22 @@ def test_elements_that_are_no_integers_are_left_to_the_validation(bad: object) -
     assert prompt.token_ids is not None
     with pytest.raises(PromptError, match=r"^prompt token 1 must be an integer, got a"):
         validate_prompt(prompt.token_ids, vocab_size=100, max_model_len=8)
+
+
+def test_type_ids() -> None:
+    assert type_ids_per_prompt(2, None) == [None, None]
+    assert type_ids_per_prompt(2, [[0, 1], None]) == [[0, 1], None]
+    assert type_ids_per_prompt(2, torch.tensor([[0], [1]])) == [[0], [1]]
+    assert type_ids_per_prompt(1, [np.array([0, 1])]) == [[0, 1]]
+    for bad, message in (
+        (iter([[0]]), "type_ids must be a list with one list per prompt, got a list_iterator"),
+        ([[0], [1]], "expected one list of type ids per prompt, got 2 lists for 1 prompts"),
+        (["ab"], "the type ids of a prompt must be a list of integers, got a str"),
+        ([5], "the type ids of a prompt must be a list of integers, got 5"),
+    ):
+        with pytest.raises(PromptError, match=f"^{re.escape(message)}$") as caught:
+            type_ids_per_prompt(1, bad)
+        assert caught.value.param == "type_ids"
 
 
 ONE = SamplingParams(max_tokens=1)
