@@ -1,5 +1,9 @@
 """The strict base class of all spec schemas, and the diagnostics for schema violations."""
 
+import ast
+import sys
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +20,19 @@ class Strict(BaseModel):
 
     # A run validates few kinds of file, so each schema is built when it is first used.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, defer_build=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if sys.flags.optimize > 1:  # schemas and docs are generated from docstrings, which -OO strips
+            cls.__doc__ = _docstrings(cls.__module__).get(cls.__qualname__)
+
+
+@cache
+def _docstrings(module: str) -> dict[str, str | None]:
+    """The docstrings of the classes of a module, from its source."""
+    source = Path(sys.modules[module].__file__ or "").read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {node.name: ast.get_docstring(node, clean=False) for node in classes}
 
 
 def validate(schema: type[S], doc: Document, sink: Sink) -> S | None:
