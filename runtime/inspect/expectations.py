@@ -3,13 +3,14 @@
 Requires neither torch nor weights: builders and passes work on graphs of the models' tiny configs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sageLLM.runtime.core.ir.graph import Stage
 from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.passes.base import OptimizationPass
 from sageLLM.runtime.core.passes.rewrite import RewritePass
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.registry.plugins import Registry, load_registry, load_tree
@@ -32,8 +33,11 @@ def missed_expectations(tree: Path, is_overlay: bool = False) -> list[MissedExpe
 
     An overlay runs together with the package's entries, and may change their counts; any other tree runs alone.
     """
-    registry = load_registry([tree]) if is_overlay else load_tree(tree)
-    own = load_tree(tree).passes
+    return missed_in(load_registry([tree]) if is_overlay else load_tree(tree), load_tree(tree).passes)
+
+
+def missed_in(registry: Registry, own: Mapping[str, type[OptimizationPass]]) -> list[MissedExpectation]:
+    """The misses of the passes `own` in the models of the registry."""
     models = {name for one in own.values() if issubclass(one, RewritePass) for name in one.expect}
     found: dict[tuple[str, str], MissedExpectation] = {}
     for model in registry.models if "*" in models else models:
