@@ -497,7 +497,8 @@ CODES: dict[str, CodeInfo] = {
     # the generator itself
     "SAGE501": CodeInfo(
         "not written",
-        "The generated files could not be written; the tree is unchanged.",
+        "The generated files could not be written. The tree is unchanged, or the next run completes the update; the "
+        "message says which.",
     ),
     "SAGE502": CodeInfo(
         "no specs",
@@ -512,11 +513,13 @@ CODES: dict[str, CodeInfo] = {
         "Two spec files have the same stem, which is the name of the generated file.",
     ),
     "SAGE505": CodeInfo(
-        "unmanaged file",
-        "The path of a generated file is occupied by a file that was not generated.",
+        "unmanaged file or folder",
+        "The path of a generated file is occupied by a file that was not generated, or --out is the root of a project, "
+        "or its MANIFEST.json belongs to another tool or to other specs. Nothing was written or deleted.",
     ),
     "SAGE506": CodeInfo(
         "drift",
-        "The generated tree differs from the specs. Run `make generate`.",
+        "The generated tree differs from the specs, or a run was killed while it wrote. Run `make generate`, which "
+        "deletes only files that the manifest of the tree lists; delete other leftovers yourself.",
     ),
 }

@@ -11,7 +11,7 @@ from sageLLM.codegen.diagnostics import Sink, SpecErrors
 from sageLLM.codegen.facts import Undeclared
 from sageLLM.codegen.render import Output, Renderer
 from sageLLM.codegen.update import update
-from sageLLM.codegen.writer import Written, changes, drift, finish, write
+from sageLLM.codegen.writer import Written, changes, drift, finish, refuse_project_root, write
 
 if TYPE_CHECKING:
     from sageLLM.codegen.expectations import Count
@@ -70,6 +70,7 @@ def generate(
 
     With `count`, passes must fire as often as their specs expect; otherwise SpecErrors is raised, and no file written.
     """
+    refuse_project_root(out)
     try:
         return update([base, *overlays], out, BASE_OUT, count)
     except (SpecErrors, Undeclared):
@@ -83,6 +84,7 @@ def generate_from_scratch(
     """Generates everything without reading or leaving the state of incremental updates."""
     from sageLLM.codegen.expectations import COUNTED, check_expectations
 
+    refuse_project_root(out)
     specs = load_and_link(overlays, base)
     outputs = finish(emit(specs))
     if count is not None and any(path.startswith(COUNTED) for path in changes(outputs, out)):

@@ -12,7 +12,7 @@ from typing import Protocol
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.load import RawSpecs
 from sageLLM.codegen.render import Output
-from sageLLM.codegen.writer import write
+from sageLLM.codegen.writer import write_plainly
 
 COUNTED = ("builders/", "ops/", "passes/")
 """Outputs that the counts depend on; while their code is unchanged, counts that held still hold."""
@@ -42,7 +42,7 @@ Count = Callable[[Path, bool], Iterable[Missed]]
 def check_expectations(raw: RawSpecs, outputs: Iterable[Output], count: Count) -> None:
     """Raises SpecErrors with a finding for every miss. The tree is written to a temporary folder and counted there."""
     with tempfile.TemporaryDirectory(prefix="sagellm-") as folder:
-        write(outputs, Path(folder, "generated"))
+        write_plainly(outputs, Path(folder, "generated"))
         findings = [_finding(missed, raw) for missed in count(Path(folder, "generated"), bool(raw.base_files))]
     if findings:
         raise SpecErrors(findings)

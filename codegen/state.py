@@ -88,13 +88,21 @@ def save_state(state: State, out: Path) -> None:
     """Stores the state in the tree. A failure is ignored: the next run then starts from scratch."""
     folder = out / FOLDER
     try:
-        folder.mkdir(exist_ok=True)
-        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+        ignore_in_git(folder)
         draft = folder / f"{FILE}.{os.getpid()}"
         draft.write_text(json.dumps(_to_json(state), separators=(",", ":")), encoding="utf-8")
         draft.replace(folder / FILE)
+        for stale in folder.glob(f"{FILE}.*"):  # drafts of runs that were killed
+            stale.unlink(missing_ok=True)
     except OSError:
         return
+
+
+def ignore_in_git(folder: Path) -> None:
+    """Creates a folder that git ignores."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / ".gitignore").exists():
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
 
 
 def _to_json(state: State) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from sageLLM.codegen.facts import Undeclared, read_files
 from sageLLM.codegen.render import Output, format_sources
 from sageLLM.codegen.state import FileRecord, State, UnitRecord, formatter_key, generator_key, load_state, save_state
+from sageLLM.codegen.swap import MANIFEST, complete
 from sageLLM.codegen.writer import (
-    MANIFEST,
     ManifestLine,
     Tree,
     Written,
-    generated_files,
     manifest_of,
     refuse_twice,
     replace_files,
@@ -43,6 +42,7 @@ def update(folders: Sequence[Path], out: Path, package_out: Path, count: "Count 
     if len(files) < sum(map(len, groups)):
         raise Undeclared("two spec folders of the same name")
     base = frozenset(groups[0] if len(groups) > 1 else ())
+    complete(out)
     tree, state, generator = Tree(out), load_state(out), generator_key(PACKAGE)
     if state.generator == generator and _is_up_to_date(state, files, base, tree):
         return Written((), (), len(state.outputs) + 1)
@@ -71,8 +71,7 @@ def _is_up_to_date(state: State, files: Mapping[str, tuple[Path, str]], base: fr
     seen = [(name, digest) for name, (_, digest) in files.items()]
     if [(name, facts.digest) for name, facts in state.files.items()] != seen or frozenset(state.base) != base:
         return False
-    are_intact = all(_is_intact(unit, tree) for unit in state.units.values()) and tree.holds(MANIFEST, state.manifest)
-    return are_intact and generated_files(tree.out) == {*state.outputs, MANIFEST}
+    return all(_is_intact(unit, tree) for unit in state.units.values()) and tree.holds(MANIFEST, state.manifest)
 
 
 def _is_intact(unit: UnitRecord, tree: Tree) -> bool:

@@ -21,8 +21,8 @@ from sageLLM.codegen.expectations import Missed
 from sageLLM.codegen.facts import Undeclared
 from sageLLM.codegen.incremental import Incremental, Rendered
 from sageLLM.codegen.state import FILE, FOLDER
+from sageLLM.codegen.swap import MANIFEST
 from sageLLM.codegen.update import update as generate
-from sageLLM.codegen.writer import MANIFEST
 
 SEEDS = range(*map(int, os.environ.get("SAGELLM_EDIT_SEEDS", "0:2").split(":")))
 NUM_ROUNDS = 2
@@ -177,17 +177,14 @@ def add_file(workspace: Workspace, rng: random.Random) -> None:
 
 
 def tamper(workspace: Workspace, rng: random.Random) -> None:
-    """Generated files that were edited, removed or orphaned."""
+    """Generated files that were edited or removed."""
     path = rng.choice(
         [path for path in sorted(workspace.out.rglob("*.*")) if path.is_file() and FOLDER not in str(path)]
     )
-    match rng.randrange(3):
-        case 0:
-            path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-        case 1:
-            path.unlink()
-        case 2:
-            shutil.copy(path, path.with_name(f"left_{path.name}"))
+    if rng.random() < 0.5:
+        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    else:
+        path.unlink()
 
 
 EDITS: list[Edit] = [change_text] * 6 + [

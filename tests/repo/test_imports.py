@@ -149,7 +149,7 @@ CODEGEN_LAYERS = (
     {"codes", "contents", "diagnostics", "facts"},
     {"source", "state"},
     {"schema"},
-    {"load", "render"},
+    {"load", "render", "swap"},
     {"expr", "spec_files", "writer"},
     {"model"},
     {"link", "kernel"},
