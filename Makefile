@@ -17,7 +17,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: aot interpret fuzz-text sanitize fuzz-scheduler help setup run test test-fast generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: aot interpret fuzz-text sanitize fuzz-scheduler help setup run test test-fast test-lowest generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,20 @@ test-fast: $(TEST_READY) ## Run the fast part of the suite, in less than a minut
 
 test: lint types drift ## Run the whole suite: lint, types, drift of generated/, tests
 	$(PYTEST) --numprocesses $(JOBS) --dist loadscope
+
+# transformers, the oracle of other tests, does not accept versions that are as low.
+LOWEST := tests/codegen/test_cases.py tests/codegen/test_explain.py tests/codegen/test_source.py tests/core tests/engine/test_calls.py \
+	tests/engine/test_prompts.py tests/executor/test_kernel_choice.py tests/inspect tests/text/test_chat_messages.py \
+	tests/text/test_stop.py tests/text/test_token_text.py
+
+test-lowest: ## Check with the lowest declared versions of the dependencies, in .venv-lowest
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(PYTHON) tests/repo/lowest.py > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --disable-pip-version-check -qq --no-compile \
+	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --requirement .venv-lowest/requirements.txt
+	PYTHONPATH=_dev .venv-lowest/bin/python -m sageLLM.runtime.cli.entry generate --check
+	PYTHONPATH=_dev .venv-lowest/bin/python examples/serve_tiny.py
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(LOWEST)
 
 generate: $(RUN_READY) ## Generate code from specs/ into generated/
 	$(BIN)/sagellm generate
@@ -101,7 +115,7 @@ images: $(RUN_READY) ## Make the pictures of the README; requires Chromium
 	$(BIN)/python docs/images/make_images.py
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
+	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN_READY): pyproject.toml constraints.txt
