@@ -131,7 +131,7 @@ def test_the_text_fails_when_it_is_read(llm: LLM, monkeypatch: pytest.MonkeyPatc
     def fail(*args: object) -> str:
         raise Panic("decode")
 
-    for name in ("append", "extend"):
+    for name in ("append", "extend", "flush"):
         monkeypatch.setattr(Detokenizer, name, fail)
     answer = llm.generate([PROMPTS[BAD]], GREEDY)[0].outputs[0]
     assert answer.text == "" and answer.finish_reason is not None
