@@ -442,6 +442,7 @@ MIXED = ModelLayout(
     name="mixed",
     spec="model_choose/spec.yaml: mixed",
     architectures=("MixedForCausalLM",),
+    prefix="model.",
     read_config=MixedConfig.from_hf,
     shard_config=shard_config,
     weights=weights,

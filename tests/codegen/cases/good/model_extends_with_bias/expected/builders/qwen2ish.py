@@ -347,6 +347,7 @@ QWEN2ISH = ModelLayout(
     name="qwen2ish",
     spec="model_extends_with_bias/spec.yaml: qwen2ish",
     architectures=("Qwen2ishForCausalLM",),
+    prefix="model.",
     read_config=Qwen2ishConfig.from_hf,
     shard_config=shard_config,
     weights=weights,
