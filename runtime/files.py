@@ -1,8 +1,11 @@
 """Reads files of untrusted folders: regular files of bounded size only."""
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from sageLLM.runtime.errors import CheckpointError, SageError
 
@@ -14,6 +17,16 @@ def read_regular_file(path: Path, max_bytes: int, error: type[SageError] = Check
 
     Symbolic links are followed, since the Hugging Face cache consists of them.
     """
+    with open_regular_file(path, max_bytes, error) as file:
+        data = file.read(max_bytes + 1)  # files of /proc have a size of 0
+    if len(data) > max_bytes:
+        raise error(f"{path} must have at most {max_bytes} bytes")
+    return data
+
+
+@contextlib.contextmanager
+def open_regular_file(path: Path, max_bytes: int, error: type[SageError] = CheckpointError) -> Iterator[BinaryIO]:
+    """The open file, with the checks of `read_regular_file`."""
     try:
         # The type is checked before opening, which can have effects on a device, and again after, as the file may have
         # been replaced. Without O_NONBLOCK, opening a FIFO waits for a writer.
@@ -23,16 +36,13 @@ def read_regular_file(path: Path, max_bytes: int, error: type[SageError] = Check
             _check_type(path, status, error)
             if status.st_size > max_bytes:
                 raise error(f"{path} must have at most {max_bytes} bytes, got {status.st_size}")
-            data = file.read(max_bytes + 1)  # files of /proc have a size of 0
+            yield file
     except OSError as reason:
         raise error(f"{path} cannot be read: {reason.strerror}") from None
     except ValueError as reason:  # a NUL character or half of a surrogate pair in the path
         if isinstance(reason, SageError):
             raise
         raise error(f"{path} cannot be read: {reason}") from None
-    if len(data) > max_bytes:
-        raise error(f"{path} must have at most {max_bytes} bytes")
-    return data
 
 
 def _check_type(path: Path, status: os.stat_result, error: type[SageError]) -> None:

@@ -43,7 +43,7 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation, as_conversations, check_template_options, normalize
 from sageLLM.runtime.text.chat_template import ChatTemplate
-from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids
+from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
 
 
 class LLM:
@@ -105,8 +105,14 @@ class LLM:
             _check_count("num_kv_blocks", num_kv_blocks)
         registry = load_registry(plugins)
         _check_passes(disable_passes, registry)
-        self.tokenizer = None if skip_tokenizer else Tokenizer.from_folder(folder)
-        self.model = load_model(folder, registry, dtype=dtype, device=torch_device, max_model_len=max_model_len)
+        probe = None if skip_tokenizer else start_probe(folder)  # a process, which runs while the weights are loaded
+        try:
+            self.model = load_model(folder, registry, dtype=dtype, device=torch_device, max_model_len=max_model_len)
+            max_len = self.model.max_model_len
+            self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
+        finally:
+            if probe is not None:
+                probe.close()
         self.compiler = ModelCompiler(
             self.model.layout,
             self.model.config,

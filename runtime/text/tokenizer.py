@@ -16,11 +16,13 @@ from sageLLM.runtime.errors import TokenizerError
 from sageLLM.runtime.files import read_regular_file
 from sageLLM.runtime.text.added_tokens import add_missing_tokens, special_tokens
 from sageLLM.runtime.text.token_text import TokenText
+from sageLLM.runtime.text.tokenizer_probe import TokenizerProbe, caller_error, library_errors
 
-MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20
-MAX_TEXT_LEN = 16 * 2**20
-"""The longest text, in characters, that `encode` accepts."""
+MAX_TEXT_LEN = 8 * 2**20
+"""The longest text, in characters, that `encode` accepts, if the model and the tokenizer do not set a lower limit."""
+MIN_TOKEN_LEN = 64
+"""Normalizers drop characters, such as repeated spaces, so a token may stand for more than the longest token has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +56,33 @@ class Tokenizer:
         self.byte_ids = _byte_ids(backend)
         self.eos_token_ids = config.eos_token_ids | self._ids_of(["eos_token"])
         self.bos_token_id = next(iter(self._ids_of(["bos_token"])), None)
-        self._token_text = TokenText(self, backend.encode("a", add_special_tokens=False).ids)
+        self.max_text_len = MAX_TEXT_LEN
+        self._token_text = TokenText(self, _anchor(backend))
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
+    def from_folder(
+        cls, folder: str | Path, probe: TokenizerProbe | None = None, max_tokens: int | None = None
+    ) -> Tokenizer:
         """Reads tokenizer.json and, if present, tokenizer_config.json, special_tokens_map.json, added_tokens.json,
         chat_template.jinja, generation_config.json and config.json.
 
-        Raises TokenizerError for a missing or damaged file.
+        `probe` is one that `start_probe` has started for this folder. A text that cannot have as few as `max_tokens`
+        tokens is refused before it is tokenised. Raises TokenizerError for a missing or damaged file, and for a
+        tokenizer that crashes or exceeds the limits of the probe.
         """
         root = Path(folder)
-        path = root / "tokenizer.json"
-        if not path.exists():
-            raise TokenizerError(_missing(root))
-        data = _read_bytes(path, MAX_TOKENIZER_BYTES)
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises bare Exceptions
-            raise TokenizerError(f"{path} is not a tokenizer: {error}") from None
+        probe = probe or start_probe(root)
+        bounds = probe.result()
+        with library_errors(f"{probe.path} is not a tokenizer"):
+            backend = tokenizers.Tokenizer.from_buffer(probe.data)
         config, special_map = _read_object(root / "tokenizer_config.json"), _read_special_map(root)
         added = _read_object(root / "added_tokens.json")
         add_missing_tokens(backend, config, special_map, added, root / "tokenizer_config.json")
-        return cls(backend, read_tokenizer_config(root))
+        tokenizer = cls(backend, read_tokenizer_config(root))
+        tokenizer.max_text_len = bounds.max_text_len
+        if max_tokens is not None:
+            tokenizer.max_text_len = min(bounds.max_text_len, max_tokens * max(bounds.longest_token, MIN_TOKEN_LEN))
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -84,16 +91,20 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of the text. Use add_special_tokens=False for a rendered chat template, which has its own."""
-        if len(text) > MAX_TEXT_LEN:
-            raise TokenizerError(f"the text must have at most {MAX_TEXT_LEN} characters, got {len(text)}")
+        if len(text) > (limit := min(MAX_TEXT_LEN, self.max_text_len)):
+            raise TokenizerError(f"the text must have at most {limit} characters, got {len(text)}")
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            with library_errors("the text cannot be tokenised"):
+                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except (TypeError, UnicodeEncodeError):  # the library's two ways to refuse what UTF-8 cannot express
             raise TokenizerError(_not_utf8(text)) from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids; ids beyond the vocabulary are skipped. Invalid UTF-8 becomes U+FFFD."""
-        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        try:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:  # not library_errors, as this runs in every step
+            raise caller_error(error, "the tokens cannot be decoded") from None
 
     def token_text(self, token_id: int, before: Sequence[int] = ()) -> str:
         """The text of one token after the tokens `before`, as in logprobs; see `TokenText`."""
@@ -112,6 +123,21 @@ def _byte_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
         return frozenset()
     ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _anchor(backend: tokenizers.Tokenizer) -> list[int]:
+    try:
+        return list(backend.encode("a", add_special_tokens=False).ids)
+    except Exception:  # a vocabulary without "a" and without an unknown token
+        return []
+
+
+def start_probe(folder: Path) -> TokenizerProbe:
+    """Starts the probe of a folder's tokenizer.json; `Tokenizer.from_folder` takes it."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise TokenizerError(_missing(folder))
+    return TokenizerProbe(path)
 
 
 def _not_utf8(text: str) -> str:
