@@ -33,7 +33,7 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "sagellm"
     except RuntimeError:
-        raise FileNotFoundError("the user has no home folder") from None
+        raise FileNotFoundError("the home folder is unknown") from None
 
 
 def private_folder() -> Path:
@@ -54,7 +54,7 @@ def _require_no_replacement(folder: Path) -> None:
         if status.st_uid not in (os.geteuid(), 0, UNMAPPED_UID):
             raise PermissionError(f"{parent} belongs to another user")
         if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise PermissionError(f"all users can rename files in {parent}, which has no sticky bit")
+            raise PermissionError(f"all users can rename files in {parent}: its sticky bit is not set")
         if not status.st_mode & (stat.S_IXGRP | stat.S_IXOTH):
             return  # other users cannot reach what follows
 
