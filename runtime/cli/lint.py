@@ -11,7 +11,8 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.stored import with_stored_names, with_stored_ties
-from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.core.printable import printable
+from sageLLM.runtime.errors import MAX_MESSAGE_LEN, SageError
 from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, lint_model
 from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, StoredTensor, has_single_file, weight_map
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
@@ -41,7 +42,7 @@ def lint_checkpoint(request: LintRequest) -> int:
     try:
         report = _report(request)
     except (SageError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error), MAX_MESSAGE_LEN)}", file=sys.stderr)
         return 1
     print(json.dumps(asdict(report)) if request.as_json else "\n".join(_lines(report)))
     refused = request.tp is not None and any(degree.problem for degree in report.degrees)

@@ -16,6 +16,7 @@ from sageLLM import LLM, SamplingParams
 from sageLLM.codegen import driver
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.passes import PASSES
+from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
 from sageLLM.runtime.errors import (
     CheckpointError,
     PluginError,
@@ -520,3 +521,9 @@ def test_several_answers_to_one_prompt(llm: LLM) -> None:
     output = llm.generate([[1, 2, 3]], SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True))[0]
     assert [len(answer.token_ids) for answer in output.outputs] == [4, 4, 4]
     assert not llm.engine.has_work
+
+
+def test_lint_prints_no_escape_sequences(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "\x1b[2J"})
+    assert lint_checkpoint(LintRequest("model", folder, None, None, [], as_json=False)) == 1
+    assert "rope scaling '\\x1b[2J' is not supported" in capsys.readouterr().err
