@@ -11,11 +11,12 @@ def embedding_ids(
 ) -> list[int]:
     """The token ids of a text after the prompt of that name, cut to the recipe's length if it truncates."""
     text = (prompt_text(prompt_name, recipe) + text).strip() if recipe.truncates else text
-    ids = tokenizer.encode(text.lower() if recipe.lower_case else text)
+    text = text.lower() if recipe.lower_case else text
+    ids = tokenizer.encode(text, truncates=recipe.truncates)
     limit = min(recipe.max_seq_length or max_model_len, max_model_len)
     if not recipe.truncates or len(ids) <= limit:
         return ids
-    return _cut(ids, tokenizer.encode(text.lower() if recipe.lower_case else text, add_special_tokens=False), limit)
+    return _cut(ids, tokenizer.encode(text, add_special_tokens=False, truncates=True), limit)
 
 
 def prompt_text(name: str | None, recipe: EmbeddingRecipe) -> str:

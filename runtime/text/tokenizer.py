@@ -57,6 +57,7 @@ class Tokenizer:
         self.eos_token_ids = config.eos_token_ids | self._ids_of(["eos_token"])
         self.bos_token_id = next(iter(self._ids_of(["bos_token"])), None)
         self.max_text_len = MAX_TEXT_LEN
+        self.max_truncated_len = MAX_TEXT_LEN
         self._token_text = TokenText(self, _anchor(backend))
 
     @classmethod
@@ -79,9 +80,10 @@ class Tokenizer:
         added = _read_object(root / "added_tokens.json")
         add_missing_tokens(backend, config, special_map, added, root / "tokenizer_config.json")
         tokenizer = cls(backend, read_tokenizer_config(root))
-        tokenizer.max_text_len = bounds.max_text_len
+        tokenizer.max_text_len = tokenizer.max_truncated_len = min(MAX_TEXT_LEN, bounds.max_text_len)
         if max_tokens is not None:
-            tokenizer.max_text_len = min(bounds.max_text_len, max_tokens * max(bounds.longest_token, MIN_TOKEN_LEN))
+            longest = max_tokens * max(bounds.longest_token, MIN_TOKEN_LEN)
+            tokenizer.max_text_len = min(tokenizer.max_text_len, longest)
         return tokenizer
 
     @property
@@ -89,9 +91,13 @@ class Tokenizer:
         """The number of ids, added tokens included. The model's vocabulary may be larger (padded)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of the text. Use add_special_tokens=False for a rendered chat template, which has its own."""
-        if len(text) > (limit := min(MAX_TEXT_LEN, self.max_text_len)):
+    def encode(self, text: str, add_special_tokens: bool = True, *, truncates: bool = False) -> list[int]:
+        """The token ids of the text. Use add_special_tokens=False for a rendered chat template, which has its own.
+
+        `truncates` is for a caller that cuts the ids: the text may then have more tokens than the model's longest
+        sequence, and only the time of tokenising it is limited.
+        """
+        if len(text) > (limit := self.max_truncated_len if truncates else self.max_text_len):
             raise TokenizerError(f"the text must have at most {limit} characters, got {len(text)}")
         try:
             with library_errors("the text cannot be tokenised"):

@@ -128,7 +128,7 @@ def test_text_limits(folder, monkeypatch):
         tokenizer.encode("ab\ud800")
     message = "the text must be valid Unicode, got half of a surrogate pair ('\\ud800') at character 2"
     assert str(caught.value) == message
-    monkeypatch.setattr(module, "MAX_TEXT_LEN", 3)
+    monkeypatch.setattr(tokenizer, "max_text_len", 3)
     with pytest.raises(TokenizerError) as caught:
         tokenizer.encode("abcd")
     assert str(caught.value) == "the text must have at most 3 characters, got 4"
