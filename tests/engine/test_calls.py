@@ -127,6 +127,15 @@ def test_a_stream_closed_in_another_thread_is_aborted(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's handler of Ctrl-C, which a process started in the background by a shell lacks: it ignores SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_takes_effect_between_steps_and_aborts_the_call(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens(llm, A, 6)
     run = type(llm.engine.decoder).run
@@ -146,6 +155,7 @@ def test_ctrl_c_takes_effect_between_steps_and_aborts_the_call(llm: LLM, monkeyp
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_takes_effect_at_once() -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt), held_interrupts():
@@ -156,6 +166,7 @@ def test_a_second_ctrl_c_takes_effect_at_once() -> None:
     assert reached == [1]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_takes_effect_at_once_outside_of_a_step() -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt), held_interrupts() as interrupts:
@@ -170,6 +181,7 @@ def test_ctrl_c_takes_effect_at_once_outside_of_a_step() -> None:
     assert reached == [1, 3]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_wait_for_another_thread(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main thread waits for a step of another thread, which does not end before the main thread has given up."""
     run = type(llm.engine.decoder).run
