@@ -104,7 +104,7 @@ def table_figures() -> dict[str, str]:
         "32 requests": f"{median['serve_32']:.0f} tok/s, {ratio(peers['serve_32']):.2f}x",
         "import": f"{median['startup_s']:.1f} s",
         "resident": f"{median['loaded_mb']:.0f} MB",
-        "YAML lines": f"{lines['yaml_lines_per_op_median']}, {models['llama']}, {models['qwen3']}",
+        "YAML lines": f"{lines['yaml_lines_per_op_median']:g}, {models['llama']}, {models['qwen3']}",
     }
 
 
