@@ -6,10 +6,9 @@ from svg import Drawing
 
 # File name -> label, value, width of the label and of the value.
 BADGES = {
-    "python": ("Python", "3.11+", 52, 44),
     "types": ("types", "mypy strict", 44, 76),
     "generated": ("generated code", "no drift", 102, 60),
-    "license": ("license", "Apache 2.0", 54, 76),
+    "style": ("style", "ruff, clang-format", 42, 112),
 }
 HEIGHT = 20
 
