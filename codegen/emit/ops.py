@@ -86,17 +86,17 @@ def _elements(ops: Iterable[OpDef]) -> tuple[list[str], list[str]]:
 def node_view(op: OpDef) -> NodeView:
     operands = (*op.inputs, *op.outputs)
     return NodeView(
-        op,
-        {o.name: pattern(o.type) for o in operands},
-        {attr.name: attr_spec(attr) for attr in op.attrs},
-        [(c.text, tidy(python_text(c.value, _in_env))) for c in op.where],
-        formula(op.cost.flops),
-        formula(op.cost.bytes),
-        {attr.name: _PYTHON[attr.type] + (" | None" if attr.optional else "") for attr in op.attrs},
-        _parameters(op),
-        [attr.name for attr in op.attrs if attr.formula is None],
-        [attr.name for attr in op.attrs if attr.formula is not None],
-        [o.name for o in op.inputs if o.optional],
+        op=op,
+        patterns={o.name: pattern(o.type) for o in operands},
+        attr_specs={attr.name: attr_spec(attr) for attr in op.attrs},
+        conditions=[(c.text, tidy(python_text(c.value, _in_env))) for c in op.where],
+        flops=formula(op.cost.flops),
+        bytes=formula(op.cost.bytes),
+        attr_types={attr.name: _PYTHON[attr.type] + (" | None" if attr.optional else "") for attr in op.attrs},
+        parameters=_parameters(op),
+        passed=[attr.name for attr in op.attrs if attr.formula is None],
+        computed=[attr.name for attr in op.attrs if attr.formula is not None],
+        optional=[o.name for o in op.inputs if o.optional],
     )
 
 
