@@ -4,54 +4,27 @@ In mode `strict` there are two workers, each with its own KV pool; the blocks of
 prefill worker's pool to the decode worker's.
 """
 
-import itertools
 import time
-from collections.abc import Sequence as PySequence
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from torch import Tensor
-
-from sageLLM.generated.hardware import HARDWARE
-from sageLLM.runtime.core.model.layout import Stage
+from sageLLM.runtime.engine.auto_mode import make_chooser
+from sageLLM.runtime.engine.batch_runner import BatchRunner
 from sageLLM.runtime.engine.block_copies import Migrator, TieredPool
-from sageLLM.runtime.engine.faults import LOG, NOT_FINITE, log_end, reason_of, reraise_unless_attributable
+from sageLLM.runtime.engine.faults import LOG, log_end, reason_of, reraise_unless_attributable
 from sageLLM.runtime.engine.kv_pool import make_pool
-from sageLLM.runtime.engine.outputs import Logprob, RequestOutput
-from sageLLM.runtime.engine.requests import resolve_max_tokens, stop_rules, validate_params, validate_prompt
-from sageLLM.runtime.engine.sampler import SampledTokens, SamplingBatch, sample
+from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.requests import check_kv_room, stop_rules, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence, make_group
-from sageLLM.runtime.engine.worker import StepResult, Worker
-from sageLLM.runtime.errors import EngineError, PromptError, SamplingParamsError
-from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
+from sageLLM.runtime.engine.worker import Worker
+from sageLLM.runtime.errors import EngineError
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kv.copies import KVStats, Tier
 from sageLLM.runtime.loader.model import Model
-from sageLLM.runtime.scheduler.auto import ForecastChooser
-from sageLLM.runtime.scheduler.base import Batch, Chunk, KVBudget, ScheduleOutput
-from sageLLM.runtime.scheduler.batch import DecodeStepBatch
+from sageLLM.runtime.scheduler.base import KVBudget, ScheduleOutput
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.text.tokenizer import Tokenizer
-
-
-class WorkerStep(NamedTuple):
-    """The part of a step that one worker computes: a token for each of the decodes, and the chunks of prompts."""
-
-    worker: Worker
-    stage: Stage
-    decodes: Batch | None
-    chunks: list[Chunk]
-
-
-class PromptRows(NamedTuple):
-    """Rows of a step's logits that score a prompt: `rows` predict the tokens that follow `positions`."""
-
-    group: RequestGroup
-    positions: list[int]
-    rows: slice
 
 
 class Engine:
@@ -103,7 +76,10 @@ class Engine:
         self.num_steps = 0
         self._groups: dict[str, RequestGroup] = {}
         self._sequences: dict[str, Sequence] = {}
-        self._failed: list[Sequence] = []
+        self._runner = self._make_runner()
+
+    def _make_runner(self) -> BatchRunner:
+        return BatchRunner(self.decoder, self.prefiller, self.scheduler, self._sequences, self.tokenizer)
 
     @property
     def has_work(self) -> bool:
@@ -128,7 +104,7 @@ class Engine:
         """Checks a request and makes its sequences, without queueing it. Raises RequestError if it cannot be served."""
         validate_prompt(token_ids, self.model.config.V, self.model.max_model_len)
         validate_params(params, self.model.config.V)
-        self._check_kv_room(params, len(token_ids))
+        check_kv_room(params, len(token_ids), self.scheduler.limits.max_kv_tokens, self.model.max_model_len)
         rules = stop_rules(params, self._eos_ids, len(token_ids), self._max_seq_len)
         return make_group(group_id, prompt, token_ids, params, rules, self.tokenizer)
 
@@ -136,25 +112,6 @@ class Engine:
     def _max_seq_len(self) -> int:
         """The longest prompt with its answer, in tokens: that of the model, or of the KV cache if it holds less."""
         return self.scheduler.max_seq_len or self.model.max_model_len
-
-    def _check_kv_room(self, params: SamplingParams, prompt_len: int) -> None:
-        """Refuses a request that would end early because the KV cache cannot hold it even when it is alone."""
-        room = self.scheduler.limits.max_kv_tokens
-        if room is None:
-            return
-        if prompt_len >= room:
-            raise PromptError(
-                f"the prompt must have at most {room - 1} tokens, one less than the KV cache holds, got {prompt_len}; "
-                "raise num_kv_blocks",
-                "prompt",
-            )
-        max_tokens = resolve_max_tokens(params, prompt_len, self.model.max_model_len)
-        if params.max_tokens is not None and prompt_len + max_tokens > room:
-            raise SamplingParamsError(
-                f"prompt and answer must fit the {room} tokens of the KV cache, got {prompt_len} + {max_tokens}; "
-                "lower max_tokens, or raise num_kv_blocks",
-                "max_tokens",
-            )
 
     def submit(self, group: RequestGroup) -> None:
         """Queues a prepared request. Changes nothing if it raises."""
@@ -200,12 +157,12 @@ class Engine:
         LOG.error("a step failed; its %d requests have ended", len(self._groups), exc_info=error)
         self._groups.clear()
         self._sequences.clear()
-        self._failed.clear()
         try:
             self._tiers.wait()  # a copy in the background must not write to blocks that new requests get
         except Exception:
             LOG.error("a copy to a swap tier failed", exc_info=True)
         self.scheduler = self._make_scheduler()
+        self._runner = self._make_runner()
         failure = EngineError(
             f"a step of the engine failed, and its requests have ended: {type(error).__name__}: {error}"
         )
@@ -220,12 +177,7 @@ class Engine:
         plan = self.scheduler.schedule()
         self._copy_blocks(plan)
         self._record_hits(plan)
-        changed: list[Sequence] = []
-        for part in self._worker_steps(plan):
-            changed += self._run(part)
-        if self._failed:
-            changed += self._failed
-            self._failed = []
+        changed = self._runner.run(plan)
         # The copies out to a tier ran concurrently with the batches. They must be complete before the commit, which
         # frees their source blocks.
         self._tiers.wait()
@@ -254,127 +206,13 @@ class Engine:
             if sequence.index == 0 and not sequence.request.num_preemptions:
                 sequence.group.num_cached_tokens = num_tokens
 
-    def _worker_steps(self, plan: ScheduleOutput) -> list[WorkerStep]:
-        """Assigns the batches to workers; on one worker decodes and chunks are one hybrid step, decodes first."""
-        decodes, prefills = plan.decode_batch, plan.prefill_batch.chunks if plan.prefill_batch else []
-        if decodes and prefills and not self.is_strict:
-            return [WorkerStep(self.decoder, "hybrid", decodes, prefills)]
-        steps = []
-        if decodes:
-            steps.append(WorkerStep(self.decoder, "decode", decodes, []))
-        if prefills:
-            steps.append(WorkerStep(self.prefiller, "prefill", None, prefills))
-        return steps
-
-    def _run(self, part: WorkerStep) -> list[Sequence]:
-        """Computes a batch, appends the new tokens, and returns the sequences that got one.
-
-        These are the decodes and, for each chunk that completes its prompt, the request and its forks.
-        """
-        sequences = [] if part.decodes is None else [self._sequences[r.request_id] for r in part.decodes.requests]
-        rows = list(range(len(sequences)))
-        ends = list(itertools.accumulate((chunk.num_tokens for chunk in part.chunks), initial=len(rows)))[1:]
-        for chunk, end in zip(part.chunks, ends, strict=True):
-            if chunk.is_last:
-                for request in (chunk.request, *self.scheduler.forks_of(chunk.request.request_id)):
-                    sequences.append(self._sequences[request.request_id])
-                    rows.append(end - 1)
-        scored = self._add_prompt_rows(part.chunks, ends, rows)
-        try:
-            result = part.worker.run(part.stage, part.decodes, part.chunks, rows)
-        except Exception as error:
-            return self._run_one_by_one(part, error)
-        for group, positions, span in scored:
-            try:
-                group.score_prompt(positions, result.logits[span], self._token_text)
-            except BaseException as error:
-                self._fail(group, error)
-        if sequences:
-            self._sample(sequences, result)
-        return sequences
-
-    def _run_one_by_one(self, part: WorkerStep, error: Exception) -> list[Sequence]:
-        """Computes the requests of a failed batch alone, so that only those that fail again end.
-
-        Nothing was sampled yet, and computing a token twice writes the same KV to the same slots.
-        """
-        alone = [WorkerStep(part.worker, "prefill", None, [chunk]) for chunk in part.chunks]
-        for chunk in part.decodes.chunks if part.decodes else ():
-            batch = DecodeStepBatch(0, [chunk.request], [chunk.start], 0)
-            alone.append(WorkerStep(part.worker, "decode", batch, []))
-        requests = [*(chunk.request for chunk in part.chunks), *(part.decodes.requests if part.decodes else ())]
-        if len(alone) == 1:
-            self._fail(self._sequences[requests[0].request_id].group, error)
-            return []
-        LOG.warning("a step of %d requests failed; each runs alone", len(alone), exc_info=error)
-        sequences = []
-        for request, step in zip(requests, alone, strict=True):
-            if not self._sequences[request.request_id].is_finished:
-                sequences += self._run(step)
-        return sequences
-
-    def _fail(self, group: RequestGroup, error: BaseException) -> None:
-        """Ends a request in the middle of a step, because of an error that belongs to it alone."""
-        reraise_unless_attributable(error)
-        reason = reason_of(error)
-        log_end(group.request_id, reason, error)
-        for sequence in group.sequences:
-            self.scheduler.abort_request(sequence.request.request_id)
-            sequence.abort(reason)
-        self._failed += group.sequences
-
-    def _add_prompt_rows(self, chunks: list[Chunk], ends: list[int], rows: list[int]) -> list[PromptRows]:
-        """Appends to `rows` the token rows that `prompt_logprobs` requires, and returns the request of each span."""
-        scored = []
-        for chunk, end in zip(chunks, ends, strict=True):
-            group = self._sequences[chunk.request.request_id].group
-            if positions := group.rows_to_score(chunk):
-                scored.append(PromptRows(group, positions, slice(len(rows), len(rows) + len(positions))))
-                rows += [end - chunk.num_tokens + position - chunk.start for position in positions]
-        return scored
-
-    def _sample(self, sequences: list[Sequence], result: StepResult) -> None:
-        """Samples and appends a token for every sequence; sequence i has row i of the logits."""
-        try:
-            sampled = _sample_rows(sequences, result)
-        except Exception as error:
-            if len(sequences) == 1:
-                self._fail(sequences[0].group, error)
-                return
-            for row, sequence in enumerate(sequences):  # the draw of a row does not depend on the other rows
-                self._sample([sequence], StepResult(result.logits[row : row + 1], result.tokens[row : row + 1]))
-            return
-        now = time.monotonic()
-        for row, (sequence, token_id) in enumerate(zip(sequences, sampled.token_ids.tolist(), strict=True)):
-            if sequence.is_finished:  # its request has failed in this step
-                continue
-            if row in sampled.failed:  # logits that are not finite end this sequence, and no other one
-                self._end_early(sequence, NOT_FINITE)
-                continue
-            try:
-                sequence.append(token_id, self._logprobs(sequence, row, sampled) if sampled.logprobs else None)
-            except BaseException as error:
-                self._fail(sequence.group, error)
-                continue
-            sequence.group.metrics.record_token(now)
-
-    def _end_early(self, sequence: Sequence, reason: str) -> None:
-        log_end(sequence.group.request_id, reason)
-        sequence.abort(reason)
-
-    def _logprobs(self, sequence: Sequence, row: int, sampled: SampledTokens) -> dict[int, Logprob] | None:
-        scored, num_top = sampled.logprobs.get(row), sequence.sampling.params.logprobs
-        if scored is None or num_top is None:
-            return None
-        return scored.as_dict(0, num_top, partial(self._token_text, before=sequence.last_token_ids))
-
     def _update(self, finished_ids: list[str]) -> list[Sequence]:
         """Commits the step; returns the sequences that the scheduler had to end because the KV pool is full."""
         ended = []
         for request_id in self.scheduler.update_after_step(finished_ids):
             sequence = self._sequences[request_id]
             room = self.scheduler.limits.max_kv_tokens
-            self._end_early(sequence, f"the KV cache of {room} tokens is full; raise num_kv_blocks")
+            sequence.end_early(f"the KV cache of {room} tokens is full; raise num_kv_blocks")
             ended.append(sequence)
         return ended
 
@@ -403,28 +241,3 @@ class Engine:
         del self._groups[group.request_id]
         for sequence in group.sequences:
             del self._sequences[sequence.request.request_id]
-
-    def _token_text(self, token_id: int, before: PySequence[int]) -> str:
-        return self.tokenizer.token_text(token_id, before) if self.tokenizer else ""
-
-
-def _sample_rows(sequences: list[Sequence], result: StepResult) -> SampledTokens:
-    """Samples a token for every sequence; sequence i has row i of the logits."""
-    logits = result.logits[: len(sequences)]
-    if all(sequence.sampling.is_plain_greedy for sequence in sequences):
-        return _greedy(logits, result.tokens[: len(sequences)])
-    return sample(logits, SamplingBatch([s.sampling for s in sequences], logits.device))
-
-
-def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
-    """The graph's argmax in the sampler's form; rows without a finite maximum have failed."""
-    best = logits_BV.gather(1, token_ids_B[:, None]).flatten().isfinite()
-    failed = () if best.all() else tuple((~best).nonzero().flatten().tolist())
-    return SampledTokens(token_ids_B, {}, failed)
-
-
-def make_chooser(compiler: ModelCompiler, device: str, objective: ServiceObjective | None) -> ForecastChooser:
-    """The chooser of mode `auto`, which forecasts with the roofline of the device."""
-    hardware = HARDWARE["h100" if device == "cuda" else "cpu"]
-    cost = RooflineStepCost(compiler.layout, compiler.config, hardware, dtype=compiler.dtype)
-    return ForecastChooser(cost, objective or ServiceObjective())

@@ -39,6 +39,28 @@ def validate_params(params: SamplingParams, vocab_size: int) -> None:
     _check_ids("logit_bias", params.logit_bias or (), vocab_size)
 
 
+def check_kv_room(params: SamplingParams, prompt_len: int, kv_room: int | None, max_model_len: int) -> None:
+    """Refuses a request that would end early because the KV cache cannot hold it even when it is alone.
+
+    `kv_room` are the tokens that the cache holds; None for no limit. Raises PromptError or SamplingParamsError.
+    """
+    if kv_room is None:
+        return
+    if prompt_len >= kv_room:
+        raise PromptError(
+            f"the prompt must have at most {kv_room - 1} tokens, one less than the KV cache holds, got {prompt_len}; "
+            "raise num_kv_blocks",
+            "prompt",
+        )
+    max_tokens = resolve_max_tokens(params, prompt_len, max_model_len)
+    if params.max_tokens is not None and prompt_len + max_tokens > kv_room:
+        raise SamplingParamsError(
+            f"prompt and answer must fit the {kv_room} tokens of the KV cache, got {prompt_len} + {max_tokens}; "
+            "lower max_tokens, or raise num_kv_blocks",
+            "max_tokens",
+        )
+
+
 def resolve_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: int) -> int:
     """The most tokens that the answer can have: `max_tokens`, limited to the positions after the prompt."""
     room = max_model_len - prompt_len

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sageLLM.runtime.engine.faults import reraise_unless_attributable
+from sageLLM.runtime.engine.faults import log_end, reraise_unless_attributable
 from sageLLM.runtime.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sageLLM.runtime.engine.sampler import SequenceSampling, prompt_logprobs
 from sageLLM.runtime.engine.sampling_params import SamplingParams
@@ -55,6 +55,11 @@ class Sequence:
         except BaseException as error:
             reraise_unless_attributable(error)
             self.text.abort(reason)  # without the tokens that cannot be decoded
+
+    def end_early(self, reason: str) -> None:
+        """Ends the answer as `abort` does, and logs the reason."""
+        log_end(self.group.request_id, reason)
+        self.abort(reason)
 
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Appends the step's new token; `is_finished` may be true afterwards."""
