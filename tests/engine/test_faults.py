@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.cli.run import RunRequest, run_prompts
-from sageLLM.runtime.engine import engine as engine_module
+from sageLLM.runtime.engine import batch_runner
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
 from sageLLM.runtime.engine.worker import Worker
@@ -99,7 +99,7 @@ def test_a_batch_that_fails_for_every_request_ends_them_all(llm: LLM, monkeypatc
 
 
 def test_the_sampling_of_one_request_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = engine_module.sample
+    sample = batch_runner.sample
 
     def fail_on_bad(logits: torch.Tensor, batch: Any) -> Any:
         if any(is_bad(sequence) and len(sequence.output_token_ids) == 2 for sequence in batch.sequences):
@@ -107,7 +107,7 @@ def test_the_sampling_of_one_request_fails(llm: LLM, monkeypatch: pytest.MonkeyP
         return sample(logits, batch)
 
     params = SamplingParams(max_tokens=8, temperature=1.0, seed=5, ignore_eos=True, logprobs=1)
-    output = run_with_fault(llm, lambda: monkeypatch.setattr(engine_module, "sample", fail_on_bad), params)
+    output = run_with_fault(llm, lambda: monkeypatch.setattr(batch_runner, "sample", fail_on_bad), params)
     assert output.outputs[0].stop_reason == "the request failed: IndexError: index 99 is out of bounds"
     assert len(output.outputs[0].token_ids) == 2
     monkeypatch.undo()
