@@ -501,8 +501,8 @@ CODES: dict[str, CodeInfo] = {
         "message says which.",
     ),
     "SAGE502": CodeInfo(
-        "no specs",
-        "The spec folder does not exist or contains no .yaml file.",
+        "unusable spec folder",
+        "The spec folder does not exist, contains no .yaml file or one with another ending, or is used already.",
     ),
     "SAGE503": CodeInfo(
         "generated code does not parse",
@@ -510,7 +510,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE504": CodeInfo(
         "duplicate stem",
-        "Two spec files have the same stem, which is the name of the generated file.",
+        "Two spec files have the same stem, which is the name of the generated file, or two overlays with the same "
+        "folder name contain a file at the same path. A file of an overlay may have the path of one of the package.",
     ),
     "SAGE505": CodeInfo(
         "unmanaged file or folder",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors, render
+from sageLLM.codegen.folders import find_file
 
 if TYPE_CHECKING:
     from sageLLM.codegen.expectations import Count
@@ -113,16 +114,15 @@ class Generate:
 
 
 class LineReader:
-    """Reads the source line of a diagnostic; its file name starts with the name of its spec folder."""
+    """Reads the source line of a diagnostic; the package's spec folder is the first."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self._folders = {folder.resolve().name: folder for folder in folders}
+        self._folders = folders
 
     def __call__(self, file: str, line: int) -> str | None:
-        root, _, rest = file.partition("/")
-        folder = self._folders.get(root)
+        path = find_file(file, self._folders)
         try:
-            return (folder / rest).read_text(encoding="utf-8").split("\n")[line - 1] if folder else None
+            return path.read_text(encoding="utf-8").split("\n")[line - 1] if path else None
         except (OSError, UnicodeDecodeError, IndexError):
             return None
 

@@ -6,11 +6,12 @@ With them a run knows the contents of an unchanged file without parsing it, and 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
+
+from sageLLM.codegen.folders import origin
 
 VOCABULARY = ("dims", "op_types", "step_inputs")
 """The kinds of entry that every op and model can refer to."""
@@ -22,13 +23,6 @@ ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
 def digest(value: Any) -> str:
     """The digest of a JSON value, including the order of keys, which is that of spec entries."""
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()[:32]
-
-
-def spec_paths(folder: Path) -> list[tuple[str, Path]]:
-    """The YAML files of a spec folder in order, each with its name in diagnostics and headers."""
-    found = [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.yaml")]
-    root = folder.resolve().name
-    return [(f"{root}/{name}", path) for name, path in sorted(found)]
 
 
 def words_of(texts: Iterable[str]) -> set[str]:
@@ -50,6 +44,11 @@ class EntryFacts:
     digest: str
     names: Mapping[str, Any]
 
+    @property
+    def origin(self) -> str:
+        """The file in keys, which hold with and without an overlay that has the name of the package's folder."""
+        return origin(self.file)
+
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
@@ -60,6 +59,10 @@ class FileFacts:
 
     def to_json(self) -> list[Any]:
         return [self.digest, [[one.kind, one.name, one.digest, one.names] for one in self.entries]]
+
+    def moved(self, file: str) -> "tuple[str, FileFacts]":
+        """The facts under another display name of the file, after that name."""
+        return file, FileFacts(self.digest, tuple(replace(entry, file=file) for entry in self.entries))
 
     @classmethod
     def from_json(cls, file: str, data: list[Any]) -> "FileFacts":
@@ -97,6 +100,11 @@ class SpecFacts:
     def is_overlay(self) -> bool:
         return bool(self.base)
 
+    @property
+    def first_base_file(self) -> str | None:
+        """Tells in keys whether there is a base, and how its files are named."""
+        return min(self.base, default=None)
+
     @cached_property
     def vocabulary(self) -> str:
         """A digest of the dims, op types and step inputs."""
@@ -104,7 +112,7 @@ class SpecFacts:
 
     def digest_of(self, *kinds: str) -> str:
         """A digest of all entries of some kinds."""
-        return digest([[kind, one.name, one.file, one.digest] for kind in kinds for one in self.table(kind).values()])
+        return digest([[kind, one.name, one.origin, one.digest] for kind in kinds for one in self.table(kind).values()])
 
     @cached_property
     def repeated_names(self) -> list[str]:
@@ -115,12 +123,3 @@ class SpecFacts:
             repeated += [entry.name] if (entry.kind, entry.name) in seen else []
             seen.add((entry.kind, entry.name))
         return repeated
-
-
-def read_files(folders: Sequence[Path]) -> dict[str, tuple[Path, str]]:
-    """Path and digest of every spec file, by its display name."""
-    return {
-        name: (path, hashlib.sha256(path.read_bytes()).hexdigest()[:32])
-        for folder in folders
-        for name, path in spec_paths(folder)
-    }

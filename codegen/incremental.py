@@ -103,7 +103,7 @@ class Incremental:
             self._meanings[name] = ""  # read by an op that fuses itself, which linking refuses
             op = self.facts.table("ops")[name]
             fused = [[callee, self._meaning_or_none(callee)] for callee in op.names["fuses"]]
-            self._meanings[name] = digest([op.file, op.digest, self.facts.vocabulary, fused])
+            self._meanings[name] = digest([op.origin, op.digest, self.facts.vocabulary, fused])
         return self._meanings[name]
 
     def _meaning_or_none(self, name: str) -> str | None:
@@ -136,7 +136,7 @@ class Incremental:
         cpu = self.facts.table("hardware").get("cpu")
         base = [name for name in reached if self._is_base(self.facts.table("ops")[name])]
         meanings = [[name, self.meaning(name)] for name in names]
-        key = digest([meanings, base, self.facts.is_overlay, cpu.digest if cpu else None])
+        key = digest([meanings, base, self.facts.first_base_file, cpu.digest if cpu else None])
         specs = self._specs(ops=Only(self.ops, reached), hardware=Only(self.raw.hardware, ["cpu"]))
         self._unit(f"ops {stem}", key, lambda: emit_op_modules([self.ops[n] for n in names], specs, self._renderer))
 
@@ -162,7 +162,7 @@ class Incremental:
     def _model(self, model: EntryFacts) -> None:
         base = self.facts.table("models").get(model.names["extends"] or "")
         words = [one.names["words"] for one in self.facts.table("passes").values()]
-        entries = [[one.name, one.file, one.digest] for one in (model, base) if one is not None]
+        entries = [[one.name, one.origin, one.digest] for one in (model, base) if one is not None]
         key = digest([entries, model.names["extends"], self.facts.vocabulary, sorted({w for ws in words for w in ws})])
         names = [model.name, model.names["extends"] or model.name]
 
@@ -239,7 +239,7 @@ class Incremental:
     def _emission_key(self, link: LinkRecord) -> str:
         table = self.facts.table("ops")
         base = [op for op in link.reads if op in table and self._is_base(table[op])]
-        return digest([link.key, link.reads, base, self.facts.is_overlay])
+        return digest([link.key, link.reads, base, self.facts.first_base_file])
 
     # the rest
 

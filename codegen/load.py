@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sageLLM.codegen.diagnostics import Sink, Span, SpecErrors, did_you_mean
-from sageLLM.codegen.facts import VOCABULARY, spec_paths
+from sageLLM.codegen.facts import VOCABULARY
+from sageLLM.codegen.folders import spec_files
 from sageLLM.codegen.schema.base import Strict, validate
 from sageLLM.codegen.source import Document, YamlPath, load_document
 
@@ -118,19 +119,12 @@ def load_specs(folders: Sequence[Path], load: "LoadFile | None" = None) -> RawSp
     With one folder no entry is base: code is generated for all of them.
     """
     sink = Sink()
-    files = [_read_folder(folder, sink, load or load_file) for folder in folders]
-    base = frozenset(file.doc.file for file in files[0]) if len(folders) > 1 else frozenset[str]()
-    raw = assemble([file for group in files for file in group], base, sink)
+    groups = spec_files(folders)
+    base = frozenset(groups[0]) if len(folders) > 1 else frozenset[str]()
+    found = [(load or load_file)(path, name, sink) for group in groups for name, path in group.items()]
+    raw = assemble([file for file in found if file is not None], base, sink)
     sink.raise_if_any()
     return raw
-
-
-def _read_folder(folder: Path, sink: Sink, load: LoadFile) -> list[SpecFile]:
-    paths = spec_paths(folder)
-    if not paths:
-        sink.error("SAGE502", f"a spec folder must contain .yaml files, got '{folder.name}'", None, "check --specs")
-    files = [load(path, display, sink) for display, path in paths]
-    return [file for file in files if file is not None]
 
 
 def load_file(path: Path, display: str, sink: Sink) -> SpecFile | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sageLLM.codegen.facts import Undeclared, read_files
+from sageLLM.codegen.folders import file_digests, spec_files, spec_roots
 from sageLLM.codegen.render import Output, format_sources
 from sageLLM.codegen.state import FileRecord, State, UnitRecord, formatter_key, generator_key, load_state, save_state
 from sageLLM.codegen.swap import MANIFEST, complete
@@ -35,12 +35,8 @@ def update(folders: Sequence[Path], out: Path, package_out: Path, count: "Count 
     `package_out` tells which entries of the package are known to be sound. Raises SpecErrors or Undeclared, with the
     tree unchanged, if only a run from scratch can produce the result.
     """
-    groups = [read_files([folder]) for folder in folders]
-    if not all(groups):
-        raise Undeclared("a spec folder without .yaml files")
+    groups = [file_digests(group) for group in spec_files(folders)]
     files = {name: file for group in groups for name, file in group.items()}
-    if len(files) < sum(map(len, groups)):
-        raise Undeclared("two spec folders of the same name")
     base = frozenset(groups[0] if len(groups) > 1 else ())
     complete(out)
     tree, state, generator = Tree(out), load_state(out), generator_key(PACKAGE)
@@ -49,7 +45,7 @@ def update(folders: Sequence[Path], out: Path, package_out: Path, count: "Count 
     from sageLLM.codegen.incremental import Incremental
     from sageLLM.codegen.spec_files import SpecFiles
 
-    old = _known(state, generator, package_out if base else None)
+    old = _known(state, generator, spec_roots(folders)[0], package_out if base else None)
     run = Incremental(SpecFiles(files, base, old.files), old, lambda unit: _is_intact(unit, tree))
     run.run()
     # Formatting does not depend on the generator, so that its results also hold after a change of a template.
@@ -57,14 +53,18 @@ def update(folders: Sequence[Path], out: Path, package_out: Path, count: "Count 
     return _finish(run, generator, formatted, tree, count)
 
 
-def _known(state: State, generator: str, package_out: Path | None) -> State:
-    """The part of the state that holds for this generator; for a new overlay, link records of the package."""
+def _known(state: State, generator: str, root: str, package_out: Path | None) -> State:
+    """The part of the state that holds for this generator; for a new overlay, link records of the package.
+
+    `root` is the name of the package's spec folder in this run.
+    """
     if state.generator == generator:
         return state
     package = load_state(package_out) if package_out is not None else State()
-    return (
-        State(files=package.files, ops=package.ops, links=package.links) if package.generator == generator else State()
-    )
+    if package.generator != generator:
+        return State()
+    renamed = (facts.moved(f"{root}/{name.partition('/')[2]}") for name, facts in package.files.items())
+    return State(files=dict(renamed), ops=package.ops, links=package.links)
 
 
 def _is_up_to_date(state: State, files: Mapping[str, tuple[Path, str]], base: frozenset[str], tree: Tree) -> bool:
@@ -83,7 +83,7 @@ def _finish(
 ) -> Written:
     """Formats the rendered files, checks expectations, and writes files and state."""
     rendered = [file for unit in run.units.values() for file in unit.files if isinstance(file, Output)]
-    refuse_twice(file.path for unit in run.units.values() for file in unit.files)
+    refuse_twice((file.path, file.entries) for unit in run.units.values() for file in unit.files)
     texts = _formatted(rendered, formatted, tree)
     units = {name: UnitRecord(unit.key, tuple(_record(file, texts) for file in unit.files))
              for name, unit in run.units.items()}  # fmt: skip

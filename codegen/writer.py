@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ class Tree:
 def finish(outputs: Iterable[Output]) -> list[Output]:
     """Formats the outputs and adds the manifest."""
     outputs = sorted(outputs, key=lambda output: output.path)
-    refuse_twice(output.path for output in outputs)
+    refuse_twice((output.path, output.entries) for output in outputs)
     done = format_sources(outputs)
     lines = [
         ManifestLine(final.path, final.entries, text_digest(raw.text), text_digest(final.text))
@@ -75,12 +74,26 @@ def finish(outputs: Iterable[Output]) -> list[Output]:
     return [*done, manifest_of(lines)]
 
 
-def refuse_twice(paths: Iterable[str]) -> None:
-    """Raises SpecErrors if two files have the same path."""
-    twice = [path for path, count in Counter(paths).items() if count > 1]
+def refuse_twice(files: Iterable[tuple[str, tuple[str, ...]]]) -> None:
+    """Raises SpecErrors if two files, each a path with its spec entries, have the same path.
+
+    Paths that differ only in case count as the same, because some file systems do not distinguish them.
+    """
+    found: dict[str, list[tuple[str, set[str]]]] = {}
+    for path, entries in files:
+        found.setdefault(path.lower(), []).append((path, {entry.partition(": ")[0] for entry in entries}))
+    twice: dict[tuple[str, ...], list[str]] = {}
+    for same in found.values():
+        if len(same) > 1:
+            twice.setdefault(tuple(sorted(set().union(*(specs for _, specs in same)))), []).append(same[0][0])
     if twice:
-        message = f"two spec files would both generate {', '.join(sorted(twice))}"
-        raise SpecErrors([Diagnostic("SAGE504", message, help="rename one of the spec files")])
+        findings = [
+            (" and ".join(specs) or "two spec files", ", ".join(sorted(paths))) for specs, paths in twice.items()
+        ]
+        help = "rename one of the spec files"
+        raise SpecErrors(
+            [Diagnostic("SAGE504", f"{specs} would both generate {paths}", help=help) for specs, paths in findings]
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ import yaml
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import SpecErrors
-from sageLLM.codegen.facts import Undeclared, read_files
+from sageLLM.codegen.facts import Undeclared
+from sageLLM.codegen.folders import file_digests, spec_files
 from sageLLM.codegen.incremental import Incremental, Rendered
 from sageLLM.codegen.source import Document, YamlPath, load_document
 from sageLLM.codegen.spec_files import SpecFiles
@@ -81,7 +82,7 @@ def shape(text: str) -> str:
 
 def run(folder: Path, known: State) -> Incremental:
     """Links and renders what the state does not know."""
-    files = SpecFiles(read_files([folder]), frozenset(), known.files)
+    files = SpecFiles(file_digests(spec_files([folder])[0]), frozenset(), known.files)
     made = Incremental(files, known, is_intact=lambda _: True)
     made.run()
     return made

@@ -402,18 +402,20 @@ ops:
 """
 
 
+@pytest.mark.parametrize("path", ["mine/halved.yaml", "mine/specs/ops/norm.yaml"])
 def test_an_overlay_links_only_what_it_uses_of_a_base_that_was_checked(
-    generated: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generated: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "halved.yaml").write_text(OVERLAY)
+    """Also if all its paths are those of files of the package."""
+    overlay = tmp_path / path.partition("/ops")[0].removesuffix("/halved.yaml")
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(OVERLAY)
     runs: list[Incremental] = []
     run = Incremental.run
     monkeypatch.setattr(Incremental, "run", lambda self: (runs.append(self), run(self))[1])
-    folders = [generated.specs, tmp_path / "mine"]
-    generate(folders, tmp_path / "out", generated.out)
+    generate([generated.specs, overlay], tmp_path / "out", generated.out)
     assert set(runs[0].ops.linked) == {"halved"}
-    assert driver.check([tmp_path / "mine"], tmp_path / "out", generated.specs) == []
+    assert driver.check([overlay], tmp_path / "out", generated.specs) == []
 
 
 def test_an_overlay_without_a_checked_base_reports_mistakes_in_the_base(workspace: Workspace, tmp_path: Path) -> None:

@@ -319,8 +319,13 @@ def test_the_command_fails_closed(tmp_path: Path) -> None:
 
 
 def test_two_files_of_one_name_are_refused() -> None:
-    with pytest.raises(SpecErrors, match=r"error\[SAGE504\]: two spec files would both generate a.py"):
-        finish([Output("a.py", HEADER), Output("a.py", HEADER)])
+    """Also if the names differ in case only, which some file systems do not distinguish."""
+    files = [
+        Output(path, HEADER, (f"{spec}.yaml: x",)) for path, spec in (("a.py", "specs/a"), ("A.py", "specs/sub/A"))
+    ]
+    expected = r"error\[SAGE504\]: specs/a.yaml and specs/sub/A.yaml would both generate A.py"
+    with pytest.raises(SpecErrors, match=expected):
+        finish(files)
 
 
 def test_the_same_bytes_whatever_the_hash_seed_folder_and_flags(tmp_path: Path) -> None:
