@@ -3,17 +3,17 @@
 import itertools
 import logging
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, overload
-
-import torch
+from typing import Any, Unpack, overload
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.engine.arguments import check_count, check_passes, parse_device, with_kv_options
 from sageLLM.runtime.engine.calls import SharedEngine
+from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
-from sageLLM.runtime.engine.embedding_text import embedding_ids, prompt_text
+from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.faults import LOG
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_tier_blocks
@@ -31,18 +31,16 @@ from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
-from sageLLM.runtime.execution_graph.rewriting import ALL
 from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.loader.sentence_transformers import read_recipe
-from sageLLM.runtime.registry.plugins import Registry, load_registry
+from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
-from sageLLM.runtime.text.chat_messages import Conversation, as_conversations, check_template_options, normalize
-from sageLLM.runtime.text.chat_template import ChatTemplate
+from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
 
 
@@ -99,20 +97,18 @@ class LLM:
     ) -> None:
         folder = Path(model)
         self._sampling_defaults = sampling_defaults(folder, generation_config)
-        torch_device = _device(device)
-        _check_count("block_size", block_size)
+        torch_device = parse_device(device)
+        check_count("block_size", block_size)
         if num_kv_blocks is not None:
-            _check_count("num_kv_blocks", num_kv_blocks)
+            check_count("num_kv_blocks", num_kv_blocks)
         registry = load_registry(plugins)
-        _check_passes(disable_passes, registry)
-        probe = None if skip_tokenizer else start_probe(folder)  # a process, which runs while the weights are loaded
-        try:
+        check_passes(disable_passes, registry)
+        with (
+            nullcontext() if skip_tokenizer else closing(start_probe(folder)) as probe
+        ):  # runs while weights are loaded
             self.model = load_model(folder, registry, dtype=dtype, device=torch_device, max_model_len=max_model_len)
             max_len = self.model.max_model_len
             self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
-        finally:
-            if probe is not None:
-                probe.close()
         self.compiler = ModelCompiler(
             self.model.layout,
             self.model.config,
@@ -131,7 +127,7 @@ class LLM:
             num_host_blocks=num_tier_blocks(self.model, "swap_space", swap_space, block_size),
             num_disk_blocks=num_tier_blocks(self.model, "disk_space", disk_space, block_size),
         )
-        config = _with_kv_options(config, budget, enable_prefix_caching)
+        config = with_kv_options(config, budget, enable_prefix_caching)
         self._engine: Engine | None = None
         if self.model.generates:
             LOG.log(logging.WARNING if self.kv_cache_size.exceeds_default else logging.INFO, "%s", self.kv_cache_size)
@@ -155,7 +151,7 @@ class LLM:
         )
         self._recipe = read_recipe(folder)
         self._ids = itertools.count()
-        self._chat_templates: dict[str, ChatTemplate] = {}
+        self._chat = None if self.tokenizer is None else ChatPrompts(self.tokenizer)
 
     @property
     def engine(self) -> Engine:
@@ -201,7 +197,7 @@ class LLM:
         """
         items = parse_prompts(prompts)
         types = type_ids_per_prompt(len(items), type_ids)
-        chosen = self._pooling(pooling)
+        chosen = choose_pooling(pooling, self.model.layout, self._recipe)
         inputs = [
             EmbeddingInput(self._embedding_ids(item, prompt_name), type_)
             for item, type_ in zip(items, types, strict=True)
@@ -215,23 +211,6 @@ class LLM:
             EmbeddingOutput(item.text, tuple(one.token_ids), vector)
             for item, one, vector in zip(items, inputs, vectors, strict=True)
         ]
-
-    def _pooling(self, requested: Pooling | None) -> Pooling:
-        """The requested pooling, or the default; SageError if the model does not support it."""
-        layout = self.model.layout
-        supported = poolings_of(layout)
-        if not supported:
-            raise SageError(
-                f"the layout '{layout.name}' does not name a value to embed with; "
-                f"add `hidden: NAME` to {layout.spec} (docs/add-a-model.md)"
-            )
-        if requested is None and self._recipe.unsupported is not None:
-            raise SageError(f"{self._recipe.unsupported}; choose one with pooling=: {', '.join(supported)}")
-        default: Pooling = "model" if layout.pooled else "last" if layout.generates else "mean"
-        chosen = requested or self._recipe.pooling or default
-        if chosen not in supported:
-            raise SageError(f"pooling must be one of {', '.join(supported)} for {layout.name}, got {shown(chosen)}")
-        return chosen
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -269,13 +248,7 @@ class LLM:
 
     @overload
     def chat(
-        self,
-        messages: Conversation,
-        params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
+        self, messages: Conversation, params: SamplingParams | None = None, **options: Unpack[ChatOptions]
     ) -> RequestOutput: ...
 
     @overload
@@ -283,10 +256,7 @@ class LLM:
         self,
         messages: Sequence[Conversation],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
+        **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]: ...
 
     def chat(
@@ -294,42 +264,32 @@ class LLM:
         messages: Conversation | Sequence[Conversation],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
     ) -> RequestOutput | list[RequestOutput]:
-        """Answers a conversation of {"role", "content"} messages, rendered by the checkpoint's chat template.
+        """Answers a conversation of {"role", "content"} messages, rendered by a chat template.
 
-        For a list of conversations it returns a list. A content is a text or a list of text parts. `tools` are the
-        functions that the model can call, in OpenAI's form; `chat_template_kwargs` are further variables of the
-        template, such as enable_thinking. Raises ChatTemplateError for a template that rejects the messages, and
-        RequestError for an invalid argument.
+        For a list of conversations it returns a list. A content is a text or a list of text parts. `chat_template` is
+        Jinja source to use instead of the checkpoint's. `continue_final_message` continues the last message instead of
+        beginning an answer, and requires `add_generation_prompt=False`. `tools` are the functions that the model can
+        call, in OpenAI's form; `chat_template_kwargs` are further variables of the template, such as enable_thinking.
+        Raises ChatTemplateError for a template that rejects the messages, and RequestError for an invalid argument.
         """
-        conversations, is_batch = as_conversations(messages)
-        check_template_options(tools, chat_template_kwargs)
-        template = self._chat_template("default" if tools is None else "tool_use")
-        prompts = []
-        for i, conversation in enumerate(conversations):
-            place = f"messages[{i}]" if is_batch else "messages"
-            text = template.render(
-                normalize(conversation, template.content_form, place),
-                tools=tools,
-                variables=chat_template_kwargs,
-                add_generation_prompt=add_generation_prompt,
-            )
-            ids = self._required_tokenizer("chat").encode(text, add_special_tokens=False)
-            prompts.append({"prompt": text, "prompt_token_ids": ids})
+        if self._chat is None:
+            raise _no_tokenizer("chat")
+        prompts, is_batch = self._chat.render(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         outputs = self.generate(prompts, params)
         return outputs if is_batch else outputs[0]
-
-    def _chat_template(self, name: str) -> ChatTemplate:
-        """The template of the name if the checkpoint has it, else the default one."""
-        tokenizer = self._required_tokenizer("chat")
-        name = name if name in tokenizer.chat_templates else "default"
-        if name not in self._chat_templates:
-            # Threads may both get here; the process of a template starts with its first use only.
-            self._chat_templates.setdefault(name, ChatTemplate.from_tokenizer(tokenizer, name))
-        return self._chat_templates[name]
 
     def prepare_one(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> RequestGroup:
         """Checks one request without queueing it; without an id it gets a new one. Raises RequestError."""
@@ -367,40 +327,9 @@ class LLM:
 
     def _required_tokenizer(self, use: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise TokenizerError(
-                f"{use} requires the tokenizer; load the model without skip_tokenizer, or pass token ids"
-            )
+            raise _no_tokenizer(use)
         return self.tokenizer
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise SageError(f"device must be cpu, or cuda on a machine with a GPU, got {shown(name)}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SageError(f"device is {shown(name)}, but PyTorch finds no GPU; use cpu")
-    return device
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SageError(f"{name} must be an integer of at least 1, got {shown(value)}")
-
-
-def _check_passes(names: Sequence[str], registry: Registry) -> None:
-    known = [*registry.passes, ALL]
-    if unknown := [name for name in names if name not in known]:
-        raise SageError(f"disable_passes must name passes of {', '.join(known)}, got {', '.join(map(shown, unknown))}")
-
-
-def _with_kv_options(config: PDSchedulerConfig, budget: KVBudget, enable_prefix_caching: bool) -> PDSchedulerConfig:
-    """The scheduler config with the KV options of `LLM`; where a tier exists, preempted requests are swapped."""
-    has_tier = bool(budget.num_host_blocks or budget.num_disk_blocks)
-    if config.preemption_mode == "swap" and not has_tier:
-        raise SageError("preemption_mode 'swap' requires a tier to swap to; set swap_space or disk_space")
-    return replace(
-        config,
-        enable_prefix_caching=config.enable_prefix_caching and enable_prefix_caching,
-        preemption_mode="swap" if has_tier else "recompute",
-    )
+def _no_tokenizer(use: str) -> TokenizerError:
+    return TokenizerError(f"{use} requires the tokenizer; load the model without skip_tokenizer, or pass token ids")

@@ -3,7 +3,8 @@
 The Jinja sandbox alone lets a template use all memory and time (`'a' * 10**8`, doubling a string in a loop, nested
 loops), within single calls that a watchdog in the same process cannot interrupt. So the template runs in a child
 process with limited memory and output, which the parent kills at a deadline. The child starts with the first rendering
-and is kept. Templates come from the checkpoint only; a request cannot pass one.
+and is kept. A template comes from the checkpoint or from the program that calls `LLM.chat`; a server must not take one
+from a request.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any, TypeVar, cast
 
 from sageLLM.runtime.errors import ChatTemplateError
 from sageLLM.runtime.text.chat_messages import ContentForm, Message
-from sageLLM.runtime.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -59,16 +59,6 @@ class ChatTemplate:
         self._limits = limits or TemplateLimits()
         self._child: _Child | None = None
         self._lock = threading.Lock()
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
-        if name not in tokenizer.chat_templates:
-            known = ", ".join(sorted(tokenizer.chat_templates)) or "none"
-            raise ChatTemplateError(
-                f"expected a chat template {name!r} in the checkpoint, got {known}; "
-                "pass a plain prompt, or add chat_template.jinja to the checkpoint"
-            )
-        return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)
 
     def render(
         self,

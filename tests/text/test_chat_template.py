@@ -10,7 +10,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sageLLM.runtime.errors import ChatTemplateError
 from sageLLM.runtime.text.chat_template import ChatTemplate, TemplateLimits
-from sageLLM.runtime.text.tokenizer import Tokenizer, TokenizerConfig
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -260,17 +259,3 @@ def test_a_template_that_is_too_long():
     with pytest.raises(ChatTemplateError) as caught:
         ChatTemplate(" " * (2**20 + 1))
     assert str(caught.value) == "the chat template must have at most 1048576 characters, got 1048577"
-
-
-def test_from_tokenizer(byte_level):
-    config = TokenizerConfig(SPECIAL, {"tool_use": "{{ eos_token }}"}, frozenset())
-    tokenizer = Tokenizer(byte_level._backend, config)
-    template = ChatTemplate.from_tokenizer(tokenizer, "tool_use")
-    assert template.render([]) == "</s>"
-    template.close()
-    with pytest.raises(ChatTemplateError) as caught:
-        ChatTemplate.from_tokenizer(tokenizer)
-    assert str(caught.value) == (
-        "expected a chat template 'default' in the checkpoint, got tool_use; "
-        "pass a plain prompt, or add chat_template.jinja to the checkpoint"
-    )

@@ -1,9 +1,28 @@
-"""Texts to embed as token ids, by the settings of a sentence-transformers folder: prompts, case and length."""
+"""What to embed and how, by the settings of a sentence-transformers folder: pooling, prompts, case and length."""
 
 from sageLLM.runtime.core.model.hf_config import shown
-from sageLLM.runtime.errors import PromptError
+from sageLLM.runtime.core.model.layout import ModelLayout
+from sageLLM.runtime.errors import PromptError, SageError
+from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
 from sageLLM.runtime.loader.sentence_transformers import EmbeddingRecipe
 from sageLLM.runtime.text.tokenizer import Tokenizer
+
+
+def choose_pooling(requested: Pooling | None, layout: ModelLayout, recipe: EmbeddingRecipe) -> Pooling:
+    """The requested pooling, or the default one; SageError if the layout does not support it."""
+    supported = poolings_of(layout)
+    if not supported:
+        raise SageError(
+            f"the layout '{layout.name}' does not name a value to embed with; "
+            f"add `hidden: NAME` to {layout.spec} (docs/add-a-model.md)"
+        )
+    if requested is None and recipe.unsupported is not None:
+        raise SageError(f"{recipe.unsupported}; choose one with pooling=: {', '.join(supported)}")
+    default: Pooling = "model" if layout.pooled else "last" if layout.generates else "mean"
+    chosen = requested or recipe.pooling or default
+    if chosen not in supported:
+        raise SageError(f"pooling must be one of {', '.join(supported)} for {layout.name}, got {shown(chosen)}")
+    return chosen
 
 
 def embedding_ids(

@@ -1,0 +1,49 @@
+"""Checks the arguments of `LLM` that no other part of the engine checks."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sageLLM.runtime.core.model.hf_config import shown
+from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.execution_graph.rewriting import ALL
+from sageLLM.runtime.registry.plugins import Registry
+from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of a name such as "cpu" or "cuda:1". SageError if PyTorch does not know or find it."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise SageError(f"device must be cpu, or cuda on a machine with a GPU, got {shown(name)}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SageError(f"device is {shown(name)}, but PyTorch finds no GPU; use cpu")
+    return device
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises SageError unless the value is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SageError(f"{name} must be an integer of at least 1, got {shown(value)}")
+
+
+def check_passes(names: Sequence[str], registry: Registry) -> None:
+    """Raises SageError for a name that is not a pass of the registry."""
+    known = [*registry.passes, ALL]
+    if unknown := [name for name in names if name not in known]:
+        raise SageError(f"disable_passes must name passes of {', '.join(known)}, got {', '.join(map(shown, unknown))}")
+
+
+def with_kv_options(config: PDSchedulerConfig, budget: KVBudget, enable_prefix_caching: bool) -> PDSchedulerConfig:
+    """The scheduler config with the KV options of `LLM`; where a tier exists, preempted requests are swapped."""
+    has_tier = bool(budget.num_host_blocks or budget.num_disk_blocks)
+    if config.preemption_mode == "swap" and not has_tier:
+        raise SageError("preemption_mode 'swap' requires a tier to swap to; set swap_space or disk_space")
+    return replace(
+        config,
+        enable_prefix_caching=config.enable_prefix_caching and enable_prefix_caching,
+        preemption_mode="swap" if has_tier else "recompute",
+    )
