@@ -14,7 +14,7 @@ from sageLLM.runtime.text.chat_template import ChatTemplate
 from sageLLM.runtime.text.tokenizer import Tokenizer
 
 MAX_TEMPLATES = 4
-"""Templates whose processes are kept; the least recently used one ends first."""
+"""The number of templates with a running process; the least recently used one ends first."""
 
 
 class ChatOptions(TypedDict, total=False):

@@ -1,4 +1,4 @@
-"""What to embed and how, by the settings of a sentence-transformers folder: pooling, prompts, case and length."""
+"""Pooling and token ids of texts to embed, by the settings of a sentence-transformers folder."""
 
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.core.model.layout import ModelLayout
