@@ -87,6 +87,7 @@ class StepCommit:
             if shared is None:
                 self._lifecycle.queue_fork(fork)
                 continue
+            self._lifecycle.rank_fork(fork)
             fork.first_token_time = now
             fork.compute_up_to(parent.num_computed_tokens)
             fork.plan_up_to(parent.num_computed_tokens)

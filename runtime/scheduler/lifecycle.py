@@ -7,6 +7,7 @@ A preempted request goes from running back to waiting. A fork goes from its pare
 
 from collections.abc import Collection
 
+from sageLLM.runtime.scheduler.policy import Reranked
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
 from sageLLM.runtime.scheduler.state import SchedulerState
 from sageLLM.runtime.scheduler.transfer import Transfer, TransferEvent, TransferState
@@ -16,6 +17,7 @@ class Lifecycle:
     """Moves requests between states, with all that a transition implies for KV blocks, queues and pending steps."""
 
     def __init__(self, state: SchedulerState) -> None:
+        self._policy = state.policy
         self._clock = state.clock
         self._kv = state.kv
         self._table = state.table
@@ -29,9 +31,15 @@ class Lifecycle:
 
     def run(self, request: Request) -> None:
         """The request has blocks now."""
+        if request.num_preemptions == 0:
+            self._rerank(self._policy.start(request))
         request.status = RequestStatus.PREFILLING
         self._table.running[request.request_id] = request
         self._table.preempted.pop(request.request_id, None)
+
+    def _rerank(self, change: Reranked | None) -> None:
+        if change is not None:
+            self._table.waiting.move(change.request, change.rank)
 
     def start_decoding(self, request: Request) -> None:
         """The KV of the request is complete on the worker that decodes it."""
@@ -107,8 +115,13 @@ class Lifecycle:
         for fork in self._table.forks.take(parent.request_id):
             self.queue_fork(fork)
 
+    def rank_fork(self, fork: Request) -> None:
+        """Rank a fork that no longer waits for its parent."""
+        fork.rank = self._policy.rank(fork)
+
     def queue_fork(self, fork: Request) -> None:
         """Let a fork wait for admission. One with a first token waits like a preempted request."""
+        self.rank_fork(fork)
         if fork.output_token_ids:
             fork.status = RequestStatus.PREEMPTED
             self._table.preempted[fork.request_id] = fork
@@ -136,6 +149,7 @@ class Lifecycle:
             self._migration.leave(request, TransferEvent.END)
             newest_step = self._steps.num_planned - 1  # later steps do not contain the request
             table.pending_free[request_id] = (request, newest_step)
+        self._rerank(self._policy.end(request))
         request.status = RequestStatus.FINISHED
         request.finish_time = self._clock()
         if not self._steps.pending:

@@ -86,6 +86,7 @@ class PDScheduler(BaseScheduler):
         steps = StepQueue()
         self._state = state = SchedulerState(
             config=config,
+            policy=self.policy,
             clock=clock,
             max_batch_size=self.max_batch_size,
             limits=self.limits,
@@ -151,10 +152,13 @@ class PDScheduler(BaseScheduler):
         if self._mode_chooser is not None:
             self._mode_chooser.observe(request)
         self.kv.track(request)
+
+    def _enqueue(self, request: Request) -> None:
         parent = request.fork_of
         if parent is not None and self._can_fork(parent, request):
-            self.waiting_queue.remove(request)
             self._table.forks.add(request, parent)
+        else:
+            super()._enqueue(request)
 
     def _can_fork(self, parent: Request, fork: Request) -> bool:
         is_live = self._table.find(parent.request_id) is parent
