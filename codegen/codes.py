@@ -218,7 +218,7 @@ CODES: dict[str, CodeInfo] = {
     # models
     "SAGE201": CodeInfo(
         "invalid base layout",
-        "`extends` must name an existing layout that does not extend another one. One level is allowed.",
+        "`extends`, and `use` of a block, must name an existing layout that is not made of this one.",
     ),
     "SAGE202": CodeInfo(
         "ambiguous patch",
@@ -256,7 +256,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE209": CodeInfo(
         "nothing to drop",
-        "`drop` removes inherited config names, weights and checks; each must be named exactly.",
+        "`drop` removes config names, weights and checks that are inherited or come with a used block; each must be "
+        "named exactly.",
     ),
     "SAGE210": CodeInfo(
         "unknown size",
@@ -362,6 +363,11 @@ CODES: dict[str, CodeInfo] = {
     "SAGE243": CodeInfo(
         "collective in a layout",
         "Layouts do not call collectives: these follow from `tp` of the weights.",
+    ),
+    "SAGE245": CodeInfo(
+        "invalid use of a block",
+        "`use: LAYOUT.BLOCK` starts a block from one of another layout; own weights are added to it, and other own "
+        "fields replace those of the block.",
     ),
     "SAGE244": CodeInfo(
         "op on a sharded dim",

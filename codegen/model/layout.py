@@ -263,11 +263,15 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class ModelDef:
-    """One linked layout; a layout that extends another one is complete here."""
+    """One linked layout; a layout that extends another one is complete here.
+
+    `base` is the layout that it extends, `sources` are all layouts that parts of it come from.
+    """
 
     name: str
     entry: Entry[ModelFile]
     base: Entry[ModelFile] | None
+    sources: tuple[Entry[ModelFile], ...]
     summary: str
     architectures: tuple[str, ...]
     prefix: str
