@@ -71,7 +71,9 @@ def lint(
 def new(
     kind: Annotated[Literal["op", "model", "pass"], typer.Argument(help="The kind of the new entry.")],
     name: Annotated[str, typer.Argument(help="Its name, in snake_case.")],
-    specs: Annotated[Path | None, typer.Option(help="The spec folder for it (default: the package's).")] = None,
+    specs: Annotated[
+        Path | None, typer.Option(help="The spec folder for it (default: that of a checkout, else my_specs here).")
+    ] = None,
 ) -> None:
     """Add a new op, model or pass: an entry that generates and passes its tests."""
     from sageLLM.codegen.commands import new_entry

@@ -144,9 +144,8 @@ def test_config_that_is_a_list_or_a_folder(folder: Path) -> None:
 
 
 KNOWN = sorted(name for layout in MODELS.values() for name in layout.architectures)
-ADD_ONE = (
-    f"known are {', '.join(KNOWN)}. To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
-)
+HOW = "To add one: `sagellm new model NAME`, which prints the next step (docs/add-a-model.md)"
+ADD_ONE = f"known are {', '.join(KNOWN)}. {HOW}"
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["NobodysModel"]}, f"expected an architecture with a layout, got NobodysModel; {ADD_ONE}"),
