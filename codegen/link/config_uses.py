@@ -30,6 +30,7 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
     texts += [located.value for located in flat.checks]
     texts += [name for located in flat.ignore for name in braced_names(located.value)]
     texts += [str(flat.alibi.value.max_bias)] if flat.alibi else []
+    texts += [str(located.value.base) for located in flat.ropes.values() if isinstance(located.value.base, str)]
     texts += [text for located in flat.config.values() for text in expressions_of(located.value)]
     texts += [text for weight in _all_weights(flat) for text in _conditions_of(weight)]
     texts += _body_texts(flat.program)

@@ -78,6 +78,11 @@ class BaseFrequency(Strict):
     default: float = Field(description="value if no key is present")
 
 
+Base = Annotated[
+    Annotated[float | str, Tag("text")] | Annotated[BaseFrequency, Tag("mapping")], Discriminator(shape_of)
+]
+
+
 class ScalingSpec(Strict):
     """Keys of config.json for the rotary scaling, and the scaling types that the layout allows."""
 
@@ -94,7 +99,7 @@ class ScalingSpec(Strict):
 class RopeSection(Strict):
     """Rotary position embedding (Su et al. 2021): the tables `cos` and `sin`, [P, dim/2]."""
 
-    base: BaseFrequency = Field(description="base frequency (theta)")
+    base: Base = Field(description="base frequency (theta): keys of config.json, or an expression of config names")
     dim: DimText = Field(description="number of rotated components per head; the others are unchanged")
     layout: Literal["half", "interleaved"] = Field(
         default="half",

@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.core.model.rope import RopeSpec, read_rope
 from sageLLM.runtime.loader.rope import rope_tables
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
@@ -19,6 +20,24 @@ LAYOUTS = {"llama": "LlamaConfig", "stablelm": "StableLmConfig", "gpt_neox": "GP
 
 def read(layout: str, **changes: Any) -> Any:
     return MODELS[layout].read_config(HFConfig({**MODELS[layout].tiny, **changes}))
+
+
+def read_plain(base: float, *, reads_theta: bool) -> RopeSpec:
+    hf = HFConfig({"rope_parameters": PLAIN})
+    keys, allow = ("rope_parameters",), ("default",)
+    return read_rope(hf, base=base, dim=8, max_position=64, keys=keys, allow=allow, reads_theta=reads_theta)
+
+
+def test_a_base_that_is_computed_from_rope_theta_may_differ_from_it() -> None:
+    assert read_plain(20000.0, reads_theta=True).base == 20000.0
+    with pytest.raises(ConfigError, match="must equal the base frequency 20000"):
+        read_plain(20000.0, reads_theta=False)
+
+
+@pytest.mark.parametrize("base", [0.0, -1.0, float("nan")])
+def test_a_base_must_be_positive(base: float) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        read_plain(base, reads_theta=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -98,15 +98,18 @@ def read_rope(
     keys: tuple[str, ...],
     allow: tuple[str, ...],
     is_partial: bool = False,
+    reads_theta: bool = False,
     default: Mapping[str, Any] | None = None,
     original: int | None = None,
 ) -> RopeSpec:
     """A rotary section of a config, from `keys`, or `default` without one.
 
-    `is_partial` tells that `dim` follows the config's `partial_rotary_factor`; `original` is the trained length where
-    the architecture has a default for it. Raises ConfigError for an odd `dim`, a scaling type that is not in `allow`,
-    and a key or value that the type does not have.
+    `is_partial` tells that `dim` follows the config's `partial_rotary_factor`, and `reads_theta` that `base` follows
+    its `rope_theta`; `original` is the trained length where the architecture has a default for it. Raises ConfigError
+    for an odd `dim`, a scaling type that is not in `allow`, and a key or value that the type does not have.
     """
+    if not base > 0:
+        raise ConfigError(f"{hf.path}: the base frequency of the rotation must be positive, got {base:g}")
     if dim % 2:
         raise ConfigError(f"{hf.path}: the number of rotated components of a head must be even, got {dim}")
     if not is_partial:
@@ -119,7 +122,7 @@ def read_rope(
     kind = _type_of(hf, name, section)
     if kind not in allow:
         raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
-    if section.get("rope_theta") not in (None, base):
+    if not reads_theta and section.get("rope_theta") not in (None, base):
         raise ConfigError(
             f"{hf.path}: '{name}.rope_theta' must equal the base frequency {base:g}, "
             f"got {shown(section['rope_theta'])}; remove one of the two"
