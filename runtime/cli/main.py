@@ -176,6 +176,9 @@ def run(
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Length of the longest sequence, in tokens.")] = None,
+    async_scheduling: Annotated[
+        bool, typer.Option(help="Plan each step while the one before it runs; the answers do not depend on it.")
+    ] = True,
     plugins: Plugins = None,
     json: Json = False,
 ) -> None:
@@ -191,6 +194,7 @@ def run(
         pd=pd,
         dtype=dtype,
         kernels=kernels,
+        async_scheduling=async_scheduling,
         max_model_len=max_model_len,
         plugins=plugins or [],
         as_json=json,

@@ -354,8 +354,8 @@ def test_strict_migrates_the_kv_cache(make_checkpoint: MakeCheckpoint) -> None:
     llm.generate([prompt], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
     num_full_blocks = len(prompt) // 4
     for layer in range(3):
-        sent = _used_blocks(llm.engine.prefiller.pool.keys[layer])[:num_full_blocks]
-        received = _used_blocks(llm.engine.decoder.pool.keys[layer])[:num_full_blocks]
+        sent = _used_blocks(llm.engine.executor.prefiller.runner.pool.keys[layer])[:num_full_blocks]
+        received = _used_blocks(llm.engine.executor.decoder.runner.pool.keys[layer])[:num_full_blocks]
         assert torch.equal(sent, received)
 
 
