@@ -215,6 +215,11 @@ CODES: dict[str, CodeInfo] = {
         "unknown input under epilogue_of",
         "`kernel.epilogue_of` must name a required input: the kernel reads it while a GEMM computes it.",
     ),
+    "SAGE135": CodeInfo(
+        "attr unknown to a rule",
+        "An op with `rule` gets its attrs from the ops that it replaces, so each attr of a formula must also be passed "
+        "to a line of `fuses` unchanged.",
+    ),
     # models
     "SAGE201": CodeInfo(
         "invalid base layout",
