@@ -43,8 +43,7 @@ def check_types(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
     """Reports the first line of a rule in which a value has a type that earlier lines exclude."""
     known = Differences()
     lines = [("match", i, call) for i, call in enumerate(rule.pattern)]
-    positions = rule.lines or range(len(rule.replacement))
-    lines += [("rewrite", i, call) for i, call in zip(positions, rule.replacement, strict=True)]
+    lines += [("rewrite", i, call) for i, call in enumerate(rule.replacement)]
     for key, i, call in lines:
         for role, type_, value in _uses(call):
             if not _fits(known, f"{key} {i}", type_, value):

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sageLLM.runtime.sim.measured import errors_by_mode
 from sageLLM.runtime.sim.metrics import PERCENTILES, Slo, Summary
 
 Results = Mapping[str, Summary]
@@ -12,16 +11,12 @@ MIN_GAIN = 0.02
 """The relative gain in goodput from which disaggregation counts as worthwhile."""
 
 
-def as_table(results: Results, slo: Slo, measured: Summary | None = None) -> str:
-    """One line per mode: latency percentiles, SLO attainment, goodput and throughput.
-
-    With a measured run of the same requests, a line for it and the errors of each mode follow.
-    """
+def as_table(results: Results, slo: Slo) -> str:
+    """One line per mode: latency percentiles, SLO attainment, goodput and throughput."""
     points = "/".join(f"p{p}" for p in PERCENTILES)
     header = ["mode", f"TTFT ms {points}", f"TPOT ms {points}", f"E2E s {points}", "SLO %", "goodput/s", "tok/s"]
     rows = [[*header, "preempted", "refused"]]
-    lines = results if measured is None else {**results, "measured": measured}
-    for mode, one in lines.items():
+    for mode, one in results.items():
         rows.append(
             [
                 mode,
@@ -35,13 +30,7 @@ def as_table(results: Results, slo: Slo, measured: Summary | None = None) -> str
                 str(one.num_refused),
             ]
         )
-    notes = verdict(results, slo) if measured is None else _errors(results, measured)
-    return "\n".join([_aligned(rows), "", *notes])
-
-
-def _errors(results: Results, measured: Summary) -> list[str]:
-    """A line per mode with its errors against the measured run."""
-    return [f"Error of {mode}: {errors}" for mode, errors in errors_by_mode(results, measured).items()]
+    return "\n".join([_aligned(rows), "", *verdict(results, slo)])
 
 
 def verdict(results: Results, slo: Slo) -> list[str]:
@@ -64,14 +53,10 @@ def verdict(results: Results, slo: Slo) -> list[str]:
     return lines
 
 
-def as_data(results: Results, slo: Slo, measured: Summary | None = None) -> dict[str, Any]:
-    """The report as JSON data, with times in seconds and relative errors."""
+def as_data(results: Results, slo: Slo) -> dict[str, Any]:
+    """The report as JSON data, with times in seconds."""
     modes = {mode: asdict(one) for mode, one in results.items()}
-    data: dict[str, Any] = {"slo": asdict(slo), "modes": modes, "verdict": verdict(results, slo)}
-    if measured is not None:
-        data["measured"] = asdict(measured)
-        data["errors"] = {mode: errors._asdict() for mode, errors in errors_by_mode(results, measured).items()}
-    return data
+    return {"slo": asdict(slo), "modes": modes, "verdict": verdict(results, slo)}
 
 
 def _millis(by_percentile: Mapping[int, float]) -> str:

@@ -15,10 +15,7 @@ from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.engine.calls import Call
 from sageLLM.runtime.engine.interrupts import held_interrupts
-from sageLLM.runtime.engine.model_runner import ModelRunner
-from sageLLM.runtime.engine.orders import StepOrder
 from sageLLM.runtime.engine.outputs import CompletionOutput, RequestOutput
-from sageLLM.runtime.engine.worker import Worker
 from sageLLM.runtime.errors import EngineError, PromptError
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
@@ -141,13 +138,13 @@ def ctrl_c() -> Iterator[None]:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_takes_effect_between_steps_and_aborts_the_call(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens(llm, A, 6)
-    run = ModelRunner.run
+    run = type(llm.engine.decoder).run
 
     def interrupted(*args: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
         return run(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ModelRunner, "run", interrupted)
+    monkeypatch.setattr(type(llm.engine.decoder), "run", interrupted)
     before = llm.engine.num_steps
     with pytest.raises(KeyboardInterrupt):
         llm.generate([A, B], greedy(100))
@@ -187,7 +184,7 @@ def test_ctrl_c_takes_effect_at_once_outside_of_a_step() -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_wait_for_another_thread(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main thread waits for a step of another thread, which does not end before the main thread has given up."""
-    run = ModelRunner.run
+    run = type(llm.engine.decoder).run
     is_running, may_end = threading.Event(), threading.Event()
 
     def slow(*args: object) -> object:
@@ -195,7 +192,7 @@ def test_ctrl_c_ends_the_wait_for_another_thread(llm: LLM, monkeypatch: pytest.M
         assert may_end.wait(60)
         return run(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ModelRunner, "run", slow)
+    monkeypatch.setattr(type(llm.engine.decoder), "run", slow)
     found: list[tuple[int, ...]] = []
     thread = threading.Thread(target=lambda: found.append(tokens(llm, A, 4)))
     thread.start()
@@ -228,15 +225,15 @@ def test_a_failed_step_ends_all_calls_and_later_calls_work(llm: LLM, monkeypatch
     stream = llm.stream([B], greedy(6))
     next(stream)
 
-    def broken(worker: Worker, order: StepOrder) -> None:
+    def broken(plan: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Worker, "begin", broken)
+    monkeypatch.setattr(llm.engine, "_copy_blocks", broken)
     with pytest.raises(EngineError, match="OSError: no space left"):
         llm.generate([A], greedy(6))
     monkeypatch.undo()
     with pytest.raises(EngineError, match="no space left"):
-        list(stream)  # a step that was in flight may have completed before
+        next(stream)
     assert tokens(llm, A, 6) == expected
 
 
