@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine.model_runner import ModelRunner
 from sageLLM.runtime.engine.step_inputs import Inputs
-from sageLLM.runtime.engine.worker import Worker
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny_python_model"
 
@@ -40,7 +40,7 @@ def measure(steps: int) -> dict[str, Any]:
 
 def _time_steps(batch: int, steps: int) -> tuple[float, float]:
     llm = LLM(MODEL, dtype="float32", scheduler=PDSchedulerConfig(mode="time_share"))
-    clock = PlanClock(llm.engine.decoder)
+    clock = PlanClock(llm.engine.executor.decoder.runner)
     params = SamplingParams(max_tokens=steps + 8, temperature=0.0, ignore_eos=True)
     for i in range(batch):
         llm.engine.add(str(i), None, [5 + i, 7, 11], params)
@@ -59,10 +59,10 @@ def _time_steps(batch: int, steps: int) -> tuple[float, float]:
 class PlanClock:
     """Stand-in for a worker's decode plan that sums the time spent in it."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self.seconds = 0.0
-        self._plan = worker.plan("decode")
-        worker.plan = lambda stage, of=worker.plan: self if stage == "decode" else of(stage)
+        self._plan = runner.plan("decode")
+        runner.plan = lambda stage, of=runner.plan: self if stage == "decode" else of(stage)
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         start = time.perf_counter()

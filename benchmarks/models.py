@@ -55,9 +55,9 @@ def line_table(layouts: Iterable[str], vllm: Path | None) -> Iterator[str]:
 def exactness_table(layouts: Iterable[str], mode: str) -> Iterator[str]:
     """A row per layout: whether greedy tokens are equal, and the largest difference of a log-probability."""
     from tests.conftest import SMALL, save_random_model
-    from tests.engine import test_oracle, test_oracle_experts
+    from tests.engine import test_oracle, test_oracle_experts, test_oracle_recent
 
-    cases = {**test_oracle.CASES, **test_oracle_experts.CASES}
+    cases = {**test_oracle.CASES, **test_oracle_recent.CASES, **test_oracle_experts.CASES}
     yield "| layout | case | tokens | largest difference |"
     yield "|---|---|---|--:|"
     for name in layouts:

@@ -215,10 +215,15 @@ CODES: dict[str, CodeInfo] = {
         "unknown input under epilogue_of",
         "`kernel.epilogue_of` must name a required input: the kernel reads it while a GEMM computes it.",
     ),
+    "SAGE135": CodeInfo(
+        "attr unknown to a rule",
+        "An op with `rule` gets its attrs from the ops that it replaces, so each attr of a formula must also be passed "
+        "to a line of `fuses` unchanged.",
+    ),
     # models
     "SAGE201": CodeInfo(
         "invalid base layout",
-        "`extends` must name an existing layout that does not extend another one. One level is allowed.",
+        "`extends`, and `use` of a block, must name an existing layout that is not made of this one.",
     ),
     "SAGE202": CodeInfo(
         "ambiguous patch",
@@ -256,7 +261,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE209": CodeInfo(
         "nothing to drop",
-        "`drop` removes inherited config names, weights and checks; each must be named exactly.",
+        "`drop` removes config names, weights and checks that are inherited or come with a used block; each must be "
+        "named exactly.",
     ),
     "SAGE210": CodeInfo(
         "unknown size",
@@ -362,6 +368,11 @@ CODES: dict[str, CodeInfo] = {
     "SAGE243": CodeInfo(
         "collective in a layout",
         "Layouts do not call collectives: these follow from `tp` of the weights.",
+    ),
+    "SAGE245": CodeInfo(
+        "invalid use of a block",
+        "`use: LAYOUT.BLOCK` starts a block from one of another layout; own weights are added to it, and other own "
+        "fields replace those of the block.",
     ),
     "SAGE244": CodeInfo(
         "op on a sharded dim",

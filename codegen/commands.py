@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors, render
-from sageLLM.codegen.folders import find_file
+from sageLLM.codegen.folders import find_file, spec_files
 
 if TYPE_CHECKING:
     from sageLLM.codegen.expectations import Count
 
 FINE, FAILED, USAGE, FINDINGS = 0, 1, 2, 100
+OVERLAY = "my_specs"
+"""The folder of new entries if the package is installed, in the current folder."""
 
 
 class Generate:
@@ -144,22 +147,57 @@ def explain_name(name: str, overlays: Sequence[Path], out: Path | None) -> int:
 
 
 def new_entry(kind: str, name: str, specs: Path | None) -> int:
-    """Writes the scaffold of an op, model or pass and prints the next step."""
-    from sageLLM.codegen.scaffold import scaffold
+    """Writes the scaffold of an op, model or pass and prints the next step.
 
-    folder = specs or driver.BASE_SPECS
+    Without `specs`, a checkout gets it in its own specs; an installed package is left alone, and the scaffold is
+    written to an overlay in the current folder.
+    """
+    folder = specs or (driver.BASE_SPECS if driver.IS_CHECKOUT else Path(OVERLAY))
+    is_base = folder.resolve() == driver.BASE_SPECS
     try:
-        paths = scaffold(kind, name, folder)
+        folders = [folder] if not is_base and any(folder.rglob("*.yaml")) else []
+        paths = _scaffold(kind, name, folder, folders)
     except (ValueError, OSError) as error:
         _log(str(error))
         return FAILED
+    except SpecErrors as errors:
+        Generate(folders, None)._print(errors.diagnostics)
+        return FINDINGS
+    if findings := _findings_in(paths, [] if is_base else [folder]):
+        for path in paths:
+            path.unlink()
+        print("\n".join(findings))
+        _log(f"the name '{name}' cannot be used; nothing was written")
+        return FINDINGS
     print(*paths, sep="\n")
-    _log(
-        "now edit it and run `make generate`"
-        if specs is None
-        else f"now edit it, then: sagellm generate --specs {specs} --out FOLDER"
-    )
+    if specs is None and not is_base:
+        _log(f"sageLLM is installed rather than a checkout, so that the new entry is in {folder.resolve()}")
+    next_step = f"sagellm generate --specs {shlex.quote(str(folder))} --out my_generated"
+    _log("now edit it and run `make generate`" if is_base else f"now edit it, then: {next_step}")
     return FINE
+
+
+def _scaffold(kind: str, name: str, folder: Path, overlays: Sequence[Path]) -> list[Path]:
+    """Writes the files; ValueError for a name that is taken."""
+    from sageLLM.codegen.load import load_specs
+    from sageLLM.codegen.scaffold import scaffold, why_taken
+
+    if reason := why_taken(kind, name, load_specs([driver.BASE_SPECS, *overlays])):
+        raise ValueError(reason)
+    return scaffold(kind, name, folder)
+
+
+def _findings_in(paths: Sequence[Path], overlays: Sequence[Path]) -> list[str]:
+    """The findings that new files lead to, e.g. because their names collide with others in generated code."""
+    folders = [driver.BASE_SPECS, *overlays]
+    try:
+        driver.load_and_link(overlays)
+    except SpecErrors as errors:
+        new = {name for group in spec_files(folders) for name, path in group.items() if path in paths}
+        places = {found: [found.span, *(span for _, span in found.related)] for found in errors.diagnostics}
+        concerned = [found for found, spans in places.items() if any(span and span.file in new for span in spans)]
+        return [render(found, LineReader(folders)) for found in concerned]
+    return []
 
 
 def _log(text: str) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parent.parent
 BASE_SPECS = PACKAGE / "specs"
 BASE_OUT = PACKAGE / "generated"
+IS_CHECKOUT = (PACKAGE / "pyproject.toml").is_file()
+"""Whether the package is a checkout, where users edit its specs, rather than installed."""
 
 
 def load_and_link(overlays: Sequence[Path] = (), base: Path = BASE_SPECS, memo: "LinkMemo | None" = None) -> "Specs":

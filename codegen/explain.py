@@ -75,7 +75,7 @@ def _explain_pass(one: PassDef, out: Path) -> str:
 
 def _explain_rule(rule: RuleDef, one: PassDef) -> str:
     lines = [f"rule {rule.name} of pass {one.name}, {one.entry.span(*rule.path)}", ""]
-    lines += [f"  {call}" for call in rule.pattern] + ["becomes"] + [f"  {call}" for call in rule.replacement]
+    lines += [f"  {call}" for call in rule.pattern] + ["becomes"] + [f"  {line}" for line in rule.results]
     lines += ["", f"kept for other consumers: {', '.join(rule.keep) or 'nothing'}; benefit {rule.benefit}"]
     if rule.optional:
         lines.append(f"optional: {', '.join(sorted(rule.optional))}")

@@ -6,7 +6,7 @@ With them a run knows the contents of an unchanged file without parsing it, and 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,18 @@ def digest(value: Any) -> str:
 def words_of(texts: Iterable[str]) -> set[str]:
     """The identifiers in texts."""
     return {word for text in texts for word in re.findall(r"[A-Za-z]\w*", text)}
+
+
+def reached(names: Iterable[str], following: Callable[[str], Iterable[str]]) -> list[str]:
+    """The names and, transitively, those that follow them, in the order found."""
+    found: dict[str, None] = {}
+    pending = list(names)[::-1]
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found[name] = None
+            pending += list(following(name))[::-1]
+    return list(found)
 
 
 class Undeclared(Exception):

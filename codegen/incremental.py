@@ -24,7 +24,7 @@ from sageLLM.codegen.emit import (
     emit_support,
     emit_tables,
 )
-from sageLLM.codegen.facts import ARCHITECTURE, VOCABULARY, EntryFacts, Undeclared, digest
+from sageLLM.codegen.facts import ARCHITECTURE, VOCABULARY, EntryFacts, Undeclared, digest, reached
 from sageLLM.codegen.link.interfaces import Interfaces, has_same_results, interface_digest
 from sageLLM.codegen.link.linked import LinkedOps, Only
 from sageLLM.codegen.load import RawSpecs
@@ -142,14 +142,8 @@ class Incremental:
 
     def _fused_by(self, names: Iterable[str]) -> list[str]:
         """The ops and, transitively, the ops that they fuse."""
-        table, pending = self.facts.table("ops"), list(names)
-        found: dict[str, None] = {}
-        while pending:
-            name = pending.pop()
-            if name not in found and name in table:
-                found[name] = None
-                pending += table[name].names["fuses"]
-        return sorted(found)
+        table = self.facts.table("ops")
+        return sorted(reached(names, lambda name: [op for op in table[name].names["fuses"] if op in table]))
 
     def _op_docs(self, stem: str, names: list[str]) -> None:
         by_path = self._rows_by_path("model ", "passes")
@@ -160,11 +154,11 @@ class Incremental:
     # models and passes
 
     def _model(self, model: EntryFacts) -> None:
-        base = self.facts.table("models").get(model.names["extends"] or "")
+        table = self.facts.table("models")
+        names = reached([model.name], lambda name: [one for one in table[name].names["sources"] if one in table])
         words = [one.names["words"] for one in self.facts.table("passes").values()]
-        entries = [[one.name, one.origin, one.digest] for one in (model, base) if one is not None]
-        key = digest([entries, model.names["extends"], self.facts.vocabulary, sorted({w for ws in words for w in ws})])
-        names = [model.name, model.names["extends"] or model.name]
+        entries = [[one.name, one.origin, one.digest, one.names["sources"]] for one in map(table.__getitem__, names)]
+        key = digest([entries, self.facts.vocabulary, sorted({w for ws in words for w in ws})])
 
         def link(ops: Interfaces) -> list[Output]:
             from sageLLM.codegen.link.models import link_model
@@ -185,7 +179,7 @@ class Incremental:
             [
                 self.facts.digest_of("passes", "pass_stages", "op_types"),
                 [one.name for one in passes if self._is_packaged(one)],
-                [[model.name, model.names["extends"], model.names["config"]] for model in models],
+                [[model.name, *(model.names[key] for key in ("extends", "config", "drops"))] for model in models],
                 [[op.name, op.names["rule"]] for op in ops if op.names["rule"] is not None],
             ]
         )

@@ -184,6 +184,12 @@ def entries_of(file: SpecFile) -> list[tuple[str, Entry[Any]]]:
     return found
 
 
+def source_names(spec: "ModelFile") -> list[str]:
+    """The layouts that a layout extends, and those it uses blocks of."""
+    used = [block.use.partition(".")[0] for block in spec.blocks.values() if block.use is not None]
+    return list(dict.fromkeys([*([spec.extends] if spec.extends is not None else []), *used]))
+
+
 def fused_names(entry: "Entry[OpSpec]") -> set[str]:
     """The ops called in `fuses`. A line that does not parse calls none; it is refused when it is linked."""
     names = {line.partition("=")[2].partition("(")[0].strip() for line in entry.spec.fuses or []}

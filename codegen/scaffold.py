@@ -1,8 +1,12 @@
 """Scaffolds of a new op, model or pass: spec files that generate and pass their tests before any edit."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sageLLM.codegen.render import Renderer, ident
+
+if TYPE_CHECKING:
+    from sageLLM.codegen.load import RawSpecs
 
 _FILES = {
     "op": {"ops": "op"},
@@ -28,6 +32,15 @@ def scaffold(kind: str, name: str, specs: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return list(paths)
+
+
+def why_taken(kind: str, name: str, raw: "RawSpecs") -> str | None:
+    """The reason why the entries of a scaffold cannot have the name."""
+    for folder, template in _FILES[kind].items():
+        wanted = f"{name}_op" if template == "pass_op" else name
+        if wanted in (table := getattr(raw, folder)):
+            return f"'{wanted}' is already defined in {table[wanted].key_span()}; choose another name"
+    return None
 
 
 def _schema_path(specs: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.facts import EntryFacts, FileFacts, SpecFacts, digest, words_of
-from sageLLM.codegen.load import Entry, RawSpecs, SpecFile, entries_of, fused_names, load_file
+from sageLLM.codegen.load import Entry, RawSpecs, SpecFile, entries_of, fused_names, load_file, source_names
 from sageLLM.codegen.source import Document
 
 T = TypeVar("T")
@@ -87,7 +87,13 @@ def _names_in(kind: str, entry: Entry[Any]) -> dict[str, Any]:
         case "ops":
             return {"fuses": sorted(fused_names(entry)), "rule": spec.rule.pass_ if spec.rule else None}
         case "models":
-            return {"extends": spec.extends, "config": list(spec.config), "architectures": spec.hf.architectures}
+            return {
+                "extends": spec.extends,
+                "sources": source_names(spec),
+                "config": list(spec.config),
+                "drops": spec.drop.config if spec.drop else [],
+                "architectures": spec.hf.architectures,
+            }
         case "passes":
             return {"words": sorted(words_of(spec.expect))}
     return {}
@@ -98,7 +104,7 @@ def outline(facts: SpecFacts) -> RawSpecs:
 
     Linking a model or the passes sees other models, ops and passes only through this outline.
     """
-    from sageLLM.codegen.schema.models import ModelFile
+    from sageLLM.codegen.schema.models import DropSection, ModelFile
     from sageLLM.codegen.schema.ops import OpSpec, RuleSpec
     from sageLLM.codegen.schema.passes import PassSpec
 
@@ -108,14 +114,17 @@ def outline(facts: SpecFacts) -> RawSpecs:
     def op(name: str | None) -> OpSpec:
         return OpSpec.model_construct(rule=RuleSpec.model_construct(pass_=name) if name is not None else None)
 
-    def model(extends: str | None, config: list[str]) -> ModelFile:
-        return ModelFile.model_construct(extends=extends, config=dict.fromkeys(config))
+    def model(extends: str | None, config: list[str], drops: list[str]) -> ModelFile:
+        drop = DropSection.model_construct(config=drops)
+        return ModelFile.model_construct(extends=extends, config=dict.fromkeys(config), drop=drop)
 
     ops, models, passes = (facts.table(kind).values() for kind in ("ops", "models", "passes"))
     words = " ".join(sorted({word for one in passes for word in one.names["words"]}))
     return RawSpecs(
         ops={one.name: entry(one, op(one.names["rule"])) for one in ops},
-        models={one.name: entry(one, model(one.names["extends"], one.names["config"])) for one in models},
+        models={
+            one.name: entry(one, model(*(one.names[key] for key in ("extends", "config", "drops")))) for one in models
+        },
         passes={one.name: entry(one, PassSpec.model_construct(expect={words: []})) for one in passes},
         base_files=facts.base,
     )

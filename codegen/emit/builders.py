@@ -30,7 +30,7 @@ def emit_builder(model: ModelDef, specs: Specs, renderer: Renderer) -> list[Outp
     LLAMA = ModelLayout(name="llama", ...)
     """
     text = renderer.render("builder.py.jinja", view=BuilderView(model, specs))
-    entries = (model.ref, *((model.base.ref,) if model.base else ()))
+    entries = (model.ref, *(source.ref for source in model.sources))
     text = header(model.entry.doc.file, model.name) + text
     return [Output(f"builders/{model.name}.py", text, entries, model_rows(model))]
 

@@ -13,7 +13,7 @@ from sageLLM.codegen.emit.torch_text import TorchText, view_text
 from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Program, Ref, Statement, View, names_read
 from sageLLM.codegen.expr.views import grouped_parts, tile_axis
-from sageLLM.codegen.model.op import Attr, AttrName, Call, OpDef, Operand
+from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, Call, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Output, Renderer, header, lit
 
@@ -157,8 +157,17 @@ def _fused_lines(op: OpDef) -> list[str]:
 
 def _call_line(call: Call) -> str:
     arguments = [arg or "None" for arg in call.args]
-    arguments += [f"{k}={v.name if isinstance(v, AttrName) else lit(v)}" for k, v in call.kwargs]
+    arguments += [f"{name}={_attr_text(value)}" for name, value in call.kwargs]
     return f"{', '.join(call.targets)} = {call.op}({', '.join(arguments)})"
+
+
+def _attr_text(value: AttrValue) -> str:
+    match value:
+        case AttrName(name=name):
+            return name
+        case AttrFormula(text=text):
+            return text
+    return lit(value)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sageLLM.codegen.emit.rule_conditions import condition_text, negated, required_sizes
-from sageLLM.codegen.model.op import Attr, AttrName, OpDef, Scalar
+from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, OpDef
 from sageLLM.codegen.model.rule import PatternCall, RuleDef, SearchStep
 from sageLLM.codegen.render import lit
 
@@ -13,6 +13,7 @@ TAKEN = (
     "consumer_of",
     "describe_consumers",
     "describe_producer",
+    "dim_of",
     "has_default",
     "is_known",
     "size_of",
@@ -63,6 +64,7 @@ class RuleView:
     matched: tuple[str, ...]
     calls: tuple[NewCallView, ...]
     kept: tuple[str, ...]
+    same: tuple[tuple[str, str], ...]
 
 
 class RuleViewer:
@@ -75,6 +77,7 @@ class RuleViewer:
         self.labels: dict[str, str] = {}
         self.attrs: dict[str, str] = {}
         self.steps: list[FindView | CheckView] = []
+        self.computed: list[tuple[str, str, AttrFormula]] = []  # checked when all attrs are known
 
     def view(self) -> RuleView:
         anchor = len(self.rule.pattern) - 1
@@ -90,6 +93,7 @@ class RuleViewer:
             tuple(self.vars),
             tuple(map(self._new_call, self.rule.replacement, self._replacements())),
             tuple(self.values[name] for name in self.rule.keep),
+            tuple((self.values[result], self.values[value]) for result, value in self.rule.same),
         )
 
     def _variables(self) -> list[str]:
@@ -161,8 +165,10 @@ class RuleViewer:
         self.values.setdefault(value, text)
         self.labels.setdefault(value, f"{label}.{operand}")
 
-    def _bind_attr(self, text: str, attr: str, value: AttrName | Scalar | None, num_found: int) -> None:
-        if not isinstance(value, AttrName):
+    def _bind_attr(self, text: str, attr: str, value: AttrValue, num_found: int) -> None:
+        if isinstance(value, AttrFormula):
+            self.computed.append((text, attr, value))
+        elif not isinstance(value, AttrName):
             self._check(f"{text} != {lit(value)}", num_found, f"expected {attr} = {value}")
         elif value.name in self.attrs:
             self._check(f"{text} != {self.attrs[value.name]}", num_found, f"expected equal {value.name}")
@@ -181,7 +187,9 @@ class RuleViewer:
         self._check(test, num_found, f"expected the default {attr.name}")
 
     def _check_conditions(self, num_found: int) -> None:
-        """The rule's `where`. The rule does not fire while a size in it is symbolic."""
+        """The attrs with formulas, and the rule's `where`. The rule does not fire while a size in it is symbolic."""
+        for text, attr, formula in self.computed:
+            self._check(f"{text} != {self._formula(formula)}", num_found, f"expected {attr} = {formula.text}")
         for condition in self.rule.where:
             for value, index in required_sizes(condition.node):
                 asked = f"{self.values[value]}" + ("" if index is None else f", {index}")
@@ -192,11 +200,22 @@ class RuleViewer:
     def _check(self, test: str, num_found: int, reason: str) -> None:
         self.steps.append(CheckView(test, num_found, reason))
 
+    def _attr_text(self, value: AttrValue) -> str:
+        match value:
+            case AttrName(name=name):
+                return self.attrs.get(name, "")
+            case AttrFormula():
+                return self._formula(value)
+        return lit(value)
+
+    def _formula(self, formula: AttrFormula) -> str:
+        """The formula over the attrs of matched nodes; dims, which may be symbolic, are read by `dim_of`."""
+        dims = {name for name, attr in self.rule.attrs_bound.items() if attr.type == "dim"}
+        texts = {name: f"dim_of({text})" if name in dims else text for name, text in self.attrs.items()}
+        return condition_text(formula.node, self.values, texts)
+
     def _new_call(self, call: PatternCall, var: str) -> NewCallView:
         inputs = [(name, self.values.get(v, lit(v))) for name, v in call.operands.items() if v is not None]
-        attrs = [
-            (name, self.attrs.get(value.name, "") if isinstance(value, AttrName) else lit(value))
-            for name, value in call.attrs
-        ]
+        attrs = [(name, self._attr_text(value)) for name, value in call.attrs]
         outputs = tuple(self.values.get(target, lit(target)) for target in call.targets)
         return NewCallView(var, call.op, tuple(inputs), tuple((name, text) for name, text in attrs if text), outputs)

@@ -28,7 +28,7 @@ from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.kernel.rows import RowProgram
 from sageLLM.codegen.kernel.scatter import Scatter, kv_store_program
 from sageLLM.codegen.model.binding import Binding
-from sageLLM.codegen.model.op import AttrName, Call, OpDef
+from sageLLM.codegen.model.op import AttrFormula, AttrName, Call, OpDef
 
 
 class Programs:
@@ -106,6 +106,8 @@ class _Inliner:
             value = given.get(attr.name, attr.default)
             if isinstance(value, AttrName):
                 values[attr.name] = AttrRef(ValueType(_literal(attr.type)), value.name)
+            elif isinstance(value, AttrFormula):
+                values[attr.name] = value.value or DimRef(ValueType("int"), value.size or Size.of(0))
             elif isinstance(value, bool | int | float | str):
                 values[attr.name] = Number(ValueType(_literal(attr.type)), value)
             else:

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
@@ -10,9 +10,10 @@ from sageLLM.codegen.expr.cost import tensor_bytes
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.link.attr_formulas import is_formula, link_formula
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.binding import Binding, TypeMismatch
-from sageLLM.codegen.model.op import Attr, AttrName, Call, Cost, OpDef, Operand, Scalar
+from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, Call, Cost, OpDef, Operand
 from sageLLM.codegen.schema.ops import OpSpec
 
 
@@ -31,6 +32,8 @@ def link_calls(
     calls = [call for index, line in enumerate(entry.spec.fuses or []) if (call := linker.line(index, line))]
     if len(sink.diagnostics) == before:
         linker.check_outputs(outputs, calls)
+    if len(sink.diagnostics) == before and entry.spec.rule is not None:
+        linker.check_rule(calls)
     return tuple(calls) if len(sink.diagnostics) == before else None
 
 
@@ -44,9 +47,12 @@ class CallLinker:
     attrs: Mapping[str, Attr]
     ops: Mapping[str, OpDef]
     sink: Sink
+    refused: set[str] = field(default_factory=set)
+    """The results of lines with findings, of unknown type: lines that read them are not checked."""
 
     def line(self, index: int, line: str) -> Call | None:
         text = Text.of(line, self.entry, ("fuses", index), self.sink)
+        body: list[ast.stmt] = []
         try:
             body = parse_statements(text)
             for statement in body:
@@ -56,6 +62,8 @@ class CallLinker:
                     return self._call(text, target, call)
             raise text.refuse("SAGE102", "a line of `fuses` must have the form `results = op(arguments)`")
         except Refused:
+            stored = (node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name))
+            self.refused |= {node.id for node in stored if isinstance(node.ctx, ast.Store)}
             return None
 
     def _call(self, text: Text, target: ast.expr, node: ast.Call) -> Call:
@@ -86,6 +94,8 @@ class CallLinker:
         if not isinstance(node, ast.Name):
             help = "assign the expression to a name on its own line"
             raise text.refuse("SAGE102", "an argument must be the name of a value", node, help)
+        if node.id in self.refused:
+            raise Refused
         if node.id not in self.values:
             raise text.refuse("SAGE104", f"unknown name '{node.id}'", node, did_you_mean(node.id, self.values))
         if node.id in self.optional and not operand.optional:
@@ -100,7 +110,7 @@ class CallLinker:
             raise text.refuse("SAGE120", message, node) from None
         return node.id
 
-    def _kwarg(self, text: Text, op: OpDef, node: ast.keyword) -> AttrName | Scalar | None:
+    def _kwarg(self, text: Text, op: OpDef, node: ast.keyword) -> AttrValue:
         declared = op.attr(node.arg or "")
         if declared is None:
             help = did_you_mean(node.arg or "", [a.name for a in op.attrs])
@@ -118,7 +128,10 @@ class CallLinker:
                 return AttrName(name)
             case ast.Name(id=name):
                 raise text.refuse("SAGE104", f"unknown attr '{name}'", node.value, did_you_mean(name, self.attrs))
-        raise text.refuse("SAGE102", "an attr must be a literal or an attr of the op", node.value)
+        if is_formula(node.value):
+            return link_formula(text, node.value, self.attrs, declared, "SAGE106")
+        help = "write an attr of this op, a constant, or a formula of both"
+        raise text.refuse("SAGE102", "an attr must be a literal or an attr of the op", node.value, help)
 
     def _targets(self, text: Text, op: OpDef, target: ast.expr, binding: Binding) -> tuple[str, ...]:
         nodes = target.elts if isinstance(target, ast.Tuple) else [target]
@@ -147,6 +160,16 @@ class CallLinker:
         for index, call in enumerate(calls):
             if not used & set(call.targets):
                 self.sink.error("SAGE127", f"'{call.targets[0]}' is never used", self.entry.span("fuses", index))
+
+    def check_rule(self, calls: Sequence[Call]) -> None:
+        """Reports an attr that only formulas read: rules know attrs from lines that receive them unchanged."""
+        values = [value for call in calls for _, value in call.kwargs]
+        known = {value.name for value in values if isinstance(value, AttrName)}
+        for name in (name for value in values if isinstance(value, AttrFormula) for name in value.names):
+            if name not in known:
+                message = f"the rule cannot know the attr '{name}', which no line of `fuses` receives unchanged"
+                help = f"make '{name}' the attr that a line receives, or remove `rule`"
+                self.sink.error("SAGE135", message, self.entry.key_span("attrs", name), help)
 
 
 def fused_cost(

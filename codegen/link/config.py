@@ -70,7 +70,7 @@ def check_own_names_are_read(flat: FlatModel, words: Iterable[str], sink: Sink) 
     """
     if flat.base is None:
         return
-    inherited = flat.base.spec.config
+    inherited = flat.inherited
     known = {*inherited, *words, *REQUIRED_NAMES}
     for name in (name for name in flat.entry.spec.config if name not in known):
         message = f"the config name '{name}' is unused and not inherited from '{flat.base.name}'"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from sageLLM.codegen.facts import words_of
 from sageLLM.codegen.link.config import REQUIRED_NAMES
-from sageLLM.codegen.link.flat_layout import FlatLine, FlatModel, FlatRepeat, conditions, plain_lines
+from sageLLM.codegen.link.flat_layout import FlatBlock, FlatLine, FlatModel, FlatRepeat, conditions, plain_lines
 from sageLLM.codegen.link.sizes import size_texts
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.schema.models import ConfigField, WeightSpec
@@ -16,6 +16,7 @@ from sageLLM.codegen.schema.passes import PassSpec
 
 _DIM_ATTR = re.compile(r"\b[A-Z]\w*\s*=(?!=)([^,()]+)")  # attrs that are dims begin with a capital letter
 _ATTR_NAME = re.compile(r"\b\w+\s*=(?!=)")
+_CALL = re.compile(r"\b\w+\s*\(")
 
 
 def size_names(flat: FlatModel) -> set[str]:
@@ -29,15 +30,28 @@ def names_read(flat: FlatModel, passes: Iterable[Entry[PassSpec]]) -> set[str]:
     texts += [located.value for located in flat.checks]
     texts += [name for located in flat.ignore for name in braced_names(located.value)]
     texts += [str(flat.alibi.value.max_bias)] if flat.alibi else []
-    texts += [text for located in flat.config.values() for text in _default_of(located.value)]
+    texts += [str(located.value.base) for located in flat.ropes.values() if isinstance(located.value.base, str)]
+    texts += [text for located in flat.config.values() for text in expressions_of(located.value)]
     texts += [text for weight in _all_weights(flat) for text in _conditions_of(weight)]
-    bodies: list[list[FlatLine | FlatRepeat]] = [[*block.body] for block in flat.blocks.values()]
-    for body in (*bodies, flat.program):
-        texts += [_ATTR_NAME.sub("", located.value) for located in plain_lines(body)]
-        texts += [located.value for located in conditions(body)]
+    texts += _body_texts(flat.program)
+    texts += [text for block in flat.blocks.values() for text in _body_texts(block.body)]
     for entry in passes:
         texts += entry.spec.expect
     return words_of(texts)
+
+
+def block_words(block: FlatBlock) -> set[str]:
+    """The names in all texts of a block that may read a config name."""
+    weights = [located.value for located in block.weights.values()]
+    texts = [text for weight in weights for text in (*size_texts(weight), *_conditions_of(weight))]
+    texts += [located.value for located in block.args.values()]
+    return words_of([*texts, *(_CALL.sub("(", text) for text in _body_texts(block.body))])
+
+
+def _body_texts(body: "Iterable[FlatLine | FlatRepeat]") -> list[str]:
+    body = list(body)
+    texts = [_ATTR_NAME.sub("", located.value) for located in plain_lines(body)]
+    return texts + [located.value for located in conditions(body)]
 
 
 def braced_names(pattern: str) -> list[str]:
@@ -65,7 +79,7 @@ def _all_weights(flat: FlatModel) -> Iterable[WeightSpec]:
         yield from (located.value for located in block.weights.values())
 
 
-def _default_of(field: ConfigField) -> list[str]:
+def expressions_of(field: ConfigField) -> list[str]:
     """The default, the value of a null key, and the constant, as far as they are expressions."""
     raws = (field.value, field.default, field.if_null)
     return [raw for raw in raws if isinstance(raw, str) and field.type != "str"]

@@ -5,14 +5,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.config_text import python_text
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType, parse_type
+from sageLLM.codegen.link.expressions import Names, compile_expression, kind_of
 from sageLLM.codegen.link.flat_layout import FlatModel, Located
 from sageLLM.codegen.link.sizes import link_size
 from sageLLM.codegen.load import RawSpecs
 from sageLLM.codegen.model.layout import AlibiDef, CacheDef, ConfigName, InputDef, RopeDef
-from sageLLM.codegen.schema.models import AlibiSection, CacheSection, RopeSection
+from sageLLM.codegen.schema.models import AlibiSection, BaseFrequency, CacheSection, RopeSection
 
 _KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TABLE_NAME = re.compile(r"[a-z][a-z0-9_]{0,15}\Z")
@@ -63,7 +65,8 @@ class EngineInputLinker:
             help = "use lower-case letters, digits and `_`, at most 16 characters"
             self.sink.error("SAGE204", f"expected a name for rotary tables, got '{name}'", located.key_span(), help)
             return None
-        for key in (*spec.base.hf, *(scaling.hf if scaling else ())):
+        frequency = spec.base if isinstance(spec.base, BaseFrequency) else None
+        for key in (*(frequency.hf if frequency else ()), *(scaling.hf if scaling else ())):
             if not _KEY.fullmatch(key):
                 message = f"expected a key of config.json, got '{key}'"
                 self.sink.error("SAGE250", message, located.span(), "write key or outer.key")
@@ -77,15 +80,31 @@ class EngineInputLinker:
         return RopeDef(
             name,
             spec.layout,
-            tuple(spec.base.hf),
-            spec.base.default,
+            tuple(frequency.hf) if frequency else (),
+            frequency.default if frequency else None,
             dim,
             keys,
             allow,
             default,
             original,
             is_partial="partial_rotary_factor" in read,
+            base=self._base(located, str(spec.base)) if frequency is None else "",
+            formula=str(spec.base) if frequency is None else "",
+            reads_theta=frequency is None and "rope_theta" in read,
         )
+
+    def _base(self, located: Located[RopeSection], formula: str) -> str:
+        """The expression of the base frequency as Python; empty after a finding."""
+        text, names = located.text(formula, self.sink, "base"), Names(self.config)
+        try:
+            node = compile_expression(text, names)
+            kind = kind_of(node, text, names)
+            if kind.type not in ("int", "float") or kind.is_optional:
+                got = f"{kind.type} or null" if kind.is_optional else kind.type
+                raise text.refuse("SAGE206", f"the base frequency must be a number, got {got}", None, "use numbers")
+        except Refused:
+            return ""
+        return python_text(node)
 
     def _alibi(self, located: Located[AlibiSection]) -> AlibiDef | None:
         heads, bias = located.value.heads, located.value.max_bias

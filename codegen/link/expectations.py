@@ -4,6 +4,7 @@ import ast
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
+from sageLLM.codegen.facts import reached
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.schema.passes import ALL_OTHERS, PassSpec
 
@@ -67,9 +68,16 @@ def _config_names(model: str, raw: RawSpecs) -> set[str]:
     """The config names of a model, or for `*` those that all models have."""
     if model == ALL_OTHERS:
         return set.intersection(*(_config_names(name, raw) for name in raw.models)) if raw.models else set()
-    spec = raw.models[model].spec
-    base = raw.models.get(spec.extends or "")
-    return {*spec.config, *(base.spec.config if base else ())}
+    names: set[str] = set()
+    for ancestor in reversed(reached([model], lambda name: _base_of(name, raw))):
+        spec = raw.models[ancestor].spec
+        names = names - {*(spec.drop.config if spec.drop else ())} | {*spec.config}
+    return names
+
+
+def _base_of(model: str, raw: RawSpecs) -> list[str]:
+    extends = raw.models[model].spec.extends
+    return [extends] if extends is not None and extends in raw.models else []
 
 
 def _is_positive(node: ast.expr) -> bool:

@@ -46,7 +46,7 @@ class Located(Generic[T]):
 
 @dataclass(slots=True)
 class FlatBlock:
-    """A block with everything that it inherits; `located` is its most derived definition."""
+    """A block with everything that it inherits or uses; `located` is its most derived definition."""
 
     located: Located[BlockSpec]
     summary: str | None = None
@@ -112,10 +112,13 @@ def inner_bodies(item: "FlatLine | FlatRepeat") -> "list[list[FlatLine]]":
 
 @dataclass(slots=True)
 class FlatModel:
-    """A layout with everything that it inherits."""
+    """A layout with everything that it inherits. `sources` are all other layouts that parts of it come from."""
 
     entry: Entry[ModelFile]
-    base: Entry[ModelFile] | None
+    base: Entry[ModelFile] | None = None
+    sources: tuple[Entry[ModelFile], ...] = ()
+    inherited: frozenset[str] = frozenset()
+    """Config names of the base."""
     config: dict[str, Located[ConfigField]] = field(default_factory=dict)
     checks: list[Located[str]] = field(default_factory=list)
     rope: Located[RopeSection | dict[str, RopeSection]] | None = None

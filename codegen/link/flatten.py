@@ -1,10 +1,12 @@
-"""Flattens a layout that extends another one: merges the sections and applies drops and patches."""
+"""Flattens a layout that extends another one or uses its blocks: merges the sections, applies patches."""
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.diagnostics import Sink, Span, did_you_mean
+from sageLLM.codegen.link.drops import drop_checks, drop_entries
 from sageLLM.codegen.link.flat_layout import (
     FlatBlock,
     FlatModel,
@@ -15,74 +17,93 @@ from sageLLM.codegen.link.flat_layout import (
     flat_line,
     flat_lines,
 )
-from sageLLM.codegen.link.patches import apply_patch, normalized
+from sageLLM.codegen.link.patches import apply_patch
+from sageLLM.codegen.link.used_blocks import Brought, bring
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.schema.models import BlockSpec, ConfigField, ModelFile, RepeatSpec
 
 
 def flatten(entry: Entry[ModelFile], models: Mapping[str, Entry[ModelFile]], sink: Sink) -> FlatModel | None:
-    """The complete layout, or None if its base cannot be used."""
-    name = entry.spec.extends
-    if name is None:
-        flat = FlatModel(entry, None)
-        _merge(flat, entry, sink)
+    """The complete layout, or None if its base, or a block that it uses, cannot be used."""
+    return _Flattener(models, sink).flatten(entry)
+
+
+class _Used(NamedTuple):
+    """A block of another layout, and that layout."""
+
+    layout: FlatModel
+    block: FlatBlock
+
+
+@dataclass(frozen=True, slots=True)
+class _Flattener:
+    """Flattens a layout and the layouts that it is made of. `path` are the layouts from the first one to this one."""
+
+    models: Mapping[str, Entry[ModelFile]]
+    sink: Sink
+    path: tuple[str, ...] = ()
+
+    def flatten(self, entry: Entry[ModelFile]) -> FlatModel | None:
+        inner = _Flattener(self.models, self.sink, (*self.path, entry.name))
+        flat, extends = FlatModel(entry), entry.spec.extends
+        if extends is not None:
+            base = inner._source(extends, entry.span("extends"))
+            if base is None:
+                return None
+            inherited = frozenset(base.config)
+            flat = replace(base, entry=entry, base=base.entry, sources=(base.entry, *base.sources), inherited=inherited)
+        using = {name: block.use for name, block in entry.spec.blocks.items() if block.use is not None}
+        used = {name: inner._used(use, entry.span("blocks", name, "use")) for name, use in using.items()}
+        for name, source in used.items():
+            if source is None:
+                return None
+            flat.blocks[name] = source.block
+            layouts = (source.layout.entry, *source.layout.sources)
+            flat.sources += tuple(one for one in layouts if one not in flat.sources)
+        drop_entries(flat, self.sink)
+        for name, spec in entry.spec.blocks.items():
+            _merge_block(flat, name, Located(spec, entry, ("blocks", name)), self.sink)
+        brought = bring({name: source.layout for name, source in used.items() if source is not None}, flat)
+        drop_checks((flat.checks, brought.checks), entry, self.sink)
+        _merge(flat, brought, self.sink)
         return flat
-    base = models.get(name)
-    if base is None:
-        others = [model for model in models if model != entry.name]
-        sink.error("SAGE201", f"unknown layout '{name}'", entry.span("extends"), did_you_mean(name, others))
-        return None
-    if base.spec.extends is not None:
-        help = f"extend '{base.spec.extends}' directly" if base.name != entry.name else "name another layout"
-        message = f"the base layout must not extend another one, but '{name}' extends '{base.spec.extends}'"
-        sink.error("SAGE201", message, entry.span("extends"), help)
-        return None
-    flat = FlatModel(entry, base)
-    _merge(flat, base, sink)
-    _drop(flat, entry, sink)
-    _merge(flat, entry, sink)
-    return flat
+
+    def _used(self, use: str, span: Span) -> _Used | None:
+        """The block `LAYOUT.BLOCK`, or None after reporting that it cannot be used."""
+        name, dot, block = use.partition(".")
+        if not dot:
+            message = f"expected a block of another layout, got '{use}'"
+            self.sink.error("SAGE245", message, span, "write `use: LAYOUT.BLOCK`, e.g. `use: llama.ffn`")
+            return None
+        layout = self._source(name, span)
+        if layout is None:
+            return None
+        if block not in layout.blocks:
+            near = did_you_mean(block, layout.blocks)
+            self.sink.error("SAGE245", f"expected a block of '{name}', got '{block}'", span, near)
+            return None
+        return _Used(layout, layout.blocks[block])
+
+    def _source(self, name: str, span: Span) -> FlatModel | None:
+        """Another layout, complete, or None after reporting that it is unknown or leads back to this one."""
+        if name in self.path:
+            message = f"a layout must not be made of itself: {' -> '.join((*self.path, name))}"
+            self.sink.error("SAGE201", message, span, "name another layout")
+            return None
+        if name not in self.models:
+            others = [model for model in self.models if model not in self.path]
+            self.sink.error("SAGE201", f"unknown layout '{name}'", span, did_you_mean(name, others))
+            return None
+        return self.flatten(self.models[name])
 
 
-def _drop(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
-    """Removes the inherited entries listed under `drop`."""
-    spec = entry.spec.drop
-    if spec is None:
-        return
-    for section, names, table in (("config", spec.config, flat.config), ("weights", spec.weights, flat.weights)):
-        _drop_names(table, Located(names, entry, ("drop", section)), sink)
-    for block, content in spec.blocks.items():
-        if block not in flat.blocks:
-            help = did_you_mean(block, flat.blocks)
-            span = entry.key_span("drop", "blocks", block)
-            sink.error("SAGE209", f"expected an inherited block, got '{block}'", span, help)
-        elif content is None:
-            del flat.blocks[block]
-        else:
-            located = Located(content.weights, entry, ("drop", "blocks", block, "weights"))
-            _drop_names(flat.blocks[block].weights, located, sink)
-    for i, text in enumerate(spec.checks):
-        found = [located for located in flat.checks if normalized(located.value) == normalized(text)]
-        if not found:
-            help = f"the inherited checks: {'; '.join(located.value for located in flat.checks)}"
-            message = f"expected an inherited check, got '{text}'"
-            sink.error("SAGE209", message, entry.span("drop", "checks", i), help)
-        flat.checks = [located for located in flat.checks if located not in found]
-
-
-def _drop_names(table: dict[str, Any], names: Located[list[str]], sink: Sink) -> None:
-    for i, name in enumerate(names.value):
-        if table.pop(name, None) is None:
-            sink.error("SAGE209", f"expected an inherited name, got '{name}'", names.span(i), did_you_mean(name, table))
-
-
-def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
-    """Merges a file into the layout: mappings, checks and ignored names are extended, the rest is replaced."""
-    spec = entry.spec
-    if flat.base is None and spec.drop is not None:
-        sink.error("SAGE209", "`drop` requires `extends`", entry.key_span("drop"), "remove `drop`, or add `extends`")
-    flat.config = _joined_config(flat.config, spec.config, entry)
+def _merge(flat: FlatModel, brought: Brought, sink: Sink) -> None:
+    """Merges the file without its blocks: mappings, checks and ignored names are extended, the rest is replaced."""
+    entry, spec = flat.entry, flat.entry.spec
+    own = {name: Located(field_, entry, ("config", name)) for name, field_ in spec.config.items()}
+    flat.config = _joined_config(flat.config, brought.config | own)
     _locate_all(flat.weights, spec.weights, entry, ("weights",))
+    flat.checks += brought.checks
     flat.checks += _located_list(spec.checks, entry, ("checks",))
     flat.ignore += _located_list(spec.ignore_hf, entry, ("ignore_hf",))
     flat.tiny |= spec.tests.tiny
@@ -108,8 +129,6 @@ def _merge(flat: FlatModel, entry: Entry[ModelFile], sink: Sink) -> None:
         flat.hidden = Located(spec.hidden, entry, ("hidden",))
     if spec.returns is not None:
         flat.returns = _located_list(spec.returns, entry, ("returns",))
-    for name, block in spec.blocks.items():
-        _merge_block(flat, name, Located(block, entry, ("blocks", name)), sink)
     for patch in _located_list(spec.patch, entry, ("patch",)):
         apply_patch(patch, flat.program, sink)
 
@@ -142,18 +161,19 @@ def _locate_all(table: dict[str, Located[T]], items: Mapping[str, T], entry: Ent
 
 
 def _joined_config(
-    known: Mapping[str, Located[ConfigField]], own: Mapping[str, ConfigField], entry: Entry[ModelFile]
+    known: Mapping[str, Located[ConfigField]], own: Mapping[str, Located[ConfigField]]
 ) -> dict[str, Located[ConfigField]]:
     """The config in definition order: inherited names keep their position; new names come last, or just before the
-    first redefined name that reads them, because an expression may only read earlier names."""
+    first redefined or new name that reads them, because an expression may only read earlier names."""
     joined: dict[str, Located[ConfigField]] = {}
-    pending = {name: field_ for name, field_ in own.items() if name not in known}
+    pending = {name: located for name, located in own.items() if name not in known}
 
-    def add(name: str, field_: ConfigField) -> None:
+    def add(name: str, located: Located[ConfigField]) -> None:
+        field_ = located.value
         for word in re.findall(r"[A-Za-z]\w*", f"{field_.value} {field_.default} {field_.if_null}"):
             if word in pending:
                 add(word, pending.pop(word))
-        joined[name] = Located(field_, entry, ("config", name))
+        joined[name] = located
 
     for name, inherited in known.items():
         if name in own:

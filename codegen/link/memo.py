@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sageLLM.codegen.diagnostics import Sink
-from sageLLM.codegen.facts import words_of
+from sageLLM.codegen.facts import reached, words_of
 from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.models import link_model
 from sageLLM.codegen.link.ops import link_op
-from sageLLM.codegen.load import Entry, RawSpecs, SpecFile, fused_names, load_file
+from sageLLM.codegen.load import Entry, RawSpecs, SpecFile, fused_names, load_file, source_names
 from sageLLM.codegen.model.layout import ModelDef
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.schema.ops import OpSpec
@@ -53,16 +53,18 @@ class LinkMemo:
 
     def link_model(self, name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDef | None:
         """See `sageLLM.codegen.link.models.link_model`."""
-        entry = raw.models[name]
-        base = raw.models.get(entry.spec.extends or "")
+        sources = reached(
+            [name], lambda one: [found for found in source_names(raw.models[one].spec) if found in raw.models]
+        )
+        docs = [raw.models[source].doc for source in sources]
         words = sorted({word for one in raw.passes.values() for word in words_of(one.spec.expect)})
         inputs = [(one.name, one.spec) for one in raw.step_inputs.values()]
-        key = (name, id(entry.doc), id(base and base.doc), tuple(raw.dims), tuple(raw.op_types), *inputs, *words)
+        key = (name, tuple(map(id, docs)), tuple(raw.dims), tuple(raw.op_types), *inputs, *words)
         for read, model in self._models.setdefault(key, []):
             if all(ops.is_still(name, op) for name, op in read.items()):
                 return model
         model_or_none = link_model(name, raw, ops, sink)
         if model_or_none is not None and not ops.is_listed:
             self._models[key].append((ops.looked_up(), model_or_none))
-            self._alive += [entry.doc, base and base.doc]
+            self._alive += docs
         return model_or_none

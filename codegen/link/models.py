@@ -58,7 +58,11 @@ LinkModel = Callable[[str, RawSpecs, Interfaces, Sink], ModelDef | None]
 
 
 def link_model(name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDef | None:
-    """One layout. Reads the vocabulary, its own and its base's entry, and the names in the expectations of passes."""
+    """One layout.
+
+    Reads the vocabulary, its own entry, those of the layouts that it is made of, and the names in the expectations of
+    passes.
+    """
     entry, own = raw.models[name], Sink()
     if not _is_name(name):
         help = "use lower-case letters, digits and `_`, at most 32 characters"
@@ -167,6 +171,7 @@ class ModelLinker:
             name=flat.entry.name,
             entry=flat.entry,
             base=flat.base,
+            sources=flat.sources,
             summary=spec.summary,
             architectures=tuple(spec.hf.architectures),
             prefix=spec.hf.prefix or _shared_prefix(own.values(), linked.values()),

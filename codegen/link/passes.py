@@ -1,11 +1,12 @@
 """Links passes: their rules against the ops, their expectations against the models, and the order of the pipeline."""
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
+from sageLLM.codegen.link.attr_formulas import is_formula, link_formula
 from sageLLM.codegen.link.expectations import link_expectations
 from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.pass_ops import check_pass_names
@@ -13,8 +14,8 @@ from sageLLM.codegen.link.rule_checks import check_rules, find_cycle
 from sageLLM.codegen.link.rule_conditions import link_conditions
 from sageLLM.codegen.link.rule_types import check_types
 from sageLLM.codegen.load import Entry, RawSpecs
-from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
-from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef
+from sageLLM.codegen.model.op import Attr, AttrName, AttrValue, OpDef
+from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef, attrs_bound
 from sageLLM.codegen.schema.passes import PassSpec, RuleSpec
 
 
@@ -52,9 +53,23 @@ def _link_rule(rule: RuleSpec, index: int, entry: Entry[PassSpec], ops: Mapping[
     path = ("rules", index)
     if rule.from_op is not None:
         return _derived_rule(rule.from_op, path, entry, ops, sink)
-    pattern = tuple(_calls(rule.match or [], (*path, "match"), entry, ops, sink))
-    replacement = tuple(_calls(rule.rewrite or [], (*path, "rewrite"), entry, ops, sink))
-    linked = RuleDef(rule.name or "", pattern, tuple(rule.keep), replacement, rule.benefit, path, bounded=rule.bounded)
+    lines = enumerate(rule.match or [])
+    pattern = tuple(_call(Text.of(line, entry, (*path, "match", i), sink), ops, None) for i, line in lines)
+    texts = [Text.of(line, entry, (*path, "rewrite", i), sink) for i, line in enumerate(rule.rewrite or [])]
+    plain = {i: found for i, text in enumerate(texts) if (found := _plain_result(text)) is not None}
+    attrs = attrs_bound(pattern)
+    replacement = tuple(_call(text, ops, attrs) for i, text in enumerate(texts) if i not in plain)
+    linked = RuleDef(
+        rule.name or "",
+        pattern,
+        tuple(rule.keep),
+        replacement,
+        rule.benefit,
+        path,
+        bounded=rule.bounded,
+        same=tuple(plain.values()),
+        lines=tuple(i for i in range(len(texts)) if i not in plain),
+    )
     _check_names(linked, entry, sink)
     check_types(linked, entry, sink)
     return replace(linked, where=tuple(link_conditions(rule.where, linked, entry, sink)))
@@ -83,14 +98,16 @@ def _derived_rule(
     return RuleDef(name, pattern, outputs, (PatternCall(outputs, op, inputs, attrs),), op.rule.benefit, path)
 
 
-def _calls(
-    lines: list[str], path: tuple[str | int, ...], entry: Entry[PassSpec], ops: Mapping[str, OpDef], sink: Sink
-) -> Iterator[PatternCall]:
-    for i, line in enumerate(lines):
-        yield _call(Text.of(line, entry, (*path, i), sink), ops)
+def _plain_result(text: Text) -> tuple[str, str] | None:
+    """(result, value) of a line `y = x` of a replacement, or None for any other line."""
+    match parse_statements(text):
+        case [ast.Assign(targets=[ast.Name(id=result)], value=ast.Name(id=value))]:
+            return result, value
+    return None
 
 
-def _call(text: Text, ops: Mapping[str, OpDef]) -> PatternCall:
+def _call(text: Text, ops: Mapping[str, OpDef], bound: Mapping[str, Attr] | None) -> PatternCall:
+    """A line of a pattern, or of a replacement, which may compute attrs from those `bound` by the pattern."""
     statements = parse_statements(text)
     match statements:
         case [ast.Assign(targets=[target], value=ast.Call(func=ast.Name(id=name)) as call)]:
@@ -100,7 +117,7 @@ def _call(text: Text, ops: Mapping[str, OpDef]) -> PatternCall:
     if name not in ops:
         raise text.refuse("SAGE306", f"unknown op '{name}'", call.func, did_you_mean(name, ops))
     op = ops[name]
-    return PatternCall(_targets(text, target, op), op, _arguments(text, call, op), _attributes(text, call, op))
+    return PatternCall(_targets(text, target, op), op, _arguments(text, call, op), _attributes(text, call, op, bound))
 
 
 def _targets(text: Text, node: ast.expr, op: OpDef) -> tuple[str, ...]:
@@ -131,11 +148,14 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _attributes(text: Text, call: ast.Call, op: OpDef) -> tuple[tuple[str, AttrName | Scalar | None], ...]:
-    attrs: list[tuple[str, AttrName | Scalar | None]] = []
+def _attributes(
+    text: Text, call: ast.Call, op: OpDef, bound: Mapping[str, Attr] | None
+) -> tuple[tuple[str, AttrValue], ...]:
+    attrs: list[tuple[str, AttrValue]] = []
     for keyword in call.keywords:
         name = keyword.arg or "**"
-        if op.attr(name) is None:
+        declared = op.attr(name)
+        if declared is None:
             known = [attr.name for attr in op.attrs]
             raise text.refuse("SAGE308", f"unknown attr '{name}' of {op.name}", keyword, did_you_mean(name, known))
         match keyword.value:
@@ -143,8 +163,12 @@ def _attributes(text: Text, call: ast.Call, op: OpDef) -> tuple[tuple[str, AttrN
                 attrs.append((name, AttrName(value)))
             case ast.Constant(value=bool() | int() | float() | str() as value):
                 attrs.append((name, value))
-            case _:
-                raise text.refuse("SAGE305", "the value of an attr must be a name or a constant", keyword.value)
+            case value if bound is not None and is_formula(value):
+                attrs.append((name, link_formula(text, value, bound, declared, "SAGE305")))
+            case value:
+                help = "formulas belong in `rewrite`" if is_formula(value) else "write a name, a number or a text"
+                message = "the value of an attr must be a name or a constant"
+                raise text.refuse("SAGE305", message, value, help)
     return tuple(attrs)
 
 
@@ -158,7 +182,7 @@ def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
     values = {*produced, *(arg for call in rule.pattern for arg in call.args if arg)}
     attrs = {value.name for call in rule.pattern for _, value in call.attrs if isinstance(value, AttrName)}
     removed = set(produced)
-    for i, call in enumerate(rule.replacement):
+    for i, call in zip(rule.lines, rule.replacement, strict=True):
         for arg in call.args:
             if arg not in values:
                 located = entry.span(*path, "rewrite", i)
@@ -172,7 +196,8 @@ def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
                 sink.error("SAGE310", f"the attr '{value.name}' is not bound by the pattern", located)
         removed -= set(call.targets)
         values |= set(call.targets)
-    made = {target for call in rule.replacement for target in call.targets}
+    made = {target for call in rule.replacement for target in call.targets} | {result for result, _ in rule.same}
+    _check_plain_results(rule, entry, sink)
     for i, name in enumerate(rule.keep):
         if name not in produced or name not in made:
             by = "pattern" if name not in produced else "rewrite"
@@ -182,6 +207,26 @@ def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
         message = f"the rewrite must produce '{missing[0]}', the result of the pattern"
         sink.error("SAGE311", message, entry.span(*path, "rewrite"))
     _check_connected(rule, entry, sink)
+
+
+def _check_plain_results(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
+    """Reports lines `y = x` of the replacement that do not name a result of the pattern and a value that stays."""
+    produced = {target for call in rule.pattern for target in call.targets}
+    stays = {arg for call in rule.pattern for arg in call.reads} - produced
+    made = [target for call in rule.replacement for target in call.targets]
+    positions = [i for i in range(len(rule.lines) + len(rule.same)) if i not in rule.lines]
+    for i, (result, value) in zip(positions, rule.same, strict=True):
+        span = entry.span(*rule.path, "rewrite", i)
+        if result not in produced:
+            message = f"expected a result of the pattern, got '{result}'"
+            sink.error("SAGE310", message, span, did_you_mean(result, produced))
+        elif value not in stays:
+            message = f"expected a value that the pattern reads and does not produce, got '{value}'"
+            sink.error("SAGE310", message, span, did_you_mean(value, stays))
+        elif value in rule.optional:
+            sink.error("SAGE310", f"'{value}' may be absent", span, "name a required operand")
+        elif [*made, *(other for other, _ in rule.same)].count(result) > 1:
+            sink.error("SAGE310", f"'{result}' must be defined by one line", span, "remove the other line")
 
 
 def _check_connected(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:

@@ -3,7 +3,7 @@
     {rearrange: "(Nkv g D) H -> (Nkv g D) H", of: query_key_value.weight, sizes: {g: G + 2}, take: {g: "0:G"}}
 
 An axis is a config size or an entry of `sizes`. Each side names every axis once; an axis of which `take` reads a
-single index is omitted on the right.
+single index is omitted on the right. `1` is an axis of size 1, on either side: `"1 ->"` fills a single number.
 """
 
 import re
@@ -16,7 +16,8 @@ from sageLLM.codegen.link.sizes import SizeLinker, YamlPath
 from sageLLM.codegen.model.source import PartDef
 from sageLLM.codegen.schema.sources import HfSource
 
-_SIDE = re.compile(r"\s*(?:(?:\w+|\(\s*\w+(?:\s+\w+)*\s*\))\s*)+\Z")
+_SIDE = re.compile(r"\s*(?:(?:\w+|\(\s*\w+(?:\s+\w+)*\s*\))\s*)*\Z")
+_ONE = "1"
 _AXIS = re.compile(r"[A-Za-z][A-Za-z0-9_]*\Z")
 _MAX_AXES = 8
 Names = tuple[tuple[str, ...], ...]
@@ -67,9 +68,15 @@ class _Rearrange:
         )
         if sum(map(len, left)) > _MAX_AXES:
             raise self._refuse(f"a tensor may be split into at most {_MAX_AXES} axes", "merge axes that stay adjacent")
-        return left, right
+        if any(_ONE in group and len(group) > 1 for group in (*left, *right)):
+            raise self._refuse("an axis `1` must not be in parentheses", "leave it out of the group")
+        # On the left, `1` is an axis that no dim contains; on the right, a dim without axes.
+        numbered = tuple((f"{_ONE} {at}",) if group == (_ONE,) else group for at, group in enumerate(left))
+        return numbered, tuple(() if group == (_ONE,) else group for group in right)
 
     def _axis_size(self, name: str) -> Size:
+        if name.startswith(_ONE):
+            return Size.of(1)
         if name in self.source.sizes:
             if name in self.linker.config:
                 message = f"the axis '{name}' must not have the name of a config value"
@@ -101,6 +108,7 @@ class _Rearrange:
         """Requires every axis once per side, except that single indices of `take` are omitted on the right."""
         after = [name for group in right for name in group]
         dropped = [name for name, text in self._taken.items() if ":" not in text]
+        dropped += [name for name in axes if name.startswith(_ONE)]
         twice = [name for names in (axes, after) for name in names if names.count(name) > 1]
         unknown = [name for name in after if name not in axes or name in dropped]
         lost = [name for name in axes if name not in after and name not in dropped]

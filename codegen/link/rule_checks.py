@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from sageLLM.codegen.diagnostics import Sink
-from sageLLM.codegen.model.op import AttrName, Scalar
+from sageLLM.codegen.model.op import AttrName, AttrValue
 from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef, SearchStep
 
 Located = tuple[PassDef, RuleDef]
@@ -112,7 +112,7 @@ class _Embedding:
     small: RuleDef
     large: RuleDef
     values: dict[str, str | None] = field(default_factory=dict)
-    attrs: dict[str, AttrName | Scalar | None] = field(default_factory=dict)
+    attrs: dict[str, AttrValue] = field(default_factory=dict)
     taken: dict[int, int] = field(default_factory=dict)  # calls of the small pattern -> of the large one
 
     def image(self, at: int) -> set[int] | None:

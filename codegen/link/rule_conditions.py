@@ -8,7 +8,7 @@ from typing import Literal
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.load import Entry
-from sageLLM.codegen.model.op import Attr, AttrName
+from sageLLM.codegen.model.op import Attr
 from sageLLM.codegen.model.rule import RuleCondition, RuleDef
 from sageLLM.codegen.schema.passes import PassSpec
 
@@ -26,12 +26,7 @@ FUNCTIONS: Mapping[str, tuple[int, Kind]] = {
 
 def link_conditions(lines: list[str], rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> Iterator[RuleCondition]:
     """The conditions of a rule; those with findings are left out."""
-    attrs = {
-        value.name: attr
-        for call in rule.pattern
-        for name, value in call.attrs
-        if isinstance(value, AttrName) and (attr := call.op.attr(name)) is not None
-    }
+    attrs = rule.attrs_bound
     values = {name for call in rule.pattern for name in (*call.reads, *call.targets)}
     for i, line in enumerate(lines):
         text = Text.of(line, entry, (*rule.path, "where", i), sink)

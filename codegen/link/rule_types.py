@@ -43,7 +43,8 @@ def check_types(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
     """Reports the first line of a rule in which a value has a type that earlier lines exclude."""
     known = Differences()
     lines = [("match", i, call) for i, call in enumerate(rule.pattern)]
-    lines += [("rewrite", i, call) for i, call in enumerate(rule.replacement)]
+    positions = rule.lines or range(len(rule.replacement))
+    lines += [("rewrite", i, call) for i, call in zip(positions, rule.replacement, strict=True)]
     for key, i, call in lines:
         for role, type_, value in _uses(call):
             if not _fits(known, f"{key} {i}", type_, value):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from sageLLM.codegen.expr.cost import element_bytes
 from sageLLM.codegen.expr.size import LEADING, Size, volume
 from sageLLM.codegen.expr.types import DTYPES, ValueType
-from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
+from sageLLM.codegen.model.op import AttrFormula, AttrName, AttrValue, OpDef
 
 
 class TypeMismatch(Exception):
@@ -21,12 +21,19 @@ class Binding:
     dims: dict[str, Size] = field(default_factory=dict)
     leading: tuple[Size, ...] | None = None
 
-    def fix(self, op: OpDef, kwargs: Iterable[tuple[str, AttrName | Scalar | None]]) -> None:
+    def fix(self, op: OpDef, kwargs: Iterable[tuple[str, AttrValue]]) -> None:
         """Binds the dims that are attrs of the called op, since operands need not determine them."""
         for name, value in kwargs:
             attr = op.attr(name)
-            if attr is not None and attr.type == "dim" and isinstance(value, AttrName | int):
-                self.dims[name] = Size.symbol(value.name) if isinstance(value, AttrName) else Size.of(value)
+            if attr is None or attr.type != "dim":
+                continue
+            match value:
+                case AttrName(name=other):
+                    self.dims[name] = Size.symbol(other)
+                case AttrFormula(size=Size() as size):
+                    self.dims[name] = size
+                case int():
+                    self.dims[name] = Size.of(value)
 
     def match(self, declared: ValueType, actual: ValueType) -> None:
         """Binds new dims and elements and compares known ones; raises TypeMismatch."""

@@ -79,20 +79,24 @@ class Condition:
 class RopeDef:
     """A pair of rotary tables, cos and sin, or cos_NAME and sin_NAME; `keys` and `allow` describe its scaling.
 
+    The base frequency is read from `base_keys`, or is the Python expression `base`, of the spec's text `formula`.
     `default` is the scaling section of a config without one, and `original` its trained length. With `is_partial`, the
-    layout reads `partial_rotary_factor`; other layouts reject it.
+    layout reads `partial_rotary_factor`; other layouts reject it. With `reads_theta` it reads `rope_theta` itself.
     """
 
     name: str
     layout: Literal["half", "interleaved"]
     base_keys: tuple[str, ...]
-    base_default: float
+    base_default: float | None
     dim: Size
     keys: tuple[str, ...]
     allow: tuple[str, ...]
     default: tuple[tuple[str, Scalar], ...] = ()
     original: int | None = None
     is_partial: bool = False
+    base: str = ""
+    formula: str = ""
+    reads_theta: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +267,15 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class ModelDef:
-    """One linked layout; a layout that extends another one is complete here."""
+    """One linked layout; a layout that extends another one is complete here.
+
+    `base` is the layout that it extends, `sources` are all layouts that parts of it come from.
+    """
 
     name: str
     entry: Entry[ModelFile]
     base: Entry[ModelFile] | None
+    sources: tuple[Entry[ModelFile], ...]
     summary: str
     architectures: tuple[str, ...]
     prefix: str

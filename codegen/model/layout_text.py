@@ -34,7 +34,8 @@ def _lines(model: ModelDef) -> Iterator[str]:
     yield from (f"check {check.text}" for check in model.checks)
     for rope in model.ropes:
         suffix = f" {rope.name}" if rope.name else ""
-        yield f"rope{suffix} dim={rope.dim} {rope.layout} scaling={', '.join(rope.allow)}"
+        base = f" base={rope.formula}" if rope.formula else ""
+        yield f"rope{suffix}{base} dim={rope.dim} {rope.layout} scaling={', '.join(rope.allow)}"
         yield from (f"rope{suffix} default {key} = {value}" for key, value in rope.default)
         yield from ((f"rope{suffix} original = {rope.original}",) if rope.original is not None else ())
     if model.alibi:

@@ -1,6 +1,8 @@
 """Linked ops: typed operands, semantics, and the cost derived from them."""
 
-from collections.abc import Mapping
+import ast
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -60,13 +62,58 @@ class AttrName:
 
 
 @dataclass(frozen=True, slots=True)
+class AttrFormula:
+    """A number computed from attrs, `3 * Q`: as text, and linked as a size (of dims) or a value."""
+
+    text: str
+    names: tuple[str, ...]
+    size: Size | None = None
+    value: Expr | None = None
+
+    @property
+    def node(self) -> ast.expr:
+        return ast.parse(self.text, mode="eval").body
+
+    def evaluate(self, values: Mapping[str, float]) -> float:
+        """The number, for numbers of the attrs."""
+        return _evaluate(self.node, values)
+
+
+_OPERATIONS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def _evaluate(node: ast.expr, values: Mapping[str, float]) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.Name(id=name):
+            return values[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, values)
+        case ast.BinOp(left=left, op=operation, right=right):
+            return _OPERATIONS[type(operation)](_evaluate(left, values), _evaluate(right, values))
+    raise AssertionError(f"the linker refuses {ast.unparse(node)}")
+
+
+AttrValue = AttrName | AttrFormula | Scalar | None
+"""The value of an attr in a call: that of an attr, a formula, a constant, or absent."""
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A line of `fuses`: `targets = op(args, **kwargs)`. An absent optional argument is None."""
 
     targets: tuple[str, ...]
     op: str
     args: tuple[str | None, ...]
-    kwargs: tuple[tuple[str, AttrName | Scalar | None], ...]
+    kwargs: tuple[tuple[str, AttrValue], ...]
     text: str
     span: Span = field(compare=False)
 

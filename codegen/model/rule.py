@@ -1,13 +1,13 @@
 """Linked passes: their position in the pipeline, and their rules as patterns of op calls."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sageLLM.codegen.contents import class_name
 from sageLLM.codegen.load import Entry
-from sageLLM.codegen.model.op import AttrName, OpDef, Scalar
+from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, OpDef
 from sageLLM.codegen.schema.passes import PassSpec
 
 
@@ -18,7 +18,7 @@ class PatternCall:
     targets: tuple[str, ...]
     op: OpDef
     args: tuple[str | None, ...]
-    attrs: tuple[tuple[str, AttrName | Scalar | None], ...]
+    attrs: tuple[tuple[str, AttrValue], ...]
 
     @property
     def operands(self) -> dict[str, str | None]:
@@ -38,8 +38,27 @@ class PatternCall:
 
     def __str__(self) -> str:
         words = [arg or "none" for arg in self.args]
-        words += [f"{name}={value.name if isinstance(value, AttrName) else repr(value)}" for name, value in self.attrs]
+        words += [f"{name}={_shown(value)}" for name, value in self.attrs]
         return f"{', '.join(self.targets)} = {self.op.name}({', '.join(words)})"
+
+
+def _shown(value: AttrValue) -> str:
+    match value:
+        case AttrName(name=name):
+            return name
+        case AttrFormula(text=text):
+            return text
+    return repr(value)
+
+
+def attrs_bound(pattern: Iterable[PatternCall]) -> dict[str, Attr]:
+    """The attrs that names in a pattern stand for."""
+    return {
+        value.name: attr
+        for call in pattern
+        for name, value in call.attrs
+        if isinstance(value, AttrName) and (attr := call.op.attr(name)) is not None
+    }
 
 
 class SearchStep(NamedTuple):
@@ -69,6 +88,14 @@ class RuleDef:
     path: tuple[str | int, ...]
     where: tuple[RuleCondition, ...] = ()
     bounded: int | None = None
+    same: tuple[tuple[str, str], ...] = ()
+    """(result, value): results of the pattern that equal another of its values, which replaces them."""
+    lines: tuple[int, ...] = ()
+    """The positions of the replacement's calls under `rewrite`, if the rule is written there."""
+
+    @property
+    def attrs_bound(self) -> dict[str, Attr]:
+        return attrs_bound(self.pattern)
 
     @property
     def anchor(self) -> PatternCall:
@@ -109,7 +136,12 @@ class RuleDef:
     @property
     def algebra(self) -> str:
         """The rule in one line."""
-        return f"{'; '.join(map(str, self.pattern))} -> {'; '.join(map(str, self.replacement))}"
+        return f"{'; '.join(map(str, self.pattern))} -> {'; '.join(self.results)}"
+
+    @property
+    def results(self) -> list[str]:
+        """The lines of the replacement."""
+        return [*map(str, self.replacement), *(f"{result} = {value}" for result, value in self.same)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class PartDef:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The axes in the order of the weight; those of which a single index is read come last."""
+        """The axes in the order of the weight; those of size 1, and those of which one index is read, come last."""
         grouped = [axis for group in self.groups for axis in group]
         return (*grouped, *(axis for axis in range(len(self.axes)) if axis not in grouped))
 

@@ -78,6 +78,11 @@ class BaseFrequency(Strict):
     default: float = Field(description="value if no key is present")
 
 
+Base = Annotated[
+    Annotated[float | str, Tag("text")] | Annotated[BaseFrequency, Tag("mapping")], Discriminator(shape_of)
+]
+
+
 class ScalingSpec(Strict):
     """Keys of config.json for the rotary scaling, and the scaling types that the layout allows."""
 
@@ -94,7 +99,7 @@ class ScalingSpec(Strict):
 class RopeSection(Strict):
     """Rotary position embedding (Su et al. 2021): the tables `cos` and `sin`, [P, dim/2]."""
 
-    base: BaseFrequency = Field(description="base frequency (theta)")
+    base: Base = Field(description="base frequency (theta): keys of config.json, or an expression of config names")
     dim: DimText = Field(description="number of rotated components per head; the others are unchanged")
     layout: Literal["half", "interleaved"] = Field(
         default="half",
@@ -228,8 +233,16 @@ class PatchSpec(Strict):
 
 
 class BlockSpec(Strict):
-    """A part of a layer that is one block-level node. With `extends`, weights are merged and the rest is replaced."""
+    """A part of a layer that is one block-level node.
 
+    With `extends` or `use`, weights are merged and the rest is replaced.
+    """
+
+    use: str | None = Field(
+        default=None,
+        description="block of another layout that this one starts from, as `LAYOUT.BLOCK`; config names that it reads "
+        "and this layout lacks, their checks and test values come with it",
+    )
     summary: str | None = Field(default=None, description="one sentence for the docs")
     op_type: OpTypes | None = Field(default=None, description="op type of the node, or one per phase")
     hf: str | None = Field(default=None, description="prefix of the checkpoint names")
@@ -237,7 +250,7 @@ class BlockSpec(Strict):
     args: dict[str, str] | None = Field(default=None, description="name -> type, in order of the arguments")
     body: list[Line] | None = Field(default=None, min_length=1, description="statements `names = op(values, attr=...)`")
     returns: list[str] | None = Field(default=None, min_length=1, description="values with one row per token")
-    patch: list[PatchSpec] = Field(default=[], description="edits of the inherited body")
+    patch: list[PatchSpec] = Field(default=[], description="edits of the body that is inherited or used")
 
 
 class RepeatSpec(Strict):
@@ -261,13 +274,13 @@ Statement = Annotated[
 
 
 class DropBlock(Strict):
-    """Weights of an inherited block that this layout removes."""
+    """Weights of an inherited or used block that this layout removes."""
 
     weights: list[str] = Field(min_length=1, description="names of weights")
 
 
 class DropSection(Strict):
-    """Inherited entries that this layout removes; each one must exist."""
+    """Inherited entries, and entries of used blocks, that this layout removes; each one must exist."""
 
     config: list[str] = Field(default=[], description="config names")
     checks: list[str] = Field(default=[], description="texts of checks; whitespace is ignored")
@@ -299,7 +312,7 @@ class ModelFile(Strict):
     schema_: Literal["models/v1"] = Field(alias="schema", description="kind and version of the file")
     model: str = Field(description="name of the layout")
     summary: str = Field(description="one sentence, with the publication")
-    extends: str | None = Field(default=None, description="the base layout, which must not extend another one")
+    extends: str | None = Field(default=None, description="the base layout")
     drop: DropSection | None = Field(default=None, description="inherited entries to remove")
     hf: ArchitecturesSpec = Field(description="the checkpoints that the layout reads")
     config: dict[str, ConfigField] = Field(default={}, description="config names, in order of definition")

@@ -4,16 +4,19 @@
 
 from sageLLM.runtime.core.model.layout import ModelLayout
 
+from .arcee import ARCEE
 from .bert import BERT
 from .bloom import BLOOM
 from .cohere import COHERE
 from .cohere2 import COHERE2
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
+from .ernie4_5 import ERNIE4_5
 from .falcon import FALCON
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
+from .glm import GLM
 from .glm4 import GLM4
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
@@ -35,20 +38,25 @@ from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 from .roberta import ROBERTA
+from .seed_oss import SEED_OSS
 from .smollm3 import SMOLLM3
 from .stablelm import STABLELM
+from .starcoder2 import STARCODER2
 
 __all__ = [
+    "ARCEE",
     "BERT",
     "BLOOM",
     "COHERE",
     "COHERE2",
     "DEEPSEEK_V2",
     "DEEPSEEK_V3",
+    "ERNIE4_5",
     "FALCON",
     "GEMMA",
     "GEMMA2",
     "GEMMA3",
+    "GLM",
     "GLM4",
     "GPT2",
     "GPTJ",
@@ -71,21 +79,26 @@ __all__ = [
     "QWEN3",
     "QWEN3_MOE",
     "ROBERTA",
+    "SEED_OSS",
     "SMOLLM3",
     "STABLELM",
+    "STARCODER2",
 ]
 
 MODELS: dict[str, ModelLayout] = {
+    "arcee": ARCEE,
     "bert": BERT,
     "bloom": BLOOM,
     "cohere": COHERE,
     "cohere2": COHERE2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "ernie4_5": ERNIE4_5,
     "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
+    "glm": GLM,
     "glm4": GLM4,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
@@ -107,6 +120,8 @@ MODELS: dict[str, ModelLayout] = {
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
     "roberta": ROBERTA,
+    "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
+    "starcoder2": STARCODER2,
 }

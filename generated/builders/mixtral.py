@@ -199,6 +199,9 @@ def weights(c: MixtralConfig) -> Iterator[WeightSpec]:
                 shard=Shard(0, kind="first"),
             )
         yield WeightSpec(
+            f"layers.{i}.ffn.router", (c.X, c.H), (Part(f"model.layers.{i}.block_sparse_moe.gate.weight", (c.X, c.H)),)
+        )
+        yield WeightSpec(
             f"layers.{i}.ffn.wgu",
             (c.X, 2 * c.I, c.H),
             tuple(
@@ -219,9 +222,6 @@ def weights(c: MixtralConfig) -> Iterator[WeightSpec]:
                 for e in stacked("num_local_experts", c.X)
             ),
             shard=Shard(2, then="all_reduce"),
-        )
-        yield WeightSpec(
-            f"layers.{i}.ffn.router", (c.X, c.H), (Part(f"model.layers.{i}.block_sparse_moe.gate.weight", (c.X, c.H)),)
         )
     yield WeightSpec("norm", (c.H,), (Part("model.norm.weight", (c.H,)),))
     yield WeightSpec(
@@ -282,9 +282,9 @@ def ffn(g: GraphWriter, c: MixtralConfig, stage: Stage, layer: int, n: TensorRef
     d = expert_down(m, experts, wd)
     f = combine_experts(d, scores)
     """
+    router = g.weight(f"layers.{layer}.ffn.router", g.dtype, c.X, c.H)
     wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X, 2 * c.I, c.H)
     wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X, c.H, c.I)
-    router = g.weight(f"layers.{layer}.ffn.router", g.dtype, c.X, c.H)
 
     logits = ops.linear(g, n, router, name="logits")
     experts, scores = ops.topk_router(g, logits, A=c.A, names=("experts", "scores"))
@@ -373,6 +373,7 @@ MIXTRAL = ModelLayout(
         "vocab_size": 128,
         "max_position_embeddings": 256,
         "num_local_experts": 4,
+        "num_experts_per_tok": 2,
         "architectures": ["MixtralForCausalLM"],
     },
 )

@@ -36,7 +36,7 @@ B, BS, MB, P, PG, S = dims("B BS MB P PG S")
 # specs/models/qwen3_moe.yaml: qwen3_moe
 @dataclass(frozen=True, kw_only=True)
 class Qwen3MoeConfig(ModelSizes):
-    """The sizes and switches of a qwen3_moe checkpoint, after llama."""
+    """The sizes and switches of a qwen3_moe checkpoint, after qwen3."""
 
     H: int
     """Width of the residual stream."""
@@ -66,6 +66,8 @@ class Qwen3MoeConfig(ModelSizes):
     """Whether the q, k and v projections have a bias."""
     o_bias: bool
     """Whether the attention's output projection has a bias."""
+    sliding: bool
+    """Whether the window is used."""
     X: int
     """Experts of a sparse layer."""
     A: int
@@ -80,8 +82,6 @@ class Qwen3MoeConfig(ModelSizes):
     """Whether the layer has experts."""
     renormalize: bool
     """Whether the weights of a token's experts are normalized to sum to 1."""
-    sliding: bool
-    """Whether the window is used."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Qwen3MoeConfig:
@@ -100,6 +100,7 @@ class Qwen3MoeConfig(ModelSizes):
         window = None if hf.is_null("sliding_window") else hf.int("sliding_window", default=4096)
         qkv_bias = hf.bool("attention_bias", default=False)
         o_bias = hf.bool("attention_bias", default=False)
+        sliding = hf.bool("use_sliding_window", default=False)
         X = hf.size("num_experts", "num_local_experts", default=128)
         A = hf.size("num_experts_per_tok", default=8)
         F = hf.size("moe_intermediate_size", default=768)
@@ -112,7 +113,6 @@ class Qwen3MoeConfig(ModelSizes):
             lambda i: i not in dense_layers and (i + 1) % sparse_step == 0,
         )
         renormalize = hf.bool("norm_topk_prob", default=False)
-        sliding = hf.bool("use_sliding_window", default=False)
         hf.require(
             Nq % Nkv == 0,
             "num_attention_heads % num_key_value_heads == 0",
@@ -155,6 +155,7 @@ class Qwen3MoeConfig(ModelSizes):
             window=window,
             qkv_bias=qkv_bias,
             o_bias=o_bias,
+            sliding=sliding,
             X=X,
             A=A,
             F=F,
@@ -162,7 +163,6 @@ class Qwen3MoeConfig(ModelSizes):
             dense_layers=dense_layers,
             is_sparse=is_sparse,
             renormalize=renormalize,
-            sliding=sliding,
             rope=rope,
         )
 

@@ -7,6 +7,8 @@ from sageLLM.runtime.core.cost import Hardware
 from .a100 import A100
 from .cpu import CPU
 from .h100 import H100
+from .rtx_4090 import RTX_4090
+from .rtx_pro_6000 import RTX_PRO_6000
 
 __all__ = ["HARDWARE"]
 
@@ -14,4 +16,6 @@ HARDWARE: dict[str, Hardware] = {
     "a100": A100,
     "cpu": CPU,
     "h100": H100,
+    "rtx_4090": RTX_4090,
+    "rtx_pro_6000": RTX_PRO_6000,
 }

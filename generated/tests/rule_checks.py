@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.errors import TypeMismatch
-from sageLLM.runtime.core.ir.dims import free_symbols
+from sageLLM.runtime.core.ir.dims import evaluate, free_symbols, parse_dim
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
@@ -28,7 +28,7 @@ SIZES: Sequence[Sizes] = ({"R": 3, "H": 6, "D": 4, "I": 5, "N": 7, "K": 6}, {}, 
 
 @dataclass(frozen=True)
 class Call:
-    """A line of a pattern: operands and results by name, attributes by value, and size attributes by dim."""
+    """A line of a pattern: operands and results by name, attributes by value, size attributes by formulas of dims."""
 
     op: type[OpNode]
     operands: Mapping[str, str]
@@ -39,28 +39,29 @@ class Call:
 
 def check_rule(
     pass_class: type[RewritePass], rule: str, pattern: Sequence[Call], keep: Sequence[str], cases: Sequence[Sizes],
-    kernels: Kernels, exact: bool, optional: Sequence[str] = (),
+    kernels: Kernels, fused: type[OpNode] | None = None, optional: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Requires that the rule replaces the pattern exactly once and that the kept values stay equal.
 
     Values that are not kept must not have consumers, so the graph returns the kept ones only. Sizes that the new op
-    does not accept are skipped, but at least one must be accepted. A rule derived from `fuses` must be exact; others
-    may round in another order. All of this is repeated without each of the optional values.
+    does not accept are skipped, but at least one must be accepted. A rule derived from the op `fused`, which
+    defines the types of the operands, must be exact; others may round in another order. All of this is repeated
+    without each of the optional values.
     """
     for absent in ((), *((name,) for name in optional)):
         lines = [replace(c, operands={o: v for o, v in c.operands.items() if v not in absent}) for c in pattern]
-        _check(pass_class, rule, lines, keep, cases, kernels, exact)
+        _check(pass_class, rule, lines, keep, cases, kernels, fused)
 
 
 def _check(
     pass_class: type[RewritePass], rule: str, pattern: Sequence[Call], keep: Sequence[str], cases: Sequence[Sizes],
-    kernels: Kernels, exact: bool,
+    kernels: Kernels, fused: type[OpNode] | None,
 ) -> None:  # fmt: skip
     only = type("OnlyThisRule", (pass_class,), {"rules": tuple(r for r in pass_class.rules if r.name == rule)})
     refused = ["no sizes fit the pattern; add a test case to the inserted op"]
-    tolerance = 0.0 if exact else 1e-9
+    tolerance = 1e-9 if fused is None else 0.0
     num_compared = 0
-    for graph in _graphs(pattern, keep, [*cases, *SIZES]):
+    for graph in _graphs(pattern, keep, [*cases, *SIZES], fused):
         one = only()
         rewritten = one.apply(graph)
         if one.report.fired != 1:
@@ -73,19 +74,27 @@ def _check(
     assert num_compared, refused[-1]
 
 
-def _graphs(pattern: Sequence[Call], keep: Sequence[str], cases: Sequence[Sizes]) -> Iterator[ExecutionGraph]:
+def _graphs(
+    pattern: Sequence[Call], keep: Sequence[str], cases: Sequence[Sizes], fused: type[OpNode] | None
+) -> Iterator[ExecutionGraph]:
     for case in cases:
         try:
-            yield _graph(pattern, keep, case)
+            yield _graph(pattern, keep, case, fused)
         except TypeMismatch:
             continue  # these sizes do not fit this pattern
 
 
-def _graph(pattern: Sequence[Call], keep: Sequence[str], case: Sizes) -> ExecutionGraph:
+def _graph(pattern: Sequence[Call], keep: Sequence[str], case: Sizes, fused: type[OpNode] | None) -> ExecutionGraph:
     g = GraphWriter("pattern", level="kernel", stage=None, dtype="f64")
     values: dict[str, TensorRef] = {}
+    read = {name for call in pattern for name in call.operands.values()}
+    known_dims: dict[str, Any] = {}
+    for operand, declared in fused.input_types.items() if fused is not None else ():
+        type_ = _type(declared, known_dims, case)
+        if operand in read:
+            values[operand] = g.input(operand, type_.dtype, *type_.shape)
     for call in pattern:
-        attrs = {**call.attrs, **{attr: int(case.get(dim, 4)) for attr, dim in call.sizes.items()}}
+        attrs = {**call.attrs, **{attr: _size(formula, case) for attr, formula in call.sizes.items()}}
         known = {operand: values[name].type for operand, name in call.operands.items() if name in values}
         env: dict[str, Any] = {attr: attrs[attr] for attr in call.sizes}
         bind(call.op.input_types, known, env, op=call.op.op)
@@ -97,6 +106,12 @@ def _graph(pattern: Sequence[Call], keep: Sequence[str], case: Sizes) -> Executi
         values |= zip(call.results, g.emit(call.op, inputs, attrs, call.results), strict=True)
     kept = keep or pattern[-1].results
     return g.finish([values[name] for name in kept])
+
+
+def _size(formula: str, case: Sizes) -> int:
+    """The value of a size attribute; dims without a size have 4 elements."""
+    dim = parse_dim(formula)
+    return int(str(evaluate(dim, {symbol: int(case.get(symbol, 4)) for symbol in free_symbols(dim)})))
 
 
 def _type(pattern: TypePattern, env: dict[str, Any], case: Sizes) -> TensorType:

@@ -6,12 +6,38 @@ from typing import Any
 
 from ..kernels.reference import KERNELS
 from ..ops.activation import Gelu, GeluMul, GeluTanh, GeluTanhMul, SiluMul
-from ..ops.comm import AllReduce
+from ..ops.comm import AllReduce, AllreduceAddRmsNorm
 from ..ops.elementwise import Add, Scale, SoftCap
 from ..ops.kv import KvStore
-from ..ops.linear import Linear, LmHead, LmHeadScale, LmHeadSoftCap
-from ..ops.norm import LayerNorm, RmsNorm, RmsNorm1p, RmsNormWide
+from ..ops.linear import (
+    Linear,
+    LinearAdd,
+    LinearGelu,
+    LinearGeluMul,
+    LinearGeluTanh,
+    LinearGeluTanhMul,
+    LinearSiluMul,
+    LmHead,
+    LmHeadSample,
+    LmHeadScale,
+    LmHeadScaleSample,
+    LmHeadSoftCap,
+    LmHeadSoftCapSample,
+)
+from ..ops.norm import (
+    FusedAddLayerNorm,
+    FusedAddRmsNorm,
+    FusedAddRmsNorm1p,
+    FusedAddRmsNormWide,
+    FusedNormAddNorm1p,
+    FusedRmsNormWideAdd,
+    LayerNorm,
+    RmsNorm,
+    RmsNorm1p,
+    RmsNormWide,
+)
 from ..ops.position import Rope, RopeInterleaved
+from ..ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
 from ..ops.sampling import Sample
 from ..ops.views import SplitQkv
 from ..passes.fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseSampling
@@ -61,7 +87,16 @@ def test_allreduce_add_rms_norm() -> None:
     )
     cases: list[dict[str, Any]] = []
     kernels = KERNELS
-    check_rule(FuseCollective, "allreduce_add_rms_norm", pattern, keep, cases, kernels, exact=True, optional=("w",))
+    check_rule(
+        FuseCollective,
+        "allreduce_add_rms_norm",
+        pattern,
+        keep,
+        cases,
+        kernels,
+        fused=AllreduceAddRmsNorm,
+        optional=("w",),
+    )
 
 
 # specs/passes/fusion.yaml: fuse_norm
@@ -108,7 +143,7 @@ def test_fused_norm_add_norm_1p() -> None:
     )
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = KERNELS
-    check_rule(FuseNorm, "fused_norm_add_norm_1p", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseNorm, "fused_norm_add_norm_1p", pattern, keep, cases, kernels, fused=FusedNormAddNorm1p)
 
 
 # specs/passes/fusion.yaml: fuse_norm
@@ -143,7 +178,7 @@ def test_fused_add_rms_norm() -> None:
     )
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = KERNELS
-    check_rule(FuseNorm, "fused_add_rms_norm", pattern, keep, cases, kernels, exact=True, optional=("w",))
+    check_rule(FuseNorm, "fused_add_rms_norm", pattern, keep, cases, kernels, fused=FusedAddRmsNorm, optional=("w",))
 
 
 # specs/passes/fusion.yaml: fuse_norm
@@ -178,7 +213,7 @@ def test_fused_add_rms_norm_wide() -> None:
     )
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = KERNELS
-    check_rule(FuseNorm, "fused_add_rms_norm_wide", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseNorm, "fused_add_rms_norm_wide", pattern, keep, cases, kernels, fused=FusedAddRmsNormWide)
 
 
 # specs/passes/fusion.yaml: fuse_norm
@@ -213,7 +248,7 @@ def test_fused_add_rms_norm_1p() -> None:
     )
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = KERNELS
-    check_rule(FuseNorm, "fused_add_rms_norm_1p", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseNorm, "fused_add_rms_norm_1p", pattern, keep, cases, kernels, fused=FusedAddRmsNorm1p)
 
 
 # specs/passes/fusion.yaml: fuse_norm
@@ -245,7 +280,7 @@ def test_fused_rms_norm_wide_add() -> None:
     keep = ("h",)
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = KERNELS
-    check_rule(FuseNorm, "fused_rms_norm_wide_add", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseNorm, "fused_rms_norm_wide_add", pattern, keep, cases, kernels, fused=FusedRmsNormWideAdd)
 
 
 # specs/passes/fusion.yaml: fuse_norm
@@ -288,7 +323,7 @@ def test_fused_add_layer_norm() -> None:
         keep,
         cases,
         kernels,
-        exact=True,
+        fused=FusedAddLayerNorm,
         optional=(
             "bias",
             "w",
@@ -364,7 +399,7 @@ def test_qk_rope_kv_store() -> None:
     )
     cases: list[dict[str, Any]] = []
     kernels = KERNELS
-    check_rule(FuseQk, "qk_rope_kv_store", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseQk, "qk_rope_kv_store", pattern, keep, cases, kernels, fused=QkRopeKvStore)
 
 
 # specs/passes/fusion.yaml: fuse_qk
@@ -435,7 +470,7 @@ def test_qk_rope_interleaved_kv_store() -> None:
     )
     cases: list[dict[str, Any]] = []
     kernels = KERNELS
-    check_rule(FuseQk, "qk_rope_interleaved_kv_store", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseQk, "qk_rope_interleaved_kv_store", pattern, keep, cases, kernels, fused=QkRopeInterleavedKvStore)
 
 
 # specs/passes/fusion.yaml: fuse_qk
@@ -530,7 +565,7 @@ def test_qk_norm_rope_kv_store() -> None:
     )
     cases: list[dict[str, Any]] = []
     kernels = KERNELS
-    check_rule(FuseQk, "qk_norm_rope_kv_store", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseQk, "qk_norm_rope_kv_store", pattern, keep, cases, kernels, fused=QkNormRopeKvStore)
 
 
 # specs/passes/fusion.yaml: fuse_qk
@@ -625,7 +660,7 @@ def test_qk_norm_1p_rope_kv_store() -> None:
     )
     cases: list[dict[str, Any]] = []
     kernels = KERNELS
-    check_rule(FuseQk, "qk_norm_1p_rope_kv_store", pattern, keep, cases, kernels, exact=True)
+    check_rule(FuseQk, "qk_norm_1p_rope_kv_store", pattern, keep, cases, kernels, fused=QkNorm1pRopeKvStore)
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -655,7 +690,7 @@ def test_linear_silu_mul() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "I": 1}, {"R": [2, 3], "K": 65, "I": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_silu_mul", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+    check_rule(FuseEpilogue, "linear_silu_mul", pattern, keep, cases, kernels, fused=LinearSiluMul, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -685,7 +720,7 @@ def test_linear_gelu_mul() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "I": 1}, {"R": [2, 3], "K": 65, "I": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_gelu_mul", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+    check_rule(FuseEpilogue, "linear_gelu_mul", pattern, keep, cases, kernels, fused=LinearGeluMul, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -715,7 +750,9 @@ def test_linear_gelu_tanh_mul() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "I": 1}, {"R": [2, 3], "K": 65, "I": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_gelu_tanh_mul", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+    check_rule(
+        FuseEpilogue, "linear_gelu_tanh_mul", pattern, keep, cases, kernels, fused=LinearGeluTanhMul, optional=("bias",)
+    )
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -745,7 +782,7 @@ def test_linear_gelu() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "N": 1}, {"R": [2, 3], "K": 65, "N": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_gelu", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+    check_rule(FuseEpilogue, "linear_gelu", pattern, keep, cases, kernels, fused=LinearGelu, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -775,7 +812,9 @@ def test_linear_gelu_tanh() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "N": 1}, {"R": [2, 3], "K": 65, "N": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_gelu_tanh", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+    check_rule(
+        FuseEpilogue, "linear_gelu_tanh", pattern, keep, cases, kernels, fused=LinearGeluTanh, optional=("bias",)
+    )
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -806,7 +845,7 @@ def test_linear_add() -> None:
     keep = ("y",)
     cases: list[dict[str, Any]] = [{"R": 1, "K": 1, "N": 1}, {"R": [2, 3], "K": 65, "N": 33}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "linear_add", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+    check_rule(FuseEpilogue, "linear_add", pattern, keep, cases, kernels, fused=LinearAdd, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -830,7 +869,7 @@ def test_lm_head_scale() -> None:
             },
             ("logits",),
             {
-                "factor": 1.0,
+                "factor": 1.25,
             },
             {},
         ),
@@ -838,7 +877,7 @@ def test_lm_head_scale() -> None:
     keep = ("logits",)
     cases: list[dict[str, Any]] = [{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "lm_head_scale", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+    check_rule(FuseEpilogue, "lm_head_scale", pattern, keep, cases, kernels, fused=LmHeadScale, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_epilogue
@@ -862,7 +901,7 @@ def test_lm_head_soft_cap() -> None:
             },
             ("logits",),
             {
-                "cap": 1.0,
+                "cap": 1.25,
             },
             {},
         ),
@@ -870,7 +909,7 @@ def test_lm_head_soft_cap() -> None:
     keep = ("logits",)
     cases: list[dict[str, Any]] = [{"S": 1, "H": 8, "V": 3}, {"S": 5, "H": 33, "V": 101}]
     kernels = KERNELS
-    check_rule(FuseEpilogue, "lm_head_soft_cap", pattern, keep, cases, kernels, exact=True, optional=("bias",))
+    check_rule(FuseEpilogue, "lm_head_soft_cap", pattern, keep, cases, kernels, fused=LmHeadSoftCap, optional=("bias",))
 
 
 # specs/passes/fusion.yaml: fuse_sampling
@@ -915,7 +954,7 @@ def test_lm_head_sample() -> None:
         keep,
         cases,
         kernels,
-        exact=True,
+        fused=LmHeadSample,
         optional=(
             "bias",
             "min_p",
@@ -939,7 +978,7 @@ def test_lm_head_scale_sample() -> None:
             },
             ("logits",),
             {
-                "factor": 1.0,
+                "factor": 1.25,
             },
             {},
         ),
@@ -971,7 +1010,7 @@ def test_lm_head_scale_sample() -> None:
         keep,
         cases,
         kernels,
-        exact=True,
+        fused=LmHeadScaleSample,
         optional=(
             "bias",
             "min_p",
@@ -995,7 +1034,7 @@ def test_lm_head_soft_cap_sample() -> None:
             },
             ("logits",),
             {
-                "cap": 1.0,
+                "cap": 1.25,
             },
             {},
         ),
@@ -1027,7 +1066,7 @@ def test_lm_head_soft_cap_sample() -> None:
         keep,
         cases,
         kernels,
-        exact=True,
+        fused=LmHeadSoftCapSample,
         optional=(
             "bias",
             "min_p",

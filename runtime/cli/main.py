@@ -71,7 +71,9 @@ def lint(
 def new(
     kind: Annotated[Literal["op", "model", "pass"], typer.Argument(help="The kind of the new entry.")],
     name: Annotated[str, typer.Argument(help="Its name, in snake_case.")],
-    specs: Annotated[Path | None, typer.Option(help="The spec folder for it (default: the package's).")] = None,
+    specs: Annotated[
+        Path | None, typer.Option(help="The spec folder for it (default: that of a checkout, else my_specs here).")
+    ] = None,
 ) -> None:
     """Add a new op, model or pass: an entry that generates and passes its tests."""
     from sageLLM.codegen.commands import new_entry
@@ -174,6 +176,9 @@ def run(
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Length of the longest sequence, in tokens.")] = None,
+    async_scheduling: Annotated[
+        bool, typer.Option(help="Plan each step while the one before it runs; the answers do not depend on it.")
+    ] = True,
     plugins: Plugins = None,
     json: Json = False,
 ) -> None:
@@ -189,6 +194,7 @@ def run(
         pd=pd,
         dtype=dtype,
         kernels=kernels,
+        async_scheduling=async_scheduling,
         max_model_len=max_model_len,
         plugins=plugins or [],
         as_json=json,
@@ -199,14 +205,29 @@ def run(
 @app.command()
 def simulate(
     trace: Annotated[Path | None, typer.Option(help="Azure csv, Mooncake jsonl, or JSON pairs of lengths.")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Skip invalid rows of the trace, and print their number.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare with the times that a serving timeline records.")
+    ] = False,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="strict, time_share, hybrid, vllm or auto; can be repeated (default: all)."),
+        typer.Option(help="strict, prefill_first, time_share, hybrid, vllm or auto; can be repeated (default: all)."),
     ] = None,
     model: Annotated[str, typer.Option(help="A config.json, or the name of a model in --profile.")] = "config.json",
-    hardware: Annotated[str, typer.Option(help="A device of specs/hardware.")] = "h100",
-    tp: Annotated[int, typer.Option(min=1, help="Devices per worker (tensor parallelism).")] = 1,
+    hardware: Annotated[
+        str | None, typer.Option(help="A device of specs/hardware (default: h100; with --profile none).")
+    ] = None,
     profile: Annotated[Path | None, typer.Option(help="Measured latencies to use instead of the roofline.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Devices per worker (tensor parallelism).")] = 1,
+    prefill_tp: Annotated[
+        int | None, typer.Option(min=1, help="Devices per prefill worker of strict mode (default: --tp).")
+    ] = None,
+    decode_tp: Annotated[
+        int | None, typer.Option(min=1, help="Devices per decode worker of strict mode (default: --tp).")
+    ] = None,
+    pp: Annotated[int, typer.Option(min=1, help="Stages per worker, each of --tp devices (pipeline parallelism).")] = 1,
     rate: Annotated[
         float | None, typer.Option(help="Requests per second of a Poisson process (default: the trace's times).")
     ] = None,
@@ -228,9 +249,35 @@ def simulate(
     decode_workers: Annotated[
         int, typer.Option(min=0, help="Decode workers of strict mode; the other modes use the total.")
     ] = 1,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Prompt tokens per hybrid step.")] = 512,
-    max_prefill_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prefill step.")] = 4096,
+    chunk_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompt tokens per hybrid step (default: 512); one row for each.")
+    ] = None,
+    max_prefill_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens per prefill step, and per step of vllm.")
+    ] = 4096,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Requests per step.")] = 256,
+    max_consecutive_decodes: Annotated[
+        int, typer.Option(min=0, help="Decode steps of time_share before a waiting prefill.")
+    ] = 4,
+    max_decode_context: Annotated[
+        int | None, typer.Option(min=1, help="Sum of the context lengths in a decode step (default: unbounded).")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt and answer together (default: unbounded).")
+    ] = None,
+    long_prefill_threshold: Annotated[
+        int, typer.Option(min=0, help="vllm: prompt tokens of one request per step (0: no limit).")
+    ] = 0,
+    full_sequence_gate: Annotated[
+        bool, typer.Option(help="vllm: admit a request only if KV blocks are free for all its tokens so far.")
+    ] = True,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse KV of equal prefixes, which include those of preempted requests.")
+    ] = True,
+    step_overhead_us: Annotated[
+        float, typer.Option(min=0, help="Microseconds per step for which the device waits for the scheduler.")
+    ] = 0.0,
+    request_overhead_us: Annotated[float, typer.Option(min=0, help="The same for each request of the step.")] = 0.0,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
     num_blocks: Annotated[
         int | None, typer.Option(min=1, help="KV blocks per worker (default: all that fit the device).")
@@ -238,16 +285,22 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Simulate a trace of requests in the scheduler's modes and compare them; requires no device and no weights."""
-    from sageLLM.runtime.cli.simulate import SimulateRequest, run_simulation
+    from sageLLM.runtime.cli.simulate import run_simulation
+    from sageLLM.runtime.cli.simulate_request import SimulateRequest
     from sageLLM.runtime.sim.metrics import Slo
 
     request = SimulateRequest(
         trace=trace,
+        skips_bad_rows=skip_bad_rows,
+        compares=compare,
         modes=mode or [],
         model=model,
         hardware=hardware,
-        tensor_parallel_size=tp,
         profile=profile,
+        tensor_parallel_size=tp,
+        prefill_tp=prefill_tp,
+        decode_tp=decode_tp,
+        pipeline_depth=pp,
         rate=rate,
         num_requests=num_requests,
         prompt=prompt,
@@ -256,9 +309,17 @@ def simulate(
         slo=Slo(slo_ttft, slo_tpot),
         num_prefill=prefill_workers,
         num_decode=decode_workers,
-        chunk_size=chunk_size,
+        chunk_sizes=chunk_size or [512],
         max_prefill_tokens=max_prefill_tokens,
         max_batch_size=max_batch_size,
+        max_consecutive_decodes=max_consecutive_decodes,
+        max_decode_context=max_decode_context,
+        max_model_len=max_model_len,
+        long_prefill_threshold=long_prefill_threshold,
+        full_sequence_gate=full_sequence_gate,
+        prefix_caching=prefix_caching,
+        step_overhead_us=step_overhead_us,
+        request_overhead_us=request_overhead_us,
         block_size=block_size,
         num_blocks=num_blocks,
         as_json=json,

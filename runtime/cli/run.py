@@ -29,6 +29,7 @@ class RunRequest:
     max_model_len: int | None
     plugins: Sequence[Path]
     as_json: bool
+    async_scheduling: bool = True
 
 
 def run_prompts(request: RunRequest) -> int:
@@ -42,6 +43,7 @@ def run_prompts(request: RunRequest) -> int:
             scheduler=PDSchedulerConfig(mode=request.pd),
             max_model_len=request.max_model_len,
             plugins=request.plugins,
+            async_scheduling=request.async_scheduling,
         )
         print(llm.kv_cache_size, file=sys.stderr)
         outputs = llm.generate(list(request.prompts), params)

@@ -160,7 +160,7 @@ class SharedEngine:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keeps steps from running in the block, for other work on the model; waits for the step that is running."""
+        """Keeps steps from running in the block, for other work on the model; waits for those that are running."""
         with held_interrupts():
             with self._changed:
                 self._num_exclusive += 1  # takes precedence over a caller that runs one step after another
@@ -169,6 +169,8 @@ class SharedEngine:
                 self._num_exclusive -= 1
                 self._is_busy = True
             try:
+                if self._engine is not None:
+                    self._engine.wait()
                 yield
             finally:
                 self._end_turn()

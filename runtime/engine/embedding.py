@@ -15,13 +15,13 @@ from sageLLM.runtime.engine.faults import NOT_FINITE_REMEDY
 from sageLLM.runtime.engine.kv_pool import KVPool, make_pool
 from sageLLM.runtime.engine.requests import validate_prompt
 from sageLLM.runtime.engine.step_inputs import StepInputs
+from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
 from sageLLM.runtime.errors import PromptError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.loader.model import Model
-from sageLLM.runtime.scheduler.base import Chunk, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Embedder:
         self.model, self.compiler = model, compiler
         self.max_tokens, self.block_size = max_tokens, block_size
         max_blocks = -(-model.max_model_len // block_size)
-        self._inputs = StepInputs(block_size, max_blocks, model.device, model.tables)
+        self._inputs = StepInputs(block_size, max_blocks, model.device)
         self._pool: KVPool | None = None
         self._graphs: dict[tuple[Pooling, bool], ExecutionGraph] = {}
         self._plans: dict[tuple[Pooling, bool], Runnable] = {}
@@ -142,23 +142,20 @@ class Embedder:
             self._plans[key] = self.compiler.plan(self._graphs[key], self._bound())
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         device = self.model.device
-        inputs = self._inputs.make(None, chunks, range(num_tokens))
+        inputs = self._inputs.make([], chunks, range(num_tokens))
         types = [one for prompt in step for one in prompt.type_ids or [0] * len(prompt.token_ids)]
         inputs["type_ids"] = torch.tensor(types, dtype=torch.int32, device=device)
         return self._plans[key].run(inputs)[0]
 
-    def _chunks(self, step: Sequence[EmbeddingInput]) -> tuple[list[Chunk], int]:
+    def _chunks(self, step: Sequence[EmbeddingInput]) -> tuple[list[SequenceChunk], int]:
         """Every prompt as one chunk with separate blocks, and the number of blocks in all."""
-        chunks: list[Chunk] = []
+        chunks: list[SequenceChunk] = []
         first = 0
         for number, prompt in enumerate(step):
             count = len(prompt.token_ids)
-            # The request is never scheduled; it only carries the tokens and the block table to StepInputs.
-            request = Request(str(number), list(prompt.token_ids), max_new_tokens=1)
-            request.is_long = self.model.tables.is_long(count)
-            request.kv_block_ids = list(range(first, first + -(-count // self.block_size)))
-            first += len(request.kv_block_ids)
-            chunks.append(Chunk(request, 0, count, is_last=True))
+            blocks = list(range(first, first + -(-count // self.block_size)))
+            first += len(blocks)
+            chunks.append(SequenceChunk(WorkerSequence(str(number), prompt.token_ids, block_ids=blocks), 0, count))
         return chunks, first
 
     def _grow_pool(self, num_blocks: int) -> None:

@@ -68,6 +68,8 @@ class LLM:
     max_new_tokens of the checkpoint's generation_config.json, as in vLLM; "vllm" takes the defaults of SamplingParams,
     and a folder the file there.
 
+    `async_scheduling` plans each step while the one before it runs; the answers are the same without.
+
     `objective` is the service level that the scheduler's mode "auto" optimises for.
 
     Raises CheckpointError, TokenizerError or PluginError for a folder that cannot be served, with the file and the
@@ -94,6 +96,7 @@ class LLM:
         disable_passes: Sequence[str] = (),
         skip_tokenizer: bool = False,
         generation_config: str | Path = "auto",
+        async_scheduling: bool = True,
     ) -> None:
         folder = Path(model)
         self._sampling_defaults = sampling_defaults(folder, generation_config)
@@ -140,6 +143,7 @@ class LLM:
                 disk_folder=None if disk_folder is None else Path(disk_folder),
                 objective=objective,
                 eos_token_ids=read_eos_ids(folder),
+                async_scheduling=async_scheduling,
             )
         self.shared = SharedEngine(self._engine)
         self._embedder = Embedder(

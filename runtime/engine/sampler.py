@@ -38,7 +38,7 @@ DRAW_BLOCK_LEN = 256
 
 @dataclass(slots=True)
 class SequenceSampling:
-    """Sampling state of one sequence. The engine owns both token lists and appends each new token.
+    """Sampling state of one sequence. The worker owns both token lists and appends each new token.
 
     `stop_ids` are banned until `params.min_tokens` tokens are generated: stop ids and, unless they are ignored, the
     end-of-sequence ids. `answer_index` distinguishes the `n` answers of one request, so that they draw differently from
@@ -50,13 +50,14 @@ class SequenceSampling:
     output_token_ids: list[int] = field(default_factory=list)
     stop_ids: Sequence[int] = ()
     answer_index: int = 0
-    seed: int = field(init=False)
+    seed: int | None = None
     is_plain_greedy: bool = field(init=False)
     """Whether the graph's argmax is the answer: the logits are not adjusted and no log-probabilities are requested."""
 
     def __post_init__(self) -> None:
         params = self.params
-        self.seed = params.seed if params.seed is not None else secrets.randbits(63)
+        if self.seed is None:
+            self.seed = choose_seed(params)
         adjusts = params.has_penalties or bool(params.logit_bias)
         self.is_plain_greedy = params.is_greedy and params.logprobs is None and not (adjusts or self.stop_ids)
 
@@ -69,6 +70,11 @@ class SequenceSampling:
         key = struct.pack("<qqq", self.seed, self.answer_index, len(self.output_token_ids))
         bits = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return (bits >> 11) * 2.0**-53  # a float64 holds 53 bits exactly, so the result cannot round up to 1
+
+
+def choose_seed(params: SamplingParams) -> int:
+    """The seed of the parameters, or a random one."""
+    return params.seed if params.seed is not None else secrets.randbits(63)
 
 
 class SamplingBatch:
@@ -307,18 +313,13 @@ def score_tokens(logits_RV: Tensor, token_ids: Tensor, num_top: int) -> ScoredTo
     )
 
 
-def prompt_logprobs(
-    logits_RV: Tensor, next_token_ids: Sequence[int], num_top: int, decodes: Sequence[Callable[[int], str]]
-) -> list[dict[int, Logprob]]:
+def score_prompt(logits_RV: Tensor, next_token_ids: Sequence[int], num_top: int) -> ScoredTokens:
     """The log-probabilities at each row; `next_token_ids[r]` is the prompt token after row r.
-
-    `decodes[r]` returns the text of a token after row r.
 
     A whole prompt of P tokens has P-1 rows; the caller puts None before them for the first token. Chunks of a prompt
     can be scored one after another.
     """
-    scored = score_tokens(logits_RV, _rows(next_token_ids, logits_RV), num_top)
-    return [scored.as_dict(row, num_top, decode) for row, decode in enumerate(decodes)]
+    return score_tokens(logits_RV, _rows(next_token_ids, logits_RV), num_top)
 
 
 def _score_sampled(raw_BV: Tensor, token_ids_B: Tensor, batch: SamplingBatch) -> dict[int, ScoredTokens]:

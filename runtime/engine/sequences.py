@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from torch import Tensor
-
 from sageLLM.runtime.engine.faults import log_end, reraise_unless_attributable
+from sageLLM.runtime.engine.orders import NewSequence
 from sageLLM.runtime.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from sageLLM.runtime.engine.sampler import SequenceSampling, prompt_logprobs
+from sageLLM.runtime.engine.sampler import ScoredTokens, choose_seed
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import Chunk, Request
 from sageLLM.runtime.text.detokenizer import Decoder
@@ -28,12 +27,13 @@ class TokenText(Protocol):
 
 @dataclass(slots=True)
 class Sequence:
-    """One of the `n` answers to a request: the scheduler's request with its sampling state and its text."""
+    """One of the `n` answers to a request: the scheduler's request with its seed and its text."""
 
     index: int
     group: "RequestGroup" = field(repr=False)
     request: Request
-    sampling: SequenceSampling
+    seed: int
+    banned_token_ids: list[int]
     text: SequenceText
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
 
@@ -47,6 +47,19 @@ class Sequence:
         ids = self.request.output_token_ids[-NUM_LAST_TOKENS:]
         missing = NUM_LAST_TOKENS - len(ids)
         return [*self.request.prompt_token_ids[-missing:], *ids] if missing else ids
+
+    def as_order(self) -> NewSequence:
+        """The message that makes the sequence known to a worker, with all tokens so far."""
+        request = self.request
+        return NewSequence(
+            request.request_id,
+            request.prompt_token_ids,
+            list(request.output_token_ids),
+            self.group.params,
+            self.seed,
+            self.index,
+            self.banned_token_ids,
+        )
 
     def abort(self, reason: str) -> None:
         """Ends the answer with the tokens and the text so far."""
@@ -69,7 +82,7 @@ class Sequence:
         self.text.append(token_id)
 
     def output(self) -> CompletionOutput:
-        has_logprobs = self.sampling.params.logprobs is not None
+        has_logprobs = self.group.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
             text=self.text.text,
@@ -115,13 +128,12 @@ class RequestGroup:
         end = min(chunk.start + chunk.num_tokens, len(self.prompt_token_ids) - 1)
         return [position for position in range(chunk.start, end) if position + 1 not in self.scored]
 
-    def score_prompt(self, positions: list[int], logits_RV: Tensor, token_text: TokenText) -> None:
-        """Records the log-probabilities of the prompt tokens after `positions`, from the logits of those positions."""
+    def score_prompt(self, positions: list[int], scored: ScoredTokens, token_text: TokenText) -> None:
+        """Records the log-probabilities of the prompt tokens after `positions`."""
         ids, num_top = self.prompt_token_ids, self.params.prompt_logprobs or 0
-        following = [ids[position + 1] for position in positions]
-        lefts = (ids[max(0, position + 1 - NUM_LAST_TOKENS) : position + 1] for position in positions)
-        entries = prompt_logprobs(logits_RV, following, num_top, [partial(token_text, before=left) for left in lefts])
-        self.scored |= {position + 1: entry for position, entry in zip(positions, entries, strict=True)}
+        for row, position in enumerate(positions):
+            left = ids[max(0, position + 1 - NUM_LAST_TOKENS) : position + 1]
+            self.scored[position + 1] = scored.as_dict(row, num_top, partial(token_text, before=left))
 
     def output(self) -> RequestOutput:
         scored = None
@@ -146,14 +158,11 @@ def make_group(
     params: SamplingParams,
     rules: StopRules,
     decoder: Decoder | None,
-    salt: str = "",
 ) -> RequestGroup:
-    """The group of a checked request with its `n` sequences; all but the first are forks of the first.
-
-    Only requests of equal `salt` share cached KV.
-    """
+    """The group of a checked request with its `n` sequences; all but the first are forks of the first."""
     group = RequestGroup(group_id, prompt, tuple(token_ids), params, RequestMetrics(arrival_time=time.monotonic()))
     first: Request | None = None
+    seed = choose_seed(params)
     for index in range(params.n):
         scores_prompt = index == 0 and params.prompt_logprobs is not None
         request = Request(
@@ -166,11 +175,10 @@ def make_group(
             arrival_time=group.metrics.arrival_time,
             # Scoring needs the logits of every prompt position. A unique salt prevents prefix cache hits, which would
             # skip them.
-            salt=f"prompt_logprobs {group_id}" if scores_prompt else salt,
+            salt=f"prompt_logprobs {group_id}" if scores_prompt else "",
             fork_of=first,
         )
         first = first or request
-        sampling = SequenceSampling(params, token_ids, request.output_token_ids, rules.banned_before_min_tokens, index)
         text = SequenceText(decoder, rules, params.skip_special_tokens, token_ids)
-        group.sequences.append(Sequence(index, group, request, sampling, text))
+        group.sequences.append(Sequence(index, group, request, seed, list(rules.banned_before_min_tokens), text))
     return group

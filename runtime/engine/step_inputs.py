@@ -1,4 +1,4 @@
-"""Builds the input tensors of a step's graph from the scheduler's plan, in buffers that are reused.
+"""Builds the input tensors of a step's graph from the sequences of the step, in buffers that are reused.
 
 Rows are tokens: the decodes first, then the tokens of each chunk. Names and types are those of `specs/inputs.yaml`.
 While the same requests decode, positions and slots are computed as arrays and block tables are kept; only a request
@@ -8,13 +8,13 @@ that begins a block gets a new entry.
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from sageLLM.runtime.loader.tables import Ints, PositionTables
-from sageLLM.runtime.scheduler.base import Batch, Chunk, Request
-from sageLLM.runtime.scheduler.batch import DecodeStepBatch
+from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
 
 Inputs = dict[str, torch.Tensor | None]
+Ints = npt.NDArray[np.int32]
 TOKEN_COLUMNS = ("ids", "pos", "slots", "rows")
 SEQUENCE_COLUMNS = ("seq_lens", "q_start")
 MAX_KEPT_VIEWS = 256
@@ -25,88 +25,75 @@ class StepInputs:
 
     `max_blocks` is the length of the longest possible block table and the width of every row, so that the table's shape
     depends on the number of sequences only: plans and CUDA graphs are reused as contexts grow.
-
-    `pos` are rows of `tables`, which differ from the positions of a sequence where its length changes the rotation.
     """
 
-    def __init__(self, block_size: int, max_blocks: int, device: torch.device, tables: PositionTables) -> None:
+    def __init__(self, block_size: int, max_blocks: int, device: torch.device) -> None:
         self._block_size, self._max_blocks, self._device = block_size, max_blocks, device
-        self._tables = tables
-        self._offsets: list[int] | None = None
-        self._first: Ints = np.zeros(0, np.int32)
-        self._last_offset = 0
-        self._shift: Ints | None = None
+        self._decodes: list[WorkerSequence] | None = None
+        self._next_positions: Ints = np.zeros(0, np.int32)
         self._views: dict[tuple[int, int, int], Inputs] = {}
         self._num_tokens = self._num_sequences = 0
         self._reserve(1, 1)
 
-    def make(self, decodes: Batch | None, chunks: Sequence[Chunk], rows: Sequence[int]) -> Inputs:
-        """The inputs of a step with these decodes and chunks; `rows` are the token rows that need logits."""
-        num_decodes = 0 if decodes is None else len(decodes.requests)
+    def make(self, decodes: list[WorkerSequence], chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Inputs:
+        """The inputs of a step with these decodes and chunks; `rows` are the token rows that need logits.
+
+        If `decodes` is the list of the step before, each of its sequences must have one more token than then.
+        """
+        num_decodes = len(decodes)
         num_tokens = num_decodes + sum(chunk.num_tokens for chunk in chunks)
         num_sequences = num_decodes + len(chunks)
         self._reserve(max(num_tokens, len(rows)), num_sequences)
-        if decodes is not None:
-            assert isinstance(decodes, DecodeStepBatch), "the scheduler plans decodes as one DecodeStepBatch"
+        if decodes:
             self._put_decodes(decodes)
         else:
-            self._offsets = None  # the chunks overwrite the rows of the last decodes
+            self._decodes = None  # the chunks overwrite the rows of the last decodes
         token = num_decodes
-        if chunks:
-            self._tables.begin_step()
         for sequence, chunk in enumerate(chunks, start=num_decodes):
             self._put_chunk(chunk, sequence, token)
             token += chunk.num_tokens
         self._rows[: len(rows)] = rows
         return self._inputs(num_tokens, num_sequences, len(rows))
 
-    def _put_decodes(self, batch: DecodeStepBatch) -> None:
-        n, size = len(batch.requests), self._block_size
-        # The scheduler keeps one list of offsets while the same requests decode, so its identity is the test for that.
-        if batch.offsets is not self._offsets:
-            self._start_decodes(batch)
-        positions = np.add(self._first, batch.tick, out=self._pos[:n])
+    def _put_decodes(self, decodes: list[WorkerSequence]) -> None:
+        n, size = len(decodes), self._block_size
+        if decodes is not self._decodes:
+            self._start_decodes(decodes)
+        self._pos[:n] = positions = self._next_positions
         blocks, offsets = np.divmod(positions, size)
         for i in np.flatnonzero(offsets == 0).tolist():
-            self._block_table[i, blocks[i]] = batch.requests[i].kv_block_ids[blocks[i]]
-        self._ids[:n] = [_last_token(request) for request in batch.requests]
+            self._block_table[i, blocks[i]] = decodes[i].block_ids[blocks[i]]
+        self._ids[:n] = [sequence.last_token_id for sequence in decodes]
         self._slots[:n] = self._block_table[self._counts[:n], blocks] * size + offsets
-        np.add(positions, 1, out=self._seq_lens[:n])
+        positions += 1
+        self._seq_lens[:n] = positions
         self._q_start[: n + 1] = self._counts[: n + 1]
-        self._tables.fill(self._last_offset + batch.tick + 1)
-        if self._shift is not None:
-            positions += self._shift
 
-    def _start_decodes(self, batch: DecodeStepBatch) -> None:
-        """Takes positions and block tables of requests that differ from those of the last decode step."""
-        self._offsets = batch.offsets
-        self._first = np.array(batch.offsets, np.int32)
-        self._last_offset = max(batch.offsets)
-        if self._tables.switch_len is not None:
-            self._shift = np.array([self._tables.shift(bool(r.is_long)) for r in batch.requests], np.int32)
-        for i, request in enumerate(batch.requests):
-            self._put_table(i, request)
+    def _start_decodes(self, decodes: list[WorkerSequence]) -> None:
+        """Takes positions and block tables of sequences that differ from those of the last decode step."""
+        self._decodes = decodes
+        self._next_positions = np.array([sequence.num_tokens - 1 for sequence in decodes], np.int32)
+        for i, sequence in enumerate(decodes):
+            self._put_table(i, sequence)
 
-    def _put_chunk(self, chunk: Chunk, sequence: int, token: int) -> None:
+    def _put_chunk(self, chunk: SequenceChunk, sequence: int, token: int) -> None:
         end, size = token + chunk.num_tokens, self._block_size
         last = chunk.start + chunk.num_tokens
-        self._ids[token:end] = chunk_tokens(chunk)
-        positions = np.arange(chunk.start, last, dtype=np.int32)
-        request = chunk.request
-        self._pos[token:end] = self._tables.rows(positions, request.num_prompt_tokens, bool(request.is_long))
+        self._ids[token:end] = chunk.sequence.tokens(chunk.start, last)
+        self._pos[token:end] = np.arange(chunk.start, last)
         self._seq_lens[sequence] = last
         self._q_start[sequence : sequence + 2] = token, end
-        self._put_table(sequence, request)
-        blocks, offsets = np.divmod(positions, size)
+        self._put_table(sequence, chunk.sequence)
+        blocks, offsets = np.divmod(self._pos[token:end], size)
         self._slots[token:end] = self._block_table[sequence, blocks] * size + offsets
 
-    def _put_table(self, sequence: int, request: Request) -> None:
+    def _put_table(self, row: int, sequence: WorkerSequence) -> None:
         """Writes a row of the block table.
 
         The rest of the row keeps block numbers of earlier sequences. Kernels never read them: they stop at seq_lens.
         """
-        blocks = request.kv_block_ids
-        self._block_table[sequence, : len(blocks)] = blocks
+        blocks = sequence.block_ids
+        self._block_table[row, : len(blocks)] = blocks
 
     def _reserve(self, num_tokens: int, num_sequences: int) -> None:
         """Grows the buffers to at least these sizes; those per sequence have one more row, for q_start."""
@@ -118,14 +105,13 @@ class StepInputs:
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(TOKEN_COLUMNS, (self._num_tokens,))
         shapes |= dict.fromkeys(SEQUENCE_COLUMNS, (self._num_sequences + 1,))
         shapes["block_table"] = (self._num_sequences, self._max_blocks)
-        # NumPy's zeros get memory on first use: most sequences are much shorter than a row of the block table.
-        self._tensors = {name: torch.from_numpy(np.zeros(shape, np.int32)) for name, shape in shapes.items()}
+        self._tensors = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
         arrays: dict[str, Ints] = {name: tensor.numpy() for name, tensor in self._tensors.items()}
         self._ids, self._pos, self._slots, self._rows = (arrays[name] for name in TOKEN_COLUMNS)
         self._seq_lens, self._q_start = (arrays[name] for name in SEQUENCE_COLUMNS)
         self._block_table = arrays["block_table"]
         self._counts = np.arange(self._num_sequences + 1, dtype=np.int32)
-        self._offsets = None
+        self._decodes = None
         self._views.clear()
 
     def _inputs(self, num_tokens: int, num_sequences: int, num_rows: int) -> Inputs:
@@ -145,15 +131,3 @@ class StepInputs:
         if self._device.type == "cpu":
             return dict(inputs)
         return {name: None if x is None else x.to(self._device) for name, x in inputs.items()}
-
-
-def chunk_tokens(chunk: Chunk) -> list[int]:
-    """The token ids of a chunk: a range of the request's prompt followed by its outputs."""
-    request, end = chunk.request, chunk.start + chunk.num_tokens
-    split = request.num_prompt_tokens
-    outputs = request.output_token_ids[max(0, chunk.start - split) : max(0, end - split)]
-    return request.prompt_token_ids[chunk.start : min(end, split)] + outputs
-
-
-def _last_token(request: Request) -> int:
-    return (request.output_token_ids or request.prompt_token_ids)[-1]

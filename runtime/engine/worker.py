@@ -1,56 +1,227 @@
-"""A worker: one device with the weights, a KV pool, and one plan per stage."""
+"""A worker: executes step orders on one device, samples, and returns token ids.
 
+An error that belongs to one sequence ends that sequence alone: a failed batch runs again one sequence at a time.
+"""
+
+import itertools
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.model.layout import Stage
-from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.engine.step_inputs import StepInputs
-from sageLLM.runtime.executor.model_compiler import ModelCompiler
-from sageLLM.runtime.executor.native.arena import Arena
-from sageLLM.runtime.executor.planner import Runnable
-from sageLLM.runtime.loader.model import Model
-from sageLLM.runtime.scheduler.base import Batch, Chunk
+from sageLLM.runtime.engine.block_copies import TieredPool
+from sageLLM.runtime.engine.faults import LOG, reason_of, reraise_unless_attributable
+from sageLLM.runtime.engine.model_runner import Logits, ModelRunner
+from sageLLM.runtime.engine.orders import PromptScores, StepOrder, StepResult
+from sageLLM.runtime.engine.sampler import SampledTokens, SamplingBatch, sample, score_prompt
+from sageLLM.runtime.engine.worker_sequences import SequenceChunk, SequenceTable, WorkerSequence
+
+NO_TOKEN = 0
+"""The token of a sequence that has failed, until the engine drops it."""
 
 
-class StepResult(NamedTuple):
-    """Logits f32[S, V] and the graph's greedy tokens i64[S] of the S requested rows."""
+class Batch(NamedTuple):
+    """A batch of a step: sequences that get one token, chunks, and `first_row`, the index of its first new token."""
 
-    logits: Tensor
-    tokens: Tensor
+    decodes: list[WorkerSequence]
+    chunks: list[SequenceChunk]
+    first_row: int = 0
+
+    @property
+    def stage(self) -> Stage:
+        if self.decodes and self.chunks:
+            return "hybrid"
+        return "decode" if self.decodes else "prefill"
+
+    def split(self) -> list["Batch"]:
+        """One batch for each sequence, with the same rows."""
+        parts = [Batch([sequence], [], self.first_row + row) for row, sequence in enumerate(self.decodes)]
+        row = self.first_row + len(self.decodes)
+        for chunk in self.chunks:
+            parts.append(Batch([], [chunk], row))
+            row += len(chunk.samples)
+        return parts
+
+    @property
+    def sampled(self) -> list[WorkerSequence]:
+        """The sequences that get a token, in the order of their rows."""
+        if not self.chunks:
+            return self.decodes
+        return [*self.decodes, *itertools.chain.from_iterable(chunk.samples for chunk in self.chunks)]
 
 
 class Worker:
-    """Runs steps. Graphs are built and optimised once per stage, on first use, with symbolic sizes.
+    """Executes the orders of one role. It owns the device's KV pool and, for the role that decodes, the tiers."""
 
-    All plans share one arena, since only one step runs at a time.
-    """
+    def __init__(self, runner: ModelRunner, tiers: TieredPool | None = None) -> None:
+        self.runner = runner
+        self._tiers = tiers
+        self._sequences = SequenceTable()
+        self._failed: set[str] = set()
 
-    def __init__(self, model: Model, pool: KVPool, compiler: ModelCompiler) -> None:
-        self.model = model
-        self.pool = pool
-        self.compiler = compiler
-        self._bound = {**model.bound_tensors(), **pool.named_tensors()}
-        max_blocks = min(-(-model.max_model_len // pool.block_size), pool.num_blocks)
-        self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device, model.tables)
-        self._arena = Arena()
-        self._plans: dict[Stage, Runnable] = {}
+    def begin(self, order: StepOrder) -> None:
+        """Updates the sequences, and copies KV blocks before the batches run.
 
-    def plan(self, stage: Stage) -> Runnable:
-        """The plan of a stage: the optimised kernel graph, flattened, with weights and caches bound."""
-        if stage not in self._plans:
-            graph = self.compiler.kernel_graph(stage)
-            self._plans[stage] = self.compiler.plan(graph, self._bound, self._arena)
-        return self._plans[stage]
-
-    @torch.inference_mode()
-    def run(self, stage: Stage, decodes: Batch | None, chunks: Sequence[Chunk], rows: Sequence[int]) -> StepResult:
-        """Computes the decodes and the chunks, writes their KV, and returns the logits of the token rows `rows`.
-
-        Token rows number the decodes first and then the tokens of the chunks. The result is valid until the next step.
+        The source of a fork is the partial last block of its parent, which the parent's decode in this step writes to.
+        Copies into the device pool are complete on return, as this step decodes them; copies out to a tier continue in
+        the background until the end of `run`.
         """
-        logits, tokens = self.plan(stage).run(self.step_inputs.make(decodes, chunks, rows))
-        return StepResult(logits, tokens)
+        self._sequences.update(order)
+        self._failed.difference_update(order.dropped)
+        if order.block_copies and self._tiers is not None:
+            self._tiers.copy_blocks(order.block_copies)
+        if order.tier_copies and self._tiers is not None:
+            self._tiers.start(order.tier_copies)
+
+    def run(self, order: StepOrder) -> StepResult:
+        """Computes the tokens of an order that has begun."""
+        batch = Batch(self._sequences.decodes(order), [self._sequences.chunk(chunk) for chunk in order.chunks])
+        result = StepResult([NO_TOKEN] * len(batch.sampled))
+        if self._failed:
+            self._run_one_by_one(batch, result)
+        elif batch.decodes or batch.chunks:
+            self._run(batch, result)
+        if self._tiers is not None:
+            # The copies out to a tier must be complete before the engine frees their source blocks.
+            self._tiers.wait()
+        return result
+
+    def reset(self) -> None:
+        """Drops all sequences, after a step that has raised."""
+        self._sequences.clear()
+        self._failed.clear()
+        try:
+            if self._tiers is not None:
+                self._tiers.wait()  # a copy in the background must not write to blocks that new requests get
+        except Exception:
+            LOG.error("a copy to a swap tier failed", exc_info=True)
+
+    def _run(self, batch: Batch, result: StepResult) -> None:
+        sampled, rows = batch.sampled, list(range(len(batch.decodes)))
+        spans = _add_chunk_rows(batch, rows) if batch.chunks else []
+        try:
+            logits = self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
+        except Exception as error:
+            self._run_failed(batch, result, error)
+            return
+        for chunk, span in spans:
+            self._score_prompt(chunk, logits.values[span], result)
+        if sampled:
+            self._sample(sampled, batch.first_row, logits, result)
+
+    def _run_failed(self, batch: Batch, result: StepResult, error: Exception) -> None:
+        """Computes the sequences of a failed batch alone, so that only those that fail again end.
+
+        Nothing was sampled yet, and computing a token twice writes the same KV to the same slots.
+        """
+        if len(batch.decodes) + len(batch.chunks) == 1:
+            sequence = batch.decodes[0] if batch.decodes else batch.chunks[0].sequence
+            self._fail(sequence, batch.sampled, result, error)
+            return
+        LOG.warning(
+            "a step of %d sequences failed; each runs alone", len(batch.decodes) + len(batch.chunks), exc_info=error
+        )
+        self._run_one_by_one(batch, result)
+
+    def _run_one_by_one(self, batch: Batch, result: StepResult) -> None:
+        for part in batch.split():
+            sequence = part.decodes[0] if part.decodes else part.chunks[0].sequence
+            if sequence.sequence_id in self._failed:  # in an earlier step, which the engine did not know of
+                _append_nothing(part.sampled)
+            else:
+                self._run(part, result)
+
+    def _fail(
+        self, sequence: WorkerSequence, sampled: Sequence[WorkerSequence], result: StepResult, error: BaseException
+    ) -> None:
+        """Reports an error that belongs to a sequence; `sampled` are those that get no token because of it."""
+        reraise_unless_attributable(error)
+        LOG.warning("the step of sequence %s failed", sequence.sequence_id, exc_info=error)
+        self._failed.add(sequence.sequence_id)
+        result.failures[sequence.sequence_id] = reason_of(error)
+        _append_nothing(sampled)
+
+    def _score_prompt(self, chunk: SequenceChunk, logits: Tensor, result: StepResult) -> None:
+        sequence = chunk.sequence
+        assert sequence.sampling is not None, "only generated sequences are scored"
+        try:
+            following = [sequence.prompt_token_ids[position + 1] for position in chunk.scored]
+            scored = score_prompt(logits, following, sequence.sampling.params.prompt_logprobs or 0)
+            result.prompt_scores.append(PromptScores(sequence.sequence_id, list(chunk.scored), scored))
+        except BaseException as error:
+            self._fail(sequence, (), result, error)
+
+    def _sample(self, sequences: list[WorkerSequence], first_row: int, logits: Logits, result: StepResult) -> None:
+        """Samples and appends a token for every sequence; sequence i has row i of the logits."""
+        try:
+            sampled = sample_rows(sequences, logits)
+        except Exception as error:
+            if len(sequences) == 1:
+                self._fail(sequences[0], sequences, result, error)
+                return
+            for row, sequence in enumerate(sequences):  # the draw of a row does not depend on the other rows
+                alone = Logits(logits.values[row : row + 1], logits.greedy_ids[row : row + 1])
+                self._sample([sequence], first_row + row, alone, result)
+            return
+        token_ids: list[int] = sampled.token_ids.tolist()
+        result.token_ids[first_row : first_row + len(sequences)] = token_ids
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            sequence.output_token_ids.append(token_id)
+        for row, scored in sampled.logprobs.items():
+            result.logprobs[first_row + row] = scored
+        result.not_finite += [first_row + row for row in sampled.failed]
+
+
+def _append_nothing(sequences: Sequence[WorkerSequence]) -> None:
+    """Keeps the lengths of sequences that have failed as the engine expects them, until it drops them."""
+    for sequence in sequences:
+        sequence.output_token_ids.append(NO_TOKEN)
+
+
+def _add_chunk_rows(batch: Batch, rows: list[int]) -> list[tuple[SequenceChunk, slice]]:
+    """Appends the token rows with logits that the chunks require to `rows`; returns the spans to score prompts with.
+
+    The rows of samples come first, in the order of `Batch.sampled`.
+    """
+    ends = list(itertools.accumulate((chunk.num_tokens for chunk in batch.chunks), initial=len(rows)))[1:]
+    for chunk, end in zip(batch.chunks, ends, strict=True):
+        rows += [end - 1] * len(chunk.samples)
+    spans = []
+    for chunk, end in zip(batch.chunks, ends, strict=True):
+        if chunk.scored:
+            spans.append((chunk, slice(len(rows), len(rows) + len(chunk.scored))))
+            rows += [end - chunk.num_tokens + position - chunk.start for position in chunk.scored]
+    return spans
+
+
+@cache
+def _counts(size: int) -> npt.NDArray[np.int64]:
+    return np.arange(size)
+
+
+def sample_rows(sequences: Sequence[WorkerSequence], logits: Logits) -> SampledTokens:
+    """Samples a token for every sequence; sequence i has row i of the logits."""
+    states = [sequence.sampling for sequence in sequences if sequence.sampling is not None]
+    is_exact = len(logits.greedy_ids) == len(states)  # else rows follow that score prompts
+    values = logits.values if is_exact else logits.values[: len(states)]
+    if all(state.is_plain_greedy for state in states):
+        return _greedy(values, logits.greedy_ids if is_exact else logits.greedy_ids[: len(states)])
+    with torch.inference_mode():
+        return sample(values, SamplingBatch(states, values.device))
+
+
+def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
+    """The graph's argmax in the sampler's form; rows without a finite maximum have failed."""
+    if logits_BV.device.type == "cpu":
+        # NumPy, because every torch function gives up Python's lock, and the engine's thread would take it now.
+        values, ids = logits_BV.numpy(), token_ids_B.numpy()
+        is_finite = np.isfinite(values[_counts(len(ids)), ids])
+        return SampledTokens(token_ids_B, {}, () if is_finite.all() else tuple(np.flatnonzero(~is_finite).tolist()))
+    best = logits_BV.gather(1, token_ids_B[:, None]).flatten().isfinite()
+    failed = () if best.all() else tuple((~best).nonzero().flatten().tolist())
+    return SampledTokens(token_ids_B, {}, failed)

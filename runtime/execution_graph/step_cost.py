@@ -59,14 +59,25 @@ class RooflineStepCost:
         """Bytes of a token's keys and values on one device, in all layers."""
         return int(self.config.L * self._kept_per_layer * DTYPES[self.dtype])
 
-    def num_kv_blocks(self, block_size: int, memory_share: float = 0.9) -> int:
-        """KV blocks that fit next to the weights in a share of the device's memory; 0 if the weights do not fit."""
-        room = self.hardware.memory_bytes * memory_share - self.weight_bytes
+    def num_kv_blocks(self, block_size: int, memory_share: float = 0.9, pipeline_depth: int = 1) -> int:
+        """KV blocks that fit next to the weights in a share of the device's memory; 0 if the weights do not fit.
+
+        With a pipeline each of `pipeline_depth` devices has an equal share of the layers.
+        """
+        room = self.hardware.memory_bytes * memory_share * pipeline_depth - self.weight_bytes
         return max(0, int(room // (self.kv_bytes_per_token * block_size)))
 
     def transfer_s(self, num_tokens: int) -> float:
         """Seconds to transfer the KV of `num_tokens` tokens to another device."""
         return self.hardware.link.time_us(num_tokens * self.kv_bytes_per_token) / SECOND
+
+    def link_s(self, work: StepWork) -> float:
+        """Seconds of the collectives of a step, which are part of `step_s`; 0 on a single device."""
+        return float(self._link_s @ np.array((1, *_sizes(work)), dtype=np.float64))
+
+    def stage_transfer_s(self, num_tokens: int) -> float:
+        """Seconds to transfer the residual stream of `num_tokens` tokens to the next stage of a pipeline."""
+        return self.hardware.link.time_us(num_tokens * self.config.H * DTYPES[self.dtype]) / SECOND
 
     def step_s(self, work: StepWork) -> float:
         """Seconds of a step with this work; 0 without work."""

@@ -33,5 +33,5 @@ def layout_of(data: Mapping[str, Any], path: Path, layouts: Mapping[str, ModelLa
     known = sorted(name for layout in layouts.values() for name in layout.architectures)
     raise CheckpointError(
         f"{path}: expected an architecture with a layout, got {got}; known are {', '.join(known)}. "
-        "To add one: `sagellm new model NAME`, then `sagellm generate` (docs/add-a-model.md)"
+        "To add one: `sagellm new model NAME`, which prints the next step (docs/add-a-model.md)"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint
@@ -21,7 +22,7 @@ from sageLLM.runtime.loader.config_file import layout_of, read_config_file
 from sageLLM.runtime.loader.heads import absent_head, without_weights
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
-from sageLLM.runtime.loader.tables import PositionTables
+from sageLLM.runtime.loader.tables import make_tables
 from sageLLM.runtime.loader.weights import have_equal_values, load_weights
 from sageLLM.runtime.registry.plugins import Registry
 
@@ -46,7 +47,7 @@ class Model:
     device: torch.device
     max_model_len: int
     weights: dict[str, Weight]
-    tables: PositionTables
+    tables: Mapping[str, Tensor]
     absent: tuple[str, ...] = ()
 
     @property
@@ -70,7 +71,7 @@ class Model:
         return {spec.name: spec.tied_to for spec in self.layout.weights(self.config) if spec.tied_to is not None}
 
     def bound_tensors(self) -> dict[str, Weight]:
-        return {**self.weights, **self.tables.tensors}
+        return {**self.weights, **self.tables}
 
 
 def load_model(
@@ -156,11 +157,12 @@ def _commonest_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return found if found in DTYPES.values() else torch.float32
 
 
-def _tables(config: Any, length: int, device: torch.device, path: Path) -> PositionTables:
+def _tables(config: Any, length: int, device: torch.device, path: Path) -> dict[str, Tensor]:
     try:
-        return PositionTables(config, length, device)
+        tables = make_tables(config, length)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    return {name: table.to(device) for name, table in tables.items()}
 
 
 def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:

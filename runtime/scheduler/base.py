@@ -35,7 +35,7 @@ class BaseScheduler(ABC):
     """Scheduler of at most `max_batch_size` running requests and `max_tokens` tokens per step.
 
     `waiting_queue` holds the requests without KV (new or preempted) by rank, `running_requests` those with KV by id,
-    and `preempted_requests` the waiting ones that lost their KV, by id. `policy` ranks arrivals.
+    and `preempted_requests` the waiting ones that lost their KV, by id. `policy` ranks requests.
     """
 
     def __init__(
@@ -56,7 +56,11 @@ class BaseScheduler(ABC):
             raise ValueError(reason)
         request.sequence_number = self._num_arrivals
         self._num_arrivals += 1
-        request.rank = self.policy.rank(request, self.waiting_queue.peek())
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        """Let an accepted request wait."""
+        request.rank = self.policy.rank(request)
         self.waiting_queue.push(request)
 
     def why_not_acceptable(self, request: Request) -> str | None:

@@ -42,8 +42,6 @@ class StepCommit:
             candidates = [*(chunk.request for chunk in chunks if chunk.is_last), *candidates]
         if step.output.tier_copies:
             self._swaps.commit(step.output.tier_copies)
-        if self._limits.switch_len is not None:
-            self._table.outgrown |= {request.request_id: request for request in candidates}
         return [request for request in candidates if self._limits.is_complete(request)] if candidates else []
 
     def commit_prefills(self, step: PendingStep, request_ids: Iterable[str]) -> None:
@@ -89,6 +87,7 @@ class StepCommit:
             if shared is None:
                 self._lifecycle.queue_fork(fork)
                 continue
+            self._lifecycle.rank_fork(fork)
             fork.first_token_time = now
             fork.compute_up_to(parent.num_computed_tokens)
             fork.plan_up_to(parent.num_computed_tokens)

@@ -38,7 +38,8 @@ class PDSchedulerConfig:
 
     With `enable_preemption=False` a request is admitted only when its prompt and `max_new_tokens` fit, and all of that
     is reserved. `policy` orders the requests (see `policy.py`); under every policy a request is overtaken by at most
-    `max_overtakes` later arrivals once it is the longest-waiting one.
+    `max_overtakes` later arrivals once it is the longest-waiting one. Older requests that run count too: when one is
+    preempted, it is the longest-waiting one again.
 
     `preemption_mode="swap"` keeps the KV of a preempted decode in the tiers of `KVBudget`, and recomputes it only when
     they are full.

@@ -7,6 +7,7 @@ A preempted request goes from running back to waiting. A fork goes from its pare
 
 from collections.abc import Collection
 
+from sageLLM.runtime.scheduler.policy import Reranked
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
 from sageLLM.runtime.scheduler.state import SchedulerState
 from sageLLM.runtime.scheduler.transfer import Transfer, TransferEvent, TransferState
@@ -16,8 +17,8 @@ class Lifecycle:
     """Moves requests between states, with all that a transition implies for KV blocks, queues and pending steps."""
 
     def __init__(self, state: SchedulerState) -> None:
+        self._policy = state.policy
         self._clock = state.clock
-        self._limits = state.limits
         self._kv = state.kv
         self._table = state.table
         self._steps = state.steps
@@ -30,16 +31,20 @@ class Lifecycle:
 
     def run(self, request: Request) -> None:
         """The request has blocks now."""
+        if request.num_preemptions == 0:
+            self._rerank(self._policy.start(request))
         request.status = RequestStatus.PREFILLING
         self._table.running[request.request_id] = request
         self._table.preempted.pop(request.request_id, None)
+
+    def _rerank(self, change: Reranked | None) -> None:
+        if change is not None:
+            self._table.waiting.move(change.request, change.rank)
 
     def start_decoding(self, request: Request) -> None:
         """The KV of the request is complete on the worker that decodes it."""
         request.status = RequestStatus.DECODING
         self._decodes.join(request, self._steps.decode_plans)
-        if self._limits.switch_len is not None:
-            self._table.outgrown[request.request_id] = request
 
     def start_decoding_ahead(self, request: Request) -> None:
         """The last prefill chunk of the request is pending; plan its first decode before that is committed."""
@@ -81,22 +86,6 @@ class Lifecycle:
         next_plan = self._steps.next_plan
         next_plan.add_blocks(request, self.requeue(request, unannounced=next_plan.drop(request)))
 
-    def requeue_outgrown(self) -> None:
-        """Requeue the requests that have outgrown their KV: every token is computed again for the new length.
-
-        Called between steps, when ended requests have left: a request that ends with the token beyond the length is not
-        computed again.
-        """
-        if self._limits.switch_len is None:
-            return
-        candidates, self._table.outgrown = self._table.outgrown, {}
-        for request in candidates.values():
-            if request.slot is not None and self._limits.has_outgrown_kv(request):
-                self.requeue_between_steps(request)
-        for request in self._table.preempted.values():  # a token may have arrived after the swap
-            if self._kv.decode.is_swapped(request.request_id) and self._limits.has_outgrown_kv(request):
-                self.lose_swapped(request)
-
     def suspend(self, request: Request) -> None:
         """Move a running request back to waiting, at its old rank; its blocks are up to the caller.
 
@@ -126,8 +115,13 @@ class Lifecycle:
         for fork in self._table.forks.take(parent.request_id):
             self.queue_fork(fork)
 
+    def rank_fork(self, fork: Request) -> None:
+        """Rank a fork that no longer waits for its parent."""
+        fork.rank = self._policy.rank(fork)
+
     def queue_fork(self, fork: Request) -> None:
         """Let a fork wait for admission. One with a first token waits like a preempted request."""
+        self.rank_fork(fork)
         if fork.output_token_ids:
             fork.status = RequestStatus.PREEMPTED
             self._table.preempted[fork.request_id] = fork
@@ -155,6 +149,7 @@ class Lifecycle:
             self._migration.leave(request, TransferEvent.END)
             newest_step = self._steps.num_planned - 1  # later steps do not contain the request
             table.pending_free[request_id] = (request, newest_step)
+        self._rerank(self._policy.end(request))
         request.status = RequestStatus.FINISHED
         request.finish_time = self._clock()
         if not self._steps.pending:

@@ -79,8 +79,9 @@ class WaitingQueue(RankedQueue[Request]):
     """Requests without KV by rank, with a bound on how often a request is overtaken.
 
     After `max_overtakes` later arrivals were admitted before the longest-waiting request, that request moves to the
-    head for good: it is not overtaken again, and not preempted for a later arrival. So a request with k older ones
-    before it is admitted after at most `(k + 1) * max_overtakes` later arrivals, whatever its rank.
+    head for good: it is not overtaken again, and not preempted for a later arrival. So a request with k older ones in
+    the scheduler is admitted after at most `(k + 1) * max_overtakes` later arrivals, whatever its rank. These k include
+    the older requests that run: when one is preempted it is again the longest-waiting request.
     """
 
     def __init__(self, max_overtakes: int) -> None:
@@ -109,10 +110,16 @@ class WaitingQueue(RankedQueue[Request]):
             if self._num_overtakes >= self._max_overtakes:
                 self._promote(oldest)
 
+    def move(self, member: Request, rank: Rank) -> None:
+        """Change the rank of a member; a promoted one stays at the head."""
+        if rank == member.rank or member.rank[0] == -math.inf:
+            return
+        super().remove(member)  # a member keeps the key with which it was pushed, so it is pushed again
+        member.rank = rank
+        super().push(member)
+
     def _promote(self, member: Request) -> None:
-        self.remove(member)  # a member keeps the key with which it was pushed, so it is pushed again
-        member.rank = (-math.inf, member.sequence_number)
-        self.push(member)
+        self.move(member, (-math.inf, member.sequence_number))
         self._num_overtakes = 0
 
 

@@ -8,6 +8,7 @@ from sageLLM.runtime.scheduler.decode_queue import DecodeQueue
 from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.migration import Migration
 from sageLLM.runtime.scheduler.placement import KVPlacement
+from sageLLM.runtime.scheduler.policy import Policy
 from sageLLM.runtime.scheduler.stats import SchedulerCounters
 from sageLLM.runtime.scheduler.steps import StepQueue
 from sageLLM.runtime.scheduler.swaps import Swaps
@@ -23,6 +24,7 @@ class SchedulerState:
     """
 
     config: PDSchedulerConfig
+    policy: Policy
     clock: Callable[[], float]
     max_batch_size: int
     limits: SequenceLimits

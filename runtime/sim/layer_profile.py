@@ -1,85 +1,144 @@
 """Predicts step durations from op latencies measured on a device, layer by layer.
 
 The tables are those of LLMServingSim's profiler (casys-kaist/LLMServingSim, MIT): dense ops by the tokens of the step,
-ops per sequence, and attention by the tokens of a prompt chunk, its context, the number of decodes and the context of
-each. Times are linearly interpolated between the points of a table and extrapolated beyond them.
+ops per sequence, experts by tokens and activated experts, and attention by the tokens of a prompt chunk, its context,
+the number of decodes and the context of each. Times are linearly interpolated between the points of a table and
+extrapolated beyond them. The tables are those of one device without communication.
 """
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepWork
+from sageLLM.runtime.sim.profile_tables import Rows, grid, read_lines, read_numbers, read_rows
 from sageLLM.runtime.sim.trace import TraceError
 
-Table = npt.NDArray[np.float64]
 PER_STEP = ("embedding", "final_layernorm")
 TWICE_PER_LAYER = "layernorm"
+ATTENTION_LAYERS = ("qkv_proj", "o_proj")
+MLP_LAYERS = ("gate_up_proj", "act_fn", "down_proj")
+PER_SEQUENCE = "lm_head"
 
 
-class Grid:
-    """Values over a full grid of points, with multilinear interpolation and extrapolation."""
+@dataclass(frozen=True, slots=True)
+class ProfiledModel:
+    """Facts of a model that select the tables: layers, those with experts, experts in all and per token."""
 
-    def __init__(self, axes: Sequence[Sequence[float]], values: Table) -> None:
-        self._axes = [list(axis) for axis in axes]
-        self._values = values
+    num_layers: int
+    num_moe_layers: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    has_rope: bool = True
+    has_qk_norm: bool = False
 
-    def at(self, *point: float) -> float:
-        """The value at a point, at least 0."""
-        values = self._values
-        for axis, x in zip(self._axes, point, strict=True):
-            # The cell of x, or the outermost one for a point beyond the grid, which extrapolates it.
-            i = min(max(int(np.searchsorted(axis, x)) - 1, 0), len(axis) - 2)
-            share = (x - axis[i]) / (axis[i + 1] - axis[i])
-            values = values[i] + share * (values[i + 1] - values[i])
-        return max(float(values), 0.0)
+    @property
+    def num_mlp_layers(self) -> int:
+        return self.num_layers - self.num_moe_layers
+
+
+def tables_of(folder: Path, tensor_parallel_size: int) -> Path:
+    """The folder of the tables for a tensor-parallel degree: `folder/tpN`, or `folder` if it contains the tables.
+
+    Tables outside a folder tpN are those of one device. Raises TraceError if the profile lacks the degree.
+    """
+    wanted = f"tp{tensor_parallel_size}"
+    if (folder / wanted).is_dir():
+        return folder / wanted
+    if _table(folder, "dense").exists():
+        degree = folder.name if folder.name.startswith("tp") and folder.name[2:].isdigit() else "tp1"
+        if degree == wanted:
+            return folder
+        raise TraceError(f"{folder}: expected tables of --tp {tensor_parallel_size}, got those of {degree}")
+    found = ", ".join(sorted(path.name for path in folder.glob("tp*"))) or "none"
+    raise TraceError(f"{folder}: expected tables in a folder {wanted}, got {found}")
 
 
 class LayerProfileCost:
-    """The duration of a step of a model with `num_layers` layers.
+    """The duration of a step of a model on each of the devices that its tables are for.
 
-    `request_s` is the time per request besides the ops, such as the scheduler's where the device waits for it. The
-    tables have at most one prompt chunk per step, so of several chunks the largest is looked up together with the
-    decodes, and the others alone. Raises TraceError if the tables are incomplete.
+    `link_s` returns the time of the collectives of a step, which the tables do not contain. The tables have at most one
+    prompt chunk per step, so of several chunks the largest is looked up together with the decodes, and the others
+    alone. The tokens of a step are assumed to select experts uniformly.
+
+    Raises TraceError naming the tables and rows that the model requires and the profile lacks.
     """
 
-    def __init__(self, folder: Path, num_layers: int, request_s: float = 0.0) -> None:
-        dense = _read_lines(folder / "profile_dense.csv", "tokens")
-        per_sequence = _read_lines(folder / "profile_per_sequence.csv", "sequences")
-        missing = sorted({*PER_STEP, TWICE_PER_LAYER} - dense.keys())
-        if missing:
-            raise TraceError(f"{folder / 'profile_dense.csv'}: expected rows for {', '.join(missing)}, got none")
-        self._num_layers = num_layers
-        self._request_s = request_s
+    def __init__(
+        self,
+        folder: Path,
+        model: ProfiledModel,
+        link_s: Callable[[StepWork], float] | None = None,
+    ) -> None:
+        dense = read_lines(_table(folder, "dense"), "tokens")
+        per_sequence = read_lines(_table(folder, "per_sequence"), "sequences")
+        _check_rows(_table(folder, "dense"), dense, _required_rows(model))
+        _check_rows(_table(folder, "per_sequence"), per_sequence, (PER_SEQUENCE,))
+        self._model = model
+        self._link_s = link_s
         self._step = [dense[layer] for layer in PER_STEP]
-        self._layer = [grid for layer, grid in dense.items() if layer not in PER_STEP]
+        self._layer = [line for layer, line in dense.items() if layer not in (*PER_STEP, *MLP_LAYERS)]
         self._layer.append(dense[TWICE_PER_LAYER])
+        self._mlp = [dense[layer] for layer in MLP_LAYERS] if model.num_mlp_layers else []
+        self._experts = _expert_table(folder, model) if model.num_moe_layers else None
         self._sequence = list(per_sequence.values())
-        self._attention = _Attention(folder / "profile_attention.csv")
+        self._attention = _Attention(_table(folder, "attention"))
 
     def step_s(self, work: StepWork) -> float:
         """The seconds of a step with this work; 0 for no work."""
         num_tokens = work.num_tokens
         if not num_tokens:
             return 0.0
+        model = self._model
         num_sequences = work.num_decodes + len(work.prefill)
-        layer_us = sum(grid.at(num_tokens) for grid in self._layer) + self._attention.layer_us(work)
-        once_us = sum(grid.at(num_tokens) for grid in self._step) + sum(g.at(num_sequences) for g in self._sequence)
-        return (layer_us * self._num_layers + once_us) / 1e6 + self._request_s * num_sequences
+        layer_us = sum(line.at(num_tokens) for line in self._layer) + self._attention.layer_us(work)
+        mlp_us = sum(line.at(num_tokens) for line in self._mlp)
+        once_us = sum(line.at(num_tokens) for line in self._step) + sum(g.at(num_sequences) for g in self._sequence)
+        total_us = layer_us * model.num_layers + mlp_us * model.num_mlp_layers + once_us
+        if self._experts is not None:
+            total_us += self._experts_us(self._experts, num_tokens) * model.num_moe_layers
+        return total_us / 1e6 + (self._link_s(work) if self._link_s else 0.0)
+
+    def _experts_us(self, table: Rows, num_tokens: int) -> float:
+        model = self._model
+        is_unselected = (1 - model.experts_per_token / model.num_experts) ** num_tokens
+        return table.at(num_tokens, model.num_experts * (1 - is_unselected))
+
+
+def _table(folder: Path, name: str) -> Path:
+    """The file of a table: `NAME.csv` in a profile, `profile_NAME.csv` next to a serving timeline."""
+    beside_timeline = folder / f"profile_{name}.csv"
+    return beside_timeline if beside_timeline.exists() else folder / f"{name}.csv"
+
+
+def _required_rows(model: ProfiledModel) -> list[str]:
+    names = [*PER_STEP, TWICE_PER_LAYER, *ATTENTION_LAYERS]
+    names += ["rotary_emb"] * model.has_rope + ["qk_norm"] * model.has_qk_norm
+    return [*names, *MLP_LAYERS] if model.num_mlp_layers else names
+
+
+def _check_rows(path: Path, found: Collection[str], required: Sequence[str]) -> None:
+    missing = [name for name in required if name not in found]
+    if missing:
+        raise TraceError(f"{path}: expected rows for {', '.join(missing)}, got none")
+
+
+def _expert_table(folder: Path, model: ProfiledModel) -> Rows:
+    path = _table(folder, "moe")
+    if not path.exists():
+        raise TraceError(f"{path}: expected the times of {model.num_experts} experts, got no such file")
+    return read_rows(path)
 
 
 class _Attention:
     """Attention latencies of one layer: decodes alone, a chunk alone, and a chunk together with decodes."""
 
     def __init__(self, path: Path) -> None:
-        numbers = ((tuple(point), time) for *point, time in _read_numbers(path))
+        numbers = ((tuple(point), time) for *point, time in read_numbers(path))
         rows = {point: time for point, time in numbers if all(map(_is_zero_or_power_of_2, point))}
-        self._decodes = _grid({(n, d): t for (c, k, n, d), t in rows.items() if not c}, path)
-        self._chunk = _grid({(c, k): t for (c, k, n, d), t in rows.items() if not n}, path)
-        self._both = _grid({point: t for point, t in rows.items() if point[0] and point[2]}, path)
+        self._decodes = grid({(n, d): t for (c, k, n, d), t in rows.items() if not c}, path)
+        self._chunk = grid({(c, k): t for (c, k, n, d), t in rows.items() if not n}, path)
+        self._both = grid({point: t for point, t in rows.items() if point[0] and point[2]}, path)
 
     def layer_us(self, work: StepWork) -> float:
         """The microseconds of attention in one layer of the step."""
@@ -99,42 +158,3 @@ class _Attention:
 def _is_zero_or_power_of_2(value: float) -> bool:
     """Whether a value is 0 or a power of two: at these values the profiler's grid is complete."""
     return int(value) & (int(value) - 1) == 0
-
-
-def _grid(times: Mapping[tuple[float, ...], float], path: Path) -> Grid:
-    if len(times) < 2:
-        raise TraceError(f"{path}: expected at least two grid points, got {len(times)}")
-    axes = [sorted({point[i] for point in times}) for i in range(len(next(iter(times))))]
-    shape = [len(axis) for axis in axes]
-    try:
-        values = np.array([times[point] for point in _product(axes)])
-    except KeyError as error:
-        raise TraceError(f"{path}: expected a full grid, got none at the point {error}") from None
-    return Grid(axes, values.reshape(shape))
-
-
-def _product(axes: Sequence[Sequence[float]]) -> Iterable[tuple[float, ...]]:
-    mesh = np.meshgrid(*axes, indexing="ij")
-    return list(zip(*(axis.ravel().tolist() for axis in mesh), strict=True))
-
-
-def _read_lines(path: Path, axis: str) -> dict[str, Grid]:
-    """A one-dimensional grid of times per layer name."""
-    times: dict[str, dict[tuple[float, ...], float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for line, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                times.setdefault(row["layer"], {})[float(row[axis]),] = float(row["time_us"])
-            except (KeyError, ValueError, TypeError) as error:
-                raise TraceError(f"{path}:{line}: {error}") from None
-    return {layer: _grid(points, path) for layer, points in times.items()}
-
-
-def _read_numbers(path: Path) -> list[tuple[float, ...]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
-        next(lines, None)
-        try:
-            return [tuple(map(float, line)) for line in lines]
-        except ValueError as error:
-            raise TraceError(f"{path}:{lines.line_num}: {error}") from None

@@ -11,12 +11,21 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
-from sageLLM.runtime.sim.simulator import Cluster, Colocated, Disaggregated, EventQueue, MakeCluster, Paired
+from sageLLM.runtime.sim.simulator import Cluster, Colocated, Disaggregated, EventQueue, Kind, MakeCluster, Paired
 from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
 
-SimMode = Literal["strict", "time_share", "hybrid", "vllm", "auto"]
+SimMode = Literal["strict", "prefill_first", "time_share", "hybrid", "vllm", "auto"]
+RoleName = Literal["prefill", "decode"]
 DEFAULT_KV = KVBudget(num_blocks=2**18)
 """The budget of the running-first scheduler, which cannot be unbounded, if none is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSetup:
+    """Workers of one role: the cost of a step, and the KV of a worker (None: unbounded)."""
+
+    cost: StepCostModel
+    kv_budget: KVBudget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +33,10 @@ class Setup:
     """Settings common to all modes: the cost of a step, the KV of a worker, and the number of workers.
 
     Strict mode has `num_prefill` prefill workers and `num_decode` decode workers; the other modes have the same total,
-    each worker with a share of the requests. `costs` can override the cost model of "prefill" or "decode" workers.
+    or `num_workers`, each worker with a share of the requests. `roles` can override cost and KV of the two roles.
+    A worker is a pipeline of `pipeline_depth` stages; `cost` is that of all stages together.
+
+    `full_sequence_must_fit` and `long_prefill_token_threshold` are settings of mode vllm only (`RunningFirstConfig`).
     """
 
     cost: StepCostModel
@@ -33,13 +45,18 @@ class Setup:
     num_prefill: int = 1
     num_decode: int = 1
     scheduler: PDSchedulerConfig = field(default_factory=PDSchedulerConfig)
-    costs: Mapping[str, StepCostModel] = field(default_factory=dict)
+    num_workers: int | None = None
+    roles: Mapping[RoleName, RoleSetup] = field(default_factory=dict)
+    pipeline_depth: int = 1
     enable_prefix_caching: bool = True
+    max_model_len: int | None = None
+    full_sequence_must_fit: bool = True
+    long_prefill_token_threshold: int = 0
     objective: ServiceObjective = field(default_factory=ServiceObjective)
 
-    @property
-    def num_workers(self) -> int:
-        return self.num_prefill + self.num_decode
+    def role(self, name: RoleName) -> RoleSetup:
+        """The workers of a role."""
+        return self.roles.get(name) or RoleSetup(self.cost, self.kv_budget)
 
 
 def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
@@ -48,35 +65,64 @@ def make_cluster(mode: SimMode, setup: Setup) -> MakeCluster:
     if mode == "strict":
         return lambda events: _strict(events, setup)
     if mode == "vllm":
-        return _colocated(_running_first(setup), setup)
+        return _colocated(_running_first(setup), setup, shares_scheduler=True)
     if mode == "auto":
         return _colocated(_auto(setup), setup)
-    return _colocated(_pd_scheduler(replace(setup.scheduler, mode=mode), setup.kv_budget), setup)
+    if mode == "prefill_first":
+        config = replace(setup.scheduler, mode="time_share", max_consecutive_decodes=0)
+    else:
+        config = replace(setup.scheduler, mode=mode)
+    return _colocated(_pd_scheduler(config, _share(setup.kv_budget, setup), setup.max_model_len), setup)
 
 
-def _colocated(make_scheduler: MakeScheduler, setup: Setup) -> MakeCluster:
+def _colocated(make_scheduler: MakeScheduler, setup: Setup, shares_scheduler: bool = False) -> MakeCluster:
+    num_workers = setup.num_workers or setup.num_prefill + setup.num_decode
+    kind = Kind(make_scheduler, setup.cost, num_workers, setup.pipeline_depth, shares_scheduler)
+
     def build(events: EventQueue) -> Cluster:
-        return Colocated(events, make_scheduler, setup.cost, setup.num_workers)
+        return Colocated(events, kind)
 
     return build
 
 
+def _share(budget: KVBudget | None, setup: Setup) -> KVBudget | None:
+    """The KV of one scheduler of a worker with a pipeline, which has as many schedulers as stages."""
+    return None if budget is None else replace(budget, num_blocks=max(1, budget.num_blocks // setup.pipeline_depth))
+
+
 def _strict(events: EventQueue, setup: Setup) -> Cluster:
     """One scheduler per pair of workers if the numbers are equal, else one per worker, with requests handed over."""
-    costs = setup.costs.get("prefill", setup.cost), setup.costs.get("decode", setup.cost)
-    if setup.num_prefill == setup.num_decode:
-        strict = _pd_scheduler(replace(setup.scheduler, mode="strict"), setup.kv_budget)
-        return Paired(events, strict, costs, setup.transfer_s, setup.num_prefill)
-    prefill = _pd_scheduler(replace(setup.scheduler, mode="time_share"), setup.kv_budget)
-    decode = _pd_scheduler(replace(setup.scheduler, mode="hybrid"), setup.kv_budget)
+    prefill, decode = setup.role("prefill"), setup.role("decode")
+    if setup.num_prefill == setup.num_decode and setup.pipeline_depth == 1:
+        budget = _pair_budget(prefill.kv_budget, decode.kv_budget)
+        strict = _pd_scheduler(replace(setup.scheduler, mode="strict"), budget, setup.max_model_len)
+        return Paired(events, strict, (prefill.cost, decode.cost), setup.transfer_s, setup.num_prefill)
     return Disaggregated(
-        events, (prefill, costs[0], setup.num_prefill), (decode, costs[1], setup.num_decode), setup.transfer_s
+        events,
+        _role_workers(setup, prefill, "time_share", setup.num_prefill),
+        _role_workers(setup, decode, "hybrid", setup.num_decode),
+        setup.transfer_s,
     )
 
 
-def _pd_scheduler(config: PDSchedulerConfig, budget: KVBudget | None) -> Callable[[VirtualClock], PDScheduler]:
+def _pair_budget(prefill: KVBudget | None, decode: KVBudget | None) -> KVBudget | None:
+    """The pools of a pair's scheduler."""
+    if prefill is None or decode is None:
+        return decode
+    return replace(decode, num_prefill_blocks=prefill.num_blocks)
+
+
+def _role_workers(setup: Setup, role: RoleSetup, mode: Literal["time_share", "hybrid"], num_workers: int) -> Kind:
+    config = replace(setup.scheduler, mode=mode)
+    make = _pd_scheduler(config, _share(role.kv_budget, setup), setup.max_model_len)
+    return Kind(make, role.cost, num_workers, setup.pipeline_depth)
+
+
+def _pd_scheduler(
+    config: PDSchedulerConfig, budget: KVBudget | None, max_model_len: int | None
+) -> Callable[[VirtualClock], PDScheduler]:
     def make(clock: VirtualClock) -> PDScheduler:
-        return PDScheduler(config, kv_budget=budget, clock=clock)
+        return PDScheduler(config, kv_budget=budget, max_model_len=max_model_len, clock=clock)
 
     return make
 
@@ -87,12 +133,14 @@ def _running_first(setup: Setup) -> MakeScheduler:
     config = RunningFirstConfig(
         limits.max_decode_batch_size,
         limits.max_prefill_tokens,
+        long_prefill_token_threshold=setup.long_prefill_token_threshold,
         enable_prefix_caching=setup.enable_prefix_caching,
+        full_sequence_must_fit=setup.full_sequence_must_fit,
     )
     budget = setup.kv_budget or DEFAULT_KV
 
     def make(clock: VirtualClock) -> BaseScheduler:
-        return RunningFirstScheduler(config, kv_budget=budget, clock=clock)
+        return RunningFirstScheduler(config, kv_budget=budget, max_model_len=setup.max_model_len, clock=clock)
 
     return make
 
@@ -100,9 +148,12 @@ def _running_first(setup: Setup) -> MakeScheduler:
 def _auto(setup: Setup) -> MakeScheduler:
     """A scheduler per worker that selects its mode by the worker's own traffic."""
     config = replace(setup.scheduler, mode="auto")
+    budget = _share(setup.kv_budget, setup)
 
     def make(clock: VirtualClock) -> BaseScheduler:
         chooser = ForecastChooser(setup.cost, setup.objective)
-        return PDScheduler(config, kv_budget=setup.kv_budget, clock=clock, mode_chooser=chooser)
+        return PDScheduler(
+            config, kv_budget=budget, max_model_len=setup.max_model_len, clock=clock, mode_chooser=chooser
+        )
 
     return make

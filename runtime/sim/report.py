@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from sageLLM.runtime.sim.measured import errors_by_mode
 from sageLLM.runtime.sim.metrics import PERCENTILES, Slo, Summary
 
 Results = Mapping[str, Summary]
@@ -11,12 +12,16 @@ MIN_GAIN = 0.02
 """The relative gain in goodput from which disaggregation counts as worthwhile."""
 
 
-def as_table(results: Results, slo: Slo) -> str:
-    """One line per mode: latency percentiles, SLO attainment, goodput and throughput."""
+def as_table(results: Results, slo: Slo, measured: Summary | None = None) -> str:
+    """One line per mode: latency percentiles, SLO attainment, goodput and throughput.
+
+    With a measured run of the same requests, a line for it and the errors of each mode follow.
+    """
     points = "/".join(f"p{p}" for p in PERCENTILES)
     header = ["mode", f"TTFT ms {points}", f"TPOT ms {points}", f"E2E s {points}", "SLO %", "goodput/s", "tok/s"]
     rows = [[*header, "preempted", "refused"]]
-    for mode, one in results.items():
+    lines = results if measured is None else {**results, "measured": measured}
+    for mode, one in lines.items():
         rows.append(
             [
                 mode,
@@ -30,7 +35,13 @@ def as_table(results: Results, slo: Slo) -> str:
                 str(one.num_refused),
             ]
         )
-    return "\n".join([_aligned(rows), "", *verdict(results, slo)])
+    notes = verdict(results, slo) if measured is None else _errors(results, measured)
+    return "\n".join([_aligned(rows), "", *notes])
+
+
+def _errors(results: Results, measured: Summary) -> list[str]:
+    """A line per mode with its errors against the measured run."""
+    return [f"Error of {mode}: {errors}" for mode, errors in errors_by_mode(results, measured).items()]
 
 
 def verdict(results: Results, slo: Slo) -> list[str]:
@@ -53,10 +64,14 @@ def verdict(results: Results, slo: Slo) -> list[str]:
     return lines
 
 
-def as_data(results: Results, slo: Slo) -> dict[str, Any]:
-    """The report as JSON data, with times in seconds."""
+def as_data(results: Results, slo: Slo, measured: Summary | None = None) -> dict[str, Any]:
+    """The report as JSON data, with times in seconds and relative errors."""
     modes = {mode: asdict(one) for mode, one in results.items()}
-    return {"slo": asdict(slo), "modes": modes, "verdict": verdict(results, slo)}
+    data: dict[str, Any] = {"slo": asdict(slo), "modes": modes, "verdict": verdict(results, slo)}
+    if measured is not None:
+        data["measured"] = asdict(measured)
+        data["errors"] = {mode: errors._asdict() for mode, errors in errors_by_mode(results, measured).items()}
+    return data
 
 
 def _millis(by_percentile: Mapping[int, float]) -> str:

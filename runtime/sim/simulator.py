@@ -7,12 +7,15 @@ always produces the same result.
 import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from sageLLM.runtime.scheduler.base import BaseScheduler
 from sageLLM.runtime.scheduler.batch import KVMigration
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.scheduler.request import Request
 from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.metrics import Timeline
+from sageLLM.runtime.sim.pipeline import Stages
 from sageLLM.runtime.sim.trace import Trace
 from sageLLM.runtime.sim.worker import LiveRequest, MakeScheduler, RoleWorker, VirtualClock, Worker
 
@@ -58,14 +61,23 @@ class Cluster(ABC):
         return sum(worker.num_live for worker in self.workers)
 
     def _drive(self, worker: Worker) -> None:
-        """Starts a step on an idle worker, and adds the event of its end."""
-        if worker.is_busy:
+        """Starts a step on an idle worker when its first stage is free, and adds the event of its end."""
+        if worker.is_busy or worker.waits_for_stage:
+            return
+        now = self._events.clock.now
+        if worker.stages.free_s > now:
+            worker.waits_for_stage = True
+            self._events.put(worker.stages.free_s, lambda: self._resume(worker))
             return
         duration = worker.start_step()
         for copy in worker.take_copies():
             self._copy(worker, copy)
         if duration is not None:
-            self._events.put(self._events.clock.now + duration, lambda: self._end(worker))
+            self._events.put(worker.stages.start(now, duration), lambda: self._end(worker))
+
+    def _resume(self, worker: Worker) -> None:
+        worker.waits_for_stage = False
+        self._drive(worker)
 
     def _end(self, worker: Worker) -> None:
         for live in worker.end_step():
@@ -88,21 +100,67 @@ class Cluster(ABC):
 MakeCluster = Callable[[EventQueue], Cluster]
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The workers of one role: their scheduler and costs, their number, and the depth of their pipelines.
+
+    With a depth above 1 a worker has that many steps in flight: either those of one scheduler that plans a step while
+    others are pending (`shares_scheduler`), as vLLM does, or one each of as many schedulers with separate requests and
+    KV, as DistServe does. `make_scheduler` is called once per scheduler.
+    """
+
+    make_scheduler: MakeScheduler
+    cost: StepCostModel
+    num_workers: int = 1
+    depth: int = 1
+    shares_scheduler: bool = False
+
+    def make(self, clock: VirtualClock) -> list[Worker]:
+        """The workers, one per step in flight."""
+        return [worker for _ in range(self.num_workers) for worker in self._lanes(clock)]
+
+    def _lanes(self, clock: VirtualClock) -> list[Worker]:
+        stages = Stages(self.depth)
+        first = Worker(self.make_scheduler(clock), self.cost, clock, stages)
+        lanes = [first]
+        for _ in range(self.depth - 1):
+            scheduler = first.scheduler if self.shares_scheduler else self.make_scheduler(clock)
+            lanes.append(Worker(scheduler, self.cost, clock, stages))
+            if self.shares_scheduler:
+                lanes[-1].share_requests(first)
+        return lanes
+
+
 class Colocated(Cluster):
     """Workers that each do prefill and decode; a request goes to the worker with the fewest requests."""
 
-    def __init__(
-        self, events: EventQueue, make_scheduler: MakeScheduler, cost: StepCostModel, num_workers: int
-    ) -> None:
+    def __init__(self, events: EventQueue, kind: Kind) -> None:
         super().__init__(events)
-        clock = events.clock
-        self.workers = [Worker(make_scheduler(clock), cost, clock) for _ in range(num_workers)]
+        self.workers = kind.make(events.clock)
+        self._same_requests = _grouped(self.workers)
+
+    @property
+    def num_live(self) -> int:
+        """The number of requests that are being served."""
+        return sum(group[0].num_live for group in self._same_requests.values())
 
     def accept(self, timeline: Timeline, prompt: list[int]) -> None:
         """Starts to serve a request that arrives now. Raises ValueError if it can never be served."""
         worker = _least_loaded(self.workers)
         worker.submit(_live(timeline, prompt, timeline.num_output_tokens))
-        self._drive(worker)
+        for one in self._affected(worker):
+            self._drive(one)
+
+    def _affected(self, worker: Worker) -> Sequence[Worker]:
+        return self._same_requests[worker.scheduler]
+
+
+def _grouped(workers: Sequence[Worker]) -> dict[BaseScheduler, list[Worker]]:
+    """The workers by scheduler."""
+    groups: dict[BaseScheduler, list[Worker]] = {}
+    for worker in workers:
+        groups.setdefault(worker.scheduler, []).append(worker)
+    return groups
 
 
 class Paired(Cluster):
@@ -164,20 +222,10 @@ class Disaggregated(Cluster):
     prefill worker, as if it waited in host memory.
     """
 
-    def __init__(
-        self,
-        events: EventQueue,
-        prefill: tuple[MakeScheduler, StepCostModel, int],
-        decode: tuple[MakeScheduler, StepCostModel, int],
-        transfer_s: TransferTime,
-    ) -> None:
+    def __init__(self, events: EventQueue, prefill: Kind, decode: Kind, transfer_s: TransferTime) -> None:
         super().__init__(events)
         self._transfer_s = transfer_s
-        clock = events.clock
-        self._prefill, self._decode = (
-            [Worker(make_scheduler(clock), cost, clock) for _ in range(num)]
-            for make_scheduler, cost, num in (prefill, decode)
-        )
+        self._prefill, self._decode = prefill.make(events.clock), decode.make(events.clock)
         self.workers = self._prefill + self._decode
 
     def accept(self, timeline: Timeline, prompt: list[int]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +20,23 @@ MOONCAKE_BLOCK = 512
 
 class TraceError(ValueError):
     """A trace file is invalid; the message has the file and the line."""
+
+
+class BadRowError(TraceError):
+    """A row of a trace is invalid, while the file as a whole has the expected form."""
+
+
+@dataclass(slots=True)
+class SkippedRows:
+    """Rows of a trace that were skipped, and the message of the first."""
+
+    num: int = 0
+    first: str = ""
+
+    def add(self, error: BadRowError) -> None:
+        """Counts a row."""
+        self.num += 1
+        self.first = self.first or str(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,46 +65,60 @@ class TraceRequest:
 
 
 Trace = Sequence[TraceRequest]
+ParseRow = Callable[[], TraceRequest]
+"""Parses one row of a file; raises BadRowError."""
 
 
-def read_trace(path: Path) -> list[TraceRequest]:
+def read_trace(path: Path, skipped: SkippedRows | None = None) -> list[TraceRequest]:
     """Reads a trace by the file's suffix: Azure's csv, Mooncake's jsonl, or JSON pairs of prompt and output lengths.
 
-    Pairs lack times: all arrive at 0 until `at_rate` spreads them. Raises TraceError for an invalid file.
+    Pairs lack times: all arrive at 0 until `at_rate` spreads them. Raises TraceError for an invalid file. An invalid
+    row is counted in `skipped`, and without it raises BadRowError.
     """
-    readers = {".csv": _read_azure, ".jsonl": _read_jsonl, ".json": _read_pairs}
+    readers = {".csv": _azure_rows, ".jsonl": _json_lines, ".json": _pairs}
     if path.suffix not in readers:
         raise TraceError(f"{path}: the suffix of a trace must be one of {', '.join(readers)}")
-    trace = readers[path.suffix](path)
+    trace: list[TraceRequest] = []
+    for parse in readers[path.suffix](path):
+        try:
+            trace.append(parse())
+        except BadRowError as error:
+            if skipped is None:
+                raise
+            skipped.add(error)
     if not trace:
-        raise TraceError(f"{path}: expected at least one request, got none")
-    return trace
+        raise TraceError(f"{path}: expected at least one valid request, got none")
+    return _from_zero(trace)
 
 
-def _read_azure(path: Path) -> list[TraceRequest]:
+def _azure_rows(path: Path) -> Iterator[ParseRow]:
     """Azure's LLM inference traces: TIMESTAMP, ContextTokens, GeneratedTokens."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.DictReader(file)
         columns = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
-        if not columns <= set(rows.fieldnames or ()):
-            raise TraceError(f"{path}:1: expected the columns {', '.join(sorted(columns))}")
-        found = [_azure_request(path, number, row) for number, row in enumerate(rows, start=2)]
-    return _from_zero(found)
+        try:
+            if not columns <= set(rows.fieldnames or ()):
+                raise TraceError(f"{path}:1: expected the columns {', '.join(sorted(columns))}")
+            for row in rows:
+                yield partial(_azure_request, path, rows.line_num, row)
+        except csv.Error as error:  # the reader cannot continue after it
+            raise TraceError(f"{path}:{rows.line_num}: {error}") from None
 
 
 def _azure_request(path: Path, line: int, row: dict[str, str]) -> TraceRequest:
     try:
         when = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
         return _request(when, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-    except (ValueError, TypeError) as error:
-        raise TraceError(f"{path}:{line}: {error}") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadRowError(f"{path}:{line}: {error}") from None
 
 
-def _read_jsonl(path: Path) -> list[TraceRequest]:
+def _json_lines(path: Path) -> Iterator[ParseRow]:
     """One request per line: Mooncake's (timestamp in ms) or that of a serving timeline (arrival_time in seconds)."""
-    with path.open(encoding="utf-8") as file:
-        found = [_jsonl_request(path, number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    return _from_zero(found)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield partial(_jsonl_request, path, number, line)
 
 
 def _jsonl_request(path: Path, line: int, text: str) -> TraceRequest:
@@ -95,20 +129,33 @@ def _jsonl_request(path: Path, line: int, text: str) -> TraceRequest:
         names = tuple(int(name) for name in row.get("hash_ids", ()))
         return _request(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]), names)
     except KeyError as error:
-        raise TraceError(f"{path}:{line}: the key {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path}:{line}: {error}") from None
+        raise BadRowError(f"{path}:{line}: the key {error} is missing") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise BadRowError(f"{path}:{line}: {error}") from None
 
 
-def _read_pairs(path: Path) -> list[TraceRequest]:
+def _pairs(path: Path) -> Iterator[ParseRow]:
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"))
-        return [_request(0.0, int(prompt), int(output)) for prompt, output in pairs]
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise TraceError(f"{path}: expected a list of [prompt tokens, output tokens]: {error}") from None
+    if not isinstance(pairs, list):
+        raise TraceError(f"{path}: expected a list of [prompt tokens, output tokens], got {type(pairs).__name__}")
+    for number, pair in enumerate(pairs):
+        yield partial(_pair_request, path, number, pair)
+
+
+def _pair_request(path: Path, number: int, pair: Any) -> TraceRequest:
+    try:
+        prompt, output = pair
+        return _request(0.0, int(prompt), int(output))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadRowError(f"{path}: expected [prompt tokens, output tokens] in entry {number}: {error}") from None
 
 
 def _request(when: float, prompt: int, output: int, names: tuple[int, ...] = ()) -> TraceRequest:
+    if not math.isfinite(when):
+        raise ValueError(f"expected a finite time, got {when}")
     if prompt < 1 or output < 1:
         raise ValueError(f"expected at least one prompt and one output token, got {prompt} and {output}")
     return TraceRequest(when, prompt, output, names)

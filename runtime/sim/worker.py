@@ -9,7 +9,9 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.scheduler.plan import Role
 from sageLLM.runtime.scheduler.request import Request
 from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepCostModel, StepWork
+from sageLLM.runtime.sim.baselines.running_first import RunningFirstScheduler
 from sageLLM.runtime.sim.metrics import Timeline
+from sageLLM.runtime.sim.pipeline import Stages
 
 
 class VirtualClock:
@@ -38,9 +40,13 @@ class LiveRequest:
 class Worker:
     """Runs the steps that its scheduler plans. All tokens are 0, as the trace determines the lengths of answers."""
 
-    def __init__(self, scheduler: BaseScheduler, cost: StepCostModel, clock: VirtualClock) -> None:
+    def __init__(
+        self, scheduler: BaseScheduler, cost: StepCostModel, clock: VirtualClock, stages: Stages | None = None
+    ) -> None:
         self.scheduler = scheduler
+        self.stages = stages or Stages()
         self.num_steps = 0
+        self.waits_for_stage = False
         self._cost = cost
         self._clock = clock
         self._live: dict[str, LiveRequest] = {}
@@ -56,6 +62,10 @@ class Worker:
     def num_live(self) -> int:
         """The number of requests on this worker."""
         return len(self._live)
+
+    def share_requests(self, other: "Worker") -> None:
+        """Shares the request table with another worker of the same scheduler: they serve the same requests in turn."""
+        self._live = other._live
 
     def submit(self, live: LiveRequest) -> None:
         """Queues a request. Raises ValueError if the scheduler rejects it."""
@@ -112,6 +122,8 @@ class Worker:
         return self.scheduler.schedule()
 
     def _commit(self, step: ScheduleOutput, finished: list[str]) -> list[str]:
+        if isinstance(self.scheduler, RunningFirstScheduler):  # it may have the steps of other workers in flight
+            return self.scheduler.update_after_step(finished, step_id=step.step_id)
         return self.scheduler.update_after_step(finished)
 
 
@@ -123,10 +135,6 @@ class RoleWorker(Worker):
     def __init__(self, scheduler: PDScheduler, cost: StepCostModel, clock: VirtualClock, role: Role) -> None:
         super().__init__(scheduler, cost, clock)
         self._role: Role = role
-
-    def share_requests(self, other: "RoleWorker") -> None:
-        """Shares the request table with the other worker of the pair: they serve the same requests in turn."""
-        self._live = other._live
 
     def _plan(self) -> ScheduleOutput:
         return self.scheduler.schedule(self._role)

@@ -15,7 +15,7 @@ from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.link.models import link_models
 from sageLLM.codegen.link.ops import link_ops
 from sageLLM.codegen.link.passes import link_passes
-from sageLLM.codegen.load import RawSpecs, SpecFile, assemble, check_file
+from sageLLM.codegen.load import RawSpecs, SpecFile, assemble, check_file, source_names
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.schema.models import ModelFile
 from sageLLM.codegen.schema.ops import OpsFile
@@ -126,9 +126,9 @@ def ops_with(victim: SpecFile, raw: RawSpecs, rng: random.Random, sink: Sink) ->
 
 
 def layouts_with(victim: SpecFile, raw: RawSpecs, rng: random.Random) -> list[str]:
-    """The victim's own layout and one that extends it; of any other file, one of `LAYOUTS`."""
+    """The victim's own layout and one made of it; of any other file, one of `LAYOUTS`."""
     own = [name for name, entry in raw.models.items() if entry.doc.file == victim.doc.file]
-    heirs = [name for name, entry in raw.models.items() if entry.spec.extends in own]
+    heirs = [name for name, entry in raw.models.items() if not set(own).isdisjoint(source_names(entry.spec))]
     if not isinstance(victim.spec, ModelFile):
         return [rng.choice(LAYOUTS)]
     return own + ([rng.choice(heirs)] if heirs else [])

@@ -273,6 +273,21 @@ def test_an_operand_reaches_the_models_that_use_the_op(workspace: Workspace, mon
     assert workspace.drift() == []
 
 
+def test_a_block_reaches_the_models_that_use_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.edit("models/qwen3_moe.yaml", "hf: gate.weight", "hf: router.weight")
+    units, _ = reached(workspace, monkeypatch)
+    assert {one for one in units if one.startswith("model ")} == {"model mixtral", "model qwen2_moe", "model qwen3_moe"}
+    assert workspace.drift() == []
+
+
+def test_an_ancestor_reaches_its_models(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """qwen3_moe extends qwen3, which extends llama."""
+    workspace.edit("models/llama.yaml", "hf: o_proj.weight", "hf: out_proj.weight")
+    units, _ = reached(workspace, monkeypatch)
+    assert {"model llama", "model qwen3", "model qwen3_moe", "model mixtral"} <= units and "model gpt2" not in units
+    assert workspace.drift() == []
+
+
 def test_counts_are_checked_again_where_rules_may_fire_otherwise(workspace: Workspace) -> None:
     counted: list[Path] = []
 

@@ -15,7 +15,10 @@ from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.engine.calls import Call
 from sageLLM.runtime.engine.interrupts import held_interrupts
+from sageLLM.runtime.engine.model_runner import ModelRunner
+from sageLLM.runtime.engine.orders import StepOrder
 from sageLLM.runtime.engine.outputs import CompletionOutput, RequestOutput
+from sageLLM.runtime.engine.worker import Worker
 from sageLLM.runtime.errors import EngineError, PromptError
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
@@ -138,13 +141,13 @@ def ctrl_c() -> Iterator[None]:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_takes_effect_between_steps_and_aborts_the_call(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens(llm, A, 6)
-    run = type(llm.engine.decoder).run
+    run = ModelRunner.run
 
     def interrupted(*args: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
         return run(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(type(llm.engine.decoder), "run", interrupted)
+    monkeypatch.setattr(ModelRunner, "run", interrupted)
     before = llm.engine.num_steps
     with pytest.raises(KeyboardInterrupt):
         llm.generate([A, B], greedy(100))
@@ -184,7 +187,7 @@ def test_ctrl_c_takes_effect_at_once_outside_of_a_step() -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_wait_for_another_thread(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main thread waits for a step of another thread, which does not end before the main thread has given up."""
-    run = type(llm.engine.decoder).run
+    run = ModelRunner.run
     is_running, may_end = threading.Event(), threading.Event()
 
     def slow(*args: object) -> object:
@@ -192,7 +195,7 @@ def test_ctrl_c_ends_the_wait_for_another_thread(llm: LLM, monkeypatch: pytest.M
         assert may_end.wait(60)
         return run(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(type(llm.engine.decoder), "run", slow)
+    monkeypatch.setattr(ModelRunner, "run", slow)
     found: list[tuple[int, ...]] = []
     thread = threading.Thread(target=lambda: found.append(tokens(llm, A, 4)))
     thread.start()
@@ -225,15 +228,15 @@ def test_a_failed_step_ends_all_calls_and_later_calls_work(llm: LLM, monkeypatch
     stream = llm.stream([B], greedy(6))
     next(stream)
 
-    def broken(plan: object) -> None:
+    def broken(worker: Worker, order: StepOrder) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(llm.engine, "_copy_blocks", broken)
+    monkeypatch.setattr(Worker, "begin", broken)
     with pytest.raises(EngineError, match="OSError: no space left"):
         llm.generate([A], greedy(6))
     monkeypatch.undo()
     with pytest.raises(EngineError, match="no space left"):
-        next(stream)
+        list(stream)  # a step that was in flight may have completed before
     assert tokens(llm, A, 6) == expected
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.cli.run import RunRequest, run_prompts
-from sageLLM.runtime.engine import batch_runner
+from sageLLM.runtime.engine import worker as worker_module
+from sageLLM.runtime.engine.model_runner import ModelRunner
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
-from sageLLM.runtime.engine.worker import Worker
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
 from sageLLM.runtime.text.detokenizer import Detokenizer
 
@@ -70,15 +70,15 @@ def is_bad(request: Any) -> bool:
 def test_a_batch_that_fails_because_of_one_request(
     num_outputs: int, llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Worker.run
+    run = ModelRunner.run
 
-    def fail_on_bad(self: Worker, stage: Any, decodes: Any, chunks: Any, rows: Any) -> Any:
-        requests = [*(decodes.requests if decodes else ()), *(chunk.request for chunk in chunks)]
-        if any(is_bad(request) and request.num_output_tokens >= num_outputs for request in requests):
+    def fail_on_bad(self: ModelRunner, stage: Any, decodes: Any, chunks: Any, rows: Any) -> Any:
+        sequences = [*decodes, *(chunk.sequence for chunk in chunks)]
+        if any(is_bad(sequence) and len(sequence.output_token_ids) >= num_outputs for sequence in sequences):
             raise IndexError("slot out of range")
         return run(self, stage, decodes, chunks, rows)
 
-    output = run_with_fault(llm, lambda: monkeypatch.setattr(Worker, "run", fail_on_bad))
+    output = run_with_fault(llm, lambda: monkeypatch.setattr(ModelRunner, "run", fail_on_bad))
     answer = output.outputs[0]
     assert answer.finish_reason == "abort"
     assert answer.stop_reason == "the request failed: IndexError: slot out of range"
@@ -91,7 +91,7 @@ def test_a_batch_that_fails_for_every_request_ends_them_all(llm: LLM, monkeypatc
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Worker, "run", fail)
+    monkeypatch.setattr(ModelRunner, "run", fail)
     outputs = llm.generate(PROMPTS, GREEDY)
     reasons = {output.outputs[0].stop_reason for output in outputs}
     assert reasons == {"the request failed: RuntimeError: out of memory"}
@@ -99,7 +99,7 @@ def test_a_batch_that_fails_for_every_request_ends_them_all(llm: LLM, monkeypatc
 
 
 def test_the_sampling_of_one_request_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = batch_runner.sample
+    sample = worker_module.sample
 
     def fail_on_bad(logits: torch.Tensor, batch: Any) -> Any:
         if any(is_bad(sequence) and len(sequence.output_token_ids) == 2 for sequence in batch.sequences):
@@ -107,7 +107,7 @@ def test_the_sampling_of_one_request_fails(llm: LLM, monkeypatch: pytest.MonkeyP
         return sample(logits, batch)
 
     params = SamplingParams(max_tokens=8, temperature=1.0, seed=5, ignore_eos=True, logprobs=1)
-    output = run_with_fault(llm, lambda: monkeypatch.setattr(batch_runner, "sample", fail_on_bad), params)
+    output = run_with_fault(llm, lambda: monkeypatch.setattr(worker_module, "sample", fail_on_bad), params)
     assert output.outputs[0].stop_reason == "the request failed: IndexError: index 99 is out of bounds"
     assert len(output.outputs[0].token_ids) == 2
     monkeypatch.undo()
@@ -218,10 +218,10 @@ def test_logits_that_are_not_finite_end_only_their_request(tmp_path: Path, caplo
 def test_the_command_reports_an_aborted_prompt(
     as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(self: Worker, *args: object) -> None:
+    def fail(self: ModelRunner, *args: object) -> None:
         raise IndexError("slot")
 
-    monkeypatch.setattr(Worker, "run", fail)
+    monkeypatch.setattr(ModelRunner, "run", fail)
     request = RunRequest(
         model=MODEL,
         prompts=["def main("],

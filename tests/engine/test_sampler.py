@@ -16,9 +16,9 @@ from sageLLM.runtime.engine.sampler import (
     adjust_logits,
     filter_logits,
     invert_cdf,
-    prompt_logprobs,
     sample,
     scale_by_temperature,
+    score_prompt,
     score_tokens,
 )
 from sageLLM.runtime.engine.sampling_params import SamplingParams
@@ -312,10 +312,10 @@ def test_more_logprobs_than_tokens_gives_all():
 def test_prompt_logprobs_in_chunks_are_those_of_the_whole():
     logits = seeded_logits(9, 30)
     targets = [3, 1, 4, 1, 5, 9, 2, 6, 5]
-    whole = prompt_logprobs(logits, targets, 2, [text_of] * 9)
-    first = prompt_logprobs(logits[:4], targets[:4], 2, [text_of] * 4)
-    parts = first + prompt_logprobs(logits[4:], targets[4:], 2, [text_of] * 5)
-    assert whole == parts
+    scored = score_prompt(logits, targets, 2)
+    whole = [scored.as_dict(row, 2, text_of) for row in range(9)]
+    chunks = (score_prompt(logits[:4], targets[:4], 2), 4), (score_prompt(logits[4:], targets[4:], 2), 5)
+    assert whole == [part.as_dict(row, 2, text_of) for part, num_rows in chunks for row in range(num_rows)]
     expected = torch.log_softmax(logits.double(), -1)
     for row, target in enumerate(targets):
         assert whole[row][target].logprob == pytest.approx(float(expected[row, target]), abs=1e-5)
@@ -323,7 +323,7 @@ def test_prompt_logprobs_in_chunks_are_those_of_the_whole():
 
 
 def test_prompt_logprobs_of_one_token_prompt_are_empty():
-    assert prompt_logprobs(torch.empty(0, 30), [], 2, []) == []
+    assert score_prompt(torch.empty(0, 30), [], 2).token_ids == []
 
 
 def test_a_wrong_number_of_rows_is_an_assertion():

@@ -4,39 +4,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
-from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs, chunk_tokens
-from sageLLM.runtime.scheduler.base import Batch, Chunk
+from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs
+from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 BLOCK_SIZE = 4
 
 
-def plain_inputs(chunks: Sequence[Chunk]) -> dict[str, list[int]]:
+def plain_inputs(chunks: Sequence[SequenceChunk]) -> dict[str, list[int]]:
     """The columns of a step, token by token."""
     made: dict[str, list[int]] = {name: [] for name in ("ids", "pos", "slots", "seq_lens")}
     made["q_start"] = [0]
     for chunk in chunks:
         positions = range(chunk.start, chunk.start + chunk.num_tokens)
-        made["ids"] += chunk_tokens(chunk)
+        tokens = [*chunk.sequence.prompt_token_ids, *chunk.sequence.output_token_ids]
+        made["ids"] += [tokens[t] for t in positions]
         made["pos"] += positions
-        blocks = chunk.request.kv_block_ids
+        blocks = chunk.sequence.block_ids
         made["slots"] += [blocks[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for t in positions]
         made["seq_lens"].append(positions.stop)
         made["q_start"].append(len(made["ids"]))
     return made
 
 
-class Checked:
+class Checked(StepInputs):
     """A worker's StepInputs, compared with plain ones at every step."""
 
-    def __init__(self, inputs: StepInputs) -> None:
-        self.inputs, self.num_steps = inputs, 0
+    num_steps = 0
 
-    def make(self, decodes: Batch | None, chunks: Sequence[Chunk], rows: Sequence[int]) -> Inputs:
-        made = self.inputs.make(decodes, chunks, rows)
-        together = [*(decodes.chunks if decodes else ()), *chunks]
+    def make(self, decodes: list[WorkerSequence], chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Inputs:
+        made = super().make(decodes, chunks, rows)
+        together = [*(SequenceChunk(one, one.num_tokens - 1, 1) for one in decodes), *chunks]
         for name, column in plain_inputs(together).items():
             tensor = made[name]
             assert tensor is not None and tensor.tolist() == column, name
@@ -45,7 +46,7 @@ class Checked:
         assert table is not None and len(table) == len(together)
         for row, chunk in zip(table.tolist(), together, strict=True):
             used = -(-(chunk.start + chunk.num_tokens) // BLOCK_SIZE)
-            assert row[:used] == chunk.request.kv_block_ids[:used]
+            assert row[:used] == chunk.sequence.block_ids[:used]
         self.num_steps += 1
         return made
 
@@ -54,10 +55,11 @@ class Checked:
 def test_reused_inputs_equal_fresh_ones(mode: str) -> None:
     config = PDSchedulerConfig(mode=mode, max_prefill_tokens=24, prefill_chunk_size=8, max_decode_batch_size=6)
     llm = LLM(MODEL, scheduler=config, block_size=BLOCK_SIZE, num_kv_blocks=40, max_model_len=96, skip_tokenizer=True)
-    workers = {id(worker): worker for worker in (llm.engine.prefiller, llm.engine.decoder)}.values()
-    checks = [Checked(worker.step_inputs) for worker in workers]
-    for worker, check in zip(workers, checks, strict=True):
-        worker.step_inputs = check
+    executor = llm.engine.executor
+    runners = {id(worker): worker.runner for worker in (executor.prefiller, executor.decoder)}.values()
+    checks = [Checked(BLOCK_SIZE, 96 // BLOCK_SIZE, torch.device("cpu")) for _ in runners]
+    for runner, check in zip(runners, checks, strict=True):
+        runner.step_inputs = check
     prompts = [[10 + i + t for t in range(3 + 5 * i)] for i in (*range(8), 12)]
     params = [SamplingParams(max_tokens=9 + 4 * i, n=2 if i % 3 == 0 else 1, ignore_eos=True) for i in range(9)]
     outputs = llm.generate(prompts, params)

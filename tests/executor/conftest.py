@@ -13,13 +13,12 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs
+from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
 from sageLLM.runtime.executor.kernel_choice import make_runner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.loader.tables import PositionTables
+from sageLLM.runtime.loader.tables import make_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
-from sageLLM.runtime.scheduler.base import Chunk, Request
-from sageLLM.runtime.scheduler.batch import DecodeStepBatch
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
 BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 4, 12, 48
@@ -34,7 +33,6 @@ class TinyModel:
     dtype: str
     compiler: ModelCompiler
     weights: dict[str, Tensor]
-    tables: PositionTables
 
     def bound(self) -> dict[str, Tensor]:
         dtype = DTYPES[self.dtype]
@@ -44,21 +42,21 @@ class TinyModel:
             keys.copy_(torch.randn(keys.shape, generator=generator))
             if not pool.shape.is_shared:
                 values.copy_(torch.randn(values.shape, generator=generator))
-        return {**self.weights, **self.tables.tensors, **pool.named_tensors()}
+        return {**self.weights, **make_tables(self.config, MAX_LEN), **pool.named_tensors()}
 
     def steps(self) -> Iterator[tuple[Stage, Inputs]]:
         """Yields steps of all stages and of several sizes; run each before requesting the next."""
-        inputs = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, torch.device("cpu"), self.tables)
-        one = Request("one", [5, 6, 7, 8, 9], kv_block_ids=[2, 3, 11], output_token_ids=[3])
-        two = Request("two", [*range(1, 10)], kv_block_ids=[0, 1, 4])
-        three = Request("three", [*range(20, 45)], kv_block_ids=[5, 6, 7, 8, 9, 10, 2])
-        yield "prefill", inputs.make(None, [Chunk(two, 0, 5, False)], [])
-        yield "prefill", inputs.make(None, [Chunk(two, 5, 4, True), Chunk(three, 0, 25, True)], [3, 28])
-        yield "decode", inputs.make(DecodeStepBatch(0, [one], [5], 0), [], [0])
-        both = DecodeStepBatch(0, [one, three], [5, 24], 0)
-        yield "decode", inputs.make(both, [], [0, 1])
-        yield "hybrid", inputs.make(both, [Chunk(two, 2, 7, True)], [0, 1, 8])
-        yield "decode", inputs.make(DecodeStepBatch(0, [one], [5], 1), [], [0])
+        inputs = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, torch.device("cpu"))
+        one = WorkerSequence("one", [5, 6, 7, 8, 9], [3], block_ids=[2, 3, 11])
+        two = WorkerSequence("two", [*range(1, 10)], block_ids=[0, 1, 4])
+        three = WorkerSequence("three", [*range(20, 45)], block_ids=[5, 6, 7, 8, 9, 10, 2])
+        yield "prefill", inputs.make([], [SequenceChunk(two, 0, 5)], [])
+        yield "prefill", inputs.make([], [SequenceChunk(two, 5, 4), SequenceChunk(three, 0, 25)], [3, 28])
+        yield "decode", inputs.make([one], [], [0])
+        yield "decode", inputs.make([one, three], [], [0, 1])
+        yield "hybrid", inputs.make([one, three], [SequenceChunk(two, 2, 7)], [0, 1, 8])
+        one.output_token_ids.append(3)
+        yield "decode", inputs.make([one], [], [0])
 
 
 @pytest.fixture(scope="session")
@@ -85,5 +83,4 @@ def _tiny(layout: ModelLayout, dtype: str, registry: Registry) -> TinyModel:
         noise = torch.randn(spec.shape, generator=generator)
         made = noise * spec.shape[-1] ** -0.5 if len(spec.shape) > 1 else 1 + 0.3 * noise
         weights[spec.name] = made.to(DTYPES[dtype]) if spec.tied_to is None else weights[spec.tied_to]
-    compiler = ModelCompiler(layout, config, registry, dtype=dtype)
-    return TinyModel(layout, config, dtype, compiler, weights, PositionTables(config, MAX_LEN))
+    return TinyModel(layout, config, dtype, ModelCompiler(layout, config, registry, dtype=dtype), weights)

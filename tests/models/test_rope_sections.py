@@ -3,14 +3,14 @@
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
-from sageLLM.runtime.loader.rope import rope_rows
+from sageLLM.runtime.core.model.rope import RopeSpec, read_rope
+from sageLLM.runtime.loader.rope import rope_tables
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -20,6 +20,24 @@ LAYOUTS = {"llama": "LlamaConfig", "stablelm": "StableLmConfig", "gpt_neox": "GP
 
 def read(layout: str, **changes: Any) -> Any:
     return MODELS[layout].read_config(HFConfig({**MODELS[layout].tiny, **changes}))
+
+
+def read_plain(base: float, *, reads_theta: bool) -> RopeSpec:
+    hf = HFConfig({"rope_parameters": PLAIN})
+    keys, allow = ("rope_parameters",), ("default",)
+    return read_rope(hf, base=base, dim=8, max_position=64, keys=keys, allow=allow, reads_theta=reads_theta)
+
+
+def test_a_base_that_is_computed_from_rope_theta_may_differ_from_it() -> None:
+    assert read_plain(20000.0, reads_theta=True).base == 20000.0
+    with pytest.raises(ConfigError, match="must equal the base frequency 20000"):
+        read_plain(20000.0, reads_theta=False)
+
+
+@pytest.mark.parametrize("base", [0.0, -1.0, float("nan")])
+def test_a_base_must_be_positive(base: float) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        read_plain(base, reads_theta=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -41,7 +59,7 @@ def test_rope_scaling_together_with_rope_parameters(layout: str, sections: dict[
         {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
     )
     frequencies, _ = ROPE_INIT_FUNCTIONS["linear"](config, "cpu")
-    assert rope_rows(rope, torch.tensor([1]), 2).sin[0].tolist() == pytest.approx(frequencies.sin().tolist())
+    assert rope_tables(rope, 2).sin[1].tolist() == pytest.approx(frequencies.sin().tolist())
 
 
 def test_rope_scaling_updates_the_section_of_full_attention() -> None:
@@ -128,7 +146,7 @@ LENGTHS: list[tuple[dict[str, Any], int]] = [
     ({"rope_scaling": LINEAR}, 512),
     ({"rope_scaling": {**LINEAR, "factor": 0.5}}, 256),
     ({"rope_scaling": {**LINEAR, "factor": 1e300}}, 2**31 - 1),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 512),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 256),
     ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}, 256),
 ]
 

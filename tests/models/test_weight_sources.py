@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import Sink, SpecErrors
-from sageLLM.codegen.emit.weights import WeightText
+from sageLLM.codegen.emit.weights import WeightText, tuple_text
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.link.config import link_config
 from sageLLM.codegen.link.flatten import flatten
@@ -20,7 +20,16 @@ from sageLLM.codegen.link.weights import WeightLinker, link_weights
 from sageLLM.codegen.load import load_specs
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.checkpoint import check_checkpoint
-from sageLLM.runtime.core.model.weights import MAX_STACKED, Part, Shard, View, WeightSpec, share_runs, stacked
+from sageLLM.runtime.core.model.weights import (
+    MAX_STACKED,
+    Part,
+    Shard,
+    View,
+    WeightSpec,
+    share_runs,
+    share_shape,
+    stacked,
+)
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 from sageLLM.runtime.loader.weights import load_weights, rank_shard
 
@@ -65,7 +74,7 @@ def weight_specs(folder: Path, weights: str, sizes: Mapping[str, int] = SIZES) -
     for name, weight in found.items():
         view = writer.view(weight, "i")
         options = "".join(f", {key}={text}" for key, text in view.options)
-        specs[name] = eval(f"WeightSpec({view.label}, ({', '.join(view.shape)},), {view.parts}{options})", dict(names))
+        specs[name] = eval(f"WeightSpec({view.label}, {tuple_text(view.shape)}, {view.parts}{options})", dict(names))
     return specs
 
 
@@ -150,6 +159,12 @@ PACKED: dict[str, tuple[str, Callable[..., Tensor]]] = {
         """,
         lambda t: torch.cat([t["a"][:, 1], t["a"][:, 0]]),
     ),
+    "one number, stored as a vector of one": ('w: {shape: [], hf: {rearrange: "1 ->", of: a}}', lambda t: t["a"][0]),
+    "a row, stored as a vector": ('w: {shape: [1, H], hf: {rearrange: "H -> 1 H", of: a}}', lambda t: t["a"][None]),
+    "numbers of experts, each stored as a matrix of one": (
+        'w: {shape: [X], hf: {stack: {over: e in X, of: {rearrange: "1 1 ->", of: "x.{e}"}}}}',
+        lambda t: torch.stack([t[f"x.{e}"][0, 0] for e in range(3)]),
+    ),
     "Llama 4: all experts in one tensor, inputs first": (
         "w: {shape: [X, 2*I, H], hf: {transpose: a}, tp: {shard: 1, segments: [I, I]}}",
         lambda t: t["a"].transpose(1, 2),
@@ -175,6 +190,12 @@ def test_a_packed_weight_is_loaded_as_torch_would_build_it(case: str, tmp_path: 
     specs = weight_specs(tmp_path, lines)
     tensors = random_checkpoint(tmp_path, specs)
     assert torch.equal(load(tmp_path, specs)["w"], wanted(tensors))
+
+
+def test_a_single_number_is_held_by_every_rank(tmp_path: Path) -> None:
+    spec = weight_specs(tmp_path, 'w: {shape: [], hf: {rearrange: "1 ->", of: a}}')["w"]
+    assert share_shape(spec, 2) == ()
+    assert rank_shard(spec, torch.tensor(3.0), 1, 2).item() == 3.0
 
 
 @pytest.mark.parametrize("case", [case for case, (lines, _) in PACKED.items() if "tp:" in lines])

@@ -64,7 +64,7 @@ LAYERS = {
     "runtime/text": runtime_layer("text", others="tokenizers"),
     "runtime/text/chat_template_worker.py": Layer(ours=(), others=frozenset({"jinja2"})),  # runs as its own process
     "runtime/text/tokenizer_probe_worker.py": Layer(ours=(), others=frozenset({"tokenizers"})),  # so does this
-    "runtime/engine": runtime_layer(*BELOW_ENGINE, "engine", others="torch numpy", lazily="triton"),
+    "runtime/engine": runtime_layer(*BELOW_ENGINE, "engine", others="torch numpy msgspec", lazily="triton"),
     "runtime/inspect": runtime_layer("registry", "execution_graph", "executor", "inspect", others="torch"),
     "runtime/inspect/checkpoint_report.py": runtime_layer("registry", "execution_graph"),
     "runtime/cli": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),

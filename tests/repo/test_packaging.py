@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -74,6 +76,7 @@ def install(archive: Path, home: Path) -> Path:
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip())
     third_party = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     (site / "third_party.pth").write_text("\n".join(third_party), encoding="utf-8")
+    python.with_name("ruff").symlink_to(Path(sysconfig.get_path("scripts"), "ruff"))  # a program, not found on a path
     return python
 
 
@@ -152,3 +155,40 @@ def test_the_wheel_runs_a_model(wheel_python: Path, tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     [here] = LLM(model=model).generate(["def "], params)
     assert installed == [str(token) for token in here.outputs[0].token_ids]
+
+
+def printed_command(done: subprocess.CompletedProcess[str]) -> tuple[str, ...]:
+    """The `sagellm` command that the last line of stderr tells the user to run."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return tuple(shlex.split(done.stderr.splitlines()[-1].partition("sagellm ")[2]))
+
+
+def test_scaffolds_of_the_wheel_generate_and_run(wheel_python: Path, tmp_path: Path) -> None:
+    """With the command that they print. The package in site-packages is not touched."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def sagellm(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(wheel_python.with_name("sagellm")), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+
+    site = next(wheel_python.parents[1].rglob("site-packages/sageLLM"))
+
+    def installed() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in site.rglob("*") if "__pycache__" not in path.parts}
+
+    before = installed()
+    done = [sagellm("new", kind, f"demo_{kind}") for kind in ("op", "model", "pass")]
+    assert {line.split("/")[0] for one in done for line in one.stdout.splitlines()} == {"my_specs"}
+    assert all(f"{tmp_path}/my_specs" in one.stderr for one in done)
+    [command] = {printed_command(one) for one in done}
+    printed_command(generated := sagellm(*command))
+    assert "wrote ops/demo_op.py" in generated.stdout
+    assert installed() == before
+    run(wheel_python, "-m", "pytest", "-q", "--import-mode=importlib", "my_generated/tests", cwd=tmp_path)
+    shutil.copytree(ROOT / "examples/tiny_python_model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text(encoding="utf-8"))
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"architectures": ["DemoModelForCausalLM"]}))
+    found = sagellm("run", "model", "--plugin", "my_generated", "--prompt", "def main(", "--max-tokens", "8")
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    [here] = LLM(model=ROOT / "examples/tiny_python_model").generate(["def main("], params)
+    assert found.stdout == f"def main({here.outputs[0].text}\n"

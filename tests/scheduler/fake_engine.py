@@ -15,10 +15,10 @@ def next_token(tokens: list[int]) -> int:
     return value
 
 
-def chain(tokens: list[int], known: list[int], start: int) -> list[int]:
-    """A hash for each token of `start`, it and all tokens before it; `known` are the hashes computed so far."""
+def chain(tokens: list[int], known: list[int]) -> list[int]:
+    """A hash for each token of it and all tokens before it; `known` are the hashes computed so far."""
     values = known
-    value = values[-1] if values else start
+    value = values[-1] if values else 0
     for token in tokens[len(values) :]:
         value = hash((value, token))
         values.append(value)
@@ -32,8 +32,7 @@ Cache = dict[int, list[int | None]]
 class FakeEngine:
     """Runs a scheduler step by step, on caches that hold the `chain` hash of the token in each slot of a block.
 
-    So a token at the wrong position, of the wrong request or after a different prefix is detected when it is read. The
-    hashes of a sequence beyond the scheduler's `switch_len` are others than those of a shorter one.
+    So a token at the wrong position, of the wrong request or after a different prefix is detected when it is read.
     `computed` is the engine's own count of each request's tokens in the cache, `ends` how often each was ended.
     """
 
@@ -45,7 +44,7 @@ class FakeEngine:
     ends: dict[str, int] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
-    chains: dict[tuple[str, bool], list[int]] = field(default_factory=dict)
+    chains: dict[str, list[int]] = field(default_factory=dict)
     tables: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     victims: dict[str, int] = field(default_factory=dict)
     steps: list[ScheduleOutput] = field(default_factory=list)
@@ -195,10 +194,8 @@ class FakeEngine:
         return request.num_output_tokens >= min(self.stop_after[request.request_id], request.max_new_tokens)
 
     def _values(self, request: Request) -> list[int]:
-        switch_len = self.scheduler.limits.switch_len
-        is_long = switch_len is not None and request.total_tokens > switch_len
-        known = self.chains.setdefault((request.request_id, is_long), [])
-        return chain(request.prompt_token_ids + request.output_token_ids, known, int(is_long))
+        known = self.chains.setdefault(request.request_id, [])
+        return chain(request.prompt_token_ids + request.output_token_ids, known)
 
     def _write(self, cache: Cache, table: list[int], start: int, values: list[int]) -> None:
         size = self.scheduler.kv.block_size

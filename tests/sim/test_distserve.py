@@ -14,7 +14,7 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepWork
 from sageLLM.runtime.sim.distserve import read_profile
 from sageLLM.runtime.sim.metrics import Slo
-from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
+from sageLLM.runtime.sim.modes import RoleSetup, Setup, SimMode, make_cluster
 from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import TraceError, TraceRequest, at_rate, read_trace
 
@@ -60,7 +60,7 @@ def test_a_prefill_worker_of_two_gpus_and_a_decode_gpu(
 ) -> None:
     profile = data / "distserve" / "profiler-a100-80g.distserve.json"
     prefill, decode = read_profile(profile, MODEL, 2), read_profile(profile, MODEL, 1)
-    setup = Setup(decode, no_transfer, scheduler=limits(163_008), costs={"prefill": prefill})
+    setup = Setup(decode, no_transfer, scheduler=limits(163_008), roles={"prefill": RoleSetup(prefill)})
     assert attainment("strict", setup, at_rate(trace, 3 * rate, seed=0)) == pytest.approx(theirs, abs=ONE_REQUEST)
 
 

@@ -1,5 +1,6 @@
 """The simulator compared with timelines computed by hand, and its invariants on random traces."""
 
+import dataclasses
 import random
 from array import array
 
@@ -10,10 +11,11 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfi
 from sageLLM.runtime.scheduler.step_cost import StepWork
 from sageLLM.runtime.sim.metrics import Slo, Summary, Timeline
 from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
+from sageLLM.runtime.sim.pipeline import Stages
 from sageLLM.runtime.sim.simulator import Simulation
 from sageLLM.runtime.sim.trace import TraceRequest
 
-MODES: tuple[SimMode, ...] = ("strict", "time_share", "hybrid", "vllm", "auto")
+MODES: tuple[SimMode, ...] = ("strict", "prefill_first", "time_share", "hybrid", "vllm", "auto")
 
 
 class PerToken:
@@ -30,9 +32,12 @@ def run(
     kv_budget: KVBudget | None = None,
     scheduler: PDSchedulerConfig | None = None,
     workers: tuple[int, int] = (1, 1),
+    depth: int = 1,
+    max_model_len: int | None = None,
 ) -> tuple[list[Timeline], Simulation]:
     config = scheduler or PDSchedulerConfig()
     setup = Setup(PerToken(), lambda tokens: 0.001 * tokens, kv_budget, *workers, config)
+    setup = dataclasses.replace(setup, pipeline_depth=depth, max_model_len=max_model_len)
     simulation = Simulation(make_cluster(mode, setup))
     return simulation.run(trace), simulation
 
@@ -83,6 +88,62 @@ def test_an_answer_ends_when_it_fills_the_pool(mode: SimMode, workers: tuple[int
     first, second = run(mode, trace, kv_budget=KVBudget(20, 16), workers=workers)[0]
     assert (first.num_output_tokens, second.num_output_tokens) == (220, 1)
     assert first.last_token_s is not None and second.last_token_s is not None
+
+
+def test_a_pipeline_starts_a_step_while_others_are_in_flight() -> None:
+    """Two stages of 1 s: the second prompt enters the first stage when the first leaves it."""
+    trace = [TraceRequest(0.0, 100, 1), TraceRequest(0.1, 100, 1), TraceRequest(0.2, 100, 1)]
+    first, second, third = run("time_share", trace, workers=(1, 0), depth=2)[0]
+    ends = [one.first_token_s for one in (first, second, third)]
+    assert ends == pytest.approx([2.0, 3.0, 4.0])
+    # vLLM's one scheduler computes both waiting prompts in the step that starts at 1 s, of 3 s.
+    ends = [one.first_token_s for one in run("vllm", trace, workers=(1, 0), depth=2)[0]]
+    assert ends == pytest.approx([2.0, 4.0, 4.0])
+
+
+def test_stages_are_passed_in_order() -> None:
+    stages = Stages(2)
+    assert stages.start(0.0, 4.0) == pytest.approx(4.0) and stages.free_s == pytest.approx(2.0)
+    assert stages.start(2.0, 1.0) == pytest.approx(4.5), "the short step waits for the second stage until 4 s"
+    assert stages.free_s == pytest.approx(2.5)
+    assert Stages().start(1.0, 4.0) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pipeline_serves_all_requests(mode: SimMode) -> None:
+    """A pool small enough to preempt requests with a step in flight; each scheduler of a pipeline has its share."""
+    trace = drawn_trace(0)
+    timelines, simulation = run(mode, trace, kv_budget=KVBudget(42, 16), scheduler=SMALL, depth=3)
+    for asked, got in zip(trace, timelines, strict=True):
+        assert len(got.gaps_s) == asked.num_output_tokens - 1
+    for worker in simulation.cluster.workers:
+        assert not worker.num_live
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_end_at_the_longest_sequence(mode: SimMode) -> None:
+    trace = [TraceRequest(0.0, 100, 5000), TraceRequest(30.0, 120, 2)]
+    (first, second), simulation = run(mode, trace, max_model_len=120)
+    assert first.num_output_tokens == 20 and first.last_token_s is not None
+    assert second.first_token_s is None and "max_model_len=120" in simulation.refusals[1]
+
+
+def test_prefill_first_lets_no_prompt_wait_for_decodes() -> None:
+    """A prompt that arrives during decodes is the next step; in time_share four decode steps come before it."""
+    trace = [TraceRequest(0.0, 100, 30), TraceRequest(2.05, 100, 1)]
+    waits = {mode: run(mode, trace, workers=(1, 0))[0][1].ttft_s for mode in ("prefill_first", "time_share")}
+    assert waits["prefill_first"] == pytest.approx(2.05) and waits["time_share"] == pytest.approx(2.35)
+
+
+def test_a_long_prompt_is_gated_by_its_whole_sequence_in_mode_vllm() -> None:
+    """The pool has room for the first chunk of the second prompt only: without the gate it is admitted and preempts."""
+    trace = [TraceRequest(0.0, 150, 20), TraceRequest(0.5, 150, 1)]
+    preempted = {}
+    for gate in (True, False):
+        setup = Setup(PerToken(), lambda tokens: 0.0, KVBudget(14, 16), 1, 0, SMALL, full_sequence_must_fit=gate)
+        timelines = Simulation(make_cluster("vllm", setup)).run(trace)
+        preempted[gate] = sum(one.num_preemptions for one in timelines)
+    assert preempted[True] == 0 < preempted[False]
 
 
 def drawn_trace(seed: int) -> list[TraceRequest]:

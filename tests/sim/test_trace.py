@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from sageLLM.runtime.sim.trace import (
+    BadRowError,
     Lengths,
+    SkippedRows,
     TraceError,
     TraceRequest,
     at_rate,
@@ -61,7 +63,7 @@ def test_prompts_without_hashes_share_no_prefix() -> None:
     [
         ("x.txt", "", "x.txt: the suffix of a trace must be one of .csv, .jsonl, .json"),
         ("x.csv", "a,b\n", "x.csv:1: expected the columns ContextTokens, GeneratedTokens, TIMESTAMP"),
-        ("x.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "x.csv: expected at least one request, got none"),
+        ("x.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "x.csv: expected at least one valid request, got none"),
         (
             "x.csv",
             "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,0,4\n",
@@ -69,13 +71,52 @@ def test_prompts_without_hashes_share_no_prefix() -> None:
         ),
         ("x.jsonl", '\n{"timestamp": 1}\n', "x.jsonl:2: the key 'input_length' is missing"),
         ("x.jsonl", "[1]\n", "x.jsonl:1: "),
-        ("x.json", "[[1]]", "x.json: expected a list of [prompt tokens, output tokens]: not enough values to unpack"),
+        (
+            "x.json",
+            "[[2, 3], [1]]",
+            "x.json: expected [prompt tokens, output tokens] in entry 1: not enough values to unpack",
+        ),
+        ("x.json", "{}", "x.json: expected a list of [prompt tokens, output tokens], got dict"),
+        ("x.json", "[", "x.json: expected a list of [prompt tokens, output tokens]: Expecting value"),
+        ("x.jsonl", '{"arrival_time": NaN, "input_toks": 1, "output_toks": 1}', "x.jsonl:1: expected a finite time"),
+        ("x.jsonl", '{"arrival_time": 1, "input_toks": Infinity, "output_toks": 1}', "x.jsonl:1: "),
     ],
 )
 def test_a_bad_trace_is_an_error_with_file_and_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(TraceError) as caught:
         read_trace(written(tmp_path, name, text))
     assert str(caught.value).startswith(f"{tmp_path}/{message}")
+
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+GOOD_AND_BAD = {
+    "x.csv": f"{HEADER}2023-11-16 18:15:46.68,0,4\n2023-11-16 18:15:47.68,9,4\n\xff,1,1\n2023-11-16 18:15:49.68,7,1\n",
+    "x.jsonl": """{"timestamp": 1, "input_length": 0, "output_length": 4}
+        {"timestamp": 1000, "input_length": 9, "output_length": 4}
+        {"timestamp":
+        {"timestamp": 3000, "input_length": 7, "output_length": 1}""",
+    "x.json": "[[0, 4], [9, 4], [1], [7, 1]]",
+}
+
+
+@pytest.mark.parametrize("name", GOOD_AND_BAD)
+def test_bad_rows_are_skipped_and_counted_on_request(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, name, GOOD_AND_BAD[name])
+    skipped = SkippedRows()
+    trace = read_trace(path, skipped)
+    assert [(one.num_prompt_tokens, one.num_output_tokens) for one in trace] == [(9, 4), (7, 1)]
+    assert trace[0].arrival_s == 0.0, "times count from the first valid row"
+    assert skipped.num == 2
+    with pytest.raises(BadRowError) as caught:
+        read_trace(path)
+    assert str(caught.value) == skipped.first
+    assert "expected at least one prompt and one output token, got 0 and 4" in skipped.first
+
+
+def test_a_trace_without_any_valid_row_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "x.json", "[[0, 4], [1]]")
+    with pytest.raises(TraceError, match="expected at least one valid request, got none"):
+        read_trace(path, SkippedRows())
 
 
 def test_poisson_arrivals_have_the_rate_and_repeat_by_seed() -> None:

@@ -31,26 +31,17 @@ class RopeSpec:
     scaling: Mapping[str, Any] | None = None
 
     @property
-    def kind(self) -> str:
-        """The type of the scaling; "default" without one."""
-        return str(self.scaling["rope_type"]) if self.scaling else "default"
-
-    @property
-    def trained(self) -> int:
-        """The trained length in tokens. Longer sequences have other frequencies with longrope and dynamic scaling."""
-        if self.kind == "dynamic":
-            return self.max_position
-        return int(min((self.scaling or {}).get("original_max_position_embeddings", self.max_position), MAX_SIZE))
-
-    @property
     def longest(self) -> int:
-        """The length of the longest sequence: `max_position`, extended by yarn, linear and dynamic scaling as in vLLM.
+        """The length of the longest sequence: `max_position`, which yarn and linear scaling extend, as in vLLM.
 
-        With the other types, `max_position` includes the scaling.
+        With the other types, `max_position` includes the scaling, or (dynamic) the rotation of cached keys would have
+        to change beyond it.
         """
-        if self.scaling is None or self.kind not in ("yarn", "linear", "dynamic"):
+        scaling = self.scaling or {}
+        if scaling.get("rope_type") not in ("yarn", "linear"):
             return self.max_position
-        return max(self.max_position, int(min(self.trained * self.scaling["factor"], MAX_SIZE)))
+        trained = scaling.get("original_max_position_embeddings", self.max_position)
+        return max(self.max_position, int(min(trained * scaling["factor"], MAX_SIZE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +98,18 @@ def read_rope(
     keys: tuple[str, ...],
     allow: tuple[str, ...],
     is_partial: bool = False,
+    reads_theta: bool = False,
     default: Mapping[str, Any] | None = None,
     original: int | None = None,
 ) -> RopeSpec:
     """A rotary section of a config, from `keys`, or `default` without one.
 
-    `is_partial` tells that `dim` follows the config's `partial_rotary_factor`; `original` is the trained length where
-    the architecture has a default for it. Raises ConfigError for an odd `dim`, a scaling type that is not in `allow`,
-    and a key or value that the type does not have.
+    `is_partial` tells that `dim` follows the config's `partial_rotary_factor`, and `reads_theta` that `base` follows
+    its `rope_theta`; `original` is the trained length where the architecture has a default for it. Raises ConfigError
+    for an odd `dim`, a scaling type that is not in `allow`, and a key or value that the type does not have.
     """
+    if not base > 0:
+        raise ConfigError(f"{hf.path}: the base frequency of the rotation must be positive, got {base:g}")
     if dim % 2:
         raise ConfigError(f"{hf.path}: the number of rotated components of a head must be even, got {dim}")
     if not is_partial:
@@ -128,7 +122,7 @@ def read_rope(
     kind = _type_of(hf, name, section)
     if kind not in allow:
         raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
-    if section.get("rope_theta") not in (None, base):
+    if not reads_theta and section.get("rope_theta") not in (None, base):
         raise ConfigError(
             f"{hf.path}: '{name}.rope_theta' must equal the base frequency {base:g}, "
             f"got {shown(section['rope_theta'])}; remove one of the two"

@@ -98,7 +98,7 @@ def share_runs(spec: WeightSpec, rank: int, tp: int) -> tuple[tuple[int, int], .
     shard = spec.shard
     if shard is None or shard.kind == "first" or tp == 1:
         dim = shard.dim if shard is not None else 0
-        return ((0, spec.shape[dim]),)
+        return ((0, spec.shape[dim] if spec.shape else 1),)
     runs: list[tuple[int, int]] = []
     start = 0
     for segment in shard.segments or (spec.shape[shard.dim],):
@@ -112,5 +112,7 @@ def share_runs(spec: WeightSpec, rank: int, tp: int) -> tuple[tuple[int, int], .
 
 def share_shape(spec: WeightSpec, tp: int) -> tuple[int, ...]:
     """The shape of a rank's share, equal on all ranks."""
+    if not spec.shape:
+        return ()
     dim = spec.shard.dim if spec.shard is not None else 0
     return (*spec.shape[:dim], sum(size for _, size in share_runs(spec, 0, tp)), *spec.shape[dim + 1 :])

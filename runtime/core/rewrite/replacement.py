@@ -27,7 +27,7 @@ def apply_rewrite(
     except TypeMismatch as error:
         return NearMiss(len(rewrite.matched), str(error))
     try:
-        graph.replace(rewrite.matched, nodes)
+        graph.replace(rewrite.matched, nodes, {result.name: value for result, value in rewrite.same})
     except IRError as error:
         return NearMiss(len(rewrite.matched), str(error))
     return nodes
@@ -45,7 +45,27 @@ def _why_not_replaceable(graph: ExecutionGraph, rewrite: Rewrite, position: Mapp
     # A rule may list calls in an order that destroys a value of the pattern before a later call reads it.
     if (lost := _lost_operand(rewrite)) is not None:
         return f"the replacement reads {lost}, which it removes"
-    return _why_no_position(graph, rewrite, matched, position) or _why_not_inplace(graph, rewrite, matched, position)
+    return (
+        _why_no_position(graph, rewrite, matched, position)
+        or _why_not_inplace(graph, rewrite, matched, position)
+        or _why_not_same(graph, rewrite, matched)
+    )
+
+
+def _why_not_same(graph: ExecutionGraph, rewrite: Rewrite, matched: set[str]) -> str | None:
+    """The refusal if a result has another type than the value that replaces it, or is overwritten by a consumer."""
+    for result, value in rewrite.same:
+        if result.type != value.type:
+            return f"{result.name} is {result.type}, but {value.name} is {value.type}"
+        shared = same_memory(graph, result.name)
+        writers = {user.node_id: user for name in shared for user in graph.users(name) if user.node_id not in matched}
+        for node in writers.values():
+            overwritten = (
+                [node.optional_input(operand) for operand in node.inplace.values()] if isinstance(node, OpNode) else []
+            )
+            if any(ref is not None and ref.name in shared for ref in overwritten):
+                return f"{node.node_id} overwrites {result.name}, and would overwrite {value.name}"
+    return None
 
 
 def _why_not_inplace(
@@ -134,7 +154,7 @@ def _new_nodes(graph: ExecutionGraph, rewrite: Rewrite, memo: Memo) -> list[Exec
             produced[output if isinstance(output, str) else name] = ref
             outputs.append(ref)
         nodes.append(_node(call, anchor, inputs, outputs, inference.attrs, origins))
-    if all(node.node_id != anchor.node_id for node in nodes):
+    if nodes and all(node.node_id != anchor.node_id for node in nodes):
         nodes[-1].node_id = anchor.node_id  # a node that keeps its id makes `graph.replace` local
     return nodes
 

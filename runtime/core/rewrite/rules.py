@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
+from sageLLM.runtime.core.ir.dims import Dim, Expr
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
@@ -35,12 +36,14 @@ class NewCall:
 class Rewrite:
     """The result of a match: the `matched` nodes, the anchor last, are replaced by `calls`.
 
-    `kept` are the values of the matched nodes that other nodes may still read, since a call produces them again.
+    `kept` are the values of the matched nodes that other nodes may still read, since a call produces them again, or
+    since they are `same` as another value, which consumers then read: (value of a matched node, other value).
     """
 
     matched: tuple[OpNode, ...]
     calls: tuple[NewCall, ...]
     kept: tuple[TensorRef, ...]
+    same: tuple[tuple[TensorRef, TensorRef], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,12 @@ def has_default(node: OpNode, attr: str) -> bool:
     others = {name: value for name, value in node.attrs.items() if name != attr}
     types = {name: ref.type for name, ref in zip(node.operands, node.inputs, strict=True)}
     return node.attrs.get(attr) in (None, node.resolve(types, others).attrs[attr])
+
+
+def dim_of(attr: AttrValue) -> Dim:
+    """The value of an attr that is a dim."""
+    assert isinstance(attr, int | Expr), f"expected a dim, got {attr!r}"
+    return attr
 
 
 def is_known(value: TensorRef, index: int | None = None) -> bool:

@@ -256,12 +256,15 @@ class RunningFirstScheduler(BaseScheduler):
     # --- committing ---
 
     def update_after_step(
-        self, finished_request_ids: Iterable[str], pending_migrations: Collection[str] = ()
+        self,
+        finished_request_ids: Iterable[str],
+        pending_migrations: Collection[str] = (),
+        step_id: int | None = None,
     ) -> list[str]:
-        """Commit the oldest pending step; returns the ids that the scheduler itself ended."""
+        """Commit the pending step of this id (default: the oldest); returns the ids that the scheduler itself ended."""
         ended: list[Request] = []
         if self._pending:
-            ended = self._commit(self._pending.popleft())
+            ended = self._commit(self._take_pending(step_id))
         for request_id in finished_request_ids:
             request = self.running_requests.get(request_id) or self.waiting_queue.get(request_id)
             if request is not None:
@@ -271,6 +274,13 @@ class RunningFirstScheduler(BaseScheduler):
             self._retire(request)
         self._free_ended()
         return [request.request_id for request in unexpected]
+
+    def _take_pending(self, step_id: int | None) -> _PendingStep:
+        if step_id is None:
+            return self._pending.popleft()
+        step = next(pending for pending in self._pending if pending.output.step_id == step_id)
+        self._pending.remove(step)
+        return step
 
     def _commit(self, step: _PendingStep) -> list[Request]:
         now = self._clock()

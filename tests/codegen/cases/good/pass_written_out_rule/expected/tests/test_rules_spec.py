@@ -53,7 +53,7 @@ def test_sum_first() -> None:
     keep = ("n",)
     cases: list[dict[str, Any]] = [{"R": 1, "H": 1}, {"R": [3, 5], "H": 7}]
     kernels = {**BASE_KERNELS, **KERNELS}
-    check_rule(Regroup, "sum_first", pattern, keep, cases, kernels, exact=False, optional=("w",))
+    check_rule(Regroup, "sum_first", pattern, keep, cases, kernels, optional=("w",))
 
 
 # pass_written_out_rule/spec.yaml: regroup
@@ -91,4 +91,4 @@ def test_reduce_in_the_norm() -> None:
     )
     cases: list[dict[str, Any]] = [{"T": 1, "H": 64}, {"T": 17, "H": 100}]
     kernels = {**BASE_KERNELS, **KERNELS}
-    check_rule(Regroup, "reduce_in_the_norm", pattern, keep, cases, kernels, exact=False, optional=("w",))
+    check_rule(Regroup, "reduce_in_the_norm", pattern, keep, cases, kernels, optional=("w",))

@@ -1,0 +1,93 @@
+"""Executors run the orders of the engine on its workers, in the order in which they are submitted."""
+
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Protocol
+
+from sageLLM.runtime.engine.block_copies import Migrator, TieredPool
+from sageLLM.runtime.engine.kv_pool import make_pool
+from sageLLM.runtime.engine.model_runner import ModelRunner
+from sageLLM.runtime.engine.orders import GroupOrder, StepResult
+from sageLLM.runtime.engine.worker import Worker
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.kv.copies import Tier
+from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.scheduler.base import KVBudget
+
+
+class Executor(Protocol):
+    """The seam between the engine and its workers.
+
+    Several orders may be submitted before the result of the first is read. The future of an order raises the error of
+    a step that has failed as a whole; call `reset` then.
+    """
+
+    def submit(self, order: GroupOrder) -> "Future[list[StepResult]]":
+        """Runs the order after all earlier ones. The results are those of the decode and of the prefill order."""
+
+    def wait(self) -> None:
+        """Returns when no order is running; errors stay in their futures."""
+
+    def reset(self) -> None:
+        """Waits, and drops all sequences from the workers."""
+
+
+class InProcessExecutor:
+    """Workers in this process: one, or in strict mode one for prefill and one for decode, with a KV pool each.
+
+    With `is_async`, orders run in a thread of their own, and the engine plans the next step meanwhile: native kernels
+    run without Python's lock. Otherwise `submit` runs the order.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        compiler: ModelCompiler,
+        budget: KVBudget,
+        *,
+        is_split: bool,
+        is_async: bool,
+        disk_folder: Path | None = None,
+    ) -> None:
+        decoder = ModelRunner(model, make_pool(model, budget.num_blocks, budget.block_size), compiler)
+        tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
+        self.decoder = self.prefiller = Worker(decoder, TieredPool(decoder.pool, tier_sizes, compiler, disk_folder))
+        self._migrator: Migrator | None = None
+        if is_split:
+            num_blocks = budget.num_prefill_blocks or budget.num_blocks
+            prefiller = ModelRunner(model, make_pool(model, num_blocks, budget.block_size), compiler)
+            self.prefiller = Worker(prefiller)
+            graph = compiler.migrate_graph()
+            self._migrator = Migrator(prefiller.pool, decoder.pool, graph, compiler.kernels)
+        # The thread ends when the pool is garbage, with the engine.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sagellm-worker") if is_async else None
+        self._last: Future[list[StepResult]] | None = None
+
+    def submit(self, order: GroupOrder) -> "Future[list[StepResult]]":
+        if self._thread is not None:
+            self._last = self._thread.submit(self._execute, order)
+            return self._last
+        future: Future[list[StepResult]] = Future()
+        try:
+            future.set_result(self._execute(order))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def wait(self) -> None:
+        if self._last is not None:
+            wait([self._last])
+
+    def reset(self) -> None:
+        self.wait()
+        for worker in {id(worker): worker for worker in (self.decoder, self.prefiller)}.values():
+            worker.reset()
+
+    def _execute(self, order: GroupOrder) -> list[StepResult]:
+        parts = [(self.decoder, order.decode), (self.prefiller, order.prefill)]
+        busy = [(worker, part) for worker, part in parts if part is not None]
+        for worker, part in busy:
+            worker.begin(part)
+        if order.migrations and self._migrator is not None:
+            self._migrator.run(order.migrations)
+        return [worker.run(part) for worker, part in busy]

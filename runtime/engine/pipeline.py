@@ -1,0 +1,198 @@
+"""Steps in flight: planned by the scheduler, run by the executor, and applied to the sequences in order.
+
+While a step runs, the next one is planned and submitted, so that a worker goes from one to the other without waiting.
+A sequence that ends with a step may be part of the next one already; its token there is ignored.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+from sageLLM.runtime.engine.executor import Executor
+from sageLLM.runtime.engine.faults import NOT_FINITE, log_end, reason_of, reraise_unless_attributable
+from sageLLM.runtime.engine.order_builder import OrderBuilder, OrderedStep
+from sageLLM.runtime.engine.orders import GroupOrder, StepResult
+from sageLLM.runtime.engine.outputs import Logprob
+from sageLLM.runtime.engine.sampler import ScoredTokens
+from sageLLM.runtime.engine.sequences import RequestGroup
+from sageLLM.runtime.engine.sequences import Sequence as Answer
+from sageLLM.runtime.scheduler.base import ScheduleOutput
+from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
+from sageLLM.runtime.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A planned step: the parts of its workers, and their results; no future if it has nothing to run."""
+
+    parts: list[OrderedStep]
+    results: "Future[list[StepResult]] | None"
+
+
+class StepPipeline:
+    """The steps of one scheduler. `sequences` are the engine's live ones, by request id.
+
+    At most two steps are in flight if `plans_ahead`, else one.
+    """
+
+    def __init__(
+        self,
+        scheduler: PDScheduler,
+        executor: Executor,
+        sequences: Mapping[str, Answer],
+        tokenizer: Tokenizer | None,
+        *,
+        plans_ahead: bool,
+    ) -> None:
+        self._scheduler, self._executor = scheduler, executor
+        self._sequences, self._tokenizer = sequences, tokenizer
+        self._max_in_flight = 2 if plans_ahead else 1
+        self._in_flight: deque[StepInFlight] = deque()
+        self._decode_orders = OrderBuilder(sequences, scheduler)
+        # Outside strict mode one worker has both roles, and one builder knows what it has.
+        is_split = scheduler.kv.is_split
+        self._prefill_orders = OrderBuilder(sequences, scheduler) if is_split else self._decode_orders
+
+    @property
+    def is_split(self) -> bool:
+        return self._prefill_orders is not self._decode_orders
+
+    def advance(self) -> list[Answer]:
+        """Completes the oldest step, or a new one; returns the sequences that got a token or ended, in order."""
+        while len(self._in_flight) < self._max_in_flight:
+            self._in_flight.append(self._start())
+        return self._complete(self._in_flight.popleft())
+
+    def settle(self) -> None:
+        """Completes the steps in flight. Only for an engine without requests: what they return is ignored."""
+        while self._in_flight:
+            self._complete(self._in_flight.popleft())
+
+    def forget(self, request_id: str) -> None:
+        """Lets the workers drop a sequence with their next order."""
+        self._decode_orders.forget(request_id)
+        self._prefill_orders.forget(request_id)
+
+    # --- planning ---
+
+    def _start(self) -> StepInFlight:
+        plan = self._scheduler.plan_ahead()
+        self._record_hits(plan)
+        for request in plan.preempted_requests:
+            if self.is_split:  # it is prefilled again on one worker, and the other has the newest tokens
+                self.forget(request.request_id)
+            else:
+                self._decode_orders.preempt(request.request_id)
+        decodes, chunks = plan.decode_batch, plan.prefill_batch.chunks if plan.prefill_batch else []
+        has_copies = bool(plan.block_copies or plan.tier_copies)
+        decode = prefill = None
+        if not self.is_split:
+            if decodes or chunks or has_copies:
+                decode = self._decode_orders.build(plan, decodes, chunks, has_tiers=True)
+        else:
+            if decodes or has_copies:
+                decode = self._decode_orders.build(plan, decodes, [], has_tiers=True)
+                for request in decodes.requests if decodes else ():
+                    self._prefill_orders.forget(request.request_id)
+            if chunks:
+                prefill = self._prefill_orders.build(plan, None, chunks, has_tiers=False)
+        parts = [part for part in (decode, prefill) if part is not None]
+        if not parts and not plan.kv_migrations:
+            return StepInFlight([], None)
+        order = GroupOrder(
+            None if decode is None else decode.order, None if prefill is None else prefill.order, plan.kv_migrations
+        )
+        return StepInFlight(parts, self._executor.submit(order))
+
+    def _record_hits(self, plan: ScheduleOutput) -> None:
+        """Records the prompt's hits in the prefix cache; hits of a replay on its own KV do not count."""
+        for request_id, num_tokens in plan.num_cached_tokens.items():
+            sequence = self._sequences[request_id]
+            if sequence.index == 0 and not sequence.request.num_preemptions:
+                sequence.group.num_cached_tokens = num_tokens
+
+    # --- results ---
+
+    def _complete(self, step: StepInFlight) -> list[Answer]:
+        changed: list[Answer] = []
+        if step.results is not None:
+            for part, result in zip(step.parts, step.results.result(), strict=True):
+                changed += self._apply(part, result)
+        changed += self._commit([s.request.request_id for s in changed if s.is_finished])
+        return changed
+
+    def _apply(self, part: OrderedStep, result: StepResult) -> list[Answer]:
+        """Appends the tokens of one worker's result; returns the sequences with a new token or an end."""
+        failed: list[Answer] = []
+        for scores in result.prompt_scores:
+            self._score_prompt(scores.sequence_id, scores.positions, scores.scored, failed)
+        for sequence_id, reason in result.failures.items():
+            sequence = self._sequences.get(sequence_id)
+            if sequence is not None:
+                self._fail(sequence.group, reason, failed)
+        now = time.monotonic()
+        changed = []
+        for row, (sequence, token_id) in enumerate(zip(part.sampled, result.token_ids, strict=True)):
+            if sequence.is_finished:  # before this step, or by a failure in it
+                continue
+            if part.parents and row in part.parents and not self._is_fork(sequence, part.parents[row]):
+                # The parent was preempted in the meantime, and the scheduler prefills the fork as any other request.
+                self.forget(sequence.request.request_id)
+                continue
+            changed.append(sequence)
+            if result.not_finite and row in result.not_finite:
+                sequence.end_early(NOT_FINITE)
+                continue
+            try:
+                sequence.append(token_id, self._logprobs(sequence, result.logprobs.get(row)))
+            except BaseException as error:
+                reraise_unless_attributable(error)
+                self._fail(sequence.group, reason_of(error), failed, error)
+                continue
+            sequence.group.metrics.record_token(now)
+        return list({id(sequence): sequence for sequence in (*changed, *failed)}.values()) if failed else changed
+
+    def _is_fork(self, sequence: Answer, parent_id: str) -> bool:
+        return sequence.request in self._scheduler.forks_of(parent_id)
+
+    def _score_prompt(self, sequence_id: str, positions: list[int], scored: ScoredTokens, failed: list[Answer]) -> None:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.is_finished:
+            return
+        try:
+            sequence.group.score_prompt(positions, scored, self._token_text)
+        except BaseException as error:
+            reraise_unless_attributable(error)
+            self._fail(sequence.group, reason_of(error), failed, error)
+
+    def _fail(self, group: RequestGroup, reason: str, failed: list[Answer], error: BaseException | None = None) -> None:
+        """Ends a request in the middle of a step, because of an error that belongs to it alone."""
+        if group.is_finished:
+            return
+        log_end(group.request_id, reason, error)
+        for sequence in group.sequences:
+            self._scheduler.abort_request(sequence.request.request_id)
+            sequence.abort(reason)
+        failed += group.sequences
+
+    def _commit(self, finished_ids: Iterable[str]) -> list[Answer]:
+        """Commits the step; returns the sequences that the scheduler had to end because the KV pool is full."""
+        ended = []
+        for request_id in self._scheduler.update_after_step(finished_ids):
+            sequence = self._sequences[request_id]
+            room = self._scheduler.limits.max_kv_tokens
+            sequence.end_early(f"the KV cache of {room} tokens is full; raise num_kv_blocks")
+            ended.append(sequence)
+        return ended
+
+    def _logprobs(self, sequence: Answer, scored: ScoredTokens | None) -> dict[int, Logprob] | None:
+        num_top = sequence.group.params.logprobs
+        if scored is None or num_top is None:
+            return None
+        return scored.as_dict(0, num_top, partial(self._token_text, before=sequence.last_token_ids))
+
+    def _token_text(self, token_id: int, before: Sequence[int]) -> str:
+        return self._tokenizer.token_text(token_id, before) if self._tokenizer else ""

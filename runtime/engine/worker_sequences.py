@@ -1,0 +1,83 @@
+"""The sequences on a worker: tokens, sampling state and block tables, kept up to date by step orders."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sageLLM.runtime.engine.orders import ChunkOrder, NewSequence, StepOrder
+from sageLLM.runtime.engine.sampler import SequenceSampling
+
+
+@dataclass(slots=True, eq=False)
+class WorkerSequence:
+    """One sequence. The worker appends each token that it samples."""
+
+    sequence_id: str
+    prompt_token_ids: Sequence[int]
+    output_token_ids: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    sampling: SequenceSampling | None = None  # None for a sequence that is only embedded
+
+    @classmethod
+    def from_order(cls, new: NewSequence) -> "WorkerSequence":
+        outputs = list(new.output_token_ids)  # a copy: the engine appends to its own list when a result arrives
+        sampling = SequenceSampling(
+            new.params, new.prompt_token_ids, outputs, new.banned_token_ids, new.answer_index, seed=new.seed
+        )
+        return cls(new.sequence_id, new.prompt_token_ids, outputs, sampling=sampling)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def last_token_id(self) -> int:
+        return (self.output_token_ids or self.prompt_token_ids)[-1]
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens `start .. end - 1` of prompt and output."""
+        split = len(self.prompt_token_ids)
+        outputs = self.output_token_ids[max(0, start - split) : max(0, end - split)]
+        return [*self.prompt_token_ids[start : min(end, split)], *outputs]
+
+
+@dataclass(slots=True)
+class SequenceChunk:
+    """Tokens of a sequence to compute in a step, the sequences that get a token from it, and positions to score."""
+
+    sequence: WorkerSequence
+    start: int
+    num_tokens: int
+    samples: list[WorkerSequence] = field(default_factory=list)
+    scored: Sequence[int] = ()
+
+
+class SequenceTable:
+    """The sequences of a worker by id, and those that decode."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[str, WorkerSequence] = {}
+        self._decodes: list[WorkerSequence] = []
+
+    def update(self, order: StepOrder) -> None:
+        """Applies what has changed since the last order."""
+        for sequence_id in order.dropped:
+            del self._sequences[sequence_id]
+        for new in order.new:
+            self._sequences[new.sequence_id] = WorkerSequence.from_order(new)
+        for table in order.tables:
+            self._sequences[table.sequence_id].block_ids[table.first :] = table.block_ids
+        if order.decodes is not None:
+            self._decodes = [self._sequences[sequence_id] for sequence_id in order.decodes]
+
+    def decodes(self, order: StepOrder) -> list[WorkerSequence]:
+        """The decodes of the order; the same list object as before if they have not changed."""
+        return self._decodes if order.has_decodes else []
+
+    def chunk(self, order: ChunkOrder) -> SequenceChunk:
+        samples = [self._sequences[sequence_id] for sequence_id in order.samples]
+        return SequenceChunk(self._sequences[order.sequence_id], order.start, order.num_tokens, samples, order.scored)
+
+    def clear(self) -> None:
+        self._sequences.clear()
+        self._decodes = []

@@ -1,0 +1,27 @@
+"""Tests of `sagellm lint model` on configs of published checkpoints: their parameter counts follow from the layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
+
+FOLDER = Path(__file__).parent / "published"
+PARAMETERS = {
+    "ERNIE-4.5-0.3B-PT": 360_748_032,
+    "Seed-OSS-36B-Instruct": 36_151_104_512,
+    "glm-4-9b-chat-hf": 9_399_951_360,
+    "starcoder2-3b": 3_030_371_328,
+}
+"""By config, the number of parameters that the Hugging Face hub reports, without layers of multi-token prediction."""
+
+
+def test_every_config_has_its_count() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_a_published_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = lint_checkpoint(LintRequest("model", FOLDER / f"{name}.json", None, None, (), as_json=True))
+    assert (code, json.loads(capsys.readouterr().out)["parameters"]) == (0, PARAMETERS[name])
