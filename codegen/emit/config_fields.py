@@ -30,6 +30,9 @@ def _read(name: ConfigName) -> str:
     if not name.keys:
         return _default(name) if name.default is not None else "None"
     keys = ", ".join(map(lit, name.keys))
+    if name.texts:
+        numbers = "".join(f"{number!r} if hf.is_text({lit(text)}, {keys}) else " for text, number in name.texts)
+        return f"{numbers}{_read(replace(name, texts=()))}"
     if name.if_null is None:
         return _read_key(name, keys)
     return f"{_default(name.if_null)} if hf.is_null({keys}) else {_read_key(replace(name, if_null=None), keys)}"

@@ -121,6 +121,12 @@ def _compared_with_null(node: ast.expr) -> set[str]:
 
 def _link_field(name: str, located: Located[ConfigField], known: Mapping[str, ConfigName], sink: Sink) -> ConfigName:
     found = _link_origin(name, located, known, sink, "value" if located.value.hf is None else "default")
+    if located.value.texts:
+        if found.type not in ("size", "int", "float"):
+            message = f"texts: expected a number as type, got {found.type}"
+            sink.error("SAGE206", message, located.span("texts"), "remove `texts`, or change `type`")
+            raise Refused
+        found = replace(found, texts=tuple(located.value.texts.items()))
     if "if_null" not in located.value.model_fields_set:
         return found
     if_null = _link_origin(name, located, known, sink, "if_null")

@@ -1,7 +1,7 @@
 """Links the values that the engine provides to a layout: step inputs, rotary tables, ALiBi slopes and KV caches."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
@@ -18,6 +18,7 @@ from sageLLM.codegen.schema.models import AlibiSection, BaseFrequency, CacheSect
 
 _KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TABLE_NAME = re.compile(r"[a-z][a-z0-9_]{0,15}\Z")
+_KEYS_OF_ALL = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 _DEFAULT_CACHE = (Size.symbol("Nkv"), Size.symbol("D"))
 
 
@@ -91,6 +92,7 @@ class EngineInputLinker:
             base=self._base(located, str(spec.base)) if frequency is None else "",
             formula=str(spec.base) if frequency is None else "",
             reads_theta=frequency is None and "rope_theta" in read,
+            read=self._keys_read_in(keys),
         )
 
     def _base(self, located: Located[RopeSection], formula: str) -> str:
@@ -105,6 +107,12 @@ class EngineInputLinker:
         except Refused:
             return ""
         return python_text(node)
+
+    def _keys_read_in(self, sections: Sequence[str]) -> tuple[str, ...]:
+        """The keys that config names read in these sections, besides those that every layout may read."""
+        read = [key.rpartition(".") for found in self.config.values() for key in found.keys]
+        keys = dict.fromkeys(key for section, _, key in read if section in sections)
+        return tuple(key for key in keys if key not in _KEYS_OF_ALL)
 
     def _alibi(self, located: Located[AlibiSection]) -> AlibiDef | None:
         heads, bias = located.value.heads, located.value.max_bias

@@ -23,7 +23,7 @@ class ConfigName:
 
     `items` makes it a list of `type`: with one value per layer (`default` is then that of layer i) or of any length.
     `formula` is the default as written in the layout if evaluating it may fail, else empty. `if_null` is the value of a
-    null key if it is not the default.
+    null key if it is not the default, and `texts` has the numbers that stand for texts.
     """
 
     name: str
@@ -36,6 +36,7 @@ class ConfigName:
     items: ListKind | None = None
     formula: str = ""
     if_null: "ConfigName | None" = None
+    texts: tuple[tuple[str, int | float], ...] = ()
 
     @property
     def python_type(self) -> str:
@@ -82,6 +83,7 @@ class RopeDef:
     The base frequency is read from `base_keys`, or is the Python expression `base`, of the spec's text `formula`.
     `default` is the scaling section of a config without one, and `original` its trained length. With `is_partial`, the
     layout reads `partial_rotary_factor`; other layouts reject it. With `reads_theta` it reads `rope_theta` itself.
+    `read` are further keys of the section that it reads.
     """
 
     name: str
@@ -97,6 +99,7 @@ class RopeDef:
     base: str = ""
     formula: str = ""
     reads_theta: bool = False
+    read: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,9 @@ class ConfigField(Strict):
     if_null: Value = Field(
         default=None, description="value if the key is present but null; as `default` if that is null or an expression"
     )
+    texts: dict[str, int | float] = Field(
+        default={}, description="for a number: texts that config.json may have in its place, and the number of each"
+    )
     value: Value = Field(default=None, description="value fixed by the family: a constant, or a string as in `default`")
     type: ConfigTypeName | None = Field(
         default=None, description="inferred from the default, else int. `str[L]`: one per layer; `int[]`: any length"
@@ -68,6 +71,8 @@ class ConfigField(Strict):
             raise ValueError("`if_null` requires `default`")
         if "if_null" in self.model_fields_set and (isinstance(self.if_null, list) or "[" in (self.type or "")):
             raise ValueError("`if_null` must be a single value")
+        if self.texts and (self.hf is None or self.type not in (None, "int", "float")):
+            raise ValueError("`texts` requires `hf: KEY` of a number")
         return self
 
 

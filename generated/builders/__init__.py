@@ -12,6 +12,7 @@ from .cohere2 import COHERE2
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .ernie4_5 import ERNIE4_5
+from .exaone4 import EXAONE4
 from .falcon import FALCON
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
@@ -23,13 +24,18 @@ from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .granite import GRANITE
+from .hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from .llama import LLAMA
+from .ministral import MINISTRAL
+from .ministral3 import MINISTRAL3
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .modernbert import MODERNBERT
+from .mpt import MPT
 from .nemotron import NEMOTRON
 from .olmo import OLMO
 from .olmo2 import OLMO2
+from .olmo3 import OLMO3
 from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
@@ -52,6 +58,7 @@ __all__ = [
     "DEEPSEEK_V2",
     "DEEPSEEK_V3",
     "ERNIE4_5",
+    "EXAONE4",
     "FALCON",
     "GEMMA",
     "GEMMA2",
@@ -63,14 +70,19 @@ __all__ = [
     "GPT_NEOX",
     "GPT_OSS",
     "GRANITE",
+    "HUNYUAN_V1_DENSE",
     "LLAMA",
+    "MINISTRAL",
+    "MINISTRAL3",
     "MISTRAL",
     "MIXTRAL",
     "MODELS",
     "MODERNBERT",
+    "MPT",
     "NEMOTRON",
     "OLMO",
     "OLMO2",
+    "OLMO3",
     "OPT",
     "PHI",
     "PHI3",
@@ -94,6 +106,7 @@ MODELS: dict[str, ModelLayout] = {
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "ernie4_5": ERNIE4_5,
+    "exaone4": EXAONE4,
     "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
@@ -105,13 +118,18 @@ MODELS: dict[str, ModelLayout] = {
     "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
     "granite": GRANITE,
+    "hunyuan_v1_dense": HUNYUAN_V1_DENSE,
     "llama": LLAMA,
+    "ministral": MINISTRAL,
+    "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "modernbert": MODERNBERT,
+    "mpt": MPT,
     "nemotron": NEMOTRON,
     "olmo": OLMO,
     "olmo2": OLMO2,
+    "olmo3": OLMO3,
     "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,

@@ -185,6 +185,7 @@ class DeepseekV3Config(ModelSizes):
                 max_position=max_position,
                 keys=("rope_parameters", "rope_scaling"),
                 allow=("default", "yarn"),
+                read=("factor", "mscale_all_dim"),
             ),
         }
         return cls(

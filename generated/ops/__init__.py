@@ -148,7 +148,7 @@ from .norm import (
 )
 from .op_types import OpType
 from .pooling import L2Norm, PoolFirst, PoolLast, PoolMean, l2_norm, pool_first, pool_last, pool_mean
-from .position import Rope, RopeInterleaved, rope, rope_interleaved
+from .position import Rope, RopeInterleaved, ScaleByPosition, rope, rope_interleaved, scale_by_position
 from .qk import (
     QkNorm1pRopeKvStore,
     QkNormRopeKvStore,
@@ -256,6 +256,7 @@ __all__ = [
     "RouterLogits",
     "Sample",
     "Scale",
+    "ScaleByPosition",
     "SelectRows",
     "Send",
     "Sigmoid",
@@ -344,6 +345,7 @@ __all__ = [
     "router_logits",
     "sample",
     "scale",
+    "scale_by_position",
     "select_rows",
     "send",
     "sigmoid",
@@ -436,6 +438,7 @@ OPS: dict[str, type[OpNode]] = {
     "l2_norm": L2Norm,
     "rope": Rope,
     "rope_interleaved": RopeInterleaved,
+    "scale_by_position": ScaleByPosition,
     "qk_rope_kv_store": QkRopeKvStore,
     "qk_rope_interleaved_kv_store": QkRopeInterleavedKvStore,
     "qk_norm_rope_kv_store": QkNormRopeKvStore,

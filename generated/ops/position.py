@@ -2,9 +2,11 @@
 # Regenerate: make generate    Explain: make explain NAME=rope
 """The ops of specs/ops/position.yaml."""
 
+from typing import cast
+
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.nodes import AttrValue, TensorRef
-from sageLLM.runtime.core.ir.op_node import OpNode, Where
+from sageLLM.runtime.core.ir.op_node import AttrSpec, OpNode, Where
 from sageLLM.runtime.core.ir.types import E, f32, i32
 from sageLLM.runtime.core.ir.writer import GraphWriter
 
@@ -13,8 +15,10 @@ from .op_types import OpType
 __all__ = [
     "Rope",
     "RopeInterleaved",
+    "ScaleByPosition",
     "rope",
     "rope_interleaved",
+    "scale_by_position",
 ]
 
 T, N, D, P, Dr, E_size = dims("T N D P Dr E_size")
@@ -125,4 +129,65 @@ def rope_interleaved(
     inputs: dict[str, TensorRef | None] = {"x": x, "pos": pos, "cos": cos, "sin": sin}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(RopeInterleaved, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/position.yaml: scale_by_position
+class ScaleByPosition(OpNode):
+    """Queries that grow with the logarithm of their position, as in Llama 4 and Ministral 3 (Nakanishi 2025).
+
+    step = floor((f32(pos) + offset) / interval)
+    factor = 1.0 + growth * log(1.0 + step)
+    y = E(f32(x) * factor)
+    """
+
+    op = "scale_by_position"
+    spec = "specs/ops/position.yaml: scale_by_position"
+    kind = OpType.ROPE
+    input_types = {"x": E[T, N, D], "pos": i32[T]}
+    output_types = {"y": E[T, N, D]}
+    attr_types = {"growth": AttrSpec("f32"), "interval": AttrSpec("f32"), "offset": AttrSpec("f32", default=0.0)}
+    where = (Where("interval > 0.0", lambda d: d["interval"] > 0.0),)
+    flop_formula = T * (D * N + 7)
+    byte_formula = 2 * T * (D * E_size * N + 2)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def pos(self) -> TensorRef:
+        return self.input("pos")
+
+    @property
+    def growth(self) -> float:
+        return cast("float", self.attrs["growth"])
+
+    @property
+    def interval(self) -> float:
+        return cast("float", self.attrs["interval"])
+
+    @property
+    def offset(self) -> float:
+        return cast("float", self.attrs["offset"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def scale_by_position(
+    g: GraphWriter,
+    x: TensorRef,
+    pos: TensorRef,
+    *,
+    growth: float,
+    interval: float,
+    offset: float = 0.0,
+    name: str = "y",
+) -> TensorRef:
+    """Adds a scale_by_position node to the graph and returns its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "pos": pos}
+    attrs: dict[str, AttrValue] = {"growth": growth, "interval": interval, "offset": offset}
+    (y,) = g.emit(ScaleByPosition, inputs, attrs, (name,))
     return y

@@ -94,6 +94,9 @@ CASES: dict[str, Cases] = {
         {},
         {"pos": "P"},
     ),
+    "scale_by_position": Cases(
+        [{"T": 1, "N": 1, "D": 1}, {"T": 7, "N": 3, "D": 10}], {"growth": 1.0, "interval": 1.0}, {}
+    ),
     "split_qkv": Cases([{"T": 1, "Nq": 1, "Nkv": 1, "D": 1}, {"T": 5, "Nq": 6, "Nkv": 2, "D": 10}], {}, {}),
     "merge_heads": Cases([{"T": 1, "N": 1, "D": 1}, {"T": 5, "N": 3, "D": 10}], {}, {}),
     "split_heads": Cases([{"T": 1, "N": 1, "D": 1}, {"T": 5, "N": 3, "D": 10}], {}, {}),

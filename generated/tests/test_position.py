@@ -42,3 +42,19 @@ def test_rope_interleaved(case: dict[str, Any]) -> None:
     check_types(OPS["rope_interleaved"], KERNELS["rope_interleaved"], case, attrs, limits)
     check_precision(OPS["rope_interleaved"], KERNELS["rope_interleaved"], case, attrs, limits)
     check_dtypes(OPS["rope_interleaved"], KERNELS["rope_interleaved"], case, attrs, limits)
+
+
+SCALE_BY_POSITION_CASES: list[dict[str, Any]] = [
+    {"T": 1, "N": 1, "D": 1},
+    {"T": 7, "N": 3, "D": 10},
+]
+
+
+# specs/ops/position.yaml: scale_by_position
+@pytest.mark.parametrize("case", SCALE_BY_POSITION_CASES, ids=str)
+def test_scale_by_position(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"growth": 1.0, "interval": 1.0}
+    limits: dict[str, str] = {}
+    check_types(OPS["scale_by_position"], KERNELS["scale_by_position"], case, attrs, limits)
+    check_precision(OPS["scale_by_position"], KERNELS["scale_by_position"], case, attrs, limits)
+    check_dtypes(OPS["scale_by_position"], KERNELS["scale_by_position"], case, attrs, limits)

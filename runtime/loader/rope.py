@@ -9,6 +9,7 @@ the training code of the checkpoints: more exact angles would change the logits 
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +85,12 @@ def _dynamic(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequenci
             "lower max_model_len"
         )
     return _Frequencies(_plain(rope))
+
+
+def _ntk_alpha(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
+    """NTK-aware scaling with a fixed alpha, as in Hunyuan: a larger base at every length."""
+    base = rope.base * scaling["alpha"] ** (rope.dim / (rope.dim - 2))
+    return _Frequencies(_plain(replace(rope, base=base)))
 
 
 def _llama3(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
@@ -163,6 +170,7 @@ _SCALINGS: dict[str, Callable[[RopeSpec, Scaling, int], _Frequencies]] = {
     "linear": _linear,
     "dynamic": _dynamic,
     "llama3": _llama3,
+    "ntk_alpha": _ntk_alpha,
     "yarn": _yarn,
     "longrope": _longrope,
     "proportional": _proportional,

@@ -9,6 +9,25 @@ import pytest
 from .test_oracle import check_all_modes
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo3": ("Olmo3", {"sliding_window": 7, "num_hidden_layers": 4}),
+    "olmo3 with scaled positions, without grouping": (
+        "Olmo3",
+        {
+            "sliding_window": 9,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "starcoder2": ("Starcoder2", {}),
     "starcoder2 with a window, untied, without biases": (
         "Starcoder2",
@@ -21,6 +40,52 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("Ernie4_5", {"head_dim": 24}),
     "ernie4_5 with biases, untied": ("Ernie4_5", {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False}),
     "glm": ("Glm", {"head_dim": 16}),
+    "exaone4": ("Exaone4", {"head_dim": 24, "sliding_window": 7, "sliding_window_pattern": 3}),
+    "exaone4 without windows, tied": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
+    ),
+    "ministral with windows in named layers": (
+        "Ministral",
+        {"head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": ("Ministral3", {"head_dim": 24}),
+    "ministral3 with queries that grow, a window": (
+        "Ministral3",
+        {
+            "head_dim": 16,
+            "sliding_window": 40,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
+    "mpt": ("Mpt", {}),
+    "mpt, heads not a power of two, clipped, scaled": (
+        "Mpt",
+        {
+            "n_heads": 6,
+            "d_model": 48,
+            "tie_word_embeddings": False,
+            "attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.3},
+        },
+    ),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 24}),
+    "hunyuan_v1_dense with a larger base, biases, tied": (
+        "HunYuanDenseV1",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0},
+        },
+    ),
     "glm without biases, tied": ("Glm", {"head_dim": 32, "attention_bias": False, "tie_word_embeddings": True}),
 }
 

@@ -9,6 +9,11 @@ from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
 
 FOLDER = Path(__file__).parent / "published"
 PARAMETERS = {
+    "EXAONE-4.0-32B": 32_003_216_384,
+    "Hunyuan-MT-7B": 7_504_932_864,
+    "Olmo-3-1025-7B": 7_298_011_136,
+    "Olmo-3-1125-32B": 32_233_522_176,
+    "mpt-7b": 6_649_286_656,
     "ERNIE-4.5-0.3B-PT": 360_748_032,
     "Seed-OSS-36B-Instruct": 36_151_104_512,
     "glm-4-9b-chat-hf": 9_399_951_360,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sageLLM.codegen import driver
-from sageLLM.generated.builders import GEMMA2, SMOLLM3
+from sageLLM.generated.builders import EXAONE4, GEMMA2, SMOLLM3
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.op_node import OpNode
@@ -142,6 +142,12 @@ def test_lists_take_their_type() -> None:
     assert (hf.has("c"), hf.has("c", "b")) == (False, True)
     with pytest.raises(ConfigError, match=r"^x.json: 'c': expected a list, got null$"):
         hf.items("c", kind=int)
+
+
+def test_a_text_stands_for_a_number() -> None:
+    assert read(EXAONE4, sliding_window_pattern="LLLG") == read(EXAONE4, sliding_window_pattern=4)
+    with pytest.raises(ConfigError, match=r"^config.json: 'sliding_window_pattern': expected an integer, got 'LLG'$"):
+        read(EXAONE4, sliding_window_pattern="LLG")
 
 
 def test_gemma2_caps_only_where_the_config_says() -> None:

@@ -95,6 +95,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "mscale_all_dim, truncate",
     ),
     (
+        "hunyuan_v1_dense",
+        {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 2.0}},
+        "'rope_scaling.factor' is not a parameter of rope scaling 'ntk_alpha', which might change the model; known are "
+        "alpha",
+    ),
+    (
         "llama",
         {"rope_scaling": {**YARN, "truncate": 1}},
         "'truncate' of rope scaling 'yarn' must be true or false, got 1",

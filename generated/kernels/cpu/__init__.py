@@ -58,7 +58,7 @@ from ...ops.norm import (
     RmsNormWide,
 )
 from ...ops.pooling import L2Norm, PoolFirst, PoolLast, PoolMean
-from ...ops.position import Rope, RopeInterleaved
+from ...ops.position import Rope, RopeInterleaved, ScaleByPosition
 from ...ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
 from ...ops.sampling import Sample
 from ...ops.varlen_attention import VarlenAttention
@@ -143,6 +143,7 @@ def _kernels() -> dict[str, NativeKernel]:
         "l2_norm": NativeKernel(L2Norm, "pooling.cpp", ("R", "H")),
         "rope": NativeKernel(Rope, "position.cpp", ("T", "N", "D", "P", "Dr")),
         "rope_interleaved": NativeKernel(RopeInterleaved, "position.cpp", ("T", "N", "D", "P", "Dr")),
+        "scale_by_position": NativeKernel(ScaleByPosition, "position.cpp", ("T", "N", "D")),
         "qk_rope_kv_store": NativeKernel(
             QkRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
         ),

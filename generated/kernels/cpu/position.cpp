@@ -100,4 +100,34 @@ SAGE_KERNEL(rope_interleaved) {
     });
 }
 
+// specs/ops/position.yaml: scale_by_position
+// Queries that grow with the logarithm of their position, as in Llama 4 and Ministral 3 (Nakanishi 2025).
+//
+//     step = floor((f32(pos) + offset) / interval)
+//     factor = 1.0 + growth * log(1.0 + step)
+//     y = E(f32(x) * factor)
+SAGE_KERNEL(scale_by_position) {
+    const int64_t T = sizes[0];
+    const int64_t N = sizes[1];
+    const int64_t D = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[3];
+    const int64_t x_N = sizes[4];
+    const int32_t* pos = (const int32_t*)tensors[1];
+    E* y = (E*)tensors[2];
+    const int64_t y_T = sizes[5];
+    const int64_t y_N = sizes[6];
+    const float growth = (float)attrs[0];
+    const float interval = (float)attrs[1];
+    const float offset = (float)attrs[2];
+    parallel_for_rows(N * T, D * N * T, [&](int64_t row) {
+        const int64_t i_T = row / N, i_N = row % N;
+        const float step = floor(((float)pos[i_T] + offset) / interval);
+        const float factor = 1.0f + growth * log(1.0f + step);
+        sweep(D, [&](auto i_D) {
+            store(y + i_T * y_T + i_N * y_N, i_D, to<E>(load(x + i_T * x_T + i_N * x_N, i_D) * factor));
+        });
+    });
+}
+
 }  // namespace sage

@@ -10,6 +10,7 @@ from .precision import wide
 __all__ = [
     "rope",
     "rope_interleaved",
+    "scale_by_position",
 ]
 
 
@@ -45,3 +46,12 @@ def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor
     y2 = (b * c[:, None] + a * s[:, None]).to(x.dtype)
     same = x[:, :, Dr:]
     return torch.cat((torch.stack((y1, y2), 3).flatten(2, 3), same), 2)
+
+
+# specs/ops/position.yaml: scale_by_position
+def scale_by_position(x: Tensor, pos: Tensor, *, growth: float, interval: float, offset: float = 0.0) -> Tensor:
+    """Queries that grow with the logarithm of their position, as in Llama 4 and Ministral 3 (Nakanishi 2025)."""
+    f32 = wide(x)
+    step = torch.floor((pos.to(f32) + offset) / interval)
+    factor = 1.0 + growth * torch.log(1.0 + step)
+    return (x.to(f32) * factor[:, None, None]).to(x.dtype)

@@ -44,7 +44,7 @@ from .norm import (
     rms_norm_wide,
 )
 from .pooling import l2_norm, pool_first, pool_last
-from .position import rope, rope_interleaved
+from .position import rope, rope_interleaved, scale_by_position
 from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
 from .sampling import sample
 from .varlen_attention import varlen_attention
@@ -108,6 +108,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "l2_norm": l2_norm,
     "rope": rope,
     "rope_interleaved": rope_interleaved,
+    "scale_by_position": scale_by_position,
     "qk_rope_kv_store": qk_rope_kv_store,
     "qk_rope_interleaved_kv_store": qk_rope_interleaved_kv_store,
     "qk_norm_rope_kv_store": qk_norm_rope_kv_store,

@@ -13,6 +13,7 @@ from .tiles import split_tile
 __all__ = [
     "rope",
     "rope_interleaved",
+    "scale_by_position",
 ]
 
 
@@ -165,6 +166,57 @@ def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor
             y.stride(1),
             BLOCK_Dr=tile.block,
             BLOCK_DDr=tile.block,
+            **tile.meta,
+        )
+    return y
+
+
+# specs/ops/position.yaml: scale_by_position
+@triton.jit
+def _scale_by_position_kernel(
+    x, pos, y, growth, interval, offset, T, N, D, x_T, x_N, y_T, y_N, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    E: tl.constexpr = x.dtype.element_ty
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * N
+    i_N = row % N
+    i_T = row // N
+    step = tl.floor((tl.load(pos + i_T, mask=is_row, other=0).to(tl.float32) + offset) / interval)
+    factor = 1.0 + growth * tl.log(1.0 + step)
+    i_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    in_D = i_D < D
+    tl.store(
+        y + i_T * y_T + i_N * y_N + i_D,
+        device.rounded(
+            tl.load(x + i_T * x_T + i_N * x_N + i_D, mask=is_row & in_D, other=0).to(tl.float32) * factor, E
+        ),
+        mask=is_row & in_D,
+    )
+
+
+def scale_by_position(x: Tensor, pos: Tensor, *, growth: float, interval: float, offset: float = 0.0) -> Tensor:
+    """Queries that grow with the logarithm of their position, as in Llama 4 and Ministral 3 (Nakanishi 2025)."""
+    T = x.shape[0]
+    N = x.shape[1]
+    D = x.shape[2]
+    y = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
+    if T * N > 0 and D > 0:
+        tile = split_tile(D)
+        _scale_by_position_kernel[tile.grid(T * N)](
+            x,
+            pos,
+            y,
+            growth,
+            interval,
+            offset,
+            T,
+            N,
+            D,
+            x.stride(0),
+            x.stride(1),
+            y.stride(0),
+            y.stride(1),
+            BLOCK_D=tile.block,
             **tile.meta,
         )
     return y

@@ -112,6 +112,11 @@ class HFConfig:
         """Whether one of the keys is null, and the others are absent or null."""
         return not self.has(*keys) and self._null_key(keys) is not None
 
+    def is_text(self, text: builtins.str, *keys: builtins.str) -> builtins.bool:
+        """Whether the first of the keys that is present and not null has this text."""
+        found = self._find(keys)
+        return found is not None and found[1] == text
+
     def _null_key(self, keys: Sequence[builtins.str]) -> builtins.str | None:
         return next((key for key in keys if key in self.data), None)
 

@@ -77,6 +77,7 @@ SCALINGS: Mapping[str, _Parameters] = {
             "truncate": "bool",
         },
     ),
+    "ntk_alpha": _Parameters({"alpha": "positive"}, {}),  # `dynamic` with an `alpha`, in checkpoints of Hunyuan
     "longrope": _LONGROPE,
     "su": _LONGROPE,  # the original name, in early checkpoints of Phi-3
 }
@@ -84,9 +85,19 @@ _NO_EFFECT: Mapping[tuple[str, str], tuple[object, ...]] = {
     ("yarn", "finetuned"): (True, False),  # in the YaRN checkpoints of Llama 2; only their own training code reads it
     ("yarn", "attn_factor"): (1, 1.0),
     ("yarn", "extrapolation_factor"): (1, 1.0),
+    ("ntk_alpha", "factor"): (1, 1.0),
+    ("ntk_alpha", "beta_fast"): (32, 32.0),
+    ("ntk_alpha", "beta_slow"): (1, 1.0),
+    ("ntk_alpha", "mscale"): (1, 1.0),
+    ("ntk_alpha", "mscale_all_dim"): (0, 0.0, 1, 1.0),
 }
 """Keys that published checkpoints have, with the values for which they change nothing."""
 _READ_ELSEWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def _is_parameter(key: str) -> bool:
+    """Whether a scaling type has this key."""
+    return any(key in one.required or key in one.optional for one in SCALINGS.values())
 
 
 def read_rope(
@@ -99,14 +110,16 @@ def read_rope(
     allow: tuple[str, ...],
     is_partial: bool = False,
     reads_theta: bool = False,
+    read: tuple[str, ...] = (),
     default: Mapping[str, Any] | None = None,
     original: int | None = None,
 ) -> RopeSpec:
     """A rotary section of a config, from `keys`, or `default` without one.
 
     `is_partial` tells that `dim` follows the config's `partial_rotary_factor`, and `reads_theta` that `base` follows
-    its `rope_theta`; `original` is the trained length where the architecture has a default for it. Raises ConfigError
-    for an odd `dim`, a scaling type that is not in `allow`, and a key or value that the type does not have.
+    its `rope_theta`; `read` are further keys of the section that the layout reads. `original` is the trained length
+    where the architecture has a default for it. Raises ConfigError for an odd `dim`, a scaling type that is not in
+    `allow`, and a key or value that the type does not have.
     """
     if not base > 0:
         raise ConfigError(f"{hf.path}: the base frequency of the rotation must be positive, got {base:g}")
@@ -120,6 +133,9 @@ def read_rope(
     if section is None:
         return RopeSpec(base, dim, max_position)
     kind = _type_of(hf, name, section)
+    if kind == "dynamic" and section.get("alpha") and "ntk_alpha" in allow:
+        kind = "ntk_alpha"
+    section = {key: value for key, value in section.items() if key not in read or _is_parameter(key)}
     if kind not in allow:
         raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
     if not reads_theta and section.get("rope_theta") not in (None, base):
