@@ -47,7 +47,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ministral with windows in named layers": (
         "Ministral",
-        {"head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
     ),
     "ministral3": ("Ministral3", {"head_dim": 24}),
     "ministral3 with queries that grow, a window": (
