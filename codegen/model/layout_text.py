@@ -28,10 +28,10 @@ def _lines(model: ModelDef) -> Iterator[str]:
     for one in model.config.values():
         source = " or ".join(one.keys) or "constant"
         default = f" = {one.default}" if one.default is not None else ""
-        if_null = f", null = {one.if_null.default}" if one.if_null is not None else ""
+        other = f", null = {one.if_null.default}" if one.if_null is not None else ""
         list_ = {"layers": "[L]", "list": "[]", None: ""}[one.items]
-        texts = "".join(f", {text} = {number}" for text, number in one.texts)
-        yield f"config {one.name}: {one.type}{list_}{'?' if one.is_optional else ''} from {source}{default}{if_null}{texts}"
+        other += "".join(f", {text} = {number}" for text, number in one.texts)
+        yield f"config {one.name}: {one.type}{list_}{'?' if one.is_optional else ''} from {source}{default}{other}"
     yield from (f"check {check.text}" for check in model.checks)
     for rope in model.ropes:
         suffix = f" {rope.name}" if rope.name else ""
