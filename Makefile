@@ -17,7 +17,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: aot interpret fuzz-text sanitize fuzz-scheduler help setup run test test-fast test-lowest generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: aot interpret fuzz-text sanitize fuzz-scheduler mutants help setup run test test-fast test-lowest generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -81,8 +81,12 @@ sanitize: $(TEST_READY) ## Run the CPU kernels' tests with the address and undef
 
 PEER_PYTHON ?= $(BIN)/python
 SEEDS ?= 0:1000000
+ONLY ?=
 fuzz-scheduler: $(TEST_READY) ## Run random schedules SEEDS=FROM:TO (a million); a failing one can be replayed by its seed
 	PYTHONPATH=_dev $(BIN)/python tests/scheduler/fuzz.py --seeds $(SEEDS) --jobs $(JOBS)
+
+mutants: $(TEST_READY) ## Check that the tests notice small faults in the scheduler, KV cache, generator and passes; ONLY=TEXT selects
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS) --only "$(ONLY)"
 
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py

@@ -135,6 +135,7 @@ def test_tree_names_no_target() -> None:
         ("x + f32(w)", ("SAGE107", 1, 10)),
         ("i + 0.5", ("SAGE107", 1, 7)),
         ("i / 2", ("SAGE107", 1, 5)),
+        ("x // 2", ("SAGE107", 1, 6)),
         ("f32(x) + y", ("SAGE104", 10, 1)),
         ("sum(f32(x), D)", ("SAGE108", 13, 1)),
         ("x.shape", ("SAGE102", 1, 7)),

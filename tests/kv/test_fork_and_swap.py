@@ -212,6 +212,21 @@ def test_an_aborted_swap_in_releases_the_device_blocks_and_can_be_repeated() -> 
     kv.check_integrity(["a", "b"])
 
 
+def test_a_table_filled_from_a_tier_is_published() -> None:
+    kv = PagedKVManager(8, 4, enable_prefix_caching=True, host_blocks=4)
+    kv.track("a", list(range(9)), [])
+    kv.admit("a", 9)
+    kv.publish("a", 9)
+    kv.begin_swap_out("a", 9)
+    kv.finish_swap("a")
+    kv.reset_prefix_cache()  # the labels of its old blocks
+    kv.begin_swap_in("a", 9)
+    kv.finish_swap("a")
+    kv.publish("a", 9)
+    kv.track("b", list(range(9)), [])
+    assert kv.num_cached_tokens("b") == 8
+
+
 # --- freeing in every state ---
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -196,6 +197,15 @@ def test_the_next_layer_loads_while_this_one_computes() -> None:
     assert ahead.nodes["kv1"].dependencies == set()
     assert ahead.nodes["kv2"].dependencies == {"f0"}, "layer 2 may load once layer 1 begins"
     assert ahead.nodes["kv3"].dependencies == {"f1"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "fences"), [(10**9, [set(), set(), {"f0"}, {"f1"}]), (1, [set(), {"a0"}, {"a1"}, {"a2"}])]
+)
+def test_no_more_than_the_budget_is_loaded_and_unused(budget: int, fences: list[set[str]]) -> None:
+    """With room for one load each waits for the users of the one before it."""
+    after = KvPrefetch(budget_bytes=budget).apply(decode_layers(4))
+    assert [after.nodes[f"kv{i}"].dependencies - ({f"f{i - 2}"} if budget == 1 else set()) for i in range(4)] == fences
 
 
 def test_a_load_follows_the_earlier_store() -> None:

@@ -184,3 +184,13 @@ def test_overlapping_buffers_are_found() -> None:
     with pytest.raises(ValueError, match=r"^a and b overlap while both are live$"):
         MemoryPlan(buffers, (0, 256)).check_integrity()
     MemoryPlan(buffers, (0, 512)).check_integrity()
+
+
+def test_a_buffer_takes_the_smallest_gap_that_fits() -> None:
+    """Three buffers of one byte leave gaps of four and of two bytes."""
+    placed = [Buffer((name,), 0, 1, 0, 9) for name in ("a", "b", "c")]
+    spacers = [Buffer(("wide",), 0, 4, 0, 4), Buffer(("narrow",), 0, 2, 0, 4)]
+    late = Buffer(("late",), 0, 2, 5, 9)
+    buffers = [placed[0], spacers[0], placed[1], spacers[1], placed[2], late]
+    offsets = assign_offsets(buffers, find_interference(buffers), range(len(buffers)))
+    assert offsets == [0, 1, 5, 6, 8, 6]

@@ -127,6 +127,21 @@ def test_a_replacement_that_reads_a_removed_value_is_refused() -> None:
     assert one.report.rules["drop_first"].reasons == {"no add before it": 1, reason: 1}
 
 
+def test_a_replacement_of_another_type_is_refused() -> None:
+    """silu_mul halves the last dim."""
+
+    def gate(graph: ExecutionGraph, node: OpNode) -> Rewrite:
+        assert isinstance(node, Add)
+        return Rewrite((node,), (NewCall(OPS["silu_mul"], {"gu": node.x}, {}, (node.z,)),), (node.z,))
+
+    one = pass_of(Rule("gate", Add, gate, 1))
+    verify(one.apply(parse(CHAIN)))
+    assert one.report.fired == 0
+    assert one.report.rules["gate"].reasons == {
+        f"silu_mul produces {name}: f32[4, 4], expected f32[4, 8]": 1 for name in "abcd"
+    }
+
+
 def test_a_replacement_that_would_wait_for_itself_is_refused() -> None:
     """The weight of y's norm depends on h: the fused op would read the weight before it produces h."""
 
@@ -179,6 +194,42 @@ def test_phases_and_expectations() -> None:
     graph.stage = "decode"
     one.apply(graph)
     assert one.why_not_expected("llama", 3) == "fuse_norm fired 1 times on llama, expected 6"
+
+
+def test_a_pass_that_fires_more_often_than_expected_is_reported() -> None:
+    path = Path(__file__).parent / "cases/fuse_norm/a_sum_before_a_norm/before.txt"
+    graph = parse(path.read_text(encoding="utf-8"))
+    for count, message in ((0, "fuse_norm fired 1 times on llama, expected 0"), (1, None)):
+        members: dict[str, Any] = {"expect": {"llama": lambda c, count=count: count}}
+        one = type("Counted", (FuseNorm,), members)()
+        one.apply(graph)
+        assert one.why_not_expected("llama", None) == message
+
+
+ABSORB = Path(__file__).parents[1] / "codegen/cases/good/pass_optional_operands/expected/passes/spec.py"
+
+
+@pytest.mark.parametrize(
+    ("line", "second", "rule"),
+    [
+        ("linear(x, w)", "gelu(h)", "without_bias"),
+        ("linear(x, w, b)", "gelu(h)", None),
+        ("linear(x, w, b)", "gelu(s)", "with_bias"),
+        ("linear(x, w)", "gelu(s)", "without_bias"),
+    ],
+)
+def test_optional_operands_are_matched_as_the_pattern_names_them(line: str, second: str, rule: str | None) -> None:
+    """The rules are those of a case of the generator, which checks that the file is what it generates."""
+    namespace: dict[str, Any] = {}
+    exec(compile(ABSORB.read_text(encoding="utf-8"), str(ABSORB), "exec"), namespace)
+    between = "s: f32[4, 8] = gelu(h)\n" if "s" in second else ""
+    graph = parse(
+        "graph g level=kernel\ninput x: f32[4, 8]\nweight w: f32[8, 8]\nweight b: f32[8]\n"
+        f"h: f32[4, 8] = {line}\n{between}y: f32[4, 8] = {second}\nreturn y\n"
+    )
+    one = namespace["Absorb"]()
+    verify(one.apply(graph))
+    assert {name: stats.fired for name, stats in one.report.rules.items() if stats.fired} == ({rule: 1} if rule else {})
 
 
 def test_a_rule_requires_kernels_for_its_new_ops() -> None:

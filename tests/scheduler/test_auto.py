@@ -51,6 +51,12 @@ def test_forecasts_by_hand(rule: ModeChoice, first: Served, second: Served) -> N
     assert forecast(rule, FIRST, SECOND) == [pytest.approx(first), pytest.approx(second)]
 
 
+def test_a_forecast_of_time_share_counts_decodes_across_the_end_of_a_request() -> None:
+    """0-2 two prompts, 2-3 a decode ends the first; the third prompt came at 2.5 and gets a step after one more."""
+    requests = ExpectedRequest(0.0, 50, 2), ExpectedRequest(0.0, 50, 9), ExpectedRequest(2.5, 100, 1)
+    assert forecast(TIME_SHARE, *requests)[2].first_s == pytest.approx(6.0)
+
+
 def test_a_forecast_respects_batch_size_and_cache_size() -> None:
     both = ExpectedRequest(0.0, 50, 3), ExpectedRequest(0.0, 50, 3)
     assert [one.first_s for one in forecast(PREFILL, *both)] == [2.0, 2.0]

@@ -170,6 +170,18 @@ def test_a_prefill_in_a_step_of_its_worker_is_not_a_victim(fake_engine) -> None:
     assert engine.ends == {"first": 1, "late": 1}
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_the_death_of_one_worker_rolls_back_the_step_of_both(fake_engine, role) -> None:
+    engine = make(fake_engine, "strict")
+    engine.add("a", 6)
+    engine.step()
+    engine.add("b", 5)
+    engine.plan()
+    engine.scheduler.lose_kv(role)
+    assert not engine.scheduler._steps.pending
+    engine.scheduler.check_integrity()
+
+
 def test_a_step_is_committed_once() -> None:
     scheduler = PDScheduler(PDSchedulerConfig())
     with pytest.raises(ValueError) as error:

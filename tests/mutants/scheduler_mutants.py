@@ -1,0 +1,302 @@
+"""Mutants of the scheduler. Those of `tests/scheduler/planted_bugs.py` are others, which random schedules catch."""
+
+from mutant import Mutant
+
+S = "runtime/scheduler/"
+T = "tests/scheduler/"
+MODES, POLICIES, PD = (f"{T}test_modes.py",), (f"{T}test_policies.py",), (f"{T}test_pd_scheduler.py",)
+SKETCH, FORKS, AHEAD = (
+    (f"{T}test_first_sketch_regressions.py",),
+    (f"{T}test_forks_and_swaps.py",),
+    (f"{T}test_plan_ahead.py",),
+)
+CACHING, TRANSFER, AUTO = (f"{T}test_prefix_caching.py",), (f"{T}test_transfer.py",), (f"{T}test_auto.py",)
+
+SCHEDULER = (
+    Mutant(
+        "decodes leave nothing for a prompt",
+        f"{S}modes.py",
+        "min(chunk_size, budget // 2) if phases.prefill.has_work() else 0",
+        "0",
+        MODES,
+    ),
+    Mutant(
+        "a chunk is 10 % too large",
+        f"{S}modes.py",
+        "phases.add_prefills(step, min(chunk_size, budget - step.num_decodes))",
+        "phases.add_prefills(step, min(chunk_size + chunk_size // 10, budget - step.num_decodes))",
+        MODES,
+    ),
+    Mutant(
+        "a prefill step is 10 % too large",
+        f"{S}modes.py",
+        "most if max_tokens is None else min(most, max_tokens)",
+        "most + most // 10 if max_tokens is None else min(most, max_tokens)",
+        MODES,
+    ),
+    Mutant(
+        "decodes of a mixed step are not counted",
+        f"{S}modes.py",
+        "min(chunk_size, budget - step.num_decodes)",
+        "min(chunk_size, budget)",
+        MODES,
+    ),
+    Mutant(
+        "a choice's budget is ignored",
+        f"{S}modes.py",
+        "config.prefill_chunk_size if max_prefill_tokens is None else max_prefill_tokens",
+        "config.prefill_chunk_size",
+        MODES,
+    ),
+    Mutant(
+        "one decode step too many before a prefill",
+        f"{S}modes.py",
+        "step.num_consecutive_decodes >= phases.config.max_consecutive_decodes",
+        "step.num_consecutive_decodes > phases.config.max_consecutive_decodes",
+        MODES,
+    ),
+    Mutant("prefill first decodes too", f"{S}modes.py", "        if not step.prefill:\n", "        if True:\n", MODES),
+    Mutant(
+        "priorities are reversed",
+        f"{S}policy.py",
+        "return (request.priority, request.sequence_number)",
+        "return (-request.priority, request.sequence_number)",
+        PD,
+    ),
+    Mutant(
+        "a request without a deadline is urgent",
+        f"{S}policy.py",
+        "math.inf if request.deadline is None else request.deadline",
+        "0.0 if request.deadline is None else request.deadline",
+        POLICIES,
+    ),
+    Mutant("idle tenants save credit", f"{S}policy.py", "max(arrival, self.finish)", "self.finish", POLICIES),
+    Mutant(
+        "weights are ignored",
+        f"{S}policy.py",
+        "_Account(self.weights.get(request.tenant, 1.0))",
+        "_Account(1.0)",
+        POLICIES,
+    ),
+    Mutant(
+        "tokens that were not generated are paid",
+        f"{S}policy.py",
+        "account.finish -= charge - request.total_tokens / account.weight",
+        "pass",
+        POLICIES,
+    ),
+    Mutant(
+        "prompts are free",
+        f"{S}policy.py",
+        "(request.num_prompt_tokens + request.max_new_tokens)",
+        "request.max_new_tokens",
+        POLICIES,
+    ),
+    Mutant(
+        "a promoted request moves the virtual time",
+        f"{S}policy.py",
+        "start if is_in_order else min(start, self._first_start())",
+        "start",
+        POLICIES,
+    ),
+    Mutant(
+        "the virtual time never advances", f"{S}policy.py", "self._virtual_time = start if", "_ = start if", POLICIES
+    ),
+    Mutant(
+        "all tenants are remembered",
+        f"{S}policy.py",
+        "if len(self._accounts) < self._max_accounts:",
+        "if True:",
+        POLICIES,
+    ),
+    Mutant("tenants do not begin as equals", f"{S}policy.py", "if not self._live:", "if False:", POLICIES),
+    Mutant(
+        "a fork is not charged",
+        f"{S}lifecycle.py",
+        "self._rerank(self._policy.start(request))",
+        "request.fork_of or self._rerank(self._policy.start(request))",
+        POLICIES,
+    ),
+    Mutant(
+        "a waiting request keeps its start tag",
+        f"{S}lifecycle.py",
+        "self._rerank(self._policy.end(request))",
+        "self._policy.end(request)",
+        POLICIES,
+    ),
+    Mutant(
+        "a promoted request is moved back",
+        f"{S}queues.py",
+        "if rank == member.rank or member.rank[0] == -math.inf:",
+        "if rank == member.rank:",
+        (f"{T}test_queues.py",),
+    ),
+    Mutant(
+        "overtakes are never reset",
+        f"{S}queues.py",
+        "        if oldest is None or oldest is member:\n            self._num_overtakes = 0\n",
+        "        if oldest is None or oldest is member:\n            pass\n",
+        (f"{T}test_queues.py",),
+    ),
+    Mutant(
+        "the heap grows without bound", f"{S}queues.py", "2 * len(self._members) + 16", "10**9", (f"{T}test_queues.py",)
+    ),
+    Mutant(
+        "the oldest of equal rank is not first",
+        f"{S}queues.py",
+        "return (0, request.sequence_number)",
+        "return (0, -request.sequence_number)",
+        POLICIES,
+    ),
+    Mutant(
+        "the batch may have one request too many",
+        f"{S}admission.py",
+        "has_slot = len(self._table.running) < self._max_batch_size",
+        "has_slot = len(self._table.running) <= self._max_batch_size",
+        MODES,
+    ),
+    Mutant(
+        "cached tokens are not counted",
+        f"{S}admission.py",
+        "self._counters.total_cached_tokens += admission.num_cached_tokens",
+        "pass",
+        CACHING,
+    ),
+    Mutant("a request begins with a chunk too few", f"{S}admission.py", "num_chunks - 1", "num_chunks - 2", PD),
+    Mutant("output is not reserved", f"{S}limits.py", "if self.reserve_output:", "if False:", SKETCH),
+    Mutant(
+        "a prompt as long as the model is accepted",
+        f"{S}limits.py",
+        "num_tokens >= self.max_model_len",
+        "num_tokens > self.max_model_len",
+        PD,
+    ),
+    Mutant(
+        "a prompt as large as the pool is accepted",
+        f"{S}limits.py",
+        "num_tokens >= self.max_kv_tokens",
+        "num_tokens > self.max_kv_tokens",
+        PD,
+    ),
+    Mutant(
+        "an output too many",
+        f"{S}limits.py",
+        "num_output_tokens >= request.max_new_tokens",
+        "num_output_tokens > request.max_new_tokens",
+        PD,
+    ),
+    Mutant(
+        "a step planned ahead decodes past the end",
+        f"{S}decode_queue.py",
+        "self._note_end(slot, self.clock.planned + max(1, num_left))",
+        "self._note_end(slot, self.clock.planned + max(1, num_left) + 1)",
+        AHEAD + PD,
+    ),
+    Mutant(
+        "growth is entered a tick late",
+        f"{S}decode_queue.py",
+        "tick = self.clock.planned + self._block_size",
+        "tick = self.clock.planned + self._block_size + 1",
+        PD + SKETCH,
+    ),
+    Mutant(
+        "due blocks are not counted",
+        f"{S}decode_queue.py",
+        "rounds * len(self.requests) + sum(",
+        "0 * len(self.requests) + 0 * sum(",
+        PD,
+    ),
+    Mutant(
+        "the first of the round is always the same", f"{S}decode.py", "queue.requests.to_back(request)", "pass", SKETCH
+    ),
+    Mutant(
+        "the context bound is one token too large",
+        f"{S}decode.py",
+        "context_left -= request.num_planned_tokens + 1",
+        "context_left -= request.num_planned_tokens",
+        AHEAD,
+    ),
+    Mutant(
+        "the victim is the first", f"{S}preemption.py", "return max(candidates", "return min(candidates", PD + SKETCH
+    ),
+    Mutant("a swap does not count", f"{S}preemption.py", "self._counters.total_swaps += 1", "pass", FORKS),
+    Mutant(
+        "a started request goes before a better rank",
+        f"{S}prefill.py",
+        "if head is not None and not (started and started[0].rank < head.rank):",
+        "if head is not None and not started:",
+        CACHING + PD,
+    ),
+    Mutant("the time of a first token is missing", f"{S}commit.py", "request.first_token_time = now", "pass", PD),
+    Mutant(
+        "a chunk is published before it is computed",
+        f"{S}commit.py",
+        "        request.compute_up_to(end)\n        # Not",
+        "        # Not",
+        PD + CACHING,
+    ),
+    Mutant(
+        "a step is committed twice",
+        f"{S}steps.py",
+        'raise ValueError(f"step_id must',
+        'return None; raise ValueError(f"step_id must',
+        AHEAD,
+    ),
+    Mutant(
+        "decodes do not end a streak",
+        f"{S}steps.py",
+        "            self._num_consecutive_decodes = 0\n        elif",
+        "            pass\n        elif",
+        MODES,
+    ),
+    Mutant(
+        "the streak of a failed step counts",
+        f"{S}steps.py",
+        "self._num_consecutive_decodes = step.plan.num_consecutive_decodes",
+        "pass",
+        MODES,
+    ),
+    Mutant(
+        "freed blocks of the prefill pool are announced twice",
+        f"{S}steps.py",
+        "freed_prefill, kv.freed_prefill = kv.freed_prefill, []",
+        "freed_prefill = list(kv.freed_prefill)",
+        PD + SKETCH + TRANSFER,
+    ),
+    Mutant(
+        "a fork of an aborted parent is lost",
+        f"{S}forks.py",
+        "forks = list(self._by_parent.pop(parent_id, {}).values())",
+        "forks = []",
+        FORKS,
+    ),
+    Mutant(
+        "a shared step is not rolled back",
+        f"{S}steps.py",
+        "or (shared and step.role is None)",
+        "",
+        AHEAD,
+    ),
+    Mutant("a forecast prefills without room", f"{S}forecast.py", "(room is None or used <= room)", "True", AUTO),
+    Mutant(
+        "a forecast ignores the batch size",
+        f"{S}forecast.py",
+        "has_slot = len(self._decodes) + len(chunks) < self._limits.max_batch_size",
+        "has_slot = True",
+        AUTO,
+    ),
+    Mutant(
+        "a forecast decodes too long",
+        f"{S}forecast.py",
+        "max(1, self._max_consecutive_decodes - self._num_since_prefill)",
+        "max(1, self._max_consecutive_decodes)",
+        AUTO,
+    ),
+    Mutant(
+        "an overhead counts twice",
+        f"{S}step_cost.py",
+        "(max(fixed_ms) + growing_ms) / 1e3",
+        "(sum(fixed_ms) + growing_ms) / 1e3",
+        ("tests/sim/test_step_cost.py",),
+    ),
+)

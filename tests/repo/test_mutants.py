@@ -1,0 +1,46 @@
+"""The mutants of `make mutants` fit the code: each changes one place, and its tests exist."""
+
+import re
+from pathlib import Path
+
+from mutant import ROOT, Mutant
+from run import MUTANTS, run_all
+
+WRONG = Mutant(
+    "a pool of no blocks",
+    "runtime/kv/block_pool.py",
+    "if num_blocks is not None and num_blocks < 1:",
+    "if False:",
+    ("tests/kv/test_manager.py::test_sizes_must_be_positive",),
+)
+HARMLESS = Mutant(
+    "nothing", WRONG.file, '"""A pool of `num_blocks` KV blocks', '"""The pool of `num_blocks` KV blocks', WRONG.tests
+)
+
+
+def test_every_mutant_changes_one_place() -> None:
+    for mutant in MUTANTS:
+        compile(mutant.source(), mutant.file, "exec")
+    assert len({(mutant.file, mutant.name) for mutant in MUTANTS}) == len(MUTANTS) >= 60
+
+
+def test_every_area_has_mutants() -> None:
+    areas = {"/".join(mutant.file.split("/")[:2]) for mutant in MUTANTS}
+    assert {"runtime/scheduler", "runtime/kv", "runtime/core", "codegen/emit", "codegen/link"} <= areas
+
+
+def test_the_tests_of_a_mutant_exist() -> None:
+    for test in {test for mutant in MUTANTS for test in mutant.tests}:
+        file, _, function = test.partition("::")
+        name, _, case = function.partition("[")
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^def {name}\(", text, re.MULTILINE), test
+        if file == "tests/codegen/test_cases.py":
+            kind = name.removeprefix("test_")
+            assert (ROOT / "tests/codegen/cases" / kind / case.rstrip("]")).is_dir(), test
+
+
+def test_a_mutant_that_no_test_catches_is_reported(tmp_path: Path, capfd, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run_all([WRONG, HARMLESS], 2, tmp_path) == 1
+    assert "runtime/kv/block_pool.py: nothing: survives" in capfd.readouterr().out
