@@ -179,6 +179,10 @@ def run(
     async_scheduling: Annotated[
         bool, typer.Option(help="Plan each step while the one before it runs; the answers do not depend on it.")
     ] = True,
+    tensor_parallel_size: Annotated[int, typer.Option(help="Worker processes that share each layer.")] = 1,
+    distributed_executor_backend: Annotated[
+        Literal["uni", "mp"] | None, typer.Option(help="Run the model in this process, or in worker processes.")
+    ] = None,
     plugins: Plugins = None,
     json: Json = False,
 ) -> None:
@@ -195,6 +199,8 @@ def run(
         dtype=dtype,
         kernels=kernels,
         async_scheduling=async_scheduling,
+        tensor_parallel_size=tensor_parallel_size,
+        distributed_executor_backend=distributed_executor_backend,
         max_model_len=max_model_len,
         plugins=plugins or [],
         as_json=json,

@@ -30,6 +30,8 @@ class RunRequest:
     plugins: Sequence[Path]
     as_json: bool
     async_scheduling: bool = True
+    tensor_parallel_size: int = 1
+    distributed_executor_backend: Any = None
 
 
 def run_prompts(request: RunRequest) -> int:
@@ -44,6 +46,8 @@ def run_prompts(request: RunRequest) -> int:
             max_model_len=request.max_model_len,
             plugins=request.plugins,
             async_scheduling=request.async_scheduling,
+            tensor_parallel_size=request.tensor_parallel_size,
+            distributed_executor_backend=request.distributed_executor_backend,
         )
         print(llm.kv_cache_size, file=sys.stderr)
         outputs = llm.generate(list(request.prompts), params)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -11,6 +12,9 @@ from sageLLM.runtime.execution_graph.rewriting import ALL
 from sageLLM.runtime.registry.plugins import Registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+
+Backend: TypeAlias = Literal["uni", "mp"]
+"""Workers in the process of the engine, or in separate processes; the names are vLLM's."""
 
 
 def parse_device(name: str) -> torch.device:
@@ -28,6 +32,17 @@ def check_count(name: str, value: int) -> None:
     """Raises SageError unless the value is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SageError(f"{name} must be an integer of at least 1, got {shown(value)}")
+
+
+def choose_backend(requested: str | None, tensor_parallel_size: int) -> Backend:
+    """The backend that runs the workers; by default the process of the engine for one rank. SageError if unknown."""
+    if requested not in (None, "uni", "mp"):
+        raise SageError(f"distributed_executor_backend must be 'uni', 'mp' or None, got {shown(requested)}")
+    if tensor_parallel_size == 1:
+        return "mp" if requested == "mp" else "uni"
+    if requested == "uni":
+        raise SageError(f"distributed_executor_backend must be 'mp' for {tensor_parallel_size} ranks, got 'uni'")
+    return "mp"
 
 
 def check_passes(names: Sequence[str], registry: Registry) -> None:

@@ -5,10 +5,9 @@ prefill worker's pool to the decode worker's.
 """
 
 import time
-from pathlib import Path
 
 from sageLLM.runtime.engine.auto_mode import make_chooser
-from sageLLM.runtime.engine.executor import InProcessExecutor
+from sageLLM.runtime.engine.executor import Executor
 from sageLLM.runtime.engine.faults import LOG, log_end, reason_of, reraise_unless_attributable
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.pipeline import StepPipeline
@@ -38,8 +37,8 @@ class Engine:
         compiler: ModelCompiler,
         config: PDSchedulerConfig,
         budget: KVBudget,
+        executor: Executor,
         *,
-        disk_folder: Path | None = None,
         objective: ServiceObjective | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
         async_scheduling: bool = True,
@@ -62,9 +61,7 @@ class Engine:
             )
 
         self._make_scheduler = make_scheduler
-        self.executor = InProcessExecutor(
-            model, compiler, budget, is_split=self.is_strict, is_async=async_scheduling, disk_folder=disk_folder
-        )
+        self.executor = executor
         self._plans_ahead = async_scheduling
         self.num_steps = 0
         self._groups: dict[str, RequestGroup] = {}

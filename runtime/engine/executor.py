@@ -15,11 +15,15 @@ from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
 
 
+class WorkersLostError(Exception):
+    """A worker has died, hangs, or has failed in the middle of a step: its KV is lost, and `restart` is needed."""
+
+
 class Executor(Protocol):
     """The seam between the engine and its workers.
 
-    Several orders may be submitted before the result of the first is read. The future of an order raises the error of
-    a step that has failed as a whole; call `reset` then.
+    Several orders may be submitted before the result of the first is read. The future of an order raises
+    WorkersLostError if workers are lost, and any other error if a step has failed as a whole; call `reset` then.
     """
 
     def submit(self, order: GroupOrder) -> "Future[list[StepResult]]":
@@ -30,6 +34,12 @@ class Executor(Protocol):
 
     def reset(self) -> None:
         """Waits, and drops all sequences from the workers."""
+
+    def restart(self) -> None:
+        """Starts new workers, with empty KV pools, in place of lost ones. Raises EngineError if they do not start."""
+
+    def close(self) -> None:
+        """Ends the workers."""
 
 
 class InProcessExecutor:
@@ -48,15 +58,18 @@ class InProcessExecutor:
         is_split: bool,
         is_async: bool,
         disk_folder: Path | None = None,
+        isolates_failures: bool = True,
     ) -> None:
+        """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step."""
         decoder = ModelRunner(model, make_pool(model, budget.num_blocks, budget.block_size), compiler)
         tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
-        self.decoder = self.prefiller = Worker(decoder, TieredPool(decoder.pool, tier_sizes, compiler, disk_folder))
+        tiers = TieredPool(decoder.pool, tier_sizes, compiler, disk_folder)
+        self.decoder = self.prefiller = Worker(decoder, tiers, isolates_failures=isolates_failures)
         self._migrator: Migrator | None = None
         if is_split:
             num_blocks = budget.num_prefill_blocks or budget.num_blocks
             prefiller = ModelRunner(model, make_pool(model, num_blocks, budget.block_size), compiler)
-            self.prefiller = Worker(prefiller)
+            self.prefiller = Worker(prefiller, isolates_failures=isolates_failures)
             graph = compiler.migrate_graph()
             self._migrator = Migrator(prefiller.pool, decoder.pool, graph, compiler.kernels)
         # The thread ends when the pool is garbage, with the engine.
@@ -65,11 +78,11 @@ class InProcessExecutor:
 
     def submit(self, order: GroupOrder) -> "Future[list[StepResult]]":
         if self._thread is not None:
-            self._last = self._thread.submit(self._execute, order)
+            self._last = self._thread.submit(self.execute, order)
             return self._last
         future: Future[list[StepResult]] = Future()
         try:
-            future.set_result(self._execute(order))
+            future.set_result(self.execute(order))
         except BaseException as error:
             future.set_exception(error)
         return future
@@ -83,7 +96,16 @@ class InProcessExecutor:
         for worker in {id(worker): worker for worker in (self.decoder, self.prefiller)}.values():
             worker.reset()
 
-    def _execute(self, order: GroupOrder) -> list[StepResult]:
+    def restart(self) -> None:
+        raise AssertionError("workers in this process cannot be lost")
+
+    def close(self) -> None:
+        self.wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def execute(self, order: GroupOrder) -> list[StepResult]:
+        """Runs an order in the calling thread."""
         parts = [(self.decoder, order.decode), (self.prefiller, order.prefill)]
         busy = [(worker, part) for worker, part in parts if part is not None]
         for worker, part in busy:

@@ -7,17 +7,25 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import shown
-from sageLLM.runtime.engine.arguments import check_count, check_passes, parse_device, with_kv_options
+from sageLLM.runtime.engine.arguments import (
+    Backend,
+    check_count,
+    check_passes,
+    choose_backend,
+    parse_device,
+    with_kv_options,
+)
 from sageLLM.runtime.engine.calls import SharedEngine
 from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
+from sageLLM.runtime.engine.executor import Executor
 from sageLLM.runtime.engine.faults import LOG
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.process_executor import ProcessExecutor
 from sageLLM.runtime.engine.prompts import (
     ParsedPrompt,
     Prompt,
@@ -29,10 +37,9 @@ from sageLLM.runtime.engine.prompts import (
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup
+from sageLLM.runtime.engine.worker_spec import WorkerSpec, make_compiler, make_local_executor, pack_weights
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
-from sageLLM.runtime.execution_graph.embedding import Pooling, poolings_of
-from sageLLM.runtime.executor.kernel_choice import choose_planner
-from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.loader.sentence_transformers import read_recipe
@@ -70,6 +77,9 @@ class LLM:
 
     `async_scheduling` plans each step while the one before it runs; the answers are the same without.
 
+    `distributed_executor_backend`: "uni" runs the model in this process, the default, and "mp" in worker processes, one
+    for each of `tensor_parallel_size` ranks. Lost workers are started again, and their requests are replayed.
+
     `objective` is the service level that the scheduler's mode "auto" optimises for.
 
     Raises CheckpointError, TokenizerError or PluginError for a folder that cannot be served, with the file and the
@@ -97,6 +107,8 @@ class LLM:
         skip_tokenizer: bool = False,
         generation_config: str | Path = "auto",
         async_scheduling: bool = True,
+        tensor_parallel_size: int = 1,
+        distributed_executor_backend: Backend | None = None,
     ) -> None:
         folder = Path(model)
         self._sampling_defaults = sampling_defaults(folder, generation_config)
@@ -104,24 +116,26 @@ class LLM:
         check_count("block_size", block_size)
         if num_kv_blocks is not None:
             check_count("num_kv_blocks", num_kv_blocks)
+        check_count("tensor_parallel_size", tensor_parallel_size)
+        self._backend = choose_backend(distributed_executor_backend, tensor_parallel_size)
         registry = load_registry(plugins)
         check_passes(disable_passes, registry)
-        with (
-            nullcontext() if skip_tokenizer else closing(start_probe(folder)) as probe
-        ):  # runs while weights are loaded
-            self.model = load_model(folder, registry, dtype=dtype, device=torch_device, max_model_len=max_model_len)
+        # The probe is a process, which runs while the weights are loaded.
+        with nullcontext() if skip_tokenizer else closing(start_probe(folder)) as probe:
+            self.model = load_model(
+                folder,
+                registry,
+                dtype=dtype,
+                device=torch_device,
+                max_model_len=max_model_len,
+                tp=tensor_parallel_size,
+                has_weights=self._backend == "uni",
+            )
             max_len = self.model.max_model_len
             self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
-        self.compiler = ModelCompiler(
-            self.model.layout,
-            self.model.config,
-            registry,
-            dtype=self.model.short_dtype,
-            disable=disable_passes,
-            planner=choose_planner(kernels, registry, torch_device, self.model.short_dtype),
-        )
-        # Packing replaces entries of `weights`, so it comes before any plan binds them.
-        self.compiler.planner.prepare_weights(self.model.weights, self.model.ties, self._graphs())
+        self.compiler = make_compiler(self.model, registry, kernels, disable_passes)
+        if self._backend == "uni":
+            pack_weights(self.model, self.compiler)
         config = scheduler or PDSchedulerConfig()
         self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks)
         budget = KVBudget(
@@ -134,13 +148,31 @@ class LLM:
         self._engine: Engine | None = None
         if self.model.generates:
             LOG.log(logging.WARNING if self.kv_cache_size.exceeds_default else logging.INFO, "%s", self.kv_cache_size)
+            spec = WorkerSpec(
+                model=str(folder),
+                dtype=dtype,
+                device=device,
+                kernels=kernels,
+                max_model_len=max_len,
+                budget=budget,
+                is_split=config.mode == "strict",
+                plugins=[str(plugin) for plugin in plugins],
+                disable_passes=list(disable_passes),
+                disk_folder=None if disk_folder is None else str(disk_folder),
+                tp=tensor_parallel_size,
+            )
+            executor: Executor
+            if self._backend == "mp":
+                executor = ProcessExecutor(spec)
+            else:
+                executor = make_local_executor(spec, self.model, self.compiler, is_async=async_scheduling)
             self._engine = Engine(
                 self.model,
                 self.tokenizer,
                 self.compiler,
                 config,
                 budget,
-                disk_folder=None if disk_folder is None else Path(disk_folder),
+                executor,
                 objective=objective,
                 eos_token_ids=read_eos_ids(folder),
                 async_scheduling=async_scheduling,
@@ -168,13 +200,10 @@ class LLM:
             )
         return self._engine
 
-    def _graphs(self) -> list[ExecutionGraph]:
-        """Graphs that together read all of the model's weights, so that every weight is packed on loading."""
-        layout = self.model.layout
-        if self.model.generates:
-            return [self.compiler.kernel_graph(stage) for stage in layout.phases]
-        pooling = poolings_of(layout)
-        return [self.compiler.embedding_graph(pooling[0], normalize=False)] if pooling else []
+    def close(self) -> None:
+        """Ends worker processes and threads; also done when the `LLM` is garbage, and at the end of the program."""
+        if self._engine is not None:
+            self._engine.executor.close()
 
     def kernel_stats(self) -> list[KernelStats]:
         """For each graph that has run so far: its native calls, and its calls in Python with the reasons."""
@@ -199,6 +228,11 @@ class LLM:
         Raises SageError for a pooling that the model does not support, and RequestError for an invalid prompt, and for
         one with an embedding that is not finite.
         """
+        if self._backend == "mp" and self.model.generates:
+            raise SageError(
+                "embed must not be called with the weights in worker processes; "
+                "load the model with tensor_parallel_size=1 and distributed_executor_backend='uni'"
+            )
         items = parse_prompts(prompts)
         types = type_ids_per_prompt(len(items), type_ids)
         chosen = choose_pooling(pooling, self.model.layout, self._recipe)

@@ -12,11 +12,20 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 
 @dataclass(frozen=True, slots=True)
 class OrderedStep:
-    """An order, and the sequence of each row of its result; `parents` has the parent's id of each fork by row."""
+    """An order, and the sequence of each row of its result; `parents` has the parent's id of each fork by row.
+
+    `chunked` are the sequences of the chunks.
+    """
 
     order: StepOrder
     sampled: list[Answer]
     parents: dict[int, str] = field(default_factory=dict)
+    chunked: list[Answer] = field(default_factory=list)
+
+    @property
+    def computed(self) -> list[Answer]:
+        """All sequences of the order."""
+        return list({id(sequence): sequence for sequence in (*self.sampled, *self.chunked)}.values())
 
 
 class OrderBuilder:
@@ -78,7 +87,8 @@ class OrderBuilder:
             chunks=orders,
         )
         self._dropped = []
-        return OrderedStep(order, sampled, parents)
+        chunked = [self._sequences[chunk.request.request_id] for chunk in chunks]
+        return OrderedStep(order, sampled, parents, chunked)
 
     def _chunk(
         self,

@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
-from sageLLM.runtime.engine.executor import Executor
-from sageLLM.runtime.engine.faults import NOT_FINITE, log_end, reason_of, reraise_unless_attributable
+from sageLLM.runtime.engine.executor import Executor, WorkersLostError
+from sageLLM.runtime.engine.faults import LOG, NOT_FINITE, log_end, reason_of, reraise_unless_attributable
 from sageLLM.runtime.engine.order_builder import OrderBuilder, OrderedStep
 from sageLLM.runtime.engine.orders import GroupOrder, StepResult
 from sageLLM.runtime.engine.outputs import Logprob
@@ -22,6 +22,9 @@ from sageLLM.runtime.engine.sequences import Sequence as Answer
 from sageLLM.runtime.scheduler.base import ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.text.tokenizer import Tokenizer
+
+MAX_LOSSES = 3
+"""A request ends when the workers are lost this many times with the same token to compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +54,44 @@ class StepPipeline:
         self._sequences, self._tokenizer = sequences, tokenizer
         self._max_in_flight = 2 if plans_ahead else 1
         self._in_flight: deque[StepInFlight] = deque()
-        self._decode_orders = OrderBuilder(sequences, scheduler)
+        self._losses: dict[str, tuple[int, int]] = {}
+        self._make_builders()
+
+    def _make_builders(self) -> None:
+        """Builders for workers that have nothing yet."""
+        self._decode_orders = OrderBuilder(self._sequences, self._scheduler)
         # Outside strict mode one worker has both roles, and one builder knows what it has.
-        is_split = scheduler.kv.is_split
-        self._prefill_orders = OrderBuilder(sequences, scheduler) if is_split else self._decode_orders
+        is_split = self._scheduler.kv.is_split
+        self._prefill_orders = OrderBuilder(self._sequences, self._scheduler) if is_split else self._decode_orders
 
     @property
     def is_split(self) -> bool:
         return self._prefill_orders is not self._decode_orders
 
     def advance(self) -> list[Answer]:
-        """Completes the oldest step, or a new one; returns the sequences that got a token or ended, in order."""
+        """Completes the oldest step, or a new one; returns the sequences that got a token or ended, in order.
+
+        If the workers are lost, new ones are started, and all requests are replayed from their prompts and tokens.
+        """
         while len(self._in_flight) < self._max_in_flight:
             self._in_flight.append(self._start())
-        return self._complete(self._in_flight.popleft())
+        step = self._in_flight.popleft()
+        try:
+            results = [] if step.results is None else step.results.result()
+        except WorkersLostError as error:
+            return self._recover(step, str(error))
+        return self._complete(step, results)
 
     def settle(self) -> None:
         """Completes the steps in flight. Only for an engine without requests: what they return is ignored."""
         while self._in_flight:
-            self._complete(self._in_flight.popleft())
+            step = self._in_flight.popleft()
+            try:
+                results = [] if step.results is None else step.results.result()
+            except WorkersLostError as error:
+                self._recover(step, str(error))
+                return
+            self._complete(step, results)
 
     def forget(self, request_id: str) -> None:
         """Lets the workers drop a sequence with their next order."""
@@ -116,11 +138,10 @@ class StepPipeline:
 
     # --- results ---
 
-    def _complete(self, step: StepInFlight) -> list[Answer]:
+    def _complete(self, step: StepInFlight, results: list[StepResult]) -> list[Answer]:
         changed: list[Answer] = []
-        if step.results is not None:
-            for part, result in zip(step.parts, step.results.result(), strict=True):
-                changed += self._apply(part, result)
+        for part, result in zip(step.parts if results else (), results, strict=True):
+            changed += self._apply(part, result)
         changed += self._commit([s.request.request_id for s in changed if s.is_finished])
         return changed
 
@@ -177,6 +198,30 @@ class StepPipeline:
             self._scheduler.abort_request(sequence.request.request_id)
             sequence.abort(reason)
         failed += group.sequences
+
+    def _recover(self, step: StepInFlight, reason: str) -> list[Answer]:
+        """Starts new workers, and lets the scheduler recompute the KV of all requests.
+
+        A request that was lost several times without a new token in between is ended, as it may be the cause. Returns
+        its sequences. Raises EngineError if the workers do not start.
+        """
+        LOG.error("%s; new workers are started, and %d sequences are replayed", reason, len(self._sequences))
+        lost = [sequence for part in step.parts for sequence in part.computed]
+        self._in_flight.clear()
+        self._executor.restart()
+        self._scheduler.lose_kv()
+        self._make_builders()
+        ended: list[Answer] = []
+        for sequence in lost:
+            request = sequence.request
+            num_tokens, count = self._losses.get(request.request_id, (-1, 0))
+            count = count + 1 if num_tokens == request.num_output_tokens else 1
+            self._losses[request.request_id] = request.num_output_tokens, count
+            if count >= MAX_LOSSES:
+                why = f"the workers were lost {count} times while they computed this request: {reason}"
+                self._fail(sequence.group, why, ended)
+        self._losses = {name: loss for name, loss in self._losses.items() if name in self._sequences}
+        return ended
 
     def _commit(self, finished_ids: Iterable[str]) -> list[Answer]:
         """Commits the step; returns the sequences that the scheduler had to end because the KV pool is full."""

@@ -58,8 +58,13 @@ class Batch(NamedTuple):
 class Worker:
     """Executes the orders of one role. It owns the device's KV pool and, for the role that decodes, the tiers."""
 
-    def __init__(self, runner: ModelRunner, tiers: TieredPool | None = None) -> None:
+    def __init__(self, runner: ModelRunner, tiers: TieredPool | None = None, *, isolates_failures: bool = True) -> None:
+        """With `isolates_failures` an error ends the sequence that it belongs to; otherwise it ends the step.
+
+        Ranks of a group must not isolate: each collective needs all of them, so none can run a part of a step alone.
+        """
         self.runner = runner
+        self._isolates_failures = isolates_failures
         self._tiers = tiers
         self._sequences = SequenceTable()
         self._failed: set[str] = set()
@@ -107,6 +112,8 @@ class Worker:
         try:
             logits = self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
         except Exception as error:
+            if not self._isolates_failures:
+                raise
             self._run_failed(batch, result, error)
             return
         for chunk, span in spans:

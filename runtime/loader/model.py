@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -75,9 +75,20 @@ class Model:
 
 
 def load_model(
-    folder: Path, registry: Registry, *, dtype: str, device: torch.device, max_model_len: int | None
+    folder: Path,
+    registry: Registry,
+    *,
+    dtype: str,
+    device: torch.device,
+    max_model_len: int | None,
+    rank: int = 0,
+    tp: int = 1,
+    has_weights: bool = True,
 ) -> Model:
-    """Loads a Hugging Face checkpoint folder.
+    """Loads a Hugging Face checkpoint folder, or the share of tensor-parallel rank `rank` of `tp`.
+
+    Without `has_weights` the folder is checked, and the model has the config of all ranks, no weights and no tables: it
+    is for the process that sends steps to workers.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
     missing, unused, or of a different shape.
@@ -101,8 +112,13 @@ def load_model(
         head = absent_head(layout, config, names) if may_lack_head else ()
         layout = without_weights(layout, head) if head else layout
         _check(layout, config, checkpoint)
-        tables = _tables(config, length, device, path)  # before the weights, as it can fail and is fast
-        weights: dict[str, Weight] = dict(load_weights(layout.weights(config), checkpoint, kind, device))
+        whole, own = config, _rank_config(layout, config, rank, tp)
+        tables: dict[str, Tensor] = {}
+        weights: dict[str, Weight] = {}
+        if has_weights:
+            config = own
+            tables = _tables(config, length, device, path)  # before the weights, as it can fail and is fast
+            weights = dict(load_weights(layout.weights(whole), checkpoint, kind, device, rank=rank, tp=tp))
     finally:
         checkpoint.close()
     return Model(
@@ -115,6 +131,16 @@ def load_model(
         tables=tables,
         absent=head,
     )
+
+
+def _rank_config(layout: ModelLayout, config: Any, rank: int, tp: int) -> Any:
+    """The config of one rank. Raises CheckpointError if the degree does not divide the model's sizes."""
+    if tp == 1:
+        return config
+    try:
+        return replace(layout.shard_config(config, tp), rank=rank)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _model_len(longest: int, requested: int | None, path: Path) -> int:

@@ -9,21 +9,30 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sageLLM.runtime.core.model.weights import View, WeightSpec, share_runs
+from sageLLM.runtime.core.model.weights import View, WeightSpec, share_runs, share_shape
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 
 
 def load_weights(
-    specs: Iterable[WeightSpec], checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    specs: Iterable[WeightSpec],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    tp: int = 1,
 ) -> dict[str, Tensor]:
-    """The weights by their names in graphs. `check_checkpoint` must have passed before: shapes are not checked here."""
+    """The weights by their names in graphs, or the shares of rank `rank` of `tp`, of which only the slices are read.
+
+    `check_checkpoint` must have passed before: shapes are not checked here.
+    """
     weights: dict[str, Tensor] = {}
     ties: list[WeightSpec] = []
     for spec in specs:
         if spec.tied_to is not None:
             ties.append(spec)
         else:
-            weights[spec.name] = _load(spec, checkpoint, dtype, device)
+            weights[spec.name] = _load(spec, checkpoint, dtype, device, rank, tp)
     return weights | {spec.name: weights[str(spec.tied_to)] for spec in ties}
 
 
@@ -47,14 +56,38 @@ def rank_shard(spec: WeightSpec, weight: Tensor, rank: int, tp: int) -> Tensor:
     return torch.cat(runs, spec.shard.dim)
 
 
-def _load(spec: WeightSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _load(
+    spec: WeightSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, rank: int, tp: int
+) -> Tensor:
     # One part at a time, converted by copy_: neither the whole checkpoint nor a second copy in its dtype is in memory.
-    weight = torch.empty(spec.shape, dtype=dtype, device=device)
+    weight = torch.empty(share_shape(spec, tp), dtype=dtype, device=device)
+    if spec.shard is not None and spec.shard.kind == "first" and rank:
+        return weight.zero_()
     for part in spec.parts:
         source = checkpoint.read(part.name)
-        target = weight[tuple(slice(start, stop) for start, stop in part.region(len(spec.shape)))]
-        target.copy_(source if part.view is None else _apply(part.view, source))
+        region = part.region(len(spec.shape))
+        source = source if part.view is None else _apply(part.view, source)
+        if tp == 1 or spec.shard is None or spec.shard.kind == "first":
+            weight[tuple(slice(start, stop) for start, stop in region)].copy_(source)
+        else:
+            _copy_runs(weight, source, region, spec.shard.dim, share_runs(spec, rank, tp))
     return weight
+
+
+def _copy_runs(
+    weight: Tensor, source: Tensor, region: tuple[tuple[int, int], ...], dim: int, runs: tuple[tuple[int, int], ...]
+) -> None:
+    """Copies the rows of `runs` along `dim` from a source, which fills `region` of the whole weight, to the share."""
+    source = source.reshape([stop - start for start, stop in region])
+    first, end = region[dim]
+    offset = 0
+    for start, size in runs:
+        low, high = max(start, first), min(start + size, end)
+        if low < high:
+            target = [slice(begin, stop) for begin, stop in region]
+            target[dim] = slice(offset + low - start, offset + high - start)
+            weight[tuple(target)].copy_(source.narrow(dim, low - first, high - low))
+        offset += size
 
 
 def _apply(view: View, source: Tensor) -> Tensor:

@@ -1,0 +1,262 @@
+"""Runs the workers of an engine as processes, one for each tensor-parallel rank."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+
+import msgspec
+
+from sageLLM.runtime.engine.executor import WorkersLostError
+from sageLLM.runtime.engine.faults import LOG
+from sageLLM.runtime.engine.orders import GroupOrder, StepResult
+from sageLLM.runtime.engine.worker_process import Done, Failed, Ready, Refused, Reply, Reset, Run
+from sageLLM.runtime.engine.worker_spec import WorkerSpec
+from sageLLM.runtime.errors import EngineError, SageError
+
+START_SECONDS = 600.0
+"""The deadline of the start: loading the weights, and compiling the kernels the first time."""
+STEP_SECONDS = 300.0
+"""The deadline of a step; a worker that takes longer counts as hung."""
+END_SECONDS = 2.0
+WORKER = "sageLLM.runtime.engine.worker_process"
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A worker process and the engine's end of its socket."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+
+    def hang_up(self) -> None:
+        """Lets the process read the end of its commands, after which it ends."""
+        with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            end.shutdown(socket.SHUT_WR)
+
+    def describe_end(self) -> str:
+        """How the process has ended, in words."""
+        code = self.process.poll()
+        if code is None:
+            return f"rank {self.rank} (process {self.process.pid}) closed its connection"
+        how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        return f"rank {self.rank} (process {self.process.pid}) {how}"
+
+
+class ProcessExecutor:
+    """Workers in separate processes. All ranks get every order, and rank 0 returns the results.
+
+    A thread reads the replies. If a rank dies, fails or exceeds the deadline of a step, all ranks are ended and the
+    futures of all orders raise WorkersLostError.
+    """
+
+    def __init__(self, spec: WorkerSpec, *, step_seconds: float = STEP_SECONDS) -> None:
+        """Starts the workers. Raises what `load_model` raises, and EngineError if a process does not start."""
+        self._spec, self.step_seconds = spec, step_seconds
+        self._encoder = msgspec.msgpack.Encoder()
+        self._lock = threading.Lock()
+        self._pending: deque[tuple[float, Future[list[StepResult]]]] = deque()
+        self._group = _Group.start(spec)
+        self._finalizer = weakref.finalize(self, _Group.end, self._group)
+        self._start_reader()
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The operating system's ids of the worker processes, by rank."""
+        return [rank.process.pid for rank in self._group.ranks]
+
+    def submit(self, order: GroupOrder) -> Future[list[StepResult]]:
+        future: Future[list[StepResult]] = Future()
+        data = self._encoder.encode(Run(order))
+        with self._lock:
+            if self._group.lost is not None:
+                future.set_exception(WorkersLostError(self._group.lost))
+                return future
+            self._pending.append((time.monotonic() + self.step_seconds, future))
+        self._send(data)
+        return future
+
+    def wait(self) -> None:
+        wait([future for _, future in list(self._pending)])
+
+    def reset(self) -> None:
+        self.wait()
+        if self._group.lost is None:
+            self._send(self._encoder.encode(Reset()))
+        if self._group.lost is not None:
+            self.restart()
+
+    def restart(self) -> None:
+        self.close()
+        try:
+            self._group = _Group.start(self._spec)
+        except SageError as error:  # the checkpoint has changed since the first start
+            raise EngineError(f"the workers do not start again: {error}") from error
+        self._finalizer = weakref.finalize(self, _Group.end, self._group)
+        self._start_reader()
+
+    def close(self) -> None:
+        self._finalizer()
+        self._reader.join()
+        for rank in self._group.ranks:
+            rank.connection.close()
+
+    def _send(self, data: bytes) -> None:
+        for rank in self._group.ranks:
+            try:
+                rank.connection.send_bytes(data)
+            except OSError:
+                self._group.lose(rank.describe_end())  # the reader ends the group
+
+    def _start_reader(self) -> None:
+        # The thread must not keep the executor alive, whose finalizer ends the processes.
+        arguments = (self._group, self._pending, self._lock)
+        self._reader = threading.Thread(target=_read_replies, args=arguments, name="sagellm-replies", daemon=True)
+        self._reader.start()
+
+
+class _Group:
+    """The processes of one start."""
+
+    def __init__(self, ranks: Sequence[Rank], folder: Path) -> None:
+        self.ranks = ranks
+        self.lost: str | None = None
+        self._folder = folder
+
+    @classmethod
+    def start(cls, spec: WorkerSpec) -> _Group:
+        folder = Path(tempfile.mkdtemp(prefix="sagellm-"))  # readable by this user only
+        group = cls([], folder)
+        try:
+            specs = [
+                msgspec.structs.replace(spec, rank=rank, rendezvous=str(folder / "rendezvous"))
+                for rank in range(spec.tp)
+            ]
+            group.ranks = [_start_rank(one) for one in specs]
+            deadline = time.monotonic() + START_SECONDS
+            for rank in group.ranks:
+                _await_ready(rank, deadline)
+        except BaseException:
+            group.end()
+            raise
+        return group
+
+    def lose(self, reason: str) -> None:
+        """Records the first reason why the group is of no use any more."""
+        if self.lost is None:
+            self.lost = reason
+
+    def end(self) -> None:
+        """Ends the processes. The engine's ends of the sockets stay open, as the reader may wait for them."""
+        if self.lost is not None:
+            self.kill()  # the others may wait in a collective for one that has died
+        self.lose("the engine is closed")
+        for rank in self.ranks:
+            rank.hang_up()
+        for rank in self.ranks:
+            try:
+                rank.process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                rank.process.kill()
+                rank.process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.process.kill()
+
+
+def _start_rank(spec: WorkerSpec) -> Rank:
+    ours, theirs = socket.socketpair()
+    environment = dict(os.environ)
+    if spec.tp > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // spec.tp)))
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # The child imports this package from where this process has it.
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", WORKER, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+    connection = Connection(ours.detach())
+    connection.send_bytes(msgspec.msgpack.encode(spec))
+    return Rank(spec.rank, process, connection)
+
+
+def _await_ready(rank: Rank, deadline: float) -> None:
+    if not rank.connection.poll(max(0.0, deadline - time.monotonic())):
+        raise EngineError(f"worker rank {rank.rank} has not started within {START_SECONDS:.0f} s")
+    try:
+        reply = msgspec.msgpack.decode(rank.connection.recv_bytes(), type=Reply)
+    except (EOFError, OSError):
+        rank.process.wait()
+        raise EngineError(f"a worker has ended while it was started: {rank.describe_end()}") from None
+    if isinstance(reply, Refused):
+        raise SageError(reply.message)
+    if not isinstance(reply, Ready):
+        message = reply.message if isinstance(reply, Failed) else "an unexpected reply"
+        raise EngineError(f"worker rank {rank.rank} has failed while it was started: {message}")
+
+
+def _read_replies(group: _Group, pending: deque[tuple[float, Future[list[StepResult]]]], lock: threading.Lock) -> None:
+    """Hands the results of rank 0 to the futures, until the group is lost."""
+    decoder = msgspec.msgpack.Decoder(Reply)
+    by_connection = {rank.connection: rank for rank in group.ranks}
+    while group.lost is None:
+        with lock:
+            deadline = pending[0][0] if pending else None
+        if deadline is not None and time.monotonic() > deadline:
+            group.lose("the step exceeded its deadline; a worker hangs")
+            break
+        for connection in wait_for(list(by_connection), timeout=1.0):
+            rank = by_connection[connection]  # type: ignore[index]
+            _read_reply(rank, group, decoder, pending, lock)
+    with lock:
+        lost = [future for _, future in pending]
+        pending.clear()
+    group.kill()
+    for future in lost:
+        future.set_exception(WorkersLostError(group.lost))
+
+
+def _read_reply(
+    rank: Rank,
+    group: _Group,
+    decoder: msgspec.msgpack.Decoder[Reply],
+    pending: deque[tuple[float, Future[list[StepResult]]]],
+    lock: threading.Lock,
+) -> None:
+    try:
+        reply = decoder.decode(rank.connection.recv_bytes())
+    except (EOFError, OSError):
+        time.sleep(0.01)  # for the exit code
+        group.lose(rank.describe_end())
+        return
+    if isinstance(reply, Done):
+        with lock:
+            _, future = pending.popleft()
+        future.set_result(reply.results)
+    else:
+        message = reply.message if isinstance(reply, Failed) else "sent an unexpected reply"
+        LOG.error("worker rank %d: %s", rank.rank, message)
+        group.lose(f"rank {rank.rank} failed: {message}")

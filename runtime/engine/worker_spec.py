@@ -1,0 +1,98 @@
+"""Arguments of a worker, and the construction of its part of the model, in a worker process or in this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.engine.executor import InProcessExecutor
+from sageLLM.runtime.execution_graph.embedding import poolings_of
+from sageLLM.runtime.executor.kernel_choice import choose_planner
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.loader.model import Model, load_model
+from sageLLM.runtime.registry.plugins import Registry, load_registry
+from sageLLM.runtime.scheduler.base import KVBudget
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """One rank of `tp` tensor-parallel ranks. The other fields are the arguments of `LLM` of the same names.
+
+    `rendezvous` is a file that the ranks share to find each other.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    kernels: str
+    max_model_len: int
+    budget: KVBudget
+    is_split: bool
+    plugins: list[str] = []
+    disable_passes: list[str] = []
+    disk_folder: str | None = None
+    rank: int = 0
+    tp: int = 1
+    rendezvous: str | None = None
+
+
+def build_executor(spec: WorkerSpec) -> InProcessExecutor:
+    """Loads the rank's share of the model and builds its workers. Raises what `load_model` raises."""
+    registry = load_registry(spec.plugins)
+    device = torch.device(spec.device)
+    model = load_model(
+        Path(spec.model),
+        registry,
+        dtype=spec.dtype,
+        device=device,
+        max_model_len=spec.max_model_len,
+        rank=spec.rank,
+        tp=spec.tp,
+    )
+    compiler = make_compiler(model, registry, spec.kernels, spec.disable_passes)
+    pack_weights(model, compiler)
+    return make_local_executor(spec, model, compiler, is_async=False)
+
+
+def make_local_executor(
+    spec: WorkerSpec, model: Model, compiler: ModelCompiler, *, is_async: bool
+) -> InProcessExecutor:
+    """Workers in this process, for a model with packed weights."""
+    return InProcessExecutor(
+        model,
+        compiler,
+        spec.budget,
+        is_split=spec.is_split,
+        is_async=is_async,
+        disk_folder=None if spec.disk_folder is None else Path(spec.disk_folder),
+        isolates_failures=spec.tp == 1,
+    )
+
+
+def make_compiler(model: Model, registry: Registry, kernels: str, disable_passes: Sequence[str]) -> ModelCompiler:
+    """The compiler of a model, with the planner for `kernels`."""
+    return ModelCompiler(
+        model.layout,
+        model.config,
+        registry,
+        dtype=model.short_dtype,
+        disable=disable_passes,
+        planner=choose_planner(kernels, registry, model.device, model.short_dtype),
+    )
+
+
+def pack_weights(model: Model, compiler: ModelCompiler) -> None:
+    """Replaces the weights by the form that the kernels read. It must come before any plan binds them."""
+    compiler.planner.prepare_weights(model.weights, model.ties, _graphs(model, compiler))
+
+
+def _graphs(model: Model, compiler: ModelCompiler) -> list[ExecutionGraph]:
+    """Graphs that together read all of the model's weights, so that every weight is packed on loading."""
+    layout = model.layout
+    if model.generates:
+        return [compiler.kernel_graph(stage) for stage in layout.phases]
+    pooling = poolings_of(layout)
+    return [compiler.embedding_graph(pooling[0], normalize=False)] if pooling else []

@@ -1,0 +1,216 @@
+"""Workers in processes: answers equal those of one process, and lost workers cost no request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine import process_executor
+from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.process_executor import ProcessExecutor
+from sageLLM.runtime.errors import CheckpointError, EngineError, SageError
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
+PROMPTS = [[10, 11, 12], [20, 21], [30 + i for i in range(40)], [10, 11, 13]]
+PARAMS = [
+    SamplingParams(max_tokens=24, temperature=0, ignore_eos=True),
+    SamplingParams(max_tokens=24, n=2, temperature=1.0, seed=3, logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=20, temperature=1.0, seed=4, prompt_logprobs=1, stop=["self"], min_tokens=4),
+    SamplingParams(max_tokens=24, temperature=0.8, top_p=0.9, seed=5, presence_penalty=0.5, logit_bias={7: 1.0}),
+]
+
+
+def load(mode: str = "hybrid", **options: Any) -> LLM:
+    config = PDSchedulerConfig(mode=mode, prefill_chunk_size=16)
+    return LLM(MODEL, dtype="float32", max_model_len=128, scheduler=config, **options)
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[tuple[int, ...]]]:
+    return [[answer.token_ids for answer in output.outputs] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[RequestOutput]:
+    return load().generate(PROMPTS, PARAMS)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[LLM]:
+    llm = load(distributed_executor_backend="mp")
+    yield llm
+    ids = process_ids(llm)
+    llm.close()
+    assert_ended(ids)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[LLM]:
+    llm = load(tensor_parallel_size=2)
+    yield llm
+    ids = process_ids(llm)
+    llm.close()
+    assert_ended(ids)
+
+
+def process_ids(llm: LLM) -> list[int]:
+    executor = llm.engine.executor
+    assert isinstance(executor, ProcessExecutor)
+    return executor.process_ids
+
+
+def is_running(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process_id}/stat")
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def assert_ended(ids: list[int], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, ids)):
+        assert time.monotonic() < deadline, f"worker processes {ids} are left"
+        time.sleep(0.05)
+
+
+def assert_same(found: list[RequestOutput], expected: list[RequestOutput]) -> None:
+    assert tokens(found) == tokens(expected)
+    for output, other in zip(found, expected, strict=True):
+        for answer, wanted in zip(output.outputs, other.outputs, strict=True):
+            assert (answer.text, answer.finish_reason) == (wanted.text, wanted.finish_reason)
+            assert answer.cumulative_logprob == pytest.approx(wanted.cumulative_logprob, abs=1e-3)
+        assert (output.prompt_logprobs is None) == (other.prompt_logprobs is None)
+
+
+def test_one_worker_process_gives_the_same_answers(one_rank: LLM, expected: list[RequestOutput]) -> None:
+    assert_same(one_rank.generate(PROMPTS, PARAMS), expected)
+
+
+def test_two_ranks_give_the_same_answers(two_ranks: LLM, expected: list[RequestOutput]) -> None:
+    assert_same(two_ranks.generate(PROMPTS, PARAMS), expected)
+
+
+def test_two_ranks_in_strict_mode_with_swapping(expected: list[RequestOutput]) -> None:
+    llm = load("strict", tensor_parallel_size=2, swap_space=0.01)
+    assert_same(llm.generate(PROMPTS, PARAMS), expected)
+    ids = process_ids(llm)
+    del llm
+    assert_ended(ids)
+
+
+def after_tokens(llm: LLM, num: int, action: Callable[[], object]) -> list[RequestOutput]:
+    """Streams the prompts, and acts once after `num` outputs."""
+    last: dict[str, RequestOutput] = {}
+    for count, output in enumerate(llm.stream(PROMPTS, PARAMS)):
+        if count == num:
+            action()
+        last[output.request_id] = output
+    return list(last.values())
+
+
+@pytest.mark.parametrize(("rank", "num"), [(0, 1), (1, 30)])
+def test_a_killed_rank_costs_no_request(two_ranks: LLM, expected: list[RequestOutput], rank: int, num: int) -> None:
+    before = process_ids(two_ranks)
+    found = after_tokens(two_ranks, num, lambda: os.kill(before[rank], signal.SIGKILL))
+    assert_same(found, expected)
+    assert not set(before) & set(process_ids(two_ranks))
+    assert_ended(before)
+    two_ranks.engine.scheduler.check_integrity()
+    assert two_ranks.engine.scheduler.get_stats()["kv_blocks_used"] == 0
+
+
+def test_a_worker_that_hangs_is_replaced(one_rank: LLM, expected: list[RequestOutput]) -> None:
+    executor = one_rank.engine.executor
+    assert isinstance(executor, ProcessExecutor)
+    executor.step_seconds = 1.0
+    before = process_ids(one_rank)
+    found = after_tokens(one_rank, 5, lambda: os.kill(before[0], signal.SIGSTOP))
+    executor.step_seconds = 300.0
+    assert_same(found, expected)
+    assert_ended(before)
+
+
+def test_a_request_that_kills_every_worker_is_ended(
+    one_rank: LLM, expected: list[RequestOutput], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker dies whenever it computes a prompt that begins with 77."""
+    executor = one_rank.engine.executor
+    assert isinstance(executor, ProcessExecutor)
+    submit = executor.submit
+
+    def poisoned(order: Any) -> Any:
+        future = submit(order)
+        parts = [part for part in (order.decode, order.prefill) if part is not None]
+        if any(new.prompt_token_ids[0] == 77 for part in parts for new in part.new):
+            os.kill(executor.process_ids[0], signal.SIGKILL)
+        return future
+
+    executor.submit = poisoned  # type: ignore[method-assign]
+    outputs = one_rank.generate([[77, 5], *PROMPTS], [PARAMS[0], *PARAMS])
+    executor.submit = submit  # type: ignore[method-assign]
+    answer = outputs[0].outputs[0]
+    assert answer.finish_reason == "abort"
+    assert str(answer.stop_reason).startswith("the workers were lost 3 times while they computed this request: rank 0")
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from sageLLM import LLM\n"
+        f"llm = LLM({str(MODEL)!r}, dtype='float32', tensor_parallel_size=2, skip_tokenizer=True)\n"
+        "print(*llm.engine.executor.process_ids, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        ids = [int(text) for text in parent.stdout.readline().split()]
+        assert len(ids) == 2 and all(map(is_running, ids))
+        parent.kill()
+    assert_ended(ids)
+
+
+def test_errors_of_arguments() -> None:
+    with pytest.raises(CheckpointError, match="tensor_parallel_size=3 does not divide"):
+        load(tensor_parallel_size=3)
+    with pytest.raises(SageError, match="tensor_parallel_size must be an integer of at least 1, got 0"):
+        load(tensor_parallel_size=0)
+    with pytest.raises(SageError, match="must be 'mp' for 2 ranks, got 'uni'"):
+        load(tensor_parallel_size=2, distributed_executor_backend="uni")
+    with pytest.raises(SageError, match="must be 'uni', 'mp' or None, got 'ray'"):
+        load(distributed_executor_backend="ray")
+
+
+def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_executor, "WORKER", "this.package.does.not.exist")
+    with pytest.raises(EngineError, match=r"rank 0 \(process \d+\) exited with code 1"):
+        load(distributed_executor_backend="mp")
+
+
+def test_embedding_needs_the_model_in_this_process(one_rank: LLM) -> None:
+    with pytest.raises(SageError, match="distributed_executor_backend='uni'"):
+        one_rank.embed([[1, 2]])
+
+
+def test_threads_share_worker_processes(one_rank: LLM, expected: list[RequestOutput]) -> None:
+    found: dict[int, list[RequestOutput]] = {}
+
+    def ask(i: int) -> None:
+        found[i] = one_rank.generate(PROMPTS, PARAMS)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for outputs in found.values():
+        assert_same(outputs, expected)
+    assert len(found) == 3
