@@ -85,7 +85,7 @@ CODES: dict[str, CodeInfo] = {
     "SAGE103": CodeInfo(
         "expression too large",
         "An expression may have at most 4000 characters and 32 levels; an integer must be at most 2**53, a "
-        "float must be finite.",
+        "float must be finite. Constant parts are computed: they must not divide by zero, and must fit their type.",
     ),
     "SAGE104": CodeInfo(
         "unknown name",
@@ -215,12 +215,28 @@ CODES: dict[str, CodeInfo] = {
         "unknown input under epilogue_of",
         "`kernel.epilogue_of` must name a required input: the kernel reads it while a GEMM computes it.",
     ),
+    "SAGE136": CodeInfo(
+        "unused operand or attr",
+        "An op must read each of its inputs and attrs, or determine a dim with it; another name is likely misspelt.",
+    ),
+    "SAGE137": CodeInfo(
+        "condition that never holds",
+        "A condition of `where` must hold for some sizes and attrs, or the op can never be called.",
+    ),
     "SAGE135": CodeInfo(
         "attr unknown to a rule",
         "An op with `rule` gets its attrs from the ops that it replaces, so each attr of a formula must also be passed "
         "to a line of `fuses` unchanged.",
     ),
     # models
+    "SAGE234": CodeInfo(
+        "wrong test value",
+        "The values of `tests.tiny` must have the types of the config names that read their keys.",
+    ),
+    "SAGE233": CodeInfo(
+        "condition that never holds",
+        "A check, a `when` or a branch must hold for some config. In a check, a name with `value` has that value only.",
+    ),
     "SAGE201": CodeInfo(
         "invalid base layout",
         "`extends`, and `use` of a block, must name an existing layout that is not made of this one.",
@@ -489,6 +505,10 @@ CODES: dict[str, CodeInfo] = {
     "SAGE322": CodeInfo(
         "model counted twice",
         "A model must be in only one of the lists under `expect`; its count is the formula of that list.",
+    ),
+    "SAGE324": CodeInfo(
+        "condition that never holds",
+        "A condition under `where` must hold for some sizes, element types and attrs, or the rule never fires.",
     ),
     "SAGE331": CodeInfo(
         "op does not fit the pass",

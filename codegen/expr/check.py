@@ -110,8 +110,11 @@ class Checker:
             type_ = ValueType("float")
         if op in ("//", "%") and not self.scope.is_integer(type_.element):
             raise self.text.refuse("SAGE107", f"`{op}`: expected integers, got {type_.element}", node)
+        if op in ("/", "//", "%") and isinstance(b, Number) and b.value == 0:
+            raise self.text.refuse("SAGE103", "division by zero", right, "divide by a name or another number")
         if op == "**" and not b.type.is_literal:
-            raise self.text.refuse("SAGE107", "an exponent must be a literal or an attr", right)
+            help = "write exp(b * log(a))"
+            raise self.text.refuse("SAGE107", "an exponent must be a literal or an attr", right, help)
         return Binary(type_, op, a, b)
 
     def _bool_operator(self, node: ast.BoolOp) -> Expr:

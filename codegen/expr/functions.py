@@ -14,6 +14,7 @@ from sageLLM.codegen.expr.tree import (
     Binary,
     BinaryOp,
     Cast,
+    DimRef,
     Dot,
     Expr,
     Gather,
@@ -174,6 +175,10 @@ class FunctionChecker:
         a, b = self.expr(left), self.expr(right)
         self.types.require_number(a, left)
         self.types.require_number(b, right)
+        if isinstance(b, DimRef) and b.size in a.type.dims:
+            dim, shown = ast.unparse(right), ast.unparse(left)
+            message = f"{op}(a, b) compares two values, and {dim} is the number of elements along a dim of `{shown}`"
+            raise self.text.refuse("SAGE106", message, node, f"write a{op}({shown}, {dim}) to reduce the dim")
         return Binary(self.types.join(a, b, node, op), op, a, b)
 
     def _optional(self, node: ast.Call) -> Expr:

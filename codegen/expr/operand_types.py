@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.size import LEADING, Size
 from sageLLM.codegen.expr.syntax import Text
-from sageLLM.codegen.expr.tree import Expr, Ref
+from sageLLM.codegen.expr.tree import Binary, Expr, Number, Ref
 from sageLLM.codegen.expr.types import ValueType
 
 _LITERAL_RANK = {"int": 0, "float": 1}
+_INTEGER_BITS = {"i8": 8, "i32": 32, "i64": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,21 @@ class OperandTypes:
         if element is None:
             message = f"`{op}`: operands must have one element type, got {a.type.element} and {b.type.element}"
             raise self.text.refuse("SAGE107", message, node, self.cast_help(a, b))
+        for x in (a, b):
+            self._require_fits(x, element, node)
         return ValueType(element, self.dims(a.type.dims, b.type.dims, node))
+
+    def _require_fits(self, x: Expr, element: str, node: ast.expr) -> None:
+        """Refuses an integer constant that the integer type of the other operand cannot represent."""
+        bits = _INTEGER_BITS.get(element)
+        value = _integer(x)
+        if bits is None or value is None:
+            return
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        if not low <= value <= high:
+            message = f"{value} does not fit {element}, which has {low} to {high}"
+            wider = "cast the other operand: i64(...)" if element != "i64" else "use a smaller constant"
+            raise self.text.refuse("SAGE103", message, node, wider)
 
     def element(self, a: Expr, b: Expr) -> str | None:
         """The common element type, or None; a literal adopts the type of the other operand."""
@@ -73,6 +88,19 @@ class OperandTypes:
         if x.type.element not in ("bool", "truth"):
             message = f"expected a condition, got {kind_words(x)}"
             raise self.text.refuse("SAGE107", message, node, "write a comparison: ... > 0")
+
+
+def _integer(x: Expr) -> int | None:
+    """The value of an integer constant, or None; other operators than these are rare, and not checked."""
+    match x:
+        case Number(value=int() as value) if not isinstance(value, bool):
+            return value
+        case Binary(op="+" | "-" | "*" | "**" as op, a=a, b=b):
+            left, right = _integer(a), _integer(b)
+            if left is None or right is None or (op == "**" and not 0 <= right <= 64):
+                return None
+            return int(left**right) if op == "**" else {"+": left + right, "-": left - right, "*": left * right}[op]
+    return None
 
 
 def kind_words(x: Expr) -> str:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sageLLM.codegen.diagnostics import Sink, Span
+from sageLLM.codegen.expr.constants import MAX_NUMBER, OutOfRange, constant
 from sageLLM.codegen.load import Entry
 
 MAX_LENGTH = 4000
 MAX_DEPTH = 32
-MAX_NUMBER = 2**53
-
 _ALLOWED = (
     ast.Module, ast.Expression, ast.Expr, ast.Assign, ast.Name, ast.Load, ast.Store, ast.Constant, ast.Call,
     ast.keyword,
@@ -161,7 +160,21 @@ def check_grammar(text: Text, root: ast.AST, forms: tuple[type[ast.AST], ...] = 
             _check_constant(text, node)
         if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name):
             check_grammar(text, node.func)
-            raise text.refuse("SAGE102", "only named functions may be called", node.func)
+            raise text.refuse("SAGE102", "only named functions may be called", node.func, "write name(arguments)")
+    _check_constant_parts(text, root)
+
+
+def _check_constant_parts(text: Text, root: ast.AST) -> None:
+    """Refuses the innermost constant part without a usable value, such as `1.0 / 0.0`."""
+    for child in ast.iter_child_nodes(root):
+        _check_constant_parts(text, child)
+    if not isinstance(root, ast.BinOp):
+        return
+    try:
+        constant(root)
+    except OutOfRange as error:
+        shown = ast.unparse(root)
+        raise text.refuse("SAGE103", f"`{shown}`: {error}", root, "write a constant that can be computed") from None
 
 
 def _walk(root: ast.AST) -> Iterator[tuple[ast.AST, int]]:
@@ -176,8 +189,9 @@ def _walk(root: ast.AST) -> Iterator[tuple[ast.AST, int]]:
 def _check_constant(text: Text, node: ast.Constant) -> None:
     value = node.value
     if isinstance(value, complex | bytes | None | type(...)):
-        raise text.refuse("SAGE102", "a constant must be a number, `true` or `false`", node)
+        help = "use a number, `true` or `false`"
+        raise text.refuse("SAGE102", "a constant must be a number, `true` or `false`", node, help)
     if isinstance(value, float) and not math.isfinite(value):
-        raise text.refuse("SAGE103", "a number must fit a 64-bit float", node)
+        raise text.refuse("SAGE103", "a number must fit a 64-bit float", node, "use a number of at most 1.7e308")
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise text.refuse("SAGE103", "an integer must be at most 2**53", node)
+        raise text.refuse("SAGE103", "an integer must be at most 2**53", node, "write it as a float: 1.0e16")

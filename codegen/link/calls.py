@@ -13,7 +13,7 @@ from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.attr_formulas import is_formula, link_formula
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.binding import Binding, TypeMismatch
-from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, Call, Cost, OpDef, Operand
+from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, Call, Cost, OpDef, Operand, Scalar
 from sageLLM.codegen.schema.ops import OpSpec
 
 
@@ -117,9 +117,11 @@ class CallLinker:
             raise text.refuse("SAGE106", f"unknown attr '{node.arg}' of {op.name}", node, help)
         match node.value:
             case ast.Constant(value=bool() | int() | float() | str() as value):
-                return value
+                return self._constant(text, declared, node.value, value)
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+                return self._constant(text, declared, node.value, -value)
             case ast.Name(id="true" | "false" as word):
-                return word == "true"
+                return self._constant(text, declared, node.value, word == "true")
             case ast.Name(id=name) if name in self.attrs:
                 if self.attrs[name].type != declared.type:
                     actual = f"'{name}': {self.attrs[name].type}"
@@ -132,6 +134,11 @@ class CallLinker:
             return link_formula(text, node.value, self.attrs, declared, "SAGE106")
         help = "write an attr of this op, a constant, or a formula of both"
         raise text.refuse("SAGE102", "an attr must be a literal or an attr of the op", node.value, help)
+
+    def _constant(self, text: Text, declared: Attr, node: ast.expr, value: Scalar) -> Scalar:
+        if (why := declared.why_not(value)) is not None:
+            raise text.refuse("SAGE120", why, node, f"the type of '{declared.name}' is {declared.type}")
+        return value
 
     def _targets(self, text: Text, op: OpDef, target: ast.expr, binding: Binding) -> tuple[str, ...]:
         nodes = target.elts if isinstance(target, ast.Tuple) else [target]

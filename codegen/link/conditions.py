@@ -1,10 +1,11 @@
 """Links conditions and attrs that are evaluated when a graph is built, as Python over the config `c` and the layer."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sageLLM.codegen.expr.config_text import python_text
+from sageLLM.codegen.expr.satisfiable import Kind, Optional, may_hold
 from sageLLM.codegen.expr.syntax import Text
 from sageLLM.codegen.link.expressions import Names, can_fail, compile_expression, kind_of, uses
 from sageLLM.codegen.model.layout import Condition, ConfigName
@@ -29,9 +30,38 @@ def link_condition(
     if kind.type != "bool":
         message = f"expected a condition, got '{text.value}': {kind.type}"
         raise text.refuse("SAGE214", message, None, "use a boolean config name or a comparison")
+    if not config_may_hold(node, config, index.name if index else None):
+        message = f"no config satisfies `{text.value}`"
+        raise text.refuse("SAGE233", message, None, "correct the condition or remove what depends on it")
     is_layers = index is not None and uses(node, index.name)
     python = expression_text(node, text.value, config, index)
     return Condition(text.value, python, index.python if index is not None and is_layers else None)
+
+
+def config_may_hold(
+    node: ast.expr, config: Mapping[str, ConfigName], index: str | None, *, has_fixed: bool = False
+) -> bool:
+    """Whether a condition holds for some config.
+
+    With `has_fixed`, a name that the family fixes has that value only. Otherwise it is free, since inherited statements
+    may depend on a switch that a layout turns off.
+    """
+
+    def kind(leaf: str) -> Kind | Optional | Sequence[object]:
+        if leaf == index:
+            return "index"
+        if " in " in leaf:
+            return "bool"
+        found = config.get(leaf.partition("[")[0])
+        if found is None:
+            return "any"
+        if has_fixed and not found.keys and found.items is None and found.value is not None:
+            return (found.value,)
+        kinds: dict[str, Kind] = {"size": "size", "int": "int", "float": "float", "bool": "bool", "str": "text"}
+        one = kinds.get(found.type, "any")
+        return Optional(one) if found.is_optional and found.items is None else one
+
+    return may_hold(node, kind)
 
 
 def expression_text(node: ast.expr, source: str, config: Mapping[str, ConfigName], index: Index | None) -> str:

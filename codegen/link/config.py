@@ -13,6 +13,7 @@ from typing import cast
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.config_text import INDEX, python_text
 from sageLLM.codegen.expr.syntax import Refused
+from sageLLM.codegen.link.conditions import config_may_hold
 from sageLLM.codegen.link.expressions import (
     Names,
     can_fail,
@@ -102,6 +103,10 @@ def _link_check(located: Located[str], config: Mapping[str, ConfigName], sink: S
     if any(not name.keys and name.default == "None" for name in guarded):
         return None  # the name is fixed to null, so the condition always holds
     nulls = "".join(f"{name.name} is None or " for name in guarded)
+    if not config_may_hold(node, config, INDEX, has_fixed=True):
+        message = f"no config satisfies `{located.value}`"
+        sink.error("SAGE233", message, located.span(), "correct the check, or remove it: `drop: {checks: [...]}`")
+        return None
     condition, rule = (
         nulls + python_text(node),
         words(node, lambda name: config[name].words if name in config else name),

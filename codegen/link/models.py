@@ -16,6 +16,7 @@ from sageLLM.codegen.link.flatten import flatten
 from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.program import ProgramLinker
 from sageLLM.codegen.link.scope import FUNCTIONS, LayoutContext
+from sageLLM.codegen.link.test_config import check_test_config
 from sageLLM.codegen.link.weights import WeightLinker, link_weights
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.layout import (
@@ -135,6 +136,7 @@ class ModelLinker:
         program, results = ProgramLinker(self.flat, self.sink).link(own, context)
         checks = tuple(link_checks(self.flat, config, self.sink))
         self._check_ignored(config)
+        check_test_config(self.flat, config, self.sink)
         self._check_prefixes([*own.values(), *(w for block in blocks.values() if block for w in block.weights)])
         if not self.sink.diagnostics:  # after a misspelt use, the name would also be reported as unused
             check_own_names_are_read(self.flat, names_read(self.flat, self.raw.passes.values()), self.sink)

@@ -91,19 +91,23 @@ def _check_sharding(entry: Entry[OpSpec], signature: Signature, sink: Sink) -> N
 def _check_cases(entry: Entry[OpSpec], signature: Signature, sink: Sink) -> None:
     """Reports test cases that do not have one valid size for every dim."""
     required = _dims_of(signature)
+    known = dict.fromkeys(
+        [*required, *(symbol for o in signature.outputs for dim in o.type.dims for symbol in dim.symbols)]
+    )
     for index, case in enumerate(entry.spec.tests.cases if entry.spec.tests else []):
         if missing := [name for name in required if name not in case]:
             message = f"the case must have a size for {', '.join(missing)}"
             help = f"a case has sizes for {', '.join(required)}"
             sink.error("SAGE126", message, entry.span("tests", "cases", index), help)
         for name, value in case.items():
-            if name not in signature.dims or (isinstance(value, list) and name != "R"):
-                is_known = name in signature.dims
+            if name not in known or (isinstance(value, list) and name != "R"):
+                is_known = name in known
                 message = f"{name} must be one number" if is_known else f"expected a dim of the op, got '{name}'"
-                sink.error("SAGE126", message, entry.key_span("tests", "cases", index, name))
+                help = "only R is a list" if is_known else did_you_mean(name, known) or "remove it"
+                sink.error("SAGE126", message, entry.key_span("tests", "cases", index, name), help)
             elif not 1 <= min(value if isinstance(value, list) else [value], default=1) <= 2**20:
                 message = f"a size must be 1 to 2**20, got {value}"
-                sink.error("SAGE126", message, entry.span("tests", "cases", index, name))
+                sink.error("SAGE126", message, entry.span("tests", "cases", index, name), "choose a small size")
 
 
 def _dims_of(signature: Signature) -> list[str]:

@@ -1,6 +1,6 @@
 """Links op entries: a signature, the semantics from `compute`, `fuses` or `reference`, and the cost."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -8,6 +8,7 @@ from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.expr.check import Checker
 from sageLLM.codegen.expr.cost import program_flops, program_reads, program_writes
 from sageLLM.codegen.expr.program import ProgramChecker, with_view_types
+from sageLLM.codegen.expr.satisfiable import Kind, Kinds, may_hold
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
 from sageLLM.codegen.expr.tree import Binary, DimRef, Expr, Program, View
@@ -18,6 +19,7 @@ from sageLLM.codegen.link.hooks import link_reference
 from sageLLM.codegen.link.op_checks import check_op
 from sageLLM.codegen.link.signature import Signature, SignatureLinker
 from sageLLM.codegen.link.templates import link_triton
+from sageLLM.codegen.link.unused import check_unused
 from sageLLM.codegen.load import Entry, RawSpecs, fused_names
 from sageLLM.codegen.model.op import Call, Condition, Cost, OpDef, Reference, Rule
 from sageLLM.codegen.schema.ops import OpSpec
@@ -85,6 +87,8 @@ class OpLinker:
             "reference": self._referenced,
         }
         op = kinds[semantics](signature)
+        if op is not None and len(self.sink.diagnostics) == before:  # a misspelt use is reported already
+            check_unused(op, self.sink)
         return op if len(self.sink.diagnostics) == before else None
 
     def _semantics(self) -> str | None:
@@ -172,11 +176,28 @@ class OpLinker:
                 if value.type.element != "truth":
                     message = f"expected a condition, got {value.type.element}"
                     raise text.refuse("SAGE107", message, None, "write a comparison: ... == 0")
+                if not may_hold(parse_expression(text), _kinds_of(signature)):
+                    message = f"no sizes and attrs satisfy `{line}`"
+                    raise text.refuse("SAGE137", message, None, "correct the condition or remove it")
                 found.append(Condition(line, value))
         return tuple(found)
 
     def _text(self, value: str, *path: str | int) -> Text:
         return Text.of(value, self.entry, path, self.sink)
+
+
+def _kinds_of(signature: Signature) -> Kinds:
+    """The kinds of the names in conditions: dims, and attrs by their type."""
+    kinds: dict[str, Kind] = {"f32": "float", "i32": "int", "bool": "bool", "str": "text", "dim": "size"}
+    attrs = {attr.name: attr for attr in signature.attrs}
+
+    def kind(leaf: str) -> Kind | Sequence[object]:
+        if leaf in signature.dims:
+            return "size"
+        attr = attrs.get(leaf)
+        return "any" if attr is None else attr.choices or kinds[attr.type]
+
+    return kind
 
 
 def never_negative(condition: Expr) -> Size | None:

@@ -12,6 +12,7 @@ from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.pass_ops import check_pass_names
 from sageLLM.codegen.link.rule_checks import check_rules, find_cycle
 from sageLLM.codegen.link.rule_conditions import link_conditions
+from sageLLM.codegen.link.rule_sizes import check_sizes
 from sageLLM.codegen.link.rule_types import check_types
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import Attr, AttrName, AttrValue, OpDef
@@ -50,7 +51,7 @@ def _link_pass(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, OpDef], 
 
 
 def _link_rule(rule: RuleSpec, index: int, entry: Entry[PassSpec], ops: Mapping[str, OpDef], sink: Sink) -> RuleDef:
-    path = ("rules", index)
+    path, before = ("rules", index), len(sink.diagnostics)
     if rule.from_op is not None:
         return _derived_rule(rule.from_op, path, entry, ops, sink)
     lines = enumerate(rule.match or [])
@@ -72,6 +73,8 @@ def _link_rule(rule: RuleSpec, index: int, entry: Entry[PassSpec], ops: Mapping[
     )
     _check_names(linked, entry, sink)
     check_types(linked, entry, sink)
+    if len(sink.diagnostics) == before:
+        check_sizes(linked, entry, sink)
     return replace(linked, where=tuple(link_conditions(rule.where, linked, entry, sink)))
 
 
@@ -162,6 +165,8 @@ def _attributes(
             case ast.Name(id=value):
                 attrs.append((name, AttrName(value)))
             case ast.Constant(value=bool() | int() | float() | str() as value):
+                if (why := declared.why_not(value)) is not None:
+                    raise text.refuse("SAGE308", why, keyword.value, f"the type of '{name}' is {declared.type}")
                 attrs.append((name, value))
             case value if bound is not None and is_formula(value):
                 attrs.append((name, link_formula(text, value, bound, declared, "SAGE305")))

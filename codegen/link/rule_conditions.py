@@ -1,18 +1,22 @@
 """Links the `where` of a rewrite rule: conditions on sizes and element types of values, and on attrs."""
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.satisfiable import Kind as ValueKind
+from sageLLM.codegen.expr.satisfiable import may_hold
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
+from sageLLM.codegen.expr.types import DTYPES
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import Attr
 from sageLLM.codegen.model.rule import RuleCondition, RuleDef
 from sageLLM.codegen.schema.passes import PassSpec
 
 Kind = Literal["number", "text", "truth"]
+MAX_RANK = 8
 _KINDS: Mapping[str, Kind] = {"f32": "number", "i32": "number", "dim": "number", "str": "text", "bool": "truth"}
 _WORDS: Mapping[Kind, str] = {"number": "number", "text": "string", "truth": "condition"}
 FUNCTIONS: Mapping[str, tuple[int, Kind]] = {
@@ -36,9 +40,26 @@ def link_conditions(lines: list[str], rule: RuleDef, entry: Entry[PassSpec], sin
                 raise text.refuse(
                     "SAGE321", f"expected a condition, got a {_WORDS[kind]}", None, "write a comparison: ... <= 4096"
                 )
+            if not may_hold(node, lambda leaf: _kind_of_leaf(leaf, attrs)):
+                message = f"no values satisfy `{line}`"
+                raise text.refuse("SAGE324", message, None, "correct the condition or remove the rule")
         except Refused:
             continue
         yield RuleCondition(line, node)
+
+
+def _kind_of_leaf(leaf: str, attrs: Mapping[str, Attr]) -> ValueKind | Sequence[object]:
+    """The kind of an attr, or of a function of a value."""
+    if leaf in attrs:
+        kinds: dict[str, ValueKind] = {"f32": "float", "i32": "int", "bool": "bool", "str": "text", "dim": "size"}
+        return attrs[leaf].choices or kinds[attrs[leaf].type]
+    functions: dict[str, ValueKind | Sequence[object]] = {
+        "bytes": "size",
+        "size": "size",
+        "rank": tuple(range(MAX_RANK + 1)),
+        "dtype": tuple(DTYPES),
+    }
+    return functions.get(leaf.partition("(")[0], "any")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from keyword import iskeyword
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.constants import constant
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType
@@ -154,6 +155,9 @@ class Scope:
             if isinstance(node, ast.Name) and kind.type != "null":
                 help = f"define a default for '{shown}' that is not null"
             raise text.refuse("SAGE225", f"'{attr.name}' must not be null, but '{shown}' may be", value, help)
+        known = constant(node)
+        if known is not None and (why := attr.why_not(known)) is not None:
+            raise text.refuse("SAGE225", why, value, f"change the value, or the attr '{attr.name}' of the op")
         return self.python(node, part)
 
     @property

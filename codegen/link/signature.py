@@ -157,6 +157,7 @@ class SignatureLinker:
         default = spec.default
         if isinstance(default, str) and spec.type in ("f32", "i32"):
             formula, default = self._formula(self._text(default, "attrs", name, "default")), None
+        self._check_range(name, spec)
         if default is not None:
             self._check_default(name, spec, default)
         if spec.optional and (default is not None or formula is not None):
@@ -165,10 +166,34 @@ class SignatureLinker:
         value = float(default) if spec.type == "f32" and isinstance(default, int) else default
         return Attr(name, spec.type, value, formula, spec.optional, spec.min, spec.max, choices, spec.doc)
 
+    def _check_range(self, name: str, spec: AttrSpec) -> None:
+        """Reports bounds that exclude each other or do not fit the type, and choices of another type."""
+        bounds = {key: value for key in ("min", "max") if (value := getattr(spec, key)) is not None}
+        for key, value in bounds.items():
+            if spec.type not in ("f32", "i32", "dim"):
+                raise self._refuse_field(name, key, f"`{key}` requires a number, '{name}' is {spec.type}", "remove it")
+            if spec.type != "f32" and not _fits_i32(value):
+                message = f"`{key}` of '{name}' must be a 32-bit integer, got {value:g}"
+                raise self._refuse_field(name, key, message, "use -2**31 to 2**31 - 1")
+        if len(bounds) == 2 and bounds["min"] > bounds["max"]:
+            message = f"`min` must be at most `max`, got {bounds['min']:g} and {bounds['max']:g}"
+            raise self._refuse_field(name, "min", message, "swap them")
+        for i, choice in enumerate(spec.choices or ()):
+            is_type = isinstance(choice, _PYTHON[spec.type]) and isinstance(choice, bool) == (spec.type == "bool")
+            if not is_type:
+                message = f"a choice of '{name}' must be of type {spec.type}, got {choice!r}"
+                raise self._refuse_field(name, "choices", message, "change the choice or `type`", i)
+
+    def _refuse_field(self, name: str, key: str, message: str, help: str, *path: int) -> Refused:
+        self.sink.error("SAGE125", message, self.entry.span("attrs", name, key, *path), help)
+        return Refused(message)
+
     def _check_default(self, name: str, spec: AttrSpec, value: object) -> None:
         wrong_bool = isinstance(value, bool) and spec.type != "bool"
         if not isinstance(value, _PYTHON[spec.type]) or wrong_bool:
             raise self._refuse_default(name, f"the default of '{name}' must be of type {spec.type}")
+        if spec.type in ("i32", "dim") and not _fits_i32(value):
+            raise self._refuse_default(name, f"the default of '{name}' must be a 32-bit integer, got {value}")
         low, high = spec.min, spec.max
         if isinstance(value, int | float) and (
             (low is not None and value < low) or (high is not None and value > high)
@@ -178,7 +203,7 @@ class SignatureLinker:
             raise self._refuse_default(name, f"the default of '{name}' must be one of its choices")
 
     def _refuse_default(self, name: str, message: str) -> Refused:
-        self.sink.error("SAGE125", message, self.entry.span("attrs", name, "default"))
+        self.sink.error("SAGE125", message, self.entry.span("attrs", name, "default"), "change the default")
         return Refused(message)
 
     def _formula(self, text: Text) -> Expr:
@@ -189,6 +214,10 @@ class SignatureLinker:
 
     def _text(self, value: str, *path: str | int) -> Text:
         return Text.of(value, self.entry, path, self.sink)
+
+
+def _fits_i32(value: object) -> bool:
+    return isinstance(value, int) and -(2**31) <= value < 2**31
 
 
 def _is_op_name(name: str) -> bool:

@@ -17,6 +17,11 @@ from sageLLM.codegen.schema.ops import OpSpec
 Scalar = bool | int | float | str
 
 
+_PYTHON: Mapping[str, tuple[type, ...]] = {
+    "f32": (int, float), "i32": (int,), "dim": (int,), "bool": (bool,), "str": (str,),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """An input or output. Optional inputs come last."""
@@ -44,6 +49,23 @@ class Attr:
     @property
     def is_required(self) -> bool:
         return self.default is None and self.formula is None and not self.optional
+
+    def why_not(self, value: Scalar) -> str | None:
+        """The rule that a constant breaks: `factor must be f32, got 'x'`; None if the attr may have this value."""
+        is_type = isinstance(value, _PYTHON[self.type]) and isinstance(value, bool) == (self.type == "bool")
+        if not is_type:
+            return f"{self.name} must be {self.type}, got {value!r}"
+        if self.choices and value not in self.choices:
+            return f"{self.name} must be one of {', '.join(map(repr, self.choices))}, got {value!r}"
+        if isinstance(value, bool | str):
+            return None
+        if self.type != "f32" and not -(2**31) <= value < 2**31:
+            return f"{self.name} must be a 32-bit integer, got {value}"
+        if self.min is not None and value < self.min:
+            return f"{self.name} must be at least {self.min:g}, got {value}"
+        if self.max is not None and value > self.max:
+            return f"{self.name} must be at most {self.max:g}, got {value}"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

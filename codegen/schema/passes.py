@@ -113,6 +113,8 @@ class PassSpec(Strict):
                 raise ValueError(f"a pass of kind {self.kind} must not have `{name}`")
             if not is_set and name in allowed and name not in OPTIONAL_FIELDS:
                 raise ValueError(f"a pass of kind {self.kind} must have `{name}`")
+        if self.kind == "rewrite" and not self.rules:
+            raise ValueError("a pass of kind rewrite must have at least one rule; write `rules: [{from_op: OP}]`")
         for names in FIELDS_TOGETHER:
             missing = [name for name in names if name not in self.model_fields_set and name in allowed]
             if missing and len(missing) < len(names):
