@@ -11,7 +11,9 @@ from .cohere import COHERE
 from .cohere2 import COHERE2
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
+from .dots1 import DOTS1
 from .ernie4_5 import ERNIE4_5
+from .ernie4_5_moe import ERNIE4_5_MOE
 from .exaone4 import EXAONE4
 from .falcon import FALCON
 from .gemma import GEMMA
@@ -19,13 +21,17 @@ from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
 from .glm import GLM
 from .glm4 import GLM4
+from .glm4_moe import GLM4_MOE
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .granite import GRANITE
+from .granitemoe import GRANITEMOE
 from .hunyuan_v1_dense import HUNYUAN_V1_DENSE
+from .hunyuan_v1_moe import HUNYUAN_V1_MOE
 from .llama import LLAMA
+from .minimax_m2 import MINIMAX_M2
 from .ministral import MINISTRAL
 from .ministral3 import MINISTRAL3
 from .mistral import MISTRAL
@@ -36,6 +42,7 @@ from .nemotron import NEMOTRON
 from .olmo import OLMO
 from .olmo2 import OLMO2
 from .olmo3 import OLMO3
+from .olmoe import OLMOE
 from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
@@ -57,7 +64,9 @@ __all__ = [
     "COHERE2",
     "DEEPSEEK_V2",
     "DEEPSEEK_V3",
+    "DOTS1",
     "ERNIE4_5",
+    "ERNIE4_5_MOE",
     "EXAONE4",
     "FALCON",
     "GEMMA",
@@ -65,13 +74,17 @@ __all__ = [
     "GEMMA3",
     "GLM",
     "GLM4",
+    "GLM4_MOE",
     "GPT2",
     "GPTJ",
     "GPT_NEOX",
     "GPT_OSS",
     "GRANITE",
+    "GRANITEMOE",
     "HUNYUAN_V1_DENSE",
+    "HUNYUAN_V1_MOE",
     "LLAMA",
+    "MINIMAX_M2",
     "MINISTRAL",
     "MINISTRAL3",
     "MISTRAL",
@@ -83,6 +96,7 @@ __all__ = [
     "OLMO",
     "OLMO2",
     "OLMO3",
+    "OLMOE",
     "OPT",
     "PHI",
     "PHI3",
@@ -105,7 +119,9 @@ MODELS: dict[str, ModelLayout] = {
     "cohere2": COHERE2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "dots1": DOTS1,
     "ernie4_5": ERNIE4_5,
+    "ernie4_5_moe": ERNIE4_5_MOE,
     "exaone4": EXAONE4,
     "falcon": FALCON,
     "gemma": GEMMA,
@@ -113,13 +129,17 @@ MODELS: dict[str, ModelLayout] = {
     "gemma3": GEMMA3,
     "glm": GLM,
     "glm4": GLM4,
+    "glm4_moe": GLM4_MOE,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
     "granite": GRANITE,
+    "granitemoe": GRANITEMOE,
     "hunyuan_v1_dense": HUNYUAN_V1_DENSE,
+    "hunyuan_v1_moe": HUNYUAN_V1_MOE,
     "llama": LLAMA,
+    "minimax_m2": MINIMAX_M2,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
@@ -130,6 +150,7 @@ MODELS: dict[str, ModelLayout] = {
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
+    "olmoe": OLMOE,
     "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,

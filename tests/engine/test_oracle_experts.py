@@ -23,6 +23,14 @@ LATENT = {
     "v_head_dim": 12,
     "num_key_value_heads": 4,
 }
+SIGMOID = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 5}),
     "mixtral, window, three experts a token": (
@@ -89,6 +97,49 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3 without compressed queries": ("DeepseekV3", {**LATENT, "q_lora_rank": None}),
     "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_group": None, "topk_group": None}),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 5,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.05,
+            "logits_scaling": 16.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "olmoe with clipped projections, renormalised": (
+        "Olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.7, "norm_topk_prob": True},
+    ),
+    "minimax_m2": ("MiniMaxM2", {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 8}),
+    "glm4_moe": ("Glm4Moe", {**SIGMOID, "head_dim": 16, "use_qk_norm": True}),
+    "glm4_moe with groups and biases, without norms of heads": (
+        "Glm4Moe",
+        {**SIGMOID, "n_group": 4, "topk_group": 2, "attention_bias": True, "n_shared_experts": 2},
+    ),
+    "dots1": ("Dots1", {**SIGMOID, "sliding_window": 7, "max_window_layers": 2}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 40, "moe_layer_interval": 2},
+    ),
+    "ernie4_5_moe without shared experts, untied": (
+        "Ernie4_5_Moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 3,
+            "moe_intermediate_size": 40,
+            "moe_num_shared_experts": 0,
+            "moe_layer_end_index": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {"num_experts": 5, "moe_topk": 2, "head_dim": 16}),
+    "hunyuan_v1_moe with a list of numbers of experts": (
+        "HunYuanMoEV1",
+        {"num_experts": 4, "moe_topk": [3, 3, 3], "head_dim": 16, "attention_bias": True},
+    ),
     "deepseek_v2 with groups": (
         "DeepseekV2",
         {**LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0, "n_shared_experts": 1},

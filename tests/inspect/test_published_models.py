@@ -9,6 +9,13 @@ from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
 
 FOLDER = Path(__file__).parent / "published"
 PARAMETERS = {
+    "ERNIE-4.5-21B-A3B-PT": 21_825_437_888,
+    "GLM-4.5-Air": 106_852_251_264,  # of 110,468,824,832 with the layer of multi-token prediction
+    "Hunyuan-A13B-Instruct": 80_393_183_232,
+    "MiniMax-M2": 228_689_764_864,
+    "OLMoE-1B-7B-0924": 6_919_161_856,
+    "dots.llm1.base": 142_774_381_696,
+    "granite-3.0-1b-a400m-base": 1_334_628_352,
     "EXAONE-4.0-32B": 32_003_216_384,
     "Hunyuan-MT-7B": 7_504_932_864,
     "Olmo-3-1025-7B": 7_298_011_136,

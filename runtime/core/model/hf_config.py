@@ -123,12 +123,14 @@ class HFConfig:
     def items(
         self, key: builtins.str, *fallbacks: builtins.str, kind: type[V], length: builtins.int | None = None
     ) -> tuple[V, ...]:
-        """A list of values of one type; `length` is the expected number, one per layer."""
+        """A list of values of one type; `length` is the expected number, one per layer. One number is that of all."""
         keys = (key, *fallbacks)
         found = self._find(keys)
         if found is None:
             return self._default(keys, REQUIRED, "a list")
         name, values = found
+        if length is not None and kind is not builtins.str and isinstance(values, (builtins.int, builtins.float)):
+            return (self._item(name, 0, values, kind),) * len(self.layers(length))
         if not isinstance(values, builtins.list):
             raise self._error(name, "a list", values)
         if length is not None and len(values) != length:
