@@ -137,9 +137,12 @@ def test_arithmetic_that_fails_names_its_formula(mixed: ModelLayout) -> None:
 
 
 def test_lists_take_their_type() -> None:
-    hf = HFConfig({"a": [1, 2.5], "b": [], "c": None}, "x.json")
+    hf = HFConfig({"a": [1, 2.5], "b": [], "c": None, "n": 4}, "x.json")
     assert (hf.items("a", kind=float), hf.items("c", "b", kind=int)) == ((1.0, 2.5), ())
     assert (hf.has("c"), hf.has("c", "b")) == (False, True)
+    assert (hf.items("n", kind=int, length=2), hf.items("n", kind=float, length=3)) == ((4, 4), (4.0, 4.0, 4.0))
+    with pytest.raises(ConfigError, match=r"^x.json: 'n': expected a list, got 4$"):
+        hf.items("n", kind=int)
     with pytest.raises(ConfigError, match=r"^x.json: 'c': expected a list, got null$"):
         hf.items("c", kind=int)
 
