@@ -36,6 +36,10 @@ def _why_wrong(value: object, found: ConfigName) -> str | None:
     if value is None:
         is_null = found.is_optional or found.if_null is not None or found.default is not None
         return None if is_null else _words(found)
+    if isinstance(value, str) and value in dict(found.texts):
+        return None
+    if found.items == "layers" and found.type != "str" and _fits(value, found):
+        return None  # a number is that of every layer
     if found.items is not None:
         fits = isinstance(value, list) and all(_fits(item, found) for item in value)
         return None if fits else f"a list of {found.type}"

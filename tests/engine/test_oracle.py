@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.engine import Engine
+from sageLLM.runtime.engine.executor import InProcessExecutor
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.scheduler.base import KVBudget
 
@@ -234,7 +235,9 @@ def serve_in_modes(llm: LLM, prompts: list[list[int]], modes: tuple[str, ...]) -
     """The answers in each mode, by one engine per mode on the same model and the same optimised graphs."""
     found = {}
     for mode in modes:
-        engine = Engine(llm.model, None, llm.compiler, scheduler_config(mode), KVBudget(256))
+        config, budget = scheduler_config(mode), KVBudget(256)
+        executor = InProcessExecutor(llm.model, llm.compiler, budget, is_split=mode == "strict", is_async=True)
+        engine = Engine(llm.model, None, llm.compiler, config, budget, executor)
         for i, prompt in enumerate(prompts):
             engine.add(str(i), None, prompt, GREEDY)
         outputs: dict[str, RequestOutput] = {}
