@@ -30,7 +30,7 @@ run: $(RUN_READY) ## Serve a batch of prompts with the bundled tiny model
 # Files that test-fast skips: those that compile kernels, run thousands of random inputs or start processes.
 SLOW := tests/codegen/test_canary.py tests/codegen/test_cases.py tests/codegen/test_fuzz.py tests/codegen/test_incremental.py tests/codegen/test_ops.py \
 	tests/codegen/test_writer.py tests/core/test_text.py tests/engine/test_embed.py tests/engine/test_oracle.py \
-	tests/engine/test_oracle_experts.py tests/examples tests/executor tests/kernels tests/loader/test_bad_checkpoints.py \
+	tests/engine/test_oracle_experts.py tests/engine/test_oracle_nested.py tests/examples tests/executor tests/kernels tests/loader/test_bad_checkpoints.py \
 	tests/models/test_families.py tests/passes/test_rule_validation.py tests/repo/test_commands.py tests/repo/test_docs_excerpts.py \
 	tests/repo/test_packaging.py tests/repo/test_quoted_errors.py tests/repo/test_readme.py \
 	tests/scheduler/test_comparison.py tests/scheduler/test_determinism.py tests/scheduler/test_fuzz.py \

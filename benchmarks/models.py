@@ -26,6 +26,10 @@ VLLM_FILES = {"cohere": "commandr", "cohere2": "commandr", "deepseek_v3": "deeps
 """The stem of vLLM's file, where it is not the layout's name."""
 
 
+TRANSFORMERS_FOLDERS = {"gemma3_mm": "gemma3", "ministral3_mm": "mistral3"}
+"""The folder of the model in transformers, where it is not the layout's name."""
+
+
 def code_lines(paths: Iterable[Path]) -> int:
     """Lines that are neither blank nor comment."""
     lines = (line.strip() for path in paths for line in path.read_text(encoding="utf-8").splitlines())
@@ -34,7 +38,8 @@ def code_lines(paths: Iterable[Path]) -> int:
 
 def python_files(layout: str) -> list[Path]:
     """The files that define the model in the installed transformers."""
-    return [TRANSFORMERS / layout / f"{kind}_{layout}.py" for kind in ("configuration", "modeling")]
+    folder = TRANSFORMERS_FOLDERS.get(layout, layout)
+    return [TRANSFORMERS / folder / f"{kind}_{folder}.py" for kind in ("configuration", "modeling")]
 
 
 def line_table(layouts: Iterable[str], vllm: Path | None) -> Iterator[str]:
@@ -54,17 +59,17 @@ def line_table(layouts: Iterable[str], vllm: Path | None) -> Iterator[str]:
 
 def exactness_table(layouts: Iterable[str], mode: str) -> Iterator[str]:
     """A row per layout: whether greedy tokens are equal, and the largest difference of a log-probability."""
-    from tests.conftest import SMALL, save_random_model
-    from tests.engine import test_oracle, test_oracle_experts, test_oracle_recent
+    from tests.conftest import save_random_model, small_config
+    from tests.engine import test_oracle, test_oracle_experts, test_oracle_nested, test_oracle_recent
 
-    cases = {**test_oracle.CASES, **test_oracle_recent.CASES, **test_oracle_experts.CASES}
+    cases = {**test_oracle.CASES, **test_oracle_recent.CASES, **test_oracle_experts.CASES, **test_oracle_nested.CASES}
     yield "| layout | case | tokens | largest difference |"
     yield "|---|---|---|--:|"
     for name in layouts:
         for case in (case for case in cases if case.split(",")[0].split(" ")[0] == name):
             family, config = cases[case]
             with tempfile.TemporaryDirectory() as folder:
-                save_random_model(Path(folder), family, 0, "5GB", SMALL | config)
+                save_random_model(Path(folder), family, 0, "5GB", small_config(config))
                 found = test_oracle.serve(Path(folder), test_oracle.PROMPTS, mode)
                 wanted = test_oracle.expected(Path(folder), test_oracle.PROMPTS, found)
             tokens = "equal" if all(a[0] == b[0] for a, b in zip(found, wanted, strict=True)) else "differ"

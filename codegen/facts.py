@@ -6,7 +6,7 @@ With them a run knows the contents of an unchanged file without parsing it, and 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,11 @@ VOCABULARY = ("dims", "op_types", "step_inputs")
 
 ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,80}\Z")
 """Valid names of an architecture in the config.json of a checkpoint."""
+
+
+def claim_both(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two layouts with these `model_types`, where none means all, read the same checkpoints."""
+    return not one or not other or not set(one).isdisjoint(other)
 
 
 def digest(value: Any) -> str:

@@ -11,6 +11,7 @@ A finding, or a read that no key covers, ends the run; the caller then generates
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import combinations
 from typing import Any
 
 from sageLLM.codegen.contents import Contents, EntryName, Row
@@ -24,7 +25,7 @@ from sageLLM.codegen.emit import (
     emit_support,
     emit_tables,
 )
-from sageLLM.codegen.facts import ARCHITECTURE, VOCABULARY, EntryFacts, Undeclared, digest, reached
+from sageLLM.codegen.facts import ARCHITECTURE, VOCABULARY, EntryFacts, Undeclared, claim_both, digest, reached
 from sageLLM.codegen.link.interfaces import Interfaces, has_same_results, interface_digest
 from sageLLM.codegen.link.linked import LinkedOps, Only
 from sageLLM.codegen.load import RawSpecs
@@ -291,11 +292,17 @@ class Incremental:
 
     def _check_names(self) -> None:
         """Checks across files, on the facts alone: names, and the architectures of models."""
-        architectures = [name for model in self.facts.table("models").values() for name in model.names["architectures"]]
-        if self.facts.repeated_names or len(set(architectures)) < len(architectures):
+        models = [model.names for model in self.facts.table("models").values()]
+        architectures = [name for names in models for name in names["architectures"]]
+        if self.facts.repeated_names or any(_read_the_same(*pair) for pair in combinations(models, 2)):
             raise Undeclared("duplicate names")
         if not all(ARCHITECTURE.match(name) for name in architectures):
             raise Undeclared("invalid name of an architecture")
+
+
+def _read_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    is_shared = not set(one["architectures"]).isdisjoint(other["architectures"])
+    return is_shared and claim_both(one["model_types"], other["model_types"])
 
 
 def _mentions(row: Row, ops: set[str]) -> bool:

@@ -93,6 +93,7 @@ def _names_in(kind: str, entry: Entry[Any]) -> dict[str, Any]:
                 "config": list(spec.config),
                 "drops": spec.drop.config if spec.drop else [],
                 "architectures": spec.hf.architectures,
+                "model_types": spec.hf.model_types,
             }
         case "passes":
             return {"words": sorted(words_of(spec.expect))}

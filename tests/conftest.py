@@ -48,7 +48,8 @@ def memo() -> LinkMemo:
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """make_checkpoint("Llama", **config) -> folder; every parameter is drawn, norms and biases too.
 
-    Equal arguments return the same folder.
+    With `text_config`, the family is a model with images; its text model has the small sizes. Equal arguments return
+    the same folder.
     """
     made: dict[str, Path] = {}
 
@@ -56,11 +57,17 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         key = repr((family, seed, max_shard_size, sorted(config.items(), key=repr)))
         if key not in made:
             folder = tmp_path_factory.mktemp(family.lower())
-            save_random_model(folder, family, seed, max_shard_size, SMALL | config)
+            save_random_model(folder, family, seed, max_shard_size, small_config(config))
             made[key] = folder
         return made[key]
 
     return make
+
+
+def small_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with small sizes, in the section of the text model if there is one."""
+    text = config.get("text_config")
+    return SMALL | config if text is None else config | {"text_config": SMALL | text}
 
 
 def save_random_model(folder: Path, family: str, seed: int, max_shard_size: str, config: dict[str, Any]) -> None:
@@ -70,7 +77,8 @@ def save_random_model(folder: Path, family: str, seed: int, max_shard_size: str,
 
     is_bare = family.endswith("Model")
     settings = getattr(transformers, f"{family.removesuffix('Model')}Config")(**config)
-    model = (transformers.AutoModel if is_bare else transformers.AutoModelForCausalLM).from_config(settings)
+    auto = transformers.AutoModelForImageTextToText if "text_config" in config else transformers.AutoModelForCausalLM
+    model = (transformers.AutoModel if is_bare else auto).from_config(settings)
     generator = torch.Generator().manual_seed(seed)
     saved = model.state_dict()
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()]

@@ -57,6 +57,7 @@ class BuilderView:
         self.specs = specs
         self.config_class = class_name(model.name) + "Config"
         self.constant = model.name.upper()
+        self.checkpoints = model.checkpoints
         self.is_overlay = specs.is_overlay
         self.extends = model.base.name if model.base else None
         self._bodies = BodyWriter(model, specs)

@@ -17,7 +17,7 @@ from sageLLM.codegen.render import Output
 from sageLLM.codegen.writer import MARK
 
 if TYPE_CHECKING:
-    from sageLLM.codegen.model.layout import ConfigName, ModelDef, WeightDef
+    from sageLLM.codegen.model.layout import CheckpointDef, ConfigName, ModelDef, WeightDef
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _attr_row(attr: Attr) -> tuple[str, ...]:
 def model_section(model: "ModelDef") -> str:
     """Config, weights and blocks of a layout."""
     names = [(_code(name.name), _code(_origin_of(name)), name.python_type, name.doc) for name in model.config.values()]
-    parts = [_cell(model.summary), f"Reads {', '.join(map(_code, model.architectures))}."]
+    parts = [_cell(model.summary), _checkpoints_read(model.checkpoints)]
     parts += [f"Extends `{model.base.name}`; this page shows the whole layout."] if model.base else []
     parts += ["## Config", table(("name", "key or value", "type", "meaning"), names)]
     if model.checks:
@@ -133,6 +133,17 @@ def model_section(model: "ModelDef") -> str:
     for block in model.blocks.values():
         parts += [f"## Block {block.name}", _cell(block.summary), "```\n" + "\n".join(block.lines) + "\n```"]
     return "\n\n".join(parts)
+
+
+def _checkpoints_read(found: "CheckpointDef") -> str:
+    """The architectures, the section of config.json and the names of tensors in checkpoints."""
+    text = f"Reads {', '.join(map(_code, found.architectures))}"
+    if found.root:
+        text += f": the text model, from `{found.root}` in config.json"
+        text += f" with the `model_type` {' or '.join(map(_code, found.model_types))}" if found.model_types else ""
+        text += ", or from its top level" if found.is_flat else ""
+    names = [f"{_code(name)} is {' or '.join(map(_code, stored))}" for name, stored in found.renamed.items()]
+    return f"{text}." + (f" In tensor names, {'; '.join(names)}." if names else "")
 
 
 def _origin_of(name: "ConfigName") -> str:

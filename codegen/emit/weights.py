@@ -78,6 +78,8 @@ class WeightText:
             args.append(f"at={tuple_text(at)}")
         if not part.is_plain:
             args.append(f"view={self._view(part)}")
+        if part.is_either:
+            args.append("is_either=True")
         return f"Part({', '.join(args)})"
 
     def _start(self, part: PartDef, dim: int) -> str:

@@ -35,7 +35,7 @@ _RESERVED = frozenset(
 )  # fmt: skip
 """Names of the generated config class and of `from_hf`, and words of expressions."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")
-_KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
+CONFIG_KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 _PYTHON: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -57,6 +57,9 @@ def link_config(flat: FlatModel, sizes: set[str], taken: Iterable[str], sink: Si
             found = ConfigName(name, (), declared or "int", False, None, None, "", items)
         is_size = name in sizes and found.type == "int" and not found.is_optional and found.items is None
         linked[name] = replace(found, type="size") if is_size else found
+        if flat.entry.spec.hf.root is None and any(key.startswith("/") for key in found.keys):
+            help = "remove the `/`, or add `root` to `hf`, the section with the keys of the text model"
+            sink.error("SAGE206", "a key outside the section `root` requires one", field.span("hf"), help)
     for name in REQUIRED_NAMES:
         if name not in flat.config:
             message = f"`config` must define '{name}', which the runtime reads"
@@ -151,7 +154,7 @@ def _link_origin(
     field = located.value
     keys = (field.hf,) if isinstance(field.hf, str) else tuple(field.hf or ())
     for key in keys:
-        if not _KEY.match(key):
+        if not CONFIG_KEY.match(key.removeprefix("/")):
             sink.error(
                 "SAGE206", f"expected a key of config.json, got '{key}'", located.span("hf"), "write key or outer.key"
             )

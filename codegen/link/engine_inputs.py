@@ -93,6 +93,7 @@ class EngineInputLinker:
             formula=str(spec.base) if frequency is None else "",
             reads_theta=frequency is None and "rope_theta" in read,
             read=self._keys_read_in(keys),
+            is_mrope=spec.mrope,
         )
 
     def _base(self, located: Located[RopeSection], formula: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
-from sageLLM.codegen.facts import ARCHITECTURE
 from sageLLM.codegen.link.blocks import BlockLinker, attends
+from sageLLM.codegen.link.checkpoints import check_architectures, check_checkpoint_names, shared_prefix, tiny_config
 from sageLLM.codegen.link.config import check_own_names_are_read, link_checks, link_config
 from sageLLM.codegen.link.config_uses import braced_names, names_read, size_names
 from sageLLM.codegen.link.engine_inputs import EngineInputLinker, EngineInputs
@@ -18,11 +18,12 @@ from sageLLM.codegen.link.program import ProgramLinker
 from sageLLM.codegen.link.scope import FUNCTIONS, LayoutContext
 from sageLLM.codegen.link.test_config import check_test_config
 from sageLLM.codegen.link.weights import WeightLinker, link_weights
-from sageLLM.codegen.load import Entry, RawSpecs
+from sageLLM.codegen.load import RawSpecs
 from sageLLM.codegen.model.layout import (
     PHASES,
     BlockDef,
     Check,
+    CheckpointDef,
     ConfigName,
     ModelDef,
     Phase,
@@ -32,7 +33,6 @@ from sageLLM.codegen.model.layout import (
     WeightDef,
 )
 from sageLLM.codegen.model.op import OpDef
-from sageLLM.codegen.schema.models import ModelFile
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _IGNORED = re.compile(r"\*?(?:[A-Za-z0-9_.-]|\{[A-Za-z]\w*\})+\*?\Z")
@@ -48,7 +48,7 @@ def link_models(
     link: "LinkModel | None" = None,
 ) -> dict[str, ModelDef]:
     """All layouts by name, or those in `names`. Findings go to the sink; a layout with findings is left out."""
-    _check_architectures(raw, sink)
+    check_architectures(raw.models.values(), sink)
     views: dict[str, OpDef] = {}
     chosen = raw.models if names is None else names
     found = {name: (link or link_model)(name, raw, Interfaces(ops, views), sink) for name in chosen}
@@ -76,38 +76,8 @@ def link_model(name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDe
     return model if not own.diagnostics else None
 
 
-def _shared_prefix(own: Iterable[WeightDef], blocks: Iterable[BlockDef]) -> str:
-    """The first component that the tensor names of all blocks share with a weight outside the layers, as `model.`.
-
-    It is the name of the module without the head, whose own checkpoints lack it.
-    """
-    in_layers = {_first_component(part.hf) for block in blocks for weight in block.weights for part in weight.parts}
-    outside = {_first_component(part.hf) for weight in own if not weight.is_per_layer for part in weight.parts}
-    return next(iter(in_layers)) if len(in_layers) == 1 and in_layers <= outside else ""
-
-
-def _first_component(name: str) -> str:
-    return "".join(name.partition(".")[:2])
-
-
 def _is_name(name: str) -> bool:
     return bool(_NAME.match(name)) and not keyword.iskeyword(name) and name not in FUNCTIONS
-
-
-def _check_architectures(raw: RawSpecs, sink: Sink) -> None:
-    """Reports architectures that several layouts read: the layout of a checkpoint must be unambiguous."""
-    owners: dict[str, Entry[ModelFile]] = {}
-    for entry in raw.models.values():
-        for i, architecture in enumerate(entry.spec.hf.architectures):
-            span = entry.span("hf", "architectures", i)
-            if not ARCHITECTURE.match(architecture):
-                message = f"expected the name of an architecture, got '{architecture}'"
-                sink.error("SAGE204", message, span, "use letters, digits and `_`")
-            if architecture in owners:
-                first = (f"read by '{owners[architecture].name}'", owners[architecture].span("hf", "architectures"))
-                message = f"the architecture '{architecture}' must be read by one layout only"
-                sink.error("SAGE231", message, span, "remove it from one of them", (first,))
-            owners.setdefault(architecture, entry)
 
 
 @dataclass(slots=True)
@@ -137,7 +107,8 @@ class ModelLinker:
         checks = tuple(link_checks(self.flat, config, self.sink))
         self._check_ignored(config)
         check_test_config(self.flat, config, self.sink)
-        self._check_prefixes([*own.values(), *(w for block in blocks.values() if block for w in block.weights)])
+        all_weights = [*own.values(), *(w for block in blocks.values() if block for w in block.weights)]
+        check_checkpoint_names(self.flat.entry, all_weights, self.sink)
         if not self.sink.diagnostics:  # after a misspelt use, the name would also be reported as unused
             check_own_names_are_read(self.flat, names_read(self.flat, self.raw.passes.values()), self.sink)
         if self.sink.diagnostics:
@@ -175,9 +146,15 @@ class ModelLinker:
             base=flat.base,
             sources=flat.sources,
             summary=spec.summary,
-            architectures=tuple(spec.hf.architectures),
-            prefix=spec.hf.prefix or _shared_prefix(own.values(), linked.values()),
-            outer_prefix=spec.hf.outer_prefix,
+            checkpoints=CheckpointDef(
+                tuple(spec.hf.architectures),
+                spec.hf.root or "",
+                spec.hf.flat,
+                tuple(spec.hf.model_types),
+                spec.hf.prefix or shared_prefix(own.values(), linked.values()),
+                spec.hf.outer_prefix,
+                {name: (one,) if isinstance(one, str) else tuple(one) for name, one in spec.hf.names.items()},
+            ),
             config=config,
             checks=checks,
             ropes=provided.ropes,
@@ -192,7 +169,7 @@ class ModelLinker:
             phases=phases,
             inputs=provided.inputs,
             ignore=tuple(dict.fromkeys(located.value for located in flat.ignore)),
-            tiny=flat.tiny | {"architectures": list(spec.hf.architectures[:1])},
+            tiny=tiny_config(flat.entry, flat.tiny),
             join=self.ops.get("concat_rows"),
         )
 
@@ -229,13 +206,6 @@ class ModelLinker:
             else:
                 found[phase] = self.ops[located.value]
         return found
-
-    def _check_prefixes(self, weights: Iterable[WeightDef]) -> None:
-        prefix = self.flat.entry.spec.hf.prefix
-        if prefix and not any(part.hf.startswith(prefix) for weight in weights for part in weight.parts):
-            span = self.flat.entry.span("hf", "prefix")
-            help = "write the common beginning of the tensor names, with the dot: `prefix: model.`"
-            self.sink.error("SAGE212", f"no tensor name begins with the prefix '{prefix}'", span, help)
 
     def _check_ignored(self, config: Mapping[str, ConfigName]) -> None:
         for located in self.flat.ignore:

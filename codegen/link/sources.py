@@ -6,7 +6,7 @@ reshaped, sliced, permuted and placed at an offset. Sizes are compared symbolica
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sageLLM.codegen.diagnostics import did_you_mean
 from sageLLM.codegen.expr.size import Size
@@ -34,7 +34,8 @@ class SourceLinker:
         if source.stack is not None:
             return self._stack(source.stack, dims, (*path, "stack"))
         if source.transpose is not None:
-            return self._transpose(source.transpose, dims, (*path, "transpose"))
+            parts = self._transpose(source.transpose, dims, (*path, "transpose"))
+            return tuple(replace(part, is_either=source.either) for part in parts)
         return (link_rearrange(self.linker, source, dims, f"{self.prefix}{source.of}", path),)
 
     def _concat(self, source: HfSource, dims: tuple[Size, ...], path: YamlPath) -> tuple[PartDef, ...]:

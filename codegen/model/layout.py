@@ -48,7 +48,7 @@ class ConfigName:
     @property
     def words(self) -> str:
         """The name for messages: the key of config.json, else the layout's name."""
-        return self.keys[0] if self.keys else self.name
+        return self.keys[0].removeprefix("/") if self.keys else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ class RopeDef:
 
     The base frequency is read from `base_keys`, or is the Python expression `base`, of the spec's text `formula`.
     `default` is the scaling section of a config without one, and `original` its trained length. With `is_partial`, the
-    layout reads `partial_rotary_factor`; other layouts reject it. With `reads_theta` it reads `rope_theta` itself.
-    `read` are further keys of the section that it reads.
+    layout reads `partial_rotary_factor`; other layouts reject it. With `reads_theta` it reads `rope_theta` itself; with
+    `is_mrope` its configs have `mrope_section`. `read` are further keys of the section that it reads.
     """
 
     name: str
@@ -100,6 +100,7 @@ class RopeDef:
     formula: str = ""
     reads_theta: bool = False
     read: tuple[str, ...] = ()
+    is_mrope: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +270,19 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointDef:
+    """The checkpoints that a layout reads; see `ModelLayout` in the runtime. `is_flat`: `root` may be absent."""
+
+    architectures: tuple[str, ...]
+    root: str
+    is_flat: bool
+    model_types: tuple[str, ...]
+    prefix: str
+    outer_prefix: str
+    renamed: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDef:
     """One linked layout; a layout that extends another one is complete here.
 
@@ -280,9 +294,7 @@ class ModelDef:
     base: Entry[ModelFile] | None
     sources: tuple[Entry[ModelFile], ...]
     summary: str
-    architectures: tuple[str, ...]
-    prefix: str
-    outer_prefix: str
+    checkpoints: CheckpointDef
     config: Mapping[str, ConfigName]
     checks: tuple[Check, ...]
     ropes: tuple[RopeDef, ...]

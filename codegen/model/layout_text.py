@@ -6,6 +6,7 @@ from sageLLM.codegen.model.layout import (
     Attend,
     BlockCall,
     BlockDef,
+    CheckpointDef,
     Choose,
     Condition,
     ModelDef,
@@ -24,7 +25,8 @@ def layout_text(model: ModelDef) -> str:
 
 
 def _lines(model: ModelDef) -> Iterator[str]:
-    yield f"model {model.name}: {', '.join(model.architectures)}"
+    yield f"model {model.name}: {', '.join(model.checkpoints.architectures)}"
+    yield from _checkpoints(model.checkpoints)
     for one in model.config.values():
         source = " or ".join(one.keys) or "constant"
         default = f" = {one.default}" if one.default is not None else ""
@@ -36,7 +38,8 @@ def _lines(model: ModelDef) -> Iterator[str]:
     for rope in model.ropes:
         suffix = f" {rope.name}" if rope.name else ""
         base = f" base={rope.formula}" if rope.formula else ""
-        yield f"rope{suffix}{base} dim={rope.dim} {rope.layout} scaling={', '.join(rope.allow)}"
+        mrope = " mrope" if rope.is_mrope else ""
+        yield f"rope{suffix}{base} dim={rope.dim} {rope.layout} scaling={', '.join(rope.allow)}{mrope}"
         yield from (f"rope{suffix} default {key} = {value}" for key, value in rope.default)
         yield from ((f"rope{suffix} original = {rope.original}",) if rope.original is not None else ())
     if model.alibi:
@@ -87,6 +90,13 @@ def _body(body: Iterable[Statement], indent: str) -> Iterator[str]:
 
 def _when(condition: Condition | None) -> str:
     return f" when {condition.source}" if condition is not None else ""
+
+
+def _checkpoints(found: CheckpointDef) -> Iterator[str]:
+    if found.root:
+        types = f" with model_type {' or '.join(found.model_types)}" if found.model_types else ""
+        yield f"root {found.root}{types}{', or flat' if found.is_flat else ''}"
+    yield from (f"names {name}: {', '.join(map(repr, stored))}" for name, stored in found.renamed.items())
 
 
 def _weight(weight: WeightDef) -> str:

@@ -17,7 +17,8 @@ class PartDef:
 
     The tensor of `shape` is reshaped to `axes`; of each axis in `take` the range [start, stop) is read; every dim of
     the weight consists of the axes in its group, outermost first, and the part starts `at` this index. `stacked` is the
-    size that `{e}` ranges over: the part fills index e of dim `stacked_dim`.
+    size that `{e}` ranges over: the part fills index e of dim `stacked_dim`. With `is_either`, checkpoints have the
+    tensor as it is, or with its last two dims swapped.
     """
 
     hf: str
@@ -28,6 +29,7 @@ class PartDef:
     take: tuple[tuple[int, Size, Size], ...] = ()
     stacked: str | None = None
     stacked_dim: int = 0
+    is_either: bool = False
 
     @classmethod
     def whole(cls, hf: str, dims: tuple[Size, ...]) -> "PartDef":

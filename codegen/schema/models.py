@@ -36,6 +36,29 @@ class ArchitecturesSpec(Strict):
     outer_prefix: str = Field(
         default="", description="for layouts of bare models: prefix of the tensor names in checkpoints with a head"
     )
+    root: str | None = Field(
+        default=None,
+        description="section of config.json with the keys of the text model, such as `text_config`, in a model with "
+        "images or sound; a key `/KEY` is outside it",
+    )
+    flat: bool = Field(
+        default=False, description="whether configs without `root` have the keys of the text model at the top level"
+    )
+    model_types: list[str] = Field(
+        default=[],
+        description="values of `model_type` in `root`, if the architectures have text models of several kinds",
+    )
+    names: dict[str, Keys] = Field(
+        default={},
+        description="beginnings of the layout's tensor names, and those that checkpoints have instead: the first of a "
+        "list that occurs",
+    )
+
+    @model_validator(mode="after")
+    def _in_root(self) -> Self:
+        if self.root is None and (self.flat or self.model_types):
+            raise ValueError("`flat` and `model_types` require `root: KEY`")
+        return self
 
 
 class ConfigField(Strict):
@@ -111,6 +134,11 @@ class RopeSection(Strict):
         description="pairs of components: j and j + dim/2 (op `rope`), or 2j and 2j + 1 (op `rope_interleaved`)",
     )
     scaling: ScalingSpec | None = Field(default=None, description="scaling for longer sequences")
+    mrope: bool = Field(
+        default=False,
+        description="whether configs have `mrope_section`, parts of a head that rotate by other positions in images; "
+        "the positions of text are equal, so the rotation is the plain one",
+    )
 
 
 def _rope_form(value: Any) -> str:

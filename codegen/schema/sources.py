@@ -44,6 +44,10 @@ class HfSource(Strict):
     dim: int = Field(default=0, ge=0, description="the dim along which `concat` concatenates")
     stack: StackSpec | None = Field(default=None, description="equal sources, stacked along a new first dim")
     transpose: "Source | None" = Field(default=None, description="the source, stored with its last two dims swapped")
+    either: bool = Field(
+        default=False,
+        description="whether checkpoints may also have the tensor in the order of the weight; its shape decides",
+    )
     rearrange: str | None = Field(
         default=None,
         description='reorders the axes of the tensor `of`: "(Nq c D) H -> (c Nq D) H", outermost axis first',
@@ -66,6 +70,8 @@ class HfSource(Strict):
                 raise ValueError(f"`{field}` requires `{owner}`")
         if self.rearrange is not None and self.of is None:
             raise ValueError("`rearrange` requires `of: TENSOR`, the name of a tensor")
+        if self.either and not isinstance(self.transpose, str):
+            raise ValueError("`either` requires `transpose: TENSOR`, the name of a tensor")
         return self
 
 

@@ -19,6 +19,7 @@ from .falcon import FALCON
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
+from .gemma3_mm import GEMMA3_MM
 from .glm import GLM
 from .glm4 import GLM4
 from .glm4_moe import GLM4_MOE
@@ -30,11 +31,14 @@ from .granite import GRANITE
 from .granitemoe import GRANITEMOE
 from .hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from .hunyuan_v1_moe import HUNYUAN_V1_MOE
+from .kimi_k25 import KIMI_K25
 from .llama import LLAMA
 from .minimax_m2 import MINIMAX_M2
 from .ministral import MINISTRAL
 from .ministral3 import MINISTRAL3
+from .ministral3_mm import MINISTRAL3_MM
 from .mistral import MISTRAL
+from .mistral3 import MISTRAL3
 from .mixtral import MIXTRAL
 from .modernbert import MODERNBERT
 from .mpt import MPT
@@ -48,8 +52,11 @@ from .phi import PHI
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
+from .qwen2_vl import QWEN2_VL
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
+from .qwen3_vl import QWEN3_VL
+from .qwen3_vl_moe import QWEN3_VL_MOE
 from .roberta import ROBERTA
 from .seed_oss import SEED_OSS
 from .smollm3 import SMOLLM3
@@ -72,6 +79,7 @@ __all__ = [
     "GEMMA",
     "GEMMA2",
     "GEMMA3",
+    "GEMMA3_MM",
     "GLM",
     "GLM4",
     "GLM4_MOE",
@@ -83,11 +91,14 @@ __all__ = [
     "GRANITEMOE",
     "HUNYUAN_V1_DENSE",
     "HUNYUAN_V1_MOE",
+    "KIMI_K25",
     "LLAMA",
     "MINIMAX_M2",
     "MINISTRAL",
     "MINISTRAL3",
+    "MINISTRAL3_MM",
     "MISTRAL",
+    "MISTRAL3",
     "MIXTRAL",
     "MODELS",
     "MODERNBERT",
@@ -102,8 +113,11 @@ __all__ = [
     "PHI3",
     "QWEN2",
     "QWEN2_MOE",
+    "QWEN2_VL",
     "QWEN3",
     "QWEN3_MOE",
+    "QWEN3_VL",
+    "QWEN3_VL_MOE",
     "ROBERTA",
     "SEED_OSS",
     "SMOLLM3",
@@ -127,6 +141,7 @@ MODELS: dict[str, ModelLayout] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
+    "gemma3_mm": GEMMA3_MM,
     "glm": GLM,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
@@ -138,11 +153,14 @@ MODELS: dict[str, ModelLayout] = {
     "granitemoe": GRANITEMOE,
     "hunyuan_v1_dense": HUNYUAN_V1_DENSE,
     "hunyuan_v1_moe": HUNYUAN_V1_MOE,
+    "kimi_k25": KIMI_K25,
     "llama": LLAMA,
     "minimax_m2": MINIMAX_M2,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
+    "ministral3_mm": MINISTRAL3_MM,
     "mistral": MISTRAL,
+    "mistral3": MISTRAL3,
     "mixtral": MIXTRAL,
     "modernbert": MODERNBERT,
     "mpt": MPT,
@@ -156,8 +174,11 @@ MODELS: dict[str, ModelLayout] = {
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
+    "qwen2_vl": QWEN2_VL,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
     "roberta": ROBERTA,
     "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,

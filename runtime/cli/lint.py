@@ -10,7 +10,7 @@ from typing import Any
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.core.model.stored import with_stored_names, with_stored_ties
+from sageLLM.runtime.core.model.stored import with_stored_names, with_stored_shapes, with_stored_ties
 from sageLLM.runtime.core.printable import printable
 from sageLLM.runtime.errors import MAX_MESSAGE_LEN, SageError
 from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, lint_model
@@ -60,7 +60,8 @@ def _report(request: LintRequest) -> Report:
     tensors = _tensors(request) if found is None else None
     shapes = None if tensors is None else {name: tensor.shape for name, tensor in tensors.items()}
     if shapes is not None:
-        layout = with_stored_ties(with_stored_names(layout, shapes), config, shapes, lambda owner, spec: True)
+        layout = with_stored_shapes(with_stored_names(layout, shapes), shapes)
+        layout = with_stored_ties(layout, config, shapes, lambda owner, spec: True)
     report = lint_model(layout, config, path, _degrees(request.tp), shapes)
     if tensors is not None:
         found = find_in_tensors(layout, config, tensors, matches=not report.index)

@@ -74,7 +74,7 @@ class ExecutionGraphBuilder:
         self.layout = _known_layout(layout) if isinstance(layout, str) else layout
         self.hardware = hardware or HARDWARE["cpu"]
         self.dtype = dtype
-        self.config: Any = self.layout.read_config(HFConfig(model_config.to_hf(), "ModelConfig"))
+        self.config: Any = self.layout.read_config(HFConfig(self.layout.in_root(model_config.to_hf()), "ModelConfig"))
         self._symbolic: dict[Stage, ExecutionGraph] = {}
 
     def build_prefill_graph(self, batch: PrefillBatch) -> ExecutionGraph:

@@ -10,6 +10,9 @@ from sageLLM.runtime.core.printable import printable
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.json_files import read_json
 
+NESTED_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config.text_config")
+"""Sections of config.json with the text model of a model with images or sound."""
+
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """The JSON object in a config.json. Raises CheckpointError if the file is missing or holds anything else."""
@@ -23,15 +26,72 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 def layout_of(data: Mapping[str, Any], path: Path, layouts: Mapping[str, ModelLayout]) -> ModelLayout:
     """The layout of one of the config's `architectures`. Raises CheckpointError if no layout has one of them."""
-    named = data.get("architectures")
-    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    architectures = _architectures(data)
     for architecture in architectures:
-        for layout in layouts.values():
-            if architecture in layout.architectures:
-                return layout
+        readers = [layout for layout in layouts.values() if architecture in layout.architectures]
+        if readers:
+            return _reader_of(architecture, data, path, readers, layouts)
     got = ", ".join(printable(name, 60) for name in architectures[:8]) or "none"
-    known = sorted(name for layout in layouts.values() for name in layout.architectures)
+    for root in NESTED_CONFIGS:
+        hint = _text_layout_hint(architectures[:1], data, root, layouts)
+        if hint:
+            raise CheckpointError(f"{path}: expected an architecture with a layout, got {got}; {hint}")
+    known = sorted({name for layout in layouts.values() for name in layout.architectures})
     raise CheckpointError(
         f"{path}: expected an architecture with a layout, got {got}; known are {', '.join(known)}. "
         "To add one: `sagellm new model NAME`, which prints the next step (docs/add-a-model.md)"
     )
+
+
+def text_section(data: Mapping[str, Any], root: str) -> Mapping[str, Any]:
+    """The section of a config with the text model; the whole config if it has no such section."""
+    section: Any = data
+    for key in root.split(".") if root else ():
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return section if isinstance(section, Mapping) else data
+
+
+def _reader_of(
+    architecture: str,
+    data: Mapping[str, Any],
+    path: Path,
+    readers: list[ModelLayout],
+    layouts: Mapping[str, ModelLayout],
+) -> ModelLayout:
+    """The layout that reads the text model of the config, if the architecture has text models of several kinds."""
+    for layout in readers:
+        kind = text_section(data, layout.root).get("model_type") if layout.model_types else None
+        if kind is None or kind in layout.model_types:
+            return layout
+    root = readers[0].root
+    known = ", ".join(kind for layout in readers for kind in layout.model_types)
+    hint = _text_layout_hint([architecture], data, root, layouts)
+    raise CheckpointError(
+        f"{path}: expected {known} as '{root}.model_type' of {architecture}, "
+        f"got {shown(text_section(data, root).get('model_type'))}" + (f"; {hint}" if hint else "")
+    )
+
+
+def _text_layout_hint(
+    architectures: list[str], data: Mapping[str, Any], root: str, layouts: Mapping[str, ModelLayout]
+) -> str | None:
+    """How a layout of the text model in the section `root` can be used; None without one."""
+    section = text_section(data, root)
+    if section is data:
+        return None
+    kind = section.get("model_type")
+    names = {kind, kind.removesuffix("_text")} if isinstance(kind, str) else set()
+    for layout in layouts.values():
+        if layout.name in names or not set(_architectures(section)).isdisjoint(layout.architectures):
+            architecture = printable(architectures[0], 60) if architectures else "..."
+            return (
+                f"the text model in '{root}' is one of the layout '{layout.name}': a layout with "
+                f"`extends: {layout.name}` and `hf: {{architectures: [{architecture}], root: {root}, names: ...}}` "
+                "reads it (docs/add-a-model.md)"
+            )
+    return None
+
+
+def _architectures(data: Mapping[str, Any]) -> list[str]:
+    named = data.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []

@@ -15,10 +15,10 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint
 from sageLLM.runtime.core.model.hf_config import HFConfig, shown
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_ties
+from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_shapes, with_stored_ties
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.executor.native.weights import Weight
-from sageLLM.runtime.loader.config_file import layout_of, read_config_file
+from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text_section
 from sageLLM.runtime.loader.heads import absent_head, without_weights
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
@@ -103,11 +103,12 @@ def load_model(
         raise CheckpointError(str(error)) from None
     length = _model_len(config.longest, max_model_len, path)
     checkpoint = Checkpoint.open(folder)
-    kind = _dtype(dtype, data, path, checkpoint)
+    kind = _dtype(dtype, (data, text_section(data, layout.root)), path, checkpoint)
     names = checkpoint.names
     may_lack_head = is_bare(layout, names) or not layout.generates
     try:
-        layout = with_stored_names(layout, names)
+        shapes = {name: tensor.shape for name, tensor in checkpoint.stored().items()}
+        layout = with_stored_shapes(with_stored_names(layout, names), shapes)
         layout = with_stored_ties(layout, config, names, partial(have_equal_values, checkpoint, kind))
         head = absent_head(layout, config, names) if may_lack_head else ()
         layout = without_weights(layout, head) if head else layout
@@ -156,14 +157,17 @@ def _model_len(longest: int, requested: int | None, path: Path) -> int:
     return requested
 
 
-def _dtype(name: str, data: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> torch.dtype:
-    """The requested element type, or by default that of the config, or else that of most of the weights."""
+def _dtype(name: str, sections: tuple[Mapping[str, Any], ...], path: Path, checkpoint: Checkpoint) -> torch.dtype:
+    """The requested element type, or by default that of the config, or else that of most of the weights.
+
+    `sections` are the config, and the section of the text model in it.
+    """
     if name != "auto":
         if name not in DTYPES:
             raise CheckpointError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
         return DTYPES[name]
-    key = "dtype" if data.get("dtype") is not None else "torch_dtype"
-    named = data.get(key)
+    found = ((key, section.get(key)) for section in sections for key in ("dtype", "torch_dtype"))
+    key, named = next((one for one in found if one[1] is not None), ("", None))
     if named is None:
         return _commonest_dtype(checkpoint)
     if not isinstance(named, str) or named not in DTYPES:

@@ -14,6 +14,7 @@ from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.loader.checkpoint_index import StoredTensor
+from sageLLM.runtime.loader.config_file import NESTED_CONFIGS, text_section
 from sageLLM.runtime.loader.json_files import read_json
 
 SUPPORTED: frozenset[str] = frozenset()
@@ -21,7 +22,6 @@ SUPPORTED: frozenset[str] = frozenset()
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 # The keys of config.json, with the method of a section that does not name one.
 CONFIG_KEYS = {"quantization_config": "unknown", "compression_config": "compressed-tensors", "quantization": "mlx"}
-NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 # The settings files of AutoGPTQ, AutoAWQ and ModelOpt, with the method of a file that does not name one.
 SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 METHOD_KEYS = ("quant_method", "quant_algo", "quant_type", "method")
@@ -144,7 +144,7 @@ def refuse_unsupported(found: Quantization | None, folder: Path) -> None:
 def _sections(config: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
     yield "", config
     for name in NESTED_CONFIGS:
-        if isinstance(section := config.get(name), Mapping):
+        if (section := text_section(config, name)) is not config:
             yield f"{name}.", section
 
 

@@ -1,5 +1,6 @@
 """The engine against transformers: greedy tokens are equal and prompt log-probabilities agree within 1e-4."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -195,7 +196,9 @@ def expected(folder: Path, prompts: list[list[int]], answers: Answers) -> Answer
     If these equal the tokens of `answers`, they are transformers' greedy tokens, by induction over the positions. One
     forward pass per prompt decides that, where generation would take a pass per token.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    is_nested = "text_config" in json.loads((folder / "config.json").read_text())
+    auto = transformers.AutoModelForImageTextToText if is_nested else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32)
     found = []
     for prompt, (tokens, _) in zip(prompts, answers, strict=True):
         logits = model(torch.tensor([[*prompt, *tokens]])).logits[0]

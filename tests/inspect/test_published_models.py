@@ -22,11 +22,15 @@ PARAMETERS = {
     "Olmo-3-1125-32B": 32_233_522_176,
     "mpt-7b": 6_649_286_656,
     "ERNIE-4.5-0.3B-PT": 360_748_032,
+    "Qwen2.5-VL-7B-Instruct": 8_292_166_656 - 676_550_144,
+    "Qwen3-VL-8B-Instruct": 8_190_735_360,
     "Seed-OSS-36B-Instruct": 36_151_104_512,
+    "gemma-3-4b-it": 4_300_079_472 - 416_866_032 - 2_950_272,
     "glm-4-9b-chat-hf": 9_399_951_360,
     "starcoder2-3b": 3_030_371_328,
 }
-"""By config, the number of parameters that the Hugging Face hub reports, without layers of multi-token prediction."""
+"""By config, the number of parameters that the Hugging Face hub reports, without layers of multi-token prediction;
+for models with images, without vision tower and projector."""
 
 
 def test_every_config_has_its_count() -> None:

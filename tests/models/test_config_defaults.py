@@ -17,6 +17,7 @@ TABLES = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 MODEL_TYPES = {
     name: model_type
@@ -24,7 +25,8 @@ MODEL_TYPES = {
     for model_type, names in table.items()
     for name in ([names] if isinstance(names, str) else names)
 }
-MODEL_TYPES["MPTForCausalLM"] = "mpt"  # the name of the class in the checkpoint's own code
+MODEL_TYPES["MPTForCausalLM"] = "mpt"  # the names of the classes in the checkpoints' own code
+MODEL_TYPES["KimiK25ForConditionalGeneration"] = "kimi_k25"
 ARCHITECTURES = [(layout, name) for layout in MODELS for name in MODELS[layout].architectures]
 REQUIRED = {
     "roberta": {"vocab_size": 50265},
@@ -37,10 +39,33 @@ and GLM-4.5 would rotate 21 components of a head."""
 WITH_ROPE = [name for name in MODELS if MODELS[name].read_config(HFConfig(MODELS[name].tiny)).rope]
 
 
-def class_config(layout: str, architecture: str) -> dict[str, Any]:
+def config_class(architecture: str) -> Any:
+    return getattr(transformers, CONFIG_MAPPING_NAMES[MODEL_TYPES[architecture]])
+
+
+def class_config(name: str, architecture: str) -> dict[str, Any]:
     """The config with all defaults, with every key written out."""
-    cls = getattr(transformers, CONFIG_MAPPING_NAMES[MODEL_TYPES[architecture]])
-    return {**REQUIRED.get(layout, {}), **{key: value for key, value in cls().to_dict().items() if value is not None}}
+    layout, cls = MODELS[name], config_class(architecture)
+    kind = {"model_type": layout.model_types[0]} if layout.model_types else {}
+    made = cls(**{layout.root: kind}) if layout.root else cls()
+    return {**REQUIRED.get(name, {}), **without_nulls(name, made.to_dict())}
+
+
+def without_nulls(name: str, data: dict[str, Any], keep: str | None = None) -> dict[str, Any]:
+    """The config without keys that are null, in the section of the text model too; the key `keep` stays."""
+    found = {key: value for key, value in data.items() if value is not None or key == keep}
+    root = MODELS[name].root
+    return found | {root: {k: v for k, v in data[root].items() if v is not None or k == keep}} if root else found
+
+
+def changed(name: str, data: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The config with other keys of the text model."""
+    root = MODELS[name].root
+    return {**data, root: {**data[root], **changes}} if root else {**data, **changes}
+
+
+def tiny(name: str, **changes: Any) -> HFConfig:
+    return HFConfig(changed(name, dict(MODELS[name].tiny), **changes))
 
 
 def read(layout: str, data: dict[str, Any]) -> Any:
@@ -54,6 +79,7 @@ def test_absent_keys_have_the_defaults_of_the_config_class(name: str, architectu
     """Stripped of all its keys, the config of the class reads as it does with every key written out."""
     written = class_config(name, architecture)
     stripped = {key: written[key] for key in REQUIRED.get(name, ())}
+    stripped |= {MODELS[name].root: {}} if MODELS[name].root else {}
     assert read(name, stripped) == read(name, written)
 
 
@@ -61,18 +87,20 @@ def test_absent_keys_have_the_defaults_of_the_config_class(name: str, architectu
 def test_null_keys_are_null_or_refused(name: str, architecture: str) -> None:
     """A key that is null has the value that the config class computes, unless the class or the layout refuses null."""
     written = class_config(name, architecture)
-    cls = getattr(transformers, CONFIG_MAPPING_NAMES[MODEL_TYPES[architecture]])
-    for key in written:
+    root = MODELS[name].root
+    changes = [(key, {**written, key: None}) for key in written if key != root]
+    changes += [(key, changed(name, written, **{key: None})) for key in written[root]] if root else []
+    for key, data in changes:
         try:
-            found = read(name, {**written, key: None})
+            found = read(name, data)
         except ConfigError as error:
             assert f"'{key}': expected" in str(error) or "requires" in str(error)
             continue
         try:
-            expected = cls.from_dict({**written, key: None}).to_dict()
+            expected = config_class(architecture).from_dict(data).to_dict()
         except Exception:  # the class refuses null with an error of any type
             continue
-        assert found == read(name, {k: v for k, v in expected.items() if v is not None or k == key}), key
+        assert found == read(name, without_nulls(name, expected, keep=key)), key
 
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
@@ -91,7 +119,7 @@ def test_a_key_that_changes_the_rotation_is_refused(name: str, key: str, scaling
     layout = MODELS[name]
     if name == "gptj":
         pytest.skip("transformers reads no rope section for GPT-J")
-    if (name, key) == ("ministral3", "llama_4_scaling_beta"):
+    if name.startswith("ministral3") and key == "llama_4_scaling_beta":
         pytest.skip("a key that the layout reads")
     for section in ("rope_scaling", "rope_parameters"):
         nested = (
@@ -99,7 +127,7 @@ def test_a_key_that_changes_the_rotation_is_refused(name: str, key: str, scaling
         )
         value = nested if section == "rope_parameters" else scaling
         with pytest.raises(ConfigError) as caught:
-            layout.read_config(HFConfig({**layout.tiny, section: value}))
+            layout.read_config(tiny(name, **{section: value}))
         assert f".{key}' is not a parameter of rope scaling" in str(caught.value) or "is not supported" in str(
             caught.value
         )
@@ -117,10 +145,10 @@ WHOLE = [name for name in WITH_ROPE if name not in PARTIAL]
 def test_a_partial_rotation_of_a_layout_without_one_is_refused(name: str) -> None:
     layout = MODELS[name]
     with pytest.raises(ConfigError, match=r"'partial_rotary_factor' must be absent or 1\.0"):
-        layout.read_config(HFConfig({**layout.tiny, "partial_rotary_factor": 0.5}))
-    assert layout.read_config(HFConfig({**layout.tiny, "partial_rotary_factor": 1.0})).rope
+        layout.read_config(tiny(name, partial_rotary_factor=0.5))
+    assert layout.read_config(tiny(name, partial_rotary_factor=1.0)).rope
     tables = name_of_tables(name)
     section: dict[str, Any] = {"rope_type": "default", "partial_rotary_factor": 0.5}
     nested = {"full_attention": section} if "full" in tables else section
     with pytest.raises(ConfigError, match=r"partial_rotary_factor' must be absent or 1\.0"):
-        layout.read_config(HFConfig({**layout.tiny, "rope_parameters": nested}))
+        layout.read_config(tiny(name, rope_parameters=nested))

@@ -4,6 +4,7 @@ Each rank is a thread with its share of the weights, its caches and its plan. Co
 is in float64, so that rounding cannot mask a wrong sum.
 """
 
+import copy
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -36,7 +37,8 @@ Kernel = Callable[..., Any]
 
 def divisible(layout: ModelLayout, tp: int) -> Any:
     """The layout's tiny config, with the sizes that `tp` does not divide multiplied until it does."""
-    data: dict[str, Any] = dict(layout.tiny)
+    data: dict[str, Any] = copy.deepcopy(dict(layout.tiny))
+    keys = data[layout.root] if layout.root else data
     for _ in range(8):
         config = layout.read_config(HFConfig(data, layout.name))
         try:
@@ -44,7 +46,7 @@ def divisible(layout: ModelLayout, tp: int) -> Any:
         except ConfigError as error:
             found = re.search(r"does not divide (\w+)=(\d+)", str(error))
             assert found is not None, f"{layout.name}: {error}"
-            data[found[1]] = lcm(int(found[2]), tp)
+            keys[found[1]] = lcm(int(found[2]), tp)
             continue
         return config
     raise AssertionError(f"{layout.name}: no small config is divided by {tp}")

@@ -2,7 +2,8 @@
 
 An absent key has the default of the checkpoint's config class. A null key is null where the class allows it, and
 refused elsewhere. Keys may be dotted: `rope_parameters.rope_theta` is `rope_theta` inside `rope_parameters`; a null
-inside an object counts as absent.
+inside an object counts as absent. Where the keys of the text model are in a section of the file, such as `text_config`,
+`/tie_word_embeddings` is a key outside the section.
 """
 
 from __future__ import annotations
@@ -33,13 +34,29 @@ _EXPECTED: dict[type, str] = {bool: "true or false", int: "an integer", float: "
 
 
 class HFConfig:
-    """The JSON object of a config file; `path` names the file in errors.
+    """The JSON object of a config file, or a section of one; `path` names the file, and the section, in errors.
 
-    Methods are named after the types that layouts use, which hides the builtins inside the class.
+    `file` is the whole file. Methods are named after the types that layouts use, which hides the builtins inside the
+    class.
     """
 
-    def __init__(self, data: Mapping[builtins.str, Any], path: builtins.str = "config.json") -> None:
+    def __init__(
+        self, data: Mapping[builtins.str, Any], path: builtins.str = "config.json", file: HFConfig | None = None
+    ) -> None:
         self.data, self.path = data, path
+        self.file: HFConfig = file if file is not None else self
+
+    def section(self, key: builtins.str, *, is_flat_allowed: builtins.bool = False) -> HFConfig:
+        """The object under `key`, from which the text model is read.
+
+        With `is_flat_allowed`, a file without that key has the keys of the section at its top level.
+        """
+        value = self._value(key)
+        if value is None and is_flat_allowed:
+            return self
+        if not isinstance(value, Mapping):
+            raise self._error(key, "an object with the config of the text model", value)
+        return HFConfig(value, f"{self.path} ({key})", self)
 
     def size(
         self, key: builtins.str, *fallbacks: builtins.str, default: builtins.int | _Required = REQUIRED
@@ -118,7 +135,11 @@ class HFConfig:
         return found is not None and found[1] == text
 
     def _null_key(self, keys: Sequence[builtins.str]) -> builtins.str | None:
-        return next((key for key in keys if key in self.data), None)
+        return next((key for key in keys if key.removeprefix("/") in self._holder(key).data), None)
+
+    def _holder(self, key: builtins.str) -> HFConfig:
+        """The config that holds the key: the whole file for `/key`."""
+        return self.file if key.startswith("/") else self
 
     def items(
         self, key: builtins.str, *fallbacks: builtins.str, kind: type[V], length: builtins.int | None = None
@@ -194,8 +215,8 @@ class HFConfig:
         return None
 
     def _value(self, key: builtins.str) -> Any:
-        value: Any = self.data
-        for step in key.split("."):
+        value: Any = self._holder(key).data
+        for step in key.removeprefix("/").split("."):
             value = value.get(step) if isinstance(value, Mapping) else None
         return value
 
@@ -244,7 +265,9 @@ class HFConfig:
         return found[0] if found else key
 
     def _error(self, key: builtins.str, expected: builtins.str, got: object) -> ConfigError:
-        return ConfigError(f"{self.path}: '{key}': expected {expected}, got {shown(got)}")
+        return ConfigError(
+            f"{self._holder(key).path}: '{key.removeprefix('/')}': expected {expected}, got {shown(got)}"
+        )
 
 
 def computed(label: str, formula: Callable[[], V]) -> V:

@@ -119,6 +119,10 @@ class Block:
 class ModelLayout:
     """A model family. `spec` names the spec entry, `tiny` is an HF config for tests.
 
+    The text part of a model with images or sound is read from the section `root` of config.json, whose `model_type` is
+    one of `model_types` if the architecture has text models of several kinds. `renamed` has, for a beginning of the
+    tensor names, those that checkpoints have instead, in order of preference.
+
     `program` returns the values named in `returns`: logits and tokens, or embeddings. An embedding is computed from
     the value `hidden`, with a row per token (per sampled row in a layout that generates), or is the value `pooled`,
     with a row per sequence. A layout without a KV cache reads whole sequences at once: its only phase is prefill.
@@ -135,8 +139,11 @@ class ModelLayout:
     blocks: Mapping[str, Block]
     ignore: tuple[str, ...]
     tiny: Mapping[str, Any]
+    root: str = ""
+    model_types: tuple[str, ...] = ()
     prefix: str = ""
     outer_prefix: str = ""
+    renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     returns: tuple[str, ...] = ("logits", "tokens")
     phases: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
     hidden: str | None = None
@@ -146,6 +153,12 @@ class ModelLayout:
     def generates(self) -> bool:
         """Whether the program returns logits and tokens."""
         return self.pooled is None and self.hidden not in self.returns
+
+    def in_root(self, keys: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A config.json with these keys of the text model."""
+        for step in reversed(self.root.split(".") if self.root else ()):
+            keys = {step: keys}
+        return keys
 
 
 def num_rows(stage: Stage) -> Dim:

@@ -111,6 +111,7 @@ def read_rope(
     is_partial: bool = False,
     reads_theta: bool = False,
     read: tuple[str, ...] = (),
+    is_mrope: bool = False,
     default: Mapping[str, Any] | None = None,
     original: int | None = None,
 ) -> RopeSpec:
@@ -118,8 +119,10 @@ def read_rope(
 
     `is_partial` tells that `dim` follows the config's `partial_rotary_factor`, and `reads_theta` that `base` follows
     its `rope_theta`; `read` are further keys of the section that the layout reads. `original` is the trained length
-    where the architecture has a default for it. Raises ConfigError for an odd `dim`, a scaling type that is not in
-    `allow`, and a key or value that the type does not have.
+    where the architecture has a default for it. With `is_mrope`, parts of a head rotate by other positions in images
+    (`mrope_section`, Qwen2-VL, arXiv 2409.12191); the positions of text are equal, so the tables are the plain ones.
+    Raises ConfigError for an odd `dim`, a scaling type that is not in `allow`, and a key or value that the type does
+    not have.
     """
     if not base > 0:
         raise ConfigError(f"{hf.path}: the base frequency of the rotation must be positive, got {base:g}")
@@ -132,6 +135,7 @@ def read_rope(
         name, section = "the default rope section", default
     if section is None:
         return RopeSpec(base, dim, max_position)
+    section = _without_mrope(hf, section, dim) if is_mrope else section
     kind = _type_of(hf, name, section)
     if kind == "dynamic" and section.get("alpha") and "ntk_alpha" in allow:
         kind = "ntk_alpha"
@@ -189,6 +193,18 @@ def _parameters_of(hf: HFConfig, name: str, section: Mapping[str, Any]) -> dict[
 
 def _without_type(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in ("rope_type", "type")}
+
+
+def _without_mrope(hf: HFConfig, section: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """The section with the rotation of text: without the keys of mrope, of which `mrope` is the older type name."""
+    parts = section.get("mrope_section")
+    if parts is not None and not (isinstance(parts, list) and all(map(_is_size, parts)) and sum(parts) == dim // 2):
+        raise ConfigError(
+            f"{hf.path}: 'mrope_section' must be a list of sizes with the sum {dim // 2}, half of the rotated "
+            f"components, got {shown(parts)}"
+        )
+    found = {key: value for key, value in section.items() if key not in ("mrope_section", "mrope_interleaved")}
+    return found | {key: "default" for key in ("rope_type", "type") if found.get(key) == "mrope"}
 
 
 def _require_nested(hf: HFConfig, name: str) -> None:
@@ -265,6 +281,10 @@ def _check_value(hf: HFConfig, key: str, kind: str, value: object, expects: Kind
                         f"{hf.path}: {key}[{index}] of rope scaling '{kind}' must be a positive number, "
                         f"got {_got(item)}"
                     )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_positive(value: object) -> bool:

@@ -18,28 +18,71 @@ _OLD_SUFFIXES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "Layer
 
 def is_bare(layout: ModelLayout, names: Iterable[str]) -> bool:
     """Whether the names lack the layout's prefix, as in checkpoints of the model without a head."""
-    return bool(layout.prefix) and not any(name.startswith(layout.prefix) for name in names)
+    return bool(layout.prefix) and not any(map(_occurs_in(names), _stored_beginnings(layout, layout.prefix)))
 
 
 def with_stored_names(layout: ModelLayout, names: Collection[str]) -> ModelLayout:
-    """The layout with the tensor names of the checkpoint: another prefix, and suffixes of old files."""
-    prefix = layout.prefix if is_bare(layout, names) else ""
+    """The layout with the tensor names of the checkpoint: other beginnings, and suffixes of old files."""
+    beginnings = _beginnings(layout, names)
     outer = layout.outer_prefix
     outer = outer if outer and any(name.startswith(outer) for name in names) else ""
     has_old = any(name.endswith(old) for name in names for old in _OLD_SUFFIXES.values())
-    if not prefix and not outer and not has_old:
+    if not beginnings and not outer and not has_old:
         return layout
 
+    def renamed(name: str) -> str:
+        old = next((old for old in beginnings if name.startswith(old)), "")
+        return beginnings.get(old, "") + name.removeprefix(old)
+
     def stored(name: str) -> str:
-        name = outer + name.removeprefix(prefix)
+        name = outer + renamed(name)
         return name if name in names else _old_name(name, names)
 
     def weights(config: Any) -> Iterator[WeightSpec]:
         for spec in layout.weights(config):
             yield replace(spec, parts=tuple(replace(part, name=stored(part.name)) for part in spec.parts))
 
-    ignore = tuple(pattern.removeprefix(prefix) for pattern in layout.ignore)
-    return replace(layout, weights=weights, ignore=ignore)
+    # The layout ignores tensors of its own, under their new names, and tensors outside the text model.
+    ignore = dict.fromkeys([*layout.ignore, *map(renamed, layout.ignore)])
+    return replace(layout, weights=weights, ignore=tuple(ignore))
+
+
+def _beginnings(layout: ModelLayout, names: Collection[str]) -> dict[str, str]:
+    """Beginnings of the layout's tensor names, and those of the checkpoint; the longest first."""
+    bare = {layout.prefix} if is_bare(layout, names) else set()
+    stored = {name: _stored_beginnings(layout, name) for name in {*layout.renamed} | bare}
+    for name in stored:
+        if bare and name.startswith(layout.prefix):
+            stored[name] = [one.replace(layout.prefix, "", 1) for one in stored[name]]
+    occurs = _occurs_in(names)
+    found = {name: next(filter(occurs, stored[name]), stored[name][0]) for name in stored}
+    return {name: found[name] for name in sorted(found, key=len, reverse=True)}
+
+
+def _stored_beginnings(layout: ModelLayout, name: str) -> list[str]:
+    """The beginnings that tensor names beginning with `name` have in checkpoints, in order of preference."""
+    keys = sorted((key for key in layout.renamed if name.startswith(key)), key=len)
+    return [stored + name.removeprefix(keys[-1]) for stored in layout.renamed[keys[-1]]] if keys else [name]
+
+
+def _occurs_in(names: Iterable[str]) -> Callable[[str], bool]:
+    names = tuple(names)
+    return lambda beginning: any(name.startswith(beginning) for name in names)
+
+
+def with_stored_shapes(layout: ModelLayout, shapes: Mapping[str, tuple[int, ...] | None]) -> ModelLayout:
+    """The layout with the order of dims of the checkpoint, for tensors that have either one. None is unknown."""
+
+    def stored(part: Part) -> Part:
+        swapped = (*part.shape[:-2], *part.shape[:-3:-1])
+        return replace(part, shape=swapped, view=None) if part.is_either and shapes.get(part.name) == swapped else part
+
+    def weights(config: Any) -> Iterator[WeightSpec]:
+        for spec in layout.weights(config):
+            is_either = any(part.is_either for part in spec.parts)
+            yield replace(spec, parts=tuple(map(stored, spec.parts))) if is_either else spec
+
+    return replace(layout, weights=weights)
 
 
 def with_stored_ties(

@@ -35,12 +35,14 @@ class Part:
     """A checkpoint tensor of `shape`, and the region of the weight that it fills, which starts at `at`.
 
     Dims that `at` does not list start at 0. A tensor with fewer dims than the weight fills one index of the first dims.
+    With `is_either`, checkpoints have the tensor in `shape`, or with its last two dims swapped, which is the weight.
     """
 
     name: str
     shape: tuple[int, ...]
     at: tuple[int, ...] = ()
     view: View | None = None
+    is_either: bool = False
 
     def region(self, rank: int) -> tuple[tuple[int, int], ...]:
         """(start, stop) along each of the weight's `rank` dims."""
