@@ -169,6 +169,8 @@ def _source(
 def _header_of(kernels: Sequence[CpuKernel]) -> str:
     if any(kernel.packed for kernel in kernels):
         return "gemm.h"
+    if any("collective" in kernel.op.tags for kernel in kernels):
+        return "communicator.h"
     return "packed.h" if any(kernel.unpacks for kernel in kernels) else "sage.h"
 
 

@@ -60,6 +60,11 @@ class NativeKernel:
         return f"sage_{self.op.op}"
 
     @property
+    def is_collective(self) -> bool:
+        """Whether the ranks of a group must all call it."""
+        return "collective" in self.op.tags
+
+    @property
     def element(self) -> str | None:
         """The op's element variable, or None; the file is compiled once for each type that the variable takes."""
         patterns = (*self.op.input_types.values(), *self.op.output_types.values())

@@ -28,6 +28,7 @@ from sageLLM.runtime.engine.orders import GroupOrder, StepResult
 from sageLLM.runtime.engine.worker_process import Done, Failed, Ready, Refused, Reply, Reset, Run
 from sageLLM.runtime.engine.worker_spec import WorkerSpec
 from sageLLM.runtime.errors import EngineError, SageError
+from sageLLM.runtime.kernels.cpu.communicator import make_shared_memory
 
 START_SECONDS = 600.0
 """The deadline of the start: loading the weights, and compiling the kernels the first time."""
@@ -143,18 +144,19 @@ class _Group:
     def start(cls, spec: WorkerSpec) -> _Group:
         folder = Path(tempfile.mkdtemp(prefix="sagellm-"))  # readable by this user only
         group = cls([], folder)
+        shared = make_shared_memory(spec.tp) if uses_shared_memory(spec) else None
         try:
-            specs = [
-                msgspec.structs.replace(spec, rank=rank, rendezvous=str(folder / "rendezvous"))
-                for rank in range(spec.tp)
-            ]
-            group.ranks = [_start_rank(one) for one in specs]
+            shares = {"rendezvous": str(folder / "rendezvous"), "shared_memory": shared}
+            group.ranks = [_start_rank(msgspec.structs.replace(spec, rank=rank, **shares)) for rank in range(spec.tp)]
             deadline = time.monotonic() + START_SECONDS
             for rank in group.ranks:
                 _await_ready(rank, deadline)
         except BaseException:
             group.end()
             raise
+        finally:
+            if shared is not None:
+                os.close(shared)
         return group
 
     def lose(self, reason: str) -> None:
@@ -182,6 +184,11 @@ class _Group:
             rank.process.kill()
 
 
+def uses_shared_memory(spec: WorkerSpec) -> bool:
+    """Whether the ranks can use the collectives of the CPU kernels."""
+    return spec.tp > 1 and spec.device == "cpu" and spec.kernels != "reference" and hasattr(os, "memfd_create")
+
+
 def _start_rank(spec: WorkerSpec) -> Rank:
     ours, theirs = socket.socketpair()
     environment = dict(os.environ)
@@ -194,7 +201,7 @@ def _start_rank(spec: WorkerSpec) -> Rank:
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", WORKER, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *([] if spec.shared_memory is None else [spec.shared_memory])],
             stdin=subprocess.DEVNULL,
             env=environment,
         )

@@ -21,9 +21,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from sageLLM.runtime.engine.executor import InProcessExecutor
+from sageLLM.runtime.engine.faults import LOG
 from sageLLM.runtime.engine.orders import GroupOrder, StepResult
 from sageLLM.runtime.engine.worker_spec import WorkerSpec, build_executor
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.kernels.cpu.communicator import close_communicator, has_communicator, open_communicator
+from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
 
 PARENT_CHECK_SECONDS = 0.5
 RENDEZVOUS_SECONDS = 120.0
@@ -116,7 +119,21 @@ def _build(spec: WorkerSpec) -> InProcessExecutor:
         dist.init_process_group(backend, store=store, rank=spec.rank, world_size=spec.tp, timeout=timeout)
         if spec.device.startswith("cuda"):
             torch.cuda.set_device(spec.rank)
+        elif spec.shared_memory is not None:
+            _open_communicator(spec.shared_memory, spec.rank, spec.tp)
     return build_executor(spec)
+
+
+def _open_communicator(shared_memory: int, rank: int, num_ranks: int) -> None:
+    """Opens the collectives of the CPU kernels, if all ranks can: all must use the same ones."""
+    try:
+        open_communicator(shared_memory, rank, num_ranks, find_compiler())
+    except (CompileError, OSError) as error:
+        LOG.warning("rank %d uses torch.distributed for collectives: %s", rank, error)
+    can_all = torch.tensor([int(has_communicator())])
+    dist.all_reduce(can_all, dist.ReduceOp.MIN)
+    if not can_all.item():
+        close_communicator()
 
 
 def _end_with_parent(parent: int) -> None:

@@ -13,6 +13,7 @@ from sageLLM.runtime.engine.executor import InProcessExecutor
 from sageLLM.runtime.execution_graph.embedding import poolings_of
 from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.kernels.cpu.communicator import has_communicator
 from sageLLM.runtime.loader.model import Model, load_model
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
@@ -21,7 +22,8 @@ from sageLLM.runtime.scheduler.base import KVBudget
 class WorkerSpec(msgspec.Struct, frozen=True):
     """One rank of `tp` tensor-parallel ranks. The other fields are the arguments of `LLM` of the same names.
 
-    `rendezvous` is a file that the ranks share to find each other.
+    `rendezvous` is a file that the ranks share to find each other, and `shared_memory` a descriptor of memory for the
+    collectives of the CPU kernels.
     """
 
     model: str
@@ -37,6 +39,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     rank: int = 0
     tp: int = 1
     rendezvous: str | None = None
+    shared_memory: int | None = None
 
 
 def build_executor(spec: WorkerSpec) -> InProcessExecutor:
@@ -52,7 +55,9 @@ def build_executor(spec: WorkerSpec) -> InProcessExecutor:
         rank=spec.rank,
         tp=spec.tp,
     )
-    compiler = make_compiler(model, registry, spec.kernels, spec.disable_passes)
+    # The CPU kernels have collectives, but not fused with the ops that follow.
+    disabled = [*spec.disable_passes, *(["fuse_collective"] if has_communicator() else [])]
+    compiler = make_compiler(model, registry, spec.kernels, disabled)
     pack_weights(model, compiler)
     return make_local_executor(spec, model, compiler, is_async=False)
 

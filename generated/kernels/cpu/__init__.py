@@ -23,6 +23,7 @@ from ...ops.activation import (
     Tanh,
 )
 from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
+from ...ops.comm import AllGather, AllReduce
 from ...ops.elementwise import Add, AddBias, Clip, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
 from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits, TopkRouter
@@ -91,6 +92,8 @@ def _kernels() -> dict[str, NativeKernel]:
         "paged_decode_attention": NativeKernel(
             PagedDecodeAttention, "attention.cpp", ("B", "Nq", "D", "PG", "BS", "Nkv", "Dv", "MB")
         ),
+        "all_reduce": NativeKernel(AllReduce, "comm.cpp", ("R", "H")),
+        "all_gather": NativeKernel(AllGather, "comm.cpp", ("R", "N", "W")),
         "add": NativeKernel(Add, "elementwise.cpp", ("R", "H")),
         "mul": NativeKernel(Mul, "elementwise.cpp", ("R", "H")),
         "mul_weight": NativeKernel(MulWeight, "elementwise.cpp", ("R", "H")),

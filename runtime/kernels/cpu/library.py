@@ -9,6 +9,7 @@ from typing import Any
 
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.build import build, load, symbol
+from sageLLM.runtime.kernels.cpu.communicator import load_communicator
 from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler
 from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool, set_num_threads
 
@@ -89,5 +90,7 @@ class Library:
         key = source, element
         if key not in self._loaded:
             load_thread_pool(self._compiler)
+            if any(kernel.source == source and kernel.is_collective for kernel in self.kernels.values()):
+                load_communicator(self._compiler)
             self._loaded[key] = load(self._built(source, element))
         return self._loaded[key]

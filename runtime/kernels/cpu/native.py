@@ -8,6 +8,7 @@ import torch
 
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.build import build, load, symbol
+from sageLLM.runtime.kernels.cpu.communicator import has_communicator
 from sageLLM.runtime.kernels.cpu.compiler import Compiler
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, raise_error
 from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool
@@ -43,7 +44,9 @@ class NativeRunner:
             home.prepare(own, element)
 
     def why_not(self, op: str, element: str | None) -> str | None:
-        """The reason why an element type is not supported, or None."""
+        """The reason why the kernel cannot be used for an element type, or None."""
+        if self.kernels[op].is_collective and not has_communicator():
+            return "the ranks share no memory"
         return None if element is None or element in ELEMENTS else f"no kernel is compiled for {element}"
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:

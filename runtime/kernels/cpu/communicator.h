@@ -1,0 +1,72 @@
+// Collectives among the ranks of one host, through memory that they share (communicator.cpp).
+//
+// A rank writes its part to its buffer, waits until all have done so, and reads the buffers of all. A tensor that is
+// larger than a buffer takes several rounds. Sums are in the order of the ranks and in float32, so that all ranks get
+// the same bits.
+#pragma once
+
+#include "kernel.h"
+
+constexpr int64_t SAGE_MAX_RANKS = 64;
+
+// One round: the number of ranks, this one's number, and the buffers of all.
+struct SageRound {
+    int64_t num_ranks, rank, buffer_bytes;
+    char* buffers[SAGE_MAX_RANKS];
+};
+
+// Begins a round, and waits for the others in it. Without a communicator there is one rank, and no buffers.
+extern "C" void sage_begin_round(SageRound* round);
+extern "C" void sage_meet();
+
+namespace sage {
+
+// y = the sum of x over all ranks. y may be x.
+template <class E>
+inline void all_reduce_sum(const E* x, E* y, int64_t count) {
+    SageRound round;
+    for (int64_t begin = 0; begin < count;) {
+        sage_begin_round(&round);
+        if (round.num_ranks == 1) {
+            if (x != y) memmove(y, x, count * sizeof(E));
+            return;
+        }
+        const int64_t fits = round.buffer_bytes / (int64_t)sizeof(E);
+        const int64_t size = count - begin < fits ? count - begin : fits;
+        memcpy(round.buffers[round.rank], x + begin, size * sizeof(E));
+        sage_meet();
+        sweep(size, [&](auto i) {
+            Floats sum = load((const E*)round.buffers[0], i);
+            for (int64_t rank = 1; rank < round.num_ranks; ++rank) sum += load((const E*)round.buffers[rank], i);
+            store(y + begin, i, to<E>(sum));
+        });
+        begin += size;
+    }
+}
+
+// y[row] = the rows of x of all ranks, one after another. A row that is larger than a buffer takes several rounds.
+template <class E>
+inline void all_gather_rows(const E* x, int64_t x_stride, E* y, int64_t y_stride, int64_t rows, int64_t width) {
+    SageRound round;
+    sage_begin_round(&round);
+    if (round.num_ranks == 1) {
+        for (int64_t row = 0; row < rows; ++row) memcpy(y + row * y_stride, x + row * x_stride, width * sizeof(E));
+        return;
+    }
+    const int64_t fits = round.buffer_bytes / (int64_t)sizeof(E);
+    const int64_t columns = minimum(width, fits), height = width > 0 ? maximum(fits / width, int64_t{1}) : rows;
+    for (int64_t top = 0; top < rows; top += height)
+        for (int64_t left = 0; left < width; left += columns) {
+            const int64_t num_rows = minimum(height, rows - top), num_columns = minimum(columns, width - left);
+            const int64_t bytes = num_columns * sizeof(E);
+            sage_begin_round(&round);
+            for (int64_t row = 0; row < num_rows; ++row)
+                memcpy(round.buffers[round.rank] + row * bytes, x + (top + row) * x_stride + left, bytes);
+            sage_meet();
+            for (int64_t row = 0; row < num_rows; ++row)
+                for (int64_t rank = 0; rank < round.num_ranks; ++rank)
+                    memcpy(y + (top + row) * y_stride + rank * width + left, round.buffers[rank] + row * bytes, bytes);
+        }
+}
+
+}  // namespace sage

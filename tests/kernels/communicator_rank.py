@@ -1,0 +1,57 @@
+"""One rank of `test_cpu_communicator.py`: runs collectives on drawn tensors, and compares with those of all ranks.
+
+python communicator_rank.py MEMORY RANK NUM_RANKS
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sageLLM.generated.kernels import cpu, reference
+from sageLLM.runtime.kernels.cpu.callables import NativeCallable
+from sageLLM.runtime.kernels.cpu.communicator import open_communicator
+from sageLLM.runtime.kernels.cpu.compiler import find_compiler
+from sageLLM.runtime.kernels.cpu.library import Library
+
+SHAPES = [(1, 1), (1, 7), (3, 640), (129, 33), (5, 2, 16), (2, 300_001), (0, 8)]
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def main() -> None:
+    memory, rank, num_ranks = (int(text) for text in sys.argv[1:])
+    compiler = find_compiler()
+    assert compiler is not None, "the test is skipped without a compiler"
+    open_communicator(memory, rank, num_ranks, compiler)
+    library = Library(cpu.KERNELS, Path(cpu.__file__).parent, compiler)
+    names = ("all_reduce", "all_gather")
+    kernels = {name: NativeCallable(cpu.KERNELS[name], library, reference.KERNELS[name]) for name in names}
+    for number in range(3):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for shape in SHAPES:
+                parts = [drawn(shape, dtype, 100 * number + one) for one in range(num_ranks)]
+                own = parts[rank].clone()
+                total = sum_in_order(parts)
+                check(kernels["all_reduce"](own, group="tp"), total.to(dtype))
+                check(kernels["all_gather"](own, W=num_ranks, group="tp"), torch.cat(parts, -1))
+                wide = torch.cat([parts[rank], parts[rank]], -1)[..., : shape[-1]]  # rows with gaps
+                check(kernels["all_reduce"](wide, group="tp"), total.to(dtype))
+
+
+def sum_in_order(parts: list[Tensor]) -> Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total
+
+
+def check(found: Tensor, expected: Tensor) -> None:
+    assert torch.equal(found, expected), f"{tuple(expected.shape)} {expected.dtype}"
+
+
+if __name__ == "__main__":
+    main()
