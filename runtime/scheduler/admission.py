@@ -34,6 +34,7 @@ class Admission:
         has_slot = len(self._table.running) < self._max_batch_size
         if not has_slot or self.needs_no_prefill(request) or self._steps.has_void_work(request):
             return False
+        self._kv.track_as(request, self._limits.is_long(request))  # a token may have arrived while it waits
         return self._kv.can_admit(request, self._limits.num_tokens_reserved(request), self._headroom(request))
 
     def _headroom(self, request: Request) -> int:

@@ -42,6 +42,8 @@ class StepCommit:
             candidates = [*(chunk.request for chunk in chunks if chunk.is_last), *candidates]
         if step.output.tier_copies:
             self._swaps.commit(step.output.tier_copies)
+        if self._limits.switch_len is not None:
+            self._table.outgrown |= {request.request_id: request for request in candidates}
         return [request for request in candidates if self._limits.is_complete(request)] if candidates else []
 
     def commit_prefills(self, step: PendingStep, request_ids: Iterable[str]) -> None:

@@ -35,7 +35,7 @@ class DecodeQueue:
     def join(self, request: Request, pending: Iterable[DecodePlan]) -> None:
         """Add a request with complete KV. The pending decode steps advance the clock but not this request."""
         num_tokens = request.num_computed_tokens
-        slot = self._add(request, num_tokens, self._limits.num_outputs_left(request))
+        slot = self._add(request, num_tokens, self._limits.num_decodes_left(request))
         slot.computed_offset = num_tokens - self.clock.committed
         for plan in pending:  # their commit and roll-back move the clock, so they must correct this slot
             plan.skipped.append(slot)
@@ -43,7 +43,7 @@ class DecodeQueue:
     def join_ahead(self, request: Request) -> None:
         """Add a request with its last prefill chunk in a pending step."""
         # One output less is left: the pending chunk yields the first token.
-        self._add(request, request.num_planned_tokens, self._limits.num_outputs_left(request) - 1)
+        self._add(request, request.num_planned_tokens, self._limits.num_decodes_left(request) - 1)
 
     def _add(self, request: Request, num_tokens: int, num_left: int) -> DecodeSlot:
         slot = DecodeSlot(request, self.clock, num_tokens)
@@ -111,7 +111,7 @@ class DecodeQueue:
     # --- the clock ---
 
     def ending(self) -> dict[str, DecodeSlot]:
-        """The slots of requests with their last token in a pending step."""
+        """The slots of requests with their last token in a pending step, or the last one before a recomputation."""
         tick = self.clock.planned
         return {s.request.request_id: s for s in self._ends.get(tick, ()) if s.is_live and s.end_tick == tick}
 
@@ -144,7 +144,7 @@ class DecodeQueue:
         return plan
 
     def commit(self, plan: DecodePlan) -> list[Request]:
-        """Count the step's tokens as computed; returns the requests that may be complete."""
+        """Count the step's tokens as computed; returns the requests that may be complete or have outgrown their KV."""
         tick = self.clock.committed = self.clock.committed + 1
         for slot in plan.skipped:
             if slot.computed_offset is not None:
@@ -153,7 +153,7 @@ class DecodeQueue:
             return []
         slots = [slot for slot in self._ends.pop(tick) if slot.is_live and slot.end_tick == tick]
         for slot in slots:  # those that turn out not to be complete are checked again
-            self._note_end(slot, tick + max(1, self._limits.num_outputs_left(slot.request)))
+            self._note_end(slot, tick + max(1, self._limits.num_decodes_left(slot.request)))
         return [slot.request for slot in slots]
 
     def roll_back(self, plan: DecodePlan) -> None:

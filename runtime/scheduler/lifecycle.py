@@ -19,6 +19,7 @@ class Lifecycle:
     def __init__(self, state: SchedulerState) -> None:
         self._policy = state.policy
         self._clock = state.clock
+        self._limits = state.limits
         self._kv = state.kv
         self._table = state.table
         self._steps = state.steps
@@ -45,6 +46,8 @@ class Lifecycle:
         """The KV of the request is complete on the worker that decodes it."""
         request.status = RequestStatus.DECODING
         self._decodes.join(request, self._steps.decode_plans)
+        if self._limits.switch_len is not None:
+            self._table.outgrown[request.request_id] = request
 
     def start_decoding_ahead(self, request: Request) -> None:
         """The last prefill chunk of the request is pending; plan its first decode before that is committed."""
@@ -85,6 +88,23 @@ class Lifecycle:
         """Requeue a request while no step is being planned; pending announcements of its blocks are withdrawn."""
         next_plan = self._steps.next_plan
         next_plan.add_blocks(request, self.requeue(request, unannounced=next_plan.drop(request)))
+
+    def requeue_outgrown(self) -> None:
+        """Requeue the requests that have outgrown their KV: every token is computed again for the new length.
+
+        Called between steps, when ended requests have left: a request that ends with the token beyond the length is not
+        computed again.
+        """
+        if self._limits.switch_len is None:
+            return
+        candidates, self._table.outgrown = self._table.outgrown, {}
+        for request in candidates.values():
+            if request.slot is not None and self._limits.has_outgrown_kv(request):
+                self.requeue_between_steps(request)
+                self._steps.next_plan.requeued.append(request)
+        for request in self._table.preempted.values():  # a token may have arrived after the swap
+            if self._kv.decode.is_swapped(request.request_id) and self._limits.has_outgrown_kv(request):
+                self.lose_swapped(request)
 
     def suspend(self, request: Request) -> None:
         """Move a running request back to waiting, at its old rank; its blocks are up to the caller.

@@ -51,6 +51,8 @@ class PDScheduler(BaseScheduler):
     - `kv_budget` sizes the KV pool (in strict mode both pools). Without it blocks are numbered from 0 without limit and
       reused as they are freed: nothing is refused or preempted for space, and the engine must grow its cache.
     - `max_model_len` bounds prompt + output of a request.
+    - `switch_len`: the KV of a sequence of more tokens differs from that of a shorter one at every position (longrope).
+      A request that outgrows this length waits at its old rank and is recomputed, as after a preemption.
     - `clock` returns the times stamped on requests, in seconds; no decision but the lease of a copy depends on it.
       `Request.arrival_time` must come from the same clock.
     - `mode_chooser` selects the mode of each step in mode `auto`.
@@ -68,6 +70,7 @@ class PDScheduler(BaseScheduler):
         *,
         kv_budget: KVBudget | None = None,
         max_model_len: int | None = None,
+        switch_len: int | None = None,
         clock: Callable[[], float] = time.time,
         policy: Policy | None = None,
         mode_chooser: ModeChooser | None = None,
@@ -81,7 +84,11 @@ class PDScheduler(BaseScheduler):
         )
         self.kv = kv = KVPlacement(kv_budget, config.mode == "strict", config.enable_prefix_caching)
         self.limits = SequenceLimits(
-            max_model_len, kv.max_tokens, kv.block_size, reserve_output=not config.enable_preemption
+            max_model_len,
+            kv.max_tokens,
+            kv.block_size,
+            reserve_output=not config.enable_preemption,
+            switch_len=switch_len,
         )
         steps = StepQueue()
         self._state = state = SchedulerState(
@@ -151,6 +158,7 @@ class PDScheduler(BaseScheduler):
         super().add_request(request)
         if self._mode_chooser is not None:
             self._mode_chooser.observe(request)
+        request.is_long = self.limits.is_long(request)
         self.kv.track(request)
 
     def _enqueue(self, request: Request) -> None:
@@ -179,6 +187,10 @@ class PDScheduler(BaseScheduler):
                 f"expected all tokens of received request {request.request_id!r} but the newest output token to be "
                 f"computed, got {request.num_computed_tokens} of {request.total_tokens}"
             )
+        if num_tokens == self.limits.switch_len:
+            request.forget_progress()  # with its output token it has outgrown the KV
+            self.add_request(request)
+            return
         self.add_request(request)
         self.kv.forget(request)  # it must not share cached blocks: the sender writes to all of its blocks
         self._table.received.add(request.request_id)
@@ -235,7 +247,7 @@ class PDScheduler(BaseScheduler):
             for chunk in steps[0].prefill_chunks:
                 request = chunk.request
                 is_live = request.request_id in self.running_requests and request.slot is None
-                if chunk.is_last and is_live and self.limits.num_outputs_left(request) > 1:
+                if chunk.is_last and is_live and self.limits.num_decodes_left(request) > 1:
                     self._lifecycle.start_decoding_ahead(request)
         return self._plan_step(None)
 
@@ -300,6 +312,7 @@ class PDScheduler(BaseScheduler):
             if request.status is not RequestStatus.FINISHED:
                 self._finish(request)
                 unexpected.append(request.request_id)
+        self._lifecycle.requeue_outgrown()
         self._lifecycle.free_ended()
         return unexpected
 
@@ -311,6 +324,7 @@ class PDScheduler(BaseScheduler):
         """
         if self._steps.pending:
             self._commit.commit_prefills(self._steps.pending[0], request_ids)
+            self._lifecycle.requeue_outgrown()
 
     # --- migration ---
 
@@ -318,6 +332,7 @@ class PDScheduler(BaseScheduler):
         """The KV of these requests has arrived on the decode worker (on all of its ranks): they may decode."""
         for request_id in request_ids:
             self._lifecycle.receive(self._migration.confirm(request_id))
+        self._lifecycle.requeue_outgrown()
         self._lifecycle.free_ended()
 
     def acknowledge_migration(
@@ -329,6 +344,7 @@ class PDScheduler(BaseScheduler):
         repeated or late acknowledgement, or one of another attempt, changes nothing.
         """
         self._lifecycle.receive(self._migration.acknowledge(request_id, start, attempt, rank, layers))
+        self._lifecycle.requeue_outgrown()
         self._lifecycle.free_ended()
 
     def fail_migrations(self, request_ids: Iterable[str]) -> None:

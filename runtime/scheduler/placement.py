@@ -54,7 +54,14 @@ class KVPlacement:
 
     def track(self, request: Request) -> None:
         """Register a request's tokens with the prefix cache."""
-        self.prefill.track(request.request_id, request.prompt_token_ids, request.output_token_ids, request.salt)
+        self.prefill.track(request.request_id, request.prompt_token_ids, request.output_token_ids, request.kv_salt)
+
+    def track_as(self, request: Request, is_long: bool | None) -> None:
+        """Register a request without blocks again if `is_long` has changed."""
+        if request.is_long is not is_long:
+            request.is_long = is_long
+            self.forget(request)
+            self.track(request)
 
     def forget(self, request: Request) -> None:
         """Unregister a request that has ended and holds no blocks."""

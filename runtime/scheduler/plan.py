@@ -40,6 +40,7 @@ class StepPlan:
     new_blocks: dict[str, list[int]] = field(default_factory=dict)
     num_cached: dict[str, int] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
+    requeued: list[Request] = field(default_factory=list)
     migrations: list[KVMigration] = field(default_factory=list)
     to_cancel: list[KVMigration] = field(default_factory=list)
     block_copies: dict[str, list[BlockCopy]] = field(default_factory=dict)
@@ -105,6 +106,8 @@ class StepPlan:
         output.migrations_to_cancel = self.to_cancel
         if self.block_copies:
             output.block_copies = [copy for copies in self.block_copies.values() for copy in copies]
+        if self.requeued:
+            output.requeued_requests = self.requeued
         if self.tier_copies:
             output.tier_copies = list(self.tier_copies.values())
         return output

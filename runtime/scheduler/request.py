@@ -58,8 +58,9 @@ class Request:
     `tenant` is the unit of sharing of the policy "fair_share"; `deadline`, a time of the scheduler's clock, is the sort
     key of the policy "deadline".
 
-    Cached KV is shared among requests of equal `salt`. `fork_of` names a request with the same prompt that was queued
-    earlier and is not prefilled yet: the fork reuses its prefill (see `ForkTable`).
+    Cached KV is shared among requests of equal `salt`. `is_long` is the side of the scheduler's `switch_len` that the
+    KV belongs to (None without such a length), and separates cached KV too. `fork_of` names a request with the same
+    prompt that was queued earlier and is not prefilled yet: the fork reuses its prefill (see `ForkTable`).
 
     `num_computed_tokens` counts the leading tokens of prompt + output with KV in the cache; the newest token of a
     decoding request is not among them. `num_planned_tokens` includes those of the pending steps. `sequence_number` is
@@ -74,6 +75,7 @@ class Request:
         "finish_time",
         "first_token_time",
         "fork_of",
+        "is_long",
         "kv_block_ids",
         "max_new_tokens",
         "num_preemptions",
@@ -134,6 +136,7 @@ class Request:
         self.deadline = deadline
         self.salt = salt
         self.fork_of = fork_of
+        self.is_long: bool | None = None
         self.rank: Rank = (priority, sequence_number)
         self.slot: DecodeSlot | None = None
         self._num_computed = num_computed_tokens
@@ -155,6 +158,12 @@ class Request:
     def total_tokens(self) -> int:
         """Prompt and output tokens so far."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def kv_salt(self) -> str:
+        """A text that differs for requests that must not share cached KV."""
+        # A suffix of fixed length for every salt, so that no two pairs have the same text.
+        return self.salt if self.is_long is None else f"{self.salt}\0{self.is_long:d}"
 
     @property
     def num_computed_tokens(self) -> int:

@@ -13,6 +13,7 @@ class RequestTable:
     - `forks`: waiting for the prefill of their parent.
     - `running`: with KV. `prefilling` is the part of them with prompt tokens to compute; the others migrate
       (`Migration`) or decode (`DecodeQueue`).
+    - `outgrown`: decoding requests that may have outgrown `SequenceLimits.switch_len` since the last step.
     - `pending_free`: ended, with the last step that may touch their blocks. A block that were reused earlier could be
       overwritten by that step, or by a copy in flight, after its new owner wrote it.
     """
@@ -24,6 +25,7 @@ class RequestTable:
         self.received: set[str] = set()
         self.forks = ForkTable()
         self.prefilling: dict[str, Request] = {}
+        self.outgrown: dict[str, Request] = {}
         self.pending_free: dict[str, tuple[Request, int]] = {}
 
     def find(self, request_id: str) -> Request | None:

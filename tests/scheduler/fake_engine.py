@@ -15,10 +15,10 @@ def next_token(tokens: list[int]) -> int:
     return value
 
 
-def chain(tokens: list[int], known: list[int]) -> list[int]:
-    """A hash for each token of it and all tokens before it; `known` are the hashes computed so far."""
+def chain(tokens: list[int], known: list[int], start: int) -> list[int]:
+    """A hash for each token of `start`, it and all tokens before it; `known` are the hashes computed so far."""
     values = known
-    value = values[-1] if values else 0
+    value = values[-1] if values else start
     for token in tokens[len(values) :]:
         value = hash((value, token))
         values.append(value)
@@ -32,7 +32,8 @@ Cache = dict[int, list[int | None]]
 class FakeEngine:
     """Runs a scheduler step by step, on caches that hold the `chain` hash of the token in each slot of a block.
 
-    So a token at the wrong position, of the wrong request or after a different prefix is detected when it is read.
+    So a token at the wrong position, of the wrong request or after a different prefix is detected when it is read. The
+    hashes of a sequence beyond the scheduler's `switch_len` are others than those of a shorter one.
     `computed` is the engine's own count of each request's tokens in the cache, `ends` how often each was ended.
     """
 
@@ -44,7 +45,7 @@ class FakeEngine:
     ends: dict[str, int] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
-    chains: dict[str, list[int]] = field(default_factory=dict)
+    chains: dict[tuple[str, bool], list[int]] = field(default_factory=dict)
     tables: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     victims: dict[str, int] = field(default_factory=dict)
     steps: list[ScheduleOutput] = field(default_factory=list)
@@ -88,7 +89,7 @@ class FakeEngine:
         if self.checks_plans:
             self.scheduler.check_integrity()
         swapped = {copy.seq_id for copy in out.tier_copies if copy.source == "device"}
-        for request in out.preempted_requests:
+        for request in (*out.preempted_requests, *out.requeued_requests):
             if request.request_id not in swapped:
                 self.victims[request.request_id] = out.step_id
         for batch in (out.prefill_batch, out.decode_batch):
@@ -194,8 +195,10 @@ class FakeEngine:
         return request.num_output_tokens >= min(self.stop_after[request.request_id], request.max_new_tokens)
 
     def _values(self, request: Request) -> list[int]:
-        known = self.chains.setdefault(request.request_id, [])
-        return chain(request.prompt_token_ids + request.output_token_ids, known)
+        switch_len = self.scheduler.limits.switch_len
+        is_long = switch_len is not None and request.total_tokens > switch_len
+        known = self.chains.setdefault((request.request_id, is_long), [])
+        return chain(request.prompt_token_ids + request.output_token_ids, known, int(is_long))
 
     def _write(self, cache: Cache, table: list[int], start: int, values: list[int]) -> None:
         size = self.scheduler.kv.block_size

@@ -5,7 +5,8 @@
 
 Pools are far too small on purpose. Requests arrive in bursts, with priorities, tenants, deadlines, shared prefixes and
 forks; they are aborted at any time; steps fail; workers die; copies between workers are late, lost, repeated and out of
-order; swaps fail; steps are planned ahead, or each worker steps at its own pace.
+order; swaps fail; steps are planned ahead, or each worker steps at its own pace. Requests outgrow the length at which
+their KV is recomputed.
 """
 
 import argparse
@@ -88,7 +89,14 @@ class World:
         self.pace = rng.choice(["sync", "sync", "ahead", "roles" if self.is_strict else "ahead"])
         self.config = self._config(mode)
         chooser = RandomChooser(rng) if mode == "auto" else None
-        scheduler = PDScheduler(self.config, kv_budget=self._budget(), clock=self.clock, mode_chooser=chooser)
+        self.switch_len = random.Random(f"switch {self.seed}").choice([None, None, *range(1, 21, 2)])
+        scheduler = PDScheduler(
+            self.config,
+            kv_budget=self._budget(),
+            switch_len=self.switch_len,
+            clock=self.clock,
+            mode_chooser=chooser,
+        )
         self.scheduler = scheduler
         self.engine = FakeEngine(scheduler, copies_at_once=False, checks_plans=rng.random() < 0.3)
         self.arrivals = [self._arrival() for _ in range(rng.randint(1, 8))]
