@@ -62,7 +62,7 @@ class Embedder:
         self.model, self.compiler = model, compiler
         self.max_tokens, self.block_size = max_tokens, block_size
         max_blocks = -(-model.max_model_len // block_size)
-        self._inputs = StepInputs(block_size, max_blocks, model.device)
+        self._inputs = StepInputs(block_size, max_blocks, model.device, model.tables)
         self._pool: KVPool | None = None
         self._graphs: dict[tuple[Pooling, bool], ExecutionGraph] = {}
         self._plans: dict[tuple[Pooling, bool], Runnable] = {}

@@ -56,6 +56,7 @@ class Engine:
                 config,
                 kv_budget=budget,
                 max_model_len=model.max_model_len,
+                switch_len=model.tables.switch_len,
                 clock=time.monotonic,
                 mode_chooser=make_chooser(compiler, model.device.type, objective) if config.mode == "auto" else None,
             )
@@ -106,7 +107,8 @@ class Engine:
         validate_params(params, self.model.config.V)
         check_kv_room(params, len(token_ids), self._scheduler.limits.max_kv_tokens, self.model.max_model_len)
         rules = stop_rules(params, self._eos_ids, len(token_ids), self._max_seq_len)
-        return make_group(group_id, prompt, token_ids, params, rules, self.tokenizer)
+        salt = self.model.tables.salt(len(token_ids))
+        return make_group(group_id, prompt, token_ids, params, rules, self.tokenizer, salt)
 
     @property
     def _max_seq_len(self) -> int:

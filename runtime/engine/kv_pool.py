@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sageLLM.runtime.core.model.layout import KvShape
+from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.loader.model import Model
 
 CACHE_LINE = 64
@@ -75,9 +76,16 @@ class KVPool:
 
 
 def make_pool(model: Model, num_blocks: int, block_size: int) -> KVPool:
-    """An empty pool for the model's KV, on the model's device."""
+    """An empty pool for the model's KV, on the model's device. Raises SageError if it does not fit the memory."""
     shape = model.layout.cache(model.config)
-    return KVPool(model.config.L, num_blocks, block_size, shape, model.dtype, model.device)
+    try:
+        return KVPool(model.config.L, num_blocks, block_size, shape, model.dtype, model.device)
+    except (MemoryError, torch.OutOfMemoryError):
+        gib = model.config.L * num_blocks * block_size * shape.num_elements * model.dtype.itemsize / 2**30
+        raise SageError(
+            f"the KV cache of {num_blocks} blocks of {block_size} tokens must fit in memory, got {gib:.1f} GiB; "
+            f"lower num_kv_blocks, or max_model_len={model.max_model_len}"
+        ) from None
 
 
 def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

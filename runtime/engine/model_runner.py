@@ -34,9 +34,8 @@ class ModelRunner:
         self.pool = pool
         self.compiler = compiler
         self._bound = {**model.bound_tensors(), **pool.named_tensors()}
-        # As wide as the longest sequence even if the pool is smaller, so that the table's width never changes.
-        max_blocks = -(-model.max_model_len // pool.block_size)
-        self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device)
+        max_blocks = min(-(-model.max_model_len // pool.block_size), pool.num_blocks)
+        self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device, model.tables)
         self._arena = Arena()
         self._plans: dict[Stage, Runnable] = {}
 

@@ -103,7 +103,7 @@ class StepPipeline:
     def _start(self) -> StepInFlight:
         plan = self._scheduler.plan_ahead()
         self._record_hits(plan)
-        for request in plan.preempted_requests:
+        for request in (*plan.preempted_requests, *plan.requeued_requests):
             if self.is_split:  # it is prefilled again on one worker, and the other has the newest tokens
                 self.forget(request.request_id)
             else:

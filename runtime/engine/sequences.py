@@ -158,8 +158,12 @@ def make_group(
     params: SamplingParams,
     rules: StopRules,
     decoder: Decoder | None,
+    salt: str = "",
 ) -> RequestGroup:
-    """The group of a checked request with its `n` sequences; all but the first are forks of the first."""
+    """The group of a checked request with its `n` sequences; all but the first are forks of the first.
+
+    Only requests of equal `salt` share cached KV.
+    """
     group = RequestGroup(group_id, prompt, tuple(token_ids), params, RequestMetrics(arrival_time=time.monotonic()))
     first: Request | None = None
     seed = choose_seed(params)
@@ -175,7 +179,7 @@ def make_group(
             arrival_time=group.metrics.arrival_time,
             # Scoring needs the logits of every prompt position. A unique salt prevents prefix cache hits, which would
             # skip them.
-            salt=f"prompt_logprobs {group_id}" if scores_prompt else "",
+            salt=f"prompt_logprobs {group_id}" if scores_prompt else salt,
             fork_of=first,
         )
         first = first or request

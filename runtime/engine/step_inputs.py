@@ -8,13 +8,12 @@ that begins a block gets a new entry.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.loader.tables import Ints, PositionTables
 
 Inputs = dict[str, torch.Tensor | None]
-Ints = npt.NDArray[np.int32]
 TOKEN_COLUMNS = ("ids", "pos", "slots", "rows")
 SEQUENCE_COLUMNS = ("seq_lens", "q_start")
 MAX_KEPT_VIEWS = 256
@@ -25,12 +24,17 @@ class StepInputs:
 
     `max_blocks` is the length of the longest possible block table and the width of every row, so that the table's shape
     depends on the number of sequences only: plans and CUDA graphs are reused as contexts grow.
+
+    `pos` are rows of `tables`, which differ from the positions of a sequence where its length changes the rotation.
     """
 
-    def __init__(self, block_size: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(self, block_size: int, max_blocks: int, device: torch.device, tables: PositionTables) -> None:
         self._block_size, self._max_blocks, self._device = block_size, max_blocks, device
+        self._tables = tables
         self._decodes: list[WorkerSequence] | None = None
         self._next_positions: Ints = np.zeros(0, np.int32)
+        self._num_positions = 0  # the tokens of the longest decode
+        self._first_rows: Ints | None = None
         self._views: dict[tuple[int, int, int], Inputs] = {}
         self._num_tokens = self._num_sequences = 0
         self._reserve(1, 1)
@@ -49,6 +53,8 @@ class StepInputs:
         else:
             self._decodes = None  # the chunks overwrite the rows of the last decodes
         token = num_decodes
+        if chunks:
+            self._tables.begin_step()
         for sequence, chunk in enumerate(chunks, start=num_decodes):
             self._put_chunk(chunk, sequence, token)
             token += chunk.num_tokens
@@ -68,11 +74,19 @@ class StepInputs:
         positions += 1
         self._seq_lens[:n] = positions
         self._q_start[: n + 1] = self._counts[: n + 1]
+        self._num_positions += 1
+        self._tables.fill(self._num_positions)
+        if self._first_rows is not None:
+            self._pos[:n] += self._first_rows
 
     def _start_decodes(self, decodes: list[WorkerSequence]) -> None:
         """Takes positions and block tables of sequences that differ from those of the last decode step."""
         self._decodes = decodes
-        self._next_positions = np.array([sequence.num_tokens - 1 for sequence in decodes], np.int32)
+        positions = [sequence.num_tokens - 1 for sequence in decodes]
+        self._next_positions = np.array(positions, np.int32)
+        self._num_positions = max(positions)
+        if self._tables.switch_len is not None:
+            self._first_rows = np.array([self._tables.first_row(s.num_tokens) for s in decodes], np.int32)
         for i, sequence in enumerate(decodes):
             self._put_table(i, sequence)
 
@@ -80,11 +94,13 @@ class StepInputs:
         end, size = token + chunk.num_tokens, self._block_size
         last = chunk.start + chunk.num_tokens
         self._ids[token:end] = chunk.sequence.tokens(chunk.start, last)
-        self._pos[token:end] = np.arange(chunk.start, last)
+        positions = np.arange(chunk.start, last, dtype=np.int32)
+        tokens = chunk.sequence
+        self._pos[token:end] = self._tables.rows(positions, tokens.num_tokens, len(tokens.prompt_token_ids))
         self._seq_lens[sequence] = last
         self._q_start[sequence : sequence + 2] = token, end
         self._put_table(sequence, chunk.sequence)
-        blocks, offsets = np.divmod(self._pos[token:end], size)
+        blocks, offsets = np.divmod(positions, size)
         self._slots[token:end] = self._block_table[sequence, blocks] * size + offsets
 
     def _put_table(self, row: int, sequence: WorkerSequence) -> None:
@@ -105,7 +121,8 @@ class StepInputs:
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(TOKEN_COLUMNS, (self._num_tokens,))
         shapes |= dict.fromkeys(SEQUENCE_COLUMNS, (self._num_sequences + 1,))
         shapes["block_table"] = (self._num_sequences, self._max_blocks)
-        self._tensors = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+        # NumPy's zeros get memory on first use: most sequences are much shorter than a row of the block table.
+        self._tensors = {name: torch.from_numpy(np.zeros(shape, np.int32)) for name, shape in shapes.items()}
         arrays: dict[str, Ints] = {name: tensor.numpy() for name, tensor in self._tensors.items()}
         self._ids, self._pos, self._slots, self._rows = (arrays[name] for name in TOKEN_COLUMNS)
         self._seq_lens, self._q_start = (arrays[name] for name in SEQUENCE_COLUMNS)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint
@@ -22,7 +21,7 @@ from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text
 from sageLLM.runtime.loader.heads import absent_head, without_weights
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
-from sageLLM.runtime.loader.tables import make_tables
+from sageLLM.runtime.loader.tables import PositionTables
 from sageLLM.runtime.loader.weights import have_equal_values, load_weights
 from sageLLM.runtime.registry.plugins import Registry
 
@@ -47,7 +46,7 @@ class Model:
     device: torch.device
     max_model_len: int
     weights: dict[str, Weight]
-    tables: Mapping[str, Tensor]
+    tables: PositionTables
     absent: tuple[str, ...] = ()
 
     @property
@@ -71,7 +70,7 @@ class Model:
         return {spec.name: spec.tied_to for spec in self.layout.weights(self.config) if spec.tied_to is not None}
 
     def bound_tensors(self) -> dict[str, Weight]:
-        return {**self.weights, **self.tables}
+        return {**self.weights, **self.tables.tensors}
 
 
 def load_model(
@@ -87,8 +86,8 @@ def load_model(
 ) -> Model:
     """Loads a Hugging Face checkpoint folder, or the share of tensor-parallel rank `rank` of `tp`.
 
-    Without `has_weights` the folder is checked, and the model has the config of all ranks, no weights and no tables: it
-    is for the process that sends steps to workers.
+    Without `has_weights` the folder is checked, and the model has the config of all ranks and no weights: it is for
+    the process that sends steps to workers.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
     missing, unused, or of a different shape.
@@ -114,11 +113,11 @@ def load_model(
         layout = without_weights(layout, head) if head else layout
         _check(layout, config, checkpoint)
         whole, own = config, _rank_config(layout, config, rank, tp)
-        tables: dict[str, Tensor] = {}
+        config = own if has_weights else whole
+        # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
+        tables = _tables(config, length, device if has_weights else torch.device("cpu"), path)
         weights: dict[str, Weight] = {}
         if has_weights:
-            config = own
-            tables = _tables(config, length, device, path)  # before the weights, as it can fail and is fast
             weights = dict(load_weights(layout.weights(whole), checkpoint, kind, device, rank=rank, tp=tp))
     finally:
         checkpoint.close()
@@ -187,12 +186,11 @@ def _commonest_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return found if found in DTYPES.values() else torch.float32
 
 
-def _tables(config: Any, length: int, device: torch.device, path: Path) -> dict[str, Tensor]:
+def _tables(config: Any, length: int, device: torch.device, path: Path) -> PositionTables:
     try:
-        tables = make_tables(config, length)
+        return PositionTables(config, length, device)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return {name: table.to(device) for name, table in tables.items()}
 
 
 def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Cos and sin tables of rotary position embeddings (RoPE, arXiv 2104.09864), with the scalings of checkpoints.
+"""Cos and sin of rotary position embeddings (RoPE, arXiv 2104.09864), with the scalings of checkpoints.
 
     angle[p, j] = p * frequency[j],   frequency[j] = base ** (-2j / dim),   j < dim / 2
 
@@ -6,94 +6,97 @@ A scaling changes the frequencies, and may multiply both tables by one factor. E
 the training code of the checkpoints: more exact angles would change the logits at large positions.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sageLLM.runtime.core.model.rope import RopeSpec
 from sageLLM.runtime.errors import CheckpointError
 
-LOG = logging.getLogger("sagellm")
 Scaling = Mapping[str, Any]
 """The parameters of a scaling, as `read_rope` has checked them."""
+Length = int | Tensor
+"""The length of a sequence in tokens, or i64[N] with one length per position."""
 
 
-class RopeTables(NamedTuple):
-    """cos f32[P, dim/2] and sin f32[P, dim/2] of positions 0 .. P-1."""
+class RopeRows(NamedTuple):
+    """cos f32[N, dim/2] and sin f32[N, dim/2] of N positions."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: Tensor
+    sin: Tensor
 
 
 class _Frequencies(NamedTuple):
-    """Radians per position, f32[dim/2], and the factor on both tables."""
+    """Radians per position, f32[dim/2] or f32[N, dim/2], and the factor on both tables."""
 
-    radians: torch.Tensor
+    radians: Tensor
     factor: float = 1.0
 
 
-def rope_tables(rope: RopeSpec, num_positions: int) -> RopeTables:
-    """The tables for a model that serves sequences of up to `num_positions` tokens.
+def rope_rows(rope: RopeSpec, positions_N: Tensor, length: Length) -> RopeRows:
+    """The rows of these positions of a sequence of `length` tokens.
 
-    Raises CheckpointError for a scaling with frequencies that are not finite, or that does not support that length.
+    Raises CheckpointError for a scaling with frequencies that are not finite.
     """
-    scaling = rope.scaling or {}
-    name = scaling.get("rope_type", "default")
+    frequencies = _frequencies(rope, length)
+    angles = positions_N.to(torch.float32)[:, None] * frequencies.radians
+    return RopeRows(angles.cos() * frequencies.factor, angles.sin() * frequencies.factor)
+
+
+def _frequencies(rope: RopeSpec, length: Length) -> _Frequencies:
     try:
-        frequencies = _SCALINGS[name](rope, scaling, num_positions)
-    except (ArithmeticError, ValueError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(_no_frequencies(name, rope.base)) from None
+        frequencies = _SCALINGS[rope.kind](rope, rope.scaling or {}, length)
+    except (ArithmeticError, ValueError, RuntimeError):
+        raise CheckpointError(_no_frequencies(rope.kind, rope.base)) from None
     if not (frequencies.radians.isfinite().all() and math.isfinite(frequencies.factor)):
-        raise CheckpointError(_no_frequencies(name, rope.base))
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies.radians)
-    return RopeTables(angles.cos() * frequencies.factor, angles.sin() * frequencies.factor)
+        raise CheckpointError(_no_frequencies(rope.kind, rope.base))
+    return frequencies
 
 
 def _no_frequencies(name: str, base: float) -> str:
     return f"the parameters of rope scaling '{name}' with base {base:g} must produce finite frequencies"
 
 
-def _plain(rope: RopeSpec) -> torch.Tensor:
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
-    return 1.0 / rope.base**exponents
+def _exponents(rope: RopeSpec) -> Tensor:
+    return torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
 
 
-def _default(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
+def _plain(rope: RopeSpec) -> Tensor:
+    return 1.0 / rope.base ** _exponents(rope)
+
+
+def _default(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
     return _Frequencies(_plain(rope))
 
 
-def _linear(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
+def _linear(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
     """Position interpolation (arXiv 2306.15595): positions are divided by the factor."""
     return _Frequencies(_plain(rope) / scaling["factor"])
 
 
-def _dynamic(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
-    """Dynamic NTK: unscaled within the trained length.
-
-    Beyond it the frequencies change with every new length, so all cached keys would have to be rotated again. A paged
-    cache does not do that, so longer sequences are rejected.
-    """
-    if num_positions > rope.max_position:
-        raise CheckpointError(
-            f"rope scaling 'dynamic' supports at most {rope.max_position} positions, got {num_positions}; "
-            "lower max_model_len"
-        )
-    return _Frequencies(_plain(rope))
+def _dynamic(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
+    """Dynamic NTK: unscaled up to the trained length; beyond it the base grows with the length of the sequence."""
+    if isinstance(length, int) and length <= rope.trained:
+        return _Frequencies(_plain(rope))
+    # In float32, as transformers does with its length in a tensor.
+    lengths = torch.as_tensor(length, dtype=torch.int64)
+    factor = scaling["factor"]
+    growth = factor * lengths / rope.trained - (factor - 1)
+    bases = rope.base * growth ** (rope.dim / (rope.dim - 2))
+    return _Frequencies(1.0 / bases[..., None] ** _exponents(rope))
 
 
-def _ntk_alpha(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
+def _ntk_alpha(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
     """NTK-aware scaling with a fixed alpha, as in Hunyuan: a larger base at every length."""
     base = rope.base * scaling["alpha"] ** (rope.dim / (rope.dim - 2))
     return _Frequencies(_plain(replace(rope, base=base)))
 
 
-def _llama3(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
+def _llama3(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
     """Llama 3.1: low frequencies are divided by the factor, high ones kept, those between are interpolated."""
     factor = scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -104,7 +107,7 @@ def _llama3(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencie
     return _Frequencies((1 - blend) * radians / factor + blend * radians)
 
 
-def _yarn(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
+def _yarn(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
     """YaRN (arXiv 2309.00071): interpolates like llama3, by a ramp over the dims, and scales the attention logits.
 
     The scale is applied as a factor on both tables, that is, its square on the logits.
@@ -138,26 +141,17 @@ def _yarn_factor(scaling: Scaling, factor: float) -> float:
     return magnitude(1.0)
 
 
-def _longrope(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
-    """LongRoPE (arXiv 2402.13753): one factor per dim, from the long set if sequences can exceed the trained length.
-
-    One set applies to all sequences of an engine, because the rotation of cached keys cannot change.
-    """
+def _longrope(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
+    """LongRoPE (arXiv 2402.13753): one factor per dim, from the long set for sequences beyond the trained length."""
+    factors = torch.tensor(scaling["long_factor" if length > rope.trained else "short_factor"], dtype=torch.float32)
     original = scaling.get("original_max_position_embeddings", rope.max_position)
-    key = "long_factor" if num_positions > original else "short_factor"
-    if key == "long_factor" and scaling["long_factor"] != scaling["short_factor"]:
-        LOG.warning(
-            "rope scaling 'longrope': the long factors are used for sequences of all lengths, because max_model_len=%d "
-            "exceeds the trained length of %d; set max_model_len=%d if no sequence is longer than that",
-            *(num_positions, original, original),
-        )
-    factors = torch.tensor(scaling[key], dtype=torch.float32)
     stretch = scaling.get("factor", rope.max_position / original)
     default = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
-    return _Frequencies(_plain(rope) / factors, scaling.get("attention_factor", default))
+    radians = 1.0 / (factors * rope.base ** _exponents(rope))
+    return _Frequencies(radians, scaling.get("attention_factor", default))
 
 
-def _proportional(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Frequencies:
+def _proportional(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
     """Gemma 4: tables over the whole head; only the highest frequencies rotate, and the others are 0."""
     num_rotated = int(scaling.get("partial_rotary_factor", 1.0) * rope.dim // 2)
     radians = _plain(rope) / scaling.get("factor", 1.0)
@@ -165,7 +159,7 @@ def _proportional(rope: RopeSpec, scaling: Scaling, num_positions: int) -> _Freq
     return _Frequencies(radians)
 
 
-_SCALINGS: dict[str, Callable[[RopeSpec, Scaling, int], _Frequencies]] = {
+_SCALINGS: dict[str, Callable[[RopeSpec, Scaling, Length], _Frequencies]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,

@@ -286,24 +286,6 @@ def test_a_scaling_serves_sequences_beyond_the_positions_of_the_config(
     assert_same(found, expected(folder, PROMPTS, found))
 
 
-def test_longrope_with_its_short_factors(make_checkpoint: MakeCheckpoint) -> None:
-    """Within the trained length; an engine that serves longer sequences uses the long factors for all of them."""
-    factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
-    check_all_modes(make_checkpoint("Llama", rope_parameters=rope), max_model_len=128)
-
-
-@pytest.mark.parametrize(("original", "length"), [(96, 96), (24, 256)])
-def test_phi3_with_longrope(original: int, length: int, make_checkpoint: MakeCheckpoint) -> None:
-    """Phi-3 has the trained length next to the scaling, not in it; longer sequences use the long factors."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    rope |= {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
-    folder = make_checkpoint("Phi3", rope_parameters=rope, original_max_position_embeddings=original)
-    prompts = [prompt for prompt in PROMPTS if (len(prompt) > original) == (length > original)]
-    found = serve(folder, prompts, "hybrid", max_model_len=length)
-    assert_same(found, expected(folder, prompts, found))
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_batched_equals_alone(mode: str, make_checkpoint: MakeCheckpoint) -> None:
     llm = load(make_checkpoint("Llama"), mode, enable_prefix_caching=False)

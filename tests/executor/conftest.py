@@ -17,7 +17,7 @@ from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequenc
 from sageLLM.runtime.executor.kernel_choice import make_runner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.loader.tables import make_tables
+from sageLLM.runtime.loader.tables import PositionTables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -33,6 +33,7 @@ class TinyModel:
     dtype: str
     compiler: ModelCompiler
     weights: dict[str, Tensor]
+    tables: PositionTables
 
     def bound(self) -> dict[str, Tensor]:
         dtype = DTYPES[self.dtype]
@@ -42,11 +43,11 @@ class TinyModel:
             keys.copy_(torch.randn(keys.shape, generator=generator))
             if not pool.shape.is_shared:
                 values.copy_(torch.randn(values.shape, generator=generator))
-        return {**self.weights, **make_tables(self.config, MAX_LEN), **pool.named_tensors()}
+        return {**self.weights, **self.tables.tensors, **pool.named_tensors()}
 
     def steps(self) -> Iterator[tuple[Stage, Inputs]]:
         """Yields steps of all stages and of several sizes; run each before requesting the next."""
-        inputs = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, torch.device("cpu"))
+        inputs = StepInputs(BLOCK_SIZE, MAX_LEN // BLOCK_SIZE, torch.device("cpu"), self.tables)
         one = WorkerSequence("one", [5, 6, 7, 8, 9], [3], block_ids=[2, 3, 11])
         two = WorkerSequence("two", [*range(1, 10)], block_ids=[0, 1, 4])
         three = WorkerSequence("three", [*range(20, 45)], block_ids=[5, 6, 7, 8, 9, 10, 2])
@@ -83,4 +84,5 @@ def _tiny(layout: ModelLayout, dtype: str, registry: Registry) -> TinyModel:
         noise = torch.randn(spec.shape, generator=generator)
         made = noise * spec.shape[-1] ** -0.5 if len(spec.shape) > 1 else 1 + 0.3 * noise
         weights[spec.name] = made.to(DTYPES[dtype]) if spec.tied_to is None else weights[spec.tied_to]
-    return TinyModel(layout, config, dtype, ModelCompiler(layout, config, registry, dtype=dtype), weights)
+    compiler = ModelCompiler(layout, config, registry, dtype=dtype)
+    return TinyModel(layout, config, dtype, compiler, weights, PositionTables(config, MAX_LEN))

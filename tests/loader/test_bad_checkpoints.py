@@ -25,6 +25,7 @@ from sageLLM.runtime.errors import (
     SamplingParamsError,
     TokenizerError,
 )
+from sageLLM.runtime.loader.tables import ROWS_AT_ONCE
 
 MakeCheckpoint = Callable[..., Path]
 ONE_LAYER = {"num_hidden_layers": 1, "max_position_embeddings": 64}
@@ -40,6 +41,11 @@ def folder(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
 @pytest.fixture
 def llm(make_checkpoint: MakeCheckpoint) -> LLM:
     return LLM(make_checkpoint("Llama", **ONE_LAYER), skip_tokenizer=True)
+
+
+def resident_bytes() -> int:
+    """The memory of this process that has pages."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -111,13 +117,20 @@ def test_a_module_outside_the_folder(outside: Any, folder: Path) -> None:
     )
 
 
-def test_rope_tables_of_more_positions_than_the_memory_holds(folder: Path) -> None:
+@pytest.mark.parametrize("num_kv_blocks", [64, None])
+def test_sixteen_million_positions_take_the_memory_of_those_in_use(num_kv_blocks: int | None, folder: Path) -> None:
     edit_config(folder, max_position_embeddings=2**24)
-    assert refusal(folder) == (
-        f"{folder / 'config.json'}: the rope tables of 16777216 positions must have at most 768 MiB, got 1024; "
-        "pass a lower max_model_len"
-    )
-    assert len(LLM(folder, skip_tokenizer=True, max_model_len=64).generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 3
+    before = resident_bytes()
+    llm = LLM(folder, skip_tokenizer=True, num_kv_blocks=num_kv_blocks)
+    assert llm.model.max_model_len == 2**24
+    assert len(llm.generate([5, 6], GREEDY)[0].outputs[0].token_ids) == 3
+    assert llm.model.tables.num_filled == ROWS_AT_ONCE
+    assert resident_bytes() - before < 100 * 2**20, "the tables of all positions have 1 GiB"
+
+
+def test_a_kv_cache_that_does_not_fit_the_memory(folder: Path) -> None:
+    with pytest.raises(SageError, match=r"the KV cache of 1000000000000 blocks of 16 tokens must fit in memory, got"):
+        LLM(folder, skip_tokenizer=True, num_kv_blocks=10**12)
 
 
 @pytest.mark.parametrize("key", ["architectures", "dtype", "hidden_size", "rope_parameters"])
@@ -192,7 +205,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
-        "the parameters of rope scaling 'default' with base -1 must produce finite frequencies",
+        "the base frequency of the rotation must be positive, got -1",
     ),
     ({"max_position_embeddings": 2**31 - 1}, "the model's positions must be from 2 to 16777216, got 2147483647"),
     (

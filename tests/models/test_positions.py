@@ -5,7 +5,7 @@ import pytest
 from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import KvShape
-from sageLLM.runtime.loader.tables import alibi_slopes, make_tables
+from sageLLM.runtime.loader.tables import PositionTables, alibi_slopes
 
 
 def test_alibi_slopes() -> None:
@@ -19,7 +19,8 @@ def test_a_rank_has_the_slopes_of_its_heads() -> None:
     layout = MODELS["bloom"]
     whole = layout.read_config(HFConfig(layout.tiny))
     both = layout.shard_config(whole, 2)
-    assert make_tables(both, 1)["slopes"].tolist() == make_tables(whole, 1)["slopes"].tolist()[: whole.Nq // 2]
+    halves, full = (PositionTables(config, 2).tensors["slopes"].tolist() for config in (both, whole))
+    assert halves == full[: whole.Nq // 2]
 
 
 def test_cache_entry_of_a_token() -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -10,7 +11,7 @@ from sageLLM.generated.builders import MODELS
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.rope import RopeSpec, read_rope
-from sageLLM.runtime.loader.rope import rope_tables
+from sageLLM.runtime.loader.rope import rope_rows
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -59,7 +60,7 @@ def test_rope_scaling_together_with_rope_parameters(layout: str, sections: dict[
         {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
     )
     frequencies, _ = ROPE_INIT_FUNCTIONS["linear"](config, "cpu")
-    assert rope_tables(rope, 2).sin[1].tolist() == pytest.approx(frequencies.sin().tolist())
+    assert rope_rows(rope, torch.tensor([1]), 2).sin[0].tolist() == pytest.approx(frequencies.sin().tolist())
 
 
 def test_rope_scaling_updates_the_section_of_full_attention() -> None:
@@ -152,7 +153,7 @@ LENGTHS: list[tuple[dict[str, Any], int]] = [
     ({"rope_scaling": LINEAR}, 512),
     ({"rope_scaling": {**LINEAR, "factor": 0.5}}, 256),
     ({"rope_scaling": {**LINEAR, "factor": 1e300}}, 2**31 - 1),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 256),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 512),
     ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}, 256),
 ]
 

@@ -26,7 +26,7 @@ from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.torch_plan import Plan
-from sageLLM.runtime.loader.tables import make_tables
+from sageLLM.runtime.loader.tables import PositionTables
 from sageLLM.runtime.loader.weights import rank_shard
 from sageLLM.runtime.registry.plugins import load_registry
 
@@ -104,7 +104,8 @@ class Rank:
     def __init__(self, layout: ModelLayout, config: Any, weights: Mapping[str, Tensor], kernels: Mapping[str, Kernel]):
         registry = load_registry()
         pool = KVPool(config.L, NUM_BLOCKS, BLOCK_SIZE, layout.cache(config), torch.float64, torch.device("cpu"))
-        self.bound = {**weights, **{name: table.double() for name, table in make_tables(config, 64).items()}}
+        tables = PositionTables(config, 64)
+        self.bound = {**weights, **{name: table.double() for name, table in tables.tensors.items()}}
         for i, keys, values in pool.layers():
             self.bound |= {f"layers.{i}.k_cache": keys, f"layers.{i}.v_cache": values}
         self.compiler = ModelCompiler(layout, config, registry, dtype="f64")

@@ -31,17 +31,26 @@ class RopeSpec:
     scaling: Mapping[str, Any] | None = None
 
     @property
-    def longest(self) -> int:
-        """The length of the longest sequence: `max_position`, which yarn and linear scaling extend, as in vLLM.
+    def kind(self) -> str:
+        """The type of the scaling; "default" without one."""
+        return str(self.scaling["rope_type"]) if self.scaling else "default"
 
-        With the other types, `max_position` includes the scaling, or (dynamic) the rotation of cached keys would have
-        to change beyond it.
-        """
-        scaling = self.scaling or {}
-        if scaling.get("rope_type") not in ("yarn", "linear"):
+    @property
+    def trained(self) -> int:
+        """The trained length in tokens. Longer sequences have other frequencies with longrope and dynamic scaling."""
+        if self.kind == "dynamic":
             return self.max_position
-        trained = scaling.get("original_max_position_embeddings", self.max_position)
-        return max(self.max_position, int(min(trained * scaling["factor"], MAX_SIZE)))
+        return int(min((self.scaling or {}).get("original_max_position_embeddings", self.max_position), MAX_SIZE))
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest sequence: `max_position`, extended by yarn, linear and dynamic scaling as in vLLM.
+
+        With the other types, `max_position` includes the scaling.
+        """
+        if self.scaling is None or self.kind not in ("yarn", "linear", "dynamic"):
+            return self.max_position
+        return max(self.max_position, int(min(self.trained * self.scaling["factor"], MAX_SIZE)))
 
 
 @dataclass(frozen=True, slots=True)
