@@ -4,6 +4,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+MAX_NAMES = 24
+"""The most names that a help line lists."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
@@ -20,13 +23,16 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One finding: a stable code (see `codegen.codes`), a sentence, a location and, if known, the remedy."""
+    """One finding: a stable code (see `codegen.codes`), a sentence, a location and the remedy."""
 
     code: str
     message: str
     span: Span | None = None
-    help: str | None = None
+    help: str = ""
     related: tuple[tuple[str, Span], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.help, f"every finding has a remedy: {self.code}: {self.message}"
 
     def __str__(self) -> str:
         place = f"{self.span}: " if self.span else ""
@@ -57,7 +63,7 @@ class Sink:
         code: str,
         message: str,
         span: Span | None,
-        help: str | None = None,
+        help: str,
         related: Sequence[tuple[str, Span]] = (),
     ) -> None:
         found = Diagnostic(code, message, span, help, tuple(related))
@@ -69,8 +75,8 @@ class Sink:
             raise SpecErrors(self.diagnostics)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """The help line for an unknown name: the nearest known one, else the whole list if it is short."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The help line for an unknown name: the nearest known one, else the first known ones."""
     import difflib  # imported here, since only mistakes need it
 
     names = sorted(known)
@@ -78,8 +84,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     if near:
         return f"did you mean '{near[0]}'?"
     if not names:
-        return None
-    return "known: " + ", ".join(names) if len(names) <= 24 else None
+        return "define it, or remove it: no such name is defined"
+    shown, left = ", ".join(names[:MAX_NAMES]), len(names) - MAX_NAMES
+    return f"known: {shown} and {left} more" if left > 0 else f"known: {shown}"
 
 
 def render(diagnostic: Diagnostic, read_line: Callable[[str, int], str | None]) -> str:
@@ -93,8 +100,7 @@ def render(diagnostic: Diagnostic, read_line: Callable[[str, int], str | None]) 
     for label, span in diagnostic.related:
         parts.append(f"   note: {_visible(label)}: {span}")
         parts += _excerpt(span, read_line)
-    if diagnostic.help:
-        parts += [f"   = help: {_visible(line)}" for line in diagnostic.help.splitlines()]
+    parts += [f"   = help: {_visible(line)}" for line in diagnostic.help.splitlines()]
     return "\n".join(parts)
 
 

@@ -54,7 +54,12 @@ def _finding(missed: Missed, raw: RawSpecs) -> Diagnostic:
     count = formula if formula == str(missed.expected) else f"{formula} = {missed.expected}"
     where = f"in the {missed.stage} graph of {missed.model}"
     message = f"expected '{one.name}' to fire {count} times {where}, got {missed.fired}"
-    return Diagnostic("SAGE340", message, one.span("expect", formula, index), "\n".join(missed.reasons) or None)
+    return Diagnostic(
+        "SAGE340",
+        message,
+        one.span("expect", formula, index),
+        "\n".join(missed.reasons) or f"write {missed.fired} if this is right",
+    )
 
 
 COSTS = {"flop_formula", "byte_formula"}

@@ -185,4 +185,5 @@ def _format_python(folder: Path) -> None:
         )
         if done.returncode:
             where = (done.stdout + done.stderr).replace(str(folder) + os.sep, "").strip()
-            raise SpecErrors([Diagnostic("SAGE503", f"generated Python does not parse: {where[:400]}")])
+            message = f"generated Python does not parse: {where[:400]}"
+            raise SpecErrors([Diagnostic("SAGE503", message, help="report it with the specs")])

@@ -85,11 +85,30 @@ def parse_document(text: str, *, display: str) -> Document:
         data = builder.document(yaml.parse(text, Loader=_LOADER))
     except yaml.MarkedYAMLError as error:
         span = _mark_span(error.problem_mark or error.context_mark, text, display)
-        raise _failure("SAGE001", f"not valid YAML: {error.problem or error.context}", span) from None
+        problem = str(error.problem or error.context)
+        raise _failure("SAGE001", f"not valid YAML: {problem}", span, yaml_help(text, span, problem)) from None
     except (yaml.YAMLError, UnicodeError) as error:
         reason = getattr(error, "reason", None) or "a character or escape is not allowed"
-        raise _failure("SAGE001", f"not valid YAML: {reason}", Span(display, 1, 1)) from None
+        help = "remove control characters, and escapes that YAML does not know"
+        raise _failure("SAGE001", f"not valid YAML: {reason}", Span(display, 1, 1), help) from None
     return Document(display, text, data, builder.spans, builder.key_spans, builder.text_starts)
+
+
+def yaml_help(text: str, span: Span, problem: str) -> str:
+    """The remedy for text that is not YAML; most often a text in `{...}` that lacks quotes."""
+    line = text.split("\n")[span.line - 1]
+    if "\\t" in problem or line.startswith("\t"):
+        return "indent with spaces"
+    types = _UNQUOTED_TYPE.findall(line)
+    if types:
+        return f'quote it: "{types[0]}"'
+    if (found := _COLON.match(line)) and "mapping values are not allowed" in problem:
+        return f'quote it: `{found[1]}: "{found[2]}"`'
+    if "mapping values are not allowed" in problem:
+        return "quote the text that contains a colon, or indent the line as its neighbours"
+    if any(words in problem for words in ("',' or '}'", "',' or ']'", "cannot start any token", "block mapping")):
+        return "quote texts that contain any of : , [ ] { } # & * ! | > % @ `, and close every bracket"
+    return "check quotes, brackets and indentation of this line and the one before"
 
 
 def _mark_span(mark: Any, text: str, file: str) -> Span:
@@ -107,7 +126,8 @@ def _read_text(path: Path, display: str) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise _failure("SAGE002", f"cannot be read: {error.strerror}", start) from None
+        help = "check the path and its permissions"
+        raise _failure("SAGE002", f"cannot be read: {error.strerror}", start, help) from None
     if len(raw) > MAX_BYTES:
         raise _failure(
             "SAGE003", f"a spec file must have at most {MAX_BYTES} bytes, got {len(raw)}", start, "split the file"
@@ -116,11 +136,17 @@ def _read_text(path: Path, display: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise _failure("SAGE001", "not valid UTF-8 text", Span(display, line, 1)) from None
+        raise _failure("SAGE001", "not valid UTF-8 text", Span(display, line, 1), "save the file as UTF-8") from None
 
 
-def _failure(code: str, message: str, span: Span, help: str | None = None) -> SpecErrors:
+def _failure(code: str, message: str, span: Span, help: str) -> SpecErrors:
     return SpecErrors([Diagnostic(code, message, span, help)])
+
+
+_COLON = re.compile(r"""\s*([\w-]+): ([^"'{\[|>].*: .*\S)\s*$""")
+"""A text with a colon and a space, which YAML reads as a key."""
+_UNQUOTED_TYPE = re.compile(r"""(?<!["'\w])([A-Za-z]\w*\[[^\]"']*\])(?!["'])""")
+"""A type with dims, `E[..., H]`, that YAML reads as the beginning of a list."""
 
 
 class _Builder:
@@ -148,7 +174,8 @@ class _Builder:
         span = self._span(event)
         self.spans[path] = span
         if len(path) > MAX_DEPTH:
-            raise _failure("SAGE003", f"values must be nested at most {MAX_DEPTH} levels deep", span)
+            message = f"values must be nested at most {MAX_DEPTH} levels deep"
+            raise _failure("SAGE003", message, span, "remove brackets")
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise _failure("SAGE005", "anchors and aliases are not allowed", span, "write the value out")
         if event.tag is not None:
@@ -180,9 +207,12 @@ class _Builder:
 
     def _key(self, event: Any) -> str:
         if not isinstance(event, yaml.ScalarEvent) or event.anchor is not None or event.tag is not None:
-            raise _failure("SAGE007", "a key must be plain text", self._span(event))
+            help = "write a name before the colon; quote a key with brackets"
+            raise _failure("SAGE007", "a key must be plain text", self._span(event), help)
         if not event.value or "\n" in event.value:
-            raise _failure("SAGE007", "a key must be one line of text", self._span(event))
+            raise _failure(
+                "SAGE007", "a key must be one line of text", self._span(event), "write a name before the colon"
+            )
         return str(event.value)
 
     def _scalar(self, event: Any, path: YamlPath) -> Any:
@@ -200,7 +230,8 @@ class _Builder:
             return _CONSTANTS[text]
         if _INT.match(text):
             if len(text) > MAX_DIGITS:
-                raise _failure("SAGE008", f"an integer must have at most {MAX_DIGITS} digits", self._span(event))
+                message = f"an integer must have at most {MAX_DIGITS} digits"
+                raise _failure("SAGE008", message, self._span(event), "write a float, or quote it if it is a text")
             return int(text)
         if _FLOAT.match(text):
             return self._float(text, event)
@@ -209,7 +240,8 @@ class _Builder:
     def _float(self, text: str, event: Any) -> float:
         value = float(text) if len(text) <= 40 else float("inf")
         if value in (float("inf"), float("-inf")):
-            raise _failure("SAGE008", "a number must fit a 64-bit float", self._span(event))
+            help = "use a number of at most 1.7e308"
+            raise _failure("SAGE008", "a number must fit a 64-bit float", self._span(event), help)
         return value
 
     def _text_start(self, event: Any) -> tuple[int, int]:

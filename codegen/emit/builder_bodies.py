@@ -49,7 +49,7 @@ class BodyWriter:
     def __init__(self, model: ModelDef, specs: Specs) -> None:
         self.model = model
         self.specs = specs
-        self._weights = WeightText(self.size_text, lambda name: model.config[name].words, self._exists)
+        self._weights = WeightText(self.size_text, lambda name: model.config[name].key_text, self._exists)
         self._views: dict[tuple[str | None, str, str], WeightView] = {}
         self._texts: dict[str, str] = {}
 

@@ -79,6 +79,11 @@ class BuilderView:
         return "{" + ", ".join(f"{lit(key)}: {lit(value)}" for key, value in items) + "}"
 
     @property
+    def has_fallbacks(self) -> bool:
+        """Whether some name is read from the first of several keys."""
+        return any(len(name.keys) > 1 for name in self.model.config.values())
+
+    @property
     def alibi(self) -> str:
         """The argument of the config class for the ALiBi table, if any."""
         found = self.model.alibi
@@ -93,15 +98,15 @@ class BuilderView:
 
     @property
     def divided(self) -> list[tuple[str, str]]:
-        """(key of config.json, name) of the sizes that are divided over the ranks."""
-        return [(self.model.config[name].words, name) for name in self.model.divides]
+        """(key of config.json as Python, name) of the sizes that are divided over the ranks."""
+        return [(self.model.config[name].key_text, name) for name in self.model.divides]
 
     @property
     def vocab_sizes(self) -> list[tuple[str, str]]:
-        """(key of config.json, name) of the vocabulary sizes of sharded tables."""
+        """(key of config.json as Python, name) of the vocabulary sizes of sharded tables."""
         weights = [weight for weight in self.all_weights if weight.shard and weight.shard.kind == "vocab"]
         names = [name for weight in weights if weight.shard for name in weight.dims[weight.shard.dim].symbols]
-        return [(self.model.config[name].words, name) for name in dict.fromkeys(names) if name in self.model.config]
+        return [(self.model.config[name].key_text, name) for name in dict.fromkeys(names) if name in self.model.config]
 
     @cached_property
     def all_weights(self) -> list[WeightDef]:

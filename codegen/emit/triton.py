@@ -207,4 +207,5 @@ def _stores(function: ast.FunctionDef, target: str) -> int:
 
 
 def _refuse(op: OpDef, message: str) -> None:
-    raise SpecErrors([Diagnostic("SAGE124", message, op.entry.key_span("kernel", "triton"))])
+    help = "correct the op, or remove `kernel.triton`: a GPU then runs the reference"
+    raise SpecErrors([Diagnostic("SAGE124", message, op.entry.key_span("kernel", "triton"), help)])

@@ -91,4 +91,5 @@ class _Epilogue:
 
 
 def _refused(op: OpDef, message: str) -> SpecErrors:
-    return SpecErrors([Diagnostic("SAGE124", message, op.entry.key_span("kernel", "triton"))])
+    help = "correct the op, or remove `kernel.triton`: a GPU then runs the reference"
+    return SpecErrors([Diagnostic("SAGE124", message, op.entry.key_span("kernel", "triton"), help)])

@@ -32,7 +32,7 @@ class WeightView:
 
 @dataclass(frozen=True, slots=True)
 class WeightText:
-    """Writes weights; `show` returns a size as Python text, `words` the key of a name in config.json."""
+    """Writes weights; `show` returns a size as Python text, `words` the key of a name in config.json as Python."""
 
     show: ShowSize
     words: Callable[[str], str]
@@ -63,7 +63,7 @@ class WeightText:
         return tuple_text(texts)
 
     def _stack(self, count: str, parts: list[PartDef]) -> str:
-        places = f"stacked({lit(self.words(count))}, c.{count})"
+        places = f"stacked({self.words(count)}, c.{count})"
         if len(parts) == 1:
             return f"{self._part(parts[0])} for e in {places}"
         return f"part for e in {places} for part in {tuple_text(map(self._part, parts))}"

@@ -55,7 +55,8 @@ class Checker:
                 return self._comparison(node)
             case ast.Call(func=ast.Name(id=name)):
                 return self.functions.call(node, name)
-        raise self.text.refuse("SAGE102", f"`{type(node).__name__}` is not supported here", node)
+        help = "use names, numbers, arithmetic, comparisons and calls of functions"
+        raise self.text.refuse("SAGE102", f"`{type(node).__name__}` is not supported here", node, help)
 
     def _expr_with(self, node: ast.expr, name: str) -> Expr:
         """The tree of an expression that is evaluated only if the optional name is present."""
@@ -89,7 +90,7 @@ class Checker:
             self.types.require_condition(x, node.operand)
             return Unary(x.type, "not", x)
         if not isinstance(node.op, ast.USub):
-            raise self.text.refuse("SAGE102", f"`{type(node.op).__name__}` is not supported", node)
+            raise self.text.refuse("SAGE102", f"`{type(node.op).__name__}` is not supported", node, "use - or not")
         self.types.require_number(x, node.operand)
         if isinstance(x, Number):
             return _number(-cast(float, x.value))
@@ -97,7 +98,8 @@ class Checker:
 
     def _operator(self, node: ast.expr, operator: ast.operator, left: ast.expr, right: ast.expr) -> Expr:
         if type(operator) not in _OPERATORS:
-            raise self.text.refuse("SAGE102", f"the operator `{type(operator).__name__}` is not supported", node)
+            message = f"the operator `{type(operator).__name__}` is not supported"
+            raise self.text.refuse("SAGE102", message, node, "use + - * / // % **; a matrix product is dot(x, w, K)")
         a, b = self._expr(left), self._expr(right)
         self.types.require_number(a, left)
         self.types.require_number(b, right)
@@ -109,7 +111,8 @@ class Checker:
                 raise self.text.refuse("SAGE107", message, node, "use `//`, or cast: f32(...)")
             type_ = ValueType("float")
         if op in ("//", "%") and not self.scope.is_integer(type_.element):
-            raise self.text.refuse("SAGE107", f"`{op}`: expected integers, got {type_.element}", node)
+            message = f"`{op}`: expected integers, got {type_.element}"
+            raise self.text.refuse("SAGE107", message, node, "write floor(a / b)")
         if op in ("/", "//", "%") and isinstance(b, Number) and b.value == 0:
             raise self.text.refuse("SAGE103", "division by zero", right, "divide by a name or another number")
         if op == "**" and not b.type.is_literal:

@@ -7,6 +7,7 @@ from typing import cast
 
 from sageLLM.codegen.diagnostics import did_you_mean
 from sageLLM.codegen.expr.operand_types import OperandTypes, kind_words
+from sageLLM.codegen.expr.remedies import REMEDIES
 from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.size import LEADING, Size
 from sageLLM.codegen.expr.syntax import Text
@@ -48,7 +49,8 @@ class FunctionChecker:
     def call(self, node: ast.Call, name: str) -> Expr:
         """The typed tree of a call; raises Refused after a finding."""
         if node.keywords:
-            raise self.text.refuse("SAGE106", f"{name}: keyword arguments are not supported", node.keywords[0])
+            message = f"{name}: keyword arguments are not supported"
+            raise self.text.refuse("SAGE106", message, node.keywords[0], "pass it by position")
         if name in self.scope.elements or name in DTYPES:
             return self._cast(node, name)
         if name in UNARY:
@@ -65,7 +67,7 @@ class FunctionChecker:
             "present": self._present,
         }
         if name not in forms:
-            help = did_you_mean(name, [*FUNCTIONS, *self.scope.elements]) or "known: " + ", ".join(FUNCTIONS)
+            help = REMEDIES.get(name) or did_you_mean(name, [*FUNCTIONS, *self.scope.elements])
             raise self.text.refuse("SAGE105", f"unknown function '{name}'", node.func, help)
         return forms[name](node)
 
@@ -73,7 +75,8 @@ class FunctionChecker:
         count = form.count(",") + 1
         if len(node.args) != count:
             expected = f"{count} argument{'s' if count > 1 else ''}"
-            raise self.text.refuse("SAGE106", f"{form}: expected {expected}, got {len(node.args)}", node)
+            message = f"{form}: expected {expected}, got {len(node.args)}"
+            raise self.text.refuse("SAGE106", message, node, f"write {form}")
         return node.args
 
     def _cast(self, node: ast.Call, element: str) -> Expr:
@@ -93,7 +96,8 @@ class FunctionChecker:
         self.types.require_number(x, argument)
         if x.type.is_literal:
             if name not in _SCALAR_FUNCTIONS:
-                raise self.text.refuse("SAGE107", f"{name}: expected a tensor, got {kind_words(x)}", argument)
+                message = f"{name}: expected a tensor, got {kind_words(x)}"
+                raise self.text.refuse("SAGE107", message, argument, "apply it to an operand of the op")
             return Unary(ValueType("float"), name, x)
         if name not in ("abs", "relu") and not self.scope.is_float(x.type.element):
             message = f"{name}: expected floats, got {x.type.element}"
@@ -120,7 +124,9 @@ class FunctionChecker:
     def _require_dim(self, x: Expr, dim: Size, node: ast.expr, function: str) -> None:
         if x.type.is_literal or dim not in x.type.dims:
             dims = ", ".join(map(str, x.type.dims))
-            raise self.text.refuse("SAGE108", f"{function}: expected a dim of the operand, [{dims}], got {dim}", node)
+            message = f"{function}: expected a dim of the operand, [{dims}], got {dim}"
+            help = did_you_mean(str(dim), map(str, x.type.dims)) if x.type.dims else "the operand is one number"
+            raise self.text.refuse("SAGE108", message, node, help)
 
     def _dot(self, node: ast.Call) -> Expr:
         left, right, dim_node = self._arguments(node, "dot(x, w, DIM)")
@@ -128,7 +134,8 @@ class FunctionChecker:
         for operand, place in ((x, left), (w, right)):
             self._require_dim(operand, dim, dim_node, "dot")
             if not self.scope.is_float(operand.type.element):
-                raise self.text.refuse("SAGE107", f"dot: expected floats, got {operand.type.element}", place)
+                message = f"dot: expected floats, got {operand.type.element}"
+                raise self.text.refuse("SAGE107", message, place, "cast it: f32(...)")
         if x.type.element != w.type.element:
             message = f"dot: operands must have one element type, got {x.type.element} and {w.type.element}"
             raise self.text.refuse("SAGE107", message, node, self.types.cast_help(x, w))
@@ -144,11 +151,12 @@ class FunctionChecker:
         table, dim, index = self.expr(left), self._dim(dim_node), self.expr(right)
         self._require_dim(table, dim, dim_node, "gather")
         if index.type.element not in ("i32", "i64"):
-            raise self.text.refuse("SAGE107", f"gather: expected an i32 or i64 index, got {kind_words(index)}", right)
+            message = f"gather: expected an i32 or i64 index, got {kind_words(index)}"
+            raise self.text.refuse("SAGE107", message, right, 'declare the index as "i32[T]"')
         rest = _without(table.type.dims, dim)
         if set(rest) & set(index.type.dims) or LEADING in (*rest, *index.type.dims):
             message = "gather: table and index must not share dims or have `...`"
-            raise self.text.refuse("SAGE113", message, node)
+            raise self.text.refuse("SAGE113", message, node, "rename the shared dim, and name the dims of `...`")
         at = table.type.dims.index(dim)
         dims = (*table.type.dims[:at], *index.type.dims, *table.type.dims[at + 1 :])
         return Gather(ValueType(table.type.element, dims), table, dim, index)
@@ -159,7 +167,7 @@ class FunctionChecker:
         joined = self.types.join(a, b, node, "and")
         if joined.is_literal and not condition.type.is_literal:
             message = "where: at least one value must be a tensor, because it determines the element type"
-            raise self.text.refuse("SAGE107", message, node)
+            raise self.text.refuse("SAGE107", message, node, "write x * where(condition, 1, 0), or use a tensor")
         return Select(
             ValueType(joined.element, self.types.dims(condition.type.dims, joined.dims, node)), condition, a, b
         )
@@ -192,7 +200,7 @@ class FunctionChecker:
         both_literal = a.type.is_literal and b.type.is_literal
         if element is None or (a.type.dims != b.type.dims and not (both_literal or element == "bool")):
             message = f"optional: both values must have one type, got {a.type} with '{name}' and {b.type} without"
-            raise self.text.refuse("SAGE107", message, node)
+            raise self.text.refuse("SAGE107", message, node, "cast one of them, or expand it to the dims of the other")
         return IfPresent(ValueType(element, a.type.dims or b.type.dims), name, a, b)
 
     def _present(self, node: ast.Call) -> Expr:

@@ -81,7 +81,9 @@ class OperandTypes:
 
     def require_number(self, x: Expr, node: ast.expr) -> None:
         if x.type.element in ("bool", "truth", "str"):
-            help = "use where(condition, 1, 0)" if x.type.element != "str" else None
+            help = (
+                "use where(condition, 1, 0)" if x.type.element != "str" else "compare it: where(name == 'text', a, b)"
+            )
             raise self.text.refuse("SAGE107", f"expected a number, got {kind_words(x)}", node, help)
 
     def require_condition(self, x: Expr, node: ast.expr) -> None:

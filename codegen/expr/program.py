@@ -55,7 +55,8 @@ class ProgramChecker:
 
     def _target(self, node: ast.stmt) -> ast.Name:
         if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
-            raise self.text.refuse("SAGE102", "a line must have the form `name = expression`", node)
+            help = "assign every value to a name, one per line"
+            raise self.text.refuse("SAGE102", "a line must have the form `name = expression`", node, help)
         return node.targets[0]
 
     def _assign(self, name: ast.Name, value: ast.expr) -> None:
@@ -98,7 +99,9 @@ class ProgramChecker:
             return
         if set(result.type.dims) != set(declared.dims) and not (isinstance(result, Number)):
             dims = f"[{', '.join(map(str, result.type.dims))}]"
-            raise self.text.refuse("SAGE109", f"'{name.id}': expected {declared}, got the dims {dims}", node)
+            message = f"'{name.id}': expected {declared}, got the dims {dims}"
+            help = "reduce the other dims, or change the type"
+            raise self.text.refuse("SAGE109", message, node, help)
         if result.type.element != declared.element:
             message = f"'{name.id}': expected the element type {declared.element}, got {result.type.element}"
             raise self.text.refuse("SAGE109", message, node, f"cast the value: {declared.element}(...)")
@@ -108,14 +111,16 @@ class ProgramChecker:
             parts = [view for view in self.views if view.base == name and view.name in self.written]
             if name in self.written and parts:
                 message = f"the output '{name}' must be assigned whole or by views, got both: '{parts[0].name}'"
-                self.text.sink.error("SAGE111", message, self.text.span(self.written[parts[0].name]))
+                span = self.text.span(self.written[parts[0].name])
+                self.text.sink.error("SAGE111", message, span, "remove one of the assignments")
             elif name not in self.written and not parts:
                 message, help = f"the output '{name}' is never assigned", f"add `{name} = ...`"
                 self.text.sink.error("SAGE110", message, self.text.span(), help)
             elif parts and not tiles(parts, self.outputs[name]):
                 names = ", ".join(view.name for view in parts)
                 message = f"the assigned views must cover the output '{name}' exactly once, got {names}"
-                self.text.sink.error("SAGE110", message, self.text.span(self.written[parts[0].name]))
+                span = self.text.span(self.written[parts[0].name])
+                self.text.sink.error("SAGE110", message, span, "assign a view of each remaining part")
 
     def _check_uses(self) -> None:
         used = {name for statement in self.statements for name in names_read(statement.value)}

@@ -58,7 +58,7 @@ class Text:
         """The key at the end of `path`."""
         return cls(value, lambda offset, width: entry.key_text_span(path, offset, width), sink)
 
-    def refuse(self, code: str, message: str, node: ast.AST | None = None, help: str | None = None) -> Refused:
+    def refuse(self, code: str, message: str, node: ast.AST | None, help: str) -> Refused:
         """Reports a finding at `node` (or at the whole text); raise what it returns."""
         self.sink.error(code, message, self.span(node), help)
         return Refused(message)
@@ -124,11 +124,13 @@ def _parse(text: Text, mode: Literal["exec", "eval"]) -> ast.AST:
 
 def _check_characters(text: Text) -> None:
     if len(text.value) > MAX_LENGTH:
-        raise text.refuse("SAGE103", f"a text must have at most {MAX_LENGTH} characters, got {len(text.value)}")
+        message = f"a text must have at most {MAX_LENGTH} characters, got {len(text.value)}"
+        raise text.refuse("SAGE103", message, None, "split it into several lines or ops")
     depth = 0
     for offset, character in enumerate(text.value):
         if not (character == "\n" or " " <= character <= "~"):
-            text.sink.error("SAGE101", "an expression must be printable ASCII", text.locate(offset, 1))
+            help = "write ASCII: - for a dash, * for a product, ' for quotes"
+            text.sink.error("SAGE101", "an expression must be printable ASCII", text.locate(offset, 1), help)
             raise Refused
         depth += (character in "([{") - (character in ")]}")
         if depth > MAX_DEPTH:
@@ -142,7 +144,9 @@ def _syntax_error(text: Text, error: SyntaxError) -> Refused:
     line = min(max(error.lineno or 1, 1), len(lines))
     column = min(max(error.offset or 1, 1), len(lines[line - 1]) + 1)
     offset = sum(len(before) + 1 for before in lines[: line - 1]) + column - 1
-    help = "write `name = expression`" if "=" in text.value else None
+    help = (
+        "write `name = expression`" if "=" in text.value else "write names, numbers, operators and calls: a * (b + 1)"
+    )
     text.sink.error("SAGE101", "the expression does not parse", text.locate(offset, 1), help)
     return Refused("syntax")
 
@@ -155,7 +159,8 @@ def check_grammar(text: Text, root: ast.AST, forms: tuple[type[ast.AST], ...] = 
             raise text.refuse("SAGE103", message, root, "split it into several lines")
         if not isinstance(node, (*_ALLOWED, *forms)):
             words = _REFUSED_WORDS.get(type(node), f"`{type(node).__name__}` is not supported")
-            raise text.refuse("SAGE102", words, node, _REMEDIES.get(type(node)))
+            help = _REMEDIES.get(type(node), "use names, numbers, arithmetic, comparisons and calls of functions")
+            raise text.refuse("SAGE102", words, node, help)
         if isinstance(node, ast.Constant):
             _check_constant(text, node)
         if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name):

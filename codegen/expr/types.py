@@ -55,9 +55,10 @@ def parse_type(text: Text, elements: Mapping[str, object], dims: Mapping[str, ob
 
 def _checked(text: Text, type_: ValueType) -> ValueType:
     if LEADING in type_.dims[1:]:
-        raise text.refuse("SAGE114", "`...` must be the first dim")
+        raise text.refuse("SAGE114", "`...` must be the first dim", None, "write E[..., H]")
     if len(type_.dims) > MAX_RANK:
-        raise text.refuse("SAGE114", f"a tensor must have at most {MAX_RANK} dims, got {len(type_.dims)}")
+        message = f"a tensor must have at most {MAX_RANK} dims, got {len(type_.dims)}"
+        raise text.refuse("SAGE114", message, None, "merge dims, or write `...` for the leading ones")
     if len(set(type_.dims)) < len(type_.dims):
         twice = next(dim for i, dim in enumerate(type_.dims) if dim in type_.dims[:i])
         message = f"dims are matched by name, so {twice} must appear only once in a type"
@@ -111,7 +112,8 @@ def size_of(node: ast.expr, text: Text, dims: Mapping[str, object], *, leading: 
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() as operator, right=right):
             a, b = size_of(left, text, dims, leading=leading), size_of(right, text, dims, leading=leading)
             if isinstance(operator, ast.Mult) and a.degree + b.degree > MAX_DEGREE:
-                raise text.refuse("SAGE114", f"a size must multiply at most {MAX_DEGREE} dims", node)
+                message = f"a size must multiply at most {MAX_DEGREE} dims"
+                raise text.refuse("SAGE114", message, node, "declare one dim for a part of the product")
             return a + b if isinstance(operator, ast.Add) else a - b if isinstance(operator, ast.Sub) else a * b
     help = "use dims, whole numbers, + - * and / by a number"
     raise text.refuse("SAGE114", f"expected a size, got '{ast.unparse(node)}'", node, help)

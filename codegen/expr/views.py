@@ -28,13 +28,14 @@ def parse_view(
     parts = split_dims(inside)
     if len(parts) != len(base_type.dims):
         message = f"a view must name the {len(base_type.dims)} dims of '{base.value}': {base_type}, got {len(parts)}"
-        raise text.refuse("SAGE117", message, None)
+        raise text.refuse("SAGE117", message, None, "write one dim or slice for each, such as x[T, 0:H]")
     slices = tuple(_slice(part, dim, dims, known) for part, dim in zip(parts, base_type.dims, strict=True))
     sliced = tuple(part.length if part else dim for part, dim in zip(slices, base_type.dims, strict=True))
     shape = tuple(parse_dim(part, dims) for part in split_dims(shape_text)) if shape_text else None
     if shape is not None and volume(shape) != volume(sliced):
         shapes = " and ".join(f"[{', '.join(map(str, dims))}]" for dims in (sliced, shape))
-        raise text.refuse("SAGE117", f"a reshape must keep the number of elements, got {shapes}")
+        message = f"a reshape must keep the number of elements, got {shapes}"
+        raise text.refuse("SAGE117", message, None, "write the dims of the slice, merged or split: [T, N*D]")
     return View(
         name, base.value, base_type, slices, shape, ValueType(base_type.element, sliced if shape is None else shape)
     )
@@ -76,7 +77,7 @@ def _step(part: Text, start: Size, steps: Sequence[Size]) -> int:
     step, first = steps[0].constant, start.constant
     if len(steps) != 1 or step is None or step < 2 or first is None or first >= step:
         message = f"a slice with a step must be a:b:step with numbers a < step, got {part.value}"
-        raise part.refuse("SAGE117", message)
+        raise part.refuse("SAGE117", message, None, "write for example 0:H:2 and 1:H:2")
     return step
 
 

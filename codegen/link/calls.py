@@ -71,7 +71,8 @@ class CallLinker:
             match body:
                 case [ast.Assign(targets=[target], value=ast.Call(func=ast.Name()) as call)]:
                     return self._call(text, target, call)
-            raise text.refuse("SAGE102", "a line of `fuses` must have the form `results = op(arguments)`")
+            message = "a line of `fuses` must have the form `results = op(arguments)`"
+            raise text.refuse("SAGE102", message, None, "write one call of an op per line: y = add(a, b)")
         except Refused:
             stored = (node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name))
             self.refused |= {node.id for node in stored if isinstance(node.ctx, ast.Store)}
@@ -81,7 +82,9 @@ class CallLinker:
         name = cast(ast.Name, node.func).id
         op = self.ops.get(name)
         if name == self.entry.name:
-            raise text.refuse("SAGE119", f"'{name}' must not call itself in `fuses`", node.func)
+            raise text.refuse(
+                "SAGE119", f"'{name}' must not call itself in `fuses`", node.func, "call the ops it is made of"
+            )
         if op is None:
             raise text.refuse("SAGE119", f"unknown op '{name}'", node.func, did_you_mean(name, self.ops))
         binding = Binding()
@@ -98,7 +101,10 @@ class CallLinker:
         least = sum(not o.optional for o in op.inputs)
         if not least <= len(node.args) <= len(op.inputs):
             count = str(least) if least == len(op.inputs) else f"{least} to {len(op.inputs)}"
-            raise text.refuse("SAGE106", f"{op.name}: expected {count} inputs, got {len(node.args)}", node)
+            names = ", ".join(o.name for o in op.inputs)
+            raise text.refuse(
+                "SAGE106", f"{op.name}: expected {count} inputs, got {len(node.args)}", node, f"its inputs: {names}"
+            )
         return tuple(self._argument(text, op, o, arg, binding) for o, arg in zip(op.inputs, node.args, strict=False))
 
     def _argument(self, text: Text, op: OpDef, operand: Operand, node: ast.expr, binding: Binding) -> str:
@@ -111,14 +117,14 @@ class CallLinker:
             raise text.refuse("SAGE104", f"unknown name '{node.id}'", node, did_you_mean(node.id, self.values))
         if node.id in self.optional and not operand.optional:
             message = f"'{node.id}' may be absent, but {op.name} requires {operand.name}"
-            raise text.refuse("SAGE131", message, node)
+            raise text.refuse("SAGE131", message, node, f"make '{node.id}' required, or call an op that may omit it")
         try:
             binding.match(operand.type, self.values[node.id])
         except TypeMismatch:
             bound = ", ".join(f"{dim} = {size}" for dim, size in binding.dims.items() if Size.symbol(dim) != size)
             expected = f"{operand.type}{f' with {bound}' if bound else ''}"
             message = f"{op.name}.{operand.name}: expected {expected}, got '{node.id}': {self.values[node.id]}"
-            raise text.refuse("SAGE120", message, node) from None
+            raise text.refuse("SAGE120", message, node, f"see {op.entry.ref}") from None
         return node.id
 
     def _kwarg(self, text: Text, op: OpDef, node: ast.keyword) -> AttrValue:
@@ -137,7 +143,7 @@ class CallLinker:
                 if self.attrs[name].type != declared.type:
                     actual = f"'{name}': {self.attrs[name].type}"
                     message = f"{op.name}.{declared.name}: expected {declared.type}, got {actual}"
-                    raise text.refuse("SAGE120", message, node.value)
+                    raise text.refuse("SAGE120", message, node.value, f"make '{name}' {declared.type}")
                 return AttrName(name)
             case ast.Name(id=name):
                 raise text.refuse("SAGE104", f"unknown attr '{name}'", node.value, did_you_mean(name, self.attrs))
@@ -155,10 +161,10 @@ class CallLinker:
         nodes = target.elts if isinstance(target, ast.Tuple) else [target]
         if len(nodes) != len(op.outputs):
             message = f"{op.name} returns {len(op.outputs)} results, got {len(nodes)} names"
-            raise text.refuse("SAGE106", message, target)
+            raise text.refuse("SAGE106", message, target, f"its results: {', '.join(o.name for o in op.outputs)}")
         for node, output in zip(nodes, op.outputs, strict=True):
             if not isinstance(node, ast.Name):
-                raise text.refuse("SAGE102", "a result must be a name", node)
+                raise text.refuse("SAGE102", "a result must be a name", node, "write names, separated by commas")
             if node.id in self.values or node.id in self.attrs:
                 help = "every name is assigned once; choose a new name"
                 raise text.refuse("SAGE111", f"'{node.id}' is already defined", node, help)
@@ -180,11 +186,15 @@ class CallLinker:
                 self.sink.error("SAGE110", message, self.entry.key_span("fuses"), f"add `{output.name} = ...`")
             elif self.values[output.name] != output.type:
                 message = f"the output '{output.name}': expected {output.type}, got {self.values[output.name]}"
-                self.sink.error("SAGE109", message, self.entry.span("outputs", output.name))
+                span = self.entry.span("outputs", output.name)
+                self.sink.error("SAGE109", message, span, f"declare it as {self.values[output.name]}")
         used = {arg for call in calls for arg in call.args} | {o.name for o in outputs}
         for index, call in enumerate(calls):
             if not used & set(call.targets):
-                self.sink.error("SAGE127", f"'{call.targets[0]}' is never used", self.entry.span("fuses", index))
+                span = self.entry.span("fuses", index)
+                self.sink.error(
+                    "SAGE127", f"'{call.targets[0]}' is never used", span, "remove the line, or make it an output"
+                )
 
     def check_rule(self, calls: Sequence[Call]) -> None:
         """Reports an attr that only formulas read: rules know attrs from lines that receive them unchanged."""

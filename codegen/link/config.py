@@ -218,7 +218,8 @@ def _link_list(
     if isinstance(raw, list):
         for item in raw:
             if isinstance(item, bool) != (type_ == "bool") or not isinstance(item, _PYTHON[str(type_)]):
-                sink.error("SAGE206", f"list item: expected {type_}, got '{item}'", located.span(origin))
+                help = f"change the item, or the type of '{name}'"
+                sink.error("SAGE206", f"list item: expected {type_}, got '{item}'", located.span(origin), help)
                 raise Refused
         return replace(found, default=repr(tuple(raw)))
     if items == "list" or not isinstance(raw, str):

@@ -18,8 +18,8 @@ def drop_entries(flat: FlatModel, sink: Sink) -> None:
     if not flat.sources:
         help = "remove `drop`, or add `extends`"
         sink.error("SAGE209", "`drop` requires `extends` or a block with `use`", entry.key_span("drop"), help)
-    _drop_names(flat.config, Located(spec.config, entry, ("drop", "config")), sink)
-    _drop_names(flat.weights, Located(spec.weights, entry, ("drop", "weights")), sink)
+    _drop_names(flat, flat.config, Located(spec.config, entry, ("drop", "config")), sink)
+    _drop_names(flat, flat.weights, Located(spec.weights, entry, ("drop", "weights")), sink)
     for name, content in spec.blocks.items():
         if name not in flat.blocks:
             span = entry.key_span("drop", "blocks", name)
@@ -27,9 +27,10 @@ def drop_entries(flat: FlatModel, sink: Sink) -> None:
             sink.error("SAGE209", f"expected an inherited block, got '{name}'", span, near)
         elif content is None:
             del flat.blocks[name]
+            flat.dropped[name] = entry.key_span("drop", "blocks", name)
         else:
             located = Located(content.weights, entry, ("drop", "blocks", name, "weights"))
-            _drop_names(flat.blocks[name].weights, located, sink)
+            _drop_names(flat, flat.blocks[name].weights, located, sink)
 
 
 def drop_checks(tables: Iterable[list[Located[str]]], entry: Entry[ModelFile], sink: Sink) -> None:
@@ -44,7 +45,8 @@ def drop_checks(tables: Iterable[list[Located[str]]], entry: Entry[ModelFile], s
             checks[:] = [located for located in checks if normalized(located.value) != normalized(text)]
 
 
-def _drop_names(table: dict[str, Any], names: Located[list[str]], sink: Sink) -> None:
+def _drop_names(flat: FlatModel, table: dict[str, Any], names: Located[list[str]], sink: Sink) -> None:
     for i, name in enumerate(names.value):
+        flat.dropped[name] = names.span(i)
         if table.pop(name, None) is None:
             sink.error("SAGE209", f"expected an inherited name, got '{name}'", names.span(i), did_you_mean(name, table))

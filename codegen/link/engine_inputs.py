@@ -151,7 +151,8 @@ class EngineInputLinker:
         """The size, or None after a finding."""
         if isinstance(size, int):
             if size < 1:
-                self.sink.error("SAGE210", f"a size must be at least 1, got {size}", located.span(*path))
+                span = located.span(*path)
+                self.sink.error("SAGE210", f"a size must be at least 1, got {size}", span, "write a positive number")
                 return None
             return Size.of(size)
         try:

@@ -47,9 +47,12 @@ def _count_text(text: Text, models: list[str], raw: RawSpecs) -> str:
     for inner in ast.walk(node):
         is_integer = not isinstance(inner, ast.Constant) or type(inner.value) is int
         if not isinstance(inner, _ALLOWED) or not is_integer:
-            raise text.refuse("SAGE317", "a count must be made of config names, integers and + - * //", node)
+            message = "a count must be made of config names, integers and + - * //"
+            raise text.refuse("SAGE317", message, node, "write for example `2*L - 1`")
         if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.FloorDiv) and not _is_positive(inner.right):
-            raise text.refuse("SAGE317", "the divisor of `//` must be a number other than 0", node)
+            raise text.refuse(
+                "SAGE317", "the divisor of `//` must be a number other than 0", node, "write for example `L // 2`"
+            )
         if isinstance(inner, ast.Name):
             _check_config_name(inner, text, models, raw)
     return ast.unparse(_OfConfig().visit(node))

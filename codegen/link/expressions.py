@@ -63,7 +63,7 @@ class _Typing:
     def kind(self, node: ast.expr, non_null: frozenset[str]) -> Kind:
         match node:
             case ast.Constant(value=bool()):
-                raise self._refuse("write `true` or `false`", node)
+                raise self._refuse("expected a name or a constant", node, "write `true` or `false`")
             case ast.Constant(value=int() | float() | str() as value):
                 return Kind(type(value).__name__)
             case ast.Name(id=name):
@@ -87,7 +87,7 @@ class _Typing:
                 return self._choice(node, non_null)
         raise self._refuse("not supported in config expressions", node, "use names and numbers")
 
-    def _refuse(self, message: str, node: ast.AST, help: str | None = None) -> Refused:
+    def _refuse(self, message: str, node: ast.AST, help: str) -> Refused:
         return self.text.refuse("SAGE206", message, node, help)
 
     def _name(self, node: ast.Name, name: str, non_null: frozenset[str]) -> Kind:
@@ -131,7 +131,8 @@ class _Typing:
         least, most, _ = FUNCTIONS[name]
         if node.keywords or not least <= len(node.args) <= most:
             expected = f"at least {least} numbers" if most > least else f"{least} number"
-            raise self._refuse(f"{name}: expected {expected}, got {len(node.args) + len(node.keywords)}", node)
+            message = f"{name}: expected {expected}, got {len(node.args) + len(node.keywords)}"
+            raise self._refuse(message, node, f"write {name}(a, b)" if most > 1 else f"write {name}(a)")
         kinds = [self._require(argument, non_null, _NUMBERS, "a number") for argument in node.args]
         if name in ("sqrt", "log"):
             return FLOAT
@@ -140,7 +141,9 @@ class _Typing:
     def _require(self, node: ast.expr, non_null: frozenset[str], types: Iterable[str], expected: str) -> Kind:
         kind = self.kind(node, non_null)
         if kind.type not in types:
-            raise self._refuse(f"expected {expected}, got `{ast.unparse(node)}`: {kind.type}", node)
+            message = f"expected {expected}, got `{ast.unparse(node)}`: {kind.type}"
+            help = "write a comparison, such as a == b" if expected == "a condition" else "use names and numbers"
+            raise self._refuse(message, node, help)
         self._refuse_null(node, kind)
         return kind
 
@@ -180,9 +183,11 @@ class _Typing:
         types = {"number" if kind.type in _NUMBERS else kind.type for kind in kinds}
         if len(types) > 1:
             sides = [f"`{ast.unparse(side)}`: {kind.type}" for side, kind in zip((left, right), kinds, strict=True)]
-            raise self._refuse(f"both sides of a comparison must have one type, got {' and '.join(sides)}", right)
+            message = f"both sides of a comparison must have one type, got {' and '.join(sides)}"
+            raise self._refuse(message, right, "write a text in quotes, a number without")
         if isinstance(operator, _ORDER) and types != {"number"}:
-            raise self._refuse(f"`<` and `>` must compare numbers, got `{ast.unparse(right)}`: {kinds[1].type}", right)
+            message = f"`<` and `>` must compare numbers, got `{ast.unparse(right)}`: {kinds[1].type}"
+            raise self._refuse(message, right, "use == or != for other values")
 
     def _membership(self, left: ast.expr, right: ast.expr, non_null: frozenset[str]) -> None:
         kind = self.kind(left, non_null)
@@ -195,7 +200,8 @@ class _Typing:
             case _:
                 raise self._refuse("the right side of `in` must be a list", right, "use a config list, or write [a, b]")
         if any(type_ != kind.type for type_ in types):
-            raise self._refuse(f"expected a list of {kind.type} for `{ast.unparse(left)}`, got {types[0]}", right)
+            message = f"expected a list of {kind.type} for `{ast.unparse(left)}`, got {types[0]}"
+            raise self._refuse(message, right, "compare with values of the same type")
 
     def _arithmetic(self, node: ast.BinOp, non_null: frozenset[str]) -> Kind:
         if not isinstance(node.op, _ARITHMETIC):

@@ -117,6 +117,8 @@ class FlatModel:
     entry: Entry[ModelFile]
     base: Entry[ModelFile] | None = None
     sources: tuple[Entry[ModelFile], ...] = ()
+    dropped: dict[str, Span] = field(default_factory=dict)
+    """Names that `drop` removed, and where."""
     inherited: frozenset[str] = frozenset()
     """Config names of the base."""
     config: dict[str, Located[ConfigField]] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def _hook(name: str, value: str, entry: Entry[OpSpec], scope: Scope, sink: Sink)
         checked = Checker(text, Scope(values, scope.attrs, {}, {}, optional)).expression(parse_expression(text))
         if checked.type.element not in (hook.result, "truth" if hook.result == "bool" else "float"):
             message = f"{name}: expected {hook.result}, got {checked.type.element}"
-            raise text.refuse("SAGE109", message)
+            raise text.refuse("SAGE109", message, None, f"write an expression of type {hook.result}")
     except Refused:
         return None
     return Hook(name, value, checked)

@@ -36,6 +36,8 @@ from sageLLM.codegen.model.op import OpDef
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _IGNORED = re.compile(r"\*?(?:[A-Za-z0-9_.-]|\{[A-Za-z]\w*\})+\*?\Z")
+_UNKNOWN = ("SAGE205", "SAGE210", "SAGE221", "SAGE223")
+"""Codes of names that are not defined."""
 _STEP_DIMS = frozenset({"T", "B", "S", "PG", "BS", "MB", "P", "R", "KV"})
 """Dims that differ from step to step, which config names must not shadow."""
 
@@ -72,7 +74,14 @@ def link_model(name: str, raw: RawSpecs, ops: Interfaces, sink: Sink) -> ModelDe
     model = ModelLinker(flat, raw, ops, own).link() if flat is not None else None
     # A separate sink, because parts of a layout are left out as soon as this layout has findings, whatever others have.
     for found in own.diagnostics:
-        sink.error(found.code, found.message, found.span, found.help, found.related)
+        named = [name for name in re.findall(r"'(\w+)'", found.message) if flat and name in flat.dropped]
+        if flat is not None and named and found.code in _UNKNOWN:
+            # The statement is most often inherited, and sound where it stands.
+            cause = ("dropped here", flat.dropped[named[0]])
+            help = f"patch the statement, or do not drop '{named[0]}'"
+            sink.error(found.code, found.message, found.span, help, (*found.related, cause))
+        else:
+            sink.error(found.code, found.message, found.span, found.help, found.related)
     return model if not own.diagnostics else None
 
 

@@ -28,7 +28,7 @@ def _check_determined(entry: Entry[OpSpec], signature: Signature, sink: Sink) ->
             missing.append(output.type.element)
         for name in dict.fromkeys(missing):
             message = f"{name} of the output '{output.name}' must be determined by an input"
-            help = f"or make it an attr: `{name}: {{type: dim}}`" if name in signature.dims else None
+            help = f"or make it an attr: `{name}: {{type: dim}}`" if name in signature.dims else "add an input with it"
             sink.error("SAGE132", message, entry.span("outputs", output.name), help)
 
 
@@ -44,7 +44,7 @@ def _check_inplace(entry: Entry[OpSpec], signature: Signature, sink: Sink) -> No
         elif output != input_:
             types = f"'{name}': {output} and '{source}': {input_}"
             message = f"an in-place output must have the type of its input, got {types}"
-            sink.error("SAGE122", message, entry.span("inplace", name))
+            sink.error("SAGE122", message, entry.span("inplace", name), "remove it, or name another input")
 
 
 def _check_fields(entry: Entry[OpSpec], semantics: str, sink: Sink) -> None:

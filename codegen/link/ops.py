@@ -57,7 +57,8 @@ def link_ops(raw: RawSpecs, sink: Sink, link: LinkOp = link_op) -> dict[str, OpD
 def _report_cycle(waiting: Mapping[str, Entry[OpSpec]], sink: Sink) -> None:
     names = " and ".join(waiting)
     for entry in waiting.values():
-        sink.error("SAGE119", f"the fused ops {names} must not call each other in a cycle", entry.key_span("fuses"))
+        message = f"the fused ops {names} must not call each other in a cycle"
+        sink.error("SAGE119", message, entry.key_span("fuses"), "define one of them by `compute`")
 
 
 @dataclass(slots=True)

@@ -32,7 +32,8 @@ def check_pass_names(entry: Entry[PassSpec], raw: RawSpecs, ops: Mapping[str, Op
             sink.error("SAGE306", f"unknown op '{name}'", entry.span(field), did_you_mean(name, ops))
         elif name is not None and not _fits(field, ops[name]):
             message = f"`{field}` must be an op with {expected}, got '{name}'"
-            sink.error("SAGE331", message, entry.span(field))
+            fitting = [op.name for op in ops.values() if _fits(field, op)]
+            sink.error("SAGE331", message, entry.span(field), did_you_mean(name, fitting))
     if spec.function is not None:
         _check_function(spec.function, entry, raw, sink)
 
@@ -53,7 +54,8 @@ def _fits(field: str, op: OpDef) -> bool:
 def _check_function(text: str, entry: Entry[PassSpec], raw: RawSpecs, sink: Sink) -> None:
     module, _, name = text.partition(":")
     if not all(word.isascii() and word.isidentifier() and not iskeyword(word) for word in (*module.split("."), name)):
-        sink.error("SAGE332", f"expected `package.module:function`, got '{text}'", entry.span("function"))
+        help = f"write for example `{CORE}unread:drop_unread`"
+        sink.error("SAGE332", f"expected `package.module:function`, got '{text}'", entry.span("function"), help)
     elif (raw.is_base(entry) or not raw.base_files) and not module.startswith(CORE):
         message = f"a pass of the package must name a function of {CORE}*, got '{module}'"
         sink.error("SAGE332", message, entry.span("function"), "move the function there")

@@ -28,7 +28,7 @@ def link_passes(raw: RawSpecs, ops: Interfaces, sink: Sink) -> dict[str, PassDef
     linked = {name: _link_pass(entry, raw, ops, sink) for name, entry in raw.passes.items()}
     _check_rule_passes(raw, sink)
     passes = {name: linked[name] for name in _pipeline(raw, sink) if name in linked}
-    check_rules(list(passes.values()), sink)
+    check_rules(list(passes.values()), sink, lambda pass_: raw.is_base(pass_.entry))
     return passes
 
 
@@ -116,7 +116,8 @@ def _call(text: Text, ops: Mapping[str, OpDef], bound: Mapping[str, Attr] | None
         case [ast.Assign(targets=[target], value=ast.Call(func=ast.Name(id=name)) as call)]:
             check_grammar(text, statements[0])
         case _:
-            raise text.refuse("SAGE305", "a line must have the form `values = op(values, attr=name)`", statements[0])
+            message = "a line must have the form `values = op(values, attr=name)`"
+            raise text.refuse("SAGE305", message, statements[0], "write one call of an op per line: y = add(a, b)")
     if name not in ops:
         raise text.refuse("SAGE306", f"unknown op '{name}'", call.func, did_you_mean(name, ops))
     op = ops[name]
@@ -127,11 +128,12 @@ def _targets(text: Text, node: ast.expr, op: OpDef) -> tuple[str, ...]:
     names = node.elts if isinstance(node, ast.Tuple) else [node]
     targets = [name.id for name in names if isinstance(name, ast.Name)]
     if len(targets) != len(names):
-        raise text.refuse("SAGE305", "the left side of `=` must consist of names", node)
+        help = "write names, separated by commas"
+        raise text.refuse("SAGE305", "the left side of `=` must consist of names", node, help)
     if len(targets) != len(op.outputs):
         outputs = ", ".join(output.name for output in op.outputs)
         message = f"{op.name}: expected {_counted(len(op.outputs), 'result')} ({outputs}), got {len(targets)}"
-        raise text.refuse("SAGE307", message, node)
+        raise text.refuse("SAGE307", message, node, "write one name per result on the left of `=`")
     return tuple(targets)
 
 
@@ -139,11 +141,13 @@ def _arguments(text: Text, call: ast.Call, op: OpDef) -> tuple[str, ...]:
     args = [arg.id for arg in call.args if isinstance(arg, ast.Name)]
     required = sum(not operand.optional for operand in op.inputs)
     if len(args) != len(call.args):
-        raise text.refuse("SAGE305", "an operand must be a name", call)
+        raise text.refuse("SAGE305", "an operand must be a name", call, "write inner calls on lines before")
     if not required <= len(args) <= len(op.inputs):
         inputs = ", ".join(operand.name for operand in op.inputs)
         message = f"{op.name}: expected the operands ({inputs}), got {_counted(len(args), 'operand')}"
-        raise text.refuse("SAGE307", message, call)
+        raise text.refuse(
+            "SAGE307", message, call, "pass one name per operand; optional ones may be left out at the end"
+        )
     return tuple(args)
 
 
@@ -198,7 +202,8 @@ def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
         for _, value in call.attrs:
             if isinstance(value, AttrName) and value.name not in attrs:
                 located = entry.span(*path, "rewrite", i)
-                sink.error("SAGE310", f"the attr '{value.name}' is not bound by the pattern", located)
+                message = f"the attr '{value.name}' is not bound by the pattern"
+                sink.error("SAGE310", message, located, did_you_mean(value.name, attrs))
         removed -= set(call.targets)
         values |= set(call.targets)
     made = {target for call in rule.replacement for target in call.targets} | {result for result, _ in rule.same}
@@ -206,11 +211,12 @@ def _check_names(rule: RuleDef, entry: Entry[PassSpec], sink: Sink) -> None:
     for i, name in enumerate(rule.keep):
         if name not in produced or name not in made:
             by = "pattern" if name not in produced else "rewrite"
-            sink.error("SAGE311", f"the kept value '{name}' must be a result of the {by}", entry.span(*path, "keep", i))
+            message = f"the kept value '{name}' must be a result of the {by}"
+            sink.error("SAGE311", message, entry.span(*path, "keep", i), "produce it there, or remove it from `keep`")
     missing = [name for name in rule.anchor.targets if name not in made]
     if missing:
         message = f"the rewrite must produce '{missing[0]}', the result of the pattern"
-        sink.error("SAGE311", message, entry.span(*path, "rewrite"))
+        sink.error("SAGE311", message, entry.span(*path, "rewrite"), f"add a line `{missing[0]} = ...`")
     _check_connected(rule, entry, sink)
 
 
@@ -279,6 +285,8 @@ def _pipeline(raw: RawSpecs, sink: Sink) -> list[str]:
     order = _ordered(names, edges)
     if len(order) < len(names):
         cycle = [a for a, _ in find_cycle(edges)]
+        own = [i for i, name in enumerate(cycle) if not raw.is_base(raw.passes[name])]
+        cycle = [*cycle[own[0] :], *cycle[: own[0]]] if own else cycle  # an overlay's pass, since the package is sound
         message = f"the order of passes must not be a cycle: {' -> '.join([*cycle, cycle[0]])}"
         sink.error("SAGE319", message, raw.passes[cycle[0]].key_span(), "remove one `after` or `before`")
     return order

@@ -100,7 +100,8 @@ class ProgramLinker:
         if first is None or last is None or first.type is None or last.type is None or first.type == last.type:
             return
         message = f"the carried value '{name}' must keep its type: {first.type} before the loop, {last.type} at its end"
-        self.sink.error("SAGE227", message, located.span("carry", i))
+        help = "assign it a value of the first type at the end of `do`"
+        self.sink.error("SAGE227", message, located.span("carry", i), help)
 
 
 def _calls(body: Iterable[Statement]) -> Counter[str]:

@@ -123,7 +123,7 @@ class _Rearrange:
             if names:
                 raise self._refuse(f"the axis '{names[0]}' {problem}", help)
 
-    def _refuse(self, message: str, help: str | None, code: str = "SAGE217", *path: str) -> Exception:
+    def _refuse(self, message: str, help: str, code: str = "SAGE217", *path: str) -> Exception:
         return self.linker.refuse(message, (*self.path, *(path or ("rearrange",))), help, code)
 
 

@@ -1,6 +1,6 @@
 """Checks all rewrite rules together: that rewriting terminates, and that no rule is shadowed by another one."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from sageLLM.codegen.diagnostics import Sink
@@ -10,22 +10,25 @@ from sageLLM.codegen.model.rule import PassDef, PatternCall, RuleDef, SearchStep
 Located = tuple[PassDef, RuleDef]
 
 
-def check_rules(passes: Sequence[PassDef], sink: Sink) -> None:
-    """Reports rules that may not terminate or never fire. The passes come in pipeline order."""
+def check_rules(passes: Sequence[PassDef], sink: Sink, is_base: Callable[[PassDef], bool]) -> None:
+    """Reports rules that may not terminate or never fire. The passes come in pipeline order.
+
+    A finding that involves a pass of an overlay is reported there: the package's passes alone are sound.
+    """
     rules = [(pass_, rule) for pass_ in passes for rule in sorted(pass_.rules, key=lambda rule: -rule.benefit)]
-    _check_termination(rules, sink)
+    _check_termination(rules, sink, is_base)
     for i, late in enumerate(rules):
         shadowing = next((early for early in rules[:i] if _shadows(early, late)), None) or next(
             (other for other in rules[i + 1 :] if other[0] is late[0] and _takes_part(other, late)), None
         )
         if shadowing is not None:
-            _report_unreachable(late, shadowing, sink)
+            _report_unreachable(late, shadowing, sink, is_base)
 
 
 # termination
 
 
-def _check_termination(rules: Sequence[Located], sink: Sink) -> None:
+def _check_termination(rules: Sequence[Located], sink: Sink, is_base: Callable[[PassDef], bool]) -> None:
     """Reports a cycle of rules that produce each other's ops, none of which shrinks the graph or is bounded.
 
     A rule enables another one by producing an op of its pattern. Rules that shrink the graph are left out: alone they
@@ -42,6 +45,8 @@ def _check_termination(rules: Sequence[Located], sink: Sink) -> None:
     cycle = [(a, enables[a, b]) for a, b in find_cycle(enables)]
     if not cycle:
         return
+    own = [i for i, (_, (pass_, _)) in enumerate(cycle) if not is_base(pass_)]
+    cycle = [*cycle[own[0] :], *cycle[: own[0]]] if own else cycle
     (start, (pass_, rule)), *others = cycle
     path = " -> ".join([*(name for name, _ in cycle), start])
     related = tuple((f"rule '{r.name}'", p.entry.span(*r.path)) for _, (p, r) in others)
@@ -90,14 +95,17 @@ def _can_take(first: Located, late: Located) -> bool:
     return is_free and pass_.spec.level == other.spec.level and {*other.spec.phases} <= {*pass_.spec.phases}
 
 
-def _report_unreachable(late: Located, shadowing: Located, sink: Sink) -> None:
+def _report_unreachable(late: Located, shadowing: Located, sink: Sink, is_base: Callable[[PassDef], bool]) -> None:
     (pass_, rule), (other, first) = late, shadowing
     is_same = len(rule.pattern) == len(first.pattern)
     why = "has the same pattern and is tried first" if is_same else f"replaces {first.anchor.op.name} first"
     message = f"rule '{rule.name}' never fires: '{first.name}' {why}"
-    related = (("the rule that is tried first", other.entry.span(*first.path)),)
+    spans = [pass_.entry.span(*rule.path), other.entry.span(*first.path)]
+    related = (("the rule that is tried first", spans[1]),)
+    if is_base(pass_) and not is_base(other):
+        spans, related = spans[::-1], ((f"rule '{rule.name}'", spans[0]),)
     help = "remove one of them, or change a pattern or the order"
-    sink.error("SAGE313", message, pass_.entry.span(*rule.path), help, related)
+    sink.error("SAGE313", message, spans[0], help, related)
 
 
 def embed(small: RuleDef, large: RuleDef, at: int) -> set[int] | None:

@@ -17,6 +17,7 @@ from sageLLM.codegen.schema.passes import PassSpec
 
 Kind = Literal["number", "text", "truth"]
 MAX_RANK = 8
+CONDITION_HELP = "compare numbers: bytes(x), size(x, 0), rank(x), attrs of the pattern; or dtype(x) with a text"
 _KINDS: Mapping[str, Kind] = {"f32": "number", "i32": "number", "dim": "number", "str": "text", "bool": "truth"}
 _WORDS: Mapping[Kind, str] = {"number": "number", "text": "string", "truth": "condition"}
 FUNCTIONS: Mapping[str, tuple[int, Kind]] = {
@@ -131,8 +132,8 @@ class _Checker:
         if name in self.optional:
             raise self._refuse(f"'{name}' may be absent", node)
 
-    def _refuse(self, message: str, node: ast.expr) -> Refused:
-        return self.text.refuse("SAGE321", message, node)
+    def _refuse(self, message: str, node: ast.expr, help: str = CONDITION_HELP) -> Refused:
+        return self.text.refuse("SAGE321", message, node, help)
 
 
 def _is_index(node: ast.expr) -> bool:

@@ -149,7 +149,8 @@ class Scope:
         node = compile_expression(part, self.names, self.present)
         kind, shown = kind_of(node, part, self.names, self.present), ast.unparse(node)
         if kind.type not in ("null", *_FITS[attr.type]):
-            raise text.refuse("SAGE225", f"{attr.name}: expected {attr.type}, got '{shown}': {kind.type}", value)
+            message = f"{attr.name}: expected {attr.type}, got '{shown}': {kind.type}"
+            raise text.refuse("SAGE225", message, value, f"pass a value of type {attr.type}")
         if kind.is_optional and not attr.optional:
             help = "pass a value" if kind.type == "null" else f"write `{shown} if {shown} is not null else ...`"
             if isinstance(node, ast.Name) and kind.type != "null":
@@ -217,7 +218,8 @@ class Scope:
         self, text: Text, targets: list[ast.Name], types: tuple[ValueType, ...], call: ast.Call, *, is_partial: bool
     ) -> None:
         if len(targets) != len(types):
-            raise text.refuse("SAGE222", f"the call returns {len(types)} results, got {len(targets)} names", call)
+            message = f"the call returns {len(types)} results, got {len(targets)} names"
+            raise text.refuse("SAGE222", message, call, "write one name per result on the left of `=`")
         for target, type_ in zip(targets, types, strict=True):
             self.assign(target.id, Value(type_, is_partial=is_partial))
 

@@ -98,10 +98,10 @@ class SignatureLinker:
         for name in (*spec.dims, *spec.types, *dim_attrs):
             if not DIM_NAME.match(name):
                 message = f"'{name}' must begin with a capital letter and contain only letters and digits"
-                self.sink.error("SAGE116", message, self._declared_at(name))
+                self.sink.error("SAGE116", message, self._declared_at(name), f"rename it, e.g. '{name[:1].upper()}'")
         for name in self.elements.keys() & self.dims.keys():
             message = f"'{name}' must not be both a dim and an element type"
-            self.sink.error("SAGE116", message, self._declared_at(name))
+            self.sink.error("SAGE116", message, self._declared_at(name), "rename one of them")
         if class_name(entry.name) in self.dims:
             message = f"the class name of '{entry.name}' must not be the name of a dim"
             self.sink.error("SAGE116", message, entry.key_span(), "rename the op")
@@ -205,7 +205,8 @@ class SignatureLinker:
     def _formula(self, text: Text) -> Expr:
         value = Checker(text, Scope(dims=self.dims, elements={})).expression(parse_expression(text))
         if value.type.element not in ("int", "float"):
-            raise text.refuse("SAGE125", "a default must be a number or an expression of dims")
+            help = "write for example `D ** -0.5`"
+            raise text.refuse("SAGE125", "a default must be a number or an expression of dims", None, help)
         return value
 
     def _text(self, value: str, *path: str | int) -> Text:

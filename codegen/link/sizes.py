@@ -42,14 +42,15 @@ class SizeLinker:
         if isinstance(size, str):
             return link_size(self.located.text(size, self.sink, *path), self.config)
         if size < 1:
-            self.sink.error("SAGE210", f"a size must be at least 1, got {size}", self.located.span(*path))
+            span = self.located.span(*path)
+            self.sink.error("SAGE210", f"a size must be at least 1, got {size}", span, "write a positive number")
             raise Refused
         return Size.of(size)
 
     def is_size(self, name: str) -> bool:
         return name in self.config and self.config[name].type == "size"
 
-    def refuse(self, message: str, path: YamlPath, help: str | None, code: str = "SAGE211") -> Refused:
+    def refuse(self, message: str, path: YamlPath, help: str, code: str = "SAGE211") -> Refused:
         """Reports a finding; raise what it returns."""
         self.sink.error(code, message, self.located.span(*path), help)
         return Refused(message)

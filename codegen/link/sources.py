@@ -42,7 +42,7 @@ class SourceLinker:
         name, dim = self.linker.name, source.dim
         if dim >= len(dims):
             message = f"the dim of `concat` must be 0 to {len(dims) - 1} for '{name}', got {dim}"
-            raise self.linker.refuse(message, (*path, "dim"), None)
+            raise self.linker.refuse(message, (*path, "dim"), "count dims from 0")
         pieces = list(self._pieces(source, path))
         total = sum((size for _, size, _ in pieces), Size.of(0))
         if total != dims[dim]:

@@ -159,7 +159,7 @@ class BodyLinker(Scope):
         if call.keywords or len(call.args) != len(block.args):
             expected = f"{count_words(len(block.args), len(block.args))} ({', '.join(block.args)})"
             message = f"block '{name}': expected {expected}, got {len(call.args) + len(call.keywords)}"
-            raise text.refuse("SAGE222", message, call)
+            raise text.refuse("SAGE222", message, call, "pass the arguments by position")
         args: list[str] = []
         for node, (arg, declared) in zip(call.args, block.args.items(), strict=True):
             args.append(self.argument(text, node, Operand(arg, declared)))
@@ -168,7 +168,7 @@ class BodyLinker(Scope):
                 raise Refused
             if type_ != declared:
                 message = f"block '{name}', argument '{arg}': expected {declared}, got '{args[-1]}': {type_}"
-                raise text.refuse("SAGE224", message, node)
+                raise text.refuse("SAGE224", message, node, f"pass {declared}, or change `args` of the block")
         self.assign_all(text, targets, block.result_types, call, is_partial=False)
         names = tuple(target.id for target in targets)
         reduced = tuple(name for name, is_partial in zip(names, block.partial, strict=True) if is_partial)

@@ -40,7 +40,8 @@ def link_triton(entry: Entry[OpSpec], sink: Sink) -> Template | None:
         is_block = key.startswith("BLOCK")  # a tile size, which Triton requires to be a power of 2
         if not 1 <= value <= 2**16 or (is_block and value & (value - 1)):
             expected = "a power of 2, at most 2**16" if is_block else "1 to 2**16"
-            sink.error("SAGE124", f"{key} must be {expected}, got {value}", entry.span("kernel", "triton", key))
+            span = entry.span("kernel", "triton", key)
+            sink.error("SAGE124", f"{key} must be {expected}, got {value}", span, "use for example 64")
     return Template(f"{TRITON}/{name}.py.jinja", tuple(params.items()))
 
 
@@ -58,7 +59,7 @@ def check_template(
     try:
         found = holes(path) - STANDARD[folder]
     except TemplateError as error:
-        sink.error("SAGE123", f"the template '{name}' does not parse: {error.message}", span)
+        sink.error("SAGE123", f"the template '{name}' does not parse: {error.message}", span, "correct the template")
         return
     for hole in sorted(found - filled.keys()):
         section = "kernel.triton or kernel.hooks" if folder == TRITON else "kernel.params or kernel.hooks"

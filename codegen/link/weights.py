@@ -86,7 +86,7 @@ class WeightLinker:
         assert spec.shard is not None, "the schema requires one of `shard` and `keep`"
         if spec.shard >= len(weight.dims):
             message = f"`shard` must be a dim of '{weight.name}', 0 to {len(weight.dims) - 1}, got {spec.shard}"
-            self.sink.error("SAGE240", message, located.span("tp", "shard"))
+            self.sink.error("SAGE240", message, located.span("tp", "shard"), "count dims from 0")
             return None
         # The vocabulary size stays global in a rank's config, because token ids are global, so `tp.divides` omits it.
         divided = [] if spec.kind == "vocab" else [spec.shard]
@@ -118,7 +118,7 @@ class WeightLinker:
         if total != weight.dims[dim]:
             name = f"dim {dim} of '{weight.name}'"
             message = f"the segments must add up to {name}: expected {weight.dims[dim]}, got {total}"
-            self.sink.error("SAGE240", message, located.span("tp", "segments"))
+            self.sink.error("SAGE240", message, located.span("tp", "segments"), "change a segment, or the shape")
             return None
         return tuple(segments)
 
@@ -145,7 +145,8 @@ def link_weights(linker: WeightLinker, weights: Mapping[str, Located[WeightSpec]
         elif owner is not None and (owner.tied_to is not None or owner.dims != linked[name].dims):
             problem = "which is itself tied" if owner.tied_to is not None else f"which is {owner.type}"
             message = f"'{name}' must be tied to an untied weight {linked[name].type}, got '{tied.to}', {problem}"
-            linker.sink.error("SAGE213", message, located.span("tied", "to"))
+            help = "name a weight of the same shape that is not tied"
+            linker.sink.error("SAGE213", message, located.span("tied", "to"), help)
     return linked
 
 
@@ -159,7 +160,8 @@ def link_block_weights(linker: WeightLinker, name: str, block: FlatBlock) -> dic
     for w, located in block.weights.items():
         if located.value.tied is not None:
             message = f"only weights outside blocks may be tied, got '{name}.{w}'"
-            linker.sink.error("SAGE213", message, located.span("tied"))
+            help = "move both weights out of the block, or remove `tied`"
+            linker.sink.error("SAGE213", message, located.span("tied"), help)
     linked = {w: weight for w, weight in found.items() if weight is not None}
     if len(linked) == len(found):
         check_tensor_coverage(linked.values(), block.weights, linker.sink)

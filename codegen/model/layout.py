@@ -46,6 +46,11 @@ class ConfigName:
         return f"{base} | None" if self.is_optional else base
 
     @property
+    def key_text(self) -> str:
+        """The key that is read, as Python over the config `c`: known at run time if the name has several."""
+        return f"c.key({self.words!r})" if len(self.keys) > 1 else repr(self.words)
+
+    @property
     def words(self) -> str:
         """The name for messages: the key of config.json, else the layout's name."""
         return self.keys[0].removeprefix("/") if self.keys else self.name

@@ -1,6 +1,7 @@
 """The strict base class of all spec schemas, and the diagnostics for schema violations."""
 
 import ast
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,14 @@ from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.source import Document, YamlPath
 
 S = TypeVar("S", bound="Strict")
+
+
+class BrokenRule(ValueError):
+    """A rule of a schema that a value breaks, with the remedy."""
+
+    def __init__(self, message: str, help: str) -> None:
+        super().__init__(message)
+        self.help = help
 
 
 class Strict(BaseModel):
@@ -51,14 +60,57 @@ def _report(detail: ErrorDetails, schema: type[Strict], doc: Document, sink: Sin
     match detail["type"]:
         case "extra_forbidden":
             known = _fields_at(schema, path[:-1])
-            sink.error("SAGE010", f"unknown field '{name}'", doc.key_span(*path), did_you_mean(name, known))
+            help = _unquoted(path, doc) or did_you_mean(name, known)
+            sink.error("SAGE010", f"unknown field '{name}'", doc.key_span(*path), help)
         case "missing":
             parent = path[:-1] if path and path[-1] == name else path
             sink.error("SAGE011", f"the field '{name}' is missing", doc.key_span(*parent), f"add `{name}: ...`")
         case "value_error":
-            sink.error("SAGE013", detail["msg"].removeprefix("Value error, "), doc.span(*path))
+            broken = detail["ctx"]["error"]
+            assert isinstance(broken, BrokenRule), f"the schema raises {type(broken).__name__} without a remedy"
+            sink.error("SAGE013", str(broken), doc.span(*path), broken.help)
         case _:
-            sink.error("SAGE012", _wrong_type(detail, ".".join(map(str, path))), doc.span(*path))
+            help = _unquoted(path, doc) or _type_help(detail)
+            sink.error("SAGE012", _wrong_type(detail, ".".join(map(str, path))), doc.span(*path), help)
+
+
+def _unquoted(path: YamlPath, doc: Document) -> str | None:
+    """The remedy if a key is the rest of a text with a comma: `{doc: eps, added to x}` is read as two keys."""
+    parent: Any = doc.data
+    for step in path[:-1]:
+        parent = parent[step]
+    if not isinstance(parent, dict) or not path or parent.get(path[-1], "") is not None:
+        return None
+    keys = list(parent)
+    at = keys.index(path[-1])
+    before = [key for key in keys[:at] if parent[key] is not None]
+    if not before or not isinstance(text := parent[before[-1]], str):
+        return None
+    rest = [str(key) for key in keys[keys.index(before[-1]) + 1 : at + 1]]
+    return f'quote the text with a comma: `{before[-1]}: "{", ".join([text, *rest])}"`'
+
+
+_HELP = {
+    "string_type": "write a text; quote it if it looks like a number, true, false or null",
+    "int_type": "write an integer without quotes",
+    "float_type": "write a number without quotes",
+    "bool_type": "write true or false without quotes",
+    "dict_type": "write `{key: value}`, or one key per line",
+    "model_type": "write `{key: value}`, or one key per line",
+    "list_type": "write `[a, b]`, or one `- item` per line",
+    "tuple_type": "write `[a, b]`, or one `- item` per line",
+    "none_required": "write null, or remove it",
+    "too_short": "add an item, or remove the field",
+    "too_long": "remove items",
+    "string_too_short": "write a text",
+}
+
+
+def _type_help(detail: ErrorDetails) -> str:
+    if detail["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        return did_you_mean(str(detail["input"]), choices) if choices else f"write {detail['ctx']['expected']}"
+    return _HELP.get(detail["type"], "change the value; the reference of the spec language describes the field")
 
 
 _EXPECTED = {

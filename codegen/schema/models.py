@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from sageLLM.codegen.schema.base import Strict
+from sageLLM.codegen.schema.base import BrokenRule, Strict
 from sageLLM.codegen.schema.sources import DimText, Source, Text, shape_of
 
 Scalar = int | float | bool | str | None
@@ -57,7 +57,7 @@ class ArchitecturesSpec(Strict):
     @model_validator(mode="after")
     def _in_root(self) -> Self:
         if self.root is None and (self.flat or self.model_types):
-            raise ValueError("`flat` and `model_types` require `root: KEY`")
+            raise BrokenRule("`flat` and `model_types` require `root: KEY`", "add `root`, or remove them")
         return self
 
 
@@ -87,15 +87,17 @@ class ConfigField(Strict):
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if ("value" in self.model_fields_set) == (self.hf is not None):
-            raise ValueError("a config name must have either `hf: KEY` or `value: CONSTANT`")
+            raise BrokenRule(
+                "a config name must have either `hf: KEY` or `value: CONSTANT`", "add one of them, or remove one"
+            )
         if self.hf is None and "default" in self.model_fields_set:
-            raise ValueError("`default` requires `hf: KEY`")
+            raise BrokenRule("`default` requires `hf: KEY`", "write `value` for a constant")
         if "if_null" in self.model_fields_set and "default" not in self.model_fields_set:
-            raise ValueError("`if_null` requires `default`")
+            raise BrokenRule("`if_null` requires `default`", "add the value of an absent key")
         if "if_null" in self.model_fields_set and (isinstance(self.if_null, list) or "[" in (self.type or "")):
-            raise ValueError("`if_null` must be a single value")
+            raise BrokenRule("`if_null` must be a single value", "remove `if_null`")
         if self.texts and (self.hf is None or self.type not in (None, "int", "float")):
-            raise ValueError("`texts` requires `hf: KEY` of a number")
+            raise BrokenRule("`texts` requires `hf: KEY` of a number", "add `hf`, or remove `texts`")
         return self
 
 
@@ -195,9 +197,9 @@ class ShardSpec(Strict):
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if (self.shard is None) == (self.keep is None):
-            raise ValueError("`tp` must have either `shard: DIM` or `keep: first`")
+            raise BrokenRule("`tp` must have either `shard: DIM` or `keep: first`", "add one of them, or remove one")
         if self.segments is not None and (self.shard is None or self.kind != "rows"):
-            raise ValueError("`segments` requires `shard: DIM`")
+            raise BrokenRule("`segments` requires `shard: DIM`", "add `shard`, or remove `segments`")
         return self
 
 
@@ -233,9 +235,11 @@ class ChooseSpec(Strict):
     @model_validator(mode="after")
     def _otherwise_last(self) -> Self:
         if any(branch.when is None for branch in self.choose[:-1]):
-            raise ValueError("only the last branch of a `choose` may omit `when`")
+            raise BrokenRule(
+                "only the last branch of a `choose` may omit `when`", "add `when`, or move the branch to the end"
+            )
         if self.choose[0].when is None:
-            raise ValueError("the first branch of a `choose` must have `when`")
+            raise BrokenRule("the first branch of a `choose` must have `when`", "add `when: CONDITION`")
         return self
 
 
@@ -259,9 +263,15 @@ class PatchSpec(Strict):
     def _anchored(self) -> Self:
         anchors = [anchor for anchor in (self.before, self.after, self.replace) if anchor is not None]
         if len(anchors) != 1 or not anchors[0].strip():
-            raise ValueError("a patch must have one of `before: TEXT`, `after: TEXT` and `replace: TEXT`")
+            raise BrokenRule(
+                "a patch must have one of `before: TEXT`, `after: TEXT` and `replace: TEXT`",
+                "keep one of them, with the beginning of a statement",
+            )
         if (self.replace is not None, self.replace is None) != (self.with_ is not None, self.add is not None):
-            raise ValueError("`before` and `after` require `add: [...]`, `replace` requires `with: [...]`")
+            raise BrokenRule(
+                "`before` and `after` require `add: [...]`, `replace` requires `with: [...]`",
+                "add the statements, or remove the other key",
+            )
         return self
 
 

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sageLLM.codegen.schema.base import Strict
+from sageLLM.codegen.diagnostics import did_you_mean
+from sageLLM.codegen.schema.base import BrokenRule, Strict
 
 Kind = Literal["rewrite", "insert", "schedule", "place", "merge", "allocate", "python"]
 PhaseName = Literal["prefill", "decode", "hybrid"]
@@ -14,7 +15,9 @@ ALL_OTHERS = "*"
 
 def _model_names(names: Any) -> Any:
     if not isinstance(names, list) or not names:
-        raise ValueError("expected a list of models after their count, such as `2*L: [llama, bert]`")
+        raise BrokenRule(
+            "expected a list of models after their count, such as `2*L: [llama, bert]`", "write the models in brackets"
+        )
     return names
 
 
@@ -40,13 +43,18 @@ class RuleSpec(Strict):
     def _one_form(self) -> Self:
         written = (self.name, self.match, self.rewrite)
         if (self.from_op is None) == (written == (None, None, None)):
-            raise ValueError("a rule must have either `from_op`, or `name`, `match`, `keep` and `rewrite`")
+            raise BrokenRule(
+                "a rule must have either `from_op`, or `name`, `match`, `keep` and `rewrite`",
+                "keep one of the two forms",
+            )
         if self.from_op is not None and (self.where or self.keep or self.bounded):
-            raise ValueError(
-                "a rule with `from_op` must not have `where`, `keep` or `bounded`; write `where` in the op"
+            raise BrokenRule(
+                "a rule with `from_op` must not have `where`, `keep` or `bounded`", "write `where` in the op"
             )
         if self.from_op is None and None in written:
-            raise ValueError("a rule without `from_op` must have `name`, `match`, `keep` and `rewrite`")
+            raise BrokenRule(
+                "a rule without `from_op` must have `name`, `match`, `keep` and `rewrite`", "add the missing ones"
+            )
         return self
 
 
@@ -110,20 +118,24 @@ class PassSpec(Strict):
         for name in sorted({name for names in FIELDS_OF_KIND.values() for name in names}):
             is_set = name in self.model_fields_set
             if is_set and name not in allowed:
-                raise ValueError(f"a pass of kind {self.kind} must not have `{name}`")
+                raise BrokenRule(f"a pass of kind {self.kind} must not have `{name}`", "remove it, or change `kind`")
             if not is_set and name in allowed and name not in OPTIONAL_FIELDS:
-                raise ValueError(f"a pass of kind {self.kind} must have `{name}`")
+                raise BrokenRule(f"a pass of kind {self.kind} must have `{name}`", f"add `{name}`")
         if self.kind == "rewrite" and not self.rules:
-            raise ValueError("a pass of kind rewrite must have at least one rule; write `rules: [{from_op: OP}]`")
+            raise BrokenRule("a pass of kind rewrite must have at least one rule", "write `rules: [{from_op: OP}]`")
         for names in FIELDS_TOGETHER:
             missing = [name for name in names if name not in self.model_fields_set and name in allowed]
             if missing and len(missing) < len(names):
                 fields = ", ".join(f"`{name}`" for name in names)
-                raise ValueError(f"{fields} must be set together, but `{missing[0]}` is missing")
+                raise BrokenRule(f"{fields} must be set together, but `{missing[0]}` is missing", f"add `{missing[0]}`")
         if unknown := sorted(self.shares.keys() - self.streams.keys()):
-            raise ValueError(f"`shares` must name streams of the pass, got '{unknown[0]}'")
+            raise BrokenRule(
+                f"`shares` must name streams of the pass, got '{unknown[0]}'", did_you_mean(unknown[0], self.streams)
+            )
         if (total := sum(share.part for share in self.shares.values())) >= 1.0:
-            raise ValueError(f"the parts of `shares` must add up to less than 1, got {total:g}")
+            raise BrokenRule(
+                f"the parts of `shares` must add up to less than 1, got {total:g}", "leave a part for the other streams"
+            )
         return self
 
 

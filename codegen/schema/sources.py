@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from sageLLM.codegen.schema.base import Strict
+from sageLLM.codegen.schema.base import BrokenRule, Strict
 
 DimText = int | str
 
@@ -62,16 +62,19 @@ class HfSource(Strict):
     def _one_kind(self) -> Self:
         kinds = [kind for kind in ("concat", "stack", "transpose", "rearrange") if getattr(self, kind) is not None]
         if len(kinds) != 1:
-            raise ValueError("a source must be a tensor name or one of `concat`, `stack`, `transpose`, `rearrange`")
+            raise BrokenRule(
+                "a source must be a tensor name or one of `concat`, `stack`, `transpose`, `rearrange`",
+                "keep one of them; sources nest by `of`",
+            )
         if self.concat is not None and not self.concat:
-            raise ValueError("`concat` must name at least one tensor")
+            raise BrokenRule("`concat` must name at least one tensor", "write `concat: {NAME: SIZE, ...}`")
         for field, owner in (("dim", "concat"), ("of", "rearrange"), ("sizes", "rearrange"), ("take", "rearrange")):
             if field in self.model_fields_set and owner not in kinds:
-                raise ValueError(f"`{field}` requires `{owner}`")
+                raise BrokenRule(f"`{field}` requires `{owner}`", f"add `{owner}`, or remove `{field}`")
         if self.rearrange is not None and self.of is None:
-            raise ValueError("`rearrange` requires `of: TENSOR`, the name of a tensor")
+            raise BrokenRule("`rearrange` requires `of: TENSOR`, the name of a tensor", "add `of`")
         if self.either and not isinstance(self.transpose, str):
-            raise ValueError("`either` requires `transpose: TENSOR`, the name of a tensor")
+            raise BrokenRule("`either` requires `transpose: TENSOR`, the name of a tensor", "remove `either`")
         return self
 
 

@@ -92,6 +92,7 @@ class BloomConfig(ModelSizes):
             eps=eps,
             tie=tie,
             post=post,
+            read_keys=hf.read_keys,
             alibi=AlibiSpec(Nq, 8.0),
         )
 
@@ -102,7 +103,7 @@ def shard_config(c: BloomConfig, tp: int) -> BloomConfig:
     return replace(
         c,
         tp=tp,
-        Nq=divided("n_head", c.Nq, tp),
+        Nq=divided(c.key("n_head"), c.Nq, tp),
         Nkv=divided("Nkv", c.Nkv, tp),
         I=divided("I", c.I, tp),
     )

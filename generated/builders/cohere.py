@@ -131,6 +131,7 @@ class CohereConfig(ModelSizes):
             head_norms=head_norms,
             logit_scale=logit_scale,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

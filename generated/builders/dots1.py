@@ -203,6 +203,7 @@ class Dots1Config(ModelSizes):
             renormalize=renormalize,
             routed_scale=routed_scale,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 
@@ -325,7 +326,7 @@ def weights(c: Dots1Config) -> Iterator[WeightSpec]:
                 (c.X, 2 * c.F, c.H),
                 tuple(
                     part
-                    for e in stacked("n_routed_experts", c.X)
+                    for e in stacked(c.key("n_routed_experts"), c.X)
                     for part in (
                         Part(f"model.layers.{i}.mlp.experts.{e}.gate_proj.weight", (c.F, c.H), at=(e,)),
                         Part(f"model.layers.{i}.mlp.experts.{e}.up_proj.weight", (c.F, c.H), at=(e, c.F)),
@@ -338,7 +339,7 @@ def weights(c: Dots1Config) -> Iterator[WeightSpec]:
                 (c.X, c.H, c.F),
                 tuple(
                     Part(f"model.layers.{i}.mlp.experts.{e}.down_proj.weight", (c.H, c.F), at=(e,))
-                    for e in stacked("n_routed_experts", c.X)
+                    for e in stacked(c.key("n_routed_experts"), c.X)
                 ),
                 shard=Shard(2, then="all_reduce"),
             )

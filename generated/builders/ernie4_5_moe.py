@@ -172,6 +172,7 @@ class Ernie45MoeConfig(ModelSizes):
             is_sparse=is_sparse,
             least=least,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 
@@ -284,7 +285,7 @@ def weights(c: Ernie45MoeConfig) -> Iterator[WeightSpec]:
                 (c.X, 2 * c.F, c.H),
                 tuple(
                     part
-                    for e in stacked("moe_num_experts", c.X)
+                    for e in stacked(c.key("moe_num_experts"), c.X)
                     for part in (
                         Part(f"model.layers.{i}.mlp.experts.{e}.gate_proj.weight", (c.F, c.H), at=(e,)),
                         Part(f"model.layers.{i}.mlp.experts.{e}.up_proj.weight", (c.F, c.H), at=(e, c.F)),
@@ -297,7 +298,7 @@ def weights(c: Ernie45MoeConfig) -> Iterator[WeightSpec]:
                 (c.X, c.H, c.F),
                 tuple(
                     Part(f"model.layers.{i}.mlp.experts.{e}.down_proj.weight", (c.H, c.F), at=(e,))
-                    for e in stacked("moe_num_experts", c.X)
+                    for e in stacked(c.key("moe_num_experts"), c.X)
                 ),
                 shard=Shard(2, then="all_reduce"),
             )

@@ -153,6 +153,7 @@ class FalconConfig(ModelSizes):
             bias=bias,
             tie=tie,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 
@@ -162,7 +163,7 @@ def shard_config(c: FalconConfig, tp: int) -> FalconConfig:
     return replace(
         c,
         tp=tp,
-        Nq=divided("num_attention_heads", c.Nq, tp),
+        Nq=divided(c.key("num_attention_heads"), c.Nq, tp),
         Nkv=divided("Nkv", c.Nkv, tp),
         I=divided("ffn_hidden_size", c.I, tp),
     )

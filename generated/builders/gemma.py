@@ -133,6 +133,7 @@ class GemmaConfig(ModelSizes):
             gate=gate,
             bidirectional=bidirectional,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

@@ -181,6 +181,7 @@ class Gemma2Config(ModelSizes):
             layer_types=layer_types,
             bidirectional=bidirectional,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

@@ -133,6 +133,7 @@ class GlmConfig(ModelSizes):
             part=part,
             Dr=Dr,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

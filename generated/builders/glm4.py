@@ -133,6 +133,7 @@ class Glm4Config(ModelSizes):
             part=part,
             Dr=Dr,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

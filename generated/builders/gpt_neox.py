@@ -129,6 +129,7 @@ class GptNeoxConfig(ModelSizes):
             bias=bias,
             tie=tie,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

@@ -160,6 +160,7 @@ class GptOssConfig(ModelSizes):
             alpha=alpha,
             limit=limit,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

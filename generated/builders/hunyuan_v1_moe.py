@@ -156,6 +156,7 @@ class HunyuanV1MoeConfig(ModelSizes):
             chosen=chosen,
             A=A,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 
@@ -240,7 +241,7 @@ def weights(c: HunyuanV1MoeConfig) -> Iterator[WeightSpec]:
             (c.X, 2 * c.F, c.H),
             tuple(
                 part
-                for e in stacked("num_experts", c.X)
+                for e in stacked(c.key("num_experts"), c.X)
                 for part in (
                     Part(f"model.layers.{i}.mlp.experts.{e}.gate_proj.weight", (c.F, c.H), at=(e,)),
                     Part(f"model.layers.{i}.mlp.experts.{e}.up_proj.weight", (c.F, c.H), at=(e, c.F)),
@@ -253,7 +254,7 @@ def weights(c: HunyuanV1MoeConfig) -> Iterator[WeightSpec]:
             (c.X, c.H, c.F),
             tuple(
                 Part(f"model.layers.{i}.mlp.experts.{e}.down_proj.weight", (c.H, c.F), at=(e,))
-                for e in stacked("num_experts", c.X)
+                for e in stacked(c.key("num_experts"), c.X)
             ),
             shard=Shard(2, then="all_reduce"),
         )

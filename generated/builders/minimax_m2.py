@@ -153,6 +153,7 @@ class MinimaxM2Config(ModelSizes):
             A=A,
             scoring=scoring,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

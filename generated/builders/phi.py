@@ -138,6 +138,7 @@ class PhiConfig(ModelSizes):
             Dr=Dr,
             head_norms=head_norms,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

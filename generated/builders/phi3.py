@@ -135,6 +135,7 @@ class Phi3Config(ModelSizes):
             partial=partial,
             Dr=Dr,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

@@ -152,6 +152,7 @@ class Qwen3VlMoeConfig(ModelSizes):
             is_sparse=is_sparse,
             renormalize=renormalize,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

@@ -143,6 +143,7 @@ class StablelmConfig(ModelSizes):
             head_norms=head_norms,
             parallel=parallel,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

@@ -128,6 +128,27 @@ def test_a_config_that_cannot_be_is_refused_by_its_keys(changes: dict[str, Any],
     assert str(caught.value) == message
 
 
+OLD_FALCON = {"n_head": 12, "num_attention_heads": None, "hidden_size": 96}
+
+
+def test_errors_name_the_key_that_the_config_has() -> None:
+    """Falcon reads `num_attention_heads`, or in older configs `n_head`."""
+    falcon = MODELS["falcon"]
+    config = read(falcon, **OLD_FALCON)
+    with pytest.raises(ConfigError, match="tensor_parallel_size=8 does not divide n_head=12"):
+        falcon.shard_config(config, 8)
+    hf = HFConfig({"n_head": 5, "width": 12}, "old.json")
+    heads, width = hf.size("num_attention_heads", "n_head"), hf.size("width")
+    with pytest.raises(ConfigError) as caught:
+        hf.require(
+            width % heads == 0,
+            "width % num_attention_heads == 0",
+            ("width", width),
+            ("num_attention_heads", heads),
+        )
+    assert str(caught.value) == "old.json: requires width % n_head == 0, but width is 12, n_head is 5"
+
+
 def test_qwen3_refuses_windows_without_a_width() -> None:
     with pytest.raises(ConfigError) as caught:
         read(QWEN3, use_sliding_window=True, sliding_window=None)

@@ -67,7 +67,7 @@ def weight_specs(folder: Path, weights: str, sizes: Mapping[str, int] = SIZES) -
         assert size.evaluate(sizes).denominator == 1
         return str(size.evaluate(sizes))
 
-    writer = WeightText(number, lambda name: name, lambda weight: None)
+    writer = WeightText(number, repr, lambda weight: None)
     names = {"Part": Part, "View": View, "Shard": Shard, "WeightSpec": WeightSpec, "stacked": stacked}
     names |= {"c": SimpleNamespace(**sizes), "i": 0}
     specs = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -45,6 +46,8 @@ class HFConfig:
     ) -> None:
         self.data, self.path = data, path
         self.file: HFConfig = file if file is not None else self
+        self.read_keys: dict[builtins.str, builtins.str] = {}
+        """First key of a config name -> the fallback that was read instead, which errors name."""
 
     def section(self, key: builtins.str, *, is_flat_allowed: builtins.bool = False) -> HFConfig:
         """The object under `key`, from which the text model is read.
@@ -202,7 +205,10 @@ class HFConfig:
     def require(self, holds: builtins.bool, rule: builtins.str, *values: tuple[builtins.str, object]) -> None:
         """Raises ConfigError unless `holds`; `rule` and `values` (key and value) use the names of the config file."""
         if not holds:
-            got = ", ".join(f"{name} is {shown(value)}" for name, value in values)
+            for name, _ in values:
+                instead = self.read_keys.get(name, name)
+                rule = re.sub(rf"(?<![\w.]){re.escape(name)}(?![\w.])", instead, rule)
+            got = ", ".join(f"{self.read_keys.get(name, name)} is {shown(value)}" for name, value in values)
             raise ConfigError(f"{self.path}: requires {rule}, but {got}")
 
     def _find(self, keys: Sequence[builtins.str]) -> tuple[builtins.str, Any] | None:
@@ -211,6 +217,8 @@ class HFConfig:
             name = self._replaced_by(key) or key
             value = self._value(name)
             if value is not None:
+                if name != keys[0]:
+                    self.read_keys[keys[0]] = name
                 return name, value
         return None
 

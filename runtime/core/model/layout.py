@@ -71,6 +71,12 @@ class ModelSizes:
     alibi: AlibiSpec | None = None
     tp: int = 1
     rank: int = 0
+    read_keys: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """The first key of a config name -> the fallback that the config has instead."""
+
+    def key(self, first: str) -> str:
+        """The key of config.json from which a name with several keys was read, for messages."""
+        return self.read_keys.get(first, first)
 
     @property
     def longest(self) -> int:

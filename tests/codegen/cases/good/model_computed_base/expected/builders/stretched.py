@@ -136,6 +136,7 @@ class StretchedConfig(ModelSizes):
             theta=theta,
             alpha=alpha,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

@@ -149,6 +149,7 @@ class NarrowerConfig(ModelSizes):
             is_sparse=is_sparse,
             renormalize=renormalize,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 
@@ -248,7 +249,7 @@ def weights(c: NarrowerConfig) -> Iterator[WeightSpec]:
                 (c.X, 2 * c.F, c.H),
                 tuple(
                     part
-                    for e in stacked("num_experts", c.X)
+                    for e in stacked(c.key("num_experts"), c.X)
                     for part in (
                         Part(f"model.layers.{i}.mlp.experts.{e}.gate_proj.weight", (c.F, c.H), at=(e,)),
                         Part(f"model.layers.{i}.mlp.experts.{e}.up_proj.weight", (c.F, c.H), at=(e, c.F)),
@@ -261,7 +262,7 @@ def weights(c: NarrowerConfig) -> Iterator[WeightSpec]:
                 (c.X, c.H, c.F),
                 tuple(
                     Part(f"model.layers.{i}.mlp.experts.{e}.down_proj.weight", (c.H, c.F), at=(e,))
-                    for e in stacked("num_experts", c.X)
+                    for e in stacked(c.key("num_experts"), c.X)
                 ),
                 shard=Shard(2, then="all_reduce"),
             )

@@ -157,6 +157,7 @@ class TinyVlConfig(ModelSizes):
             first_window=first_window,
             layer_types=layer_types,
             rope=rope,
+            read_keys=hf.read_keys,
         )
 
 

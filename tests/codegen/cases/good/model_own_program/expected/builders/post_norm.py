@@ -85,6 +85,7 @@ class PostNormConfig(ModelSizes):
             max_position=max_position,
             eps=eps,
             double=double,
+            read_keys=hf.read_keys,
         )
 
 
