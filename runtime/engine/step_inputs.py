@@ -75,7 +75,8 @@ class StepInputs:
         self._seq_lens[:n] = positions
         self._q_start[: n + 1] = self._counts[: n + 1]
         self._num_positions += 1
-        self._tables.fill(self._num_positions)
+        if self._num_positions > self._tables.num_filled:
+            self._tables.fill(self._num_positions)
         if self._first_rows is not None:
             self._pos[:n] += self._first_rows
 

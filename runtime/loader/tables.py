@@ -49,7 +49,7 @@ class PositionTables:
     """The tables by their names in graphs, for sequences of up to `max_len` tokens.
 
     `tensors` have all rows from the start, at fixed addresses, because plans are bound to them; `fill` computes the
-    rows below a position.
+    rows of the first `num_filled` positions.
 
     Sequences of more than `switch_len` tokens (None: no such length) have other frequencies at every position, so that
     none of the KV of shorter ones is valid for them. `dynamic_len` is the trained length of dynamic scaling: a prompt
@@ -78,7 +78,7 @@ class PositionTables:
             # Slopes depend on the number of heads of the whole model; a rank has a contiguous part of the heads.
             slopes = alibi_slopes(config.alibi.heads, config.alibi.max_bias)
             self.tensors["slopes"] = slopes.chunk(config.tp)[config.rank].to(device)
-        self._num_filled = 0
+        self.num_filled = 0
         self.fill(1)
         for rope in self._ropes.values():  # the largest length now, so that no step fails
             rope_rows(rope, torch.tensor([max_len - 1]), max_len)
@@ -121,21 +121,16 @@ class PositionTables:
 
     def fill(self, num_positions: int) -> None:
         """Computes the rows of the first `num_positions` positions that are missing."""
-        while self._num_filled < num_positions:
+        while self.num_filled < num_positions:
             assert num_positions <= self._max_len, "a position must be below the longest sequence"
-            begin, end = self._num_filled, min(self._max_len, self._num_filled + ROWS_AT_ONCE)
+            begin, end = self.num_filled, min(self._max_len, self.num_filled + ROWS_AT_ONCE)
             for region in self._regions:
                 start, stop = max(begin, region.start), min(end, region.stop)
                 if start < stop:
                     positions = torch.arange(start, stop)
                     length = positions + 1 if region.length is None else region.length
                     self._write(region.first + start - region.start, positions, length)
-            self._num_filled = end
-
-    @property
-    def num_filled(self) -> int:
-        """The number of positions with computed rows."""
-        return self._num_filled
+            self.num_filled = end
 
     def begin_step(self) -> None:
         """Makes the rows of the last step's prompts available again."""

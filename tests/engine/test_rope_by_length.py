@@ -21,6 +21,8 @@ from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.executor import InProcessExecutor
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.loader import tables
+from sageLLM.runtime.loader.model import load_model
+from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 
 MakeCheckpoint = Callable[..., Path]
@@ -244,6 +246,15 @@ def test_forks(name: str, mode: str, reserves: bool, folders: dict[str, Path]) -
     for prompt, output in zip(PROMPTS, serve(engine, PROMPTS, params), strict=True):
         assert len(output.outputs) == 3
         assert_same(output, reference(folder, name, prompt))
+
+
+@pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic"])
+def test_the_process_that_sends_steps_to_workers_knows_the_lengths(name: str, folders: dict[str, Path]) -> None:
+    """It loads no weights, but schedules the recomputations and names the keys in the prefix cache."""
+    device = torch.device("cpu")
+    options = {"dtype": "auto", "device": device, "max_model_len": None}
+    lengths = load_model(folders[name], load_registry(), has_weights=False, **options).tables
+    assert (lengths.switch_len, lengths.dynamic_len) == ((TRAINED, None) if "longrope" in name else (None, TRAINED))
 
 
 def test_a_request_that_ends_at_the_trained_length_is_not_recomputed(folders: dict[str, Path]) -> None:
