@@ -1,0 +1,95 @@
+"""Compares two tensor-parallel ranks with one process, for the cases of the oracle tests: tokens and log-probabilities.
+
+    python tests/parallel/layouts.py [--only TEXT] [--modes hybrid,time_share,strict]
+
+Each case runs in float32 in the given modes; `make parallel-layouts` runs all of them in all modes, which takes a
+quarter of an hour. A case with sizes that two does not divide is listed as refused.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.errors import CheckpointError
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+conftest = importlib.import_module("tests.conftest")
+MODULES = ("test_oracle", "test_oracle_experts", "test_oracle_recent")
+PROMPTS = [[3, 5, 8], [7], [11 + i for i in range(33)], [2 + (i * 7) % 190 for i in range(70)]]
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=1, logprobs=0, ignore_eos=True)
+TOLERANCE = 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--modes", default="hybrid")
+    options = parser.parse_args()
+    failed = 0
+    for name, family, config in cases(options.only):
+        for mode in options.modes.split(","):
+            found = compare(family, config, mode)
+            failed += found not in ("equal", "refused")
+            print(f"{name:<60} {mode:<12} {found}", flush=True)
+    sys.exit(failed > 0)
+
+
+def cases(only: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The cases with the text in their names, with a vocabulary that two divides."""
+    for module in MODULES:
+        for name, (family, config) in importlib.import_module(f"tests.engine.{module}").CASES.items():
+            if only in name:
+                yield name, family, {"vocab_size": 200} | config
+
+
+def compare(family: str, config: dict[str, Any], mode: str) -> str:
+    """The word "equal", "refused" for a model that cannot be divided, or the first difference."""
+    with tempfile.TemporaryDirectory() as folder:
+        conftest.save_random_model(Path(folder), family, 0, "5GB", conftest.small_config(config))
+        alone = _answers(LLM(folder, **_options(mode)))
+        try:
+            llm = LLM(folder, tensor_parallel_size=2, **_options(mode))
+        except CheckpointError as error:
+            return "refused" if "does not divide" in str(error) else str(error)
+        try:
+            return _difference(_answers(llm), alone)
+        finally:
+            llm.close()
+
+
+def _options(mode: str) -> dict[str, Any]:
+    config = PDSchedulerConfig(mode=mode, prefill_chunk_size=16)  # type: ignore[arg-type]
+    return {"dtype": "float32", "skip_tokenizer": True, "max_model_len": 128, "scheduler": config, "block_size": 4}
+
+
+Answers = list[tuple[tuple[int, ...], list[float]]]
+
+
+def _answers(llm: LLM) -> Answers:
+    found = []
+    for params in (GREEDY, DRAWN):
+        for output in llm.generate(PROMPTS, params):
+            entries = [*(output.prompt_logprobs or ())[1:], *(output.outputs[0].logprobs or ())]
+            values = [next(iter(entry.values())).logprob for entry in entries if entry]
+            found.append((output.outputs[0].token_ids, values))
+    return found
+
+
+def _difference(found: Answers, expected: Answers) -> str:
+    for i, ((tokens, logprobs), (wanted, wanted_logprobs)) in enumerate(zip(found, expected, strict=True)):
+        if tokens != wanted:
+            return f"answer {i} has other tokens"
+        error = max((abs(a - b) for a, b in zip(logprobs, wanted_logprobs, strict=True)), default=0.0)
+        if error > TOLERANCE:
+            return f"answer {i} has log-probabilities that differ by {error:.1e}"
+    return "equal"
+
+
+if __name__ == "__main__":
+    main()
