@@ -17,7 +17,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: aot interpret fuzz-text sanitize fuzz-scheduler mutants help setup run test test-fast test-lowest generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: parallel-layouts aot interpret fuzz-text sanitize fuzz-scheduler mutants help setup run test test-fast test-lowest generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -87,6 +87,9 @@ fuzz-scheduler: $(TEST_READY) ## Run random schedules SEEDS=FROM:TO (a million);
 
 mutants: $(TEST_READY) ## Check that the tests notice small faults in the scheduler, KV cache, generator and passes; ONLY=TEXT selects
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS) --only "$(ONLY)"
+
+parallel-layouts: $(TEST_READY) ## Compare two tensor-parallel ranks with one process, for every layout in three modes
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/layouts.py --modes hybrid,time_share,strict
 
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py

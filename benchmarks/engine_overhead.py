@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
-from sageLLM.runtime.engine.model_runner import ModelRunner
-from sageLLM.runtime.engine.step_inputs import Inputs
+from sageLLM.runtime.worker.model_runner import ModelRunner
+from sageLLM.runtime.worker.step_inputs import Inputs
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny_python_model"
 

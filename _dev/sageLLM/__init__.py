@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sageLLM.runtime.engine.async_llm import AsyncLLM
     from sageLLM.runtime.engine.llm import LLM
-    from sageLLM.runtime.engine.sampling_params import SamplingParams
+    from sageLLM.runtime.sampling.sampling_params import SamplingParams
     from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ _MODULES = {
     "AsyncLLM": "sageLLM.runtime.engine.async_llm",
     "LLM": "sageLLM.runtime.engine.llm",
     "PDSchedulerConfig": "sageLLM.runtime.scheduler.pd_scheduler",
-    "SamplingParams": "sageLLM.runtime.engine.sampling_params",
+    "SamplingParams": "sageLLM.runtime.sampling.sampling_params",
 }
 
 

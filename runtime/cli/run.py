@@ -9,8 +9,8 @@ from typing import Any
 
 from sageLLM.runtime.engine.llm import LLM
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import EngineError, SageError
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
 

@@ -15,7 +15,7 @@ from sageLLM.runtime.engine.interrupts import held_interrupts
 from sageLLM.runtime.engine.llm import LLM
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.prompts import Prompt
-from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.text.chat_messages import Conversation
 
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import shown
-from sageLLM.runtime.engine.faults import NOT_FINITE_REMEDY
-from sageLLM.runtime.engine.kv_pool import KVPool, make_pool
 from sageLLM.runtime.engine.requests import validate_prompt
-from sageLLM.runtime.engine.step_inputs import StepInputs
-from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
 from sageLLM.runtime.errors import PromptError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.worker.faults import NOT_FINITE_REMEDY
+from sageLLM.runtime.worker.kv_pool import KVPool, make_pool
+from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.step_inputs import StepInputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,21 +7,21 @@ prefill worker's pool to the decode worker's.
 import time
 
 from sageLLM.runtime.engine.auto_mode import make_chooser
-from sageLLM.runtime.engine.executor import Executor
-from sageLLM.runtime.engine.faults import LOG, log_end, reason_of, reraise_unless_attributable
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.pipeline import StepPipeline
 from sageLLM.runtime.engine.requests import check_kv_room, stop_rules, validate_params, validate_prompt
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence, make_group
 from sageLLM.runtime.errors import EngineError
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kv.copies import KVStats
 from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.text.tokenizer import Tokenizer
+from sageLLM.runtime.worker.executor import Executor
+from sageLLM.runtime.worker.faults import LOG, log_end, reason_of, reraise_unless_attributable
 
 
 class Engine:

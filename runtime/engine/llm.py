@@ -21,11 +21,8 @@ from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.executor import Executor
-from sageLLM.runtime.engine.faults import LOG
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.engine.process_executor import ProcessExecutor
 from sageLLM.runtime.engine.prompts import (
     ParsedPrompt,
     Prompt,
@@ -35,20 +32,23 @@ from sageLLM.runtime.engine.prompts import (
     type_ids_per_prompt,
 )
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.engine.sequences import RequestGroup
-from sageLLM.runtime.engine.worker_spec import WorkerSpec, make_compiler, make_local_executor, pack_weights
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.loader.sentence_transformers import read_recipe
 from sageLLM.runtime.registry.plugins import load_registry
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
+from sageLLM.runtime.worker.build import WorkerSpec, make_compiler, make_local_executor, pack_weights
+from sageLLM.runtime.worker.executor import Executor
+from sageLLM.runtime.worker.faults import LOG
+from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 
 class LLM:

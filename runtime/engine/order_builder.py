@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sageLLM.runtime.engine.orders import ChunkOrder, NewSequence, StepOrder, TableUpdate
 from sageLLM.runtime.engine.sequences import Sequence as Answer
 from sageLLM.runtime.scheduler.base import Batch, Chunk, ScheduleOutput
 from sageLLM.runtime.scheduler.batch import DecodeStepBatch
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
+from sageLLM.runtime.worker.orders import ChunkOrder, NewSequence, StepOrder, TableUpdate
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from sageLLM.runtime.sampling.logprobs import Logprob
 from sageLLM.runtime.text.stop import FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """The natural logarithm of one token's probability; `rank` 1 is the likeliest token of the vocabulary."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
 
 TokenLogprobs: TypeAlias = Mapping[int, Logprob]
 """The log-probabilities at one position by token id: of the token there, and of the likeliest ones."""

@@ -11,17 +11,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
-from sageLLM.runtime.engine.executor import Executor, WorkersLostError
-from sageLLM.runtime.engine.faults import LOG, NOT_FINITE, log_end, reason_of, reraise_unless_attributable
 from sageLLM.runtime.engine.order_builder import OrderBuilder, OrderedStep
-from sageLLM.runtime.engine.orders import GroupOrder, StepResult
-from sageLLM.runtime.engine.outputs import Logprob
-from sageLLM.runtime.engine.sampler import ScoredTokens
 from sageLLM.runtime.engine.sequences import RequestGroup
 from sageLLM.runtime.engine.sequences import Sequence as Answer
+from sageLLM.runtime.sampling.logprobs import Logprob, ScoredTokens
 from sageLLM.runtime.scheduler.base import ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.text.tokenizer import Tokenizer
+from sageLLM.runtime.worker.executor import Executor, WorkersLostError
+from sageLLM.runtime.worker.faults import LOG, NOT_FINITE, log_end, reason_of, reraise_unless_attributable
+from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 
 MAX_LOSSES = 3
 """A request ends when the workers are lost this many times with the same token to compute."""

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from sageLLM.runtime.core.model.hf_config import shown
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 
 TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor"
 Prompt: TypeAlias = "str | TokenIds | Mapping[str, Any]"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.text.stop import StopRules
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from sageLLM.runtime.core.model.hf_config import shown
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import CheckpointError, SamplingParamsError
 from sageLLM.runtime.loader.json_files import read_json
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 
 FILE = "generation_config.json"
 # Keys of the file and the fields that they set; others, such as `do_sample`, have no effect, as in vLLM.

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from sageLLM.runtime.engine.faults import log_end, reraise_unless_attributable
-from sageLLM.runtime.engine.orders import NewSequence
-from sageLLM.runtime.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from sageLLM.runtime.engine.sampler import ScoredTokens, choose_seed
-from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from sageLLM.runtime.sampling.logprobs import Logprob, ScoredTokens
+from sageLLM.runtime.sampling.sampler import choose_seed
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import Chunk, Request
 from sageLLM.runtime.text.detokenizer import Decoder
 from sageLLM.runtime.text.stop import SequenceText, StopRules
+from sageLLM.runtime.worker.faults import log_end, reraise_unless_attributable
+from sageLLM.runtime.worker.orders import NewSequence
 
 NUM_LAST_TOKENS = 3
 """Tokens to the left of a token that can hold the first bytes of its character."""

@@ -15,11 +15,11 @@ from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.engine.calls import Call
 from sageLLM.runtime.engine.interrupts import held_interrupts
-from sageLLM.runtime.engine.model_runner import ModelRunner
-from sageLLM.runtime.engine.orders import StepOrder
 from sageLLM.runtime.engine.outputs import CompletionOutput, RequestOutput
-from sageLLM.runtime.engine.worker import Worker
 from sageLLM.runtime.errors import EngineError, PromptError
+from sageLLM.runtime.worker.model_runner import ModelRunner
+from sageLLM.runtime.worker.orders import StepOrder
+from sageLLM.runtime.worker.worker import Worker
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
 A, B = [10, 11, 12], [20, 21]

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.cli.run import RunRequest, run_prompts
-from sageLLM.runtime.engine import worker as worker_module
-from sageLLM.runtime.engine.model_runner import ModelRunner
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
 from sageLLM.runtime.text.detokenizer import Detokenizer
+from sageLLM.runtime.worker import worker as worker_module
+from sageLLM.runtime.worker.model_runner import ModelRunner
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
 PROMPTS = [[10, 11, 12], [20, 21], [30, 31, 32, 33]]

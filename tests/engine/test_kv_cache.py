@@ -8,10 +8,10 @@ import torch
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.core.model.layout import KvShape
-from sageLLM.runtime.engine.block_copies import TieredPool
-from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.kv.copies import BlockCopy, TierCopy
+from sageLLM.runtime.worker.block_copies import TieredPool
+from sageLLM.runtime.worker.kv_pool import KVPool
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
 MODES = ["time_share", "hybrid", "strict"]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.executor import InProcessExecutor
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.worker.executor import InProcessExecutor
 
 FIXED_MODES = ("time_share", "hybrid", "strict")
 MODES = (*FIXED_MODES, "auto")

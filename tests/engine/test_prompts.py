@@ -12,8 +12,8 @@ import torch
 
 from sageLLM.runtime.engine.prompts import ParsedPrompt, params_per_prompt, parse_prompts, type_ids_per_prompt
 from sageLLM.runtime.engine.requests import validate_prompt
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 
 IDS = ParsedPrompt(None, [5, 6])
 TEXT = ParsedPrompt("ab", None)

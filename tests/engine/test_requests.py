@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sageLLM.runtime.engine.requests import resolve_max_tokens, validate_params, validate_prompt
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 
 BAD_PROMPTS = [
     ([], "the prompt must have at least one token"),

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.executor import InProcessExecutor
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.loader import tables
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.worker.executor import InProcessExecutor
 
 MakeCheckpoint = Callable[..., Path]
 MODES = ("time_share", "hybrid", "strict", "auto")

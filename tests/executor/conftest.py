@@ -11,14 +11,14 @@ from torch import Tensor
 
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
-from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs
-from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
 from sageLLM.runtime.executor.kernel_choice import make_runner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.loader.tables import PositionTables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
+from sageLLM.runtime.worker.kv_pool import KVPool
+from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.step_inputs import Inputs, StepInputs
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
 BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 4, 12, 48

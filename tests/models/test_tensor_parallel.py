@@ -23,12 +23,12 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
-from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.loader.tables import PositionTables
 from sageLLM.runtime.loader.weights import rank_shard
 from sageLLM.runtime.registry.plugins import load_registry
+from sageLLM.runtime.worker.kv_pool import KVPool
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 16
 LENGTHS = (5, 9, 2)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
-from sageLLM.runtime.engine import process_executor
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.engine.process_executor import ProcessExecutor
 from sageLLM.runtime.errors import CheckpointError, EngineError, SageError
+from sageLLM.runtime.worker import process_executor
+from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 PROMPTS = [[10, 11, 12], [20, 21], [30 + i for i in range(40)], [10, 11, 13]]

@@ -31,7 +31,7 @@ def runtime_layer(*packages: str, others: str = "", lazily: str = "") -> Layer:
     return Layer((*ours, "sageLLM.generated"), frozenset(others.split()), frozenset(lazily.split()))
 
 
-BELOW_ENGINE = ("kv", "scheduler", "registry", "execution_graph", "kernels", "executor", "loader", "text")
+BELOW_WORKER = ("kv", "scheduler", "registry", "execution_graph", "kernels", "executor", "loader", "sampling")
 
 # The longest folder that contains a module decides. Packages of the runtime are in the order of the layers.
 LAYERS = {
@@ -65,7 +65,9 @@ LAYERS = {
     "runtime/text": runtime_layer("text", others="tokenizers"),
     "runtime/text/chat_template_worker.py": Layer(ours=(), others=frozenset({"jinja2"})),  # runs as its own process
     "runtime/text/tokenizer_probe_worker.py": Layer(ours=(), others=frozenset({"tokenizers"})),  # so does this
-    "runtime/engine": runtime_layer(*BELOW_ENGINE, "engine", others="torch numpy msgspec", lazily="triton"),
+    "runtime/sampling": runtime_layer("sampling", others="torch"),
+    "runtime/worker": runtime_layer(*BELOW_WORKER, "worker", others="torch numpy msgspec"),
+    "runtime/engine": runtime_layer(*BELOW_WORKER, "text", "worker", "engine", others="torch numpy", lazily="triton"),
     "runtime/inspect": runtime_layer("registry", "execution_graph", "executor", "inspect", others="torch"),
     "runtime/inspect/checkpoint_report.py": runtime_layer("registry", "execution_graph"),
     "runtime/cli": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sageLLM.runtime.engine.requests import stop_rules
-from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.text.stop import SequenceText, StopMatch, find_stop, visible_len
 
 

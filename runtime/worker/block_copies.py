@@ -13,10 +13,10 @@ import torch
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.kernels import Kernel
-from sageLLM.runtime.engine.kv_pool import KVPool
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kv.copies import BlockCopy, Tier, TierCopy
+from sageLLM.runtime.worker.kv_pool import KVPool
 
 
 class BlockCopies(Protocol):

@@ -22,20 +22,20 @@ from pathlib import Path
 
 import msgspec
 
-from sageLLM.runtime.engine.executor import WorkersLostError
-from sageLLM.runtime.engine.faults import LOG
-from sageLLM.runtime.engine.orders import GroupOrder, StepResult
-from sageLLM.runtime.engine.worker_process import Done, Failed, Ready, Refused, Reply, Reset, Run
-from sageLLM.runtime.engine.worker_spec import WorkerSpec
 from sageLLM.runtime.errors import EngineError, SageError
 from sageLLM.runtime.kernels.cpu.communicator import make_shared_memory
+from sageLLM.runtime.worker.build import WorkerSpec
+from sageLLM.runtime.worker.executor import WorkersLostError
+from sageLLM.runtime.worker.faults import LOG
+from sageLLM.runtime.worker.orders import GroupOrder, StepResult
+from sageLLM.runtime.worker.process import Done, Failed, Ready, Refused, Reply, Reset, Run
 
 START_SECONDS = 600.0
 """The deadline of the start: loading the weights, and compiling the kernels the first time."""
 STEP_SECONDS = 300.0
 """The deadline of a step; a worker that takes longer counts as hung."""
 END_SECONDS = 2.0
-WORKER = "sageLLM.runtime.engine.worker_process"
+WORKER = "sageLLM.runtime.worker.process"
 
 
 @dataclass(frozen=True, slots=True)

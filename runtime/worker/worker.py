@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.model.layout import Stage
-from sageLLM.runtime.engine.block_copies import TieredPool
-from sageLLM.runtime.engine.faults import LOG, reason_of, reraise_unless_attributable
-from sageLLM.runtime.engine.model_runner import Logits, ModelRunner
-from sageLLM.runtime.engine.orders import PromptScores, StepOrder, StepResult
-from sageLLM.runtime.engine.sampler import SampledTokens, SamplingBatch, sample, score_prompt
-from sageLLM.runtime.engine.worker_sequences import SequenceChunk, SequenceTable, WorkerSequence
+from sageLLM.runtime.sampling.logprobs import score_prompt
+from sageLLM.runtime.sampling.sampler import SampledTokens, SamplingBatch, sample
+from sageLLM.runtime.worker.block_copies import TieredPool
+from sageLLM.runtime.worker.faults import LOG, reason_of, reraise_unless_attributable
+from sageLLM.runtime.worker.model_runner import Logits, ModelRunner
+from sageLLM.runtime.worker.orders import PromptScores, StepOrder, StepResult
+from sageLLM.runtime.worker.sequences import SequenceChunk, SequenceTable, WorkerSequence
 
 NO_TOKEN = 0
 """The token of a sequence that has failed, until the engine drops it."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
 from sageLLM.runtime.loader.tables import Ints, PositionTables
+from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
 
 Inputs = dict[str, torch.Tensor | None]
 TOKEN_COLUMNS = ("ids", "pos", "slots", "rows")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sageLLM.runtime.engine.outputs import Logprob
-from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.sampling.logprobs import ScoredTokens, score_tokens, tensor_of
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 
 NUM_TOP_P_CANDIDATES = 1024
 """Top-p takes this many likeliest tokens first, and sorts the whole vocabulary only if their mass is less than p.
@@ -106,30 +106,6 @@ class SamplingBatch:
         return len(self.sequences)
 
 
-class ScoredTokens(NamedTuple):
-    """R tokens with their raw log-probabilities and ranks, and the K likeliest tokens of each row."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    ranks: list[int]
-    top_ids: list[list[int]]
-    top_logprobs: list[list[float]]
-
-    def row(self, i: int) -> ScoredTokens:
-        """Row i alone."""
-        s = slice(i, i + 1)
-        return ScoredTokens(self.token_ids[s], self.logprobs[s], self.ranks[s], self.top_ids[s], self.top_logprobs[s])
-
-    def as_dict(self, row: int, num_top: int, decode: Callable[[int], str]) -> dict[int, Logprob]:
-        """The row's token, then the `num_top` likeliest ones, each with `decode(token_id)` as its text."""
-        token = self.token_ids[row]
-        entries = {token: Logprob(self.logprobs[row], self.ranks[row], decode(token))}
-        tops = zip(self.top_ids[row][:num_top], self.top_logprobs[row][:num_top], strict=True)
-        for rank, (token_id, logprob) in enumerate(tops, start=1):
-            entries.setdefault(token_id, Logprob(logprob, rank, decode(token_id)))
-        return entries
-
-
 class SampledTokens(NamedTuple):
     """The result of one step.
 
@@ -152,7 +128,7 @@ def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampledTokens:
     # max propagates NaN, so this detects NaN, inf, and rows in which every token is banned.
     failed = (~highest.isfinite()).nonzero().flatten().tolist()
     if batch.random_rows:
-        rows = _rows(batch.random_rows, raw)
+        rows = tensor_of(batch.random_rows, raw)
         token_ids[rows] = draw_tokens(adjusted if len(rows) == len(batch) else adjusted[rows], batch)
     return SampledTokens(token_ids, _score_sampled(raw, token_ids, batch), tuple(failed))
 
@@ -163,9 +139,9 @@ def adjust_logits(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     for row, sequence in enumerate(batch.sequences):
         # Bans come before biases and penalties, so that no finite adjustment can lift a banned id from -inf.
         if sequence.bans_stop_ids:
-            adjusted[row, _rows(sequence.stop_ids, adjusted)] = -torch.inf
+            adjusted[row, tensor_of(sequence.stop_ids, adjusted)] = -torch.inf
         if bias := sequence.params.logit_bias:
-            adjusted[row, _rows(list(bias), adjusted)] += torch.tensor(list(bias.values()), device=adjusted.device)
+            adjusted[row, tensor_of(list(bias), adjusted)] += torch.tensor(list(bias.values()), device=adjusted.device)
     for row in batch.penalty_rows:
         _apply_penalties(adjusted[row], batch.sequences[row])
     return adjusted
@@ -178,13 +154,13 @@ def _apply_penalties(logits_V: Tensor, sequence: SequenceSampling) -> None:
     """
     params, vocab_size = sequence.params, logits_V.shape[0]
     if params.repetition_penalty != 1.0:
-        used = _rows([*set(sequence.prompt_token_ids), *set(sequence.output_token_ids)], logits_V)
+        used = tensor_of([*set(sequence.prompt_token_ids), *set(sequence.output_token_ids)], logits_V)
         values = logits_V[used]
         factor = params.repetition_penalty
         # Dividing a negative logit would raise it, so the factor is applied towards lower values on both sides of 0.
         logits_V[used] = torch.where(values > 0, values / factor, values * factor)
     if sequence.output_token_ids:
-        counts = torch.bincount(_rows(sequence.output_token_ids, logits_V), minlength=vocab_size)
+        counts = torch.bincount(tensor_of(sequence.output_token_ids, logits_V), minlength=vocab_size)
         logits_V -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
 
@@ -302,33 +278,9 @@ def _nucleus(highest_RC: Tensor, total_R1: Tensor, top_p_R: Tensor) -> tuple[Cut
     return Cut(threshold, kept.sum(dim=-1)), mass[:, -1] >= top_p_R
 
 
-def score_tokens(logits_RV: Tensor, token_ids: Tensor, num_top: int) -> ScoredTokens:
-    """Raw log-probabilities of token_ids i64[R] and of the `num_top` likeliest tokens under logits [R, V]."""
-    logprobs = torch.log_softmax(logits_RV.float(), dim=-1)
-    of_tokens = logprobs.gather(1, token_ids.unsqueeze(1))
-    ranks = (logprobs > of_tokens).sum(dim=-1) + 1
-    top = torch.topk(logprobs, min(num_top, logprobs.shape[1]), dim=-1)
-    return ScoredTokens(
-        token_ids.tolist(), of_tokens.squeeze(1).tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist()
-    )
-
-
-def score_prompt(logits_RV: Tensor, next_token_ids: Sequence[int], num_top: int) -> ScoredTokens:
-    """The log-probabilities at each row; `next_token_ids[r]` is the prompt token after row r.
-
-    A whole prompt of P tokens has P-1 rows; the caller puts None before them for the first token. Chunks of a prompt
-    can be scored one after another.
-    """
-    return score_tokens(logits_RV, _rows(next_token_ids, logits_RV), num_top)
-
-
 def _score_sampled(raw_BV: Tensor, token_ids_B: Tensor, batch: SamplingBatch) -> dict[int, ScoredTokens]:
     if not batch.logprob_rows:
         return {}
-    rows = _rows(batch.logprob_rows, raw_BV)
+    rows = tensor_of(batch.logprob_rows, raw_BV)
     scored = score_tokens(raw_BV[rows], token_ids_B[rows], batch.num_logprobs)
     return {row: scored.row(i) for i, row in enumerate(batch.logprob_rows)}
-
-
-def _rows(indices: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(indices, dtype=torch.int64, device=like.device)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.model.layout import Stage
-from sageLLM.runtime.engine.kv_pool import KVPool
-from sageLLM.runtime.engine.step_inputs import StepInputs
-from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.worker.kv_pool import KVPool
+from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.step_inputs import StepInputs
 
 
 class Logits(NamedTuple):

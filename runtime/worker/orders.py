@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import msgspec
 
-from sageLLM.runtime.engine.sampler import ScoredTokens
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.kv.copies import BlockCopy, TierCopy
+from sageLLM.runtime.sampling.logprobs import ScoredTokens
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import KVMigration
 
 

@@ -9,7 +9,6 @@ import msgspec
 import torch
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.engine.executor import InProcessExecutor
 from sageLLM.runtime.execution_graph.embedding import poolings_of
 from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
@@ -17,6 +16,7 @@ from sageLLM.runtime.kernels.cpu.communicator import has_communicator
 from sageLLM.runtime.loader.model import Model, load_model
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.worker.executor import InProcessExecutor
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sageLLM.runtime.engine.sampler import (
+from sageLLM.runtime.sampling.logprobs import score_prompt, score_tokens
+from sageLLM.runtime.sampling.sampler import (
     SamplingBatch,
     SequenceSampling,
     adjust_logits,
@@ -18,10 +19,8 @@ from sageLLM.runtime.engine.sampler import (
     invert_cdf,
     sample,
     scale_by_temperature,
-    score_prompt,
-    score_tokens,
 )
-from sageLLM.runtime.engine.sampling_params import SamplingParams
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 
 
 def batch_of(*params: SamplingParams, output: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,)) -> SamplingBatch:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
-from sageLLM.runtime.engine.step_inputs import Inputs, StepInputs
-from sageLLM.runtime.engine.worker_sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.step_inputs import Inputs, StepInputs
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 BLOCK_SIZE = 4

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sageLLM.runtime.engine.orders import ChunkOrder, NewSequence, StepOrder
-from sageLLM.runtime.engine.sampler import SequenceSampling
+from sageLLM.runtime.sampling.sampler import SequenceSampling
+from sageLLM.runtime.worker.orders import ChunkOrder, NewSequence, StepOrder
 
 
 @dataclass(slots=True, eq=False)

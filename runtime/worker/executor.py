@@ -4,15 +4,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
-from sageLLM.runtime.engine.block_copies import Migrator, TieredPool
-from sageLLM.runtime.engine.kv_pool import make_pool
-from sageLLM.runtime.engine.model_runner import ModelRunner
-from sageLLM.runtime.engine.orders import GroupOrder, StepResult
-from sageLLM.runtime.engine.worker import Worker
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.worker.block_copies import Migrator, TieredPool
+from sageLLM.runtime.worker.kv_pool import make_pool
+from sageLLM.runtime.worker.model_runner import ModelRunner
+from sageLLM.runtime.worker.orders import GroupOrder, StepResult
+from sageLLM.runtime.worker.worker import Worker
 
 
 class WorkersLostError(Exception):

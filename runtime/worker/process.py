@@ -1,6 +1,6 @@
 """A worker process: one rank of a group, which executes the orders that arrive on an inherited socket.
 
-    python -m sageLLM.runtime.engine.worker_process FD
+    python -m sageLLM.runtime.worker.process FD
 
 The first message is the `WorkerSpec`. The socket has no address, so no other process can connect to it. The process
 ends when the engine closes its end, or when its parent has died.
@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from sageLLM.runtime.engine.executor import InProcessExecutor
-from sageLLM.runtime.engine.faults import LOG
-from sageLLM.runtime.engine.orders import GroupOrder, StepResult
-from sageLLM.runtime.engine.worker_spec import WorkerSpec, build_executor
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.kernels.cpu.communicator import close_communicator, has_communicator, open_communicator
 from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
+from sageLLM.runtime.worker.build import WorkerSpec, build_executor
+from sageLLM.runtime.worker.executor import InProcessExecutor
+from sageLLM.runtime.worker.faults import LOG
+from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 
 PARENT_CHECK_SECONDS = 0.5
 RENDEZVOUS_SECONDS = 120.0

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from sageLLM.runtime.engine.sampling_params import SamplingParams
 from sageLLM.runtime.errors import RequestError, SamplingParamsError
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 
 
 def test_defaults_are_those_of_vllm():
