@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sageLLM.codegen.emit.builder_views import BodyView, BranchView, CallView, ChoiceView, InputView, StepView
 from sageLLM.codegen.emit.layer_conditions import layer_condition
 from sageLLM.codegen.emit.python_text import mentions
-from sageLLM.codegen.emit.weights import WeightText, WeightView, tuple_text
+from sageLLM.codegen.emit.weights import WeightText, WeightView, tuple_text, vocab_share
 from sageLLM.codegen.expr.config_text import python_text as render_names
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.model.layout import (
@@ -100,11 +100,13 @@ class BodyWriter:
         if call.reduce is None or not is_program:
             return StepView(call=self._call(call))
         reduce_ = tuple(self._reduce(name, call.reduce) for name in call.targets)
+        if call.reduce == "all_gather":
+            reduce_ += tuple(self._without_padding(name, call) for name in call.targets)
         if call.shard_op is None:
             return StepView(call=self._call(call), reduce=reduce_)
         table = next(name for name in call.args if name in {weight.name for weight in self.model.weights})
         rows = next(weight for weight in self.model.weights if weight.name == table).dims[0]
-        plain, first = self._call(call), f"c.rank * ({self.size_text(rows)} // c.tp)"
+        plain, first = self._call(call), f"c.rank * {vocab_share(self.size_text(rows))}"
         function = f"{self.module_of(call.shard_op)}.{call.shard_op.name}"
         sharded = CallView(plain.targets, function, plain.args, (("first", first), *plain.attrs))
         return StepView(call=plain, sharded=sharded, reduce=reduce_)
@@ -114,6 +116,16 @@ class BodyWriter:
         degree = (("W", "c.tp"),) if op.attr("W") else ()
         attrs = (*degree, ("group", '"tp"'), ("name", lit(name)))
         return CallView((name,), f"{self.module_of(op)}.{op.name}", (name,), attrs)
+
+    def _without_padding(self, name: str, call: OpCall) -> CallView:
+        """The gathered logits of the tokens, without those of the rows that pad a sharded table."""
+        table = next(one for one in self.model.weights if one.name in call.args and one.shard is not None)
+        assert table.shard is not None and table.shard.kind == "vocab", "only logits are gathered"
+        size = self.size_text(table.dims[table.shard.dim])
+        op = self.specs.ops["first_features"]
+        attrs = (("N", size), ("name", lit(name)))
+        is_padded = f"({size}) % c.tp" if " " in size else f"{size} % c.tp"
+        return CallView((name,), f"{self.module_of(op)}.{op.name}", (name,), attrs, when=is_padded)
 
     def _branches(self, attend: Attend, index: str) -> tuple[BranchView, ...]:
         """The attention calls, one for the phases of each op; the op of most phases is the `else` branch."""

@@ -19,12 +19,13 @@ class InputView:
 
 @dataclass(frozen=True, slots=True)
 class CallView:
-    """`targets = function(g, args, attrs)`."""
+    """`targets = function(g, args, attrs)`, if `when` holds: Python text, or None for always."""
 
     targets: tuple[str, ...]
     function: str
     args: tuple[str, ...]
     attrs: tuple[tuple[str, str], ...]
+    when: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

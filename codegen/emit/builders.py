@@ -101,13 +101,6 @@ class BuilderView:
         """(key of config.json as Python, name) of the sizes that are divided over the ranks."""
         return [(self.model.config[name].key_text, name) for name in self.model.divides]
 
-    @property
-    def vocab_sizes(self) -> list[tuple[str, str]]:
-        """(key of config.json as Python, name) of the vocabulary sizes of sharded tables."""
-        weights = [weight for weight in self.all_weights if weight.shard and weight.shard.kind == "vocab"]
-        names = [name for weight in weights if weight.shard for name in weight.dims[weight.shard.dim].symbols]
-        return [(self.model.config[name].key_text, name) for name in dict.fromkeys(names) if name in self.model.config]
-
     @cached_property
     def all_weights(self) -> list[WeightDef]:
         return [*self.model.weights, *(weight for block in self.model.blocks.values() for weight in block.weights)]

@@ -116,7 +116,12 @@ class WeightText:
 def _share(text: str, dim: int, weight: WeightDef) -> str:
     """The size on one rank: divided config names are local already in a rank's config, a vocabulary size is not."""
     is_vocab = weight.shard is not None and weight.shard.kind == "vocab" and weight.shard.dim == dim
-    return f"{text} // c.tp" if is_vocab else text
+    return vocab_share(text) if is_vocab else text
+
+
+def vocab_share(size: str) -> str:
+    """The rows on one rank of a token table with `size` rows, as Python text."""
+    return f"vocab_share({size}, c.tp)"
 
 
 def tuple_text(items: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from sageLLM.runtime.core.model.layout import (
     divided,
     num_rows,
 )
-from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec
+from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec, vocab_share
 
 from .. import ops
 from ..ops.op_types import OpType
@@ -112,7 +112,6 @@ class Gpt2Config(ModelSizes):
 
 def shard_config(c: Gpt2Config, tp: int) -> Gpt2Config:
     """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
-    divided("vocab_size", c.V, tp)
     return replace(
         c,
         tp=tp,
@@ -319,11 +318,11 @@ FFN = Block(
 def program(g: GraphWriter, c: Gpt2Config, stage: Stage) -> list[TensorRef]:
     """One step from token ids to logits and tokens."""
     T = num_rows(stage)
-    embed = g.weight("embed", g.dtype, c.V // c.tp, c.H)
+    embed = g.weight("embed", g.dtype, vocab_share(c.V, c.tp), c.H)
     positions = g.weight("positions", g.dtype, c.max_position, c.H)
     norm = g.weight("norm", g.dtype, c.H)
     norm_bias = g.weight("norm_bias", g.dtype, c.H)
-    lm_head = g.weight("lm_head", g.dtype, c.V // c.tp, c.H)
+    lm_head = g.weight("lm_head", g.dtype, vocab_share(c.V, c.tp), c.H)
     ids = g.input("ids", "i32", T)
     pos = g.input("pos", "i32", T)
     rows = g.input("rows", "i32", S)
@@ -335,7 +334,7 @@ def program(g: GraphWriter, c: Gpt2Config, stage: Stage) -> list[TensorRef]:
     if c.tp == 1:
         e = ops.embedding(g, ids, embed, name="e")
     else:
-        e = ops.embedding_shard(g, ids, embed, first=c.rank * (c.V // c.tp), name="e")
+        e = ops.embedding_shard(g, ids, embed, first=c.rank * vocab_share(c.V, c.tp), name="e")
         e = ops.all_reduce(g, e, group="tp", name="e")
     p = ops.position_embedding(g, pos, positions, name="p")
     x = ops.add(g, e, p, name="x")
@@ -360,6 +359,8 @@ def program(g: GraphWriter, c: Gpt2Config, stage: Stage) -> list[TensorRef]:
     logits = ops.lm_head(g, y, lm_head, name="logits")
     if c.tp > 1:
         logits = ops.all_gather(g, logits, W=c.tp, group="tp", name="logits")
+        if c.V % c.tp:
+            logits = ops.first_features(g, logits, N=c.V, name="logits")
     tokens = ops.sample(g, logits, temperature, top_k, top_p, min_p, noise, name="tokens")
     return [logits, tokens]
 

@@ -23,7 +23,7 @@ from sageLLM.runtime.core.model.layout import (
     num_rows,
 )
 from sageLLM.runtime.core.model.rope import read_rope
-from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
+from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec, vocab_share
 
 from .. import ops
 from ..ops.op_types import OpType
@@ -115,7 +115,6 @@ class GptjConfig(ModelSizes):
 
 def shard_config(c: GptjConfig, tp: int) -> GptjConfig:
     """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
-    divided("vocab_size", c.V, tp)
     return replace(
         c,
         tp=tp,
@@ -260,11 +259,11 @@ FFN = Block(
 def program(g: GraphWriter, c: GptjConfig, stage: Stage) -> list[TensorRef]:
     """One step from token ids to logits and tokens."""
     T = num_rows(stage)
-    embed = g.weight("embed", g.dtype, c.V // c.tp, c.H)
+    embed = g.weight("embed", g.dtype, vocab_share(c.V, c.tp), c.H)
     norm = g.weight("norm", g.dtype, c.H)
     norm_bias = g.weight("norm_bias", g.dtype, c.H)
-    lm_head = g.weight("lm_head", g.dtype, c.V // c.tp, c.H)
-    lm_head_bias = g.weight("lm_head_bias", g.dtype, c.V // c.tp)
+    lm_head = g.weight("lm_head", g.dtype, vocab_share(c.V, c.tp), c.H)
+    lm_head_bias = g.weight("lm_head_bias", g.dtype, vocab_share(c.V, c.tp))
     ids = g.input("ids", "i32", T)
     rows = g.input("rows", "i32", S)
     temperature = g.input("temperature", "f32", S)
@@ -275,7 +274,7 @@ def program(g: GraphWriter, c: GptjConfig, stage: Stage) -> list[TensorRef]:
     if c.tp == 1:
         x = ops.embedding(g, ids, embed, name="x")
     else:
-        x = ops.embedding_shard(g, ids, embed, first=c.rank * (c.V // c.tp), name="x")
+        x = ops.embedding_shard(g, ids, embed, first=c.rank * vocab_share(c.V, c.tp), name="x")
         x = ops.all_reduce(g, x, group="tp", name="x")
     for i in range(c.L):
         with g.layer(i):
@@ -295,6 +294,8 @@ def program(g: GraphWriter, c: GptjConfig, stage: Stage) -> list[TensorRef]:
     logits = ops.lm_head(g, y, lm_head, lm_head_bias, name="logits")
     if c.tp > 1:
         logits = ops.all_gather(g, logits, W=c.tp, group="tp", name="logits")
+        if c.V % c.tp:
+            logits = ops.first_features(g, logits, N=c.V, name="logits")
     tokens = ops.sample(g, logits, temperature, top_k, top_p, min_p, noise, name="tokens")
     return [logits, tokens]
 

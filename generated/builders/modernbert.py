@@ -22,7 +22,7 @@ from sageLLM.runtime.core.model.layout import (
     num_rows,
 )
 from sageLLM.runtime.core.model.rope import read_rope
-from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
+from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec, vocab_share
 
 from .. import ops
 from ..ops.op_types import OpType
@@ -147,7 +147,6 @@ class ModernbertConfig(ModelSizes):
 
 def shard_config(c: ModernbertConfig, tp: int) -> ModernbertConfig:
     """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
-    divided("vocab_size", c.V, tp)
     return replace(
         c,
         tp=tp,
@@ -316,7 +315,7 @@ FFN = Block(
 def program(g: GraphWriter, c: ModernbertConfig, stage: Stage) -> list[TensorRef]:
     """One step from token ids to x."""
     T = num_rows(stage)
-    embed = g.weight("embed", g.dtype, c.V // c.tp, c.H)
+    embed = g.weight("embed", g.dtype, vocab_share(c.V, c.tp), c.H)
     embed_norm = g.weight("embed_norm", g.dtype, c.H)
     embed_norm_bias = g.weight("embed_norm_bias", g.dtype, c.H) if c.norm_bias else None
     final_norm = g.weight("final_norm", g.dtype, c.H)
@@ -325,7 +324,7 @@ def program(g: GraphWriter, c: ModernbertConfig, stage: Stage) -> list[TensorRef
     if c.tp == 1:
         x = ops.embedding(g, ids, embed, name="x")
     else:
-        x = ops.embedding_shard(g, ids, embed, first=c.rank * (c.V // c.tp), name="x")
+        x = ops.embedding_shard(g, ids, embed, first=c.rank * vocab_share(c.V, c.tp), name="x")
         x = ops.all_reduce(g, x, group="tp", name="x")
     x = ops.layer_norm(g, x, embed_norm, embed_norm_bias, eps=c.eps, name="x")
     for i in range(c.L):

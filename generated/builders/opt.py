@@ -22,7 +22,7 @@ from sageLLM.runtime.core.model.layout import (
     divided,
     num_rows,
 )
-from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
+from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec, vocab_share
 
 from .. import ops
 from ..ops.op_types import OpType
@@ -125,7 +125,6 @@ class OptConfig(ModelSizes):
 
 def shard_config(c: OptConfig, tp: int) -> OptConfig:
     """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
-    divided("vocab_size", c.V, tp)
     return replace(
         c,
         tp=tp,
@@ -340,7 +339,7 @@ def program(g: GraphWriter, c: OptConfig, stage: Stage) -> list[TensorRef]:
     min_p = g.input("min_p", "f32", S)
     noise = g.input("noise", "f32", S)
     if c.Pe != c.H:
-        narrow_embed = g.weight("narrow_embed", g.dtype, c.V // c.tp, c.Pe)
+        narrow_embed = g.weight("narrow_embed", g.dtype, vocab_share(c.V, c.tp), c.Pe)
         wide = g.weight("wide", g.dtype, c.H, c.Pe)
 
         ids = g.input("ids", "i32", T)
@@ -348,18 +347,18 @@ def program(g: GraphWriter, c: OptConfig, stage: Stage) -> list[TensorRef]:
         if c.tp == 1:
             e = ops.embedding(g, ids, narrow_embed, name="e")
         else:
-            e = ops.embedding_shard(g, ids, narrow_embed, first=c.rank * (c.V // c.tp), name="e")
+            e = ops.embedding_shard(g, ids, narrow_embed, first=c.rank * vocab_share(c.V, c.tp), name="e")
             e = ops.all_reduce(g, e, group="tp", name="e")
         e = ops.linear(g, e, wide, name="e")
     else:
-        embed = g.weight("embed", g.dtype, c.V // c.tp, c.H)
+        embed = g.weight("embed", g.dtype, vocab_share(c.V, c.tp), c.H)
 
         ids = g.input("ids", "i32", T)
 
         if c.tp == 1:
             e = ops.embedding(g, ids, embed, name="e")
         else:
-            e = ops.embedding_shard(g, ids, embed, first=c.rank * (c.V // c.tp), name="e")
+            e = ops.embedding_shard(g, ids, embed, first=c.rank * vocab_share(c.V, c.tp), name="e")
             e = ops.all_reduce(g, e, group="tp", name="e")
     p = ops.position_embedding(g, pos, positions, offset=2, name="p")
     x = ops.add(g, e, p, name="x")
@@ -404,19 +403,23 @@ def program(g: GraphWriter, c: OptConfig, stage: Stage) -> list[TensorRef]:
 
         y = ops.layer_norm(g, y, norm, norm_bias, eps=c.eps, name="y")
     if c.Pe != c.H:
-        narrow_head = g.weight("narrow_head", g.dtype, c.V // c.tp, c.Pe)
+        narrow_head = g.weight("narrow_head", g.dtype, vocab_share(c.V, c.tp), c.Pe)
         narrow = g.weight("narrow", g.dtype, c.Pe, c.H)
 
         z = ops.linear(g, y, narrow, name="z")
         logits = ops.lm_head(g, z, narrow_head, name="logits")
         if c.tp > 1:
             logits = ops.all_gather(g, logits, W=c.tp, group="tp", name="logits")
+            if c.V % c.tp:
+                logits = ops.first_features(g, logits, N=c.V, name="logits")
     else:
-        lm_head = g.weight("lm_head", g.dtype, c.V // c.tp, c.H)
+        lm_head = g.weight("lm_head", g.dtype, vocab_share(c.V, c.tp), c.H)
 
         logits = ops.lm_head(g, y, lm_head, name="logits")
         if c.tp > 1:
             logits = ops.all_gather(g, logits, W=c.tp, group="tp", name="logits")
+            if c.V % c.tp:
+                logits = ops.first_features(g, logits, N=c.V, name="logits")
     tokens = ops.sample(g, logits, temperature, top_k, top_p, min_p, noise, name="tokens")
     return [logits, tokens]
 

@@ -21,7 +21,7 @@ from sageLLM.runtime.core.model.layout import (
     divided,
     num_rows,
 )
-from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec
+from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec, vocab_share
 
 from .. import ops
 from ..ops.op_types import OpType
@@ -120,7 +120,6 @@ class RobertaConfig(ModelSizes):
 
 def shard_config(c: RobertaConfig, tp: int) -> RobertaConfig:
     """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
-    divided("vocab_size", c.V, tp)
     return replace(
         c,
         tp=tp,
@@ -284,7 +283,7 @@ FFN = Block(
 def program(g: GraphWriter, c: RobertaConfig, stage: Stage) -> list[TensorRef]:
     """One step from token ids to x and pooled."""
     T = num_rows(stage)
-    embed = g.weight("embed", g.dtype, c.V // c.tp, c.H)
+    embed = g.weight("embed", g.dtype, vocab_share(c.V, c.tp), c.H)
     type_embed = g.weight("type_embed", g.dtype, c.types, c.H)
     position_embed = g.weight("position_embed", g.dtype, c.rows, c.H)
     embed_norm = g.weight("embed_norm", g.dtype, c.H)
@@ -298,7 +297,7 @@ def program(g: GraphWriter, c: RobertaConfig, stage: Stage) -> list[TensorRef]:
     if c.tp == 1:
         x = ops.embedding(g, ids, embed, name="x")
     else:
-        x = ops.embedding_shard(g, ids, embed, first=c.rank * (c.V // c.tp), name="x")
+        x = ops.embedding_shard(g, ids, embed, first=c.rank * vocab_share(c.V, c.tp), name="x")
         x = ops.all_reduce(g, x, group="tp", name="x")
     t = ops.embedding(g, type_ids, type_embed, name="t")
     x = ops.add(g, x, t, name="x")

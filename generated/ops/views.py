@@ -13,6 +13,7 @@ from .op_types import OpType
 __all__ = [
     "ConcatLast",
     "ConcatRows",
+    "FirstFeatures",
     "MergeHeads",
     "SplitHalves",
     "SplitHeads",
@@ -21,6 +22,7 @@ __all__ = [
     "SplitRows",
     "concat_last",
     "concat_rows",
+    "first_features",
     "merge_heads",
     "split_halves",
     "split_heads",
@@ -29,7 +31,7 @@ __all__ = [
     "split_rows",
 ]
 
-T, Nq, Nkv, D, N, I, Na, Nb, Ta, Tb, H, E_size, R = dims("T Nq Nkv D N I Na Nb Ta Tb H E_size R")
+T, Nq, Nkv, D, N, I, Na, Nb, P, Ta, Tb, H, E_size, R = dims("T Nq Nkv D N I Na Nb P Ta Tb H E_size R")
 
 
 # specs/ops/views.yaml: split_qkv
@@ -217,6 +219,39 @@ def split_last(
     attrs: dict[str, AttrValue] = {"Na": Na}
     a, b = g.emit(SplitLast, inputs, attrs, names)
     return a, b
+
+
+# specs/ops/views.yaml: first_features
+class FirstFeatures(OpNode):
+    """The first N features of the last dim, without its padding.
+
+    y = first
+    """
+
+    op = "first_features"
+    spec = "specs/ops/views.yaml: first_features"
+    kind = OpType.VIEW
+    input_types = {"x": E[..., N + P]}
+    output_types = {"y": E[..., N]}
+    attr_types = {"N": AttrSpec("dim")}
+    flop_formula = 0
+    byte_formula = 0
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def first_features(g: GraphWriter, x: TensorRef, *, N: Dim, name: str = "y") -> TensorRef:
+    """Adds a first_features node to the graph and returns its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {"N": N}
+    (y,) = g.emit(FirstFeatures, inputs, attrs, (name,))
+    return y
 
 
 # specs/ops/views.yaml: concat_last

@@ -102,6 +102,7 @@ CASES: dict[str, Cases] = {
     "split_heads": Cases([{"T": 1, "N": 1, "D": 1}, {"T": 5, "N": 3, "D": 10}], {}, {}),
     "split_halves": Cases([{"R": 1, "I": 1}, {"R": [2, 5], "I": 10}], {}, {}),
     "split_last": Cases([{"R": 1, "Na": 1, "Nb": 1}, {"R": [2, 5], "Na": 3, "Nb": 4}], {}, {}),
+    "first_features": Cases([{"R": 1, "N": 1, "P": 1}, {"R": [2, 5], "N": 7, "P": 3}], {}, {}),
     "concat_last": Cases([{"R": 1, "Na": 1, "Nb": 1}, {"R": [2, 5], "Na": 3, "Nb": 4}], {}, {}),
     "split_rows": Cases([{"Ta": 1, "Tb": 1, "H": 1}, {"Ta": 3, "Tb": 4, "H": 10}], {}, {}),
     "concat_rows": Cases([{"Ta": 1, "Tb": 1, "H": 1}, {"Ta": 3, "Tb": 4, "H": 10}], {}, {}),

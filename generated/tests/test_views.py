@@ -90,6 +90,22 @@ def test_split_last(case: dict[str, Any]) -> None:
     check_dtypes(OPS["split_last"], KERNELS["split_last"], case, attrs, limits)
 
 
+FIRST_FEATURES_CASES: list[dict[str, Any]] = [
+    {"R": 1, "N": 1, "P": 1},
+    {"R": [2, 5], "N": 7, "P": 3},
+]
+
+
+# specs/ops/views.yaml: first_features
+@pytest.mark.parametrize("case", FIRST_FEATURES_CASES, ids=str)
+def test_first_features(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["first_features"], KERNELS["first_features"], case, attrs, limits)
+    check_precision(OPS["first_features"], KERNELS["first_features"], case, attrs, limits)
+    check_dtypes(OPS["first_features"], KERNELS["first_features"], case, attrs, limits)
+
+
 CONCAT_LAST_CASES: list[dict[str, Any]] = [
     {"R": 1, "Na": 1, "Nb": 1},
     {"R": [2, 5], "Na": 3, "Nb": 4},

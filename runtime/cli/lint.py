@@ -140,4 +140,7 @@ def _by_dtype(numbers: Mapping[str, int]) -> str:
 
 
 def _degree_words(degree: Degree) -> str:
-    return f"divides; {degree.parameters:,} parameters per rank" if degree.problem is None else f"no: {degree.problem}"
+    if degree.problem is not None:
+        return f"no: {degree.problem}"
+    padded = f", the vocabulary padded to {degree.padded_vocab:,}" if degree.padded_vocab is not None else ""
+    return f"divides{padded}; {degree.parameters:,} parameters per rank"

@@ -10,7 +10,7 @@ from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.model.checkpoint import Shape, check_checkpoint
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.core.model.weights import share_shape
+from sageLLM.runtime.core.model.weights import padded_vocab, share_shape
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 
@@ -21,11 +21,15 @@ FLOATS = ("f32", "bf16", "f16")
 
 @dataclass(frozen=True, slots=True)
 class Degree:
-    """A degree of tensor parallelism: the number of parameters on rank 0, or the reason why the degree is invalid."""
+    """A degree of tensor parallelism: the number of parameters on rank 0, or the reason why the degree is invalid.
+
+    `padded_vocab` is the number of rows of the token tables over all ranks, if it is not that of the tokens.
+    """
 
     tp: int
     parameters: int | None
     problem: str | None = None
+    padded_vocab: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,4 +112,6 @@ def _degree(layout: ModelLayout, config: Any, tp: int) -> Degree:
         if ref.shape != shapes[name]:
             return Degree(tp, None, f"{name}: the graph expects {list(ref.shape)}, a rank has {list(shapes[name])}")
     parameters = sum(prod(shapes[weight.name]) for weight in layout.weights(config) if weight.tied_to is None)
-    return Degree(tp, parameters)
+    padded = padded_vocab(config.V, tp)
+    is_sharded = any(weight.shard is not None and weight.shard.kind == "vocab" for weight in layout.weights(config))
+    return Degree(tp, parameters, padded_vocab=padded if is_sharded and padded != config.V else None)

@@ -47,20 +47,27 @@ def have_equal_values(checkpoint: Checkpoint, dtype: torch.dtype, one: WeightSpe
 
 
 def rank_shard(spec: WeightSpec, weight: Tensor, rank: int, tp: int) -> Tensor:
-    """The shard of a whole weight on rank `rank` of `tp`. Raises ConfigError if the weight does not divide evenly."""
+    """The shard of a whole weight on rank `rank` of `tp`, with zeros as padding of a token table.
+
+    Raises ConfigError if a weight of another kind does not divide evenly.
+    """
     if spec.shard is None or tp == 1:
         return weight
     if spec.shard.kind == "first":
         return weight if rank == 0 else torch.zeros_like(weight)
     runs = [weight.narrow(spec.shard.dim, start, size) for start, size in share_runs(spec, rank, tp)]
-    return torch.cat(runs, spec.shard.dim)
+    held = torch.cat(runs, spec.shard.dim)
+    share = weight.new_zeros(share_shape(spec, tp))
+    share.narrow(spec.shard.dim, 0, held.shape[spec.shard.dim]).copy_(held)
+    return share
 
 
 def _load(
     spec: WeightSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, rank: int, tp: int
 ) -> Tensor:
     # One part at a time, converted by copy_: neither the whole checkpoint nor a second copy in its dtype is in memory.
-    weight = torch.empty(share_shape(spec, tp), dtype=dtype, device=device)
+    is_padded = spec.shard is not None and spec.shard.kind == "vocab"
+    weight = (torch.zeros if is_padded else torch.empty)(share_shape(spec, tp), dtype=dtype, device=device)
     if spec.shard is not None and spec.shard.kind == "first" and rank:
         return weight.zero_()
     for part in spec.parts:

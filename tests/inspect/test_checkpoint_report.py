@@ -132,6 +132,19 @@ def test_llama_3_1_8b(lint: Callable[..., tuple[int, str, str]]) -> None:
     )
 
 
+def test_a_vocabulary_is_padded(lint: Callable[..., tuple[int, str, str]]) -> None:
+    """Granite 3.1 has 49,159 tokens, an odd number."""
+    config = {**MODELS["granite"].tiny, "architectures": ["GraniteForCausalLM"]}
+    code, out, _ = lint("model", config | {"vocab_size": 49159}, tp="1,2")
+    assert code == 0
+    assert out.splitlines()[-2].startswith("  tp 1          divides; ")
+    assert out.splitlines()[-1].startswith("  tp 2          divides, the vocabulary padded to 49,216; ")
+    reports = [json.loads(lint("model", config | {"vocab_size": n}, tp="2", as_json=True)[1]) for n in (49159, 49216)]
+    odd, even = (report["degrees"][0] for report in reports)
+    assert (odd.pop("padded_vocab"), even.pop("padded_vocab")) == (49216, None)
+    assert odd == even
+
+
 def test_tied_weights_count_once(lint: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = lint("model", {**LLAMA_3_1_8B, "tie_word_embeddings": True}, as_json=True)
     data = json.loads(out)

@@ -21,6 +21,7 @@ from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.model.checkpoint import check_checkpoint
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
+from sageLLM.runtime.core.model.weights import padded_vocab, share_runs, share_shape, vocab_share
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 
@@ -183,13 +184,26 @@ def test_a_rank_gets_its_share_of_heads_and_feed_forward() -> None:
     ("tp", "changes", "message"),
     [
         (4, {}, "tensor_parallel_size=4 does not divide num_key_value_heads=2; use a divisor of 2"),
-        (2, {"vocab_size": 129}, "tensor_parallel_size=2 does not divide vocab_size=129; use a divisor of 129"),
+        (2, {"intermediate_size": 9}, "tensor_parallel_size=2 does not divide intermediate_size=9; use a divisor of 9"),
     ],
 )
 def test_a_degree_that_does_not_divide_is_refused(tp: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         LLAMA.shard_config(read(LLAMA, **changes), tp)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("size", "tp", "padded"), [(49159, 2, 49216), (49159, 3, 49344), (128, 4, 128), (10, 4, 64)])
+def test_a_vocabulary_is_padded_where_the_degree_does_not_divide_it(size: int, tp: int, padded: int) -> None:
+    assert (padded_vocab(size, tp), vocab_share(size, tp)) == (padded, padded // tp)
+    config = read(LLAMA, vocab_size=size, num_attention_heads=12, num_key_value_heads=12, head_dim=16)
+    spec = next(LLAMA.weights(config))
+    assert share_shape(spec, tp) == (padded // tp, 64)
+    runs = [share_runs(spec, rank, tp) for rank in range(tp)]
+    assert [start + i for ((start, count),) in runs for i in range(count)] == list(range(size))
+    local = expand_block(LLAMA, config, "decode", ParallelConfig(tensor_parallel_size=tp))
+    assert local.weights["lm_head"].shape == (padded // tp, 64)
+    assert local.outputs[0].shape[-1] == size
 
 
 @pytest.mark.parametrize("layout", MODELS.values(), ids=lambda layout: layout.name)

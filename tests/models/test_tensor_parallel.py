@@ -36,9 +36,13 @@ Kernel = Callable[..., Any]
 
 
 def divisible(layout: ModelLayout, tp: int) -> Any:
-    """The layout's tiny config, with the sizes that `tp` does not divide multiplied until it does."""
+    """The layout's tiny config, with the sizes that `tp` does not divide multiplied until it does.
+
+    Two ranks have an odd vocabulary, so that their tables are padded.
+    """
     data: dict[str, Any] = copy.deepcopy(dict(layout.tiny))
     keys = data[layout.root] if layout.root else data
+    keys["vocab_size"] += 1 if tp == 2 else 0
     for _ in range(8):
         config = layout.read_config(HFConfig(data, layout.name))
         try:

@@ -101,6 +101,19 @@ def test_two_ranks_give_the_same_answers(two_ranks: LLM, expected: list[RequestO
     assert_same(two_ranks.generate(PROMPTS, PARAMS), expected)
 
 
+def test_a_vocabulary_that_is_not_divided_is_padded(make_checkpoint: Callable[..., Path]) -> None:
+    """199 tokens over two ranks: 128 rows each, of which the second has 71 tokens."""
+    folder = make_checkpoint("Llama", tie_word_embeddings=True)
+    prompts = [[198, 5, 7], [100, 127, 128, 3]]
+    params = [PARAMS[0], SamplingParams(max_tokens=12, temperature=1.0, seed=3, prompt_logprobs=1, ignore_eos=True)]
+    alone = LLM(folder, dtype="float32", skip_tokenizer=True).generate(prompts, params)
+    llm = LLM(folder, dtype="float32", skip_tokenizer=True, tensor_parallel_size=2)
+    try:
+        assert tokens(llm.generate(prompts, params)) == tokens(alone)
+    finally:
+        llm.close()
+
+
 def test_two_ranks_in_strict_mode_with_swapping(expected: list[RequestOutput]) -> None:
     llm = load("strict", tensor_parallel_size=2, swap_space=0.01)
     assert_same(llm.generate(PROMPTS, PARAMS), expected)

@@ -52,7 +52,6 @@ LAYERS = {
     "runtime/kv": runtime_layer("kv"),
     "runtime/scheduler": runtime_layer("kv", "scheduler"),
     "runtime/sim": runtime_layer("kv", "scheduler", "sim", others="numpy"),
-    "runtime/sim/calibration": runtime_layer("sim", others="numpy", lazily="pyarrow"),
     "runtime/registry": runtime_layer("registry"),
     "runtime/execution_graph": runtime_layer("registry", "scheduler", "execution_graph", others="numpy"),
     "runtime/kernels": runtime_layer("kernels", others="torch numpy", lazily="triton"),
@@ -74,7 +73,6 @@ LAYERS = {
     # The command joins the generator and the runtime; each subcommand imports its side when it runs.
     "runtime/cli/entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/main.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen"), others=frozenset({"typer"})),
-    "runtime/cli/hardware_entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime": Layer(ours=()),
 }
 
@@ -152,7 +150,7 @@ def test_imports_point_one_way() -> None:
 # The layers of codegen from the bottom up. A module imports its own folder and the layers below its own.
 CODEGEN_LAYERS = (
     {"codes", "contents", "diagnostics"},
-    {"folders", "names"},
+    {"folders"},
     {"facts"},
     {"source", "state"},
     {"schema"},

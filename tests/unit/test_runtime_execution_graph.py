@@ -1,6 +1,6 @@
 """Acceptance tests of the execution graph: its types, the builder for each kind of step, and the default passes."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from itertools import pairwise
 
 import pytest
@@ -363,7 +363,7 @@ class TestBadInput:
             ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, got 0"),
             (
                 {"tensor_parallel_size": 3},
-                "tensor_parallel_size=3 does not divide vocab_size=128; use a divisor of 128",
+                "tensor_parallel_size=3 does not divide num_attention_heads=8; use a divisor of 8",
             ),
             (
                 {"pipeline_parallel_size": 5},
@@ -376,6 +376,16 @@ class TestBadInput:
         with pytest.raises(ValueError) as caught:
             ExecutionGraphBuilder(MODEL, ParallelConfig(**parallel)).build_prefill_graph(PREFILL)
         assert str(caught.value) == message
+
+    def test_a_vocabulary_that_is_not_divided_is_padded(self) -> None:
+        """Each rank has 64 of 128 rows for 101 tokens, and the logits of the padding are cut off."""
+        builder = ExecutionGraphBuilder(replace(MODEL, vocab_size=101), ParallelConfig(tensor_parallel_size=2))
+        graph = builder.build_hybrid_graph(PREFILL, DECODE)
+        verify(graph)
+        assert graph.weights["lm_head"].shape == (64, 64)
+        (gathered,) = ops(graph, OpType.COMM_ALLGATHER)
+        assert gathered.outputs[0].shape == (5, 128)
+        assert graph.nodes["tokens"].inputs[0].shape == (5, 101)
 
     def test_unknown_layout(self) -> None:
         with pytest.raises(ValueError, match=r"^unknown layout 'gpt5'; known are .*\bllama, .*\bqwen3\b"):

@@ -63,7 +63,17 @@ from ...ops.position import Rope, RopeInterleaved, ScaleByPosition
 from ...ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
 from ...ops.sampling import Sample
 from ...ops.varlen_attention import VarlenAttention
-from ...ops.views import ConcatLast, ConcatRows, MergeHeads, SplitHalves, SplitHeads, SplitLast, SplitQkv, SplitRows
+from ...ops.views import (
+    ConcatLast,
+    ConcatRows,
+    FirstFeatures,
+    MergeHeads,
+    SplitHalves,
+    SplitHeads,
+    SplitLast,
+    SplitQkv,
+    SplitRows,
+)
 
 __all__ = ["KERNELS"]
 
@@ -180,6 +190,9 @@ def _kernels() -> dict[str, NativeKernel]:
         ),
         "split_last": NativeKernel(
             SplitLast, "views.cpp", ("R", "Na", "Nb"), parts={"a": Part("x", 0, (x_R, 1)), "b": Part("x", Na, (x_R, 1))}
+        ),
+        "first_features": NativeKernel(
+            FirstFeatures, "views.cpp", ("R", "N", "P"), parts={"y": Part("x", 0, (x_R, 1))}
         ),
         "concat_last": NativeKernel(ConcatLast, "views.cpp", ("R", "Na", "Nb")),
         "split_rows": NativeKernel(

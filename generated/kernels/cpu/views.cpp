@@ -124,6 +124,22 @@ SAGE_KERNEL(split_last) {
     });
 }
 
+// specs/ops/views.yaml: first_features
+// The first N features of the last dim, without its padding.
+//
+//     y = first
+SAGE_KERNEL(first_features) {
+    const int64_t R = sizes[0];
+    const int64_t N = sizes[1];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[3];
+    E* y = (E*)tensors[1];
+    const int64_t y_R = sizes[4];
+    parallel_for_rows(R, N * R, [&](int64_t i_R) {
+        sweep(N, [&](auto i_N) { store(y + i_R * y_R, i_N, load(x + i_R * x_R, i_N)); });
+    });
+}
+
 // specs/ops/views.yaml: concat_last
 // Two tensors concatenated along the last dim.
 //

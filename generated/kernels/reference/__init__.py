@@ -64,7 +64,17 @@ from .position import rope, rope_interleaved, scale_by_position
 from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
 from .sampling import sample
 from .varlen_attention import varlen_attention
-from .views import concat_last, concat_rows, merge_heads, split_halves, split_heads, split_last, split_qkv, split_rows
+from .views import (
+    concat_last,
+    concat_rows,
+    first_features,
+    merge_heads,
+    split_halves,
+    split_heads,
+    split_last,
+    split_qkv,
+    split_rows,
+)
 
 __all__ = ["KERNELS"]
 
@@ -155,6 +165,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "split_heads": split_heads,
     "split_halves": split_halves,
     "split_last": split_last,
+    "first_features": first_features,
     "concat_last": concat_last,
     "split_rows": split_rows,
     "concat_rows": concat_rows,

@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = [
     "concat_last",
     "concat_rows",
+    "first_features",
     "merge_heads",
     "split_halves",
     "split_heads",
@@ -58,6 +59,12 @@ def split_last(x: Tensor, *, Na: int) -> tuple[Tensor, Tensor]:
     a = x[..., :Na]
     b = x[..., Na:]
     return a, b
+
+
+# specs/ops/views.yaml: first_features
+def first_features(x: Tensor, *, N: int) -> Tensor:
+    """The first N features of the last dim, without its padding."""
+    return x[..., :N]
 
 
 # specs/ops/views.yaml: concat_last

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 from typing import Literal
 
 from sageLLM.runtime.core.errors import ConfigError
 
 MAX_STACKED = 2**16
+VOCAB_BLOCK = 64
+"""A padded vocabulary is a multiple of this size, as in vLLM and SGLang."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,10 @@ class Part:
 class Shard:
     """Sharding of a weight under tensor parallelism.
 
-    "rows" and "vocab" divide `dim` over the ranks; "first" keeps the weight on rank 0 and zeros on the others, for a
-    bias that is added before a sum over ranks. `then` is the collective that completes the result. `segments` are the
-    sizes along `dim` that are divided separately, such as q, k and v; empty for a single segment.
+    "rows" and "vocab" divide `dim` over the ranks, and "vocab" pads it with zeros if they do not divide it; "first"
+    keeps the weight on rank 0 and zeros on the others, for a bias that is added before a sum over ranks. `then` is the
+    collective that completes the result. `segments` are the sizes along `dim` that are divided separately, such as q,
+    k and v; empty for a single segment.
     """
 
     dim: int = 0
@@ -92,15 +95,32 @@ def stacked(key: str, count: int) -> range:
     return range(count)
 
 
+def padded_vocab(size: int, tp: int) -> int:
+    """The rows of a token table over all ranks: as many as tokens, or padded to a multiple of 64 that `tp` divides."""
+    block = lcm(VOCAB_BLOCK, tp)
+    return size if size % tp == 0 else -(-size // block) * block
+
+
+def vocab_share(size: int, tp: int) -> int:
+    """The rows of a token table on each of `tp` ranks; those after the last token are padding."""
+    return padded_vocab(size, tp) // tp
+
+
 def share_runs(spec: WeightSpec, rank: int, tp: int) -> tuple[tuple[int, int], ...]:
     """(start, size) of each run along the divided dim on rank `rank` of `tp`, in order.
 
-    A weight that is not divided is one run over all of dim 0. ConfigError if `tp` does not divide a segment.
+    A weight that is not divided is one run over all of dim 0. A run of tokens is shorter than the share if the share
+    ends with padding. ConfigError if `tp` does not divide a segment.
     """
     shard = spec.shard
     if shard is None or shard.kind == "first" or tp == 1:
         dim = shard.dim if shard is not None else 0
         return ((0, spec.shape[dim] if spec.shape else 1),)
+    if shard.kind == "vocab":
+        num_tokens = spec.shape[shard.dim]
+        share = vocab_share(num_tokens, tp)
+        start = min(rank * share, num_tokens)
+        return ((start, min(share, num_tokens - start)),)
     runs: list[tuple[int, int]] = []
     start = 0
     for segment in shard.segments or (spec.shape[shard.dim],):
@@ -117,4 +137,8 @@ def share_shape(spec: WeightSpec, tp: int) -> tuple[int, ...]:
     if not spec.shape:
         return ()
     dim = spec.shard.dim if spec.shard is not None else 0
-    return (*spec.shape[:dim], sum(size for _, size in share_runs(spec, 0, tp)), *spec.shape[dim + 1 :])
+    if spec.shard is not None and spec.shard.kind == "vocab":
+        size = vocab_share(spec.shape[dim], tp)
+    else:
+        size = sum(size for _, size in share_runs(spec, 0, tp))
+    return (*spec.shape[:dim], size, *spec.shape[dim + 1 :])
