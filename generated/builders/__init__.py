@@ -9,12 +9,14 @@ from .bert import BERT
 from .bloom import BLOOM
 from .cohere import COHERE
 from .cohere2 import COHERE2
+from .cwm import CWM
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .dots1 import DOTS1
 from .ernie4_5 import ERNIE4_5
 from .ernie4_5_moe import ERNIE4_5_MOE
 from .exaone4 import EXAONE4
+from .exaone_moe import EXAONE_MOE
 from .falcon import FALCON
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
@@ -23,6 +25,7 @@ from .gemma3_mm import GEMMA3_MM
 from .glm import GLM
 from .glm4 import GLM4
 from .glm4_moe import GLM4_MOE
+from .glm4_moe_lite import GLM4_MOE_LITE
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
@@ -31,6 +34,7 @@ from .granite import GRANITE
 from .granitemoe import GRANITEMOE
 from .hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from .hunyuan_v1_moe import HUNYUAN_V1_MOE
+from .hyperclovax import HYPERCLOVAX
 from .kimi_k25 import KIMI_K25
 from .llama import LLAMA
 from .minimax_m2 import MINIMAX_M2
@@ -60,8 +64,11 @@ from .qwen3_vl_moe import QWEN3_VL_MOE
 from .roberta import ROBERTA
 from .seed_oss import SEED_OSS
 from .smollm3 import SMOLLM3
+from .solar_open import SOLAR_OPEN
 from .stablelm import STABLELM
 from .starcoder2 import STARCODER2
+from .vaultgemma import VAULTGEMMA
+from .youtu import YOUTU
 
 __all__ = [
     "ARCEE",
@@ -69,12 +76,14 @@ __all__ = [
     "BLOOM",
     "COHERE",
     "COHERE2",
+    "CWM",
     "DEEPSEEK_V2",
     "DEEPSEEK_V3",
     "DOTS1",
     "ERNIE4_5",
     "ERNIE4_5_MOE",
     "EXAONE4",
+    "EXAONE_MOE",
     "FALCON",
     "GEMMA",
     "GEMMA2",
@@ -83,6 +92,7 @@ __all__ = [
     "GLM",
     "GLM4",
     "GLM4_MOE",
+    "GLM4_MOE_LITE",
     "GPT2",
     "GPTJ",
     "GPT_NEOX",
@@ -91,6 +101,7 @@ __all__ = [
     "GRANITEMOE",
     "HUNYUAN_V1_DENSE",
     "HUNYUAN_V1_MOE",
+    "HYPERCLOVAX",
     "KIMI_K25",
     "LLAMA",
     "MINIMAX_M2",
@@ -121,8 +132,11 @@ __all__ = [
     "ROBERTA",
     "SEED_OSS",
     "SMOLLM3",
+    "SOLAR_OPEN",
     "STABLELM",
     "STARCODER2",
+    "VAULTGEMMA",
+    "YOUTU",
 ]
 
 MODELS: dict[str, ModelLayout] = {
@@ -131,12 +145,14 @@ MODELS: dict[str, ModelLayout] = {
     "bloom": BLOOM,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "cwm": CWM,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "dots1": DOTS1,
     "ernie4_5": ERNIE4_5,
     "ernie4_5_moe": ERNIE4_5_MOE,
     "exaone4": EXAONE4,
+    "exaone_moe": EXAONE_MOE,
     "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
@@ -145,6 +161,7 @@ MODELS: dict[str, ModelLayout] = {
     "glm": GLM,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
+    "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
@@ -153,6 +170,7 @@ MODELS: dict[str, ModelLayout] = {
     "granitemoe": GRANITEMOE,
     "hunyuan_v1_dense": HUNYUAN_V1_DENSE,
     "hunyuan_v1_moe": HUNYUAN_V1_MOE,
+    "hyperclovax": HYPERCLOVAX,
     "kimi_k25": KIMI_K25,
     "llama": LLAMA,
     "minimax_m2": MINIMAX_M2,
@@ -182,6 +200,9 @@ MODELS: dict[str, ModelLayout] = {
     "roberta": ROBERTA,
     "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
+    "solar_open": SOLAR_OPEN,
     "stablelm": STABLELM,
     "starcoder2": STARCODER2,
+    "vaultgemma": VAULTGEMMA,
+    "youtu": YOUTU,
 }

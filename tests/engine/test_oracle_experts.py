@@ -140,6 +140,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "HunYuanMoEV1",
         {"num_experts": 4, "moe_topk": [3, 3, 3], "head_dim": 16, "attention_bias": True},
     ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {**LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    "solar_open": ("SolarOpen", {**SIGMOID, "head_dim": 16, "attention_bias": True}),
+    "exaone_moe": (
+        "ExaoneMoe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 2,
+            "moe_intermediate_size": 40,
+            "head_dim": 16,
+            "sliding_window": 7,
+            "sliding_window_pattern": 2,
+        },
+    ),
     "deepseek_v2 with groups": (
         "DeepseekV2",
         {**LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0, "n_shared_experts": 1},

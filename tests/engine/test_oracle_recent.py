@@ -70,6 +70,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "cwm": ("Cwm", {"head_dim": 16, "sliding_window": 7, "bos_token_id": 0}),
+    "vaultgemma": (
+        "VaultGemma",
+        {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 9, "layer_types": None},
+    ),
+    "hyperclovax": ("HyperCLOVAX", {"logits_scaling": 0.5, "residual_multiplier": 0.3, "embedding_multiplier": 2.0}),
+    "hyperclovax without norms after the blocks": (
+        "HyperCLOVAX",
+        {"use_post_norm": False, "attention_multiplier": 0.2},
+    ),
+    "youtu": (
+        "Youtu",
+        {
+            "q_lora_rank": 24,
+            "kv_lora_rank": 20,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "num_key_value_heads": 4,
+        },
+    ),
     "mpt": ("Mpt", {}),
     "mpt, heads not a power of two, clipped, scaled": (
         "Mpt",
