@@ -51,6 +51,8 @@ def category(node: ExecutionNode) -> str:
         return "gemm"
     if kind == "LAYERNORM":
         return "norm"
+    if kind == "ROPE":
+        return "rope"
     return "io" if kind in ("EMBEDDING", "SAMPLE") else "other"
 
 

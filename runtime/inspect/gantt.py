@@ -12,7 +12,8 @@ from sageLLM.runtime.inspect.drawing import category
 
 WIDTH, LANE_HEIGHT, BAR_HEIGHT, LEFT, TOP = 900, 30, 22, 120, 22
 NUM_TICKS = 6
-CHARACTER = 6.2  # pixels of a letter in a bar
+CHARACTER, PADDING = 6.2, 6  # pixels of a letter in a bar, and of the space around its text
+MIN_CLIPPED = 5  # letters of a clipped name that are still of use
 
 
 def draw_gantt(graph: ExecutionGraph, index: Mapping[str, int], highlighted: Collection[str] = ()) -> str:
@@ -47,7 +48,7 @@ def _bar(
     node: ExecutionNode, span: Span, scale: float, y: int, index: Mapping[str, int], highlighted: Collection[str]
 ) -> str:
     width = max((span.end_us - span.start_us) * scale, 1.0)
-    label = node.node_id[: int(width / CHARACTER)] if width > 4 * CHARACTER else ""
+    label = _label(node, int((width - PADDING) / CHARACTER))
     hover = f"{node.node_id}: {node.op}\n{span.start_us:,.2f} to {span.end_us:,.2f} us"
     css = f"node {category(node)}{' highlighted' if node.node_id in highlighted else ''}"
     return (
@@ -56,3 +57,12 @@ def _bar(
         f'<title>{escape(hover)}</title><rect width="{width:.1f}" height="{BAR_HEIGHT}" rx="3"/>'
         f'<text class="id" x="4" y="15">{escape(label)}</text></g>'
     )
+
+
+def _label(node: ExecutionNode, room: int) -> str:
+    """The longest name of a node that fits in `room` letters: its id, the id within its layer, its op, or nothing."""
+    short = node.node_id.removeprefix(f"L{node.layer_id}.")
+    for name in (node.node_id, short, node.op):
+        if len(name) <= room:
+            return name
+    return f"{short[: room - 1]}…" if room > MIN_CLIPPED else ""

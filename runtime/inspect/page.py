@@ -23,6 +23,7 @@ CATEGORIES = {
     "io": "embedding, sampling",
     "comm": "communication",
     "kv": "KV cache",
+    "rope": "rotary embedding",
     "other": "other",
 }
 OPEN_SECTIONS = 3  # the nodes before the layers and the first two layers
@@ -79,10 +80,19 @@ def to_page(traces: Mapping[str, Sequence[Step]], title: str) -> str:
 
 def _tab(i: int, step: Step) -> str:
     selected = "true" if i == 0 else "false"
-    removed, changed = _removed_nodes(step), changed_nodes(step)
-    mark = f'<span class="changes">+{len(changed)} −{len(removed)}</span>' if changed or removed else ""
+    changes = _changes(step)
+    mark = f'<span class="changes">{changes}</span>' if changes else ""
     role = f'role="tab" id="t{i}" aria-controls="g{i}" aria-selected="{selected}"'
     return f"<button {role}>{escape(step.name)}{mark}</button>"
+
+
+def _changes(step: Step) -> str:
+    """The number of nodes before and after a pass; the number of changed ones if it adds and removes none."""
+    changed = changed_nodes(step)
+    if step.before is None or not (changed or _removed_nodes(step)):
+        return ""
+    before, after = len(step.before.nodes), len(step.graph.nodes)
+    return f"{before} → {after} nodes" if before != after else f"{len(changed)} changed"
 
 
 def _panel(i: int, step: Step) -> str:

@@ -56,14 +56,50 @@ def step_of(stage: Stage | None, config: Any) -> Mapping[str, int]:
 def diff_lines(
     old: Mapping[str, Mapping[str, StageSummary]], new: Mapping[str, Mapping[str, StageSummary]]
 ) -> list[str]:
-    """A line per changed model and stage, with the old and new figures, and per added or removed model."""
+    """The changes of models, with one line for all models that have the same change.
+
+    Equal changes add or remove as many nodes and kernels in the same stages, and change operations and bytes by the
+    same share. A model with its own change has a line per stage with the old and new figures.
+    """
     lines = [f"model {name}: new" for name in new if name not in old]
     lines += [f"model {name}: removed" for name in old if name not in new]
+    groups: dict[str, list[str]] = {}
     for name in (name for name in new if name in old):
+        if change := _relative_change(old[name], new[name]):
+            groups.setdefault(change, []).append(name)
+    for change, names in groups.items():
+        if len(names) > 1:
+            lines.append(f"{len(names)} models, {change}: {', '.join(names)}")
+            continue
+        (name,) = names
         for stage, after in new[name].items():
-            if (before := old[name][stage]) != after:
+            before = old[name].get(stage)
+            if before is None:
+                lines.append(f"model {name}: new stage {stage}")
+            elif before != after:
                 lines.append(f"model {name}, {stage}: {_changes(before, after)}")
     return lines
+
+
+def _relative_change(old: Mapping[str, StageSummary], new: Mapping[str, StageSummary]) -> str:
+    """The change of all stages as text without absolute figures; empty without a change."""
+    stages: dict[str, list[str]] = {}
+    for stage, after in new.items():
+        before = old.get(stage)
+        words = ["new"] if before is None else _differences(before, after)
+        if words:
+            stages.setdefault(", ".join(words), []).append(stage)
+    return "; ".join(f"{', '.join(names)}: {words}" for words, names in stages.items())
+
+
+def _differences(before: StageSummary, after: StageSummary) -> list[str]:
+    counts = {name: getattr(after, name) - getattr(before, name) for name in ("nodes", "kernels")}
+    words = [f"{name} {difference:+d}" for name, difference in counts.items() if difference]
+    for name in ("flops", "bytes"):
+        a, b = getattr(before, name), getattr(after, name)
+        if a != b:
+            words.append(f"{name} {(b - a) / a:+.1%}" if a else f"{name} {b - a:+,}")
+    return words
 
 
 def _changes(before: StageSummary, after: StageSummary) -> str:

@@ -28,6 +28,7 @@ from sageLLM.runtime.inspect.export import (
     to_mermaid,
     to_page,
 )
+from sageLLM.runtime.inspect.gantt import draw_gantt
 from sageLLM.runtime.inspect.page import CATEGORIES
 
 (T,) = dims("T")
@@ -190,6 +191,7 @@ def test_every_op_type_has_a_colour(lib: SimpleNamespace) -> None:
     colours = {kind.name: category(ExecutionNode("a", kind, [], [])) for kind in lib.OpType}
     assert set(colours.values()) <= CATEGORIES.keys()
     assert (colours["DECODE_ATTN"], colours["COMM_SEND"], colours["KV_LOAD"]) == ("attn", "comm", "kv")
+    assert colours["ROPE"] == "rope"
 
 
 @pytest.fixture
@@ -232,8 +234,28 @@ def test_a_page_highlights_changes(timed: ExecutionGraph) -> None:
         attrs["data-i"] for tag, attrs in page.tags if tag == "g" and "highlighted" in (attrs["class"] or "")
     ]
     assert sorted(highlighted) == ["1", "1", "2", "2"], "b and c, in the chart and in the drawing"
-    for text in ("second+2 −1", "what was done", "removed", "device 0, stream 2"):
+    for text in ("second4 → 3 nodes", "what was done", "removed", "device 0, stream 2"):
         assert text in page.text
+
+
+def test_a_page_counts_changes_without_new_nodes(timed: ExecutionGraph) -> None:
+    after = timed.copy()
+    after.nodes["b"].stream_id = 2
+    page = Page(to_page({"decode": [Step("first", timed), Step("second", after, timed)]}, "Steps"))
+    assert "second1 changed" in page.text and "second4" not in page.text
+
+
+def test_bars_show_whole_names_or_say_that_they_are_clipped(lib: SimpleNamespace) -> None:
+    graph = ExecutionGraph("bars")
+    name = "L3.attention.output_projection"
+    for number, (suffix, us) in enumerate((("_a", 60.0), ("_b", 30.0), ("_c", 8.0), ("_d", 2.0), ("_e", 0.1))):
+        ref = TensorRef(name + suffix, (1,), "f32")
+        node = ExecutionNode(name + suffix, lib.OpType.FFN, [], [ref], estimated_time_us=us, layer_id=3)
+        graph.add_node(node)
+        node.stream_id = number
+    drawing = draw_gantt(graph, {node: i for i, node in enumerate(graph.nodes)})
+    labels = re.findall(r'<text class="id" x="4" y="15">([^<]*)</text></g>', drawing)
+    assert labels == [f"{name}_a", f"{name}_b", "ffn", "ffn", ""]
 
 
 def test_the_page_works_in_a_browser(timed: ExecutionGraph, tmp_path: Path) -> None:
