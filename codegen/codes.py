@@ -216,8 +216,9 @@ CODES: dict[str, CodeInfo] = {
         "`kernel.epilogue_of` must name a required input: the kernel reads it while a GEMM computes it.",
     ),
     "SAGE136": CodeInfo(
-        "unused operand or attr",
-        "An op must read each of its inputs and attrs, or determine a dim with it; another name is likely misspelt.",
+        "unused operand, view or attr",
+        "An op must read each of its inputs, views and attrs, or determine a dim with it; another name is likely "
+        "misspelt.",
     ),
     "SAGE137": CodeInfo(
         "condition that never holds",
@@ -301,8 +302,8 @@ CODES: dict[str, CodeInfo] = {
         "`when` is a condition on the config: a boolean name, a comparison, `and`, `or`, `not`.",
     ),
     "SAGE215": CodeInfo(
-        "unused weight",
-        "Every weight must be read by a statement; otherwise it would be loaded without use.",
+        "unused weight or block",
+        "Every weight must be read by a statement, and every block called; otherwise it would be loaded without use.",
     ),
     "SAGE217": CodeInfo(
         "invalid rearrangement",

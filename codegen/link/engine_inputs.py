@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.config_text import python_text
+from sageLLM.codegen.expr.constants import constant
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text
 from sageLLM.codegen.expr.types import ValueType, parse_type
@@ -105,6 +106,8 @@ class EngineInputLinker:
             if kind.type not in ("int", "float") or kind.is_optional:
                 got = f"{kind.type} or null" if kind.is_optional else kind.type
                 raise text.refuse("SAGE206", f"the base frequency must be a number, got {got}", None, "use numbers")
+            if (base := constant(node)) is not None and base <= 0:
+                raise text.refuse("SAGE206", f"the base frequency must be positive, got {base}", None, "e.g. 10000.0")
         except Refused:
             return ""
         return python_text(node)

@@ -46,7 +46,19 @@ class ProgramLinker:
         results = ResultLinker(self.flat, body, self.sink).link()
         if not has_failed:
             check_used(self.sink, None, self.flat.weights, own, body)
+            if not self.sink.diagnostics:  # a misspelt call is reported already
+                self._check_called(program)
         return program, results
+
+    def _check_called(self, program: Iterable[Statement | Repeat]) -> None:
+        """Reports blocks that the program never calls: a checkpoint's tensors for them would be refused as unused."""
+        called = {name for item in program for name in _calls(item.body if isinstance(item, Repeat) else [item])}
+        for name, block in self.flat.blocks.items():
+            if name not in called:
+                own = block.located.entry is self.flat.entry
+                help = "call it in the program" if own else f"drop it: `drop: {{blocks: {{{name}: null}}}}`"
+                span = block.located.key_span() if own else self.flat.entry.key_span("model")
+                self.sink.error("SAGE215", f"the block '{name}' is never called", span, help)
 
     def _repeat(
         self, item: FlatRepeat, body: BodyLinker, per_layer: Mapping[str, WeightDef], own: Mapping[str, WeightDef]

@@ -19,6 +19,7 @@ from sageLLM.codegen.link.operands import Match
 from sageLLM.codegen.link.sizes import link_size
 from sageLLM.codegen.model.layout import BlockDef, Condition, ConfigName, InputDef, Phase, WeightDef
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
+from sageLLM.codegen.schema.models import Scalar
 
 _VALUE = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _RESERVED = frozenset(
@@ -156,9 +157,13 @@ class Scope:
             if isinstance(node, ast.Name) and kind.type != "null":
                 help = f"define a default for '{shown}' that is not null"
             raise text.refuse("SAGE225", f"'{attr.name}' must not be null, but '{shown}' may be", value, help)
-        known = constant(node)
+        known: Scalar = constant(node)
+        if isinstance(node, ast.Name) and (found := self.context.config.get(node.id)) is not None:
+            known = found.value  # the value that the family fixes, or the default
         if known is not None and (why := attr.why_not(known)) is not None:
-            raise text.refuse("SAGE225", why, value, f"change the value, or the attr '{attr.name}' of the op")
+            is_name = isinstance(node, ast.Name)
+            help = f"change the config name '{shown}'" if is_name else f"change the value, or the attr of '{attr.name}'"
+            raise text.refuse("SAGE225", why, value, help)
         return self.python(node, part)
 
     @property

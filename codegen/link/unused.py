@@ -18,6 +18,11 @@ def check_unused(op: OpDef, sink: Sink) -> None:
         if operand.name not in read and not _determines(operand, op, dims):
             span = op.entry.key_span("inputs", operand.name)
             sink.error("SAGE136", f"the input '{operand.name}' is never used", span, "use it or remove it")
+    assigned = {statement.target for statement in op.program.statements} if op.program else set()
+    for view in op.program.views if op.program else ():
+        if view.name not in read | assigned:
+            span = op.entry.key_span("views", view.name)
+            sink.error("SAGE136", f"the view '{view.name}' is never used", span, "use it or remove it")
     for attr in op.attrs:
         if attr.name not in (dims if attr.type == "dim" else read):
             span = op.entry.key_span("attrs", attr.name)

@@ -94,7 +94,7 @@ def test_an_unknown_architecture_says_what_to_do(make_checkpoint: MakeCheckpoint
     folder = make_checkpoint("Helium", head_dim=16)
     with pytest.raises(ValueError) as caught:
         LLM(folder, skip_tokenizer=True)
-    known = sorted(name for layout in MODELS.values() for name in layout.architectures)
+    known = sorted({name for layout in MODELS.values() for name in layout.architectures})
     assert str(caught.value) == (
         f"{folder}/config.json: expected an architecture with a layout, got HeliumForCausalLM; "
         f"known are {', '.join(known)}. "
