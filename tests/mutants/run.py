@@ -31,7 +31,7 @@ from scheduler_mutants import SCHEDULER
 MUTANTS: tuple[Mutant, ...] = (*SCHEDULER, *KV, *CODEGEN, *PASSES)
 TIMEOUT_S = 60
 SLOW_S = 15
-PRELOADED = ("hypothesis", "numpy", "networkx", "yaml", "pydantic", "jinja2", "typer", "syrupy")
+PRELOADED = ("numpy", "networkx", "yaml", "pydantic", "jinja2", "typer")
 """Packages that the tests import, once for all forks. Not torch: a fork of it takes a second."""
 SURVIVED, FAILED = 0, 1
 
