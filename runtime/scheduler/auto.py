@@ -6,7 +6,7 @@ requests meet the objective.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
@@ -19,11 +19,18 @@ DEFAULT_OUTPUT_TOKENS = 128
 """Assumed output length until the first request has ended."""
 STEPS_PER_CHOICE = 512
 """Coarse forecast steps computed per choice, about 10 us each."""
+NUM_RENEWALS = 8
+"""Forecasts per window of requests."""
+PARTIAL_CREDIT = 0.5
 NUM_LIFETIMES = 4
 """Requests in a forecast, as a multiple of those served concurrently when all just meet the objective."""
 
 
-Score = tuple[int, float]
+class Score(NamedTuple):
+    """Result of a forecast; the largest one is the best."""
+
+    credit: float
+    minus_used: float
 
 
 class _Seen(NamedTuple):
@@ -46,6 +53,7 @@ class ForecastChooser:
         self._objective = objective
         self._window = window
         self._seen: deque[_Seen] = deque(maxlen=window)
+        self._live: dict[str, Request] = {}
         self._num_new = 0
         self._rule: ModeChoice | None = None
         self._pending: list[Forecast] = []
@@ -54,6 +62,7 @@ class ForecastChooser:
     def observe(self, request: Request) -> None:
         """Remember a request."""
         self._seen.append(_Seen(request.arrival_time, request.num_prompt_tokens, request))
+        self._live[request.request_id] = request
         self._num_new += 1
 
     def choose(self, view: SchedulerView) -> ModeChoice:
@@ -62,15 +71,17 @@ class ForecastChooser:
             self._rule = ModeChoice("hybrid", view.config.prefill_chunk_size)
         if self._pending:
             self._advance()
-        elif self._num_new * 4 >= len(self._seen) > 1:
+        elif self._num_new * NUM_RENEWALS >= len(self._seen) > 1:
             self._begin(view)
         return self._rule
 
     def _begin(self, view: SchedulerView) -> None:
         self._num_new = 0
-        requests = expected(self._seen, self._objective, self._window)
+        self._live = {i: one for i, one in self._live.items() if one.status is not RequestStatus.FINISHED}
+        now = view.clock()
+        requests = expected(self._live.values(), self._seen, self._objective, self._window, now)
         limits = limits_of(view)
-        self._pending = [Forecast(rule, requests, self._cost, limits) for rule in rules(view)]
+        self._pending = [Forecast(rule, requests, self._cost, limits, now) for rule in rules(view)]
 
     def _advance(self) -> None:
         forecast = self._pending[-1]
@@ -101,20 +112,28 @@ def limits_of(view: SchedulerView) -> ServiceLimits:
 
 
 def score(forecast: Forecast, objective: ServiceObjective) -> Score:
-    """Number of requests that met the objective; ties are broken by the total time relative to the objective."""
-    num_good, used = 0, 0.0
+    """Sum of the requests' credits: 1 for one that meets the objective, else `PARTIAL_CREDIT` / (how far it misses).
+
+    Partial credit matters under overload, where nearly all miss: by the number of those that meet the objective alone,
+    a rule with little throughput would win a few requests now and lose those that wait. Ties are broken by the total
+    time relative to the objective.
+    """
+    credit, used = 0.0, 0.0
     for request, one in zip(forecast.requests, forecast.served, strict=True):
         ttft = (one.first_s - request.arrival_s) / objective.ttft_s
         tpot = (one.last_s - one.first_s) / max(1, request.num_output_tokens - 1) / objective.tpot_s
-        num_good += ttft <= 1 and tpot <= 1
-        used += max(ttft, tpot)
-    return num_good, -used
+        missed_by = max(ttft, tpot)
+        credit += 1.0 if missed_by <= 1 else PARTIAL_CREDIT / missed_by
+        used += missed_by
+    return Score(credit, -used)
 
 
-def expected(seen: Sequence[_Seen], objective: ServiceObjective, least: int) -> list[ExpectedRequest]:
-    """Expected traffic: the requests seen, repeated periodically.
+def expected(
+    live: Iterable[Request], seen: Sequence[_Seen], objective: ServiceObjective, least: int, now: float
+) -> list[ExpectedRequest]:
+    """Expected traffic: the requests that are being served, and then those seen, repeated periodically.
 
-    At least `least` requests, and several times as many as are served concurrently. A request that has not ended is
+    At least `least` new requests, and several times as many as are served concurrently. A request that has not ended is
     assumed to continue for the mean output length, which is estimated as for censored lifetimes: all output tokens so
     far divided by the number of requests that ended.
     """
@@ -124,11 +143,26 @@ def expected(seen: Sequence[_Seen], objective: ServiceObjective, least: int) -> 
     first, last = min(one.arrival_s for one in seen), max(one.arrival_s for one in seen)
     gap_s = (last - first) / max(1, len(seen) - 1)
     once = sorted(
-        ExpectedRequest(one.arrival_s - first, one.num_prompt_tokens, max(1, length + (0 if ended else mean)))
+        ExpectedRequest(
+            now + gap_s + one.arrival_s - first, one.num_prompt_tokens, max(1, length + (0 if ended else mean))
+        )
         for one, length, ended in zip(seen, lengths, has_ended, strict=True)
     )
     lifetime_s = objective.ttft_s + mean * objective.tpot_s
     num = min(max(least, int(NUM_LIFETIMES * lifetime_s / gap_s) if gap_s else least), 4 * least)
     rounds = -(-num // len(once))
     period_s = gap_s * len(seen)
-    return [one._replace(arrival_s=one.arrival_s + i * period_s) for i in range(rounds) for one in once][:num]
+    new = [one._replace(arrival_s=one.arrival_s + i * period_s) for i in range(rounds) for one in once][:num]
+    return [_in_service(request, mean) for request in live] + new
+
+
+def _in_service(request: Request, mean: int) -> ExpectedRequest:
+    num_generated = len(request.output_token_ids)
+    return ExpectedRequest(
+        request.arrival_time,
+        request.num_prompt_tokens,
+        num_generated + mean,
+        min(request.num_computed_tokens, request.num_prompt_tokens - 1),
+        num_generated,
+        request.first_token_time if num_generated else None,
+    )

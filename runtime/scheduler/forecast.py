@@ -39,11 +39,18 @@ class ServiceLimits:
 
 
 class ExpectedRequest(NamedTuple):
-    """Expected request: arrival in seconds, prompt tokens, output tokens."""
+    """Expected request: arrival in seconds, prompt tokens, output tokens in all.
+
+    One that is being served has computed prompt tokens; one that decodes has generated tokens and the time of its
+    first one.
+    """
 
     arrival_s: float
     num_prompt_tokens: int
     num_output_tokens: int
+    num_computed_tokens: int = 0
+    num_generated_tokens: int = 0
+    first_s: float | None = None
 
 
 class Served(NamedTuple):
@@ -54,13 +61,19 @@ class Served(NamedTuple):
 
 
 class Forecast:
-    """Forecast for requests, in order of arrival, under one rule on a worker that starts idle.
+    """Forecast for requests, in order of arrival, under one rule from the time `start_s` on.
 
-    Decodes start and end at ticks of a decode clock, so a tick need not touch each of them.
+    The worker is idle then, except for the requests that are being served already. Decodes start and end at ticks of a
+    decode clock, so a tick need not touch each of them.
     """
 
     def __init__(
-        self, rule: ModeChoice, requests: Sequence[ExpectedRequest], cost: StepCostModel, limits: ServiceLimits
+        self,
+        rule: ModeChoice,
+        requests: Sequence[ExpectedRequest],
+        cost: StepCostModel,
+        limits: ServiceLimits,
+        start_s: float = 0.0,
     ) -> None:
         self.rule = rule
         self.requests = requests
@@ -69,16 +82,26 @@ class Forecast:
         self._is_mixed = rule.mode == "hybrid"
         self._most = min(rule.max_prefill_tokens or limits.max_prefill_tokens, limits.max_prefill_tokens)
         self._max_consecutive_decodes = limits.max_consecutive_decodes if rule.mode == "time_share" else 0
-        self._now = 0.0
+        self._now = start_s
         self._tick = 0
         self._num_since_prefill = 0
         self._num_context_tokens = 0
         self._num_arrived = 0
         self._waiting: deque[int] = deque()
-        self._start = 0  # computed tokens of the head of the queue
+        self._computed: dict[int, int] = {}  # tokens of prompts that began and have not ended
         self._decodes: list[tuple[int, int]] = []
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
+        for number, request in enumerate(requests):
+            if request.first_s is not None:
+                self._resume(number, request, request.first_s)
+
+    def _resume(self, number: int, request: ExpectedRequest, first_s: float) -> None:
+        """Continue a request that decodes at the start."""
+        self._first[number] = first_s
+        num_left = max(1, request.num_output_tokens - request.num_generated_tokens)
+        heapq.heappush(self._decodes, (num_left, number))
+        self._num_context_tokens += request.num_prompt_tokens + request.num_output_tokens - num_left
 
     @property
     def is_done(self) -> bool:
@@ -109,7 +132,8 @@ class Forecast:
 
     def _add_arrivals(self) -> None:
         while self._num_arrived < len(self.requests) and self.requests[self._num_arrived].arrival_s <= self._now:
-            self._waiting.append(self._num_arrived)
+            if self._num_arrived not in self._first:
+                self._waiting.append(self._num_arrived)
             self._num_arrived += 1
 
     def _next_arrival(self) -> float:
@@ -125,9 +149,10 @@ class Forecast:
             left = min(left, self._limits.max_prefill_tokens - len(self._decodes))
         room = self._limits.max_kv_tokens
         chunks: list[tuple[int, PromptChunk]] = []
-        start, used = self._start, self._num_context_tokens
+        used = self._num_context_tokens
         for number in self._waiting:
             num_prompt_tokens = self.requests[number].num_prompt_tokens
+            start = self._num_computed(number)
             used += num_prompt_tokens
             is_alone = not self._decodes and not chunks
             has_slot = len(self._decodes) + len(chunks) < self._limits.max_batch_size
@@ -135,8 +160,10 @@ class Forecast:
                 break
             chunks.append((number, PromptChunk(start, min(left, num_prompt_tokens - start))))
             left -= chunks[-1][1].num_tokens
-            start = 0
         return chunks
+
+    def _num_computed(self, number: int) -> int:
+        return self._computed.get(number, self.requests[number].num_computed_tokens)
 
     def _prefill(self, chunks: list[tuple[int, PromptChunk]]) -> None:
         num_decodes = len(self._decodes) if self._is_mixed else 0
@@ -146,10 +173,10 @@ class Forecast:
         if num_decodes:
             self._advance_clock(1)
         for number, chunk in chunks:
-            self._start = chunk.start + chunk.num_tokens
-            if self._start == self.requests[number].num_prompt_tokens:
+            self._computed[number] = chunk.start + chunk.num_tokens
+            if self._computed[number] == self.requests[number].num_prompt_tokens:
                 self._waiting.popleft()
-                self._start = 0
+                del self._computed[number]
                 self._begin(number)
 
     def _begin(self, number: int) -> None:

@@ -4,7 +4,7 @@ A mode sees the step's context (`StepPlan.is_ahead`, `num_consecutive_decodes`, 
 have work; it changes nothing but the step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -112,11 +112,12 @@ class ModeChoice:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerView:
-    """Read-only view of the scheduler for mode choosers."""
+    """Read-only view of the scheduler for mode choosers; `clock` is that of the requests' times."""
 
     config: PDSchedulerConfig
     max_batch_size: int
     max_kv_tokens: int | None
+    clock: Callable[[], float]
 
 
 class ModeChooser(Protocol):

@@ -53,7 +53,8 @@ class PDScheduler(BaseScheduler):
     - `max_model_len` bounds prompt + output of a request.
     - `switch_len`: the KV of a sequence of more tokens differs from that of a shorter one at every position (longrope).
       A request that outgrows this length waits at its old rank and is recomputed, as after a preemption.
-    - `clock` returns the times stamped on requests, in seconds; no decision but the lease of a copy depends on it.
+    - `clock` returns the times stamped on requests, in seconds; no decision depends on it but the lease of a copy
+      and those of a `mode_chooser`.
       `Request.arrival_time` must come from the same clock.
     - `mode_chooser` selects the mode of each step in mode `auto`.
 
@@ -115,7 +116,7 @@ class PDScheduler(BaseScheduler):
             PrefillPhase(state.table, self._admission),
             DecodePhase(state.decodes, kv, preemption, config.max_decode_context_tokens),
         )
-        self.view = SchedulerView(config, self.max_batch_size, kv.max_tokens)
+        self.view = SchedulerView(config, self.max_batch_size, kv.max_tokens, clock)
         self._mode = make_mode(phases, mode_chooser, self.view)
         self._mode_chooser = mode_chooser
         self._table, self._steps, self._migration = state.table, state.steps, state.migration

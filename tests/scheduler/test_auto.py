@@ -2,7 +2,14 @@
 
 import pytest
 
-from sageLLM.runtime.scheduler.auto import DEFAULT_OUTPUT_TOKENS, ForecastChooser, expected, rules
+from sageLLM.runtime.scheduler.auto import (
+    DEFAULT_OUTPUT_TOKENS,
+    PARTIAL_CREDIT,
+    ForecastChooser,
+    expected,
+    rules,
+    score,
+)
 from sageLLM.runtime.scheduler.batch import KVBudget
 from sageLLM.runtime.scheduler.forecast import (
     ExpectedRequest,
@@ -57,6 +64,27 @@ def test_a_forecast_of_time_share_counts_decodes_across_the_end_of_a_request() -
     assert forecast(TIME_SHARE, *requests)[2].first_s == pytest.approx(6.0)
 
 
+def test_a_forecast_continues_the_requests_in_service() -> None:
+    """At 10 s one decodes with 3 of 5 tokens, one has 150 of 200 prompt tokens, and one arrives at 10.5 s."""
+    running = ExpectedRequest(2.0, 100, 5, 99, 3, first_s=4.0)
+    started = ExpectedRequest(3.0, 200, 2, 150)
+    one = Forecast(PREFILL, [running, started, ExpectedRequest(10.5, 100, 1)], PerToken(), LIMITS, start_s=10.0)
+    one.advance(100)
+    # 10-11.5 the rest of the prompt, 11.5-13.5 the new one, then decodes
+    assert one.served == [pytest.approx(Served(4.0, 15.5)), pytest.approx(Served(11.5, 14.5)), (13.5, 13.5)]
+
+
+def test_partial_credit_is_less_the_further_a_request_misses() -> None:
+    objective = ServiceObjective(1.0, 1000.0)
+
+    def of(ttft: float) -> float:
+        one = Forecast(PREFILL, [ExpectedRequest(0.0, 100, 1, 99, 1, first_s=ttft)], PerToken(), LIMITS)
+        one.advance(10)
+        return score(one, objective).credit
+
+    assert [of(1.0), of(2.0), of(5.0)] == [1.0, PARTIAL_CREDIT / 2, PARTIAL_CREDIT / 5]
+
+
 def test_a_forecast_respects_batch_size_and_cache_size() -> None:
     both = ExpectedRequest(0.0, 50, 3), ExpectedRequest(0.0, 50, 3)
     assert [one.first_s for one in forecast(PREFILL, *both)] == [2.0, 2.0]
@@ -79,16 +107,26 @@ def test_recent_traffic_is_expected_to_continue() -> None:
     seen(chooser, 11.0, 200, 40, is_over=False)
     seen(chooser, 14.0, 300, 0, is_over=False)
     # 60 tokens came out and one answer ended: the others are taken to go on for 60
-    once = [(0.0, 100, 20), (1.0, 200, 100), (4.0, 300, 60)]
+    # the next arrival is expected a mean gap of 2 s from now
+    once = [(22.0, 100, 20), (23.0, 200, 100), (26.0, 300, 60)]
     again = [(time + 6.0, prompt, output) for time, prompt, output in once]
-    assert expected(chooser._seen, objective, least=6) == [ExpectedRequest(*one) for one in once + again]
+    live = [one.request for one in chooser._seen if one.request.status is not RequestStatus.FINISHED]
+    live[0].first_token_time = 12.0
+    live[0].compute_up_to(239)
+    in_service = [ExpectedRequest(11.0, 200, 100, 199, 40, 12.0), ExpectedRequest(14.0, 300, 60)]
+    assert expected(live, chooser._seen, objective, least=6, now=20.0) == [
+        *in_service,
+        *(ExpectedRequest(*one) for one in once + again),
+    ]
 
 
 def test_output_lengths_are_guessed_until_a_request_ends() -> None:
     objective = ServiceObjective()
     chooser = ForecastChooser(PerToken(), objective, window=4)
     seen(chooser, 1.0, 10, 3, is_over=False)
-    assert [one.num_output_tokens for one in expected(chooser._seen, objective, 1)] == [3 + DEFAULT_OUTPUT_TOKENS]
+    assert [one.num_output_tokens for one in expected((), chooser._seen, objective, 1, 0.0)] == [
+        3 + DEFAULT_OUTPUT_TOKENS
+    ]
 
 
 def scheduler(chooser: ForecastChooser) -> PDScheduler:

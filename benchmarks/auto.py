@@ -1,0 +1,123 @@
+"""Compares mode `auto` with the fixed modes by SLO attainment: of the whole run, and from its 101st request on.
+
+    python benchmarks/auto.py [--num-requests N] [--seeds 0,1] [--only TEXT]
+
+Traffic has the length distributions of Azure's traces of 2023 (median and 90th percentile) and Poisson arrivals; the
+step times are the roofline of Llama-3.1-8B on H100s. `regret` is the best fixed mode minus `auto` in points: negative
+where `auto` is better than every fixed mode. Simulated, so the same command prints the same figures.
+"""
+
+import argparse
+from dataclasses import dataclass
+from functools import cache
+
+from sageLLM.generated.builders import MODELS
+from sageLLM.generated.hardware import HARDWARE
+from sageLLM.runtime.core.model.hf_config import HFConfig
+from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
+from sageLLM.runtime.scheduler.batch import KVBudget
+from sageLLM.runtime.scheduler.forecast import ServiceObjective
+from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.sim.metrics import Slo
+from sageLLM.runtime.sim.modes import Setup, SimMode, make_cluster
+from sageLLM.runtime.sim.simulator import Simulation
+from sageLLM.runtime.sim.trace import Lengths, synthetic
+
+NUM_FIRST = 100
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+TRAFFIC = {
+    "code": (Lengths(1469, 5187, 7437), Lengths(13, 55, 400)),
+    "conversation": (Lengths(1020, 2734, 8000), Lengths(129, 424, 1000)),
+}
+MODES: dict[str, tuple[SimMode, dict[str, int]]] = {
+    "prefill first": ("time_share", {"max_consecutive_decodes": 0}),
+    "time_share": ("time_share", {}),
+    "hybrid": ("hybrid", {}),
+    "hybrid 2048": ("hybrid", {"prefill_chunk_size": 2048}),
+    "auto": ("auto", {}),
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Traffic at a rate per second on a number of devices, with its objective."""
+
+    traffic: str
+    rate: float
+    slo: Slo
+    num_devices: int = 1
+
+    def __str__(self) -> str:
+        slo = f"{self.slo.ttft_s:g}, {self.slo.tpot_s:g}"
+        return f"{self.traffic} | {self.rate:g} | {self.num_devices} | {slo}"
+
+
+LOADS = (
+    Load("code", 40, Slo(0.5, 0.03), 2),
+    Load("code", 40, Slo(0.3, 0.05), 2),
+    Load("code", 20, Slo(0.3, 0.02)),
+    Load("code", 16, Slo(0.5, 0.02)),
+    Load("conversation", 24, Slo(0.5, 0.02)),
+    Load("conversation", 24, Slo(0.3, 0.03)),
+    Load("conversation", 20, Slo(1.0, 0.05)),
+    Load("conversation", 16, Slo(0.2, 0.02)),
+)
+Attainment = tuple[float, float]
+
+
+@cache
+def cost() -> RooflineStepCost:
+    layout = MODELS["llama"]
+    return RooflineStepCost(layout, layout.read_config(HFConfig(LLAMA_8B)), HARDWARE["h100"])
+
+
+def attainment(mode: str, load: Load, num_requests: int, seed: int) -> Attainment:
+    """SLO attainment in % of the run, and of its requests after the first NUM_FIRST."""
+    name, limits = MODES[mode]
+    setup = Setup(
+        cost(),
+        lambda tokens: 0.0,
+        KVBudget(cost().num_kv_blocks(16)),
+        num_prefill=load.num_devices,
+        num_decode=0,
+        scheduler=PDSchedulerConfig(max_prefill_batch_size=256, max_decode_batch_size=256, **limits),
+        enable_prefix_caching=False,
+        objective=ServiceObjective(load.slo.ttft_s, load.slo.tpot_s),
+    )
+    trace = synthetic(num_requests, load.rate, *TRAFFIC[load.traffic], seed=seed)
+    good = [load.slo.is_met(timeline) for timeline in Simulation(make_cluster(name, setup)).run(trace)]
+    later = good[NUM_FIRST:]
+    return 100 * sum(good) / len(good), 100 * sum(later) / max(1, len(later))
+
+
+def regret(found: dict[str, Attainment]) -> Attainment:
+    """The best fixed mode minus `auto`, in points."""
+    whole, later = zip(*(value for mode, value in found.items() if mode != "auto"), strict=True)
+    return max(whole) - found["auto"][0], max(later) - found["auto"][1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-requests", type=int, default=500)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--only", default="", help="loads with this text, such as 'code | 40'")
+    args = parser.parse_args()
+    print("| traffic | rate | devices | TTFT, TPOT s |", " | ".join(MODES), "| regret | seed |")
+    print("|---" * (len(MODES) + 6) + "|")
+    for load in LOADS:
+        for seed in map(int, args.seeds.split(",")) if args.only in str(load) else ():
+            found = {mode: attainment(mode, load, args.num_requests, seed) for mode in MODES}
+            cells = [f"{whole:.1f} / {later:.1f}" for whole, later in (*found.values(), regret(found))]
+            print(f"| {load} |", " | ".join(cells), f"| {seed} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
