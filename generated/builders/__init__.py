@@ -54,6 +54,7 @@ from .olmoe import OLMOE
 from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
+from .phimoe import PHIMOE
 from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
 from .qwen2_vl import QWEN2_VL
@@ -122,6 +123,7 @@ __all__ = [
     "OPT",
     "PHI",
     "PHI3",
+    "PHIMOE",
     "QWEN2",
     "QWEN2_MOE",
     "QWEN2_VL",
@@ -190,6 +192,7 @@ MODELS: dict[str, ModelLayout] = {
     "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,
+    "phimoe": PHIMOE,
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen2_vl": QWEN2_VL,

@@ -17,11 +17,13 @@ __all__ = [
     "ExpertDown",
     "ExpertLinear",
     "RouterLogits",
+    "SparsemixerRouter",
     "TopkRouter",
     "combine_experts",
     "expert_down",
     "expert_linear",
     "router_logits",
+    "sparsemixer_router",
     "topk_router",
 ]
 
@@ -171,6 +173,54 @@ def topk_router(
         "group_score": group_score,
     }
     experts, weights = g.emit(TopkRouter, inputs, attrs, names)
+    return experts, weights
+
+
+# specs/ops/experts.yaml: sparsemixer_router
+class SparsemixerRouter(OpNode):
+    """The two best experts of every token, each weighted among the experts near it (Liu et al. 2024, arXiv
+        2409.12136).
+
+    see kernels/reference: sparsemixer_router
+    """
+
+    op = "sparsemixer_router"
+    spec = "specs/ops/experts.yaml: sparsemixer_router"
+    kind = OpType.ROUTER
+    input_types = {"logits": G[T, X]}
+    output_types = {"experts": i32[T, A], "weights": f32[T, A]}
+    attr_types = {"A": AttrSpec("dim"), "jitter": AttrSpec("f32", default=0.01, min=0.0)}
+    where = (
+        Where("A == 2", lambda d: d["A"] == 2),
+        Where("A <= X", lambda d: d["A"] <= d["X"]),
+    )
+    flop_formula = 12 * T * X
+    byte_formula = T * (G_size * X + 8 * A)
+
+    @property
+    def logits(self) -> TensorRef:
+        return self.input("logits")
+
+    @property
+    def jitter(self) -> float:
+        return cast("float", self.attrs["jitter"])
+
+    @property
+    def experts(self) -> TensorRef:
+        return self.output("experts")
+
+    @property
+    def weights(self) -> TensorRef:
+        return self.output("weights")
+
+
+def sparsemixer_router(
+    g: GraphWriter, logits: TensorRef, *, A: Dim, jitter: float = 0.01, names: tuple[str, str] = ("experts", "weights")
+) -> tuple[TensorRef, TensorRef]:
+    """Adds a sparsemixer_router node to the graph and returns its results."""
+    inputs: dict[str, TensorRef | None] = {"logits": logits}
+    attrs: dict[str, AttrValue] = {"A": A, "jitter": jitter}
+    experts, weights = g.emit(SparsemixerRouter, inputs, attrs, names)
     return experts, weights
 
 

@@ -42,6 +42,22 @@ def test_topk_router(case: dict[str, Any]) -> None:
     check_dtypes(OPS["topk_router"], KERNELS["topk_router"], case, attrs, limits)
 
 
+SPARSEMIXER_ROUTER_CASES: list[dict[str, Any]] = [
+    {"T": 1, "X": 2, "A": 2},
+    {"T": 9, "X": 8, "A": 2},
+]
+
+
+# specs/ops/experts.yaml: sparsemixer_router
+@pytest.mark.parametrize("case", SPARSEMIXER_ROUTER_CASES, ids=str)
+def test_sparsemixer_router(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["sparsemixer_router"], KERNELS["sparsemixer_router"], case, attrs, limits)
+    check_precision(OPS["sparsemixer_router"], KERNELS["sparsemixer_router"], case, attrs, limits)
+    check_dtypes(OPS["sparsemixer_router"], KERNELS["sparsemixer_router"], case, attrs, limits)
+
+
 EXPERT_LINEAR_CASES: list[dict[str, Any]] = [
     {"T": 1, "A": 1, "X": 2, "N": 1, "K": 1},
     {"T": 9, "A": 3, "X": 5, "N": 20, "K": 33},

@@ -143,12 +143,13 @@ def _yarn_factor(scaling: Scaling, factor: float) -> float:
 
 def _longrope(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
     """LongRoPE (arXiv 2402.13753): one factor per dim, from the long set for sequences beyond the trained length."""
-    factors = torch.tensor(scaling["long_factor" if length > rope.trained else "short_factor"], dtype=torch.float32)
+    kind = "long" if length > rope.trained else "short"
+    factors = torch.tensor(scaling[f"{kind}_factor"], dtype=torch.float32)
     original = scaling.get("original_max_position_embeddings", rope.max_position)
     stretch = scaling.get("factor", rope.max_position / original)
     default = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
     radians = 1.0 / (factors * rope.base ** _exponents(rope))
-    return _Frequencies(radians, scaling.get("attention_factor", default))
+    return _Frequencies(radians, scaling.get(f"{kind}_mscale", scaling.get("attention_factor", default)))
 
 
 def _proportional(rope: RopeSpec, scaling: Scaling, length: Length) -> _Frequencies:
@@ -167,6 +168,7 @@ _SCALINGS: dict[str, Callable[[RopeSpec, Scaling, Length], _Frequencies]] = {
     "ntk_alpha": _ntk_alpha,
     "yarn": _yarn,
     "longrope": _longrope,
+    "longrope_mscale": _longrope,
     "proportional": _proportional,
     "su": _longrope,  # the original name, in early checkpoints of Phi-3
 }

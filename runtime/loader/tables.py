@@ -61,7 +61,7 @@ class PositionTables:
         device = torch.device(device)
         self._ropes: Mapping[str, RopeSpec] = config.rope
         self._max_len = max_len
-        self.switch_len = self._length_of("longrope", "su")
+        self.switch_len = self._length_of("longrope", "longrope_mscale", "su")
         self.dynamic_len = self._length_of("dynamic")
         if self.switch_len is not None and self.dynamic_len is not None:
             raise CheckpointError("longrope and dynamic scaling must not be combined in one model")

@@ -157,6 +157,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window_pattern": 2,
         },
     ),
+    "phimoe": ("Phimoe", {"num_local_experts": 5, "router_jitter_noise": 0.3}),
+    "phimoe with biases, a window, factors on the rotation": (
+        "Phimoe",
+        {
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 40,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                "long_factor": [2.0] * 8,
+                "short_mscale": 1.2,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 256,
+            },
+        },
+    ),
     "deepseek_v2 with groups": (
         "DeepseekV2",
         {**LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0, "n_shared_experts": 1},

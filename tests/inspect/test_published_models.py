@@ -24,6 +24,7 @@ PARAMETERS = {
     "ERNIE-4.5-0.3B-PT": 360_748_032,
     "Qwen2.5-VL-7B-Instruct": 8_292_166_656 - 676_550_144,
     "Qwen3-VL-8B-Instruct": 8_190_735_360,
+    "Phi-3.5-MoE-instruct": 41_873_153_344,  # without its rotary scaling, which has no parameters
     "Seed-OSS-36B-Instruct": 36_151_104_512,
     "gemma-3-4b-it": 4_300_079_472 - 416_866_032 - 2_950_272,
     "glm-4-9b-chat-hf": 9_399_951_360,

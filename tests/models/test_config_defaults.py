@@ -26,6 +26,7 @@ MODEL_TYPES = {
     for name in ([names] if isinstance(names, str) else names)
 }
 MODEL_TYPES["MPTForCausalLM"] = "mpt"  # the names of the classes in the checkpoints' own code
+MODEL_TYPES["PhiMoEForCausalLM"] = "phimoe"
 MODEL_TYPES["KimiK25ForConditionalGeneration"] = "kimi_k25"
 ARCHITECTURES = [(layout, name) for layout in MODELS for name in MODELS[layout].architectures]
 REQUIRED = {

@@ -27,7 +27,7 @@ from .attention import paged_decode_attention, paged_prefill_attention
 from .comm import all_gather, all_reduce, allreduce_add_rms_norm, recv, send
 from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, soft_cap
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
-from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
+from .experts import combine_experts, expert_down, expert_linear, router_logits, sparsemixer_router, topk_router
 from .kv import kv_load, kv_migrate, kv_store
 from .linear import (
     head_linear,
@@ -115,6 +115,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "select_rows": select_rows,
     "router_logits": router_logits,
     "topk_router": topk_router,
+    "sparsemixer_router": sparsemixer_router,
     "expert_linear": expert_linear,
     "expert_down": expert_down,
     "combine_experts": combine_experts,

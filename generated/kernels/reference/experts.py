@@ -14,6 +14,7 @@ __all__ = [
     "expert_down",
     "expert_linear",
     "router_logits",
+    "sparsemixer_router",
     "topk_router",
 ]
 
@@ -55,6 +56,20 @@ def topk_router(
     if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
     return experts.to(torch.int32), weights * factor
+
+
+# specs/ops/experts.yaml: sparsemixer_router
+def sparsemixer_router(logits: Tensor, *, A: int, jitter: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Experts and weights, both [T, A], for logits [T, X]; see the doc of the op for the steps."""
+    scores = logits.to(wide(logits))
+    eligible, experts, weights = scores, [], []
+    for _ in range(A):
+        best, expert = eligible.max(-1, keepdim=True)
+        counts = (best - eligible) / torch.maximum(scores.abs(), best) <= 2 * jitter
+        weights.append(1 / ((eligible - best).exp() * counts).sum(-1, keepdim=True))
+        experts.append(expert)
+        eligible = eligible.scatter(-1, expert, -math.inf)
+    return torch.cat(experts, -1).to(torch.int32), torch.cat(weights, -1)
 
 
 # specs/ops/experts.yaml: expert_linear

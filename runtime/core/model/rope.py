@@ -88,6 +88,10 @@ SCALINGS: Mapping[str, _Parameters] = {
     ),
     "ntk_alpha": _Parameters({"alpha": "positive"}, {}),  # `dynamic` with an `alpha`, in checkpoints of Hunyuan
     "longrope": _LONGROPE,
+    "longrope_mscale": _Parameters(  # `longrope` with factors on the tables, in checkpoints of Phi-3.5-MoE
+        {**_LONGROPE.required, "short_mscale": "positive", "long_mscale": "positive"},
+        {"original_max_position_embeddings": "positive"},
+    ),
     "su": _LONGROPE,  # the original name, in early checkpoints of Phi-3
 }
 _NO_EFFECT: Mapping[tuple[str, str], tuple[object, ...]] = {
@@ -148,6 +152,8 @@ def read_rope(
     kind = _type_of(hf, name, section)
     if kind == "dynamic" and section.get("alpha") and "ntk_alpha" in allow:
         kind = "ntk_alpha"
+    if kind == "longrope" and "longrope_mscale" in allow:
+        kind = "longrope_mscale"
     section = {key: value for key, value in section.items() if key not in read or _is_parameter(key)}
     if kind not in allow:
         raise ConfigError(f"{hf.path}: rope scaling '{kind[:40]}' is not supported; known are {', '.join(allow)}")
