@@ -32,6 +32,25 @@ class GemmSpec(Strict):
     streams: int = Field(ge=1, le=16, description="memory regions that a core reads in turn when it streams a weight")
 
 
+class EfficiencySpec(Strict):
+    """Fractions of the limits that a family of kernels reaches, and times that are independent of the limits."""
+
+    compute: float = Field(default=1.0, gt=0, description="fraction of `peak_flops`")
+    memory: float = Field(
+        default=1.0, gt=0, description="fraction of `memory_bandwidth`; above 1 where operands stay in a cache"
+    )
+    overlap: float | None = Field(
+        default=None,
+        ge=1,
+        description="exponent p of (arithmetic^p + memory^p)^(1/p): 1 adds the two times, null takes the longer",
+    )
+    launch_us: float | None = Field(
+        default=None, ge=0, description="fixed time of a kernel, in place of `launch_overhead_us`"
+    )
+    sequence_us: float = Field(default=0.0, ge=0, description="attention: time per sequence with one query")
+    context_ns: float = Field(default=0.0, ge=0, description="attention: time per token of the longest context")
+
+
 class HardwareFile(Strict):
     """`specs/hardware/NAME.yaml`: one device type."""
 
@@ -46,4 +65,6 @@ class HardwareFile(Strict):
     link: LinkSpec = Field(description="connection to other devices")
     host_link: LinkSpec = Field(description="connection to host memory")
     gemm: GemmSpec | None = Field(default=None, description="block sizes of the CPU's GEMM kernels")
-    efficiency: dict[str, float] = Field(default={}, description="fraction of the limit reached, per op tag")
+    efficiency: dict[str, EfficiencySpec] = Field(
+        default={}, description="by op name, tag (gemm, experts), op type (prefill_attn), mixed_attn, or default"
+    )

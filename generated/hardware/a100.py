@@ -2,12 +2,13 @@
 # Regenerate: make generate    Explain: make explain NAME=a100
 """NVIDIA A100 SXM, 80 GB."""
 
-from sageLLM.runtime.core.cost import Hardware, Link
+from sageLLM.runtime.core.cost import Efficiency, Hardware, Link
 
 __all__ = ["A100"]
 
 # specs/hardware/a100.yaml: a100
-# source: All rates are the vendor's data sheet's, none is measured, so predictions for it are lower bounds.
+# source: Rates from the data sheet; link and efficiencies besides attention are fitted to Vidur's tables of
+# four models (microsoft/vidur, MIT).
 A100 = Hardware(
     name="a100",
     peak_flops={
@@ -20,7 +21,38 @@ A100 = Hardware(
     memory_bandwidth=2039000000000.0,
     memory_bytes=85899345920,
     launch_overhead_us=2.0,
-    link=Link(bandwidth=300000000000.0, latency_us=3.0),
+    link=Link(bandwidth=148000000000.0, latency_us=4.2),
     host_link=Link(bandwidth=32000000000.0, latency_us=10.0),
-    efficiency={},
+    efficiency={
+        "gemm": Efficiency(
+            compute=0.745,
+            memory=0.842,
+            overlap=1.32,
+            launch_us=4.86,
+        ),
+        "prefill_attn": Efficiency(
+            compute=0.607,
+            memory=0.335,
+            overlap=2.34,
+            launch_us=4.72,
+            context_ns=13.4,
+        ),
+        "decode_attn": Efficiency(
+            compute=0.887,
+            memory=0.939,
+            overlap=1.44,
+            launch_us=15.2,
+        ),
+        "mixed_attn": Efficiency(
+            compute=0.00887,
+            memory=4.0,
+            launch_us=0.0,
+            sequence_us=1.46,
+            context_ns=13.7,
+        ),
+        "default": Efficiency(
+            memory=0.482,
+            launch_us=2.58,
+        ),
+    },
 )

@@ -7,7 +7,8 @@ from sageLLM.runtime.core.cost import Hardware, Link
 __all__ = ["CPU"]
 
 # specs/hardware/cpu.yaml: cpu
-# source: GEMM rates and read bandwidth as measured on two Zen 4 cores; links are loopback TCP and memory copies.
+# source: GEMM rates and read bandwidth as measured on two Zen 4 cores; links are loopback TCP and memory
+# copies.
 CPU = Hardware(
     name="cpu",
     peak_flops={
@@ -22,5 +23,4 @@ CPU = Hardware(
     launch_overhead_us=5.0,
     link=Link(bandwidth=2000000000.0, latency_us=50.0),
     host_link=Link(bandwidth=10000000000.0, latency_us=5.0),
-    efficiency={},
 )

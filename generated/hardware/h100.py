@@ -2,12 +2,13 @@
 # Regenerate: make generate    Explain: make explain NAME=h100
 """NVIDIA H100 SXM, 80 GB."""
 
-from sageLLM.runtime.core.cost import Hardware, Link
+from sageLLM.runtime.core.cost import Efficiency, Hardware, Link
 
 __all__ = ["H100"]
 
 # specs/hardware/h100.yaml: h100
-# source: Copy bandwidth and bf16 GEMM rate as measured on one card; NVLink and PCIe rates from the vendor's data sheet.
+# source: Copy bandwidth and bf16 GEMM rate as measured on one card; PCIe rate from the data sheet. Link and
+# efficiencies are fitted to aiconfigurator's tables of vLLM 0.24 (Apache-2.0), `default` to Vidur's (MIT).
 H100 = Hardware(
     name="h100",
     peak_flops={
@@ -20,7 +21,37 @@ H100 = Hardware(
     memory_bandwidth=3000000000000.0,
     memory_bytes=85899345920,
     launch_overhead_us=2.0,
-    link=Link(bandwidth=450000000000.0, latency_us=3.0),
+    link=Link(bandwidth=296000000000.0, latency_us=1.46),
     host_link=Link(bandwidth=55000000000.0, latency_us=10.0),
-    efficiency={},
+    efficiency={
+        "gemm": Efficiency(
+            compute=1.0,
+            memory=0.993,
+            overlap=3.79,
+            launch_us=4.19,
+        ),
+        "experts": Efficiency(
+            compute=0.654,
+            memory=0.987,
+            overlap=1.8,
+            launch_us=12.0,
+        ),
+        "prefill_attn": Efficiency(
+            compute=0.863,
+            memory=0.425,
+            overlap=1.14,
+            launch_us=12.7,
+            context_ns=3.81,
+        ),
+        "decode_attn": Efficiency(
+            compute=0.998,
+            memory=1.04,
+            overlap=1.03,
+            launch_us=12.6,
+        ),
+        "default": Efficiency(
+            memory=0.638,
+            launch_us=2.42,
+        ),
+    },
 )

@@ -2,12 +2,13 @@
 # Regenerate: make generate    Explain: make explain NAME=rtx_pro_6000
 """NVIDIA RTX PRO 6000 Blackwell Server Edition, 96 GB."""
 
-from sageLLM.runtime.core.cost import Hardware, Link
+from sageLLM.runtime.core.cost import Efficiency, Hardware, Link
 
 __all__ = ["RTX_PRO_6000"]
 
 # specs/hardware/rtx_pro_6000.yaml: rtx_pro_6000
-# source: All rates are the data sheet's, except the link (PCIe 5.0), fitted to a run of Qwen3-32B on two cards.
+# source: Rates from the data sheet; efficiencies fitted to LLMServingSim's profiles of Llama-3.1-8B and
+# Qwen3-32B with vLLM 0.19 (MIT); the link (PCIe 5.0) is fitted to a run of Qwen3-32B on two.
 RTX_PRO_6000 = Hardware(
     name="rtx_pro_6000",
     peak_flops={
@@ -20,7 +21,42 @@ RTX_PRO_6000 = Hardware(
     memory_bandwidth=1597000000000.0,
     memory_bytes=102625181696,
     launch_overhead_us=2.0,
-    link=Link(bandwidth=36000000000.0, latency_us=20.0),
+    link=Link(bandwidth=18000000000.0, latency_us=15.0),
     host_link=Link(bandwidth=55000000000.0, latency_us=10.0),
-    efficiency={},
+    efficiency={
+        "gemm": Efficiency(
+            compute=0.808,
+            memory=0.96,
+            overlap=1.67,
+            launch_us=9.0,
+        ),
+        "prefill_attn": Efficiency(
+            compute=0.607,
+            memory=0.335,
+            overlap=2.34,
+            launch_us=4.72,
+            context_ns=13.4,
+        ),
+        "decode_attn": Efficiency(
+            compute=0.887,
+            memory=0.939,
+            overlap=1.44,
+            launch_us=15.2,
+        ),
+        "mixed_attn": Efficiency(
+            compute=0.00887,
+            memory=4.0,
+            launch_us=0.0,
+            sequence_us=1.46,
+            context_ns=13.7,
+        ),
+        "sample": Efficiency(
+            memory=0.619,
+            launch_us=12.7,
+        ),
+        "default": Efficiency(
+            memory=2.28,
+            launch_us=2.41,
+        ),
+    },
 )

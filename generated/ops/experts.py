@@ -42,6 +42,7 @@ class RouterLogits(OpNode):
     op = "router_logits"
     spec = "specs/ops/experts.yaml: router_logits"
     kind = OpType.ROUTER
+    tags = frozenset({"gemm"})
     input_types = {"x": E[T, K], "w": E[X, K], "bias": E[X]}
     optional_inputs = frozenset({"bias"})
     output_types = {"logits": f32[T, X]}
@@ -234,6 +235,7 @@ class ExpertLinear(OpNode):
     op = "expert_linear"
     spec = "specs/ops/experts.yaml: expert_linear"
     kind = OpType.LINEAR
+    tags = frozenset({"experts"})
     input_types = {"x": E[T, K], "experts": i32[T, A], "w": E[X, N, K], "bias": E[X, N]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[T, A, N]}
@@ -281,6 +283,7 @@ class ExpertDown(OpNode):
     op = "expert_down"
     spec = "specs/ops/experts.yaml: expert_down"
     kind = OpType.LINEAR
+    tags = frozenset({"experts"})
     input_types = {"x": E[T, A, K], "experts": i32[T, A], "w": E[X, N, K], "bias": E[X, N]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[T, A, N]}

@@ -57,6 +57,7 @@ class Linear(OpNode):
     op = "linear"
     spec = "specs/ops/linear.yaml: linear"
     kind = OpType.LINEAR
+    tags = frozenset({"gemm"})
     input_types = {"x": E[..., K], "w": E[N, K], "bias": E[N]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[..., N]}
@@ -99,6 +100,7 @@ class LmHead(OpNode):
     op = "lm_head"
     spec = "specs/ops/linear.yaml: lm_head"
     kind = OpType.LM_HEAD
+    tags = frozenset({"gemm"})
     input_types = {"x": E[S, H], "w": E[V, H], "bias": E[V]}
     optional_inputs = frozenset({"bias"})
     output_types = {"logits": f32[S, V]}
@@ -142,6 +144,7 @@ class HeadLinear(OpNode):
     op = "head_linear"
     spec = "specs/ops/linear.yaml: head_linear"
     kind = OpType.LINEAR
+    tags = frozenset({"gemm"})
     input_types = {"x": E[T, N, K], "w": E[N, M, K]}
     output_types = {"y": E[T, N, M]}
     flop_formula = 2 * K * M * N * T
@@ -179,6 +182,7 @@ class LinearSiluMul(OpNode):
     op = "linear_silu_mul"
     spec = "specs/ops/linear.yaml: linear_silu_mul"
     kind = OpType.ACTIVATION
+    tags = frozenset({"gemm"})
     input_types = {"x": E[..., K], "w": E[2 * I, K], "bias": E[2 * I]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[..., I]}
@@ -223,6 +227,7 @@ class LinearGeluMul(OpNode):
     op = "linear_gelu_mul"
     spec = "specs/ops/linear.yaml: linear_gelu_mul"
     kind = OpType.ACTIVATION
+    tags = frozenset({"gemm"})
     input_types = {"x": E[..., K], "w": E[2 * I, K], "bias": E[2 * I]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[..., I]}
@@ -267,6 +272,7 @@ class LinearGeluTanhMul(OpNode):
     op = "linear_gelu_tanh_mul"
     spec = "specs/ops/linear.yaml: linear_gelu_tanh_mul"
     kind = OpType.ACTIVATION
+    tags = frozenset({"gemm"})
     input_types = {"x": E[..., K], "w": E[2 * I, K], "bias": E[2 * I]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[..., I]}
@@ -311,6 +317,7 @@ class LinearGelu(OpNode):
     op = "linear_gelu"
     spec = "specs/ops/linear.yaml: linear_gelu"
     kind = OpType.ACTIVATION
+    tags = frozenset({"gemm"})
     input_types = {"x": E[..., K], "w": E[N, K], "bias": E[N]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[..., N]}
@@ -355,6 +362,7 @@ class LinearGeluTanh(OpNode):
     op = "linear_gelu_tanh"
     spec = "specs/ops/linear.yaml: linear_gelu_tanh"
     kind = OpType.ACTIVATION
+    tags = frozenset({"gemm"})
     input_types = {"x": E[..., K], "w": E[N, K], "bias": E[N]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[..., N]}
@@ -399,6 +407,7 @@ class LinearAdd(OpNode):
     op = "linear_add"
     spec = "specs/ops/linear.yaml: linear_add"
     kind = OpType.ELEMENTWISE
+    tags = frozenset({"gemm"})
     input_types = {"x": E[..., K], "w": E[N, K], "residual": E[..., N], "bias": E[N]}
     optional_inputs = frozenset({"bias"})
     output_types = {"y": E[..., N]}
@@ -448,6 +457,7 @@ class LmHeadScale(OpNode):
     op = "lm_head_scale"
     spec = "specs/ops/linear.yaml: lm_head_scale"
     kind = OpType.ELEMENTWISE
+    tags = frozenset({"gemm"})
     input_types = {"x": E[S, H], "w": E[V, H], "bias": E[V]}
     optional_inputs = frozenset({"bias"})
     output_types = {"logits": f32[S, V]}
@@ -497,6 +507,7 @@ class LmHeadSoftCap(OpNode):
     op = "lm_head_soft_cap"
     spec = "specs/ops/linear.yaml: lm_head_soft_cap"
     kind = OpType.ELEMENTWISE
+    tags = frozenset({"gemm"})
     input_types = {"x": E[S, H], "w": E[V, H], "bias": E[V]}
     optional_inputs = frozenset({"bias"})
     output_types = {"logits": f32[S, V]}
@@ -547,6 +558,7 @@ class LmHeadSample(OpNode):
     op = "lm_head_sample"
     spec = "specs/ops/linear.yaml: lm_head_sample"
     kind = OpType.SAMPLE
+    tags = frozenset({"gemm"})
     input_types = {
         "x": E[S, H],
         "w": E[V, H],
@@ -643,6 +655,7 @@ class LmHeadScaleSample(OpNode):
     op = "lm_head_scale_sample"
     spec = "specs/ops/linear.yaml: lm_head_scale_sample"
     kind = OpType.SAMPLE
+    tags = frozenset({"gemm"})
     input_types = {
         "x": E[S, H],
         "w": E[V, H],
@@ -745,6 +758,7 @@ class LmHeadSoftCapSample(OpNode):
     op = "lm_head_soft_cap_sample"
     spec = "specs/ops/linear.yaml: lm_head_soft_cap_sample"
     kind = OpType.SAMPLE
+    tags = frozenset({"gemm"})
     input_types = {
         "x": E[S, H],
         "w": E[V, H],

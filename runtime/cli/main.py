@@ -223,7 +223,8 @@ def simulate(
     ] = None,
     model: Annotated[str, typer.Option(help="A config.json, or the name of a model in --profile.")] = "config.json",
     hardware: Annotated[
-        str | None, typer.Option(help="A device of specs/hardware (default: h100; with --profile none).")
+        str | None,
+        typer.Option(help="A device of specs/hardware, or a .yaml file (default: h100; with --profile none)."),
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Measured latencies to use instead of the roofline.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Devices per worker (tensor parallelism).")] = 1,
@@ -280,6 +281,9 @@ def simulate(
     prefix_caching: Annotated[
         bool, typer.Option(help="Reuse KV of equal prefixes, which include those of preempted requests.")
     ] = True,
+    fusion: Annotated[
+        bool, typer.Option(help="Kernels of the engine, with epilogues; without it every op is a kernel.")
+    ] = True,
     step_overhead_us: Annotated[
         float, typer.Option(min=0, help="Microseconds per step for which the device waits for the scheduler.")
     ] = 0.0,
@@ -324,6 +328,7 @@ def simulate(
         long_prefill_threshold=long_prefill_threshold,
         full_sequence_gate=full_sequence_gate,
         prefix_caching=prefix_caching,
+        is_fused=fusion,
         step_overhead_us=step_overhead_us,
         request_overhead_us=request_overhead_us,
         block_size=block_size,
@@ -331,6 +336,34 @@ def simulate(
         as_json=json,
     )
     raise typer.Exit(run_simulation(request))
+
+
+@app.command()
+def calibrate(
+    tables: Annotated[
+        list[Path],
+        typer.Option(help="Measured kernel times: a profile folder, a parquet folder, mlp.csv, or all_reduce.csv."),
+    ],
+    hardware: Annotated[str, typer.Option(help="A device of specs/hardware, or a .yaml file.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="The config.json of each profile folder's model, in the same order.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree of the profile folders.")] = 1,
+    fit: Annotated[bool, typer.Option("--fit", help="Fit the efficiencies, and print them as YAML.")] = False,
+    json: Json = False,
+) -> None:
+    """Compare a hardware entry with measured kernel times, by kernel family, or fit its efficiencies to them."""
+    from sageLLM.runtime.cli.calibrate import CalibrateRequest, run_calibration
+
+    request = CalibrateRequest(
+        hardware=hardware,
+        tables=tables,
+        models=model or [],
+        tensor_parallel_size=tp,
+        fits=fit,
+        as_json=json,
+    )
+    raise typer.Exit(run_calibration(request))
 
 
 @app.command()

@@ -44,6 +44,7 @@ class SimulateRequest:
     long_prefill_threshold: int
     full_sequence_gate: bool
     prefix_caching: bool
+    is_fused: bool
     step_overhead_us: float
     request_overhead_us: float
     block_size: int

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sageLLM.generated.builders import MODELS
-from sageLLM.generated.hardware import HARDWARE
+from sageLLM.runtime.cli.hardware_entry import find_hardware
 from sageLLM.runtime.cli.simulate_request import SimulateRequest
-from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
@@ -20,8 +19,6 @@ from sageLLM.runtime.sim.distserve import read_profile
 from sageLLM.runtime.sim.layer_profile import LayerProfileCost, ProfiledModel, tables_of
 from sageLLM.runtime.sim.modes import RoleSetup, Setup
 from sageLLM.runtime.sim.overheads import AddedCost, HostTime
-
-DEFAULT_HARDWARE = "h100"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +92,14 @@ def _device(request: SimulateRequest, tp: int) -> _Device:
     else:
         _check_hardware(request, tp)
         cost = LayerProfileCost(tables_of(request.profile, tp), profiled_model(roofline), roofline.link_s)
-    extras: list[Callable[[StepWork], float]] = [_host_time(request)]
+    extras = _host_times(request)
     if request.pipeline_depth > 1:
         num_hops = request.pipeline_depth - 1
         extras.append(lambda work: num_hops * roofline.stage_transfer_s(work.num_tokens))
     is_described = request.profile is None or request.hardware is not None
     budget = _kv_budget(request, roofline, is_described)
-    return _Device(AddedCost(cost, extras), budget, roofline.transfer_s if is_described else _no_transfer)
+    cost = AddedCost(cost, extras) if extras else cost
+    return _Device(cost, budget, roofline.transfer_s if is_described else _no_transfer)
 
 
 def _from_coefficients(request: SimulateRequest, profile: Path, tp: int) -> _Device:
@@ -109,7 +107,7 @@ def _from_coefficients(request: SimulateRequest, profile: Path, tp: int) -> _Dev
     if request.pipeline_depth > 1:
         raise ValueError(f"{profile}: --pp must be 1 with coefficients, which describe whole steps")
     budget = None if request.num_blocks is None else KVBudget(request.num_blocks, request.block_size)
-    cost = AddedCost(read_profile(profile, request.model, tp), [_host_time(request)])
+    cost = AddedCost(read_profile(profile, request.model, tp), _host_times(request))
     return _Device(cost, budget, _no_transfer)
 
 
@@ -120,8 +118,10 @@ def _check_hardware(request: SimulateRequest, tp: int) -> None:
             raise ValueError(f"{option} {degree} with --profile requires --hardware, for the links between devices")
 
 
-def _host_time(request: SimulateRequest) -> HostTime:
-    return HostTime(request.step_overhead_us / 1e6, request.request_overhead_us / 1e6)
+def _host_times(request: SimulateRequest) -> list[Callable[[StepWork], float]]:
+    """The time of the scheduler, if the arguments set it."""
+    host = HostTime(request.step_overhead_us / 1e6, request.request_overhead_us / 1e6)
+    return [host] if host != HostTime() else []
 
 
 def _no_transfer(num_tokens: int) -> float:
@@ -145,16 +145,9 @@ def _kv_budget(request: SimulateRequest, roofline: RooflineStepCost, is_describe
 
 
 def _roofline(request: SimulateRequest, tp: int) -> RooflineStepCost:
-    layout, config = _layout_and_config(request.model)
-    return RooflineStepCost(layout, config, find_hardware(request.hardware), tensor_parallel_size=tp)
-
-
-def find_hardware(name: str | None) -> Hardware:
-    """The device of this name. Raises ValueError for an unknown one."""
-    name = name or DEFAULT_HARDWARE
-    if name not in HARDWARE:
-        raise ValueError(f"--hardware must be one of {', '.join(HARDWARE)}, got {name}")
-    return HARDWARE[name]
+    layout, config = layout_and_config(request.model)
+    hardware = find_hardware(request.hardware)
+    return RooflineStepCost(layout, config, hardware, tensor_parallel_size=tp, is_fused=request.is_fused)
 
 
 def profiled_model(roofline: RooflineStepCost) -> ProfiledModel:
@@ -170,7 +163,8 @@ def profiled_model(roofline: RooflineStepCost) -> ProfiledModel:
     )
 
 
-def _layout_and_config(model: str) -> tuple[ModelLayout, Any]:
+def layout_and_config(model: str) -> tuple[ModelLayout, Any]:
+    """The layout and the config of a model, by its config.json or the folder that holds it."""
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     data = read_config_file(path)

@@ -1,8 +1,9 @@
 """Cost model for time and memory traffic: roofline for kernels, ring formulas for collectives, links for transfers.
 
 A kernel takes as long as the slower of its arithmetic and its memory traffic, plus a launch (the roofline model of
-Williams, Waterman and Patterson, CACM 52(4), 2009). A ring all-reduce over n ranks sends 2 (n - 1) / n of the data
-over each link in 2 (n - 1) steps; an all-gather half of that (Thakur, Rabenseifner and Gropp, IJHPCA 19(1), 2005).
+Williams, Waterman and Patterson, CACM 52(4), 2009), corrected by fitted efficiencies where a device has them. A ring
+all-reduce over n ranks sends 2 (n - 1) / n of the data over each link in 2 (n - 1) steps; an all-gather half of that
+(Thakur, Rabenseifner and Gropp, IJHPCA 19(1), 2005).
 """
 
 from __future__ import annotations
@@ -34,12 +35,43 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Fractions of a device's limits that a family of kernels reaches, fitted to measured times.
+
+    A kernel takes `launch_us` (by default the device's `launch_overhead_us`) plus the norm of its time of arithmetic a
+    and its time of memory traffic m, (a^p + m^p)^(1/p) with p = `overlap`: 1 adds them, infinity takes the longer.
+    `memory` exceeds 1 where operands stay in a cache.
+
+    Attention takes `context_ns` more per token of the longest context, over which a tile iterates, and `sequence_us`
+    per sequence with a single query; these depend on the step and are added by its cost model.
+    """
+
+    compute: float = 1.0
+    memory: float = 1.0
+    overlap: float | None = None
+    launch_us: float | None = None
+    sequence_us: float = 0.0
+    context_ns: float = 0.0
+
+    def combined(self, compute: float, memory: float) -> float:
+        """The time of a kernel with these times of arithmetic and memory traffic at full efficiency."""
+        compute, memory = compute / self.compute, memory / self.memory
+        longer, shorter = max(compute, memory), min(compute, memory)
+        if self.overlap is None or not shorter:
+            return longer
+        return float(longer * (1 + (shorter / longer) ** self.overlap) ** (1 / self.overlap))
+
+
+FULL = Efficiency()
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
     """Limits of one device.
 
     `peak_flops` is in operations per second by dtype, `memory_bandwidth` in bytes per second. `link` connects devices,
-    `host_link` connects to host memory (the KV tiers). `efficiency` is the fraction of the limit that an op reaches,
-    by op name, op type in lower case, or tag; the default is 1.
+    `host_link` connects to host memory (the KV tiers). `efficiency` is by op name, tag, op type in lower case, or
+    "default"; without an entry an op reaches the limits.
     """
 
     name: str
@@ -49,16 +81,20 @@ class Hardware:
     launch_overhead_us: float
     link: Link
     host_link: Link
-    efficiency: Mapping[str, float] = field(default_factory=dict)
+    efficiency: Mapping[str, Efficiency] = field(default_factory=dict)
 
     def peak_of(self, dtype: str) -> float:
         """Operations per second for a dtype; for one without a figure, the slowest known rate."""
         return self.peak_flops.get(dtype) or min(self.peak_flops.values())
 
-    def roofline_us(self, flops: int, num_bytes: int, dtype: str, efficiency: float = 1.0) -> float:
-        """Microseconds of a kernel: the slower of arithmetic and memory traffic, plus the launch."""
-        limit = max(flops / self.peak_of(dtype), num_bytes / self.memory_bandwidth)
-        return limit / efficiency * SECOND + self.launch_overhead_us
+    def roofline_us(self, flops: float, num_bytes: float, dtype: str, efficiency: Efficiency = FULL) -> float:
+        """Microseconds of a kernel: arithmetic and memory traffic at an efficiency, plus the launch."""
+        time_s = efficiency.combined(flops / self.peak_of(dtype), num_bytes / self.memory_bandwidth)
+        return time_s * SECOND + self.launch_us(efficiency)
+
+    def launch_us(self, efficiency: Efficiency) -> float:
+        """Microseconds of a kernel that are independent of its work."""
+        return self.launch_overhead_us if efficiency.launch_us is None else efficiency.launch_us
 
 
 class Cost(NamedTuple):
@@ -88,15 +124,8 @@ def estimate(
     if node.op_type.is_kv and (link := _kv_link(node, hardware)) is not None:
         # Bytes moved count the read and the write; each byte crosses the link once.
         return Cost(flops, num_bytes, hardware.launch_overhead_us + link.time_us(num_bytes / 2))
-    time_us = hardware.roofline_us(flops, num_bytes, _dtype(node, hardware), _efficiency(node, hardware))
+    time_us = hardware.roofline_us(flops, num_bytes, dtype_of(node, hardware), efficiency_of(node, hardware))
     return Cost(flops, num_bytes, time_us)
-
-
-def reach(node: ExecutionNode, hardware: Hardware) -> tuple[float, float]:
-    """The operations and the bytes per second that a kernel reaches on the device, at its efficiency."""
-    peak = hardware.peak_of(_dtype(node, hardware))
-    efficiency = _efficiency(node, hardware)
-    return peak * efficiency, hardware.memory_bandwidth * efficiency
 
 
 def latency_us(node: ExecutionNode, hardware: Hardware, env: Mapping[str, Dim] | None = None) -> float:
@@ -146,6 +175,8 @@ def _number(node: ExecutionNode, size: Dim, env: Mapping[str, Dim]) -> int:
 
 def _comm_us(node: ExecutionNode, hardware: Hardware, env: Mapping[str, Dim]) -> float:
     refs = node.outputs or node.inputs
+    if isinstance(node, OpNode):
+        refs = refs[:1]  # a fused op communicates one tensor; its other outputs are local
     num_bytes = _number(node, _num_bytes(refs), env)
     hops = max(_ranks(node, env) - 1, 0)
     match node.op_type.name:
@@ -169,14 +200,15 @@ def _kv_link(node: ExecutionNode, hardware: Hardware) -> Link | None:
     return hardware.link if node.op_type.name == "KV_MIGRATE" else None
 
 
-def _dtype(node: ExecutionNode, hardware: Hardware) -> str:
+def dtype_of(node: ExecutionNode, hardware: Hardware) -> str:
     """The element type of the arithmetic: that of the first operand for which the device has a figure."""
     return next((ref.dtype for ref in [*node.inputs, *node.outputs] if ref.dtype in hardware.peak_flops), "")
 
 
-def _efficiency(node: ExecutionNode, hardware: Hardware) -> float:
+def efficiency_of(node: ExecutionNode, hardware: Hardware) -> Efficiency:
+    """The efficiency of a node's kernel on the device."""
     tags = sorted(node.tags) if isinstance(node, OpNode) else []  # sets are unordered
-    for name in (node.op, node.op_type.name.lower(), *tags):
+    for name in (node.op, *tags, node.op_type.name.lower(), "default"):
         if name in hardware.efficiency:
             return hardware.efficiency[name]
-    return 1.0
+    return FULL

@@ -1,11 +1,12 @@
 """Tests of the cost model against figures computed by hand."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sageLLM.runtime.core.cost import Cost, Hardware, Link, annotate, estimate
+from sageLLM.runtime.core.cost import Cost, Efficiency, Hardware, Link, annotate, estimate
 from sageLLM.runtime.core.errors import IRError
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
@@ -20,7 +21,7 @@ MACHINE = Hardware(
     launch_overhead_us=2.0,
     link=Link(bandwidth=1e6, latency_us=10.0),
     host_link=Link(bandwidth=1e7, latency_us=5.0),
-    efficiency={"gemm": 0.5},
+    efficiency={"gemm": Efficiency(0.5, 0.5)},
 )
 
 
@@ -45,6 +46,18 @@ def test_a_kernel_is_bound_by_memory_or_by_arithmetic(lib: SimpleNamespace) -> N
     assert estimate(linear(lib, 10**6), MACHINE).time_us == pytest.approx(4.40004e6 / 0.5 + 2)
     fast_memory = Hardware("x", {"f32": 1e9}, 1e12, 1, 0.0, MACHINE.link, MACHINE.host_link)
     assert estimate(linear(lib, 10**6), fast_memory).time_us == pytest.approx(2e6)
+
+
+def test_an_efficiency_combines_both_times_and_replaces_the_launch(lib: SimpleNamespace) -> None:
+    """1000 rows: 2 ms of arithmetic and 4.44 ms of memory traffic at full efficiency."""
+    efficiency = Efficiency(compute=0.5, memory=2.0, overlap=2.0, launch_us=7.0)
+    machine = dataclasses.replace(MACHINE, efficiency={"linear": efficiency, "default": Efficiency(launch_us=9.0)})
+    expected = (4000.0**2 + 2220.0**2) ** 0.5
+    assert estimate(linear(lib, 1000), machine).time_us == pytest.approx(expected + 7)
+    added = dataclasses.replace(MACHINE, efficiency={"linear": dataclasses.replace(efficiency, overlap=1.0)})
+    assert estimate(linear(lib, 1000), added).time_us == pytest.approx(4000 + 2220 + 7)
+    other = ExecutionNode("n", lib.OpType.ROPE, [ref("x", 1000)], [ref("y", 1000)])
+    assert estimate(other, machine).time_us == pytest.approx(80 + 9)
 
 
 def test_symbols_are_bound_or_named_in_the_error(lib: SimpleNamespace) -> None:

@@ -7,6 +7,7 @@ both.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops import OPS
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes import PASSES
+from sageLLM.runtime.core.cost import Link
 from sageLLM.runtime.core.ir.text import parse_text, to_text
 from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.passes.base import DeclaredPass
@@ -26,10 +28,14 @@ CASES = sorted(path.parent for path in (Path(__file__).parent / "engine_cases").
 ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
 
 
+# Times in the cases are those of the data sheet, so that a new fit of the entry changes none of them.
+DEVICE = replace(HARDWARE["h100"], efficiency={}, link=Link(4.5e11, 3.0))
+
+
 def new_pass(name: str) -> DeclaredPass:
     kind = PASSES[name]
     assert issubclass(kind, DeclaredPass)
-    return kind(hardware=HARDWARE["h100"]) if issubclass(kind, (MergePass, PlacePass)) else kind()
+    return kind(hardware=DEVICE) if issubclass(kind, (MergePass, PlacePass)) else kind()
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: f"{folder.parent.name}-{folder.name}")

@@ -52,6 +52,7 @@ LAYERS = {
     "runtime/kv": runtime_layer("kv"),
     "runtime/scheduler": runtime_layer("kv", "scheduler"),
     "runtime/sim": runtime_layer("kv", "scheduler", "sim", others="numpy"),
+    "runtime/sim/calibration": runtime_layer("sim", others="numpy", lazily="pyarrow"),
     "runtime/registry": runtime_layer("registry"),
     "runtime/execution_graph": runtime_layer("registry", "scheduler", "execution_graph", others="numpy"),
     "runtime/kernels": runtime_layer("kernels", others="torch numpy", lazily="triton"),
@@ -73,6 +74,7 @@ LAYERS = {
     # The command joins the generator and the runtime; each subcommand imports its side when it runs.
     "runtime/cli/entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/main.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen"), others=frozenset({"typer"})),
+    "runtime/cli/hardware_entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime": Layer(ours=()),
 }
 

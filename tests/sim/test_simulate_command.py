@@ -85,7 +85,10 @@ def test_two_devices_for_a_worker_are_faster_than_one(model: str) -> None:
             (*SYNTHETIC, "--mode", "strict", "--decode-workers", "0"),
             "strict mode requires at least one decode worker, got --decode-workers 0",
         ),
-        ((*SYNTHETIC, "--hardware", "abacus"), f"--hardware must be one of {', '.join(HARDWARE)}, got abacus"),
+        (
+            (*SYNTHETIC, "--hardware", "abacus"),
+            f"--hardware must be one of {', '.join(HARDWARE)}, or a .yaml file, got abacus",
+        ),
         (
             (*SYNTHETIC, "--prefill-tp", "2", "--decode-tp", "1", "--tp", "2"),
             "--tp 2 must divide the 3 devices of strict mode, as the other modes have as many; pass another --tp, "
@@ -272,3 +275,53 @@ def test_bad_rows_are_refused_with_the_option_that_skips_them(model: str, tmp_pa
     done = simulate("--model", model, "--trace", str(path), "--mode", "hybrid", "--skip-bad-rows")
     assert done.exit_code == 0
     assert done.stderr.startswith(f"{path}: skipped 1 of 2 rows, the first: {bad}\n")
+
+
+@pytest.fixture
+def own_hardware(tmp_path: Path) -> Path:
+    """The entry of the H100 with a quarter of its memory bandwidth, outside the specs."""
+    text = (Path(__file__).parents[2] / "specs" / "hardware" / "h100.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("hardware: h100", "hardware: mine").replace("3.0e12", "7.5e11"))
+    return path
+
+
+def test_a_hardware_file_outside_the_specs(model: str, own_hardware: Path) -> None:
+    mine, h100 = (figures(model, "--mode", "hybrid", "--hardware", str(name)) for name in (own_hardware, "h100"))
+    assert mine["modes"]["hybrid"]["mean_tpot"] > 2 * h100["modes"]["hybrid"]["mean_tpot"]
+    own_hardware.write_text(own_hardware.read_text().replace("7.5e11", "3.0e12"))
+    assert figures(model, "--mode", "hybrid", "--hardware", str(own_hardware)) == h100
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("memory_bytes: ", "memory_byte: ", "error[SAGE"),
+        ("memory_bandwidth: 7.5e11", "memory_bandwidth: -1", "error[SAGE"),
+        ("compute: 0.863", "compute: 0", "error[SAGE"),
+        ("schema: hardware/v1", "schema: dims/v1", "error[SAGE"),
+        ("schema: hardware/v1", "", "the line `schema:` is missing"),
+        ("hardware: mine", "hardware: [", "error[SAGE"),
+    ],
+)
+def test_a_bad_hardware_file_is_diagnosed(model: str, own_hardware: Path, old: str, new: str, message: str) -> None:
+    text = own_hardware.read_text()
+    assert old in text
+    own_hardware.write_text(text.replace(old, new, 1))
+    done = simulate("--model", model, *SYNTHETIC, "--hardware", str(own_hardware))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert message in done.stderr and f"{own_hardware}:" in done.stderr
+
+
+def test_a_hardware_file_that_is_none(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "gone.yaml"
+    done = simulate("--model", model, *SYNTHETIC, "--hardware", str(path))
+    assert done.stderr == f"error: {path}: expected a hardware file, got no such file\n"
+    path.write_text("schema: dims/v1\ndims: {}\n")
+    done = simulate("--model", model, *SYNTHETIC, "--hardware", str(path))
+    assert done.stderr.startswith(f"error: {path}: expected `schema: hardware/v1`")
+
+
+def test_kernels_without_fusion_take_longer(model: str) -> None:
+    fused, separate = (figures(model, "--mode", "hybrid", option) for option in ("--fusion", "--no-fusion"))
+    assert separate["modes"]["hybrid"]["mean_tpot"] > fused["modes"]["hybrid"]["mean_tpot"]

@@ -6,7 +6,7 @@ import pytest
 
 from sageLLM.generated.builders import MODELS
 from sageLLM.generated.hardware import HARDWARE
-from sageLLM.runtime.core.cost import estimate
+from sageLLM.runtime.core.cost import Efficiency, Hardware, Link, estimate
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
@@ -58,10 +58,15 @@ def test_overhead_counts_the_whole_context() -> None:
     assert cost.step_s(StepWork((), 1, 50)) == pytest.approx(0.001 * (5 + 1 + 0.5 + 1 + 0.2))
 
 
-def summed(work: StepWork, cost: RooflineStepCost, tp: int) -> float:
-    """The seconds of the step, summed over the nodes of the fused graph."""
+def bare(hardware: Hardware) -> Hardware:
+    """The device without fitted efficiencies."""
+    return dataclasses.replace(hardware, efficiency={})
+
+
+def env_of(work: StepWork, tp: int) -> dict[str, int]:
+    """The symbols of the step."""
     chunks = work.prefill
-    env = {
+    return {
         "Td": work.num_decodes,
         "Tp": work.num_prompt_tokens,
         "S": work.num_decodes + len(chunks),
@@ -69,14 +74,81 @@ def summed(work: StepWork, cost: RooflineStepCost, tp: int) -> float:
         "QK": work.num_context_tokens + sum(sum(range(s + 1, s + n + 1)) for s, n in chunks),
         "tp": tp,
     }
-    return sum(estimate(node, H100, env).time_us for node in cost.graph.nodes.values()) / 1e6
+
+
+def summed(work: StepWork, cost: RooflineStepCost, tp: int) -> float:
+    """The seconds of the step, summed over the nodes of the graph; attention by phase, in one launch."""
+    hardware = cost.hardware
+    phases = [StepWork(work.prefill), StepWork((), work.num_decodes, work.num_context_tokens)]
+    total_us = 0.0
+    for node in cost.graph.nodes.values():
+        if isinstance(node, OpNode) and "attention" in node.tags:
+            launch_us = hardware.launch_overhead_us
+            parts = [estimate(node, hardware, env_of(phase, tp)).time_us - launch_us for phase in phases]
+            total_us += sum(parts) + launch_us
+        else:
+            total_us += estimate(node, hardware, env_of(work, tp)).time_us
+    return total_us / 1e6
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("work", WORKS)
-def test_the_roofline_is_the_sum_over_the_graph(work: StepWork, tp: int) -> None:
-    cost = RooflineStepCost(LAYOUT, CONFIG, H100, tensor_parallel_size=tp)
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_the_roofline_is_the_sum_over_the_graph(work: StepWork, tp: int, is_fused: bool) -> None:
+    cost = RooflineStepCost(LAYOUT, CONFIG, bare(H100), tensor_parallel_size=tp, is_fused=is_fused)
     assert cost.step_s(work) == pytest.approx(summed(work, cost, tp), rel=1e-6)
+    linked = dataclasses.replace(bare(H100), link=Link(1e30, 0.0), launch_overhead_us=0.0)
+    free = RooflineStepCost(LAYOUT, CONFIG, linked, tensor_parallel_size=tp, is_fused=is_fused)
+    assert free.link_s(work) == pytest.approx(0.0) and (cost.link_s(work) > 0) is (tp > 1)
+
+
+SLOW_FAMILIES = {
+    "gemm": Efficiency(compute=0.5, memory=0.25, overlap=2.0, launch_us=5.0),
+    "default": Efficiency(memory=0.125, launch_us=3.0),
+    "prefill_attn": Efficiency(compute=0.1, launch_us=10.0, context_ns=20.0),
+    "decode_attn": Efficiency(memory=0.2, launch_us=11.0, context_ns=30.0),
+    "mixed_attn": Efficiency(memory=0.05, launch_us=12.0, context_ns=40.0, sequence_us=1.5),
+}
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_every_family_has_its_efficiency(work: StepWork) -> None:
+    hardware = dataclasses.replace(H100, efficiency=SLOW_FAMILIES)
+    cost = RooflineStepCost(LAYOUT, CONFIG, hardware)
+    phase = "prefill_attn" if not work.num_decodes else "mixed_attn" if work.prefill else "decode_attn"
+    family = SLOW_FAMILIES[phase]
+    total_us = 0.0
+    for node in cost.graph.nodes.values():
+        if not (isinstance(node, OpNode) and "attention" in node.tags):
+            total_us += estimate(node, hardware, env_of(work, 1)).time_us
+            continue
+        prompts, decodes = env_of(StepWork(work.prefill), 1), env_of(StepWork((), *work_of_decodes(work)), 1)
+        for env, name in ((prompts, "prefill_attn"), (decodes, phase)):
+            flops, num_bytes = node.flops(env), node.bytes_moved(env)
+            assert isinstance(flops, int) and isinstance(num_bytes, int)
+            total_us += 1e6 * SLOW_FAMILIES[name].combined(flops / H100.peak_of("bf16"), num_bytes / 3e12)
+        mean = work.num_context_tokens / max(work.num_decodes, 1)
+        longest = max([mean, *(start + num for start, num in work.prefill)])
+        total_us += (family.launch_us or 0) + family.context_ns * longest / 1e3 + family.sequence_us * work.num_decodes
+    assert cost.step_s(work) == pytest.approx(total_us / 1e6, rel=1e-6)
+
+
+def work_of_decodes(work: StepWork) -> tuple[int, int]:
+    return work.num_decodes, work.num_context_tokens
+
+
+def test_a_step_reads_the_experts_that_its_tokens_select() -> None:
+    """Of 64 experts one token selects 2, many tokens all."""
+    mixture = BIG | {"num_experts": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 2048, "head_dim": 128}
+    layout = MODELS["qwen3_moe"]
+    cost = RooflineStepCost(layout, layout.read_config(HFConfig(mixture)), bare(H100))
+    assert cost.experts.num_selected(1) == pytest.approx(2.0)
+    assert cost.experts.num_selected(2) == pytest.approx(2.0 + 2.0 * 62 / 64)
+    assert cost.experts.num_selected(10_000) == pytest.approx(64.0)
+    expert_bytes = 4 * 3 * 4096 * 2048 * 2
+    one, many = (cost.step_s(StepWork((), n, n)) for n in (1, 200))
+    read = cost.experts.num_selected(200) - 2
+    assert many - one == pytest.approx(read * expert_bytes / 3e12, rel=0.05)
 
 
 def test_fusion_makes_a_step_shorter_than_its_plain_ops() -> None:
@@ -92,7 +164,7 @@ def test_memory_left_for_kv() -> None:
     assert cost.weight_bytes == 4 * layer + (2 * 32000 * 4096 + 4096) * 2
     assert cost.kv_bytes_per_token == 4 * 2 * 8 * 128 * 2
     assert cost.num_kv_blocks(16) == int((H100.memory_bytes * 0.9 - cost.weight_bytes) // (16 * 16384))
-    assert cost.transfer_s(1000) == pytest.approx(3e-6 + 16384e3 / 4.5e11)
+    assert cost.transfer_s(1000) == pytest.approx(H100.link.latency_us / 1e6 + 16384e3 / H100.link.bandwidth)
     small = dataclasses.replace(H100, memory_bytes=10**9)
     assert RooflineStepCost(LAYOUT, CONFIG, small).num_kv_blocks(16) == 0
 
@@ -100,3 +172,12 @@ def test_memory_left_for_kv() -> None:
 def test_a_degree_that_does_not_divide_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="3"):
         RooflineStepCost(LAYOUT, CONFIG, H100, tensor_parallel_size=3)
+
+
+def test_a_fused_all_reduce_sends_what_a_plain_one_sends() -> None:
+    fused, plain = (
+        RooflineStepCost(LAYOUT, CONFIG, bare(H100), tensor_parallel_size=2, is_fused=is_fused)
+        for is_fused in (True, False)
+    )
+    for work in WORKS:
+        assert fused.link_s(work) == pytest.approx(plain.link_s(work))
