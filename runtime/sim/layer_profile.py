@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepWork
-from sageLLM.runtime.sim.profile_tables import Rows, grid, read_lines, read_numbers, read_rows
+from sageLLM.runtime.sim.profile_tables import Rows, grid, read_lines, read_numbers, read_rows, table_path
 from sageLLM.runtime.sim.trace import TraceError
 
 PER_STEP = ("embedding", "final_layernorm")
@@ -45,7 +45,7 @@ def tables_of(folder: Path, tensor_parallel_size: int) -> Path:
     wanted = f"tp{tensor_parallel_size}"
     if (folder / wanted).is_dir():
         return folder / wanted
-    if _table(folder, "dense").exists():
+    if table_path(folder, "dense").exists():
         degree = folder.name if folder.name.startswith("tp") and folder.name[2:].isdigit() else "tp1"
         if degree == wanted:
             return folder
@@ -70,10 +70,10 @@ class LayerProfileCost:
         model: ProfiledModel,
         link_s: Callable[[StepWork], float] | None = None,
     ) -> None:
-        dense = read_lines(_table(folder, "dense"), "tokens")
-        per_sequence = read_lines(_table(folder, "per_sequence"), "sequences")
-        _check_rows(_table(folder, "dense"), dense, _required_rows(model))
-        _check_rows(_table(folder, "per_sequence"), per_sequence, (PER_SEQUENCE,))
+        dense = read_lines(table_path(folder, "dense"), "tokens")
+        per_sequence = read_lines(table_path(folder, "per_sequence"), "sequences")
+        _check_rows(table_path(folder, "dense"), dense, _required_rows(model))
+        _check_rows(table_path(folder, "per_sequence"), per_sequence, (PER_SEQUENCE,))
         self._model = model
         self._link_s = link_s
         self._step = [dense[layer] for layer in PER_STEP]
@@ -82,7 +82,7 @@ class LayerProfileCost:
         self._mlp = [dense[layer] for layer in MLP_LAYERS] if model.num_mlp_layers else []
         self._experts = _expert_table(folder, model) if model.num_moe_layers else None
         self._sequence = list(per_sequence.values())
-        self._attention = _Attention(_table(folder, "attention"))
+        self._attention = _Attention(table_path(folder, "attention"))
 
     def step_s(self, work: StepWork) -> float:
         """The seconds of a step with this work; 0 for no work."""
@@ -105,12 +105,6 @@ class LayerProfileCost:
         return table.at(num_tokens, model.num_experts * (1 - is_unselected))
 
 
-def _table(folder: Path, name: str) -> Path:
-    """The file of a table: `NAME.csv` in a profile, `profile_NAME.csv` next to a serving timeline."""
-    beside_timeline = folder / f"profile_{name}.csv"
-    return beside_timeline if beside_timeline.exists() else folder / f"{name}.csv"
-
-
 def _required_rows(model: ProfiledModel) -> list[str]:
     names = [*PER_STEP, TWICE_PER_LAYER, *ATTENTION_LAYERS]
     names += ["rotary_emb"] * model.has_rope + ["qk_norm"] * model.has_qk_norm
@@ -124,7 +118,7 @@ def _check_rows(path: Path, found: Collection[str], required: Sequence[str]) -> 
 
 
 def _expert_table(folder: Path, model: ProfiledModel) -> Rows:
-    path = _table(folder, "moe")
+    path = table_path(folder, "moe")
     if not path.exists():
         raise TraceError(f"{path}: expected the times of {model.num_experts} experts, got no such file")
     return read_rows(path)

@@ -71,6 +71,12 @@ def _product(axes: Sequence[Sequence[float]]) -> Iterable[Point]:
     return list(zip(*(axis.ravel().tolist() for axis in mesh), strict=True))
 
 
+def table_path(folder: Path, name: str) -> Path:
+    """The file of a table: `NAME.csv` in a profile, `profile_NAME.csv` next to a serving timeline."""
+    beside_timeline = folder / f"profile_{name}.csv"
+    return beside_timeline if beside_timeline.exists() else folder / f"{name}.csv"
+
+
 def read_lines(path: Path, axis: str) -> dict[str, Grid]:
     """A one-dimensional grid of times per layer name: the columns layer, `axis`, time_us."""
     times: dict[str, dict[Point, float]] = {}

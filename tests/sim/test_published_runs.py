@@ -70,6 +70,23 @@ def test_a_measured_profile_on_one_device(data: Path, llama_8b: Path) -> None:
     check(simulate(*args, *ONE_WORKER, *PRO_6000)["errors"]["vllm"], 0.08)
 
 
+def test_the_roofline_of_the_same_device(data: Path, llama_8b: Path) -> None:
+    """The entry's efficiencies are fitted to kernels, not to this run; vLLM has no epilogues."""
+    args = ("--model", llama_8b, "--trace", data / RUN / "requests.jsonl", "--compare", "--no-fusion")
+    check(simulate(*args, *ONE_WORKER, *PRO_6000, "--request-overhead-us", "7.2")["errors"]["vllm"], 0.04)
+
+
+def test_the_roofline_of_other_runs(clone: Path) -> None:
+    model = "Qwen/Qwen3-32B"
+    args = ("--model", config_of(clone, model), "--tp", "2", "--no-fusion", "--request-overhead-us", "7.2")
+    run = ("--trace", run_of(clone, "RTXPRO6000", model), "--compare")
+    check(simulate(*args, *run, *ONE_WORKER, *PRO_6000)["errors"]["vllm"], 0.04)
+    model = "meta-llama/Llama-3.1-8B"
+    args = ("--model", config_of(clone, model), "--no-fusion", "--request-overhead-us", "7.2", "--num-blocks", "2587")
+    run = ("--trace", run_of(clone, "RTX4090", model), "--compare", "--hardware", "rtx_4090")
+    check(simulate(*args, *run, *ONE_WORKER)["errors"]["vllm"], 0.05)
+
+
 def test_a_card_with_a_full_kv_cache(clone: Path) -> None:
     """vLLM reported 2588 blocks, of which it keeps one."""
     model = "meta-llama/Llama-3.1-8B"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sageLLM.runtime.sim.calibration.kernel_times import AllReduce, Heads, Measured, Row, gemm, memory_bound
-from sageLLM.runtime.sim.profile_tables import read_numbers
+from sageLLM.runtime.sim.profile_tables import read_numbers, table_path
 from sageLLM.runtime.sim.trace import TraceError
 
 
@@ -49,13 +49,14 @@ def read_profile_tables(folder: Path, sizes: LayerSizes) -> Measured:
     measured = Measured()
     kernels = sizes.kernels()
     for name, axis in (("dense", "tokens"), ("per_sequence", "sequences")):
-        for line, row in _named_rows(folder / f"{name}.csv"):
+        path = table_path(folder, name)
+        for line, row in _named_rows(path):
             try:
                 if row["layer"] in kernels:
                     measured.add(*kernels[row["layer"]](float(row[axis]), float(row["time_us"]) / 1e6))
             except (KeyError, ValueError, TypeError) as error:
-                raise TraceError(f"{folder / name}.csv:{line}: {error}") from None
-    for chunk, start, num, context, time_us in read_numbers(folder / "attention.csv"):
+                raise TraceError(f"{path}:{line}: {error}") from None
+    for chunk, start, num, context, time_us in read_numbers(table_path(folder, "attention")):
         seconds = time_us / 1e6
         if not num:
             measured.add("prefill_attn", sizes.heads.prompt(start, chunk, seconds))
