@@ -72,6 +72,11 @@ CODES: dict[str, CodeInfo] = {
         "duplicate definition",
         "Two entries of one kind have the same name; both locations are shown.",
     ),
+    "SAGE016": CodeInfo(
+        "colliding name",
+        "Names that differ in the specs would be one name in generated code, or generated code uses the name itself. "
+        "Where two entries collide, both locations are shown.",
+    ),
     # ops and the compute language
     "SAGE101": CodeInfo(
         "syntax error",

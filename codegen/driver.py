@@ -35,6 +35,7 @@ def load_and_link(overlays: Sequence[Path] = (), base: Path = BASE_SPECS, memo: 
 
 def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
     """Links all entries. With `memo`, entries that earlier calls linked without findings are reused."""
+    from sageLLM.codegen.link.entry_names import check_entry_names
     from sageLLM.codegen.link.interfaces import Interfaces
     from sageLLM.codegen.link.models import link_models
     from sageLLM.codegen.link.ops import link_op, link_ops
@@ -42,6 +43,7 @@ def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
     from sageLLM.codegen.model.specs import Specs
 
     sink = Sink()
+    check_entry_names(raw, sink)
     ops = link_ops(raw, sink, memo.link_op if memo else link_op)
     sink.raise_if_any()
     models = link_models(raw, ops, sink, link=memo.link_model if memo else None)

@@ -31,6 +31,7 @@ from sageLLM.codegen.link.linked import LinkedOps, Only
 from sageLLM.codegen.load import RawSpecs
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.names import Named, clashes
 from sageLLM.codegen.render import Output, Renderer
 from sageLLM.codegen.spec_files import SpecFiles
 from sageLLM.codegen.state import LinkRecord, State, UnitRecord
@@ -296,6 +297,9 @@ class Incremental:
         architectures = [name for names in models for name in names["architectures"]]
         if self.facts.repeated_names or any(_read_the_same(*pair) for pair in combinations(models, 2)):
             raise Undeclared("duplicate names")
+        entries = [Named(one.kind, one.name, one.file, one.names) for one in self.facts]
+        if any(clashes(entries, self.facts.base)):
+            raise Undeclared("colliding names")
         if not all(ARCHITECTURE.match(name) for name in architectures):
             raise Undeclared("invalid name of an architecture")
 

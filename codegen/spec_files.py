@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.facts import EntryFacts, FileFacts, SpecFacts, digest, words_of
 from sageLLM.codegen.load import Entry, RawSpecs, SpecFile, entries_of, fused_names, load_file, source_names
+from sageLLM.codegen.names import declared_names
 from sageLLM.codegen.source import Document
 
 T = TypeVar("T")
@@ -55,7 +56,13 @@ class SpecFiles:
         return FileFacts(
             seen,
             tuple(
-                EntryFacts(kind, entry.name, name, digest(_data_of(entry)), _names_in(kind, entry))
+                EntryFacts(
+                    kind,
+                    entry.name,
+                    name,
+                    digest(_data_of(entry)),
+                    _names_in(kind, entry) | declared_names(kind, entry.spec),
+                )
                 for (kind, _), entry in self._load(name).items()
             ),
         )

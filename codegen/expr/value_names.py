@@ -2,20 +2,23 @@
 
 import builtins
 import keyword
+import re
 
 from sageLLM.codegen.expr.functions import FUNCTIONS
 from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.types import DIM_NAME
+from sageLLM.codegen.names import VALUES
 
 _PYTHON = frozenset([*keyword.kwlist, *dir(builtins)]) - {"input", "sum", "min", "max", "abs", "pow", "round"}
-_KERNEL = frozenset({"torch", "math", "wide", "triton", "tl", "device", "tile"})
+_KERNEL = VALUES | {"tile"}
 _NODE = frozenset(
     {"attr_types", "attrs", "block", "byte_formula", "bytes_moved", "copy", "dependencies", "device_id", "dims"}
     | {"estimated_time_us", "flop_formula", "flops", "infer", "inference", "inplace", "input", "input_types", "inputs"}
     | {"kind", "layer_id", "memory_bytes", "metadata", "node_id", "op", "op_type", "operands", "optional_input"}
     | {"optional_inputs", "origins", "output", "output_types", "outputs", "problems", "resolve", "self", "spec"}
-    | {"stream_id", "tags", "verify", "where"} | {"cls", "g", "name", "names"}
+    | {"stream_id", "tags", "verify", "where", "is_view", "resolve_refs"} | {"cls", "g", "name", "names"}
 )  # fmt: skip
+_VALUE = re.compile(r"[a-z][a-z0-9_]{0,39}\Z")
 RESERVED = _PYTHON | _KERNEL
 RESERVED_FOR_OPERANDS = RESERVED | _NODE
 """Names that generated code uses itself: keywords, builtins, modules; for operands also members of nodes."""
@@ -31,4 +34,6 @@ def why_not_a_value_name(name: str, scope: Scope, reserved: frozenset[str] = RES
         return f"'{name}' is already defined as an operand, view or attr"
     if name.startswith("_") or name in reserved:
         return f"'{name}' is reserved for generated code"
+    if not _VALUE.match(name):
+        return f"'{name}' must consist of at most 40 lower-case letters, digits and `_`"
     return None

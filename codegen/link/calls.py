@@ -7,11 +7,13 @@ from typing import cast
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
 from sageLLM.codegen.expr.cost import tensor_bytes
+from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
 from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.expr.value_names import why_not_a_value_name
 from sageLLM.codegen.link.attr_formulas import is_formula, link_formula
-from sageLLM.codegen.load import Entry
+from sageLLM.codegen.load import Entry, fused_names
 from sageLLM.codegen.model.binding import Binding, TypeMismatch
 from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, Call, Cost, OpDef, Operand, Scalar
 from sageLLM.codegen.schema.ops import OpSpec
@@ -27,6 +29,7 @@ def link_calls(
 ) -> tuple[Call, ...] | None:
     """The typed lines of `fuses`, or None after reporting findings."""
     before = len(sink.diagnostics)
+    _check_operand_names(entry, sink)
     linker = CallLinker(entry, {o.name: o.type for o in inputs}, {o.name for o in inputs if o.optional},
                         {a.name: a for a in attrs}, ops, sink)  # fmt: skip
     calls = [call for index, line in enumerate(entry.spec.fuses or []) if (call := linker.line(index, line))]
@@ -35,6 +38,14 @@ def link_calls(
     if len(sink.diagnostics) == before and entry.spec.rule is not None:
         linker.check_rule(calls)
     return tuple(calls) if len(sink.diagnostics) == before else None
+
+
+def _check_operand_names(entry: Entry[OpSpec], sink: Sink) -> None:
+    """Reports operands and attrs with the name of an op that `fuses` calls, which the generated function would hide."""
+    for key in ("inputs", "outputs", "attrs"):
+        for name in getattr(entry.spec, key).keys() & fused_names(entry):
+            message = f"'{name}' is an op that `fuses` calls"
+            sink.error("SAGE116", message, entry.key_span(key, name), "choose another name")
 
 
 @dataclass(slots=True)
@@ -157,8 +168,15 @@ class CallLinker:
             if node.id in self.values or node.id in self.attrs:
                 help = "every name is assigned once; choose a new name"
                 raise text.refuse("SAGE111", f"'{node.id}' is already defined", node, help)
+            if why := self._why_not_a_result(node.id):
+                raise text.refuse("SAGE116", why, node, "choose another name")
             self.values[node.id] = binding.apply(output.type)
         return tuple(cast(ast.Name, node).id for node in nodes)
+
+    def _why_not_a_result(self, name: str) -> str | None:
+        if name in fused_names(self.entry):
+            return f"'{name}' is an op that `fuses` calls"
+        return why_not_a_value_name(name, Scope()) if name not in self.entry.spec.outputs else None
 
     def check_outputs(self, outputs: Sequence[Operand], calls: Sequence[Call]) -> None:
         written = {target for call in calls for target in call.targets}

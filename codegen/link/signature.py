@@ -14,6 +14,7 @@ from sageLLM.codegen.expr.types import DIM_NAME, ValueType, parse_type
 from sageLLM.codegen.expr.value_names import RESERVED_FOR_OPERANDS, why_not_a_value_name
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.model.op import Attr, Operand
+from sageLLM.codegen.names import why_not_a_function
 from sageLLM.codegen.schema.ops import AttrSpec, InputSpec, OpSpec
 
 DEFAULT_ELEMENTS = {"E": ("f16", "bf16", "f32", "f64")}
@@ -25,8 +26,6 @@ _PYTHON: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "dim": (int,),
 }
-_MODULES = ("torch", "math", "wide", "dims", "triton", "tl", "device")
-"""Module names in the files of generated functions, which an op must not shadow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +90,8 @@ class SignatureLinker:
 
     def _declare_dims(self) -> None:
         spec, entry = self.entry.spec, self.entry
-        if not _is_op_name(entry.name):
-            message = f"expected an op name, got '{entry.name}'"
-            self.sink.error("SAGE116", message, entry.key_span(), "use lower-case letters, digits and `_`")
+        if why := _why_not_an_op_name(entry.name):
+            self.sink.error("SAGE116", f"expected an op name, got '{entry.name}'", entry.key_span(), why)
         dim_attrs = [name for name, attr in spec.attrs.items() if attr.type == "dim"]
         self.dims = dict.fromkeys([*self.raw.dims, *spec.dims, *dim_attrs])
         self.elements = DEFAULT_ELEMENTS | {name: tuple(types) for name, types in spec.types.items()}
@@ -121,8 +119,6 @@ class SignatureLinker:
     def declare(self, name: str, type_: ValueType, *path: str) -> None:
         """Registers the name of an operand, attr or view; reports a name that cannot be used."""
         why = why_not_a_value_name(name, self.names, RESERVED_FOR_OPERANDS)
-        if why is None and not _is_value_name(name):
-            why = f"'{name}' must consist of lower-case letters, digits and `_`"
         if why:
             self.sink.error("SAGE116", why, self.entry.key_span(*path), "choose another name")
         self.names.values[name] = type_
@@ -221,10 +217,7 @@ def _fits_i32(value: object) -> bool:
     return isinstance(value, int) and -(2**31) <= value < 2**31
 
 
-def _is_op_name(name: str) -> bool:
-    return _is_value_name(name) and len(name) > 1 and name not in _MODULES
-
-
-def _is_value_name(name: str) -> bool:
-    is_identifier = name.isascii() and name.isidentifier() and not name.startswith("_")
-    return is_identifier and name == name.lower() and len(name) <= 40
+def _why_not_an_op_name(name: str) -> str | None:
+    if 1 < len(name) <= 40:
+        return why_not_a_function(name)
+    return "it must have 2 to 40 characters"
