@@ -76,7 +76,7 @@ class Sink:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The help line for an unknown name: the nearest known one, else the first known ones."""
+    """The help line for an unknown name: the nearest known one, else all of them if they are few."""
     import difflib  # imported here, since only mistakes need it
 
     names = sorted(known)
@@ -85,8 +85,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"did you mean '{near[0]}'?"
     if not names:
         return "define it, or remove it: no such name is defined"
-    shown, left = ", ".join(names[:MAX_NAMES]), len(names) - MAX_NAMES
-    return f"known: {shown} and {left} more" if left > 0 else f"known: {shown}"
+    return f"known: {', '.join(names)}" if len(names) <= MAX_NAMES else "define it: no known name is similar"
 
 
 def render(diagnostic: Diagnostic, read_line: Callable[[str, int], str | None]) -> str:

@@ -100,6 +100,7 @@ _HELP = {
     "list_type": "write `[a, b]`, or one `- item` per line",
     "tuple_type": "write `[a, b]`, or one `- item` per line",
     "none_required": "write null, or remove it",
+    "string_pattern_mismatch": "write a text of this pattern, such as a lower-case name",
     "too_short": "add an item, or remove the field",
     "too_long": "remove items",
     "string_too_short": "write a text",

@@ -46,7 +46,7 @@ def test_a_finding_without_a_remedy_is_refused() -> None:
 def test_unknown_names_always_have_a_remedy() -> None:
     assert did_you_mean("hiden_size", ["hidden_size", "heads"]) == "did you mean 'hidden_size'?"
     assert did_you_mean("x", ["b", "a"]) == "known: a, b"
-    assert did_you_mean("zzz", [f"name_{i:02}" for i in range(30)]).endswith("name_23 and 6 more")
+    assert did_you_mean("zzz", [f"name_{i:02}" for i in range(30)]) == "define it: no known name is similar"
     assert did_you_mean("x", [])
 
 
