@@ -216,7 +216,10 @@ def _packed_names(own: Iterable[Named]) -> Iterator[Clash]:
 
 def _block_names(entries: Iterable[Named], base: frozenset[str]) -> Iterator[Clash]:
     """A layout has functions for its blocks, next to those of the ops that it calls."""
-    blocks = {block: entry for entry in entries if entry.file in base for block in entry.declares.get("blocks", ())}
+    blocks: dict[str, Named] = {}
+    for entry in entries:
+        for block in entry.declares.get("blocks", ()) if entry.file in base else ():
+            blocks.setdefault(block, entry)
     for entry in entries:
         if entry.kind == "ops" and entry.file not in base and (other := blocks.get(entry.name)):
             message = f"the op '{entry.name}' has the name of a block of '{other.name}'"
