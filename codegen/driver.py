@@ -56,7 +56,7 @@ def emit(specs: "Specs") -> list[Output]:
     """Every generated file, before formatting."""
     from sageLLM.codegen import emit as emitters
 
-    renderer, own = Renderer(), specs.own()
+    renderer, own = Renderer(specs.raw.templates), specs.own()
     modules = [output for ops in own.ops_by_stem.values() for output in emitters.emit_op_modules(ops, specs, renderer)]
     models = [output for model in own.models for output in emitters.emit_model(model, specs, renderer)]
     passes = emitters.emit_pass_modules(specs, renderer)

@@ -123,6 +123,11 @@ class SpecFacts:
         return min(self.base, default=None)
 
     @cached_property
+    def templates(self) -> str:
+        """A digest of the templates of overlays."""
+        return digest([[name, file.digest] for name, file in self.files.items() if name.endswith(".jinja")])
+
+    @cached_property
     def vocabulary(self) -> str:
         """A digest of the dims, op types and step inputs."""
         return self.digest_of(*VOCABULARY)

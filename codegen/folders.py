@@ -1,11 +1,15 @@
 """Spec folders of a run: the name of every spec file in diagnostics and headers, and folders that cannot be used."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 
+TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+KERNEL_TEMPLATES = {"reference": ".py.jinja", "cpu": ".cpp.jinja", "triton": ".py.jinja"}
+"""Folders below `templates` of a spec folder, with the ends of their files' names."""
 PACKAGE_PREFIX = "sageLLM/"
 """Precedes the names of the package's spec files if an overlay folder has the same name, usually `specs`."""
 
@@ -42,9 +46,44 @@ def spec_files(folders: Sequence[Path]) -> list[dict[str, Path]]:
     return groups
 
 
+def template_files(folders: Sequence[Path]) -> dict[str, tuple[str, Path]]:
+    """Kernel templates of the overlays: display name and path by the name of the template, `cpu/NAME.cpp.jinja`.
+
+    Raises SpecErrors for a file in another place, and for a template of the package or of two overlays.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    findings = []
+    for folder, root in list(zip(folders, spec_roots(folders), strict=True))[1:]:
+        for path in sorted(folder.rglob("*.jinja")):
+            name = path.relative_to(folder).as_posix().removeprefix("templates/")
+            if why := _why_not_a_template(path.relative_to(folder).as_posix()):
+                findings.append(Diagnostic("SAGE123", f"'{path}' cannot be used: {why}", help="move or rename it"))
+            elif (TEMPLATES / name).is_file() or name in found:
+                other = found[name][1] if name in found else TEMPLATES / name
+                message = f"two templates have the name '{name}': {path} and {other}"
+                findings.append(Diagnostic("SAGE504", message, help="rename the template and the `reference`"))
+            else:
+                found[name] = (f"{root}/templates/{name}", path)
+    if findings:
+        raise SpecErrors(findings)
+    return found
+
+
+def _why_not_a_template(path: str) -> str | None:
+    for kind, end in KERNEL_TEMPLATES.items():
+        if re.fullmatch(rf"templates/{kind}/_?[a-z][a-z0-9_]*{re.escape(end)}", path):
+            return None
+    expected = ", ".join(f"templates/{kind}/NAME{end}" for kind, end in KERNEL_TEMPLATES.items())
+    return f"expected one of {expected} in the spec folder"
+
+
 def file_digests(files: dict[str, Path]) -> dict[str, tuple[Path, str]]:
     """Path and digest of every spec file, by display name."""
-    return {name: (path, hashlib.sha256(path.read_bytes()).hexdigest()[:32]) for name, path in files.items()}
+    return {name: (path, file_digest(path)) for name, path in files.items()}
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def find_file(name: str, folders: Sequence[Path]) -> Path | None:

@@ -105,7 +105,8 @@ class Incremental:
             self._meanings[name] = ""  # read by an op that fuses itself, which linking refuses
             op = self.facts.table("ops")[name]
             fused = [[callee, self._meaning_or_none(callee)] for callee in op.names["fuses"]]
-            self._meanings[name] = digest([op.origin, op.digest, self.facts.vocabulary, fused])
+            own = [self.facts.templates] if self.facts.is_overlay and not self._is_base(op) else []
+            self._meanings[name] = digest([op.origin, op.digest, self.facts.vocabulary, fused, *own])
         return self._meanings[name]
 
     def _meaning_or_none(self, name: str) -> str | None:
@@ -269,7 +270,7 @@ class Incremental:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        return Renderer()
+        return Renderer(self.raw.templates)
 
     def _is_base(self, entry: EntryFacts) -> bool:
         return entry.file in self.facts.base
@@ -280,7 +281,7 @@ class Incremental:
 
     def _vocabulary_with(self, **tables: Mapping[str, Any]) -> RawSpecs:
         words = {kind: getattr(self.raw, kind) for kind in VOCABULARY}
-        return RawSpecs(**words, **tables, base_files=self.facts.base)
+        return RawSpecs(**words, **tables, base_files=self.facts.base, templates=self.raw.templates)
 
     def _specs(
         self,

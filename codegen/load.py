@@ -1,14 +1,14 @@
 """Loads spec folders: each YAML file is validated against the schema that it names, and split into entries."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sageLLM.codegen.diagnostics import Sink, Span, SpecErrors, did_you_mean
 from sageLLM.codegen.facts import VOCABULARY
-from sageLLM.codegen.folders import spec_files
+from sageLLM.codegen.folders import spec_files, template_files
 from sageLLM.codegen.schema.base import Strict, validate
 from sageLLM.codegen.source import Document, YamlPath, load_document
 
@@ -61,6 +61,8 @@ class RawSpecs:
     op_types: Mapping[str, Entry[str]] = field(default_factory=dict)
     step_inputs: Mapping[str, Entry[str]] = field(default_factory=dict)
     base_files: frozenset[str] = frozenset()
+    templates: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
+    """Kernel templates of overlays, see `folders.template_files`."""
 
     def is_base(self, entry: Entry[Any]) -> bool:
         """Whether the entry belongs to the package's own specs while an overlay is generated."""
@@ -69,7 +71,7 @@ class RawSpecs:
     def vocabulary(self) -> "RawSpecs":
         """Only the dims, op types and step inputs, which every op and model can refer to."""
         words = {kind: getattr(self, kind) for kind in VOCABULARY}
-        return RawSpecs(**words, base_files=self.base_files)
+        return RawSpecs(**words, base_files=self.base_files, templates=self.templates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +121,12 @@ def load_specs(folders: Sequence[Path], load: "LoadFile | None" = None) -> RawSp
     With one folder no entry is base: code is generated for all of them.
     """
     sink = Sink()
-    groups = spec_files(folders)
+    groups, templates = spec_files(folders), template_files(folders)
     base = frozenset(groups[0]) if len(folders) > 1 else frozenset[str]()
     found = [(load or load_file)(path, name, sink) for group in groups for name, path in group.items()]
     raw = assemble([file for file in found if file is not None], base, sink)
     sink.raise_if_any()
-    return raw
+    return replace(raw, templates=templates)
 
 
 def load_file(path: Path, display: str, sink: Sink) -> SpecFile | None:
@@ -154,7 +156,8 @@ def assemble(files: Sequence[SpecFile], base: frozenset[str], sink: Sink) -> Raw
                 first = ("first defined here", table[entry.name].key_span())
                 sink.error("SAGE015", f"'{entry.name}' is defined twice", entry.key_span(), "rename one", (first,))
             table.setdefault(entry.name, entry)
-    return RawSpecs(**tables, base_files=base)
+    known: dict[str, Any] = dict(tables)
+    return RawSpecs(**known, base_files=base)
 
 
 def _schema_of(doc: Document, sink: Sink) -> Schema | None:

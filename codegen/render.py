@@ -9,19 +9,21 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
+import traceback
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sageLLM.codegen.contents import Row
-from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
+from sageLLM.codegen.diagnostics import Diagnostic, Span, SpecErrors
+from sageLLM.codegen.folders import TEMPLATES
 from sageLLM.codegen.state import CPP_STYLE, cache_folder
 
-TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 LINE_LENGTH = 120
 
 
@@ -39,17 +41,21 @@ class Output:
 
 
 class Renderer:
-    """The template environment. A missing name is an error; every value passes through `ident`, `lit` or `doc`."""
+    """The template environment. A missing name is an error; every value passes through `ident`, `lit` or `doc`.
 
-    def __init__(self, folder: Path = TEMPLATES) -> None:
+    `overlay` are kernel templates of overlays in addition to those of the package, see `folders.template_files`.
+    """
+
+    def __init__(self, overlay: Mapping[str, tuple[str, Path]] = MappingProxyType({})) -> None:
         # Imported here, since a run that finds everything up to date renders nothing.
         from jinja2 import StrictUndefined
         from jinja2.bccache import FileSystemBytecodeCache
-        from jinja2.loaders import FileSystemLoader
+        from jinja2.loaders import ChoiceLoader, FileSystemLoader, FunctionLoader
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+        self._overlay = overlay
         self.env = ImmutableSandboxedEnvironment(
-            loader=FileSystemLoader(folder),
+            loader=ChoiceLoader([FileSystemLoader(TEMPLATES), FunctionLoader(self._overlay_text)]),
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -61,7 +67,38 @@ class Renderer:
         self.env.filters["cpp_comment"] = cpp_comment
 
     def render(self, template: str, **view: Any) -> str:
-        return self.env.get_template(template).render(**view)
+        """The text of a template. Raises SpecErrors if a template of an overlay fails."""
+        if template not in self._overlay:
+            return self.env.get_template(template).render(**view)
+        try:
+            return self.env.get_template(template).render(**view)
+        except Exception as error:  # a template may raise anything
+            raise SpecErrors([self._failure(template, error)]) from None
+
+    def find(self, template: str) -> Path | None:
+        """The file of a template of the package or of an overlay."""
+        if template in self._overlay:
+            return self._overlay[template][1]
+        return TEMPLATES / template if (TEMPLATES / template).is_file() else None
+
+    def display(self, template: str) -> str:
+        """The name of a template in diagnostics."""
+        return self._overlay[template][0] if template in self._overlay else f"templates/{template}"
+
+    def _overlay_text(self, name: str) -> "tuple[str, str, Callable[[], bool]] | None":
+        if name not in self._overlay:
+            return None
+        path = self._overlay[name][1]
+        return path.read_text(encoding="utf-8"), str(path), lambda: True
+
+    def _failure(self, template: str, error: Exception) -> Diagnostic:
+        """The finding for an error in the template of an overlay, at the line that raised it."""
+        display, path = self._overlay[template]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None) or 1
+        return Diagnostic(
+            "SAGE123", f"the template fails: {str(error) or type(error).__name__}", Span(display, line, 1)
+        )
 
 
 def _template_cache() -> Path | None:

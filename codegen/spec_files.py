@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.facts import EntryFacts, FileFacts, SpecFacts, digest, words_of
+from sageLLM.codegen.folders import file_digest
 from sageLLM.codegen.load import Entry, RawSpecs, SpecFile, entries_of, fused_names, load_file, source_names
 from sageLLM.codegen.names import declared_names
 from sageLLM.codegen.source import Document
@@ -40,7 +42,11 @@ class SpecFiles:
     """
 
     def __init__(
-        self, files: Mapping[str, tuple[Path, str]], base: frozenset[str], known: Mapping[str, FileFacts]
+        self,
+        files: Mapping[str, tuple[Path, str]],
+        base: frozenset[str],
+        known: Mapping[str, FileFacts],
+        templates: Mapping[str, tuple[str, Path]] = MappingProxyType({}),
     ) -> None:
         self._files = files
         self._entries: dict[str, dict[tuple[str, str], Entry[Any]]] = {}
@@ -48,9 +54,10 @@ class SpecFiles:
         for name, (_, seen) in files.items():
             facts = known.get(name)
             found[name] = facts if facts is not None and facts.digest == seen else self._facts_of(name, seen)
+        found |= {name: FileFacts(file_digest(path), ()) for name, path in templates.values()}
         self.facts = SpecFacts(found, base)
         tables = {kind: LazyTable(table, self._entry) for kind, table in self.facts.tables.items()}
-        self.raw = RawSpecs(**tables, base_files=base)
+        self.raw = RawSpecs(**tables, base_files=base, templates=templates)
 
     def _facts_of(self, name: str, seen: str) -> FileFacts:
         return FileFacts(

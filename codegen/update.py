@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sageLLM.codegen.folders import file_digests, spec_files, spec_roots
+from sageLLM.codegen.folders import file_digest, file_digests, spec_files, spec_roots, template_files
 from sageLLM.codegen.render import Output, format_sources
 from sageLLM.codegen.state import FileRecord, State, UnitRecord, formatter_key, generator_key, load_state, save_state
 from sageLLM.codegen.swap import MANIFEST, complete
@@ -37,16 +37,20 @@ def update(folders: Sequence[Path], out: Path, package_out: Path, count: "Count 
     """
     groups = [file_digests(group) for group in spec_files(folders)]
     files = {name: file for group in groups for name, file in group.items()}
+    templates = template_files(folders)
     base = frozenset(groups[0] if len(groups) > 1 else ())
     complete(out)
     tree, state, generator = Tree(out), load_state(out), generator_key(PACKAGE)
-    if state.generator == generator and _is_up_to_date(state, files, base, tree):
+    seen = [(name, digest) for name, (_, digest) in files.items()]
+    seen += [(name, file_digest(path)) for name, path in templates.values()]
+    if state.generator == generator and _is_up_to_date(state, seen, base, tree):
         return Written((), (), len(state.outputs) + 1)
     from sageLLM.codegen.incremental import Incremental
     from sageLLM.codegen.spec_files import SpecFiles
 
     old = _known(state, generator, spec_roots(folders)[0], package_out if base else None)
-    run = Incremental(SpecFiles(files, base, old.files), old, lambda unit: _is_intact(unit, tree))
+    spec_files_read = SpecFiles(files, base, old.files, templates)
+    run = Incremental(spec_files_read, old, lambda unit: _is_intact(unit, tree))
     run.run()
     # Formatting does not depend on the generator, so that its results also hold after a change of a template.
     formatted = state.outputs if state.formatter == formatter_key() else {}
@@ -67,8 +71,8 @@ def _known(state: State, generator: str, root: str, package_out: Path | None) ->
     return State(files=dict(renamed), ops=package.ops, links=package.links)
 
 
-def _is_up_to_date(state: State, files: Mapping[str, tuple[Path, str]], base: frozenset[str], tree: Tree) -> bool:
-    seen = [(name, digest) for name, (_, digest) in files.items()]
+def _is_up_to_date(state: State, seen: list[tuple[str, str]], base: frozenset[str], tree: Tree) -> bool:
+    """Whether the state is that of these files, by name and digest."""
     if [(name, facts.digest) for name, facts in state.files.items()] != seen or frozenset(state.base) != base:
         return False
     return all(_is_intact(unit, tree) for unit in state.units.values()) and tree.holds(MANIFEST, state.manifest)

@@ -25,7 +25,7 @@ from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import OpDef, Reference
 from sageLLM.codegen.model.specs import Specs
-from sageLLM.codegen.render import TEMPLATES, Output, Renderer, header, lit
+from sageLLM.codegen.render import Output, Renderer, header, lit
 from sageLLM.codegen.schema.hardware import HardwareFile
 
 FOLDER = "kernels/cpu"
@@ -185,7 +185,7 @@ def _variables(op: OpDef) -> list[str]:
 def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
     """The op's template with its operands and hooks filled in, or None without a template for the CPU."""
     assert op.reference is not None, "only ops with a reference have a template"
-    template = _template_of(op.reference)
+    template = _template_of(op.reference, renderer)
     if template is None:
         return None
     own = own_names(op)
@@ -209,7 +209,7 @@ def _template_lines(op: OpDef, renderer: Renderer) -> tuple[str, ...] | None:
 def _consumer_lines(fused: FusedEpilogue, renderer: Renderer) -> list[str]:
     """The consumer's work when all rows are complete, from its template; empty if it has none for the CPU."""
     assert fused.consumer.reference is not None, "a consumer has a reference"
-    template = _template_of(fused.consumer.reference)
+    template = _template_of(fused.consumer.reference, renderer)
     if template is None:
         return []
     operands = [OperandText.of(o) if o else "nullptr" for o in fused.operands]
@@ -217,9 +217,9 @@ def _consumer_lines(fused: FusedEpilogue, renderer: Renderer) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _template_of(reference: Reference) -> str | None:
+def _template_of(reference: Reference, renderer: Renderer) -> str | None:
     template = reference.template.replace("reference/", "cpu/").replace(".py.", ".cpp.")
-    return template if (TEMPLATES / template).is_file() else None
+    return template if renderer.find(template) is not None else None
 
 
 def hook_text(presence: Mapping[str, str], value: Expr) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sageLLM.codegen.contents import Contents
-from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
+from sageLLM.codegen.diagnostics import Diagnostic, Span, SpecErrors
 from sageLLM.codegen.emit.dim_text import dim_lines, tidy
 from sageLLM.codegen.emit.torch_layout import Layout, Piece, squeezed
 from sageLLM.codegen.emit.torch_text import TorchText, view_text
@@ -106,15 +106,27 @@ def _template_text(op: OpDef, renderer: Renderer) -> str:
     attrs = ", ".join(_parameter(attr) for attr in op.attrs)
     context = {"op": op.name, "attrs": attrs, "used": used, "plain": plain_when(op)}
     text = renderer.render(op.reference.template, **context, **params, **hooks)
-    _check_function(op, text)
+    _check_function(op, text, renderer.display(op.reference.template))
     return text
 
 
-def _check_function(op: OpDef, text: str) -> None:
+def parsed(text: str, template: str, span: Span) -> ast.Module:
+    """The Python that a template produced. Raises SpecErrors with the wrong line."""
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        line = (getattr(error, "text", None) or "").strip()
+        message = f"the function that {template} produces does not parse: {getattr(error, 'msg', error)}"
+        raise SpecErrors(
+            [Diagnostic("SAGE123", message, span, f"correct `{line}`" if line else "correct the template")]
+        ) from None
+
+
+def _check_function(op: OpDef, text: str, template: str) -> None:
     """Reports a rendered template that is not one function of the op's operands, or that assigns to its attrs."""
     span = op.entry.span("reference")
-    tree = ast.parse(text)
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    tree = parsed(text, template, span)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == op.name]
     if len(tree.body) != 1 or not functions or len(functions[0].args.args) != len(op.inputs):
         message = f"the template must be a function of the {len(op.inputs)} inputs of '{op.name}'"
         taken = ", ".join(argument.arg for argument in functions[0].args.args) if functions else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from sageLLM.codegen.contents import Contents, refs
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.emit.dim_text import tidy
-from sageLLM.codegen.emit.reference import parameters, result_type
+from sageLLM.codegen.emit.reference import parameters, parsed, result_type
 from sageLLM.codegen.emit.triton_gemm import gemm_view
 from sageLLM.codegen.emit.triton_launch import rows_view
 from sageLLM.codegen.emit.triton_mask import MaskText
@@ -21,7 +21,7 @@ from sageLLM.codegen.kernel.mask import mask_bounds
 from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.model.op import Hook, OpDef, Reference, Template
 from sageLLM.codegen.model.specs import Specs
-from sageLLM.codegen.render import TEMPLATES, Output, Renderer, header
+from sageLLM.codegen.render import Output, Renderer, header
 
 FOLDER = "kernels/triton"
 BASE = "sageLLM.generated.kernels.triton"
@@ -125,7 +125,7 @@ def _fused_text(op: OpDef, fused: FusedEpilogue, programs: Programs, renderer: R
     assert fused.consumer.reference is not None, "a consumer has a reference"
     template = fused.consumer.reference.template.replace("reference/", "triton/gemm_")
     constants = programs.ops[op.fuses[0].op].triton
-    if constants is None or op.attrs or len(fused.producer.fuses) > 1 or not (TEMPLATES / template).is_file():
+    if constants is None or op.attrs or len(fused.producer.fuses) > 1 or renderer.find(template) is None:
         return None
     roles = (*fused.consumer.inputs, *fused.consumer.outputs)
     operands = {role.name: o.name if o else "None" for role, o in zip(roles, fused.operands, strict=True)}
@@ -181,7 +181,8 @@ def plain_when(score_mod: Expr) -> str:
 
 def check_kernel(op: OpDef, text: str, hooks: Sequence[str]) -> None:
     """The contract of a template: it parses, takes the op's inputs, uses every hook, and stores every output once."""
-    tree = ast.parse(text)
+    template = op.triton.name if op.triton is not None else "templates/triton"
+    tree = parsed(text, template, op.entry.key_span("kernel", "triton"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     launcher = next((node for node in functions if node.name == op.name), None)
     inputs = [operand.name for operand in op.inputs]
@@ -192,7 +193,8 @@ def check_kernel(op: OpDef, text: str, hooks: Sequence[str]) -> None:
         if attr.name in stored:
             _refuse(op, f"the template has its own '{attr.name}', which the attr would shadow")
     for hook in hooks:
-        assert hook in text, f"{op.triton}: the template does not use a hook"
+        if hook not in text:
+            _refuse(op, f"the template must use the hook `{hook}`")
     for output in op.outputs:
         target = op.inplace.get(output.name, output.name)
         stores = [_stores(function, target) for function in functions if function is not launcher]

@@ -11,6 +11,7 @@ from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.link.templates import check_template
 from sageLLM.codegen.load import Entry
 from sageLLM.codegen.model.op import Hook, Reference
+from sageLLM.codegen.render import Renderer
 from sageLLM.codegen.schema.ops import KernelSpec, OpSpec
 
 FOLDER = "reference"
@@ -31,14 +32,14 @@ HOOKS: Mapping[str, HookType] = {
 """score: scaled product of query and key; m, n: positions of the query and the key; h: query head."""
 
 
-def link_reference(entry: Entry[OpSpec], scope: Scope, sink: Sink) -> Reference | None:
+def link_reference(entry: Entry[OpSpec], scope: Scope, renderer: Renderer, sink: Sink) -> Reference | None:
     """The reference with its hooks, or None after a finding."""
     before = len(sink.diagnostics)
     kernel = entry.spec.kernel or KernelSpec()
     hooks = tuple(hook for name, text in kernel.hooks.items() if (hook := _hook(name, text, entry, scope, sink)))
     name = entry.spec.reference or ""
     filled = {param: ("params", param) for param in kernel.params} | {hook: ("hooks", hook) for hook in kernel.hooks}
-    check_template(FOLDER, name, filled, entry, entry.span("reference"), sink)
+    check_template(FOLDER, name, filled, entry, entry.span("reference"), renderer, sink)
     reference = Reference(f"{FOLDER}/{name}.py.jinja", tuple(kernel.params.items()), hooks)
     return reference if len(sink.diagnostics) == before else None
 

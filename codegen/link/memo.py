@@ -11,6 +11,7 @@ from typing import Any
 
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.facts import reached, words_of
+from sageLLM.codegen.folders import file_digest
 from sageLLM.codegen.link.interfaces import Interfaces
 from sageLLM.codegen.link.models import link_model
 from sageLLM.codegen.link.ops import link_op
@@ -42,7 +43,8 @@ class LinkMemo:
     def link_op(self, entry: Entry[OpSpec], raw: RawSpecs, linked: Mapping[str, OpDef], sink: Sink) -> OpDef | None:
         """See `sageLLM.codegen.link.ops.link_op`."""
         fused = [linked[name] for name in sorted(fused_names(entry)) if name in linked]
-        key = (entry.name, id(entry.doc), tuple(raw.dims), tuple(raw.op_types), *map(id, fused))
+        templates = [(name, file_digest(path)) for name, (_, path) in raw.templates.items()]
+        key = (entry.name, id(entry.doc), tuple(raw.dims), tuple(raw.op_types), *map(id, fused), *templates)
         if key in self._ops:
             return self._ops[key]
         op = link_op(entry, raw, linked, sink)

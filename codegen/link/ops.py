@@ -21,7 +21,8 @@ from sageLLM.codegen.link.signature import Signature, SignatureLinker
 from sageLLM.codegen.link.templates import link_triton
 from sageLLM.codegen.link.unused import check_unused
 from sageLLM.codegen.load import Entry, RawSpecs, fused_names
-from sageLLM.codegen.model.op import Call, Condition, Cost, OpDef, Reference, Rule
+from sageLLM.codegen.model.op import Call, Condition, Cost, OpDef, Reference, Rule, Template
+from sageLLM.codegen.render import Renderer
 from sageLLM.codegen.schema.ops import OpSpec
 
 SEMANTICS = ("compute", "fuses", "reference")
@@ -132,7 +133,7 @@ class OpLinker:
         return self._op(signature, op_type, fused_cost(calls, inputs, outputs, self.linked), fuses=calls, rule=rule)
 
     def _referenced(self, signature: Signature) -> OpDef | None:
-        reference = link_reference(self.entry, signature.scope(), self.sink)
+        reference = link_reference(self.entry, signature.scope(), Renderer(self.raw.templates), self.sink)
         cost = declared_cost(self.entry, signature, self.sink)
         if reference is None or cost is None:
             return None
@@ -163,9 +164,13 @@ class OpLinker:
             program=program,
             fuses=fuses,
             reference=reference,
-            triton=link_triton(self.entry, self.sink),
+            triton=self._triton(),
             rule=rule,
         )
+
+    def _triton(self) -> Template | None:
+        has_template = self.entry.spec.kernel is not None and self.entry.spec.kernel.triton is not None
+        return link_triton(self.entry, Renderer(self.raw.templates), self.sink) if has_template else None
 
     def _conditions(self, signature: Signature) -> tuple[Condition, ...]:
         scope, found = signature.scope(), []
