@@ -58,8 +58,7 @@ def check_template(
     template = f"{folder}/{name}.py.jinja"
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or renderer.find(template) is None:
         known = [found.name.removesuffix(".py.jinja") for found in (TEMPLATES / folder).glob("[a-z]*.py.jinja")]
-        help = did_you_mean(name, known)
-        help = f"{help}, or add templates/{template} to the spec folder" if help else None
+        help = f"{did_you_mean(name, known)}, or add templates/{template} to the spec folder"
         sink.error("SAGE123", f"expected a template in templates/{folder}, got '{name}'", span, help)
         return
     try:
