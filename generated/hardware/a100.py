@@ -30,6 +30,12 @@ A100 = Hardware(
             overlap=1.32,
             launch_us=4.86,
         ),
+        "experts": Efficiency(
+            compute=0.654,
+            memory=0.987,
+            overlap=1.8,
+            launch_us=12.0,
+        ),
         "prefill_attn": Efficiency(
             compute=0.607,
             memory=0.335,

@@ -30,6 +30,12 @@ RTX_4090 = Hardware(
             overlap=2.32,
             launch_us=6.34,
         ),
+        "experts": Efficiency(
+            compute=0.582,
+            memory=0.924,
+            overlap=2.07,
+            launch_us=12.1,
+        ),
         "prefill_attn": Efficiency(
             compute=0.889,
             memory=0.287,

@@ -7,8 +7,8 @@ from sageLLM.runtime.core.cost import Efficiency, Hardware, Link
 __all__ = ["RTX_PRO_6000"]
 
 # specs/hardware/rtx_pro_6000.yaml: rtx_pro_6000
-# source: Rates from the data sheet; efficiencies fitted to LLMServingSim's profiles of Llama-3.1-8B and
-# Qwen3-32B with vLLM 0.19 (MIT); the link (PCIe 5.0) is fitted to a run of Qwen3-32B on two.
+# source: Rates from the data sheet; efficiencies fitted to LLMServingSim's profiles of Llama-3.1-8B, Qwen3-32B
+# and (experts) Qwen3-30B-A3B with vLLM 0.19 (MIT); the link (PCIe 5.0) is fitted to a run of Qwen3-32B on two.
 RTX_PRO_6000 = Hardware(
     name="rtx_pro_6000",
     peak_flops={
@@ -29,6 +29,12 @@ RTX_PRO_6000 = Hardware(
             memory=0.96,
             overlap=1.67,
             launch_us=9.0,
+        ),
+        "experts": Efficiency(
+            compute=0.582,
+            memory=0.924,
+            overlap=2.07,
+            launch_us=12.1,
         ),
         "prefill_attn": Efficiency(
             compute=0.607,

@@ -83,4 +83,6 @@ def _read(path: Path, models: list[str], tensor_parallel_size: int) -> Measured:
     layout, config = layout_and_config(models.pop(0))
     shard = layout.shard_config(config, tensor_parallel_size)
     heads = Heads(shard.Nq, shard.Nkv, shard.D)
-    return read_profile_tables(tables, LayerSizes(shard.H, heads, shard.I, shard.V // tensor_parallel_size))
+    vocab = shard.V // tensor_parallel_size
+    experts = getattr(shard, "F", 0), getattr(shard, "A", 0)
+    return read_profile_tables(tables, LayerSizes(shard.H, heads, shard.I, vocab, *experts))

@@ -235,6 +235,9 @@ def simulate(
         int | None, typer.Option(min=1, help="Devices per decode worker of strict mode (default: --tp).")
     ] = None,
     pp: Annotated[int, typer.Option(min=1, help="Stages per worker, each of --tp devices (pipeline parallelism).")] = 1,
+    ep: Annotated[
+        int, typer.Option(min=1, help="Workers that share the experts of every layer and step together.")
+    ] = 1,
     rate: Annotated[
         float | None, typer.Option(help="Requests per second of a Poisson process (default: the trace's times).")
     ] = None,
@@ -311,6 +314,7 @@ def simulate(
         prefill_tp=prefill_tp,
         decode_tp=decode_tp,
         pipeline_depth=pp,
+        expert_parallel_size=ep,
         rate=rate,
         num_requests=num_requests,
         prompt=prompt,

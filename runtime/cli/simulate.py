@@ -59,6 +59,8 @@ def _modes(request: SimulateRequest) -> list[SimMode]:
         if "strict" in request.modes:
             raise ValueError("strict mode requires at least one decode worker, got --decode-workers 0")
         known = known[1:]  # without strict, the first mode
+    if request.expert_parallel_size > 1 and not request.modes:
+        known = tuple(mode for mode in known if mode != "strict")
     return [mode for mode in known if mode in request.modes or not request.modes]
 
 

@@ -27,6 +27,7 @@ class SimulateRequest:
     prefill_tp: int | None
     decode_tp: int | None
     pipeline_depth: int
+    expert_parallel_size: int
     rate: float | None
     num_requests: int | None
     prompt: tuple[float, float]

@@ -32,6 +32,7 @@ class _Device:
 
 def make_setup(request: SimulateRequest, chunk_size: int) -> Setup:
     """The setup of a simulation. Raises ValueError for arguments that contradict each other, or a bad profile."""
+    num_workers = _num_workers(request)
     tp = request.tensor_parallel_size
     devices = {degree: _device(request, degree) for degree in {tp, request.prefill_tp or tp, request.decode_tp or tp}}
     device, prefill, decode = devices[tp], devices[request.prefill_tp or tp], devices[request.decode_tp or tp]
@@ -42,13 +43,14 @@ def make_setup(request: SimulateRequest, chunk_size: int) -> Setup:
         device.kv_budget,
         num_prefill=request.num_prefill,
         num_decode=request.num_decode,
-        num_workers=_num_workers(request),
+        num_workers=num_workers,
         scheduler=_scheduler(request, chunk_size),
         roles={
             "prefill": RoleSetup(prefill.cost, prefill.kv_budget),
             "decode": RoleSetup(decode.cost, decode.kv_budget),
         },
         pipeline_depth=request.pipeline_depth,
+        expert_parallel_size=request.expert_parallel_size,
         enable_prefix_caching=request.prefix_caching,
         max_model_len=request.max_model_len,
         full_sequence_must_fit=request.full_sequence_gate,
@@ -67,7 +69,12 @@ def _num_workers(request: SimulateRequest) -> int:
             f"--tp {tp} must divide the {num_devices} devices of strict mode, as the other modes have as many; "
             "pass another --tp, or --mode strict"
         )
-    return num_devices // tp
+    num_workers, ep = num_devices // tp, request.expert_parallel_size
+    if ep > 1 and ("strict" in request.modes or request.pipeline_depth > 1):
+        raise ValueError(f"--ep {ep} requires --pp 1 and modes other than strict")
+    if num_workers % ep:
+        raise ValueError(f"--ep {ep} must divide the {num_workers} workers")
+    return num_workers
 
 
 def _scheduler(request: SimulateRequest, chunk_size: int) -> PDSchedulerConfig:
@@ -91,8 +98,12 @@ def _device(request: SimulateRequest, tp: int) -> _Device:
         cost: StepCostModel = roofline
     else:
         _check_hardware(request, tp)
-        cost = LayerProfileCost(tables_of(request.profile, tp), profiled_model(roofline), roofline.link_s)
+        cost = LayerProfileCost(
+            tables_of(request.profile, tp), profiled_model(roofline), roofline.link_s, request.expert_parallel_size
+        )
     extras = _host_times(request)
+    if request.expert_parallel_size > 1:
+        extras.append(roofline.exchange_s)
     if request.pipeline_depth > 1:
         num_hops = request.pipeline_depth - 1
         extras.append(lambda work: num_hops * roofline.stage_transfer_s(work.num_tokens))
@@ -104,8 +115,8 @@ def _device(request: SimulateRequest, tp: int) -> _Device:
 
 def _from_coefficients(request: SimulateRequest, profile: Path, tp: int) -> _Device:
     """DistServe's coefficients by model name, which include the collectives of their degree."""
-    if request.pipeline_depth > 1:
-        raise ValueError(f"{profile}: --pp must be 1 with coefficients, which describe whole steps")
+    if request.pipeline_depth > 1 or request.expert_parallel_size > 1:
+        raise ValueError(f"{profile}: --pp and --ep must be 1 with coefficients, which describe whole steps")
     budget = None if request.num_blocks is None else KVBudget(request.num_blocks, request.block_size)
     cost = AddedCost(read_profile(profile, request.model, tp), _host_times(request))
     return _Device(cost, budget, _no_transfer)
@@ -113,7 +124,7 @@ def _from_coefficients(request: SimulateRequest, profile: Path, tp: int) -> _Dev
 
 def _check_hardware(request: SimulateRequest, tp: int) -> None:
     """A profile describes one device; the links between several come from a hardware entry."""
-    for option, degree in (("--tp", tp), ("--pp", request.pipeline_depth)):
+    for option, degree in (("--tp", tp), ("--pp", request.pipeline_depth), ("--ep", request.expert_parallel_size)):
         if degree > 1 and request.hardware is None:
             raise ValueError(f"{option} {degree} with --profile requires --hardware, for the links between devices")
 
@@ -147,7 +158,17 @@ def _kv_budget(request: SimulateRequest, roofline: RooflineStepCost, is_describe
 def _roofline(request: SimulateRequest, tp: int) -> RooflineStepCost:
     layout, config = layout_and_config(request.model)
     hardware = find_hardware(request.hardware)
-    return RooflineStepCost(layout, config, hardware, tensor_parallel_size=tp, is_fused=request.is_fused)
+    roofline = RooflineStepCost(
+        layout,
+        config,
+        hardware,
+        tensor_parallel_size=tp,
+        is_fused=request.is_fused,
+        expert_parallel_size=request.expert_parallel_size,
+    )
+    if request.expert_parallel_size > 1 and not roofline.num_moe_layers:
+        raise ValueError(f"{request.model}: --ep {request.expert_parallel_size} requires a model with experts")
+    return roofline
 
 
 def profiled_model(roofline: RooflineStepCost) -> ProfiledModel:
@@ -155,7 +176,7 @@ def profiled_model(roofline: RooflineStepCost) -> ProfiledModel:
     graph, config = roofline.graph, roofline.config
     return ProfiledModel(
         num_layers=config.L,
-        num_moe_layers=sum(node.op_type.name == "ROUTER" for node in graph.nodes.values()),
+        num_moe_layers=roofline.num_moe_layers,
         num_experts=getattr(config, "X", 0),
         experts_per_token=getattr(config, "A", 0),
         has_rope=any("rope" in node.op for node in graph.nodes.values()),

@@ -26,7 +26,9 @@ class RooflineStepCost:
 
     Kernels run one after another; each takes its arithmetic and memory traffic at the efficiency that the device has
     for its family, plus a launch. With `is_fused` they are those of the engine, with all rewrites; without it every op
-    is a kernel, as in an engine without epilogues. The tokens of a step are assumed to select experts uniformly.
+    is a kernel, as in an engine without epilogues. The tokens of a step are assumed to select experts uniformly. The
+    experts are distributed over `expert_parallel_size` workers, all with as many tokens; `exchange_s` is the time to
+    exchange them.
 
     Raises ConfigError if the degree does not divide the model's sizes.
     """
@@ -40,6 +42,7 @@ class RooflineStepCost:
         dtype: str = "bf16",
         tensor_parallel_size: int = 1,
         is_fused: bool = True,
+        expert_parallel_size: int = 1,
     ) -> None:
         self.hardware = hardware
         self.config = layout.shard_config(config, tensor_parallel_size)
@@ -47,8 +50,9 @@ class RooflineStepCost:
         self.dtype = dtype
         parallel = ParallelConfig(tensor_parallel_size)
         self.graph = graph = _kernel_graph(layout, config, parallel, dtype, is_fused)
-        self.weight_bytes = sum(_num_bytes(ref.shape, ref.dtype) for ref in graph.weights.values())
-        self.experts = Experts(getattr(config, "X", 0), getattr(config, "A", 0))
+        self.experts = Experts(getattr(config, "X", 0), getattr(config, "A", 0), expert_parallel_size)
+        self.num_moe_layers = sum(node.op_type.name == "ROUTER" for node in graph.nodes.values())
+        self.weight_bytes = _weight_bytes(graph, expert_parallel_size)
         self._tables = StepTables(graph, hardware, {"tp": tensor_parallel_size}, self.experts)
 
     @property
@@ -72,6 +76,12 @@ class RooflineStepCost:
         """Seconds of the collectives of a step, which are part of `step_s`; 0 on a single device."""
         return self._tables.link_s(work)
 
+    def exchange_s(self, work: StepWork) -> float:
+        """Seconds to gather the tokens of all workers before the experts of each layer, and to scatter their sums."""
+        hops = self.experts.num_workers - 1
+        num_bytes = hops * work.num_tokens * self.config.H * DTYPES[self.dtype]
+        return 2 * self.num_moe_layers * self.hardware.link.time_us(num_bytes, hops) / SECOND if hops else 0.0
+
     def stage_transfer_s(self, num_tokens: int) -> float:
         """Seconds to transfer the residual stream of `num_tokens` tokens to the next stage of a pipeline."""
         return self.hardware.link.time_us(num_tokens * self.config.H * DTYPES[self.dtype]) / SECOND
@@ -91,6 +101,15 @@ def _kernel_graph(
     if is_fused:
         _rewrite(graph, "kernel")
     return graph
+
+
+def _weight_bytes(graph: ExecutionGraph, expert_parallel_size: int) -> int:
+    """Bytes of the weights on one device, with its share of the experts."""
+    stacked = {node.inputs[2].name for node in graph.nodes.values() if "experts" in getattr(node, "tags", ())}
+    total = 0
+    for name, ref in graph.weights.items():
+        total += _num_bytes(ref.shape, ref.dtype) // (expert_parallel_size if name in stacked else 1)
+    return total
 
 
 def _rewrite(graph: ExecutionGraph, level: Level) -> None:

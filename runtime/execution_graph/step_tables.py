@@ -19,14 +19,21 @@ experts that the tokens select."""
 
 
 class Experts(NamedTuple):
-    """Experts of a layer in all and per token; none for a dense model."""
+    """Experts of a layer in all and per token; none for a dense model. Each of `num_workers` has a share of them."""
 
     num: int = 0
     per_token: int = 0
+    num_workers: int = 1
 
     def num_selected(self, num_tokens: int) -> float:
-        """Expected number of experts that these tokens select, if every expert is equally likely."""
-        return self.num * (1 - (1 - self.per_token / self.num) ** num_tokens) if self.num else 0.0
+        """Expected number of a worker's experts that are selected, if every expert is equally likely.
+
+        All workers have as many tokens.
+        """
+        if not self.num:
+            return 0.0
+        is_unselected = (1 - self.per_token / self.num) ** (num_tokens * self.num_workers)
+        return self.num / self.num_workers * (1 - is_unselected)
 
 
 def sizes_of(work: StepWork, experts: Experts) -> Vector:

@@ -59,7 +59,8 @@ class LayerProfileCost:
 
     `link_s` returns the time of the collectives of a step, which the tables do not contain. The tables have at most one
     prompt chunk per step, so of several chunks the largest is looked up together with the decodes, and the others
-    alone. The tokens of a step are assumed to select experts uniformly.
+    alone. The tokens of a step are assumed to select experts uniformly. With `expert_parallel_size` workers over which
+    the experts are distributed, all of them are assumed to have as many tokens.
 
     Raises TraceError naming the tables and rows that the model requires and the profile lacks.
     """
@@ -69,6 +70,7 @@ class LayerProfileCost:
         folder: Path,
         model: ProfiledModel,
         link_s: Callable[[StepWork], float] | None = None,
+        expert_parallel_size: int = 1,
     ) -> None:
         dense = read_lines(table_path(folder, "dense"), "tokens")
         per_sequence = read_lines(table_path(folder, "per_sequence"), "sequences")
@@ -76,6 +78,7 @@ class LayerProfileCost:
         _check_rows(table_path(folder, "per_sequence"), per_sequence, (PER_SEQUENCE,))
         self._model = model
         self._link_s = link_s
+        self._expert_parallel_size = expert_parallel_size
         self._step = [dense[layer] for layer in PER_STEP]
         self._layer = [line for layer, line in dense.items() if layer not in (*PER_STEP, *MLP_LAYERS)]
         self._layer.append(dense[TWICE_PER_LAYER])
@@ -100,9 +103,11 @@ class LayerProfileCost:
         return total_us / 1e6 + (self._link_s(work) if self._link_s else 0.0)
 
     def _experts_us(self, table: Rows, num_tokens: int) -> float:
-        model = self._model
-        is_unselected = (1 - model.experts_per_token / model.num_experts) ** num_tokens
-        return table.at(num_tokens, model.num_experts * (1 - is_unselected))
+        """One layer's experts on one worker: its share of the experts, for the tokens of all workers."""
+        model, num_workers = self._model, self._expert_parallel_size
+        is_unselected = (1 - model.experts_per_token / model.num_experts) ** (num_tokens * num_workers)
+        # Its share of the pairs of a token and an expert is as large as that of its own tokens.
+        return table.at(num_tokens, model.num_experts / num_workers * (1 - is_unselected))
 
 
 def _required_rows(model: ProfiledModel) -> list[str]:

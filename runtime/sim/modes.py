@@ -11,7 +11,16 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
-from sageLLM.runtime.sim.simulator import Cluster, Colocated, Disaggregated, EventQueue, Kind, MakeCluster, Paired
+from sageLLM.runtime.sim.simulator import (
+    Cluster,
+    Colocated,
+    Disaggregated,
+    EventQueue,
+    Kind,
+    Lockstep,
+    MakeCluster,
+    Paired,
+)
 from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
 
 SimMode = Literal["strict", "prefill_first", "time_share", "hybrid", "vllm", "auto"]
@@ -34,7 +43,8 @@ class Setup:
 
     Strict mode has `num_prefill` prefill workers and `num_decode` decode workers; the other modes have the same total,
     or `num_workers`, each worker with a share of the requests. `roles` can override cost and KV of the two roles.
-    A worker is a pipeline of `pipeline_depth` stages; `cost` is that of all stages together.
+    A worker is a pipeline of `pipeline_depth` stages; `cost` is that of all stages together. In modes besides strict,
+    groups of `expert_parallel_size` workers step together.
 
     `full_sequence_must_fit` and `long_prefill_token_threshold` are settings of mode vllm only (`RunningFirstConfig`).
     """
@@ -48,6 +58,7 @@ class Setup:
     num_workers: int | None = None
     roles: Mapping[RoleName, RoleSetup] = field(default_factory=dict)
     pipeline_depth: int = 1
+    expert_parallel_size: int = 1
     enable_prefix_caching: bool = True
     max_model_len: int | None = None
     full_sequence_must_fit: bool = True
@@ -80,7 +91,8 @@ def _colocated(make_scheduler: MakeScheduler, setup: Setup, shares_scheduler: bo
     kind = Kind(make_scheduler, setup.cost, num_workers, setup.pipeline_depth, shares_scheduler)
 
     def build(events: EventQueue) -> Cluster:
-        return Colocated(events, kind)
+        size = setup.expert_parallel_size
+        return Lockstep(events, kind, size) if size > 1 else Colocated(events, kind)
 
     return build
 

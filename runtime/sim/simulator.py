@@ -155,6 +155,35 @@ class Colocated(Cluster):
         return self._same_requests[worker.scheduler]
 
 
+class Lockstep(Colocated):
+    """Workers in groups of `size` that step together, because the experts of their layers are distributed over them.
+
+    A step takes as long as that of the slowest worker of the group. A worker without work takes part in the exchanges
+    of the others; requests that arrive during a step wait for its end.
+    """
+
+    def __init__(self, events: EventQueue, kind: Kind, size: int) -> None:
+        super().__init__(events, kind)
+        assert kind.depth == 1, "workers that step together have one step in flight"
+        starts = range(0, len(self.workers), size)
+        self._group_of = {worker: self.workers[i : i + size] for i in starts for worker in self.workers[i : i + size]}
+
+    def _drive(self, worker: Worker) -> None:
+        group = self._group_of[worker]
+        if any(one.is_busy for one in group):
+            return
+        durations = [duration for one in group if (duration := one.start_step()) is not None]
+        if durations:
+            self._events.put(self._events.clock.now + max(durations), lambda: self._end_all(group))
+
+    def _end_all(self, group: Sequence[Worker]) -> None:
+        for worker in group:
+            if worker.is_busy:
+                for live in worker.end_step():
+                    self._leave(worker, live)
+        self._drive(group[0])
+
+
 def _grouped(workers: Sequence[Worker]) -> dict[BaseScheduler, list[Worker]]:
     """The workers by scheduler."""
     groups: dict[BaseScheduler, list[Worker]] = {}

@@ -18,7 +18,7 @@ from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.execution_graph.step_cost import RooflineStepCost
 from sageLLM.runtime.sim.calibration.fit import fit, minimize
-from sageLLM.runtime.sim.calibration.kernel_times import AllReduce, Heads, Measured, Row, gemm
+from sageLLM.runtime.sim.calibration.kernel_times import AllReduce, Heads, Measured, Row, experts, gemm
 from sageLLM.runtime.sim.calibration.read_csv import LayerSizes, read_profile_tables, read_vidur_table
 from sageLLM.runtime.sim.calibration.read_parquet import read_parquet_tables
 from sageLLM.runtime.sim.calibration.report import family_errors
@@ -112,6 +112,11 @@ def test_a_profile_has_the_kernels_of_its_layer(tmp_path: Path) -> None:
     assert found["prefill_attn"][0] == HEADS.prompt(0, 16, 16e-6)
     assert found["decode_attn"][0] == HEADS.decodes(1, 16, 16e-6)
     assert found["mixed_attn"][0] == HEADS.mixed(0, 32, 8, 1024, (32 + 8 * 1024 + 5) / 1e6)
+    (tmp_path / "moe.csv").write_text("tokens,activated_experts,time_us\n4,6,50\n")
+    mixture = sizes._replace(expert_inner=768, experts_per_token=2)
+    [row] = read_profile_tables(tmp_path, mixture).kernels["experts"]
+    assert row.flops == 2 * 4 * 2 * 4096 * 768 * 3 / 2 and row.seconds == 25e-6
+    assert row.num_bytes == 6 * 3 * 768 * 4096 + 4 * 4096 + 8 * (3 * 768 + 4096)
     (tmp_path / "dense.csv").write_text("layer,tokens,time_us\no_proj,x,1\n")
     with pytest.raises(TraceError, match=r"dense.csv:2: could not convert string to float: 'x'"):
         read_profile_tables(tmp_path, sizes)
@@ -148,6 +153,7 @@ PARQUET = {
         {"gemm_dtype": "fp8", "m": 64, "n": 8192, "k": 8192, "latency": 0.05},
         {"gemm_dtype": "bfloat16", "m": 64, "n": 256, "k": 256, "latency": 0.01},
     ],
+    "moe_perf": [{"moe_dtype": "bfloat16", "num_tokens": 4, "latency": 0.05}, {"moe_dtype": "fp8"}],
     "context_attention_perf": [{"batch_size": 2, "isl": 512, "latency": 0.2}],
     "generation_attention_perf": [{"batch_size": 4, "isl": 1, "step": 511, "latency": 0.3}],
     "nccl_perf": [
@@ -156,6 +162,15 @@ PARQUET = {
     ],
 }
 ATTENTION = {"num_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "window_size": 0}
+MIXTURE = {
+    "hidden_size": 4096,
+    "inter_size": 768,
+    "topk": 2,
+    "num_experts": 128,
+    "moe_tp_size": 1,
+    "moe_ep_size": 1,
+    "distribution": "balanced",
+}
 DTYPES = {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
 
 
@@ -163,13 +178,14 @@ def test_parquet_tables(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     for name, rows in PARQUET.items():
-        extra: dict[str, Any] = ATTENTION | DTYPES if "attention" in name else {}
+        extra: dict[str, Any] = ATTENTION | DTYPES if "attention" in name else MIXTURE if "moe" in name else {}
         table = pyarrow.Table.from_pylist([row | extra for row in rows])
         parquet.write_table(table, tmp_path / f"{name}.parquet")
     found = read_parquet_tables(tmp_path)
     assert found.kernels["gemm"] == [gemm(64, 8192, 8192, 1e-4)]
     assert found.kernels["prefill_attn"] == [HEADS.prompt(0, 512, 2e-4, num_prompts=2)]
     assert found.kernels["decode_attn"] == [HEADS.decodes(4, 512, 3e-4)]
+    assert found.kernels["experts"] == [experts(4, 2, 8, 4096, 768, 5e-5)]
     assert found.all_reduces == [AllReduce(8192, 4, 2e-5)]
     parquet.write_table(pyarrow.table({"m": [1]}), tmp_path / "gemm_perf.parquet")
     with pytest.raises(TraceError, match=r"gemm_perf.parquet: expected a column 'n'"):

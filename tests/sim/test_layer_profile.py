@@ -106,6 +106,14 @@ def test_experts_replace_the_mlp_of_their_layers(tmp_path: Path, work: StepWork,
     assert LayerProfileCost(tmp_path, MIXTURE).step_s(work) == pytest.approx(expected / 1e6)
 
 
+def test_a_worker_with_a_share_of_the_experts(tmp_path: Path) -> None:
+    """Half of the experts, selected by the tokens of both workers."""
+    add_experts(profile(tmp_path))
+    work = StepWork((), 4, 400)
+    whole, half = (LayerProfileCost(tmp_path, MIXTURE, None, size).step_s(work) for size in (1, 2))
+    assert whole - half == pytest.approx(10e-6 * (8 * (1 - 0.75**4) - 4 * (1 - 0.75**8)))
+
+
 def test_rows_with_different_axes_are_interpolated_along_both(tmp_path: Path) -> None:
     add_experts(tmp_path)
     table = read_rows(tmp_path / "moe.csv")

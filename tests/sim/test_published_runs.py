@@ -105,6 +105,26 @@ def test_two_devices(clone: Path) -> None:
     check(simulate(*args, "--request-overhead-us", "7.2")["errors"]["vllm"], 0.03)
 
 
+@pytest.mark.parametrize("is_profile", [True, False], ids=["profile", "roofline"])
+def test_experts_on_two_workers(clone: Path, is_profile: bool) -> None:
+    """Data parallelism of 2 with the experts on both; a few waiting requests are most of the mean of the TTFT."""
+    model = "Qwen/Qwen3-30B-A3B-Instruct-2507"
+    args = (
+        "--model",
+        config_of(clone, model),
+        "--ep",
+        "2",
+        "--mode",
+        "vllm",
+        "--max-prefill-tokens",
+        "2048",
+        *PRO_6000,
+    )
+    run = ("--trace", run_of(clone, "RTXPRO6000", model), "--compare")
+    cost = ("--profile", profile_of(clone, "RTXPRO6000", model)) if is_profile else ("--no-fusion",)
+    check(simulate(*args, *run, *cost)["errors"]["vllm"], 0.05, "ttft_mean", "ttft_p99")
+
+
 DISTSERVE = ("--model", "facebook/opt-13b", "--max-batch-size", "10000000", "--max-decode-context", "50000")
 SLO = ("--slo-ttft", "0.25", "--slo-tpot", "0.1")
 

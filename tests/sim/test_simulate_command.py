@@ -99,13 +99,16 @@ def test_two_devices_for_a_worker_are_faster_than_one(model: str) -> None:
             "--compare requires --trace with all its requests at their own times: omit --rate, --num-requests and "
             "--skip-bad-rows",
         ),
+        ((*SYNTHETIC, "--ep", "2", "--mode", "hybrid"), "{model}: --ep 2 requires a model with experts"),
+        ((*SYNTHETIC, "--ep", "3", "--mode", "hybrid"), "--ep 3 must divide the 2 workers"),
+        ((*SYNTHETIC, "--ep", "2", "--mode", "strict"), "--ep 2 requires --pp 1 and modes other than strict"),
         (("--trace", "gone.csv"), "[Errno 2] No such file or directory: 'gone.csv'"),
     ],
 )
 def test_an_error_names_the_rule_and_the_value(model: str, arguments: tuple[str, ...], message: str) -> None:
     done = simulate("--model", model, *arguments)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.startswith(f"error: {message.format(model=model)}")
 
 
 def test_one_worker_serves_in_every_mode_but_strict(model: str) -> None:
@@ -226,16 +229,28 @@ def test_a_profile_that_does_not_describe_the_deployment(
     assert (done.exit_code, done.stderr) == (1, f"error: {message.format(bundle=bundle)}\n")
 
 
-def test_a_profile_without_the_tables_of_the_model(tmp_path: Path, bundle: Path) -> None:
-    mixture = CONFIG | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 512,
-        "head_dim": 128,
-    }
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512, "head_dim": 128}
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(mixture))
+    path.write_text(json.dumps(CONFIG | experts | {"architectures": ["Qwen3MoeForCausalLM"]}))
+    return path
+
+
+def test_workers_share_experts(mixture: Path) -> None:
+    whole, shared = (figures(str(mixture), "--mode", "vllm", "--ep", size)["modes"]["vllm"] for size in ("1", "2"))
+    assert whole["mean_tpot"] != shared["mean_tpot"]
+    assert list(figures(str(mixture), "--ep", "2")["modes"]) == [
+        "prefill_first",
+        "time_share",
+        "hybrid",
+        "vllm",
+        "auto",
+    ]
+
+
+def test_a_profile_without_the_tables_of_the_model(mixture: Path, bundle: Path) -> None:
+    path = mixture
     done = simulate("--model", str(path), *SYNTHETIC, "--profile", str(bundle))
     assert done.stderr == f"error: {bundle}/tp1/dense.csv: expected rows for qk_norm, got none\n"
     with (bundle / "tp1" / "dense.csv").open("a") as file:

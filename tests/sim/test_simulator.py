@@ -120,6 +120,27 @@ def test_a_pipeline_serves_all_requests(mode: SimMode) -> None:
         assert not worker.num_live
 
 
+def test_workers_that_share_experts_step_together() -> None:
+    """Two requests on two workers: a step of both takes as long as the longer one, and an idle worker waits."""
+    trace = [TraceRequest(0.0, 100, 1), TraceRequest(0.5, 300, 1), TraceRequest(0.6, 100, 2)]
+    setup = Setup(PerToken(), lambda tokens: 0.0, None, 1, 1, expert_parallel_size=2)
+    first, second, third = Simulation(make_cluster("time_share", setup)).run(trace)
+    assert first.first_token_s == pytest.approx(2.0), "alone in its group"
+    assert second.first_token_s == pytest.approx(2.0 + 4.0), "waits for the step of the other worker"
+    assert third.first_token_s == pytest.approx(6.0), "its step of 2 s takes as long as the one of 4 s"
+    assert third.last_token_s == pytest.approx(6.1)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "strict"])
+def test_groups_that_share_experts_serve_all_requests(mode: SimMode) -> None:
+    setup = Setup(PerToken(), lambda tokens: 0.0, KVBudget(14, 16), 2, 2, SMALL, expert_parallel_size=2)
+    simulation = Simulation(make_cluster(mode, setup))
+    trace = drawn_trace(1)
+    for asked, got in zip(trace, simulation.run(trace), strict=True):
+        assert len(got.gaps_s) == asked.num_output_tokens - 1
+    assert not simulation.cluster.num_live
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_answers_end_at_the_longest_sequence(mode: SimMode) -> None:
     trace = [TraceRequest(0.0, 100, 5000), TraceRequest(30.0, 120, 2)]

@@ -141,7 +141,8 @@ def test_a_step_reads_the_experts_that_its_tokens_select() -> None:
     """Of 64 experts one token selects 2, many tokens all."""
     mixture = BIG | {"num_experts": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 2048, "head_dim": 128}
     layout = MODELS["qwen3_moe"]
-    cost = RooflineStepCost(layout, layout.read_config(HFConfig(mixture)), bare(H100))
+    config = layout.read_config(HFConfig(mixture))
+    cost = RooflineStepCost(layout, config, bare(H100))
     assert cost.experts.num_selected(1) == pytest.approx(2.0)
     assert cost.experts.num_selected(2) == pytest.approx(2.0 + 2.0 * 62 / 64)
     assert cost.experts.num_selected(10_000) == pytest.approx(64.0)
@@ -149,6 +150,13 @@ def test_a_step_reads_the_experts_that_its_tokens_select() -> None:
     one, many = (cost.step_s(StepWork((), n, n)) for n in (1, 200))
     read = cost.experts.num_selected(200) - 2
     assert many - one == pytest.approx(read * expert_bytes / 3e12, rel=0.05)
+    shared = RooflineStepCost(layout, config, bare(H100), expert_parallel_size=4)
+    assert cost.weight_bytes - shared.weight_bytes == 64 * expert_bytes * 3 // 4
+    assert shared.experts.num_selected(1) == pytest.approx(cost.experts.num_selected(4) / 4)
+    assert shared.step_s(StepWork((), 200, 200)) < cost.step_s(StepWork((), 200, 200)) / 2
+    link_us = H100.link.time_us(3 * 200 * 4096 * 2, 3)
+    assert shared.exchange_s(StepWork((), 200, 200)) == pytest.approx(4 * 2 * link_us / 1e6)
+    assert cost.exchange_s(StepWork((), 200, 200)) == 0.0
 
 
 def test_fusion_makes_a_step_shorter_than_its_plain_ops() -> None:

@@ -117,6 +117,18 @@ def memory_bound(num_bytes: float, seconds: float) -> Row:
     return Row(0.0, num_bytes, seconds)
 
 
+def experts(tokens: float, per_token: int, num_read: float, hidden: int, inner: int, seconds: float) -> Row:
+    """Half of a mixture in one call, as the ops are two kernels, and the launch counts for each.
+
+    A pair of a token and an expert takes products of [2 * inner, hidden] and [hidden, inner]; the weights of
+    `num_read` experts are read.
+    """
+    pairs = tokens * per_token
+    flops = 6 * pairs * hidden * inner
+    num_bytes = 2 * (3 * num_read * hidden * inner + tokens * hidden + pairs * (3 * inner + hidden))
+    return Row(flops / 2, num_bytes / 2, seconds / 2)
+
+
 class Heads(NamedTuple):
     """Query heads, key and value heads, and elements per head."""
 

@@ -5,22 +5,24 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sageLLM.runtime.sim.calibration.kernel_times import AllReduce, Heads, Measured, Row, gemm, memory_bound
+from sageLLM.runtime.sim.calibration.kernel_times import AllReduce, Heads, Measured, Row, experts, gemm, memory_bound
 from sageLLM.runtime.sim.profile_tables import read_numbers, table_path
 from sageLLM.runtime.sim.trace import TraceError
 
 
 class LayerSizes(NamedTuple):
-    """Sizes of a layer on one device: width, heads, width inside the feed-forward, vocabulary."""
+    """Sizes of a layer on one device: width, heads, width inside the feed-forward, vocabulary, and those of experts."""
 
     hidden: int
     heads: Heads
     inner: int
     vocab: int
+    expert_inner: int = 0
+    experts_per_token: int = 0
 
     def kernels(self) -> dict[str, Callable[[float, float], tuple[str, Row]]]:
         """Family and row of each layer of a profile, by tokens or sequences and seconds."""
-        h, (q, kv, d), i, v = self
+        h, (q, kv, d), i, v = self[:4]
 
         def product(n: int, k: int) -> Callable[[float, float], tuple[str, Row]]:
             return lambda m, seconds: ("gemm", gemm(m, n, k, seconds))
@@ -64,6 +66,10 @@ def read_profile_tables(folder: Path, sizes: LayerSizes) -> Measured:
             measured.add("decode_attn", sizes.heads.decodes(num, context, seconds))
         elif num >= 4 and 128 <= context <= 4096 and start <= 4096 and chunk >= 32:
             measured.add("mixed_attn", sizes.heads.mixed(start, chunk, num, context, seconds))
+    moe = table_path(folder, "moe")
+    for tokens, num_read, time_us in read_numbers(moe) if moe.exists() else ():
+        a, inner = sizes.experts_per_token, sizes.expert_inner
+        measured.add("experts", experts(tokens, a, num_read, sizes.hidden, inner, time_us / 1e6))
     return measured
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sageLLM.runtime.sim.calibration.kernel_times import AllReduce, Heads, Measured, Row, gemm
+from sageLLM.runtime.sim.calibration.kernel_times import AllReduce, Heads, Measured, experts, gemm
 from sageLLM.runtime.sim.trace import TraceError
 
 MIN_WEIGHT_BYTES = 2**26
@@ -84,19 +84,16 @@ def _add_decodes(measured: Measured, row: RowValues) -> None:
 
 
 def _add_experts(measured: Measured, row: RowValues) -> None:
-    """A mixture in one call: two products for each pair of a token and an expert, with balanced routing."""
+    """A whole mixture in one call, with balanced routing."""
     is_whole = row["moe_tp_size"] == row["moe_ep_size"] == 1
     if row["moe_dtype"] != "bfloat16" or row["distribution"] != "balanced" or not is_whole:
         return
-    tokens, hidden, inner = row["num_tokens"], row["hidden_size"], row["inter_size"]
-    pairs = tokens * row["topk"]
-    if tokens > MAX_TOKENS:
-        return
-    num_read = min(row["num_experts"], pairs)
-    flops = 6 * pairs * hidden * inner
-    num_bytes = 2 * (3 * num_read * hidden * inner + tokens * hidden + pairs * (3 * inner + hidden))
-    # Half of it, as the ops are two kernels, and the launch counts for each.
-    measured.add("experts", Row(flops / 2, num_bytes / 2, row["latency"] / 2e3))
+    tokens, per_token = row["num_tokens"], row["topk"]
+    if tokens <= MAX_TOKENS:
+        num_read = min(row["num_experts"], tokens * per_token)
+        seconds = row["latency"] / 1e3
+        found = experts(tokens, per_token, num_read, row["hidden_size"], row["inter_size"], seconds)
+        measured.add("experts", found)
 
 
 def _add_all_reduce(measured: Measured, row: RowValues) -> None:
