@@ -5,6 +5,9 @@ The evaluation is bounded: a power whose result does not fit is refused before i
 
 import ast
 import math
+import operator
+from collections import defaultdict
+from collections.abc import Callable
 
 MAX_NUMBER = 2**53
 """The largest integer of an expression, beyond which float64 skips integers."""
@@ -16,6 +19,10 @@ Number = int | float
 class OutOfRange(Exception):
     """A constant expression without a usable value; the message says why."""
 
+    def __init__(self, message: str, node: ast.expr) -> None:
+        super().__init__(message)
+        self.node = node
+
 
 def constant(node: ast.expr) -> Number | None:
     """The value of an expression without names, or None; raises OutOfRange if it has no usable value."""
@@ -25,51 +32,53 @@ def constant(node: ast.expr) -> Number | None:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             inner = constant(operand)
             return None if inner is None else -inner
-        case ast.BinOp(left=left, op=operator, right=right):
+        case ast.BinOp(left=left, op=operation, right=right):
             a, b = constant(left), constant(right)
-            return None if a is None or b is None else _checked(_binary(operator, a, b))
+            return None if a is None or b is None else _computed(node, operation, a, b)
     return None
 
 
-def _binary(operator: ast.operator, a: Number, b: Number) -> Number:
+def _computed(node: ast.expr, operation: ast.operator, a: Number, b: Number) -> Number:
     try:
-        match operator:
-            case ast.Add():
-                return a + b
-            case ast.Sub():
-                return a - b
-            case ast.Mult():
-                return a * b
-            case ast.Div():
-                return a / b
-            case ast.FloorDiv():
-                return a // b
-            case ast.Mod():
-                return a % b
-            case ast.Pow():
-                return _power(a, b)
+        value = _power(a, b) if isinstance(operation, ast.Pow) else _OPERATIONS[type(operation)](a, b)
     except ZeroDivisionError:
-        raise OutOfRange("division by zero") from None
+        raise OutOfRange("division by zero", node) from None
     except OverflowError:
-        raise OutOfRange("the value does not fit a 64-bit float") from None
-    return 0  # operators that the grammar refuses
+        raise OutOfRange("the value does not fit a 64-bit float", node) from None
+    except ValueError as error:
+        raise OutOfRange(str(error), node) from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OutOfRange("the value does not fit a 64-bit float", node)
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise OutOfRange("an integer must be at most 2**53", node)
+    return value
 
 
 def _power(a: Number, b: Number) -> Number:
+    """The power; ValueError if it is not real, or too large to be computed."""
     if a < 0 and b != int(b):
-        raise OutOfRange("the power of a negative number is not real")
+        raise ValueError("the power of a negative number is not real")
     if abs(b) > _MAX_EXPONENT and abs(a) not in (0, 1):
-        raise OutOfRange(f"an exponent must be at most {_MAX_EXPONENT}")
+        raise ValueError(f"an exponent must be at most {_MAX_EXPONENT}")
     if isinstance(a, int) and isinstance(b, int) and a.bit_length() * b > 256:
-        raise OutOfRange("an integer must be at most 2**53")
+        raise ValueError("an integer must be at most 2**53")
     value = a**b
     assert isinstance(value, int | float), "a power of a negative number has a whole exponent"
     return value
 
 
-def _checked(value: Number) -> Number:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise OutOfRange("the value does not fit a 64-bit float")
-    if isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise OutOfRange("an integer must be at most 2**53")
-    return value
+def _refused(a: Number, b: Number) -> Number:
+    return 0  # the grammar has no such operator
+
+
+_OPERATIONS: dict[type[ast.operator], Callable[[Number, Number], Number]] = defaultdict(
+    lambda: _refused,
+    {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Div: operator.truediv,
+        ast.FloorDiv: operator.floordiv,
+        ast.Mod: operator.mod,
+    },
+)

@@ -153,6 +153,7 @@ def _syntax_error(text: Text, error: SyntaxError) -> Refused:
 
 def check_grammar(text: Text, root: ast.AST, forms: tuple[type[ast.AST], ...] = ()) -> None:
     """Refuses nodes outside the grammar and `forms`, and trees and numbers that are too large."""
+    inner: set[int] = set()
     for node, depth in _walk(root):
         if depth > MAX_DEPTH:
             message = f"an expression must be nested at most {MAX_DEPTH} levels deep"
@@ -163,23 +164,23 @@ def check_grammar(text: Text, root: ast.AST, forms: tuple[type[ast.AST], ...] = 
             raise text.refuse("SAGE102", words, node, help)
         if isinstance(node, ast.Constant):
             _check_constant(text, node)
+        if isinstance(node, ast.BinOp):
+            if id(node) not in inner:  # the outermost one is evaluated with its parts
+                _check_constant_parts(text, node)
+            inner |= {id(node.left), id(node.right)}
         if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name):
             check_grammar(text, node.func)
             raise text.refuse("SAGE102", "only named functions may be called", node.func, "write name(arguments)")
-    _check_constant_parts(text, root)
 
 
-def _check_constant_parts(text: Text, root: ast.AST) -> None:
+def _check_constant_parts(text: Text, node: ast.BinOp) -> None:
     """Refuses the innermost constant part without a usable value, such as `1.0 / 0.0`."""
-    for child in ast.iter_child_nodes(root):
-        _check_constant_parts(text, child)
-    if not isinstance(root, ast.BinOp):
-        return
     try:
-        constant(root)
+        constant(node)
     except OutOfRange as error:
-        shown = ast.unparse(root)
-        raise text.refuse("SAGE103", f"`{shown}`: {error}", root, "write a constant that can be computed") from None
+        shown = ast.unparse(error.node)
+        help = "write a constant that can be computed"
+        raise text.refuse("SAGE103", f"`{shown}`: {error}", error.node, help) from None
 
 
 def _walk(root: ast.AST) -> Iterator[tuple[ast.AST, int]]:

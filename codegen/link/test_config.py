@@ -25,8 +25,8 @@ def check_test_config(flat: FlatModel, config: Mapping[str, ConfigName], sink: S
                 help = f"config name '{found.name}' reads it"
                 sink.error("SAGE234", message, flat.entry.span(*path), help)
         top = {one.partition(".")[0] for one in keys}
-        near = difflib.get_close_matches(key, top, n=1, cutoff=0.9)
-        if key not in top and near:
+        near = [] if key in top else difflib.get_close_matches(key, top, n=1, cutoff=0.9)
+        if near:
             message = f"the layout does not read '{key}'"
             sink.error("SAGE234", message, flat.entry.key_span(*path), f"did you mean '{near[0]}'?")
 
