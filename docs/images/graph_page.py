@@ -41,7 +41,7 @@ def graph_page() -> str:
 def fragment(page: str) -> str:
     """The `#g9/4` that opens the step and the node."""
     trace = page[page.index(f"<h2>{TRACE}</h2>") :]
-    found = re.search(rf'id="t(\d+)"[^>]*>{STEP}<', trace)
+    found = re.search(rf'id="t(\d+)"[^>]*><span>{STEP.replace("_", "_<wbr>")}<', trace)
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     if found is None:
         sys.exit(f"expected a step {STEP} under {TRACE} in the page")

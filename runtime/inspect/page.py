@@ -83,7 +83,8 @@ def _tab(i: int, step: Step) -> str:
     changes = _changes(step)
     mark = f'<span class="changes">{changes}</span>' if changes else ""
     role = f'role="tab" id="t{i}" aria-controls="g{i}" aria-selected="{selected}"'
-    return f"<button {role}>{escape(step.name)}{mark}</button>"
+    name = escape(step.name).replace("_", "_<wbr>")  # long names break after an underscore
+    return f"<button {role}><span>{name}</span>{mark}</button>"
 
 
 def _changes(step: Step) -> str:
