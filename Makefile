@@ -9,7 +9,16 @@ STAGE ?= decode
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 # Compiling all of torch's modules takes longer than unpacking them; each is compiled when it is first imported instead.
-INSTALL := $(PIP) install --disable-pip-version-check -qq --no-compile --constraint constraints.txt
+PIP_INSTALL := $(PIP) install --disable-pip-version-check -qq --no-compile
+INSTALL := $(PIP_INSTALL) --constraint constraints.txt
+# Everything but torch and Triton, whose builds depend on the GPU, is installed from lock files and must have their hashes.
+# HASHES=no, another system or another Python installs the versions of constraints.txt without hashes.
+HASHES ?= yes
+INSTALL_LOCKED := $(PIP_INSTALL) --no-deps --require-hashes
+HAS_LOCK := [ "$(HASHES)" = yes ] && $(BIN)/python -c 'import sys; sys.exit(sys.platform != "linux" or sys.version_info[:2] != (3, 11))'
+INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
+INSTALL_TRITON := $(INSTALL) "triton; platform_system == 'Linux'"
+INSTALL_EDITABLE := $(INSTALL) --no-build-isolation --editable
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 CPP := $(wildcard runtime/kernels/cpu/*.h runtime/kernels/cpu/*.cpp generated/kernels/cpu/*.cpp benchmarks/*.cpp)
@@ -17,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: parallel-layouts aot interpret fuzz-text sanitize fuzz-scheduler mutants help setup run test test-fast test-lowest generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: parallel-layouts aot interpret fuzz-text sanitize fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -121,20 +130,26 @@ bench-peers: $(TEST_READY) ## Compare with transformers and the other engines in
 images: $(RUN_READY) ## Make the pictures of the README; requires Chromium
 	$(BIN)/python docs/images/make_images.py
 
+lock: $(TEST_READY) ## Make the lock files anew from constraints.txt, on Linux with Python 3.11
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --disable-pip-version-check -qq pip-tools
+	$(BIN)/python tests/repo/lock.py
+
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
+	rm -rf .venv .venv-lowest .venv-lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(RUN_READY): pyproject.toml constraints.txt
+$(RUN_READY): pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "sageLLM requires Python 3.11 or newer, got '$(PYTHON)': run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up .venv (once; torch is about 200 MB as a CPU build)"
 	$(PYTHON) -m venv .venv
-	$(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
-	$(INSTALL) hatchling
-	$(INSTALL) --no-build-isolation --editable .
+	@if $(HAS_LOCK); then set -x; $(INSTALL_LOCKED) -r requirements.lock && $(INSTALL_TORCH) && $(INSTALL_EDITABLE) . --no-deps; \
+	else echo "Installing the versions of constraints.txt without hashes: requirements.lock is for Linux and Python 3.11"; \
+	  set -x; $(INSTALL_TORCH) && $(INSTALL) hatchling && $(INSTALL_EDITABLE) .; fi
 	@touch $@
 
-$(TEST_READY): $(RUN_READY)
-	$(INSTALL) --no-build-isolation --editable '.[test]'
+$(TEST_READY): $(RUN_READY) requirements-test.lock
+	@if $(HAS_LOCK); then set -x; $(INSTALL_LOCKED) -r requirements-test.lock && $(INSTALL_TRITON); \
+	else set -x; $(INSTALL_EDITABLE) '.[test]'; fi
 	@touch $@
