@@ -42,7 +42,8 @@ def _read_key(name: ConfigName, keys: str) -> str:
     if name.items is not None:
         length = ", length=L" if name.items == "layers" else ""
         read = f"hf.items({keys}, kind={name.type}{length})"
-        return read if name.default is None else f"{read} if hf.has({keys}) else {_default(name)}"
+        has = "has_items" if name.items == "layers" else "has"
+        return read if name.default is None else f"{read} if hf.{has}({keys}) else {_default(name)}"
     if name.default == "None":
         return f"hf.opt_{name.type}({keys})"
     if name.default is not None and name.value is None:

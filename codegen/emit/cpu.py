@@ -252,4 +252,6 @@ def _bound_lines(bounds: MaskBounds, presence: Mapping[str, str]) -> list[str]:
         lines.append(f"if ({condition}) keys.first = maximum(keys.first, first - {attr} + 1);")
         if window.is_symmetric:
             lines.append(f"if ({condition}) keys.stop = minimum(keys.stop, last + {attr});")
+    for chunk in bounds.chunks:
+        lines.append(f"if ({presence[chunk]}) keys.first = maximum(keys.first, first - first % {cpp_name(chunk)});")
     return lines

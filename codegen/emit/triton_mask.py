@@ -13,10 +13,12 @@ class MaskText:
 
     def first(self, m: str) -> str:
         """The first key that is visible to rows from m on."""
-        if not self.bounds.windows:
-            return "0"
-        window = self.bounds.windows[0].attr
-        return f"(tl.maximum({m} - {window} + 1, 0) if {window} is not None else 0)"
+        first = "0"
+        for window in self.bounds.windows:
+            first = f"(tl.maximum({m} - {window.attr} + 1, {first}) if {window.attr} is not None else {first})"
+        for chunk in self.bounds.chunks:
+            first = f"(tl.maximum({m} - {m} % {chunk}, {first}) if {chunk} is not None else {first})"
+        return first
 
     def stop(self, m: str, length: str) -> str:
         """The end of the keys, of `length` keys, that are visible to rows up to m."""
@@ -37,4 +39,5 @@ class MaskText:
         """The condition under which the upper bound is equivalent to the mask."""
         if not self.bounds.is_exact:
             return "False"
-        return " and ".join(f"{window.attr} is None" for window in self.bounds.windows) or "True"
+        limits = [*(window.attr for window in self.bounds.windows), *self.bounds.chunks]
+        return " and ".join(f"{attr} is None" for attr in limits) or "True"

@@ -1,7 +1,8 @@
 """Bounds of the keys that a mask leaves visible, so that an attention kernel visits no others.
 
-`n <= m and optional(window, n > m - window, true)` means: up to m, and from m - window + 1 on if a window is present. A
-conjunct of any other form bounds nothing, and is evaluated for every pair of a query and a key. If all conjuncts are
+`n <= m and optional(window, n > m - window, true)` means: up to m, and from m - window + 1 on if a window is present;
+`optional(chunk, n >= m - m % chunk, true)`: from the first key of m's chunk on, if chunks are present. A conjunct of any
+other form bounds nothing, and is evaluated for every pair of a query and a key. If all conjuncts are
 bounds, the bounds are equivalent to the mask, and pairs within them need no test.
 """
 
@@ -21,12 +22,13 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class MaskBounds:
-    """Windows, each if its attr is present, and causality `n <= m`, always or if an attr is true.
+    """Windows and chunks, each if its attr is present, and causality `n <= m`, always or if an attr is true.
 
     `is_exact`: the bounds are equivalent to the mask.
     """
 
     windows: tuple[Window, ...]
+    chunks: tuple[str, ...]
     is_causal: bool
     causal_attr: str | None
     is_exact: bool
@@ -35,6 +37,7 @@ class MaskBounds:
 def mask_bounds(mask: Expr) -> MaskBounds:
     """The bounds in the conjuncts of the mask."""
     windows: list[Window] = []
+    chunks: list[str] = []
     is_causal, causal_attr, is_exact = False, None, True
     for part in _conjuncts(mask):
         match part:
@@ -44,11 +47,13 @@ def mask_bounds(mask: Expr) -> MaskBounds:
                 causal_attr = attr
             case IfPresent(name=name, a=a, b=Number(value=True)) if (is_symmetric := _window(a, name)) is not None:
                 windows.append(Window(name, is_symmetric))
+            case IfPresent(name=name, a=a, b=Number(value=True)) if _is_chunk(a, name):
+                chunks.append(name)
             case Number(value=True):
                 pass
             case _:
                 is_exact = False
-    return MaskBounds(tuple(windows), is_causal, causal_attr, is_exact)
+    return MaskBounds(tuple(windows), tuple(chunks), is_causal, causal_attr, is_exact)
 
 
 def _conjuncts(mask: Expr) -> Iterator[Expr]:
@@ -74,3 +79,15 @@ def _window(condition: Expr, attr: str) -> bool | None:
         case Binary(op="<", a=Unary(op="abs", x=Binary(op="-", a=Ref(), b=Ref())), b=AttrRef(name=name)):
             return True if name == attr else None
     return None
+
+
+def _is_chunk(condition: Expr, attr: str) -> bool:
+    """`n >= m - m % attr`: keys from the first one of the query's chunk on."""
+    match condition:
+        case Binary(
+            op=">=",
+            a=Ref(name="n"),
+            b=Binary(op="-", a=Ref(name="m"), b=Binary(op="%", a=Ref(name="m"), b=AttrRef(name=name))),
+        ):
+            return name == attr
+    return False

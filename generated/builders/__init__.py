@@ -37,6 +37,8 @@ from .hunyuan_v1_moe import HUNYUAN_V1_MOE
 from .hyperclovax import HYPERCLOVAX
 from .kimi_k25 import KIMI_K25
 from .llama import LLAMA
+from .llama4 import LLAMA4
+from .llama4_mm import LLAMA4_MM
 from .minimax_m2 import MINIMAX_M2
 from .ministral import MINISTRAL
 from .ministral3 import MINISTRAL3
@@ -105,6 +107,8 @@ __all__ = [
     "HYPERCLOVAX",
     "KIMI_K25",
     "LLAMA",
+    "LLAMA4",
+    "LLAMA4_MM",
     "MINIMAX_M2",
     "MINISTRAL",
     "MINISTRAL3",
@@ -175,6 +179,8 @@ MODELS: dict[str, ModelLayout] = {
     "hyperclovax": HYPERCLOVAX,
     "kimi_k25": KIMI_K25,
     "llama": LLAMA,
+    "llama4": LLAMA4,
+    "llama4_mm": LLAMA4_MM,
     "minimax_m2": MINIMAX_M2,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,

@@ -93,7 +93,7 @@ class Cohere2Config(ModelSizes):
         every = hf.int("sliding_window_pattern", default=4)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if (i + 1) % every != 0 else 'full_attention'",

@@ -91,7 +91,7 @@ class CwmConfig(ModelSizes):
         mlp_bias = False
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'full_attention' if i % 4 == 0 else 'sliding_attention'",

@@ -112,7 +112,7 @@ class Dots1Config(ModelSizes):
         first_window = hf.int("max_window_layers", default=62)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if window is not null and i >= first_window else 'full_attention'",

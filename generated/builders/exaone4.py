@@ -100,7 +100,7 @@ class Exaone4Config(ModelSizes):
         )
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if window is not null and (i + 1) % every != 0 else 'full_attention'",

@@ -120,7 +120,7 @@ class ExaoneMoeConfig(ModelSizes):
         )
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if window is not null and (i + 1) % every != 0 else 'full_attention'",
@@ -134,7 +134,7 @@ class ExaoneMoeConfig(ModelSizes):
         num_dense = hf.int("first_k_dense_replace", default=1)
         ffn_types = (
             hf.items("mlp_layer_types", kind=str, length=L)
-            if hf.has("mlp_layer_types")
+            if hf.has_items("mlp_layer_types")
             else hf.per_layer(
                 "ffn_types",
                 "'dense' if i < num_dense else 'sparse'",

@@ -104,7 +104,7 @@ class Gemma2Config(ModelSizes):
         logit_cap = None if hf.is_null("final_logit_softcapping") else hf.float("final_logit_softcapping", default=30.0)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if i % 2 == 0 else 'full_attention'",

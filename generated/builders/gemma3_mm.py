@@ -106,7 +106,7 @@ class Gemma3MmConfig(ModelSizes):
         every = hf.int("sliding_window_pattern", default=6)
         kinds = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "kinds",
                 "'sliding_attention' if (i + 1) % every != 0 else 'full_attention'",

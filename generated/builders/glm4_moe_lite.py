@@ -152,7 +152,7 @@ class Glm4MoeLiteConfig(ModelSizes):
         )
         ffn_types = (
             hf.items("mlp_layer_types", kind=str, length=L)
-            if hf.has("mlp_layer_types")
+            if hf.has_items("mlp_layer_types")
             else hf.per_layer(
                 "ffn_types", "'dense' if i == 0 else 'sparse'", L, lambda i: "dense" if i == 0 else "sparse"
             )

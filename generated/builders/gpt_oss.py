@@ -98,7 +98,7 @@ class GptOssConfig(ModelSizes):
         A = hf.size("num_experts_per_tok", "experts_per_token", default=4)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if i % 2 == 0 else 'full_attention'",

@@ -102,7 +102,7 @@ class HunyuanV1MoeConfig(ModelSizes):
         X = hf.size("num_experts", "num_local_experts", default=1)
         chosen = (
             hf.items("moe_topk", "num_experts_per_tok", kind=int, length=L)
-            if hf.has("moe_topk", "num_experts_per_tok")
+            if hf.has_items("moe_topk", "num_experts_per_tok")
             else hf.per_layer("chosen", "1", L, lambda i: 1)
         )
         A = hf.sized("A", hf.computed("A", "chosen[0]", lambda: chosen[0]))

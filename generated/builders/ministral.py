@@ -91,7 +91,7 @@ class MinistralConfig(ModelSizes):
         mlp_bias = False
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if window is not null else 'full_attention'",

@@ -90,7 +90,7 @@ class ModernbertConfig(ModelSizes):
         every = hf.int("global_attn_every_n_layers", default=3)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if i % every != 0 else 'full_attention'",

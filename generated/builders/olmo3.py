@@ -88,7 +88,7 @@ class Olmo3Config(ModelSizes):
         window = None if hf.is_null("sliding_window") else hf.int("sliding_window", default=4096)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if (i + 1) % 4 != 0 else 'full_attention'",

@@ -123,7 +123,7 @@ class Qwen2MoeConfig(ModelSizes):
         num_windows = hf.int("max_window_layers", default=28)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if sliding and i < num_windows and i % 2 == 0 else 'full_attention'",

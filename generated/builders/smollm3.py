@@ -98,7 +98,7 @@ class Smollm3Config(ModelSizes):
         interval = hf.int("no_rope_layer_interval", default=4)
         rotates = (
             hf.items("no_rope_layers", kind=int, length=L)
-            if hf.has("no_rope_layers")
+            if hf.has_items("no_rope_layers")
             else hf.per_layer(
                 "rotates", "1 if (i + 1) % interval != 0 else 0", L, lambda i: 1 if (i + 1) % interval != 0 else 0
             )
@@ -106,7 +106,7 @@ class Smollm3Config(ModelSizes):
         sliding = hf.bool("use_sliding_window", default=False)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if sliding and window is not null and rotates[i] == 0 else 'full_attention'",

@@ -48,6 +48,7 @@ class PagedPrefillAttention(OpNode):
     attr_types = {
         "scale": AttrSpec("f32", default=lambda d: d["D"] ** (-0.5)),
         "window": AttrSpec("i32", default=None, min=1),
+        "chunk": AttrSpec("i32", default=None, min=1),
         "softcap": AttrSpec("f32", default=None),
     }
     where = (Where("Nq % Nkv == 0", lambda d: d["Nq"] % d["Nkv"] == 0),)
@@ -95,6 +96,10 @@ class PagedPrefillAttention(OpNode):
         return cast("int | None", self.attrs["window"])
 
     @property
+    def chunk(self) -> int | None:
+        return cast("int | None", self.attrs["chunk"])
+
+    @property
     def softcap(self) -> float | None:
         return cast("float | None", self.attrs["softcap"])
 
@@ -116,6 +121,7 @@ def paged_prefill_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     name: str = "o",
 ) -> TensorRef:
@@ -130,7 +136,7 @@ def paged_prefill_attention(
         "sinks": sinks,
         "slopes": slopes,
     }
-    attrs: dict[str, AttrValue] = {"window": window, "softcap": softcap}
+    attrs: dict[str, AttrValue] = {"window": window, "chunk": chunk, "softcap": softcap}
     if scale is not None:
         attrs["scale"] = scale
     (o,) = g.emit(PagedPrefillAttention, inputs, attrs, (name,))
@@ -162,6 +168,7 @@ class PagedDecodeAttention(OpNode):
     attr_types = {
         "scale": AttrSpec("f32", default=lambda d: d["D"] ** (-0.5)),
         "window": AttrSpec("i32", default=None, min=1),
+        "chunk": AttrSpec("i32", default=None, min=1),
         "softcap": AttrSpec("f32", default=None),
     }
     where = (Where("Nq % Nkv == 0", lambda d: d["Nq"] % d["Nkv"] == 0),)
@@ -205,6 +212,10 @@ class PagedDecodeAttention(OpNode):
         return cast("int | None", self.attrs["window"])
 
     @property
+    def chunk(self) -> int | None:
+        return cast("int | None", self.attrs["chunk"])
+
+    @property
     def softcap(self) -> float | None:
         return cast("float | None", self.attrs["softcap"])
 
@@ -225,6 +236,7 @@ def paged_decode_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     name: str = "o",
 ) -> TensorRef:
@@ -238,7 +250,7 @@ def paged_decode_attention(
         "sinks": sinks,
         "slopes": slopes,
     }
-    attrs: dict[str, AttrValue] = {"window": window, "softcap": softcap}
+    attrs: dict[str, AttrValue] = {"window": window, "chunk": chunk, "softcap": softcap}
     if scale is not None:
         attrs["scale"] = scale
     (o,) = g.emit(PagedDecodeAttention, inputs, attrs, (name,))

@@ -17,13 +17,17 @@ __all__ = [
     "ExpertDown",
     "ExpertLinear",
     "RouterLogits",
+    "ScaleExperts",
     "SparsemixerRouter",
+    "SumExperts",
     "TopkRouter",
     "combine_experts",
     "expert_down",
     "expert_linear",
     "router_logits",
+    "scale_experts",
     "sparsemixer_router",
+    "sum_experts",
     "topk_router",
 ]
 
@@ -354,4 +358,72 @@ def combine_experts(g: GraphWriter, x: TensorRef, weights: TensorRef, *, name: s
     inputs: dict[str, TensorRef | None] = {"x": x, "weights": weights}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(CombineExperts, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/experts.yaml: scale_experts
+class ScaleExperts(OpNode):
+    """A row for each of a token's experts, each times the weight of the expert, as in Llama 4.
+
+    y = E(f32(x) * weights)
+    """
+
+    op = "scale_experts"
+    spec = "specs/ops/experts.yaml: scale_experts"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[T, A, H], "weights": f32[T, A]}
+    output_types = {"y": E[T, A, H]}
+    flop_formula = A * H * T
+    byte_formula = 2 * A * T * (E_size * H + 2)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def weights(self) -> TensorRef:
+        return self.input("weights")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def scale_experts(g: GraphWriter, x: TensorRef, weights: TensorRef, *, name: str = "y") -> TensorRef:
+    """Adds a scale_experts node to the graph and returns its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "weights": weights}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(ScaleExperts, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/experts.yaml: sum_experts
+class SumExperts(OpNode):
+    """Sum of the rows of a token's experts, in float32.
+
+    y = E(sum(f32(x), A))
+    """
+
+    op = "sum_experts"
+    spec = "specs/ops/experts.yaml: sum_experts"
+    kind = OpType.ELEMENTWISE
+    input_types = {"x": E[T, A, H]}
+    output_types = {"y": E[T, H]}
+    flop_formula = A * H * T
+    byte_formula = E_size * H * T * (A + 1)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def sum_experts(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
+    """Adds a sum_experts node to the graph and returns its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(SumExperts, inputs, attrs, (name,))
     return y

@@ -288,6 +288,7 @@ class FuseNorm(RewritePass):
         "hunyuan_v1_moe": lambda c: 2 * c.L - 1,
         "hyperclovax": lambda c: 2 * c.L - 1,
         "llama": lambda c: 2 * c.L - 1,
+        "llama4": lambda c: 2 * c.L - 1,
         "minimax_m2": lambda c: 2 * c.L - 1,
         "ministral": lambda c: 2 * c.L - 1,
         "ministral3": lambda c: 2 * c.L - 1,

@@ -104,3 +104,35 @@ def test_combine_experts(case: dict[str, Any]) -> None:
     check_types(OPS["combine_experts"], KERNELS["combine_experts"], case, attrs, limits)
     check_precision(OPS["combine_experts"], KERNELS["combine_experts"], case, attrs, limits)
     check_dtypes(OPS["combine_experts"], KERNELS["combine_experts"], case, attrs, limits)
+
+
+SCALE_EXPERTS_CASES: list[dict[str, Any]] = [
+    {"T": 1, "A": 1, "H": 1},
+    {"T": 9, "A": 3, "H": 20},
+]
+
+
+# specs/ops/experts.yaml: scale_experts
+@pytest.mark.parametrize("case", SCALE_EXPERTS_CASES, ids=str)
+def test_scale_experts(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["scale_experts"], KERNELS["scale_experts"], case, attrs, limits)
+    check_precision(OPS["scale_experts"], KERNELS["scale_experts"], case, attrs, limits)
+    check_dtypes(OPS["scale_experts"], KERNELS["scale_experts"], case, attrs, limits)
+
+
+SUM_EXPERTS_CASES: list[dict[str, Any]] = [
+    {"T": 1, "A": 1, "H": 1},
+    {"T": 9, "A": 3, "H": 20},
+]
+
+
+# specs/ops/experts.yaml: sum_experts
+@pytest.mark.parametrize("case", SUM_EXPERTS_CASES, ids=str)
+def test_sum_experts(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["sum_experts"], KERNELS["sum_experts"], case, attrs, limits)
+    check_precision(OPS["sum_experts"], KERNELS["sum_experts"], case, attrs, limits)
+    check_dtypes(OPS["sum_experts"], KERNELS["sum_experts"], case, attrs, limits)

@@ -153,6 +153,7 @@ def attention(
     cap: float | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """One sequence, in float64: q [C, Nq, D] are the last rows. The terms of the softmax are written out."""
     k, v = kv.double().repeat_interleave(GROUP, 2)
@@ -162,31 +163,36 @@ def attention(
     score = score if slopes is None else score - slopes.double().view(-1, 1, 1) * (m - n)
     score = score if cap is None else cap * torch.tanh(score / cap)
     mask = n <= m if window is None else (n <= m) & (n > m - window)
+    mask = mask if chunk is None else mask & (n // chunk == m // chunk)
     terms = score.exp() * mask
     denominator = terms.sum(-1) if sinks is None else terms.sum(-1) + sinks.double().exp().view(-1, 1)
     return torch.einsum("hmn,nhd->mhd", terms / denominator.unsqueeze(-1), v)
 
 
-@pytest.mark.parametrize("window", [None, 1, 3])
-def test_decode_attention(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (1, None), (3, None), (None, 4), (None, 1)])
+def test_decode_attention(window: int | None, chunk: int | None) -> None:
     keys, k_cache, v_cache, table, lens = paged([1, 9, 4, 7])
     q = torch.randn(4, NKV * GROUP, DIM)
-    found = KERNELS["paged_decode_attention"](q, k_cache, v_cache, table, lens, scale=DIM**-0.5, window=window)
-    wanted = torch.cat([attention(q[b : b + 1], keys[b], window) for b in range(4)])
+    found = KERNELS["paged_decode_attention"](
+        q, k_cache, v_cache, table, lens, scale=DIM**-0.5, window=window, chunk=chunk
+    )
+    wanted = torch.cat([attention(q[b : b + 1], keys[b], window, chunk=chunk) for b in range(4)])
     torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (2, None), (None, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_prefill_attention(window: int | None, dtype: torch.dtype) -> None:
+def test_prefill_attention(window: int | None, chunk: int | None, dtype: torch.dtype) -> None:
     counts, lens = [1, 5, 300, 2], [6, 5, 301, 9]
     keys, k_cache, v_cache, table, seq_lens = paged(lens, dtype)
     starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
     q = torch.randn(sum(counts), NKV * GROUP, DIM).to(dtype)
     found = KERNELS["paged_prefill_attention"](
-        q, k_cache, v_cache, table, seq_lens, starts, scale=DIM**-0.5, window=window
+        q, k_cache, v_cache, table, seq_lens, starts, scale=DIM**-0.5, window=window, chunk=chunk
     )
-    wanted = torch.cat([attention(part, kv, window) for part, kv in zip(q.split(counts), keys, strict=True)])
+    wanted = torch.cat(
+        [attention(part, kv, window, chunk=chunk) for part, kv in zip(q.split(counts), keys, strict=True)]
+    )
     assert isinstance(found, Tensor) and found.dtype == dtype
     bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)

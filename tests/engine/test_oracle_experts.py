@@ -31,6 +31,7 @@ SIGMOID = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 2.5,
 }
+LLAMA4 = {"num_local_experts": 4, "intermediate_size_mlp": 72, "head_dim": 16, "floor_scale": 5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 5}),
     "mixtral, window, three experts a token": (
@@ -174,6 +175,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 "long_mscale": 1.3,
                 "original_max_position_embeddings": 256,
             },
+        },
+    ),
+    "llama4": (
+        "Llama4Text",
+        {
+            **LLAMA4,
+            "num_experts_per_tok": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 13,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+    "llama4 without norms of heads, named layers": (
+        "Llama4Text",
+        {
+            **LLAMA4,
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_bias": True,
+            "no_rope_layers": [0, 1, 1],
+            "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+            "attention_chunk_size": 30,
+            "moe_layers": [0, 2],
         },
     ),
     "deepseek_v2 with groups": (

@@ -20,6 +20,7 @@ from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.errors import CheckpointError
 
 from .test_oracle import PROMPTS, MakeCheckpoint, assert_same, expected, serve
+from .test_oracle_experts import LLAMA4
 
 VISION = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 LATENT = {
@@ -79,6 +80,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Mistral3",
         {"text_config": {"model_type": "ministral3", "head_dim": 24}, "vision_config": PIXTRAL}
         | {"tie_word_embeddings": False},
+    ),
+    "llama4_mm": (
+        "Llama4",
+        {
+            "text_config": {**LLAMA4, "no_rope_layer_interval": 2, "attention_chunk_size": 13, "no_rope_layers": []},
+            "vision_config": {**IMAGES, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        },
     ),
     "qwen2_vl": ("Qwen2VL", {"text_config": mrope(1e6), "vision_config": {**WIDE, "embed_dim": 32}}),
     "qwen2_vl 2.5 with windows, tied": (

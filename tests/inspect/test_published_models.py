@@ -12,6 +12,7 @@ PARAMETERS = {
     "ERNIE-4.5-21B-A3B-PT": 21_825_437_888,
     "GLM-4.5-Air": 106_852_251_264,  # of 110,468,824,832 with the layer of multi-token prediction
     "Hunyuan-A13B-Instruct": 80_393_183_232,
+    "Llama-4-Scout-17B-16E": 107_769_861_120,  # of 109 billion with the vision model; without its rotary scaling
     "MiniMax-M2": 228_689_764_864,
     "OLMoE-1B-7B-0924": 6_919_161_856,
     "dots.llm1.base": 142_774_381_696,

@@ -16,6 +16,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 7},
     "softcap": {"softcap": 5.0},
+    "chunk": {"chunk": 13},
+    "chunk_window": {"chunk": 70, "window": 40},
     "window_softcap": {"window": 40, "softcap": 2.0},
     "sinks": {"sinks": True},
     "slopes": {"slopes": True},

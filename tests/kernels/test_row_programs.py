@@ -187,6 +187,7 @@ def test_bounds_of_masks(specs: Specs) -> None:
     assert paged.is_causal and [(w.attr, w.is_symmetric) for w in paged.windows] == [("window", False)]
     assert not varlen.is_causal and varlen.causal_attr == "causal"
     assert [(w.attr, w.is_symmetric) for w in varlen.windows] == [("window", True)]
+    assert paged.chunks == ("chunk",) and not varlen.chunks
     assert paged.is_exact and varlen.is_exact
     other = mask_bounds(Ref(ValueType("bool"), "somewhere"))
     assert not other.is_causal and not other.windows and other.causal_attr is None

@@ -70,8 +70,9 @@ def tiny(name: str, **changes: Any) -> HFConfig:
 
 
 def read(layout: str, data: dict[str, Any]) -> Any:
-    """The config, without the sliding window where the config switches it off."""
+    """The config, without the sliding window where the config switches it off, and the list of `is_sparse`."""
     config = MODELS[layout].read_config(HFConfig(data))
+    config = replace(config, sparse_layers=()) if hasattr(config, "sparse_layers") else config
     return config if getattr(config, "sliding", True) else replace(config, window=None)
 
 

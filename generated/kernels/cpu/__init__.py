@@ -26,7 +26,7 @@ from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
 from ...ops.comm import AllGather, AllReduce
 from ...ops.elementwise import Add, AddBias, Clip, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
-from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits, TopkRouter
+from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits, ScaleExperts, SumExperts, TopkRouter
 from ...ops.kv import KvLoad, KvMigrate, KvStore
 from ...ops.linear import (
     HeadLinear,
@@ -121,6 +121,8 @@ def _kernels() -> dict[str, NativeKernel]:
         "expert_linear": NativeKernel(ExpertLinear, "experts.cpp", ("T", "K", "A", "X", "N"), packed={"w": 1}),
         "expert_down": NativeKernel(ExpertDown, "experts.cpp", ("T", "A", "K", "X", "N"), packed={"w": 1}),
         "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),
+        "scale_experts": NativeKernel(ScaleExperts, "experts.cpp", ("T", "A", "H")),
+        "sum_experts": NativeKernel(SumExperts, "experts.cpp", ("T", "A", "H")),
         "kv_store": NativeKernel(KvStore, "kv.cpp", ("T", "Nkv", "D", "Dv", "PG", "BS"), updates=True),
         "kv_load": NativeKernel(KvLoad, "kv.cpp", ("TPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),
         "kv_migrate": NativeKernel(KvMigrate, "kv.cpp", ("SPG", "BS", "Nkv", "D", "Dv", "PG", "M"), updates=True),

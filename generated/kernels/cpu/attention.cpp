@@ -42,21 +42,25 @@ SAGE_KERNEL(paged_prefill_attention) {
     const float scale = (float)attrs[0];
     const bool has_window = attrs[1] == attrs[1];
     const int32_t window = has_window ? (int32_t)attrs[1] : 0;
-    const bool has_softcap = attrs[2] == attrs[2];
-    const float softcap = has_softcap ? (float)attrs[2] : 0;
+    const bool has_chunk = attrs[2] == attrs[2];
+    const int32_t chunk = has_chunk ? (int32_t)attrs[2] : 0;
+    const bool has_softcap = attrs[3] == attrs[3];
+    const float softcap = has_softcap ? (float)attrs[3] : 0;
     // score: 16 scaled products; m: the position of the query; n: those of the keys; h: the query head
     const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n,
                                [[maybe_unused]] int32_t h) {
         return has_softcap ? softcap * tanh(score / softcap) : score;
     };
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
-        return n <= m & (has_window ? n > m - window : mask(true));
+        return n <= m & (has_window ? n > m - window : mask(true)) &
+               (has_chunk ? n >= m - floor_remainder(m, chunk) : mask(true));
     };
     // The keys that are visible to any row at positions first to last; with the two swapped, to all of them
     const auto range = [&]([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t last, int64_t length) {
         KeyRange keys = {0, length};
         keys.stop = minimum(keys.stop, last + 1);
         if (has_window) keys.first = maximum(keys.first, first - window + 1);
+        if (has_chunk) keys.first = maximum(keys.first, first - first % chunk);
         return keys;
     };
     const bool modifies_scores = has_softcap, is_range = true;  // is_range: the mask is equivalent to the range
@@ -104,21 +108,25 @@ SAGE_KERNEL(paged_decode_attention) {
     const float scale = (float)attrs[0];
     const bool has_window = attrs[1] == attrs[1];
     const int32_t window = has_window ? (int32_t)attrs[1] : 0;
-    const bool has_softcap = attrs[2] == attrs[2];
-    const float softcap = has_softcap ? (float)attrs[2] : 0;
+    const bool has_chunk = attrs[2] == attrs[2];
+    const int32_t chunk = has_chunk ? (int32_t)attrs[2] : 0;
+    const bool has_softcap = attrs[3] == attrs[3];
+    const float softcap = has_softcap ? (float)attrs[3] : 0;
     // score: 16 scaled products; m: the position of the query; n: those of the keys; h: the query head
     const auto score_mod = [&](Floats score, [[maybe_unused]] int32_t m, [[maybe_unused]] Ints n,
                                [[maybe_unused]] int32_t h) {
         return has_softcap ? softcap * tanh(score / softcap) : score;
     };
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
-        return n <= m & (has_window ? n > m - window : mask(true));
+        return n <= m & (has_window ? n > m - window : mask(true)) &
+               (has_chunk ? n >= m - floor_remainder(m, chunk) : mask(true));
     };
     // The keys that are visible to any row at positions first to last; with the two swapped, to all of them
     const auto range = [&]([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t last, int64_t length) {
         KeyRange keys = {0, length};
         keys.stop = minimum(keys.stop, last + 1);
         if (has_window) keys.first = maximum(keys.first, first - window + 1);
+        if (has_chunk) keys.first = maximum(keys.first, first - first % chunk);
         return keys;
     };
     const bool modifies_scores = has_softcap, is_range = true;  // is_range: the mask is equivalent to the range

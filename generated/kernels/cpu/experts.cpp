@@ -169,4 +169,53 @@ SAGE_KERNEL(combine_experts) {
     });
 }
 
+// specs/ops/experts.yaml: scale_experts
+// A row for each of a token's experts, each times the weight of the expert, as in Llama 4.
+//
+//     y = E(f32(x) * weights)
+SAGE_KERNEL(scale_experts) {
+    const int64_t T = sizes[0];
+    const int64_t A = sizes[1];
+    const int64_t H = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[3];
+    const int64_t x_A = sizes[4];
+    const float* weights = (const float*)tensors[1];
+    const int64_t weights_T = sizes[5];
+    E* y = (E*)tensors[2];
+    const int64_t y_T = sizes[6];
+    const int64_t y_A = sizes[7];
+    parallel_for_rows(A * T, A * H * T, [&](int64_t row) {
+        const int64_t i_T = row / A, i_A = row % A;
+        sweep(H, [&](auto i_H) {
+            store(y + i_T * y_T + i_A * y_A, i_H,
+                  to<E>(load(x + i_T * x_T + i_A * x_A, i_H) * widen(weights[i_T * weights_T + i_A])));
+        });
+    });
+}
+
+// specs/ops/experts.yaml: sum_experts
+// Sum of the rows of a token's experts, in float32.
+//
+//     y = E(sum(f32(x), A))
+SAGE_KERNEL(sum_experts) {
+    const int64_t T = sizes[0];
+    const int64_t A = sizes[1];
+    const int64_t H = sizes[2];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[3];
+    const int64_t x_A = sizes[4];
+    E* y = (E*)tensors[1];
+    const int64_t y_T = sizes[5];
+    parallel_for_rows(T, H * T, [&](int64_t i_T) {
+        sweep(H, [&](auto i_H) {
+            Floats sum_over_A = Floats{};
+            for (int64_t i_A = 0; i_A < A; ++i_A) {
+                sum_over_A += load(x + i_T * x_T + i_A * x_A, i_H);
+            }
+            store(y + i_T * y_T, i_H, to<E>(sum_over_A));
+        });
+    });
+}
+
 }  // namespace sage

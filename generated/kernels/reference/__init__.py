@@ -27,7 +27,16 @@ from .attention import paged_decode_attention, paged_prefill_attention
 from .comm import all_gather, all_reduce, allreduce_add_rms_norm, recv, send
 from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, soft_cap
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
-from .experts import combine_experts, expert_down, expert_linear, router_logits, sparsemixer_router, topk_router
+from .experts import (
+    combine_experts,
+    expert_down,
+    expert_linear,
+    router_logits,
+    scale_experts,
+    sparsemixer_router,
+    sum_experts,
+    topk_router,
+)
 from .kv import kv_load, kv_migrate, kv_store
 from .linear import (
     head_linear,
@@ -119,6 +128,8 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "expert_linear": expert_linear,
     "expert_down": expert_down,
     "combine_experts": combine_experts,
+    "scale_experts": scale_experts,
+    "sum_experts": sum_experts,
     "kv_store": kv_store,
     "kv_load": kv_load,
     "kv_migrate": kv_migrate,

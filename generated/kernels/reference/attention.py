@@ -28,6 +28,7 @@ def paged_prefill_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention of q [T, Nq, D], the last rows of each sequence, over its cached keys, in float32.
@@ -65,7 +66,11 @@ def paged_prefill_attention(
             stop = min(row + 256, starts[b + 1])
             m = first - starts[b] + torch.arange(row, stop, device=q.device).unsqueeze(1)
             rows = q[row:stop].to(f32).reshape(stop - row, Nkv, G, D).permute(1, 2, 0, 3)
-            mask = (n < L) & ((n <= m) & (n > m - window if window is not None else True))
+            mask = (n < L) & (
+                (n <= m)
+                & (n > m - window if window is not None else True)
+                & (n >= m - m % chunk if chunk is not None else True)
+            )
             if softcap is None and sinks is None and slopes is None:
                 result = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
             else:
@@ -94,6 +99,7 @@ def paged_decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention of q [B, Nq, D] over seq_lens [B] cached keys each, in float32; 0 for a sequence without keys.
@@ -114,7 +120,11 @@ def paged_decode_attention(
     rows, k, v = q.reshape(B, Nkv, Nq // Nkv, D).to(f32), k.to(f32).transpose(1, 2), v.to(f32).transpose(1, 2)
     n = torch.arange(L, device=q.device)
     m = seq_lens.view(B, 1, 1, 1) - 1
-    mask = (n <= m) & ((n <= m) & (n > m - window if window is not None else True))
+    mask = (n <= m) & (
+        (n <= m)
+        & (n > m - window if window is not None else True)
+        & (n >= m - m % chunk if chunk is not None else True)
+    )
     if softcap is None and sinks is None and slopes is None:
         out = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
         return out.masked_fill(~mask.any(-1, keepdim=True), 0).reshape(B, Nq, Dv).to(q.dtype)

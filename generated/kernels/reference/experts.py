@@ -14,7 +14,9 @@ __all__ = [
     "expert_down",
     "expert_linear",
     "router_logits",
+    "scale_experts",
     "sparsemixer_router",
+    "sum_experts",
     "topk_router",
 ]
 
@@ -109,3 +111,17 @@ def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
     """Sum of a token's experts, each times its weight, in float32."""
     f32 = wide(x)
     return (x.to(f32) * weights[:, :, None]).sum(-2, keepdim=True).to(x.dtype)[:, 0]
+
+
+# specs/ops/experts.yaml: scale_experts
+def scale_experts(x: Tensor, weights: Tensor) -> Tensor:
+    """A row for each of a token's experts, each times the weight of the expert, as in Llama 4."""
+    f32 = wide(x)
+    return (x.to(f32) * weights[:, :, None]).to(x.dtype)
+
+
+# specs/ops/experts.yaml: sum_experts
+def sum_experts(x: Tensor) -> Tensor:
+    """Sum of the rows of a token's experts, in float32."""
+    f32 = wide(x)
+    return x.to(f32).sum(-2, keepdim=True).to(x.dtype)[:, 0]

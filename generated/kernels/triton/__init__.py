@@ -26,7 +26,7 @@ from .activation import (
 from .attention import paged_decode_attention, paged_prefill_attention
 from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, soft_cap
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
-from .experts import combine_experts, expert_down, expert_linear, router_logits, topk_router
+from .experts import combine_experts, expert_down, expert_linear, router_logits, scale_experts, sum_experts, topk_router
 from .kv import kv_store
 from .linear import head_linear, linear, lm_head, lm_head_sample
 from .norm import (
@@ -86,6 +86,8 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "expert_linear": expert_linear,
     "expert_down": expert_down,
     "combine_experts": combine_experts,
+    "scale_experts": scale_experts,
+    "sum_experts": sum_experts,
     "kv_store": kv_store,
     "linear": linear,
     "lm_head": lm_head,

@@ -30,6 +30,7 @@ def _paged_prefill_attention_kernel(
     num_sequences,
     scale,
     softcap,
+    chunk,
     window,
     q_row,
     q_head,
@@ -76,8 +77,20 @@ def _paged_prefill_attention_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     stop = tl.minimum(m_last + 1, length)
-    first = (tl.maximum(m_first - window + 1, 0) if window is not None else 0) // BLOCK_N * BLOCK_N
-    first_masked = tl.maximum(first, tl.minimum(m_first + 1, length) // BLOCK_N * BLOCK_N) if window is None else first
+    first = (
+        (
+            tl.maximum(m_first - m_first % chunk, (tl.maximum(m_first - window + 1, 0) if window is not None else 0))
+            if chunk is not None
+            else (tl.maximum(m_first - window + 1, 0) if window is not None else 0)
+        )
+        // BLOCK_N
+        * BLOCK_N
+    )
+    first_masked = (
+        tl.maximum(first, tl.minimum(m_first + 1, length) // BLOCK_N * BLOCK_N)
+        if window is None and chunk is None
+        else first
+    )
     for MASKED in tl.static_range(2):  # first the tiles of keys that every row sees in full
         for tile_start in range(first_masked if MASKED else first, stop if MASKED else first_masked, BLOCK_N):
             position = tile_start + tl.arange(0, BLOCK_N)
@@ -98,7 +111,12 @@ def _paged_prefill_attention_kernel(
                 score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
             if MASKED:
                 score = tl.where(
-                    is_key[None, :] & ((n <= m) & (n > m - window if window is not None else True)),
+                    is_key[None, :]
+                    & (
+                        (n <= m)
+                        & (n > m - window if window is not None else True)
+                        & (n >= m - m % chunk if chunk is not None else True)
+                    ),
                     score,
                     float("-inf"),
                 )
@@ -125,6 +143,7 @@ def paged_prefill_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention of q [T, Nq, D], the last rows of each sequence, over its cached keys.
@@ -152,6 +171,7 @@ def paged_prefill_attention(
         B,
         scale,
         softcap,
+        chunk,
         window,
         q.stride(0),
         q.stride(1),
@@ -190,6 +210,7 @@ def _paged_decode_attention_split(
     part_lse,
     scale,
     softcap,
+    chunk,
     window,
     q_row,
     q_head,
@@ -216,7 +237,11 @@ def _paged_decode_attention_split(
     b, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(seq_lens + b)
     m = length - 1
-    first = tl.maximum(m - window + 1, 0) if window is not None else 0
+    first = (
+        tl.maximum(m - m % chunk, (tl.maximum(m - window + 1, 0) if window is not None else 0))
+        if chunk is not None
+        else (tl.maximum(m - window + 1, 0) if window is not None else 0)
+    )
     start, stop = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, length)
     if ((start >= length) | (stop <= first)) & (NUM_SPLITS > 1):
         return  # the merge skips the split too
@@ -248,7 +273,14 @@ def _paged_decode_attention_split(
                 score += tl.load(slopes + h, mask=is_head[:, None], other=0.0) * (n - m).to(tl.float32)
             score = (softcap * device.tanh(score / softcap) if softcap is not None else score) * device.LOG2E
         score = tl.where(
-            is_key[None, :] & ((n <= m) & (n > m - window if window is not None else True)), score, float("-inf")
+            is_key[None, :]
+            & (
+                (n <= m)
+                & (n > m - window if window is not None else True)
+                & (n >= m - m % chunk if chunk is not None else True)
+            ),
+            score,
+            float("-inf"),
         )
         values = tl.load(
             v_cache + (page * v_page + slot * v_slot)[:, None] + kv_head * v_head + dv[None, :],
@@ -279,6 +311,7 @@ def _paged_decode_attention_merge(
     sinks,
     o,
     softcap,
+    chunk,
     window,
     o_row,
     o_head,
@@ -291,7 +324,15 @@ def _paged_decode_attention_merge(
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1) + tl.arange(0, 1)
     length = tl.load(seq_lens + b)
     m = length - 1
-    start, stop = (tl.maximum(m - window + 1, 0) if window is not None else 0) // SPLIT, (length + SPLIT - 1) // SPLIT
+    start, stop = (
+        (
+            tl.maximum(m - m % chunk, (tl.maximum(m - window + 1, 0) if window is not None else 0))
+            if chunk is not None
+            else (tl.maximum(m - window + 1, 0) if window is not None else 0)
+        )
+        // SPLIT,
+        (length + SPLIT - 1) // SPLIT,
+    )
     part = (b * tl.num_programs(1) + tl.program_id(1)) * NUM_SPLITS
     s, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
     lse = tl.load(part_lse + part + s, mask=(s >= start) & (s < stop), other=float("-inf"))
@@ -318,6 +359,7 @@ def paged_decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention of q [B, Nq, D] over seq_lens [B] cached keys each; SPLIT keys to a program, then a merge.
@@ -346,6 +388,7 @@ def paged_decode_attention(
         part_lse,
         scale,
         softcap,
+        chunk,
         window,
         q.stride(0),
         q.stride(1),
@@ -375,6 +418,7 @@ def paged_decode_attention(
             sinks,
             o,
             softcap,
+            chunk,
             window,
             *o.stride()[:2],
             DV=Dv,

@@ -16,6 +16,8 @@ __all__ = [
     "expert_down",
     "expert_linear",
     "router_logits",
+    "scale_experts",
+    "sum_experts",
     "topk_router",
 ]
 
@@ -401,5 +403,82 @@ def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
             y.stride(0),
             BLOCK_H=tile.block,
             **tile.meta,
+        )
+    return y
+
+
+# specs/ops/experts.yaml: scale_experts
+@triton.jit
+def _scale_experts_kernel(
+    x, weights, y, T, A, H, x_T, x_A, weights_T, y_T, y_A, ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    E: tl.constexpr = x.dtype.element_ty
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = row < T * A
+    i_A = row % A
+    i_T = row // A
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    tl.store(
+        y + i_T * y_T + i_A * y_A + i_H,
+        device.rounded(
+            tl.load(x + i_T * x_T + i_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+            * tl.load(weights + i_T * weights_T + i_A, mask=is_row, other=0),
+            E,
+        ),
+        mask=is_row & in_H,
+    )
+
+
+def scale_experts(x: Tensor, weights: Tensor) -> Tensor:
+    """A row for each of a token's experts, each times the weight of the expert, as in Llama 4."""
+    T = x.shape[0]
+    A = x.shape[1]
+    H = x.shape[2]
+    y = torch.empty(T, A, H, dtype=x.dtype, device=x.device)
+    if T * A > 0 and H > 0:
+        tile = split_tile(H)
+        _scale_experts_kernel[tile.grid(T * A)](
+            x,
+            weights,
+            y,
+            T,
+            A,
+            H,
+            x.stride(0),
+            x.stride(1),
+            weights.stride(0),
+            y.stride(0),
+            y.stride(1),
+            BLOCK_H=tile.block,
+            **tile.meta,
+        )
+    return y
+
+
+# specs/ops/experts.yaml: sum_experts
+@triton.jit
+def _sum_experts_kernel(x, y, T, A, H, x_T, x_A, y_T, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    E: tl.constexpr = x.dtype.element_ty
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    in_H = i_H < H
+    sum_over_A = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
+    for i_A in range(A):
+        sum_over_A += tl.load(x + i_T * x_T + i_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    tl.store(y + i_T * y_T + i_H, device.rounded(sum_over_A, E), mask=is_row & in_H)
+
+
+def sum_experts(x: Tensor) -> Tensor:
+    """Sum of the rows of a token's experts, in float32."""
+    T = x.shape[0]
+    A = x.shape[1]
+    H = x.shape[2]
+    y = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    if T > 0 and H > 0:
+        tile = split_tile(H)
+        _sum_experts_kernel[tile.grid(T)](
+            x, y, T, A, H, x.stride(0), x.stride(1), y.stride(0), BLOCK_H=tile.block, **tile.meta
         )
     return y

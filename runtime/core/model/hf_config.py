@@ -128,6 +128,11 @@ class HFConfig:
         """Whether one of the keys is present and not null."""
         return self._find(keys) is not None
 
+    def has_items(self, *keys: builtins.str) -> builtins.bool:
+        """Whether one of the keys is present, not null and not an empty list, which means the default in a config."""
+        found = self._find(keys)
+        return found is not None and found[1] != []
+
     def is_null(self, *keys: builtins.str) -> builtins.bool:
         """Whether one of the keys is null, and the others are absent or null."""
         return not self.has(*keys) and self._null_key(keys) is not None

@@ -29,7 +29,12 @@ inline bool logical_not(bool condition) { return !condition; }
 // Integer division rounds down, as in the compute language and in Python.
 
 inline int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
-inline int64_t floor_remainder(int64_t a, int64_t b) { return a - floor_divide(a, b) * b; }
+
+// A position in a hook of attention is an int32_t, and so is its remainder.
+template <class A, class B>
+inline auto floor_remainder(A a, B b) -> decltype(a % b) {
+    return (decltype(a % b))(a - floor_divide(a, b) * b);
+}
 
 // NaN if either operand is NaN, as in torch.
 

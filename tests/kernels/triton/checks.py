@@ -128,7 +128,7 @@ def all_of(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 ATTENTION = {"window": (None, 5, 40), "softcap": (None, 3.0)}
-PAGED = {**ATTENTION, "sinks": (False, True), "slopes": (False, True)}
+PAGED = {**ATTENTION, "chunk": (None, 9), "sinks": (False, True), "slopes": (False, True)}
 DECODE = {**PAGED, "longest": (50, 530)}  # one split of the keys, and two
 VARLEN = {**ATTENTION, "causal": (False, True)}
 
@@ -160,7 +160,7 @@ def attention(op: str, dtype: str, one: dict[str, Any], operands: list[Any]) -> 
     if "sinks" in one:
         operands.append(torch.randn(6).to(DTYPES[dtype]) if one["sinks"] else None)
         operands.append(torch.rand(6) if one["slopes"] else None)
-    attrs = {key: value for key, value in one.items() if key in ("window", "softcap", "causal")}
+    attrs = {key: value for key, value in one.items() if key in ("window", "softcap", "causal", "chunk")}
     return compared(op, str(one), dtype, operands, {"scale": 0.3, **attrs}, is_sum=True)
 
 
