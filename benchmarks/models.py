@@ -26,7 +26,7 @@ VLLM_FILES = {"cohere": "commandr", "cohere2": "commandr", "deepseek_v3": "deeps
 """The stem of vLLM's file, where it is not the layout's name."""
 
 
-TRANSFORMERS_FOLDERS = {"gemma3_mm": "gemma3", "ministral3_mm": "mistral3"}
+TRANSFORMERS_FOLDERS = {"gemma3_mm": "gemma3", "llama4_mm": "llama4", "ministral3_mm": "mistral3"}
 """The folder of the model in transformers, where it is not the layout's name."""
 
 

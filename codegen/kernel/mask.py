@@ -1,9 +1,9 @@
 """Bounds of the keys that a mask leaves visible, so that an attention kernel visits no others.
 
 `n <= m and optional(window, n > m - window, true)` means: up to m, and from m - window + 1 on if a window is present;
-`optional(chunk, n >= m - m % chunk, true)`: from the first key of m's chunk on, if chunks are present. A conjunct of any
-other form bounds nothing, and is evaluated for every pair of a query and a key. If all conjuncts are
-bounds, the bounds are equivalent to the mask, and pairs within them need no test.
+`optional(chunk, n >= m - m % chunk, true)`: from the first key of m's chunk on, if there are chunks. A conjunct of
+another form bounds nothing, and is evaluated for every pair of a query and a key. If all conjuncts are bounds, the
+bounds are equivalent to the mask, and pairs within them need no test.
 """
 
 from collections.abc import Iterator
