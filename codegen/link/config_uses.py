@@ -55,8 +55,8 @@ def _body_texts(body: "Iterable[FlatLine | FlatRepeat]") -> list[str]:
 
 
 def braced_names(pattern: str) -> list[str]:
-    """The config names in a pattern of ignored tensors, such as `model.layers.{L}.*`."""
-    return re.findall(r"\{(\w+)\}", pattern)
+    """The config names in a pattern of ignored tensors, such as `model.layers.{L}.*` or `model.layers.{L..N}.*`."""
+    return [name for inner in re.findall(r"\{([\w.]+)\}", pattern) for name in inner.split("..")]
 
 
 def _size_texts(flat: FlatModel) -> list[str]:

@@ -35,7 +35,7 @@ from sageLLM.codegen.model.layout import (
 from sageLLM.codegen.model.op import OpDef
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
-_IGNORED = re.compile(r"\*?(?:[A-Za-z0-9_.-]|\{[A-Za-z]\w*\})+\*?\Z")
+_IGNORED = re.compile(r"\*?(?:[A-Za-z0-9_.-]|\{[A-Za-z]\w*(?:\.\.[A-Za-z]\w*)?\})+\*?\Z")
 _UNKNOWN = ("SAGE205", "SAGE210", "SAGE221", "SAGE223")
 """Codes of names that are not defined."""
 _STEP_DIMS = frozenset({"T", "B", "S", "PG", "BS", "MB", "P", "R", "KV"})

@@ -382,6 +382,7 @@ class ModelFile(Strict):
     )
     ignore_hf: list[str] = Field(
         default=[],
-        description="checkpoint tensors that are not read; `*` at an end is a wildcard, `{L}` the value of config L",
+        description="checkpoint tensors that are not read; `*` at an end is a wildcard, `{L}` the value of config L, "
+        "`{L..N}` each number from L to N - 1",
     )
     tests: ModelTests = Field(description="test config")

@@ -85,8 +85,8 @@ class DeepseekV2Config(ModelSizes):
     """Whether the down-projections and the output projection have a bias."""
     num_mtp: int
     """Layers after the last that predict further tokens, of which this family has none."""
-    mtp_layer: int
-    """Index of the first such layer in the checkpoint."""
+    mtp_end: int
+    """Number of layers in the checkpoint."""
     num_dense: int
     """Number of leading dense layers."""
     groups: int
@@ -134,7 +134,7 @@ class DeepseekV2Config(ModelSizes):
         tie = hf.bool("tie_word_embeddings", default=False)
         bias = hf.bool("attention_bias", default=False)
         num_mtp = 0
-        mtp_layer = L if num_mtp > 0 else -1
+        mtp_end = L + num_mtp
         num_dense = hf.int("first_k_dense_replace", default=0)
         groups = 1 if hf.is_null("n_group") else hf.int("n_group", default=1)
         top_groups = 1 if hf.is_null("topk_group") else hf.int("topk_group", default=1)
@@ -217,7 +217,7 @@ class DeepseekV2Config(ModelSizes):
             tie=tie,
             bias=bias,
             num_mtp=num_mtp,
-            mtp_layer=mtp_layer,
+            mtp_end=mtp_end,
             num_dense=num_dense,
             groups=groups,
             top_groups=top_groups,
@@ -633,7 +633,7 @@ DEEPSEEK_V2 = ModelLayout(
     blocks={"attention": ATTENTION, "ffn": FFN, "moe": MOE},
     returns=("logits", "tokens"),
     hidden="y",
-    ignore=("*.rotary_emb.inv_freq", "model.layers.{mtp_layer}.*"),
+    ignore=("*.rotary_emb.inv_freq", "model.layers.{L..mtp_end}.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

@@ -87,8 +87,8 @@ class DeepseekV3Config(ModelSizes):
     """Whether rotated pairs are adjacent components."""
     num_mtp: int
     """Layers after the last that predict further tokens, which are not read."""
-    mtp_layer: int
-    """Index of the first such layer in the checkpoint."""
+    mtp_end: int
+    """Number of layers in the checkpoint."""
     num_dense: int
     """Number of leading dense layers."""
     groups: int
@@ -135,7 +135,7 @@ class DeepseekV3Config(ModelSizes):
         bias = hf.bool("attention_bias", default=False)
         interleaved = hf.bool("rope_interleave", default=True)
         num_mtp = hf.int("num_nextn_predict_layers", default=1)
-        mtp_layer = L if num_mtp > 0 else -1
+        mtp_end = L + num_mtp
         num_dense = hf.int("first_k_dense_replace", default=3)
         groups = hf.int("n_group", default=8)
         top_groups = hf.int("topk_group", default=4)
@@ -213,7 +213,7 @@ class DeepseekV3Config(ModelSizes):
             bias=bias,
             interleaved=interleaved,
             num_mtp=num_mtp,
-            mtp_layer=mtp_layer,
+            mtp_end=mtp_end,
             num_dense=num_dense,
             groups=groups,
             top_groups=top_groups,
@@ -636,7 +636,7 @@ DEEPSEEK_V3 = ModelLayout(
     blocks={"attention": ATTENTION, "ffn": FFN, "moe": MOE},
     returns=("logits", "tokens"),
     hidden="y",
-    ignore=("*.rotary_emb.inv_freq", "model.layers.{mtp_layer}.*"),
+    ignore=("*.rotary_emb.inv_freq", "model.layers.{L..mtp_end}.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

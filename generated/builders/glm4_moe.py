@@ -95,8 +95,8 @@ class Glm4MoeConfig(ModelSizes):
     """Factor on the experts' weights."""
     num_mtp: int
     """Layers after the last that predict further tokens, which are not read."""
-    mtp_layer: int
-    """Index of the first such layer in the checkpoint."""
+    mtp_end: int
+    """Number of layers in the checkpoint."""
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> Glm4MoeConfig:
@@ -129,7 +129,7 @@ class Glm4MoeConfig(ModelSizes):
         top_groups = hf.int("topk_group", default=1)
         routed_scale = hf.float("routed_scaling_factor", default=1.0)
         num_mtp = hf.int("num_nextn_predict_layers", "num_mtp_layers", default=1)
-        mtp_layer = L if num_mtp > 0 else -1
+        mtp_end = L + num_mtp
         hf.require(
             Nq % Nkv == 0,
             "num_attention_heads % num_key_value_heads == 0",
@@ -195,7 +195,7 @@ class Glm4MoeConfig(ModelSizes):
             top_groups=top_groups,
             routed_scale=routed_scale,
             num_mtp=num_mtp,
-            mtp_layer=mtp_layer,
+            mtp_end=mtp_end,
             rope=rope,
             read_keys=hf.read_keys,
         )
@@ -556,7 +556,7 @@ GLM4_MOE = ModelLayout(
     blocks={"attention": ATTENTION, "ffn": FFN, "moe": MOE},
     returns=("logits", "tokens"),
     hidden="y",
-    ignore=("*.rotary_emb.inv_freq", "model.layers.{mtp_layer}.*"),
+    ignore=("*.rotary_emb.inv_freq", "model.layers.{L..mtp_end}.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

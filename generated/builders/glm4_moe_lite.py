@@ -87,8 +87,8 @@ class Glm4MoeLiteConfig(ModelSizes):
     """Whether rotated pairs are adjacent components."""
     num_mtp: int
     """Layers after the last that predict further tokens, which are not read."""
-    mtp_layer: int
-    """Index of the first such layer in the checkpoint."""
+    mtp_end: int
+    """Number of layers in the checkpoint."""
     groups: int
     """Number of expert groups."""
     top_groups: int
@@ -135,7 +135,7 @@ class Glm4MoeLiteConfig(ModelSizes):
         bias = hf.bool("attention_bias", default=False)
         interleaved = hf.bool("rope_interleave", default=True)
         num_mtp = hf.int("num_nextn_predict_layers", default=1)
-        mtp_layer = L if num_mtp > 0 else -1
+        mtp_end = L + num_mtp
         groups = hf.int("n_group", default=1)
         top_groups = hf.int("topk_group", default=1)
         renormalize = hf.bool("norm_topk_prob", default=True)
@@ -224,7 +224,7 @@ class Glm4MoeLiteConfig(ModelSizes):
             bias=bias,
             interleaved=interleaved,
             num_mtp=num_mtp,
-            mtp_layer=mtp_layer,
+            mtp_end=mtp_end,
             groups=groups,
             top_groups=top_groups,
             renormalize=renormalize,
@@ -647,7 +647,7 @@ GLM4_MOE_LITE = ModelLayout(
     blocks={"attention": ATTENTION, "ffn": FFN, "moe": MOE},
     returns=("logits", "tokens"),
     hidden="y",
-    ignore=("*.rotary_emb.inv_freq", "model.layers.{mtp_layer}.*"),
+    ignore=("*.rotary_emb.inv_freq", "model.layers.{L..mtp_end}.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

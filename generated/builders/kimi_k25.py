@@ -87,8 +87,8 @@ class KimiK25Config(ModelSizes):
     """Whether rotated pairs are adjacent components."""
     num_mtp: int
     """Layers after the last that predict further tokens, which are not read."""
-    mtp_layer: int
-    """Index of the first such layer in the checkpoint."""
+    mtp_end: int
+    """Number of layers in the checkpoint."""
     num_dense: int
     """Number of leading dense layers."""
     groups: int
@@ -136,7 +136,7 @@ class KimiK25Config(ModelSizes):
         bias = hf.bool("attention_bias", default=False)
         interleaved = hf.bool("rope_interleave", default=True)
         num_mtp = hf.int("num_nextn_predict_layers", default=1)
-        mtp_layer = L if num_mtp > 0 else -1
+        mtp_end = L + num_mtp
         num_dense = hf.int("first_k_dense_replace", default=3)
         groups = hf.int("n_group", default=8)
         top_groups = hf.int("topk_group", default=4)
@@ -214,7 +214,7 @@ class KimiK25Config(ModelSizes):
             bias=bias,
             interleaved=interleaved,
             num_mtp=num_mtp,
-            mtp_layer=mtp_layer,
+            mtp_end=mtp_end,
             num_dense=num_dense,
             groups=groups,
             top_groups=top_groups,
@@ -649,7 +649,7 @@ KIMI_K25 = ModelLayout(
     hidden="y",
     ignore=(
         "*.rotary_emb.inv_freq",
-        "model.layers.{mtp_layer}.*",
+        "model.layers.{L..mtp_end}.*",
         "vision_tower.*",
         "model.vision_tower.*",
         "mm_projector.*",

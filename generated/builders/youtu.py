@@ -79,8 +79,8 @@ class YoutuConfig(ModelSizes):
     """Whether rotated pairs are adjacent components."""
     num_mtp: int
     """Layers that predict further tokens."""
-    mtp_layer: int
-    """Index of the first such layer in the checkpoint."""
+    mtp_end: int
+    """Number of layers in the checkpoint."""
     yarn: float
     """YaRN scaling factor."""
     mscale: float
@@ -113,7 +113,7 @@ class YoutuConfig(ModelSizes):
         bias = hf.bool("attention_bias", default=False)
         interleaved = hf.bool("rope_interleave", default=True)
         num_mtp = 0
-        mtp_layer = L if num_mtp > 0 else -1
+        mtp_end = L + num_mtp
         yarn = hf.float("rope_parameters.factor", "rope_scaling.factor", default=1.0)
         mscale = hf.float("rope_parameters.mscale_all_dim", "rope_scaling.mscale_all_dim", default=0.0)
         stretch = hf.computed(
@@ -167,7 +167,7 @@ class YoutuConfig(ModelSizes):
             bias=bias,
             interleaved=interleaved,
             num_mtp=num_mtp,
-            mtp_layer=mtp_layer,
+            mtp_end=mtp_end,
             yarn=yarn,
             mscale=mscale,
             stretch=stretch,
@@ -479,7 +479,7 @@ YOUTU = ModelLayout(
     blocks={"attention": ATTENTION, "ffn": FFN},
     returns=("logits", "tokens"),
     hidden="y",
-    ignore=("*.rotary_emb.inv_freq", "model.layers.{mtp_layer}.*"),
+    ignore=("*.rotary_emb.inv_freq", "model.layers.{L..mtp_end}.*"),
     tiny={
         "hidden_size": 64,
         "num_hidden_layers": 2,

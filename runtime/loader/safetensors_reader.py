@@ -232,9 +232,13 @@ def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
         raise CheckpointError(damaged(path, f"the shape of {quoted(name)} must be a list of sizes, got {shown(shape)}"))
     if len(shape) > MAX_DIMS:
         raise CheckpointError(f"{path}: the tensor {quoted(name)} must have at most {MAX_DIMS} dims, got {len(shape)}")
-    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
-        known = ", ".join(TORCH_DTYPES)
-        raise CheckpointError(f"{path}: the dtype of {quoted(name)} must be one of {known}, got {shown(dtype)}")
+    if not isinstance(dtype, str):
+        raise CheckpointError(damaged(path, f"the dtype of {quoted(name)} must be text, got {shown(dtype)}"))
+    if dtype not in TORCH_DTYPES:  # F4, F6_E2M3, C64 and other types of later files, and misspelt ones
+        raise CheckpointError(
+            f"{path}: the tensor {quoted(name)} has the element type {shown(dtype)}, which is not supported; "
+            "use a checkpoint with float32, bfloat16 or float16 weights"
+        )
     info = TensorInfo(name, tuple(shape), TORCH_DTYPES[dtype], path)
     start, end = _offsets(path, name, entry)
     if end - start != info.num_bytes:

@@ -207,9 +207,18 @@ def test_headers_beyond_the_bounds(tmp_path):
     )
 
 
-def test_unknown_dtype(tmp_path):
-    write_raw(tmp_path, entry(dtype="F4"), b"\0" * 8)
-    assert refusal(tmp_path).startswith("F/model.safetensors: the dtype of 'x' must be one of BOOL, U8,")
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E5M2FNUZ", "C64", "f32"])
+def test_unknown_dtype(dtype, tmp_path):
+    write_raw(tmp_path, entry(dtype=dtype), b"\0" * 8)
+    assert refusal(tmp_path) == (
+        f"F/model.safetensors: the tensor 'x' has the element type '{dtype}', which is not supported; "
+        "use a checkpoint with float32, bfloat16 or float16 weights"
+    )
+
+
+def test_dtype_that_is_not_text(tmp_path):
+    write_raw(tmp_path, entry(dtype=4), b"\0" * 8)
+    assert "is damaged: the dtype of 'x' must be text, got 4" in refusal(tmp_path)
 
 
 def test_nested_header_and_huge_length(tmp_path):

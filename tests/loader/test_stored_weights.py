@@ -191,6 +191,10 @@ def test_the_layer_of_multi_token_prediction_is_ignored(make_checkpoint: MakeChe
     source = make_checkpoint("DeepseekV3", **DEEPSEEK)
     folder = edited(source, tmp_path / "model", lambda t: with_mtp_layer(t, 1, 2), num_nextn_predict_layers=1)
     check_against_transformers(folder)
+    both = edited(
+        source, tmp_path / "two", lambda t: with_mtp_layer(with_mtp_layer(t, 1, 2), 1, 3), num_nextn_predict_layers=2
+    )
+    assert LLM(both, skip_tokenizer=True).model.config.L == 2
     # A further layer, and a layer of a config without this one, would change the answers.
     for number, (index, count) in enumerate(((3, 1), (2, 0))):
         other = tmp_path / str(number)

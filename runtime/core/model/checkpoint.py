@@ -13,6 +13,8 @@ from sageLLM.runtime.core.model.weights import Part, View, WeightSpec
 from sageLLM.runtime.core.printable import quoted
 
 MAX_PROBLEMS = 1000
+MAX_IGNORED = 1024
+"""A bound on the numbers in a pattern of ignored tensors, since a config may claim any number of layers."""
 Shape = tuple[int, ...]
 
 
@@ -47,8 +49,22 @@ def check_checkpoint(layout: ReadsWeights, config: Any, shapes: Mapping[str, Sha
 
 
 def ignore_patterns(layout: ReadsWeights, config: Any) -> tuple[str, ...]:
-    """The patterns of tensors that the layout knows and does not read; `{L}` is replaced by the config's L."""
-    return tuple(re.sub(r"\{(\w+)\}", lambda found: str(getattr(config, found[1])), text) for text in layout.ignore)
+    """The patterns of tensors that the layout knows and does not read; `{L}` is replaced by the config's L.
+
+    `{L..N}` is replaced by each number from L to N - 1, at most MAX_IGNORED of them.
+    """
+    expanded = [one for text in layout.ignore for one in _expanded(text, config)]
+    return tuple(re.sub(r"\{(\w+)\}", lambda found: str(getattr(config, found[1])), text) for text in expanded)
+
+
+def _expanded(pattern: str, config: Any) -> Iterator[str]:
+    found = re.search(r"\{(\w+)\.\.(\w+)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    first, end = getattr(config, found[1]), getattr(config, found[2])
+    for number in range(first, min(end, first + MAX_IGNORED)):
+        yield from _expanded(pattern.replace(found[0], str(number)), config)
 
 
 def is_ignored(name: str, patterns: Iterable[str]) -> bool:
