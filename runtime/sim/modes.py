@@ -11,16 +11,8 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.scheduler.step_cost import StepCostModel
 from sageLLM.runtime.sim.baselines.running_first import RunningFirstConfig, RunningFirstScheduler
-from sageLLM.runtime.sim.simulator import (
-    Cluster,
-    Colocated,
-    Disaggregated,
-    EventQueue,
-    Kind,
-    Lockstep,
-    MakeCluster,
-    Paired,
-)
+from sageLLM.runtime.sim.cluster import Cluster, Colocated, EventQueue, Kind, Lockstep, MakeCluster
+from sageLLM.runtime.sim.disaggregated import Disaggregated, Paired
 from sageLLM.runtime.sim.worker import MakeScheduler, VirtualClock
 
 SimMode = Literal["strict", "prefill_first", "time_share", "hybrid", "vllm", "auto"]
