@@ -17,6 +17,7 @@ from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, l
 from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, StoredTensor, has_single_file, weight_map
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, why_not_loaded
+from sageLLM.runtime.loader.sentence_transformers import model_folder
 from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
 
 FINDINGS = 100
@@ -53,6 +54,8 @@ def _report(request: LintRequest) -> Report:
     layouts: dict[str, ModelLayout] = read_table(
         [BASE, *(import_folder(plugin) for plugin in request.plugins)], "builders", "MODELS"
     )
+    if request.config is not None:
+        request = replace(request, config=model_folder(request.config))
     layout, data, path = _config(request, layouts)
     config = layout.read_config(HFConfig(data, path))
     folder = request.config if request.config is None or request.config.is_dir() else request.config.parent

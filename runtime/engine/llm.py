@@ -37,7 +37,7 @@ from sageLLM.runtime.errors import PromptError, RequestError, SageError, Tokeniz
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
 from sageLLM.runtime.loader.model import load_model
-from sageLLM.runtime.loader.sentence_transformers import read_recipe
+from sageLLM.runtime.loader.sentence_transformers import model_folder, read_recipe
 from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import KVBudget
@@ -110,7 +110,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         distributed_executor_backend: Backend | None = None,
     ) -> None:
-        folder = Path(model)
+        folder = model_folder(Path(model))
         self._sampling_defaults = sampling_defaults(folder, generation_config)
         torch_device = parse_device(device)
         check_count("block_size", block_size)
@@ -185,7 +185,7 @@ class LLM:
             block_size=block_size,
             exclusive=self.shared.exclusive,
         )
-        self._recipe = read_recipe(folder)
+        self._recipe = read_recipe(Path(model))
         self._ids = itertools.count()
         self._chat = None if self.tokenizer is None else ChatPrompts(self.tokenizer)
 

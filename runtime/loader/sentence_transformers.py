@@ -48,6 +48,18 @@ class EmbeddingRecipe:
     includes_prompt: bool = True
 
 
+def model_folder(folder: Path) -> Path:
+    """The folder with the config, the weights and the tokenizer.
+
+    Some folders of sentence-transformers have them in that of the Transformer module, `0_Transformer`. Raises
+    CheckpointError for a damaged modules.json.
+    """
+    path = folder / "modules.json"
+    if (folder / "config.json").exists() or not path.exists():
+        return folder
+    return _module_folder(path, _modules(path).get("Transformer", {}).get("path", ""))
+
+
 def read_recipe(folder: Path) -> EmbeddingRecipe:
     """The recipe in modules.json and the files of its modules; an empty one without modules.json.
 
@@ -56,10 +68,7 @@ def read_recipe(folder: Path) -> EmbeddingRecipe:
     path = folder / "modules.json"
     if not path.exists():
         return EmbeddingRecipe()
-    modules = read_json(path)
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{path} must hold a list of modules, got {shown(modules)}; download it again")
-    kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
+    kinds = _modules(path)
     transformer = _module_folder(path, kinds.get("Transformer", {}).get("path", ""))
     recipe = _with_prompts(_with_limits(EmbeddingRecipe(truncates=True), transformer), folder)
     unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
@@ -74,6 +83,14 @@ def read_recipe(folder: Path) -> EmbeddingRecipe:
         return replace(recipe, unsupported=f"{config} requests a pooling that is not supported")
     includes_prompt = settings.get("include_prompt") is not False
     return replace(recipe, pooling=pooling, normalize="Normalize" in kinds, includes_prompt=includes_prompt)
+
+
+def _modules(path: Path) -> dict[str, dict[str, Any]]:
+    """The modules in modules.json by the name of their class."""
+    modules = read_json(path)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(f"{path} must hold a list of modules, got {shown(modules)}; download it again")
+    return {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
 
 
 def _with_limits(recipe: EmbeddingRecipe, transformer: Path) -> EmbeddingRecipe:

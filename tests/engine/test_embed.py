@@ -1,6 +1,7 @@
 """Embeddings against transformers: hidden states, pooled outputs and poolings agree within 1e-5 of their size."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -15,8 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
 from sageLLM.runtime.cli.run import EmbedRequest, embed_prompts
 from sageLLM.runtime.errors import PromptError, SageError
+from sageLLM.runtime.loader.sentence_transformers import model_folder, read_recipe
 
 TOLERANCE = 1e-5
 MakeCheckpoint = Callable[..., Path]
@@ -171,6 +174,26 @@ def test_a_sentence_transformers_folder_sets_the_pooling(make_checkpoint: MakeCh
     )
     (found,) = vectors(load(tmp_path), [PROMPTS[3]], pooling="first", normalize=False)
     assert_close(found, states[0])
+
+
+def test_a_sentence_transformers_folder_may_have_the_model_in_a_subfolder(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Folders of early versions of the library have `0_Transformer` or `0_BERT`."""
+    source = make_checkpoint("BertModel")
+    names = ["Transformer", "Pooling"]
+    modules = [{"path": f"{i}_{n}", "type": f"sentence_transformers.models.{n}"} for i, n in enumerate(names)]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    shutil.copytree(source, tmp_path / "0_Transformer")
+    (tmp_path / "0_Transformer" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 16}))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    (found,) = vectors(load(tmp_path), [PROMPTS[3]])
+    assert_close(found, expected(source, PROMPTS[3]).last_hidden_state[0].mean(0))
+    assert model_folder(tmp_path) == tmp_path / "0_Transformer"
+    assert read_recipe(tmp_path).max_seq_length == 16
+    assert model_folder(source) == source
+    assert lint_checkpoint(LintRequest("model", tmp_path, None, "1", (), False)) == 0
 
 
 def test_generating_with_an_encoder_is_an_error(make_checkpoint: MakeCheckpoint) -> None:
