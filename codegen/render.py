@@ -96,9 +96,8 @@ class Renderer:
         display, path = self._overlay[template]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None) or 1
-        return Diagnostic(
-            "SAGE123", f"the template fails: {str(error) or type(error).__name__}", Span(display, line, 1)
-        )
+        message = f"the template fails: {str(error) or type(error).__name__}"
+        return Diagnostic("SAGE123", message, Span(display, line, 1), "correct the template")
 
 
 def _template_cache() -> Path | None:

@@ -1,9 +1,15 @@
-"""Emits a test per op with `cases`: `tests/test_norm.py` checks inference and the reference kernel on each of them."""
+"""Emits a test per op with `cases`: `tests/test_norm.py` checks inference and the reference kernel on each of them.
+
+For an overlay, cases are derived for the ops without any, and the kernels of all targets are tested too; those of the
+package are tested by hand-written tests.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sageLLM.codegen.contents import Contents, Row, refs
+from sageLLM.codegen.emit.derived_cases import Case, derived_cases
 from sageLLM.codegen.expr.size import formula
 from sageLLM.codegen.expr.tree import Expr, Gather, Ref, walk
 from sageLLM.codegen.model.op import Attr, OpDef
@@ -20,6 +26,18 @@ class TestView:
     op: OpDef
     attrs: Mapping[str, bool | int | float | str]
     limits: Mapping[str, str]
+    derived: Sequence[Case] = ()
+
+    @property
+    def cases(self) -> list[Case]:
+        """The cases of the op, else derived ones."""
+        return self.op.cases or list(self.derived)
+
+    @property
+    def kernel_check(self) -> dict[str, Any]:
+        """The arguments of a comparison of kernels, over all cases."""
+        cases = [*self.op.cases, *(case for case in self.derived if case not in self.op.cases)]
+        return {"op": self.op.name, "cases": cases, "attrs": dict(self.attrs), "limits": dict(self.limits)}
 
     @property
     def row(self) -> Row:
@@ -30,12 +48,15 @@ class TestView:
 
 def emit_op_tests(ops: Sequence[OpDef], specs: Specs, renderer: Renderer) -> list[Output]:
     """`tests/test_STEM.py` for one ops file, if one of its ops has cases."""
-    tests = [TestView(op, test_attrs(op), index_limits(op, specs.ops)) for op in ops if op.cases]
+    derived = {op.name: derived_cases(op, specs.ops, test_attrs(op)) if specs.is_overlay else [] for op in ops}
+    views = [TestView(op, test_attrs(op), index_limits(op, specs.ops), derived[op.name]) for op in ops]
+    tests = [view for view in views if view.cases]
     if not tests:
         return []
     source, checks = tests[0].op.entry.doc.file, f"{BASE}.tests" if specs.is_overlay else ""
     text = header(source, tests[0].op.name)
-    text += renderer.render("op_tests.py.jinja", tests=tests, source=source, checks=checks)
+    view = {"tests": tests, "source": source, "checks": checks, "is_overlay": specs.is_overlay}
+    text += renderer.render("op_tests.py.jinja", **view)
     rows = tuple(test.row for test in tests)
     return [Output(f"tests/test_{ops[0].stem}.py", text, refs(rows), rows)]
 

@@ -8,12 +8,16 @@ import torch
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import SpecErrors
+from sageLLM.codegen.emit.derived_cases import derived_cases
+from sageLLM.codegen.emit.op_tests import test_attrs as attrs_of
 from sageLLM.codegen.link.memo import LinkMemo
+from sageLLM.runtime.inspect.kernel_checks import problems_of_kernels, why_not_checked
 from sageLLM.runtime.registry.plugins import load_registry
 
 SPECS = Path(driver.PACKAGE, "examples/add_a_kernel/specs")
 REFERENCE = "templates/reference/token_counts.py.jinja"
 CPU = "templates/cpu/token_counts.cpp.jinja"
+TRITON = "templates/triton/token_counts.py.jinja"
 
 
 @pytest.fixture
@@ -101,3 +105,57 @@ def test_templates_of_two_overlays_do_not_replace_each_other(specs: Path, tmp_pa
     (other / "ops/counts.yaml").rename(other / "ops/more.yaml")
     edit(other / "ops/more.yaml", "token_counts:", "more_counts:")
     assert f"two templates have the name 'cpu/token_counts.cpp.jinja': {other}" in findings(memo, specs, other)[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "old", "new"),
+    [("cpu", CPU, "int64_t t = 0;", "int64_t t = 1;"), ("triton", TRITON, "range(T)", "range(1, T)")],
+)
+def test_the_generated_tests_find_a_wrong_kernel(specs: Path, target: str, path: str, old: str, new: str) -> None:
+    """With an odd size, in the kernel of one target; without the fault there is no finding."""
+    if reason := why_not_checked(target):
+        pytest.skip(reason)
+    checks = [{"op": "token_counts", "cases": [{"B": 3, "T": 17, "V": 300}], "attrs": {}, "limits": {}}]
+    outs = specs.parent / "right", specs.parent / "wrong"
+    driver.generate([specs], outs[0])
+    edit(specs / path, old, new)
+    driver.generate([specs], outs[1])
+    assert "CHECKS" in (outs[0] / "tests/test_counts.py").read_text()
+    right, wrong = (problems_of_kernels(target, out, checks) for out in outs)
+    assert right == []
+    assert wrong == ["token_counts {'B': 3, 'T': 17, 'V': 300} float32: counts has other values than the reference"]
+
+
+NO_CASES = """\
+schema: ops/v1
+ops:
+  halves:
+    summary: Half of the sum of both halves of a row.
+    op_type: ELEMENTWISE
+    inputs: {x: "E[T, N, D]", w: {type: "E[D/2]", optional: true}}
+    outputs: {y: "E[T, N, D/2]"}
+    where: ["N % 2 == 1", "D >= 4"]
+    views: {a: "x[T, N, 0:D/2]", b: "x[T, N, D/2:D]"}
+    compute: |
+      h = E(0.5 * (f32(a) + f32(b)))
+      y = optional(w, h * w, h)
+"""
+
+
+def test_an_op_without_cases_gets_derived_ones(tmp_path: Path, memo: LinkMemo) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/halves.yaml").write_text(NO_CASES)
+    specs = driver.load_and_link([tmp_path / "mine"], memo=memo)
+    cases = derived_cases(specs.ops["halves"], specs.ops, {})
+    assert len(cases) >= 2
+    assert all(case["N"] % 2 == 1 and case["D"] % 2 == 0 and case["D"] >= 4 for case in cases)
+    text = next(output.text for output in driver.emit(specs) if output.path == "tests/test_halves.py")
+    assert all(repr(case) in text for case in cases)
+
+
+def test_cases_are_derived_for_every_op_with_equations(memo: LinkMemo) -> None:
+    """Except for ops that compute the rows that they read, as random integers may then be invalid."""
+    ops = driver.load_and_link(memo=memo).ops
+    computed = {name: op for name, op in ops.items() if op.program is not None}
+    without = {name for name, op in computed.items() if not derived_cases(op, ops, attrs_of(op))}
+    assert without == {"embedding_shard", "pool_last", "position_embedding"}

@@ -68,7 +68,7 @@ LAYERS = {
     "runtime/sampling": runtime_layer("sampling", others="torch"),
     "runtime/worker": runtime_layer(*BELOW_WORKER, "worker", others="torch numpy msgspec"),
     "runtime/engine": runtime_layer(*BELOW_WORKER, "text", "worker", "engine", others="torch numpy", lazily="triton"),
-    "runtime/inspect": runtime_layer("registry", "execution_graph", "executor", "inspect", others="torch"),
+    "runtime/inspect": runtime_layer("registry", "execution_graph", "kernels", "executor", "inspect", others="torch"),
     "runtime/inspect/checkpoint_report.py": runtime_layer("registry", "execution_graph"),
     "runtime/cli": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
     # The command joins the generator and the runtime; each subcommand imports its side when it runs.

@@ -2,11 +2,13 @@
 # Regenerate: make generate    Explain: make explain NAME=gelu_gate
 """Tests of gelu_gate/spec.yaml: inference and reference kernels on the spec's cases."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sageLLM.generated.tests.op_checks import check_dtypes, check_precision, check_types
+from sageLLM.runtime.inspect.kernel_checks import problems_of_kernels, why_not_checked
 
 from ..kernels.reference import KERNELS
 from ..ops import OPS
@@ -24,3 +26,28 @@ def test_gelu_gate(case: dict[str, Any]) -> None:
     check_types(OPS["gelu_gate"], KERNELS["gelu_gate"], case, attrs, limits)
     check_precision(OPS["gelu_gate"], KERNELS["gelu_gate"], case, attrs, limits)
     check_dtypes(OPS["gelu_gate"], KERNELS["gelu_gate"], case, attrs, limits)
+
+
+class TestKernels:
+    """The kernels of other targets, on these cases and odd sizes, in every element type, against the references."""
+
+    CHECKS: list[dict[str, Any]] = [
+        {
+            "op": "gelu_gate",
+            "cases": [
+                {"R": 3, "I": 17},
+                {"R": 1, "I": 1},
+                {"R": [2, 3], "I": 5},
+                {"R": [2, 7], "I": 33},
+                {"R": [2, 2], "I": 4},
+            ],
+            "attrs": {},
+            "limits": {},
+        },
+    ]
+
+    @pytest.mark.parametrize("target", ["cpu", "triton"])
+    def test_target(self, target: str) -> None:
+        if reason := why_not_checked(target):
+            pytest.skip(reason)
+        assert problems_of_kernels(target, Path(__file__).parents[1], self.CHECKS) == []
