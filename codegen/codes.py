@@ -560,4 +560,9 @@ CODES: dict[str, CodeInfo] = {
         "The generated tree differs from the specs, or a run was killed while it wrote. Run `make generate`, which "
         "deletes only files that the manifest of the tree lists; delete other leftovers yourself.",
     ),
+    "SAGE507": CodeInfo(
+        "formatter missing",
+        "ruff and clang-format lay out the generated files. They are dependencies of sageLLM in exact versions, as other "
+        "versions produce other bytes. Nothing was written.",
+    ),
 }

@@ -195,14 +195,25 @@ def _cpp_formatter(paths: Sequence[Path]) -> Iterator[None]:
         return
     # The script of this name in `bin` would start a second Python.
     package = find_spec("clang_format")
-    assert package is not None and package.origin is not None, "clang-format is a dependency of the package"
+    if package is None or package.origin is None:
+        raise _missing("clang-format", "its Python package is not installed")
     program = (
         Path(package.origin).with_name("data") / "bin" / ("clang-format.exe" if os.name == "nt" else "clang-format")
     )
-    with subprocess.Popen([program, f"--style=file:{CPP_STYLE}", "-i", *paths]) as running:
+    try:
+        running = subprocess.Popen([program, f"--style=file:{CPP_STYLE}", "-i", *paths])
+    except OSError as error:
+        raise _missing("clang-format", str(error)) from None
+    with running:
         yield
     if running.returncode:
-        raise subprocess.CalledProcessError(running.returncode, running.args)
+        raise _missing("clang-format", f"it ended with exit code {running.returncode}")
+
+
+def _missing(name: str, why: str) -> SpecErrors:
+    """The finding for a formatter that cannot be run."""
+    help = f"install the version of {name} that sageLLM requires: reinstall sageLLM in this environment"
+    return SpecErrors([Diagnostic("SAGE507", f"the formatter {name} must be runnable: {why}", None, help)])
 
 
 def _format_python(folder: Path) -> None:
@@ -216,9 +227,12 @@ def _format_python(folder: Path) -> None:
         [ruff, "format", *_FORMATTER_OPTIONS, "--config", line],
     ]
     for command in commands:
-        done = subprocess.run(
-            [*command, str(folder)], capture_output=True, text=True, env=dict(os.environ), check=False
-        )
+        try:
+            done = subprocess.run(
+                [*command, str(folder)], capture_output=True, text=True, env=dict(os.environ), check=False
+            )
+        except OSError as error:
+            raise _missing("ruff", str(error)) from None
         if done.returncode:
             where = (done.stdout + done.stderr).replace(str(folder) + os.sep, "").strip()
             message = f"generated Python does not parse: {where[:400]}"

@@ -1,6 +1,7 @@
 """Writes row programs as C++: loops over rows, sweeps along them, in terms of `runtime/kernels/cpu/sage.h`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sageLLM.codegen.contents import class_name
 from sageLLM.codegen.emit.cpp_arguments import declarations, presence_name, stride_names
@@ -19,6 +20,8 @@ _ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min"}
 _FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),
           "amax": ("broadcast(-INFINITY)", "{0} = maximum({0}, {1})"),
           "amin": ("broadcast(INFINITY)", "{0} = minimum({0}, {1})")}  # fmt: skip
+_INTEGER_FOLDS = {"sum": ("{1}(0)", "{0} = add({0}, {1})"), "amax": ("{1}(INT{0}_MIN)", "{0} = maximum({0}, {1})"),
+                  "amin": ("{1}(INT{0}_MAX)", "{0} = minimum({0}, {1})")}  # fmt: skip
 
 
 class CppKernel:
@@ -51,7 +54,7 @@ class CppKernel:
 
     def _gemm_text(self, gemm: Gemm, consumed: str = "") -> GemmText:
         self.operands[SUMS] = [""] * (len(gemm.epilogue.rows))
-        return GemmText(self.operands, self.optional, self.names, gemm.sweep.loop, set(), gemm, consumed=consumed)
+        return GemmText(self.operands, self.optional, self.names, gemm.sweep.loop, set(), gemm=gemm, consumed=consumed)
 
     def _epilogue(self, writer: GemmText, gemm: Gemm) -> list[str]:
         return [line for step in gemm.sweep.steps for line in self._in_sweep(step, writer)]
@@ -75,9 +78,9 @@ class CppKernel:
         writer = self._text()
         match step:
             case Index(variable=variable, value=value):
-                return [f"const int64_t {variable} = {writer.text(value)};"]
+                return [f"const int64_t {variable} = {replace(writer, is_index=True).text(value)};"]
             case Let(name=name, value=value):
-                return [f"const {_row_type(value)} {self.names.get(name, cpp_name(name))} = {writer.text(value)};"]
+                return [f"const {_row_type(value)} {self._name(name)} = {writer.text(value)};"]
             case Store(location=location, value=value):
                 at, _ = writer.address(location)
                 return [f"store_element({at}, {writer.text(value)});"]
@@ -86,14 +89,23 @@ class CppKernel:
     def _sweep(self, sweep: Sweep) -> list[str]:
         writer = self._text(sweep.loop, set())
         reductions = [step for step in sweep.steps if isinstance(step, Reduction)]
-        before = [f"{_ACCUMULATORS[one.op]} {self._acc(one)};" for one in reductions]
-        after = [f"const float {one.name} = {self._total(one, sweep.loop)};" for one in reductions]
+        before = [f"{_accumulator(one)} {self._acc(one)};" for one in reductions]
+        after = [
+            f"const {_row_type(one.value)} {self._name(one.name)} = {self._total(one, sweep.loop)};"
+            for one in reductions
+        ]
         inside = [line for step in sweep.steps for line in self._in_sweep(step, writer)]
         start = f"sweep({size_text(sweep.loop.extent)}, [&](auto {sweep.loop.variable}) {{"
         return [*before, start, *indented(inside), "});", *after]
 
+    def _name(self, name: str) -> str:
+        """The name of a value in C++."""
+        return self.names.get(name, cpp_name(name))
+
     def _total(self, reduction: Reduction, loop: Loop) -> str:
         total = f"{self._acc(reduction)}.total()"
+        if reduction.op == "sum" and reduction.value.type.element == "i32":
+            total = f"wrap<int32_t>({total})"
         return f"{total} / {_as_float(loop.extent)}" if reduction.op == "mean" else total
 
     def _acc(self, reduction: Reduction) -> str:
@@ -105,9 +117,10 @@ class CppKernel:
                 text = writer.text(value)
                 if writer.is_lanes(value):
                     writer.lanes.add(name)
-                return [f"const auto {self.names.get(name, cpp_name(name))} = {text};"]
+                return [f"const auto {self._name(name)} = {text};"]
             case Reduction(value=value):
-                return [f"{self._acc(step)}.add({writer.text(value)}, {writer.loop.variable if writer.loop else ''});"]
+                text = writer.text(value) if writer.is_float(value) else writer.lanes_text(value)
+                return [f"{self._acc(step)}.add({text}, {writer.loop.variable if writer.loop else ''});"]
             case Store(location=location, value=value):
                 at, by = writer.address(location)
                 where = f"{at}, {writer.loop.variable if writer.loop else ''}"
@@ -119,15 +132,33 @@ class CppKernel:
 
     def _fold(self, fold: Fold, writer: CppText) -> list[str]:
         writer.lanes.add(fold.name)
-        start, combine = _FOLDS[fold.op]
-        name, extent = fold.loop.variable, size_text(fold.loop.extent)
+        start, combine, lanes = _fold_text(fold)
+        name, at, extent = self._name(fold.name), fold.loop.variable, size_text(fold.loop.extent)
+        value = writer.lanes_text(fold.value)
         lines = [
-            f"Floats {fold.name} = {start};",
-            f"for (int64_t {name} = 0; {name} < {extent}; ++{name}) {{",
-            *indented([combine.format(fold.name, writer.text(fold.value)) + ";"]),
+            f"{lanes} {name} = {start};",
+            f"for (int64_t {at} = 0; {at} < {extent}; ++{at}) {{",
+            *indented([combine.format(name, value) + ";"]),
             "}",
         ]
-        return [*lines, f"{fold.name} /= {_as_float(fold.loop.extent)};"] if fold.op == "mean" else lines
+        return [*lines, f"{name} /= {_as_float(fold.loop.extent)};"] if fold.op == "mean" else lines
+
+
+def _accumulator(reduction: Reduction) -> str:
+    """`Sum`, or `IntMax` and `LongSum` for integers."""
+    element = reduction.value.type.element
+    prefix = "" if element not in INTEGERS else "Long" if element == "i64" else "Int"
+    return f"{prefix}{_ACCUMULATORS[reduction.op]}"
+
+
+def _fold_text(fold: Fold) -> tuple[str, str, str]:
+    """The value before the first element, the statement that adds one, and the type of the lanes."""
+    element = fold.value.type.element
+    if element not in INTEGERS:
+        return (*_FOLDS[fold.op], "Floats")
+    start, combine = _INTEGER_FOLDS[fold.op]
+    lanes, bits = ("Longs", 64) if element == "i64" else ("Ints", 32)
+    return start.format(bits, lanes.lower()), combine, lanes
 
 
 def _positions(rows: Sequence[Loop], row: str) -> list[str]:

@@ -145,8 +145,8 @@ def _unpacks(op: OpDef) -> Unpacks | None:
 
 
 def _parts(op: OpDef, program: RowProgram) -> dict[str, OutputPart] | None:
-    one = Size.of(1)
-    strides = {o.name: (*map(Size.symbol, stride_names(o)), one) for o in (*op.inputs, *op.outputs)}
+    operands = (*op.inputs, *op.outputs)
+    strides = {o.name: (*map(Size.symbol, stride_names(o)), Size.of(1))[: len(o.type.dims)] for o in operands}
     return output_parts(program, strides)
 
 
@@ -224,7 +224,7 @@ def _template_of(reference: Reference, renderer: Renderer) -> str | None:
 
 def hook_text(presence: Mapping[str, str], value: Expr) -> str:
     """A hook as C++: `score` and `n` have a lane per key, `m` and `h` belong to the row."""
-    writer = CppText({}, presence, {}, None, {"score", "n"})
+    writer = CppText({}, presence, {}, None, {"score", "n"}, integer="int32_t")
     text = writer.text(value)
     if writer.is_lanes(value):
         return text

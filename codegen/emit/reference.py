@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sageLLM.codegen.contents import Contents
 from sageLLM.codegen.diagnostics import Diagnostic, Span, SpecErrors
-from sageLLM.codegen.emit.dim_text import dim_lines, tidy
+from sageLLM.codegen.emit.dim_text import dim_lines, leading_text, tidy
 from sageLLM.codegen.emit.torch_layout import Layout, Piece, squeezed
 from sageLLM.codegen.emit.torch_text import TorchText, view_text
 from sageLLM.codegen.expr.size import LEADING
@@ -258,7 +258,8 @@ class KernelWriter:
         parts = [view for view in self.program.views if view.base == output.name]
         axis = tile_axis(parts)
         if axis is None:
-            return f"{parts[0].name}.reshape({', '.join(map(str, output.type.dims))})"
+            dims = (f"*{leading_text(self.op)}" if dim == LEADING else str(dim) for dim in output.type.dims)
+            return f"{parts[0].name}.reshape({', '.join(dims) or '()'})"
         position = axis - len(output.type.dims) if LEADING in output.type.dims else axis
         names = [self._interleaved(group, texts, position) for group in grouped_parts(parts, axis)]
         return f"torch.cat(({', '.join(names)}), {position})" if len(names) > 1 else names[0]

@@ -3,7 +3,7 @@
 A piece of text carries its layout: the dim of each axis of the tensor, or None for an axis of size 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sageLLM.codegen.expr.size import LEADING, Size
@@ -47,10 +47,19 @@ def aligned(piece: Piece, dims: Iterable[Size]) -> Piece:
     if None in piece.layout:
         text += _index(0 if dim is None else dim for dim in piece.layout)
     if order != have:
-        text += f".permute({', '.join(str(have.index(dim)) for dim in order)})"
+        text += _reordered(have, order)
     if len(order) < len(target[first:]):
         text += _index(target[first:])
     return Piece(text, target[first:])
+
+
+def _reordered(have: Sequence[Size], order: Sequence[Size]) -> str:
+    """`.permute(1, 0)`, or `.movedim((-1, -2), (-2, -1))` if there are leading dims, of an unknown number."""
+    if LEADING not in have:
+        return f".permute({', '.join(str(have.index(dim)) for dim in order)})"
+    moved = [dim for dim in order if dim != LEADING and have.index(dim) != order.index(dim)]
+    ends = (f"({', '.join(str(dims.index(dim) - len(dims)) for dim in moved)})" for dims in (have, order))
+    return f".movedim({', '.join(ends)})"
 
 
 def _index(axes: Iterable[Size | int | None]) -> str:

@@ -6,6 +6,7 @@ Reductions keep their axis, so that the next line broadcasts without a reshape.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sageLLM.codegen.emit.dim_text import leading_of
 from sageLLM.codegen.emit.torch_layout import Layout, Piece, aligned, merged
 from sageLLM.codegen.expr.size import LEADING, Size
 from sageLLM.codegen.expr.tree import (
@@ -24,7 +25,7 @@ from sageLLM.codegen.expr.tree import (
     Unary,
     View,
 )
-from sageLLM.codegen.expr.types import ValueType
+from sageLLM.codegen.expr.types import INTEGERS, LITERALS, ValueType
 
 TORCH_DTYPES = {"bool": "bool", "i8": "int8", "i32": "int32", "i64": "int64", "f16": "float16", "bf16": "bfloat16",
                 "f32": "float32", "f64": "float64"}  # fmt: skip
@@ -83,6 +84,10 @@ class TorchText:
         if expr.op in ("min", "max"):
             return self._extreme(expr)
         a, b, layout = self._aligned(expr.a, expr.b, expr)
+        element = expr.type.element
+        if expr.op == "/" and expr.a.type.is_literal and element not in ("f32", "f64", *LITERALS):
+            # torch computes `3 / x` as the rounded reciprocal times 3, which rounds a narrow type twice
+            return Piece(f"({a} / ({b}).to(f32)).to({self.dtype(element)})", layout)
         op = {"and": "&", "or": "|"}.get(expr.op, expr.op)
         if expr.type.element == "truth":
             op = expr.op
@@ -196,7 +201,9 @@ class TorchText:
         x = self.piece(expr.x)
         axis = x.layout.index(expr.dim) - len(x.layout)
         layout = tuple(None if dim == expr.dim else dim for dim in x.layout)
-        return Piece(f"({x.text}).{expr.op}({axis}, keepdim=True)", layout)
+        # torch sums integers in int64 if it is not told otherwise
+        dtype = f", dtype={self.dtype(expr.type.element)}" if expr.op == "sum" and expr.type.element in INTEGERS else ""
+        return Piece(f"({x.text}).{expr.op}({axis}, keepdim=True{dtype})", layout)
 
     def _gather(self, expr: Gather) -> Piece:
         table = aligned(self.piece(expr.table), expr.table.type.dims)
@@ -229,6 +236,6 @@ def view_text(view: View) -> str:
     text = view.base + (f"[{', '.join(parts)}]" if any(view.slices) else "")
     if view.shape is None:
         return text
-    leading = f"*{view.base}.shape[:{1 - len(view.base_type.dims)}]"
+    leading = f"*{leading_of(view.base, len(view.base_type.dims) - 1)}"
     dims = ", ".join(leading if dim == LEADING else str(dim) for dim in view.shape)
     return f"{text}.reshape({dims or '()'})"

@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sageLLM.codegen.emit.dim_text import dim_lines
+from sageLLM.codegen.emit.dim_text import dim_lines, leading_text
 from sageLLM.codegen.emit.torch_text import TORCH_DTYPES
 from sageLLM.codegen.emit.triton_names import block_name
 from sageLLM.codegen.emit.triton_rows import RowKernel, size_text
 from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.expr.types import DTYPES
 from sageLLM.codegen.kernel.names import OwnNames, own_names, stride_name
-from sageLLM.codegen.kernel.rows import Nest, RowProgram
+from sageLLM.codegen.kernel.rows import Nest, RowProgram, Store
 from sageLLM.codegen.model.op import OpDef, Operand
 
 CONSTANTS = ("bool", "str")
@@ -30,17 +30,26 @@ class Kernel:
 class Launch:
     """One nest: its kernel, the one for longer rows if it has reductions, and what both of them take.
 
-    `tile` names the function of `tiles.py` that chooses between them by the number of columns.
+    `tile` calls the function of `tiles.py` that chooses between them by the number of columns.
     """
 
     kernel: Kernel
     looped: Kernel | None
     parameters: tuple[str, ...]
     setup: tuple[str, ...]  # `columns = max(D, Dr)`
+    condition: str  # `R > 0 and H > 0`: there is something to store; "" for a single element
     rows: str
-    columns: str
-    tile: str
+    tile: str  # `row_tile(H)`
     arguments: tuple[str, ...]
+
+    def call_lines(self, chosen: str) -> list[str]:
+        """The launch, under its condition; `chosen` is the variable of the kernel that the tile chooses."""
+        kernel, lines = self.kernel.name, [f"tile = {self.tile}"]
+        if self.looped:
+            lines.append(f"{chosen} = {self.looped.name} if tile.is_looped else {self.kernel.name}")
+            kernel = chosen
+        lines.append(f"{kernel}[tile.grid({self.rows})]({', '.join((*self.arguments, '**tile.meta'))})")
+        return [f"if {self.condition}:", *(f"    {line}" for line in lines)] if self.condition else lines
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -63,7 +72,7 @@ def rows_view(op: OpDef, program: RowProgram, *, updates: bool) -> RowsView:
     own = own_names(op, program)
     launches = [_launch(op, nest, own, f"{number or ''}") for number, nest in enumerate(program.nests)]
     text = "\n".join(
-        text for launch in launches for text in (launch.rows, launch.columns, *launch.setup, *launch.arguments)
+        text for launch in launches for text in (launch.condition, launch.tile, *launch.setup, *launch.arguments)
     )
     outputs = [_allocation(op, output, updates=updates) for output in op.outputs]
     as_rows = [_as_rows(operand, own) for operand in (*op.inputs, *op.outputs) if LEADING in operand.type.dims]
@@ -91,15 +100,28 @@ def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str) -> Launch:
         Kernel(f"_{op.name}_long{suffix}", tuple(looped.lines)) if looped else None,
         parameters=(*numbers, *(f"{name}: tl.constexpr" for name in (*constants, "ROWS", *blocks))),
         setup=setup,
+        condition=_condition(whole, columns),
         rows=whole.rows_text,
-        columns=columns,
-        tile="row_tile" if looped else "split_tile",
+        tile=f"{'row_tile' if looped else 'split_tile'}({columns}{'' if nest.rows else ', max_rows=1'})",
         arguments=(
             *(arguments[key] for key in numbers),
             *(f"{name}={name}" for name in constants),
             *(f"{block}=tile.block" for block in blocks),
         ),
     )
+
+
+def _condition(rows: RowKernel, columns: str) -> str:
+    """Whether the nest stores an element. A row whose reductions are over no elements is stored too."""
+    stored = [sweep.loop for sweep in rows.nest.sweeps if any(isinstance(step, Store) for step in sweep.steps)]
+    texts = dict.fromkeys(size_text(loop.extent) for loop in stored)
+    if any(isinstance(step, Store) for step in rows.nest.steps):
+        stored_columns = ""
+    elif set(texts) == {size_text(loop.extent) for loop in rows.loops}:
+        stored_columns = columns
+    else:
+        stored_columns = next(iter(texts)) if len(texts) == 1 else f"max({', '.join(texts)})"
+    return " and ".join(f"{size} > 0" for size in (rows.rows_text, stored_columns) if size not in ("", "1"))
 
 
 def _columns(rows: RowKernel, name: str) -> tuple[str, tuple[str, ...]]:
@@ -131,7 +153,8 @@ def _rows_name(operand: Operand, own: OwnNames) -> str:
 
 def _as_rows(operand: Operand, own: OwnNames) -> str:
     """`x_rows = x.reshape(R, *x.shape[-1:])`: the leading dims as one, without a copy where strides allow."""
-    reshaped = f"{operand.name}.reshape(R, *{operand.name}.shape[{1 - len(operand.type.dims)}:])"
+    own_dims = len(operand.type.dims) - 1
+    reshaped = f"{operand.name}.reshape(R{f', *{operand.name}.shape[-{own_dims}:]' if own_dims else ''})"
     none = f" if {operand.name} is not None else None" if operand.optional else ""
     return f"{_rows_name(operand, own)} = {reshaped}{none}"
 
@@ -140,19 +163,15 @@ def _allocation(op: OpDef, output: Operand, *, updates: bool) -> str:
     """`y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)`, or `k_out = k_cache`."""
     if updates and output.name in op.inplace:
         return f"{output.name} = {op.inplace[output.name]}"
-    leading = _leading(op)
-    sizes = ", ".join(f"*{leading}" if dim == LEADING else size_text(dim) for dim in output.type.dims)
+    leading = leading_text(op)
+    sizes = ", ".join(f"*{leading}" if dim == LEADING else size_text(dim) for dim in output.type.dims) or "()"
+    if output.type.dims == (LEADING,):  # torch.empty(*()) is an error
+        sizes = leading
     element, device = output.type.element, op.inputs[0].name
     dtype = f"torch.{TORCH_DTYPES[element]}" if element in DTYPES else f"{op.element_inputs[element]}.dtype"
     return f"{output.name} = torch.empty({sizes}, dtype={dtype}, device={device}.device)"
 
 
-def _leading(op: OpDef) -> str:
-    """The leading dims, of the first input that has them."""
-    operand = next((o for o in op.inputs if LEADING in o.type.dims and not o.optional), None)
-    return f"{operand.name}.shape[: {1 - len(operand.type.dims)}]" if operand else ""
-
-
 def _sizes(op: OpDef, text: str) -> Sequence[str]:
     lines = dim_lines(op, [symbol for symbol in op.symbols if re.search(rf"(?<![.\w]){symbol}\b", text)])
-    return [*lines, *([f"R = {_leading(op)}.numel()"] if _leading(op) else [])]
+    return [*lines, *([f"R = {leading_text(op)}.numel()"] if leading_text(op) else [])]

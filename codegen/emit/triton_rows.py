@@ -11,6 +11,7 @@ or, if rows are too long for that, block after block in as many sweeps as the ro
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from sageLLM.codegen.emit.dim_text import tidy
 from sageLLM.codegen.emit.triton_names import block_name, inside_name
@@ -37,10 +38,19 @@ from sageLLM.codegen.kernel.rows import (
 from sageLLM.codegen.model.op import OpDef
 
 _EMPTY = {"sum": "0.0", "mean": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
-_ROW_FORM = {"sum": "tl.sum", "mean": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
+_EMPTY_I8 = {"amax": "-128", "amin": "127"}
+_EMPTY_I32 = {"sum": "0", "amax": str(-(2**31)), "amin": str(2**31 - 1)}
+_EMPTY_I64 = {"sum": "0", "amax": str(-(2**63)), "amin": str(2**63 - 1)}
+_ROW_FORM = {"sum": "tl.sum", "mean": "tl.sum", "amax": "device.amax", "amin": "device.amin"}
+_INTEGER_FORM = {"sum": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
 _JOIN = {
     "sum": "{0} += {1}",
     "mean": "{0} += {1}",
+    "amax": "{0} = tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "amin": "{0} = tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+}
+_INTEGER_JOIN = {
+    "sum": "{0} += {1}",
     "amax": "{0} = tl.maximum({0}, {1})",
     "amin": "{0} = tl.minimum({0}, {1})",
 }
@@ -105,9 +115,10 @@ class RowKernel:
         match step:
             case Index(variable=variable, value=value):
                 self._row_names.add(variable)
-                self._put(f"{variable} = {tidy(f'({self._text(value)}).to(tl.int64)')}")
+                index = replace(self._text, is_index=True)(value)
+                self._put(f"{variable} = {tidy(f'({index}).to(tl.int64)')}")
             case Let(name=name, value=value):
-                self._put(f"{self._values.get(name, name)} = {tidy(self._text(value))}")
+                self._put(f"{self._name(name)} = {tidy(self._text(value))}")
             case Store():
                 self._store(step)
             case Sweep():
@@ -140,7 +151,8 @@ class RowKernel:
         if any(isinstance(one, Load) and one.location.operand in stored for one in _values(sweep)):
             self._put("tl.debug_barrier()  # the next loads read what other threads of the program stored")
         for one in reductions:
-            self._put(f"{self._acc(one)} = tl.full([ROWS, {block_name(loop)}], {_EMPTY[one.op]}, tl.float32)")
+            empty, dtype = _empty(one), _accumulated(one.value)
+            self._put(f"{self._acc(one)} = tl.full([ROWS, {block_name(loop)}], {empty}, {dtype})")
         self.lines, self._done = [], set()
         start = self.own("start")
         self._put(columns[0].format(f"{start} + "), columns[1])
@@ -150,44 +162,52 @@ class RowKernel:
         header = f"for {start} in range(0, {size_text(loop.extent)}, {block_name(loop)}):"
         self._put(header, *(f"    {line}" for line in body))
         for one in reductions:
-            self._put(f"{one.name} = {self._total(one, self._acc(one), loop)}")
+            self._put(f"{self._name(one.name)} = {self._total(one, self._acc(one), loop)}")
 
     def _in_sweep(self, step: InSweep, loop: Loop) -> None:
         match step:
             case Let(name=name, value=value):
                 if (loop.variable, name) not in self._done:
-                    self._put(f"{self._values.get(name, name)} = {tidy(self._text(value))}")
+                    self._put(f"{self._name(name)} = {tidy(self._text(value))}")
                     self._done.add((loop.variable, name))
             case Fold():
                 self._fold(step, loop)
-            case Reduction(op=op, value=value):
-                masked = f"tl.where({inside_name(loop)}, {self._text(value)}, {_EMPTY[op]})"
+            case Reduction(value=value):
+                masked = f"tl.where({inside_name(loop)}, {self._text(value)}, {_empty(step)})"
                 if self.whole:
-                    self._put(f"{step.name} = {self._total(step, tidy(masked), loop)}")
+                    self._put(f"{self._name(step.name)} = {self._total(step, tidy(masked), loop)}")
                 else:
-                    self._put(_JOIN[op].format(self._acc(step), tidy(masked)))
+                    self._put(_join(step).format(self._acc(step), tidy(masked)))
             case Store():
                 self._store(step)
 
     def _fold(self, fold: Fold, loop: Loop) -> None:
         extent = size_text(fold.loop.extent)
-        joined = _JOIN[fold.op].format(fold.name, tidy(self._text(fold.value)))
-        self._put(f"{fold.name} = tl.full([ROWS, {block_name(loop)}], {_EMPTY[fold.op]}, tl.float32)")
+        name = self._name(fold.name)
+        joined = _join(fold).format(name, tidy(self._text(fold.value)))
+        self._put(f"{name} = tl.full([ROWS, {block_name(loop)}], {_empty(fold)}, {_accumulated(fold.value)})")
         self._put(f"for {fold.loop.variable} in range({extent}):", f"    {joined}")
         if fold.op == "mean":
-            self._put(f"{fold.name} = {fold.name} / {_bracketed(extent)}")
+            self._put(f"{name} = {name} / {_bracketed(extent)}")
+
+    def _name(self, name: str) -> str:
+        """The name of a value; that of an output is the pointer's."""
+        return self._values.get(name, name)
 
     def _acc(self, reduction: Reduction) -> str:
         """The tile that collects a reduction over the blocks of a row."""
         return self.own(f"{reduction.name}_acc")
 
     def _total(self, reduction: Reduction, text: str, loop: Loop) -> str:
-        total = f"{_ROW_FORM[reduction.op]}({text}, 1)[:, None]"
+        form = _INTEGER_FORM if reduction.value.type.element in INTEGERS else _ROW_FORM
+        total = f"{form[reduction.op]}({text}, 1)[:, None]"
         return f"{total} / {_bracketed(size_text(loop.extent))}" if reduction.op == "mean" else total
 
     def _store(self, store: Store) -> None:
-        address = self._address(store.location)
-        self._put(f"tl.store({address}, {tidy(self._text(store.value))}, mask={self._mask(store.location)})")
+        address, mask = self._address(store.location), self._mask(store.location)
+        if not mask:  # a single element, of the only row
+            address, mask = f"{address} + {self.own('row')}", self.own("is_row")
+        self._put(f"tl.store({address}, {tidy(self._text(store.value))}, mask={mask})")
 
     def _put(self, *lines: str) -> None:
         self.lines += lines
@@ -219,6 +239,21 @@ class RowKernel:
         parts = [self.own("is_row")] if used & self._row_names else []
         parts += [inside_name(loop) for loop in self.loops if loop.variable in used]
         return " & ".join(parts)
+
+
+def _accumulated(value: Expr) -> str:
+    """The type that a value is reduced in."""
+    return {"i8": "tl.int32", "i32": "tl.int32", "i64": "tl.int64"}.get(value.type.element, "tl.float32")
+
+
+def _empty(step: Reduction | Fold) -> str:
+    """The result of no elements, which elements outside the row are replaced by."""
+    tables = {"i8": _EMPTY_I8, "i32": _EMPTY_I32, "i64": _EMPTY_I64}
+    return tables.get(step.value.type.element, _EMPTY)[step.op]
+
+
+def _join(step: Reduction | Fold) -> str:
+    return (_INTEGER_JOIN if step.value.type.element in INTEGERS else _JOIN)[step.op]
 
 
 def _affine(at: Affine) -> str:

@@ -82,6 +82,10 @@ class FunctionChecker:
     def _cast(self, node: ast.Call, element: str) -> Expr:
         (argument,) = self._arguments(node, f"{element}(v)")
         x = self.expr(argument)
+        if element in self.scope.unbound:
+            message = f"{element} must be determined by a required input"
+            help = f"use {element} in the type of a required input, or cast to a fixed type such as f32"
+            raise self.text.refuse("SAGE132", message, node.func, help)
         if x.type.is_literal:
             message = "a literal must not be cast; it adopts the element type of the other operand"
             raise self.text.refuse("SAGE107", message, argument, "remove the cast")
@@ -110,9 +114,10 @@ class FunctionChecker:
         self.types.require_number(x, argument)
         self._require_dim(x, dim, dim_node, name)
         # A sum of f16 or bf16 would round after every addition, in an order that differs between targets.
-        if name in ("sum", "mean") and x.type.element not in ("f32", "f64", *INTEGERS):
-            message = f"{name}: expected f32, f64 or integers, got {x.type.element}, which may be narrow"
-            raise self.text.refuse("SAGE107", message, argument, "accumulate in f32: f32(...)")
+        if name in ("sum", "mean") and x.type.element not in ("f32", "f64", "i32", "i64"):
+            message = f"{name}: expected f32, f64, i32 or i64, got {x.type.element}, which may be narrow"
+            wide = "i32" if x.type.element == "i8" else "f32"
+            raise self.text.refuse("SAGE107", message, argument, f"accumulate in {wide}: {wide}(...)")
         if name == "mean" and x.type.element in INTEGERS:
             message = f"mean: expected floats, got {x.type.element}"
             raise self.text.refuse("SAGE107", message, argument, "cast it: f32(...)")

@@ -15,6 +15,7 @@ class Scope:
     dims: Mapping[str, object] = field(default_factory=dict)
     elements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    unbound: frozenset[str] = frozenset()  # element variables that no required input has
 
     @property
     def names(self) -> list[str]:

@@ -23,7 +23,7 @@ from sageLLM.codegen.expr.tree import (
     children,
     walk,
 )
-from sageLLM.codegen.expr.types import INTEGERS, ValueType
+from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.kernel.check import check_elements, check_inplace
 from sageLLM.codegen.kernel.indexing import LoweringError, Positions, base_index, joined, merged_dims, position
 from sageLLM.codegen.kernel.inline import Programs, unused_name
@@ -122,12 +122,12 @@ class _Lowering:
 
     def _domain(self, statement: Statement) -> _Domain:
         type_ = statement.value.type if isinstance(statement, Scatter) else self.target_type(statement.target)
-        if type_.element in INTEGERS or type_.element in ("bool", "f64"):
-            raise LoweringError(f"it stores {type_.element}")
+        if type_.element == "f64":
+            raise LoweringError("it stores f64")
         merged = self._merged(statement.value)
         dims = tuple(part for dim in type_.dims for part in merged.get(dim, (dim,)))
         if not dims:
-            raise LoweringError("an output must have at least one dim")
+            return _Domain((), None, merged)
         inner = dims[-1]
         if any(self._prefers(one, inner) for one in self._below(statement.value) if isinstance(one, Reduce | Dot)):
             return _Domain(dims, None, merged)
@@ -160,7 +160,6 @@ class _Lowering:
 @dataclass(slots=True)
 class _SweepBuilder:
     loop: Loop
-    dim: Size
     steps: list[InSweep] = field(default_factory=list)
     stores: list[Store] = field(default_factory=list)
 
@@ -185,6 +184,7 @@ class _NestBuilder:
         self._steps: list[Step | _SweepBuilder] = []
         self._known: dict[str, int] = {}  # values of the row, each with the step that computes it
         self._reductions: dict[Expr, str] = {}
+        self._folds: dict[tuple[Expr, tuple[Affine | None, ...]], str] = {}
         self._indices: dict[Expr, str] = {}
         self._stored: dict[str, tuple[int, Location]] = {}
         self._merged: Mapping[Size, tuple[Size, ...]] = {}
@@ -201,12 +201,14 @@ class _NestBuilder:
         here = self._positions(swept)
         location = self._location(statement, here)  # first, as it may add indices of the row
         found = [self._known[name] for at in location.index for name in at.variables if name in self._known]
+        if domain.inner is None and statement.target in self.lowering.read:  # named, as others read it
+            statement = replace(statement, value=Ref(statement.value.type, statement.target))
         after = max([self._prepare(statement.value, here), *found])
         if domain.inner is None:
             value = _Writer(self, None, here).lower(statement.value)
             self._steps.append(Store(location, value))
             return
-        at, sweep = self._sweep(domain.inner, after)
+        at, sweep = self._sweep(Loop(self.variable(domain.inner), domain.inner), after)
         value = _Writer(self, sweep, here).lower(statement.value)
         if statement.target in self.lowering.read or statement.target in self.lowering.views:
             sweep.steps.append(Let(statement.target, value))
@@ -239,8 +241,8 @@ class _NestBuilder:
         if not self.is_of_row(ref.type, here):
             return self._prepare(value, here)
         if name not in self._known:
-            if isinstance(value, Reduce | Dot):
-                self._reductions.setdefault(value, name)
+            is_reduction = isinstance(value, Reduce | Dot)
+            if is_reduction and self._reductions.setdefault(value, name) == name:
                 return self._prepare(value, here)
             self._prepare(value, here)
             self._steps.append(Let(name, _Writer(self, None, here).lower(value)))
@@ -249,19 +251,20 @@ class _NestBuilder:
 
     def _reduce(self, name: str, expr: Reduce, here: Positions) -> int:
         if name not in self._known:
-            inside = {**here, expr.dim: Affine.of(self.variable(expr.dim))}
-            at, sweep = self._sweep(expr.dim, self._prepare(expr.x, inside))
+            loop = self.reduced(expr, here)
+            inside = {**here, expr.dim: Affine.of(loop.variable)}
+            at, sweep = self._sweep(loop, self._prepare(expr.x, inside))
             value = _Writer(self, sweep, inside).lower(expr.x)
             sweep.steps.append(Reduction(name, expr.op, value))
             self._known[name] = at
         return self._known[name]
 
-    def _sweep(self, dim: Size, after: int) -> tuple[int, _SweepBuilder]:
-        """The first sweep over the dim after step `after`, or a new one."""
+    def _sweep(self, loop: Loop, after: int) -> tuple[int, _SweepBuilder]:
+        """The first sweep of the loop after step `after`, or a new one."""
         for at, step in enumerate(self._steps):
-            if at > after and isinstance(step, _SweepBuilder) and step.dim == dim:
+            if at > after and isinstance(step, _SweepBuilder) and step.loop == loop:
                 return at, step
-        sweep = _SweepBuilder(Loop(self.variable(dim), dim), dim)
+        sweep = _SweepBuilder(loop)
         self._steps.append(sweep)
         return len(self._steps) - 1, sweep
 
@@ -280,7 +283,25 @@ class _NestBuilder:
         return found
 
     def _below(self, expr: Expr, here: Positions) -> Positions:
-        return {**here, expr.dim: Affine.of(self.variable(expr.dim))} if isinstance(expr, Reduce | Dot) else here
+        if not isinstance(expr, Reduce | Dot):
+            return here
+        return {**here, expr.dim: Affine.of(self.folded(expr.dim, here).variable)}
+
+    def folded(self, dim: Size, here: Positions) -> Loop:
+        """The loop of a reduction within a sweep, `j_H`: other than that of any sweep over the same dim."""
+        taken = {name for at in here.values() for name in at.variables}
+        return Loop(unused_name(f"j{loop_name(dim).removeprefix('i')}", taken), dim)
+
+    def reduced(self, expr: Reduce | Dot, here: Positions) -> Loop:
+        """The loop of a reduction along the row. A dim of the rows, or of another position in scope, can be reduced as
+        well: its variable is then another one, which makes values at its positions different from those of the row.
+        """
+        dims = [dim for child in children(expr) for dim in child.type.dims if dim != expr.dim and dim in here]
+        taken = {name for dim in dims for name in here[dim].variables} | {loop.variable for loop in self._loops}
+        name = self.variable(expr.dim)
+        if name in taken:
+            name = unused_name(name, taken | set(self._variables.values()) | set(self._indices.values()))
+        return Loop(name, expr.dim)
 
     def is_local(self, type_: ValueType, here: Positions) -> bool:
         """Whether the element of a value at `here` is the one at the positions of the loops."""
@@ -297,6 +318,16 @@ class _NestBuilder:
             name = f"{op}_over_{loop_name(expr.dim).removeprefix('i_')}"
             self._reductions[expr] = unused_name(name, self._reductions.values())
         return self._reductions[expr]
+
+    def fold_name(self, expr: Reduce | Dot, here: Positions) -> str:
+        """As `reduction_name`, with another name for each position that is not that of the loops."""
+        if self.is_local(expr.type, here):
+            return self.reduction_name(expr)
+        key = expr, tuple(here.get(dim) for dim in expr.type.dims)
+        if key not in self._folds:
+            taken = (self.reduction_name(expr), *self._reductions.values(), *self._folds.values())
+            self._folds[key] = unused_name(taken[0], taken)
+        return self._folds[key]
 
     def index_variable(self, dim: Size, index: Expr, here: Positions) -> str:
         """The variable of an index from data along the dim; scheduled on first use."""
@@ -392,8 +423,8 @@ class _Writer:
         if self.sweep is None:
             raise LoweringError(f"it reduces {expr.dim} outside the loops")
         reduction = as_reduce(expr)
-        loop = Loop(self.nest.variable(expr.dim), expr.dim)
-        name = self.nest.reduction_name(expr)
+        loop = self.nest.folded(expr.dim, self.here)
+        name = self.nest.fold_name(expr, self.here)
         if name in self.sweep.names:
             return Ref(expr.type, name)
         inside = {**self.here, expr.dim: Affine.of(loop.variable)}

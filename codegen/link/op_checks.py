@@ -1,14 +1,16 @@
 """Checks the fields of an op against its signature and semantics."""
 
 from sageLLM.codegen.diagnostics import Sink, did_you_mean
+from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.link.signature import Signature
 from sageLLM.codegen.load import Entry
+from sageLLM.codegen.model.dim_sources import dim_sources
 from sageLLM.codegen.schema.ops import KernelSpec, OpSpec
 
 
 def check_op(entry: Entry[OpSpec], signature: Signature, semantics: str, sink: Sink) -> None:
     """Reports all findings; `semantics` is the field that defines the op: compute, fuses or reference."""
-    _check_determined(entry, signature, sink)
+    _check_determined(entry, signature, semantics, sink)
     _check_inplace(entry, signature, sink)
     _check_fields(entry, semantics, sink)
     _check_sharding(entry, signature, sink)
@@ -17,19 +19,34 @@ def check_op(entry: Entry[OpSpec], signature: Signature, semantics: str, sink: S
         _check_epilogue_of(entry, signature, sink)
 
 
-def _check_determined(entry: Entry[OpSpec], signature: Signature, sink: Sink) -> None:
-    """Reports dims and element variables of outputs that inputs and attrs do not determine."""
+def _check_determined(entry: Entry[OpSpec], signature: Signature, semantics: str, sink: Sink) -> None:
+    """Reports dims and element variables of operands that required inputs and attrs do not determine.
+
+    A `reference` may treat the element type of an optional input by itself.
+    """
+    known = signature.dim_attrs | dim_sources(signature.inputs, signature.dim_attrs).keys()
     required = [o.type for o in signature.inputs if not o.optional]
-    known = {symbol for type_ in required for dim in type_.dims for symbol in dim.symbols} | signature.dim_attrs
+    known |= {"R"} if any(LEADING in type_.dims for type_ in required) else set()
     elements = {type_.element for type_ in required}
-    for output in signature.outputs:
-        missing = [symbol for dim in output.type.dims for symbol in dim.symbols if symbol not in known]
-        if output.type.element in signature.elements and output.type.element not in elements:
-            missing.append(output.type.element)
-        for name in dict.fromkeys(missing):
-            message = f"{name} of the output '{output.name}' must be determined by an input"
-            help = f"or make it an attr: `{name}: {{type: dim}}`" if name in signature.dims else "add an input with it"
-            sink.error("SAGE132", message, entry.span("outputs", output.name), help)
+    reported: set[str] = set()
+    sections = (("inputs", "input", signature.inputs), ("outputs", "output", signature.outputs))
+    for key, words, operand in ((key, words, operand) for key, words, group in sections for operand in group):
+        names = dict.fromkeys(symbol for dim in operand.type.dims for symbol in dim.symbols if symbol not in known)
+        is_free = semantics == "reference" and key == "inputs"
+        if operand.type.element in signature.elements and operand.type.element not in elements and not is_free:
+            names[operand.type.element] = None
+        for name in (name for name in names if name not in reported):
+            reported.add(name)
+            message = f"{name} of the {words} '{operand.name}' must be determined by a required input"
+            sink.error("SAGE132", message, entry.span(key, operand.name), _determined_help(name, signature))
+
+
+def _determined_help(name: str, signature: Signature) -> str | None:
+    if name == "R":
+        return "add `...` to a required input"
+    if name not in signature.dims:
+        return f"use {name} in the type of a required input"
+    return f"use {name} alone as a dim of a required input, or make it an attr: `{name}: {{type: dim}}`"
 
 
 def _check_inplace(entry: Entry[OpSpec], signature: Signature, sink: Sink) -> None:

@@ -61,7 +61,7 @@ rows i_T < T, i_N < N
     "combine_experts": """
 rows i_T < T
   sweep i_H < H
-    sum_over_A = sum over i_A < A of (f32(x[i_T, i_A, i_H]) * weights[i_T, i_A])
+    sum_over_A = sum over j_A < A of (f32(x[i_T, j_A, i_H]) * weights[i_T, j_A])
     y[i_T, i_H] := E(sum_over_A)
 """,
     "router_logits": """

@@ -55,7 +55,7 @@ SAGE_KERNEL(embedding_shard) {
     const int64_t y_T = sizes[4];
     const int64_t first = (int64_t)attrs[0];
     parallel_for_rows(T, H * T, [&](int64_t i_T) {
-        const int64_t row = ids[i_T] - first;
+        const int64_t row = wrap<int32_t>(subtract(ids[i_T], first));
         const bool held = row >= 0 & row < V;
         const int64_t i_V = minimum(maximum(row, 0), V - 1);
         sweep(H, [&](auto i_H) { store(y + i_T * y_T, i_H, where(held, load(table + i_V * table_V, i_H), 0.0f)); });

@@ -7,11 +7,19 @@ import triton.language as tl
 
 __all__ = [
     "LOG2E",
+    "amax",
+    "amin",
     "exp2_difference",
     "find_group",
+    "float_of",
+    "floor_divide",
+    "floor_remainder",
+    "integer_power",
+    "key_of",
     "max_and_index",
     "normalized",
     "online_softmax",
+    "power",
     "rint",
     "rounded",
     "sink_scores",
@@ -32,6 +40,68 @@ def rint(x):
     """x, in float32, rounded to an integer, halves to the even one."""
     integer = (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum is rounded to an integer
     return tl.where(tl.abs(x) < 4194304.0, integer, tl.floor(x))
+
+
+@triton.jit
+def floor_divide(a, b):
+    """The quotient of integers rounded down, as in Python; Triton's `//` rounds towards 0. The quotient by 0 is 0."""
+    divisor = tl.where(b == 0, 1, b)
+    quotient = a // divisor
+    rest = a - quotient * divisor
+    quotient = tl.where((rest != 0) & ((rest < 0) != (divisor < 0)), quotient - 1, quotient)
+    return tl.where(b == 0, 0, quotient)
+
+
+@triton.jit
+def floor_remainder(a, b):
+    return a - floor_divide(a, b) * b
+
+
+@triton.jit
+def integer_power(x, N: tl.constexpr):
+    """x * x * ... for a whole N >= 0."""
+    product = x * 0 + 1 if N == 0 else x
+    for _ in tl.static_range(N - 1):
+        product = product * x
+    return product
+
+
+@triton.jit
+def power(x, exponent):
+    """x ** exponent in float32; NaN for a negative x and a fractional exponent."""
+    e = tl.zeros([1, 1], tl.float32) + exponent
+    x = tl.zeros([1, 1], tl.float32) + x
+    p = tl.exp(e * tl.log(tl.abs(x)))
+    is_whole = tl.floor(e) == e
+    is_odd = is_whole & (2.0 * tl.floor(0.5 * e) != e)
+    p = tl.where((x < 0.0) & is_odd, -p, p)
+    p = tl.where((x < 0.0) & (x > float("-inf")) & (is_whole == 0), float("nan"), p)
+    return tl.where((e == 0.0) | (x == 1.0), 1.0, p)
+
+
+@triton.jit
+def key_of(x):
+    """Integers in the order of floats, with NaN greater than everything and 0 equal to -0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(x != x, 2147483647, tl.where(x == 0.0, 0, bits ^ ((bits >> 31) & 2147483647)))
+
+
+@triton.jit
+def float_of(key):
+    """The float of a key; NaN is the quiet one."""
+    bits = tl.where(key == 2147483647, 2143289344, key ^ ((key >> 31) & 2147483647))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def amax(x, AXIS: tl.constexpr):
+    """The largest of float32 values along an axis; NaN if one is NaN, as in torch, which tl.max does not ensure."""
+    return float_of(tl.max(key_of(x), AXIS))
+
+
+@triton.jit
+def amin(x, AXIS: tl.constexpr):
+    return -amax(-x, AXIS)
 
 
 @triton.jit

@@ -375,9 +375,9 @@ def _combine_experts_kernel(
     i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
     sum_over_A = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for i_A in range(A):
-        sum_over_A += tl.load(x + i_T * x_T + i_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32) * tl.load(
-            weights + i_T * weights_T + i_A, mask=is_row, other=0
+    for j_A in range(A):
+        sum_over_A += tl.load(x + i_T * x_T + j_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32) * tl.load(
+            weights + i_T * weights_T + j_A, mask=is_row, other=0
         )
     tl.store(y + i_T * y_T + i_H, device.rounded(sum_over_A, E), mask=is_row & in_H)
 

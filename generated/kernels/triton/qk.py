@@ -737,7 +737,7 @@ def qk_norm_rope_kv_store(
     k_out = k_cache
     v_out = v_cache
     columns = max(D, Dr // 2, D - Dr)
-    if T * Nq > 0 and columns > 0:
+    if T * Nq > 0 and max(Dr // 2, D - Dr) > 0:
         tile = row_tile(columns)
         kernel = _qk_norm_rope_kv_store_long if tile.is_looped else _qk_norm_rope_kv_store_rows
         kernel[tile.grid(T * Nq)](
@@ -1126,7 +1126,7 @@ def qk_norm_1p_rope_kv_store(
     k_out = k_cache
     v_out = v_cache
     columns = max(D, Dr // 2, D - Dr)
-    if T * Nq > 0 and columns > 0:
+    if T * Nq > 0 and max(Dr // 2, D - Dr) > 0:
         tile = row_tile(columns)
         kernel = _qk_norm_1p_rope_kv_store_long if tile.is_looped else _qk_norm_1p_rope_kv_store_rows
         kernel[tile.grid(T * Nq)](

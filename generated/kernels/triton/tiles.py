@@ -32,15 +32,15 @@ class Tile(NamedTuple):
         return {"ROWS": self.rows, "num_warps": self.num_warps, "num_stages": stages, "enable_fp_fusion": False}
 
 
-def split_tile(columns: int) -> Tile:
+def split_tile(columns: int, max_rows: int = 1024) -> Tile:
     """For work on single elements: a thread has 8 of them, which are 16 bytes of a half type."""
-    block = min(triton.next_power_of_2(columns), 1024)
-    return Tile(1024 // block, block, 4, num_blocks=triton.cdiv(columns, block))
+    block = min(triton.next_power_of_2(max(columns, 1)), 1024)
+    return Tile(min(1024 // block, max_rows), block, 4, num_blocks=triton.cdiv(columns, block))
 
 
-def row_tile(columns: int) -> Tile:
+def row_tile(columns: int, max_rows: int = 1024) -> Tile:
     """For rows with reductions: short rows share a program; one longer than LONGEST_TILE is read block by block."""
     if columns > LONGEST_TILE:
         return Tile(1, 2048, 8, is_looped=True)
-    block = triton.next_power_of_2(columns)
-    return Tile(max(1, 1024 // block), block, min(max(block // 512, 4), 16))
+    block = triton.next_power_of_2(max(columns, 1))
+    return Tile(min(max(1, 1024 // block), max_rows), block, min(max(block // 512, 4), 16))

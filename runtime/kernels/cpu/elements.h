@@ -36,7 +36,7 @@ inline To bits_of(From value) {
 
 const Ints LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-inline Floats broadcast(float value) { return Floats{} + value; }
+inline Floats broadcast(float value) { return value - Floats{}; }  // unlike 0 + value, keeps the sign of -0
 
 // bf16: the upper half of a float32.
 

@@ -17,6 +17,7 @@ inline Floats where(Ints condition, float a, Floats b) { return condition ? broa
 inline Floats where(Ints condition, float a, float b) { return condition ? broadcast(a) : broadcast(b); }
 inline Floats where(bool condition, Floats a, float b) { return condition ? a : broadcast(b); }
 inline Floats where(bool condition, float a, Floats b) { return condition ? broadcast(a) : b; }
+inline int64_t where(bool condition, int64_t a, int64_t b) { return condition ? a : b; }
 template <class T>
 inline T where(bool condition, T a, T b) {
     return condition ? a : b;
@@ -25,16 +26,6 @@ inline T where(bool condition, T a, T b) {
 inline Ints mask(bool condition) { return Ints{} - (int32_t)condition; }
 inline Ints logical_not(Ints condition) { return ~condition; }
 inline bool logical_not(bool condition) { return !condition; }
-
-// Integer division rounds down, as in the compute language and in Python.
-
-inline int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
-
-// A position in a hook of attention is an int32_t, and so is its remainder.
-template <class A, class B>
-inline auto floor_remainder(A a, B b) -> decltype(a % b) {
-    return (decltype(a % b))(a - floor_divide(a, b) * b);
-}
 
 // NaN if either operand is NaN, as in torch.
 
@@ -53,9 +44,11 @@ inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
 inline float minimum(float a, float b) { return a != a || a < b ? a : b; }
 inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int32_t maximum(int32_t a, int32_t b) { return a > b ? a : b; }
+inline int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }
 
 inline Floats abs(Floats x) { return bits_of<Floats>(bits_of<Bits>(x) & 0x7fffffff); }
-inline Ints abs(Ints x) { return x < 0 ? -x : x; }
+inline Ints abs(Ints x) { return x < 0 ? (Ints)(-(Bits)x) : x; }
 inline Floats relu(Floats x) { return maximum(x, 0.0f); }
 
 inline Floats sqrt(Floats x) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "functions.h"
+#include "integers.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
@@ -99,5 +100,28 @@ struct Min {
     void add(Floats value, Tail i) { by_lane = active_lanes(i) ? minimum(by_lane, value) : by_lane; }
     float total() const { return -reduce_max(-by_lane); }
 };
+
+// The same for Ints and Longs. Integer sums are exact modulo the size of a lane, so that their order does not matter.
+
+template <class Lanes, int64_t START, Lanes (*JOIN)(Lanes, Lanes)>
+struct IntegerReduction {
+    Lanes by_lane = Lanes{} + (decltype(Lanes{}[0] + 0))START;
+    void add(Lanes value, Block) { by_lane = JOIN(by_lane, value); }
+    void add(Lanes value, Tail i) { by_lane = where(active_lanes(i), JOIN(by_lane, value), by_lane); }
+    int64_t total() const {
+        Lanes result = by_lane;
+        for (int lane = 1; lane < LANES; ++lane) {
+            Lanes other = Lanes{} + by_lane[lane];
+            result = JOIN(result, other);
+        }
+        return result[0];
+    }
+};
+using IntSum = IntegerReduction<Ints, 0, add>;
+using IntMax = IntegerReduction<Ints, INT32_MIN, maximum>;
+using IntMin = IntegerReduction<Ints, INT32_MAX, minimum>;
+using LongSum = IntegerReduction<Longs, 0, add>;
+using LongMax = IntegerReduction<Longs, INT64_MIN, maximum>;
+using LongMin = IntegerReduction<Longs, INT64_MAX, minimum>;
 
 }  // namespace sage
