@@ -562,7 +562,7 @@ CODES: dict[str, CodeInfo] = {
     ),
     "SAGE507": CodeInfo(
         "formatter missing",
-        "ruff and clang-format lay out the generated files. They are dependencies of sageLLM in exact versions, as other "
+        "ruff and clang-format format the generated files. They are dependencies in exact versions, as other "
         "versions produce other bytes. Nothing was written.",
     ),
 }

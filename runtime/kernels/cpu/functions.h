@@ -5,6 +5,8 @@
 // error below 3e-8. No function comes from libm: results must not depend on the installed version of it.
 #pragma once
 
+#include <type_traits>
+
 #include "elements.h"
 
 namespace sage {
@@ -42,10 +44,15 @@ inline Floats minimum(Floats a, float b) { return minimum(a, broadcast(b)); }
 inline Floats minimum(float a, Floats b) { return minimum(broadcast(a), b); }
 inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
 inline float minimum(float a, float b) { return a != a || a < b ? a : b; }
-inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int32_t maximum(int32_t a, int32_t b) { return a > b ? a : b; }
-inline int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }
+
+template <class A, class B, class = std::enable_if_t<std::is_integral<A>::value && std::is_integral<B>::value>>
+inline std::common_type_t<A, B> maximum(A a, B b) {
+    return a > b ? a : b;
+}
+template <class A, class B, class = std::enable_if_t<std::is_integral<A>::value && std::is_integral<B>::value>>
+inline std::common_type_t<A, B> minimum(A a, B b) {
+    return a < b ? a : b;
+}
 
 inline Floats abs(Floats x) { return bits_of<Floats>(bits_of<Bits>(x) & 0x7fffffff); }
 inline Ints abs(Ints x) { return x < 0 ? (Ints)(-(Bits)x) : x; }

@@ -4,8 +4,6 @@
 // wrapped by `to<int8_t>`. Division rounds down, as in Python; a quotient by 0 is 0, so that it cannot end the process.
 #pragma once
 
-#include <type_traits>
-
 #include "functions.h"
 
 namespace sage {
