@@ -12,6 +12,7 @@ from sageLLM.codegen.emit.torch_layout import Layout, Piece, squeezed
 from sageLLM.codegen.emit.torch_text import TorchText, view_text
 from sageLLM.codegen.expr.size import LEADING
 from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Program, Ref, Statement, View, names_read
+from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.expr.views import grouped_parts, tile_axis
 from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, Call, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
@@ -192,12 +193,11 @@ class KernelWriter:
     def lines(self) -> list[str]:
         """Sizes, views, statements and the return."""
         body = self._body()
-        text = "\n".join(body)
-        views = [
-            f"{v.name} = {view_text(v)}"
-            for v in self.program.views
-            if self._is_input(v.base) and _mentions(text, v.name)
-        ]
+        text, views = "\n".join(body), list[str]()
+        for view in reversed(self.program.views):  # views of views come after those
+            if self._is_input(self.program.root(view.name)) and _mentions(text, view.name):
+                views.insert(0, f"{view.name} = {view_text(view)}")
+                text += f"\n{view_text(view)}"
         wide = [f"f32 = wide({self._wide_operand()})"] if _mentions("\n".join([text, *views]), "f32") else []
         return [*self._sizes("\n".join([text, *views])), *wide, *views, *body]
 
@@ -247,7 +247,8 @@ class KernelWriter:
         """Replaces a statement's value by the text of a view, `q = qkv[...]`, if it is only the name of the view."""
         value = statement.value
         view = self.program.view(value.name) if isinstance(value, Ref) else None
-        if view is not None and self._is_input(view.base) and texts[statement.target] == view.name:
+        is_of_input = view is not None and self._is_input(self.program.root(view.name))
+        if view is not None and is_of_input and texts[statement.target] == view.name:
             texts[statement.target] = view_text(view)
 
     def _result(self, output: Operand, texts: dict[str, str]) -> str:
@@ -255,12 +256,16 @@ class KernelWriter:
             is_read = any(output.name in names_read(s.value) for s in self.program.statements)
             is_short = len(self.op.outputs) == 1 and not is_read
             return texts.pop(output.name) if is_short else output.name
-        parts = [view for view in self.program.views if view.base == output.name]
+        return self._assembled(output.name, output.type, texts)
+
+    def _assembled(self, name: str, type_: ValueType, texts: dict[str, str]) -> str:
+        """An output, or a view of one, from the views that it was assigned by."""
+        parts = [view for view in self.program.views if view.base == name and self._is_assigned(view, texts)]
         axis = tile_axis(parts)
         if axis is None:
-            dims = (f"*{leading_text(self.op)}" if dim == LEADING else str(dim) for dim in output.type.dims)
-            return f"{parts[0].name}.reshape({', '.join(dims) or '()'})"
-        position = axis - len(output.type.dims) if LEADING in output.type.dims else axis
+            dims = (f"*{leading_text(self.op)}" if dim == LEADING else str(dim) for dim in type_.dims)
+            return f"{self._part_name(parts[0], texts)}.reshape({', '.join(dims) or '()'})"
+        position = axis - len(type_.dims) if LEADING in type_.dims else axis
         names = [self._interleaved(group, texts, position) for group in grouped_parts(parts, axis)]
         return f"torch.cat(({', '.join(names)}), {position})" if len(names) > 1 else names[0]
 
@@ -272,8 +277,15 @@ class KernelWriter:
         new = position if position < 0 else position + 1
         return f"torch.stack(({', '.join(names)}), {new}).flatten({new - 1}, {new})"
 
+    def _is_assigned(self, view: View, texts: dict[str, str]) -> bool:
+        return view.name in texts or any(
+            part.base == view.name and self._is_assigned(part, texts) for part in self.program.views
+        )
+
     def _part_name(self, part: View, texts: dict[str, str]) -> str:
         """The name of a part, or of the operand if the part is an unchanged operand."""
+        if part.name not in texts:
+            return self._assembled(part.name, part.type, texts)
         return texts.pop(part.name) if self._is_input(texts[part.name]) else part.name
 
     def _sizes(self, text: str) -> list[str]:

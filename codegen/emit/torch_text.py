@@ -230,7 +230,7 @@ def view_text(view: View) -> str:
         else:
             start = "" if cut.start == Size.of(0) else str(cut.start)
             stop = "" if cut.stop == dim else str(cut.stop)
-            parts.append(f"{start}:{stop}" if cut.step == 1 else f"{start}:{stop}:{cut.step}")
+            parts.append(f"{start}:{stop}" if cut.step == Size.of(1) else f"{start}:{stop}:{cut.step}")
     while parts and parts[-1] == ":" and "..." not in parts:
         parts.pop()
     text = view.base + (f"[{', '.join(parts)}]" if any(view.slices) else "")

@@ -61,7 +61,7 @@ def _own_flops(expr: Expr) -> Size:
 
 def program_reads(program: Program, inputs: Mapping[str, ValueType], optional: frozenset[str]) -> dict[str, Size]:
     """Bytes read of each input; 0 for an input that no arithmetic reads."""
-    views = {view.name: view.base for view in program.views}
+    views = {view.name: program.root(view.name) for view in program.views}
     aliases = _aliases(program)
     nodes = [node for s in program.statements if s.target not in aliases for node in walk(s.value)]
     tables = [node for node in nodes if isinstance(node, Gather) and isinstance(node.table, Ref)]

@@ -71,7 +71,8 @@ class PartialSumChecker:
         return {name: self._output(name) for name in names}
 
     def _output(self, name: str) -> SumState:
-        parts = [view.name for view in self.program.views if view.base == name and view.name in self.states]
+        views = (view.name for view in self.program.views if self.program.root(view.name) == name)
+        parts = [view for view in views if view in self.states]
         states = {self.states[part] for part in ([name] if name in self.states else parts)} - {SumState.ZERO}
         if len(states) > 1:
             complete = [part for part in parts if self.states[part] is SumState.COMPLETE]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from sageLLM.codegen.expr.check import Checker
 from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.syntax import Refused, Text, check_grammar, parse_statements
-from sageLLM.codegen.expr.tree import Expr, Number, Program, Statement, View, names_read
+from sageLLM.codegen.expr.tree import Expr, Number, Program, Statement, View, names_read, root_of
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.expr.value_names import why_not_a_value_name
 from sageLLM.codegen.expr.views import tiles
@@ -74,7 +74,7 @@ class ProgramChecker:
         """The declared type of an output or of a view of one; None for a new name."""
         target = name.id
         view = next((view for view in self.views if view.name == target), None)
-        if target in self.inputs or (view and view.base in self.inputs):
+        if target in self.inputs or (view and root_of(self.views, target) in self.inputs):
             raise self.text.refuse("SAGE112", f"the input '{target}' must not be assigned", name, "choose a new name")
         if target in self.written:
             help = "every name is assigned once; choose a new name"
@@ -107,20 +107,37 @@ class ProgramChecker:
             raise self.text.refuse("SAGE109", message, node, f"cast the value: {declared.element}(...)")
 
     def _check_outputs(self) -> None:
-        for name in self.outputs:
-            parts = [view for view in self.views if view.base == name and view.name in self.written]
-            if name in self.written and parts:
-                message = f"the output '{name}' must be assigned whole or by views, got both: '{parts[0].name}'"
-                span = self.text.span(self.written[parts[0].name])
-                self.text.sink.error("SAGE111", message, span, "remove one of the assignments")
-            elif name not in self.written and not parts:
+        for name, type_ in self.outputs.items():
+            if name not in self.written and not self._assigned_parts(name):
                 message, help = f"the output '{name}' is never assigned", f"add `{name} = ...`"
                 self.text.sink.error("SAGE110", message, self.text.span(), help)
-            elif parts and not tiles(parts, self.outputs[name]):
-                names = ", ".join(view.name for view in parts)
-                message = f"the assigned views must cover the output '{name}' exactly once, got {names}"
-                span = self.text.span(self.written[parts[0].name])
-                self.text.sink.error("SAGE110", message, span, "assign a view of each remaining part")
+            else:
+                self._check_parts(name, type_, f"the output '{name}'")
+
+    def _check_parts(self, name: str, type_: ValueType, words: str) -> None:
+        """An output, or a view of one, must be assigned whole or by views that cover it exactly once."""
+        parts = self._assigned_parts(name)
+        if not parts:
+            return
+        site = self.text.span(self._first_assigned(parts[0]))
+        if name in self.written:
+            message = f"{words} must be assigned whole or by views, got both: '{parts[0].name}'"
+            self.text.sink.error("SAGE111", message, site, "remove one of the assignments")
+        elif not tiles(parts, type_):
+            names = ", ".join(view.name for view in parts)
+            message = f"the assigned views must cover {words} exactly once, got {names}"
+            self.text.sink.error("SAGE110", message, site, "assign a view of each remaining part")
+        for part in parts:
+            self._check_parts(part.name, part.type, f"the view '{part.name}'")
+
+    def _assigned_parts(self, name: str) -> list[View]:
+        """The views of an operand or view that are assigned, whole or in parts."""
+        own = [view for view in self.views if view.base == name]
+        return [view for view in own if view.name in self.written or self._assigned_parts(view.name)]
+
+    def _first_assigned(self, view: View) -> ast.AST:
+        found = self.written.get(view.name)
+        return found if found is not None else self._first_assigned(self._assigned_parts(view.name)[0])
 
     def _check_uses(self) -> None:
         used = {name for statement in self.statements for name in names_read(statement.value)}
@@ -132,4 +149,5 @@ class ProgramChecker:
 
 def with_view_types(scope: Scope, inputs: Mapping[str, ValueType], views: Sequence[View]) -> Scope:
     """The scope extended by the views of inputs; views of outputs are added when they are assigned."""
-    return replace(scope, values=scope.values | {view.name: view.type for view in views if view.base in inputs})
+    of_inputs = {view.name: view.type for view in views if root_of(views, view.name) in inputs}
+    return replace(scope, values=scope.values | of_inputs)

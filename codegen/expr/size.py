@@ -54,6 +54,36 @@ class Size:
     def divided_by(self, divisor: int) -> "Size":
         return _size({monomial: Fraction(factor, divisor) for monomial, factor in self.terms})
 
+    def quotient(self, divisor: "Size") -> "Size | None":
+        """The exact quotient by a number or a product of dims, or None: G*M / G is M."""
+        if len(divisor.terms) != 1:
+            return None
+        (symbols, number) = divisor.terms[0]
+        found: dict[Monomial, Coefficient] = {}
+        for monomial, factor in self.terms:
+            rest = list(monomial)
+            for symbol in symbols:
+                if symbol not in rest:
+                    return None
+                rest.remove(symbol)
+            found[tuple(rest)] = Fraction(factor) / number
+        return _size(found)
+
+    def less_multiple(self, other: "Size") -> "Size":
+        """self - c * other, with c so that the first term that is negative in both vanishes: 2*D - 2*Dr by D - Dr."""
+        own = dict(self.terms)
+        for monomial, factor in other.terms:
+            if factor < 0 and own.get(monomial, 0) < 0:
+                multiple = Fraction(own[monomial]) / factor
+                return self + _size({name: -multiple * number for name, number in other.terms})
+        return self - other
+
+    @property
+    def constant_term(self) -> int:
+        """The number without a dim: 1 of `Dr + 1`; 0 if it is not whole."""
+        value = next((factor for monomial, factor in self.terms if not monomial), 0)
+        return int(value) if value.denominator == 1 else 0
+
     @property
     def symbols(self) -> tuple[str, ...]:
         return tuple(sorted({symbol for monomial, _ in self.terms for symbol in monomial}))

@@ -1,6 +1,6 @@
 """The typed, target-independent expression tree that every kernel emitter reads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,20 +116,28 @@ class IfPresent(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The range of one dim from `start` to `stop`; with a `step`, every step-th component from `start` on."""
+    """The range of one dim from `start` to `stop`; with a `step`, every step-th component, `length` in number."""
 
     start: Size
     stop: Size
-    step: int = 1
+    step: Size
+    length: Size
 
     @property
-    def length(self) -> Size:
-        return self.stop - self.start if self.step == 1 else self.stop.divided_by(self.step)
+    def base(self) -> Size:
+        """The start of the whole steps: Dr for `Dr + 1:D:2`, the odd components from Dr on."""
+        return self.start - Size.of(self.offset)
+
+    @property
+    def offset(self) -> int:
+        """The position within a step of known size."""
+        step = self.step.constant or 1
+        return self.start.constant_term % step
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A slice of an operand, reshaped if `shape` is not None. Moves no data."""
+    """A slice of an operand or of another view, reshaped if `shape` is not None. Moves no data."""
 
     name: str
     base: str
@@ -156,6 +164,18 @@ class Program:
 
     def view(self, name: str) -> View | None:
         return next((view for view in self.views if view.name == name), None)
+
+    def root(self, name: str) -> str:
+        """The operand that a view, or a view of a view, shows; any other name as it is."""
+        return root_of(self.views, name)
+
+
+def root_of(views: Iterable[View], name: str) -> str:
+    """The operand that a view, or a view of a view, shows; any other name as it is."""
+    bases = {view.name: view.base for view in views}
+    while name in bases:
+        name = bases[name]
+    return name
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:

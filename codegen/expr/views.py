@@ -19,7 +19,7 @@ def parse_view(
 ) -> View:
     """`gu[T, 0:I]`, `x[T, 1:D:2]` or `x[T, N, D] as [T, N*D]`; raises Refused otherwise.
 
-    `known` are sizes that the op's conditions guarantee to be non-negative: D - Dr, for `where: [Dr <= D]`.
+    `operands` includes the views that are declared before, `known` are sizes that the op's conditions guarantee to be non-negative: D - Dr, for `where: [Dr <= D]`.
     """
     base, inside, shape_text = _view_parts(text)
     if base.value not in operands:
@@ -61,24 +61,42 @@ def _slice(part: Text, dim: Size, dims: Mapping[str, object], known: Collection[
         return None
     cuts = [-1, *(i for i, letter in enumerate(part.value) if letter == ":"), len(part.value)]
     start, stop, *steps = (parse_dim(part.trimmed_part(a + 1, b), dims) for a, b in pairwise(cuts))
-    ends = (start, dim - stop, stop - start if not steps else Size.of(0))
-    inside = all(_is_never_negative(size, known) for size in ends)
+    if len(steps) > 1:
+        raise part.refuse("SAGE117", f"a slice must be a:b or a:b:step, got {part.value}")
+    step = steps[0] if steps else Size.of(1)
+    length = _length(part, start, stop, step, known)
+    inside = all(_is_never_negative(size, known) for size in (start, dim - stop, length))
     if not inside or dim == LEADING:
         message = f"the slice {part.value} must be inside the dim {dim}"
         raise part.refuse("SAGE117", message, None, f"required: 0 <= start <= stop <= {dim}")
-    return Slice(start, stop, _step(part, start, steps)) if steps else Slice(start, stop)
+    return Slice(start, stop, step, length)
+
+
+def _length(part: Text, start: Size, stop: Size, step: Size, known: Collection[Size]) -> Size:
+    """The number of components. Division is exact, as everywhere: `0:D:2` states that D is even.
+
+    A start before the first step, such as `1:D:2`, does not change the number; the same holds for the numbers within a
+    step of known size, as in `Dr + 1:D:2`.
+    """
+    if step == Size.of(1):
+        return stop - start
+    if not step.is_never_negative or not step.terms:
+        raise part.refuse("SAGE117", f"the step of a slice must be at least 1, got {part.value}")
+    whole = stop - start
+    if _is_never_negative(step - start - Size.of(1), known):
+        whole = stop
+    elif step.constant is not None:
+        whole = stop - start + Size.of(start.constant_term % step.constant)
+    length = whole.quotient(step)
+    if length is None:
+        help = f"the distance {whole} must be a product with {step}; for a start within a step add `where: [start < {step}]`"
+        raise part.refuse("SAGE117", f"the slice {part.value} must have a known number of steps", None, help)
+    return length
 
 
 def _is_never_negative(size: Size, known: Collection[Size]) -> bool:
-    return size.is_never_negative or any((size - other).is_never_negative for other in known)
-
-
-def _step(part: Text, start: Size, steps: Sequence[Size]) -> int:
-    step, first = steps[0].constant, start.constant
-    if len(steps) != 1 or step is None or step < 2 or first is None or first >= step:
-        message = f"a slice with a step must be a:b:step with numbers a < step, got {part.value}"
-        raise part.refuse("SAGE117", message, None, "write for example 0:H:2 and 1:H:2")
-    return step
+    """Whether the size, less some multiple of one of the known sizes, has no negative term."""
+    return size.is_never_negative or any(size.less_multiple(other).is_never_negative for other in known)
 
 
 def tiles(parts: Sequence[View], whole: ValueType) -> bool:
@@ -91,7 +109,7 @@ def tiles(parts: Sequence[View], whole: ValueType) -> bool:
         found = [part.slices[cut] for part in group]
         first = found[0]
         starts = [one.start for one in found if one is not None]
-        if first is None or starts != [at + Size.of(i) for i in range(first.step)]:
+        if first is None or starts != [at + Size.of(i) for i in range(first.step.constant or 0)]:
             return False
         at = first.stop
     return at == whole.dims[cut]
@@ -110,9 +128,8 @@ def grouped_parts(parts: Sequence[View], axis: int) -> list[list[View]]:
     for part in parts:
         cut = part.slices[axis]
         assert cut is not None, "every part must be sliced along the axis"
-        start = Size.of(0) if cut.step > 1 else cut.start
-        groups.setdefault(start, []).append(part)
-        stops[start] = cut.stop
+        groups.setdefault(cut.base, []).append(part)
+        stops[cut.base] = cut.stop
     ordered, at = [], Size.of(0)
     while at in groups:
         ordered.append(sorted(groups.pop(at), key=lambda part: _offset(part, axis)))
@@ -122,4 +139,4 @@ def grouped_parts(parts: Sequence[View], axis: int) -> list[list[View]]:
 
 def _offset(part: View, axis: int) -> int:
     cut = part.slices[axis]
-    return (cut.start.constant or 0) if cut is not None and cut.step > 1 else 0
+    return cut.offset if cut is not None else 0

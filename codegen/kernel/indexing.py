@@ -30,7 +30,7 @@ def base_index(view: View, positions: Positions) -> tuple[Affine, ...]:
     else:
         inside = _unshaped(sliced, view.shape, positions)
     return tuple(
-        at if cut is None else Affine(cut.start) + at.scaled(Size.of(cut.step))
+        at if cut is None else Affine(cut.start) + at.scaled(cut.step)
         for cut, at in zip(view.slices, inside, strict=True)
     )
 

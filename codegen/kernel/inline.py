@@ -127,7 +127,8 @@ class _Inliner:
     def _view(self, view: View) -> View:
         slices: list[Slice | None] = []
         for cut, dim in zip(view.slices, view.base_type.dims, strict=True):
-            bound = Slice(self._size(cut.start), self._size(cut.stop), cut.step) if cut else None
+            ends = (self._size(size) for size in (cut.start, cut.stop, cut.step, cut.length)) if cut else None
+            bound = Slice(*ends) if ends else None
             slices += [None] * len(self._binding.leading or ()) if dim == LEADING else [bound]
         shape = self._binding.apply(ValueType("", view.shape)).dims if view.shape is not None else None
         base, type_ = self._binding.apply(view.base_type), self._binding.apply(view.type)

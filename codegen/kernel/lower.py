@@ -107,15 +107,29 @@ class _Lowering:
         return program
 
     def _is_stored(self, target: str) -> bool:
-        return target in self.outputs or (target in self.views and self.views[target].base in self.outputs)
+        return self.program.root(target) in self.outputs
 
     def _parts_of(self, statement: Statement) -> list[Statement]:
         """The statement, or one per part if its value combines parts: each part has its own positions."""
         value = statement.value
         if not isinstance(value, Ref) or value.name in self.values or value.name in self.inputs:
             return [statement]
-        parts = [view for view in self.program.views if view.base == value.name and view.name in self.values]
+        of_value = [view for view in self.program.views if value.name in self._ancestors(view)]
+        parts = [view for view in of_value if view.name in self.values]
         return [replace(statement, value=Ref(view.type, view.name)) for view in parts] or [statement]
+
+    def _ancestors(self, view: View) -> Iterator[str]:
+        """The base of a view, the base of that, and so on."""
+        base = view.base
+        yield base
+        while base in self.views:
+            base = self.views[base].base
+            yield base
+
+    def index_in(self, view: View, ancestor: str, here: Positions) -> Positions:
+        """The positions along the dims of a base of the view, or of a base of that, for the element at `here`."""
+        positions = dict(zip(view.base_type.dims, base_index(view, here), strict=True))
+        return positions if view.base == ancestor else self.index_in(self.views[view.base], ancestor, positions)
 
     def target_type(self, target: str) -> ValueType:
         return self.outputs[target] if target in self.outputs else self.views[target].type
@@ -342,12 +356,14 @@ class _NestBuilder:
         return self._indices[index]
 
     def _location(self, statement: Statement, here: Positions) -> Location:
-        view = self.lowering.views.get(statement.target)
+        lowering, view = self.lowering, self.lowering.views.get(statement.target)
         if view is not None:
-            return Location(view.base, base_index(view, here))
-        part = self.lowering.views.get(statement.value.name) if isinstance(statement.value, Ref) else None
-        if part is not None and part.base not in self.lowering.inputs:  # one part of a combined value
-            here = {**here, **dict(zip(part.base_type.dims, base_index(part, here), strict=True))}
+            output = lowering.program.root(view.name)
+            found = lowering.index_in(view, output, here)
+            return Location(output, tuple(found[dim] for dim in lowering.outputs[output].dims))
+        part = lowering.views.get(statement.value.name) if isinstance(statement.value, Ref) else None
+        if part is not None and (whole := lowering.program.root(part.name)) not in lowering.inputs:
+            here = {**here, **lowering.index_in(part, whole, here)}  # one part of a combined value
         if isinstance(statement, Scatter):
             found = {dim: Affine.of(self.index_variable(dim, at, here)) for dim, at in statement.index}
             here = {**here, **found}
@@ -413,6 +429,8 @@ class _Writer:
             return self._load(view.base, index, type_)
         inside = dict(zip(view.base_type.dims, index, strict=True))
         value = self.nest.lowering.values.get(view.base)
+        if value is None and view.base in self.nest.lowering.views:
+            return _Writer(self.nest, self.sweep, inside)._viewed(self.nest.lowering.views[view.base], type_)
         if value is None:
             raise LoweringError(f"it views '{view.base}', which combines several parts")
         return _Writer(self.nest, self.sweep, inside).lower(value)

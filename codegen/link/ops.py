@@ -110,7 +110,8 @@ class OpLinker:
         known = [size for condition in self._conditions(signature) if (size := never_negative(condition.value))]
         for name, text in spec.views.items():
             with suppress(Refused):
-                views.append(parse_view(self._text(text, "views", name), name, inputs | outputs, scope.dims, known))
+                operands = inputs | outputs | {view.name: view.type for view in views}
+                views.append(parse_view(self._text(text, "views", name), name, operands, scope.dims, known))
                 self.declarations.declare(name, views[-1].type, "views", name)
         if len(views) < len(spec.views) or spec.compute is None:
             return None
@@ -207,8 +208,12 @@ def _kinds_of(signature: Signature) -> Kinds:
 
 
 def never_negative(condition: Expr) -> Size | None:
-    """The size that a condition on two sizes guarantees to be non-negative: D - Dr for `Dr <= D`."""
+    """The size that a condition on two sizes guarantees to be non-negative: D - Dr for `Dr <= D`, less 1 for `<`."""
     match condition:
+        case Binary(op="<", a=DimRef(size=small), b=DimRef(size=large)):
+            return large - small - Size.of(1)
+        case Binary(op=">", a=DimRef(size=large), b=DimRef(size=small)):
+            return large - small - Size.of(1)
         case Binary(op="<=", a=DimRef(size=small), b=DimRef(size=large)):
             return large - small
         case Binary(op=">=", a=DimRef(size=large), b=DimRef(size=small)):
