@@ -12,11 +12,26 @@ from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.expr.types import INTEGERS
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm
-from sageLLM.codegen.kernel.names import own_names
-from sageLLM.codegen.kernel.rows import Fold, Index, Let, Loop, Nest, Reduction, RowProgram, Step, Store, Sweep
+from sageLLM.codegen.kernel.names import own_names, selection_names
+from sageLLM.codegen.kernel.rows import (
+    Fold,
+    Index,
+    InSweep,
+    Let,
+    Loop,
+    Nest,
+    Reduction,
+    RowProgram,
+    Running,
+    Selection,
+    Step,
+    Store,
+    Sweep,
+)
 from sageLLM.codegen.model.op import OpDef
 
-_ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min"}
+_ACCUMULATORS = {"sum": "Sum", "mean": "Sum", "amax": "Max", "amin": "Min", "cumsum": "CumSum", "cumprod": "CumProd",
+                 "cummax": "CumMax", "cummin": "CumMin"}  # fmt: skip
 _FOLDS = {"sum": ("Floats{}", "{0} += {1}"), "mean": ("Floats{}", "{0} += {1}"),
           "amax": ("broadcast(-INFINITY)", "{0} = maximum({0}, {1})"),
           "amin": ("broadcast(INFINITY)", "{0} = minimum({0}, {1})")}  # fmt: skip
@@ -31,6 +46,7 @@ class CppKernel:
         self.op, self.program = op, program
         self.own = own_names(op, program)
         self.operands = {o.name: stride_names(o) for o in (*op.inputs, *op.outputs)}
+        self.selections = {name: self.own(f"{name}_acc") for name in selection_names(program)}
         self.optional = {o.name: cpp_name(o.name) for o in op.inputs if o.optional}
         self.optional |= {attr.name: presence_name(attr, self.own) for attr in op.attrs if attr.optional}
         self.names = {o.name: self.own(f"{o.name}_value") for o in op.outputs}
@@ -60,7 +76,8 @@ class CppKernel:
         return [line for step in gemm.sweep.steps for line in self._in_sweep(step, writer)]
 
     def _text(self, loop: Loop | None = None, lanes: set[str] | None = None) -> CppText:
-        return CppText(self.operands, self.optional, self.names, loop, lanes if lanes is not None else set())
+        found = lanes if lanes is not None else set()
+        return CppText(self.operands, self.optional, self.names, loop, found, selections=self.selections)
 
     def _nest(self, nest: Nest) -> list[str]:
         inside = [line for step in nest.steps for line in self._step(step)]
@@ -89,12 +106,17 @@ class CppKernel:
     def _sweep(self, sweep: Sweep) -> list[str]:
         writer = self._text(sweep.loop, set())
         reductions = [step for step in sweep.steps if isinstance(step, Reduction)]
-        before = [f"{_accumulator(one)} {self._acc(one)};" for one in reductions]
+        running = [step for step in sweep.steps if isinstance(step, Running)]
+        selections = [step for step in sweep.steps if isinstance(step, Selection)]
+        counted: list[Reduction | Running] = [*reductions, *running]
+        before = [f"{_accumulator(one)} {self._acc(one)};" for one in counted]
+        before += [f"{_selection_type(one)} {self._acc(one)}({size_text(one.k.extent)});" for one in selections]
         after = [
             f"const {_row_type(one.value)} {self._name(one.name)} = {self._total(one, sweep.loop)};"
             for one in reductions
         ]
         inside = [line for step in sweep.steps for line in self._in_sweep(step, writer)]
+        after += [f"{self._acc(one)}.finish();" for one in selections]
         start = f"sweep({size_text(sweep.loop.extent)}, [&](auto {sweep.loop.variable}) {{"
         return [*before, start, *indented(inside), "});", *after]
 
@@ -108,10 +130,10 @@ class CppKernel:
             total = f"wrap<int32_t>({total})"
         return f"{total} / {_as_float(loop.extent)}" if reduction.op == "mean" else total
 
-    def _acc(self, reduction: Reduction) -> str:
+    def _acc(self, reduction: Reduction | Running | Selection) -> str:
         return self.own(f"{reduction.name}_acc")
 
-    def _in_sweep(self, step: Step | Fold | Reduction, writer: CppText) -> list[str]:
+    def _in_sweep(self, step: InSweep, writer: CppText) -> list[str]:
         match step:
             case Let(name=name, value=value):
                 text = writer.text(value)
@@ -121,6 +143,12 @@ class CppKernel:
             case Reduction(value=value):
                 text = writer.text(value) if writer.is_float(value) else writer.lanes_text(value)
                 return [f"{self._acc(step)}.add({text}, {writer.loop.variable if writer.loop else ''});"]
+            case Running(name=name, value=value):
+                writer.lanes.add(name)
+                text = f"{self._acc(step)}.add({writer.lanes_text(value)}, {sweep_variable(writer)})"
+                return [f"const auto {self._name(name)} = {text};"]
+            case Selection(value=value):
+                return [f"{self._acc(step)}.add({writer.lanes_text(value)}, {sweep_variable(writer)});"]
             case Store(location=location, value=value):
                 at, by = writer.address(location)
                 where = f"{at}, {writer.loop.variable if writer.loop else ''}"
@@ -144,11 +172,22 @@ class CppKernel:
         return [*lines, f"{name} /= {_as_float(fold.loop.extent)};"] if fold.op == "mean" else lines
 
 
-def _accumulator(reduction: Reduction) -> str:
-    """`Sum`, or `IntMax` and `LongSum` for integers."""
+def sweep_variable(writer: CppText) -> str:
+    assert writer.loop is not None, "the step is part of a sweep"
+    return writer.loop.variable
+
+
+def _accumulator(reduction: Reduction | Running) -> str:
+    """`Sum` or `CumMax`, or `IntMax` and `LongCumSum` for integers."""
     element = reduction.value.type.element
     prefix = "" if element not in INTEGERS else "Long" if element == "i64" else "Int"
     return f"{prefix}{_ACCUMULATORS[reduction.op]}"
+
+
+def _selection_type(selection: Selection) -> str:
+    """`TopK<float, 0>`"""
+    number = {"i8": "int32_t", "i32": "int32_t", "i64": "int64_t"}.get(selection.value.type.element, "float")
+    return f"TopK<{number}, {selection.number}>"
 
 
 def _fold_text(fold: Fold) -> tuple[str, str, str]:

@@ -19,7 +19,7 @@ from sageLLM.codegen.expr.tree import (
     children,
 )
 from sageLLM.codegen.expr.types import INTEGERS, LITERALS
-from sageLLM.codegen.kernel.rows import Affine, Load, Location, Loop
+from sageLLM.codegen.kernel.rows import Affine, Load, Location, Loop, Selected
 
 CPP_TYPES = {"bool": "bool", "i8": "int8_t", "i32": "int32_t", "i64": "int64_t", "f16": "f16", "bf16": "bf16",
              "f32": "float", "f64": "double"}  # fmt: skip
@@ -91,6 +91,7 @@ class CppText:
     lanes: set[str] = field(default_factory=set)
     integer: str = "int64_t"
     is_index: bool = False
+    selections: Mapping[str, str] = field(default_factory=dict)  # the variable of each selection of the row
 
     def text(self, expr: Expr) -> str:
         return self._piece(expr, self.is_float(expr)).text
@@ -117,6 +118,8 @@ class CppText:
             return self.loop is not None and any(self.loop.variable in at.variables for at in expr.location.index)
         if isinstance(expr, Ref):
             return expr.name in self.lanes
+        if isinstance(expr, Selected):
+            return True
         return any(self.is_lanes(child) for child in children(expr))
 
     def _piece(self, expr: Expr, is_float: bool) -> Piece:
@@ -132,6 +135,8 @@ class CppText:
                 return Piece(self.names.get(name, cpp_name(name)))
             case Load(location=location):
                 return self._load(location, expr)
+            case Selected(selection=selection, part=part, variable=variable):
+                return Piece(f"load({self.selections[selection]}.{part}(), {variable})")
             case Unary():
                 return self._unary(expr, is_float)
             case Binary():

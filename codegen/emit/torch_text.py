@@ -21,7 +21,9 @@ from sageLLM.codegen.expr.tree import (
     Number,
     Reduce,
     Ref,
+    Scan,
     Select,
+    TopK,
     Unary,
     View,
 )
@@ -62,6 +64,10 @@ class TorchText:
                 return self._cast(expr)
             case Reduce():
                 return self._reduce(expr)
+            case Scan():
+                return self._scan(expr)
+            case TopK():
+                return self._top(expr)
             case Dot():
                 return self._dot(expr)
             case Gather():
@@ -204,6 +210,23 @@ class TorchText:
         # torch sums integers in int64 if it is not told otherwise
         dtype = f", dtype={self.dtype(expr.type.element)}" if expr.op == "sum" and expr.type.element in INTEGERS else ""
         return Piece(f"({x.text}).{expr.op}({axis}, keepdim=True{dtype})", layout)
+
+    def _scan(self, expr: Scan) -> Piece:
+        x = self.piece(expr.x)
+        axis = x.layout.index(expr.dim) - len(x.layout)
+        if expr.op in ("cummax", "cummin"):
+            return Piece(f"({x.text}).{expr.op}({axis}).values", x.layout)
+        element = expr.type.element
+        dtype = f", dtype={self.dtype(element)}" if element in INTEGERS else ""
+        return Piece(f"({x.text}).{expr.op}({axis}{dtype})", x.layout)
+
+    def _top(self, expr: TopK) -> Piece:
+        """By a stable sort, because torch.topk does not define the order of equal elements."""
+        x = self.piece(expr.x)
+        axis = x.layout.index(expr.dim) - len(x.layout)
+        text = f"({x.text}).sort(dim={axis}, descending=True, stable=True).{expr.part}.narrow({axis}, 0, {expr.k})"
+        layout = tuple(expr.k if dim == expr.dim else dim for dim in x.layout)
+        return Piece(f"{text}.to(torch.int32)" if expr.part == "indices" else text, layout)
 
     def _gather(self, expr: Gather) -> Piece:
         table = aligned(self.piece(expr.table), expr.table.type.dims)

@@ -41,6 +41,7 @@ class Launch:
     rows: str
     tile: str  # `row_tile(H)`
     arguments: tuple[str, ...]
+    selected: str = ""  # the columns of a nest with selections, which has no looped kernel
 
     def call_lines(self, chosen: str) -> list[str]:
         """The launch, under its condition; `chosen` is the variable of the kernel that the tile chooses."""
@@ -61,7 +62,7 @@ class RowsView:
     """View of an op in `triton_rows.py.jinja`; `kernel` is the variable of a kernel that the tile chose."""
 
     op: OpDef
-    setup: tuple[str, ...]  # sizes, outputs, operands as rows
+    setup: tuple[str, ...]  # sizes, long rows, outputs, operands as rows
     launches: tuple[Launch, ...]
     result: str
     kernel: str
@@ -79,16 +80,25 @@ def rows_view(op: OpDef, program: RowProgram, *, updates: bool) -> RowsView:
     sizes = _sizes(op, "\n".join([text, *outputs, *as_rows]))
     return RowsView(
         op,
-        (*sizes, *outputs, *as_rows),
+        (*sizes, *_long_rows(op, launches), *outputs, *as_rows),
         tuple(launches),
         ", ".join(o.name for o in op.outputs),
         own("kernel"),
     )
 
 
+def _long_rows(op: OpDef, launches: Sequence[Launch]) -> list[str]:
+    """Rows with selections must fit in a tile: longer ones use the reference, which sorts."""
+    columns = dict.fromkeys(launch.selected for launch in launches if launch.selected)
+    arguments = ", ".join([*(o.name for o in op.inputs), *(f"{attr.name}={attr.name}" for attr in op.attrs)])
+    longest = next(iter(columns), "") if len(columns) < 2 else f"max({', '.join(columns)})"
+    return [f"if {longest} > LONGEST_TILE:", f"    return reference_{op.name}({arguments})"] if longest else []
+
+
 def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str) -> Launch:
     whole = RowKernel(op, nest, own, whole=True)
-    looped = RowKernel(op, nest, own, whole=False) if whole.has_reductions else None
+    is_looped = whole.has_reductions and not whole.selections
+    looped = RowKernel(op, nest, own, whole=False) if is_looped else None
     text = "\n".join((*whole.lines, *(looped.lines if looped else ())))
     arguments = {key: value for key, value in _arguments(op, own).items() if re.search(rf"\b{key}\b", text)}
     constants = [attr.name for attr in op.attrs if attr.type in CONSTANTS and attr.name in arguments]
@@ -102,13 +112,21 @@ def _launch(op: OpDef, nest: Nest, own: OwnNames, suffix: str) -> Launch:
         setup=setup,
         condition=_condition(whole, columns),
         rows=whole.rows_text,
-        tile=f"{'row_tile' if looped else 'split_tile'}({columns}{'' if nest.rows else ', max_rows=1'})",
+        tile=f"{'row_tile' if whole.has_reductions else 'split_tile'}({columns}{'' if nest.rows else ', max_rows=1'})",
         arguments=(
             *(arguments[key] for key in numbers),
             *(f"{name}={name}" for name in constants),
-            *(f"{block}=tile.block" for block in blocks),
+            *_blocks(whole),
         ),
+        selected=(setup[0].partition(" = ")[2] if setup else columns) if whole.selections else "",
     )
+
+
+def _blocks(rows: RowKernel) -> list[str]:
+    """The blocks of columns. The elements that a row selects are few, and have a block of their number."""
+    tops = {step.k for step in rows.selections}
+    sizes = {loop: f"triton.next_power_of_2({size_text(loop.extent)})" for loop in tops}
+    return [f"{block_name(loop)}={sizes.get(loop, 'tile.block')}" for loop in rows.loops]
 
 
 def _condition(rows: RowKernel, columns: str) -> str:

@@ -31,26 +31,42 @@ from sageLLM.codegen.kernel.rows import (
     Loop,
     Nest,
     Reduction,
+    Running,
+    Selected,
+    Selection,
     Step,
     Store,
     Sweep,
 )
 from sageLLM.codegen.model.op import OpDef
 
-_EMPTY = {"sum": "0.0", "mean": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
+_EMPTY = {"sum": "0.0", "prod": "1.0", "mean": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
 _EMPTY_I8 = {"amax": "-128", "amin": "127"}
-_EMPTY_I32 = {"sum": "0", "amax": str(-(2**31)), "amin": str(2**31 - 1)}
-_EMPTY_I64 = {"sum": "0", "amax": str(-(2**63)), "amin": str(2**63 - 1)}
+_EMPTY_I32 = {"sum": "0", "prod": "1", "amax": str(-(2**31)), "amin": str(2**31 - 1)}
+_EMPTY_I64 = {"sum": "0", "prod": "1", "amax": str(-(2**63)), "amin": str(2**63 - 1)}
 _ROW_FORM = {"sum": "tl.sum", "mean": "tl.sum", "amax": "device.amax", "amin": "device.amin"}
 _INTEGER_FORM = {"sum": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
 _JOIN = {
     "sum": "{0} += {1}",
+    "prod": "{0} *= {1}",
     "mean": "{0} += {1}",
     "amax": "{0} = tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "amin": "{0} = tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
 }
+_OF_SCAN = {"cumsum": "sum", "cumprod": "prod", "cummax": "amax", "cummin": "amin"}
+_SCAN = {
+    "cumsum": "tl.cumsum({0}, 1)",
+    "cumprod": "tl.cumprod({0}, 1)",
+    "cummax": "device.cummax({0}, 1)",
+    "cummin": "device.cummin({0}, 1)",
+}
+_INTEGER_SCAN = _SCAN | {
+    "cummax": "tl.associative_scan({0}, 1, device.larger)",
+    "cummin": "tl.associative_scan({0}, 1, device.smaller)",
+}
 _INTEGER_JOIN = {
     "sum": "{0} += {1}",
+    "prod": "{0} *= {1}",
     "amax": "{0} = tl.maximum({0}, {1})",
     "amin": "{0} = tl.minimum({0}, {1})",
 }
@@ -75,7 +91,16 @@ class RowKernel:
 
     @property
     def has_reductions(self) -> bool:
-        return any(isinstance(step, Reduction) for sweep in self.nest.sweeps for step in sweep.steps)
+        """Whether an element of the result depends on the whole row."""
+        return any(isinstance(step, Reduction | Running | Selection) for step in self._sweep_steps)
+
+    @property
+    def selections(self) -> list[Selection]:
+        return [step for step in self._sweep_steps if isinstance(step, Selection)]
+
+    @property
+    def _sweep_steps(self) -> list[InSweep]:
+        return [step for sweep in self.nest.sweeps for step in sweep.steps]
 
     @property
     def loops(self) -> list[Loop]:
@@ -134,9 +159,7 @@ class RowKernel:
         if not self.has_reductions:
             self._put(columns[0].format(f"tl.program_id(1) * {block} + "), columns[1])
         elif self.whole:
-            if (loop.variable, loop.variable) not in self._done:
-                self._put(columns[0].format(""), columns[1])
-            self._done.add((loop.variable, loop.variable))
+            self._columns(loop)
         else:
             self._looped(sweep, columns)
             return
@@ -150,6 +173,9 @@ class RowKernel:
         stored = {location.operand for location in _stored_before(self.nest, sweep)}
         if any(isinstance(one, Load) and one.location.operand in stored for one in _values(sweep)):
             self._put("tl.debug_barrier()  # the next loads read what other threads of the program stored")
+        for running in (step for step in sweep.steps if isinstance(step, Running)):
+            dtype = _accumulated(running.value)
+            self._put(f"{self._carry(running)} = tl.full([ROWS, 1], {_empty(running)}, {dtype})")
         for one in reductions:
             empty, dtype = _empty(one), _accumulated(one.value)
             self._put(f"{self._acc(one)} = tl.full([ROWS, {block_name(loop)}], {empty}, {dtype})")
@@ -178,8 +204,62 @@ class RowKernel:
                     self._put(f"{self._name(step.name)} = {self._total(step, tidy(masked), loop)}")
                 else:
                     self._put(_join(step).format(self._acc(step), tidy(masked)))
+            case Running():
+                self._running(step, loop)
+            case Selection():
+                self._selection(step, loop)
             case Store():
                 self._store(step)
+
+    def _running(self, step: Running, loop: Loop) -> None:
+        """A scan of the tile; the results of a block continue from the last column of the block before."""
+        if (loop.variable, step.name) in self._done:
+            return
+        self._done.add((loop.variable, step.name))
+        name = self._name(step.name)
+        masked = tidy(f"tl.where({inside_name(loop)}, {self._text(step.value)}, {_empty(step)})")
+        is_integer = step.value.type.element in INTEGERS
+        scanned = (_INTEGER_SCAN if is_integer else _SCAN)[step.op].format(masked)
+        self._put(f"{name} = {scanned}")
+        if not self.whole:
+            join = (_INTEGER_JOIN if is_integer else _JOIN)[_OF_SCAN[step.op]]
+            self._put(join.format(name, self._carry(step)), f"{self._carry(step)} = device.last_column({name})")
+
+    def _carry(self, step: Running) -> str:
+        return self.own(f"{step.name}_last")
+
+    def _selection(self, step: Selection, loop: Loop) -> None:
+        """The largest element, `k` times, each after the one before: of the keys, so that NaN and ties have an order."""
+        assert self.whole, "an op with selections has no kernel for long rows"
+        dtype, element = _accumulated(step.value), step.value.type.element
+        key_dtype = dtype if element in INTEGERS else "tl.int32"
+        least, most = (_EMPTY_I64 if key_dtype == "tl.int64" else _EMPTY_I32)["amax"], "9223372036854775807"
+        most = most if key_dtype == "tl.int64" else "2147483647"
+        name, key, last = step.name, self.own(f"{step.name}_key"), self.own(f"{step.name}_last")
+        text, number = tidy(self._text(step.value)), self.own("number")
+        self._columns(step.k)
+        shape = f"[ROWS, {block_name(step.k)}]"
+        self._put(
+            f"{key} = {f'({text}).to({key_dtype})' if element in INTEGERS else f'device.key_of({text})'}",
+            f"{last} = tl.full([ROWS, 1], {most}, {key_dtype})",
+            f"{last}_index = tl.full([ROWS, 1], -1, tl.int32)",
+            f"{name} = tl.zeros({shape}, {key_dtype})",
+            f"{step.index_name} = tl.zeros({shape}, tl.int32)",
+            f"for {number} in range({size_text(step.k.extent)}):",
+            f"    {last}, {last}_index = device.next_largest("
+            f"{key}, {loop.variable}, {inside_name(loop)}, {last}, {last}_index, {least})",
+            f"    {name} = tl.where({step.k.variable} == {number}, {last}, {name})",
+            f"    {step.index_name} = tl.where({step.k.variable} == {number}, {last}_index, {step.index_name})",
+        )
+        if element not in INTEGERS:
+            self._put(f"{name} = device.float_of({name})")
+
+    def _columns(self, loop: Loop) -> None:
+        """The columns of a loop, once."""
+        if (loop.variable, loop.variable) not in self._done:
+            self._put(f"{loop.variable} = tl.arange(0, {block_name(loop)})[None, :]")
+            self._put(f"{inside_name(loop)} = {loop.variable} < {size_text(loop.extent)}")
+        self._done.add((loop.variable, loop.variable))
 
     def _fold(self, fold: Fold, loop: Loop) -> None:
         extent = size_text(fold.loop.extent)
@@ -215,6 +295,8 @@ class RowKernel:
     # expressions
 
     def _leaf(self, expr: Expr) -> str:
+        if isinstance(expr, Selected):
+            return expr.selection if expr.part == "values" else f"{expr.selection}_index"
         if isinstance(expr, Ref):
             return self._values.get(expr.name, expr.name)
         assert isinstance(expr, Load), f"no Triton text for {type(expr).__name__}"
@@ -246,10 +328,11 @@ def _accumulated(value: Expr) -> str:
     return {"i8": "tl.int32", "i32": "tl.int32", "i64": "tl.int64"}.get(value.type.element, "tl.float32")
 
 
-def _empty(step: Reduction | Fold) -> str:
+def _empty(step: Reduction | Fold | Running) -> str:
     """The result of no elements, which elements outside the row are replaced by."""
     tables = {"i8": _EMPTY_I8, "i32": _EMPTY_I32, "i64": _EMPTY_I64}
-    return tables.get(step.value.type.element, _EMPTY)[step.op]
+    op = _OF_SCAN[step.op] if isinstance(step, Running) else step.op
+    return tables.get(step.value.type.element, _EMPTY)[op]
 
 
 def _join(step: Reduction | Fold) -> str:

@@ -16,7 +16,9 @@ from sageLLM.codegen.expr.tree import (
     Program,
     Reduce,
     Ref,
+    Scan,
     Select,
+    TopK,
     Unary,
     children,
     walk,
@@ -52,7 +54,7 @@ def _own_flops(expr: Expr) -> Size:
     if isinstance(expr, Dot):
         dims = (*expr.x.type.dims, *(dim for dim in expr.w.type.dims if dim not in expr.x.type.dims))
         return Size.of(2) * volume(dims)
-    if isinstance(expr, Reduce):
+    if isinstance(expr, Reduce | Scan | TopK):
         return volume(expr.x.type.dims)
     if isinstance(expr, Unary | Binary | Select) and not expr.type.is_literal:
         return volume(expr.type.dims)

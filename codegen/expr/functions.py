@@ -9,7 +9,7 @@ from sageLLM.codegen.diagnostics import did_you_mean
 from sageLLM.codegen.expr.operand_types import OperandTypes, kind_words
 from sageLLM.codegen.expr.remedies import REMEDIES
 from sageLLM.codegen.expr.scope import Scope
-from sageLLM.codegen.expr.size import LEADING, Size
+from sageLLM.codegen.expr.size import LEADING, Size, is_never_negative
 from sageLLM.codegen.expr.syntax import Text
 from sageLLM.codegen.expr.tree import (
     Binary,
@@ -23,7 +23,11 @@ from sageLLM.codegen.expr.tree import (
     Number,
     Reduce,
     ReduceOp,
+    Scan,
+    ScanOp,
     Select,
+    TopK,
+    TopPart,
     Unary,
     UnaryOp,
 )
@@ -31,8 +35,10 @@ from sageLLM.codegen.expr.types import DTYPES, INTEGERS, ValueType, size_of
 
 UNARY = ("exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "abs", "relu", "floor", "round")
 REDUCTIONS = ("sum", "mean", "amax", "amin")
+SCANS = ("cumsum", "cumprod", "cummax", "cummin")
+TOPS: dict[str, TopPart] = {"topk": "values", "topk_indices": "indices"}
 FORMS = ("dot", "gather", "where", "min", "max", "optional", "present")
-FUNCTIONS = (*UNARY, *REDUCTIONS, *FORMS, *DTYPES)
+FUNCTIONS = (*UNARY, *REDUCTIONS, *SCANS, *TOPS, *FORMS, *DTYPES)
 _SCALAR_FUNCTIONS = ("exp", "log", "sqrt", "abs", "floor", "round")
 
 
@@ -57,6 +63,10 @@ class FunctionChecker:
             return self._unary_function(node, cast(UnaryOp, name))
         if name in REDUCTIONS:
             return self._reduction(node, cast(ReduceOp, name))
+        if name in SCANS:
+            return self._scan(node, cast(ScanOp, name))
+        if name in TOPS:
+            return self._top(node, name)
         forms: dict[str, Callable[[ast.Call], Expr]] = {
             "dot": self._dot,
             "gather": self._gather,
@@ -113,15 +123,43 @@ class FunctionChecker:
         x, dim = self.expr(argument), self._dim(dim_node)
         self.types.require_number(x, argument)
         self._require_dim(x, dim, dim_node, name)
+        self._require_wide(x, argument, name)
+        return Reduce(ValueType(x.type.element, _without(x.type.dims, dim)), name, x, dim)
+
+    def _scan(self, node: ast.Call, name: ScanOp) -> Expr:
+        argument, dim_node = self._arguments(node, f"{name}(v, DIM)")
+        x, dim = self.expr(argument), self._dim(dim_node)
+        self.types.require_number(x, argument)
+        self._require_dim(x, dim, dim_node, name)
+        self._require_wide(x, argument, name)
+        return Scan(x.type, name, x, dim)
+
+    def _top(self, node: ast.Call, name: str) -> Expr:
+        argument, dim_node, k_node = self._arguments(node, f"{name}(v, DIM, K)")
+        x, dim, k = self.expr(argument), self._dim(dim_node), self._dim(k_node)
+        self.types.require_number(x, argument)
+        self._require_dim(x, dim, dim_node, name)
+        if k in _without(x.type.dims, dim):
+            message = f"{name}: the number {k} must not be another dim of the operand, [{', '.join(map(str, x.type.dims))}]"
+            raise self.text.refuse("SAGE113", message, k_node, "declare a dim for the number of elements")
+        if not is_never_negative(dim - k, self.scope.known) or k.constant == 0:
+            help = f'add `where: ["{k} <= {dim}"]`'
+            raise self.text.refuse("SAGE117", f"{name}: {k} must be at most {dim}", k_node, help)
+        at = x.type.dims.index(dim)
+        dims = (*x.type.dims[:at], k, *x.type.dims[at + 1 :])
+        element = x.type.element if TOPS[name] == "values" else "i32"
+        return TopK(ValueType(element, dims), TOPS[name], x, dim, k)
+
+    def _require_wide(self, x: Expr, argument: ast.expr, name: str) -> None:
+        """Refuses sums and products of narrow types."""
         # A sum of f16 or bf16 would round after every addition, in an order that differs between targets.
-        if name in ("sum", "mean") and x.type.element not in ("f32", "f64", "i32", "i64"):
+        if name in ("sum", "mean", "cumsum", "cumprod") and x.type.element not in ("f32", "f64", "i32", "i64"):
             message = f"{name}: expected f32, f64, i32 or i64, got {x.type.element}, which may be narrow"
             wide = "i32" if x.type.element == "i8" else "f32"
             raise self.text.refuse("SAGE107", message, argument, f"accumulate in {wide}: {wide}(...)")
         if name == "mean" and x.type.element in INTEGERS:
             message = f"mean: expected floats, got {x.type.element}"
             raise self.text.refuse("SAGE107", message, argument, "cast it: f32(...)")
-        return Reduce(ValueType(x.type.element, _without(x.type.dims, dim)), name, x, dim)
 
     def _dim(self, node: ast.expr) -> Size:
         return size_of(node, self.text, self.scope.dims)

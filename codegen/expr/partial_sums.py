@@ -21,7 +21,9 @@ from sageLLM.codegen.expr.tree import (
     Program,
     Reduce,
     Ref,
+    Scan,
     Select,
+    TopK,
     Unary,
     children,
     names_read,
@@ -98,6 +100,12 @@ class PartialSumChecker:
                 return self._reduce(expr)
             case Dot():
                 return self._dot(expr)
+            case Scan(op=op, x=x, dim=dim) if self.is_divided(dim):
+                raise NotLinear(f"`{op}` follows {dim}, which is divided over the ranks")
+            case Scan(op="cumsum", x=x):
+                return self.state(x)
+            case TopK(dim=dim) if self.is_divided(dim):
+                raise NotLinear(f"`topk` selects along {dim}, which is divided over the ranks")
             case IfPresent(name=name, a=a, b=b):
                 known = self.present.get(name)
                 return self._either(a, b) if known is None else self.state(a if known else b)

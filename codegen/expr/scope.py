@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.types import FLOATS, INTEGERS, ValueType
 
 
@@ -15,6 +16,7 @@ class Scope:
     dims: Mapping[str, object] = field(default_factory=dict)
     elements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    known: tuple[Size, ...] = ()  # sizes that the op's conditions guarantee to be non-negative
     unbound: frozenset[str] = frozenset()  # element variables that no required input has
 
     @property

@@ -156,6 +156,11 @@ def _normal(factor: Coefficient) -> Coefficient:
     return factor.numerator if factor.denominator == 1 else factor
 
 
+def is_never_negative(size: Size, known: Iterable[Size] = ()) -> bool:
+    """Whether the size, or the size less some multiple of one of the `known` non-negative sizes, has no negative term."""
+    return size.is_never_negative or any(size.less_multiple(other).is_never_negative for other in known)
+
+
 LEADING = Size(Size.symbol("R").terms, text="...")
 """The leading dims written `...`; in formulas R is their product."""
 

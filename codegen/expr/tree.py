@@ -14,6 +14,8 @@ BinaryOp = Literal[
     "+", "-", "*", "/", "//", "%", "**", "min", "max", "==", "!=", "<", "<=", ">", ">=", "and", "or"
 ]  # fmt: skip
 ReduceOp = Literal["sum", "mean", "amax", "amin"]
+ScanOp = Literal["cumsum", "cumprod", "cummax", "cummin"]
+TopPart = Literal["values", "indices"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,28 @@ class Reduce(Expr):
     op: ReduceOp
     x: Expr
     dim: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Scan(Expr):
+    """The reduction of the elements up to each one, along `dim`; from the first NaN on it is NaN."""
+
+    op: ScanOp
+    x: Expr
+    dim: Size
+
+
+@dataclass(frozen=True, slots=True)
+class TopK(Expr):
+    """The `k` largest elements along `dim` in falling order, or their positions, which take the place of `dim`.
+
+    NaN is larger than everything; of equal elements the one with the lower position comes first.
+    """
+
+    part: TopPart
+    x: Expr
+    dim: Size
+    k: Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +204,7 @@ def root_of(views: Iterable[View], name: str) -> str:
 
 def children(expr: Expr) -> tuple[Expr, ...]:
     match expr:
-        case Unary(x=x) | Cast(x=x) | Reduce(x=x):
+        case Unary(x=x) | Cast(x=x) | Reduce(x=x) | Scan(x=x) | TopK(x=x):
             return (x,)
         case Binary(a=a, b=b) | IfPresent(a=a, b=b):
             return (a, b)

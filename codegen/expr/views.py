@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 from sageLLM.codegen.diagnostics import did_you_mean
-from sageLLM.codegen.expr.size import LEADING, Size, volume
+from sageLLM.codegen.expr.size import LEADING, Size, is_never_negative, volume
 from sageLLM.codegen.expr.syntax import Text
 from sageLLM.codegen.expr.tree import Slice, View
 from sageLLM.codegen.expr.types import ValueType, parse_dim, split_dims
@@ -65,7 +65,7 @@ def _slice(part: Text, dim: Size, dims: Mapping[str, object], known: Collection[
         raise part.refuse("SAGE117", f"a slice must be a:b or a:b:step, got {part.value}")
     step = steps[0] if steps else Size.of(1)
     length = _length(part, start, stop, step, known)
-    inside = all(_is_never_negative(size, known) for size in (start, dim - stop, length))
+    inside = all(is_never_negative(size, known) for size in (start, dim - stop, length))
     if not inside or dim == LEADING:
         message = f"the slice {part.value} must be inside the dim {dim}"
         raise part.refuse("SAGE117", message, None, f"required: 0 <= start <= stop <= {dim}")
@@ -83,7 +83,7 @@ def _length(part: Text, start: Size, stop: Size, step: Size, known: Collection[S
     if not step.is_never_negative or not step.terms:
         raise part.refuse("SAGE117", f"the step of a slice must be at least 1, got {part.value}")
     whole = stop - start
-    if _is_never_negative(step - start - Size.of(1), known):
+    if is_never_negative(step - start - Size.of(1), known):
         whole = stop
     elif step.constant is not None:
         whole = stop - start + Size.of(start.constant_term % step.constant)
@@ -92,11 +92,6 @@ def _length(part: Text, start: Size, stop: Size, step: Size, known: Collection[S
         help = f"the distance {whole} must be a product with {step}; for a start within a step add `where: [start < {step}]`"
         raise part.refuse("SAGE117", f"the slice {part.value} must have a known number of steps", None, help)
     return length
-
-
-def _is_never_negative(size: Size, known: Collection[Size]) -> bool:
-    """Whether the size, less some multiple of one of the known sizes, has no negative term."""
-    return size.is_never_negative or any(size.less_multiple(other).is_never_negative for other in known)
 
 
 def tiles(parts: Sequence[View], whole: ValueType) -> bool:

@@ -18,9 +18,11 @@ from sageLLM.codegen.expr.tree import (
     Program,
     Reduce,
     Ref,
+    Scan,
     Select,
     Slice,
     Statement,
+    TopK,
     Unary,
     View,
 )
@@ -158,6 +160,10 @@ class _Inliner:
                 return Cast(type_, self._expr(x))
             case Reduce(x=x, dim=dim):
                 return replace(expr, type=type_, x=self._expr(x), dim=self._size(dim))
+            case Scan(x=x, dim=dim):
+                return replace(expr, type=type_, x=self._expr(x), dim=self._size(dim))
+            case TopK(x=x, dim=dim, k=k):
+                return replace(expr, type=type_, x=self._expr(x), dim=self._size(dim), k=self._size(k))
             case Dot(x=x, w=w, dim=dim):
                 return Dot(type_, self._expr(x), self._expr(w), self._size(dim))
             case Gather(table=table, dim=dim, index=index):

@@ -16,8 +16,10 @@ from sageLLM.codegen.expr.tree import (
     Reduce,
     ReduceOp,
     Ref,
+    Scan,
     Select,
     Statement,
+    TopK,
     Unary,
     View,
     children,
@@ -39,6 +41,9 @@ from sageLLM.codegen.kernel.rows import (
     Nest,
     Reduction,
     RowProgram,
+    Running,
+    Selected,
+    Selection,
     Step,
     Store,
     Sweep,
@@ -46,6 +51,9 @@ from sageLLM.codegen.kernel.rows import (
 )
 from sageLLM.codegen.kernel.scatter import Scatter
 from sageLLM.codegen.model.op import OpDef
+
+MAX_SELECTIONS = 4
+"""Selections of a row, each of which has scratch memory (`topk.h`)."""
 
 
 def row_program(op: OpDef, programs: Programs) -> RowProgram:
@@ -142,10 +150,22 @@ class _Lowering:
         dims = tuple(part for dim in type_.dims for part in merged.get(dim, (dim,)))
         if not dims:
             return _Domain((), None, merged)
+        swept = self._required_sweep(statement.value)
+        if swept is not None:
+            is_kept = swept in dims
+            return _Domain(tuple(dim for dim in dims if dim != swept), swept if is_kept else None, merged)
         inner = dims[-1]
         if any(self._prefers(one, inner) for one in self._below(statement.value) if isinstance(one, Reduce | Dot)):
             return _Domain(dims, None, merged)
         return _Domain(dims[:-1], inner, merged)
+
+    def _required_sweep(self, value: Expr) -> Size | None:
+        """The dim that must be swept: that of a scan, or of the elements that a `topk` selects."""
+        below = list(self._below(value))
+        found = {one.dim for one in below if isinstance(one, Scan)} | {one.k for one in below if isinstance(one, TopK)}
+        if len(found) > 1:
+            raise LoweringError(f"it scans or selects along several dims: {', '.join(sorted(map(str, found)))}")
+        return found.pop() if found else None
 
     def _merged(self, value: Expr) -> dict[Size, tuple[Size, ...]]:
         found: dict[Size, tuple[Size, ...]] = {}
@@ -185,7 +205,7 @@ class _SweepBuilder:
 
     @property
     def names(self) -> set[str]:
-        return {step.name for step in self.steps if isinstance(step, Let | Fold)}
+        return {step.name for step in self.steps if isinstance(step, Let | Fold | Running)}
 
 
 class _NestBuilder:
@@ -199,6 +219,7 @@ class _NestBuilder:
         self._known: dict[str, int] = {}  # values of the row, each with the step that computes it
         self._reductions: dict[Expr, str] = {}
         self._folds: dict[tuple[Expr, tuple[Affine | None, ...]], str] = {}
+        self._selections: dict[tuple[Expr, Size, Size], str] = {}
         self._indices: dict[Expr, str] = {}
         self._stored: dict[str, tuple[int, Location]] = {}
         self._merged: Mapping[Size, tuple[Size, ...]] = {}
@@ -224,7 +245,8 @@ class _NestBuilder:
             return
         at, sweep = self._sweep(Loop(self.variable(domain.inner), domain.inner), after)
         value = _Writer(self, sweep, here).lower(statement.value)
-        if statement.target in self.lowering.read or statement.target in self.lowering.views:
+        is_named = isinstance(value, Ref) and value.name == statement.target
+        if not is_named and (statement.target in self.lowering.read or statement.target in self.lowering.views):
             sweep.steps.append(Let(statement.target, value))
             value = Ref(statement.value.type, statement.target)
         sweep.stores.append(Store(location, value))
@@ -243,6 +265,8 @@ class _NestBuilder:
                 return self._prepare(Ref(view.base_type, view.base), inside)
             case Reduce() | Dot() if self.is_of_row(expr.type, here):
                 return self._reduce(self.reduction_name(expr), as_reduce(expr), here)
+            case TopK():
+                return self._known[self.selection_name(expr, here)]
             case Gather(table=table, dim=dim, index=index):
                 variable = self.index_variable(dim, index, here)
                 return max(self._known[variable], self._prepare(table, {**here, dim: Affine.of(variable)}))
@@ -272,6 +296,31 @@ class _NestBuilder:
             sweep.steps.append(Reduction(name, expr.op, value))
             self._known[name] = at
         return self._known[name]
+
+    def selection_name(self, expr: TopK, here: Positions) -> str:
+        """The name of a selection, scheduled on first use. Its values and its indices share it."""
+        key = expr.x, expr.dim, expr.k
+        if key not in self._selections:
+            if not self.is_of_row(ValueType("", tuple(dim for dim in expr.x.type.dims if dim != expr.dim)), here):
+                raise LoweringError(f"it selects along {expr.dim} of a value that changes along the row")
+            if len(self._selections) == MAX_SELECTIONS:
+                raise LoweringError(f"it selects more than {MAX_SELECTIONS} times in a row")
+            loop = Loop(self.variable(expr.dim), expr.dim)
+            taken = {*self._selections.values(), *self.lowering.values}
+            name = unused_name(f"top_{expr.k if expr.k.name or expr.k.constant else 'k'}", taken)
+            inside = {**here, expr.dim: Affine.of(loop.variable)}
+            at, sweep = self._sweep(loop, self._prepare(expr.x, inside))
+            value = _Writer(self, sweep, inside).lower(expr.x)
+            top = Loop(self.variable(expr.k), expr.k)
+            sweep.steps.append(Selection(name, top, value, len(self._selections)))
+            self._selections[key] = name
+            self._known[name] = at
+        return self._selections[key]
+
+    def scan_name(self, expr: Scan) -> str:
+        """The name of the statement that is the scan and nothing else; otherwise `cumsum_over_H`."""
+        names = (name for name, value in self.lowering.values.items() if value == expr)
+        return next(names, None) or f"{expr.op}_over_{loop_name(expr.dim).removeprefix('i_')}"
 
     def _sweep(self, loop: Loop, after: int) -> tuple[int, _SweepBuilder]:
         """The first sweep of the loop after step `after`, or a new one."""
@@ -392,6 +441,10 @@ class _Writer:
                 return self._ref(expr)
             case Reduce() | Dot():
                 return self._reduce(expr)
+            case Scan():
+                return self._scan(expr)
+            case TopK():
+                return self._selected(expr)
             case Gather(table=table, dim=dim, index=index):
                 variable = self.nest.index_variable(dim, index, self.here)
                 return _Writer(self.nest, self.sweep, {**self.here, dim: Affine.of(variable)}).lower(table)
@@ -416,6 +469,8 @@ class _Writer:
             return self.lower(lowering.values[ref.name])
         if ref.name not in self.sweep.names:
             location = self.nest.reload(ref.name, self.sweep)
+            if location is None and isinstance(lowering.values[ref.name], Scan):
+                return self.lower(lowering.values[ref.name])
             value = Load(ref.type, location) if location else self.lower(lowering.values[ref.name])
             self.sweep.steps.append(Let(ref.name, value))
         return ref
@@ -434,6 +489,25 @@ class _Writer:
         if value is None:
             raise LoweringError(f"it views '{view.base}', which combines several parts")
         return _Writer(self.nest, self.sweep, inside).lower(value)
+
+    def _scan(self, expr: Scan) -> Expr:
+        """Only a sweep along the dim has the elements in order."""
+        variable = self.nest.variable(expr.dim)
+        is_swept = self.sweep is not None and self.sweep.loop == Loop(variable, expr.dim)
+        if self.sweep is None or not is_swept or not self.nest.is_local(expr.type, self.here):
+            raise LoweringError(f"it scans along {expr.dim}, which is not the dim of the sweep")
+        name = self.nest.scan_name(expr)
+        if name not in self.sweep.names:
+            value = self.lower(expr.x)
+            self.sweep.steps.append(Running(name, expr.op, value))
+        return Ref(expr.type, name)
+
+    def _selected(self, expr: TopK) -> Expr:
+        name, variable = self.nest.selection_name(expr, self.here), self.nest.variable(expr.k)
+        is_swept = self.sweep is not None and self.sweep.loop == Loop(variable, expr.k)
+        if not is_swept or self.here.get(expr.k) != Affine.of(variable):
+            raise LoweringError(f"it reads the {expr.k} largest elements outside a sweep over them")
+        return Selected(expr.type, name, expr.part, variable)
 
     def _reduce(self, expr: Reduce | Dot) -> Expr:
         if self.nest.is_of_row(expr.type, self.here):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sageLLM.codegen.expr.size import LEADING
-from sageLLM.codegen.kernel.rows import Fold, Let, Reduction, RowProgram, Step, Sweep
+from sageLLM.codegen.kernel.rows import Let, RowProgram, Selection, Step, Store, Sweep
 from sageLLM.codegen.model.op import OpDef, Operand
 
 
@@ -30,6 +30,11 @@ def own_names(op: OpDef, program: RowProgram | None = None) -> OwnNames:
     return OwnNames(frozenset(declared | set(_value_names(step for nest in nests for step in nest.steps))))
 
 
+def selection_names(program: RowProgram) -> list[str]:
+    steps = [step for nest in program.nests for sweep in nest.sweeps for step in sweep.steps]
+    return [step.name for step in steps if isinstance(step, Selection)]
+
+
 def stride_name(operand: Operand, position: int) -> str:
     """`x_T` for the first dim of x: E[T, N, D]; the stride of a compound dim has the number of the dim, as in `x_D1`.
 
@@ -43,6 +48,7 @@ def stride_name(operand: Operand, position: int) -> str:
 def _value_names(steps: Iterable[Step]) -> Iterator[str]:
     for step in steps:
         if isinstance(step, Sweep):
-            yield from (one.name for one in step.steps if isinstance(one, Let | Fold | Reduction))
+            yield from (one.name for one in step.steps if not isinstance(one, Store))
+            yield from (one.index_name for one in step.steps if isinstance(one, Selection))
         elif isinstance(step, Let):
             yield step.name

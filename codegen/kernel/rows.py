@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from sageLLM.codegen.expr.size import LEADING, Size
-from sageLLM.codegen.expr.tree import Expr, ReduceOp
+from sageLLM.codegen.expr.tree import Expr, ReduceOp, ScanOp, TopPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,39 @@ class Store:
     value: Expr
 
 
-InSweep: TypeAlias = Let | Fold | Reduction | Store
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A scan: `name` is, for each element of the sweep, the reduction of `value` up to it."""
+
+    name: str
+    op: ScanOp
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The `k` largest of the sweep's elements of `value`, from the sweep's end on. `number` counts those of a nest."""
+
+    name: str
+    k: Loop
+    value: Expr
+    number: int
+
+    @property
+    def index_name(self) -> str:
+        return f"{self.name}_index"
+
+
+@dataclass(frozen=True, slots=True)
+class Selected(Expr):
+    """One part of a selection at the position of the sweep over its elements."""
+
+    selection: str
+    part: TopPart
+    variable: str
+
+
+InSweep: TypeAlias = Let | Fold | Reduction | Running | Selection | Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,5 +173,5 @@ class RowProgram:
 
 
 def loop_name(extent: Size) -> str:
-    """`i_H` for H, `i_R` for the leading dims, `i_DDr` for D - Dr. Values of a spec are in small letters."""
-    return "i_R" if extent == LEADING else f"i_{extent.name or ''.join(extent.symbols)}"
+    """`i_H` for H, `i_R` for the leading dims, `i_DDr` for D - Dr, `i_8` for 8. Values of a spec are in small letters."""
+    return "i_R" if extent == LEADING else f"i_{extent.name or ''.join(extent.symbols) or extent.constant}"

@@ -25,6 +25,9 @@ from sageLLM.codegen.kernel.rows import (
     Loop,
     Reduction,
     RowProgram,
+    Running,
+    Selected,
+    Selection,
     Store,
     Sweep,
 )
@@ -54,6 +57,10 @@ def _steps(steps: tuple[object, ...], indent: str) -> Iterator[str]:
                 yield f"{indent}{name} = {op} over {_loop(loop)} of {expr_text(value)}"
             case Reduction(name=name, op=op, value=value):
                 yield f"{indent}{name} <- {op} of {expr_text(value)}"
+            case Running(name=name, op=op, value=value):
+                yield f"{indent}{name} = {op} of {expr_text(value)}"
+            case Selection(name=name, k=k, value=value):
+                yield f"{indent}{name} <- top {k.extent} of {expr_text(value)}"
             case Store(location=location, value=value):
                 yield f"{indent}{location_text(location)} := {expr_text(value)}"
             case Sweep(loop=loop, steps=inner):
@@ -74,6 +81,8 @@ def expr_text(expr: Expr) -> str:
     match expr:
         case Load(location=location):
             return location_text(location)
+        case Selected(selection=name, part=part, variable=variable):
+            return f"{name}{'' if part == 'values' else '.index'}[{variable}]"
         case Ref(name=name) | AttrRef(name=name):
             return name
         case DimRef(size=size):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.expr.check import Checker
@@ -11,7 +11,7 @@ from sageLLM.codegen.expr.program import ProgramChecker, with_view_types
 from sageLLM.codegen.expr.satisfiable import Kind, Kinds, may_hold
 from sageLLM.codegen.expr.size import Size
 from sageLLM.codegen.expr.syntax import Refused, Text, parse_expression
-from sageLLM.codegen.expr.tree import Binary, DimRef, Expr, Program, View
+from sageLLM.codegen.expr.tree import Binary, DimRef, Expr, Number, Program, View
 from sageLLM.codegen.expr.views import parse_view
 from sageLLM.codegen.link.calls import fused_cost, link_calls
 from sageLLM.codegen.link.declared_cost import declared_cost
@@ -115,7 +115,7 @@ class OpLinker:
                 self.declarations.declare(name, views[-1].type, "views", name)
         if len(views) < len(spec.views) or spec.compute is None:
             return None
-        scope = with_view_types(scope, inputs, views)
+        scope = replace(with_view_types(scope, inputs, views), known=tuple(known))
         program = ProgramChecker(self._text(spec.compute, "compute"), scope, inputs, outputs, views).check()
         if program is None:
             return None
@@ -209,15 +209,25 @@ def _kinds_of(signature: Signature) -> Kinds:
 
 def never_negative(condition: Expr) -> Size | None:
     """The size that a condition on two sizes guarantees to be non-negative: D - Dr for `Dr <= D`, less 1 for `<`."""
-    match condition:
-        case Binary(op="<", a=DimRef(size=small), b=DimRef(size=large)):
-            return large - small - Size.of(1)
-        case Binary(op=">", a=DimRef(size=large), b=DimRef(size=small)):
-            return large - small - Size.of(1)
-        case Binary(op="<=", a=DimRef(size=small), b=DimRef(size=large)):
-            return large - small
-        case Binary(op=">=", a=DimRef(size=large), b=DimRef(size=small)):
-            return large - small
+    if not isinstance(condition, Binary) or condition.op not in ("<", "<=", ">", ">="):
+        return None
+    a, b = _size_of(condition.a), _size_of(condition.b)
+    if a is None or b is None:
+        return None
+    difference = b - a if condition.op in ("<", "<=") else a - b
+    return difference - Size.of(1) if condition.op in ("<", ">") else difference
+
+
+def _size_of(value: Expr) -> Size | None:
+    match value:
+        case DimRef(size=size):
+            return size
+        case Number(value=int() as number) if not isinstance(number, bool):
+            return Size.of(number)
+        case Binary(op="+" | "-" | "*" as op, a=a, b=b):
+            x, y = _size_of(a), _size_of(b)
+            if x is not None and y is not None:
+                return x + y if op == "+" else x - y if op == "-" else x * y
     return None
 
 

@@ -64,7 +64,7 @@ class Signature:
             dict.fromkeys([*symbols, *sorted(self.dim_attrs)]),
             self.elements,
             self.optional | {attr.name for attr in self.attrs if attr.optional},
-            frozenset(self.elements.keys() - {o.type.element for o in self.inputs if not o.optional}),
+            unbound=frozenset(self.elements.keys() - {o.type.element for o in self.inputs if not o.optional}),
         )
 
 

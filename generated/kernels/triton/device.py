@@ -9,6 +9,8 @@ __all__ = [
     "LOG2E",
     "amax",
     "amin",
+    "cummax",
+    "cummin",
     "exp2_difference",
     "find_group",
     "float_of",
@@ -16,13 +18,17 @@ __all__ = [
     "floor_remainder",
     "integer_power",
     "key_of",
+    "larger",
+    "last_column",
     "max_and_index",
+    "next_largest",
     "normalized",
     "online_softmax",
     "power",
     "rint",
     "rounded",
     "sink_scores",
+    "smaller",
     "tanh",
 ]
 
@@ -102,6 +108,43 @@ def amax(x, AXIS: tl.constexpr):
 @triton.jit
 def amin(x, AXIS: tl.constexpr):
     return -amax(-x, AXIS)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def cummax(x, AXIS: tl.constexpr):
+    """The largest of the float32 values up to each one; NaN from the first NaN on."""
+    return float_of(tl.associative_scan(key_of(x), AXIS, larger))
+
+
+@triton.jit
+def cummin(x, AXIS: tl.constexpr):
+    return -cummax(-x, AXIS)
+
+
+@triton.jit
+def last_column(x):
+    """The last column of a tile, which all later columns build on."""
+    is_last = tl.arange(0, x.shape[1])[None, :] == x.shape[1] - 1
+    return tl.sum(tl.where(is_last, x, 0), 1)[:, None]
+
+
+@triton.jit
+def next_largest(key, index, is_inside, last_key, last_index, LEAST: tl.constexpr):
+    """The largest key and its index after those of the last selection; of equal keys the one with the least index."""
+    is_left = is_inside & ((key < last_key) | ((key == last_key) & (index > last_index)))
+    largest = tl.max(tl.where(is_left, key, LEAST), 1)[:, None]
+    first = tl.min(tl.where(is_left & (key == largest), index, 2147483647), 1)[:, None]
+    return largest, first
 
 
 @triton.jit

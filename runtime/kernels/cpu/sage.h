@@ -10,3 +10,5 @@
 #include "kernel.h"
 #include "routing.h"
 #include "sampling.h"
+#include "scans.h"
+#include "topk.h"

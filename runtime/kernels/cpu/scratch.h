@@ -28,7 +28,10 @@ enum class Scratch {
     SAMPLE_LANES,         // argmax by lane, part and row
     PROBABILITIES,        // of one row of logits
     TOKEN_ORDER,          // tokens ordered by probability
-    COUNT
+    TOP_CANDIDATES,       // of up to 4 selections of a row
+    TOP_VALUES = TOP_CANDIDATES + 4,
+    TOP_INDICES = TOP_VALUES + 4,
+    COUNT = TOP_INDICES + 4
 };
 
 inline void* scratch_bytes(Scratch slot, size_t size) {
