@@ -71,6 +71,8 @@ class Generate:
             print(f"wrote {path}")
         for path in written.removed:
             print(f"removed {path}")
+        for note in written.notes:
+            print(note)
         for path in written.kept:
             _log(f"kept {path}: no longer generated, but edited; delete it if it is not needed")
         _log(f"{len(written.changed)} written, {len(written.removed)} removed, {written.unchanged} unchanged")

@@ -93,7 +93,7 @@ def generate_from_scratch(
     outputs = finish(emit(specs))
     if count is not None and any(path.startswith(COUNTED) for path in changes(outputs, out)):
         check_expectations(specs.raw, outputs, count)
-    return write(outputs, out)
+    return write(outputs, out).with_notes(outputs)
 
 
 def check(

@@ -1,4 +1,7 @@
-"""Explains a name: an op, a model, a pass, a rule, a device, an error code, or a line of generated code."""
+"""Explains a name: an op, a model, a pass, a rule, a device, an error code, or a line of generated code.
+
+`kernels` is the table of all ops with the targets that have a kernel for them.
+"""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -7,9 +10,13 @@ from sageLLM.codegen.codes import CODES
 from sageLLM.codegen.diagnostics import Span, did_you_mean
 from sageLLM.codegen.emit.builders import model_rows
 from sageLLM.codegen.emit.docs import Uses, model_section, op_section
+from sageLLM.codegen.emit.gaps import TARGETS, kernel_gaps, kernel_table
 from sageLLM.codegen.emit.passes import rule_rows
+from sageLLM.codegen.kernel.inline import Programs
+from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.model.rule import PassDef, RuleDef
 from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Renderer
 from sageLLM.codegen.writer import read_manifest
 
 _LINE = re.compile(r"(.+\.(?:py|md|cpp)):(\d+)")
@@ -27,7 +34,10 @@ def explain(name: str, specs: Specs, out: Path) -> str:
         if name in table:
             entry = table[name].entry
             text = f"{kind} {name}, {entry.key_span()}\n\n{_section(name, specs)}\n\n{_made_from(entry.ref, out)}"
-            return "\n\n".join([text, *_rules_named(name, specs)])
+            kernels = [_kernels(specs.ops[name], specs)] if kind == "op" else []
+            return "\n\n".join([text, *kernels, *_rules_named(name, specs)])
+    if name == "kernels":
+        return kernel_table([op for ops in specs.own().ops_by_stem.values() for op in ops], specs)
     if name in specs.passes:
         return _explain_pass(specs.passes[name], out)
     if rules := _rules_named(name, specs):
@@ -56,6 +66,14 @@ def _section(name: str, specs: Specs) -> str:
     rows = [row for one in specs.passes.values() for row in rule_rows(one)]
     rows += [row for model in specs.models.values() for row in model_rows(model)]
     return op_section(specs.ops[name], Uses.of(name, rows))
+
+
+def _kernels(op: OpDef, specs: Specs) -> str:
+    """The targets that have a kernel of the op, and the reasons of the others."""
+    gaps = kernel_gaps([op], specs, Programs(specs.ops), Renderer(specs.raw.templates))
+    without = {gap.target for gap in gaps}
+    lines = [f"kernels: {', '.join(['reference', *(name for name in TARGETS if name not in without)])}"]
+    return "\n".join([*lines, *(f"no {TARGETS[gap.target]} kernel: {gap.reason}" for gap in gaps)])
 
 
 def _made_from(ref: str, out: Path) -> str:

@@ -31,13 +31,14 @@ LINE_LENGTH = 120
 class Output:
     """One generated file: path relative to the generated folder, text, and the spec entries that it comes from.
 
-    `rows` are its contributions to the tables of other files.
+    `rows` are its contributions to the tables of other files, `notes` are shown if it or a file of its stem changes.
     """
 
     path: str
     text: str
     entries: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Renderer:

@@ -112,7 +112,7 @@ def _finish(
         manifest=text_digest(manifest.text),
     )
     save_state(state, tree.out)
-    return written
+    return written.with_notes(rendered)
 
 
 def _formatted(rendered: Iterable[Output], known: Mapping[str, FileRecord], tree: Tree) -> dict[str, str]:

@@ -3,8 +3,8 @@
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
@@ -31,13 +31,21 @@ PACKAGE_FILE = "schema/ops.schema.json"
 class Written:
     """The files that a run changed, as paths relative to the generated folder.
 
-    `kept` are files that are no longer generated, but were edited since; a run never deletes them.
+    `kept` are files that are no longer generated, but were edited since; a run never deletes them. `notes` are about
+    ops with changed files.
     """
 
     changed: tuple[str, ...]
     removed: tuple[str, ...]
     unchanged: int
     kept: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def with_notes(self, outputs: Iterable[Output]) -> "Written":
+        """The record with the notes of the outputs that this run made and that changed, or a file of their stem."""
+        stems = {PurePosixPath(path).stem for path in self.changed}
+        notes = [note for one in outputs if PurePosixPath(one.path).stem in stems for note in one.notes]
+        return replace(self, notes=tuple(notes))
 
 
 class Tree:

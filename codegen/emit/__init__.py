@@ -5,6 +5,7 @@ nothing else. Emitters are imported on first use, because a change of an op need
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sageLLM.codegen.contents import Contents, Row
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def emit_op_modules(ops: "Sequence[OpDef]", specs: "Specs", renderer: Renderer) -> list[Output]:
     """Nodes, kernels and tests of the ops of one file. Reads these ops, the ops that they fuse, and the CPU's entry."""
     from sageLLM.codegen.emit.cpu import emit_cpu
+    from sageLLM.codegen.emit.gaps import kernel_gaps
     from sageLLM.codegen.emit.op_tests import emit_op_tests
     from sageLLM.codegen.emit.ops import emit_ops
     from sageLLM.codegen.emit.reference import emit_reference
@@ -28,9 +30,10 @@ def emit_op_modules(ops: "Sequence[OpDef]", specs: "Specs", renderer: Renderer) 
     from sageLLM.codegen.kernel.inline import Programs
 
     programs = Programs(specs.ops)
+    notes = tuple(gap.note for gap in kernel_gaps(ops, specs, programs, renderer))
     return [
         *emit_ops(ops, specs, renderer),
-        *emit_reference(ops, specs, renderer),
+        *(replace(output, notes=notes) for output in emit_reference(ops, specs, renderer)),
         *emit_triton(ops, specs, renderer, programs),
         *emit_cpu(ops, specs, renderer, programs),
         *emit_op_tests(ops, specs, renderer),

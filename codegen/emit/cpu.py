@@ -16,7 +16,7 @@ from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
 from sageLLM.codegen.kernel.gemm import gemm_of
 from sageLLM.codegen.kernel.indexing import LoweringError
 from sageLLM.codegen.kernel.inline import Programs
-from sageLLM.codegen.kernel.lower import row_program
+from sageLLM.codegen.kernel.lower import row_program, why_not_lowered
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
 from sageLLM.codegen.kernel.names import own_names
 from sageLLM.codegen.kernel.parts import OutputPart, output_parts
@@ -112,6 +112,18 @@ def cpu_kernels(ops: Sequence[OpDef], programs: Programs, renderer: Renderer, *,
     """The kernels of those of the ops that have one; GEMMs need the block sizes of a machine."""
     found = [kernel for op in ops if (kernel := cpu_kernel(op, programs, renderer))]
     return [kernel for kernel in found if has_gemm or not kernel.packed]
+
+
+def why_no_cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer, *, has_gemm: bool) -> str | None:
+    """The reason why an op has no C++ kernel, or None if it has one."""
+    if op.reference is not None and _template_of(op.reference, renderer) is not None:
+        return None
+    fused = fused_epilogue_of(op, programs)
+    consumer = fused.consumer.reference if fused is not None else None
+    is_fused = consumer is not None and _template_of(consumer, renderer) is not None
+    if is_fused or gemm_of(op, programs) is not None:
+        return None if has_gemm else "it is a GEMM, and the specs have no `gemm` in hardware/cpu.yaml"
+    return why_not_lowered(op, programs)
 
 
 def cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> CpuKernel | None:

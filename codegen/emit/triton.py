@@ -16,7 +16,7 @@ from sageLLM.codegen.expr.tree import Dot, Expr, IfPresent, Ref, names_read, wal
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue, fused_epilogue_of
 from sageLLM.codegen.kernel.indexing import LoweringError
 from sageLLM.codegen.kernel.inline import Programs
-from sageLLM.codegen.kernel.lower import row_program
+from sageLLM.codegen.kernel.lower import row_program, why_not_lowered
 from sageLLM.codegen.kernel.mask import mask_bounds
 from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.model.op import Hook, OpDef, Reference, Template
@@ -106,6 +106,32 @@ def _kernel(op: OpDef, programs: Programs, renderer: Renderer) -> TritonKernel |
     return TritonKernel(op, renderer.render("triton_rows.py.jinja", rows=rows, **view))
 
 
+def why_no_triton_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> str | None:
+    """The reason why an op has no Triton kernel, or None if it has one or needs none, as a view."""
+    if op.triton is not None or op.op_type in MOVES_NOTHING:
+        return None
+    fused = fused_epilogue_of(op, programs)
+    if fused is not None:
+        return None if _fused_template(op, fused, programs, renderer) else "its GEMM and its consumer have no common template"
+    program = programs.of(op)
+    if program is None:
+        is_fused = "it fuses an op that is defined by a reference"
+        return is_fused if op.fuses else "it is defined by a reference, without `kernel: {triton: ...}`"
+    if any(isinstance(one, Dot) for s in program.statements for one in walk(s.value)):
+        return "it contains a GEMM, which requires `kernel: {triton: ...}`" if not op.fuses else "it fuses a GEMM"
+    return why_not_lowered(op, programs)
+
+
+def _fused_template(op: OpDef, fused: FusedEpilogue, programs: Programs, renderer: Renderer) -> str | None:
+    """The template of a GEMM with the consumer in it; None without one, or if the GEMM is not an op by itself."""
+    assert fused.consumer.reference is not None, "a consumer has a reference"
+    template = fused.consumer.reference.template.replace("reference/", "triton/gemm_")
+    constants = programs.ops[op.fuses[0].op].triton
+    if constants is None or op.attrs or len(fused.producer.fuses) > 1 or renderer.find(template) is None:
+        return None
+    return template
+
+
 def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
     """The op's template, filled with its constants, its hooks, and the views of its hooks or equations."""
     view: dict[str, object] = {"op": op.name, "attrs": parameters(op).partition("*, ")[2], **dict(template.params)}
@@ -121,12 +147,11 @@ def _template_text(op: OpDef, template: Template, renderer: Renderer) -> str:
 
 
 def _fused_text(op: OpDef, fused: FusedEpilogue, programs: Programs, renderer: Renderer) -> str | None:
-    """The GEMM's template with the consumer in it; None without one, or if the GEMM is not an op by itself."""
-    assert fused.consumer.reference is not None, "a consumer has a reference"
-    template = fused.consumer.reference.template.replace("reference/", "triton/gemm_")
-    constants = programs.ops[op.fuses[0].op].triton
-    if constants is None or op.attrs or len(fused.producer.fuses) > 1 or renderer.find(template) is None:
+    """The GEMM's template with the consumer in it, filled; None without one."""
+    template, constants = _fused_template(op, fused, programs, renderer), programs.ops[op.fuses[0].op].triton
+    if template is None or constants is None:
         return None
+    assert fused.consumer.reference is not None, "a consumer has a reference"
     roles = (*fused.consumer.inputs, *fused.consumer.outputs)
     operands = {role.name: o.name if o else "None" for role, o in zip(roles, fused.operands, strict=True)}
     view = gemm_view(replace(fused.producer, program=programs.of(fused.producer)))

@@ -229,7 +229,7 @@ class RowKernel:
         return self.own(f"{step.name}_last")
 
     def _selection(self, step: Selection, loop: Loop) -> None:
-        """The largest element, `k` times, each after the one before: of the keys, so that NaN and ties have an order."""
+        """The largest element, `k` times, each after the one before; by keys, which order NaN and ties too."""
         assert self.whole, "an op with selections has no kernel for long rows"
         dtype, element = _accumulated(step.value), step.value.type.element
         key_dtype = dtype if element in INTEGERS else "tl.int32"

@@ -140,7 +140,9 @@ class FunctionChecker:
         self.types.require_number(x, argument)
         self._require_dim(x, dim, dim_node, name)
         if k in _without(x.type.dims, dim):
-            message = f"{name}: the number {k} must not be another dim of the operand, [{', '.join(map(str, x.type.dims))}]"
+            message = (
+                f"{name}: the number {k} must not be another dim of the operand, [{', '.join(map(str, x.type.dims))}]"
+            )
             raise self.text.refuse("SAGE113", message, k_node, "declare a dim for the number of elements")
         if not is_never_negative(dim - k, self.scope.known) or k.constant == 0:
             help = f'add `where: ["{k} <= {dim}"]`'

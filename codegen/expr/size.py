@@ -157,7 +157,7 @@ def _normal(factor: Coefficient) -> Coefficient:
 
 
 def is_never_negative(size: Size, known: Iterable[Size] = ()) -> bool:
-    """Whether the size, or the size less some multiple of one of the `known` non-negative sizes, has no negative term."""
+    """Whether the size, or the size less a multiple of one of the `known` non-negative ones, has no negative term."""
     return size.is_never_negative or any(size.less_multiple(other).is_never_negative for other in known)
 
 

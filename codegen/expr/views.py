@@ -19,7 +19,8 @@ def parse_view(
 ) -> View:
     """`gu[T, 0:I]`, `x[T, 1:D:2]` or `x[T, N, D] as [T, N*D]`; raises Refused otherwise.
 
-    `operands` includes the views that are declared before, `known` are sizes that the op's conditions guarantee to be non-negative: D - Dr, for `where: [Dr <= D]`.
+    `operands` includes the views that are declared before. `known` are sizes that the op's conditions guarantee to be
+    non-negative: D - Dr, for `where: [Dr <= D]`.
     """
     base, inside, shape_text = _view_parts(text)
     if base.value not in operands:
@@ -89,7 +90,7 @@ def _length(part: Text, start: Size, stop: Size, step: Size, known: Collection[S
         whole = stop - start + Size.of(start.constant_term % step.constant)
     length = whole.quotient(step)
     if length is None:
-        help = f"the distance {whole} must be a product with {step}; for a start within a step add `where: [start < {step}]`"
+        help = f"{whole} must be a multiple of {step}; for a start within a step add `where: [start < {step}]`"
         raise part.refuse("SAGE117", f"the slice {part.value} must have a known number of steps", None, help)
     return length
 

@@ -173,5 +173,5 @@ class RowProgram:
 
 
 def loop_name(extent: Size) -> str:
-    """`i_H` for H, `i_R` for the leading dims, `i_DDr` for D - Dr, `i_8` for 8. Values of a spec are in small letters."""
+    """`i_H` for H, `i_R` for the leading dims, `i_DDr` for D - Dr, `i_8` for 8; values of a spec are lower-case."""
     return "i_R" if extent == LEADING else f"i_{extent.name or ''.join(extent.symbols) or extent.constant}"

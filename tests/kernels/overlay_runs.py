@@ -2,6 +2,9 @@
 
     python overlay_runs.py TREE SEED [OP...]
 
+With SAGELLM_EXACT=1, float32 results are also compared with the references in float64. A Triton kernel with a variant
+for long rows is run twice, the second time with rows longer than a tile.
+
 The process is separate, because TRITON_INTERPRET must be set before Triton is imported.
 """
 
@@ -10,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -31,6 +35,7 @@ from sageLLM.runtime.kernels.cpu.library import Library
 from sageLLM.runtime.kernels.triton_interpreter import patch_interpreter
 
 Kernel = Callable[..., Any]
+EXACT = os.environ.get("SAGELLM_EXACT") == "1"
 ROWS, COLUMNS = (1, 2, 3), (1, 2, 5, 17, 33)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 EXTREMES = {"i8": (-128, 127), "i32": (-(2**31), 2**31 - 1), "i64": (-(2**63), 2**63 - 1)}
@@ -67,6 +72,32 @@ def runs(tree: Path, random: Random, names: list[str]) -> Iterator[Run]:
             kernel = references[name] if target == "reference" else targets.get(target, {}).get(name)
             if kernel is not None:
                 yield Run(name, target, why_wrong(ops[name], kernel, references[name], cases))
+        if (variant := long_rows(name, targets.get("triton", {}).get(name))) is not None:
+            with variant:
+                yield Run(name, "long", why_wrong(ops[name], targets["triton"][name], references[name], cases))
+
+
+def long_rows(name: str, kernel: Kernel | None) -> AbstractContextManager[None] | None:
+    """Makes rows longer than a tile: read in blocks by the looped variant, or left to the reference by a selection."""
+    module = sys.modules[kernel.__module__] if kernel is not None else None
+    if hasattr(module, f"_{name}_long"):
+        return replaced(module, "row_tile", half_tile)
+    return replaced(module, "LONGEST_TILE", 0) if hasattr(module, f"reference_{name}") else None
+
+
+def half_tile(columns: int, max_rows: int = 1) -> Any:
+    tile = importlib.import_module("sageLLM.generated.kernels.triton.tiles").Tile
+    return tile(1, max(1, 2 ** ((columns - 1).bit_length() - 1)), 4, is_looped=True)
+
+
+@contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def why_wrong(cls: type[OpNode], kernel: Kernel, reference: Kernel, cases: list[Any]) -> str:
@@ -85,10 +116,25 @@ def why_wrong(cls: type[OpNode], kernel: Kernel, reference: Kernel, cases: list[
         except Exception as error:
             return f"{error!r}"[:1500]
         for name, result, oracle in zip(cls.output_types, results, expected, strict=True):
-            if why := difference(result, oracle, inferred[name]):
+            why = difference(result, oracle, inferred[name])
+            if why or (EXACT and (why := inexact(name, cls, reference, operands, attrs, result))):
                 shapes = [tuple(x.shape) if x is not None else None for x in operands]
                 return f"{name}, {shapes}, {[x.dtype for x in operands if x is not None]}: {why}"
     return ""
+
+
+def inexact(
+    name: str, cls: type[OpNode], reference: Kernel, operands: list[Tensor | None], attrs: Any, result: Tensor
+) -> str:
+    """The difference of a float32 result from the reference in float64."""
+    if result.dtype != torch.float32 or any(x is not None and x.dtype == torch.bfloat16 for x in operands):
+        return ""
+    wide = [x.double() if x is not None and x.is_floating_point() else x for x in operands]
+    exact = as_tuple(reference(*wide, **attrs))[list(cls.output_types).index(name)].double()
+    finite = exact[exact.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    is_near = torch.allclose(result.double(), exact, rtol=1e-5, atol=1e-5 * scale, equal_nan=True)
+    return "" if is_near else f"{result.flatten()[:8].tolist()} is not near {exact.flatten()[:8].tolist()}"
 
 
 def difference(result: Tensor, oracle: Tensor, inferred: TensorType) -> str:

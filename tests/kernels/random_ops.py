@@ -37,6 +37,7 @@ class OpMaker:
     attrs: dict[str, Any] = field(default_factory=dict)
     values: list[Value] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    selected: set[str] = field(default_factory=set)  # dims of which A elements are selected
 
     def make(self) -> dict[str, Any]:
         rng = self.rng
@@ -60,6 +61,9 @@ class OpMaker:
         fields = {"summary": "A random op.", "op_type": "ELEMENTWISE", "inputs": self.inputs, "outputs": outputs}
         fields |= {"attrs": self.attrs} if self.attrs else {}
         fields |= {"views": self.views} if self.views else {}
+        if any(_mentions(line, "A") for line in self.lines):
+            self.attrs["A"] = {"type": "dim"}
+            fields |= {"attrs": self.attrs, "where": [f"A <= {dim}" for dim in sorted(self.selected)]}
         return fields | {"compute": "\n".join(self.lines)}
 
     def _prune(self) -> None:
@@ -72,6 +76,8 @@ class OpMaker:
                 used += f" {value}"
         self.lines = kept
         outputs = {line.partition(" = ")[0] for line in kept}
+        for name, text in reversed(self.views.items()):  # views of views come after those
+            used += f" {text}" if name in outputs or _mentions(used, name) else ""
         self.views = {name: text for name, text in self.views.items() if name in outputs or _mentions(used, name)}
         self.attrs = {name: attr for name, attr in self.attrs.items() if _mentions(used, name)}
         used += " " + " ".join(self.views.values())
@@ -99,9 +105,15 @@ class OpMaker:
             *outer, last = dims
             self.inputs[name] = f"{element}[{', '.join([*outer, f'2*{last}'])}]"
             slices = {"low": f"0:{last}", "high": f"{last}:2*{last}", "even": f"0:2*{last}:2", "odd": f"1:2*{last}:2"}
+            base = name
+            if rng.random() < 0.4:  # views of a view of a wider operand
+                base, first = f"{name}_half", rng.choice(["0", f"2*{last}"])
+                self.inputs[name] = f"{element}[{', '.join([*outer, f'4*{last}'])}]"
+                half = rng.choice([f"{first}:{first} + 2*{last}", f"0:4*{last}:2"])
+                self.views[base] = f"{name}[{', '.join([*outer, half])}]"
             for part in rng.sample(sorted(slices), 2):
                 view = f"{name}_{part}"
-                self.views[view] = f"{name}[{', '.join([*outer, slices[part]])}]"
+                self.views[view] = f"{base}[{', '.join([*outer, slices[part]])}]"
                 self.values.append(Value(view, element, dims))
             return
         self.inputs[name] = f"{element}[{', '.join(dims)}]"
@@ -283,7 +295,22 @@ class OpMaker:
         return Value(f"{name}({a.text}, {dim})", a.element, rest, a.is_exact and name in ("amax", "amin"))
 
     def _along(self, depth: int) -> Value | None:
-        return None
+        """A scan, or the largest elements or their positions along a dim."""
+        a = self.value(depth)
+        dims = [dim for dim in a.dims if dim != LEADING]
+        if a.element == "bool" or not dims:
+            return None
+        dim, rng = self.rng.choice(dims), self.rng
+        if rng.random() < 0.6:
+            names = ["cummax", "cummin"] + (["cumsum", "cumprod"] if a.element in ("f32", "i32", "i64") else [])
+            name = rng.choice(names)
+            return Value(f"{name}({a.text}, {dim})", a.element, a.dims, a.is_exact and name in ("cummax", "cummin"))
+        if not a.is_exact or "A" in a.dims:
+            return None
+        self.selected.add(dim)
+        rest = tuple("A" if one == dim else one for one in a.dims)
+        name, element = rng.choice([("topk", a.element), ("topk_indices", "i32")])
+        return Value(f"{name}({a.text}, {dim}, A)", element, rest)
 
     def _dot(self, depth: int) -> Value | None:
         pair = self._pair(depth)

@@ -27,10 +27,9 @@ inline bool comes_before(const Candidate<Number>& a, const Candidate<Number>& b)
 // `NUMBER` distinguishes the selections of a row, which are alive at the same time.
 template <class Number, int NUMBER>
 class TopK {
-public:
+  public:
     explicit TopK(int64_t k)
-        : k_(k),
-          heap_(scratch<Candidate<Number>>(slot(Scratch::TOP_CANDIDATES), k)),
+        : k_(k), heap_(scratch<Candidate<Number>>(slot(Scratch::TOP_CANDIDATES), k)),
           values_(scratch<Number>(slot(Scratch::TOP_VALUES), k)),
           indices_(scratch<int32_t>(slot(Scratch::TOP_INDICES), k)) {}
 
@@ -55,7 +54,7 @@ public:
     const Number* values() const { return values_; }
     const int32_t* indices() const { return indices_; }
 
-private:
+  private:
     static Scratch slot(Scratch first) { return (Scratch)((int)first + NUMBER); }
 
     void offer(Number value, int32_t index) {

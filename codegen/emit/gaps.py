@@ -1,0 +1,67 @@
+"""Targets for which an op has no kernel, with the reasons: what `generate` notes and `explain` shows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sageLLM.codegen.emit.cpu import why_no_cpu_kernel
+from sageLLM.codegen.emit.triton import MOVES_NOTHING, why_no_triton_kernel
+from sageLLM.codegen.kernel.inline import Programs
+from sageLLM.codegen.model.op import OpDef
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Renderer
+
+TARGETS = {"cpu": "C++", "triton": "Triton"}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelGap:
+    """An op without a kernel for one target."""
+
+    op: OpDef
+    target: str
+    reason: str
+
+    @property
+    def note(self) -> str:
+        """`specs/ops/x.yaml:3:3: note: 'x' has no Triton kernel: it computes in f64; its torch reference runs`"""
+        place = self.op.entry.key_span()
+        sentence = f"'{self.op.name}' has no {TARGETS[self.target]} kernel: {self.reason}; its torch reference runs"
+        return f"{place}: note: {sentence}"
+
+
+def kernel_gaps(ops: Sequence[OpDef], specs: Specs, programs: Programs, renderer: Renderer) -> list[KernelGap]:
+    """The gaps of the ops, in order. Collectives have none: they are calls of a communication library."""
+    hardware = specs.hardware.get("cpu")
+    has_gemm = hardware is not None and hardware.spec.gemm is not None
+    found = []
+    for op in filter(_has_kernels, ops):
+        reasons = {
+            "cpu": why_no_cpu_kernel(op, programs, renderer, has_gemm=has_gemm),
+            "triton": why_no_triton_kernel(op, programs, renderer),
+        }
+        found += [KernelGap(op, target, reason) for target, reason in reasons.items() if reason is not None]
+    return found
+
+
+def _has_kernels(op: OpDef) -> bool:
+    return not op.op_type.startswith("COMM_")
+
+
+def kernel_table(ops: Sequence[OpDef], specs: Specs) -> str:
+    """All ops but collectives with their kernels as text, the reason where there is none, and the counts."""
+    shown = list(filter(_has_kernels, ops))
+    gaps = {(gap.op.name, gap.target): gap.reason for gap in kernel_gaps(ops, specs, Programs(specs.ops), Renderer(specs.raw.templates))}
+    lines, width = [], max((len(op.name) for op in shown), default=0)
+    for op in shown:
+        lines.append(f"{op.name:{width}}  {', '.join(_targets(op, gaps))}")
+        lines += [f"{'':{width}}  no {name}: {gaps[op.name, name]}" for name in TARGETS if (op.name, name) in gaps]
+    counts = {name: sum(name in _targets(op, gaps) for op in shown) for name in TARGETS}
+    total = ", ".join(f"{count} with {TARGETS[name]} kernels" for name, count in counts.items())
+    views = sum("view" in _targets(op, gaps) for op in shown)
+    return "\n".join([*lines, "", f"{len(shown)} ops: {total}" + (f", {views} views on GPUs" if views else "")])
+
+
+def _targets(op: OpDef, gaps: Mapping[tuple[str, str], str]) -> list[str]:
+    """`reference, cpu, triton`; an op that only moves data is a view or a copy by torch on GPUs."""
+    found = [name for name in TARGETS if (op.name, name) not in gaps]
+    return ["reference", *("view" if name == "triton" and op.op_type in MOVES_NOTHING else name for name in found)]
