@@ -122,7 +122,7 @@ def why_no_cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer, *, has_
     consumer = fused.consumer.reference if fused is not None else None
     is_fused = consumer is not None and _template_of(consumer, renderer) is not None
     if is_fused or gemm_of(op, programs) is not None:
-        return None if has_gemm else "it is a GEMM, and the specs have no `gemm` in hardware/cpu.yaml"
+        return None if has_gemm else "a GEMM requires `gemm` in hardware/cpu.yaml"
     return why_not_lowered(op, programs)
 
 

@@ -230,7 +230,7 @@ class RowKernel:
 
     def _selection(self, step: Selection, loop: Loop) -> None:
         """The largest element, `k` times, each after the one before; by keys, which order NaN and ties too."""
-        assert self.whole, "an op with selections has no kernel for long rows"
+        assert self.whole, "a selection is never looped"
         dtype, element = _accumulated(step.value), step.value.type.element
         key_dtype = dtype if element in INTEGERS else "tl.int32"
         least, most = (_EMPTY_I64 if key_dtype == "tl.int64" else _EMPTY_I32)["amax"], "9223372036854775807"

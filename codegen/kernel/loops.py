@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.expr.tree import Dot, Expr, Reduce, children
+from sageLLM.codegen.expr.tree import Dot, Expr, Reduce, TopK, children
 from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.kernel.indexing import Positions, joined
 from sageLLM.codegen.kernel.inline import unused_name
@@ -45,8 +45,8 @@ class LoopVariables:
         taken = {name for at in here.values() for name in at.variables}
         return Loop(unused_name(f"j{loop_name(dim).removeprefix('i')}", taken), dim)
 
-    def reduced(self, expr: Reduce | Dot, here: Positions) -> Loop:
-        """The loop of a reduction along the row. A dim of the rows, or of another position in scope, can be reduced as
+    def reduced(self, expr: Reduce | Dot | TopK, here: Positions) -> Loop:
+        """The loop of a reduction or selection along the row. A dim of the rows, or of another position in scope, can be reduced as
         well: its variable is then another one, which makes values at its positions different from those of the row.
         """
         dims = [dim for child in children(expr) for dim in child.type.dims if dim != expr.dim and dim in here]

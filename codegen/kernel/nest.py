@@ -173,7 +173,7 @@ class NestBuilder(LoopVariables):
                 raise LoweringError(f"it selects along {expr.dim} of a value that changes along the row")
             if len(self._selections) == MAX_SELECTIONS:
                 raise LoweringError(f"it selects more than {MAX_SELECTIONS} times in a row")
-            loop = Loop(self.variable(expr.dim), expr.dim)
+            loop = self.reduced(expr, here)
             taken = {*self._selections.values(), *self.lowering.values}
             name = unused_name(f"top_{expr.k if expr.k.name or expr.k.constant else 'k'}", taken)
             inside = {**here, expr.dim: Affine.of(loop.variable)}
