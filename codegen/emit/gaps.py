@@ -1,4 +1,4 @@
-"""Targets for which an op has no kernel, with the reasons: what `generate` notes and `explain` shows."""
+"""Targets on which an op runs its torch reference, with the reasons; shown by `generate` and `explain`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,9 @@ class KernelGap:
 
     @property
     def note(self) -> str:
-        """`specs/ops/x.yaml:3:3: note: 'x' has no Triton kernel: it computes in f64; its torch reference runs`"""
-        place = self.op.entry.key_span()
-        sentence = f"'{self.op.name}' has no {TARGETS[self.target]} kernel: {self.reason}; its torch reference runs"
-        return f"{place}: note: {sentence}"
+        """`specs/ops/x.yaml:3:3: note: 'x' runs its torch reference instead of a Triton kernel: it computes in f64`"""
+        instead = f"runs its torch reference instead of a {TARGETS[self.target]} kernel"
+        return f"{self.op.entry.key_span()}: note: '{self.op.name}' {instead}: {self.reason}"
 
 
 def kernel_gaps(ops: Sequence[OpDef], specs: Specs, programs: Programs, renderer: Renderer) -> list[KernelGap]:

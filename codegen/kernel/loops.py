@@ -11,7 +11,7 @@ from sageLLM.codegen.kernel.rows import Affine, Loop, loop_name
 
 
 class LoopVariables:
-    """The variables of the rows and sweeps of a nest, each standing for one dim.
+    """The variables of the rows and sweeps of a nest, one for each dim.
 
     `merged` are dims that a view merges from others: their position is that of the element in all of them.
     """
@@ -46,8 +46,10 @@ class LoopVariables:
         return Loop(unused_name(f"j{loop_name(dim).removeprefix('i')}", taken), dim)
 
     def reduced(self, expr: Reduce | Dot | TopK, here: Positions) -> Loop:
-        """The loop of a reduction or selection along the row. A dim of the rows, or of another position in scope, can be reduced as
-        well: its variable is then another one, which makes values at its positions different from those of the row.
+        """The loop of a reduction or selection along the row.
+
+        A dim of the rows, or of another position in scope, can be reduced as well: its variable is then another one,
+        which makes values at its positions different from those of the row.
         """
         dims = [dim for child in children(expr) for dim in child.type.dims if dim != expr.dim and dim in here]
         taken = {name for dim in dims for name in here[dim].variables} | {loop.variable for loop in self._loops}
