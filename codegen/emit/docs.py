@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sageLLM.codegen.contents import Row
-from sageLLM.codegen.expr.functions import FORMS, REDUCTIONS, UNARY
+from sageLLM.codegen.expr.functions import FORMS, REDUCTIONS, SCANS, TOPS, UNARY
 from sageLLM.codegen.load import SCHEMAS
 from sageLLM.codegen.model.op import Attr, OpDef, Operand
 from sageLLM.codegen.model.specs import Specs
@@ -37,6 +37,16 @@ class Uses:
             tuple(row for row in rules if op in row["produces"]),
             tuple(row["model"] for row in rows if row.get("op") == op),
         )
+
+
+_SCANS = (
+    "the sum, product, largest or least of the elements up to each one; from the first NaN on NaN; sums and products "
+    "are accumulated in f32 at least, those of integers wrap around"
+)
+_TOPS = (
+    "the K largest elements in falling order, or their positions (i32), with K in the place of H; NaN is larger than "
+    "everything, of equal elements the one with the lower position comes first; requires `where: [K <= H]`"
+)
 
 
 def emit_op_page(ops: Sequence[OpDef], uses: Mapping[str, Uses]) -> list[Output]:
@@ -190,6 +200,8 @@ def _compute_language() -> str:
             ("`a + b`, `- * / // % **`, comparisons, `and or not`", "elementwise; dims are matched by name"),
             (", ".join(_code(f"{name}(v)") for name in UNARY), "elementwise"),
             (", ".join(_code(f"{name}(v, H)") for name in REDUCTIONS), "reduction of the named dim"),
+            (", ".join(_code(f"{name}(v, H)") for name in SCANS), _SCANS),
+            (", ".join(_code(f"{name}(v, H, K)") for name in TOPS), _TOPS),
             (", ".join(map(_code, FORMS)), "`dot(x, w, K)`, `gather(table, V, ids)`, `where(c, a, b)`, `min(a, b)`, "
              "`optional(name, with, without)`, `present(name)`"),
             ("`f32(v)`, `E(v)`, ...", "cast; values are rounded or widened only here"),

@@ -80,11 +80,21 @@ def rows_view(op: OpDef, program: RowProgram, *, updates: bool) -> RowsView:
     sizes = _sizes(op, "\n".join([text, *outputs, *as_rows]))
     return RowsView(
         op,
-        (*sizes, *_long_rows(op, launches), *outputs, *as_rows),
+        (*sizes, *_long_rows(op, launches), *_dense(op, updates=updates), *outputs, *as_rows),
         tuple(launches),
         ", ".join(o.name for o in op.outputs),
         own("kernel"),
     )
+
+
+def _dense(op: OpDef, *, updates: bool) -> list[str]:
+    """`x, w = dense(x, w)` for the inputs; those that the op updates must be what they are."""
+    updated = set(op.inplace.values()) if updates else set()
+    names = [o.name for o in op.inputs if o.type.dims and o.name not in updated]
+    if not names:
+        return []
+    targets = f"({names[0]},)" if len(names) == 1 else ", ".join(names)
+    return [f"{targets} = dense({', '.join(names)})"]
 
 
 def _long_rows(op: OpDef, launches: Sequence[Launch]) -> list[str]:

@@ -186,7 +186,8 @@ def make_cases(cls: type[OpNode], random: Random) -> Iterator[tuple[list[Tensor 
         operands = [operand(name, p, sizes, dtype, random, number) for name, p in cls.input_types.items()]
         operands = [None if n in cls.optional_inputs and random.random() < 0.5 else x
                     for n, x in zip(cls.input_types, operands, strict=True)]  # fmt: skip
-        yield [spread(x) if number in (1, 2) else x for x in operands], attrs
+        layout = {1: spread, 2: transposed}.get(number, lambda x: x)
+        yield [layout(x) for x in operands], attrs
 
 
 def possible_sizes(cls: type[OpNode], random: Random) -> dict[str, Any] | None:
@@ -263,6 +264,13 @@ def spread(x: Tensor | None) -> Tensor | None:
     part = padded[..., 1 : 1 + x.shape[-1]]
     part.copy_(x)
     return part
+
+
+def transposed(x: Tensor | None) -> Tensor | None:
+    """The same values with the first dim contiguous, or every second element of a row."""
+    if x is None or x.dim() < 1:
+        return x
+    return x.repeat_interleave(2)[::2] if x.dim() == 1 else x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def main(tree: str, seed: str, *names: str) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import split_tile
+from .tiles import dense, split_tile
 
 __all__ = [
     "clamped_silu_mul",
@@ -53,6 +53,7 @@ def silu_mul(gu: Tensor) -> Tensor:
     """SwiGLU gate over a packed gate|up projection (Shazeer 2020)."""
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
+    (gu,) = dense(gu)
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
     gu_rows = gu.reshape(R, *gu.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -88,6 +89,7 @@ def gelu_mul(gu: Tensor) -> Tensor:
     """GeGLU gate, in its exact form, over a packed gate|up projection (Shazeer 2020)."""
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
+    (gu,) = dense(gu)
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
     gu_rows = gu.reshape(R, *gu.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -124,6 +126,7 @@ def gelu_tanh_mul(gu: Tensor) -> Tensor:
     """GeGLU gate, in the tanh form of GELU, over a packed gate|up projection (Shazeer 2020)."""
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
+    (gu,) = dense(gu)
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
     gu_rows = gu.reshape(R, *gu.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -162,6 +165,7 @@ def relu_mul(gu: Tensor) -> Tensor:
     """ReGLU gate over a packed gate|up projection (Shazeer 2020)."""
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
+    (gu,) = dense(gu)
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
     gu_rows = gu.reshape(R, *gu.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -199,6 +203,7 @@ def relu_squared_mul(gu: Tensor) -> Tensor:
     """Squared-ReLU gate over a packed gate|up projection (So et al. 2021, Shazeer 2020)."""
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
+    (gu,) = dense(gu)
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
     gu_rows = gu.reshape(R, *gu.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -233,6 +238,7 @@ def sigmoid_mul(gu: Tensor) -> Tensor:
     """GLU gate over a packed gate|up projection (Dauphin et al. 2017)."""
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
+    (gu,) = dense(gu)
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
     gu_rows = gu.reshape(R, *gu.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -273,6 +279,7 @@ def clamped_silu_mul(gu: Tensor, *, alpha: float = 1.702, limit: float = 7.0) ->
     """gpt-oss's SwiGLU over a packed gate|up projection, clamped, with a steeper sigmoid and 1 added to the up part."""
     I = gu.shape[-1] // 2
     R = gu.shape[:-1].numel()
+    (gu,) = dense(gu)
     y = torch.empty(*gu.shape[:-1], I, dtype=gu.dtype, device=gu.device)
     gu_rows = gu.reshape(R, *gu.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -302,6 +309,7 @@ def gelu(x: Tensor) -> Tensor:
     """Gaussian error linear unit, in its exact form (Hendrycks & Gimpel 2016)."""
     I = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -330,6 +338,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     """Gaussian error linear unit, in its tanh form; also named gelu_new, gelu_fast and gelu_pytorch_tanh."""
     I = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -357,6 +366,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     """GELU by one sigmoid, x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016), as CLIP uses it."""
     I = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -384,6 +394,7 @@ def silu(x: Tensor) -> Tensor:
     """Sigmoid linear unit, also named swish (Elfwing et al. 2017)."""
     I = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -417,6 +428,7 @@ def relu(x: Tensor) -> Tensor:
     """Rectified linear unit."""
     I = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -448,6 +460,7 @@ def relu_squared(x: Tensor) -> Tensor:
     """Square of the rectified linear unit, also named relu2 (So et al. 2021)."""
     I = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -478,6 +491,7 @@ def sigmoid(x: Tensor) -> Tensor:
     """Logistic function, 1 / (1 + exp(-x))."""
     I = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -508,6 +522,7 @@ def tanh(x: Tensor) -> Tensor:
     """Hyperbolic tangent."""
     I = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])

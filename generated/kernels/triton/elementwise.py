@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import split_tile
+from .tiles import dense, split_tile
 
 __all__ = [
     "add",
@@ -45,6 +45,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     """Sum of two tensors, element by element."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, y = dense(x, y)
     z = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -89,6 +90,7 @@ def mul(x: Tensor, y: Tensor) -> Tensor:
     """Product of two tensors, element by element."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, y = dense(x, y)
     z = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -133,6 +135,7 @@ def mul_weight(x: Tensor, w: Tensor) -> Tensor:
     """Product of every row and a vector, as in layer scale or a learned gain (Touvron et al. 2021)."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, w = dense(x, w)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -167,6 +170,7 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
     """Sum of every row and a vector."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, bias = dense(x, bias)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -201,6 +205,7 @@ def mul_rows(x: Tensor, gate: Tensor) -> Tensor:
     """Every row scaled by its gate value, as for a shared expert."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, gate = dense(x, gate)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     gate_rows = gate.reshape(R, *gate.shape[-1:])
@@ -241,6 +246,7 @@ def scale(x: Tensor, *, factor: float) -> Tensor:
     """A tensor times a scalar, as embedding, residual, attention and logit multipliers."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -273,6 +279,7 @@ def soft_cap(x: Tensor, *, cap: float) -> Tensor:
     """Soft cap of values at -cap and cap by cap * tanh(x / cap), as of the logits of Gemma 2."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -310,6 +317,7 @@ def clip(x: Tensor, *, limit: float) -> Tensor:
     """Values clipped to -limit and limit, as queries, keys and values in OLMo and DBRX."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import split_tile
+from .tiles import dense, split_tile
 
 __all__ = [
     "embedding",
@@ -36,6 +36,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
     """Row of the embedding table for every token."""
     T = ids.shape[0]
     H = table.shape[1]
+    ids, table = dense(ids, table)
     y = torch.empty(T, H, dtype=table.dtype, device=ids.device)
     if T > 0 and H > 0:
         tile = split_tile(H)
@@ -67,6 +68,7 @@ def embedding_shard(ids: Tensor, table: Tensor, *, first: int) -> Tensor:
     T = ids.shape[0]
     V = table.shape[0]
     H = table.shape[1]
+    ids, table = dense(ids, table)
     y = torch.empty(T, H, dtype=table.dtype, device=ids.device)
     if T > 0 and H > 0:
         tile = split_tile(H)
@@ -95,6 +97,7 @@ def position_embedding(pos: Tensor, table: Tensor, *, offset: int = 0) -> Tensor
     """Row of a table of learned positions for every token; row `offset` is that of position 0."""
     T = pos.shape[0]
     H = table.shape[1]
+    pos, table = dense(pos, table)
     y = torch.empty(T, H, dtype=table.dtype, device=pos.device)
     if T > 0 and H > 0:
         tile = split_tile(H)
@@ -123,6 +126,7 @@ def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     """The rows that need logits."""
     H = x.shape[1]
     S = rows.shape[0]
+    x, rows = dense(x, rows)
     y = torch.empty(S, H, dtype=x.dtype, device=x.device)
     if S > 0 and H > 0:
         tile = split_tile(H)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.experts import router_logits as reference_router_logits
 from . import device
-from .tiles import split_tile
+from .tiles import dense, split_tile
 
 __all__ = [
     "combine_experts",
@@ -387,6 +387,7 @@ def combine_experts(x: Tensor, weights: Tensor) -> Tensor:
     T = x.shape[0]
     A = x.shape[1]
     H = x.shape[2]
+    x, weights = dense(x, weights)
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
         tile = split_tile(H)

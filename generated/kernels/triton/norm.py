@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import row_tile
+from .tiles import dense, row_tile
 
 __all__ = [
     "fused_add_layer_norm",
@@ -72,6 +72,7 @@ def rms_norm(x: Tensor, w: Tensor | None = None, *, eps: float = 1e-06) -> Tenso
     """Root-mean-square norm over the hidden dim, scaled by an optional weight (Zhang & Sennrich 2019)."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, w = dense(x, w)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -128,6 +129,7 @@ def rms_norm_wide(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
     """rms_norm that is scaled in float32 and rounded once, as in OLMo 2 and gpt-oss."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, w = dense(x, w)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -184,6 +186,7 @@ def rms_norm_1p(x: Tensor, w: Tensor, *, eps: float = 1e-06) -> Tensor:
     """rms_norm scaled by 1 + w in float32, as in Gemma."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, w = dense(x, w)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -255,6 +258,7 @@ def layer_norm(x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *
     """Layer norm over the hidden dim, with optional weight and bias (Ba et al. 2016)."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, w, bias = dense(x, w, bias)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -337,6 +341,7 @@ def head_layer_norm(x: Tensor, w: Tensor, *, eps: float = 1e-05) -> Tensor:
     T = x.shape[0]
     N = x.shape[1]
     D = x.shape[2]
+    x, w = dense(x, w)
     y = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
     if T * N > 0 and D > 0:
         tile = row_tile(D)
@@ -417,6 +422,7 @@ def layer_norm_1p(x: Tensor, w: Tensor, bias: Tensor | None = None, *, eps: floa
     """layer_norm scaled by 1 + w, as in Nemotron."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    x, w, bias = dense(x, w, bias)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])
@@ -495,6 +501,7 @@ def fused_add_rms_norm(
     """Residual add and rms_norm in one pass; returns the norm and the new residual."""
     T = x.shape[0]
     H = x.shape[1]
+    x, residual, w = dense(x, residual, w)
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     h = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
@@ -600,6 +607,7 @@ def fused_add_layer_norm(
     """Residual add and layer_norm in one pass; returns the norm and the new residual."""
     T = x.shape[0]
     H = x.shape[1]
+    x, residual, w, bias = dense(x, residual, w, bias)
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     h = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
@@ -687,6 +695,7 @@ def fused_add_rms_norm_wide(x: Tensor, residual: Tensor, w: Tensor, *, eps: floa
     """Residual add and rms_norm_wide in one pass; returns the norm and the new residual."""
     T = x.shape[0]
     H = x.shape[1]
+    x, residual, w = dense(x, residual, w)
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     h = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
@@ -763,6 +772,7 @@ def fused_rms_norm_wide_add(residual: Tensor, x: Tensor, w: Tensor, *, eps: floa
     """rms_norm_wide of the output of a block, then the residual add, as in OLMo 2."""
     T = residual.shape[0]
     H = residual.shape[1]
+    residual, x, w = dense(residual, x, w)
     h = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
     if T > 0 and H > 0:
         tile = row_tile(H)
@@ -835,6 +845,7 @@ def fused_add_rms_norm_1p(x: Tensor, residual: Tensor, w: Tensor, *, eps: float 
     """Residual add and rms_norm_1p in one pass; returns the norm and the new residual."""
     T = x.shape[0]
     H = x.shape[1]
+    x, residual, w = dense(x, residual, w)
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     h = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
@@ -965,6 +976,7 @@ def fused_norm_add_norm_1p(
     """Norm of the output of a block, the residual add, and the norm before the next block, as in Gemma 2."""
     T = residual.shape[0]
     H = residual.shape[1]
+    residual, x, w_after, w_before = dense(residual, x, w_after, w_before)
     y = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
     h = torch.empty(T, H, dtype=residual.dtype, device=residual.device)
     if T > 0 and H > 0:

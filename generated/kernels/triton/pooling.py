@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import row_tile, split_tile
+from .tiles import dense, row_tile, split_tile
 
 __all__ = [
     "l2_norm",
@@ -36,6 +36,7 @@ def pool_first(x: Tensor, q_start: Tensor) -> Tensor:
     """First row of every sequence, e.g. that of BERT's [CLS] token."""
     H = x.shape[1]
     B = q_start.shape[0] - 1
+    x, q_start = dense(x, q_start)
     y = torch.empty(B, H, dtype=x.dtype, device=x.device)
     if B > 0 and H > 0:
         tile = split_tile(H)
@@ -62,6 +63,7 @@ def pool_last(x: Tensor, q_start: Tensor) -> Tensor:
     """Last row of every sequence, as in embedding models based on decoders."""
     H = x.shape[1]
     B = q_start.shape[0] - 1
+    x, q_start = dense(x, q_start)
     y = torch.empty(B, H, dtype=x.dtype, device=x.device)
     if B > 0 and H > 0:
         tile = split_tile(H)
@@ -115,6 +117,7 @@ def l2_norm(x: Tensor, *, eps: float = 1e-12) -> Tensor:
     """Every row divided by its Euclidean norm, so that the dot product of two rows is their cosine similarity."""
     H = x.shape[-1]
     R = x.shape[:-1].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-1], H, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-1:])
     y_rows = y.reshape(R, *y.shape[-1:])

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import split_tile
+from .tiles import dense, split_tile
 
 __all__ = [
     "rope",
@@ -67,6 +67,7 @@ def rope(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     N = x.shape[1]
     D = x.shape[2]
     Dr = 2 * cos.shape[1]
+    x, pos, cos, sin = dense(x, pos, cos, sin)
     y = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
     columns = max(Dr // 2, D - Dr)
     if T * N > 0 and columns > 0:
@@ -144,6 +145,7 @@ def rope_interleaved(x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor
     N = x.shape[1]
     D = x.shape[2]
     Dr = 2 * cos.shape[1]
+    x, pos, cos, sin = dense(x, pos, cos, sin)
     y = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
     columns = max(Dr // 2, D - Dr)
     if T * N > 0 and columns > 0:
@@ -199,6 +201,7 @@ def scale_by_position(x: Tensor, pos: Tensor, *, growth: float, interval: float,
     T = x.shape[0]
     N = x.shape[1]
     D = x.shape[2]
+    x, pos = dense(x, pos)
     y = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
     if T * N > 0 and D > 0:
         tile = split_tile(D)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import row_tile, split_tile
+from .tiles import dense, row_tile, split_tile
 
 __all__ = [
     "qk_norm_1p_rope_kv_store",
@@ -137,6 +137,7 @@ def qk_rope_kv_store(
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
+    qkv, pos, cos, sin, slots = dense(qkv, pos, cos, sin, slots)
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
@@ -313,6 +314,7 @@ def qk_rope_interleaved_kv_store(
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
+    qkv, pos, cos, sin, slots = dense(qkv, pos, cos, sin, slots)
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
@@ -733,6 +735,7 @@ def qk_norm_rope_kv_store(
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
+    qkv, q_norm, k_norm, pos, cos, sin, slots = dense(qkv, q_norm, k_norm, pos, cos, sin, slots)
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache
@@ -1122,6 +1125,7 @@ def qk_norm_1p_rope_kv_store(
     T = qkv.shape[0]
     Dr = 2 * cos.shape[1]
     BS = k_cache.shape[1]
+    qkv, q_norm, k_norm, pos, cos, sin, slots = dense(qkv, q_norm, k_norm, pos, cos, sin, slots)
     q = torch.empty(T, Nq, D, dtype=qkv.dtype, device=qkv.device)
     k_out = k_cache
     v_out = v_cache

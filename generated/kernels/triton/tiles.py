@@ -2,11 +2,12 @@
 # Regenerate: make generate    Explain: make explain NAME=tiles
 """Distribution of rows over programs: by their length alone, so that a row's result does not depend on other rows."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
 
-__all__ = ["LONGEST_TILE", "Tile", "row_tile", "split_tile"]
+__all__ = ["LONGEST_TILE", "Tile", "dense", "row_tile", "split_tile"]
 
 LONGEST_TILE = 16384
 """Columns that a program can hold at once."""
@@ -30,6 +31,11 @@ class Tile(NamedTuple):
         """Meta-parameters of a launch. Only loops are pipelined; `a * b + c` is rounded twice, as in the spec."""
         stages = 3 if self.is_looped else 1
         return {"ROWS": self.rows, "num_warps": self.num_warps, "num_stages": stages, "enable_fp_fusion": False}
+
+
+def dense(*operands: Tensor | None) -> tuple[Any, ...]:
+    """The operands with contiguous last dims, which kernels rely on: others are copied."""
+    return tuple(x if x is None or x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in operands)
 
 
 def split_tile(columns: int, max_rows: int = 1024) -> Tile:

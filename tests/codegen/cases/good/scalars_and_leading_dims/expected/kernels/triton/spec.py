@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sageLLM.generated.kernels.triton import device
-from sageLLM.generated.kernels.triton.tiles import split_tile
+from sageLLM.generated.kernels.triton.tiles import dense, split_tile
 
 __all__ = [
     "scale_by_one",
@@ -36,6 +36,7 @@ def scale_by_one(x: Tensor, s: Tensor) -> Tensor:
     N = x.shape[-2]
     D = x.shape[-1]
     R = x.shape[:-2].numel()
+    (x,) = dense(x)
     y = torch.empty(*x.shape[:-2], D * N, dtype=x.dtype, device=x.device)
     x_rows = x.reshape(R, *x.shape[-2:])
     y_rows = y.reshape(R, *y.shape[-1:])

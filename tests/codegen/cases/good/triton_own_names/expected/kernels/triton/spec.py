@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sageLLM.generated.kernels.triton import device
-from sageLLM.generated.kernels.triton.tiles import row_tile
+from sageLLM.generated.kernels.triton.tiles import dense, row_tile
 
 __all__ = [
     "own_names",
@@ -100,6 +100,7 @@ def own_names(row: Tensor, start: Tensor, *, columns: float = 1.0) -> Tensor:
     T = row.shape[0]
     N = row.shape[1]
     D = row.shape[2]
+    row, start = dense(row, start)
     kernel = torch.empty(T, N, D, dtype=row.dtype, device=row.device)
     if T * N > 0 and D > 0:
         tile = row_tile(D)
