@@ -2,18 +2,21 @@
 
     python compile_ahead.py sm_90:all
     python compile_ahead.py sm_80:linear,rope gfx942:linear
+    SAGELLM_TREE=FOLDER python compile_ahead.py sm_90:all       the kernels of a generated overlay
 
 The launchers run unchanged, on tensors without data. A stub replaces the driver, so that Triton's JIT specialises the
 kernels to their arguments and compiles them; then the launch ends.
 """
 
 import json
+import os
 import re
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,15 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from sageLLM.generated.kernels.triton import KERNELS
-from sageLLM.generated.ops import OPS
 from sageLLM.runtime.core.ir.dims import evaluate
 from sageLLM.runtime.core.ir.op_node import REQUIRED, AttrSpec
 from sageLLM.runtime.core.ir.types import TypePattern
+
+TREE = Path(os.environ.get("SAGELLM_TREE", "sageLLM/generated"))
+sys.path += [str(TREE.parent)] if TREE.is_absolute() else []
+PACKAGE = TREE.name if TREE.is_absolute() else "sageLLM.generated"
+KERNELS = import_module(f"{PACKAGE}.kernels.triton").KERNELS
+OPS = import_module(f"{PACKAGE}.ops").OPS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,9 +52,10 @@ DISASSEMBLED |= {"_paged_decode_attention_split"}
 SIZES = {"R": 32, "T": 32, "B": 32, "S": 32, "H": 4096, "I": 14336, "V": 128256, "P": 8192, "Nq": 32, "Nkv": 8, "N": 32}
 SIZES |= {"K": 4096, "D": 128, "Dv": 128, "Dr": 128, "PG": 4096, "BS": 16, "MB": 256, "M": 64, "X": 64, "A": 8}
 """Sizes of a model of 8 billion parameters, with experts; rows of LONG do not fit in one tile."""
+SIZES |= {"G": 4, "S": 3, "K": 8, "Dr": 64} if PACKAGE != "sageLLM.generated" else {}
 LONG = SIZES | {"H": 32768, "I": 32768}
 
-TORCH = {"i32": torch.int32, "i64": torch.int64}
+TORCH = {"i8": torch.int8, "bool": torch.bool, "i32": torch.int32, "i64": torch.int64}
 
 
 class Stub(DriverBase):

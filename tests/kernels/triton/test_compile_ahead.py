@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from sageLLM.codegen import driver
+
 # Importing Triton here would cost a second that the tests do not need: only the other process uses it.
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux"),
@@ -30,6 +32,7 @@ SAMPLE = {
     "expert_linear,topk_router,kv_store,sample,lm_head_sample",
     "gfx942": "fused_add_rms_norm,linear,topk_router,sample",
 }
+FORMS = "scan_all,top_router,i8_arithmetic,powers"
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"] if ALL else [*SAMPLE]
 
 Report = dict[str, dict[str, Any]]
@@ -73,6 +76,18 @@ def test_needs(compiled: dict[str, Any], report: dict[str, Report], target: str)
 def line(name: str, needs: dict[str, Any]) -> str:
     shared = f", {needs['shared']} bytes of shared memory" if needs["shared"] else ""
     return f"{name}: {needs['registers']} registers{shared}{', '.join(['', *needs['opcodes']])}"
+
+
+def test_integers_scans_and_selections_compile(tmp_path: Path) -> None:
+    """Forms of ops that the package does not have. The interpreter accepts code that the compiler would refuse."""
+    driver.generate_from_scratch([FOLDER.parent / "forms"], tmp_path / "forms_tree")
+    environ = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / ".cache/triton"), "SAGELLM_TREE": str(tmp_path / "forms_tree")}
+    command = [sys.executable, FOLDER / "compile_ahead.py", f"sm_90:{'all' if ALL else FORMS}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)["targets"]["sm_90"]
+    assert len(found) >= len(FORMS.split(","))
+    assert {name: needs["spilled"] for name, needs in found.items() if needs["spilled"]} == {}
 
 
 def test_row_kernels_load_and_store_16_bytes_at_a_time(report: dict[str, Report]) -> None:
