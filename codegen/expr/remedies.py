@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 
 _TORCH = "write the op as a torch function: `reference: NAME`, in templates/reference/NAME.py.jinja"
-_WITHOUT = ("cumsum", "cumprod", "cummax", "sort", "argsort", "topk", "argmax", "argmin", "unique", "rand", "randn")
+_WITHOUT = ("sort", "argsort", "unique", "rand", "randn")
 """Functions that the language does not have."""
 REMEDIES: Mapping[str, str] = {
     **dict.fromkeys(_WITHOUT, _TORCH),
     "softmax": "write it out: m = amax(x, H), e = exp(x - m), y = e / sum(e, H), on three lines",
     "log_softmax": "write it out: m = amax(x, H), s = log(sum(exp(x - m), H)), y = x - m - s, on three lines",
+    "argmax": "write topk_indices(x, H, 1), with `where: [1 <= H]`",
+    "argmin": "write topk_indices(-x, H, 1), with `where: [1 <= H]`",
+    "cumulative_sum": "write cumsum(x, H)",
+    "top_k": "write topk(x, H, K) and topk_indices(x, H, K)",
     "silu": "write x * sigmoid(x)",
     "gelu": "write 0.5 * x * (1.0 + erf(x * 0.7071067811865476))",
     "softplus": "write log(1.0 + exp(x))",

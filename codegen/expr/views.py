@@ -63,7 +63,7 @@ def _slice(part: Text, dim: Size, dims: Mapping[str, object], known: Collection[
     cuts = [-1, *(i for i, letter in enumerate(part.value) if letter == ":"), len(part.value)]
     start, stop, *steps = (parse_dim(part.trimmed_part(a + 1, b), dims) for a, b in pairwise(cuts))
     if len(steps) > 1:
-        raise part.refuse("SAGE117", f"a slice must be a:b or a:b:step, got {part.value}")
+        raise part.refuse("SAGE117", f"a slice must be a:b or a:b:step, got {part.value}", None, "write 0:H or 0:H:2")
     step = steps[0] if steps else Size.of(1)
     length = _length(part, start, stop, step, known)
     inside = all(is_never_negative(size, known) for size in (start, dim - stop, length))
@@ -82,7 +82,8 @@ def _length(part: Text, start: Size, stop: Size, step: Size, known: Collection[S
     if step == Size.of(1):
         return stop - start
     if not step.is_never_negative or not step.terms:
-        raise part.refuse("SAGE117", f"the step of a slice must be at least 1, got {part.value}")
+        message = f"the step of a slice must be at least 1, got {part.value}"
+        raise part.refuse("SAGE117", message, None, "write for example 0:H:2")
     whole = stop - start
     if is_never_negative(step - start - Size.of(1), known):
         whole = stop

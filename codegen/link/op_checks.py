@@ -41,7 +41,7 @@ def _check_determined(entry: Entry[OpSpec], signature: Signature, semantics: str
             sink.error("SAGE132", message, entry.span(key, operand.name), _determined_help(name, signature))
 
 
-def _determined_help(name: str, signature: Signature) -> str | None:
+def _determined_help(name: str, signature: Signature) -> str:
     if name == "R":
         return "add `...` to a required input"
     if name not in signature.dims:

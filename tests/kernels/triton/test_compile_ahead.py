@@ -80,8 +80,9 @@ def line(name: str, needs: dict[str, Any]) -> str:
 
 def test_integers_scans_and_selections_compile(tmp_path: Path) -> None:
     """Forms of ops that the package does not have. The interpreter accepts code that the compiler would refuse."""
-    driver.generate_from_scratch([FOLDER.parent / "forms"], tmp_path / "forms_tree")
-    environ = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / ".cache/triton"), "SAGELLM_TREE": str(tmp_path / "forms_tree")}
+    tree = tmp_path / "forms_tree"
+    driver.generate_from_scratch([FOLDER.parent / "forms"], tree)
+    environ = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / ".cache/triton"), "SAGELLM_TREE": str(tree)}
     command = [sys.executable, FOLDER / "compile_ahead.py", f"sm_90:{'all' if ALL else FORMS}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stderr[-4000:]
