@@ -49,7 +49,10 @@ def _has_kernels(op: OpDef) -> bool:
 def kernel_table(ops: Sequence[OpDef], specs: Specs) -> str:
     """All ops but collectives with their kernels as text, the reason where there is none, and the counts."""
     shown = list(filter(_has_kernels, ops))
-    gaps = {(gap.op.name, gap.target): gap.reason for gap in kernel_gaps(ops, specs, Programs(specs.ops), Renderer(specs.raw.templates))}
+    gaps = {
+        (gap.op.name, gap.target): gap.reason
+        for gap in kernel_gaps(ops, specs, Programs(specs.ops), Renderer(specs.raw.templates))
+    }
     lines, width = [], max((len(op.name) for op in shown), default=0)
     for op in shown:
         lines.append(f"{op.name:{width}}  {', '.join(_targets(op, gaps))}")

@@ -112,7 +112,11 @@ def why_no_triton_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> s
         return None
     fused = fused_epilogue_of(op, programs)
     if fused is not None:
-        return None if _fused_template(op, fused, programs, renderer) else "its GEMM and its consumer require a common template"
+        return (
+            None
+            if _fused_template(op, fused, programs, renderer)
+            else "its GEMM and its consumer require a common template"
+        )
     program = programs.of(op)
     if program is None:
         is_fused = "it fuses an op that is defined by a reference"
