@@ -53,7 +53,7 @@ SAGE_KERNEL(paged_prefill_attention) {
     };
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
         return n <= m & (has_window ? n > m - window : mask(true)) &
-               (has_chunk ? n >= m - floor_remainder(m, chunk) : mask(true));
+               (has_chunk ? n >= m - (int32_t)floor_remainder(m, chunk) : mask(true));
     };
     // The keys that are visible to any row at positions first to last; with the two swapped, to all of them
     const auto range = [&]([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t last, int64_t length) {
@@ -119,7 +119,7 @@ SAGE_KERNEL(paged_decode_attention) {
     };
     const auto mask_mod = [&]([[maybe_unused]] int32_t m, [[maybe_unused]] Ints n, [[maybe_unused]] int32_t h) {
         return n <= m & (has_window ? n > m - window : mask(true)) &
-               (has_chunk ? n >= m - floor_remainder(m, chunk) : mask(true));
+               (has_chunk ? n >= m - (int32_t)floor_remainder(m, chunk) : mask(true));
     };
     // The keys that are visible to any row at positions first to last; with the two swapped, to all of them
     const auto range = [&]([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t last, int64_t length) {

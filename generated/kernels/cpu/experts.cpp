@@ -210,8 +210,8 @@ SAGE_KERNEL(sum_experts) {
     parallel_for_rows(T, H * T, [&](int64_t i_T) {
         sweep(H, [&](auto i_H) {
             Floats sum_over_A = Floats{};
-            for (int64_t i_A = 0; i_A < A; ++i_A) {
-                sum_over_A += load(x + i_T * x_T + i_A * x_A, i_H);
+            for (int64_t j_A = 0; j_A < A; ++j_A) {
+                sum_over_A += load(x + i_T * x_T + j_A * x_A, i_H);
             }
             store(y + i_T * y_T, i_H, to<E>(sum_over_A));
         });

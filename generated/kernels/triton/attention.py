@@ -115,7 +115,7 @@ def _paged_prefill_attention_kernel(
                     & (
                         (n <= m)
                         & (n > m - window if window is not None else True)
-                        & (n >= m - m % chunk if chunk is not None else True)
+                        & (n >= m - device.floor_remainder(m, chunk) if chunk is not None else True)
                     ),
                     score,
                     float("-inf"),
@@ -277,7 +277,7 @@ def _paged_decode_attention_split(
             & (
                 (n <= m)
                 & (n > m - window if window is not None else True)
-                & (n >= m - m % chunk if chunk is not None else True)
+                & (n >= m - device.floor_remainder(m, chunk) if chunk is not None else True)
             ),
             score,
             float("-inf"),

@@ -436,6 +436,7 @@ def scale_experts(x: Tensor, weights: Tensor) -> Tensor:
     T = x.shape[0]
     A = x.shape[1]
     H = x.shape[2]
+    x, weights = dense(x, weights)
     y = torch.empty(T, A, H, dtype=x.dtype, device=x.device)
     if T * A > 0 and H > 0:
         tile = split_tile(H)
@@ -466,8 +467,8 @@ def _sum_experts_kernel(x, y, T, A, H, x_T, x_A, y_T, ROWS: tl.constexpr, BLOCK_
     i_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     in_H = i_H < H
     sum_over_A = tl.full([ROWS, BLOCK_H], 0.0, tl.float32)
-    for i_A in range(A):
-        sum_over_A += tl.load(x + i_T * x_T + i_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32)
+    for j_A in range(A):
+        sum_over_A += tl.load(x + i_T * x_T + j_A * x_A + i_H, mask=is_row & in_H, other=0).to(tl.float32)
     tl.store(y + i_T * y_T + i_H, device.rounded(sum_over_A, E), mask=is_row & in_H)
 
 
@@ -476,6 +477,7 @@ def sum_experts(x: Tensor) -> Tensor:
     T = x.shape[0]
     A = x.shape[1]
     H = x.shape[2]
+    (x,) = dense(x)
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T > 0 and H > 0:
         tile = split_tile(H)
