@@ -96,7 +96,7 @@ class MixedConfig(ModelSizes):
         o_bias = hf.bool("attention_bias", default=False)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if i % 2 == 0 else 'full_attention'",

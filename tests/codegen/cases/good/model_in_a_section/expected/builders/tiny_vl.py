@@ -97,7 +97,7 @@ class TinyVlConfig(ModelSizes):
         first_window = hf.int("max_window_layers", default=28)
         layer_types = (
             hf.items("layer_types", kind=str, length=L)
-            if hf.has("layer_types")
+            if hf.has_items("layer_types")
             else hf.per_layer(
                 "layer_types",
                 "'sliding_attention' if sliding and i >= first_window else 'full_attention'",
