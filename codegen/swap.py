@@ -1,7 +1,8 @@
 """Changes a generated tree all at once: stages the files, lists them in a journal, then moves them into place.
 
 A run that is killed before its journal is complete has changed nothing. After that point the next run carries out the
-rest of the journal. Staged files and journal are in `.cache` of the tree, which git ignores.
+rest of the journal. Power loss is like a kill: staged files are on disk before the journal, and moved files before the
+journal is removed. Staged files and journal are in `.cache` of the tree, which git ignores.
 """
 
 import fcntl
@@ -9,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -126,10 +127,28 @@ def _stage(files: Mapping[str, str], removed: Mapping[str, str], out: Path) -> N
         draft = pending / "journal.new"
         draft.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(json.dumps({"moved": moved, "removed": dict(removed)}).encode())
+        _flush((*pending.rglob("*"), pending, pending.parent, out))
         draft.replace(_journal(out))
+        _flush([pending])
     except BaseException:
         shutil.rmtree(pending, ignore_errors=True)
         raise
+
+
+def _flush(paths: Iterable[Path]) -> None:
+    """Waits until files, and the names in folders, are on disk."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _folders_of(paths: Iterable[str], out: Path) -> list[Path]:
+    """The folders in which files were moved or removed, and those above them, as they may be new."""
+    folders = {folder for path in paths for folder in (out / path).parents if folder.is_relative_to(out)}
+    return sorted(folder for folder in folders if folder.is_dir())
 
 
 def _check_target(path: Path) -> None:
@@ -156,6 +175,7 @@ def _complete(out: Path) -> None:
             if file_digest(out / path) == digest:
                 (out / path).unlink()
             _drop_empty_folders((out / path).parent, out)
+        _flush(_folders_of([*journal.moved, *journal.removed], out))
     _journal(out).unlink(missing_ok=True)
     shutil.rmtree(_pending(out), ignore_errors=True)
 

@@ -222,6 +222,36 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_tree_or_a_journal(tmp_path
     assert sorted(set(found), key=found.index) == ["old", "interrupted", "new"]
 
 
+def test_files_are_on_disk_before_the_journal_and_the_tree_before_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power loss could leave a journal of empty files, or half of an update without its journal."""
+    write(outputs(a="x = 1\n", b="y = 2\n"), tmp_path)
+    events: list[tuple[str, Path]] = []
+
+    def recorded(owner: Any, name: str, place: Callable[..., Path]) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, **kw: (events.append((name, place(*args))), real(*args, **kw))[1]
+        )
+
+    recorded(os, "fsync", lambda file: Path(f"/proc/self/fd/{file}").readlink())
+    recorded(Path, "replace", lambda _, target: Path(target))
+    recorded(Path, "unlink", lambda path: path)
+    new = [Output("a.py", HEADER, ("specs/x.yaml: x",)), Output("sub/c.py", HEADER, ("specs/x.yaml: x",))]
+    write(finish(new), tmp_path)
+    pending = tmp_path / ".cache/pending"
+    start = events.index(("replace", pending / "journal.json"))
+    end = events.index(("unlink", pending / "journal.json"), start)
+    flushed = {path for name, path in events[:start] if name == "fsync"}
+    assert flushed >= {pending / "files" / name for name in ("a.py", "sub/c.py", MANIFEST, "sub")}
+    assert flushed >= {pending / "journal.new", pending / "files", pending, tmp_path / ".cache", tmp_path}
+    moved = [path for name, path in events[start + 1 : end] if name == "replace"]
+    assert set(moved) == {tmp_path / name for name in ("a.py", "sub/c.py", MANIFEST)}
+    last = max(events.index(("replace", path)) for path in moved)
+    assert {("fsync", tmp_path), ("fsync", tmp_path / "sub")} <= set(events[last:end])
+
+
 def test_a_journal_that_names_foreign_files_is_dropped(tmp_path: Path) -> None:
     write(outputs(a="x"), tmp_path / "out")
     (tmp_path / "victim.py").write_text("x")
