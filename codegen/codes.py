@@ -229,6 +229,12 @@ CODES: dict[str, CodeInfo] = {
         "condition that never holds",
         "A condition of `where` must hold for some sizes and attrs, or the op can never be called.",
     ),
+    "SAGE138": CodeInfo(
+        "slow fusion",
+        "A warning: the cost model calls the fused op slower than the ops of `fuses` one after the other, since its "
+        "C++ kernel computes values again for each element of a product. Before the product of a GEMM, values are "
+        "computed once per row.",
+    ),
     "SAGE135": CodeInfo(
         "attr unknown to a rule",
         "An op with `rule` gets its attrs from the ops that it replaces, so each attr of a formula must also be passed "

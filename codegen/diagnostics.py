@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 MAX_NAMES = 24
 """The most names that a help line lists."""
@@ -23,20 +24,24 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One finding: a stable code (see `codegen.codes`), a sentence, a location and the remedy."""
+    """One finding: a stable code (see `codegen.codes`), a sentence, a location and the remedy.
+
+    An error ends the run; a warning is printed after it.
+    """
 
     code: str
     message: str
     span: Span | None = None
     help: str = ""
     related: tuple[tuple[str, Span], ...] = ()
+    severity: Literal["error", "warning"] = "error"
 
     def __post_init__(self) -> None:
         assert self.help, f"every finding has a remedy: {self.code}: {self.message}"
 
     def __str__(self) -> str:
         place = f"{self.span}: " if self.span else ""
-        return f"{place}error[{self.code}]: {self.message}"
+        return f"{place}{self.severity}[{self.code}]: {self.message}"
 
 
 class SpecErrors(Exception):
@@ -86,6 +91,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not names:
         return "define it, or remove it: no such name is defined"
     return f"known: {', '.join(names)}" if len(names) <= MAX_NAMES else "define it: no known name is similar"
+
+
+def no_line(file: str, line: int) -> None:
+    """For `render` where no source is at hand."""
 
 
 def render(diagnostic: Diagnostic, read_line: Callable[[str, int], str | None]) -> str:

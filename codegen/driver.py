@@ -62,7 +62,7 @@ def emit(specs: "Specs") -> list[Output]:
     passes = emitters.emit_pass_modules(specs, renderer)
     devices = [output for entry in own.devices for output in emitters.emit_device(entry, renderer)]
     uses = [row for output in (*models, *passes) for row in output.rows]
-    pages = [output for ops in own.ops_by_stem.values() for output in emitters.emit_op_docs(ops, uses)]
+    pages = [output for ops in own.ops_by_stem.values() for output in emitters.emit_op_docs(ops, specs, uses)]
     tables = emitters.emit_tables(own.contents(modules), renderer)
     return [*modules, *models, *passes, *devices, *pages, *emitters.emit_support(specs, renderer), *tables]
 

@@ -10,8 +10,9 @@ from sageLLM.codegen.codes import CODES
 from sageLLM.codegen.diagnostics import Span, did_you_mean
 from sageLLM.codegen.emit.builders import model_rows
 from sageLLM.codegen.emit.docs import Uses, model_section, op_section
-from sageLLM.codegen.emit.gaps import TARGETS, kernel_gaps, kernel_table
+from sageLLM.codegen.emit.gaps import TARGETS, kernel_gaps, kernel_table, slow_fusions
 from sageLLM.codegen.emit.passes import rule_rows
+from sageLLM.codegen.kernel.cost import with_kernel_cost
 from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.model.rule import PassDef, RuleDef
@@ -65,15 +66,17 @@ def _section(name: str, specs: Specs) -> str:
         return model_section(specs.models[name])
     rows = [row for one in specs.passes.values() for row in rule_rows(one)]
     rows += [row for model in specs.models.values() for row in model_rows(model)]
-    return op_section(specs.ops[name], Uses.of(name, rows))
+    return op_section(with_kernel_cost(specs.ops[name], Programs(specs.ops)), Uses.of(name, rows))
 
 
 def _kernels(op: OpDef, specs: Specs) -> str:
     """The targets that have a kernel of the op, and the reasons of the others."""
-    gaps = kernel_gaps([op], specs, Programs(specs.ops), Renderer(specs.raw.templates))
+    programs = Programs(specs.ops)
+    gaps = kernel_gaps([op], specs, programs, Renderer(specs.raw.templates))
     without = {gap.target for gap in gaps}
     lines = [f"kernels: {', '.join(['reference', *(name for name in TARGETS if name not in without)])}"]
-    return "\n".join([*lines, *(f"no {TARGETS[gap.target]} kernel: {gap.reason}" for gap in gaps)])
+    lines += [f"no {TARGETS[gap.target]} kernel: {gap.reason}" for gap in gaps]
+    return "\n".join([*lines, *(f"slow: {one.message}" for one in slow_fusions([op], specs, programs))])
 
 
 def _made_from(ref: str, out: Path) -> str:

@@ -152,7 +152,8 @@ class Incremental:
         by_path = self._rows_by_path("model ", "passes")
         rows = [row for rows in by_path.values() for row in rows if _mentions(row, set(names))]
         key = digest([[[name, self.meaning(name)] for name in names], rows])
-        self._unit(f"docs {stem}", key, lambda: emit_op_docs([self.ops[name] for name in names], rows))
+        specs = self._specs(ops=Only(self.ops, self._fused_by(names)))
+        self._unit(f"docs {stem}", key, lambda: emit_op_docs([self.ops[name] for name in names], specs, rows))
 
     # models and passes
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sageLLM.codegen.contents import Contents, Row
+from sageLLM.codegen.diagnostics import no_line, render
 from sageLLM.codegen.render import Output, Renderer
 
 if TYPE_CHECKING:
@@ -22,29 +23,34 @@ if TYPE_CHECKING:
 def emit_op_modules(ops: "Sequence[OpDef]", specs: "Specs", renderer: Renderer) -> list[Output]:
     """Nodes, kernels and tests of the ops of one file. Reads these ops, the ops that they fuse, and the CPU's entry."""
     from sageLLM.codegen.emit.cpu import emit_cpu
-    from sageLLM.codegen.emit.gaps import kernel_gaps
+    from sageLLM.codegen.emit.gaps import kernel_gaps, slow_fusions
     from sageLLM.codegen.emit.op_tests import emit_op_tests
     from sageLLM.codegen.emit.ops import emit_ops
     from sageLLM.codegen.emit.reference import emit_reference
     from sageLLM.codegen.emit.triton import emit_triton
+    from sageLLM.codegen.kernel.cost import with_kernel_cost
     from sageLLM.codegen.kernel.inline import Programs
 
     programs = Programs(specs.ops)
-    notes = tuple(gap.note for gap in kernel_gaps(ops, specs, programs, renderer))
+    notes = [gap.note for gap in kernel_gaps(ops, specs, programs, renderer)]
+    notes += [render(warning, no_line) for warning in slow_fusions(ops, specs, programs)]
     return [
-        *emit_ops(ops, specs, renderer),
-        *(replace(output, notes=notes) for output in emit_reference(ops, specs, renderer)),
+        *emit_ops([with_kernel_cost(op, programs) for op in ops], specs, renderer),
+        *(replace(output, notes=tuple(notes)) for output in emit_reference(ops, specs, renderer)),
         *emit_triton(ops, specs, renderer, programs),
         *emit_cpu(ops, specs, renderer, programs),
         *emit_op_tests(ops, specs, renderer),
     ]
 
 
-def emit_op_docs(ops: "Sequence[OpDef]", rows: Sequence[Row]) -> list[Output]:
-    """The page of one ops file. Reads these ops, and the rows of passes and models."""
+def emit_op_docs(ops: "Sequence[OpDef]", specs: "Specs", rows: Sequence[Row]) -> list[Output]:
+    """The page of one ops file. Reads these ops, the ops that they fuse, and the rows of passes and models."""
     from sageLLM.codegen.emit.docs import Uses, emit_op_page
+    from sageLLM.codegen.kernel.cost import with_kernel_cost
+    from sageLLM.codegen.kernel.inline import Programs
 
-    return emit_op_page(ops, {op.name: Uses.of(op.name, rows) for op in ops})
+    programs = Programs(specs.ops)
+    return emit_op_page([with_kernel_cost(op, programs) for op in ops], {op.name: Uses.of(op.name, rows) for op in ops})
 
 
 def emit_model(model: "ModelDef", specs: "Specs", renderer: Renderer) -> list[Output]:

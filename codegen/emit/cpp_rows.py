@@ -6,13 +6,22 @@ from dataclasses import replace
 from sageLLM.codegen.contents import class_name
 from sageLLM.codegen.emit.cpp_arguments import declarations, presence_name, stride_names
 from sageLLM.codegen.emit.cpp_text import CppText, cpp_name, size_text
-from sageLLM.codegen.emit.cpu_gemm import GemmText, fused_lines, gemm_lines, indented
+from sageLLM.codegen.emit.cpu_gemm import (
+    GemmText,
+    computed_rows_lines,
+    fused_lines,
+    gemm_lines,
+    indented,
+    scratch_lines,
+    scratch_strides,
+)
 from sageLLM.codegen.expr.size import Size, volume
 from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.expr.types import INTEGERS
 from sageLLM.codegen.kernel.epilogue import FusedEpilogue
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm
 from sageLLM.codegen.kernel.names import own_names, selection_names
+from sageLLM.codegen.kernel.prologue import Prologue, within_row
 from sageLLM.codegen.kernel.rows import (
     Fold,
     Index,
@@ -58,19 +67,37 @@ class CppKernel:
     def gemm_lines(self, gemm: Gemm) -> tuple[str, ...]:
         """The function of an op that is a GEMM: the sweep along a row is the epilogue of a block of sums."""
         writer = self._gemm_text(gemm)
-        body = gemm_lines(gemm, writer, self._epilogue(writer, gemm))
+        if gemm.prologue and gemm.prologue.in_scratch and not gemm.groups:
+            body = computed_rows_lines(gemm, self._row_lines(gemm, gemm.prologue), self._epilogue(writer, gemm))
+        else:
+            body = [*self._prologue(gemm), *gemm_lines(gemm, writer, self._epilogue(writer, gemm))]
         return (*declarations(self.op, self.own, "\n".join(body)), *body)
 
     def fused_lines(self, fused: FusedEpilogue, rest: Sequence[str]) -> tuple[str, ...]:
         """The function of a GEMM and its consumer; `rest` is the consumer's work when all rows are complete."""
         gemm, epilogue = fused.gemm, f"{class_name(fused.consumer.entry.spec.reference or '')}Epilogue"
         writer = self._gemm_text(gemm, fused.result.name)
-        body = [*fused_lines(gemm, writer, self._epilogue(writer, gemm), epilogue), *rest]
+        lines = fused_lines(gemm, writer, self._epilogue(writer, gemm), epilogue)
+        body = [*self._prologue(gemm), *lines, *rest]
         return (*declarations(self.op, self.own, "\n".join(body)), *body)
 
     def _gemm_text(self, gemm: Gemm, consumed: str = "") -> GemmText:
         self.operands[SUMS] = [""] * (len(gemm.epilogue.rows))
+        if gemm.prologue and gemm.prologue.in_scratch:
+            self.operands[gemm.x.name] = scratch_strides(gemm.x)
+            self.names[gemm.x.name] = self.own(f"{gemm.x.name}_value")
         return GemmText(self.operands, self.optional, self.names, gemm.sweep.loop, set(), gemm=gemm, consumed=consumed)
+
+    def _prologue(self, gemm: Gemm) -> list[str]:
+        """The loop over all rows before the product, with scratch memory for its result."""
+        if gemm.prologue is None:
+            return []
+        return [*(scratch_lines(gemm.x) if gemm.prologue.in_scratch else []), *self._nest(gemm.prologue.nest)]
+
+    def _row_lines(self, gemm: Gemm, prologue: Prologue) -> list[str]:
+        """The prologue of one row, which is stored to a pointer to that row."""
+        self.operands[gemm.x.name] = []
+        return [line for step in within_row(prologue.nest.steps, gemm.x.name) for line in self._step(step)]
 
     def _epilogue(self, writer: GemmText, gemm: Gemm) -> list[str]:
         return [line for step in gemm.sweep.steps for line in self._in_sweep(step, writer)]

@@ -134,11 +134,11 @@ def cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> CpuKernel |
         return CpuKernel(op, lines, sizes_of(op), updates=bool(op.inplace), packed=packed)
     fused = fused_epilogue_of(op, programs)
     if fused is not None and (rest := _consumer_lines(fused, renderer)):
-        lines = CppKernel(op, RowProgram((fused.gemm.epilogue,))).fused_lines(fused, rest)
+        lines = CppKernel(op, fused.gemm.loops).fused_lines(fused, rest)
         return CpuKernel(op, lines, sizes_of(op), packed={fused.gemm.w.name: fused.gemm.gates})
     gemm = gemm_of(op, programs)
     if gemm is not None:
-        lines = CppKernel(op, RowProgram((gemm.epilogue,))).gemm_lines(gemm)
+        lines = CppKernel(op, gemm.loops).gemm_lines(gemm)
         return CpuKernel(op, lines, sizes_of(op), packed={gemm.w.name: gemm.gates})
     try:
         program = row_program(op, programs)

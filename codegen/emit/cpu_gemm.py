@@ -4,15 +4,19 @@ const GemmArgs<E> args = {R, K, N, 1, w};
 gemm(MICROKERNEL, TUNING, args,
      [&](int64_t i_R) { return x + i_R * x_R; },
      [&](int64_t i_R, auto i_N, const float* sums) { store(y + i_R * y_R, i_N, to<E>(load(sums, Block{0}))); });
+
+With a row prologue, `gemm_of_computed_rows` takes the lines that compute a row in place of the lambda that finds one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sageLLM.codegen.emit.cpp_text import CppText, Piece, cpp_name, size_text
+from sageLLM.codegen.expr.size import volume
 from sageLLM.codegen.expr.tree import Expr
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm
 from sageLLM.codegen.kernel.rows import Affine, Load, Location, Loop
+from sageLLM.codegen.model.op import Operand
 
 INNER = "i_inner"
 """The variable along the summed dim, which addresses leave out."""
@@ -79,6 +83,32 @@ def fused_lines(gemm: Gemm, writer: GemmText, inside: Sequence[str], epilogue_cl
         _row_of(gemm, writer),
         *indented(["[&](int64_t part) {", *indented([*epilogue, "};"]), "});"], 2),
     ]
+
+
+def computed_rows_lines(gemm: Gemm, row: Sequence[str], inside: Sequence[str]) -> list[str]:
+    """The call with a row prologue; `row` are the lines that compute a row.
+
+    gemm_of_computed_rows(MICROKERNEL, TUNING, args,
+        [&](int64_t i_R, E* n) { ... store(n, i_K, to<E>(n_2 * load(w, i_K))); ... },
+        [&](int64_t i_R, auto i_N, const float* sums) { ... });
+    """
+    start = f"[&]({_parameters(gemm)}, {gemm.x.type.element}* {cpp_name(gemm.x.name)}) {{"
+    epilogue = _epilogue_lines(gemm, "[&]", inside)
+    call = "gemm_of_computed_rows(MICROKERNEL, TUNING, args,"
+    return [_args_line(gemm), call, *indented([start, *indented(row), "},", *epilogue, "});"], 2)]
+
+
+def scratch_lines(x: Operand) -> list[str]:
+    """`E* n = scratch<E>(Scratch::COMPUTED_ROWS, S * H);`"""
+    element = x.type.element
+    size = size_text(volume(x.type.dims))
+    return [f"{element}* {cpp_name(x.name)} = scratch<{element}>(Scratch::COMPUTED_ROWS, {size});"]
+
+
+def scratch_strides(x: Operand) -> list[str]:
+    """The strides of all dims but the last, of contiguous memory."""
+    sizes = [size_text(volume(x.type.dims[at + 1 :])) for at in range(len(x.type.dims) - 1)]
+    return [text if text.isidentifier() else f"({text})" for text in sizes]
 
 
 def indented(lines: Sequence[str], by: int = 1) -> list[str]:

@@ -1,10 +1,15 @@
-"""Targets on which an op runs its torch reference, with the reasons; shown by `generate` and `explain`."""
+"""Targets on which an op runs its torch reference, with the reasons, and slow fusions.
+
+`generate` and `explain` show them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sageLLM.codegen.diagnostics import Diagnostic
 from sageLLM.codegen.emit.cpu import why_no_cpu_kernel
 from sageLLM.codegen.emit.triton import MOVES_NOTHING, why_no_triton_kernel
+from sageLLM.codegen.kernel.cost import slow_fusion
 from sageLLM.codegen.kernel.inline import Programs
 from sageLLM.codegen.model.op import OpDef
 from sageLLM.codegen.model.specs import Specs
@@ -40,6 +45,13 @@ def kernel_gaps(ops: Sequence[OpDef], specs: Specs, programs: Programs, renderer
         }
         found += [KernelGap(op, target, reason) for target, reason in reasons.items() if reason is not None]
     return found
+
+
+def slow_fusions(ops: Sequence[OpDef], specs: Specs, programs: Programs) -> list[Diagnostic]:
+    """Warnings about fused ops that the cost model of the CPU calls slower than their calls."""
+    device = specs.hardware.get("cpu")
+    found = [slow_fusion(op, programs, device.spec) for op in ops] if device is not None else []
+    return [one.warning for one in found if one is not None]
 
 
 def _has_kernels(op: OpDef) -> bool:

@@ -18,8 +18,12 @@ def check_elements(program: RowProgram) -> None:
 def check_inplace(program: RowProgram, inplace: Mapping[str, str]) -> None:
     """An output may share the memory of an input if nothing is read there after it has been overwritten."""
     for output, input_ in inplace.items():
+        is_written = False
         for nest in program.nests:
+            if is_written and any(load.location.operand == input_ for step in nest.steps for load in _loads(step)):
+                raise LoweringError(f"'{output}' reuses the memory of '{input_}', which is read after it is written")
             _check_nest(nest, output, input_)
+            is_written |= any(store.location.operand == output for step in nest.steps for store in _stores(step))
 
 
 def _check_nest(nest: Nest, output: str, input_: str) -> None:

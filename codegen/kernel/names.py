@@ -26,8 +26,8 @@ class OwnNames:
 def own_names(op: OpDef, program: RowProgram | None = None) -> OwnNames:
     """The names that the operands and attrs of the op and the values of its program leave free."""
     declared = {one.name for one in (*op.inputs, *op.outputs)} | {attr.name for attr in op.attrs}
-    nests = program.nests if program is not None else ()
-    return OwnNames(frozenset(declared | set(_value_names(step for nest in nests for step in nest.steps))))
+    steps = [step for nest in (program.nests if program is not None else ()) for step in nest.steps]
+    return OwnNames(frozenset(declared | set(_value_names(steps)) | set(_stored_names(steps))))
 
 
 def selection_names(program: RowProgram) -> list[str]:
@@ -52,3 +52,10 @@ def _value_names(steps: Iterable[Step]) -> Iterator[str]:
             yield from (one.index_name for one in step.steps if isinstance(one, Selection))
         elif isinstance(step, Let):
             yield step.name
+
+
+def _stored_names(steps: Iterable[Step]) -> Iterator[str]:
+    """The operands that are stored: outputs, and values of a prologue in scratch memory."""
+    for step in steps:
+        inside = step.steps if isinstance(step, Sweep) else (step,)
+        yield from (one.location.operand for one in inside if isinstance(one, Store))

@@ -14,7 +14,7 @@ from sageLLM.codegen.expr.types import ValueType
 from sageLLM.codegen.expr.value_names import why_not_a_value_name
 from sageLLM.codegen.link.attr_formulas import is_formula, link_formula
 from sageLLM.codegen.load import Entry, fused_names
-from sageLLM.codegen.model.binding import Binding, TypeMismatch
+from sageLLM.codegen.model.binding import Binding, TypeMismatch, bound_calls
 from sageLLM.codegen.model.op import Attr, AttrFormula, AttrName, AttrValue, Call, Cost, OpDef, Operand, Scalar
 from sageLLM.codegen.schema.ops import OpSpec
 
@@ -218,18 +218,7 @@ def fused_cost(
     hidden = Size.of(0)
     view_bases: dict[str, str] = {}  # view of an input -> the input
     let: dict[str, str] = {}
-    for call in calls:
-        op, binding = ops[call.op], Binding()
-        binding.fix(op, call.kwargs)
-        pairs = [(o, arg) for o, arg in zip(op.inputs, call.args, strict=False) if arg is not None]
-        for operand, arg in pairs:
-            binding.match(operand.type, types[arg])
-        optional = {o.name for o in inputs if o.optional}
-        args = {operand.name: arg for operand, arg in pairs}
-        for operand in (o for o in op.inputs if o.optional):
-            passed = args.get(operand.name)
-            is_present = Size.symbol(f"has_{passed}") if passed in optional else Size.of(int(passed is not None))
-            binding.dims[f"has_{operand.name}"] = is_present
+    for call, op, binding, pairs in bound_calls(calls, inputs, ops):
         flops += binding.formula(op.cost.flops)
         let |= op.cost.let
         for operand, arg in pairs:
@@ -240,7 +229,6 @@ def fused_cost(
         if op.is_view and pairs:
             view_bases |= dict.fromkeys(call.targets, view_bases.get(pairs[0][1], pairs[0][1]))
         for output, target in zip(op.outputs, call.targets, strict=True):
-            types[target] = binding.apply(output.type)
             written[target] = binding.formula(op.cost.written[output.name])
         hidden += binding.formula(op.cost.bytes - _sum(op.cost.read.values()) - _sum(op.cost.written.values()))
     kept = {o.name: written[o.name] for o in outputs if o.name in written}

@@ -1,12 +1,13 @@
 """Binding of a called op's element variables and dims to the types of its caller."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sageLLM.codegen.expr.cost import element_bytes
 from sageLLM.codegen.expr.size import LEADING, Size, volume
 from sageLLM.codegen.expr.types import DTYPES, ValueType
-from sageLLM.codegen.model.op import AttrFormula, AttrName, AttrValue, OpDef
+from sageLLM.codegen.model.op import AttrFormula, AttrName, AttrValue, Call, OpDef, Operand
 
 
 class TypeMismatch(Exception):
@@ -86,3 +87,31 @@ class Binding:
         for name, element in self.elements.items():
             env[f"{name}_size"] = element_bytes(element)
         return size.substitute(env)
+
+
+class BoundCall(NamedTuple):
+    """A line of `fuses`, the op that it calls, and its arguments by operand, without absent ones."""
+
+    call: Call
+    op: OpDef
+    binding: Binding
+    arguments: tuple[tuple[Operand, str], ...]
+
+
+def bound_calls(calls: Iterable[Call], inputs: Sequence[Operand], ops: Mapping[str, OpDef]) -> Iterator[BoundCall]:
+    """The calls of an op with these inputs, each bound to the types of its arguments and to the absence of others."""
+    types = {o.name: o.type for o in inputs}
+    optional = {o.name for o in inputs if o.optional}
+    for call in calls:
+        op, binding = ops[call.op], Binding()
+        binding.fix(op, call.kwargs)
+        pairs = tuple((o, arg) for o, arg in zip(op.inputs, call.args, strict=False) if arg is not None)
+        for operand, arg in pairs:
+            binding.match(operand.type, types[arg])
+        args = {operand.name: arg for operand, arg in pairs}
+        for operand in (o for o in op.inputs if o.optional):
+            passed = args.get(operand.name)
+            is_present = Size.symbol(f"has_{passed}") if passed in optional else Size.of(int(passed is not None))
+            binding.dims[f"has_{operand.name}"] = is_present
+        types |= {target: binding.apply(o.type) for o, target in zip(op.outputs, call.targets, strict=True)}
+        yield BoundCall(call, op, binding, pairs)

@@ -1,7 +1,8 @@
 """Pairs of text: a spec in, code out (`cases/good`); a bad spec in, the exact error out (`cases/bad`).
 
 A case is a folder. Its YAML files are an overlay on the package's specs. A good case has the expected files under
-`expected/`, by their path in the generated tree; a bad one has `error.txt`. `SAGELLM_ACCEPT=1` rewrites both.
+`expected/`, by their path in the generated tree; a bad one has `error.txt`. Specs with a warning (`cases/warned`) have
+the exact notes in `notes.txt`. `SAGELLM_ACCEPT=1` rewrites all of them.
 """
 
 import os
@@ -61,6 +62,15 @@ def test_good(folder: Path, memo: LinkMemo) -> None:
         if ACCEPT:
             path.write_text(made[name], encoding="utf-8")
         assert made[name] == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", folders("warned"), ids=lambda folder: folder.name)
+def test_warned(folder: Path, memo: LinkMemo) -> None:
+    outputs = driver.emit(driver.load_and_link([folder], memo=memo))
+    found, expected = "".join(f"{note}\n" for output in outputs for note in output.notes), folder / "notes.txt"
+    if ACCEPT:
+        expected.write_text(found, encoding="utf-8")
+    assert found == expected.read_text(encoding="utf-8")
 
 
 # The cases above share the linked base of one process. A sample of them is run as users do, which shares nothing.

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from sageLLM.codegen import driver
+from sageLLM.codegen.kernel.cost import with_kernel_cost
 from sageLLM.codegen.kernel.epilogue import fused_epilogue_of
 from sageLLM.codegen.kernel.gemm import gemm_of
 from sageLLM.codegen.kernel.inline import Programs
+from sageLLM.codegen.kernel.lower import why_not_lowered
 from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.model.specs import Specs
 
@@ -65,6 +67,43 @@ ops:
     fuses:
       - scores = rms_norm(x, w)
       - best = sample(scores)
+  normed_rows:
+    summary: The values of a norm before the product are an output too.
+    inputs: {x: "E[T, K]", w: "E[K]", m: "E[N, K]"}
+    outputs: {n: "E[T, K]", y: "E[T, N]"}
+    fuses:
+      - n = rms_norm(x, w)
+      - y = linear(n, m)
+  overwritten_rows:
+    summary: The product reads an input that an output overwrites.
+    inputs: {x: "E[T, K]", r: "E[T, K]", m: "E[N, K]"}
+    outputs: {y: "E[T, N]", h: "E[T, K]"}
+    fuses:
+      - h = add(x, r)
+      - y = linear(r, m)
+    inplace: {h: r}
+  overwritten_later:
+    summary: The epilogue reads an input that the prologue overwrites.
+    inputs: {x: "E[T, K]", r: "E[T, N]", m: "E[N, K]", c: "E[T, N]"}
+    outputs: {y: "E[T, N]", z: "E[T, N]"}
+    fuses:
+      - z = add(r, c)
+      - h = linear(x, m)
+      - y = add(r, h)
+    inplace: {z: r}
+  two_products:
+    summary: Only one product can be a GEMM.
+    inputs: {x: "E[T, K]", up: "E[I, K]", down: "E[N, I]"}
+    outputs: {y: "E[T, N]"}
+    fuses:
+      - h = linear(x, up)
+      - y = linear(h, down)
+  wide_rows:
+    summary: The values before the product have another element type than the weight.
+    op_type: LINEAR
+    inputs: {x: "E[T, K]", m: "E[N, K]"}
+    outputs: {y: "E[T, N]"}
+    compute: y = E(dot(tanh(f32(x)), f32(m), K))
   other_way:
     summary: The weight stored the other way round.
     op_type: LINEAR
@@ -92,6 +131,29 @@ def test_gemms_are_found_by_their_equations(specs: Specs) -> None:
     assert not {"add", "rms_norm", "silu_mul", "embedding", "normed", "other_way"} & gates.keys()
 
 
+def test_prologues_are_found_where_each_row_can_be_computed_once(specs: Specs) -> None:
+    programs = Programs(specs.ops)
+    normed = gemm_of(specs.ops["normed_rows"], programs)
+    assert normed is not None and normed.x.name == "n"
+    assert normed.prologue is not None and not normed.prologue.in_scratch
+    refused = ("overwritten_rows", "overwritten_later", "two_products", "wide_rows")
+    assert [gemm_of(specs.ops[name], programs) for name in refused] == [None] * 4
+    reused = [why_not_lowered(specs.ops[name], programs) for name in ("overwritten_rows", "overwritten_later")]
+    assert reused == ["'h' reuses the memory of 'r', which is read after it is written",
+                      "'z' reuses the memory of 'r', which is read after it is written"]  # fmt: skip
+
+
+def test_the_cost_counts_values_that_a_product_computes_again(specs: Specs) -> None:
+    programs = Programs(specs.ops)
+    for name in ("normed_rows", "linear_silu_mul", "lm_head_sample", "add"):
+        assert with_kernel_cost(specs.ops[name], programs) == specs.ops[name]
+    declared, real = specs.ops["two_products"], with_kernel_cost(specs.ops["two_products"], programs)
+    assert str(declared.cost.flops) == "2 * I * T * (K + N)"
+    assert str(real.cost.flops) == "2 * I * N * T * (K + 1)"  # each element of y computes a whole row of h
+    text = next(output.text for output in driver.emit(specs) if output.path == "ops/own.py")
+    assert "flop_formula = 2 * I * N * T * (K + 1)" in text
+
+
 def test_an_epilogue_reads_its_sums_and_its_own_row(specs: Specs) -> None:
     outputs = {output.path: output.text for output in driver.emit(specs)}
     text = outputs["kernels/cpu/own.cpp"]
@@ -100,7 +162,7 @@ def test_an_epilogue_reads_its_sums_and_its_own_row(specs: Specs) -> None:
         "store(y + i_T * y_T, i_N, to<E>(to<E>(tanh(load(sums, Block{0})) * factor) + load(r + i_T * r_T, i_N)));"
         in text
     )
-    assert text.count("const GemmArgs<E> args") == 3
+    assert text.count("const GemmArgs<E> args") == 4
     assert "const GemmArgs<E> args = {R, K, I, 2, w};" in text
 
 

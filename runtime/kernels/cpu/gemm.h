@@ -149,6 +149,26 @@ inline void gemm(const Microkernel<Element>& microkernel, const Tuning& tuning, 
                  [&](int64_t) -> Epilogue& { return epilogue; });
 }
 
+// A GEMM of rows that a prologue computes: prologue(row, to) writes row `row` of x to `to`.
+//
+// Every row is computed once, before its block of rows is multiplied, as all parts of a GEMM read the rows. A block has
+// enough rows for all threads to split them, so that the weight is read as often as without blocks.
+template <class Element, class Prologue, class Epilogue>
+inline void gemm_of_computed_rows(const Microkernel<Element>& microkernel, const Tuning& tuning,
+                                  const GemmArgs<Element>& args, Prologue&& prologue, Epilogue&& epilogue) {
+    const int64_t block = minimum(args.rows, tuning.rows_per_part * PARTS_PER_THREAD * sage_num_threads());
+    Element* x = scratch<Element>(Scratch::COMPUTED_ROWS, block * args.K);
+    for (int64_t first = 0; first < args.rows; first += block) {
+        GemmArgs<Element> rest = args;
+        rest.rows = minimum(block, args.rows - first);
+        parallel_for_rows(rest.rows, rest.rows * args.K,
+                          [&](int64_t row) { prologue(first + row, x + row * args.K); });
+        gemm(
+            microkernel, tuning, rest, [&](int64_t row) { return x + row * args.K; },
+            [&](int64_t row, auto features, const float* sums) { epilogue(first + row, features, sums); });
+    }
+}
+
 // Several GEMMs with a weight each, as of experts or of heads.
 //
 // `rows_of(group)` is the number of rows of a group; row_of and epilogue take the group before the row. Weights are the

@@ -12,6 +12,7 @@ namespace sage {
 enum class Scratch {
     GEMM_ROWS,            // pointers to the rows of x
     PREPARED_ROWS,        // the same rows, prepared
+    COMPUTED_ROWS,        // rows of x that the prologue of a GEMM computes
     ATTENTION_TILES,      // the tiles of a call
     ATTENTION_STATES,     // softmax states of a tile
     PART_STATES,          // softmax states of all parts of all tiles
