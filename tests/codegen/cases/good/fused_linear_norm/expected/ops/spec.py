@@ -34,7 +34,7 @@ class FusedLinearNorm(OpNode):
     optional_inputs = frozenset({"b"})
     output_types = {"y": E[T, H]}
     attr_types = {"eps": AttrSpec("f32", default=1e-06)}
-    flop_formula = T * (2 * H * K + H * has_b + 4 * H + 2)
+    flop_formula = H * T * (2 * H * K + 2 * H * has_b + 2 * H + 2 * K + has_b + 4)
     byte_formula = E_size * (H * K + H * T + H * has_b + K * T + H)
 
     @property
