@@ -161,8 +161,7 @@ inline void gemm_of_computed_rows(const Microkernel<Element>& microkernel, const
     for (int64_t first = 0; first < args.rows; first += block) {
         GemmArgs<Element> rest = args;
         rest.rows = minimum(block, args.rows - first);
-        parallel_for_rows(rest.rows, rest.rows * args.K,
-                          [&](int64_t row) { prologue(first + row, x + row * args.K); });
+        parallel_for_rows(rest.rows, rest.rows * args.K, [&](int64_t row) { prologue(first + row, x + row * args.K); });
         gemm(
             microkernel, tuning, rest, [&](int64_t row) { return x + row * args.K; },
             [&](int64_t row, auto features, const float* sums) { epilogue(first + row, features, sums); });
