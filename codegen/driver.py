@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sageLLM.codegen.diagnostics import Sink, SpecErrors
+from sageLLM.codegen.diagnostics import Diagnostic, Sink, SpecErrors
 from sageLLM.codegen.facts import Undeclared
 from sageLLM.codegen.render import Output, Renderer
+from sageLLM.codegen.state import other_sources, save_sources
 from sageLLM.codegen.update import update
 from sageLLM.codegen.writer import Written, changes, drift, finish, refuse_project_root, write
 
@@ -75,11 +76,18 @@ def generate(
     With `count`, passes must fire as often as their specs expect; otherwise SpecErrors is raised, and no file written.
     """
     refuse_project_root(out)
+    if other := other_sources(overlays, out):
+        message = f"'{out}' contains the code of other specs ({other})"
+        help = "choose another --out, or delete the folder if it is no longer used"
+        raise SpecErrors([Diagnostic("SAGE505", message, help=help)])
     try:
-        return update([base, *overlays], out, BASE_OUT, count)
+        written = update([base, *overlays], out, BASE_OUT, count)
     except (SpecErrors, Undeclared):
-        pass  # a run from scratch reports all findings of a stage, not only those that the change causes
-    return generate_from_scratch(overlays, out, base, count)
+        # a run from scratch reports all findings of a stage, not only those that the change causes
+        written = generate_from_scratch(overlays, out, base, count)
+    if overlays:
+        save_sources(overlays, out)
+    return written
 
 
 def generate_from_scratch(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sageLLM.codegen.facts import FileFacts
 
 FOLDER = ".cache"
 FILE = "generate.json"
+SOURCES = "sources.json"
 CPP_STYLE = Path(__file__).resolve().parent.parent / "templates" / "cpu" / ".clang-format"
 TOOLS = ("clang-format", "jinja2", "markupsafe", "pydantic", "pydantic-core", "pyyaml", "ruff")
 """Packages that generated text depends on."""
@@ -94,6 +95,33 @@ def save_state(state: State, out: Path) -> None:
         draft.replace(folder / FILE)
         for stale in folder.glob(f"{FILE}.*"):  # drafts of runs that were killed
             stale.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def other_sources(overlays: Sequence[Path], out: Path) -> str | None:
+    """The overlays that the tree was last generated from, if they still exist and none of them is among `overlays`.
+
+    Folders of the same name cannot be told apart by the manifest, which contains no absolute paths.
+    """
+    try:
+        data = json.loads((out / FOLDER / SOURCES).read_text(encoding="utf-8"))
+        is_here, folders = data["out"] == str(out.resolve()), [Path(folder) for folder in data["specs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    current = {folder.resolve() for folder in overlays}
+    others = [folder for folder in folders if any(folder.rglob("*.yaml"))]
+    return ", ".join(map(str, others)) if is_here and others and current.isdisjoint(folders) else None
+
+
+def save_sources(overlays: Sequence[Path], out: Path) -> None:
+    """Stores the overlays of the tree for `other_sources`. A failure is ignored, as for the state."""
+    text = json.dumps({"out": str(out.resolve()), "specs": [str(folder.resolve()) for folder in overlays]})
+    path = out / FOLDER / SOURCES
+    try:
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            ignore_in_git(out / FOLDER)
+            path.write_text(text, encoding="utf-8")
     except OSError:
         return
 

@@ -110,3 +110,27 @@ def test_no_spec_file_is_skipped_silently(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_without_specs_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path / "nothing") == "error[SAGE502]: a spec folder must contain .yaml files, got 'nothing'"
+
+
+def test_plugins_with_spec_folders_of_one_name_do_not_replace_each_other(tmp_path: Path) -> None:
+    first, second = overlay(tmp_path / "a/specs", norm="halved"), overlay(tmp_path / "b/specs", norm="quartered")
+    out = tmp_path / "out"
+    driver.generate([first], out)
+    before = (out / "ops/norm.py").read_text()
+    with pytest.raises(SpecErrors) as caught:
+        driver.generate([second], out)
+    assert str(caught.value) == f"error[SAGE505]: '{out}' contains the code of other specs ({first})"
+    assert (out / "ops/norm.py").read_text() == before
+    assert driver.generate([first], out).changed == ()
+    driver.generate([first, overlay(tmp_path / "c/more", own="thirds")], out)  # one more folder of the same plugin
+
+
+def test_a_plugin_may_be_moved_or_copied(tmp_path: Path) -> None:
+    specs = overlay(tmp_path / "a/specs", norm="halved")
+    driver.generate([specs], tmp_path / "a/out")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    (tmp_path / "copy/specs/ops/norm.yaml").rename(tmp_path / "copy/specs/ops/other.yaml")
+    assert "ops/other.py" in driver.generate([tmp_path / "copy/specs"], tmp_path / "copy/out").changed
+    (tmp_path / "a/specs").rename(tmp_path / "a/moved").rename(tmp_path / "a/again")
+    (tmp_path / "a/again").rename(tmp_path / "specs")
+    assert driver.generate([tmp_path / "specs"], tmp_path / "a/out").changed == ()
