@@ -80,7 +80,7 @@ class LLM:
     `distributed_executor_backend`: "uni" runs the model in this process, the default, and "mp" in worker processes, one
     for each of `tensor_parallel_size` ranks. Lost workers are started again, and their requests are replayed.
 
-    `objective` is the service level that the scheduler's mode "auto" optimises for.
+    `scheduler` is by default in mode "hybrid"; `objective` is the service level that its mode "auto" optimises for.
 
     Raises CheckpointError, TokenizerError or PluginError for a folder that cannot be served, with the file and the
     remedy, and SageError for any other invalid argument.
@@ -136,7 +136,7 @@ class LLM:
         self.compiler = make_compiler(self.model, registry, kernels, disable_passes)
         if self._backend == "uni":
             pack_weights(self.model, self.compiler)
-        config = scheduler or PDSchedulerConfig()
+        config = scheduler or PDSchedulerConfig(mode="hybrid")
         self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks)
         budget = KVBudget(
             self.kv_cache_size.num_blocks,

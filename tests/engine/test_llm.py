@@ -19,6 +19,12 @@ def llm() -> LLM:
     return LLM(MODEL, dtype="float32", scheduler=PDSchedulerConfig(mode="hybrid", prefill_chunk_size=8))
 
 
+def test_hybrid_is_the_default_mode() -> None:
+    with_default = LLM(MODEL, dtype="float32")
+    assert with_default.engine.scheduler.config == PDSchedulerConfig(mode="hybrid")
+    assert PDSchedulerConfig().mode == "time_share", "the default of the config itself"
+
+
 def test_the_text_equals_that_of_transformers(llm: LLM) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
