@@ -6,6 +6,10 @@ Each case runs requests that decode indefinitely (and, in the mixed cases, one p
 tokens) for `--steps` steps after 200 warm-up steps. It reports p5, p50 and p99 for both calls together, and p50 for
 each; `chunks` also reads every chunk of the decode batch, which the scheduler builds only on demand. Tokens are
 appended to the requests between the two calls, untimed, as an engine would.
+
+In the `churn` cases one request ends and one arrives in every step, with a prompt of 64 tokens (in `churn_shared` its
+first 48 are cached). Timed are `add_request`, both calls, and between them appending a token to every request and
+checking it for a stop, with the garbage collector on.
 """
 
 import argparse
@@ -47,6 +51,10 @@ def measure(steps: int) -> dict[str, dict[str, float]]:
         figures[f"decode_{size}_chunks"] = Case(size, reads_chunks=True).measure(steps)
         figures[f"mixed_{size}"] = Case(size, is_mixed=True).measure(steps)
         figures[f"mixed_{size}_no_prefix_cache"] = Case(size, is_mixed=True, is_caching=False).measure(steps)
+    for size in SIZES[1:]:
+        figures[f"churn_{size}"] = Churn(size).measure(steps)
+    figures["churn_256_shared"] = Churn(256, is_shared=True).measure(steps)
+    figures["churn_256_no_prefix_cache"] = Churn(256, is_caching=False).measure(steps)
     figures["decode_256_waiting_10000"] = Case(256, num_waiting=10_000).measure(steps)
     figures["decode_256_plan_ahead"] = Case(256, is_ahead=True).measure(steps)
     per_request = (figures["decode_1024"]["p50"] - figures["decode_64"]["p50"]) / (1024 - 64)
@@ -130,6 +138,72 @@ class Case:
         for request in last:
             request.output_token_ids.append(1)
         return [request.request_id for request in last if request.request_id.startswith("p")]
+
+
+class Churn:
+    """A load of `size` requests in which every step one ends, by a stop token, and one arrives."""
+
+    STOP = 7
+
+    def __init__(self, size: int, *, is_caching: bool = True, is_shared: bool = False) -> None:
+        config = PDSchedulerConfig(
+            mode="hybrid",
+            max_prefill_tokens=8192,
+            prefill_chunk_size=4096,
+            max_prefill_batch_size=size + 1,
+            max_decode_batch_size=size + 1,
+            enable_prefix_caching=is_caching,
+        )
+        self.scheduler = PDScheduler(config, kv_budget=KVBudget(num_blocks=100_000, block_size=16))
+        self.num_shared = 48 if is_shared else 0
+        self.num_arrivals = 0
+        self.stops: dict[int, Request] = {}  # by step the request that gets the stop token
+        self.step_number = 0
+        self.size = size
+        for _ in range(size):  # one after another: their blocks fill up in different steps
+            self.scheduler.add_request(self._new_request())
+            self._step()
+
+    def measure(self, steps: int) -> dict[str, float]:
+        """Measure p5, p50 and p99 of a step, and the mean."""
+        for _ in range(WARM_UP + self.size):
+            self._churn()
+        times = [self._churn() for _ in range(steps)]
+        return {f"p{p}": _percentile(times, p) for p in (5, 50, 99)} | {"mean": round(sum(times) / steps, 1)}
+
+    def _churn(self) -> float:
+        """One arrival and one step; returns their microseconds, without those of this load."""
+        request = self._new_request()
+        begin = time.perf_counter()
+        self.scheduler.add_request(request)
+        return 1e6 * (time.perf_counter() - begin) + self._step()
+
+    def _new_request(self) -> Request:
+        """A request that ends after `size` steps."""
+        self.num_arrivals += 1
+        prompt = [5] * self.num_shared + [self.num_arrivals * PROMPT + i for i in range(PROMPT - self.num_shared)]
+        request = Request(f"r{self.num_arrivals}", prompt, max_new_tokens=10**6)
+        self.stops[self.step_number + self.size] = request
+        return request
+
+    def _step(self) -> float:
+        """Plan a step, append a token to each request, check each token, and commit."""
+        self.step_number += 1
+        begin = time.perf_counter()
+        out = self.scheduler.schedule()
+        planned = time.perf_counter()
+        requests = [chunk.request for chunk in out.prefill_batch.chunks if chunk.is_last] if out.prefill_batch else []
+        requests += out.decode_batch.requests if out.decode_batch else []
+        tokens = [1] * len(requests)
+        stopping, stop = self.stops.pop(self.step_number, None), self.STOP
+        if stopping is not None:
+            tokens[requests.index(stopping)] = stop
+        resumed = time.perf_counter()
+        for request, token in zip(requests, tokens, strict=True):
+            request.output_token_ids.append(token)
+        finished = [request.request_id for request, token in zip(requests, tokens, strict=True) if token == stop]
+        self.scheduler.update_after_step(finished)
+        return 1e6 * (planned - begin + time.perf_counter() - resumed)
 
 
 def _percentile(values: list[float], percent: int) -> float:

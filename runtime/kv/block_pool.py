@@ -6,10 +6,21 @@ the pool.
 
 A block is free, used (by one or more owners), or idle: without an owner, but labelled with its contents, so that it can
 be found again. When no free block is left, idle blocks are taken, the least recently used first.
+
+A label is the hash of the contents, or a claim: a hash that is computed when the block may be looked up.
 """
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+
+class Claim(Protocol):
+    """The labels of several blocks, not computed yet."""
+
+    def lose_block(self) -> None:
+        """One of the blocks was evicted."""
+        ...
 
 
 class BlockPool:
@@ -31,7 +42,7 @@ class BlockPool:
         self._used: set[int] = set()
         self._num_other_owners: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
-        self._label_of: dict[int, bytes] = {}
+        self._label_of: dict[int, bytes | Claim] = {}
         self._by_label: dict[bytes, int] = {}
 
     @property
@@ -155,6 +166,27 @@ class BlockPool:
         self._label_of[block] = label
         self.labels_version += 1
 
+    def claim(self, blocks: Iterable[int], claim: Claim) -> int:
+        """Labels those of the used blocks without a label by the claim; returns their number."""
+        unlabelled = [block for block in blocks if block not in self._label_of]
+        self._label_of.update(dict.fromkeys(unlabelled, claim))
+        self.labels_version += 1
+        return len(unlabelled)
+
+    def settle(self, block: int, claim: Claim, label: bytes) -> None:
+        """Labels a block of the claim, used or idle. If another block has this label, it becomes free when unused."""
+        if self._label_of.get(block) is not claim:  # evicted, and perhaps used again
+            return
+        self.labels_version += 1
+        if label not in self._by_label:
+            self._by_label[label] = block
+            self._label_of[block] = label
+            return
+        del self._label_of[block]
+        if block in self._idle:
+            del self._idle[block]
+            self._returned.append(block)
+
     def forget_labels(self) -> None:
         """Drops all labels; idle blocks become free."""
         self._returned.extend(self._idle)
@@ -164,7 +196,11 @@ class BlockPool:
         self.labels_version += 1
 
     def _drop_label(self, block: int) -> None:
-        del self._by_label[self._label_of.pop(block)]
+        label = self._label_of.pop(block)
+        if isinstance(label, bytes):
+            del self._by_label[label]
+        else:
+            label.lose_block()
         self.labels_version += 1
 
     def check_integrity(self) -> None:
@@ -178,6 +214,7 @@ class BlockPool:
         assert self.num_blocks is None or self._num_touched <= self.num_blocks, "a block beyond the pool was taken"
         assert self._idle.keys() <= self._label_of.keys(), "an idle block cannot be found"
         assert returned.isdisjoint(self._label_of), "a free block can be found"
-        assert {label: block for block, label in self._label_of.items()} == self._by_label, "labels are inconsistent"
+        hashes = {label: block for block, label in self._label_of.items() if isinstance(label, bytes)}
+        assert hashes == self._by_label, "labels are inconsistent"
         assert self._num_other_owners.keys() <= self._used, "an unused block has owners"
         assert all(num > 0 for num in self._num_other_owners.values()), "a share count is not positive"

@@ -29,6 +29,16 @@ class HashChain:
         self._root = sha256(salt.encode()).digest()
 
     @property
+    def root(self) -> bytes:
+        """The name before the first block."""
+        return self._root
+
+    @property
+    def num_prompt_blocks(self) -> int:
+        """The blocks with prompt tokens, the last of which may have output tokens too."""
+        return -(-len(self._prompt) // self._block_size)
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
         return len(self._prompt) + len(self._outputs)

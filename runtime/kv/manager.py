@@ -135,16 +135,22 @@ class PagedKVManager:
     def publish(self, seq_id: str, num_computed_tokens: int) -> None:
         """Makes the full blocks of the first `num_computed_tokens` tokens visible to other sequences.
 
-        Costs O(blocks filled since the last call). Call it after a prefill chunk and at the end of a sequence, not in
-        every decode step. Never call it for tokens of a step that is not committed: a hit would read unwritten KV.
+        Costs O(blocks filled since the last call). Call it after a prefill chunk, not in every decode step. Never call
+        it for tokens of a step that is not committed: a hit would read unwritten KV.
         """
         table = self._tables.get(seq_id)
         if table is not None:
             self._prefixes.publish(seq_id, table, num_computed_tokens)
 
+    def publish_ended(self, seq_id: str, num_computed_tokens: int) -> None:
+        """`publish` for a sequence that is about to be freed; outputs are hashed when another sequence reaches them."""
+        table = self._tables.get(seq_id)
+        if table is not None:
+            self._prefixes.publish_ended(seq_id, table, num_computed_tokens)
+
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache, for example because the weights changed."""
-        self.pool.forget_labels()
+        self._prefixes.reset()
 
     # --- leaving ---
 

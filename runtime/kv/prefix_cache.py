@@ -18,6 +18,38 @@ class TrackedSequence:
         self.match_key: tuple[int, int] | None = None
 
 
+class OutputBlocks:
+    """Full blocks of an ended sequence with output tokens alone, hashed when another sequence reaches them.
+
+    Most outputs are never the prefix of a prompt, and hashing a block costs more than the rest of its life. A sequence
+    can only match these blocks after the block before them, so that block's name is the place to look for them.
+    """
+
+    __slots__ = ("blocks", "chain", "first", "num_left", "waiting")
+
+    def __init__(self, chain: HashChain, first: int, blocks: Sequence[int]) -> None:
+        self.chain = chain
+        self.first = first
+        self.blocks = blocks
+        self.num_left = 0
+        self.waiting: dict[bytes, list[OutputBlocks]] = {}
+
+    @property
+    def parent(self) -> bytes:
+        """The name of the block before the first one."""
+        return self.chain.name(self.first - 1) if self.first else self.chain.root
+
+    def lose_block(self) -> None:
+        """One of the blocks was evicted; without blocks there is nothing to find."""
+        self.num_left -= 1
+        if self.num_left == 0:
+            same = self.waiting.get(self.parent, [])
+            if self in same:
+                same.remove(self)
+            if not same:
+                self.waiting.pop(self.parent, None)
+
+
 class PrefixCache:
     """Matches sequences with the labelled blocks of a pool.
 
@@ -30,6 +62,7 @@ class PrefixCache:
         self._pool = pool
         self._block_size = block_size
         self._sequences: dict[str, TrackedSequence] = {}
+        self._unhashed: dict[bytes, list[OutputBlocks]] = {}  # by the name of the block before them
         self.total_queried_tokens = 0
         self.total_hit_tokens = 0
 
@@ -59,10 +92,18 @@ class PrefixCache:
         blocks = []
         for index in range((chain.num_tokens - 1) // self._block_size):  # without the last token, which is computed
             block = self._pool.find(chain.name(index))
+            if block is None and self._unhashed:
+                self._hash_outputs_after(chain.name(index - 1) if index else chain.root)
+                block = self._pool.find(chain.name(index))
             if block is None:
                 break
             blocks.append(block)
         return blocks
+
+    def _hash_outputs_after(self, name: bytes) -> None:
+        for outputs in self._unhashed.pop(name, ()):
+            for index, block in enumerate(outputs.blocks, outputs.first):
+                self._pool.settle(block, outputs, outputs.chain.name(index))
 
     def count_query(self, seq_id: str, num_hit_blocks: int) -> None:
         """Counts the hits of an admitted sequence, and marks these blocks of its table as published."""
@@ -82,6 +123,32 @@ class PrefixCache:
         for index in range(sequence.num_published, num_full):
             self._pool.label(table[index], sequence.chain.name(index))
         sequence.num_published = max(sequence.num_published, num_full)
+
+    def publish_ended(self, seq_id: str, table: Sequence[int], num_computed_tokens: int) -> None:
+        """`publish` for a sequence that grows no more: its outputs are hashed only when another sequence reaches them.
+
+        It keeps the token lists until then, or until the blocks are evicted.
+        """
+        sequence = self._sequences.get(seq_id)
+        if sequence is None:
+            return
+        chain = sequence.chain
+        num_full = min(num_computed_tokens, chain.num_tokens) // self._block_size
+        first = max(sequence.num_published, chain.num_prompt_blocks)
+        self.publish(seq_id, table, min(num_full, first) * self._block_size)
+        if num_full <= first:
+            return
+        outputs = OutputBlocks(chain, first, table[first:num_full])
+        outputs.num_left = self._pool.claim(outputs.blocks, outputs)
+        if outputs.num_left:
+            outputs.waiting = self._unhashed
+            self._unhashed.setdefault(outputs.parent, []).append(outputs)
+        sequence.num_published = num_full
+
+    def reset(self) -> None:
+        """Forgets the contents of all blocks."""
+        self._unhashed.clear()
+        self._pool.forget_labels()
 
     def drop_table(self, seq_id: str) -> None:
         """Forgets what was published of a sequence that has lost its blocks: its next table is published again."""

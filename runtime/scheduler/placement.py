@@ -172,7 +172,7 @@ class KVPlacement:
         allocated and must still be announced: they are returned.
         """
         request_id = request.request_id
-        self.publish(request)
+        self.prefill.publish_ended(request_id, request.num_computed_tokens)
         shared: list[int] = []
         if self.is_split and self.prefill.holds(request_id):
             freed = self.prefill.free(request_id)

@@ -176,6 +176,121 @@ def test_outputs_are_cached_for_the_next_turn_and_for_a_replay() -> None:
     assert run(kv, "next turn", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) == 8
 
 
+def ended(kv: PagedKVManager, seq_id: str, prompt: list[int], outputs: list[int]) -> None:
+    """Serves a sequence to its end as the scheduler does."""
+    known: list[int] = []
+    kv.track(seq_id, prompt, known)
+    kv.admit(seq_id, len(prompt))
+    kv.publish(seq_id, len(prompt))
+    known += outputs
+    kv.allocate(seq_id, len(prompt) + len(outputs))
+    kv.publish_ended(seq_id, len(prompt) + len(outputs))
+    kv.free(seq_id)
+    kv.forget(seq_id)
+    kv.check_integrity([])
+
+
+def hits(kv: PagedKVManager, tokens: list[int]) -> int:
+    kv.track("asks", tokens, [])
+    found = kv.num_cached_tokens("asks")
+    kv.forget("asks")
+    kv.check_integrity()
+    return found
+
+
+PROMPT, ANSWER = [1, 2, 3, 4, 5, 6], list(range(7, 20))
+
+
+def num_hashed(kv: PagedKVManager) -> int:
+    """Blocks with a hash, rather than the promise of one."""
+    return len(kv.pool._by_label)
+
+
+def test_outputs_are_hashed_when_another_sequence_reaches_them() -> None:
+    kv = caching()
+    ended(kv, "a", PROMPT, ANSWER)  # blocks: 4 of the prompt, 2 + 2 of both, two of the answer
+    assert num_hashed(kv) == 2
+    assert hits(kv, [*PROMPT, 0, 0, 0]) == 4
+    assert num_hashed(kv) == 2
+    assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
+    assert num_hashed(kv) == 4
+    assert not kv._prefixes._unhashed
+
+
+def test_outputs_after_outputs_are_found() -> None:
+    kv = caching(num_blocks=12)
+    ended(kv, "a", PROMPT, ANSWER)
+    ended(kv, "b", [*PROMPT, *ANSWER], list(range(30, 43)))
+    assert hits(kv, [*PROMPT, *ANSWER, *range(30, 43), 0]) == 32
+
+
+def test_a_waiting_sequence_finds_outputs_that_end_later() -> None:
+    kv = caching()
+    prompt, outputs = [1, 2, 3, 4, 5, 6, 7, 8], list[int]()
+    kv.track("waits", [*prompt, *ANSWER], [])
+    kv.track("a", prompt, outputs)
+    kv.admit("a", 8)
+    kv.publish("a", 8)
+    assert kv.num_cached_tokens("waits") == 8
+    outputs += ANSWER
+    kv.allocate("a", 21)
+    kv.publish_ended("a", 21)
+    assert kv.num_cached_tokens("waits") == 20
+
+
+@pytest.mark.parametrize("num_evicted", [1, 2, 3])
+def test_evicted_outputs_are_not_found(num_evicted: int) -> None:
+    kv = caching(num_blocks=5)
+    ended(kv, "a", PROMPT, ANSWER)
+    kv.allocate("other", 4 * (num_evicted + 1))  # one block was free
+    kv.free("other")
+    assert bool(kv._prefixes._unhashed) == (num_evicted == 1), "without blocks the token lists are released"
+    assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16 - 4 * num_evicted
+
+
+def test_of_two_equal_outputs_one_stays_cached() -> None:
+    kv = caching(num_blocks=12)
+    prompts = {name: list(PROMPT) for name in "ab"}
+    outputs: dict[str, list[int]] = {name: [] for name in "ab"}
+    for name in "ab":
+        kv.track(name, prompts[name], outputs[name])
+        kv.admit(name, 6)
+        outputs[name] += ANSWER
+        kv.allocate(name, 19)
+    for name in "ab":
+        kv.publish_ended(name, 19)
+        kv.free(name)
+    assert kv.stats().num_cached == 6
+    assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
+    assert kv.stats().num_cached == 4
+
+
+def test_a_reset_forgets_outputs_that_are_not_hashed() -> None:
+    kv = caching()
+    ended(kv, "a", PROMPT, ANSWER)
+    kv.reset_prefix_cache()
+    assert kv.stats().num_cached == 0
+    assert not kv._prefixes._unhashed, "the token lists are released"
+    assert hits(kv, [*PROMPT, *ANSWER, 0]) == 0
+
+
+def test_outputs_shared_with_a_running_fork_are_found() -> None:
+    kv = caching(num_blocks=12)
+    outputs: list[int] = []
+    kv.track("a", PROMPT, outputs)
+    kv.admit("a", 6)
+    outputs += ANSWER
+    kv.allocate("a", 19)
+    kv.track("fork", [*PROMPT, *ANSWER], [])
+    kv.fork("a", "fork", 19)
+    kv.publish_ended("a", 19)
+    kv.free("a")
+    assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
+    kv.publish_ended("fork", 19)
+    kv.free("fork")
+    assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
+
+
 def test_a_replay_publishes_its_new_table() -> None:
     kv = caching(num_blocks=3)
     tokens = list(range(9))

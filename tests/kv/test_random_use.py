@@ -23,6 +23,7 @@ class Living:
     tokens: list[int]
     num_computed: int = 0
     copy: TierCopy | None = None
+    outputs: list[int] = field(default_factory=list)  # the last of the tokens, as the manager tracks them
 
 
 @dataclass
@@ -43,7 +44,8 @@ class World:
             slot = ("device", table[position // BLOCK_SIZE], position % BLOCK_SIZE)
             self.memory[slot] = sequence.tokens[position]
         sequence.num_computed = until
-        self.kv.publish(seq_id, until)
+        if self.rng.random() < 0.7:
+            self.kv.publish(seq_id, until)
 
     def check(self) -> None:
         on_device = [seq_id for seq_id in self.living if self.kv.holds(seq_id)]
@@ -82,13 +84,15 @@ class World:
         if self.rng.random() < 0.5:
             tokens[self.rng.randrange(length)] = 999
         salt = self.rng.choice(["", "", "salt"])
-        self.kv.track(seq_id, tokens, [], salt)
+        cut = self.rng.randint(1, length)
+        outputs = tokens[cut:]
+        self.kv.track(seq_id, tokens[:cut], outputs, salt)
         if not self.kv.can_admit(seq_id, length):
             self.kv.forget(seq_id)
             return
         admission = self.kv.admit(seq_id, length)
         assert admission.num_cached_tokens < length
-        self.living[seq_id] = Living(tokens, admission.num_cached_tokens)
+        self.living[seq_id] = Living(tokens, admission.num_cached_tokens, outputs=outputs)
         self.check()
         self.compute(seq_id, self.rng.randint(admission.num_cached_tokens, length))
 
@@ -98,6 +102,7 @@ class World:
             self.compute(seq_id, self.rng.randint(sequence.num_computed, len(sequence.tokens)))
         elif self.kv.can_allocate(seq_id, len(sequence.tokens) + 1):
             sequence.tokens.append(self.rng.choice([7, 8]))
+            sequence.outputs.append(sequence.tokens[-1])
             self.kv.allocate(seq_id, len(sequence.tokens))
             self.compute(seq_id, len(sequence.tokens))
 
@@ -107,6 +112,8 @@ class World:
             self.orphans.append((seq_id, sequence.copy))
             self.kv.free(seq_id)
         else:
+            if self.rng.random() < 0.8:
+                self.kv.publish_ended(seq_id, sequence.num_computed)
             self.kv.free(seq_id, until_step=self.step if self.rng.random() < 0.3 else None)
         self.kv.forget(seq_id)
 
@@ -118,8 +125,9 @@ class World:
         for copy in self.kv.fork(parent_id, child_id, parent.num_computed).copies:
             self.copy_block(("device", copy.source), ("device", copy.target))
         tokens = parent.tokens[: parent.num_computed]
-        self.kv.track(child_id, tokens, [])
-        self.living[child_id] = Living(tokens, parent.num_computed)
+        outputs: list[int] = []
+        self.kv.track(child_id, list(tokens), outputs)
+        self.living[child_id] = Living(tokens, parent.num_computed, outputs=outputs)
 
     def swap_out(self, seq_id: str) -> None:
         self.living[seq_id].copy = self.kv.begin_swap_out(seq_id, self.living[seq_id].num_computed)

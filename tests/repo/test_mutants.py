@@ -1,21 +1,24 @@
 """The mutants of `make mutants` fit the code: each changes one place, and its tests exist."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from mutant import ROOT, Mutant
-from run import MUTANTS, run_all
+from mutant import ROOT
+from run import MUTANTS
 
-WRONG = Mutant(
-    "a pool of no blocks",
-    "runtime/kv/block_pool.py",
-    "if num_blocks is not None and num_blocks < 1:",
-    "if False:",
-    ("tests/kv/test_manager.py::test_sizes_must_be_positive",),
-)
-HARMLESS = Mutant(
-    "nothing", WRONG.file, '"""A pool of `num_blocks` KV blocks', '"""The pool of `num_blocks` KV blocks', WRONG.tests
-)
+# In another process: this one may have imported the module already.
+REPORT = """
+from pathlib import Path
+from mutant import Mutant
+from run import run_all
+file, tests = "runtime/kv/block_pool.py", ("tests/kv/test_manager.py::test_sizes_must_be_positive",)
+wrong = Mutant("no check", file, "if num_blocks is not None and num_blocks < 1:", "if False:", tests)
+harmless = Mutant("nothing", file, "A pool of `num_blocks` KV blocks", "The pool of `num_blocks` KV blocks", tests)
+print(run_all([wrong, harmless], 2, Path({folder!r})))
+"""
 
 
 def test_every_mutant_changes_one_place() -> None:
@@ -40,7 +43,11 @@ def test_the_tests_of_a_mutant_exist() -> None:
             assert (ROOT / "tests/codegen/cases" / kind / case.rstrip("]")).is_dir(), test
 
 
-def test_a_mutant_that_no_test_catches_is_reported(tmp_path: Path, capfd, monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-    assert run_all([WRONG, HARMLESS], 2, tmp_path) == 1
-    assert "runtime/kv/block_pool.py: nothing: survives" in capfd.readouterr().out
+def test_a_mutant_that_no_test_catches_is_reported(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", REPORT.format(folder=str(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=ROOT)
+    assert done.stdout.splitlines() == [
+        "runtime/kv/block_pool.py: nothing: survives; tests: tests/kv/test_manager.py::test_sizes_must_be_positive",
+        "1",
+    ]
