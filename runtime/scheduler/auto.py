@@ -12,13 +12,16 @@ from typing import NamedTuple
 from sageLLM.runtime.scheduler.forecast import ExpectedRequest, Forecast, ServiceLimits, ServiceObjective
 from sageLLM.runtime.scheduler.modes import ModeChoice, SchedulerView
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
-from sageLLM.runtime.scheduler.step_cost import StepCostModel
+from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepCostModel, StepWork
 
 CHUNK_SIZES = (256, 512, 1024, 2048)
 DEFAULT_OUTPUT_TOKENS = 128
 """Assumed output length until the first request has ended."""
 STEPS_PER_CHOICE = 512
 """Coarse forecast steps computed per choice, about 10 us each."""
+NUM_FIRST = 32
+EARLY_MARGIN = 0.3
+"""With fewer requests than NUM_FIRST a rule replaces the current one only if it is better by up to this much."""
 NUM_RENEWALS = 8
 """Forecasts per window of requests."""
 PARTIAL_CREDIT = 0.5
@@ -44,7 +47,7 @@ class _Seen(NamedTuple):
 class ForecastChooser:
     """Follows the rule with the best forecast for traffic like the latest `window` requests.
 
-    New forecasts are due when a quarter of the remembered requests are new: often at first, rarely later. They are
+    New forecasts are due when an eighth of the remembered requests are new: often at first, rarely later. They are
     computed incrementally, a bounded amount of work per choice.
     """
 
@@ -68,7 +71,7 @@ class ForecastChooser:
     def choose(self, view: SchedulerView) -> ModeChoice:
         """The mode of the next step."""
         if self._rule is None:
-            self._rule = ModeChoice("hybrid", view.config.prefill_chunk_size)
+            self._rule = first_rule(view, self._cost, self._objective)
         if self._pending:
             self._advance()
         elif self._num_new * NUM_RENEWALS >= len(self._seen) > 1:
@@ -89,7 +92,10 @@ class ForecastChooser:
         if not forecast.is_done:
             return
         self._pending.pop()
-        result = score(forecast, self._objective), forecast.rule
+        credit, minus_used = score(forecast, self._objective)
+        if forecast.rule == self._rule:
+            credit *= 1 + EARLY_MARGIN * max(0.0, 1 - len(self._seen) / NUM_FIRST)
+        result = Score(credit, minus_used), forecast.rule
         if self._best is None or result[0] > self._best[0]:
             self._best = result
         if not self._pending:
@@ -101,6 +107,17 @@ def rules(view: SchedulerView) -> list[ModeChoice]:
     most = view.config.max_prefill_tokens
     chunk_sizes = sorted({*(size for size in CHUNK_SIZES if size < most), view.config.prefill_chunk_size, most})
     return [ModeChoice("prefill"), ModeChoice("time_share"), *(ModeChoice("hybrid", size) for size in chunk_sizes)]
+
+
+def first_rule(view: SchedulerView, cost: StepCostModel, objective: ServiceObjective) -> ModeChoice:
+    """The rule until there is a forecast: mixed steps, as large as the objective's time per token allows."""
+    mixed = [rule for rule in rules(view) if rule.mode == "hybrid"]  # by increasing chunk size
+    fitting = [rule for rule in mixed if cost.step_s(_full_step(rule)) <= objective.tpot_s]
+    return fitting[-1] if fitting else mixed[0]
+
+
+def _full_step(rule: ModeChoice) -> StepWork:
+    return StepWork([PromptChunk(0, rule.max_prefill_tokens or 0)], num_decodes=1, num_context_tokens=1)
 
 
 def limits_of(view: SchedulerView) -> ServiceLimits:

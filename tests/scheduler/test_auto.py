@@ -160,8 +160,14 @@ def test_the_objective_decides(objective: ServiceObjective, mode: str) -> None:
         seen(chooser, 7.0 * i, 300, 20, is_over=True)
     one = scheduler(chooser)
     choices = [chooser.choose(one.view) for _ in range(200)]
-    assert choices[0] == ModeChoice("hybrid", 40), "as configured until there is a forecast"
     assert choices[-1].mode == mode
+
+
+@pytest.mark.parametrize(("tpot_s", "chunk_size"), [(100.0, 600), (4.0, 256), (1.4, 40), (0.1, 40)])
+def test_until_there_is_a_forecast_steps_are_as_large_as_the_pace_allows(tpot_s: float, chunk_size: int) -> None:
+    """A step of n prompt tokens takes 1 + n / 100 s."""
+    chooser = ForecastChooser(PerToken(), ServiceObjective(1.0, tpot_s))
+    assert chooser.choose(scheduler(chooser).view) == ModeChoice("hybrid", chunk_size)
 
 
 def test_requests_are_served_under_every_choice(fake_engine) -> None:

@@ -72,7 +72,7 @@ def test_auto_is_within_2_points_of_the_best_fixed_mode(
     assert auto >= max(fixed.values()) - 0.02, fixed
 
 
-@pytest.mark.parametrize("name", ["code | 40 | 2 | 0.5", "conversation | 24 | 1 | 0.3"])
+@pytest.mark.parametrize("name", ["code | 40 | 3 | 0.5", "conversation | 18 | 1 | 0.3"])
 def test_the_regret_is_bounded_from_the_first_100_requests_on(name: str) -> None:
     """Of `benchmarks/auto.py`, which has more loads and longer runs."""
     spec = importlib.util.spec_from_file_location("auto_benchmark", Path(__file__).parents[2] / "benchmarks/auto.py")
@@ -80,9 +80,9 @@ def test_the_regret_is_bounded_from_the_first_100_requests_on(name: str) -> None
     benchmark = sys.modules["auto_benchmark"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     [load] = [load for load in benchmark.LOADS if name in str(load)]
-    modes = ["hybrid", "hybrid 2048", "auto"]  # the others are far below here
-    found = {mode: benchmark.attainment(mode, load, 200, seed=0) for mode in modes}
-    assert benchmark.regret(found)[1] <= 2.0, found
+    modes = ["hybrid", "hybrid 2048", "auto"]  # the others are below these here
+    found = {mode: benchmark.play(mode, load, 200, seed=0) for mode in modes}
+    assert benchmark.largest_regret(found) <= 2.0
 
 
 def test_the_forecast_agrees_with_the_simulator() -> None:
