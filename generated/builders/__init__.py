@@ -4,6 +4,7 @@
 
 from sageLLM.runtime.core.model.layout import ModelLayout
 
+from .apertus import APERTUS
 from .arcee import ARCEE
 from .bert import BERT
 from .bloom import BLOOM
@@ -74,6 +75,7 @@ from .vaultgemma import VAULTGEMMA
 from .youtu import YOUTU
 
 __all__ = [
+    "APERTUS",
     "ARCEE",
     "BERT",
     "BLOOM",
@@ -146,6 +148,7 @@ __all__ = [
 ]
 
 MODELS: dict[str, ModelLayout] = {
+    "apertus": APERTUS,
     "arcee": ARCEE,
     "bert": BERT,
     "bloom": BLOOM,

@@ -20,6 +20,7 @@ from .activation import (
     Silu,
     SiluMul,
     Tanh,
+    Xielu,
     clamped_silu_mul,
     gelu,
     gelu_mul,
@@ -35,6 +36,7 @@ from .activation import (
     silu,
     silu_mul,
     tanh,
+    xielu,
 )
 from .attention import PagedDecodeAttention, PagedPrefillAttention, paged_decode_attention, paged_prefill_attention
 from .comm import (
@@ -284,6 +286,7 @@ __all__ = [
     "Tanh",
     "TopkRouter",
     "VarlenAttention",
+    "Xielu",
     "add",
     "add_bias",
     "all_gather",
@@ -377,6 +380,7 @@ __all__ = [
     "tanh",
     "topk_router",
     "varlen_attention",
+    "xielu",
 ]
 
 OPS: dict[str, type[OpNode]] = {
@@ -395,6 +399,7 @@ OPS: dict[str, type[OpNode]] = {
     "relu_squared": ReluSquared,
     "sigmoid": Sigmoid,
     "tanh": Tanh,
+    "xielu": Xielu,
     "paged_prefill_attention": PagedPrefillAttention,
     "paged_decode_attention": PagedDecodeAttention,
     "all_reduce": AllReduce,

@@ -28,6 +28,7 @@ __all__ = [
     "Silu",
     "SiluMul",
     "Tanh",
+    "Xielu",
     "clamped_silu_mul",
     "gelu",
     "gelu_mul",
@@ -43,6 +44,7 @@ __all__ = [
     "silu",
     "silu_mul",
     "tanh",
+    "xielu",
 ]
 
 I, R, E_size = dims("I R E_size")
@@ -549,4 +551,66 @@ def tanh(g: GraphWriter, x: TensorRef, *, name: str = "y") -> TensorRef:
     inputs: dict[str, TensorRef | None] = {"x": x}
     attrs: dict[str, AttrValue] = {}
     (y,) = g.emit(Tanh, inputs, attrs, (name,))
+    return y
+
+
+# specs/ops/activation.yaml: xielu
+class Xielu(OpNode):
+    """xIELU, a squared ReLU with trained coefficients on both sides (Huang & Schlag 2024), as in Apertus.
+
+    v = f32(x)
+    b = f32(beta)
+    p = log(1.0 + exp(f32(alpha_p)))
+    q = b + log(1.0 + exp(f32(alpha_n)))
+    low = exp(min(v, f32(eps))) - 1.0 - v
+    y = E(where(v > 0.0, p * v * v, low * q) + b * v)
+    """
+
+    op = "xielu"
+    spec = "specs/ops/activation.yaml: xielu"
+    kind = OpType.ACTIVATION
+    input_types = {"x": E[..., I], "alpha_p": E[()], "alpha_n": E[()], "beta": E[()], "eps": E[()]}
+    output_types = {"y": E[..., I]}
+    flop_formula = 11 * I * R + 7
+    byte_formula = 2 * E_size * (I * R + 2)
+
+    @property
+    def x(self) -> TensorRef:
+        return self.input("x")
+
+    @property
+    def alpha_p(self) -> TensorRef:
+        return self.input("alpha_p")
+
+    @property
+    def alpha_n(self) -> TensorRef:
+        return self.input("alpha_n")
+
+    @property
+    def beta(self) -> TensorRef:
+        return self.input("beta")
+
+    @property
+    def eps(self) -> TensorRef:
+        return self.input("eps")
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def xielu(
+    g: GraphWriter,
+    x: TensorRef,
+    alpha_p: TensorRef,
+    alpha_n: TensorRef,
+    beta: TensorRef,
+    eps: TensorRef,
+    *,
+    name: str = "y",
+) -> TensorRef:
+    """Adds a xielu node to the graph and returns its result."""
+    inputs: dict[str, TensorRef | None] = {"x": x, "alpha_p": alpha_p, "alpha_n": alpha_n, "beta": beta, "eps": eps}
+    attrs: dict[str, AttrValue] = {}
+    (y,) = g.emit(Xielu, inputs, attrs, (name,))
     return y

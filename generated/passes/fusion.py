@@ -265,6 +265,7 @@ class FuseNorm(RewritePass):
         "olmo2": lambda c: 2 * c.L,
         "olmo3": lambda c: 2 * c.L,
         "opt": lambda c: 2 * c.L,
+        "apertus": lambda c: 2 * c.L - 1,
         "arcee": lambda c: 2 * c.L - 1,
         "bloom": lambda c: 2 * c.L - 1,
         "cwm": lambda c: 2 * c.L - 1,
@@ -577,6 +578,7 @@ class FuseQk(RewritePass):
         Rule("qk_norm_1p_rope_kv_store", KvStore, qk_norm_1p_rope_kv_store, 6, 10),
     )
     expect = {
+        "apertus": lambda c: c.L,
         "arcee": lambda c: c.L,
         "cohere": lambda c: c.L,
         "cwm": lambda c: c.L,
@@ -855,6 +857,7 @@ class FuseEpilogue(RewritePass):
         "olmo3": lambda c: c.L,
         "qwen2_moe": lambda c: c.L,
         "roberta": lambda c: c.L,
+        "apertus": lambda c: 1,
         "arcee": lambda c: 1,
         "granitemoe": lambda c: 1,
         "dots1": lambda c: 2 * c.L - 1,

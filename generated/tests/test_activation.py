@@ -248,3 +248,19 @@ def test_tanh(case: dict[str, Any]) -> None:
     check_types(OPS["tanh"], KERNELS["tanh"], case, attrs, limits)
     check_precision(OPS["tanh"], KERNELS["tanh"], case, attrs, limits)
     check_dtypes(OPS["tanh"], KERNELS["tanh"], case, attrs, limits)
+
+
+XIELU_CASES: list[dict[str, Any]] = [
+    {"R": 1, "I": 1},
+    {"R": [2, 9], "I": 100},
+]
+
+
+# specs/ops/activation.yaml: xielu
+@pytest.mark.parametrize("case", XIELU_CASES, ids=str)
+def test_xielu(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {}
+    limits: dict[str, str] = {}
+    check_types(OPS["xielu"], KERNELS["xielu"], case, attrs, limits)
+    check_precision(OPS["xielu"], KERNELS["xielu"], case, attrs, limits)
+    check_dtypes(OPS["xielu"], KERNELS["xielu"], case, attrs, limits)

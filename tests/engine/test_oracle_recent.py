@@ -70,6 +70,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "apertus": ("Apertus", {}),
+    "apertus with biases, tied": (
+        "Apertus",
+        {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     "cwm": ("Cwm", {"head_dim": 16, "sliding_window": 7, "bos_token_id": 0}),
     "vaultgemma": (
         "VaultGemma",

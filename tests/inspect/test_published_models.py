@@ -9,6 +9,7 @@ from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
 
 FOLDER = Path(__file__).parent / "published"
 PARAMETERS = {
+    "Apertus-8B-2509": 8_053_338_240,  # with 64 constants of its activations
     "ERNIE-4.5-21B-A3B-PT": 21_825_437_888,
     "GLM-4.5-Air": 106_852_251_264,  # of 110,468,824,832 with the layer of multi-token prediction
     "Hunyuan-A13B-Instruct": 80_393_183_232,

@@ -21,6 +21,7 @@ from ...ops.activation import (
     Silu,
     SiluMul,
     Tanh,
+    Xielu,
 )
 from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
 from ...ops.comm import AllGather, AllReduce
@@ -96,6 +97,7 @@ def _kernels() -> dict[str, NativeKernel]:
         "relu_squared": NativeKernel(ReluSquared, "activation.cpp", ("R", "I")),
         "sigmoid": NativeKernel(Sigmoid, "activation.cpp", ("R", "I")),
         "tanh": NativeKernel(Tanh, "activation.cpp", ("R", "I")),
+        "xielu": NativeKernel(Xielu, "activation.cpp", ("R", "I")),
         "paged_prefill_attention": NativeKernel(
             PagedPrefillAttention, "attention.cpp", ("T", "Nq", "D", "PG", "BS", "Nkv", "Dv", "B", "MB")
         ),

@@ -302,4 +302,36 @@ SAGE_KERNEL(tanh) {
     });
 }
 
+// specs/ops/activation.yaml: xielu
+// xIELU, a squared ReLU with trained coefficients on both sides (Huang & Schlag 2024), as in Apertus.
+//
+//     v = f32(x)
+//     b = f32(beta)
+//     p = log(1.0 + exp(f32(alpha_p)))
+//     q = b + log(1.0 + exp(f32(alpha_n)))
+//     low = exp(min(v, f32(eps))) - 1.0 - v
+//     y = E(where(v > 0.0, p * v * v, low * q) + b * v)
+SAGE_KERNEL(xielu) {
+    const int64_t R = sizes[0];
+    const int64_t I = sizes[1];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[2];
+    const E* alpha_p = (const E*)tensors[1];
+    const E* alpha_n = (const E*)tensors[2];
+    const E* beta = (const E*)tensors[3];
+    const E* eps = (const E*)tensors[4];
+    E* y = (E*)tensors[5];
+    const int64_t y_R = sizes[3];
+    parallel_for_rows(R, I * R, [&](int64_t i_R) {
+        const float p = log(1.0f + exp(widen(alpha_p[0])));
+        const float b = widen(beta[0]);
+        const float q = b + log(1.0f + exp(widen(alpha_n[0])));
+        sweep(I, [&](auto i_I) {
+            const auto v = load(x + i_R * x_R, i_I);
+            const auto low = exp(minimum(v, widen(eps[0]))) - 1.0f - v;
+            store(y + i_R * y_R, i_I, to<E>(where(v > 0.0f, p * v * v, low * q) + b * v));
+        });
+    });
+}
+
 }  // namespace sage

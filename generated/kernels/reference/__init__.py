@@ -22,6 +22,7 @@ from .activation import (
     silu,
     silu_mul,
     tanh,
+    xielu,
 )
 from .attention import paged_decode_attention, paged_prefill_attention
 from .comm import all_gather, all_reduce, allreduce_add_rms_norm, recv, send
@@ -103,6 +104,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "relu_squared": relu_squared,
     "sigmoid": sigmoid,
     "tanh": tanh,
+    "xielu": xielu,
     "paged_prefill_attention": paged_prefill_attention,
     "paged_decode_attention": paged_decode_attention,
     "all_reduce": all_reduce,

@@ -23,6 +23,7 @@ __all__ = [
     "silu",
     "silu_mul",
     "tanh",
+    "xielu",
 ]
 
 
@@ -161,3 +162,15 @@ def tanh(x: Tensor) -> Tensor:
     """Hyperbolic tangent."""
     f32 = wide(x)
     return torch.tanh(x.to(f32)).to(x.dtype)
+
+
+# specs/ops/activation.yaml: xielu
+def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor) -> Tensor:
+    """xIELU, a squared ReLU with trained coefficients on both sides (Huang & Schlag 2024), as in Apertus."""
+    f32 = wide(x)
+    v = x.to(f32)
+    b = beta.to(f32)
+    p = torch.log(1.0 + torch.exp(alpha_p.to(f32)))
+    q = b + torch.log(1.0 + torch.exp(alpha_n.to(f32)))
+    low = torch.exp(torch.minimum(v, eps.to(f32))) - 1.0 - v
+    return (torch.where(v > 0.0, p * v * v, low * q) + b * v).to(x.dtype)

@@ -22,6 +22,7 @@ from .activation import (
     silu,
     silu_mul,
     tanh,
+    xielu,
 )
 from .attention import paged_decode_attention, paged_prefill_attention
 from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, soft_cap
@@ -67,6 +68,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "relu_squared": relu_squared,
     "sigmoid": sigmoid,
     "tanh": tanh,
+    "xielu": xielu,
     "paged_prefill_attention": paged_prefill_attention,
     "paged_decode_attention": paged_decode_attention,
     "add": add,

@@ -26,6 +26,7 @@ __all__ = [
     "silu",
     "silu_mul",
     "tanh",
+    "xielu",
 ]
 
 
@@ -530,5 +531,48 @@ def tanh(x: Tensor) -> Tensor:
         tile = split_tile(I)
         _tanh_kernel[tile.grid(R)](
             x_rows, y_rows, I, R, x_rows.stride(0), y_rows.stride(0), BLOCK_I=tile.block, **tile.meta
+        )
+    return y
+
+
+# specs/ops/activation.yaml: xielu
+@triton.jit
+def _xielu_kernel(x, alpha_p, alpha_n, beta, eps, y, I, R, x_R, y_R, ROWS: tl.constexpr, BLOCK_I: tl.constexpr):
+    E: tl.constexpr = x.dtype.element_ty
+    i_R = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_R < R
+    p = tl.log(1.0 + tl.exp(tl.load(alpha_p).to(tl.float32)))
+    b = tl.load(beta).to(tl.float32)
+    q = b + tl.log(1.0 + tl.exp(tl.load(alpha_n).to(tl.float32)))
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    in_I = i_I < I
+    v = tl.load(x + i_R * x_R + i_I, mask=is_row & in_I, other=0).to(tl.float32)
+    low = tl.exp(tl.minimum(v, tl.load(eps).to(tl.float32), propagate_nan=tl.PropagateNan.ALL)) - 1.0 - v
+    tl.store(y + i_R * y_R + i_I, device.rounded(tl.where(v > 0.0, p * v * v, low * q) + b * v, E), mask=is_row & in_I)
+
+
+def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor) -> Tensor:
+    """xIELU, a squared ReLU with trained coefficients on both sides (Huang & Schlag 2024), as in Apertus."""
+    I = x.shape[-1]
+    R = x.shape[:-1].numel()
+    (x,) = dense(x)
+    y = torch.empty(*x.shape[:-1], I, dtype=x.dtype, device=x.device)
+    x_rows = x.reshape(R, *x.shape[-1:])
+    y_rows = y.reshape(R, *y.shape[-1:])
+    if R > 0 and I > 0:
+        tile = split_tile(I)
+        _xielu_kernel[tile.grid(R)](
+            x_rows,
+            alpha_p,
+            alpha_n,
+            beta,
+            eps,
+            y_rows,
+            I,
+            R,
+            x_rows.stride(0),
+            y_rows.stride(0),
+            BLOCK_I=tile.block,
+            **tile.meta,
         )
     return y
