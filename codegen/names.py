@@ -25,6 +25,23 @@ FUNCTIONS = (
     | {"check_dtypes", "check_precision", "check_rule", "check_types", "consumer_of", "describe_consumers"}
     | {"describe_producer", "exp2_difference", "find_group", "has_default", "is_known", "max_and_index", "normalized"}
     | {"online_softmax", "pytest", "rint", "rounded", "sageLLM", "sagellm", "set_process_group", "sink_scores"}
+    | {
+        "amax",
+        "amin",
+        "cummax",
+        "cummin",
+        "dense",
+        "float_of",
+        "floor_divide",
+        "floor_remainder",
+        "integer_power",
+        "key_of",
+        "larger",
+        "last_column",
+        "next_largest",
+        "power",
+        "smaller",
+    }
     | {"size_of", "bool", "i8", "i32", "i64", "f16", "bf16", "f32", "f64"}
     | frozenset(keyword.kwlist)
     | frozenset(dir(builtins))
