@@ -23,7 +23,7 @@ from sageLLM.codegen.schema.ops import OpSpec
 Key = tuple[Any, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # its text would have millions of characters
 class LinkMemo:
     """Files, ops and models without findings. Keys contain identities of objects that the memo keeps alive."""
 

@@ -156,7 +156,7 @@ def test_config_that_is_a_list_or_a_folder(folder: Path) -> None:
     assert refusal(folder) == f"{path} cannot be read: Is a directory"
 
 
-KNOWN = sorted(name for layout in MODELS.values() for name in layout.architectures)
+KNOWN = sorted({name for layout in MODELS.values() for name in layout.architectures})
 HOW = "To add one: `sagellm new model NAME`, which prints the next step (docs/add-a-model.md)"
 ADD_ONE = f"known are {', '.join(KNOWN)}. {HOW}"
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
