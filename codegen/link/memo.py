@@ -23,7 +23,7 @@ from sageLLM.codegen.schema.ops import OpSpec
 Key = tuple[Any, ...]
 
 
-@dataclass(slots=True, repr=False)  # its text would have millions of characters
+@dataclass(slots=True)
 class LinkMemo:
     """Files, ops and models without findings. Keys contain identities of objects that the memo keeps alive."""
 
@@ -31,6 +31,10 @@ class LinkMemo:
     _ops: dict[Key, OpDef] = field(default_factory=dict)
     _models: dict[Key, list[tuple[dict[str, OpDef | None], ModelDef]]] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)  # an identity is a key only as long as its object exists
+
+    def __repr__(self) -> str:
+        """Without the contents, which have millions of characters; hypothesis prints the arguments of a failed test."""
+        return f"LinkMemo({len(self._files)} files, {len(self._ops)} ops, {len(self._models)} models)"
 
     def load_file(self, path: Path, display: str, sink: Sink) -> SpecFile | None:
         """See `sageLLM.codegen.load.load_file`."""
