@@ -74,23 +74,12 @@ class StepPipeline:
         """
         while len(self._in_flight) < self._max_in_flight:
             self._in_flight.append(self._start())
-        step = self._in_flight.popleft()
-        try:
-            results = [] if step.results is None else step.results.result()
-        except WorkersLostError as error:
-            return self._recover(step, str(error))
-        return self._complete(step, results)
+        return self._finish_oldest()
 
     def settle(self) -> None:
         """Completes the steps in flight. Only for an engine without requests: what they return is ignored."""
         while self._in_flight:
-            step = self._in_flight.popleft()
-            try:
-                results = [] if step.results is None else step.results.result()
-            except WorkersLostError as error:
-                self._recover(step, str(error))
-                return
-            self._complete(step, results)
+            self._finish_oldest()
 
     def forget(self, request_id: str) -> None:
         """Lets the workers drop a sequence with their next order."""
@@ -136,6 +125,15 @@ class StepPipeline:
                 sequence.group.num_cached_tokens = num_tokens
 
     # --- results ---
+
+    def _finish_oldest(self) -> list[Answer]:
+        """Waits for the oldest step and applies it, or recovers if its workers are lost."""
+        step = self._in_flight.popleft()
+        try:
+            results = [] if step.results is None else step.results.result()
+        except WorkersLostError as error:
+            return self._recover(step, str(error))
+        return self._complete(step, results)
 
     def _complete(self, step: StepInFlight, results: list[StepResult]) -> list[Answer]:
         changed: list[Answer] = []

@@ -40,7 +40,7 @@ inline void pause_briefly() {
 
 }  // namespace
 
-// Maps the memory behind a file descriptor, of at least sage_communicator_bytes and filled with zeros before the first
+// Maps the memory behind a file descriptor, of the size in communicator.py and filled with zeros before the first
 // rank does so. Returns null, or an error message.
 SAGE_EXPORT const char* sage_open_communicator(int64_t file, int64_t rank, int64_t num_ranks, int64_t buffer_bytes) {
     if (num_ranks < 1 || num_ranks > SAGE_MAX_RANKS) return "a communicator has from 1 to 64 ranks";
@@ -54,10 +54,6 @@ SAGE_EXPORT const char* sage_open_communicator(int64_t file, int64_t rank, int64
     own.buffer_bytes = buffer_bytes;
     own.rounds = 0;
     return nullptr;
-}
-
-SAGE_EXPORT int64_t sage_communicator_bytes(int64_t num_ranks, int64_t buffer_bytes) {
-    return num_ranks * (CACHE_LINE + 2 * buffer_bytes);
 }
 
 SAGE_EXPORT void sage_begin_round(SageRound* round) {

@@ -12,7 +12,7 @@ from sageLLM.runtime.kernels.cpu.compiler import Compiler
 SOURCE = Path(__file__).parent / "communicator.cpp"
 BUFFER_BYTES = 2**20
 """The bytes that a rank passes on in one round."""
-CACHE_LINE = 64
+CACHE_LINE = 64  # of a rank's counter, as in communicator.cpp
 
 
 @dataclass(slots=True)
