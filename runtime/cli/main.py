@@ -8,17 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Specs = Annotated[list[Path] | None, typer.Option("--specs", help="An overlay spec folder; can be repeated.")]
-Kernels = Annotated[
-    Literal["auto", "reference", "cpu", "triton"],
-    typer.Option(help="The generated kernels of a device, or the torch references."),
-]
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="An additional generated folder; can be repeated.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -163,28 +160,16 @@ def graph(
 
 
 @app.command()
+@with_engine_options()
 def run(
     model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; can be repeated.")],
     max_tokens: Annotated[int, typer.Option(help="Length of the longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler, for reproducible answers.")] = None,
-    pd: Annotated[
-        Literal["strict", "time_share", "hybrid", "auto"],
-        typer.Option(help="The mode of the prefill/decode scheduler."),
-    ] = "hybrid",
-    dtype: Dtype = "auto",
-    kernels: Kernels = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Length of the longest sequence, in tokens.")] = None,
-    async_scheduling: Annotated[
-        bool, typer.Option(help="Plan each step while the one before it runs; the answers do not depend on it.")
-    ] = True,
-    tensor_parallel_size: Annotated[int, typer.Option(help="Worker processes that share each layer.")] = 1,
-    distributed_executor_backend: Annotated[
-        Literal["uni", "mp"] | None, typer.Option(help="Run the model in this process, or in worker processes.")
-    ] = None,
-    plugins: Plugins = None,
     json: Json = False,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Complete prompts with a checkpoint."""
     from sageLLM.runtime.cli.run import RunRequest, run_prompts
@@ -195,14 +180,7 @@ def run(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
-        pd=pd,
-        dtype=dtype,
-        kernels=kernels,
-        async_scheduling=async_scheduling,
-        tensor_parallel_size=tensor_parallel_size,
-        distributed_executor_backend=distributed_executor_backend,
-        max_model_len=max_model_len,
-        plugins=plugins or [],
+        engine=engine,
         as_json=json,
     )
     raise typer.Exit(run_prompts(request))
@@ -371,6 +349,7 @@ def calibrate(
 
 
 @app.command()
+@with_engine_options(*EMBEDDING_OPTIONS)
 def embed(
     model: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
     prompt: Annotated[list[str], typer.Option(help="A text; can be repeated.")],
@@ -384,10 +363,8 @@ def embed(
     prompt_name: Annotated[
         str | None, typer.Option(help="Prompt of the folder before each text (default: the folder's; '' for none).")
     ] = None,
-    dtype: Dtype = "auto",
-    kernels: Kernels = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Length of the longest text, in tokens.")] = None,
-    plugins: Plugins = None,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Print the embeddings of texts, one JSON line each."""
     from sageLLM.runtime.cli.run import EmbedRequest, embed_prompts
@@ -398,10 +375,7 @@ def embed(
         pooling=pooling,
         normalize=normalize,
         prompt_name=prompt_name,
-        dtype=dtype,
-        kernels=kernels,
-        max_model_len=max_model_len,
-        plugins=plugins or [],
+        engine=engine,
     )
     raise typer.Exit(embed_prompts(request))
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sageLLM.runtime.engine.llm import LLM
+from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.errors import EngineError, SageError
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
-from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,32 +22,15 @@ class RunRequest:
     max_tokens: int
     temperature: float
     seed: int | None
-    pd: Any
-    dtype: str
-    kernels: Any
-    max_model_len: int | None
-    plugins: Sequence[Path]
+    engine: EngineOptions
     as_json: bool
-    async_scheduling: bool = True
-    tensor_parallel_size: int = 1
-    distributed_executor_backend: Any = None
 
 
 def run_prompts(request: RunRequest) -> int:
     """Prints the completions to stdout. Errors go to stderr, with exit code 1, also if only one prompt has failed."""
     try:
         params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
-        llm = LLM(
-            request.model,
-            dtype=request.dtype,
-            kernels=request.kernels,
-            scheduler=PDSchedulerConfig(mode=request.pd),
-            max_model_len=request.max_model_len,
-            plugins=request.plugins,
-            async_scheduling=request.async_scheduling,
-            tensor_parallel_size=request.tensor_parallel_size,
-            distributed_executor_backend=request.distributed_executor_backend,
-        )
+        llm = request.engine.load(request.model)
         print(llm.kv_cache_size, file=sys.stderr)
         outputs = llm.generate(list(request.prompts), params)
     except (SageError, EngineError, OSError) as error:
@@ -93,22 +75,13 @@ class EmbedRequest:
     pooling: Any
     normalize: bool | None
     prompt_name: str | None
-    dtype: str
-    kernels: Any
-    max_model_len: int | None
-    plugins: Sequence[Path]
+    engine: EngineOptions
 
 
 def embed_prompts(request: EmbedRequest) -> int:
     """Prints one JSON line per prompt to stdout; an error goes to stderr, with exit code 1."""
     try:
-        llm = LLM(
-            request.model,
-            dtype=request.dtype,
-            kernels=request.kernels,
-            max_model_len=request.max_model_len,
-            plugins=request.plugins,
-        )
+        llm = request.engine.load(request.model)
         outputs = llm.embed(
             list(request.prompts),
             pooling=request.pooling,

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
 from sageLLM.runtime.cli.run import EmbedRequest, embed_prompts
 from sageLLM.runtime.errors import PromptError, SageError
@@ -289,10 +290,7 @@ def test_the_command_prints_one_line_per_text(
         pooling="mean",
         normalize=True,
         prompt_name=None,
-        dtype="float32",
-        kernels="reference",
-        max_model_len=None,
-        plugins=(),
+        engine=EngineOptions(dtype="float32", kernels="reference"),
     )
     assert embed_prompts(request) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

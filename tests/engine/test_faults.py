@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.codegen.driver import PACKAGE
+from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.cli.run import RunRequest, run_prompts
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
@@ -228,11 +229,7 @@ def test_the_command_reports_an_aborted_prompt(
         max_tokens=4,
         temperature=0.0,
         seed=None,
-        pd="hybrid",
-        dtype="float32",
-        kernels="auto",
-        max_model_len=128,
-        plugins=[],
+        engine=EngineOptions(dtype="float32", max_model_len=128),
         as_json=as_json,
     )
     assert run_prompts(request) == 1

@@ -74,6 +74,7 @@ LAYERS = {
     # The command joins the generator and the runtime; each subcommand imports its side when it runs.
     "runtime/cli/entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/main.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen"), others=frozenset({"typer"})),
+    "runtime/cli/engine_options.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/hardware_entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime": Layer(ours=()),
 }
