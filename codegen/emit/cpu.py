@@ -32,6 +32,8 @@ FOLDER = "kernels/cpu"
 PACKED_OF_TEMPLATES: Mapping[str, Mapping[str, int]] = {"expert_linear": {"w": 1}}
 """References with a C++ template that reads weights packed, and those weights with their gates."""
 
+HEADERS_BY_TAG: Mapping[str, str] = {"collective": "communicator.h", "p2p": "point_to_point.h"}
+
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
@@ -171,19 +173,22 @@ def _source(
         kernels=kernels,
         variables=variables,
         source=kernels[0].op.entry.doc.file,
-        header=_header_of(kernels),
+        headers=_headers_of(kernels),
         hardware=hardware if any(kernel.packed for kernel in kernels) else None,
     )
     rows = tuple(kernel.row for kernel in kernels)
     return Output(f"{FOLDER}/{stem}.cpp", text, refs(rows), rows)
 
 
-def _header_of(kernels: Sequence[CpuKernel]) -> str:
+def _headers_of(kernels: Sequence[CpuKernel]) -> list[str]:
+    """The headers that the kernels need, in the order of clang-format."""
+    tags = {tag for kernel in kernels for tag in kernel.op.tags}
+    headers = [HEADERS_BY_TAG[tag] for tag in HEADERS_BY_TAG if tag in tags]
     if any(kernel.packed for kernel in kernels):
-        return "gemm.h"
-    if any("collective" in kernel.op.tags for kernel in kernels):
-        return "communicator.h"
-    return "packed.h" if any(kernel.unpacks for kernel in kernels) else "sage.h"
+        headers.append("gemm.h")
+    elif any(kernel.unpacks for kernel in kernels):
+        headers.append("packed.h")
+    return sorted({*headers, "sage.h"})
 
 
 def _variables(op: OpDef) -> list[str]:

@@ -117,7 +117,7 @@ class Send(OpNode):
     tags = frozenset({"p2p"})
     input_types = {"x": E[..., H]}
     output_types = {"y": E[..., H]}
-    attr_types = {"peer": AttrSpec("i32", min=0), "group": AttrSpec("str", default="pp")}
+    attr_types = {"peer": AttrSpec("i32", min=0), "group": AttrSpec("str", default="pp", choices=("pp", "af"))}
     flop_formula = 0
     byte_formula = E_size * H * R
 
@@ -159,7 +159,7 @@ class Recv(OpNode):
     tags = frozenset({"p2p"})
     input_types = {"buffer": E[..., H]}
     output_types = {"y": E[..., H]}
-    attr_types = {"peer": AttrSpec("i32", min=0), "group": AttrSpec("str", default="pp")}
+    attr_types = {"peer": AttrSpec("i32", min=0), "group": AttrSpec("str", default="pp", choices=("pp", "af"))}
     inplace = {"y": "buffer"}
     flop_formula = 0
     byte_formula = E_size * H * R

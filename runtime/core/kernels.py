@@ -65,6 +65,11 @@ class NativeKernel:
         return "collective" in self.op.tags
 
     @property
+    def is_point_to_point(self) -> bool:
+        """Whether it sends to a rank or receives from one."""
+        return "p2p" in self.op.tags
+
+    @property
     def element(self) -> str | None:
         """The op's element variable, or None; the file is compiled once for each type that the variable takes."""
         patterns = (*self.op.input_types.values(), *self.op.output_types.values())

@@ -28,7 +28,7 @@ class NoKernels:
     copy_address = 0
     library = None
 
-    def why_not(self, op: str, element: str | None) -> str | None:
+    def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
         raise AssertionError("only called for ops with a kernel")
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:

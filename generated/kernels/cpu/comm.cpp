@@ -3,6 +3,7 @@
 //
 // CPU kernels of specs/ops/comm.yaml. Support library: runtime/kernels/cpu/sage.h.
 #include "communicator.h"
+#include "point_to_point.h"
 #include "sage.h"
 
 namespace sage {
@@ -38,6 +39,37 @@ SAGE_KERNEL(all_gather) {
     E* y = (E*)tensors[1];
     const int64_t y_R = sizes[4];
     all_gather_rows(x, x_R, y, y_R, R, N);
+}
+
+// specs/ops/comm.yaml: send
+// Sends a tensor to another rank and returns it unchanged.
+//
+//     see kernels/reference: send
+SAGE_KERNEL(send) {
+    const int64_t R = sizes[0];
+    const int64_t H = sizes[1];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_R = sizes[2];
+    E* y = (E*)tensors[1];
+    const int64_t y_R = sizes[3];
+    const int32_t peer = (int32_t)attrs[0];
+    const int32_t group = (int32_t)attrs[1];
+    send_rows(x, x_R, R, H, group, peer);
+    for (int64_t row = 0; row < R; ++row) memmove(y + row * y_R, x + row * x_R, H * sizeof(E));
+}
+
+// specs/ops/comm.yaml: recv
+// Receives a tensor from another rank into a buffer of its type.
+//
+//     see kernels/reference: recv
+SAGE_KERNEL(recv) {
+    const int64_t R = sizes[0];
+    const int64_t H = sizes[1];
+    E* y = (E*)tensors[1];
+    const int64_t y_R = sizes[3];
+    const int32_t peer = (int32_t)attrs[0];
+    const int32_t group = (int32_t)attrs[1];
+    receive_rows(y, y_R, R, H, group, peer);
 }
 
 }  // namespace sage

@@ -24,8 +24,8 @@ class Functions(Protocol):
     @property
     def kernels(self) -> Mapping[str, NativeKernel]: ...
 
-    def why_not(self, op: str, element: str | None) -> str | None:
-        """The reason if the op lacks a function for this element type, else None."""
+    def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
+        """The reason if the op lacks a function for this element type and these attrs, else None."""
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int: ...
 
@@ -125,7 +125,7 @@ class _Flattener:
         symbolic = [name for name, value in inference.attrs.items() if isinstance(value, Expr)]
         if symbolic:
             return f"{symbolic[0]} is only known at run time"
-        return self._functions.why_not(kernel.op.op, _element(kernel, inference))
+        return self._functions.why_not(kernel.op.op, _element(kernel, inference), inference.attrs)
 
     def _add_view(self, node: OpNode, inference: Inference, kernel: NativeKernel) -> None:
         """Locates outputs that are parts of an operand, or of a contiguous copy if strides cannot express them."""

@@ -11,6 +11,7 @@ from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.kernels.cpu.build import build, load, symbol
 from sageLLM.runtime.kernels.cpu.communicator import load_communicator
 from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler
+from sageLLM.runtime.kernels.cpu.point_to_point import load_point_to_point
 from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool, set_num_threads
 
 ELEMENTS = ("f32", "bf16", "f16")
@@ -90,7 +91,10 @@ class Library:
         key = source, element
         if key not in self._loaded:
             load_thread_pool(self._compiler)
-            if any(kernel.source == source and kernel.is_collective for kernel in self.kernels.values()):
+            kernels = [kernel for kernel in self.kernels.values() if kernel.source == source]
+            if any(kernel.is_collective for kernel in kernels):
                 load_communicator(self._compiler)
+            if any(kernel.is_point_to_point for kernel in kernels):
+                load_point_to_point(self._compiler)
             self._loaded[key] = load(self._built(source, element))
         return self._loaded[key]

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from sageLLM.runtime.kernels.cpu.build import build, load, symbol
 from sageLLM.runtime.kernels.cpu.communicator import has_communicator
 from sageLLM.runtime.kernels.cpu.compiler import Compiler
 from sageLLM.runtime.kernels.cpu.library import ELEMENTS, Library, raise_error
+from sageLLM.runtime.kernels.cpu.point_to_point import is_connected
 from sageLLM.runtime.kernels.cpu.thread_pool import load_thread_pool
 
 RUNNER = Path(__file__).parent / "runner.cpp"
@@ -43,10 +45,13 @@ class NativeRunner:
         for home, own in by_library.values():
             home.prepare(own, element)
 
-    def why_not(self, op: str, element: str | None) -> str | None:
-        """The reason why the kernel cannot be used for an element type, or None."""
-        if self.kernels[op].is_collective and not has_communicator():
+    def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
+        """The reason why the kernel cannot be used for an element type and these attrs, or None."""
+        kernel = self.kernels[op]
+        if kernel.is_collective and not has_communicator():
             return "the ranks share no memory"
+        if kernel.is_point_to_point and not is_connected(attrs["group"], attrs["peer"]):
+            return f"no memory is shared with rank {attrs['peer']} of {attrs['group']}"
         return None if element is None or element in ELEMENTS else f"no kernel is compiled for {element}"
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
