@@ -25,7 +25,7 @@ class NoKernels:
     """A runner without native functions, so that every node runs in Python."""
 
     kernels: Mapping[str, NativeKernel] = {}
-    copy_address = 0
+    copy_address = poison_address = 0
     library = None
 
     def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
@@ -34,7 +34,7 @@ class NoKernels:
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
         raise AssertionError("only called for ops with a kernel")
 
-    def run(self, calls: int, num_calls: int) -> None:
+    def run(self, calls: int, first: int, end: int, num_streams: int, stamps: int = 0) -> None:
         raise AssertionError("only called for native calls")
 
 

@@ -109,9 +109,9 @@ def test_a_failing_call_ends_the_step() -> None:
 
     message = ctypes.create_string_buffer(b"second: broken")
     address = ctypes.cast(record, ctypes.c_void_p).value or 0
-    table = (ctypes.c_int64 * 12)(*[address, 0, 0, 0] * 3)
+    table = (ctypes.c_int64 * 24)(*[address, 0, 0, 0, 0, 0, 0, 0] * 3)
     with pytest.raises(KernelError, match=r"^second: broken$"):
-        runner.run(ctypes.addressof(table), 3)
+        runner.run(ctypes.addressof(table), 0, 3, 1)
     assert len(calls) == 2
 
 

@@ -25,6 +25,7 @@ from sageLLM.runtime.core.passes.events import WAITS
 from sageLLM.runtime.core.passes.memory import MemoryPlan
 from sageLLM.runtime.core.passes.rows import new_node
 from sageLLM.runtime.executor.torch_plan import Plan
+from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 
 Kernels = Mapping[str, Callable[..., Any]]
 TWO_RANKS: Kernels = KERNELS | {"all_reduce": lambda x, *, group="tp": 2 * x}
@@ -33,12 +34,12 @@ ROWS, WIDTH = 4, 8
 
 
 @st.composite
-def op_graphs(draw: st.DrawFn, max_nodes: int = 16, num_streams: int = 1) -> ExecutionGraph:
-    """A valid kernel graph over f64 rows, with views, in-place ops and all-reduces.
+def op_graphs(draw: st.DrawFn, max_nodes: int = 16, num_streams: int = 1, dtype: str = "f64") -> ExecutionGraph:
+    """A valid kernel graph over rows, with views, in-place ops and all-reduces.
 
     Times are random, and streams but for the all-reduces, which have one.
     """
-    x, w = TensorRef("x", (ROWS, WIDTH), "f64"), TensorRef("w", (WIDTH,), "f64")
+    x, w = TensorRef("x", (ROWS, WIDTH), dtype), TensorRef("w", (WIDTH,), dtype)
     graph = ExecutionGraph("random", level="kernel", inputs={"x": x}, weights={"w": w})
     values = [x]
     for i in range(draw(st.integers(1, max_nodes))):
@@ -84,8 +85,8 @@ def random_values(graph: ExecutionGraph, seed: int = 0) -> dict[str, torch.Tenso
     """Inputs and weights of a graph with bound sizes."""
     generator = torch.Generator().manual_seed(seed)
     refs = sorted({**graph.inputs, **graph.weights}.items())
-    shapes = {name: [int(str(size)) for size in ref.shape] for name, ref in refs}
-    return {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    types = {name: ([int(str(size)) for size in ref.shape], TORCH_DTYPES[ref.dtype]) for name, ref in refs}
+    return {name: torch.rand(shape, generator=generator, dtype=dtype) for name, (shape, dtype) in types.items()}
 
 
 def run(graph: ExecutionGraph, values: Mapping[str, torch.Tensor], kernels: Kernels = TWO_RANKS) -> list[torch.Tensor]:

@@ -38,7 +38,8 @@ class CallList:
     """The call table that `sage_run` reads: `add` while a plan is made, `finish` once, `fill` for each new step.
 
     A tensor is the address of a base plus an offset; an absent one has base -1 and the address 0. In memory a call is
-    four addresses: of the kernel, its tensors, its sizes and its attrs (`Call` in runner.cpp).
+    eight words: the addresses of the kernel, its tensors, its sizes and its attrs, the stream, the address and number
+    of the calls to wait for, and whether calls of other streams wait for it (`Call` in runner.cpp).
     """
 
     def __init__(self) -> None:
@@ -48,16 +49,25 @@ class CallList:
         self._offsets: list[int] = []
         self._sizes: list[int] = []
         self._attrs: list[float] = []
-        self._calls: list[tuple[int, int, int, int]] = []
+        self._waits: list[int] = []
+        self._calls: list[tuple[int, ...]] = []
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def add(
-        self, function: int, tensors: Sequence[Location | None], sizes: Sequence[Dim], attrs: Sequence[float]
+        self,
+        function: int,
+        tensors: Sequence[Location | None],
+        sizes: Sequence[Dim],
+        attrs: Sequence[float],
+        stream: int = 0,
+        waits: Sequence[int] = (),
     ) -> None:
-        """Appends a call of the function at the address `function`."""
-        self._calls.append((function, len(self._bases), len(self._sizes), len(self._attrs)))
+        """Appends a call of the function at the address `function`; `waits` are earlier calls of other streams."""
+        firsts = len(self._bases), len(self._sizes), len(self._attrs)
+        self._calls.append((function, *firsts, stream, len(self._waits), len(waits), 0))
+        self._waits += waits
         for tensor in tensors:
             self._bases.append(-1 if tensor is None else self.base(tensor.base))
             self._offsets.append(self.formulas.index(0 if tensor is None else tensor.offset * DTYPES[tensor.dtype]))
@@ -80,10 +90,14 @@ class CallList:
         self._attr_array = np.array(self._attrs, dtype=np.float64)
         self._size_array = np.zeros(len(self._sizes), dtype=np.int64)
         self._tensor_array = np.zeros(len(self._bases), dtype=np.int64)
-        firsts = np.array(self._calls, dtype=np.int64).reshape(-1, 4)
+        self._wait_array = np.array(self._waits, dtype=np.int64)
+        tensors, sizes, attrs, waits = (
+            array.ctypes.data for array in (self._tensor_array, self._size_array, self._attr_array, self._wait_array)
+        )
+        firsts = np.array(self._calls, dtype=np.int64).reshape(-1, 8)
         # From indices to addresses: a column's index times its element size, plus the address of the column's array.
-        starts = [0, *(array.ctypes.data for array in (self._tensor_array, self._size_array, self._attr_array))]
-        self._table = firsts * np.array([1, 8, 8, 8]) + np.array(starts)
+        self._table = firsts * np.array([1, 8, 8, 8, 1, 8, 1, 1]) + np.array([0, tensors, sizes, attrs, 0, waits, 0, 0])
+        self._table[self._wait_array, 7] = 1
 
     def fill(self, values: Numbers, addresses: Sequence[int]) -> None:
         """Writes the sizes, from the table of formulas, and the tensors, from the address of each of `base_names`."""
@@ -91,6 +105,11 @@ class CallList:
         bases = np.array([*addresses, 0], dtype=np.int64)  # the last entry is base -1, of absent tensors
         np.add(bases[self._base_of], values[self._offset_of], out=self._tensor_array)
 
-    def address(self, first: int) -> int:
-        """The address of call number `first`; the later calls follow it in memory."""
-        return int(self._table.ctypes.data + first * self._table.strides[0])
+    @property
+    def address(self) -> int:
+        """The address of the first call; the others follow it in memory."""
+        return int(self._table.ctypes.data)
+
+    def num_streams(self, calls: range) -> int:
+        """The number of streams that a run of these calls needs: the largest stream, plus one."""
+        return int(self._table[calls.start : calls.stop, 4].max(initial=0)) + 1

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sageLLM.runtime.core.ir.dims import Dim, Expr
+from sageLLM.runtime.core.ir.dims import Dim, Expr, product
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.op_node import Inference, Memo, OpNode
@@ -12,6 +12,7 @@ from sageLLM.runtime.core.ir.types import DTYPES
 from sageLLM.runtime.core.kernels import NativeKernel
 from sageLLM.runtime.executor.native.calls import CallList
 from sageLLM.runtime.executor.native.locations import Aliases, Location, contiguous, part_location, row_strides
+from sageLLM.runtime.executor.native.streams import CallStreams, ensure_events
 from sageLLM.runtime.kernels.cpu.callables import number
 
 MAX_COPY_DIMS = 4
@@ -32,6 +33,10 @@ class Functions(Protocol):
     @property
     def copy_address(self) -> int:
         """The address of `sage_gather_rows` in runner.cpp."""
+
+    @property
+    def poison_address(self) -> int:
+        """The address of `sage_poison` in runner.cpp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class PythonCall:
 class Flattened:
     """The calls of a plan: `steps` are runs of native calls (as ranges of call numbers) and Python calls, in order.
 
-    For each native call, `ops` has the name of its op, and `made` the values that it writes to new memory. `extra`
+    For each native call, `ops` has the name of its op, `nodes` the id of its node, and `stream_of` its stream. `extra`
     holds the values that the graph's memory plan does not cover.
     """
 
@@ -62,8 +67,9 @@ class Flattened:
     steps: list[range | PythonCall] = field(default_factory=list)
     locations: dict[str, Location] = field(default_factory=dict)
     extra: dict[str, Location] = field(default_factory=dict)
-    made: list[tuple[Location, ...]] = field(default_factory=list)
     ops: list[str] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+    stream_of: list[int] = field(default_factory=list)
 
     @property
     def python_calls(self) -> list[PythonCall]:
@@ -82,17 +88,37 @@ class Weights(Protocol):
     def location_as_held(self, ref: TensorRef) -> Location: ...
 
 
-def flatten(graph: ExecutionGraph, functions: Functions, inputs: Mapping[str, Location], weights: Weights) -> Flattened:
-    """Flattens a kernel-level graph; `inputs` are the locations of all its inputs, caches and tables included."""
-    return _Flattener(graph, functions, inputs, weights).run()
+def flatten(
+    graph: ExecutionGraph,
+    functions: Functions,
+    inputs: Mapping[str, Location],
+    weights: Weights,
+    *,
+    poison: bool = False,
+) -> Flattened:
+    """Flattens a kernel-level graph; `inputs` are the locations of all its inputs, caches and tables included.
+
+    Calls keep the streams of their nodes and the planned waits. With `poison`, a call before each native call fills the
+    memory that it writes with NaN.
+    """
+    return _Flattener(graph, functions, inputs, weights, poison=poison).run()
 
 
 class _Flattener:
     def __init__(
-        self, graph: ExecutionGraph, functions: Functions, inputs: Mapping[str, Location], weights: Weights
+        self,
+        graph: ExecutionGraph,
+        functions: Functions,
+        inputs: Mapping[str, Location],
+        weights: Weights,
+        *,
+        poison: bool,
     ) -> None:
+        ensure_events(graph)
         self._order = graph.topological_sort()
         self._aliases = Aliases(self._order, graph.outputs)
+        self._streams = CallStreams(self._order)
+        self._poison = poison
         self._external = {*inputs, *graph.weights}
         self._names = graph.weights
         self._functions, self._weights = functions, weights
@@ -103,7 +129,10 @@ class _Flattener:
     def run(self) -> Flattened:
         for position, node in enumerate(self._order):
             assert isinstance(node, OpNode), f"{node.node_id} is a block: expand the graph first"
+            self._streams.begin(node)
             self._add(position, node, node.inference(self._memo))
+            self._streams.end(node)
+        self._out.stream_of = self._streams.stream_of
         self._out.calls.finish()
         return self._out
 
@@ -135,7 +164,7 @@ class _Flattener:
             base = self._locate(source)
             location = part_location(node, inference, part, ref, base)
             if location is None:
-                location = part_location(node, inference, part, ref, self._copy(base, ref.name))
+                location = part_location(node, inference, part, ref, self._copy(node, base, ref.name))
                 assert location is not None, f"{node.node_id}: {name} cannot be a part of a contiguous operand"
             else:
                 # A part of the copy is not an alias: the source can be overwritten while the part is still read.
@@ -156,7 +185,7 @@ class _Flattener:
             sizes += strides
         attrs = [number(node.attr_types[name], inference.attrs[name]) for name in node.attr_types]
         function = self._functions.address(node.op, _element(kernel, inference), unpacks=unpacks)
-        self._append(node.op, function, [*operands, *outputs], sizes, attrs, _fresh(node.outputs, outputs))
+        self._append(node, node.op, function, [*operands, *outputs], sizes, attrs, _fresh(node.outputs, outputs))
 
     def _add_python(
         self, position: int, node: OpNode, inference: Inference, reason: str, *, updates: bool | None
@@ -164,6 +193,7 @@ class _Flattener:
         refs = [node.optional_input(name) for name in node.input_types]
         operands = tuple(None if ref is None else self._locate(ref) for ref in refs)
         outputs = self._place_outputs(position, node, updates=updates)
+        self._streams.add_python_call()
         self._out.steps.append(PythonCall(node, operands, tuple(outputs), inference.attrs, reason))
 
     def _locate(self, ref: TensorRef) -> Location:
@@ -186,9 +216,9 @@ class _Flattener:
         location = self._locate(ref)
         if row_strides(node.input_types[name], location) is not None:
             return location
-        return self._copy(location, f"{node.node_id}.{name}")
+        return self._copy(node, location, f"{node.node_id}.{name}")
 
-    def _copy(self, location: Location, name: str) -> Location:
+    def _copy(self, node: OpNode, location: Location, name: str) -> Location:
         """Adds a call that copies a tensor to new contiguous memory."""
         assert len(location.shape) <= MAX_COPY_DIMS, (
             f"{name}: expected at most {MAX_COPY_DIMS} dims, got {len(location.shape)}"
@@ -197,7 +227,7 @@ class _Flattener:
         self._out.extra[target.base] = target
         missing = MAX_COPY_DIMS - len(location.shape)  # leading dims of size 1 and stride 0
         sizes = [DTYPES[location.dtype], *(1,) * missing, *location.shape, *(0,) * missing, *location.strides]
-        self._append("copy", self._functions.copy_address, [location, target], sizes, [], (target,))
+        self._append(node, "copy", self._functions.copy_address, [location, target], sizes, [], (target,))
         return target
 
     def _place_outputs(self, position: int, node: OpNode, *, updates: bool | None) -> list[Location]:
@@ -230,6 +260,7 @@ class _Flattener:
 
     def _append(
         self,
+        node: OpNode,
         op: str,
         function: int,
         tensors: Sequence[Location | None],
@@ -237,9 +268,13 @@ class _Flattener:
         attrs: Sequence[float],
         made: tuple[Location, ...],
     ) -> None:
-        self._out.calls.add(function, tensors, sizes, attrs)
+        """Adds a call that writes the values `made` to new memory."""
+        for location in made if self._poison else ():
+            num_bytes = product(location.shape) * DTYPES[location.dtype]
+            self._append(node, "poison", self._functions.poison_address, [location], [num_bytes], [], ())
+        self._out.calls.add(function, tensors, sizes, attrs, *self._streams.add_call(node))
         self._out.ops.append(op)
-        self._out.made.append(made)
+        self._out.nodes.append(node.node_id)
         # Consecutive native calls become one run, that is, one call from Python.
         steps, end = self._out.steps, len(self._out.calls)
         if steps and isinstance(steps[-1], range):

@@ -4,7 +4,7 @@ Views and values computed in place share another value's memory, so they need no
 differ.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,6 +13,7 @@ from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import Inference, OpNode
 from sageLLM.runtime.core.ir.types import TypePattern
 from sageLLM.runtime.core.kernels import Part, stride_names
+from sageLLM.runtime.core.passes.clocks import Clocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,13 @@ def _one_stride(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> Dim | None:
 class Aliases:
     """Values that share memory and the last read of each, so that no value is overwritten before its last read."""
 
-    def __init__(self, order: Sequence[ExecutionNode], outputs: Iterable[TensorRef]) -> None:
-        self._last_read = {ref.name: i for i, node in enumerate(order) for ref in node.inputs}
-        self._last_read |= {ref.name: len(order) for ref in outputs}
+    def __init__(self, order: list[ExecutionNode], outputs: Iterable[TensorRef]) -> None:
+        self._clocks = Clocks(order)
+        self._reads: dict[str, list[int]] = {}
+        for i, node in enumerate(order):
+            for ref in node.inputs:
+                self._reads.setdefault(ref.name, []).append(i)
+        self._returned = {ref.name for ref in outputs}
         self._parent: dict[str, str] = {}
         self._children: dict[str, list[str]] = {}
 
@@ -86,11 +91,16 @@ class Aliases:
         self._children.setdefault(source, []).append(name)
 
     def is_read_after(self, name: str, position: int) -> bool:
-        """Whether a later node reads the value, a value that contains it, or a part of it.
+        """Whether a node that may run later reads the value, a value that contains it, or a part of it.
 
-        Sibling parts of the same source do not count: they are disjoint from this value.
+        A node of another stream may run later unless the node at `position` waits for it. Sibling parts of the same
+        source do not count: they are disjoint from this value.
         """
-        return any(self._last_read.get(one, -1) > position for one in self._family(name))
+        return any(one in self._returned or self._has_later_read(one, position) for one in self._family(name))
+
+    def _has_later_read(self, name: str, position: int) -> bool:
+        reads = (i for i in self._reads.get(name, ()) if i != position)
+        return any(not self._clocks.runs_after(position, i) for i in reads)
 
     def _family(self, name: str) -> Iterator[str]:
         above: str | None = name

@@ -1,5 +1,6 @@
 """Runs a kernel graph as one native call list, without Python between the kernels.
 
+Streams of the graph run in parallel: stream 0 on the thread of the caller, the others on native threads.
 Intermediates are in an arena, laid out by the memory plan for the largest step so far; views are address arithmetic;
 weights and caches are bound once. A step with the sizes and inputs of the previous step runs without any preparation.
 An op without a native kernel is called in Python between two runs of native calls.
@@ -7,7 +8,6 @@ An op without a native kernel is called in Python between two runs of native cal
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from time import perf_counter
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.passes.lifetimes import Lifetimes
 from sageLLM.runtime.core.passes.memory import MemoryPlan, plan_memory
 from sageLLM.runtime.executor.native.arena import Arena
+from sageLLM.runtime.executor.native.call_times import CallStamps, CallTime
 from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.native.flatten import Functions, PythonCall, flatten
 from sageLLM.runtime.executor.native.locations import Location, contiguous
@@ -39,7 +40,8 @@ class Runner(Functions, Protocol):
     @property
     def library(self) -> Library | None: ...
 
-    def run(self, calls: int, num_calls: int) -> None: ...
+    def run(self, calls: int, first: int, end: int, num_streams: int, stamps: int = 0) -> None:
+        """Makes calls `first` to `end` of the list at the address `calls`; `stamps`, if set, receives their times."""
 
 
 class NativePlan:
@@ -70,12 +72,14 @@ class NativePlan:
         # Sizes of bound tensors are known now; those of the other inputs come with each step.
         self._fixed = _fixed_sizes(graph, bound)
         self._free = [ref for name, ref in graph.inputs.items() if name not in bound]
-        self._flat = flatten(graph, runner, dict(self._inputs()), self._weights)
+        self._flat = flatten(graph, runner, dict(self._inputs()), self._weights, poison=poison)
         # Looked up now, so that an op without any kernel fails when the plan is made and not in a step.
         self._python = {id(call): kernels[call.node.op] for call in self._flat.python_calls}
         self._lifetimes = Lifetimes(graph)
         self._capacity: dict[str, int] = {}
         self._memory = MemoryPlan()
+        self._extra: dict[str, int] = {}
+        self._num_bytes = -1  # no plan yet
         self._state: tuple[Any, ...] = ()
         self._outputs: list[Tensor] = []
         self._steps: list[Callable[[], None]] = []
@@ -105,20 +109,24 @@ class NativePlan:
         """Everything that the call table depends on. Another plan may have moved the shared arena in the meantime."""
         return (self._arena.address, *[None if x is None else (x.data_ptr(), x.shape) for x in values])
 
-    def time_ops(self, inputs: Inputs) -> dict[str, float]:
-        """Runs the step call by call; returns the total seconds of each op."""
-        self.run(inputs)
-        seconds: dict[str, float] = {}
-        for step, calls in zip(self._flat.steps, self._steps, strict=True):
-            timed = [(step.node.op, calls)] if isinstance(step, PythonCall) else self._single_calls(step)
-            for op, call in timed:
-                start = perf_counter()
-                call()
-                seconds[op] = seconds.get(op, 0.0) + perf_counter() - start
-        return seconds
+    def time_calls(self, inputs: Inputs) -> list[CallTime]:
+        """Runs the step once as `run` does; returns the time of each call, in the order of the list."""
+        self.run(inputs)  # fills the tables, so that this is not part of the measurement
+        stamps = CallStamps(self._flat)
+        for step, run in zip(self._flat.steps, self._steps, strict=True):
+            if isinstance(step, PythonCall):
+                stamps.time_python_call(step, run)
+            else:
+                self._native_step(step, stamps.address)()
+                stamps.add(step)
+        return stamps.times
 
-    def _single_calls(self, calls: range) -> list[tuple[str, Callable[[], None]]]:
-        return [(self._flat.ops[i], self._native_step(i, 1)) for i in calls]
+    def time_ops(self, inputs: Inputs) -> dict[str, float]:
+        """Runs the step; returns the total seconds of each op."""
+        seconds: dict[str, float] = {}
+        for time in self.time_calls(inputs):
+            seconds[time.op] = seconds.get(time.op, 0.0) + time.seconds
+        return seconds
 
     def _inputs(self) -> Iterator[tuple[str, Location]]:
         """The locations of all inputs: bound tensors with their actual strides, others contiguous."""
@@ -154,11 +162,11 @@ class NativePlan:
         A plan for larger sizes is valid for smaller ones, so memory is planned a logarithmic number of times.
         """
         step = {name: size for name, size in sizes.items() if name not in self._fixed}
-        if any(size > self._capacity.get(name, -1) for name, size in step.items()):
+        if self._num_bytes < 0 or any(size > self._capacity.get(name, -1) for name, size in step.items()):
             self._capacity = {name: _rounded(max(size, self._capacity.get(name, 0))) for name, size in step.items()}
             largest = {**self._fixed, **self._capacity}
             self._memory = plan_memory(self._lifetimes, largest, ALIGN)
-            self._extra: dict[str, int] = {}
+            self._extra = {}
             end = self._memory.peak_bytes
             # Values outside the memory plan are few and small; they get separate memory for the whole step.
             for name, location in self._flat.extra.items():
@@ -198,18 +206,13 @@ class NativePlan:
     def _make_steps(self, sizes: Sizes, tensors: Inputs) -> Iterator[Callable[[], None]]:
         for step in self._flat.steps:
             if isinstance(step, PythonCall):
-                if self._poison:
-                    yield from self._poisonings(step.fresh, sizes)
                 yield self._python_step(step, sizes, tensors)
-            elif self._poison:  # one call at a time: the memory is poisoned between them
-                for i in step:
-                    yield from self._poisonings(self._flat.made[i], sizes)
-                    yield self._native_step(i, 1)
             else:
-                yield self._native_step(step.start, len(step))
+                yield self._native_step(step)
 
-    def _native_step(self, first: int, num_calls: int) -> Callable[[], None]:
-        return partial(self._runner.run, self._flat.calls.address(first), num_calls)
+    def _native_step(self, calls: range, stamps: int = 0) -> Callable[[], None]:
+        num_streams = self._flat.calls.num_streams(calls)
+        return partial(self._runner.run, self._flat.calls.address, calls.start, calls.stop, num_streams, stamps)
 
     def _python_step(self, call: PythonCall, sizes: Sizes, tensors: Inputs) -> Callable[[], None]:
         def is_absent(location: Location | None) -> bool:
@@ -221,8 +224,11 @@ class NativePlan:
         ]
         outputs = [self._tensor(location, sizes, tensors) for location in call.outputs]
         kernel, attrs = self._python[id(call)], call.attrs
+        poisonings = list(self._poisonings(call.fresh, sizes)) if self._poison else ()
 
         def run() -> None:
+            for poison in poisonings:
+                poison()
             results = kernel(*operands, **attrs)
             # A torch kernel allocates its results; later native calls read them at their planned locations.
             for output, result in zip(outputs, (results,) if len(outputs) == 1 else results, strict=True):

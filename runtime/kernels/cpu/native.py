@@ -30,9 +30,10 @@ class NativeRunner:
         load_thread_pool(compiler)
         runner = load(build(RUNNER, ELEMENTS[0], compiler))
         self._run = symbol(runner, "sage_run")
-        self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._run.argtypes = (ctypes.c_void_p, *(ctypes.c_int64,) * 4, ctypes.c_void_p)
         self._run.restype = ctypes.c_char_p
-        self.copy_address = ctypes.cast(symbol(runner, "sage_gather_rows"), ctypes.c_void_p).value or 0
+        self.copy_address = _address(runner, "sage_gather_rows")
+        self.poison_address = _address(runner, "sage_poison")
 
     def prepare(self, ops: Iterable[str], element: str) -> None:
         """Builds the files of the ops, several at a time. Raises CompileError."""
@@ -58,6 +59,14 @@ class NativeRunner:
         """The address of the op's function, or of the one that reads its table packed. May raise CompileError."""
         return self._homes[op].address(op, element or ELEMENTS[0], unpacks=unpacks)
 
-    def run(self, calls: int, num_calls: int) -> None:
-        """Makes the calls stored at this address, on as many threads as torch uses. Raises KernelError."""
-        raise_error(self._run(calls, num_calls, torch.get_num_threads()))
+    def run(self, calls: int, first: int, end: int, num_streams: int, stamps: int = 0) -> None:
+        """Makes calls `first` to `end` of the list at the address `calls`, on as many threads as torch uses.
+
+        Each stream but the first has a thread of its own. `stamps` is the address of the times to write, one for each
+        call of the list, or 0. Raises KernelError for the first call that fails; the calls after it are not made.
+        """
+        raise_error(self._run(calls, first, end, num_streams, torch.get_num_threads(), stamps))
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    return ctypes.cast(symbol(library, name), ctypes.c_void_p).value or 0

@@ -175,6 +175,9 @@ SAGE_EXPORT void sage_set_num_threads(int64_t count) {
 
 SAGE_EXPORT int64_t sage_num_threads() { return is_inside ? 1 : num_threads.load(std::memory_order_relaxed); }
 
+// Loops of the calling thread run on it alone from now on, and leave the pool to others.
+SAGE_EXPORT void sage_stay_on_thread() { is_inside = true; }
+
 SAGE_EXPORT void sage_parallel_for(int64_t parts, Body body, void* state) {
     if (parts <= 0) return;
     std::call_once(is_created, [] {
