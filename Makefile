@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: parallel-layouts aot interpret fuzz-text sanitize fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -82,11 +82,18 @@ lint: $(TEST_READY) ## Check lint and format with ruff and clang-format, and the
 types: $(TEST_READY) ## Check types with mypy --strict
 	$(BIN)/mypy -p sageLLM
 
-sanitize: $(TEST_READY) ## Run the CPU kernels' tests with the address and undefined-behaviour sanitizers
+sanitize: sanitize-threads $(TEST_READY) ## Run the CPU kernels' tests with the address, undefined-behaviour and thread sanitizers
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	SAGELLM_KERNEL_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/kernels/test_cpu_thread_pool.py tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/kernels/test_cpu_thread_pool.py tests/executor/test_streams.py tests/kernels/test_cpu_ops.py tests/kernels/test_cpu_attention.py
+
+# Only the kernels and the runner are instrumented. Without address randomisation, for which the sanitizer of gcc 12 has no
+# room, and with threads after a fork, which one test makes.
+sanitize-threads: $(TEST_READY) ## Run the tests of threads and streams with the thread sanitizer
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libtsan.so)" \
+	TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:die_after_fork=0 SAGELLM_KERNEL_FLAGS="-O1 -g -fsanitize=thread" \
+	OMP_NUM_THREADS=2 setarch -R $(BIN)/python -m pytest tests/kernels/test_cpu_thread_pool.py tests/executor/test_streams.py
 
 PEER_PYTHON ?= $(BIN)/python
 SEEDS ?= 0:1000000

@@ -4,9 +4,10 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ class SlowRunner(NativeRunner):
         self.__dict__.update(runner.__dict__)
         self._random, self._missing, self._made = random, missing, []
 
-    def why_not(self, op: str, element: str | None) -> str | None:
+    def why_not(self, op: str, element: str | None, attrs: Mapping[str, Any]) -> str | None:
         return "missing" if op in self._missing else None  # collectives of a single rank copy
 
     def address(self, op: str, element: str | None, *, unpacks: bool = False) -> int:
