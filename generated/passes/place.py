@@ -32,7 +32,7 @@ class NanoBatching(PlacePass):
     spec = "specs/passes/place.yaml: nano_batching"
     stage = "place"
     level = "block"
-    phases = frozenset({"decode", "prefill"})
+    phases = frozenset({"decode", "hybrid", "prefill"})
     micro_batches = 2
     join = ConcatRows
     split = SplitRows
@@ -46,7 +46,7 @@ class AfDisaggregation(PlacePass):
     spec = "specs/passes/place.yaml: af_disaggregation"
     stage = "place"
     level = "block"
-    phases = frozenset({"decode", "prefill"})
+    phases = frozenset({"decode", "hybrid", "prefill"})
     micro_batches = 3
     move = {"FFN": 1}
     join = ConcatRows

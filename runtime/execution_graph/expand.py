@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
+from sageLLM.runtime.core.ir.dims import Dim, free_symbols
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.core.model.layout import Block, ModelLayout
 from sageLLM.runtime.core.passes.events import WAITS
+from sageLLM.runtime.core.passes.part_sizes import (
+    DIVIDED,
+    Sizes,
+    attrs_with_sizes,
+    sizes_before,
+    sizes_of_part,
+    with_sizes,
+)
 from sageLLM.runtime.core.passes.rows import PART
 
 
@@ -23,13 +32,43 @@ def expand(graph: ExecutionGraph, layout: ModelLayout, config: Any) -> Execution
     Nodes keep their layer, device and stream; those of a block have its block-level nodes as origins. The two halves
     of a hybrid step are one call of the body. KV loads from a slower tier stay; all other KV nodes of the block level
     disappear, since the body stores its own keys and values. Planned waits are dropped, since they name block nodes.
-    Raises ValueError for a graph without a stage or of kernel level, and for one that is split into micro-batches.
+
+    In a graph with micro-batches every part reads inputs of its own, such as `pos.p0: i32[T0]`, and the caches as the
+    part before it has left them. Raises ValueError for a graph without a stage or of kernel level, and for
+    micro-batches with bound sizes.
     """
     if graph.level != "block" or graph.stage is None:
         raise ValueError(f"graph {graph.graph_id!r}: expected a block-level graph with a stage")
-    if any(PART in node.metadata for node in graph.nodes.values()):
-        raise ValueError(f"graph {graph.graph_id!r}: expected a graph without micro-batches, which cannot be expanded")
-    return _Expansion(graph, graph.stage, layout, config).run()
+    parts = [node for node in graph.nodes.values() if PART in node.metadata]
+    if any(ref.is_bound for node in parts for ref in node.outputs):
+        raise ValueError(f"graph {graph.graph_id!r}: expected micro-batches with symbolic sizes, got bound sizes")
+    expanded = _Expansion(graph, graph.stage, layout, config).run()
+    if parts:
+        # Sizes are solved in the order of the inputs, and those of the step are sums over the parts.
+        by_size = sorted(expanded.inputs.items(), key=lambda item: ".p" not in item[0])
+        expanded.inputs = dict(by_size)
+    return expanded
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A micro-batch: the suffix of its values, and its sizes. None stands for all rows of the step."""
+
+    number: int | None
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.number is None else f".p{self.number}"
+
+    @property
+    def sizes(self) -> Sizes:
+        return {} if self.number is None else sizes_of_part(self.number)
+
+    def shape(self, ref: TensorRef) -> tuple[Dim, ...]:
+        return ref.shape if self.number is None else with_sizes(ref, self.sizes).shape
+
+
+_WHOLE = _Part(None)
 
 
 class _Op(NamedTuple):
@@ -95,13 +134,18 @@ class _Expansion:
         self.waiting: dict[str, list[ExecutionNode]] = {}  # call -> its nodes so far
         self.sizes = _call_sizes(graph)
         self.patterns: dict[tuple[str, Hashable], _Pattern] = {}
+        self.caches: dict[str, TensorRef] = {}  # cache -> its value after the micro-batches so far
 
     def run(self) -> ExecutionGraph:
         for node in self.source.topological_sort():
             call = node.metadata.get("call")
             if call is None or _is_slow_load(node):
                 self._copy(node)
-            elif not node.op_type.is_kv:  # the body itself stores and loads keys and values on the device
+            elif node.op_type.is_kv:
+                producers = [self.source.producer(ref) for ref in node.inputs]
+                made = {new for one in producers if one is not None for new in self.made.get(one.node_id, ())}
+                self.made[node.node_id] = tuple(sorted(made))
+            else:  # the body itself stores and loads keys and values on the device
                 members = self.waiting.setdefault(call, [])
                 members.append(node)
                 if len(members) == self.sizes[call]:
@@ -129,49 +173,91 @@ class _Expansion:
         args = [self._current(ref) for ref in first.inputs if not self._is_cache_value(ref)]
         key = (block.name, block.variant_of(self.config, layer))
         pattern = self.patterns.get(key)
-        if pattern is None or pattern.device_id != first.device_id:  # refs of a pattern contain its device
-            made, results = self._write_body(block, first, layer, args)
+        is_new = pattern is None or pattern.device_id != first.device_id  # refs of a pattern contain its device
+        if PART in first.metadata:
+            if pattern is None or is_new:
+                pattern = self.patterns[key] = self._whole_pattern(block, first, layer, args)
+            made, results = self._repeat(pattern, first, layer, args, _Part(first.metadata[PART]))
+            self._chain_caches(made, layer)
+        elif pattern is None or is_new:
+            made, results = self._write_body(self.writer, block, first, layer, args)
             self.patterns[key] = _Pattern.of(layer, args, made, results, self.writer.graph)
         else:
-            made, results = self._repeat(pattern, first, layer, args)
+            made, results = self._repeat(pattern, first, layer, args, _WHOLE)
         self._finish_call(members, made)
         outputs = last.outputs if len(members) > 1 else first.outputs
         self.written |= {ref.name: result for ref, result in zip(outputs, results, strict=False)}
 
     def _write_body(
-        self, block: Block, node: ExecutionNode, layer: int, args: list[TensorRef]
+        self, writer: GraphWriter, block: Block, node: ExecutionNode, layer: int, args: list[TensorRef]
     ) -> tuple[list[ExecutionNode], tuple[TensorRef, ...]]:
-        graph = self.writer.graph
+        graph = writer.graph
         count = len(graph.nodes)
-        self.writer.device_id, self.writer.stream_id = node.device_id, node.stream_id
-        with self.writer.layer(layer), self.writer.block_scope(block.name, node.node_id):
-            results = block.body(self.writer, self.config, self.stage, layer, *args)
-        self.writer.device_id, self.writer.stream_id = 0, 0
+        writer.device_id, writer.stream_id = node.device_id, node.stream_id
+        with writer.layer(layer), writer.block_scope(block.name, node.node_id):
+            results = block.body(writer, self.config, self.stage, layer, *args)
+        writer.device_id, writer.stream_id = 0, 0
         return list(islice(reversed(graph.nodes.values()), len(graph.nodes) - count))[::-1], results
 
+    def _whole_pattern(self, block: Block, node: ExecutionNode, layer: int, args: list[TensorRef]) -> _Pattern:
+        """The pattern of a block in micro-batches: its body for all rows of the step, in a graph of its own."""
+        writer = GraphWriter(block.name, level="kernel", stage=self.stage, dtype=self.writer.dtype)
+        whole = [with_sizes(ref, sizes_before(node.metadata[PART])) for ref in args]
+        made, results = self._write_body(writer, block, node, layer, whole)
+        return _Pattern.of(layer, whole, made, results, writer.graph)
+
+    def _chain_caches(self, made: list[ExecutionNode], layer: int) -> None:
+        """Makes the caches that a micro-batch has written the ones that the next one reads.
+
+        The next one writes to the same memory, so it does that after the last read of this one.
+        """
+        graph, folder = self.writer.graph, f"layers.{layer}."
+        current = {self.caches.get(name, ref).name: name for name, ref in graph.inputs.items() if folder in name}
+        for node in made:
+            for output, operand in node.inplace.items() if isinstance(node, OpNode) else ():
+                ref = node.optional_input(operand)
+                if ref is not None and ref.name in current:
+                    for user in graph.users(ref):
+                        if user is not node:
+                            graph.add_edge(user.node_id, node.node_id)
+                    self.caches[current[ref.name]] = node.output(output)
+
     def _repeat(
-        self, pattern: _Pattern, block_node: ExecutionNode, layer: int, args: list[TensorRef]
+        self, pattern: _Pattern, block_node: ExecutionNode, layer: int, args: list[TensorRef], part: _Part
     ) -> tuple[list[ExecutionNode], tuple[TensorRef, ...]]:
-        """The pattern's nodes for another layer, which differ in names only."""
+        """The pattern's nodes for another layer or micro-batch, which differ in names and sizes only."""
         writer, device, stream, block = self.writer, block_node.device_id, block_node.stream_id, block_node.block
-        refs = {**pattern.shared, **{old.name: new for old, new in zip(pattern.args, args, strict=True)}}
+        refs = {name: self._shared(ref, part) for name, ref in pattern.shared.items()}
+        refs |= {old.name: new for old, new in zip(pattern.args, args, strict=True)}
         for name, ref in pattern.own_weights:
             refs[ref.name] = writer.weight(f"layers.{layer}.{name}", ref.dtype, *ref.shape)
         for name, ref in pattern.own_inputs:
-            refs[ref.name] = writer.input(f"layers.{layer}.{name}", ref.dtype, *ref.shape)
+            cache = writer.input(f"layers.{layer}.{name}", ref.dtype, *ref.shape)
+            refs[ref.name] = self.caches.get(cache.name, cache)
         made: list[ExecutionNode] = []
         prefix = f"L{layer}."
         for old, operands, results in pattern.ops:
-            outputs = [TensorRef(prefix + name, ref.shape, ref.dtype, device) for name, ref in results]
+            outputs = [
+                TensorRef(prefix + name + part.suffix, part.shape(ref), ref.dtype, device) for name, ref in results
+            ]
             for (_, ref), output in zip(results, outputs, strict=True):
                 refs[ref.name] = output
             inputs = [refs[name] for name in operands]
             # Copied without `emit`: types are those of the pattern, and inference would dominate the time.
             node = type(old)(outputs[0].name, old.op_type, inputs, outputs, set(), device, stream)
             node.layer_id, node.block, node.attrs, node.metadata = layer, block, old.attrs.copy(), old.metadata.copy()
+            if part.number is not None:
+                node.attrs, node.metadata[PART] = attrs_with_sizes(old.attrs, part.sizes), part.number
             writer.graph.add_node(node)
             made.append(node)
         return made, tuple(refs[ref.name] for ref in pattern.results)
+
+    def _shared(self, ref: TensorRef, part: _Part) -> TensorRef:
+        """An input of all layers, or that of a micro-batch if its size depends on the rows."""
+        if part.number is None:
+            return ref
+        is_divided = any(free_symbols(size) & DIVIDED for size in ref.shape)
+        return self.writer.input(ref.name + part.suffix * is_divided, ref.dtype, *part.shape(ref))
 
     def _finish_call(self, members: list[ExecutionNode], made: list[ExecutionNode]) -> None:
         ids = tuple(node.node_id for node in members)

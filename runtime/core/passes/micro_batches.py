@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sageLLM.runtime.core.ir.dims import Dim
+from sageLLM.runtime.core.ir.dims import Dim, Expr
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import AttrValue, ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import Memo, OpNode
+from sageLLM.runtime.core.passes.part_sizes import attrs_with_sizes, sizes_of_part, sizes_of_whole, with_sizes
 from sageLLM.runtime.core.passes.rows import PART, join_rows, split_rows
 
 COUNTS = ("flops", "bytes")
@@ -15,22 +16,28 @@ COUNTS = ("flops", "bytes")
 
 
 def why_not_divisible(graph: ExecutionGraph, parts: int) -> str | None:
-    """The reason why a graph cannot be split into micro-batches, or None."""
-    if graph.stage == "hybrid":
-        return "a hybrid step has rows of two phases"
+    """The reason why a graph cannot be split into micro-batches, or None.
+
+    With bound sizes the parts are numbers of rows, so a hybrid step, with rows of two phases, cannot be split. With
+    symbolic sizes the parts are any ranges of rows, each with its own sizes.
+    """
     if not any(node.layer_id is not None for node in graph.nodes.values()):
         return "the graph is without layers"
     if any(node.op_type.name == "ENCODER_ATTN" for node in graph.nodes.values()):
         return "attention over whole sequences cannot be split"
-    refs = [ref for node in graph.nodes.values() for ref in (*node.inputs, *node.outputs)]
-    symbolic = next((ref for ref in refs if not ref.is_bound), None)
-    if symbolic is not None:
-        return f"the size of {symbolic} is symbolic"
     rows = [ref.shape[0] for ref in entering(graph)]
     if not rows:
         return "no value enters the layers"
     if len(set(rows)) > 1:
         return "the values that enter the layers have different numbers of rows"
+    if is_symbolic(graph):
+        return None
+    if graph.stage == "hybrid":
+        return "a hybrid step has rows of two phases"
+    refs = [ref for node in graph.nodes.values() for ref in (*node.inputs, *node.outputs)]
+    symbolic = next((ref for ref in refs if not ref.is_bound), None)
+    if symbolic is not None:
+        return f"the size of {symbolic} is symbolic"
     return f"{rows[0]} rows are too few for {parts} micro-batches" if int(str(rows[0])) < parts else None
 
 
@@ -46,6 +53,11 @@ def entering(graph: ExecutionGraph) -> list[TensorRef]:
     return list(found.values())
 
 
+def is_symbolic(graph: ExecutionGraph) -> bool:
+    """Whether the number of rows that enter the layers is symbolic."""
+    return any(isinstance(ref.shape[0], Expr) for ref in entering(graph))
+
+
 def share_of(whole: Dim, part: int, parts: int) -> int:
     """The size of part number `part` of `parts`; sizes differ by at most one and sum to the whole."""
     assert isinstance(whole, int), "sizes are bound"
@@ -53,7 +65,11 @@ def share_of(whole: Dim, part: int, parts: int) -> int:
 
 
 class MicroBatches:
-    """Builder of the split graph: the value of each micro-batch for an old value, and the nodes written so far."""
+    """Builder of the split graph: the value of each micro-batch for an old value, and the nodes written so far.
+
+    With bound sizes, micro-batches have equal shares of the rows. With symbolic sizes, each has sizes of its own
+    (`part_sizes.py`), and those of the step are their sums.
+    """
 
     def __init__(self, graph: ExecutionGraph, parts: int, split: type[OpNode], join: type[OpNode]) -> None:
         self.source, self.parts, self.split, self.join = graph, parts, split, join
@@ -62,6 +78,7 @@ class MicroBatches:
         )
         self.values: dict[str, list[TensorRef]] = {}
         self.entering = {ref.name for ref in entering(graph)}
+        self.is_symbolic = is_symbolic(graph)
         self.joined: set[str] = set()
         self.memo: Memo = {}
 
@@ -77,11 +94,17 @@ class MicroBatches:
                     self._write(node, part)
         self._join_for(self.result.outputs, next(reversed(self.source.nodes.values())))
         self._order_stores()
+        self.result.inputs = {name: self._whole(ref) for name, ref in self.source.inputs.items()}
+        self.result.outputs = [self._whole(ref) for ref in self.source.outputs]
         return self.result
 
     def _copy(self, node: ExecutionNode) -> None:
         copied = node.copy()
         copied.dependencies = {new for old in self._control(node) for new in self._replacements(old)}
+        copied.inputs = [self._whole(ref) for ref in node.inputs]
+        copied.outputs = [self._whole(ref) for ref in node.outputs]
+        if self.is_symbolic:
+            copied.attrs = attrs_with_sizes(node.attrs, sizes_of_whole(self.parts))
         self.result.add_node(copied)
 
     def _write(self, node: ExecutionNode, part: int) -> None:
@@ -90,23 +113,37 @@ class MicroBatches:
         copied.node_id, copied.inputs = f"{node.node_id}.p{part}", inputs
         copied.dependencies = {new for old in self._control(node) for new in self._replacements(old, part)}
         copied.metadata[PART] = part
+        if "call" in node.metadata:  # each micro-batch calls the block
+            copied.metadata["call"] = f"{node.metadata['call']}.p{part}"
         copied.origins = (node.node_id,)
         copied.outputs = self._outputs(node, inputs, part)
-        copied.attrs = {name: self._attr(name, value, node, part) for name, value in node.attrs.items()}
-        copied.memory_bytes = sum(ref.num_bytes for ref in copied.outputs)
+        if self.is_symbolic:
+            copied.attrs = attrs_with_sizes(node.attrs, sizes_of_part(part))
+        else:
+            copied.attrs = {name: self._attr(name, value, node, part) for name, value in node.attrs.items()}
+            copied.memory_bytes = sum(ref.num_bytes for ref in copied.outputs)
         for old, new in zip(node.outputs, copied.outputs, strict=True):
             self.values.setdefault(old.name, []).append(new)
         self.result.add_node(copied)
 
     def _outputs(self, node: ExecutionNode, inputs: list[TensorRef], part: int) -> list[TensorRef]:
-        shapes = [
-            (share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) if ref.shape else () for ref in node.outputs
-        ]
+        shapes = [self._part(ref, part).shape for ref in node.outputs]
         if isinstance(node, OpNode):  # inferred, since not every op returns a row per row of its input
             refs = dict(zip(node.operands, inputs, strict=True))
             shapes = [type_.shape for type_ in node.resolve_refs(refs, node.attrs, self.memo).outputs]
         named = zip(node.outputs, shapes, strict=True)
         return [replace(ref, name=f"{ref.name}.p{part}", shape=shape) for ref, shape in named]
+
+    def _whole(self, ref: TensorRef) -> TensorRef:
+        """The old value with the sizes of the split graph."""
+        return with_sizes(ref, sizes_of_whole(self.parts)) if self.is_symbolic else ref
+
+    def _part(self, ref: TensorRef, part: int) -> TensorRef:
+        """The share of an old value that a micro-batch has."""
+        if self.is_symbolic:
+            return with_sizes(ref, sizes_of_part(part), f".p{part}")
+        shape = (share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) if ref.shape else ()
+        return replace(ref, name=f"{ref.name}.p{part}", shape=shape)
 
     def _attr(self, name: str, value: AttrValue, node: ExecutionNode, part: int) -> AttrValue:
         is_count = name in COUNTS and not isinstance(node, OpNode) and isinstance(value, int)
@@ -116,9 +153,8 @@ class MicroBatches:
         """Splits the values from outside the layers before their first use."""
         for ref in node.inputs:
             if ref.name in self.entering and ref.name not in self.values:
-                shapes = [(share_of(ref.shape[0], part, self.parts), *ref.shape[1:]) for part in range(self.parts)]
-                parts = [replace(ref, name=f"{ref.name}.p{part}", shape=shape) for part, shape in enumerate(shapes)]
-                for new in split_rows(self.split, node, ref, parts):
+                parts = [self._part(ref, part) for part in range(self.parts)]
+                for new in split_rows(self.split, node, self._whole(ref), parts):
                     self.result.add_node(new)
                 self.values[ref.name] = parts
 

@@ -12,7 +12,7 @@ from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.core.passes.base import DeclaredPass
-from sageLLM.runtime.core.passes.micro_batches import MicroBatches, entering, share_of, why_not_divisible
+from sageLLM.runtime.core.passes.micro_batches import MicroBatches, entering, is_symbolic, share_of, why_not_divisible
 from sageLLM.runtime.core.passes.order import reorder, replace_contents
 from sageLLM.runtime.core.passes.rows import PART
 from sageLLM.runtime.core.passes.transfers import move_nodes
@@ -36,8 +36,9 @@ class PlacePass(DeclaredPass):
     operand.
 
     `part_time` returns the time of an old node for fewer rows. Without it ops take their roofline time on `hardware`,
-    and blocks a time proportional to the rows, which is too short if reading the weights dominates. Sizes must be
-    bound, and a hybrid step is not changed: its rows belong to two phases.
+    and blocks a time proportional to the rows, which is too short if reading the weights dominates. A graph with
+    symbolic sizes has no times; the step decides which rows each micro-batch has. With bound sizes a hybrid step is not
+    changed, as its rows belong to two phases.
     """
 
     micro_batches: int = 1
@@ -71,7 +72,8 @@ class PlacePass(DeclaredPass):
             self.report.facts = {"skipped": str(error)}
             return
         num_moved = self._move(result)
-        self._set_times(graph, result)
+        if not is_symbolic(graph):
+            self._set_times(graph, result)
         reorder(result)
         replace_contents(graph, result)
         after = graph.estimate_total_time()
