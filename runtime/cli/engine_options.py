@@ -82,6 +82,7 @@ class EngineOptions:
     distributed_executor_backend: Annotated[
         Literal["uni", "mp"] | None, Option("Run the model in this process, or in worker processes.")
     ] = None
+    num_ubatches: Annotated[int, Option("Micro-batches of a step; one computes while another communicates.")] = 1
     plugins: Annotated[list[Path] | None, Option("An additional generated folder; can be repeated.", "--plugin")] = None
     disable_passes: Annotated[str, Option("Graph passes to skip, separated by commas.")] = ""
 

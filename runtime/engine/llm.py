@@ -80,6 +80,9 @@ class LLM:
     `distributed_executor_backend`: "uni" runs the model in this process, the default, and "mp" in worker processes, one
     for each of `tensor_parallel_size` ranks. Lost workers are started again, and their requests are replayed.
 
+    `num_ubatches` divides the rows of each step into so many micro-batches, which go through the layers in turns: while
+    one communicates, another computes. The answers are the same.
+
     `scheduler` is by default in mode "hybrid"; `objective` is the service level that its mode "auto" optimises for.
 
     Raises CheckpointError, TokenizerError or PluginError for a folder that cannot be served, with the file and the
@@ -109,6 +112,7 @@ class LLM:
         async_scheduling: bool = True,
         tensor_parallel_size: int = 1,
         distributed_executor_backend: Backend | None = None,
+        num_ubatches: int = 1,
     ) -> None:
         folder = model_folder(Path(model))
         self._sampling_defaults = sampling_defaults(folder, generation_config)
@@ -117,6 +121,7 @@ class LLM:
         if num_kv_blocks is not None:
             check_count("num_kv_blocks", num_kv_blocks)
         check_count("tensor_parallel_size", tensor_parallel_size)
+        check_count("num_ubatches", num_ubatches)
         self._backend = choose_backend(distributed_executor_backend, tensor_parallel_size)
         registry = load_registry(plugins)
         check_passes(disable_passes, registry)
@@ -160,6 +165,7 @@ class LLM:
                 disable_passes=list(disable_passes),
                 disk_folder=None if disk_folder is None else str(disk_folder),
                 tp=tensor_parallel_size,
+                num_ubatches=num_ubatches,
             )
             executor: Executor
             if self._backend == "mp":

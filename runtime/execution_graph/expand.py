@@ -141,11 +141,7 @@ class _Expansion:
             call = node.metadata.get("call")
             if call is None or _is_slow_load(node):
                 self._copy(node)
-            elif node.op_type.is_kv:
-                producers = [self.source.producer(ref) for ref in node.inputs]
-                made = {new for one in producers if one is not None for new in self.made.get(one.node_id, ())}
-                self.made[node.node_id] = tuple(sorted(made))
-            else:  # the body itself stores and loads keys and values on the device
+            elif not node.op_type.is_kv:  # the body itself stores and loads keys and values on the device
                 members = self.waiting.setdefault(call, [])
                 members.append(node)
                 if len(members) == self.sizes[call]:
@@ -212,9 +208,12 @@ class _Expansion:
         The next one writes to the same memory, so it does that after the last read of this one.
         """
         graph, folder = self.writer.graph, f"layers.{layer}."
-        current = {self.caches.get(name, ref).name: name for name, ref in graph.inputs.items() if folder in name}
+        caches = {name: ref for name, ref in graph.inputs.items() if name.startswith(folder)}
+        current = {self.caches.get(name, ref).name: name for name, ref in caches.items()}
         for node in made:
-            for output, operand in node.inplace.items() if isinstance(node, OpNode) else ():
+            if not isinstance(node, OpNode):
+                continue
+            for output, operand in node.inplace.items():
                 ref = node.optional_input(operand)
                 if ref is not None and ref.name in current:
                     for user in graph.users(ref):
@@ -264,8 +263,8 @@ class _Expansion:
         control = set().union(*(self._control(node) for node in members))
         for node in made:
             node.origins = ids
-        if control and made:
-            made[0].dependencies |= control
+        for before in control if made else ():
+            self.writer.graph.add_edge(before, made[0].node_id)
         self.made |= dict.fromkeys(ids, (made[-1].node_id,) if made else ())
 
     def _block(self, node: ExecutionNode) -> Block:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
 
+from sageLLM.generated.passes.place import NanoBatching
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.passes.base import PassReport
@@ -31,16 +32,21 @@ class ModelGraphs(Rewriting):
         self.config = config
         self.dtype = dtype
         self.reports: dict[Stage, list[PassReport]] = {}
-        self._kernel_graphs: dict[Stage, ExecutionGraph] = {}
+        self._kernel_graphs: dict[tuple[Stage, int], ExecutionGraph] = {}
 
-    def block_graph(self, stage: Stage) -> ExecutionGraph:
-        """The block-level graph, as placement and simulation use it."""
-        return build_block_graph(self.layout, self.config, stage, dtype=self.dtype)
+    def block_graph(self, stage: Stage, num_ubatches: int = 1) -> ExecutionGraph:
+        """The block-level graph, as placement and simulation use it; with several micro-batches, split into them."""
+        graph = build_block_graph(self.layout, self.config, stage, dtype=self.dtype)
+        if num_ubatches > 1:
+            split = NanoBatching(num_ubatches)
+            split.transform(graph)
+            assert "skipped" not in split.report.facts, f"{graph.graph_id}: {split.report.facts['skipped']}"
+        return graph
 
-    def expanded_graph(self, stage: Stage) -> ExecutionGraph:
+    def expanded_graph(self, stage: Stage, num_ubatches: int = 1) -> ExecutionGraph:
         """The kernel-level graph before its passes, after those of the block graph."""
         with paused_gc():
-            return self.expanded(self.block_graph(stage))
+            return self.expanded(self.block_graph(stage, num_ubatches))
 
     def expanded(self, graph: ExecutionGraph) -> ExecutionGraph:
         """The kernel-level graph of a block graph, to which the block-level passes are applied in place."""
@@ -48,19 +54,20 @@ class ModelGraphs(Rewriting):
             one.transform(graph)
         return expand(graph, self.layout, self.config)
 
-    def kernel_graph(self, stage: Stage) -> ExecutionGraph:
+    def kernel_graph(self, stage: Stage, num_ubatches: int = 1) -> ExecutionGraph:
         """The optimised kernel-level graph, which the executor runs."""
-        if stage not in self._kernel_graphs:
-            graph = self.expanded_graph(stage)
+        key = stage, num_ubatches
+        if key not in self._kernel_graphs:
+            graph = self.expanded_graph(stage, num_ubatches)
             try:
                 with paused_gc():
                     self.reports[stage] = self.rewrite(graph)
             except Exception:
                 # Runs again pass by pass: it fails at the same point, and writes the graph there as a reproducer.
-                list(self.steps(self.expanded_graph(stage)))
+                list(self.steps(self.expanded_graph(stage, num_ubatches)))
                 raise
-            self._kernel_graphs[stage] = graph
-        return self._kernel_graphs[stage]
+            self._kernel_graphs[key] = graph
+        return self._kernel_graphs[key]
 
 
 @contextmanager

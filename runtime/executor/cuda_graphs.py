@@ -48,7 +48,9 @@ class GpuPlanner(TorchPlanner):
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Any], arena: Arena | None = None) -> Plan:
         plan = super().plan(graph, bound, arena)
-        if self._device.type != "cuda" or graph.stage != "decode":
+        # Micro-batches have inputs of their own, for which steps are not padded to buckets.
+        is_divided = "block_table" not in graph.inputs
+        if self._device.type != "cuda" or graph.stage != "decode" or is_divided:
             return plan
         return GraphedPlan(graph, self._kernels, {name: x for name, x in bound.items() if isinstance(x, Tensor)})
 

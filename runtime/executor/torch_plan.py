@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from sageLLM.runtime.core.ir.dims import Expr
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.core.passes.part_sizes import attrs_with_sizes
+from sageLLM.runtime.executor.sizes import solve_sizes
 
 _ABSENT = 0
 """The slot of an absent optional operand; it always holds None."""
@@ -45,6 +48,11 @@ class Plan:
             self._bind(name, bound.get(name))
         self._free_inputs = [(name, self._slots[name]) for name in graph.inputs if name not in bound]
         self._calls = self._flatten(kernels)
+        self._fixed: dict[str, int] = {}
+        for name, ref in (*graph.weights.items(), *graph.inputs.items()):
+            if name in bound:
+                solve_sizes(ref, bound[name].shape, self._fixed)
+        self._has_symbols = any(isinstance(x, Expr) for call in self._calls for x in call.attrs.values())
         self._outputs = [self._slots[ref.name] for ref in graph.outputs]
 
     def run(self, inputs: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor]:
@@ -52,8 +60,10 @@ class Plan:
         values = self._values.copy()  # bound tensors stay in the plan; intermediates die with this list
         for name, slot in self._free_inputs:
             values[slot] = inputs.get(name)
+        sizes = self._sizes(inputs) if self._has_symbols else None
         for call in self._calls:
-            result = call.kernel(*[values[slot] for slot in call.operands], **call.attrs)
+            attrs = call.attrs if sizes is None else attrs_with_sizes(call.attrs, sizes)
+            result = call.kernel(*[values[slot] for slot in call.operands], **attrs)
             if len(call.results) == 1:
                 values[call.results[0]] = result
             else:
@@ -63,6 +73,14 @@ class Plan:
             for slot in call.dead:
                 values[slot] = None
         return [_present(values[slot]) for slot in self._outputs]
+
+    def _sizes(self, inputs: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
+        """The sizes of a step, for attributes that depend on them."""
+        sizes = dict(self._fixed)
+        for name, _ in self._free_inputs:
+            if (x := inputs.get(name)) is not None:
+                solve_sizes(self.graph.inputs[name], x.shape, sizes)
+        return sizes
 
     def wrap_kernels(self, wrap: Callable[[Kernel], Kernel]) -> None:
         """Replaces every kernel by wrap(kernel), for example to time or check calls."""

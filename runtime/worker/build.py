@@ -40,6 +40,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     tp: int = 1
     rendezvous: str | None = None
     shared_memory: int | None = None
+    num_ubatches: int = 1
 
 
 def build_executor(spec: WorkerSpec) -> InProcessExecutor:
@@ -74,6 +75,7 @@ def make_local_executor(
         is_async=is_async,
         disk_folder=None if spec.disk_folder is None else Path(spec.disk_folder),
         isolates_failures=spec.tp == 1,
+        num_ubatches=spec.num_ubatches,
     )
 
 

@@ -59,16 +59,19 @@ class InProcessExecutor:
         is_async: bool,
         disk_folder: Path | None = None,
         isolates_failures: bool = True,
+        num_ubatches: int = 1,
     ) -> None:
         """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step."""
-        decoder = ModelRunner(model, make_pool(model, budget.num_blocks, budget.block_size), compiler)
+        pool = make_pool(model, budget.num_blocks, budget.block_size)
+        decoder = ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
         tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
         tiers = TieredPool(decoder.pool, tier_sizes, compiler, disk_folder)
         self.decoder = self.prefiller = Worker(decoder, tiers, isolates_failures=isolates_failures)
         self._migrator: Migrator | None = None
         if is_split:
             num_blocks = budget.num_prefill_blocks or budget.num_blocks
-            prefiller = ModelRunner(model, make_pool(model, num_blocks, budget.block_size), compiler)
+            pool = make_pool(model, num_blocks, budget.block_size)
+            prefiller = ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
             self.prefiller = Worker(prefiller, isolates_failures=isolates_failures)
             graph = compiler.migrate_graph()
             self._migrator = Migrator(prefiller.pool, decoder.pool, graph, compiler.kernels)

@@ -12,6 +12,7 @@ from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.worker.kv_pool import KVPool
+from sageLLM.runtime.worker.micro_batch_inputs import MicroBatchInputs
 from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
 from sageLLM.runtime.worker.step_inputs import StepInputs
 
@@ -26,10 +27,11 @@ class Logits(NamedTuple):
 class ModelRunner:
     """Computes logits. Graphs are built and optimised once per stage, on first use, with symbolic sizes.
 
-    All plans share one arena, since only one step runs at a time.
+    All plans share one arena, since only one step runs at a time. A step is divided into `num_ubatches` micro-batches
+    if it has a row for each.
     """
 
-    def __init__(self, model: Model, pool: KVPool, compiler: ModelCompiler) -> None:
+    def __init__(self, model: Model, pool: KVPool, compiler: ModelCompiler, *, num_ubatches: int = 1) -> None:
         self.model = model
         self.pool = pool
         self.compiler = compiler
@@ -37,14 +39,16 @@ class ModelRunner:
         max_blocks = min(-(-model.max_model_len // pool.block_size), pool.num_blocks)
         self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device, model.tables)
         self._arena = Arena()
-        self._plans: dict[Stage, Runnable] = {}
+        self._plans: dict[tuple[Stage, int], Runnable] = {}
+        self._parts = MicroBatchInputs(num_ubatches)
 
-    def plan(self, stage: Stage) -> Runnable:
+    def plan(self, stage: Stage, num_ubatches: int = 1) -> Runnable:
         """The plan of a stage: the optimised kernel graph, flattened, with weights and caches bound."""
-        if stage not in self._plans:
-            graph = self.compiler.kernel_graph(stage)
-            self._plans[stage] = self.compiler.plan(graph, self._bound, self._arena)
-        return self._plans[stage]
+        key = stage, num_ubatches
+        if key not in self._plans:
+            graph = self.compiler.kernel_graph(stage, num_ubatches)
+            self._plans[key] = self.compiler.plan(graph, self._bound, self._arena)
+        return self._plans[key]
 
     @torch.inference_mode()
     def run(
@@ -54,5 +58,11 @@ class ModelRunner:
 
         Token rows number the decodes first and then the tokens of the chunks. The result is valid until the next step.
         """
-        logits, tokens = self.plan(stage).run(self.step_inputs.make(decodes, chunks, rows))
+        inputs, num_ubatches = self.step_inputs.make(decodes, chunks, rows), self._parts.num_parts
+        if num_ubatches > 1:
+            if len(decodes) + sum(chunk.num_tokens for chunk in chunks) < num_ubatches:
+                num_ubatches = 1
+            else:
+                inputs = self._parts.divide(inputs, len(decodes), chunks)
+        logits, tokens = self.plan(stage, num_ubatches).run(inputs)
         return Logits(logits, tokens)

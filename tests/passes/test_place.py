@@ -13,7 +13,8 @@ from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.generated.passes.place import AfDisaggregation, DropUnread, NanoBatching
 from sageLLM.generated.passes.schedule import ComputeCommOverlap, NanoOverlap
-from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.text import to_text
@@ -145,12 +146,34 @@ def test_graphs_that_cannot_be_split_are_skipped(change: object, reason: str) ->
     assert str(one.report.facts.get("skipped", "")).startswith(reason)
 
 
-def test_a_graph_in_micro_batches_is_not_expanded() -> None:
+def test_micro_batches_with_bound_sizes_are_not_expanded() -> None:
     layout = MODELS["llama"]
     config = layout.read_config(HFConfig(layout.tiny, "tiny"))
     graph = build_block_graph(layout, config, "prefill").bind(T=6, B=2, S=2, PG=4, BS=4)
-    with pytest.raises(ValueError, match=r"expected a graph without micro-batches"):
+    with pytest.raises(ValueError, match=r"expected micro-batches with symbolic sizes"):
         expand(NanoBatching().apply(graph), layout, config)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode", "hybrid"])
+@pytest.mark.parametrize("kind", [NanoBatching, AfDisaggregation])
+def test_micro_batches_with_symbolic_sizes_are_expanded(kind: type[NanoBatching], stage: Stage) -> None:
+    """Each part has sizes and inputs of its own, and reads the caches as the part before it has left them."""
+    layout = MODELS["llama"]
+    config = layout.read_config(HFConfig(layout.tiny, "tiny"))
+    placed = kind(3).apply(build_block_graph(layout, config, stage))
+    verify(placed)
+    graph = expand(placed, layout, config)
+    verify(graph)
+    verify_schedule(graph)
+    rows = {"prefill": "T{}", "decode": "B{}", "hybrid": "Td{0} + Tp{0}"}[stage]
+    for part in range(3):
+        assert str(graph.inputs[f"pos.p{part}"]) == f"pos.p{part}: i32[{rows.format(part)}]"
+        assert graph.inputs[f"block_table.p{part}"].shape == dims(f"B{part} MB")
+    for part in (1, 2):
+        store = graph.producer(f"L1.attention.kc.p{part}")
+        assert store is not None and store.inputs[2].name == f"L1.attention.kc.p{part - 1}"
+        assert f"L1.attention.o.p{part - 1}" in store.dependencies
+    assert [next(iter(graph.inputs))] == ["pos.p0"], "the sizes of the parts are solved first"
 
 
 def test_waits_of_a_block_graph_do_not_reach_its_kernels() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sageLLM.runtime.core.ir.dims import evaluate, free_symbols, product
+from sageLLM.runtime.core.ir.dims import product
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.types import DTYPES
@@ -25,6 +25,7 @@ from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.native.flatten import Functions, PythonCall, flatten
 from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.executor.native.weights import Weight, WeightForms
+from sageLLM.runtime.executor.sizes import solve_sizes
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.kernels.cpu.library import Library
 
@@ -153,7 +154,7 @@ class NativePlan:
         for ref, tensor in zip(self._free, values, strict=True):
             if tensor is not None:
                 _check_input(ref, tensor)
-                _solve(ref, tensor.shape, sizes)
+                solve_sizes(ref, tensor.shape, sizes)
         return sizes
 
     def _reserve(self, sizes: Sizes) -> None:
@@ -249,23 +250,8 @@ def _fixed_sizes(graph: ExecutionGraph, bound: Mapping[str, Weight]) -> dict[str
     sizes: dict[str, int] = {}
     for name, ref in (*graph.weights.items(), *graph.inputs.items()):
         if name in bound:
-            _solve(ref, bound[name].shape, sizes)
+            solve_sizes(ref, bound[name].shape, sizes)
     return sizes
-
-
-def _solve(ref: TensorRef, shape: Sequence[int], sizes: dict[str, int]) -> None:
-    """Solves the symbols of a declared shape from a tensor's shape and adds them to `sizes`.
-
-    A dim can be a sum of two unknown symbols, such as the decode and prefill tokens of a step. Kernels only use the
-    sum, so the first symbol takes the whole size and the other is 0. Raises ValueError if the shapes do not agree.
-    """
-    for dim, size in zip(ref.shape, shape, strict=True):
-        unknown = sorted(free_symbols(dim) - sizes.keys())
-        sizes.update(dict.fromkeys(unknown, 0))
-        if unknown:
-            sizes[unknown[0]] = size - number_of(dim, sizes)
-        if evaluate(dim, sizes) != size:
-            raise ValueError(f"expected {dim} == {evaluate(dim, sizes)} in this step for {ref}, got {list(shape)}")
 
 
 def _check_input(ref: TensorRef, tensor: Tensor) -> None:
