@@ -1,4 +1,4 @@
-"""Inputs of the micro-batches of a step: equal ranges of its token rows, with attention metadata of their own.
+"""Inputs of the micro-batches of a step: equal ranges of its token rows, each with attention metadata.
 
 A part has every sequence with rows in its range. A chunk can be in several parts, each of which is a chunk of the same
 sequence: its length ends with the part, and its later rows attend to the keys that the parts before have stored.
@@ -19,7 +19,7 @@ ROWS = ("pos", "slots")
 
 
 class MicroBatchInputs:
-    """Divides the inputs of steps, whose names get the suffix `.p0`, `.p1`..."""
+    """Divides the inputs of steps; those of a part have the suffix `.p0`, `.p1`..."""
 
     def __init__(self, num_parts: int) -> None:
         self.num_parts = num_parts
