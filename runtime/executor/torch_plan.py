@@ -12,7 +12,7 @@ from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.passes.part_sizes import attrs_with_sizes
-from sageLLM.runtime.executor.sizes import solve_sizes
+from sageLLM.runtime.executor.native.sizes import solve_sizes
 
 _ABSENT = 0
 """The slot of an absent optional operand; it always holds None."""

@@ -24,8 +24,8 @@ from sageLLM.runtime.executor.native.call_times import CallStamps, CallTime
 from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.native.flatten import Functions, PythonCall, flatten
 from sageLLM.runtime.executor.native.locations import Location, contiguous
+from sageLLM.runtime.executor.native.sizes import solve_sizes
 from sageLLM.runtime.executor.native.weights import Weight, WeightForms
-from sageLLM.runtime.executor.sizes import solve_sizes
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.kernels.cpu.library import Library
 
