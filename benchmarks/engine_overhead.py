@@ -62,7 +62,9 @@ class PlanClock:
     def __init__(self, runner: ModelRunner) -> None:
         self.seconds = 0.0
         self._plan = runner.plan("decode")
-        runner.plan = lambda stage, of=runner.plan: self if stage == "decode" else of(stage)
+        runner.plan = lambda stage, num_ubatches=1, of=runner.plan: (
+            self if stage == "decode" else of(stage, num_ubatches)
+        )
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         start = time.perf_counter()

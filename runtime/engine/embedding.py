@@ -20,7 +20,7 @@ from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.worker.faults import NOT_FINITE_REMEDY
 from sageLLM.runtime.worker.kv_pool import KVPool, make_pool
-from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.sequences import NO_DECODES, SequenceChunk, WorkerSequence
 from sageLLM.runtime.worker.step_inputs import StepInputs
 
 
@@ -142,9 +142,11 @@ class Embedder:
             self._plans[key] = self.compiler.plan(self._graphs[key], self._bound())
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         device = self.model.device
-        inputs = self._inputs.make([], chunks, range(num_tokens))
         types = [one for prompt in step for one in prompt.type_ids or [0] * len(prompt.token_ids)]
-        inputs["type_ids"] = torch.tensor(types, dtype=torch.int32, device=device)
+        inputs = {
+            **self._inputs.make(NO_DECODES, chunks, range(num_tokens)),
+            "type_ids": torch.tensor(types, dtype=torch.int32, device=device),
+        }
         return self._plans[key].run(inputs)[0]
 
     def _chunks(self, step: Sequence[EmbeddingInput]) -> tuple[list[SequenceChunk], int]:

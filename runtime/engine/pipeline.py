@@ -7,7 +7,6 @@ A sequence that ends with a step may be part of the next one already; its token 
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +17,7 @@ from sageLLM.runtime.sampling.logprobs import Logprob, ScoredTokens
 from sageLLM.runtime.scheduler.base import ScheduleOutput
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler
 from sageLLM.runtime.text.tokenizer import Tokenizer
-from sageLLM.runtime.worker.executor import Executor, WorkersLostError
+from sageLLM.runtime.worker.executor import Executor, StepResults, WorkersLostError
 from sageLLM.runtime.worker.faults import LOG, NOT_FINITE, log_end, reason_of, reraise_unless_attributable
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 
@@ -28,10 +27,10 @@ MAX_LOSSES = 3
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """A planned step: the parts of its workers, and their results; no future if it has nothing to run."""
+    """A planned step: the parts of its workers, and their results; None if it has nothing to run."""
 
     parts: list[OrderedStep]
-    results: "Future[list[StepResult]] | None"
+    results: StepResults | None
 
 
 class StepPipeline:

@@ -1,6 +1,5 @@
 """Executors run the orders of the engine on its workers, in the order in which they are submitted."""
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.worker.block_copies import Migrator, TieredPool
 from sageLLM.runtime.worker.kv_pool import make_pool
 from sageLLM.runtime.worker.model_runner import ModelRunner
+from sageLLM.runtime.worker.order_thread import OrderThread, Pending
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.worker import Worker
 
@@ -19,18 +19,25 @@ class WorkersLostError(Exception):
     """A worker has died, hangs, or has failed in the middle of a step: its KV is lost, and `restart` is needed."""
 
 
+class StepResults(Protocol):
+    """The results of an order that may still run; a Future is one."""
+
+    def result(self) -> list[StepResult]:
+        """Waits for the end of the order."""
+
+
 class Executor(Protocol):
     """The seam between the engine and its workers.
 
-    Several orders may be submitted before the result of the first is read. The future of an order raises
+    Several orders may be submitted before the result of the first is read. `result` of an order raises
     WorkersLostError if workers are lost, and any other error if a step has failed as a whole; call `reset` then.
     """
 
-    def submit(self, order: GroupOrder) -> "Future[list[StepResult]]":
+    def submit(self, order: GroupOrder) -> "StepResults":
         """Runs the order after all earlier ones. The results are those of the decode and of the prefill order."""
 
     def wait(self) -> None:
-        """Returns when no order is running; errors stay in their futures."""
+        """Returns when no order is running; errors stay in their results."""
 
     def reset(self) -> None:
         """Waits, and drops all sequences from the workers."""
@@ -75,29 +82,28 @@ class InProcessExecutor:
             self.prefiller = Worker(prefiller, isolates_failures=isolates_failures)
             graph = compiler.migrate_graph()
             self._migrator = Migrator(prefiller.pool, decoder.pool, graph, compiler.kernels)
-        # The thread ends when the pool is garbage, with the engine.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sagellm-worker") if is_async else None
-        self._last: Future[list[StepResult]] | None = None
+        self._thread = OrderThread[GroupOrder, list[StepResult]]("sagellm-worker") if is_async else None
+        self._last: Pending[list[StepResult]] | None = None
 
-    def submit(self, order: GroupOrder) -> "Future[list[StepResult]]":
+    def submit(self, order: GroupOrder) -> Pending[list[StepResult]]:
         if self._thread is not None:
             self._last = self._thread.submit(self.execute, order)
             return self._last
-        future: Future[list[StepResult]] = Future()
-        try:
-            future.set_result(self.execute(order))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
+        pending: Pending[list[StepResult]] = Pending()
+        pending.run(self.execute, order)
+        return pending
 
     def wait(self) -> None:
         if self._last is not None:
-            wait([self._last])
+            self._last.wait()
 
     def reset(self) -> None:
         self.wait()
-        for worker in {id(worker): worker for worker in (self.decoder, self.prefiller)}.values():
+        for worker in self._workers():
             worker.reset()
+
+    def _workers(self) -> list[Worker]:
+        return [self.decoder] if self.prefiller is self.decoder else [self.decoder, self.prefiller]
 
     def restart(self) -> None:
         raise AssertionError("workers in this process cannot be lost")
@@ -105,10 +111,15 @@ class InProcessExecutor:
     def close(self) -> None:
         self.wait()
         if self._thread is not None:
-            self._thread.shutdown()
+            self._thread.close()
+        for worker in self._workers():
+            worker.close()
 
     def execute(self, order: GroupOrder) -> list[StepResult]:
         """Runs an order in the calling thread."""
+        if order.prefill is None and order.decode is not None and not order.migrations:  # the steady case
+            self.decoder.begin(order.decode)
+            return [self.decoder.run(order.decode)]
         parts = [(self.decoder, order.decode), (self.prefiller, order.prefill)]
         busy = [(worker, part) for worker, part in parts if part is not None]
         for worker, part in busy:

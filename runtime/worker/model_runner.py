@@ -13,7 +13,7 @@ from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.worker.kv_pool import KVPool
 from sageLLM.runtime.worker.micro_batch_inputs import MicroBatchInputs
-from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk
 from sageLLM.runtime.worker.step_inputs import StepInputs
 
 
@@ -50,14 +50,14 @@ class ModelRunner:
             self._plans[key] = self.compiler.plan(graph, self._bound, self._arena)
         return self._plans[key]
 
-    @torch.inference_mode()
-    def run(
-        self, stage: Stage, decodes: list[WorkerSequence], chunks: Sequence[SequenceChunk], rows: Sequence[int]
-    ) -> Logits:
+    def run(self, stage: Stage, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Logits:
         """Computes the last token of each of `decodes` and the chunks, writes their KV, and returns logits of `rows`.
 
         Token rows number the decodes first and then the tokens of the chunks. The result is valid until the next step.
         """
+        if not torch.is_inference_mode_enabled():  # the worker's thread is always in it, as entering it takes time
+            with torch.inference_mode():
+                return self.run(stage, decodes, chunks, rows)
         inputs, num_ubatches = self.step_inputs.make(decodes, chunks, rows), self._parts.num_parts
         if num_ubatches > 1:
             if len(decodes) + sum(chunk.num_tokens for chunk in chunks) < num_ubatches:

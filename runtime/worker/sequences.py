@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 from sageLLM.runtime.sampling.sampler import SequenceSampling
 from sageLLM.runtime.worker.orders import ChunkOrder, NewSequence, StepOrder
@@ -52,12 +53,62 @@ class SequenceChunk:
     scored: Sequence[int] = ()
 
 
+MAX_KEPT_STEPS = 64
+"""Steps of `DecodeBatch` that are kept; more would delay the step that moves them to the sequences."""
+
+
+class DecodeBatch(Sequence[WorkerSequence]):
+    """The sequences that decode. New tokens are kept by step, and moved to the sequences when one of them is read.
+
+    So a steady decode step touches none of the sequences: their memory would have to be fetched each time, as the
+    kernels of the step before have filled the caches. Append to a sequence itself only after reading it from here.
+    """
+
+    def __init__(self, sequences: Sequence[WorkerSequence] = ()) -> None:
+        self._sequences = list(sequences)
+        self._steps: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @overload
+    def __getitem__(self, index: int) -> WorkerSequence: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[WorkerSequence]: ...
+    def __getitem__(self, index: int | slice) -> WorkerSequence | list[WorkerSequence]:
+        self.settle()
+        return self._sequences[index]
+
+    def append(self, token_ids: list[int]) -> None:
+        """Appends a token to each sequence."""
+        self._steps.append(token_ids)
+        if len(self._steps) >= MAX_KEPT_STEPS:
+            self.settle()
+
+    def last_token_ids(self) -> list[int]:
+        return self._steps[-1] if self._steps else [sequence.last_token_id for sequence in self._sequences]
+
+    def block_id(self, row: int, index: int) -> int:
+        """The block `index` of the sequence of a row."""
+        return self._sequences[row].block_ids[index]
+
+    def settle(self) -> None:
+        """Moves the tokens that are kept to their sequences."""
+        if self._steps:
+            for sequence, token_ids in zip(self._sequences, zip(*self._steps, strict=True), strict=True):
+                sequence.output_token_ids += token_ids
+            self._steps.clear()
+
+
+NO_DECODES = DecodeBatch()
+
+
 class SequenceTable:
     """The sequences of a worker by id, and those that decode."""
 
     def __init__(self) -> None:
         self._sequences: dict[str, WorkerSequence] = {}
-        self._decodes: list[WorkerSequence] = []
+        self._decodes = DecodeBatch()
 
     def update(self, order: StepOrder) -> None:
         """Applies what has changed since the last order."""
@@ -68,16 +119,22 @@ class SequenceTable:
         for table in order.tables:
             self._sequences[table.sequence_id].block_ids[table.first :] = table.block_ids
         if order.decodes is not None:
-            self._decodes = [self._sequences[sequence_id] for sequence_id in order.decodes]
+            self._decodes.settle()
+            self._decodes = DecodeBatch([self._sequences[sequence_id] for sequence_id in order.decodes])
 
-    def decodes(self, order: StepOrder) -> list[WorkerSequence]:
-        """The decodes of the order; the same list object as before if they have not changed."""
-        return self._decodes if order.has_decodes else []
+    @property
+    def num_decodes(self) -> int:
+        return len(self._decodes)
+
+    def decodes(self, order: StepOrder) -> DecodeBatch:
+        """The decodes of the order; the same object as before if they have not changed."""
+        return self._decodes if order.has_decodes else NO_DECODES
 
     def chunk(self, order: ChunkOrder) -> SequenceChunk:
+        self._decodes.settle()  # after a preemption the chunk contains tokens that the sequence has decoded
         samples = [self._sequences[sequence_id] for sequence_id in order.samples]
         return SequenceChunk(self._sequences[order.sequence_id], order.start, order.num_tokens, samples, order.scored)
 
     def clear(self) -> None:
         self._sequences.clear()
-        self._decodes = []
+        self._decodes = DecodeBatch()

@@ -1,8 +1,8 @@
 """Builds the input tensors of a step's graph from the sequences of the step, in buffers that are reused.
 
 Rows are tokens: the decodes first, then the tokens of each chunk. Names and types are those of `specs/inputs.yaml`.
-While the same requests decode, positions and slots are computed as arrays and block tables are kept; only a request
-that begins a block gets a new entry.
+While the same requests decode, their rows are updated in place: one is added to positions, slots and lengths, and a
+request that begins a block gets a new entry in the block table.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from sageLLM.runtime.loader.tables import Ints, PositionTables
-from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk, WorkerSequence
 
 Inputs = dict[str, torch.Tensor | None]
-TOKEN_COLUMNS = ("ids", "pos", "slots", "rows")
-SEQUENCE_COLUMNS = ("seq_lens", "q_start")
+ADVANCING = ("pos", "slots", "seq_lens")
+"""Columns that grow by one from a decode step to the next, apart from slots at the beginning of a block."""
+COLUMNS = (*ADVANCING, "ids", "rows", "q_start")
 MAX_KEPT_VIEWS = 256
 
 
@@ -31,65 +32,81 @@ class StepInputs:
     def __init__(self, block_size: int, max_blocks: int, device: torch.device, tables: PositionTables) -> None:
         self._block_size, self._max_blocks, self._device = block_size, max_blocks, device
         self._tables = tables
-        self._decodes: list[WorkerSequence] | None = None
-        self._next_positions: Ints = np.zeros(0, np.int32)
+        # The decodes of the last step: their first positions by row, the steps since then, and the rows that begin a
+        # block in step i, i + block_size, ...
+        self._decodes: DecodeBatch | None = None
+        self._positions: list[int] = []
+        self._num_steps = 0
+        self._crossings: list[list[int]] = []
         self._num_positions = 0  # the tokens of the longest decode
-        self._first_rows: Ints | None = None
+        self._last_rows: Sequence[int] | None = None
         self._views: dict[tuple[int, int, int], Inputs] = {}
         self._num_tokens = self._num_sequences = 0
         self._reserve(1, 1)
 
-    def make(self, decodes: list[WorkerSequence], chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Inputs:
+    def make(self, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Inputs:
         """The inputs of a step with these decodes and chunks; `rows` are the token rows that need logits.
 
-        If `decodes` is the list of the step before, each of its sequences must have one more token than then.
+        If `decodes` is the object of the step before, each of its sequences must have one more token than then; if
+        `rows` is, it must not have changed. The caller must not change the result, which is kept for steps of its size.
         """
         num_decodes = len(decodes)
         num_tokens = num_decodes + sum(chunk.num_tokens for chunk in chunks)
         num_sequences = num_decodes + len(chunks)
         self._reserve(max(num_tokens, len(rows)), num_sequences)
-        if decodes:
-            self._put_decodes(decodes)
-        else:
+        if not num_decodes:
             self._decodes = None  # the chunks overwrite the rows of the last decodes
+        elif decodes is self._decodes:
+            self._advance_decodes(decodes)
+        else:
+            self._start_decodes(decodes)
         token = num_decodes
         if chunks:
             self._tables.begin_step()
         for sequence, chunk in enumerate(chunks, start=num_decodes):
             self._put_chunk(chunk, sequence, token)
             token += chunk.num_tokens
-        self._rows[: len(rows)] = rows
+        if rows is not self._last_rows:
+            self._rows[: len(rows)] = rows
+            self._last_rows = rows
         return self._inputs(num_tokens, num_sequences, len(rows))
 
-    def _put_decodes(self, decodes: list[WorkerSequence]) -> None:
+    def _start_decodes(self, decodes: DecodeBatch) -> None:
+        """Fills the rows of sequences that differ from those of the last decode step."""
         n, size = len(decodes), self._block_size
-        if decodes is not self._decodes:
-            self._start_decodes(decodes)
-        self._pos[:n] = positions = self._next_positions
+        self._decodes = decodes
+        self._positions = [sequence.num_tokens - 1 for sequence in decodes]
+        self._num_steps = 0
+        self._num_positions = max(self._positions) + 1
+        self._tables.fill(self._num_positions)
+        self._crossings = [[] for _ in range(size)]
+        for row, (sequence, position) in enumerate(zip(decodes, self._positions, strict=True)):
+            self._crossings[-position % size].append(row)
+            self._put_table(row, sequence)
+        positions = np.array(self._positions, np.int32)
         blocks, offsets = np.divmod(positions, size)
-        for i in np.flatnonzero(offsets == 0).tolist():
-            self._block_table[i, blocks[i]] = decodes[i].block_ids[blocks[i]]
-        self._ids[:n] = [sequence.last_token_id for sequence in decodes]
+        self._ids[:n] = decodes.last_token_ids()
+        self._pos[:n] = positions
+        if self._tables.switch_len is not None:
+            self._pos[:n] += np.array([self._tables.first_row(s.num_tokens) for s in decodes], np.int32)
         self._slots[:n] = self._block_table[self._counts[:n], blocks] * size + offsets
-        positions += 1
-        self._seq_lens[:n] = positions
+        self._seq_lens[:n] = positions + 1
         self._q_start[: n + 1] = self._counts[: n + 1]
+        self._advancing = self._columns[:, :n]
+
+    def _advance_decodes(self, decodes: DecodeBatch) -> None:
+        """Moves the rows of the last decode step on by one token."""
+        size = self._block_size
+        self._ids[: len(decodes)] = decodes.last_token_ids()
+        self._advancing += 1
+        self._num_steps += 1
+        for row in self._crossings[self._num_steps % size]:
+            index = (self._positions[row] + self._num_steps) // size
+            self._block_table[row, index] = block = decodes.block_id(row, index)
+            self._slots[row] = block * size
         self._num_positions += 1
         if self._num_positions > self._tables.num_filled:
             self._tables.fill(self._num_positions)
-        if self._first_rows is not None:
-            self._pos[:n] += self._first_rows
-
-    def _start_decodes(self, decodes: list[WorkerSequence]) -> None:
-        """Takes positions and block tables of sequences that differ from those of the last decode step."""
-        self._decodes = decodes
-        positions = [sequence.num_tokens - 1 for sequence in decodes]
-        self._next_positions = np.array(positions, np.int32)
-        self._num_positions = max(positions)
-        if self._tables.switch_len is not None:
-            self._first_rows = np.array([self._tables.first_row(s.num_tokens) for s in decodes], np.int32)
-        for i, sequence in enumerate(decodes):
-            self._put_table(i, sequence)
 
     def _put_chunk(self, chunk: SequenceChunk, sequence: int, token: int) -> None:
         end, size = token + chunk.num_tokens, self._block_size
@@ -119,17 +136,17 @@ class StepInputs:
         # Doubling keeps the number of reallocations, each of which changes the addresses in every plan, logarithmic.
         self._num_tokens = max(num_tokens, 2 * self._num_tokens)
         self._num_sequences = max(num_sequences, 2 * self._num_sequences)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(TOKEN_COLUMNS, (self._num_tokens,))
-        shapes |= dict.fromkeys(SEQUENCE_COLUMNS, (self._num_sequences + 1,))
-        shapes["block_table"] = (self._num_sequences, self._max_blocks)
+        length = max(self._num_tokens, self._num_sequences + 1)
         # NumPy's zeros get memory on first use: most sequences are much shorter than a row of the block table.
-        self._tensors = {name: torch.from_numpy(np.zeros(shape, np.int32)) for name, shape in shapes.items()}
-        arrays: dict[str, Ints] = {name: tensor.numpy() for name, tensor in self._tensors.items()}
-        self._ids, self._pos, self._slots, self._rows = (arrays[name] for name in TOKEN_COLUMNS)
-        self._seq_lens, self._q_start = (arrays[name] for name in SEQUENCE_COLUMNS)
-        self._block_table = arrays["block_table"]
-        self._counts = np.arange(self._num_sequences + 1, dtype=np.int32)
-        self._decodes = None
+        table = np.zeros((self._num_sequences, self._max_blocks), np.int32)
+        columns = np.zeros((len(COLUMNS), length), np.int32)
+        self._columns = columns[: len(ADVANCING)]
+        arrays: dict[str, Ints] = {**dict(zip(COLUMNS, columns, strict=True)), "block_table": table}
+        self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        self._pos, self._slots, self._seq_lens, self._ids, self._rows, self._q_start = columns
+        self._block_table = table
+        self._counts = np.arange(length, dtype=np.int32)
+        self._decodes = self._last_rows = None
         self._views.clear()
 
     def _inputs(self, num_tokens: int, num_sequences: int, num_rows: int) -> Inputs:
@@ -140,12 +157,12 @@ class StepInputs:
         key = num_tokens, num_sequences, num_rows
         inputs = self._views.get(key)
         if inputs is None:
-            lengths = dict.fromkeys(TOKEN_COLUMNS, num_tokens) | {"rows": num_rows, "q_start": num_sequences + 1}
-            lengths |= {"seq_lens": num_sequences, "block_table": num_sequences}
+            lengths = dict.fromkeys(("ids", "pos", "slots"), num_tokens) | {"rows": num_rows}
+            lengths |= {"seq_lens": num_sequences, "block_table": num_sequences, "q_start": num_sequences + 1}
             inputs = {name: tensor[: lengths[name]] for name, tensor in self._tensors.items()}
             if len(self._views) >= MAX_KEPT_VIEWS:
                 self._views.clear()
             self._views[key] = inputs
         if self._device.type == "cpu":
-            return dict(inputs)
+            return inputs
         return {name: None if x is None else x.to(self._device) for name, x in inputs.items()}

@@ -5,22 +5,25 @@ An error that belongs to one sequence ends that sequence alone: a failed batch r
 
 import itertools
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.sampling.logprobs import score_prompt
-from sageLLM.runtime.sampling.sampler import SampledTokens, SamplingBatch, sample
 from sageLLM.runtime.worker.block_copies import TieredPool
 from sageLLM.runtime.worker.faults import LOG, reason_of, reraise_unless_attributable
+from sageLLM.runtime.worker.kv_pages import KVPages
 from sageLLM.runtime.worker.model_runner import Logits, ModelRunner
 from sageLLM.runtime.worker.orders import PromptScores, StepOrder, StepResult
-from sageLLM.runtime.worker.sequences import SequenceChunk, SequenceTable, WorkerSequence
+from sageLLM.runtime.worker.row_sampler import RowSampler
+from sageLLM.runtime.worker.sequences import (
+    NO_DECODES,
+    DecodeBatch,
+    SequenceChunk,
+    SequenceTable,
+    WorkerSequence,
+)
 
 NO_TOKEN = 0
 """The token of a sequence that has failed, until the engine drops it."""
@@ -29,7 +32,7 @@ NO_TOKEN = 0
 class Batch(NamedTuple):
     """A batch of a step: sequences that get one token, chunks, and `first_row`, the index of its first new token."""
 
-    decodes: list[WorkerSequence]
+    decodes: DecodeBatch
     chunks: list[SequenceChunk]
     first_row: int = 0
 
@@ -41,15 +44,15 @@ class Batch(NamedTuple):
 
     def split(self) -> list["Batch"]:
         """One batch for each sequence, with the same rows."""
-        parts = [Batch([sequence], [], self.first_row + row) for row, sequence in enumerate(self.decodes)]
+        parts = [Batch(DecodeBatch([one]), [], self.first_row + row) for row, one in enumerate(self.decodes)]
         row = self.first_row + len(self.decodes)
         for chunk in self.chunks:
-            parts.append(Batch([], [chunk], row))
+            parts.append(Batch(NO_DECODES, [chunk], row))
             row += len(chunk.samples)
         return parts
 
     @property
-    def sampled(self) -> list[WorkerSequence]:
+    def sampled(self) -> Sequence[WorkerSequence]:
         """The sequences that get a token, in the order of their rows."""
         if not self.chunks:
             return self.decodes
@@ -67,8 +70,11 @@ class Worker:
         self.runner = runner
         self._isolates_failures = isolates_failures
         self._tiers = tiers
+        self._pages = KVPages(runner.pool)
         self._sequences = SequenceTable()
         self._failed: set[str] = set()
+        self._decode_sampler = RowSampler([])
+        self._decode_rows: list[int] = []
 
     def begin(self, order: StepOrder) -> None:
         """Updates the sequences, and copies KV blocks before the batches run.
@@ -79,6 +85,9 @@ class Worker:
         """
         self._sequences.update(order)
         self._failed.difference_update(order.dropped)
+        if order.tables:
+            num_used = 1 + max(max(table.block_ids) for table in order.tables)
+            self._pages.expect(num_used, self._sequences.num_decodes)
         if order.block_copies and self._tiers is not None:
             self._tiers.copy_blocks(order.block_copies)
         if order.tier_copies and self._tiers is not None:
@@ -97,6 +106,9 @@ class Worker:
             self._tiers.wait()
         return result
 
+    def close(self) -> None:
+        self._pages.close()
+
     def reset(self) -> None:
         """Drops all sequences, after a step that has raised."""
         self._sequences.clear()
@@ -108,8 +120,12 @@ class Worker:
             LOG.error("a copy to a swap tier failed", exc_info=True)
 
     def _run(self, batch: Batch, result: StepResult) -> None:
-        sampled, rows = batch.sampled, list(range(len(batch.decodes)))
-        spans = _add_chunk_rows(batch, rows) if batch.chunks else []
+        rows: Sequence[int]
+        if batch.chunks:
+            spans, rows = _chunk_rows(batch)
+            sampler = RowSampler(batch.sampled)
+        else:
+            spans, rows, sampler = [], *self._decode_parts(batch.decodes)
         try:
             logits = self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
         except Exception as error:
@@ -119,8 +135,15 @@ class Worker:
             return
         for chunk, span in spans:
             self._score_prompt(chunk, logits.values[span], result)
-        if sampled:
-            self._sample(sampled, batch.first_row, logits, result)
+        if sampler.sequences:
+            self._sample(sampler, batch.first_row, logits, result)
+
+    def _decode_parts(self, decodes: DecodeBatch) -> tuple[list[int], RowSampler]:
+        """The token rows and the sampler of decodes; the same objects as before while `decodes` is the same."""
+        if decodes is not self._decode_sampler.sequences:
+            self._decode_sampler = RowSampler(decodes)
+            self._decode_rows = list(range(len(decodes)))
+        return self._decode_rows, self._decode_sampler
 
     def _run_failed(self, batch: Batch, result: StepResult, error: Exception) -> None:
         """Computes the sequences of a failed batch alone, so that only those that fail again end.
@@ -143,6 +166,7 @@ class Worker:
                 _append_nothing(part.sampled)
             else:
                 self._run(part, result)
+                part.decodes.settle()
 
     def _fail(
         self, sequence: WorkerSequence, sampled: Sequence[WorkerSequence], result: StepResult, error: BaseException
@@ -164,22 +188,27 @@ class Worker:
         except BaseException as error:
             self._fail(sequence, (), result, error)
 
-    def _sample(self, sequences: list[WorkerSequence], first_row: int, logits: Logits, result: StepResult) -> None:
+    def _sample(self, sampler: RowSampler, first_row: int, logits: Logits, result: StepResult) -> None:
         """Samples and appends a token for every sequence; sequence i has row i of the logits."""
+        sequences = sampler.sequences
         try:
-            sampled = sample_rows(sequences, logits)
+            sampled = sampler.sample(logits)
         except Exception as error:
             if len(sequences) == 1:
                 self._fail(sequences[0], sequences, result, error)
                 return
             for row, sequence in enumerate(sequences):  # the draw of a row does not depend on the other rows
                 alone = Logits(logits.values[row : row + 1], logits.greedy_ids[row : row + 1])
-                self._sample([sequence], first_row + row, alone, result)
+                self._sample(RowSampler([sequence]), first_row + row, alone, result)
             return
-        token_ids: list[int] = sampled.token_ids.tolist()
-        result.token_ids[first_row : first_row + len(sequences)] = token_ids
-        for sequence, token_id in zip(sequences, token_ids, strict=True):
-            sequence.output_token_ids.append(token_id)
+        result.token_ids[first_row : first_row + len(sequences)] = sampled.token_ids
+        if isinstance(sequences, DecodeBatch):
+            sequences.append(sampled.token_ids)
+            if not sampler.is_plain_greedy:
+                sequences.settle()  # the next tokens depend on these
+        else:
+            for sequence, token_id in zip(sequences, sampled.token_ids, strict=True):
+                sequence.output_token_ids.append(token_id)
         for row, scored in sampled.logprobs.items():
             result.logprobs[first_row + row] = scored
         result.not_finite += [first_row + row for row in sampled.failed]
@@ -191,11 +220,12 @@ def _append_nothing(sequences: Sequence[WorkerSequence]) -> None:
         sequence.output_token_ids.append(NO_TOKEN)
 
 
-def _add_chunk_rows(batch: Batch, rows: list[int]) -> list[tuple[SequenceChunk, slice]]:
-    """Appends the token rows with logits that the chunks require to `rows`; returns the spans to score prompts with.
+def _chunk_rows(batch: Batch) -> tuple[list[tuple[SequenceChunk, slice]], list[int]]:
+    """The token rows with logits of a batch with chunks, and the spans of them to score prompts with.
 
     The rows of samples come first, in the order of `Batch.sampled`.
     """
+    rows = list(range(len(batch.decodes)))
     ends = list(itertools.accumulate((chunk.num_tokens for chunk in batch.chunks), initial=len(rows)))[1:]
     for chunk, end in zip(batch.chunks, ends, strict=True):
         rows += [end - 1] * len(chunk.samples)
@@ -204,32 +234,4 @@ def _add_chunk_rows(batch: Batch, rows: list[int]) -> list[tuple[SequenceChunk, 
         if chunk.scored:
             spans.append((chunk, slice(len(rows), len(rows) + len(chunk.scored))))
             rows += [end - chunk.num_tokens + position - chunk.start for position in chunk.scored]
-    return spans
-
-
-@cache
-def _counts(size: int) -> npt.NDArray[np.int64]:
-    return np.arange(size)
-
-
-def sample_rows(sequences: Sequence[WorkerSequence], logits: Logits) -> SampledTokens:
-    """Samples a token for every sequence; sequence i has row i of the logits."""
-    states = [sequence.sampling for sequence in sequences if sequence.sampling is not None]
-    is_exact = len(logits.greedy_ids) == len(states)  # else rows follow that score prompts
-    values = logits.values if is_exact else logits.values[: len(states)]
-    if all(state.is_plain_greedy for state in states):
-        return _greedy(values, logits.greedy_ids if is_exact else logits.greedy_ids[: len(states)])
-    with torch.inference_mode():
-        return sample(values, SamplingBatch(states, values.device))
-
-
-def _greedy(logits_BV: Tensor, token_ids_B: Tensor) -> SampledTokens:
-    """The graph's argmax in the sampler's form; rows without a finite maximum have failed."""
-    if logits_BV.device.type == "cpu":
-        # NumPy, because every torch function gives up Python's lock, and the engine's thread would take it now.
-        values, ids = logits_BV.numpy(), token_ids_B.numpy()
-        is_finite = np.isfinite(values[_counts(len(ids)), ids])
-        return SampledTokens(token_ids_B, {}, () if is_finite.all() else tuple(np.flatnonzero(~is_finite).tolist()))
-    best = logits_BV.gather(1, token_ids_B[:, None]).flatten().isfinite()
-    failed = () if best.all() else tuple((~best).nonzero().flatten().tolist())
-    return SampledTokens(token_ids_B, {}, failed)
+    return spans, rows

@@ -20,7 +20,7 @@ from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.sequences import RequestGroup, Sequence
 from sageLLM.runtime.errors import PromptError, SamplingParamsError
 from sageLLM.runtime.text.detokenizer import Detokenizer
-from sageLLM.runtime.worker import worker as worker_module
+from sageLLM.runtime.worker import row_sampler
 from sageLLM.runtime.worker.model_runner import ModelRunner
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
@@ -100,7 +100,7 @@ def test_a_batch_that_fails_for_every_request_ends_them_all(llm: LLM, monkeypatc
 
 
 def test_the_sampling_of_one_request_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = worker_module.sample
+    sample = row_sampler.sample
 
     def fail_on_bad(logits: torch.Tensor, batch: Any) -> Any:
         if any(is_bad(sequence) and len(sequence.output_token_ids) == 2 for sequence in batch.sequences):
@@ -108,7 +108,7 @@ def test_the_sampling_of_one_request_fails(llm: LLM, monkeypatch: pytest.MonkeyP
         return sample(logits, batch)
 
     params = SamplingParams(max_tokens=8, temperature=1.0, seed=5, ignore_eos=True, logprobs=1)
-    output = run_with_fault(llm, lambda: monkeypatch.setattr(worker_module, "sample", fail_on_bad), params)
+    output = run_with_fault(llm, lambda: monkeypatch.setattr(row_sampler, "sample", fail_on_bad), params)
     assert output.outputs[0].stop_reason == "the request failed: IndexError: index 99 is out of bounds"
     assert len(output.outputs[0].token_ids) == 2
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.loader.tables import PositionTables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.worker.kv_pool import KVPool
-from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.sequences import NO_DECODES, DecodeBatch, SequenceChunk, WorkerSequence
 from sageLLM.runtime.worker.step_inputs import Inputs, StepInputs
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -51,13 +51,13 @@ class TinyModel:
         one = WorkerSequence("one", [5, 6, 7, 8, 9], [3], block_ids=[2, 3, 11])
         two = WorkerSequence("two", [*range(1, 10)], block_ids=[0, 1, 4])
         three = WorkerSequence("three", [*range(20, 45)], block_ids=[5, 6, 7, 8, 9, 10, 2])
-        yield "prefill", inputs.make([], [SequenceChunk(two, 0, 5)], [])
-        yield "prefill", inputs.make([], [SequenceChunk(two, 5, 4), SequenceChunk(three, 0, 25)], [3, 28])
-        yield "decode", inputs.make([one], [], [0])
-        yield "decode", inputs.make([one, three], [], [0, 1])
-        yield "hybrid", inputs.make([one, three], [SequenceChunk(two, 2, 7)], [0, 1, 8])
+        yield "prefill", inputs.make(NO_DECODES, [SequenceChunk(two, 0, 5)], [])
+        yield "prefill", inputs.make(NO_DECODES, [SequenceChunk(two, 5, 4), SequenceChunk(three, 0, 25)], [3, 28])
+        yield "decode", inputs.make(DecodeBatch([one]), [], [0])
+        yield "decode", inputs.make(DecodeBatch([one, three]), [], [0, 1])
+        yield "hybrid", inputs.make(DecodeBatch([one, three]), [SequenceChunk(two, 2, 7)], [0, 1, 8])
         one.output_token_ids.append(3)
-        yield "decode", inputs.make([one], [], [0])
+        yield "decode", inputs.make(DecodeBatch([one]), [], [0])
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
 from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.worker.micro_batch_inputs import MicroBatchInputs
-from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk, WorkerSequence
 from sageLLM.runtime.worker.step_inputs import StepInputs
 
 from .conftest import BLOCK_SIZE, MAX_LEN
@@ -48,7 +48,7 @@ def run(tiny: Any, num_parts: int, make_plan: Any) -> list[list[Tensor]]:
     for stage, decodes, chunks, rows in steps():
         if stage not in plans:
             plans[stage] = make_plan(tiny.compiler.kernel_graph(stage, num_parts), bound)
-        inputs = whole.make(decodes, chunks, rows)
+        inputs = whole.make(DecodeBatch(decodes), chunks, rows)
         if num_parts > 1:
             inputs = parts.divide(inputs, len(decodes), chunks)
         caches = [name for name in bound if name.endswith("_cache")]

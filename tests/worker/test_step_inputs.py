@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
-from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.sequences import MAX_KEPT_STEPS, DecodeBatch, SequenceChunk, WorkerSequence
 from sageLLM.runtime.worker.step_inputs import Inputs, StepInputs
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
@@ -35,7 +35,7 @@ class Checked(StepInputs):
 
     num_steps = 0
 
-    def make(self, decodes: list[WorkerSequence], chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Inputs:
+    def make(self, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Inputs:
         made = super().make(decodes, chunks, rows)
         together = [*(SequenceChunk(one, one.num_tokens - 1, 1) for one in decodes), *chunks]
         for name, column in plain_inputs(together).items():
@@ -65,3 +65,17 @@ def test_reused_inputs_equal_fresh_ones(mode: str) -> None:
     outputs = llm.generate(prompts, params)
     assert all(len(answer.token_ids) for output in outputs for answer in output.outputs)
     assert sum(check.num_steps for check in checks) > 20
+
+
+def test_tokens_of_decode_steps_reach_their_sequences_when_these_are_read() -> None:
+    one, two = WorkerSequence("one", [1, 2]), WorkerSequence("two", [3], [4])
+    batch = DecodeBatch([one, two])
+    assert batch.last_token_ids() == [2, 4]
+    for step in range(3 * MAX_KEPT_STEPS // 2):
+        batch.append([10 + step, 20 + step])
+        assert batch.last_token_ids() == [10 + step, 20 + step]
+    assert len(one.output_token_ids) == MAX_KEPT_STEPS
+    assert [len(sequence.output_token_ids) for sequence in batch] == [96, 97]
+    batch[1].output_token_ids.append(5)
+    assert batch.last_token_ids() == [10 + 95, 5]
+    assert two.output_token_ids == [4, *range(20, 116), 5]

@@ -5,6 +5,7 @@
 // harm. Idle threads poll the word for some microseconds, because the kernels of a step follow each other closely, then
 // sleep.
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -19,6 +20,7 @@ namespace {
 using Body = void (*)(void* state, int64_t part);
 
 constexpr int SPINS = 1500;  // about 50 microseconds, the cost of a sleep and a wake-up
+constexpr int SPINS_PER_YIELD = 100;
 constexpr int64_t MAX_PARTS = 1 << 30;
 
 inline void pause() {
@@ -27,6 +29,15 @@ inline void pause() {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
+}
+
+// Every few pauses the core is offered to other threads: one that waits for it, such as that of the engine, which plans
+// the next step, would otherwise not run before the end of the step that follows.
+inline void pause_or_yield(int spin) {
+    if (spin % SPINS_PER_YIELD == SPINS_PER_YIELD - 1)
+        sched_yield();
+    else
+        pause();
 }
 
 thread_local bool is_inside = false;  // a part: a nested loop runs on its own thread
@@ -109,7 +120,7 @@ class ThreadPool {
 
     void worker_step(int64_t number) {
         const auto is_idle = [&] { return number < num_active_.load() && !remaining(open_.load()); };
-        for (int spin = 0; spin < SPINS && is_idle(); ++spin) pause();
+        for (int spin = 0; spin < SPINS && is_idle(); ++spin) pause_or_yield(spin);
         if (is_idle()) {
             std::unique_lock<std::mutex> lock(sleep_);
             num_sleeping_.fetch_add(1);

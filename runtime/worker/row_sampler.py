@@ -1,0 +1,73 @@
+"""Samples the next token of the sequences of a batch. Reused while the same sequences decode."""
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.sampling.logprobs import ScoredTokens
+from sageLLM.runtime.sampling.sampler import SamplingBatch, SequenceSampling, sample
+from sageLLM.runtime.worker.model_runner import Logits
+from sageLLM.runtime.worker.sequences import WorkerSequence
+
+
+class SampledRows(NamedTuple):
+    """A token for each row, the log-probabilities of the rows that requested them, and the rows without a token."""
+
+    token_ids: list[int]
+    logprobs: dict[int, ScoredTokens]
+    failed: Sequence[int]
+
+
+class RowSampler:
+    """Samples for `sequences`: sequence i has row i of the logits.
+
+    What depends on the sequences only is computed once: a steady decode step reads the graph's argmax and little else.
+    """
+
+    def __init__(self, sequences: Sequence[WorkerSequence]) -> None:
+        self.sequences = sequences
+        self._states: list[SequenceSampling] = [one.sampling for one in sequences if one.sampling is not None]
+        # Whether tokens do not depend on those before, apart from the logits.
+        self.is_plain_greedy = all(state.is_plain_greedy for state in self._states)
+        self._counts = np.arange(len(self._states))
+        self._batch: SamplingBatch | None = None
+        # The outputs of a plan are the same tensors in each steady step, so views of them are kept.
+        self._logits: Logits | None = None
+        self._values = np.zeros((0, 0), np.float32)
+        self._ids = np.zeros(0, np.int64)
+
+    def sample(self, logits: Logits) -> SampledRows:
+        """Samples a token for every sequence. Rows of the logits after these are ignored."""
+        if self.is_plain_greedy:
+            return self._greedy(logits) if logits.values.device.type == "cpu" else self._greedy_on_device(logits)
+        values = logits.values[: len(self._states)]
+        with torch.inference_mode():
+            if self._batch is None:
+                self._batch = SamplingBatch(self._states, values.device)
+            sampled = sample(values, self._batch)
+        return SampledRows(sampled.token_ids.tolist(), sampled.logprobs, sampled.failed)
+
+    def _greedy(self, logits: Logits) -> SampledRows:
+        """The graph's argmax; rows without a finite maximum have failed.
+
+        NumPy, because every torch function gives up Python's lock, and the engine's thread would take it now.
+        """
+        last = self._logits
+        if last is None or last.values is not logits.values or last.greedy_ids is not logits.greedy_ids:
+            self._logits = logits
+            self._values = logits.values.numpy()
+            self._ids = logits.greedy_ids.numpy()[: len(self._states)]
+        highest: list[float] = self._values[self._counts, self._ids].tolist()
+        # The sum of finite float32 is finite in float64, which Python adds in.
+        failed = () if isfinite(sum(highest)) else [row for row, one in enumerate(highest) if not isfinite(one)]
+        return SampledRows(self._ids.tolist(), {}, failed)
+
+    def _greedy_on_device(self, logits: Logits) -> SampledRows:
+        ids: Tensor = logits.greedy_ids[: len(self._states)]
+        best = logits.values.gather(1, ids[:, None]).flatten().isfinite()
+        failed = () if best.all() else (~best).nonzero().flatten().tolist()
+        return SampledRows(ids.tolist(), {}, failed)
