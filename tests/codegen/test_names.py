@@ -164,10 +164,9 @@ MEMO = LinkMemo()  # not a fixture: hypothesis would print it, with millions of 
 @given(spec_files())
 @settings(
     max_examples=50,
-    deadline=None,
     derandomize=True,
     phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_random_names_are_refused_or_distinct(tmp_path_factory: pytest.TempPathFactory, files: dict[str, Any]) -> None:
     folder = tmp_path_factory.mktemp("names")

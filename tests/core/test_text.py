@@ -97,7 +97,7 @@ def sorted_sets(graph: ExecutionGraph) -> list[Any]:
 
 
 @given(data=st.data())
-@settings(max_examples=120 * SCALE, deadline=None)
+@settings(max_examples=120 * SCALE)
 def test_text_round_trip_is_exact(lib: SimpleNamespace, data: st.DataObject) -> None:
     graph = data.draw(graphs(lib))
     text = to_text(graph)
@@ -107,7 +107,7 @@ def test_text_round_trip_is_exact(lib: SimpleNamespace, data: st.DataObject) -> 
 
 
 @given(data=st.data())
-@settings(max_examples=60 * SCALE, deadline=None)
+@settings(max_examples=60 * SCALE)
 def test_json_round_trip_is_exact(lib: SimpleNamespace, data: st.DataObject) -> None:
     graph = data.draw(graphs(lib))
     assert same(from_json(to_json(graph), lib.OpType, lib.ops), graph)
@@ -191,7 +191,7 @@ def test_parse_errors_have_positions(lib: SimpleNamespace, text: str, message: s
 
 
 @given(data=st.data())
-@settings(max_examples=150 * SCALE, deadline=None)
+@settings(max_examples=150 * SCALE)
 def test_damaged_text_raises_only_parse_errors(lib: SimpleNamespace, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(TEXT) - 1))
     until = data.draw(st.integers(at, min(at + 4, len(TEXT))))

@@ -284,7 +284,7 @@ def test_more_prompt_tokens_than_a_step_has_rows_for(folders: dict[str, Path], m
         assert_same(output, generated(folder, tuple(prompt)))
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     mode=st.sampled_from(MODES),

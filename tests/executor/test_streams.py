@@ -219,7 +219,7 @@ def assert_keeps_dependencies(graph: ExecutionGraph, times: list[CallTime]) -> N
 
 
 @given(op_graphs(num_streams=3, dtype="f32"), st.randoms(use_true_random=False), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_streams_give_the_bits_of_one_stream(
     runner: NativeRunner, graph: ExecutionGraph, random: Random, has_python_calls: bool
 ) -> None:

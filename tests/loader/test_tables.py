@@ -136,7 +136,7 @@ def test_salts_differ_where_the_keys_of_a_prompt_do() -> None:
 
 
 @pytest.mark.parametrize("scaling", [None, LONGROPE, DYNAMIC], ids=["none", "longrope", "dynamic"])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(steps=st.lists(st.integers(0, LONGEST), max_size=8), chunk=st.integers(1, LONGEST))
 def test_rows_do_not_depend_on_the_steps_that_computed_them(
     scaling: dict[str, Any] | None, steps: list[int], chunk: int

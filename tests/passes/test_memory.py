@@ -65,7 +65,7 @@ def test_a_model_runs_in_its_arena(model: str, stage: Stage) -> None:
 
 
 @given(op_graphs(num_streams=3), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_interleaving_of_streams_destroys_a_value(graph: ExecutionGraph, random: Random) -> None:
     """Lanes stop at the noted events alone; every value is read from its place, and is what it should be."""
     plan_events(graph)
@@ -92,7 +92,7 @@ def test_a_plan_with_an_overlap_computes_wrong_results() -> None:
 
 
 @given(block_graphs(), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_live_values_never_overlap(graph: ExecutionGraph, use_streams: bool) -> None:
     graph = ComputeCommOverlap().apply(graph) if use_streams else graph
     one = MemoryOpt()

@@ -23,7 +23,7 @@ SLOW_LINK = Hardware("test", {"f64": 1e12}, 1e12, 1 << 30, 1.0, Link(1e9, 50.0),
 
 
 @given(op_graphs())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_merged_op_graphs_compute_the_same_bits(graph: ExecutionGraph) -> None:
     annotate(graph, SLOW_LINK)
     merged = CommFusion(SLOW_LINK).apply(graph)
@@ -36,7 +36,7 @@ def test_merged_op_graphs_compute_the_same_bits(graph: ExecutionGraph) -> None:
 
 
 @given(op_graphs())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_only_independent_all_reduces_of_one_group_are_joined(graph: ExecutionGraph) -> None:
     annotate(graph, SLOW_LINK)
     before = ancestors(graph)

@@ -274,7 +274,7 @@ TIMES = st.integers(1, 20).map(float)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), TIMES, TIMES, st.floats(0.0, 1.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_time_of_a_ping_pong_pipeline_matches_the_formula(
     layers: int, parts: int, ta: float, te: float, share: float
 ) -> None:

@@ -38,7 +38,7 @@ def keeps(graph: ExecutionGraph, waits: list[list[str]]) -> bool:
 
 
 @given(op_graphs(num_streams=3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_waits_are_enough_and_none_is_too_much(graph: ExecutionGraph) -> None:
     count = plan_events(graph)
     waits = waits_of(graph)
@@ -51,7 +51,7 @@ def test_waits_are_enough_and_none_is_too_much(graph: ExecutionGraph) -> None:
 
 
 @given(op_graphs(num_streams=3), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_scheduled_graphs_compute_the_same_bits_in_any_interleaving(graph: ExecutionGraph, random: Random) -> None:
     scheduled = ComputeCommOverlap().apply(graph)
     verify(scheduled)
@@ -75,7 +75,7 @@ def test_a_chain_over_two_streams_waits_at_every_change() -> None:
 
 
 @given(block_graphs(), st.sampled_from([ComputeCommOverlap, NanoOverlap]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_makespan_keeps_its_bounds(graph: ExecutionGraph, kind: type[ComputeCommOverlap | NanoOverlap]) -> None:
     scheduled = kind().apply(graph)
     path = sum(one.estimated_time_us for one in graph.get_critical_path())
@@ -89,7 +89,7 @@ def test_the_makespan_keeps_its_bounds(graph: ExecutionGraph, kind: type[Compute
 
 
 @given(block_graphs())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_without_shares_a_simulation_is_the_estimate(graph: ExecutionGraph) -> None:
     graph = ComputeCommOverlap().apply(graph)
     spans = time_spans(graph.topological_sort())
@@ -116,7 +116,7 @@ def test_shared_streams_stretch_the_nodes_that_run_together() -> None:
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_more_is_loaded_than_the_budget(layers: int, loads: int, ahead: int, random: Random) -> None:
     """In any interleaving, what is loaded and not yet read by its layer fits the budget."""
     graph = decode_layers(layers)

@@ -56,7 +56,7 @@ filters = st.builds(
 ).filter(lambda params: not params.is_greedy)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(logit_lists, filters)
 def test_the_support_is_that_of_the_loops(logits, params):
     batch = batch_of(params)
@@ -226,7 +226,7 @@ def test_known_seed_gives_known_tokens():
     assert (round(first, 12), round(sequence.uniform(), 12)) == (0.165121603849, 0.835270771956)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**62), st.integers(1, 7), st.integers(0, 6))
 def test_neighbours_do_not_matter(seed, num_neighbours, place):
     logits = seeded_logits(num_neighbours + 1, 300, seed=seed % 1000)

@@ -123,7 +123,6 @@ def announced_blocks_agree(engine) -> None:
 def test_random_schedules_violate_no_invariant(fake_engine, mode) -> None:
     @settings(
         max_examples=NUM_SCHEDULES_PER_MODE,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -26,14 +26,14 @@ def increments(tokenizer, token_ids, skip_special_tokens=True, prompt=()):
     return [*(detokenizer.append(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), skip=st.booleans())
 def test_byte_level_random_tokens_join_to_the_whole(byte_level, data, skip):
     ids = data.draw(st.lists(st.integers(0, byte_level.vocab_size + 3), max_size=80))
     assert "".join(increments(byte_level, ids, skip)) == byte_level.decode(ids, skip)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_byte_level_runs_of_broken_bytes_join_to_the_whole(byte_level, data):
     """Only tokens of bytes above 127, which are rarely valid UTF-8, so that the held tokens reach their bound."""
@@ -42,7 +42,7 @@ def test_byte_level_runs_of_broken_bytes_join_to_the_whole(byte_level, data):
     assert "".join(increments(byte_level, ids)) == byte_level.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts)
 def test_increments_of_real_text_are_whole_characters(byte_level, sentencepiece_like, text):
     for tokenizer in (byte_level, sentencepiece_like):
@@ -53,7 +53,7 @@ def test_increments_of_real_text_are_whole_characters(byte_level, sentencepiece_
             assert not any(REPLACEMENT in part for part in parts)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), skip=st.booleans())
 def test_sentencepiece_random_tokens_join_to_the_whole(sentencepiece_like, data, skip):
     """Runs of bytes, valid and invalid, of up to the number of tokens that are held; ids without text among them."""
@@ -69,7 +69,7 @@ def test_sentencepiece_random_tokens_join_to_the_whole(sentencepiece_like, data,
     assert detokenizer.extend(ids[:cut]) + detokenizer.flush(ids[cut:]) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_sentencepiece_any_bytes_never_lose_later_text(sentencepiece_like, data):
     ids = data.draw(st.lists(st.integers(3, 258), max_size=60))
@@ -120,7 +120,7 @@ def minus_prompt(tokenizer, prompt, answer, skip=True) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), skip=st.booleans())
 def test_the_answer_is_what_it_adds_to_the_prompt(families, family, data, skip):
     """Any tokens without split characters, cut anywhere into prompt and answer."""
@@ -136,7 +136,7 @@ def test_the_answer_is_what_it_adds_to_the_prompt(families, family, data, skip):
 
 
 @pytest.mark.parametrize("family", ["byte_level", "sentencepiece_like"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_text_cut_at_any_token_goes_on_where_the_prompt_ends(families, family, data):
     """A character that the cut splits belongs to the answer, in which its last byte is."""

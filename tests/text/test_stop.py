@@ -164,7 +164,7 @@ pieces = st.lists(st.text("ab", min_size=0, max_size=3), min_size=1, max_size=12
 stops = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(pieces, stops, st.booleans())
 def test_what_is_streamed_is_the_text_cut_at_the_first_stop(texts, stop_strings, keep):
     """Against a search in the text after each token: the answer is cut where the first completed match starts."""

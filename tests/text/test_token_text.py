@@ -15,7 +15,7 @@ def token_texts(tokenizer, token_ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=texts.filter(lambda text: "\ufffd" not in text))
 def test_the_texts_of_all_tokens_join_to_the_text(families, family, text):
     tokenizer = families[family]
