@@ -189,6 +189,7 @@ from .views import (
     split_qkv,
     split_rows,
 )
+from .weights import WeightLoad, weight_load
 
 __all__ = [
     "OPS",
@@ -286,6 +287,7 @@ __all__ = [
     "Tanh",
     "TopkRouter",
     "VarlenAttention",
+    "WeightLoad",
     "Xielu",
     "add",
     "add_bias",
@@ -380,6 +382,7 @@ __all__ = [
     "tanh",
     "topk_router",
     "varlen_attention",
+    "weight_load",
     "xielu",
 ]
 
@@ -478,4 +481,5 @@ OPS: dict[str, type[OpNode]] = {
     "concat_last": ConcatLast,
     "split_rows": SplitRows,
     "concat_rows": ConcatRows,
+    "weight_load": WeightLoad,
 }

@@ -33,4 +33,5 @@ class OpType(OpTypeBase):
     POOL = "pool"  # reduction to one row per sequence
     CONCAT = "concat"  # concatenation of rows
     ROUTER = "router"  # selection of the experts of a token
+    WEIGHT_LOAD = "weight_load"  # read of the weights of a layer from a file into a staging buffer
     VIEW = "view"  # reshape or slice that shares memory

@@ -8,7 +8,7 @@ from .comm import CommFusion
 from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseSampling
 from .memory import MemoryOpt
 from .place import AfDisaggregation, DropUnread, NanoBatching
-from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap
+from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap, WeightPrefetch
 
 __all__ = ["PASSES"]
 
@@ -25,5 +25,6 @@ PASSES: dict[str, type[OptimizationPass]] = {
     "compute_comm_overlap": ComputeCommOverlap,
     "nano_overlap": NanoOverlap,
     "kv_prefetch": KvPrefetch,
+    "weight_prefetch": WeightPrefetch,
     "memory_opt": MemoryOpt,
 }

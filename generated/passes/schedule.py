@@ -6,7 +6,7 @@ from sageLLM.runtime.core.passes.prefetch import PrefetchPass
 from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.core.passes.sharing import Share
 
-__all__ = ["ComputeCommOverlap", "KvPrefetch", "NanoOverlap"]
+__all__ = ["ComputeCommOverlap", "KvPrefetch", "NanoOverlap", "WeightPrefetch"]
 
 
 # specs/passes/schedule.yaml: compute_comm_overlap
@@ -50,5 +50,19 @@ class KvPrefetch(PrefetchPass):
     phases = frozenset({"decode", "hybrid"})
     after = ("compute_comm_overlap",)
     select = frozenset({"KV_LOAD"})
+    prefetch_layers = 1
+    budget_bytes = 4294967296
+
+
+# specs/passes/schedule.yaml: weight_prefetch
+class WeightPrefetch(PrefetchPass):
+    """Reads the weights of the next layer from disk while this layer computes, and not earlier."""
+
+    pass_name = "weight_prefetch"
+    spec = "specs/passes/schedule.yaml: weight_prefetch"
+    stage = "schedule"
+    level = "kernel"
+    phases = frozenset({"decode", "hybrid", "prefill"})
+    select = frozenset({"WEIGHT_LOAD"})
     prefetch_layers = 1
     budget_bytes = 4294967296

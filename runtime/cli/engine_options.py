@@ -72,6 +72,13 @@ class EngineOptions:
     swap_space: Annotated[float, Option("GiB of host memory to which preempted requests are swapped.")] = 0.0
     disk_space: Annotated[float, Option("GiB of files to which preempted requests are swapped.")] = 0.0
     disk_folder: Annotated[Path | None, Option("Folder of these files (default: temporary files).")] = None
+    weights_tier: Annotated[
+        Literal["device", "disk"], Option("disk: read the weights of each layer from a file in each step.")
+    ] = "device"
+    weights_budget: Annotated[
+        float | None, Option("GiB of memory for weights with this tier (default: as little as possible).")
+    ] = None
+    weights_folder: Annotated[Path | None, Option("Folder of the file of weights (default: the user's cache).")] = None
     generation_config: Annotated[
         str, Option("'auto', 'vllm', or a folder: the source of the default sampling parameters.")
     ] = "auto"

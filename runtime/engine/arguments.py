@@ -1,7 +1,9 @@
 """Checks the arguments of `LLM` that no other part of the engine checks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,6 +14,7 @@ from sageLLM.runtime.execution_graph.rewriting import ALL
 from sageLLM.runtime.registry.plugins import Registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.worker.build import WeightsPlacement
 
 Backend: TypeAlias = Literal["uni", "mp"]
 """Workers in the process of the engine, or in separate processes; the names are vLLM's."""
@@ -43,6 +46,28 @@ def choose_backend(requested: str | None, tensor_parallel_size: int) -> Backend:
     if requested == "uni":
         raise SageError(f"distributed_executor_backend must be 'mp' for {tensor_parallel_size} ranks, got 'uni'")
     return "mp"
+
+
+def weights_placement(
+    tier: str, budget: float | None, folder: str | Path | None, device: torch.device, tensor_parallel_size: int
+) -> WeightsPlacement:
+    """The placement of the weights for the options of `LLM`; `budget` is in GiB. SageError for an invalid one."""
+    if tier not in ("device", "disk"):
+        raise SageError(f"weights_tier must be 'device' or 'disk', got {shown(tier)}")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
+        raise SageError(f"weights_budget must be a number of GiB, got {shown(budget)}")
+    if budget is not None and not 0 < budget < math.inf:
+        raise SageError(f"weights_budget must be more than 0 GiB, got {budget}")
+    if tier == "device":
+        if budget is not None:
+            raise SageError("weights_budget requires weights_tier='disk'")
+        return WeightsPlacement()
+    if device.type != "cpu":
+        raise SageError(f"weights_tier 'disk' requires device 'cpu', got {device.type!r}")
+    if tensor_parallel_size > 1:
+        raise SageError(f"weights_tier 'disk' requires tensor_parallel_size=1, got {tensor_parallel_size}")
+    num_bytes = None if budget is None else int(budget * 2**30)
+    return WeightsPlacement("disk", num_bytes, None if folder is None else str(folder))
 
 
 def check_passes(names: Sequence[str], registry: Registry) -> None:

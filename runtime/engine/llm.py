@@ -14,6 +14,7 @@ from sageLLM.runtime.engine.arguments import (
     check_passes,
     choose_backend,
     parse_device,
+    weights_placement,
     with_kv_options,
 )
 from sageLLM.runtime.engine.calls import SharedEngine
@@ -45,7 +46,7 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
-from sageLLM.runtime.worker.build import WorkerSpec, make_compiler, make_local_executor, pack_weights
+from sageLLM.runtime.worker.build import WeightsTier, WorkerSpec, make_compiler, make_local_executor, place_weights
 from sageLLM.runtime.worker.executor import Executor
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
@@ -67,6 +68,10 @@ class LLM:
     equal prompt prefixes. `swap_space` and `disk_space` are GiB of host memory and of files in `disk_folder` (None: the
     system's folder for temporary files); requests that are preempted when the pool is full are swapped there and need
     not be computed again.
+
+    `weights_tier="disk"`: the weights of the layers stay in a file and are read in each step, one layer ahead, so that
+    a model larger than the memory runs (docs/tiers.md). `weights_budget` is the memory for weights in GiB, by default
+    as little as possible. The file is made once, in `weights_folder` or the user's cache.
 
     Threads can share an `LLM`, and streams can be interleaved or dropped half-way: each call owns its requests
     (docs/engine.md). `AsyncLLM` has the interface for asyncio. Only `engine` is not safe to use next to other calls.
@@ -104,6 +109,9 @@ class LLM:
         swap_space: float = 0.0,
         disk_space: float = 0.0,
         disk_folder: str | Path | None = None,
+        weights_tier: WeightsTier = "device",
+        weights_budget: float | None = None,
+        weights_folder: str | Path | None = None,
         objective: ServiceObjective | None = None,
         plugins: Sequence[str | Path] = (),
         disable_passes: Sequence[str] = (),
@@ -123,6 +131,7 @@ class LLM:
         check_count("tensor_parallel_size", tensor_parallel_size)
         check_count("num_ubatches", num_ubatches)
         self._backend = choose_backend(distributed_executor_backend, tensor_parallel_size)
+        weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device, tensor_parallel_size)
         registry = load_registry(plugins)
         check_passes(disable_passes, registry)
         # The probe is a process, which runs while the weights are loaded.
@@ -134,13 +143,13 @@ class LLM:
                 device=torch_device,
                 max_model_len=max_model_len,
                 tp=tensor_parallel_size,
-                has_weights=self._backend == "uni",
+                has_weights=self._backend == "uni" and weights.tier == "device",
             )
             max_len = self.model.max_model_len
             self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
         self.compiler = make_compiler(self.model, registry, kernels, disable_passes)
         if self._backend == "uni":
-            pack_weights(self.model, self.compiler)
+            place_weights(self.model, self.compiler, folder, weights)
         config = scheduler or PDSchedulerConfig(mode="hybrid")
         self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks)
         budget = KVBudget(
@@ -164,6 +173,7 @@ class LLM:
                 plugins=[str(plugin) for plugin in plugins],
                 disable_passes=list(disable_passes),
                 disk_folder=None if disk_folder is None else str(disk_folder),
+                weights=weights,
                 tp=tensor_parallel_size,
                 num_ubatches=num_ubatches,
             )

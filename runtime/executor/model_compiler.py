@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack
+
+from torch import Tensor
 
 from sageLLM.generated import ops
 from sageLLM.runtime.core.ir.dims import Dim, dims
@@ -18,6 +20,16 @@ from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Planner, Runnable, TorchPlanner
 from sageLLM.runtime.registry.plugins import Registry
+
+
+class WeightStream(Protocol):
+    """Weights that plans read from a file in each run; `tensors` are inputs of the graphs that `streamed` returns."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    def streamed(self, graph: ExecutionGraph) -> ExecutionGraph:
+        """The graph with the loads of the weights."""
 
 
 class ModelCompiler(ModelGraphs):
@@ -35,6 +47,7 @@ class ModelCompiler(ModelGraphs):
     ) -> None:
         super().__init__(layout, config, registry, dtype=dtype, **choice)
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
+        self.weight_stream: WeightStream | None = None
 
     @property
     def kernels(self) -> Mapping[str, Any]:
@@ -42,7 +55,12 @@ class ModelCompiler(ModelGraphs):
         return self.registry.kernels
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
-        """Binds a kernel-level graph to kernels and tensors. Plans that share an arena must run one after another."""
+        """Binds a kernel-level graph to kernels and tensors. Plans that share an arena must run one after another.
+
+        With a `weight_stream` the plan reads the weights of streamed layers in each run.
+        """
+        if self.weight_stream is not None:
+            graph, bound = self.weight_stream.streamed(graph), {**bound, **self.weight_stream.tensors}
         return self.planner.plan(graph, bound, arena)
 
     def embedding_graph(self, pooling: Pooling, *, normalize: bool) -> ExecutionGraph:

@@ -12,11 +12,11 @@ from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan
-from sageLLM.runtime.executor.native.weights import Weight, pack_weights
+from sageLLM.runtime.executor.native.weights import Weight, gates_of, pack_weights
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
 from sageLLM.runtime.kernels.cpu.native import NativeRunner
-from sageLLM.runtime.kernels.cpu.packing import PackedWeight, unpack
+from sageLLM.runtime.kernels.cpu.packing import PackedWeight, pack, unpack
 
 KernelChoice: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 KERNEL_CHOICES: tuple[KernelChoice, ...] = ("auto", "reference", "cpu", "triton")
@@ -51,6 +51,12 @@ class Planner(Protocol):
     ) -> None:
         """Replaces a model's weights by the form that the kernels of these graphs read."""
 
+    def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
+        """The gates of the weights that the kernels of these graphs read packed."""
+
+    def pack(self, weight: Tensor, gates: int) -> PackedWeight:
+        """A packed copy of a weight, if `packed_gates` named any."""
+
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable: ...
 
 
@@ -66,6 +72,12 @@ class TorchPlanner:
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
     ) -> None:
         """Does nothing: torch reads weights in their declared form."""
+
+    def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
+        return {}
+
+    def pack(self, weight: Tensor, gates: int) -> PackedWeight:
+        raise AssertionError("torch reads weights in their declared form")
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Plan:
         ops = Counter(node.op for node in graph.nodes.values())
@@ -102,6 +114,19 @@ class NativePlanner:
             pack_weights(weights, ties, graphs, runner)
         except CompileError as error:
             self._fall_back(error)
+
+    def packed_gates(self, ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]) -> Mapping[str, int]:
+        if self._fallback is None:
+            try:
+                runner = self._built_runner(node.op for graph in graphs for node in graph.nodes.values())
+                return gates_of(graphs, ties, runner)
+            except CompileError as error:
+                self._fall_back(error)
+        return {}
+
+    def pack(self, weight: Tensor, gates: int) -> PackedWeight:
+        assert self._runner is not None, "packed_gates must come first"
+        return pack(weight, gates, self._runner.library)
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
         if self._fallback is None:

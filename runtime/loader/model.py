@@ -61,8 +61,8 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        """The number of parameters in memory; a tied weight counts once."""
-        return sum({tensor.data_ptr(): tensor.numel() for tensor in self.weights.values()}.values())
+        """The number of parameters; a tied weight counts once."""
+        return sum({id(tensor): tensor.numel() for tensor in self.weights.values()}.values())
 
     @property
     def ties(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import msgspec
 import torch
@@ -14,9 +15,22 @@ from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kernels.cpu.communicator import has_communicator
 from sageLLM.runtime.loader.model import Model, load_model
+from sageLLM.runtime.loader.packed_weights import packed_file
+from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.worker.executor import InProcessExecutor
+
+WeightsTier: TypeAlias = Literal["device", "disk"]
+"""The tier that keeps the weights; from "disk" the weights of each layer are read in each step."""
+
+
+class WeightsPlacement(msgspec.Struct, frozen=True):
+    """The tier of the weights, the memory for them in bytes, and the folder of their files (None: the user's cache)."""
+
+    tier: WeightsTier = "device"
+    budget: int | None = None
+    folder: str | None = None
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -38,6 +52,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     disk_folder: str | None = None
     rank: int = 0
     tp: int = 1
+    weights: WeightsPlacement = WeightsPlacement()
     rendezvous: str | None = None
     shared_memory: int | None = None
     num_ubatches: int = 1
@@ -55,11 +70,12 @@ def build_executor(spec: WorkerSpec) -> InProcessExecutor:
         max_model_len=spec.max_model_len,
         rank=spec.rank,
         tp=spec.tp,
+        has_weights=spec.weights.tier == "device",
     )
     # The CPU kernels have collectives, but not fused with the ops that follow.
     disabled = [*spec.disable_passes, *(["fuse_collective"] if has_communicator() else [])]
     compiler = make_compiler(model, registry, spec.kernels, disabled)
-    pack_weights(model, compiler)
+    place_weights(model, compiler, Path(spec.model), spec.weights)
     return make_local_executor(spec, model, compiler, is_async=False)
 
 
@@ -91,9 +107,22 @@ def make_compiler(model: Model, registry: Registry, kernels: str, disable_passes
     )
 
 
-def pack_weights(model: Model, compiler: ModelCompiler) -> None:
-    """Replaces the weights by the form that the kernels read. It must come before any plan binds them."""
-    compiler.planner.prepare_weights(model.weights, model.ties, _graphs(model, compiler))
+def place_weights(model: Model, compiler: ModelCompiler, checkpoint: Path, placement: WeightsPlacement) -> None:
+    """Brings the weights into the form that the kernels read. It must come before any plan binds them.
+
+    For the tier "disk" the model has been loaded without weights, and those of its layers stay in a file. Raises
+    CheckpointError if the file cannot be made, and SageError for a budget that is too small.
+    """
+    graphs = _graphs(model, compiler)
+    if placement.tier == "device":
+        compiler.planner.prepare_weights(model.weights, model.ties, graphs)
+        return
+    folder = None if placement.folder is None else Path(placement.folder)
+    file = packed_file(model, checkpoint, compiler.planner, graphs, folder)
+    gathered = gathered_tables(graphs, model.ties)
+    stream = WeightStream(file, model.dtype, budget=placement.budget, gathered=gathered)
+    model.weights.update(stream.weights)
+    compiler.weight_stream = stream
 
 
 def _graphs(model: Model, compiler: ModelCompiler) -> list[ExecutionGraph]:

@@ -60,7 +60,7 @@ LAYERS = {
         "registry", "execution_graph", "kernels", "executor", others="torch numpy", lazily="triton"
     ),
     "runtime/loader": runtime_layer(
-        "registry", "execution_graph", "kernels", "executor", "loader", others="torch numpy safetensors"
+        "registry", "execution_graph", "kernels", "executor", "loader", others="torch numpy safetensors msgspec"
     ),
     "runtime/text": runtime_layer("text", others="tokenizers"),
     "runtime/text/chat_template_worker.py": Layer(ours=(), others=frozenset({"jinja2"})),  # runs as its own process

@@ -75,6 +75,7 @@ from ...ops.views import (
     SplitQkv,
     SplitRows,
 )
+from ...ops.weights import WeightLoad
 
 __all__ = ["KERNELS"]
 
@@ -208,6 +209,7 @@ def _kernels() -> dict[str, NativeKernel]:
             parts={"a": Part("x", 0, (x_D0, 1)), "b": Part("x", Ta * x_D0, (x_D0, 1))},
         ),
         "concat_rows": NativeKernel(ConcatRows, "views.cpp", ("Ta", "H", "Tb")),
+        "weight_load": NativeKernel(WeightLoad, "weights.cpp", ("NF", "SB"), updates=True),
     }
 
 

@@ -79,18 +79,24 @@ SAGE_KERNEL(kv_load) {
     const int64_t elements = BS * Nkv * (D + Dv);
     parallel_for_rows(M, M * elements, [&](int64_t row) {
         const int64_t from_block = tier_blocks[row], into_block = blocks[row];
-        for (int64_t offset = 0; offset < BS; ++offset)
-            for (int64_t head = 0; head < Nkv; ++head) {
-                const E* from = tier_k + from_block * tier_k_TPG + offset * tier_k_BS + head * tier_k_Nkv;
-                E* into = k_out + into_block * k_out_PG + offset * k_out_BS + head * k_out_Nkv;
-                memcpy(into, from, D * sizeof(E));
-            }
-        for (int64_t offset = 0; offset < BS; ++offset)
-            for (int64_t head = 0; head < Nkv; ++head) {
-                const E* from = tier_v + from_block * tier_v_TPG + offset * tier_v_BS + head * tier_v_Nkv;
-                E* into = v_out + into_block * v_out_PG + offset * v_out_BS + head * v_out_Nkv;
-                memcpy(into, from, Dv * sizeof(E));
-            }
+        if (tier_k_Nkv == D && tier_k_BS == Nkv * D && k_out_Nkv == D && k_out_BS == Nkv * D)
+            memcpy(k_out + into_block * k_out_PG, tier_k + from_block * tier_k_TPG, BS * tier_k_BS * sizeof(E));
+        else
+            for (int64_t offset = 0; offset < BS; ++offset)
+                for (int64_t head = 0; head < Nkv; ++head) {
+                    const E* from = tier_k + from_block * tier_k_TPG + offset * tier_k_BS + head * tier_k_Nkv;
+                    E* into = k_out + into_block * k_out_PG + offset * k_out_BS + head * k_out_Nkv;
+                    memcpy(into, from, D * sizeof(E));
+                }
+        if (tier_v_Nkv == Dv && tier_v_BS == Nkv * Dv && v_out_Nkv == Dv && v_out_BS == Nkv * Dv)
+            memcpy(v_out + into_block * v_out_PG, tier_v + from_block * tier_v_TPG, BS * tier_v_BS * sizeof(E));
+        else
+            for (int64_t offset = 0; offset < BS; ++offset)
+                for (int64_t head = 0; head < Nkv; ++head) {
+                    const E* from = tier_v + from_block * tier_v_TPG + offset * tier_v_BS + head * tier_v_Nkv;
+                    E* into = v_out + into_block * v_out_PG + offset * v_out_BS + head * v_out_Nkv;
+                    memcpy(into, from, Dv * sizeof(E));
+                }
     });
 }
 
@@ -125,18 +131,24 @@ SAGE_KERNEL(kv_migrate) {
     const int64_t elements = BS * Nkv * (D + Dv);
     parallel_for_rows(M, M * elements, [&](int64_t row) {
         const int64_t from_block = src_blocks[row], into_block = dst_blocks[row];
-        for (int64_t offset = 0; offset < BS; ++offset)
-            for (int64_t head = 0; head < Nkv; ++head) {
-                const E* from = src_k + from_block * src_k_SPG + offset * src_k_BS + head * src_k_Nkv;
-                E* into = dst_k_out + into_block * dst_k_out_PG + offset * dst_k_out_BS + head * dst_k_out_Nkv;
-                memcpy(into, from, D * sizeof(E));
-            }
-        for (int64_t offset = 0; offset < BS; ++offset)
-            for (int64_t head = 0; head < Nkv; ++head) {
-                const E* from = src_v + from_block * src_v_SPG + offset * src_v_BS + head * src_v_Nkv;
-                E* into = dst_v_out + into_block * dst_v_out_PG + offset * dst_v_out_BS + head * dst_v_out_Nkv;
-                memcpy(into, from, Dv * sizeof(E));
-            }
+        if (src_k_Nkv == D && src_k_BS == Nkv * D && dst_k_out_Nkv == D && dst_k_out_BS == Nkv * D)
+            memcpy(dst_k_out + into_block * dst_k_out_PG, src_k + from_block * src_k_SPG, BS * src_k_BS * sizeof(E));
+        else
+            for (int64_t offset = 0; offset < BS; ++offset)
+                for (int64_t head = 0; head < Nkv; ++head) {
+                    const E* from = src_k + from_block * src_k_SPG + offset * src_k_BS + head * src_k_Nkv;
+                    E* into = dst_k_out + into_block * dst_k_out_PG + offset * dst_k_out_BS + head * dst_k_out_Nkv;
+                    memcpy(into, from, D * sizeof(E));
+                }
+        if (src_v_Nkv == Dv && src_v_BS == Nkv * Dv && dst_v_out_Nkv == Dv && dst_v_out_BS == Nkv * Dv)
+            memcpy(dst_v_out + into_block * dst_v_out_PG, src_v + from_block * src_v_SPG, BS * src_v_BS * sizeof(E));
+        else
+            for (int64_t offset = 0; offset < BS; ++offset)
+                for (int64_t head = 0; head < Nkv; ++head) {
+                    const E* from = src_v + from_block * src_v_SPG + offset * src_v_BS + head * src_v_Nkv;
+                    E* into = dst_v_out + into_block * dst_v_out_PG + offset * dst_v_out_BS + head * dst_v_out_Nkv;
+                    memcpy(into, from, Dv * sizeof(E));
+                }
     });
 }
 

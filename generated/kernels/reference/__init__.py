@@ -85,6 +85,7 @@ from .views import (
     split_qkv,
     split_rows,
 )
+from .weights import weight_load
 
 __all__ = ["KERNELS"]
 
@@ -183,4 +184,5 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "concat_last": concat_last,
     "split_rows": split_rows,
     "concat_rows": concat_rows,
+    "weight_load": weight_load,
 }

@@ -1,4 +1,4 @@
-"""Prefetch of keys and values: loads start some layers before their use, on a transfer stream."""
+"""Prefetch of keys, values and weights: loads start some layers before their use, on a transfer stream."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ class PrefetchPass(DeclaredPass):
     """
 
     select: ClassVar[frozenset[str]] = frozenset()
-    prefetch_layers: ClassVar[int] = 1
+    prefetch_layers: int = 1
     budget_bytes: int = 0
 
-    def __init__(self, budget_bytes: int | None = None) -> None:
-        """`budget_bytes` overrides the declared budget, e.g. by the free memory of a device."""
+    def __init__(self, budget_bytes: int | None = None, prefetch_layers: int | None = None) -> None:
+        """The arguments override the declaration: the budget e.g. by the free memory of a device."""
         super().__init__()
+        if prefetch_layers is not None:
+            self.prefetch_layers = prefetch_layers
         if budget_bytes is not None:
             self.budget_bytes = budget_bytes
 
@@ -51,8 +53,9 @@ class PrefetchPass(DeclaredPass):
 
     def _move(self, graph: ExecutionGraph, loads: list[ExecutionNode]) -> None:
         """Moves the loads from streams with computation to a new stream."""
-        taken = {node.stream_id for node in graph.nodes.values() if node.op_type.name not in self.select}
-        computing = {n.stream_id for n in graph.nodes.values() if not n.op_type.is_kv and not n.op_type.is_comm}
+        others = [node for node in graph.nodes.values() if node.op_type.name not in self.select]
+        taken = {node.stream_id for node in others}
+        computing = {node.stream_id for node in others if not _is_transfer(node)}
         load_stream = max(taken, default=0) + 1
         for node in loads:
             if node.stream_id in computing:
@@ -60,7 +63,7 @@ class PrefetchPass(DeclaredPass):
 
     def _bound(self, graph: ExecutionGraph, loads: list[ExecutionNode]) -> None:
         reach = Reachability(graph.topological_sort())
-        last = {node.layer_id: node for node in graph.topological_sort() if not node.op_type.is_kv}
+        last = {node.layer_id: node for node in graph.topological_sort() if not _is_io(node)}
         # The fence is the last node of the layer before i - ahead; when it ends, layer i - ahead may start.
         for node in loads:
             fence = last.get((node.layer_id or 0) - self.prefetch_layers - 1)
@@ -76,13 +79,13 @@ class PrefetchPass(DeclaredPass):
 
         Loads of a lane run in order, so each waits only for the users of the loads that leave the window.
         """
+        users = _users(graph, queue)
         num_bytes, first = 0, 0
         for i, node in enumerate(queue):
             num_bytes += _num_bytes(node)
             while num_bytes > self.budget_bytes and first < i:
                 num_bytes -= _num_bytes(queue[first])
-                users = [user for ref in queue[first].outputs for user in graph.users(ref)]
-                self._wait(graph, reach, node, users)
+                self._wait(graph, reach, node, users[queue[first].node_id])
                 first += 1
 
     def _wait(
@@ -92,6 +95,24 @@ class PrefetchPass(DeclaredPass):
             if reach.are_independent(load.node_id, fence.node_id):  # implied otherwise, or it would make a cycle
                 graph.add_edge(fence.node_id, load.node_id)
                 reach.add_edge(fence.node_id, load.node_id)
+
+
+def _users(graph: ExecutionGraph, loads: list[ExecutionNode]) -> dict[str, list[ExecutionNode]]:
+    """The nodes that depend on each load: by a value, or by an edge only, as the readers of loaded weights."""
+    users: dict[str, list[ExecutionNode]] = {load.node_id: [] for load in loads}
+    for node in graph.nodes.values():
+        for load in users.keys() & node.dependencies:
+            users[load].append(node)
+    return users
+
+
+def _is_io(node: ExecutionNode) -> bool:
+    """Whether a node moves data between tiers, or keys and values within the device."""
+    return node.op_type.is_kv or node.op_type.name == "WEIGHT_LOAD"
+
+
+def _is_transfer(node: ExecutionNode) -> bool:
+    return _is_io(node) or node.op_type.is_comm
 
 
 def _num_bytes(node: ExecutionNode) -> int:

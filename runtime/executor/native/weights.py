@@ -30,14 +30,19 @@ def pack_weights(
 
     `ties` maps a tied weight to the weight that it shares. Raises CompileError, and then changes nothing.
     """
-    nodes = [node for graph in graphs for node in graph.nodes.values() if isinstance(node, OpNode)]
     memory = WeightMemory()
-    for name, gates in gates_by_weight(nodes, runner.kernels, ties).items():
+    for name, gates in gates_of(graphs, ties, runner).items():
         held = weights.get(name)
         if isinstance(held, Tensor):
             # All names of a tied weight must get the same packed object, or both forms would stay in memory.
             packed = pack(held, gates, runner.library, memory)
             weights.update(dict.fromkeys((name, *(tied for tied, to in ties.items() if to == name)), packed))
+
+
+def gates_of(graphs: Iterable[ExecutionGraph], ties: Mapping[str, str], runner: NativeRunner) -> dict[str, int]:
+    """The weights that the graphs' GEMMs read packed, each with its gates."""
+    nodes = [node for graph in graphs for node in graph.nodes.values() if isinstance(node, OpNode)]
+    return gates_by_weight(nodes, runner.kernels, ties)
 
 
 class WeightForms:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import NativeKernel
+from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.kernels.cpu.library import Library
 
 PANEL, DEPTH = 16, 32
@@ -24,11 +25,15 @@ DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight [gates * N, K], or [groups, gates * N, K]. It has the tensor methods that a kernel call uses."""
+    """A weight [gates * N, K], or [groups, gates * N, K]. It has the tensor methods that a kernel call uses.
+
+    A staged weight is valid only in the part of each step that follows its load.
+    """
 
     values: Tensor
     shape: torch.Size
     gates: int
+    is_staged: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +99,9 @@ def pack(weight: Tensor, gates: int, library: Library, memory: WeightMemory | No
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    """An unpacked copy of the weight, for an op without a kernel that reads it packed."""
+    """An unpacked copy of the weight, for an op without a kernel that reads it packed. SageError for a staged one."""
+    if packed.is_staged:
+        raise SageError("weights that each step reads from disk cannot be unpacked; pass kernels='reference'")
     groups = packed.shape[0] if len(packed.shape) == 3 else 1
     features, inner = packed.shape[-2] // packed.gates, packed.shape[-1]
     pair = 2 if packed.dtype == torch.bfloat16 else 1

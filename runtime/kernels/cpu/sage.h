@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention.h"
+#include "file_io.h"
 #include "integers.h"
 #include "kernel.h"
 #include "routing.h"

@@ -1,0 +1,84 @@
+"""Makes the file of a model's weights in the form that its kernels read, or finds the one made before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.model.weights import WeightSpec
+from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.executor.native.weights import Weight
+from sageLLM.runtime.executor.planner import Planner
+from sageLLM.runtime.kernels.cpu.cache import cache_folder
+from sageLLM.runtime.kernels.cpu.packing import DEPTH, PANEL, PackedWeight
+from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.loader.safetensors_reader import Checkpoint
+from sageLLM.runtime.loader.weight_file import Piece, WeightFile, file_path, read_index, write_file
+from sageLLM.runtime.loader.weights import load_weights
+
+
+def packed_file(
+    model: Model, checkpoint: Path, planner: Planner, graphs: Sequence[ExecutionGraph], folder: Path | None = None
+) -> WeightFile:
+    """The file for the kernels of these graphs, in `folder` or the user's cache; written if it is absent or damaged.
+
+    Layers are loaded, packed and written one after another. Raises CheckpointError if the file cannot be written.
+    """
+    gates = planner.packed_gates(model.ties, graphs)
+    specs = list(model.layout.weights(model.config))
+    facts = [f"{PANEL} {DEPTH} {model.dtype}", *map(repr, specs), *(f"{name} {n}" for name, n in sorted(gates.items()))]
+    try:
+        path = file_path(folder or cache_folder() / "weights", checkpoint, facts)
+    except OSError as error:
+        raise CheckpointError(f"cannot choose a folder for packed weights: {error}; pass weights_folder") from None
+    found = read_index(path)
+    if found is None:
+        write_file(path, _runs(specs, model, checkpoint, planner, gates))
+        found = read_index(path)
+    if found is None:
+        raise CheckpointError(f"{path} was written and cannot be read back; check the disk, or pass a weights_folder")
+    return found
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a weight; None for one outside of layers."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" and len(parts) > 2 and parts[1].isdecimal() else None
+
+
+def _runs(
+    specs: Sequence[WeightSpec], model: Model, folder: Path, planner: Planner, gates: Mapping[str, int]
+) -> Iterator[tuple[int | None, list[Piece]]]:
+    """The weights of each layer, then each of the others. A weight tied to one of another run is stored again."""
+    by_name = {spec.name: spec for spec in specs}
+    runs: dict[int | str, list[WeightSpec]] = {}
+    aliases: dict[str, list[str]] = {}
+    for spec in specs:
+        target = by_name[spec.tied_to or spec.name]
+        layer = layer_of(spec.name)
+        if target is not spec and layer == layer_of(target.name):
+            aliases.setdefault(target.name, []).append(spec.name)
+        else:
+            key = spec.name if layer is None else layer
+            runs.setdefault(key, []).append(replace(target, name=spec.name))
+    packed = {name: gates.get(by_name[name].tied_to or name) for name in by_name}
+    for key in sorted(runs, key=lambda key: (isinstance(key, str), key if isinstance(key, int) else 0)):
+        source = Checkpoint.open(folder)  # opened for each run: mapped pages count as memory of the process
+        loaded = load_weights(runs[key], source, model.dtype, torch.device("cpu"))
+        source.close()
+        pieces = [_piece([name, *aliases.get(name, ())], x, packed[name], planner) for name, x in loaded.items()]
+        del loaded
+        yield key if isinstance(key, int) else None, pieces
+        del pieces
+
+
+def _piece(names: list[str], weight: Tensor, gates: int | None, planner: Planner) -> Piece:
+    held: Weight = weight if gates is None else planner.pack(weight, gates)
+    values = held.values if isinstance(held, PackedWeight) else held.contiguous()
+    data = values.reshape(-1).view(torch.uint8).numpy().data
+    return Piece(names, list(weight.shape), gates, data)

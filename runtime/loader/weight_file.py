@@ -1,0 +1,163 @@
+"""File of a model's weights in the form that its kernels read, with the weights of each layer in one run of pages.
+
+    pages of the layers, then of the other weights | index as JSON | its length, u64 | MAGIC
+
+The index lists the runs of pages with their SHA-256, and each weight with its place in its run. The name of the file
+ends with a digest of everything that determines it: the checkpoint files, the layout's weights, the element type and
+the packed forms. A file is written under another name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, BinaryIO
+
+import msgspec
+
+from sageLLM.runtime.errors import CheckpointError
+
+PAGE = 4096
+"""Unit of positions in the file: reads that bypass the page cache must begin and end at a multiple."""
+LINE = 64
+CHUNK = 2**22
+MAGIC = b"SAGEW001"
+SUFFIX = ".weights"
+
+
+class StoredWeight(msgspec.Struct, frozen=True):
+    """A weight in a run: its first byte, shape, and gates if it is packed. `names` has further names if it is tied."""
+
+    names: list[str]
+    start: int
+    num_bytes: int
+    shape: list[int]
+    gates: int | None
+
+
+class Run(msgspec.Struct, frozen=True):
+    """Consecutive pages of weights that are read together: those of one layer, or (None) of no layer."""
+
+    layer: int | None
+    page: int
+    num_bytes: int
+    sha256: str
+    weights: list[StoredWeight]
+
+
+class WeightFile(msgspec.Struct, frozen=True):
+    """The index of a file."""
+
+    runs: list[Run]
+    path: str = ""
+
+    @property
+    def layers(self) -> dict[int, Run]:
+        return {run.layer: run for run in self.runs if run.layer is not None}
+
+    @property
+    def others(self) -> list[Run]:
+        """The runs of the weights outside of layers."""
+        return [run for run in self.runs if run.layer is None]
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A weight to write: its names, shape, gates if it is packed, and bytes."""
+
+    names: list[str]
+    shape: list[int]
+    gates: int | None
+    data: memoryview
+
+
+def file_path(folder: Path, checkpoint: Path, facts: Iterable[str]) -> Path:
+    """The path of the file for a checkpoint folder; `facts` are all texts that determine the contents."""
+    digest = hashlib.sha256(MAGIC)
+    files = sorted(path for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".json"))
+    stats = ((path, path.stat()) for path in files)
+    for fact in (*(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats), *facts):
+        digest.update(fact.encode() + b"\0")
+    return folder / f"{checkpoint.resolve().name}-{digest.hexdigest()[:24]}{SUFFIX}"
+
+
+def write_file(path: Path, runs: Iterable[tuple[int | None, Sequence[Piece]]]) -> None:
+    """Writes the runs one after another, so that at most one is in memory. Raises CheckpointError without room."""
+    draft = None
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="draft-", suffix=SUFFIX, delete=False) as file:
+            draft = Path(file.name)
+            index = msgspec.json.encode(WeightFile([_write_run(file, layer, pieces) for layer, pieces in runs]))
+            file.write(index + len(index).to_bytes(8, "little") + MAGIC)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the weights to {path}: {error.strerror}; pass a weights_folder with enough room"
+        ) from None
+    finally:
+        if draft is not None:
+            with suppress(FileNotFoundError):
+                draft.unlink()
+
+
+def _write_run(file: IO[bytes], layer: int | None, pieces: Sequence[Piece]) -> Run:
+    first = file.tell()
+    assert first % PAGE == 0, "a run begins with a page"
+    digest = hashlib.sha256()
+    weights = []
+    for piece in pieces:
+        start = file.tell() - first
+        weights.append(StoredWeight(piece.names, start, piece.data.nbytes, piece.shape, piece.gates))
+        padding = bytes(-piece.data.nbytes % LINE)
+        for part in (piece.data, padding):
+            digest.update(part)
+            file.write(part)
+    padding = bytes(-(file.tell() - first) % PAGE)
+    digest.update(padding)
+    file.write(padding)
+    return Run(layer, first // PAGE, file.tell() - first, digest.hexdigest(), weights)
+
+
+def read_index(path: Path) -> WeightFile | None:
+    """The index of a complete file whose runs have their digests; None for a missing, cut off or damaged one."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 16))
+            tail = file.read(16)
+            length = int.from_bytes(tail[:8], "little")
+            if tail[8:] != MAGIC or length > size - 16:
+                return None
+            file.seek(size - 16 - length)
+            found = msgspec.json.decode(file.read(length), type=WeightFile)
+            if all(_digest(file, run) == run.sha256 for run in found.runs):
+                return msgspec.structs.replace(found, path=str(path))
+    except (OSError, msgspec.DecodeError):
+        pass
+    return None
+
+
+def _digest(file: BinaryIO, run: Run) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(file, run):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(file: BinaryIO, run: Run) -> Iterator[memoryview]:
+    """The bytes of a run through one small buffer, as the run may be larger than the memory."""
+    buffer = memoryview(bytearray(CHUNK))
+    file.seek(run.page * PAGE)
+    left = run.num_bytes
+    while left:
+        chunk = buffer[: min(left, CHUNK)]
+        if file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
+            return
+        yield chunk
+        left -= len(chunk)
