@@ -22,6 +22,7 @@ from sageLLM.codegen.kernel.epilogue import FusedEpilogue
 from sageLLM.codegen.kernel.gemm import SUMS, Gemm
 from sageLLM.codegen.kernel.names import own_names, selection_names
 from sageLLM.codegen.kernel.prologue import Prologue, within_row
+from sageLLM.codegen.kernel.reduced import ReducedRows
 from sageLLM.codegen.kernel.rows import (
     Fold,
     Index,
@@ -62,6 +63,17 @@ class CppKernel:
 
     def lines(self) -> tuple[str, ...]:
         body = [line for nest in self.program.nests for line in self._nest(nest)]
+        return (*declarations(self.op, self.own, "\n".join(body)), *body)
+
+    def reduced_lines(self, reduced: ReducedRows) -> tuple[str, ...]:
+        """The function of an op that begins with a sum over ranks: the rest of each row follows its sum."""
+        nest = reduced.rest.nests[0]
+        operands = [cpp_name(reduced.partial.name), *stride_names(reduced.partial)]
+        operands += [cpp_name(reduced.total.name), *stride_names(reduced.total)]
+        operands += [size_text(dim) for dim in reduced.partial.type.dims]
+        start = f"all_reduce_rows({', '.join(operands)}, [&](int64_t {nest.rows[0].variable}) {{"
+        inside = [line for step in nest.steps for line in self._step(step)]
+        body = [start, *indented(inside), "});"]
         return (*declarations(self.op, self.own, "\n".join(body)), *body)
 
     def gemm_lines(self, gemm: Gemm) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from sageLLM.codegen.kernel.lower import row_program, why_not_lowered
 from sageLLM.codegen.kernel.mask import MaskBounds, mask_bounds
 from sageLLM.codegen.kernel.names import own_names
 from sageLLM.codegen.kernel.parts import OutputPart, output_parts
+from sageLLM.codegen.kernel.reduced import reduced_rows_of
 from sageLLM.codegen.kernel.rows import RowProgram
 from sageLLM.codegen.kernel.scatter import is_scattered
 from sageLLM.codegen.load import Entry
@@ -125,7 +126,7 @@ def why_no_cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer, *, has_
     is_fused = consumer is not None and _template_of(consumer, renderer) is not None
     if is_fused or gemm_of(op, programs) is not None:
         return None if has_gemm else "a GEMM requires `gemm` in hardware/cpu.yaml"
-    return why_not_lowered(op, programs)
+    return None if reduced_rows_of(op, programs) is not None else why_not_lowered(op, programs)
 
 
 def cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> CpuKernel | None:
@@ -138,6 +139,9 @@ def cpu_kernel(op: OpDef, programs: Programs, renderer: Renderer) -> CpuKernel |
     if fused is not None and (rest := _consumer_lines(fused, renderer)):
         lines = CppKernel(op, fused.gemm.loops).fused_lines(fused, rest)
         return CpuKernel(op, lines, sizes_of(op), packed={fused.gemm.w.name: fused.gemm.gates})
+    reduced = reduced_rows_of(op, programs)
+    if reduced is not None:
+        return CpuKernel(op, CppKernel(op, reduced.rest).reduced_lines(reduced), sizes_of(op))
     gemm = gemm_of(op, programs)
     if gemm is not None:
         lines = CppKernel(op, gemm.loops).gemm_lines(gemm)

@@ -13,7 +13,6 @@ from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.execution_graph.embedding import poolings_of
 from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
-from sageLLM.runtime.kernels.cpu.communicator import has_communicator
 from sageLLM.runtime.loader.model import Model, load_model
 from sageLLM.runtime.loader.packed_weights import packed_file
 from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
@@ -72,9 +71,7 @@ def build_executor(spec: WorkerSpec) -> InProcessExecutor:
         tp=spec.tp,
         has_weights=spec.weights.tier == "device",
     )
-    # The CPU kernels have collectives, but not fused with the ops that follow.
-    disabled = [*spec.disable_passes, *(["fuse_collective"] if has_communicator() else [])]
-    compiler = make_compiler(model, registry, spec.kernels, disabled)
+    compiler = make_compiler(model, registry, spec.kernels, spec.disable_passes)
     place_weights(model, compiler, Path(spec.model), spec.weights)
     return make_local_executor(spec, model, compiler, is_async=False)
 

@@ -28,7 +28,7 @@ def main() -> None:
     assert compiler is not None, "the test is skipped without a compiler"
     open_communicator(memory, rank, num_ranks, compiler)
     library = Library(cpu.KERNELS, Path(cpu.__file__).parent, compiler)
-    names = ("all_reduce", "all_gather")
+    names = ("all_reduce", "all_gather", "allreduce_add_rms_norm", "fused_add_rms_norm")
     kernels = {name: NativeCallable(cpu.KERNELS[name], library, reference.KERNELS[name]) for name in names}
     for number in range(3):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -40,6 +40,13 @@ def main() -> None:
                 check(kernels["all_gather"](own, W=num_ranks, group="tp"), torch.cat(parts, -1))
                 wide = torch.cat([parts[rank], parts[rank]], -1)[..., : shape[-1]]  # rows with gaps
                 check(kernels["all_reduce"](wide, group="tp"), total.to(dtype))
+                if len(shape) == 2:
+                    x, weight = (drawn(size, dtype, 7) for size in (shape, shape[1:]))
+                    apart = kernels["fused_add_rms_norm"](x, total.to(dtype), weight, eps=1e-5)
+                    for part in (own, wide):
+                        found = kernels["allreduce_add_rms_norm"](x, part.clone(), weight, eps=1e-5, group="tp")
+                        for one, other in zip(found, apart, strict=True):
+                            check(one, other)
 
 
 def sum_in_order(parts: list[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from ...ops.activation import (
     Xielu,
 )
 from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
-from ...ops.comm import AllGather, AllReduce, Recv, Send
+from ...ops.comm import AllGather, AllReduce, AllreduceAddRmsNorm, Recv, Send
 from ...ops.elementwise import Add, AddBias, Clip, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
 from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits, ScaleExperts, SumExperts, TopkRouter
@@ -109,6 +109,7 @@ def _kernels() -> dict[str, NativeKernel]:
         "all_gather": NativeKernel(AllGather, "comm.cpp", ("R", "N", "W")),
         "send": NativeKernel(Send, "comm.cpp", ("R", "H")),
         "recv": NativeKernel(Recv, "comm.cpp", ("R", "H"), updates=True),
+        "allreduce_add_rms_norm": NativeKernel(AllreduceAddRmsNorm, "comm.cpp", ("T", "H")),
         "add": NativeKernel(Add, "elementwise.cpp", ("R", "H")),
         "mul": NativeKernel(Mul, "elementwise.cpp", ("R", "H")),
         "mul_weight": NativeKernel(MulWeight, "elementwise.cpp", ("R", "H")),

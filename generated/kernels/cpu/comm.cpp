@@ -72,4 +72,41 @@ SAGE_KERNEL(recv) {
     receive_rows(y, y_R, R, H, group, peer);
 }
 
+// specs/ops/comm.yaml: allreduce_add_rms_norm
+// All-reduce, residual add and rms_norm in one pass; returns the norm and the new residual.
+//
+//     r = all_reduce(p, group=group)
+//     h = add(x, r)
+//     y = rms_norm(h, w, eps=eps)
+SAGE_KERNEL(allreduce_add_rms_norm) {
+    const int64_t T = sizes[0];
+    const int64_t H = sizes[1];
+    const E* x = (const E*)tensors[0];
+    const int64_t x_T = sizes[2];
+    const E* p = (const E*)tensors[1];
+    const int64_t p_T = sizes[3];
+    const E* w = (const E*)tensors[2];
+    E* y = (E*)tensors[3];
+    const int64_t y_T = sizes[4];
+    E* h = (E*)tensors[4];
+    const int64_t h_T = sizes[5];
+    const float eps = (float)attrs[0];
+    all_reduce_rows(p, p_T, h, h_T, T, H, [&](int64_t i_T) {
+        Sum ms_acc;
+        sweep(H, [&](auto i_H) {
+            const auto h_value = to<E>(load(x + i_T * x_T, i_H) + load(h + i_T * h_T, i_H));
+            const auto xf = h_value;
+            ms_acc.add(xf * xf, i_H);
+            store(h + i_T * h_T, i_H, h_value);
+        });
+        const float ms = ms_acc.total() / (float)H;
+        sweep(H, [&](auto i_H) {
+            const auto h_value = load(h + i_T * h_T, i_H);
+            const auto xf = h_value;
+            const auto n = to<E>(xf * rsqrt(ms + eps));
+            store(y + i_T * y_T, i_H, w ? to<E>(n * load(w, i_H)) : n);
+        });
+    });
+}
+
 }  // namespace sage

@@ -44,6 +44,36 @@ inline void all_reduce_sum(const E* x, E* y, int64_t count) {
     }
 }
 
+// Calls body(row) for all rows, in parallel, when the row of y is the sum of the rows of x over all ranks. y may be x.
+template <class E, class Body>
+inline void all_reduce_rows(const E* x, int64_t x_stride, E* y, int64_t y_stride, int64_t rows, int64_t width,
+                            Body&& body) {
+    SageRound round;
+    sage_begin_round(&round);
+    const int64_t bytes = width * sizeof(E), fits = bytes > 0 ? round.buffer_bytes / bytes : rows;
+    if (round.num_ranks == 1 || fits == 0) {  // a row that is larger than a buffer takes several rounds
+        for (int64_t row = 0; row < rows; ++row) all_reduce_sum(x + row * x_stride, y + row * y_stride, width);
+        return parallel_for_rows(rows, rows * width, body);
+    }
+    for (int64_t top = 0; top < rows; top += fits) {
+        const int64_t height = minimum(fits, rows - top);
+        sage_begin_round(&round);
+        for (int64_t row = 0; row < height; ++row)
+            memcpy(round.buffers[round.rank] + row * bytes, x + (top + row) * x_stride, bytes);
+        sage_meet();
+        parallel_for_rows(height, height * width * round.num_ranks, [&](int64_t row) {
+            E* total = y + (top + row) * y_stride;
+            sweep(width, [&](auto i) {
+                Floats sum = load((const E*)(round.buffers[0] + row * bytes), i);
+                for (int64_t rank = 1; rank < round.num_ranks; ++rank)
+                    sum += load((const E*)(round.buffers[rank] + row * bytes), i);
+                store(total, i, to<E>(sum));
+            });
+            body(top + row);
+        });
+    }
+}
+
 // y[row] = the rows of x of all ranks, one after another. A row that is larger than a buffer takes several rounds.
 template <class E>
 inline void all_gather_rows(const E* x, int64_t x_stride, E* y, int64_t y_stride, int64_t rows, int64_t width) {
