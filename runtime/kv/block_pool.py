@@ -10,8 +10,9 @@ be found again. When no free block is left, idle blocks are taken, the least rec
 A label is the hash of the contents, or a claim: a hash that is computed when the block may be looked up.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from itertools import filterfalse
 from typing import Protocol
 
 
@@ -41,7 +42,11 @@ class BlockPool:
         self._num_touched = 0
         self._used: set[int] = set()
         self._num_other_owners: dict[int, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._idle: set[int] = set()
+        # The idle blocks in the order of eviction. Its stale entries, those of blocks that are not idle or became idle
+        # again later, are counted by block: they come before the valid one.
+        self._eviction_order: deque[int] = deque()
+        self._num_stale: dict[int, int] = {}
         self._label_of: dict[int, bytes | Claim] = {}
         self._by_label: dict[bytes, int] = {}
 
@@ -69,7 +74,9 @@ class BlockPool:
         assert self.can_take(num), f"{num} blocks taken from a pool with {self.num_free} free: check can_take first"
         # Released blocks first: their memory is mapped and perhaps cached already.
         returned = self._returned
-        if num <= len(returned):
+        if not returned:
+            blocks = self._take_fresh_or_idle(num)
+        elif num <= len(returned):
             blocks = [returned.popleft() for _ in range(num)]
         else:
             blocks = [*returned]
@@ -79,20 +86,53 @@ class BlockPool:
         return blocks
 
     def _take_fresh_or_idle(self, num: int) -> list[int]:
-        if self.num_blocks is None:
-            num_fresh = max(0, num - len(self._idle))
-        else:
-            num_fresh = min(num, self.num_blocks - self._num_touched)
-        evicted = [self._evict() for _ in range(num - num_fresh)]
-        fresh = range(self._num_touched, self._num_touched + num_fresh)
+        num_fresh = num - len(self._idle) if self.num_blocks is None else min(num, self.num_blocks - self._num_touched)
+        num_fresh = max(0, num_fresh)
+        fresh = list(range(self._num_touched, self._num_touched + num_fresh))
         self._num_touched += num_fresh
-        return [*fresh, *evicted]
+        return fresh + self._evict(num - num_fresh) if num_fresh < num else fresh
 
-    def _evict(self) -> int:
-        block, _ = self._idle.popitem(last=False)
-        self._drop_label(block)
-        self.total_evictions += 1
-        return block
+    def _evict(self, num: int) -> list[int]:
+        order, num_stale, labels, by_label = self._eviction_order, self._num_stale, self._label_of, self._by_label
+        blocks: list[int] = []
+        while len(blocks) < num:
+            block = order.popleft()
+            if num_stale and block in num_stale:
+                self._drop_stale(block)
+                continue
+            blocks.append(block)
+            label = labels.pop(block)
+            if isinstance(label, bytes):
+                del by_label[label]
+            else:
+                label.lose_block()
+        self._idle.difference_update(blocks)
+        self.total_evictions += num
+        self.labels_version += num
+        return blocks
+
+    def _drop_stale(self, block: int) -> None:
+        num = self._num_stale[block]
+        if num == 1:
+            del self._num_stale[block]
+        else:
+            self._num_stale[block] = num - 1
+
+    def _remove_idle(self, block: int) -> None:
+        """An idle block is used again, or becomes free. Its entry in the order of eviction is stale."""
+        self._idle.remove(block)
+        self._num_stale[block] = self._num_stale.get(block, 0) + 1
+        if len(self._eviction_order) > 2 * len(self._idle) + 64:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Removes the stale entries: at least half of them are, so a removal costs O(1) amortised."""
+        order, self._eviction_order = self._eviction_order, deque()
+        for block in order:
+            if block in self._num_stale:
+                self._drop_stale(block)
+            else:
+                self._eviction_order.append(block)
 
     def share(self, blocks: Iterable[int]) -> list[int]:
         """Adds an owner to blocks that are used or idle; returns those that were idle."""
@@ -103,7 +143,7 @@ class BlockPool:
                 others[block] = others.get(block, 0) + 1
             else:
                 assert block in idle, f"block {block} is free and cannot be shared"
-                del idle[block]
+                self._remove_idle(block)
                 used.add(block)
                 revived.append(block)
         return revived
@@ -121,8 +161,10 @@ class BlockPool:
         assert before - len(self._used) == len(ownerless), f"a block of {list(blocks)} is freed twice"
         labels = self._label_of
         if labels:  # without a prefix cache the common case stays one call
-            self._returned.extend([block for block in ownerless if block not in labels])
-            self._idle.update((block, None) for block in reversed(ownerless) if block in labels)
+            self._returned.extend(filterfalse(labels.__contains__, ownerless))
+            idle = list(filter(labels.__contains__, reversed(ownerless)))
+            self._idle.update(idle)
+            self._eviction_order.extend(idle)
         else:
             self._returned.extend(ownerless)
         return ownerless
@@ -154,53 +196,57 @@ class BlockPool:
         """The block with this label, used or idle."""
         return self._by_label.get(label)
 
-    def label(self, block: int, label: bytes) -> None:
-        """Labels a used block with its contents, so that `find` returns it.
+    def has_labels(self, blocks: Iterable[int]) -> bool:
+        """Whether any of these blocks has a label."""
+        return not self._label_of.keys().isdisjoint(blocks)
+
+    def label(self, block: int, label: bytes) -> bool:
+        """Labels a used block with its contents, so that `find` returns it; False if it is not labelled.
 
         Of several blocks with the same contents only the first gets the label; the others become free when released.
         """
         if label in self._by_label or block in self._label_of:
-            return
+            return False
         assert block in self._used, f"block {block} is labelled without an owner"
         self._by_label[label] = block
         self._label_of[block] = label
         self.labels_version += 1
+        return True
 
-    def claim(self, blocks: Iterable[int], claim: Claim) -> int:
-        """Labels those of the used blocks without a label by the claim; returns their number."""
-        unlabelled = [block for block in blocks if block not in self._label_of]
-        self._label_of.update(dict.fromkeys(unlabelled, claim))
-        self.labels_version += 1
-        return len(unlabelled)
+    def claim(self, blocks: Sequence[int], claim: Claim) -> int:
+        """Labels used blocks without a label by the claim; returns their number.
 
-    def settle(self, block: int, claim: Claim, label: bytes) -> None:
-        """Labels a block of the claim, used or idle. If another block has this label, it becomes free when unused."""
+        Remembered results of `find` stay valid: a claimed block cannot be found.
+        """
+        self._label_of.update(dict.fromkeys(blocks, claim))
+        return len(blocks)
+
+    def settle(self, block: int, claim: Claim, label: bytes) -> bool:
+        """Labels a block of the claim, used or idle; False if it was evicted.
+
+        If another block has this label, it becomes free when unused.
+        """
         if self._label_of.get(block) is not claim:  # evicted, and perhaps used again
-            return
+            return False
         self.labels_version += 1
         if label not in self._by_label:
             self._by_label[label] = block
             self._label_of[block] = label
-            return
+            return True
         del self._label_of[block]
         if block in self._idle:
-            del self._idle[block]
+            self._remove_idle(block)
             self._returned.append(block)
+        return True
 
     def forget_labels(self) -> None:
         """Drops all labels; idle blocks become free."""
-        self._returned.extend(self._idle)
+        self._compact()
+        self._returned.extend(self._eviction_order)
+        self._eviction_order.clear()
         self._idle.clear()
         self._label_of.clear()
         self._by_label.clear()
-        self.labels_version += 1
-
-    def _drop_label(self, block: int) -> None:
-        label = self._label_of.pop(block)
-        if isinstance(label, bytes):
-            del self._by_label[label]
-        else:
-            label.lose_block()
         self.labels_version += 1
 
     def check_integrity(self) -> None:
@@ -208,11 +254,14 @@ class BlockPool:
         returned = set(self._returned)
         assert len(returned) == len(self._returned), "a block is in the free queue twice"
         assert returned.isdisjoint(self._used), f"blocks both free and used: {sorted(returned & self._used)}"
-        assert self._idle.keys().isdisjoint(self._used | returned), "an idle block is also free or used"
-        known = returned | self._used | self._idle.keys()
+        assert self._idle.isdisjoint(self._used | returned), "an idle block is also free or used"
+        known = returned | self._used | self._idle
         assert known == set(range(self._num_touched)), "a block is neither free nor used nor idle"
         assert self.num_blocks is None or self._num_touched <= self.num_blocks, "a block beyond the pool was taken"
-        assert self._idle.keys() <= self._label_of.keys(), "an idle block cannot be found"
+        assert self._idle <= self._label_of.keys(), "an idle block cannot be found"
+        entries = Counter(self._eviction_order)
+        entries.subtract(self._num_stale)
+        assert +entries == Counter(self._idle), "an idle block cannot be evicted"
         assert returned.isdisjoint(self._label_of), "a free block can be found"
         hashes = {label: block for block, label in self._label_of.items() if isinstance(label, bytes)}
         assert hashes == self._by_label, "labels are inconsistent"

@@ -8,8 +8,12 @@ construct for a weak hash, would serve one user's KV to another.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import sha256
+
+TOKEN_SIZE = 8
+"""Bytes per packed token. The width is fixed: [1, 23] and [12, 3] must differ."""
 
 
 class HashChain:
@@ -18,43 +22,58 @@ class HashChain:
     The token lists are live: outputs may grow at the end, and nothing else may change.
     """
 
-    __slots__ = ("_block_size", "_names", "_outputs", "_pack", "_prompt", "_root")
+    __slots__ = ("_block_size", "_names", "_outputs", "_prompt", "root")
 
     def __init__(self, block_size: int, prompt: Sequence[int], outputs: Sequence[int], salt: str = "") -> None:
         self._block_size = block_size
         self._prompt = prompt
         self._outputs = outputs
-        self._pack = struct.Struct(f"<{block_size}q").pack  # fixed width: [1, 23] and [12, 3] must differ
         self._names: list[bytes] = []
-        self._root = sha256(salt.encode()).digest()
-
-    @property
-    def root(self) -> bytes:
-        """The name before the first block."""
-        return self._root
-
-    @property
-    def num_prompt_blocks(self) -> int:
-        """The blocks with prompt tokens, the last of which may have output tokens too."""
-        return -(-len(self._prompt) // self._block_size)
+        self.root = _root_of(salt)  # the name before the first block
 
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
         return len(self._prompt) + len(self._outputs)
 
-    def name(self, index: int) -> bytes:
-        """The name of block `index`, which must be full."""
-        names = self._names
-        while len(names) <= index:
-            parent = names[-1] if names else self._root
-            names.append(sha256(parent + self._pack(*self._tokens_of(len(names)))).digest())
-        return names[index]
+    @property
+    def num_named(self) -> int:
+        """The number of blocks with a computed name."""
+        return len(self._names)
 
-    def _tokens_of(self, index: int) -> Sequence[int]:
-        start, split = index * self._block_size, len(self._prompt)
-        end = start + self._block_size
+    def name(self, index: int) -> bytes:
+        """The name of block `index`, which must be full; -1 is the root."""
+        names = self._names
+        if index < len(names):
+            return names[index] if index >= 0 else self.root
+        size = self._block_size
+        name = names[-1] if names else self.root
+        for start in range(len(names) * size, (index + 1) * size, size):
+            name = block_name(name, self.packed_tokens(start, start + size))
+            names.append(name)
+        return name
+
+    def packed_tokens(self, start: int, end: int) -> bytes:
+        """Tokens `start .. end - 1` of prompt + outputs, which must exist, as bytes."""
+        split = len(self._prompt)
         if end <= split:
-            return self._prompt[start:end]
-        outputs = self._outputs[max(0, start - split) : end - split]
-        return [*self._prompt[start:split], *outputs]
+            return _packer(end - start)(*self._prompt[start:end])
+        if start >= split:
+            return _packer(end - start)(*self._outputs[start - split : end - split])
+        return self.packed_tokens(start, split) + self.packed_tokens(split, end)
+
+
+def block_name(parent: bytes, tokens: bytes) -> bytes:
+    """The name of a block with these packed tokens after the block named `parent`."""
+    return sha256(parent + tokens).digest()
+
+
+@lru_cache(maxsize=1024)
+def _packer(num_tokens: int) -> Callable[..., bytes]:
+    """The function that packs this number of tokens."""
+    return struct.Struct(f"<{num_tokens}q").pack
+
+
+@lru_cache(maxsize=256)
+def _root_of(salt: str) -> bytes:
+    return sha256(salt.encode()).digest()

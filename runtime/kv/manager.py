@@ -1,7 +1,8 @@
 """Block tables of all sequences in one paged KV pool (PagedAttention, arXiv 2309.06180).
 
-The protocol is `can_admit` -> `admit` -> `allocate` or `append_blocks` (repeated while the sequence grows) -> `free`. A
-sequence is any string id; the scheduler uses request ids. Tables are owned by the manager and only read elsewhere.
+The protocol is `can_admit` -> `admit` -> `allocate` or `take_blocks` (repeated while the sequence grows) -> `free`. A
+sequence is any string id; the scheduler uses request ids. Tables are owned by the manager and only read elsewhere,
+except that the caller of `take_blocks` appends the blocks.
 
 Sequences with equal beginnings share blocks, by the prefix cache (`track`, `publish`) and by `fork`. Only full blocks
 are shared, and full blocks are never written to. Sequences can be swapped to the tiers below the device and back.
@@ -83,14 +84,9 @@ class PagedKVManager:
         self._tables.setdefault(seq_id, []).extend(new_blocks)
         return new_blocks
 
-    def append_blocks(self, seq_ids: Sequence[str]) -> list[int] | None:
-        """Extends the table of each of these sequences by one block; None, without a change, if too few are free."""
-        if not self.pool.can_take(len(seq_ids)):
-            return None
-        blocks = self.pool.take(len(seq_ids))
-        for seq_id, block in zip(seq_ids, blocks, strict=True):
-            self._tables[seq_id].append(block)
-        return blocks
+    def take_blocks(self, num: int) -> list[int] | None:
+        """Takes blocks that the caller appends to tables (`block_table`) at once; None if too few are free."""
+        return self.pool.take(num) if self.pool.can_take(num) else None
 
     # --- the prefix cache ---
 
@@ -116,14 +112,14 @@ class PagedKVManager:
     def can_admit(self, seq_id: str, num_tokens: int, headroom: int = 0) -> bool:
         """Whether `admit(seq_id, num_tokens)` would succeed and leave at least `headroom` blocks free."""
         hits = self._hits(seq_id, num_tokens)
-        num_taken = self.blocks_for(num_tokens) - len(hits) + self.pool.count_idle(hits)
+        num_taken = self.blocks_for(num_tokens) - len(hits) + (self.pool.count_idle(hits) if hits else 0)
         return self.pool.can_take(num_taken + headroom)
 
     def admit(self, seq_id: str, num_tokens: int) -> Admission:
         """Creates a sequence's table for `num_tokens` tokens, beginning with its blocks in the prefix cache."""
         assert seq_id not in self._tables, f"{seq_id!r} is admitted twice"
-        hits = list(self._hits(seq_id, num_tokens))
-        taken_hits = self.pool.share(hits)
+        hits = self._hits(seq_id, num_tokens)
+        taken_hits = self.pool.share(hits) if hits else []
         new_blocks = self.pool.take(self.blocks_for(num_tokens) - len(hits))
         self._tables[seq_id] = hits + new_blocks
         self._prefixes.count_query(seq_id, len(hits))
@@ -135,18 +131,13 @@ class PagedKVManager:
     def publish(self, seq_id: str, num_computed_tokens: int) -> None:
         """Makes the full blocks of the first `num_computed_tokens` tokens visible to other sequences.
 
-        Costs O(blocks filled since the last call). Call it after a prefill chunk, not in every decode step. Never call
-        it for tokens of a step that is not committed: a hit would read unwritten KV.
+        Costs O(blocks filled since the last call), mostly without hashing them. Call it after a prefill chunk and when
+        the sequence ends, not in every decode step. Never call it for tokens of a step that is not committed: a hit
+        would read unwritten KV.
         """
         table = self._tables.get(seq_id)
         if table is not None:
             self._prefixes.publish(seq_id, table, num_computed_tokens)
-
-    def publish_ended(self, seq_id: str, num_computed_tokens: int) -> None:
-        """`publish` for a sequence that is about to be freed; outputs are hashed when another sequence reaches them."""
-        table = self._tables.get(seq_id)
-        if table is not None:
-            self._prefixes.publish_ended(seq_id, table, num_computed_tokens)
 
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache, for example because the weights changed."""

@@ -4,50 +4,23 @@ from collections.abc import Sequence
 
 from sageLLM.runtime.kv.block_pool import BlockPool
 from sageLLM.runtime.kv.hash_chain import HashChain
+from sageLLM.runtime.kv.unnamed_blocks import UnnamedBlocks
 
 
-class TrackedSequence:
-    """A tracked sequence: its block names, the number of published blocks of its table, and its last match."""
+class TrackedSequence(HashChain):
+    """A tracked sequence: its block names, what is published of its table, and its last match.
 
-    __slots__ = ("chain", "match", "match_key", "num_published")
-
-    def __init__(self, chain: HashChain) -> None:
-        self.chain = chain
-        self.num_published = 0
-        self.match: list[int] = []
-        self.match_key: tuple[int, int] | None = None
-
-
-class OutputBlocks:
-    """Full blocks of an ended sequence with output tokens alone, hashed when another sequence reaches them.
-
-    Most outputs are never the prefix of a prompt, and hashing a block costs more than the rest of its life. A sequence
-    can only match these blocks after the block before them, so that block's name is the place to look for them.
+    `unnamed` are the last published blocks, if they have no names yet.
     """
 
-    __slots__ = ("blocks", "chain", "first", "num_left", "waiting")
+    __slots__ = ("match", "match_key", "num_published", "unnamed")
 
-    def __init__(self, chain: HashChain, first: int, blocks: Sequence[int]) -> None:
-        self.chain = chain
-        self.first = first
-        self.blocks = blocks
-        self.num_left = 0
-        self.waiting: dict[bytes, list[OutputBlocks]] = {}
-
-    @property
-    def parent(self) -> bytes:
-        """The name of the block before the first one."""
-        return self.chain.name(self.first - 1) if self.first else self.chain.root
-
-    def lose_block(self) -> None:
-        """One of the blocks was evicted; without blocks there is nothing to find."""
-        self.num_left -= 1
-        if self.num_left == 0:
-            same = self.waiting.get(self.parent, [])
-            if self in same:
-                same.remove(self)
-            if not same:
-                self.waiting.pop(self.parent, None)
+    def __init__(self, block_size: int, prompt: Sequence[int], outputs: Sequence[int], salt: str) -> None:
+        super().__init__(block_size, prompt, outputs, salt)
+        self.num_published = 0
+        self.unnamed: UnnamedBlocks | None = None
+        self.match: list[int] = []
+        self.match_key: tuple[int, int] | None = None
 
 
 class PrefixCache:
@@ -56,23 +29,30 @@ class PrefixCache:
     A match is a run of full blocks from the start of the sequence. At least the last token is always computed, because
     its logits are required, so a sequence that is cached as a whole matches one block less. Only published blocks
     match, and a block is published when it is full.
+
+    A published block is labelled with its name if a lookup has computed the name anyway. The blocks after it wait in
+    `_unnamed` until a sequence reaches them, or until equal blocks may be published: at most one sequence waits after
+    each name, and only if no block after that name has one. So of equal blocks one is cached, as if all had names.
+    (Two can be where the block before them was evicted and computed again; the next lookup drops one.)
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
         self._block_size = block_size
         self._sequences: dict[str, TrackedSequence] = {}
-        self._unhashed: dict[bytes, list[OutputBlocks]] = {}  # by the name of the block before them
+        self._unnamed: dict[bytes, UnnamedBlocks] = {}  # by the name of the block before them
         self.total_queried_tokens = 0
         self.total_hit_tokens = 0
 
     def track(self, seq_id: str, prompt: Sequence[int], outputs: Sequence[int], salt: str) -> None:
         """Starts to track a sequence by its live token lists, which may only grow at the end."""
-        self._sequences[seq_id] = TrackedSequence(HashChain(self._block_size, prompt, outputs, salt))
+        self._sequences[seq_id] = TrackedSequence(self._block_size, prompt, outputs, salt)
 
     def forget(self, seq_id: str) -> None:
         """Stops tracking a sequence; its published blocks can still be found."""
-        self._sequences.pop(seq_id, None)
+        sequence = self._sequences.pop(seq_id, None)
+        if sequence is not None and sequence.unnamed is not None:
+            sequence.unnamed.release_tokens()
 
     def match(self, seq_id: str) -> list[int]:
         """The blocks that hold the beginning of the sequence.
@@ -82,76 +62,100 @@ class PrefixCache:
         sequence = self._sequences.get(seq_id)
         if sequence is None:
             return []
-        key = (self._pool.labels_version, sequence.chain.num_tokens)
+        key = (self._pool.labels_version, sequence.num_tokens)
         if sequence.match_key != key:
-            sequence.match = self._walk(sequence.chain)
+            sequence.match = self._walk(sequence)
             sequence.match_key = key
         return sequence.match
 
     def _walk(self, chain: HashChain) -> list[int]:
-        blocks = []
+        find, blocks = self._pool.find, list[int]()
         for index in range((chain.num_tokens - 1) // self._block_size):  # without the last token, which is computed
-            block = self._pool.find(chain.name(index))
-            if block is None and self._unhashed:
-                self._hash_outputs_after(chain.name(index - 1) if index else chain.root)
-                block = self._pool.find(chain.name(index))
+            name = chain.name(index)
+            block = find(name)
             if block is None:
-                break
+                parent = chain.name(index - 1)
+                if parent not in self._unnamed:
+                    break
+                self._name_one_after(parent)
+                block = find(name)
+                if block is None:
+                    break
             blocks.append(block)
         return blocks
-
-    def _hash_outputs_after(self, name: bytes) -> None:
-        for outputs in self._unhashed.pop(name, ()):
-            for index, block in enumerate(outputs.blocks, outputs.first):
-                self._pool.settle(block, outputs, outputs.chain.name(index))
 
     def count_query(self, seq_id: str, num_hit_blocks: int) -> None:
         """Counts the hits of an admitted sequence, and marks these blocks of its table as published."""
         sequence = self._sequences.get(seq_id)
         if sequence is not None:
             sequence.num_published = num_hit_blocks
-            self.total_queried_tokens += sequence.chain.num_tokens
+            self.total_queried_tokens += sequence.num_tokens
             self.total_hit_tokens += num_hit_blocks * self._block_size
 
     def publish(self, seq_id: str, table: Sequence[int], num_computed_tokens: int) -> None:
-        """Labels the full blocks of the table, so that other sequences find them."""
+        """Lets other sequences find the full blocks of the table."""
         sequence = self._sequences.get(seq_id)
         if sequence is None:
             return
         # A step in flight may have computed a token that is not in the lists yet; its block is not named yet.
-        num_full = min(num_computed_tokens, sequence.chain.num_tokens) // self._block_size
-        for index in range(sequence.num_published, num_full):
-            self._pool.label(table[index], sequence.chain.name(index))
-        sequence.num_published = max(sequence.num_published, num_full)
+        num_full = min(num_computed_tokens, sequence.num_tokens) // self._block_size
+        if num_full > sequence.num_published:
+            self._publish(sequence, list(table[sequence.num_published : num_full]))
+            sequence.num_published = num_full
 
-    def publish_ended(self, seq_id: str, table: Sequence[int], num_computed_tokens: int) -> None:
-        """`publish` for a sequence that grows no more: its outputs are hashed only when another sequence reaches them.
+    def _publish(self, sequence: TrackedSequence, blocks: list[int]) -> None:
+        """Publishes the next blocks of a sequence. Hashes as few as possible."""
+        pool, first = self._pool, sequence.num_published
+        is_new = not pool.has_labels(blocks)  # a fork may share blocks that its parent has published
+        unnamed = sequence.unnamed
+        if unnamed is not None and unnamed.is_waiting:
+            if is_new:
+                unnamed.extend(blocks, pool.claim(blocks, unnamed))
+                return
+            while unnamed.is_waiting:
+                self._name_one_after(unnamed.parent)
+        has_duplicates = True  # other blocks after the parent may have names
+        parent = sequence.name(first - 1)
+        for index in range(first, first + len(blocks)):
+            is_awaited = parent in self._unnamed
+            if is_new and not (has_duplicates or is_awaited) and index >= sequence.num_named:
+                unnamed = UnnamedBlocks(
+                    parent, blocks[index - first :], sequence, index, self._block_size, self._unnamed
+                )
+                unnamed.num_left = pool.claim(unnamed.blocks, unnamed)
+                sequence.unnamed = self._unnamed[parent] = unnamed
+                return
+            if is_awaited:
+                self._name_one_after(parent)
+            parent = sequence.name(index)
+            has_duplicates = not pool.label(blocks[index - first], parent)
 
-        It keeps the token lists until then, or until the blocks are evicted.
-        """
-        sequence = self._sequences.get(seq_id)
-        if sequence is None:
-            return
-        chain = sequence.chain
-        num_full = min(num_computed_tokens, chain.num_tokens) // self._block_size
-        first = max(sequence.num_published, chain.num_prompt_blocks)
-        self.publish(seq_id, table, min(num_full, first) * self._block_size)
-        if num_full <= first:
-            return
-        outputs = OutputBlocks(chain, first, table[first:num_full])
-        outputs.num_left = self._pool.claim(outputs.blocks, outputs)
-        if outputs.num_left:
-            outputs.waiting = self._unhashed
-            self._unhashed.setdefault(outputs.parent, []).append(outputs)
-        sequence.num_published = num_full
-
-    def reset(self) -> None:
-        """Forgets the contents of all blocks."""
-        self._unhashed.clear()
-        self._pool.forget_labels()
+    def _name_one_after(self, parent: bytes) -> None:
+        """Names the first block of those that wait after this name; the rest waits after its name."""
+        first = self._unnamed.pop(parent, None)
+        moving = [] if first is None else [first]
+        while moving:
+            unnamed = moving.pop()
+            block, name = unnamed.name_first()
+            unnamed.num_left -= self._pool.settle(block, unnamed, name)
+            if unnamed.is_empty:
+                continue
+            other = self._unnamed.pop(name, None)
+            if other is None:
+                self._unnamed[name] = unnamed
+            else:  # equal blocks may follow: both are named one block further
+                moving += [unnamed, other]
 
     def drop_table(self, seq_id: str) -> None:
-        """Forgets what was published of a sequence that has lost its blocks: its next table is published again."""
+        """The sequence has lost its blocks: what was published stays, and its next table is published again."""
         sequence = self._sequences.get(seq_id)
         if sequence is not None:
             sequence.num_published = 0
+            if sequence.unnamed is not None:
+                sequence.unnamed.release_tokens()
+                sequence.unnamed = None
+
+    def reset(self) -> None:
+        """Forgets the contents of all blocks."""
+        self._unnamed.clear()
+        self._pool.forget_labels()

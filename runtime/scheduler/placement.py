@@ -96,9 +96,12 @@ class KVPlacement:
         """Grow a decoding request's table to `num_tokens` tokens; returns the new blocks."""
         return self.decode.allocate(request.request_id, num_tokens)
 
-    def extend_each(self, request_ids: list[str]) -> list[int] | None:
-        """Allocate one block to each of these decoding requests; None, and no change, if too few are free."""
-        return self.decode.append_blocks(request_ids)
+    def take_each(self, num_requests: int) -> list[int] | None:
+        """Take a block for each of so many decoding requests; None, and no change, if too few are free.
+
+        The caller appends them to `request.kv_block_ids`.
+        """
+        return self.decode.take_blocks(num_requests)
 
     # --- forks and swaps, on the worker that decodes ---
 
@@ -172,7 +175,7 @@ class KVPlacement:
         allocated and must still be announced: they are returned.
         """
         request_id = request.request_id
-        self.prefill.publish_ended(request_id, request.num_computed_tokens)
+        self.prefill.publish(request_id, request.num_computed_tokens)
         shared: list[int] = []
         if self.is_split and self.prefill.holds(request_id):
             freed = self.prefill.free(request_id)
@@ -180,9 +183,10 @@ class KVPlacement:
             shared = [block for block in unannounced if block not in freed]
             unannounced = ()  # they are blocks of the prefill pool; the numbers mean others in the decode pool
         freed = self.decode.free(request_id)
-        if request_id not in self._unannounced:
-            self.freed += [block for block in freed if block not in unannounced]
-        self._unannounced.discard(request_id)
+        if request_id in self._unannounced:
+            self._unannounced.remove(request_id)
+        else:
+            self.freed += [block for block in freed if block not in unannounced] if unannounced else freed
         request.kv_block_ids = []
         return shared or [block for block in unannounced if block not in freed]
 

@@ -66,6 +66,31 @@ def test_a_double_free_and_an_overdraft_are_detected() -> None:
         pool.release([1])
 
 
+class Blocks:
+    """Claimed blocks."""
+
+    num_lost = 0
+
+    def lose_block(self) -> None:
+        self.num_lost += 1
+
+
+def test_a_claimed_block_with_a_duplicate_becomes_free() -> None:
+    pool, claim = BlockPool(4), Blocks()
+    blocks = pool.take(3)
+    pool.label(blocks[0], b"first")
+    pool.claim(blocks[1:], claim)
+    pool.release(blocks)
+    assert pool.num_idle == 3
+    assert pool.settle(blocks[1], claim, b"first")
+    assert pool.settle(blocks[2], claim, b"second")
+    assert (pool.num_idle, pool.find(b"first"), pool.find(b"second")) == (2, blocks[0], blocks[2])
+    pool.check_integrity()
+    assert pool.take(2) == [blocks[1], 3], "released blocks before fresh ones"
+    assert not pool.settle(blocks[1], claim, b"third")
+    pool.check_integrity()
+
+
 def test_the_integrity_check_detects_a_shared_block_and_a_leak() -> None:
     kv = PagedKVManager(num_blocks=4, block_size=1)
     kv.allocate("a", 1)

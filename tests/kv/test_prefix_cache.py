@@ -1,6 +1,9 @@
 """The prefix cache: hits, visibility, cost and eviction order."""
 
+import gc
 import hashlib
+import random
+from itertools import takewhile
 
 import pytest
 
@@ -184,7 +187,7 @@ def ended(kv: PagedKVManager, seq_id: str, prompt: list[int], outputs: list[int]
     kv.publish(seq_id, len(prompt))
     known += outputs
     kv.allocate(seq_id, len(prompt) + len(outputs))
-    kv.publish_ended(seq_id, len(prompt) + len(outputs))
+    kv.publish(seq_id, len(prompt) + len(outputs))
     kv.free(seq_id)
     kv.forget(seq_id)
     kv.check_integrity([])
@@ -201,20 +204,97 @@ def hits(kv: PagedKVManager, tokens: list[int]) -> int:
 PROMPT, ANSWER = [1, 2, 3, 4, 5, 6], list(range(7, 20))
 
 
-def num_hashed(kv: PagedKVManager) -> int:
-    """Blocks with a hash, rather than the promise of one."""
+def num_named(kv: PagedKVManager) -> int:
+    """Blocks with a name, rather than a place to wait for one."""
     return len(kv.pool._by_label)
 
 
-def test_outputs_are_hashed_when_another_sequence_reaches_them() -> None:
+def test_a_block_is_named_when_another_sequence_reaches_the_one_before() -> None:
     kv = caching()
-    ended(kv, "a", PROMPT, ANSWER)  # blocks: 4 of the prompt, 2 + 2 of both, two of the answer
-    assert num_hashed(kv) == 2
+    ended(kv, "a", PROMPT, ANSWER)  # four blocks; the first was looked up, the second could equal a named one
+    assert num_named(kv) == 2
     assert hits(kv, [*PROMPT, 0, 0, 0]) == 4
-    assert num_hashed(kv) == 2
+    assert num_named(kv) == 2
     assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
-    assert num_hashed(kv) == 4
-    assert not kv._prefixes._unhashed
+    assert num_named(kv) == 4
+    assert not kv._prefixes._unnamed
+
+
+def test_a_chunk_is_named_with_the_chunks_before_it() -> None:
+    kv = caching()
+    tokens = list(range(16))
+    kv.track("a", tokens, [])
+    kv.admit("a", 16)
+    for num_computed in (9, 13, 16):
+        kv.publish("a", num_computed)
+    assert num_named(kv) == 1
+    assert hits(kv, [*tokens, 0]) == 16
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_exactly_what_was_published_is_found(seed: int) -> None:
+    """Random sequences over few tokens: hits are those of a cache that names every block at once."""
+    rng = random.Random(seed)
+    kv, size = caching(num_blocks=2000, block_size=2), 2
+    published: set[tuple[str, tuple[int, ...]]] = set()
+    running: dict[str, tuple[list[int], list[int], str, int]] = {}
+
+    def num_found(salt: str, tokens: list[int]) -> int:
+        whole = (salt, tuple(tokens))
+        ends = takewhile(lambda end: (salt, whole[1][:end]) in published, range(size, len(tokens), size))
+        return max(ends, default=0)
+
+    waiting = {f"w{i}": [rng.randrange(2) for _ in range(12)] for i in range(8)}
+    for name, tokens in waiting.items():
+        kv.track(name, tokens, [])
+    for number in range(150):
+        name, salt = str(number), rng.choice(["", "", "s"])
+        prompt = [rng.randrange(2) for _ in range(rng.randint(1, 9))]
+        outputs: list[int] = []
+        kv.track(name, prompt, outputs, salt)
+        found = num_found(salt, prompt)
+        assert kv.num_cached_tokens(name) == found
+        kv.admit(name, len(prompt))
+        running[name] = (prompt, outputs, salt, found)
+        for other in rng.sample(list(running), k=min(3, len(running))):
+            prompt, outputs, salt, num_computed = running[other]
+            outputs += [rng.randrange(2) for _ in range(rng.randint(0, 5))]
+            tokens = prompt + outputs
+            num_computed = rng.randint(num_computed, len(tokens))
+            kv.allocate(other, len(tokens))
+            kv.publish(other, num_computed)
+            published |= {(salt, tuple(tokens[:end])) for end in range(size, num_computed + 1, size)}
+            running[other] = (prompt, outputs, salt, num_computed)
+            if rng.random() < 0.3:
+                kv.free(other)
+                kv.forget(other)
+                del running[other]
+                outputs += [5, 5, 5]  # the engine's list is no concern of the cache any more
+            assert len(kv.pool._label_of) == len(published), "of equal blocks one is cached"
+            name, tokens = rng.choice(list(waiting.items()))
+            assert kv.num_cached_tokens(name) == num_found("", tokens), "a waiting sequence, matched before"
+        kv.check_integrity(running)
+
+
+def test_cached_blocks_keep_no_token_list_alive() -> None:
+    kv = caching()
+    ended(kv, "a", PROMPT, ANSWER)
+    (waiting,) = kv._prefixes._unnamed.values()
+    assert not any(isinstance(one, list) and 7 in one for one in gc.get_referents(waiting))
+    kv.track("b", list(range(30, 44)), [])
+    kv.admit("b", 14)
+    kv.publish("b", 14)
+    assert any(unnamed._chain is not None for unnamed in kv._prefixes._unnamed.values())
+    kv.forget("b")
+    assert all(unnamed._chain is None for unnamed in kv._prefixes._unnamed.values())
+    kv.free("b")
+
+
+def test_the_order_of_eviction_stays_short() -> None:
+    kv = caching(num_blocks=8)
+    for turn in range(300):
+        run(kv, f"s{turn}", [1] * 9)
+        assert len(kv.pool._eviction_order) <= 2 * kv.pool.num_idle + 66
 
 
 def test_outputs_after_outputs_are_found() -> None:
@@ -234,7 +314,7 @@ def test_a_waiting_sequence_finds_outputs_that_end_later() -> None:
     assert kv.num_cached_tokens("waits") == 8
     outputs += ANSWER
     kv.allocate("a", 21)
-    kv.publish_ended("a", 21)
+    kv.publish("a", 21)
     assert kv.num_cached_tokens("waits") == 20
 
 
@@ -244,7 +324,7 @@ def test_evicted_outputs_are_not_found(num_evicted: int) -> None:
     ended(kv, "a", PROMPT, ANSWER)
     kv.allocate("other", 4 * (num_evicted + 1))  # one block was free
     kv.free("other")
-    assert bool(kv._prefixes._unhashed) == (num_evicted == 1), "without blocks the token lists are released"
+    assert bool(kv._prefixes._unnamed) == (num_evicted == 1), "without blocks the tokens are released"
     assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16 - 4 * num_evicted
 
 
@@ -258,11 +338,10 @@ def test_of_two_equal_outputs_one_stays_cached() -> None:
         outputs[name] += ANSWER
         kv.allocate(name, 19)
     for name in "ab":
-        kv.publish_ended(name, 19)
+        kv.publish(name, 19)
         kv.free(name)
-    assert kv.stats().num_cached == 6
-    assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
     assert kv.stats().num_cached == 4
+    assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
 
 
 def test_a_reset_forgets_outputs_that_are_not_hashed() -> None:
@@ -270,7 +349,7 @@ def test_a_reset_forgets_outputs_that_are_not_hashed() -> None:
     ended(kv, "a", PROMPT, ANSWER)
     kv.reset_prefix_cache()
     assert kv.stats().num_cached == 0
-    assert not kv._prefixes._unhashed, "the token lists are released"
+    assert not kv._prefixes._unnamed, "the tokens are released"
     assert hits(kv, [*PROMPT, *ANSWER, 0]) == 0
 
 
@@ -283,10 +362,10 @@ def test_outputs_shared_with_a_running_fork_are_found() -> None:
     kv.allocate("a", 19)
     kv.track("fork", [*PROMPT, *ANSWER], [])
     kv.fork("a", "fork", 19)
-    kv.publish_ended("a", 19)
+    kv.publish("a", 19)
     kv.free("a")
     assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
-    kv.publish_ended("fork", 19)
+    kv.publish("fork", 19)
     kv.free("fork")
     assert hits(kv, [*PROMPT, *ANSWER, 0]) == 16
 

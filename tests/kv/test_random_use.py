@@ -113,7 +113,7 @@ class World:
             self.kv.free(seq_id)
         else:
             if self.rng.random() < 0.8:
-                self.kv.publish_ended(seq_id, sequence.num_computed)
+                self.kv.publish(seq_id, sequence.num_computed)
             self.kv.free(seq_id, until_step=self.step if self.rng.random() < 0.3 else None)
         self.kv.forget(seq_id)
 
