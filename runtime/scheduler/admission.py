@@ -51,6 +51,8 @@ class Admission:
     def needs_no_prefill(self, request: Request) -> bool:
         """Whether the KV of a waiting request exists: received from elsewhere, or in a tier (or being copied to it)."""
         kv, request_id = self._kv.decode, request.request_id
+        if request.status is not RequestStatus.PREEMPTED:
+            return request_id in self._table.received
         return request_id in self._table.received or kv.is_swapped(request_id) or kv.is_in_transfer(request_id)
 
     def admit(self, request: Request, step: StepPlan) -> None:

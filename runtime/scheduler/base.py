@@ -65,15 +65,15 @@ class BaseScheduler(ABC):
 
     def why_not_acceptable(self, request: Request) -> str | None:
         """The reason why `add_request` would refuse the request, or None."""
-        name = f"request {request.request_id!r}"
-        if request.request_id in self.waiting_queue or request.request_id in self.running_requests:
-            return f"{name} is already being served; ids of live requests must differ"
+        request_id = request.request_id
+        if request_id in self.waiting_queue or request_id in self.running_requests:
+            return f"request {request_id!r} is already being served; ids of live requests must differ"
         if not request.prompt_token_ids:
-            return f"{name} has an empty prompt; it needs at least one token"
+            return f"request {request_id!r} has an empty prompt; it needs at least one token"
         if request.max_new_tokens < 1:
-            return f"{name} asks for max_new_tokens={request.max_new_tokens}; it must be at least 1"
+            return f"request {request_id!r} asks for max_new_tokens={request.max_new_tokens}; it must be at least 1"
         if request.status is not RequestStatus.WAITING:
-            return f"{name} is {request.status.value}; make a new Request to run it again"
+            return f"request {request_id!r} is {request.status.value}; make a new Request to run it again"
         return None
 
     @abstractmethod

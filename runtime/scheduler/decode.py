@@ -1,6 +1,6 @@
 """Decode phase of a step: one token for each decoding request, round robin when a step cannot serve all."""
 
-from sageLLM.runtime.scheduler.decode_queue import DecodeQueue, roster_of
+from sageLLM.runtime.scheduler.decode_queue import DecodeQueue
 from sageLLM.runtime.scheduler.placement import KVPlacement
 from sageLLM.runtime.scheduler.plan import StepPlan
 from sageLLM.runtime.scheduler.preemption import Preemption
@@ -17,6 +17,11 @@ class DecodePhase:
         self._kv = kv
         self._preemption = preemption
         self._max_context_tokens = max_context_tokens
+
+    @property
+    def num_requests(self) -> int:
+        """The number of requests that decode."""
+        return len(self._queue.requests)
 
     def has_work(self) -> bool:
         """Whether any request decodes."""
@@ -40,22 +45,15 @@ class DecodePhase:
             self._grow_one_by_one(full, step, skipped)
         if step.preempted:  # a victim has left the queue, and its slot with it
             skipped = {request_id: slot for request_id, slot in skipped.items() if slot.is_live}
-        step.decode = queue.advance(queue.roster(skipped), skipped)
+        step.decode = queue.advance(skipped)
 
     def _grow_together(self, full: list[DecodeSlot], step: StepPlan) -> bool:
         """The common case: enough blocks are free for all. False, and no change, if not."""
-        ids = [slot.request.request_id for slot in full]
-        blocks = self._kv.extend_each(ids)
+        blocks = self._kv.take_each(len(full))
         if blocks is None:
             return False
-        new_blocks = step.new_blocks
-        tick = self._queue.enter_growth(full)
-        for slot, request_id, block in zip(full, ids, blocks, strict=True):
-            slot.growth_tick = tick
-            if request_id in new_blocks:  # announced again after a roll-back
-                new_blocks[request_id].append(block)
-            else:
-                new_blocks[request_id] = [block]
+        self._queue.grow(full, blocks)
+        step.add_block_each([slot.request.request_id for slot in full], blocks)
         return True
 
     def _grow_one_by_one(self, full: list[DecodeSlot], step: StepPlan, skipped: dict[str, DecodeSlot]) -> None:
@@ -75,16 +73,12 @@ class DecodePhase:
         served = self._choose(step, max_requests, skipped)
         skipped = {r.request_id: r.slot for r in queue.requests if r.slot is not None and r.request_id not in served}
         due = queue.pop_due()
-        step.decode = queue.advance(roster_of(list(served.values())), skipped)
+        step.decode = queue.advance_round(list(served.values()), skipped)
         for slot in due:
             # Entering only live slots that `advance` has not entered keeps the calendar from filling up with
             # duplicates, which would multiply with every round.
             if slot.is_live and slot.growth_tick < queue.clock.planned:
                 queue.note_growth(slot)
-        if step.decode is not None:
-            step.decode.served = list(served.values())
-            for request in served.values():
-                queue.requests.to_back(request)
 
     def _choose(self, step: StepPlan, max_requests: int, skipped: dict[str, DecodeSlot]) -> dict[str, Request]:
         """The requests to serve, within the bounds on requests and context tokens; allocates their blocks."""

@@ -1,8 +1,9 @@
 """Queue of decoding requests with clock-relative token counts.
 
 A steady step costs O(requests that need a block or end), not O(requests): counts are offsets from the decode clock
-(`DecodeSlot`), and two calendars map clock ticks to the slots that need attention then. A calendar entry is valid only
-while the slot is live and still has that tick, so leaving or moving a slot need not search the calendars.
+(`DecodeSlot`), and two calendars map clock ticks to the slots that need attention then. An entry of the calendar of
+growth is valid only while the slot is live and still has that tick, so leaving or moving a slot need not search it.
+The other one has no stale entries: an end may be far away, and a stale entry would keep its request alive until then.
 """
 
 from collections.abc import Iterable
@@ -12,10 +13,9 @@ from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.plan import DecodePlan
 from sageLLM.runtime.scheduler.queues import RoundRobinQueue
 from sageLLM.runtime.scheduler.request import DecodeClock, DecodeSlot, Request
+from sageLLM.runtime.scheduler.roster import Roster
 
 Calendar = dict[int, list[DecodeSlot]]
-Roster = tuple[list[Request], list[int]]
-"""Requests and their offsets from the decode clock."""
 
 
 class DecodeQueue:
@@ -27,8 +27,11 @@ class DecodeQueue:
         self._block_size = block_size
         self._limits = limits
         self._growth: Calendar = {}
-        self._ends: Calendar = {}
-        self._full_roster: Roster | None = None  # of all requests; None: to be rebuilt
+        self._ends: dict[int, dict[DecodeSlot, None]] = {}  # of live slots
+        self._has_rolled_back = False  # stale entries can be valid again, next to newer ones of the same tick
+        self._num_joined = 0
+        # Of all requests. None: the round robin has changed their order.
+        self._roster: Roster | None = Roster(())
 
     # --- membership ---
 
@@ -46,10 +49,12 @@ class DecodeQueue:
         self._add(request, request.num_planned_tokens, self._limits.num_decodes_left(request) - 1)
 
     def _add(self, request: Request, num_tokens: int, num_left: int) -> DecodeSlot:
-        slot = DecodeSlot(request, self.clock, num_tokens)
-        request.take_slot(slot)
+        slot = DecodeSlot(request, self.clock, num_tokens, self._num_joined)
+        self._num_joined += 1
+        request.slot = slot
         self.requests.append(request)
-        self._full_roster = None
+        if self._roster is not None:
+            self._roster.append(slot)
         self.note_growth(slot)
         self._note_end(slot, self.clock.planned + max(1, num_left))
         return slot
@@ -59,10 +64,14 @@ class DecodeQueue:
         slot.computed_offset = num_tokens - self.clock.committed
 
     def leave(self, request: Request) -> None:
-        """Remove a request. Its calendar entries die with its slot."""
+        """Remove a request. Its entry for growth dies with its slot."""
+        slot = request.slot
+        assert slot is not None, f"{request.request_id!r} does not decode"
         self.requests.remove(request)
+        if self._roster is not None:
+            self._roster.remove(slot)
+        self._forget_end(slot)
         request.leave_slot()
-        self._full_roster = None
 
     # --- growth ---
 
@@ -76,11 +85,13 @@ class DecodeQueue:
         slot.growth_tick = max(due, self.clock.planned)  # a tick of the past would never be popped
         self._growth.setdefault(slot.growth_tick, []).append(slot)
 
-    def enter_growth(self, slots: list[DecodeSlot]) -> int:
-        """Enter the next growth of full requests that get one block each; returns its tick, to be set in each slot."""
+    def grow(self, slots: list[DecodeSlot], blocks: list[int]) -> None:
+        """Append one block to the table of each of these full requests, and enter their next growth."""
         tick = self.clock.planned + self._block_size
         self._growth.setdefault(tick, []).extend(slots)
-        return tick
+        for slot, block in zip(slots, blocks, strict=True):
+            slot.growth_tick = tick
+            slot.request.kv_block_ids.append(block)
 
     def pop_due(self) -> list[DecodeSlot]:
         """Remove and return the calendar entries of this tick, stale ones included."""
@@ -88,18 +99,13 @@ class DecodeQueue:
 
     def pop_full(self, skipped: dict[str, DecodeSlot]) -> list[DecodeSlot]:
         """The slots that need a block for this step's token, except those that the step skips."""
-        if self.clock.planned not in self._growth:
-            return []
         tick = self.clock.planned
-        due = [slot for slot in self._growth.pop(tick) if slot.growth_tick == tick and slot.request.slot is slot]
-        if skipped:
-            due = [slot for slot in due if slot.request.request_id not in skipped]
-        full = [slot for slot in due if not self.has_room(slot)]
-        if len(full) < len(due):
-            for slot in due:
-                if self.has_room(slot):
-                    self.note_growth(slot)
-        return full
+        if tick not in self._growth:
+            return []
+        full = [slot for slot in self._growth.pop(tick) if slot.growth_tick == tick and slot.request.slot is slot]
+        if self._has_rolled_back:
+            full = list(dict.fromkeys(full))
+        return [slot for slot in full if slot.request.request_id not in skipped] if skipped else full
 
     def num_blocks_due(self, num_steps: int) -> int:
         """Blocks that the requests need for their next `num_steps` unplanned tokens."""
@@ -112,36 +118,60 @@ class DecodeQueue:
 
     def ending(self) -> dict[str, DecodeSlot]:
         """The slots of requests with their last token in a pending step, or the last one before a recomputation."""
-        tick = self.clock.planned
-        return {s.request.request_id: s for s in self._ends.get(tick, ()) if s.is_live and s.end_tick == tick}
+        return {slot.request.request_id: slot for slot in self._ends.get(self.clock.planned, ())}
 
     def _note_end(self, slot: DecodeSlot, tick: int) -> None:
         slot.end_tick = tick
-        self._ends.setdefault(tick, []).append(slot)
+        self._ends.setdefault(tick, {})[slot] = None
 
-    def roster(self, skipped: dict[str, DecodeSlot]) -> Roster:
-        """All requests but the skipped ones."""
-        # Always new lists: the batches of earlier steps still refer to the old ones.
-        if skipped:
-            return roster_of([request for request in self.requests if request.request_id not in skipped])
-        if self._full_roster is None:
-            self._full_roster = roster_of(list(self.requests))
-        return self._full_roster
+    def _forget_end(self, slot: DecodeSlot) -> None:
+        slots = self._ends.get(slot.end_tick)
+        if slots is not None:
+            slots.pop(slot, None)
+            if not slots:
+                del self._ends[slot.end_tick]
 
-    def advance(self, roster: Roster, skipped: dict[str, DecodeSlot]) -> DecodePlan | None:
-        """Decode the requests of the roster and advance the clock; skipped slots move back by one."""
-        requests, offsets = roster
+    def advance(self, skipped: dict[str, DecodeSlot]) -> DecodePlan | None:
+        """Decode all requests but the skipped ones and advance the clock; skipped slots move back by one."""
+        roster = self._roster
+        if roster is None:
+            roster = self._roster = self._rebuilt_roster()
+        requests, offsets = roster.share(list(skipped.values())) if skipped else roster.share()
+        return self._advance(requests, offsets, skipped)
+
+    def advance_round(self, served: list[Request], skipped: dict[str, DecodeSlot]) -> DecodePlan | None:
+        """Decode the served requests, which move to the back of the queue, and advance the clock."""
+        self._roster = None
+        offsets = [request.slot.planned_offset for request in served if request.slot is not None]
+        plan = self._advance(served, offsets, skipped)
+        if plan is not None:
+            plan.served = served
+            for request in served:
+                self.requests.to_back(request)
+        return plan
+
+    def _advance(
+        self, requests: list[Request], offsets: list[int], skipped: dict[str, DecodeSlot]
+    ) -> DecodePlan | None:
         plan = None
         if requests:
             plan = DecodePlan(DecodeStepBatch(0, requests, offsets, self.clock.planned), list(skipped.values()))
             self.clock.planned += 1
-        if skipped:
-            for slot in skipped.values():
-                if requests:
-                    slot.planned_offset -= 1
+        for slot in skipped.values():
+            if requests:
+                slot.planned_offset -= 1
+                if self._roster is not None:
+                    self._roster.move_back(slot)
+            if requests or slot.growth_tick <= self.clock.planned:  # or its entry was taken out for this step
                 self.note_growth(slot)
-            self._full_roster = None
         return plan
+
+    def _rebuilt_roster(self) -> Roster:
+        slots = [request.slot for request in self.requests if request.slot is not None]
+        for slot in slots:
+            slot.number = self._num_joined
+            self._num_joined += 1
+        return Roster(slots)
 
     def commit(self, plan: DecodePlan) -> list[Request]:
         """Count the step's tokens as computed; returns the requests that may be complete or have outgrown their KV."""
@@ -149,9 +179,9 @@ class DecodeQueue:
         for slot in plan.skipped:
             if slot.computed_offset is not None:
                 slot.computed_offset -= 1
-        if tick not in self._ends:
+        slots = self._ends.pop(tick, None)
+        if slots is None:
             return []
-        slots = [slot for slot in self._ends.pop(tick) if slot.is_live and slot.end_tick == tick]
         for slot in slots:  # those that turn out not to be complete are checked again
             self._note_end(slot, tick + max(1, self._limits.num_decodes_left(slot.request)))
         return [slot.request for slot in slots]
@@ -159,14 +189,27 @@ class DecodeQueue:
     def roll_back(self, plan: DecodePlan) -> None:
         """Undo the decodes of the newest pending step."""
         self.clock.planned -= 1
-        self._full_roster = None
+        self._has_rolled_back = True
+        self._roster = None
         for slot in plan.skipped:
             slot.planned_offset += 1
             if slot.is_live:
                 self.note_growth(slot)
         self.requests.to_front(plan.served)
 
-
-def roster_of(requests: list[Request]) -> Roster:
-    """The requests with their offsets from the decode clock."""
-    return requests, [request.slot.planned_offset for request in requests if request.slot is not None]
+    def check_integrity(self) -> None:
+        """Check that each request has one valid entry in each calendar, at the right tick."""
+        for request in self.requests:
+            slot = request.slot
+            assert slot is not None, f"{request.request_id!r} must have a slot"
+            due = max(self.clock.planned, len(request.kv_block_ids) * self._block_size - slot.planned_offset)
+            assert slot.growth_tick == due, f"{request.request_id!r} grows at tick {slot.growth_tick} instead of {due}"
+            num_entries = self._growth.get(due, []).count(slot)
+            assert num_entries == 1 or (num_entries and self._has_rolled_back), (
+                f"{request.request_id!r} has {num_entries} entries for its growth"
+            )
+            assert slot in self._ends[slot.end_tick], f"{request.request_id!r} misses its entry for the end"
+        num_ends = sum(map(len, self._ends.values()))
+        assert num_ends == len(self.requests), f"{num_ends} entries for ends of {len(self.requests)} requests"
+        if self._roster is not None:
+            self._roster.check_integrity(self.requests)

@@ -45,7 +45,9 @@ class ForkTable:
 
     def take(self, parent_id: str) -> list[Request]:
         """Remove and return the forks of this parent."""
-        forks = list(self._by_parent.pop(parent_id, {}).values())
+        if parent_id not in self._by_parent:
+            return []
+        forks = list(self._by_parent.pop(parent_id).values())
         for fork in forks:
             del self._by_id[fork.request_id]
         return forks

@@ -217,4 +217,5 @@ class Lifecycle:
         assert table.preempted.keys() == waiting_preempted, "a preempted request does not wait"
         swapping = [i for i in table.preempted if self._kv.decode.holds(i)]
         assert all(self._kv.decode.is_in_transfer(i) for i in swapping), "a waiting request holds blocks"
+        self._decodes.check_integrity()
         self._kv.check_integrity([*running, *table.pending_free, *swapping])

@@ -32,16 +32,17 @@ class SequenceLimits:
     def why_too_long(self, request: Request) -> str | None:
         """The reason why the request can never yield a token, or None: its tokens and one more must fit the bounds."""
         num_tokens = request.total_tokens
-        name = f"request {request.request_id!r}"
         if self.max_model_len is not None and num_tokens >= self.max_model_len:
             return (
-                f"{name} has {num_tokens} prompt tokens; with max_model_len={self.max_model_len} "
+                f"request {request.request_id!r} has {num_tokens} prompt tokens; "
+                f"with max_model_len={self.max_model_len} "
                 f"at most {self.max_model_len - 1} leave room for an output token"
             )
         if self.max_kv_tokens is not None and num_tokens >= self.max_kv_tokens:
             num_needed, num_blocks = -(-(num_tokens + 1) // self.block_size), self.max_kv_tokens // self.block_size
             return (
-                f"{name} needs {num_needed} KV blocks for {num_tokens} prompt tokens and one output token; "
+                f"request {request.request_id!r} needs {num_needed} KV blocks for {num_tokens} prompt tokens "
+                f"and one output token; "
                 f"the pool has {num_blocks} blocks of {self.block_size} tokens"
             )
         return None

@@ -68,8 +68,11 @@ class Hybrid:
         phases, config = self._phases, self._phases.config
         chunk_size = config.prefill_chunk_size if max_prefill_tokens is None else max_prefill_tokens
         budget = config.max_prefill_tokens
-        # Decodes come first, but leave tokens for a prefill that can run: neither starves the other.
-        kept_for_prefill = min(chunk_size, budget // 2) if phases.prefill.has_work() else 0
+        # Decodes come first, but leave tokens for a prefill that can run: neither starves the other. If all decodes fit
+        # beside it, nobody needs to know whether there is one.
+        kept_for_prefill = min(chunk_size, budget // 2)
+        if phases.decode.num_requests > budget - kept_for_prefill and not phases.prefill.has_work():
+            kept_for_prefill = 0
         phases.decode.add_to(step, min(config.max_decodes, budget - kept_for_prefill))
         phases.add_prefills(step, min(chunk_size, budget - step.num_decodes))
 

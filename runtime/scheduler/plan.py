@@ -63,6 +63,14 @@ class StepPlan:
         if blocks:
             self.new_blocks.setdefault(request.request_id, []).extend(blocks)
 
+    def add_block_each(self, request_ids: list[str], blocks: list[int]) -> None:
+        """Announce one block of each of these requests."""
+        if self.new_blocks:  # announcements of a step that was rolled back
+            for request_id, block in zip(request_ids, blocks, strict=True):
+                self.new_blocks.setdefault(request_id, []).append(block)
+        else:
+            self.new_blocks = dict(zip(request_ids, [[block] for block in blocks], strict=True))
+
     def drop(self, request: Request) -> list[int]:
         """Remove a preempted request; returns the blocks allocated to it within this step.
 
@@ -90,27 +98,26 @@ class StepPlan:
 
     def to_output(self, step_id: int, freed: list[int], freed_prefill: list[int]) -> ScheduleOutput:
         """The finished plan as the engine sees it."""
-        # Assigned one by one: keyword arguments would double the time, and this runs in every step.
-        output = ScheduleOutput(step_id=step_id)
-        if self.prefill:
-            output.prefill_batch = _prefill_batch(2 * step_id, self.prefill)
+        decode_batch = None
         if self.decode is not None:
-            output.decode_batch = self.decode.batch
-            output.decode_batch.batch_id = 2 * step_id + 1
-        output.preempted_requests = self.preempted
-        output.kv_blocks_to_allocate = self.new_blocks
-        output.kv_blocks_to_free = freed
-        output.prefill_blocks_to_free = freed_prefill
-        output.num_cached_tokens = self.num_cached
-        output.kv_migrations = self.migrations
-        output.migrations_to_cancel = self.to_cancel
-        if self.block_copies:
-            output.block_copies = [copy for copies in self.block_copies.values() for copy in copies]
-        if self.requeued:
-            output.requeued_requests = self.requeued
-        if self.tier_copies:
-            output.tier_copies = list(self.tier_copies.values())
-        return output
+            decode_batch = self.decode.batch
+            decode_batch.batch_id = 2 * step_id + 1
+        # By position: keyword arguments would double the time, and this runs in every step.
+        return ScheduleOutput(
+            _prefill_batch(2 * step_id, self.prefill) if self.prefill else None,
+            decode_batch,
+            self.preempted,
+            self.new_blocks,
+            freed,
+            self.migrations,
+            freed_prefill,
+            step_id,
+            self.num_cached,
+            self.to_cancel,
+            [copy for copies in self.block_copies.values() for copy in copies] if self.block_copies else [],
+            list(self.tier_copies.values()) if self.tier_copies else [],
+            self.requeued,
+        )
 
 
 def _prefill_batch(batch_id: int, chunks_by_id: dict[str, Chunk]) -> Batch:

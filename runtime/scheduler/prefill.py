@@ -8,6 +8,7 @@ from collections import deque
 
 from sageLLM.runtime.scheduler.admission import Admission
 from sageLLM.runtime.scheduler.plan import StepPlan
+from sageLLM.runtime.scheduler.request import Request
 from sageLLM.runtime.scheduler.table import RequestTable
 
 
@@ -39,8 +40,10 @@ class PrefillPhase:
         table = self._table
         if not (table.prefilling or table.waiting):
             return
-        unfinished = [r for r in table.prefilling.values() if r.num_planned_tokens < r.total_tokens]
-        started = deque(sorted(unfinished, key=lambda request: request.rank))
+        started: deque[Request] = deque()
+        if table.prefilling:
+            unfinished = [r for r in table.prefilling.values() if r.num_planned_tokens < r.total_tokens]
+            started.extend(sorted(unfinished, key=lambda request: request.rank))
         may_admit = not step.preempted
         while max_tokens > 0 and len(step.prefill) < max_requests:
             # By rank across both: a started request of lower rank must not hold up a new one of higher rank.

@@ -5,7 +5,7 @@ Both find and remove a member by id in O(1).
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 from sageLLM.runtime.scheduler.request import Rank, Request
@@ -13,39 +13,31 @@ from sageLLM.runtime.scheduler.request import Rank, Request
 Member = TypeVar("Member", bound=Request)
 
 
-def _rank(request: Request) -> Rank:
-    return request.rank
-
-
-def _age(request: Request) -> Rank:
-    return (0, request.sequence_number)
-
-
 class RankedQueue(Generic[Member]):
-    """Queue sorted by `key`, by default the rank. A member keeps the key with which it was pushed.
+    """Queue sorted by rank. A member keeps the rank with which it was pushed.
 
     A binary heap with lazy deletion: `remove` only deletes the member; its heap entry is dropped when it reaches the
     top, or together with all other dead entries once they outnumber the live ones. So every operation costs O(log n)
     amortised.
     """
 
-    def __init__(self, key: Callable[[Request], Rank] = _rank) -> None:
-        self._key = key
+    def __init__(self) -> None:
         self._heap: list[tuple[Rank, str]] = []
         self._members: dict[str, tuple[Rank, Member]] = {}
 
     def push(self, member: Member) -> None:
-        """Insert a member; keys of live members are distinct."""
+        """Insert a member; ranks of live members are distinct."""
         assert member.request_id not in self._members, f"{member.request_id!r} is queued twice"
-        key = self._key(member)
-        self._members[member.request_id] = (key, member)
-        heapq.heappush(self._heap, (key, member.request_id))
+        self._members[member.request_id] = (member.rank, member)
+        heapq.heappush(self._heap, (member.rank, member.request_id))
 
     def peek(self) -> Member | None:
-        """The member with the lowest key, which stays in the queue."""
+        """The member with the lowest rank, which stays in the queue."""
+        if not self._members:
+            return None
         while self._heap and not self._is_live(self._heap[0]):
             heapq.heappop(self._heap)
-        return self._members[self._heap[0][1]][1] if self._heap else None
+        return self._members[self._heap[0][1]][1]
 
     def remove(self, member: Member) -> None:
         """Remove a member, wherever it is."""
@@ -60,8 +52,8 @@ class RankedQueue(Generic[Member]):
         return entry[1] if entry else None
 
     def _is_live(self, entry: tuple[Rank, str]) -> bool:
-        key, request_id = entry
-        return request_id in self._members and self._members[request_id][0] == key
+        rank, request_id = entry
+        return request_id in self._members and self._members[request_id][0] == rank
 
     def __len__(self) -> int:
         return len(self._members)
@@ -87,20 +79,28 @@ class WaitingQueue(RankedQueue[Request]):
     def __init__(self, max_overtakes: int) -> None:
         super().__init__()
         self._max_overtakes = max_overtakes
-        self._by_age: RankedQueue[Request] = RankedQueue(_age)
+        self._by_age: list[tuple[int, str]] = []  # a heap of arrival numbers and ids, ended and repeated ones included
         self._num_overtakes = 0
 
     def push(self, member: Request) -> None:
         super().push(member)
-        self._by_age.push(member)
+        heapq.heappush(self._by_age, (member.sequence_number, member.request_id))
+        if len(self._by_age) > 2 * len(self._members) + 16:
+            self._by_age = sorted({entry for entry in self._by_age if self._waits(entry)})
 
-    def remove(self, member: Request) -> None:
-        super().remove(member)
-        self._by_age.remove(member)
+    def _waits(self, entry: tuple[int, str]) -> bool:
+        number, request_id = entry
+        return request_id in self._members and self._members[request_id][1].sequence_number == number
+
+    def _oldest(self) -> Request | None:
+        """The longest-waiting request."""
+        while self._by_age and not self._waits(self._by_age[0]):
+            heapq.heappop(self._by_age)
+        return self._members[self._by_age[0][1]][1] if self._by_age else None
 
     def admit(self, member: Request) -> None:
         """Remove the head, and count the overtaking of the longest-waiting request."""
-        oldest = self._by_age.peek()
+        oldest = self._oldest()
         self.remove(member)
         if oldest is None or oldest is member:
             self._num_overtakes = 0
@@ -114,7 +114,7 @@ class WaitingQueue(RankedQueue[Request]):
         """Change the rank of a member; a promoted one stays at the head."""
         if rank == member.rank or member.rank[0] == -math.inf:
             return
-        super().remove(member)  # a member keeps the key with which it was pushed, so it is pushed again
+        self.remove(member)  # a member keeps the rank with which it was pushed, so it is pushed again
         member.rank = rank
         super().push(member)
 

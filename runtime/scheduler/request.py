@@ -32,14 +32,16 @@ class DecodeSlot:
     Every decode step advances each slot by one token. With counts relative to one clock a step therefore costs the same
     for any number of decodes; only a slot that the step skips is touched (moved back by one).
     `computed_offset` is None while the request's prefill is planned and not committed. `growth_tick` and `end_tick` are
-    the clock ticks at which the request needs a block and at which it may be complete.
+    the clock ticks at which the request needs a block and at which it may be complete. `number` is the order in the
+    queue.
     """
 
-    __slots__ = ("clock", "computed_offset", "end_tick", "growth_tick", "planned_offset", "request")
+    __slots__ = ("clock", "computed_offset", "end_tick", "growth_tick", "number", "planned_offset", "request")
 
-    def __init__(self, request: "Request", clock: DecodeClock, num_planned: int) -> None:
+    def __init__(self, request: "Request", clock: DecodeClock, num_planned: int, number: int) -> None:
         self.request = request
         self.clock = clock
+        self.number = number
         self.planned_offset = num_planned - clock.planned
         self.computed_offset: int | None = None
         self.growth_tick = 0
@@ -184,10 +186,6 @@ class Request:
     def compute_up_to(self, num_tokens: int) -> None:
         """Count the first `num_tokens` tokens as computed."""
         self._num_computed = num_tokens
-
-    def take_slot(self, slot: DecodeSlot) -> None:
-        """Let the decode clock count the tokens from now on."""
-        self.slot = slot
 
     def leave_slot(self) -> None:
         """Keep the counts that the slot had."""

@@ -16,8 +16,8 @@ SCHEDULER = (
     Mutant(
         "decodes leave nothing for a prompt",
         f"{S}modes.py",
-        "min(chunk_size, budget // 2) if phases.prefill.has_work() else 0",
-        "0",
+        "kept_for_prefill = min(chunk_size, budget // 2)",
+        "kept_for_prefill = 0",
         MODES,
     ),
     Mutant(
@@ -142,11 +142,53 @@ SCHEDULER = (
         "the heap grows without bound", f"{S}queues.py", "2 * len(self._members) + 16", "10**9", (f"{T}test_queues.py",)
     ),
     Mutant(
-        "the oldest of equal rank is not first",
+        "a prompt that cannot run keeps tokens from the decodes",
+        f"{S}modes.py",
+        "            kept_for_prefill = 0\n",
+        "            pass\n",
+        MODES,
+    ),
+    Mutant(
+        "the longest-waiting request is the newest",
         f"{S}queues.py",
-        "return (0, request.sequence_number)",
-        "return (0, -request.sequence_number)",
+        "heapq.heappush(self._by_age, (member.sequence_number,",
+        "heapq.heappush(self._by_age, (-member.sequence_number,",
         POLICIES,
+    ),
+    Mutant(
+        "an admitted request is the longest-waiting one",
+        f"{S}queues.py",
+        "while self._by_age and not self._waits(self._by_age[0]):",
+        "while False:",
+        (f"{T}test_queues.py",),
+    ),
+    Mutant(
+        "a batch handed out changes",
+        f"{S}roster.py",
+        "            self._is_shared = True\n",
+        "",
+        (f"{T}test_decode_queue.py",),
+    ),
+    Mutant(
+        "a skipped request keeps its offset in the roster",
+        f"{S}decode_queue.py",
+        "                    self._roster.move_back(slot)\n",
+        "                    pass\n",
+        (f"{T}test_decode_queue.py",),
+    ),
+    Mutant(
+        "a request grows twice after a roll-back",
+        f"{S}decode_queue.py",
+        "full = list(dict.fromkeys(full))",
+        "pass",
+        (f"{T}test_decode_queue.py",),
+    ),
+    Mutant(
+        "an ended request waits for its latest end",
+        f"{S}decode_queue.py",
+        "        self._forget_end(slot)\n",
+        "",
+        (f"{T}test_decode_queue.py",),
     ),
     Mutant(
         "the batch may have one request too many",

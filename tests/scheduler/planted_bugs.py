@@ -89,7 +89,7 @@ BUGS = [
     Bug("the token budget never shrinks", PrefillPhase, "add_to", "max_tokens -= num_tokens", "pass"),
     Bug("a replay ends with the prompt", StepPlan, "add_prefill", "request.total_tokens", "request.num_prompt_tokens"),
     Bug("a block is allocated too late", DecodeQueue, "has_room", "< len", "<= len"),
-    Bug("a skipped slot advances", DecodeQueue, "advance", "slot.planned_offset -= 1", "pass"),
+    Bug("a skipped slot advances", DecodeQueue, "_advance", "slot.planned_offset -= 1", "pass"),
     Bug("a skipped slot has computed", DecodeQueue, "commit", "slot.computed_offset -= 1", "pass"),
     Bug("a failed decode step counts", DecodeQueue, "roll_back", "self.clock.planned -= 1", "pass"),
     Bug("a pending step counts for a new decode", DecodeQueue, "join", "plan.skipped.append(slot)", "pass"),

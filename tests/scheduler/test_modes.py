@@ -2,7 +2,7 @@
 
 import pytest
 
-from sageLLM.runtime.scheduler.base import Request, ScheduleOutput
+from sageLLM.runtime.scheduler.base import KVBudget, Request, ScheduleOutput
 from sageLLM.runtime.scheduler.modes import ModeChoice, SchedulerView
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 
@@ -92,6 +92,17 @@ def test_chunks_have_exactly_the_configured_size(mode, sizes) -> None:
     found = [prompt_tokens(step(scheduler)) for _ in sizes]
     assert found == sizes
     assert prompt_tokens(step(scheduler)) == []
+
+
+def test_decodes_of_hybrid_leave_no_tokens_for_a_prompt_that_cannot_run() -> None:
+    config = PDSchedulerConfig(mode="hybrid", max_prefill_tokens=8, prefill_chunk_size=8, enable_prefix_caching=False)
+    scheduler = PDScheduler(config, kv_budget=KVBudget(12, block_size=16))
+    for number in range(8):
+        add(scheduler, str(number), 1)
+        step(scheduler)
+    assert [num_decodes(step(scheduler)) for _ in range(3)] == [8, 8, 8], "with no prompt"
+    add(scheduler, "large", 100)
+    assert [num_decodes(step(scheduler)) for _ in range(3)] == [8, 8, 8], "with a prompt that finds no blocks"
 
 
 def test_decodes_count_in_the_budget_of_a_hybrid_step() -> None:

@@ -110,7 +110,7 @@ def test_a_returning_tenant_gets_its_share_while_a_promoted_request_heads_the_li
     add(scheduler, "c", tenant="c")
     serve(scheduler, 200, lambda step: keep_waiting(scheduler, ["a", "b"], 3))
     if is_promoted:
-        scheduler.waiting_queue._promote(scheduler.waiting_queue._by_age.peek())
+        scheduler.waiting_queue._promote(scheduler.waiting_queue._oldest())
     tokens = serve(scheduler, 300, lambda step: keep_waiting(scheduler, ["a", "b", "c"], 3))
     assert tokens["c"] / tokens.total() == pytest.approx(1 / 3, abs=0.02)
 
