@@ -153,7 +153,7 @@ $(RUN_READY): pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv .venv
 	@if $(HAS_LOCK); then set -x; $(INSTALL_LOCKED) -r requirements.lock && $(INSTALL_TORCH) && $(INSTALL_EDITABLE) . --no-deps; \
 	else echo "Installing the versions of constraints.txt without hashes: requirements.lock is for Linux and Python 3.11"; \
-	  set -x; $(INSTALL_TORCH) && $(INSTALL) hatchling && $(INSTALL_EDITABLE) .; fi
+	  set -x; $(INSTALL_TORCH) && $(INSTALL) hatchling && $(INSTALL_EDITABLE) '.[serve]'; fi
 	@touch $@
 
 $(TEST_READY): $(RUN_READY) requirements-test.lock

@@ -1,6 +1,6 @@
 """Writes the lock files of `make setup`: the pins of constraints.txt with the hashes of all files of each release.
 
-requirements.lock has what running requires, requirements-test.lock what testing requires besides. torch and Triton are
+requirements.lock has what running and serving require, requirements-test.lock what testing requires besides. torch and Triton are
 left out, since their builds depend on the GPU: they are installed by constraints.txt. pip-compile, in .venv-lock, asks
 the package index that pip is configured for; no index is written to the files.
 """
@@ -55,7 +55,7 @@ def compiled(requirements: list[str]) -> dict[str, str]:
 
 def main() -> None:
     declared = dependencies()
-    running = [*locked(declared[""]), BUILD, *locked(pure(requires("torch") or []))]
+    running = [*locked(declared[""]), *locked(declared["serve"]), BUILD, *locked(pure(requires("torch") or []))]
     for_running = compiled(running)
     for_testing = compiled([*running, *locked(declared["test"])])
     added = {name: text for name, text in for_testing.items() if name not in for_running}

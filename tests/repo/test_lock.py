@@ -35,7 +35,7 @@ def test_a_lock_file_consists_of_pins_with_hashes(name: str) -> None:
 def test_declared_dependencies_are_locked() -> None:
     declared = lock.dependencies()
     running, testing = (set(entries) for entries in LOCKED.values())
-    for kind, found in (("", running), ("test", running | testing)):
+    for kind, found in (("", running), ("serve", running), ("test", running | testing)):
         assert {canonicalize_name(Requirement(one).name) for one in lock.locked(declared[kind])} <= found
     assert lock.BUILD in running
 
