@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: fuzz-server serve parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ setup: $(TEST_READY) ## Create .venv with the dependencies of running and testin
 run: $(RUN_READY) ## Serve a batch of prompts with the bundled tiny model
 	$(BIN)/python examples/serve_tiny.py
 
+PORT ?= 8000
+serve: $(RUN_READY) ## Serve the bundled tiny model on PORT, and print a curl command
+	$(BIN)/sagellm serve examples/tiny_python_model --served-model-name tiny --port $(PORT)
+
 # Files that test-fast skips: those that compile kernels, run thousands of random inputs or start processes.
 SLOW := tests/codegen/test_canary.py tests/codegen/test_cases.py tests/codegen/test_fuzz.py tests/codegen/test_incremental.py tests/codegen/test_ops.py \
 	tests/codegen/test_writer.py tests/core/test_text.py tests/engine/test_embed.py tests/engine/test_oracle.py \
@@ -43,7 +47,7 @@ SLOW := tests/codegen/test_canary.py tests/codegen/test_cases.py tests/codegen/t
 	tests/models/test_families.py tests/passes/test_rule_validation.py tests/repo/test_commands.py tests/repo/test_docs_excerpts.py \
 	tests/repo/test_packaging.py tests/repo/test_quoted_errors.py tests/repo/test_readme.py \
 	tests/scheduler/test_comparison.py tests/scheduler/test_determinism.py tests/scheduler/test_fuzz.py \
-	tests/scheduler/test_random_schedules.py tests/sim/test_auto.py tests/sim/test_sarathi.py \
+	tests/scheduler/test_random_schedules.py tests/server tests/sim/test_auto.py tests/sim/test_sarathi.py \
 	tests/sim/test_simulate_command.py tests/sim/test_simulator.py tests/text/test_chat_template.py tests/text/test_detokenizer.py \
 	generated/tests
 
@@ -109,6 +113,9 @@ parallel-layouts: $(TEST_READY) ## Compare two tensor-parallel ranks with one pr
 
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py
+
+fuzz-server: $(TEST_READY) ## Send 200 times as many random requests to the server as the suite
+	SAGELLM_SERVER_SCALE=200 $(PYTEST) --timeout=7200 tests/server/test_fuzz.py
 
 interpret: $(TEST_READY) ## Run all checks of the GPU kernels in Triton's interpreter, without a GPU; the suite runs a sample
 	SAGELLM_INTERPRET=all $(PYTEST) tests/kernels/triton/test_interpreter.py

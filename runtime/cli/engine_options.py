@@ -149,7 +149,7 @@ def with_engine_options(*names: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         chosen = [option for option in fields(EngineOptions) if not names or option.name in names]
         hints = get_type_hints(EngineOptions, include_extras=True)
-        options = [_parameter(option, hints[option.name]) for option in chosen]
+        options = [parameter_of(option, hints[option.name]) for option in chosen]
         own = [one for one in inspect.signature(command).parameters.values() if one.name != "engine"]
         parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in [*own, *options]]
 
@@ -165,13 +165,23 @@ def with_engine_options(*names: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def _parameter(field: "Field[Any]", hint: Any) -> inspect.Parameter:
+def parameter_of(field: "Field[Any]", hint: Any, environment: str | None = None) -> inspect.Parameter:
+    """The parameter of a Typer command for a field; with a prefix `environment`, a variable is read too."""
     import typer
 
     option = hint.__metadata__[0]
     flags = () if option.flag is None else (option.flag,)
     parser = option.parser and _reporting(option.parser)
-    default = typer.Option(field.default, *flags, help=option.help, parser=parser, rich_help_panel="Engine")
+    variable = None if environment is None else environment + field.name.upper()
+    default = typer.Option(
+        field.default,
+        *flags,
+        help=option.help,
+        parser=parser,
+        rich_help_panel="Engine",
+        envvar=variable,
+        show_envvar=False,
+    )
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint.__origin__)
 
 

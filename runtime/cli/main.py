@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
+from sageLLM.runtime.cli.serve_options import with_serve_options
+from sageLLM.runtime.server.settings import ServerSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -184,6 +186,15 @@ def run(
         as_json=json,
     )
     raise typer.Exit(run_prompts(request))
+
+
+@app.command()
+@with_serve_options
+def serve(settings: ServerSettings, engine: EngineOptions) -> None:
+    """Serve a checkpoint over HTTP, with OpenAI's API."""
+    from sageLLM.runtime.cli.serve import serve_model
+
+    raise typer.Exit(serve_model(settings, engine))
 
 
 @app.command()

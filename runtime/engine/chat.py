@@ -75,6 +75,17 @@ class ChatPrompts:
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return prompts, is_batch
 
+    def close(self) -> None:
+        """Ends the processes of all templates."""
+        with self._lock:
+            templates, self._templates = list(self._templates.values()), {}
+        for template in templates:
+            template.close()
+
+    def check_template(self) -> None:
+        """Raises ChatTemplateError if the checkpoint has no chat template."""
+        self._checkpoint_source("default")
+
     def _template(self, source: str | None, name: str) -> ChatTemplate:
         """The caller's template; else the checkpoint's of that name if it has one, else its default one."""
         if source is None:

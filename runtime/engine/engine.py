@@ -10,7 +10,7 @@ from sageLLM.runtime.engine.auto_mode import make_chooser
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.pipeline import StepPipeline
 from sageLLM.runtime.engine.requests import check_kv_room, stop_rules, validate_params, validate_prompt
-from sageLLM.runtime.engine.sequences import RequestGroup, Sequence, make_group
+from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits, Sequence, make_group
 from sageLLM.runtime.errors import EngineError
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kv.copies import KVStats
@@ -101,17 +101,37 @@ class Engine:
         """Checks and queues a request. Raises RequestError, and changes nothing, for one that cannot be served."""
         self.submit(self.prepare(group_id, prompt, token_ids, params))
 
-    def prepare(self, group_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams) -> RequestGroup:
+    def prepare(
+        self,
+        group_id: str,
+        prompt: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        traits: RequestTraits | None = None,
+    ) -> RequestGroup:
         """Checks a request and makes its sequences, without queueing it. Raises RequestError if it cannot be served."""
         validate_prompt(token_ids, self.model.config.V, self.model.max_model_len)
         validate_params(params, self.model.config.V)
         check_kv_room(params, len(token_ids), self._scheduler.limits.max_kv_tokens, self.model.max_model_len)
-        rules = stop_rules(params, self._eos_ids, len(token_ids), self._max_seq_len)
+        rules = stop_rules(params, self._eos_ids, len(token_ids), self.max_seq_len)
         salt = self.model.tables.salt(len(token_ids))
-        return make_group(group_id, prompt, token_ids, params, rules, self.tokenizer, salt)
+        return make_group(group_id, prompt, token_ids, params, rules, self.tokenizer, salt, traits)
+
+    def add_eos_ids(self, token_ids: frozenset[int]) -> None:
+        """Further ids that end an answer, for an engine without the tokenizer that knows them."""
+        self._eos_ids |= frozenset(token_id for token_id in token_ids if token_id < self.model.config.V)
 
     @property
-    def _max_seq_len(self) -> int:
+    def eos_ids(self) -> frozenset[int]:
+        return self._eos_ids
+
+    @property
+    def max_kv_tokens(self) -> int | None:
+        """The tokens that the KV cache holds; None for no limit."""
+        return self._scheduler.limits.max_kv_tokens
+
+    @property
+    def max_seq_len(self) -> int:
         """The longest prompt with its answer, in tokens: that of the model, or of the KV cache if it holds less."""
         return self._scheduler.max_seq_len or self.model.max_model_len
 
@@ -125,7 +145,8 @@ class Engine:
                 self._sequences[sequence.request.request_id] = sequence
         except BaseException:
             for sequence in group.sequences:
-                if self._sequences.pop(sequence.request.request_id, None) is sequence:
+                if self._sequences.get(sequence.request.request_id) is sequence:
+                    del self._sequences[sequence.request.request_id]
                     self._scheduler.abort_request(sequence.request.request_id)
             raise
         self._groups[group.request_id] = group
@@ -146,6 +167,18 @@ class Engine:
             self._scheduler.abort_request(sequence.request.request_id)
             self._forget(sequence)
         return self._ended(group, reason)
+
+    def abort_answer(self, group_id: str, index: int, reason: str) -> None:
+        """Ends one of the answers to a request; unknown and finished ones are ignored."""
+        group = self._groups.get(group_id)
+        if group is None or group.sequences[index].is_finished:
+            return
+        sequence = group.sequences[index]
+        self._scheduler.abort_request(sequence.request.request_id)
+        self._forget(sequence)
+        sequence.abort(reason)
+        if group.is_finished:
+            self._remove(group)
 
     def _ended(self, group: RequestGroup, reason: str) -> RequestOutput:
         group.metrics.record_finish(time.monotonic())
@@ -178,6 +211,18 @@ class Engine:
         changed = self._pipeline.advance()
         self.num_steps += 1
         return self._collect([s for s in changed if s.is_finished] if only_finished else changed, only_finished)
+
+    def step_answers(self) -> list[Sequence]:
+        """Completes one step; returns the answers with new tokens or an end, without their text.
+
+        The caller keeps count of the tokens that it has taken.
+        """
+        changed = self._pipeline.advance()
+        self.num_steps += 1
+        for group in {id(answer.group): answer.group for answer in changed}.values():
+            if group.is_finished and group.request_id in self._groups:
+                self._remove(group)
+        return changed
 
     def wait(self) -> None:
         """Returns when no step is running, so that the caller can run other work on the model's device."""

@@ -20,6 +20,20 @@ NUM_LAST_TOKENS = 3
 """Tokens to the left of a token that can hold the first bytes of its character."""
 
 
+@dataclass(frozen=True, slots=True)
+class RequestTraits:
+    """Properties of a request for the scheduler's policy and the prefix cache.
+
+    A lower `priority` is served first. `deadline` is in seconds after the arrival. Only requests of equal `cache_salt`
+    share cached KV.
+    """
+
+    priority: int = 0
+    deadline: float | None = None
+    tenant: str = ""
+    cache_salt: str = ""
+
+
 class TokenText(Protocol):
     """Returns the text of a token that follows the tokens `before`."""
 
@@ -160,6 +174,7 @@ def make_group(
     rules: StopRules,
     decoder: Decoder | None,
     salt: str = "",
+    traits: RequestTraits | None = None,
 ) -> RequestGroup:
     """The group of a checked request with its `n` sequences; all but the first are forks of the first.
 
@@ -168,6 +183,9 @@ def make_group(
     group = RequestGroup(group_id, prompt, tuple(token_ids), params, RequestMetrics(arrival_time=time.monotonic()))
     first: Request | None = None
     seed = choose_seed(params)
+    traits = traits or RequestTraits()
+    if traits.cache_salt:
+        salt = f"{salt}\0{traits.cache_salt}"
     for index in range(params.n):
         scores_prompt = index == 0 and params.prompt_logprobs is not None
         request = Request(
@@ -182,6 +200,9 @@ def make_group(
             # skip them.
             salt=f"prompt_logprobs {group_id}" if scores_prompt else salt,
             fork_of=first,
+            priority=traits.priority,
+            tenant=traits.tenant,
+            deadline=None if traits.deadline is None else group.metrics.arrival_time + traits.deadline,
         )
         first = first or request
         text = SequenceText(decoder, rules, params.skip_special_tokens, token_ids)

@@ -1,8 +1,8 @@
 """Writes the lock files of `make setup`: the pins of constraints.txt with the hashes of all files of each release.
 
-requirements.lock has what running and serving require, requirements-test.lock what testing requires besides. torch and Triton are
-left out, since their builds depend on the GPU: they are installed by constraints.txt. pip-compile, in .venv-lock, asks
-the package index that pip is configured for; no index is written to the files.
+requirements.lock has what running and serving require, requirements-test.lock what testing requires besides. torch and
+Triton are left out, since their builds depend on the GPU: they are installed by constraints.txt. pip-compile, in
+.venv-lock, asks the package index that pip is configured for; no index is written to the files.
 """
 
 import re

@@ -68,12 +68,18 @@ LAYERS = {
     "runtime/sampling": runtime_layer("sampling", others="torch"),
     "runtime/worker": runtime_layer(*BELOW_WORKER, "worker", others="torch numpy msgspec"),
     "runtime/engine": runtime_layer(*BELOW_WORKER, "text", "worker", "engine", others="torch numpy", lazily="triton"),
+    "runtime/server": Layer(
+        ours=("sageLLM.runtime", "sageLLM.__version__"),
+        others=frozenset({"h11", "msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"}),
+    ),
     "runtime/inspect": runtime_layer("registry", "execution_graph", "kernels", "executor", "inspect", others="torch"),
     "runtime/inspect/checkpoint_report.py": runtime_layer("registry", "execution_graph"),
     "runtime/cli": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
     # The command joins the generator and the runtime; each subcommand imports its side when it runs.
     "runtime/cli/entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/main.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen"), others=frozenset({"typer"})),
+    "runtime/cli/serve_engine.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"msgspec"})),
+    "runtime/cli/serve_options.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"typer", "yaml"})),
     "runtime/cli/engine_options.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/hardware_entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime": Layer(ours=()),

@@ -1,0 +1,60 @@
+"""`sagellm serve`: an OpenAI-compatible server in front of an engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from sageLLM.runtime.cli.engine_options import EngineOptions
+from sageLLM.runtime.cli.serve_engine import EngineSpec, encode_spec, serve_engine
+from sageLLM.runtime.errors import EngineError, SageError
+from sageLLM.runtime.server.channel import Channel, ProcessChannel, ThreadChannel
+from sageLLM.runtime.server.engine_client import EngineClient
+from sageLLM.runtime.server.logs import configure_logs
+from sageLLM.runtime.server.messages import Ready
+from sageLLM.runtime.server.settings import ServerSettings
+
+ENGINE = "sageLLM.runtime.cli.serve_engine"
+
+
+def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
+    """Serves until a signal; returns the exit code. Errors go to stderr."""
+    try:
+        from sageLLM.runtime.server.http_server import bind, run_server
+        from sageLLM.runtime.server.service import Service
+    except ModuleNotFoundError as error:
+        print(f"error: `sagellm serve` requires {error.name}; pip install 'sagellm[serve]'", file=sys.stderr)
+        return 1
+    configure_logs(settings.log_format, settings.log_level)
+    spec = EngineSpec(settings.model, engine, settings.log_level)
+
+    def make_channel() -> Channel:
+        if settings.in_process:
+            return ThreadChannel(lambda commands, send: serve_engine(spec, commands, send))
+        return ProcessChannel(ENGINE, encode_spec(spec))
+
+    async def main() -> int:
+        service = Service(settings, EngineClient(make_channel), engine.generation_config)
+        return await run_server(service, sock, lambda ready, url: report(settings, ready, url))
+
+    try:
+        sock = bind(settings)
+        return asyncio.run(main())
+    except (SageError, EngineError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def report(settings: ServerSettings, ready: Ready, url: str) -> None:
+    """Prints what was chosen, the URL, and a command that works."""
+    for line in ready.choices:
+        print(line)
+    print(f"serving {settings.model_names[0]} at {url}/v1")
+    base = f"--unix-socket {settings.uds} http://localhost" if settings.uds else url
+    key = " -H 'Authorization: Bearer KEY'" if settings.api_key else ""
+    if ready.generates:
+        body = '{"prompt": "def main(", "max_tokens": 32, "temperature": 0}'
+        print(f"\n  curl {base}/v1/completions{key} -d '{body}'\n")
+    else:
+        print(f"\n  curl {base}/v1/embeddings{key} -d " + '\'{"input": "def main("}\'\n')
+    sys.stdout.flush()

@@ -1,0 +1,103 @@
+"""The engine process of `sagellm serve`: builds the engine from its options, and executes the front's commands.
+
+    python -m sageLLM.runtime.cli.serve_engine FD
+
+FD is an inherited socket, whose first message is the `EngineSpec`. The process ends when the front closes its end, or
+when its parent has died.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import msgspec
+
+from sageLLM.runtime.cli.engine_options import EngineOptions
+from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.server.channel import EngineSide
+from sageLLM.runtime.server.engine_loop import EngineLoop, crash, describe
+from sageLLM.runtime.server.messages import Command, Event, Refused
+
+PARENT_CHECK_SECONDS = 0.5
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """The model and the options of `sagellm serve` for its engine."""
+
+    model: str
+    options: EngineOptions
+    log_level: str = "info"
+
+
+def encode_spec(spec: EngineSpec) -> bytes:
+    return msgspec.json.encode(spec, enc_hook=str)
+
+
+def decode_spec(data: bytes) -> EngineSpec:
+    return msgspec.json.decode(data, type=EngineSpec, dec_hook=_as_path)
+
+
+def _as_path(kind: type, value: Any) -> Any:
+    if kind is not Path:
+        raise NotImplementedError(f"no decoder for {kind}")
+    return Path(value)
+
+
+def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: Callable[[Event], None]) -> None:
+    """Builds the engine, reports that, and serves until None is in the queue."""
+    options = spec.options
+    try:
+        llm = options.load(Path(spec.model), skip_tokenizer=True)
+    except SageError as error:
+        send(Refused(str(error)))
+        return
+    try:
+        send(
+            describe(llm, options.pd, options.scheduling_policy, options.max_num_seqs, [f"kernels: {options.kernels}"])
+        )
+        EngineLoop(llm, commands, send).run()
+    finally:
+        llm.close()
+
+
+def main() -> None:
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides about the end
+    side = EngineSide(int(sys.argv[1]))
+    try:
+        spec = decode_spec(side.receive_spec())
+        text = "%(asctime)s %(levelname)s engine: %(message)s"
+        logging.basicConfig(level=spec.log_level.upper(), format=text, stream=sys.stderr)
+        side.start_reading()
+        try:
+            serve_engine(spec, side.commands, side.send)
+        except OSError:
+            raise
+        except BaseException as error:
+            logging.getLogger("sagellm").error("the engine ends", exc_info=error)
+            side.send(crash(error))
+    except (OSError, EOFError):
+        pass  # the front has hung up
+    finally:
+        logging.shutdown()
+        # Not an ordinary exit, which would wait for threads that compute.
+        os._exit(0)
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""The routes of the server and what every request passes: ids, API key, admission, errors, logs, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from sageLLM import __version__
+from sageLLM.runtime.server import chat, completions, embeddings, tokens
+from sageLLM.runtime.server.admission import Ticket
+from sageLLM.runtime.server.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    TokenizeBody,
+    decode_body,
+    load_json,
+)
+from sageLLM.runtime.server.errors import ApiError, as_api_error, encode_error
+from sageLLM.runtime.server.exchange import ClientGoneError, Exchange, Message, Receive, Scope, Send, header_of
+from sageLLM.runtime.server.openapi import openapi
+from sageLLM.runtime.server.service import Service
+
+LOG = logging.getLogger("sagellm")
+ACCESS = logging.getLogger("sagellm.access")
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+QUIET = ("/livez", "/readyz", "/health", "/ping", "/metrics")
+"""Paths of probes, whose successful requests are logged at level DEBUG."""
+PROTECTED = ("/v1/", "/v2/", "/inference/")
+
+B = TypeVar("B")
+Generate = Callable[[Service, Exchange, B, Ticket], Awaitable[None]]
+Answer = Callable[[Service, Exchange, B], Awaitable[None]]
+Simple = Callable[[Exchange], Awaitable[None]]
+
+
+class Endpoint:
+    """An ASGI application for one route: runs the handler, and turns its exceptions into error objects."""
+
+    def __init__(self, service: Service, handle: Simple) -> None:
+        self._service, self._handle = service, handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        try:
+            await self._handle(exchange)
+        except ClientGoneError:
+            scope["state"]["is_gone"] = True
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            api_error = as_api_error(error)
+            if api_error.status == 500:
+                known = isinstance(error, ApiError | RuntimeError)
+                LOG.error("request %s failed", exchange.request_id, exc_info=None if known else error)
+            if api_error.reason is not None:
+                self._service.metrics.count_refusal(api_error.reason)
+            await exchange.respond_error(api_error)
+        finally:
+            exchange.close()
+
+
+class Router:
+    """The handlers of a service, by route."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.settings = service, service.settings
+
+    def routes(self) -> list[Route]:
+        def post(path: str, handle: Simple) -> Route:
+            return Route(path, Endpoint(self.service, handle), methods=["POST"])
+
+        def get(path: str, handle: Simple) -> Route:
+            return Route(path, Endpoint(self.service, handle), methods=["GET"])
+
+        return [
+            post("/v1/completions", self._generation(CompletionBody, completions.complete)),
+            post("/v1/chat/completions", self._generation(ChatBody, chat.chat)),
+            post("/v1/embeddings", self._admitted(EmbeddingBody, embeddings.embed)),
+            post("/tokenize", self._answered(TokenizeBody, tokens.tokenize_text)),
+            post("/detokenize", self._answered(DetokenizeBody, tokens.detokenize)),
+            get("/v1/models", self.models),
+            get("/v1/models/{name:path}", self.model),
+            get("/metrics", self.metrics),
+            get("/version", self.version),
+            get("/livez", self.livez),
+            get("/readyz", self.readyz),
+            get("/health", self.health),
+            Route("/ping", Endpoint(self.service, self.health), methods=["GET", "POST"]),
+            get("/openapi.json", self.openapi),
+        ]
+
+    def _admitted(self, kind: type[B], handle: Generate[B]) -> Simple:
+        """A handler of requests for the engine: takes a place in the queue before it reads the body."""
+
+        async def run(exchange: Exchange) -> None:
+            self.service.require_engine()
+            ticket = self.service.admission.enter()
+            self.service.num_active += 1
+            try:
+                await handle(self.service, exchange, await self._body(exchange, kind), ticket)
+            finally:
+                self.service.num_active -= 1
+                self.service.admission.leave(ticket)
+
+        return run
+
+    def _generation(self, kind: type[B], handle: Generate[B]) -> Simple:
+        admitted = self._admitted(kind, handle)
+
+        async def run(exchange: Exchange) -> None:
+            self.service.require_engine()
+            self.service.require_generation()
+            await admitted(exchange)
+
+        return run
+
+    def _answered(self, kind: type[B], handle: Answer[B]) -> Simple:
+        async def run(exchange: Exchange) -> None:
+            self.service.require_started()
+            await handle(self.service, exchange, await self._body(exchange, kind))
+
+        return run
+
+    async def _body(self, exchange: Exchange, kind: type[B]) -> B:
+        data = await exchange.read_body(self.settings.max_body_size, self.settings.body_timeout)
+        values = load_json(data, self.settings.max_json_depth)
+        body, exchange.ignored = decode_body(values, kind, is_lenient=self.settings.lenient)
+        return body
+
+    # --- facts about the server ---
+
+    def _card(self, name: str) -> dict[str, Any]:
+        self.service.require_started()
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.service.created,
+            "owned_by": "sagellm",
+            "root": self.settings.model,
+            "parent": None,
+            "max_model_len": self.service.ready.max_model_len,
+            "permission": [],
+        }
+
+    async def models(self, exchange: Exchange) -> None:
+        await exchange.respond_json(
+            {"object": "list", "data": [self._card(name) for name in self.settings.model_names]}
+        )
+
+    async def model(self, exchange: Exchange) -> None:
+        name = exchange.scope["path_params"]["name"]
+        if name not in self.settings.model_names:
+            raise ApiError(404, f"The model `{name[:200]}` does not exist.", "model")
+        await exchange.respond_json(self._card(name))
+
+    async def version(self, exchange: Exchange) -> None:
+        await exchange.respond_json({"version": __version__})
+
+    async def metrics(self, exchange: Exchange) -> None:
+        metrics, admission = self.service.metrics, self.service.admission
+        metrics.queued_requests.set(admission.num_requests)
+        metrics.queued_tokens.set(admission.num_tokens)
+        page = await asyncio.to_thread(metrics.page)
+        await exchange.respond(200, page, "text/plain; version=0.0.4; charset=utf-8")
+
+    async def livez(self, exchange: Exchange) -> None:
+        await exchange.respond(200, b"")
+
+    async def readyz(self, exchange: Exchange) -> None:
+        if reason := self.service.why_not_ready():
+            raise ApiError(503, reason)
+        await exchange.respond(200, b"")
+
+    async def health(self, exchange: Exchange) -> None:
+        """vLLM's: whether the engine is alive; so it stays 200 while admitted requests finish."""
+        self.service.require_engine()
+        await exchange.respond(200, b"")
+
+    async def openapi(self, exchange: Exchange) -> None:
+        await exchange.respond_json(openapi(self.settings.model_names))
+
+
+class Outer:
+    """What all requests pass first and last: request id, API key, access log, metrics, errors outside of routes."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self._app, self._service = app, service
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.api_key]
+        self._paths = {route.path for route in Router(service).routes()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, settings = time.monotonic(), self._service.settings
+        given = header_of(scope, b"x-request-id")
+        request_id = given if given and REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = message.setdefault("headers", [])
+                if settings.enable_request_id_headers:
+                    headers.append((b"x-request-id", request_id.encode()))
+                if self._service.admission.is_draining and all(name != b"connection" for name, _ in headers):
+                    headers.append((b"connection", b"close"))
+            await send(message)
+
+        try:
+            if (error := self._why_refused(scope)) is not None:
+                await refuse(send_with_id, error)
+            else:
+                await self._app(scope, receive, send_with_id)
+        finally:
+            seconds = time.monotonic() - start
+            route = scope.get("route")
+            handler = getattr(route, "path", "none")
+            self._service.metrics.count_http(handler, _method(scope), status or 499, seconds)
+            if settings.access_log:
+                level = logging.DEBUG if handler in QUIET and status < 400 else logging.INFO
+                ACCESS.log(
+                    level,
+                    "%s %s %d %.1f ms",
+                    scope["method"],
+                    scope["path"],
+                    status or 499,
+                    1e3 * seconds,
+                    extra={
+                        "request_id": request_id,
+                        "method": scope["method"],
+                        "path": scope["path"],
+                        "status": status or 499,
+                        "seconds": round(seconds, 6),
+                        "client": (scope.get("client") or ["-"])[0],
+                    },
+                )
+
+    def _why_refused(self, scope: Scope) -> ApiError | None:
+        headers, settings = scope["headers"], self._service.settings
+        if len(headers) > settings.max_header_count:
+            return ApiError(431, f"a request must have at most {settings.max_header_count} headers, got {len(headers)}")
+        if sum(len(name) + len(value) for name, value in headers) > settings.max_header_size:
+            return ApiError(431, f"the headers must have at most {settings.max_header_size} bytes")
+        if not self._is_allowed(scope):
+            self._service.metrics.count_refusal("auth")
+            return ApiError(401, "the API key is missing or wrong", headers={"WWW-Authenticate": "Bearer"})
+        return None
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        """Whether the path is open or the key right; every key is compared, in constant time."""
+        if not self._keys or scope["method"] == "OPTIONS" or not f"{scope['path']}/".startswith(PROTECTED):
+            return True
+        kind, _, token = (header_of(scope, b"authorization") or "").partition(" ")
+        digest = hashlib.sha256(token.encode("latin-1", "replace")).digest()
+        matches = [hmac.compare_digest(digest, key) for key in self._keys]
+        return any(matches) and kind.lower() == "bearer"
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD") else "other"
+
+
+async def refuse(send: Send, error: ApiError) -> None:
+    body = encode_error(error)
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+def make_app(service: Service) -> Outer:
+    """The ASGI application. CORS is off unless origins are allowed."""
+    router = Router(service)
+    app: Any = Starlette(routes=router.routes(), exception_handlers={HTTPException: _http_error, Exception: _defect})
+    if origins := service.settings.allowed_origins:
+        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    return Outer(app, service)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """Errors of the router: 404 and 405."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    texts: Mapping[int, str] = {
+        404: f"there is no route {path}",
+        405: f"{request.method} is not allowed for {path}",
+    }
+    headers = dict(error.headers or {})
+    return _response(ApiError(error.status_code, texts.get(error.status_code, str(error.detail)), headers=headers))
+
+
+def _defect(request: Request, error: Exception) -> Response:
+    LOG.error("a request failed outside of its handler", exc_info=error)
+    return _response(ApiError(500, f"internal error: {type(error).__name__}"))
+
+
+def _response(error: ApiError) -> Response:
+    return Response(encode_error(error), error.status, media_type="application/json", headers=error.headers)

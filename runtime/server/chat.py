@@ -1,0 +1,276 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from sageLLM.runtime.server.admission import CHARS_PER_TOKEN, Ticket
+from sageLLM.runtime.server.bodies import ChatBody
+from sageLLM.runtime.server.completions import shown_prompt_logprobs
+from sageLLM.runtime.server.exchange import DONE, Exchange
+from sageLLM.runtime.server.generation import Generation, Piece, Score
+from sageLLM.runtime.server.output_parser import ParsedText
+from sageLLM.runtime.server.prompts import (
+    EnginePrompt,
+    chat_params,
+    check_common,
+    check_length,
+    render_chat,
+    template_variables,
+)
+from sageLLM.runtime.server.service import Service
+from sageLLM.runtime.server.streams import keep_alive
+
+
+async def chat(service: Service, exchange: Exchange, body: ChatBody, ticket: Ticket) -> None:
+    prompt = await prepare(service, body, ticket)
+    generation = service.generate(exchange, f"chatcmpl-{exchange.request_id}", body, [prompt], ticket)
+    try:
+        await Chat(service, exchange, body, generation).run()
+    finally:
+        generation.close()
+
+
+async def prepare(service: Service, body: ChatBody, ticket: Ticket) -> EnginePrompt:
+    check_common(body, service.settings.model_names, service.ready.policy)
+    params = chat_params(body, service.defaults, service.settings.max_logprobs)
+    service.admission.claim(ticket, params.n, num_chars(body.messages) // CHARS_PER_TOKEN)
+    text, ids = await render_chat(
+        service.chat,
+        body.messages,
+        template=service.chat_template,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        variables=template_variables(body, service.template_kwargs),
+    )
+    if body.truncate_prompt_tokens is not None and body.truncate_prompt_tokens >= 0:
+        ids = ids[-body.truncate_prompt_tokens :] if body.truncate_prompt_tokens else []
+    check_length(len(ids), params.max_tokens, service.ready, "messages")
+    return EnginePrompt(text, ids, params)
+
+
+def num_chars(messages: list[Any]) -> int:
+    """The characters of all contents, to estimate the tokens."""
+    count = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            count += len(content)
+        elif isinstance(content, list):
+            parts = (part.get("text") for part in content if isinstance(part, dict))
+            count += sum(len(text) for text in parts if isinstance(text, str))
+    return count
+
+
+@dataclass(slots=True)
+class Whole:
+    """One answer of a response that is not streamed."""
+
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    scores: list[list[Score]] = field(default_factory=list)
+    last: Piece | None = None
+
+
+class Chat:
+    """The response to one body."""
+
+    def __init__(self, service: Service, exchange: Exchange, body: ChatBody, generation: Generation) -> None:
+        self.service, self.exchange, self.body, self.generation = service, exchange, body, generation
+        self.parsers = [service.make_parser() for _ in generation.answers]
+        self.head = {
+            "id": generation.request_id,
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": body.model or service.settings.model_names[0],
+        }
+        self.role = "assistant"
+        self.echoed = ""
+        if body.echo and body.messages:
+            last = body.messages[-1].get("content")
+            self.echoed = last if isinstance(last, str) else ""
+
+    async def run(self) -> None:
+        await (self._stream() if self.body.stream else self._respond())
+
+    def _parse(self, piece: Piece) -> list[ParsedText]:
+        parser = self.parsers[piece.index]
+        parts = [parser.feed(piece.text)] if piece.text else []
+        if piece.finish_reason is not None:
+            parts.append(parser.finish())
+        return [part for part in parts if not part.is_empty]
+
+    def _finish_reason(self, piece: Piece) -> str | None:
+        if piece.finish_reason == "stop" and self.parsers[piece.index].has_called:
+            return "tool_calls"
+        return piece.finish_reason
+
+    # --- one response ---
+
+    async def _respond(self) -> None:
+        wholes = [Whole() for _ in self.generation.answers]
+        async for pieces in self.generation.steps():
+            for piece in pieces:
+                whole = wholes[piece.index]
+                for part in self._parse(piece):
+                    whole.content.append(part.content)
+                    whole.reasoning.append(part.reasoning)
+                    join_tool_calls(whole.tool_calls, part.tool_calls)
+                whole.token_ids += piece.token_ids
+                whole.scores += piece.scores or []
+                whole.last = piece
+        await self.exchange.respond_json(
+            self.head
+            | {
+                "choices": [self._choice(index, whole) for index, whole in enumerate(wholes)],
+                "service_tier": None,
+                "system_fingerprint": self.service.fingerprint,
+                "usage": self.service.usage(self.generation),
+                "prompt_logprobs": None
+                if self.body.prompt_logprobs is None
+                else shown_prompt_logprobs(self.generation, 0),
+                "prompt_token_ids": self.generation.prompts[0].token_ids if self.body.return_token_ids else None,
+                "kv_transfer_params": None,
+            }
+        )
+
+    def _choice(self, index: int, whole: Whole) -> dict[str, Any]:
+        assert whole.last is not None
+        reasoning = "".join(whole.reasoning) or None
+        return {
+            "index": index,
+            "message": {
+                "role": self.role,
+                "content": self.echoed + "".join(whole.content),
+                "refusal": None,
+                "annotations": None,
+                "audio": None,
+                "function_call": None,
+                "tool_calls": whole.tool_calls,
+                "reasoning": reasoning,
+                "reasoning_content": reasoning,
+            },
+            "logprobs": None if not self.body.logprobs else self._logprobs(whole.scores),
+            "finish_reason": self._finish_reason(whole.last),
+            "stop_reason": whole.last.stop_reason,
+            "token_ids": whole.token_ids if self.body.return_token_ids else None,
+        }
+
+    # --- streams ---
+
+    async def _stream(self) -> None:
+        options = self.body.stream_options
+        has_usage = self.service.settings.enable_force_include_usage or bool(options and options.include_usage)
+        is_continuous = bool(options and options.continuous_usage_stats and has_usage)
+        steps = keep_alive(self.generation.steps(), self.exchange, self.service.settings.sse_keep_alive_interval)
+        has_roles = False
+        async for pieces in steps:
+            # The first chunks are sent with the first output, so that an early error is a response of its own.
+            chunks = [] if has_roles else self._first_chunks()
+            has_roles = True
+            chunks += [chunk for piece in pieces for chunk in self._chunks(piece, has_fingerprint=not has_usage)]
+            if is_continuous:
+                usage = self.service.running_usage(self.generation)
+                chunks = [chunk | {"usage": usage} for chunk in chunks]
+            if not self.exchange.is_streaming:
+                await self.exchange.start_stream()
+            if chunks:
+                encoded = (b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
+                await self.exchange.write(b"".join(encoded))
+        tail = b""
+        if has_usage:
+            end = self.head | {"choices": [], "usage": self.service.usage(self.generation)}
+            end["system_fingerprint"] = self.service.fingerprint
+            tail = b"data: " + msgspec.json.encode(end) + b"\n\n"
+        await self.exchange.write(tail + DONE)
+        await self.exchange.end_stream()
+
+    def _first_chunks(self) -> list[dict[str, Any]]:
+        chunks = []
+        for answer in self.generation.answers:
+            choice: dict[str, Any] = {
+                "index": answer.index,
+                "delta": {"role": self.role, "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+            }
+            chunk: dict[str, Any] = self.head | {"choices": [choice]}
+            if self.body.return_token_ids:
+                chunk["prompt_token_ids"] = answer.prompt.token_ids
+            chunks.append(chunk)
+            if self.echoed:
+                chunks.append(self.head | {"choices": [choice | {"delta": {"content": self.echoed}}]})
+        return chunks
+
+    def _chunks(self, piece: Piece, *, has_fingerprint: bool) -> list[dict[str, Any]]:
+        """One chunk, or several if the text has several parts; the last one has the end."""
+        deltas = [delta for part in self._parse(piece) for delta in deltas_of(part)]
+        is_end = piece.finish_reason is not None
+        if not deltas:
+            if not is_end and not self.body.logprobs and not self.body.return_token_ids:
+                return []  # an incomplete character, or the beginning of a stop string
+            deltas = [{"content": ""}] if self.body.logprobs or self.body.return_token_ids else [{}]
+        chunks = []
+        for number, delta in enumerate(deltas, start=1):
+            is_last = number == len(deltas)
+            choice: dict[str, Any] = {
+                "index": piece.index,
+                "delta": delta,
+                "logprobs": self._logprobs(piece.scores or []) if self.body.logprobs and is_last else None,
+                "finish_reason": self._finish_reason(piece) if is_last else None,
+            }
+            if is_last and self.body.return_token_ids:
+                choice["token_ids"] = piece.token_ids
+            chunk = self.head | {"choices": [choice]}
+            if is_last and is_end:
+                choice["stop_reason"] = piece.stop_reason
+                if has_fingerprint:
+                    chunk["system_fingerprint"] = self.service.fingerprint
+            chunks.append(chunk)
+        return chunks
+
+    # --- logprobs ---
+
+    def _logprobs(self, rows: list[list[Score]]) -> dict[str, Any]:
+        num_top = self.body.top_logprobs or 0
+        return {
+            "content": [
+                self._entry(row[0])
+                | {"top_logprobs": [self._entry(one) for one in sorted(row, key=lambda s: s.rank)[:num_top]]}
+                for row in rows
+            ]
+        }
+
+    def _entry(self, score: Score) -> dict[str, Any]:
+        text = f"token_id:{score.token_id}" if self.body.return_tokens_as_token_ids else score.text
+        return {"token": text, "logprob": score.logprob, "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def deltas_of(part: ParsedText) -> list[dict[str, Any]]:
+    """The `delta` objects of a part; reasoning has vLLM's name and the older one."""
+    deltas: list[dict[str, Any]] = []
+    if part.reasoning:
+        deltas.append({"reasoning": part.reasoning, "reasoning_content": part.reasoning})
+    if part.content:
+        deltas.append({"content": part.content})
+    if part.tool_calls:
+        deltas.append({"tool_calls": part.tool_calls})
+    return deltas
+
+
+def join_tool_calls(calls: list[dict[str, Any]], deltas: list[dict[str, Any]]) -> None:
+    """Adds the pieces of a stream to whole calls: the first piece of a call has its id and name."""
+    for delta in deltas:
+        index = delta.get("index", len(calls))
+        function = delta.get("function", {})
+        if index < len(calls):
+            calls[index]["function"]["arguments"] += function.get("arguments", "")
+        else:
+            whole = {name: value for name, value in delta.items() if name != "index"}
+            calls.append(whole | {"function": {"arguments": "", **function}})

@@ -1,0 +1,129 @@
+"""One HTTP request and its response, on the ASGI callables."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+import msgspec
+
+from sageLLM.runtime.server.errors import ApiError, encode_error
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection."""
+
+
+class Exchange:
+    """A request with its id and arrival time. After `start_stream` an error goes into the stream."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, self._receive, self._send = scope, receive, send
+        self.arrival: float = time.monotonic()
+        self.request_id: str = scope["state"]["request_id"]
+        self.is_streaming = False
+        self.is_answered = False
+        self.ignored: list[str] = []
+        self._watcher: asyncio.Task[None] | None = None
+
+    def header(self, name: bytes) -> str | None:
+        return header_of(self.scope, name)
+
+    async def read_body(self, max_size: int, seconds: float) -> bytes:
+        """The body. Raises ApiError 413 and 408, and ClientGoneError."""
+        length = self.header(b"content-length")
+        if length is not None and length.isdigit() and int(length) > max_size:
+            raise self._too_large(max_size)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    body += message.get("body", b"")
+                    if len(body) > max_size:
+                        raise self._too_large(max_size)
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body did not arrive within {seconds:g} s", headers={"Connection": "close"}, reason="body"
+            ) from None
+
+    @staticmethod
+    def _too_large(max_size: int) -> ApiError:
+        message = f"the body must have at most {max_size} bytes"
+        return ApiError(413, message, headers={"Connection": "close"}, reason="body")
+
+    def watch_client(self, on_gone: Callable[[], None]) -> None:
+        """Calls `on_gone` when the client closes its connection; to be called after the body is read."""
+
+        async def watch() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            if not self.is_answered:
+                on_gone()
+
+        self._watcher = asyncio.create_task(watch())
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def respond(
+        self, status: int, body: bytes, kind: str = "application/json", headers: Mapping[str, str] | None = None
+    ) -> None:
+        await self._start(status, kind, [("content-length", str(len(body))), *(headers or {}).items()])
+        await self._send({"type": "http.response.body", "body": body})
+        self.is_answered = True
+
+    async def respond_json(self, value: object) -> None:
+        await self.respond(200, msgspec.json.encode(value))
+
+    async def respond_error(self, error: ApiError) -> None:
+        """The error as the response, or as the last object of a stream."""
+        if self.is_answered:
+            return
+        if not self.is_streaming:
+            await self.respond(error.status, encode_error(error), headers=error.headers)
+            return
+        await self.write(b"data: " + encode_error(error) + b"\n\n" + DONE)
+        await self.end_stream()
+
+    async def start_stream(self) -> None:
+        headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        await self._start(200, "text/event-stream; charset=utf-8", headers)
+        self.is_streaming = True
+
+    async def write(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_stream(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+        self.is_answered = True
+
+    async def _start(self, status: int, kind: str, headers: Iterable[tuple[str, str]]) -> None:
+        pairs = [("content-type", kind), *headers]
+        if self.ignored:
+            pairs.append(("x-sagellm-ignored", ", ".join(self.ignored)))
+        encoded = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in pairs]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+
+def header_of(scope: Scope, name: bytes) -> str | None:
+    """The value of the first header of that name in lower case."""
+    for key, value in scope["headers"]:
+        if key == name:
+            text: str = value.decode("latin-1")
+            return text
+    return None

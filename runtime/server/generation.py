@@ -1,0 +1,250 @@
+"""One HTTP request in the engine: submits its prompts, and turns token deltas into text, scores and ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from sageLLM.runtime.engine.requests import stop_rules
+from sageLLM.runtime.errors import EngineError
+from sageLLM.runtime.server.admission import Admission, Ticket
+from sageLLM.runtime.server.engine_client import EngineClient, Inbox
+from sageLLM.runtime.server.messages import Delta, Ready, ScoredToken, Submit
+from sageLLM.runtime.server.metrics import Metrics
+from sageLLM.runtime.server.prompts import EnginePrompt
+from sageLLM.runtime.text.stop import SequenceText
+from sageLLM.runtime.text.tokenizer import Tokenizer
+
+NUM_LAST_TOKENS = 3
+"""Tokens to the left of a token that can hold the first bytes of its character."""
+MIN_LOGPROB = -9999.0
+
+
+class Score(NamedTuple):
+    """A token with its log-probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """Facts of a request for the scheduler."""
+
+    priority: int = 0
+    deadline: float | None = None
+    tenant: str = ""
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one answer has gained; `scores` has the sampled token first in each entry."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    scores: list[list[Score]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer: its text so far, by the rules that the engine applies too, and stop strings."""
+
+    index: int
+    request_id: str
+    prompt: EnginePrompt
+    text: SequenceText
+    num_tokens: int = 0
+    last_time: float = 0.0
+    last_ids: list[int] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.text.finish_reason is not None
+
+
+class Generation:
+    """The answers to the prompts of one HTTP request. Iterating yields the pieces of each step.
+
+    Answer `i * n + k` is the k-th answer to prompt i. `close` aborts what has not ended.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompts: Sequence[EnginePrompt],
+        traits: Traits,
+        *,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        ready: Ready,
+        eos_ids: frozenset[int],
+        admission: Admission,
+        ticket: Ticket,
+        metrics: Metrics,
+        arrival: float,
+    ) -> None:
+        self.request_id, self.prompts, self.inbox = request_id, prompts, Inbox()
+        self.num_cached_tokens = 0
+        self.prompt_scores: dict[int, list[list[Score]]] = {}
+        self._client, self._tokenizer, self._metrics = client, tokenizer, metrics
+        self._admission, self._ticket, self._arrival = admission, ticket, arrival
+        self._first_time: float | None = None
+        self._queue_seconds = 0.0
+        self.answers: list[Answer] = []
+        self._of_request: dict[str, int] = {}  # the first answer of each engine request
+        self._open: dict[str, int] = {}  # answers without an end
+        for prompt in prompts:
+            name = client.new_id()
+            self._of_request[name] = len(self.answers)
+            self._open[name] = prompt.params.n
+            rules = stop_rules(prompt.params, eos_ids, len(prompt.token_ids), ready.max_seq_len)
+            for _ in range(prompt.params.n):
+                text = SequenceText(tokenizer, rules, prompt.params.skip_special_tokens, prompt.token_ids)
+                last = prompt.token_ids[-NUM_LAST_TOKENS:]
+                self.answers.append(Answer(len(self.answers), name, prompt, text, last_ids=last))
+        self._submit(traits)
+
+    def _submit(self, traits: Traits) -> None:
+        try:
+            for name, prompt in zip(list(self._open), self.prompts, strict=True):
+                # The engine has no tokenizer, so stop strings are found here.
+                params = replace(prompt.params, stop=None) if prompt.params.stop else prompt.params
+                command = Submit(
+                    name,
+                    prompt.token_ids,
+                    params,
+                    traits.priority,
+                    traits.deadline,
+                    traits.tenant,
+                    traits.cache_salt,
+                )
+                self._client.submit(command, self.inbox)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(answer.num_tokens for answer in self.answers)
+
+    async def steps(self) -> AsyncIterator[list[Piece]]:
+        """The pieces of one or more steps. Raises RequestError, and EngineError if the engine or the request fails."""
+        while self._open:
+            deltas = await self.inbox.take()
+            now = time.monotonic()
+            if self._first_time is None:
+                self._note_first(now)
+            pieces = [piece for delta in deltas if (piece := self._piece(delta, now)) is not None]
+            if pieces:
+                yield pieces
+
+    def close(self) -> None:
+        for name in list(self._open):
+            self._client.close_request(name)
+        for answer in self.answers:
+            if answer.request_id in self._open and answer.text.finish_reason in (None, "abort"):
+                self._metrics.count_end("abort")
+        self._open.clear()
+        self._admission.leave(self._ticket)
+
+    def _note_first(self, now: float) -> None:
+        self._first_time = now
+        self._admission.start(self._ticket)
+        self._metrics.time_to_first_token.observe(now - self._arrival)
+
+    def _piece(self, delta: Delta, now: float) -> Piece | None:
+        answer = self.answers[self._of_request[delta.request_id] + delta.index]
+        if answer.is_finished:
+            return None
+        if delta.num_cached_tokens is not None:
+            self._note_prompt(delta, answer)
+        num_taken = self._append(answer, delta)
+        scores = None
+        if delta.logprobs is not None:
+            scores = self._scores(answer.last_ids, delta.token_ids[:num_taken], delta.logprobs[:num_taken])
+        new = delta.token_ids[:num_taken]
+        answer.last_ids = [*answer.last_ids, *new][-NUM_LAST_TOKENS:]
+        self._measure(answer, num_taken, now)
+        if answer.is_finished:
+            self._end(answer, delta, now)
+        return Piece(
+            answer.index, answer.text.take_delta(), new, scores, answer.text.finish_reason, answer.text.stop_reason
+        )
+
+    def _append(self, answer: Answer, delta: Delta) -> int:
+        """Adds tokens up to the end of the answer; returns their number."""
+        text = answer.text
+        for count, token_id in enumerate(delta.token_ids, start=1):
+            if text.append(token_id) is not None:
+                return count
+        if delta.finish_reason is not None:
+            text.abort(str(delta.stop_reason))
+        return len(delta.token_ids)
+
+    def _end(self, answer: Answer, delta: Delta, now: float) -> None:
+        if answer.text.finish_reason == "abort":
+            raise EngineError(str(answer.text.stop_reason))
+        self._metrics.observe_end(
+            answer.text.finish_reason or "",
+            len(answer.prompt.token_ids),
+            answer.num_tokens,
+            answer.prompt.params.max_tokens,
+            arrival=self._arrival,
+            first=self._first_time or now,
+            end=now,
+            queue_seconds=self._queue_seconds,
+        )
+        self._open[answer.request_id] -= 1
+        is_early = delta.finish_reason is None  # by a stop string, of which the engine knows nothing
+        if not self._open[answer.request_id]:
+            del self._open[answer.request_id]
+            if is_early:
+                self._client.close_request(answer.request_id)
+            else:
+                self._client.finish(answer.request_id)
+        elif is_early:
+            self._client.abort_answer(answer.request_id, delta.index)
+
+    def _measure(self, answer: Answer, num_tokens: int, now: float) -> None:
+        if num_tokens:
+            if answer.num_tokens:
+                self._metrics.inter_token_latency.observe((now - answer.last_time) / num_tokens)
+            self._metrics.generation_tokens.inc(num_tokens)
+            answer.num_tokens += num_tokens
+            answer.last_time = now
+
+    def _note_prompt(self, delta: Delta, answer: Answer) -> None:
+        num_cached = delta.num_cached_tokens or 0
+        self.num_cached_tokens += num_cached
+        self._queue_seconds = delta.queue_seconds or 0.0
+        self._metrics.count_prompt(len(answer.prompt.token_ids), num_cached)
+        if delta.prompt_logprobs is not None:
+            ids = answer.prompt.token_ids
+            number = answer.index // answer.prompt.params.n
+            self.prompt_scores[number] = self._scores(ids[:1], ids[1:], delta.prompt_logprobs)
+
+    def _scores(self, before: list[int], token_ids: list[int], logprobs: list[list[ScoredToken]]) -> list[list[Score]]:
+        rows = []
+        left = list(before)
+        for token_id, entries in zip(token_ids, logprobs, strict=False):
+            rows.append(
+                [Score(one, self._token_text(one, left), max(value, MIN_LOGPROB), rank) for one, value, rank in entries]
+            )
+            left = [*left, token_id][-NUM_LAST_TOKENS:]
+        return rows
+
+    def _token_text(self, token_id: int, before: Sequence[int]) -> str:
+        return self._tokenizer.token_text(token_id, before) if self._tokenizer else ""

@@ -1,0 +1,185 @@
+"""Runs the application under uvicorn, with limits on connections, and a drain at SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import h11
+from uvicorn import Config, Server
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sageLLM.runtime.server.app import make_app
+from sageLLM.runtime.server.errors import ApiError, encode_error
+from sageLLM.runtime.server.messages import Ready
+from sageLLM.runtime.server.service import Service
+from sageLLM.runtime.server.settings import ServerSettings
+
+LOG = logging.getLogger("sagellm")
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 5
+BACKLOG = 2048
+
+
+def protocol_of(service: Service) -> type[H11Protocol]:
+    """uvicorn's protocol with a deadline for the headers of each request, and limits on their size and number."""
+    settings = service.settings
+
+    class LimitedProtocol(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._start_deadline()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_deadline()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._deadline is None and self.conn.their_state is h11.IDLE:
+                self._start_deadline()
+            super().data_received(data)
+            if self.conn.their_state is not h11.IDLE:
+                self._stop_deadline()
+
+        def send_400_response(self, msg: str) -> None:
+            is_long = len(self.conn.trailing_data[0]) > settings.max_header_size
+            status = 431 if is_long else 400
+            text = f"the headers must have at most {settings.max_header_size} bytes" if is_long else msg
+            body = encode_error(ApiError(status, text))
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                events: list[Any] = [
+                    h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")]),
+                    h11.Data(data=body),
+                    h11.EndOfMessage(),
+                ]
+                for event in events:
+                    self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
+
+        def _start_deadline(self) -> None:
+            self._stop_deadline()
+            self._deadline = self.loop.call_later(settings.header_timeout, self._is_late)
+
+        def _stop_deadline(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _is_late(self) -> None:
+            if not self.transport.is_closing():
+                self.transport.close()
+
+    return LimitedProtocol
+
+
+class DrainingServer(Server):
+    """uvicorn's server with another end: SIGTERM and SIGINT let admitted requests finish, a second one aborts them."""
+
+    def __init__(self, config: Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Not recorded as uvicorn does, which would raise the signal again at the end: the exit code is 0."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.begin_drain, signal.Signals(sig).name)
+
+    def begin_drain(self, cause: str) -> None:
+        if self._drain is not None:
+            LOG.warning("%s again: %d requests are aborted", cause, self._service.num_active)
+            self._end(is_forced=True)
+            return
+        LOG.warning("%s: no new requests, %d admitted ones finish", cause, self._service.num_active)
+        self._service.admission.is_draining = True
+        self._drain = asyncio.create_task(self._wait())
+
+    async def _wait(self) -> None:
+        """Ends the server once no request is active, or after the timeout."""
+        timeout = self._service.settings.shutdown_timeout
+        try:
+            async with asyncio.timeout(timeout):
+                while self._service.num_active:
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            LOG.warning("%d requests are aborted after %g s", self._service.num_active, timeout)
+        self._end(is_forced=bool(self._service.num_active))
+
+    def _end(self, *, is_forced: bool) -> None:
+        if is_forced:
+            self._service.client.abort_all("the server is shutting down")
+        self.should_exit = True
+
+
+def make_server(service: Service) -> DrainingServer:
+    settings = service.settings
+    config = Config(
+        make_app(service),
+        http=protocol_of(service),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=round(settings.keep_alive_timeout),
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        h11_max_incomplete_event_size=settings.max_header_size,
+    )
+    return DrainingServer(config, service)
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """The listening socket. Raises OSError if the address cannot be used."""
+    if settings.uds is not None:
+        sock = socket.socket(socket.AF_UNIX)
+        Path(settings.uds).unlink(missing_ok=True)
+        sock.bind(settings.uds)
+        sock.listen(BACKLOG)
+        return sock
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+
+
+def url_of(sock: socket.socket) -> str:
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def run_server(service: Service, sock: socket.socket, on_ready: Callable[[Ready, str], None]) -> int:
+    """Serves until a signal, or until the engine cannot be started; returns the exit code.
+
+    Connections are answered while the engine is built, with 503. Raises what `Service.start` raises.
+    """
+    server, url = make_server(service), url_of(sock)
+    serving = asyncio.create_task(server.serve([sock]))
+    starting = asyncio.create_task(service.start())
+    giving_up = asyncio.create_task(service.client.gave_up.wait())
+    try:
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            on_ready(starting.result(), url)
+            await asyncio.wait({serving, giving_up}, return_when=asyncio.FIRST_COMPLETED)
+        return 1 if giving_up.done() else 0
+    finally:
+        for task in (starting, giving_up):
+            task.cancel()
+        server.should_exit = True
+        await serving
+        await service.client.close()
+        service.close()

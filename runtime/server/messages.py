@@ -1,0 +1,153 @@
+"""Messages between the server's front and its engine process, in msgpack. They carry token ids, never text."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
+
+ScoredToken = tuple[int, float, int]
+"""A token id, its log-probability and its rank."""
+
+
+# --- to the engine ---
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True):
+    """Queue a request. `deadline` is in seconds after the arrival; `cache_salt` separates cached KV."""
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    deadline: float | None = None
+    tenant: str = ""
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    """End a request, or the answer `index` of it. No reply follows."""
+
+    request_id: str
+    index: int | None = None
+
+
+class Embed(msgspec.Struct, tag="embed", frozen=True):
+    """Embed prompts between two steps."""
+
+    request_id: str
+    prompts: list[list[int]]
+    pooling: str | None = None
+    normalize: bool | None = None
+
+
+class SetEos(msgspec.Struct, tag="set_eos", frozen=True):
+    """The ids that end an answer besides those of the checkpoint's configs: the tokenizer's."""
+
+    token_ids: list[int]
+
+
+Command = Submit | Abort | Embed | SetEos
+
+
+# --- to the front ---
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """The engine is built. Lengths are in tokens; `max_kv_tokens` None means no limit.
+
+    `choices` are sentences about what was chosen and why.
+    """
+
+    layout: str
+    vocab_size: int
+    generates: bool
+    max_model_len: int
+    max_seq_len: int = 0
+    max_kv_tokens: int | None = None
+    num_kv_blocks: int = 0
+    block_size: int = 16
+    max_num_seqs: int = 0
+    mode: str = ""
+    policy: str = ""
+    eos_ids: list[int] = []
+    choices: list[str] = []
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """The engine cannot be built, because of an input of the user."""
+
+    message: str
+
+
+class Crashed(msgspec.Struct, tag="crashed", frozen=True):
+    """The engine cannot be built or continue, because of a defect or of the machine."""
+
+    message: str
+
+
+class Delta(msgspec.Struct, array_like=True, frozen=True):
+    """The new tokens of one answer. The sampled token is the first entry of each list in `logprobs`.
+
+    `finish_reason` is set with the last delta of an answer. A request's first delta has the facts about its prompt:
+    the number of cached tokens, the seconds in the queue, and the scores of its tokens from the second one on.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[list[ScoredToken]] | None = None
+    num_cached_tokens: int | None = None
+    queue_seconds: float | None = None
+    prompt_logprobs: list[list[ScoredToken]] | None = None
+
+
+class Load(msgspec.Struct, array_like=True, frozen=True):
+    """Sizes of the queues and of the KV pool now, and counters since the start of the engine."""
+
+    num_running: int
+    num_waiting: int
+    num_preempted: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_steps: int
+    transfers: int = 0
+
+
+class Step(msgspec.Struct, tag="step", frozen=True):
+    """The answers that one step has changed; `load` comes with some steps only."""
+
+    deltas: list[Delta]
+    load: Load | None = None
+
+
+class Rejected(msgspec.Struct, tag="rejected", frozen=True):
+    """A request is invalid (`param` names the field), or an embedding has failed; nothing of it was queued."""
+
+    request_id: str
+    message: str
+    param: str | None = None
+
+
+class Embedded(msgspec.Struct, tag="embedded", frozen=True):
+    """The embeddings of a command, one f32 array per prompt."""
+
+    request_id: str
+    vectors: list[bytes]
+
+
+class StepFailed(msgspec.Struct, tag="step_failed", frozen=True):
+    """A step failed for a reason that belongs to no single request; all requests have ended."""
+
+    message: str
+
+
+Event = Ready | Refused | Crashed | Step | Rejected | Embedded | StepFailed

@@ -1,0 +1,207 @@
+"""What the handlers share: the engine, the tokenizer, the queue, the metrics, the settings."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sageLLM import __version__
+from sageLLM.runtime.engine.chat import ChatPrompts
+from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
+from sageLLM.runtime.errors import ChatTemplateError, SageError
+from sageLLM.runtime.loader.sentence_transformers import EmbeddingRecipe, model_folder, read_recipe
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
+from sageLLM.runtime.server.admission import Admission, Ticket
+from sageLLM.runtime.server.bodies import Sampled
+from sageLLM.runtime.server.engine_client import EngineClient
+from sageLLM.runtime.server.errors import ApiError
+from sageLLM.runtime.server.exchange import ClientGoneError, Exchange
+from sageLLM.runtime.server.generation import Generation, Traits
+from sageLLM.runtime.server.messages import Load, Ready
+from sageLLM.runtime.server.metrics import Metrics
+from sageLLM.runtime.server.output_parser import OutputParser, PlainParser
+from sageLLM.runtime.server.prompts import EnginePrompt
+from sageLLM.runtime.server.settings import ServerSettings
+from sageLLM.runtime.text.tokenizer import Tokenizer, start_probe
+
+LOG = logging.getLogger("sagellm")
+QUEUED_CACHES = 4
+"""The default limit of queued prompt tokens, in KV caches."""
+
+
+class Service:
+    """A server's state. `start` builds the engine while a child process tries the tokenizer."""
+
+    def __init__(self, settings: ServerSettings, client: EngineClient, generation_config: str = "auto") -> None:
+        """Raises SageError for an invalid option."""
+        self.settings, self.client, self._generation_config = settings, client, generation_config
+        self.chat_template = _read_template(settings.chat_template)
+        self.template_kwargs = _template_kwargs(settings.default_chat_template_kwargs)
+        self.folder = model_folder(Path(settings.model))
+        self.tokenizer: Tokenizer | None = None
+        self.chat: ChatPrompts | None = None
+        self.defaults = SamplingParams()
+        self.recipe = EmbeddingRecipe()
+        self.eos_ids: frozenset[int] = frozenset()
+        self.admission = Admission(settings.max_num_queued_reqs, 0)
+        self.metrics = Metrics(settings.metrics_namespace, settings.model_names[0])
+        self.fingerprint = _fingerprint(settings)
+        self.created = int(time.time())
+        self.num_active = 0
+        self.is_started = False
+        self.tokenizer_reader = tokenizer_reader
+
+    async def start(self) -> Ready:
+        """Raises SageError for an invalid checkpoint or option, EngineError if the engine does not start."""
+        self.defaults = sampling_defaults(self.folder, self._generation_config)
+        self.recipe = read_recipe(Path(self.settings.model))
+        with self.tokenizer_reader(self.folder) as read:
+            ready = await self.client.start()
+            self.tokenizer = read(ready.max_model_len)
+        self.chat = None if self.tokenizer is None else ChatPrompts(self.tokenizer)
+        tokenizer_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
+        self.eos_ids = frozenset(i for i in {*tokenizer_ids, *ready.eos_ids} if i < ready.vocab_size)
+        self.client.set_eos_ids(self.eos_ids)
+        limit = self.settings.max_num_queued_tokens
+        capacity = max(ready.num_kv_blocks * ready.block_size, ready.max_model_len)
+        self.admission.max_tokens = QUEUED_CACHES * capacity if limit is None else limit
+        self.metrics.describe_engine(ready)
+        self.client.on_load = self._on_load
+        self.client.on_lost = self.metrics.lose_engine
+        self.check_chat_template()
+        self.is_started = True
+        return ready
+
+    def close(self) -> None:
+        """Ends the processes of chat templates."""
+        if self.chat is not None:
+            self.chat.close()
+
+    @property
+    def ready(self) -> Ready:
+        assert self.client.ready is not None
+        return self.client.ready
+
+    def why_not_ready(self) -> str | None:
+        """The reason why no request is accepted, or None."""
+        if self.admission.is_draining:
+            return "the server is shutting down"
+        if not self.is_started:
+            return "the server is starting"
+        if self.client.state != "ready":
+            return f"the engine is not ready ({self.client.state})"
+        return None
+
+    def require_started(self) -> None:
+        if not self.is_started:
+            raise ApiError(503, "the server is starting", headers={"Retry-After": "1"}, reason="not_ready")
+
+    def require_engine(self) -> None:
+        self.require_started()
+        if self.client.state != "ready":
+            text = f"the engine is not ready ({self.client.state})"
+            raise ApiError(503, text, headers={"Retry-After": "1"}, reason="not_ready")
+
+    def require_generation(self) -> None:
+        if not self.ready.generates:
+            raise ApiError(404, f"{self.ready.layout} computes embeddings, not text; use /v1/embeddings")
+
+    def generate(
+        self, exchange: Exchange, name: str, body: Sampled, prompts: Sequence[EnginePrompt], ticket: Ticket
+    ) -> Generation:
+        """Submits the prompts. A client that goes away aborts them."""
+        num_requests = sum(prompt.params.n for prompt in prompts)
+        num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self.admission.correct(ticket, num_requests, num_tokens)
+        generation = Generation(
+            name,
+            prompts,
+            Traits(body.priority, body.deadline, body.tenant, body.cache_salt or ""),
+            client=self.client,
+            tokenizer=self.tokenizer,
+            ready=self.ready,
+            eos_ids=self.eos_ids,
+            admission=self.admission,
+            ticket=ticket,
+            metrics=self.metrics,
+            arrival=exchange.arrival,
+        )
+        exchange.watch_client(lambda: generation.inbox.fail(ClientGoneError()))
+        return generation
+
+    def make_parser(self) -> OutputParser:
+        """The parser of a chat answer; models with reasoning or tool calls will get that of their dialect."""
+        return PlainParser()
+
+    def usage(self, generation: Generation) -> dict[str, Any]:
+        num_prompt, num_answer = generation.num_prompt_tokens, generation.num_tokens
+        usage: dict[str, Any] = {
+            "prompt_tokens": num_prompt,
+            "total_tokens": num_prompt + num_answer,
+            "completion_tokens": num_answer,
+            "prompt_tokens_details": None,
+        }
+        if self.settings.enable_prompt_tokens_details:
+            usage["prompt_tokens_details"] = {"cached_tokens": generation.num_cached_tokens}
+        return usage
+
+    def running_usage(self, generation: Generation) -> dict[str, int]:
+        """The usage in the chunks of `continuous_usage_stats`."""
+        num_prompt, num_answer = generation.num_prompt_tokens, generation.num_tokens
+        return {
+            "prompt_tokens": num_prompt,
+            "total_tokens": num_prompt + num_answer,
+            "completion_tokens": num_answer,
+        }
+
+    def check_chat_template(self) -> None:
+        """Logs a checkpoint without a chat template."""
+        if self.chat is None or self.chat_template is not None:
+            return
+        try:
+            self.chat.check_template()
+        except ChatTemplateError as error:
+            LOG.warning("/v1/chat/completions is refused: %s", error)
+
+    def _on_load(self, load: Load) -> None:
+        self.metrics.update_load(load)
+
+
+@contextmanager
+def tokenizer_reader(folder: Path) -> Iterator[Callable[[int], Tokenizer | None]]:
+    """Starts the probe of the tokenizer. The function returns it for prompts of so many tokens; None without a file."""
+    if not (folder / "tokenizer.json").exists():
+        yield lambda max_tokens: None
+        return
+    with closing(start_probe(folder)) as probe:
+        yield lambda max_tokens: Tokenizer.from_folder(folder, probe, max_tokens)
+
+
+def _fingerprint(settings: ServerSettings) -> str:
+    return f"sagellm-{__version__}-{hashlib.sha256(settings.model.encode()).hexdigest()[:8]}"
+
+
+def _read_template(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SageError(f"chat_template must be a file with a Jinja template: {error}") from None
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise SageError(f"default_chat_template_kwargs must be a JSON object, got {text!r}")
+    return value

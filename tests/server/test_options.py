@@ -1,0 +1,74 @@
+"""Options of `sagellm serve`: the command line, the environment and a file, in this order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sageLLM.runtime.cli import serve
+from sageLLM.runtime.cli.engine_options import EngineOptions
+from sageLLM.runtime.cli.main import app
+from sageLLM.runtime.cli.serve_engine import EngineSpec, decode_spec, encode_spec
+from sageLLM.runtime.server.settings import ServerSettings
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """given(arguments, **environment) -> the settings and engine options that the command got."""
+    found: list[tuple[ServerSettings, EngineOptions]] = []
+
+    def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
+        found.append((settings, engine))
+        return 0
+
+    monkeypatch.setattr(serve, "serve_model", serve_model)
+
+    def run(*arguments: str, **environment: str) -> tuple[ServerSettings, EngineOptions]:
+        done = CliRunner().invoke(app, ["serve", *arguments], env=environment)
+        assert done.exit_code == 0, done.output
+        return found[-1]
+
+    return run
+
+
+def test_defaults(given: Any) -> None:
+    assert given("folder") == (ServerSettings(model="folder"), EngineOptions())
+
+
+def test_precedence(given: Any, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("port: 1\nhost: here\nmax-num-seqs: 7\nmax_model_len: 32k\napi-key: [a, b]\nlenient: true\n")
+    settings, engine = given("folder", "--config", str(path), "--port", "3", SAGELLM_PORT="2", SAGELLM_HOST="there")
+    assert (settings.port, settings.host, settings.api_key, settings.lenient) == (3, "there", ["a", "b"], True)
+    assert (engine.max_num_seqs, engine.max_model_len) == (7, 32000)
+    settings, engine = given("folder", SAGELLM_MAX_NUM_SEQS="9", SAGELLM_API_KEY="one")
+    assert (engine.max_num_seqs, settings.api_key) == (9, ["one"])
+
+
+def test_lists_repeat_or_are_json(given: Any) -> None:
+    assert given("f", "--served-model-name", "a", "--served-model-name", "b")[0].model_names == ["a", "b"]
+    assert given("f", "--allowed-origins", '["*"]')[0].allowed_origins == ["*"]
+
+
+def test_an_unknown_name_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("prot: 1\n")
+    done = CliRunner().invoke(app, ["serve", "folder", "--config", str(path)], env={"COLUMNS": "300"})
+    assert done.exit_code == 2 and "unknown option 'prot'; did you mean 'port'?" in done.output
+
+
+def test_the_spec_of_the_engine_process_survives_the_channel() -> None:
+    spec = EngineSpec("m", EngineOptions(plugins=[Path("a")], disk_folder=Path("b"), max_model_len=5))
+    assert decode_spec(encode_spec(spec)) == spec
+
+
+def test_an_invalid_model_ends_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "configure_logs", lambda form, level: None)
+    settings = ServerSettings(model=str(tmp_path), port=0, in_process=True)
+    assert serve.serve_model(settings, EngineOptions()) == 1
+    assert capsys.readouterr().err.startswith("error: ")
