@@ -20,7 +20,7 @@ MAX_RETRY_SECONDS = 120
 
 @dataclass(slots=True)
 class Ticket:
-    """What one HTTP request occupies in the queue."""
+    """The requests and prompt tokens that one HTTP request occupies in the queue."""
 
     num_requests: int
     num_tokens: int = 0

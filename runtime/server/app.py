@@ -40,7 +40,7 @@ LOG = logging.getLogger("sagellm")
 ACCESS = logging.getLogger("sagellm.access")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 QUIET = ("/livez", "/readyz", "/health", "/ping", "/metrics")
-"""Paths of probes, whose successful requests are logged at level DEBUG."""
+"""Paths of probes; their successful requests are logged at level DEBUG."""
 PROTECTED = ("/v1/", "/v2/", "/inference/")
 
 B = TypeVar("B")
@@ -197,7 +197,7 @@ class Router:
 
 
 class Outer:
-    """What all requests pass first and last: request id, API key, access log, metrics, errors outside of routes."""
+    """The outermost layer of the application: request ids, header limits, API keys, access log, HTTP metrics."""
 
     def __init__(self, app: Any, service: Service) -> None:
         self._app, self._service = app, service
@@ -301,7 +301,7 @@ def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
     texts: Mapping[int, str] = {
-        404: f"there is no route {path}",
+        404: f"unknown route {path}",
         405: f"{request.method} is not allowed for {path}",
     }
     headers = dict(error.headers or {})

@@ -48,7 +48,7 @@ class Channel(Protocol):
 
 
 class ProcessChannel:
-    """Starts the engine as `python -m module FD` and sends it `spec`, whose form is that module's business."""
+    """Starts the engine as `python -m module FD`. `spec` is its first message, in a form that the module defines."""
 
     def __init__(self, module: str, spec: bytes) -> None:
         self._module, self._spec = module, spec

@@ -35,7 +35,7 @@ LOG = logging.getLogger("sagellm")
 State = Literal["starting", "ready", "lost", "closed"]
 FIRST_RESTART_SECONDS = 0.1
 MAX_RESTARTS = 5
-"""Consecutive starts that may fail before the server gives up."""
+"""Consecutive failed starts after which the server ends."""
 
 
 class EngineLostError(EngineError):
@@ -73,7 +73,7 @@ class Inbox:
 
 
 class EngineClient:
-    """An engine behind a channel. `make_channel` is called for every start."""
+    """Sends requests to the engine over a channel. `make_channel` is called for every start."""
 
     def __init__(self, make_channel: Callable[[], Channel]) -> None:
         self._make_channel = make_channel

@@ -43,7 +43,7 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one answer has gained; `scores` has the sampled token first in each entry."""
+    """New text and tokens of one answer; `scores` has the sampled token first in each entry."""
 
     index: int
     text: str

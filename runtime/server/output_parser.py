@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class ParsedText:
-    """What a piece of text has added. `tool_calls` are entries of a chunk's `tool_calls`, in OpenAI's form."""
+    """The parts of a piece of text. `tool_calls` are entries of a chunk's `tool_calls`, in OpenAI's form."""
 
     content: str = ""
     reasoning: str = ""
@@ -31,7 +31,7 @@ class OutputParser(Protocol):
     def feed(self, text: str) -> ParsedText: ...
 
     def finish(self) -> ParsedText:
-        """What was held back as it could have become a marker."""
+        """The text that was held back because it could have become a marker."""
 
 
 class PlainParser:

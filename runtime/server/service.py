@@ -1,4 +1,4 @@
-"""What the handlers share: the engine, the tokenizer, the queue, the metrics, the settings."""
+"""State shared by the handlers: the engine, the tokenizer, the queue, the metrics, the settings."""
 
 from __future__ import annotations
 

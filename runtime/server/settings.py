@@ -20,7 +20,7 @@ class ServerSettings:
 
     model: str
     served_model_name: Annotated[
-        list[str], Flag("A name of the model in the API (default: the folder as given); can be repeated.")
+        list[str], Flag("A name of the model in the API (default: the argument MODEL); can be repeated.")
     ] = field(default_factory=list)
     host: Annotated[str, Flag("Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1"
     port: Annotated[int, Flag("Port to listen on; 0 chooses a free one.")] = 8000

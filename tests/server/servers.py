@@ -97,7 +97,7 @@ def engine_channel(llm: LLM) -> ThreadChannel:
 
 
 class ScriptedChannel:
-    """An engine that computes when it is told to: `give` sends tokens to a request, `lose` ends the engine."""
+    """An engine under the control of a test: `emit_tokens` sends tokens to a request, `lose` ends the engine."""
 
     def __init__(self) -> None:
         self.submitted: dict[str, Submit] = {}
@@ -125,7 +125,7 @@ class ScriptedChannel:
     async def close(self) -> None:
         pass
 
-    def give(self, request_id: str, token_ids: list[int], reason: str | None = None, **fields: Any) -> None:
+    def emit_tokens(self, request_id: str, token_ids: list[int], reason: str | None = None, **fields: Any) -> None:
         self.emit(Step([Delta(request_id, 0, token_ids, reason, **fields)]))
 
     def reject(self, request_id: str, message: str, param: str | None = None) -> None:

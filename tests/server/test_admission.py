@@ -95,7 +95,7 @@ def test_of_many_simultaneous_posts_exactly_the_limit_is_admitted() -> None:
                 time.sleep(0.01)
             assert server.service.admission.num_requests == limit
             for name in list(channel.submitted):
-                channel.give(name, [7], "length")
+                channel.emit_tokens(name, [7], "length")
             codes = [one.result() for one in posts]
         assert (codes.count(200), codes.count(429)) == (limit, num_posts - limit)
         assert server.service.admission.num_requests == 0

@@ -90,7 +90,7 @@ def test_a_refusal_is_a_rate_limit_and_an_error_in_a_stream_raises() -> None:
         with pytest.raises(openai.RateLimitError, match="retry in 1 s"):
             client.completions.create(model=NAME, prompt="a")
         [name] = channel.submitted
-        channel.give(name, [7])
-        channel.give(name, [8], "abort", stop_reason="the logits are not finite")
+        channel.emit_tokens(name, [7])
+        channel.emit_tokens(name, [8], "abort", stop_reason="the logits are not finite")
         thread.join(30)
         assert "not finite" in str(failures[0])

@@ -57,7 +57,7 @@ def test_a_client_that_goes_away_aborts_its_request(has_token: bool) -> None:
             thread = threading.Thread(target=ask)
             thread.start()
             name = submitted(channel)
-            channel.give(name, [7])
+            channel.emit_tokens(name, [7])
             thread.join(30)  # the stream is closed after its first chunk
         else:
             import socket
@@ -88,7 +88,7 @@ def wait_until(condition: object) -> None:
 
 def test_a_lost_engine_ends_streams_with_an_error_and_is_started_again() -> None:
     with scripted() as (server, channels):
-        giver = threading.Thread(target=lambda: channels[0].give(submitted(channels[0]), [7]))
+        giver = threading.Thread(target=lambda: channels[0].emit_tokens(submitted(channels[0]), [7]))
         giver.start()
         with server.http.stream("POST", "/v1/completions", json=BODY) as response:
             lines = lines_of(response)
@@ -104,7 +104,7 @@ def test_a_lost_engine_ends_streams_with_an_error_and_is_started_again() -> None
             target=lambda: done.append(server.post("/v1/completions", {"prompt": [5], "max_tokens": 1}))
         )
         thread.start()
-        channels[1].give(submitted(channels[1]), [7], "length")
+        channels[1].emit_tokens(submitted(channels[1]), [7], "length")
         thread.join(30)
         assert done[0].status_code == 200
         assert "engine_restarts_total" in server.get("/metrics").text
@@ -129,7 +129,11 @@ def test_a_failed_step_and_a_failed_request_are_errors() -> None:
         for event, code, text in (
             (lambda name: channel.emit(StepFailed("a step of the engine failed")), 500, "a step of the engine failed"),
             (lambda name: channel.reject(name, "too long", "prompt"), 400, "too long"),
-            (lambda name: channel.give(name, [7], "abort", stop_reason="the logits are not finite"), 500, "not finite"),
+            (
+                lambda name: channel.emit_tokens(name, [7], "abort", stop_reason="the logits are not finite"),
+                500,
+                "not finite",
+            ),
         ):
             thread = threading.Thread(target=ask)
             thread.start()
@@ -148,7 +152,7 @@ def test_a_stop_string_aborts_the_rest_of_the_answer() -> None:
         thread.start()
         name = submitted(channel)
         assert channel.submitted[name].params.stop_strings == ()
-        channel.give(name, ids)
+        channel.emit_tokens(name, ids)
         thread.join(30)
         [choice] = done[0].json()["choices"]
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "\n") and "re" not in choice["text"]
@@ -164,7 +168,7 @@ def test_traits_reach_the_engine() -> None:
         thread.start()
         name = submitted(channel)
         assert {field: getattr(channel.submitted[name], field) for field in traits} == traits
-        channel.give(name, [7], "length")
+        channel.emit_tokens(name, [7], "length")
         thread.join(30)
 
 
@@ -176,6 +180,6 @@ def test_quiet_streams_have_comments() -> None:
         lines = (line for line in response.iter_lines() if line)
         name = submitted(channel)
         assert next(lines) == ": keep-alive"
-        channel.give(name, [7], "length")
+        channel.emit_tokens(name, [7], "length")
         rest = [line for line in lines if not line.startswith(":")]
         assert len(rest) == 2 and rest[-1] == "data: [DONE]"
