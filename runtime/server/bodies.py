@@ -153,7 +153,7 @@ REFUSED: Mapping[str, str] = {
     "repetition_detection": "use repetition_penalty",
     "thinking_token_budget": "use max_tokens",
     "kv_transfer_params": "this server computes prefill and decode itself",
-    "vllm_xargs": "remove it; this server has no such arguments",
+    "vllm_xargs": "remove it; further arguments are those of this interface",
     "modalities": "only text is supported",
     "audio": "only text is supported",
     "prediction": "only sampling token by token is implemented",

@@ -39,7 +39,7 @@ ABORTED = "aborted by the caller"
 
 
 class EngineLoop:
-    """Executes the commands of one front on one engine, which has no other callers. `run` returns when None is in the queue.
+    """Executes the commands of a front on an engine without other callers, until None is in the queue.
 
     The engine has no tokenizer: stop strings are found by the front, which then aborts the answer.
     """
