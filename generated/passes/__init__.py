@@ -8,7 +8,7 @@ from .comm import CommFusion
 from .fusion import FuseCollective, FuseEpilogue, FuseNorm, FuseQk, FuseSampling
 from .memory import MemoryOpt
 from .place import AfDisaggregation, DropUnread, NanoBatching
-from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap, WeightPrefetch
+from .schedule import ComputeCommOverlap, KvPrefetch, NanoOverlap, OverlapTransfers, WeightPrefetch
 
 __all__ = ["PASSES"]
 
@@ -23,6 +23,7 @@ PASSES: dict[str, type[OptimizationPass]] = {
     "fuse_epilogue": FuseEpilogue,
     "fuse_sampling": FuseSampling,
     "compute_comm_overlap": ComputeCommOverlap,
+    "overlap_transfers": OverlapTransfers,
     "nano_overlap": NanoOverlap,
     "kv_prefetch": KvPrefetch,
     "weight_prefetch": WeightPrefetch,

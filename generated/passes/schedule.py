@@ -6,7 +6,7 @@ from sageLLM.runtime.core.passes.prefetch import PrefetchPass
 from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.core.passes.sharing import Share
 
-__all__ = ["ComputeCommOverlap", "KvPrefetch", "NanoOverlap", "WeightPrefetch"]
+__all__ = ["ComputeCommOverlap", "KvPrefetch", "NanoOverlap", "OverlapTransfers", "WeightPrefetch"]
 
 
 # specs/passes/schedule.yaml: compute_comm_overlap
@@ -23,6 +23,24 @@ class ComputeCommOverlap(StreamPass):
         "send": frozenset({"COMM_SEND"}),
         "recv": frozenset({"COMM_RECV"}),
         "kv_io": frozenset({"KV_LOAD", "KV_MIGRATE", "KV_STORE"}),
+    }
+
+
+# specs/passes/schedule.yaml: overlap_transfers
+class OverlapTransfers(StreamPass):
+    """Puts the collectives and transfers of the kernels that run on separate streams, where
+    computation overlaps."""
+
+    pass_name = "overlap_transfers"
+    spec = "specs/passes/schedule.yaml: overlap_transfers"
+    stage = "schedule"
+    level = "kernel"
+    phases = frozenset({"decode", "hybrid", "prefill"})
+    streams = {
+        "comm": frozenset({"COMM_ALLGATHER", "COMM_ALLREDUCE"}),
+        "send": frozenset({"COMM_SEND"}),
+        "recv": frozenset({"COMM_RECV"}),
+        "kv_io": frozenset({"KV_LOAD", "KV_MIGRATE"}),
     }
 
 

@@ -90,6 +90,9 @@ class EngineOptions:
         Literal["uni", "mp"] | None, Option("Run the model in this process, or in worker processes.")
     ] = None
     num_ubatches: Annotated[int, Option("Micro-batches of a step; one computes while another communicates.")] = 1
+    overlap_transfers: Annotated[
+        bool | None, Option("Run collectives next to computation (default: if cores are free).")
+    ] = None
     plugins: Annotated[list[Path] | None, Option("An additional generated folder; can be repeated.", "--plugin")] = None
     disable_passes: Annotated[str, Option("Graph passes to skip, separated by commas.")] = ""
 

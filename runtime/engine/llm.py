@@ -88,6 +88,9 @@ class LLM:
     `num_ubatches` divides the rows of each step into so many micro-batches, which go through the layers in turns: while
     one communicates, another computes. The answers are the same.
 
+    `overlap_transfers` runs the collectives and transfers of worker processes on streams of their own, next to
+    computation that does not need them; None decides by the free cores.
+
     `scheduler` is by default in mode "hybrid"; `objective` is the service level that its mode "auto" optimises for.
 
     Raises CheckpointError, TokenizerError or PluginError for a folder that cannot be served, with the file and the
@@ -121,6 +124,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         distributed_executor_backend: Backend | None = None,
         num_ubatches: int = 1,
+        overlap_transfers: bool | None = None,
     ) -> None:
         folder = model_folder(Path(model))
         self._sampling_defaults = sampling_defaults(folder, generation_config)
@@ -176,6 +180,7 @@ class LLM:
                 weights=weights,
                 tp=tensor_parallel_size,
                 num_ubatches=num_ubatches,
+                overlap_transfers=overlap_transfers,
             )
             executor: Executor
             if self._backend == "mp":

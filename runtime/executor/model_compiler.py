@@ -9,10 +9,12 @@ from torch import Tensor
 
 from sageLLM.generated import ops
 from sageLLM.runtime.core.ir.dims import Dim, dims
-from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.core.model.layout import KvShape, ModelLayout
+from sageLLM.runtime.core.passes.base import PassReport
+from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs, paused_gc
 from sageLLM.runtime.execution_graph.rewriting import Choice
@@ -20,6 +22,9 @@ from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Planner, Runnable, TorchPlanner
 from sageLLM.runtime.registry.plugins import Registry
+
+Schedule = Callable[[ExecutionGraph, Iterable[StreamPass]], list[PassReport]]
+"""Assigns streams to the nodes of a kernel graph in place, with these passes."""
 
 
 class WeightStream(Protocol):
@@ -33,7 +38,10 @@ class WeightStream(Protocol):
 
 
 class ModelCompiler(ModelGraphs):
-    """The graphs of one model, and the planner that turns them into plans, by default on the torch references."""
+    """The graphs of one model, and the planner that turns them into plans, by default on the torch references.
+
+    With a `schedule`, kernel graphs have the streams that it assigns; by default they have one stream.
+    """
 
     def __init__(
         self,
@@ -43,16 +51,27 @@ class ModelCompiler(ModelGraphs):
         *,
         dtype: str,
         planner: Planner | None = None,
+        schedule: Schedule | None = None,
         **choice: Unpack[Choice],
     ) -> None:
         super().__init__(layout, config, registry, dtype=dtype, **choice)
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
         self.weight_stream: WeightStream | None = None
+        self._schedule = schedule
 
     @property
     def kernels(self) -> Mapping[str, Any]:
         """The reference kernel of each op."""
         return self.registry.kernels
+
+    def kernel_graph(self, stage: Stage, num_ubatches: int = 1) -> ExecutionGraph:
+        """The optimised kernel-level graph, with streams, which the executor runs."""
+        is_new = (stage, num_ubatches) not in self._kernel_graphs
+        graph = super().kernel_graph(stage, num_ubatches)
+        if is_new and self._schedule is not None:
+            passes = (one() for one in self.passes if one.level == "kernel" and issubclass(one, StreamPass))
+            self.reports[stage] += self._schedule(graph, passes)
+        return graph
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:
         """Binds a kernel-level graph to kernels and tensors. Plans that share an arena must run one after another.

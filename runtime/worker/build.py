@@ -12,7 +12,8 @@ import torch
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.execution_graph.embedding import poolings_of
 from sageLLM.runtime.executor.kernel_choice import choose_planner
-from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.executor.model_compiler import ModelCompiler, Schedule
+from sageLLM.runtime.executor.scheduling import choose_schedule
 from sageLLM.runtime.loader.model import Model, load_model
 from sageLLM.runtime.loader.packed_weights import packed_file
 from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
@@ -55,6 +56,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     rendezvous: str | None = None
     shared_memory: int | None = None
     num_ubatches: int = 1
+    overlap_transfers: bool | None = None
 
 
 def build_executor(spec: WorkerSpec) -> InProcessExecutor:
@@ -71,7 +73,8 @@ def build_executor(spec: WorkerSpec) -> InProcessExecutor:
         tp=spec.tp,
         has_weights=spec.weights.tier == "device",
     )
-    compiler = make_compiler(model, registry, spec.kernels, spec.disable_passes)
+    schedule = choose_schedule(device, {"tp": spec.tp}, overlap_transfers=spec.overlap_transfers)
+    compiler = make_compiler(model, registry, spec.kernels, spec.disable_passes, schedule)
     place_weights(model, compiler, Path(spec.model), spec.weights)
     return make_local_executor(spec, model, compiler, is_async=False)
 
@@ -92,14 +95,17 @@ def make_local_executor(
     )
 
 
-def make_compiler(model: Model, registry: Registry, kernels: str, disable_passes: Sequence[str]) -> ModelCompiler:
-    """The compiler of a model, with the planner for `kernels`."""
+def make_compiler(
+    model: Model, registry: Registry, kernels: str, disable_passes: Sequence[str], schedule: Schedule | None = None
+) -> ModelCompiler:
+    """The compiler of a model, with the planner for `kernels`, and a `schedule` of streams for several ranks."""
     return ModelCompiler(
         model.layout,
         model.config,
         registry,
         dtype=model.short_dtype,
         disable=disable_passes,
+        schedule=schedule,
         planner=choose_planner(kernels, registry, model.device, model.short_dtype),
     )
 

@@ -48,13 +48,16 @@ def cases(only: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield name, family, {"vocab_size": 200} | config
 
 
-def compare(family: str, config: dict[str, Any], mode: str) -> str:
-    """The word "equal", "refused" for a model that cannot be divided, or the first difference."""
+def compare(family: str, config: dict[str, Any], mode: str, **options: Any) -> str:
+    """The word "equal", "refused" for a model that cannot be divided, or the first difference.
+
+    `options` are further arguments of the LLM with two ranks.
+    """
     with tempfile.TemporaryDirectory() as folder:
         conftest.save_random_model(Path(folder), family, 0, "5GB", conftest.small_config(config))
         alone = _answers(LLM(folder, **_options(mode)))
         try:
-            llm = LLM(folder, tensor_parallel_size=2, **_options(mode))
+            llm = LLM(folder, tensor_parallel_size=2, **_options(mode), **options)
         except CheckpointError as error:
             return "refused" if "does not divide" in str(error) else str(error)
         try:

@@ -85,11 +85,12 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "generation-config": "vllm",
         "tensor-parallel-size": "2",
         "distributed-executor-backend": "mp",
+        "num-ubatches": "2",
         "plugin": "mine",
         "disable-passes": "a,b",
     }
     flags = [word for name, value in given.items() for word in (f"--{name}", value)]
-    switches = ["--no-enable-prefix-caching", "--no-async-scheduling"]
+    switches = ["--no-enable-prefix-caching", "--no-async-scheduling", "--overlap-transfers"]
     done = CliRunner().invoke(app, ["run", "folder", "--prompt", "a", *flags, *switches])
     assert (done.exit_code, done.stderr) == (1, "error: stop here\n")
     (options,) = seen

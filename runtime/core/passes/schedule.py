@@ -12,6 +12,7 @@ from sageLLM.runtime.core.ir.order import Lane, Span, end_of, lane, time_spans
 from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.effects import is_on_device, order_cache_effects
 from sageLLM.runtime.core.passes.events import plan_events
+from sageLLM.runtime.core.passes.lone_nodes import return_lone_nodes
 from sageLLM.runtime.core.passes.order import bottom_levels, reorder
 from sageLLM.runtime.core.passes.sharing import Share, simulate
 
@@ -22,7 +23,8 @@ class StreamPass(DeclaredPass):
     Nodes that no entry selects keep their stream, and so do loads from the device's own tier. The faster of two orders
     is taken: the old one, and list scheduling by the longest remaining path (Graham, SIAM J. Appl. Math. 17(2), 1969).
     Both are needed: list scheduling is greedy and can be slower than the program order. If neither is faster than the
-    graph as it was, nothing changes. `plan_events` writes the waits between lanes to the nodes.
+    graph as it was, nothing changes. `plan_events` writes the waits between lanes to the nodes. In a kernel graph,
+    which is executed, nodes that overlap with no other lane then return to stream 0, since an event takes time.
 
     Streams in `shares` share the device with the others: concurrent nodes slow down, and their estimated times become
     those of `simulate`. Without shares, streams do not slow down each other.
@@ -46,6 +48,8 @@ class StreamPass(DeclaredPass):
                 node.estimated_time_us = spans[node.node_id].end_us - spans[node.node_id].start_us
         else:  # without a gain the extra streams and cache edges would only cost events
             self._undo(graph, old_nodes, old_streams, old_edges)
+        if self.level == "kernel":
+            return_lone_nodes(graph)
         moved = sum(node.stream_id != old_streams[node.node_id] for node in graph.nodes.values())
         facts = {"moved": moved, "waits": plan_events(graph), "us_before": before, "us_after": min(before, after)}
         self.report.facts = {**facts}
