@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.emit.builder_views import BodyView, BranchView, CallView, ChoiceView, InputView, StepView
+from sageLLM.codegen.emit.key_heads import key_heads_of
 from sageLLM.codegen.emit.layer_conditions import layer_condition
 from sageLLM.codegen.emit.python_text import mentions
 from sageLLM.codegen.emit.weights import WeightText, WeightView, tuple_text, vocab_share
@@ -49,7 +50,9 @@ class BodyWriter:
     def __init__(self, model: ModelDef, specs: Specs) -> None:
         self.model = model
         self.specs = specs
-        self._weights = WeightText(self.size_text, lambda name: model.config[name].key_text, self._exists)
+        self._weights = WeightText(
+            self.size_text, lambda name: model.config[name].key_text, self._exists, key_heads_of(model)
+        )
         self._views: dict[tuple[str | None, str, str], WeightView] = {}
         self._texts: dict[str, str] = {}
 
@@ -179,7 +182,7 @@ class BodyWriter:
             return condition
         return f"any({condition} for i in range(c.L))"
 
-    def size_text(self, size: Size) -> str:
+    def size_text(self, size: Size | str) -> str:
         """A size as Python text: config names are fields of `c`, dims of the step are symbols."""
         text = str(size)
         if text not in self._texts:

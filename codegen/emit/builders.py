@@ -9,6 +9,7 @@ from sageLLM.codegen.contents import Contents, Row, class_name
 from sageLLM.codegen.emit.builder_bodies import BodyScope, BodyWriter, layer_texts
 from sageLLM.codegen.emit.builder_views import BodyView, StepView
 from sageLLM.codegen.emit.config_fields import FieldView, config_fields
+from sageLLM.codegen.emit.key_heads import KeyHeads, derived_sizes, key_heads_of
 from sageLLM.codegen.emit.layer_conditions import text_of
 from sageLLM.codegen.emit.weights import WeightView, tuple_text
 from sageLLM.codegen.model.layout import BlockDef, ModelDef, Repeat, WeightDef
@@ -97,9 +98,23 @@ class BuilderView:
         return ", ".join([*shapes, *(["is_shared=True"] if found.is_shared else [])])
 
     @property
-    def divided(self) -> list[tuple[str, str]]:
-        """(key of config.json as Python, name) of the sizes that are divided over the ranks."""
-        return [(self.model.config[name].key_text, name) for name in self.model.divides]
+    def divided(self) -> list[tuple[str, str, str]]:
+        """(function, key of config.json as Python, name) of the sizes that are divided over the ranks."""
+        heads = self._key_heads.name if self._key_heads is not None else None
+        functions = {name: "divided_heads" if name == heads else "divided" for name in self.model.divides}
+        return [(function, self.model.config[name].key_text, name) for name, function in functions.items()]
+
+    @property
+    def derived(self) -> list[tuple[str, str]]:
+        """(name, its value as Python over `c`) of the sizes that depend on the number of key heads."""
+        if self._key_heads is None:
+            return []
+        found = derived_sizes(self.model, self._key_heads.name)
+        return [(one.name, self._bodies.size_text(one.default or "")) for one in found]
+
+    @cached_property
+    def _key_heads(self) -> KeyHeads | None:
+        return key_heads_of(self.model)
 
     @cached_property
     def all_weights(self) -> list[WeightDef]:

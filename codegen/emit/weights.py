@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from sageLLM.codegen.emit.key_heads import KeyHeads
 from sageLLM.codegen.emit.layer_conditions import text_of
 from sageLLM.codegen.expr.size import Size
-from sageLLM.codegen.model.layout import WeightDef
+from sageLLM.codegen.model.layout import ShardDef, WeightDef
 from sageLLM.codegen.model.source import PartDef
 from sageLLM.codegen.render import lit
 
@@ -37,6 +38,7 @@ class WeightText:
     show: ShowSize
     words: Callable[[str], str]
     exists: Callable[[WeightDef], str | None] = lambda weight: None
+    key_heads: KeyHeads | None = None
 
     def view(self, weight: WeightDef, index: str) -> WeightView:
         inner = f"{weight.block}.{weight.name}" if weight.block else weight.name
@@ -110,7 +112,14 @@ class WeightText:
         kind = [f"kind={lit(shard.kind)}"] if shard.kind != "rows" else []
         then = [f"then={lit(shard.then)}"] if shard.then else []
         segments = [f"segments={self._dims(shard.segments)}"] if shard.segments else []
-        return f"Shard({', '.join([str(shard.dim), *kind, *then, *segments])})"
+        return f"Shard({', '.join([str(shard.dim), *kind, *then, *segments, *self._key_heads(weight, shard)])})"
+
+    def _key_heads(self, weight: WeightDef, shard: ShardDef) -> list[str]:
+        """The argument with the number of key heads in each segment, if one of them has any."""
+        if self.key_heads is None or shard.kind != "rows":
+            return []
+        found = [self.key_heads.count(segment) for segment in shard.segments or (weight.dims[shard.dim],)]
+        return [f"key_heads={tuple_text(f'c.{name}' if name else '0' for name in found)}"] if any(found) else []
 
 
 def _share(text: str, dim: int, weight: WeightDef) -> str:

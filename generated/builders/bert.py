@@ -19,6 +19,7 @@ from sageLLM.runtime.core.model.layout import (
     Stage,
     call_block,
     divided,
+    divided_heads,
     num_rows,
 )
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec, vocab_share
@@ -115,7 +116,7 @@ def shard_config(c: BertConfig, tp: int) -> BertConfig:
         c,
         tp=tp,
         Nq=divided("num_attention_heads", c.Nq, tp),
-        Nkv=divided("Nkv", c.Nkv, tp),
+        Nkv=divided_heads("Nkv", c.Nkv, tp),
         I=divided("intermediate_size", c.I, tp),
     )
 
@@ -158,7 +159,7 @@ def weights(c: BertConfig) -> Iterator[WeightSpec]:
                 Part(f"encoder.layer.{i}.attention.self.key.weight", (c.Nkv * c.D, c.H), at=(c.Nq * c.D,)),
                 Part(f"encoder.layer.{i}.attention.self.value.weight", (c.Nkv * c.D, c.H), at=(c.D * (c.Nkv + c.Nq),)),
             ),
-            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
         )
         yield WeightSpec(
             f"layers.{i}.attention.bqkv",
@@ -168,7 +169,7 @@ def weights(c: BertConfig) -> Iterator[WeightSpec]:
                 Part(f"encoder.layer.{i}.attention.self.key.bias", (c.Nkv * c.D,), at=(c.Nq * c.D,)),
                 Part(f"encoder.layer.{i}.attention.self.value.bias", (c.Nkv * c.D,), at=(c.D * (c.Nkv + c.Nq),)),
             ),
-            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
         )
         yield WeightSpec(
             f"layers.{i}.attention.wo",

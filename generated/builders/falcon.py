@@ -20,6 +20,7 @@ from sageLLM.runtime.core.model.layout import (
     Stage,
     call_block,
     divided,
+    divided_heads,
     num_rows,
 )
 from sageLLM.runtime.core.model.rope import read_rope
@@ -159,12 +160,16 @@ class FalconConfig(ModelSizes):
 
 def shard_config(c: FalconConfig, tp: int) -> FalconConfig:
     """The config of one of `tp` ranks, with divided sizes; raises ConfigError if a size is not divisible."""
-    return replace(
+    c = replace(
         c,
         tp=tp,
         Nq=divided(c.key("num_attention_heads"), c.Nq, tp),
-        Nkv=divided("Nkv", c.Nkv, tp),
+        Nkv=divided_heads("Nkv", c.Nkv, tp),
         I=divided("ffn_hidden_size", c.I, tp),
+    )
+    return replace(
+        c,
+        G=c.Nq // c.Nkv,
     )
 
 
@@ -227,7 +232,7 @@ def weights(c: FalconConfig) -> Iterator[WeightSpec]:
                     ),
                 ),
             ),
-            shard=Shard(0, segments=(c.D * c.G * c.Nkv, c.D * c.Nkv, c.D * c.Nkv)),
+            shard=Shard(0, segments=(c.D * c.G * c.Nkv, c.D * c.Nkv, c.D * c.Nkv), key_heads=(0, c.Nkv, c.Nkv)),
         )
         if c.bias:
             yield WeightSpec(
@@ -252,7 +257,7 @@ def weights(c: FalconConfig) -> Iterator[WeightSpec]:
                         view=View((c.Nkv, c.G + 2, c.D), (0, 2, 1), (c.D * c.Nkv,), take=((1, c.G + 1, c.G + 2),)),
                     ),
                 ),
-                shard=Shard(0, segments=(c.D * c.G * c.Nkv, c.D * c.Nkv, c.D * c.Nkv)),
+                shard=Shard(0, segments=(c.D * c.G * c.Nkv, c.D * c.Nkv, c.D * c.Nkv), key_heads=(0, c.Nkv, c.Nkv)),
             )
         yield WeightSpec(
             f"layers.{i}.attention.wo",

@@ -21,6 +21,7 @@ from sageLLM.runtime.core.model.layout import (
     Stage,
     call_block,
     divided,
+    divided_heads,
     num_rows,
 )
 from sageLLM.runtime.core.model.weights import Part, Shard, View, WeightSpec, vocab_share
@@ -116,7 +117,7 @@ def shard_config(c: Gpt2Config, tp: int) -> Gpt2Config:
         c,
         tp=tp,
         Nq=divided("n_head", c.Nq, tp),
-        Nkv=divided("n_head", c.Nkv, tp),
+        Nkv=divided_heads("n_head", c.Nkv, tp),
         I=divided("n_inner", c.I, tp),
     )
 
@@ -150,13 +151,13 @@ def weights(c: Gpt2Config) -> Iterator[WeightSpec]:
                     view=View((c.H, (c.Nq + 2 * c.Nkv) * c.D), (1, 0), ((c.Nq + 2 * c.Nkv) * c.D, c.H)),
                 ),
             ),
-            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
         )
         yield WeightSpec(
             f"layers.{i}.attention.bqkv",
             ((c.Nq + 2 * c.Nkv) * c.D,),
             (Part(f"transformer.h.{i}.attn.c_attn.bias", ((c.Nq + 2 * c.Nkv) * c.D,)),),
-            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
         )
         yield WeightSpec(
             f"layers.{i}.attention.wo",

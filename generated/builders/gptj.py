@@ -20,6 +20,7 @@ from sageLLM.runtime.core.model.layout import (
     Stage,
     call_block,
     divided,
+    divided_heads,
     num_rows,
 )
 from sageLLM.runtime.core.model.rope import read_rope
@@ -119,7 +120,7 @@ def shard_config(c: GptjConfig, tp: int) -> GptjConfig:
         c,
         tp=tp,
         Nq=divided("n_head", c.Nq, tp),
-        Nkv=divided("Nkv", c.Nkv, tp),
+        Nkv=divided_heads("Nkv", c.Nkv, tp),
         I=divided("n_inner", c.I, tp),
     )
 
@@ -148,7 +149,7 @@ def weights(c: GptjConfig) -> Iterator[WeightSpec]:
                 Part(f"transformer.h.{i}.attn.k_proj.weight", (c.Nkv * c.D, c.H), at=(c.Nq * c.D,)),
                 Part(f"transformer.h.{i}.attn.v_proj.weight", (c.Nkv * c.D, c.H), at=(c.D * (c.Nkv + c.Nq),)),
             ),
-            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
         )
         yield WeightSpec(
             f"layers.{i}.attention.wo",

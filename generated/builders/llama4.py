@@ -20,6 +20,7 @@ from sageLLM.runtime.core.model.layout import (
     Stage,
     call_block,
     divided,
+    divided_heads,
     num_rows,
 )
 from sageLLM.runtime.core.model.rope import read_rope
@@ -230,7 +231,7 @@ def shard_config(c: Llama4Config, tp: int) -> Llama4Config:
         c,
         tp=tp,
         Nq=divided("num_attention_heads", c.Nq, tp),
-        Nkv=divided("num_key_value_heads", c.Nkv, tp),
+        Nkv=divided_heads("num_key_value_heads", c.Nkv, tp),
         I=divided("intermediate_size_mlp", c.I, tp),
         F=divided("intermediate_size", c.F, tp),
     )
@@ -262,7 +263,7 @@ def weights(c: Llama4Config) -> Iterator[WeightSpec]:
                 Part(f"model.layers.{i}.self_attn.k_proj.weight", (c.Nkv * c.D, c.H), at=(c.Nq * c.D,)),
                 Part(f"model.layers.{i}.self_attn.v_proj.weight", (c.Nkv * c.D, c.H), at=(c.D * (c.Nkv + c.Nq),)),
             ),
-            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
         )
         if c.qkv_bias:
             yield WeightSpec(
@@ -273,7 +274,7 @@ def weights(c: Llama4Config) -> Iterator[WeightSpec]:
                     Part(f"model.layers.{i}.self_attn.k_proj.bias", (c.Nkv * c.D,), at=(c.Nq * c.D,)),
                     Part(f"model.layers.{i}.self_attn.v_proj.bias", (c.Nkv * c.D,), at=(c.D * (c.Nkv + c.Nq),)),
                 ),
-                shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+                shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
             )
         yield WeightSpec(
             f"layers.{i}.attention.wo",

@@ -19,6 +19,7 @@ from sageLLM.runtime.core.model.layout import (
     Stage,
     call_block,
     divided,
+    divided_heads,
     num_rows,
 )
 from sageLLM.runtime.core.model.rope import read_rope
@@ -151,7 +152,7 @@ def shard_config(c: ModernbertConfig, tp: int) -> ModernbertConfig:
         c,
         tp=tp,
         Nq=divided("num_attention_heads", c.Nq, tp),
-        Nkv=divided("Nkv", c.Nkv, tp),
+        Nkv=divided_heads("Nkv", c.Nkv, tp),
         I=divided("intermediate_size", c.I, tp),
     )
 

@@ -20,6 +20,7 @@ from sageLLM.runtime.core.model.layout import (
     Stage,
     call_block,
     divided,
+    divided_heads,
     num_rows,
 )
 from sageLLM.runtime.core.model.weights import Part, Shard, WeightSpec, vocab_share
@@ -129,7 +130,7 @@ def shard_config(c: OptConfig, tp: int) -> OptConfig:
         c,
         tp=tp,
         Nq=divided("num_attention_heads", c.Nq, tp),
-        Nkv=divided("Nkv", c.Nkv, tp),
+        Nkv=divided_heads("Nkv", c.Nkv, tp),
         I=divided("ffn_dim", c.I, tp),
     )
 
@@ -176,7 +177,7 @@ def weights(c: OptConfig) -> Iterator[WeightSpec]:
                     f"model.decoder.layers.{i}.self_attn.v_proj.weight", (c.Nkv * c.D, c.H), at=(c.D * (c.Nkv + c.Nq),)
                 ),
             ),
-            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+            shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
         )
         if c.bias:
             yield WeightSpec(
@@ -187,7 +188,7 @@ def weights(c: OptConfig) -> Iterator[WeightSpec]:
                     Part(f"model.decoder.layers.{i}.self_attn.k_proj.bias", (c.Nkv * c.D,), at=(c.Nq * c.D,)),
                     Part(f"model.decoder.layers.{i}.self_attn.v_proj.bias", (c.Nkv * c.D,), at=(c.D * (c.Nkv + c.Nq),)),
                 ),
-                shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D)),
+                shard=Shard(0, segments=(c.Nq * c.D, c.Nkv * c.D, c.Nkv * c.D), key_heads=(0, c.Nkv, c.Nkv)),
             )
         yield WeightSpec(
             f"layers.{i}.attention.wo",

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from syrupy.assertion import SnapshotAssertion
 
@@ -24,6 +25,7 @@ from sageLLM.runtime.core.model.layout import ModelLayout, Stage
 from sageLLM.runtime.core.model.weights import padded_vocab, share_runs, share_shape, vocab_share
 from sageLLM.runtime.execution_graph.builder import ParallelConfig, build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
+from sageLLM.runtime.loader.weights import rank_shard
 
 LLAMA, QWEN3 = MODELS["llama"], MODELS["qwen3"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode", "hybrid")
@@ -180,10 +182,36 @@ def test_a_rank_gets_its_share_of_heads_and_feed_forward() -> None:
     assert (share.Nq, share.Nkv, share.I, share.H, share.V, share.tp) == (2, 1, 48, 64, 128, 2)
 
 
+def test_ranks_beyond_the_number_of_key_heads_have_copies() -> None:
+    config = read(LLAMA)
+    share = LLAMA.shard_config(config, 4)
+    assert (config.Nkv, share.Nq, share.Nkv, LLAMA.cache(share).k) == (2, 1, 1, (1, 16))
+    spec = next(spec for spec in LLAMA.weights(config) if spec.name == "layers.0.attention.wqkv")
+    assert share_shape(spec, 4) == (3 * 16, 64)
+    # 4 query heads, 2 key heads and 2 value heads of 16 rows: the first two query heads read the first key head.
+    assert [share_runs(spec, rank, 4) for rank in range(4)] == [
+        ((16 * rank, 16), (64 + 16 * (rank // 2), 16), (96 + 16 * (rank // 2), 16)) for rank in range(4)
+    ]
+    rows = rank_shard(spec, torch.arange(128)[:, None].expand(128, 64), 3, 4)[:, 0]
+    assert rows.tolist() == [*range(48, 64), *range(80, 96), *range(112, 128)]
+
+
+def test_a_size_that_depends_on_the_key_heads_is_computed_for_the_rank() -> None:
+    sizes = MODELS["falcon"].tiny | {"new_decoder_architecture": False, "num_ln_in_parallel_attn": 1}
+    config = MODELS["falcon"].read_config(HFConfig(sizes, "tiny"))
+    share = MODELS["falcon"].shard_config(config, 2)
+    assert (config.Nkv, share.Nkv) == (1, 1)
+    assert (share.Nq, share.G) == (config.Nq // 2, config.G // 2)
+
+
 @pytest.mark.parametrize(
     ("tp", "changes", "message"),
     [
-        (4, {}, "tensor_parallel_size=4 does not divide num_key_value_heads=2; use a divisor of 2"),
+        (
+            3,
+            {"num_attention_heads": 6},
+            "tensor_parallel_size=3 does not divide num_key_value_heads=2; use a divisor of 2",
+        ),
         (2, {"intermediate_size": 9}, "tensor_parallel_size=2 does not divide intermediate_size=9; use a divisor of 9"),
     ],
 )

@@ -264,3 +264,8 @@ def divided(name: str, size: int, tp: int) -> int:
     if size % tp:
         raise ConfigError(f"tensor_parallel_size={tp} does not divide {name}={size}; use a divisor of {size}")
     return size // tp
+
+
+def divided_heads(name: str, size: int, tp: int) -> int:
+    """A rank's key heads: its share, or a copy of one if there are fewer heads than ranks."""
+    return 1 if size < tp and tp % size == 0 else divided(name, size, tp)

@@ -61,13 +61,15 @@ class Shard:
     "rows" and "vocab" divide `dim` over the ranks, and "vocab" pads it with zeros if they do not divide it; "first"
     keeps the weight on rank 0 and zeros on the others, for a bias that is added before a sum over ranks. `then` is the
     collective that completes the result. `segments` are the sizes along `dim` that are divided separately, such as q,
-    k and v; empty for a single segment.
+    k and v; empty for a single segment. `key_heads` are the numbers of key heads in the segments, 0 in others: if there
+    are fewer than ranks, each rank has a copy of one.
     """
 
     dim: int = 0
     kind: Literal["rows", "vocab", "first"] = "rows"
     then: Literal["all_reduce", "all_gather"] | None = None
     segments: tuple[int, ...] = ()
+    key_heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,12 @@ def share_runs(spec: WeightSpec, rank: int, tp: int) -> tuple[tuple[int, int], .
         return ((start, min(share, num_tokens - start)),)
     runs: list[tuple[int, int]] = []
     start = 0
-    for segment in shard.segments or (spec.shape[shard.dim],):
+    segments = shard.segments or (spec.shape[shard.dim],)
+    for segment, heads in zip(segments, shard.key_heads or (0,) * len(segments), strict=True):
+        if 0 < heads < tp and tp % heads == 0:  # consecutive ranks share a head, as their query heads do
+            runs.append((start + rank * heads // tp * (segment // heads), segment // heads))
+            start += segment
+            continue
         if segment % tp:
             raise ConfigError(f"tensor_parallel_size={tp} does not divide {segment} rows of {spec.name}")
         size = segment // tp
