@@ -28,6 +28,8 @@ FREE = {
     "default": ("memory", "launch_us"),
 }
 """The fields that are fitted, by family; the others keep their defaults."""
+MIN_INTENSITY = 4.0
+"""Operations per byte from which a kernel of an op without its own entry above can be bound by arithmetic."""
 START = {"compute": 0.5, "memory": 0.7, "overlap": 2.0, "launch_us": 4.0, "context_ns": 10.0, "sequence_us": 0.5}
 
 
@@ -42,8 +44,7 @@ def fit(measured: Measured, hardware: Hardware) -> Hardware:
 
 
 def _fit_family(family: str, times: KernelTimes, hardware: Hardware, prompts: Efficiency) -> Efficiency:
-    names = FREE[family]
-
+    names = FREE.get(family) or FREE["gemm" if times.max_intensity > MIN_INTENSITY else "default"]
     weights = np.sqrt(times.seconds)
 
     def loss(point: Vector) -> float:

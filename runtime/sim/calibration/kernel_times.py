@@ -12,6 +12,10 @@ from sageLLM.runtime.core.cost import SECOND, Efficiency, Hardware, Link
 Vector = npt.NDArray[np.float64]
 
 
+ORDER = ("gemm", "experts", "prefill_attn", "decode_attn", "mixed_attn", "sample", "default")
+"""Families in the order in which they are fitted; those of single ops follow."""
+
+
 class Row(NamedTuple):
     """One measured kernel: its work, and the time in seconds.
 
@@ -30,9 +34,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KernelTimes:
-    """Kernels of one family, as columns."""
+    """Kernels of one family, as columns; `dtype` is the element type of the arithmetic."""
 
     rows: Vector
+    dtype: str = "bf16"
     _columns: dict[str, Vector] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,9 +45,9 @@ class KernelTimes:
         object.__setattr__(self, "_columns", columns)
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> Self:
+    def of(cls, rows: Sequence[Row], dtype: str = "bf16") -> Self:
         """The kernels of these rows."""
-        return cls(np.array(rows, dtype=np.float64).reshape(-1, len(Row._fields)))
+        return cls(np.array(rows, dtype=np.float64).reshape(-1, len(Row._fields)), dtype)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,22 +56,28 @@ class KernelTimes:
     def seconds(self) -> Vector:
         return self._columns["seconds"]
 
+    @property
+    def max_intensity(self) -> float:
+        """Operations per byte of the kernel that has most."""
+        return float((self._columns["flops"] / np.maximum(self._columns["num_bytes"], 1.0)).max())
+
     def sample(self, most: int) -> Self:
         """At most this many rows, evenly spaced."""
-        return type(self)(self.rows[:: max(1, -(-len(self) // most))])
+        return type(self)(self.rows[:: max(1, -(-len(self) // most))], self.dtype)
 
     def predicted_s(self, hardware: Hardware, efficiency: Efficiency, prompts: Efficiency) -> Vector:
         """The times at an efficiency; `prompts` is that of the prompts in a kernel with decodes."""
         at = self._columns
-        own = _combined(hardware, efficiency, at["flops"], at["num_bytes"])
-        own += _combined(hardware, prompts, at["prompt_flops"], at["prompt_bytes"])
+        peak = hardware.peak_of(self.dtype)
+        own = _combined(hardware, peak, efficiency, at["flops"], at["num_bytes"])
+        own += _combined(hardware, peak, prompts, at["prompt_flops"], at["prompt_bytes"])
         fixed_us = hardware.launch_us(efficiency) + efficiency.sequence_us * at["sequences"]
         return own + fixed_us / SECOND + efficiency.context_ns / 1e9 * at["context"]
 
 
-def _combined(hardware: Hardware, efficiency: Efficiency, flops: Vector, num_bytes: Vector) -> Vector:
-    """`Efficiency.combined` for bf16 kernels."""
-    compute = flops / (hardware.peak_of("bf16") * efficiency.compute)
+def _combined(hardware: Hardware, peak: float, efficiency: Efficiency, flops: Vector, num_bytes: Vector) -> Vector:
+    """`Efficiency.combined` for kernels of one element type."""
+    compute = flops / (peak * efficiency.compute)
     memory = num_bytes / (hardware.memory_bandwidth * efficiency.memory)
     longer = np.maximum(compute, memory)
     if efficiency.overlap is None:
@@ -96,6 +107,7 @@ class Measured:
 
     kernels: dict[str, list[Row]] = field(default_factory=dict)
     all_reduces: list[AllReduce] = field(default_factory=list)
+    dtype: str = "bf16"
 
     def add(self, family: str, row: Row) -> None:
         """Adds a kernel."""
@@ -103,8 +115,9 @@ class Measured:
 
     def families(self) -> dict[str, KernelTimes]:
         """The kernels of each family; prompts precede kernels with prompts and decodes, which depend on their fit."""
-        order = ("gemm", "experts", "prefill_attn", "decode_attn", "mixed_attn", "sample", "default")
-        return {name: KernelTimes.of(self.kernels[name]) for name in order if name in self.kernels}
+        first = [name for name in ORDER if name in self.kernels]
+        names = [*first, *sorted(self.kernels.keys() - {*first})]
+        return {name: KernelTimes.of(self.kernels[name], self.dtype) for name in names}
 
 
 def gemm(m: float, n: float, k: float, seconds: float) -> Row:
