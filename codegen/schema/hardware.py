@@ -8,7 +8,7 @@ from sageLLM.codegen.schema.base import Strict
 
 
 class LinkSpec(Strict):
-    """A connection: to other devices (`link`) or to host memory (`host_link`)."""
+    """A connection: to other devices (`link`), to host memory (`host_link`) or to files (`disk_link`)."""
 
     bandwidth: float = Field(gt=0, description="bytes per second in one direction")
     latency_us: float = Field(ge=0, description="microseconds until the first byte arrives")
@@ -64,6 +64,7 @@ class HardwareFile(Strict):
     launch_overhead_us: float = Field(ge=0, description="fixed time per kernel launch")
     link: LinkSpec = Field(description="connection to other devices")
     host_link: LinkSpec = Field(description="connection to host memory")
+    disk_link: LinkSpec | None = Field(default=None, description="connection to files (default: `host_link`)")
     gemm: GemmSpec | None = Field(default=None, description="block sizes of the CPU's GEMM kernels")
     efficiency: dict[str, EfficiencySpec] = Field(
         default={}, description="by op name, tag (gemm, experts), op type (prefill_attn), mixed_attn, or default"

@@ -5,7 +5,6 @@ The models have weights of several times the last-level cache, which a step read
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from sageLLM.runtime.core.ir.dims import evaluate
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import Stage
+from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.loader.model import DTYPES, Model
 from sageLLM.runtime.loader.tables import PositionTables
@@ -29,7 +29,8 @@ from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
 BLOCK_SIZE = 16
 NUM_BLOCKS = 1024
 MAX_LEN = 4096
-COMMON = {"vocab_size": 32768, "max_position_embeddings": MAX_LEN, "rms_norm_eps": 1e-6}
+VOCAB = 32768
+COMMON = {"vocab_size": VOCAB, "max_position_embeddings": MAX_LEN, "rms_norm_eps": 1e-6}
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "hidden_size": 576,
@@ -61,8 +62,9 @@ def prompt(num_tokens: int, start: int = 0, num_decodes: int = 0, context: int =
 
 
 STEPS = (
-    *(decodes(num, context) for num, context in ((1, 64), (1, 512), (1, 2048), (2, 256), (4, 256), (8, 256), (8, 1024))),
-    *(decodes(num, context) for num, context in ((16, 128), (16, 768), (32, 256), (64, 128))),
+    *(decodes(num, 256) for num in (2, 4, 8, 32)),
+    *(decodes(num, context) for num, context in ((1, 64), (1, 512), (1, 2048), (8, 1024))),
+    *(decodes(num, context) for num, context in ((16, 128), (16, 768), (64, 128))),
     *(prompt(num) for num in (16, 64, 128, 256, 512, 1024, 2048)),
     *(prompt(num, start) for num, start in ((128, 1024), (512, 1024))),
     *(prompt(num, 0, n, context) for num, n, context in ((128, 4, 256), (256, 16, 256), (512, 8, 512), (512, 32, 128))),
@@ -102,7 +104,7 @@ class SweepModel:
         for stage in layout.phases:
             for weight in self._compiler.kernel_graph(stage).weights.values():
                 if weight.name not in model.weights:
-                    shape = [int(size) for size in weight.shape]
+                    shape = [number_of(size, {}) for size in weight.shape]
                     model.weights[weight.name] = torch.empty(shape, dtype=kind).normal_(std=0.02)
         pack_weights(model, self._compiler)
         self._runner = ModelRunner(model, make_pool(model, NUM_BLOCKS, BLOCK_SIZE), self._compiler)
@@ -129,20 +131,16 @@ class SweepModel:
         plan = self._runner.plan(stage_of(work))
         assert isinstance(plan, NativePlan), "the kernels cannot be compiled here; see the warning in the log"
         inputs = self._inputs(work)
-        overhead = call_overhead_s()
-        best: list[tuple[str, float]] = []
+        shortest: dict[str, float] = {}
         for _ in range(runs):
-            found = plan.time_calls(inputs)
-            best = [(op, min(a, b)) for (op, a), (_, b) in zip(best or found, found, strict=True)]
-        nodes = iter(plan.graph.topological_sort())
-        calls = []
-        for op, seconds in best:
-            node = next((node for node in nodes if node.op == op), None)
-            if node is None:  # a copy, which is no node of the graph
-                break
-            assert isinstance(node, OpNode), f"{node.node_id} must be a kernel"
-            calls.append(Call(node, max(seconds - overhead, 1e-7)))
-        return calls
+            for time in plan.time_calls(inputs):
+                shortest[time.node_id] = min(time.seconds, shortest.get(time.node_id, time.seconds))
+        nodes = (plan.graph.nodes.get(node_id) for node_id in shortest)
+        return [
+            Call(node, seconds)
+            for node, seconds in zip(nodes, shortest.values(), strict=True)
+            if isinstance(node, OpNode)  # a copy is no node of the graph
+        ]
 
     def _inputs(self, work: StepWork) -> dict[str, Tensor | None]:
         """The inputs of a step, with sequences in separate blocks as far as the pool has room."""
@@ -153,7 +151,7 @@ class SweepModel:
             num_blocks = -(-length // BLOCK_SIZE)
             blocks = [(next_block + i) % NUM_BLOCKS for i in range(num_blocks)]
             next_block += num_blocks
-            ids = [(7 * i + number) % COMMON["vocab_size"] for i in range(length)]
+            ids = [(7 * i + number) % VOCAB for i in range(length)]
             sequences.append(WorkerSequence(str(number), ids, [], blocks))
         running, prompts = sequences[: work.num_decodes], sequences[work.num_decodes :]
         chunks = [SequenceChunk(one, *chunk) for one, chunk in zip(prompts, work.prefill, strict=True)]
@@ -161,16 +159,6 @@ class SweepModel:
         for chunk in chunks:
             rows.append((rows[-1] if rows else -1) + chunk.num_tokens)
         return self._runner.step_inputs.make(running, chunks, rows)
-
-
-def call_overhead_s() -> float:
-    """Seconds of timing a call by itself, which a step does not spend."""
-    times = []
-    for _ in range(100):
-        start = perf_counter()
-        int()
-        times.append(perf_counter() - start)
-    return sorted(times)[50]
 
 
 def stage_of(work: StepWork) -> Stage:

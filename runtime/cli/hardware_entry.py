@@ -55,6 +55,7 @@ def _device(spec: "HardwareFile") -> Hardware:
         launch_overhead_us=spec.launch_overhead_us,
         link=_link(spec.link),
         host_link=_link(spec.host_link),
+        disk_link=None if spec.disk_link is None else _link(spec.disk_link),
         efficiency={name: Efficiency(**figures.model_dump()) for name, figures in spec.efficiency.items()},
     )
 

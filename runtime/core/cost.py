@@ -70,8 +70,8 @@ class Hardware:
     """Limits of one device.
 
     `peak_flops` is in operations per second by dtype, `memory_bandwidth` in bytes per second. `link` connects devices,
-    `host_link` connects to host memory (the KV tiers). `efficiency` is by op name, tag, op type in lower case, or
-    "default"; without an entry an op reaches the limits.
+    `host_link` connects to host memory (a KV tier), and `disk_link` to files; without it files are as fast as the host.
+    `efficiency` is by op name, tag, op type in lower case, or "default"; without an entry an op reaches the limits.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Hardware:
     link: Link
     host_link: Link
     efficiency: Mapping[str, Efficiency] = field(default_factory=dict)
+    disk_link: Link | None = None
 
     def peak_of(self, dtype: str) -> float:
         """Operations per second for a dtype; for one without a figure, the slowest known rate."""
@@ -113,7 +114,7 @@ def estimate(
     The work of an op node follows from its formulas; that of a plain node from `attrs["flops"]` and `attrs["bytes"]`,
     by default 0 operations and the bytes of its inputs and outputs. A view costs nothing. The number of ranks of a
     collective is its attribute `W`, its `metadata["ranks"]`, or `env[group]`; the default is 2. A KV transfer uses the
-    host link if `metadata["tier"]` is not "device". Raises IRError naming the missing sizes.
+    link of its `metadata["tier"]`, if that is not "device". Raises IRError naming the missing sizes.
     """
     env = env or {}
     if isinstance(node, OpNode) and node.is_view:
@@ -195,8 +196,9 @@ def _ranks(node: ExecutionNode, env: Mapping[str, Dim]) -> int:
 
 def _kv_link(node: ExecutionNode, hardware: Hardware) -> Link | None:
     """The link that a KV node uses; None for one within the device, which is memory traffic of the roofline."""
-    if node.metadata.get("tier", "device") != "device":
-        return hardware.host_link
+    tier = node.metadata.get("tier", "device")
+    if tier != "device":
+        return hardware.disk_link or hardware.host_link if tier == "disk" else hardware.host_link
     return hardware.link if node.op_type.name == "KV_MIGRATE" else None
 
 

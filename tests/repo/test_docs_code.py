@@ -15,6 +15,7 @@ import typer
 from pages import ROOT, each_page, fences_of, prose_of
 
 import sageLLM
+from sageLLM.runtime.cli.bench_commands import bench_app
 from sageLLM.runtime.cli.main import app
 
 
@@ -100,6 +101,8 @@ def problem_of_sagellm(arguments: Sequence[str]) -> str | None:
     name, *rest = arguments
     if name.startswith("--") or not name.isalpha() or not name.islower():
         return None
+    if name == "bench" and rest and rest[0].isalpha():
+        name, *rest = f"bench {rest[0]}", *rest[1:]
     if name not in subcommands():
         return f"unknown subcommand {name}"
     unknown = [flag for flag in flags_of(rest) if flag not in subcommands()[name]]
@@ -128,11 +131,12 @@ def make_targets() -> frozenset[str]:
 @cache
 def subcommands() -> dict[str, set[str]]:
     """The flags of each subcommand."""
-    group = typer.main.get_group(app)
+    commands = dict(typer.main.get_group(app).commands)
+    commands |= {f"bench {name}": command for name, command in typer.main.get_group(bench_app).commands.items()}
     return {
         name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         | {"--help"}
-        for name, command in group.commands.items()
+        for name, command in commands.items()
     }
 
 
@@ -153,6 +157,8 @@ def test_the_readme_names_commands() -> None:
         "make tests",
         "sagellm explode x",
         "sagellm graph llama --levels block",
+        "sagellm bench none",
+        "sagellm bench latency --nope",
         "python benchmarks/none.py",
         "python benchmarks/run_all.py --nope",
     ],

@@ -72,6 +72,9 @@ LAYERS = {
         ours=("sageLLM.runtime", "sageLLM.__version__"),
         others=frozenset({"h11", "msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"}),
     ),
+    "runtime/bench": runtime_layer(
+        *BELOW_WORKER, "text", "worker", "engine", "sim", "bench", others="torch numpy msgspec"
+    ),
     "runtime/inspect": runtime_layer("registry", "execution_graph", "kernels", "executor", "inspect", others="torch"),
     "runtime/inspect/checkpoint_report.py": runtime_layer("registry", "execution_graph"),
     "runtime/cli": Layer(ours=("sageLLM.runtime", "sageLLM.generated")),
@@ -80,6 +83,7 @@ LAYERS = {
     "runtime/cli/main.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen"), others=frozenset({"typer"})),
     "runtime/cli/serve_engine.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"msgspec"})),
     "runtime/cli/serve_options.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"typer", "yaml"})),
+    "runtime/cli/bench_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/engine_options.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/hardware_entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime": Layer(ours=()),
@@ -324,7 +328,7 @@ import importlib, pathlib, sys
 import sageLLM
 root = pathlib.Path(sageLLM.__file__).parent
 for path in sorted(p for folder in sys.argv[1].split() for p in (root / folder).rglob("*.py")):
-    if path.stem != "__main__" and "triton" not in path.parts and path.parts[-2:] != ("cli", "main.py"):
+    if path.stem != "__main__" and "triton" not in path.parts and path.name not in ("main.py", "bench_commands.py"):
         module = ".".join(("sageLLM", *path.relative_to(root).with_suffix("").parts))
         importlib.import_module(module.removesuffix(".__init__"))
 print(*sorted(set(sys.argv[2].split()) & set(sys.modules)))
