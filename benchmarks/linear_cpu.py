@@ -144,10 +144,9 @@ def measure(dtypes: list[str], rows: list[int], part: str, timer: Timer, threads
 
 
 def ceilings_of(dtypes: list[str], library: Library, timer: Timer, threads: int) -> Ceilings:
-    data, totals = torch.ones(COLD_BYTES // 4), torch.empty(threads)
-    read = library.helper("limits.cpp", "limit_read", "f32")
-    pointers = (ctypes.c_void_p * 2)(data.data_ptr(), totals.data_ptr())
-    sizes = (ctypes.c_int64 * 4)(data.nbytes, threads, 4, 1)
+    data, total = torch.ones(COLD_BYTES // 4), torch.empty(1)
+    read = library.helper(str(Path(__file__).with_name("read.cpp")), "read", "f32")
+    pointers, sizes = (ctypes.c_void_p * 2)(data.data_ptr(), total.data_ptr()), (ctypes.c_int64 * 2)(len(data), threads)
     (seconds,) = timer.best(lambda _: read(pointers, sizes, None))
     flops = {}
     for dtype in dtypes:
