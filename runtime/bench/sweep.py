@@ -21,10 +21,10 @@ from sageLLM.runtime.loader.tables import PositionTables
 from sageLLM.runtime.registry.plugins import Registry
 from sageLLM.runtime.scheduler.step_cost import PromptChunk, StepWork
 from sageLLM.runtime.sim.calibration.kernel_times import Measured, Row
-from sageLLM.runtime.worker.build import make_compiler, pack_weights
+from sageLLM.runtime.worker.build import make_compiler
 from sageLLM.runtime.worker.kv_pool import make_pool
 from sageLLM.runtime.worker.model_runner import ModelRunner
-from sageLLM.runtime.worker.sequences import SequenceChunk, WorkerSequence
+from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk, WorkerSequence
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 1024
@@ -101,12 +101,13 @@ class SweepModel:
         model = Model(layout, config, kind, device, MAX_LEN, {}, PositionTables(config, MAX_LEN, device))
         self._compiler = make_compiler(model, registry, "cpu", [])
         torch.manual_seed(0)
-        for stage in layout.phases:
-            for weight in self._compiler.kernel_graph(stage).weights.values():
+        graphs = [self._compiler.kernel_graph(stage) for stage in layout.phases]
+        for graph in graphs:
+            for weight in graph.weights.values():
                 if weight.name not in model.weights:
                     shape = [number_of(size, {}) for size in weight.shape]
                     model.weights[weight.name] = torch.empty(shape, dtype=kind).normal_(std=0.02)
-        pack_weights(model, self._compiler)
+        self._compiler.planner.prepare_weights(model.weights, model.ties, graphs)
         self._runner = ModelRunner(model, make_pool(model, NUM_BLOCKS, BLOCK_SIZE), self._compiler)
         self.config = config
 
@@ -158,7 +159,7 @@ class SweepModel:
         rows = list(range(len(running)))
         for chunk in chunks:
             rows.append((rows[-1] if rows else -1) + chunk.num_tokens)
-        return self._runner.step_inputs.make(running, chunks, rows)
+        return self._runner.step_inputs.make(DecodeBatch(running), chunks, rows)
 
 
 def stage_of(work: StepWork) -> Stage:
