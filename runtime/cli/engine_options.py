@@ -86,6 +86,7 @@ class EngineOptions:
         bool, Option("Plan each step while the one before it runs; the answers do not depend on it.")
     ] = True
     tensor_parallel_size: Annotated[int, Option("Worker processes that share each layer.")] = 1
+    pipeline_parallel_size: Annotated[int, Option("Stages that the layers are divided into.")] = 1
     distributed_executor_backend: Annotated[
         Literal["uni", "mp"] | None, Option("Run the model in this process, or in worker processes.")
     ] = None

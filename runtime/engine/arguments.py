@@ -37,14 +37,14 @@ def check_count(name: str, value: int) -> None:
         raise SageError(f"{name} must be an integer of at least 1, got {shown(value)}")
 
 
-def choose_backend(requested: str | None, tensor_parallel_size: int) -> Backend:
+def choose_backend(requested: str | None, num_ranks: int) -> Backend:
     """The backend that runs the workers; by default the process of the engine for one rank. SageError if unknown."""
     if requested not in (None, "uni", "mp"):
         raise SageError(f"distributed_executor_backend must be 'uni', 'mp' or None, got {shown(requested)}")
-    if tensor_parallel_size == 1:
+    if num_ranks == 1:
         return "mp" if requested == "mp" else "uni"
     if requested == "uni":
-        raise SageError(f"distributed_executor_backend must be 'mp' for {tensor_parallel_size} ranks, got 'uni'")
+        raise SageError(f"distributed_executor_backend must be 'mp' for {num_ranks} ranks, got 'uni'")
     return "mp"
 
 

@@ -42,8 +42,12 @@ class Engine:
         objective: ServiceObjective | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
         async_scheduling: bool = True,
+        num_stages: int = 1,
     ) -> None:
-        """`eos_token_ids` end an answer in addition to the tokenizer's. `async_scheduling` plans a step ahead."""
+        """`eos_token_ids` end an answer in addition to the tokenizer's. `async_scheduling` plans a step ahead.
+
+        `num_stages` is the number of pipeline stages of the executor's workers.
+        """
         self.model = model
         self.tokenizer = tokenizer
         eos_ids = eos_token_ids | (tokenizer.eos_token_ids if tokenizer else frozenset[int]())
@@ -59,11 +63,12 @@ class Engine:
                 switch_len=model.tables.switch_len,
                 clock=time.monotonic,
                 mode_chooser=make_chooser(compiler, model.device.type, objective) if config.mode == "auto" else None,
+                num_stages=num_stages,
             )
 
         self._make_scheduler = make_scheduler
         self.executor = executor
-        self._plans_ahead = async_scheduling
+        self._plans_ahead, self._num_stages = async_scheduling, num_stages
         self.num_steps = 0
         self._groups: dict[str, RequestGroup] = {}
         self._sequences: dict[str, Sequence] = {}
@@ -72,7 +77,12 @@ class Engine:
 
     def _make_pipeline(self) -> StepPipeline:
         return StepPipeline(
-            self._scheduler, self.executor, self._sequences, self.tokenizer, plans_ahead=self._plans_ahead
+            self._scheduler,
+            self.executor,
+            self._sequences,
+            self.tokenizer,
+            plans_ahead=self._plans_ahead,
+            num_stages=self._num_stages,
         )
 
     @property

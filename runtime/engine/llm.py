@@ -83,7 +83,8 @@ class LLM:
     `async_scheduling` plans each step while the one before it runs; the answers are the same without.
 
     `distributed_executor_backend`: "uni" runs the model in this process, the default, and "mp" in worker processes, one
-    for each of `tensor_parallel_size` ranks. Lost workers are started again, and their requests are replayed.
+    for each of `tensor_parallel_size` ranks in each of `pipeline_parallel_size` stages. Lost workers are started again,
+    and their requests are replayed.
 
     `num_ubatches` divides the rows of each step into so many micro-batches, which go through the layers in turns: while
     one communicates, another computes. The answers are the same.
@@ -122,6 +123,7 @@ class LLM:
         generation_config: str | Path = "auto",
         async_scheduling: bool = True,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         distributed_executor_backend: Backend | None = None,
         num_ubatches: int = 1,
         overlap_transfers: bool | None = None,
@@ -134,8 +136,10 @@ class LLM:
             check_count("num_kv_blocks", num_kv_blocks)
         check_count("tensor_parallel_size", tensor_parallel_size)
         check_count("num_ubatches", num_ubatches)
-        self._backend = choose_backend(distributed_executor_backend, tensor_parallel_size)
-        weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device, tensor_parallel_size)
+        check_count("pipeline_parallel_size", pipeline_parallel_size)
+        num_ranks = tensor_parallel_size * pipeline_parallel_size
+        self._backend = choose_backend(distributed_executor_backend, num_ranks)
+        weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device, num_ranks)
         registry = load_registry(plugins)
         check_passes(disable_passes, registry)
         # The probe is a process, which runs while the weights are loaded.
@@ -147,6 +151,7 @@ class LLM:
                 device=torch_device,
                 max_model_len=max_model_len,
                 tp=tensor_parallel_size,
+                pp=pipeline_parallel_size,
                 has_weights=self._backend == "uni" and weights.tier == "device",
             )
             max_len = self.model.max_model_len
@@ -181,6 +186,7 @@ class LLM:
                 tp=tensor_parallel_size,
                 num_ubatches=num_ubatches,
                 overlap_transfers=overlap_transfers,
+                pp=pipeline_parallel_size,
             )
             executor: Executor
             if self._backend == "mp":
@@ -197,6 +203,7 @@ class LLM:
                 objective=objective,
                 eos_token_ids=read_eos_ids(folder),
                 async_scheduling=async_scheduling,
+                num_stages=pipeline_parallel_size,
             )
         self.shared = SharedEngine(self._engine)
         self._embedder = Embedder(
@@ -252,7 +259,7 @@ class LLM:
         if self._backend == "mp" and self.model.generates:
             raise SageError(
                 "embed must not be called with the weights in worker processes; "
-                "load the model with tensor_parallel_size=1 and distributed_executor_backend='uni'"
+                "load the model with one rank and distributed_executor_backend='uni'"
             )
         items = parse_prompts(prompts)
         types = type_ids_per_prompt(len(items), type_ids)

@@ -36,7 +36,7 @@ class StepInFlight:
 class StepPipeline:
     """The steps of one scheduler. `sequences` are the engine's live ones, by request id.
 
-    At most two steps are in flight if `plans_ahead`, else one.
+    One step is in flight for each of `num_stages` pipeline stages, and one more if `plans_ahead`.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class StepPipeline:
         tokenizer: Tokenizer | None,
         *,
         plans_ahead: bool,
+        num_stages: int = 1,
     ) -> None:
         self._scheduler, self._executor = scheduler, executor
         self._sequences, self._tokenizer = sequences, tokenizer
-        self._max_in_flight = 2 if plans_ahead else 1
+        self._max_in_flight = num_stages + plans_ahead
         self._in_flight: deque[StepInFlight] = deque()
         self._losses: dict[str, tuple[int, int]] = {}
         self._make_builders()

@@ -14,29 +14,40 @@ from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
+from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage, stage_graph
 from sageLLM.runtime.registry.plugins import Registry
 
 
 class ModelGraphs(Rewriting):
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    `choice` selects passes and rules as in `Rewriting`. Only rewrite passes run here: the other kinds (streams,
-    prefetch, memory offsets) require concrete sizes, and serve schedules and simulations.
+    With a `pipeline_stage` they are those of one stage. `choice` selects passes and rules as in `Rewriting`. Only
+    rewrite passes run here: the other kinds (streams, prefetch, memory offsets) require concrete sizes, and serve
+    schedules and simulations.
     """
 
     def __init__(
-        self, layout: ModelLayout, config: Any, registry: Registry, *, dtype: str, **choice: Unpack[Choice]
+        self,
+        layout: ModelLayout,
+        config: Any,
+        registry: Registry,
+        *,
+        dtype: str,
+        pipeline_stage: PipelineStage = WHOLE,
+        **choice: Unpack[Choice],
     ) -> None:
         super().__init__(registry, **choice)
         self.layout = layout
         self.config = config
         self.dtype = dtype
+        self.pipeline_stage = pipeline_stage
         self.reports: dict[Stage, list[PassReport]] = {}
         self._kernel_graphs: dict[tuple[Stage, int], ExecutionGraph] = {}
 
     def block_graph(self, stage: Stage, num_ubatches: int = 1) -> ExecutionGraph:
         """The block-level graph, as placement and simulation use it; with several micro-batches, split into them."""
         graph = build_block_graph(self.layout, self.config, stage, dtype=self.dtype)
+        graph = stage_graph(graph, self.pipeline_stage)
         if num_ubatches > 1:
             split = NanoBatching(num_ubatches)
             split.transform(graph)

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sageLLM.generated.ops import Recv, Send
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
-from sageLLM.runtime.core.ir.nodes import ExecutionNode
+from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.passes.relocation import Relocation, Transfer
 
 GROUP = "pp"
 
 
+@dataclass(frozen=True, slots=True)
+class PipelineStage:
+    """Stage number `index` of the `count` stages of a model."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    def layers(self, num_layers: int) -> range:
+        """The layers of the stage."""
+        start = sum(layers_per_stage(num_layers, self.count)[: self.index])
+        return range(start, start + layers_per_stage(num_layers, self.count)[self.index])
+
+
+WHOLE = PipelineStage()
+"""The only stage of a model that is not divided."""
+
+
+def layers_per_stage(num_layers: int, num_stages: int) -> list[int]:
+    """The number of layers of each stage, which differ by at most one.
+
+    As in vLLM, the stages before the last one get the layers that remain: the last stage has the head, too.
+    """
+    sizes = [num_layers // num_stages] * num_stages
+    for i in range(num_layers % num_stages):
+        sizes[-2 - i] += 1
+    return sizes
+
+
 def stage_of_layer(layer: int, num_layers: int, num_stages: int) -> int:
-    """The stage that runs a layer; the numbers of layers per stage differ by at most one."""
-    return layer * num_stages // num_layers
+    """The stage that runs a layer."""
+    return next(i for i in range(num_stages) if layer in PipelineStage(i, num_stages).layers(num_layers))
+
+
+def why_not_divisible(num_layers: int, num_stages: int) -> str | None:
+    """The reason why a model cannot be divided into this number of stages, or None."""
+    if num_stages <= num_layers:
+        return None
+    return f"pipeline_parallel_size={num_stages} must be at most {num_layers}, the number of layers"
 
 
 def split_stages(graph: ExecutionGraph, num_stages: int) -> ExecutionGraph:
@@ -22,11 +67,8 @@ def split_stages(graph: ExecutionGraph, num_stages: int) -> ExecutionGraph:
     Nodes before the layers run on the first stage, nodes after them on the last. Raises ValueError if there are more
     stages than layers.
     """
-    if num_stages > graph.num_layers:
-        raise ValueError(
-            f"pipeline_parallel_size={num_stages} is more than the {graph.num_layers} layers of {graph.graph_id!r}; "
-            "use at most one stage per layer"
-        )
+    if (reason := why_not_divisible(graph.num_layers, num_stages)) is not None:
+        raise ValueError(f"{graph.graph_id!r}: {reason}")
 
     def new_nodes(transfer: Transfer) -> tuple[OpNode, OpNode]:
         producer = graph.producer(transfer.value)
@@ -43,6 +85,22 @@ def split_stages(graph: ExecutionGraph, num_stages: int) -> ExecutionGraph:
     home, last = relocation.home, next(reversed(graph.nodes.values()))
     relocation.result.outputs = [relocation.on(ref, home[ref.name], last) for ref in graph.outputs]
     return relocation.result
+
+
+def stage_graph(graph: ExecutionGraph, stage: PipelineStage) -> ExecutionGraph:
+    """The part of a graph that one stage runs.
+
+    Values from earlier stages are inputs, with the names of `received_values`, and values for later ones are outputs.
+    """
+    if stage.count == 1:
+        return graph
+    split = split_stages(graph, stage.count)
+    return split.get_subgraph(name for name, node in split.nodes.items() if node.device_id == stage.index)
+
+
+def received_values(graph: ExecutionGraph) -> list[TensorRef]:
+    """The inputs of a stage's graph that are buffers of receives."""
+    return [node.inputs[0] for node in graph.nodes.values() if isinstance(node, Recv)]
 
 
 def _device_of(node: ExecutionNode, num_layers: int, num_stages: int, has_layers_begun: bool) -> int:

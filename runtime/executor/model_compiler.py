@@ -18,6 +18,7 @@ from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs, paused_gc
 from sageLLM.runtime.execution_graph.rewriting import Choice
+from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.executor.planner import Planner, Runnable, TorchPlanner
@@ -52,9 +53,10 @@ class ModelCompiler(ModelGraphs):
         dtype: str,
         planner: Planner | None = None,
         schedule: Schedule | None = None,
+        pipeline_stage: PipelineStage = WHOLE,
         **choice: Unpack[Choice],
     ) -> None:
-        super().__init__(layout, config, registry, dtype=dtype, **choice)
+        super().__init__(layout, config, registry, dtype=dtype, pipeline_stage=pipeline_stage, **choice)
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
         self.weight_stream: WeightStream | None = None
         self._schedule = schedule
@@ -108,7 +110,7 @@ class ModelCompiler(ModelGraphs):
         g = GraphWriter(name, level="kernel", stage=None, dtype=self.dtype)
         blocks = [g.input(name, "i32", moved) for name in ("src_blocks", "dst_blocks")]
         outputs: list[TensorRef] = []
-        for i in range(c.L):
+        for i in self.pipeline_stage.layers(c.L):
             with g.layer(i):
                 sources = _cache_inputs(g, "source", i, kept, pages_from, slots)
                 targets = _cache_inputs(g, "target", i, kept, pages_to, slots)

@@ -16,11 +16,13 @@ from sageLLM.runtime.core.model.hf_config import HFConfig, shown
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_shapes, with_stored_ties
 from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage, why_not_divisible
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text_section
 from sageLLM.runtime.loader.heads import absent_head, without_weights
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
+from sageLLM.runtime.loader.stage_weights import weights_of_stage
 from sageLLM.runtime.loader.tables import PositionTables
 from sageLLM.runtime.loader.weights import have_equal_values, load_weights
 from sageLLM.runtime.registry.plugins import Registry
@@ -36,8 +38,9 @@ MAX_SHOWN_PROBLEMS = 20
 class Model:
     """A loaded model: weights and tables by their names in graphs, the weights in the form that the kernels read.
 
-    `max_model_len` is the length of the longest sequence, prompt and answer. `absent` are the weights of a head that
-    the checkpoint lacks; such a model can only compute embeddings.
+    `max_model_len` is the length of the longest sequence, prompt and answer. `weights` are those of the layers of
+    `pipeline_stage`, and of what precedes or follows the layers on the first and the last stage. `absent` are the
+    weights of a head that the checkpoint lacks; such a model can only compute embeddings.
     """
 
     layout: ModelLayout
@@ -48,11 +51,17 @@ class Model:
     weights: dict[str, Weight]
     tables: PositionTables
     absent: tuple[str, ...] = ()
+    pipeline_stage: PipelineStage = WHOLE
 
     @property
     def generates(self) -> bool:
         """Whether the model computes logits and tokens."""
         return self.layout.generates and not self.absent
+
+    @property
+    def layers(self) -> range:
+        """The layers with weights here."""
+        return self.pipeline_stage.layers(self.config.L)
 
     @property
     def short_dtype(self) -> str:
@@ -66,8 +75,9 @@ class Model:
 
     @property
     def ties(self) -> dict[str, str]:
-        """Maps each tied weight to the name of the weight that it shares."""
-        return {spec.name: spec.tied_to for spec in self.layout.weights(self.config) if spec.tied_to is not None}
+        """Maps each tied weight to the name of the weight that it shares, if both are here."""
+        ties = {spec.name: spec.tied_to for spec in self.layout.weights(self.config) if spec.tied_to is not None}
+        return {name: to for name, to in ties.items() if name in self.weights and to in self.weights}
 
     def bound_tensors(self) -> dict[str, Weight]:
         return {**self.weights, **self.tables.tensors}
@@ -82,12 +92,13 @@ def load_model(
     max_model_len: int | None,
     rank: int = 0,
     tp: int = 1,
+    pp: int = 1,
     has_weights: bool = True,
 ) -> Model:
-    """Loads a Hugging Face checkpoint folder, or the share of tensor-parallel rank `rank` of `tp`.
+    """Loads a Hugging Face checkpoint folder, or the share of one of `tp` tensor-parallel ranks in `pp` stages.
 
-    Without `has_weights` the folder is checked, and the model has the config of all ranks and no weights: it is for
-    the process that sends steps to workers.
+    `rank` numbers the ranks stage by stage. Without `has_weights` the folder is checked, and the model has the config
+    of all ranks and no weights: it is for the process that sends steps to workers.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
     missing, unused, or of a different shape.
@@ -101,6 +112,7 @@ def load_model(
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     length = _model_len(config.longest, max_model_len, path)
+    stage = PipelineStage(rank // tp, pp) if has_weights else WHOLE
     checkpoint = Checkpoint.open(folder)
     kind = _dtype(dtype, (data, text_section(data, layout.root)), path, checkpoint)
     names = checkpoint.names
@@ -112,13 +124,16 @@ def load_model(
         head = absent_head(layout, config, names) if may_lack_head else ()
         layout = without_weights(layout, head) if head else layout
         _check(layout, config, checkpoint)
-        whole, own = config, _rank_config(layout, config, rank, tp)
+        if (reason := why_not_divisible(config.L, pp)) is not None:
+            raise CheckpointError(f"{path}: {reason}")
+        whole, own = config, _rank_config(layout, config, rank % tp, tp)
         config = own if has_weights else whole
         # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
         tables = _tables(config, length, device if has_weights else torch.device("cpu"), path)
         weights: dict[str, Weight] = {}
         if has_weights:
-            weights = dict(load_weights(layout.weights(whole), checkpoint, kind, device, rank=rank, tp=tp))
+            specs = weights_of_stage(layout, whole, stage)
+            weights = dict(load_weights(specs, checkpoint, kind, device, rank=rank % tp, tp=tp))
     finally:
         checkpoint.close()
     return Model(
@@ -130,6 +145,7 @@ def load_model(
         weights=weights,
         tables=tables,
         absent=head,
+        pipeline_stage=stage,
     )
 
 

@@ -1,6 +1,7 @@
 """Decode phase of a step: one token for each decoding request, round robin when a step cannot serve all."""
 
 from sageLLM.runtime.scheduler.decode_queue import DecodeQueue
+from sageLLM.runtime.scheduler.micro_batches import MicroBatches
 from sageLLM.runtime.scheduler.placement import KVPlacement
 from sageLLM.runtime.scheduler.plan import StepPlan
 from sageLLM.runtime.scheduler.preemption import Preemption
@@ -11,11 +12,17 @@ class DecodePhase:
     """Adds decodes to a step, with the blocks that they need."""
 
     def __init__(
-        self, queue: DecodeQueue, kv: KVPlacement, preemption: Preemption, max_context_tokens: int | None = None
+        self,
+        queue: DecodeQueue,
+        kv: KVPlacement,
+        preemption: Preemption,
+        micro_batches: MicroBatches,
+        max_context_tokens: int | None = None,
     ) -> None:
         self._queue = queue
         self._kv = kv
         self._preemption = preemption
+        self._micro_batches = micro_batches
         self._max_context_tokens = max_context_tokens
 
     @property
@@ -35,6 +42,10 @@ class DecodePhase:
         queue = self._queue
         num_requests = len(queue.requests)
         if num_requests == 0:
+            return
+        if self._micro_batches.num_stages > 1:
+            max_requests = min(max_requests, self._micro_batches.max_requests(num_requests))
+            self._add_round_robin(step, max_requests, self._micro_batches.skipped())
             return
         skipped = queue.ending() if step.is_ahead else {}
         if num_requests > max_requests or self._max_context_tokens is not None:

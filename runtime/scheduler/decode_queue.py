@@ -43,10 +43,12 @@ class DecodeQueue:
         for plan in pending:  # their commit and roll-back move the clock, so they must correct this slot
             plan.skipped.append(slot)
 
-    def join_ahead(self, request: Request) -> None:
-        """Add a request with its last prefill chunk in a pending step."""
+    def join_ahead(self, request: Request, later: Iterable[DecodePlan] = ()) -> None:
+        """Add a request with its last prefill chunk in a pending step; `later` are the decodes of later steps."""
         # One output less is left: the pending chunk yields the first token.
-        self._add(request, request.num_planned_tokens, self._limits.num_decodes_left(request) - 1)
+        slot = self._add(request, request.num_planned_tokens, self._limits.num_decodes_left(request) - 1)
+        for plan in later:
+            plan.skipped.append(slot)
 
     def _add(self, request: Request, num_tokens: int, num_left: int) -> DecodeSlot:
         slot = DecodeSlot(request, self.clock, num_tokens, self._num_joined)

@@ -5,8 +5,9 @@
 A preempted request goes from running back to waiting. A fork goes from its parent's forks to decoding or waiting.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+from sageLLM.runtime.scheduler.plan import PendingStep
 from sageLLM.runtime.scheduler.policy import Reranked
 from sageLLM.runtime.scheduler.request import Request, RequestStatus
 from sageLLM.runtime.scheduler.state import SchedulerState
@@ -49,10 +50,13 @@ class Lifecycle:
         if self._limits.switch_len is not None:
             self._table.outgrown[request.request_id] = request
 
-    def start_decoding_ahead(self, request: Request) -> None:
-        """The last prefill chunk of the request is pending; plan its first decode before that is committed."""
+    def start_decoding_ahead(self, request: Request, later: Iterable[PendingStep] = ()) -> None:
+        """The last prefill chunk of the request is pending; plan its first decode before that is committed.
+
+        `later` are the pending steps after that of the chunk.
+        """
         del self._table.prefilling[request.request_id]
-        self._decodes.join_ahead(request)
+        self._decodes.join_ahead(request, [step.plan.decode for step in later if step.plan.decode is not None])
 
     def stop_decoding_ahead(self, request: Request) -> None:
         """The last prefill chunk was rolled back."""

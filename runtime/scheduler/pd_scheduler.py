@@ -14,7 +14,7 @@ step that was not committed is rolled back by the next `schedule`.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from sageLLM.runtime.scheduler.admission import Admission
 from sageLLM.runtime.scheduler.base import BaseScheduler, SchedulerStalledError
@@ -25,10 +25,11 @@ from sageLLM.runtime.scheduler.decode import DecodePhase
 from sageLLM.runtime.scheduler.decode_queue import DecodeQueue
 from sageLLM.runtime.scheduler.lifecycle import Lifecycle
 from sageLLM.runtime.scheduler.limits import SequenceLimits
+from sageLLM.runtime.scheduler.micro_batches import MicroBatches
 from sageLLM.runtime.scheduler.migration import Migration
 from sageLLM.runtime.scheduler.modes import ModeChooser, Phases, SchedulerView, make_mode
 from sageLLM.runtime.scheduler.placement import KVPlacement
-from sageLLM.runtime.scheduler.plan import Role
+from sageLLM.runtime.scheduler.plan import PendingStep, Role
 from sageLLM.runtime.scheduler.policy import Policy, make_policy
 from sageLLM.runtime.scheduler.preemption import Preemption
 from sageLLM.runtime.scheduler.prefill import PrefillPhase
@@ -57,6 +58,8 @@ class PDScheduler(BaseScheduler):
       and those of a `mode_chooser`.
       `Request.arrival_time` must come from the same clock.
     - `mode_chooser` selects the mode of each step in mode `auto`.
+    - `num_stages` pipeline stages compute different steps at once. Steps that follow each other therefore decode
+      different requests (micro-batches), and `plan_ahead` plans one step more than there are stages.
 
     At most `max_batch_size` (the larger of the two batch sizes) requests hold KV at once.
 
@@ -75,6 +78,7 @@ class PDScheduler(BaseScheduler):
         clock: Callable[[], float] = time.time,
         policy: Policy | None = None,
         mode_chooser: ModeChooser | None = None,
+        num_stages: int = 1,
     ) -> None:
         self.config = config = config or PDSchedulerConfig()
         super().__init__(
@@ -111,15 +115,17 @@ class PDScheduler(BaseScheduler):
         self._commit = StepCommit(state, self._lifecycle)
         self._recovery = Recovery(state, self._lifecycle)
         preemption = Preemption(state, self._lifecycle)
+        context_tokens = config.max_decode_context_tokens
         phases = Phases(
             config,
             PrefillPhase(state.table, self._admission),
-            DecodePhase(state.decodes, kv, preemption, config.max_decode_context_tokens),
+            DecodePhase(state.decodes, kv, preemption, MicroBatches(steps, self.limits, num_stages), context_tokens),
         )
         self.view = SchedulerView(config, self.max_batch_size, kv.max_tokens, clock)
         self._mode = make_mode(phases, mode_chooser, self.view)
         self._mode_chooser = mode_chooser
         self._table, self._steps, self._migration = state.table, state.steps, state.migration
+        self._num_stages = num_stages
 
     # --- requests ---
 
@@ -234,23 +240,33 @@ class PDScheduler(BaseScheduler):
         return self._plan_step(role)
 
     def plan_ahead(self) -> ScheduleOutput:
-        """Plan the step after the pending one, which continues; at most one step is planned ahead.
+        """Plan the step after the pending ones, which continue; at most one step for each stage can be pending.
 
-        A request that gets a token from the pending step is decoded one token further: the engine takes that token from
-        the results of the pending step. Requests that may end by length with the pending step are skipped. One that
+        A request that gets a token from a pending step is decoded one token further: the engine takes that token from
+        the results of the pending step. Requests that may end by length with a pending step are skipped. One that
         ends otherwise (a stop token, an abort) has a chunk in the step planned ahead: its result does not count, and
         its blocks are reused only when that step is over. Roll back with `rollback_ahead`.
+
+        With several stages, no request with a token in one of the newest `num_stages - 1` pending steps is decoded.
         """
-        steps = self._steps.pending
-        if len(steps) > 1:
-            raise RuntimeError("only one step can be planned ahead; commit the pending step with update_after_step")
-        if steps and not self.kv.is_split:  # in strict mode the KV must migrate before the first decode
-            for chunk in steps[0].prefill_chunks:
-                request = chunk.request
-                is_live = request.request_id in self.running_requests and request.slot is None
-                if chunk.is_last and is_live and self.limits.num_decodes_left(request) > 1:
-                    self._lifecycle.start_decoding_ahead(request)
+        steps = list(self._steps.pending)
+        if len(steps) > self._num_stages:
+            raise RuntimeError(
+                f"at most {self._num_stages} steps can be pending, got {len(steps)}; commit one with update_after_step"
+            )
+        old = steps[: len(steps) - self._num_stages + 1]
+        if old and not self.kv.is_split:  # in strict mode the KV must migrate before the first decode
+            for i, step in enumerate(old):
+                self._decode_ahead(step, steps[i + 1 :])
         return self._plan_step(None)
+
+    def _decode_ahead(self, step: PendingStep, later: Sequence[PendingStep]) -> None:
+        """Let the requests with their last chunk in a pending step decode before it is committed."""
+        for chunk in step.prefill_chunks:
+            request = chunk.request
+            is_live = request.request_id in self.running_requests and request.slot is None
+            if chunk.is_last and is_live and self.limits.num_decodes_left(request) > 1:
+                self._lifecycle.start_decoding_ahead(request, later)
 
     def _plan_step(self, role: Role | None) -> ScheduleOutput:
         step = self._steps.begin(role)

@@ -155,10 +155,15 @@ class PendingStep:
     def role(self) -> Role | None:
         return self.plan.role
 
+    @property
+    def requests(self) -> list[Request]:
+        """The requests that the step computes."""
+        batches = (self.output.prefill_batch, self.output.decode_batch)
+        return [request for batch in batches if batch is not None for request in batch.requests]
+
     def computes(self, request: Request) -> bool:
         """Whether the step has a chunk of this request."""
-        batches = (self.output.prefill_batch, self.output.decode_batch)
-        return any(request in batch.requests for batch in batches if batch is not None)
+        return request in self.requests
 
     @property
     def prefill_chunks(self) -> list[Chunk]:

@@ -74,7 +74,8 @@ class Preemption:
         if not self._swaps.begin_out(request, step, num_tokens):
             return False
         if num_tokens > request.num_computed_tokens:
-            self._steps.pending[-1].swapped[request.request_id] = request
+            newest = next(step for step in reversed(self._steps.pending) if step.computes(request))
+            newest.swapped[request.request_id] = request
         self._lifecycle.suspend(request)
         request.kv_block_ids = []
         self._counters.total_swaps += 1

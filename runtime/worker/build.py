@@ -11,6 +11,7 @@ import torch
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.execution_graph.embedding import poolings_of
+from sageLLM.runtime.execution_graph.stages import PipelineStage
 from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler, Schedule
 from sageLLM.runtime.executor.scheduling import choose_schedule
@@ -20,6 +21,7 @@ from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.worker.executor import InProcessExecutor
+from sageLLM.runtime.worker.token_return import TokenReturn
 
 WeightsTier: TypeAlias = Literal["device", "disk"]
 """The tier that keeps the weights; from "disk" the weights of each layer are read in each step."""
@@ -34,10 +36,11 @@ class WeightsPlacement(msgspec.Struct, frozen=True):
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """One rank of `tp` tensor-parallel ranks. The other fields are the arguments of `LLM` of the same names.
+    """One rank of `tp` tensor-parallel ranks in each of `pp` pipeline stages.
 
-    `rendezvous` is a file that the ranks share to find each other, and `shared_memory` a descriptor of memory for the
-    collectives of the CPU kernels.
+    The ranks of a stage follow each other. The other fields are the arguments of `LLM` of the same names. `rendezvous`
+    is a file that the ranks share to find each other. `shared_memory` and `link_memory` are descriptors of memory for
+    the collectives of the stage, and for the messages between all ranks, of the CPU kernels.
     """
 
     model: str
@@ -53,13 +56,36 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     rank: int = 0
     tp: int = 1
     weights: WeightsPlacement = WeightsPlacement()
+    pp: int = 1
     rendezvous: str | None = None
     shared_memory: int | None = None
     num_ubatches: int = 1
     overlap_transfers: bool | None = None
+    link_memory: int | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def pipeline_stage(self) -> PipelineStage:
+        return PipelineStage(self.rank // self.tp, self.pp)
+
+    @property
+    def returns_results(self) -> bool:
+        """Whether this rank sends the results of steps to the engine: the first one of the last stage."""
+        return self.rank == (self.pp - 1) * self.tp
+
+    def ranks_of_stage(self, stage: int) -> list[int]:
+        return list(range(stage * self.tp, (stage + 1) * self.tp))
+
+    @property
+    def own_stages(self) -> list[int]:
+        """The ranks, one per stage, that this rank exchanges activations and tokens with."""
+        return list(range(self.rank % self.tp, self.num_ranks, self.tp))
 
 
-def build_executor(spec: WorkerSpec) -> InProcessExecutor:
+def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) -> InProcessExecutor:
     """Loads the rank's share of the model and builds its workers. Raises what `load_model` raises."""
     registry = load_registry(spec.plugins)
     device = torch.device(spec.device)
@@ -71,16 +97,22 @@ def build_executor(spec: WorkerSpec) -> InProcessExecutor:
         max_model_len=spec.max_model_len,
         rank=spec.rank,
         tp=spec.tp,
+        pp=spec.pp,
         has_weights=spec.weights.tier == "device",
     )
     schedule = choose_schedule(device, {"tp": spec.tp}, overlap_transfers=spec.overlap_transfers)
     compiler = make_compiler(model, registry, spec.kernels, spec.disable_passes, schedule)
     place_weights(model, compiler, Path(spec.model), spec.weights)
-    return make_local_executor(spec, model, compiler, is_async=False)
+    return make_local_executor(spec, model, compiler, is_async=False, token_return=token_return)
 
 
 def make_local_executor(
-    spec: WorkerSpec, model: Model, compiler: ModelCompiler, *, is_async: bool
+    spec: WorkerSpec,
+    model: Model,
+    compiler: ModelCompiler,
+    *,
+    is_async: bool,
+    token_return: TokenReturn | None = None,
 ) -> InProcessExecutor:
     """Workers in this process, for a model with packed weights."""
     return InProcessExecutor(
@@ -90,8 +122,9 @@ def make_local_executor(
         is_split=spec.is_split,
         is_async=is_async,
         disk_folder=None if spec.disk_folder is None else Path(spec.disk_folder),
-        isolates_failures=spec.tp == 1,
+        isolates_failures=spec.num_ranks == 1,
         num_ubatches=spec.num_ubatches,
+        token_return=token_return,
     )
 
 
@@ -107,6 +140,7 @@ def make_compiler(
         disable=disable_passes,
         schedule=schedule,
         planner=choose_planner(kernels, registry, model.device, model.short_dtype),
+        pipeline_stage=model.pipeline_stage,
     )
 
 

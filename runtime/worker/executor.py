@@ -12,6 +12,7 @@ from sageLLM.runtime.worker.kv_pool import make_pool
 from sageLLM.runtime.worker.model_runner import ModelRunner
 from sageLLM.runtime.worker.order_thread import OrderThread, Pending
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
+from sageLLM.runtime.worker.token_return import TokenReturn
 from sageLLM.runtime.worker.worker import Worker
 
 
@@ -67,19 +68,25 @@ class InProcessExecutor:
         disk_folder: Path | None = None,
         isolates_failures: bool = True,
         num_ubatches: int = 1,
+        token_return: TokenReturn | None = None,
     ) -> None:
-        """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step."""
+        """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step.
+
+        `token_return` is for a pipeline stage of the model.
+        """
         pool = make_pool(model, budget.num_blocks, budget.block_size)
         decoder = ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
         tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
         tiers = TieredPool(decoder.pool, tier_sizes, compiler, disk_folder)
-        self.decoder = self.prefiller = Worker(decoder, tiers, isolates_failures=isolates_failures)
+        self.decoder = self.prefiller = Worker(
+            decoder, tiers, isolates_failures=isolates_failures, token_return=token_return
+        )
         self._migrator: Migrator | None = None
         if is_split:
             num_blocks = budget.num_prefill_blocks or budget.num_blocks
             pool = make_pool(model, num_blocks, budget.block_size)
             prefiller = ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
-            self.prefiller = Worker(prefiller, isolates_failures=isolates_failures)
+            self.prefiller = Worker(prefiller, isolates_failures=isolates_failures, token_return=token_return)
             graph = compiler.migrate_graph()
             self._migrator = Migrator(prefiller.pool, decoder.pool, graph, compiler.kernels)
         self._thread = OrderThread[GroupOrder, list[StepResult]]("sagellm-worker") if is_async else None

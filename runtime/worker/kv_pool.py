@@ -18,7 +18,7 @@ CACHE_LINE = 64
 
 
 class KVPool:
-    """Keys and values [PG, BS, heads, width] of each layer: PG blocks of BS tokens.
+    """Keys and values [PG, BS, heads, width] of each layer, from `first_layer` on: PG blocks of BS tokens.
 
     If the layout stores values as the leading part of keys, they are views of the keys' memory. With a `folder` the
     memory is an unlinked file there, mapped into the process: the system frees it when the process ends, however it
@@ -34,6 +34,7 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         folder: Path | None = None,
+        first_layer: int = 0,
     ) -> None:
         def zeros(kept: tuple[int, int]) -> list[torch.Tensor]:
             sizes = (num_blocks, block_size, *kept)
@@ -41,7 +42,7 @@ class KVPool:
                 return [_mapped(folder, sizes, dtype) for _ in range(num_layers)]
             return [_zeros(sizes, dtype, device) for _ in range(num_layers)]
 
-        self.num_layers = num_layers
+        self.num_layers, self.first_layer = num_layers, first_layer
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.shape = shape
@@ -51,7 +52,8 @@ class KVPool:
     def like(self, num_blocks: int, device: torch.device, folder: Path | None = None) -> "KVPool":
         """A new pool of `num_blocks` blocks with this pool's layers, block size, shape and element type."""
         dtype = self.keys[0].dtype
-        return KVPool(self.num_layers, num_blocks, self.block_size, self.shape, dtype, device, folder=folder)
+        first = self.first_layer
+        return KVPool(self.num_layers, num_blocks, self.block_size, self.shape, dtype, device, folder, first)
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +65,7 @@ class KVPool:
 
     def layers(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yields the number, the keys and the values of every layer."""
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True), start=self.first_layer):
             yield layer, keys, values
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
@@ -77,11 +79,11 @@ class KVPool:
 
 def make_pool(model: Model, num_blocks: int, block_size: int) -> KVPool:
     """An empty pool for the model's KV, on the model's device. Raises SageError if it does not fit the memory."""
-    shape = model.layout.cache(model.config)
+    shape, layers = model.layout.cache(model.config), model.layers
     try:
-        return KVPool(model.config.L, num_blocks, block_size, shape, model.dtype, model.device)
+        return KVPool(len(layers), num_blocks, block_size, shape, model.dtype, model.device, first_layer=layers.start)
     except (MemoryError, torch.OutOfMemoryError):
-        gib = model.config.L * num_blocks * block_size * shape.num_elements * model.dtype.itemsize / 2**30
+        gib = len(layers) * num_blocks * block_size * shape.num_elements * model.dtype.itemsize / 2**30
         raise SageError(
             f"the KV cache of {num_blocks} blocks of {block_size} tokens must fit in memory, got {gib:.1f} GiB; "
             f"lower num_kv_blocks, or max_model_len={model.max_model_len}"

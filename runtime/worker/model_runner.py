@@ -6,10 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.model.layout import Stage
+from sageLLM.runtime.execution_graph.stages import received_values
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.arena import Arena
+from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.planner import Runnable
+from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.worker.kv_pool import KVPool
 from sageLLM.runtime.worker.micro_batch_inputs import MicroBatchInputs
@@ -41,6 +45,7 @@ class ModelRunner:
         self._arena = Arena()
         self._plans: dict[tuple[Stage, int], Runnable] = {}
         self._parts = MicroBatchInputs(num_ubatches)
+        self._buffers = ReceiveBuffers(model.device)
 
     def plan(self, stage: Stage, num_ubatches: int = 1) -> Runnable:
         """The plan of a stage: the optimised kernel graph, flattened, with weights and caches bound."""
@@ -50,19 +55,50 @@ class ModelRunner:
             self._plans[key] = self.compiler.plan(graph, self._bound, self._arena)
         return self._plans[key]
 
-    def run(self, stage: Stage, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]) -> Logits:
+    def run(
+        self, stage: Stage, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]
+    ) -> Logits | None:
         """Computes the last token of each of `decodes` and the chunks, writes their KV, and returns logits of `rows`.
 
         Token rows number the decodes first and then the tokens of the chunks. The result is valid until the next step.
+        A pipeline stage before the last one sends its result to the next stage and returns None.
         """
         if not torch.is_inference_mode_enabled():  # the worker's thread is always in it, as entering it takes time
             with torch.inference_mode():
                 return self.run(stage, decodes, chunks, rows)
         inputs, num_ubatches = self.step_inputs.make(decodes, chunks, rows), self._parts.num_parts
+        num_tokens = len(decodes) + sum(chunk.num_tokens for chunk in chunks)
         if num_ubatches > 1:
-            if len(decodes) + sum(chunk.num_tokens for chunk in chunks) < num_ubatches:
+            if num_tokens < num_ubatches:
                 num_ubatches = 1
             else:
                 inputs = self._parts.divide(inputs, len(decodes), chunks)
-        logits, tokens = self.plan(stage, num_ubatches).run(inputs)
+        plan = self.plan(stage, num_ubatches)
+        if not self.model.pipeline_stage.is_first:
+            inputs = {**inputs, **self._buffers.of(received_values(plan.graph), num_tokens)}
+        outputs = plan.run(inputs)
+        if not self.model.pipeline_stage.is_last:
+            return None
+        logits, tokens = outputs
         return Logits(logits, tokens)
+
+
+class ReceiveBuffers:
+    """Memory for the values that a pipeline stage receives, reused from step to step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def of(self, values: Sequence[TensorRef], num_tokens: int) -> dict[str, Tensor]:
+        """A buffer with a row per token for each value."""
+        found = {}
+        for ref in values:
+            buffer = self._buffers.get(ref.name)
+            if buffer is None or len(buffer) < num_tokens:
+                width = [number_of(dim, {}) for dim in ref.shape[1:]]
+                num_rows = num_tokens if buffer is None else max(num_tokens, 2 * len(buffer))
+                buffer = torch.empty((num_rows, *width), dtype=TORCH_DTYPES[ref.dtype], device=self._device)
+                self._buffers[ref.name] = buffer
+            found[ref.name] = buffer[:num_tokens]
+        return found

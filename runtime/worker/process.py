@@ -12,24 +12,17 @@ import os
 import sys
 import threading
 import time
-from datetime import timedelta
 from multiprocessing.connection import Connection
 
 import msgspec
-import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
 
 from sageLLM.runtime.errors import SageError
-from sageLLM.runtime.kernels.cpu.communicator import close_communicator, has_communicator, open_communicator
-from sageLLM.runtime.kernels.cpu.compiler import CompileError, find_compiler
 from sageLLM.runtime.worker.build import WorkerSpec, build_executor
 from sageLLM.runtime.worker.executor import InProcessExecutor
-from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
+from sageLLM.runtime.worker.ranks import join_ranks
 
 PARENT_CHECK_SECONDS = 0.5
-RENDEZVOUS_SECONDS = 120.0
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -43,7 +36,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 
 class Done(msgspec.Struct, tag="done", frozen=True):
-    """An order is complete. Only rank 0 sends results; those of the other ranks are equal."""
+    """An order is complete. Only the first rank of the last stage sends results; those of its other ranks are equal."""
 
     results: list[StepResult]
 
@@ -76,7 +69,7 @@ def main() -> None:
         spec = msgspec.msgpack.decode(connection.recv_bytes(), type=WorkerSpec)
         reply: Reply
         try:
-            executor = _build(spec)
+            executor = build_executor(spec, join_ranks(spec))
             reply = Ready()
         except SageError as error:
             reply = Refused(str(error))
@@ -84,7 +77,7 @@ def main() -> None:
             reply = Failed(f"{type(error).__name__}: {error}")
         connection.send_bytes(encoder.encode(reply))
         if isinstance(reply, Ready):
-            serve(connection, executor, is_first=spec.rank == 0)
+            serve(connection, executor, returns_results=spec.returns_results)
     except (EOFError, OSError, KeyboardInterrupt):
         pass  # the engine has closed the socket
     finally:
@@ -93,7 +86,7 @@ def main() -> None:
         os._exit(0)
 
 
-def serve(connection: Connection, executor: InProcessExecutor, *, is_first: bool) -> None:
+def serve(connection: Connection, executor: InProcessExecutor, *, returns_results: bool) -> None:
     """Executes commands until the connection is closed (EOFError) or an order fails."""
     decoder, encoder = msgspec.msgpack.Decoder(Command), msgspec.msgpack.Encoder()
     while True:
@@ -106,34 +99,8 @@ def serve(connection: Connection, executor: InProcessExecutor, *, is_first: bool
         except Exception as error:
             connection.send_bytes(encoder.encode(Failed(f"{type(error).__name__}: {error}")))
             return
-        if is_first:
+        if returns_results:
             connection.send_bytes(encoder.encode(Done(results)))
-
-
-def _build(spec: WorkerSpec) -> InProcessExecutor:
-    if spec.tp > 1:
-        assert spec.rendezvous is not None, "ranks need a file to find each other"
-        store = FileStore(spec.rendezvous, spec.tp)
-        backend = "nccl" if spec.device.startswith("cuda") else "gloo"
-        timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
-        dist.init_process_group(backend, store=store, rank=spec.rank, world_size=spec.tp, timeout=timeout)
-        if spec.device.startswith("cuda"):
-            torch.cuda.set_device(spec.rank)
-        elif spec.shared_memory is not None:
-            _open_communicator(spec.shared_memory, spec.rank, spec.tp)
-    return build_executor(spec)
-
-
-def _open_communicator(shared_memory: int, rank: int, num_ranks: int) -> None:
-    """Opens the collectives of the CPU kernels, if all ranks can: all must use the same ones."""
-    try:
-        open_communicator(shared_memory, rank, num_ranks, find_compiler())
-    except (CompileError, OSError) as error:
-        LOG.warning("rank %d uses torch.distributed for collectives: %s", rank, error)
-    can_all = torch.tensor([int(has_communicator())])
-    dist.all_reduce(can_all, dist.ReduceOp.MIN)
-    if not can_all.item():
-        close_communicator()
 
 
 def _end_with_parent(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""Runs the workers of an engine as processes, one for each tensor-parallel rank."""
+"""Runs the workers of an engine as processes, one for each tensor-parallel rank of each pipeline stage."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import msgspec
 
 from sageLLM.runtime.errors import EngineError, SageError
 from sageLLM.runtime.kernels.cpu.communicator import make_shared_memory
+from sageLLM.runtime.kernels.cpu.point_to_point import make_link_memory
 from sageLLM.runtime.worker.build import WorkerSpec
 from sageLLM.runtime.worker.executor import WorkersLostError
 from sageLLM.runtime.worker.faults import LOG
@@ -61,7 +62,7 @@ class Rank:
 
 
 class ProcessExecutor:
-    """Workers in separate processes. All ranks get every order, and rank 0 returns the results.
+    """Workers in separate processes. All ranks get every order, and a rank of the last stage returns the results.
 
     A thread reads the replies. If a rank dies, fails or exceeds the deadline of a step, all ranks are ended and the
     futures of all orders raise WorkersLostError.
@@ -144,10 +145,13 @@ class _Group:
     def start(cls, spec: WorkerSpec) -> _Group:
         folder = Path(tempfile.mkdtemp(prefix="sagellm-"))  # readable by this user only
         group = cls([], folder)
-        shared = make_shared_memory(spec.tp) if uses_shared_memory(spec) else None
+        memory = _SharedMemory(spec)
         try:
-            shares = {"rendezvous": str(folder / "rendezvous"), "shared_memory": shared}
-            group.ranks = [_start_rank(msgspec.structs.replace(spec, rank=rank, **shares)) for rank in range(spec.tp)]
+            spec = msgspec.structs.replace(spec, rendezvous=str(folder / "rendezvous"), link_memory=memory.links)
+            group.ranks = [
+                _start_rank(msgspec.structs.replace(spec, rank=rank, shared_memory=memory.stages[rank // spec.tp]))
+                for rank in range(spec.num_ranks)
+            ]
             deadline = time.monotonic() + START_SECONDS
             for rank in group.ranks:
                 _await_ready(rank, deadline)
@@ -155,8 +159,7 @@ class _Group:
             group.end()
             raise
         finally:
-            if shared is not None:
-                os.close(shared)
+            memory.close()
         return group
 
     def lose(self, reason: str) -> None:
@@ -184,24 +187,39 @@ class _Group:
             rank.process.kill()
 
 
+class _SharedMemory:
+    """Descriptors of memory for the collectives of each stage and for the links of all ranks, None if not used."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        is_used = uses_shared_memory(spec)
+        self.stages = [make_shared_memory(spec.tp) if is_used and spec.tp > 1 else None for _ in range(spec.pp)]
+        self.links = make_link_memory(spec.num_ranks) if is_used and spec.pp > 1 else None
+
+    def close(self) -> None:
+        """Closes the descriptors in this process; the memory is gone with the last rank."""
+        for file in (*self.stages, self.links):
+            if file is not None:
+                os.close(file)
+
+
 def uses_shared_memory(spec: WorkerSpec) -> bool:
-    """Whether the ranks can use the collectives of the CPU kernels."""
-    return spec.tp > 1 and spec.device == "cpu" and spec.kernels != "reference" and hasattr(os, "memfd_create")
+    """Whether the ranks can use the collectives and links of the CPU kernels."""
+    return spec.num_ranks > 1 and spec.device == "cpu" and spec.kernels != "reference" and hasattr(os, "memfd_create")
 
 
 def _start_rank(spec: WorkerSpec) -> Rank:
     ours, theirs = socket.socketpair()
     environment = dict(os.environ)
-    if spec.tp > 1:
+    if spec.num_ranks > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // spec.tp)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // spec.num_ranks)))
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # The child imports this package from where this process has it.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", WORKER, str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), *([] if spec.shared_memory is None else [spec.shared_memory])],
+            pass_fds=[theirs.fileno(), *(file for file in (spec.shared_memory, spec.link_memory) if file is not None)],
             stdin=subprocess.DEVNULL,
             env=environment,
         )
@@ -226,7 +244,7 @@ def _await_ready(rank: Rank, deadline: float) -> None:
 
 
 def _read_replies(group: _Group, pending: deque[tuple[float, Future[list[StepResult]]]], lock: threading.Lock) -> None:
-    """Hands the results of rank 0 to the futures, until the group is lost."""
+    """Hands the results to the futures, until the group is lost."""
     decoder = msgspec.msgpack.Decoder(Reply)
     by_connection = {rank.connection: rank for rank in group.ranks}
     while group.lost is None:

@@ -24,9 +24,7 @@ from sageLLM.runtime.worker.sequences import (
     SequenceTable,
     WorkerSequence,
 )
-
-NO_TOKEN = 0
-"""The token of a sequence that has failed, until the engine drops it."""
+from sageLLM.runtime.worker.token_return import NO_TOKEN, TokenReturn
 
 
 class Batch(NamedTuple):
@@ -62,15 +60,24 @@ class Batch(NamedTuple):
 class Worker:
     """Executes the orders of one role. It owns the device's KV pool and, for the role that decodes, the tiers."""
 
-    def __init__(self, runner: ModelRunner, tiers: TieredPool | None = None, *, isolates_failures: bool = True) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tiers: TieredPool | None = None,
+        *,
+        isolates_failures: bool = True,
+        token_return: TokenReturn | None = None,
+    ) -> None:
         """With `isolates_failures` an error ends the sequence that it belongs to; otherwise it ends the step.
 
         Ranks of a group must not isolate: each collective needs all of them, so none can run a part of a step alone.
+        `token_return` is for a model that is divided into pipeline stages.
         """
         self.runner = runner
         self._isolates_failures = isolates_failures
         self._tiers = tiers
         self._pages = KVPages(runner.pool)
+        self._token_return = token_return
         self._sequences = SequenceTable()
         self._failed: set[str] = set()
         self._decode_sampler = RowSampler([])
@@ -126,6 +133,8 @@ class Worker:
             sampler = RowSampler(batch.sampled)
         else:
             spans, rows, sampler = [], *self._decode_parts(batch.decodes)
+        if self._token_return is not None:
+            self._token_return.receive_for([*batch.decodes, *(chunk.sequence for chunk in batch.chunks)])
         try:
             logits = self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
         except Exception as error:
@@ -133,10 +142,16 @@ class Worker:
                 raise
             self._run_failed(batch, result, error)
             return
+        if logits is None:
+            assert self._token_return is not None, "only a stage before the last one has no logits"
+            self._token_return.expect(batch.sampled)
+            return
         for chunk, span in spans:
             self._score_prompt(chunk, logits.values[span], result)
         if sampler.sequences:
             self._sample(sampler, batch.first_row, logits, result)
+            if self._token_return is not None:
+                self._token_return.send(result.token_ids)
 
     def _decode_parts(self, decodes: DecodeBatch) -> tuple[list[int], RowSampler]:
         """The token rows and the sampler of decodes; the same objects as before while `decodes` is the same."""
