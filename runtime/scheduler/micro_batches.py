@@ -17,8 +17,11 @@ class MicroBatches:
         self._steps, self._limits = steps, limits
 
     def max_requests(self, num_requests: int) -> int:
-        """The number of decodes of a step."""
-        return -(-num_requests // self.num_stages)
+        """The share of a step in `num_requests` decodes. Shares differ by at most one."""
+        share, rest = divmod(num_requests, self.num_stages)
+        newest = list(self._steps.pending)[1 - self.num_stages :]
+        num_larger = sum(step.plan.num_decodes > share for step in newest)
+        return max(1, share + (num_larger < rest))
 
     def skipped(self) -> dict[str, DecodeSlot]:
         """The slots that the next step must not decode: those of the newest steps, and those that end with another."""

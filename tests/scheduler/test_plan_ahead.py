@@ -108,7 +108,7 @@ def test_only_one_step_is_planned_ahead(fake_engine) -> None:
     engine.add("a", 5)
     engine.plan()
     engine.plan(is_ahead=True)
-    with pytest.raises(RuntimeError, match="only one step can be planned ahead"):
+    with pytest.raises(RuntimeError, match="at most 1 steps can be pending, got 2"):
         engine.scheduler.plan_ahead()
 
 
