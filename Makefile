@@ -108,7 +108,7 @@ fuzz-scheduler: $(TEST_READY) ## Run random schedules SEEDS=FROM:TO (a million);
 mutants: $(TEST_READY) ## Check that the tests notice small faults in the scheduler, KV cache, generator and passes; ONLY=TEXT selects
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS) --only "$(ONLY)"
 
-parallel-layouts: $(TEST_READY) ## Compare two tensor-parallel ranks with one process, for every layout in three modes
+parallel-layouts: $(TEST_READY) ## Compare two ranks, and two pipeline stages, with one process, for every layout in three modes
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/layouts.py --modes hybrid,time_share,strict
 
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite

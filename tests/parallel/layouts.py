@@ -1,16 +1,17 @@
-"""Compares two tensor-parallel ranks with one process, for the cases of the oracle tests: tokens and log-probabilities.
+"""Compares ranks with one process, for the cases of the oracle tests: tokens and log-probabilities.
 
-    python tests/parallel/layouts.py [--only TEXT] [--modes hybrid,time_share,strict]
+    python tests/parallel/layouts.py [--only TEXT] [--modes hybrid,time_share,strict] [--degrees 2x1,1x2]
 
-Each case runs in float32 in the given modes; `make parallel-layouts` runs all of them in all modes, which takes a
-quarter of an hour. A case with sizes that two does not divide is listed as refused.
+Each case runs in float32 in the given modes and degrees (tensor-parallel ranks x pipeline stages);
+`make parallel-layouts` runs all of them in all modes, which takes half an hour. A case with sizes that the degree does
+not divide is listed as refused.
 """
 
 import argparse
 import importlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
     parser.add_argument("--modes", default="hybrid")
+    parser.add_argument("--degrees", default="2x1,1x2")
     options = parser.parse_args()
     failed = 0
     for name, family, config in cases(options.only):
         for mode in options.modes.split(","):
-            found = compare(family, config, mode)
-            failed += found not in ("equal", "refused")
-            print(f"{name:<60} {mode:<12} {found}", flush=True)
+            degrees = options.degrees.split(",")
+            for degree, found in zip(degrees, compare(family, config, mode, degrees), strict=True):
+                failed += found not in ("equal", "refused")
+                print(f"{name:<60} {mode:<12} {degree} {found}", flush=True)
     sys.exit(failed > 0)
 
 
@@ -48,22 +51,27 @@ def cases(only: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield name, family, {"vocab_size": 200} | config
 
 
-def compare(family: str, config: dict[str, Any], mode: str, **options: Any) -> str:
-    """The word "equal", "refused" for a model that cannot be divided, or the first difference.
+def compare(family: str, config: dict[str, Any], mode: str, degrees: Sequence[str], **options: Any) -> list[str]:
+    """For each degree "equal", "refused" for a model that cannot be divided, or the first difference.
 
-    `options` are further arguments of the LLM with two ranks.
+    `options` are further arguments of the LLM with several ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
         conftest.save_random_model(Path(folder), family, 0, "5GB", conftest.small_config(config))
         alone = _answers(LLM(folder, **_options(mode)))
-        try:
-            llm = LLM(folder, tensor_parallel_size=2, **_options(mode), **options)
-        except CheckpointError as error:
-            return "refused" if "does not divide" in str(error) else str(error)
-        try:
-            return _difference(_answers(llm), alone)
-        finally:
-            llm.close()
+        return [_compare(folder, alone, degree, **_options(mode), **options) for degree in degrees]
+
+
+def _compare(folder: str, alone: "Answers", degree: str, **options: Any) -> str:
+    tp, pp = map(int, degree.split("x"))
+    try:
+        llm = LLM(folder, tensor_parallel_size=tp, pipeline_parallel_size=pp, **options)
+    except CheckpointError as error:
+        return "refused" if "does not divide" in str(error) else str(error)
+    try:
+        return _difference(_answers(llm), alone)
+    finally:
+        llm.close()
 
 
 def _options(mode: str) -> dict[str, Any]:
