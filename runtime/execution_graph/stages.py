@@ -54,11 +54,14 @@ def stage_of_layer(layer: int, num_layers: int, num_stages: int) -> int:
     return next(i for i in range(num_stages) if layer in PipelineStage(i, num_stages).layers(num_layers))
 
 
-def why_not_divisible(num_layers: int, num_stages: int) -> str | None:
-    """The reason why a model cannot be divided into this number of stages, or None."""
+def why_not_divisible(name: str, num_layers: int, num_stages: int) -> str | None:
+    """The reason why the model or graph `name` cannot be divided into this number of stages, or None."""
     if num_stages <= num_layers:
         return None
-    return f"pipeline_parallel_size={num_stages} must be at most {num_layers}, the number of layers"
+    return (
+        f"pipeline_parallel_size={num_stages} is more than the {num_layers} layers of {name}; "
+        "use at most one stage per layer"
+    )
 
 
 def split_stages(graph: ExecutionGraph, num_stages: int) -> ExecutionGraph:
@@ -67,8 +70,8 @@ def split_stages(graph: ExecutionGraph, num_stages: int) -> ExecutionGraph:
     Nodes before the layers run on the first stage, nodes after them on the last. Raises ValueError if there are more
     stages than layers.
     """
-    if (reason := why_not_divisible(graph.num_layers, num_stages)) is not None:
-        raise ValueError(f"{graph.graph_id!r}: {reason}")
+    if (reason := why_not_divisible(repr(graph.graph_id), graph.num_layers, num_stages)) is not None:
+        raise ValueError(reason)
 
     def new_nodes(transfer: Transfer) -> tuple[OpNode, OpNode]:
         producer = graph.producer(transfer.value)

@@ -124,8 +124,8 @@ def load_model(
         head = absent_head(layout, config, names) if may_lack_head else ()
         layout = without_weights(layout, head) if head else layout
         _check(layout, config, checkpoint)
-        if (reason := why_not_divisible(config.L, pp)) is not None:
-            raise CheckpointError(f"{path}: {reason}")
+        if (reason := why_not_divisible(str(folder), config.L, pp)) is not None:
+            raise CheckpointError(reason)
         whole, own = config, _rank_config(layout, config, rank % tp, tp)
         config = own if has_weights else whole
         # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
