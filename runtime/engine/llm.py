@@ -137,15 +137,11 @@ class LLM:
         check_count("tensor_parallel_size", tensor_parallel_size)
         check_count("num_ubatches", num_ubatches)
         check_count("pipeline_parallel_size", pipeline_parallel_size)
-<<<<<<< HEAD
+        if num_ubatches > 1 and pipeline_parallel_size > 1:
+            raise SageError(f"num_ubatches must be 1 with several pipeline stages, got {num_ubatches}")
         num_ranks = tensor_parallel_size * pipeline_parallel_size
         self._backend = choose_backend(distributed_executor_backend, num_ranks)
         weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device, num_ranks)
-=======
-        if num_ubatches > 1 and pipeline_parallel_size > 1:
-            raise SageError(f"num_ubatches must be 1 with several pipeline stages, got {num_ubatches}")
-        self._backend = choose_backend(distributed_executor_backend, tensor_parallel_size * pipeline_parallel_size)
->>>>>>> 1272d62 (Docs: pipeline stages; micro-batches of a step and stages are refused together)
         registry = load_registry(plugins)
         check_passes(disable_passes, registry)
         # The probe is a process, which runs while the weights are loaded.

@@ -84,6 +84,8 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "weights-folder": "/tmp/b",
         "generation-config": "vllm",
         "tensor-parallel-size": "2",
+        "pipeline-parallel-size": "2",
+        "num-ubatches": "2",
         "distributed-executor-backend": "mp",
         "num-ubatches": "2",
         "plugin": "mine",
