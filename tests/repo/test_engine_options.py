@@ -85,7 +85,6 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "generation-config": "vllm",
         "tensor-parallel-size": "2",
         "pipeline-parallel-size": "2",
-        "num-ubatches": "2",
         "distributed-executor-backend": "mp",
         "num-ubatches": "2",
         "plugin": "mine",
