@@ -1,4 +1,4 @@
-"""Returns the tokens that the last pipeline stage samples to the first one, whose later steps embed them.
+"""Returns the tokens that the last pipeline stage samples to the first one, which embeds them in later steps.
 
 The tokens do not go by the engine, so that it can submit the next step of a sequence before it has the result of the
 last one. They are received when a step needs them; until then a sequence has a placeholder for its newest token.

@@ -143,7 +143,7 @@ class Worker:
             self._run_failed(batch, result, error)
             return
         if logits is None:
-            assert self._token_return is not None, "only a stage before the last one has no logits"
+            assert self._token_return is not None, "a stage without logits must have a TokenReturn"
             self._token_return.expect(batch.sampled)
             return
         for chunk, span in spans:
