@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,11 @@ PROSE = [place for place in PLACES if place[1][-1] in ("summary", "doc", "source
 
 def changed_code(texts: dict[str, str]) -> list[str]:
     """The Python and C++ files that differ from the benign ones in more than text literals and comments."""
-    assert texts.keys() <= BENIGN.keys()
-    changed = [name for name, text in texts.items() if text != BENIGN[name]]
+    benign, _ = base()
+    assert texts.keys() <= benign.keys()
+    changed = [name for name, text in texts.items() if text != benign[name]]
     shapes = {".py": shape, ".cpp": without_comments}
-    return [n for n in changed if (of := shapes.get(Path(n).suffix)) and of(texts[n]) != of(BENIGN[n])]
+    return [n for n in changed if (of := shapes.get(Path(n).suffix)) and of(texts[n]) != of(benign[n])]
 
 
 def without_comments(text: str) -> str:
@@ -102,8 +104,11 @@ def rendered(made: Incremental) -> dict[str, str]:
     return {file.path: file.text for file in files}
 
 
-BASE_RUN = run(driver.BASE_SPECS, State())
-BENIGN, BASE_STATE = rendered(BASE_RUN), state_after(BASE_RUN)
+@cache
+def base() -> tuple[dict[str, str], State]:
+    """The outputs of the package's specs, and the state that their run leaves."""
+    made = run(driver.BASE_SPECS, State())
+    return rendered(made), state_after(made)
 
 
 def emitted(file: str, path: YamlPath, text: str, folder: Path) -> dict[str, str]:
@@ -112,7 +117,7 @@ def emitted(file: str, path: YamlPath, text: str, folder: Path) -> dict[str, str
     place = folder / file.removeprefix("specs/")
     place.write_text(_with_text(doc, path, text), encoding="utf-8")
     try:
-        return rendered(run(folder, BASE_STATE))
+        return rendered(run(folder, base()[1]))
     finally:
         place.write_text(doc.text, encoding="utf-8")
 
