@@ -11,6 +11,7 @@ from sageLLM.generated.hardware import HARDWARE
 from sageLLM.generated.ops.op_types import OpType
 from sageLLM.runtime.core.cost import Hardware, annotate
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
+from sageLLM.runtime.core.ir.order import Span
 from sageLLM.runtime.core.ir.text import parse_text, to_text
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
@@ -32,7 +33,8 @@ class GraphRequest:
     """The arguments of `sagellm graph`. `only` and `disable` list passes and rules by commas; None means all.
 
     The default stage is decode, or prefill for a layout without decode; a web page shows all stages. `model` may be a
-    file with a graph as text. `hardware` is the device for estimated times.
+    file with a graph as text. `hardware` is the device for estimated times, by default h100, or with `measure` cpu.
+    `measure` runs the graph here. With several `tensor_parallel_size`, the graph is that of a rank, with its streams.
     """
 
     model: str
@@ -48,8 +50,9 @@ class GraphRequest:
     bisect: bool = False
     why_not: tuple[str, str] | None = None
     format: str = "text"
-    hardware: str = "h100"
+    hardware: str | None = None
     measure: bool = False
+    tensor_parallel_size: int = 1
     plugins: Sequence[Path] = ()
 
 
@@ -99,7 +102,10 @@ class _Inspection:
             return
         layout, config = _layout(request.model, registry)
         dtype = "f64" if request.verify_numerics or request.bisect else "f32"
-        self.rewriting = self.graphs = ModelGraphs(layout, layout.read_config(config), registry, dtype=dtype, **choice)
+        own = layout.read_config(config)
+        if request.tensor_parallel_size > 1:
+            own = layout.shard_config(own, request.tensor_parallel_size)
+        self.rewriting = self.graphs = ModelGraphs(layout, own, registry, dtype=dtype, **choice)
         self.stage = request.stage or ("decode" if "decode" in layout.phases else layout.phases[0])
         if request.level == "block":
             self.before = self.graphs.block_graph(self.stage)
@@ -123,7 +129,19 @@ class _Inspection:
             step = {**STEP, **(step_of(self.before.stage, self.graphs.config) if self.graphs else {})}
             return rule_table([one.report for one, _ in steps], step), True
         states = {"expanded": self.before} | {one.name: graph for one, graph in steps}
+        if request.tensor_parallel_size > 1:
+            states |= self._scheduled(list(states.values())[-1])
         return self._shown(states), True
+
+    def _scheduled(self, graph: ExecutionGraph) -> dict[str, ExecutionGraph]:
+        """The graph after the passes that choose the streams of a rank's transfers."""
+        from sageLLM.runtime.executor.scheduling import schedule_streams  # torch, only for this
+
+        graph = graph.copy()
+        graph.model_config = self.graphs.config if self.graphs else None
+        passes = self.rewriting.stream_passes()
+        schedule_streams(graph, passes, self._hardware(), {"tp": self.request.tensor_parallel_size})
+        return {one.name: graph for one in passes}
 
     def _shown(self, states: dict[str, ExecutionGraph]) -> str:
         request = self.request
@@ -134,27 +152,43 @@ class _Inspection:
         last = request.print_ir_after or list(states)[-1]
         if last not in states:
             raise ValueError(f"pass {last} did not run; those that ran are {', '.join(states)}")
-        if request.format == "trace":
-            return self._trace(states[last])
+        if request.format == "trace" or request.measure:
+            return self._timed(states[last])
         return _formatted(request, {last: states[last]})
 
-    def _trace(self, graph: ExecutionGraph) -> str:
+    def _timed(self, graph: ExecutionGraph) -> str:
+        """A trace of the planned and the measured step, or a table of both."""
         if self.graphs is None:
             raise ValueError("a trace requires a model, got a graph as text, which includes its own times")
-        annotate(graph, self._hardware(), step_of(self.stage, self.graphs.config))
-        runs: dict[str, tuple[ExecutionGraph, Mapping[str, float] | None]] = {
-            f"estimated on {self.request.hardware}": (graph, None)
-        }
-        if self.request.measure:
-            from sageLLM.runtime.inspect.measure import measured_times  # torch, only for this
+        hardware, ranks = self._hardware(), {"tp": self.request.tensor_parallel_size}
+        plan = f"estimated on {hardware.name}"
+        if not self.request.measure:
+            annotate(graph, hardware, {**step_of(self.stage, self.graphs.config), **ranks})
+            return to_chrome_trace({plan: (graph, None)})
+        from sageLLM.runtime.inspect.measure import measured_sizes
+        from sageLLM.runtime.inspect.side_by_side import side_by_side
 
-            runs["measured here, on reference kernels"] = (graph, measured_times(graph, self.graphs.registry.kernels))
-        return to_chrome_trace(runs)
+        graph.model_config = self.graphs.config
+        annotate(graph, hardware, {**measured_sizes(graph), **ranks})
+        kernels, spans = self._measured(graph)
+        run = f"measured here, on {kernels}"
+        if self.request.format == "trace":
+            return to_chrome_trace({plan: (graph, None), run: (graph, spans)})
+        return side_by_side(graph, spans, plan, run)
+
+    def _measured(self, graph: ExecutionGraph) -> tuple[str, Mapping[str, Span]]:
+        from sageLLM.runtime.inspect.measure import measure  # torch, only for these
+        from sageLLM.runtime.inspect.measure_ranks import measure_ranks
+
+        if self.request.tensor_parallel_size > 1:
+            return measure_ranks(graph, self.request.tensor_parallel_size, self.request.plugins)
+        return measure(graph, self.rewriting.registry)
 
     def _hardware(self) -> Hardware:
-        if self.request.hardware not in HARDWARE:
-            raise ValueError(f"unknown device {self.request.hardware}; known are {', '.join(HARDWARE)}")
-        return HARDWARE[self.request.hardware]
+        name = self.request.hardware or ("cpu" if self.request.measure else "h100")
+        if name not in HARDWARE:
+            raise ValueError(f"unknown device {name}; known are {', '.join(HARDWARE)}")
+        return HARDWARE[name]
 
     def _numerics(self) -> tuple[str, bool]:
         from sageLLM.runtime.inspect.numerics import find_bad_rewrite, verify_numerics  # torch, only for these

@@ -133,10 +133,13 @@ def graph(
         Literal["text", "json", "dot", "mermaid", "html", "trace"],
         typer.Option(help="html: a page with every pass of every stage; trace: for Perfetto."),
     ] = "text",
-    hardware: Annotated[str, typer.Option(help="A device of specs/hardware, for estimated times.")] = "h100",
+    hardware: Annotated[
+        str | None, typer.Option(help="A device of specs/hardware, for estimated times (default: h100, or cpu).")
+    ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="In a trace, measured times next to the estimates.")
+        bool, typer.Option("--measure", help="Run the graph here; planned and measured times, side by side.")
     ] = False,
+    tensor_parallel_size: Annotated[int, typer.Option(help="The graph of one of so many ranks.", min=1)] = 1,
     plugins: Plugins = None,
 ) -> None:
     """Print a model's execution graph and the effect of its passes."""
@@ -158,6 +161,7 @@ def graph(
         format=format,
         hardware=hardware,
         measure=measure,
+        tensor_parallel_size=tensor_parallel_size,
         plugins=plugins or [],
     )
     raise typer.Exit(show_graph(request))

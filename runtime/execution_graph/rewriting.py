@@ -12,6 +12,7 @@ from sageLLM.runtime.core.ir.text import to_text
 from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.passes.base import OptimizationPass, PassReport
 from sageLLM.runtime.core.passes.rewrite import RewriteOptions, RewritePass
+from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.registry.plugins import Registry
 
 ALL = "all"
@@ -53,6 +54,10 @@ class Rewriting:
     def rewrite_passes(self, level: Level) -> list[RewritePass]:
         """New instances of the enabled rewrite passes of a level, in the order of the pipeline."""
         return [one(self.options) for one in self.passes if one.level == level and issubclass(one, RewritePass)]
+
+    def stream_passes(self) -> list[StreamPass]:
+        """New instances of the enabled passes that choose the streams of kernel graphs."""
+        return [one() for one in self.passes if one.level == "kernel" and issubclass(one, StreamPass)]
 
     def steps(self, graph: ExecutionGraph) -> Iterator[tuple[RewritePass, ExecutionGraph]]:
         """Runs the kernel-level passes one after another; yields each pass with the graph after it.

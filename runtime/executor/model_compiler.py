@@ -71,8 +71,7 @@ class ModelCompiler(ModelGraphs):
         is_new = (stage, num_ubatches) not in self._kernel_graphs
         graph = super().kernel_graph(stage, num_ubatches)
         if is_new and self._schedule is not None:
-            passes = (one() for one in self.passes if one.level == "kernel" and issubclass(one, StreamPass))
-            self.reports[stage] += self._schedule(graph, passes)
+            self.reports[stage] += self._schedule(graph, self.stream_passes())
         return graph
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None = None) -> Runnable:

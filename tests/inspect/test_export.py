@@ -15,8 +15,9 @@ from sageLLM.runtime.core.errors import IRError, ParseError
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
-from sageLLM.runtime.core.ir.order import time_spans
+from sageLLM.runtime.core.ir.order import Span, time_spans
 from sageLLM.runtime.core.ir.writer import GraphWriter
+from sageLLM.runtime.core.passes.events import plan_events
 from sageLLM.runtime.inspect.drawing import BOX_WIDTH, category, draw, layout
 from sageLLM.runtime.inspect.export import (
     Step,
@@ -206,6 +207,9 @@ def timed(lib: SimpleNamespace) -> ExecutionGraph:
     return graph
 
 
+MEASURED = {"a": Span(0.0, 1.0), "send": Span(2.0, 9.0), "b": Span(1.0, 6.0), "c": Span(9.5, 10.0)}
+
+
 def test_lanes_of_a_timeline_run_in_parallel(timed: ExecutionGraph) -> None:
     found = time_spans(timed.topological_sort())
     assert found == {"a": (0.0, 4.0), "send": (4.0, 7.0), "b": (4.0, 9.0), "c": (9.0, 10.0)}
@@ -214,13 +218,21 @@ def test_lanes_of_a_timeline_run_in_parallel(timed: ExecutionGraph) -> None:
 
 
 def test_a_trace_for_perfetto_has_a_track_for_each_stream(timed: ExecutionGraph) -> None:
-    data = json.loads(to_chrome_trace({"estimated": (timed, None), "measured": (timed, {"a": 1.0})}))
+    plan_events(timed)
+    data = json.loads(to_chrome_trace({"estimated": (timed, None), "measured": (timed, MEASURED)}))
     events = data["traceEvents"]
     names = [(e["pid"], e["tid"], e["args"]["name"]) for e in events if e["ph"] == "M"]
     assert names[:3] == [(0, 0, "estimated"), (0, 0, "device 0, stream 0"), (0, 1, "device 0, stream 1")]
     spans = {(e["pid"], e["args"]["node"]): (e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"}
     assert spans[0, "send"] == (1, 4.0, 3.0)
     assert spans[1, "b"] == (0, 1.0, 5.0)
+    args = next(e["args"] for e in events if e["ph"] == "X" and e["pid"] == 1 and e["args"]["node"] == "send")
+    times = {name: args[name] for name in args if name.endswith("_us")}
+    assert times == {
+        "planned_start_us": 4.0, "planned_us": 3.0, "measured_start_us": 2.0, "measured_us": 7.0,
+    }  # fmt: skip
+    flows = [(e["ph"], e["tid"], e["ts"]) for e in events if e["ph"] in "sf" and e["pid"] == 1]
+    assert flows == [("s", 0, 1.0), ("f", 1, 2.0), ("s", 1, 9.0), ("f", 0, 9.5)], "send waits for a, c for send"
 
 
 def test_a_page_highlights_changes(timed: ExecutionGraph) -> None:

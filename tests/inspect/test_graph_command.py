@@ -18,6 +18,7 @@ from sageLLM.runtime.cli.graph import GraphRequest, show_graph
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 
 WRONG = """schema: passes/v1
@@ -146,12 +147,41 @@ def test_a_pass_that_crashes_leaves_a_file_to_run_it_on(
     assert sum("= fused_add_rms_norm(" in line for line in lines) == 3
 
 
-def test_a_trace_has_estimated_and_measured_times(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = answer(capsys, format="trace", measure=True)
+def test_a_trace_has_planned_and_measured_times(capsys: pytest.CaptureFixture[str]) -> None:
+    check_trace(*answer(capsys, format="trace", measure=True))
+
+
+def check_trace(line: str) -> list[Any]:
+    """Checks that both schedules have the same nodes on the same tracks, and returns the measured events."""
     spans = [event for event in json.loads(line)["traceEvents"] if event["ph"] == "X"]
-    nodes = {process: [e["args"]["node"] for e in spans if e["pid"] == process] for process in (0, 1)}
-    assert nodes[0] == nodes[1] != []
-    assert all(e["dur"] > 0 for e in spans if e["pid"] == 1)
+    planned, measured = ([event for event in spans if event["pid"] == process] for process in (0, 1))
+    assert [(e["args"]["node"], e["tid"]) for e in planned] == [(e["args"]["node"], e["tid"]) for e in measured] != []
+    for one, other in zip(planned, measured, strict=True):
+        assert (one["ts"], one["dur"]) == (other["args"]["planned_start_us"], other["args"]["planned_us"])
+        assert (other["ts"], other["dur"]) == (other["args"]["measured_start_us"], other["args"]["measured_us"])
+    kernels = [e for e in measured if e["args"]["planned_us"] > 0]
+    assert all(e["dur"] > 0 for e in kernels) and kernels
+    return measured
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="requires a C++ compiler")
+def test_a_rank_is_measured_with_its_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes run the graph; collectives are in a track of their own, and keep the planned waits."""
+    (line,) = answer(capsys, model="phi", format="trace", measure=True, tensor_parallel_size=2)
+    measured = check_trace(line)
+    assert {e["cat"] for e in measured if e["tid"] == 1} == {"comm_allreduce"}
+    flows = [event for event in json.loads(line)["traceEvents"] if event["ph"] in "sf" and event["pid"] == 1]
+    begun, ended = ({e["id"]: e["ts"] for e in flows if e["ph"] == kind} for kind in "sf")
+    assert begun.keys() == ended.keys() != set()
+    assert all(begun[number] <= ended[number] for number in begun)
+
+
+def test_planned_and_measured_times_are_printed_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = answer(capsys, measure=True)
+    assert "device 0, stream 0" in lines
+    (row,) = [line.split() for line in lines if line.split()[:1] == ["L0.ffn.m"]]
+    assert len(row) == 5 and all(float(number) >= 0 for number in row[1:])
+    assert lines[-2].startswith("step: planned ")
 
 
 def test_the_page_holds_the_passes_of_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
