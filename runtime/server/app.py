@@ -20,13 +20,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sageLLM import __version__
-from sageLLM.runtime.server import chat, completions, embeddings, tokens
+from sageLLM.runtime.server import chat, completions, embeddings, responses, tokens
 from sageLLM.runtime.server.admission import Ticket
 from sageLLM.runtime.server.bodies import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
+    ResponsesBody,
     TokenizeBody,
     decode_body,
     load_json,
@@ -91,6 +92,7 @@ class Router:
         return [
             post("/v1/completions", self._generation(CompletionBody, completions.complete)),
             post("/v1/chat/completions", self._generation(ChatBody, chat.chat)),
+            post("/v1/responses", self._generation(ResponsesBody, responses.respond)),
             post("/v1/embeddings", self._admitted(EmbeddingBody, embeddings.embed)),
             post("/tokenize", self._answered(TokenizeBody, tokens.tokenize_text)),
             post("/detokenize", self._answered(DetokenizeBody, tokens.detokenize)),

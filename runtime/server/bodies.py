@@ -83,6 +83,35 @@ class ChatBody(Sampled, kw_only=True):
     reasoning_effort: str | None = None
 
 
+class ResponsesBody(Struct, kw_only=True):
+    """The body of /v1/responses."""
+
+    input: str | list[Any]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    truncation: str | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    background: bool | None = None
+    priority: int = 0
+    deadline: float | None = None
+    tenant: str = ""
+    cache_salt: str | None = None
+
+
 class TokenizeBody(Struct, kw_only=True):
     """The body of /tokenize: a prompt or messages."""
 
@@ -130,6 +159,8 @@ IGNORED = frozenset(
         "stream_interval",
         "verbosity",
         "length_penalty",
+        "include",
+        "stream_options",
     }
 )
 
@@ -162,7 +193,7 @@ REFUSED: Mapping[str, str] = {
 }
 # Values of refused fields that ask for what the server does anyway.
 _HARMLESS: Mapping[str, tuple[object, ...]] = {
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "best_of": (1,),
     "modalities": (["text"],),

@@ -129,7 +129,7 @@ class Chat:
             self.head
             | {
                 "choices": [self._choice(index, whole) for index, whole in enumerate(wholes)],
-                "service_tier": None,
+                "service_tier": "default",
                 "system_fingerprint": self.service.fingerprint,
                 "usage": self.service.usage(self.generation),
                 "prompt_logprobs": None
@@ -149,9 +149,8 @@ class Chat:
                 "role": self.role,
                 "content": self.echoed + "".join(whole.content),
                 "refusal": None,
-                "annotations": None,
+                "annotations": [],
                 "audio": None,
-                "function_call": None,
                 "tool_calls": whole.tool_calls,
                 "reasoning": reasoning,
                 "reasoning_content": reasoning,

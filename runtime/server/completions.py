@@ -98,7 +98,7 @@ class Completion:
             self.head
             | {
                 "choices": choices,
-                "service_tier": None,
+                "service_tier": "default",
                 "system_fingerprint": self.service.fingerprint,
                 "usage": usage,
                 "kv_transfer_params": None,

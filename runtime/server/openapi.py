@@ -8,11 +8,19 @@ from typing import Any
 import msgspec
 
 from sageLLM import __version__
-from sageLLM.runtime.server.bodies import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from sageLLM.runtime.server.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    ResponsesBody,
+    TokenizeBody,
+)
 
 POSTS: dict[str, tuple[type, str]] = {
     "/v1/completions": (CompletionBody, "Complete prompts."),
     "/v1/chat/completions": (ChatBody, "Answer a conversation."),
+    "/v1/responses": (ResponsesBody, "Answer a conversation, in the form of the Responses API."),
     "/v1/embeddings": (EmbeddingBody, "Embed texts."),
     "/tokenize": (TokenizeBody, "Token ids of a text or a conversation."),
     "/detokenize": (DetokenizeBody, "Text of token ids."),

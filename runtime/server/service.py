@@ -142,15 +142,12 @@ class Service:
 
     def usage(self, generation: Generation) -> dict[str, Any]:
         num_prompt, num_answer = generation.num_prompt_tokens, generation.num_tokens
-        usage: dict[str, Any] = {
+        return {
             "prompt_tokens": num_prompt,
             "total_tokens": num_prompt + num_answer,
             "completion_tokens": num_answer,
-            "prompt_tokens_details": None,
+            "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
         }
-        if self.settings.enable_prompt_tokens_details:
-            usage["prompt_tokens_details"] = {"cached_tokens": generation.num_cached_tokens}
-        return usage
 
     def running_usage(self, generation: Generation) -> dict[str, int]:
         """The usage in the chunks of `continuous_usage_stats`."""

@@ -49,7 +49,6 @@ class ServerSettings:
         None
     )
     default_chat_template_kwargs: Annotated[str, Flag("Variables of the chat template, as a JSON object.")] = "{}"
-    enable_prompt_tokens_details: Annotated[bool, Flag("Report cached prompt tokens in usage.")] = False
     enable_force_include_usage: Annotated[bool, Flag("Report usage at the end of every stream.")] = False
     enable_request_id_headers: Annotated[bool, Flag("Return the id of a request in X-Request-Id.")] = True
     sse_keep_alive_interval: Annotated[float, Flag("Seconds between comments in a quiet stream; 0 for none.")] = 0.0

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import TestServer
 
-from sageLLM.runtime.server.bodies import IGNORED, REFUSED, ChatBody, CompletionBody, EmbeddingBody
+from sageLLM.runtime.server.bodies import IGNORED, REFUSED, ChatBody, CompletionBody, EmbeddingBody, ResponsesBody
 
 SCALE = int(os.environ.get("SAGELLM_SERVER_SCALE", "1"))
 numbers = st.one_of(st.integers(-3, 30), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans())
@@ -30,17 +30,22 @@ KINDS: dict[str, type] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
     "/v1/embeddings": EmbeddingBody,
+    "/v1/responses": ResponsesBody,
 }
 
 
 def bodies(kind: type) -> st.SearchStrategy[dict[str, Any]]:
     names = [*kind.__struct_fields__, *sorted(IGNORED), *sorted(REFUSED)]  # type: ignore[attr-defined]
-    required = {CompletionBody: {"prompt": values}, ChatBody: {"messages": messages}, EmbeddingBody: {"input": values}}[
-        kind
-    ]
+    required = {
+        CompletionBody: {"prompt": values},
+        ChatBody: {"messages": messages},
+        EmbeddingBody: {"input": values},
+        ResponsesBody: {"input": st.one_of(texts, messages)},
+    }[kind]
     some = st.dictionaries(st.one_of(st.sampled_from(names), texts), values, max_size=4)
     # Short answers keep the test fast; max_tokens may be overwritten by the random fields.
-    base = {} if kind is EmbeddingBody else {"max_tokens": st.just(2)}
+    name = {EmbeddingBody: None, ResponsesBody: "max_output_tokens"}.get(kind, "max_tokens")
+    base = {} if name is None else {name: st.just(2)}
     return st.tuples(st.fixed_dictionaries({**base, **required}), some).map(lambda pair: {**pair[0], **pair[1]})
 
 

@@ -44,6 +44,38 @@ def test_streams(client: openai.OpenAI) -> None:
     assert chunks[-1].usage == whole.usage or chunks[-1].usage.total_tokens == whole.usage.total_tokens  # type: ignore[union-attr]
 
 
+def test_responses(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=16, temperature=0)  # type: ignore[arg-type]
+    options = {"model": NAME, "input": MESSAGES, "max_output_tokens": 16, "temperature": 0}
+    whole = client.responses.create(**options)  # type: ignore[call-overload]
+    assert whole.output_text == chat.choices[0].message.content
+    assert (whole.status, whole.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert whole.usage.total_tokens == chat.usage.total_tokens  # type: ignore[union-attr]
+    events = list(client.responses.create(**options, stream=True))  # type: ignore[call-overload]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    deltas = "output_text.delta"
+    assert [kind for kind in kinds if kind != deltas] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "incomplete",
+    ]
+    assert "".join(event.delta for event in events if event.type.endswith(deltas)) == whole.output_text
+    assert events[-1].response.output_text == whole.output_text
+    for bad, text in (
+        ({"previous_response_id": "resp_1"}, "keeps no responses"),
+        ({"input": [{"type": "function_call_output"}]}, "must be a message"),
+        ({"text": {"format": {"type": "json_object"}}}, "structured output"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=text):
+            client.responses.create(**{**options, **bad})  # type: ignore[call-overload]
+
+
 def test_asynchronous_streams_at_the_same_time(server: TestServer) -> None:
     async def main() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
