@@ -204,6 +204,35 @@ def serve(settings: ServerSettings, engine: EngineOptions) -> None:
 
 
 @app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="URL of a running server.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Name of the model (default: the first one served).")] = None,
+    system: Annotated[str | None, typer.Option("--system-prompt", help="A system message at the beginning.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Length of the longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of the server.", envvar="SAGELLM_API_KEY")] = None,
+    quick: Annotated[str | None, typer.Option("--quick", "-q", help="Ask one question, and end.")] = None,
+) -> None:
+    """Talk to a model of a running server in the terminal."""
+    from sageLLM.runtime.cli.chat import ChatRequest
+    from sageLLM.runtime.cli.chat import chat as run_chat
+
+    raise typer.Exit(run_chat(ChatRequest(url, model, system, max_tokens, temperature, api_key, quick)))
+
+
+@app.command()
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="A checkpoint folder to load and try.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running server to ask.")] = None,
+    json: Json = False,
+) -> None:
+    """Check this machine and the installation, and a checkpoint or a server if named."""
+    from sageLLM.runtime.cli.doctor import doctor as run_doctor
+
+    raise typer.Exit(run_doctor(model, url, as_json=json))
+
+
+@app.command()
 def simulate(
     trace: Annotated[Path | None, typer.Option(help="Azure csv, Mooncake jsonl, or JSON pairs of lengths.")] = None,
     skip_bad_rows: Annotated[

@@ -34,7 +34,7 @@ class Address(NamedTuple):
 
 
 class Connection:
-    """One request at a time over a connection of its own, which is closed with the response."""
+    """Opens a connection for each request, and closes it with the response."""
 
     def __init__(self, address: Address, headers: Mapping[str, str] | None = None) -> None:
         self._address, self._headers = address, dict(headers or {})
