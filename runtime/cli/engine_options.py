@@ -72,6 +72,10 @@ class EngineOptions:
     swap_space: Annotated[float, Option("GiB of host memory to which preempted requests are swapped.")] = 0.0
     disk_space: Annotated[float, Option("GiB of files to which preempted requests are swapped.")] = 0.0
     disk_folder: Annotated[Path | None, Option("Folder of these files (default: temporary files).")] = None
+    kv_tier: Annotated[
+        Literal["device", "host", "disk"], Option("The tier of the KV of running requests beyond the pool.")
+    ] = "device"
+    kv_tier_space: Annotated[float, Option("GiB of that tier.")] = 4.0
     weights_tier: Annotated[
         Literal["device", "disk"], Option("disk: read the weights of each layer from a file in each step.")
     ] = "device"

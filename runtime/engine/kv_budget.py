@@ -76,6 +76,23 @@ def bytes_per_block(model: Model, block_size: int) -> int:
     return num_bytes
 
 
+def num_lower_blocks(model: Model, tier: str, gib: float, block_size: int) -> int:
+    """The blocks of running requests in the tier below the device; none if `tier` is "device".
+
+    Raises SageError for an unknown tier, a size of less than a block, and on a GPU.
+    """
+    if tier not in ("device", "host", "disk"):
+        raise SageError(f"kv_tier must be 'device', 'host' or 'disk', got {shown(tier)}")
+    if tier == "device":
+        return 0
+    if model.device.type != "cpu":
+        raise SageError(f"kv_tier {tier!r} requires device 'cpu', got {model.device.type!r}")
+    num_blocks = num_tier_blocks(model, "kv_tier_space", gib, block_size)
+    if not num_blocks:
+        raise SageError(f"kv_tier_space must be more than 0 GiB with kv_tier={tier!r}")
+    return num_blocks
+
+
 def num_tier_blocks(model: Model, name: str, gib: float, block_size: int) -> int:
     """The number of blocks that fit in a tier of `gib` GiB; 0 GiB means no tier. SageError names the option `name`."""
     if isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 <= gib < math.inf:

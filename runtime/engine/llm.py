@@ -22,7 +22,7 @@ from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_tier_blocks
+from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_lower_blocks, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.prompts import (
     ParsedPrompt,
@@ -37,6 +37,7 @@ from sageLLM.runtime.engine.sequences import RequestGroup
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
+from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.loader.sentence_transformers import model_folder, read_recipe
 from sageLLM.runtime.registry.plugins import load_registry
@@ -68,6 +69,9 @@ class LLM:
     equal prompt prefixes. `swap_space` and `disk_space` are GiB of host memory and of files in `disk_folder` (None: the
     system's folder for temporary files); requests that are preempted when the pool is full are swapped there and need
     not be computed again.
+
+    `kv_tier`, "host" or "disk", adds `kv_tier_space` GiB of host memory or of a file for running requests: blocks for
+    which the pool has no room lie there, and each step loads those that it reads layer by layer (docs/tiers.md).
 
     `weights_tier="disk"`: the weights of the layers stay in a file and are read in each step, one layer ahead, so that
     a model larger than the memory runs (docs/tiers.md). `weights_budget` is the memory for weights in GiB, by default
@@ -113,6 +117,8 @@ class LLM:
         swap_space: float = 0.0,
         disk_space: float = 0.0,
         disk_folder: str | Path | None = None,
+        kv_tier: Tier = "device",
+        kv_tier_space: float = 4.0,
         weights_tier: WeightsTier = "device",
         weights_budget: float | None = None,
         weights_folder: str | Path | None = None,
@@ -166,6 +172,7 @@ class LLM:
         budget = KVBudget(
             self.kv_cache_size.num_blocks,
             block_size,
+            num_lower_blocks=num_lower_blocks(self.model, kv_tier, kv_tier_space, block_size),
             num_host_blocks=num_tier_blocks(self.model, "swap_space", swap_space, block_size),
             num_disk_blocks=num_tier_blocks(self.model, "disk_space", disk_space, block_size),
         )
@@ -185,6 +192,7 @@ class LLM:
                 disable_passes=list(disable_passes),
                 disk_folder=None if disk_folder is None else str(disk_folder),
                 weights=weights,
+                kv_tier=kv_tier,
                 tp=tensor_parallel_size,
                 num_ubatches=num_ubatches,
                 overlap_transfers=overlap_transfers,

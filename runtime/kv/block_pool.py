@@ -221,15 +221,15 @@ class BlockPool:
         self._label_of.update(dict.fromkeys(blocks, claim))
         return len(blocks)
 
-    def settle(self, block: int, claim: Claim, label: bytes) -> bool:
+    def settle(self, block: int, claim: Claim, label: bytes, *, is_duplicate: bool = False) -> bool:
         """Labels a block of the claim, used or idle; False if it was evicted.
 
-        If another block has this label, it becomes free when unused.
+        If another block has this label, it becomes free when unused; `is_duplicate` says that one of another pool does.
         """
         if self._label_of.get(block) is not claim:  # evicted, and perhaps used again
             return False
         self.labels_version += 1
-        if label not in self._by_label:
+        if label not in self._by_label and not is_duplicate:
             self._by_label[label] = block
             self._label_of[block] = label
             return True

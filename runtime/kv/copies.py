@@ -55,7 +55,7 @@ class KVStats:
     """Sizes now (`num_*`, in blocks) and counters since the start.
 
     `num_free` + `num_used` + `num_cached` + `num_in_transfer` == `num_blocks`; `num_free` and `num_blocks` are None if
-    the pool is unbounded.
+    the pool is unbounded. `num_lower_used` of the used blocks, and of those in transfer, lie in the tier below.
     """
 
     num_blocks: int | None
@@ -63,6 +63,7 @@ class KVStats:
     num_used: int
     num_cached: int
     num_in_transfer: int
+    num_lower_used: int
     num_host_used: int
     num_disk_used: int
     total_queried_tokens: int

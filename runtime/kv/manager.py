@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from sageLLM.runtime.kv.block_pool import BlockPool
 from sageLLM.runtime.kv.copies import Admission, BlockCopy, Fork, KVStats, TierCopy
+from sageLLM.runtime.kv.lower_tier import TwoTierPool
 from sageLLM.runtime.kv.prefix_cache import PrefixCache
 from sageLLM.runtime.kv.swap import SwapSpace
 
@@ -22,6 +23,7 @@ DEFAULT_BLOCK_SIZE = 16
 class PagedKVManager:
     """Block tables over a pool of `num_blocks` (None: unbounded) blocks of `block_size` tokens.
 
+    `lower_blocks` are further blocks in a tier below, used by running sequences when the others are all in use.
     `host_blocks` and `disk_blocks` are the sizes of the swap tiers.
     """
 
@@ -31,13 +33,14 @@ class PagedKVManager:
         block_size: int = DEFAULT_BLOCK_SIZE,
         *,
         enable_prefix_caching: bool = False,
+        lower_blocks: int = 0,
         host_blocks: int = 0,
         disk_blocks: int = 0,
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks) if not lower_blocks else TwoTierPool(num_blocks or 0, lower_blocks)
         self.enable_prefix_caching = enable_prefix_caching
         self._tables: dict[str, list[int]] = {}
         self._prefixes = PrefixCache(self.pool, block_size)
@@ -259,6 +262,7 @@ class PagedKVManager:
             num_used=pool.num_used - num_moving,
             num_cached=pool.num_idle,
             num_in_transfer=num_moving,
+            num_lower_used=pool.num_lower_used if isinstance(pool, TwoTierPool) else 0,
             num_host_used=swap.num_used("host"),
             num_disk_used=swap.num_used("disk"),
             total_queried_tokens=prefixes.total_queried_tokens,

@@ -108,12 +108,14 @@ class KVBudget:
     """Size of the KV cache: `num_blocks` blocks of `block_size` tokens in each pool.
 
     Strict mode has two pools; `num_prefill_blocks` sizes the prefill worker's pool where it differs from the decode
-    worker's. `num_host_blocks` and `num_disk_blocks` size the tiers for victims of `preemption_mode="swap"`.
+    worker's. The worker that decodes has `num_lower_blocks` further blocks in a tier below the device, for running
+    requests. `num_host_blocks` and `num_disk_blocks` size the tiers for victims of `preemption_mode="swap"`.
     """
 
     num_blocks: int
     block_size: int = 16
     num_prefill_blocks: int | None = None
+    num_lower_blocks: int = 0
     num_host_blocks: int = 0
     num_disk_blocks: int = 0
 

@@ -28,6 +28,7 @@ class KVPlacement:
             num_blocks,
             block_size,
             enable_prefix_caching=enable_prefix_caching and not is_split,  # prompts are cached where they are computed
+            lower_blocks=budget.num_lower_blocks if budget else 0,
             host_blocks=budget.num_host_blocks if budget else 0,
             disk_blocks=budget.num_disk_blocks if budget else 0,
         )

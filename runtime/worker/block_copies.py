@@ -54,6 +54,51 @@ class Migrator:
         self._plan.run({"src_blocks": blocks[0], "dst_blocks": blocks[1]})
 
 
+class PoolCopies:
+    """Copies between two pools, or within one, of which each may have a lower pool: a Migrator per pair of tiers."""
+
+    def __init__(self, source: KVPool, target: KVPool, graph: ExecutionGraph, kernels: Mapping[str, Kernel]) -> None:
+        self._source, self._target, self._graph, self._kernels = source, target, graph, kernels
+        self._migrators: dict[tuple[bool, bool], Migrator] = {}
+
+    def run(self, copies: Sequence[BlockCopies]) -> None:
+        """As `Migrator.run`."""
+        self.copy(
+            [block for copy in copies for block in copy.source_blocks],
+            [block for copy in copies for block in copy.target_blocks],
+        )
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """As `Migrator.copy`."""
+        pairs: dict[tuple[bool, bool], list[tuple[int, int]]] = {}
+        for source, target in zip(sources, targets, strict=True):
+            from_lower, source = _place(self._source, source)
+            to_lower, target = _place(self._target, target)
+            pairs.setdefault((from_lower, to_lower), []).append((source, target))
+        for tiers, blocks in pairs.items():
+            self._migrator(*tiers).copy([source for source, _ in blocks], [target for _, target in blocks])
+
+    def _migrator(self, from_lower: bool, to_lower: bool) -> Migrator:
+        key = from_lower, to_lower
+        if key not in self._migrators:
+            source, target = _tier_of(self._source, from_lower), _tier_of(self._target, to_lower)
+            self._migrators[key] = Migrator(source, target, self._graph, self._kernels)
+        return self._migrators[key]
+
+
+def _place(pool: KVPool, block: int) -> tuple[bool, int]:
+    """Whether a block lies in the lower pool, and its number in its pool."""
+    is_lower = block >= pool.num_device_blocks
+    return is_lower, block - pool.num_device_blocks if is_lower else block
+
+
+def _tier_of(pool: KVPool, is_lower: bool) -> KVPool:
+    if not is_lower:
+        return pool
+    assert pool.lower is not None, "a block beyond the pool"
+    return pool.lower
+
+
 class TieredPool:
     """A worker's pool with its tiers: separate pools in host memory and in files on disk.
 
@@ -73,7 +118,7 @@ class TieredPool:
                 folder = Path(disk_folder or tempfile.gettempdir()) if tier == "disk" else None
                 self.pools[tier] = device_pool.like(num_blocks, torch.device("cpu"), folder)
         self._compiler = compiler
-        self._migrators: dict[tuple[Tier, Tier], Migrator] = {}
+        self._migrators: dict[tuple[Tier, Tier], PoolCopies] = {}
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-tiers")
         self._pending: Future[None] | None = None
         self._stream = _side_stream(device_pool.device)
@@ -118,12 +163,12 @@ class TieredPool:
             same = [copy for copy in copies if (copy.source, copy.target) == (source, target)]
             self._migrator(source, target).run(same)
 
-    def _migrator(self, source: Tier, target: Tier) -> Migrator:
+    def _migrator(self, source: Tier, target: Tier) -> PoolCopies:
         key = (source, target)
         if key not in self._migrators:
             is_load = source != "device"
             graph = self._compiler.load_graph() if is_load else self._compiler.migrate_graph()
-            self._migrators[key] = Migrator(self.pools[source], self.pools[target], graph, self._compiler.kernels)
+            self._migrators[key] = PoolCopies(self.pools[source], self.pools[target], graph, self._compiler.kernels)
         return self._migrators[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -15,12 +16,14 @@ from sageLLM.runtime.execution_graph.stages import PipelineStage
 from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler, Schedule
 from sageLLM.runtime.executor.scheduling import choose_schedule
+from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model, load_model
 from sageLLM.runtime.loader.packed_weights import packed_file
 from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.worker.executor import InProcessExecutor
+from sageLLM.runtime.worker.kv_pool import LowerTier
 from sageLLM.runtime.worker.token_return import TokenReturn
 
 WeightsTier: TypeAlias = Literal["device", "disk"]
@@ -57,6 +60,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     tp: int = 1
     weights: WeightsPlacement = WeightsPlacement()
     pp: int = 1
+    kv_tier: Tier = "device"
     rendezvous: str | None = None
     shared_memory: int | None = None
     num_ubatches: int = 1
@@ -115,16 +119,22 @@ def make_local_executor(
     token_return: TokenReturn | None = None,
 ) -> InProcessExecutor:
     """Workers in this process, for a model with packed weights."""
+    disk_folder = None if spec.disk_folder is None else Path(spec.disk_folder)
+    lower_tier = None
+    if spec.budget.num_lower_blocks:
+        folder = disk_folder or Path(tempfile.gettempdir())
+        lower_tier = LowerTier(spec.budget.num_lower_blocks, folder if spec.kv_tier == "disk" else None)
     return InProcessExecutor(
         model,
         compiler,
         spec.budget,
         is_split=spec.is_split,
         is_async=is_async,
-        disk_folder=None if spec.disk_folder is None else Path(spec.disk_folder),
+        disk_folder=disk_folder,
         isolates_failures=spec.num_ranks == 1,
         num_ubatches=spec.num_ubatches,
         token_return=token_return,
+        lower_tier=lower_tier,
     )
 
 

@@ -7,8 +7,8 @@ from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
-from sageLLM.runtime.worker.block_copies import Migrator, TieredPool
-from sageLLM.runtime.worker.kv_pool import make_pool
+from sageLLM.runtime.worker.block_copies import PoolCopies, TieredPool
+from sageLLM.runtime.worker.kv_pool import LowerTier, make_pool
 from sageLLM.runtime.worker.model_runner import ModelRunner
 from sageLLM.runtime.worker.order_thread import OrderThread, Pending
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
@@ -69,26 +69,28 @@ class InProcessExecutor:
         isolates_failures: bool = True,
         num_ubatches: int = 1,
         token_return: TokenReturn | None = None,
+        lower_tier: LowerTier | None = None,
     ) -> None:
         """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step.
 
-        `token_return` is for a pipeline stage of the model.
+        `token_return` is for a pipeline stage of the model. `lower_tier` has the blocks of running requests for which
+        the decoder's pool has no room.
         """
-        pool = make_pool(model, budget.num_blocks, budget.block_size)
+        pool = make_pool(model, budget.num_blocks, budget.block_size, lower_tier)
         decoder = ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
         tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
         tiers = TieredPool(decoder.pool, tier_sizes, compiler, disk_folder)
         self.decoder = self.prefiller = Worker(
             decoder, tiers, isolates_failures=isolates_failures, token_return=token_return
         )
-        self._migrator: Migrator | None = None
+        self._migrator: PoolCopies | None = None
         if is_split:
             num_blocks = budget.num_prefill_blocks or budget.num_blocks
             pool = make_pool(model, num_blocks, budget.block_size)
             prefiller = ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
             self.prefiller = Worker(prefiller, isolates_failures=isolates_failures, token_return=token_return)
             graph = compiler.migrate_graph()
-            self._migrator = Migrator(prefiller.pool, decoder.pool, graph, compiler.kernels)
+            self._migrator = PoolCopies(prefiller.pool, decoder.pool, graph, compiler.kernels)
         self._thread = OrderThread[GroupOrder, list[StepResult]]("sagellm-worker") if is_async else None
         self._last: Pending[list[StepResult]] | None = None
 

@@ -35,9 +35,10 @@ class KVPages:
 
     def expect(self, num_used: int, num_sequences: int) -> None:
         """The blocks below `num_used` are in use, by about `num_sequences` sequences; allocates those that follow."""
-        wanted = min(num_used + max(self._margin, 2 * num_sequences), self._pool.num_blocks)
+        wanted = min(num_used + max(self._margin, 2 * num_sequences), self._pool.num_device_blocks)
         # In steps of a quarter of the margin, as the thread should not wake up for every block.
-        if self._thread is None or wanted < min(self._num_requested + self._margin // 4 + 1, self._pool.num_blocks):
+        least = self._num_requested + self._margin // 4 + 1
+        if self._thread is None or wanted < min(least, self._pool.num_device_blocks):
             return
         if wanted > self._num_requested:
             self._thread.submit(self._populate, range(max(self._num_requested, num_used), wanted))

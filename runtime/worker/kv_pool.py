@@ -5,16 +5,27 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from sageLLM.runtime.core.model.layout import KvShape
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.execution_graph.kv_loads import lower_name
+from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.worker.staging import NUM_BUFFERS, staged_caches
 
 CACHE_LINE = 64
 """Alignment of a pool in bytes, so that vector loads of keys and values do not straddle cache lines."""
+
+
+class LowerTier(NamedTuple):
+    """The tier below the device: its number of blocks, and the folder of its file (None: host memory)."""
+
+    num_blocks: int
+    folder: Path | None = None
 
 
 class KVPool:
@@ -23,6 +34,9 @@ class KVPool:
     If the layout stores values as the leading part of keys, they are views of the keys' memory. With a `folder` the
     memory is an unlinked file there, mapped into the process: the system frees it when the process ends, however it
     ends.
+
+    With a `lower` pool, block i of it is block PG + i here: the blocks after the first PG of each layer are staging
+    memory, into which a step loads the lower blocks that it reads, layer by layer.
     """
 
     def __init__(
@@ -35,15 +49,22 @@ class KVPool:
         device: torch.device,
         folder: Path | None = None,
         first_layer: int = 0,
+        lower: "KVPool | None" = None,
     ) -> None:
         def zeros(kept: tuple[int, int]) -> list[torch.Tensor]:
             sizes = (num_blocks, block_size, *kept)
+            if lower is not None:
+                return staged_caches(num_layers, num_blocks, lower.num_blocks, sizes[1:], dtype)
             if folder is not None:
                 return [_mapped(folder, sizes, dtype) for _ in range(num_layers)]
             return [_zeros(sizes, dtype, device) for _ in range(num_layers)]
 
         self.num_layers, self.first_layer = num_layers, first_layer
-        self.num_blocks = num_blocks
+        self.num_device_blocks = num_blocks
+        self.num_blocks: int = num_blocks + (0 if lower is None else lower.num_blocks)
+        self.lower = lower
+        self.lower_tier: Tier = "host" if lower is None or lower.folder is None else "disk"
+        self.folder: Path | None = folder
         self.block_size = block_size
         self.shape = shape
         self.keys = zeros(shape.k)
@@ -60,6 +81,13 @@ class KVPool:
         return self.keys[0].device
 
     @property
+    def staging_bytes(self) -> int:
+        """The bytes of the staging memory, which the layers share."""
+        if self.lower is None:
+            return 0
+        return NUM_BUFFERS * (self.lower.num_bytes // self.num_layers)
+
+    @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *(() if self.shape.is_shared else self.values)))
 
@@ -74,14 +102,24 @@ class KVPool:
         for layer, keys, values in self.layers():
             tensors[f"layers.{layer}.k_cache"] = keys
             tensors[f"layers.{layer}.v_cache"] = values
+        if self.lower is not None:
+            tensors |= {lower_name(name): tensor for name, tensor in self.lower.named_tensors().items()}
         return tensors
 
 
-def make_pool(model: Model, num_blocks: int, block_size: int) -> KVPool:
-    """An empty pool for the model's KV, on the model's device. Raises SageError if it does not fit the memory."""
+def make_pool(model: Model, num_blocks: int, block_size: int, lower: LowerTier | None = None) -> KVPool:
+    """An empty pool for the model's KV, on the model's device, with a pool in the tier below.
+
+    Raises SageError if it does not fit the memory.
+    """
     shape, layers = model.layout.cache(model.config), model.layers
+
+    def pool(size: int, device: torch.device, folder: Path | None = None, lower: KVPool | None = None) -> KVPool:
+        return KVPool(len(layers), size, block_size, shape, model.dtype, device, folder, layers.start, lower)
+
     try:
-        return KVPool(len(layers), num_blocks, block_size, shape, model.dtype, model.device, first_layer=layers.start)
+        below = None if lower is None else pool(lower.num_blocks, torch.device("cpu"), lower.folder)
+        return pool(num_blocks, model.device, lower=below)
     except (MemoryError, torch.OutOfMemoryError):
         gib = len(layers) * num_blocks * block_size * shape.num_elements * model.dtype.itemsize / 2**30
         raise SageError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.model.layout import Stage
+from sageLLM.runtime.execution_graph.kv_loads import load_kv
 from sageLLM.runtime.execution_graph.stages import received_values
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.arena import Arena
@@ -16,6 +17,7 @@ from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.worker.kv_pool import KVPool
+from sageLLM.runtime.worker.lower_blocks import lower_blocks
 from sageLLM.runtime.worker.micro_batch_inputs import MicroBatchInputs
 from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk
 from sageLLM.runtime.worker.step_inputs import StepInputs
@@ -44,6 +46,7 @@ class ModelRunner:
         self.step_inputs = StepInputs(pool.block_size, max_blocks, model.device, model.tables)
         self._arena = Arena()
         self._plans: dict[tuple[Stage, int], Runnable] = {}
+        self._lower_plans: dict[Stage, Runnable] = {}
         self._parts = MicroBatchInputs(num_ubatches)
         self._buffers = ReceiveBuffers(model.device)
 
@@ -54,6 +57,13 @@ class ModelRunner:
             graph = self.compiler.kernel_graph(stage, num_ubatches)
             self._plans[key] = self.compiler.plan(graph, self._bound, self._arena)
         return self._plans[key]
+
+    def lower_plan(self, stage: Stage) -> Runnable:
+        """The plan of a stage that loads blocks of the lower pool, and writes blocks back to it."""
+        if stage not in self._lower_plans:
+            graph = load_kv(self.compiler.kernel_graph(stage), self.pool.lower_tier, self.pool.staging_bytes)
+            self._lower_plans[stage] = self.compiler.plan(graph, self._bound, self._arena)
+        return self._lower_plans[stage]
 
     def run(
         self, stage: Stage, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]
@@ -67,13 +77,16 @@ class ModelRunner:
             with torch.inference_mode():
                 return self.run(stage, decodes, chunks, rows)
         inputs, num_ubatches = self.step_inputs.make(decodes, chunks, rows), self._parts.num_parts
+        blocks = {} if self.pool.lower is None else lower_blocks(inputs, self.pool)
         num_tokens = len(decodes) + sum(chunk.num_tokens for chunk in chunks)
+        if blocks:
+            inputs, num_ubatches = {**inputs, **blocks}, 1
         if num_ubatches > 1:
             if num_tokens < num_ubatches:
                 num_ubatches = 1
             else:
                 inputs = self._parts.divide(inputs, len(decodes), chunks)
-        plan = self.plan(stage, num_ubatches)
+        plan = self.lower_plan(stage) if blocks else self.plan(stage, num_ubatches)
         if not self.model.pipeline_stage.is_first:
             inputs = {**inputs, **self._buffers.of(received_values(plan.graph), num_tokens)}
         outputs = plan.run(inputs)

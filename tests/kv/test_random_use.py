@@ -175,6 +175,7 @@ def test_random_use_loses_no_token_and_no_block(seed: int) -> None:
         rng.randrange(4, 16),
         BLOCK_SIZE,
         enable_prefix_caching=seed % 4 > 0,
+        lower_blocks=5 if seed % 3 == 0 else 0,
         host_blocks=rng.randrange(0, 8),
         disk_blocks=rng.randrange(0, 8),
     )

@@ -79,6 +79,8 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "swap-space": "1",
         "disk-space": "2",
         "disk-folder": "/tmp/a",
+        "kv-tier": "disk",
+        "kv-tier-space": "5",
         "weights-tier": "disk",
         "weights-budget": "3",
         "weights-folder": "/tmp/b",
