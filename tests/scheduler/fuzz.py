@@ -133,7 +133,6 @@ class World:
         least = -(-24 // size)  # too few for all tokens of the longest requests
         num_blocks = rng.randint(least, 2 * least)
         tiers = {"num_host_blocks": rng.choice([0, 3, 40]), "num_disk_blocks": rng.choice([0, 0, 30])}
-        tiers["num_lower_blocks"] = least // 2 if num_blocks % 3 == 0 else 0
         return KVBudget(num_blocks, size, rng.choice([None, least, 3 * least]), **tiers)
 
     def _arrival(self) -> Arrival:
