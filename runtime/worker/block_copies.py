@@ -88,15 +88,12 @@ class PoolCopies:
 
 def _place(pool: KVPool, block: int) -> tuple[bool, int]:
     """Whether a block lies in the lower pool, and its number in its pool."""
-    is_lower = block >= pool.num_device_blocks
+    is_lower = pool.lower is not None and block >= pool.num_device_blocks
     return is_lower, block - pool.num_device_blocks if is_lower else block
 
 
 def _tier_of(pool: KVPool, is_lower: bool) -> KVPool:
-    if not is_lower:
-        return pool
-    assert pool.lower is not None, "a block beyond the pool"
-    return pool.lower
+    return pool.lower if is_lower and pool.lower is not None else pool
 
 
 class TieredPool:
