@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         ({"weights_budget": 1.0}, "weights_budget requires weights_tier='disk'"),
         ({"weights_tier": "disk", "weights_budget": 0}, "weights_budget must be more than 0 GiB, got 0"),
         ({"weights_tier": "disk", "weights_budget": "1"}, "weights_budget must be a number of GiB, got '1'"),
-        ({"weights_tier": "disk", "tensor_parallel_size": 2}, "requires tensor_parallel_size=1, got 2"),
+        ({"weights_tier": "disk", "tensor_parallel_size": 2}, "weights_tier 'disk' requires one rank, got 2"),
     ],
 )
 def test_invalid_options(options: dict[str, Any], message: str) -> None:
