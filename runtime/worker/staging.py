@@ -1,4 +1,4 @@
-"""Memory of caches whose last blocks share staging memory with the caches of other layers.
+"""Caches with staging memory: their last blocks share memory with the caches of other layers.
 
 A kernel addresses the blocks of a cache relative to its first one. So that it also finds the blocks that a step loads
 from a tier below, the memory of the cache is followed by a mapping of a staging buffer. Layers take turns on two
