@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.executor.device_streams import StreamApi
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.planner import TorchPlanner
 from sageLLM.runtime.executor.torch_plan import Plan
@@ -43,23 +44,33 @@ class GpuPlanner(TorchPlanner):
     """Plans for a GPU; `kernels` are launchers of Triton kernels, and references for ops without one."""
 
     def __init__(self, kernels: Mapping[str, Kernel], device: torch.device) -> None:
-        super().__init__(kernels, "triton")
-        self._device = device
+        super().__init__(kernels, "triton", device)
 
     def plan(self, graph: ExecutionGraph, bound: Mapping[str, Any], arena: Arena | None = None) -> Plan:
         plan = super().plan(graph, bound, arena)
         # Micro-batches have inputs of their own, for which steps are not padded to buckets.
         is_divided = "block_table" not in graph.inputs
-        if self._device.type != "cuda" or graph.stage != "decode" or is_divided:
+        if self._api is None or graph.stage != "decode" or is_divided:
             return plan
-        return GraphedPlan(graph, self._kernels, {name: x for name, x in bound.items() if isinstance(x, Tensor)})
+        tensors = {name: x for name, x in bound.items() if isinstance(x, Tensor)}
+        return GraphedPlan(graph, self._kernels, tensors, self._api)
 
 
 class GraphedPlan(Plan):
-    """A plan of the decode stage that replays CUDA graphs; steps of more than MAX_ROWS rows run call by call."""
+    """A plan of the decode stage that replays CUDA graphs; steps of more than MAX_ROWS rows run call by call.
 
-    def __init__(self, graph: ExecutionGraph, kernels: Mapping[str, Kernel], bound: Mapping[str, Tensor]) -> None:
-        super().__init__(graph, kernels, bound)
+    Streams and collectives are captured too: NCCL's calls become nodes of the graph. All ranks capture the same buckets
+    in the same steps, as they get the same orders.
+    """
+
+    def __init__(
+        self,
+        graph: ExecutionGraph,
+        kernels: Mapping[str, Kernel],
+        bound: Mapping[str, Tensor],
+        api: StreamApi | None = None,
+    ) -> None:
+        super().__init__(graph, kernels, bound, api)
         self._captured: dict[tuple[int, int], CapturedGraph] = {}
         # One memory pool for all buckets: only one graph runs at a time, so they can share their intermediates.
         self._memory = torch.cuda.graph_pool_handle()

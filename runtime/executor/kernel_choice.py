@@ -31,7 +31,7 @@ def choose_planner(choice: str, registry: Registry, device: torch.device, dtype:
     if choice == "cpu" and device.type != "cpu":
         raise SageError(f"kernels 'cpu' requires device 'cpu', got {device.type!r}; use auto")
     if choice == "reference" or device.type != "cpu":
-        return TorchPlanner(registry.kernels)
+        return TorchPlanner(registry.kernels, device=device)
     # The runner is made on first use: finding a compiler takes time, and a model may need no native kernel.
     return NativePlanner(lambda: make_runner(registry), registry.kernels, dtype)
 

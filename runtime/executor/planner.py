@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.executor.device_streams import CudaApi, StreamApi
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan
 from sageLLM.runtime.executor.native.weights import Weight, gates_of, pack_weights
@@ -61,12 +63,18 @@ class Planner(Protocol):
 
 
 class TorchPlanner:
-    """Plans of torch callables, called from Python: the references, or launchers of GPU kernels."""
+    """Plans of torch callables, called from Python: the references, or launchers of GPU kernels.
 
-    def __init__(self, kernels: Mapping[str, Kernel], name: str = "reference") -> None:
+    On a GPU (`device`) the plans have the streams of their graphs.
+    """
+
+    def __init__(
+        self, kernels: Mapping[str, Kernel], name: str = "reference", device: torch.device | None = None
+    ) -> None:
         self.name = name
         self.stats: list[KernelStats] = []
         self._kernels = kernels
+        self._api: StreamApi | None = CudaApi() if device is not None and device.type == "cuda" else None
 
     def prepare_weights(
         self, weights: MutableMapping[str, Weight], ties: Mapping[str, str], graphs: Sequence[ExecutionGraph]
@@ -83,7 +91,8 @@ class TorchPlanner:
         ops = Counter(node.op for node in graph.nodes.values())
         in_python = {op: (count, self.name) for op, count in ops.items()}
         self.stats.append(KernelStats(graph.graph_id, 0, in_python))
-        return Plan(graph, self._kernels, {name: x for name, x in bound.items() if isinstance(x, Tensor)})
+        tensors = {name: x for name, x in bound.items() if isinstance(x, Tensor)}
+        return Plan(graph, self._kernels, tensors, self._api)
 
 
 class NativePlanner:

@@ -1,4 +1,7 @@
-"""Runs a kernel-level graph in Python, as a flat list of kernel calls over numbered slots."""
+"""Runs a kernel-level graph in Python, as a flat list of kernel calls over numbered slots.
+
+On a GPU the calls run on the streams of their nodes; elsewhere one after another.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +15,7 @@ from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.passes.part_sizes import attrs_with_sizes
+from sageLLM.runtime.executor.device_streams import StreamApi, make_streams
 from sageLLM.runtime.executor.native.sizes import solve_sizes
 
 _ABSENT = 0
@@ -34,10 +38,17 @@ class Plan:
     """A graph ready to run: `run(inputs)` returns its outputs in order.
 
     Weights, tables and caches are bound once; the other inputs come with every run. Kernels take operands by position
-    (None for an absent optional one) and attributes by keyword, and return outputs in spec order.
+    (None for an absent optional one) and attributes by keyword, and return outputs in spec order. `api` makes
+    the streams of a GPU.
     """
 
-    def __init__(self, graph: ExecutionGraph, kernels: Mapping[str, Kernel], bound: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        graph: ExecutionGraph,
+        kernels: Mapping[str, Kernel],
+        bound: Mapping[str, torch.Tensor],
+        api: StreamApi | None = None,
+    ) -> None:
         """Raises KeyError if `bound` lacks a weight of the graph or `kernels` lacks an op."""
         self.graph = graph
         self._slots: dict[str, int] = {}
@@ -47,7 +58,9 @@ class Plan:
         for name in graph.inputs:
             self._bind(name, bound.get(name))
         self._free_inputs = [(name, self._slots[name]) for name in graph.inputs if name not in bound]
-        self._calls = self._flatten(kernels)
+        order = graph.topological_sort()
+        self._streams = make_streams(graph, order, api)
+        self._calls = self._flatten(order, kernels)
         self._fixed: dict[str, int] = {}
         for name, ref in (*graph.weights.items(), *graph.inputs.items()):
             if name in bound:
@@ -61,17 +74,16 @@ class Plan:
         for name, slot in self._free_inputs:
             values[slot] = inputs.get(name)
         sizes = self._sizes(inputs) if self._has_symbols else None
-        for call in self._calls:
-            attrs = call.attrs if sizes is None else attrs_with_sizes(call.attrs, sizes)
-            result = call.kernel(*[values[slot] for slot in call.operands], **attrs)
-            if len(call.results) == 1:
-                values[call.results[0]] = result
-            else:
-                for slot, value in zip(call.results, result, strict=True):
-                    values[slot] = value
-            # Dropping the last reference lets torch reuse the memory for the next results.
-            for slot in call.dead:
-                values[slot] = None
+        if self._streams is None:
+            for call in self._calls:
+                _make(call, values, sizes)
+        else:
+            self._streams.fork()
+            for call in self._calls:
+                with self._streams.begin(call.node_id):
+                    _make(call, values, sizes)
+                self._streams.end(call.node_id)
+            self._streams.join()
         return [_present(values[slot]) for slot in self._outputs]
 
     def _sizes(self, inputs: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
@@ -90,8 +102,7 @@ class Plan:
         self._slots[name] = len(self._values)
         self._values.append(value)
 
-    def _flatten(self, kernels: Mapping[str, Kernel]) -> list[Call]:
-        nodes = self.graph.topological_sort()
+    def _flatten(self, nodes: list[ExecutionNode], kernels: Mapping[str, Kernel]) -> list[Call]:
         for node in nodes:
             for ref in node.outputs:
                 self._bind(ref.name, None)
@@ -99,12 +110,21 @@ class Plan:
         return [self._call(node, kernels, last_use.get(node.node_id, ())) for node in nodes]
 
     def _last_uses(self, nodes: list[ExecutionNode]) -> dict[str, tuple[int, ...]]:
-        """The slots that are dead after each node. Outputs, weights and inputs of the graph are never dead."""
+        """The slots that are dead after each node. Outputs, weights and inputs of the graph are never dead.
+
+        Values that two streams use live to the end of the step: torch takes memory to be free in the order of the
+        stream that allocated it, and knows nothing of reads by others.
+        """
         kept = {ref.name for ref in self.graph.outputs} | set(self.graph.weights) | set(self.graph.inputs)
         reader: dict[str, str] = {}
+        stream_of = {} if self._streams is None else self._streams.stream_of
+        first_stream: dict[str, int] = {}
         for node in nodes:
+            stream = stream_of.get(node.node_id, 0)
             for ref in (*node.inputs, *node.outputs):
                 reader[ref.name] = node.node_id
+                if first_stream.setdefault(ref.name, stream) != stream:
+                    kept.add(ref.name)
         dead: dict[str, list[int]] = {}
         for name, node_id in reader.items():
             if name not in kept:
@@ -120,6 +140,20 @@ class Plan:
     def _operand_slot(self, node: OpNode, name: str) -> int:
         ref = node.optional_input(name)
         return _ABSENT if ref is None else self._slots[ref.name]
+
+
+def _make(call: Call, values: list[torch.Tensor | None], sizes: Mapping[str, int] | None) -> None:
+    """Makes a call on the current stream."""
+    attrs = call.attrs if sizes is None else attrs_with_sizes(call.attrs, sizes)
+    result = call.kernel(*[values[slot] for slot in call.operands], **attrs)
+    if len(call.results) == 1:
+        values[call.results[0]] = result
+    else:
+        for slot, value in zip(call.results, result, strict=True):
+            values[slot] = value
+    # Dropping the last reference lets torch reuse the memory for the next results.
+    for slot in call.dead:
+        values[slot] = None
 
 
 def _present(value: torch.Tensor | None) -> torch.Tensor:

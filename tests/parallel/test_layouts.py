@@ -1,6 +1,6 @@
 """Ranks against one process, for layouts with experts, latent attention, ALiBi and windows; see layouts.py for all.
 
-Collectives also run next to computation: those of parallel blocks, and those of micro-batches.
+Collectives also run next to computation, of the same block and of another micro-batch.
 """
 
 import pytest
@@ -22,8 +22,6 @@ def test_two_ranks_equal_one(name: str) -> None:
     assert compare(family, config, mode, degrees) == ["equal"] * len(degrees)
 
 
-@pytest.mark.parametrize(("name", "num_ubatches"), [("phi", 1), ("llama", 2)])
-def test_two_ranks_with_overlapping_collectives_equal_one(name: str, num_ubatches: int) -> None:
-    family, config = next((family, config) for found, family, config in cases(name) if found == name)
-    found = compare(family, config, "hybrid", ["2x1"], num_ubatches=num_ubatches, overlap_transfers=True)
-    assert found == ["equal"]
+def test_two_ranks_with_overlapping_collectives_equal_one() -> None:
+    family, config = next((family, config) for found, family, config in cases("phi") if found == "phi")
+    assert compare(family, config, "hybrid", ["2x1"], num_ubatches=2, overlap_transfers=True) == ["equal"]
