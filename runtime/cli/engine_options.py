@@ -98,6 +98,9 @@ class EngineOptions:
     overlap_transfers: Annotated[
         bool | None, Option("Run collectives next to computation (default: if cores are free).")
     ] = None
+    af: Annotated[
+        str | None, Option("A:F, such as 2:1: numbers of attention workers and of FFN workers, in processes.")
+    ] = None
     plugins: Annotated[list[Path] | None, Option("An additional generated folder; can be repeated.", "--plugin")] = None
     disable_passes: Annotated[str, Option("Graph passes to skip, separated by commas.")] = ""
 

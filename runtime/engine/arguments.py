@@ -1,6 +1,7 @@
 """Checks the arguments of `LLM` that no other part of the engine checks."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.worker.build import WeightsPlacement
 
+MAX_AF_WORKERS = 64
+"""Workers of a role, as the links of a process have numbers up to that."""
 Backend: TypeAlias = Literal["uni", "mp"]
 """Workers in the process of the engine, or in separate processes; the names are vLLM's."""
 
@@ -68,6 +71,19 @@ def weights_placement(
         raise SageError(f"weights_tier 'disk' requires one rank, got {num_ranks}")
     num_bytes = None if budget is None else int(budget * 2**30)
     return WeightsPlacement("disk", num_bytes, None if folder is None else str(folder))
+
+
+def parse_af(text: str | None) -> tuple[int, int] | None:
+    """The numbers of attention and FFN workers in a text such as "2:1". SageError for any other text."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text) if isinstance(text, str) else None
+    if match is None or max(counts := (int(match[1]), int(match[2]))) > MAX_AF_WORKERS:
+        raise SageError(
+            f"af must be the numbers of attention and FFN workers, such as '2:1', each at most {MAX_AF_WORKERS}, "
+            f"got {shown(text)}"
+        )
+    return counts
 
 
 def check_passes(names: Sequence[str], registry: Registry) -> None:

@@ -20,7 +20,7 @@ from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.text.tokenizer import Tokenizer
-from sageLLM.runtime.worker.executor import Executor
+from sageLLM.runtime.worker.executor import Executor, StepResults
 from sageLLM.runtime.worker.faults import LOG, log_end, reason_of, reraise_unless_attributable
 
 
@@ -102,6 +102,10 @@ class Engine:
         if self.is_strict:
             return {"prefill": kv.prefill.stats(), "decode": kv.decode.stats()}
         return {"worker": kv.decode.stats()}
+
+    def scheduler_stats(self) -> dict[str, int]:
+        """Counters and queue sizes of the scheduler."""
+        return self.scheduler.get_stats()
 
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache, for example to measure without hits."""
@@ -233,6 +237,23 @@ class Engine:
             if group.is_finished and group.request_id in self._groups:
                 self._remove(group)
         return changed
+
+    def is_live(self, group_id: str) -> bool:
+        """Whether a request has not ended."""
+        return group_id in self._groups
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._sequences)
+
+    def plan_steps(self) -> StepResults | None:
+        """Plans as many steps as can be in flight; returns the results of the one that `step` will complete."""
+        return self._pipeline.plan()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.executor.close()
 
     def wait(self) -> None:
         """Returns when no step is running, so that the caller can run other work on the model's device."""

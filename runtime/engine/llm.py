@@ -13,6 +13,7 @@ from sageLLM.runtime.engine.arguments import (
     check_count,
     check_passes,
     choose_backend,
+    parse_af,
     parse_device,
     weights_placement,
     with_kv_options,
@@ -22,6 +23,7 @@ from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
+from sageLLM.runtime.engine.engine_group import EngineGroup
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_lower_blocks, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.prompts import (
@@ -48,8 +50,10 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
 from sageLLM.runtime.worker.build import WeightsTier, WorkerSpec, make_compiler, make_local_executor, place_weights
+from sageLLM.runtime.worker.disaggregation import start_disaggregated
 from sageLLM.runtime.worker.executor import Executor
 from sageLLM.runtime.worker.faults import LOG
+from sageLLM.runtime.worker.ffn_workers import FfnWorkers
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 
@@ -96,6 +100,10 @@ class LLM:
     `overlap_transfers` runs the collectives and transfers of worker processes on streams of their own, next to
     computation that does not need them; None decides by the free cores.
 
+    `af` "A:F" runs attention on A worker processes, among which the requests are divided and each of which has a KV
+    cache, and the feed-forwards on F others, which keep no state (attention-FFN disaggregation). The micro-batches
+    alternate between the two roles.
+
     `scheduler` is by default in mode "hybrid"; `objective` is the service level that its mode "auto" optimises for.
 
     Raises CheckpointError, TokenizerError or PluginError for a folder that cannot be served, with the file and the
@@ -133,6 +141,7 @@ class LLM:
         distributed_executor_backend: Backend | None = None,
         num_ubatches: int = 1,
         overlap_transfers: bool | None = None,
+        af: str | None = None,
     ) -> None:
         folder = model_folder(Path(model))
         self._sampling_defaults = sampling_defaults(folder, generation_config)
@@ -146,8 +155,15 @@ class LLM:
         if num_ubatches > 1 and pipeline_parallel_size > 1:
             raise SageError(f"num_ubatches must be 1 with several pipeline stages, got {num_ubatches}")
         num_ranks = tensor_parallel_size * pipeline_parallel_size
-        self._backend = choose_backend(distributed_executor_backend, num_ranks)
         weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device, num_ranks)
+        af_counts = parse_af(af)
+        if af_counts is not None and num_ranks > 1:
+            raise SageError("af must not be combined with tensor_parallel_size or pipeline_parallel_size; use one")
+        if af_counts is not None and weights_tier != "device":
+            raise SageError("af must not be combined with weights_tier='disk'; use one of them")
+        num_attention, num_ffn = af_counts or (1, 0)
+        num_ranks = num_ranks if af_counts is None else num_attention + num_ffn
+        self._backend = choose_backend(distributed_executor_backend, num_ranks)
         registry = load_registry(plugins)
         check_passes(disable_passes, registry)
         # The probe is a process, which runs while the weights are loaded.
@@ -168,7 +184,7 @@ class LLM:
         if self._backend == "uni":
             place_weights(self.model, self.compiler, folder, weights)
         config = scheduler or PDSchedulerConfig(mode="hybrid")
-        self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks)
+        self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks, num_attention)
         budget = KVBudget(
             self.kv_cache_size.num_blocks,
             block_size,
@@ -178,6 +194,9 @@ class LLM:
         )
         config = with_kv_options(config, budget, enable_prefix_caching)
         self._engine: Engine | None = None
+        self._ffn_workers: FfnWorkers | None = None
+        if af_counts is not None and not self.model.generates:
+            raise SageError(f"af must be None for {self.model.layout.name}, which computes embeddings")
         if self.model.generates:
             LOG.log(logging.WARNING if self.kv_cache_size.exceeds_default else logging.INFO, "%s", self.kv_cache_size)
             spec = WorkerSpec(
@@ -198,23 +217,29 @@ class LLM:
                 overlap_transfers=overlap_transfers,
                 pp=pipeline_parallel_size,
             )
-            executor: Executor
-            if self._backend == "mp":
-                executor = ProcessExecutor(spec)
+            executors: list[Executor]
+            if af_counts is not None:
+                self._ffn_workers, executors = start_disaggregated(spec, num_attention, num_ffn, self.model, config)
+            elif self._backend == "mp":
+                executors = [ProcessExecutor(spec)]
             else:
-                executor = make_local_executor(spec, self.model, self.compiler, is_async=async_scheduling)
-            self._engine = Engine(
-                self.model,
-                self.tokenizer,
-                self.compiler,
-                config,
-                budget,
-                executor,
-                objective=objective,
-                eos_token_ids=read_eos_ids(folder),
-                async_scheduling=async_scheduling,
-                num_stages=pipeline_parallel_size,
-            )
+                executors = [make_local_executor(spec, self.model, self.compiler, is_async=async_scheduling)]
+            engines = [
+                Engine(
+                    self.model,
+                    self.tokenizer,
+                    self.compiler,
+                    config,
+                    budget,
+                    executor,
+                    objective=objective,
+                    eos_token_ids=read_eos_ids(folder),
+                    async_scheduling=async_scheduling,
+                    num_stages=pipeline_parallel_size,
+                )
+                for executor in executors
+            ]
+            self._engine = engines[0] if len(engines) == 1 else EngineGroup(engines)
         self.shared = SharedEngine(self._engine)
         self._embedder = Embedder(
             self.model,
@@ -241,7 +266,9 @@ class LLM:
     def close(self) -> None:
         """Ends worker processes and threads; also done when the `LLM` is garbage, and at the end of the program."""
         if self._engine is not None:
-            self._engine.executor.close()
+            self._engine.close()
+        if self._ffn_workers is not None:
+            self._ffn_workers.close()
 
     def kernel_stats(self) -> list[KernelStats]:
         """For each graph that has run so far: its native calls, and its calls in Python with the reasons."""

@@ -72,9 +72,14 @@ class StepPipeline:
 
         If the workers are lost, new ones are started, and all requests are replayed from their prompts and tokens.
         """
+        self.plan()
+        return self._finish_oldest()
+
+    def plan(self) -> StepResults | None:
+        """Plans and submits as many steps as can be in flight; returns the results of the oldest one, if it has any."""
         while len(self._in_flight) < self._max_in_flight:
             self._in_flight.append(self._start())
-        return self._finish_oldest()
+        return self._in_flight[0].results
 
     def settle(self) -> None:
         """Completes the steps in flight. Only for an engine without requests: what they return is ignored."""

@@ -11,6 +11,7 @@ from sageLLM.generated.passes.place import NanoBatching
 from sageLLM.runtime.core.ir.graph import ExecutionGraph, Stage
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.passes.base import PassReport
+from sageLLM.runtime.execution_graph.attention_ffn import Side, disaggregate, side_graph
 from sageLLM.runtime.execution_graph.builder import build_block_graph
 from sageLLM.runtime.execution_graph.expand import expand
 from sageLLM.runtime.execution_graph.rewriting import Choice, Rewriting
@@ -21,9 +22,9 @@ from sageLLM.runtime.registry.plugins import Registry
 class ModelGraphs(Rewriting):
     """The graphs of one model. Sizes of the step stay symbolic, so each graph is built once per stage.
 
-    With a `pipeline_stage` they are those of one stage. `choice` selects passes and rules as in `Rewriting`. Only
-    rewrite passes run here: the other kinds (streams, prefetch, memory offsets) require concrete sizes, and serve
-    schedules and simulations.
+    With a `pipeline_stage` they are those of one stage, and with a `side` those of an attention worker or of an FFN
+    worker. `choice` selects passes and rules as in `Rewriting`. Only rewrite passes run here: the other kinds (streams,
+    prefetch, memory offsets) require concrete sizes, and serve schedules and simulations.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class ModelGraphs(Rewriting):
         *,
         dtype: str,
         pipeline_stage: PipelineStage = WHOLE,
+        side: Side | None = None,
         **choice: Unpack[Choice],
     ) -> None:
         super().__init__(registry, **choice)
+        self.side = side
         self.layout = layout
         self.config = config
         self.dtype = dtype
@@ -48,7 +51,9 @@ class ModelGraphs(Rewriting):
         """The block-level graph, as placement and simulation use it; with several micro-batches, split into them."""
         graph = build_block_graph(self.layout, self.config, stage, dtype=self.dtype)
         graph = stage_graph(graph, self.pipeline_stage)
-        if num_ubatches > 1:
+        if self.side is not None:
+            disaggregate(graph, num_ubatches)
+        elif num_ubatches > 1:
             split = NanoBatching(num_ubatches)
             split.transform(graph)
             assert "skipped" not in split.report.facts, f"{graph.graph_id}: {split.report.facts['skipped']}"
@@ -57,7 +62,8 @@ class ModelGraphs(Rewriting):
     def expanded_graph(self, stage: Stage, num_ubatches: int = 1) -> ExecutionGraph:
         """The kernel-level graph before its passes, after those of the block graph."""
         with paused_gc():
-            return self.expanded(self.block_graph(stage, num_ubatches))
+            graph = self.expanded(self.block_graph(stage, num_ubatches))
+            return graph if self.side is None else side_graph(graph, self.side, num_ubatches)
 
     def expanded(self, graph: ExecutionGraph) -> ExecutionGraph:
         """The kernel-level graph of a block graph, to which the block-level passes are applied in place."""

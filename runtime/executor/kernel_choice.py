@@ -1,9 +1,11 @@
 """Selects the planner for `LLM(kernels=...)`: the generated kernels of the device, or the torch references."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor.cuda_graphs import GpuPlanner
@@ -16,24 +18,28 @@ from sageLLM.runtime.registry.plugins import Registry
 from sageLLM.runtime.registry.trees import native_tables, triton_table
 
 
-def choose_planner(choice: str, registry: Registry, device: torch.device, dtype: str) -> Planner:
+def choose_planner(
+    choice: str, registry: Registry, device: torch.device, dtype: str, overrides: Mapping[str, Kernel] | None = None
+) -> Planner:
     """The planner for a choice of KERNEL_CHOICES; `auto` selects the best kernels of the device.
 
-    Raises SageError for a choice that is unknown or that the device does not support.
+    `overrides` take the place of reference kernels. Raises SageError for a choice that is unknown or that the device
+    does not support.
     """
     if choice not in KERNEL_CHOICES:
         raise SageError(f"kernels must be one of {', '.join(KERNEL_CHOICES)}, got {shown(choice)}")
+    references = {**registry.kernels, **(overrides or {})}
     why_not = why_no_triton(device)
     if choice == "triton" and why_not:
         raise SageError(f"kernels must not be 'triton' here: {why_not}; use auto")
     if choice == "triton" or (choice == "auto" and device.type == "cuda" and why_not is None):
-        return GpuPlanner({**registry.kernels, **triton_table(registry.packages)}, device)
+        return GpuPlanner({**references, **triton_table(registry.packages)}, device)
     if choice == "cpu" and device.type != "cpu":
         raise SageError(f"kernels 'cpu' requires device 'cpu', got {device.type!r}; use auto")
     if choice == "reference" or device.type != "cpu":
-        return TorchPlanner(registry.kernels, device=device)
+        return TorchPlanner(references, device=device)
     # The runner is made on first use: finding a compiler takes time, and a model may need no native kernel.
-    return NativePlanner(lambda: make_runner(registry), registry.kernels, dtype)
+    return NativePlanner(lambda: make_runner(registry), references, dtype)
 
 
 def make_runner(registry: Registry) -> NativeRunner:

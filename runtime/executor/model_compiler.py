@@ -15,6 +15,7 @@ from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.core.model.layout import KvShape, ModelLayout
 from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.core.passes.schedule import StreamPass
+from sageLLM.runtime.execution_graph.attention_ffn import Side
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs, paused_gc
 from sageLLM.runtime.execution_graph.rewriting import Choice
@@ -54,9 +55,10 @@ class ModelCompiler(ModelGraphs):
         planner: Planner | None = None,
         schedule: Schedule | None = None,
         pipeline_stage: PipelineStage = WHOLE,
+        side: Side | None = None,
         **choice: Unpack[Choice],
     ) -> None:
-        super().__init__(layout, config, registry, dtype=dtype, pipeline_stage=pipeline_stage, **choice)
+        super().__init__(layout, config, registry, dtype=dtype, pipeline_stage=pipeline_stage, side=side, **choice)
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
         self.weight_stream: WeightStream | None = None
         self._schedule = schedule

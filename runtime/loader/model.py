@@ -16,6 +16,7 @@ from sageLLM.runtime.core.model.hf_config import HFConfig, shown
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_shapes, with_stored_ties
 from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.execution_graph.attention_ffn import Role, is_ffn_weight
 from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage, why_not_divisible
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text_section
@@ -93,12 +94,14 @@ def load_model(
     rank: int = 0,
     tp: int = 1,
     pp: int = 1,
+    role: Role | None = None,
     has_weights: bool = True,
 ) -> Model:
     """Loads a Hugging Face checkpoint folder, or the share of one of `tp` tensor-parallel ranks in `pp` stages.
 
-    `rank` numbers the ranks stage by stage. Without `has_weights` the folder is checked, and the model has the config
-    of all ranks and no weights: it is for the process that sends steps to workers.
+    `rank` numbers the ranks stage by stage. With a `role`, only the weights of attention workers, or those of FFN
+    workers, are read. Without `has_weights` the folder is checked, and the model has the config of all ranks and no
+    weights: it is for the process that sends steps to workers.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
     missing, unused, or of a different shape.
@@ -133,6 +136,8 @@ def load_model(
         weights: dict[str, Weight] = {}
         if has_weights:
             specs = weights_of_stage(layout, whole, stage)
+            if role is not None:
+                specs = [spec for spec in specs if is_ffn_weight(layout, spec.name) == (role == "ffn")]
             weights = dict(load_weights(specs, checkpoint, kind, device, rank=rank % tp, tp=tp))
     finally:
         checkpoint.close()

@@ -191,7 +191,7 @@ def _scored(entries: dict[int, Logprob]) -> list[ScoredToken]:
 def load_of(llm: LLM) -> Load:
     """The load of the engine now; in strict mode with the KV blocks of both pools."""
     engine = llm.engine
-    stats, pools = engine.scheduler.get_stats(), list(engine.kv_stats().values())
+    stats, pools = engine.scheduler_stats(), list(engine.kv_stats().values())
     return Load(
         num_running=stats["num_running"],
         num_waiting=stats["num_waiting"],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -11,17 +12,21 @@ import msgspec
 import torch
 
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.execution_graph.attention_ffn import Side
 from sageLLM.runtime.execution_graph.embedding import poolings_of
 from sageLLM.runtime.execution_graph.stages import PipelineStage
 from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler, Schedule
 from sageLLM.runtime.executor.scheduling import choose_schedule
+from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model, load_model
 from sageLLM.runtime.loader.packed_weights import packed_file
 from sageLLM.runtime.loader.weight_stream import WeightStream, gathered_tables
 from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.worker.af_workers import AttentionLinks
 from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.kv_pool import LowerTier
 from sageLLM.runtime.worker.token_return import TokenReturn
@@ -44,6 +49,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     The ranks of a stage follow each other. The other fields are the arguments of `LLM` of the same names. `rendezvous`
     is a file that the ranks share to find each other. `shared_memory` and `link_memory` are descriptors of memory for
     the collectives of the stage, and for the messages between all ranks, of the CPU kernels.
+
+    `side` is the role in attention-FFN disaggregation, with `num_workers` workers of both roles, and `af_channel` the
+    descriptor of a Unix socket over which the engine's process sends links to the workers of the other role.
     """
 
     model: str
@@ -66,6 +74,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     num_ubatches: int = 1
     overlap_transfers: bool | None = None
     link_memory: int | None = None
+    side: Side | None = None
+    num_workers: int = 1
+    af_channel: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -102,12 +113,20 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         rank=spec.rank,
         tp=spec.tp,
         pp=spec.pp,
+        role=None if spec.side is None else spec.side.role,
         has_weights=spec.weights.tier == "device",
     )
+    links = None
+    if spec.side is not None and spec.af_channel is not None:
+        channel = socket.socket(fileno=spec.af_channel)
+        links = AttentionLinks(channel, spec.side, find_compiler() if spec.device == "cpu" else None)
+    overrides = None if links is None else links.kernels
     schedule = choose_schedule(device, {"tp": spec.tp}, overlap_transfers=spec.overlap_transfers)
-    compiler = make_compiler(model, registry, spec.kernels, spec.disable_passes, schedule)
+    compiler = make_compiler(
+        model, registry, spec.kernels, spec.disable_passes, schedule, side=spec.side, overrides=overrides
+    )
     place_weights(model, compiler, Path(spec.model), spec.weights)
-    return make_local_executor(spec, model, compiler, is_async=False, token_return=token_return)
+    return make_local_executor(spec, model, compiler, is_async=False, token_return=token_return, links=links)
 
 
 def make_local_executor(
@@ -117,8 +136,9 @@ def make_local_executor(
     *,
     is_async: bool,
     token_return: TokenReturn | None = None,
+    links: AttentionLinks | None = None,
 ) -> InProcessExecutor:
-    """Workers in this process, for a model with packed weights."""
+    """Workers in this process, for a model with packed weights; with `links` to FFN workers."""
     disk_folder = None if spec.disk_folder is None else Path(spec.disk_folder)
     lower_tier = None
     if spec.budget.num_lower_blocks:
@@ -135,13 +155,24 @@ def make_local_executor(
         num_ubatches=spec.num_ubatches,
         token_return=token_return,
         lower_tier=lower_tier,
+        links=links,
     )
 
 
 def make_compiler(
-    model: Model, registry: Registry, kernels: str, disable_passes: Sequence[str], schedule: Schedule | None = None
+    model: Model,
+    registry: Registry,
+    kernels: str,
+    disable_passes: Sequence[str],
+    schedule: Schedule | None = None,
+    *,
+    side: Side | None = None,
+    overrides: Mapping[str, Kernel] | None = None,
 ) -> ModelCompiler:
-    """The compiler of a model, with the planner for `kernels`, and a `schedule` of streams for several ranks."""
+    """The compiler of a model, with the planner for `kernels`, and a `schedule` of streams for several ranks.
+
+    `overrides` take the place of reference kernels.
+    """
     return ModelCompiler(
         model.layout,
         model.config,
@@ -149,8 +180,9 @@ def make_compiler(
         dtype=model.short_dtype,
         disable=disable_passes,
         schedule=schedule,
-        planner=choose_planner(kernels, registry, model.device, model.short_dtype),
+        planner=choose_planner(kernels, registry, model.device, model.short_dtype, overrides),
         pipeline_stage=model.pipeline_stage,
+        side=side,
     )
 
 

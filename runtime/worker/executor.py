@@ -7,6 +7,8 @@ from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.worker.af_workers import AttentionLinks
+from sageLLM.runtime.worker.attention_runner import AttentionRunner
 from sageLLM.runtime.worker.block_copies import PoolCopies, TieredPool
 from sageLLM.runtime.worker.kv_pool import LowerTier, make_pool
 from sageLLM.runtime.worker.model_runner import ModelRunner
@@ -70,14 +72,21 @@ class InProcessExecutor:
         num_ubatches: int = 1,
         token_return: TokenReturn | None = None,
         lower_tier: LowerTier | None = None,
+        links: AttentionLinks | None = None,
     ) -> None:
         """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step.
 
         `token_return` is for a pipeline stage of the model. `lower_tier` has the blocks of running requests for which
-        the decoder's pool has no room.
+        the decoder's pool has no room. With `links` the feed-forwards run on FFN workers.
         """
-        pool = make_pool(model, budget.num_blocks, budget.block_size, lower_tier)
-        decoder = ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
+
+        def make_runner(num_blocks: int, lower_tier: LowerTier | None = None) -> ModelRunner:
+            pool = make_pool(model, num_blocks, budget.block_size, lower_tier)
+            if links is None:
+                return ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
+            return AttentionRunner(model, pool, compiler, num_ubatches=num_ubatches, links=links)
+
+        decoder = make_runner(budget.num_blocks, lower_tier)
         tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
         tiers = TieredPool(decoder.pool, tier_sizes, compiler, disk_folder)
         self.decoder = self.prefiller = Worker(
@@ -85,9 +94,7 @@ class InProcessExecutor:
         )
         self._migrator: PoolCopies | None = None
         if is_split:
-            num_blocks = budget.num_prefill_blocks or budget.num_blocks
-            pool = make_pool(model, num_blocks, budget.block_size)
-            prefiller = ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
+            prefiller = make_runner(budget.num_prefill_blocks or budget.num_blocks)
             self.prefiller = Worker(prefiller, isolates_failures=isolates_failures, token_return=token_return)
             graph = compiler.migrate_graph()
             self._migrator = PoolCopies(prefiller.pool, decoder.pool, graph, compiler.kernels)

@@ -32,7 +32,7 @@ class MicroBatchInputs:
         lengths = [chunk.num_tokens for chunk in chunks]
         starts = np.cumsum([0, *(1 for _ in range(num_decodes)), *lengths])
         parts: Inputs = {}
-        for part, (first, end) in enumerate(self._ranges(int(starts[-1]))):
+        for part, (first, end) in enumerate(ranges(int(starts[-1]), self.num_parts)):
             # The sequences with a row in the range.
             low = int(np.searchsorted(starts, first, "right")) - 1
             high = int(np.searchsorted(starts, end, "left"))
@@ -54,7 +54,7 @@ class MicroBatchInputs:
         parts = self._views.get(key)
         if parts is None or pos.device.type != "cpu":  # on other devices every step has new tensors
             parts = {}
-            for part, (first, end) in enumerate(self._ranges(num_decodes)):
+            for part, (first, end) in enumerate(ranges(num_decodes, self.num_parts)):
                 for name in (*ROWS, "seq_lens", "block_table"):
                     parts[f"{name}.p{part}"] = _present(inputs[name])[first:end]
                 parts[f"q_start.p{part}"] = torch.arange(end - first + 1, dtype=torch.int32, device=pos.device)
@@ -63,9 +63,10 @@ class MicroBatchInputs:
             self._views[key] = parts
         return parts
 
-    def _ranges(self, num_rows: int) -> list[tuple[int, int]]:
-        bounds = [num_rows * part // self.num_parts for part in range(self.num_parts + 1)]
-        return list(pairwise(bounds))
+
+def ranges(num_rows: int, num_parts: int) -> list[tuple[int, int]]:
+    """The rows of each micro-batch of a step: the first one, and the end."""
+    return list(pairwise(num_rows * part // num_parts for part in range(num_parts + 1)))
 
 
 def _present(x: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from sageLLM.runtime.worker.kv_pool import KVPool
 from sageLLM.runtime.worker.lower_blocks import lower_blocks
 from sageLLM.runtime.worker.micro_batch_inputs import MicroBatchInputs
 from sageLLM.runtime.worker.sequences import DecodeBatch, SequenceChunk
-from sageLLM.runtime.worker.step_inputs import StepInputs
+from sageLLM.runtime.worker.step_inputs import Inputs, StepInputs
 
 
 class Logits(NamedTuple):
@@ -87,13 +87,16 @@ class ModelRunner:
             else:
                 inputs = self._parts.divide(inputs, len(decodes), chunks)
         plan = self.lower_plan(stage) if blocks else self.plan(stage, num_ubatches)
-        if not self.model.pipeline_stage.is_first:
-            inputs = {**inputs, **self._buffers.of(received_values(plan.graph), num_tokens)}
-        outputs = plan.run(inputs)
+        outputs = self._run_plan(plan, num_ubatches, inputs, num_tokens)
         if not self.model.pipeline_stage.is_last:
             return None
         logits, tokens = outputs
         return Logits(logits, tokens)
+
+    def _run_plan(self, plan: Runnable, num_ubatches: int, inputs: Inputs, num_tokens: int) -> list[Tensor]:
+        if not self.model.pipeline_stage.is_first:
+            inputs = {**inputs, **self._buffers.of(received_values(plan.graph), num_tokens)}
+        return plan.run(inputs)
 
 
 class ReceiveBuffers:

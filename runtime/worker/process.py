@@ -62,7 +62,7 @@ Command = Reset | Run
 
 
 def main() -> None:
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     connection = Connection(int(sys.argv[1]))
     encoder = msgspec.msgpack.Encoder()
     try:
@@ -103,7 +103,7 @@ def serve(connection: Connection, executor: InProcessExecutor, *, returns_result
             connection.send_bytes(encoder.encode(Done(results)))
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """Ends the process when its parent has died, also in the middle of a step or of a collective."""
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)

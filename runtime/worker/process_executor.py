@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,6 +52,14 @@ class Rank:
         with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
             end.shutdown(socket.SHUT_WR)
 
+    def await_end(self) -> None:
+        """Waits for the end of the process, and kills it if that takes too long."""
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
     def describe_end(self) -> str:
         """How the process has ended, in words."""
         code = self.process.poll()
@@ -68,13 +76,22 @@ class ProcessExecutor:
     futures of all orders raise WorkersLostError.
     """
 
-    def __init__(self, spec: WorkerSpec, *, step_seconds: float = STEP_SECONDS) -> None:
-        """Starts the workers. Raises what `load_model` raises, and EngineError if a process does not start."""
-        self._spec, self.step_seconds = spec, step_seconds
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        step_seconds: float = STEP_SECONDS,
+        open_channel: Callable[[], int] | None = None,
+    ) -> None:
+        """Starts the workers. Raises what `load_model` raises, and EngineError if a process does not start.
+
+        `open_channel` returns a new descriptor for `spec.af_channel` at each start.
+        """
+        self._spec, self.step_seconds, self._open_channel = spec, step_seconds, open_channel
         self._encoder = msgspec.msgpack.Encoder()
         self._lock = threading.Lock()
         self._pending: deque[tuple[float, Future[list[StepResult]]]] = deque()
-        self._group = _Group.start(spec)
+        self._group = self._start_group()
         self._finalizer = weakref.finalize(self, _Group.end, self._group)
         self._start_reader()
 
@@ -107,7 +124,7 @@ class ProcessExecutor:
     def restart(self) -> None:
         self.close()
         try:
-            self._group = _Group.start(self._spec)
+            self._group = self._start_group()
         except SageError as error:  # the checkpoint has changed since the first start
             raise EngineError(f"the workers do not start again: {error}") from error
         self._finalizer = weakref.finalize(self, _Group.end, self._group)
@@ -118,6 +135,15 @@ class ProcessExecutor:
         self._reader.join()
         for rank in self._group.ranks:
             rank.connection.close()
+
+    def _start_group(self) -> _Group:
+        if self._open_channel is None:
+            return _Group.start(self._spec)
+        channel = self._open_channel()
+        try:
+            return _Group.start(msgspec.structs.replace(self._spec, af_channel=channel))
+        finally:
+            os.close(channel)
 
     def _send(self, data: bytes) -> None:
         for rank in self._group.ranks:
@@ -149,12 +175,12 @@ class _Group:
         try:
             spec = msgspec.structs.replace(spec, rendezvous=str(folder / "rendezvous"), link_memory=memory.links)
             group.ranks = [
-                _start_rank(msgspec.structs.replace(spec, rank=rank, shared_memory=memory.stages[rank // spec.tp]))
+                start_rank(msgspec.structs.replace(spec, rank=rank, shared_memory=memory.stages[rank // spec.tp]))
                 for rank in range(spec.num_ranks)
             ]
             deadline = time.monotonic() + START_SECONDS
             for rank in group.ranks:
-                _await_ready(rank, deadline)
+                await_ready(rank, deadline)
         except BaseException:
             group.end()
             raise
@@ -175,11 +201,7 @@ class _Group:
         for rank in self.ranks:
             rank.hang_up()
         for rank in self.ranks:
-            try:
-                rank.process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-                rank.process.wait()
+            rank.await_end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
@@ -207,19 +229,22 @@ def uses_shared_memory(spec: WorkerSpec) -> bool:
     return spec.num_ranks > 1 and spec.device == "cpu" and spec.kernels != "reference" and hasattr(os, "memfd_create")
 
 
-def _start_rank(spec: WorkerSpec) -> Rank:
+def start_rank(spec: WorkerSpec, module: str = WORKER) -> Rank:
+    """Starts a worker process that runs a module, and sends it the spec."""
     ours, theirs = socket.socketpair()
     environment = dict(os.environ)
-    if spec.num_ranks > 1:
+    num_processes = spec.num_ranks if spec.side is None else spec.num_workers
+    if num_processes > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // spec.num_ranks)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # The child imports this package from where this process has it.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    inherited = [file for file in (spec.shared_memory, spec.link_memory, spec.af_channel) if file is not None]
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), *(file for file in (spec.shared_memory, spec.link_memory) if file is not None)],
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            pass_fds=[theirs.fileno(), *inherited],
             stdin=subprocess.DEVNULL,
             env=environment,
         )
@@ -228,7 +253,8 @@ def _start_rank(spec: WorkerSpec) -> Rank:
     return Rank(spec.rank, process, connection)
 
 
-def _await_ready(rank: Rank, deadline: float) -> None:
+def await_ready(rank: Rank, deadline: float) -> None:
+    """Waits until a worker is built. Raises SageError for an input of the user, and EngineError for other failures."""
     if not rank.connection.poll(max(0.0, deadline - time.monotonic())):
         raise EngineError(f"worker rank {rank.rank} has not started within {START_SECONDS:.0f} s")
     try:

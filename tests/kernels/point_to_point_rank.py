@@ -1,9 +1,10 @@
 """One of the two ranks of `test_cpu_point_to_point.py`: each sends drawn tensors to the other and checks what it gets.
 
-python point_to_point_rank.py MEMORY RANK
+python point_to_point_rank.py MEMORY PAIR_MEMORY RANK
 """
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,20 @@ from sageLLM.generated.kernels import cpu, reference
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.library import KernelError, Library
-from sageLLM.runtime.kernels.cpu.point_to_point import RING_BYTES, Link, connect, is_connected, open_links
+from sageLLM.runtime.kernels.cpu.point_to_point import (
+    RING_BYTES,
+    Link,
+    attach,
+    break_link,
+    connect,
+    is_connected,
+    open_links,
+)
 
 # The last one is larger than a ring: it passes while the receiver reads.
 SHAPES = [(1, 1), (1, 7), (3, 640), (129, 33), (5, 2, 16), (0, 8), (3, RING_BYTES // 8 + 5)]
 ROUNDS = 5
+PAIR_BYTES = 2**17
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -27,7 +37,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def main() -> None:
-    memory, rank = (int(text) for text in sys.argv[1:])
+    memory, pair, rank = (int(text) for text in sys.argv[1:])
     compiler = find_compiler()
     assert compiler is not None, "the test is skipped without a compiler"
     library = Library(cpu.KERNELS, Path(cpu.__file__).parent, compiler)
@@ -52,6 +62,10 @@ def main() -> None:
                     if rank == 1:
                         assert torch.equal(send(wide, peer=peer, group=group), own)
     exchange_arrays(Link("pp", 1 - rank), rank)
+    attach("af", rank, pair, rank, PAIR_BYTES, compiler)  # in place of the connection to the same peer
+    exchange_arrays(Link("af", rank), rank)
+    if rank == 0:
+        break_a_link(Link("af", rank), rank)
     check_sizes(send, recv, rank)
 
 
@@ -64,6 +78,16 @@ def exchange_arrays(link: Link, rank: int) -> None:
         found = np.empty(number % 7, np.int64)
         link.receive(found)
         assert (found == number + 1 - rank).all()
+
+
+def break_a_link(link: Link, peer: int) -> None:
+    """The other rank sends nothing and reads nothing; a wait ends when another thread breaks the link."""
+    for wait in (lambda: link.receive(np.empty(1)), lambda: link.send(np.empty(PAIR_BYTES))):
+        timer = threading.Timer(0.05, break_link, ("af", peer))
+        timer.start()
+        with pytest.raises(OSError, match=r"the link to rank .* is broken"):
+            wait()
+        timer.join()
 
 
 def check_sizes(send: NativeCallable, recv: NativeCallable, rank: int) -> None:

@@ -41,11 +41,16 @@ struct Ring {
 struct Link {
     Ring* out = nullptr;
     Ring* in = nullptr;
+    int64_t capacity = 0;
+    char* own_memory = nullptr;          // of `sage_attach`
+    std::atomic<bool> is_broken{false};  // the peer is gone: nobody answers, so waits end with an error
 };
 
 Link links[MAX_GROUPS][MAX_PEERS];
 char* memory = nullptr;
 int64_t num_ranks = 0, capacity = 0;
+
+const char* const BROKEN = "the link to rank %lld of the group is broken";
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -57,8 +62,8 @@ inline uint32_t* low_half(std::atomic<uint64_t>& value) {
     return (uint32_t*)&value + (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? 1 : 0);
 }
 
-// Returns when the position is not `seen` any more.
-uint64_t await_change(Position& position, uint64_t seen) {
+// Returns when the position is not `seen` any more, or the link is broken.
+uint64_t await_change(Position& position, uint64_t seen, const Link& link) {
     for (int spin = 0; spin < SPINS; ++spin) {
         const uint64_t now = position.bytes.load(std::memory_order_acquire);
         if (now != seen) return now;
@@ -67,7 +72,7 @@ uint64_t await_change(Position& position, uint64_t seen) {
     for (;;) {
         position.is_awaited.store(1);
         const uint64_t now = position.bytes.load();
-        if (now != seen) {
+        if (now != seen || link.is_broken.load()) {
             position.is_awaited.store(0);
             return now;
         }
@@ -80,13 +85,16 @@ uint64_t await_change(Position& position, uint64_t seen) {
     }
 }
 
-inline void advance(Position& position, uint64_t bytes) {
-    position.bytes.store(bytes);  // sequentially consistent: before the load of is_awaited
-    if (position.is_awaited.load() == 0) return;
+inline void wake(Position& position) {
     position.is_awaited.store(0);
 #if defined(__linux__)
     syscall(SYS_futex, low_half(position.bytes), FUTEX_WAKE, 1, nullptr, nullptr, 0);
 #endif
+}
+
+inline void advance(Position& position, uint64_t bytes) {
+    position.bytes.store(bytes);  // sequentially consistent: before the load of is_awaited
+    if (position.is_awaited.load() != 0) wake(position);
 }
 
 inline int64_t smallest(int64_t a, int64_t b, int64_t c) {
@@ -94,11 +102,15 @@ inline int64_t smallest(int64_t a, int64_t b, int64_t c) {
     return least < c ? least : c;
 }
 
-void write_bytes(Ring& ring, const char* data, int64_t bytes) {
+// Each returns null, or an error message.
+const char* write_bytes(Link& link, const char* data, int64_t bytes) {
+    Ring& ring = *link.out;
+    const int64_t capacity = link.capacity;
     uint64_t written = ring.written.bytes.load(std::memory_order_relaxed);
     while (bytes > 0) {
         uint64_t read = ring.read.bytes.load(std::memory_order_acquire);
-        if (written - read == (uint64_t)capacity) read = await_change(ring.read, read);
+        if (written - read == (uint64_t)capacity) read = await_change(ring.read, read, link);
+        if (link.is_broken.load(std::memory_order_relaxed)) return BROKEN;
         const int64_t at = (int64_t)(written % capacity), room = capacity - (int64_t)(written - read);
         const int64_t size = smallest(smallest(bytes, PIECE, room), capacity - at, bytes);
         memcpy(ring.data + at, data, size);
@@ -106,13 +118,17 @@ void write_bytes(Ring& ring, const char* data, int64_t bytes) {
         data += size;
         bytes -= size;
     }
+    return nullptr;
 }
 
-void read_bytes(Ring& ring, char* data, int64_t bytes) {
+const char* read_bytes(Link& link, char* data, int64_t bytes) {
+    Ring& ring = *link.in;
+    const int64_t capacity = link.capacity;
     uint64_t read = ring.read.bytes.load(std::memory_order_relaxed);
     while (bytes > 0) {
         uint64_t written = ring.written.bytes.load(std::memory_order_acquire);
-        if (written == read) written = await_change(ring.written, written);
+        if (written == read) written = await_change(ring.written, written, link);
+        if (link.is_broken.load(std::memory_order_relaxed)) return BROKEN;
         const int64_t at = (int64_t)(read % capacity), held = (int64_t)(written - read);
         const int64_t size = smallest(bytes, held, capacity - at);
         memcpy(data, ring.data + at, size);
@@ -120,6 +136,16 @@ void read_bytes(Ring& ring, char* data, int64_t bytes) {
         data += size;
         bytes -= size;
     }
+    return nullptr;
+}
+
+void set_link(Link& link, Ring* out, Ring* in, int64_t ring_bytes, char* own_memory) {
+    if (link.own_memory) munmap(link.own_memory, 2 * (sizeof(Ring) + link.capacity));
+    link.out = out;
+    link.in = in;
+    link.capacity = ring_bytes;
+    link.own_memory = own_memory;
+    link.is_broken.store(false);
 }
 
 Ring* ring_between(int64_t source, int64_t target) {
@@ -144,29 +170,49 @@ SAGE_EXPORT const char* sage_open_links(int64_t file, int64_t ranks, int64_t rin
 SAGE_EXPORT const char* sage_connect(int64_t group, int64_t peer, int64_t own, int64_t other) {
     if (memory == nullptr) return "the links between ranks are not open";
     if (group < 0 || group >= MAX_GROUPS || peer < 0 || peer >= MAX_PEERS) return "a group has from 1 to 64 ranks";
-    links[group][peer] = {ring_between(own, other), ring_between(other, own)};
+    set_link(links[group][peer], ring_between(own, other), ring_between(other, own), capacity, nullptr);
     return nullptr;
+}
+
+// Makes the process with the other end of this memory the rank `peer` of a group, in place of the one before, if any.
+// The two ends have `side` 0 and 1. No other thread may use the link meanwhile.
+SAGE_EXPORT const char* sage_attach(int64_t group, int64_t peer, int64_t file, int64_t ring_bytes, int64_t side) {
+    if (group < 0 || group >= MAX_GROUPS || peer < 0 || peer >= MAX_PEERS) return "a group has from 1 to 64 ranks";
+    const int64_t size = sizeof(Ring) + ring_bytes;
+    void* mapped = mmap(nullptr, 2 * size, PROT_READ | PROT_WRITE, MAP_SHARED, (int)file, 0);
+    if (mapped == MAP_FAILED) return "cannot map the memory of a link";
+    char* own = (char*)mapped;
+    set_link(links[group][peer], (Ring*)(own + side * size), (Ring*)(own + (1 - side) * size), ring_bytes, own);
+    return nullptr;
+}
+
+// Ends all waits for the peer, now and later, with an error.
+SAGE_EXPORT void sage_break(int64_t group, int64_t peer) {
+    Link& link = links[group][peer];
+    link.is_broken.store(true);
+    if (link.out == nullptr) return;
+    wake(link.out->read);
+    wake(link.in->written);
 }
 
 SAGE_EXPORT const char* sage_begin_send(int64_t group, int64_t peer, int64_t bytes) {
-    Ring* ring = links[group][peer].out;
-    if (ring == nullptr) return "no link to rank %lld of the group";
-    write_bytes(*ring, (const char*)&bytes, sizeof bytes);
-    return nullptr;
+    Link& link = links[group][peer];
+    if (link.out == nullptr) return "no link to rank %lld of the group";
+    return write_bytes(link, (const char*)&bytes, sizeof bytes);
 }
 
-SAGE_EXPORT void sage_send_piece(int64_t group, int64_t peer, const void* data, int64_t bytes) {
-    write_bytes(*links[group][peer].out, (const char*)data, bytes);
+SAGE_EXPORT const char* sage_send_piece(int64_t group, int64_t peer, const void* data, int64_t bytes) {
+    return write_bytes(links[group][peer], (const char*)data, bytes);
 }
 
 SAGE_EXPORT const char* sage_begin_receive(int64_t group, int64_t peer, int64_t bytes) {
-    Ring* ring = links[group][peer].in;
-    if (ring == nullptr) return "no link from rank %lld of the group";
+    Link& link = links[group][peer];
+    if (link.in == nullptr) return "no link from rank %lld of the group";
     int64_t sent = 0;
-    read_bytes(*ring, (char*)&sent, sizeof sent);
+    if (const char* error = read_bytes(link, (char*)&sent, sizeof sent)) return error;
     return sent == bytes ? nullptr : "the message of rank %lld has an unexpected size; the ranks disagree on the step";
 }
 
-SAGE_EXPORT void sage_receive_piece(int64_t group, int64_t peer, void* data, int64_t bytes) {
-    read_bytes(*links[group][peer].in, (char*)data, bytes);
+SAGE_EXPORT const char* sage_receive_piece(int64_t group, int64_t peer, void* data, int64_t bytes) {
+    return read_bytes(links[group][peer], (char*)data, bytes);
 }

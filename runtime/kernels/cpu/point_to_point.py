@@ -71,6 +71,34 @@ def connect(group: str, members: Sequence[int], own: int) -> None:
         _state.connected.add((group, peer))
 
 
+def make_pair_memory(ring_bytes: int) -> int:
+    """The descriptor of new memory for a link between two processes, with `ring_bytes` in each direction."""
+    file = os.memfd_create("sagellm-link", 0)
+    os.ftruncate(file, 2 * (HEADER_BYTES + ring_bytes))
+    return file
+
+
+def attach(group: str, peer: int, file: int, side: int, ring_bytes: int, compiler: Compiler | None) -> None:
+    """Makes the process with the other end of a pair's memory the rank `peer` of a group, in place of an earlier one.
+
+    The two ends have `side` 0 and 1. Raises CompileError.
+    """
+    function = symbol(load_point_to_point(compiler), "sage_attach")
+    function.argtypes = (ctypes.c_int64,) * 5
+    function.restype = ctypes.c_char_p
+    _raise_error(function(group_number(group), peer, file, ring_bytes, side))
+    _state.compiler = compiler
+    _state.connected.add((group, peer))
+
+
+def break_link(group: str, peer: int) -> None:
+    """Lets all waits for a peer end with an error, because the peer is gone; until `attach` connects another one."""
+    function = symbol(load_point_to_point(_state.compiler), "sage_break")
+    function.argtypes = (ctypes.c_int64,) * 2
+    function.restype = None
+    function(group_number(group), peer)
+
+
 def close_links() -> None:
     """Lets `send` and `recv` use torch.distributed again."""
     _state.connected.clear()
@@ -100,19 +128,19 @@ class Link:
             for name in ("sage_begin_send", "sage_begin_receive")
         )
         self._send, self._receive = (
-            _function(library, name, None, ctypes.c_void_p, ctypes.c_int64)
+            _function(library, name, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
             for name in ("sage_send_piece", "sage_receive_piece")
         )
 
     def send(self, array: npt.NDArray[np.generic]) -> None:
         """Sends a contiguous array; waits only while the ring is full."""
         _raise_error(self._begin_send(*self._key, array.nbytes))
-        self._send(*self._key, array.ctypes.data, array.nbytes)
+        _raise_error(self._send(*self._key, array.ctypes.data, array.nbytes))
 
     def receive(self, array: npt.NDArray[np.generic]) -> None:
         """Waits for a message of the size of the contiguous array, and fills the array with it."""
         _raise_error(self._begin_receive(*self._key, array.nbytes))
-        self._receive(*self._key, array.ctypes.data, array.nbytes)
+        _raise_error(self._receive(*self._key, array.ctypes.data, array.nbytes))
 
 
 def _function(library: ctypes.CDLL, name: str, result: type | None, *arguments: type) -> "ctypes._NamedFuncPointer":
