@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: fuzz-server serve parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: fuzz-server soak-server serve parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -116,6 +116,11 @@ fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as th
 
 fuzz-server: $(TEST_READY) ## Send 200 times as many random requests to the server as the suite
 	SAGELLM_SERVER_SCALE=200 $(PYTEST) --timeout=7200 tests/server/test_fuzz.py
+
+REQUESTS ?= 10000
+soak-server: $(TEST_READY) ## Send REQUESTS random requests to a server, cancel 30 %, and look for leaks; then 10x overload
+	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py soak --requests $(REQUESTS)
+	PYTHONPATH=_dev:tests/server OMP_NUM_THREADS=1 $(BIN)/python tests/server/soak.py overload
 
 interpret: $(TEST_READY) ## Run all checks of the GPU kernels in Triton's interpreter, without a GPU; the suite runs a sample
 	SAGELLM_INTERPRET=all $(PYTEST) tests/kernels/triton/test_interpreter.py

@@ -24,8 +24,7 @@ import msgspec
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.server.channel import EngineSide
-from sageLLM.runtime.server.engine_loop import EngineLoop, crash, describe
-from sageLLM.runtime.server.messages import Command, Event, Refused
+from sageLLM.runtime.server.messages import Command, Crashed, Event, Refused
 
 PARENT_CHECK_SECONDS = 0.5
 
@@ -54,6 +53,8 @@ def _as_path(kind: type, value: Any) -> Any:
 
 def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: Callable[[Event], None]) -> None:
     """Builds the engine, reports that, and serves until None is in the queue."""
+    from sageLLM.runtime.server.engine_loop import EngineLoop, describe  # loads torch, which the front does not need
+
     options = spec.options
     try:
         llm = options.load(Path(spec.model), skip_tokenizer=True)
@@ -84,7 +85,7 @@ def main() -> None:
             raise
         except BaseException as error:
             logging.getLogger("sagellm").error("the engine ends", exc_info=error)
-            side.send(crash(error))
+            side.send(Crashed(f"{type(error).__name__}: {error}"))
     except (OSError, EOFError):
         pass  # the front has hung up
     finally:

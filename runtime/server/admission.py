@@ -52,8 +52,11 @@ class Admission:
 
         A single request is admitted to an empty queue whatever its length.
         """
+        if num_requests > self.max_requests:
+            text = f"the request has {num_requests} answers, and at most {self.max_requests} can be queued"
+            raise ApiError(400, f"{text}; send several requests")
         others = self.num_requests - ticket.num_requests
-        if others + num_requests > self.max_requests and (others or num_requests > self.max_requests):
+        if others + num_requests > self.max_requests:
             raise self._refusal("requests", f"{others} requests are queued, of at most {self.max_requests}")
         other_tokens = self.num_tokens - ticket.num_tokens
         if other_tokens and other_tokens + num_tokens > self.max_tokens:

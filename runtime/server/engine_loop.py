@@ -14,7 +14,6 @@ from sageLLM.runtime.scheduler.request import RequestStatus
 from sageLLM.runtime.server.messages import (
     Abort,
     Command,
-    Crashed,
     Delta,
     Embed,
     Embedded,
@@ -231,7 +230,3 @@ def describe(llm: LLM, mode: str, policy: str, max_num_seqs: int, notes: Iterabl
         eos_ids=sorted(engine.eos_ids),
         choices=[*choices, f"{size}", f"mode {mode}, policy {policy}, at most {max_num_seqs} requests per step"],
     )
-
-
-def crash(error: BaseException) -> Crashed:
-    return Crashed(reason_of(error))

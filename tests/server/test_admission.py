@@ -47,8 +47,9 @@ def test_answers_count_as_requests() -> None:
     queue.claim(first, 3, 1)
     with pytest.raises(ApiError, match="3 requests are queued"):
         queue.claim(second, 2, 1)
-    with pytest.raises(ApiError):
-        Admission(max_requests=4, max_tokens=100).claim(queue.enter(), 5, 1)
+    with pytest.raises(ApiError, match="5 answers, and at most 4") as never:
+        queue.claim(second, 5, 1)
+    assert never.value.status == 400, "retrying would not help"
 
 
 def test_retry_after_is_the_time_in_which_the_queue_drains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def bodies(kind: type) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @settings(
-    max_examples=30 * SCALE,
+    max_examples=20 * SCALE,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     derandomize=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,15 @@ def test_an_unknown_name_in_the_file(tmp_path: Path) -> None:
     path.write_text("prot: 1\n")
     done = CliRunner().invoke(app, ["serve", "folder", "--config", str(path)], env={"COLUMNS": "300"})
     assert done.exit_code == 2 and "unknown option 'prot'; did you mean 'port'?" in done.output
+
+
+def test_the_front_loads_no_torch() -> None:
+    """Half a second of start, and 200 MB."""
+    code = (
+        "import sys, sageLLM.runtime.cli.serve, sageLLM.runtime.server.http_server as h; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_spec_of_the_engine_process_survives_the_channel() -> None:

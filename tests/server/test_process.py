@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 class ServeProcess:
     """A running `sagellm serve` with its output."""
 
-    def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "sageLLM.runtime.cli.entry", "serve", str(MODEL), "--port", "0", *options]
+    def __init__(self, *options: str, model: Path = MODEL) -> None:
+        command = [sys.executable, "-m", "sageLLM.runtime.cli.entry", "serve", str(model), "--port", "0", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.lines: list[str] = []
         self.is_serving = threading.Event()
@@ -33,7 +33,8 @@ class ServeProcess:
         assert self.is_serving.wait(120), self.text
         found = re.search(r"serving \S+ at (http://\S+)/v1", self.text)
         assert found, self.text
-        self.http = httpx2.Client(base_url=found[1], timeout=120, trust_env=False)
+        self.url, self.model = found[1], str(model)
+        self.http = httpx2.Client(base_url=self.url, timeout=120, trust_env=False)
 
     def _read(self) -> None:
         assert self.process.stdout is not None

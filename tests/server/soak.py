@@ -1,0 +1,224 @@
+"""Load on `sagellm serve` with cancels, and a search for leaks; and 10x overload.
+
+    python tests/server/soak.py soak --requests 10000 --cancel 0.3
+    python tests/server/soak.py overload --seconds 10
+
+`soak` ends with the numbers of requests, KV blocks, file descriptors, tasks and memory of both processes before and
+after. `overload` compares the goodput at capacity with that at ten times the rate, and prints the latency of refusals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from servers import MODEL
+from test_process import ServeProcess
+
+from sageLLM.runtime.server.http_client import Address, Connection, HttpError
+
+
+async def one_request(address: Address, draw: random.Random, cancel: float) -> str:
+    """Sends a random request, and closes the connection at a random time for the share `cancel` of them."""
+    body: dict[str, Any] = {
+        "prompt": [draw.randrange(2000) for _ in range(draw.randint(1, 60))],
+        "max_tokens": draw.randint(1, 40),
+        "n": draw.choice([1, 1, 1, 2]),
+        "stop": draw.choice([None, None, "self"]),
+        "stream": True,
+        "ignore_eos": True,
+        "priority": draw.choice([0, 0, 1]),
+    }
+    limit = draw.choice([0.001, 0.01, 0.05]) if draw.random() < cancel else None
+
+    async def read() -> str:
+        try:
+            async for _ in Connection(address).events("/v1/completions", body):
+                pass
+        except HttpError as error:
+            return str(error).partition(":")[0]
+        return "complete"
+
+    try:
+        return await asyncio.wait_for(read(), limit)
+    except TimeoutError:
+        return "cancelled"
+
+
+def resources(server: ServeProcess) -> dict[str, float]:
+    """Counts that must be the same whenever nothing runs, and resident memory in MiB."""
+    page = server.http.get("/metrics").text
+
+    def metric(name: str) -> float:
+        return sum(float(value) for value in re.findall(rf"^{re.escape(name)}\S* (\S+)$", page, re.MULTILINE))
+
+    found = {
+        "running": metric("sagellm:num_requests_running"),
+        "waiting": metric("sagellm:num_requests_waiting{"),
+        "queued": metric("sagellm:num_requests_queued"),
+        "blocks used": metric('sagellm:kv_blocks{engine="0",model_name="' + server.model + '",state="used"}'),
+    }
+    for name, pid in (("front", server.process.pid), ("engine", server.engine_id)):
+        status = Path(f"/proc/{pid}/status").read_text()
+        found[f"{name} threads"] = float(re.findall(r"Threads:\s+(\d+)", status)[0])
+        found[f"{name} files"] = float(len(list(Path(f"/proc/{pid}/fd").iterdir())))
+        found[f"{name} MiB"] = int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+    return found
+
+
+async def soak(address: Address, num_requests: int, cancel: float, concurrency: int, seed: int) -> Counter[str]:
+    draw, ends = random.Random(seed), Counter[str]()
+    remaining = iter(range(num_requests))
+
+    async def worker() -> None:
+        for _ in remaining:
+            ends[await one_request(address, draw, cancel)] += 1
+
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return ends
+
+
+def wait_until_idle(server: ServeProcess, idle: dict[str, float]) -> dict[str, float]:
+    """Waits for aborts and closing connections; returns the resources then."""
+    deadline = time.monotonic() + 30
+    while True:
+        found = resources(server)
+        if all(found[name] == idle[name] for name in ("running", "waiting", "queued", "blocks used")):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+def run_soak(num_requests: int, cancel: float, concurrency: int, seed: int) -> None:
+    # A small KV cache, as its memory is used block by block, and so that requests are preempted.
+    server = ServeProcess("--no-access-log", "--num-kv-blocks", "128")
+    try:
+        address = Address.of(server.url)
+        asyncio.run(soak(address, max(200, num_requests // 20), cancel, concurrency, seed))  # fills caches and buffers
+        time.sleep(1)
+        before = resources(server)
+        start = time.monotonic()
+        ends = asyncio.run(soak(address, num_requests, cancel, concurrency, seed + 1))
+        seconds = time.monotonic() - start
+        after = wait_until_idle(server, {"running": 0, "waiting": 0, "queued": 0, "blocks used": 0})
+        print(f"{num_requests} requests in {seconds:.0f} s: {dict(ends)}")
+        for name in before:
+            print(f"  {name:<16} {before[name]:8.1f} {after[name]:8.1f}")
+        for name in ("front threads", "engine threads", "front files", "engine files"):
+            assert after[name] <= before[name] + 8, f"{name} grow from {before[name]} to {after[name]}"
+        for name in ("front MiB", "engine MiB"):
+            assert after[name] <= before[name] * 1.1 + 20, f"{name} grow from {before[name]} to {after[name]}"
+        assert ends.keys() <= {"complete", "cancelled"}, ends
+    finally:
+        server.process.terminate()
+    assert server.process.wait(60) == 0
+
+
+def random_body(draw: random.Random) -> dict[str, Any]:
+    """32 random ids, answered by 32 tokens."""
+    prompt = [draw.randrange(2000) for _ in range(32)]
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    return {"prompt": prompt, "max_tokens": 32, "ignore_eos": True, **options}
+
+
+async def constant_rate(
+    address: Address, rate: float, seconds: float, seed: int
+) -> tuple[int, list[float], list[float]]:
+    """Sends requests at a rate; returns the tokens of complete answers, and the latencies of refusals and answers."""
+    draw = random.Random(seed)
+    refusals: list[float] = []
+    answers: list[float] = []
+    num_tokens = 0
+
+    async def one() -> None:
+        nonlocal num_tokens
+        start = time.perf_counter()
+        try:
+            async for event in Connection(address).events("/v1/completions", random_body(draw)):
+                if event.get("usage"):
+                    num_tokens += event["usage"]["completion_tokens"]
+            answers.append(time.perf_counter() - start)
+        except HttpError as error:
+            assert str(error).startswith("HTTP 429"), error
+            refusals.append(time.perf_counter() - start)
+
+    tasks = []
+    due = start = time.perf_counter()
+    while due < start + seconds:
+        tasks.append(asyncio.create_task(one()))
+        due += draw.expovariate(rate)
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+    await asyncio.gather(*tasks)
+    return num_tokens, refusals, answers
+
+
+async def capacity_of(address: Address, seconds: float, concurrency: int, seed: int) -> float:
+    """Requests per second of clients that send one request after another."""
+    draw = random.Random(seed)
+    start, num_done = time.perf_counter(), 0
+
+    async def client() -> None:
+        nonlocal num_done
+        while time.perf_counter() < start + seconds:
+            async for _ in Connection(address).events("/v1/completions", random_body(draw)):
+                pass
+            num_done += 1
+
+    await asyncio.gather(*(client() for _ in range(concurrency)))
+    return num_done / (time.perf_counter() - start)
+
+
+def run_overload(model: Path, seconds: float, limit: int, seed: int) -> None:
+    """At capacity the queue is seldom full; at ten times the rate most requests are refused.
+
+    The client shares the cores with the server, so the latency of refusals is also that of the server's log.
+    """
+    options = ["--max-num-queued-reqs", str(limit), "--max-num-seqs", "16", "--log-format", "json"]
+    server = ServeProcess(*options, model=model)
+    try:
+        address = Address.of(server.url)
+        asyncio.run(capacity_of(address, 1.0, limit, seed))
+        capacity = asyncio.run(capacity_of(address, seconds, limit, seed))
+        print(f"capacity {capacity:.0f} requests/s, {32 * capacity:.0f} tokens/s")
+        for factor in (1.0, 10.0):
+            start, num_lines = time.perf_counter(), len(server.lines)
+            num_tokens, refusals, answers = asyncio.run(constant_rate(address, factor * capacity, seconds, seed))
+            rate = num_tokens / (time.perf_counter() - start)
+            print(f"{factor:4.0f}x: {rate:.0f} tokens/s, {len(answers)} answers, {len(refusals)} refusals")
+            logged = [json.loads(line) for line in server.lines[num_lines:] if line.startswith("{")]
+            inside = [entry["seconds"] for entry in logged if entry.get("status") == 429]
+            for where, values in (("client", refusals), ("server", inside)):
+                if values:
+                    p50, p99 = (1e3 * sorted(values)[int(share * (len(values) - 1))] for share in (0.5, 0.99))
+                    print(f"       refusals, {where}: {p50:.1f} ms (p50), {p99:.1f} ms (p99)")
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["soak", "overload"])
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--cancel", type=float, default=0.3)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.what == "soak":
+        run_soak(options.requests, options.cancel, options.concurrency, options.seed)
+    else:
+        run_overload(options.model, options.seconds, options.limit, options.seed)
+
+
+if __name__ == "__main__":
+    main()
