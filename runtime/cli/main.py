@@ -176,6 +176,9 @@ def run(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler, for reproducible answers.")] = None,
     json: Json = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print the part of the io of tiers that computation hides.")
+    ] = False,
     *,
     engine: EngineOptions,
 ) -> None:
@@ -190,6 +193,7 @@ def run(
         seed=seed,
         engine=engine,
         as_json=json,
+        has_profile=profile,
     )
     raise typer.Exit(run_prompts(request))
 

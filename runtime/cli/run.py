@@ -24,6 +24,7 @@ class RunRequest:
     seed: int | None
     engine: EngineOptions
     as_json: bool
+    has_profile: bool = False
 
 
 def run_prompts(request: RunRequest) -> int:
@@ -32,7 +33,11 @@ def run_prompts(request: RunRequest) -> int:
         params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
         llm = request.engine.load(request.model)
         print(llm.kv_cache_size, file=sys.stderr)
+        if llm.compiler.weight_stream is not None:
+            print(llm.compiler.weight_stream, file=sys.stderr)
         outputs = llm.generate(list(request.prompts), params)
+        for report in llm.io_stats() if request.has_profile else ():
+            print(report, file=sys.stderr)
     except (SageError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

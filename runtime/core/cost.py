@@ -122,7 +122,8 @@ def estimate(
     flops, num_bytes = (_number(node, work, env) for work in _work(node, env, memo))
     if node.op_type.is_comm:
         return Cost(flops, num_bytes, hardware.launch_overhead_us + _comm_us(node, hardware, env))
-    if node.op_type.is_kv and (link := _kv_link(node, hardware)) is not None:
+    is_transfer = node.op_type.is_kv or node.op_type.name == "WEIGHT_LOAD"
+    if is_transfer and (link := _kv_link(node, hardware)) is not None:
         # Bytes moved count the read and the write; each byte crosses the link once.
         return Cost(flops, num_bytes, hardware.launch_overhead_us + link.time_us(num_bytes / 2))
     time_us = hardware.roofline_us(flops, num_bytes, dtype_of(node, hardware), efficiency_of(node, hardware))
@@ -195,7 +196,7 @@ def _ranks(node: ExecutionNode, env: Mapping[str, Dim]) -> int:
 
 
 def _kv_link(node: ExecutionNode, hardware: Hardware) -> Link | None:
-    """The link that a KV node uses; None for one within the device, which is memory traffic of the roofline."""
+    """The link that a transfer uses; None for one within the device, which is memory traffic of the roofline."""
     tier = node.metadata.get("tier", "device")
     if tier != "device":
         return hardware.disk_link or hardware.host_link if tier == "disk" else hardware.host_link

@@ -7,6 +7,8 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Unpack, overload
 
+from sageLLM.generated.hardware import HARDWARE
+from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.engine.arguments import (
     Backend,
@@ -51,9 +53,10 @@ from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
 from sageLLM.runtime.worker.build import WeightsTier, WorkerSpec, make_compiler, make_local_executor, place_weights
 from sageLLM.runtime.worker.disaggregation import start_disaggregated
-from sageLLM.runtime.worker.executor import Executor
+from sageLLM.runtime.worker.executor import Executor, InProcessExecutor
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.ffn_workers import FfnWorkers
+from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 
@@ -273,6 +276,16 @@ class LLM:
     def kernel_stats(self) -> list[KernelStats]:
         """For each graph that has run so far: its native calls, and its calls in Python with the reasons."""
         return list(self.compiler.planner.stats)
+
+    def io_stats(self, hardware: Hardware | None = None) -> list[IoReport]:
+        """For each graph with transfers between tiers: the part of their time in which kernels ran as well.
+
+        The planned part is estimated with the rates of `hardware`, by default the generated "cpu". Empty without
+        `kv_tier` and `weights_tier`, without a C++ compiler, and with worker processes.
+        """
+        if self._engine is None or not isinstance(executor := self._engine.executor, InProcessExecutor):
+            return []
+        return executor.io_reports(hardware or HARDWARE["cpu"])
 
     def embed(
         self,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
+from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model
@@ -10,6 +11,7 @@ from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.worker.af_workers import AttentionLinks
 from sageLLM.runtime.worker.attention_runner import AttentionRunner
 from sageLLM.runtime.worker.block_copies import PoolCopies, TieredPool
+from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.kv_pool import LowerTier, make_pool
 from sageLLM.runtime.worker.model_runner import ModelRunner
 from sageLLM.runtime.worker.order_thread import OrderThread, Pending
@@ -108,6 +110,11 @@ class InProcessExecutor:
         pending: Pending[list[StepResult]] = Pending()
         pending.run(self.execute, order)
         return pending
+
+    def io_reports(self, hardware: Hardware) -> list[IoReport]:
+        """The transfers between tiers of each graph that has run."""
+        self.wait()
+        return [report for worker in self._workers() for report in worker.runner.io_reports(hardware)]
 
     def wait(self) -> None:
         if self._last is not None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.execution_graph.kv_loads import load_kv
@@ -16,6 +17,7 @@ from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.planner import Runnable
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.worker.io_report import IoReport, report_io
 from sageLLM.runtime.worker.kv_pool import KVPool
 from sageLLM.runtime.worker.lower_blocks import lower_blocks
 from sageLLM.runtime.worker.micro_batch_inputs import MicroBatchInputs
@@ -64,6 +66,11 @@ class ModelRunner:
             graph = load_kv(self.compiler.kernel_graph(stage), self.pool.lower_tier, self.pool.staging_bytes)
             self._lower_plans[stage] = self.compiler.plan(graph, self._bound, self._arena)
         return self._lower_plans[stage]
+
+    def io_reports(self, hardware: Hardware) -> list[IoReport]:
+        """The transfers between tiers of each plan that has some, planned with the rates of the hardware."""
+        plans = [*self._plans.values(), *self._lower_plans.values()]
+        return [report for plan in plans if (report := report_io(plan, hardware)) is not None]
 
     def run(
         self, stage: Stage, decodes: DecodeBatch, chunks: Sequence[SequenceChunk], rows: Sequence[int]

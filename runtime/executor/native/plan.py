@@ -23,6 +23,7 @@ from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.call_times import CallStamps, CallTime
 from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.native.flatten import Functions, PythonCall, flatten
+from sageLLM.runtime.executor.native.io_meter import make_meter
 from sageLLM.runtime.executor.native.locations import Location, contiguous
 from sageLLM.runtime.executor.native.sizes import solve_sizes
 from sageLLM.runtime.executor.native.weights import Weight, WeightForms
@@ -81,10 +82,12 @@ class NativePlan:
         self._memory = MemoryPlan()
         self._extra: dict[str, int] = {}
         self._num_bytes = -1  # no plan yet
+        self._sizes: dict[str, int] = {}
         self._state: tuple[Any, ...] = ()
         self._last_inputs: Inputs | None = None
         self._outputs: list[Tensor] = []
         self._steps: list[Callable[[], None]] = []
+        self.io = make_meter(graph, self._flat)
 
     @property
     def num_native_calls(self) -> int:
@@ -110,7 +113,14 @@ class NativePlan:
             self._last_inputs = inputs
         for step in self._steps:
             step()
+        if self.io is not None:
+            self.io.end_step()
         return self._outputs
+
+    @property
+    def last_step(self) -> tuple[Sizes, Inputs]:
+        """The sizes and inputs of the last step."""
+        return self._sizes, self._last_inputs or {}
 
     def _state_of(self, values: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """Everything that the call table depends on. Another plan may have moved the shared arena in the meantime."""
@@ -147,6 +157,7 @@ class NativePlan:
     def _lay_out(self, values: Sequence[Tensor | None]) -> None:
         """Fills the call table with the sizes and addresses of a step that differs from the previous one."""
         sizes = self._step_sizes(values)
+        self._sizes = sizes
         self._reserve(sizes)  # before any address is written: growing moves the arena
         tensors = {ref.name: x for ref, x in zip(self._free, values, strict=True)}
         calls = self._flat.calls
@@ -215,7 +226,7 @@ class NativePlan:
             if isinstance(step, PythonCall):
                 yield self._python_step(step, sizes, tensors)
             else:
-                yield self._native_step(step)
+                yield self._native_step(step, 0 if self.io is None else self.io.address)
 
     def _native_step(self, calls: range, stamps: int = 0) -> Callable[[], None]:
         num_streams = self._flat.calls.num_streams(calls)
