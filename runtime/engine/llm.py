@@ -164,6 +164,8 @@ class LLM:
             raise SageError("af must not be combined with tensor_parallel_size or pipeline_parallel_size; use one")
         if af_counts is not None and weights_tier != "device":
             raise SageError("af must not be combined with weights_tier='disk'; use one of them")
+        if af_counts is not None and kv_tier != "device":
+            raise SageError(f"af must not be combined with kv_tier={kv_tier!r}; use one of them")
         num_attention, num_ffn = af_counts or (1, 0)
         num_ranks = num_ranks if af_counts is None else num_attention + num_ffn
         self._backend = choose_backend(distributed_executor_backend, num_ranks)

@@ -17,6 +17,7 @@ from sageLLM.runtime.core.passes.check import verify_schedule
 from sageLLM.runtime.errors import CheckpointError, SageError
 from sageLLM.runtime.execution_graph.weight_loads import StreamedLayer, stream_weights
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
+from sageLLM.runtime.loader import weight_stream
 from sageLLM.runtime.loader.weight_stream import choose_streamed
 
 MODEL = Path(PACKAGE, "examples", "tiny_python_model")
@@ -79,6 +80,17 @@ def test_a_larger_budget_keeps_layers_in_memory(folder: Path, plain: list[tuple[
     assert answers(everything) == plain
     with pytest.raises(SageError, match=r"weights_budget must be at least 0\.00\d GiB"):
         load(folder, weights_budget=(least - 1) / GIB)
+
+
+def test_reads_around_the_page_cache_are_equal(
+    folder: Path, plain: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_stream, "_available_memory", lambda: 0)
+    llm = load(folder)
+    assert answers(llm) == plain
+    monkeypatch.setattr(os, "O_DIRECT", -1, raising=False)  # as on a file system that refuses direct reads
+    assert answers(load(folder)) == plain
+    assert not load(folder).compiler.weight_stream.is_direct
 
 
 def test_embeddings_are_equal(folder: Path) -> None:
