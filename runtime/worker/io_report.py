@@ -24,7 +24,7 @@ class IoReport(NamedTuple):
     def __str__(self) -> str:
         per_step = 1e3 * self.total.io_s / max(self.num_steps, 1)
         planned = "" if self.planned is None else f"; planned {self.planned.hidden_fraction:.0%}"
-        hidden = f"{self.total.hidden_fraction:.0%} hidden behind computation{planned}"
+        hidden = f"{self.total.hidden_fraction:.0%} hidden by computation{planned}"
         return f"io of {self.graph}: {self.num_steps} steps, {per_step:.2f} ms of io per step, {hidden}"
 
 
