@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sageLLM.codegen.emit.builder_views import BodyView, BranchView, CallView, ChoiceView, InputView, StepView
+from sageLLM.codegen.emit.expert_weights import LOCAL_EXPERTS, expert_numbers, expert_weights_of
 from sageLLM.codegen.emit.key_heads import key_heads_of
 from sageLLM.codegen.emit.layer_conditions import layer_condition
 from sageLLM.codegen.emit.python_text import mentions
@@ -51,8 +52,13 @@ class BodyWriter:
         self.model = model
         self.specs = specs
         self._weights = WeightText(
-            self.size_text, lambda name: model.config[name].key_text, self._exists, key_heads_of(model)
+            self.size_text,
+            lambda name: model.config[name].key_text,
+            self._exists,
+            key_heads_of(model),
+            expert_weights_of(model),
         )
+        self._expert_numbers = expert_numbers(model) if LOCAL_EXPERTS in specs.ops else {}
         self._views: dict[tuple[str | None, str, str], WeightView] = {}
         self._texts: dict[str, str] = {}
 
@@ -101,7 +107,7 @@ class BodyWriter:
     def _op_step(self, call: OpCall, *, is_program: bool) -> StepView:
         # Blocks return partial sums: the program reduces them, where the comm passes see the collective.
         if call.reduce is None or not is_program:
-            return StepView(call=self._call(call))
+            return StepView(call=self._call(call), then=self._local_experts(call))
         reduce_ = tuple(self._reduce(name, call.reduce) for name in call.targets)
         if call.reduce == "all_gather":
             reduce_ += tuple(self._without_padding(name, call) for name in call.targets)
@@ -113,6 +119,16 @@ class BodyWriter:
         function = f"{self.module_of(call.shard_op)}.{call.shard_op.name}"
         sharded = CallView(plain.targets, function, plain.args, (("first", first), *plain.attrs))
         return StepView(call=plain, sharded=sharded, reduce=reduce_)
+
+    def _local_experts(self, call: OpCall) -> tuple[CallView, ...]:
+        """Under expert parallelism, the experts that a router has chosen get their numbers on this rank."""
+        found = [(name, self._expert_numbers[name]) for name in call.targets if name in self._expert_numbers]
+        views = []
+        for name, count in found:
+            op, own = self.specs.ops[LOCAL_EXPERTS], f"{self.size_text(count)} // c.ep"
+            attrs = (("X", own), ("first", f"c.rank * ({own})"), ("name", lit(name)))
+            views.append(CallView((name,), f"{self.module_of(op)}.{op.name}", (name,), attrs, when="c.ep > 1"))
+        return tuple(views)
 
     def _reduce(self, name: str, collective: str) -> CallView:
         op = self.specs.ops[collective]

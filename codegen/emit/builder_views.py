@@ -47,11 +47,12 @@ class ChoiceView:
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """One statement: calls in order; `sharded` replaces `call` when tables are sharded over ranks."""
+    """One statement: a call, and those that follow it; `sharded` replaces `call` when tables are sharded over ranks."""
 
     call: CallView | None = None
     sharded: CallView | None = None
     reduce: tuple[CallView, ...] = ()
+    then: tuple[CallView, ...] = ()
     branches: tuple[BranchView, ...] = ()
     choices: tuple[ChoiceView, ...] = ()
     block: BlockCall | None = None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from sageLLM.codegen.emit.expert_weights import NO_EXPERTS, ExpertWeights
 from sageLLM.codegen.emit.key_heads import KeyHeads
 from sageLLM.codegen.emit.layer_conditions import text_of
 from sageLLM.codegen.expr.size import Size
@@ -39,6 +40,7 @@ class WeightText:
     words: Callable[[str], str]
     exists: Callable[[WeightDef], str | None] = lambda weight: None
     key_heads: KeyHeads | None = None
+    experts: ExpertWeights = NO_EXPERTS
 
     def view(self, weight: WeightDef, index: str) -> WeightView:
         inner = f"{weight.block}.{weight.name}" if weight.block else weight.name
@@ -47,12 +49,17 @@ class WeightText:
             weight.name,
             f'f"layers.{{{index}}}.{inner}"' if weight.is_per_layer else lit(inner),
             shape,
-            tuple(_share(text, i, weight) for i, text in enumerate(shape)),
+            self._local_shape(weight, shape),
             self._parts(weight),
             tuple(self._options(weight)),
             text_of(weight.when, index) if weight.when else None,
             self.exists(weight),
         )
+
+    def _local_shape(self, weight: WeightDef, shape: tuple[str, ...]) -> tuple[str, ...]:
+        if self.experts.has(weight):
+            return tuple(self.experts.local(text, weight.dims[i], i) for i, text in enumerate(shape))
+        return tuple(_share(text, i, weight) for i, text in enumerate(shape))
 
     def _parts(self, weight: WeightDef) -> str:
         # Stacked parts become a generator expression over `e`, so that 256 experts are one line.
@@ -112,7 +119,10 @@ class WeightText:
         kind = [f"kind={lit(shard.kind)}"] if shard.kind != "rows" else []
         then = [f"then={lit(shard.then)}"] if shard.then else []
         segments = [f"segments={self._dims(shard.segments)}"] if shard.segments else []
-        return f"Shard({', '.join([str(shard.dim), *kind, *then, *segments, *self._key_heads(weight, shard)])})"
+        experts = ["experts=True"] if self.experts.has(weight) else []
+        return (
+            f"Shard({', '.join([str(shard.dim), *kind, *then, *segments, *self._key_heads(weight, shard), *experts])})"
+        )
 
     def _key_heads(self, weight: WeightDef, shard: ShardDef) -> list[str]:
         """The argument with the number of key heads in each segment, if one of them has any."""

@@ -388,7 +388,7 @@ def weights(c: Glm4MoeLiteConfig) -> Iterator[WeightSpec]:
                         Part(f"model.layers.{i}.mlp.experts.{e}.up_proj.weight", (c.F, c.H), at=(e, c.F)),
                     )
                 ),
-                shard=Shard(1, segments=(c.F, c.F)),
+                shard=Shard(1, segments=(c.F, c.F), experts=True),
             )
             yield WeightSpec(
                 f"layers.{i}.moe.wd",
@@ -397,7 +397,7 @@ def weights(c: Glm4MoeLiteConfig) -> Iterator[WeightSpec]:
                     Part(f"model.layers.{i}.mlp.experts.{e}.down_proj.weight", (c.H, c.F), at=(e,))
                     for e in stacked(c.key("n_routed_experts"), c.X)
                 ),
-                shard=Shard(2, then="all_reduce"),
+                shard=Shard(2, then="all_reduce", experts=True),
             )
             yield WeightSpec(
                 f"layers.{i}.moe.shared_wgu",
@@ -537,8 +537,8 @@ def moe(g: GraphWriter, c: Glm4MoeLiteConfig, stage: Stage, layer: int, n: Tenso
     """
     router = g.weight(f"layers.{layer}.moe.router", g.dtype, c.X, c.H)
     correction = g.weight(f"layers.{layer}.moe.correction", g.dtype, c.X)
-    wgu = g.weight(f"layers.{layer}.moe.wgu", g.dtype, c.X, 2 * c.F, c.H)
-    wd = g.weight(f"layers.{layer}.moe.wd", g.dtype, c.X, c.H, c.F)
+    wgu = g.weight(f"layers.{layer}.moe.wgu", g.dtype, c.X // c.ep, 2 * c.F * c.ep, c.H)
+    wd = g.weight(f"layers.{layer}.moe.wd", g.dtype, c.X // c.ep, c.H, c.F * c.ep)
     shared_wgu = g.weight(f"layers.{layer}.moe.shared_wgu", g.dtype, 2 * c.Ns * c.F, c.H)
     shared_wd = g.weight(f"layers.{layer}.moe.shared_wd", g.dtype, c.H, c.Ns * c.F)
 
@@ -556,6 +556,8 @@ def moe(g: GraphWriter, c: Glm4MoeLiteConfig, stage: Stage, layer: int, n: Tenso
         group_score="top2",
         names=("experts", "scores"),
     )
+    if c.ep > 1:
+        experts = ops.local_experts(g, experts, X=c.X // c.ep, first=c.rank * (c.X // c.ep), name="experts")
     gu = ops.expert_linear(g, n, experts, wgu, name="gu")
     m = ops.silu_mul(g, gu, name="m")
     d = ops.expert_down(g, m, experts, wd, name="d")

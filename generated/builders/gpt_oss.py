@@ -244,7 +244,7 @@ def weights(c: GptOssConfig) -> Iterator[WeightSpec]:
                     view=View((c.X, c.H, c.I, 2), (0, 3, 2, 1), (c.X, 2 * c.I, c.H)),
                 ),
             ),
-            shard=Shard(1, segments=(c.I, c.I)),
+            shard=Shard(1, segments=(c.I, c.I), experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.bgu",
@@ -256,7 +256,7 @@ def weights(c: GptOssConfig) -> Iterator[WeightSpec]:
                     view=View((c.X, c.I, 2), (0, 2, 1), (c.X, 2 * c.I)),
                 ),
             ),
-            shard=Shard(1, segments=(c.I, c.I)),
+            shard=Shard(1, segments=(c.I, c.I), experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.wd",
@@ -268,13 +268,13 @@ def weights(c: GptOssConfig) -> Iterator[WeightSpec]:
                     view=View((c.X, c.I, c.H), (0, 2, 1), (c.X, c.H, c.I)),
                 ),
             ),
-            shard=Shard(2, then="all_reduce"),
+            shard=Shard(2, then="all_reduce", experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.bd",
             (c.X, c.H),
             (Part(f"model.layers.{i}.mlp.experts.down_proj_bias", (c.X, c.H)),),
-            shard=Shard(0, kind="first"),
+            shard=Shard(0, kind="first", experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.router", (c.X, c.H), (Part(f"model.layers.{i}.mlp.router.weight", (c.X, c.H)),)
@@ -361,15 +361,17 @@ def ffn(g: GraphWriter, c: GptOssConfig, stage: Stage, layer: int, n: TensorRef)
     d = expert_down(m, experts, wd, bd)
     f = combine_experts(d, scores)
     """
-    wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X, 2 * c.I, c.H)
-    bgu = g.weight(f"layers.{layer}.ffn.bgu", g.dtype, c.X, 2 * c.I)
-    wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X, c.H, c.I)
-    bd = g.weight(f"layers.{layer}.ffn.bd", g.dtype, c.X, c.H)
+    wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X // c.ep, 2 * c.I * c.ep, c.H)
+    bgu = g.weight(f"layers.{layer}.ffn.bgu", g.dtype, c.X // c.ep, 2 * c.I * c.ep)
+    wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X // c.ep, c.H, c.I * c.ep)
+    bd = g.weight(f"layers.{layer}.ffn.bd", g.dtype, c.X // c.ep, c.H)
     router = g.weight(f"layers.{layer}.ffn.router", g.dtype, c.X, c.H)
     router_bias = g.weight(f"layers.{layer}.ffn.router_bias", g.dtype, c.X)
 
     logits = ops.linear(g, n, router, router_bias, name="logits")
     experts, scores = ops.topk_router(g, logits, A=c.A, names=("experts", "scores"))
+    if c.ep > 1:
+        experts = ops.local_experts(g, experts, X=c.X // c.ep, first=c.rank * (c.X // c.ep), name="experts")
     gu = ops.expert_linear(g, n, experts, wgu, bgu, name="gu")
     m = ops.clamped_silu_mul(g, gu, alpha=c.alpha, limit=c.limit, name="m")
     d = ops.expert_down(g, m, experts, wd, bd, name="d")

@@ -223,13 +223,13 @@ def weights(c: GranitemoeConfig) -> Iterator[WeightSpec]:
             f"layers.{i}.ffn.wgu",
             (c.X, 2 * c.I, c.H),
             (Part(f"model.layers.{i}.block_sparse_moe.input_linear.weight", (c.X, 2 * c.I, c.H)),),
-            shard=Shard(1, segments=(c.I, c.I)),
+            shard=Shard(1, segments=(c.I, c.I), experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.wd",
             (c.X, c.H, c.I),
             (Part(f"model.layers.{i}.block_sparse_moe.output_linear.weight", (c.X, c.H, c.I)),),
-            shard=Shard(2, then="all_reduce"),
+            shard=Shard(2, then="all_reduce", experts=True),
         )
     yield WeightSpec("norm", (c.H,), (Part("model.norm.weight", (c.H,)),))
     yield WeightSpec(
@@ -291,11 +291,13 @@ def ffn(g: GraphWriter, c: GranitemoeConfig, stage: Stage, layer: int, n: Tensor
     f = combine_experts(d, scores)
     """
     router = g.weight(f"layers.{layer}.ffn.router", g.dtype, c.X, c.H)
-    wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X, 2 * c.I, c.H)
-    wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X, c.H, c.I)
+    wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X // c.ep, 2 * c.I * c.ep, c.H)
+    wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X // c.ep, c.H, c.I * c.ep)
 
     logits = ops.linear(g, n, router, name="logits")
     experts, scores = ops.topk_router(g, logits, A=c.A, names=("experts", "scores"))
+    if c.ep > 1:
+        experts = ops.local_experts(g, experts, X=c.X // c.ep, first=c.rank * (c.X // c.ep), name="experts")
     gu = ops.expert_linear(g, n, experts, wgu, name="gu")
     m = ops.silu_mul(g, gu, name="m")
     d = ops.expert_down(g, m, experts, wd, name="d")

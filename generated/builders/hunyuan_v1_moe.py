@@ -247,7 +247,7 @@ def weights(c: HunyuanV1MoeConfig) -> Iterator[WeightSpec]:
                     Part(f"model.layers.{i}.mlp.experts.{e}.up_proj.weight", (c.F, c.H), at=(e, c.F)),
                 )
             ),
-            shard=Shard(1, segments=(c.F, c.F)),
+            shard=Shard(1, segments=(c.F, c.F), experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.wd",
@@ -256,7 +256,7 @@ def weights(c: HunyuanV1MoeConfig) -> Iterator[WeightSpec]:
                 Part(f"model.layers.{i}.mlp.experts.{e}.down_proj.weight", (c.H, c.F), at=(e,))
                 for e in stacked(c.key("num_experts"), c.X)
             ),
-            shard=Shard(2, then="all_reduce"),
+            shard=Shard(2, then="all_reduce", experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.shared_wgu",
@@ -343,13 +343,15 @@ def ffn(g: GraphWriter, c: HunyuanV1MoeConfig, stage: Stage, layer: int, n: Tens
     f = add(f, s)
     """
     router = g.weight(f"layers.{layer}.ffn.router", g.dtype, c.X, c.H)
-    wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X, 2 * c.F, c.H)
-    wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X, c.H, c.F)
+    wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X // c.ep, 2 * c.F * c.ep, c.H)
+    wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X // c.ep, c.H, c.F * c.ep)
     shared_wgu = g.weight(f"layers.{layer}.ffn.shared_wgu", g.dtype, 2 * c.I, c.H)
     shared_wd = g.weight(f"layers.{layer}.ffn.shared_wd", g.dtype, c.H, c.I)
 
     logits = ops.router_logits(g, n, router, name="logits")
     experts, scores = ops.topk_router(g, logits, A=c.A, names=("experts", "scores"))
+    if c.ep > 1:
+        experts = ops.local_experts(g, experts, X=c.X // c.ep, first=c.rank * (c.X // c.ep), name="experts")
     gu = ops.expert_linear(g, n, experts, wgu, name="gu")
     m = ops.silu_mul(g, gu, name="m")
     d = ops.expert_down(g, m, experts, wd, name="d")

@@ -339,7 +339,7 @@ def weights(c: Llama4Config) -> Iterator[WeightSpec]:
                         view=View((c.X, c.H, 2 * c.F), (0, 2, 1), (c.X, 2 * c.F, c.H)),
                     ),
                 ),
-                shard=Shard(1, segments=(c.F, c.F)),
+                shard=Shard(1, segments=(c.F, c.F), experts=True),
             )
             yield WeightSpec(
                 f"layers.{i}.moe.wd",
@@ -351,7 +351,7 @@ def weights(c: Llama4Config) -> Iterator[WeightSpec]:
                         view=View((c.X, c.F, c.H), (0, 2, 1), (c.X, c.H, c.F)),
                     ),
                 ),
-                shard=Shard(2, then="all_reduce"),
+                shard=Shard(2, then="all_reduce", experts=True),
             )
             yield WeightSpec(
                 f"layers.{i}.moe.shared_wgu",
@@ -485,8 +485,8 @@ def moe(g: GraphWriter, c: Llama4Config, stage: Stage, layer: int, n: TensorRef)
     f = add(f, s)
     """
     router = g.weight(f"layers.{layer}.moe.router", g.dtype, c.X, c.H)
-    wgu = g.weight(f"layers.{layer}.moe.wgu", g.dtype, c.X, 2 * c.F, c.H)
-    wd = g.weight(f"layers.{layer}.moe.wd", g.dtype, c.X, c.H, c.F)
+    wgu = g.weight(f"layers.{layer}.moe.wgu", g.dtype, c.X // c.ep, 2 * c.F * c.ep, c.H)
+    wd = g.weight(f"layers.{layer}.moe.wd", g.dtype, c.X // c.ep, c.H, c.F * c.ep)
     shared_wgu = g.weight(f"layers.{layer}.moe.shared_wgu", g.dtype, 2 * c.F, c.H)
     shared_wd = g.weight(f"layers.{layer}.moe.shared_wd", g.dtype, c.H, c.F)
 
@@ -494,6 +494,8 @@ def moe(g: GraphWriter, c: Llama4Config, stage: Stage, layer: int, n: TensorRef)
     experts, scores = ops.topk_router(
         g, logits, A=c.A, scoring="sigmoid", renormalize=False, names=("experts", "scores")
     )
+    if c.ep > 1:
+        experts = ops.local_experts(g, experts, X=c.X // c.ep, first=c.rank * (c.X // c.ep), name="experts")
     gu = ops.expert_linear(g, n, experts, wgu, name="gu")
     gu = ops.scale_experts(g, gu, scores, name="gu")
     m = ops.silu_mul(g, gu, name="m")

@@ -236,7 +236,7 @@ def weights(c: MinimaxM2Config) -> Iterator[WeightSpec]:
                     Part(f"model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight", (c.I, c.H), at=(e, c.I)),
                 )
             ),
-            shard=Shard(1, segments=(c.I, c.I)),
+            shard=Shard(1, segments=(c.I, c.I), experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.wd",
@@ -245,7 +245,7 @@ def weights(c: MinimaxM2Config) -> Iterator[WeightSpec]:
                 Part(f"model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight", (c.H, c.I), at=(e,))
                 for e in stacked("num_local_experts", c.X)
             ),
-            shard=Shard(2, then="all_reduce"),
+            shard=Shard(2, then="all_reduce", experts=True),
         )
         yield WeightSpec(
             f"layers.{i}.ffn.correction",
@@ -326,12 +326,14 @@ def ffn(g: GraphWriter, c: MinimaxM2Config, stage: Stage, layer: int, n: TensorR
     f = combine_experts(d, scores)
     """
     router = g.weight(f"layers.{layer}.ffn.router", g.dtype, c.X, c.H)
-    wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X, 2 * c.I, c.H)
-    wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X, c.H, c.I)
+    wgu = g.weight(f"layers.{layer}.ffn.wgu", g.dtype, c.X // c.ep, 2 * c.I * c.ep, c.H)
+    wd = g.weight(f"layers.{layer}.ffn.wd", g.dtype, c.X // c.ep, c.H, c.I * c.ep)
     correction = g.weight(f"layers.{layer}.ffn.correction", g.dtype, c.X)
 
     logits = ops.linear(g, n, router, name="logits")
     experts, scores = ops.topk_router(g, logits, correction, A=c.A, scoring="sigmoid", names=("experts", "scores"))
+    if c.ep > 1:
+        experts = ops.local_experts(g, experts, X=c.X // c.ep, first=c.rank * (c.X // c.ep), name="experts")
     gu = ops.expert_linear(g, n, experts, wgu, name="gu")
     m = ops.silu_mul(g, gu, name="m")
     d = ops.expert_down(g, m, experts, wd, name="d")

@@ -258,7 +258,7 @@ def weights(c: Qwen3VlMoeConfig) -> Iterator[WeightSpec]:
                         is_either=True,
                     ),
                 ),
-                shard=Shard(1, segments=(c.F, c.F)),
+                shard=Shard(1, segments=(c.F, c.F), experts=True),
             )
             yield WeightSpec(
                 f"layers.{i}.moe.wd",
@@ -271,7 +271,7 @@ def weights(c: Qwen3VlMoeConfig) -> Iterator[WeightSpec]:
                         is_either=True,
                     ),
                 ),
-                shard=Shard(2, then="all_reduce"),
+                shard=Shard(2, then="all_reduce", experts=True),
             )
     yield WeightSpec("norm", (c.H,), (Part("model.norm.weight", (c.H,)),))
     yield WeightSpec(
@@ -355,11 +355,13 @@ def moe(g: GraphWriter, c: Qwen3VlMoeConfig, stage: Stage, layer: int, n: Tensor
     f = combine_experts(d, scores)
     """
     router = g.weight(f"layers.{layer}.moe.router", g.dtype, c.X, c.H)
-    wgu = g.weight(f"layers.{layer}.moe.wgu", g.dtype, c.X, 2 * c.F, c.H)
-    wd = g.weight(f"layers.{layer}.moe.wd", g.dtype, c.X, c.H, c.F)
+    wgu = g.weight(f"layers.{layer}.moe.wgu", g.dtype, c.X // c.ep, 2 * c.F * c.ep, c.H)
+    wd = g.weight(f"layers.{layer}.moe.wd", g.dtype, c.X // c.ep, c.H, c.F * c.ep)
 
     logits = ops.linear(g, n, router, name="logits")
     experts, scores = ops.topk_router(g, logits, A=c.A, renormalize=c.renormalize, names=("experts", "scores"))
+    if c.ep > 1:
+        experts = ops.local_experts(g, experts, X=c.X // c.ep, first=c.rank * (c.X // c.ep), name="experts")
     gu = ops.expert_linear(g, n, experts, wgu, name="gu")
     m = ops.silu_mul(g, gu, name="m")
     d = ops.expert_down(g, m, experts, wd, name="d")

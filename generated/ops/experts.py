@@ -16,6 +16,7 @@ __all__ = [
     "CombineExperts",
     "ExpertDown",
     "ExpertLinear",
+    "LocalExperts",
     "RouterLogits",
     "ScaleExperts",
     "SparsemixerRouter",
@@ -24,6 +25,7 @@ __all__ = [
     "combine_experts",
     "expert_down",
     "expert_linear",
+    "local_experts",
     "router_logits",
     "scale_experts",
     "sparsemixer_router",
@@ -227,6 +229,44 @@ def sparsemixer_router(
     attrs: dict[str, AttrValue] = {"A": A, "jitter": jitter}
     experts, weights = g.emit(SparsemixerRouter, inputs, attrs, names)
     return experts, weights
+
+
+# specs/ops/experts.yaml: local_experts
+class LocalExperts(OpNode):
+    """The experts of every token by their numbers on this rank; X, one more than the last, for those of other ranks.
+
+    number = experts - first
+    y = where(number >= 0 and number < X, number, X)
+    """
+
+    op = "local_experts"
+    spec = "specs/ops/experts.yaml: local_experts"
+    kind = OpType.ROUTER
+    input_types = {"experts": i32[T, A]}
+    output_types = {"y": i32[T, A]}
+    attr_types = {"X": AttrSpec("dim"), "first": AttrSpec("i32", min=0)}
+    flop_formula = 5 * A * T
+    byte_formula = 8 * A * T
+
+    @property
+    def experts(self) -> TensorRef:
+        return self.input("experts")
+
+    @property
+    def first(self) -> int:
+        return cast("int", self.attrs["first"])
+
+    @property
+    def y(self) -> TensorRef:
+        return self.output("y")
+
+
+def local_experts(g: GraphWriter, experts: TensorRef, *, X: Dim, first: int, name: str = "y") -> TensorRef:
+    """Adds a local_experts node to the graph and returns its result."""
+    inputs: dict[str, TensorRef | None] = {"experts": experts}
+    attrs: dict[str, AttrValue] = {"X": X, "first": first}
+    (y,) = g.emit(LocalExperts, inputs, attrs, (name,))
+    return y
 
 
 # specs/ops/experts.yaml: expert_linear

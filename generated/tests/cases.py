@@ -44,6 +44,7 @@ CASES: dict[str, Cases] = {
     "router_logits": Cases([{"T": 1, "K": 1, "X": 1}, {"T": 9, "K": 33, "X": 7}], {}, {}),
     "topk_router": Cases([{"T": 1, "X": 1, "A": 1}, {"T": 9, "X": 8, "A": 3}], {}, {}),
     "sparsemixer_router": Cases([{"T": 1, "X": 2, "A": 2}, {"T": 9, "X": 8, "A": 2}], {}, {}),
+    "local_experts": Cases([{"T": 1, "A": 1, "X": 1}, {"T": 9, "A": 3, "X": 5}], {"first": 1}, {}),
     "expert_linear": Cases(
         [{"T": 1, "A": 1, "X": 2, "N": 1, "K": 1}, {"T": 9, "A": 3, "X": 5, "N": 20, "K": 33}], {}, {}
     ),

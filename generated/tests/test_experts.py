@@ -58,6 +58,22 @@ def test_sparsemixer_router(case: dict[str, Any]) -> None:
     check_dtypes(OPS["sparsemixer_router"], KERNELS["sparsemixer_router"], case, attrs, limits)
 
 
+LOCAL_EXPERTS_CASES: list[dict[str, Any]] = [
+    {"T": 1, "A": 1, "X": 1},
+    {"T": 9, "A": 3, "X": 5},
+]
+
+
+# specs/ops/experts.yaml: local_experts
+@pytest.mark.parametrize("case", LOCAL_EXPERTS_CASES, ids=str)
+def test_local_experts(case: dict[str, Any]) -> None:
+    attrs: dict[str, Any] = {"first": 1}
+    limits: dict[str, str] = {}
+    check_types(OPS["local_experts"], KERNELS["local_experts"], case, attrs, limits)
+    check_precision(OPS["local_experts"], KERNELS["local_experts"], case, attrs, limits)
+    check_dtypes(OPS["local_experts"], KERNELS["local_experts"], case, attrs, limits)
+
+
 EXPERT_LINEAR_CASES: list[dict[str, Any]] = [
     {"T": 1, "A": 1, "X": 2, "N": 1, "K": 1},
     {"T": 9, "A": 3, "X": 5, "N": 20, "K": 33},

@@ -91,6 +91,9 @@ class EngineOptions:
     ] = True
     tensor_parallel_size: Annotated[int, Option("Worker processes that share each layer.")] = 1
     pipeline_parallel_size: Annotated[int, Option("Stages that the layers are divided into.")] = 1
+    enable_expert_parallel: Annotated[bool, Option("Divide experts over these workers whole, not each of them.")] = (
+        False
+    )
     distributed_executor_backend: Annotated[
         Literal["uni", "mp"] | None, Option("Run the model in this process, or in worker processes.")
     ] = None

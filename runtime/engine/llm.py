@@ -95,7 +95,8 @@ class LLM:
 
     `distributed_executor_backend`: "uni" runs the model in this process, the default, and "mp" in worker processes, one
     for each of `tensor_parallel_size` ranks in each of `pipeline_parallel_size` stages. Lost workers are started again,
-    and their requests are replayed.
+    and their requests are replayed. With `enable_expert_parallel` each rank has some of the experts of a layer, instead
+    of a part of each.
 
     `num_ubatches` divides the rows of each step into so many micro-batches, which go through the layers in turns: while
     one communicates, another computes. The answers are the same.
@@ -141,6 +142,7 @@ class LLM:
         async_scheduling: bool = True,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
         distributed_executor_backend: Backend | None = None,
         num_ubatches: int = 1,
         overlap_transfers: bool | None = None,
@@ -181,6 +183,7 @@ class LLM:
                 max_model_len=max_model_len,
                 tp=tensor_parallel_size,
                 pp=pipeline_parallel_size,
+                expert_parallel=enable_expert_parallel,
                 has_weights=self._backend == "uni" and weights.tier == "device",
             )
             max_len = self.model.max_model_len
@@ -218,6 +221,7 @@ class LLM:
                 weights=weights,
                 kv_tier=kv_tier,
                 tp=tensor_parallel_size,
+                enable_expert_parallel=enable_expert_parallel,
                 num_ubatches=num_ubatches,
                 overlap_transfers=overlap_transfers,
                 pp=pipeline_parallel_size,

@@ -15,6 +15,7 @@ from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint
 from sageLLM.runtime.core.model.hf_config import HFConfig, shown
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_shapes, with_stored_ties
+from sageLLM.runtime.core.model.weights import by_experts
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.execution_graph.attention_ffn import Role, is_ffn_weight
 from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage, why_not_divisible
@@ -95,11 +96,13 @@ def load_model(
     tp: int = 1,
     pp: int = 1,
     role: Role | None = None,
+    expert_parallel: bool = False,
     has_weights: bool = True,
 ) -> Model:
     """Loads a Hugging Face checkpoint folder, or the share of one of `tp` tensor-parallel ranks in `pp` stages.
 
-    `rank` numbers the ranks stage by stage. With a `role`, only the weights of attention workers, or those of FFN
+    `rank` numbers the ranks stage by stage. With `expert_parallel` each of `tp` ranks has whole experts, instead of a
+    part of each. With a `role`, only the weights of attention workers, or those of FFN
     workers, are read. Without `has_weights` the folder is checked, and the model has the config of all ranks and no
     weights: it is for the process that sends steps to workers.
 
@@ -129,7 +132,7 @@ def load_model(
         _check(layout, config, checkpoint)
         if (reason := why_not_divisible(str(folder), config.L, pp)) is not None:
             raise CheckpointError(reason)
-        whole, own = config, _rank_config(layout, config, rank % tp, tp)
+        whole, own = config, _rank_config(layout, config, rank % tp, tp, expert_parallel=expert_parallel)
         config = own if has_weights else whole
         # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
         tables = _tables(config, length, device if has_weights else torch.device("cpu"), path)
@@ -138,7 +141,8 @@ def load_model(
             specs = weights_of_stage(layout, whole, stage)
             if role is not None:
                 specs = [spec for spec in specs if is_ffn_weight(layout, spec.name) == (role == "ffn")]
-            weights = dict(load_weights(specs, checkpoint, kind, device, rank=rank % tp, tp=tp))
+            divided = map(by_experts, specs) if own.ep > 1 else specs
+            weights = dict(load_weights(divided, checkpoint, kind, device, rank=rank % tp, tp=tp))
     finally:
         checkpoint.close()
     return Model(
@@ -154,14 +158,27 @@ def load_model(
     )
 
 
-def _rank_config(layout: ModelLayout, config: Any, rank: int, tp: int) -> Any:
+def _rank_config(layout: ModelLayout, config: Any, rank: int, tp: int, *, expert_parallel: bool) -> Any:
     """The config of one rank. Raises CheckpointError if the degree does not divide the model's sizes."""
+    if expert_parallel:
+        _check_experts(layout, config, tp)
     if tp == 1:
         return config
     try:
-        return replace(layout.shard_config(config, tp), rank=rank)
+        return replace(layout.shard_config(config, tp), rank=rank, ep=tp if expert_parallel else 1)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def _check_experts(layout: ModelLayout, config: Any, tp: int) -> None:
+    stacks = {spec.shape[0] for spec in layout.weights(config) if spec.shard is not None and spec.shard.experts}
+    if not stacks:
+        raise CheckpointError(f"enable_expert_parallel requires a model with experts, got {layout.name}")
+    for count in stacks:
+        if count % tp:
+            raise CheckpointError(
+                f"tensor_parallel_size={tp} does not divide the {count} experts; use a divisor of {count}"
+            )
 
 
 def _model_len(longest: int, requested: int | None, path: Path) -> int:

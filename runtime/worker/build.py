@@ -71,6 +71,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     kv_tier: Tier = "device"
     rendezvous: str | None = None
     shared_memory: int | None = None
+    enable_expert_parallel: bool = False
     num_ubatches: int = 1
     overlap_transfers: bool | None = None
     link_memory: int | None = None
@@ -114,6 +115,7 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         tp=spec.tp,
         pp=spec.pp,
         role=None if spec.side is None else spec.side.role,
+        expert_parallel=spec.enable_expert_parallel,
         has_weights=spec.weights.tier == "device",
     )
     links = None

@@ -23,6 +23,7 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout, Stage
+from sageLLM.runtime.core.model.weights import by_experts
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.loader.tables import PositionTables
@@ -157,13 +158,16 @@ def steps(vocab_size: int) -> list[tuple[Stage, dict[str, Tensor | None]]]:
 
 
 @torch.inference_mode()
-def logits(layout: ModelLayout, config: Any, weights: Mapping[str, Tensor], tp: int) -> list[list[Tensor]]:
+def logits(
+    layout: ModelLayout, config: Any, weights: Mapping[str, Tensor], tp: int, *, expert_parallel: bool = False
+) -> list[list[Tensor]]:
     """By rank, the logits of every step."""
     meeting = Meeting(tp)
-    specs = list(layout.weights(config))
+    specs = [by_experts(spec) if expert_parallel else spec for spec in layout.weights(config)]
+    ep = tp if expert_parallel else 1
     ranks = []
     for rank in range(tp):
-        own = replace(layout.shard_config(config, tp), rank=rank) if tp > 1 else config
+        own = replace(layout.shard_config(config, tp), rank=rank, ep=ep) if tp > 1 else config
         share = {spec.name: rank_shard(spec, weights[spec.name], rank, tp) for spec in specs}
         ranks.append(Rank(layout, own, share, meeting.kernels(rank)))
 
@@ -191,3 +195,30 @@ def test_all_ranks_together_equal_one(name: str, tp: int) -> None:
             assert step.shape == wanted.shape
             torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-9)
     assert float(alone[0].std()) > 1e-3, "logits that hardly differ would show nothing"
+
+
+def has_experts(layout: ModelLayout) -> bool:
+    return any(spec.shard is not None and spec.shard.experts for spec in layout.weights(divisible(layout, 2)))
+
+
+@pytest.mark.parametrize("name", [name for name, layout in MODELS.items() if has_experts(layout)])
+def test_ranks_with_whole_experts_equal_one(name: str) -> None:
+    layout = MODELS[name]
+    config = divisible(layout, 2)
+    assert config.X % 2 == 0
+    weights = random_weights(layout, config)
+    (alone,) = logits(layout, config, weights, 1)
+    for found in logits(layout, config, weights, 2, expert_parallel=True):
+        for step, wanted in zip(found, alone, strict=True):
+            torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_every_layout_with_experts_can_divide_them() -> None:
+    routed = {
+        name
+        for name, layout in MODELS.items()
+        for spec in layout.weights(divisible(layout, 2))
+        if len(spec.shape) == 3 and spec.shape[0] == getattr(divisible(layout, 2), "X", None)
+    }
+    assert routed == {name for name, layout in MODELS.items() if has_experts(layout)}
+    assert len(routed) > 15

@@ -1,6 +1,7 @@
 """Compares ranks with one process, for the cases of the oracle tests: tokens and log-probabilities.
 
     python tests/parallel/layouts.py [--only TEXT] [--modes hybrid,time_share,strict] [--degrees 2x1,1x2]
+                                       [--expert-parallel]
 
 Each case runs in float32 in the given modes and degrees (tensor-parallel ranks x pipeline stages);
 `make parallel-layouts` runs all of them in all modes, which takes half an hour. A case with sizes that the degree does
@@ -32,13 +33,14 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--modes", default="hybrid")
     parser.add_argument("--degrees", default="2x1,1x2")
+    parser.add_argument("--expert-parallel", action="store_true", help="with whole experts on each rank")
     options = parser.parse_args()
     failed = 0
     for name, family, config in cases(options.only):
         for mode in options.modes.split(","):
-            degrees = options.degrees.split(",")
-            for degree, found in zip(degrees, compare(family, config, mode, degrees), strict=True):
-                failed += found not in ("equal", "refused")
+            degrees, more = options.degrees.split(","), {"enable_expert_parallel": options.expert_parallel}
+            for degree, found in zip(degrees, compare(family, config, mode, degrees, **more), strict=True):
+                failed += found not in ("equal", "refused", "no experts")
                 print(f"{name:<60} {mode:<12} {degree} {found}", flush=True)
     sys.exit(failed > 0)
 
@@ -52,7 +54,7 @@ def cases(only: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def compare(family: str, config: dict[str, Any], mode: str, degrees: Sequence[str], **options: Any) -> list[str]:
-    """For each degree "equal", "refused" for a model that cannot be divided, or the first difference.
+    """For each degree "equal", "refused" or "no experts" for a model that cannot be divided, or the first difference.
 
     `options` are further arguments of the LLM with several ranks.
     """
@@ -67,6 +69,8 @@ def _compare(folder: str, alone: "Answers", degree: str, **options: Any) -> str:
     try:
         llm = LLM(folder, tensor_parallel_size=tp, pipeline_parallel_size=pp, **options)
     except CheckpointError as error:
+        if "requires a model with experts" in str(error):
+            return "no experts"
         return "refused" if "does not divide" in str(error) else str(error)
     try:
         return _difference(_answers(llm), alone)

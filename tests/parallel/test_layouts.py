@@ -25,3 +25,8 @@ def test_two_ranks_equal_one(name: str) -> None:
 def test_two_ranks_with_overlapping_collectives_equal_one() -> None:
     family, config = next((family, config) for found, family, config in cases("phi") if found == "phi")
     assert compare(family, config, "hybrid", ["2x1"], num_ubatches=2, overlap_transfers=True) == ["equal"]
+
+
+def test_two_ranks_with_whole_experts_equal_one() -> None:
+    _, family, config = next(cases("mixtral, window"))
+    assert compare(family, config, "hybrid", ["2x1"], enable_expert_parallel=True) == ["equal"]

@@ -194,6 +194,8 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 def test_errors_of_arguments() -> None:
     with pytest.raises(CheckpointError, match="tensor_parallel_size=3 does not divide"):
         load(tensor_parallel_size=3)
+    with pytest.raises(CheckpointError, match="enable_expert_parallel requires a model with experts, got llama"):
+        load(tensor_parallel_size=2, enable_expert_parallel=True)
     with pytest.raises(SageError, match="tensor_parallel_size must be an integer of at least 1, got 0"):
         load(tensor_parallel_size=0)
     with pytest.raises(SageError, match="must be 'mp' for 2 ranks, got 'uni'"):

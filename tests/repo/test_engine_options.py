@@ -93,7 +93,12 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "disable-passes": "a,b",
     }
     flags = [word for name, value in given.items() for word in (f"--{name}", value)]
-    switches = ["--no-enable-prefix-caching", "--no-async-scheduling", "--overlap-transfers"]
+    switches = [
+        "--no-enable-prefix-caching",
+        "--no-async-scheduling",
+        "--overlap-transfers",
+        "--enable-expert-parallel",
+    ]
     done = CliRunner().invoke(app, ["run", "folder", "--prompt", "a", *flags, *switches])
     assert (done.exit_code, done.stderr) == (1, "error: stop here\n")
     (options,) = seen

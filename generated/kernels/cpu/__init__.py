@@ -27,7 +27,16 @@ from ...ops.attention import PagedDecodeAttention, PagedPrefillAttention
 from ...ops.comm import AllGather, AllReduce, AllreduceAddRmsNorm, Recv, Send
 from ...ops.elementwise import Add, AddBias, Clip, Mul, MulRows, MulWeight, Scale, SoftCap
 from ...ops.embedding import Embedding, EmbeddingShard, PositionEmbedding, SelectRows
-from ...ops.experts import CombineExperts, ExpertDown, ExpertLinear, RouterLogits, ScaleExperts, SumExperts, TopkRouter
+from ...ops.experts import (
+    CombineExperts,
+    ExpertDown,
+    ExpertLinear,
+    LocalExperts,
+    RouterLogits,
+    ScaleExperts,
+    SumExperts,
+    TopkRouter,
+)
 from ...ops.kv import KvLoad, KvMigrate, KvStore
 from ...ops.linear import (
     HeadLinear,
@@ -124,6 +133,7 @@ def _kernels() -> dict[str, NativeKernel]:
         "select_rows": NativeKernel(SelectRows, "embedding.cpp", ("T", "H", "S")),
         "router_logits": NativeKernel(RouterLogits, "experts.cpp", ("T", "K", "X"), packed={"w": 1}),
         "topk_router": NativeKernel(TopkRouter, "experts.cpp", ("T", "X", "A")),
+        "local_experts": NativeKernel(LocalExperts, "experts.cpp", ("T", "A", "X")),
         "expert_linear": NativeKernel(ExpertLinear, "experts.cpp", ("T", "K", "A", "X", "N"), packed={"w": 1}),
         "expert_down": NativeKernel(ExpertDown, "experts.cpp", ("T", "A", "K", "X", "N"), packed={"w": 1}),
         "combine_experts": NativeKernel(CombineExperts, "experts.cpp", ("T", "A", "H")),

@@ -70,6 +70,28 @@ SAGE_KERNEL(topk_router) {
     });
 }
 
+// specs/ops/experts.yaml: local_experts
+// The experts of every token by their numbers on this rank; X, one more than the last, for those of other ranks.
+//
+//     number = experts - first
+//     y = where(number >= 0 and number < X, number, X)
+SAGE_KERNEL(local_experts) {
+    const int64_t T = sizes[0];
+    const int64_t A = sizes[1];
+    const int64_t X = sizes[2];
+    const int32_t* experts = (const int32_t*)tensors[0];
+    const int64_t experts_T = sizes[3];
+    int32_t* y = (int32_t*)tensors[1];
+    const int64_t y_T = sizes[4];
+    const int64_t first = (int64_t)attrs[1];
+    parallel_for_rows(T, A * T, [&](int64_t i_T) {
+        sweep(A, [&](auto i_A) {
+            const auto number = subtract(load(experts + i_T * experts_T, i_A), first);
+            store(y + i_T * y_T, i_A, where(number >= 0 & number < (int32_t)X, number, ints(X)));
+        });
+    });
+}
+
 // specs/ops/experts.yaml: expert_linear
 // Every token projected by each of its experts, with stacked weights and an optional bias per expert.
 //
@@ -91,6 +113,10 @@ SAGE_KERNEL(expert_linear) {
     const int64_t y_T = sizes[10];
     const int64_t y_A = sizes[11];
     const Routes routes(experts, experts_T, T, A, X);
+    for (int64_t row = 0; row < routes.rows(X); ++row) {
+        const Route route = routes.at(X, row);
+        memset(y + route.token * y_T + route.choice * y_A, 0, N * sizeof(E));
+    }
     const GemmArgs<E> args = {0, K, N, 1, w};
     grouped_gemm(
         MICROKERNEL, TUNING, X, args, [&](int64_t i_X) { return routes.rows(i_X); },
@@ -128,6 +154,10 @@ SAGE_KERNEL(expert_down) {
     const int64_t y_T = sizes[11];
     const int64_t y_A = sizes[12];
     const Routes routes(experts, experts_T, T, A, X);
+    for (int64_t row = 0; row < routes.rows(X); ++row) {
+        const Route route = routes.at(X, row);
+        memset(y + route.token * y_T + route.choice * y_A, 0, N * sizeof(E));
+    }
     const GemmArgs<E> args = {0, K, N, 1, w};
     grouped_gemm(
         MICROKERNEL, TUNING, X, args, [&](int64_t i_X) { return routes.rows(i_X); },

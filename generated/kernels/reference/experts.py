@@ -13,6 +13,7 @@ __all__ = [
     "combine_experts",
     "expert_down",
     "expert_linear",
+    "local_experts",
     "router_logits",
     "scale_experts",
     "sparsemixer_router",
@@ -74,15 +75,22 @@ def sparsemixer_router(logits: Tensor, *, A: int, jitter: float = 0.01) -> tuple
     return torch.cat(experts, -1).to(torch.int32), torch.cat(weights, -1)
 
 
+# specs/ops/experts.yaml: local_experts
+def local_experts(experts: Tensor, *, X: int, first: int) -> Tensor:
+    """The experts of every token by their numbers on this rank; X, one more than the last, for those of other ranks."""
+    number = experts - first
+    return torch.where((number >= 0) & (number < X), number, X)
+
+
 # specs/ops/experts.yaml: expert_linear
 def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[t, a] = w[experts[t, a]] @ x[t] (or x[t, a]), plus the bias of the expert if there is one."""
+    """y[t, a] = w[experts[t, a]] @ x[t] (or x[t, a]), plus the bias of the expert if there is one; 0 for expert X."""
     chosen = experts.flatten()
     order = chosen.argsort(stable=True)
     source = x.flatten(0, 1).index_select(0, order) if x.dim() == 3 else x.index_select(0, order // experts.shape[1])
-    sums = x.new_empty(chosen.shape[0], w.shape[1])
+    sums = x.new_zeros(chosen.shape[0], w.shape[1])
     first = 0
-    for expert, count in enumerate(torch.bincount(chosen, minlength=w.shape[0]).tolist()):
+    for expert, count in enumerate(torch.bincount(chosen, minlength=w.shape[0])[: w.shape[0]].tolist()):
         if count:
             mine = slice(first, first + count)
             sums[mine] = torch.nn.functional.linear(source[mine], w[expert], None if bias is None else bias[expert])
@@ -92,13 +100,13 @@ def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = N
 
 # specs/ops/experts.yaml: expert_down
 def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[t, a] = w[experts[t, a]] @ x[t] (or x[t, a]), plus the bias of the expert if there is one."""
+    """y[t, a] = w[experts[t, a]] @ x[t] (or x[t, a]), plus the bias of the expert if there is one; 0 for expert X."""
     chosen = experts.flatten()
     order = chosen.argsort(stable=True)
     source = x.flatten(0, 1).index_select(0, order) if x.dim() == 3 else x.index_select(0, order // experts.shape[1])
-    sums = x.new_empty(chosen.shape[0], w.shape[1])
+    sums = x.new_zeros(chosen.shape[0], w.shape[1])
     first = 0
-    for expert, count in enumerate(torch.bincount(chosen, minlength=w.shape[0]).tolist()):
+    for expert, count in enumerate(torch.bincount(chosen, minlength=w.shape[0])[: w.shape[0]].tolist()):
         if count:
             mine = slice(first, first + count)
             sums[mine] = torch.nn.functional.linear(source[mine], w[expert], None if bias is None else bias[expert])

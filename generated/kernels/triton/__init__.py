@@ -27,7 +27,16 @@ from .activation import (
 from .attention import paged_decode_attention, paged_prefill_attention
 from .elementwise import add, add_bias, clip, mul, mul_rows, mul_weight, scale, soft_cap
 from .embedding import embedding, embedding_shard, position_embedding, select_rows
-from .experts import combine_experts, expert_down, expert_linear, router_logits, scale_experts, sum_experts, topk_router
+from .experts import (
+    combine_experts,
+    expert_down,
+    expert_linear,
+    local_experts,
+    router_logits,
+    scale_experts,
+    sum_experts,
+    topk_router,
+)
 from .kv import kv_store
 from .linear import head_linear, linear, lm_head, lm_head_sample
 from .norm import (
@@ -85,6 +94,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "select_rows": select_rows,
     "router_logits": router_logits,
     "topk_router": topk_router,
+    "local_experts": local_experts,
     "expert_linear": expert_linear,
     "expert_down": expert_down,
     "combine_experts": combine_experts,

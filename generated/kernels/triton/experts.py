@@ -15,6 +15,7 @@ __all__ = [
     "combine_experts",
     "expert_down",
     "expert_linear",
+    "local_experts",
     "router_logits",
     "scale_experts",
     "sum_experts",
@@ -198,6 +199,31 @@ def topk_router(
     return experts, weights
 
 
+# specs/ops/experts.yaml: local_experts
+@triton.jit
+def _local_experts_kernel(experts, y, X, first, T, A, experts_T, y_T, ROWS: tl.constexpr, BLOCK_A: tl.constexpr):
+    i_T = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = i_T < T
+    i_A = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)[None, :]
+    in_A = i_A < A
+    number = tl.load(experts + i_T * experts_T + i_A, mask=is_row & in_A, other=0) - first
+    tl.store(y + i_T * y_T + i_A, tl.where((number >= 0) & (number < X), number, X), mask=is_row & in_A)
+
+
+def local_experts(experts: Tensor, *, X: int, first: int) -> Tensor:
+    """The experts of every token by their numbers on this rank; X, one more than the last, for those of other ranks."""
+    T = experts.shape[0]
+    A = experts.shape[1]
+    (experts,) = dense(experts)
+    y = torch.empty(T, A, dtype=torch.int32, device=experts.device)
+    if T > 0 and A > 0:
+        tile = split_tile(A)
+        _local_experts_kernel[tile.grid(T)](
+            experts, y, X, first, T, A, experts.stride(0), y.stride(0), BLOCK_A=tile.block, **tile.meta
+        )
+    return y
+
+
 # specs/ops/experts.yaml: expert_linear
 @triton.jit
 def _expert_linear_kernel(
@@ -243,15 +269,18 @@ def _expert_linear_kernel(
 
 
 def expert_linear(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Row (t, a) of the result is w[experts[t, a]] times x[t] or x[t, a], plus the expert's bias if there is one."""
+    """Row (t, a) of the result is w[experts[t, a]] times x[t] or x[t, a], plus the expert's bias if there is one.
+
+    The row of expert X, one more than the last, is zero.
+    """
     num_experts, N, K = w.shape
     A = experts.shape[1]
-    y = torch.empty(*experts.shape, N, dtype=x.dtype, device=x.device)
+    y = torch.zeros(*experts.shape, N, dtype=x.dtype, device=x.device)
     chosen = experts.flatten().to(torch.int64)
     if chosen.numel() == 0:
         return y
     order = chosen.argsort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=chosen.device)
+    counts = torch.zeros(num_experts + 2, dtype=torch.int32, device=chosen.device)
     starts = counts.scatter_add_(0, chosen + 1, torch.ones_like(chosen, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     BLOCK_M = 16 if chosen.numel() <= 32 * num_experts else 64
     rows = x if x.dim() == 2 else x.flatten(0, 1)
@@ -326,15 +355,18 @@ def _expert_down_kernel(
 
 
 def expert_down(x: Tensor, experts: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Row (t, a) of the result is w[experts[t, a]] times x[t] or x[t, a], plus the expert's bias if there is one."""
+    """Row (t, a) of the result is w[experts[t, a]] times x[t] or x[t, a], plus the expert's bias if there is one.
+
+    The row of expert X, one more than the last, is zero.
+    """
     num_experts, N, K = w.shape
     A = experts.shape[1]
-    y = torch.empty(*experts.shape, N, dtype=x.dtype, device=x.device)
+    y = torch.zeros(*experts.shape, N, dtype=x.dtype, device=x.device)
     chosen = experts.flatten().to(torch.int64)
     if chosen.numel() == 0:
         return y
     order = chosen.argsort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=chosen.device)
+    counts = torch.zeros(num_experts + 2, dtype=torch.int32, device=chosen.device)
     starts = counts.scatter_add_(0, chosen + 1, torch.ones_like(chosen, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     BLOCK_M = 16 if chosen.numel() <= 32 * num_experts else 64
     rows = x if x.dim() == 2 else x.flatten(0, 1)

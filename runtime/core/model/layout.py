@@ -56,7 +56,8 @@ class KvShape:
 class ModelSizes:
     """The fields that every generated config has; further fields belong to the layout.
 
-    Under tensor parallelism `tp` is the degree, `rank` this rank, and divided sizes are a rank's share.
+    Under tensor parallelism `tp` is the degree, `rank` this rank, and divided sizes are a rank's share. `ep` is `tp` if
+    each rank has whole experts instead of a share of each, else 1.
     """
 
     H: int
@@ -71,6 +72,7 @@ class ModelSizes:
     alibi: AlibiSpec | None = None
     tp: int = 1
     rank: int = 0
+    ep: int = 1
     read_keys: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """The first key of a config name -> the fallback that the config has instead."""
 

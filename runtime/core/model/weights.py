@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm, prod
 from typing import Literal
 
@@ -62,7 +62,8 @@ class Shard:
     keeps the weight on rank 0 and zeros on the others, for a bias that is added before a sum over ranks. `then` is the
     collective that completes the result. `segments` are the sizes along `dim` that are divided separately, such as q,
     k and v; empty for a single segment. `key_heads` are the numbers of key heads in the segments, 0 in others: if there
-    are fewer than ranks, each rank has a copy of one.
+    are fewer than ranks, each rank has a copy of one. `experts` marks a weight with a slice per expert, along dim 0,
+    which expert parallelism divides instead of `dim`.
     """
 
     dim: int = 0
@@ -70,6 +71,7 @@ class Shard:
     then: Literal["all_reduce", "all_gather"] | None = None
     segments: tuple[int, ...] = ()
     key_heads: tuple[int, ...] = ()
+    experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,11 @@ class WeightSpec:
     @property
     def num_elements(self) -> int:
         return prod(self.shape)
+
+
+def by_experts(spec: WeightSpec) -> WeightSpec:
+    """The weight under expert parallelism: each rank has all of its experts."""
+    return replace(spec, shard=Shard()) if spec.shard is not None and spec.shard.experts else spec
 
 
 def stacked(key: str, count: int) -> range:
