@@ -177,8 +177,11 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler, for reproducible answers.")] = None,
     json: Json = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Print the part of the io of tiers that computation hides.")
+        bool, typer.Option("--profile", help="Print time, bytes, operations and fraction of the limit of each op.")
     ] = False,
+    hardware: Annotated[
+        str | None, typer.Option(help="Limits for the profile: a device or a .yaml file (default: measured now).")
+    ] = None,
     *,
     engine: EngineOptions,
 ) -> None:
@@ -193,7 +196,8 @@ def run(
         seed=seed,
         engine=engine,
         as_json=json,
-        has_profile=profile,
+        profile=profile,
+        hardware=hardware,
     )
     raise typer.Exit(run_prompts(request))
 

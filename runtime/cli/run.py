@@ -5,12 +5,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.errors import EngineError, SageError
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from sageLLM.runtime.engine.llm import LLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +27,25 @@ class RunRequest:
     seed: int | None
     engine: EngineOptions
     as_json: bool
-    has_profile: bool = False
+    profile: bool = False
+    hardware: str | None = None
 
 
 def run_prompts(request: RunRequest) -> int:
-    """Prints the completions to stdout. Errors go to stderr, with exit code 1, also if only one prompt has failed."""
+    """Prints the completions to stdout. Errors go to stderr, with exit code 1, also if only one prompt has failed.
+
+    With `profile`, the time of each op, its fraction of the machine's limit, and the io of tiers are printed to stderr.
+    """
     try:
         params = SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
-        llm = request.engine.load(request.model)
+        llm = request.engine.load(request.model, **_UNCACHED if request.profile else {})
         print(llm.kv_cache_size, file=sys.stderr)
         if llm.compiler.weight_stream is not None:
             print(llm.compiler.weight_stream, file=sys.stderr)
-        outputs = llm.generate(list(request.prompts), params)
-        for report in llm.io_stats() if request.has_profile else ():
-            print(report, file=sys.stderr)
+        if request.profile:
+            outputs = _generate_profiled(llm, request, params)
+        else:
+            outputs = llm.generate(list(request.prompts), params)
     except (SageError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -47,6 +55,31 @@ def run_prompts(request: RunRequest) -> int:
         elif output.outputs[0].text or output.outputs[0].finish_reason != "abort":
             print(f"{output.prompt}{output.outputs[0].text}")
     return _report_aborted(outputs)
+
+
+_UNCACHED: dict[str, Any] = {"enable_prefix_caching": False}
+"""For a profile, which computes the prompts twice."""
+
+
+def _generate_profiled(llm: "LLM", request: RunRequest, params: SamplingParams) -> list[RequestOutput]:
+    """Generates twice, since the first time allocates memory, and prints the profile of the second time."""
+    from sageLLM.runtime.bench.machine import this_machine
+    from sageLLM.runtime.bench.profile import profiled
+    from sageLLM.runtime.cli.hardware_entry import find_hardware
+    from sageLLM.runtime.kernels.cpu.compiler import CompileError
+
+    try:
+        hardware = this_machine() if request.hardware is None else find_hardware(request.hardware)
+    except (ValueError, CompileError) as error:
+        raise SageError(str(error)) from None
+    prompts = list(request.prompts)
+    llm.generate(prompts, params)
+    with profiled(llm, hardware) as profile:
+        outputs = llm.generate(prompts, params)
+    print(profile.table(), file=sys.stderr)
+    for report in llm.io_stats():
+        print(report, file=sys.stderr)
+    return outputs
 
 
 def _report_aborted(outputs: Sequence[RequestOutput]) -> int:

@@ -279,6 +279,11 @@ class LLM:
         if self._ffn_workers is not None:
             self._ffn_workers.close()
 
+    @property
+    def runs_in_processes(self) -> bool:
+        """Whether worker processes run the model."""
+        return self._backend == "mp"
+
     def kernel_stats(self) -> list[KernelStats]:
         """For each graph that has run so far: its native calls, and its calls in Python with the reasons."""
         return list(self.compiler.planner.stats)

@@ -14,6 +14,7 @@ from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.executor.device_streams import CudaApi, StreamApi
 from sageLLM.runtime.executor.native.arena import Arena
 from sageLLM.runtime.executor.native.plan import NativePlan
+from sageLLM.runtime.executor.native.recorder import StepRecorder
 from sageLLM.runtime.executor.native.weights import Weight, gates_of, pack_weights
 from sageLLM.runtime.executor.torch_plan import Plan
 from sageLLM.runtime.kernels.cpu.compiler import CompileError
@@ -105,6 +106,7 @@ class NativePlanner:
 
     def __init__(self, make_runner: Callable[[], NativeRunner], reference: Mapping[str, Kernel], dtype: str) -> None:
         self.stats: list[KernelStats] = []
+        self.recorder = StepRecorder()
         self._make_runner, self._kernels, self._dtype = make_runner, reference, dtype
         self._runner: NativeRunner | None = None
         self._fallback: TorchPlanner | None = None
@@ -163,6 +165,6 @@ class NativePlanner:
 
     def _native_plan(self, graph: ExecutionGraph, bound: Mapping[str, Weight], arena: Arena | None) -> NativePlan:
         runner = self._built_runner(node.op for node in graph.nodes.values())
-        plan = NativePlan(graph, runner, self._kernels, bound, arena)
+        plan = NativePlan(graph, runner, self._kernels, bound, arena, recorder=self.recorder)
         self.stats.append(KernelStats(graph.graph_id, plan.num_native_calls, plan.python_calls))
         return plan

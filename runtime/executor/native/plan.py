@@ -25,6 +25,7 @@ from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.executor.native.flatten import Functions, PythonCall, flatten
 from sageLLM.runtime.executor.native.io_meter import make_meter
 from sageLLM.runtime.executor.native.locations import Location, contiguous
+from sageLLM.runtime.executor.native.recorder import RecordedStep, StepRecorder
 from sageLLM.runtime.executor.native.sizes import solve_sizes
 from sageLLM.runtime.executor.native.weights import Weight, WeightForms
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
@@ -63,6 +64,7 @@ class NativePlan:
         arena: Arena | None = None,
         *,
         poison: bool = False,
+        recorder: StepRecorder | None = None,
     ) -> None:
         """Raises KeyError if `bound` lacks a weight of the graph, or `kernels` an op without a native kernel."""
         self.graph = graph
@@ -82,7 +84,8 @@ class NativePlan:
         self._memory = MemoryPlan()
         self._extra: dict[str, int] = {}
         self._num_bytes = -1  # no plan yet
-        self._sizes: dict[str, int] = {}
+        self._recorder = StepRecorder() if recorder is None else recorder
+        self._sizes: Sizes = {}
         self._state: tuple[Any, ...] = ()
         self._last_inputs: Inputs | None = None
         self._outputs: list[Tensor] = []
@@ -106,16 +109,23 @@ class NativePlan:
 
         The mapping of the step before may be passed again, with the same tensors in it.
         """
+        self._prepare(inputs)
+        if self._recorder.sink is None:
+            for step in self._steps:
+                step()
+            if self.io is not None:
+                self.io.end_step()
+        else:
+            self._recorder.sink(RecordedStep(self.graph, self._sizes, inputs, self._run_timed()))
+        return self._outputs
+
+    def _prepare(self, inputs: Inputs) -> None:
+        """Fills the call table, unless the inputs are those of the previous step."""
         if inputs is not self._last_inputs or self._arena.address != self._state[0]:
             values = [inputs.get(ref.name) for ref in self._free]
             if self._state_of(values) != self._state:
                 self._lay_out(values)
             self._last_inputs = inputs
-        for step in self._steps:
-            step()
-        if self.io is not None:
-            self.io.end_step()
-        return self._outputs
 
     @property
     def last_step(self) -> tuple[Sizes, Inputs]:
@@ -128,7 +138,10 @@ class NativePlan:
 
     def time_calls(self, inputs: Inputs) -> list[CallTime]:
         """Runs the step once as `run` does; returns the time of each call, in the order of the list."""
-        self.run(inputs)  # fills the tables, so that this is not part of the measurement
+        self._prepare(inputs)
+        return self._run_timed()
+
+    def _run_timed(self) -> list[CallTime]:
         stamps = CallStamps(self._flat)
         for step, run in zip(self._flat.steps, self._steps, strict=True):
             if isinstance(step, PythonCall):
@@ -156,8 +169,7 @@ class NativePlan:
 
     def _lay_out(self, values: Sequence[Tensor | None]) -> None:
         """Fills the call table with the sizes and addresses of a step that differs from the previous one."""
-        sizes = self._step_sizes(values)
-        self._sizes = sizes
+        self._sizes = sizes = self._step_sizes(values)
         self._reserve(sizes)  # before any address is written: growing moves the arena
         tensors = {ref.name: x for ref, x in zip(self._free, values, strict=True)}
         calls = self._flat.calls
