@@ -39,6 +39,7 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
 
     try:
         sock = bind(settings)
+        print(f"loading {settings.model}", flush=True)
         return asyncio.run(main())
     except (SageError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

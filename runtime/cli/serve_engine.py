@@ -53,7 +53,8 @@ def _as_path(kind: type, value: Any) -> Any:
 
 def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: Callable[[Event], None]) -> None:
     """Builds the engine, reports that, and serves until None is in the queue."""
-    from sageLLM.runtime.server.engine_loop import EngineLoop, describe  # loads torch, which the front does not need
+    # These load torch, which the front does not need.
+    from sageLLM.runtime.server.engine_loop import EngineLoop, describe, warm_up
 
     options = spec.options
     try:
@@ -62,9 +63,8 @@ def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: 
         send(Refused(str(error)))
         return
     try:
-        send(
-            describe(llm, options.pd, options.scheduling_policy, options.max_num_seqs, [f"kernels: {options.kernels}"])
-        )
+        warm_up(llm)
+        send(describe(llm, options.pd, options.scheduling_policy, options.max_num_seqs))
         EngineLoop(llm, commands, send).run()
     finally:
         llm.close()
@@ -72,7 +72,10 @@ def serve_engine(spec: EngineSpec, commands: SimpleQueue[Command | None], send: 
 
 def main() -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides about the end
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(
+            one, signal.SIG_IGN
+        )  # the front decides about the end; systemd signals all processes of a service
     side = EngineSide(int(sys.argv[1]))
     try:
         spec = decode_spec(side.receive_spec())

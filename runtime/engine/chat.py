@@ -82,9 +82,9 @@ class ChatPrompts:
         for template in templates:
             template.close()
 
-    def check_template(self) -> None:
-        """Raises ChatTemplateError if the checkpoint has no chat template."""
-        self._checkpoint_source("default")
+    def check_template(self, source: str | None = None) -> None:
+        """Compiles a template, the checkpoint's by default, and starts its process. Raises ChatTemplateError."""
+        assert self._template(source, "default").content_form
 
     def _template(self, source: str | None, name: str) -> ChatTemplate:
         """The caller's template; else the checkpoint's of that name if it has one, else its default one."""

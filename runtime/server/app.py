@@ -33,7 +33,7 @@ from sageLLM.runtime.server.bodies import (
     load_json,
 )
 from sageLLM.runtime.server.errors import ApiError, as_api_error, encode_error
-from sageLLM.runtime.server.exchange import ClientGoneError, Exchange, Message, Receive, Scope, Send, header_of
+from sageLLM.runtime.server.exchange import Buffers, ClientGoneError, Exchange, Message, Receive, Scope, Send, header_of
 from sageLLM.runtime.server.openapi import openapi
 from sageLLM.runtime.server.service import Service
 
@@ -42,6 +42,8 @@ ACCESS = logging.getLogger("sagellm.access")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 QUIET = ("/livez", "/readyz", "/health", "/ping", "/metrics")
 """Paths of probes; their successful requests are logged at level DEBUG."""
+NUM_BODIES = 16
+"""Bodies of the largest size that may be received at the same time."""
 PROTECTED = ("/v1/", "/v2/", "/inference/")
 
 B = TypeVar("B")
@@ -81,6 +83,7 @@ class Router:
 
     def __init__(self, service: Service) -> None:
         self.service, self.settings = service, service.settings
+        self._buffers = Buffers(NUM_BODIES * service.settings.max_body_size)
 
     def routes(self) -> list[Route]:
         def post(path: str, handle: Simple) -> Route:
@@ -140,7 +143,7 @@ class Router:
         return run
 
     async def _body(self, exchange: Exchange, kind: type[B]) -> B:
-        data = await exchange.read_body(self.settings.max_body_size, self.settings.body_timeout)
+        data = await exchange.read_body(self.settings.max_body_size, self.settings.body_timeout, self._buffers)
         values = load_json(data, self.settings.max_json_depth)
         body, exchange.ignored = decode_body(values, kind, is_lenient=self.settings.lenient)
         return body

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits, Sequence
 from sageLLM.runtime.errors import RequestError, SageError
 from sageLLM.runtime.sampling.logprobs import Logprob
+from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.request import RequestStatus
 from sageLLM.runtime.server.messages import (
     Abort,
@@ -208,10 +209,13 @@ def load_of(llm: LLM) -> Load:
     )
 
 
-def describe(llm: LLM, mode: str, policy: str, max_num_seqs: int, notes: Iterable[str] = ()) -> Ready:
+def describe(llm: LLM, mode: str, policy: str, max_num_seqs: int) -> Ready:
     """The first message of an engine that is built."""
     model = llm.model
-    choices = [f"{model.layout.name}: {model.num_parameters:,} parameters, {model.dtype}, {model.device}", *notes]
+    choices = [
+        f"{model.layout.name}: {model.num_parameters:,} parameters, {model.dtype}, {model.device}",
+        f"kernels: {llm.compiler.planner.name}, {_in_python(llm)}",
+    ]
     if not model.generates:
         return Ready(model.layout.name, model.config.V, False, model.max_model_len, choices=choices)
     engine, size = llm.engine, llm.kv_cache_size
@@ -230,3 +234,23 @@ def describe(llm: LLM, mode: str, policy: str, max_num_seqs: int, notes: Iterabl
         eos_ids=sorted(engine.eos_ids),
         choices=[*choices, f"{size}", f"mode {mode}, policy {policy}, at most {max_num_seqs} requests per step"],
     )
+
+
+def _in_python(llm: LLM) -> str:
+    """The ops of the graphs so far that have no native kernel, with the reasons."""
+    reasons = {op: reason for stats in llm.kernel_stats() for op, (_, reason) in stats.in_python.items()}
+    found = "; ".join(f"{op} in Python: {reason}" for op, reason in sorted(reasons.items()))
+    return found or "all ops native"
+
+
+def warm_up(llm: LLM) -> None:
+    """Runs a prefill, a decode and a step with both, so that the first requests do not wait for plans and memory."""
+    if not llm.model.generates:
+        return
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    for name in ("warm-up/0", "warm-up/1"):
+        llm.engine.add(name, None, [0], params)
+        llm.engine.step()
+        llm.engine.step()
+    while llm.engine.has_work:
+        llm.engine.step()

@@ -23,6 +23,23 @@ class ClientGoneError(Exception):
     """The client has closed its connection."""
 
 
+class Buffers:
+    """Bounds the bytes of bodies that are being received, over all requests."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._held: dict[Exchange, int] = {}
+
+    def hold(self, exchange: Exchange, num_bytes: int) -> None:
+        """Raises ApiError 429 if that is too much; the only body that is being received always has room."""
+        self._held[exchange] = num_bytes
+        if len(self._held) > 1 and sum(self._held.values()) > self.max_bytes:
+            raise ApiError(429, "too many large bodies are being received", headers={"Retry-After": "1"}, reason="body")
+
+    def release(self, exchange: Exchange) -> None:
+        self._held.pop(exchange, None)
+
+
 class Exchange:
     """A request with its id and arrival time. After `start_stream` an error goes into the stream."""
 
@@ -38,8 +55,8 @@ class Exchange:
     def header(self, name: bytes) -> str | None:
         return header_of(self.scope, name)
 
-    async def read_body(self, max_size: int, seconds: float) -> bytes:
-        """The body. Raises ApiError 413 and 408, and ClientGoneError."""
+    async def read_body(self, max_size: int, seconds: float, buffers: Buffers) -> bytes:
+        """The body. Raises ApiError 413, 408 and 429, and ClientGoneError."""
         length = self.header(b"content-length")
         if length is not None and length.isdigit() and int(length) > max_size:
             raise self._too_large(max_size)
@@ -51,6 +68,7 @@ class Exchange:
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
                     body += message.get("body", b"")
+                    buffers.hold(self, len(body))
                     if len(body) > max_size:
                         raise self._too_large(max_size)
                     if not message.get("more_body", False):
@@ -59,6 +77,8 @@ class Exchange:
             raise ApiError(
                 408, f"the body did not arrive within {seconds:g} s", headers={"Connection": "close"}, reason="body"
             ) from None
+        finally:
+            buffers.release(self)
 
     @staticmethod
     def _too_large(max_size: int) -> ApiError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import time
@@ -75,7 +76,7 @@ class Service:
         self.metrics.describe_engine(ready)
         self.client.on_load = self._on_load
         self.client.on_lost = self.metrics.lose_engine
-        self.check_chat_template()
+        await self._prepare_chat()
         self.is_started = True
         return ready
 
@@ -158,13 +159,15 @@ class Service:
             "completion_tokens": num_answer,
         }
 
-    def check_chat_template(self) -> None:
-        """Logs a checkpoint without a chat template."""
-        if self.chat is None or self.chat_template is not None:
+    async def _prepare_chat(self) -> None:
+        """Starts the process of the chat template. A checkpoint without one is served; a given one must compile."""
+        if self.chat is None:
             return
         try:
-            self.chat.check_template()
+            await asyncio.to_thread(self.chat.check_template, self.chat_template)
         except ChatTemplateError as error:
+            if self.chat_template is not None:
+                raise
             LOG.warning("/v1/chat/completions is refused: %s", error)
 
     def _on_load(self, load: Load) -> None:

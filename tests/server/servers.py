@@ -17,7 +17,7 @@ from sageLLM.codegen.driver import PACKAGE
 from sageLLM.runtime.engine.llm import LLM
 from sageLLM.runtime.server.channel import Channel, OnEvent, OnLost, ThreadChannel
 from sageLLM.runtime.server.engine_client import EngineClient
-from sageLLM.runtime.server.engine_loop import EngineLoop, describe
+from sageLLM.runtime.server.engine_loop import EngineLoop, describe, warm_up
 from sageLLM.runtime.server.http_server import bind, run_server, url_of
 from sageLLM.runtime.server.messages import Abort, Command, Delta, Event, Ready, Rejected, Step, Submit
 from sageLLM.runtime.server.service import Service
@@ -90,6 +90,7 @@ def engine_channel(llm: LLM) -> ThreadChannel:
     """A channel to an engine in a thread. The LLM must be used by nobody else meanwhile."""
 
     def serve(commands: SimpleQueue[Command | None], send: Callable[[Event], None]) -> None:
+        warm_up(llm)
         send(describe(llm, "hybrid", "priority", 256))
         EngineLoop(llm, commands, send).run()
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 from servers import ScriptedChannel, TestServer, running
+
+from sageLLM.runtime.server.errors import ApiError
+from sageLLM.runtime.server.exchange import Buffers, Exchange
 
 SETTINGS = {
     "api_key": ["first", "second"],
@@ -62,6 +66,17 @@ def test_bodies_that_are_too_large(server: TestServer) -> None:
     chunked = server.http.post("/v1/completions", content=iter([b"x" * 600, b"x" * 600]), headers=headers)
     assert [declared.status_code, chunked.status_code] == [413, 413]
     assert declared.json()["error"]["message"] == "the body must have at most 1000 bytes"
+
+
+def test_bodies_of_many_requests_have_a_bound() -> None:
+    buffers = Buffers(100)
+    first, second = (cast(Exchange, object()) for _ in range(2))
+    buffers.hold(first, 500)
+    with pytest.raises(ApiError, match="too many large bodies"):
+        buffers.hold(second, 1)
+    buffers.release(second)
+    buffers.hold(first, 60)
+    buffers.hold(second, 40)
 
 
 def test_slow_headers_and_bodies(server: TestServer) -> None:
