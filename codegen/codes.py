@@ -421,6 +421,11 @@ CODES: dict[str, CodeInfo] = {
         "With `v_of: k` a layer caches keys only, and each value is the leading part of its key: it must "
         "have the same heads and be at most as wide.",
     ),
+    "SAGE254": CodeInfo(
+        "test config that does not build",
+        "Every layout is built from the config in `tests.tiny`, in every stage. It must have each key without a "
+        "default, and sizes that fit the layout.",
+    ),
     # passes
     "SAGE301": CodeInfo(
         "unknown stage",

@@ -1,4 +1,4 @@
-"""Reports passes that fire more or less often than their specs expect.
+"""Reports passes that fire more or less often than their specs expect, and layouts that `tests.tiny` does not fit.
 
 The counting function is passed in, because counting runs generated code, which the generator never imports.
 """
@@ -7,7 +7,7 @@ import ast
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sageLLM.codegen.diagnostics import Diagnostic, SpecErrors
 from sageLLM.codegen.load import RawSpecs
@@ -35,7 +35,19 @@ class Missed(Protocol):
     def reasons(self) -> Sequence[str]: ...
 
 
-Count = Callable[[Path, bool], Iterable[Missed]]
+@runtime_checkable
+class Unbuilt(Protocol):
+    """A model that cannot be built from its `tests.tiny`: the config is refused, or the graph of a stage fails."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def stage(self) -> str | None: ...
+    @property
+    def error(self) -> str: ...
+
+
+Count = Callable[[Path, bool], Iterable[Missed | Unbuilt]]
 """Counts in a generated tree; the flag is set for an overlay, which needs the package's own tree as well."""
 
 
@@ -43,7 +55,8 @@ def check_expectations(raw: RawSpecs, outputs: Iterable[Output], count: Count) -
     """Raises SpecErrors with a finding for every miss. The tree is written to a temporary folder and counted there."""
     with tempfile.TemporaryDirectory(prefix="sagellm-") as folder:
         write_plainly(outputs, Path(folder, "generated"))
-        findings = [_finding(missed, raw) for missed in count(Path(folder, "generated"), bool(raw.base_files))]
+        found = count(Path(folder, "generated"), bool(raw.base_files))
+        findings = [_unbuilt(one, raw) if isinstance(one, Unbuilt) else _finding(one, raw) for one in found]
     if findings:
         raise SpecErrors(findings)
 
@@ -60,6 +73,15 @@ def _finding(missed: Missed, raw: RawSpecs) -> Diagnostic:
         one.span("expect", formula, index),
         "\n".join(missed.reasons) or f"write {missed.fired} if this is right",
     )
+
+
+def _unbuilt(one: Unbuilt, raw: RawSpecs) -> Diagnostic:
+    entry = raw.models[one.model]
+    if one.stage is None:
+        help = "add or change the key in tests.tiny, or give its config name a default"
+        return Diagnostic("SAGE254", one.error, entry.span("tests", "tiny"), help)
+    message = f"the {one.stage} graph of '{one.model}' cannot be built from tests.tiny: {one.error}"
+    return Diagnostic("SAGE254", message, entry.span("tests", "tiny"), "sizes must fit the layout; change one of them")
 
 
 COSTS = {"flop_formula", "byte_formula"}

@@ -156,6 +156,8 @@ class _Embedding:
     def _same_value(self, name: str | None, other: str | None) -> bool:
         if name is None or other is None:
             return name == other or (name is not None and name in self.small.optional)
+        if other in self.large.optional and name not in self.small.optional:
+            return False  # without this operand only the large pattern matches
         return self.values.setdefault(name, other) == other
 
     def _same_attr(self, mine: PatternCall, other: PatternCall, name: str) -> bool:

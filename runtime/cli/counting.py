@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 GENERATED = "sageLLM.generated"
 
@@ -28,8 +29,19 @@ class Missed:
     reasons: tuple[str, ...]
 
 
-def missed_expectations(tree: Path, is_overlay: bool) -> list[Missed]:
-    """The expectations that the passes of a new tree miss. An overlay runs together with the installed tree.
+@dataclass(frozen=True, slots=True)
+class Unbuilt:
+    """See `UnbuiltModel` there."""
+
+    model: str
+    stage: str | None
+    error: str
+
+
+def missed_expectations(tree: Path, is_overlay: bool) -> list[Missed | Unbuilt]:
+    """The expectations that the passes of a new tree miss, and its models that cannot be built from `tests.tiny`.
+
+    An overlay runs together with the installed tree.
 
     If the installed tree of an overlay cannot be used, a new one is generated for it in a temporary folder.
     """
@@ -41,7 +53,11 @@ def missed_expectations(tree: Path, is_overlay: bool) -> list[Missed]:
             done = _count(tree, base)
     if done.returncode != 0:
         raise RuntimeError(f"the new code could not be run to count its rewrites:\n{done.stderr}")
-    return [Missed(**one | {"reasons": tuple(one["reasons"])}) for one in json.loads(done.stdout)]
+    return [_parsed(one) for one in json.loads(done.stdout)]
+
+
+def _parsed(one: dict[str, Any]) -> Missed | Unbuilt:
+    return Unbuilt(**one) if "error" in one else Missed(**one | {"reasons": tuple(one["reasons"])})
 
 
 def _count(tree: Path, base: Path | None) -> subprocess.CompletedProcess[str]:
@@ -64,7 +80,7 @@ def _main(tree: str, base: str) -> None:
 
     if tree == base:
         registry = load_registry()
-        found = missed_in(registry, registry.passes)
+        found = missed_in(registry, registry.passes, registry.models)
     else:
         found = missed(Path(tree), is_overlay=True)
     print(json.dumps([asdict(one) for one in found]))

@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from sageLLM.codegen import driver
+from sageLLM.codegen.diagnostics import SpecErrors
+from sageLLM.codegen.expectations import check_expectations
 from sageLLM.runtime.core.ir.graph import Stage
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.ir.verify import verify
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.rewrite.rules import NearMiss, Rewrite
+from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
-from sageLLM.runtime.inspect.expectations import missed_expectations
+from sageLLM.runtime.inspect.expectations import UnbuiltModel, missed_expectations, missed_in
 from sageLLM.runtime.inspect.numerics import run_once
 from sageLLM.runtime.registry.plugins import load_registry
 
@@ -26,6 +29,22 @@ def compiler_of(model: str) -> ModelCompiler:
 
 def test_passes_fire_as_often_as_expected() -> None:
     assert missed_expectations(driver.BASE_OUT) == []
+
+
+def test_a_graph_that_cannot_be_built_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ModelGraphs, stage: Stage) -> None:
+        assert stage == "prefill", "only the first stage that fails is reported"
+        raise ZeroDivisionError("integer modulo by zero")
+
+    monkeypatch.setattr(ModelGraphs, "expanded_graph", fail)
+    error = "ZeroDivisionError: integer modulo by zero"
+    assert missed_in(REGISTRY, {}, ["llama"]) == [UnbuiltModel("llama", "prefill", error)]
+    specs = driver.load_and_link()
+    with pytest.raises(SpecErrors) as caught:
+        check_expectations(specs.raw, [], lambda tree, is_overlay: missed_in(REGISTRY, {}, ["llama"]))
+    (found,) = caught.value.diagnostics
+    assert found.code == "SAGE254"
+    assert found.message == f"the prefill graph of 'llama' cannot be built from tests.tiny: {error}"
 
 
 @pytest.mark.parametrize(("model", "stage"), CASES)
