@@ -78,7 +78,7 @@ def _finding(missed: Missed, raw: RawSpecs) -> Diagnostic:
 def _unbuilt(one: Unbuilt, raw: RawSpecs) -> Diagnostic:
     entry = raw.models[one.model]
     if one.stage is None:
-        help = "add or change the key in tests.tiny, or give its config name a default"
+        help = "add or change the key in tests.tiny, or write a default for its config name"
         return Diagnostic("SAGE254", one.error, entry.span("tests", "tiny"), help)
     message = f"the {one.stage} graph of '{one.model}' cannot be built from tests.tiny: {one.error}"
     return Diagnostic("SAGE254", message, entry.span("tests", "tiny"), "sizes must fit the layout; change one of them")
