@@ -52,7 +52,7 @@ def choose_backend(requested: str | None, num_ranks: int) -> Backend:
 
 
 def weights_placement(
-    tier: str, budget: float | None, folder: str | Path | None, device: torch.device, num_ranks: int
+    tier: str, budget: float | None, folder: str | Path | None, device: torch.device
 ) -> WeightsPlacement:
     """The placement of the weights for the options of `LLM`; `budget` is in GiB. SageError for an invalid one."""
     if tier not in ("device", "disk"):
@@ -67,8 +67,6 @@ def weights_placement(
         return WeightsPlacement()
     if device.type != "cpu":
         raise SageError(f"weights_tier 'disk' requires device 'cpu', got {device.type!r}")
-    if num_ranks > 1:
-        raise SageError(f"weights_tier 'disk' requires one rank, got {num_ranks}")
     num_bytes = None if budget is None else int(budget * 2**30)
     return WeightsPlacement("disk", num_bytes, None if folder is None else str(folder))
 

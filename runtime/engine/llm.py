@@ -160,7 +160,7 @@ class LLM:
         if num_ubatches > 1 and pipeline_parallel_size > 1:
             raise SageError(f"num_ubatches must be 1 with several pipeline stages, got {num_ubatches}")
         num_ranks = tensor_parallel_size * pipeline_parallel_size
-        weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device, num_ranks)
+        weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device)
         af_counts = parse_af(af)
         if af_counts is not None and num_ranks > 1:
             raise SageError("af must not be combined with tensor_parallel_size or pipeline_parallel_size; use one")
@@ -184,7 +184,8 @@ class LLM:
                 tp=tensor_parallel_size,
                 pp=pipeline_parallel_size,
                 expert_parallel=enable_expert_parallel,
-                has_weights=self._backend == "uni" and weights.tier == "device",
+                has_weights=self._backend == "uni",
+                is_streamed=weights.tier == "disk",
             )
             max_len = self.model.max_model_len
             self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)

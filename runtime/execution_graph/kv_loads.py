@@ -52,6 +52,7 @@ def load_kv(graph: ExecutionGraph, tier: str, budget_bytes: int) -> ExecutionGra
             node.dependencies.add(load.node_id)
         for transfer in (load, store):
             _place(transfer, layer, stream, tier)
+            transfer.device_id = found[0].device_id  # a pipeline stage is a device with this number
         users[layer] = {store.node_id, *(node.node_id for node in found)}
         loads[layer], stores[(writers or found)[-1].node_id] = load, store
     with_stores = [one for node in order for one in (node, stores.get(node.node_id)) if one is not None]
@@ -63,7 +64,10 @@ def load_kv(graph: ExecutionGraph, tier: str, budget_bytes: int) -> ExecutionGra
 
 def _named(layer: int, name: str, refs: list[TensorRef]) -> list[TensorRef]:
     """New values of these types, for keys and values."""
-    return [TensorRef(f"L{layer}.{kind}_{name}", ref.shape, ref.dtype) for kind, ref in zip("kv", refs, strict=True)]
+    return [
+        TensorRef(f"L{layer}.{kind}_{name}", ref.shape, ref.dtype, ref.device_id)
+        for kind, ref in zip("kv", refs, strict=True)
+    ]
 
 
 def _place(node: ExecutionNode, layer: int, stream: int, tier: str) -> None:

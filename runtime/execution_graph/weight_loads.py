@@ -47,6 +47,8 @@ def stream_weights(
     readers = _readers(graph, order, layers)
     stream = io_stream(graph)
     loads = {layer: _load(result, layer, layers[layer], stream) for layer in readers}
+    for layer, load in loads.items():  # a pipeline stage is a device with this number
+        load.device_id = readers[layer][0].device_id
     previous: dict[int, int] = {}
     for layer, load in loads.items():
         if (last := previous.get(layers[layer].buffer)) is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint
 from sageLLM.runtime.core.model.hf_config import HFConfig, shown
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_shapes, with_stored_ties
-from sageLLM.runtime.core.model.weights import by_experts
+from sageLLM.runtime.core.model.weights import WeightSpec, by_experts
 from sageLLM.runtime.errors import CheckpointError
 from sageLLM.runtime.execution_graph.attention_ffn import Role, is_ffn_weight
 from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage, why_not_divisible
@@ -36,13 +36,25 @@ SHORT_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 MAX_SHOWN_PROBLEMS = 20
 
 
+class WeightShare(NamedTuple):
+    """The weights of a process, unsharded, and its rank among the `tp` ranks that share each of them."""
+
+    specs: tuple[WeightSpec, ...] = ()
+    rank: int = 0
+    tp: int = 1
+
+
+NO_WEIGHTS = WeightShare()
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A loaded model: weights and tables by their names in graphs, the weights in the form that the kernels read.
 
     `max_model_len` is the length of the longest sequence, prompt and answer. `weights` are those of the layers of
     `pipeline_stage`, and of what precedes or follows the layers on the first and the last stage. `absent` are the
-    weights of a head that the checkpoint lacks; such a model can only compute embeddings.
+    weights of a head that the checkpoint lacks; such a model can only compute embeddings. `share` describes the
+    weights, also if they are to be read from a file in each step.
     """
 
     layout: ModelLayout
@@ -54,6 +66,7 @@ class Model:
     tables: PositionTables
     absent: tuple[str, ...] = ()
     pipeline_stage: PipelineStage = WHOLE
+    share: WeightShare = NO_WEIGHTS
 
     @property
     def generates(self) -> bool:
@@ -79,7 +92,8 @@ class Model:
     def ties(self) -> dict[str, str]:
         """Maps each tied weight to the name of the weight that it shares, if both are here."""
         ties = {spec.name: spec.tied_to for spec in self.layout.weights(self.config) if spec.tied_to is not None}
-        return {name: to for name, to in ties.items() if name in self.weights and to in self.weights}
+        held = {spec.name for spec in self.share.specs}
+        return {name: to for name, to in ties.items() if name in held and to in held}
 
     def bound_tensors(self) -> dict[str, Weight]:
         return {**self.weights, **self.tables.tensors}
@@ -98,13 +112,14 @@ def load_model(
     role: Role | None = None,
     expert_parallel: bool = False,
     has_weights: bool = True,
+    is_streamed: bool = False,
 ) -> Model:
     """Loads a Hugging Face checkpoint folder, or the share of one of `tp` tensor-parallel ranks in `pp` stages.
 
     `rank` numbers the ranks stage by stage. With `expert_parallel` each of `tp` ranks has whole experts, instead of a
     part of each. With a `role`, only the weights of attention workers, or those of FFN
     workers, are read. Without `has_weights` the folder is checked, and the model has the config of all ranks and no
-    weights: it is for the process that sends steps to workers.
+    weights: it is for the process that sends steps to workers. With `is_streamed` the weights are left on disk.
 
     Raises CheckpointError for an architecture without a layout, a config that the layout rejects, and tensors that are
     missing, unused, or of a different shape.
@@ -137,12 +152,15 @@ def load_model(
         # Before the weights, as it can fail and is fast. Without weights only the lengths of the tables are read.
         tables = _tables(config, length, device if has_weights else torch.device("cpu"), path)
         weights: dict[str, Weight] = {}
+        share = NO_WEIGHTS
         if has_weights:
             specs = weights_of_stage(layout, whole, stage)
             if role is not None:
                 specs = [spec for spec in specs if is_ffn_weight(layout, spec.name) == (role == "ffn")]
-            divided = map(by_experts, specs) if own.ep > 1 else specs
-            weights = dict(load_weights(divided, checkpoint, kind, device, rank=rank % tp, tp=tp))
+            divided = tuple(map(by_experts, specs) if own.ep > 1 else specs)
+            share = WeightShare(divided, rank % tp, tp)
+            if not is_streamed:
+                weights = dict(load_weights(divided, checkpoint, kind, device, rank=rank % tp, tp=tp))
     finally:
         checkpoint.close()
     return Model(
@@ -155,6 +173,7 @@ def load_model(
         tables=tables,
         absent=head,
         pipeline_stage=stage,
+        share=share,
     )
 
 

@@ -30,8 +30,12 @@ def packed_file(
     Layers are loaded, packed and written one after another. Raises CheckpointError if the file cannot be written.
     """
     gates = planner.packed_gates(model.ties, graphs)
-    specs = list(model.layout.weights(model.config))
-    facts = [f"{PANEL} {DEPTH} {model.dtype}", *map(repr, specs), *(f"{name} {n}" for name, n in sorted(gates.items()))]
+    specs, rank, tp = model.share
+    facts = [
+        f"{PANEL} {DEPTH} {model.dtype} {rank} {tp}",
+        *map(repr, specs),
+        *(f"{name} {n}" for name, n in sorted(gates.items())),
+    ]
     try:
         path = file_path(folder or cache_folder() / "weights", checkpoint, facts)
     except OSError as error:
@@ -69,7 +73,8 @@ def _runs(
     packed = {name: gates.get(by_name[name].tied_to or name) for name in by_name}
     for key in sorted(runs, key=lambda key: (isinstance(key, str), key if isinstance(key, int) else 0)):
         source = Checkpoint.open(folder)  # opened for each run: mapped pages count as memory of the process
-        loaded = load_weights(runs[key], source, model.dtype, torch.device("cpu"))
+        share = model.share
+        loaded = load_weights(runs[key], source, model.dtype, torch.device("cpu"), rank=share.rank, tp=share.tp)
         source.close()
         pieces = [_piece([name, *aliases.get(name, ())], x, packed[name], planner) for name, x in loaded.items()]
         del loaded

@@ -116,7 +116,7 @@ def build_executor(spec: WorkerSpec, token_return: TokenReturn | None = None) ->
         pp=spec.pp,
         role=None if spec.side is None else spec.side.role,
         expert_parallel=spec.enable_expert_parallel,
-        has_weights=spec.weights.tier == "device",
+        is_streamed=spec.weights.tier == "disk",
     )
     links = None
     if spec.side is not None and spec.af_channel is not None:

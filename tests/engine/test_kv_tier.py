@@ -98,8 +98,9 @@ def test_weights_and_kv_below_the_device(plain: list[tuple[int, ...]], tmp_path:
     assert answers(load(num_kv_blocks=NUM_BLOCKS, **options)) == plain
 
 
-def test_worker_processes_have_the_tier_as_well(plain: list[tuple[int, ...]]) -> None:
-    llm = load(num_kv_blocks=NUM_BLOCKS, kv_tier="host", kv_tier_space=1 * MIB, distributed_executor_backend="mp")
+def test_pipeline_stages_have_tiers(plain: list[tuple[int, ...]], tmp_path: Path) -> None:
+    options = {"kv_tier_space": 1 * MIB, "weights_tier": "disk", "weights_folder": tmp_path}
+    llm = load(num_kv_blocks=NUM_BLOCKS, kv_tier="host", pipeline_parallel_size=2, **options)
     try:
         assert answers(llm) == plain
     finally:
