@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.cli.serve_engine import EngineSpec, encode_spec, serve_engine
@@ -44,6 +45,9 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
     except (SageError, EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        if settings.uds is not None:
+            Path(settings.uds).unlink(missing_ok=True)
 
 
 def report(settings: ServerSettings, ready: Ready, url: str) -> None:

@@ -15,6 +15,7 @@ from sageLLM.runtime.engine.interrupts import held_interrupts
 from sageLLM.runtime.engine.llm import LLM
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.engine.prompts import Prompt
+from sageLLM.runtime.engine.sequences import RequestTraits
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.text.chat_messages import Conversation
 
@@ -40,10 +41,22 @@ class AsyncLLM:
         self._mailbox: _Mailbox | None = None
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yields the output of one request whenever it has new tokens. Raises RequestError for an invalid request."""
-        group = await asyncio.to_thread(self.llm.prepare_one, prompt, params, request_id)
+        """Yields the output of one request whenever it has new tokens. Raises RequestError for an invalid request.
+
+        A lower `priority` is served first, `deadline` is in seconds from now, and `tenant` is the unit of fair sharing;
+        the policy of the scheduler decides which of them has an effect.
+        """
+        traits = RequestTraits(priority, deadline, tenant)
+        group = await asyncio.to_thread(self.llm.prepare_one, prompt, params, request_id, traits)
         mailbox, arrived = self._mailbox_of_loop(), asyncio.Event()
         call = Call([group], notify=lambda: mailbox.notify(arrived), max_queued=1)
         shared = self.llm.shared

@@ -37,7 +37,7 @@ from sageLLM.runtime.engine.prompts import (
     type_ids_per_prompt,
 )
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
-from sageLLM.runtime.engine.sequences import RequestGroup
+from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
@@ -419,14 +419,21 @@ class LLM:
         outputs = self.generate(prompts, params)
         return outputs if is_batch else outputs[0]
 
-    def prepare_one(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> RequestGroup:
+    def prepare_one(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None,
+        traits: RequestTraits | None = None,
+    ) -> RequestGroup:
         """Checks one request without queueing it; without an id it gets a new one. Raises RequestError."""
         items = parse_prompts(prompt)
         if len(items) != 1:
             raise PromptError(f"expected one prompt, got {len(items)}; make one call for each", "prompt")
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise RequestError(f"request_id must be a text that is not empty, got {shown(request_id)}", "request_id")
-        return self._prepare(items[0], params_per_prompt(1, params, self._sampling_defaults)[0], request_id)
+        one = params_per_prompt(1, params, self._sampling_defaults)[0]
+        return self._prepare(items[0], one, request_id, traits)
 
     def _prepare_all(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None
@@ -436,10 +443,16 @@ class LLM:
         per_prompt = params_per_prompt(len(items), params, self._sampling_defaults)
         return [self._prepare(item, one) for item, one in zip(items, per_prompt, strict=True)]
 
-    def _prepare(self, prompt: ParsedPrompt, params: SamplingParams, request_id: str | None = None) -> RequestGroup:
+    def _prepare(
+        self,
+        prompt: ParsedPrompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        traits: RequestTraits | None = None,
+    ) -> RequestGroup:
         if request_id is None:
             request_id = next(new for new in map(str, self._ids) if not self.shared.is_live(new))
-        return self.engine.prepare(request_id, prompt.text, self._token_ids(prompt), params)
+        return self.engine.prepare(request_id, prompt.text, self._token_ids(prompt), params, traits)
 
     def _token_ids(self, prompt: ParsedPrompt) -> list[int]:
         if prompt.token_ids is not None:

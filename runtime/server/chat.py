@@ -28,7 +28,9 @@ from sageLLM.runtime.server.streams import keep_alive
 
 async def chat(service: Service, exchange: Exchange, body: ChatBody, ticket: Ticket) -> None:
     prompt = await prepare(service, body, ticket)
-    generation = service.generate(exchange, f"chatcmpl-{exchange.request_id}", body, [prompt], ticket)
+    generation = service.generate(
+        exchange, f"chatcmpl-{body.request_id or exchange.request_id}", body, [prompt], ticket
+    )
     try:
         await Chat(service, exchange, body, generation).run()
     finally:

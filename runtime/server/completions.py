@@ -31,7 +31,7 @@ UNSCORED = 0
 
 async def complete(service: Service, exchange: Exchange, body: CompletionBody, ticket: Ticket) -> None:
     prompts = await prepare(service, body, ticket)
-    generation = service.generate(exchange, f"cmpl-{exchange.request_id}", body, prompts, ticket)
+    generation = service.generate(exchange, f"cmpl-{body.request_id or exchange.request_id}", body, prompts, ticket)
     try:
         await Completion(service, exchange, body, generation).run()
     finally:

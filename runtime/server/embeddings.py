@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sageLLM.runtime.engine.embedding_requests import embedding_ids
+from sageLLM.runtime.engine.requests import validate_prompt
 from sageLLM.runtime.server.admission import CHARS_PER_TOKEN, Ticket
 from sageLLM.runtime.server.bodies import EmbeddingBody
 from sageLLM.runtime.server.errors import ApiError
@@ -56,7 +57,9 @@ def _token_ids(service: Service, source: PromptSource, truncate: int | None) -> 
         ids = embedding_ids(source, None, service.recipe, service.tokenizer, service.ready.max_model_len)
     if truncate is not None and truncate >= 0:
         ids = ids[:truncate]
-    if len(ids) > service.ready.max_model_len:
+    if len(ids) <= service.ready.max_model_len:
+        validate_prompt(ids, service.ready.vocab_size, service.ready.max_model_len, generates=False)
+    else:
         raise ApiError(
             400,
             f"This model's maximum context length is {service.ready.max_model_len} tokens. However, your request has "

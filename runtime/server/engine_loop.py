@@ -212,10 +212,13 @@ def load_of(llm: LLM) -> Load:
 def describe(llm: LLM, mode: str, policy: str, max_num_seqs: int) -> Ready:
     """The first message of an engine that is built."""
     model = llm.model
-    choices = [
-        f"{model.layout.name}: {model.num_parameters:,} parameters, {model.dtype}, {model.device}",
-        f"kernels: {llm.compiler.planner.name}, {_in_python(llm)}",
-    ]
+    if model.num_parameters:
+        choices = [
+            f"{model.layout.name}: {model.num_parameters:,} parameters, {model.dtype}, {model.device}",
+            f"kernels: {llm.compiler.planner.name}, {_in_python(llm)}",
+        ]
+    else:
+        choices = [f"{model.layout.name}: weights and kernels in worker processes"]
     if not model.generates:
         return Ready(model.layout.name, model.config.V, False, model.max_model_len, choices=choices)
     engine, size = llm.engine, llm.kv_cache_size

@@ -17,7 +17,7 @@ from sageLLM.runtime.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
 MAX_STOP_STRINGS = 4
-MAX_SALT_LEN = 128
+MAX_NAME_LEN = 128
 DEFAULT_COMPLETION_TOKENS = 16
 LONG_TEXT = 16_384
 """Characters from which a text is tokenised in a thread, so that other requests are not held up."""
@@ -94,8 +94,11 @@ def check_common(body: Sampled, model_names: Sequence[str], policy: str) -> None
     if body.truncate_prompt_tokens is not None and body.truncate_prompt_tokens < -1:
         raise ApiError(400, "truncate_prompt_tokens must be at least -1", "truncate_prompt_tokens")
     salt = body.cache_salt
-    if salt is not None and (not salt or len(salt) > MAX_SALT_LEN or any(char in "@/\\\0" for char in salt)):
-        raise ApiError(400, f"cache_salt must have 1 to {MAX_SALT_LEN} characters without @ / \\ and NUL", "cache_salt")
+    if salt is not None and (not salt or len(salt) > MAX_NAME_LEN or any(char in "@/\\\0" for char in salt)):
+        raise ApiError(400, f"cache_salt must have 1 to {MAX_NAME_LEN} characters without @ / \\ and NUL", "cache_salt")
+    for name, text in (("tenant", body.tenant), ("request_id", body.request_id or "")):
+        if len(text) > MAX_NAME_LEN:
+            raise ApiError(400, f"{name} must have at most {MAX_NAME_LEN} characters, got {len(text)}", name)
     if abs(body.priority) >= 2**31:
         raise ApiError(400, "priority must have 32 bits", "priority")
 

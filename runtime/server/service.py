@@ -15,6 +15,7 @@ import msgspec
 
 from sageLLM import __version__
 from sageLLM.runtime.engine.chat import ChatPrompts
+from sageLLM.runtime.engine.requests import check_kv_room, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.errors import ChatTemplateError, SageError
 from sageLLM.runtime.loader.sentence_transformers import EmbeddingRecipe, model_folder, read_recipe
@@ -117,7 +118,12 @@ class Service:
     def generate(
         self, exchange: Exchange, name: str, body: Sampled, prompts: Sequence[EnginePrompt], ticket: Ticket
     ) -> Generation:
-        """Submits the prompts. A client that goes away aborts them."""
+        """Submits the prompts. A client that goes away aborts them. Raises RequestError for one that is invalid."""
+        ready = self.ready
+        for prompt in prompts:
+            validate_prompt(prompt.token_ids, ready.vocab_size, ready.max_model_len)
+            validate_params(prompt.params, ready.vocab_size)
+            check_kv_room(prompt.params, len(prompt.token_ids), ready.max_kv_tokens, ready.max_model_len)
         num_requests = sum(prompt.params.n for prompt in prompts)
         num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self.admission.correct(ticket, num_requests, num_tokens)
@@ -127,7 +133,7 @@ class Service:
             Traits(body.priority, body.deadline, body.tenant, body.cache_salt or ""),
             client=self.client,
             tokenizer=self.tokenizer,
-            ready=self.ready,
+            ready=ready,
             eos_ids=self.eos_ids,
             admission=self.admission,
             ticket=ticket,

@@ -132,3 +132,25 @@ def test_embeddings_equal_those_of_the_synchronous_call(llm: AsyncLLM) -> None:
 def test_options_belong_to_the_llm() -> None:
     with pytest.raises(TypeError, match="options must be passed to the LLM itself"):
         AsyncLLM(LLM.__new__(LLM), dtype="float32")
+
+
+def test_the_traits_of_a_request_reach_the_scheduler() -> None:
+    config = PDSchedulerConfig(mode="hybrid", max_decode_batch_size=1, max_prefill_batch_size=1)
+    one_at_a_time = AsyncLLM(MODEL, dtype="float32", scheduler=config, max_model_len=64)
+    ends: list[str] = []
+
+    async def ask(name: str, priority: int) -> None:
+        traits = {"priority": priority, "deadline": 9.0, "tenant": "t"}
+        async for _ in one_at_a_time.generate([5, 6], greedy(6), name, **traits):  # type: ignore[arg-type]
+            pass
+        ends.append(name)
+
+    async def main() -> None:
+        with one_at_a_time.llm.shared.exclusive():  # no step runs until all have been queued
+            tasks = [asyncio.create_task(ask(name, priority)) for name, priority in (("a", 2), ("b", 1), ("c", 0))]
+            while not all(one_at_a_time.llm.shared.is_live(name) for name in "abc"):
+                await asyncio.sleep(0.001)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert ends == ["c", "b", "a"]

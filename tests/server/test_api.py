@@ -152,6 +152,7 @@ def test_embeddings_are_those_of_llm(server: TestServer, llm: LLM) -> None:
     vector = np.frombuffer(base64.b64decode(short[0]["embedding"]), "<f4")
     assert vector.shape == (8,) and np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     error_of(server.post("/v1/embeddings", {**body, "dimensions": 10**6}), 400)
+    error_of(server.post("/v1/embeddings", {"input": [2**70]}), 400)
 
 
 def test_models_version_tokens(server: TestServer) -> None:
@@ -183,6 +184,10 @@ def test_models_version_tokens(server: TestServer) -> None:
         ({"prompt": "a", "max_tokens": 600}, "max_tokens", "'max_tokens' or 'max_completion_tokens' is too large: 600"),
         ({"prompt": [7] * 600}, "prompt", "This model's maximum context length is 512 tokens."),
         ({"prompt": [10**6]}, "prompt", "prompt token 0 must be from 0 to 2047"),
+        ({"prompt": [-1]}, "prompt", "prompt token 0 must be from 0 to 2047"),
+        ({"prompt": [[5], [2**70]]}, "prompt", "prompt token 0 must be from 0 to 2047"),
+        ({"prompt": "a", "stop_token_ids": [2048]}, "stop_token_ids", "from 0 to 2047"),
+        ({"prompt": "a", "tenant": "t" * 200}, "tenant", "at most 128 characters"),
         (
             {"prompt": "a", "stream_options": {"include_usage": True}},
             "stream_options",
@@ -241,6 +246,7 @@ def test_ignored_fields_and_request_ids(server: TestServer) -> None:
     response = server.post("/v1/completions", body, headers={"X-Request-Id": "mine-1"})
     assert response.headers["x-sagellm-ignored"] == "user, metadata, response_format"
     assert response.headers["x-request-id"] == "mine-1" and response.json()["id"] == "cmpl-mine-1"
+    assert server.post("/v1/completions", body | {"request_id": "b"}).json()["id"] == "cmpl-b"
     hostile = server.post("/v1/completions", body, headers={"X-Request-Id": "a b"})
     assert hostile.headers["x-request-id"] != "a b"
 
