@@ -112,7 +112,7 @@ def test_cached_kernels_run_without_a_compiler(
 def test_a_failure_after_packing_falls_back_with_unpacked_weights(
     expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise CompileError("no space left")
 
     monkeypatch.setattr(planner, "NativePlan", fail)
