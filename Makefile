@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: fuzz-server soak-server serve parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -110,6 +110,9 @@ mutants: $(TEST_READY) ## Check that the tests notice small faults in the schedu
 
 parallel-layouts: $(TEST_READY) ## Compare two ranks, and two pipeline stages, with one process, for every layout in three modes
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/layouts.py --modes hybrid,time_share,strict
+
+af-matrix: $(TEST_READY) ## Compare attention and FFN workers with one process, and kill FFN workers at random points
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/af_matrix.py --kills 3
 
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py

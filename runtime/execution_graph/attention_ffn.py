@@ -15,7 +15,6 @@ from sageLLM.generated.passes.place import AfDisaggregation
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
 from sageLLM.runtime.core.model.layout import ModelLayout
-from sageLLM.runtime.core.passes.order import reorder
 from sageLLM.runtime.core.passes.rows import PART
 
 Role: TypeAlias = Literal["attention", "ffn"]
@@ -54,7 +53,7 @@ def disaggregate(graph: ExecutionGraph, num_ubatches: int) -> None:
 
 
 def side_graph(graph: ExecutionGraph, side: Side, num_ubatches: int) -> ExecutionGraph:
-    """One side of a disaggregated kernel graph, on one device and stream, in the order of the ping-pong.
+    """One side of a disaggregated kernel graph, on one device and stream, in the order of the whole graph.
 
     The buffers of its receives are inputs (`receive_buffers`). The FFN's side returns nothing, and has peer 0; see
     `with_peer`.
@@ -76,7 +75,6 @@ def side_graph(graph: ExecutionGraph, side: Side, num_ubatches: int) -> Executio
     }
     result.weights = {name: replace(ref, device_id=0) for name, ref in result.weights.items()}
     result.reindex()
-    _alternate(result)
     return result
 
 
@@ -112,19 +110,3 @@ def _order_receives(whole: ExecutionGraph, side: ExecutionGraph, device: int) ->
         elif isinstance(node, Recv):
             for before in found:
                 side.add_edge(before, node.node_id)
-
-
-def _alternate(graph: ExecutionGraph) -> None:
-    """Orders the nodes so that a micro-batch is sent as soon as it is computed, and the next one is then computed.
-
-    A round is what follows one receive, up to the next send.
-    """
-    rounds: dict[str, int] = {}
-    keys: dict[str, tuple[int, int, int]] = {}
-    for i, node in enumerate(graph.topological_sort()):
-        number = max((rounds[before] for before in node.dependencies), default=0) + isinstance(node, Recv)
-        rounds[node.node_id] = number
-        # What is not split precedes the first round, or follows the last one.
-        part = node.metadata.get(PART, -1 if number == 0 else len(graph.nodes))
-        keys[node.node_id] = number, part, i
-    reorder(graph, sorted(graph.nodes.values(), key=lambda node: keys[node.node_id]))

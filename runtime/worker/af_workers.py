@@ -20,8 +20,9 @@ from sageLLM.runtime.executor.native.calls import number_of
 from sageLLM.runtime.kernels.cpu.callables import TORCH_DTYPES
 from sageLLM.runtime.kernels.cpu.compiler import Compiler
 from sageLLM.runtime.worker.af_link import Link, LinkLostError, Watch, receive_offer
+from sageLLM.runtime.worker.faults import LOG
 
-MAX_REPLAYS = 3
+MAX_REPLAYS = 5
 """The number of times a step runs again; a step that FFN workers do not survive may be the cause."""
 
 
@@ -73,10 +74,15 @@ class AttentionLinks(Links):
     def renew(self) -> None:
         """Replaces all links, as the other FFN workers are in the middle of the step.
 
-        Waits for lost workers to be started again. Raises EOFError if they do not start.
+        Waits for lost workers to be started again. If they do not start, this process ends: its requests are lost, and
+        no other error of the step would tell that to the engine.
         """
         self.close()
-        self._connect()
+        try:
+            self._connect()
+        except (OSError, EOFError) as error:
+            LOG.error("no FFN worker is left: %s", error)
+            raise SystemExit(1) from error
 
     def close(self) -> None:
         self._watch.close()

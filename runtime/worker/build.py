@@ -50,8 +50,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     is a file that the ranks share to find each other. `shared_memory` and `link_memory` are descriptors of memory for
     the collectives of the stage, and for the messages between all ranks, of the CPU kernels.
 
-    `side` is the role in attention-FFN disaggregation, with `num_workers` workers of both roles, and `af_channel` the
-    descriptor of a Unix socket over which the engine's process sends links to the workers of the other role.
+    `side` is the role in attention-FFN disaggregation, with `num_workers` workers of both roles, of which
+    `num_ffn` are FFN workers, and `af_channel` the descriptor of a Unix socket over which the engine's process sends
+    links to the workers of the other role.
     """
 
     model: str
@@ -77,6 +78,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     link_memory: int | None = None
     side: Side | None = None
     num_workers: int = 1
+    num_ffn: int = 0
     af_channel: int | None = None
 
     @property

@@ -26,6 +26,7 @@ def start_disaggregated(
     spec = msgspec.structs.replace(
         spec,
         num_workers=num_attention + num_ffn,
+        num_ffn=num_ffn,
         num_ubatches=max(spec.num_ubatches, -(-num_ffn // num_attention)),
     )
     ffn_workers = FfnWorkers(spec, num_ffn, num_attention, _ring_bytes(model, config))

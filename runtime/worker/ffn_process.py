@@ -80,7 +80,9 @@ class FfnServer:
             side=spec.side,
             overrides=self._links.kernels,
         )
-        graphs = [self._compiler.kernel_graph("prefill")]
+        # Now and not in the first step, which waits for a worker that has been started again.
+        most = -(-spec.num_ubatches // spec.num_ffn)
+        graphs = [self._compiler.kernel_graph("prefill", number) for number in range(1, most + 1)]
         self._compiler.planner.prepare_weights(self._model.weights, self._model.ties, graphs)
         self._native = find_compiler() if device.type == "cpu" else None
         self._compiling = threading.Lock()

@@ -24,6 +24,8 @@ from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.process_executor import START_SECONDS, Rank, await_ready, start_rank
 
 FFN_WORKER = "sageLLM.runtime.worker.ffn_process"
+MAX_STARTS = 3
+"""The number of times in a row that a worker is started; it may be killed while it loads."""
 
 
 class FfnWorkers:
@@ -50,6 +52,11 @@ class FfnWorkers:
         """The operating system's ids of the worker processes, by rank."""
         return [worker.process.pid for worker in self._state.workers]
 
+    @property
+    def num_restarts(self) -> int:
+        """Workers that have ended, with a new one in their place."""
+        return self._state.num_restarts
+
     def join(self, attention_rank: int) -> int:
         """The descriptor of a new channel for an attention worker that is about to start; it replaces the last one."""
         return self._state.open_channel(attention_rank)
@@ -75,6 +82,7 @@ class _State:
 
     def __init__(self, spec: WorkerSpec, num_workers: int, num_attention: int, ring_bytes: int) -> None:
         self.workers: list[Rank] = []
+        self.num_restarts = 0
         self._specs = [
             msgspec.structs.replace(spec, side=Side("ffn", rank, num_attention)) for rank in range(num_workers)
         ]
@@ -138,8 +146,18 @@ class _State:
         worker.await_end()
         LOG.warning("FFN worker %s; it is started again", worker.describe_end())
         worker.connection.close()
-        self.workers[rank] = start_rank(self._specs[rank], FFN_WORKER)
-        await_ready(self.workers[rank], time.monotonic() + START_SECONDS)
+        for attempt in range(MAX_STARTS):
+            self.workers[rank] = worker = start_rank(self._specs[rank], FFN_WORKER)
+            try:
+                await_ready(worker, time.monotonic() + START_SECONDS)
+                self.num_restarts += 1
+                return
+            except EngineError as error:  # it has ended meanwhile
+                if attempt == MAX_STARTS - 1 or self._is_closed:
+                    raise
+                LOG.warning("%s; it is started again", error)
+                worker.connection.close()
+                worker.await_end()
 
     def _answer(self, rank: int, channel: socket.socket) -> None:
         """Sends links to all FFN workers, if the attention worker asks for them."""

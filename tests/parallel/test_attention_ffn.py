@@ -81,6 +81,7 @@ def test_a_killed_ffn_worker_costs_a_step_and_no_request(disaggregated: LLM) -> 
     answers = [found[name].outputs[0] for name in sorted(found, key=int)]
     assert [answer.token_ids for answer in answers] == [output.outputs[0].token_ids for output in reference]
     assert killed and ffn_ids(disaggregated) != before
+    assert disaggregated._ffn_workers is not None and disaggregated._ffn_workers.num_restarts == 1
     assert attention_ids(disaggregated) == attention
 
 

@@ -15,7 +15,7 @@ from sageLLM.runtime.core.passes.base import DeclaredPass
 from sageLLM.runtime.core.passes.micro_batches import MicroBatches, entering, is_symbolic, share_of, why_not_divisible
 from sageLLM.runtime.core.passes.order import reorder, replace_contents
 from sageLLM.runtime.core.passes.rows import PART
-from sageLLM.runtime.core.passes.transfers import move_nodes
+from sageLLM.runtime.core.passes.transfers import move_nodes, ping_pong
 
 PartTime = Callable[[ExecutionNode, int], float]
 """Microseconds of a node for a micro-batch with a number of rows."""
@@ -31,7 +31,7 @@ class PlacePass(DeclaredPass):
 
     The rows that enter the layers are split by views of the op `split` and joined by `join` where they leave them.
     Every node of a layer is repeated per micro-batch, with `metadata["part"]`; the micro-batches alternate node by
-    node, which is the order of the ping-pong. KV stores of one micro-batch precede the attention of the next. A value
+    node, or at each transfer if nodes move. KV stores of one micro-batch precede the attention of the next. A value
     that another device reads is transferred once, by the ops `send` and `recv`; collectives run on the device of their
     operand.
 
@@ -74,7 +74,10 @@ class PlacePass(DeclaredPass):
         num_moved = self._move(result)
         if not is_symbolic(graph):
             self._set_times(graph, result)
-        reorder(result)
+        if self.move:
+            ping_pong(result)
+        else:
+            reorder(result)
         replace_contents(graph, result)
         after = graph.estimate_total_time()
         facts = {"micro_batches": self.micro_batches, "moved": num_moved}

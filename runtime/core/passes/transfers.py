@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode
 from sageLLM.runtime.core.ir.op_node import OpNode
-from sageLLM.runtime.core.passes.order import replace_contents
+from sageLLM.runtime.core.passes.order import reorder, replace_contents
 from sageLLM.runtime.core.passes.relocation import Relocation, Transfer
 from sageLLM.runtime.core.passes.rows import PART
 
@@ -42,6 +42,23 @@ def move_nodes(graph: ExecutionGraph, devices: Mapping[str, int], send: type[OpN
     result.weights = {name: result.weights.get(name, ref) for name, ref in graph.weights.items()}
     replace_contents(graph, result)
     return num_moved
+
+
+def ping_pong(graph: ExecutionGraph) -> None:
+    """Orders the nodes so that a micro-batch is sent as soon as it is computed, and the next one is then computed.
+
+    A round is what follows one receive, up to the next send. Without this order, small nodes of the first micro-batch
+    that precede a send would wait for the large ones of the next micro-batch.
+    """
+    rounds: dict[str, int] = {}
+    keys: dict[str, tuple[int, int, int]] = {}
+    for i, node in enumerate(graph.topological_sort()):
+        is_received = node.op_type.name == "COMM_RECV"
+        number = max((rounds[before] for before in node.dependencies), default=0) + is_received
+        rounds[node.node_id] = number
+        # What is not split precedes the first round, or follows the last one.
+        keys[node.node_id] = number, node.metadata.get(PART, -1 if number == 0 else len(graph.nodes)), i
+    reorder(graph, sorted(graph.nodes.values(), key=lambda node: keys[node.node_id]))
 
 
 def _device_of(node: ExecutionNode, devices: Mapping[str, int], home: Mapping[str, int]) -> int:
