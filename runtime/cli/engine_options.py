@@ -94,6 +94,10 @@ class EngineOptions:
     enable_expert_parallel: Annotated[bool, Option("Divide experts over these workers whole, not each of them.")] = (
         False
     )
+    nnodes: Annotated[int | None, Option("Hosts of the ranks; the engine is on node 0.")] = None
+    node_rank: Annotated[int | None, Option("Number of this host; others than 0 run their ranks only.")] = None
+    master_addr: Annotated[str | None, Option("Address of node 0 (default: 127.0.0.1).")] = None
+    master_port: Annotated[int | None, Option("Port of node 0 (default: 29501).")] = None
     distributed_executor_backend: Annotated[
         Literal["uni", "mp"] | None, Option("Run the model in this process, or in worker processes.")
     ] = None

@@ -11,10 +11,12 @@ import typer
 from sageLLM.runtime.cli.bench_commands import bench_app
 from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
 from sageLLM.runtime.cli.serve_options import with_serve_options
+from sageLLM.runtime.cli.worker_command import worker
 from sageLLM.runtime.server.settings import ServerSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
+app.command()(worker)
 
 Specs = Annotated[list[Path] | None, typer.Option("--specs", help="An overlay spec folder; can be repeated.")]
 Plugins = Annotated[

@@ -1,8 +1,9 @@
 """Checks the arguments of `LLM` that no other part of the engine checks."""
 
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -16,11 +17,14 @@ from sageLLM.runtime.registry.plugins import Registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.worker.build import WeightsPlacement
+from sageLLM.runtime.worker.node import Node
 
 MAX_AF_WORKERS = 64
 """Workers of a role, as the links of a process have numbers up to that."""
 Backend: TypeAlias = Literal["uni", "mp"]
 """Workers in the process of the engine, or in separate processes; the names are vLLM's."""
+
+DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 29501
 
 
 def parse_device(name: str) -> torch.device:
@@ -82,6 +86,34 @@ def parse_af(text: str | None) -> tuple[int, int] | None:
             f"got {shown(text)}"
         )
     return counts
+
+
+def choose_node(
+    nnodes: int | None, node_rank: int | None, master_addr: str | None, master_port: int | None, num_ranks: int
+) -> Node | None:
+    """The host of this process, None for an engine on one host. SageError for an invalid argument.
+
+    Without `nnodes` the variables of torchrun are used, if it has started `num_ranks` processes: each is a host with
+    one rank.
+    """
+    environment: Mapping[str, str] = {}
+    if nnodes is None and num_ranks > 1 and os.environ.get("WORLD_SIZE") == str(num_ranks):
+        environment = os.environ
+        nnodes = num_ranks
+    node_rank = int(environment.get("RANK", 0)) if node_rank is None else node_rank
+    master_addr = master_addr or environment.get("MASTER_ADDR") or DEFAULT_ADDRESS
+    if master_port is None:
+        # torchrun itself listens on its port, for its store.
+        own = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        master_port = int(environment.get("MASTER_PORT", DEFAULT_PORT)) + own
+    nnodes = 1 if nnodes is None else nnodes
+    check_count("nnodes", nnodes)
+    check_count("master_port", master_port)
+    if isinstance(node_rank, bool) or not isinstance(node_rank, int) or not 0 <= node_rank < nnodes:
+        raise SageError(f"node_rank must be an integer from 0 to nnodes - 1 = {nnodes - 1}, got {shown(node_rank)}")
+    if num_ranks % nnodes:
+        raise SageError(f"nnodes={nnodes} must divide tensor_parallel_size * pipeline_parallel_size = {num_ranks}")
+    return Node(nnodes, node_rank, master_addr, master_port) if nnodes > 1 else None
 
 
 def check_passes(names: Sequence[str], registry: Registry) -> None:

@@ -15,6 +15,7 @@ from sageLLM.runtime.engine.arguments import (
     check_count,
     check_passes,
     choose_backend,
+    choose_node,
     parse_af,
     parse_device,
     weights_placement,
@@ -52,11 +53,13 @@ from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
 from sageLLM.runtime.worker.build import WeightsTier, WorkerSpec, make_compiler, make_local_executor, place_weights
+from sageLLM.runtime.worker.cluster import Cluster
 from sageLLM.runtime.worker.disaggregation import start_disaggregated
 from sageLLM.runtime.worker.executor import Executor, InProcessExecutor
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.ffn_workers import FfnWorkers
 from sageLLM.runtime.worker.io_report import IoReport
+from sageLLM.runtime.worker.node import serve_node
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 
@@ -97,6 +100,10 @@ class LLM:
     for each of `tensor_parallel_size` ranks in each of `pipeline_parallel_size` stages. Lost workers are started again,
     and their requests are replayed. With `enable_expert_parallel` each rank has some of the experts of a layer, instead
     of a part of each.
+
+    `nnodes`, `node_rank`, `master_addr` and `master_port` are for ranks on several hosts (docs/parallel.md); the
+    variables of torchrun are used if it has started a process per rank. On the other hosts the constructor runs their
+    ranks and does not return: the process ends with the engine.
 
     `num_ubatches` divides the rows of each step into so many micro-batches, which go through the layers in turns: while
     one communicates, another computes. The answers are the same.
@@ -144,6 +151,10 @@ class LLM:
         pipeline_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
         distributed_executor_backend: Backend | None = None,
+        nnodes: int | None = None,
+        node_rank: int | None = None,
+        master_addr: str | None = None,
+        master_port: int | None = None,
         num_ubatches: int = 1,
         overlap_transfers: bool | None = None,
         af: str | None = None,
@@ -160,6 +171,10 @@ class LLM:
         if num_ubatches > 1 and pipeline_parallel_size > 1:
             raise SageError(f"num_ubatches must be 1 with several pipeline stages, got {num_ubatches}")
         num_ranks = tensor_parallel_size * pipeline_parallel_size
+        node = choose_node(nnodes, node_rank, master_addr, master_port, num_ranks)
+        if node is not None and node.node_rank > 0:
+            serve_node(node)
+            raise SystemExit(0)
         weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device)
         af_counts = parse_af(af)
         if af_counts is not None and num_ranks > 1:
@@ -231,7 +246,7 @@ class LLM:
             if af_counts is not None:
                 self._ffn_workers, executors = start_disaggregated(spec, num_attention, num_ffn, self.model, config)
             elif self._backend == "mp":
-                executors = [ProcessExecutor(spec)]
+                executors = [ProcessExecutor(spec, None if node is None else Cluster(node, num_ranks))]
             else:
                 executors = [make_local_executor(spec, self.model, self.compiler, is_async=async_scheduling)]
             engines = [

@@ -47,8 +47,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """One rank of `tp` tensor-parallel ranks in each of `pp` pipeline stages.
 
     The ranks of a stage follow each other. The other fields are the arguments of `LLM` of the same names. `rendezvous`
-    is a file that the ranks share to find each other. `shared_memory` and `link_memory` are descriptors of memory for
-    the collectives of the stage, and for the messages between all ranks, of the CPU kernels.
+    is a file that the ranks share to find each other, or for several hosts the address HOST:PORT of a TCP store.
+    `host_ranks` are the ranks on the same host. `shared_memory` and `link_memory` are descriptors of memory for the
+    collectives of the stage, and for the messages between the ranks of the host, of the CPU kernels.
 
     `side` is the role in attention-FFN disaggregation, with `num_workers` workers of both roles, of which
     `num_ffn` are FFN workers, and `af_channel` the descriptor of a Unix socket over which the engine's process sends
@@ -80,6 +81,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     num_workers: int = 1
     num_ffn: int = 0
     af_channel: int | None = None
+    host_ranks: list[int] = []
 
     @property
     def num_ranks(self) -> int:
@@ -98,7 +100,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
         return list(range(stage * self.tp, (stage + 1) * self.tp))
 
     @property
-    def own_stages(self) -> list[int]:
+    def stage_peers(self) -> list[int]:
         """The ranks, one per stage, that this rank exchanges activations and tokens with."""
         return list(range(self.rank % self.tp, self.num_ranks, self.tp))
 

@@ -2,7 +2,7 @@
 
     python -m sageLLM.runtime.worker.ffn_process FD
 
-The first message on the inherited Unix socket is the `WorkerSpec`; then come links, each to one attention worker. A
+The `WorkerSpec` arrives on stdin; links arrive on the inherited Unix socket, each to one attention worker. A
 thread serves each link, so no attention worker waits for another one to have tokens. Nothing is kept between two
 micro-batches, so a worker can be replaced at any point.
 """
@@ -38,7 +38,7 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     connection = Connection(os.dup(channel.fileno()))
     try:
-        spec = msgspec.msgpack.decode(connection.recv_bytes(), type=WorkerSpec)
+        spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WorkerSpec)
         reply: Reply
         try:
             server = FfnServer(spec)

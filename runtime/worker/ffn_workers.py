@@ -21,7 +21,9 @@ from sageLLM.runtime.kernels.cpu.point_to_point import make_pair_memory
 from sageLLM.runtime.worker.af_link import LinkOffer, send_offer
 from sageLLM.runtime.worker.build import WorkerSpec
 from sageLLM.runtime.worker.faults import LOG
-from sageLLM.runtime.worker.process_executor import START_SECONDS, Rank, await_ready, start_rank
+from sageLLM.runtime.worker.process_executor import START_SECONDS, await_ready
+from sageLLM.runtime.worker.rank import Rank
+from sageLLM.runtime.worker.rank_processes import start_rank
 
 FFN_WORKER = "sageLLM.runtime.worker.ffn_process"
 MAX_STARTS = 3

@@ -2,8 +2,9 @@
 
     python -m sageLLM.runtime.worker.process FD
 
-The first message is the `WorkerSpec`. The socket has no address, so no other process can connect to it. The process
-ends when the engine closes its end, or when its parent has died.
+The `WorkerSpec` arrives on stdin. On the host of the engine the socket has no address, so no other process can connect
+to it; another host has connected and authenticated it (`node.py`). The process ends when the engine closes its end, or
+when its parent has died.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import msgspec
 
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.worker.build import WorkerSpec, build_executor
 from sageLLM.runtime.worker.executor import InProcessExecutor
+from sageLLM.runtime.worker.fingerprint import fingerprint
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.ranks import join_ranks
 
@@ -26,7 +29,9 @@ PARENT_CHECK_SECONDS = 0.5
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """The worker is built."""
+    """The worker is built; `facts` must be those of the other ranks."""
+
+    facts: dict[str, str] = {}
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -66,11 +71,11 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     encoder = msgspec.msgpack.Encoder()
     try:
-        spec = msgspec.msgpack.decode(connection.recv_bytes(), type=WorkerSpec)
+        spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WorkerSpec)
         reply: Reply
         try:
             executor = build_executor(spec, join_ranks(spec))
-            reply = Ready()
+            reply = Ready(facts_of(spec, executor))
         except SageError as error:
             reply = Refused(str(error))
         except Exception as error:
@@ -101,6 +106,14 @@ def serve(connection: Connection, executor: InProcessExecutor, *, returns_result
             return
         if returns_results:
             connection.send_bytes(encoder.encode(Done(results)))
+
+
+def facts_of(spec: WorkerSpec, executor: InProcessExecutor) -> dict[str, str]:
+    """What all ranks must agree on."""
+    if spec.num_ranks == 1:
+        return {}
+    runner = executor.decoder.runner
+    return fingerprint(Path(spec.model), runner.model, runner.compiler)
 
 
 def end_with_parent(parent: int) -> None:

@@ -4,69 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import msgspec
+from torch._C._distributed_c10d import TCPStore
 
 from sageLLM.runtime.errors import EngineError, SageError
-from sageLLM.runtime.kernels.cpu.communicator import make_shared_memory
-from sageLLM.runtime.kernels.cpu.point_to_point import make_link_memory
 from sageLLM.runtime.worker.build import WorkerSpec
+from sageLLM.runtime.worker.cluster import Cluster
 from sageLLM.runtime.worker.executor import WorkersLostError
 from sageLLM.runtime.worker.faults import LOG
+from sageLLM.runtime.worker.fingerprint import difference
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.process import Done, Failed, Ready, Refused, Reply, Reset, Run
+from sageLLM.runtime.worker.rank import Rank, RemoteRank
+from sageLLM.runtime.worker.rank_processes import start_ranks
 
 START_SECONDS = 600.0
 """The deadline of the start: loading the weights, and compiling the kernels the first time."""
 STEP_SECONDS = 300.0
 """The deadline of a step; a worker that takes longer counts as hung."""
-END_SECONDS = 2.0
-WORKER = "sageLLM.runtime.worker.process"
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """A worker process and the engine's end of its socket."""
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    connection: Connection
-
-    def hang_up(self) -> None:
-        """Lets the process read the end of its commands, after which it ends."""
-        with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
-            end.shutdown(socket.SHUT_WR)
-
-    def await_end(self) -> None:
-        """Waits for the end of the process, and kills it if that takes too long."""
-        try:
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def describe_end(self) -> str:
-        """How the process has ended, in words."""
-        code = self.process.poll()
-        if code is None:
-            return f"rank {self.rank} (process {self.process.pid}) closed its connection"
-        how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-        return f"rank {self.rank} (process {self.process.pid}) {how}"
 
 
 class ProcessExecutor:
@@ -79,26 +44,30 @@ class ProcessExecutor:
     def __init__(
         self,
         spec: WorkerSpec,
+        cluster: Cluster | None = None,
         *,
         step_seconds: float = STEP_SECONDS,
         open_channel: Callable[[], int] | None = None,
     ) -> None:
-        """Starts the workers. Raises what `load_model` raises, and EngineError if a process does not start.
+        """Starts the workers, some of them on the other hosts of a `cluster`, which is closed with the executor.
 
-        `open_channel` returns a new descriptor for `spec.af_channel` at each start.
+        `open_channel` returns a new descriptor for `spec.af_channel` at each start. Raises what `load_model` raises,
+        and EngineError if a process does not start.
         """
         self._spec, self.step_seconds, self._open_channel = spec, step_seconds, open_channel
+        self._cluster = cluster
         self._encoder = msgspec.msgpack.Encoder()
         self._lock = threading.Lock()
         self._pending: deque[tuple[float, Future[list[StepResult]]]] = deque()
+        self._cluster_finalizer = None if cluster is None else weakref.finalize(self, Cluster.close, cluster)
         self._group = self._start_group()
         self._finalizer = weakref.finalize(self, _Group.end, self._group)
         self._start_reader()
 
     @property
     def process_ids(self) -> list[int]:
-        """The operating system's ids of the worker processes, by rank."""
-        return [rank.process.pid for rank in self._group.ranks]
+        """The operating system's ids of the worker processes of this host, by rank."""
+        return [rank.process.pid for rank in self._group.ranks if isinstance(rank, Rank)]
 
     def submit(self, order: GroupOrder) -> Future[list[StepResult]]:
         future: Future[list[StepResult]] = Future()
@@ -122,7 +91,7 @@ class ProcessExecutor:
             self.restart()
 
     def restart(self) -> None:
-        self.close()
+        self._end_group()
         try:
             self._group = self._start_group()
         except SageError as error:  # the checkpoint has changed since the first start
@@ -131,6 +100,11 @@ class ProcessExecutor:
         self._start_reader()
 
     def close(self) -> None:
+        self._end_group()
+        if self._cluster_finalizer is not None:
+            self._cluster_finalizer()
+
+    def _end_group(self) -> None:
         self._finalizer()
         self._reader.join()
         for rank in self._group.ranks:
@@ -138,7 +112,7 @@ class ProcessExecutor:
 
     def _start_group(self) -> _Group:
         if self._open_channel is None:
-            return _Group.start(self._spec)
+            return _Group.start(self._spec, self._cluster)
         channel = self._open_channel()
         try:
             return _Group.start(msgspec.structs.replace(self._spec, af_channel=channel))
@@ -162,31 +136,48 @@ class ProcessExecutor:
 class _Group:
     """The processes of one start."""
 
-    def __init__(self, ranks: Sequence[Rank], folder: Path) -> None:
-        self.ranks = ranks
+    def __init__(self, folder: Path, cluster: Cluster | None) -> None:
+        self.ranks: list[Rank | RemoteRank] = []
         self.lost: str | None = None
-        self._folder = folder
+        self._folder, self._cluster = folder, cluster
+        self._store: TCPStore | None = None
 
     @classmethod
-    def start(cls, spec: WorkerSpec) -> _Group:
-        folder = Path(tempfile.mkdtemp(prefix="sagellm-"))  # readable by this user only
-        group = cls([], folder)
-        memory = _SharedMemory(spec)
+    def start(cls, spec: WorkerSpec, cluster: Cluster | None = None) -> _Group:
+        group = cls(Path(tempfile.mkdtemp(prefix="sagellm-")), cluster)  # readable by this user only
         try:
-            spec = msgspec.structs.replace(spec, rendezvous=str(folder / "rendezvous"), link_memory=memory.links)
-            group.ranks = [
-                start_rank(msgspec.structs.replace(spec, rank=rank, shared_memory=memory.stages[rank // spec.tp]))
-                for rank in range(spec.num_ranks)
-            ]
-            deadline = time.monotonic() + START_SECONDS
-            for rank in group.ranks:
-                await_ready(rank, deadline)
+            group._start_ranks(spec)
+            group._await_ranks(time.monotonic() + START_SECONDS)
+            if spec.device == "cpu":  # the ranks are connected; NCCL connects them in the first collective
+                shutil.rmtree(group._folder, ignore_errors=True)
         except BaseException:
+            group.lose("the start has failed")
             group.end()
             raise
-        finally:
-            memory.close()
         return group
+
+    def _start_ranks(self, spec: WorkerSpec) -> None:
+        interface: str | None = "lo"
+        own = range(spec.num_ranks)
+        if self._cluster is None:
+            rendezvous = str(self._folder / "rendezvous")
+        else:
+            address = self._cluster.node.address
+            self._store = TCPStore(address, 0, None, True, wait_for_workers=False)
+            rendezvous, interface = f"{address}:{self._store.port}", self._cluster.interface
+            own = self._cluster.ranks_of(0)
+        spec = msgspec.structs.replace(spec, rendezvous=rendezvous)
+        self.ranks += start_ranks(spec, own, interface)
+        if self._cluster is not None:
+            self.ranks += self._cluster.start(spec)
+
+    def _await_ranks(self, deadline: float) -> None:
+        first: Ready | None = None
+        for rank in self.ranks:
+            ready = await_ready(rank, deadline)
+            first = first or ready
+            if (differing := difference(first.facts, ready.facts)) is not None:
+                raise EngineError(f"{rank.name} differs from rank 0: {differing}; all ranks must agree")
 
     def lose(self, reason: str) -> None:
         """Records the first reason why the group is of no use any more."""
@@ -202,71 +193,31 @@ class _Group:
             rank.hang_up()
         for rank in self.ranks:
             rank.await_end()
+        self._store = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
         for rank in self.ranks:
-            rank.process.kill()
+            rank.kill()
+        if self._cluster is not None:
+            self._cluster.stop()
 
 
-class _SharedMemory:
-    """Descriptors of memory for the collectives of each stage and for the links of all ranks, None if not used."""
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        is_used = uses_shared_memory(spec)
-        self.stages = [make_shared_memory(spec.tp) if is_used and spec.tp > 1 else None for _ in range(spec.pp)]
-        self.links = make_link_memory(spec.num_ranks) if is_used and spec.pp > 1 else None
-
-    def close(self) -> None:
-        """Closes the descriptors in this process; the memory is gone with the last rank."""
-        for file in (*self.stages, self.links):
-            if file is not None:
-                os.close(file)
-
-
-def uses_shared_memory(spec: WorkerSpec) -> bool:
-    """Whether the ranks can use the collectives and links of the CPU kernels."""
-    return spec.num_ranks > 1 and spec.device == "cpu" and spec.kernels != "reference" and hasattr(os, "memfd_create")
-
-
-def start_rank(spec: WorkerSpec, module: str = WORKER) -> Rank:
-    """Starts a worker process that runs a module, and sends it the spec."""
-    ours, theirs = socket.socketpair()
-    environment = dict(os.environ)
-    num_processes = spec.num_ranks if spec.side is None else spec.num_workers
-    if num_processes > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # The child imports this package from where this process has it.
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    inherited = [file for file in (spec.shared_memory, spec.link_memory, spec.af_channel) if file is not None]
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), *inherited],
-            stdin=subprocess.DEVNULL,
-            env=environment,
-        )
-    connection = Connection(ours.detach())
-    connection.send_bytes(msgspec.msgpack.encode(spec))
-    return Rank(spec.rank, process, connection)
-
-
-def await_ready(rank: Rank, deadline: float) -> None:
+def await_ready(rank: Rank | RemoteRank, deadline: float) -> Ready:
     """Waits until a worker is built. Raises SageError for an input of the user, and EngineError for other failures."""
     if not rank.connection.poll(max(0.0, deadline - time.monotonic())):
-        raise EngineError(f"worker rank {rank.rank} has not started within {START_SECONDS:.0f} s")
+        raise EngineError(f"{rank.name} has not started within {START_SECONDS:.0f} s")
     try:
         reply = msgspec.msgpack.decode(rank.connection.recv_bytes(), type=Reply)
     except (EOFError, OSError):
-        rank.process.wait()
+        rank.await_end()
         raise EngineError(f"a worker has ended while it was started: {rank.describe_end()}") from None
     if isinstance(reply, Refused):
         raise SageError(reply.message)
     if not isinstance(reply, Ready):
         message = reply.message if isinstance(reply, Failed) else "an unexpected reply"
-        raise EngineError(f"worker rank {rank.rank} has failed while it was started: {message}")
+        raise EngineError(f"{rank.name} has failed while it was started: {message}")
+    return reply
 
 
 def _read_replies(group: _Group, pending: deque[tuple[float, Future[list[StepResult]]]], lock: threading.Lock) -> None:
@@ -291,7 +242,7 @@ def _read_replies(group: _Group, pending: deque[tuple[float, Future[list[StepRes
 
 
 def _read_reply(
-    rank: Rank,
+    rank: Rank | RemoteRank,
     group: _Group,
     decoder: msgspec.msgpack.Decoder[Reply],
     pending: deque[tuple[float, Future[list[StepResult]]]],

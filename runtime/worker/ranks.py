@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from sageLLM.generated.kernels.reference.process_groups import set_process_group
 from sageLLM.runtime.kernels.cpu.communicator import close_communicator, open_communicator
@@ -28,7 +28,7 @@ def join_ranks(spec: WorkerSpec) -> TokenReturn | None:
     is_cuda = spec.device.startswith("cuda")
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
-        store=FileStore(spec.rendezvous, spec.num_ranks),
+        store=_store(spec.rendezvous, spec.num_ranks),
         rank=spec.rank,
         world_size=spec.num_ranks,
         timeout=timedelta(seconds=RENDEZVOUS_SECONDS),
@@ -41,6 +41,13 @@ def join_ranks(spec: WorkerSpec) -> TokenReturn | None:
     if spec.pp == 1:
         return None
     return TokenReturn(spec.pipeline_stage, _token_channel(spec, tokens))
+
+
+def _store(rendezvous: str, num_ranks: int) -> Store:
+    address, colon, port = rendezvous.rpartition(":")
+    if not colon:
+        return FileStore(rendezvous, num_ranks)
+    return TCPStore(address, int(port), num_ranks, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
 
 
 def _make_groups(spec: WorkerSpec) -> "dist.ProcessGroup | None":
@@ -64,7 +71,7 @@ def _make_groups(spec: WorkerSpec) -> "dist.ProcessGroup | None":
 
 def _share_memory(spec: WorkerSpec) -> None:
     """Opens the collectives and links of the CPU kernels, if all ranks can: all must use the same ones."""
-    if spec.shared_memory is None and spec.link_memory is None:
+    if spec.kernels == "reference":
         return
     can_open = False
     try:
@@ -73,7 +80,7 @@ def _share_memory(spec: WorkerSpec) -> None:
             open_communicator(spec.shared_memory, spec.rank % spec.tp, spec.tp, compiler)
         if spec.link_memory is not None:
             open_links(spec.link_memory, spec.num_ranks, compiler)
-            connect("pp", spec.own_stages, spec.rank)
+            connect("pp", [rank if rank in spec.host_ranks else None for rank in spec.stage_peers], spec.rank)
         can_open = True
     except (CompileError, OSError) as error:
         LOG.warning("rank %d uses torch.distributed between ranks: %s", spec.rank, error)

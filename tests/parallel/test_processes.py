@@ -17,7 +17,7 @@ import pytest
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.errors import CheckpointError, EngineError, SageError
-from sageLLM.runtime.worker import process_executor
+from sageLLM.runtime.worker import rank_processes
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
@@ -183,12 +183,14 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         f"llm = LLM({str(MODEL)!r}, dtype='float32', tensor_parallel_size=2, skip_tokenizer=True)\n"
         "print(*llm.engine.executor.process_ids, flush=True); time.sleep(600)"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         ids = [int(text) for text in parent.stdout.readline().split()]
         assert len(ids) == 2 and all(map(is_running, ids))
         parent.kill()
     assert_ended(ids)
+    assert not list(tmp_path.iterdir()), "temporary files are left"
 
 
 def test_errors_of_arguments() -> None:
@@ -205,9 +207,14 @@ def test_errors_of_arguments() -> None:
 
 
 def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_executor, "WORKER", "this.package.does.not.exist")
+    monkeypatch.setattr(rank_processes, "WORKER", "this.package.does.not.exist")
     with pytest.raises(EngineError, match=r"rank 0 \(process \d+\) exited with code 1"):
         load(distributed_executor_backend="mp")
+
+
+def test_a_worker_without_memory_for_the_kv_cache() -> None:
+    with pytest.raises(SageError, match="the KV cache of 100000000000 blocks of 16 tokens must fit in memory"):
+        load(distributed_executor_backend="mp", num_kv_blocks=10**11)
 
 
 def test_embedding_needs_the_model_in_this_process(one_rank: LLM) -> None:

@@ -58,15 +58,18 @@ def open_links(file: int, num_ranks: int, compiler: Compiler | None) -> None:
     _state.compiler = compiler
 
 
-def connect(group: str, members: Sequence[int], own: int) -> None:
+def connect(group: str, members: Sequence[int | None], own: int) -> None:
     """Connects this process, rank `own` of all, to the members of a group: rank i of the group is `members[i]` of all.
 
-    A group is one of the choices of the attr `group` of the ops `send` and `recv`. A process can belong to several.
+    Members on other hosts are None. A group is one of the choices of the attr `group` of the ops `send` and `recv`. A
+    process can belong to several.
     """
     function = symbol(load_point_to_point(_state.compiler), "sage_connect")
     function.argtypes = (ctypes.c_int64,) * 4
     function.restype = ctypes.c_char_p
     for peer, rank in enumerate(members):
+        if rank is None:
+            continue
         _raise_error(function(group_number(group), peer, own, rank))
         _state.connected.add((group, peer))
 
