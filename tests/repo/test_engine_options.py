@@ -91,6 +91,7 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "node-rank": "0",
         "master-addr": "127.0.0.1",
         "master-port": "29502",
+        "af": "2:1",
         "distributed-executor-backend": "mp",
         "num-ubatches": "2",
         "plugin": "mine",
