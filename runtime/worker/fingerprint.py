@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-import sageLLM
-from sageLLM import generated
+from sageLLM import __version__, generated
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.loader.model import Model
 
@@ -29,7 +28,7 @@ def versions() -> dict[str, str]:
     """Versions of this package, of its generated code, and of PyTorch."""
     manifest = Path(str(generated.__file__)).parent / "MANIFEST.json"
     return {
-        "sagellm": sageLLM.__version__,
+        "sagellm": __version__,
         "generated code": _digest(manifest.read_bytes()),
         "torch": str(torch.__version__),
     }

@@ -67,6 +67,9 @@ LAYERS = {
     "runtime/text/tokenizer_probe_worker.py": Layer(ours=(), others=frozenset({"tokenizers"})),  # so does this
     "runtime/sampling": runtime_layer("sampling", others="torch"),
     "runtime/worker": runtime_layer(*BELOW_WORKER, "worker", others="torch numpy msgspec"),
+    "runtime/worker/fingerprint.py": Layer(
+        ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.__version__"), others=frozenset({"torch"})
+    ),
     "runtime/engine": runtime_layer(*BELOW_WORKER, "text", "worker", "engine", others="torch numpy", lazily="triton"),
     "runtime/server": Layer(
         ours=("sageLLM.runtime", "sageLLM.__version__"),
@@ -85,6 +88,7 @@ LAYERS = {
     "runtime/cli/serve_engine.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"msgspec"})),
     "runtime/cli/serve_options.py": Layer(ours=("sageLLM.runtime",), lazily=frozenset({"typer", "yaml"})),
     "runtime/cli/bench_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
+    "runtime/cli/worker_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/engine_options.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/hardware_entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime": Layer(ours=()),
@@ -329,7 +333,7 @@ import importlib, pathlib, sys
 import sageLLM
 root = pathlib.Path(sageLLM.__file__).parent
 for path in sorted(p for folder in sys.argv[1].split() for p in (root / folder).rglob("*.py")):
-    if path.stem != "__main__" and "triton" not in path.parts and path.name not in ("main.py", "bench_commands.py"):
+    if path.stem != "__main__" and "triton" not in path.parts and path.name not in ("main.py", "bench_commands.py", "worker_command.py"):
         module = ".".join(("sageLLM", *path.relative_to(root).with_suffix("").parts))
         importlib.import_module(module.removesuffix(".__init__"))
 print(*sorted(set(sys.argv[2].split()) & set(sys.modules)))
