@@ -331,9 +331,10 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
 LOADED = """
 import importlib, pathlib, sys
 import sageLLM
+COMMANDS = ("main.py", "bench_commands.py", "worker_command.py")
 root = pathlib.Path(sageLLM.__file__).parent
 for path in sorted(p for folder in sys.argv[1].split() for p in (root / folder).rglob("*.py")):
-    if path.stem != "__main__" and "triton" not in path.parts and path.name not in ("main.py", "bench_commands.py", "worker_command.py"):
+    if path.stem != "__main__" and "triton" not in path.parts and path.name not in COMMANDS:
         module = ".".join(("sageLLM", *path.relative_to(root).with_suffix("").parts))
         importlib.import_module(module.removesuffix(".__init__"))
 print(*sorted(set(sys.argv[2].split()) & set(sys.modules)))
