@@ -18,8 +18,6 @@ SETTINGS = {
     "max_body_size": 1000,
     "max_header_size": 2000,
     "max_header_count": 20,
-    "header_timeout": 0.2,
-    "body_timeout": 0.2,
 }
 
 
@@ -79,12 +77,17 @@ def test_bodies_of_many_requests_have_a_bound() -> None:
     buffers.hold(second, 40)
 
 
-def test_slow_headers_and_bodies(server: TestServer) -> None:
-    assert exchange(server, b"GET /livez HTTP/1.1\r\nhost: a\r\n") == b""
-    assert exchange(server) == b""
-    head = b"POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-length: 50\r\n\r\n{"
-    answer = exchange(server, head)
-    assert answer.startswith(b"HTTP/1.1 408 ") and b"RequestTimeoutError" in answer
+def test_slow_headers() -> None:
+    with running(ScriptedChannel, header_timeout=0.2) as server:
+        assert exchange(server, b"GET /livez HTTP/1.1\r\nhost: a\r\n") == b""
+        assert exchange(server) == b""
+
+
+def test_slow_bodies() -> None:
+    with running(ScriptedChannel, body_timeout=0.2) as server:
+        head = b"POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-length: 50\r\n\r\n{"
+        answer = exchange(server, head)
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"RequestTimeoutError" in answer
 
 
 @pytest.mark.parametrize(
