@@ -94,7 +94,7 @@ def decode_speed(llm: LLM, options: argparse.Namespace) -> float:
 
 def _io(llm: LLM) -> str:
     """The io of the decode steps."""
-    reports = [report for report in llm.io_stats() if report.graph.endswith("_decode")]
+    reports = [report for report in llm.io_stats() if "_decode" in report.graph]
     if not reports:
         return f"{'':>11} {'':>7} {'':>8}"
     (report,) = reports

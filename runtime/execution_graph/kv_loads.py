@@ -31,6 +31,7 @@ def load_kv(graph: ExecutionGraph, tier: str, budget_bytes: int) -> ExecutionGra
     staging buffer before has read it and written it back; `kv_prefetch` issues it a layer ahead.
     """
     result = graph.copy()
+    result.graph_id = f"{graph.graph_id}_kv_{tier}"
     order, stream = result.topological_sort(), io_stream(graph)
     blocks = _block_inputs(result)
     loads: dict[int, ExecutionNode] = {}

@@ -61,7 +61,7 @@ def test_the_engine_measures_its_io(tmp_path: Path) -> None:
     llm = LLM(MODEL, dtype="float32", num_kv_blocks=2, max_model_len=128, block_size=16, **options)
     llm.generate([[5] * 40, [7] * 40], params)
     reports = {report.graph: report for report in llm.io_stats()}
-    decode = reports["llama_decode"]
+    decode = reports["llama_decode_kv_host"]
     assert decode.num_steps >= 6
     assert 0 < decode.last.io_s < decode.total.io_s and 0 <= decode.total.hidden_s <= decode.total.io_s
     assert decode.planned is not None and 0 < decode.planned.hidden_s < decode.planned.io_s
