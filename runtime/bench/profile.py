@@ -1,7 +1,8 @@
 """Profile of an engine's steps: time, bytes and operations of each op, and the fraction of the machine's limit.
 
 The limit of a kernel is the longer of its operations at the peak rate and its bytes at the rate of memory (the roofline
-model of Williams, Waterman and Patterson, CACM 52(4), 2009). Operands that stay in a cache can exceed it.
+model of Williams, Waterman and Patterson, CACM 52(4), 2009). Operands that stay in a cache can exceed it. The limit of
+a transfer between tiers is the rate of the link.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from sageLLM.runtime.core.ir.op_node import Memo, OpNode
 from sageLLM.runtime.core.passes.part_sizes import DIVIDED
 from sageLLM.runtime.engine.llm import LLM
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.execution_graph.io_overlap import is_io
 from sageLLM.runtime.executor.native.call_times import CallTime
 from sageLLM.runtime.executor.native.recorder import RecordedStep
 from sageLLM.runtime.executor.planner import NativePlanner
@@ -72,13 +74,22 @@ class StageTotal:
     hidden_s: dict[int, float] = field(default_factory=dict)
 
 
+class NodeWork(NamedTuple):
+    """Operations and bytes of a node as formulas of the step's sizes, and the limits of their rates."""
+
+    flops: Dim
+    bytes: Dim
+    peak_flops: float
+    bandwidth: float
+
+
 class StepProfile:
     """Adds up the steps that a `StepRecorder` records."""
 
     def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
         self.stages: dict[str, StageTotal] = {}
-        self._work: dict[int, tuple[ExecutionGraph, dict[str, tuple[str, Dim, Dim]]]] = {}
+        self._work: dict[int, tuple[ExecutionGraph, dict[str, NodeWork]]] = {}
 
     def add(self, step: RecordedStep) -> None:
         if not step.times:
@@ -92,12 +103,12 @@ class StepProfile:
             total.seconds += one.seconds
             if one.op in ("copy", "poison"):  # calls that the plan adds for a node
                 continue
-            dtype, *amounts = work[one.node_id]
-            flops, num_bytes = (_number(amount, sizes) for amount in amounts)
+            own = work[one.node_id]
+            flops, num_bytes = _number(own.flops, sizes), _number(own.bytes, sizes)
             total.flops += flops
             total.bytes += num_bytes
-            total.compute_s += flops / self.hardware.peak_of(dtype)
-            total.memory_s += num_bytes / self.hardware.memory_bandwidth
+            total.compute_s += flops / own.peak_flops
+            total.memory_s += num_bytes / own.bandwidth
         stage.steps += 1
         stage.seconds += (max(t.end_ns for t in step.times) - min(t.begin_ns for t in step.times)) / 1e9
         for number in {t.stream for t in step.times} - {0}:
@@ -114,15 +125,11 @@ class StepProfile:
             lines += ["", *_stage_lines(name, stage)]
         return "\n".join(lines)
 
-    def _work_of(self, graph: ExecutionGraph) -> dict[str, tuple[str, Dim, Dim]]:
-        """The element type, the operations and the bytes of each node, as formulas of the step's sizes."""
+    def _work_of(self, graph: ExecutionGraph) -> dict[str, NodeWork]:
         if id(graph) not in self._work:
             memo: Memo = {}
             nodes = [node for node in graph.nodes.values() if isinstance(node, OpNode)]
-            work = {
-                node.node_id: (dtype_of(node, self.hardware), node.flops({}, memo), node.bytes_moved({}, memo))
-                for node in nodes
-            }
+            work = {node.node_id: _work_of_node(node, self.hardware, memo) for node in nodes}
             self._work[id(graph)] = graph, work  # the graph is kept, so that its id is not used again
         return self._work[id(graph)][1]
 
@@ -171,6 +178,16 @@ def _work_sizes(inputs: Mapping[str, Tensor | None], suffix: str, config: Any) -
         "QK": sum(n * (k - n) + n * (n + 1) // 2 for n, k in pairs),
         "EX": min(experts, per_token * num_tokens),
     }
+
+
+def _work_of_node(node: OpNode, hardware: Hardware, memo: Memo) -> NodeWork:
+    bandwidth = hardware.memory_bandwidth
+    if is_io(node):
+        disk = hardware.disk_link if node.metadata["tier"] == "disk" else None
+        link = disk or hardware.host_link
+        bandwidth = 2 * link.bandwidth  # bytes count the read and the write, and cross the link once
+    peak = hardware.peak_of(dtype_of(node, hardware))
+    return NodeWork(node.flops({}, memo), node.bytes_moved({}, memo), peak, bandwidth)
 
 
 def _number(amount: Dim, sizes: Mapping[str, int]) -> int:

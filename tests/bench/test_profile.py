@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from typer.testing import CliRunner
 
 from sageLLM import LLM, SamplingParams
+from sageLLM.generated import ops
 from sageLLM.generated.hardware import HARDWARE
 from sageLLM.runtime.bench.profile import StepProfile, profiled, step_work
 from sageLLM.runtime.cli.main import app
+from sageLLM.runtime.core.cost import Link
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
+from sageLLM.runtime.core.ir.writer import GraphWriter
 from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.executor.native.call_times import CallTime
 from sageLLM.runtime.executor.native.recorder import RecordedStep
@@ -96,6 +100,22 @@ def test_the_hidden_part_of_a_stream() -> None:
     stage = profile.stages["decode"]
     assert (stage.side_s[1], stage.hidden_s[1]) == (pytest.approx(10e-6), pytest.approx(4e-6))
     assert profile.table().splitlines()[-1] == "stream 1: 0.01 ms, 40% hidden by computation"
+
+
+def test_the_limit_of_a_transfer_is_that_of_its_link() -> None:
+    """1 KiB in and out take 1.024 us at 1 GB/s, so 4 us are a quarter of the limit; another op has that of memory."""
+    g = GraphWriter("io", level="kernel", stage="decode", dtype="f32")
+    x = g.input("x", "f32", 256)
+    loaded = ops.scale(g, x, factor=1.0)
+    graph = g.finish([ops.silu(g, loaded)])
+    graph.nodes[loaded.name].metadata["tier"] = "disk"
+    profile = StepProfile(replace(CPU, disk_link=Link(1e9, 0.0)))
+    times = [CallTime(node.node_id, node.op, 0, 0, 4096, 0, 1) for node in graph.nodes.values()]
+    profile.add(RecordedStep(graph, {}, {}, times))
+    found = profile.stages["decode"].ops
+    assert found["scale"].memory_s == pytest.approx(1.024e-6)
+    assert found["silu"].memory_s == pytest.approx(2048 / CPU.memory_bandwidth)
+    assert found["scale"].row("scale", 1.0)[-2:] == ("25%", "memory")
 
 
 @pytest.mark.parametrize(("runs_in_processes", "message"), [(True, "requires the model in this process"),
