@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers images clean
+.PHONY: fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -99,7 +99,6 @@ sanitize-threads: $(TEST_READY) ## Run the tests of threads and streams with the
 	TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:die_after_fork=0 SAGELLM_KERNEL_FLAGS="-O1 -g -fsanitize=thread" \
 	OMP_NUM_THREADS=2 setarch -R $(BIN)/python -m pytest tests/kernels/test_cpu_thread_pool.py tests/executor/test_streams.py
 
-PEER_PYTHON ?= $(BIN)/python
 SEEDS ?= 0:1000000
 ONLY ?=
 fuzz-scheduler: $(TEST_READY) ## Run random schedules SEEDS=FROM:TO (a million); a failing one can be replayed by its seed
@@ -146,8 +145,13 @@ need-%:
 bench: $(RUN_READY) ## Measure the figures of the README
 	$(BIN)/python benchmarks/run_all.py
 
-bench-peers: $(TEST_READY) ## Compare with transformers and the other engines installed for PEER_PYTHON
-	PYTHONPATH=_dev $(BIN)/python benchmarks/peers/run.py --peer-python "$(PEER_PYTHON)"
+peers-setup: $(TEST_READY) ## Make the environments of the other engines, and prepare and check them; takes long, once
+	$(BIN)/python benchmarks/peers/environments.py
+	PYTHONPATH=_dev $(BIN)/python benchmarks/peers/run.py --prepare
+
+bench-peers: $(TEST_READY) ## Compare with the other engines of make peers-setup, in 25 minutes on a quiet machine, with resume
+	PYTHONPATH=_dev $(BIN)/python benchmarks/peers/run.py --drop-caches --minutes 24 --out benchmarks/results/peers.json
+	PYTHONPATH=_dev $(BIN)/python benchmarks/peers/publish.py
 
 images: $(RUN_READY) ## Make the pictures of the README; requires Chromium
 	$(BIN)/python docs/images/make_images.py

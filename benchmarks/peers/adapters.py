@@ -1,4 +1,4 @@
-"""One adapter per engine: loads it, and answers requests of token ids greedily, without stop tokens.
+"""One adapter per engine: loads a form of the weights, and answers requests of token ids greedily, without stop tokens.
 
 An adapter imports its engine when it is called, so that a process holds one engine alone.
 """
@@ -6,14 +6,15 @@ An adapter imports its engine when it is called, so that a process holds one eng
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from variants import Variant
 from workloads import Ask, Complete
 
 
-def load_ours(folder: Path, threads: int) -> Complete:
-    """sageLLM with its kernels, as `LLM(folder)` loads it."""
+def load_ours(folder: Path, variant: Variant, threads: int) -> Complete:
+    """sageLLM with its kernels, as `LLM(folder)` loads it, without a prefix cache as the others."""
     from sageLLM import LLM, SamplingParams
 
-    llm = LLM(folder, skip_tokenizer=True)
+    llm = LLM(folder, skip_tokenizer=True, enable_prefix_caching=False)
 
     def complete(asks: Sequence[Ask]) -> list[list[int]]:
         params = [SamplingParams(max_tokens=ask.num_new, temperature=0.0, ignore_eos=True) for ask in asks]
@@ -23,7 +24,32 @@ def load_ours(folder: Path, threads: int) -> Complete:
     return complete
 
 
-def load_transformers(folder: Path, threads: int) -> Complete:
+def load_vllm(folder: Path, variant: Variant, threads: int) -> Complete:
+    """vLLM's CPU backend. `variants.environment` preloads its allocator and OpenMP, and binds its threads."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=2048,
+        max_num_batched_tokens=4096,
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+    )
+
+    def complete(asks: Sequence[Ask]) -> list[list[int]]:
+        params = [
+            SamplingParams(max_tokens=ask.num_new, temperature=0.0, ignore_eos=True, detokenize=False) for ask in asks
+        ]
+        prompts = [{"prompt_token_ids": ask.prompt} for ask in asks]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    return complete
+
+
+def load_transformers(folder: Path, variant: Variant, threads: int) -> Complete:
     """transformers, eager; several requests are one padded batch, which runs as long as its longest answer."""
     import torch
     import transformers
@@ -46,51 +72,47 @@ def load_transformers(folder: Path, threads: int) -> Complete:
     return complete
 
 
-def load_llama_cpp(folder: Path, threads: int) -> Complete:
+def load_llama_cpp(folder: Path, variant: Variant, threads: int) -> Complete:
     """llama.cpp, through the C interface of llama-cpp-python."""
     from llama_cpp_engine import LlamaCpp
 
-    return LlamaCpp(folder / "model.gguf", threads).complete
+    return LlamaCpp(folder / f"{variant.form}.gguf", threads).complete
 
 
-def load_openvino(folder: Path, threads: int) -> Complete:
+def load_openvino(folder: Path, variant: Variant, threads: int) -> Complete:
     """OpenVINO GenAI's continuous batching."""
     from openvino_engine import load
 
-    return load(folder / "openvino", threads)
+    return load(folder / f"openvino-{variant.form}", variant.kv, threads)
 
 
-def _prepare_nothing(folder: Path) -> None:
+def _prepare_nothing(folder: Path, form: str) -> None:
     """The engine reads the checkpoint as it is."""
 
 
-def _prepare_gguf(folder: Path) -> None:
-    from gguf_file import write_gguf
+def _prepare_gguf(folder: Path, form: str) -> None:
+    from gguf_file import write_form
 
-    write_gguf(folder)
+    write_form(folder, form)
 
 
-def _prepare_openvino(folder: Path) -> None:
+def _prepare_openvino(folder: Path, form: str) -> None:
     from openvino_engine import export
 
-    export(folder)
+    export(folder, form)
 
 
-LOADERS: dict[str, Callable[[Path, int], Complete]] = {
+LOADERS: dict[str, Callable[[Path, Variant, int], Complete]] = {
     "ours": load_ours,
+    "vllm": load_vllm,
     "transformers": load_transformers,
-    "llama.cpp": load_llama_cpp,
+    "llama": load_llama_cpp,
     "openvino": load_openvino,
 }
-PREPARATIONS: dict[str, Callable[[Path], None]] = {
+PREPARATIONS: dict[str, Callable[[Path, str], None]] = {
     "ours": _prepare_nothing,
+    "vllm": _prepare_nothing,
     "transformers": _prepare_nothing,
-    "llama.cpp": _prepare_gguf,
+    "llama": _prepare_gguf,
     "openvino": _prepare_openvino,
-}
-MODULES = {
-    "ours": "sageLLM",
-    "transformers": "transformers",
-    "llama.cpp": "llama_cpp",
-    "openvino": "openvino_genai",
 }

@@ -1,5 +1,9 @@
-"""Writes a checkpoint of one of the shapes as the GGUF file that llama.cpp reads: bfloat16 weights, no vocabulary."""
+"""Writes a checkpoint of one of the shapes as the GGUF files that llama.cpp reads, without a vocabulary.
 
+bf16 and f16 are written here; llama.cpp's own quantiser makes q8_0 and q4_0 from bf16, with its choice for tables.
+"""
+
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -11,24 +15,52 @@ from safetensors import safe_open
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
 
 
-def write_gguf(folder: Path) -> None:
-    """Writes `model.gguf` next to the checkpoint, unless it exists."""
-    target = folder / "model.gguf"
+FORMS = {
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+}
+QUANTISED = {"q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0}
+
+
+def write_form(folder: Path, form: str) -> None:
+    """Writes `FORM.gguf` next to the checkpoint, unless it exists."""
+    target = folder / f"{form}.gguf"
     if target.exists():
         return
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     partial = target.with_suffix(".partial")
+    if form in QUANTISED:
+        write_form(folder, "bf16")
+        quantise(folder / "bf16.gguf", partial, QUANTISED[form])
+    else:
+        write_gguf(folder, partial, form)
+    partial.rename(target)
+
+
+def quantise(source: Path, target: Path, kind: gguf.LlamaFileType) -> None:
+    """llama.cpp's quantisation of a file."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = int(kind)
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+    assert code == 0, f"llama_model_quantize returned {code}"
+
+
+def write_gguf(folder: Path, partial: Path, form: str) -> None:
+    """Writes the checkpoint with weights of one of FORMS."""
+    kind, file_type = FORMS[form]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(partial, config["model_type"])
     _add_sizes(writer, config)
+    writer.add_file_type(file_type)
     names = gguf.get_tensor_name_map(ARCHITECTURES[config["model_type"]], config["num_hidden_layers"])
     with safe_open(folder / "model.safetensors", framework="pt") as tensors:
         for name in list(tensors.keys()):
-            _add_tensor(writer, names.get_name(name, (".weight",)), tensors.get_tensor(name), config)
+            _add_tensor(writer, names.get_name(name, (".weight",)), tensors.get_tensor(name), config, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    partial.rename(target)
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
@@ -46,11 +78,12 @@ def _add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("none")
 
 
-def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: dict[str, Any]) -> None:
+def _add_tensor(
+    writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: dict[str, Any], kind: gguf.GGMLQuantizationType
+) -> None:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     kind = name.split(".")[-2]  # blk.0.attn_q.weight
     if config["model_type"] == "llama" and kind in heads:
@@ -58,8 +91,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config
     if tensor.dim() == 1:
         writer.add_tensor(name, tensor.float().numpy())
         return
-    data = gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType.BF16)
-    writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
 
 
 def _interleaved(w_NK: torch.Tensor, num_heads: int) -> torch.Tensor:

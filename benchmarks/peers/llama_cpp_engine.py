@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -9,27 +10,42 @@ import numpy.typing as npt
 from workloads import Ask
 
 BATCH_TOKENS = 2048
-CONTEXT_TOKENS = 32768
-MAX_SEQUENCES = 32
+TOKENS_PER_SEQUENCE = 512
+"""Context of each of several sequences; a single one has BATCH_TOKENS."""
 
 
 class LlamaCpp:
-    """A model and its context. Sequences are numbered from 0; their KV is dropped when the last has ended."""
+    """A model and a context for the number of sequences at hand, as a user would start it for them.
+
+    Sequences are numbered from 0; their KV is dropped when the last has ended. `kv_unified` keeps its default.
+    """
 
     def __init__(self, path: Path, threads: int) -> None:
         llama_cpp.llama_log_set(_say_nothing, None)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT_TOKENS, BATCH_TOKENS, 512
-        params.n_seq_max, params.kv_unified = MAX_SEQUENCES, True
-        params.n_threads = params.n_threads_batch = threads
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.threads = threads
         self.num_ids = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self.num_sequences = 0
+        self.context: Any = None
+
+    def _make_context(self, num_sequences: int) -> None:
+        if num_sequences == self.num_sequences:
+            return
+        if self.context is not None:
+            llama_cpp.llama_free(self.context)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = BATCH_TOKENS if num_sequences == 1 else num_sequences * TOKENS_PER_SEQUENCE
+        params.n_batch, params.n_ubatch, params.n_seq_max = BATCH_TOKENS, 512, num_sequences
+        params.n_threads = params.n_threads_batch = self.threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        assert self.context, "llama.cpp could not make the context"
+        self.num_sequences = num_sequences
 
     def complete(self, asks: Sequence[Ask]) -> list[list[int]]:
         """The greedy answers to all asks."""
+        self._make_context(len(asks))
         answers = [[token] for token in self._read_prompts(asks)]
         while running := [i for i, ask in enumerate(asks) if len(answers[i]) < ask.num_new]:
             self.batch.n_tokens = 0

@@ -8,27 +8,36 @@ from pathlib import Path
 from workloads import Ask, Complete
 
 CACHE_GB = 2
+MAX_BATCHED_TOKENS = 4096
+"""The default, 256, limits prefill."""
 
 
-def export(folder: Path) -> None:
-    """Writes the model next to the checkpoint in OpenVINO's format, weights in bfloat16, unless it exists."""
-    target = folder / "openvino"
-    if (target / "openvino_model.xml").exists():
+def export(folder: Path, form: str) -> None:
+    """Writes `openvino-FORM` next to the checkpoint, weights in fp16 or int8, unless it exists."""
+    target = folder / f"openvino-{form}"
+    if (target / "openvino_model.bin").exists():
         return
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(folder)]
-    command += ["--task", "text-generation-with-past", "--weight-format", "fp16", str(target)]
+    command += ["--task", "text-generation-with-past", "--weight-format", form, str(target)]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
-def load(folder: Path, threads: int) -> Complete:
-    """Answers over a paged cache of CACHE_GB, the scheduler's other settings as they come."""
+def load(folder: Path, kv: str, threads: int) -> Complete:
+    """Answers over a paged cache of CACHE_GB. Arithmetic is in bfloat16, and the cache in `kv`."""
     import numpy as np
     import openvino
     import openvino_genai as genai
 
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = CACHE_GB
-    options = {"INFERENCE_NUM_THREADS": threads}
+    scheduler.max_num_batched_tokens = MAX_BATCHED_TOKENS
+    scheduler.enable_prefix_caching = False
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "KV_CACHE_PRECISION": kv,
+    }
     pipe = genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", options)
 
     def complete(asks: Sequence[Ask]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Peak rates of the machine: memory reads and bfloat16 GEMM, measured with torch.
+"""Limits of the machine in this run, by code of ours: memory reads and multiply-adds on all threads.
 
     python benchmarks/peers/roofline.py THREADS
 
@@ -7,31 +7,21 @@ Runs as a separate process before and after the engines; prints JSON.
 
 import json
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
+
+from sageLLM.generated.kernels import cpu
+from sageLLM.runtime.bench.limits import measure_limits
+from sageLLM.runtime.kernels.cpu.compiler import find_compiler
+from sageLLM.runtime.kernels.cpu.library import Library
 
 
 def main(threads: int) -> None:
     torch.set_num_threads(threads)
-    table = torch.ones(2**28)
-    read_gbs = table.nbytes / _best_seconds(table.sum, 5) / 1e9
-    x = torch.randn(1024, 1024, dtype=torch.bfloat16)
-    w = torch.randn(3072, 1024, dtype=torch.bfloat16)
-    flops = 2 * x.shape[0] * w.numel()
-    gemm_gflops = flops / _best_seconds(lambda: torch.nn.functional.linear(x, w), 20) / 1e9
-    print(json.dumps({"read_gb_per_s": round(read_gbs, 1), "gemm_gflop_per_s": round(gemm_gflops)}))
-
-
-def _best_seconds(run: Callable[[], Any], times: int) -> float:
-    seconds = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    limits = measure_limits(Library(cpu.KERNELS, Path(cpu.__file__).parent, find_compiler()), seconds=0.5)
+    multiply = {name: round(rate / 1e9, 1) for name, rate in limits.multiply.items()}
+    print(json.dumps({"read_gb_s": round(limits.read / 1e9, 2), "gflop_s": multiply}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The shapes that are compared, as Hugging Face checkpoints of random bfloat16 weights, made once and kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +41,68 @@ SHAPES = {
 }
 
 
+CHECK_SIZES = {"vocab_size": 4096, "tie_word_embeddings": False, "initializer_range": 0.04}
+CHECK_LAYERS = {"135m": 8, "0.6b": 4}
+WEIGHT_BYTES = {"bf16": 2.0, "f16": 2.0, "fp16": 2.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a shape computes and reads: weights of the layers and of the head, and per token KV values and heads."""
+
+    layer_weights: int
+    head_weights: int
+    kv_values: int
+    attention_flops: int
+
+    def decode_bytes(self, form: str, context: int) -> float:
+        """Bytes that a decode step of one sequence reads: all weights once, and 16-bit keys and values."""
+        return (self.layer_weights + self.head_weights) * WEIGHT_BYTES[form] + 2 * context * self.kv_values
+
+    def prompt_flops(self, length: int) -> float:
+        """Operations of a prompt: the layers for every token, the head for the last one, causal attention."""
+        pairs = length * (length + 1) / 2
+        return 2.0 * self.layer_weights * length + 2 * self.head_weights + self.attention_flops * pairs
+
+
+def work_of(name: str) -> Work:
+    """The work of a shape."""
+    size = SHAPES[name].sizes
+    hidden, layers, heads = size["hidden_size"], size["num_hidden_layers"], size["num_attention_heads"]
+    width = size.get("head_dim", hidden // heads)
+    kv = size["num_key_value_heads"] * width
+    attention = hidden * (heads * width + 2 * kv) + heads * width * hidden
+    return Work(
+        layer_weights=layers * (attention + 3 * hidden * size["intermediate_size"]),
+        head_weights=size["vocab_size"] * hidden,
+        kv_values=2 * layers * kv,
+        attention_flops=4 * layers * heads * width,
+    )
+
+
 def checkpoint(name: str, cache: Path) -> Path:
     """The folder of a shape's checkpoint in `cache`; it is made if it is not there."""
-    folder = cache / name
+    return _made(SHAPES[name], cache / name)
+
+
+def check_checkpoint(name: str, cache: Path) -> Path:
+    """The checkpoint of the correctness check: fewer layers of the shape, an untied head, large weights."""
+    shape = SHAPES[name]
+    sizes = {**shape.sizes, **CHECK_SIZES, "num_hidden_layers": CHECK_LAYERS[name]}
+    return _made(replace(shape, sizes=sizes), cache / f"{name}-check")
+
+
+def _made(shape: Shape, folder: Path) -> Path:
     if not (folder / "model.safetensors").exists():
-        _make(SHAPES[name], folder)
+        _make(shape, folder)
     return folder
-
-
-def num_weight_bytes(folder: Path) -> int:
-    """Bytes that one decode step reads of the weights: all of them, as the tied table is the head."""
-    return (folder / "model.safetensors").stat().st_size
 
 
 def _make(shape: Shape, folder: Path) -> None:
     import torch
     import transformers
 
-    config = getattr(transformers, f"{shape.family}Config")(**COMMON, **shape.sizes)
+    config = getattr(transformers, f"{shape.family}Config")(**{**COMMON, **shape.sizes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="20GB")

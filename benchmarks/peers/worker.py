@@ -1,37 +1,39 @@
-"""Measures one engine on one workload in this process, a new one for every figure.
+"""Runs one engine in this process: prepares its files, answers the check, or measures all workloads.
 
-    python benchmarks/peers/worker.py PEER WORKLOAD CHECKPOINT THREADS
+    python benchmarks/peers/worker.py '{"task": "measure", "variant": "ours", "folder": ..., "threads": 2, ...}'
 
-The last line of stdout is JSON: the figure, the time of the first token, the resident memory in MB.
+The last line of stdout is JSON. `measure` has the start-up time, memory, and samples by workload.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from adapters import LOADERS, PREPARATIONS
-from workloads import WORKLOADS, first_token
+from correctness import NUM_NEW, check_prompt
+from load import memory_mb
+from variants import VARIANTS
+from workloads import WORKLOADS, Ask, first_token
 
 
-def main(peer: str, workload: str, folder: Path, threads: int) -> None:
-    if workload == "prepare":
-        PREPARATIONS[peer](folder)
-        print(json.dumps({}))
-        return
-    complete = LOADERS[peer](folder, threads)
-    loaded_mb = _resident_mb()
-    when = first_token(complete)
-    result = {"first_token_time": when, "loaded_mb": loaded_mb, "resident_mb": _resident_mb()}
-    if workload != "startup":
-        result["figure"] = WORKLOADS[workload](complete)
-    print(json.dumps(result))
-
-
-def _resident_mb() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return round(int(line.split()[1]) / 1024, 1)
+def main(task: dict[str, Any]) -> dict[str, Any]:
+    variant, folder = VARIANTS[task["variant"]], Path(task["folder"])
+    if task["task"] == "prepare":
+        PREPARATIONS[variant.engine](folder, variant.form)
+        return {}
+    complete = LOADERS[variant.engine](folder, variant, task["threads"])
+    if task["task"] == "check":
+        return {"tokens": complete([Ask(check_prompt(), NUM_NEW)])[0]}
+    result: dict[str, Any] = {"startup_s": first_token(complete) - task["started"], "resident_mb": memory_mb("VmRSS")}
+    until = time.perf_counter() + task["seconds"]
+    samples = {}
+    for name in task["workloads"]:
+        if name not in variant.skipped:
+            samples[name] = [list(one) for one in WORKLOADS[name].samples(complete, task["round"], until)]
+    return {**result, "peak_mb": memory_mb("VmHWM"), "samples": samples}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    print("\n" + json.dumps(main(json.loads(sys.argv[1]))), flush=True)

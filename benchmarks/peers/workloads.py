@@ -1,12 +1,18 @@
-"""The fixed workloads: requests as token ids, and the figure computed from their times."""
+"""The fixed workloads: requests of token ids, and the figures computed from their times, several per process."""
 
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-NUM_IDS = 40000
+from load import LoadTimes
+
+NUM_IDS = 4000
 """Prompts are drawn from the first so many ids, which every shape's vocabulary has."""
+NUM_DECODED = 64
+PROMPT_LENS, OUTPUT_LENS = (32, 256), (32, 64)
+"""Ranges of the lengths of simultaneous requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,56 +27,84 @@ Complete = Callable[[Sequence[Ask]], list[list[int]]]
 """Answers all asks, together if the engine can, and returns the new tokens of each."""
 
 
-def decode(complete: Complete) -> float:
-    """Tokens per second of one sequence: 128 more tokens after a prompt of 128 and a first token."""
-    draw = random.Random(1)
-    complete([_ask(draw, 128, 16)])
-    first = _seconds(complete, [_ask(draw, 128, 1)])
-    whole = _seconds(complete, [_ask(draw, 128, 129)])
-    return 128 / (whole - first)
+class Sample(NamedTuple):
+    """A figure in tokens per second, and the cores that other processes used meanwhile."""
+
+    value: float
+    foreign: float
 
 
-def prefill(complete: Complete) -> float:
-    """Prompt tokens per second of one prompt of 1024 tokens, until its first new token."""
-    draw = random.Random(2)
-    complete([_ask(draw, 1024, 1)])
-    return 1024 / min(_seconds(complete, [_ask(draw, 1024, 1)]) for _ in range(3))
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A way to measure, and how often in each process."""
+
+    measure: Callable[[Complete, random.Random], float]
+    num_samples: int
+    num_requests: int = 1
+
+    def samples(self, complete: Complete, seed: int, until: float) -> list[Sample]:
+        """The figures of this process; after the time `until` (of `time.perf_counter`) only one is measured."""
+        draw = random.Random(seed)
+        complete([ask(draw, 24, 4) for _ in range(self.num_requests)])
+        found: list[Sample] = []
+        while len(found) < self.num_samples and (not found or time.perf_counter() < until):
+            start = LoadTimes.now()
+            value = self.measure(complete, draw)
+            found.append(Sample(value, LoadTimes.now().foreign_since(start)))
+        return found
 
 
-def serve_16(complete: Complete) -> float:
-    """New tokens per second over the whole time of 16 simultaneous requests."""
-    return _serve(complete, 16)
+def decode(complete: Complete, draw: random.Random) -> float:
+    """Tokens per second of one sequence: NUM_DECODED more tokens after a prompt of 128 and a first token."""
+    first = seconds(complete, [ask(draw, 128, 1)])
+    whole = seconds(complete, [ask(draw, 128, NUM_DECODED + 1)])
+    return NUM_DECODED / (whole - first)
 
 
-def serve_32(complete: Complete) -> float:
-    """New tokens per second over the whole time of 32 simultaneous requests."""
-    return _serve(complete, 32)
+def prefill(length: int) -> Callable[[Complete, random.Random], float]:
+    """Prompt tokens per second of one prompt, until its first new token."""
+    return lambda complete, draw: length / seconds(complete, [ask(draw, length, 1)])
+
+
+def serve(num_requests: int) -> Callable[[Complete, random.Random], float]:
+    """New tokens per second over the whole time of simultaneous requests, the same ones for every engine."""
+    return lambda complete, _: throughput(complete, requests(num_requests))
+
+
+def throughput(complete: Complete, asks: Sequence[Ask]) -> float:
+    return sum(one.num_new for one in asks) / seconds(complete, asks)
+
+
+def requests(num: int) -> list[Ask]:
+    """The requests of `serve`."""
+    draw = random.Random(num)
+    return [ask(draw, draw.randint(*PROMPT_LENS), draw.randint(*OUTPUT_LENS)) for _ in range(num)]
 
 
 def first_token(complete: Complete) -> float:
     """The time, in seconds of the system's clock, at which a first token after 8 is there."""
-    complete([_ask(random.Random(3), 8, 1)])
+    complete([ask(random.Random(3), 8, 1)])
     return time.time()
 
 
-WORKLOADS = {"decode": decode, "prefill": prefill, "serve_16": serve_16, "serve_32": serve_32}
+WORKLOADS = {
+    "decode": Workload(decode, 4),
+    "prefill_256": Workload(prefill(256), 3),
+    "prefill_1024": Workload(prefill(1024), 3),
+    "serve_16": Workload(serve(16), 2, 16),
+    "serve_32": Workload(serve(32), 2, 32),
+}
 
 
-def _serve(complete: Complete, num_requests: int) -> float:
-    draw = random.Random(num_requests)
-    asks = [_ask(draw, draw.randint(32, 512), draw.randint(64, 128)) for _ in range(num_requests)]
-    complete([_ask(draw, 64, 8), _ask(draw, 48, 8)])
-    return sum(ask.num_new for ask in asks) / _seconds(complete, asks)
-
-
-def _ask(draw: random.Random, prompt_len: int, num_new: int) -> Ask:
+def ask(draw: random.Random, prompt_len: int, num_new: int) -> Ask:
     return Ask([draw.randrange(10, NUM_IDS) for _ in range(prompt_len)], num_new)
 
 
-def _seconds(complete: Complete, asks: Sequence[Ask]) -> float:
+def seconds(complete: Complete, asks: Sequence[Ask]) -> float:
+    """The time of all answers. Raises AssertionError unless each has the number of tokens that it was asked for."""
     start = time.perf_counter()
     answers = complete(asks)
-    seconds = time.perf_counter() - start
-    lengths = [len(answer) for answer in answers]
-    assert lengths == [ask.num_new for ask in asks], f"asked for {[ask.num_new for ask in asks]} tokens, got {lengths}"
-    return seconds
+    elapsed = time.perf_counter() - start
+    lengths, wanted = [len(answer) for answer in answers], [one.num_new for one in asks]
+    assert lengths == wanted, f"expected {wanted} tokens, got {lengths}"
+    return elapsed

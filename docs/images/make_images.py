@@ -15,7 +15,7 @@ import measured
 from svg import THEMES
 
 HERE = Path(__file__).parent
-DRAWINGS = {"architecture": architecture.draw, "measured": measured.draw}
+DRAWINGS = {"architecture": architecture.draw, **({"measured": measured.draw} if measured.has_comparison() else {})}
 
 
 def svg_files() -> dict[Path, str]:
