@@ -60,10 +60,8 @@ def make(name: str, envs: Path) -> None:
     print(f"{name}: {', '.join(PACKAGES[name])}", file=sys.stderr)
     python = str(python_of(name, envs))
     subprocess.run([sys.executable, "-m", "venv", str(envs / name)], check=True)
-    torch = () if name == "llama" else (TORCH,)
-    if torch:
-        _pip(python, "install", TORCH)
-    _pip(python, "install", *torch, *PACKAGES[name], **_build_settings(name))
+    _pip(python, "install", TORCH)
+    _pip(python, "install", TORCH, *PACKAGES[name], **_build_settings(name))
     if name in UNWANTED:
         _pip(python, "uninstall", "--yes", *UNWANTED[name])
     ready.write_text(wanted, encoding="utf-8")

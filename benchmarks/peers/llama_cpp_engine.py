@@ -24,6 +24,7 @@ class LlamaCpp:
         llama_cpp.llama_log_set(_say_nothing, None)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        assert self.model, f"llama.cpp could not load {path}"
         self.threads = threads
         self.num_ids = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)

@@ -67,7 +67,7 @@ class Runner:
     def _is_installed(self, variant: Variant) -> bool:
         python = self._python(variant)
         if not Path(python).exists():
-            print(f"{variant.name} has no environment and stays empty: make peers-setup", file=sys.stderr)
+            print(f"{variant.name} is skipped, since it is not installed; run make peers-setup", file=sys.stderr)
         return Path(python).exists()
 
     def _python(self, variant: Variant) -> str:
@@ -78,8 +78,9 @@ class Runner:
         for shape in self.shapes:
             folders = checkpoint(shape, self.options.cache), check_checkpoint(shape, self.options.cache)
             for variant in self.variants:
-                for folder in folders:
-                    self._worker(variant, "native", {"task": "prepare", "folder": str(folder)})
+                self._kept(
+                    f"first-start.{shape}.{variant.name}.files.json", lambda v=variant, f=folders: self._files(v, f)
+                )
                 self._check(shape, variant, folders[1])
                 self._kept(
                     f"first-start.{shape}.{variant.name}.json", lambda v=variant, s=shape: self._first_start(s, v)
@@ -91,6 +92,14 @@ class Runner:
                     if is_restricted(variant, isa):
                         name = f"first-start.{shape}.{variant.name}.{isa}.json"
                         self._kept(name, lambda v=variant, s=shape, i=isa: self._first_start(s, v, i))
+
+    def _files(self, variant: Variant, folders: Sequence[Path]) -> dict[str, Any]:
+        """Writes the checkpoints in the form of the engine; an error or nothing."""
+        for folder in folders:
+            done = self._worker(variant, "native", {"task": "prepare", "folder": str(folder)})
+            if "error" in done:
+                return done
+        return {}
 
     def _check(self, shape: str, variant: Variant, folder: Path) -> None:
         def check() -> dict[str, Any]:

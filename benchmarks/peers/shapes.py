@@ -48,7 +48,7 @@ WEIGHT_BYTES = {"bf16": 2.0, "f16": 2.0, "fp16": 2.0, "int8": 1.0, "q8_0": 34 / 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a shape computes and reads: weights of the layers and of the head, and per token KV values and heads."""
+    """Work of a shape: weights of the layers and of the head, and per token KV values and heads."""
 
     layer_weights: int
     head_weights: int

@@ -62,7 +62,7 @@ ISA_SETTINGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "transformers": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
     },
 }
-"""Environment variables that restrict the instructions of an engine; one without an entry has no such switch."""
+"""Environment variables that restrict the instructions of an engine; those without an entry lack a switch."""
 
 
 def has_amx() -> bool:
