@@ -7,9 +7,11 @@ from functools import partial
 
 import msgspec
 
+from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.execution_graph.attention_ffn import Side
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.worker.af_link import MAX_PARTS
 from sageLLM.runtime.worker.build import WorkerSpec
 from sageLLM.runtime.worker.executor import Executor
 from sageLLM.runtime.worker.ffn_workers import FfnWorkers
@@ -29,6 +31,10 @@ def start_disaggregated(
         num_ffn=num_ffn,
         num_ubatches=max(spec.num_ubatches, -(-num_ffn // num_attention)),
     )
+    if -(-spec.num_ubatches // num_ffn) > MAX_PARTS:
+        raise SageError(
+            f"num_ubatches must be at most {MAX_PARTS * num_ffn} with {num_ffn} FFN workers, got {spec.num_ubatches}"
+        )
     ffn_workers = FfnWorkers(spec, num_ffn, num_attention, _ring_bytes(model, config))
     with ThreadPoolExecutor(num_attention) as starters:  # they load at the same time
         sides = [Side("attention", rank, num_ffn) for rank in range(num_attention)]

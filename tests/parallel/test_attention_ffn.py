@@ -67,6 +67,21 @@ def test_an_attention_worker_without_requests_keeps_no_other_waiting(
     assert output.outputs[0].token_ids == expected[0].outputs[0].token_ids
 
 
+def test_the_interface_of_the_server(disaggregated: LLM, expected: list[RequestOutput]) -> None:
+    """Steps without text, one answer that is aborted, and the sums of the schedulers' counters."""
+    engine = disaggregated.engine
+    groups = [engine.prepare(f"s{i}", None, PROMPTS[i], PARAMS[0]) for i in range(2)]
+    for group in groups:
+        engine.submit(group)
+    assert engine.scheduler_stats()["num_waiting"] == 2
+    engine.abort_answer("s1", 0, "not wanted")
+    while engine.has_work:
+        engine.step_answers()
+    assert [group.is_finished for group in groups] == [True, True]
+    assert groups[0].output().outputs[0].token_ids == expected[0].outputs[0].token_ids
+    assert groups[1].output().outputs[0].finish_reason == "abort"
+
+
 def test_a_killed_ffn_worker_costs_a_step_and_no_request(disaggregated: LLM) -> None:
     """The attention workers stay, with the KV of their requests: nothing is prefilled again."""
     reference = load().generate(PROMPTS, LONG)
@@ -140,3 +155,7 @@ def test_combinations_that_do_not_run_are_refused() -> None:
         LLM(MODEL, af="1:1", tensor_parallel_size=2)
     with pytest.raises(SageError, match="distributed_executor_backend must be 'mp' for 2 ranks"):
         LLM(MODEL, af="1:1", distributed_executor_backend="uni")
+    with pytest.raises(SageError, match="num_ubatches must be at most 16 with 1 FFN workers, got 17"):
+        LLM(MODEL, af="1:1", num_ubatches=17)
+    with pytest.raises(SageError, match="af must not be combined with weights_tier='disk'"):
+        LLM(MODEL, af="1:1", weights_tier="disk")
