@@ -67,7 +67,8 @@ class ServeProcess:
 def server() -> Iterator[ServeProcess]:
     found = ServeProcess("--log-format", "json")
     yield found
-    if found.process.poll() is None:
+    if found.process.poll() is None:  # a test has failed, perhaps with a stopped engine, which does not see its end
+        os.kill(found.engine_id, signal.SIGKILL)
         found.process.kill()
     found.process.wait()
 
