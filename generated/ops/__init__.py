@@ -169,7 +169,7 @@ from .qk import (
     qk_rope_interleaved_kv_store,
     qk_rope_kv_store,
 )
-from .sampling import Sample, sample
+from .sampling import Sample, SampleShard, sample, sample_shard
 from .varlen_attention import VarlenAttention, varlen_attention
 from .views import (
     ConcatLast,
@@ -270,6 +270,7 @@ __all__ = [
     "RopeInterleaved",
     "RouterLogits",
     "Sample",
+    "SampleShard",
     "Scale",
     "ScaleByPosition",
     "ScaleExperts",
@@ -366,6 +367,7 @@ __all__ = [
     "rope_interleaved",
     "router_logits",
     "sample",
+    "sample_shard",
     "scale",
     "scale_by_position",
     "scale_experts",
@@ -476,6 +478,7 @@ OPS: dict[str, type[OpNode]] = {
     "qk_norm_rope_kv_store": QkNormRopeKvStore,
     "qk_norm_1p_rope_kv_store": QkNorm1pRopeKvStore,
     "sample": Sample,
+    "sample_shard": SampleShard,
     "varlen_attention": VarlenAttention,
     "split_qkv": SplitQkv,
     "merge_heads": MergeHeads,

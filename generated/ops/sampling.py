@@ -2,9 +2,11 @@
 # Regenerate: make generate    Explain: make explain NAME=sample
 """The ops of specs/ops/sampling.yaml."""
 
+from typing import cast
+
 from sageLLM.runtime.core.ir.dims import dims
 from sageLLM.runtime.core.ir.nodes import AttrValue, TensorRef
-from sageLLM.runtime.core.ir.op_node import OpNode
+from sageLLM.runtime.core.ir.op_node import AttrSpec, OpNode
 from sageLLM.runtime.core.ir.types import f32, i32, i64
 from sageLLM.runtime.core.ir.writer import GraphWriter
 
@@ -12,7 +14,9 @@ from .op_types import OpType
 
 __all__ = [
     "Sample",
+    "SampleShard",
     "sample",
+    "sample_shard",
 ]
 
 S, V = dims("S V")
@@ -93,3 +97,65 @@ def sample(
     attrs: dict[str, AttrValue] = {}
     (tokens,) = g.emit(Sample, inputs, attrs, (name,))
     return tokens
+
+
+# specs/ops/sampling.yaml: sample_shard
+class SampleShard(OpNode):
+    """The most likely token of every sequence, ties to the lower id, and its logit, from logits that ranks share.
+
+    see kernels/reference: sample_shard
+    """
+
+    op = "sample_shard"
+    spec = "specs/ops/sampling.yaml: sample_shard"
+    kind = OpType.SAMPLE
+    tags = frozenset({"collective"})
+    input_types = {"logits": f32[S, V]}
+    output_types = {"tokens": i64[S], "best": f32[S]}
+    attr_types = {
+        "first": AttrSpec("i32", min=0),
+        "count": AttrSpec("i32", min=0),
+        "group": AttrSpec("str", default="tp"),
+    }
+    flop_formula = S * V
+    byte_formula = 4 * S * (V + 6)
+
+    @property
+    def logits(self) -> TensorRef:
+        return self.input("logits")
+
+    @property
+    def first(self) -> int:
+        return cast("int", self.attrs["first"])
+
+    @property
+    def count(self) -> int:
+        return cast("int", self.attrs["count"])
+
+    @property
+    def group(self) -> str:
+        return cast("str", self.attrs["group"])
+
+    @property
+    def tokens(self) -> TensorRef:
+        return self.output("tokens")
+
+    @property
+    def best(self) -> TensorRef:
+        return self.output("best")
+
+
+def sample_shard(
+    g: GraphWriter,
+    logits: TensorRef,
+    *,
+    first: int,
+    count: int,
+    group: str = "tp",
+    names: tuple[str, str] = ("tokens", "best"),
+) -> tuple[TensorRef, TensorRef]:
+    """Adds a sample_shard node to the graph and returns its results."""
+    inputs: dict[str, TensorRef | None] = {"logits": logits}
+    attrs: dict[str, AttrValue] = {"first": first, "count": count, "group": group}
+    tokens, best = g.emit(SampleShard, inputs, attrs, names)
+    return tokens, best

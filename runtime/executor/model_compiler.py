@@ -17,6 +17,7 @@ from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.execution_graph.attention_ffn import Side
 from sageLLM.runtime.execution_graph.embedding import Pooling, build_embedding_graph
+from sageLLM.runtime.execution_graph.local_sampling import sample_locally
 from sageLLM.runtime.execution_graph.model_graphs import ModelGraphs, paused_gc
 from sageLLM.runtime.execution_graph.rewriting import Choice
 from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage
@@ -42,7 +43,8 @@ class WeightStream(Protocol):
 class ModelCompiler(ModelGraphs):
     """The graphs of one model, and the planner that turns them into plans, by default on the torch references.
 
-    With a `schedule`, kernel graphs have the streams that it assigns; by default they have one stream.
+    With a `schedule`, kernel graphs have the streams that it assigns; by default they have one stream. With
+    `samples_locally` ranks gather only those rows of the logits that the input `full_rows` lists.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ModelCompiler(ModelGraphs):
         dtype: str,
         planner: Planner | None = None,
         schedule: Schedule | None = None,
+        samples_locally: bool = False,
         pipeline_stage: PipelineStage = WHOLE,
         side: Side | None = None,
         **choice: Unpack[Choice],
@@ -61,7 +64,7 @@ class ModelCompiler(ModelGraphs):
         super().__init__(layout, config, registry, dtype=dtype, pipeline_stage=pipeline_stage, side=side, **choice)
         self.planner: Planner = planner or TorchPlanner(registry.kernels)
         self.weight_stream: WeightStream | None = None
-        self._schedule = schedule
+        self._schedule, self.samples_locally = schedule, samples_locally
 
     @property
     def kernels(self) -> Mapping[str, Any]:
@@ -72,6 +75,8 @@ class ModelCompiler(ModelGraphs):
         """The optimised kernel-level graph, with streams, which the executor runs."""
         is_new = (stage, num_ubatches) not in self._kernel_graphs
         graph = super().kernel_graph(stage, num_ubatches)
+        if is_new and self.samples_locally:
+            sample_locally(graph, self.config.rank, self.config.V)
         if is_new and self._schedule is not None:
             self.reports[stage] += self._schedule(graph, self.stream_passes())
         return graph

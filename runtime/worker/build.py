@@ -189,6 +189,7 @@ def make_compiler(
         planner=choose_planner(kernels, registry, model.device, model.short_dtype, overrides),
         pipeline_stage=model.pipeline_stage,
         side=side,
+        samples_locally=model.config.tp > 1,
     )
 
 

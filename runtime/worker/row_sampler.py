@@ -33,6 +33,8 @@ class RowSampler:
         self._states: list[SequenceSampling] = [one.sampling for one in sequences if one.sampling is not None]
         # Whether tokens do not depend on those before, apart from the logits.
         self.is_plain_greedy = all(state.is_plain_greedy for state in self._states)
+        # The rows that need all logits. The others take the tokens of the graph if ranks sample locally.
+        self.full_rows = [row for row, state in enumerate(self._states) if not state.is_plain_greedy]
         self._counts = np.arange(len(self._states))
         self._batch: SamplingBatch | None = None
         # The outputs of a plan are the same tensors in each steady step, so views of them are kept.
@@ -42,6 +44,8 @@ class RowSampler:
 
     def sample(self, logits: Logits) -> SampledRows:
         """Samples a token for every sequence. Rows of the logits after these are ignored."""
+        if logits.best is not None:
+            return self._locally(logits, logits.best)
         if self.is_plain_greedy:
             return self._greedy(logits) if logits.values.device.type == "cpu" else self._greedy_on_device(logits)
         values = logits.values[: len(self._states)]
@@ -50,6 +54,31 @@ class RowSampler:
                 self._batch = SamplingBatch(self._states, values.device)
             sampled = sample(values, self._batch)
         return SampledRows(sampled.token_ids.tolist(), sampled.logprobs, sampled.failed)
+
+    def alone(self, row: int, logits: Logits) -> tuple["RowSampler", Logits]:
+        """The sampler of one sequence, and its logits."""
+        one, first = RowSampler([self.sequences[row]]), row
+        if logits.best is not None:
+            first = self.full_rows.index(row) if one.full_rows else len(logits.values)
+        best = None if logits.best is None else logits.best[row : row + 1]
+        return one, Logits(logits.values[first : first + 1], logits.greedy_ids[row : row + 1], best)
+
+    def _locally(self, logits: Logits, best: Tensor) -> SampledRows:
+        """The tokens of the graph, and those sampled from the rows that were gathered."""
+        token_ids: list[int] = logits.greedy_ids[: len(self._states)].tolist()
+        highest = best[: len(self._states)].tolist()
+        failed = [row for row, one in enumerate(highest) if not isfinite(one)]
+        if not self.full_rows:
+            return SampledRows(token_ids, {}, failed)
+        with torch.inference_mode():
+            if self._batch is None:
+                self._batch = SamplingBatch([self._states[row] for row in self.full_rows], logits.values.device)
+            sampled = sample(logits.values[: len(self.full_rows)], self._batch)
+        for row, token_id in zip(self.full_rows, sampled.token_ids.tolist(), strict=True):
+            token_ids[row] = token_id
+        full = set(self.full_rows)
+        failed = sorted([*(row for row in failed if row not in full), *(self.full_rows[i] for i in sampled.failed)])
+        return SampledRows(token_ids, {self.full_rows[i]: one for i, one in sampled.logprobs.items()}, failed)
 
     def _greedy(self, logits: Logits) -> SampledRows:
         """The graph's argmax; rows without a finite maximum have failed.

@@ -136,7 +136,7 @@ class Worker:
         if self._token_return is not None:
             self._token_return.receive_for([*batch.decodes, *(chunk.sequence for chunk in batch.chunks)])
         try:
-            logits = self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
+            logits = self._logits(batch, rows, sampler)
         except Exception as error:
             if not self._isolates_failures:
                 raise
@@ -146,12 +146,21 @@ class Worker:
             assert self._token_return is not None, "a stage without logits must have a TokenReturn"
             self._token_return.expect(batch.sampled)
             return
+        # Of the rows to sample, ranks that sample locally have gathered only some.
+        shift = 0 if logits.best is None else len(sampler.full_rows) - len(sampler.sequences)
         for chunk, span in spans:
-            self._score_prompt(chunk, logits.values[span], result)
+            self._score_prompt(chunk, logits.values[span.start + shift : span.stop + shift], result)
         if sampler.sequences:
             self._sample(sampler, batch.first_row, logits, result)
             if self._token_return is not None:
                 self._token_return.send(result.token_ids)
+
+    def _logits(self, batch: Batch, rows: Sequence[int], sampler: RowSampler) -> Logits | None:
+        if not self.runner.compiler.samples_locally:
+            return self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
+        scored = range(len(sampler.sequences), len(rows))
+        full_rows = [*sampler.full_rows, *scored] if scored else sampler.full_rows
+        return self.runner.run(batch.stage, batch.decodes, batch.chunks, rows, full_rows)
 
     def _decode_parts(self, decodes: DecodeBatch) -> tuple[list[int], RowSampler]:
         """The token rows and the sampler of decodes; the same objects as before while `decodes` is the same."""
@@ -212,9 +221,9 @@ class Worker:
             if len(sequences) == 1:
                 self._fail(sequences[0], sequences, result, error)
                 return
-            for row, sequence in enumerate(sequences):  # the draw of a row does not depend on the other rows
-                alone = Logits(logits.values[row : row + 1], logits.greedy_ids[row : row + 1])
-                self._sample(RowSampler([sequence]), first_row + row, alone, result)
+            for row in range(len(sequences)):  # the draw of a row does not depend on the other rows
+                one, alone = sampler.alone(row, logits)
+                self._sample(one, first_row + row, alone, result)
             return
         result.token_ids[first_row : first_row + len(sequences)] = sampled.token_ids
         if isinstance(sequences, DecodeBatch):

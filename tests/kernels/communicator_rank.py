@@ -28,8 +28,9 @@ def main() -> None:
     assert compiler is not None, "the test is skipped without a compiler"
     open_communicator(memory, rank, num_ranks, compiler)
     library = Library(cpu.KERNELS, Path(cpu.__file__).parent, compiler)
-    names = ("all_reduce", "all_gather", "allreduce_add_rms_norm", "fused_add_rms_norm")
+    names = ("all_reduce", "all_gather", "allreduce_add_rms_norm", "fused_add_rms_norm", "sample_shard")
     kernels = {name: NativeCallable(cpu.KERNELS[name], library, reference.KERNELS[name]) for name in names}
+    check_sampling(kernels["sample_shard"], rank, num_ranks)
     for number in range(3):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for shape in SHAPES:
@@ -47,6 +48,20 @@ def main() -> None:
                         found = kernels["allreduce_add_rms_norm"](x, part.clone(), weight, eps=1e-5, group="tp")
                         for one, other in zip(found, apart, strict=True):
                             check(one, other)
+
+
+def check_sampling(sample: NativeCallable, rank: int, num_ranks: int) -> None:
+    """Logits with ties within ranks and between them, rows of NaN and -inf, and a vocabulary that ends with padding."""
+    rows, vocab_size = 300, 32 * num_ranks - 9
+    logits = drawn((rows, 32 * num_ranks), torch.float32, 5).mul(2).round()
+    logits[3, 40], logits[4, [7, 33]], logits[5] = torch.nan, torch.nan, -torch.inf
+    logits[:, vocab_size:] = 100.0
+    share = slice(32 * rank, 32 * (rank + 1))
+    count = min(share.stop, vocab_size) - share.start
+    tokens, best = sample(logits[:, share], first=share.start, count=count, group="tp")
+    wanted = logits[:, :vocab_size].max(-1)
+    assert torch.equal(tokens, logits[:, :vocab_size].argmax(-1))
+    assert torch.equal(best.nan_to_num(7.0), wanted.values.nan_to_num(7.0))
 
 
 def sum_in_order(parts: list[Tensor]) -> Tensor:

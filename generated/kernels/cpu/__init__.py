@@ -71,7 +71,7 @@ from ...ops.norm import (
 from ...ops.pooling import L2Norm, PoolFirst, PoolLast, PoolMean
 from ...ops.position import Rope, RopeInterleaved, ScaleByPosition
 from ...ops.qk import QkNorm1pRopeKvStore, QkNormRopeKvStore, QkRopeInterleavedKvStore, QkRopeKvStore
-from ...ops.sampling import Sample
+from ...ops.sampling import Sample, SampleShard
 from ...ops.varlen_attention import VarlenAttention
 from ...ops.views import (
     ConcatLast,
@@ -188,6 +188,7 @@ def _kernels() -> dict[str, NativeKernel]:
             QkNorm1pRopeKvStore, "qk.cpp", ("T", "Nq", "Nkv", "D", "P", "Dr", "PG", "BS"), updates=True
         ),
         "sample": NativeKernel(Sample, "sampling.cpp", ("S", "V")),
+        "sample_shard": NativeKernel(SampleShard, "sampling.cpp", ("S", "V")),
         "varlen_attention": NativeKernel(VarlenAttention, "varlen_attention.cpp", ("T", "Nq", "D", "Nkv", "B")),
         "split_qkv": NativeKernel(
             SplitQkv,

@@ -2,6 +2,7 @@
 // Regenerate: make generate    Explain: make explain NAME=sample
 //
 // CPU kernels of specs/ops/sampling.yaml. Support library: runtime/kernels/cpu/sage.h.
+#include "communicator.h"
 #include "sage.h"
 
 namespace sage {
@@ -26,6 +27,21 @@ SAGE_KERNEL(sample) {
         const float* row_logits = logits + row * logits_S;
         tokens[row] = sample_token(row_logits, V, row, filters, argmax(row_logits, V));
     });
+}
+
+// specs/ops/sampling.yaml: sample_shard
+// The most likely token of every sequence, ties to the lower id, and its logit, from logits that ranks share.
+//
+//     see kernels/reference: sample_shard
+SAGE_KERNEL(sample_shard) {
+    const int64_t S = sizes[0];
+    const float* logits = (const float*)tensors[0];
+    const int64_t logits_S = sizes[2];
+    int64_t* tokens = (int64_t*)tensors[1];
+    float* best = (float*)tensors[2];
+    const int32_t first = (int32_t)attrs[0];
+    const int32_t count = (int32_t)attrs[1];
+    sample_of_ranks(logits, logits_S, S, count, first, tokens, best);
 }
 
 }  // namespace sage

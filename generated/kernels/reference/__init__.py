@@ -73,7 +73,7 @@ from .norm import (
 from .pooling import l2_norm, pool_first, pool_last, pool_mean
 from .position import rope, rope_interleaved, scale_by_position
 from .qk import qk_norm_1p_rope_kv_store, qk_norm_rope_kv_store, qk_rope_interleaved_kv_store, qk_rope_kv_store
-from .sampling import sample
+from .sampling import sample, sample_shard
 from .varlen_attention import varlen_attention
 from .views import (
     concat_last,
@@ -176,6 +176,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "qk_norm_rope_kv_store": qk_norm_rope_kv_store,
     "qk_norm_1p_rope_kv_store": qk_norm_1p_rope_kv_store,
     "sample": sample,
+    "sample_shard": sample_shard,
     "varlen_attention": varlen_attention,
     "split_qkv": split_qkv,
     "merge_heads": merge_heads,

@@ -3,10 +3,14 @@
 """Reference kernels of specs/ops/sampling.yaml in torch, which define the ops on any device."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .process_groups import process_group
 
 __all__ = [
     "sample",
+    "sample_shard",
 ]
 
 
@@ -42,3 +46,20 @@ def sample(
     drawn = (total <= noise.unsqueeze(1) * total[:, -1:]).sum(-1)
     last = logits.shape[1] - 1 - by_token.flip(-1).ne(0).int().argmax(-1)
     return torch.where(is_greedy, greedy, torch.minimum(drawn, last))
+
+
+# specs/ops/sampling.yaml: sample_shard
+def sample_shard(logits: Tensor, *, first: int, count: int, group: str = "tp") -> tuple[Tensor, Tensor]:
+    """The argmax over the ranks of the group, as the token id and its logit; NaN is larger than everything."""
+    own = logits[:, :count] if count else torch.full_like(logits[:, :1], -torch.inf)
+    best, tokens = own.max(-1)
+    tokens = tokens + first
+    ranks = process_group(group)
+    if ranks is None:
+        return tokens, best
+    logit_of = [torch.empty_like(best) for _ in range(dist.get_world_size(ranks))]
+    token_of = [torch.empty_like(tokens) for _ in logit_of]
+    dist.all_gather(logit_of, best, group=ranks)
+    dist.all_gather(token_of, tokens, group=ranks)
+    best, rank = torch.stack(logit_of).max(0)
+    return torch.stack(token_of).gather(0, rank[None])[0], best

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernel.h"
+#include "sampling.h"
 
 constexpr int64_t SAGE_MAX_RANKS = 64;
 
@@ -97,6 +98,39 @@ inline void all_gather_rows(const E* x, int64_t x_stride, E* y, int64_t y_stride
                 for (int64_t rank = 0; rank < round.num_ranks; ++rank)
                     memcpy(y + (top + row) * y_stride + rank * width + left, round.buffers[rank] + row * bytes, bytes);
         }
+}
+
+// The first token with the largest logit over all ranks, and the logit, for every row; NaN is larger than everything.
+// The rank has `count` logits, of the tokens from `first` on, and ranks have ascending tokens.
+inline void sample_of_ranks(const float* logits, int64_t stride, int64_t rows, int64_t count, int64_t first,
+                            int64_t* tokens, float* best) {
+    SageRound round;
+    sage_begin_round(&round);
+    const int64_t fits = round.num_ranks == 1 ? rows : round.buffer_bytes / (int64_t)sizeof(ArgMax);
+    ArgMax* own = scratch<ArgMax>(Scratch::SAMPLE_LANES, minimum(rows, fits) + 1);
+    for (int64_t top = 0; top < rows; top += fits) {
+        const int64_t height = minimum(fits, rows - top);
+        parallel_for_rows(height, height * count, [&](int64_t row) {
+            own[row] = count > 0 ? argmax(logits + (top + row) * stride, count) : ArgMax{-INFINITY, 0};
+            own[row].token += first;
+        });
+        if (round.num_ranks > 1) {
+            sage_begin_round(&round);
+            memcpy(round.buffers[round.rank], own, height * sizeof(ArgMax));
+            sage_meet();
+            for (int64_t row = 0; row < height; ++row) {
+                own[row] = ((const ArgMax*)round.buffers[0])[row];
+                for (int64_t rank = 1; rank < round.num_ranks; ++rank) {
+                    const ArgMax other = ((const ArgMax*)round.buffers[rank])[row];
+                    if (other.precedes(own[row])) own[row] = other;
+                }
+            }
+        }
+        for (int64_t row = 0; row < height; ++row) {
+            tokens[top + row] = own[row].token;
+            best[top + row] = own[row].logit;
+        }
+    }
 }
 
 }  // namespace sage
