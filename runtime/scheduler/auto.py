@@ -5,6 +5,7 @@ forecasts their service under several rules (`forecast.py`) from time to time, a
 requests meet the objective.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -19,9 +20,8 @@ DEFAULT_OUTPUT_TOKENS = 128
 """Assumed output length until the first request has ended."""
 STEPS_PER_CHOICE = 512
 """Coarse forecast steps computed per choice, about 10 us each."""
-NUM_FIRST = 32
-EARLY_MARGIN = 0.3
-"""With fewer requests than NUM_FIRST a rule replaces the current one only if it is better by up to this much."""
+MIN_STANDARD_ERRORS = 1.64
+"""A rule replaces the current one if it is better by more standard errors of the difference (one-sided, 95 %)."""
 NUM_RENEWALS = 8
 """Forecasts per window of requests."""
 PARTIAL_CREDIT = 0.5
@@ -30,10 +30,15 @@ NUM_LIFETIMES = 4
 
 
 class Score(NamedTuple):
-    """Result of a forecast; the largest one is the best."""
+    """Result of a forecast; the one with the largest `total`, then the smallest `used`, is the best."""
 
-    credit: float
-    minus_used: float
+    rule: ModeChoice
+    credits: list[float]
+    used: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.credits)
 
 
 class _Seen(NamedTuple):
@@ -60,7 +65,8 @@ class ForecastChooser:
         self._num_new = 0
         self._rule: ModeChoice | None = None
         self._pending: list[Forecast] = []
-        self._best: tuple[Score, ModeChoice] | None = None
+        self._num_repeats = 1.0  # of each remembered request in the forecasts
+        self._scores: list[Score] = []
 
     def observe(self, request: Request) -> None:
         """Remember a request."""
@@ -83,6 +89,7 @@ class ForecastChooser:
         self._live = {i: one for i, one in self._live.items() if one.status is not RequestStatus.FINISHED}
         now = view.clock()
         requests = expected(self._live.values(), self._seen, self._objective, self._window, now)
+        self._num_repeats = max(1.0, len(requests) / len(self._seen))
         limits = limits_of(view)
         self._pending = [Forecast(rule, requests, self._cost, limits, now) for rule in rules(view)]
 
@@ -92,14 +99,25 @@ class ForecastChooser:
         if not forecast.is_done:
             return
         self._pending.pop()
-        credit, minus_used = score(forecast, self._objective)
-        if forecast.rule == self._rule:
-            credit *= 1 + EARLY_MARGIN * max(0.0, 1 - len(self._seen) / NUM_FIRST)
-        result = Score(credit, minus_used), forecast.rule
-        if self._best is None or result[0] > self._best[0]:
-            self._best = result
+        self._scores.append(score(forecast, self._objective))
         if not self._pending:
-            self._rule, self._best = self._best[1], None
+            best = max(self._scores, key=lambda one: (one.total, -one.used))
+            current = next(one for one in self._scores if one.rule == self._rule)
+            if is_better(best, current, self._num_repeats):
+                self._rule = best.rule
+            self._scores = []
+
+
+def is_better(one: Score, other: Score, num_repeats: float) -> bool:
+    """Whether the difference of two rules exceeds its standard error over requests enough to change the rule.
+
+    The next requests are others than the remembered ones. A rule that is ahead by one request of a quiet time would be
+    replaced in vain, and perhaps by one that does not stand the next burst. `num_repeats` is how often each remembered
+    request is in the forecasts: repetitions are no evidence.
+    """
+    differences = [a - b for a, b in zip(one.credits, other.credits, strict=True)]
+    error = math.sqrt(num_repeats * sum(x * x for x in differences))
+    return sum(differences) > MIN_STANDARD_ERRORS * error
 
 
 def rules(view: SchedulerView) -> list[ModeChoice]:
@@ -129,20 +147,21 @@ def limits_of(view: SchedulerView) -> ServiceLimits:
 
 
 def score(forecast: Forecast, objective: ServiceObjective) -> Score:
-    """Sum of the requests' credits: 1 for one that meets the objective, else `PARTIAL_CREDIT` / (how far it misses).
+    """The credits of the requests: 1 for one that meets the objective, else `PARTIAL_CREDIT` / (how far it misses).
 
     Partial credit matters under overload, where nearly all miss: by the number of those that meet the objective alone,
     a rule with little throughput would win a few requests now and lose those that wait. Ties are broken by the total
     time relative to the objective.
     """
-    credit, used = 0.0, 0.0
+    credits: list[float] = []
+    used = 0.0
     for request, one in zip(forecast.requests, forecast.served, strict=True):
         ttft = (one.first_s - request.arrival_s) / objective.ttft_s
         tpot = (one.last_s - one.first_s) / max(1, request.num_output_tokens - 1) / objective.tpot_s
         missed_by = max(ttft, tpot)
-        credit += 1.0 if missed_by <= 1 else PARTIAL_CREDIT / missed_by
+        credits.append(1.0 if missed_by <= 1 else PARTIAL_CREDIT / missed_by)
         used += missed_by
-    return Score(credit, -used)
+    return Score(forecast.rule, credits, used)
 
 
 def expected(

@@ -6,7 +6,9 @@ from sageLLM.runtime.scheduler.auto import (
     DEFAULT_OUTPUT_TOKENS,
     PARTIAL_CREDIT,
     ForecastChooser,
+    Score,
     expected,
+    is_better,
     rules,
     score,
 )
@@ -80,9 +82,30 @@ def test_partial_credit_is_less_the_further_a_request_misses() -> None:
     def of(ttft: float) -> float:
         one = Forecast(PREFILL, [ExpectedRequest(0.0, 100, 1, 99, 1, first_s=ttft)], PerToken(), LIMITS)
         one.advance(10)
-        return score(one, objective).credit
+        return score(one, objective).total
 
     assert [of(1.0), of(2.0), of(5.0)] == [1.0, PARTIAL_CREDIT / 2, PARTIAL_CREDIT / 5]
+
+
+@pytest.mark.parametrize(
+    ("differences", "num_repeats", "is_enough"),
+    [
+        ([], 1.0, False),
+        ([0.6], 1.0, False),  # one request is no evidence
+        ([0.6] * 2, 1.0, False),
+        ([0.6] * 3, 1.0, True),
+        ([0.6] * 12, 4.0, True),
+        ([0.6] * 8, 4.0, False),  # two remembered requests, four times each
+        ([0.6] * 10 + [-0.6] * 4, 1.0, False),
+        ([0.6] * 12 + [-0.6] * 4, 1.0, True),
+    ],
+)
+def test_a_rule_must_be_better_by_more_than_chance(
+    differences: list[float], num_repeats: float, is_enough: bool
+) -> None:
+    one = Score(PREFILL, [1.0] * 50 + [0.4 + x for x in differences], 0.0)
+    other = Score(TIME_SHARE, [1.0] * 50 + [0.4] * len(differences), 9.0)
+    assert is_better(one, other, num_repeats) == is_enough
 
 
 def test_a_forecast_respects_batch_size_and_cache_size() -> None:
