@@ -82,7 +82,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: dict[str, Any], kind: gguf.GGMLQuantizationType
+    writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: dict[str, Any], form: gguf.GGMLQuantizationType
 ) -> None:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     kind = name.split(".")[-2]  # blk.0.attn_q.weight
@@ -91,7 +91,7 @@ def _add_tensor(
     if tensor.dim() == 1:
         writer.add_tensor(name, tensor.float().numpy())
         return
-    writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), form), raw_dtype=form)
 
 
 def _interleaved(w_NK: torch.Tensor, num_heads: int) -> torch.Tensor:
