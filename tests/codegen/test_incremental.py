@@ -24,7 +24,7 @@ from sageLLM.codegen.state import FILE, FOLDER
 from sageLLM.codegen.swap import MANIFEST
 from sageLLM.codegen.update import update as generate
 
-SEEDS = range(*map(int, os.environ.get("SAGELLM_EDIT_SEEDS", "0:2").split(":")))
+SEEDS = range(*map(int, os.environ.get("SAGELLM_EDIT_SEEDS", "0:1").split(":")))
 NUM_ROUNDS = 2
 """Comparisons of a sequence; up to three edits come before each."""
 
