@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from correctness import problem_of
 from load import MAX_FOREIGN
 from shapes import WEIGHT_BYTES, Work, work_of
 from variants import VARIANTS, Variant
@@ -142,7 +143,9 @@ def voids_of(result: Mapping[str, Any], shape: str) -> dict[str, str]:
     found = {}
     for name in VARIANTS:
         check = result["checks"].get(f"{shape}.{name}")
-        problem = "not checked" if check is None else check.get("problem") or check.get("error")
+        problem = "not checked" if check is None else check.get("error") or check.get("problem")
+        if check and "largest_gap" in check:
+            problem = problem_of(check, VARIANTS[name].tie_limit)
         if problem:
             found[name] = str(problem).strip().splitlines()[-1]
     return found
