@@ -1,5 +1,6 @@
 """OpenVINO GenAI's continuous batching, on a model that optimum-intel has exported."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,10 +33,12 @@ def load(folder: Path, kv: str, threads: int) -> Complete:
     scheduler.cache_size = CACHE_GB
     scheduler.max_num_batched_tokens = MAX_BATCHED_TOKENS
     scheduler.enable_prefix_caching = False
+    # Without AVX-512 the plugin has no bfloat16 products, and refuses the hint.
+    precision = "f32" if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" else "bf16"
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_PRECISION_HINT": precision,
         "KV_CACHE_PRECISION": kv,
     }
     pipe = genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", options)
