@@ -24,7 +24,7 @@ FUNCTIONS = (
     VALUES
     | {"check_dtypes", "check_precision", "check_rule", "check_types", "consumer_of", "describe_consumers"}
     | {"describe_producer", "exp2_difference", "find_group", "has_default", "is_known", "max_and_index", "normalized"}
-    | {"online_softmax", "pytest", "rint", "rounded", "sageLLM", "sagellm", "set_process_group", "sink_scores"}
+    | {"online_softmax", "os", "pytest", "rint", "rounded", "sageLLM", "sagellm", "set_process_group", "sink_scores"}
     | {
         "amax",
         "amin",

@@ -41,7 +41,7 @@ _KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case 
     for friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private
     protected public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch
     template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t
-    while xor xor_eq int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t size_t math_errhandling"""
+    while xor xor_eq int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t size_t errno math_errhandling"""
 _HEADER = """abs active_lanes add args attend attrs bf16 broadcast call condition epilogue erf exp exp2 f16 f32
     filters floats floor floor_divide floor_remainder fma gemm gemm_by_part gemm_of_computed_rows gemm_parts
     grouped_gemm hooks ints keys load load_strided log logical_not longs mask maximum minimum multiply negate

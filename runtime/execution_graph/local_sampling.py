@@ -31,21 +31,27 @@ def sample_locally(graph: ExecutionGraph, rank: int, vocab_size: int) -> bool:
     *_, gather = head
     if not isinstance(gather, AllGather):
         return False
+    device = gather.device_id
     (logits,), share = gather.inputs, gather.inputs[0].shape[1]
     assert isinstance(share, int), "the vocabulary of a rank has a known size"
-    full_rows = graph.inputs[FULL_ROWS] = TensorRef(FULL_ROWS, (NUM_FULL_ROWS,), "i32")
-    best = TensorRef("best", logits.shape[:1], "f32")
+    full_rows = graph.inputs[FULL_ROWS] = TensorRef(FULL_ROWS, (NUM_FULL_ROWS,), "i32", device)
+    best = TensorRef("best", logits.shape[:1], "f32", device)
     first = min(rank * share, vocab_size)
     attrs = {"first": first, "count": min(share, vocab_size - first), "group": gather.attrs["group"]}
-    chosen = SampleShard("sample_shard", SampleShard.kind, [logits], [*sample.outputs, best], attrs=attrs)
-    wanted = TensorRef("wanted", (NUM_FULL_ROWS, share), logits.dtype)
+    chosen = SampleShard(
+        "sample_shard", SampleShard.kind, [logits], [*sample.outputs, best], device_id=device, attrs=attrs
+    )
+    wanted = TensorRef("wanted", (NUM_FULL_ROWS, share), logits.dtype, device)
     # The ranks must meet in one collective at a time, and streams order only what depends on each other.
-    select = SelectRows("wanted", SelectRows.kind, [logits, full_rows], [wanted], dependencies={chosen.node_id})
+    select = SelectRows(
+        "wanted", SelectRows.kind, [logits, full_rows], [wanted], dependencies={chosen.node_id}, device_id=device
+    )
     new: list[ExecutionNode] = [chosen, select]
     for node in reversed(head[1:]):
         (old,) = node.outputs
-        made = TensorRef(old.name, (NUM_FULL_ROWS, *old.shape[1:]), old.dtype)
-        new.append(type(node)(node.node_id, node.op_type, [wanted], [made], attrs=dict(node.attrs)))
+        made = TensorRef(old.name, (NUM_FULL_ROWS, *old.shape[1:]), old.dtype, device)
+        attrs = dict(node.attrs)
+        new.append(type(node)(node.node_id, node.op_type, [wanted], [made], device_id=device, attrs=attrs))
         wanted = made
     graph.replace(head, new)
     graph.outputs = [wanted, *graph.outputs[1:], best]

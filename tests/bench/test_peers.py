@@ -22,6 +22,7 @@ MODULES = ("correctness", "load", "publish", "run", "shapes", "table", "variants
 @pytest.fixture(scope="module")
 def peers() -> Iterator[SimpleNamespace]:
     """The modules of the benchmark, which import each other by their plain names."""
+    others = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}  # modules of other tests
     sys.path[:0] = FOLDERS
     try:
         yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
@@ -29,6 +30,7 @@ def peers() -> Iterator[SimpleNamespace]:
         sys.path[:] = [one for one in sys.path if one not in FOLDERS]
         for name in MODULES:
             sys.modules.pop(name, None)
+        sys.modules.update(others)
 
 
 def test_work_of_a_child_is_own_and_that_of_others_is_foreign(peers: SimpleNamespace) -> None:

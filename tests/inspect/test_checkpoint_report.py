@@ -127,7 +127,7 @@ def test_llama_3_1_8b(lint: Callable[..., tuple[int, str, str]]) -> None:
         "  KV per token  f32 262,144  bf16 131,072  f16 131,072\n"
         "  tp 1          divides; 8,030,261,248 parameters per rank\n"
         "  tp 2          divides; 4,015,263,744 parameters per rank\n"
-        "  tp 16         no: tensor_parallel_size=16 does not divide num_key_value_heads=8; use a divisor of 8\n"
+        "  tp 16         divides; 518,918,144 parameters per rank\n"
         "  tp 3          no: tensor_parallel_size=3 does not divide num_attention_heads=32; use a divisor of 32\n"
     )
 

@@ -21,7 +21,11 @@ SIZES = (1, 2, 3, 5, 16, 17, 33, 64, 130)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, 3e38, -3e38, 65504.0, 88.8, -104.0, 6e-8)
 INDEXED = {"ids": ("V",), "pos": ("P",), "rows": ("T",), "q_start": (), "slots": ()}
 BATCHED = {"q_start", "block_table"}  # operands that depend on each other: see test_cpu_attention.py
-SEPARATE = {"sample", "all_gather"}  # tested below, and in test_cpu_communicator.py
+SEPARATE = {
+    "sample",
+    "all_gather",
+    "send",
+}  # tested below, and in test_cpu_communicator.py and test_cpu_point_to_point.py
 COMPUTED = [
     name
     for name, kernel in cpu.KERNELS.items()

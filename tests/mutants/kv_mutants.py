@@ -96,7 +96,13 @@ KV = (
         "num_tokens))\n\n    def allocate",
         MANAGER,
     ),
-    Mutant("an idle hit is free", f"{K}manager.py", "- len(hits) + self.pool.count_idle(hits)", "- len(hits)", CACHE),
+    Mutant(
+        "an idle hit is free",
+        f"{K}manager.py",
+        "- len(hits) + (self.pool.count_idle(hits) if hits else 0)",
+        "- len(hits)",
+        CACHE,
+    ),
     Mutant(
         "a table grows by a block too few",
         f"{K}manager.py",

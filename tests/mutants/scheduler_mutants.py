@@ -139,7 +139,11 @@ SCHEDULER = (
         (f"{T}test_queues.py",),
     ),
     Mutant(
-        "the heap grows without bound", f"{S}queues.py", "2 * len(self._members) + 16", "10**9", (f"{T}test_queues.py",)
+        "the heap grows without bound",
+        f"{S}queues.py",
+        "len(self._heap) > 2 * len(self._members) + 16",
+        "len(self._heap) > 10**9",
+        (f"{T}test_queues.py",),
     ),
     Mutant(
         "a prompt that cannot run keeps tokens from the decodes",
@@ -249,7 +253,11 @@ SCHEDULER = (
         PD,
     ),
     Mutant(
-        "the first of the round is always the same", f"{S}decode.py", "queue.requests.to_back(request)", "pass", SKETCH
+        "the first of the round is always the same",
+        f"{S}decode_queue.py",
+        "self.requests.to_back(request)",
+        "pass",
+        SKETCH,
     ),
     Mutant(
         "the context bound is one token too large",
@@ -308,7 +316,7 @@ SCHEDULER = (
     Mutant(
         "a fork of an aborted parent is lost",
         f"{S}forks.py",
-        "forks = list(self._by_parent.pop(parent_id, {}).values())",
+        "forks = list(self._by_parent.pop(parent_id).values())",
         "forks = []",
         FORKS,
     ),
