@@ -21,8 +21,8 @@ from sageLLM.codegen.schema.models import ModelFile
 from sageLLM.codegen.schema.ops import OpsFile
 from sageLLM.codegen.source import load_document, parse_document
 
-NUM_MUTANTS = 5_000
-NUM_BATCHES = 20
+NUM_MUTANTS = 2_500
+NUM_BATCHES = 10
 
 PIECE = re.compile(r"[\w.]+|[^\w.]")
 TOKENS = [

@@ -8,8 +8,7 @@ import pytest
 from .layouts import cases, compare
 
 CHOSEN = {
-    "mixtral": ("hybrid", ["2x1"]),
-    "bloom": ("time_share", ["2x1"]),
+    "mixtral": ("time_share", ["2x1"]),
     "deepseek_v2": ("strict", ["2x1"]),
     "gemma3": ("hybrid", ["1x2"]),
 }

@@ -5,8 +5,8 @@ from datetime import date
 import fuzz
 import pytest
 
-NUM_SCHEDULES = 4_000
-NUM_PARTS = 8
+NUM_SCHEDULES = 2_000
+NUM_PARTS = 4
 FIRST_SEED = date.today().toordinal() * NUM_SCHEDULES
 
 
