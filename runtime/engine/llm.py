@@ -14,9 +14,6 @@ from sageLLM.runtime.engine.arguments import (
     Backend,
     check_count,
     check_passes,
-    choose_backend,
-    choose_node,
-    parse_af,
     parse_device,
     weights_placement,
     with_kv_options,
@@ -26,9 +23,9 @@ from sageLLM.runtime.engine.chat import ChatOptions, ChatPrompts
 from sageLLM.runtime.engine.embedding import Embedder, EmbeddingInput, EmbeddingOutput
 from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_ids, prompt_text
 from sageLLM.runtime.engine.engine import Engine
-from sageLLM.runtime.engine.engine_group import EngineGroup
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_lower_blocks, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.engine.parallelism import choose_parallelism
 from sageLLM.runtime.engine.prompts import (
     ParsedPrompt,
     Prompt,
@@ -39,6 +36,7 @@ from sageLLM.runtime.engine.prompts import (
 )
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits
+from sageLLM.runtime.engine.start import make_engine, start_workers
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
@@ -52,15 +50,12 @@ from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
 from sageLLM.runtime.text.tokenizer import Tokenizer, read_eos_ids, start_probe
-from sageLLM.runtime.worker.build import WeightsTier, WorkerSpec, make_compiler, make_local_executor, place_weights
-from sageLLM.runtime.worker.cluster import Cluster
-from sageLLM.runtime.worker.disaggregation import start_disaggregated
-from sageLLM.runtime.worker.executor import Executor, InProcessExecutor
+from sageLLM.runtime.worker.build import WeightsTier, WorkerSpec, make_compiler, place_weights
+from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.ffn_workers import FfnWorkers
 from sageLLM.runtime.worker.io_report import IoReport
 from sageLLM.runtime.worker.node import serve_node
-from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 
 class LLM:
@@ -165,27 +160,24 @@ class LLM:
         check_count("block_size", block_size)
         if num_kv_blocks is not None:
             check_count("num_kv_blocks", num_kv_blocks)
-        check_count("tensor_parallel_size", tensor_parallel_size)
-        check_count("num_ubatches", num_ubatches)
-        check_count("pipeline_parallel_size", pipeline_parallel_size)
-        if num_ubatches > 1 and pipeline_parallel_size > 1:
-            raise SageError(f"num_ubatches must be 1 with several pipeline stages, got {num_ubatches}")
-        num_ranks = tensor_parallel_size * pipeline_parallel_size
-        node = choose_node(nnodes, node_rank, master_addr, master_port, num_ranks)
-        if node is not None and node.node_rank > 0:
-            serve_node(node)
-            raise SystemExit(0)
         weights = weights_placement(weights_tier, weights_budget, weights_folder, torch_device)
-        af_counts = parse_af(af)
-        if af_counts is not None and num_ranks > 1:
-            raise SageError("af must not be combined with tensor_parallel_size or pipeline_parallel_size; use one")
-        if af_counts is not None and weights_tier != "device":
-            raise SageError("af must not be combined with weights_tier='disk'; use one of them")
-        if af_counts is not None and kv_tier != "device":
-            raise SageError(f"af must not be combined with kv_tier={kv_tier!r}; use one of them")
-        num_attention, num_ffn = af_counts or (1, 0)
-        num_ranks = num_ranks if af_counts is None else num_attention + num_ffn
-        self._backend = choose_backend(distributed_executor_backend, num_ranks)
+        parallelism = choose_parallelism(
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            num_ubatches=num_ubatches,
+            af=af,
+            distributed_executor_backend=distributed_executor_backend,
+            nnodes=nnodes,
+            node_rank=node_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            weights_tier=weights_tier,
+            kv_tier=kv_tier,
+        )
+        if parallelism.node is not None and parallelism.node.node_rank > 0:
+            serve_node(parallelism.node)
+            raise SystemExit(0)
+        self._backend = parallelism.backend
         registry = load_registry(plugins)
         check_passes(disable_passes, registry)
         # The probe is a process, which runs while the weights are loaded.
@@ -204,11 +196,15 @@ class LLM:
             )
             max_len = self.model.max_model_len
             self.tokenizer = None if probe is None else Tokenizer.from_folder(folder, probe, max_len)
+        if af is not None and not self.model.generates:
+            raise SageError(f"af must be None for {self.model.layout.name}, which computes embeddings")
         self.compiler = make_compiler(self.model, registry, kernels, disable_passes)
         if self._backend == "uni":
             place_weights(self.model, self.compiler, folder, weights)
         config = scheduler or PDSchedulerConfig(mode="hybrid")
-        self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks, num_attention)
+        self.kv_cache_size = choose_kv_cache_size(
+            self.model, config, block_size, num_kv_blocks, parallelism.num_engines
+        )
         budget = KVBudget(
             self.kv_cache_size.num_blocks,
             block_size,
@@ -219,8 +215,6 @@ class LLM:
         config = with_kv_options(config, budget, enable_prefix_caching)
         self._engine: Engine | None = None
         self._ffn_workers: FfnWorkers | None = None
-        if af_counts is not None and not self.model.generates:
-            raise SageError(f"af must be None for {self.model.layout.name}, which computes embeddings")
         if self.model.generates:
             LOG.log(logging.WARNING if self.kv_cache_size.exceeds_default else logging.INFO, "%s", self.kv_cache_size)
             spec = WorkerSpec(
@@ -242,29 +236,20 @@ class LLM:
                 overlap_transfers=overlap_transfers,
                 pp=pipeline_parallel_size,
             )
-            executors: list[Executor]
-            if af_counts is not None:
-                self._ffn_workers, executors = start_disaggregated(spec, num_attention, num_ffn, self.model, config)
-            elif self._backend == "mp":
-                executors = [ProcessExecutor(spec, None if node is None else Cluster(node, num_ranks))]
-            else:
-                executors = [make_local_executor(spec, self.model, self.compiler, is_async=async_scheduling)]
-            engines = [
-                Engine(
-                    self.model,
-                    self.tokenizer,
-                    self.compiler,
-                    config,
-                    budget,
-                    executor,
-                    objective=objective,
-                    eos_token_ids=read_eos_ids(folder),
-                    async_scheduling=async_scheduling,
-                    num_stages=pipeline_parallel_size,
-                )
-                for executor in executors
-            ]
-            self._engine = engines[0] if len(engines) == 1 else EngineGroup(engines)
+            executors, self._ffn_workers = start_workers(
+                spec, parallelism, self.model, self.compiler, config, is_async=async_scheduling
+            )
+            self._engine = make_engine(
+                executors,
+                spec,
+                self.model,
+                self.tokenizer,
+                self.compiler,
+                config,
+                objective=objective,
+                eos_token_ids=read_eos_ids(folder),
+                async_scheduling=async_scheduling,
+            )
         self.shared = SharedEngine(self._engine)
         self._embedder = Embedder(
             self.model,

@@ -1,0 +1,78 @@
+"""Starts the engine of an `LLM`: the executors of its workers, with a scheduler and a KV cache for each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sageLLM.runtime.engine.engine import Engine
+from sageLLM.runtime.engine.engine_group import EngineGroup
+from sageLLM.runtime.engine.parallelism import Parallelism
+from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.scheduler.forecast import ServiceObjective
+from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
+from sageLLM.runtime.text.tokenizer import Tokenizer
+from sageLLM.runtime.worker.build import WorkerSpec, make_local_executor
+from sageLLM.runtime.worker.cluster import Cluster
+from sageLLM.runtime.worker.disaggregation import start_disaggregated
+from sageLLM.runtime.worker.executor import Executor
+from sageLLM.runtime.worker.ffn_workers import FfnWorkers
+from sageLLM.runtime.worker.process_executor import ProcessExecutor
+
+
+class StartedWorkers(NamedTuple):
+    """An executor per engine, and the FFN workers of attention-FFN disaggregation."""
+
+    executors: list[Executor]
+    ffn_workers: FfnWorkers | None
+
+
+def start_workers(
+    spec: WorkerSpec,
+    parallelism: Parallelism,
+    model: Model,
+    compiler: ModelCompiler,
+    config: PDSchedulerConfig,
+    *,
+    is_async: bool,
+) -> StartedWorkers:
+    """The workers in this process or in others. Raises what `ProcessExecutor` raises."""
+    if parallelism.af is not None:
+        ffn_workers, executors = start_disaggregated(spec, *parallelism.af, model, config)
+        return StartedWorkers(executors, ffn_workers)
+    if parallelism.backend == "mp":
+        node = parallelism.node
+        cluster = None if node is None else Cluster(node, parallelism.num_ranks)
+        return StartedWorkers([ProcessExecutor(spec, cluster)], None)
+    return StartedWorkers([make_local_executor(spec, model, compiler, is_async=is_async)], None)
+
+
+def make_engine(
+    executors: list[Executor],
+    spec: WorkerSpec,
+    model: Model,
+    tokenizer: Tokenizer | None,
+    compiler: ModelCompiler,
+    config: PDSchedulerConfig,
+    *,
+    objective: ServiceObjective | None,
+    eos_token_ids: frozenset[int],
+    async_scheduling: bool,
+) -> Engine:
+    """An engine over one executor, or several as a group that requests are divided among."""
+    engines = [
+        Engine(
+            model,
+            tokenizer,
+            compiler,
+            config,
+            spec.budget,
+            executor,
+            objective=objective,
+            eos_token_ids=eos_token_ids,
+            async_scheduling=async_scheduling,
+            num_stages=spec.pp,
+        )
+        for executor in executors
+    ]
+    return engines[0] if len(engines) == 1 else EngineGroup(engines)
