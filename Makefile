@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
+.PHONY: fuzz-schemas fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -115,6 +115,10 @@ af-matrix: $(TEST_READY) ## Compare attention and FFN workers with one process, 
 
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py
+
+SCHEMAS ?= 0:10000
+fuzz-schemas: $(TEST_READY) ## Draw random JSON schemas SCHEMAS=FROM:TO (10,000) and texts of their grammars, and validate the texts
+	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/grammar/random_schemas.py --seeds $(SCHEMAS)
 
 fuzz-server: $(TEST_READY) ## Send 200 times as many random requests to the server as the suite
 	SAGELLM_SERVER_SCALE=200 $(PYTEST) --timeout=7200 tests/server/test_fuzz.py

@@ -13,6 +13,7 @@ from sageLLM.runtime.engine.requests import check_kv_room, stop_rules, validate_
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits, Sequence, make_group
 from sageLLM.runtime.errors import EngineError
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import KVStats
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
@@ -43,10 +44,12 @@ class Engine:
         eos_token_ids: frozenset[int] = frozenset(),
         async_scheduling: bool = True,
         num_stages: int = 1,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """`eos_token_ids` end an answer in addition to the tokenizer's. `async_scheduling` plans a step ahead.
 
-        `num_stages` is the number of pipeline stages of the executor's workers.
+        `num_stages` is the number of pipeline stages of the executor's workers. `grammars` check those of requests
+        before they are queued.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -67,7 +70,7 @@ class Engine:
             )
 
         self._make_scheduler = make_scheduler
-        self.executor = executor
+        self.executor, self._grammars = executor, grammars
         self._plans_ahead, self._num_stages = async_scheduling, num_stages
         self.num_steps = 0
         self._groups: dict[str, RequestGroup] = {}
@@ -127,6 +130,8 @@ class Engine:
         validate_prompt(token_ids, self.model.config.V, self.model.max_model_len)
         validate_params(params, self.model.config.V)
         check_kv_room(params, len(token_ids), self._scheduler.limits.max_kv_tokens, self.model.max_model_len)
+        if params.structured_outputs is not None and self._grammars is not None:
+            self._grammars.check(params.structured_outputs, self._eos_ids)
         rules = stop_rules(params, self._eos_ids, len(token_ids), self.max_seq_len)
         salt = self.model.tables.salt(len(token_ids))
         return make_group(group_id, prompt, token_ids, params, rules, self.tokenizer, salt, traits)

@@ -40,6 +40,7 @@ from sageLLM.runtime.engine.start import make_engine, start_workers
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
+from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import load_model
 from sageLLM.runtime.loader.sentence_transformers import model_folder, read_recipe
@@ -199,6 +200,7 @@ class LLM:
         if af is not None and not self.model.generates:
             raise SageError(f"af must be None for {self.model.layout.name}, which computes embeddings")
         self.compiler = make_compiler(self.model, registry, kernels, disable_passes)
+        grammars = GrammarCompiler(folder, self.model.config.V, self.tokenizer)
         if self._backend == "uni":
             place_weights(self.model, self.compiler, folder, weights)
         config = scheduler or PDSchedulerConfig(mode="hybrid")
@@ -237,7 +239,7 @@ class LLM:
                 pp=pipeline_parallel_size,
             )
             executors, self._ffn_workers = start_workers(
-                spec, parallelism, self.model, self.compiler, config, is_async=async_scheduling
+                spec, parallelism, self.model, self.compiler, config, grammars, is_async=async_scheduling
             )
             self._engine = make_engine(
                 executors,
@@ -246,6 +248,7 @@ class LLM:
                 self.tokenizer,
                 self.compiler,
                 config,
+                None if self.tokenizer is None else grammars,
                 objective=objective,
                 eos_token_ids=read_eos_ids(folder),
                 async_scheduling=async_scheduling,

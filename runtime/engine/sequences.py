@@ -49,6 +49,7 @@ class Sequence:
     request: Request
     seed: int
     banned_token_ids: list[int]
+    eos_token_ids: list[int]  # those that can end an answer with a grammar
     text: SequenceText
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
 
@@ -74,6 +75,7 @@ class Sequence:
             self.seed,
             self.index,
             self.banned_token_ids,
+            self.eos_token_ids,
         )
 
     def abort(self, reason: str) -> None:
@@ -183,6 +185,7 @@ def make_group(
     group = RequestGroup(group_id, prompt, tuple(token_ids), params, RequestMetrics(arrival_time=time.monotonic()))
     first: Request | None = None
     seed = choose_seed(params)
+    eos_ids = sorted(rules.eos_ids) if params.structured_outputs is not None else []
     traits = traits or RequestTraits()
     if traits.cache_salt:
         salt = f"{salt}\0{traits.cache_salt}"
@@ -206,5 +209,6 @@ def make_group(
         )
         first = first or request
         text = SequenceText(decoder, rules, params.skip_special_tokens, token_ids)
-        group.sequences.append(Sequence(index, group, request, seed, list(rules.banned_before_min_tokens), text))
+        banned = list(rules.banned_before_min_tokens)
+        group.sequences.append(Sequence(index, group, request, seed, banned, eos_ids, text))
     return group

@@ -8,6 +8,7 @@ from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.engine_group import EngineGroup
 from sageLLM.runtime.engine.parallelism import Parallelism
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
@@ -33,10 +34,11 @@ def start_workers(
     model: Model,
     compiler: ModelCompiler,
     config: PDSchedulerConfig,
+    grammars: GrammarCompiler,
     *,
     is_async: bool,
 ) -> StartedWorkers:
-    """The workers in this process or in others. Raises what `ProcessExecutor` raises."""
+    """The workers in this process, which share `grammars`, or in others. Raises what `ProcessExecutor` raises."""
     if parallelism.af is not None:
         ffn_workers, executors = start_disaggregated(spec, *parallelism.af, model, config)
         return StartedWorkers(executors, ffn_workers)
@@ -44,7 +46,8 @@ def start_workers(
         node = parallelism.node
         cluster = None if node is None else Cluster(node, parallelism.num_ranks)
         return StartedWorkers([ProcessExecutor(spec, cluster)], None)
-    return StartedWorkers([make_local_executor(spec, model, compiler, is_async=is_async)], None)
+    executor = make_local_executor(spec, model, compiler, is_async=is_async, grammars=grammars)
+    return StartedWorkers([executor], None)
 
 
 def make_engine(
@@ -54,12 +57,13 @@ def make_engine(
     tokenizer: Tokenizer | None,
     compiler: ModelCompiler,
     config: PDSchedulerConfig,
+    grammars: GrammarCompiler | None,
     *,
     objective: ServiceObjective | None,
     eos_token_ids: frozenset[int],
     async_scheduling: bool,
 ) -> Engine:
-    """An engine over one executor, or several as a group that requests are divided among."""
+    """An engine over one executor, or several as a group that requests are divided among. `grammars` check requests."""
     engines = [
         Engine(
             model,
@@ -72,6 +76,7 @@ def make_engine(
             eos_token_ids=eos_token_ids,
             async_scheduling=async_scheduling,
             num_stages=spec.pp,
+            grammars=grammars,
         )
         for executor in executors
     ]

@@ -1,9 +1,9 @@
 """Samples the next token of every sequence in a batch from its logits.
 
 Dimensions in names: B sequences, R random or scored rows, V vocabulary entries, K likeliest tokens reported. The steps
-have vLLM's order: banned ids and biases, penalties, then the argmax for greedy rows, and temperature, min-p, top-k,
-top-p and a draw for the others. Of equal logits the lowest id is the likeliest token, in the argmax and in the filters.
-Log-probabilities are those of the raw logits, before all of these steps.
+have vLLM's order: constraints, banned ids and biases, penalties, then the argmax for greedy rows, and temperature,
+min-p, top-k, top-p and a draw for the others. Of equal logits the lowest id is the likeliest token, in the argmax and
+in the filters. Log-probabilities are those of the raw logits, before all of these steps.
 
 The draw inverts the cumulative distribution at one uniform number, which is a hash of (seed, answer index, position).
 It therefore requires no generator state, is the same on every device and in every batch, and a sequence that is
@@ -17,7 +17,7 @@ import secrets
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ DRAW_BLOCK_LEN = 256
 """Tokens per block of the two-level search in `invert_cdf`."""
 
 
+class TokenConstraint(Protocol):
+    """Decides which tokens may come next, by the tokens before."""
+
+    def bias(self) -> Tensor:
+        """What to add to the logits: 0 for the tokens that may come next and -inf for the others, f32[V] on the CPU."""
+
+
 @dataclass(slots=True)
 class SequenceSampling:
     """Sampling state of one sequence. The worker owns both token lists and appends each new token.
@@ -51,6 +58,7 @@ class SequenceSampling:
     stop_ids: Sequence[int] = ()
     answer_index: int = 0
     seed: int | None = None
+    constraint: TokenConstraint | None = None
     is_plain_greedy: bool = field(init=False)
     """Whether the graph's argmax is the answer: the logits are not adjusted and no log-probabilities are requested."""
 
@@ -58,7 +66,7 @@ class SequenceSampling:
         params = self.params
         if self.seed is None:
             self.seed = choose_seed(params)
-        adjusts = params.has_penalties or bool(params.logit_bias)
+        adjusts = params.has_penalties or bool(params.logit_bias) or params.structured_outputs is not None
         self.is_plain_greedy = params.is_greedy and params.logprobs is None and not (adjusts or self.stop_ids)
 
     @property
@@ -91,7 +99,9 @@ class SamplingBatch:
         self.penalty_rows = [i for i, p in enumerate(params) if p.has_penalties]
         self.logprob_rows = [i for i, p in enumerate(params) if p.logprobs is not None]
         self.num_logprobs = max((p.logprobs or 0 for p in params), default=0)
-        self.adjusts = bool(self.penalty_rows) or any(p.logit_bias or p.min_tokens for p in params)
+        self.adjusts = bool(self.penalty_rows) or any(
+            p.logit_bias or p.min_tokens or p.structured_outputs is not None for p in params
+        )
         drawn = [params[i] for i in self.random_rows]
         self.temperature = torch.tensor([p.temperature for p in drawn], dtype=torch.float32, device=device)
         self.min_p = torch.tensor([p.min_p for p in drawn], dtype=torch.float32, device=device)
@@ -134,9 +144,11 @@ def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampledTokens:
 
 
 def adjust_logits(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
-    """A copy of the logits with banned stop ids at -inf, biases added, and penalties applied."""
+    """A copy of the logits with tokens against a constraint and banned stop ids at -inf, biases, and penalties."""
     adjusted = logits_BV.clone()
     for row, sequence in enumerate(batch.sequences):
+        if sequence.constraint is not None:
+            adjusted[row] += sequence.constraint.bias().to(adjusted.device)
         # Bans come before biases and penalties, so that no finite adjustment can lift a banned id from -inf.
         if sequence.bans_stop_ids:
             adjusted[row, tensor_of(sequence.stop_ids, adjusted)] = -torch.inf

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 from sageLLM.runtime.errors import SamplingParamsError
+from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
 
 INT32_MAX = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -57,6 +58,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -68,6 +70,10 @@ class SamplingParams:
             raise _error("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
         if self.temperature < ZERO_TEMPERATURE and self.n > 1:
             raise _error("n", self.n, "1 when temperature is 0, as all greedy answers are the same")
+        if self.structured_outputs is not None and (self.min_tokens or self.ignore_eos):
+            name, off = ("min_tokens", 0) if self.min_tokens else ("ignore_eos", False)
+            rule = f"{off} with structured_outputs, as the grammar decides where the answer can end"
+            raise _error(name, getattr(self, name), rule)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> SamplingParams:
@@ -222,6 +228,12 @@ def _logit_bias(name: str, value: object) -> dict[int, float]:
     return biases
 
 
+def _structured_outputs(name: str, value: object) -> StructuredOutputsParams | None:
+    if value is None or isinstance(value, StructuredOutputsParams):
+        return value
+    return StructuredOutputsParams.from_mapping(value)
+
+
 _CHECKS: dict[str, _Check] = {
     "n": _integer(1, MAX_N),
     "temperature": _number(0, MAX_TEMPERATURE),
@@ -242,4 +254,5 @@ _CHECKS: dict[str, _Check] = {
     "frequency_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
     "repetition_penalty": _number(0, MAX_REPETITION_PENALTY, open_low=True),
     "logit_bias": _optional(_logit_bias),
+    "structured_outputs": _structured_outputs,
 }

@@ -58,6 +58,8 @@ class Sampled(Struct, kw_only=True):
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 class CompletionBody(Sampled, kw_only=True):
@@ -106,6 +108,7 @@ class ResponsesBody(Struct, kw_only=True):
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
     background: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
     priority: int = 0
     deadline: float | None = None
     tenant: str = ""
@@ -166,14 +169,12 @@ IGNORED = frozenset(
 
 # Values that mean "off", besides null.
 _OFF: tuple[object, ...] = ([], {}, "", False)
-_PENDING = "tool calls and structured output are not implemented yet"
+_PENDING = "tool calls are not implemented yet"
 REFUSED: Mapping[str, str] = {
     "tools": _PENDING,
     "tool_choice": _PENDING,
     "functions": _PENDING,
     "function_call": _PENDING,
-    "response_format": _PENDING,
-    "structured_outputs": _PENDING,
     "suffix": "filling in before a suffix is not implemented",
     "best_of": "use n",
     "use_beam_search": "beam search is not implemented",
@@ -194,7 +195,6 @@ REFUSED: Mapping[str, str] = {
 # Values of refused fields that ask for what the server does anyway.
 _HARMLESS: Mapping[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "best_of": (1,),
     "modalities": (["text"],),
 }

@@ -41,6 +41,7 @@ async def prepare(service: Service, body: ChatBody, ticket: Ticket) -> EnginePro
     check_common(body, service.settings.model_names, service.ready.policy)
     params = chat_params(body, service.defaults, service.settings.max_logprobs)
     service.admission.claim(ticket, params.n, num_chars(body.messages) // CHARS_PER_TOKEN)
+    await service.check_grammar(params)
     text, ids = await render_chat(
         service.chat,
         body.messages,

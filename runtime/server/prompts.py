@@ -13,6 +13,7 @@ from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.server.bodies import ChatBody, CompletionBody, Sampled
 from sageLLM.runtime.server.errors import ApiError
 from sageLLM.runtime.server.messages import Ready
+from sageLLM.runtime.server.structured import structured_params
 from sageLLM.runtime.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
@@ -125,6 +126,7 @@ def make_params(
         "stop": body.stop,
         "stop_token_ids": body.stop_token_ids,
         "logit_bias": _logit_bias(body.logit_bias),
+        "structured_outputs": structured_params(body.structured_outputs, body.response_format),
     }
     return replace(
         defaults,

@@ -34,6 +34,7 @@ async def respond(service: Service, exchange: Exchange, body: ResponsesBody, tic
     check_common(chat, service.settings.model_names, service.ready.policy)
     params = chat_params(chat, service.defaults, service.settings.max_logprobs)
     service.admission.claim(ticket, 1, num_chars(chat.messages) // CHARS_PER_TOKEN)
+    await service.check_grammar(params)
     text, ids = await render_chat(
         service.chat,
         chat.messages,
@@ -60,9 +61,7 @@ def as_chat(body: ResponsesBody) -> ChatBody:
         raise ApiError(400, "background is not supported: the server keeps no responses", "background")
     if body.truncation not in (None, "disabled"):
         raise ApiError(400, "truncation must be 'disabled'", "truncation")
-    form = (body.text or {}).get("format") or {"type": "text"}
-    if not isinstance(form, dict) or form.get("type") != "text":
-        raise ApiError(400, "text.format is not supported: structured output is not implemented yet", "text")
+    form = text_format(body)
     effort = (body.reasoning or {}).get("effort")
     if effort is not None and not isinstance(effort, str):
         raise ApiError(400, "reasoning.effort must be a text", "reasoning")
@@ -87,7 +86,23 @@ def as_chat(body: ResponsesBody) -> ChatBody:
         deadline=body.deadline,
         tenant=body.tenant,
         cache_salt=body.cache_salt,
+        structured_outputs=body.structured_outputs,
+        response_format=as_response_format(form),
     )
+
+
+def text_format(body: ResponsesBody) -> dict[str, Any]:
+    form = (body.text or {}).get("format") or {"type": "text"}
+    if not isinstance(form, dict):
+        raise ApiError(400, f"text.format must be an object, got a {type(form).__name__}", "text")
+    return form
+
+
+def as_response_format(form: dict[str, Any]) -> dict[str, Any]:
+    """`text.format` in the form of chats: it has the fields of `json_schema` itself."""
+    if form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
 
 
 def _message(item: object, place: str) -> dict[str, Any] | None:
@@ -230,7 +245,7 @@ class Responses:
             "service_tier": "default",
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": text_format(self.body)},
             "tool_choice": "none",
             "tools": [],
             "top_logprobs": 0,

@@ -18,6 +18,7 @@ from sageLLM.runtime.engine.chat import ChatPrompts
 from sageLLM.runtime.engine.requests import check_kv_room, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.errors import ChatTemplateError, SageError
+from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.loader.sentence_transformers import EmbeddingRecipe, model_folder, read_recipe
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.server.admission import Admission, Ticket
@@ -51,6 +52,7 @@ class Service:
         self.chat: ChatPrompts | None = None
         self.defaults = SamplingParams()
         self.recipe = EmbeddingRecipe()
+        self.grammars: GrammarCompiler | None = None
         self.eos_ids: frozenset[int] = frozenset()
         self.admission = Admission(settings.max_num_queued_reqs, 0)
         self.metrics = Metrics(settings.metrics_namespace, settings.model_names[0])
@@ -71,6 +73,7 @@ class Service:
         tokenizer_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
         self.eos_ids = frozenset(i for i in {*tokenizer_ids, *ready.eos_ids} if i < ready.vocab_size)
         self.client.set_eos_ids(self.eos_ids)
+        self.grammars = GrammarCompiler(self.folder, ready.vocab_size, self.tokenizer)
         limit = self.settings.max_num_queued_tokens
         capacity = max(ready.num_kv_blocks * ready.block_size, ready.max_model_len)
         self.admission.max_tokens = QUEUED_CACHES * capacity if limit is None else limit
@@ -142,6 +145,12 @@ class Service:
         )
         exchange.watch_client(lambda: generation.inbox.fail(ClientGoneError()))
         return generation
+
+    async def check_grammar(self, params: SamplingParams) -> None:
+        """Compiles a grammar before the request is queued. Raises RequestError for one that cannot be enforced."""
+        if params.structured_outputs is not None and self.grammars is not None:
+            # In a thread: the first one prepares the vocabulary, and large schemas take milliseconds.
+            await asyncio.to_thread(self.grammars.check, params.structured_outputs, self.eos_ids)
 
     def make_parser(self) -> OutputParser:
         """The parser of a chat answer; models with reasoning or tool calls will get that of their dialect."""

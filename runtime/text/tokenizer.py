@@ -91,6 +91,10 @@ class Tokenizer:
         """The number of ids, added tokens included. The model's vocabulary may be larger (padded)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json with all added tokens."""
+        return self._backend.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = True, *, truncates: bool = False) -> list[int]:
         """The token ids of the text. Use add_special_tokens=False for a rendered chat template, which has its own.
 

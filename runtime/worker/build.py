@@ -19,6 +19,7 @@ from sageLLM.runtime.execution_graph.stages import PipelineStage
 from sageLLM.runtime.executor.kernel_choice import choose_planner
 from sageLLM.runtime.executor.model_compiler import ModelCompiler, Schedule
 from sageLLM.runtime.executor.scheduling import choose_schedule
+from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model, load_model
@@ -141,10 +142,14 @@ def make_local_executor(
     compiler: ModelCompiler,
     *,
     is_async: bool,
+    grammars: GrammarCompiler | None = None,
     token_return: TokenReturn | None = None,
     links: AttentionLinks | None = None,
 ) -> InProcessExecutor:
-    """Workers in this process, for a model with packed weights; with `links` to FFN workers."""
+    """Workers in this process, for a model with packed weights; with `links` to FFN workers.
+
+    `grammars` are shared with the engine, if that is in this process.
+    """
     disk_folder = None if spec.disk_folder is None else Path(spec.disk_folder)
     lower_tier = None
     if spec.budget.num_lower_blocks:
@@ -162,6 +167,7 @@ def make_local_executor(
         token_return=token_return,
         lower_tier=lower_tier,
         links=links,
+        grammars=grammars or GrammarCompiler(Path(spec.model), model.config.V),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
+from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.scheduler.base import KVBudget
@@ -75,11 +76,13 @@ class InProcessExecutor:
         token_return: TokenReturn | None = None,
         lower_tier: LowerTier | None = None,
         links: AttentionLinks | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step.
 
         `token_return` is for a pipeline stage of the model. `lower_tier` has the blocks of running requests for which
-        the decoder's pool has no room. With `links` the feed-forwards run on FFN workers.
+        the decoder's pool has no room. With `links` the feed-forwards run on FFN workers. `grammars` are for requests
+        with structured output.
         """
 
         def make_runner(num_blocks: int, lower_tier: LowerTier | None = None) -> ModelRunner:
@@ -92,12 +95,14 @@ class InProcessExecutor:
         tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
         tiers = TieredPool(decoder.pool, tier_sizes, compiler, disk_folder)
         self.decoder = self.prefiller = Worker(
-            decoder, tiers, isolates_failures=isolates_failures, token_return=token_return
+            decoder, tiers, isolates_failures=isolates_failures, token_return=token_return, grammars=grammars
         )
         self._migrator: PoolCopies | None = None
         if is_split:
             prefiller = make_runner(budget.num_prefill_blocks or budget.num_blocks)
-            self.prefiller = Worker(prefiller, isolates_failures=isolates_failures, token_return=token_return)
+            self.prefiller = Worker(
+                prefiller, isolates_failures=isolates_failures, token_return=token_return, grammars=grammars
+            )
             graph = compiler.migrate_graph()
             self._migrator = PoolCopies(prefiller.pool, decoder.pool, graph, compiler.kernels)
         self._thread = OrderThread[GroupOrder, list[StepResult]]("sagellm-worker") if is_async else None

@@ -19,7 +19,8 @@ class NewSequence(msgspec.Struct, frozen=True):
     """A sequence that the worker does not have yet.
 
     `output_token_ids` are tokens that another worker generated, or this one before a restart. `banned_token_ids` must
-    not be sampled before `params.min_tokens` tokens. `seed` is that of the request, or one chosen for it.
+    not be sampled before `params.min_tokens` tokens. `eos_token_ids` can end an answer with a grammar where the grammar
+    accepts; others do not have them. `seed` is that of the request, or one chosen for it.
     """
 
     sequence_id: str
@@ -29,6 +30,7 @@ class NewSequence(msgspec.Struct, frozen=True):
     seed: int
     answer_index: int = 0
     banned_token_ids: list[int] = []
+    eos_token_ids: list[int] = []
 
 
 class TableUpdate(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sageLLM.runtime.grammar.constraint import GrammarConstraint
 from sageLLM.runtime.sampling.logprobs import ScoredTokens
 from sageLLM.runtime.sampling.sampler import SamplingBatch, SequenceSampling, sample
 from sageLLM.runtime.worker.model_runner import Logits
@@ -35,6 +36,7 @@ class RowSampler:
         self.is_plain_greedy = all(state.is_plain_greedy for state in self._states)
         # The rows that need all logits. The others take the tokens of the graph if ranks sample locally.
         self.full_rows = [row for row, state in enumerate(self._states) if not state.is_plain_greedy]
+        self.constraints = [one.constraint for one in self._states if isinstance(one.constraint, GrammarConstraint)]
         self._counts = np.arange(len(self._states))
         self._batch: SamplingBatch | None = None
         # The outputs of a plan are the same tensors in each steady step, so views of them are kept.

@@ -122,6 +122,12 @@ class SequenceTable:
             self._decodes.settle()
             self._decodes = DecodeBatch([self._sequences[sequence_id] for sequence_id in order.decodes])
 
+    def sampling(self, sequence_id: str) -> SequenceSampling:
+        """The sampling state of a sequence that generates."""
+        found = self._sequences[sequence_id].sampling
+        assert found is not None, "sequences of orders generate"
+        return found
+
     @property
     def num_decodes(self) -> int:
         return len(self._decodes)

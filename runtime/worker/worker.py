@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sageLLM.runtime.core.model.layout import Stage
+from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.sampling.logprobs import score_prompt
 from sageLLM.runtime.worker.block_copies import TieredPool
 from sageLLM.runtime.worker.faults import LOG, reason_of, reraise_unless_attributable
@@ -24,6 +25,7 @@ from sageLLM.runtime.worker.sequences import (
     SequenceTable,
     WorkerSequence,
 )
+from sageLLM.runtime.worker.token_masks import TokenMasks
 from sageLLM.runtime.worker.token_return import NO_TOKEN, TokenReturn
 
 
@@ -67,16 +69,18 @@ class Worker:
         *,
         isolates_failures: bool = True,
         token_return: TokenReturn | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """With `isolates_failures` an error ends the sequence that it belongs to; otherwise it ends the step.
 
         Ranks of a group must not isolate: each collective needs all of them, so none can run a part of a step alone.
-        `token_return` is for a model that is divided into pipeline stages.
+        `token_return` is for a model that is divided into pipeline stages. `grammars` are for structured output.
         """
         self.runner = runner
         self._isolates_failures = isolates_failures
         self._tiers = tiers
         self._pages = KVPages(runner.pool)
+        self._masks = None if grammars is None else TokenMasks(grammars)
         self._token_return = token_return
         self._sequences = SequenceTable()
         self._failed: set[str] = set()
@@ -91,6 +95,8 @@ class Worker:
         the background until the end of `run`.
         """
         self._sequences.update(order)
+        if order.new and self._masks is not None:
+            self._masks.constrain(order.new, self._sequences)
         self._failed.difference_update(order.dropped)
         if order.tables:
             num_used = 1 + max(max(table.block_ids) for table in order.tables)
@@ -115,6 +121,8 @@ class Worker:
 
     def close(self) -> None:
         self._pages.close()
+        if self._masks is not None:
+            self._masks.close()
 
     def reset(self) -> None:
         """Drops all sequences, after a step that has raised."""
@@ -135,6 +143,8 @@ class Worker:
             spans, rows, sampler = [], *self._decode_parts(batch.decodes)
         if self._token_return is not None:
             self._token_return.receive_for([*batch.decodes, *(chunk.sequence for chunk in batch.chunks)])
+        if sampler.constraints and self._masks is not None and self.runner.model.pipeline_stage.is_last:
+            self._masks.start(sampler.constraints)
         try:
             logits = self._logits(batch, rows, sampler)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,16 +18,19 @@ import pytest
 from sageLLM import LLM, PDSchedulerConfig, SamplingParams
 from sageLLM.runtime.engine.outputs import RequestOutput
 from sageLLM.runtime.errors import CheckpointError, EngineError, SageError
+from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
 from sageLLM.runtime.worker import rank_processes
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
-PROMPTS = [[10, 11, 12], [20, 21], [30 + i for i in range(40)], [10, 11, 13]]
+PROMPTS = [[10, 11, 12], [20, 21], [30 + i for i in range(40)], [10, 11, 13], [40, 41]]
+LIST = r"\[([0-9]{1,3}, ){8}true\]"
 PARAMS = [
     SamplingParams(max_tokens=24, temperature=0, ignore_eos=True),
     SamplingParams(max_tokens=24, n=2, temperature=1.0, seed=3, logprobs=2, ignore_eos=True),
     SamplingParams(max_tokens=20, temperature=1.0, seed=4, prompt_logprobs=1, stop=["self"], min_tokens=4),
     SamplingParams(max_tokens=24, temperature=0.8, top_p=0.9, seed=5, presence_penalty=0.5, logit_bias={7: 1.0}),
+    SamplingParams(max_tokens=40, temperature=1.0, seed=6, structured_outputs=StructuredOutputsParams(regex=LIST)),
 ]
 
 
@@ -41,7 +45,9 @@ def tokens(outputs: list[RequestOutput]) -> list[list[tuple[int, ...]]]:
 
 @pytest.fixture(scope="module")
 def expected() -> list[RequestOutput]:
-    return load().generate(PROMPTS, PARAMS)
+    found = load().generate(PROMPTS, PARAMS)
+    assert re.fullmatch(LIST, found[-1].outputs[0].text), "the last request has a grammar"
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -66,11 +66,14 @@ LAYERS = {
     "runtime/text/chat_template_worker.py": Layer(ours=(), others=frozenset({"jinja2"})),  # runs as its own process
     "runtime/text/tokenizer_probe_worker.py": Layer(ours=(), others=frozenset({"tokenizers"})),  # so does this
     "runtime/sampling": runtime_layer("sampling", others="torch"),
-    "runtime/worker": runtime_layer(*BELOW_WORKER, "worker", others="torch numpy msgspec"),
+    "runtime/grammar": runtime_layer("text", "sampling", "grammar", others="torch numpy", lazily="llguidance"),
+    "runtime/worker": runtime_layer(*BELOW_WORKER, "grammar", "worker", others="torch numpy msgspec"),
     "runtime/worker/fingerprint.py": Layer(
         ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.__version__"), others=frozenset({"torch"})
     ),
-    "runtime/engine": runtime_layer(*BELOW_WORKER, "text", "worker", "engine", others="torch numpy", lazily="triton"),
+    "runtime/engine": runtime_layer(
+        *BELOW_WORKER, "text", "grammar", "worker", "engine", others="torch numpy", lazily="triton"
+    ),
     "runtime/server": Layer(
         ours=("sageLLM.runtime", "sageLLM.__version__"),
         others=frozenset({"h11", "msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"}),

@@ -34,6 +34,7 @@ def test_defaults_are_those_of_vllm():
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "logit_bias": None,
+        "structured_outputs": None,
     }
 
 

@@ -178,7 +178,7 @@ def test_models_version_tokens(server: TestServer) -> None:
         ({"prompt": [1, "a"]}, "prompt", "prompt[0] must be a text or a list of token ids"),
         ({"prompt": "a", "max_token": 3}, "max_token", "unknown field 'max_token'; did you mean 'max_tokens'?"),
         ({"prompt": "a", "guided_json": {}}, "guided_json", "its successor is 'structured_outputs'"),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "is not supported"),
+        ({"prompt": "a", "tools": [{"type": "function"}]}, "tools", "is not supported"),
         ({"prompt": "a", "max_tokens": "3"}, "max_tokens", "max_tokens: expected `int"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens must be an integer from 1"),
         ({"prompt": "a", "max_tokens": 600}, "max_tokens", "'max_tokens' or 'max_completion_tokens' is too large: 600"),
@@ -240,11 +240,10 @@ def test_ignored_fields_and_request_ids(server: TestServer) -> None:
         "max_tokens": 1,
         "user": "me",
         "metadata": {"a": 1},
-        "response_format": {"type": "text"},
         "stop": None,
     }
     response = server.post("/v1/completions", body, headers={"X-Request-Id": "mine-1"})
-    assert response.headers["x-sagellm-ignored"] == "user, metadata, response_format"
+    assert response.headers["x-sagellm-ignored"] == "user, metadata"
     assert response.headers["x-request-id"] == "mine-1" and response.json()["id"] == "cmpl-mine-1"
     assert server.post("/v1/completions", body | {"request_id": "b"}).json()["id"] == "cmpl-b"
     hostile = server.post("/v1/completions", body, headers={"X-Request-Id": "a b"})
