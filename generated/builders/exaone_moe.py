@@ -598,7 +598,7 @@ def program(g: GraphWriter, c: ExaoneMoeConfig, stage: Stage) -> list[TensorRef]
 EXAONE_MOE = ModelLayout(
     name="exaone_moe",
     spec="specs/models/exaone_moe.yaml: exaone_moe",
-    architectures=("ExaoneMoeForCausalLM",),
+    architectures=("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
     prefix="model.",
     read_config=ExaoneMoeConfig.from_hf,
     shard_config=shard_config,

@@ -9,12 +9,19 @@ from sageLLM.runtime.cli.lint import LintRequest, lint_checkpoint
 
 FOLDER = Path(__file__).parent / "published"
 PARAMETERS = {
+    "AFM-4.5B": 4_619_184_640,  # published as 4.6 billion; without its rotary scaling
     "Apertus-8B-2509": 8_053_338_240,  # with 64 constants of its activations
+    "Devstral-2-123B-Instruct-2512": 125_025_988_608,  # published as 123 and 125 billion
+    "Devstral-Small-2-24B-Instruct-2512": 24_011_361_280 - 438_958_080,
     "ERNIE-4.5-21B-A3B-PT": 21_825_437_888,
     "GLM-4.5-Air": 106_852_251_264,  # of 110,468,824,832 with the layer of multi-token prediction
+    "GLM-4.7-Flash": 31_221_488_576 - 1_278_094_656,  # without the layer of multi-token prediction
+    "HyperCLOVAX-SEED-Think-14B": 14_748_112_896,  # without its scales of activations
     "Hunyuan-A13B-Instruct": 80_393_183_232,
+    "K-EXAONE-236B-A23B": 236_571_156_352,  # published as 236 billion
     "Llama-4-Scout-17B-16E": 107_769_861_120,  # of 109 billion with the vision model; without its rotary scaling
     "MiniMax-M2": 228_689_764_864,
+    "Mistral-Small-3.1-24B-Instruct-2503": 24_011_361_280 - 438_958_080,
     "OLMoE-1B-7B-0924": 6_919_161_856,
     "dots.llm1.base": 142_774_381_696,
     "granite-3.0-1b-a400m-base": 1_334_628_352,
@@ -25,15 +32,21 @@ PARAMETERS = {
     "mpt-7b": 6_649_286_656,
     "ERNIE-4.5-0.3B-PT": 360_748_032,
     "Qwen2.5-VL-7B-Instruct": 8_292_166_656 - 676_550_144,
+    "Qwen3-VL-30B-A3B-Instruct": 31_070_754_032 - 538_631_408,
     "Qwen3-VL-8B-Instruct": 8_190_735_360,
     "Phi-3.5-MoE-instruct": 41_873_153_344,  # without its rotary scaling, which has no parameters
     "Seed-OSS-36B-Instruct": 36_151_104_512,
+    "Solar-Open-100B": 102_651_799_552,  # published as 102.6 billion
+    "Youtu-LLM-2B": 1_961_560_064,  # published as 1.96 billion
+    "cwm": 32_581_097_472,  # published as 32 billion
     "gemma-3-4b-it": 4_300_079_472 - 416_866_032 - 2_950_272,
     "glm-4-9b-chat-hf": 9_399_951_360,
     "starcoder2-3b": 3_030_371_328,
+    "vaultgemma-1b": 1_038_741_120,
 }
 """By config, the number of parameters that the Hugging Face hub reports, without layers of multi-token prediction;
-for models with images, without vision tower and projector."""
+for models with images, without vision tower and projector. Where only a rounded number is published, it is named, and
+the number here is that of the model in `transformers`."""
 
 
 def test_every_config_has_its_count() -> None:
