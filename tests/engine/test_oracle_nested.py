@@ -19,7 +19,7 @@ from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.errors import CheckpointError
 
-from .test_oracle import PROMPTS, MakeCheckpoint, assert_same, expected, serve
+from .test_oracle import FIXED_MODES, PROMPTS, MakeCheckpoint, assert_same, check_all_modes, serve
 from .test_oracle_experts import LLAMA4
 
 VISION = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
@@ -124,15 +124,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check(folder: Path, **settings: Any) -> None:
-    found = serve(folder, PROMPTS, "hybrid", **settings)
-    assert_same(found, expected(folder, PROMPTS, found))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_engine_equals_transformers(case: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Each layout in all fixed modes; its variants in one."""
     family, config = CASES[case]
-    check(make_checkpoint(family, **config))
+    check_all_modes(make_checkpoint(family, **config), FIXED_MODES if case.isidentifier() else ("hybrid",))
 
 
 # names of tensors
@@ -308,4 +304,4 @@ def test_the_layout_of_the_docs(make_checkpoint: MakeCheckpoint, tmp_path: Path)
     driver.generate([tmp_path / "specs"], out=tmp_path / "made")
     vision = IMAGES | {"projection_dim": 32, "model_type": "clip_vision_model"}
     folder = make_checkpoint("Llava", text_config={"model_type": "llama"}, vision_config=vision)
-    check(folder, plugins=[tmp_path / "made"])
+    check_all_modes(folder, ("hybrid",), plugins=[tmp_path / "made"])
