@@ -199,9 +199,11 @@ class Churn:
         if stopping is not None:
             tokens[requests.index(stopping)] = stop
         resumed = time.perf_counter()
+        finished = []
         for request, token in zip(requests, tokens, strict=True):
             request.output_token_ids.append(token)
-        finished = [request.request_id for request, token in zip(requests, tokens, strict=True) if token == stop]
+            if token == stop:
+                finished.append(request.request_id)
         self.scheduler.update_after_step(finished)
         return 1e6 * (planned - begin + time.perf_counter() - resumed)
 

@@ -12,9 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import sha256
 
-TOKEN_SIZE = 8
-"""Bytes per packed token. The width is fixed: [1, 23] and [12, 3] must differ."""
-
 
 class HashChain:
     """The names of one sequence's full blocks, each computed on first use.
@@ -49,23 +46,28 @@ class HashChain:
         size = self._block_size
         name = names[-1] if names else self.root
         for start in range(len(names) * size, (index + 1) * size, size):
-            name = block_name(name, self.packed_tokens(start, start + size))
+            name = block_name(name, pack(self.tokens(start, start + size)))
             names.append(name)
         return name
 
-    def packed_tokens(self, start: int, end: int) -> bytes:
-        """Tokens `start .. end - 1` of prompt + outputs, which must exist, as bytes."""
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Tokens `start .. end - 1` of prompt + outputs, which must exist."""
         split = len(self._prompt)
         if end <= split:
-            return _packer(end - start)(*self._prompt[start:end])
+            return tuple(self._prompt[start:end])
         if start >= split:
-            return _packer(end - start)(*self._outputs[start - split : end - split])
-        return self.packed_tokens(start, split) + self.packed_tokens(split, end)
+            return tuple(self._outputs[start - split : end - split])
+        return (*self._prompt[start:], *self._outputs[: end - split])
 
 
 def block_name(parent: bytes, tokens: bytes) -> bytes:
     """The name of a block with these packed tokens after the block named `parent`."""
     return sha256(parent + tokens).digest()
+
+
+def pack(tokens: Sequence[int]) -> bytes:
+    """Tokens as bytes of a fixed width: [1, 23] and [12, 3] must differ."""
+    return _packer(len(tokens))(*tokens)
 
 
 @lru_cache(maxsize=1024)

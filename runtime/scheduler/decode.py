@@ -63,8 +63,7 @@ class DecodePhase:
         blocks = self._kv.take_each(len(full))
         if blocks is None:
             return False
-        self._queue.grow(full, blocks)
-        step.add_block_each([slot.request.request_id for slot in full], blocks)
+        self._queue.grow(full, blocks, step.new_blocks)
         return True
 
     def _grow_one_by_one(self, full: list[DecodeSlot], step: StepPlan, skipped: dict[str, DecodeSlot]) -> None:

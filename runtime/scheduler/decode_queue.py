@@ -87,13 +87,21 @@ class DecodeQueue:
         slot.growth_tick = max(due, self.clock.planned)  # a tick of the past would never be popped
         self._growth.setdefault(slot.growth_tick, []).append(slot)
 
-    def grow(self, slots: list[DecodeSlot], blocks: list[int]) -> None:
-        """Append one block to the table of each of these full requests, and enter their next growth."""
+    def grow(self, slots: list[DecodeSlot], blocks: list[int], announced: dict[str, list[int]]) -> None:
+        """Append one block to the table of each of these full requests, and enter their next growth.
+
+        The blocks are added to those `announced` for each request.
+        """
         tick = self.clock.planned + self._block_size
         self._growth.setdefault(tick, []).extend(slots)
         for slot, block in zip(slots, blocks, strict=True):
             slot.growth_tick = tick
-            slot.request.kv_block_ids.append(block)
+            request = slot.request
+            request.kv_block_ids.append(block)
+            if request.request_id in announced:  # by a step that was rolled back
+                announced[request.request_id].append(block)
+            else:
+                announced[request.request_id] = [block]
 
     def pop_due(self) -> list[DecodeSlot]:
         """Remove and return the calendar entries of this tick, stale ones included."""

@@ -189,7 +189,9 @@ class KVPlacement:
         else:
             self.freed += [block for block in freed if block not in unannounced] if unannounced else freed
         request.kv_block_ids = []
-        return shared or [block for block in unannounced if block not in freed]
+        if unannounced:
+            shared = [block for block in unannounced if block not in freed]
+        return shared
 
     def check_integrity(self, live: Collection[str]) -> None:
         """Check the pools, and that exactly the `live` requests have tables."""

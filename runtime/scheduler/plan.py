@@ -63,14 +63,6 @@ class StepPlan:
         if blocks:
             self.new_blocks.setdefault(request.request_id, []).extend(blocks)
 
-    def add_block_each(self, request_ids: list[str], blocks: list[int]) -> None:
-        """Announce one block of each of these requests."""
-        if self.new_blocks:  # announcements of a step that was rolled back
-            for request_id, block in zip(request_ids, blocks, strict=True):
-                self.new_blocks.setdefault(request_id, []).append(block)
-        else:
-            self.new_blocks = dict(zip(request_ids, [[block] for block in blocks], strict=True))
-
     def drop(self, request: Request) -> list[int]:
         """Remove a preempted request; returns the blocks allocated to it within this step.
 

@@ -42,7 +42,9 @@ class RankedQueue(Generic[Member]):
     def remove(self, member: Member) -> None:
         """Remove a member, wherever it is."""
         del self._members[member.request_id]
-        if len(self._heap) > 2 * len(self._members) + 16:
+        if self._heap[0][1] == member.request_id:
+            heapq.heappop(self._heap)
+        elif len(self._heap) > 2 * len(self._members) + 16:
             self._heap = [entry for entry in self._heap if self._is_live(entry)]
             heapq.heapify(self._heap)
 
