@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: fuzz-schemas fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
+.PHONY: two-hosts manifests fuzz-schemas fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -113,6 +113,14 @@ parallel-layouts: $(TEST_READY) ## Compare two ranks, and two pipeline stages, w
 af-matrix: $(TEST_READY) ## Compare attention and FFN workers with one process, and kill FFN workers at random points
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/af_matrix.py --kills 3
 
+two-hosts: $(TEST_READY) ## Run a deployment by its torchrun commands on two hosts, which are network namespaces; as root
+	SAGELLM_TWO_HOSTS=1 $(PYTEST) tests/deploy/test_two_hosts.py
+
+manifests: $(TEST_READY) ## Check the Kubernetes manifests of all deployments with Kubernetes' JSON Schemas, in .venv-manifests
+	$(PYTHON) -m venv --clear .venv-manifests
+	.venv-manifests/bin/python -m pip install --disable-pip-version-check -qq kubernetes-validate
+	PYTHONPATH=_dev $(BIN)/python tests/deploy/print_pods.py | .venv-manifests/bin/python tests/deploy/validate_objects.py
+
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py
 
@@ -166,7 +174,7 @@ lock: $(TEST_READY) ## Make the lock files anew from constraints.txt, on Linux w
 	$(BIN)/python tests/repo/lock.py
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv .venv-lowest .venv-lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
+	rm -rf .venv .venv-lowest .venv-lock .venv-manifests .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN_READY): pyproject.toml constraints.txt requirements.lock

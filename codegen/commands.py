@@ -149,7 +149,7 @@ def explain_name(name: str, overlays: Sequence[Path], out: Path | None) -> int:
 
 
 def new_entry(kind: str, name: str, specs: Path | None) -> int:
-    """Writes the scaffold of an op, model or pass and prints the next step.
+    """Writes the scaffold of an op, model, pass or deployment and prints the next step.
 
     Without `specs`, a checkout gets it in its own specs; an installed package is left alone, and the scaffold is
     written to an overlay in the current folder.
@@ -175,7 +175,9 @@ def new_entry(kind: str, name: str, specs: Path | None) -> int:
     if specs is None and not is_base:
         _log(f"sageLLM is installed rather than a checkout, so that the new entry is in {folder.resolve()}")
     next_step = f"sagellm generate --specs {shlex.quote(str(folder))} --out my_generated"
-    _log("now edit it and run `make generate`" if is_base else f"now edit it, then: {next_step}")
+    if kind == "deploy":  # no code is generated from it
+        next_step = f"sagellm deploy {name if is_base else shlex.quote(str(paths[0]))}"
+    _log("now edit it and run `make generate`" if is_base and kind != "deploy" else f"now edit it, then: {next_step}")
     return FINE
 
 

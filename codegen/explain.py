@@ -1,10 +1,11 @@
-"""Explains a name: an op, a model, a pass, a rule, a device, an error code, or a line of generated code.
+"""Explains a name: an op, a model, a pass, a rule, a device, a deployment, an error code, or a line of generated code.
 
 `kernels` is the table of all ops with the targets that have a kernel for them.
 """
 
 import re
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from sageLLM.codegen.codes import CODES
 from sageLLM.codegen.diagnostics import Span, did_you_mean
@@ -19,6 +20,10 @@ from sageLLM.codegen.model.rule import PassDef, RuleDef
 from sageLLM.codegen.model.specs import Specs
 from sageLLM.codegen.render import Renderer
 from sageLLM.codegen.writer import read_manifest
+
+if TYPE_CHECKING:
+    from sageLLM.codegen.load import Entry
+    from sageLLM.codegen.schema.deploy import DeployFile
 
 _LINE = re.compile(r"(.+\.(?:py|md|cpp)):(\d+)")
 _PROVENANCE = re.compile(r"(?:#|//)\s+(\S+\.yaml): (\w+)")
@@ -46,6 +51,8 @@ def explain(name: str, specs: Specs, out: Path) -> str:
     if name in specs.hardware:
         entry_of_device = specs.hardware[name]
         return f"device {name}, {entry_of_device.key_span('hardware')}\n\n{entry_of_device.spec.summary}"
+    if name in specs.raw.deploy:
+        return _explain_deployment(specs.raw.deploy[name])
     raise LookupError(_unknown(name, specs))
 
 
@@ -55,7 +62,7 @@ def _rules_named(name: str, specs: Specs) -> list[str]:
 
 def _unknown(name: str, specs: Specs) -> str:
     rules = [rule.name for one in specs.passes.values() for rule in one.rules]
-    known = [*specs.ops, *specs.models, *specs.passes, *rules, *specs.hardware, *CODES]
+    known = [*specs.ops, *specs.models, *specs.passes, *rules, *specs.hardware, *specs.raw.deploy, *CODES]
     help = did_you_mean(name, known)
     return f"unknown name '{name}'" + (f"; {help}" if help else "; `sagellm graph MODEL` lists the ops of a model")
 
@@ -83,6 +90,20 @@ def _made_from(ref: str, out: Path) -> str:
     """The files in the tree at `out` that come from the entry."""
     paths = [f"{out.name}/{path}" for path, file in read_manifest(out).items() if ref in file.get("entries", ())]
     return f"generated: {', '.join(paths) or 'nothing yet; run `sagellm generate`'}"
+
+
+def _explain_deployment(entry: "Entry[DeployFile]") -> str:
+    spec = entry.spec
+    lines = [f"deployment {entry.name}, {entry.span('deploy')}", "", spec.summary, "", f"model: {spec.model}"]
+    for name, role in spec.roles.items():
+        hosts = f" on {role.nodes} hosts" if role.nodes > 1 else ""
+        devices = (
+            f"{role.tp * role.pp} {role.device} device{'s' * (role.tp * role.pp > 1)} (tp {role.tp}, pp {role.pp})"
+        )
+        lines.append(f"{name}: {role.count} worker{'s' * (role.count > 1)} of {devices}{hosts}")
+    targets = "local, torchrun, kubernetes or ray"
+    lines += ["", f"commands: sagellm deploy {entry.name} --target {targets}"]
+    return "\n".join([*lines, f"forecast: sagellm simulate --deploy {entry.name} --trace FILE"])
 
 
 def _explain_pass(one: PassDef, out: Path) -> str:

@@ -13,6 +13,7 @@ from sageLLM.codegen.schema.base import Strict, validate
 from sageLLM.codegen.source import Document, YamlPath, load_document
 
 if TYPE_CHECKING:
+    from sageLLM.codegen.schema.deploy import DeployFile
     from sageLLM.codegen.schema.hardware import HardwareFile
     from sageLLM.codegen.schema.models import ModelFile
     from sageLLM.codegen.schema.ops import OpSpec
@@ -57,6 +58,7 @@ class RawSpecs:
     passes: "Mapping[str, Entry[PassSpec]]" = field(default_factory=dict)
     pass_stages: Mapping[str, Entry[str]] = field(default_factory=dict)
     hardware: "Mapping[str, Entry[HardwareFile]]" = field(default_factory=dict)
+    deploy: "Mapping[str, Entry[DeployFile]]" = field(default_factory=dict)
     dims: Mapping[str, Entry[str]] = field(default_factory=dict)
     op_types: Mapping[str, Entry[str]] = field(default_factory=dict)
     step_inputs: Mapping[str, Entry[str]] = field(default_factory=dict)
@@ -98,6 +100,7 @@ SCHEMAS: dict[str, Schema] = {
     "models/v1": Schema("models", "ModelFile", {"models": None}, "model"),
     "passes/v1": Schema("passes", "PassesFile", {"passes": "passes", "pass_stages": "stages"}),
     "hardware/v1": Schema("hardware", "HardwareFile", {"hardware": None}, "hardware"),
+    "deploy/v1": Schema("deploy", "DeployFile", {"deploy": None}, "deploy"),
     "dims/v1": Schema("vocabulary", "DimsFile", {"dims": "dims"}),
     "op_types/v1": Schema("vocabulary", "OpTypesFile", {"op_types": "op_types"}),
     "inputs/v1": Schema("vocabulary", "InputsFile", {"step_inputs": "step"}),

@@ -65,7 +65,7 @@ class Renderer:
             bytecode_cache=FileSystemBytecodeCache(str(cache)) if (cache := _template_cache()) else None,
         )
         self.env.filters |= {"ident": ident, "lit": lit, "doc": doc, "comment": comment, "wrap": wrap}
-        self.env.filters["cpp_comment"] = cpp_comment
+        self.env.filters |= {"cpp_comment": cpp_comment, "json": json.dumps}
 
     def render(self, template: str, **view: Any) -> str:
         """The text of a template. Raises SpecErrors if a template of an overlay fails."""

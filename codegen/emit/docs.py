@@ -220,8 +220,14 @@ def _schema_parts(schema: type[BaseModel], seen: set[type[BaseModel]]) -> list[s
 
 
 def _field_row(name: str, field: FieldInfo) -> tuple[str, ...]:
-    default = "required" if field.is_required() else _code(json.dumps(field.get_default(call_default_factory=True)))
+    default = "required" if field.is_required() else _code(_default_words(field))
     return (_code(name), _code(_type_words(field.annotation)), default, field.description or "")
+
+
+def _default_words(field: FieldInfo) -> str:
+    """The default as JSON; that of a mapping with fields is the fields that it sets."""
+    default = field.get_default(call_default_factory=True)
+    return json.dumps(default, default=lambda inner: inner.model_dump(exclude_unset=True))
 
 
 def _type_words(annotation: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from sageLLM.runtime.cli.bench_commands import bench_app
+from sageLLM.runtime.cli.deploy_commands import deploy
 from sageLLM.runtime.cli.engine_options import EMBEDDING_OPTIONS, EngineOptions, with_engine_options
 from sageLLM.runtime.cli.serve_options import with_serve_options
 from sageLLM.runtime.cli.worker_command import worker
@@ -17,6 +18,7 @@ from sageLLM.runtime.server.settings import ServerSettings
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
 app.command()(worker)
+app.command()(deploy)
 
 Specs = Annotated[list[Path] | None, typer.Option("--specs", help="An overlay spec folder; can be repeated.")]
 Plugins = Annotated[
@@ -72,13 +74,13 @@ def lint(
 
 @app.command()
 def new(
-    kind: Annotated[Literal["op", "model", "pass"], typer.Argument(help="The kind of the new entry.")],
+    kind: Annotated[Literal["op", "model", "pass", "deploy"], typer.Argument(help="The kind of the new entry.")],
     name: Annotated[str, typer.Argument(help="Its name, in snake_case.")],
     specs: Annotated[
         Path | None, typer.Option(help="The spec folder for it (default: that of a checkout, else my_specs here).")
     ] = None,
 ) -> None:
-    """Add a new op, model or pass: an entry that generates and passes its tests."""
+    """Add a new op, model or pass that generates and passes its tests, or a deployment."""
     from sageLLM.codegen.commands import new_entry
 
     raise typer.Exit(new_entry(kind, name, specs))
@@ -87,7 +89,7 @@ def new(
 @app.command()
 def explain(
     name: Annotated[
-        str, typer.Argument(help="An op, model, pass, rule, error code, generated file:line, or model:node.")
+        str, typer.Argument(help="An op, model, pass, rule, device, deployment, error code, file:line, or model:node.")
     ],
     stage: Annotated[
         Literal["prefill", "decode", "hybrid"], typer.Option(help="The stage of the graph, for model:node.")
@@ -95,7 +97,7 @@ def explain(
     specs: Specs = None,
     out: Annotated[Path | None, typer.Option(help="The generated tree that file:line refers to.")] = None,
 ) -> None:
-    """Explain an op, model, pass, rule, error code, line of generated code or node of a graph."""
+    """Explain an op, model, pass, rule, deployment, error code, line of generated code or node of a graph."""
     model, _, node = name.partition(":")
     if model.isidentifier() and node and not node.isdigit():
         from sageLLM.runtime.cli.graph import show_node
@@ -251,6 +253,10 @@ def simulate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare with the times that a serving timeline records.")
     ] = False,
+    deploy: Annotated[
+        str | None,
+        typer.Option(help="A deployment of specs/deploy, or a .yaml file: its workers, limits and objective."),
+    ] = None,
     mode: Annotated[
         list[str] | None,
         typer.Option(help="strict, prefill_first, time_share, hybrid, vllm or auto; can be repeated (default: all)."),
@@ -373,7 +379,7 @@ def simulate(
         num_blocks=num_blocks,
         as_json=json,
     )
-    raise typer.Exit(run_simulation(request))
+    raise typer.Exit(run_simulation(request, deploy))
 
 
 @app.command()

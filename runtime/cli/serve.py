@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,17 @@ ENGINE = "sageLLM.runtime.cli.serve_engine"
 
 
 def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
-    """Serves until a signal; returns the exit code. Errors go to stderr."""
+    """Serves until a signal; returns the exit code. Errors go to stderr.
+
+    On a host besides node 0, and as another rank of torchrun, it runs the ranks of this host and serves nothing.
+    """
+    try:
+        if is_other_node(engine):
+            engine.load(Path(settings.model), skip_tokenizer=True)
+            return 0
+    except (SageError, EngineError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     try:
         from sageLLM.runtime.server.http_server import bind, run_server
         from sageLLM.runtime.server.service import Service
@@ -48,6 +59,17 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
     finally:
         if settings.uds is not None:
             Path(settings.uds).unlink(missing_ok=True)
+
+
+def is_other_node(engine: EngineOptions) -> bool:
+    """Whether this process is a host of an engine besides node 0."""
+    if engine.nnodes is None and "WORLD_SIZE" not in os.environ:
+        return False  # without the import of torch
+    from sageLLM.runtime.engine.arguments import choose_node
+
+    num_ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    node = choose_node(engine.nnodes, engine.node_rank, engine.master_addr, engine.master_port, num_ranks)
+    return node is not None and node.node_rank > 0
 
 
 def report(settings: ServerSettings, ready: Ready, url: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from sageLLM.runtime.cli.simulate_deploy import of_deployment
 from sageLLM.runtime.cli.simulate_request import SimulateRequest
 from sageLLM.runtime.cli.simulate_setup import make_setup
 from sageLLM.runtime.sim.measured import read_measured
@@ -27,9 +28,11 @@ from sageLLM.runtime.sim.trace import (
 MAX_SEQ_LEN = 2**20
 
 
-def run_simulation(request: SimulateRequest) -> int:
+def run_simulation(request: SimulateRequest, deployment: str | None = None) -> int:
     """Prints a table, or JSON, to stdout; an error goes to stderr, with exit code 1."""
     try:
+        if deployment is not None:
+            request = of_deployment(request, deployment)
         modes = _modes(request)
         measured = _measured(request)
         trace = _trace(request)

@@ -7,6 +7,8 @@ from pathlib import Path
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.sim.metrics import Slo
 
+DEFAULT_MODEL = "config.json"
+
 
 @dataclass(frozen=True, slots=True)
 class SimulateRequest:

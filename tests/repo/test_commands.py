@@ -40,6 +40,7 @@ def test_explain_knows_ops_models_passes_rules_codes_and_lines() -> None:
         "llama": "model llama, specs/models/llama.yaml:",
         "fuse_norm": "pass fuse_norm, specs/passes/fusion.yaml:",
         "fused_add_rms_norm": "op fused_add_rms_norm, specs/ops/norm.yaml:",
+        "chat_h100": "deployment chat_h100, specs/deploy/chat_h100.yaml:",
         "SAGE006": "SAGE006: duplicate key",
         f"generated/ops/norm.py:{line}": f"generated/ops/norm.py:{line} comes from specs/ops/norm.yaml:",
     }

@@ -53,6 +53,7 @@ LAYERS = {
     "runtime/scheduler": runtime_layer("kv", "scheduler"),
     "runtime/sim": runtime_layer("kv", "scheduler", "sim", others="numpy"),
     "runtime/sim/calibration": runtime_layer("sim", others="numpy", lazily="pyarrow"),
+    "runtime/deploy": runtime_layer("deploy"),
     "runtime/registry": runtime_layer("registry"),
     "runtime/execution_graph": runtime_layer("registry", "scheduler", "execution_graph", others="numpy"),
     "runtime/kernels": runtime_layer("kernels", others="torch numpy", lazily="triton"),
@@ -93,6 +94,9 @@ LAYERS = {
     "runtime/cli/bench_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/worker_command.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
     "runtime/cli/engine_options.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
+    "runtime/cli/deploy.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
+    "runtime/cli/deploy_commands.py": Layer(ours=("sageLLM.runtime",), others=frozenset({"typer"})),
+    "runtime/cli/deploy_file.py": Layer(ours=("sageLLM.runtime", "sageLLM.codegen")),
     "runtime/cli/hardware_entry.py": Layer(ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.codegen")),
     "runtime": Layer(ours=()),
 }
@@ -334,7 +338,7 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
 LOADED = """
 import importlib, pathlib, sys
 import sageLLM
-COMMANDS = ("main.py", "bench_commands.py", "worker_command.py")
+COMMANDS = ("main.py", "bench_commands.py", "deploy_commands.py", "worker_command.py")
 root = pathlib.Path(sageLLM.__file__).parent
 for path in sorted(p for folder in sys.argv[1].split() for p in (root / folder).rglob("*.py")):
     if path.stem != "__main__" and "triton" not in path.parts and path.name not in COMMANDS:

@@ -340,3 +340,19 @@ def test_a_hardware_file_that_is_none(model: str, tmp_path: Path) -> None:
 def test_kernels_without_fusion_take_longer(model: str) -> None:
     fused, separate = (figures(model, "--mode", "hybrid", option) for option in ("--fusion", "--no-fusion"))
     assert separate["modes"]["hybrid"]["mean_tpot"] > fused["modes"]["hybrid"]["mean_tpot"]
+
+
+def test_a_deployment_is_as_its_options(model: str, tmp_path: Path) -> None:
+    spec = tmp_path / "it.yaml"
+    spec.write_text(
+        "schema: deploy/v1\ndeploy: it\nsummary: It.\nmodel: elsewhere\nhardware: a100\n"
+        "roles: {prefill: {count: 2}, decode: {tp: 2, limits: {max_num_seqs: 9}}}\n"
+        "limits: {max_model_len: 300}\nobjective: {ttft_s: 0.5, tpot_s: 0.25}\n"
+    )
+    found = simulate("--deploy", str(spec), "--model", model, *SYNTHETIC, "--json")
+    same = ("--mode", "strict", "--hardware", "a100", "--prefill-workers", "2", "--prefill-tp", "1", "--decode-tp", "2")
+    limits = ("--tp", "2", "--max-batch-size", "9", "--max-model-len", "300", "--slo-ttft", "0.5", "--slo-tpot", "0.25")
+    expected = simulate("--model", model, *SYNTHETIC, *same, *limits, "--json")
+    assert json.loads(found.stdout) == json.loads(expected.stdout)
+    assert json.loads(found.stdout)["modes"].keys() == {"strict"}
+    assert simulate("--deploy", str(spec), *SYNTHETIC).stderr.startswith("error: expected elsewhere in .;")

@@ -1,0 +1,19 @@
+"""The command `sagellm deploy`. Its implementation is imported when it runs."""
+
+from typing import Annotated, Literal
+
+import typer
+
+
+def deploy(
+    spec: Annotated[str, typer.Argument(help="A deployment of specs/deploy, or a .yaml file with schema: deploy/v1.")],
+    target: Annotated[
+        Literal["local", "torchrun", "kubernetes", "ray"], typer.Option(help="The kind of output.")
+    ] = "local",
+    start: Annotated[bool, typer.Option("--start", help="Run the processes of --target local, until Ctrl-C.")] = False,
+) -> None:
+    """Print the commands or the manifests of a deployment, or run it on this machine."""
+    from sageLLM.runtime.cli.deploy import DeployRequest
+    from sageLLM.runtime.cli.deploy import deploy as run_deploy
+
+    raise typer.Exit(run_deploy(DeployRequest(spec, target, start)))

@@ -1,0 +1,107 @@
+"""LeaderWorkerSets of a deployment, as the templates of the manifests read them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sageLLM.runtime.deploy.launch import engines, flags, server_options
+from sageLLM.runtime.deploy.placement import DeployError, Placement, Resources, Role, Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """An environment variable from a Secret."""
+
+    name: str
+    secret: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """The container of a pod: its command line, variables, and the port of the API if it has one."""
+
+    arguments: tuple[str, ...]
+    variables: tuple[Variable, ...]
+    port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderWorkerSet:
+    """Groups of pods, one group per engine: the leader, and `size` - 1 workers with the other ranks.
+
+    `resources` are the requests and limits of each pod.
+    """
+
+    name: str
+    role: str
+    replicas: int
+    size: int
+    leader: Pod
+    worker: Pod | None
+    resources: Mapping[str, str]
+    shared_memory: str
+
+    @property
+    def pods(self) -> list[tuple[str, str, Pod]]:
+        """The templates of the pods: the field, the part in the group, and the pod. A leader may be the only one."""
+        if self.worker is None:
+            return [("workerTemplate", "leader", self.leader)]
+        return [("leaderTemplate", "leader", self.leader), ("workerTemplate", "worker", self.worker)]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """Everything that a deployment needs in a cluster."""
+
+    name: str
+    image: str
+    port: int
+    sets: tuple[LeaderWorkerSet, ...]
+
+
+def manifests(placement: Placement) -> Manifests:
+    """The manifests of a deployment. Raises DeployError for one that cannot run there."""
+    found = engines(placement)
+    role, options = found[0]  # engines of a role differ in their ports only, and each pod has its own
+    return Manifests(
+        placement.object_name, placement.image, placement.http_port, (_set(placement, role, options, len(found)),)
+    )
+
+
+def _set(placement: Placement, role: Role, options: Mapping[str, object], num_engines: int) -> LeaderWorkerSet:
+    serve = _plain("sagellm", "serve", placement.model, *flags(options))
+    server = _plain(*flags(server_options(placement, "0.0.0.0", placement.http_port)))
+    variables = [] if placement.api_key is None else [Variable("SAGELLM_API_KEY", placement.api_key)]
+    worker = None
+    if role.nodes > 1:
+        if placement.cluster_key is None:
+            raise DeployError(f"{placement.name}: `nodes` above 1 requires `secrets.cluster_key`")
+        key = Variable("SAGELLM_KEY", placement.cluster_key)
+        variables.append(key)
+        # The controller of LeaderWorkerSets sets these variables.
+        hosts: tuple[str, ...] = (
+            *("--nnodes", "$(LWS_GROUP_SIZE)", "--master-addr", "$(LWS_LEADER_ADDRESS)"),
+            *("--master-port", str(placement.engine_port)),
+        )
+        serve = (*serve, *hosts, "--node-rank", "0")
+        worker = Pod(("sagellm", "worker", *hosts, "--node-rank", "$(LWS_WORKER_INDEX)"), (key,))
+    devices = sum(one.num_devices for one in placement.roles.values()) if role.name != "both" else role.devices_per_host
+    return LeaderWorkerSet(
+        name=f"{placement.object_name}-{role.name}",
+        role=role.name,
+        replicas=num_engines,
+        size=role.nodes,
+        leader=Pod((*serve, *server), tuple(variables), placement.http_port),
+        worker=worker,
+        resources=_resources(role.resources, role, devices),
+        shared_memory=role.resources.shared_memory,
+    )
+
+
+def _resources(wanted: Resources, role: Role, num_devices: int) -> dict[str, str]:
+    found = {"cpu": wanted.cpu, "memory": wanted.memory}
+    return found | ({wanted.accelerator: str(num_devices)} if role.device == "cuda" else {})
+
+
+def _plain(*arguments: str) -> tuple[str, ...]:
+    """Arguments in which Kubernetes replaces nothing: it reads $(NAME) as a variable, and $$ as $."""
+    return tuple(argument.replace("$(", "$$(") for argument in arguments)

@@ -1,0 +1,155 @@
+"""Deployments printed for each target: exact texts, valid objects, and options that the commands have."""
+
+import ast
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from kubernetes_objects import LeaderWorkerSet, NetworkPolicy, Service, read_manifests
+from typer.testing import CliRunner
+
+from sageLLM.codegen import driver
+from sageLLM.runtime.cli.deploy import render_target
+from sageLLM.runtime.cli.deploy_file import find_placement, read_placement
+from sageLLM.runtime.cli.main import app
+from sageLLM.runtime.deploy.placement import DeployError, Placement
+
+ACCEPT = os.environ.get("SAGELLM_ACCEPT") == "1"
+EXPECTED = Path(__file__).parent / "expected"
+NAMES = sorted(path.stem for path in (driver.BASE_SPECS / "deploy").glob("*.yaml"))
+COMMANDS: Any = typer.main.get_command(app)
+HEAD = "schema: deploy/v1\ndeploy: it\nsummary: It.\nmodel: m\n"
+
+
+def written(folder: Path, text: str) -> Placement:
+    path = folder / "it.yaml"
+    path.write_text(HEAD + text, encoding="utf-8")
+    return read_placement(path, "it.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("tiny", "local"),
+        ("attention_ffn", "local"),
+        ("two_hosts", "torchrun"),
+        ("two_hosts", "kubernetes"),
+        ("two_hosts", "ray"),
+        ("replicas_h100", "kubernetes"),
+    ],
+)
+def test_the_text_of_a_target(name: str, target: Any) -> None:
+    placement, source = find_placement(name)
+    found = render_target(placement, target, source).rstrip() + "\n"
+    path = EXPECTED / f"{name}.{target}.txt"
+    if ACCEPT:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(found, encoding="utf-8")
+    assert found == path.read_text(encoding="utf-8")
+
+
+def test_the_job_of_ray_is_python() -> None:
+    for name in ("two_hosts", "replicas_h100"):
+        placement, source = find_placement(name)
+        ast.parse(render_target(placement, "ray", source))
+
+
+def options_of(command: str) -> set[str]:
+    return {flag for one in COMMANDS.commands[command].params for flag in (*one.opts, *one.secondary_opts)}
+
+
+def command_lines(placement: Placement) -> list[list[str]]:
+    """The commands of all targets that the deployment has, from `sagellm` on."""
+    lines = []
+    for target in ("local", "torchrun"):
+        text = render_target(placement, target, "it")  # type: ignore[arg-type]
+        lines += [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
+    for one in read_manifests(render_target(placement, "kubernetes", "it")):
+        if isinstance(one, LeaderWorkerSet):
+            group = one.spec.leader_worker_template
+            templates = [group.worker_template, *([group.leader_template] if group.leader_template else [])]
+            lines += [[*pod.spec.containers[0].command, *pod.spec.containers[0].args] for pod in templates]
+    return [line[line.index("sagellm") :] for line in lines]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "chat_h100"])
+def test_commands_have_the_options(name: str) -> None:
+    placement, _ = find_placement(name)
+    for _, command, *rest in command_lines(placement):
+        unknown = {word for word in rest if word.startswith("--")} - options_of(command)
+        assert not unknown, (command, unknown)
+
+
+def test_objects_of_a_deployment_on_several_hosts() -> None:
+    placement, source = find_placement("two_hosts")
+    [group, service, policy] = read_manifests(render_target(placement, "kubernetes", source))
+    assert isinstance(group, LeaderWorkerSet) and isinstance(service, Service) and isinstance(policy, NetworkPolicy)
+    template = group.spec.leader_worker_template
+    assert (group.spec.replicas, template.size) == (1, 2)
+    assert template.leader_template is not None
+    leader, worker = template.leader_template, template.worker_template
+    # The API is served by leaders only, and every pod may be reached by those of its deployment.
+    labels = service.spec.selector.items()
+    assert labels <= leader.metadata.labels.items() and not labels <= worker.metadata.labels.items()
+    assert service.spec.ports[0].target_port == leader.spec.containers[0].ports[0].name
+    selected = policy.spec["podSelector"]["matchLabels"].items()
+    assert selected <= leader.metadata.labels.items() and selected <= worker.metadata.labels.items()
+    for pod in (leader, worker):
+        secrets = [one.value_from for one in pod.spec.containers[0].env if one.name == "SAGELLM_KEY"]
+        assert secrets[0] is not None and secrets[0].secret_key_ref.key == "cluster-key"
+
+
+def test_devices_are_resources(tmp_path: Path) -> None:
+    placement = written(tmp_path, "roles: {both: {count: 3, tp: 4, device: cuda}}\n")
+    group = read_manifests(render_target(placement, "kubernetes", "it"))[0]
+    container = group.spec.leader_worker_template.worker_template.spec.containers[0]
+    assert group.spec.replicas == 3 and container.resources.limits["nvidia.com/gpu"] == "4"
+
+
+def test_texts_of_a_spec_stay_texts(tmp_path: Path) -> None:
+    """Neither the YAML of a manifest nor Kubernetes' variables nor a shell take a model's name apart."""
+    hostile = "$(HOME)/a b\"'\n- c: {d}"
+    placement = written(tmp_path, f"roles: {{both: {{}}}}\noptions: {{chat_template: {json.dumps(hostile)}}}\n")
+    group = read_manifests(render_target(placement, "kubernetes", "it"))[0]
+    arguments = group.spec.leader_worker_template.worker_template.spec.containers[0].args
+    assert arguments[arguments.index("--chat-template") + 1] == hostile.replace("$(", "$$(")
+    line = render_target(placement, "local", "it").partition("\n")[2]
+    assert hostile in shlex.split(line)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ("attention: {tp: 2}, ffn: {}", "it: attention and FFN workers have one device each; set `tp: 1` and `pp: 1`"),
+        ("attention: {pp: 2, nodes: 2}, ffn: {}", "workers of an engine are on one host; set `nodes: 1` and one host"),
+    ],
+)
+def test_a_deployment_that_no_engine_has_is_refused(tmp_path: Path, roles: str, message: str) -> None:
+    secrets = "secrets: {cluster_key: {name: a, key: b}}\n"
+    with pytest.raises(DeployError, match=message):
+        render_target(written(tmp_path, f"roles: {{{roles}}}\n{secrets}"), "local", "it")
+
+
+def test_hosts_of_an_engine_require_a_common_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)it.yaml:1:1: error.SAGE013.: `nodes` above 1 requires.*= help: add"):
+        written(tmp_path, "roles: {both: {pp: 2, nodes: 2}}\n")
+
+
+def test_a_file_that_is_missing_and_a_name_that_is_unknown() -> None:
+    with pytest.raises(
+        ValueError, match=r"no.yaml: expected a deploy file, got no such file; `sagellm new deploy NAME`"
+    ):
+        find_placement("no.yaml")
+    with pytest.raises(ValueError, match=r"expected a .yaml file or one of attention_ffn, .*, got nowhere"):
+        find_placement("nowhere")
+
+
+def test_a_new_deployment_can_be_printed(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["new", "deploy", "mine", "--specs", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    placement, source = find_placement(str(tmp_path / "deploy" / "mine.yaml"))
+    assert "sagellm serve path/to/checkpoint --max-model-len 4096" in render_target(placement, "local", source)
