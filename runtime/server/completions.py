@@ -147,6 +147,8 @@ class Completion:
             for piece in pieces:
                 chunk = self._chunk(piece, is_first=is_new[piece.index])
                 is_new[piece.index] = False
+                if piece.finish_reason is not None and not has_usage:
+                    chunk["system_fingerprint"] = self.service.fingerprint  # else it comes with the usage
                 if is_continuous:
                     chunk["usage"] = self.service.running_usage(self.generation)
                 chunks += [b"data: ", msgspec.json.encode(chunk), b"\n\n"]
