@@ -20,13 +20,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sageLLM import __version__
-from sageLLM.runtime.server import chat, completions, embeddings, responses, tokens
+from sageLLM.runtime.server import anthropic, chat, completions, embeddings, responses, tokens
 from sageLLM.runtime.server.admission import Ticket
 from sageLLM.runtime.server.bodies import (
     ChatBody,
     CompletionBody,
+    CountTokensBody,
     DetokenizeBody,
     EmbeddingBody,
+    MessagesBody,
     ResponsesBody,
     TokenizeBody,
     decode_body,
@@ -96,6 +98,8 @@ class Router:
             post("/v1/completions", self._generation(CompletionBody, completions.complete)),
             post("/v1/chat/completions", self._generation(ChatBody, chat.chat)),
             post("/v1/responses", self._generation(ResponsesBody, responses.respond)),
+            post("/v1/messages", self._generation(MessagesBody, anthropic.create)),
+            post("/v1/messages/count_tokens", self._answered(CountTokensBody, anthropic.count_tokens)),
             post("/v1/embeddings", self._admitted(EmbeddingBody, embeddings.embed)),
             post("/tokenize", self._answered(TokenizeBody, tokens.tokenize_text)),
             post("/detokenize", self._answered(DetokenizeBody, tokens.detokenize)),
@@ -275,6 +279,8 @@ class Outer:
         if not self._keys or scope["method"] == "OPTIONS" or not f"{scope['path']}/".startswith(PROTECTED):
             return True
         kind, _, token = (header_of(scope, b"authorization") or "").partition(" ")
+        if key := header_of(scope, b"x-api-key"):  # Anthropic's header
+            kind, token = "bearer", key
         digest = hashlib.sha256(token.encode("latin-1", "replace")).digest()
         matches = [hmac.compare_digest(digest, key) for key in self._keys]
         return any(matches) and kind.lower() == "bearer"

@@ -115,6 +115,32 @@ class ResponsesBody(Struct, kw_only=True):
     cache_salt: str | None = None
 
 
+class MessagesBody(Struct, kw_only=True):
+    """The body of /v1/messages."""
+
+    max_tokens: int
+    messages: list[Any]
+    model: str | None = None
+    system: str | list[Any] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CountTokensBody(Struct, kw_only=True):
+    """The body of /v1/messages/count_tokens."""
+
+    messages: list[Any]
+    model: str | None = None
+    system: str | list[Any] | None = None
+    thinking: dict[str, Any] | None = None
+
+
 class TokenizeBody(Struct, kw_only=True):
     """The body of /tokenize: a prompt or messages."""
 
@@ -164,6 +190,9 @@ IGNORED = frozenset(
         "length_penalty",
         "include",
         "stream_options",
+        "cache_control",
+        "inference_geo",
+        "speed",
     }
 )
 

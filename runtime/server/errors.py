@@ -63,5 +63,6 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(500, f"internal error: {type(error).__name__}")
 
 
-def encode_error(error: ApiError) -> bytes:
-    return msgspec.json.encode(error.body())
+def encode_error(error: ApiError, kind: str | None = None) -> bytes:
+    """The body; with `kind` it has that type, as Anthropic's clients expect."""
+    return msgspec.json.encode(error.body() if kind is None else {"type": kind, **error.body()})

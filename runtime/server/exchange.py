@@ -17,6 +17,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 DONE = b"data: [DONE]\n\n"
+ANTHROPIC = "/v1/messages"
 
 
 class ClientGoneError(Exception):
@@ -50,6 +51,8 @@ class Exchange:
         self.is_streaming = False
         self.is_answered = False
         self.ignored: list[str] = []
+        # Anthropic's errors and the events of its streams have a type.
+        self._kind = "error" if scope["path"].startswith(ANTHROPIC) else None
         self._watcher: asyncio.Task[None] | None = None
 
     def header(self, name: bytes) -> str | None:
@@ -115,9 +118,10 @@ class Exchange:
         if self.is_answered:
             return
         if not self.is_streaming:
-            await self.respond(error.status, encode_error(error), headers=error.headers)
+            await self.respond(error.status, encode_error(error, self._kind), headers=error.headers)
             return
-        await self.write(b"data: " + encode_error(error) + b"\n\n" + DONE)
+        frame = b"data: " + encode_error(error, self._kind) + b"\n\n"
+        await self.write(frame + DONE if self._kind is None else b"event: error\n" + frame)
         await self.end_stream()
 
     async def start_stream(self) -> None:

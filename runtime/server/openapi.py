@@ -11,8 +11,10 @@ from sageLLM import __version__
 from sageLLM.runtime.server.bodies import (
     ChatBody,
     CompletionBody,
+    CountTokensBody,
     DetokenizeBody,
     EmbeddingBody,
+    MessagesBody,
     ResponsesBody,
     TokenizeBody,
 )
@@ -21,6 +23,8 @@ POSTS: dict[str, tuple[type, str]] = {
     "/v1/completions": (CompletionBody, "Complete prompts."),
     "/v1/chat/completions": (ChatBody, "Answer a conversation."),
     "/v1/responses": (ResponsesBody, "Answer a conversation, in the form of the Responses API."),
+    "/v1/messages": (MessagesBody, "Answer a conversation, in the form of Anthropic's API."),
+    "/v1/messages/count_tokens": (CountTokensBody, "The number of tokens of a conversation."),
     "/v1/embeddings": (EmbeddingBody, "Embed texts."),
     "/tokenize": (TokenizeBody, "Token ids of a text or a conversation."),
     "/detokenize": (DetokenizeBody, "Text of token ids."),

@@ -48,7 +48,7 @@ BY_SCHEMA = {
 }
 OTHER_DRAW = "a seed draws other numbers in another engine"
 OF_ONE: Mapping[str, Mapping[str, str]] = {
-    "models": {"body.data[].permission: 1 -> 0 entries": "the server has no permissions"},
+    "models": {"body.data[].permission: 1 -> 0 entries": "permissions are not implemented"},
     "tokenize strings": {
         "body.token_strs[]: 'Ġmain' -> ' main'": "the text of a token instead of its bytes in the alphabet of GPT-2"
     },
