@@ -1,24 +1,19 @@
-"""Sampling from logits that the ranks share: only rows that need all logits are gathered.
+"""Sampling from logits that the ranks share: the graph finds the greedy tokens, and gathers no logits.
 
-logits = linear(x, lm_head)                         logits = linear(x, lm_head)
-all = first_features(all_gather(logits))     ->     tokens, best = sample_shard(logits)
-tokens = sample(all)                                all = first_features(all_gather(select_rows(logits, full_rows)))
+logits = linear(x, lm_head)
+all = first_features(all_gather(logits))     ->     logits = linear(x, lm_head)
+tokens = sample(all)                                tokens, best = sample_shard(logits)
 """
 
-from sageLLM.generated.ops import AllGather, FirstFeatures, Sample, SampleShard, SelectRows
-from sageLLM.runtime.core.ir.dims import dims
+from sageLLM.generated.ops import AllGather, FirstFeatures, Sample, SampleShard
 from sageLLM.runtime.core.ir.graph import ExecutionGraph
 from sageLLM.runtime.core.ir.nodes import ExecutionNode, TensorRef
-
-FULL_ROWS = "full_rows"
-"""The graph input with the rows of the logits that are gathered, i32[F]."""
-(NUM_FULL_ROWS,) = dims("F")
 
 
 def sample_locally(graph: ExecutionGraph, rank: int, vocab_size: int) -> bool:
     """Rewrites a kernel graph of one rank in place; false if it does not gather logits.
 
-    Its outputs are then the gathered rows f32[F, V], the greedy tokens of all rows, and their logits.
+    Its outputs are then the logits of the rank f32[S, share], the greedy tokens of all rows, and their logits.
     """
     sample = next((node for node in graph.nodes.values() if isinstance(node, Sample)), None)
     if sample is None:
@@ -31,29 +26,21 @@ def sample_locally(graph: ExecutionGraph, rank: int, vocab_size: int) -> bool:
     *_, gather = head
     if not isinstance(gather, AllGather):
         return False
-    device = gather.device_id
-    (logits,), share = gather.inputs, gather.inputs[0].shape[1]
-    assert isinstance(share, int), "the vocabulary of a rank has a known size"
-    full_rows = graph.inputs[FULL_ROWS] = TensorRef(FULL_ROWS, (NUM_FULL_ROWS,), "i32", device)
-    best = TensorRef("best", logits.shape[:1], "f32", device)
-    first = min(rank * share, vocab_size)
-    attrs = {"first": first, "count": min(share, vocab_size - first), "group": gather.attrs["group"]}
-    chosen = SampleShard(
-        "sample_shard", SampleShard.kind, [logits], [*sample.outputs, best], device_id=device, attrs=attrs
-    )
-    wanted = TensorRef("wanted", (NUM_FULL_ROWS, share), logits.dtype, device)
-    # The ranks must meet in one collective at a time, and streams order only what depends on each other.
-    select = SelectRows(
-        "wanted", SelectRows.kind, [logits, full_rows], [wanted], dependencies={chosen.node_id}, device_id=device
-    )
-    new: list[ExecutionNode] = [chosen, select]
-    for node in reversed(head[1:]):
-        (old,) = node.outputs
-        made = TensorRef(old.name, (NUM_FULL_ROWS, *old.shape[1:]), old.dtype, device)
-        attrs = dict(node.attrs)
-        new.append(type(node)(node.node_id, node.op_type, [wanted], [made], device_id=device, attrs=attrs))
-        wanted = made
-    graph.replace(head, new)
-    graph.outputs = [wanted, *graph.outputs[1:], best]
+    (logits,), width = gather.inputs, gather.inputs[0].shape[1]
+    assert isinstance(width, int), "the vocabulary of a rank has a known size"
+    first, count = share_of(rank, width, vocab_size)
+    best = TensorRef("best", logits.shape[:1], "f32", gather.device_id)
+    attrs = {"first": first, "count": count, "group": gather.attrs["group"]}
+    outputs, device = [*sample.outputs, best], gather.device_id
+    chosen = SampleShard("sample_shard", SampleShard.kind, [logits], outputs, device_id=device, attrs=attrs)
+    graph.outputs[0] = logits
+    graph.replace(head, [chosen])
+    graph.outputs.append(best)
     graph.reindex()
     return True
+
+
+def share_of(rank: int, width: int, vocab_size: int) -> tuple[int, int]:
+    """The first token of a rank with logits of `width` tokens, padding included, and their number without padding."""
+    first = min(rank * width, vocab_size)
+    return first, min(width, vocab_size - first)

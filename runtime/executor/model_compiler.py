@@ -44,7 +44,7 @@ class ModelCompiler(ModelGraphs):
     """The graphs of one model, and the planner that turns them into plans, by default on the torch references.
 
     With a `schedule`, kernel graphs have the streams that it assigns; by default they have one stream. With
-    `samples_locally` ranks gather only those rows of the logits that the input `full_rows` lists.
+    `samples_locally` ranks find the greedy tokens together, and the other outputs are the logits of the rank's share.
     """
 
     def __init__(

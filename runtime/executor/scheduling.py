@@ -17,7 +17,6 @@ from sageLLM.runtime.core.passes.base import PassReport
 from sageLLM.runtime.core.passes.part_sizes import DIVIDED, sizes_of_part
 from sageLLM.runtime.core.passes.schedule import StreamPass
 from sageLLM.runtime.execution_graph.batch import DecodeBatch, PrefillBatch, step_sizes
-from sageLLM.runtime.execution_graph.local_sampling import NUM_FULL_ROWS
 from sageLLM.runtime.executor.model_compiler import Schedule
 
 NUM_DECODES, CONTEXT_LEN, CHUNK_LEN = 16, 512, 512
@@ -52,7 +51,6 @@ def typical_sizes(graph: ExecutionGraph) -> dict[str, Dim]:
     experts, per_token = getattr(config, "X", 0), getattr(config, "A", 0)
     num_tokens = NUM_DECODES * (decode is not None) + CHUNK_LEN * (prefill is not None)
     sizes |= {"P": max(CONTEXT_LEN, CHUNK_LEN), "EX": min(experts, per_token * num_tokens)}
-    sizes |= {str(NUM_FULL_ROWS): 0}  # greedy sequences need no row of the logits of all ranks
     return sizes | _part_sizes(graph, sizes)
 
 

@@ -21,19 +21,17 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sageLLM.runtime.sampling.logprobs import ScoredTokens, score_tokens, tensor_of
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
+from sageLLM.runtime.sampling.share import Share, whole
+from sageLLM.runtime.sampling.weights import invert_cdf, total_of, weigh
 
 NUM_TOP_P_CANDIDATES = 1024
 """Top-p takes this many likeliest tokens first, and sorts the whole vocabulary only if their mass is less than p.
 
 A topk of 1024 is several times faster than a sort of 128k entries, and trained models rarely need more for p < 1.
 """
-
-DRAW_BLOCK_LEN = 256
-"""Tokens per block of the two-level search in `invert_cdf`."""
 
 
 class TokenConstraint(Protocol):
@@ -115,6 +113,11 @@ class SamplingBatch:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    def uniforms(self, device: torch.device) -> Tensor:
+        """The numbers in [0, 1) that decide the random rows, f64[R]."""
+        numbers = [self.sequences[row].uniform() for row in self.random_rows]
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
+
 
 class SampledTokens(NamedTuple):
     """The result of one step.
@@ -140,74 +143,55 @@ def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampledTokens:
     if batch.random_rows:
         rows = tensor_of(batch.random_rows, raw)
         token_ids[rows] = draw_tokens(adjusted if len(rows) == len(batch) else adjusted[rows], batch)
-    return SampledTokens(token_ids, _score_sampled(raw, token_ids, batch), tuple(failed))
+    return SampledTokens(token_ids, score_sampled(raw, token_ids, batch), tuple(failed))
 
 
-def adjust_logits(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
-    """A copy of the logits with tokens against a constraint and banned stop ids at -inf, biases, and penalties."""
+def adjust_logits(logits_BV: Tensor, batch: SamplingBatch, share: Share | None = None) -> Tensor:
+    """A copy of the logits with tokens against a constraint and banned stop ids at -inf, biases, and penalties.
+
+    The logits may be those of a share of the vocabulary.
+    """
+    share = share or whole(logits_BV.shape[1])
     adjusted = logits_BV.clone()
     for row, sequence in enumerate(batch.sequences):
         if sequence.constraint is not None:
-            adjusted[row] += sequence.constraint.bias().to(adjusted.device)
+            adjusted[row] += sequence.constraint.bias()[share.first : share.first + share.count].to(adjusted.device)
         # Bans come before biases and penalties, so that no finite adjustment can lift a banned id from -inf.
         if sequence.bans_stop_ids:
-            adjusted[row, tensor_of(sequence.stop_ids, adjusted)] = -torch.inf
-        if bias := sequence.params.logit_bias:
-            adjusted[row, tensor_of(list(bias), adjusted)] += torch.tensor(list(bias.values()), device=adjusted.device)
+            adjusted[row, _columns(sequence.stop_ids, adjusted, share)] = -torch.inf
+        if bias := {i: value for i, value in (sequence.params.logit_bias or {}).items() if share.has(i)}:
+            adjusted[row, _columns(bias, adjusted, share)] += torch.tensor(list(bias.values()), device=adjusted.device)
     for row in batch.penalty_rows:
-        _apply_penalties(adjusted[row], batch.sequences[row])
+        _apply_penalties(adjusted[row], batch.sequences[row], share)
     return adjusted
 
 
-def _apply_penalties(logits_V: Tensor, sequence: SequenceSampling) -> None:
+def _columns(token_ids: Iterable[int], like: Tensor, share: Share) -> Tensor:
+    """The columns of the tokens that are in the share."""
+    return tensor_of([token_id - share.first for token_id in token_ids if share.has(token_id)], like)
+
+
+def _apply_penalties(logits_V: Tensor, sequence: SequenceSampling, share: Share) -> None:
     """Applies the penalties in place.
 
     Repetition (CTRL, arXiv 1909.05858) counts prompt and answer, frequency and presence (OpenAI) the answer only.
     """
-    params, vocab_size = sequence.params, logits_V.shape[0]
+    params = sequence.params
     if params.repetition_penalty != 1.0:
-        used = tensor_of([*set(sequence.prompt_token_ids), *set(sequence.output_token_ids)], logits_V)
+        used = _columns([*set(sequence.prompt_token_ids), *set(sequence.output_token_ids)], logits_V, share)
         values = logits_V[used]
         factor = params.repetition_penalty
         # Dividing a negative logit would raise it, so the factor is applied towards lower values on both sides of 0.
         logits_V[used] = torch.where(values > 0, values / factor, values * factor)
     if sequence.output_token_ids:
-        counts = torch.bincount(tensor_of(sequence.output_token_ids, logits_V), minlength=vocab_size)
+        counts = torch.bincount(_columns(sequence.output_token_ids, logits_V, share), minlength=len(logits_V))
         logits_V -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
 
 def draw_tokens(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
     """Draws tokens i64[R] for the batch's random rows from their adjusted logits f32[R, V]."""
     kept = filter_logits(scale_by_temperature(logits_RV, batch.temperature), batch)
-    uniforms = [batch.sequences[i].uniform() for i in batch.random_rows]
-    return invert_cdf(kept.exp(), torch.tensor(uniforms, dtype=torch.float64, device=kept.device))
-
-
-def invert_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-    """The first token of each row with a cumulative weight above uniform * total, i64[R].
-
-    Sums are float64: in float32 the total of 128k weights is off by more than a rare token's weight. The search has two
-    levels, blocks of tokens and tokens of one block, because a cumulative sum over a whole row is slow.
-    """
-    num_rows, vocab_size = weights_RV.shape
-    blocks = pad(weights_RV, (0, -vocab_size % DRAW_BLOCK_LEN)).view(num_rows, -1, DRAW_BLOCK_LEN)
-    cdf_of_blocks = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    target = uniforms_R.unsqueeze(1) * cdf_of_blocks[:, -1:]
-    block, before = _first_above(cdf_of_blocks, target)
-    rows = torch.arange(num_rows, device=weights_RV.device)
-    cdf_in_block = blocks[rows, block].double().cumsum(dim=-1)
-    token, _ = _first_above(cdf_in_block, target - before)
-    return (block * DRAW_BLOCK_LEN + token).clamp_(max=vocab_size - 1)
-
-
-def _first_above(cdf_RC: Tensor, target_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """The first index with cdf > target, i64[R], and the sum before it, f64[R, 1]."""
-    # The target is kept just below the total: rounding could otherwise step past the last entry with any weight.
-    total = cdf_RC[:, -1:]
-    target = torch.minimum(target_R1, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cdf_RC, target, right=True).clamp_(max=cdf_RC.shape[1] - 1)
-    before = cdf_RC.gather(1, (index - 1).clamp(min=0)).masked_fill(index == 0, 0.0)
-    return index.squeeze(1), before
+    return invert_cdf(weigh(kept), batch.uniforms(kept.device))
 
 
 def scale_by_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
@@ -269,30 +253,37 @@ def _top_p_cut(logits_RV: Tensor, batch: SamplingBatch) -> Cut:
     For a row with top-k the candidates are the kept tokens; for the others NUM_TOP_P_CANDIDATES. Only rows in which
     these do not reach p are sorted.
     """
-    total = logits_RV.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    total = total_of(weigh(logits_RV))
     num_candidates = min(batch.max_top_k if batch.all_top_k else NUM_TOP_P_CANDIDATES, logits_RV.shape[1])
     highest = torch.topk(logits_RV, num_candidates, dim=-1).values
-    (threshold, num_kept), covered = _nucleus(highest, total, batch.top_p)
+    (threshold, num_kept), covered = _nucleus_cut(highest, total, batch.top_p)
     short = (~covered & (batch.top_p < 1.0)).nonzero().flatten()
     if len(short) and num_candidates < logits_RV.shape[1]:
         in_order = torch.sort(logits_RV[short], dim=-1, descending=True).values
-        (threshold[short], num_kept[short]), _ = _nucleus(in_order, total[short], batch.top_p[short])
+        (threshold[short], num_kept[short]), _ = _nucleus_cut(in_order, total[short], batch.top_p[short])
     return Cut(threshold.masked_fill(batch.top_p.unsqueeze(1) >= 1.0, -torch.inf), num_kept)
 
 
-def _nucleus(highest_RC: Tensor, total_R1: Tensor, top_p_R: Tensor) -> tuple[Cut, Tensor]:
+def nucleus(weights_RC: Tensor, total_R1: Tensor, top_p_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of descending weights that top-p keeps, i64[R], and whether they all reach its mass, bool[R]."""
+    weights, limit = weights_RC.double(), top_p_R.unsqueeze(1) * total_R1
+    mass = weights.cumsum(dim=-1)
+    num_kept = (mass - weights < limit).sum(dim=-1).clamp_(min=1)
+    return num_kept, mass[:, -1] >= limit.squeeze(1)
+
+
+def _nucleus_cut(highest_RC: Tensor, total_R1: Tensor, top_p_R: Tensor) -> tuple[Cut, Tensor]:
     """The cut among descending logits, and whether their mass reaches p, bool[R]."""
-    probs = highest_RC.exp().double() / total_R1
-    mass = probs.cumsum(dim=-1)
-    kept = mass - probs < top_p_R.unsqueeze(1)
-    kept[:, 0] = True
-    threshold = highest_RC.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)
-    return Cut(threshold, kept.sum(dim=-1)), mass[:, -1] >= top_p_R
+    num_kept, covered = nucleus(weigh(highest_RC), total_R1, top_p_R)
+    return Cut(highest_RC.gather(1, num_kept.unsqueeze(1) - 1), num_kept), covered
 
 
-def _score_sampled(raw_BV: Tensor, token_ids_B: Tensor, batch: SamplingBatch) -> dict[int, ScoredTokens]:
+def score_sampled(
+    raw_BV: Tensor, token_ids_B: Tensor, batch: SamplingBatch, share: Share | None = None
+) -> dict[int, ScoredTokens]:
+    """The log-probabilities of the rows that request them."""
     if not batch.logprob_rows:
         return {}
     rows = tensor_of(batch.logprob_rows, raw_BV)
-    scored = score_tokens(raw_BV[rows], token_ids_B[rows], batch.num_logprobs)
+    scored = score_tokens(raw_BV[rows], token_ids_B[rows], batch.num_logprobs, share)
     return {row: scored.row(i) for i, row in enumerate(batch.logprob_rows)}

@@ -10,7 +10,6 @@ from sageLLM.runtime.core.cost import Hardware
 from sageLLM.runtime.core.ir.nodes import TensorRef
 from sageLLM.runtime.core.model.layout import Stage
 from sageLLM.runtime.execution_graph.kv_loads import load_kv
-from sageLLM.runtime.execution_graph.local_sampling import FULL_ROWS
 from sageLLM.runtime.execution_graph.stages import received_values
 from sageLLM.runtime.executor.model_compiler import ModelCompiler
 from sageLLM.runtime.executor.native.arena import Arena
@@ -29,8 +28,8 @@ from sageLLM.runtime.worker.step_inputs import Inputs, StepInputs
 class Logits(NamedTuple):
     """Logits f32[S, V] of the S requested rows, and their greedy tokens i64[S], which the graph computes.
 
-    Ranks that share the logits have the `values` of rows that `full_rows` lists only, and `best` f32[S], the logits of
-    the greedy tokens.
+    Ranks that share the vocabulary have the `values` of their tokens and padding, and `best` f32[S], the logits of the
+    greedy tokens.
     """
 
     values: Tensor
@@ -57,7 +56,6 @@ class ModelRunner:
         self._lower_plans: dict[Stage, Runnable] = {}
         self._parts = MicroBatchInputs(num_ubatches)
         self._buffers = ReceiveBuffers(model.device)
-        self._gathered = GatheredRows(model.device)
 
     def plan(self, stage: Stage, num_ubatches: int = 1) -> Runnable:
         """The plan of a stage: the optimised kernel graph, flattened, with weights and caches bound."""
@@ -85,17 +83,15 @@ class ModelRunner:
         decodes: DecodeBatch,
         chunks: Sequence[SequenceChunk],
         rows: Sequence[int],
-        full_rows: Sequence[int] = (),
     ) -> Logits | None:
         """Computes the last token of each of `decodes` and the chunks, writes their KV, and returns logits of `rows`.
 
         Token rows number the decodes first and then the tokens of the chunks. The result is valid until the next step.
-        `full_rows` are the indices in `rows` of those with logits that ranks which sample locally gather.
         A pipeline stage before the last one sends its result to the next stage and returns None.
         """
         if not torch.is_inference_mode_enabled():  # the worker's thread is always in it, as entering it takes time
             with torch.inference_mode():
-                return self.run(stage, decodes, chunks, rows, full_rows)
+                return self.run(stage, decodes, chunks, rows)
         inputs, num_ubatches = self.step_inputs.make(decodes, chunks, rows), self._parts.num_parts
         blocks = {} if self.pool.lower is None else lower_blocks(inputs, self.pool)
         num_tokens = len(decodes) + sum(chunk.num_tokens for chunk in chunks)
@@ -106,8 +102,6 @@ class ModelRunner:
                 num_ubatches = 1
             else:
                 inputs = self._parts.divide(inputs, len(decodes), chunks)
-        if self.compiler.samples_locally:
-            inputs = self._gathered.of(inputs, full_rows)
         plan = self.lower_plan(stage) if blocks else self.plan(stage, num_ubatches)
         outputs = self._run_plan(plan, num_ubatches, inputs, num_tokens)
         if not self.model.pipeline_stage.is_last:
@@ -118,21 +112,6 @@ class ModelRunner:
         if not self.model.pipeline_stage.is_first:
             inputs = {**inputs, **self._buffers.of(received_values(plan.graph), num_tokens)}
         return plan.run(inputs)
-
-
-class GatheredRows:
-    """Adds the rows of logits to gather to the inputs of steps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last: tuple[Inputs, Sequence[int], Inputs] | None = None
-
-    def of(self, inputs: Inputs, full_rows: Sequence[int]) -> Inputs:
-        """The mapping of the step before if both are the same objects, so that the plan need not look at it."""
-        if self._last is None or self._last[0] is not inputs or self._last[1] is not full_rows:
-            rows = torch.tensor(full_rows, dtype=torch.int32, device=self._device)
-            self._last = inputs, full_rows, {**inputs, FULL_ROWS: rows}
-        return self._last[2]
 
 
 class ReceiveBuffers:

@@ -11,6 +11,8 @@ from torch import Tensor
 from sageLLM.runtime.grammar.constraint import GrammarConstraint
 from sageLLM.runtime.sampling.logprobs import ScoredTokens
 from sageLLM.runtime.sampling.sampler import SamplingBatch, SequenceSampling, sample
+from sageLLM.runtime.sampling.share import Share
+from sageLLM.runtime.sampling.shared_sampler import sample_shared
 from sageLLM.runtime.worker.model_runner import Logits
 from sageLLM.runtime.worker.sequences import WorkerSequence
 
@@ -29,13 +31,15 @@ class RowSampler:
     What depends on the sequences only is computed once: a steady decode step reads the graph's argmax and little else.
     """
 
-    def __init__(self, sequences: Sequence[WorkerSequence]) -> None:
+    def __init__(self, sequences: Sequence[WorkerSequence], share: Share | None = None) -> None:
+        """With a `share` the logits are those of this rank, and the ranks choose the tokens together."""
         self.sequences = sequences
+        self._share = share
         self._states: list[SequenceSampling] = [one.sampling for one in sequences if one.sampling is not None]
         # Whether tokens do not depend on those before, apart from the logits.
         self.is_plain_greedy = all(state.is_plain_greedy for state in self._states)
-        # The rows that need all logits. The others take the tokens of the graph if ranks sample locally.
-        self.full_rows = [row for row, state in enumerate(self._states) if not state.is_plain_greedy]
+        # The rows that do not take the tokens of the graph, if ranks share the vocabulary.
+        self._open_rows = [row for row, state in enumerate(self._states) if not state.is_plain_greedy]
         self.constraints = [one.constraint for one in self._states if isinstance(one.constraint, GrammarConstraint)]
         self._counts = np.arange(len(self._states))
         self._batch: SamplingBatch | None = None
@@ -46,8 +50,8 @@ class RowSampler:
 
     def sample(self, logits: Logits) -> SampledRows:
         """Samples a token for every sequence. Rows of the logits after these are ignored."""
-        if logits.best is not None:
-            return self._locally(logits, logits.best)
+        if self._share is not None and logits.best is not None:
+            return self._with_others(logits, logits.best, self._share)
         if self.is_plain_greedy:
             return self._greedy(logits) if logits.values.device.type == "cpu" else self._greedy_on_device(logits)
         values = logits.values[: len(self._states)]
@@ -59,28 +63,28 @@ class RowSampler:
 
     def alone(self, row: int, logits: Logits) -> tuple["RowSampler", Logits]:
         """The sampler of one sequence, and its logits."""
-        one, first = RowSampler([self.sequences[row]]), row
-        if logits.best is not None:
-            first = self.full_rows.index(row) if one.full_rows else len(logits.values)
-        best = None if logits.best is None else logits.best[row : row + 1]
-        return one, Logits(logits.values[first : first + 1], logits.greedy_ids[row : row + 1], best)
+        rows = slice(row, row + 1)
+        return RowSampler([self.sequences[row]]), Logits(logits.values[rows], logits.greedy_ids[rows])
 
-    def _locally(self, logits: Logits, best: Tensor) -> SampledRows:
-        """The tokens of the graph, and those sampled from the rows that were gathered."""
+    def _with_others(self, logits: Logits, best: Tensor, share: Share) -> SampledRows:
+        """The tokens of the graph, and for other rows those that the ranks choose from their shares of the logits."""
         token_ids: list[int] = logits.greedy_ids[: len(self._states)].tolist()
         highest = best[: len(self._states)].tolist()
         failed = [row for row, one in enumerate(highest) if not isfinite(one)]
-        if not self.full_rows:
+        if not self._open_rows:
             return SampledRows(token_ids, {}, failed)
         with torch.inference_mode():
+            values = logits.values[: len(self._states)]
+            if len(self._open_rows) < len(values):
+                values = values[self._open_rows]
             if self._batch is None:
-                self._batch = SamplingBatch([self._states[row] for row in self.full_rows], logits.values.device)
-            sampled = sample(logits.values[: len(self.full_rows)], self._batch)
-        for row, token_id in zip(self.full_rows, sampled.token_ids.tolist(), strict=True):
+                self._batch = SamplingBatch([self._states[row] for row in self._open_rows], values.device)
+            sampled = sample_shared(values, self._batch, share)
+        for row, token_id in zip(self._open_rows, sampled.token_ids.tolist(), strict=True):
             token_ids[row] = token_id
-        full = set(self.full_rows)
-        failed = sorted([*(row for row in failed if row not in full), *(self.full_rows[i] for i in sampled.failed)])
-        return SampledRows(token_ids, {self.full_rows[i]: one for i, one in sampled.logprobs.items()}, failed)
+        is_open = set(self._open_rows)
+        failed = sorted([*(row for row in failed if row not in is_open), *(self._open_rows[i] for i in sampled.failed)])
+        return SampledRows(token_ids, {self._open_rows[i]: one for i, one in sampled.logprobs.items()}, failed)
 
     def _greedy(self, logits: Logits) -> SampledRows:
         """The graph's argmax; rows without a finite maximum have failed.

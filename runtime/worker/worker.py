@@ -27,6 +27,7 @@ from sageLLM.runtime.worker.sequences import (
 )
 from sageLLM.runtime.worker.token_masks import TokenMasks
 from sageLLM.runtime.worker.token_return import NO_TOKEN, TokenReturn
+from sageLLM.runtime.worker.vocab_share import share_of_rank
 
 
 class Batch(NamedTuple):
@@ -84,7 +85,9 @@ class Worker:
         self._token_return = token_return
         self._sequences = SequenceTable()
         self._failed: set[str] = set()
-        self._decode_sampler = RowSampler([])
+        # Ranks that share the vocabulary sample together; an error in one of them would leave the others waiting.
+        self._share = share_of_rank(runner.model.config) if runner.compiler.samples_locally else None
+        self._decode_sampler = RowSampler([], self._share)
         self._decode_rows: list[int] = []
 
     def begin(self, order: StepOrder) -> None:
@@ -138,7 +141,7 @@ class Worker:
         rows: Sequence[int]
         if batch.chunks:
             spans, rows = _chunk_rows(batch)
-            sampler = RowSampler(batch.sampled)
+            sampler = RowSampler(batch.sampled, self._share)
         else:
             spans, rows, sampler = [], *self._decode_parts(batch.decodes)
         if self._token_return is not None:
@@ -146,7 +149,7 @@ class Worker:
         if sampler.constraints and self._masks is not None and self.runner.model.pipeline_stage.is_last:
             self._masks.start(sampler.constraints)
         try:
-            logits = self._logits(batch, rows, sampler)
+            logits = self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
         except Exception as error:
             if not self._isolates_failures:
                 raise
@@ -156,26 +159,17 @@ class Worker:
             assert self._token_return is not None, "a stage without logits must have a TokenReturn"
             self._token_return.expect(batch.sampled)
             return
-        # Of the rows to sample, ranks that sample locally have gathered only some.
-        shift = 0 if logits.best is None else len(sampler.full_rows) - len(sampler.sequences)
         for chunk, span in spans:
-            self._score_prompt(chunk, logits.values[span.start + shift : span.stop + shift], result)
+            self._score_prompt(chunk, logits.values[span], result)
         if sampler.sequences:
             self._sample(sampler, batch.first_row, logits, result)
             if self._token_return is not None:
                 self._token_return.send(result.token_ids)
 
-    def _logits(self, batch: Batch, rows: Sequence[int], sampler: RowSampler) -> Logits | None:
-        if not self.runner.compiler.samples_locally:
-            return self.runner.run(batch.stage, batch.decodes, batch.chunks, rows)
-        scored = range(len(sampler.sequences), len(rows))
-        full_rows = [*sampler.full_rows, *scored] if scored else sampler.full_rows
-        return self.runner.run(batch.stage, batch.decodes, batch.chunks, rows, full_rows)
-
     def _decode_parts(self, decodes: DecodeBatch) -> tuple[list[int], RowSampler]:
         """The token rows and the sampler of decodes; the same objects as before while `decodes` is the same."""
         if decodes is not self._decode_sampler.sequences:
-            self._decode_sampler = RowSampler(decodes)
+            self._decode_sampler = RowSampler(decodes, self._share)
             self._decode_rows = list(range(len(decodes)))
         return self._decode_rows, self._decode_sampler
 
@@ -217,9 +211,14 @@ class Worker:
         assert sequence.sampling is not None, "only generated sequences are scored"
         try:
             following = [sequence.prompt_token_ids[position + 1] for position in chunk.scored]
-            scored = score_prompt(logits, following, sequence.sampling.params.prompt_logprobs or 0)
+            num_top = sequence.sampling.params.prompt_logprobs or 0
+            if self._share is not None:
+                logits = logits[:, : self._share.count]
+            scored = score_prompt(logits, following, num_top, self._share)
             result.prompt_scores.append(PromptScores(sequence.sequence_id, list(chunk.scored), scored))
         except BaseException as error:
+            if self._share is not None:
+                raise
             self._fail(sequence, (), result, error)
 
     def _sample(self, sampler: RowSampler, first_row: int, logits: Logits, result: StepResult) -> None:
@@ -228,6 +227,8 @@ class Worker:
         try:
             sampled = sampler.sample(logits)
         except Exception as error:
+            if self._share is not None:
+                raise
             if len(sequences) == 1:
                 self._fail(sequences[0], sequences, result, error)
                 return

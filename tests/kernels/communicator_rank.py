@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sageLLM.generated.kernels import cpu, reference
 from sageLLM.runtime.kernels.cpu.callables import NativeCallable
-from sageLLM.runtime.kernels.cpu.communicator import open_communicator
+from sageLLM.runtime.kernels.cpu.communicator import gather_bytes, open_communicator
 from sageLLM.runtime.kernels.cpu.compiler import find_compiler
 from sageLLM.runtime.kernels.cpu.library import Library
 
@@ -31,6 +31,9 @@ def main() -> None:
     names = ("all_reduce", "all_gather", "allreduce_add_rms_norm", "fused_add_rms_norm", "sample_shard")
     kernels = {name: NativeCallable(cpu.KERNELS[name], library, reference.KERNELS[name]) for name in names}
     check_sampling(kernels["sample_shard"], rank, num_ranks)
+    for size in (0, 1, 63, 2**20, 2**21 + 5):
+        bytes_of_ranks = [torch.arange(size).add(7 * one).to(torch.uint8) for one in range(num_ranks)]
+        check(gather_bytes(bytes_of_ranks[rank]), torch.stack(bytes_of_ranks))
     for number in range(3):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for shape in SHAPES:

@@ -16,11 +16,11 @@ from sageLLM.runtime.sampling.sampler import (
     SequenceSampling,
     adjust_logits,
     filter_logits,
-    invert_cdf,
     sample,
     scale_by_temperature,
 )
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
+from sageLLM.runtime.sampling.weights import invert_cdf
 
 
 def batch_of(*params: SamplingParams, output: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,)) -> SamplingBatch:

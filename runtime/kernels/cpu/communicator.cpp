@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -63,6 +64,19 @@ SAGE_EXPORT void sage_begin_round(SageRound* round) {
     const int64_t parity = own.rounds % 2;
     for (int64_t rank = 0; rank < own.num_ranks && own.buffers != nullptr; ++rank)
         round->buffers[rank] = own.buffers + (2 * rank + parity) * own.buffer_bytes;
+}
+
+// y = the bytes of x of all ranks, one after another; several rounds if a buffer is too small.
+SAGE_EXPORT void sage_all_gather(const char* x, char* y, int64_t bytes) {
+    SageRound round;
+    for (int64_t begin = 0; begin < bytes; begin += round.buffer_bytes) {
+        sage_begin_round(&round);
+        const int64_t left = bytes - begin, size = left < round.buffer_bytes ? left : round.buffer_bytes;
+        memcpy(round.buffers[round.rank], x + begin, size);
+        sage_meet();
+        for (int64_t rank = 0; rank < round.num_ranks; ++rank)
+            memcpy(y + rank * bytes + begin, round.buffers[rank], size);
+    }
 }
 
 SAGE_EXPORT void sage_meet() {

@@ -5,6 +5,10 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from sageLLM.runtime.kernels.cpu.build import build, load, symbol
 from sageLLM.runtime.kernels.cpu.compiler import Compiler
@@ -17,7 +21,8 @@ CACHE_LINE = 64  # of a rank's counter, as in communicator.cpp
 
 @dataclass(slots=True)
 class _State:
-    is_open: bool = False
+    num_ranks: int = 0
+    gather: Any = None
 
 
 _state = _State()
@@ -44,14 +49,23 @@ def open_communicator(file: int, rank: int, num_ranks: int, compiler: Compiler |
     message = opened(file, rank, num_ranks, BUFFER_BYTES)
     if message is not None:
         raise OSError(message.decode())
-    _state.is_open = True
+    _state.num_ranks, _state.gather = num_ranks, symbol(load_communicator(compiler), "sage_all_gather")
+    _state.gather.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 def close_communicator() -> None:
     """Makes this process a single rank again, which uses torch.distributed."""
-    _state.is_open = False
+    _state.num_ranks = 0
 
 
 def has_communicator() -> bool:
     """Whether the kernels of this process can meet those of other ranks."""
-    return _state.is_open
+    return _state.num_ranks > 0
+
+
+def gather_bytes(x: Tensor) -> Tensor:
+    """The x u8[...] of all ranks of the communicator, u8[ranks, ...]."""
+    own = x.contiguous()
+    found = torch.empty((_state.num_ranks, *x.shape), dtype=torch.uint8)
+    _state.gather(own.data_ptr(), found.data_ptr(), own.numel())
+    return found
