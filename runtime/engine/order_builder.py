@@ -44,10 +44,11 @@ class OrderBuilder:
         if self._num_blocks_sent.pop(request_id, None) is not None:
             self._dropped.append(request_id)
 
-    def preempt(self, request_id: str) -> None:
-        """The sequence has lost its blocks; a later order sends its whole table."""
+    def send_again(self, request_id: str) -> None:
+        """The sequence has other blocks than before; the next order with it sends its whole table."""
         if request_id in self._num_blocks_sent:
             self._num_blocks_sent[request_id] = 0
+            self._offsets = None  # the worker fills the rows of the decodes again
 
     def build(
         self, plan: ScheduleOutput, decodes: Batch | None, chunks: Sequence[Chunk], *, has_tiers: bool

@@ -21,6 +21,8 @@ from sageLLM.runtime.worker.executor import Executor, StepResults, WorkersLostEr
 from sageLLM.runtime.worker.faults import LOG, NOT_FINITE, log_end, reason_of, reraise_unless_attributable
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 
+MAX_PROMOTED_BLOCKS = 32
+"""The KV blocks that a step moves from the tier below to the device, before its computation."""
 MAX_LOSSES = 3
 """A request ends when the workers are lost this many times with the same token to compute."""
 
@@ -54,6 +56,7 @@ class StepPipeline:
         self._max_in_flight = num_stages + plans_ahead
         self._in_flight: deque[StepInFlight] = deque()
         self._losses: dict[str, tuple[int, int]] = {}
+        self._has_lower_tier = scheduler.kv.decode.has_lower_tier
         self._make_builders()
 
     def _make_builders(self) -> None:
@@ -95,12 +98,15 @@ class StepPipeline:
 
     def _start(self) -> StepInFlight:
         plan = self._scheduler.plan_ahead()
+        if self._has_lower_tier:
+            for request_id in self._scheduler.promote_kv(plan, MAX_PROMOTED_BLOCKS):
+                self._decode_orders.send_again(request_id)
         self._record_hits(plan)
         for request in (*plan.preempted_requests, *plan.requeued_requests):
             if self.is_split:  # it is prefilled again on one worker, and the other has the newest tokens
                 self.forget(request.request_id)
             else:
-                self._decode_orders.preempt(request.request_id)
+                self._decode_orders.send_again(request.request_id)
         decodes, chunks = plan.decode_batch, plan.prefill_batch.chunks if plan.prefill_batch else []
         has_copies = bool(plan.block_copies or plan.tier_copies)
         decode = prefill = None

@@ -23,6 +23,10 @@ class Claim(Protocol):
         """One of the blocks was evicted."""
         ...
 
+    def replace_block(self, old: int, new: int) -> None:
+        """The contents of one of the blocks have moved."""
+        ...
+
 
 class BlockPool:
     """A pool of `num_blocks` KV blocks; unbounded if `num_blocks` is None.
@@ -238,6 +242,21 @@ class BlockPool:
             self._remove_idle(block)
             self._returned.append(block)
         return True
+
+    def take_label(self, block: int) -> bytes | Claim | None:
+        """Removes the label of a used block, and returns it."""
+        label = self._label_of.pop(block, None)
+        if isinstance(label, bytes):
+            del self._by_label[label]
+        self.labels_version += label is not None
+        return label
+
+    def put_label(self, block: int, label: bytes | Claim) -> None:
+        """Labels a used block without a label by one that `take_label` has returned."""
+        self._label_of[block] = label
+        if isinstance(label, bytes):
+            self._by_label[label] = block
+        self.labels_version += 1
 
     def forget_labels(self) -> None:
         """Drops all labels; idle blocks become free."""

@@ -55,7 +55,8 @@ class KVStats:
     """Sizes now (`num_*`, in blocks) and counters since the start.
 
     `num_free` + `num_used` + `num_cached` + `num_in_transfer` == `num_blocks`; `num_free` and `num_blocks` are None if
-    the pool is unbounded. `num_lower_used` of the used blocks, and of those in transfer, lie in the tier below.
+    the pool is unbounded. `num_lower_used` of the used blocks, and of those in transfer, lie in the tier below;
+    `total_promoted` blocks have moved from it to the device.
     """
 
     num_blocks: int | None
@@ -72,3 +73,4 @@ class KVStats:
     total_swaps_out: int
     total_swaps_in: int
     total_forks: int
+    total_promoted: int = 0

@@ -1,7 +1,8 @@
 """Pool of block numbers over two tiers: those of the device come first, and those after them lie in the tier below.
 
 A step loads the lower blocks that it reads layer by layer, which takes time, so blocks of the device are taken first,
-also if that evicts cached ones. Otherwise blocks of both tiers are the same to their owners: a table may have both.
+also if that evicts cached ones, and lower ones move up when the device has free blocks again. Otherwise blocks of both
+tiers are the same to their owners: a table may have both.
 """
 
 from collections.abc import Iterable, Sequence
@@ -99,6 +100,29 @@ class TwoTierPool(BlockPool):
     def forget_labels(self) -> None:
         self._upper.forget_labels()
         self._lower.forget_labels()
+
+    def movable(self, table: Sequence[int]) -> list[int]:
+        """The places of blocks in the tier below that only this table owns."""
+        first, lower = self._first_lower, self._lower
+        return [i for i, block in enumerate(table) if block >= first and lower.num_owners(block - first) == 1]
+
+    @property
+    def num_upper_free(self) -> int:
+        """The blocks of the device without an owner."""
+        return self._upper.num_free or 0
+
+    def move_up(self, block: int) -> int:
+        """Takes a block of the device for the contents of a lower one, whose label moves as well.
+
+        The lower block stays in use until it is released.
+        """
+        (moved,) = self._upper.take(1)
+        label = self._lower.take_label(block - self._first_lower)
+        if label is not None:
+            self._upper.put_label(moved, label)
+            if not isinstance(label, bytes):
+                label.replace_block(block, moved)
+        return moved
 
     def check_integrity(self) -> None:
         self._upper.check_integrity()

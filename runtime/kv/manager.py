@@ -48,11 +48,17 @@ class PagedKVManager:
         # Freed blocks that a pending step may still read or write, with the number of that step, oldest first.
         self._pending_free: deque[tuple[int, list[int]]] = deque()
         self._total_forks = 0
+        self._total_promoted = 0
 
     @property
     def max_tokens(self) -> int | None:
         """The number of tokens that the pool holds; None if it is unbounded."""
         return None if self.pool.num_blocks is None else self.pool.num_blocks * self.block_size
+
+    @property
+    def has_lower_tier(self) -> bool:
+        """Whether tables may have blocks in a tier below the device."""
+        return isinstance(self.pool, TwoTierPool)
 
     @property
     def num_available(self) -> int | None:
@@ -195,6 +201,33 @@ class PagedKVManager:
         self._total_forks += 1
         return Fork(new_blocks, [BlockCopy(parent[num_full], block) for block in new_blocks])
 
+    # --- two tiers of running sequences ---
+
+    def promote(self, seq_ids: Iterable[str], limit: int, until_step: int) -> dict[str, list[BlockCopy]]:
+        """Moves up to `limit` blocks of these sequences from the tier below to free blocks of the device.
+
+        The tables change at once: the copies must run before step `until_step`, at the end of which the lower blocks
+        are released. Blocks that sequences share stay. Returns the copies by sequence.
+        """
+        pool, found = self.pool, dict[str, list[BlockCopy]]()
+        if not isinstance(pool, TwoTierPool) or not pool.num_lower_used:
+            return found
+        left = min(limit, pool.num_upper_free)
+        for seq_id in seq_ids:
+            if left == 0:
+                break
+            table = self._tables[seq_id]
+            copies = []
+            for place in pool.movable(table)[:left]:
+                copies.append(BlockCopy(table[place], pool.move_up(table[place])))
+                table[place] = copies[-1].target
+            if copies:
+                found[seq_id] = copies
+                self._pending_free.append((until_step, [copy.source for copy in copies]))
+                left -= len(copies)
+        self._total_promoted += sum(map(len, found.values()))
+        return found
+
     # --- swapping ---
 
     @property
@@ -271,6 +304,7 @@ class PagedKVManager:
             total_swaps_out=swap.total_out,
             total_swaps_in=swap.total_in,
             total_forks=self._total_forks,
+            total_promoted=self._total_promoted,
         )
 
     def check_integrity(self, live: Iterable[str] | None = None) -> None:

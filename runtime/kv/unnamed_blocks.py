@@ -73,6 +73,10 @@ class UnnamedBlocks:
             self._tokens = self._chain.tokens(self._start * self._block_size, self.end * self._block_size)
             self._chain = None
 
+    def replace_block(self, old: int, new: int) -> None:
+        """The contents of a block have moved to another one."""
+        self.blocks[self.blocks.index(old)] = new
+
     def lose_block(self) -> None:
         """One of the blocks was evicted; without blocks there is nothing to find."""
         self.num_left -= 1

@@ -187,11 +187,12 @@ class Lifecycle:
             self._table.prefilling.pop(request.request_id, None)
 
     def free_ended(self) -> None:
-        """Free the blocks of ended requests that no pending step and no copy may touch any more.
+        """Free the blocks of ended requests, and of promoted KV, that no pending step and no copy may touch any more.
 
         A pending step writes KV into the blocks of its requests even if they have ended since (a stop token, an abort).
         Freed now, a block could be allocated to another request, and that write could overwrite the KV of its prefill.
         """
+        self._kv.freed += self._kv.decode.end_step(self._steps.oldest_id - 1)
         pending_free = self._table.pending_free
         if not pending_free:
             return

@@ -283,6 +283,23 @@ class PDScheduler(BaseScheduler):
             raise SchedulerStalledError(f"nothing planned although requests wait: {self.get_stats()}")
         return output
 
+    def promote_kv(self, step: ScheduleOutput, limit: int) -> Collection[str]:
+        """Moves up to `limit` KV blocks of the step's decodes from the tier below to free blocks of the device.
+
+        Adds the copies to the step's `block_copies`, and the targets to the blocks that it allocates; returns the
+        requests with other blocks than before. Call it for the newest step, and only if that is certain to run: a
+        rollback would lose the copies. A step with other copies is left alone, as those may write to the same blocks.
+        """
+        has_copies = step.block_copies or step.tier_copies or step.kv_migrations
+        if step.decode_batch is None or has_copies:
+            return ()
+        names = [request.request_id for request in step.decode_batch.requests]
+        moved = self.kv.decode.promote(names, limit, step.step_id)
+        for request_id, copies in moved.items():
+            step.kv_blocks_to_allocate.setdefault(request_id, []).extend(copy.target for copy in copies)
+            step.block_copies += copies
+        return moved.keys()
+
     def _may_idle(self, role: Role | None) -> bool:
         """Whether an empty step is legitimate: nothing to do, or the work depends on a copy or a pending step."""
         is_copying = bool(self._migration.copying or self._state.swaps.copying or self._table.pending_free)

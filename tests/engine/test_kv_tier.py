@@ -46,6 +46,11 @@ def num_kept(llm: LLM) -> int:
     return most
 
 
+def num_loading_steps(llm: LLM) -> int:
+    """The steps so far that have loaded blocks from the tier below."""
+    return sum(report.num_steps for report in llm.io_stats())
+
+
 @pytest.mark.parametrize("tier", ["host", "disk"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_answers_are_equal(mode: str, tier: str, plain: list[tuple[int, ...]], tmp_path: Path) -> None:
@@ -68,6 +73,35 @@ def test_a_sequence_longer_than_the_pool_runs() -> None:
     expected = load().generate(prompt, GREEDY)[0].outputs[0].token_ids
     llm = load(num_kv_blocks=8, kv_tier="host", kv_tier_space=1 * MIB)
     assert llm.generate(prompt, GREEDY)[0].outputs[0].token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "caches", "tier"), [("hybrid", False, "host"), ("time_share", True, "disk"), ("strict", True, "host")]
+)
+def test_blocks_move_up_when_the_device_has_room(mode: str, caches: bool, tier: str, tmp_path: Path) -> None:
+    """The first requests fill the device and end early; the last ones begin in the tier below."""
+    params = [SamplingParams(max_tokens=n, temperature=1.0, seed=n, ignore_eos=True) for n in (3, 5, 12, 26)]
+    expected = [output.outputs[0].token_ids for output in load(mode).generate(PROMPTS, params)]
+    options = {"kv_tier": tier, "kv_tier_space": 1 * MIB, "disk_folder": tmp_path, "enable_prefix_caching": caches}
+    llm = load(mode, num_kv_blocks=20, **options)
+    for i, prompt in enumerate(PROMPTS):
+        llm.engine.add(str(i), None, llm.tokenizer.encode(prompt), params[i])
+    found: dict[str, tuple[int, ...]] = {}
+    lower, loads = [], []
+    while llm.engine.has_work:
+        for output in llm.engine.step():
+            found[output.request_id] = output.outputs[0].token_ids
+        llm.engine.scheduler.check_integrity()
+        lower.append(llm.engine.kv_stats()["decode" if mode == "strict" else "worker"].num_lower_used)
+        loads.append(num_loading_steps(llm))
+    assert [found[str(i)] for i in range(len(PROMPTS))] == expected
+    stats = llm.engine.kv_stats()["decode" if mode == "strict" else "worker"]
+    assert stats.total_promoted > 0
+    assert lower[-4] == 0 < max(lower), "the last steps were meant to run on the device"
+    assert 0 < loads[-4] == loads[-1]
+    if caches:  # the blocks that have moved are found again
+        again = llm.generate(PROMPTS, params)
+        assert [output.outputs[0].token_ids for output in again] == expected
 
 
 @pytest.mark.parametrize("kernels", ["reference", "auto"])

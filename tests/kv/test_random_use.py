@@ -74,6 +74,7 @@ class World:
         actions += [lambda: self.end_copy(self.rng.choice(moving))] * 3 if moving else []
         actions += [lambda: self.leave(self.rng.choice(list(self.living)))] if len(self.living) > 5 else []
         actions += [self.end_orphan] if self.orphans else []
+        actions += [lambda: self.promote(ready)] * 2 if self.kv.has_lower_tier and ready else []
         self.rng.choice(actions)()
 
     def arrive(self) -> None:
@@ -128,6 +129,13 @@ class World:
         outputs: list[int] = []
         self.kv.track(child_id, list(tokens), outputs)
         self.living[child_id] = Living(tokens, parent.num_computed, outputs=outputs)
+
+    def promote(self, ready: list[str]) -> None:
+        limit = self.rng.randint(1, 4)
+        copies = [copy for found in self.kv.promote(ready, limit, self.step).values() for copy in found]
+        assert len(copies) <= limit
+        for copy in copies:
+            self.copy_block(("device", copy.source), ("device", copy.target))
 
     def swap_out(self, seq_id: str) -> None:
         self.living[seq_id].copy = self.kv.begin_swap_out(seq_id, self.living[seq_id].num_computed)
@@ -190,4 +198,5 @@ def test_random_use_loses_no_token_and_no_block(seed: int) -> None:
     world.end_step()
     world.check()
     stats = kv.stats()
+    assert (stats.total_promoted > 0) == (seed % 3 == 0), "one seed in three has a tier below"
     assert stats.num_used == stats.num_in_transfer == stats.num_host_used == stats.num_disk_used == 0

@@ -15,6 +15,13 @@ KV = (
         "num <= self.num_blocks + 1 - len(self._used)",
         MANAGER,
     ),
+    Mutant(
+        "the table keeps a block that has moved up",
+        f"{K}manager.py",
+        "                table[place] = copies[-1].target\n",
+        "",
+        RANDOM,
+    ),
     Mutant("the newest block is evicted", f"{K}block_pool.py", "block = order.popleft()", "block = order.pop()", CACHE),
     Mutant(
         "an evicted block can be found",
