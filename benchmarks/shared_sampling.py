@@ -55,7 +55,8 @@ def main() -> None:
         subprocess.Popen([*command, f"--rank={rank}"], pass_fds=[memory], env=environment)
         for rank in range(options.ranks)
     ]
-    if any([rank.wait() for rank in ranks]):
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
         raise SystemExit(1)
 
 

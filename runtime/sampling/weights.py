@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 UNITS = 2.0**34
-"""The weight of the likeliest token. A token with less than half a unit has no weight."""
+"""The weight of the likeliest token; less than half a unit is rounded to zero."""
 
 DRAW_BLOCK_LEN = 256
 """Tokens per block of the two-level search in `find_above`."""
