@@ -113,7 +113,6 @@ parallel-layouts: $(TEST_READY) ## Compare two ranks, and two pipeline stages, w
 af-matrix: $(TEST_READY) ## Compare attention and FFN workers with one process, and kill FFN workers at random points
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/af_matrix.py --kills 3
 
-<<<<<<< HEAD
 two-hosts: $(TEST_READY) ## Run a deployment by its torchrun commands on two hosts, which are network namespaces; as root
 	SAGELLM_TWO_HOSTS=1 $(PYTEST) tests/deploy/test_two_hosts.py
 
@@ -121,10 +120,9 @@ manifests: $(TEST_READY) ## Check the Kubernetes manifests of all deployments wi
 	$(PYTHON) -m venv --clear .venv-manifests
 	.venv-manifests/bin/python -m pip install --disable-pip-version-check -qq kubernetes-validate
 	PYTHONPATH=_dev $(BIN)/python tests/deploy/print_pods.py | .venv-manifests/bin/python tests/deploy/validate_objects.py
-=======
+
 launches: $(TEST_READY) ## Launch ranks with torchrun, and in two network namespaces, and compare with one process
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/launches.py
->>>>>>> beb67f3 (Tests: launches by torchrun and in two network namespaces (make launches))
 
 fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as the suite
 	SAGELLM_TEXT_SCALE=50 $(PYTEST) --timeout=3600 tests/core/test_text.py
