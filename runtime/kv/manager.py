@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from sageLLM.runtime.kv.block_pool import BlockPool
 from sageLLM.runtime.kv.copies import Admission, BlockCopy, Fork, KVStats, TierCopy
+from sageLLM.runtime.kv.hash_chain import HashChain
 from sageLLM.runtime.kv.lower_tier import TwoTierPool
 from sageLLM.runtime.kv.prefix_cache import PrefixCache
 from sageLLM.runtime.kv.swap import SwapSpace
@@ -117,6 +118,10 @@ class PagedKVManager:
         It is a multiple of the block size and less than the sequence's length: the last token is always computed.
         """
         return len(self._prefixes.match(seq_id)) * self.block_size
+
+    def num_matching_tokens(self, chain: HashChain) -> int:
+        """As `num_cached_tokens`, for a sequence that is not tracked; its chain has this pool's block size."""
+        return self._prefixes.num_matching(chain) * self.block_size if self.enable_prefix_caching else 0
 
     def can_admit(self, seq_id: str, num_tokens: int, headroom: int = 0) -> bool:
         """Whether `admit(seq_id, num_tokens)` would succeed and leave at least `headroom` blocks free."""

@@ -68,6 +68,10 @@ class PrefixCache:
             sequence.match_key = key
         return sequence.match
 
+    def num_matching(self, chain: HashChain) -> int:
+        """The number of blocks that hold the beginning of a sequence that is not tracked."""
+        return len(self._walk(chain))
+
     def _walk(self, chain: HashChain) -> list[int]:
         find, blocks = self._pool.find, list[int]()
         for index in range((chain.num_tokens - 1) // self._block_size):  # without the last token, which is computed

@@ -54,9 +54,13 @@ class BaseScheduler(ABC):
         reason = self.why_not_acceptable(request)
         if reason is not None:
             raise ValueError(reason)
+        self._number(request)
+        self._enqueue(request)
+
+    def _number(self, request: Request) -> None:
+        """Number an arrival."""
         request.sequence_number = self._num_arrivals
         self._num_arrivals += 1
-        self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
         """Let an accepted request wait."""

@@ -44,7 +44,10 @@ class Lifecycle:
             self._table.waiting.move(change.request, change.rank)
 
     def start_decoding(self, request: Request) -> None:
-        """The KV of the request is complete on the worker that decodes it."""
+        """The KV of the request is complete on the worker that decodes it, or on one that only prefills."""
+        if self._table.holds_prefilled:
+            self._table.prefilled[request.request_id] = request
+            return
         request.status = RequestStatus.DECODING
         self._decodes.join(request, self._steps.decode_plans)
         if self._limits.switch_len is not None:
@@ -173,11 +176,20 @@ class Lifecycle:
             self._migration.leave(request, TransferEvent.END)
             newest_step = self._steps.num_planned - 1  # later steps do not contain the request
             table.pending_free[request_id] = (request, newest_step)
-        self._rerank(self._policy.end(request))
+        self.end_service(request)
         request.status = RequestStatus.FINISHED
         request.finish_time = self._clock()
         if not self._steps.pending:
             self.free_ended()
+
+    def end_service(self, request: Request) -> None:
+        """The policy accounts for the request no longer."""
+        self._rerank(self._policy.end(request))
+
+    def leave(self, request: Request) -> None:
+        """A running request leaves this scheduler without an end; its blocks are up to the caller."""
+        self._leave_running(request)
+        self.end_service(request)
 
     def _leave_running(self, request: Request) -> None:
         del self._table.running[request.request_id]
@@ -185,6 +197,7 @@ class Lifecycle:
             self._decodes.leave(request)
         else:
             self._table.prefilling.pop(request.request_id, None)
+            self._table.prefilled.pop(request.request_id, None)
 
     def free_ended(self) -> None:
         """Free the blocks of ended requests, and of promoted KV, that no pending step and no copy may touch any more.
@@ -199,6 +212,7 @@ class Lifecycle:
         next_plan, oldest_pending = self._steps.next_plan, self._steps.oldest_id
         for request_id, (request, last_step) in list(pending_free.items()):
             is_copied = request_id in self._migration.copying or request_id in self._swaps.copying
+            is_copied = is_copied or request_id in self._table.pinned
             if last_step < oldest_pending and not is_copied:
                 still_shared = self._kv.release(request, unannounced=next_plan.drop(request))
                 next_plan.add_blocks(request, still_shared)
@@ -211,7 +225,8 @@ class Lifecycle:
         """Check that each running request is in exactly one phase, and that exactly the running ones hold blocks."""
         table = self._table
         sending = [i for i, t in self._migration.transfers.items() if t.state is TransferState.SENDING]
-        in_phase = [*table.prefilling, *sending, *(request.request_id for request in self._decodes.requests)]
+        decoding = [request.request_id for request in self._decodes.requests]
+        in_phase = [*table.prefilling, *table.prefilled, *sending, *decoding]
         assert len(set(in_phase)) == len(in_phase), "a request is in two phases"
         running = table.running.keys()
         missing = running ^ (set(in_phase) - table.pending_free.keys())
@@ -223,4 +238,4 @@ class Lifecycle:
         swapping = [i for i in table.preempted if self._kv.decode.holds(i)]
         assert all(self._kv.decode.is_in_transfer(i) for i in swapping), "a waiting request holds blocks"
         self._decodes.check_integrity()
-        self._kv.check_integrity([*running, *table.pending_free, *swapping])
+        self._kv.check_integrity([*running, *table.pending_free, *swapping, *table.reserved, *table.borrowed])

@@ -11,12 +11,23 @@ expired lease: nothing is freed or sent again before the transport has answered 
 
 from collections.abc import Callable, Iterable
 from itertools import count
+from typing import Protocol
 
 from sageLLM.runtime.scheduler.batch import KVMigration
-from sageLLM.runtime.scheduler.placement import KVPlacement
 from sageLLM.runtime.scheduler.plan import StepPlan
 from sageLLM.runtime.scheduler.request import Request
-from sageLLM.runtime.scheduler.transfer import Transfer, TransferConfig, TransferEvent, TransferState
+from sageLLM.runtime.scheduler.transfer import LeaseEnd, Transfer, TransferConfig, TransferEvent, TransferState
+
+
+class MigrationTables(Protocol):
+    """The block tables of both ends of the transfers."""
+
+    block_size: int
+
+    def is_target_announced(self, request_id: str) -> bool: ...
+    def announce_target(self, request_id: str) -> list[int]: ...
+    def retract_target(self, request_id: str) -> None: ...
+    def copy_of(self, request_id: str, start: int, num_tokens: int, attempt: int) -> KVMigration: ...
 
 
 class Migration:
@@ -25,7 +36,7 @@ class Migration:
     `ready` holds those with tokens to hand out, `copying` those with a piece in flight (ended requests included).
     """
 
-    def __init__(self, kv: KVPlacement, config: TransferConfig, clock: Callable[[], float]) -> None:
+    def __init__(self, kv: MigrationTables, config: TransferConfig, clock: Callable[[], float]) -> None:
         self.transfers: dict[str, Transfer] = {}
         self.ready: dict[str, Transfer] = {}
         self.copying: dict[str, Transfer] = {}
@@ -44,9 +55,14 @@ class Migration:
 
     # --- events of the request ---
 
-    def admit(self, request: Request) -> None:
-        """The request has blocks on both workers."""
-        transfer = self.transfers[request.request_id] = Transfer(request, next(self._attempts))
+    def admit(self, request: Request, num_present: int = 0, num_ranks: int | None = None) -> None:
+        """The request has blocks on both workers, and its first `num_present` tokens have KV on the second one.
+
+        A piece is complete when `num_ranks` ranks (None: as configured) have acknowledged it.
+        """
+        transfer = Transfer(request, next(self._attempts), num_ranks=num_ranks or self._config.num_ranks)
+        transfer.num_present = transfer.num_handed_out = transfer.num_arrived = num_present
+        self.transfers[request.request_id] = transfer
         transfer.on(TransferEvent.ADMIT)
 
     def note_computed(self, request: Request, is_last: bool) -> None:
@@ -153,10 +169,16 @@ class Migration:
         if transfer is None:
             return None
         num_received = transfer.acknowledge(start, rank, range(self._config.num_layers) if layers is None else layers)
-        if num_received < self._config.num_ranks * self._config.num_layers:
+        if num_received < transfer.num_ranks * self._config.num_layers:
             return None
         transfer.complete_piece(start)
         return self._settle(transfer)
+
+    def renew(self, request_id: str, start: int, attempt: int, end: LeaseEnd) -> None:
+        """One end of a piece in flight is at work: its side of the lease lasts longer."""
+        transfer = self.transfer_of(request_id, start, attempt)
+        if transfer is not None and self._config.lease_s is not None:
+            transfer.renew(end, self._clock() + self._config.lease_s)
 
     def fail(self, request_id: str) -> Transfer | None:
         """The copies of the request have stopped and not arrived: send them again.
@@ -171,6 +193,13 @@ class Migration:
         self._send_again_from(transfer, min(transfer.in_flight))
         has_failed = transfer.num_failures >= self._config.max_attempts
         return transfer if has_failed and self.transfers.get(request_id) is transfer else None
+
+    def drop(self, request_id: str) -> None:
+        """The copies of a request that has left have stopped."""
+        transfer = self.copying.get(request_id)
+        if transfer is not None:
+            transfer.in_flight.clear()
+            self._settle(transfer)
 
     def lose_target(self) -> None:
         """The decode worker has lost its KV: send everything again. No copy is in flight any more."""

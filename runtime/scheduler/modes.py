@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
 from sageLLM.runtime.scheduler.decode import DecodePhase
-from sageLLM.runtime.scheduler.plan import StepPlan
+from sageLLM.runtime.scheduler.plan import Role, StepPlan
 from sageLLM.runtime.scheduler.prefill import PrefillPhase
 from sageLLM.runtime.scheduler.request import Request
 
@@ -100,6 +100,19 @@ class Strict:
             self._phases.add_decodes(step)
         if step.role != "decode":
             self._phases.add_prefills(step, max_prefill_tokens)
+
+
+class OneRole:
+    """A worker of one role in a group of workers, each with its scheduler: it only prefills, or only decodes."""
+
+    def __init__(self, phases: Phases, role: Role) -> None:
+        self._phases, self._role = phases, role
+
+    def fill(self, step: StepPlan, max_prefill_tokens: int | None = None) -> None:
+        if self._role == "prefill":
+            self._phases.add_prefills(step, max_prefill_tokens)
+        else:
+            self._phases.add_decodes(step)
 
 
 @dataclass(frozen=True, slots=True)

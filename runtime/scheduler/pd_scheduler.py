@@ -23,11 +23,12 @@ from sageLLM.runtime.scheduler.commit import StepCommit
 from sageLLM.runtime.scheduler.config import PDSchedulerConfig
 from sageLLM.runtime.scheduler.decode import DecodePhase
 from sageLLM.runtime.scheduler.decode_queue import DecodeQueue
+from sageLLM.runtime.scheduler.handover import Handover
 from sageLLM.runtime.scheduler.lifecycle import Lifecycle
 from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.micro_batches import MicroBatches
 from sageLLM.runtime.scheduler.migration import Migration
-from sageLLM.runtime.scheduler.modes import ModeChooser, Phases, SchedulerView, make_mode
+from sageLLM.runtime.scheduler.modes import ModeChooser, OneRole, Phases, SchedulerView, make_mode
 from sageLLM.runtime.scheduler.placement import KVPlacement
 from sageLLM.runtime.scheduler.plan import PendingStep, Role
 from sageLLM.runtime.scheduler.policy import Policy, make_policy
@@ -60,6 +61,9 @@ class PDScheduler(BaseScheduler):
     - `mode_chooser` selects the mode of each step in mode `auto`.
     - `num_stages` pipeline stages compute different steps at once. Steps that follow each other therefore decode
       different requests (micro-batches), and `plan_ahead` plans one step more than there are stages.
+    - `role` is that of a worker in a group of workers with a scheduler each (`DisaggregatedScheduler`), which numbers
+      the requests and moves them by `handover`. A prefill worker keeps the KV of a prompt until it is handed over; a
+      decode worker computes no prompt, so its preempted requests wait until they are withdrawn.
 
     At most `max_batch_size` (the larger of the two batch sizes) requests hold KV at once.
 
@@ -79,15 +83,17 @@ class PDScheduler(BaseScheduler):
         policy: Policy | None = None,
         mode_chooser: ModeChooser | None = None,
         num_stages: int = 1,
+        role: Role | None = None,
     ) -> None:
         self.config = config = config or PDSchedulerConfig()
+        self.role = role
         super().__init__(
             max_batch_size=max(config.max_prefill_batch_size, config.max_decode_batch_size),
             max_tokens=max(config.max_prefill_tokens, config.max_decode_tokens),
             policy=policy or make_policy(config.policy, config.tenant_weights),
             max_overtakes=config.max_overtakes,
         )
-        self.kv = kv = KVPlacement(kv_budget, config.mode == "strict", config.enable_prefix_caching)
+        self.kv = kv = KVPlacement(kv_budget, config.mode == "strict" and role is None, config.enable_prefix_caching)
         self.limits = SequenceLimits(
             max_model_len,
             kv.max_tokens,
@@ -122,10 +128,34 @@ class PDScheduler(BaseScheduler):
             DecodePhase(state.decodes, kv, preemption, MicroBatches(steps, self.limits, num_stages), context_tokens),
         )
         self.view = SchedulerView(config, self.max_batch_size, kv.max_tokens, clock)
+        self._phases = phases
         self._mode = make_mode(phases, mode_chooser, self.view)
+        self.handover = Handover(state, self._lifecycle)
         self._mode_chooser = mode_chooser
         self._table, self._steps, self._migration = state.table, state.steps, state.migration
         self._num_stages = num_stages
+        if role is not None:
+            self.set_role(role)
+
+    # --- roles ---
+
+    def set_role(self, role: Role) -> None:
+        """Take another role, when no request has blocks here."""
+        assert not (self.running_requests or self._table.reserved or self._steps.pending), "the worker is not drained"
+        self.role = role
+        self._mode = OneRole(self._phases, role)
+        self._table.holds_prefilled = role == "prefill"
+
+    @property
+    def can_plan(self) -> bool:
+        """Whether a worker of one role has something to compute or to copy."""
+        if self.role == "prefill":
+            return self._phases.prefill.has_work()
+        return self._phases.decode.has_work() or any(map(self._admission.needs_no_prefill, self.waiting_queue))
+
+    def _number(self, request: Request) -> None:
+        if self.role is None:
+            super()._number(request)
 
     # --- requests ---
 
@@ -177,6 +207,8 @@ class PDScheduler(BaseScheduler):
 
     def _can_fork(self, parent: Request, fork: Request) -> bool:
         is_live = self._table.find(parent.request_id) is parent
+        if self.role is not None:
+            return False
         is_new = not parent.output_token_ids and parent.slot is None and parent.request_id not in self._table.forks
         return is_live and is_new and not self.kv.is_split and parent.prompt_token_ids == fork.prompt_token_ids
 
@@ -255,7 +287,7 @@ class PDScheduler(BaseScheduler):
                 f"at most {self._num_stages} steps can be pending, got {len(steps)}; commit one with update_after_step"
             )
         old = steps[: len(steps) - self._num_stages + 1]
-        if old and not self.kv.is_split:  # in strict mode the KV must migrate before the first decode
+        if old and not self.kv.is_split and self.role is None:  # else the KV must migrate before the first decode
             for i, step in enumerate(old):
                 self._decode_ahead(step, steps[i + 1 :])
         return self._plan_step(None)
@@ -305,6 +337,8 @@ class PDScheduler(BaseScheduler):
         is_copying = bool(self._migration.copying or self._state.swaps.copying or self._table.pending_free)
         if is_copying or any(not step.output.is_empty for step in self._steps.pending):
             return True  # their end will free blocks or make a request ready
+        if self.role is not None:  # blocks of others may be in the way, and preempted requests may wait to be withdrawn
+            return True
         if not (self.running_requests or self.waiting_queue):
             return True
         if role == "decode":

@@ -59,7 +59,7 @@ class Preemption:
         synchronised with the decode worker's step in which the blocks would be reused.
         """
         prefills = [c.request.request_id for s in self._steps.pending if s.role == "prefill" for c in s.prefill_chunks]
-        return {*prefills, *self._migration.copying, *self._swaps.copying}
+        return {*prefills, *self._migration.copying, *self._swaps.copying, *self._table.reserved}
 
     def _preempt(self, request: Request, step: StepPlan) -> None:
         step.preempted.append(request)

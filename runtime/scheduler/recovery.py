@@ -137,7 +137,7 @@ class Recovery:
         if role != "prefill":
             lost += self._decodes.requests
         if not self._kv.is_split:
-            lost += self._table.prefilling.values()
+            lost += [*self._table.prefilling.values(), *self._table.prefilled.values()]
         return lost
 
     def _lose_tiers(self) -> None:

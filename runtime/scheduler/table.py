@@ -14,6 +14,10 @@ class RequestTable:
     - `running`: with KV. `prefilling` is the part of them with prompt tokens to compute; the others migrate
       (`Migration`) or decode (`DecodeQueue`).
     - `outgrown`: decoding requests that may have outgrown `SequenceLimits.switch_len` since the last step.
+    - `prefilled`: with a complete prefill, on a prefill worker that keeps the KV until it is on a decode worker.
+    - `reserved`: requests of other schedulers that have blocks here, into which their KV is copied.
+    - `pinned`: ids of requests with KV that a copy to another worker reads; `borrowed`: ids of tables without a
+      request, for prefixes that are copied from or to another worker.
     - `pending_free`: ended, with the last step that may touch their blocks. A block that were reused earlier could be
       overwritten by that step, or by a copy in flight, after its new owner wrote it.
     """
@@ -25,6 +29,11 @@ class RequestTable:
         self.received: set[str] = set()
         self.forks = ForkTable()
         self.prefilling: dict[str, Request] = {}
+        self.prefilled: dict[str, Request] = {}
+        self.reserved: dict[str, Request] = {}
+        self.pinned: set[str] = set()
+        self.borrowed: set[str] = set()
+        self.holds_prefilled = False
         self.outgrown: dict[str, Request] = {}
         self.pending_free: dict[str, tuple[Request, int]] = {}
 

@@ -8,6 +8,7 @@ From any state LOSE leads back to QUEUED and END to ENDED.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from sageLLM.runtime.scheduler.batch import KVMigration
 from sageLLM.runtime.scheduler.request import Request
@@ -34,6 +35,9 @@ class TransferEvent(Enum):
     LOSE = "lose"
     END = "end"
 
+
+LeaseEnd = Literal["source", "target"]
+"""The worker that sends, or the one that receives."""
 
 _S, _E = TransferState, TransferEvent
 TRANSITIONS: dict[tuple[TransferState, TransferEvent], TransferState] = {
@@ -78,7 +82,8 @@ class Transfer:
     """Transfer of one request.
 
     `in_flight` maps the first token of each handed-out piece to the piece and the (rank, layer) pairs that have
-    acknowledged it.
+    acknowledged it. `leases` has the time at which the lease of each end expires. The first `num_present` tokens had
+    KV on the target before, and are not sent.
     """
 
     request: Request
@@ -88,8 +93,10 @@ class Transfer:
     num_handed_out: int = 0
     num_arrived: int = 0
     in_flight: dict[int, tuple[KVMigration, set[tuple[int, int]]]] = field(default_factory=dict)
-    lease_end: float | None = None
+    leases: dict[LeaseEnd, float] = field(default_factory=dict)
     is_cancelling: bool = False
+    num_ranks: int = 1
+    num_present: int = 0
 
     def on(self, event: TransferEvent) -> None:
         """Go to the next state; an event that is not allowed in the current state is a defect of the scheduler."""
@@ -97,6 +104,15 @@ class Transfer:
         if after is None:
             raise RuntimeError(f"{self.request.request_id!r} is {self.state.value}: {event.value} cannot happen")
         self.state = after
+
+    @property
+    def lease_end(self) -> float | None:
+        """The time at which the lease expires unless both ends renew it; None without a lease."""
+        return min(self.leases.values(), default=None)
+
+    def renew(self, end: LeaseEnd, lease_end: float) -> None:
+        """One end renews its lease."""
+        self.leases[end] = lease_end
 
     @property
     def is_complete(self) -> bool:
@@ -108,7 +124,7 @@ class Transfer:
         self.in_flight[piece.start] = (piece, set())
         self.num_handed_out = piece.start + piece.num_tokens
         self.is_cancelling = False
-        self.lease_end = lease_end
+        self.leases = {} if lease_end is None else {"source": lease_end, "target": lease_end}
 
     def acknowledge(self, start: int, rank: int, layers: Iterable[int]) -> int:
         """Record the layers of a piece that one rank has; returns the number of (rank, layer) pairs so far."""
@@ -123,7 +139,7 @@ class Transfer:
 
     def restart(self, start: int, attempt: int) -> None:
         """Send everything from this token on again, under a new attempt number."""
-        self.num_handed_out = self.num_arrived = start
+        self.num_handed_out = self.num_arrived = max(start, self.num_present)
         self.in_flight.clear()
         self.attempt = attempt
         self.is_cancelling = False

@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from sageLLM.runtime.errors import EngineError
+from sageLLM.runtime.transport.channel import AuthenticationError, accept, interface_of, listen, read_key
 from sageLLM.runtime.worker.build import WorkerSpec
-from sageLLM.runtime.worker.channel import AuthenticationError, accept, interface_of, listen, read_key
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.fingerprint import difference, versions
 from sageLLM.runtime.worker.node import Accepted, Join, JoinNode, JoinRank, Node, Rejected, StartRanks, StopRanks

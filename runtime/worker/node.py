@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import msgspec
 
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.transport.channel import connect, interface_of, local_address, read_key
 from sageLLM.runtime.worker.build import WorkerSpec
-from sageLLM.runtime.worker.channel import connect, interface_of, local_address, read_key
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.fingerprint import versions
 from sageLLM.runtime.worker.rank_processes import start_processes

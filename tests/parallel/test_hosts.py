@@ -16,8 +16,8 @@ import pytest
 
 from sageLLM.runtime.engine.arguments import choose_node
 from sageLLM.runtime.errors import EngineError, SageError
+from sageLLM.runtime.transport.channel import connect, interface_of, read_key
 from sageLLM.runtime.worker import node as node_module
-from sageLLM.runtime.worker.channel import connect, interface_of, read_key
 from sageLLM.runtime.worker.cluster import Cluster
 from sageLLM.runtime.worker.node import Node, serve_node
 

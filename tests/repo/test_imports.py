@@ -31,7 +31,17 @@ def runtime_layer(*packages: str, others: str = "", lazily: str = "") -> Layer:
     return Layer((*ours, "sageLLM.generated"), frozenset(others.split()), frozenset(lazily.split()))
 
 
-BELOW_WORKER = ("kv", "scheduler", "registry", "execution_graph", "kernels", "executor", "loader", "sampling")
+BELOW_WORKER = (
+    "transport",
+    "kv",
+    "scheduler",
+    "registry",
+    "execution_graph",
+    "kernels",
+    "executor",
+    "loader",
+    "sampling",
+)
 
 # The longest folder that contains a module decides. Packages of the runtime are in the order of the layers.
 LAYERS = {
@@ -68,6 +78,7 @@ LAYERS = {
     "runtime/text/tokenizer_probe_worker.py": Layer(ours=(), others=frozenset({"tokenizers"})),  # so does this
     "runtime/sampling": runtime_layer("sampling", others="torch"),
     "runtime/grammar": runtime_layer("text", "sampling", "grammar", others="torch numpy", lazily="llguidance"),
+    "runtime/transport": runtime_layer("transport", others="torch msgspec"),
     "runtime/worker": runtime_layer(*BELOW_WORKER, "grammar", "worker", others="torch numpy msgspec"),
     "runtime/worker/fingerprint.py": Layer(
         ours=("sageLLM.runtime", "sageLLM.generated", "sageLLM.__version__"), others=frozenset({"torch"})

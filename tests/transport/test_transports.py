@@ -1,0 +1,308 @@
+"""KV transports: pieces arrive as they were sent, or are reported as failed or stopped, and nothing else happens."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from sageLLM.runtime.transport.base import KVTransport, Place, Report
+from sageLLM.runtime.transport.channel import answer_challenge
+from sageLLM.runtime.transport.handle import End, Handle, SignedHandle, sign
+from sageLLM.runtime.transport.memory import MemoryTransport
+from sageLLM.runtime.transport.shards import (
+    Part,
+    PoolShape,
+    PoolShard,
+    map_pool,
+    memory_bytes,
+    part_of,
+    routes_between,
+)
+from sageLLM.runtime.transport.tcp import TcpTransport
+
+KEY = b"k" * 32
+LAYERS, HEADS, WIDTH, BLOCKS = 3, 4, 8, 12
+SECONDS = 20.0
+
+
+@dataclass
+class Group:
+    """Workers 0 and 1 of some degrees and block sizes, connected by one kind of transport, with pools of their own."""
+
+    kind: str
+    degrees: tuple[int, int] = (1, 1)
+    block_sizes: tuple[int, int] = (4, 4)
+    has_values: bool = True
+    num_heads: int = HEADS
+    pools: list[list[PoolShard]] = field(default_factory=list)
+    ends: list[list[KVTransport]] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        parts = [[part_of(rank, tp, LAYERS, self.num_heads) for rank in range(tp)] for tp in self.degrees]
+        generator = torch.Generator().manual_seed(1)
+        shapes: dict[tuple[int, int], tuple[int, PoolShape]] = {}
+        for worker, (own, size) in enumerate(zip(parts, self.block_sizes, strict=True)):
+            self.pools.append([])
+            whole = torch.rand(2, LAYERS, BLOCKS, size, self.num_heads, WIDTH, generator=generator)
+            for rank, part in enumerate(own):
+                kind = (len(part.heads), WIDTH)
+                shape = PoolShape(LAYERS, BLOCKS, size, kind, kind if self.has_values else None)
+                file = os.memfd_create("test")
+                os.ftruncate(file, memory_bytes(shape, torch.float32))
+                self.files.append(file)
+                shapes[worker, rank] = file, shape
+                pool = PoolShard(part, size, *map_pool(file, shape, torch.float32))
+                for tensors, all_heads in zip((pool.keys, pool.values), whole, strict=True):
+                    for tensor, layer in zip(tensors, all_heads, strict=False):
+                        tensor.copy_(layer[..., list(part.heads), :])
+                self.pools[-1].append(pool)
+
+        def open_pool(worker: int, rank: int) -> PoolShard:
+            if self.kind == "same process":
+                return self.pools[worker][rank]
+            file, shape = shapes[worker, rank]
+            return PoolShard(parts[worker][rank], shape.block_size, *map_pool(file, shape, torch.float32))
+
+        for worker, pools in enumerate(self.pools):
+            self.ends.append([])
+            for rank, pool in enumerate(pools):
+                place = Place(worker, rank, 5 + worker, parts, KEY)
+                end: KVTransport = TcpTransport(place) if self.kind == "tcp" else MemoryTransport(place, open_pool)
+                end.register(pool)
+                self.ends[-1].append(end)
+
+    def handle(self, start: int, num_tokens: int, attempt: int = 0, **changes: int) -> Handle:
+        blocks = []
+        for size, shift in zip(self.block_sizes, (1, 2), strict=True):
+            num = -(-(start + num_tokens) // size) - start // size
+            blocks.append(random.Random(start).sample(range(BLOCKS), num) if shift else [])
+        epochs = 5 + changes.get("source_epoch", 0), 6 + changes.get("target_epoch", 0)
+        return Handle(
+            "r/0", attempt, start, num_tokens, End(0, epochs[0], blocks[0]), End(1, epochs[1], blocks[1][::-1])
+        )
+
+    def addresses(self) -> list[str]:
+        return [end.address for end in self.ends[1] if isinstance(end, TcpTransport)]
+
+    def push(self, signed: SignedHandle) -> list[Report]:
+        for end in self.ends[0]:
+            end.push(signed, self.addresses())
+        return [one for end in self.ends[0] for one in end.poll(SECONDS)]
+
+    def check(self, handle: Handle, pushed: list[Report], flip: int = 0) -> list[Report]:
+        parts = [[pool.part for pool in pools] for pools in self.pools]
+        for rank, end in enumerate(self.ends[1]):
+            routes = [route for route in routes_between(*parts) if route.target == rank]
+            end.check(sign(handle, KEY), [pushed[route.source].digests[rank] ^ flip for route in routes])
+        return [one for end in self.ends[1] for one in end.poll(SECONDS)]
+
+    def tokens(self, worker: int, handle: Handle) -> torch.Tensor:
+        """[layers, caches, tokens, heads, width] of a piece, put together from the ranks."""
+        end = handle.source if worker == 0 else handle.target
+        size = self.block_sizes[worker]
+        slots = [end.blocks[t // size - handle.start // size] * size + t % size for t in self.range(handle)]
+        found = torch.zeros(LAYERS, 1 + self.has_values, len(slots), self.num_heads, WIDTH)
+        for pool in self.pools[worker]:
+            for layer in range(LAYERS):
+                for index, cache in enumerate(pool.caches(layer)):
+                    found[layer, index][:, list(pool.part.heads)] = cache.flatten(0, 1)[slots]
+        return found
+
+    @staticmethod
+    def range(handle: Handle) -> range:
+        return range(handle.start, handle.start + handle.num_tokens)
+
+    def close(self) -> None:
+        for end in (*self.ends[0], *self.ends[1]):
+            end.close()
+        for file in self.files:
+            os.close(file)
+
+
+MakeGroup = Callable[..., Group]
+
+
+@pytest.fixture(params=["same process", "shared memory", "tcp"])
+def make_group(request: pytest.FixtureRequest) -> Iterator[MakeGroup]:
+    made: list[Group] = []
+
+    def make(**options: object) -> Group:
+        made.append(Group(request.param, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"degrees": (2, 1)},
+        {"degrees": (1, 4)},
+        {"degrees": (4, 2), "num_heads": 2},
+        {"degrees": (2, 4), "num_heads": 1, "has_values": False},
+        {"block_sizes": (4, 8)},
+        {"degrees": (2, 4), "block_sizes": (8, 2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("start", "num_tokens"), [(0, 8), (4, 7), (6, 5)])
+def test_a_piece_arrives_whole_and_nothing_else_changes(
+    make_group: MakeGroup, options: dict[str, object], start: int, num_tokens: int
+) -> None:
+    group = make_group(**options)
+    handle = group.handle(start, num_tokens)
+    before = [[cache.clone() for cache in (*pool.keys, *pool.values)] for pool in group.pools[1]]
+    pushed = group.push(sign(handle, KEY))
+    assert [report.kind for report in pushed] == ["pushed"] * len(group.ends[0])
+    assert [report.kind for report in group.check(handle, pushed)] == ["received"] * len(group.ends[1])
+    assert torch.equal(group.tokens(0, handle), group.tokens(1, handle))
+    size = group.block_sizes[1]
+    written = {handle.target.blocks[t // size - start // size] * size + t % size for t in group.range(handle)}
+    others = [slot for slot in range(BLOCKS * size) if slot not in written]
+    for pool, old in zip(group.pools[1], before, strict=True):
+        for cache, was in zip((*pool.keys, *pool.values), old, strict=True):
+            assert torch.equal(cache.flatten(0, 1)[others], was.flatten(0, 1)[others])
+
+
+def test_every_head_of_a_rank_is_sent_once() -> None:
+    for heads in (1, 2, 3, 4, 8):
+        for first, second in ((1, 1), (1, 2), (2, 1), (2, 4), (4, 2), (8, 2), (1, 8)):
+            if any(heads % tp and tp % heads for tp in (first, second)):
+                continue
+            sources = [part_of(rank, first, 2, heads) for rank in range(first)]
+            targets = [part_of(rank, second, 2, heads) for rank in range(second)]
+            routes = routes_between(sources, targets)
+            for rank, part in enumerate(targets):
+                sent = [head for route in routes if route.target == rank for head in route.heads]
+                assert sorted(sent) == list(part.heads), (heads, first, second)
+
+
+def test_layers_are_routed_between_pipeline_stages() -> None:
+    sources = [Part(range(3), range(2)), Part(range(3, 5), range(2))]
+    routes = routes_between(sources, [Part(range(5), range(2))])
+    assert [(route.source, list(route.layers)) for route in routes] == [(0, [0, 1, 2]), (1, [3, 4])]
+
+
+def test_corrupted_kv_is_not_received(make_group: MakeGroup) -> None:
+    group = make_group()
+    handle = group.handle(0, 8)
+    pushed = group.push(sign(handle, KEY))
+    group.pools[1][0].keys[1][handle.target.blocks[0], 0, 0, 0] += 1.0
+    (report,) = group.check(handle, pushed)
+    assert (report.kind, report.reason) == ("failed", "the digests of the KV differ")
+
+
+@pytest.mark.parametrize("end", ["source_epoch", "target_epoch"])
+def test_a_handle_of_another_epoch_is_refused(make_group: MakeGroup, end: str) -> None:
+    group = make_group()
+    before = [cache.clone() for cache in group.pools[1][0].keys]
+    handle = group.handle(0, 8, **{end: 1})
+    pushed = group.push(sign(handle, KEY))
+    if end == "target_epoch" and group.kind != "tcp":  # copies are one-sided, and the target refuses to check
+        pushed = group.check(handle, pushed)
+    else:
+        assert all(torch.equal(*pair) for pair in zip(before, group.pools[1][0].keys, strict=True))
+    assert [report.kind for report in pushed] == ["failed"]
+
+
+def test_a_forged_handle_is_refused(make_group: MakeGroup) -> None:
+    group = make_group()
+    before = [cache.clone() for cache in group.pools[1][0].keys]
+    signed = sign(group.handle(0, 8), b"x" * 32)
+    assert [report.kind for report in group.push(signed)] == ["failed"]
+    assert all(torch.equal(*pair) for pair in zip(before, group.pools[1][0].keys, strict=True))
+
+
+class Closed:
+    """A gate that opens layer by layer."""
+
+    def __init__(self) -> None:
+        self.steps, self.waiting = threading.Semaphore(0), threading.Semaphore(0)
+        self.is_failed = False
+
+    def wait(self, layer: int) -> bool:
+        self.waiting.release()
+        self.steps.acquire()
+        return not self.is_failed
+
+
+def test_layers_are_sent_as_they_are_computed(make_group: MakeGroup) -> None:
+    group, gate = make_group(), Closed()
+    handle = group.handle(0, 8)
+    group.ends[0][0].push(sign(handle, KEY), group.addresses(), gate)
+    for layer in range(LAYERS):
+        gate.waiting.acquire()
+        group.pools[0][0].keys[layer].add_(1.0)  # computed now
+        gate.steps.release()
+    pushed = group.ends[0][0].poll(SECONDS)
+    assert [report.kind for report in group.check(handle, pushed)] == ["received"]
+    assert torch.equal(group.tokens(0, handle), group.tokens(1, handle))
+
+
+def test_a_cancelled_piece_stops_between_two_layers(make_group: MakeGroup) -> None:
+    group, gate = make_group(), Closed()
+    handle = group.handle(0, 8)
+    group.ends[0][0].push(sign(handle, KEY), group.addresses(), gate)
+    gate.waiting.acquire()
+    for ends in group.ends:
+        ends[0].cancel(handle.key)
+    for _ in range(LAYERS):
+        gate.steps.release()
+    assert [end.poll(SECONDS)[0].kind for (end,) in group.ends] == ["stopped", "stopped"]
+    after = [cache.clone() for cache in group.pools[1][0].keys]
+    assert [report.kind for report in group.push(sign(group.handle(0, 8, attempt=1), KEY))] == ["pushed"]
+    assert not torch.equal(after[0], group.pools[1][0].keys[0])
+
+
+def test_a_peer_that_is_gone_fails_the_piece_alone() -> None:
+    group = Group("tcp")
+    try:
+        handle = group.handle(0, 8)
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            free = f"127.0.0.1:{other.getsockname()[1]}"
+        group.ends[0][0].push(sign(handle, KEY), [free])
+        (report,) = group.ends[0][0].poll(SECONDS)
+        assert report.kind == "failed" and "ConnectionRefusedError" in report.reason
+        assert [one.kind for one in group.push(sign(handle, KEY))] == ["pushed"]
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("num_frames", [40])
+def test_malformed_frames_close_their_connection_alone(num_frames: int) -> None:
+    """`benchmarks/chaos.py --frames` sends any number of them."""
+    from sageLLM.runtime.transport.frames import HEAD, MAGIC
+
+    group = Group("tcp")
+    try:
+        host, _, port = group.addresses()[0].rpartition(":")
+        draw = random.Random(3)
+        before = [cache.clone() for cache in group.pools[1][0].keys]
+        for index in range(num_frames):
+            data = draw.randbytes(draw.randrange(1, 200))
+            head = HEAD.pack(MAGIC, draw.randrange(2**20), draw.randrange(2**40))
+            with socket.create_connection((host, int(port)), timeout=SECONDS) as stream, suppress(OSError):
+                if index % 2:  # half of them come from a process with the key
+                    with Connection(os.dup(stream.fileno())) as connection:
+                        answer_challenge(connection, KEY)
+                stream.sendall(draw.choice([data, head + data]))
+                stream.shutdown(socket.SHUT_WR)
+                while stream.recv(4096):
+                    pass
+        assert all(torch.equal(*pair) for pair in zip(before, group.pools[1][0].keys, strict=True))
+        assert [one.kind for one in group.push(sign(group.handle(0, 8), KEY))] == ["pushed"]
+    finally:
+        group.close()
