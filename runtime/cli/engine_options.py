@@ -108,6 +108,23 @@ class EngineOptions:
     af: Annotated[
         str | None, Option("A:F, such as 2:1: numbers of attention workers and of FFN workers, in processes.")
     ] = None
+    prefill_workers: Annotated[
+        int | None, Option("Prefill workers in separate processes; with --pd strict and --decode-workers.")
+    ] = None
+    decode_workers: Annotated[int | None, Option("Decode workers in separate processes.")] = None
+    prefill_tensor_parallel_size: Annotated[
+        int | None, Option("Ranks of a prefill worker (default: --tensor-parallel-size).")
+    ] = None
+    decode_tensor_parallel_size: Annotated[
+        int | None, Option("Ranks of a decode worker (default: --tensor-parallel-size).")
+    ] = None
+    decode_block_size: Annotated[int | None, Option("Tokens per KV block of decode workers.")] = None
+    kv_transport: Annotated[
+        Literal["shared_memory", "tcp"], Option("Transport of KV from prefill to decode workers.")
+    ] = "shared_memory"
+    kv_load_failure_policy: Annotated[
+        Literal["recompute", "fail"], Option("Treatment of requests with KV that cannot be copied.")
+    ] = "recompute"
     plugins: Annotated[list[Path] | None, Option("An additional generated folder; can be repeated.", "--plugin")] = None
     disable_passes: Annotated[str, Option("Graph passes to skip, separated by commas.")] = ""
 

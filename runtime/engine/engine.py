@@ -5,6 +5,7 @@ prefill worker's pool to the decode worker's.
 """
 
 import time
+from typing import Protocol
 
 from sageLLM.runtime.engine.auto_mode import make_chooser
 from sageLLM.runtime.engine.outputs import RequestOutput
@@ -17,12 +18,34 @@ from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.kv.copies import KVStats
 from sageLLM.runtime.loader.model import Model
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
-from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.scheduler.base import KVBudget, Request
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
+from sageLLM.runtime.scheduler.limits import SequenceLimits
 from sageLLM.runtime.scheduler.pd_scheduler import PDScheduler, PDSchedulerConfig
 from sageLLM.runtime.text.tokenizer import Tokenizer
 from sageLLM.runtime.worker.executor import Executor, StepResults
 from sageLLM.runtime.worker.faults import LOG, log_end, reason_of, reraise_unless_attributable
+
+
+class RequestScheduler(Protocol):
+    """Queue of requests, as the engine sees a scheduler."""
+
+    @property
+    def max_seq_len(self) -> int | None: ...
+    @property
+    def limits(self) -> SequenceLimits: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort_request(self, request_id: str) -> bool: ...
+    def get_stats(self) -> dict[str, int]: ...
+
+
+class Steps(Protocol):
+    """Steps of the workers, as the engine sees them."""
+
+    def advance(self) -> list[Sequence]: ...
+    def plan(self) -> StepResults | None: ...
+    def settle(self) -> None: ...
+    def forget(self, request_id: str) -> None: ...
 
 
 class Engine:
@@ -57,30 +80,36 @@ class Engine:
         # A file may name ids that the model cannot produce; the sampler could not ban them.
         self._eos_ids = frozenset(token_id for token_id in eos_ids if token_id < model.config.V)
         self.is_strict = config.mode == "strict"
-
-        def make_scheduler() -> PDScheduler:
-            return PDScheduler(
-                config,
-                kv_budget=budget,
-                max_model_len=model.max_model_len,
-                switch_len=model.tables.switch_len,
-                clock=time.monotonic,
-                mode_chooser=make_chooser(compiler, model.device.type, objective) if config.mode == "auto" else None,
-                num_stages=num_stages,
-            )
-
-        self._make_scheduler = make_scheduler
+        self._compiler, self._config, self._budget, self._objective = compiler, config, budget, objective
         self.executor, self._grammars = executor, grammars
         self._plans_ahead, self._num_stages = async_scheduling, num_stages
         self.num_steps = 0
         self._groups: dict[str, RequestGroup] = {}
         self._sequences: dict[str, Sequence] = {}
-        self._scheduler = make_scheduler()
-        self._pipeline = self._make_pipeline()
+        self._start()
 
-    def _make_pipeline(self) -> StepPipeline:
+    def _start(self) -> None:
+        """Starts with an empty scheduler, and no step in flight."""
+        self._whole = self._make_scheduler()
+        self._scheduler: RequestScheduler = self._whole
+        self._pipeline: Steps = self._make_pipeline(self._whole)
+
+    def _make_scheduler(self) -> PDScheduler:
+        config, model = self._config, self.model
+        chooser = make_chooser(self._compiler, model.device.type, self._objective) if config.mode == "auto" else None
+        return PDScheduler(
+            config,
+            kv_budget=self._budget,
+            max_model_len=model.max_model_len,
+            switch_len=model.tables.switch_len,
+            clock=time.monotonic,
+            mode_chooser=chooser,
+            num_stages=self._num_stages,
+        )
+
+    def _make_pipeline(self, scheduler: PDScheduler) -> StepPipeline:
         return StepPipeline(
-            self._scheduler,
+            scheduler,
             self.executor,
             self._sequences,
             self.tokenizer,
@@ -93,7 +122,7 @@ class Engine:
         """The scheduler. Without requests, the step in flight that nobody waits for is completed first."""
         if not self._groups:
             self._pipeline.settle()
-        return self._scheduler
+        return self._whole
 
     @property
     def has_work(self) -> bool:
@@ -108,7 +137,9 @@ class Engine:
 
     def scheduler_stats(self) -> dict[str, int]:
         """Counters and queue sizes of the scheduler."""
-        return self.scheduler.get_stats()
+        if not self._groups:
+            self._pipeline.settle()
+        return self._scheduler.get_stats()
 
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache, for example to measure without hits."""
@@ -214,8 +245,7 @@ class Engine:
         self._groups.clear()
         self._sequences.clear()
         self.executor.reset()
-        self._scheduler = self._make_scheduler()
-        self._pipeline = self._make_pipeline()
+        self._start()
         failure = EngineError(
             f"a step of the engine failed, and its requests have ended: {type(error).__name__}: {error}"
         )

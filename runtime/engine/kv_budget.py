@@ -38,16 +38,14 @@ class KVCacheSize:
 
 
 def choose_kv_cache_size(
-    model: Model, config: PDSchedulerConfig, block_size: int, num_blocks: int | None, num_replicas: int = 1
+    model: Model, config: PDSchedulerConfig, block_size: int, num_blocks: int | None, num_pools: int = 1
 ) -> KVCacheSize:
     """The size that the user has chosen, or else as many blocks as fit in KV_CACHE_BYTES.
 
     The default is at most what a full batch of the longest sequences uses, and at least one sequence of the full model
-    length: otherwise a request that the model accepts could never be scheduled. The pools of the two workers of strict
-    mode share the default, so that it does not depend on the mode, and so do those of `num_replicas` data-parallel
-    workers.
+    length: otherwise a request that the model accepts could never be scheduled. The `num_pools` pools of the workers
+    share the default, so that it does not depend on the mode.
     """
-    num_pools = (2 if config.mode == "strict" else 1) * num_replicas
     block_bytes = bytes_per_block(model, block_size)
     if num_blocks is not None:
         return KVCacheSize(num_blocks, block_size, block_bytes, num_pools, "set by num_kv_blocks")

@@ -25,7 +25,7 @@ from sageLLM.runtime.engine.embedding_requests import choose_pooling, embedding_
 from sageLLM.runtime.engine.engine import Engine
 from sageLLM.runtime.engine.kv_budget import choose_kv_cache_size, num_lower_blocks, num_tier_blocks
 from sageLLM.runtime.engine.outputs import RequestOutput
-from sageLLM.runtime.engine.parallelism import choose_parallelism
+from sageLLM.runtime.engine.parallelism import check_pd, choose_parallelism
 from sageLLM.runtime.engine.prompts import (
     ParsedPrompt,
     Prompt,
@@ -36,7 +36,7 @@ from sageLLM.runtime.engine.prompts import (
 )
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.engine.sequences import RequestGroup, RequestTraits
-from sageLLM.runtime.engine.start import make_engine, start_workers
+from sageLLM.runtime.engine.start import start_engine
 from sageLLM.runtime.errors import PromptError, RequestError, SageError, TokenizerError
 from sageLLM.runtime.execution_graph.embedding import Pooling
 from sageLLM.runtime.executor.planner import KernelChoice, KernelStats
@@ -47,6 +47,7 @@ from sageLLM.runtime.loader.sentence_transformers import model_folder, read_reci
 from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.scheduler.base import KVBudget
+from sageLLM.runtime.scheduler.disaggregated import LoadFailurePolicy
 from sageLLM.runtime.scheduler.forecast import ServiceObjective
 from sageLLM.runtime.scheduler.pd_scheduler import PDSchedulerConfig
 from sageLLM.runtime.text.chat_messages import Conversation
@@ -56,6 +57,7 @@ from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.ffn_workers import FfnWorkers
 from sageLLM.runtime.worker.io_report import IoReport
+from sageLLM.runtime.worker.kv_group import TransportName
 from sageLLM.runtime.worker.node import serve_node
 
 
@@ -111,6 +113,12 @@ class LLM:
     cache, and the feed-forwards on F others, which keep no state (attention-FFN disaggregation). The micro-batches
     alternate between the two roles.
 
+    `prefill_workers` and `decode_workers`, in mode "strict", run so many workers of each role in processes of their
+    own, each at its own pace; the KV of a prompt is copied from one to the other by `kv_transport`, "shared_memory" or
+    "tcp" (docs/disaggregation.md). `prefill_tensor_parallel_size`, `decode_tensor_parallel_size` and
+    `decode_block_size` are those of the roles, by default the general ones. With `kv_load_failure_policy="fail"` a
+    request ends when its KV cannot be transferred, instead of being computed again.
+
     `scheduler` is by default in mode "hybrid"; `objective` is the service level that its mode "auto" optimises for.
 
     Raises CheckpointError, TokenizerError or PluginError for a folder that cannot be served, with the file and the
@@ -154,6 +162,13 @@ class LLM:
         num_ubatches: int = 1,
         overlap_transfers: bool | None = None,
         af: str | None = None,
+        prefill_workers: int | None = None,
+        decode_workers: int | None = None,
+        prefill_tensor_parallel_size: int | None = None,
+        decode_tensor_parallel_size: int | None = None,
+        decode_block_size: int | None = None,
+        kv_transport: TransportName = "shared_memory",
+        kv_load_failure_policy: LoadFailurePolicy = "recompute",
     ) -> None:
         folder = model_folder(Path(model))
         self._sampling_defaults = sampling_defaults(folder, generation_config)
@@ -174,7 +189,16 @@ class LLM:
             master_port=master_port,
             weights_tier=weights_tier,
             kv_tier=kv_tier,
+            prefill_workers=prefill_workers,
+            decode_workers=decode_workers,
+            prefill_tensor_parallel_size=prefill_tensor_parallel_size,
+            decode_tensor_parallel_size=decode_tensor_parallel_size,
+            decode_block_size=decode_block_size,
+            kv_transport=kv_transport,
+            kv_load_failure_policy=kv_load_failure_policy,
         )
+        config = scheduler or PDSchedulerConfig(mode="hybrid")
+        check_pd(parallelism, config, torch_device)
         if parallelism.node is not None and parallelism.node.node_rank > 0:
             serve_node(parallelism.node)
             raise SystemExit(0)
@@ -189,7 +213,7 @@ class LLM:
                 dtype=dtype,
                 device=torch_device,
                 max_model_len=max_model_len,
-                tp=tensor_parallel_size,
+                tp=1 if parallelism.pd is not None else tensor_parallel_size,
                 pp=pipeline_parallel_size,
                 expert_parallel=enable_expert_parallel,
                 has_weights=self._backend == "uni",
@@ -203,10 +227,8 @@ class LLM:
         grammars = GrammarCompiler(folder, self.model.config.V, self.tokenizer)
         if self._backend == "uni":
             place_weights(self.model, self.compiler, folder, weights)
-        config = scheduler or PDSchedulerConfig(mode="hybrid")
-        self.kv_cache_size = choose_kv_cache_size(
-            self.model, config, block_size, num_kv_blocks, parallelism.num_engines
-        )
+        num_pools = parallelism.num_pools(config.mode == "strict")
+        self.kv_cache_size = choose_kv_cache_size(self.model, config, block_size, num_kv_blocks, num_pools)
         budget = KVBudget(
             self.kv_cache_size.num_blocks,
             block_size,
@@ -238,17 +260,14 @@ class LLM:
                 overlap_transfers=overlap_transfers,
                 pp=pipeline_parallel_size,
             )
-            executors, self._ffn_workers = start_workers(
-                spec, parallelism, self.model, self.compiler, config, grammars, is_async=async_scheduling
-            )
-            self._engine = make_engine(
-                executors,
+            self._engine, self._ffn_workers = start_engine(
                 spec,
+                parallelism,
                 self.model,
                 self.tokenizer,
                 self.compiler,
                 config,
-                None if self.tokenizer is None else grammars,
+                grammars,
                 objective=objective,
                 eos_token_ids=read_eos_ids(folder),
                 async_scheduling=async_scheduling,

@@ -6,7 +6,7 @@ A sequence that ends with a step may be part of the next one already; its token 
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,6 +57,7 @@ class StepPipeline:
         self._in_flight: deque[StepInFlight] = deque()
         self._losses: dict[str, tuple[int, int]] = {}
         self._has_lower_tier = scheduler.kv.decode.has_lower_tier
+        self.abort_request: Callable[[str], bool] = scheduler.abort_request
         self._make_builders()
 
     def _make_builders(self) -> None:
@@ -69,6 +70,11 @@ class StepPipeline:
     @property
     def is_split(self) -> bool:
         return self._prefill_orders is not self._decode_orders
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether a step is in flight."""
+        return bool(self._in_flight)
 
     def advance(self) -> list[Answer]:
         """Completes the oldest step, or a new one; returns the sequences that got a token or ended, in order.
@@ -203,7 +209,7 @@ class StepPipeline:
             return
         log_end(group.request_id, reason, error)
         for sequence in group.sequences:
-            self._scheduler.abort_request(sequence.request.request_id)
+            self.abort_request(sequence.request.request_id)
             sequence.abort(reason)
         failed += group.sequences
 
@@ -213,11 +219,9 @@ class StepPipeline:
         A request that was lost several times without a new token in between is ended, as it may be the cause. Returns
         its sequences. Raises EngineError if the workers do not start.
         """
-        LOG.error("%s; new workers are started, and %d sequences are replayed", reason, len(self._sequences))
         lost = [sequence for part in step.parts for sequence in part.computed]
         self._in_flight.clear()
-        self._executor.restart()
-        self._scheduler.lose_kv()
+        self._replace_workers(reason)
         self._make_builders()
         ended: list[Answer] = []
         for sequence in lost:
@@ -230,6 +234,11 @@ class StepPipeline:
                 self._fail(sequence.group, why, ended)
         self._losses = {name: loss for name, loss in self._losses.items() if name in self._sequences}
         return ended
+
+    def _replace_workers(self, reason: str) -> None:
+        LOG.error("%s; new workers are started, and %d sequences are replayed", reason, len(self._sequences))
+        self._executor.restart()
+        self._scheduler.lose_kv()
 
     def _commit(self, finished_ids: Iterable[str]) -> list[Answer]:
         """Commits the step; returns the sequences that the scheduler had to end because the KV pool is full."""

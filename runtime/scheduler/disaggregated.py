@@ -26,9 +26,9 @@ from sageLLM.runtime.scheduler.request import Request, RequestStatus
 from sageLLM.runtime.scheduler.transfer import LeaseEnd, Transfer, TransferConfig, TransferEvent, TransferState
 
 LoadFailurePolicy = Literal["recompute", "fail"]
-"""What happens to a request with KV that cannot be transferred."""
+"""The treatment of a request with KV that cannot be transferred."""
 MAX_RECOMPUTES = 3
-"""A request whose KV could not be transferred ends after so many recomputations."""
+"""A request with KV that could not be transferred ends after so many recomputations."""
 
 
 class PieceId(NamedTuple):
@@ -121,7 +121,8 @@ class DisaggregatedScheduler:
         self._num_failures: dict[str, int] = {}
         self._num_arrivals = 0
         self._counters = dict.fromkeys(COUNTERS, 0)
-        self.unservable: list[tuple[Request, str]] = []
+        self._unservable: list[tuple[Request, str]] = []
+        self._moves: list[tuple[int, str]] = []
 
     # --- requests ---
 
@@ -212,6 +213,7 @@ class DisaggregatedScheduler:
             member.handover.withdraw(request)
             member.dequeue(request.request_id)
             del self._home[request.request_id]
+            self._moves.append((member.number, request.request_id))
             self._unplaced[request.request_id] = request
 
     def _place(self) -> None:
@@ -287,6 +289,7 @@ class DisaggregatedScheduler:
         source.handover.unpin(request.request_id)
         source.handover.hand_over(request)
         source.dequeue(request.request_id)
+        self._moves.append((source.number, request.request_id))
         target.handover.start(request.request_id, transfer.num_arrived)
         self._home[request.request_id] = target
         transfer.on(TransferEvent.START)
@@ -345,7 +348,7 @@ class DisaggregatedScheduler:
         self._abandon(request_id, TransferEvent.LOSE)
         self._num_failures[request_id] = self._num_failures.get(request_id, 0) + 1
         if self._load_failure_policy == "fail" or self._num_failures[request_id] > MAX_RECOMPUTES:
-            self.unservable.append((request, "its KV could not be transferred to a decode worker"))
+            self._unservable.append((request, "its KV could not be transferred to a decode worker"))
         elif source.handover.is_prefilled(request):
             source.handover.recompute(request)
 
@@ -415,6 +418,20 @@ class DisaggregatedScheduler:
         member.next_role = None
 
     # --- reports ---
+
+    def take_moves(self) -> list[tuple[int, str]]:
+        """The requests that have left a worker since the last call, with its number."""
+        moves, self._moves = self._moves, []
+        return moves
+
+    def take_unservable(self) -> list[tuple[Request, str]]:
+        """The requests that cannot be served, and why; the engine ends them."""
+        found, self._unservable = self._unservable, []
+        return found
+
+    def is_in_flight(self, piece: PieceId) -> bool:
+        """Whether the end of a piece is not known yet."""
+        return self._migration.transfer_of(*piece) is not None
 
     def workers(self) -> list[WorkerStatus]:
         return [member.status() for member in self.members]

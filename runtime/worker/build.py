@@ -29,6 +29,7 @@ from sageLLM.runtime.registry.plugins import Registry, load_registry
 from sageLLM.runtime.scheduler.base import KVBudget
 from sageLLM.runtime.worker.af_workers import AttentionLinks
 from sageLLM.runtime.worker.executor import InProcessExecutor
+from sageLLM.runtime.worker.kv_group import KVGroup
 from sageLLM.runtime.worker.kv_pool import LowerTier
 from sageLLM.runtime.worker.token_return import TokenReturn
 
@@ -55,6 +56,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     `side` is the role in attention-FFN disaggregation, with `num_workers` workers of both roles, of which
     `num_ffn` are FFN workers, and `af_channel` the descriptor of a Unix socket over which the engine's process sends
     links to the workers of the other role.
+
+    `group` is set for a prefill or decode worker that copies KV from or to others.
     """
 
     model: str
@@ -82,6 +85,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     num_workers: int = 1
     num_ffn: int = 0
     af_channel: int | None = None
+    group: KVGroup | None = None
     host_ranks: list[int] = []
 
     @property
@@ -96,6 +100,13 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     def returns_results(self) -> bool:
         """Whether this rank sends the results of steps to the engine: the first one of the last stage."""
         return self.rank == (self.pp - 1) * self.tp
+
+    @property
+    def pool_memory(self) -> int | None:
+        """The descriptor of the memory of this rank's pool, if other workers map it."""
+        if self.group is None or self.group.transport != "shared_memory":
+            return None
+        return self.group.members[self.group.worker].memory[self.rank]
 
     def ranks_of_stage(self, stage: int) -> list[int]:
         return list(range(stage * self.tp, (stage + 1) * self.tp))
@@ -168,6 +179,7 @@ def make_local_executor(
         lower_tier=lower_tier,
         links=links,
         grammars=grammars or GrammarCompiler(Path(spec.model), model.config.V),
+        pool_memory=spec.pool_memory,
     )
 
 

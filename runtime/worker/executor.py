@@ -77,21 +77,22 @@ class InProcessExecutor:
         lower_tier: LowerTier | None = None,
         links: AttentionLinks | None = None,
         grammars: GrammarCompiler | None = None,
+        pool_memory: int | None = None,
     ) -> None:
         """`isolates_failures` lets an error end the sequence that it belongs to, instead of the step.
 
         `token_return` is for a pipeline stage of the model. `lower_tier` has the blocks of running requests for which
         the decoder's pool has no room. With `links` the feed-forwards run on FFN workers. `grammars` are for requests
-        with structured output.
+        with structured output. `pool_memory` is a descriptor of memory for the decoder's pool that other workers map.
         """
 
-        def make_runner(num_blocks: int, lower_tier: LowerTier | None = None) -> ModelRunner:
-            pool = make_pool(model, num_blocks, budget.block_size, lower_tier)
+        def make_runner(num_blocks: int, lower_tier: LowerTier | None = None, memory: int | None = None) -> ModelRunner:
+            pool = make_pool(model, num_blocks, budget.block_size, lower_tier, memory)
             if links is None:
                 return ModelRunner(model, pool, compiler, num_ubatches=num_ubatches)
             return AttentionRunner(model, pool, compiler, num_ubatches=num_ubatches, links=links)
 
-        decoder = make_runner(budget.num_blocks, lower_tier)
+        decoder = make_runner(budget.num_blocks, lower_tier, pool_memory)
         tier_sizes: dict[Tier, int] = {"host": budget.num_host_blocks, "disk": budget.num_disk_blocks}
         tiers = TieredPool(decoder.pool, tier_sizes, compiler, disk_folder)
         self.decoder = self.prefiller = Worker(

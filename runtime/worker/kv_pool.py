@@ -15,6 +15,7 @@ from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.execution_graph.kv_loads import lower_name
 from sageLLM.runtime.kv.copies import Tier
 from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.transport.shards import PoolShape, map_pool
 from sageLLM.runtime.worker.staging import NUM_BUFFERS, staged_caches
 
 CACHE_LINE = 64
@@ -35,6 +36,8 @@ class KVPool:
     memory is an unlinked file there, mapped into the process: the system frees it when the process ends, however it
     ends.
 
+    With `memory`, a descriptor, the tensors lie in memory that other processes map too (`PoolShape`).
+
     With a `lower` pool, block i of it is block PG + i here: the blocks after the first PG of each layer are staging
     memory, into which a step loads the lower blocks that it reads, layer by layer.
     """
@@ -50,6 +53,7 @@ class KVPool:
         folder: Path | None = None,
         first_layer: int = 0,
         lower: "KVPool | None" = None,
+        memory: int | None = None,
     ) -> None:
         def zeros(kept: tuple[int, int]) -> list[torch.Tensor]:
             sizes = (num_blocks, block_size, *kept)
@@ -67,8 +71,14 @@ class KVPool:
         self.folder: Path | None = folder
         self.block_size = block_size
         self.shape = shape
-        self.keys = zeros(shape.k)
-        self.values = [keys[..., : shape.v[1]] for keys in self.keys] if shape.is_shared else zeros(shape.v)
+        if memory is None:
+            self.keys = zeros(shape.k)
+            self.values = [] if shape.is_shared else zeros(shape.v)
+        else:
+            mapped = PoolShape(num_layers, num_blocks, block_size, shape.k, None if shape.is_shared else shape.v)
+            self.keys, self.values = map_pool(memory, mapped, dtype)
+        if shape.is_shared:
+            self.values = [keys[..., : shape.v[1]] for keys in self.keys]
 
     def like(self, num_blocks: int, device: torch.device, folder: Path | None = None) -> "KVPool":
         """A new pool of `num_blocks` blocks with this pool's layers, block size, shape and element type."""
@@ -107,15 +117,18 @@ class KVPool:
         return tensors
 
 
-def make_pool(model: Model, num_blocks: int, block_size: int, lower: LowerTier | None = None) -> KVPool:
-    """An empty pool for the model's KV, on the model's device, with a pool in the tier below.
+def make_pool(
+    model: Model, num_blocks: int, block_size: int, lower: LowerTier | None = None, memory: int | None = None
+) -> KVPool:
+    """An empty pool for the model's KV, on the model's device, with a pool in the tier below, or in shared memory.
 
     Raises SageError if it does not fit the memory.
     """
     shape, layers = model.layout.cache(model.config), model.layers
 
     def pool(size: int, device: torch.device, folder: Path | None = None, lower: KVPool | None = None) -> KVPool:
-        return KVPool(len(layers), size, block_size, shape, model.dtype, device, folder, layers.start, lower)
+        file = memory if folder is None else None
+        return KVPool(len(layers), size, block_size, shape, model.dtype, device, folder, layers.start, lower, file)
 
     try:
         below = None if lower is None else pool(lower.num_blocks, torch.device("cpu"), lower.folder)

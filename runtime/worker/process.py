@@ -19,9 +19,11 @@ from pathlib import Path
 import msgspec
 
 from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.transport.base import Report
 from sageLLM.runtime.worker.build import WorkerSpec, build_executor
 from sageLLM.runtime.worker.executor import InProcessExecutor
 from sageLLM.runtime.worker.fingerprint import fingerprint
+from sageLLM.runtime.worker.kv_group import CancelKV, CheckKV, KVPort, PushKV
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.ranks import join_ranks
 
@@ -29,9 +31,10 @@ PARENT_CHECK_SECONDS = 0.5
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """The worker is built; `facts` must be those of the other ranks."""
+    """The worker is built; `facts` must be those of the other ranks. `address` is that of its KV transport."""
 
     facts: dict[str, str] = {}
+    address: str = ""
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -62,27 +65,30 @@ class Run(msgspec.Struct, tag="run", frozen=True):
     order: GroupOrder
 
 
-Reply = Ready | Refused | Done | Failed
-Command = Reset | Run
+Reply = Ready | Refused | Done | Failed | Report
+Command = Reset | Run | PushKV | CheckKV | CancelKV
 
 
 def main() -> None:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     connection = Connection(int(sys.argv[1]))
-    encoder = msgspec.msgpack.Encoder()
+    replies = Replies(connection)
+    port = None
     try:
         spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WorkerSpec)
         reply: Reply
         try:
             executor = build_executor(spec, join_ranks(spec))
-            reply = Ready(facts_of(spec, executor))
+            if spec.group is not None:
+                port = KVPort(spec.group, spec.rank, executor.decoder.runner.pool, replies.send)
+            reply = Ready(facts_of(spec, executor), "" if port is None else port.address)
         except SageError as error:
             reply = Refused(str(error))
         except Exception as error:
             reply = Failed(f"{type(error).__name__}: {error}")
-        connection.send_bytes(encoder.encode(reply))
+        replies.send(reply)
         if isinstance(reply, Ready):
-            serve(connection, executor, returns_results=spec.returns_results)
+            serve(connection, replies, executor, port, returns_results=spec.returns_results)
     except (EOFError, OSError, KeyboardInterrupt):
         pass  # the engine has closed the socket
     finally:
@@ -91,21 +97,42 @@ def main() -> None:
         os._exit(0)
 
 
-def serve(connection: Connection, executor: InProcessExecutor, *, returns_results: bool) -> None:
+class Replies:
+    """Sends replies from several threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def send(self, reply: Reply) -> None:
+        with self._lock:
+            self._connection.send_bytes(self._encoder.encode(reply))
+
+
+def serve(
+    connection: Connection,
+    replies: Replies,
+    executor: InProcessExecutor,
+    port: KVPort | None,
+    *,
+    returns_results: bool,
+) -> None:
     """Executes commands until the connection is closed (EOFError) or an order fails."""
-    decoder, encoder = msgspec.msgpack.Decoder(Command), msgspec.msgpack.Encoder()
+    decoder = msgspec.msgpack.Decoder(Command)
     while True:
         command = decoder.decode(connection.recv_bytes())
         if isinstance(command, Reset):
             executor.reset()
-            continue
-        try:
-            results = executor.execute(command.order)
-        except Exception as error:
-            connection.send_bytes(encoder.encode(Failed(f"{type(error).__name__}: {error}")))
-            return
-        if returns_results:
-            connection.send_bytes(encoder.encode(Done(results)))
+        elif isinstance(command, Run):
+            try:
+                results = executor.execute(command.order)
+            except Exception as error:
+                replies.send(Failed(f"{type(error).__name__}: {error}"))
+                return
+            if returns_results:
+                replies.send(Done(results))
+        elif port is not None:
+            port.handle(command)
 
 
 def facts_of(spec: WorkerSpec, executor: InProcessExecutor) -> dict[str, str]:

@@ -18,15 +18,20 @@ import msgspec
 from torch._C._distributed_c10d import TCPStore
 
 from sageLLM.runtime.errors import EngineError, SageError
+from sageLLM.runtime.transport.base import Report
 from sageLLM.runtime.worker.build import WorkerSpec
 from sageLLM.runtime.worker.cluster import Cluster
 from sageLLM.runtime.worker.executor import WorkersLostError
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.fingerprint import difference
+from sageLLM.runtime.worker.kv_group import KVCommand
 from sageLLM.runtime.worker.orders import GroupOrder, StepResult
 from sageLLM.runtime.worker.process import Done, Failed, Ready, Refused, Reply, Reset, Run
 from sageLLM.runtime.worker.rank import Rank, RemoteRank
 from sageLLM.runtime.worker.rank_processes import start_ranks
+
+Listener = Callable[["Report | None"], None]
+"""Gets the reports of the ranks, and None when the workers are lost or ended."""
 
 START_SECONDS = 600.0
 """The deadline of the start: loading the weights, and compiling the kernels the first time."""
@@ -48,14 +53,15 @@ class ProcessExecutor:
         *,
         step_seconds: float = STEP_SECONDS,
         open_channel: Callable[[], int] | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """Starts the workers, some of them on the other hosts of a `cluster`, which is closed with the executor.
 
-        `open_channel` returns a new descriptor for `spec.af_channel` at each start. Raises what `load_model` raises,
-        and EngineError if a process does not start.
+        `open_channel` returns a new descriptor for `spec.af_channel` at each start. `listener` is called in the thread
+        of the replies. Raises what `load_model` raises, and EngineError if a process does not start.
         """
         self._spec, self.step_seconds, self._open_channel = spec, step_seconds, open_channel
-        self._cluster = cluster
+        self._cluster, self._listener = cluster, listener
         self._encoder = msgspec.msgpack.Encoder()
         self._lock = threading.Lock()
         self._pending: deque[tuple[float, Future[list[StepResult]]]] = deque()
@@ -68,6 +74,26 @@ class ProcessExecutor:
     def process_ids(self) -> list[int]:
         """The operating system's ids of the worker processes of this host, by rank."""
         return [rank.process.pid for rank in self._group.ranks if isinstance(rank, Rank)]
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses of the ranks' KV transports."""
+        return self._group.addresses
+
+    @property
+    def lost(self) -> str | None:
+        """The reason why the workers are lost, or None."""
+        return self._group.lost
+
+    def send(self, command: KVCommand) -> None:
+        """Lets all ranks copy KV. Their reports go to the listener; lost workers make none."""
+        if self._group.lost is None:
+            self._send(self._encoder.encode(command))
+
+    def kill(self, reason: str) -> None:
+        """Ends the workers, which count as lost."""
+        self._group.lose(reason)
+        self._group.kill()
 
     def submit(self, order: GroupOrder) -> Future[list[StepResult]]:
         future: Future[list[StepResult]] = Future()
@@ -89,6 +115,13 @@ class ProcessExecutor:
             self._send(self._encoder.encode(Reset()))
         if self._group.lost is not None:
             self.restart()
+
+    def restart_in_epoch(self, epoch: int) -> None:
+        """As `restart`, for a worker of a group."""
+        assert self._spec.group is not None, "the worker must be one of a group"
+        group = msgspec.structs.replace(self._spec.group, epoch=epoch)
+        self._spec = msgspec.structs.replace(self._spec, group=group)
+        self.restart()
 
     def restart(self) -> None:
         self._end_group()
@@ -128,7 +161,7 @@ class ProcessExecutor:
 
     def _start_reader(self) -> None:
         # The thread must not keep the executor alive, whose finalizer ends the processes.
-        arguments = (self._group, self._pending, self._lock)
+        arguments = (self._group, self._pending, self._lock, self._listener)
         self._reader = threading.Thread(target=_read_replies, args=arguments, name="sagellm-replies", daemon=True)
         self._reader.start()
 
@@ -139,6 +172,7 @@ class _Group:
     def __init__(self, folder: Path, cluster: Cluster | None) -> None:
         self.ranks: list[Rank | RemoteRank] = []
         self.lost: str | None = None
+        self.addresses: list[str] = []
         self._folder, self._cluster = folder, cluster
         self._store: TCPStore | None = None
 
@@ -176,6 +210,7 @@ class _Group:
         for rank in self.ranks:
             ready = await_ready(rank, deadline)
             first = first or ready
+            self.addresses.append(ready.address)
             if (differing := difference(first.facts, ready.facts)) is not None:
                 raise EngineError(f"{rank.name} differs from rank 0: {differing}; all ranks must agree")
 
@@ -220,8 +255,13 @@ def await_ready(rank: Rank | RemoteRank, deadline: float) -> Ready:
     return reply
 
 
-def _read_replies(group: _Group, pending: deque[tuple[float, Future[list[StepResult]]]], lock: threading.Lock) -> None:
-    """Hands the results to the futures, until the group is lost."""
+def _read_replies(
+    group: _Group,
+    pending: deque[tuple[float, Future[list[StepResult]]]],
+    lock: threading.Lock,
+    listener: Listener | None,
+) -> None:
+    """Hands the results to the futures, and reports to the listener, until the group is lost."""
     decoder = msgspec.msgpack.Decoder(Reply)
     by_connection = {rank.connection: rank for rank in group.ranks}
     while group.lost is None:
@@ -232,13 +272,17 @@ def _read_replies(group: _Group, pending: deque[tuple[float, Future[list[StepRes
             break
         for connection in wait_for(list(by_connection), timeout=1.0):
             rank = by_connection[connection]  # type: ignore[index]
-            _read_reply(rank, group, decoder, pending, lock)
+            reply = _read_reply(rank, group, decoder, pending, lock)
+            if reply is not None and listener is not None:
+                listener(reply)
     with lock:
         lost = [future for _, future in pending]
         pending.clear()
     group.kill()
     for future in lost:
         future.set_exception(WorkersLostError(group.lost))
+    if listener is not None:
+        listener(None)
 
 
 def _read_reply(
@@ -247,13 +291,16 @@ def _read_reply(
     decoder: msgspec.msgpack.Decoder[Reply],
     pending: deque[tuple[float, Future[list[StepResult]]]],
     lock: threading.Lock,
-) -> None:
+) -> Report | None:
+    """Acts on a reply; returns it if it is a report."""
     try:
         reply = decoder.decode(rank.connection.recv_bytes())
     except (EOFError, OSError):
         time.sleep(0.01)  # for the exit code
         group.lose(rank.describe_end())
-        return
+        return None
+    if isinstance(reply, Report):
+        return reply
     if isinstance(reply, Done):
         with lock:
             _, future = pending.popleft()
@@ -262,3 +309,4 @@ def _read_reply(
         message = reply.message if isinstance(reply, Failed) else "sent an unexpected reply"
         LOG.error("worker rank %d: %s", rank.rank, message)
         group.lose(f"rank {rank.rank} failed: {message}")
+    return None

@@ -84,7 +84,7 @@ def uses_shared_memory(spec: WorkerSpec) -> bool:
 
 def _start(spec: WorkerSpec, connection: int, interface: str | None, module: str) -> "subprocess.Popen[bytes]":
     environment = dict(os.environ)
-    num_processes = len(spec.host_ranks) if spec.side is None else spec.num_workers
+    num_processes = max(len(spec.host_ranks), spec.num_workers)
     if max(num_processes, spec.num_ranks) > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
@@ -93,6 +93,7 @@ def _start(spec: WorkerSpec, connection: int, interface: str | None, module: str
     # The child imports this package from where this process has it.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     files = [file for file in (spec.shared_memory, spec.link_memory, spec.af_channel) if file is not None]
+    files += [] if spec.group is None else spec.group.files
     process = subprocess.Popen(
         [sys.executable, "-m", module, str(connection)],
         pass_fds=[connection, *files],

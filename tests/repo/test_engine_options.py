@@ -94,6 +94,13 @@ def test_the_options_of_the_command_line_reach_llm(monkeypatch: pytest.MonkeyPat
         "af": "2:1",
         "distributed-executor-backend": "mp",
         "num-ubatches": "2",
+        "prefill-workers": "1",
+        "decode-workers": "2",
+        "prefill-tensor-parallel-size": "2",
+        "decode-tensor-parallel-size": "4",
+        "decode-block-size": "8",
+        "kv-transport": "tcp",
+        "kv-load-failure-policy": "fail",
         "plugin": "mine",
         "disable-passes": "a,b",
     }

@@ -178,10 +178,10 @@ class World:
                 self._push(command)
             else:
                 self._cancel(command)
-        for request, reason in self.group.unservable:
+        for request, reason in self.group.take_unservable():
             self.reasons[request.request_id] = reason
             self.group.abort_request(request.request_id)
-        self.group.unservable.clear()
+        self.group.take_moves()
         for member in self.group.members:
             if member.is_up and member.number not in self.paused:
                 self._plan(member.number)

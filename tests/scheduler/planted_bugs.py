@@ -98,7 +98,7 @@ BUGS = [
     Bug("no length gate", M, "_settle", "transfer if transfer.is_complete else None", "transfer"),
     Bug("an old attempt counts", M, "transfer_of", "piece.attempt == attempt", "True"),
     Bug("attempts start again after a preemption", M, "admit", "next(self._attempts)", "0"),
-    Bug("one rank is enough", M, "acknowledge", "self._config.num_ranks * self._config.num_layers", "1"),
+    Bug("one rank is enough", M, "acknowledge", "transfer.num_ranks * self._config.num_layers", "1"),
     Bug("a failed copy is not sent again", M, "fail", "self._send_again_from(", "str("),
     Bug("a lease never ends", M, "_expired", "transfer.lease_end <= now", "False"),
     Bug("a cancellation is lost", M, "renew_cancellations", "transfer.is_cancelling = False", "pass"),

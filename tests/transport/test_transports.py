@@ -36,7 +36,7 @@ SECONDS = 20.0
 
 @dataclass
 class Group:
-    """Workers 0 and 1 of some degrees and block sizes, connected by one kind of transport, with pools of their own."""
+    """Workers 0 and 1 of some degrees and block sizes, with separate pools, connected by one kind of transport."""
 
     kind: str
     degrees: tuple[int, int] = (1, 1)

@@ -1,0 +1,147 @@
+"""Prefill and decode workers in processes: answers are those of one process, also when workers die."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sageLLM import LLM, PDSchedulerConfig, SamplingParams
+from sageLLM.runtime.engine.disaggregated import DisaggregatedEngine
+from sageLLM.runtime.engine.outputs import RequestOutput
+from sageLLM.runtime.errors import SageError
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
+PROMPTS = [[10, 11, 12], [20, 21], [30 + i for i in range(40)], [10, 11, 13], [7] * 90]
+GREEDY = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+PARAMS = [
+    GREEDY,
+    SamplingParams(max_tokens=24, n=2, temperature=1.0, seed=3, logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=20, temperature=1.0, seed=4, prompt_logprobs=1, stop=["self"], min_tokens=4),
+    SamplingParams(max_tokens=1, temperature=0.8, top_p=0.9, seed=5, logit_bias={7: 1.0}),
+    SamplingParams(max_tokens=24, temperature=0.8, top_p=0.9, seed=6, presence_penalty=0.5),
+]
+
+
+def load(**options: Any) -> LLM:
+    config = PDSchedulerConfig(mode="strict", max_prefill_tokens=32)
+    return LLM(MODEL, dtype="float32", max_model_len=256, scheduler=config, **options)
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[tuple[int, ...]]]:
+    return [[answer.token_ids for answer in output.outputs] for output in outputs]
+
+
+def engine_of(llm: LLM) -> DisaggregatedEngine:
+    assert isinstance(llm.engine, DisaggregatedEngine)
+    return llm.engine
+
+
+def assert_free(llm: LLM) -> None:
+    engine = engine_of(llm)
+    assert engine.scheduler_stats()["kv_blocks_used"] == 0
+    engine.group.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def alone() -> LLM:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def divided() -> Iterator[LLM]:
+    """Roles of different degrees and block sizes, connected by TCP."""
+    llm = load(
+        prefill_workers=1,
+        decode_workers=1,
+        decode_tensor_parallel_size=2,
+        decode_block_size=8,
+        kv_transport="tcp",
+    )
+    yield llm
+    llm.close()
+
+
+def test_answers_are_those_of_one_process(divided: LLM, alone: LLM) -> None:
+    expected, found = alone.generate(PROMPTS, PARAMS), divided.generate(PROMPTS, PARAMS)
+    assert tokens(found) == tokens(expected)
+    for output, other in zip(found, expected, strict=True):
+        assert [one.text for one in output.outputs] == [one.text for one in other.outputs]
+        assert (output.prompt_logprobs is None) == (other.prompt_logprobs is None)
+    assert_free(divided)
+
+
+def test_a_conversation_reads_its_answers_back(divided: LLM, alone: LLM) -> None:
+    prompt = [40 + i % 50 for i in range(30)]
+    params = SamplingParams(max_tokens=90, temperature=0, ignore_eos=True)
+    for _ in range(2):
+        expected = alone.generate([prompt], params)
+        before = engine_of(divided).scheduler_stats()
+        found = divided.generate([prompt], params)
+        assert tokens(found) == tokens(expected)
+        prompt = [*prompt, *found[0].outputs[0].token_ids, 5, 6]
+    after = engine_of(divided).scheduler_stats()
+    assert after["total_read_back"] - before["total_read_back"] == 1
+    assert found[0].num_cached_tokens == 112  # whole blocks of the decode worker, of the 119 tokens with KV
+    assert_free(divided)
+
+
+def test_an_abandoned_stream_leaves_nothing(divided: LLM) -> None:
+    stream = divided.stream(PROMPTS, GREEDY)
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    divided.generate([[1, 2]], SamplingParams(max_tokens=2))
+    assert_free(divided)
+
+
+def test_killed_workers_cost_no_request(alone: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """One worker of each role dies, the second one while the first is started again."""
+    expected = tokens(alone.generate(PROMPTS, GREEDY))
+    llm = load(prefill_workers=1, decode_workers=1)
+    last: dict[str, RequestOutput] = {}
+    emitted: dict[str, int] = {}
+    try:
+        ids = engine_of(llm).executor.process_ids
+        with caplog.at_level(logging.ERROR, "sagellm"):
+            for count, output in enumerate(llm.stream(PROMPTS, GREEDY)):
+                if count in (2, 40):
+                    os.kill(ids[count == 40], signal.SIGKILL)
+                last[output.request_id] = output
+                num = len(output.outputs[0].token_ids)
+                assert num > emitted.get(output.request_id, 0), "a token was emitted twice"
+                emitted[output.request_id] = num
+        assert sorted(tokens(list(last.values()))) == sorted(expected)
+        assert [status.epoch for status in engine_of(llm).workers()] == [1, 1]
+        assert "was killed by signal 9" in caplog.text
+        assert_free(llm)
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill_workers": 1}, "prefill_workers and decode_workers must be set together"),
+        ({"prefill_workers": 0, "decode_workers": 1}, "prefill_workers must be an integer of at least 1, got 0"),
+        ({"scheduler": PDSchedulerConfig(mode="hybrid")}, r"require mode 'strict' \(--pd strict\), got 'hybrid'"),
+        ({"af": "1:1"}, "prefill_workers must not be combined with af"),
+        ({"pipeline_parallel_size": 2}, "prefill_workers must not be combined with pipeline_parallel_size=2"),
+        ({"kv_tier": "host"}, "prefill_workers must not be combined with kv_tier='host'"),
+        ({"kv_transport": "pigeon"}, "kv_transport must be one of shared_memory, tcp; got 'pigeon'"),
+        ({"kv_load_failure_policy": "hope"}, "kv_load_failure_policy must be one of recompute, fail; got 'hope'"),
+        ({"distributed_executor_backend": "uni"}, "'uni'"),
+    ],
+    ids=str,
+)
+def test_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
+    strict = {"prefill_workers": 1, "decode_workers": 1, "scheduler": PDSchedulerConfig(mode="strict")}
+    if options == {"prefill_workers": 1}:
+        del strict["decode_workers"]
+    with pytest.raises(SageError, match=message):
+        LLM(MODEL, **(strict | options))  # type: ignore[arg-type]
