@@ -1,6 +1,7 @@
 """Table of diagnostic codes with explanations and remedies. `sagellm explain SAGE006` prints an entry.
 
-Ranges: 0xx YAML and schema, 1xx ops and the compute language, 2xx models, 3xx passes, 5xx the generator itself.
+Ranges: 0xx YAML and schema, 1xx ops and the compute language, 2xx models, 3xx passes, 5xx the generator itself,
+7xx dialects.
 A code never changes its meaning, and the code of a removed diagnostic is never reused.
 """
 
@@ -575,5 +576,34 @@ CODES: dict[str, CodeInfo] = {
         "formatter missing",
         "ruff and clang-format format the generated files. They are dependencies in exact versions, as other "
         "versions produce other bytes. Nothing was written.",
+    ),
+    # dialects
+    "SAGE701": CodeInfo(
+        "malformed pattern",
+        "A pattern is text with holes in braces, such as `<tool_call>{object}</tool_call>`; `{? text}` may be absent. "
+        "A brace itself is written twice.",
+    ),
+    "SAGE702": CodeInfo(
+        "missing or repeated hole",
+        "A call has {object}, or {name} and {arguments}; an argument has {key} and {value} or {python}. Each occurs "
+        "once, with text between two holes, so that the end of the first one is known.",
+    ),
+    "SAGE703": CodeInfo(
+        "missing mark",
+        "Marks distinguish calls and reasoning from content: visible text at the beginning, and at the end of values "
+        "that are not JSON. Only a call that is a JSON object can do without, at the start of the content.",
+    ),
+    "SAGE704": CodeInfo(
+        "incomplete dialect",
+        "A dialect describes calls, reasoning or both. {object} requires `keys`; fields without a hole are refused.",
+    ),
+    "SAGE705": CodeInfo(
+        "invalid alias",
+        "Aliases are names in commands.",
+    ),
+    "SAGE706": CodeInfo(
+        "dialects that cannot be told apart",
+        "The dialect of a checkpoint is the one with the most `detect` texts in the chat template, so no two dialects "
+        "may have the same texts.",
     ),
 }

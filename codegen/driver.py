@@ -36,6 +36,7 @@ def load_and_link(overlays: Sequence[Path] = (), base: Path = BASE_SPECS, memo: 
 
 def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
     """Links all entries. With `memo`, entries that earlier calls linked without findings are reused."""
+    from sageLLM.codegen.link.dialects import link_dialects
     from sageLLM.codegen.link.entry_names import check_entry_names
     from sageLLM.codegen.link.interfaces import Interfaces
     from sageLLM.codegen.link.models import link_models
@@ -49,8 +50,9 @@ def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
     sink.raise_if_any()
     models = link_models(raw, ops, sink, link=memo.link_model if memo else None)
     passes = link_passes(raw, Interfaces(ops), sink)
+    dialects = link_dialects(raw, sink)
     sink.raise_if_any()
-    return Specs(raw, ops, models, passes, raw.hardware)
+    return Specs(raw, ops, models, passes, raw.hardware, dialects)
 
 
 def emit(specs: "Specs") -> list[Output]:
@@ -62,10 +64,11 @@ def emit(specs: "Specs") -> list[Output]:
     models = [output for model in own.models for output in emitters.emit_model(model, specs, renderer)]
     passes = emitters.emit_pass_modules(specs, renderer)
     devices = [output for entry in own.devices for output in emitters.emit_device(entry, renderer)]
+    dialects = emitters.emit_dialect_modules(specs, renderer)
     uses = [row for output in (*models, *passes) for row in output.rows]
     pages = [output for ops in own.ops_by_stem.values() for output in emitters.emit_op_docs(ops, specs, uses)]
     tables = emitters.emit_tables(own.contents(modules), renderer)
-    return [*modules, *models, *passes, *devices, *pages, *emitters.emit_support(specs, renderer), *tables]
+    return [*modules, *models, *passes, *devices, *dialects, *pages, *emitters.emit_support(specs, renderer), *tables]
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""Explains a name: an op, a model, a pass, a rule, a device, a deployment, an error code, or a line of generated code.
+"""Explains a name: an op, model, pass, rule, device, dialect, deployment, error code, or a line of generated code.
 
 `kernels` is the table of all ops with the targets that have a kernel for them.
 """
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sageLLM.codegen.codes import CODES
 from sageLLM.codegen.diagnostics import Span, did_you_mean
 from sageLLM.codegen.emit.builders import model_rows
+from sageLLM.codegen.emit.dialects import dialect_section
 from sageLLM.codegen.emit.docs import Uses, model_section, op_section
 from sageLLM.codegen.emit.gaps import TARGETS, kernel_gaps, kernel_table, slow_fusions
 from sageLLM.codegen.emit.passes import rule_rows
@@ -41,7 +42,7 @@ def explain(name: str, specs: Specs, out: Path) -> str:
             entry = table[name].entry
             text = f"{kind} {name}, {entry.key_span()}\n\n{_section(name, specs)}\n\n{_made_from(entry.ref, out)}"
             kernels = [_kernels(specs.ops[name], specs)] if kind == "op" else []
-            return "\n\n".join([text, *kernels, *_rules_named(name, specs)])
+            return "\n\n".join([text, *kernels, *_rules_named(name, specs), *_dialects_named(name, specs, out)])
     if name == "kernels":
         return kernel_table([op for ops in specs.own().ops_by_stem.values() for op in ops], specs)
     if name in specs.passes:
@@ -53,7 +54,19 @@ def explain(name: str, specs: Specs, out: Path) -> str:
         return f"device {name}, {entry_of_device.key_span('hardware')}\n\n{entry_of_device.spec.summary}"
     if name in specs.raw.deploy:
         return _explain_deployment(specs.raw.deploy[name])
+    if dialects := _dialects_named(name, specs, out):
+        return "\n\n".join(dialects)
     raise LookupError(_unknown(name, specs))
+
+
+def _dialects_named(name: str, specs: Specs, out: Path) -> list[str]:
+    """The dialect of the name, which can also be that of a model, else those with this alias."""
+    entries = [dialect.entry for dialect in specs.dialects.values()]
+    found = [one for one in entries if one.name == name] or [one for one in entries if name in one.spec.aliases]
+    return [
+        f"dialect {one.name}, {one.span('dialect')}\n\n{dialect_section(one.spec)}\n\n{_made_from(one.ref, out)}"
+        for one in found
+    ]
 
 
 def _rules_named(name: str, specs: Specs) -> list[str]:
@@ -62,7 +75,8 @@ def _rules_named(name: str, specs: Specs) -> list[str]:
 
 def _unknown(name: str, specs: Specs) -> str:
     rules = [rule.name for one in specs.passes.values() for rule in one.rules]
-    known = [*specs.ops, *specs.models, *specs.passes, *rules, *specs.hardware, *specs.raw.deploy, *CODES]
+    known = [*specs.ops, *specs.models, *specs.passes, *rules, *specs.hardware, *specs.dialects]
+    known += [*specs.raw.deploy, *CODES]
     help = did_you_mean(name, known)
     return f"unknown name '{name}'" + (f"; {help}" if help else "; `sagellm graph MODEL` lists the ops of a model")
 
@@ -153,7 +167,7 @@ def _explain_line(path: Path, line: int, specs: Specs, out: Path) -> str:
 
 def _span_of(file: str, name: str, specs: Specs) -> Span | str:
     raw = specs.raw
-    for table in (raw.ops, raw.models, raw.passes, raw.hardware):
+    for table in (raw.ops, raw.models, raw.passes, raw.hardware, raw.dialects):
         entry = table.get(name)
         if entry is not None and entry.doc.file == file:
             return entry.key_span()

@@ -18,6 +18,7 @@ from sageLLM.codegen.contents import Contents, EntryName, Row
 from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.emit import (
     emit_device,
+    emit_dialect_modules,
     emit_model,
     emit_op_docs,
     emit_op_modules,
@@ -80,6 +81,7 @@ class Incremental:
         for device in self.facts.own("hardware"):
             key = digest([device.file, device.digest])
             self._unit(f"device {device.name}", key, partial(self._device, device.name))
+        self._dialects()
         for stem, names in self._op_files.items():
             self._op_docs(stem, names)
         key = digest([self.facts.vocabulary, self.facts.is_overlay])
@@ -244,6 +246,20 @@ class Incremental:
     def _device(self, name: str) -> list[Output]:
         return emit_device(self.raw.hardware[name], self._renderer)
 
+    def _dialects(self) -> None:
+        own = [entry.name for entry in self.facts.own("dialects")]
+        key = digest([self.facts.digest_of("dialects"), own, self.facts.is_overlay])
+
+        def link() -> list[Output]:
+            from sageLLM.codegen.link.dialects import link_dialects
+
+            raw = self._vocabulary_with(dialects=self.raw.dialects)
+            dialects = link_dialects(raw, self.sink)
+            self.sink.raise_if_any()
+            return emit_dialect_modules(self._specs(dialects=dialects), self._renderer)
+
+        self._unit("dialects", key, link)
+
     def _tables(self) -> None:
         names = {
             kind: tuple(EntryName(entry.name, entry.file) for entry in self.facts.own(kind))
@@ -289,9 +305,10 @@ class Incremental:
         ops: Mapping[str, OpDef] = NOTHING,
         passes: Mapping[str, Any] = NOTHING,
         hardware: Mapping[str, Any] = NOTHING,
+        dialects: Mapping[str, Any] = NOTHING,
     ) -> Specs:
         """Specs that contain only what an emitter declares to read."""
-        return Specs(self.vocabulary, ops, NOTHING, passes, hardware)
+        return Specs(self.vocabulary, ops, NOTHING, passes, hardware, dialects)
 
     def _check_names(self) -> None:
         """Checks across files, on the facts alone: names, and the architectures of models."""

@@ -156,6 +156,8 @@ def _unusable(entry: Named) -> Iterator[Clash]:
                 yield Clash(f"the rule name '{rule}' cannot be used: {why}", entry, ("rules", i, key))
     if entry.kind in ("ops", "passes") and class_name(entry.name) in CLASSES:
         yield Clash(f"the class {class_name(entry.name)} of '{entry.name}' is a class that generated code uses", entry)
+    if entry.kind == "dialects" and (why := why_not_a_function(entry.name)):
+        yield Clash(f"the dialect name '{entry.name}' cannot be used: {why}", entry, ("dialect",))
     if entry.kind == "hardware":
         why = why_not_a_function(entry.name) or ("its table has the name" if entry.name == "hardware" else None)
         if why:

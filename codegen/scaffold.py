@@ -1,4 +1,4 @@
-"""Scaffolds of a new op, model, pass or deployment: spec files that generate and pass their tests before any edit."""
+"""Scaffolds of a new op, model, pass, dialect or deployment: spec files that generate and pass their tests at once."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +13,13 @@ _FILES = {
     "model": {"models": "model"},
     "pass": {"passes": "pass", "ops": "pass_op"},
     "deploy": {"deploy": "deploy"},
+    "dialect": {"dialects": "dialect"},
 }
 """Folders that get a file, with the template of the file, by kind of entry."""
 
 
 def scaffold(kind: str, name: str, specs: Path) -> list[Path]:
-    """Writes `specs/ops/NAME.yaml` (or models, deploy, or passes with the op that they insert) and returns the paths.
+    """Writes `specs/ops/NAME.yaml` (or models, ..., or passes with the op that they insert) and returns the paths.
 
     Raises ValueError for a name that is not an identifier, and FileExistsError instead of overwriting a file.
     """

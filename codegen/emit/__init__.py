@@ -76,6 +76,13 @@ def emit_device(entry: "Entry[HardwareFile]", renderer: Renderer) -> list[Output
     return emit_hardware(entry, renderer)
 
 
+def emit_dialect_modules(specs: "Specs", renderer: Renderer) -> list[Output]:
+    """Modules, pages, tests and table of all dialects. Reads the dialects."""
+    from sageLLM.codegen.emit.dialects import emit_dialects
+
+    return emit_dialects(specs, renderer)
+
+
 def emit_support(specs: "Specs", renderer: Renderer) -> list[Output]:
     """Files that depend on the vocabulary of the specs at most."""
     from sageLLM.codegen.emit.docs import emit_language_page

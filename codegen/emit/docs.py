@@ -52,13 +52,13 @@ _TOPS = (
 def emit_op_page(ops: Sequence[OpDef], uses: Mapping[str, Uses]) -> list[Output]:
     """`docs/ops/norm.md` for one ops file."""
     stem, parts = ops[0].stem, [op_section(op, uses[op.name]) for op in ops]
-    return [_page(f"docs/ops/{stem}.md", f"Ops: {stem}", ops[0].entry.doc.file, parts, [op.ref for op in ops])]
+    return [page(f"docs/ops/{stem}.md", f"Ops: {stem}", ops[0].entry.doc.file, parts, [op.ref for op in ops])]
 
 
 def emit_model_page(model: "ModelDef") -> list[Output]:
     """`docs/models/llama.md`."""
     path, title = f"docs/models/{model.name}.md", f"Model: {model.name}"
-    return [_page(path, title, model.entry.doc.file, [model_section(model)], [model.entry.ref])]
+    return [page(path, title, model.entry.doc.file, [model_section(model)], [model.entry.ref])]
 
 
 def emit_language_page(specs: Specs) -> list[Output]:
@@ -66,7 +66,7 @@ def emit_language_page(specs: Specs) -> list[Output]:
     return [] if specs.is_overlay else [_language_page(specs)]
 
 
-def _page(path: str, title: str, source: str, parts: Iterable[str], entries: Iterable[str] = ()) -> Output:
+def page(path: str, title: str, source: str, parts: Iterable[str], entries: Iterable[str] = ()) -> Output:
     head = f"<!-- Code {MARK} from {source}. DO NOT EDIT. Regenerate: make generate -->\n# {title}\n"
     return Output(path, head + "\n" + "\n\n".join(parts) + "\n", tuple(entries))
 
@@ -189,7 +189,7 @@ def _language_page(specs: Specs) -> Output:
     for name, schema in SCHEMAS.items():
         parts += [f"## `schema: {name}`", *_schema_parts(schema.load(), set())]
     parts += ["## Dims", table(("dim", "meaning"), [(_code(n), entry.spec) for n, entry in specs.raw.dims.items()])]
-    return _page("docs/spec-language.md", "The spec language", "codegen/schema", parts)
+    return page("docs/spec-language.md", "The spec language", "codegen/schema", parts)
 
 
 def _compute_language() -> str:

@@ -9,6 +9,7 @@ from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.render import Output
 
 if TYPE_CHECKING:  # a run that reaches no model need not import what models are made of
+    from sageLLM.codegen.model.dialect import DialectDef
     from sageLLM.codegen.model.layout import ModelDef
     from sageLLM.codegen.model.op import OpDef
     from sageLLM.codegen.model.rule import PassDef
@@ -17,13 +18,14 @@ if TYPE_CHECKING:  # a run that reaches no model need not import what models are
 
 @dataclass(frozen=True, slots=True)
 class Specs:
-    """Every op, model, pass and device by name, in spec order; `raw` refers back to the text."""
+    """Every op, model, pass, device and dialect by name, in spec order; `raw` refers back to the text."""
 
     raw: RawSpecs
     ops: "Mapping[str, OpDef]"
     models: "Mapping[str, ModelDef]"
     passes: "Mapping[str, PassDef]"
     hardware: "Mapping[str, Entry[HardwareFile]]"
+    dialects: "Mapping[str, DialectDef]"
 
     @property
     def is_overlay(self) -> bool:

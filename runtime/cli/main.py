@@ -74,13 +74,15 @@ def lint(
 
 @app.command()
 def new(
-    kind: Annotated[Literal["op", "model", "pass", "deploy"], typer.Argument(help="The kind of the new entry.")],
+    kind: Annotated[
+        Literal["op", "model", "pass", "dialect", "deploy"], typer.Argument(help="The kind of the new entry.")
+    ],
     name: Annotated[str, typer.Argument(help="Its name, in snake_case.")],
     specs: Annotated[
         Path | None, typer.Option(help="The spec folder for it (default: that of a checkout, else my_specs here).")
     ] = None,
 ) -> None:
-    """Add a new op, model or pass that generates and passes its tests, or a deployment."""
+    """Add a new op, model, pass or dialect that generates and passes its tests, or a deployment."""
     from sageLLM.codegen.commands import new_entry
 
     raise typer.Exit(new_entry(kind, name, specs))
@@ -89,7 +91,8 @@ def new(
 @app.command()
 def explain(
     name: Annotated[
-        str, typer.Argument(help="An op, model, pass, rule, device, deployment, error code, file:line, or model:node.")
+        str,
+        typer.Argument(help="An op, model, pass, rule, device, dialect, deployment, code, file:line, model:node."),
     ],
     stage: Annotated[
         Literal["prefill", "decode", "hybrid"], typer.Option(help="The stage of the graph, for model:node.")
@@ -97,7 +100,7 @@ def explain(
     specs: Specs = None,
     out: Annotated[Path | None, typer.Option(help="The generated tree that file:line refers to.")] = None,
 ) -> None:
-    """Explain an op, model, pass, rule, deployment, error code, line of generated code or node of a graph."""
+    """Explain an op, model, pass, rule, dialect, deployment, error code, line of generated code or node of a graph."""
     model, _, node = name.partition(":")
     if model.isidentifier() and node and not node.isdigit():
         from sageLLM.runtime.cli.graph import show_node

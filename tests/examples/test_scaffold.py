@@ -41,8 +41,9 @@ def test_scaffolds_of_a_checkout_generate(checkout: Path, tmp_path: Path) -> Non
     assert sagellm("new", "op", "brand_new") == [f"{specs}/ops/brand_new.yaml"]
     assert sagellm("new", "model", "brand_new") == [f"{specs}/models/brand_new.yaml"]
     assert sagellm("new", "pass", "newer") == [f"{specs}/passes/newer.yaml", f"{specs}/ops/newer.yaml"]
+    assert sagellm("new", "dialect", "newest") == [f"{specs}/dialects/newest.yaml"]
     wrote = sagellm("generate")
-    assert {"wrote ops/brand_new.py", "wrote builders/brand_new.py", "wrote passes/newer.py"} <= set(wrote)
+    assert {"wrote ops/brand_new.py", "wrote builders/brand_new.py", "wrote passes/newer.py", "wrote dialects/newest.py"} <= set(wrote)
 
 
 def new(kind: str, name: str, specs: Path) -> tuple[int, str]:
@@ -57,6 +58,7 @@ def new(kind: str, name: str, specs: Path) -> tuple[int, str]:
         ("op", "rms_norm", "'rms_norm' is already defined in specs/ops/norm.yaml:"),
         ("op", "taken", "'taken' is already defined in mine/ops/other.yaml:3:3; choose another name"),
         ("model", "llama", "'llama' is already defined in specs/models/llama.yaml:"),
+        ("dialect", "hermes", "'hermes' is already defined in specs/dialects/hermes.yaml:"),
         ("pass", "fuse_norm", "'fuse_norm' is already defined in specs/passes/fusion.yaml:"),
         ("pass", "taken_by", "'taken_by_op' is already defined in mine/ops/other.yaml:6:3; choose another name"),
         ("op", "there", "mine/ops/there.yaml already exists; choose another name, or edit it"),

@@ -177,7 +177,7 @@ def test_scaffolds_of_the_wheel_generate_and_run(wheel_python: Path, tmp_path: P
         return {path: path.stat().st_mtime_ns for path in site.rglob("*") if "__pycache__" not in path.parts}
 
     before = installed()
-    done = [sagellm("new", kind, f"demo_{kind}") for kind in ("op", "model", "pass")]
+    done = [sagellm("new", kind, f"demo_{kind}") for kind in ("op", "model", "pass", "dialect")]
     assert {line.split("/")[0] for one in done for line in one.stdout.splitlines()} == {"my_specs"}
     assert all(f"{tmp_path}/my_specs" in one.stderr for one in done)
     [command] = {printed_command(one) for one in done}
