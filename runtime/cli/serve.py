@@ -6,15 +6,20 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sageLLM.runtime.cli.engine_options import EngineOptions
 from sageLLM.runtime.cli.serve_engine import EngineSpec, encode_spec, serve_engine
 from sageLLM.runtime.errors import EngineError, SageError
+from sageLLM.runtime.registry.plugins import load_dialects
 from sageLLM.runtime.server.channel import Channel, ProcessChannel, ThreadChannel
 from sageLLM.runtime.server.engine_client import EngineClient
 from sageLLM.runtime.server.logs import configure_logs
 from sageLLM.runtime.server.messages import Ready
 from sageLLM.runtime.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from sageLLM.runtime.server.service import Service
 
 ENGINE = "sageLLM.runtime.cli.serve_engine"
 
@@ -46,8 +51,9 @@ def serve_model(settings: ServerSettings, engine: EngineOptions) -> int:
         return ProcessChannel(ENGINE, encode_spec(spec))
 
     async def main() -> int:
-        service = Service(settings, EngineClient(make_channel), engine.generation_config)
-        return await run_server(service, sock, lambda ready, url: report(settings, ready, url))
+        client, dialects = EngineClient(make_channel), load_dialects(engine.plugins or [])
+        service = Service(settings, client, engine.generation_config, dialects)
+        return await run_server(service, sock, lambda ready, url: report(service, ready, url))
 
     try:
         sock = bind(settings)
@@ -72,10 +78,13 @@ def is_other_node(engine: EngineOptions) -> bool:
     return node is not None and node.node_rank > 0
 
 
-def report(settings: ServerSettings, ready: Ready, url: str) -> None:
+def report(service: Service, ready: Ready, url: str) -> None:
     """Prints what was chosen, the URL, and a command that works."""
+    settings = service.settings
     for line in ready.choices:
         print(line)
+    if ready.generates:
+        print(service.dialects.for_calls, service.dialects.for_reasoning, sep="\n")
     print(f"serving {settings.model_names[0]} at {url}/v1")
     base = f"--unix-socket {settings.uds} http://localhost" if settings.uds else url
     key = " -H 'Authorization: Bearer KEY'" if settings.api_key else ""

@@ -1,4 +1,4 @@
-"""Registry of generated ops, kernels, models and passes: those of the package and those of plugins.
+"""Registry of generated ops, kernels, models, passes and dialects: those of the package and those of plugins.
 
 A plugin is a folder written by `sagellm generate --specs MY_SPECS --out FOLDER`; it is imported in place.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from sageLLM.runtime.core.dialects.model import Dialect
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
 from sageLLM.runtime.core.model.layout import ModelLayout
@@ -42,6 +43,11 @@ def load_registry(plugins: Iterable[str | Path] = ()) -> Registry:
     Raises PluginError for a folder that was not generated or cannot be imported, and for a duplicate name.
     """
     return _registry([BASE, *(import_folder(Path(plugin)) for plugin in plugins)])
+
+
+def load_dialects(plugins: Iterable[str | Path] = ()) -> dict[str, Dialect]:
+    """The dialects of the package and the plugins. Raises PluginError."""
+    return read_table([BASE, *(import_folder(Path(plugin)) for plugin in plugins)], "dialects", "DIALECTS")
 
 
 def load_tree(folder: Path) -> Registry:

@@ -83,6 +83,10 @@ class ChatBody(Sampled, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool = True
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
 
 
 class ResponsesBody(Struct, kw_only=True):
@@ -182,8 +186,6 @@ IGNORED = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "session_id",
-        "include_reasoning",
-        "parallel_tool_calls",
         "spaces_between_special_tokens",
         "stream_interval",
         "verbosity",
@@ -198,12 +200,9 @@ IGNORED = frozenset(
 
 # Values that mean "off", besides null.
 _OFF: tuple[object, ...] = ([], {}, "", False)
-_PENDING = "tool calls are not implemented yet"
 REFUSED: Mapping[str, str] = {
-    "tools": _PENDING,
-    "tool_choice": _PENDING,
-    "functions": _PENDING,
-    "function_call": _PENDING,
+    "functions": "use tools",
+    "function_call": "use tool_choice",
     "suffix": "filling in before a suffix is not implemented",
     "best_of": "use n",
     "use_beam_search": "beam search is not implemented",
@@ -223,7 +222,6 @@ REFUSED: Mapping[str, str] = {
 }
 # Values of refused fields that ask for what the server does anyway.
 _HARMLESS: Mapping[str, tuple[object, ...]] = {
-    "tool_choice": ("none", "auto"),
     "best_of": (1,),
     "modalities": (["text"],),
 }

@@ -24,20 +24,28 @@ from sageLLM.runtime.server.prompts import (
 )
 from sageLLM.runtime.server.service import Service
 from sageLLM.runtime.server.streams import keep_alive
+from sageLLM.runtime.server.tools import ToolUse, tool_use, usable_tools
 
 
 async def chat(service: Service, exchange: Exchange, body: ChatBody, ticket: Ticket) -> None:
-    prompt = await prepare(service, body, ticket)
+    use = tools_of(service, body)
+    prompt = await prepare(service, body, ticket, use)
     generation = service.generate(
         exchange, f"chatcmpl-{body.request_id or exchange.request_id}", body, [prompt], ticket
     )
     try:
-        await Chat(service, exchange, body, generation).run()
+        await Chat(service, exchange, body, generation, use).run()
     finally:
         generation.close()
 
 
-async def prepare(service: Service, body: ChatBody, ticket: Ticket) -> EnginePrompt:
+def tools_of(service: Service, body: ChatBody) -> ToolUse:
+    """The tools of a chat. Raises ApiError 400."""
+    use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    return usable_tools(service.dialects.calls, use, can_force=False)
+
+
+async def prepare(service: Service, body: ChatBody, ticket: Ticket, use: ToolUse) -> EnginePrompt:
     check_common(body, service.settings.model_names, service.ready.policy)
     params = chat_params(body, service.defaults, service.settings.max_logprobs)
     service.admission.claim(ticket, params.n, num_chars(body.messages) // CHARS_PER_TOKEN)
@@ -49,11 +57,12 @@ async def prepare(service: Service, body: ChatBody, ticket: Ticket) -> EnginePro
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         variables=template_variables(body, service.template_kwargs),
+        tools=use.definitions,
     )
     if body.truncate_prompt_tokens is not None and body.truncate_prompt_tokens >= 0:
         ids = ids[-body.truncate_prompt_tokens :] if body.truncate_prompt_tokens else []
     check_length(len(ids), params.max_tokens, service.ready, "messages")
-    return EnginePrompt(text, ids, params)
+    return EnginePrompt(text, ids, params, service.kept_ids(use))
 
 
 def num_chars(messages: list[Any]) -> int:
@@ -84,9 +93,11 @@ class Whole:
 class Chat:
     """The response to one body."""
 
-    def __init__(self, service: Service, exchange: Exchange, body: ChatBody, generation: Generation) -> None:
-        self.service, self.exchange, self.body, self.generation = service, exchange, body, generation
-        self.parsers = [service.make_parser() for _ in generation.answers]
+    def __init__(
+        self, service: Service, exchange: Exchange, body: ChatBody, generation: Generation, use: ToolUse
+    ) -> None:
+        self.service, self.exchange, self.body, self.generation, self.use = service, exchange, body, generation, use
+        self.parsers = [service.make_parser(use, answer.prompt.text) for answer in generation.answers]
         self.head = {
             "id": generation.request_id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -104,13 +115,14 @@ class Chat:
 
     def _parse(self, piece: Piece) -> list[ParsedText]:
         parser = self.parsers[piece.index]
-        parts = [parser.feed(piece.text)] if piece.text else []
+        parts = parser.feed(piece.text) if piece.text else []
         if piece.finish_reason is not None:
-            parts.append(parser.finish())
-        return [part for part in parts if not part.is_empty]
+            parts = [*parts, *parser.finish()]
+        return parts if self.body.include_reasoning else [part for part in parts if not part.reasoning]
 
     def _finish_reason(self, piece: Piece) -> str | None:
-        if piece.finish_reason == "stop" and self.parsers[piece.index].has_called:
+        """As in vLLM, a call that is forced by name ends with "stop"."""
+        if piece.finish_reason == "stop" and self.parsers[piece.index].has_called and self.use.choice != "named":
             return "tool_calls"
         return piece.finish_reason
 
@@ -146,11 +158,12 @@ class Chat:
     def _choice(self, index: int, whole: Whole) -> dict[str, Any]:
         assert whole.last is not None
         reasoning = "".join(whole.reasoning) or None
+        content = self.echoed + "".join(whole.content)
         return {
             "index": index,
             "message": {
                 "role": self.role,
-                "content": self.echoed + "".join(whole.content),
+                "content": None if whole.tool_calls and not content else content,
                 "refusal": None,
                 "annotations": [],
                 "audio": None,

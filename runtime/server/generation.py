@@ -107,7 +107,8 @@ class Generation:
             self._open[name] = prompt.params.n
             rules = stop_rules(prompt.params, eos_ids, len(prompt.token_ids), ready.max_seq_len)
             for _ in range(prompt.params.n):
-                text = SequenceText(tokenizer, rules, prompt.params.skip_special_tokens, prompt.token_ids)
+                skips = prompt.params.skip_special_tokens
+                text = SequenceText(tokenizer, rules, skips, prompt.token_ids, prompt.kept_ids)
                 last = prompt.token_ids[-NUM_LAST_TOKENS:]
                 self.answers.append(Answer(len(self.answers), name, prompt, text, last_ids=last))
         self._submit(traits)

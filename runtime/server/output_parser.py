@@ -2,45 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from sageLLM.runtime.core.dialects.events import CallStart, Content, Event, Thought
+from sageLLM.runtime.core.dialects.parser import DialectParser
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedText:
-    """The parts of a piece of text. `tool_calls` are entries of a chunk's `tool_calls`, in OpenAI's form."""
+    """A part of an answer, of one kind. `tool_calls` are entries of a chunk's `tool_calls`, in OpenAI's form."""
 
     content: str = ""
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.content or self.reasoning or self.tool_calls)
 
 
 class OutputParser(Protocol):
     """The parser of one answer. For every division of the text into pieces, the parts joined are the same.
 
     `has_called` tells whether the answer has tool calls so far, which decides between the finish reasons "stop" and
-    "tool_calls".
+    "tool_calls". `is_reasoning` tells whether the text so far ends with reasoning.
     """
 
     has_called: bool
+    is_reasoning: bool
 
-    def feed(self, text: str) -> ParsedText: ...
+    def feed(self, text: str) -> list[ParsedText]:
+        """The parts that a piece of text decides, in order."""
 
-    def finish(self) -> ParsedText:
-        """The text that was held back because it could have become a marker."""
+    def finish(self) -> list[ParsedText]:
+        """The text that was held back because it could have become a mark."""
 
 
 class PlainParser:
     """All text is content."""
 
     has_called = False
+    is_reasoning = False
 
-    def feed(self, text: str) -> ParsedText:
-        return ParsedText(content=text)
+    def feed(self, text: str) -> list[ParsedText]:
+        return [ParsedText(content=text)] if text else []
 
-    def finish(self) -> ParsedText:
-        return ParsedText()
+    def finish(self) -> list[ParsedText]:
+        return []
+
+
+class CallParser:
+    """The parts that a dialect's parser finds. `max_calls` limits the calls; further ones are left out."""
+
+    def __init__(self, parser: DialectParser, *, in_reasoning: bool = False, max_calls: int | None = None) -> None:
+        self.has_called = False
+        self.is_reasoning = in_reasoning
+        self._parser, self._max_calls = parser, max_calls
+
+    def feed(self, text: str) -> list[ParsedText]:
+        return list(self._parts(self._parser.feed(text)))
+
+    def finish(self) -> list[ParsedText]:
+        return list(self._parts(self._parser.finish()))
+
+    def _parts(self, events: Iterable[Event]) -> Iterable[ParsedText]:
+        for event in events:
+            self.is_reasoning = isinstance(event, Thought)
+            match event:
+                case Content(text):
+                    yield ParsedText(content=text)
+                case Thought(text):
+                    yield ParsedText(reasoning=text)
+                case _ if self._max_calls is None or event.index < self._max_calls:
+                    self.has_called = True
+                    yield ParsedText(tool_calls=[_entry(event)])
+
+
+def _entry(event: Event) -> dict[str, Any]:
+    """The first entry of a call has its id and name, further ones have pieces of the arguments."""
+    if isinstance(event, CallStart):
+        function = {"name": event.name, "arguments": ""}
+        return {"index": event.index, "id": event.id, "type": "function", "function": function}
+    assert not isinstance(event, Content | Thought)
+    return {"index": event.index, "function": {"arguments": event.text}}

@@ -28,11 +28,15 @@ PromptSource = str | list[int]
 
 @dataclass(frozen=True, slots=True)
 class EnginePrompt:
-    """One prompt with its parameters; `text` is None for a prompt of token ids."""
+    """One prompt with its parameters; `text` is None for a prompt of token ids.
+
+    `kept_ids` are special tokens that are part of the answer's text, as marks of a dialect.
+    """
 
     text: str | None
     token_ids: list[int]
     params: SamplingParams
+    kept_ids: frozenset[int] = frozenset()
 
 
 def completion_prompts(prompt: str | list[Any] | None) -> list[PromptSource]:
@@ -209,6 +213,7 @@ async def render_chat(
     add_generation_prompt: bool,
     continue_final_message: bool,
     variables: Mapping[str, Any] | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[str, list[int]]:
     """The prompt's text and token ids. Raises RequestError and ChatTemplateError."""
     if chat is None:
@@ -224,6 +229,7 @@ async def render_chat(
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools or None,
             chat_template_kwargs=variables,
         )
         return prompt["prompt"], prompt["prompt_token_ids"]

@@ -25,6 +25,7 @@ from sageLLM.runtime.server.prompts import (
     template_variables,
 )
 from sageLLM.runtime.server.service import Service
+from sageLLM.runtime.server.tools import ToolUse
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 
@@ -136,7 +137,7 @@ class Responses:
         self.service, self.exchange, self.body, self.generation = service, exchange, body, generation
         self.created = int(time.time())
         self.item_id = f"msg_{exchange.request_id}"
-        self.parser = service.make_parser()
+        self.parser = service.make_parser(ToolUse(), generation.prompts[0].text)
         self.text = ""
         self.last: Piece | None = None
         self.number = 0
@@ -152,9 +153,9 @@ class Responses:
 
     def _parse(self, piece: Piece) -> str:
         """Adds the piece; returns its content."""
-        parts = [self.parser.feed(piece.text)] if piece.text else []
+        parts = self.parser.feed(piece.text) if piece.text else []
         if piece.finish_reason is not None:
-            parts.append(self.parser.finish())
+            parts = [*parts, *self.parser.finish()]
         self.last = piece
         new = "".join(part.content for part in parts)
         self.text += new

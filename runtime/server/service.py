@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,29 @@ from typing import Any
 import msgspec
 
 from sageLLM import __version__
+from sageLLM.runtime.core.dialects.model import Dialect
+from sageLLM.runtime.core.dialects.parser import DialectParser
 from sageLLM.runtime.engine.chat import ChatPrompts
 from sageLLM.runtime.engine.requests import check_kv_room, validate_params, validate_prompt
 from sageLLM.runtime.engine.sampling_defaults import sampling_defaults
 from sageLLM.runtime.errors import ChatTemplateError, SageError
 from sageLLM.runtime.grammar.compiler import GrammarCompiler
 from sageLLM.runtime.loader.sentence_transformers import EmbeddingRecipe, model_folder, read_recipe
+from sageLLM.runtime.registry.plugins import load_dialects
 from sageLLM.runtime.sampling.sampling_params import SamplingParams
 from sageLLM.runtime.server.admission import Admission, Ticket
 from sageLLM.runtime.server.bodies import Sampled
+from sageLLM.runtime.server.dialects import ChosenDialects, choose_dialects
 from sageLLM.runtime.server.engine_client import EngineClient
 from sageLLM.runtime.server.errors import ApiError
 from sageLLM.runtime.server.exchange import ClientGoneError, Exchange
 from sageLLM.runtime.server.generation import Generation, Traits
 from sageLLM.runtime.server.messages import Load, Ready
 from sageLLM.runtime.server.metrics import Metrics
-from sageLLM.runtime.server.output_parser import OutputParser, PlainParser
+from sageLLM.runtime.server.output_parser import CallParser, OutputParser, PlainParser
 from sageLLM.runtime.server.prompts import EnginePrompt
 from sageLLM.runtime.server.settings import ServerSettings
+from sageLLM.runtime.server.tools import ToolUse
 from sageLLM.runtime.text.tokenizer import Tokenizer, start_probe
 
 LOG = logging.getLogger("sagellm")
@@ -42,14 +47,23 @@ QUEUED_CACHES = 4
 class Service:
     """A server's state. `start` builds the engine while a child process tries the tokenizer."""
 
-    def __init__(self, settings: ServerSettings, client: EngineClient, generation_config: str = "auto") -> None:
-        """Raises SageError for an invalid option."""
+    def __init__(
+        self,
+        settings: ServerSettings,
+        client: EngineClient,
+        generation_config: str = "auto",
+        dialects: Mapping[str, Dialect] | None = None,
+    ) -> None:
+        """`dialects` are those of the package by default. Raises SageError for an invalid option."""
         self.settings, self.client, self._generation_config = settings, client, generation_config
         self.chat_template = _read_template(settings.chat_template)
         self.template_kwargs = _template_kwargs(settings.default_chat_template_kwargs)
         self.folder = model_folder(Path(settings.model))
         self.tokenizer: Tokenizer | None = None
         self.chat: ChatPrompts | None = None
+        self._known_dialects = load_dialects() if dialects is None else dialects
+        self.dialects = self._choose_dialects()
+        self._kept_ids = {False: frozenset[int](), True: frozenset[int]()}
         self.defaults = SamplingParams()
         self.recipe = EmbeddingRecipe()
         self.grammars: GrammarCompiler | None = None
@@ -70,6 +84,8 @@ class Service:
             ready = await self.client.start()
             self.tokenizer = read(ready.max_model_len)
         self.chat = None if self.tokenizer is None else ChatPrompts(self.tokenizer)
+        self.dialects = self._choose_dialects()
+        self._kept_ids = {with_calls: self._special_marks(with_calls) for with_calls in (False, True)}
         tokenizer_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
         self.eos_ids = frozenset(i for i in {*tokenizer_ids, *ready.eos_ids} if i < ready.vocab_size)
         self.client.set_eos_ids(self.eos_ids)
@@ -152,9 +168,34 @@ class Service:
             # In a thread: the first one prepares the vocabulary, and large schemas take milliseconds.
             await asyncio.to_thread(self.grammars.check, params.structured_outputs, self.eos_ids)
 
-    def make_parser(self) -> OutputParser:
-        """The parser of a chat answer; models with reasoning or tool calls will get that of their dialect."""
-        return PlainParser()
+    def make_parser(self, tools: ToolUse, prompt: str | None) -> OutputParser:
+        """The parser of a chat answer, by the dialects of the checkpoint; calls are text unless there are tools."""
+        calls = self.dialects.calls if tools.may_call else None
+        reasoning, skip = self.dialects.reasoning, self.dialects.skip
+        if calls is None and reasoning is None and not skip:
+            return PlainParser()
+        is_open = reasoning is not None and (prompt or "").rstrip().endswith(reasoning.open.strip())
+        parser = DialectParser(calls, reasoning, skip, tools=tools.schemas, in_reasoning=is_open)
+        return CallParser(parser, in_reasoning=is_open, max_calls=None if tools.is_parallel else 1)
+
+    def kept_ids(self, tools: ToolUse) -> frozenset[int]:
+        """Special tokens that are marks of the dialects, which the parser of an answer has to see."""
+        return self._kept_ids[tools.may_call]
+
+    def _special_marks(self, with_calls: bool) -> frozenset[int]:
+        if self.tokenizer is None:
+            return frozenset()
+        marks = self.dialects.marks(with_calls=with_calls)
+        texts = ((one, self.tokenizer.decode([one], skip_special_tokens=False)) for one in self.tokenizer.special_ids)
+        return frozenset(one for one, text in texts if text and text in marks)
+
+    def _choose_dialects(self) -> ChosenDialects:
+        """By the template of the operator, else by those of the checkpoint, once they are read."""
+        templates = self.tokenizer.chat_templates.values() if self.tokenizer else ()
+        text = self.chat_template if self.chat_template is not None else "\n".join(templates)
+        return choose_dialects(
+            self._known_dialects, text, self.settings.tool_call_parser, self.settings.reasoning_parser
+        )
 
     def usage(self, generation: Generation) -> dict[str, Any]:
         num_prompt, num_answer = generation.num_prompt_tokens, generation.num_tokens

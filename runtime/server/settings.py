@@ -49,6 +49,13 @@ class ServerSettings:
         None
     )
     default_chat_template_kwargs: Annotated[str, Flag("Variables of the chat template, as a JSON object.")] = "{}"
+    tool_call_parser: Annotated[
+        str | None, Flag("The dialect of tool calls (default: that of the chat template); 'none' for no tool calls.")
+    ] = None
+    reasoning_parser: Annotated[
+        str | None, Flag("The dialect of reasoning (default: that of the chat template); 'none' for no reasoning.")
+    ] = None
+    enable_auto_tool_choice: Annotated[bool, Flag("Accepted for vLLM's sake: tools are always enabled.")] = True
     enable_force_include_usage: Annotated[bool, Flag("Report usage at the end of every stream.")] = False
     enable_request_id_headers: Annotated[bool, Flag("Return the id of a request in X-Request-Id.")] = True
     sse_keep_alive_interval: Annotated[float, Flag("Seconds between comments in a quiet stream; 0 for none.")] = 0.0

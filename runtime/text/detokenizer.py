@@ -49,12 +49,17 @@ class Detokenizer:
     """
 
     def __init__(
-        self, decoder: Decoder, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
+        self,
+        decoder: Decoder,
+        skip_special_tokens: bool = True,
+        prompt_token_ids: Sequence[int] = (),
+        kept_ids: Set[int] = frozenset(),
     ) -> None:
+        """Special tokens are skipped, except for `kept_ids`."""
         self._decoder = decoder
         self._byte_ids = frozenset(decoder.byte_ids)
         self._in_run = False
-        self._skipped = decoder.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = decoder.special_ids - kept_ids if skip_special_tokens else frozenset[int]()
         self._ids = self._last_of(prompt_token_ids)
         self._context = 0
         self._done = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -73,8 +73,11 @@ class SequenceText:
         rules: StopRules,
         skip_special_tokens: bool = True,
         prompt_token_ids: Sequence[int] = (),
+        kept_ids: Set[int] = frozenset(),
     ) -> None:
         """The text continues that of the prompt, so its first token keeps a leading space.
+
+        `kept_ids` are special tokens that are part of the text nevertheless.
 
         Without a decoder (a checkpoint without tokenizer) the text stays empty, and only ids and length stop.
         """
@@ -82,7 +85,9 @@ class SequenceText:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self._detokenizer = None if decoder is None else Detokenizer(decoder, skip_special_tokens, prompt_token_ids)
+        self._detokenizer = (
+            None if decoder is None else Detokenizer(decoder, skip_special_tokens, prompt_token_ids, kept_ids)
+        )
         # Tokens that are not decoded yet. Without stop strings no decision depends on the text, so decoding waits until
         # the text is read, and `generate` decodes an answer in one call.
         self._unread: list[int] = []

@@ -212,7 +212,7 @@ def test_invalid_chats_and_routes(server: TestServer) -> None:
     for body, text in (
         ({"messages": []}, "at least one message"),
         ({}, "messages is required"),
-        ({"messages": user, "tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"messages": user, "tools": [{"type": "function"}]}, "tools[0].function must be an object with a name"),
         ({"messages": user, "top_logprobs": 2}, "`logprobs` must be set to true"),
         ({"messages": user, "chat_template": "{{ 1 }}"}, "never from a request"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is supported"),

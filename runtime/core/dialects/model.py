@@ -79,6 +79,14 @@ class Calls:
     arguments: Arguments | None = None
     ids: str = "chatcmpl-tool-{hex}"
 
+    def literals(self) -> list[str]:
+        """The texts of all patterns."""
+        patterns = [form.call for form in self.forms] + ([self.arguments.each] if self.arguments else [])
+        parts = [part for pattern in patterns for part in pattern]
+        marks = [text for form in self.forms for text in (form.open, form.separator, form.close)]
+        texts = (part.text if isinstance(part, Maybe) else part for part in parts if not isinstance(part, Hole))
+        return [*marks, *texts]
+
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:

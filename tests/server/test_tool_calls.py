@@ -1,0 +1,242 @@
+"""Tool calls and reasoning in chats, with answers that a scripted engine gives."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import openai
+import pytest
+from servers import NAME, ScriptedChannel, TestServer, running, tokenizer
+
+from sageLLM.generated.dialects import DIALECTS
+from sageLLM.runtime.errors import SageError
+from sageLLM.runtime.server.dialects import choose_dialects
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
+USER = [{"role": "user", "content": "Weather?"}]
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+ANSWER = f"<think>\nWhich city?\n</think>\n\nI will look.\n{CALL}\n{CALL}"
+TEMPLATE = """{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{% for m in messages %}{{ m.role }}:{{
+m.content }}{% for call in m.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": {{
+call.function.arguments | tojson }}}</tool_call>{% endfor %}{{ m.tool_call_id or '' }}
+{% endfor %}{% if open_reasoning %}<think>{% endif %}{# </think> "arguments": #}"""
+
+
+class Scripted:
+    """A server whose engine answers every request with a text, a few tokens at a time."""
+
+    def __init__(self, server: TestServer, channel: ScriptedChannel) -> None:
+        self.server, self._channel = server, channel
+        self.client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20)
+
+    def answer(self, text: str, reason: str = "stop", size: int = 3) -> threading.Thread:
+        """Answers the next request, in a thread."""
+        ids = tokenizer().encode(text, add_special_tokens=False)
+        pieces = [ids[start : start + size] for start in range(0, len(ids), size)] or [[]]
+
+        num_before = len(self._channel.submitted)
+
+        def run() -> None:
+            while len(self._channel.submitted) == num_before:  # an abort arrives too
+                assert self._channel.arrived.acquire(timeout=20)
+            name = list(self._channel.submitted)[-1]
+            for piece in pieces:
+                self._channel.emit_tokens(name, piece)
+            # the model's end-of-sequence token ends the text by rule
+            if reason == "stop":
+                self._channel.emit_tokens(name, [0], "stop")
+            else:
+                self._channel.emit_tokens(name, [], reason)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def prompt(self) -> str:
+        """The text of the last prompt."""
+        return tokenizer().decode(list(self._channel.submitted.values())[-1].token_ids)
+
+    def chat(self, text: str, size: int = 3, **fields: Any) -> Any:
+        thread = self.answer(text, size=size)
+        body = {"model": NAME, "messages": USER, "tools": [TOOL]} | fields
+        answer = self.client.chat.completions.create(**body)
+        if fields.get("stream"):
+            answer = list(answer)
+        thread.join(30)
+        return answer
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
+    template = tmp_path_factory.mktemp("template") / "template.jinja"
+    template.write_text(TEMPLATE)
+    channel = ScriptedChannel()
+    with running(lambda: channel, chat_template=template) as server:
+        yield Scripted(server, channel)
+
+
+def joined(chunks: Sequence[Any]) -> dict[str, Any]:
+    """The whole answer of a stream, in the form of a message, with its finish reason."""
+    content, reasoning, calls, reason = "", "", [], None
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        content += choice.delta.content or ""
+        reasoning += getattr(choice.delta, "reasoning", None) or ""
+        for piece in choice.delta.tool_calls or []:
+            if piece.id is not None:
+                assert piece.index == len(calls) and piece.type == "function" and piece.function.arguments == ""
+                calls.append({"id": piece.id, "name": piece.function.name, "arguments": ""})
+            else:
+                calls[piece.index]["arguments"] += piece.function.arguments
+        reason = choice.finish_reason or reason
+    return {"content": content, "reasoning": reasoning, "calls": calls, "finish_reason": reason}
+
+
+def test_a_whole_answer(scripted: Scripted) -> None:
+    [choice] = scripted.chat(ANSWER).choices
+    message = choice.message
+    assert (choice.finish_reason, message.content) == ("tool_calls", "I will look.")
+    assert message.reasoning == message.reasoning_content == "Which city?"
+    assert [call.function.name for call in message.tool_calls] == ["get_weather"] * 2
+    assert all(json.loads(call.function.arguments) == {"city": "Zürich"} for call in message.tool_calls)
+    ids = {call.id for call in message.tool_calls}
+    assert len(ids) == 2 and all(one.startswith("chatcmpl-tool-") for one in ids)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_stream_has_the_same_parts(scripted: Scripted, size: int) -> None:
+    found = joined(scripted.chat(ANSWER, size, stream=True))
+    assert (found["content"], found["reasoning"], found["finish_reason"]) == (
+        "I will look.",
+        "Which city?",
+        "tool_calls",
+    )
+    assert [(call["name"], json.loads(call["arguments"])) for call in found["calls"]] == [
+        ("get_weather", {"city": "Zürich"})
+    ] * 2
+
+
+def test_content_is_null_if_there_are_only_calls(scripted: Scripted) -> None:
+    assert scripted.chat(CALL).choices[0].message.content is None
+
+
+def test_one_call_at_a_time(scripted: Scripted) -> None:
+    assert len(scripted.chat(ANSWER, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+    assert len(joined(scripted.chat(ANSWER, parallel_tool_calls=False, stream=True))["calls"]) == 1
+
+
+@pytest.mark.parametrize("fields", [{"tools": None}, {"tool_choice": "none"}])
+def test_without_tools_calls_are_content(scripted: Scripted, fields: dict[str, Any]) -> None:
+    [choice] = scripted.chat(CALL, **fields).choices
+    assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", CALL, [])
+
+
+def test_reasoning_can_be_left_out(scripted: Scripted) -> None:
+    for stream in (False, True):
+        answer = scripted.chat(ANSWER, stream=stream, extra_body={"include_reasoning": False})
+        assert "Which city" not in str(answer) and "I will" in str(answer)
+
+
+def test_a_prompt_that_opens_reasoning(scripted: Scripted) -> None:
+    fields = {"extra_body": {"chat_template_kwargs": {"open_reasoning": True}}}
+    message = scripted.chat(f"Hm.\n</think>\n\n{CALL}", **fields).choices[0].message
+    assert (message.reasoning, message.content, len(message.tool_calls)) == ("Hm.", None, 1)
+
+
+def test_an_answer_that_is_cut_keeps_the_reason(scripted: Scripted) -> None:
+    thread = scripted.answer(CALL[:60], "length")
+    body = {"model": NAME, "messages": USER, "tools": [TOOL], "max_tokens": len(tokenizer().encode(CALL[:60], False))}
+    [choice] = scripted.client.chat.completions.create(**body).choices  # type: ignore[call-overload]
+    thread.join(30)
+    assert choice.finish_reason == "length"
+    assert choice.message.tool_calls[0].function.arguments in CALL
+
+
+def test_a_broken_call_is_content(scripted: Scripted) -> None:
+    [choice] = scripted.chat('<tool_call>{"name": 5}</tool_call>').choices
+    assert (choice.finish_reason, choice.message.content) == ("stop", '<tool_call>{"name": 5}</tool_call>')
+
+
+def test_the_template_receives_tools_calls_and_results(scripted: Scripted) -> None:
+    first = scripted.chat(CALL).choices[0].message
+    messages = [*USER, first.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": "c1", "content": "rain"}]
+    scripted.chat("It rains.", messages=messages)
+    assert scripted.prompt() == (
+        "get_weather;user:Weather?\nassistant:"
+        '<tool_call>{"name": "get_weather", "arguments": {"city": "Zürich"}}</tool_call>\n'
+        "tool:rainc1\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools", r"tools\[0\] must be an object of type 'function'"),
+        ({"tools": ["f"]}, "tools", r"tools\[0\] must be an object of type 'function'"),
+        ({"tools": [{"type": "function"}]}, "tools", r"tools\[0\].function must be an object with a name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "must have 1 to 64 letters"),
+        ({"tools": [TOOL, TOOL]}, "tools", "names must be unique"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools", "a JSON schema"),
+        ({"tools": [TOOL] * 300}, "tools", "at most 256 entries"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "must be 'none', 'auto', 'required' or"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "must be {'type': 'function'"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "does not match any",
+        ),
+        ({"tool_choice": "required"}, "tool_choice", "`tools` must be set"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "requires constrained sampling"),
+    ],
+)
+def test_invalid_tools_are_refused(scripted: Scripted, fields: dict[str, Any], param: str, message: str) -> None:
+    response = scripted.server.post("/v1/chat/completions", {"messages": USER} | fields)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error["message"])
+
+
+def test_tools_require_a_dialect() -> None:
+    channel = ScriptedChannel()
+    with running(lambda: channel) as server:
+        response = server.post("/v1/chat/completions", {"messages": USER, "tools": [TOOL]})
+        assert response.status_code == 400 and "--tool-call-parser" in response.json()["error"]["message"]
+        assert str(server.service.dialects.for_calls).startswith("tool calls: none (no marks")
+
+
+# the choice of a dialect
+
+QWEN3 = '<tool_call>\n{"name": "\' + name + \'", "arguments": \' + arguments + \'}\n</tool_call> </think>'
+TEMPLATES = {
+    QWEN3: ("hermes", "think"),
+    '<tool_call> </tool_call> <function= <parameter= "arguments":': ("hermes", None),
+    "<tool_call> </tool_call> <function= <parameter= ": ("qwen3_coder", None),
+    "{'[TOOL_CALLS]' + name + '[ARGS]'} [THINK][/THINK]": ("mistral", "mistral"),
+    "[TOOL_CALLS] [": ("mistral_v3", None),
+    "<|channel|>analysis <|channel|>commentary to=functions.": ("harmony", "harmony"),
+    "{{ messages }}": (None, None),
+}
+
+
+def names(template: str, calls: str | None = None, reasoning: str | None = None) -> tuple[str | None, str | None]:
+    found = choose_dialects(DIALECTS, template, calls, reasoning)
+    return tuple(one.dialect and one.dialect.name for one in (found.for_calls, found.for_reasoning))  # type: ignore[return-value]
+
+
+def test_the_dialect_is_that_of_the_template() -> None:
+    assert {template: names(template) for template in TEMPLATES} == TEMPLATES
+
+
+def test_a_dialect_by_name() -> None:
+    assert names(QWEN3, "mistral", "none") == ("mistral", None)
+    assert names("[TOOL_CALLS]", "mistral", "deepseek_r1") == ("mistral_v3", "think")
+    assert names("", "openai", "openai_gptoss") == ("harmony", "harmony")
+    with pytest.raises(SageError, match=r"--tool-call-parser must be .*, got 'hermse'; did you mean 'hermes'"):
+        names("", "hermse")
+    with pytest.raises(SageError, match=r"--reasoning-parser must be .*, got 'pythonic'; known are deep"):
+        names("", None, "pythonic")
