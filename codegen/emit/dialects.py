@@ -25,7 +25,7 @@ PIECE_LEN = 100
 
 @dataclass(frozen=True, slots=True)
 class PatternView:
-    """A pattern, `call` or `each`, and the fields next to it that have no default value."""
+    """A pattern, `call` or `each`, and the fields next to it that differ from their defaults."""
 
     call: tuple[Element, ...] = ()
     each: tuple[Element, ...] = ()

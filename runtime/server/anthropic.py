@@ -10,13 +10,14 @@ import msgspec
 
 from sageLLM.runtime.server.admission import Ticket
 from sageLLM.runtime.server.bodies import CountTokensBody, MessagesBody
-from sageLLM.runtime.server.chat import prepare
+from sageLLM.runtime.server.chat import prepare, tools_of
 from sageLLM.runtime.server.exchange import Exchange
 from sageLLM.runtime.server.generation import Generation, Piece
 from sageLLM.runtime.server.message_bodies import as_chat
 from sageLLM.runtime.server.output_parser import ParsedText
 from sageLLM.runtime.server.prompts import check_model, render_chat, template_variables
 from sageLLM.runtime.server.service import Service
+from sageLLM.runtime.server.tools import ToolUse
 
 Kind = Literal["text", "thinking", "tool_use"]
 STOP_REASONS = {"length": "max_tokens", "stop": "end_turn"}
@@ -24,10 +25,11 @@ STOP_REASONS = {"length": "max_tokens", "stop": "end_turn"}
 
 async def create(service: Service, exchange: Exchange, body: MessagesBody, ticket: Ticket) -> None:
     chat = as_chat(body)
-    prompt = await prepare(service, chat, ticket)
+    use = tools_of(service, chat)
+    prompt = await prepare(service, chat, ticket, use)
     generation = service.generate(exchange, f"msg_{exchange.request_id}", chat, [prompt], ticket)
     try:
-        await Messages(service, exchange, body, generation).run()
+        await Messages(service, exchange, body, generation, use).run()
     finally:
         generation.close()
 
@@ -50,9 +52,11 @@ async def count_tokens(service: Service, exchange: Exchange, body: CountTokensBo
 class Messages:
     """The response to one body. Each part of the answer continues the open block, or begins the next one."""
 
-    def __init__(self, service: Service, exchange: Exchange, body: MessagesBody, generation: Generation) -> None:
+    def __init__(
+        self, service: Service, exchange: Exchange, body: MessagesBody, generation: Generation, use: ToolUse
+    ) -> None:
         self.service, self.exchange, self.body, self.generation = service, exchange, body, generation
-        self.parser = service.make_parser()
+        self.parser = service.make_parser(use, generation.prompts[0].text)
         self.blocks: list[dict[str, Any]] = []
         self._kind: Kind | None = None
         self._arguments: list[str] = []
@@ -78,9 +82,9 @@ class Messages:
 
     def _events(self, piece: Piece) -> Iterator[bytes]:
         self._last = piece
-        parts = [self.parser.feed(piece.text)] if piece.text else []
+        parts = self.parser.feed(piece.text) if piece.text else []
         if piece.finish_reason is not None:
-            parts.append(self.parser.finish())
+            parts = [*parts, *self.parser.finish()]
         for part in parts:
             yield from self._of_part(part)
 

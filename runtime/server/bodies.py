@@ -186,6 +186,8 @@ IGNORED = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "session_id",
+        "include_reasoning",
+        "parallel_tool_calls",
         "spaces_between_special_tokens",
         "stream_interval",
         "verbosity",
@@ -200,7 +202,10 @@ IGNORED = frozenset(
 
 # Values that mean "off", besides null.
 _OFF: tuple[object, ...] = ([], {}, "", False)
+_NO_TOOLS = "only /v1/chat/completions and /v1/responses take tools"
 REFUSED: Mapping[str, str] = {
+    "tools": _NO_TOOLS,
+    "tool_choice": _NO_TOOLS,
     "functions": "use tools",
     "function_call": "use tool_choice",
     "suffix": "filling in before a suffix is not implemented",
@@ -222,6 +227,7 @@ REFUSED: Mapping[str, str] = {
 }
 # Values of refused fields that ask for what the server does anyway.
 _HARMLESS: Mapping[str, tuple[object, ...]] = {
+    "tool_choice": ("none", "auto"),
     "best_of": (1,),
     "modalities": (["text"],),
 }

@@ -59,7 +59,7 @@ def usable_tools(service_calls: Calls | None, use: ToolUse, can_force: bool) -> 
     if use.may_call and service_calls is None:
         raise ApiError(
             400,
-            "tools require a dialect: the chat template has no marks of a known one; serve with --tool-call-parser "
+            "tools require a dialect: no known one has its marks in the chat template; serve with --tool-call-parser "
             "NAME, or set tool_choice to 'none'",
             "tools",
         )

@@ -1,4 +1,4 @@
-"""Tool calls and reasoning in chats, with answers that a scripted engine gives."""
+"""Tool calls and reasoning in chats, with scripted answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ call.function.arguments | tojson }}}</tool_call>{% endfor %}{{ m.tool_call_id or
 
 
 class Scripted:
-    """A server whose engine answers every request with a text, a few tokens at a time."""
+    """A server with an engine that answers every request with a text, a few tokens at a time."""
 
     def __init__(self, server: TestServer, channel: ScriptedChannel) -> None:
         self.server, self._channel = server, channel
