@@ -80,8 +80,8 @@ class Sink:
             raise SpecErrors(self.diagnostics)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The help line for an unknown name: the nearest known one, else all of them if they are few."""
+def did_you_mean(name: str, known: Iterable[str], *, is_closed: bool = False) -> str:
+    """The help line for an unknown name: the nearest known one, else all of them if they are few or cannot be added."""
     import difflib  # imported here, since only mistakes need it
 
     names = sorted(known)
@@ -90,7 +90,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"did you mean '{near[0]}'?"
     if not names:
         return "define it, or remove it: no such name is defined"
-    return f"known: {', '.join(names)}" if len(names) <= MAX_NAMES else "define it: no known name is similar"
+    if is_closed or len(names) <= MAX_NAMES:
+        return f"known: {', '.join(names)}"
+    return "define it: no known name is similar"
 
 
 def no_line(file: str, line: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from sageLLM.codegen.diagnostics import did_you_mean
-from sageLLM.codegen.expr.operand_types import OperandTypes, kind_words
+from sageLLM.codegen.expr.operand_types import FROM_CONDITION, OperandTypes, kind_words
 from sageLLM.codegen.expr.remedies import REMEDIES
 from sageLLM.codegen.expr.scope import Scope
 from sageLLM.codegen.expr.size import LEADING, Size, is_never_negative
@@ -77,7 +77,7 @@ class FunctionChecker:
             "present": self._present,
         }
         if name not in forms:
-            help = REMEDIES.get(name) or did_you_mean(name, [*FUNCTIONS, *self.scope.elements])
+            help = REMEDIES.get(name) or did_you_mean(name, [*FUNCTIONS, *self.scope.elements], is_closed=True)
             raise self.text.refuse("SAGE105", f"unknown function '{name}'", node.func, help)
         return forms[name](node)
 
@@ -100,7 +100,7 @@ class FunctionChecker:
             message = "a literal must not be cast; it adopts the element type of the other operand"
             raise self.text.refuse("SAGE107", message, argument, "remove the cast")
         if x.type.element == "bool" or element == "bool":
-            help = "use where(condition, 1, 0)"
+            help = "write a comparison: x != 0" if element == "bool" else FROM_CONDITION
             raise self.text.refuse("SAGE107", "conditions and numbers must not be cast to each other", argument, help)
         return Cast(ValueType(element, x.type.dims), x)
 
@@ -212,7 +212,7 @@ class FunctionChecker:
         joined = self.types.join(a, b, node, "and")
         if joined.is_literal and not condition.type.is_literal:
             message = "where: at least one value must be a tensor, because it determines the element type"
-            raise self.text.refuse("SAGE107", message, node, "write x * where(condition, 1, 0), or use a tensor")
+            raise self.text.refuse("SAGE107", message, node, FROM_CONDITION)
         return Select(
             ValueType(joined.element, self.types.dims(condition.type.dims, joined.dims, node)), condition, a, b
         )

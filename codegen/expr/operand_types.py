@@ -12,6 +12,8 @@ from sageLLM.codegen.expr.types import ValueType
 _LITERAL_RANK = {"int": 0, "float": 1}
 _INTEGER_BITS = {"i8": 8, "i32": 32, "i64": 64}
 
+FROM_CONDITION = "write where(condition, x, 0), with a tensor x, which determines the element type"
+
 
 @dataclass(frozen=True, slots=True)
 class OperandTypes:
@@ -81,9 +83,7 @@ class OperandTypes:
 
     def require_number(self, x: Expr, node: ast.expr) -> None:
         if x.type.element in ("bool", "truth", "str"):
-            help = (
-                "use where(condition, 1, 0)" if x.type.element != "str" else "compare it: where(name == 'text', a, b)"
-            )
+            help = FROM_CONDITION if x.type.element != "str" else "compare it: where(name == 'text', a, b)"
             raise self.text.refuse("SAGE107", f"expected a number, got {kind_words(x)}", node, help)
 
     def require_condition(self, x: Expr, node: ast.expr) -> None:

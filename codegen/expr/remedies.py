@@ -33,6 +33,8 @@ REMEDIES: Mapping[str, str] = {
     "take": "write gather(table, DIM, index)",
     "embedding": "write gather(table, DIM, index)",
     "if_else": "write where(condition, a, b)",
+    "select": "write where(condition, a, b)",
+    "scan": "write cumsum(x, H), cumprod(x, H), cummax(x, H) or cummin(x, H)",
     "float": "write f32(x)",
     "float32": "write f32(x)",
     "int": "write i32(x)",

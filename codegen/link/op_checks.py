@@ -76,7 +76,12 @@ def _check_fields(entry: Entry[OpSpec], semantics: str, sink: Sink) -> None:
         (_is_filled(spec.kernel) and not is_reference, "kernel", filled, remove),
         (spec.kernel is not None and is_fused, "kernel", "`kernel` must not be set here", derived),
         (spec.rule is not None and not is_fused, "rule", "`rule` requires `fuses`", remove),
-        (spec.op_type is None and not is_fused, "summary", f"{op} must have `op_type`", add),
+        (
+            spec.op_type is None and not is_fused,
+            "summary",
+            f"{op} must have `op_type`",
+            "add it, e.g. `op_type: ELEMENTWISE`",
+        ),
         (spec.cost is not None and not is_reference, "cost", "`cost` must not be set here", derived),
         (spec.cost is None and is_reference, "reference", f"{op} must have `cost`", add),
         (spec.tp is not None and not is_reference, "tp", "`tp` must not be set here", derived),
