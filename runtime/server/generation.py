@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from sageLLM.runtime.server.engine_client import EngineClient, Inbox
 from sageLLM.runtime.server.messages import Delta, Ready, ScoredToken, Submit
 from sageLLM.runtime.server.metrics import Metrics
 from sageLLM.runtime.server.prompts import EnginePrompt
+from sageLLM.runtime.server.tracing import RequestTimes
 from sageLLM.runtime.text.stop import SequenceText
 from sageLLM.runtime.text.tokenizer import Tokenizer
 
@@ -98,6 +99,7 @@ class Generation:
         self._admission, self._ticket, self._arrival = admission, ticket, arrival
         self._first_time: float | None = None
         self._queue_seconds = 0.0
+        self.on_close: Callable[[Generation], None] | None = None
         self.answers: list[Answer] = []
         self._of_request: dict[str, int] = {}  # the first answer of each engine request
         self._open: dict[str, int] = {}  # answers without an end
@@ -152,7 +154,23 @@ class Generation:
             if pieces:
                 yield pieces
 
+    def times(self) -> RequestTimes:
+        """The course of the request, for its span."""
+        return RequestTimes(
+            self.request_id,
+            self.prompts[0].params,
+            self.num_prompt_tokens,
+            self._arrival,
+            self._queue_seconds,
+            self._first_time,
+            self.num_tokens,
+            self.num_cached_tokens,
+            [answer.text.finish_reason or "abort" for answer in self.answers],
+        )
+
     def close(self) -> None:
+        if self.on_close is not None:
+            self.on_close(self)
         for name in list(self._open):
             self._client.close_request(name)
         for answer in self.answers:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from sageLLM.runtime.server.output_parser import CallParser, OutputParser, Plain
 from sageLLM.runtime.server.prompts import EnginePrompt
 from sageLLM.runtime.server.settings import ServerSettings
 from sageLLM.runtime.server.tools import ToolUse
+from sageLLM.runtime.server.tracing import Tracing, make_tracing
 from sageLLM.runtime.text.tokenizer import Tokenizer, start_probe
 
 LOG = logging.getLogger("sagellm")
@@ -70,6 +72,7 @@ class Service:
         self.eos_ids: frozenset[int] = frozenset()
         self.admission = Admission(settings.max_num_queued_reqs, 0)
         self.metrics = Metrics(settings.metrics_namespace, settings.model_names[0])
+        self.tracing = make_tracing(settings.otlp_traces_endpoint, settings.model_names[0])
         self.fingerprint = _fingerprint(settings)
         self.created = int(time.time())
         self.num_active = 0
@@ -101,9 +104,11 @@ class Service:
         return ready
 
     def close(self) -> None:
-        """Ends the processes of chat templates."""
+        """Ends the processes of chat templates, and sends the last spans."""
         if self.chat is not None:
             self.chat.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
     @property
     def ready(self) -> Ready:
@@ -159,6 +164,8 @@ class Service:
             metrics=self.metrics,
             arrival=exchange.arrival,
         )
+        if self.tracing is not None:
+            generation.on_close = partial(self._trace, self.tracing, exchange)
         exchange.watch_client(lambda: generation.inbox.fail(ClientGoneError()))
         return generation
 
@@ -196,6 +203,14 @@ class Service:
         return choose_dialects(
             self._known_dialects, text, self.settings.tool_call_parser, self.settings.reasoning_parser
         )
+
+    @staticmethod
+    def _trace(tracing: Tracing, exchange: Exchange, generation: Generation) -> None:
+        try:
+            parent = exchange.header(b"traceparent")
+            tracing.record(generation.times(), {} if parent is None else {"traceparent": parent})
+        except Exception:
+            LOG.warning("the span of request %s was not recorded", generation.request_id, exc_info=True)
 
     def usage(self, generation: Generation) -> dict[str, Any]:
         num_prompt, num_answer = generation.num_prompt_tokens, generation.num_tokens

@@ -60,6 +60,9 @@ class ServerSettings:
     enable_request_id_headers: Annotated[bool, Flag("Return the id of a request in X-Request-Id.")] = True
     sse_keep_alive_interval: Annotated[float, Flag("Seconds between comments in a quiet stream; 0 for none.")] = 0.0
     metrics_namespace: Annotated[str, Flag("Prefix of the metrics; 'vllm' for vLLM's dashboards.")] = "sagellm"
+    otlp_traces_endpoint: Annotated[
+        str | None, Flag("URL of an OpenTelemetry collector that receives the spans of requests (OTLP over HTTP).")
+    ] = None
     log_format: Annotated[Literal["text", "json"], Flag("Form of the log lines.")] = "text"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Flag("The least level that is logged.")] = "info"
     access_log: Annotated[bool, Flag("Log every request.")] = True

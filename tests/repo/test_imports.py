@@ -89,6 +89,7 @@ LAYERS = {
     "runtime/server": Layer(
         ours=("sageLLM.runtime", "sageLLM.__version__"),
         others=frozenset({"h11", "msgspec", "numpy", "prometheus_client", "starlette", "uvicorn"}),
+        lazily=frozenset({"opentelemetry"}),
     ),
     "runtime/bench": runtime_layer(
         *BELOW_WORKER, "text", "worker", "engine", "sim", "bench", others="torch numpy msgspec"
