@@ -37,7 +37,8 @@ async def create(service: Service, exchange: Exchange, body: MessagesBody, ticke
 async def count_tokens(service: Service, exchange: Exchange, body: CountTokensBody) -> None:
     """The length of the prompt that the same body would have."""
     check_model(body.model, service.settings.model_names)
-    chat = as_chat(MessagesBody(max_tokens=1, messages=body.messages, system=body.system, thinking=body.thinking))
+    fields = {name: getattr(body, name) for name in CountTokensBody.__struct_fields__}
+    chat = as_chat(MessagesBody(max_tokens=1, **fields))
     _, ids = await render_chat(
         service.chat,
         chat.messages,
@@ -45,6 +46,7 @@ async def count_tokens(service: Service, exchange: Exchange, body: CountTokensBo
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,
         variables=template_variables(chat, service.template_kwargs),
+        tools=tools_of(service, chat).definitions,
     )
     await exchange.respond_json({"input_tokens": len(ids)})
 

@@ -132,6 +132,8 @@ class MessagesBody(Struct, kw_only=True):
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     thinking: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -143,6 +145,8 @@ class CountTokensBody(Struct, kw_only=True):
     model: str | None = None
     system: str | list[Any] | None = None
     thinking: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: dict[str, Any] | None = None
 
 
 class TokenizeBody(Struct, kw_only=True):

@@ -31,7 +31,32 @@ def as_chat(body: MessagesBody) -> ChatBody:
         continue_final_message=continues,
         chat_template_kwargs=_variables(body),
         response_format=_format(body),
+        tools=None if body.tools is None else [_tool(one, f"tools[{i}]") for i, one in enumerate(body.tools)],
+        tool_choice=_choice(body.tool_choice),
+        parallel_tool_calls=not (body.tool_choice or {}).get("disable_parallel_tool_use", False),
     )
+
+
+def _tool(tool: object, place: str) -> dict[str, Any]:
+    """A tool in OpenAI's form."""
+    if not isinstance(tool, dict) or tool.get("type") not in (None, "custom"):
+        kind = tool.get("type") if isinstance(tool, dict) else type(tool).__name__
+        raise _error(f"{place} must be a tool of type 'custom', which the client runs, got {kind!r:.60}", "tools")
+    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
+    if "description" in tool:
+        function["description"] = tool["description"]
+    return {"type": "function", "function": function}
+
+
+def _choice(choice: dict[str, Any] | None) -> str | dict[str, Any] | None:
+    if choice is None:
+        return None
+    if choice.get("type") == "tool":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    if choice.get("type") not in CHOICES:
+        rule = f"tool_choice.type must be one of {', '.join(CHOICES)} and tool"
+        raise _error(f"{rule}, got {choice.get('type')!r:.60}", "tool_choice")
+    return CHOICES[choice["type"]]
 
 
 def _messages(message: object, place: str) -> list[dict[str, Any]]:

@@ -94,12 +94,23 @@ def test_blocks_become_messages_of_a_chat() -> None:
     assert chat.chat_template_kwargs == {"enable_thinking": False}
 
 
+def test_tools_have_the_form_of_chats() -> None:
+    tool = {"name": "add", "description": "Adds.", "input_schema": {"type": "object"}}
+    choice = {"type": "tool", "name": "add", "disable_parallel_tool_use": True}
+    chat = as_chat(MessagesBody(max_tokens=5, messages=QUESTION, tools=[tool], tool_choice=choice))
+    function = {"name": "add", "parameters": {"type": "object"}, "description": "Adds."}
+    assert chat.tools == [{"type": "function", "function": function}]
+    assert chat.tool_choice == {"type": "function", "function": {"name": "add"}} and not chat.parallel_tool_calls
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"messages": [{"role": "tool"}]}, "messages[0] must be an object with role 'user' or 'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "tool_result, got 'image'"),
         ({"system": [{"type": "image"}]}, "system[0] must be a text block"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "must be a tool of type 'custom'"),
+        ({"tool_choice": {"type": "some"}}, "tool_choice.type must be one of auto, any, none and tool"),
         ({"thinking": {"type": "on"}}, "thinking.type must be one of enabled, adaptive, disabled"),
         ({"output_config": {"format": {"type": "xml"}}}, "must be an object of type json_schema"),
     ],

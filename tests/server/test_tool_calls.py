@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from servers import NAME, ScriptedChannel, TestServer, running, tokenizer
@@ -117,6 +118,29 @@ def test_a_stream_has_the_same_parts(scripted: Scripted, size: int) -> None:
     assert [(call["name"], json.loads(call["arguments"])) for call in found["calls"]] == [
         ("get_weather", {"city": "Zürich"})
     ] * 2
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_message_has_the_parts_as_blocks(scripted: Scripted, is_streamed: bool) -> None:
+    """/v1/messages with Anthropic's client: thinking, text and tool_use."""
+    client = anthropic.Anthropic(base_url=scripted.server.url, api_key="none", max_retries=0, timeout=20)
+    tool = {"name": "get_weather", "description": "Looks.", "input_schema": PARAMETERS}
+    thread = scripted.answer(ANSWER)
+    body: dict[str, Any] = {"model": NAME, "max_tokens": 200, "messages": USER, "tools": [tool]}
+    if is_streamed:
+        with client.messages.stream(**body) as stream:
+            found = stream.get_final_message()
+    else:
+        found = client.messages.create(**body)
+    thread.join(30)
+    thinking, text, *calls = found.content
+    assert (thinking.type, thinking.thinking.strip()) == ("thinking", "Which city?")
+    assert (text.type, text.text.strip()) == ("text", "I will look.")
+    assert [(call.type, call.name, call.input) for call in calls] == [
+        ("tool_use", "get_weather", {"city": "Zürich"})
+    ] * 2
+    assert found.stop_reason == "tool_use" and calls[0].id != calls[1].id
+    assert "get_weather;" in scripted.prompt()
 
 
 def test_content_is_null_if_there_are_only_calls(scripted: Scripted) -> None:
