@@ -543,6 +543,21 @@ CODES: dict[str, CodeInfo] = {
         "The rules of a pass fire more or less often in a model's graph than `expect` states, for its tiny "
         "config. The near misses show how far each rule matched and what failed. Fix the rule or the count.",
     ),
+    # formats
+    "SAGE601": CodeInfo(
+        "invalid tensor of a format",
+        "A stored tensor has an element type and dims: the dims of the weight and sizes, times and divided by numbers "
+        "and sizes, such as `i32[N, K/8]`. A format lists either tensors or the fields of a block of B elements.",
+    ),
+    "SAGE602": CodeInfo(
+        "invalid value of a format",
+        "A value is an expression of the stored tensors with + - * / // % ** and the functions bits, rep, lut, e8m0, "
+        "take and cat. Dims are matched by name, and the result must have those of the weight.",
+    ),
+    "SAGE603": CodeInfo(
+        "name of a format",
+        "Names of formats, tensors and sizes become names of generated code, and the value must use every tensor.",
+    ),
     # the generator itself
     "SAGE501": CodeInfo(
         "not written",

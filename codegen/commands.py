@@ -149,7 +149,7 @@ def explain_name(name: str, overlays: Sequence[Path], out: Path | None) -> int:
 
 
 def new_entry(kind: str, name: str, specs: Path | None) -> int:
-    """Writes the scaffold of an op, model, pass, dialect or deployment and prints the next step.
+    """Writes the scaffold of an op, model, pass, format, dialect or deployment and prints the next step.
 
     Without `specs`, a checkout gets it in its own specs; an installed package is left alone, and the scaffold is
     written to an overlay in the current folder.

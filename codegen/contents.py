@@ -38,6 +38,7 @@ class Contents:
     ops: tuple[EntryName, ...]
     models: tuple[EntryName, ...]
     devices: tuple[EntryName, ...]
+    formats: tuple[EntryName, ...]
     rows: Mapping[str, tuple[Row, ...]]
 
     @property

@@ -38,6 +38,7 @@ def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
     """Links all entries. With `memo`, entries that earlier calls linked without findings are reused."""
     from sageLLM.codegen.link.dialects import link_dialects
     from sageLLM.codegen.link.entry_names import check_entry_names
+    from sageLLM.codegen.link.formats import link_methods
     from sageLLM.codegen.link.interfaces import Interfaces
     from sageLLM.codegen.link.models import link_models
     from sageLLM.codegen.link.ops import link_op, link_ops
@@ -51,8 +52,9 @@ def link(raw: "RawSpecs", memo: "LinkMemo | None" = None) -> "Specs":
     models = link_models(raw, ops, sink, link=memo.link_model if memo else None)
     passes = link_passes(raw, Interfaces(ops), sink)
     dialects = link_dialects(raw, sink)
+    methods = link_methods(raw.formats, sink)
     sink.raise_if_any()
-    return Specs(raw, ops, models, passes, raw.hardware, dialects)
+    return Specs(raw, ops, models, passes, raw.hardware, dialects, methods)
 
 
 def emit(specs: "Specs") -> list[Output]:
@@ -65,10 +67,14 @@ def emit(specs: "Specs") -> list[Output]:
     passes = emitters.emit_pass_modules(specs, renderer)
     devices = [output for entry in own.devices for output in emitters.emit_device(entry, renderer)]
     dialects = emitters.emit_dialect_modules(specs, renderer)
+    methods = [
+        output for method in own.methods for output in emitters.emit_method(method, renderer, is_overlay=own.is_overlay)
+    ]
     uses = [row for output in (*models, *passes) for row in output.rows]
     pages = [output for ops in own.ops_by_stem.values() for output in emitters.emit_op_docs(ops, specs, uses)]
     tables = emitters.emit_tables(own.contents(modules), renderer)
-    return [*modules, *models, *passes, *devices, *dialects, *pages, *emitters.emit_support(specs, renderer), *tables]
+    made = [*modules, *models, *passes, *devices, *dialects, *methods, *pages]
+    return [*made, *emitters.emit_support(specs, renderer), *tables]
 
 
 def generate(

@@ -56,6 +56,10 @@ def explain(name: str, specs: Specs, out: Path) -> str:
         return _explain_deployment(specs.raw.deploy[name])
     if dialects := _dialects_named(name, specs, out):
         return "\n\n".join(dialects)
+    if name in specs.methods:
+        method = specs.methods[name]
+        lines = [f"method {name}, {method.entry.key_span('method')}", method.spec.summary]
+        return "\n\n".join([*lines, _made_from(method.entry.ref, out)])
     raise LookupError(_unknown(name, specs))
 
 
@@ -75,8 +79,8 @@ def _rules_named(name: str, specs: Specs) -> list[str]:
 
 def _unknown(name: str, specs: Specs) -> str:
     rules = [rule.name for one in specs.passes.values() for rule in one.rules]
-    known = [*specs.ops, *specs.models, *specs.passes, *rules, *specs.hardware, *specs.dialects]
-    known += [*specs.raw.deploy, *CODES]
+    entries = [*specs.ops, *specs.models, *specs.passes, *specs.hardware, *specs.methods, *specs.raw.deploy]
+    known = [*entries, *rules, *specs.dialects, *CODES]
     help = did_you_mean(name, known)
     return f"unknown name '{name}'" + (f"; {help}" if help else "; `sagellm graph MODEL` lists the ops of a model")
 
@@ -167,7 +171,7 @@ def _explain_line(path: Path, line: int, specs: Specs, out: Path) -> str:
 
 def _span_of(file: str, name: str, specs: Specs) -> Span | str:
     raw = specs.raw
-    for table in (raw.ops, raw.models, raw.passes, raw.hardware, raw.dialects):
+    for table in (raw.ops, raw.models, raw.passes, raw.hardware, raw.dialects, raw.formats):
         entry = table.get(name)
         if entry is not None and entry.doc.file == file:
             return entry.key_span()

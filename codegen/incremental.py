@@ -19,6 +19,7 @@ from sageLLM.codegen.diagnostics import Sink
 from sageLLM.codegen.emit import (
     emit_device,
     emit_dialect_modules,
+    emit_method,
     emit_model,
     emit_op_docs,
     emit_op_modules,
@@ -82,6 +83,9 @@ class Incremental:
             key = digest([device.file, device.digest])
             self._unit(f"device {device.name}", key, partial(self._device, device.name))
         self._dialects()
+        for method in self.facts.own("formats"):
+            key = digest([method.file, method.digest, self.facts.is_overlay])
+            self._unit(f"formats {method.name}", key, partial(self._method, method.name))
         for stem, names in self._op_files.items():
             self._op_docs(stem, names)
         key = digest([self.facts.vocabulary, self.facts.is_overlay])
@@ -260,13 +264,23 @@ class Incremental:
 
         self._unit("dialects", key, link)
 
+    def _method(self, name: str) -> list[Output]:
+        from sageLLM.codegen.link.formats import link_method
+
+        method = link_method(self.raw.formats[name], self.sink)
+        self.sink.raise_if_any()
+        assert method is not None, "a format that cannot be linked is reported"
+        return emit_method(method, self._renderer, is_overlay=self.facts.is_overlay)
+
     def _tables(self) -> None:
         names = {
             kind: tuple(EntryName(entry.name, entry.file) for entry in self.facts.own(kind))
-            for kind in ("ops", "models", "hardware")
+            for kind in ("ops", "models", "hardware", "formats")
         }
         rows = self._rows_by_path("ops ")
-        contents = Contents(self.facts.is_overlay, names["ops"], names["models"], names["hardware"], rows)
+        contents = Contents(
+            self.facts.is_overlay, names["ops"], names["models"], names["hardware"], names["formats"], rows
+        )
         key = digest([contents.is_overlay, {kind: [one.ref for one in names[kind]] for kind in names}, rows])
         self._unit("tables", key, lambda: emit_tables(contents, self._renderer))
 
@@ -308,7 +322,7 @@ class Incremental:
         dialects: Mapping[str, Any] = NOTHING,
     ) -> Specs:
         """Specs that contain only what an emitter declares to read."""
-        return Specs(self.vocabulary, ops, NOTHING, passes, hardware, dialects)
+        return Specs(self.vocabulary, ops, NOTHING, passes, hardware, dialects, NOTHING)
 
     def _check_names(self) -> None:
         """Checks across files, on the facts alone: names, and the architectures of models."""

@@ -15,6 +15,7 @@ from sageLLM.codegen.source import Document, YamlPath, load_document
 if TYPE_CHECKING:
     from sageLLM.codegen.schema.deploy import DeployFile
     from sageLLM.codegen.schema.dialects import DialectFile
+    from sageLLM.codegen.schema.formats import FormatsFile
     from sageLLM.codegen.schema.hardware import HardwareFile
     from sageLLM.codegen.schema.models import ModelFile
     from sageLLM.codegen.schema.ops import OpSpec
@@ -61,6 +62,7 @@ class RawSpecs:
     hardware: "Mapping[str, Entry[HardwareFile]]" = field(default_factory=dict)
     deploy: "Mapping[str, Entry[DeployFile]]" = field(default_factory=dict)
     dialects: "Mapping[str, Entry[DialectFile]]" = field(default_factory=dict)
+    formats: "Mapping[str, Entry[FormatsFile]]" = field(default_factory=dict)
     dims: Mapping[str, Entry[str]] = field(default_factory=dict)
     op_types: Mapping[str, Entry[str]] = field(default_factory=dict)
     step_inputs: Mapping[str, Entry[str]] = field(default_factory=dict)
@@ -104,6 +106,7 @@ SCHEMAS: dict[str, Schema] = {
     "hardware/v1": Schema("hardware", "HardwareFile", {"hardware": None}, "hardware"),
     "deploy/v1": Schema("deploy", "DeployFile", {"deploy": None}, "deploy"),
     "dialects/v1": Schema("dialects", "DialectFile", {"dialects": None}, "dialect"),
+    "formats/v1": Schema("formats", "FormatsFile", {"formats": None}, "method"),
     "dims/v1": Schema("vocabulary", "DimsFile", {"dims": "dims"}),
     "op_types/v1": Schema("vocabulary", "OpTypesFile", {"op_types": "op_types"}),
     "inputs/v1": Schema("vocabulary", "InputsFile", {"step_inputs": "step"}),

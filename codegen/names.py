@@ -78,6 +78,10 @@ DIMS = CLASSES | frozenset(
 """Names that no dim or element type may have: they are variables in kernels of all targets."""
 
 
+METHODS = ("algebra", "values")
+"""Modules next to those of quantisation methods."""
+
+
 @dataclass(frozen=True, slots=True)
 class Named:
     """An entry of a spec file, and names that it declares: `symbols` of ops, `blocks` of models, `rules` of passes.
@@ -158,6 +162,10 @@ def _unusable(entry: Named) -> Iterator[Clash]:
         yield Clash(f"the class {class_name(entry.name)} of '{entry.name}' is a class that generated code uses", entry)
     if entry.kind == "dialects" and (why := why_not_a_function(entry.name)):
         yield Clash(f"the dialect name '{entry.name}' cannot be used: {why}", entry, ("dialect",))
+    if entry.kind == "formats":
+        why = why_not_a_function(entry.name) or ("a module has the name" if entry.name in METHODS else None)
+        if why:
+            yield Clash(f"the method name '{entry.name}' cannot be used: {why}", entry, ("method",))
     if entry.kind == "hardware":
         why = why_not_a_function(entry.name) or ("its table has the name" if entry.name == "hardware" else None)
         if why:

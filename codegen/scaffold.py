@@ -1,4 +1,4 @@
-"""Scaffolds of a new op, model, pass, dialect or deployment: spec files that generate and pass their tests at once."""
+"""Scaffolds of a new op, model, pass, format, dialect or deployment: spec files that generate at once."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ _FILES = {
     "pass": {"passes": "pass", "ops": "pass_op"},
     "deploy": {"deploy": "deploy"},
     "dialect": {"dialects": "dialect"},
+    "format": {"formats": "format"},
 }
 """Folders that get a file, with the template of the file, by kind of entry."""
 

@@ -14,6 +14,7 @@ from sageLLM.codegen.render import Output, Renderer
 
 if TYPE_CHECKING:
     from sageLLM.codegen.load import Entry
+    from sageLLM.codegen.model.format import MethodDef
     from sageLLM.codegen.model.layout import ModelDef
     from sageLLM.codegen.model.op import OpDef
     from sageLLM.codegen.model.specs import Specs
@@ -83,9 +84,17 @@ def emit_dialect_modules(specs: "Specs", renderer: Renderer) -> list[Output]:
     return emit_dialects(specs, renderer)
 
 
+def emit_method(method: "MethodDef", renderer: Renderer, *, is_overlay: bool) -> list[Output]:
+    """The modules and the page of one quantisation method."""
+    from sageLLM.codegen.emit import formats
+
+    return formats.emit_method(method, renderer, is_overlay=is_overlay)
+
+
 def emit_support(specs: "Specs", renderer: Renderer) -> list[Output]:
     """Files that depend on the vocabulary of the specs at most."""
     from sageLLM.codegen.emit.docs import emit_language_page
+    from sageLLM.codegen.emit.formats import emit_format_support
     from sageLLM.codegen.emit.op_tests import emit_op_checks
     from sageLLM.codegen.emit.ops import emit_op_types
     from sageLLM.codegen.emit.package import emit_package
@@ -94,15 +103,23 @@ def emit_support(specs: "Specs", renderer: Renderer) -> list[Output]:
     from sageLLM.codegen.emit.schemas import emit_schemas
     from sageLLM.codegen.emit.triton import emit_triton_support
 
-    emitters = (emit_op_types, emit_reference_support, emit_triton_support, emit_op_checks, emit_rule_checks)
+    emitters = (
+        emit_op_types,
+        emit_reference_support,
+        emit_triton_support,
+        emit_op_checks,
+        emit_rule_checks,
+        emit_format_support,
+    )
     rendered = [output for emitter in emitters for output in emitter(specs, renderer)]
     return [*rendered, *emit_language_page(specs), *emit_schemas(specs), *emit_package()]
 
 
 def emit_tables(contents: Contents, renderer: Renderer) -> list[Output]:
-    """The tables of ops, kernels, cases, models and devices. Reads names, and the rows of other files."""
+    """The tables of ops, kernels, cases, models, devices and formats. Reads names, and the rows of other files."""
     from sageLLM.codegen.emit.builders import emit_builder_table
     from sageLLM.codegen.emit.cpu import emit_cpu_table
+    from sageLLM.codegen.emit.formats import emit_format_table
     from sageLLM.codegen.emit.hardware import emit_device_table
     from sageLLM.codegen.emit.op_tests import emit_case_table
     from sageLLM.codegen.emit.ops import emit_op_table
@@ -117,5 +134,6 @@ def emit_tables(contents: Contents, renderer: Renderer) -> list[Output]:
         emit_case_table,
         emit_builder_table,
         emit_device_table,
+        emit_format_table,
     )
     return [output for emitter in emitters for output in emitter(contents, renderer)]

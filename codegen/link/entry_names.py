@@ -4,7 +4,7 @@ from sageLLM.codegen.diagnostics import Sink, Span
 from sageLLM.codegen.load import Entry, RawSpecs
 from sageLLM.codegen.names import Named, clashes, declared_names
 
-KINDS = ("ops", "models", "passes", "hardware", "dialects")
+KINDS = ("ops", "models", "passes", "hardware", "dialects", "formats")
 
 
 def check_entry_names(raw: RawSpecs, sink: Sink) -> None:
@@ -23,6 +23,6 @@ def check_entry_names(raw: RawSpecs, sink: Sink) -> None:
 
 
 def _span(entry: Entry[object], path: tuple[str | int, ...]) -> Span:
-    """The names of rules, devices and dialects are values, all others are keys."""
-    is_value = path[:1] in (("rules",), ("hardware",), ("dialect",))
+    """The names of rules, devices, dialects and quantisation methods are values, all others are keys."""
+    is_value = path[:1] in (("rules",), ("hardware",), ("dialect",), ("method",))
     return entry.span(*path) if is_value else entry.key_span(*path)

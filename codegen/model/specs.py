@@ -10,6 +10,7 @@ from sageLLM.codegen.render import Output
 
 if TYPE_CHECKING:  # a run that reaches no model need not import what models are made of
     from sageLLM.codegen.model.dialect import DialectDef
+    from sageLLM.codegen.model.format import MethodDef
     from sageLLM.codegen.model.layout import ModelDef
     from sageLLM.codegen.model.op import OpDef
     from sageLLM.codegen.model.rule import PassDef
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # a run that reaches no model need not import what models are
 
 @dataclass(frozen=True, slots=True)
 class Specs:
-    """Every op, model, pass, device and dialect by name, in spec order; `raw` refers back to the text."""
+    """Every op, model, pass, device, dialect and quantisation method in spec order; `raw` refers back to the text."""
 
     raw: RawSpecs
     ops: "Mapping[str, OpDef]"
@@ -26,6 +27,7 @@ class Specs:
     passes: "Mapping[str, PassDef]"
     hardware: "Mapping[str, Entry[HardwareFile]]"
     dialects: "Mapping[str, DialectDef]"
+    methods: "Mapping[str, MethodDef]"
 
     @property
     def is_overlay(self) -> bool:
@@ -39,17 +41,19 @@ class Specs:
             [op for op in self.ops.values() if not self.raw.is_base(op.entry)],
             [model for model in self.models.values() if not self.raw.is_base(model.entry)],
             [entry for entry in self.hardware.values() if not self.raw.is_base(entry)],
+            [method for method in self.methods.values() if not self.raw.is_base(method.entry)],
         )
 
 
 @dataclass(frozen=True, slots=True)
 class OwnSpecs:
-    """The ops, models and devices that code is generated from, in spec order."""
+    """The ops, models, devices and quantisation methods that code is generated from, in spec order."""
 
     is_overlay: bool
     ops: "list[OpDef]"
     models: "list[ModelDef]"
     devices: "list[Entry[HardwareFile]]"
+    methods: "list[MethodDef]"
 
     @property
     def ops_by_stem(self) -> "dict[str, list[OpDef]]":
@@ -66,6 +70,7 @@ class OwnSpecs:
             tuple(_name_of(op.entry) for op in self.ops),
             tuple(_name_of(model.entry) for model in self.models),
             tuple(_name_of(entry) for entry in self.devices),
+            tuple(_name_of(method.entry) for method in self.methods),
             {output.path: output.rows for output in outputs if output.rows},
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sageLLM.runtime.core.errors import ConfigError
+from sageLLM.runtime.core.model.formats import QuantMethod
 from sageLLM.runtime.core.model.hf_config import HFConfig
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.stored import with_stored_names, with_stored_shapes, with_stored_ties
@@ -16,8 +17,9 @@ from sageLLM.runtime.errors import MAX_MESSAGE_LEN, SageError
 from sageLLM.runtime.inspect.checkpoint_report import DEGREES, Degree, Report, lint_model
 from sageLLM.runtime.loader.checkpoint_index import INDEX_FILE, StoredTensor, has_single_file, weight_map
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file
-from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, why_not_loaded
+from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, method_of, why_not_loaded
 from sageLLM.runtime.loader.sentence_transformers import model_folder
+from sageLLM.runtime.registry.plugins import load_registry
 from sageLLM.runtime.registry.trees import BASE, import_folder, read_table
 
 FINDINGS = 100
@@ -51,24 +53,25 @@ def lint_checkpoint(request: LintRequest) -> int:
 
 
 def _report(request: LintRequest) -> Report:
-    layouts: dict[str, ModelLayout] = read_table(
-        [BASE, *(import_folder(plugin) for plugin in request.plugins)], "builders", "MODELS"
-    )
+    packages = [BASE, *(import_folder(plugin) for plugin in request.plugins)]
+    layouts: dict[str, ModelLayout] = read_table(packages, "builders", "MODELS")
+    methods: dict[str, QuantMethod] = read_table(packages, "formats", "METHODS")
     if request.config is not None:
         request = replace(request, config=model_folder(request.config))
     layout, data, path = _config(request, layouts)
     config = layout.read_config(HFConfig(data, path))
     folder = request.config if request.config is None or request.config.is_dir() else request.config.parent
     found = find_in_config(data, folder)
-    tensors = _tensors(request) if found is None else None
+    is_loaded = found is not None and method_of(found, methods) is not None
+    tensors = _tensors(request, is_quantized=is_loaded) if found is None or is_loaded else None
     shapes = None if tensors is None else {name: tensor.shape for name, tensor in tensors.items()}
     if shapes is not None:
         layout = with_stored_shapes(with_stored_names(layout, shapes), shapes)
         layout = with_stored_ties(layout, config, shapes, lambda owner, spec: True)
     report = lint_model(layout, config, path, _degrees(request.tp), shapes)
-    if tensors is not None:
+    if tensors is not None and not is_loaded:
         found = find_in_tensors(layout, config, tensors, matches=not report.index)
-    if found is None or (reason := why_not_loaded(found)) is None:
+    if found is None or (reason := why_not_loaded(found, methods)) is None:
         return report
     return replace(report, quantization=reason, index=None, index_tensors=None)
 
@@ -87,22 +90,31 @@ def _config(request: LintRequest, layouts: Mapping[str, ModelLayout]) -> tuple[M
     return layout or layout_of(data, path, layouts), data, str(path)
 
 
-def _tensors(request: LintRequest) -> Mapping[str, StoredTensor] | None:
-    """The tensors in the index of the request, else those in the folder of the config; None without either."""
-    if request.index is not None:
+def _tensors(request: LintRequest, *, is_quantized: bool) -> Mapping[str, StoredTensor] | None:
+    """The tensors in the index of the request, else those in the folder of the config; None without either.
+
+    Those of a quantised checkpoint are its weights, which an index alone does not tell.
+    """
+    if is_quantized and (request.config is None or not _has_weights(request.config)):
+        return None
+    if request.index is not None and not is_quantized:
         return dict.fromkeys(weight_map(request.index), StoredTensor())
     if request.config is None or not request.config.is_dir():
         return None
-    index = request.config / INDEX_FILE
-    if not has_single_file(request.config):
-        if not index.is_file():
-            return None
-        files = weight_map(index)
-        if not all((request.config / file).is_file() for file in set(files.values())):
-            return dict.fromkeys(files, StoredTensor())
-    from sageLLM.runtime.loader.safetensors_reader import Checkpoint  # torch, only for headers
+    if not _has_weights(request.config):
+        index = request.config / INDEX_FILE
+        return dict.fromkeys(weight_map(index), StoredTensor()) if index.is_file() else None
+    from sageLLM.runtime.loader.open_checkpoint import open_checkpoint  # torch, only for headers
 
-    return Checkpoint.open(request.config).stored()
+    return open_checkpoint(request.config, load_registry(request.plugins)).stored()
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the folder has all files of the weights."""
+    if not folder.is_dir() or has_single_file(folder):
+        return folder.is_dir()
+    index = folder / INDEX_FILE
+    return index.is_file() and all((folder / file).is_file() for file in set(weight_map(index).values()))
 
 
 def _degrees(text: str | None) -> tuple[int, ...]:

@@ -75,14 +75,14 @@ def lint(
 @app.command()
 def new(
     kind: Annotated[
-        Literal["op", "model", "pass", "dialect", "deploy"], typer.Argument(help="The kind of the new entry.")
+        Literal["op", "model", "pass", "format", "dialect", "deploy"], typer.Argument(help="The kind of the new entry.")
     ],
     name: Annotated[str, typer.Argument(help="Its name, in snake_case.")],
     specs: Annotated[
         Path | None, typer.Option(help="The spec folder for it (default: that of a checkout, else my_specs here).")
     ] = None,
 ) -> None:
-    """Add a new op, model, pass or dialect that generates and passes its tests, or a deployment."""
+    """Add a new op, model, pass, format or dialect that generates and passes its tests, or a deployment."""
     from sageLLM.codegen.commands import new_entry
 
     raise typer.Exit(new_entry(kind, name, specs))

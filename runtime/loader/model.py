@@ -12,6 +12,7 @@ import torch
 
 from sageLLM.runtime.core.errors import ConfigError
 from sageLLM.runtime.core.model.checkpoint import MAX_PROBLEMS, check_checkpoint
+from sageLLM.runtime.core.model.formats import QuantMethod
 from sageLLM.runtime.core.model.hf_config import HFConfig, shown
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.model.stored import is_bare, with_stored_names, with_stored_shapes, with_stored_ties
@@ -22,7 +23,9 @@ from sageLLM.runtime.execution_graph.stages import WHOLE, PipelineStage, why_not
 from sageLLM.runtime.executor.native.weights import Weight
 from sageLLM.runtime.loader.config_file import layout_of, read_config_file, text_section
 from sageLLM.runtime.loader.heads import absent_head, without_weights
+from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
 from sageLLM.runtime.loader.quantization import find_in_config, find_in_tensors, refuse_unsupported
+from sageLLM.runtime.loader.quantized_checkpoint import QuantizedCheckpoint
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 from sageLLM.runtime.loader.stage_weights import weights_of_stage
 from sageLLM.runtime.loader.tables import PositionTables
@@ -127,14 +130,14 @@ def load_model(
     path = folder / "config.json"
     data = read_config_file(path)
     layout = layout_of(data, path, registry.models)
-    refuse_unsupported(find_in_config(data, folder), folder)
+    refuse_unsupported(find_in_config(data, folder), folder, registry.methods)
     try:
         config = layout.read_config(HFConfig(data, str(path)))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     length = _model_len(config.longest, max_model_len, path)
     stage = PipelineStage(rank // tp, pp) if has_weights else WHOLE
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder, registry)
     kind = _dtype(dtype, (data, text_section(data, layout.root)), path, checkpoint)
     names = checkpoint.names
     may_lack_head = is_bare(layout, names) or not layout.generates
@@ -144,7 +147,7 @@ def load_model(
         layout = with_stored_ties(layout, config, names, partial(have_equal_values, checkpoint, kind))
         head = absent_head(layout, config, names) if may_lack_head else ()
         layout = without_weights(layout, head) if head else layout
-        _check(layout, config, checkpoint)
+        _check(layout, config, checkpoint, registry.methods)
         if (reason := why_not_divisible(str(folder), config.L, pp)) is not None:
             raise CheckpointError(reason)
         whole, own = config, _rank_config(layout, config, rank % tp, tp, expert_parallel=expert_parallel)
@@ -250,10 +253,12 @@ def _tables(config: Any, length: int, device: torch.device, path: Path) -> Posit
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint) -> None:
+def _check(layout: ModelLayout, config: Any, checkpoint: Checkpoint, methods: Mapping[str, QuantMethod]) -> None:
     tensors = checkpoint.stored()
     problems = check_checkpoint(layout, config, {name: tensor.shape for name, tensor in tensors.items()})
-    refuse_unsupported(find_in_tensors(layout, config, tensors, matches=not problems), checkpoint.folder)
+    found = find_in_tensors(layout, config, tensors, matches=not problems)
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        refuse_unsupported(found, checkpoint.folder, methods)
     if not problems:
         return
     lines = "\n".join(f"  {problem}" for problem in problems[:MAX_SHOWN_PROBLEMS])

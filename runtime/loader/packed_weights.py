@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +18,20 @@ from sageLLM.runtime.executor.planner import Planner
 from sageLLM.runtime.kernels.cpu.cache import cache_folder
 from sageLLM.runtime.kernels.cpu.packing import DEPTH, PANEL, PackedWeight
 from sageLLM.runtime.loader.model import Model
+from sageLLM.runtime.loader.open_checkpoint import open_checkpoint
 from sageLLM.runtime.loader.safetensors_reader import Checkpoint
 from sageLLM.runtime.loader.weight_file import Piece, WeightFile, file_path, read_index, write_file
 from sageLLM.runtime.loader.weights import load_weights
+from sageLLM.runtime.registry.plugins import Registry
 
 
 def packed_file(
-    model: Model, checkpoint: Path, planner: Planner, graphs: Sequence[ExecutionGraph], folder: Path | None = None
+    model: Model,
+    checkpoint: Path,
+    registry: Registry,
+    planner: Planner,
+    graphs: Sequence[ExecutionGraph],
+    folder: Path | None = None,
 ) -> WeightFile:
     """The file for the kernels of these graphs, in `folder` or the user's cache; written if it is absent or damaged.
 
@@ -42,7 +50,7 @@ def packed_file(
         raise CheckpointError(f"cannot choose a folder for packed weights: {error}; pass weights_folder") from None
     found = read_index(path)
     if found is None:
-        write_file(path, _runs(specs, model, checkpoint, planner, gates))
+        write_file(path, _runs(specs, model, partial(open_checkpoint, checkpoint, registry), planner, gates))
         found = read_index(path)
     if found is None:
         raise CheckpointError(f"{path} was written and cannot be read back; check the disk, or pass a weights_folder")
@@ -56,7 +64,11 @@ def layer_of(name: str) -> int | None:
 
 
 def _runs(
-    specs: Sequence[WeightSpec], model: Model, folder: Path, planner: Planner, gates: Mapping[str, int]
+    specs: Sequence[WeightSpec],
+    model: Model,
+    open_weights: Callable[[], Checkpoint],
+    planner: Planner,
+    gates: Mapping[str, int],
 ) -> Iterator[tuple[int | None, list[Piece]]]:
     """The weights of each layer, then each of the others. A weight tied to one of another run is stored again."""
     by_name = {spec.name: spec for spec in specs}
@@ -72,7 +84,7 @@ def _runs(
             runs.setdefault(key, []).append(replace(target, name=spec.name))
     packed = {name: gates.get(by_name[name].tied_to or name) for name in by_name}
     for key in sorted(runs, key=lambda key: (isinstance(key, str), key if isinstance(key, int) else 0)):
-        source = Checkpoint.open(folder)  # opened for each run: mapped pages count as memory of the process
+        source = open_weights()  # opened for each run: mapped pages count as memory of the process
         share = model.share
         loaded = load_weights(runs[key], source, model.dtype, torch.device("cpu"), rank=share.rank, tp=share.tp)
         source.close()

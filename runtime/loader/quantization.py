@@ -1,7 +1,7 @@
 """Detects quantised checkpoints: by config.json, by the settings files of quantisation tools, and by tensors.
 
 Detection is separate from support. A format that the engine cannot load is refused by its name, in one line, before its
-tensors are compared with the layout; `SUPPORTED` lists the formats that are loaded.
+tensors are compared with the layout.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sageLLM.runtime.core.model.checkpoint import ignore_patterns, is_ignored
+from sageLLM.runtime.core.model.formats import QuantMethod
 from sageLLM.runtime.core.model.hf_config import shown
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.errors import CheckpointError
@@ -17,8 +18,6 @@ from sageLLM.runtime.loader.checkpoint_index import StoredTensor
 from sageLLM.runtime.loader.config_file import NESTED_CONFIGS, text_section
 from sageLLM.runtime.loader.json_files import read_json
 
-SUPPORTED: frozenset[str] = frozenset()
-"""The values of `Quantization.method` that the loader accepts."""
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 # The keys of config.json, with the method of a section that does not name one.
 CONFIG_KEYS = {"quantization_config": "unknown", "compression_config": "compressed-tensors", "quantization": "mlx"}
@@ -35,7 +34,7 @@ _LAST_PARTS = {
     "qzeros": "awq",
     "qweight": "int4 packed in int32",
     "weight_packed": "compressed-tensors",
-    "weight_scale_inv": "fp8 in blocks",
+    "weight_scale_inv": "fp8",
     "SCB": "bitsandbytes int8",
     "weight_format": "bitsandbytes int8",
     "bitsandbytes__nf4": "bitsandbytes nf4",
@@ -124,20 +123,30 @@ def _in_dtypes(tensors: Mapping[str, StoredTensor], matches: bool) -> Quantizati
     return None
 
 
-def why_not_loaded(found: Quantization) -> str | None:
+def method_of(found: Quantization, methods: Mapping[str, QuantMethod]) -> QuantMethod | None:
+    """The method with the format, if it is declared by settings and can be loaded."""
+    is_declared = found.settings is not None
+    return next((one for one in methods.values() if is_declared and one.quant_method == found.method), None)
+
+
+def why_not_loaded(found: Quantization, methods: Mapping[str, QuantMethod]) -> str | None:
     """The reason to refuse a checkpoint of the format, or None if it can be loaded."""
-    if found.method in SUPPORTED:
+    if method_of(found, methods) is not None:
         return None
     details = f", {found.details}" if found.details else ""
+    text = f"the checkpoint is quantised ({found.method}{details}: {found.source})"
+    known = sorted(one.quant_method for one in methods.values() if one.quant_method is not None)
+    if found.settings is None and found.method in known:
+        return f"{text}, and config.json must have its settings in 'quantization_config'; download it again"
     return (
-        f"the checkpoint is quantised ({found.method}{details}: {found.source}), which is not supported; "
-        "use a checkpoint with float32, bfloat16 or float16 weights"
+        f"{text}, which is not supported; "
+        f"use a checkpoint in one of {', '.join(known)}, or with float32, bfloat16 or float16 weights"
     )
 
 
-def refuse_unsupported(found: Quantization | None, folder: Path) -> None:
+def refuse_unsupported(found: Quantization | None, folder: Path, methods: Mapping[str, QuantMethod]) -> None:
     """Raises CheckpointError for a format that cannot be loaded."""
-    if found is not None and (reason := why_not_loaded(found)) is not None:
+    if found is not None and (reason := why_not_loaded(found, methods)) is not None:
         raise CheckpointError(f"{folder}: {reason}")
 
 

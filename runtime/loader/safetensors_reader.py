@@ -120,8 +120,11 @@ class Checkpoint:
             name: StoredTensor(info.shape, str(info.dtype).removeprefix("torch.")) for name, info in self._infos.items()
         }
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor, or rows[start:stop] of its first dimension. Only these bytes of the file are read."""
+    def read(self, name: str, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, or rows[start:stop] of its first dimension. Only these bytes of the file are read.
+
+        A checkpoint that computes tensors does so in `dtype`; this one returns them as they are stored.
+        """
         info = self.info(name)
         try:
             file = self._file(info.file)

@@ -71,7 +71,7 @@ def _load(
     if spec.shard is not None and spec.shard.kind == "first" and rank:
         return weight.zero_()
     for part in spec.parts:
-        source = checkpoint.read(part.name)
+        source = checkpoint.read(part.name, dtype=dtype)
         region = part.region(len(spec.shape))
         source = source if part.view is None else _apply(part.view, source)
         if tp == 1 or spec.shard is None or spec.shard.kind == "first":

@@ -1,4 +1,4 @@
-"""Registry of generated ops, kernels, models, passes and dialects: those of the package and those of plugins.
+"""Registry of generated ops, kernels, models, passes, dialects and quantisation methods, also of plugins.
 
 A plugin is a folder written by `sagellm generate --specs MY_SPECS --out FOLDER`; it is imported in place.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from sageLLM.runtime.core.dialects.model import Dialect
 from sageLLM.runtime.core.ir.op_node import OpNode
 from sageLLM.runtime.core.kernels import Kernel
+from sageLLM.runtime.core.model.formats import QuantMethod
 from sageLLM.runtime.core.model.layout import ModelLayout
 from sageLLM.runtime.core.passes.base import OptimizationPass
 from sageLLM.runtime.errors import PluginError
@@ -30,11 +31,17 @@ class Registry:
     ops: Mapping[str, type[OpNode]]
     models: Mapping[str, ModelLayout]
     passes: Mapping[str, type[OptimizationPass]]
+    methods: Mapping[str, QuantMethod]
 
     @cached_property
     def kernels(self) -> Mapping[str, Kernel]:
         """The reference kernels; torch is imported at the first access."""
         return read_table(self.packages, "kernels.reference", "KERNELS")
+
+    @cached_property
+    def format_values(self) -> Mapping[str, Mapping[str, Kernel]]:
+        """The functions that compute weights from their stored tensors, by method and format; imports torch."""
+        return read_table(self.packages, "formats.values", "VALUES")
 
 
 def load_registry(plugins: Iterable[str | Path] = ()) -> Registry:
@@ -61,6 +68,7 @@ def _registry(packages: list[str]) -> Registry:
         ops=read_table(packages, "ops", "OPS"),
         models=read_table(packages, "builders", "MODELS"),
         passes=_in_order(read_table(packages, "passes", "PASSES")),
+        methods=read_table(packages, "formats", "METHODS"),
     )
 
 

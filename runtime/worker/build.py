@@ -222,7 +222,7 @@ def place_weights(model: Model, compiler: ModelCompiler, checkpoint: Path, place
         compiler.planner.prepare_weights(model.weights, model.ties, graphs)
         return
     folder = None if placement.folder is None else Path(placement.folder)
-    file = packed_file(model, checkpoint, compiler.planner, graphs, folder)
+    file = packed_file(model, checkpoint, compiler.registry, compiler.planner, graphs, folder)
     gathered = gathered_tables(graphs, model.ties)
     stream = WeightStream(file, model.dtype, budget=placement.budget, gathered=gathered)
     model.weights.update(stream.weights)

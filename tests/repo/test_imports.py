@@ -55,6 +55,7 @@ LAYERS = {
     "generated/kernels": Layer(
         ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"torch", "triton"})
     ),
+    "generated/formats/values": Layer(ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"torch"})),
     "generated/tests": Layer(ours=("sageLLM.generated", "sageLLM.runtime.core"), others=frozenset({"pytest", "torch"})),
     "runtime/errors.py": Layer(ours=("sageLLM.runtime.core.printable",)),
     "runtime/files.py": Layer(ours=("sageLLM.runtime.errors",)),

@@ -1,0 +1,198 @@
+"""Text of a format's value in torch. Operands have their dims in one order, and are broadcast by name."""
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+from sageLLM.codegen.model.format import (
+    Binary,
+    Bits,
+    Concat,
+    Constant,
+    FormatDef,
+    Lookup,
+    Named,
+    PowerOfTwo,
+    Repeat,
+    Stored,
+    StoredTensor,
+    Take,
+    Value,
+    parts,
+)
+
+_STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2}
+_ATOM = 3
+TORCH = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "u8": "uint8", "i8": "int8", "i32": "int32"}
+
+
+@dataclass(frozen=True, slots=True)
+class FormatText:
+    """The function of one format: its arguments, its lines and its result."""
+
+    format: FormatDef
+
+    @property
+    def sizes(self) -> list[str]:
+        """The numbers that the function takes: dims, and sizes without a constant."""
+        used = [*self.format.weight, *(name for name, size in self.format.spec.sizes.items() if isinstance(size, str))]
+        body = "\n".join([*self.lines, self.result])
+        return [name for name in used if _occurs(name, body)]
+
+    @property
+    def constants(self) -> list[tuple[str, int]]:
+        """Sizes with a constant that the function uses."""
+        body = "\n".join([*self.lines, self.result])
+        return [(n, s) for n, s in self.format.spec.sizes.items() if isinstance(s, int) and _occurs(n, body)]
+
+    @property
+    def fields(self) -> list[tuple[str, str]]:
+        """The fields of a block: name, and the expression that takes them from the bytes `blocks`."""
+        if self.format.block_bytes is None:
+            return []
+        from_bytes, start = [], 0
+        for one in self.format.tensors:
+            stop = start + self._field_bytes(one)
+            text = f"blocks[..., {start}:{stop}]"
+            text += "" if one.element == "u8" else f".contiguous().view(torch.{TORCH[one.element]})"
+            from_bytes.append((one.name, text + ("" if len(one.dims) > 2 else "[..., 0]")))
+            start = stop
+        return from_bytes
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["blocks"] if self.format.block_bytes is not None else [one.name for one in self.format.tensors]
+
+    @property
+    def lines(self) -> list[str]:
+        """Assignments before the result: operands in the order of the computation, and the expressions of `let`."""
+        found = []
+        for one in self.format.tensors:
+            if (text := self._operand(one)) != one.name and one is not self._plain:
+                found.append(f"{one.name} = {text}")
+        found += [f"{name} = {self._text(value)[0]}" for name, value in self.format.let.items()]
+        return found
+
+    @property
+    def result(self) -> str:
+        """The value, joined from blocks and in the order of the weight's dims."""
+        if self._plain is not None:
+            return self._operand(self._plain)
+        text, strength = self._text(self.format.value)
+        dims = [extent.dim for extent in self.format.value.dims]
+        inner = self.format.inner
+        if inner is not None:
+            text, strength, dims = f"joined({text}, {dims.index(inner) - 1}, K)", _ATOM, [d for d in dims if d != inner]
+        if tuple(dims) == self.format.weight:
+            return text
+        text = text if strength == _ATOM else f"({text})"
+        if len(dims) == 2:
+            return f"{text}.T"
+        return f"{text}.permute({', '.join(str(dims.index(dim)) for dim in self.format.weight)})"
+
+    @property
+    def _plain(self) -> StoredTensor | None:
+        """The tensor that is the value as it is."""
+        value = self.format.value
+        return next((one for one in self.format.tensors if isinstance(value, Stored) and one.name == value.name), None)
+
+    def _field_bytes(self, one: StoredTensor) -> int:
+        length = self.format.spec.sizes["B"]
+        assert isinstance(length, int), "checked when the format is linked"
+        widths = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2, "i32": 4, "f32": 4}
+        return widths[one.element] * prod(int(length * extent.factor) for extent in one.dims[2:])
+
+    def _operand(self, one: StoredTensor) -> str:
+        """A stored tensor with its dims in the order of the computation, floats and small integers widened."""
+        dims = [extent.dim for extent in one.dims]
+        ordered = sorted(dims, key=self.format.dims.index)
+        text = one.name
+        if dims != ordered:
+            text += ".T" if len(dims) == 2 else f".permute({', '.join(str(dims.index(dim)) for dim in ordered)})"
+        if one.element in ("f8", "f16", "bf16", "f32", "float"):
+            text += ".reshape(()).to(of)" if not one.dims else ".to(of)"
+        elif one.element in ("i8", "u8") and not self._is_only_of_bits(one.name):
+            text += ".int()"
+        return text
+
+    def _is_only_of_bits(self, name: str) -> bool:
+        """Whether the fields of the words are used, and not the words as numbers."""
+
+        def uses(value: Value) -> list[Value]:
+            match value:
+                case Bits(x=Stored()):
+                    return []
+                case Stored(name=found) if found == name:
+                    return [value]
+            return [use for part in parts(value) for use in uses(part)]
+
+        return not any(uses(root) for root in (*self.format.let.values(), self.format.value))
+
+    def _text(self, value: Value) -> tuple[str, int]:
+        """The expression and the strength of its outermost operator."""
+        match value:
+            case Stored(name=name) | Named(name=name):
+                return name, _ATOM
+            case Constant(text=text):
+                return text, _ATOM
+            case Binary():
+                return self._binary(value)
+            case Bits(x=x, width=width, dim=dim, order=order, run=run):
+                extra = f", order={order}" if order is not None else f", run={run}" if run > 1 else ""
+                return self._cut(f"bits({self._text(x)[0]}, {width}, {self._axis(x, dim)}{extra})", value, dim), _ATOM
+            case Repeat(x=x, count=count, dim=dim):
+                text = f"{self._atom(x)}.repeat_interleave({count}, {self._axis(x, dim)})"
+                return self._cut(text, value, dim), _ATOM
+            case Lookup(x=x, table=table):
+                return f"lookup({self._text(x)[0]}, {table}, of)", _ATOM
+            case PowerOfTwo(x=x):
+                return f"power_of_two({self._text(x)[0]}, of)", _ATOM
+            case Take(x=x, index=index, dim=dim):
+                return f"{self._atom(x)}.index_select({self._axis(x, dim)}, {self._text(index)[0]})", _ATOM
+            case Concat(a=a, b=b, dim=dim):
+                return f"torch.cat([{self._text(a)[0]}, {self._text(b)[0]}], {self._axis(a, dim)})", _ATOM
+        raise AssertionError(f"a node without text: {value}")
+
+    def _binary(self, value: Binary) -> tuple[str, int]:
+        if value.op == "**":  # of 2, see `link/format_values.py`; typed as an integer, unlike the operator
+            return f"(1 << {self._text(value.b)[0]})", _ATOM
+        strength = _STRENGTH[value.op]
+        texts = []
+        for operand, least in ((value.a, strength), (value.b, strength + 1)):
+            text, own = self._text(operand)
+            index = self._broadcast(operand, value)
+            if own < (_ATOM if index else least):
+                text = f"({text})"
+            texts.append(text + index)
+        return f"{texts[0]} {value.op} {texts[1]}", strength
+
+    def _broadcast(self, operand: Value, result: Value) -> str:
+        """An index that adds the dims of the result that the operand lacks; torch adds those before its first one."""
+        own = {extent.dim for extent in operand.dims}
+        dims = [extent.dim for extent in result.dims]
+        first = next((i for i, dim in enumerate(dims) if dim in own), len(dims))
+        missing = [dim not in own for dim in dims[first:]]
+        if not any(missing):
+            return ""
+        if all(missing[missing.index(True) :]):
+            return f"[..., {', '.join('None' for one in missing if one)}]"
+        return f"[{', '.join('None' if one else ':' for one in missing)}]"
+
+    def _axis(self, x: Value, dim: str) -> int:
+        return [extent.dim for extent in x.dims].index(dim)
+
+    def _atom(self, value: Value) -> str:
+        text, strength = self._text(value)
+        return text if strength == _ATOM else f"({text})"
+
+    def _cut(self, text: str, value: Value, dim: str) -> str:
+        """The value without the elements after the end of a dim that its words or groups do not divide."""
+        axis = self._axis(value, dim)
+        extent = value.dims[axis]
+        if not extent.is_whole or dim not in self.format.weight:
+            return text
+        return f"{text}[{''.join(':, ' for _ in range(axis))}:{dim}]"
+
+
+def _occurs(name: str, text: str) -> bool:
+    return re.search(rf"\b{name}\b", text) is not None

@@ -1,0 +1,137 @@
+"""Emits quantisation methods: a declaration per file, the values of weights as torch functions, tables, and pages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sageLLM.codegen.contents import Contents
+from sageLLM.codegen.emit.docs import _cell, _code, page, table
+from sageLLM.codegen.emit.format_text import FormatText
+from sageLLM.codegen.model.format import Extent, FormatDef, MethodDef, StoredTensor
+from sageLLM.codegen.model.specs import Specs
+from sageLLM.codegen.render import Output, Renderer, header
+
+FOLDER = "formats"
+BASE = "sageLLM.generated.formats.values.algebra"
+
+
+@dataclass(frozen=True, slots=True)
+class FormatView:
+    """A format as its templates read it."""
+
+    format: FormatDef
+    text: FormatText
+
+    @property
+    def tensors(self) -> list[tuple[str, str, list[tuple[str, tuple[str | int, ...], tuple[str | int, ...]]]]]:
+        """Name, element type and dims of each stored tensor."""
+        return [
+            (one.name, one.element, [(extent.dim, tuple(extent.times), tuple(extent.over)) for extent in one.dims])
+            for one in self.format.tensors
+        ]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that differ from the defaults of `Format`."""
+        spec = self.format.spec
+        found = {
+            "when": self.format.when,
+            "sizes": spec.sizes,
+            "unused": tuple(spec.unused),
+            "block_bytes": self.format.block_bytes,
+        }
+        found = {name: value for name, value in found.items() if value}
+        found |= {"suffix": spec.name} if spec.name != ".weight" else {}
+        return found | ({"separator": spec.separator} if spec.separator != "." else {})
+
+    @property
+    def doc(self) -> str:
+        """The docstring of the function: the format and its equation."""
+        lines = [f"{name} = {text}" for name, text in self.format.spec.let.items()]
+        lines.append(f"w[{', '.join(self.format.weight)}] = {self.format.spec.value}")
+        return "\n".join([self.format.spec.summary, "", *lines])
+
+
+def emit_method(method: MethodDef, renderer: Renderer, *, is_overlay: bool) -> list[Output]:
+    """`formats/awq.py` with `AWQ = QuantMethod(...)`, `formats/values/awq.py` with a function per format, the page."""
+    spec, ref = method.spec, method.entry.ref
+    formats = [FormatView(one, FormatText(one)) for one in method.formats]
+    fields = {"groups": spec.groups, "skip": tuple(spec.skip), "keys": tuple(spec.keys)}
+    fields = {name: value for name, value in fields.items() if value}
+    about = header(method.entry.doc.file, method.name)
+    declared = renderer.render("format.py.jinja", method=method, formats=formats, fields=fields)
+    helpers = BASE if is_overlay else ".algebra"
+    names = sorted(one.name for one in method.formats)  # as ruff orders `__all__`
+    values = renderer.render("format_values.py.jinja", method=method, formats=formats, names=names, helpers=helpers)
+    return [
+        Output(f"{FOLDER}/{method.name}.py", about + declared, (ref,)),
+        Output(f"{FOLDER}/values/{method.name}.py", about + values, (ref,)),
+        _method_page(method),
+    ]
+
+
+def emit_format_support(specs: Specs, renderer: Renderer) -> list[Output]:
+    """`formats/values/algebra.py`, the functions of the expressions, which an overlay uses from the package."""
+    if specs.is_overlay:
+        return []
+    text = header("specs/formats", "formats") + renderer.render("format_algebra.py.jinja")
+    return [Output(f"{FOLDER}/values/algebra.py", text)]
+
+
+def emit_format_table(contents: Contents, renderer: Renderer) -> list[Output]:
+    """`formats/__init__.py` with METHODS, and `formats/values/__init__.py` with VALUES."""
+    names = [one.name for one in contents.formats]
+    about = header("specs/formats", "formats")
+    return [
+        Output(f"{FOLDER}/__init__.py", about + renderer.render("formats_registry.py.jinja", names=names)),
+        Output(f"{FOLDER}/values/__init__.py", about + renderer.render("format_values_registry.py.jinja", names=names)),
+    ]
+
+
+def _method_page(method: MethodDef) -> Output:
+    parts = [_cell(method.spec.summary)]
+    if method.spec.quant_method is not None:
+        parts.append(f"`quant_method` in config.json: `{method.spec.quant_method}`.")
+    parts += [_format_section(one) for one in method.formats]
+    title = f"Formats: {method.name}"
+    return page(f"docs/formats/{method.name}.md", title, method.entry.doc.file, parts, [method.entry.ref])
+
+
+def _format_section(one: FormatDef) -> str:
+    """Tensors, value and shards of a format."""
+    rows = [(_code(tensor.name), _code(str(tensor))) for tensor in one.tensors]
+    lines = [f"{name} = {text}" for name, text in one.spec.let.items()]
+    facts = [
+        *((_code(key), " or ".join(_code(_setting(value)) for value in values)) for key, values in one.when.items()),
+        *((_code(name), _code(str(size))) for name, size in one.spec.sizes.items()),
+        ("shards along", "; ".join(_shards(one.weight, one.tensors)) or "any"),
+        *([("bytes of a block", str(one.block_bytes))] if one.block_bytes is not None else []),
+    ]
+    return "\n\n".join(
+        [
+            f"## {one.name}",
+            _cell(one.spec.summary),
+            table(("tensor", "type"), rows),
+            "```\n" + "\n".join([*lines, f"[{', '.join(one.weight)}] = {one.spec.value}"]) + "\n```",
+            table(("", ""), facts),
+        ]
+    )
+
+
+def _setting(value: str | int | bool | None) -> str:
+    return "absent" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _shards(weight: Sequence[str], tensors: Sequence[StoredTensor]) -> list[str]:
+    """The multiples at which a weight may be cut along its dims."""
+    found = []
+    for dim in weight:
+        cuts = {_multiple(extent) for one in tensors for extent in one.dims if extent.dim == dim}
+        if cuts := cuts - {"1"}:
+            found.append(f"{dim} at multiples of {', '.join(sorted(cuts))}")
+    return found
+
+
+def _multiple(extent: Extent) -> str:
+    above, below = "*".join(map(str, extent.times)), "*".join(map(str, extent.over))
+    return f"{below or 1}/{above}" if above else below or "1"

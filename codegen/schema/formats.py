@@ -1,0 +1,55 @@
+"""Schema of format files: a quantisation method, and the formats of weights that its settings select."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from sageLLM.codegen.schema.base import Strict
+
+Setting = str | int | bool | None
+
+
+class FormatSpec(Strict):
+    """A stored form of weights: the tensors in place of a weight, and its value as an expression of them.
+
+    Dims are the names of `weight`, and names of `sizes`. A dim such as `K/G` has ceil(K / G) elements.
+    """
+
+    summary: str = Field(description="one sentence, with the publication")
+    when: dict[str, Setting | list[Setting]] = Field(
+        default={},
+        description="keys of the settings and their values; `a.b` is a key of a section, `a|b` the first present one, "
+        "null an absent or empty one",
+    )
+    sizes: dict[str, str | int] = Field(
+        default={},
+        description="numbers by name: a constant, or the key that has it; null and -1 are the whole inner dim",
+    )
+    weight: str = Field(default="[N, K]", description="the dims of the weight; the last ones are divided over ranks")
+    name: str = Field(default=".weight", description="the end of the weight's name, in place of that of the tensors")
+    tensors: dict[str, str] = Field(
+        default={}, description='the stored tensors by the last part of their names: "i32[K/8, N]"'
+    )
+    separator: Literal[".", "_"] = Field(default=".", description="the character before the last part of their names")
+    block: dict[str, str] = Field(
+        default={}, description='in place of tensors, the fields of a block of B elements in order: "u8[B/2]"'
+    )
+    unused: list[str] = Field(default=[], description="further tensors that may be stored and do not change the value")
+    tables: dict[str, list[int | float]] = Field(default={}, description="constants of `lut`, and orders of `bits`")
+    let: dict[str, str] = Field(default={}, description="expressions by name, each of which may use those before it")
+    value: str = Field(description="the weight as an expression of the tensors")
+
+
+class FormatsFile(Strict):
+    """`specs/formats/NAME.yaml`: one quantisation method."""
+
+    schema_: Literal["formats/v1"] = Field(alias="schema", description="kind and version of the file")
+    method: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="the name in messages and generated code")
+    summary: str = Field(description="one sentence")
+    quant_method: str | None = Field(default=None, description="`quant_method` in config.json; null for GGUF files")
+    groups: str | None = Field(
+        default=None, description="the key of sections that each apply to the modules in their `targets`"
+    )
+    skip: list[str] = Field(default=[], description="keys with a list of modules that are not quantised")
+    keys: list[str] = Field(default=[], description="further keys, which do not change values")
+    formats: dict[str, FormatSpec] = Field(description="the formats; the first one with the settings is used")

@@ -1,0 +1,94 @@
+"""Declaration of quantisation methods in generated code: formats of weights, and the settings that select them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+Setting = str | int | bool | None
+Term = str | int
+"""A number, or the name of a size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The elements of a stored tensor along `dim`: the size of the dim times `times` over `over`, rounded up."""
+
+    dim: str
+    times: tuple[Term, ...] = ()
+    over: tuple[Term, ...] = ()
+
+    def size(self, sizes: Mapping[str, int]) -> int:
+        above, below = self._ratio(sizes)
+        return -(-sizes[self.dim] * above // below)
+
+    def most(self, size: int, sizes: Mapping[str, int]) -> int:
+        """The largest size of the dim with which a tensor has `size` elements along it."""
+        above, below = self._ratio(sizes)
+        return size * below // above
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.times and not self.over
+
+    def is_known(self, sizes: Mapping[str, int]) -> bool:
+        return all(isinstance(term, int) or term in sizes for term in (*self.times, *self.over))
+
+    def granule(self, sizes: Mapping[str, int]) -> int:
+        """The least number of elements of the dim that begins with an element of the tensor."""
+        above, below = self._ratio(sizes)
+        return -(-below // above)
+
+    def _ratio(self, sizes: Mapping[str, int]) -> tuple[int, int]:
+        above, below = (
+            prod(term if isinstance(term, int) else sizes[term] for term in terms) for terms in (self.times, self.over)
+        )
+        return above, below
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A tensor that is stored for a weight, or a field of its blocks; `element` is a type or `float`."""
+
+    name: str
+    element: str
+    dims: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A stored form of weights.
+
+    `when` has the accepted values of settings, by key; `sizes` numbers or the keys that have them. The weight has the
+    dims `weight`, and is named by `suffix` where its tensors are named by `separator` and their own names. Weights of
+    GGUF files are blocks of `block_bytes` bytes.
+    """
+
+    name: str
+    spec: str
+    weight: tuple[str, ...]
+    tensors: tuple[StoredPart, ...]
+    when: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, Term] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    suffix: str = ".weight"
+    separator: str = "."
+    block_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantMethod:
+    """A quantisation method: its name in config.json, and its formats, of which the first that fits is used.
+
+    `groups` is the key of sections that each apply to the modules in their `targets`; `skip` are keys with modules that
+    are not quantised; `keys` are known keys without an effect on values.
+    """
+
+    name: str
+    spec: str
+    quant_method: str | None
+    formats: tuple[Format, ...]
+    groups: str | None = None
+    skip: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()

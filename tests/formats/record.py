@@ -1,0 +1,75 @@
+"""Records values of the reference libraries in `recorded.safetensors`, for tests without these libraries.
+
+Run with compressed-tensors 0.20.1 and gguf 0.19.0 on the path: `python tests/formats/record.py`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize, quantize
+from safetensors.torch import save_file
+
+FILE = Path(__file__).parent / "recorded.safetensors"
+ROWS, COLUMNS = 24, 64
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+SCHEMES = {
+    "packed": ("pack-quantized", {**INT4, "symmetric": True}),
+    "packed_zeros": ("pack-quantized", {**INT4, "symmetric": False}),
+    "packed_8": ("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}),
+    "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}),
+    "fp8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}),
+    "fp8_tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}),
+}
+TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "BF16")
+
+
+def compressed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The stored tensors of a weight, and the weight that the library makes of them."""
+    form, settings = SCHEMES[name]
+    args = QuantizationArgs(**settings)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=form)
+    size = {"group": args.group_size, "channel": COLUMNS, "tensor": None}[args.strategy]
+    groups = weight.reshape(1, -1) if size is None else weight.reshape(ROWS, -1, size)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    state = {"weight": weight, "weight_scale": scale.reshape(1) if size is None else scale}
+    state["weight_zero_point"] = zero.reshape(state["weight_scale"].shape)
+    compressor = BaseCompressor.get_value_from_registry(form)
+    stored = {key: value for key, value in compressor.compress(state, scheme).items() if value is not None}
+    value = compressor.decompress(stored, scheme)["weight"]
+    return {**{f"{name}.{key}": tensor for key, tensor in stored.items()}, f"{name}.value": value}
+
+
+def blocks(name: str, weight: np.ndarray, random: np.random.Generator) -> dict[str, torch.Tensor]:
+    """The blocks of a weight, or random ones with small scales, and the values that the library makes of them."""
+    kind = GGMLQuantizationType[name]
+    length, size = GGML_QUANT_SIZES[kind]
+    try:
+        raw = quantize(weight, kind).view(np.uint8).reshape(weight.shape[0], -1)
+    except NotImplementedError:
+        raw = random.integers(0, 256, (weight.shape[0], weight.shape[1] // length * size), dtype=np.uint8)
+        scales = {"Q4_K": [(0, 4)], "Q6_K": [(208, 210)]}[name]
+        for block in range(weight.shape[1] // length):
+            for start, stop in scales:
+                half = random.uniform(-1, 1, (weight.shape[0], (stop - start) // 2)).astype(np.float16)
+                raw[:, block * size + start : block * size + stop] = half.view(np.uint8)
+    return {f"{name}.blocks": torch.from_numpy(raw), f"{name}.value": torch.from_numpy(dequantize(raw, kind))}
+
+
+def main() -> None:
+    random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    found: dict[str, torch.Tensor] = {}
+    for name in SCHEMES:
+        found |= compressed(name, torch.randn(ROWS, COLUMNS, generator=generator).bfloat16())
+    for name in TYPES:
+        found |= blocks(name, random.standard_normal((3, 512)).astype(np.float32), random)
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, FILE)
+
+
+if __name__ == "__main__":
+    main()

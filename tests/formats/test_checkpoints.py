@@ -1,0 +1,103 @@
+"""Quantised checkpoints: the answers are those of the checkpoint with the dequantised values, bit for bit."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from sageLLM import LLM, SamplingParams
+from sageLLM.codegen import driver
+from sageLLM.runtime.errors import CheckpointError
+from sageLLM.runtime.loader.model import load_model
+from sageLLM.runtime.registry.plugins import load_registry
+from tests.formats import packers
+
+MakeCheckpoint = Callable[..., Path]
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
+PROMPTS = [[5, 80, 13, 2, 150], [7] * 12]
+SMALL = {"num_hidden_layers": 2, "max_position_embeddings": 64}
+Answers = list[tuple[list[int], list[float]]]
+
+
+def answers(folder: Path, **options: object) -> Answers:
+    found = []
+    for one in LLM(folder, skip_tokenizer=True, **options).generate(PROMPTS, GREEDY):
+        assert one.prompt_logprobs is not None
+        logprobs = [next(iter(step.values())).logprob for step in one.prompt_logprobs if step is not None]
+        found.append((list(one.outputs[0].token_ids), logprobs))
+    return found
+
+
+@pytest.mark.parametrize("method", [name for name in packers.METHODS if name != "mlx"])
+def test_the_answers_are_those_of_the_dequantised_checkpoint(
+    method: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = packers.quantise(make_checkpoint("Llama", **SMALL), tmp_path, method)
+    assert answers(folder) == answers(tmp_path / "plain")
+
+
+def test_a_format_by_yaml_alone(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The worked example of docs/formats.md: no line of Python knows the format."""
+    out = tmp_path / "generated"
+    driver.generate([driver.PACKAGE / "examples" / "add_a_format" / "specs"], out=out)
+    source = make_checkpoint("Llama", **SMALL)
+    folder = packers.quantise(source, tmp_path, "mlx")
+    with pytest.raises(
+        CheckpointError, match=r"quantised \(mlx, 4 bits: 'quantization' in config.json\), which is not"
+    ):
+        LLM(folder, skip_tokenizer=True)
+    assert answers(folder, plugins=[out]) == answers(tmp_path / "plain")
+
+
+def test_a_share_of_a_rank_is_that_of_the_dequantised_weights(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = packers.quantise(make_checkpoint("Llama", **SMALL), tmp_path, "gptq in order of activations")
+    options = {"dtype": "float32", "device": torch.device("cpu"), "max_model_len": None, "tp": 2}
+    for rank in range(2):
+        one, other = (
+            load_model(path, load_registry(), rank=rank, **options).weights for path in (folder, tmp_path / "plain")
+        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_on_disk_are_dequantised(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = packers.quantise(make_checkpoint("Llama", **SMALL), tmp_path, "packed")
+    expected = answers(tmp_path / "plain")
+    assert answers(folder, weights_tier="disk", weights_folder=str(tmp_path / "weights")) == expected
+
+
+def test_the_experts_of_gpt_oss(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """In MXFP4, with the rows of gate and up in turn, against transformers with the values that it dequantises."""
+    settings = {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    source = make_checkpoint("GptOss", **settings)
+    random = torch.Generator().manual_seed(8)
+    stored: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensor.shape
+            blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=random, dtype=torch.uint8)
+            scales = torch.randint(118, 124, blocks.shape[:-1], generator=random, dtype=torch.uint8)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            plain[name] = convert_moe_packed_tensors(blocks, scales).float().contiguous()
+        else:
+            stored[name] = plain[name] = tensor
+    for name, tensors in (("quantised", stored), ("plain", plain)):
+        shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    lists = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    section = {"quant_method": "mxfp4", "modules_to_not_convert": lists}
+    packers.edit_config(tmp_path / "quantised", quantization_config=section)
+    found = answers(tmp_path / "quantised")
+    assert found == answers(tmp_path / "plain")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    for prompt, (_, logprobs) in zip(PROMPTS, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = logits[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+        assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-4)
