@@ -45,6 +45,10 @@ class WeightsPlacement(msgspec.Struct, frozen=True):
     folder: str | None = None
 
 
+DESCRIPTORS = ("shared_memory", "link_memory", "af_channel")
+"""The fields of `WorkerSpec` that are descriptors; its group has more."""
+
+
 class WorkerSpec(msgspec.Struct, frozen=True):
     """One rank of `tp` tensor-parallel ranks in each of `pp` pipeline stages.
 
@@ -107,6 +111,19 @@ class WorkerSpec(msgspec.Struct, frozen=True):
         if self.group is None or self.group.transport != "shared_memory":
             return None
         return self.group.members[self.group.worker].memory[self.rank]
+
+    @property
+    def files(self) -> list[int]:
+        """All descriptors, in the order of `with_files`."""
+        own = [file for name in DESCRIPTORS if (file := getattr(self, name)) is not None]
+        return own + ([] if self.group is None else self.group.files)
+
+    def with_files(self, files: Sequence[int]) -> WorkerSpec:
+        """The spec in a process where its descriptors have these numbers."""
+        left = iter(files)
+        own = {name: next(left) for name in DESCRIPTORS if getattr(self, name) is not None}
+        group = None if self.group is None else self.group.with_files(left)
+        return msgspec.structs.replace(self, group=group, **own)
 
     def ranks_of_stage(self, stage: int) -> list[int]:
         return list(range(stage * self.tp, (stage + 1) * self.tp))

@@ -1,17 +1,14 @@
 """An FFN worker process: computes the feed-forwards of the attention workers that are linked to it.
 
-    python -m sageLLM.runtime.worker.ffn_process FD
-
-The `WorkerSpec` arrives on stdin; links arrive on the inherited Unix socket, each to one attention worker. A
-thread serves each link, so no attention worker waits for another one to have tokens. Nothing is kept between two
-micro-batches, so a worker can be replaced at any point.
+Links arrive on the inherited Unix socket, each to one attention worker. A thread serves each link, so no attention
+worker waits for another one to have tokens. Nothing is kept between two micro-batches, so a worker can be replaced at
+any point.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,12 +30,12 @@ from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.process import Failed, Ready, Refused, Reply, end_with_parent
 
 
-def main() -> None:
+def run(spec: WorkerSpec, descriptor: int) -> None:
+    """Serves the links that arrive on the descriptor; ends the process."""
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel = socket.socket(fileno=descriptor)
     connection = Connection(os.dup(channel.fileno()))
     try:
-        spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WorkerSpec)
         reply: Reply
         try:
             server = FfnServer(spec)
@@ -127,7 +124,3 @@ class FfnServer:
             graph = with_peer(self._compiler.kernel_graph("prefill", num_ubatches), peer)
             plan = self._compiler.plan(graph, self._model.bound_tensors())
         return plan, ReceivedRows(graph, self._model.device)
-
-
-if __name__ == "__main__":
-    main()

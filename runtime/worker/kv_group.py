@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
@@ -48,6 +48,11 @@ class KVGroup(msgspec.Struct, frozen=True):
     def files(self) -> list[int]:
         """The descriptors that a process of the group inherits."""
         return [file for member in self.members for file in member.memory]
+
+    def with_files(self, files: Iterator[int]) -> KVGroup:
+        """The group with other numbers of its descriptors, in the order of `files`."""
+        members = [msgspec.structs.replace(one, memory=[next(files) for _ in one.memory]) for one in self.members]
+        return msgspec.structs.replace(self, members=members)
 
     def parts(self) -> list[list[Part]]:
         """The part of each rank of each worker."""

@@ -3,8 +3,6 @@
 It ends when the engine ends, and its worker processes with it.
 """
 
-import os
-import subprocess
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +13,7 @@ from sageLLM.runtime.worker.build import WorkerSpec
 from sageLLM.runtime.worker.faults import LOG
 from sageLLM.runtime.worker.fingerprint import versions
 from sageLLM.runtime.worker.rank_processes import start_processes
+from sageLLM.runtime.worker.worker_process import WorkerProcess
 
 CONNECT_SECONDS = 300.0
 
@@ -74,7 +73,7 @@ def serve_node(node: Node, seconds: float = CONNECT_SECONDS) -> None:
     control = connect(node.address, node.port, key, seconds)
     encode = msgspec.msgpack.encode
     decoder = msgspec.msgpack.Decoder(Instruction)
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[WorkerProcess] = []
     try:
         control.send_bytes(encode(JoinNode(node.node_rank, node.num_nodes, versions())))
         while True:
@@ -91,11 +90,10 @@ def serve_node(node: Node, seconds: float = CONNECT_SECONDS) -> None:
         control.close()
 
 
-def _start(node: Node, start: StartRanks, key: bytes, interface: str | None) -> "list[subprocess.Popen[bytes]]":
+def _start(node: Node, start: StartRanks, key: bytes, interface: str | None) -> list[WorkerProcess]:
     connections = {rank: connect(node.address, node.port, key, CONNECT_SECONDS) for rank in start.ranks}
     for rank, connection in connections.items():
         connection.send_bytes(msgspec.msgpack.encode(JoinRank(rank)))
-        os.set_inheritable(connection.fileno(), True)
     files = {rank: connection.fileno() for rank, connection in connections.items()}
     processes = start_processes(start.spec, files, interface)
     for connection in connections.values():
@@ -103,7 +101,7 @@ def _start(node: Node, start: StartRanks, key: bytes, interface: str | None) -> 
     return list(processes.values())
 
 
-def _kill(processes: "list[subprocess.Popen[bytes]]") -> None:
+def _kill(processes: list[WorkerProcess]) -> None:
     for process in processes:
         process.kill()
     for process in processes:

@@ -1,16 +1,13 @@
 """A worker process: one rank of a group, which executes the orders that arrive on an inherited socket.
 
-    python -m sageLLM.runtime.worker.process FD
-
-The `WorkerSpec` arrives on stdin. On the host of the engine the socket has no address, so no other process can connect
-to it; another host has connected and authenticated it (`node.py`). The process ends when the engine closes its end, or
-when its parent has died.
+A fork server starts it. On the host of the engine the socket has no address, so no other process can connect to it;
+another host has connected and authenticated it (`node.py`). The process ends when the engine closes its end, or when
+its parent, the fork server, has ended.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -69,13 +66,13 @@ Reply = Ready | Refused | Done | Failed | Report
 Command = Reset | Run | PushKV | CheckKV | CancelKV
 
 
-def main() -> None:
+def run(spec: WorkerSpec, descriptor: int) -> None:
+    """Serves orders that arrive on the descriptor; ends the process."""
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    connection = Connection(int(sys.argv[1]))
+    connection = Connection(descriptor)
     replies = Replies(connection)
     port = None
     try:
-        spec = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WorkerSpec)
         reply: Reply
         try:
             executor = build_executor(spec, join_ranks(spec))
@@ -148,7 +145,3 @@ def end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,10 +3,11 @@
 import os
 import signal
 import socket
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+
+from sageLLM.runtime.worker.worker_process import WorkerProcess
 
 END_SECONDS = 2.0
 
@@ -22,7 +23,7 @@ class Rank:
     """A worker process of this host, and the engine's end of its socket."""
 
     rank: int
-    process: "subprocess.Popen[bytes]"
+    process: WorkerProcess
     connection: Connection
 
     @property
@@ -38,9 +39,7 @@ class Rank:
 
     def await_end(self) -> None:
         """Waits for the end of the process, and kills it if that takes too long."""
-        try:
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
+        if self.process.wait(END_SECONDS) is None:
             self.process.kill()
             self.process.wait()
 

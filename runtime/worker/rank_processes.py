@@ -2,10 +2,8 @@
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -14,6 +12,7 @@ from sageLLM.runtime.kernels.cpu.communicator import make_shared_memory
 from sageLLM.runtime.kernels.cpu.point_to_point import make_link_memory
 from sageLLM.runtime.worker.build import WorkerSpec
 from sageLLM.runtime.worker.rank import Rank
+from sageLLM.runtime.worker.worker_process import WORKERS, WorkerProcess
 
 WORKER = "sageLLM.runtime.worker.process"
 
@@ -39,7 +38,7 @@ def start_rank(spec: WorkerSpec, module: str) -> Rank:
 
 def start_processes(
     spec: WorkerSpec, connections: Mapping[int, int], interface: str | None
-) -> dict[int, "subprocess.Popen[bytes]"]:
+) -> dict[int, WorkerProcess]:
     """Starts the ranks with these descriptors of their connections to the engine.
 
     `interface` is the network interface of gloo; None lets gloo choose.
@@ -82,7 +81,7 @@ def uses_shared_memory(spec: WorkerSpec) -> bool:
     return is_several and spec.device == "cpu" and spec.kernels != "reference" and hasattr(os, "memfd_create")
 
 
-def _start(spec: WorkerSpec, connection: int, interface: str | None, module: str) -> "subprocess.Popen[bytes]":
+def _start(spec: WorkerSpec, connection: int, interface: str | None, module: str) -> WorkerProcess:
     environment = dict(os.environ)
     num_processes = max(len(spec.host_ranks), spec.num_workers)
     if max(num_processes, spec.num_ranks) > 1:
@@ -90,17 +89,6 @@ def _start(spec: WorkerSpec, connection: int, interface: str | None, module: str
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
         if interface is not None:
             environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # The child imports this package from where this process has it.
+    # Processes of the worker import this package from where this process has it.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    files = [file for file in (spec.shared_memory, spec.link_memory, spec.af_channel) if file is not None]
-    files += [] if spec.group is None else spec.group.files
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, str(connection)],
-        pass_fds=[connection, *files],
-        stdin=subprocess.PIPE,
-        env=environment,
-    )
-    assert process.stdin is not None, "stdin is a pipe"
-    with suppress(BrokenPipeError), process.stdin as stdin:  # the process may have ended; its exit code is reported
-        stdin.write(msgspec.msgpack.encode(spec))
-    return process
+    return WORKERS.start(spec, module, connection, environment)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 MARK = f"SAGELLM_TEST_RUN={os.getpid()}"
-WORKER = b"sageLLM.runtime.worker.process"
+WORKER = b"sageLLM.runtime.worker.fork_server"
 SECONDS = 10.0
 
 
@@ -34,7 +34,9 @@ def no_orphans(mark_processes: None) -> Iterator[None]:
 
 
 def _workers() -> set[int]:
-    """The worker processes of this run."""
+    """The worker processes of this run, without the fork server of this process."""
+    from sageLLM.runtime.worker.worker_process import WORKERS
+
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -43,14 +45,15 @@ def _workers() -> set[int]:
                 found.add(int(folder.name))
         except OSError:  # it has ended, or belongs to another user
             continue
-    return found
+    return found - {WORKERS.process_id}
 
 
 def _used() -> set[int]:
     """The worker processes of the engines in this process."""
+    from sageLLM.runtime.worker.ffn_workers import FfnWorkers
     from sageLLM.runtime.worker.process_executor import ProcessExecutor
 
     gc.collect()
     # By type: isinstance reads __class__, which some objects of torch compute.
-    executors = [one for one in gc.get_objects() if type(one) is ProcessExecutor]
-    return {process_id for executor in executors for process_id in executor.process_ids}
+    owners = [one for one in gc.get_objects() if type(one) is ProcessExecutor or type(one) is FfnWorkers]
+    return {process_id for owner in owners for process_id in owner.process_ids}

@@ -47,6 +47,11 @@ def worker(port: int) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+def workers_of(host: int) -> list[int]:
+    """The worker processes of a host: the children of its fork server."""
+    return [worker for server in children_of(host) for worker in children_of(server)]
+
+
 def children_of(process_id: int) -> list[int]:
     return [int(text) for text in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
 
@@ -55,11 +60,11 @@ def test_stages_on_two_hosts(port: int, worker: subprocess.Popen[bytes]) -> None
     expected = load().generate(PROMPTS, PARAMS)
     llm = load(pipeline_parallel_size=2, nnodes=2, master_port=port)
     assert_same(llm.generate(PROMPTS, PARAMS), expected)
-    own, (remote,) = process_ids(llm), children_of(worker.pid)
+    own, (remote,) = process_ids(llm), workers_of(worker.pid)
     assert len(own) == 1
     found = after_tokens(llm, 10, lambda: os.kill(remote, signal.SIGKILL))
     assert_same(found, expected)
-    started = [*process_ids(llm), *children_of(worker.pid)]
+    started = [*process_ids(llm), *workers_of(worker.pid)]
     assert len({*started, *own, remote}) == 4
     llm.close()
     assert worker.wait(20) == 0

@@ -21,6 +21,7 @@ from sageLLM.runtime.errors import CheckpointError, EngineError, SageError
 from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
 from sageLLM.runtime.worker import rank_processes
 from sageLLM.runtime.worker.process_executor import ProcessExecutor
+from sageLLM.runtime.worker.worker_process import WORKERS
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_python_model"
 PROMPTS = [[10, 11, 12], [20, 21], [30 + i for i in range(40)], [10, 11, 13], [40, 41]]
@@ -158,6 +159,17 @@ def test_a_worker_that_hangs_is_replaced(one_rank: LLM, expected: list[RequestOu
     executor.step_seconds = 300.0
     assert_same(found, expected)
     assert_ended(before)
+
+
+def test_a_killed_fork_server_costs_no_request(one_rank: LLM, expected: list[RequestOutput]) -> None:
+    """Its workers end with it. It has one thread, so no lock was held when it forked."""
+    server, before = WORKERS.process_id, process_ids(one_rank)
+    assert server is not None
+    assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
+    os.kill(server, signal.SIGKILL)
+    assert_ended(before)
+    assert_same(one_rank.generate(PROMPTS, PARAMS), expected)
+    assert WORKERS.process_id != server
 
 
 def test_a_request_that_kills_every_worker_is_ended(
