@@ -26,7 +26,7 @@ RUN_READY := .venv/.run-ready
 TEST_READY := .venv/.test-ready
 
 .DEFAULT_GOAL := help
-.PHONY: launches two-hosts manifests fuzz-schemas fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
+.PHONY: cases fuzz-specs launches two-hosts manifests fuzz-schemas fuzz-server soak-server serve af-matrix parallel-layouts aot interpret fuzz-text sanitize sanitize-threads fuzz-scheduler mutants help setup run test test-fast test-lowest lock generate accept lint types drift explain graph bench bench-peers peers-setup images clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -54,8 +54,11 @@ SLOW := tests/codegen/test_canary.py tests/codegen/test_cases.py tests/codegen/t
 test-fast: $(TEST_READY) ## Run the fast part of the suite, in less than a minute
 	$(PYTEST) --numprocesses $(JOBS) --dist loadfile $(addprefix --ignore=,$(SLOW))
 
+# After `drift`, `generate` writes nothing but its state, with which tests generate overlays faster. `worksteal` keeps
+# tests of a folder together, for their fixtures, and yet all processes are busy until the end.
 test: lint types drift ## Run the whole suite: lint, types, drift of generated/, tests
-	$(PYTEST) --numprocesses $(JOBS) --dist loadscope
+	$(BIN)/sagellm generate
+	$(PYTEST) --numprocesses $(JOBS) --dist worksteal
 
 # transformers, the oracle of other tests, does not accept versions that are as low.
 LOWEST := tests/codegen/test_cases.py tests/codegen/test_explain.py tests/codegen/test_source.py tests/core tests/engine/test_calls.py \
@@ -130,6 +133,13 @@ fuzz-text: $(TEST_READY) ## Print and parse 50 times as many random graphs as th
 SCHEMAS ?= 0:10000
 fuzz-schemas: $(TEST_READY) ## Draw random JSON schemas SCHEMAS=FROM:TO (10,000) and texts of their grammars, and validate the texts
 	PYTHONPATH=_dev OMP_NUM_THREADS=1 $(BIN)/python tests/grammar/random_schemas.py --seeds $(SCHEMAS)
+
+fuzz-specs: $(TEST_READY) ## Mutate specs, and put hostile texts into them, 50 times as often as the suite; random edits
+	SAGELLM_SPEC_SCALE=50 SAGELLM_EDIT_SEEDS=0:50 SAGELLM_EDIT_ROUNDS=2 $(PYTEST) --timeout=7200 tests/codegen/test_fuzz.py tests/codegen/test_canary.py \
+	  tests/codegen/test_incremental.py
+
+cases: $(TEST_READY) ## Run all spec cases of tests/codegen/cases by the command; the suite runs a sample
+	SAGELLM_CASES=all $(PYTEST) --timeout=3600 --numprocesses $(JOBS) tests/codegen/test_cases.py
 
 fuzz-server: $(TEST_READY) ## Send 200 times as many random requests to the server as the suite
 	SAGELLM_SERVER_SCALE=200 $(PYTEST) --timeout=7200 tests/server/test_fuzz.py

@@ -1,5 +1,10 @@
-"""Fixtures for all tests: random checkpoints made by transformers, linked specs, snapshots in text files."""
+"""Fixtures for all tests: random checkpoints made by transformers, linked specs, snapshots in text files.
 
+After a long run the slowest files are printed, so that their growth is seen: `make test` has a budget of 420 s.
+"""
+
+import gc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,30 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+
+
+LONG_RUN_SECONDS = 60
+NUM_SLOWEST = 15
+
+
+def pytest_collection_finish() -> None:
+    """Exempts the modules of tests and libraries, which stay until the end, from garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the files whose tests, with their fixtures, took most of a long run."""
+    reports = [one for reports in terminalreporter.stats.values() for one in reports]
+    seconds: Counter[str] = Counter()
+    for report in reports:
+        if isinstance(report, pytest.TestReport):
+            seconds[report.location[0]] += report.duration
+    if (total := seconds.total()) < LONG_RUN_SECONDS:
+        return
+    terminalreporter.section(f"slowest files of {total:.0f} s")
+    for file, duration in seconds.most_common(NUM_SLOWEST):
+        terminalreporter.write_line(f"{duration:6.1f} s {duration / total:4.0%}  {file}")
 
 
 class TextFile(SingleFileSnapshotExtension):

@@ -1,4 +1,7 @@
-"""Specs are untrusted: hostile text ends in a diagnostic or a literal; generating touches nothing but its output."""
+"""Specs are untrusted: hostile text ends in a diagnostic or a literal; generating touches nothing but its output.
+
+`make fuzz-specs` tries 50 times as many texts.
+"""
 
 import ast
 import copy
@@ -37,7 +40,8 @@ CANARIES = [
     "__import__('os').system('id')",
     "summary: |\n  - nested",
 ]
-NUM_SAMPLES = 60
+NUM_SAMPLES = 24 * int(os.environ.get("SAGELLM_SPEC_SCALE", "1"))
+NUM_BATCHES = 2
 DOCS = [
     load_document(path, display=f"specs/{path.relative_to(driver.BASE_SPECS).as_posix()}")
     for path in sorted(driver.BASE_SPECS.rglob("*.yaml"))
@@ -131,13 +135,13 @@ def _with_text(doc: Document, path: YamlPath, text: str) -> str:
     return yaml.safe_dump(data, sort_keys=False)
 
 
-@pytest.mark.parametrize("batch", range(4))
+@pytest.mark.parametrize("batch", range(NUM_BATCHES))
 def test_hostile_text_never_becomes_code(batch: int, tmp_path: Path) -> None:
     rng = random.Random(batch)
     folder = tmp_path / "specs"
     shutil.copytree(driver.BASE_SPECS, folder)
     accepted = 0
-    for i in range(NUM_SAMPLES // 4):
+    for i in range(NUM_SAMPLES // NUM_BATCHES):
         file, path = rng.choice(PROSE if i % 2 else PLACES)
         canary = rng.choice(CANARIES)
         try:

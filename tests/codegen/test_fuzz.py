@@ -1,5 +1,9 @@
-"""Mutated specs: whatever a file holds, the generator answers with diagnostics and nothing else."""
+"""Mutated specs: whatever a file holds, the generator answers with diagnostics and nothing else.
 
+`make fuzz-specs` makes 50 times as many of them.
+"""
+
+import os
 import random
 import re
 from collections.abc import Mapping
@@ -21,8 +25,8 @@ from sageLLM.codegen.schema.models import ModelFile
 from sageLLM.codegen.schema.ops import OpsFile
 from sageLLM.codegen.source import load_document, parse_document
 
-NUM_MUTANTS = 2_500
-NUM_BATCHES = 10
+NUM_MUTANTS = 1_000 * int(os.environ.get("SAGELLM_SPEC_SCALE", "1"))
+NUM_BATCHES = 4
 
 PIECE = re.compile(r"[\w.]+|[^\w.]")
 TOKENS = [

@@ -1,6 +1,6 @@
 """Incremental generation against generation from scratch: the same files or findings, whatever was edited before.
 
-SAGELLM_EDIT_SEEDS=FROM:TO plays more sequences of random edits than the suite does.
+`make fuzz-specs` plays more and longer sequences of random edits than the suite does.
 """
 
 import json
@@ -20,12 +20,12 @@ from sageLLM.codegen.diagnostics import SpecErrors
 from sageLLM.codegen.expectations import Missed
 from sageLLM.codegen.facts import Undeclared
 from sageLLM.codegen.incremental import Incremental, Rendered
-from sageLLM.codegen.state import FILE, FOLDER
+from sageLLM.codegen.state import FILE, FOLDER, State, load_state
 from sageLLM.codegen.swap import MANIFEST
 from sageLLM.codegen.update import update as generate
 
 SEEDS = range(*map(int, os.environ.get("SAGELLM_EDIT_SEEDS", "0:1").split(":")))
-NUM_ROUNDS = 2
+NUM_ROUNDS = int(os.environ.get("SAGELLM_EDIT_ROUNDS", "1"))
 """Comparisons of a sequence; up to three edits come before each."""
 
 
@@ -233,8 +233,9 @@ def reached(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> tuple[set[
     """Generates; the units that were rendered, and the ops that were linked."""
     runs: list[Incremental] = []
     run = Incremental.run
-    monkeypatch.setattr(Incremental, "run", lambda self: (runs.append(self), run(self))[1])
-    workspace.generate()
+    with monkeypatch.context() as patched:
+        patched.setattr(Incremental, "run", lambda self: (runs.append(self), run(self))[1])
+        workspace.generate()
     if not runs:
         return set(), set()
     rendered = {name for name, unit in runs[0].units.items() if isinstance(unit, Rendered)}
@@ -266,23 +267,15 @@ def test_equations_that_change_a_partial_sum_reach_the_models(
     assert outcome(lambda: driver.generate(out=workspace.out, base=workspace.specs)) == expected
 
 
-def test_an_operand_reaches_the_models_that_use_the_op(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_reaches_the_models_that_use_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operand, a block of other models, and an ancestor: qwen3_moe extends qwen3, which extends llama."""
     workspace.edit("ops/norm.yaml", "default: 1.0e-6", "default: 1.0e-5")
     units, _ = reached(workspace, monkeypatch)
     assert "model llama" in units and "model gpt2" not in units
-    assert workspace.drift() == []
-
-
-def test_a_block_reaches_the_models_that_use_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace.edit("models/qwen3_moe.yaml", "hf: gate.weight", "hf: router.weight")
     units, _ = reached(workspace, monkeypatch)
     assert {"model mixtral", "model qwen2_moe", "model qwen3_moe"} <= units
     assert not {"model llama", "model qwen3", "model deepseek_v3"} & units
-    assert workspace.drift() == []
-
-
-def test_an_ancestor_reaches_its_models(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """qwen3_moe extends qwen3, which extends llama."""
     workspace.edit("models/llama.yaml", "hf: o_proj.weight", "hf: out_proj.weight")
     units, _ = reached(workspace, monkeypatch)
     assert {"model llama", "model qwen3", "model qwen3_moe", "model mixtral"} <= units and "model gpt2" not in units
@@ -325,8 +318,14 @@ def test_a_damaged_file_is_repaired(workspace: Workspace, path: str, text: str |
 
 
 @pytest.mark.parametrize("text", ["", '{"generator": 1}', "\udc80"])
-def test_a_damaged_state_is_no_error(workspace: Workspace, edited: dict[str, bytes], text: str) -> None:
-    (workspace.out / FOLDER / FILE).write_bytes(text.encode(errors="surrogateescape"))
+def test_a_damaged_state_is_empty(tmp_path: Path, text: str) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / FILE).write_bytes(text.encode(errors="surrogateescape"))
+    assert load_state(tmp_path) == State()
+
+
+def test_a_damaged_state_is_no_error(workspace: Workspace, edited: dict[str, bytes]) -> None:
+    (workspace.out / FOLDER / FILE).write_bytes(b"\x80")
     workspace.edit(*EDITED)
     workspace.generate()
     assert workspace.tree() == edited
@@ -385,7 +384,7 @@ import pathlib, sys
 from sageLLM.codegen import driver
 assert str(driver.PACKAGE).startswith(sys.argv[1]), driver.PACKAGE
 out = pathlib.Path(sys.argv[1], "out")
-driver.generate(out=out)
+assert driver.generate(out=out).changed == ()
 template = driver.PACKAGE / "templates" / "ops.py.jinja"
 template.write_text(template.read_text().replace("class {{", "class  {{", 1) + "# edited\\n")
 driver.generate(out=out)
@@ -394,10 +393,12 @@ assert driver.check(out=out) == []
 """
 
 
-def test_a_template_reaches_the_files_that_it_makes(tmp_path: Path) -> None:
+def test_a_template_reaches_the_files_that_it_makes(generated: Workspace, tmp_path: Path) -> None:
+    """In a copy of the package, for which the state of the tree holds as well."""
+    shutil.copytree(generated.out, tmp_path / "out")
     package = tmp_path / "sageLLM"
     for name in ("codegen", "templates", "specs"):
-        shutil.copytree(driver.PACKAGE / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(driver.PACKAGE / name, package / name)
     shutil.copy(driver.PACKAGE / "__init__.py", package) if (driver.PACKAGE / "__init__.py").is_file() else (
         package / "__init__.py"
     ).touch()

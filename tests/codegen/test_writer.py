@@ -15,6 +15,7 @@ import pytest
 
 from sageLLM.codegen import driver
 from sageLLM.codegen.diagnostics import SpecErrors
+from sageLLM.codegen.link.memo import LinkMemo
 from sageLLM.codegen.render import Output
 from sageLLM.codegen.swap import MANIFEST
 from sageLLM.codegen.writer import PACKAGE_FILE, drift, finish, text_digest, write
@@ -271,17 +272,23 @@ def test_a_folder_in_place_of_a_file_changes_nothing(tmp_path: Path) -> None:
     assert tree(tmp_path) == before and not (tmp_path / ".cache").exists()
 
 
-def test_a_tree_that_cannot_be_written_is_no_error_if_nothing_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver.generate(out=tmp_path)
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's tree with its state; tests that change it work on copies."""
+    out = tmp_path_factory.mktemp("generated")
+    driver.generate(out=out)
+    return out
 
+
+def test_a_tree_that_cannot_be_written_is_no_error_if_nothing_changed(
+    generated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     for owner, name in STEPS:
         monkeypatch.setattr(owner, name, refuse)
-    assert driver.generate(out=tmp_path).changed == ()
+    assert driver.generate(out=generated).changed == ()
 
 
 def test_line_ends_of_a_checkout_make_no_difference(tmp_path: Path) -> None:
@@ -311,8 +318,8 @@ def damage(tree: Path, how: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def package_outputs() -> list[Output]:
-    return finish(driver.emit(driver.load_and_link()))
+def package_outputs(memo: LinkMemo) -> list[Output]:
+    return finish(driver.emit(driver.load_and_link(memo=memo)))
 
 
 @pytest.mark.parametrize("how", ["edited", "deleted", "left over", "manifest gone", "manifest edited"])
@@ -323,15 +330,15 @@ def test_the_drift_check_goes_red(tmp_path: Path, package_outputs: list[Output],
     assert drift(package_outputs, tmp_path)
 
 
-def test_the_check_trusts_nothing_that_a_run_left(tmp_path: Path) -> None:
+def test_the_check_trusts_nothing_that_a_run_left(generated: Path, tmp_path: Path) -> None:
     """A state that lists a damaged file as up to date misleads `generate`, but not `check`."""
-    driver.generate(out=tmp_path)
-    victim, state = tmp_path / "ops" / "norm.py", tmp_path / ".cache" / "generate.json"
+    out = Path(shutil.copytree(generated, tmp_path / "out"))
+    victim, state = out / "ops" / "norm.py", out / ".cache" / "generate.json"
     before = text_digest(victim.read_text())
-    damage(tmp_path, "edited")
+    damage(out, "edited")
     state.write_text(state.read_text().replace(before, text_digest(victim.read_text())))
-    assert driver.generate(out=tmp_path).changed == ()
-    assert driver.check(out=tmp_path) == ["differs: ops/norm.py"]
+    assert driver.generate(out=out).changed == ()
+    assert driver.check(out=out) == ["differs: ops/norm.py"]
 
 
 def test_the_command_fails_closed(tmp_path: Path) -> None:
@@ -358,21 +365,20 @@ def test_two_files_of_one_name_are_refused() -> None:
         finish(files)
 
 
-def test_the_same_bytes_whatever_the_hash_seed_folder_and_flags(tmp_path: Path) -> None:
+def test_the_same_bytes_whatever_the_hash_seed_folder_and_flags(generated: Path, tmp_path: Path) -> None:
+    """Of a process with a fixed hash seed and without asserts, in another folder, and of this one."""
     code = "import sys, pathlib, sageLLM.codegen.driver as d; d.generate(out=pathlib.Path(sys.argv[1]))"
-    for seed, flag in (("0", "-B"), ("4242", "-OO")):
-        folder = tmp_path / f"cwd{seed}"
-        folder.mkdir()
-        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, flag, "-c", code, str(folder / "out")], check=True, cwd=folder, env=env)
-    assert tree(tmp_path / "cwd0" / "out") == tree(tmp_path / "cwd4242" / "out")
+    env = os.environ | {"PYTHONHASHSEED": "4242", "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-OO", "-c", code, str(out)], check=True, cwd=tmp_path, env=env)
+    assert tree(out) == tree(generated)
 
 
 def test_specs_alone_are_enough(tmp_path: Path) -> None:
     """`sagellm generate` in a package without `generated`, then with files that do not run."""
     package = tmp_path / "sageLLM"
     for name in ("codegen", "templates", "specs", "runtime"):
-        shutil.copytree(driver.PACKAGE / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(driver.PACKAGE / name, package / name)
     (package / "__init__.py").write_text('__version__ = "0"\n')
     env = os.environ | {"PYTHONPATH": str(tmp_path), "SAGELLM_CACHE_DIR": str(tmp_path / "cache")}
 

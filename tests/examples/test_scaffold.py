@@ -18,10 +18,10 @@ from sageLLM.runtime.cli.main import app
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the package without `generated`, to which commands of `sagellm` add entries."""
+    """A copy of the package, to which commands of `sagellm` add entries."""
     package = tmp_path / "sageLLM"
-    for name in ("codegen", "templates", "specs", "runtime"):
-        shutil.copytree(driver.PACKAGE / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("codegen", "generated", "templates", "specs", "runtime"):
+        shutil.copytree(driver.PACKAGE / name, package / name)
     for name in ("pyproject.toml", "_dev/sageLLM/__init__.py"):
         shutil.copy(driver.PACKAGE / name, package)
     return package

@@ -20,6 +20,7 @@ from sageLLM import LLM, SamplingParams
 ROOT = Path(__file__).parents[2]
 HATCH = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
 CACHES = {"__pycache__", ".cache"}
+INSTALL_OPTIONS = ("--no-deps", "--no-index", "--no-compile")  # modules are compiled when they are imported
 FOLDERS = sorted(folder for folder in HATCH["targets"]["wheel"]["sources"] if folder != "_dev/sageLLM")
 
 
@@ -70,7 +71,7 @@ def install(archive: Path, home: Path) -> Path:
     """The python of a new environment that holds the archive and sees this environment's third-party packages."""
     venv.create(home)
     python = home / "bin/python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", archive, cwd=home)
+    run(sys.executable, "-m", "pip", "--python", python, "install", *INSTALL_OPTIONS, archive, cwd=home)
     # After pip, which would otherwise take the sageLLM of this environment for the installed one. Paths in a .pth file
     # are not searched for further .pth files, so an editable install of this environment remains invisible.
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip())
