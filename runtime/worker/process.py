@@ -72,6 +72,7 @@ def run(spec: WorkerSpec, descriptor: int) -> None:
     connection = Connection(descriptor)
     replies = Replies(connection)
     port = None
+    exit_code = 1  # unless the engine ends the process
     try:
         reply: Reply
         try:
@@ -86,12 +87,13 @@ def run(spec: WorkerSpec, descriptor: int) -> None:
         replies.send(reply)
         if isinstance(reply, Ready):
             serve(connection, replies, executor, port, returns_results=spec.returns_results)
+        exit_code = 0
     except (EOFError, OSError, KeyboardInterrupt):
-        pass  # the engine has closed the socket
+        exit_code = 0  # the engine has closed the socket
     finally:
         connection.close()
         # Not an ordinary exit: the destructors of torch.distributed can wait for ranks that have ended already.
-        os._exit(0)
+        os._exit(exit_code)
 
 
 class Replies:
@@ -124,12 +126,20 @@ def serve(
             try:
                 results = executor.execute(command.order)
             except Exception as error:
-                replies.send(Failed(f"{type(error).__name__}: {error}"))
+                replies.send(Failed(reason_of_failure(error)))
                 return
             if returns_results:
                 replies.send(Done(results))
         elif port is not None:
             port.handle(command)
+
+
+def reason_of_failure(error: Exception) -> str:
+    """The reason in the engine's message about a worker that has failed."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or "allocate memory" in text:  # torch raises a RuntimeError
+        return f"out of memory; lower max_num_batched_tokens or num_kv_blocks, or use more ranks ({text})"
+    return text
 
 
 def facts_of(spec: WorkerSpec, executor: InProcessExecutor) -> dict[str, str]:

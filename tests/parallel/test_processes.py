@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -150,13 +151,40 @@ def test_a_killed_rank_costs_no_request(two_ranks: LLM, expected: list[RequestOu
     assert two_ranks.engine.scheduler.get_stats()["kv_blocks_used"] == 0
 
 
+def test_a_rank_without_memory_costs_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    """Its address space cannot grow any more, and then a step requires a larger arena."""
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "skip_tokenizer": True}
+    prompts = [[10 + i + j % 50 for j in range(400)] for i in range(8)]
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    expected = LLM(MODEL, **options).generate(prompts, params)
+    llm = LLM(MODEL, tensor_parallel_size=2, **options)
+    llm.generate([prompt[:3] for prompt in prompts[:2]], params)
+    rank = process_ids(llm)[0]
+    status = Path(f"/proc/{rank}/status").read_text()
+    num_bytes = 1024 * int(status.partition("VmSize:")[2].split()[0])
+    resource.prlimit(rank, resource.RLIMIT_AS, (num_bytes, resource.RLIM_INFINITY))
+    assert tokens(llm.generate(prompts, params)) == tokens(expected)
+    assert "rank 0 failed: out of memory; lower max_num_batched_tokens or num_kv_blocks" in caplog.text
+    ids = process_ids(llm)
+    assert rank not in ids
+    llm.close()
+    assert_ended([rank, *ids])
+
+
 def test_a_worker_that_hangs_is_replaced(one_rank: LLM, expected: list[RequestOutput]) -> None:
     executor = one_rank.engine.executor
     assert isinstance(executor, ProcessExecutor)
-    executor.step_seconds = 1.0
+    executor.step_seconds = 2.0
     before = process_ids(one_rank)
+    restart = executor.restart
+
+    def restarted() -> None:
+        executor.step_seconds = 300.0  # the new worker may be slow on a loaded machine
+        restart()
+
+    executor.restart = restarted  # type: ignore[method-assign]
     found = after_tokens(one_rank, 5, lambda: os.kill(before[0], signal.SIGSTOP))
-    executor.step_seconds = 300.0
+    executor.restart = restart  # type: ignore[method-assign]
     assert_same(found, expected)
     assert_ended(before)
 

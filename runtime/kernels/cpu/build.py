@@ -29,13 +29,18 @@ def build(
         ) from error
 
 
+def is_built(source: Path, element: str, compiler: Compiler | None, flags: tuple[str, ...] = ()) -> bool:
+    """Whether `build` finds the library in the cache."""
+    try:
+        return find_library(private_folder(), _prefix(source, element, compiler, flags)) is not None
+    except OSError:
+        return False
+
+
 def _cached_or_built(
     source: Path, element: str, compiler: Compiler | None, flags: tuple[str, ...], stop: Event | None
 ) -> Path:
-    folder = private_folder()
-    prefix = f"{source.stem}-{element}-{_inputs_key(source, flags)}-"
-    if compiler is not None:
-        prefix += f"{_digest(*compiler.command, compiler.version)[:8]}-"
+    folder, prefix = private_folder(), _prefix(source, element, compiler, flags)
     cached = find_library(folder, prefix)
     if cached is not None:
         return cached
@@ -47,6 +52,12 @@ def _cached_or_built(
         fresh = draft / "library.so"
         compile_library(source, element, compiler, flags, fresh, stop)
         return store_library(fresh, folder, prefix)
+
+
+def _prefix(source: Path, element: str, compiler: Compiler | None, flags: tuple[str, ...]) -> str:
+    """The beginning of the name of a library in the cache; without a compiler that of all compilers."""
+    prefix = f"{source.stem}-{element}-{_inputs_key(source, flags)}-"
+    return prefix if compiler is None else f"{prefix}{_digest(*compiler.command, compiler.version)[:8]}-"
 
 
 def load(library: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:

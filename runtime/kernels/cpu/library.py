@@ -8,7 +8,7 @@ from threading import Event
 from typing import Any
 
 from sageLLM.runtime.core.kernels import NativeKernel
-from sageLLM.runtime.kernels.cpu.build import build, load, symbol
+from sageLLM.runtime.kernels.cpu.build import build, is_built, load, symbol
 from sageLLM.runtime.kernels.cpu.communicator import load_communicator
 from sageLLM.runtime.kernels.cpu.compiler import HEADERS, Compiler
 from sageLLM.runtime.kernels.cpu.point_to_point import load_point_to_point
@@ -68,13 +68,19 @@ class Library:
         return kernel_function(self._address(str(HEADERS / source), element, f"sage_{name}"))
 
     def prepare(self, ops: Iterable[str], element: str) -> None:
-        """Builds the files of the ops, two at a time; an error or Ctrl-C stops all compilers. Raises CompileError."""
+        """Builds the files of the ops, two at a time; an error or Ctrl-C stops all compilers. Raises CompileError.
+
+        Without files to build it starts no threads: where memory is full, Python would wait for them for ever.
+        """
         kernels = [self.kernels[op] for op in ops if op in self.kernels]
         files = dict.fromkeys((kernel.source, self._element(kernel, element)) for kernel in kernels)
+        missing = [file for file in files if not self._is_built(*file)]
+        if not missing:
+            return
         stop = Event()
         with ThreadPoolExecutor(2) as pool:
             try:
-                list(pool.map(lambda file: self._built(file[0], file[1], stop), files))
+                list(pool.map(lambda file: self._built(file[0], file[1], stop), missing))
             finally:
                 stop.set()
 
@@ -83,6 +89,10 @@ class Library:
 
     def _address(self, source: str, element: str, name: str) -> int:
         return ctypes.cast(symbol(self._file(source, element), name), ctypes.c_void_p).value or 0
+
+    def _is_built(self, source: str, element: str) -> bool:
+        is_loaded = (source, element) in self._loaded
+        return is_loaded or is_built(self._folder / source, element, self._compiler, self._flags)
 
     def _built(self, source: str, element: str, stop: Event | None = None) -> Path:
         return build(self._folder / source, element, self._compiler, self._flags, stop)
