@@ -54,11 +54,12 @@ class CallsView:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningView:
-    """Blocks of reasoning with their marks."""
+    """Blocks of reasoning with their marks; `rest` has the text that follows, if there is one."""
 
     detect: Sequence[str]
     open: str
     close: str
+    rest: Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,8 @@ def _checks(specs: Specs, renderer: Renderer) -> list[Output]:
 
 def _view(dialect: DialectDef) -> DialectView:
     spec = dialect.entry.spec
-    blocks = [(spec.reasoning.detect, *dialect.block)] if spec.reasoning and dialect.block else []
+    found = spec.reasoning
+    blocks = [(found.detect, *dialect.block, _given([("then", found.then)]))] if found and dialect.block else []
     return DialectView(
         summary=spec.summary,
         source=textwrap.wrap(f"source: {spec.source}", width=110),

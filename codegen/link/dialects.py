@@ -97,6 +97,9 @@ class _Linker:
             help = 'write, for example, "<think>{text}</think>"'
             self.sink.error("SAGE703", message, self.entry.span(*path), help)
             return "?", "?"
+        if reasoning.then and reasoning.then not in self.entry.spec.skip:
+            message = "`then` must be one of the marks in `skip`, so that it is left out"
+            self.sink.error("SAGE704", message, self.entry.span("reasoning", "then"), "add it to `skip`")
         return block[0].text, block[2].text
 
     def _require_mark(self, text: str, path: YamlPath, what: str) -> None:

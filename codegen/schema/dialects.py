@@ -59,6 +59,7 @@ class ReasoningSpec(Strict):
 
     detect: list[str] = Field(min_length=1, description="texts that the chat templates of the family contain")
     block: str = Field(min_length=1, description="the mark before a block, `{text}`, and the mark after it")
+    then: str = Field(default="", description="the text between a block and what follows; one of `skip`")
 
 
 class CallExample(Strict):

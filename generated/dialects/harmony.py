@@ -52,7 +52,12 @@ HARMONY = Dialect(
         ),
         ids="chatcmpl-tool-{hex}",
     ),
-    reasoning=Reasoning(detect=("<|channel|>analysis",), open="<|channel|>analysis<|message|>", close="<|end|>"),
+    reasoning=Reasoning(
+        detect=("<|channel|>analysis",),
+        open="<|channel|>analysis<|message|>",
+        close="<|end|>",
+        then="<|start|>assistant",
+    ),
     skip=(
         "<|start|>assistant",
         "<|channel|>final<|message|>",

@@ -42,14 +42,18 @@ async def chat(service: Service, exchange: Exchange, body: ChatBody, ticket: Tic
 def tools_of(service: Service, body: ChatBody) -> ToolUse:
     """The tools of a chat. Raises ApiError 400."""
     use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
-    return usable_tools(service.dialects.calls, use, can_force=False)
+    return usable_tools(service.dialects.calls, use)
 
 
-async def prepare(service: Service, body: ChatBody, ticket: Ticket, use: ToolUse) -> EnginePrompt:
+async def prepare(
+    service: Service, body: ChatBody, ticket: Ticket, use: ToolUse, param: str = "messages"
+) -> EnginePrompt:
+    """The prompt of a chat; `param` is the field that a prompt that is too long comes from."""
     check_common(body, service.settings.model_names, service.ready.policy)
     params = chat_params(body, service.defaults, service.settings.max_logprobs)
     service.admission.claim(ticket, params.n, num_chars(body.messages) // CHARS_PER_TOKEN)
-    await service.check_grammar(params)
+    if not use.is_forced:
+        await service.check_grammar(params)
     text, ids = await render_chat(
         service.chat,
         body.messages,
@@ -61,7 +65,10 @@ async def prepare(service: Service, body: ChatBody, ticket: Ticket, use: ToolUse
     )
     if body.truncate_prompt_tokens is not None and body.truncate_prompt_tokens >= 0:
         ids = ids[-body.truncate_prompt_tokens :] if body.truncate_prompt_tokens else []
-    check_length(len(ids), params.max_tokens, service.ready, "messages")
+    check_length(len(ids), params.max_tokens, service.ready, param)
+    if use.is_forced:  # the grammar depends on the prompt, which may have opened reasoning
+        params = service.constrain(params, use, text)
+        await service.check_grammar(params)
     return EnginePrompt(text, ids, params, service.kept_ids(use))
 
 

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 
 from sageLLM import __version__
+from sageLLM.runtime.core.dialects.grammar import Constraint
 from sageLLM.runtime.core.dialects.model import Dialect
 from sageLLM.runtime.core.dialects.parser import DialectParser
 from sageLLM.runtime.engine.chat import ChatPrompts
@@ -37,7 +39,7 @@ from sageLLM.runtime.server.metrics import Metrics
 from sageLLM.runtime.server.output_parser import CallParser, OutputParser, PlainParser
 from sageLLM.runtime.server.prompts import EnginePrompt
 from sageLLM.runtime.server.settings import ServerSettings
-from sageLLM.runtime.server.tools import ToolUse
+from sageLLM.runtime.server.tools import ToolUse, forced_calls
 from sageLLM.runtime.server.tracing import Tracing, make_tracing
 from sageLLM.runtime.text.tokenizer import Tokenizer, start_probe
 
@@ -65,7 +67,7 @@ class Service:
         self.chat: ChatPrompts | None = None
         self._known_dialects = load_dialects() if dialects is None else dialects
         self.dialects = self._choose_dialects()
-        self._kept_ids = {False: frozenset[int](), True: frozenset[int]()}
+        self._special_marks: dict[bool, dict[str, int]] = {False: {}, True: {}}
         self.defaults = SamplingParams()
         self.recipe = EmbeddingRecipe()
         self.grammars: GrammarCompiler | None = None
@@ -88,7 +90,7 @@ class Service:
             self.tokenizer = read(ready.max_model_len)
         self.chat = None if self.tokenizer is None else ChatPrompts(self.tokenizer)
         self.dialects = self._choose_dialects()
-        self._kept_ids = {with_calls: self._special_marks(with_calls) for with_calls in (False, True)}
+        self._special_marks = {is_on: self._find_special_marks(is_on) for is_on in (False, True)}
         tokenizer_ids = self.tokenizer.eos_token_ids if self.tokenizer else frozenset[int]()
         self.eos_ids = frozenset(i for i in {*tokenizer_ids, *ready.eos_ids} if i < ready.vocab_size)
         self.client.set_eos_ids(self.eos_ids)
@@ -181,20 +183,41 @@ class Service:
         reasoning, skip = self.dialects.reasoning, self.dialects.skip
         if calls is None and reasoning is None and not skip:
             return PlainParser()
-        is_open = reasoning is not None and (prompt or "").rstrip().endswith(reasoning.open.strip())
+        is_open = self.opened_reasoning(prompt)
         parser = DialectParser(calls, reasoning, skip, tools=tools.schemas, in_reasoning=is_open)
         return CallParser(parser, in_reasoning=is_open, max_calls=None if tools.is_parallel else 1)
 
+    def opened_reasoning(self, prompt: str | None) -> bool:
+        """Whether the prompt ends with the mark before reasoning."""
+        reasoning = self.dialects.reasoning
+        return reasoning is not None and (prompt or "").rstrip().endswith(reasoning.open.strip())
+
     def kept_ids(self, tools: ToolUse) -> frozenset[int]:
         """Special tokens that are marks of the dialects, which the parser of an answer has to see."""
-        return self._kept_ids[tools.may_call]
+        return frozenset(self._special_marks[tools.may_call].values())
 
-    def _special_marks(self, with_calls: bool) -> frozenset[int]:
+    def constrain(self, params: SamplingParams, tools: ToolUse, prompt: str) -> SamplingParams:
+        """The parameters with the grammar of forced calls. Raises ApiError 400."""
+        calls = self.dialects.calls
+        if not tools.is_forced or calls is None:
+            return params
+        if params.structured_outputs is not None:
+            raise ApiError(400, "a forced call cannot be combined with structured output", "tool_choice")
+        constraint = Constraint(
+            {},
+            special_ids=self._special_marks[True],
+            end_ids=self.eos_ids,
+            reasoning=self.dialects.reasoning,
+            in_reasoning=self.opened_reasoning(prompt),
+        )
+        return replace(params, structured_outputs=forced_calls(calls, tools, constraint))
+
+    def _find_special_marks(self, with_calls: bool) -> dict[str, int]:
         if self.tokenizer is None:
-            return frozenset()
+            return {}
         marks = self.dialects.marks(with_calls=with_calls)
-        texts = ((one, self.tokenizer.decode([one], skip_special_tokens=False)) for one in self.tokenizer.special_ids)
-        return frozenset(one for one, text in texts if text and text in marks)
+        texts = ((self.tokenizer.decode([one], skip_special_tokens=False), one) for one in self.tokenizer.special_ids)
+        return {text: one for text, one in texts if text and text in marks}
 
     def _choose_dialects(self) -> ChosenDialects:
         """By the template of the operator, else by those of the checkpoint, once they are read."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sageLLM.runtime.core.dialects.grammar import CannotConstrain, Constraint, call_grammar
 from sageLLM.runtime.core.dialects.model import Calls
+from sageLLM.runtime.grammar.json_schema import why_not_enforced
+from sageLLM.runtime.sampling.structured_outputs import StructuredOutputsParams
 from sageLLM.runtime.server.errors import ApiError
 
 MAX_TOOLS = 256
@@ -54,20 +57,30 @@ def tool_use(tools: list[Any] | None, choice: object, is_parallel: bool) -> Tool
     return ToolUse(tools, schemas, kind, name_or_none, is_parallel)
 
 
-def usable_tools(service_calls: Calls | None, use: ToolUse, can_force: bool) -> ToolUse:
-    """The tools, if the server can read calls of them. Raises ApiError 400."""
-    if use.may_call and service_calls is None:
+def usable_tools(calls: Calls | None, use: ToolUse) -> ToolUse:
+    """The tools, if calls of them can be read by the dialect. Raises ApiError 400."""
+    if use.may_call and calls is None:
         raise ApiError(
             400,
             "tools require a dialect: no known one has its marks in the chat template; serve with --tool-call-parser "
             "NAME, or set tool_choice to 'none'",
             "tools",
         )
-    if use.is_forced and not can_force:
-        raise ApiError(
-            400, "this server cannot force calls, which requires constrained sampling; use 'auto'", "tool_choice"
-        )
     return use
+
+
+def forced_calls(calls: Calls, use: ToolUse, base: Constraint) -> StructuredOutputsParams:
+    """The grammar that forces a call; `base` has the facts that do not depend on the tools. Raises ApiError 400."""
+    tools = {name: use.schemas[name] for name in ([use.name] if use.name is not None else use.schemas)}
+    for name, schema in tools.items():
+        if reason := why_not_enforced(schema):
+            raise ApiError(400, f"the parameters of '{name}': {reason}", "tools")
+    is_parallel = use.is_parallel and use.choice == "required"
+    try:
+        text = call_grammar(calls, replace(base, tools=tools, is_parallel=is_parallel))
+    except CannotConstrain as error:
+        raise ApiError(400, f"this model's calls cannot be forced: {error}", "tools") from None
+    return StructuredOutputsParams(grammar=text)
 
 
 def _function(tool: object, place: str) -> tuple[str, Mapping[str, Any]]:

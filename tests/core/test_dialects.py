@@ -240,6 +240,13 @@ def test_texts_of_tags_are_streamed_and_other_values_held() -> None:
     assert parser.feed(" 2]\n</parameter>\n</function>\n") == [CallArguments(0, "[1, 2]}")]
 
 
+def test_marks_inside_json_values_of_tags() -> None:
+    body = '["</parameter>", {"a": "\\n</parameter>"}]'
+    values = f"<parameter=x>\n{body}\n</parameter>\n<parameter=y>\n[x\n</parameter>\n"
+    found = events_of("qwen3_coder", f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>")
+    assert parsed_calls(found) == [("f", {"x": json.loads(body), "y": "[x"})]
+
+
 def test_a_call_that_breaks_off_keeps_its_beginning_and_the_rest_is_content() -> None:
     found = events_of("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1, oops}}</tool_call>')
     assert found == [

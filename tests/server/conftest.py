@@ -21,7 +21,7 @@ def served_llm() -> LLM:
 
 @pytest.fixture(scope="session")
 def server(served_llm: LLM) -> Iterator[TestServer]:
-    with running(lambda: engine_channel(served_llm)) as found:
+    with running(lambda: engine_channel(served_llm), tool_call_parser="hermes") as found:
         yield found
     assert not served_llm.engine.has_work
     served_llm.engine.scheduler.check_integrity()

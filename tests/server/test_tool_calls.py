@@ -17,6 +17,12 @@ from sageLLM.runtime.errors import SageError
 from sageLLM.runtime.server.dialects import choose_dialects
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def function(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
 USER = [{"role": "user", "content": "Weather?"}]
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
@@ -213,7 +219,16 @@ def test_the_template_receives_tools_calls_and_results(scripted: Scripted) -> No
             "does not match any",
         ),
         ({"tool_choice": "required"}, "tool_choice", "`tools` must be set"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "requires constrained sampling"),
+        (
+            {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice",
+            "cannot be combined with structured output",
+        ),
+        (
+            {"tools": [function("f", {"type": "string", "contains": 1})], "tool_choice": "required"},
+            "tools",
+            "the keyword 'contains' at",
+        ),
     ],
 )
 def test_invalid_tools_are_refused(scripted: Scripted, fields: dict[str, Any], param: str, message: str) -> None:
@@ -223,6 +238,36 @@ def test_invalid_tools_are_refused(scripted: Scripted, fields: dict[str, Any], p
     assert error["param"] == param
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(error["message"])
+
+
+# forced calls of the real model
+
+SHORT = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Zürich"]}}, "required": ["city"]}
+SHORT |= {"additionalProperties": False}
+FORCED = [function("first", SHORT), function("second", SHORT)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", "named"])
+def test_forced_calls(server: TestServer, choice: str, stream: bool) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    named = {"type": "function", "function": {"name": "second"}}
+    body = {"model": NAME, "messages": USER, "tools": FORCED, "max_tokens": 100, "temperature": 0, "stream": stream}
+    fields = {"tool_choice": named if choice == "named" else choice, "parallel_tool_calls": False}
+    answer = client.chat.completions.create(**body, **fields)  # type: ignore[call-overload]
+    if stream:
+        found = joined(list(answer))
+        reason, [(name, arguments)] = (
+            found["finish_reason"],
+            [(one["name"], one["arguments"]) for one in found["calls"]],
+        )
+    else:
+        [choice_found] = answer.choices
+        reason, [call] = choice_found.finish_reason, choice_found.message.tool_calls
+        name, arguments = call.function.name, call.function.arguments
+        assert choice_found.message.content is None
+    assert json.loads(arguments)["city"] in ("Oslo", "Zürich")
+    assert (name, reason) == ("second", "stop") if choice == "named" else reason == "tool_calls"
 
 
 def test_tools_require_a_dialect() -> None:

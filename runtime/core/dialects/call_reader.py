@@ -211,22 +211,39 @@ class CallReader:
 
     def _text(self, tail: str, schema: object) -> Reading[None]:
         """A value that is written as it is. Texts are emitted while they grow, others when they are complete."""
+        source = self._source
         if is_text(schema):
             self._emit('"')
-            is_whole = yield from read_text(
-                self._source, tail, lambda text: self._emit(dump(text)[1:-1]), is_exact=True
-            )
-            end = '"'
-        else:
-            parts: list[str] = []
-            is_whole = yield from read_text(self._source, tail, parts.append, is_exact=True)
-            value = "".join(parts)
-            end = json_of_text(value, schema) if is_whole else dump(value)[:-1]
+            is_whole = yield from read_text(source, tail, lambda text: self._emit(dump(text)[1:-1]), is_exact=True)
             if not is_whole:
-                self._emit(end)
+                raise Mismatch(source.position)
+            self._emit('"')
+            return
+        if (value := (yield from self._json_before(tail, schema))) is not None:
+            self._emit(value)
+            return
+        parts: list[str] = []
+        is_whole = yield from read_text(source, tail, parts.append, is_exact=True)
+        text = "".join(parts)
+        self._emit(json_of_text(text, schema) if is_whole else dump(text)[:-1])
         if not is_whole:
-            raise Mismatch(self._source.position)
-        self._emit(end)
+            raise Mismatch(source.position)
+
+    def _json_before(self, tail: str, schema: object) -> Reading[str | None]:
+        """A list, object or text in JSON up to the mark, which may occur within it; None if the value is another."""
+        source, scanner = self._source, JsonScanner()
+        start = source.keep()
+        parts: list[str] = []
+        char = yield from source.peek()
+        while char and (parts or char in '[{"') and not scanner.is_done and not scanner.has_failed:
+            text, num_read = scanner.scan(source.rest())
+            source.position += num_read
+            parts.append(text)
+            char = yield from source.peek()
+        if scanner.is_done and (yield from source.skip(tail)):
+            return json_of_text("".join(parts), schema)
+        source.position = start
+        return None
 
     def _python(self) -> Reading[None]:
         """A Python literal, up to a comma or bracket that does not belong to it."""

@@ -90,11 +90,12 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Blocks of reasoning: `open`, the text, `close`."""
+    """Blocks of reasoning: `open`, the text, `close`. `then` is written before what follows, and is left out."""
 
     detect: tuple[str, ...]
     open: str
     close: str
+    then: str = ""
 
 
 @dataclass(frozen=True, slots=True)
