@@ -119,7 +119,9 @@ def _model(folder: Path) -> Iterator[Finding]:
     """Loads the checkpoint, and generates one token."""
     from sageLLM.runtime.engine.llm import LLM
     from sageLLM.runtime.errors import SageError
+    from sageLLM.runtime.registry.plugins import load_dialects
     from sageLLM.runtime.sampling.sampling_params import SamplingParams
+    from sageLLM.runtime.server.dialects import choose_dialects
 
     start = time.perf_counter()
     try:
@@ -140,6 +142,9 @@ def _model(folder: Path) -> Iterator[Finding]:
         return
     python = len({op for stats in llm.kernel_stats() for op in stats.in_python})
     yield Finding("ok", "generation", f"2 tokens in {time.perf_counter() - start:.2f} s; {python} ops run in Python")
+    if llm.tokenizer is not None and llm.tokenizer.chat_templates:
+        found = choose_dialects(load_dialects(), "\n".join(llm.tokenizer.chat_templates.values()), None, None)
+        yield Finding("ok", "dialect", f"{found.for_calls}; {found.for_reasoning}")
     if llm.tokenizer is not None and not llm.tokenizer.chat_templates:
         yield Finding(
             "warning", "chat", "the checkpoint comes without a chat template", "serve with --chat-template FILE"

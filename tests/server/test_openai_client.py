@@ -69,7 +69,7 @@ def test_responses(client: openai.OpenAI) -> None:
     assert events[-1].response.output_text == whole.output_text
     for bad, text in (
         ({"previous_response_id": "resp_1"}, "keeps no responses"),
-        ({"input": [{"type": "function_call_output"}]}, "must be a message"),
+        ({"input": [{"type": "function_call_output"}]}, "call_id must be a text"),
     ):
         with pytest.raises(openai.BadRequestError, match=text):
             client.responses.create(**{**options, **bad})  # type: ignore[call-overload]

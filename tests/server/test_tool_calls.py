@@ -240,6 +240,84 @@ def test_invalid_tools_are_refused(scripted: Scripted, fields: dict[str, Any], p
         raise AssertionError(error["message"])
 
 
+# the Responses API
+
+FUNCTION = {"type": "function", **TOOL["function"]}
+
+
+def respond(scripted: Scripted, text: str, **fields: Any) -> Any:
+    thread = scripted.answer(text)
+    body = {"model": NAME, "input": "Weather?", "tools": [FUNCTION]} | fields
+    answer = scripted.client.responses.create(**body)
+    if fields.get("stream"):
+        answer = list(answer)
+    thread.join(30)
+    return answer
+
+
+def test_a_response_has_items(scripted: Scripted) -> None:
+    response = respond(scripted, ANSWER)
+    assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]
+    thought, message, call, other = response.output
+    assert (thought.content[0].text, message.content[0].text) == ("Which city?", "I will look.")
+    assert (call.name, json.loads(call.arguments), call.status) == ("get_weather", {"city": "Zürich"}, "completed")
+    assert call.call_id != other.call_id and len({item.id for item in response.output}) == 4
+    assert response.status == "completed" and response.usage.output_tokens_details.reasoning_tokens > 0
+
+
+def test_a_streamed_response_has_the_same_items(scripted: Scripted) -> None:
+    events = respond(scripted, ANSWER, stream=True)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    shown = [kind for kind, before in zip(kinds, [None, *kinds], strict=False) if kind != before]
+    text = ["output_item.added", "content_part.added", "{}.delta", "{}.done", "content_part.done", "output_item.done"]
+    arguments = [kind.format("function_call_arguments") for kind in text if "content_part" not in kind]
+    assert shown == [
+        *("created", "in_progress"),
+        *(kind.format("reasoning_text") for kind in text),
+        *(kind.format("output_text") for kind in text),
+        *arguments,
+        *arguments,
+        "completed",
+    ]
+    output = events[-1].response.output
+    assert [item.type for item in output] == ["reasoning", "message", "function_call", "function_call"]
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert done == output
+    for index, item in enumerate(output):
+        deltas = [event.delta for event in events if "delta" in event.type and event.output_index == index]
+        whole = item.arguments if item.type == "function_call" else item.content[0].text
+        assert "".join(deltas) == whole
+
+
+def test_results_of_calls_are_messages(scripted: Scripted) -> None:
+    call = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"city": "Bern"}'}
+    items = [*USER, {"type": "reasoning", "summary": []}, call, call | {"call_id": "c2"}]
+    items += [{"type": "function_call_output", "call_id": name, "output": "rain"} for name in ("c1", "c2")]
+    respond(scripted, "It rains.", input=items)
+    shown = '<tool_call>{"name": "get_weather", "arguments": {"city": "Bern"}}</tool_call>'
+    assert scripted.prompt() == f"get_weather;user:Weather?\nassistant:{shown}{shown}\ntool:rainc1\ntool:rainc2\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools", r"tools\[0\] must be of type 'function', got 'web_search'"),
+        ({"tools": [TOOL]}, "tools", r"tools\[0\].function must be an object with a name"),
+        ({"tool_choice": {"type": "mcp"}}, "tool_choice", "must be a text or {'type': 'function', 'name': NAME}"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input", "arguments must be a text"),
+        ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input", "output must be a text or a list"),
+        ({"input": [{"type": "file_search_call"}]}, "input", "must be a message, reasoning, function_call"),
+    ],
+)
+def test_invalid_responses_are_refused(scripted: Scripted, fields: dict[str, Any], param: str, message: str) -> None:
+    response = scripted.server.post("/v1/responses", {"input": "a", "tools": [FUNCTION]} | fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error["message"])
+
+
 # forced calls of the real model
 
 SHORT = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Zürich"]}}, "required": ["city"]}
@@ -268,6 +346,16 @@ def test_forced_calls(server: TestServer, choice: str, stream: bool) -> None:
         assert choice_found.message.content is None
     assert json.loads(arguments)["city"] in ("Oslo", "Zürich")
     assert (name, reason) == ("second", "stop") if choice == "named" else reason == "tool_calls"
+
+
+def test_a_forced_call_of_a_response(server: TestServer) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    tools = [{"type": "function", **tool["function"]} for tool in FORCED]
+    choice = {"type": "function", "name": "second"}
+    body = {"model": NAME, "input": "a", "tools": tools, "tool_choice": choice, "max_output_tokens": 100}
+    [item] = client.responses.create(**body, temperature=0).output  # type: ignore[call-overload]
+    assert (item.type, item.name) == ("function_call", "second")
+    assert json.loads(item.arguments)["city"] in ("Oslo", "Zürich")
 
 
 def test_tools_require_a_dialect() -> None:
