@@ -1,11 +1,11 @@
 """Compares ranks with one process, for the cases of the oracle tests: tokens and log-probabilities.
 
     python tests/parallel/layouts.py [--only TEXT] [--modes hybrid,time_share,strict] [--degrees 2x1,1x2]
-                                       [--expert-parallel]
+                                       [--expert-parallel] [--part 1/4]
 
 Each case runs in float32 in the given modes and degrees (tensor-parallel ranks x pipeline stages);
 `make parallel-layouts` runs all of them in all modes, which takes half an hour. A case with sizes that the degree does
-not divide is listed as refused.
+not divide is listed as refused. `--part I/N` runs every N-th case, from the I-th on.
 """
 
 import argparse
@@ -34,9 +34,10 @@ def main() -> None:
     parser.add_argument("--modes", default="hybrid")
     parser.add_argument("--degrees", default="2x1,1x2")
     parser.add_argument("--expert-parallel", action="store_true", help="with whole experts on each rank")
+    parser.add_argument("--part", default="1/1")
     options = parser.parse_args()
-    failed = 0
-    for name, family, config in cases(options.only):
+    failed, (first, step) = 0, map(int, options.part.split("/"))
+    for name, family, config in list(cases(options.only))[first - 1 :: step]:
         for mode in options.modes.split(","):
             degrees, more = options.degrees.split(","), {"enable_expert_parallel": options.expert_parallel}
             for degree, found in zip(degrees, compare(family, config, mode, degrees, **more), strict=True):
